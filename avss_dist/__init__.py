@@ -1,28 +1,29 @@
-"""avss_dist: which layers of a language model matter. Measure once, on many GPUs; compare with a query.
+"""Distributed analysis of the layers of language models. Measure once, on many GPUs; compare with a query.
 
-Rooms, from the top down; each package's own docstring says what is in it, and imports only go down::
+Packages, from the top down. Imports only go down::
 
     cli          the command line: parse, call, print
     api          the same from Python
     report       terminal tables, the page, pictures, exports
     estimation   memory and time before anything is loaded
-    evaluation   what models and plans are worth: evaluate, ablate, experiment, shrink
+    evaluation   evaluation of models and plans: evaluate, ablate, experiment, shrink
     runs         from a request to the warehouse: job files, planning, driving, submission
-    executors    who does the work: this process, or Ray workers
+    executors    measurement in this process, or on Ray workers
     measure      one shard: hooks -> kernels -> LayerStats
     analysis     compare, findings, thresholds, score card, verdict
-    partition    how one replica is spread over devices
-    tasks        what a model is evaluated on
+    partition    distribution of one replica over devices
+    tasks        evaluation tasks
     pruning      plans, methods that choose layers, the pruned checkpoint
     models       checkpoints, loading, layers and sites, sizes, skipped layers
     warehouse    the Parquet contract: schema, store, reader (SQL), cache
     corpus       documents -> token rows -> shards
     stats        LayerStats and its merge, scores, rankings
-    requests     the request of each command; options: what is made of its fields; results: what every result can do
+    requests     the request of each command; options: options and keywords made from it; results: tables
     system       devices, memory, versions, doctor
+    intervention what is changed in a model before it answers: layers, weights, sparsity
     settings     every default; validation: classes that check their values
-    text         sizes and thresholds in words; errors: errors for people
-    registry     the partitions and the scores, and what each can do
+    text         formatting and parsing for people; errors: error classes
+    registry     partitions and scores, with their capabilities
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
         WarehouseError,
     )
     from avss_dist.estimation.estimate import Estimate
-    from avss_dist.evaluation.outcomes import Ablation, Evaluations
+    from avss_dist.evaluation.ablate import Ablation
+    from avss_dist.evaluation.evaluate import Evaluations
     from avss_dist.evaluation.shrink import Shrunk
     from avss_dist.pruning.plan import Plan
     from avss_dist.report.terminal.progress import Progress
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
     from avss_dist.settings import Execution, Settings
     from avss_dist.warehouse.reader import Warehouse
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Ablation",
     "AvssError",
@@ -103,7 +105,8 @@ _HOMES = {
         "WarehouseError",
     ),
     "estimation.estimate": ("Estimate",),
-    "evaluation.outcomes": ("Ablation", "Evaluations"),
+    "evaluation.ablate": ("Ablation",),
+    "evaluation.evaluate": ("Evaluations",),
     "evaluation.shrink": ("Shrunk",),
     "pruning.plan": ("Plan",),
     "report.terminal.progress": ("Progress",),
@@ -114,17 +117,17 @@ _HOMES = {
     "settings": ("Execution", "Settings"),
     "warehouse.reader": ("Warehouse",),
 }
-"""Where the public names are."""
+"""Public names by the module that defines them."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is used, when it is used: reading a warehouse must not load torch."""
+    """Import a public name when it is first used, so that reading a warehouse does not load torch."""
     from importlib import import_module
 
     for home, names in _HOMES.items():
         if name in names:
-            found = globals()[name] = getattr(import_module(f"avss_dist.{home}"), name)
-            return found
+            value = globals()[name] = getattr(import_module(f"avss_dist.{home}"), name)
+            return value
     raise AttributeError(f"module 'avss_dist' has no attribute {name!r}")
 
 

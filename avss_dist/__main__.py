@@ -11,14 +11,14 @@ YOUNG_OBJECTS = 10_000  # before a collection; at Python's 700, collections are 
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     gc.set_threshold(YOUNG_OBJECTS)
     raise_on_sigterm()
     try:
         from avss_dist.cli import main as run
 
         run()
-    except KeyboardInterrupt as stop:  # while commands are imported; what comes later is theirs
+    except KeyboardInterrupt as stop:  # while commands are imported; later, commands handle it
         print("Stopped.", file=sys.stderr)
         sys.exit(exit_code(stop))
 

@@ -1,4 +1,4 @@
-"""Errors for people: what is wrong, where, and what to do next."""
+"""Error classes. A message says what is wrong and where, a hint what to do next."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ _FIELD = re.compile(r"`([a-z][a-z0-9_]*)`")
 
 
 def without_secrets(text: str) -> str:
-    """A text whose URIs name no secret: ``s3://KEY:SECRET@bucket`` becomes ``s3://bucket``."""
+    """Return a text without the secrets of its URIs: ``s3://KEY:SECRET@bucket`` becomes ``s3://bucket``."""
     return _URI.sub(lambda uri: _PARAMETER.sub(r"\1***", uri[0]), _USERINFO.sub("", text))
 
 
 def spell_fields(text: str, spelling: Mapping[str, str]) -> str:
-    """A text with the fields that it names in backticks (```ranks```) as a front end spells them (``--ranks``).
+    """Return a text whose fields in backticks (```ranks```) are spelled as by a front end (``--ranks``).
 
     Args:
-        spelling: by field; one that is missing stays as it is.
+        spelling: spelling by field. Other fields stay unchanged.
     """
     return _FIELD.sub(lambda match: spelling.get(match[1], match[0]), text)
 
 
 def named_fields(text: str) -> list[str]:
-    """The fields that a text names in backticks, in order."""
+    """Return the fields that a text names in backticks, in order."""
     return _FIELD.findall(text)
 
 
 class AvssError(Exception):
     """An error that the user can fix; shown without a traceback.
 
-    Fields of settings and arguments of functions stand in backticks (```ranks```): front ends spell them their way.
+    Names of fields and arguments are in backticks (```ranks```). Front ends replace them by their spelling.
 
     Args:
         message: what is wrong, and where.
@@ -43,7 +43,7 @@ class AvssError(Exception):
     """
 
     exit_code = 2
-    run_id: str | None = None  # of the run that it ended, where that had one already
+    run_id: str | None = None  # id of the run that it ended, if known
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         self.message = without_secrets(message)
@@ -55,10 +55,10 @@ class AvssError(Exception):
 
 
 class ConfigError(AvssError):
-    """A setting has a value that it cannot have.
+    """A setting has an invalid value.
 
     Attributes:
-        problems: the errors, where one stands for several of them; else the error itself.
+        problems: the combined errors, or the error itself.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -66,14 +66,14 @@ class ConfigError(AvssError):
         self.problems: tuple[ConfigError, ...] = (self,)
 
     @classmethod
-    def of(cls, problems: Sequence[ConfigError]) -> ConfigError:
-        """One error for all problems: itself where there is one, else a line for each."""
+    def combine(cls, problems: Sequence[ConfigError]) -> ConfigError:
+        """Return one error for several problems, with a line for each. A single problem is returned unchanged."""
         if len(problems) == 1:
             return problems[0]
         lines = [" ".join(filter(None, (p.message, p.hint))) for p in problems]
-        made = cls("\n".join([f"{len(lines)} problems:", *lines]))
-        made.problems = tuple(problems)
-        return made
+        combined = cls("\n".join([f"{len(lines)} problems:", *lines]))
+        combined.problems = tuple(problems)
+        return combined
 
 
 class CorpusError(AvssError):
@@ -89,11 +89,11 @@ class WarehouseError(AvssError):
 
 
 class DamagedFile(WarehouseError):
-    """A file of the warehouse was read, and does not hold what it should."""
+    """A file of the warehouse is damaged."""
 
 
 class QueryError(AvssError):
-    """A query is wrong, or reaches beyond the warehouse."""
+    """A query is invalid, or accesses more than the warehouse."""
 
 
 class TaskError(AvssError):
@@ -120,21 +120,22 @@ def is_full(error: OSError) -> bool:
 
 
 def unwritable(path: object, error: OSError, hint: str, kind: type[AvssError] = AvssError) -> AvssError:
-    """What to raise where a file or a folder cannot be written: a full disk is a failure, all else is a mistake.
+    """Return the error for a file or folder that cannot be written. A full disk is a failure, all else a mistake.
 
     Args:
-        path: what people call it.
-        hint: where else it could be written.
-        kind: of the mistake.
+        path: path for the message.
+        error: error of the operating system.
+        hint: hint of the error, such as another place to write to.
+        kind: type of the error, unless the disk is full.
     """
     kind = StorageFull if is_full(error) else kind
     return kind(f"{path} cannot be written: {error.strerror}.", hint)
 
 
 def as_failure(error: Exception) -> AvssError:
-    """Return any exception as the end of a run: a model's code can raise anything, and must not stop other models.
+    """Convert any exception to an AvssError that ends one run. A model's code can raise anything.
 
-    Only failures that can pass by themselves, or that space on a disk ends, have the hint to run the command again.
+    Only transient failures and full disks have the hint to run the command again.
     """
     if isinstance(error, AvssError):
         return error
@@ -148,7 +149,7 @@ def as_failure(error: Exception) -> AvssError:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in a line; its name where it says nothing."""
+    """Return the first line of an exception's message, or its type's name without a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -156,7 +157,7 @@ MAX_SUGGESTED, SHORTEN_ABOVE = 10, 40  # of more names than 40, an error lists 1
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint that lists the valid names, the most similar one first: ``Did you mean 'block'? Valid: block, mlp.``"""
+    """Return a hint with the valid names and the most similar one: ``Did you mean 'block'? Valid: block, mlp.``"""
     names = [str(v) for v in valid]
     match = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     more = f" and {len(names) - MAX_SUGGESTED:,} more" if len(names) > SHORTEN_ABOVE else ""
@@ -168,10 +169,10 @@ def require_known(kind: str, name: str, valid: Iterable[str], error: type[AvssEr
     """Return ``name`` if it is valid.
 
     Args:
-        kind: what it is the name of; a field in backticks, or a noun.
+        kind: kind of the name for the message: a field in backticks, or a noun.
 
     Raises:
-        AvssError: of the type ``error``; its hint names the nearest valid one.
+        AvssError: the name is not valid. The type is ``error``, and the hint names the nearest valid name.
     """
     names = list(valid)
     if name not in names:

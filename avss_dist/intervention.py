@@ -1,7 +1,7 @@
 """Interventions: the changes that are made to a model before it answers.
 
-Layers and sublayers are removed, the additions of removed layers are scaled, weights are replaced by those of a repair,
-and small activations become zero. Nothing here needs torch: `models.causal_lm.LanguageModel.applying` carries an
+Layers and sublayers are removed, the outputs of removed layers are scaled, weights are replaced by a repair, and small
+activations become zero. Nothing here needs torch: `models.causal_lm.LanguageModel.applying` carries an
 intervention out.
 """
 
@@ -85,7 +85,7 @@ def whole_layers(removals: Iterable[Removal]) -> tuple[int, ...]:
 
 
 def layers_by_part(removals: Iterable[Removal]) -> dict[str, tuple[int, ...]]:
-    """Return the layers of which the attention alone, and of which the MLP alone, is removed."""
+    """Return the layers whose attention alone, and whose MLP alone, is removed."""
     sublayers = [removal for removal in removals if isinstance(removal, Sublayer)]
     return {part: tuple(removal.layer for removal in sublayers if removal.part == part) for part in PARTS}
 
@@ -94,17 +94,17 @@ def joined(removals: Iterable[Removal]) -> Removals:
     """Return removals as a set: a layer for both of its sublayers, and no sublayer of a layer that is removed."""
     every: set[Removal] = {*removals}
     every |= {layer for layer in map(layer_of, every) if every.issuperset(sublayers_of([layer]))}
-    return tuple(sorted(one for one in every if isinstance(one, int) or one.layer not in every))
+    return tuple(sorted(removal for removal in every if isinstance(removal, int) or removal.layer not in every))
 
 
 def can_be_added(removal: Removal, removals: Collection[Removal]) -> bool:
-    """Whether a set does not contain a layer or sublayer yet, nor the layer that it is in, nor a sublayer of it."""
+    """Whether a set contains neither the removal nor the layer or sublayers that overlap with it."""
     others = sublayers_of([removal]) if isinstance(removal, int) else [removal.layer]
     return removal not in removals and not any(other in removals for other in others)
 
 
 def describe_removed(removals: Iterable[Removal]) -> str:
-    """``0-3, 7, attention of 5, MLP of 8-9``."""
+    """Return removals as text: ``0-3, 7, attention of 5, MLP of 8-9``."""
     return ", ".join(_described([*removals]))
 
 
@@ -124,7 +124,7 @@ def size_removed(removals: Collection[Removal]) -> float:
 
 
 def count_removed(removals: Collection[Removal]) -> str:
-    """``8 layers``, ``1 layer``, or ``7 layers, 2 sublayers``."""
+    """Return counts as text: ``8 layers``, ``1 layer``, or ``7 layers, 2 sublayers``."""
     whole = len(whole_layers(removals))
     within = len(removals) - whole
     counts = {"layer": whole, "sublayer": within}
@@ -138,14 +138,14 @@ class MapSparsity:
     Attributes:
         layer, path: the map: its layer, and its module path below the layer.
         outputs, inputs: shape of the whole map.
-        by: `THRESHOLD`: those up to ``value`` in size; `TOP_K`: the smallest of each token, a share ``value`` of all;
-            `TOP_P`: all but the fewest that have a share ``value`` of the token's sum of sizes.
+        by: rule: `THRESHOLD` zeroes inputs up to size ``value``; `TOP_K` the smallest share ``value`` of each token's
+            inputs; `TOP_P` all but the smallest set with a share ``value`` of the token's summed sizes.
         center: value that is subtracted from inputs to get their size, and that small ones become (SCAP, arXiv
             2412.07174): the map of a constant is one.
         weighted: the size of an input is its absolute value times the norm of the column of the weight that it meets
             (WINA, arXiv 2505.19427); otherwise its absolute value.
-        kept, group: in each group of so many neighbouring units, at most the ``kept`` largest stay (N:M sparsity);
-            ``group`` 0 is no such limit.
+        kept, group: N:M sparsity: in each group of ``group`` neighbouring units, at most the ``kept`` largest stay;
+            ``group`` 0 is no limit.
     """
 
     layer: int
@@ -169,12 +169,12 @@ class Sparsity:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256, in hex, of all that changes a number."""
-        return fingerprint(cuts=[asdict(one) for one in self.maps], rule=self.rule)
+        """SHA-256 of the rules, in hex."""
+        return fingerprint(cuts=[asdict(rule) for rule in self.maps], rule=self.rule)
 
 
 class EncodedPatch(Protocol):
-    """Weights that replace a model's own, wherever they are kept; patches of one key are equal."""
+    """Encoded weights that replace a model's own. Patches with the same key are equal."""
 
     @property
     def key(self) -> str:
@@ -185,11 +185,11 @@ class EncodedPatch(Protocol):
 
 
 class InterventionKey(NamedTuple):
-    """What tells interventions apart, as rows of ``cells``, ``evaluations`` and ``experiments`` have it.
+    """Key of an intervention, as stored in rows of ``cells``, ``evaluations`` and ``experiments``.
 
     Attributes:
-        removed, residual_scale: as of `Intervention`.
-        patch, sparsity: keys; None for neither.
+        removed, residual_scale: as for `Intervention`.
+        patch, sparsity: their keys; None without one.
     """
 
     removed: Removals = ()
@@ -218,8 +218,8 @@ class Intervention:
 
     Attributes:
         removed: layers and sublayers that the model computes without.
-        residual_scale: share of what a removed layer adds to the residual stream that is added all the same. 0 removes
-            it; sublayers are always removed.
+        residual_scale: factor of the output that a removed layer adds to the residual stream. 0 removes the layer.
+            Sublayers are always removed.
         patch: weights that replace the model's own.
         sparsity: rules by which activations become zero.
     """
@@ -234,7 +234,7 @@ class Intervention:
 
     @property
     def key(self) -> InterventionKey:
-        """Key that rows of results have, too."""
+        """Key of the intervention, which rows of results also have."""
         patch = None if self.patch is None else self.patch.key
         sparsity = None if self.sparsity is None else self.sparsity.key
         return InterventionKey(self.removed, self.residual_scale, patch, sparsity)
@@ -250,4 +250,4 @@ class Intervention:
 
 
 NO_INTERVENTION = Intervention()
-"""The model as it is."""
+"""The unchanged model."""

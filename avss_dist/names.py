@@ -1,12 +1,12 @@
-"""Names that tables store: of tasks, before what they are measured on; of metrics; of answers' labels."""
+"""Names in tables: prefixes of tasks, metrics, and labels of answers."""
 
 from __future__ import annotations
 
 SUBLAYER_LOSS = "sublayers:"  # before a corpus: the task of the loss without each sublayer
 SEARCH = "search:"  # before a corpus: the task of a search
-CONTRAST = "contrast"  # of hallucinated and truthful answers, by AVSS: what layers of an experiment are chosen by
+CONTRAST = "contrast"  # score of an experiment: contrast of hallucinated and truthful answers by AVSS
 LOSS = "loss"  # a metric of a model: nats per token; higher is worse
-ENTROPY = "entropy"  # a metric of a model: nats per token that its predictions leave open
+ENTROPY = "entropy"  # a metric of a model: entropy of its predictions, in nats per token
 CHANCE = "chance"  # a metric of multiple choice: the accuracy of a guess
 PERPLEXITY = "perplexity:"  # before a corpus: the task of predicting it
 ROW_START = "row-start:"  # before a corpus: the task of comparing two starts of its rows
@@ -14,7 +14,7 @@ TRUTHFUL, INCORRECT = "truthful", "incorrect"  # labels of the answers of Truthf
 BEST = "best"  # the label of the first of several truthful answers
 TRUTHFULQA = "truthfulqa:"  # before a file: the task of choosing among its answers
 AFTER_ANOTHER = ", after another prompt"  # after a label: the stratum of the same answers to other prompts
-REPAIR = "repair:"  # before what is fitted and on which corpora: the task of fitting it
+REPAIR = "repair:"  # before a repair and its corpora: the task of fitting it
 SPARSITY_TASK = "sparsity:"  # before a method and its corpus: the task of allocating sparsity
 REALIZED = "realized:"  # before the path of a linear map: a metric, the share of its inputs that were zero
 SPARSITY = "sparsity"  # a metric of a model: the share of the weights of its linear maps that met a zero

@@ -1,4 +1,4 @@
-"""Requests: checked classes from whose fields command-line options, Python keywords and the reference are made."""
+"""Base of requests: command-line options, Python keywords and reference are made from the fields of checked classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class ModelOptions(TypedDict, total=False):
-    """Fields of `Settings` that matter wherever a model reads text."""
+    """Keywords for fields of `Settings` that matter wherever a model reads text."""
 
     max_sequences: int | None
     sequence_length: int
@@ -48,7 +48,7 @@ class ModelOptions(TypedDict, total=False):
 
 
 class WorkOptions(TypedDict, total=False):
-    """Fields of `Execution`."""
+    """Keywords for fields of `Execution`."""
 
     executor: str
     replicas: int | str | None
@@ -64,11 +64,11 @@ class WorkOptions(TypedDict, total=False):
 
 
 class EvaluationOptions(ModelOptions, WorkOptions, total=False):
-    """What evaluations take."""
+    """Keywords of evaluations."""
 
 
 class ShrinkingOptions(EvaluationOptions, total=False):
-    """What shrinking takes: the fields of `pruning.shrinking.Shrinking`, too."""
+    """Keywords of shrinking, including the fields of `pruning.shrinking.Shrinking`."""
 
     share: float | None
     keep: float | None
@@ -84,17 +84,17 @@ class ShrinkingOptions(EvaluationOptions, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompting:
-    """What stands around a question of lm-evaluation-harness; by default what its task says, as plain text.
+class PromptOptions:
+    """Options of the prompts of lm-evaluation-harness; by default those of the task, as plain text.
 
     Attributes:
-        num_fewshot: examples before each question, unless the task has none at all; None leaves it to the task.
-        apply_chat_template: put the question in the tokenizer's chat template, as what a user says.
-        system_instruction: what stands before everything, and in a chat is what the system says.
-        fewshot_as_multiturn: make a turn of each example; they are one turn with the question otherwise.
+        num_fewshot: number of examples before each question, unless the task has none; None leaves it to the task.
+        apply_chat_template: put the question in the tokenizer's chat template, as the user's message.
+        system_instruction: text before the prompt, or the system message of a chat.
+        fewshot_as_multiturn: make each example a turn; otherwise they are one turn with the question.
 
     Raises:
-        ConfigError: turns without a chat, or fewer examples than none.
+        ConfigError: turns without a chat, or a negative number of examples.
     """
 
     num_fewshot: int | None = None
@@ -106,23 +106,24 @@ class Prompting:
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ConfigError(f"`num_fewshot` must be at least 0, not {self.num_fewshot}.")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
-            raise ConfigError(
-                "`fewshot_as_multiturn` makes turns of a chat, and there is none.", "Set `apply_chat_template` too."
-            )
+            raise ConfigError("`fewshot_as_multiturn` requires a chat template.", "Set `apply_chat_template` too.")
 
     def changes(self) -> dict[str, Any]:
-        """What is not as the task says."""
+        """Return the options that differ from the task's defaults."""
         return {name: value for name, value in asdict(self).items() if value is not None and value is not False}
 
 
-AS_THE_TASK_SAYS = Prompting()
+DEFAULT_PROMPT = PromptOptions()
 
 
 def refuse_unused(given: Mapping[str, Any], defaults: Mapping[str, Any], why: str, hint: str = "Leave it out.") -> None:
-    """Refuse options that are given, beside their defaults, and have no effect.
+    """Raise ConfigError if an option without effect has another value than its default.
 
-    Raises:
-        ConfigError: there is one; ``why`` says when it has none.
+    Args:
+        given: values of the options.
+        defaults: default values.
+        why: end of the message, such as "without a search".
+        hint: hint of the error.
     """
     for name, value in given.items():
         if value and value != defaults.get(name):
@@ -130,22 +131,23 @@ def refuse_unused(given: Mapping[str, Any], defaults: Mapping[str, Any], why: st
 
 
 def with_options(options: Any, *classes: Any) -> Callable[[F], F]:
-    """Show in a function's signature, with their defaults, the keywords that its ``**options`` stand for.
+    """Decorate a function so that its signature lists the keywords of its ``**options``, with their defaults.
 
     Args:
         options: one of the classes above.
-        classes: what has the fields, beside `Settings` and `Execution`.
+        classes: classes with the fields, beside `Settings` and `Execution`.
     """
     defaults = {f.name: f.default for cls in (Settings, Execution, *classes) for f in fields(cls)} | {"max_memory": {}}
-    shown = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=one.__forward_arg__)
-        for name, one in options.__annotations__.items()
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    keywords = [
+        inspect.Parameter(name, keyword_only, default=defaults[name], annotation=hint.__forward_arg__)
+        for name, hint in options.__annotations__.items()
     ]
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        function.__signature__ = signature.replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
+        explicit = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        function.__signature__ = signature.replace(parameters=[*explicit, *keywords])  # type: ignore[attr-defined]
         return function
 
     return decorate
@@ -159,10 +161,10 @@ class Option:
         names: spellings; by default the name of the field.
         panel: heading of the option in the help.
         metavar: placeholder of the value in the help.
-        choices: names that the help lists, where the field itself does not check them.
-        environment: variable that has the value where the option is missing.
-        argument: the value has a place and no name.
-        repeatable: the option may be given several times; this is known of tuples.
+        choices: names that the help lists, if the field itself does not check them.
+        environment: environment variable that has the default.
+        argument: the value is a positional argument.
+        repeatable: the option may be given several times; always true for tuples.
     """
 
     names: tuple[str, ...] = ()
@@ -175,7 +177,7 @@ class Option:
 
 
 SHARED: dict[str, type] = {f.name: cls for cls in (Settings, Execution) for f in fields(cls)}
-"""The class, by the name of a field, of what many commands take."""
+"""Class of each field that many commands share, by the field's name."""
 
 if TYPE_CHECKING:
 
@@ -200,8 +202,8 @@ else:
 
         Attributes:
             shared: names of the fields of `Settings` and `Execution` that the command takes as well.
-            settings, execution: made of the values of these.
-            given: the values of these, as they were passed.
+            settings, execution: made from the values of the shared fields.
+            given: values of the shared fields, as they were passed.
             reporter: receives the progress of the work. It has no option.
         """
 
@@ -210,16 +212,16 @@ else:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def request(cls: type[T]) -> type[T]:
-    """Make a `Request` a checked class that also takes, as keywords, the fields of settings that it shares.
+    """Make a `Request` a checked class that also takes the shared fields of settings as keywords.
 
-    All problems of its values are reported at once, those of settings too.
+    All problems of its values, including those of settings, are reported at once.
     """
-    made: Any = checked(cls)
-    initialize = made.__init__
-    known = {*made.__dataclass_fields__, *made.shared, "reporter"}
+    checked_class: Any = checked(cls)
+    initialize = checked_class.__init__
+    known = {*checked_class.__dataclass_fields__, *checked_class.shared, "reporter"}
 
     def initialize_with_settings(self: Any, *positional: Any, reporter: Any = None, **values: Any) -> None:
-        given = {name: values.pop(name) for name in [*values] if name in made.shared}
+        given = {name: values.pop(name) for name in [*values] if name in checked_class.shared}
         problems = [
             _not_taken(name, sorted(known)) for name, value in values.items() if _is_unknown(name, value, known)
         ]
@@ -232,15 +234,15 @@ def request(cls: type[T]) -> type[T]:
         except ConfigError as error:
             problems += error.problems
         if problems:
-            raise ConfigError.of(problems)
+            raise ConfigError.combine(problems)
         vars(self).update(settings=settings, execution=execution, given=given, reporter=reporter)
 
-    made.__init__ = initialize_with_settings
-    return made
+    checked_class.__init__ = initialize_with_settings
+    return checked_class
 
 
 def _is_unknown(name: str, value: Any, known: set[str]) -> bool:
-    """Whether a value is of no field; the default of a setting that is not shared changes nothing."""
+    """Whether a value belongs to no field. Defaults of settings that are not shared are allowed."""
     defaults = Settings() if SHARED.get(name) is Settings else Execution()
     return name not in known and not (name in SHARED and value == getattr(defaults, name))
 
@@ -257,13 +259,13 @@ def field_values(cls: Any, values: Any) -> dict[str, Any]:
     return {f.name: getattr(values, f.name) for f in fields(cls) if f.name in values.__dataclass_fields__}
 
 
-def own_values(values: Any) -> dict[str, Any]:
+def request_values(values: Any) -> dict[str, Any]:
     """Return the fields of a request by name, without those of settings."""
     return {f.name: getattr(values, f.name) for f in fields(values)}
 
 
 def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]]:
-    """Give a function of a request the fields of the request as keywords, in its signature and its docstring."""
+    """Decorate a function of a request to take the request's fields as keywords, with signature and docstring."""
 
     def decorate(function: Callable[[R], T]) -> Callable[P, T]:
         @wraps(function)
@@ -271,7 +273,7 @@ def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]
             return function(cls(*positional, **named))
 
         annotation = inspect.signature(function).return_annotation
-        run.__signature__ = inspect.Signature(_parameters(cls), return_annotation=annotation)  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature(_request_parameters(cls), return_annotation=annotation)  # type: ignore[attr-defined]
         run.__doc__ = f"{function.__doc__}\n\n{_explained(cls)}"
         return run
 
@@ -289,14 +291,14 @@ def ordered(cls: Any) -> list[str]:
     return [field.name for field in sorted(fields(cls), key=place)]
 
 
-def _parameters(cls: Any) -> list[inspect.Parameter]:
-    """Return the parameters of a request: those with a place, the others, a reporter, and the shared settings."""
+def _request_parameters(cls: Any) -> list[inspect.Parameter]:
+    """Return the parameters of a request: positional ones, the others, a reporter, and the shared settings."""
     hints = get_type_hints(cls)
-    made = [_parameter(cls.__dataclass_fields__[name], hints[name]) for name in ordered(cls)]
-    made.append(inspect.Parameter("reporter", inspect.Parameter.KEYWORD_ONLY, default=None))
+    parameters = [_parameter(cls.__dataclass_fields__[name], hints[name]) for name in ordered(cls)]
+    parameters.append(inspect.Parameter("reporter", inspect.Parameter.KEYWORD_ONLY, default=None))
     for name in cls.shared:
-        made.append(_parameter(SHARED[name].__dataclass_fields__[name], get_type_hints(SHARED[name])[name]))  # type: ignore[attr-defined]
-    return made
+        parameters.append(_parameter(SHARED[name].__dataclass_fields__[name], get_type_hints(SHARED[name])[name]))  # type: ignore[attr-defined]
+    return parameters
 
 
 def _parameter(item: Field[Any], annotation: Any) -> inspect.Parameter:

@@ -1,4 +1,4 @@
-"""The partitions and the scores: names, titles and capabilities, in one place that imports nothing.
+"""Registry of partitions and scores: names, titles and capabilities. It imports nothing of the package.
 
 A new partition is an entry of `PARTITIONS`, and a file with its replica. A new score from activations is an entry of
 `SCORES`, and its computation in `stats.scores`: tables, charts, plans and comparisons take it from here.
@@ -13,23 +13,23 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionInfo:
-    """A way to spread one replica (a model copy) over devices.
+    """A distribution of one replica (a model copy) over devices.
 
     Attributes:
         opens: ``module:class`` of the replica; the class takes (checkpoint, settings, placement). See
-            `partition.base.Replica`. What differs in memory and time is the class's own `Replica.cost`.
-        summary: what it does, in a few words.
+            `partition.base.Replica`. Its memory and time are those of `Replica.cost`.
+        summary: description in a few words.
         whole: one process has the whole model on one device. Such a replica can measure several shards at once, and
-            copies of it can share a task. The first one is chosen where the model fits.
-        layerwise: only the layers that are running have their weights in memory. The first one is chosen where no
-            other fits.
-        gang: it is several processes, each a rank with one GPU, or on a CPU.
-        several_gpus: one process uses several GPUs. The first one is chosen where the model fits into those of a host.
-        offloads: weights or hidden states may leave the devices: ``max_memory`` says how much stays, and
-            ``offload_folder`` where the rest goes.
-        splits_data: its ranks take different shards; otherwise all take the same, and rank 0 reports.
-        changes_numbers: it sums in another order than one device does, so the number of ranks is fingerprinted.
-        backward: it has gradients too.
+            copies of it can share a task. The first such partition is chosen if the model fits.
+        layerwise: only running layers have their weights in memory. The first such partition is chosen if no other
+            fits.
+        gang: a replica is several processes, each a rank with one GPU, or on a CPU.
+        several_gpus: one process uses several GPUs. The first such partition is chosen if the model fits on a host's.
+        offloads: weights or hidden states may leave the devices: ``max_memory`` limits the memory on devices, and
+            ``offload_folder`` is the folder on disk.
+        splits_data: ranks take different shards; otherwise all take the same shard, and rank 0 reports.
+        changes_numbers: sums have another order than on one device, so the number of ranks is fingerprinted.
+        backward: gradients are available.
         changes_weights: a weight of an open replica can be changed, so that repairs are fitted and evaluated in place.
     """
 
@@ -81,7 +81,7 @@ PARTITIONS = {
         backward=False,
     ),
 }
-"""By name, the simplest first."""
+"""Partitions by name, the simplest first."""
 GANGS = tuple(name for name, info in PARTITIONS.items() if info.gang)
 WHOLE = next(name for name, info in PARTITIONS.items() if info.whole)
 """The partition of a model that fits on one device."""
@@ -98,16 +98,16 @@ class ScoreInfo:
     Attributes:
         title: its name in tables and charts.
         meaning: a noun phrase, for lists of scores.
-        column: of the table ``scores``, of a score that is computed from activations; else empty.
-        definition: the formula, for the description of that column.
-        unit: of that column.
+        column: column of the table ``scores`` of a score that is computed from activations; else empty.
+        definition: formula, for the description of that column.
+        unit: unit of that column.
         caption: the caption of its chart on the page of a report.
         exported: whether tables for a paper have it.
-        task: the start of the name of the task that measures it, which a corpus follows; empty if none does.
+        task: prefix of the task that measures it, before a corpus; empty if none does.
         ground_truth: whether it is the loss without layers itself, or its linearization; else an estimate.
         lookahead: how many layers later hidden states are compared, for a metric of `tasks.damage.Damage`.
-        mean_rank_of: other scores, of whose ranks it is the mean.
-        of_sets: whether it is a score of sets of layers, and of none alone.
+        mean_rank_of: other scores whose mean rank it is.
+        of_sets: whether it is defined for sets of layers only.
         ablate: options of `ablate` that measure it alone.
     """
 
@@ -134,34 +134,34 @@ _DAMAGE = {"leave_one_out": False, "damage": True}
 SCORES = {
     "loss": ScoreInfo(
         title="loss",
-        meaning="what the loss rises by without the layer, measured",
+        meaning="rise of the loss without the layer, measured",
         task="ablation:",
         ground_truth=True,
     ),
     "shapley": ScoreInfo(
         title="shapley",
-        meaning="the same on average over sets of other layers that are missing too, sampled",
+        meaning="mean rise of the loss over sampled sets of other removed layers",
         task="shapley:",
         ground_truth=True,
         ablate={"leave_one_out": False, "shapley": 32},
     ),
     "taylor": ScoreInfo(
         title="taylor",
-        meaning="the same estimated from gradients, to first order",
+        meaning="rise of the loss, estimated from gradients to first order",
         task="gradients:",
         ground_truth=True,
         ablate={"leave_one_out": False, "gradients": True},
     ),
     "damage": ScoreInfo(
         title="damage",
-        meaning="the mean of the ranks by predicted and propagated",
+        meaning="mean rank by predicted and propagated",
         task=DAMAGE_TASK,
         mean_rank_of=("propagated", "predicted"),
         ablate=_DAMAGE,
     ),
     "predicted": ScoreInfo(
         title="predicted",
-        meaning="what the loss rises by, predicted from gradients and from hidden states three layers later",
+        meaning="rise of the loss, predicted from gradients and from hidden states three layers later",
         task=DAMAGE_TASK,
         lookahead=3,
         ablate=_DAMAGE,
@@ -182,7 +182,7 @@ SCORES = {
     ),
     INTERACTIONS: ScoreInfo(
         title="interactions",
-        meaning="what the loss rises by without the set, predicted from gradients: of layers, and of pairs of them",
+        meaning="rise of the loss without the set, predicted from gradients of layers and of pairs of layers",
         task=DAMAGE_TASK,
         of_sets=True,
         ablate=_DAMAGE,
@@ -215,25 +215,25 @@ SCORES = {
     ),
     "relative_magnitude": ScoreInfo(
         title="relative magnitude",
-        meaning="mean size of what the layer adds, over the size of its input",
+        meaning="mean size of the layer's update, over the size of its input",
         column="relative_magnitude",
         definition="mean |output - input| / |input|",
-        caption="The length of what a layer adds, relative to its input.",
+        caption="The length of a layer's update, relative to its input.",
         exported=True,
     ),
     "update_variance_ratio": ScoreInfo(
         title="update / input variance",
-        meaning="variance of what the layer adds, over that of its input",
+        meaning="variance of the layer's update, over the variance of its input",
         column="update_variance_ratio",
         definition="variance of the update / variance of the block's input",
-        caption="The variance of what a layer adds, relative to its input's.",
+        caption="The variance of a layer's update, relative to its input's.",
     ),
     LAST: ScoreInfo(
-        title="place from the end (a control)", meaning="the place: those before the final one go first, a control"
+        title="place from the end (a control)", meaning="position from the end, except for the final layer, a control"
     ),
-    RANDOM: ScoreInfo(title="random", meaning="chance, a control"),
+    RANDOM: ScoreInfo(title="random", meaning="random order, a control"),
 }
-"""By the name that layers are chosen by."""
+"""Scores by the name of the option `by`."""
 FROM_ACTIVATIONS = tuple(name for name, info in SCORES.items() if info.column)
 """Scores that every run has: AVSS, then `BASELINES`."""
 BASELINES = FROM_ACTIVATIONS[1:]

@@ -1,4 +1,4 @@
-"""The request of each command: its checked values, of which options, keywords and the reference page are made."""
+"""Requests of commands: checked values, from which options, keywords and the reference page are made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.errors import ConfigError
-from avss_dist.options import SHARED, Option, Prompting, Request, request
+from avss_dist.options import SHARED, Option, PromptOptions, Request, request
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName
 from avss_dist.pruning.shrinking import Shrinking
 from avss_dist.registry import FROM_ACTIVATIONS, SCORES
@@ -35,12 +35,12 @@ _OF_STATISTICS = ("skip_first_tokens", "sites", "thresholds", "experts")
 _NO_MEMORY = ("skip_first_tokens", "thresholds", "experts", "allow_pickle")  # an estimate does not depend on these
 SCORED = tuple(SHARED)
 EVALUATED = tuple(name for name in SHARED if name not in (*_OF_STATISTICS, "allow_pickle", "tracker"))
-"""Settings that matter where nothing is measured inside of layers, and where the work runs."""
+"""Shared fields of commands that measure nothing inside of layers."""
 ESTIMATED = tuple(name for name, cls in SHARED.items() if cls is Settings and name not in _NO_MEMORY)
 COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
-SEARCHED, HOW_MANY = "Searching", "How many layers"  # panels of the help
-LEFT_OUT = "What is left out, and how"
-PROMPTS = "Questions of lm-evaluation-harness"
+SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
+LEFT_OUT = "Removals"
+PROMPTS = "Prompts of lm-evaluation-harness"
 _SEARCHES_INSTEAD = {name: searches_instead(name) for name in SEARCHES}
 
 
@@ -127,7 +127,7 @@ class PlaceRequest(Request):
     """A command about one reading of AVSS."""
 
     site: Site = SITES[0]
-    """Where in a layer."""
+    """Site in a layer whose activations are read."""
     recipe: Recipe = RECIPES[0]
     """Definition of AVSS."""
     threshold: Threshold = PUBLISHED_THRESHOLD
@@ -158,14 +158,14 @@ class EstimateRequest(CorpusRequest, ModelRequest):
     ranks: Positive | None = None
     """Processes of one replica, for partitions of several; by default one for each GPU, or 2."""
     max_memory: Sizes = field(default_factory=dict)
-    """Most memory of a replica on a device: cpu=20GB, 0=40GB, ..."""
+    """Maximum memory of a replica on a device: cpu=20GB, 0=40GB, ..."""
 
     shared = ESTIMATED
 
 
 @request
 class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
-    """Measure what each layer does to the loss."""
+    """Measure the effect of each layer on the loss."""
 
     leave_one_out: Annotated[bool, Option(panel=LEFT_OUT)] = True
     """Measure the loss without each layer."""
@@ -186,7 +186,7 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     skip_sequences: Count = 0
     """Skip this many rows at the start of the corpus."""
     allow_many: Annotated[bool, Option(names=("--yes",))] = False
-    """Go on even if it is a great deal of work."""
+    """Continue even if it is a great deal of work."""
 
     shared = EVALUATED
 
@@ -204,7 +204,7 @@ class EvaluateRequest(WarehouseRequest):
     skip_questions: Count = 0
     """Skip this many questions at the start of TruthfulQA."""
     limit: Positive | None = None
-    """The most questions per task."""
+    """Maximum number of questions per task."""
     num_fewshot: Annotated[Count | None, Option(panel=PROMPTS)] = None
     """Examples before each question of a harness task."""
     apply_chat_template: Annotated[bool, Option(panel=PROMPTS)] = False
@@ -223,7 +223,7 @@ class EvaluateRequest(WarehouseRequest):
     shared = EVALUATED
 
     def __post_init__(self) -> None:
-        Prompting(**{f.name: getattr(self, f.name) for f in fields(Prompting)})
+        PromptOptions(**{f.name: getattr(self, f.name) for f in fields(PromptOptions)})
 
 
 @request
@@ -252,7 +252,7 @@ class PlanRequest(PlaceRequest, RunRequest):
         ]
         | None
     ) = None
-    """What chooses the layers: a measurement of avss ablate, a score, or chance. The loss or the damage by default."""
+    """Criterion to choose the layers: a measurement of avss ablate, a score, or random; loss or damage by default."""
     first: Count = 0
     """Layers at the start that are never dropped."""
     last: Count = 0
@@ -276,7 +276,7 @@ class PlanRequest(PlaceRequest, RunRequest):
     corpus: Annotated[Text | None, Option(panel=SEARCHED)] = None
     """Text on which a search measures the loss."""
     budget: Annotated[Positive | None, Option(panel=SEARCHED)] = None
-    """The most sets that a search measures."""
+    """Maximum number of sets that a search measures."""
     sublayers: Annotated[bool, Option(panel=SEARCHED)] = False
     """Also consider sublayers: attention or MLP alone, half a layer each."""
     width: Annotated[Positive | None, Option(panel=SEARCHED)] = None
@@ -296,11 +296,11 @@ class SparsifyRequest(RunRequest):
     target: Annotated[float, Option(argument=True, metavar="SHARE")] = field(kw_only=False)
     """Share of the weights of all linear maps that meet a zero activation: above 0 and below 1."""
     method: Annotated[str, OneOf(SPARSITY_METHODS)] = SPARSITY_METHODS[0]
-    """How the sparsity is spread over the model."""
+    """Method that allocates the sparsity over the model."""
     rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
     """Tokens at which activations become zero."""
     pattern: str | None = None
-    """N:M: keep the N largest of every M units."""
+    """Pattern such as 2:4: keep the 2 largest of every 4 units."""
     corrections: Count = 0
     """Passes that correct the thresholds, each with the plan applied."""
     corpus: Text | None = None
@@ -320,7 +320,7 @@ class PruneRequest(ModelRequest):
     output: Output = field(kw_only=False)
     """Folder of the new checkpoint; it must not exist, or be empty."""
     repair: OptionalRepairName | None = None
-    """What to fit at each cut to make up for the removed layers; refit by default if there is text."""
+    """Repair to fit at each cut to make up for the removed layers; refit by default if there is text."""
     repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
     """Text to fit the repair on: CORPUS or CORPUS=WEIGHT."""
     skip_sequences: Count = 0
@@ -335,9 +335,7 @@ class PruneRequest(ModelRequest):
 
     def __post_init__(self) -> None:
         if self.repair not in (None, NO_REPAIR) and not self.repair_corpora:
-            raise ConfigError(
-                f"`repair` {self.repair} is fitted on text, and there is none.", "Name it with `repair_corpora`."
-            )
+            raise ConfigError(f"`repair` {self.repair} needs text to be fitted on.", "Name it with `repair_corpora`.")
 
     @property
     def fitted(self) -> str | None:
@@ -367,20 +365,20 @@ class CompareRequest(PlaceRequest, RunsRequest):
     """Compare layer rankings between runs."""
 
     by: Annotated[str, OneOf(COMPARED)] = "run"
-    """What the two of each pair differ in."""
+    """Property in which the two runs or readings of each pair differ."""
     score: Annotated[str, OneOf(FROM_ACTIVATIONS)] = "avss"
     """Score that ranks the layers."""
     k: Annotated[Positive | None, Option(names=("--k",))] = None
     """Number of lowest layers to compare."""
     share: Annotated[float, Field(ge=0, le=1)] = LOWEST_SHARE
-    """The same as a share of the layers."""
+    """Number of lowest layers to compare, as a share of the layers."""
     allow_mismatch: bool = False
     """Also compare runs on different corpora, dtypes and so on."""
 
 
 @request
 class FindingsRequest(RunsRequest):
-    """List what speaks against the scores of runs."""
+    """List findings that speak against the scores of runs."""
 
     threshold: Threshold = PUBLISHED_THRESHOLD
     """Near zero means below this: 1e-5 (absolute) or 0.1rms (relative)."""
@@ -407,7 +405,7 @@ class JobRequest(Request):
     allow_overlap: bool = False
     """Allow evaluation on text that scores or repairs were made on."""
     allow_many: bool = False
-    """Go on even if it is a great deal of work."""
+    """Continue even if it is a great deal of work."""
     cells: Any = None
     """Receives the progress of an experiment; `reporter` receives that of scoring."""
 

@@ -1,4 +1,4 @@
-"""What every result can do: be a table of Arrow, pandas or Polars, a line of text, and a few rows in a notebook."""
+"""Base of results: a table for Arrow, pandas or Polars, a summary, and an HTML preview for notebooks."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ SHOWN_ROWS, SHOWN_COLUMNS = 12, 10  # in a notebook
 
 
 class TabularResult:
-    """A result: `table` has all of it."""
+    """A result that is available as a `table`."""
 
-    _bars: tuple[str, ...] = ()  # columns that a notebook shows as bars, too; the first that there is
+    _bars: tuple[str, ...] = ()  # columns that a notebook shows as bars; the first that exists is used
 
     def table(self) -> pa.Table:
-        """The result as a pyarrow table."""
+        """Return the result as a pyarrow table."""
         raise NotImplementedError
 
     def to_pandas(self) -> Any:
-        """The table as a pandas data frame; pandas has to be installed."""
+        """Return the table as a pandas data frame. pandas has to be installed."""
         return self.table().to_pandas()
 
     def to_polars(self) -> Any:
-        """The table as a Polars data frame; polars has to be installed."""
+        """Return the table as a Polars data frame. polars has to be installed."""
         import polars
 
         return polars.from_arrow(self.table())
 
     def summary(self) -> str:
-        """What it is, in a line."""
+        """Return a description of the result, in a line."""
         return f"{self.table().num_rows:,} rows"
 
     def __repr__(self) -> str:
         return printable(f"<{type(self).__name__}: {self.summary()}>")
 
     def _repr_html_(self) -> str:
-        """A few rows, for notebooks; whatever a name holds is text."""
+        """Return a few rows as HTML, for notebooks. All text is escaped."""
         table = self.table()
         names, rows = table.column_names[:SHOWN_COLUMNS], table.slice(0, SHOWN_ROWS).to_pylist()
         lines = [f"<p>{_text(repr(self))}</p>", *self._picture(table), "<table><thead><tr>"]
@@ -52,7 +52,7 @@ class TabularResult:
         return "".join([*lines, "</tbody></table>", f"<p>and {more:,} more rows</p>" if more > 0 else ""])
 
     def _picture(self, table: pa.Table) -> Iterator[str]:
-        """A column of numbers as bars, a bar for each row."""
+        """Yield an SVG of a numeric column, with a bar for each row."""
         name = next((name for name in self._bars if name in table.column_names), None)
         values = [value if value and isfinite(value) else 0.0 for value in table[name].to_pylist()] if name else []
         if not values or max(values) <= 0:
@@ -73,7 +73,7 @@ class Table(TabularResult):
         self._table = table
 
     def table(self) -> pa.Table:
-        """The result as a pyarrow table."""
+        """Return the result as a pyarrow table."""
         return self._table
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Frozen settings: the one home of every default, and what a fingerprint hashes."""
+"""Frozen settings with the defaults, and fingerprints."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from avss_dist.validation import Check, OneOf, Positive, checked
 T = TypeVar("T")
 
 SCHEMA_VERSION = 3
-DEFAULT_WAREHOUSE = "warehouse"  # a folder where the work is done
-SITES = ("block", "update", "attention", "mlp", "neuron")  # those that are measured by default
+DEFAULT_WAREHOUSE = "warehouse"  # a folder in the working directory
+SITES = ("block", "update", "attention", "mlp", "neuron")  # measured by default
 INPUT_SITES = ("query_input", "output_input", "up_input")  # what q, k and v read; what o reads; what gate and up read
 EVERY_SITE = (*SITES, *INPUT_SITES)
 INPUTS = (*INPUT_SITES, "neuron")
-"""The inputs of the linear maps of a layer, where activations are made sparse."""
+"""Sites of the inputs of a layer's linear maps, where activations are made sparse."""
 SITE_FAMILIES = {"inputs": INPUTS}
 """Names that stand for several sites."""
 RECIPES = ("pooled", "element", "unit")
@@ -34,23 +34,23 @@ SEARCHES = {
     "beam": "the same, over several sets side by side",
     "evolve": "exchanges layers of the best sets, as long as the budget lasts",
 }
-"""How sets of layers are searched by their loss on text, and what each does."""
+"""Searches among sets of layers by their loss on text, with their meaning."""
 
 
 def searches_instead(name: str) -> str:
     """Return the hint for a search that was named as a score."""
-    return f"It is no score of layers but a search among sets of them: `search` {name}, with its text in `corpus`."
+    return f"It is not a score but a search: use `search` {name}, with its text in `corpus`."
 
 
-DRAWS = 2  # of labels from what the model predicts, for the estimates
+DRAWS = 2  # of labels from the model's predictions, for the estimates of `damage`
 LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
 THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `intervention.MapSparsity`
 SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "scap", "cats", "topp")
-"""How a sparsity is spread over linear maps: see `sparsity.plan.METHODS`."""
+"""Methods that allocate sparsity over linear maps: see `sparsity.plan.METHODS`."""
 SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")
-"""At which tokens activations are sparse: all; those that are decoded alone; they and the last half of a prompt (which
-TEAL evaluates); all but the first of a prompt."""
+"""Tokens at which activations are sparse: all; decoded tokens; decoded tokens and the last half of a prompt (as TEAL
+evaluates); all but the first of a prompt."""
 _OF_TEXT = ("max_sequences", "shuffle_seed", "chat_template", "layout", "row_start")  # how text becomes rows
 _NO_NUMBERS = (*_OF_TEXT, "trust_remote_code", "allow_pickle")
 _OF_STATISTICS = ("sites", "thresholds", "experts", "sequences_per_shard")
@@ -75,7 +75,7 @@ LOWEST_SHARE = 0.25
 
 
 def _in_order(sites: tuple[str, ...]) -> tuple[str, ...]:
-    wanted = {one for site in sites for one in SITE_FAMILIES.get(site, (site,))}
+    wanted = {member for site in sites for member in SITE_FAMILIES.get(site, (site,))}
     return tuple(site for site in EVERY_SITE if site in wanted)
 
 
@@ -85,7 +85,10 @@ def _with_published(thresholds: tuple[float, ...]) -> tuple[float, ...]:
 
 def _device_name(name: str) -> str:
     if name != "cpu" and not (name.isascii() and name.isdecimal()):
-        raise ConfigError(f"'{name}' is not a device.", "Write cpu=20GB, or 0=40GiB for the first GPU.")
+        raise ConfigError(
+            f"'{name}' is not a device: expected cpu or the number of a GPU.",
+            "Write cpu=20GB, or 0=40GiB for the first GPU.",
+        )
     return name
 
 
@@ -101,8 +104,8 @@ class Replicas:
     """A range of model copies that work in parallel, written ``8`` (1 to 8) or ``4..64``.
 
     Attributes:
-        minimum: copies that a run waits for before it begins.
-        maximum: copies that it may have.
+        minimum: number of copies that a run waits for before it begins.
+        maximum: maximum number of copies.
     """
 
     minimum: int
@@ -123,7 +126,7 @@ def _replicas(value: Any) -> Any:
     else:
         raise ConfigError(
             f"invalid replica count '{value}': expected an integer (8) or a range (4..64).",
-            "4..64 begins with 4 copies, and uses up to 64 as there is room for them.",
+            "4..64 starts with 4 copies, and uses up to 64 when there is room.",
         )
     if min(replicas.minimum, replicas.maximum) < 1:
         raise PydanticKnownError("greater_than_equal", {"ge": 1})
@@ -179,7 +182,7 @@ class Settings:
     """
 
     max_sequences: Positive | None = None
-    """The most rows of tokens to read; by default the whole corpus."""
+    """Maximum number of rows to read; by default the whole corpus."""
     sequence_length: Positive = 256
     """Tokens in a row."""
     batch_size: Positive = 8
@@ -201,13 +204,13 @@ class Settings:
     dequantize: bool = False
     """Unpack quantized weights to the compute dtype instead of computing with them as stored."""
     sites: Sites = SITES
-    """Where in a layer to measure; inputs stands for the inputs of its linear maps, which are off by default."""
+    """Sites in a layer to measure; inputs stands for the inputs of its linear maps, which are off by default."""
     thresholds: Thresholds = THRESHOLDS
     """Absolute near-zero thresholds; the published 1e-5 is always included."""
     experts: bool = False
     """Also measure routed experts: their tokens, gates and outputs. Their work is done twice."""
     layers: str | None = None
-    """Module path of the layer list, where it is not found."""
+    """Module path of the layer list, if it is not found automatically."""
     attention: Annotated[str, OneOf(ATTENTIONS)] | None = None
     """Attention implementation; by default transformers chooses."""
     device: Annotated[str, OneOf(DEVICES)] = "auto"
@@ -223,7 +226,7 @@ class Settings:
         if self.skip_first_tokens >= self.sequence_length:
             raise ConfigError(
                 f"`skip_first_tokens` {self.skip_first_tokens} leaves nothing of {self.sequence_length} tokens.",
-                "Make it smaller than `sequence_length`.",
+                "It must be smaller than `sequence_length`.",
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -231,10 +234,10 @@ class Settings:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def numbers(self, *, statistics: bool) -> dict[str, Any]:
-        """Return the settings that can change a number, beside those of the text, whose tokens are hashed.
+        """Return the settings that can change a number, except those of the text, whose tokens are hashed.
 
         Args:
-            statistics: those of what is measured inside of layers, too.
+            statistics: include the settings of statistics inside of layers.
         """
         without = _NO_NUMBERS if statistics else (*_NO_NUMBERS, *_OF_STATISTICS)
         return {name: value for name, value in self.as_dict().items() if name not in without}
@@ -242,70 +245,70 @@ class Settings:
 
 @checked
 class Execution:
-    """Where and how wide the work runs. Nothing here can change a number, so nothing here is fingerprinted.
+    """Execution of the work: workers and devices. No field can change a number, so none is fingerprinted.
 
     Raises:
-        ConfigError: values out of their range, or that exclude each other.
+        ConfigError: values that are out of their range or mutually exclusive.
     """
 
     executor: Annotated[str, OneOf(EXECUTORS)] = "auto"
-    """Where the work runs: in this process (local) or on Ray workers; auto is Ray for several replicas or a cluster."""
+    """Executor: this process (local) or Ray workers (ray); auto is ray for several replicas or a cluster."""
     replicas: ReplicaRange | None = None
-    """Model copies in parallel: 8, or 4..64 (least and most); by default one per GPU, or one on a CPU."""
+    """Model copies in parallel: 8, or 4..64 (minimum and maximum); by default one per GPU, or one on a CPU."""
     address: str | None = None
     """Address of a running Ray cluster; by default a private one is started."""
     fresh: bool = False
     """Measure again what has already been measured."""
     partition: Annotated[str, OneOf(PARTITION_CHOICES)] = "auto"
-    """How one replica is spread over devices; auto chooses by the checkpoint and the devices."""
+    """Distribution of one replica over devices; auto chooses by the checkpoint and the devices."""
     ranks: Positive | None = None
     """Processes per replica (zero3, tensor_parallel); by default one per GPU of it, or 2."""
     gpus_per_replica: Positive | None = None
     """GPUs per replica; by default one, or what the partition needs."""
     max_memory: Sizes = field(default_factory=dict)
-    """Most memory of a replica on a device, all included: cpu=20GB (interpreter, weights, activations), 0=40GB, ..."""
+    """Maximum memory of a replica on a device: cpu=20GB (with interpreter and activations), 0=40GB, ..."""
     offload_folder: str | None = None
     """Folder for weights and hidden states that do not fit into memory; a temporary one by default."""
     placement_seconds: Seconds = 300.0
-    """How long to wait for room on the cluster for the first replica, or for the least number of them."""
+    """Seconds to wait for room on the cluster for the minimum number of replicas."""
     hang_seconds: Seconds = 600.0
-    """A worker that starts no layer for this long counts as hung and is replaced."""
+    """Seconds without a new layer after which a worker counts as hung and is replaced."""
     tracker: TrackerName | None = None
     """Also report runs to an experiment tracker: trackio, wandb or mlflow; wandb:PROJECT names a project."""
 
     def __post_init__(self) -> None:
         problems = []
         if self.ranks and self.partition not in GANGS:
-            message = f"`ranks` is for {' and '.join(GANGS)}, not for `partition` {self.partition}."
+            message = f"`ranks` applies to {' and '.join(GANGS)}, not to `partition` {self.partition}."
             problems.append(ConfigError(message, "Leave it out."))
         if self.executor == "local" and self.partition in GANGS:
-            message = f"`partition` {self.partition} is several processes; `executor` local is one."
+            message = f"`partition` {self.partition} needs several processes; `executor` local is one."
             problems.append(ConfigError(message, "Use `executor` ray."))
         if self.executor == "local" and (self.address or (self.replicas and self.replicas.maximum > 1)):
             message = "`executor` local is one replica in this process; "
             message += "it takes neither `address` nor `replicas` above 1."
             problems.append(ConfigError(message, "Use `executor` ray."))
         if problems:
-            raise ConfigError.of(problems)
+            raise ConfigError.combine(problems)
 
 
 def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
     """Return keyword options as Settings and Execution.
 
     Raises:
-        ConfigError: options that do not exist (the nearest ones are named), or have values that they cannot have.
+        ConfigError: unknown options, with the nearest valid names, or invalid values.
     """
     valid = sorted({*Settings.__dataclass_fields__, *Execution.__dataclass_fields__})
     problems = [ConfigError(f"Unknown option '{name}'.", nearest(name, valid)) for name in options if name not in valid]
     settings = _from_options(Settings, options, problems)
     execution = _from_options(Execution, options, problems)
     if settings is None or execution is None or problems:
-        raise ConfigError.of(problems)
+        raise ConfigError.combine(problems)
     return settings, execution
 
 
 def _from_options(cls: type[T], options: Mapping[str, Any], problems: list[ConfigError]) -> T | None:
-    """Make a checked class from the options that it has; its problems join the others."""
+    """Make a checked class from its options. Its errors are added to ``problems``, and None is returned."""
     names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     try:
         return cls(**{name: value for name, value in options.items() if name in names})
@@ -315,5 +318,5 @@ def _from_options(cls: type[T], options: Mapping[str, Any], problems: list[Confi
 
 
 def fingerprint(**parts: Any) -> str:
-    """SHA-256, in hex, of the canonical JSON of ``parts``."""
+    """Return the SHA-256, in hex, of the canonical JSON of ``parts``."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

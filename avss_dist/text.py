@@ -1,4 +1,4 @@
-"""How sizes, thresholds and paths are read and written for people."""
+"""Parsing and formatting of sizes, thresholds and paths for people."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from avss_dist.errors import ConfigError, without_secrets
 
 
 class RedactedURI(str):
-    """A text with URIs that may hold keys: it reads as the text without them. ``full`` has them, to open it with.
+    """A text without the keys of its URIs. ``full`` is the text with keys, to open the URIs.
 
-    What is made of it (slices, f-strings, JSON) has no keys either.
+    Texts that are made from it (slices, f-strings, JSON) have no keys either.
     """
 
     full: str
 
     def __new__(cls, text: object) -> RedactedURI:
         full = getattr(text, "full", None) or str(text)
-        made = super().__new__(cls, without_secrets(full))
-        made.full = full
-        return made
+        redacted = super().__new__(cls, without_secrets(full))
+        redacted.full = full
+        return redacted
 
     def __getnewargs__(self) -> tuple[str]:
         return (self.full,)
@@ -37,7 +37,7 @@ _CONTROL = re.compile(
 
 
 def parse_bytes(text: str) -> int:
-    """Read ``200MB``, ``1.5GiB`` or ``1000000`` as bytes.
+    """Parse a size in bytes: ``200MB``, ``1.5GiB`` or ``1000000``.
 
     Raises:
         ConfigError: the text is not a positive size.
@@ -58,37 +58,37 @@ def docs_page(name: str) -> str:
 
 
 def basename(path: object) -> str:
-    """The end of a path, which people know it by."""
+    """Return the last part of a path."""
     return str(path).rstrip("/").rpartition("/")[2]
 
 
 def printable(text: str) -> str:
-    """Text without what a terminal would obey: control characters, and those that reverse the direction of a line."""
+    """Return a text without control characters and characters that reverse the direction of a line."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def escape_markdown(text: object) -> str:
-    """Text that Markdown and the HTML in it show as it is, on one line."""
+    """Return a text escaped for Markdown and HTML, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(printable(str(text)).split()))
 
 
 def describe_bytes(size: float) -> str:
-    """The inverse of `parse_bytes`, for people: ``269 MB``."""
+    """Return a size as text: ``269 MB``."""
     return naturalsize(size, format="%.3g")
 
 
 def describe_count(number: int | None) -> str:
-    """``1,234``; a question mark where it is not known."""
+    """Return a number as text: ``1,234``; a question mark for None."""
     return "?" if number is None else f"{number:,}"
 
 
 def count_of(number: int, noun: str) -> str:
-    """``1 run``, ``1,234 runs``."""
+    """Return a number and a noun: ``1 run``, ``1,234 runs``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def parse_threshold(text: str | float) -> tuple[float, str]:
-    """Read ``1e-5``, or that number, as ``(1e-5, "absolute")``, and ``0.1rms`` as ``(0.1, "rms")``.
+    """Parse a threshold: ``1e-5`` is ``(1e-5, "absolute")``, ``0.1rms`` is ``(0.1, "rms")``.
 
     Raises:
         ConfigError: the text is not a positive number with an optional ``rms``.
@@ -107,12 +107,12 @@ def parse_threshold(text: str | float) -> tuple[float, str]:
 
 
 def describe_threshold(value: float, kind: str) -> str:
-    """The inverse of `parse_threshold`, for people: ``1e-05``, or ``0.1 x RMS``."""
+    """Return a threshold as text: ``1e-05``, or ``0.1 x RMS``."""
     return f"{value:g}{' x RMS' if kind == 'rms' else ''}"
 
 
 def describe_layers(layers: Sequence[int]) -> str:
-    """Ascending numbers in words: ``0-3, 7``."""
+    """Return ascending numbers as text: ``0-3, 7``."""
     spans: list[list[int]] = []
     for layer in layers:
         if spans and spans[-1][-1] == layer - 1:

@@ -21,11 +21,11 @@ Positive = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class Check:
-    """Metadata of a field: what its values must pass. ``Annotated[float, Check(require_share)]``.
+    """Metadata of a field: a check of its values. ``Annotated[float, Check(require_share)]``.
 
     Args:
         check: raises an `AvssError`, or returns the value.
-        before: check what was passed, before its type is; ``check`` may then return a value of another type.
+        before: run before the type is checked; ``check`` may then return a value of another type.
     """
 
     check: Callable[[Any], Any]
@@ -45,11 +45,11 @@ class Check:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Metadata of a field whose values are names: ``Annotated[str, OneOf(DTYPES)]``. Front ends list them.
+    """Metadata of a field whose values are names: ``Annotated[str, OneOf(DTYPES)]``. Front ends list the names.
 
     Args:
         names: the valid values.
-        elsewhere: hints for names that are valid somewhere else, by name.
+        elsewhere: hints by name, for names that are valid for another option.
     """
 
     names: tuple[str, ...]
@@ -92,22 +92,22 @@ PathOrText = Annotated[str | Path, _AsText()]
 def checked(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass that checks its values: all fields, then ``__post_init__``.
 
-    It is a pydantic dataclass: `dataclasses.replace`, ``fields`` and ``asdict`` work; ``Annotated`` types carry ranges,
-    `OneOf` and `Check`, and the docstring below a field is its description, which front ends show. A wrong value, an
+    It is a pydantic dataclass, so `dataclasses.replace`, ``fields`` and ``asdict`` work. ``Annotated`` types have
+    ranges, `OneOf` and `Check`. The docstring below a field is its description in front ends. An invalid value, an
     unknown or a missing field is a `ConfigError` that lists every problem, each with its field in backticks.
     """
     config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
-    made: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
-    initialize = made.__init__
+    checked_class: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
+    initialize = checked_class.__init__
 
     def initialize_or_explain(self: Any, *positional: Any, **values: Any) -> None:
         try:
             initialize(self, *positional, **values)
         except ValidationError as error:
-            raise ConfigError.of(list(problems_by_field(made, error).values())) from None
+            raise ConfigError.combine(list(problems_by_field(checked_class, error).values())) from None
 
-    made.__init__ = initialize_or_explain
-    return made
+    checked_class.__init__ = initialize_or_explain
+    return checked_class
 
 
 def descriptions(cls: Any) -> dict[str, str]:
@@ -132,7 +132,7 @@ _EXPECTED = {
     "mapping": "a mapping",
     "model": "a mapping",
 }
-"""What a field must be, by the first word of the type of pydantic's error."""
+"""Expected kind of value, by the first word of the type of pydantic's error."""
 _BOUNDS = {
     "greater_than": ("greater than", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -144,17 +144,17 @@ _BOUNDS = {
 def problems_by_field(
     cls: Any, error: ValidationError, *, noun: str = "option"
 ) -> dict[tuple[int | str, ...], ConfigError]:
-    """What pydantic found wrong with the values of a class, in this package's words, by the path of the value.
+    """Convert pydantic's errors to ConfigError, by the path of the value.
 
     Args:
-        cls: a checked class, or a pydantic model, whose fields may be others.
-        noun: what its fields are to those who set them.
+        cls: a checked class or a pydantic model. Its fields may be such classes too.
+        noun: noun for a field in messages: ``option`` or ``key``.
     """
     problems = error.errors(include_url=False)
     return {
-        tuple(one["loc"]): _problem(cls, one, noun)
-        for one in problems
-        if one["type"] != "too_short" or not one["input"]
+        tuple(problem["loc"]): _problem(cls, problem, noun)
+        for problem in problems
+        if problem["type"] != "too_short" or not problem["input"]
     }
 
 
@@ -174,7 +174,7 @@ def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
 
 
 def _field_at(cls: Any, path: Sequence[int | str]) -> tuple[str, Any]:
-    """The last field that a path names, and the class of its value or, where that has none, the one that has it."""
+    """Return the last field of a path, and the class of its value or, if that is a plain value, of the field."""
     name = ""
     for part in path:
         if part in _fields(cls):
@@ -195,7 +195,7 @@ def _classes_in(annotation: Any) -> Iterator[Any]:
 
 
 def _complaint(kind: str, value: Any, context: dict[str, Any]) -> str | None:
-    """What pydantic's own types of errors say of a field; None of one that is not expected here."""
+    """Return the predicate of the message for a type of pydantic's errors; None for an unexpected type."""
     if kind.startswith("missing"):
         return " is missing"
     if kind in ("too_short", "string_too_short"):

@@ -30,7 +30,7 @@ class YamlKind:
 
     Attributes:
         noun: the kind, for messages: ``job file``.
-        hint: what a user does about a file that is none.
+        hint: hint of errors.
         error: the type of errors.
         typed: scalars become values by the rules of YAML 1.1, as ``yaml.safe_load`` has them, and merge keys are
             applied. Otherwise scalars are the texts of the file, and a merge key is a key like any other.
@@ -53,7 +53,7 @@ class Document:
         kind: the kind of file that it was read as.
         value: mappings, lists and scalars; None for null.
         lines: line of every key and list item, from 1.
-        repeated: the line of every key that its mapping has already, and a sentence that names the earlier line.
+        repeated: line of every repeated key, and a sentence that names the line of its first use.
     """
 
     path: Path
@@ -98,7 +98,7 @@ class Document:
 
 
 def read_yaml(path: Path, kind: YamlKind) -> Document:
-    """Read a YAML file, whatever its value is; repeated keys are listed in the document.
+    """Read a YAML file with any value. Repeated keys are listed in the document.
 
     Raises:
         AvssError: the file cannot be read, is too large or nested too deeply, or is more than plain YAML. The type is
@@ -114,7 +114,7 @@ def read_yaml(path: Path, kind: YamlKind) -> Document:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise kind.error(f"The {kind.noun} {path} cannot be read: {reason}.", kind.hint) from None
     if len(data) > MAX_BYTES:
-        raise kind.error(f"{path} is no {kind.noun}: it has more than {MAX_BYTES:,} bytes.", kind.hint)
+        raise kind.error(f"{path} is too large for a {kind.noun}: expected at most {MAX_BYTES:,} bytes.", kind.hint)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -133,14 +133,14 @@ def read_yaml_mapping(path: Path, kind: YamlKind) -> Document:
     """Read a YAML file whose value is a mapping.
 
     Raises:
-        AvssError: as `read_yaml`; or the value is no mapping, or a key is repeated.
+        AvssError: as for `read_yaml`, or the value is not a mapping, or a key is repeated.
     """
     document = read_yaml(path, kind)
     if document.repeated:
         lines = [f"{path}:{line}: {what}." for line, what in document.repeated]
-        raise kind.error("\n".join(lines), "Leave one of them: with both, it is not clear which is meant.")
+        raise kind.error("\n".join(lines), "Keep one of them.")
     if not isinstance(document.value, dict):
-        raise kind.error(f"{path} is no {kind.noun}: it has no keys.", kind.hint)
+        raise kind.error(f"{path} is not a {kind.noun}: expected a mapping with keys.", kind.hint)
     return document
 
 
@@ -170,7 +170,7 @@ class _Values:
         try:
             return self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # `!!bool 7`: a KeyError
-            reason = str(error) if type(error) is ValueError else f"'{node.value[:40]}' is no {_name(node.tag)}"
+            reason = str(error) if type(error) is ValueError else f"'{node.value[:40]}' is not a {_name(node.tag)}"
             where = f"{self.document.path}:{_line(node)}"
             raise kind.error(f"{where}: this is not YAML: {reason}.", kind.hint) from None
 
@@ -220,9 +220,9 @@ class _Values:
         if len(location) > MAX_DEPTH:
             raise kind.error(f"{where}: nested too deeply.", f"A {kind.noun} has at most {MAX_DEPTH} levels.")
         if self.count > MAX_VALUES:
-            raise kind.error(f"{where}: more than {MAX_VALUES:,} values.", "Make several files; use fewer aliases.")
+            raise kind.error(f"{where}: more than {MAX_VALUES:,} values.", "Split the file, or use fewer aliases.")
         if isinstance(node.value, str) and _HALF.search(node.value):
-            raise kind.error(f"{where}: a text with half of a character.", "Write it in UTF-8.")
+            raise kind.error(f"{where}: a text has half of a surrogate pair.", "Write the character in UTF-8.")
         if not self._is_known(node):
             raise kind.error(f"{where}: the tag {_name(node.tag)} is not plain YAML.", "Leave it out.")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from avss_dist.evaluation.engine import PlannedTask
+from avss_dist.evaluation.session import PlannedTask
 from avss_dist.intervention import (
     NO_INTERVENTION,
     Intervention,

@@ -146,7 +146,7 @@ def compare(
     compared = {found[index].run["run_id"] for index in indices.flat}
     return RankingComparison(
         pairs=_table(found, indices, by, k, share),
-        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(_differing(_scored(found), CONDITIONS)),
+        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(_scored(found))),
         left_out=_left_out(runs, found, compared, by),
     )
 
@@ -283,7 +283,7 @@ def _value(profile: Profile, by: str) -> Any:
 
 def _not_comparable(runs: Sequence[Mapping[str, Any]]) -> QueryError:
     texts = []
-    for name in _differing(runs, CONDITIONS):
+    for name in differing(runs):
         values = {condition(run, name): str(run[name]) for run in runs}
         texts.append(f"{name} ({', '.join(sorted(values.values()))})")
     return QueryError(
@@ -292,9 +292,9 @@ def _not_comparable(runs: Sequence[Mapping[str, Any]]) -> QueryError:
     )
 
 
-def _differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """Return the names of the conditions that are not the same in all runs."""
-    return [name for name in names if len({condition(run, name) for run in runs}) > 1]
+def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIONS) -> list[str]:
+    """Return the names of the conditions that are not the same in all runs, given `with_conditions`."""
+    return [name for name in names if len({repr(condition(run, name)) for run in runs}) > 1]
 
 
 def _left_out(
@@ -317,7 +317,7 @@ def _reason(run: Mapping[str, Any], partners: Sequence[Mapping[str, Any]], by: s
     if by in ("revision", "corpus", "dtype"):
         partners = [other for other in partners if other["model"] == run["model"]]
     conditions = () if by in WITHIN else [name for name in CONDITIONS if name != by]
-    differences = ((_differing([run, other], conditions), other) for other in partners)
+    differences = ((differing([run, other], conditions), other) for other in partners)
     names, nearest = min(differences, key=lambda difference: len(difference[0]), default=([], run))
     texts = []
     for name in names:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from avss_dist.analysis.chosen import choose_runs
 from avss_dist.analysis.findings import describe_depth, findings
-from avss_dist.analysis.verdict import primary_metric, shown_value, verdicts
+from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
 from avss_dist.errors import QueryError
 from avss_dist.intervention import Removals, decode_removals
 from avss_dist.names import LOSS, SEARCH
@@ -194,4 +194,4 @@ def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) 
         metric = primary_metric(mine)
         of = {decode_removals(row["drop"]): shown_value(row) for row in mine if row["metric"] == metric}
         whole = f", {of[()]} of the whole model" if () in of else ""
-        yield f"{key[1]}: {'perplexity' if metric == LOSS else metric} {of[removed]}{whole}."
+        yield f"{key[1]}: {describe_metric(metric)} {of[removed]}{whole}."

@@ -8,7 +8,7 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any
 
-from avss_dist.analysis.verdict import primary_metric
+from avss_dist.analysis.verdict import describe_task, primary_metric, retention_interval
 from avss_dist.names import FARTHEST_MAP, MAPS_WITHIN, SPARSITY
 
 ENOUGH = (0.99, 0.95)  # retentions of which the critical sparsity is given
@@ -42,6 +42,11 @@ class Point:
         """The retention."""
         return float(self.row["retention"])
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval of the retention; None where too few samples differ."""
+        return retention_interval(self.row)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
@@ -68,15 +73,17 @@ class Curve:
     @property
     def sentence(self) -> str:
         """The critical sparsities, in words."""
-        beyond = f"{self.method} cannot reach {', '.join(f'{one:.0%}' for one in self.unreached)}."
+        task = describe_task(self.task)
+        beyond = f"{self.method} cannot reach {', '.join(f'{sparsity:.0%}' for sparsity in self.unreached)}."
         if not self.points:
-            return f"{self.task}: {beyond}"
+            return f"{task}: {beyond}"
         last = self.points[-1].target
-        said = []
+        texts = []
         for enough in ENOUGH:
-            most = self.critical(enough)
-            said.append(f"{enough:.0%} at a sparsity of {'at least ' if most == last else ''}{most:.1%}")
-        return f"{self.task}: {self.method} keeps {', and '.join(said)}.{f' {beyond}' if self.unreached else ''}"
+            sparsity = self.critical(enough)
+            at_least = "at least " if sparsity == last else ""
+            texts.append(f"{enough:.0%} at a sparsity of {at_least}{sparsity:.1%}")
+        return f"{task}: {self.method} keeps {', and '.join(texts)}.{f' {beyond}' if self.unreached else ''}"
 
 
 def is_sparse(row: Row) -> bool:

@@ -5,7 +5,7 @@ The claim (arXiv 2411.02117, abstract): without the lowest 25% of layers by AVSS
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import exp, isfinite
 from typing import Any
 
@@ -14,6 +14,7 @@ from avss_dist.names import CHANCE, LOSS
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
 from avss_dist.stats.intervals import MINIMUM_UNITS
+from avss_dist.text import basename
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
 MENTIONED = 0.01  # a guess that keeps less is not worth a word
@@ -158,31 +159,43 @@ def lacks_interval(rows: Sequence[Row]) -> bool:
     return any(not _is_whole(row) and retention_interval(row) is None for row in rows)
 
 
-def shown_interval(row: Row) -> str:
-    """Return a row's interval of retention in brackets, after a space; empty if it has none."""
-    ends = retention_interval(row)
-    return f" [{ends[0]:.1%}, {ends[1]:.1%}]" if ends else ""
-
-
 def _before_and_after(row: Row, rows: Sequence[Row]) -> str:
     whole = next(filter(_is_whole, rows), None)
     if whole is None:
         return ""
-    name = "perplexity" if row["metric"] == LOSS else row["metric"]
-    return f" ({name} {shown_value(whole)}, then {shown_value(row)})"
+    return f" ({describe_metric(row['metric'])} {shown_value(whole)}, then {shown_value(row)})"
 
 
 def shown_method(row: Row) -> str:
-    """How layers were chosen, what is left of them, and what gives back what they did, as people read it."""
+    """Return the name of a method: how layers were chosen, their residual scale, and the repair."""
     scaled = f" x {row['factor']:g}" if row.get("factor") else ""
     return f"{row['method']}{scaled} + {row['repair']}" if row.get("repair") else f"{row['method']}{scaled}"
 
 
 def shown_value(row: Row) -> str:
-    """A result as people read it: of a loss, the perplexity."""
-    if row["metric"] == LOSS:
-        return f"{exp(min(row['value'], 700)):,.4g}"
-    return f"{row['value']:z.3f}"
+    """Return a result as people read it: of a loss, the perplexity."""
+    return metric_format(row["metric"])(readable_value(row["metric"], row["value"]))
+
+
+def readable_value(metric: str, value: float) -> float:
+    """Return a result in the unit that people read: of a loss, the perplexity."""
+    return exp(min(value, 700)) if metric == LOSS else value
+
+
+def metric_format(metric: str) -> Callable[[float], str]:
+    """Return the format of a `readable_value`."""
+    return (lambda value: f"{value:,.4g}") if metric == LOSS else (lambda value: f"{value:z.3f}")
+
+
+def describe_metric(metric: str) -> str:
+    """Return the name of the metric that people read: of a loss, the perplexity."""
+    return "perplexity" if metric == LOSS else metric
+
+
+def describe_task(task: str) -> str:
+    """Return the name of a task without the folders of its text."""
+    name, colon, rest = task.partition(":")
+    return f"{name}: {basename(rest)}" if colon else basename(task)
 
 
 def _percent(share: float) -> str:

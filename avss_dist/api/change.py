@@ -1,4 +1,4 @@
-"""Which layers go, which activations become zero, and the checkpoint without them."""
+"""Changes of models: plans, sparsity plans, pruned checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from avss_dist.analysis.plans import evaluated_lines, plan_layers, plannable_run
 from avss_dist.api.names import named_run
 from avss_dist.errors import ConfigError
-from avss_dist.options import field_values, keywords, own_values, refuse_unused
+from avss_dist.options import field_values, keywords, refuse_unused, request_values
 from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.savings import Budget
 from avss_dist.pruning.search import Effort
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @keywords(PlanRequest)
 def plan(request: PlanRequest) -> Plan:
-    """Choose the layers of a run's model to drop, with the reason and what speaks against it.
+    """Choose the layers of a run's model to drop, with the reason and the findings against it.
 
     `Plan.write` writes the plan to a file. Without `run`, the plan is for the newest run that can be planned for.
     """
@@ -63,11 +63,11 @@ def choose_layers(opened: Warehouse, row: Mapping[str, Any], request: PlanReques
         refuse_unused(measuring, defaults, "without a search", "Leave it out, or name a `search`.")
         return plan_layers(opened, row, by=by, reading=reading, **how), None
     if request.corpus is None:
-        raise ConfigError("A search measures losses on text, and there is none.", "Name it with `corpus`.")
+        raise ConfigError("`search` needs text to measure losses on.", "Name it with `corpus`.")
     starts = () if by is None else [plan_layers(opened, row, by=by, reading=reading, **how).drop]
     from avss_dist.evaluation.search import search
 
-    found = search(
+    result = search(
         opened.root.full,
         row,
         Choice(by=request.search, sublayers=sublayers, **how),
@@ -77,15 +77,15 @@ def choose_layers(opened: Warehouse, row: Mapping[str, Any], request: PlanReques
         **text,
         **request.given,
     )
-    return found.plan, found
+    return result.plan, result
 
 
 def _count(run: Mapping[str, Any], budget: Budget, how: Mapping[str, Any]) -> int:
-    """Return how many layers a budget takes."""
-    from avss_dist.evaluation.sizes import run_size
+    """Return the number of layers to drop to meet a budget."""
+    from avss_dist.evaluation.subjects import run_size
 
     if given := [name for name in ("share", "count", "mass") if how.get(name) is not None]:
-        raise ConfigError(f"{budget.given[0]} and `{given[0]}` were given; they exclude each other.", "Keep one.")
+        raise ConfigError(f"{budget.given[0]} and `{given[0]}` are mutually exclusive.", "Keep one.")
     return budget.count(run_size(run))
 
 
@@ -99,25 +99,28 @@ def sparsify(request: SparsifyRequest) -> SparsityPlan:
 
     opened = Warehouse(request.warehouse)
     run = named_run(opened, request.run)
-    how = own_values(request) | {"warehouse": opened.root, "run": run}
+    how = request_values(request) | {"warehouse": opened.root, "run": run}
     return measure(reporter=request.reporter, **how, **request.given)
 
 
 @keywords(ShrinkRequest)
 def shrink(request: ShrinkRequest) -> Shrunk:
-    """Write a smaller checkpoint of a causal language model, and say what it keeps; what is done is not repeated.
+    """Write a smaller checkpoint of a causal language model, and evaluate both. Finished steps are not repeated.
 
     The model is scored, pruned, repaired and evaluated. ``max_sequences`` is for each text, over all of its parts.
     """
     from avss_dist.evaluation.shrink import shrink as run
 
-    return run(reporter=request.reporter, **own_values(request), **request.given)
+    return run(reporter=request.reporter, **request_values(request), **request.given)
 
 
 class Pruned(TabularResult):
-    """A checkpoint that was written; its attributes are what `pruning.checkpoint.prune` returns, and ``plan``.
+    """A written checkpoint.
 
-    ``pushed`` is its address on the hub; None where it was not pushed.
+    Attributes:
+        plan: the plan, with its evaluations.
+        folder, bytes, difference, notes, repair: values that `pruning.checkpoint.prune` returns.
+        pushed: address on the hub; None if it was not pushed.
     """
 
     def __init__(self, plan: Plan, done: Mapping[str, Any]) -> None:
@@ -127,22 +130,22 @@ class Pruned(TabularResult):
         self.pushed: str | None = done.get("pushed")
 
     def table(self) -> pa.Table:
-        """One row."""
+        """Return a table of one row."""
         values = {"folder": self.folder, "bytes": self.bytes, "difference": self.difference, "drop": [*self.plan.drop]}
         values |= {"notes": self.notes, "repair": self.repair and self.repair.repair, "pushed": self.pushed}
         return pa.Table.from_pylist([values])
 
     def summary(self) -> str:
-        """Where it is, and how much is left."""
+        """Return the folder and the number of remaining layers, in a line."""
         return f"{self.folder}, {len(self.plan.keep)} of {self.plan.num_layers} layers"
 
 
 @keywords(PruneRequest)
 def prune(request: PruneRequest) -> Pruned:
-    """Write a checkpoint without the layers that a plan drops; on request, a repaired one.
+    """Write a checkpoint without the layers that a plan drops, repaired on request.
 
-    With a warehouse, a repair is fitted on workers, kept there and found there; a checkpoint that cannot be pushed is
-    in its folder.
+    With a warehouse, a repair is fitted on workers and stored there, or read if it is stored already. A checkpoint that
+    cannot be pushed remains in its folder.
     """
     from avss_dist.models.checkpoints import resolve
     from avss_dist.pruning.checkpoint import prune as write
@@ -150,7 +153,7 @@ def prune(request: PruneRequest) -> Pruned:
 
     model, output, warehouse, push = str(request.model), Path(request.output), request.warehouse, request.push
     settings, execution, code = request.settings, request.execution, request.settings.trust_remote_code
-    made = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
+    plan = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
     wanted = _repair(request)
     if wanted is None or warehouse is None:
         _refuse_workers(settings, execution)
@@ -158,25 +161,25 @@ def prune(request: PruneRequest) -> Pruned:
         require_access(push, "model")
     fitted: Repair | Repaired | None = wanted
     if wanted is not None and warehouse is not None:
-        from avss_dist.evaluation.kept_repair import kept_repair
+        from avss_dist.evaluation.repairs import kept_repair
 
         where: dict[str, Any] = {"warehouse": warehouse, "execution": execution, "reporter": request.reporter}
-        fitted = kept_repair(model, made, wanted, output, **where)
+        fitted = kept_repair(model, plan, wanted, output, **where)
     if warehouse is not None:
         checkpoint = resolve(model, trust_remote_code=code)
-        lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, made.removed)
-        made = replace(made, evaluated=tuple(dict.fromkeys([*made.evaluated, *lines])))
-    done = write(model, made, output, repair=fitted, execution=execution, trust_remote_code=code)
+        lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.removed)
+        plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
+    done = write(model, plan, output, repair=fitted, execution=execution, trust_remote_code=code)
     if push:
-        what = f"{Path(made.model).name} without {len(made.removed)} of its layers"
-        hint = f"The checkpoint is whole, in {output}: hf upload {push} {output}"
+        what = f"{Path(plan.model).name} without {len(plan.removed)} of its layers"
+        hint = f"The checkpoint is complete in {output}. Upload it: hf upload {push} {output}"
         replaced = ["*.safetensors", "*.json"]
         done = {**done, "pushed": upload(output, push, "model", message=what, replaced=replaced, hint=hint)}
-    return Pruned(made, done)
+    return Pruned(plan, done)
 
 
 def _refuse_workers(settings: Settings, execution: Execution) -> None:
-    """Refuse options of workers where nothing is fitted on them."""
+    """Raise ConfigError for options of workers if nothing is fitted on workers."""
     here = {"partition", "max_memory", "offload_folder"} | ({"executor"} if execution.executor == "local" else set())
     given = {name: getattr(execution, name) for name in Execution.__dataclass_fields__ if name not in here}
     why = "without workers, which fit a repair into a warehouse"
@@ -185,7 +188,7 @@ def _refuse_workers(settings: Settings, execution: Execution) -> None:
 
 
 def _repair(request: PruneRequest) -> Repair | None:
-    """Return the repair of a request; refuse options of a repair without one."""
+    """Return the repair of a request, or None. Raises ConfigError for options of a repair without one."""
     from avss_dist.pruning.repair.repair import Repair
 
     settings, skipped, corpora = request.settings, request.skip_sequences, request.repair_corpora

@@ -10,8 +10,7 @@ from avss_dist.estimation import estimate as estimating
 from avss_dist.evaluation import ablate as ablating
 from avss_dist.evaluation import evaluate as evaluating
 from avss_dist.evaluation.experiment import run_experiment
-from avss_dist.evaluation.outcomes import Ablation, Evaluations
-from avss_dist.options import keywords, own_values
+from avss_dist.options import keywords, request_values
 from avss_dist.requests import AblateRequest, EstimateRequest, EvaluateRequest, JobRequest
 from avss_dist.results import Table, TabularResult
 from avss_dist.runs import api as scoring
@@ -26,38 +25,38 @@ def estimate(request: EstimateRequest) -> estimating.Estimate:
 
 
 @keywords(AblateRequest)
-def ablate(request: AblateRequest) -> Ablation:
-    """Measure what each layer of a model does to its loss, and keep it in a warehouse; nothing is measured twice."""
-    return ablating.ablate(reporter=request.reporter, **own_values(request), **request.given)
+def ablate(request: AblateRequest) -> ablating.Ablation:
+    """Measure the effect of each layer on the loss of a model, and store it. Stored results are not measured again."""
+    return ablating.ablate(reporter=request.reporter, **request_values(request), **request.given)
 
 
 @keywords(EvaluateRequest)
-def evaluate(request: EvaluateRequest) -> Evaluations:
-    """Evaluate models and plans on tasks, each beside its whole model; what is measured is not repeated.
+def evaluate(request: EvaluateRequest) -> evaluating.Evaluations:
+    """Evaluate models and plans on tasks, each compared with its whole model. Stored results are not measured again.
 
-    A plan is a file that ends in .yaml or .yml. The results are kept in a warehouse.
+    A plan is a file that ends in .yaml or .yml. The results are stored in a warehouse.
     """
-    return evaluating.evaluate(reporter=request.reporter, **own_values(request), **request.given)
+    return evaluating.evaluate(reporter=request.reporter, **request_values(request), **request.given)
 
 
 class Runs(list[Run], TabularResult):
     """The runs of a job, in its order.
 
     Attributes:
-        experiment: the rows of ``experiments`` that its section of that name made; None without one.
+        experiment: rows of ``experiments`` of the job's experiment; None without one.
     """
 
     __repr__ = TabularResult.__repr__
     experiment: Table | None = None
 
     def table(self) -> pa.Table:
-        """A row for each run."""
+        """Return a table with a row for each run."""
         return pa.Table.from_pylist([{f.name: getattr(run, f.name) for f in fields(run)} for run in self])
 
 
 @keywords(JobRequest)
 def run_job(request: JobRequest) -> Runs:
-    """Run what a job file asks for, its experiment included; what is done is not repeated.
+    """Execute a job file, its experiment included. Finished runs are not repeated.
 
     Fields of `settings.Execution` replace those of the file.
     """

@@ -12,7 +12,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 
 def named_runs(opened: Warehouse, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of ``runs`` with these names; those of every finished run without a name."""
+    """Return the rows of ``runs`` with these names, or of every finished run without names."""
     return choose_runs(opened, names, every=True)
 
 

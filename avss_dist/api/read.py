@@ -1,4 +1,4 @@
-"""Reading a warehouse."""
+"""Functions that read a warehouse."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from avss_dist.analysis import compare as comparing
 from avss_dist.analysis import findings as finding
 from avss_dist.api.names import named_runs, named_threshold
-from avss_dist.options import keywords, own_values
+from avss_dist.options import keywords, request_values
 from avss_dist.requests import CompareRequest, FindingsRequest
 from avss_dist.results import Table
 from avss_dist.warehouse.reader import Warehouse
@@ -15,20 +15,20 @@ from avss_dist.warehouse.reader import Warehouse
 
 @keywords(CompareRequest)
 def compare(request: CompareRequest) -> comparing.RankingComparison:
-    """Compare the rankings of layers of every two comparable runs; of all finished runs by default."""
+    """Compare the layer rankings of every pair of comparable runs; of all finished runs by default."""
     opened = Warehouse(request.warehouse)
     return compare_runs(opened, [row["run_id"] for row in named_runs(opened, request.run)], request)
 
 
 def compare_runs(opened: Warehouse, run_ids: Sequence[str], request: CompareRequest) -> comparing.RankingComparison:
     """Compare runs as a request says."""
-    how = {name: value for name, value in own_values(request).items() if name not in ("warehouse", "run")}
+    how = {name: value for name, value in request_values(request).items() if name not in ("warehouse", "run")}
     return comparing.compare(opened, run_ids, **how | {"threshold": named_threshold(request.threshold)})
 
 
 @keywords(FindingsRequest)
 def findings(request: FindingsRequest) -> Table:
-    """List what a careful reader would warn of before believing scores; of all finished runs by default."""
+    """List findings that speak against the scores of runs; of all finished runs by default."""
     opened = Warehouse(request.warehouse)
     names = [row["run_id"] for row in named_runs(opened, request.run)]
     return Table(finding.findings(opened, names, threshold=named_threshold(request.threshold)))

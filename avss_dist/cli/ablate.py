@@ -1,4 +1,4 @@
-"""`avss ablate`: what each layer does to the loss."""
+"""`avss ablate`: effect of each layer on the loss."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def ablate(format: Annotated[str, format_option("table", "json", "csv")] = "tabl
     from avss_dist.report.terminal.progress import CellProgress
 
     with CellProgress() as progress:
-        found = run(reporter=progress, **values)
+        ablation = run(reporter=progress, **values)
     if format == "table":
-        console().print(ablation_table(found))
+        console().print(ablation_table(ablation))
     else:
-        write_table(found.table(), format, console())
+        write_table(ablation.table(), format, console())

@@ -1,4 +1,4 @@
-"""What every command shares: the app, errors as messages and exit codes, the console."""
+"""Parts that all commands share: the app, and errors as messages and exit codes."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _at_end: ContextVar[list[Callable[[], None]] | None] = ContextVar("_at_end", def
 
 
 class Group(TyperGroup):
-    """Commands under a name. Errors spell fields as the running command does; an unknown name has the nearest one."""
+    """Group of commands. Errors spell fields as options of the running command, and suggest the nearest name."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
             ctx.fail(f"There is no command '{args[0]}'. {nearest(args[0], self.commands)}")
-        name, command, rest = super().resolve_command(ctx, args)
+        name, command, arguments = super().resolve_command(ctx, args)
         _spelling.set(spelling(command))
-        return name, command, rest
+        return name, command, arguments
 
 
 class Commands(Group):
-    """All commands. One that returns a number ends with it as exit code; an error is a message and its exit code.
+    """All commands. The number that a command returns is its exit code. An error is printed, and has its own exit code.
 
-    A command is imported when it is used: the help lists summaries, and loads nothing.
+    A command is imported when it is used. The help lists summaries and imports nothing.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -90,7 +90,7 @@ class Commands(Group):
             _complain(unwritable(error.filename or "A file", error, "Free some space."), error)
         except KeyboardInterrupt as stop:
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # what is left is short, and would end in a traceback
+                signal.signal(number, signal.SIG_IGN)  # the remaining work is short, and would end in a traceback
             code = exit_code(stop)
             complain(_stopped(getattr(stop, "__notes__", [])))
         for work in _at_end.get() or ():
@@ -99,15 +99,15 @@ class Commands(Group):
 
 
 def _stopped(notes: Sequence[str]) -> str:
-    """Return what a stopped command says.
+    """Return the message of a stopped command.
 
     Args:
-        notes: what is known of the results that are kept.
+        notes: sentences about the stored results.
     """
     if "fresh" not in (_spelling.get() or {}):
         return "Stopped."
-    kept = f"Stopped, {' '.join(notes)}" if notes else "Stopped. Everything measured so far is kept"
-    return f"{kept}; run the same command again to finish."
+    stopped = f"Stopped, {' '.join(notes)}" if notes else "Stopped. Everything measured so far is kept"
+    return f"{stopped}; run the same command again to finish."
 
 
 def _complain(text: object, error: Exception) -> None:
@@ -117,7 +117,7 @@ def _complain(text: object, error: Exception) -> None:
 
 @contextmanager
 def _printable_mistakes() -> Iterator[None]:
-    """What is wrong with a command line, which the framework prints, as a text that no terminal obeys."""
+    """Make the framework's messages on wrong command lines printable, and add hints."""
     try:
         yield
     except _UsageError as error:
@@ -130,21 +130,21 @@ def _printable_mistakes() -> Iterator[None]:
 
 
 def at_end(work: Callable[[], None]) -> None:
-    """Have something done when the running command has ended, however it did."""
+    """Register work to be done when the running command has ended, with or without an error."""
     if (running := _at_end.get()) is not None:
         running.append(work)
 
 
 def spelling(command: Any) -> Mapping[str, str]:
-    """How a command spells the fields that it sets: ``{"thresholds": "--threshold", "ranks": "--ranks", ...}``.
+    """Return the options of the fields that a command sets: ``{"thresholds": "--threshold", "ranks": "--ranks", ...}``.
 
-    A command's parameters have the names of the fields; their options may have others.
+    A command's parameters have the names of the fields. Their options may have other names.
     """
     return {p.name: max(p.opts, key=len) for p in getattr(command, "params", ())}
 
 
 def spelled(text: str) -> str:
-    """A text of the library with its fields as the running command spells them."""
+    """Return a text with its fields spelled as options of the running command."""
     return spell_fields(text, _spelling.get() or {})
 
 
@@ -172,7 +172,7 @@ def load_command(name: str) -> Any:
 
 
 def interrupt_again(unraisable: Any) -> None:
-    """Send Ctrl-C or SIGTERM again, a moment later, where nothing can be raised: in a library's ``__del__``."""
+    """Send Ctrl-C or SIGTERM again a moment later, if it came where nothing can be raised, as in ``__del__``."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return
@@ -184,7 +184,7 @@ def interrupt_again(unraisable: Any) -> None:
 
 
 def main() -> None:
-    """The console script ``avss``."""
+    """Run the console script ``avss``."""
     sys.unraisablehook = interrupt_again
     prepare()
     if not sys.stderr.isatty():
@@ -194,7 +194,7 @@ def main() -> None:
 
 
 def interruptible(work: Callable[[], T]) -> T:
-    """The result of work that does not see Ctrl-C itself: it goes on in a thread, and the command ends at once."""
+    """Return the result of work that ignores Ctrl-C. It runs in a thread, so that the command can end at once."""
     with ThreadPoolExecutor(1) as threads:
         result = threads.submit(work)
         try:

@@ -1,4 +1,4 @@
-"""Which runs and scores a command is about."""
+"""Choice of the runs and scores of a command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_NAMED = 5  # runs that cannot be read
 
 
 def open_warehouse(root: str) -> Warehouse:
-    """A warehouse; when the command ends, it says which runs could not be read."""
+    """Open a warehouse. When the command ends, runs that could not be read are listed."""
     from avss_dist.warehouse.reader import Warehouse
 
     opened = Warehouse(root)
@@ -40,48 +40,48 @@ def _say_damaged(runs: Mapping[str, str]) -> None:
 def choose_runs(
     warehouse: Warehouse, names: Sequence[str], *, every: bool = False, failed: bool = False
 ) -> list[dict[str, Any]]:
-    """See `chosen.choose_runs`; where a part of an id was given, it says which run that is."""
+    """Return runs as `chosen.choose_runs`. If a part of an id was given, the run is printed."""
     from avss_dist.analysis.chosen import choose_runs as choose
 
-    found = choose(warehouse, names, every=every, failed=failed)
-    if len(names) == len(found) == 1 and names[0] not in (found[0]["model"], basename(found[0]["model"])):
-        run_id = found[0]["run_id"]
+    runs = choose(warehouse, names, every=every, failed=failed)
+    if len(names) == len(runs) == 1 and names[0] not in (runs[0]["model"], basename(runs[0]["model"])):
+        run_id = runs[0]["run_id"]
         if names[0] != run_id and not set(names[0]) & set("*?["):
             say(f"Run {run_id} is the one with '{names[0]}' in its id.")
-    return found
+    return runs
 
 
 def choose_run(warehouse: Warehouse, name: str | None) -> dict[str, Any]:
-    """See `chosen.one_run`."""
+    """Return a run as `chosen.one_run`."""
     from avss_dist.analysis.chosen import one_run
 
     return one_run(choose_runs(warehouse, [name] if name else []), str(name))
 
 
 def newest_of(warehouse: Warehouse, name: str | None) -> list[str]:
-    """Return a line for a run that was not named, where there are several."""
+    """Return a line that says that the newest run was chosen, if there are several and none was named."""
     number = warehouse.runs().num_rows
     return [f"This is the newest of {number} runs; --run names another."] if number > 1 and not name else []
 
 
 def choose_scores(warehouse: Warehouse, runs: list[dict[str, Any]], site: str, recipe: str, threshold: str) -> pa.Table:
-    """The scores of runs at one site, recipe and threshold, by run and layer; see `thresholds.layer_scores`."""
+    """Return the scores of runs at one site, recipe and threshold, as `thresholds.layer_scores`."""
     from avss_dist.analysis.thresholds import layer_scores
 
-    found = layer_scores(warehouse, runs, choose_threshold(threshold), site=site, recipe=recipe)
-    if not found.num_rows:
+    scores = layer_scores(warehouse, runs, choose_threshold(threshold), site=site, recipe=recipe)
+    if not scores.num_rows:
         run_ids, place = [run["run_id"] for run in runs], ["site", "recipe", "threshold", "threshold_kind"]
         raise _not_scored(warehouse.table("scores", run_ids=run_ids, columns=place), site, recipe, threshold)
-    return found
+    return scores
 
 
 def score_rows(scores: pa.Table) -> list[dict[str, Any]]:
-    """Rows of scores; NaN is None."""
+    """Return rows of scores, with None for NaN."""
     return [{name: None if value != value else value for name, value in row.items()} for row in scores.to_pylist()]
 
 
 def _not_scored(table: pa.Table, site: str, recipe: str, threshold: str) -> QueryError:
-    """What to say where there are no scores of a site, recipe and threshold: which there are."""
+    """Return the error for missing scores of a site, recipe and threshold. It lists those that exist."""
     rows = table.group_by(table.column_names).aggregate([]).to_pylist()
     here = [row for row in rows if (row["site"], row["recipe"]) == (site, recipe)]
     if not here:
@@ -93,7 +93,7 @@ def _not_scored(table: pa.Table, site: str, recipe: str, threshold: str) -> Quer
 
 
 def choose_threshold(text: str | float) -> Threshold:
-    """``1e-5``, or ``0.1rms``, as scoring has it."""
+    """Return the threshold of a text: ``1e-5`` or ``0.1rms``."""
     from avss_dist.stats.scores import Threshold
 
     value, kind = parse_threshold(text)

@@ -1,4 +1,4 @@
-"""The commands: what each is for, the module that has it, and examples for its help."""
+"""Commands: summary, module, and examples of the help."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Command:
 
     Args:
         panel: heading in the help.
-        module: the module of this package that has it, as a function of its name.
+        module: module of this package that has a function of its name.
         summary: first sentence of its help.
     """
 
@@ -45,18 +45,18 @@ COMMANDS = {
     "ls": Command(
         READ,
         "read",
-        "List runs, with what is kept of unfinished ones, evaluated sets of layers, or evaluations; the newest first.",
+        "List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first.",
     ),
     "show": Command(READ, "read", "Show scores by layer, at any threshold; the lowest 25% of layers are marked."),
     "quantiles": Command(
         READ,
         "compare",
-        "Show how large activations are, by layer: quantiles of |x|, or the threshold for a given sparsity.",
+        "Show the size of activations by layer: quantiles of |x|, or the threshold for a given sparsity.",
     ),
     "compare": Command(
         READ,
         "compare",
-        "Compare layer rankings between runs: how far they agree, and what to know before believing it.",
+        "Compare layer rankings between runs: how far they agree, and findings that speak against it.",
     ),
     "contrast": Command(
         READ,
@@ -66,12 +66,12 @@ COMMANDS = {
     "findings": Command(
         READ,
         "compare",
-        "List what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on.",
+        "List findings that speak against scores: they track depth, noise, rounding, single units, and so on.",
     ),
     "scorecard": Command(
         READ, "compare", "Compare every score with the ground truth: which one finds the layers that can go."
     ),
-    "plot": Command(READ, "read", "Draw AVSS and its rivals by depth, as a picture or page."),
+    "plot": Command(READ, "read", "Draw AVSS and its baselines by depth, as a picture or page."),
     "report": Command(
         READ,
         "report",
@@ -97,7 +97,7 @@ COMMANDS = {
     "sample": Command(
         CHANGE,
         "sample",
-        "Let a causal language model write texts to fit a repair on, where no text of its later domains is at hand.",
+        "Let a causal language model write texts to fit a repair on, if no text of its domain is available.",
     ),
     "doctor": Command(ELSEWHERE, "doctor", "Check what works on this machine: devices, Ray, DeepSpeed, versions."),
     "jobs": Command(ELSEWHERE, "jobs", "Jobs on a Ray cluster."),
@@ -150,9 +150,9 @@ EXAMPLES = {
     "jobs logs": ("avss jobs logs JOB_ID --address http://HEAD:8265 --follow",),
     "jobs stop": ("avss jobs stop JOB_ID --address http://HEAD:8265",),
 }
-"""By command; every option in them exists, which a test sees to."""
+"""Examples by command. A test checks that every option in them exists."""
 
 
 def epilog(command: str) -> str:
-    """The examples of a command, a paragraph each: so none is wrapped into the next."""
+    """Return the examples of a command, each as a paragraph, so that none is wrapped into the next."""
     return "\n\n".join(("Examples:", *(f"  {line}" for line in EXAMPLES[command])))

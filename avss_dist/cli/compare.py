@@ -1,4 +1,4 @@
-"""`avss compare`, `findings`, `quantiles` and `scorecard`: what the runs of a warehouse say, together."""
+"""`avss compare`, `findings`, `quantiles` and `scorecard`: analyses of the runs of a warehouse."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @takes(CompareRequest)
 def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
-    """Compare layer rankings between runs: how far they agree, and what to know before believing it."""
+    """Compare layer rankings between runs: how far they agree, and findings that speak against it."""
     from avss_dist.analysis.findings import findings as find
     from avss_dist.analysis.findings import of_rankings
     from avss_dist.api.read import compare_runs
@@ -59,23 +59,23 @@ def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
     compared = {name for side in ("a_run_id", "b_run_id") for name in pairs[side].unique().to_pylist()}
     every = find(opened, [name for name in names if name in compared], threshold=at)
     at_place = _at(every, None if by == "site" else request.site, None if by == "recipe" else request.recipe)
-    told = of_rankings(at_place, score if by != "score" else "avss")
-    _print_findings(told, len(every) - len(told), opened)
+    relevant = of_rankings(at_place, score if by != "score" else "avss")
+    _print_findings(relevant, len(every) - len(relevant), opened)
     return None
 
 
-def _print_findings(told: pa.Table, others: int, warehouse: Warehouse) -> None:
-    """Print the findings that concern a comparison, and how many others there are."""
+def _print_findings(relevant: pa.Table, others: int, warehouse: Warehouse) -> None:
+    """Print the findings that concern a comparison, and the number of others."""
     from avss_dist.report.terminal.compare import findings_list
 
-    if len(told) or not others:
-        console().print(findings_list(told))
+    if len(relevant) or not others:
+        console().print(findings_list(relevant))
     if others:
         emit(f"{count_of(others, 'finding')} more about these runs alone: avss findings -w {warehouse.root} --all")
 
 
 def _say_left_out(comparison: RankingComparison) -> None:
-    """Say which runs and pairs of runs were not compared, and why."""
+    """Print which runs were not compared, and why."""
     if comparison.conditions:
         same = ", ".join(comparison.conditions)
         say(f"Only runs with the same {same} are compared with each other; --allow-mismatch compares all.")
@@ -95,7 +95,7 @@ def findings(
     format: FormatOption = FORMATS[0],
     **values: Any,
 ) -> None:
-    """List what a careful reader would warn of: scores that track depth, noise, rounding, single units, and so on."""
+    """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import findings_list
@@ -103,13 +103,13 @@ def findings(
     request = FindingsRequest(**values)
     opened = open_warehouse(str(request.warehouse))
     names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
-    found = find(opened, names if request.run else None, threshold=choose_threshold(request.threshold))
-    shown = found if every else _at(found, site, recipe)
+    table = find(opened, names if request.run else None, threshold=choose_threshold(request.threshold))
+    selected = table if every else _at(table, site, recipe)
     if format != FORMATS[0]:
-        return write_table(shown, format, console())
-    console().print(findings_list(shown))
-    if len(shown) < len(found):
-        emit(f"{len(found) - len(shown)} more at other sites and recipes: --all.")
+        return write_table(selected, format, console())
+    console().print(findings_list(selected))
+    if len(selected) < len(table):
+        emit(f"{len(table) - len(selected)} more at other sites and recipes: --all.")
     return None
 
 
@@ -124,11 +124,11 @@ def quantiles(
     run: RunsOption = None,
     format: FormatOption = FORMATS[0],
 ) -> None:
-    """Show how large activations are, by layer: quantiles of |x|, or the threshold for a given sparsity."""
+    """Show the size of activations by layer: quantiles of |x|, or the threshold for a given sparsity."""
     shares = [*(q or []), *(sparsity or [])] or [0.5, 0.9, 0.99]
     for share in shares:
         if not 0 <= share <= 1:
-            raise ConfigError(f"{share:g} is not a share.", "Write a number from 0 to 1.")
+            raise ConfigError(f"{share:g} is not a share: expected a number from 0 to 1.", "Write 0.9, for example.")
     from avss_dist.analysis.stats_findings import grouped
     from avss_dist.analysis.thresholds import quantiles as find
     from avss_dist.report.output import write_table
@@ -138,11 +138,11 @@ def quantiles(
     runs = choose_runs(opened, run or [])
     table = find(opened, runs, shares, [site])
     if not table.num_rows:
-        raise QueryError(f"No statistics of site '{site}'.", "avss query 'SELECT run_id, sites FROM runs'")
+        raise QueryError(f"No statistics of site '{site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'")
     if format != FORMATS[0]:
         return write_table(table, format, console())
-    for found in grouped(table.to_pylist(), "run_id").values():
-        console().print(quantiles_table(found))
+    for rows in grouped(table.to_pylist(), "run_id").values():
+        console().print(quantiles_table(rows))
     return None
 
 
@@ -157,22 +157,23 @@ def scorecard(
     """Compare every score with the ground truth: which one finds the layers that can go."""
     from avss_dist.analysis.scorecard import best_readings, score_cards
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.scorecard import scorecard_tables
+    from avss_dist.report.scorecards import scorecard_sections
+    from avss_dist.report.terminal.tables import rendered
 
     opened = open_warehouse(warehouse)
     cards = score_cards(opened, choose_runs(opened, run or [], every=True))
-    shown = cards if every else best_readings(cards)
+    selected = cards if every else best_readings(cards)
     if format == "table":
-        console().print(scorecard_tables(shown))
+        console().print(rendered(*scorecard_sections(selected)))
     else:
-        write_table(shown, format, console())
+        write_table(selected, format, console())
 
 
-def _at(found: Any, site: str | None, recipe: str | None) -> Any:
-    """Findings of a site and a recipe, and those that hold whatever they are; None is any."""
+def _at(table: Any, site: str | None, recipe: str | None) -> Any:
+    """Return the findings of a site and a recipe, and those that do not depend on them; None means any."""
     import pyarrow.compute as pc
 
     for name, value in (("site", site), ("recipe", recipe)):
         if value is not None:
-            found = found.filter((pc.field(name) == value) | pc.field(name).is_null())
-    return found
+            table = table.filter((pc.field(name) == value) | pc.field(name).is_null())
+    return table

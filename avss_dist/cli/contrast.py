@@ -1,4 +1,4 @@
-"""`avss contrast`: which layers tell hallucinated from truthful answers, and what is left of it under controls."""
+"""`avss contrast`: layers that separate hallucinated from truthful answers, with controls."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def contrast(
     value, kind = parse_threshold(request.threshold)
 
     from avss_dist.analysis.contrast import contrast as contrast_run
+    from avss_dist.report.contrasts import contrast_section
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.contrast import contrast_tables
+    from avss_dist.report.terminal.tables import rendered
 
     opened = open_warehouse(str(request.warehouse))
-    found = contrast_run(
+    result = contrast_run(
         opened,
         choose_run(opened, request.run),
         site=request.site,
@@ -41,8 +42,9 @@ def contrast(
         truthful=request.truthful,
     )
     if format == "table":
-        console().print(contrast_tables(found))
+        label = f"{result.reading['model']}  ({result.reading['run_id']})"
+        console().print(rendered(contrast_section(label, result)))
         return
-    write_table(found.predictions if predictions else found.layers, format, console())
-    for line in found.findings:
+    write_table(result.predictions if predictions else result.layers, format, console())
+    for line in result.findings:
         say(line)

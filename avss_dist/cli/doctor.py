@@ -10,14 +10,14 @@ from avss_dist.system.streams import console, emit_json
 
 def doctor(format: TextFormatOption = TEXT_FORMATS[0]) -> int:
     """Check what works on this machine: devices, Ray, DeepSpeed, versions."""
-    from avss_dist.system.doctor import findings
+    from avss_dist.system.doctor import check_machine
 
-    terminal, made = console(), []
-    for finding in findings():
-        made.append(finding)
+    terminal, results = console(), []
+    for result in check_machine():
+        results.append(result)
         if format == "text":
-            terminal.print(f"[{'green]ok ' if finding.works else 'red]NO '}[/] {finding.what:<24}", end="")
-            terminal.print(finding.detail, markup=False)
+            terminal.print(f"[{'green]ok ' if result.works else 'red]NO '}[/] {result.what:<24}", end="")
+            terminal.print(result.detail, markup=False)
     if format == "json":
-        emit_json([asdict(finding) for finding in made], indent=2)
-    return 0 if all(finding.works for finding in made) else 1
+        emit_json([asdict(result) for result in results], indent=2)
+    return 0 if all(result.works for result in results) else 1

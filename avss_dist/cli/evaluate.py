@@ -1,4 +1,4 @@
-"""`avss evaluate`: what a model can do, whole and without layers."""
+"""`avss evaluate`: tasks of a model, whole and without layers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def evaluate(format: Annotated[str, format_option("table", "json", "csv")] = "ta
     from avss_dist.report.terminal.progress import CellProgress
 
     with CellProgress() as progress:
-        found = run(reporter=progress, **values)
+        evaluations = run(reporter=progress, **values)
     if format == "table":
-        console().print(evaluation_table(found))
+        console().print(evaluation_table(evaluations))
     else:
-        write_table(found.table(), format, console())
+        write_table(evaluations.table(), format, console())

@@ -36,14 +36,14 @@ def submit(
     format: TextFormatOption = TEXT_FORMATS[0],
     **options: Any,
 ) -> int:
-    """Submit a job file to a Ray cluster, where avss run takes it; the cluster needs avss_dist and the models."""
+    """Submit a job file to a Ray cluster, which runs it with avss run; it needs avss_dist and the models."""
     from avss_dist.runs.job_file import read_job
 
-    read = read_job(job, expand=False)
-    replace(read.execution, **options)  # refuses here what the cluster would
-    taken = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+    job_file = read_job(job, expand=False)
+    replace(job_file.execution, **options)  # raises here the errors that the cluster would
+    arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
     cluster = _cluster(address, connect_seconds, answer_seconds)
-    job_id = cluster.submit(read, taken)
+    job_id = cluster.submit(job_file, arguments)
     if not follow:
         if format == "json":
             emit_json({"job": job_id, "address": address})
@@ -116,13 +116,13 @@ def _cluster(address: str, connect_seconds: float, answer_seconds: float) -> Clu
 
 
 def _follow(cluster: Any, job_id: str, address: str) -> int:
-    """Print the log until the job ends; its exit code."""
+    """Print the log until the job ends, and return its exit code."""
     try:
         for text in cluster.follow(job_id):
             emit(text, end="", flush=True)
         job = cluster.wait(job_id)
     except KeyboardInterrupt as stop:
-        say(f"The job goes on. Stop it: avss jobs stop {job_id} --address {address}")
+        say(f"The job continues. Stop it: avss jobs stop {job_id} --address {address}")
         return exit_code(stop)
     say(f"{job_id}: {job.status.lower()}." + (f" {job.hint}" if job.hint else ""))
     return int(job.exit_code)

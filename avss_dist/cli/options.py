@@ -1,4 +1,4 @@
-"""Options that several commands take; those of settings are made from the fields of the settings classes."""
+"""Options that several commands take. Those of settings are made from the fields of the settings classes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SPELLING = {
     "layers": "--layers-path",
     "attention": "--attn-implementation",
 }
-"""Options whose names are not those of their fields."""
-PANELS = {Settings: "What is measured", Execution: "Where it runs"}
+"""Options by field, if their names differ from the field's."""
+PANELS = {Settings: "Measurement", Execution: "Execution"}
 LONGEST = 22  # characters of a list of names beside an option
 WORKERS = ("executor", "replicas", "address", "fresh")
 ENDS = ("first", "last")
@@ -41,12 +41,12 @@ M = TypeVar("M")
 
 
 def choice(names: Sequence[str], help: str, *spelling: str) -> Any:
-    """Return an option whose value is one of some names; the help and the completion of the shell list them."""
+    """Return an option with a fixed set of values, which the help and the shell completion list."""
     return typer.Option(*spelling, **_of_names(names, help))
 
 
 def choice_argument(names: Sequence[str], help: str) -> Any:
-    """An argument whose value is one of some names."""
+    """Return an argument with a fixed set of values."""
     return typer.Argument(**_of_names(names, help) | {"help": help, "metavar": _listed(names)})
 
 
@@ -73,31 +73,31 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def format_option(*names: str) -> Any:
-    """How a command prints its result."""
+    """Return the option for the format of a command's result."""
     option = choice(names, "Output format.", "--format")
     option.rich_help_panel = "Output"
     return option
 
 
 def named_format(names: Sequence[str], help: str) -> Any:
-    """Return the option for the format of a file; the command checks the name."""
+    """Return the option for the format of a file. The command checks the value."""
     return typer.Option("--format", rich_help_panel="Output", **_of_names(names, help, checked=False))
 
 
 FORMATS = ("table", "csv", "json")  # the first is the default
 FormatOption = Annotated[str, format_option(*FORMATS)]
-TEXT_FORMATS = ("text", "json")  # of commands that say what they did
+TEXT_FORMATS = ("text", "json")  # of commands that report an action
 TextFormatOption = Annotated[str, format_option(*TEXT_FORMATS)]
 
 
 def takes(request: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command an option for every field of a request; it gets those with a value as keywords.
+    """Decorate a command with an option for every field of a request. It receives given values as keywords.
 
     The fields ``first`` and ``last`` are one option, `--protect`.
     """
-    own = ordered(request)
-    parameters = [_parameter(request, name) for name in own if name not in ENDS]
-    protects = set(ENDS) <= set(own)
+    names = ordered(request)
+    parameters = [_parameter(request, name) for name in names if name not in ENDS]
+    protects = set(ENDS) <= set(names)
     if protects:
         option = typer.Option("--protect", help="Layers to keep at both ends: first=1,last=1.")
         parameters.append(_keyword("protect", Annotated[str, option], ""))
@@ -117,7 +117,7 @@ def takes(request: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def takes_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command options for fields of settings, without defaults: the values that are given replace others."""
+    """Decorate a command with options for fields of settings, without defaults. Given values override others."""
     parameters = [_parameter(SHARED[name], name, overrides=True) for name in names]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,7 +132,7 @@ def takes_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., 
 
 
 def takes_output(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command what all have: ``-q``, ``-v``, and ``--json`` where its ``--format`` has that."""
+    """Decorate a command with the common options: ``-q``, ``-v``, and ``--json`` if its ``--format`` has it."""
     formats = inspect.signature(command, eval_str=True).parameters.get("format")
     names = get_args(formats.annotation)[1].autocompletion("") if formats else ()
     added = [_flag("_quiet", "-q", "Print only the result and errors.", QUIET)]
@@ -152,7 +152,7 @@ def takes_output(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _flag(name: str, short: str | None, help: str, verbosity: int | None = None) -> inspect.Parameter:
-    """A flag that all commands have; it may say how much is said."""
+    """Return a flag of all commands, which may set the verbosity."""
 
     def act(wanted: bool) -> bool:
         if wanted and verbosity is not None:
@@ -168,11 +168,11 @@ def _flag(name: str, short: str | None, help: str, verbosity: int | None = None)
 def _with_parameters(
     command: Callable[..., Any], run: Callable[..., Any], added: Sequence[inspect.Parameter], *, first: bool = False
 ) -> Callable[..., Any]:
-    """Return ``run`` with the parameters of the command that it stands for, and others after or before them."""
+    """Give ``run`` the signature of the command that it wraps, with other parameters after or before its own."""
     signature = inspect.signature(command, eval_str=True)
     keyword_only = inspect.Parameter.KEYWORD_ONLY
-    own = [p.replace(kind=keyword_only) for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    run.__signature__ = signature.replace(parameters=[*added, *own] if first else [*own, *added])  # type: ignore[attr-defined]
+    inherited = [p.replace(kind=keyword_only) for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    run.__signature__ = signature.replace(parameters=[*added, *inherited] if first else [*inherited, *added])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
     return run
 
@@ -192,10 +192,12 @@ def _parameter(cls: Any, name: str, overrides: bool = False) -> inspect.Paramete
     info |= {"rich_help_panel": option.panel or PANELS.get(cls), "envvar": option.environment}
     annotation: Any = list[str] if several else kind
     annotation = annotation | None if default is None else annotation
-    return _keyword(name, Annotated[annotation, _made(option, _spelling(name, is_on=default is True), info)], default)
+    return _keyword(
+        name, Annotated[annotation, _typer_parameter(option, _spelling(name, is_on=default is True), info)], default
+    )
 
 
-def _made(option: Option, spelling: str, info: Mapping[str, Any]) -> Any:
+def _typer_parameter(option: Option, spelling: str, info: Mapping[str, Any]) -> Any:
     """Return an argument or an option of typer."""
     return typer.Argument(**info) if option.argument else typer.Option(*(option.names or (spelling,)), **info)
 
@@ -230,7 +232,7 @@ def _shell_type(hint: Any, annotation: Any) -> tuple[Any, bool]:
     """Return the type of an option's value, and whether the option can be repeated."""
     if get_origin(hint) in (tuple, Mapping):
         return str, True
-    if any(check.before for check in _metadata(annotation, Check)):  # it reads texts itself
+    if any(check.before for check in _metadata(annotation, Check)):  # the check parses text
         return str, False
     kinds = [part for part in get_args(hint) or (hint,) if part is not NoneType]
     return (kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float) else str), False
@@ -238,20 +240,20 @@ def _shell_type(hint: Any, annotation: Any) -> tuple[Any, bool]:
 
 @cache
 def _hints(cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The types of a class's fields: bare, and with their metadata."""
+    """Return the types of a class's fields: without and with metadata."""
     return get_type_hints(cls), get_type_hints(cls, include_extras=True)
 
 
 def _metadata(annotation: Any, kind: type[M]) -> list[M]:
     """Return the metadata of one kind in an annotation, the outermost first."""
-    own = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, kind)]
+    outer = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, kind)]
     parts = [*getattr(annotation, "__args__", ()), getattr(annotation, "__origin__", None)]
     inner = [meta for part in parts if part is not None and part is not annotation for meta in _metadata(part, kind)]
-    return own + inner
+    return outer + inner
 
 
 def _read(given: Mapping[str, Any], overrides: bool) -> dict[str, Any]:
-    """Values of options as the settings classes take them."""
+    """Return the values of options as the settings classes take them."""
     options = {name: value for name, value in given.items() if value not in (None, [])}
     if overrides:  # a flag that is not given replaces nothing
         options = {name: value for name, value in options.items() if value is not False}
@@ -273,7 +275,8 @@ def _absolute(thresholds: Sequence[str]) -> tuple[float, ...]:
     parsed = {text: parse_threshold(text) for text in thresholds}
     if relative := [text for text, (_, kind) in parsed.items() if kind != "absolute"]:
         raise ConfigError(
-            f"`thresholds` {relative[0]} is a multiple of the RMS, which is always scored.", "Write 1e-4, for example."
+            f"`thresholds` {relative[0]}: expected an absolute threshold. Multiples of the RMS are always scored.",
+            "Write 1e-4, for example.",
         )
     return tuple(value for value, _ in parsed.values())
 
@@ -286,7 +289,7 @@ def _require_named(parameter: typer.CallbackParam, value: str | None) -> str | N
 
 
 def output_option(help: str) -> Any:
-    """What a command writes, beside what it prints."""
+    """Return the option for the file that a command writes."""
     return typer.Option("--output", "-o", help=help)
 
 
@@ -303,22 +306,22 @@ WarehouseOption = Annotated[
 OverlapOption = Annotated[
     bool, typer.Option("--allow-overlap", help="Allow evaluation on text that scores or repairs were made on.")
 ]
-ManyOption = Annotated[bool, typer.Option("--yes", help="Go on even if it is a great deal of work.")]
+ManyOption = Annotated[bool, typer.Option("--yes", help="Continue even if it is a great deal of work.")]
 _RUN = "A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'"
 RunsOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. The newest by default.")]
 EveryRunOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. All by default.")]
 RecipeOption = Annotated[str, choice(RECIPES, "Definition of AVSS.")]
-SiteOption = Annotated[str, choice(EVERY_SITE, "Where in a layer.")]
+SiteOption = Annotated[str, choice(EVERY_SITE, "Site in a layer whose activations are read.")]
 ThresholdOption = Annotated[str, typer.Option(help="Near zero means below this: 1e-5 (absolute) or 0.1rms (relative).")]
 
 
 def protected(text: str) -> tuple[int, int]:
-    """Layers at both ends that stay: ``first=1,last=2``."""
-    found = {"first": 0, "last": 0}
+    """Parse the number of protected layers at both ends: ``first=1,last=2``."""
+    ends = {"first": 0, "last": 0}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, number = part.partition("=")
-        require_known("end in --protect", name, found)
+        require_known("end in --protect", name, ends)
         if not (number.isascii() and number.isdecimal() and len(number) < 10):
-            raise ConfigError(f"--protect {part} names no number of layers.", "Write --protect first=1,last=1.")
-        found[name] = int(number)
-    return found["first"], found["last"]
+            raise ConfigError(f"--protect {part}: expected a number of layers.", "Write --protect first=1,last=1.")
+        ends[name] = int(number)
+    return ends["first"], ends["last"]

@@ -1,4 +1,4 @@
-"""`avss plan`: which layers to drop, by a score of each, or by a search among sets of them."""
+"""`avss plan`: choice of the layers to drop, by a score or by a search among sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
     from avss_dist.warehouse.reader import Warehouse
 
-FORMATS = ("plan", "mergekit", "llama-cpp")  # the others are what other tools take
+FORMATS = ("plan", "mergekit", "llama-cpp")  # the others are formats of other tools
 
 
 @takes(PlanRequest)
@@ -40,19 +40,19 @@ def plan(
     request = PlanRequest(**values)
     opened = open_warehouse(str(request.warehouse))
     row, hints = _run(opened, request)
-    made = _choose(opened, row, values)
-    hints = [*_saved(row, made), *hints]
+    chosen = _choose(opened, row, values)
+    hints = [*_saved(row, chosen), *hints]
     if request.by is None and request.search is None:
-        hints.append(f"No --by was given: {made.why['by']} is measured in {opened.root}.")
+        hints.append(f"No --by was given: {chosen.why['by']} is measured in {opened.root}.")
     if format in OTHERS:
-        write_text(output, OTHERS[format](made))
+        write_text(output, OTHERS[format](chosen))
     else:
-        made.write(output)
+        chosen.write(output)
     if as_json:
-        emit_json({"output": str(output), **asdict(made)})
+        emit_json({"output": str(output), **asdict(chosen)})
         return
-    emit("\n  ".join([f"{output}:", *made.describe(), *hints]))
-    if format == FORMATS[0] and not made.evaluated:
+    emit("\n  ".join([f"{output}:", *chosen.describe(), *hints]))
+    if format == FORMATS[0] and not chosen.evaluated:
         emit(f"  {evaluation_hint(opened, row, output)}")
 
 
@@ -67,7 +67,7 @@ def evaluation_hint(opened: Warehouse, row: Mapping[str, Any], output: Path) -> 
 
 
 def _run(opened: Warehouse, request: PlanRequest) -> tuple[dict[str, Any], list[str]]:
-    """Return the run to plan for, and what to say of the choice: of several, the newest that can be planned for."""
+    """Return the run to plan for, by default the newest suitable one, and lines about this choice."""
     if request.run or request.search:
         row = choose_run(opened, request.run)
         return row, newest_of(opened, request.run)
@@ -82,21 +82,21 @@ def _run(opened: Warehouse, request: PlanRequest) -> tuple[dict[str, Any], list[
 
 def _choose(opened: Warehouse, row: Mapping[str, Any], values: Mapping[str, Any]) -> Plan:
     from avss_dist.api.change import choose_layers
-    from avss_dist.report.terminal.progress import SearchProgress
+    from avss_dist.report.terminal.progress import CellProgress
 
-    with SearchProgress() as progress:
-        made, found = choose_layers(opened, row, PlanRequest(reporter=progress, **values))
-    if found:
+    with CellProgress() as progress:
+        chosen, result = choose_layers(opened, row, PlanRequest(reporter=progress, **values))
+    if result:
         from avss_dist.report.terminal.search import search_table
 
-        console().print(search_table(found))
-    return made
+        console().print(search_table(result))
+    return chosen
 
 
-def _saved(run: Mapping[str, Any], made: Plan) -> list[str]:
-    """Return what a plan saves, in words; nothing where the checkpoint is not on this machine."""
-    from avss_dist.evaluation.sizes import known_size
+def _saved(run: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Return a line on what a plan saves, if the checkpoint is on this machine."""
+    from avss_dist.evaluation.subjects import known_size
     from avss_dist.pruning.savings import Savings
 
-    size = known_size(run) if made.drop else None
-    return [Savings.of(made, size).describe()] if size else []
+    size = known_size(run) if plan.drop else None
+    return [Savings.of_plan(plan, size).describe()] if size else []

@@ -1,4 +1,4 @@
-"""`avss publish`: a warehouse to hand on."""
+"""`avss publish`: a copy of a warehouse for others."""
 
 from __future__ import annotations
 

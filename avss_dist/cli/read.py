@@ -45,7 +45,7 @@ LISTED = {
     "evaluations": """SELECT model, removals(drop) AS drop, task, metric, value, stderr, created_at
         FROM evaluations WHERE layer IS NULL ORDER BY created_at DESC""",
 }
-"""What `avss ls` lists, the newest first."""
+"""SQL queries of `avss ls`, newest first."""
 UNFINISHED = "unfinished"  # the status of a run that has begun and has no row
 FileOption = Annotated[Path | None, output_option("File to write to instead of standard output.")]
 
@@ -55,7 +55,7 @@ def ls(
     warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
     format: FormatOption = FORMATS[0],
 ) -> None:
-    """List runs, with what is kept of unfinished ones, evaluated sets of layers, or evaluations; the newest first."""
+    """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
     from avss_dist.report.output import write_table
 
     opened = open_warehouse(warehouse)
@@ -87,16 +87,16 @@ def _listed_runs(opened: Warehouse) -> pa.Table:
 
 
 def _with_kept_shards(table: pa.Table) -> pa.Table:
-    """Return a table of runs whose status says how many shards of an unfinished one are kept."""
+    """Return a table of runs, with the number of stored shards in the status of unfinished runs."""
     import pyarrow as pa
 
     texts = []
     for row in table.select(["status", "kept_shards", "num_shards"]).to_pylist():
-        of_all = f" of {row['num_shards']}" if row["num_shards"] else ""
-        kept = f", {row['kept_shards']}{of_all} shards" if row["status"] == UNFINISHED else ""
-        texts.append(f"{row['status']}{kept}")
-    shown = table.set_column(table.schema.get_field_index("status"), "status", pa.array(texts, pa.string()))
-    return shown.drop_columns(["kept_shards", "num_shards"])
+        total = f" of {row['num_shards']}" if row["num_shards"] else ""
+        stored = f", {row['kept_shards']}{total} shards" if row["status"] == UNFINISHED else ""
+        texts.append(f"{row['status']}{stored}")
+    table = table.set_column(table.schema.get_field_index("status"), "status", pa.array(texts, pa.string()))
+    return table.drop_columns(["kept_shards", "num_shards"])
 
 
 def show(
@@ -135,15 +135,16 @@ def show(
 def _show_experts(opened: Warehouse, runs: Sequence[Mapping[str, Any]], format: str) -> None:
     """Print a table of each run's experts, or their rows."""
     from avss_dist.analysis.experts import require_experts
+    from avss_dist.report.experts import experts_section
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.experts import experts_table
+    from avss_dist.report.terminal.tables import rendered
 
-    found = [(row, require_experts(opened, row["run_id"])) for row in runs]
+    experts = [(row, require_experts(opened, row["run_id"])) for row in runs]
     if format != FORMATS[0]:
         write_table(opened.table("expert_stats", run_ids=[row["run_id"] for row in runs]), format, console())
         return
-    for row, layers in found:
-        console().print(experts_table(row, layers))
+    for row, layers in experts:
+        console().print(rendered(experts_section(f"{row['model']}  ({row['run_id']})", row, layers)))
 
 
 def _show(runs: Sequence[Mapping[str, Any]], scores: pa.Table) -> None:
@@ -153,10 +154,10 @@ def _show(runs: Sequence[Mapping[str, Any]], scores: pa.Table) -> None:
 
     by_run = grouped(score_rows(scores), "run_id")
     for row in runs:
-        if found := by_run.get((row["run_id"],)):
-            console().print(layer_table(row, found))
-            if known := describe_exactness(found):
-                emit(known)
+        if layers := by_run.get((row["run_id"],)):
+            console().print(layer_table(row, layers))
+            if note := describe_exactness(layers):
+                emit(note)
 
 
 def plot(
@@ -167,7 +168,7 @@ def plot(
     recipe: RecipeOption = RECIPES[0],
     threshold: ThresholdOption = PUBLISHED,
 ) -> None:
-    """Draw AVSS and its rivals by depth, as a picture or page."""
+    """Draw AVSS and its baselines by depth, as a picture or page."""
     from avss_dist.report.chart import MOST_RUNS, layers_chart, save_chart
 
     opened = open_warehouse(warehouse)
@@ -176,7 +177,7 @@ def plot(
         say(f"The newest run, {runs[0]['run_id']}; --run names others, --run '*' all.")
     if len(runs) > MOST_RUNS:
         raise QueryError(
-            f"{len(runs):,} runs are too many for one chart; it holds {MOST_RUNS} at most.",
+            f"{len(runs):,} runs are too many for one chart: the maximum is {MOST_RUNS}.",
             "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
         )
     save_chart(layers_chart(runs, score_rows(choose_scores(opened, runs, site, recipe, threshold))), output)
@@ -201,7 +202,7 @@ def query(
     from avss_dist.report.output import printed_to, write_table
 
     if format == "parquet" and output is None and sys.stdout.isatty():
-        raise QueryError("Parquet is not for a terminal.", "Name a file with `output`.")
+        raise QueryError("`format` parquet cannot be printed on a terminal.", "Name a file with `output`.")
     if not schema and not sql:
         raise QueryError("avss query needs a query.", "avss query 'FROM runs'; avss query --schema lists the tables.")
     with printed_to(output):
@@ -213,11 +214,11 @@ def query(
             table = interruptible(lambda: opened.sql(str(sql)))
         write_table(table, format, console())
         if not table.num_rows:
-            say(f"No row.{_what_it_answers(str(sql))}")
+            say(f"No row.{_query_comment(str(sql))}")
 
 
-def _what_it_answers(sql: str) -> str:
-    """The comment of a ready query, which says of what runs its rows are; nothing of another query."""
+def _query_comment(sql: str) -> str:
+    """Return the comment of a ready-made query, which describes its rows; empty for another query."""
     from avss_dist.warehouse.query import ready_queries
 
     lines = ready_queries().get(sql.removeprefix("@"), "").splitlines() if sql.startswith("@") else []

@@ -1,4 +1,4 @@
-"""Every option as a page: by command, with its Python keyword, its key in a job file, and its default."""
+"""Reference page of options: by command, with Python keyword, key in a job file, and default."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from avss_dist.settings import Execution, Settings
 from avss_dist.text import escape_markdown
 
 COMMON = ("--json", "--quiet", "--verbose")  # of every command
-NOT_IN_JOBS = ("address", "fresh")  # which the command takes
+NOT_IN_JOBS = ("address", "fresh")  # options of the command line only
 
 
 def functions() -> dict[str, Callable[..., Any]]:
-    """The Python function of each command that has one, by command."""
+    """Return the Python function of each command that has one, by command."""
     import avss_dist
 
     names = ("score", "ablate", "evaluate", "shrink", "estimate", "compare", "findings", "plan", "sparsify", "prune")
@@ -26,26 +26,26 @@ def functions() -> dict[str, Callable[..., Any]]:
 
 
 def commands() -> dict[str, Any]:
-    """Every command by the words that call it: ``score``, ``jobs submit``."""
+    """Return every command by the words that call it: ``score``, ``jobs submit``."""
     group: Any = typer.main.get_command(app)
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name in group.commands:
         command = group.get_command(None, name)
         inner = getattr(command, "commands", {})
-        found |= {f"{name} {below}": one for below, one in inner.items()} or {name: command}
-    return found
+        by_name |= {f"{name} {subname}": subcommand for subname, subcommand in inner.items()} or {name: command}
+    return by_name
 
 
 def option_of(parameter: Any) -> str:
-    """How an option is written, or an argument named."""
+    """Return the spelling of an option, or the name of an argument."""
     return str(max(parameter.opts, key=len))
 
 
 def reference_markdown() -> str:
-    """The options of settings, which many commands share, and then those of each command."""
+    """Return the page: the options of settings, which many commands share, then those of each command."""
     lines = ["### Settings, which commands share", "", *_settings(), ""]
     for name, command in commands().items():
-        lines += [f"### avss {name}", "", escape_markdown(command.help), "", *_own(name, command), ""]
+        lines += [f"### avss {name}", "", escape_markdown(command.help), "", *_options_of(name, command), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -58,11 +58,11 @@ def _settings() -> Iterator[str]:
             option = SPELLING.get(name, f"--{name.replace('_', '-')}")
             default = getattr(cls(), name)
             key = "" if name in NOT_IN_JOBS else f"`{section}.{name}`"
-            yield _row(f"`{option}`", f"`{name}`", key, _shown(default), escape_markdown(field.description))
+            yield _row(f"`{option}`", f"`{name}`", key, _format_default(default), escape_markdown(field.description))
 
 
-def _own(name: str, command: Any) -> Iterator[str]:
-    """A row for each parameter of a command that no other row explains."""
+def _options_of(name: str, command: Any) -> Iterator[str]:
+    """Yield a table of the parameters of a command that are not settings."""
     function = functions().get(name)
     keywords = inspect.signature(function).parameters if function else {}
     shared = {*Settings.__dataclass_fields__, *Execution.__dataclass_fields__}
@@ -71,7 +71,12 @@ def _own(name: str, command: Any) -> Iterator[str]:
     for parameter in command.params:
         if parameter.name not in shared and option_of(parameter) not in (*COMMON, "--help"):
             known = f"`{parameter.name}`" if parameter.name in keywords else ""
-            row = (f"`{option_of(parameter)}`", known, _shown(parameter.default), escape_markdown(parameter.help))
+            row = (
+                f"`{option_of(parameter)}`",
+                known,
+                _format_default(parameter.default),
+                escape_markdown(parameter.help),
+            )
             yield _row(*row)
     if taken:
         yield ""
@@ -87,7 +92,7 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _shown(default: Any) -> str:
+def _format_default(default: Any) -> str:
     if default in (None, (), [], {}) or callable(default):
         return ""
     if isinstance(default, tuple):

@@ -1,4 +1,4 @@
-"""`avss run`: what a job file asks for, an experiment included."""
+"""`avss run`: the runs of a job file, its experiment included."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def run(
     """Run a job file, its experiment included: finished runs are skipped, interrupted ones resumed."""
     from avss_dist.runs.job_file import read_job
 
-    read = read_job(job)
+    job_file = read_job(job)
     if dry_run:
-        return _preview(read, format, options)
+        return _preview(job_file, format, options)
     allowed = {"allow_overlap": allow_overlap, "allow_many": allow_many}
-    read.refuse_unused(**allowed)
-    if read.experiment:
-        return _experiment(read, format, allowed | options)
-    return _run(read, format, options)
+    job_file.refuse_unused(**allowed)
+    if job_file.experiment:
+        return _experiment(job_file, format, allowed | options)
+    return _run(job_file, format, options)
 
 
 def _preview(job: JobFile, format: str, options: dict[str, Any]) -> int:
@@ -102,13 +102,14 @@ def _run(job: JobFile, format: str, options: dict[str, Any]) -> int:
 
 def _experiment(job: JobFile, format: str, options: dict[str, Any]) -> int:
     from avss_dist.evaluation.experiment import run_experiment
-    from avss_dist.report.terminal.experiment import experiment_tables
+    from avss_dist.report.experiments import experiment_sections
     from avss_dist.report.terminal.progress import CellProgress, run_progress
+    from avss_dist.report.terminal.tables import rendered
 
     with run_progress(len(job.specs)) as reporter:
         runs, rows = run_experiment(job, reporter=reporter, cells=CellProgress(), **options)
     if format == FORMATS[0]:
-        console().print(experiment_tables(rows))
+        console().print(rendered(*experiment_sections(rows)))
     else:
         _write_rows(rows, format)
     failed = [run for run in runs if run.status == "failed"]

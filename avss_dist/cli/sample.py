@@ -1,4 +1,4 @@
-"""`avss sample`: text that a model writes itself."""
+"""`avss sample`: text that a model generates."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from avss_dist.system.streams import emit, emit_json, say
 
 @takes(SampleRequest)
 def sample(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
-    """Let a causal language model write texts to fit a repair on, where no text of its later domains is at hand.
+    """Let a causal language model write texts to fit a repair on, if no text of its domain is available.
 
-    Stopped before it ended, the same command goes on: what was written is kept in OUTPUT.part until then.
+    A stopped command continues when it is run again: texts are kept in OUTPUT.part until it ends.
     """
     from avss_dist.models.checkpoints import resolve
     from avss_dist.models.sampling import sample as batches_of
@@ -26,19 +26,19 @@ def sample(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
     request = SampleRequest(**values)
     output, settings = Path(request.output), request.settings
     if output.exists():
-        raise ConfigError(f"{output} exists.", "Name another file with `output`.")
+        raise ConfigError(f"{output} exists already.", "Name another file with `output`.")
     checkpoint = resolve(str(request.model), trust_remote_code=settings.trust_remote_code)
     how: dict[str, Any] = {"count": request.count, "prompt": request.prompt, "seed": request.seed}
     with Journal(
         output.with_name(output.name + ".part"), {"checkpoint": checkpoint.revision, **how, **settings.as_dict()}
     ) as journal:
         if journal.batches:
-            say(f"Going on after {sum(map(len, journal.batches)):,} texts that were written before.")
+            say(f"Continuing after {sum(map(len, journal.batches)):,} texts that were written before.")
         for batch in batches_of(checkpoint, settings, first=len(journal.batches), **how):
             journal.add(batch)
         texts = list(chain.from_iterable(journal.batches))
         if not texts:
-            raise ConfigError("The model wrote no word.", "Give another `prompt`, or a larger `count`.")
+            raise ConfigError("The model generated no text.", "Give another `prompt`, or a larger `count`.")
         lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
         output.write_text("".join(lines), encoding="utf-8")
         journal.remove()

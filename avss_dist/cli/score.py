@@ -58,15 +58,15 @@ def estimate(format: Annotated[str, format_option("table", "json")] = "table", *
     from avss_dist.api.measure import estimate as estimate_run
     from avss_dist.report.terminal.estimate import estimate_table
 
-    doing = "Measuring a few layers on this device ..."
+    message = "Measuring a few layers on this device ..."
     if not sys.stdout.isatty():
-        say(doing)
-    with console().status(doing) if sys.stdout.isatty() else nullcontext():
-        made = estimate_run(**values)
+        say(message)
+    with console().status(message) if sys.stdout.isatty() else nullcontext():
+        result = estimate_run(**values)
     if format == "json":
-        emit_json(made.as_dict(), indent=2)
+        emit_json(result.as_dict(), indent=2)
     else:
-        console().print(estimate_table(made))
+        console().print(estimate_table(result))
 
 
 def _outcome(run: Run) -> str:
@@ -74,5 +74,5 @@ def _outcome(run: Run) -> str:
         return f"{run.run_id}: failed. {spelled(str(run.error))}"
     if run.status == "skipped":
         return f"{run.run_id}: done before, nothing to do (--fresh measures again)."
-    kept = f", {run.resumed_shards} of {run.num_shards} shards from before" if run.resumed_shards else ""
-    return f"{run.run_id}: {run.num_tokens:,} tokens in {run.seconds:.1f} s{kept}."
+    resumed = f", {run.resumed_shards} of {run.num_shards} shards from before" if run.resumed_shards else ""
+    return f"{run.run_id}: {run.num_tokens:,} tokens in {run.seconds:.1f} s{resumed}."

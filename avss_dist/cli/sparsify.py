@@ -1,4 +1,4 @@
-"""`avss sparsify`: which activations become zero."""
+"""`avss sparsify`: choice of the activations that become zero."""
 
 from __future__ import annotations
 
@@ -33,32 +33,33 @@ def sparsify(
     The run must have measured the inputs of linear maps: avss score --site inputs.
     """
     from avss_dist.api.change import sparsify as choose
+    from avss_dist.report.sparsity import thresholds_table
     from avss_dist.report.terminal.progress import CellProgress
-    from avss_dist.report.terminal.sparsity import thresholds_table
+    from avss_dist.report.terminal.tables import FittedTable
 
     require_known("`format`", format, FORMATS)
     request = SparsifyRequest(**values)
     opened = open_warehouse(str(request.warehouse))
     row = choose_run(opened, request.run)
     with CellProgress() as progress:
-        made = choose(reporter=progress, **values | {"run": row["run_id"]})
-    _write(made, output, format)
+        plan = choose(reporter=progress, **values | {"run": row["run_id"]})
+    _write(plan, output, format)
     if as_json:
-        emit_json({"output": str(output), **asdict(made)})
+        emit_json({"output": str(output), **asdict(plan)})
         return
-    console().print(thresholds_table(made))
-    emit("\n  ".join([f"{output}:", *made.describe(), *newest_of(opened, request.run)]))
+    console().print(FittedTable(thresholds_table(plan)))
+    emit("\n  ".join([f"{output}:", *plan.describe(), *newest_of(opened, request.run)]))
     if format == FORMATS[0]:
         emit(f"  {evaluation_hint(opened, row, output)}")
 
 
-def _write(made: SparsityPlan, output: Path, format: str) -> None:
+def _write(plan: SparsityPlan, output: Path, format: str) -> None:
     from avss_dist.pruning.plan import write_text
     from avss_dist.sparsity.files import thresholds_json, write_teal
 
     if format == "thresholds":
-        write_text(output, thresholds_json(made))
+        write_text(output, thresholds_json(plan))
     elif format == "teal":
-        write_teal(made, output)
+        write_teal(plan, output)
     else:
-        made.write(output)
+        plan.write(output)

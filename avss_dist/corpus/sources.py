@@ -1,4 +1,4 @@
-"""Where text comes from: sources -> documents, streaming, with a fingerprint of their content.
+"""Sources of text: streams of documents, with a fingerprint of their content.
 
 A source is ``file.txt``, ``file.jsonl[:field]``, ``file.csv[:column]``, ``file.parquet[:column]`` (local, ``s3://``,
 ``gs://``, ``hdfs://`` or ``file://``; or a glob of them), ``hf:NAME[@revision][:config][:split][:column]``, the short
@@ -39,8 +39,8 @@ from avss_dist.errors import CorpusError, nearest, require_known
 from avss_dist.settings import fingerprint
 from avss_dist.text import RedactedURI
 
-TEXT_PIECE_BYTES = 4 << 20  # of a text file: whole, it would not fit in memory
-MAX_REST_BYTES = 1 << 20  # of a line that goes on at the end of a piece; a longer one is cut at whitespace
+TEXT_PIECE_BYTES = 4 << 20  # size of the pieces that a large text file is read in
+MAX_REST_BYTES = 1 << 20  # of a line beyond the end of a piece; a longer one is cut at whitespace
 FORMS = (
     "file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], "
     f"hf:NAME[@revision][:config][:split][:column], {', '.join(NAMED)}, builtin:pydoc"
@@ -73,15 +73,15 @@ def documents(source: str) -> Iterator[Document]:
 
 @dataclass(frozen=True)
 class Source:
-    """A source that was found.
+    """An opened source.
 
     Attributes:
         documents: streams its texts, or conversations.
-        fingerprint: identity of its content in 64 hex digits, whatever the tokenizer and however much of it is read.
+        fingerprint: identity of its content in 64 hex digits, independent of the tokenizer and of how much is read.
             Local files count by their bytes, wherever they lie; remote ones by path, size and time of change; Hub
             datasets by name and revision (a local dataset folder by the times of its files). Field, column, config and
             split count too.
-        answers: streams the answers of paired text, whose documents are prompts with answers; None of other text.
+        answers: streams the answers of paired text, whose documents are prompts with answers; None for other text.
     """
 
     documents: Callable[[], Iterator[Document]]
@@ -90,10 +90,10 @@ class Source:
 
 
 def open_source(source: str) -> Source:
-    """Find a source.
+    """Open a source.
 
     Raises:
-        CorpusError: it is unknown, missing or unreadable.
+        CorpusError: the source is unknown, missing or unreadable.
     """
     source = _spelled_out(source)
     return _kind(source).open(source)
@@ -105,7 +105,7 @@ def local_files(source: str) -> list[str]:
     A source on the hub, at a URI or with an absolute path has none.
 
     Raises:
-        CorpusError: there is no such kind of source, or no such file.
+        CorpusError: the kind of source is unknown, or a file does not exist.
     """
     source = _spelled_out(source)
     path = _kind(source).path(source)
@@ -118,7 +118,7 @@ class _Kind:
 
     Attributes:
         open: opens a source of this kind.
-        path: returns the path, glob or URI that a source of this kind reads; empty if it reads no file.
+        path: returns the path, glob or URI of a source of this kind; empty if it reads no file.
     """
 
     open: Callable[[str], Source]
@@ -137,10 +137,10 @@ def _spelled_out(source: str) -> str:
 
 
 def _relative_files(path: str) -> list[str]:
-    """Return the files of a relative path, a glob or a folder; none of an absolute path or a URI.
+    """Return the files of a relative path, a glob or a folder; empty for an absolute path or a URI.
 
     Raises:
-        CorpusError: there is no such file.
+        CorpusError: the file does not exist.
     """
     if "://" in path or os.path.isabs(os.path.expanduser(path)):
         return []
@@ -209,7 +209,7 @@ def _truthfulqa_parts(source: str) -> tuple[str, int]:
 
 
 def _paired(path: str, read: Callable[[Records], Iterator[Answer]], **identity: Any) -> Source:
-    """A source of the answers that are read from the records of JSON files."""
+    """Return a source of the answers in the records of JSON files."""
     filesystem, paths = _find(path)
 
     def answers() -> Iterator[Answer]:
@@ -223,7 +223,7 @@ def _paired(path: str, read: Callable[[Records], Iterator[Answer]], **identity: 
 
 
 def json_records(path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The JSON objects of a file, or of a glob of them, with the file and line of each.
+    """Yield the JSON objects of a file or a glob of files, with file and line of each.
 
     Raises:
         CorpusError: as `documents`.
@@ -240,20 +240,20 @@ def _records(filesystem: fs.FileSystem, paths: list[str]) -> Iterator[tuple[Mapp
 
 
 def _find(path: str) -> tuple[fs.FileSystem, list[str]]:
-    """The file system of a path, URI or glob, and the files it means, sorted; a glob passes over hidden ones."""
+    """Return the file system of a path, URI or glob, and its files, sorted. A glob skips hidden files."""
     from fsspec.implementations.arrow import ArrowFSWrapper
 
     with _explained(path, _FILE_ERRORS, _FILE_HINT):
         filesystem, name = _filesystem(path)
-        found = [filesystem.get_file_info(name)]
-        if has_magic(name) and not found[0].is_file:
-            found = filesystem.get_file_info(sorted(ArrowFSWrapper(filesystem).glob(name)))
-            found = [info for info in found if info.is_file and not info.base_name.startswith(".")]
-    if found and found[0].type == fs.FileType.Directory:
+        infos = [filesystem.get_file_info(name)]
+        if has_magic(name) and not infos[0].is_file:
+            infos = filesystem.get_file_info(sorted(ArrowFSWrapper(filesystem).glob(name)))
+            infos = [info for info in infos if info.is_file and not info.base_name.startswith(".")]
+    if infos and infos[0].type == fs.FileType.Directory:
         raise CorpusError(f"{path} is a directory.", f"Name its files: '{path}/*{os.path.splitext(path)[1]}'.")
-    if not found or not found[0].is_file:
+    if not infos or not infos[0].is_file:
         raise CorpusError(f"{path}: no such file.", "Check the name; a relative one starts in the working directory.")
-    return filesystem, [info.path for info in found]
+    return filesystem, [info.path for info in infos]
 
 
 def _filesystem(path: str) -> tuple[fs.FileSystem, str]:
@@ -282,8 +282,8 @@ def _read(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) 
 
 def _read_txt(file: Any, path: str, _field: str) -> Iterator[str]:
     stream = io.BufferedReader(file, _READ_BYTES)
-    rest, offset = b"", 0
-    while data := rest + stream.read(max(0, TEXT_PIECE_BYTES - len(rest))):
+    carried, offset = b"", 0
+    while data := carried + stream.read(max(0, TEXT_PIECE_BYTES - len(carried))):
         data += stream.readline(MAX_REST_BYTES)
         end = len(data)
         if not data.endswith(b"\n") and stream.peek(1):
@@ -292,11 +292,11 @@ def _read_txt(file: Any, path: str, _field: str) -> Iterator[str]:
             data += _read_line(stream, f"{path}, byte {offset}")
             end = len(data)
         yield _decode(data[:end], path, offset)
-        rest, offset = data[end:], offset + end
+        carried, offset = data[end:], offset + end
 
 
 def _last_word(data: bytes) -> int:
-    """Where the last word begins, with the one space before it: most tokenizers make the same tokens of such parts."""
+    """Return the start of the last word and its space, where most tokenizers make the same tokens of both parts."""
     start = data.rfind(b" ", 0, -1)
     while start > 0 and data[start + 1 : start + 2].isspace():
         start = data.rfind(b" ", 0, start)
@@ -331,7 +331,7 @@ def _read_csv(file: Any, path: str, column: str) -> Iterator[Document]:
 
 
 def _read_csv_records(file: Any, path: str, _column: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The rows after the first, which names the columns."""
+    """Yield the rows after the first, which names the columns, with file and line of each."""
     csv.field_size_limit(MAX_LINE_BYTES)
     text = io.TextIOWrapper(io.BufferedReader(file, _READ_BYTES), "utf-8-sig", newline="")
     rows = csv.DictReader(text)
@@ -343,7 +343,7 @@ def _read_csv_records(file: Any, path: str, _column: str) -> Iterator[tuple[Mapp
 
 
 def _read_line(stream: io.BufferedReader, where: str) -> bytes:
-    """The rest of a line, with its end; nothing at the end of the file."""
+    """Read up to the end of a line, included; empty at the end of the file."""
     line = stream.readline(MAX_LINE_BYTES + 1)
     if len(line) > MAX_LINE_BYTES:
         raise too_long(where)
@@ -389,7 +389,7 @@ def _hub(source: str) -> Source:
 
 
 def _hub_folder(source: str) -> str:
-    """Return the folder or file of this machine that a source names in place of a data set of the hub, if it does."""
+    """Return the local folder or file that a source names in place of a data set of the hub; empty if it names none."""
     name = source.removeprefix("hf:").partition(":")[0]
     return name if os.path.exists(name) else ""
 
@@ -400,7 +400,7 @@ _KINDS = {
     "hf": _Kind(_hub, _hub_folder),
     "truthfulqa": _Kind(_truthfulqa, lambda source: _truthfulqa_parts(source)[0]),
 }
-"""The kinds of sources by what stands before the first colon; all others are files."""
+"""Kinds of sources by the name before the first colon. All other sources are files."""
 
 
 def _decode(data: bytes, where: str, offset: int = 0) -> str:

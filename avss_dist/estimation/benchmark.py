@@ -1,8 +1,8 @@
 """Benchmark of a few layers of a model on this machine: random weights, the model's own shapes, real batches.
 
-It is measured in a process of its own, which plans the corpus, opens replicas and counts statistics as a run does; so
-its times have everything in them, and its memory is that of a run. Checkpoints of one layer and of a few layers tell
-what a layer adds.
+The benchmark runs in a process of its own, which plans the corpus, opens replicas and counts statistics as a run does,
+so its times are complete and its memory is that of a run. The cost of a layer is the difference between checkpoints of
+one layer and of a few layers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from avss_dist.partition.base import Placement
 from avss_dist.partition.cost import Calibration, Cost
 from avss_dist.partition.open import open_replica
 from avss_dist.registry import WHOLE
-from avss_dist.runs.shard_size import cut
+from avss_dist.runs.shard_size import split_into_shards
 from avss_dist.settings import Settings
 from avss_dist.system.memory import mapped_around_a_byte, peak_memory, reset_peak_memory, resident_memory
 
@@ -56,28 +56,28 @@ def calibrate(
     """Plan the corpus and time partitions, in a fresh process.
 
     Args:
-        checkpoint: configuration and tokenizer are read; weights are not.
-        settings: pinned: no ``auto``.
-        partitions: those to time, each with its ``max_memory``; one of them is ``registry.WHOLE``.
+        checkpoint: its configuration and tokenizer are read, its weights are not.
+        settings: pinned settings, without ``auto``.
+        partitions: ``max_memory`` of each partition to time; one of them is ``registry.WHOLE``.
 
     Raises:
         AvssError: the corpus or the tokenizer cannot be read, or the model cannot be built or observed.
     """
     with (
         tempfile.TemporaryDirectory(prefix="avss-estimate-") as folder,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_be_like_a_run) as process,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare_process) as process,
     ):
         try:
             return process.submit(_measure, checkpoint, corpus, settings, size, dict(partitions), folder).result()
         except BrokenProcessPool as error:
             raise RunFailed(
-                "The process that measures a few layers ended without a result.",
-                "It may have had too little memory. In a script, call this under: if __name__ == '__main__'.",
+                "The benchmark process ended without a result.",
+                "It may have run out of memory. In a script, call this under: if __name__ == '__main__'.",
             ) from error
 
 
-def _be_like_a_run() -> None:
-    """Have in memory what a run's process has, and print nothing."""
+def _prepare_process() -> None:
+    """Import the libraries of a run's process, and discard output."""
     import avss_dist.runs.api  # noqa: F401
 
     for stream in (1, 2):
@@ -98,7 +98,7 @@ def _measure(
     planned = tokenize_corpus(
         corpus, load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code), settings
     )
-    planned, settings = cut(planned, size, settings)
+    planned, settings = split_into_shards(planned, size, settings)
     plan_peak, planned_bytes = peak_memory(), resident_memory()
     reset_peak_memory()
     few = min(FEW_LAYERS, size.num_layers)
@@ -147,7 +147,7 @@ def touched_bytes(planned: CorpusPlan, row: int, at_once: int = MAPPED_AT_ONCE) 
     """Return the bytes of a mapped table, with ``row`` bytes a row, that the tokens of a corpus bring into memory.
 
     Args:
-        at_once: bytes that come together.
+        at_once: bytes that are read together.
     """
     tokens = np.unique(np.concatenate([np.unique(shard.input_ids) for shard in planned.shards])).astype(np.int64)
     blocks = {*(tokens * row // at_once), *((tokens + 1) * row // at_once)}
@@ -199,12 +199,12 @@ def _time(
     for replica in replicas.values():
         replica.close()
     few = max(models)
-    short, long = (min(seconds[n]) for n in (min(models), few))  # what else runs here only adds to a time
+    short, long = (min(seconds[n]) for n in (min(models), few))  # other load on the machine only adds to a time
     layer = (long - short) / (few - 1) if few > 1 and long > short else long / few
-    rest = max(0.0, long - layer * few)
+    constant = max(0.0, long - layer * few)
     # Layers differ: the first may be dense and the others not. Arithmetic tells by how much.
     likeness = (whole.forward_flops(1, 1) / whole.num_layers) / (sizes[few].forward_flops(1, 1) / few)
-    return Cost(layer=layer * likeness, other=rest), peak, device
+    return Cost(layer=layer * likeness, other=constant), peak, device
 
 
 def _sublayer_share(model: Checkpoint, shard: Shard, settings: Settings) -> float:

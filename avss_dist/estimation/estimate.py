@@ -33,11 +33,11 @@ class Row:
     Attributes:
         partition: one of ``registry.PARTITIONS``.
         ranks: processes of one replica.
-        device_bytes: the most memory of each device: of each GPU, or, on a CPU, of each process.
-        host_bytes: the most memory of the host, all ranks together.
-        fits: whether so much is free here.
-        seconds: for measuring all shards; starting, opening the model and writing tables come on top.
-        why: what the numbers are made of, or what is missing.
+        device_bytes: peak memory of each GPU or, on a CPU, of each process.
+        host_bytes: peak memory of the host, all ranks together.
+        fits: whether this memory is free here.
+        seconds: time to measure all shards. Starting, opening the model and writing tables come on top.
+        why: components of the numbers, or the missing memory.
     """
 
     partition: str
@@ -54,12 +54,13 @@ class Estimate(TabularResult):
     """Estimate of a run, with a row for each partition.
 
     Attributes:
-        model, corpus: as they were named.
-        num_sequences, num_tokens, num_shards: of the plan.
-        num_parameters, num_layers, weight_bytes, dtype: of the model, see `models.size.Footprint`.
+        model, corpus: names in the request.
+        num_sequences, num_tokens, num_shards: size of the tokenized corpus.
+        num_parameters, num_layers, weight_bytes, dtype: size of the model; see `models.size.Footprint`.
         flops: floating-point operations of all forward passes; the language-model head does not run.
-        device: ``cpu`` or ``cuda``; device_free_bytes of the fullest GPU, host_free_bytes of the host.
-        rows: one for each partition, the simplest first.
+        device: ``cpu`` or ``cuda``.
+        device_free_bytes, host_free_bytes: free memory of the fullest GPU, and of the host.
+        rows: a row for each partition, the simplest first.
     """
 
     model: str

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from avss_dist.errors import WarehouseError, as_failure
-from avss_dist.estimation.speed import COLUMNS, multiplication_speed, run_seconds, speed_of_a_run_like_it
+from avss_dist.estimation.speed import COLUMNS, multiplication_speed, run_seconds, speed_of_similar_run
 from avss_dist.models.size import Footprint
 from avss_dist.partition.choose import batch_bytes
 from avss_dist.registry import PARTITIONS
@@ -30,13 +30,13 @@ class Preview:
     Attributes:
         model, corpus: the run's title, and the corpus as it was named.
         revision: the hub's commit, or the SHA-256 of the files.
-        partition: the one that would be chosen.
+        partition: the partition that would be chosen.
         status: ``done``, ``partial`` (some shards are kept), ``missing``, ``repeated`` (the same as an earlier one,
             which warning names), or ``refused`` (error says why).
-        weight_bytes: of the model in memory; None where its size is not known.
-        num_tokens, num_shards, kept_shards: of the plan, and what of it is measured.
-        seconds: estimated time of what is left to measure, with all replicas; None where nothing is left, or the time
-            cannot be estimated.
+        weight_bytes: bytes of the model in memory; None if unknown.
+        num_tokens, num_shards, kept_shards: tokens and shards of the plan, and shards that are measured already.
+        seconds: estimated time of the missing shards, with all replicas; None if there are none, or the time cannot be
+            estimated.
         reference_run: id of the run whose speed the time is estimated from; empty if the time is estimated from the
             number of operations.
         warning: why the time cannot be estimated, that the model may not fit here, or that the run is not measured;
@@ -93,51 +93,51 @@ class _Previewer:
         try:
             planned = self.planner.prepare(spec)
             size = self.planner.size(spec, planned.replica_spec.checkpoint, planned.replica_spec.settings)
-            kept = _kept(self.store, planned)
+            num_kept = _num_kept_shards(self.store, planned)
         except Exception as error:
             return Preview(model=spec.title, corpus=spec.corpus, status="refused", error=as_failure(error).message)
         shards, corpus = planned.corpus.shards, planned.corpus
         first = self._names.get(planned.run.run_id)
         self._names.setdefault(planned.run.run_id, spec.name)
-        left = 0.0 if kept is None or first else 1 - kept / len(shards)
-        seconds, reference, warning = self._time(planned, size, left) if left and size else (None, "", "")
+        share = 0.0 if num_kept is None or first else 1 - num_kept / len(shards)
+        seconds, reference, warning = self._time(planned, size, share) if share and size else (None, "", "")
         if first:
             warning = f"{spec.name} is {describe_repeated(first)}"
         return Preview(
             model=spec.title,
             corpus=spec.corpus,
-            status="repeated" if first else "done" if kept is None else "partial" if kept else "missing",
+            status="repeated" if first else "done" if num_kept is None else "partial" if num_kept else "missing",
             revision=planned.replica_spec.checkpoint.revision,
             partition=planned.replica_spec.placement.partition,
             weight_bytes=size.weight_bytes if size else None,
             num_tokens=corpus.num_tokens,
             num_shards=len(shards),
-            kept_shards=kept or 0,
+            kept_shards=num_kept or 0,
             seconds=seconds,
             reference_run=reference,
             warning=warning,
         )
 
-    def _time(self, planned: PlannedRun, size: Footprint, left: float) -> tuple[float | None, str, str]:
+    def _time(self, planned: PlannedRun, size: Footprint, share: float) -> tuple[float | None, str, str]:
         """Return the seconds for a share of a run, the run they are estimated from, and a warning."""
         settings, placement = planned.replica_spec.settings, planned.replica_spec.placement
         devices = self.planner.executor.devices
         replicas = planned.replicas
         if devices.kind == "cpu":
             replicas = min(replicas, max(1, devices.cpus // settings.threads))
-        if like := speed_of_a_run_like_it(self._runs, size, placement.partition, devices.kind):
-            return left * planned.corpus.num_tokens / like[0] / replicas, like[1], ""
+        if like := speed_of_similar_run(self._runs, size, placement.partition, devices.kind):
+            return share * planned.corpus.num_tokens / like[0] / replicas, like[1], ""
         if not PARTITIONS[placement.partition].whole:
             return (
                 None,
                 "",
-                f"its time with the partition {placement.partition} is not known; avss estimate measures it",
+                f"the time with the partition {placement.partition} is unknown; avss estimate measures it",
             )
         key = size.hidden_size, size.mlp_width, size.dtype, settings
         if key not in self._speeds:
             self._speeds[key] = multiplication_speed(size, settings)
         seconds = run_seconds(size, settings, self._speeds[key], planned.corpus.num_sequences)
-        return left * seconds / replicas, "", _missing_memory(size, settings, devices)
+        return share * seconds / replicas, "", _missing_memory(size, settings, devices)
 
     @cached_property
     def _runs(self) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ def _missing_memory(size: Footprint, settings: Settings, devices: Devices) -> st
     )
 
 
-def _kept(store: Store, planned: PlannedRun) -> int | None:
+def _num_kept_shards(store: Store, planned: PlannedRun) -> int | None:
     """Return the number of measured shards; None if the run is done."""
     if (store.run(planned.run.run_id) or {}).get("status") == "done":
         return None

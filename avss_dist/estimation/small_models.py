@@ -1,4 +1,4 @@
-"""Checkpoints of a few layers of a model, with random weights: what a layer costs is measured on them."""
+"""Checkpoints of a few layers of a model, with random weights, on which the cost of a layer is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The time of a run without a benchmark: from the speed of a run like it, or of a product of matrices."""
+"""Time of a run without a benchmark, from the speed of a similar run or of a matrix product."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FEWEST_ROWS = 8
 OVERHEAD = 1.25  # time of a run, statistics included, in multiples of the time of its products: roughly
 ALIKE = ("num_layers", "hidden_size", "num_parameters", "dtype", "partition")
 COLUMNS = (*ALIKE, "run_id", "status", "device", "replicas", "tokens_per_second", "created_at")
-"""Columns of ``runs`` that `speed_of_a_run_like_it` reads."""
+"""Columns of ``runs`` that `speed_of_similar_run` reads."""
 
 
-def speed_of_a_run_like_it(
+def speed_of_similar_run(
     runs: Sequence[Mapping[str, Any]], size: Footprint, partition: str, device: str
 ) -> tuple[float, str] | None:
     """Return the tokens per second of each replica in the newest finished run of the same shape, and its run id.
@@ -43,15 +43,15 @@ def speed_of_a_run_like_it(
 def multiplication_speed(size: Footprint, settings: Settings) -> float:
     """Return the floating-point operations per second of a linear map as wide as the model, in its dtype.
 
-    It is tried on more and more rows, until a product takes long enough or has all rows of a batch.
+    The number of rows is doubled until a product takes long enough or has all rows of a batch.
     """
     device, dtype = pick_device(settings.device), getattr(torch, size.dtype)
     weight = torch.ones(max(size.mlp_width // 3, size.hidden_size), size.hidden_size, dtype=dtype, device=device)
-    most = settings.batch_size * settings.sequence_length
+    batch_tokens = settings.batch_size * settings.sequence_length
     speed = 1.0
     with computing_threads(settings.threads), torch.inference_mode():
-        for rows in takewhile(lambda rows: rows < 2 * most, _doubled(FEWEST_ROWS)):
-            states = torch.ones(min(rows, most), size.hidden_size, dtype=dtype, device=device)
+        for rows in takewhile(lambda rows: rows < 2 * batch_tokens, _doubled(FEWEST_ROWS)):
+            states = torch.ones(min(rows, batch_tokens), size.hidden_size, dtype=dtype, device=device)
             seconds = min(_seconds(states, weight) for _ in range(2))  # the first is slower
             speed = 2 * states.numel() * len(weight) / seconds
             if seconds > ENOUGH_SECONDS:

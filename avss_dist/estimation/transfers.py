@@ -26,7 +26,7 @@ def copy_rate() -> float:
 
 
 def sum_seconds(size: int) -> float:
-    """Seconds for two ranks to add up bfloat16 tensors of ``size`` bytes over gloo."""
+    """Return the seconds in which two ranks sum bfloat16 tensors of ``size`` bytes over gloo."""
     return _exchange_seconds(lambda group, hidden: group.allreduce([hidden]), size)
 
 
@@ -41,7 +41,7 @@ def gather_rate(size: int) -> float:
 
 
 def _exchange_seconds(exchange: Callable[[Any, torch.Tensor], Any], size: int) -> float:
-    """Seconds of an exchange of ``size`` bytes between two ranks, as two threads of this process."""
+    """Return the seconds of an exchange of ``size`` bytes between two ranks, as two threads of this process."""
     store, seconds = torch.distributed.HashStore(), []
 
     def rank(number: int) -> None:

@@ -3,47 +3,132 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
+import pyarrow as pa
 
 from avss_dist.analysis.reliability import reliability
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.errors import ConfigError
-from avss_dist.evaluation.engine import (
-    CellReporter,
-    PlannedTask,
-    commit,
+from avss_dist.evaluation.events import OnEvent
+from avss_dist.evaluation.session import (
+    EvaluationSession,
     evaluation_options,
-    failure,
-    measure,
-    pinned,
-    placed,
-    plan_text,
     require_intended,
     require_listable,
 )
-from avss_dist.evaluation.outcomes import Ablation, LayerAblation
-from avss_dist.executors.open import open_executor
-from avss_dist.intervention import PARTS, Removals, Sublayer, layer_of
+from avss_dist.evaluation.tasks import plan_text
+from avss_dist.intervention import NO_INTERVENTION, PARTS, Removals, Sublayer, layer_of
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.names import LOSS, SUBLAYER_LOSS
 from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.ground_truth import mean_ranks
-from avss_dist.registry import DAMAGE_TASK, PARTITIONS, SCORES
+from avss_dist.registry import DAMAGE_TASK, PARTITIONS, SCORES, metrics_of
+from avss_dist.results import TabularResult
 from avss_dist.settings import DEFAULT_WAREHOUSE, DRAWS, MOST_PASSES, Execution, Settings
+from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
 from avss_dist.text import RedactedURI
-from avss_dist.warehouse.store import Store
 
 CHUNK = 4  # permutations in a cell
+ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAblation:
+    """Measurements of a layer.
+
+    Attributes:
+        loss: without it, in nats per token.
+        increase: of the loss over that of the whole model, paired: sequence by sequence.
+        sublayers: the same increase without its ``attention`` alone, and without its ``mlp`` alone.
+        shapley: its Shapley value, a sample for each permutation.
+        shapley_shared: 1 for each permutation that was truncated before the layer, else 0; None without truncation.
+        estimates: results of `gradients.Gradients` and `damage.Damage`, by metric.
+        damage: the mean of its ranks by two of these (`registry.metrics_of`), 1 the least.
+    """
+
+    layer: int
+    loss: Result | None
+    increase: Result | None
+    sublayers: Mapping[str, Result]
+    shapley: Result | None
+    shapley_shared: Result | None
+    estimates: Mapping[str, Result]
+    damage: float | None = None
+
+    def shapley_interval(self) -> tuple[float, float] | None:
+        """Return the ends of the interval of ``shapley`` over permutations; None for fewer than ``MINIMUM_UNITS``."""
+        if self.shapley is None or len(self.shapley.samples) < MINIMUM_UNITS:
+            return None
+        low, high = jackknife_interval(np.array(self.shapley.value), self.shapley.left_out)
+        return float(low), float(high)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Ablation(TabularResult):
+    """Measurements of the layers of a model.
+
+    Attributes:
+        whole: the loss of the whole model; None where layers were not left out.
+        layers: in order.
+        reliability: how far other text of the same size would order the layers alike (`reliability.reliability`); NaN
+            where layers were not left out, or of fewer than four sequences.
+    """
+
+    model: str
+    corpus: str
+    whole: Result | None
+    layers: Sequence[LayerAblation]
+    reliability: float = float("nan")
+
+    _bars = ("increase", "damage", "shapley", "taylor")
+
+    @property
+    def permutations(self) -> tuple[int, int]:
+        """Permutations of the Shapley values: how many were truncated, and how many there are."""
+        number = max((len(one.shapley.samples) for one in self.layers if one.shapley), default=0)
+        shared = [one.shapley_shared.samples for one in self.layers if one.shapley_shared]
+        return int(np.any(shared, axis=0).sum()) if shared else 0, number
+
+    def table(self) -> pa.Table:
+        """A row for each layer; null is what was not measured."""
+        return pa.Table.from_pylist([_row(layer) for layer in self.layers])
+
+    def summary(self) -> str:
+        """The model, the text, and how many layers."""
+        return f"{len(self.layers)} layers of {self.model} on {self.corpus}"
+
+
+def _row(one: LayerAblation) -> dict[str, Any]:
+    predicted = one.estimates.get(metrics_of("predicted")[0])
+    low, high = one.shapley_interval() or (None, None)
+    return {
+        "layer": one.layer,
+        "loss": _value(one.loss),
+        "increase": _value(one.increase),
+        "increase_stderr": None if one.increase is None else one.increase.stderr,
+        **{kind: _value(one.sublayers.get(kind)) for kind in PARTS},
+        **{f"{kind}_stderr": of.stderr if (of := one.sublayers.get(kind)) else None for kind in PARTS},
+        "shapley": _value(one.shapley),
+        "shapley_low": low,
+        "shapley_high": high,
+        "shapley_shared": _value(one.shapley_shared),
+        "damage": one.damage,
+        **{name: _value(one.estimates.get(name)) for name in ESTIMATED},
+        "predicted_stderr": None if predicted is None else predicted.stderr,
+    }
+
+
+def _value(result: Result | None) -> float | None:
+    return None if result is None else result.value
 
 
 @with_options(EvaluationOptions)
@@ -62,7 +147,7 @@ def ablate(
     draws: int = DRAWS,
     skip_sequences: int = 0,
     allow_many: bool = False,
-    reporter: CellReporter | None = None,
+    reporter: OnEvent | None = None,
     **options: Unpack[EvaluationOptions],
 ) -> Ablation:
     """Measure what each layer of a model does to its loss, and keep it in a warehouse; nothing is measured twice.
@@ -87,28 +172,20 @@ def ablate(
     _require_sensible(execution, leave_one_out or sublayers, shapley, seed, gradients, draws if damage else None)
     require_listable(shapley, "permutations", "Lower `shapley`.")
     corpus = RedactedURI(corpus)
-    store = Store(warehouse)
-    store.create()
     checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
-    with closing(open_executor(execution, settings)) as executor:
-        fixed = pinned(settings, checkpoint, executor.device)
-        placement = placed(checkpoint, fixed, execution, executor)
-        text = plan_text(checkpoint, corpus, fixed, skip_sequences=skip_sequences)
+    with EvaluationSession.open(warehouse, settings, execution, reporter) as session:
+        placed = session.place(checkpoint, settings)
+        text = plan_text(checkpoint, corpus, placed.settings, skip_sequences=skip_sequences)
         removals = leave_one_out + len(PARTS) * sublayers + shapley
-        _require_intended(checkpoint, text, fixed, removals, allow_many=allow_many)
+        _require_intended(checkpoint, text, placed.settings, removals, allow_many=allow_many)
         seeds = np.random.SeedSequence(seed).generate_state(shapley).tolist()
         tasks = list(_tasks(corpus, text, leave_one_out, gradients, seeds, truncation))
         if sublayers:
             tasks.append(sublayers_task(corpus, text))
         if damage:
             tasks.append(damage_task(corpus, text, draws))
-        planned = [PlannedTask(checkpoint=checkpoint, settings=fixed, task=task, placement=placement) for task in tasks]
-        cells = [cell for one in planned for cell in one.cells()]
-        failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
-    found = [result for one in planned for result in commit(one, store)]
-    if failed:
-        raise failure(failed)
-    return _ablation(str(model), corpus, found)
+        results = session.measure([(placed.plan(task), [NO_INTERVENTION]) for task in tasks])
+    return _ablation(str(model), corpus, [result for found in results.values() for result in found])
 
 
 def _require_sensible(

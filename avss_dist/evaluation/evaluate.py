@@ -1,56 +1,62 @@
-"""Evaluate models, whole or without layers, each beside the whole model."""
+"""Evaluate models, whole or under the interventions of plans, each beside the whole model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from itertools import chain, product, zip_longest
 from pathlib import Path
 from typing import Any, Unpack
 
+import pyarrow as pa
+
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
 from avss_dist.errors import ConfigError
-from avss_dist.evaluation.engine import (
-    CellReporter,
+from avss_dist.evaluation.events import OnEvent
+from avss_dist.evaluation.held_out import refuse_overlap, texts_of_repair
+from avss_dist.evaluation.session import (
+    EvaluationSession,
     PlannedTask,
-    commit,
-    commit_all,
+    Retention,
+    about,
     evaluation_options,
-    failure,
-    measure,
     metrics,
-    pinned,
-    placed,
 )
-from avss_dist.evaluation.held_out import refuse_overlap, refuse_questions, refuse_repair_text, refuse_search_text
-from avss_dist.evaluation.make_tasks import make_task, row_start_task
-from avss_dist.evaluation.outcomes import Evaluations
-from avss_dist.evaluation.retention import Retained, retained
 from avss_dist.evaluation.subjects import Subject, read_subjects, with_bases
-from avss_dist.executors.open import open_executor
-from avss_dist.intervention import NO_INTERVENTION, Intervention, InterventionKey
+from avss_dist.evaluation.tasks import make_task, row_start_task
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.names import PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA
-from avss_dist.options import EvaluationOptions, Prompting, with_options
+from avss_dist.options import EvaluationOptions, PromptOptions, with_options
+from avss_dist.results import TabularResult
 from avss_dist.runs.corpora import corpus_problems
 from avss_dist.settings import DEFAULT_WAREHOUSE, Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.sparsity.realized import RealizedSparsity
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.tasks.base import Result
-from avss_dist.tasks.cells import Cell
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import Store
 
 HARNESS = ""
 _TAKEN_BY = {
     **dict.fromkeys(("shuffle_seed", "chat_template"), (PERPLEXITY,)),
     "skip_questions": (TRUTHFULQA,),
     "limit": (TRUTHFULQA, HARNESS),
-    **{field.name: (HARNESS,) for field in fields(Prompting)},
+    **{field.name: (HARNESS,) for field in fields(PromptOptions)},
 }
+COLUMNS = (
+    "subject",
+    "dropped",
+    "task",
+    "metric",
+    "value",
+    "stderr",
+    "whole",
+    "retention",
+    "retention_low",
+    "retention_high",
+)
 _Key = tuple[str, str]  # revision and task
 
 
@@ -67,7 +73,7 @@ class Evaluation:
     task: str
     result: Result
     whole: Result | None
-    retained: Retained | None
+    retained: Retention | None
 
     def metrics(self) -> list[tuple[str, float, float]]:
         """Name, value and standard error: of a loss, its perplexity after it."""
@@ -76,6 +82,33 @@ class Evaluation:
     def whole_metrics(self) -> list[float]:
         """Values of the whole model, in the order of `metrics`; none of the whole model itself."""
         return [value for _, value, _ in metrics(self.whole)] if self.whole else []
+
+
+class Evaluations(list[Evaluation], TabularResult):
+    """Evaluations of several subjects, in their order and that of the tasks.
+
+    Attributes:
+        findings: lines for people: how near sparsity plans come to their sparsity, and what a guess keeps.
+    """
+
+    _bars = ("retention",)
+    __repr__ = TabularResult.__repr__
+
+    def __init__(self, found: Iterable[Evaluation], *, findings: Iterable[str] = ()) -> None:
+        super().__init__(found)
+        self.findings = tuple(findings)
+
+    def table(self) -> pa.Table:
+        """A row for each subject, task and metric."""
+        rows = []
+        for one in self:
+            left = one.retained
+            interval = (left.value, left.low, left.high) if left else (None, None, None)
+            for (metric, value, stderr), whole in zip_longest(one.metrics(), one.whole_metrics()):
+                dropped = list(map(str, one.subject.intervention.removed))
+                values = (one.subject.label, dropped, one.task, metric, value, stderr, whole, *interval)
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
+        return pa.Table.from_pylist(rows)
 
 
 @with_options(EvaluationOptions)
@@ -94,7 +127,7 @@ def evaluate(
     sparse: str | None = None,
     base: str | None = None,
     allow_overlap: bool = False,
-    reporter: CellReporter | None = None,
+    reporter: OnEvent | None = None,
     **options: Unpack[EvaluationOptions],
 ) -> Evaluations:
     """Evaluate models and plans on tasks, and keep the results in a warehouse; what is measured is not repeated.
@@ -107,7 +140,7 @@ def evaluate(
         skip_questions: questions of TruthfulQA that are not asked, the first ones.
         limit: documents of lm-evaluation-harness, questions of TruthfulQA, at most.
         num_fewshot, apply_chat_template, system_instruction, fewshot_as_multiturn: what stands around each document of
-            lm-evaluation-harness, as `options.Prompting` has it.
+            lm-evaluation-harness, as `options.PromptOptions` has it.
         sparse: a sparsity plan, which every subject is evaluated with, too.
         base: the model that the models among the subjects were made of, which is evaluated too; by default the one that
             the model card of a pruned checkpoint names.
@@ -118,7 +151,7 @@ def evaluate(
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
     settings, execution = evaluation_options(dict(options))
-    prompting = Prompting(
+    prompting = PromptOptions(
         num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template,
         system_instruction=system_instruction,
@@ -128,43 +161,36 @@ def evaluate(
     _require_used(tasks, shuffle_seed=settings.shuffle_seed, chat_template=settings.chat_template or None)
     _require_readable(tasks, settings)
     tasks = [RedactedURI(task) for task in tasks]
-    store = Store(warehouse)
-    store.create()
     found = read_subjects(subjects, sparse, settings)
     for subject, name in product(found, tasks):
         sparsity = subject.intervention.sparsity
         require_effect(sparsity.rule if sparsity else None, name, f"{subject.label}: ")
     found, unknown = with_bases(found, base, trust_remote_code=settings.trust_remote_code)
-    with closing(open_executor(execution, settings)) as executor:
+    with EvaluationSession.open(warehouse, settings, execution, reporter) as session:
         planned: dict[_Key, PlannedTask] = {}
         for checkpoint in _checkpoints(found):
-            fixed = pinned(settings, checkpoint, executor.device)
-            placement = placed(checkpoint, fixed, execution, executor)
+            model = session.place(checkpoint, settings)
             for name in tasks:
                 task = make_task(
                     checkpoint,
                     name,
-                    fixed,
+                    model.settings,
                     skip_sequences=skip_sequences,
                     skip_questions=skip_questions,
                     limit=limit,
                     prompting=prompting,
                 )
-                planned[checkpoint.revision, name] = PlannedTask(
-                    checkpoint=checkpoint, settings=fixed, task=task, placement=placement
-                )
+                planned[checkpoint.revision, name] = model.plan(task)
         _require_same_tokens(found, tasks, planned)
         if not allow_overlap:
             _refuse_overlaps(found, planned, Warehouse(warehouse))
         starts = _plan_starts(planned)
-        cells = [*_cells(found, planned), *(cell for start in starts for cell in start.cells())]
-        failed = measure(cells, store, executor, reporter, fresh=execution.fresh)
-    every = {key: commit_all(one, _interventions(found, one.checkpoint), store) for key, one in planned.items()}
-    compared = [(start, commit(start, store)) for start in starts]
-    if failed:
-        raise failure(failed)
+        work = [(one, _interventions(found, one.checkpoint)) for one in planned.values()]
+        results = session.measure([*work, *((start, [NO_INTERVENTION]) for start in starts)])
+    every = {key: results[one] for key, one in planned.items()}
     evaluations = list(_all_against_whole(found, tasks, every))
-    notes = [*unknown, *_findings(found, tasks, every), *_guesses(evaluations), *_row_starts(compared)]
+    row_starts = _row_starts((start, results[start]) for start in starts)
+    notes = [*unknown, *_findings(found, tasks, every), *_guesses(evaluations), *row_starts]
     return Evaluations(evaluations, findings=notes)
 
 
@@ -250,16 +276,12 @@ def realized(plan: SparsityPlan, results: Iterable[Result], intervention: Interv
 
 
 def _refuse_overlaps(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedTask], warehouse: Warehouse) -> None:
-    """Refuse text that layers were scored or searched on, or a repaired checkpoint was fitted on."""
-    for one in planned.values():
-        refuse_repair_text(one.task, one.checkpoint)
-    for subject in subjects:
-        for (revision, _), one in planned.items():
-            if subject.run_id and subject.checkpoint.revision == revision:
-                refuse_overlap(one.task, subject.run_id, warehouse, subject.checkpoint)
-                refuse_questions(one.task, subject.run_id, warehouse, subject.checkpoint)
-            if subject.search and subject.checkpoint.revision == revision:
-                refuse_search_text(one.task, subject.search, warehouse, subject.checkpoint)
+    """Refuse text that layers were scored or searched on, or that a repaired checkpoint was fitted on."""
+    for checkpoint in {one.checkpoint.revision: one.checkpoint for one in planned.values()}.values():
+        tasks = [one.task for (revision, _), one in planned.items() if revision == checkpoint.revision]
+        mine = (subject for subject in subjects if subject.checkpoint.revision == checkpoint.revision)
+        plans = (text for subject in mine for text in subject.seen_texts(warehouse))
+        refuse_overlap(tasks, chain(texts_of_repair(checkpoint), plans))
 
 
 def _interventions(subjects: Sequence[Subject], checkpoint: Checkpoint) -> list[Intervention]:
@@ -267,12 +289,6 @@ def _interventions(subjects: Sequence[Subject], checkpoint: Checkpoint) -> list[
     mine = [subject.intervention for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
     evaluations = dict.fromkeys([NO_INTERVENTION.split()[0], *(one.split()[0] for one in mine)])
     return [one for changes in evaluations for one in [NO_INTERVENTION, *mine] if one.split()[0] == changes]
-
-
-def _cells(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedTask]) -> Iterator[Cell]:
-    """Yield the cells of every task on the whole models and on the subjects."""
-    for one in planned.values():
-        yield from one.cells(_interventions(subjects, one.checkpoint))
 
 
 def _checkpoints(subjects: Sequence[Subject]) -> list[Checkpoint]:
@@ -309,11 +325,6 @@ def require_effect(rule: str | None, task: str, where: str = "") -> None:
         )
 
 
-def about(results: Iterable[Result], key: InterventionKey) -> list[Result]:
-    """Return the results about a model as a whole, not about a layer of it, under an intervention."""
-    return [result for result in results if result.layer is None and result.intervention == key]
-
-
 def against_whole(
     subject: Subject, task: str, results: Sequence[Result], of_whole_model: Sequence[Result]
 ) -> list[Evaluation]:
@@ -322,11 +333,11 @@ def against_whole(
     Args:
         of_whole_model: results that have those of the unchanged model; of its base model, where the subject has one.
     """
-    whole = {result.metric: result for result in about(of_whole_model, NO_INTERVENTION.key)}
+    whole = {result.metric: result for result in about(of_whole_model)}
     changed = bool(subject.intervention) or subject.base is not None
     evaluations = []
     for result in about(results, subject.intervention.key):
         of_whole = whole.get(result.metric) if changed else None
-        kept = retained(of_whole, result) if of_whole else None
-        evaluations.append(Evaluation(subject=subject, task=task, result=result, whole=of_whole, retained=kept))
+        left = Retention.of(of_whole, result) if of_whole else None
+        evaluations.append(Evaluation(subject=subject, task=task, result=result, whole=of_whole, retained=left))
     return evaluations

@@ -11,37 +11,37 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from avss_dist.analysis.sparsity_plans import Measured
 from avss_dist.analysis.strata import Strata
 from avss_dist.errors import ConfigError
-from avss_dist.evaluation.engine import (
-    CellReporter,
+from avss_dist.evaluation.evaluate import require_effect
+from avss_dist.evaluation.events import OnEvent
+from avss_dist.evaluation.held_out import as_task, refuse_overlap, text_of_fit, texts_of_repair, texts_of_run
+from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
+from avss_dist.evaluation.search import conduct, removal_losses, search_task
+from avss_dist.evaluation.session import (
+    EvaluationSession,
     PlannedTask,
-    Rounds,
-    SilentCells,
-    commit,
-    commit_all,
-    failure,
-    measure,
-    pinned,
-    placed,
-    plan_text,
     require_intended,
     require_listable,
 )
-from avss_dist.evaluation.held_out import refuse_overlap, refuse_questions, refuse_repair_text, refuse_text
-from avss_dist.evaluation.make_tasks import make_task
-from avss_dist.evaluation.repairs import fit_repairs, plan_fits, repair_texts, require_changeable
-from avss_dist.evaluation.search import Losses, conduct, search_task
-from avss_dist.evaluation.sparse_trials import plan_sparsities, require_inputs, sparse_rows
-from avss_dist.evaluation.trial import Trial, rows_of, with_fewer_rows
-from avss_dist.executors.base import Executor
-from avss_dist.intervention import whole_layers
+from avss_dist.evaluation.sparsify import (
+    CHOSEN_BY_TOKEN,
+    CalibrationText,
+    Unreachable,
+    allocate,
+    keep_plan,
+    require_whole_weights,
+)
+from avss_dist.evaluation.tasks import make_task, plan_text
+from avss_dist.evaluation.trial import Trial, rows_of, sparse_rows
+from avss_dist.intervention import NO_INTERVENTION, whole_layers
 from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load_tokenizer
 from avss_dist.names import CONTRAST, LOSS
 from avss_dist.pruning.ground_truth import interactions, layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
@@ -55,14 +55,7 @@ from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
-from avss_dist.settings import (
-    MOST_EVALUATIONS,
-    RECIPES,
-    RELATIVE_THRESHOLDS,
-    SEARCHES,
-    Settings,
-    fingerprint,
-)
+from avss_dist.settings import INPUTS, MOST_EVALUATIONS, RECIPES, RELATIVE_THRESHOLDS, SEARCHES, Settings, fingerprint
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
@@ -77,7 +70,7 @@ def run_experiment(
     job: JobFile,
     *,
     reporter: Reporter | None = None,
-    cells: CellReporter | None = None,
+    cells: OnEvent | None = None,
     allow_overlap: bool = False,
     allow_many: bool = False,
     **options: Any,
@@ -86,7 +79,8 @@ def run_experiment(
 
     Args:
         job: with a section ``experiment``.
-        reporter, cells: hear how scoring and evaluating go.
+        reporter: receives the callbacks of scoring.
+        cells: receives the events of evaluating.
         allow_overlap: evaluate on text that layers were scored on, all the same.
         allow_many: go on with more than ``settings.MOST_EVALUATIONS``.
         options: as for `runs.api.run_job`.
@@ -102,52 +96,56 @@ def run_experiment(
         raise ConfigError(f"{job.path} has no section 'experiment'.", "`run_job` runs what it asks for.")
     specs, execution = overridden(job, options)
     _require_intended(specs, experiment, allow_many=allow_many or experiment.allow_many)
-    require_inputs(specs, experiment)
+    _require_inputs(specs, experiment)
     for spec in specs if _fitted(experiment) else ():
         require_changeable(spec.execution.partition)
     runs = run_job(job, reporter=reporter or Reporter(), **options)
     tasks = [RedactedURI(task) for task in experiment.tasks]
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
+        session = EvaluationSession(store, executor, execution, cells)
         trials = [
-            _trial(run, spec, warehouse, executor)
+            _trial(run, spec, warehouse, session)
             for run, spec in zip(runs, specs, strict=True)
             if run.status != "failed"
         ]
         _read_measured(trials, experiment, warehouse)
         _plan_work(trials, experiment, tasks, warehouse, allow_overlap=allow_overlap)
-        plan_sparsities(trials, experiment, warehouse, store, executor, reporter=cells, fresh=execution.fresh)
-        if experiment.chooses_by_loss:
-            _leave_one_out(trials, store, executor, cells, fresh=execution.fresh)
-        _search(trials, experiment, store, executor, cells, fresh=execution.fresh)
-        _choose(trials, experiment)
-        _fit_repairs(trials, store, executor, cells, fresh=execution.fresh)
-        interventions = [trial.interventions(experiment) for trial in trials]
-        wanted = [
-            cell
-            for trial, wanted in zip(trials, interventions, strict=True)
-            for planned in trial.planned.values()
-            for cell in planned.cells(wanted)
-        ]
-        failed = measure(wanted, store, executor, cells, fresh=execution.fresh)
-    results = [
-        {name: commit_all(planned, wanted, store) for name, planned in trial.planned.items()}
-        for trial, wanted in zip(trials, interventions, strict=True)
-    ]
-    if failed:
-        raise failure(failed)
+        measured = _measure(trials, experiment, warehouse, session)
+    results = [{name: measured[planned] for name, planned in trial.planned.items()} for trial in trials]
     return runs, _commit_rows(trials, results, experiment, tasks, store)
 
 
+def _measure(
+    trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse, session: EvaluationSession
+) -> dict[PlannedTask, list[Result]]:
+    """Choose layers, fit repairs, and measure every task of every trial under all interventions."""
+    _plan_sparsities(trials, experiment, warehouse, session)
+    if experiment.chooses_by_loss:
+        _leave_one_out(trials, session)
+    _search(trials, experiment, session)
+    for trial in trials:
+        trial.choices = trial.choose(experiment)
+    _fit_repairs(trials, session)
+    return session.measure(
+        [
+            (planned, interventions)
+            for trial in trials
+            for interventions in [trial.interventions(experiment)]
+            for planned in trial.planned.values()
+        ]
+    )
+
+
 def describe_size(job: JobFile) -> str:
-    """How many evaluations an experiment makes at most, and of what."""
+    """Return a sentence about how many evaluations an experiment makes at most, and of what."""
     assert job.experiment is not None
     number, text = _size(job.specs, job.experiment)
     return text.format(f"{number:,}")
 
 
 def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
-    """Evaluations, and a text with a place for their number."""
+    """Return the number of evaluations, and a text with a place for it."""
     tasks, repairs = len(experiment.tasks), len(experiment.repairs)
     choices = [experiment.count_choices(_count_readings(spec.settings)) for spec in specs]
     return sum(1 + choice * repairs + experiment.count_sparse for choice in choices) * tasks, (
@@ -165,7 +163,7 @@ def _require_intended(specs: Sequence[RunSpec], experiment: Experiment, *, allow
 
 
 def _count_readings(settings: Settings) -> int:
-    """Readings of AVSS that a run with these settings may score."""
+    """Return how many readings of AVSS a run with these settings may score."""
     return len(settings.sites) * len(RECIPES) * (len(settings.thresholds) + len(RELATIVE_THRESHOLDS))
 
 
@@ -176,7 +174,7 @@ def _commit_rows(
     tasks: Sequence[str],
     store: Store,
 ) -> list[dict[str, Any]]:
-    """Write what every choice kept; the rows of all trials."""
+    """Write what every choice kept; return the rows of all trials."""
     numbers = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
     name = fingerprint(**numbers | {"tasks": tasks})[:20]
     rows = []
@@ -192,7 +190,7 @@ def _commit_rows(
 def _plan_work(
     trials: Sequence[Trial], experiment: Experiment, tasks: Sequence[str], warehouse: Warehouse, *, allow_overlap: bool
 ) -> None:
-    """Plan evaluations and fits; the texts of both and of a trial's scores are refused where they overlap."""
+    """Plan evaluations and fits; refuse texts of both and of a trial's scores that overlap."""
     for trial in trials:
         trial.planned = {name: _plan(trial, name, experiment) for name in tasks}
         if repairs := _fitted(experiment):
@@ -206,7 +204,7 @@ def _plan_fits(trial: Trial, experiment: Experiment, repairs: Sequence[str]) -> 
     settings = replace(trial.settings, max_sequences=experiment.repair_max_sequences)
     texts, skip = experiment.repair_corpora, experiment.repair_skip_sequences
     wanted = [Repair(by=by, corpora=texts, skip_sequences=skip, settings=settings) for by in repairs]
-    return plan_fits(trial.checkpoint, layers, wanted, trial.placement)
+    return plan_fits(trial.model, layers, wanted)
 
 
 def _fitted(experiment: Experiment) -> list[str]:
@@ -215,23 +213,18 @@ def _fitted(experiment: Experiment) -> list[str]:
 
 def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse) -> None:
     """Refuse tasks on text that was scored on or is fitted on, and to fit on text that was scored on."""
-    texts = [text for fit in [*trial.fits.values()][:1] for text in repair_texts(fit)]
-    refuse_scored = partial(
-        refuse_overlap, run_id=trial.run.run_id, store=warehouse, checkpoint=trial.checkpoint, corpus=trial.corpus
-    )
-    tokenizer = load_tokenizer(trial.checkpoint, trust_remote_code=trial.settings.trust_remote_code) if texts else None
-    for planned in trial.planned.values():
-        refuse_repair_text(planned.task, trial.checkpoint)
-        refuse_scored(planned.task)
-        refuse_questions(planned.task, trial.run.run_id, warehouse, trial.checkpoint, corpus=trial.corpus)
-        for text in texts:
-            refuse_text(planned.task, text, "the repair", experiment.repair_skip_sequences, tokenizer)
-    for text in texts:
-        refuse_scored(text, skips="repair_skip_sequences")
+    checkpoint, run_id, skipped = trial.checkpoint, trial.run.run_id, experiment.repair_skip_sequences
+    texts = [text for fit in [*trial.fits.values()][:1] for text in fit_of(fit).texts]
+    code = trial.settings.trust_remote_code
+    fitted = (text_of_fit(text, skipped, checkpoint, trust_remote_code=code) for text in texts)
+    scored = partial(texts_of_run, warehouse, run_id, checkpoint, corpus=trial.corpus)
+    tasks = [planned.task for planned in trial.planned.values()]
+    refuse_overlap(tasks, chain(texts_of_repair(checkpoint), scored(), fitted))
+    refuse_overlap(map(as_task, texts), scored(skip="repair_skip_sequences"))
 
 
 def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
-    """What `avss ablate` has measured of the layers of every trial, and contrasts, as far as they are chosen by it."""
+    """Read what `avss ablate` has measured of the layers of every trial, and contrasts, if they are chosen by it."""
     scores = set(experiment.scores)
     measured = scores & set(MEASURED) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
     for trial in trials:
@@ -243,93 +236,108 @@ def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: W
         trial.contrasts = {reading: _contrast(trial, warehouse, reading) for reading in readings if reading}
 
 
-def _choose(trials: Sequence[Trial], experiment: Experiment) -> None:
-    """The layers of every trial that each method drops."""
-    for trial in trials:
-        trial.choices = trial.choose(experiment)
-
-
-def _fit_repairs(
-    trials: Sequence[Trial], store: Store, executor: Executor, reporter: CellReporter | None, *, fresh: bool
-) -> None:
-    """Fit every repair of every trial without each set of layers."""
-    wanted = [(fit, trial.drops) for trial in trials for fit in trial.fits.values()]
-    if wanted:
-        found = fit_repairs(wanted, store, executor, reporter, fresh=fresh)
-        for trial in trials:
-            trial.patches = found
-
-
-def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, executor: Executor) -> Trial:
+def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, session: EvaluationSession) -> Trial:
     checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code)
     rows = warehouse.table("scores", run_ids=[run.run_id]).to_pylist()
-    settings = pinned(spec.settings, checkpoint, executor.device)
-    placement = placed(checkpoint, settings, spec.execution, executor)
-    return Trial(run=run, checkpoint=checkpoint, settings=settings, placement=placement, rows=rows, corpus=spec.corpus)
+    model = session.place(checkpoint, spec.settings, spec.execution)
+    return Trial(run=run, model=model, rows=rows, corpus=spec.corpus)
 
 
 def _plan(trial: Trial, name: str, experiment: Experiment) -> PlannedTask:
-    settings = replace(trial.settings, max_sequences=experiment.max_sequences)
+    model = trial.model.reading(experiment.max_sequences)
     task = make_task(
-        trial.checkpoint,
+        model.checkpoint,
         name,
-        settings,
+        model.settings,
         skip_sequences=experiment.skip_sequences,
         skip_questions=experiment.skip_questions,
         limit=experiment.limit,
         prompting=experiment.prompting,
     )
-    return PlannedTask(checkpoint=trial.checkpoint, settings=settings, task=task, placement=trial.placement)
+    return model.plan(task)
 
 
-def _leave_one_out(
-    trials: Sequence[Trial], store: Store, executor: Executor, reporter: CellReporter | None, *, fresh: bool
+def _require_inputs(specs: Sequence[RunSpec], experiment: Experiment) -> None:
+    """Refuse runs that would not measure what sparsities are planned from, before anything is scored.
+
+    Raises:
+        ConfigError: the message names the setting.
+    """
+    if not experiment.sparsities:
+        return
+    for spec in specs:
+        for method in experiment.sparsity_methods:
+            require_whole_weights(spec.execution.partition, method)
+        if missing := [site for site in INPUTS if site not in spec.settings.sites]:
+            raise ConfigError(
+                f"`sparsities` need what linear maps read, and {spec.model} is scored without {', '.join(missing)}.",
+                "Add inputs to `sites` in the settings of the job.",
+            )
+    for task in experiment.tasks:
+        require_effect(experiment.sparsity_rule, task)
+
+
+def _plan_sparsities(
+    trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse, session: EvaluationSession
 ) -> None:
-    """The loss of every trial without each of its layers, on the text that its scores were measured on."""
+    """Make a sparsity plan for every trial, method and level; None where a method cannot reach the level."""
+    for trial in trials if experiment.sparsities else ():
+        run = warehouse.run(trial.run.run_id)
+        assert run is not None
+        measured, model = Measured.of(warehouse, run), trial.reading(experiment.sparsity_max_sequences)
+        text = plan_text(trial.checkpoint, trial.corpus, model.settings)
+        source = CalibrationText(model=model, corpus=RedactedURI(trial.corpus), text=text)
+        for method in experiment.sparsity_methods:
+            again = 0 if method in CHOSEN_BY_TOKEN else experiment.sparsity_corrections
+            plan = partial(allocate, session, source, measured, rule=experiment.sparsity_rule, corrections=again)
+            for level in experiment.sparsities:
+                try:
+                    made = plan(level, method)
+                except Unreachable:
+                    trial.sparsity_plans[method, level] = None
+                else:
+                    trial.sparsity_plans[method, level] = keep_plan(made, session.store, run)
+
+
+def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
+    """Measure the loss of every trial without each of its layers, on the text that its scores were measured on."""
     planned = []
     for trial in trials:
         text = plan_text(trial.checkpoint, trial.corpus, trial.settings)
-        task = Task(
-            name=f"{SCORES[LEAVE_ONE_OUT].task}{trial.corpus}",
-            parts=tuple(LeaveOneOut(shard) for shard in text.shards),
-        )
-        planned.append(
-            PlannedTask(checkpoint=trial.checkpoint, settings=trial.settings, task=task, placement=trial.placement)
-        )
-    failed = measure([cell for one in planned for cell in one.cells()], store, executor, reporter, fresh=fresh)
-    if failed:
-        raise failure(failed)
+        name = f"{SCORES[LEAVE_ONE_OUT].task}{trial.corpus}"
+        planned.append(trial.model.plan(Task(name=name, parts=tuple(map(LeaveOneOut, text.shards)))))
+    results = session.measure([(one, [NO_INTERVENTION]) for one in planned])
     for trial, one in zip(trials, planned, strict=True):
-        values = {result.removed: result.value for result in commit(one, store) if result.metric == LOSS}
+        values = {result.removed: result.value for result in results[one] if result.metric == LOSS}
         trial.truth[LEAVE_ONE_OUT] = np.array([values.get((layer,), np.nan) for layer in range(trial.num_layers)])
 
 
-def _search(
-    trials: Sequence[Trial],
-    experiment: Experiment,
-    store: Store,
-    executor: Executor,
-    reporter: CellReporter | None,
-    *,
-    fresh: bool,
-) -> None:
-    """The sets that searches find for every trial, on the text that its scores were measured on."""
-    effort, reporter = Effort(budget=experiment.search_budget), reporter or SilentCells()
-    with closing(Rounds(store, executor, reporter)) as rounds:
-        for trial in trials if experiment.search else ():
-            settings = with_fewer_rows(trial.settings, experiment.search_max_sequences)
-            task = search_task(trial.checkpoint, trial.corpus, settings)
-            planned = PlannedTask(checkpoint=trial.checkpoint, settings=settings, task=task, placement=trial.placement)
-            losses = Losses(planned, store, rounds, reporter, fresh=fresh)
+def _search(trials: Sequence[Trial], experiment: Experiment, session: EvaluationSession) -> None:
+    """Search sets of layers of every trial, on the text that its scores were measured on."""
+    effort = Effort(budget=experiment.search_budget)
+    for trial in trials if experiment.search else ():
+        model = trial.reading(experiment.search_max_sequences)
+        planned = model.plan(search_task(trial.checkpoint, trial.corpus, model.settings))
+        losses = removal_losses(session, planned)
+        with session.keeping_workers():
             for method in methods(experiment, trial.rows):
                 for share in experiment.shares if method.score in SEARCHES else ():
                     searching = search_for(method.choice(share), effort, trial.num_layers)
                     trial.searched[method, share] = whole_layers(conduct(searching, losses)[0])
-            commit(planned, store)
+        session.results(planned)
+
+
+def _fit_repairs(trials: Sequence[Trial], session: EvaluationSession) -> None:
+    """Fit every repair of every trial without each set of layers."""
+    wanted = [(fit, trial.drops) for trial in trials for fit in trial.fits.values()]
+    if wanted:
+        patches = fit_repairs(session, wanted)
+        for trial in trials:
+            trial.patches = patches
 
 
 def _contrast(trial: Trial, warehouse: Warehouse, reading: Reading) -> Float64:
-    """The contrast of every layer of a run on paired text."""
+    """Return the contrast of every layer of a run on paired text."""
     run = warehouse.run(trial.run.run_id)
     assert run is not None
     site, recipe, value, kind = reading

@@ -1,13 +1,14 @@
-"""Held-out text: whether what is evaluated on is what the scores of a plan, or a repair, have seen."""
+"""Held-out text: the texts that the scores, the search or the repair of a model have read, and one check of tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from avss_dist.corpus.overlap import SHORTEST, plain_text, shared_text
-from avss_dist.corpus.shards import Shard, tokenize_corpus
+from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
 from avss_dist.errors import AvssError, ConfigError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
@@ -24,174 +25,196 @@ MOST_SHARED = 0.03  # of the passages of a text; what other rows of one text rep
 _OLD_ROWS = {"row_start": "none"}  # of rows that were read before the setting was there
 
 
-def refuse_overlap(
-    task: Task,
-    run_id: str,
-    store: Warehouse,
-    checkpoint: Checkpoint,
-    *,
-    corpus: str = "",
-    skips: str = "skip_sequences",
-) -> None:
-    """Refuse a task on text that a run's scores were measured on; tasks without a corpus pass.
-
-    Args:
-        corpus: the text of the run, with the keys that reading it takes; by default as its row names it, without.
-        skips: the field that says which rows of the task's text are not read.
-
-    Raises:
-        ConfigError: they share text, cannot be compared, or the run's text cannot be read again or has changed.
-    """
-    run = store.run(run_id)
-    if not _shards(task) or run is None:
-        return
-    seen = _read_run(run, checkpoint, corpus)
-    hint = f"Use other text: another corpus, or `{skips}` {run['num_sequences']}."
-    _refuse_shared(task, seen, f"the scores of {run_id} were measured on ({run['corpus']})", hint)
-
-
-def refuse_questions(task: Task, run_id: str, store: Warehouse, checkpoint: Checkpoint, *, corpus: str = "") -> None:
-    """Refuse multiple choice on questions whose answers a run's scores were measured on.
-
-    Args:
-        corpus: as for `refuse_overlap`.
-
-    Raises:
-        ConfigError: there are some, or the run's text cannot be read again or has changed.
-    """
-    run = store.run(run_id)
-    if not _choices(task) or run is None:
-        return
-    seen = _read_run(run, checkpoint, corpus)
-    number = len(_prompts(seen.shards, seen.tokenizer))
-    hint = f"Ask others: with `skip_questions` {number}, where the run is of the first questions of the file."
-    _refuse_prompts(task, seen, f"the scores of {run_id} were measured on", hint)
-
-
-def refuse_text(task: Task, text: Task, what: str, skip_sequences: int, tokenizer: Any) -> None:
-    """Refuse a task on text or questions that ``what`` is fitted on; tasks of lm-evaluation-harness pass.
-
-    Args:
-        text: that text, as a task.
-        skip_sequences: rows before it.
-        tokenizer: the one that made the tokens of both.
-
-    Raises:
-        ConfigError: they share text, or cannot be compared.
-    """
-    seen, use = SeenText(_shards(text), tokenizer), f"{what} is fitted on ({text.name})"
-    _refuse_prompts(task, seen, use, OTHER_QUESTIONS)
-    rows = skip_sequences + sum(shard.num_sequences for shard in seen.shards)
-    _refuse_shared(task, seen, use, f"Use other text: another corpus, or `skip_sequences` {rows}.")
-
-
-def refuse_search_text(task: Task, evaluation: str, store: Warehouse, checkpoint: Checkpoint) -> None:
-    """Refuse a task on text that a set of layers was searched on; tasks without a corpus pass.
-
-    Args:
-        evaluation: of the search.
-
-    Raises:
-        ConfigError: they share text, cannot be compared, or the search's text cannot be read again.
-    """
-    rows = store.table("evaluations", run_ids=[evaluation]).to_pylist() if _shards(task) else []
-    if not rows:
-        return
-    options, corpus = settings_of(rows[0]), rows[0]["task"].removeprefix(SEARCH)
-    skip = options.pop("skip_sequences")
-    seen = _read_again(
-        checkpoint, corpus, Settings(**_OLD_ROWS | options), skip, "the search of a plan", "layers may be chosen for"
-    )
-    hint = f"Use other text: another corpus, or `skip_sequences` {skip + rows[0]['num_samples']}."
-    _refuse_shared(task, seen, "the layers of a plan were searched on", hint)
-
-
-def refuse_repair_text(task: Task, checkpoint: Checkpoint) -> None:
-    """Refuse a task on text or questions that a checkpoint's repair was fitted on; tasks of lm-evaluation-harness pass.
-
-    Raises:
-        ConfigError: they share text, cannot be compared, or the repair's text cannot be read again or has changed.
-        ModelError: the record of the repair is damaged.
-    """
-    for repair in read_repairs(checkpoint.folder) if _shards(task) or _choices(task) else ():
-        fit, skip = f"the repair of '{checkpoint.name}'", repair.skip_sequences
-        for text in repair.texts:
-            settings, prints = repair.reading(), (text.fingerprint,)
-            seen = _read_again(checkpoint, text.corpus, settings, skip, fit, "it may be fitted to", prints)
-            use = f"{fit} was fitted on ({text.corpus})"
-            _refuse_prompts(task, seen, use, OTHER_QUESTIONS)
-            _refuse_shared(task, seen, use, f"Use other text: another corpus, or `skip_sequences` {skip + text.rows}.")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SeenText:
-    """Rows of text that scores, a search or a repair have seen, and the tokenizer that made them."""
+    """A text that scores, a search or a repair have read, which is then no text to evaluate on.
 
-    shards: Sequence[Shard]
-    tokenizer: Any
+    Attributes:
+        use: end of a sentence that begins with the text: ``the scores of RUN were measured on``.
+        name: the text.
+        rows: the end of its rows, which `skip` passes.
+        read: reads it, again where it is not at hand; raises ConfigError where that is not possible.
+        load_tokenizer: loads the tokenizer of its rows.
+        skip: field of the evaluation that skips rows of a text.
+        ask_others: hint where questions are shared, with ``{}`` for the number of prompts; "" compares no questions.
+    """
+
+    use: str
+    name: str = ""
+    rows: int
+    read: Callable[[], Sequence[Shard]]
+    load_tokenizer: Callable[[], Any]
+    skip: str = "skip_sequences"
+    ask_others: str = OTHER_QUESTIONS
+
+    @cached_property
+    def shards(self) -> Sequence[Shard]:
+        """Its rows."""
+        return self.read()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that made its tokens, and those of the tasks."""
+        return self.load_tokenizer()
+
+    def refuse(self, task: Task) -> None:
+        """Refuse a task on the text or on questions in it; tasks of lm-evaluation-harness pass.
+
+        Raises:
+            ConfigError: they share text or questions, cannot be compared, or the text cannot be read again.
+        """
+        if (questions := _questions(task)) and self.ask_others:
+            self._refuse_questions(task, _prompts(questions, self.tokenizer))
+        if text := _text(task):
+            self._refuse_text(task, shared_text(self.shards, text, self.tokenizer))
+
+    def _refuse_questions(self, task: Task, questions: set[str]) -> None:
+        prompts = _prompts(self.shards, self.tokenizer)
+        if shared := len(prompts & questions):
+            raise ConfigError(
+                f"{shared} of the {len(questions)} questions of {task.name} are prompts that {self.use}.",
+                self.ask_others.format(len(prompts)),
+            )
+
+    def _refuse_text(self, task: Task, shared: float | None) -> None:
+        named = f"{self.use} ({self.name})" if self.name else self.use
+        if shared is None:
+            raise ConfigError(
+                f"{task.name} cannot be compared with the text that {named}: one of them has no {SHORTEST} characters "
+                "in a row, without whitespace.",
+                "Read more text, or longer rows (`sequence_length`); or set `allow_overlap` and know that they may be "
+                "one.",
+            )
+        if shared > MOST_SHARED:
+            hint = f"Use other text: another corpus, or `{self.skip}` {self.rows}."
+            raise ConfigError(f"{shared:.0%} of {task.name} is text that {named}.", hint)
 
 
-def _refuse_shared(task: Task, seen: SeenText, use: str, hint: str) -> None:
-    """Refuse a task on text of which too much is in ``seen``, or of which that cannot be told."""
-    if not _shards(task):
+def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
+    """Refuse tasks on text or on questions that have been seen.
+
+    Raises:
+        ConfigError: the first that is; or it cannot be told.
+    """
+    if not (tasks := [task for task in tasks if _questions(task) or _text(task)]):
         return
-    shared = shared_text(seen.shards, _shards(task), seen.tokenizer)
-    if shared is None:
-        raise ConfigError(
-            f"{task.name} cannot be compared with the text that {use}: one of them has no {SHORTEST} characters in a "
-            "row, without whitespace.",
-            "Read more text, or longer rows (`sequence_length`); or set `allow_overlap` and know that they may be one.",
-        )
-    if shared > MOST_SHARED:
-        raise ConfigError(f"{shared:.0%} of {task.name} is text that {use}.", hint)
+    texts = list(texts)
+    for task in tasks:
+        for text in texts:
+            text.refuse(task)
 
 
-def _refuse_prompts(task: Task, seen: SeenText, use: str, hint: str) -> None:
-    questions = _prompts(_choices(task), seen.tokenizer)
-    if shared := len(_prompts(seen.shards, seen.tokenizer) & questions):
-        raise ConfigError(f"{shared} of the {len(questions)} questions of {task.name} are prompts that {use}.", hint)
-
-
-def _choices(task: Task) -> list[Shard]:
+def _questions(task: Task) -> list[Shard]:
     return [part.shard for part in task.parts if isinstance(part, TruthfulChoices)]
 
 
-def _shards(task: Task) -> list[Shard]:
+def _text(task: Task) -> list[Shard]:
     return [part.shard for part in task.parts if isinstance(part, TextLoss)]
 
 
-def _read_run(run: Mapping[str, Any], checkpoint: Checkpoint, corpus: str) -> SeenText:
-    """Read the text of a row of ``runs`` again."""
-    prints = (run["corpus_fingerprint"], run["tokens_fingerprint"])
-    settings, name = Settings(**_OLD_ROWS | settings_of(run)), f"run {run['run_id']}"
-    return _read_again(
-        checkpoint, corpus or run["corpus"], settings, 0, name, "layers may be chosen on", tuple(filter(None, prints))
+def texts_of_run(
+    store: Warehouse, run_id: str | None, checkpoint: Checkpoint, *, corpus: str = "", skip: str = "skip_sequences"
+) -> Iterator[SeenText]:
+    """Yield the text that the scores of a run were measured on; none where the warehouse does not have the run.
+
+    Args:
+        corpus: the text, with the keys that reading it takes; by default as the row of the run names it, without.
+        skip: see `SeenText`.
+    """
+    run = store.run(run_id) if run_id else None
+    if run is None:
+        return
+    prints = tuple(filter(None, (run["corpus_fingerprint"], run["tokens_fingerprint"])))
+    source = _Source(checkpoint, corpus or run["corpus"], Settings(**_OLD_ROWS | settings_of(run)))
+    yield SeenText(
+        use=f"the scores of {run_id} were measured on",
+        name=run["corpus"],
+        rows=run["num_sequences"],
+        read=partial(source.read_again, f"run {run_id}", "layers may be chosen on", prints),
+        load_tokenizer=source.tokenizer,
+        skip=skip,
+        ask_others="Ask others: with `skip_questions` {}, where the run is of the first questions of the file.",
     )
 
 
-def _read_again(
-    checkpoint: Checkpoint,
-    corpus: str,
-    settings: Settings,
-    skip_sequences: int,
-    user: str,
-    risk: str,
-    prints: Collection[str] = (),
-) -> SeenText:
-    """Read a text again that ``user`` has seen.
+def texts_of_search(store: Warehouse, evaluation: str | None, checkpoint: Checkpoint) -> Iterator[SeenText]:
+    """Yield the text that a set of layers was searched on; none where the warehouse does not have the evaluation."""
+    rows = store.table("evaluations", run_ids=[evaluation]).to_pylist() if evaluation else []
+    if not rows:
+        return
+    options, corpus = settings_of(rows[0]), rows[0]["task"].removeprefix(SEARCH)
+    skipped = options.pop("skip_sequences")
+    source = _Source(checkpoint, corpus, Settings(**_OLD_ROWS | options), skipped)
+    yield SeenText(
+        use="the layers of a plan were searched on",
+        rows=skipped + rows[0]["num_samples"],
+        read=partial(source.read_again, "the search of a plan", "layers may be chosen for"),
+        load_tokenizer=source.tokenizer,
+        ask_others="",
+    )
 
-    Args:
-        prints: fingerprints that it had, of its content or its tokens; it has changed where it has none of them.
+
+def texts_of_repair(checkpoint: Checkpoint) -> Iterator[SeenText]:
+    """Yield the texts that the repair of a checkpoint was fitted on; none of a checkpoint without one.
+
+    Raises:
+        ModelError: the record of the repair is damaged.
     """
-    tokenizer = load_tokenizer(checkpoint)
-    hint = f"Put it back, or set `allow_overlap` and know that {risk} this very text."
-    try:
-        text = tokenize_corpus(corpus, tokenizer, settings, skip_sequences=skip_sequences)
-    except AvssError as error:
-        raise ConfigError(f"The text of {user} cannot be read again: {error.message}", hint) from error
-    if prints and not {text.corpus_fingerprint, text.tokens_fingerprint} & {*prints}:
-        raise ConfigError(f"The text of {user} has changed since it was read: {text.source}.", hint)
-    return SeenText(text.shards, tokenizer)
+    fit = f"the repair of '{checkpoint.name}'"
+    for repair in read_repairs(checkpoint.folder):
+        for text in repair.texts:
+            source = _Source(checkpoint, text.corpus, repair.reading(), repair.skip_sequences)
+            yield SeenText(
+                use=f"{fit} was fitted on ({text.corpus})",
+                rows=repair.skip_sequences + text.rows,
+                read=partial(source.read_again, fit, "it may be fitted to", (text.fingerprint,)),
+                load_tokenizer=source.tokenizer,
+            )
+
+
+def text_of_fit(text: CorpusPlan, skipped: int, checkpoint: Checkpoint, *, trust_remote_code: bool) -> SeenText:
+    """Return a text that a repair is about to be fitted on, after so many skipped rows."""
+    return SeenText(
+        use=f"the repair is fitted on ({text.source})",
+        rows=skipped + text.num_sequences,
+        read=lambda: text.shards,
+        load_tokenizer=partial(load_tokenizer, checkpoint, trust_remote_code=trust_remote_code),
+    )
+
+
+def as_task(text: CorpusPlan) -> Task:
+    """Return a text as a task, which can be compared with other texts."""
+    return Task(name=text.source, parts=tuple(map(TextLoss, text.shards)))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where rows come from: a text, how it is read, and how many rows are skipped."""
+
+    checkpoint: Checkpoint
+    corpus: str
+    settings: Settings
+    skipped: int = 0
+
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.checkpoint)
+
+    def read_again(self, user: str, risk: str, prints: Collection[str] = ()) -> Sequence[Shard]:
+        """Read the rows again that ``user`` has read.
+
+        Args:
+            risk: what may be wrong where they are not compared.
+            prints: fingerprints that the text had, of its content or its tokens; it has changed where it has none of
+                them.
+        """
+        hint = f"Put it back, or set `allow_overlap` and know that {risk} this very text."
+        try:
+            text = tokenize_corpus(self.corpus, self.tokenizer(), self.settings, skip_sequences=self.skipped)
+        except AvssError as error:
+            raise ConfigError(f"The text of {user} cannot be read again: {error.message}", hint) from error
+        if prints and not {text.corpus_fingerprint, text.tokens_fingerprint} & {*prints}:
+            raise ConfigError(f"The text of {user} has changed since it was read: {text.source}.", hint)
+        return text.shards
 
 
 def _prompts(shards: Iterable[Shard], tokenizer: Any) -> set[str]:

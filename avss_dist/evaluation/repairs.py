@@ -6,32 +6,32 @@ A fit is a task like others: its cell gives what is still missing in the stream,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.errors import ConfigError
-from avss_dist.evaluation.engine import (
-    CellReporter,
-    PlannedTask,
-    commit,
-    failure,
-    measure,
-    plan_text,
-)
+from avss_dist.errors import ConfigError, ModelError
+from avss_dist.evaluation.events import OnEvent
+from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask, StoredPatch
+from avss_dist.evaluation.tasks import plan_text
 from avss_dist.executors.base import Executor
-from avss_dist.intervention import NO_INTERVENTION, Intervention, Removals, decode_removals, whole_layers
+from avss_dist.intervention import NO_INTERVENTION, Intervention, Removals, whole_layers
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.layers import layer_lists
+from avss_dist.models.loading import without_head
 from avss_dist.models.patching import decode_patch, encode_patch
+from avss_dist.models.size import load_skeleton
 from avss_dist.names import REPAIR
 from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import with_copies
+from avss_dist.pruning.checkpoint import require_free, require_prunable
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fitter import DataParallel
+from avss_dist.pruning.repair.fitter import DataParallel, find_cuts
 from avss_dist.pruning.repair.hidden_states import hidden_states_of
 from avss_dist.pruning.repair.record import parse_record
 from avss_dist.pruning.repair.registry import REPAIRS
@@ -39,36 +39,18 @@ from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.registry import PARTITIONS
-from avss_dist.settings import Settings, fingerprint
-from avss_dist.tasks.base import Measure, Row, Task, TextLoss
+from avss_dist.settings import Execution, Settings, fingerprint
+from avss_dist.tasks.base import Row, Task
 from avss_dist.text import RedactedURI
-from avss_dist.warehouse.patches import Patches
-from avss_dist.warehouse.store import Store
 
 MISSING = "missing"  # metric of a fit: what is missing in the stream after each cut, on held-back text
 
 
-@dataclass(frozen=True)
-class StoredPatch:
-    """A patch in a warehouse; see `intervention.EncodedPatch`."""
-
-    key: str
-    patches: Patches = field(compare=False, repr=False)
-
-    def read(self) -> bytes:
-        """See `intervention.EncodedPatch`; cells of one patch follow each other."""
-        return _read(self.patches, self.key)
-
-    def repaired(self) -> Repaired:
-        """What was fitted."""
-        tensors, about = decode_patch(self.read())
-        said = json.loads(about)
-        return Repaired(tensors, parse_record(said["record"]), said["notes"])
-
-
-@lru_cache(maxsize=1)
-def _read(patches: Patches, key: str) -> bytes:
-    return patches.read(key)
+def read_repaired(patch: StoredPatch) -> Repaired:
+    """Return a fitted repair: its weights, record and notes."""
+    tensors, about = decode_patch(patch.read())
+    said = json.loads(about)
+    return Repaired(tensors, parse_record(said["record"]), said["notes"])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -103,7 +85,7 @@ class FitRepair:
             layers=self.layers,
             drop=whole_layers(intervention.removed),
         )
-        stored = StoredWeights.of(of, made, settings).read
+        stored = StoredWeights.of_checkpoint(of, made, settings).read
         repair = replace(self.repair, settings=settings)
         parallel = DataParallel(model.local_indices, model.all_reduce)
         found = fit_repair(of, hidden_states_of(model), made, repair, self.texts, stored, parallel)
@@ -127,28 +109,19 @@ def require_changeable(partition: str) -> None:
         )
 
 
-def _repairable(planned: PlannedTask, drops: Iterable[Removals]) -> list[Removals]:
-    """The sets of layers of which something can be given back: by a layer before a removed one, or by later ones."""
-    fits = [part.repair.by for part in planned.task.parts if isinstance(part, FitRepair)]
-    by_later = all(REPAIRS[by].every_layer for by in fits)
-    return [drop for drop in drops if drop and (by_later or drop != tuple(range(len(drop))))]
-
-
 def copies_of(placement: Placement, settings: Settings, executor: Executor) -> int:
-    """Copies of the model that can share a fit: as many as there are workers, if there is room for all at once."""
-    has = executor.devices
-    room = has.count // placement.gpus if placement.gpus else has.cpus // settings.threads
+    """Return how many copies of the model can share a fit: one for each worker, if there is room for all at once."""
+    devices = executor.devices
+    room = devices.count // placement.gpus if placement.gpus else devices.cpus // settings.threads
     return max(1, min(executor.replicas(placement), room))
 
 
-def plan_fits(
-    checkpoint: Checkpoint, layers: str, repairs: Iterable[Repair], placement: Placement, copies: int = 1
-) -> dict[str, PlannedTask]:
-    """The task of fitting each of several repairs of a checkpoint, by what they fit.
+def plan_fits(model: PlacedModel, layers: str, repairs: Iterable[Repair], copies: int = 1) -> dict[str, PlannedTask]:
+    """Return the task of fitting each of several repairs of a checkpoint, by the name of the repair.
 
     Args:
         layers: module path of the layer list.
-        repairs: that differ in what they fit alone; their settings are pinned.
+        repairs: that differ in their names alone; their settings are pinned.
         copies: of the model, which share the text of one fit: for a single fit, where there are several workers.
 
     Raises:
@@ -156,6 +129,7 @@ def plan_fits(
         ConfigError: the partition keeps weights where they cannot be changed.
         CorpusError: a text cannot be read, or is too short.
     """
+    checkpoint, placement = model.checkpoint, model.placement
     if checkpoint.gguf:
         raise PlanError(f"'{checkpoint.name}' is a .gguf file.", "Repair the checkpoint in safetensors that it is of.")
     require_changeable(placement.partition)
@@ -167,72 +141,88 @@ def plan_fits(
             for corpus in repair.texts
         )
         name = f"{REPAIR}{repair.by}:{','.join(RedactedURI(corpus) for corpus in repair.corpora)}"
-        task = Task(name=name, parts=(FitRepair(repair=repair, layers=layers, texts=texts),))
         rows = repair.settings.batch_size
         batches = sum(-(-shard.num_sequences // rows) for text in texts for shard in text.shards)
         planned[repair.by] = PlannedTask(
             checkpoint=checkpoint,
             settings=repair.settings,
-            task=task,
+            task=Task(name=name, parts=(FitRepair(repair=repair, layers=layers, texts=texts),)),
             placement=with_copies(placement, min(copies, batches)),
         )
     return planned
 
 
-def repair_texts(planned: PlannedTask) -> Iterator[Task]:
-    """The texts of a fit, each as a task, which `held_out` compares with others."""
-    for part in planned.task.parts:
-        assert isinstance(part, FitRepair)
-        for text in part.texts:
-            yield Task(name=text.source, parts=tuple(TextLoss(shard) for shard in text.shards))
+def fit_of(planned: PlannedTask) -> FitRepair:
+    """Return the only part of the task of fitting a repair."""
+    (part,) = planned.task.parts
+    assert isinstance(part, FitRepair)
+    return part
 
 
 def fit_repairs(
-    wanted: Sequence[tuple[PlannedTask, Iterable[Removals]]],
-    store: Store,
-    executor: Executor,
-    reporter: CellReporter | None = None,
-    *,
-    fresh: bool = False,
+    session: EvaluationSession, wanted: Sequence[tuple[PlannedTask, Iterable[tuple[int, ...]]]]
 ) -> dict[tuple[str, Removals], StoredPatch]:
-    """The patch of each fit without each of its sets of layers, by the fit's id; what was fitted before is found.
+    """Fit each repair without each of its sets of layers; see `EvaluationSession.fit`.
 
-    Sets of layers that no layer stands before have none, but of repairs of later layers. Repairs that need the most
-    text come first, and a mistake ends the rest: too little text is reported before other fits have taken an hour.
+    A set of layers that no layer stands before has a repair of later layers alone. Repairs that need the most text come
+    first.
+    """
+    demanding = sorted(wanted, key=lambda fit: -REPAIRS[fit_of(fit[0]).repair.by].text_rank)
+    return session.fit(
+        [(fit, [Intervention(removed=drop) for drop in drops if _is_repairable(fit, drop)]) for fit, drops in demanding]
+    )
+
+
+def _is_repairable(fit: PlannedTask, drop: tuple[int, ...]) -> bool:
+    """Whether something can be given back without these layers: by a layer before one of them, or by later ones."""
+    return bool(drop) and (REPAIRS[fit_of(fit).repair.by].every_layer or drop != tuple(range(len(drop))))
+
+
+def kept_repair(
+    model: str,
+    made: Plan,
+    repair: Repair,
+    output: Path,
+    *,
+    warehouse: str | Path,
+    execution: Execution,
+    reporter: OnEvent | None = None,
+) -> Repaired:
+    """Fit the weights that repair a plan, on workers. A fit by one worker is taken from the warehouse, if it is there.
+
+    Args:
+        output: folder of the checkpoint that they are for.
 
     Raises:
-        AvssError: a mistake, or a fit that failed; the others are kept.
+        AvssError: a mistake, all that `pruning.checkpoint.prune` refuses among them, before anything is fitted; or the
+            fit failed.
     """
-    demanding = sorted(wanted, key=lambda fit: -max(map(_text_needed, fit[0].task.parts)))
-    cells = [
-        cell
-        for one, drops in demanding
-        for cell in one.cells(Intervention(removed=drop) for drop in _repairable(one, drops))
-    ]
-    patches, run_ids = Patches(store.storage), [one.run_id() for one, _ in wanted]
-    known = {} if fresh else _fitted(store, run_ids, patches.keys())
-    missing = [cell for cell in cells if (cell.run_id, cell.intervention.removed) not in known]
-    failed = measure(missing, store, executor, reporter, fresh=True, to_first_mistake=True)
-    for one, _ in wanted:
-        commit(one, store)
-    if failed:
-        raise failure(failed)
-    return {key: StoredPatch(patch, patches) for key, patch in _fitted(store, run_ids, patches.keys()).items()}
+    require_free(output)
+    require_changeable(execution.partition)
+    find_cuts(made, every_layer=REPAIRS[repair.by].every_layer)
+    settings = repair.settings
+    checkpoint = resolve(model, trust_remote_code=settings.trust_remote_code)
+    require_prunable(checkpoint, made, settings)
+    settings = replace(settings, layers=_list_path(checkpoint, made, settings))
+    with EvaluationSession.open(warehouse, settings, execution, reporter) as session:
+        placed = session.place(checkpoint, settings)
+
+        def fit(copies: int) -> PlannedTask:
+            fixed = replace(repair, settings=placed.settings)
+            return plan_fits(placed, made.layers, [fixed], copies)[repair.by]
+
+        planned, copies = fit(1), copies_of(placed.placement, placed.settings, session.executor)
+        (cell,) = planned.cells([made.intervention])
+        if copies > 1 and (session.fresh or not session.is_stored(cell)):
+            planned = fit(copies)
+        patches = fit_repairs(session, [(planned, [made.drop])])
+    return read_repaired(patches[planned.run_id(), made.drop])
 
 
-def _text_needed(part: Measure) -> int:
-    """Orders fits by how much text they need: as wide as the MLP is inside, as the stream is, or hardly any."""
-    assert isinstance(part, FitRepair)
-    return REPAIRS[part.repair.by].text_rank
-
-
-def _fitted(store: Store, run_ids: Sequence[str], there: set[str]) -> Mapping[tuple[str, Removals], str]:
-    """The keys of patches that cells of these fits gave, and that are there."""
-    if not there:
-        return {}
-    return {
-        (run_id, decode_removals(row["drop"])): row["patch"]
-        for run_id in dict.fromkeys(run_ids)
-        for row in store.cells(run_id).select(["drop", "metric", "patch"]).to_pylist()
-        if row["metric"] == MISSING and row["patch"] in there
-    }
+def _list_path(checkpoint: Checkpoint, made: Plan, settings: Settings) -> str | None:
+    """Return the path of the plan's layers; None where they are found without it, as in runs that name no path."""
+    with suppress(ModelError):
+        _, model, _ = load_skeleton(checkpoint, settings)
+        if [*layer_lists(without_head(model), made.num_layers)] == [made.layers]:
+            return None
+    return made.layers

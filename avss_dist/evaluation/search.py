@@ -1,62 +1,49 @@
-"""Search the set of layers to drop: what a search asks, measured on text by the cells of `evaluate`, and the plan."""
+"""Search the set of layers to drop by the loss without it, measured by cells of a session, repaired or not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from avss_dist.analysis.plans import evaluated_lines
-from avss_dist.errors import AvssError
-from avss_dist.evaluation.engine import (
-    CellReporter,
+from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.evaluation.events import OnEvent, SearchStep
+from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
+from avss_dist.evaluation.session import (
+    EvaluationSession,
+    PlacedModel,
     PlannedTask,
-    Rounds,
-    SilentCells,
-    commit,
     evaluation_options,
-    failure,
-    pinned,
-    placed,
-    plan_text,
 )
-from avss_dist.executors.open import open_executor
-from avss_dist.intervention import Intervention, InterventionKey, Removals, encode_removals
-from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.evaluation.subjects import checkpoint_of_run
+from avss_dist.evaluation.tasks import plan_text, text_task
+from avss_dist.intervention import Intervention, InterventionKey, Removals, encode_removals, whole_layers
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import text_config
 from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
+from avss_dist.pruning.repair.registry import REPAIRS
+from avss_dist.pruning.repair.splits import HELD_BACK, SINK_TOKENS
 from avss_dist.pruning.search import Effort, Expansion, Search, best_sets, search_for
-from avss_dist.pruning.selection import Choice, PlanError
+from avss_dist.pruning.selection import Choice
+from avss_dist.pruning.shrinking import GREEDY, POOL, Shrinking
 from avss_dist.settings import Settings
 from avss_dist.tasks.base import Result, Task, combine
-from avss_dist.tasks.cells import Cell
+from avss_dist.tasks.cells import Cell, CellResult
 from avss_dist.tasks.layer_removal import LeaveOneOut
-from avss_dist.text import RedactedURI
+from avss_dist.text import RedactedURI, describe_layers
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import Store
 
 CHOSEN_HERE = "The set was chosen for its loss on this very text: on other text, its loss will be higher."
 AT_ONCE = 10  # sets in a cell: more cost less, and keep fewer workers busy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """What a round of a search found.
-
-    Attributes:
-        best: the loss without the best set of the round.
-        sets: whose loss the search has, this round's among them.
-    """
-
-    best: Result
-    sets: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         whole: the loss of the whole model.
@@ -68,19 +55,7 @@ class Found:
     corpus: str
     whole: Result
     chosen: Result
-    steps: Sequence[Step]
-
-
-class SearchReporter(CellReporter, Protocol):
-    """Hears how a search goes; ``started`` is called at each round."""
-
-    def stepped(self, step: Step) -> None: ...
-
-
-class Silent(SilentCells):
-    """Says nothing."""
-
-    def stepped(self, step: Step) -> None: ...
+    steps: Sequence[SearchStep]
 
 
 def search(
@@ -92,7 +67,7 @@ def search(
     effort: Effort | None = None,
     starts: Sequence[tuple[int, ...]] = (),
     skip_sequences: int = 0,
-    reporter: SearchReporter | None = None,
+    reporter: OnEvent | None = None,
     **options: Any,
 ) -> Found:
     """Choose a set of layers by the loss of the model without it, on text; no loss is measured twice.
@@ -110,50 +85,34 @@ def search(
         AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
     """
     settings, execution = evaluation_options(options)
-    effort = effort or Effort()
-    store, corpus = Store(warehouse), RedactedURI(corpus)
+    effort, corpus = effort or Effort(), RedactedURI(corpus)
     scores = Warehouse(warehouse).table("scores", run_ids=[run["run_id"]]).to_pylist()
     searching = search_for(choice, effort, layer_list(scores, str(run["model"]))[1], starts)
-    checkpoint = _checkpoint(run, trust_remote_code=settings.trust_remote_code)
-    with closing(open_executor(execution, settings)) as executor:
-        fixed = pinned(settings, checkpoint, executor.device)
-        placement = placed(checkpoint, fixed, execution, executor)
-        task = search_task(checkpoint, corpus, fixed, skip_sequences=skip_sequences)
-        planned = PlannedTask(checkpoint=checkpoint, settings=fixed, task=task, placement=placement)
-        hears = reporter or Silent()
-        with closing(Rounds(store, executor, hears)) as rounds:
-            losses = Losses(planned, store, rounds, hears, fresh=execution.fresh)
-            drop, steps = conduct(searching, losses, hears.stepped)
-    commit(planned, store)
-    whole, chosen = losses.of(()), losses.of(drop)
+    checkpoint = checkpoint_of_run(run, trust_remote_code=settings.trust_remote_code)
+    with EvaluationSession.open(warehouse, settings, execution, reporter) as session:
+        model = session.place(checkpoint, settings)
+        planned = model.plan(search_task(checkpoint, corpus, model.settings, skip_sequences=skip_sequences))
+        losses = removal_losses(session, planned)
+        with session.keeping_workers():
+            removed, steps = conduct(searching, losses, session.on_event)
+            measured = losses([Expansion(()), Expansion(removed)])
+        session.results(planned)
+    whole, chosen = measured[()], measured[removed]
     text = {"text": str(corpus), "sequences": len(whole.samples), "skip_sequences": skip_sequences}
     outcome = {"sets": steps[-1].sets, "loss": round(chosen.value, 6), "whole_model": round(whole.value, 6)}
     how = {name: value for name, value in (("budget", effort.budget), ("width", effort.width)) if value}
     how |= {"starts": len(starts)} if starts else {}
-    why = reasons(choice) | how | text | outcome | {"evaluation": planned.run_id(), "task": task.name}
+    why = reasons(choice) | how | text | outcome | {"evaluation": planned.run_id(), "task": planned.task.name}
     made = replace(
-        plan_of(scores, run, drop, why),
+        plan_of(scores, run, removed, why),
         findings=(CHOSEN_HERE,),
-        evaluated=evaluated_lines(Warehouse(warehouse), run, drop),
+        evaluated=evaluated_lines(Warehouse(warehouse), run, removed),
     )
     return Found(plan=made, corpus=str(corpus), whole=whole, chosen=chosen, steps=steps)
 
 
-def _checkpoint(run: Mapping[str, Any], *, trust_remote_code: bool) -> Checkpoint:
-    """The checkpoint of a run, as it was."""
-    model, revision = str(run["model"]), run["revision"] or ""
-    hub_commit = len(revision) == 40
-    checkpoint = resolve(f"{model}@{revision}" if hub_commit else model, trust_remote_code=trust_remote_code)
-    if checkpoint.revision != revision:
-        raise PlanError(
-            f"{run['run_id']} is of {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
-            "Score it again.",
-        )
-    return checkpoint
-
-
 def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> Task:
-    """The loss on a corpus without sets of layers; ``settings`` are `pinned`.
+    """Return the task of the loss on a corpus without sets of layers; ``settings`` are `pinned`.
 
     Raises:
         CorpusError: it cannot be read, or is too short.
@@ -163,92 +122,165 @@ def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip
     return Task(name=f"{SEARCH}{corpus}", parts=parts, options={"skip_sequences": skip_sequences})
 
 
-class Measures(Protocol):
-    """Measures the losses that a search asks for."""
-
-    def measure(self, expansions: Sequence[Expansion]) -> dict[Removals, Result]:
-        """The loss without every set.
-
-        Raises:
-            AvssError: a cell failed; what was measured is kept.
-        """
+Losses = Callable[[Sequence[Expansion]], dict[Removals, Result]]
+"""Measures the loss without every set of expansions; raises AvssError where a cell fails. The others are kept."""
 
 
 def conduct(
-    searching: Search, losses: Measures, stepped: Callable[[Step], None] | None = None
-) -> tuple[Removals, list[Step]]:
-    """Give a search the losses that it asks for, until it chooses; the set that it chooses, and its rounds.
+    searching: Search, losses: Losses, on_step: Callable[[SearchStep], None] | None = None
+) -> tuple[Removals, list[SearchStep]]:
+    """Give a search the losses that it asks for, until it chooses; return the set that it chooses, and its rounds.
 
     Args:
-        stepped: is called after each round.
+        on_step: receives each round.
     """
-    steps: list[Step] = []
+    steps: list[SearchStep] = []
     known: set[Removals] = set()
     expansions = next(searching)
     while True:
-        found = losses.measure(expansions)
-        known |= {*found}
-        values = {drop: result.value for drop, result in found.items()}
-        steps.append(Step(best=found[best_sets(values, 1)[0]], sets=len(known)))
-        if stepped is not None:
-            stepped(steps[-1])
+        results = losses(expansions)
+        known |= {*results}
+        values = {removed: result.value for removed, result in results.items()}
+        steps.append(SearchStep(best=results[best_sets(values, 1)[0]], sets=len(known)))
+        if on_step is not None:
+            on_step(steps[-1])
         try:
             expansions = searching.send(values)
         except StopIteration as chosen:
             return chosen.value, steps
 
 
-class Losses:
-    """The losses of a model without sets of layers: those in the warehouse, and those that are measured.
+def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
+    """Return what measures the loss without sets of layers: by cells that each leave out several sets, none twice.
 
     Args:
-        planned: of a `search_task`.
-        fresh: measure what the warehouse has, too.
+        planned: a `search_task`.
     """
+    rows: dict[Removals, dict[int, Mapping[str, Any]]] = {}  # by part of the task
 
-    def __init__(
-        self, planned: PlannedTask, store: Store, rounds: Rounds, reporter: CellReporter, *, fresh: bool
-    ) -> None:
-        self._planned, self._rounds, self._reporter = planned, rounds, reporter
-        self._rows: dict[Removals, dict[int, Mapping[str, Any]]] = {}
-        for row in [] if fresh else store.cells(planned.run_id()).to_pylist():
-            self._keep(row)
+    def keep(row: Mapping[str, Any]) -> None:
+        rows.setdefault(InterventionKey.of_row(row).removed, {})[row["part"]] = row
 
-    def of(self, drop: Removals) -> Result:
-        """The loss without layers, which has been measured."""
-        (result,) = combine(self._rows[drop].values(), len(self._planned.task.parts))
-        return result
+    def see(cell: Cell, measured: CellResult) -> None:
+        for row in measured.rows:
+            place = {"drop": encode_removals(row.removed or ()), "layer": None, "metric": LOSS, "part": cell.part}
+            keep(place | {"samples": row.samples, "weights": row.weights})
 
-    def measure(self, expansions: Sequence[Expansion]) -> dict[Removals, Result]:
-        """See `Measures`."""
-        cells = [cell for one in expansions for cell in self._cells(one)]
-        self._reporter.started(cells, 0)
-        failed: list[tuple[Cell, AvssError]] = []
-        for cell, outcome in self._rounds.run(cells):
-            if isinstance(outcome, AvssError):
-                failed.append((cell, outcome))
-                continue
-            for row in outcome.rows:
-                drop = encode_removals(row.removed or ())
-                place = {"drop": drop, "layer": None, "metric": LOSS, "part": cell.part}
-                self._keep(place | {"samples": row.samples, "weights": row.weights})
-        if failed:
-            raise failure(failed)
-        return {drop: self.of(drop) for one in expansions for drop in one.sets}
-
-    def _keep(self, row: Mapping[str, Any]) -> None:
-        self._rows.setdefault(InterventionKey.of_row(row).removed, {})[row["part"]] = row
-
-    def _cells(self, expansion: Expansion) -> list[Cell]:
-        """The cells of what is not known: sets that begin from the same one together, `AT_ONCE` at most."""
-        cells, base = [], Intervention(removed=expansion.base)
-        for part, measure in enumerate(self._planned.task.parts):
+    def cells(expansion: Expansion) -> Iterable[Cell]:
+        """Yield cells for what is not known: sets that begin from the same one together, `AT_ONCE` at most."""
+        base = Intervention(removed=expansion.base)
+        for part, measure in enumerate(planned.task.parts):
             assert isinstance(measure, LeaveOneOut)
-            if not expansion.layers and part not in self._rows.get(expansion.base, {}):
-                cells.append(self._planned.cell(part, measure, base))
+            if not expansion.layers and part not in rows.get(expansion.base, {}):
+                yield planned.cell(part, measure, base)
             pairs = zip(expansion.layers, expansion.sets, strict=False)
-            layers = [layer for layer, drop in pairs if part not in self._rows.get(drop, {})]
+            layers = [layer for layer, removed in pairs if part not in rows.get(removed, {})]
             for start in range(0, len(layers), AT_ONCE):
                 some = replace(measure, layers=tuple(layers[start : start + AT_ONCE]))
-                cells.append(self._planned.cell(part, some, base))
-        return cells
+                yield planned.cell(part, some, base)
+
+    def losses(expansions: Sequence[Expansion]) -> dict[Removals, Result]:
+        if missing := [cell for expansion in expansions for cell in cells(expansion)]:
+            session.run(missing, see)
+        parts = len(planned.task.parts)
+        every = [removed for expansion in expansions for removed in expansion.sets]
+        return {removed: result for removed in every for result in combine(rows[removed].values(), parts)}
+
+    for row in [] if session.fresh else session.rows(planned.run_id()):
+        keep(row)
+    return losses
+
+
+def repaired_losses(session: EvaluationSession, text: PlannedTask, fit: PlannedTask | None) -> Losses:
+    """Return what measures the loss without sets of layers after a repair, which is fitted to each set.
+
+    What a repair gives back depends on the set, so the best set with it is another one than without it.
+
+    Args:
+        text: the task of the loss.
+        fit: the task of fitting the repair; None for no repair.
+    """
+
+    def losses(expansions: Sequence[Expansion]) -> dict[Removals, Result]:
+        drops = [whole_layers(removed) for expansion in expansions for removed in expansion.sets]
+        patches = fit_repairs(session, [(fit, drops)]) if fit else {}
+        run_id = fit.run_id() if fit else ""
+        repaired = {drop: Intervention(removed=drop, patch=patches.get((run_id, drop))) for drop in drops}
+        measured = session.measure([(text, repaired.values())])[text]
+        results = {result.intervention: result for result in measured if result.metric == LOSS}
+        return {drop: results[intervention.key] for drop, intervention in repaired.items()}
+
+    return losses
+
+
+def plan_repaired_search(
+    model: PlacedModel, request: Shrinking, rows: int, fit: PlannedTask | None
+) -> tuple[PlannedTask, PlannedTask | None]:
+    """Return the tasks of a search by the repaired loss: the loss on the first rows of the text, and the fit.
+
+    Each set is repaired on as many rows of each repair text, or more where the repair needs them.
+
+    Args:
+        fit: the task of fitting the final repair; None for no repair.
+
+    Raises:
+        CorpusError: a text cannot be read, or has too few rows.
+    """
+    model = model.reading(rows)
+    checkpoint, settings = model.checkpoint, model.settings
+    task = replace(text_task(checkpoint, request.corpus, settings), name=f"{SEARCH}{RedactedURI(request.corpus)}")
+    text = model.plan(task)
+    if fit is None:
+        return text, None
+    whole = fit_of(fit)
+    width = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config().hidden_size
+    enough = max(rows, _rows_for(whole.texts, request.searched_repair, width))
+    repair = replace(whole.repair, by=request.searched_repair, settings=replace(settings, max_sequences=enough))
+    return text, plan_fits(model, whole.layers, [repair])[repair.by]
+
+
+def _rows_for(texts: Sequence[CorpusPlan], by: str, width: int) -> int:
+    """Return how many rows of each text suffice to fit a repair of a residual stream so wide."""
+    if REPAIRS[by].text_rank == 0:
+        return 1
+    tokens = sum(text.num_tokens for text in texts) / sum(text.num_sequences for text in texts) - SINK_TOKENS
+    fitted = REPAIRS[by].tokens_needed(width, width) / max(1.0, tokens) / len(texts)
+    return ceil(fitted * HELD_BACK / (HELD_BACK - 1)) + 2  # what is held back is rounded up
+
+
+def searched_plan(
+    session: EvaluationSession,
+    make: Callable[..., Plan],
+    request: Shrinking,
+    text: PlannedTask,
+    fit: PlannedTask | None,
+    **how: Any,
+) -> Plan:
+    """Return the plan that a greedy search finds among the layers of the least damage.
+
+    Args:
+        make: returns a plan by damage, of a ``count`` of layers.
+        text, fit: see `plan_repaired_search`.
+        how: ``count`` or ``share``.
+
+    Raises:
+        AvssError: a mistake, or a cell that failed; what was measured is kept.
+    """
+    choice = Choice(by=GREEDY, first=request.first, last=request.last, **how)
+    layers = make(count=1).num_layers
+    pool = make(count=min(POOL * choice.number(layers), len(choice.unprotected(layers)), layers - 1))
+    searching = search_for(choice, Effort(), layers, pool=pool.drop)
+    removed, steps = conduct(searching, repaired_losses(session, text, fit))
+    outcome = {
+        "among": describe_layers(pool.drop),
+        "repair": request.searched_repair,
+        "sets": steps[-1].sets,
+        "loss": round(steps[-1].best.value, 6),
+        "text": request.corpus,
+        "sequences": text.settings.max_sequences,
+        "evaluation": text.run_id(),
+        "task": text.task.name,
+    }
+    return replace(
+        pool, drop=whole_layers(removed), why=reasons(choice) | outcome, findings=(CHOSEN_HERE,), evaluated=()
+    )

@@ -7,41 +7,40 @@ measured is kept in a warehouse, so the same command goes on where it was.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import chain
 from math import ceil
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any, Unpack
 
 import pyarrow as pa
 
 from avss_dist.analysis.plans import plan_layers
+from avss_dist.analysis.verdict import primary_metric
 from avss_dist.errors import CorpusError
 from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.attempts import Attempt, Bench
-from avss_dist.evaluation.engine import (
-    CellReporter,
+from avss_dist.evaluation.events import OnEvent, ScoringAdvanced, ScoringStarted, WeightsWritten, ignore
+from avss_dist.evaluation.held_out import as_task, refuse_overlap, text_of_fit, texts_of_repair, texts_of_run
+from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
+from avss_dist.evaluation.search import plan_repaired_search, searched_plan
+from avss_dist.evaluation.session import (
+    EvaluationSession,
+    PlacedModel,
     PlannedTask,
-    SilentCells,
+    Retention,
+    StoredPatch,
     evaluation_options,
-    pinned,
-    placed,
-    plan_text,
+    metrics,
 )
-from avss_dist.evaluation.held_out import refuse_overlap, refuse_repair_text, refuse_text
-from avss_dist.evaluation.make_tasks import make_task
-from avss_dist.evaluation.repaired_search import repaired_losses, searched_plan
-from avss_dist.evaluation.repairs import copies_of, plan_fits, repair_texts, require_changeable
-from avss_dist.executors.base import Executor
-from avss_dist.executors.open import open_executor
+from avss_dist.evaluation.tasks import make_task, plan_text
+from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.models.loading import text_config
 from avss_dist.names import PERPLEXITY
-from avss_dist.options import Prompting, ShrinkingOptions, with_options
-from avss_dist.partition.base import Placement
+from avss_dist.options import PromptOptions, ShrinkingOptions, with_options
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.record import RepairRecord
@@ -55,7 +54,8 @@ from avss_dist.registry import SCORES
 from avss_dist.results import TabularResult
 from avss_dist.runs.api import score
 from avss_dist.runs.reporter import Reporter
-from avss_dist.settings import LOWEST_SHARE, Execution, Settings
+from avss_dist.settings import LOWEST_SHARE, Settings
+from avss_dist.tasks.base import Result, Task
 from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
@@ -65,28 +65,75 @@ HELD_OUT = 8  # one row of so many is scored on, and one is evaluated on
 SCORED = 16  # rows that are scored on, at most: more rank layers hardly better, and the damage takes 8 passes over them
 
 
-class ShrinkReporter(Protocol):
-    """Hears how it goes."""
+class _Scoring(Reporter):
+    """Passes the progress of scoring on as events."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+
+    def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
+        """Shards are about to be measured."""
+        self._on_event(ScoringStarted(num_tokens, done_tokens))
+
+    def advanced(self, name: str, num_tokens: int) -> None:
+        """A shard is measured."""
+        self._on_event(ScoringAdvanced(num_tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRetention:
+    """Results of a task: of the whole model, without the layers, and repaired.
+
+    Attributes:
+        whole, pruned, repaired: the primary metric of the task; None where nothing is repaired.
+    """
+
+    task: str
+    whole: Result
+    pruned: Result
+    repaired: Result | None
 
     @property
-    def scoring(self) -> Reporter:
-        """Hears of the scores of layers."""
+    def final(self) -> Result:
+        """Result of the repaired model, or of the pruned model if nothing was repaired."""
+        return self.repaired or self.pruned
 
-    @property
-    def cells(self) -> CellReporter:
-        """Hears of what is fitted and evaluated."""
+    def of(self, result: Result) -> Retention:
+        """Return how much of the whole model's result is left."""
+        return Retention.of(self.whole, result)
 
-    def writing(self, size: int) -> None:
-        """So many bytes of weights were written, after others."""
+    def describe(self) -> str:
+        """Return one line for people; of a loss, the perplexity."""
+        metric, whole = shown(self.whole)
+        repaired = f"{shown(self.final)[1]} repaired, " if self.repaired else ""
+        return (
+            f"{self.task}: {metric} {repaired}{shown(self.pruned)[1]} without these layers, {whole} of the whole model."
+        )
 
 
-class SilentShrink:
-    """Says nothing."""
+def shown(result: Result) -> tuple[str, str]:
+    """Return name and value of a metric as people read them: of a loss, of its perplexity."""
+    *_, (name, value, _) = metrics(result)
+    return name, f"{value:z,.4g}"
 
-    scoring: Reporter = Reporter()
-    cells: CellReporter = SilentCells()
 
-    def writing(self, size: int) -> None: ...
+@dataclass(frozen=True, kw_only=True)
+class CandidateResult:
+    """A plan, and what the model keeps under it.
+
+    Attributes:
+        patch: the weights that repair the model; None where nothing is repaired.
+        tasks: in their order.
+    """
+
+    plan: Plan
+    patch: StoredPatch | None = field(repr=False)
+    tasks: Sequence[TaskRetention]
+
+    @cached_property
+    def kept(self) -> float:
+        """Retention of the task that keeps the least."""
+        return min(task.of(task.final).value for task in self.tasks)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -104,8 +151,8 @@ class Shrunk(TabularResult):
 
     folder: str
     bytes: int
-    best: Attempt
-    curve: Sequence[Attempt]
+    best: CandidateResult
+    curve: Sequence[CandidateResult]
     record: RepairRecord | None
     difference: float | None
     notes: Sequence[str]
@@ -148,7 +195,7 @@ def shrink(
     corpus: str,
     output: str | Path,
     warehouse: str | Path | None = None,
-    reporter: ShrinkReporter | None = None,
+    reporter: OnEvent | None = None,
     **options: Unpack[ShrinkingOptions],
 ) -> Shrunk:
     """Write a smaller checkpoint of a causal language model, and say what it keeps; what is done is not repeated.
@@ -170,40 +217,41 @@ def shrink(
     require_free(Path(output))
     if request.repair != NO_REPAIR:
         require_changeable(execution.partition)
-    reporter = reporter or SilentShrink()
+    on_event = ignore if reporter is None else reporter
     checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
     require_head(checkpoint.name, text_config(checkpoint, trust_remote_code=settings.trust_remote_code))
     require_copyable(checkpoint)
     needed = 0 if request.repair == NO_REPAIR else tokens_needed(checkpoint, request.repair, settings)
     parts = cut(checkpoint, request.texts, settings)
     require_tokens(checkpoint, request, parts, settings, needed)
-    store = Store(warehouse or f"{output}-warehouse")
-    store.create()
-    with closing(open_executor(execution, settings)) as executor:
-        executor.connect()  # scores are measured by executors of their own
-        made = partial(
-            _scored_plan(str(model), request, store, parts, given, reporter), first=request.first, last=request.last
+    stored = warehouse or f"{output}-warehouse"
+    with EvaluationSession.open(stored, settings, execution, on_event) as session:
+        session.executor.connect()  # scores are measured by executors of their own
+        make = partial(
+            _scored_plan(str(model), request, session.store, parts, given, on_event),
+            first=request.first,
+            last=request.last,
         )
-        example = made(count=1)
+        example = make(count=1)
         require_prunable(checkpoint, example, settings)
-        bench = _bench(checkpoint, request, parts, example, settings, execution, store, executor)
-        bench.reporter = reporter.cells
+        judge = _judge(session, checkpoint, request, parts, example, settings)
         if request.by == GREEDY:
-            made = partial(searched_plan, made, request, repaired_losses(bench, request, parts.scored))
+            text, fit = plan_repaired_search(judge.model, request, parts.scored, judge.fit)
+            make = partial(searched_plan, session, make, request, text, fit)
         if request.keep is None:
-            best = bench.attempt(made(share=request.share or LOWEST_SHARE))
+            best = judge(make(share=request.share or LOWEST_SHARE))
             curve = [best]
         else:
             most = min(example.num_layers - 1, example.num_layers - request.first - request.last)
-            best, curve = _most(bench, made, most, request.keep)
+            best, curve = _most(judge, make, most, request.keep)
     plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
     done = prune(
         str(model),
         plan,
         output,
-        repair=best.patch.repaired() if best.patch else None,
+        repair=read_repaired(best.patch) if best.patch else None,
         trust_remote_code=settings.trust_remote_code,
-        copied=reporter.writing,
+        copied=lambda size: on_event(WeightsWritten(size)),
     )
     return Shrunk(
         folder=done["folder"],
@@ -285,88 +333,125 @@ def _fitted_rows(rows: int) -> int:
     return repaired - ceil(repaired / HELD_BACK)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Judge:
+    """Tries candidate plans of a model: repairs each, and evaluates it beside the whole model.
+
+    Attributes:
+        tasks: by name.
+        fit: the task of fitting a repair; None for no repair.
+    """
+
+    session: EvaluationSession
+    model: PlacedModel
+    tasks: Mapping[str, PlannedTask]
+    fit: PlannedTask | None
+
+    def __call__(self, plan: Plan) -> CandidateResult:
+        """Return the result of a plan; what was done before is found.
+
+        Raises:
+            AvssError: a mistake, or a fit or an evaluation that failed; what was measured is kept.
+        """
+        patch = None
+        if self.fit is not None:
+            patches = fit_repairs(self.session, [(self.fit, [plan.drop])])
+            patch = patches.get((self.fit.run_id(), plan.drop))
+        variants = [NO_INTERVENTION, plan.intervention, replace(plan.intervention, patch=patch)]
+        results = self.session.measure([(task, variants) for task in self.tasks.values()])
+        tasks = [_retention(name, results[task], *variants) for name, task in self.tasks.items()]
+        return CandidateResult(plan=plan, patch=patch, tasks=tasks)
+
+
+def _retention(
+    task: str, results: Sequence[Result], whole: Intervention, pruned: Intervention, repaired: Intervention
+) -> TaskRetention:
+    metric = primary_metric([{"metric": result.metric} for result in results if result.layer is None])
+    by_key = {result.intervention: result for result in results if result.layer is None and result.metric == metric}
+    return TaskRetention(
+        task=task,
+        whole=by_key[whole.key],
+        pruned=by_key[pruned.key],
+        repaired=by_key[repaired.key] if repaired.patch else None,
+    )
+
+
 def _scored_plan(
-    model: str, request: Shrinking, store: Store, parts: Parts, options: dict[str, Any], reporter: ShrinkReporter
+    model: str, request: Shrinking, store: Store, parts: Parts, options: dict[str, Any], on_event: OnEvent
 ) -> Callable[..., Plan]:
     """Measure what layers are chosen by; returns what makes plans of it."""
     warehouse, options = store.root.full, options | {"max_sequences": parts.scored}
     run = score(
-        model, corpus=request.corpus, warehouse=warehouse, reporter=reporter.scoring, sites=("block",), **options
+        model, corpus=request.corpus, warehouse=warehouse, reporter=_Scoring(on_event), sites=("block",), **options
     )
     if SCORES[request.ranked_by].task:
         how = {**SCORES[request.ranked_by].ablate, **options}
-        ablate(model, corpus=request.corpus, warehouse=warehouse, reporter=reporter.cells, **how)
+        ablate(model, corpus=request.corpus, warehouse=warehouse, reporter=on_event, **how)
     opened = Warehouse(warehouse)
     row = opened.run(run.run_id)
     assert row is not None
     return partial(plan_layers, opened, row, by=request.ranked_by)
 
 
-def _bench(
+def _judge(
+    session: EvaluationSession,
     checkpoint: Checkpoint,
     request: Shrinking,
     parts: Parts,
     example: Plan,
     settings: Settings,
-    execution: Execution,
-    store: Store,
-    executor: Executor,
-) -> Bench:
-    """What plans like the example are tried with; texts of two uses that overlap are refused."""
-    fixed = pinned(settings, checkpoint, executor.device)
-    placement = placed(checkpoint, fixed, execution, executor)
+) -> _Judge:
+    """Return what tries plans like the example; texts of two uses that overlap are refused."""
+    model = session.place(checkpoint, settings)
     names = request.tasks or [f"{PERPLEXITY}{text.full}" for text in request.texts]
-    tasks = {str(n): _task(checkpoint, n, request, parts, fixed, placement) for n in map(RedactedURI, names)}
+    tasks = {str(name): _plan_task(model, name, request, parts) for name in map(RedactedURI, names)}
     fit = None
     if request.repair != NO_REPAIR:
         skip, corpora = parts.held_out, request.repair_corpora or (request.corpus,)
-        read = replace(fixed, max_sequences=parts.rows - skip)
+        read = replace(model.settings, max_sequences=parts.rows - skip)
         repair = Repair(by=request.repair, corpora=corpora, skip_sequences=skip, settings=read)
-        copies = copies_of(placement, fixed, executor)
-        fit = plan_fits(checkpoint, example.layers, [repair], placement, copies)[request.repair]
+        copies = copies_of(model.placement, model.settings, session.executor)
+        fit = plan_fits(model, example.layers, [repair], copies)[request.repair]
     if not request.allow_overlap:
-        _refuse_overlaps(checkpoint, request, tasks, fit, str(example.run_id), store, parts)
-    return Bench(tasks=tasks, fit=fit, store=store, executor=executor, fresh=execution.fresh)
+        evaluated = [planned.task for planned in tasks.values()]
+        _refuse_overlaps(checkpoint, request, evaluated, fit, str(example.run_id), session.store, parts)
+    return _Judge(session=session, model=model, tasks=tasks, fit=fit)
 
 
-def _task(
-    checkpoint: Checkpoint, name: str, request: Shrinking, parts: Parts, settings: Settings, placement: Placement
-) -> PlannedTask:
-    read = replace(settings, max_sequences=parts.evaluated)
+def _plan_task(model: PlacedModel, name: str, request: Shrinking, parts: Parts) -> PlannedTask:
+    model = model.reading(parts.evaluated)
     task = make_task(
-        checkpoint,
+        model.checkpoint,
         name,
-        read,
+        model.settings,
         skip_sequences=parts.scored,
         limit=request.limit,
-        prompting=Prompting(num_fewshot=request.num_fewshot),
+        prompting=PromptOptions(num_fewshot=request.num_fewshot),
     )
-    return PlannedTask(checkpoint=checkpoint, settings=read, task=task, placement=placement)
+    return model.plan(task)
 
 
 def _refuse_overlaps(
     checkpoint: Checkpoint,
     request: Shrinking,
-    tasks: dict[str, PlannedTask],
+    tasks: Sequence[Task],
     fit: PlannedTask | None,
     run_id: str,
     store: Store,
     parts: Parts,
 ) -> None:
     """Refuse tasks on text that was scored on or is repaired on, and to repair on text that was scored on."""
-    texts = list(repair_texts(fit)) if fit else []
-    opened, tokenizer = Warehouse(store.root.full), load_tokenizer(checkpoint)
-    for planned in tasks.values():
-        refuse_repair_text(planned.task, checkpoint)
-        refuse_overlap(planned.task, run_id, opened, checkpoint, corpus=request.corpus)
-        for text in texts:
-            refuse_text(planned.task, text, "the repair", parts.held_out, tokenizer)
-    for text in texts:
-        refuse_overlap(text, run_id, opened, checkpoint, corpus=request.corpus)
+    scored = list(texts_of_run(Warehouse(store.root.full), run_id, checkpoint, corpus=request.corpus))
+    texts = fit_of(fit).texts if fit else ()
+    fitted = (text_of_fit(text, parts.held_out, checkpoint, trust_remote_code=False) for text in texts)
+    refuse_overlap(tasks, chain(texts_of_repair(checkpoint), scored, fitted))
+    refuse_overlap(map(as_task, texts), scored)
 
 
-def _most(bench: Bench, made: Callable[..., Plan], most: int, keep: float) -> tuple[Attempt, list[Attempt]]:
-    """The plan of the most layers that keeps so much, by bisection; and all plans that were tried, by their layers.
+def _most(
+    judge: Callable[[Plan], CandidateResult], make: Callable[..., Plan], most: int, keep: float
+) -> tuple[CandidateResult, list[CandidateResult]]:
+    """Return the plan of the most layers that keeps so much, by bisection; and all that were tried, by their layers.
 
     Args:
         most: layers that may go.
@@ -374,11 +459,11 @@ def _most(bench: Bench, made: Callable[..., Plan], most: int, keep: float) -> tu
     Raises:
         PlanError: not even one layer can go.
     """
-    tried: dict[int, Attempt] = {}
+    tried: dict[int, CandidateResult] = {}
     low, high = 0, most + 1
     while high - low > 1:
         count = (low + high) // 2
-        tried[count] = bench.attempt(made(count=count))
+        tried[count] = judge(make(count=count))
         low, high = (count, high) if tried[count].kept >= keep else (low, count)
     curve = [tried[count] for count in sorted(tried)]
     if not low:

@@ -1,25 +1,30 @@
-"""What is evaluated: a model, or the plan of a file, of layers or of sparsity."""
+"""The models and plans that people name: read from files, and compared with what their models are now."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from avss_dist.errors import AvssError, ConfigError, ModelError
+from avss_dist.evaluation.held_out import SeenText, texts_of_run, texts_of_search
 from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
-from avss_dist.models.size import load_skeleton
+from avss_dist.models.size import Footprint, footprint, load_skeleton
 from avss_dist.pruning.model_card import pruned_from
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.settings import SEARCHES, Settings
 from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
+from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.reader import Warehouse
 
 _ANOTHER_MODEL = "Is it a plan for another model? Score this one, and make a plan of its own."
 
@@ -44,6 +49,11 @@ class Subject:
     search: str | None = None
     base: Checkpoint | None = None
     sparsity_plan: SparsityPlan | None = field(default=None, compare=False, repr=False)
+
+    def seen_texts(self, store: Warehouse) -> Iterator[SeenText]:
+        """Yield the texts that its plans have seen, which are not held out."""
+        yield from texts_of_run(store, self.run_id, self.checkpoint)
+        yield from texts_of_search(store, self.search, self.checkpoint)
 
 
 def read_subject(text: str, settings: Settings) -> Subject:
@@ -244,3 +254,43 @@ def _with_sparsity(subjects: Sequence[Subject], plan: str, settings: Settings) -
         for subject in subjects
     }
     return [one for subject in subjects for one in (subject, on_top[subject])]
+
+
+def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Checkpoint:
+    """Return the checkpoint of a row of ``runs``, as it was.
+
+    Raises:
+        PlanError: it has changed.
+    """
+    model, revision = str(run["model"]), run["revision"] or ""
+    hub_commit = len(revision) == 40
+    checkpoint = resolve(f"{model}@{revision}" if hub_commit else model, trust_remote_code=trust_remote_code)
+    if checkpoint.revision != revision:
+        raise PlanError(
+            f"{run['run_id']} is of {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
+            "Score it again.",
+        )
+    return checkpoint
+
+
+def run_size(run: Mapping[str, Any]) -> Footprint:
+    """Return the size of the checkpoint of a row of ``runs``, from its headers; of a hub id, the hub is queried.
+
+    Raises:
+        ModelError: there is no such checkpoint any more, or it cannot be read.
+    """
+    model, settings = run["model"], settings_of(run)
+    kept = {name: settings[name] for name in ("dequantize", "layers", "trust_remote_code") if settings.get(name)}
+    kept["dtype"] = run["dtype"] or "auto"
+    named = model if Path(model).expanduser().exists() else f"{model}@{run['revision']}"
+    return footprint(named, Settings(**kept))
+
+
+def known_size(run: Mapping[str, Any]) -> Footprint | None:
+    """Return the same of a checkpoint on this machine; None of others, or where it cannot be read."""
+    if not Path(run["model"]).expanduser().exists():
+        return None
+    try:
+        return run_size(run)
+    except AvssError:
+        return None

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.verdict import WHOLE
-from avss_dist.evaluation.engine import PlannedTask
-from avss_dist.evaluation.repairs import StoredPatch
-from avss_dist.evaluation.retention import retained
+from avss_dist.evaluation.evaluate import realized
+from avss_dist.evaluation.session import PlacedModel, PlannedTask, Retention, StoredPatch, about
 from avss_dist.intervention import NO_INTERVENTION, Intervention, InterventionKey, Removals
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
-from avss_dist.names import CHANCE, CONTRAST, LOSS
-from avss_dist.partition.base import Placement
+from avss_dist.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN, SPARSITY
 from avss_dist.pruning.ground_truth import Interactions
 from avss_dist.pruning.interactions import quadratic
 from avss_dist.pruning.methods import Experiment, Method, methods
@@ -41,6 +39,7 @@ class Trial:
     """A scored run on its way through an experiment.
 
     Attributes:
+        model: the checkpoint of the run.
         rows: of the table ``scores``.
         truth: float64[layers], by one of ``registry.MEASURED``.
         interactions: of the layers, where sets are chosen by them.
@@ -54,9 +53,7 @@ class Trial:
     """
 
     run: Run
-    checkpoint: Checkpoint
-    settings: Settings
-    placement: Placement
+    model: PlacedModel
     rows: Sequence[Mapping[str, Any]]
     corpus: str
     truth: dict[str, Float64] = field(default_factory=dict)
@@ -70,14 +67,29 @@ class Trial:
     patches: Mapping[tuple[str, Removals], StoredPatch] = field(default_factory=dict)
 
     @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint of the run."""
+        return self.model.checkpoint
+
+    @property
+    def settings(self) -> Settings:
+        """Settings of the run, decided."""
+        return self.model.settings
+
+    @property
     def num_layers(self) -> int:
-        """Of the model."""
+        """Number of layers of the model."""
         return count_layers(self.rows)
 
     @property
     def drops(self) -> list[Layers]:
-        """The sets of layers that are dropped, each once."""
+        """Sets of layers that are dropped, each once."""
         return list(dict.fromkeys(drop for _, _, drop in self.choices))
+
+    def reading(self, most: int | None) -> PlacedModel:
+        """Return the model with no more than so many rows that are read of a text; None is no other limit."""
+        rows = [self.settings.max_sequences, most]
+        return self.model.reading(min((number for number in rows if number), default=None))
 
     def without(self, drop: Layers, repair: str = NO_REPAIR) -> Intervention:
         """Return the intervention without some layers, repaired; a repair may change no weights."""
@@ -95,12 +107,12 @@ class Trial:
 
     @property
     def identity(self) -> RunIdentity:
-        """Of the run."""
-        of = self.checkpoint
-        return RunIdentity(run_id=self.run.run_id, model=of.name, revision=of.revision, family=self.rows[0]["family"])
+        """Identity of the run."""
+        name, revision = self.checkpoint.name, self.checkpoint.revision
+        return RunIdentity(run_id=self.run.run_id, model=name, revision=revision, family=self.rows[0]["family"])
 
     def choose(self, experiment: Experiment) -> list[Chosen]:
-        """What every method drops of every share."""
+        """Return the layers that every method drops of every share."""
         return [
             (method, share, self._drop(method, share))
             for method in methods(experiment, self.rows)
@@ -120,14 +132,8 @@ class Trial:
         return choice.drop(choice.scores(self.rows, self.truth))
 
 
-def with_fewer_rows(settings: Settings, most: int | None) -> Settings:
-    """Settings that read no more than so many rows of a text; as they are for None."""
-    rows = [settings.max_sequences, most]
-    return replace(settings, max_sequences=min((n for n in rows if n), default=None))
-
-
 def guessed_loss(trial: Trial) -> float | None:
-    """The loss of a guess among all tokens, in nats per token; None where the vocabulary's size is not known."""
+    """Return the loss of a guess among all tokens, in nats per token; None for a vocabulary of unknown size."""
     config = text_config(trial.checkpoint, trust_remote_code=trial.settings.trust_remote_code)
     size = getattr(config.get_text_config(), "vocab_size", None)
     return float(np.log(size)) if size else None
@@ -153,7 +159,7 @@ def rows_of(trial: Trial, experiment: Experiment, results: Mapping[str, Sequence
 
 
 def _whole_rows(results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
-    """The whole model, and of a loss what a guess makes of it."""
+    """Yield the rows of the whole model, and of a loss that of a guess."""
     whole = [measured_values(result) for result in results]
     if guess is not None and any(row["metric"] == LOSS for row in whole):
         whole.append({**NO_INTERVENTION.key.row(), "metric": CHANCE, "value": guess, "stderr": None})
@@ -168,7 +174,7 @@ def _choice_rows(
     whole = {result.metric: result for result in results[NO_INTERVENTION.key]}
     for (method, share, drop), repair in product(trial.choices, repairs):
         for result in results[replace(trial.without(drop, repair), residual_scale=factor).key]:
-            kept = retained(whole[result.metric], result)
+            left = Retention.of(whole[result.metric], result)
             yield {
                 **measured_values(result),
                 "method": method.label,
@@ -178,9 +184,9 @@ def _choice_rows(
                 **dict(zip(_READING, method.reading or [None] * len(_READING), strict=True)),
                 "control": method.control,
                 "seed": method.seed,
-                "retention": kept.value,
-                "retention_low": kept.low,
-                "retention_high": kept.high,
+                "retention": left.value,
+                "retention_low": left.low,
+                "retention_high": left.high,
             }
 
 
@@ -192,3 +198,30 @@ def measured_values(result: Result) -> dict[str, Any]:
     """Return the columns of ``experiments`` that a result has."""
     values = {"metric": result.metric, "value": result.value, "stderr": result.stderr}
     return {**result.intervention.row(), **values, "sparsity": None}
+
+
+def sparse_rows(trial: Trial, task: str, results: Mapping[str, Sequence[Result]]) -> Iterator[dict[str, Any]]:
+    """Yield rows of ``experiments`` of a task: what every plan keeps of the dense model, and the sparsity that it had.
+
+    A level that a method cannot reach has one row, without a value.
+    """
+    whole = {result.metric: result for result in about(results[task])}
+    for (method, level), plan in trial.sparsity_plans.items():
+        chosen = NO_METHOD | {"method": method, "score": method, "share": 0.0, "retention": None, "sparsity": level}
+        if plan is None:
+            yield _valued(SPARSITY, None) | chosen
+            continue
+        key = plan.intervention.key
+        chosen |= key.row()
+        for result in about(results[task], key):
+            left = Retention.of(whole[result.metric], result) if result.metric in whole else None
+            interval = {"retention_low": left and left.low, "retention_high": left and left.high}
+            yield measured_values(result) | chosen | {"retention": left and left.value} | interval
+        if near := realized(plan, results[task], plan.intervention):
+            yield _valued(MAPS_WITHIN, near.within) | chosen
+            yield _valued(FARTHEST_MAP, near.farthest) | chosen
+
+
+def _valued(metric: str, value: float | None) -> dict[str, Any]:
+    """Return the columns that `measured_values` gives, for a value without samples."""
+    return {**NO_INTERVENTION.key.row(), "metric": metric, "value": value, "stderr": None}

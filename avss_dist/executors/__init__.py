@@ -1,1 +1,1 @@
-"""Who does the work: this process, or Ray workers."""
+"""Executors: measurement in this process, or on Ray workers."""

@@ -23,10 +23,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaSpec:
-    """What a worker needs to know to open its rank of a replica: which model, computed how, spread how.
+    """Specification by which a worker opens its rank of a replica: model, settings and placement.
 
     Attributes:
-        head: its head too, as the cells of evaluations need it.
+        head: whether to open the language model head, which the cells of evaluations need.
     """
 
     checkpoint: Checkpoint
@@ -35,21 +35,21 @@ class ReplicaSpec:
     head: bool = False
 
     def open(self) -> Replica:
-        """This process's rank.
+        """Open this process's rank of the replica.
 
         Raises:
-            AvssError: it cannot be opened or observed.
+            AvssError: the model cannot be opened or observed.
         """
         return open_replica(self.checkpoint, self.settings, self.placement, head=self.head)
 
 
 def by_model(cells: Iterable[Cell]) -> list[tuple[ReplicaSpec, list[Cell]]]:
-    """Cells, those of one replica together; in the order in which they come first."""
+    """Group cells by the replica that measures them, in the order of first appearance."""
     models: dict[tuple[Any, ...], tuple[ReplicaSpec, list[Cell]]] = {}
     for cell in cells:
-        of, settings, placement = cell.checkpoint, cell.settings, cell.placement
-        spec = ReplicaSpec(checkpoint=of, settings=settings, placement=placement, head=True)
-        models.setdefault((of, settings, fingerprint(**asdict(placement))), (spec, []))[1].append(cell)
+        checkpoint, settings, placement = cell.checkpoint, cell.settings, cell.placement
+        spec = ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=placement, head=True)
+        models.setdefault((checkpoint, settings, fingerprint(**asdict(placement))), (spec, []))[1].append(cell)
     return [*models.values()]
 
 
@@ -72,7 +72,7 @@ class RunShards:
 
 
 Underway = Callable[[Cell, str, float], None]
-"""Hears of a cell what goes on in it, and which share of that is done."""
+"""Progress callback: receives a cell, its current activity, and the share of the activity that is done (0 to 1)."""
 Outcome = tuple[RunShards, ShardResult | Receipt | AvssError]
 
 
@@ -81,14 +81,14 @@ class Executor(Protocol):
 
     @property
     def devices(self) -> Devices:
-        """What there is to work with."""
+        """Devices and memory that are available."""
 
     @property
     def device(self) -> str:
-        """``cpu`` or ``cuda``, where models compute."""
+        """Kind of device that models compute on: ``cpu`` or ``cuda``."""
 
     def connect(self) -> None:
-        """Have ready what workers need, for other executors of this process too, until `close`; it is done once.
+        """Connect to Ray once, until `close`. Other executors of this process share the connection.
 
         Raises:
             ConfigError: the cluster cannot be reached.
@@ -96,14 +96,14 @@ class Executor(Protocol):
         """
 
     def replicas(self, placement: Placement) -> int:
-        """How many model copies of this placement run in parallel.
+        """Return the number of model copies of this placement that run in parallel.
 
         Raises:
             ConfigError: there are too few devices.
         """
 
     def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
-        """Yield a result for every shard of every run, in any order; a shard may come twice, and is equal then.
+        """Yield a result for every shard of every run, in any order. A shard may come twice, with equal results.
 
         The next run may be taken, in another thread, while one is measured. An AvssError in place of a result ends
         its run alone: the model cannot be opened or observed, or a shard failed more often than it is retried.
@@ -112,7 +112,7 @@ class Executor(Protocol):
     def run_cells(
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
-        """Yield the result of every cell, in any order; an AvssError in its place is of that cell alone.
+        """Yield the result of every cell, in any order. An AvssError in its place concerns that cell alone.
 
         The next round may be taken, in another thread, while one is measured, and may wait for its results. Models
         stay open from round to round.
@@ -122,13 +122,13 @@ class Executor(Protocol):
         """
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-        """Yield the function of every item, in their order, computed side by side where there are machines for it.
+        """Yield the function's value for every item, in order, computed in parallel if there are several machines.
 
         Args:
-            function, items: pickled.
+            function, items: must be picklable.
 
         Raises:
-            AvssError: the function did.
+            AvssError: the function raised it.
         """
 
     def close(self) -> None:

@@ -24,18 +24,18 @@ from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.cores import computing_threads, free_cores
 from avss_dist.system.devices import available_memory, devices_here, pick_device
-from avss_dist.system.progress_bar import heard_by
+from avss_dist.system.progress_bar import progress_to
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, measure_cell
 
 S = TypeVar("S")
 T = TypeVar("T")
-SPARE_SHARE = 0.9  # of the available memory that shards which are measured at once may take
+SPARE_SHARE = 0.9  # of the available memory that parallel shards may take
 
 
 class LocalExecutor:
-    """See `executors.base.Executor`. Shards are measured at once on free cores, each with the threads of the settings.
+    """See `executors.base.Executor`. Measures shards in parallel on free cores, each with the threads of the settings.
 
-    How many changes no number: each is a pure function of its tokens.
+    The degree of parallelism changes no number: a shard's result is a pure function of its tokens.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -46,10 +46,10 @@ class LocalExecutor:
         """Do nothing: there are no workers."""
 
     def replicas(self, placement: Placement) -> int:
-        """Return one replica, or refuse a placement that needs more GPUs than there are."""
+        """Return 1, the number of replicas. Raises ConfigError if the placement needs more GPUs than there are."""
         if placement.gpus > self.devices.count:
             raise ConfigError(
-                f"A replica of {placement.gpus} GPUs needs more than the {self.devices.count} that there are.",
+                f"A replica needs {placement.gpus} GPUs; there are {self.devices.count}.",
                 "Lower `gpus_per_replica`.",
             )
         return 1
@@ -69,7 +69,9 @@ class LocalExecutor:
                         for run in same:
                             strata = max((shard.num_strata for shard in run.shards), default=1)
                             at_once = shards_at_once(replica, spec, strata)
-                            threads = at_once + (replica.device.type != "cpu")  # one concludes what a GPU has measured
+                            threads = at_once + (
+                                replica.device.type != "cpu"
+                            )  # one more to conclude shards that a GPU has measured
                             with ThreadPoolExecutor(threads) as pool:
                                 yield from _measure(run, replica, hooks, pool, threads, Semaphore(at_once))
                 finally:
@@ -79,9 +81,9 @@ class LocalExecutor:
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
         """See `executors.base.Executor`."""
-        models = (of_model for cells in rounds for of_model in by_model(cells))
+        models = (group for cells in rounds for group in by_model(cells))
         for spec, same in groupby(models, key=itemgetter(0)):
-            cells = (cell for _, of_model in same for cell in of_model)
+            cells = (cell for _, group in same for cell in group)
             with computing_threads(spec.settings.threads):
                 try:
                     replica = spec.open()
@@ -90,7 +92,7 @@ class LocalExecutor:
                     continue
                 try:
                     for cell in cells:
-                        yield cell, self._measure_cell(replica, cell, underway or _unheard)
+                        yield cell, self._measure_cell(replica, cell, underway or _ignore)
                 finally:
                     replica.close()
 
@@ -98,7 +100,7 @@ class LocalExecutor:
     def _measure_cell(replica: Replica, cell: Cell, underway: Underway) -> CellResult | AvssError:
         assert replica.language_model is not None
         try:
-            with heard_by(partial(underway, cell)):
+            with progress_to(partial(underway, cell)):
                 return measure_cell(replica.language_model, cell)
         except Exception as error:
             return as_failure(error)
@@ -111,15 +113,15 @@ class LocalExecutor:
         """Do nothing: nothing outlives `run`."""
 
 
-def _unheard(cell: Cell, what: str, share: float) -> None:
+def _ignore(cell: Cell, what: str, share: float) -> None:
     """Ignore the progress of a cell."""
 
 
 def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
-    """Return how many shards a replica measures at once: one for each free core that has memory for their activations.
+    """Return how many shards a replica measures at once: one for each free core, if their activations fit in memory.
 
     Args:
-        strata: number of strata that a shard counts apart.
+        strata: number of strata that a shard counts separately.
     """
     if not PARTITIONS[replica.model["partition"]].whole or replica.device.type != "cpu":
         return 1
@@ -129,11 +131,11 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
         return 1
     try:
         size = footprint(spec.checkpoint, settings)
-    except ModelError:  # what cannot be sized is measured with care
+    except ModelError:  # of unknown size
         return 1
     available = int(available_memory() * SPARE_SHARE)
     activations = size.activation_bytes(settings.batch_size, settings.sequence_length)
-    if "cpu" in spec.placement.max_memory:  # what weights may take, beside the activations of one batch
+    if "cpu" in spec.placement.max_memory:  # limit of weights and of the activations of one batch
         available = min(available, spec.placement.max_memory["cpu"] - size.weight_bytes + activations)
     shard = activations + counter_bytes(size, settings, strata)
     return max(1, min(cores, available // shard))

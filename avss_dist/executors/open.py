@@ -1,4 +1,4 @@
-"""Open an executor: in this process, or on Ray."""
+"""Choice of the executor: this process, or Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from avss_dist.settings import Execution, Settings
 
 
 def open_executor(execution: Execution, settings: Settings) -> Executor:
-    """The requested executor; ``auto`` is Ray where there is more than one process to run, or a cluster.
+    """Open the requested executor; ``auto`` is Ray if there is a cluster, or more than one process to run.
 
     Raises:
         ConfigError: the cluster cannot be reached, or its workers lack this package.
@@ -20,10 +20,10 @@ def open_executor(execution: Execution, settings: Settings) -> Executor:
     from avss_dist.executors.local import LocalExecutor
 
     gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
-    most = execution.replicas.maximum if execution.replicas else gpus
-    wide = execution.address or os.environ.get("RAY_ADDRESS") or most > 1
-    wide = wide or execution.partition in GANGS
-    if execution.executor == "local" or (execution.executor == "auto" and not wide):
+    replicas = execution.replicas.maximum if execution.replicas else gpus
+    distributed = execution.address or os.environ.get("RAY_ADDRESS") or replicas > 1
+    distributed = distributed or execution.partition in GANGS
+    if execution.executor == "local" or (execution.executor == "auto" and not distributed):
         return LocalExecutor(settings)
     from avss_dist.executors.ray.executor import RayExecutor
 

@@ -1,4 +1,4 @@
-"""An iterator that is advanced in a thread of its own, one item ahead of its consumer."""
+"""Iterator that is advanced in its own thread, one item ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Prefetcher(Generic[T]):
         threading.Thread(target=self._fill, daemon=True).start()
 
     def next(self, *, wait: bool) -> T | None:
-        """The next item; None where there is none any more, or, without waiting, none yet.
+        """Return the next item; None at the end or, without ``wait``, if no item is ready.
 
         Raises:
-            BaseException: what the iterator raised.
+            BaseException: the error that the iterator raised.
         """
         if self.exhausted:
             return None
@@ -42,7 +42,7 @@ class Prefetcher(Generic[T]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Prepare no further item."""
+        """Stop preparing items."""
         self._stopped = self.exhausted = True
         with self._queue.mutex:
             self._queue.queue.clear()

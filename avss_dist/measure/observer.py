@@ -32,7 +32,7 @@ from avss_dist.stats.experts import ExpertStats
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_strata
 from avss_dist.system.context import bound
-from avss_dist.system.devices import sent, to_host
+from avss_dist.system.devices import to_device, to_host
 
 ALL_ROWS = RowSplit()
 UNIT_SITES = ("block", "update", *INPUT_SITES)
@@ -75,14 +75,14 @@ class Pass:
     def masks_on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the masks of strata on a device."""
         if device not in self.masks:
-            self.masks[device] = {name: sent(mask.numpy(), device) for name, mask in self.strata.items()}
+            self.masks[device] = {name: to_device(mask.numpy(), device) for name, mask in self.strata.items()}
         return self.masks[device]
 
     def first_tokens_on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return, by stratum, the place of each row's first token that counts, int64[rows], in rows side by side."""
         if device not in self.first_tokens:
             self.first_tokens[device] = {
-                name: sent(_first_tokens(m.numpy()), device) for name, m in self.strata.items()
+                name: to_device(_first_tokens(m.numpy()), device) for name, m in self.strata.items()
             }
         return self.first_tokens[device]
 
@@ -246,7 +246,7 @@ def _places(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
             f"The experts of layer {layer} see {len(rows)} tokens in a batch of {mask.numel()}.",
             "Score it without `experts`.",
         )
-    return layer, sent(np.flatnonzero(mask.numpy()), rows.device)
+    return layer, to_device(np.flatnonzero(mask.numpy()), rows.device)
 
 
 class Hooks:

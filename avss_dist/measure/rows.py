@@ -14,7 +14,7 @@ from avss_dist.measure.kernels.answers import measure_answers
 from avss_dist.measure.kernels.base import Tensors
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rows import ROW_FIELDS, RowStats
-from avss_dist.system.devices import sent
+from avss_dist.system.devices import to_device
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ObservedTokens:
         """Return the tokens of a mask bool[rows, tokens] on the host."""
         counted = mask.numpy()
         rows, numbers = counted.nonzero()[0], counted.sum(axis=1, dtype=np.float64)
-        return ObservedTokens(*(sent(array, device) for array in (np.flatnonzero(counted), rows, numbers)))
+        return ObservedTokens(*(to_device(array, device) for array in (np.flatnonzero(counted), rows, numbers)))
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, units] of x[rows, tokens, units]."""

@@ -26,7 +26,7 @@ from avss_dist.models.sparsifying import SparsityCounts, sparsified
 from avss_dist.models.sublayers import find_obstacles, require_sublayers, without_sublayers
 from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.devices import sent
+from avss_dist.system.devices import to_device
 
 PROBE_TOKENS = 16
 
@@ -225,8 +225,8 @@ class LanguageModel:
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return the input of the head, [rows, tokens, units] on the model's device, in the caller's gradient mode."""
-        input_ids = sent(batch.input_ids, self.device, torch.int64)
-        padded = {} if batch.attention_mask.all() else {"attention_mask": sent(batch.attention_mask, self.device)}
+        input_ids = to_device(batch.input_ids, self.device, torch.int64)
+        padded = {} if batch.attention_mask.all() else {"attention_mask": to_device(batch.attention_mask, self.device)}
         run = partial(self.call, input_ids=input_ids, use_cache=False, **padded)
         return self.head.hidden_states(run).to(self.device)
 
@@ -269,7 +269,7 @@ class LanguageModel:
         rows, before = predicted(batch).nonzero()
         labels = batch.input_ids[rows, before + 1]
         positions = rows * batch.input_ids.shape[1] + before
-        return sent(positions, self.device), sent(labels, self.device, torch.int64)
+        return to_device(positions, self.device), to_device(labels, self.device, torch.int64)
 
     def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
         """Return the `losses` of all batches, float64[rows], under each intervention.
@@ -338,7 +338,7 @@ class LanguageModel:
         The first is that of the text's labels, the others are those of the draws.
         """
         positions, labels = self._predicted(batch)
-        uniform = sent(uniform_numbers(batch, draws, seed)[:, predicted(batch)], self.device)
+        uniform = to_device(uniform_numbers(batch, draws, seed)[:, predicted(batch)], self.device)
         inputs = hidden.flatten(0, 1).index_select(0, positions)
         gradients = inputs.new_empty((1 + draws, *inputs.shape))
         for piece in self.pieces(len(inputs)):

@@ -12,7 +12,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import Backbone, Forward
 from avss_dist.partition.base import BatchContext, RowSplit
 from avss_dist.partition.cost import PartitionCost
-from avss_dist.system.devices import sent
+from avss_dist.system.devices import to_device
 
 T = TypeVar("T")
 
@@ -40,8 +40,8 @@ class BatchwiseReplica:
 
 def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:
     """Run a backbone over a batch, with an attention mask only if rows are padded."""
-    input_ids = sent(batch.input_ids, device, torch.int64)
-    mask = None if batch.attention_mask.all() else sent(batch.attention_mask, device, torch.int64)
+    input_ids = to_device(batch.input_ids, device, torch.int64)
+    mask = None if batch.attention_mask.all() else to_device(batch.attention_mask, device, torch.int64)
     with torch.no_grad():
         run(input_ids, mask)
 

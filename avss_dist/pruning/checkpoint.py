@@ -77,7 +77,7 @@ def prune(
     try:
         with staged_folder(output) as staged:
             write_config(checkpoint, plan, staged, settings)
-            weights = StoredWeights.of(checkpoint, plan, settings)
+            weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
             if isinstance(repair, Repair):
                 repaired: Repaired | None = repair_layers(checkpoint, plan, repair, weights.read, execution)
             else:
@@ -142,7 +142,7 @@ def require_prunable(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> 
     _require_planned(checkpoint, plan)
     with TemporaryDirectory() as folder:
         write_config(checkpoint, plan, Path(folder), settings)
-    StoredWeights.of(checkpoint, plan, settings)
+    StoredWeights.of_checkpoint(checkpoint, plan, settings)
 
 
 def _other_files(folder: Path) -> list[Path]:
@@ -161,7 +161,7 @@ def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Sett
     files = [name for name in FILES if (folder / name).is_file()]
     if not files:
         return
-    names = LayerNames.of(checkpoint, plan, settings)
+    names = LayerNames.of_checkpoint(checkpoint, plan, settings)
     for name in files:
         quantization = json.loads((folder / name).read_text(encoding="utf-8"))
         (folder / name).write_text(json.dumps(renumber_quantization(quantization, names), indent=2) + "\n")

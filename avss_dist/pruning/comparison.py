@@ -53,15 +53,15 @@ def largest_difference(
     pruned = resolve(str(folder), trust_remote_code=settings.trust_remote_code)
     pruned = replace(pruned, name=f"{checkpoint.name} without these layers")
     settings, outputs = replace(settings, layers=plan.layers), []
-    for one, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
+    for tested, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
         if fits and execution.partition != LAYERWISE:
-            output = _output(one, settings, drop, patch)
-        elif has_head(text_config(one, trust_remote_code=settings.trust_remote_code)):
-            output = _streamed_output(one, settings, drop, patch, execution)
+            output = _output(tested, settings, drop, patch)
+        elif has_head(text_config(tested, trust_remote_code=settings.trust_remote_code)):
+            output = _streamed_output(tested, settings, drop, patch, execution)
         else:
             return None
         if output is None:
-            raise ModelError(f"'{one.name}' returns no hidden states.")
+            raise ModelError(f"'{tested.name}' returns no hidden states.")
         outputs.append(output)
     difference = float((outputs[0] - outputs[1]).abs().max())
     if not difference <= TOLERANCE * float(outputs[0].abs().max()):

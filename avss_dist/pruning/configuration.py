@@ -59,7 +59,7 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     part |= dict.fromkeys(names.intersection(part) or {NUM_LAYERS}, len(plan.keep))
     if method := quantization_method(whole):
         require_known(checkpoint, method)
-        layer_names = LayerNames.of(checkpoint, plan, settings)
+        layer_names = LayerNames.of_checkpoint(checkpoint, plan, settings)
         for settings_of in [raw] if part is raw else [raw, part]:
             settings_of |= {
                 key: renumber_quantization(settings_of[key], layer_names) for key in KEYS if key in settings_of

@@ -1,4 +1,4 @@
-"""What evaluations in a warehouse say of a checkpoint's layers: the truth that scores are to tell, and estimates."""
+"""Ground truth and estimates of a checkpoint's layers, from the evaluations in a warehouse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.checks import has_head, settings_of
 from avss_dist.warehouse.reader import Warehouse
 
-FIRST_ORDER, SECOND_ORDER, PAIRS = "taylor_signed_1", "fisher_1", "interaction"  # of which interactions are made
+FIRST_ORDER, SECOND_ORDER, PAIRS = (
+    "taylor_signed_1",
+    "fisher_1",
+    "interaction",
+)  # metrics from which interactions are computed
 _REPEATED = ("max_sequences", "shuffle_seed", "sequence_length", "batch_size", "layout", "row_start", "dtype")
 
 
@@ -36,22 +40,22 @@ class LayerTruth:
     task: str
 
     def by_layer(self, num_layers: int) -> Float64:
-        """float64[layers], NaN where nothing is known."""
+        """Return the values as float64[layers], NaN for layers without one."""
         return np.array([self.values.get(layer, np.nan) for layer in range(num_layers)], np.float64)
 
 
 def layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth:
-    """One of ``registry.MEASURED`` for every layer of a run's checkpoint, from the newest evaluation that has it.
+    """Return a score of ``registry.MEASURED`` for the layers of a run's checkpoint, from the newest evaluation with it.
 
-    ``loss`` is that without the layer less that of the whole model.
+    ``loss`` is the loss without the layer minus the loss of the whole model.
 
     Raises:
-        QueryError: there is none; the hint is the command that measures it.
+        QueryError: there is no such evaluation. The hint is the command that measures it.
     """
-    found = find_layer_truth(store, run, by)
-    if found is None:
+    truth = find_layer_truth(store, run, by)
+    if truth is None:
         raise nothing_measured(store, run, by)
-    return found
+    return truth
 
 
 def nothing_measured(store: Warehouse, run: Mapping[str, Any], by: str) -> QueryError:
@@ -60,7 +64,7 @@ def nothing_measured(store: Warehouse, run: Mapping[str, Any], by: str) -> Query
     Its hint is the command that measures it, or says that the model cannot be measured.
     """
     hint = ablate_command(store, run, by) if has_head(run) else f"{describe_headless(run)} Choose by a score."
-    return QueryError(f"{store.root} has no '{by}' of the layers of {run['model']}.", hint)
+    return QueryError(f"{store.root} has no measurement '{by}' of the layers of {run['model']}.", hint)
 
 
 def describe_headless(run: Mapping[str, Any]) -> str:
@@ -69,7 +73,7 @@ def describe_headless(run: Mapping[str, Any]) -> str:
 
 
 def find_layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth | None:
-    """As `layer_truth`; None where there is none."""
+    """Return the result of `layer_truth`; None if there is no such evaluation."""
     for evaluation in _newest_first(store, run, SCORES[by].task, metrics_of(by)):
         if values := _by_layer(evaluation, by):
             return LayerTruth(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])
@@ -78,10 +82,10 @@ def find_layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> Layer
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDistances:
-    """Distances of the hidden states before and after runs of layers.
+    """Distances of the hidden states before and after blocks of consecutive layers.
 
     Attributes:
-        values: mean angle over pi, by the layers of the run, ascending.
+        values: mean angle over pi, by the layers of the block, ascending.
         run_id, task: the evaluation.
     """
 
@@ -91,10 +95,10 @@ class BlockDistances:
 
 
 def block_distances(store: Warehouse, run: Mapping[str, Any]) -> BlockDistances:
-    """Of every run of layers of a run's checkpoint, from the newest evaluation that has them.
+    """Return the distances over every block of consecutive layers of a run's checkpoint, from the newest evaluation.
 
     Raises:
-        QueryError: there is none; the hint is the command that measures them.
+        QueryError: there is no such evaluation. The hint is the command that measures them.
     """
     for evaluation in _newest_first(store, run, DAMAGE_TASK, [BLOCK_DISTANCE]):
         values = {tuple(row["drop"]): row["value"] for row in evaluation}
@@ -118,13 +122,13 @@ class Interactions:
 
 
 def interactions(store: Warehouse, run: Mapping[str, Any]) -> Interactions:
-    """Of the layers of a run's checkpoint, from the newest evaluation that has them.
+    """Return the interactions of the layers of a run's checkpoint, from the newest evaluation with them.
 
-    ``b`` is the first order by true labels; ``H`` the Fisher information of gates on the layers, token by token, a mean
-    over sampled labels (see `tasks.damage.Damage`, from which both are).
+    ``b`` is the first-order term by true labels. ``H`` is the Fisher information of gates on the layers, token by
+    token, averaged over sampled labels. `tasks.damage.Damage` measures both.
 
     Raises:
-        QueryError: there is none; the hint is the command that measures them.
+        QueryError: there is no such evaluation. The hint is the command that measures them.
     """
     for rows in _newest_first(store, run, DAMAGE_TASK, [FIRST_ORDER, SECOND_ORDER, PAIRS]):
         first, second = (
@@ -135,8 +139,8 @@ def interactions(store: Warehouse, run: Mapping[str, Any]) -> Interactions:
         number = len(first)
         if sorted(first) == sorted(second) == [*range(number)] and len(pairs) == number * (number - 1) // 2:
             h = np.diag([2 * second[layer] for layer in range(number)])
-            for (one, other), value in pairs.items():
-                h[one, other] = h[other, one] = value
+            for (i, j), value in pairs.items():
+                h[i, j] = h[j, i] = value
             b = np.array([first[layer] for layer in range(number)])
             return Interactions(b=b, h=h, run_id=rows[0]["run_id"], task=rows[0]["task"])
     raise nothing_measured(store, run, INTERACTIONS)
@@ -145,7 +149,7 @@ def interactions(store: Warehouse, run: Mapping[str, Any]) -> Interactions:
 def _newest_first(
     store: Warehouse, run: Mapping[str, Any], task: str, metrics: Sequence[str]
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each evaluation of a run's checkpoint that has these metrics, the newest evaluation first."""
+    """Yield the rows of each evaluation of a run's checkpoint with these metrics, the newest evaluation first."""
     where = (pc.field("revision") == run["revision"]) & pc.starts_with(pc.field("task"), task)
     where &= pc.field("metric").isin(metrics)
     rows = store.table("evaluations", where=where).to_pylist()

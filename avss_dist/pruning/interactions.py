@@ -63,17 +63,17 @@ def _search_all(linear: Float64, pairs: Float64, count: int) -> Sequence[int]:
     half = len(linear) // 2
     best, chosen = np.inf, np.zeros(0, np.intp)
     for size in range(max(0, count - len(linear) + half), min(half, count) + 1):
-        left = _subsets(range(half), size, len(linear))
-        right = _subsets(range(half, len(linear)), count - size, len(linear))
-        alone, across = _values(right, linear, pairs), pairs @ right.T
-        step = max(1, AT_ONCE // len(right))
-        for start in range(0, len(left), step):
-            some = left[start : start + step]
+        first = _subsets(range(half), size, len(linear))
+        second = _subsets(range(half, len(linear)), count - size, len(linear))
+        alone, across = _values(second, linear, pairs), pairs @ second.T
+        step = max(1, AT_ONCE // len(second))
+        for start in range(0, len(first), step):
+            some = first[start : start + step]
             values = _values(some, linear, pairs)[:, None] + alone + some @ across
             if (least := values.min()) < best:
                 best = least
                 i, j = np.unravel_index(values.argmin(), values.shape)
-                chosen = np.flatnonzero(some[i] + right[j])
+                chosen = np.flatnonzero(some[i] + second[j])
     return chosen.tolist()
 
 

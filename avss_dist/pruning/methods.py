@@ -1,4 +1,4 @@
-"""The methods that an experiment compares: scores, and the controls that make an answer believable."""
+"""Methods that an experiment compares: scores and controls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from avss_dist.errors import ConfigError, require_known
 from avss_dist.names import CONTRAST
-from avss_dist.options import Prompting
+from avss_dist.options import PromptOptions
 from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 from avss_dist.registry import FROM_ACTIVATIONS, INTERACTIONS, MEASURED
@@ -55,9 +55,9 @@ class Experiment:
     tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     """Tasks to evaluate, as for avss evaluate --task."""
     scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = FROM_ACTIVATIONS
-    """What layers are chosen by: a score; AVSS as it is read elsewhere, such as avss:update:unit:0.1rms (site, recipe,
-    threshold), or avss:all; what avss ablate measures (damage, interactions, shapley, ...) where it has; contrast, or
-    contrast:update:unit:0.1rms, of runs on paired text: those with the highest contrast are dropped first."""
+    """Scores that layers are chosen by: a score of the run; another reading of AVSS, such as avss:update:unit:0.1rms
+    (site, recipe, threshold) or avss:all; a measurement of avss ablate, if the warehouse has it; on paired text also
+    contrast or contrast:update:unit:0.1rms, which drops the highest first."""
     factors: Annotated[tuple[Factor, ...], Field(strict=False, min_length=1)] = (0.0,)
     """Residual scales of the chosen layers: 0 leaves a layer out, 0.5 halves what it adds to its input."""
     shares: Annotated[tuple[Share, ...], Field(strict=False)] = (0.25,)
@@ -75,7 +75,7 @@ class Experiment:
     random: Count = 5
     """Number of random choices for each share."""
     reversed: bool = True
-    """Drop the highest too."""
+    """Also drop the layers with the highest scores, as a control."""
     keep_ends: Count = 1
     """Choose again with this many layers at each end protected; 0 does not."""
     last: bool = True
@@ -95,13 +95,13 @@ class Experiment:
     repair_max_sequences: AtLeastOne | None = None
     """Maximum number of rows of each text that repairs are fitted on."""
     repair_skip_sequences: Count = 0
-    """Rows of each text before those."""
+    """Skip this many rows at the start of each text."""
     max_sequences: AtLeastOne | None = None
     """Maximum number of rows of each evaluation text."""
     skip_sequences: Count = 0
-    """Rows of each text before those."""
+    """Skip this many rows at the start of each text."""
     skip_questions: Count = 0
-    """Questions of TruthfulQA before those."""
+    """Skip this many questions at the start of TruthfulQA."""
     limit: AtLeastOne | None = None
     """Maximum number of questions per task."""
     num_fewshot: Count | None = None
@@ -118,21 +118,20 @@ class Experiment:
     def __post_init__(self) -> None:
         assert self.prompting  # which refuses options without effect
         if not self.shares and not self.sparsities:
-            raise ConfigError("`shares` and `sparsities` are both empty.", "Name some of either.")
+            raise ConfigError("`shares` and `sparsities` are both empty.", "Set at least one of them.")
         fitted = [repair for repair in self.repairs if repair != NO_REPAIR]
         if fitted and not self.repair_corpora:
-            raise ConfigError(
-                f"`repairs` {fitted[0]} is fitted on text, and there is none.", "Name it with `repair_corpora`."
-            )
+            raise ConfigError(f"`repairs` {fitted[0]} needs text to be fitted on.", "Name it with `repair_corpora`.")
         if self.repair_corpora and not fitted:
             raise ConfigError("`repair_corpora` has no effect without a repair.", "Name some in `repairs`.")
         if fitted and any(self.factors):
             raise ConfigError(
-                f"`factors` {max(self.factors):g} keeps the layers, and {fitted[0]} gives back what was left out.",
-                "Make it an experiment of its own.",
+                f"`factors` {max(self.factors):g} scales layers and `repairs` {fitted[0]} repairs their removal: "
+                "they are mutually exclusive.",
+                "Make two experiments.",
             )
         if "evolve" in self.search and self.search_budget is None:
-            raise ConfigError("evolve goes on as long as its budget lasts.", "Give it a `search_budget`.")
+            raise ConfigError("The search evolve needs a budget.", "Set `search_budget`.")
 
     def count_choices(self, readings: int) -> int:
         """Return the maximum number of choices of layers for a model.
@@ -148,9 +147,9 @@ class Experiment:
         return (methods + self.last) * len(self.shares) * len(self.factors)
 
     @property
-    def prompting(self) -> Prompting:
+    def prompting(self) -> PromptOptions:
         """Options of the prompts of harness tasks."""
-        return Prompting(**{f.name: getattr(self, f.name) for f in fields(Prompting)})
+        return PromptOptions(**{f.name: getattr(self, f.name) for f in fields(PromptOptions)})
 
     @property
     def chooses_by_loss(self) -> bool:
@@ -223,7 +222,7 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
     if not parts:
         return name, PUBLISHED
     if len(parts) != 3:
-        raise ConfigError(f"'{text}' is no reading of AVSS.", f"Write {name}:SITE:RECIPE:THRESHOLD, or avss:all.")
+        raise ConfigError(f"'{text}' is not a reading of AVSS.", f"Write {name}:SITE:RECIPE:THRESHOLD, or avss:all.")
     require_known("site", parts[0], EVERY_SITE)
     require_known("recipe", parts[1], RECIPES)
     return name, (parts[0], parts[1], *parse_threshold(parts[2]))

@@ -1,6 +1,6 @@
-"""Plans: which layers to drop, and why. A plan is a small YAML file that says of which model it was made, from what.
+"""Plans: layers to drop, with a reason. A plan is a small YAML file that names its model and its run.
 
-Layers count from 0, as everywhere.
+Layers count from 0.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _RUN_ID = re.compile(r"[A-Za-z0-9._-]+")
 
 def _run_id(text: str) -> str:
     if not _RUN_ID.fullmatch(text):
-        raise PlanError(f"'{text}' is not the id of a run.", "It has letters, digits, dots, hyphens and underscores.")
+        raise PlanError(f"'{text}' is not a run id.", "A run id has letters, digits, dots, hyphens and underscores.")
     return text
 
 
 def _reason(value: Any) -> Any:
     if not isinstance(value, str | int | float | bool | None):
-        raise PlanError("A reason is a text or a number.")
+        raise PlanError("A reason must be a text or a number.")
     return value
 
 
@@ -66,7 +66,7 @@ class Plan(TabularResult):
     """Layers to drop from a model.
 
     Raises:
-        ConfigError: values that are no plan; every problem is named.
+        ConfigError: values that do not make a plan. The message has every problem.
     """
 
     model: Name
@@ -84,13 +84,13 @@ class Plan(TabularResult):
     mlp: Layers = ()
     """Layers of which the MLP alone is left out."""
     why: Mapping[str, Reason] = Field(default_factory=dict)
-    """What they were chosen by."""
+    """Criterion and options by which the layers were chosen."""
     run_id: Annotated[str, Check(_run_id)] | None = None
-    """The run whose scores were read; none for a plan by hand."""
+    """Run whose scores were read; none for a plan by hand."""
     findings: Lines = ()
-    """What to know before believing that choice."""
+    """Findings that speak against the choice."""
     evaluated: Lines = ()
-    """What the warehouse knew of the model without these layers when the plan was made."""
+    """Evaluations of the model without these layers that the warehouse had when the plan was made."""
 
     def __post_init__(self) -> None:
         given = {"drop": self.drop} | {part: getattr(self, part) for part in PARTS}
@@ -113,13 +113,13 @@ class Plan(TabularResult):
         elif len(removed) == number == len(whole_layers(removed)):
             problems.append(PlanError(f"The plan drops all {number} layers.", "Leave at least one."))
         if problems:
-            raise ConfigError.of(problems)
+            raise ConfigError.combine(problems)
         object.__setattr__(self, "drop", whole_layers(removed))
         for kind, layers in layers_by_part(removed).items():
             object.__setattr__(self, kind, layers)
 
     def table(self) -> pa.Table:
-        """A row for each layer: what of it is left out, or nothing."""
+        """Return a table with a row for each layer, and the part of it that is left out, if any."""
         out = dict.fromkeys(self.drop, "layer")
         out |= {layer: part for part in PARTS for layer in getattr(self, part)}
         return pa.Table.from_pylist([{"layer": i, "left_out": out.get(i)} for i in range(self.num_layers)])
@@ -127,29 +127,29 @@ class Plan(TabularResult):
     __repr__ = TabularResult.__repr__
 
     def summary(self) -> str:
-        """Of which model, and what it drops."""
+        """Return the model and the removed layers, in a line."""
         return f"{self.model} without {describe_removed(self.removed)}, of {self.num_layers} layers"
 
     @property
     def removed(self) -> Removals:
-        """The layers that are dropped, and the sublayers that are left out."""
+        """Layers that are dropped, and sublayers that are left out."""
         return (*self.drop, *(Sublayer(layer, part) for part in PARTS for layer in getattr(self, part)))
 
     @property
     def intervention(self) -> Intervention:
-        """The change that the plan makes to its model."""
+        """Intervention that the plan makes on its model."""
         return Intervention(removed=self.removed)
 
     @property
     def keep(self) -> tuple[int, ...]:
-        """The layers that are not dropped."""
+        """Layers that are not dropped."""
         return tuple(layer for layer in range(self.num_layers) if layer not in self.drop)
 
     def require_whole_layers(self, why: str) -> None:
-        """Refuse a plan that leaves out sublayers.
+        """Raise PlanError if the plan leaves out sublayers.
 
-        Raises:
-            PlanError: the message says which, and why they cannot be.
+        Args:
+            why: sentence that says why they cannot be left out, for the message.
         """
         if self.attention or self.mlp:
             raise PlanError(
@@ -161,8 +161,8 @@ class Plan(TabularResult):
         """Write the YAML file.
 
         Raises:
-            PlanError: it cannot be written.
-        StorageFull: there is no space left.
+            PlanError: the file cannot be written.
+            StorageFull: there is no space left.
         """
         values = asdict(self) | {"why": dict(self.why)}
         lists = {"drop": list(values.pop("drop")), "keep": list(self.keep)}
@@ -171,7 +171,7 @@ class Plan(TabularResult):
         write_text(path, f"# Layers count from 0.\n{to_yaml(values)}{to_yaml(lists, flow=True)}{to_yaml(lines)}")
 
     def describe(self) -> list[str]:
-        """What a plan is, why, and what is known of it: lines for people."""
+        """Return lines for people: the removed layers, the origin, the reason, findings and evaluations."""
         return [
             f"Drops {count_removed(self.removed)} of {self.num_layers}: {describe_removed(self.removed)}."
             if self.attention or self.mlp
@@ -184,27 +184,27 @@ class Plan(TabularResult):
 
 
 def describe_origin(model: str, revision: str | None, run_id: str | None) -> str:
-    """Of which checkpoint a plan is, and of which run."""
+    """Return sentences that name the checkpoint and the run of a plan."""
     at = f" at {revision[:12]}" if revision else ""
     return f"Model: {model}{at}. " + (f"Run: {run_id}." if run_id else "By hand, of no run.")
 
 
 MEANINGS = {name: info.meaning for name, info in SCORES.items()} | SEARCHES
-"""Meaning of everything that layers are chosen by."""
+"""Meaning of every criterion that layers are chosen by."""
 
 
 def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANINGS) -> str:
-    """``by loss (what the loss rises by ...): share 0.25, last 1``.
+    """Return a reason as text: ``by loss (rise of the loss ...): share 0.25, last 1``.
 
     Args:
-        meanings: of what can stand after ``by``.
+        meanings: meaning of each criterion.
     """
     if not why:
         return "by hand"
     by = str(why.get("by", "hand"))
-    rest = ", ".join(f"{key} {value}" for key, value in why.items() if key != "by")
+    options = ", ".join(f"{key} {value}" for key, value in why.items() if key != "by")
     meaning = f" ({meanings[by]})" if by in meanings else ""
-    return f"by {by}{meaning}" + (f": {rest}" if rest else "")
+    return f"by {by}{meaning}" + (f": {options}" if options else "")
 
 
 def make_plan(
@@ -216,11 +216,11 @@ def make_plan(
     findings: Sequence[str] = (),
     evaluated: Sequence[str] = (),
 ) -> Plan:
-    """A plan from rows of ``scores``, of one run.
+    """Make a plan from the rows of ``scores`` of one run.
 
     Args:
-        truth: what is known of the run's checkpoint, where layers are chosen by what `avss ablate` measures.
-        findings, evaluated: as of `Plan`.
+        truth: measurement of `avss ablate` that layers are chosen by, if they are.
+        findings, evaluated: as for `Plan`.
 
     Raises:
         PlanError: as `Choice.drop`, or the run's layers are not one list of the model.
@@ -235,12 +235,12 @@ def make_plan(
     measured: dict[str, Any] = {"evaluation": truth.run_id, "task": truth.task} if truth else {}
     if isinstance(truth, Interactions):
         measured["predicted_increase"] = round(predicted(truth.b, truth.h, drop), 6)
-    made = plan_of(rows, run, drop, reasons(choice) | measured)
-    return replace(made, findings=tuple(findings), evaluated=tuple(evaluated))
+    plan = plan_of(rows, run, drop, reasons(choice) | measured)
+    return replace(plan, findings=tuple(findings), evaluated=tuple(evaluated))
 
 
 def plan_of(rows: Rows, run: Mapping[str, Any], removed: Removals, why: Mapping[str, Any]) -> Plan:
-    """A plan without these layers and sublayers, for the checkpoint of a run.
+    """Return a plan that removes these layers and sublayers from the checkpoint of a run.
 
     Raises:
         PlanError: the run's layers are not one list of the model.
@@ -261,23 +261,23 @@ def plan_of(rows: Rows, run: Mapping[str, Any], removed: Removals, why: Mapping[
 
 
 def layer_list(rows: Rows, model: str) -> tuple[str, int]:
-    """Module path and length of the list that the layers of a run are.
+    """Return the module path and length of the layer list of a run.
 
     Raises:
-        PlanError: they are not one list, each module used once.
+        PlanError: the layers are not one list of modules that are used once.
     """
     names = [name for _, name in sorted({row["layer"]: row["layer_name"] for row in rows}.items())]
     paths = {name.rpartition(".")[0] for name in names}
     if len(paths) != 1 or [name.rpartition(".")[2] for name in names] != [str(i) for i in range(len(names))]:
         raise PlanError(
-            f"The layers of {model} are not one list of modules, each used once: none can be taken out.",
+            f"The layers of {model} are not one list of modules that are used once: none can be dropped.",
             f"They are {', '.join(names[:6])} ...",
         )
     return paths.pop(), len(names)
 
 
 def reasons(choice: Choice) -> dict[str, Any]:
-    """What a plan says of how its layers were chosen."""
+    """Return the reason of a plan for a choice."""
     values = asdict(choice)
     reading, seed = values.pop("reading"), values.pop("seed")
     why = {name: value for name, value in values.items() if value not in (None, False, 0)}
@@ -294,7 +294,7 @@ def read_plan(path: str | Path) -> Plan:
     """Read a plan of layers from its file.
 
     Raises:
-        PlanError: the file cannot be read, or is no plan; the message names every problem with its line and key.
+        PlanError: the file cannot be read, or is not a plan. The message has every problem with its line and key.
     """
     document = read_plan_file(path)
     names = [f.name for f in fields(Plan)]
@@ -303,7 +303,7 @@ def read_plan(path: str | Path) -> Plan:
     try:
         plan = Plan(**{name: value for name, value in values.items() if name in names})
         if values.get("keep") not in (None, list(plan.keep)):
-            stays = ConfigError("`keep` is not what `drop` leaves.", f"keep: {list(plan.keep)}, or none.")
+            stays = ConfigError("`keep` must list the layers that `drop` leaves.", f"keep: {list(plan.keep)}, or none.")
             problems.append(document.problem(stays))
     except ConfigError as error:
         problems += map(document.problem, error.problems)
@@ -316,24 +316,24 @@ def read_plan_file(path: str | Path) -> Document:
     """Read the keys and values of a plan's file, whichever kind of plan it is.
 
     Raises:
-        PlanError: the file cannot be read, is no mapping, or repeats a key.
+        PlanError: the file cannot be read, is not a mapping, or repeats a key.
     """
     return read_yaml_mapping(Path(path), YamlKind(noun="plan", hint=_HINT, error=PlanError))
 
 
 def plan_error(path: str | Path, problems: Sequence[ConfigError]) -> PlanError:
     """Return one error for all problems of a plan's file, each of which names the file."""
-    error = ConfigError.of(problems)
+    error = ConfigError.combine(problems)
     if len(problems) == 1:
         return PlanError(error.message, " ".join(filter(None, (error.hint, _HINT))))
     return PlanError(f"{path}: {error}", _HINT)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file.
+    """Write a text file.
 
     Raises:
-        PlanError: it cannot be written.
+        PlanError: the file cannot be written.
         StorageFull: there is no space left.
     """
     try:
@@ -344,7 +344,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def to_yaml(values: Mapping[str, Any], *, flow: bool = False) -> str:
-    """Values as YAML that any terminal can show."""
+    """Return values as YAML that any terminal can show."""
     dump = partial(yaml.safe_dump, values, sort_keys=False, default_flow_style=None if flow else False, width=120)
     text = str(dump(allow_unicode=True))
-    return text if printable(text) == text else str(dump())  # which escapes what a terminal obeys
+    return text if printable(text) == text else str(dump())  # escaped: it has control characters

@@ -50,14 +50,14 @@ class LayerNames:
     modules: Sequence[str] = ()
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, plan: Plan, settings: Settings) -> LayerNames:
+    def of_checkpoint(cls, checkpoint: Checkpoint, plan: Plan, settings: Settings) -> LayerNames:
         """Return the names of a checkpoint's layers.
 
         Raises:
             PlanError: it is unclear which of its tensors are the plan's layers.
             ModelError: it cannot be read, or its model cannot be built.
         """
-        stored = StoredWeights.of(checkpoint, plan, settings).prefix
+        stored = StoredWeights.of_checkpoint(checkpoint, plan, settings).prefix
         config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         model = skeleton(config, settings, torch.float32)
         return cls(plan, (list_path(model, plan), stored), [name for name, _ in model.named_modules() if name])
@@ -138,9 +138,9 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, setti
         PlanError: a remaining weight would be read differently.
     """
     how = f"The weights are quantized ({describe_quantization(checkpoint, settings)}), and copied as they are"
-    names = LayerNames.of(checkpoint, plan, settings)
+    names = LayerNames.of_checkpoint(checkpoint, plan, settings)
     try:
-        before, after = (_strangers(one, settings) for one in (checkpoint, replace(checkpoint, path=str(folder))))
+        before, after = (_strangers(tested, settings) for tested in (checkpoint, replace(checkpoint, path=str(folder))))
     except ModelError as error:
         return f"{how}. Whether the settings read each of them as before could not be seen here: {error}"
     expected = {(new, shape) for name, shape in before if (new := names.renumbered(name)) is not None}

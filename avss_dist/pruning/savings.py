@@ -35,7 +35,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if len(given := self.given) > 1:
-            raise ConfigError(f"{' and '.join(given)} were given; they exclude each other.", "Keep one of them.")
+            raise ConfigError(f"{' and '.join(given)} are mutually exclusive.", "Keep one of them.")
 
     @property
     def given(self) -> list[str]:
@@ -51,14 +51,16 @@ class Budget:
         """
         excess = self._excess(size)
         if excess <= 0:
-            raise PlanError(f"The model has {_describe(size)} as it is: that keeps {self.given[0]}.", "Ask for less.")
+            raise PlanError(
+                f"The model has {_describe(size)} as it is, which meets {self.given[0]} already.", "Lower it."
+            )
         removed = list(accumulate(sorted(size.layer_bytes)))[:-1]
         if not removed or removed[-1] < excess:
             minimum = size.weight_bytes - (removed[-1] if removed else 0)
             raise PlanError(
-                f"{self.given[0]} cannot be kept: with one layer left, {describe_bytes(minimum)} of "
+                f"{self.given[0]} cannot be met: with one layer left, {describe_bytes(minimum)} of "
                 f"{describe_bytes(size.weight_bytes)} stay.",
-                "Layers are all that a plan drops; quantize what is left.",
+                "Quantize the remaining layers instead.",
             )
         return 1 + sum(bytes_ < excess for bytes_ in removed)
 
@@ -94,7 +96,7 @@ class Savings:
     size: Footprint
 
     @classmethod
-    def of(cls, plan: Plan, size: Footprint) -> Savings:
+    def of_plan(cls, plan: Plan, size: Footprint) -> Savings:
         """Return the savings of a plan. Sublayers that are left out alone save nothing in a file."""
         saved = sum(size.layer_bytes[layer] for layer in plan.drop)
         return cls(

@@ -24,7 +24,7 @@ Ends = Annotated[int, Field(ge=0)]
 
 
 class PlanError(ConfigError):
-    """A plan cannot be made, read, or carried out on a model."""
+    """Error of a plan that cannot be made, read, or applied to a model."""
 
 
 @checked
@@ -50,7 +50,7 @@ class Choice:
     last: Ends = 0
     """Layers at the end that are never dropped."""
     contiguous: bool = False
-    """Drop neighbours: those whose scores add up to the least."""
+    """Drop the block of neighbours with the lowest sum of scores."""
     highest: bool = False
     """Drop the highest instead of the lowest."""
     seed: Ends = 0
@@ -61,7 +61,7 @@ class Choice:
     def __post_init__(self) -> None:
         given = [f"`{name}`" for name in ("share", "count", "mass") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} were given; they say the same thing twice.", "Keep one of them.")
+            raise ConfigError(f"{' and '.join(given)} are mutually exclusive.", "Keep one of them.")
         if self.by == BLOCK_DISTANCE and not self.contiguous:
             raise ConfigError(f"`by` {BLOCK_DISTANCE} is a measure of neighbours.", "Set `contiguous`.")
         if self.mass is not None and (self.contiguous or self.highest or self.by in (LAST, RANDOM)):
@@ -82,11 +82,11 @@ class Choice:
             )
 
     def scores(self, rows: Rows, truth: Mapping[str, Float64]) -> Float64:
-        """The score of every layer, float64[layers], NaN where it has none.
+        """Return the score of every layer, float64[layers], NaN for layers without one.
 
         Args:
-            rows: of the table ``scores``, of one run.
-            truth: by one of ``registry.MEASURED``, or the contrast, of every layer: float64[layers].
+            rows: rows of ``scores`` of one run.
+            truth: values of every layer, float64[layers], by a name of ``registry.MEASURED`` or the contrast.
         """
         if self.by == RANDOM:
             return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
@@ -110,7 +110,9 @@ class Choice:
         starts = range(candidates.start, candidates.stop - number + 1)
         blocks = [tuple(range(start, start + number)) for start in starts]
         if missing := [block for block in blocks if not np.isfinite(distances.get(block, np.nan))]:
-            raise PlanError(f"Layers {missing[0][0]} to {missing[0][-1]} have no '{self.by}'.", "Measure it again.")
+            raise PlanError(
+                f"Layers {missing[0][0]} to {missing[0][-1]} have no measurement '{self.by}'.", "Measure it again."
+            )
         return min(blocks, key=distances.__getitem__)
 
     def drop(self, scores: Sequence[float] | Float64) -> tuple[int, ...]:
@@ -156,10 +158,10 @@ class Choice:
 
     def _require_droppable(self, number: int, layers: int) -> None:
         if number >= layers:
-            raise PlanError(f"{number} of {layers} layers would be dropped.", "Leave one at least.")
+            raise PlanError(f"{number} of {layers} layers would be dropped.", "Keep at least one.")
         if number > (free := len(self.unprotected(layers))):
             raise PlanError(
-                f"{number} layers are to be dropped, and {free} of {layers} are not protected.",
+                f"{number} layers would be dropped, but only {free} of {layers} are not protected.",
                 "Protect fewer, or drop fewer.",
             )
 
@@ -169,8 +171,8 @@ class Choice:
         number = int(np.searchsorted(held, mass, "right"))
         if not number:
             raise PlanError(
-                f"No layer holds as little as {mass:g} of the summed score: the least holds {held[0]:.3g}.",
-                "Allow more, or use `share` or `count`.",
+                f"No layer holds as little as {mass:g} of the summed score: the minimum is {held[0]:.3g}.",
+                "Set a larger `mass`, or use `share` or `count`.",
             )
         self._require_droppable(number, len(values))
         return number

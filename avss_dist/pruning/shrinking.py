@@ -1,4 +1,4 @@
-"""The options of shrinking a model: how much of it goes, by which score, repaired how, and evaluated on which tasks."""
+"""Options of shrinking a model: share of the layers, score, repair and tasks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from avss_dist.text import RedactedURI
 from avss_dist.validation import Count, OneOf, Positive, Share, Text, Texts, checked
 
 GREEDY = "greedy"  # of ``settings.SEARCHES``, with every set repaired
-CHOSEN_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)  # layers, one by one
-POOL = 2  # so many times as many layers as go are searched among
+CHOSEN_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)  # scores of single layers
+POOL = 2  # candidates of the greedy search, in multiples of the number of layers to drop
 
 
 @checked
@@ -32,10 +32,9 @@ class Shrinking:
     keep: Share | None = None
     """Drop as many layers as possible while every task keeps this share, such as 0.9."""
     by: Annotated[str, OneOf((*CHOSEN_BY, INTERACTIONS, GREEDY))] = "damage"
-    """What chooses the layers: a measurement of avss ablate, a score, chance, or greedily the repaired loss, among
-    twice as many layers as go."""
+    """Criterion to choose the layers: a measurement of avss ablate, a score, random, or greedy (the repaired loss)."""
     repair: OptionalRepairName = DEFAULT_REPAIR
-    """What to fit at each cut to make up for the removed layers."""
+    """Repair to fit at each cut to make up for the removed layers."""
     repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
     """Text to fit the repair on instead of the corpus: CORPUS or CORPUS=WEIGHT."""
     tasks: Annotated[Texts, Option(names=("--task",))] = ()
@@ -45,7 +44,7 @@ class Shrinking:
     last: Count = 0
     """Layers at the end that are never dropped."""
     limit: Positive | None = None
-    """The most questions per task."""
+    """Maximum number of questions per task."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
     allow_overlap: bool = False
@@ -53,7 +52,7 @@ class Shrinking:
 
     def __post_init__(self) -> None:
         if self.share is not None and self.keep is not None:
-            raise ConfigError("`share` and `keep` both say how many layers go.", "Keep one of them.")
+            raise ConfigError("`share` and `keep` are mutually exclusive.", "Keep one of them.")
         if self.repair == NO_REPAIR and self.repair_corpora:
             raise ConfigError("`repair_corpora` has no effect without a repair.", "Leave it out, or name a `repair`.")
 
@@ -74,5 +73,5 @@ class Shrinking:
 
     @property
     def texts(self) -> list[RedactedURI]:
-        """Every text, once."""
+        """All texts, each once."""
         return list(dict.fromkeys([RedactedURI(self.corpus), *self.repair_texts]))

@@ -43,7 +43,7 @@ class StoredWeights:
     plan: Plan
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, plan: Plan, settings: Settings) -> StoredWeights:
+    def of_checkpoint(cls, checkpoint: Checkpoint, plan: Plan, settings: Settings) -> StoredWeights:
         """Read the headers of a checkpoint's files.
 
         Raises:

@@ -24,6 +24,7 @@ MOST_RUNS = 100  # in a chart: its ten colors repeat long before, and the librar
 PANEL = {"width": 300, "height": 210}
 COLORS = alt.Scale(scheme="tableau10")
 LOWEST_COLOR = "#d62728"
+ROWS = alt.NamedData(name="rows")  # the data of the charts of a page
 
 
 def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Any:
@@ -53,7 +54,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x)
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
     paint: Any = color if several else alt.value("#1f77b4")
-    panels = [_score_panel(base, paint), *(_panel(base, paint, rows, name) for name in BASELINES)]
+    panels = [_panel(base, paint, rows, name) for name in FROM_ACTIVATIONS]
     title = alt.TitleParams(
         f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
         subtitle=[
@@ -74,7 +75,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
 
 
 def _band(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return what the band is; for runs that are all of too few shards, why there is none."""
+    """Return the meaning of the band, or why all runs have too few shards for one."""
     return why_no_interval(max(run["num_shards"] or 0 for run in runs)) or "Band: 95% interval over shards."
 
 
@@ -108,35 +109,62 @@ def _tooltip(name: str) -> list[Any]:
     ]
 
 
-def _points(base: Any, y: Any, color: Any, name: str) -> Any:
-    """A point for each layer, a triangle where it is among the lowest: a red one, where runs have no colors."""
-    lowest = alt.when(f"datum.lowest_{name}")
-    tooltip = _tooltip(name) if name != "avss" else [*_tooltip(name), alt.Tooltip("rank:Q")]
-    return base.mark_point(filled=True, opacity=1).encode(
+def depth_chart(
+    base: Any,
+    name: str,
+    axis: Mapping[str, Any],
+    color: Any,
+    point_color: Any,
+    *,
+    lowest: str,
+    ends: tuple[str, str] | None = None,
+    tooltip: Sequence[Any],
+) -> Any:
+    """Return a score by depth: a line with a point for each layer, a triangle where it is among the lowest.
+
+    Args:
+        base: encodes the place of a layer.
+        name: the column of the score.
+        axis: its ``title`` and ``scale``.
+        color: of lines and bands.
+        point_color: of points.
+        lowest: the column that says whether a layer is among the lowest.
+        ends: the columns of an interval, which is drawn as a band.
+    """
+    y, marked = alt.Y(f"{name}:Q", **axis), alt.when(f"datum.{lowest}")
+    points = base.mark_point(filled=True, opacity=1).encode(
         y=y,
-        color=color if isinstance(color, alt.Color) else lowest.then(alt.value(LOWEST_COLOR)).otherwise(color),
-        shape=lowest.then(alt.value("triangle-down")).otherwise(alt.value("circle")),
-        size=lowest.then(alt.value(70)).otherwise(alt.value(30)),
-        tooltip=tooltip,
+        color=point_color,
+        shape=marked.then(alt.value("triangle-down")).otherwise(alt.value("circle")),
+        size=marked.then(alt.value(80)).otherwise(alt.value(32)),
+        tooltip=list(tooltip),
     )
+    layers = [base.mark_line(strokeWidth=1.5).encode(y=y, color=color), points]
+    if ends:
+        band = base.mark_area(opacity=0.2).encode(y=alt.Y(f"{ends[0]}:Q", **axis), y2=f"{ends[1]}:Q", color=color)
+        layers.insert(0, band)
+    return alt.layer(*layers)
 
 
-def _score_panel(base: Any, color: Any) -> Any:
-    y = alt.Y("avss:Q", title="AVSS (smoothed, log)", scale=alt.Scale(type="log"))
-    band = base.mark_area(opacity=0.25).encode(y=alt.Y("avss_low:Q").scale(type="log"), y2="avss_high:Q", color=color)
-    line = base.mark_line(strokeWidth=1.5).encode(y=y, color=color)
-    points = _points(base, y, color, "avss")
-    return (band + line + points).properties(title="AVSS", **PANEL)
+def depth_title(title: str, scale: str) -> str:
+    """Return the title of the axis of a score."""
+    return f"{title} (log)" if scale == "log" else title
 
 
 def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) -> Any:
-    """A rival, on a log scale unless a layer scores zero or less."""
+    """Return the chart of a score, on a log scale unless a layer scores zero or less."""
     title = SCORES[name].title
-    log = all(row[name] is None or row[name] > 0 for row in rows)
-    y = alt.Y(f"{name}:Q", title=f"{title}{' (log)' if log else ''}", scale=alt.Scale(type="log" if log else "linear"))
-    line = base.mark_line(strokeWidth=1.5).encode(y=y, color=color)
-    points = _points(base, y, color, name)
-    return (line + points).properties(title=title, **PANEL)
+    log = name == "avss" or all(row[name] is None or row[name] > 0 for row in rows)
+    scale: Any = "log" if log else "linear"
+    y_title = "AVSS (smoothed, log)" if name == "avss" else depth_title(title, scale)
+    axis = {"title": y_title, "scale": alt.Scale(type=scale)}
+    marked: Any = color  # of several runs, points have the color of their run
+    if not isinstance(color, alt.Color):
+        marked = alt.when(f"datum.lowest_{name}").then(alt.value(LOWEST_COLOR)).otherwise(color)
+    ends = ("avss_low", "avss_high") if name == "avss" else None
+    tooltip = [*_tooltip(name), *([alt.Tooltip("rank:Q")] if name == "avss" else [])]
+    chart = depth_chart(base, name, axis, color, marked, lowest=f"lowest_{name}", ends=ends, tooltip=tooltip)
+    return chart.properties(title=title, **PANEL)
 
 
 def save_chart(chart: Any, path: Path) -> None:
@@ -159,7 +187,7 @@ def save_chart(chart: Any, path: Path) -> None:
 
 
 def specification(chart: Any) -> dict[str, Any]:
-    """A chart as Vega-Lite, its texts `printable`: the library that draws aborts the process at others."""
+    """Return a chart as Vega-Lite, its texts `printable`: the library that draws aborts the process at others."""
     spec: dict[str, Any] = map_leaves(chart.to_dict(), _drawable)
     return spec
 

@@ -1,1 +1,1 @@
-"""A run from the request to the warehouse: job files, planning, driving, submission."""
+"""Runs, from the request to the warehouse: job files, planning, driving, submission."""

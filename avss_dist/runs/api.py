@@ -1,4 +1,4 @@
-"""Score checkpoints: one, several, or those of a job file; the same driver does the work."""
+"""Scoring of checkpoints: one, several, or those of a job file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Reporter", "Run", "run_job", "score", "score_all"]
 
 @keywords(ScoreRequest)
 def score(request: ScoreRequest) -> Run:
-    """Score one checkpoint and keep the result in a warehouse; a run that is done is not repeated."""
+    """Score one checkpoint and store the result in a warehouse. A run that is done is not repeated."""
     (spec,) = _specs(request, [str(request.model)])
     reporter = request.reporter or LoggingReporter()
     ((_, ending),) = _drive([spec], Store(request.warehouse), spec.settings, spec.execution, reporter)
@@ -39,9 +39,9 @@ def score(request: ScoreRequest) -> Run:
 
 @keywords(ScoreAllRequest)
 def score_all(request: ScoreAllRequest) -> list[Run]:
-    """Score several checkpoints with one pool of workers; one that fails is recorded and does not stop the others."""
+    """Score several checkpoints with one pool of workers. A failing run is recorded and does not stop the others."""
     if repeated := [model for model, times in Counter(request.models).items() if times > 1]:
-        raise ConfigError(f"'{repeated[0]}' is there twice.", "Name each model once.")
+        raise ConfigError(f"The model '{repeated[0]}' is named twice.", "Name each model once.")
     specs, reporter = _specs(request, request.models), request.reporter or LoggingReporter()
     return _all(specs, Store(request.warehouse), request.settings, request.execution, reporter)
 
@@ -58,10 +58,10 @@ def _specs(request: ScoreRequest | ScoreAllRequest, models: Sequence[str]) -> li
 
 
 def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -> list[Run]:
-    """Run what a job file asks for and is not done yet; a run that fails is recorded and does not stop the others.
+    """Execute the runs of a job file that are not done. A failing run is recorded and does not stop the others.
 
     Args:
-        reporter: notified as the work goes on.
+        reporter: receives the progress.
         options: fields of ``settings.Execution`` in place of the job's: ``address``, ``replicas``, ``fresh``, ...
 
     Raises:
@@ -72,7 +72,7 @@ def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -
 
 
 def overridden(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Execution]:
-    """The runs of a job, and how it runs, with options in place of its own."""
+    """Return the runs of a job and its execution settings, overridden by options."""
     specs = [replace(spec, execution=replace(spec.execution, **options)) for spec in job.specs]
     return specs, replace(job.execution, **options)
 
@@ -80,7 +80,7 @@ def overridden(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Ex
 def _all(
     specs: Sequence[RunSpec], store: Store, settings: Settings, execution: Execution, reporter: Reporter
 ) -> list[Run]:
-    """Every run in the order of its spec; one that fails is recorded."""
+    """Return the run of every spec, in order. A failing run is recorded."""
     runs: dict[int, Run] = {}
     for spec, ending in _drive(specs, store, settings, execution, reporter):
         if isinstance(ending, AvssError):
@@ -93,7 +93,7 @@ def _all(
 def _drive(
     specs: Sequence[RunSpec], store: Store, settings: Settings, execution: Execution, reporter: Reporter
 ) -> Iterator[Ending]:
-    """What all runs share, checked before any work: the warehouse, the workers, who are closed after it."""
+    """Create the warehouse and the executor, whose errors come before any work, and yield each run as it ends."""
     with ExitStack() as stack:
         if execution.tracker:
             reporter = Reporters(reporter, stack.enter_context(closing(Tracker(execution.tracker))))
@@ -103,6 +103,6 @@ def _drive(
 
 
 def executor_for(specs: Sequence[RunSpec], settings: Settings, execution: Execution) -> Executor:
-    """The requested executor; a gang among the runs needs one of several processes."""
+    """Open the executor for runs. If a run's partition is a gang, the executor must have several processes."""
     gang = next((spec.execution for spec in specs if spec.execution.partition in GANGS), execution)
     return open_executor(gang, settings)

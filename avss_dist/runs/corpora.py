@@ -1,4 +1,4 @@
-"""Whether corpora can be read as runs want to, before anything is opened for them."""
+"""Check that the corpora of runs can be read, before anything is opened for them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from avss_dist.text import RedactedURI
 
 
 def corpus_problems(corpora: Sequence[str], chat_templates: set[bool]) -> Iterator[tuple[int | None, AvssError]]:
-    """What the first document of each corpus tells, by the index of the corpus; None is all of them.
+    """Read the first document of each corpus, and yield problems with the index of the corpus; None for all of them.
 
     Args:
-        chat_templates: the values that the runs have of that setting.
+        chat_templates: values of the setting ``chat_template`` among the runs.
     """
     first: list[Document | None] = []
     for index, corpus in enumerate(corpora):
@@ -25,7 +25,7 @@ def corpus_problems(corpora: Sequence[str], chat_templates: set[bool]) -> Iterat
         else:
             if isinstance(first[-1], Chat) and chat_templates == {False}:
                 yield index, no_text(first[-1])
-    if chat_templates == {True} and first and not any(isinstance(one, Chat) for one in first):
+    if chat_templates == {True} and first and not any(isinstance(document, Chat) for document in first):
         names = " and ".join(map(RedactedURI, corpora))
         yield (
             None,

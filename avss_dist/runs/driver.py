@@ -1,4 +1,4 @@
-"""The driver: plan runs, skip what is done, execute the rest with one pool of workers, commit in the background."""
+"""Driver of runs: plans them, skips finished ones, executes the others on one pool of workers, commits results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from avss_dist.settings import fingerprint
 from avss_dist.warehouse.sharing import SharedWarehouse, shared
 from avss_dist.warehouse.store import Store
 
-UNCOMMITTED = 8  # results that may wait for the storage before the workers do
+UNCOMMITTED = 8  # results that may wait for storage before workers wait, too
 
 Ending = tuple[RunSpec, Run | AvssError]
 
@@ -47,7 +47,7 @@ class Driver:
         self._room = threading.BoundedSemaphore(UNCOMMITTED)
 
     def run(self, specs: Sequence[RunSpec]) -> Iterator[Ending]:
-        """Yield each run as it ends, done, skipped, or as the error that ended it; the others go on.
+        """Yield each run as it ends: done, skipped, or the error that ended it. Other runs continue.
 
         Raises:
             AvssError: the executor itself failed.
@@ -64,24 +64,24 @@ class Driver:
                         self._receive(shards, as_failure(error))
                     raise as_failure(error) from error
         except KeyboardInterrupt as stop:
-            self._note_kept(stop)
+            self._add_note(stop)
             raise
         yield from self._endings()
 
-    def _note_kept(self, stop: KeyboardInterrupt) -> None:
-        """Add to an interrupt how many shards of the runs in progress are kept."""
+    def _add_note(self, stop: KeyboardInterrupt) -> None:
+        """Add a note to an interrupt: how many shards of the runs in progress are stored."""
         runs = [running.run for _, running in self._in_progress.values()]
         if total := sum(run.num_shards for run in runs):
             with suppress(AvssError):
-                kept = sum(self._store.num_partials(run.run_id) for run in runs)
-                stop.add_note(f"{kept} of {total} shards are kept")
+                stored = sum(self._store.num_partials(run.run_id) for run in runs)
+                stop.add_note(f"{stored} of {total} shards are kept")
 
     def _endings(self) -> Iterator[Ending]:
         while self._ended:
             yield self._ended.popleft()
 
     def _plan_runs(self, specs: Sequence[RunSpec]) -> Iterator[RunShards]:
-        """Yield the shards to measure, run by run; without space for results, no run is begun."""
+        """Yield the shards to measure, run by run. Once storage is full, no further run begins."""
         for spec in specs:
             try:
                 self._reporter.planning(spec.name)
@@ -105,14 +105,14 @@ class Driver:
                 continue
             self._reporter.started(spec.name, run.num_tokens, running.done_tokens)
             self._in_progress[running.shards] = spec, running
-            if running.left:
+            if running.missing:
                 yield running.shards
             else:
                 self._commit(partial(self._finish, running.shards))
 
     def _not_begun(self, run: Run) -> StorageFull:
         error = StorageFull(
-            f"Not begun: no space left on {self._store.root}.", "Free some and run the same command again."
+            f"Not begun: no space left on {self._store.root}.", "Free some space and run the same command again."
         )
         error.run_id = run.run_id
         return error
@@ -121,7 +121,7 @@ class Driver:
         return not self._fresh and (self._store.run(run.run_id) or {}).get("status") == "done"
 
     def _receive(self, shards: RunShards, outcome: Any) -> None:
-        """A result of a run, or the error that ends it; the committer does what follows from it."""
+        """Receive a result of a run, or the error that ends it, and queue its commit."""
         _, running = self._in_progress.get(shards, (None, None))
         if running is None:
             return
@@ -129,7 +129,7 @@ class Driver:
             self._commit(partial(self._fail, shards, outcome))
         elif running.counts(outcome):
             self._commit(partial(self._keep, shards, outcome))
-            if not running.left:
+            if not running.missing:
                 self._commit(partial(self._finish, shards))
 
     def _commit(self, step: Callable[[], None]) -> None:
@@ -174,7 +174,7 @@ class Driver:
 
 
 def record_failure(store: Store, spec: RunSpec, error: AvssError) -> Run:
-    """A run that failed, as its row; one that got as far as a fingerprint is recorded already."""
+    """Return a failed run, after recording it unless it is recorded already, as after its fingerprint was computed."""
     settings = spec.settings.as_dict()
     print_ = fingerprint(model=spec.model, corpus=spec.corpus, settings=settings)
     run_id = error.run_id or f"{slug(Path(spec.model).name)}-{print_[:10]}"

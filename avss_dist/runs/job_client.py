@@ -1,4 +1,4 @@
-"""Ray's client of a job server, with limits on what it waits for and takes. Imported late: it loads Ray."""
+"""Ray's client of a job server, with limits on time and size of answers. Imported late, as it loads Ray."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ PATIENCE = 5.0  # times the limits until an answer must be whole
 
 T = TypeVar("T")
 
-NO_ANSWER = (ConnectionError, Timeout)  # requests raises either where a server says nothing more
+NO_ANSWER = (ConnectionError, Timeout)  # `requests` raises either when a server stops answering
 __all__ = ["NO_ANSWER", "AuthenticationError", "Client", "Redirected"]
 
 
 class Redirected(Exception):
-    """The server sends its clients to another address."""
+    """The server redirects to another address."""
 
 
 class Client(JobSubmissionClient):
-    """A client that waits ``limits`` (connect, answer) seconds at most, takes `MOST_BYTES`, and follows no redirect.
+    """Client that waits at most ``limits`` (connect, answer) seconds, reads `MOST_BYTES`, and follows no redirect.
 
     Raises:
-        Redirected: the server answers with another address.
-        NO_ANSWER: one of them: it does not accept a connection, breaks it off, or sends nothing, or not
-            all, in time.
+        Redirected: the server redirects to another address.
+        NO_ANSWER: one of these errors: the server refuses or closes the connection, or does not answer in time.
     """
 
     def __init__(self, address: str, limits: tuple[float, float]) -> None:
@@ -59,10 +58,10 @@ class Client(JobSubmissionClient):
 
 
 def _within(seconds: float, ask: Callable[[], T]) -> T:
-    """What a request gives; the limits of `requests` are for each piece of an answer, which may come bit by bit.
+    """Return the answer to a request within a total time. The timeouts of `requests` apply to each piece of an answer.
 
     Raises:
-        Timeout: it is not there in time.
+        Timeout: the answer is not complete in time.
     """
     answer: Future[T] = Future()
 
@@ -82,10 +81,10 @@ def _within(seconds: float, ask: Callable[[], T]) -> T:
 
 
 def _read(answer: Response, **_: Any) -> None:
-    """Read an answer whole, as far as it may be long; what says no encoding is UTF-8, and no other one is looked for.
+    """Read a whole answer. Without a declared encoding it is UTF-8.
 
     Raises:
-        RequestException: it is longer than `MOST_BYTES`.
+        RequestException: the answer is longer than `MOST_BYTES`.
     """
     data = bytearray()
     for part in answer.iter_content(1 << 16):

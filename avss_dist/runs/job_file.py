@@ -1,4 +1,4 @@
-"""Job files: many checkpoints, some corpora, one warehouse; read whole, every problem reported with its line."""
+"""Job files: many checkpoints, some corpora, one warehouse. Every problem is reported with its line."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ MAX_RUNS = 10_000
 DISTINGUISHING = tuple(name for name in MODEL_FIELDS if name in (*SETTINGS_FIELDS, "partition", "ranks"))
 """Fields that tell two runs of one model apart."""
 T = TypeVar("T")
-OPTIONS_ONLY = {"address": "avss run --address takes it.", "fresh": "avss run --fresh takes it."}
+OPTIONS_ONLY = {"address": "Use avss run --address.", "fresh": "Use avss run --fresh."}
 
 
 class JobError(ConfigError):
-    """A job file has problems; the message has a line for each."""
+    """A job file has problems. The message has a line for each."""
 
 
 _PAGE = docs_page("reference/job-files")
-_KIND = YamlKind(noun="job file", hint=f"{_PAGE} explains them.", error=JobError, typed=False)
+_KIND = YamlKind(noun="job file", hint=f"See {_PAGE}.", error=JobError, typed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """A run to make: one checkpoint, one corpus, how to measure, how to spread it.
+    """Specification of a run: one checkpoint, one corpus, settings and execution.
 
     Attributes:
-        title: the model, with the settings that it alone has.
-        name: what people call it, unique in a job: the title, with the corpus where a job has several.
-        line: where the job file says so.
+        title: the model, with the settings that differ from the defaults of the job.
+        name: unique name in a job: the title, with the corpus if the job has several.
+        line: line of the job file.
     """
 
     model: str
@@ -67,11 +67,11 @@ class JobFile:
 
     Attributes:
         path: the file.
-        warehouse: where the runs go, as the file says it.
-        models, corpora: as the file says them, and their lines.
-        settings, execution: what holds for all models that say nothing else.
+        warehouse: warehouse of the runs, as the file has it.
+        models, corpora: names in the file, and their lines.
+        settings, execution: defaults for all models.
         specs: the runs, model by model.
-        experiment: what `avss run` does with every run; None where the file has no such section.
+        experiment: experiment with every run; None without such a section.
     """
 
     path: Path
@@ -84,13 +84,13 @@ class JobFile:
     experiment: Experiment | None = None
 
     def refuse_unused(self, **options: bool) -> None:
-        """Refuse (`ConfigError`) options of an experiment where the file has none."""
+        """Raise ConfigError for options of an experiment if the file has none."""
         if self.experiment is None and (named := [name for name, value in options.items() if value]):
-            raise ConfigError(f"`{named[0]}` is for an experiment, and {self.path} has none.", "Leave it out.")
+            raise ConfigError(f"`{named[0]}` applies to an experiment; {self.path} has none.", "Leave it out.")
 
 
 def job_schema() -> dict[str, Any]:
-    """The JSON Schema of job files, for editors."""
+    """Return the JSON Schema of job files, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Job.model_json_schema()}
 
 
@@ -98,10 +98,10 @@ def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
     """Read a job file.
 
     Args:
-        expand: replace globs of folders by what they match here; a job for another machine is read without.
+        expand: replace globs of folders by their matches on this machine. Set it to False for a job of another machine.
 
     Raises:
-        JobError: it has problems; all of them are reported.
+        JobError: the file has problems. All of them are reported.
     """
     return _Reader(read_yaml(Path(path), _KIND), expand=expand).job()
 
@@ -146,20 +146,20 @@ class _Reader:
         )
 
     def corpora(self) -> dict[str, int]:
-        """Return the index of each text of ``corpora``; a text that is there twice is a problem."""
+        """Return the index of each text of ``corpora``. A text that is named twice is a problem."""
         texts: dict[str, int] = {}
         for index, text in enumerate(self.listed("corpora")):
             if isinstance(text, str) and texts.setdefault(text, index) != index:
-                self.report(("corpora", index), f"'{text}' is there twice")
+                self.report(("corpora", index), f"'{text}' is named twice")
         return texts
 
     def require_readable(self, corpora: Mapping[str, int], chat_templates: set[bool]) -> None:
-        """Report the corpora that cannot be read; on another machine, a corpus may be another."""
+        """Report the corpora that cannot be read. Those of a job for another machine are not checked."""
         for number, error in corpus_problems([*corpora], chat_templates) if self.expand else ():
             self.report(("corpora",) if number is None else ("corpora", [*corpora.values()][number]), str(error))
 
     def listed(self, key: str) -> list[Any]:
-        """Return the values of a list of the file, whatever they are."""
+        """Return the values of a list of the file, unchecked."""
         raw = self.document.value
         values = raw.get(key) if isinstance(raw, dict) else None
         return values if isinstance(values, list) else []
@@ -177,16 +177,16 @@ class _Reader:
         return JobError("\n".join([count, *lines]), f"The keys are explained in {_PAGE}.")
 
     def validated(self) -> Any:
-        """Return the file as a `Job`; None, and reports, if a key or a value is wrong on its own."""
+        """Return the file as a `Job`; report invalid keys and values, and return None, if there are any."""
         try:
             return Job.model_validate(self.document.value)
         except ValidationError as error:
-            found = problems_by_field(Job, error, noun="key")
-        if () in found:
+            problems = problems_by_field(Job, error, noun="key")
+        if () in problems:
             self.report((), f"a job file is a mapping with the keys {', '.join(Job.model_fields)}")
             return None
-        unknown = [str(location[-1]) for location, problem in found.items() if "Unknown key" in problem.message]
-        for location, problem in found.items():
+        unknown = [str(location[-1]) for location, problem in problems.items() if "Unknown key" in problem.message]
+        for location, problem in problems.items():
             missing = problem.message.endswith(" is missing.")
             if missing and difflib.get_close_matches(str(location[-1]), unknown, 1, 0.6):
                 continue  # the key is there, misspelled
@@ -194,19 +194,19 @@ class _Reader:
         return None
 
     def attempt(
-        self, make: Callable[..., T], values: Mapping[str, Any], own: Mapping[str, Any], *locations: Location
+        self, make: Callable[..., T], values: Mapping[str, Any], explicit: Mapping[str, Any], *locations: Location
     ) -> T | None:
-        """Return what is made of valid values; None, and reports, if they exclude each other.
+        """Call ``make`` with valid values; report, and return None, if they are mutually exclusive.
 
         Args:
-            values: all values, defaults among them, whose own problems are reported already.
-            own: the values that the mappings at the locations have.
+            values: all values, with defaults. Problems of single values are reported already.
+            explicit: values that the mappings at the locations have.
         """
         try:
             return make(**values)
         except ConfigError as error:
             for problem in error.problems:
-                keys = [(*at, name) for name in named_fields(problem.message) for at in locations if name in own]
+                keys = [(*at, name) for name in named_fields(problem.message) for at in locations if name in explicit]
                 known = [key for key in keys if key in self.document.lines]
                 self.report([*known, *locations][0], str(problem))
         return None
@@ -220,24 +220,25 @@ class _Reader:
         """
         for index, entry in enumerate(job.models):
             at = ("models", index)
-            own = {name: value for name, value in given(entry).items() if name in MODEL_FIELDS}
-            if (made := self.attempt(_settings, {**defaults, **own}, own, at)) is None:
+            overrides = {name: value for name, value in given(entry).items() if name in MODEL_FIELDS}
+            if (pair := self.attempt(_settings, {**defaults, **overrides}, overrides, at)) is None:
                 continue
-            alone = _describe({k: v for k, v in own.items() if k in DISTINGUISHING and v != defaults.get(k)})
+            settings, execution = pair
+            difference = _describe({k: v for k, v in overrides.items() if k in DISTINGUISHING and v != defaults.get(k)})
             for name, corpus in product(names[index], job.corpora):
-                title = f"{name} ({alone})" if alone else name
+                title = f"{name} ({difference})" if difference else name
                 yield RunSpec(
                     model=name,
                     corpus=corpus,
-                    settings=made[0],
-                    execution=made[1],
+                    settings=settings,
+                    execution=execution,
                     title=title,
                     name=f"{title} on {RedactedURI(corpus)}" if len(job.corpora) > 1 else title,
                     line=self.document.line(at),
                 )
 
     def checkpoints(self, raw: Any, at: Location) -> list[str]:
-        """Return what an entry of ``models`` stands for: revisions, the folders of a glob, or its name."""
+        """Return the checkpoints of an entry of ``models``: its revisions, the folders of a glob, or its name."""
         name = raw.get("model") if isinstance(raw, dict) else raw
         if not isinstance(name, str):
             return []
@@ -255,7 +256,7 @@ class _Reader:
         return folders
 
     def revisions(self, name: str, raw: dict[str, Any], at: Location) -> Iterator[str]:
-        """Yield the revisions of a hub id that an entry lists; the hub knows which of them a pattern means."""
+        """Yield the revisions of a hub id that an entry lists. The hub is queried for patterns."""
         try:
             listed = ModelKeys(model=name, revisions=raw["revisions"]).revisions or ()
         except ValidationError:  # which is reported of the whole file
@@ -272,15 +273,15 @@ class _Reader:
                 yield revision
 
     def reject_duplicates(self, specs: Sequence[RunSpec]) -> None:
-        """Report runs that are there twice, and too many of them."""
+        """Report repeated runs, and too many runs."""
         if len(specs) > MAX_RUNS:
-            self.report((), f"these are more than {MAX_RUNS:,} runs; make several jobs of them")
+            self.report((), f"more than {MAX_RUNS:,} runs; split them into several jobs")
         lines: dict[Any, int] = {}
         for spec in specs:
             ranks = (spec.execution.partition, spec.execution.ranks) if spec.execution.ranks else None
             first = lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)
             if first != spec.line:
-                what = f"'{spec.model}' is there twice with the same settings, first in line {first}"
+                what = f"'{spec.model}' is named twice with the same settings, first in line {first}"
                 self.problems.add((spec.line, what))
 
 
@@ -296,6 +297,6 @@ def _hint(location: Location, problem: ConfigError) -> str:
 
 
 def _describe(options: Mapping[str, Any]) -> str:
-    """Options for people: ``dtype float32, sites block mlp``."""
+    """Return options as text: ``dtype float32, sites block mlp``."""
     words = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in options.items()}
     return ", ".join(f"{name} {value}" for name, value in words.items())

@@ -1,4 +1,4 @@
-"""The keys of a job file, made from the fields of `Settings`, `Execution` and `Experiment`: types, ranges, meanings."""
+"""Schema of job files, built from the fields of `Settings`, `Execution` and `Experiment`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ MODEL_FIELDS = (
     *(name for name in SETTINGS_FIELDS if name != "device"),
     *("partition", "ranks", "gpus_per_replica", "max_memory", "offload_folder"),
 )
-"""What an entry of ``models`` can set for itself."""
+"""Fields that an entry of ``models`` can override."""
 
 Text = Annotated[str, Field(min_length=1)]
 
 
 class _Section(BaseModel):
-    """Keys of a job file. Its values are texts as YAML has them, so numbers and sizes are read from texts."""
+    """Section of a job file. Values are the texts of the YAML file, from which numbers and sizes are parsed."""
 
-    # Sections made of fields have their meanings; to look for docstrings would go through every imported module.
+    # Sections built from fields have descriptions; searching for docstrings would go through every imported module.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -40,28 +40,28 @@ def given(section: BaseModel | None) -> dict[str, Any]:
 
 
 class RevisionRange(_Section):
-    """Revisions with numbers: ``{prefix: step, from: 0, to: 2000, step: 1000}`` is step0, step1000, step2000."""
+    """Range of numbered revisions: ``{prefix: step, from: 0, to: 2000, step: 1000}`` is step0, step1000, step2000."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     prefix: str = ""
-    """What stands before the number."""
+    """Text before the number."""
     first: Annotated[int, Field(alias="from", ge=0)]
     """The first number."""
     last: Annotated[int, Field(alias="to", ge=0)]
-    """The last number, or the one that no number exceeds."""
+    """Upper bound of the numbers, inclusive."""
     step: Annotated[int, Field(ge=1)] = 1
-    """From one number to the next."""
+    """Difference of consecutive numbers."""
 
     def names(self) -> list[str]:
-        """The revisions, in order."""
+        """Return the revisions, in order."""
         return [f"{self.prefix}{number}" for number in range(self.first, self.last + 1, self.step)]
 
 
 def _short(revisions: RevisionRange) -> RevisionRange:
     number = (revisions.last - revisions.first) // revisions.step + 1
     if not 0 < number <= MAX_REVISIONS:
-        raise ConfigError(f"a range goes up from 'from' to 'to' in at most {MAX_REVISIONS:,} steps.")
+        raise ConfigError(f"invalid range: expected 'from' up to 'to' in at most {MAX_REVISIONS:,} steps.")
     return revisions
 
 
@@ -70,7 +70,7 @@ def _kind(value: Any) -> str:
 
 
 class _Wrapped:
-    """Metadata of a value that may stand for itself: ``wrap`` makes of it what the type wants."""
+    """Metadata of a field that accepts a short form, which ``wrap`` converts to the type of the field."""
 
     def __init__(self, wrap: Any, **schema: Any) -> None:
         self.wrap, self.schema = wrap, schema
@@ -88,7 +88,7 @@ Revision = Annotated[
 
 
 class ModelKeys(_Section):
-    """A model: what it is called. What is different for it is added below."""
+    """Model of a job file. Fields that it can override are added below."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -100,11 +100,11 @@ class ModelKeys(_Section):
         ]
         | None
     ) = None
-    """Of a hub id: names, patterns (stage1-step*), and ranges such as {prefix: step, from: 0, to: 3000, step: 1000}."""
+    """Revisions of a hub id: names, patterns (stage1-step*), ranges {prefix: step, from: 0, to: 3000, step: 1000}."""
 
 
 def _fields_of(cls: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """Fields of a checked class, for `create_model`."""
+    """Return fields of a checked class, for `create_model`."""
     return {name: (cls.__pydantic_fields__[name].annotation, cls.__pydantic_fields__[name]) for name in names}
 
 
@@ -128,16 +128,19 @@ Job: Any = create_model(
     warehouse=(Text, Field(description="A folder, or an s3://, gs://, hdfs:// URI.")),
     models=(
         list[Model],
-        Field(min_length=1, description="Names, or mappings of a model and what is different for it."),
+        Field(min_length=1, description="Names, or mappings of a model and the settings that it overrides."),
     ),
     corpora=(
         list[Text],
         Field(
             min_length=1,
-            description="As --corpus has it: file.txt, file.jsonl[:field], hf:NAME, wikitext2, builtin:pydoc.",
+            description="Corpora, as for --corpus: file.txt, file.jsonl[:field], hf:NAME, wikitext2, builtin:pydoc.",
         ),
     ),
-    settings=(SettingsSection | None, Field(None, description="What is measured.")),
-    execution=(ExecutionSection | None, Field(None, description="Where it runs.")),
-    experiment=(ExperimentSection | None, Field(None, description="What avss run does with every run.")),
+    settings=(SettingsSection | None, Field(None, description="Settings of the measurement.")),
+    execution=(ExecutionSection | None, Field(None, description="Execution: workers, devices and placement.")),
+    experiment=(
+        ExperimentSection | None,
+        Field(None, description="Experiment with every run: choices of layers that are evaluated."),
+    ),
 )

@@ -1,4 +1,4 @@
-"""The partials of a run, read back and merged: block by block, here or by workers."""
+"""Merging of the partials of a run, block by block, in this process or by workers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from avss_dist.stats.merging import Block, Merged, combine_blocks, merge_block, 
 from avss_dist.warehouse.sharing import SharedWarehouse
 from avss_dist.warehouse.store import Store
 
-MERGED_HERE = 400  # shards: more are worth the start of tasks
+MERGED_HERE = 400  # shards; merging more is distributed to workers
 
 Expected = Mapping[int, str]
-"""The content hash of shards, by their ids, in order."""
+"""Content hashes of shards by id, in order."""
 Apply = Callable[[Callable[[Expected], Any], Sequence[Expected]], Iterable[Any]]
-"""The function of every item, in their order; see `executors.base.Executor.apply`."""
+"""Applies a function to every item, in order. See `executors.base.Executor.apply`."""
 
 
 @dataclass
-class Circumstances:
-    """What the row of a run says of its shards.
+class ShardSummary:
+    """Summary of the shards of a run, for its row.
 
     Attributes:
-        layers, model, device: of the last of them; the notes of all.
-        peak_memory_bytes, seconds: the highest, and of all together.
+        layers, model, device: those of the last shard, with the notes of all shards.
+        peak_memory_bytes: maximum over shards.
+        seconds: sum over shards.
     """
 
     layers: tuple[str, ...] = ()
@@ -37,8 +38,8 @@ class Circumstances:
     peak_memory_bytes: int = 0
     seconds: float = 0.0
 
-    def add(self, other: ShardResult | Circumstances) -> None:
-        """Take in those of a later shard, or of later ones."""
+    def add(self, other: ShardResult | ShardSummary) -> None:
+        """Add a later shard, or a summary of later shards."""
         notes = list(dict.fromkeys([*self.model.get("notes", ()), *other.model["notes"]]))
         self.layers, self.model, self.device = other.layers, {**other.model, "notes": notes}, other.device
         self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
@@ -47,59 +48,62 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class MergedPartials:
-    """The partials of a block as one."""
+    """Merged partials of a block, and their summary."""
 
     block: Block
-    circumstances: Circumstances
+    summary: ShardSummary
 
 
 def merge_partials(
     store: Store, shared: SharedWarehouse | None, run_id: str, expected: Expected, apply: Apply | None
-) -> tuple[Merged, Circumstances]:
-    """The statistics of a run and of its blocks, and what its row says of its shards.
+) -> tuple[Merged, ShardSummary]:
+    """Merge the partials of a run, and summarize its shards.
 
     Args:
-        expected: of every shard, from 0.
-        apply: does a part of the work elsewhere; None where it is done here.
+        expected: content hash of every shard, from shard 0.
+        apply: merges blocks on workers; None merges all in this process.
+
+    Returns:
+        Statistics of the run and of its blocks, and the summary.
 
     Raises:
-        RunFailed: a partial is not there, or damaged.
+        RunFailed: a partial is missing or damaged.
     """
-    here = partial(_read_block, store, run_id)
+    read_here = partial(_read_block, store, run_id)
     blocks = [{i: expected[i] for i in ids} for ids in split_into_blocks(len(expected), BOOTSTRAP_BLOCKS)]
-    circumstances = Circumstances()
+    summary = ShardSummary()
 
     def each() -> Iterator[Block]:
-        found: Iterable[MergedPartials | None] = map(here, blocks)
+        results: Iterable[MergedPartials | None] = map(read_here, blocks)
         if apply and shared and len(expected) > MERGED_HERE:
-            found = apply(partial(_read_shared_block, shared, run_id), blocks)
-        for block, merged in zip(blocks, found, strict=True):
-            one = merged or here(block)
-            circumstances.add(one.circumstances)
-            yield one.block
+            results = apply(partial(_read_shared_block, shared, run_id), blocks)
+        for block, result in zip(blocks, results, strict=True):
+            merged = result or read_here(block)
+            summary.add(merged.summary)
+            yield merged.block
 
-    return combine_blocks(each()), circumstances
+    return combine_blocks(each()), summary
 
 
 def _read_shared_block(shared: SharedWarehouse, run_id: str, expected: Expected) -> MergedPartials | None:
-    """As `_read_block`, in any process; None where it does not see the warehouse."""
+    """Read and merge a block in any process. Returns None if the process does not reach the warehouse."""
     store = shared.store()
     return _read_block(store, run_id, expected) if store else None
 
 
 def _read_block(store: Store, run_id: str, expected: Expected) -> MergedPartials:
-    circumstances = Circumstances()
+    summary = ShardSummary()
 
     def each() -> Iterator[ShardResult]:
-        found = store.each_shard(run_id, expected)
+        shards = store.each_shard(run_id, expected)
         for shard_id in expected:
-            shard = next(found, None)
+            shard = next(shards, None)
             if shard is None or shard.shard_id != shard_id:
                 raise RunFailed(
-                    f"The partial of shard {shard_id} was written, and is damaged now.",
+                    f"The partial of shard {shard_id} is damaged or missing.",
                     "Run the same command again: it measures that shard again, and keeps the others.",
                 )
-            circumstances.add(shard)
+            summary.add(shard)
             yield shard
 
-    return MergedPartials(merge_block(each(), range(min(expected), max(expected) + 1)), circumstances)
+    return MergedPartials(merge_block(each(), range(min(expected), max(expected) + 1)), summary)

@@ -1,4 +1,4 @@
-"""Planning a run: its checkpoint, its placement, its corpus in tokens, its fingerprint. No weight is loaded."""
+"""Planning of runs: checkpoint, placement, tokenized corpus, fingerprint. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from avss_dist.partition.base import Placement, fingerprint_part
 from avss_dist.partition.choose import choose, needs_size, size_of
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run
-from avss_dist.runs.shard_size import cut
+from avss_dist.runs.shard_size import split_into_shards
 from avss_dist.settings import SCHEMA_VERSION, Settings, fingerprint
 from avss_dist.warehouse.store import Store
 
@@ -32,10 +32,10 @@ _NO_TOKENIZER_FILES = ("config.json", "generation_config.json", "trainer_state.j
 
 @dataclass
 class Planner:
-    """What runs will be: checkpoints found, corpora in their tokens, placements. No weight is loaded.
+    """Planner of runs. Checkpoints, tokenized corpora and placements are cached. No weight is loaded.
 
     Args:
-        fetch: whether the weights of a hub checkpoint are downloaded too.
+        fetch: whether to download the weights of hub checkpoints.
     """
 
     executor: Executor
@@ -51,7 +51,7 @@ class Planner:
             AvssError: the model, its tokenizer or its size is not one that can be run here.
         """
         checkpoint, config, settings, placement, size = self._open(spec)
-        corpus, settings = cut(self._plan(spec, checkpoint, config, settings), size, settings)
+        corpus, settings = split_into_shards(self._plan(spec, checkpoint, config, settings), size, settings)
         print_ = run_fingerprint(checkpoint, corpus, settings, placement)
         run = Run(
             run_id=f"{checkpoint.slug}-{print_[:10]}",
@@ -71,7 +71,7 @@ class Planner:
         )
 
     def _open(self, spec: RunSpec) -> tuple[Checkpoint, Any, Settings, Placement, Footprint | None]:
-        """A model's checkpoint, configuration, settings, placement, and its size where that matters; remembered."""
+        """Return a model's checkpoint, configuration, settings, placement and, if needed, size. Caches the last one."""
         key = spec.model, spec.settings, spec.execution
         if not self._opened or self._opened[0] != key:
             code = spec.settings.trust_remote_code
@@ -91,17 +91,17 @@ class Planner:
 
     @staticmethod
     def _find(model: str, code: bool) -> Checkpoint:
-        """A checkpoint with its revision, without the weights that the hub has."""
+        """Return a checkpoint with its revision, without downloading weights from the hub."""
         if locate(model, trust_remote_code=code):
             return resolve(model, trust_remote_code=code)
         return fetch_files(model, ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if code else [])])
 
     def size(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Footprint | None:
-        """The checkpoint's size; None where it is not known."""
+        """Return the checkpoint's size; None if unknown."""
         return size_of(checkpoint if self.fetch else spec.model, settings)
 
     def _plan(self, spec: RunSpec, checkpoint: Checkpoint, config: Any, settings: Settings) -> CorpusPlan:
-        """The corpus in the checkpoint's tokens; refuses tokens that the model does not have."""
+        """Return the corpus in the checkpoint's tokens. Raises ModelError for tokens that the model lacks."""
         how = self._tokens_key(checkpoint, config, settings)
         key = (self._same_text(spec.corpus, how) or spec.corpus, *how)
         if key not in self._plans:
@@ -117,8 +117,8 @@ class Planner:
         known = getattr(config.get_text_config(), "vocab_size", None)
         if isinstance(known, int) and 0 < known <= highest:
             raise ModelError(
-                f"The tokenizer of '{checkpoint.name}' gives token {highest}; the model has {known}, from 0.",
-                "Put the tokenizer that it was trained with into its folder.",
+                f"The tokenizer of '{checkpoint.name}' returned token {highest}; the model's vocabulary has {known}.",
+                "Put the tokenizer that the model was trained with into its folder.",
             )
         return corpus
 
@@ -132,7 +132,7 @@ class Planner:
 
     @staticmethod
     def _tokens_key(checkpoint: Checkpoint, config: Any, settings: Settings) -> tuple[Any, ...]:
-        """Equal where the same text gives the same tokens: the tokenizer, and how rows and shards are cut."""
+        """Return a key of the tokenizer, rows and shards. Equal keys give equal tokens for equal text."""
         if checkpoint.source == "gguf" or settings.trust_remote_code:
             tokenizer = checkpoint.revision
         else:
@@ -145,10 +145,10 @@ class Planner:
 
 
 def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings, placement: Placement) -> str:
-    """SHA-256 of all that can change a number: weights, tokens and their order, settings, kind of device, schema.
+    """Return the SHA-256 of all inputs that can change a number: weights, tokens, settings, kind of device, schema.
 
-    The tokenizer and the packing count through the tokens that they give. Of the partitions only tensor parallel
-    counts, which alone adds up in another order.
+    The tokenizer and the packing count through their tokens. Among partitions only tensor parallelism counts, as it
+    alone sums in another order.
     """
     numbers = settings.numbers(statistics=True)
     tokens = corpus.tokens_fingerprint

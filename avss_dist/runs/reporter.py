@@ -1,4 +1,4 @@
-"""What is reported while runs are planned and measured."""
+"""Progress callbacks of runs."""
 
 from __future__ import annotations
 
@@ -17,112 +17,112 @@ LOG_SECONDS = 10.0  # between two lines about one run, at least
 
 
 class Reporter:
-    """Hears how the runs go, and says nothing: subclasses show what they hear.
+    """Progress callbacks of runs, which do nothing. Subclasses show the progress.
 
     The next run is planned while others are measured, so calls come from several threads, though never two at once for
-    one run. ``name`` is the run's: its model, and its corpus where there are several.
+    one run. ``name`` is the name of the run: its model, and its corpus if there are several.
     """
 
     def planning(self, name: str) -> None:
-        """The run's text is being read and tokenized."""
+        """Called before the run's text is read and tokenized."""
 
     def repeated(self, name: str, first: str) -> None:
-        """The run is the same as ``first``: the same model, text and settings. It is measured once."""
+        """Called if the run has the same model, text and settings as ``first``. It is measured once."""
 
     def planned(self, name: str, planned: PlannedRun) -> None:
-        """The run will be measured: its id, its settings and all else that is known before a weight is loaded."""
+        """Called before the run is measured, when all but its results is known."""
 
     def placed(self, name: str, placement: Placement) -> None:
-        """How its replicas will be spread over devices."""
+        """Called when the placement of its replicas on devices is known."""
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        """Its shards are about to be measured; an earlier attempt has measured ``done_tokens`` of ``num_tokens``."""
+        """Called before its shards are measured. An earlier attempt has measured ``done_tokens`` of ``num_tokens``."""
 
     def advanced(self, name: str, num_tokens: int) -> None:
-        """A shard of ``num_tokens`` is measured and committed."""
+        """Called after a shard of ``num_tokens`` was measured and committed."""
 
     def finished(self, name: str, run: Run) -> None:
-        """The run has ended; `Run.status` says how."""
+        """Called after the run has ended, with its `Run.status`."""
 
 
 class Reporters(Reporter):
-    """Several, each of which hears everything, in their order."""
+    """Several reporters, called in order."""
 
     def __init__(self, *reporters: Reporter) -> None:
         self._reporters = reporters
 
     def planning(self, name: str) -> None:
-        """A run's text is read."""
-        for one in self._reporters:
-            one.planning(name)
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.planning(name)
 
     def repeated(self, name: str, first: str) -> None:
-        """It is the same as another one."""
-        for one in self._reporters:
-            one.repeated(name, first)
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.repeated(name, first)
 
     def planned(self, name: str, planned: PlannedRun) -> None:
-        """It will be measured."""
-        for one in self._reporters:
-            one.planned(name, planned)
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.planned(name, planned)
 
     def placed(self, name: str, placement: Placement) -> None:
-        """How its replicas are spread."""
-        for one in self._reporters:
-            one.placed(name, placement)
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.placed(name, placement)
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        """Its shards are about to be measured."""
-        for one in self._reporters:
-            one.started(name, num_tokens, done_tokens)
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.started(name, num_tokens, done_tokens)
 
     def advanced(self, name: str, num_tokens: int) -> None:
-        """A shard is measured."""
-        for one in self._reporters:
-            one.advanced(name, num_tokens)
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.advanced(name, num_tokens)
 
     def finished(self, name: str, run: Run) -> None:
-        """It has ended."""
-        for one in self._reporters:
-            one.finished(name, run)
+        """See `Reporter`."""
+        for reporter in self._reporters:
+            reporter.finished(name, run)
 
 
 def describe_repeated(first: str) -> str:
-    """Say that a run is the same as another one, ``first``."""
+    """Return a sentence that says that a run repeats another one, ``first``."""
     return f"the same model, text and settings as {first}; measured once."
 
 
 class LoggingReporter(Reporter):
-    """Tells `logging`, as ``avss_dist`` at the level INFO: what functions do where no reporter is given."""
+    """Reporter to the logger ``avss_dist`` at level INFO. It is the default of Python functions."""
 
     def __init__(self) -> None:
-        self._runs: dict[str, tuple[int, int, float]] = {}  # tokens that are measured, and in all, and the last line
+        self._runs: dict[str, tuple[int, int, float]] = {}  # measured tokens, all tokens, time of the last line
 
     def planning(self, name: str) -> None:
-        """A run's text is read."""
+        """See `Reporter`."""
         LOGGER.info("%s: reading", name)
 
     def repeated(self, name: str, first: str) -> None:
-        """It is the same as another one."""
+        """See `Reporter`."""
         LOGGER.info("%s: %s", name, describe_repeated(first))
 
     def placed(self, name: str, placement: Placement) -> None:
-        """How its replicas are spread."""
+        """See `Reporter`."""
         LOGGER.info("%s: %s; %s", name, placement.partition, placement.why)
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        """Its shards are about to be measured."""
+        """See `Reporter`."""
         self._runs[name] = done_tokens, num_tokens, time.monotonic()
 
     def advanced(self, name: str, num_tokens: int) -> None:
-        """A shard is measured: a line, if the last one is long ago."""
-        done, total, said = self._runs[name]
+        """Log the progress, at most every `LOG_SECONDS`."""
+        done, total, logged_at = self._runs[name]
         done, now = done + num_tokens, time.monotonic()
-        if now - said >= LOG_SECONDS:
+        if now - logged_at >= LOG_SECONDS:
             LOGGER.info("%s: %d of %d tokens", name, done, total)
-            said = now
-        self._runs[name] = done, total, said
+            logged_at = now
+        self._runs[name] = done, total, logged_at
 
     def finished(self, name: str, run: Run) -> None:
-        """It has ended."""
+        """See `Reporter`."""
         LOGGER.info("%s: %s", name, run.error or run.status)

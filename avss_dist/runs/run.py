@@ -1,4 +1,4 @@
-"""One run on its way into the warehouse: results as they come, then merge, score, commit."""
+"""Progress of one run into the warehouse: results as they come, then merge, score, commit."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ SHOWN = ("layer", "depth", "avss_smoothed", "avss_low", "avss_high", "rank", "va
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Run(TabularResult):
-    """One checkpoint scored on one corpus; its table is that of its scores.
+    """One checkpoint scored on one corpus. Its table has the scores.
 
     Attributes:
-        run_id: its name in the warehouse.
-        model: as the user named it.
-        warehouse: where its tables are.
+        run_id: id in the warehouse.
+        model: the model as the user named it.
+        warehouse: folder or URI of its warehouse.
         status: ``done``, ``skipped`` (it was done before) or ``failed``.
-        num_shards, resumed_shards: shards in all, and those that an earlier attempt had measured.
+        num_shards, resumed_shards: number of shards, and of those that an earlier attempt measured.
         num_tokens: tokens that count in the statistics.
         seconds: wall time of this attempt, since its text was read.
-        error: why it failed, or None.
+        error: error message of a failed run, or None.
     """
 
     run_id: str
@@ -60,26 +60,26 @@ class Run(TabularResult):
     _bars = ("avss_smoothed",)
 
     def table(self) -> pa.Table:
-        """Its scores at the published site, recipe and threshold, by layer; `scores` has the others."""
+        """Return the scores at the published site, recipe and threshold, by layer. See `scores` for others."""
         at = {"site": SITES[0], "recipe": RECIPES[0], "threshold": PUBLISHED_THRESHOLD, "threshold_kind": "absolute"}
-        found = self.scores(**at).sort_by("layer")
-        return found.select([name for name in SHOWN if name in found.column_names])
+        scores = self.scores(**at).sort_by("layer")
+        return scores.select([name for name in SHOWN if name in scores.column_names])
 
     def summary(self) -> str:
-        """Which run, and how it ended."""
+        """Return the run id, status and number of tokens, in a line."""
         return f"{self.run_id}, {self.status}, {self.num_tokens:,} tokens"
 
     def scores(self, **equals: Any) -> pa.Table:
-        """This run's rows of ``scores``, those whose columns equal the given values: ``run.scores(site="block")``."""
+        """Return this run's rows of ``scores`` whose columns equal the given values: ``run.scores(site="block")``."""
         return Warehouse(self.warehouse).scores(run_id=self.run_id, **equals)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """A run that is planned: all that is known of it before a weight is loaded.
+    """A planned run, before a weight is loaded.
 
     Attributes:
-        name: what the reporter calls it.
+        name: name of the run for reporters.
         replicas: model copies that work in parallel.
     """
 
@@ -92,16 +92,17 @@ class PlannedRun:
 
     @property
     def expected(self) -> dict[int, str]:
-        """The content hash of every shard, by its id."""
+        """Content hashes of the shards, by id."""
         return {shard.shard_id: shard.content_hash for shard in self.corpus.shards}
 
 
 class RunInProgress:
-    """A planned run, and what of it is measured.
+    """A run that is being measured.
 
     Attributes:
-        shards: those that no earlier attempt has measured.
-        failure: why it ended, or None.
+        shards: shards that no earlier attempt has measured.
+        missing: ids of the shards without a result.
+        failure: error that ended the run, or None.
     """
 
     def __init__(
@@ -113,13 +114,13 @@ class RunInProgress:
         self._start = time.perf_counter()
         self._begun: float | None = None
         expected = planned.expected
-        kept = set() if fresh else {shard.shard_id for shard in self._partials(expected)}
-        missing = [shard for shard in planned.corpus.shards if shard.shard_id not in kept]
+        stored = set() if fresh else {shard.shard_id for shard in self._partials(expected)}
+        missing = [shard for shard in planned.corpus.shards if shard.shard_id not in stored]
         self.shards = RunShards(
             run_id=planned.run.run_id, replica_spec=planned.replica_spec, shards=missing, warehouse=shared
         )
-        self.run = replace(planned.run, resumed_shards=len(kept))
-        self.left = {shard.shard_id for shard in missing}
+        self.run = replace(planned.run, resumed_shards=len(stored))
+        self.missing = {shard.shard_id for shard in missing}
         store.write_plan(
             planned.run.run_id,
             model=planned.replica_spec.checkpoint.name,
@@ -136,21 +137,21 @@ class RunInProgress:
         return self._planned.corpus.num_tokens - sum(shard.num_tokens for shard in self.shards.shards)
 
     def counts(self, result: ShardResult | Receipt) -> bool:
-        """Whether a result is the first of its shard; each counts once."""
-        if result.shard_id not in self.left:
+        """Return whether a result is the first of its shard, and count the shard as measured."""
+        if result.shard_id not in self.missing:
             return False
-        self.left.discard(result.shard_id)
+        self.missing.discard(result.shard_id)
         if self._begun is None:
             self._begun = time.perf_counter() - result.seconds
         return True
 
     def keep(self, result: ShardResult | Receipt) -> None:
-        """Commit one shard's result, if its worker has not."""
+        """Write a shard's result, unless its worker has written it."""
         if isinstance(result, ShardResult):
             self._store.write_shard(self._identity(result.model["family"]), result)
 
     def finish(self, apply: Apply | None = None) -> Run:
-        """Merge, score and commit; every shard is in the warehouse.
+        """Merge, score and commit the run, after every shard was written.
 
         Args:
             apply: see `merge_partials`.
@@ -182,7 +183,7 @@ class RunInProgress:
     def fail(self, error: AvssError) -> None:
         """End the run with an error, and record it."""
         self.failure, self.shards.dropped = error, True
-        self.left.clear()
+        self.missing.clear()
         self.run = replace(self.run, status="failed", error=str(error))
         error.run_id = self.run.run_id
         self.record(status="failed", error=str(error))
@@ -191,7 +192,7 @@ class RunInProgress:
         return self._store.each_shard(self._planned.run.run_id, expected)
 
     def _remarks(self) -> list[str]:
-        """What readers should know of the checkpoint's files."""
+        """Return notes on the checkpoint's files."""
         converted = is_converted(self._planned.replica_spec.checkpoint.folder)
         return ["the weights were stored as pickles; they were converted to safetensors"] if converted else []
 

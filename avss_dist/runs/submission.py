@@ -43,10 +43,11 @@ class Submitted:
 
     Attributes:
         status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        started: UTC; seconds since then, or until its end.
-        message: why it failed: the first error in its log, or what the job server says.
-        exit_code: of the command: 0 done, 1 a run failed or it was stopped, 2 a mistake; None before its end.
-        hint: what to do next, or nothing.
+        started: start time in UTC.
+        seconds: time since the start, or until the end.
+        message: reason of a failure: the first error in the log, or the job server's message.
+        exit_code: exit code of the command: 0 done, 1 a run failed or was stopped, 2 a mistake; None before its end.
+        hint: what to do next; may be empty.
     """
 
     job_id: str
@@ -69,12 +70,12 @@ class Cluster:
 
     Args:
         address: ``http://HEAD:8265``.
-        connect_seconds: how long it may take to accept a connection.
-        answer_seconds: how long it may send nothing while it answers.
+        connect_seconds: timeout of a connection.
+        answer_seconds: timeout of each piece of an answer.
 
     Raises:
-        ConfigError: nothing answers there, it leads to another address, or it wants another token.
-        RunFailed: it does not answer in time. So do all methods.
+        ConfigError: no server answers, it redirects to another address, or it refuses the token. Methods raise it too.
+        RunFailed: the server does not answer in time. Methods raise it too.
     """
 
     def __init__(
@@ -92,13 +93,12 @@ class Cluster:
             self._client = Client(address, (connect_seconds, answer_seconds))
 
     def submit(self, job: JobFile, options: Sequence[str] = ()) -> str:
-        """Start ``avss run`` on the cluster with a copy of the job file; returns the job id.
+        """Start ``avss run`` on the cluster with a copy of the job file, and return the job id.
 
-        The local files that the job names by relative paths are sent along: texts, and of an experiment the task files
-        and their data.
+        Local files that the job names by relative paths are sent along: texts, task files and their data.
 
         Raises:
-            ConfigError: the job names something that will not be on the cluster.
+            ConfigError: the job names a path that will not exist on the cluster.
         """
         _require_reachable(job)
         job_id = f"avss-{_slug(job.path.stem)}-{secrets.token_hex(3)}"
@@ -126,7 +126,7 @@ class Cluster:
         return sorted(jobs, key=lambda job: job.started or datetime.now(UTC))
 
     def _with_reason(self, details: Any) -> Submitted:
-        """Return a job; of one whose command failed, with the error that its log begins with."""
+        """Return a job. The message of a failed command is the first error in its log."""
         job = _submitted(details)
         if job.status != "FAILED" or getattr(details, "driver_exit_code", None) is None:
             return job
@@ -137,12 +137,12 @@ class Cluster:
         return replace(job, message=reason or job.message)
 
     def logs(self, job_id: str) -> str:
-        """Return all that a job has printed."""
+        """Return the log of a job."""
         with self._explained(job_id):
             return str(self._client.get_job_logs(job_id))
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """Yield what a job prints, as it prints it, until it ends."""
+        """Yield the output of a job as it is printed, until the job ends."""
         with self._explained(job_id):
             self._client.get_job_info(job_id)
             texts = self._client.tail_job_logs(job_id)
@@ -159,14 +159,14 @@ class Cluster:
                         return
 
     def wait(self, job_id: str, seconds: float = math.inf) -> Submitted:
-        """Wait for the end of a job, or for ``seconds``; returns the job."""
+        """Wait until a job ends, or for ``seconds``, and return the job."""
         end = time.monotonic() + seconds
         while (job := self.job(job_id)).exit_code is None and time.monotonic() < end:
             time.sleep(0.5)
         return job
 
     def stop(self, job_id: str) -> str:
-        """Stop a job; returns its state when it has ended, or a minute later, as a sentence for people."""
+        """Stop a job, wait for its end for up to a minute, and return its state as a sentence."""
         with self._explained(job_id):
             if self._client.stop_job(job_id):
                 job = self.wait(job_id, STOP_SECONDS)
@@ -175,7 +175,7 @@ class Cluster:
 
     @contextmanager
     def _explained(self, job_id: str = "") -> Iterator[None]:
-        """Raise what Ray raises as an AvssError that says what to do."""
+        """Convert Ray's exceptions in the block to an AvssError with a hint."""
         from avss_dist.runs.job_client import NO_ANSWER, AuthenticationError, Redirected
 
         try:
@@ -184,37 +184,37 @@ class Cluster:
             raise
         except Redirected as error:
             raise ConfigError(
-                f"{self.address} leads to another address: {error}", "Name that one, if it is your cluster's."
+                f"{self.address} redirects to another address: {error}", "Use that address, if it is your cluster's."
             ) from error
         except NO_ANSWER as error:
             raise RunFailed(
-                f"The job server at {self.address} broke off, or did not answer in time.",
-                "Check the address. A slow one needs larger `connect_seconds` or `answer_seconds`.",
+                f"The job server at {self.address} closed the connection or did not answer in time.",
+                "Check the address. A slow server needs larger `connect_seconds` or `answer_seconds`.",
             ) from error
         except AuthenticationError as error:
-            refused = "takes another token" if _has_token() else "wants a token"
+            refused = "refuses this token" if _has_token() else "requires a token"
             raise ConfigError(f"The job server at {self.address} {refused}.", TOKEN_HINT) from error
         except ConnectionError as error:
             raise ConfigError(
                 f"No job server answers at {self.address}.",
                 "Check the address (the dashboard's, port 8265), and that the cluster is up: ray status on its head.",
             ) from error
-        except Exception as error:  # whatever answers there may be no job server, or one of another version
+        except Exception as error:  # the server may be no job server, or one of another version
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             if job_id and ("404" in text or "does not exist" in str(error)):
                 raise ConfigError(
                     f"{self.address} has no job '{job_id}'.",
-                    f"avss jobs list --address {self.address} lists those that it remembers.",
+                    f"avss jobs list --address {self.address} lists its jobs.",
                 ) from error
             raise RunFailed(
                 f"The job server at {self.address} failed: {text}",
-                "If it goes on, see whether it is a Ray cluster of this version of Ray.",
+                "If this persists, check that the cluster runs this version of Ray.",
             ) from error
 
 
 @contextmanager
 def _environment_of_client() -> Iterator[None]:
-    """Hide variables that Ray prefers to the user's address inside of the block; use a token where there is one."""
+    """Hide, inside the block, variables that Ray prefers to the given address, and use a token if there is one."""
     before = dict(os.environ)
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
@@ -305,8 +305,8 @@ def _local_files(job: JobFile) -> list[str]:
         raise ConfigError("\n".join([f"{job.path} cannot be submitted.", *problems]))
     if (size := sum(os.path.getsize(file) for file in files)) > MOST_BYTES:
         raise ConfigError(
-            f"The files of {job.path} have {size:,} bytes; at most {MOST_BYTES:,} travel with a job.",
-            "Put them where the cluster can read them, and give the absolute path or the URI.",
+            f"The files of {job.path} have {size:,} bytes; at most {MOST_BYTES:,} can be sent with a job.",
+            "Put them where the cluster can read them, and write the absolute path or URI.",
         )
     return sorted(files)
 
@@ -340,7 +340,7 @@ def _pack(job: JobFile, folder: Path) -> tuple[str, str]:
 
 
 def _slug(name: str) -> str:
-    """Return a name without what a URL or a shell would take for something else."""
+    """Return a name without characters that are special in a URL or a shell."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "job"
 
 

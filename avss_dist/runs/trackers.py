@@ -1,4 +1,4 @@
-"""Runs in a tracker of experiments: their settings, how far they are, and their scores by layer at the end."""
+"""Reports of runs to experiment trackers: settings, progress, and scores by layer at the end."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ if TYPE_CHECKING:
     from avss_dist.runs.run import PlannedRun, Run
 
 PROJECT = "avss"
-PROGRESS, LAYER = "tokens", "layer"  # what values are logged over
+PROGRESS, LAYER = "tokens", "layer"  # axes that values are logged over
 Values = Mapping[str, float]
 
 
 class TrackedRun(Protocol):
-    """A run, open in a tracker."""
+    """An open run in a tracker."""
 
     def log(self, axis: str, at: int, values: Values) -> None:
-        """Values at a place of an axis: at so many tokens, or of a layer."""
+        """Log values at a number of tokens, or at a layer."""
 
     def end(self, failed: bool) -> None:
-        """No more follows."""
+        """Close the run."""
 
 
 class Tracker(Reporter):
-    """Reports every run that is measured to a tracker; one that is done already is not reported again.
+    """Reporter of measured runs to a tracker. Runs that are done already are not reported again.
 
-    A run has its id as its name there, and goes on in the same place after an interruption. A tracker that fails is
-    left alone, and the run goes on without it.
+    A run is named by its id in the tracker, and resumes there after an interruption. If the tracker fails, the run
+    continues without it.
 
     Args:
-        tracker: one of ``settings.TRACKERS``, and a project of it: ``wandb`` or ``wandb:project``. Without a project
-            it is what the tracker's own environment says, or ``avss``.
+        tracker: one of ``settings.TRACKERS``, with or without a project: ``wandb`` or ``wandb:project``. The default
+            project comes from the tracker's environment variable, or is ``avss``.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the tracker is not installed.
     """
 
     def __init__(self, tracker: str) -> None:
@@ -61,30 +61,30 @@ class Tracker(Reporter):
         self._lock = threading.Lock()  # trackers open one run at a time
 
     def planned(self, name: str, planned: PlannedRun) -> None:
-        """Open the run, with all that its fingerprint is of."""
+        """Open the run in the tracker, with its settings."""
         with self._forgiving(name), self._lock, prints_to_stderr():
             self._runs[name] = _OPEN[self._tracker](
-                self._library, self._project, planned.run.run_id, described(planned)
+                self._library, self._project, planned.run.run_id, run_config(planned)
             )
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        """Its shards are about to be measured."""
+        """See `Reporter`."""
         now = time.monotonic()
         self._progress[name] = done_tokens, num_tokens, done_tokens, now, now
 
     def advanced(self, name: str, num_tokens: int) -> None:
-        """A shard is measured: logged, if the last one is long ago or this one is the last."""
-        before, total, done, begun, said = self._progress[name]
+        """Log the progress, at most every `LOG_SECONDS` and at the end."""
+        before, total, done, begun, logged_at = self._progress[name]
         done, now = done + num_tokens, time.monotonic()
-        if (tracked := self._runs.get(name)) and (done == total or now - said >= LOG_SECONDS):
+        if (tracked := self._runs.get(name)) and (done == total or now - logged_at >= LOG_SECONDS):
             with self._forgiving(name):
                 speed = (done - before) / max(now - begun, 1e-9)
                 tracked.log(PROGRESS, done, {"progress/done": done / total, "progress/tokens_per_second": speed})
-            said = now
-        self._progress[name] = before, total, done, begun, said
+            logged_at = now
+        self._progress[name] = before, total, done, begun, logged_at
 
     def finished(self, name: str, run: Run) -> None:
-        """Log its scores by layer, and close it."""
+        """Log the scores by layer, and close the run."""
         if tracked := self._runs.get(name):
             with self._forgiving(name), prints_to_stderr():
                 for values in run.table().to_pylist() if run.status == "done" else ():
@@ -96,7 +96,7 @@ class Tracker(Reporter):
             self._runs.pop(name, None)
 
     def close(self) -> None:
-        """End the runs that did not come to their end."""
+        """Close the runs that did not finish."""
         for name, tracked in list(self._runs.items()):
             with self._forgiving(name), prints_to_stderr():
                 tracked.end(True)
@@ -108,11 +108,11 @@ class Tracker(Reporter):
             yield
         except Exception as error:  # of a library, a server or a network: nothing of the measurement
             self._runs.pop(name, None)
-            complain(f"{name}: {self._tracker} hears no more of this run: {error}")
+            complain(f"{name}: no further reports of this run to {self._tracker}: {error}")
 
 
-def described(planned: PlannedRun) -> dict[str, Any]:
-    """What a tracker shows of a run beside its values: names, places and settings."""
+def run_config(planned: PlannedRun) -> dict[str, Any]:
+    """Return the configuration of a run for a tracker: names, places and settings."""
     spec = planned.replica_spec
     return {
         "run_id": planned.run.run_id,
@@ -168,11 +168,11 @@ class _Mlflow:
     def __init__(self, mlflow: Any, project: str, run_id: str, config: Mapping[str, Any]) -> None:
         self._mlflow, self._client = mlflow, mlflow.MlflowClient()
         experiment = project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
-        found = self._client.get_experiment_by_name(experiment)
-        where = found.experiment_id if found else self._client.create_experiment(experiment)
-        before = self._client.search_runs([where], f"tags.mlflow.runName = '{run_id}'", max_results=1)
-        made = before[0] if before else self._client.create_run(where, run_name=run_id)
-        self._id = made.info.run_id
+        existing = self._client.get_experiment_by_name(experiment)
+        experiment_id = existing.experiment_id if existing else self._client.create_experiment(experiment)
+        runs = self._client.search_runs([experiment_id], f"tags.mlflow.runName = '{run_id}'", max_results=1)
+        run = runs[0] if runs else self._client.create_run(experiment_id, run_name=run_id)
+        self._id = run.info.run_id
         self._client.update_run(self._id, status="RUNNING")
         for key, value in config.items():
             self._client.set_tag(self._id, key, str(value))

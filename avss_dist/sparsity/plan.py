@@ -137,7 +137,7 @@ class SparsityPlan:
                 message = f"`pattern` {self.pattern} does not divide the {wrong[0].inputs} inputs of {wrong[0].map}."
                 problems.append(PlanError(message))
         if problems:
-            raise ConfigError.of(problems)
+            raise ConfigError.combine(problems)
 
     @property
     def group(self) -> tuple[int, int]:

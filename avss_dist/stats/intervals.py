@@ -3,7 +3,7 @@
 One method serves every statistic: the delete-one jackknife estimates the standard error and the skewness, Student's t
 gives the multiple, Hall's transformation corrects it for skewness, and ratios and probabilities are treated on the log
 and logit scales.
-``docs/results/intervals.md`` has its coverage, measured by ``tests/benchmarks/coverage.py`` beside the bootstrap's.
+``docs/results/intervals.md`` has its coverage, measured by ``tests/benchmarks/interval_coverage.py``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ SCALES: dict[str, tuple[Callable[[Float64], Float64], Callable[[Float64], Float6
 }
 """Transformation and inverse, by scale."""
 SKEWNESS_COST = 2.0
-"""Loss of degrees of freedom by skewness; the value with which ``tests/benchmarks/coverage.py`` finds every population
-covered."""
+"""Loss of degrees of freedom by skewness: with it, every population of the benchmark is covered."""
 SYMMETRIC = 1e-6
 """Skewness below which it is not corrected: the cube root would lose all digits."""
 

@@ -1,4 +1,4 @@
-"""What control groups (of a container, a batch system) leave of the machine's memory; psutil does not know them."""
+"""Memory limits of control groups (of a container, a batch system), which psutil does not know."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _FILES = (  # limit, usage, and the field of memory.stat with file cache that th
 
 
 def memory_left(root: Path = _ROOT, membership: Path = _MEMBERSHIP) -> int | None:
-    """Bytes that the control groups of this process still allow; None where none of them has a limit.
+    """Return the bytes that the control groups of this process still allow; None without a limit.
 
     Args:
-        root: where control groups are mounted.
-        membership: the groups of this process, a line for each hierarchy: ``number:controllers:path``.
+        root: mount point of control groups.
+        membership: file with the groups of this process, a line for each hierarchy: ``number:controllers:path``.
     """
-    left = (_left(group) for group in _groups(root, membership))
-    return min((size for size in left if size is not None), default=None)
+    sizes = (_memory_left_in(group) for group in _groups(root, membership))
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def _groups(root: Path, membership: Path) -> Iterator[Path]:
-    """The folders of this process's groups for memory, and of those around them: each has a limit of its own."""
+    """Yield the folders of this process's memory groups and of their parents. Each has a limit of its own."""
     yield from (root, root / "memory")  # inside a container, its own group is the root
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
@@ -40,12 +40,12 @@ def _groups(root: Path, membership: Path) -> Iterator[Path]:
                 group = group.parent
 
 
-def _left(group: Path) -> int | None:
+def _memory_left_in(group: Path) -> int | None:
     for limit, usage, cache in _FILES:
         try:
-            most, used = ((group / name).read_text(encoding="ascii").strip() for name in (limit, usage))
+            maximum, used = ((group / name).read_text(encoding="ascii").strip() for name in (limit, usage))
             fields = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
         except OSError:
             continue
-        return None if most == "max" else max(0, int(most) - int(used) + int(fields.get(cache, 0)))
+        return None if maximum == "max" else max(0, int(maximum) - int(used) + int(fields.get(cache, 0)))
     return None

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @contextmanager
 def bound(variable: ContextVar[T], value: T) -> Iterator[None]:
-    """Inside, the variable has the value, in this thread or greenlet."""
+    """Set a context variable inside the block, and restore its value after it."""
     token = variable.set(value)
     try:
         yield

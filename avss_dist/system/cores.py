@@ -1,4 +1,4 @@
-"""Threads and cores: how many threads compute one thing, and how many cores are free for more."""
+"""Threads of a computation, and cores that are free for more."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SAMPLE_SECONDS = 0.2  # in which the load of others is measured
 
 
 def use_threads(threads: int) -> None:
-    """Have torch compute with so many threads what this thread computes from now on, whatever the environment says.
+    """Set the number of threads with which torch computes in this Python thread, whatever the environment says.
 
-    OpenMP keeps the number for each thread of Python, MKL and torch for the process: every thread that computes calls
-    this, with the same number.
+    OpenMP keeps the number for each Python thread, MKL and torch for the process. Every thread that computes must call
+    this with the same number.
     """
     torch.set_num_threads(threads)
 
 
 @contextmanager
 def computing_threads(threads: int) -> Iterator[None]:
-    """`use_threads` inside; the caller's number afterwards."""
+    """Apply `use_threads` inside the block, and restore the previous number after it."""
     before = torch.get_num_threads()
     use_threads(threads)
     try:
@@ -35,7 +35,7 @@ def computing_threads(threads: int) -> Iterator[None]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its control group; at least 1."""
+    """Return the number of cores that this process may use, by its affinity and control group; at least 1."""
     cores = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):
         quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
@@ -45,10 +45,10 @@ def usable_cores() -> int:
 
 
 def free_cores() -> int:
-    """Of the cores that this process may use, those that nobody uses now; at least 1."""
+    """Return the number of cores that this process may use and that are idle now; at least 1."""
     usable = usable_cores()
     if usable == 1:
         return 1
-    every = psutil.cpu_count() or usable
-    busy = every * psutil.cpu_percent(interval=SAMPLE_SECONDS) / 100
-    return max(1, min(usable, round(every - busy)))
+    total = psutil.cpu_count() or usable
+    busy = total * psutil.cpu_percent(interval=SAMPLE_SECONDS) / 100
+    return max(1, min(usable, round(total - busy)))

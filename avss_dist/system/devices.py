@@ -1,4 +1,4 @@
-"""The devices that there are to compute with."""
+"""Devices that models compute on, and transfers to and from them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Devices:
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
-        count: GPUs; 1 on CPUs.
-        count_of_largest_node: the most GPUs that one process can use.
-        device_bytes: memory of the smallest GPU; what a process may take on a CPU.
+        count: number of GPUs; 1 on CPUs.
+        count_of_largest_node: maximum number of GPUs that one process can use.
+        device_bytes: memory of the smallest GPU; on a CPU, the memory that a process may take.
         host_bytes: available memory of a host.
-        cpus, cpus_of_largest_node: CPUs in all, and those that one process can use.
+        cpus, cpus_of_largest_node: number of CPUs in total, and of those that one process can use.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Devices:
 
 
 def devices_here(kind: str) -> Devices:
-    """The devices of this machine, as far as this process may use them."""
+    """Return the devices of this machine that this process may use."""
     cpus, host = len(os.sched_getaffinity(0)), available_memory()
     count = torch.cuda.device_count() if kind == "cuda" else 1
     sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(count)] if kind == "cuda" else [host]
@@ -58,13 +58,13 @@ def devices_here(kind: str) -> Devices:
 
 
 def available_memory() -> int:
-    """Bytes of memory that a new process can have: what the system has, within what control groups allow."""
-    available, left = int(psutil.virtual_memory().available), memory_left()
-    return available if left is None else min(available, left)
+    """Return the bytes of memory that are available to a new process, within the limits of control groups."""
+    available, limit = int(psutil.virtual_memory().available), memory_left()
+    return available if limit is None else min(available, limit)
 
 
-def sent(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An array on a device, of another dtype if need be. A GPU is not waited for: pinned memory is sent."""
+def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Copy an array to a device, converted to a dtype if given. Copies to a GPU are asynchronous and pinned."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -72,10 +72,10 @@ def sent(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = No
 
 
 def to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
-    """Send tensors to the host; each device sends all of its own as one block of bytes, through pinned memory.
+    """Start copying tensors to the host. Each device sends its tensors as one block of bytes, through pinned memory.
 
     Returns:
-        What waits until they are there, and gives them in their order. Meanwhile devices can do other work.
+        A function that waits for the copies and returns them in order. Devices can do other work meanwhile.
     """
     devices = dict.fromkeys(tensor.device for tensor in tensors)
     coming = {device: _block_to_host([t for t in tensors if t.device == device]) for device in devices}
@@ -89,7 +89,7 @@ def to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
 
 
 def _block_to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
-    """`to_host` for tensors of one device; those of a CPU are given as they are."""
+    """Start copying tensors of one device, as `to_host`. Tensors of a CPU are returned without a copy."""
     if tensors[0].device.type == "cpu":
         return lambda: [tensor.numpy() for tensor in tensors]
     block = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
@@ -106,35 +106,35 @@ def _block_to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[np.ndar
 
 
 def reset_peak_device_memory() -> None:
-    """Let `peak_device_memory` begin anew."""
+    """Reset `peak_device_memory`."""
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
 
 
 def peak_device_memory() -> int:
-    """The most bytes that torch had on each GPU of this process, added up."""
+    """Return the peak bytes that torch allocated on each GPU of this process, summed."""
     return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
 
 
 def free_device(device: torch.device) -> None:
-    """Give a device's memory back that nothing refers to any more."""
+    """Release the unreferenced memory of a device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def allocator_options(version: str) -> list[str]:
-    """Options of the allocators of a version of torch, which refuses those that it does not know."""
+    """Return the allocator options that a version of torch knows. It refuses unknown ones."""
     exact = ["pinned_max_round_threshold_mb:1"] if TorchVersion(version) >= EXACT_PINNED else []
     return ["expandable_segments:True", *exact]
 
 
 def pick_device(name: str) -> torch.device:
-    """``cuda`` or ``cpu``; ``auto`` is ``cuda`` where torch sees one.
+    """Return the device of a name; ``auto`` is ``cuda`` if torch sees a GPU.
 
-    Unless the environment configures torch's allocators, that of GPUs grows its segments: batches of several sizes, as
-    where rows are halved, would leave memory that no batch fits into. And pinned memory is not rounded up to a power of
-    two, which would take up to twice the size of a streamed layer or of an offloaded hidden state.
+    Unless the environment configures torch's allocators, the GPU allocator gets expandable segments. Batches of several
+    sizes would otherwise leave fragments that no batch fits into. Pinned memory is not rounded up to a power of two,
+    which would take up to twice the size of a streamed layer or of an offloaded hidden state.
 
     Raises:
         ConfigError: ``cuda`` was requested and torch sees none.

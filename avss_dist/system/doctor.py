@@ -1,4 +1,4 @@
-"""What works on this machine, by trying it, in other processes: no import and no crash reaches this one."""
+"""Checks of this machine, run in other processes so that no import and no crash affects this one."""
 
 from __future__ import annotations
 
@@ -21,32 +21,38 @@ from avss_dist.system.folders import cache_folder
 from avss_dist.system.versions import PACKAGES, installed_version
 from avss_dist.text import describe_bytes
 
-EXTRAS = {"datasets": "hf", "lm_eval": "eval"}  # packages that only some need, and the extra that brings each
+EXTRAS = {"datasets": "hf", "lm_eval": "eval"}  # optional packages, and the extra that installs each
 NEEDED = (*(name for name in PACKAGES if name not in EXTRAS), "duckdb", "altair", "vl-convert-python")
 TIMEOUT_SECONDS = 180.0
-LEAST_SHARED_BYTES = 1 << 30  # a container has 64 MiB where nobody says more
+LEAST_SHARED_BYTES = 1 << 30  # a container has 64 MiB by default
 
 Check = Callable[[], str]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What was tried, whether it works, and what was seen."""
+class CheckResult:
+    """Result of a check.
+
+    Attributes:
+        what: name of the check.
+        works: whether it succeeded.
+        detail: a version, a size, or the error.
+    """
 
     what: str
     works: bool
     detail: str
 
 
-def findings() -> Iterator[Finding]:
-    """Everything that is checked, in a fixed order, each as soon as it is known."""
-    yield Finding("Python", True, f"{python_version()} on {platform()}, {len(os.sched_getaffinity(0))} CPUs")
+def check_machine() -> Iterator[CheckResult]:
+    """Run all checks and yield their results, in a fixed order, as soon as each is known."""
+    yield CheckResult("Python", True, f"{python_version()} on {platform()}, {len(os.sched_getaffinity(0))} CPUs")
     for name in NEEDED:
-        found = installed_version(name)
-        yield Finding(name, found is not None, found or "not installed")
+        version = installed_version(name)
+        yield CheckResult(name, version is not None, version or "not installed")
     for name, extra in EXTRAS.items():
-        missing = f"not installed; in a clone, pip install -e '.[{extra}]' brings it"
-        yield Finding(name, True, installed_version(name) or missing)
+        missing = f"not installed; in a clone, pip install -e '.[{extra}]' installs it"
+        yield CheckResult(name, True, installed_version(name) or missing)
     yield _try("cache folder", _cache_folder)
     yield _try("shared memory", _shared_memory)
     with ThreadPoolExecutor(len(CHECKS)) as threads:
@@ -54,50 +60,50 @@ def findings() -> Iterator[Finding]:
             yield from group.result()
 
 
-def run_checks(checks: Mapping[str, Check], timeout_seconds: float = TIMEOUT_SECONDS) -> list[Finding]:
-    """Run checks one after the other in one other process, and in a new one after a check that ended it."""
-    left, made = list(checks.items()), []
-    while left:
+def run_checks(checks: Mapping[str, Check], timeout_seconds: float = TIMEOUT_SECONDS) -> list[CheckResult]:
+    """Run checks one after the other in another process, and in a new one after a check that ended it."""
+    pending, results = list(checks.items()), []
+    while pending:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_silence) as pool:
             process, alive = pool.submit(os.getpid).result(), True
-            while left and alive:
-                what, check = left.pop(0)
+            while pending and alive:
+                what, check = pending.pop(0)
                 try:
-                    made.append(pool.submit(_try, what, check).result(timeout_seconds))
+                    results.append(pool.submit(_try, what, check).result(timeout_seconds))
                 except TimeoutError:
                     alive = False
                     _kill(process)
-                    made.append(Finding(what, False, f"no answer in {timeout_seconds:g} seconds"))
+                    results.append(CheckResult(what, False, f"no answer in {timeout_seconds:g} seconds"))
                 except BrokenProcessPool:
                     alive = False
-                    made.append(Finding(what, False, "the process that tried it died"))
-    return made
+                    results.append(CheckResult(what, False, "the process that tried it died"))
+    return results
 
 
-def _kill(process: int) -> None:
-    """End a process and all that it started."""
+def _kill(pid: int) -> None:
+    """Kill a process and its descendants."""
     with suppress(psutil.NoSuchProcess):
-        worker = psutil.Process(process)
-        for one in (*worker.children(recursive=True), worker):
+        worker = psutil.Process(pid)
+        for process in (*worker.children(recursive=True), worker):
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                process.kill()
 
 
 def _silence() -> None:
-    """Send what libraries print to nowhere."""
+    """Discard what libraries print."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
 
 
-def _try(what: str, check: Check) -> Finding:
+def _try(what: str, check: Check) -> CheckResult:
     try:
-        return Finding(what, True, check())
+        return CheckResult(what, True, check())
     except (Exception, SystemExit) as error:
-        return Finding(what, False, f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
+        return CheckResult(what, False, f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
 
 
-# The checks. Packages are imported by name, for this one must import neither heavy ones nor those above it.
+# The checks. Packages are imported by name, as this module must import neither heavy ones nor those of a higher layer.
 
 
 def _cache_folder() -> str:
@@ -109,7 +115,7 @@ def _cache_folder() -> str:
 
 def _shared_memory() -> str:
     size = shutil.disk_usage("/dev/shm").total
-    advice = "; Ray and NCCL want more: of a container, docker run --shm-size=8g" if size < LEAST_SHARED_BYTES else ""
+    advice = "; Ray and NCCL need more: for a container, docker run --shm-size=8g" if size < LEAST_SHARED_BYTES else ""
     return f"{describe_bytes(size)}{advice}"
 
 

@@ -1,4 +1,4 @@
-"""Where this program keeps files of its own."""
+"""Folders of the program's own files."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import platformdirs
 
 
 def cache_folder(*parts: str) -> Path:
-    """A folder under the user's cache, such as ``~/.cache/avss_dist/tables``; it may not exist."""
+    """Return a folder in the user's cache, such as ``~/.cache/avss_dist/tables``. It may not exist."""
     return platformdirs.user_cache_path("avss_dist").joinpath(*parts)

@@ -1,4 +1,4 @@
-"""Uploads to the hub of Hugging Face."""
+"""Uploads to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from avss_dist.errors import ConfigError, RunFailed, first_line
 
 
 def require_access(name: str, kind: str) -> None:
-    """Fail before any work where nothing can be uploaded; the hub is not queried.
+    """Raise ConfigError, before any work, if nothing can be uploaded. The hub is not queried.
 
     Args:
         name: ``ORG/NAME``.
         kind: ``model`` or ``dataset``.
 
     Raises:
-        ConfigError: it is no name of the hub, or there is no token.
+        ConfigError: the name is not one of the hub, the hub is offline, or there is no token.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -29,18 +29,20 @@ def require_access(name: str, kind: str) -> None:
     except HFValidationError:
         named = False
     if not named:
-        raise ConfigError(f"'{name}' is no name of a {kind} on the hub.", "Write ORG/NAME.")
+        raise ConfigError(f"'{name}' is not the name of a {kind} on the hub: expected ORG/NAME.", "Write ORG/NAME.")
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError(f"{name} is on the hub, and HF_HUB_OFFLINE is set.", "Unset it, or keep the result here.")
+        raise ConfigError(
+            f"{name} cannot be uploaded to the hub: HF_HUB_OFFLINE is set.", "Unset it, or leave the upload out."
+        )
     if not get_token():
         raise ConfigError(
-            f"To write {name} on the hub takes a token, and there is none.",
+            f"{name} cannot be uploaded to the hub without a token.",
             "Log in with `hf auth login`, or set HF_TOKEN to a token that may write.",
         )
 
 
 def client_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises where it is not answered as it should be, whichever library it asks by."""
+    """Return the exceptions that the hub's client raises for a failed request, with any HTTP library."""
     from huggingface_hub.errors import HfHubHTTPError
 
     bases: Any = HfHubHTTPError.__bases__  # of that library, and OSError
@@ -48,13 +50,13 @@ def client_errors() -> tuple[type[Exception], ...]:
 
 
 def upload(folder: Path, name: str, kind: str, *, message: str, replaced: Sequence[str], hint: str) -> str:
-    """Upload a folder in one commit; a repository that is not there yet is made, and private.
+    """Upload a folder in one commit. A repository that does not exist is created, and private.
 
     Args:
-        name, kind: as of `require_access`.
-        message: of the commit.
-        replaced: patterns of files of the repository that go, where the folder has none by their names.
-        hint: what to do where it fails.
+        name, kind: as for `require_access`.
+        message: message of the commit.
+        replaced: patterns of files to delete from the repository unless the folder has them.
+        hint: hint of the error if the upload fails.
 
     Returns:
         The address of the repository.
@@ -66,7 +68,7 @@ def upload(folder: Path, name: str, kind: str, *, message: str, replaced: Sequen
 
     api = HfApi()
     try:
-        made = api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
+        url = api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
         api.upload_folder(
             repo_id=name,
             folder_path=folder,
@@ -76,4 +78,4 @@ def upload(folder: Path, name: str, kind: str, *, message: str, replaced: Sequen
         )
     except client_errors() as error:
         raise RunFailed(f"{name} could not be uploaded to the hub: {first_line(error)}", hint) from error
-    return str(made)
+    return str(url)

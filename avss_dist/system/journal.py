@@ -1,4 +1,4 @@
-"""What a long command has got so far, in a file, so that the same command goes on where it was stopped."""
+"""Journal of the results of a long command, so that the same command continues after an interruption."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from avss_dist.errors import ConfigError
 
 
 class Journal:
-    """Batches of texts, a line of JSON each; for a ``with`` block.
+    """File of batches of texts, a line of JSON each. Used as a context manager.
 
     Args:
-        path: of the file. Its first line is the identity.
-        identity: everything that decides what the texts are.
+        path: the file. Its first line is the identity.
+        identity: all options that determine the texts.
 
     Attributes:
-        batches: those that are kept, in order.
+        batches: recorded batches, in order.
 
     Raises:
-        ConfigError: the file was begun under another identity.
+        ConfigError: the file was written with another identity.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ class Journal:
         if identity and identity != f"{self._identity}\n".encode():
             raise ConfigError(
                 f"{self._path} was begun with another model or other options.",
-                "Give the same ones to go on, remove it, or name another `output`.",
+                "Use the same ones to continue, delete the file, or name another `output`.",
             )
         self._file.truncate(len(identity) + sum(map(len, batches)))
         self.batches = [json.loads(line) for line in batches]
@@ -50,12 +50,12 @@ class Journal:
             self.remove()
 
     def add(self, batch: list[str]) -> None:
-        """Keep another batch."""
+        """Record a batch."""
         self._write(json.dumps(batch, ensure_ascii=False))
         self.batches.append(batch)
 
     def remove(self) -> None:
-        """Nothing is left to go on with."""
+        """Delete the file."""
         self._path.unlink()
 
     def _write(self, line: str) -> None:

@@ -1,4 +1,4 @@
-"""The memory of a process and of a machine."""
+"""Memory of this process, and of mapped files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MAPPED_BYTES = 32 << 20  # the most that glibc takes
 
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep up to ``KEPT_BYTES`` of freed memory for the next allocation; False where there is no glibc.
+    """Tell glibc to keep up to ``KEPT_BYTES`` of freed memory for later allocations. Returns False without glibc.
 
-    By default it hands the activations of one layer back to the system and takes fresh pages for those of the next,
-    or does not, by where small allocations happen to lie: half a million page faults in a shard, or none.
+    By default glibc may return the activations of one layer to the system and take fresh pages for the next layer,
+    depending on where small allocations lie: half a million page faults in a shard, or none.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -34,14 +34,14 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES) and mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES))
 
 
-def give_back_freed_memory() -> None:
-    """Hand all that is free to the system, where there is glibc; what is kept of it is in pieces, and grows."""
+def release_freed_memory() -> None:
+    """Return all free memory to the system, with glibc. It would otherwise fragment and grow."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def populate(address: int, size: int) -> None:
-    """Have the system bring mapped pages of a file into memory, where it can do so at once (Linux 5.14).
+    """Ask the system to read mapped pages of a file into memory at once, if it supports that (Linux 5.14).
 
     Raises:
         OSError: the file cannot be read, or has become shorter.
@@ -54,16 +54,16 @@ def populate(address: int, size: int) -> None:
 
 @lru_cache(maxsize=1)
 def _madvise() -> Any:
-    """Unlike mmap's own, it does not hold Python's lock meanwhile."""
+    """Return madvise(2). Unlike `mmap.madvise`, it releases Python's global interpreter lock."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return madvise
 
 
 def mapped_around_a_byte(file: Path) -> int:
-    """Bytes of a mapped file that come into memory when one of it is read, on average over ``PROBES`` places.
+    """Return how many bytes of a mapped file become resident when one is read, on average over ``PROBES`` places.
 
-    By default Linux brings 64 KiB; where the page cache holds larger pieces, all of a piece.
+    By default Linux reads 64 KiB, or the whole of a larger piece that the page cache holds.
     """
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         before = psutil.Process().memory_info().shared
@@ -73,20 +73,20 @@ def mapped_around_a_byte(file: Path) -> int:
 
 
 def resident_memory() -> int:
-    """Bytes of memory that this process has now."""
+    """Return the resident memory of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:
-    """The most bytes that this process had since it began, or since `reset_peak_memory`.
+    """Return the peak memory of this process since its start or `reset_peak_memory`, in bytes.
 
-    Not getrusage(2), whose ru_maxrss starts at that of the process which started this one; psutil does not have it.
+    The ru_maxrss of getrusage(2) is not used: it starts at the value of the parent process. psutil does not report it.
     """
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def reset_peak_memory() -> None:
-    """Forget the most memory that this process had, where the system lets it."""
+    """Reset `peak_memory`, if the system allows it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

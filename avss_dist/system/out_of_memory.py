@@ -1,4 +1,4 @@
-"""What to do where a batch does not fit in memory: less at once."""
+"""Retry of batches that do not fit in memory, with fewer rows."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ OUT_OF_MEMORY = (
 def halve_until_it_fits(
     measure: Callable[[int], T], rows: int, too_large: Callable[[int], BatchTooLarge], *, least: int = 1
 ) -> tuple[T, int]:
-    """What ``measure(rows)`` gives, and the rows: half of them, and half again, while they do not fit in memory.
+    """Call ``measure(rows)``, with half the rows again and again while they do not fit in memory.
 
     Args:
-        measure: leaves nothing behind when it fails.
-        too_large: the error where so many rows do not fit.
-        least: rows that are not halved.
+        measure: must leave no state behind when it fails.
+        too_large: returns the error for a number of rows that does not fit.
+        least: minimum number of rows.
+
+    Returns:
+        The result, and the number of rows that fitted.
 
     Raises:
         BatchTooLarge: ``least`` rows do not fit.
@@ -48,7 +51,7 @@ def halve_until_it_fits(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was short: torch's own, or a text of CUDA, ROCm, NCCL, cuBLAS or the CPU's."""
+    """Whether an error means that memory ran out: by its type, or by a text of CUDA, ROCm, NCCL, cuBLAS or the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

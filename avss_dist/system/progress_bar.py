@@ -1,4 +1,4 @@
-"""A bar for what takes seconds in this process; or whoever shows a larger one hears of it."""
+"""Progress bar for loops that take seconds, or reports to a callback that shows a larger one."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import TypeVar
 from avss_dist.system.streams import console
 
 Item = TypeVar("Item")
-Hear = Callable[[str, float], None]
-"""Hears what goes on, and which share of it is done."""
-_HEARD_BY: ContextVar[Hear | None] = ContextVar("heard_by", default=None)
+ProgressCallback = Callable[[str, float], None]
+"""Receives the current activity, and the share of it that is done (0 to 1)."""
+_CALLBACK: ContextVar[ProgressCallback | None] = ContextVar("progress_callback", default=None)
 
 
 @contextmanager
-def heard_by(hear: Hear) -> Iterator[None]:
-    """Inside, `tracked` has no bar of its own, and ``hear`` is called instead."""
-    token = _HEARD_BY.set(hear)
+def progress_to(callback: ProgressCallback) -> Iterator[None]:
+    """Make `tracked` call a callback inside the block instead of showing a bar."""
+    token = _CALLBACK.set(callback)
     try:
         yield
     finally:
-        _HEARD_BY.reset(token)
+        _CALLBACK.reset(token)
 
 
 def tracked(items: Sequence[Item], what: str) -> Iterable[Item]:
-    """The items, with a bar on standard error where that is a terminal; it goes when they are done."""
-    if (hear := _HEARD_BY.get()) is not None:
-        return _reported(items, what, hear)
+    """Return the items with a progress bar on standard error, if it is a terminal. The bar disappears at the end."""
+    if (callback := _CALLBACK.get()) is not None:
+        return _reported(items, what, callback)
     if not items or not sys.stderr.isatty():
         return items
     from rich.progress import track
@@ -37,7 +37,7 @@ def tracked(items: Sequence[Item], what: str) -> Iterable[Item]:
     return track(items, what, console=console(stderr=True), transient=True)
 
 
-def _reported(items: Sequence[Item], what: str, hear: Hear) -> Iterator[Item]:
+def _reported(items: Sequence[Item], what: str, callback: ProgressCallback) -> Iterator[Item]:
     for number, item in enumerate(items):
-        hear(what, number / len(items))
+        callback(what, number / len(items))
         yield item

@@ -1,4 +1,4 @@
-"""SIGTERM as an exception: a scheduler that ends a command gives it the time to clean up, as Ctrl-C does."""
+"""SIGTERM as an exception, so that a command that a scheduler ends can clean up as after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _terminated = False  # whether SIGTERM has been received: Ray turns `Terminated`
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. Whatever handles Ctrl-C handles it too."""
+    """Exception raised for SIGTERM. Handlers of Ctrl-C handle it too."""
 
 
 def exit_code(stop: BaseException) -> int:
@@ -27,16 +27,16 @@ def stop_signal(stop: type[BaseException]) -> signal.Signals:
 
 
 def raise_on_sigterm() -> None:
-    """Have SIGTERM raise `Terminated` in the main thread, once; a second one does not interrupt the cleaning up.
+    """Make SIGTERM raise `Terminated` in the main thread, once. A second SIGTERM does not interrupt the cleanup.
 
-    A process in which SIGTERM is ignored, or has a handler, is left as it is.
+    A process that ignores or handles SIGTERM already is not changed.
     """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         arm()
 
 
 def arm() -> None:
-    """Have the next SIGTERM raise `Terminated` in the main thread of this process."""
+    """Make the next SIGTERM raise `Terminated` in the main thread of this process."""
     owner = os.getpid()
 
     def stop(_number: int, _frame: Any) -> None:
@@ -53,7 +53,7 @@ def arm() -> None:
 
 
 @contextmanager
-def sigterm_handler_kept() -> Iterator[None]:
+def preserve_sigterm_handler() -> Iterator[None]:
     """Keep this process's SIGTERM handler, whatever a library sets inside the block."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""An array that grows at its end: in memory while it is small, then in a file that is mapped as it is read."""
+"""Growing array: in memory while it is small, then in a file that is memory-mapped for reading."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ KEPT_BYTES = 64 << 20  # in memory
 
 
 class Spool:
-    """Rows of one array, int32[any number, width].
+    """Growing array, int32[rows, width].
 
-    The file has no name, so it is gone with the process; where it cannot be written, the memory is taken.
+    The file has no name, so it is deleted with the process. If it cannot be written, the rows stay in memory.
     """
 
     def __init__(self, width: int) -> None:
         self._width = width
         self._waiting = [np.zeros((0, width), np.int32)]
-        self._most_waiting: float = KEPT_BYTES
+        self._max_waiting_bytes: float = KEPT_BYTES
         self._rows_written = 0
 
     def add(self, rows: NDArray[np.int32]) -> None:
-        """Append some."""
+        """Append rows."""
         self._waiting.append(rows)
-        if sum(waiting.nbytes for waiting in self._waiting) > self._most_waiting:
+        if sum(waiting.nbytes for waiting in self._waiting) > self._max_waiting_bytes:
             self._write()
 
     def array(self) -> NDArray[np.int32]:
-        """All rows; those in a file are read only."""
+        """Return all rows. Rows in a file are read-only."""
         if self._rows_written:
             self._write()
         waiting = np.concatenate(self._waiting)
@@ -48,7 +48,7 @@ class Spool:
             self._file.write(rows.tobytes())
             self._file.flush()
         except OSError:
-            self._most_waiting = math.inf
+            self._max_waiting_bytes = math.inf
             return
         self._rows_written += len(rows)
         self._waiting = self._waiting[:1]

@@ -1,4 +1,4 @@
-"""Write aside, then rename: readers see the old content or the new, never a part of it."""
+"""Atomic writes by renaming a staged file or folder: readers see the old content or the new, never a part of it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _UNKNOWN = "00000000"  # a machine whose processes cannot be told apart
 
 @contextmanager
 def staged_file(path: Path, *, folder: Path | None = None, durable: bool = False) -> Iterator[Path]:
-    """A fresh path to write to. It replaces ``path`` when the block ends without an error, and is deleted otherwise.
+    """Yield a fresh path to write to. It replaces ``path`` if the block ends without error, and is deleted otherwise.
 
     A symbolic link stays one: what it points to is replaced. A pipe or a device is written to as it is.
 
     Args:
-        folder: where the fresh path is, on the file system of ``path``; beside it by default.
+        folder: folder of the fresh path, on the file system of ``path``; the same folder by default.
         durable: make the content reach the disk before the rename.
 
     Raises:
@@ -57,9 +57,9 @@ def staged_file(path: Path, *, folder: Path | None = None, durable: bool = False
 
 @contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
-    """A fresh, empty folder. It becomes ``path`` when the block ends without an error, and is deleted otherwise.
+    """Yield a fresh, empty folder. It becomes ``path`` if the block ends without an error, and is deleted otherwise.
 
-    Parents are made. ``path`` may be an empty folder. What killed writers left beside it is deleted.
+    Parents are created. ``path`` may be an empty folder. Leftovers of killed writers beside it are deleted.
 
     Raises:
         OSError: the folder cannot be written, or ``path`` exists and is not an empty folder.
@@ -117,7 +117,7 @@ def _machine() -> str:
 
 
 def _start(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since the boot; None where that cannot be read."""
+    """Return when a process started, in clock ticks since the boot; None if that cannot be read."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -125,7 +125,7 @@ def _start(pid: int) -> int | None:
 
 
 def _has_ended(name: re.Match[str]) -> bool | None:
-    """Whether the writer of a staged path has ended; None of a process that cannot be seen from here."""
+    """Whether the writer of a staged path has ended; None if its process is not visible here."""
     if name["machine"] in (None, _UNKNOWN) or name["machine"] != _machine():
         return None
     pid = int(name["pid"])

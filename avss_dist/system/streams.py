@@ -1,7 +1,7 @@
-"""The one writer of what people see: it knows what the streams can carry, what a terminal obeys, and how writing fails.
+"""Output to the standard streams: their encodings, control characters of terminals, and errors of writing.
 
-Everything else in this package returns texts. `emit` and `console` write to standard output, `say` and `complain` to
-standard error. `set_verbosity` says how much of what is no result and no error is said.
+The rest of this package returns texts. `emit` and `console` write to standard output, `say` and `complain` to standard
+error. `set_verbosity` selects how many of the messages that are neither results nor errors are printed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EBADF)
 QUIET, USUAL, VERBOSE = range(3)
-_verbosity = USUAL  # of the process: threads report, too
-WIDTH = 132  # of tables where standard output is no terminal: wide enough for a whole one
+_verbosity = USUAL  # of the process, as threads report as well
+WIDTH = 132  # of tables if standard output is not a terminal: wide enough for every table
 
 
 def prepare() -> None:
-    """Have the standard streams, and print whatever a text holds: paths that are not UTF-8, characters they lack.
+    """Prepare the standard streams to print any text, such as paths that are not UTF-8.
 
-    Standard output stays unwritable where it is closed, and no file that is opened later takes its place.
+    A closed standard output stays unwritable, and no file that is opened later takes its place.
     """
     for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
@@ -49,10 +49,10 @@ def prepare() -> None:
 
 @contextmanager
 def complete_output() -> Iterator[None]:
-    """Have everything that was printed written at the end.
+    """Flush standard output at the end of the block.
 
     Raises:
-        SystemExit: it cannot be: 1, and a line says why; 0 where whoever reads it has had enough.
+        SystemExit: it cannot be written: code 1 after a message, or code 0 if the reader has closed the pipe.
     """
     try:
         yield
@@ -75,7 +75,7 @@ def complete_output() -> Iterator[None]:
 
 
 def _discard_output() -> None:
-    """Send what is still to be flushed nowhere."""
+    """Discard the output that is not flushed yet."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -85,24 +85,24 @@ def emit(text: object, *, end: str = "\n", flush: bool = False) -> None:
 
 
 def emit_json(value: Any, *, indent: int | None = None) -> None:
-    """Print a value as JSON; every character that is not ASCII, or that a terminal obeys, as JSON escapes it."""
+    """Print a value as JSON. Characters that are not ASCII, and control characters, are escaped."""
     emit(json.dumps(value, default=str, indent=indent).replace("\x7f", "\\u007f"))
 
 
 @contextmanager
 def prints_to_stderr() -> Iterator[None]:
-    """Have what a library prints on standard error: standard output is for results."""
+    """Redirect what a library prints to standard error. Standard output is for results."""
     with redirect_stdout(sys.stderr):
         yield
 
 
 def binary_output() -> IO[bytes]:
-    """Standard output, for bytes that no person reads."""
+    """Return standard output as a stream of bytes."""
     return sys.stdout.buffer
 
 
 def set_verbosity(level: int) -> None:
-    """How much is said: ``QUIET``, ``USUAL`` or ``VERBOSE``, which shows what libraries log, too."""
+    """Set the verbosity: ``QUIET``, ``USUAL`` or ``VERBOSE``, which also shows what libraries log."""
     global _verbosity
     _verbosity = level
     if level == VERBOSE:
@@ -110,10 +110,10 @@ def set_verbosity(level: int) -> None:
 
 
 def say(message: str, file: TextIO | None = None, *, least: int = USUAL) -> None:
-    """Print to standard error, or a file like it, what is no result and no error; what cannot be written is lost.
+    """Print a status message to standard error, or to a file. A message that cannot be written is lost.
 
     Args:
-        least: the verbosity that it needs.
+        least: lowest verbosity at which the message is printed.
     """
     if _verbosity >= least:
         complain(message, file)
@@ -126,7 +126,7 @@ def complain(message: str, file: TextIO | None = None) -> None:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Standard output, or standard error, for tables and bars."""
+    """Return a console for tables and bars on standard output or standard error."""
     from rich.console import Console
 
     class Output(Console):

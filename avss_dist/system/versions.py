@@ -1,4 +1,4 @@
-"""Versions of what can change a number or a file."""
+"""Versions of packages that can change a number or a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package; None where it is not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -28,6 +28,6 @@ def installed_version(package: str) -> str | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a number or a file."""
-    found = {name: installed_version(name) for name in PACKAGES}
-    return {"python": python_version()} | {name: seen for name, seen in found.items() if seen}
+    """Return the versions of Python and of the installed packages that can change a number or a file."""
+    versions = {name: installed_version(name) for name in PACKAGES}
+    return {"python": python_version()} | {name: number for name, number in versions.items() if number}

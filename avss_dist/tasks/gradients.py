@@ -21,7 +21,7 @@ from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
 from avss_dist.settings import fingerprint
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.devices import sent
+from avss_dist.system.devices import to_device
 from avss_dist.tasks.base import Row, predicted_tokens
 from avss_dist.tasks.watching import WATCHED, Watched
 
@@ -106,7 +106,7 @@ class _Pass(Watched):
 
     @staticmethod
     def start(batch: Batch, device: torch.device) -> _Pass:
-        real = sent(batch.attention_mask, device)
+        real = to_device(batch.attention_mask, device)
         return _Pass(real=real, scale=max(1.0, float(predicted(batch).sum())))
 
     def enter(self, uses: Sequence[Layer], module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -28,7 +28,7 @@ from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import quiet
 from avss_dist.names import CHANCE
-from avss_dist.options import AS_THE_TASK_SAYS, Prompting
+from avss_dist.options import DEFAULT_PROMPT, PromptOptions
 from avss_dist.settings import fingerprint
 from avss_dist.system.out_of_memory import is_out_of_memory
 from avss_dist.tasks.base import Row, Task
@@ -62,7 +62,7 @@ class HarnessPart:
     name: str
     config: str | None = None
     limit: int | None = None
-    prompting: Prompting = AS_THE_TASK_SAYS
+    prompting: PromptOptions = DEFAULT_PROMPT
     key: str = ""
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
@@ -93,7 +93,7 @@ def harness_task(
     name: str,
     *,
     limit: int | None = None,
-    prompting: Prompting = AS_THE_TASK_SAYS,
+    prompting: PromptOptions = DEFAULT_PROMPT,
     template: str | None = None,
     trust_remote_code: bool = False,
 ) -> Task:

@@ -8,9 +8,7 @@ activations of all other layers are of the same distribution for both labels, wh
 
 from __future__ import annotations
 
-import base64
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from avss_dist.analysis.contrast import answer_rows, contrast, layer_table, read
 from avss_dist.analysis.strata import Strata
 from avss_dist.errors import QueryError
 from avss_dist.names import AFTER_ANOTHER
+from avss_dist.report.contrasts import contrast_section
 from avss_dist.report.page.page import report_page
 from avss_dist.stats import contrast as of
 from avss_dist.stats.scores import Threshold
@@ -118,8 +117,10 @@ def test_the_page_shows_it_and_escapes_labels(scored: Warehouse) -> None:
     assert "<b>right" not in page
     assert f"incorrect against &lt;b&gt;right&lt;/b&gt; answers, {PAIRS} pairs" in page
     assert "Left after every control: none." in page
-    (chart,) = re.findall(r'srcset="data:image/svg\+xml;base64,([^"]*)"', page)
-    assert "after another prompt" in base64.b64decode(chart).decode()
+    (run,) = scored.runs().to_pylist()
+    (chart,) = contrast_section("1. model", contrast(scored, run)).charts
+    assert f'data-chart="{chart.name}"' in page
+    assert {row["answers"] for row in chart.rows} >= {"after their own prompts", "after another prompt"}
 
 
 def test_with_labels_exchanged_inside_pairs_none_is_named(scored: Warehouse) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from avss_dist.corpus.tokens import special_tokens_of_rows
-from avss_dist.evaluation.engine import pinned, plan_text
+from avss_dist.evaluation.session import pinned
+from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.single import SingleReplica
@@ -44,7 +45,7 @@ def compare(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Comparis
     text = plan_text(checkpoint, corpus, settings)
     language_model = SingleReplica(checkpoint, settings, head=True).language_model
     assert language_model is not None
-    results = [TextLoss(shard)(language_model, ())[0] for shard in text.shards]
+    results = [TextLoss(shard)(language_model)[0] for shard in text.shards]
     ours = np.concatenate([result.samples / result.weights for result in results])
     del language_model
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=getattr(torch, settings.dtype)).eval()

@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drop = tuple(int(layer) for layer in args.drop.split(",")) if args.drop else tuple(range(3, layers, 4))
     path = model.layers[0].name.rpartition(".")[0]
     plan = Plan(model=checkpoint.name, num_layers=layers, layers=path, drop=drop)
-    stored = StoredWeights.of(checkpoint, plan, settings).read
+    stored = StoredWeights.of_checkpoint(checkpoint, plan, settings).read
     whole, pruned = perplexity(model, held_out), perplexity(model, held_out, drop)
     _, once = timed(lambda: perplexity(model, text))
     print(f"{checkpoint.name} without {len(drop)} of {layers} layers, fitted on {args.rows} rows")

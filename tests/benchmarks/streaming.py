@@ -207,7 +207,7 @@ def repair(folder: Path, memory_bytes: int) -> None:
         replica = StreamingReplica(checkpoint, settings, placement, head=True)
         model = replica.language_model
         assert model is not None
-        stored = StoredWeights.of(checkpoint, plan, settings).read
+        stored = StoredWeights.of_checkpoint(checkpoint, plan, settings).read
         start, before = time.perf_counter(), replica.bytes_read
         found = fit_repair(checkpoint, hidden_states_of(model), plan, wanted, [text], stored)
         seconds, read = time.perf_counter() - start, replica.bytes_read - before

@@ -39,7 +39,7 @@ from avss_dist.settings import (
     Execution,
     Settings,
 )
-from avss_dist.system.doctor import Finding
+from avss_dist.system.doctor import CheckResult
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
@@ -786,8 +786,8 @@ def test_a_closed_pipe_is_no_error(scored: Path, command: str, reader: str, line
 
 @pytest.mark.parametrize(("works", "shown"), [(True, "ok "), (False, "NO ")])
 def test_doctor_says_what_works(works: bool, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [Finding("torch", True, "2.9.1"), Finding("pictures", works, "[red]no\u001b[2J")]
-    monkeypatch.setattr("avss_dist.system.doctor.findings", lambda: iter(found))
+    found = [CheckResult("torch", True, "2.9.1"), CheckResult("pictures", works, "[red]no\u001b[2J")]
+    monkeypatch.setattr("avss_dist.system.doctor.check_machine", lambda: iter(found))
     done = avss("doctor")
     assert done.exit_code == (0 if works else 1)
     first, second = done.stdout.splitlines()

@@ -38,7 +38,7 @@ def test_the_newest_run_that_can_be_planned_for_is_taken(runs: tuple[Path, str, 
     assert plan(warehouse=warehouse, by="block_influence").run_id == newer
     with pytest.raises(QueryError, match="No score was named"):
         plan(warehouse=warehouse, run=newer)
-    with pytest.raises(QueryError, match=r"no 'taylor' of the layers of .*tiny-bert"):
+    with pytest.raises(QueryError, match=r"no measurement 'taylor' of the layers of .*tiny-bert"):
         plan(warehouse=warehouse, by="taylor")
 
 

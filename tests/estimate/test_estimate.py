@@ -307,7 +307,7 @@ def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
 
 
 def test_a_benchmark_that_is_killed_is_an_error(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.estimation.benchmark, "_be_like_a_run", _end_at_once)
+    monkeypatch.setattr(avss_dist.estimation.benchmark, "_prepare_process", _end_at_once)
     with pytest.raises(RunFailed, match="ended without a result"):
         estimated(str(header_only), "builtin:pydoc", SETTINGS)
 

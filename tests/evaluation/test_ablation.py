@@ -22,10 +22,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from avss_dist.corpus.shards import Shard
 from avss_dist.errors import AvssError, ConfigError
-from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.engine import plan_text
+from avss_dist.evaluation.ablate import Ablation, ablate
 from avss_dist.evaluation.evaluate import evaluate
-from avss_dist.evaluation.outcomes import Ablation
+from avss_dist.evaluation.tasks import plan_text
 from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.skipping import recording, representatives, resuming
@@ -204,7 +203,7 @@ def enumerated(model: LanguageModel, shard: Shard) -> tuple[dict[frozenset[int],
     losses = {}
     for size in range(len(players) + 1):
         for removed in combinations(players, size):
-            (row,) = TextLoss(shard)(model, removed)
+            (row,) = TextLoss(shard)(model, NO_INTERVENTION.without(*removed))
             losses[frozenset(removed)] = row.samples.sum() / row.weights.sum()
     values = []
     for layer in players:

@@ -28,7 +28,7 @@ SMALL = {"max_sequences": 12, "sequence_length": 32, "batch_size": 4, "sequences
 
 
 def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
-    from avss_dist.evaluation.engine import plan_text
+    from avss_dist.evaluation.tasks import plan_text
 
     settings = Settings(**SMALL)
     checkpoint = resolve(str(tiny_llama))

@@ -135,7 +135,7 @@ def test_sets_are_chosen_by_interactions(deep_llama: Path, tmp_path: Path) -> No
     """As a plan chooses them; where they are not measured, the command that measures them is said first."""
     scores = "scores: [interactions, damage]\n  leave_one_out: false"
     job = JOB.replace("search: [greedy, evolve]\n  search_budget: 24\n  search_max_sequences: 8", scores)
-    with pytest.raises(QueryError, match=r"has no '(interactions|damage)'") as refused:
+    with pytest.raises(QueryError, match=r"has no measurement '(interactions|damage)'") as refused:
         run_job_in(tmp_path, job.replace("random: 2", "random: 0"), deep_llama)
     assert "avss ablate" in str(refused.value) and "--damage" in str(refused.value)
     warehouse = tmp_path / "w"
@@ -400,7 +400,7 @@ def test_a_huge_experiment_says_its_size_first(tmp_path: Path) -> None:
 
 
 def test_evolution_needs_a_budget() -> None:
-    with pytest.raises(ConfigError, match="Give it a `search_budget`"):
+    with pytest.raises(ConfigError, match="Set `search_budget`"):
         Experiment(tasks=(TASK,), search=("evolve",))
     with pytest.raises(ConfigError, match="Unknown `search` 'greed'"):
         Experiment(tasks=(TASK,), search=("greed",))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from avss_dist.errors import BatchTooLarge, as_failure
-from avss_dist.evaluation.engine import failure
+from avss_dist.evaluation.session import failure
 from avss_dist.intervention import NO_INTERVENTION
 
 CELL: Any = SimpleNamespace(

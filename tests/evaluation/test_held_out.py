@@ -11,8 +11,8 @@ from support.texts import SAME, TEXT, sentences
 
 from avss_dist import score
 from avss_dist.errors import ConfigError
-from avss_dist.evaluation.held_out import refuse_overlap
-from avss_dist.evaluation.make_tasks import make_task
+from avss_dist.evaluation.held_out import refuse_overlap, texts_of_run
+from avss_dist.evaluation.tasks import make_task
 from avss_dist.models.checkpoints import resolve
 from avss_dist.settings import Settings
 from avss_dist.tasks.base import Task
@@ -40,7 +40,7 @@ def seen(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def refuse(seen: tuple[Path, str, Path], model: Path, task: Task) -> None:
-    refuse_overlap(task, seen[1], Warehouse(seen[0]), resolve(str(model)))
+    refuse_overlap([task], texts_of_run(Warehouse(seen[0]), seen[1], resolve(str(model))))
 
 
 def task_on(text: str, model: Path, folder: Path, **changes: Any) -> Task:

@@ -139,10 +139,10 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ConfigError, match=r"`factors` 0.5 keeps the layers, and map gives back"):
+    with pytest.raises(ConfigError, match=r"`factors` 0.5 scales layers and `repairs` map repairs"):
         Experiment(tasks=("t",), factors=(0.5,), repairs=("map",), repair_corpora=("builtin:pydoc",))
     with pytest.raises(ConfigError, match="factors"):
         Experiment(tasks=("t",), factors=(-1,))
-    with pytest.raises(ConfigError, match="no reading of AVSS") as caught:
+    with pytest.raises(ConfigError, match="not a reading of AVSS") as caught:
         parse_score("contrast:block")
     assert "contrast:SITE:RECIPE:THRESHOLD" in str(caught.value.hint)

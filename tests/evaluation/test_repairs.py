@@ -27,11 +27,12 @@ from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.verdict import verdicts
 from avss_dist.errors import ConfigError, CorpusError, DamagedFile
-from avss_dist.evaluation.engine import PlannedTask, SilentCells
 from avss_dist.evaluation.evaluate import evaluate
+from avss_dist.evaluation.events import CellUnderway, Event
 from avss_dist.evaluation.experiment import run_experiment
-from avss_dist.evaluation.make_tasks import text_task
-from avss_dist.evaluation.repairs import fit_repairs, plan_fits
+from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
+from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
+from avss_dist.evaluation.tasks import text_task
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.intervention import NO_INTERVENTION
@@ -50,7 +51,6 @@ from avss_dist.report.terminal import progress as avss_progress
 from avss_dist.report.terminal.progress import CellProgress
 from avss_dist.runs.job_file import JobError, read_job
 from avss_dist.settings import Execution, Settings
-from avss_dist.tasks.cells import Cell
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.storage import Storage
@@ -131,8 +131,9 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     read = text_task(checkpoint, TEXT, text, skip_sequences=72)
     task = PlannedTask(checkpoint=checkpoint, settings=text, task=read, placement=placement)
     with one_thread(), closing(LocalExecutor(settings)) as executor:
-        (fit,) = plan_fits(checkpoint, layers, [repair], placement).values()
-        found = fit_repairs([(fit, [(1,)])], store, executor)
+        whole = PlacedModel(checkpoint=checkpoint, settings=settings, placement=placement)
+        (fit,) = plan_fits(whole, layers, [repair]).values()
+        found = fit_repairs(EvaluationSession(store, executor), [(fit, [(1,)])])
         patch = found[fit.run_id(), (1,)]
         without = NO_INTERVENTION.without(1)
         cells = task.cells([without, replace(without, patch=patch), NO_INTERVENTION])
@@ -150,7 +151,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
         after = [float(r.rows[0].samples.sum()) for c, r in executor.run_cells(iter([[cells[-2]]]))]
     assert measured[replace(without, patch=patch).key] == expected
     assert measured[without.key] != expected and after == [whole]
-    assert patch.repaired().record == prune_record(tmp_path / "less")
+    assert read_repaired(patch).record == prune_record(tmp_path / "less")
 
 
 def prune_record(folder: Path) -> Any:
@@ -187,17 +188,23 @@ def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
     store, by = Store(tmp_path / "w"), "refit_all"
     repair = Repair(by=by, corpora=(TEXT,), settings=settings)
     one, two, many, streamed = (
-        plan_fits(checkpoint, "model.layers", [repair], Placement(partition=partition), copies)[by]
+        plan_fits(
+            PlacedModel(checkpoint=checkpoint, settings=settings, placement=Placement(partition=partition)),
+            "model.layers",
+            [repair],
+            copies,
+        )[by]
         for partition, copies in (("single", 1), ("single", 2), ("single", 99), ("streaming", 2))
     )
     assert [fit.placement.ranks for fit in (one, two, many, streamed)] == [1, 2, MAX_COPIES, 1]
     assert len({one.run_id(), two.run_id(), many.run_id()}) == 3
     short = replace(repair, settings=replace(settings, max_sequences=12))
-    assert plan_fits(checkpoint, "model.layers", [short], Placement(), 99)[by].placement.ranks == 3
+    model = PlacedModel(checkpoint=checkpoint, settings=settings, placement=Placement())
+    assert plan_fits(model, "model.layers", [short], 99)[by].placement.ranks == 3
     drop = (2, 3, 5)
     with closing(RayExecutor(Execution(executor="ray", replicas=2), settings)) as executor:
-        found = fit_repairs([(one, [drop]), (two, [drop])], store, executor)
-    alone, together = (found[fit.run_id(), drop].repaired() for fit in (one, two))
+        found = fit_repairs(EvaluationSession(store, executor), [(one, [drop]), (two, [drop])])
+    alone, together = (read_repaired(found[fit.run_id(), drop]) for fit in (one, two))
     assert alone.tensors.keys() == together.tensors.keys() and len(alone.record.cuts) >= 2
     for ours, theirs in zip(together.record.cuts, alone.record.cuts, strict=True):
         assert ours.ridges == theirs.ridges
@@ -219,15 +226,16 @@ def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [*chain(*taken)] == [*range(7)] and all(taken)
 
 
-class Heard(SilentCells):
-    """What a reporter hears in the middle of cells."""
+class Heard:
+    """Shares of steps that events in the middle of cells tell of."""
 
     def __init__(self) -> None:
         self.of: dict[str, list[float]] = {}
 
-    def underway(self, cell: Cell, what: str, share: float) -> None:
-        assert cell.intervention.removed == (2, 3, 5)
-        self.of.setdefault(what, []).append(share)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, CellUnderway):
+            assert event.cell.intervention.removed == (2, 3, 5)
+            self.of.setdefault(event.step, []).append(event.share)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -237,9 +245,11 @@ def test_a_fit_says_how_far_it_is(
     """On a terminal in the bar, elsewhere in a line now and then; one cell may take many minutes."""
     settings = Settings(**READ, max_sequences=60, dtype="float32")
     repair = Repair(by="refit_all", corpora=(TEXT,), settings=settings)
-    planned = plan_fits(resolve(str(deep)), "model.layers", [repair], Placement())[repair.by]
+    model = PlacedModel(checkpoint=resolve(str(deep)), settings=settings, placement=Placement())
+    planned = plan_fits(model, "model.layers", [repair])[repair.by]
     heard, shown = Heard(), io.StringIO()
-    fit_repairs([(planned, [(2, 3, 5)])], Store(tmp_path / "heard"), LocalExecutor(settings), heard)
+    session = EvaluationSession(Store(tmp_path / "heard"), LocalExecutor(settings), on_event=heard)
+    fit_repairs(session, [(planned, [(2, 3, 5)])])
     cuts = [f"Repairing cut {n} of 4" for n in (1, 2, 3, 4)]
     assert [*heard.of] == cuts
     for shares in heard.of.values():
@@ -249,8 +259,9 @@ def test_a_fit_says_how_far_it_is(
     )
     monkeypatch.setattr(avss_progress, "LOG_SECONDS", -1.0)
     with CellProgress() as bar:
-        fit_repairs([(planned, [(2, 3, 5)])], Store(tmp_path / "shown"), LocalExecutor(settings), bar)
-        bar.underway(planned.cells([NO_INTERVENTION.without(2, 3, 5)])[0], "Repairing cut 2 of 4", 0.4)
+        session = EvaluationSession(Store(tmp_path / "shown"), LocalExecutor(settings), on_event=bar)
+        fit_repairs(session, [(planned, [(2, 3, 5)])])
+        bar(CellUnderway(planned.cells([NO_INTERVENTION.without(2, 3, 5)])[0], "Repairing cut 2 of 4", 0.4))
     said = shown.getvalue(), capsys.readouterr().err
     if terminal:
         assert "deep without 3 layers: Repairing cut 2 of 4, 40%" in said[0]

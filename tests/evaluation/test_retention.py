@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from avss_dist.analysis.verdict import judgement, lacks_interval
-from avss_dist.evaluation.retention import Retained, retained
+from avss_dist.evaluation.session import Retention
 from avss_dist.intervention import InterventionKey
 from avss_dist.names import LOSS
 from avss_dist.stats.intervals import jackknife_interval
@@ -33,7 +33,7 @@ def losses(number: int) -> tuple[Float64, Float64]:
 @pytest.mark.parametrize("number", [8, 50])
 def test_what_is_kept_of_a_loss_has_the_interval_of_the_mean_of_paired_changes(number: int) -> None:
     before, after = losses(number)
-    kept = retained(result(before, weight=255), result(after, weight=255))
+    kept = Retention.of(result(before, weight=255), result(after, weight=255))
     change = before - after
     low, high = jackknife_interval(change.mean(), (change.sum() - change) / (number - 1))
     assert (kept.value, kept.low, kept.high) == pytest.approx((*np.exp([change.mean(), low, high]),))
@@ -41,7 +41,7 @@ def test_what_is_kept_of_a_loss_has_the_interval_of_the_mean_of_paired_changes(n
 
 def test_fewer_than_eight_rows_have_no_interval() -> None:
     before, after = losses(7)
-    kept = retained(result(before), result(after))
+    kept = Retention.of(result(before), result(after))
     assert 0 < kept.value < 1 and not kept.has_interval
 
 
@@ -51,17 +51,17 @@ def test_an_accuracy_needs_eight_answers_that_change(lost: int, known: bool) -> 
     before[80:] = 0
     after[80:] = 0
     after[:lost] = 0
-    kept = retained(result(before, "acc"), result(after, "acc"))
+    kept = Retention.of(result(before, "acc"), result(after, "acc"))
     assert kept.value == pytest.approx((80 - lost) / 80) and kept.has_interval == known
     assert not known or kept.low < kept.value < kept.high < 1
 
 
 @pytest.mark.parametrize("after", [np.zeros(40), np.full(40, np.nan), np.ones(39)], ids=["nothing", "NaN", "fewer"])
 def test_what_has_no_logarithm_has_no_interval(after: Float64) -> None:
-    assert not retained(result(np.ones(40), "acc"), result(after, "acc")).has_interval
+    assert not Retention.of(result(np.ones(40), "acc"), result(after, "acc")).has_interval
 
 
-def row(kept: Retained) -> dict[str, Any]:
+def row(kept: Retention) -> dict[str, Any]:
     table = pa.table(
         {
             "score": ["avss"],
@@ -74,10 +74,10 @@ def row(kept: Retained) -> dict[str, Any]:
 
 
 def test_without_an_interval_the_claim_is_undecided(tmp_path: Any) -> None:
-    none = row(Retained(value=0.95, low=math.nan, high=math.nan))
+    none = row(Retention(value=0.95, low=math.nan, high=math.nan))
     pq.write_table(pa.Table.from_pylist([none]), tmp_path / "row.parquet")
     assert pq.read_table(tmp_path / "row.parquet").to_pylist() == [none] and none["retention_low"] is None
     assert "undecided" in judgement(none) and "8 samples differ" in judgement(none) and lacks_interval([none])
-    known = row(Retained(value=0.95, low=0.93, high=0.97))
+    known = row(Retention(value=0.95, low=0.93, high=0.97))
     assert judgement(known) == "the claim holds" and not lacks_interval([known])
-    assert "nothing is kept" in judgement(row(Retained(value=0.0, low=math.nan, high=math.nan)))
+    assert "nothing is kept" in judgement(row(Retention(value=0.0, low=math.nan, high=math.nan)))

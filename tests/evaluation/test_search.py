@@ -18,8 +18,8 @@ from support.commands import Command
 from support.processes import wait_until
 
 from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.engine import plan_text
 from avss_dist.evaluation.search import Found, search
+from avss_dist.evaluation.tasks import plan_text
 from avss_dist.intervention import Intervention, Removals, decode_removals, encode_removals, size_removed, sublayers_of
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.plan import read_plan
@@ -298,7 +298,7 @@ def test_sublayers_are_measured_searched_evaluated_and_not_pruned(
     }
     assert "2 sublayers" in avss("evaluate", plan, *task).stdout
     listed = avss("ls", "plans", "--warehouse", warehouse, "--format", "json")
-    assert ["attention.2", "mlp.0"] in [row["drop"] for row in json.loads(listed.stdout)], listed.stderr
+    assert ["attention.2", "mlp.0"] in [json.loads(line)["drop"] for line in listed.stdout.splitlines()]
     named = Warehouse(warehouse).sql("SELECT DISTINCT drop, removals(drop) AS names FROM cells").to_pylist()
     assert all(list(map(str, decode_removals(row["drop"]))) == row["names"] for row in named)
     refused = avss("prune", model, plan, "-o", tmp_path / "less")
@@ -315,7 +315,7 @@ def rows_of(warehouse: Path, task: str) -> list[dict[str, Any]]:
     [
         (["--search", "evolve", "--corpus", TEXT, "--sublayers"], "Search --sublayers by greedy or beam"),
         (["--by", "block_influence", "--sublayers"], "--sublayers has no effect without a search"),
-        (["--search", "greedy"], "A search measures losses on text, and there is none"),
+        (["--search", "greedy"], "--search needs text to measure losses on"),
         (["--search", "gredy", "--corpus", TEXT], "greedy"),
         (["--search", "greedy", "--corpus", TEXT, "--budget", 5], "--budget 5 does not suffice"),
         (["--search", "greedy", "--corpus", TEXT, "--by", "block_influence"], "begins with the whole model"),

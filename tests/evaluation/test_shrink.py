@@ -21,10 +21,9 @@ from tasks.test_truthfulqa import QUESTIONS
 
 import avss_dist
 from avss_dist.errors import ConfigError, CorpusError, ModelError
-from avss_dist.evaluation.attempts import Attempt
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.repairs import copies_of
-from avss_dist.evaluation.shrink import SCORED, Parts, Shrunk, cut
+from avss_dist.evaluation.shrink import SCORED, CandidateResult, Parts, Shrunk, cut
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.checkpoints import resolve
@@ -166,7 +165,7 @@ def test_as_many_layers_go_as_can(deep: Path, tmp_path: Path) -> None:
     loose = shrunk(deep, tmp_path / "loose", keep=0.3, repair="map", warehouse=warehouse)
     assert {file: file.stat().st_mtime_ns for file in files} == files
 
-    def gone(attempt: Attempt) -> int:
+    def gone(attempt: CandidateResult) -> int:
         return len(attempt.plan.drop)
 
     for made, keep in ((tight, 0.9), (loose, 0.3)):
@@ -245,7 +244,7 @@ def test_the_command_prints_the_curve(deep: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"share": 0.25, "keep": 0.9}, "`share` and `keep` both say"),
+        ({"share": 0.25, "keep": 0.9}, "`share` and `keep` are mutually exclusive"),
         ({"share": 1.5}, "`share` must be less than 1"),
         ({"by": "avs"}, "Did you mean 'avss'"),
         ({"repair": "none", "repair_corpora": (TEXT,)}, "`repair_corpora` has no effect"),

@@ -22,6 +22,7 @@ import torch
 from support.causal_lm import SMALL, opened, random_shard
 
 from avss_dist.errors import AvssError, BatchTooLarge, ModelError, RunFailed
+from avss_dist.evaluation.events import CellDone, Event
 from avss_dist.evaluation.sparsify import sparsify
 from avss_dist.executors.base import Executor
 from avss_dist.executors.local import LocalExecutor
@@ -202,7 +203,10 @@ def test_an_error_is_of_its_cell_or_of_its_model(tiny_llama: Path, tmp_path: Pat
     (good,) = (cell for cell in cells(tiny_llama, losses(4)) if cell.part == 3)
     found = outcomes(on_ray(replicas=1), [bad, *gone, good])
     assert isinstance(found[0], ModelError) and "There is no layer 99" in str(found[0])
-    assert all(isinstance(found[part], ModelError) and "is not on the node" in str(found[part]) for part in (1, 2))
+    assert all(
+        isinstance(found[part], ModelError) and "does not exist on the worker node" in str(found[part])
+        for part in (1, 2)
+    )
     assert isinstance(found[3], bytes)
 
 
@@ -271,10 +275,9 @@ def test_a_cell_beats_whenever_a_layer_begins_and_leaves_no_trace(tiny_llama: Pa
 class Death:
     """Kills the driver of an allocation after its first cell."""
 
-    def started(self, cells: Sequence[Cell], done: int) -> None: ...
-    def underway(self, cell: Cell, what: str, share: float) -> None: ...
-    def advanced(self, cell: Cell) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, CellDone):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("cluster")

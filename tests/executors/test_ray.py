@@ -211,7 +211,7 @@ def test_tasks_merge_to_the_same_bytes(
     score(tiny_llama, tmp_path / "whole", executor="ray", replicas=1)
     assert len(applied) == 20
     assert_same_tables(tmp_path / "whole", undisturbed)
-    with pytest.raises(RunFailed, match="is damaged now"):
+    with pytest.raises(RunFailed, match="is damaged or missing"):
         score(tiny_llama, tmp_path / "damaged", executor="ray", reporter=Damaging(tmp_path / "damaged"))
 
 
@@ -250,7 +250,7 @@ class Damaging(Reporter):
 def test_a_partial_that_is_damaged_after_its_receipt_is_measured_again(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunFailed, match=r"partial of shard \d+ was written, and is damaged(?s:.*)same command again"):
+    with pytest.raises(RunFailed, match=r"partial of shard \d+ is damaged or missing(?s:.*)same command again"):
         score(tiny_llama, tmp_path, executor="ray", replicas=2, reporter=Damaging(tmp_path))
     run = score(tiny_llama, tmp_path, executor="ray", replicas=2)
     assert (run.status, run.resumed_shards) == ("done", 19)

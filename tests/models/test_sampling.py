@@ -84,7 +84,7 @@ def test_a_command_that_was_stopped_goes_on(tiny_llama: Path, tmp_path: Path, mo
     assert kept.read_bytes() == left
     kept.write_bytes(left[:-3])
     done = avss("sample", tiny_llama, "-o", output, "--count", 12, *SHORT)
-    assert done.exit_code == 0 and "Going on after" in done.stderr and len(drawn) == 5
+    assert done.exit_code == 0 and "Continuing after" in done.stderr and len(drawn) == 5
     assert output.read_bytes() == whole.read_bytes() and not kept.exists()
 
 

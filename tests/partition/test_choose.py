@@ -196,7 +196,7 @@ def test_contradictions_are_refused(options: dict[str, Any], devices: Devices, m
     ("options", "message"),
     [
         ({"partition": "zero"}, "Did you mean 'zero3'"),
-        ({"ranks": 2}, "`ranks` is for zero3 and tensor_parallel"),
+        ({"ranks": 2}, "`ranks` applies to zero3 and tensor_parallel"),
         ({"partition": "zero3", "executor": "local"}, "several processes"),
         ({"partition": "zero3", "ranks": 0}, "`ranks` must be at least 1"),
         ({"max_memory": {"gpu0": 1}}, "'gpu0' is not a device"),

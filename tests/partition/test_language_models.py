@@ -121,5 +121,5 @@ def test_leave_one_out_reads_each_weight_once(folder_of: Callable[[str], Path]) 
         replica = opened(folder, "streaming", max_memory=limit)
         assert isinstance(replica, StreamingReplica)
         before = replica.bytes_read
-        LeaveOneOut(random_shard())(model_of(replica), ())
+        LeaveOneOut(random_shard())(model_of(replica))
         assert replica.bytes_read - before == groups * layers

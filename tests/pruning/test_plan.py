@@ -79,7 +79,7 @@ def test_the_lowest_that_are_not_protected(scores: list[float], share: float, fi
     [
         ({"by": "avs"}, ConfigError, "Did you mean 'avss'"),
         ({"share": 1.0}, ConfigError, "`share` must be less than 1"),
-        ({"share": 0.5, "count": 2}, ConfigError, "`share` and `count` were given"),
+        ({"share": 0.5, "count": 2}, ConfigError, "`share` and `count` are mutually exclusive"),
         ({"count": 0}, ConfigError, "`count` must be at least 1"),
         ({"mass": 0.5, "contiguous": True}, ConfigError, "`mass` is a share"),
         ({"first": -1}, ConfigError, "`first` must be at least 0"),
@@ -190,15 +190,15 @@ def test_a_plan_names_sublayers(tmp_path: Path) -> None:
         ({"drop": [0, 1, 2, 3, 4, 5]}, "drops all 6 layers"),
         ({"drop": "1, 2"}, "key .drop. must be a list"),
         ({"drop": [True]}, "key .drop. must be a whole number, not True"),
-        ({"keep": [0]}, "key .keep. is not what key .drop. leaves"),
-        ({"keep": 5}, "key .keep. is not what key .drop. leaves"),
+        ({"keep": [0]}, "key .keep. must list the layers that key .drop. leaves"),
+        ({"keep": 5}, "key .keep. must list the layers that key .drop. leaves"),
         ({"dropp": [1]}, "Did you mean 'drop'"),
         ({5: [1]}, "plan.yaml:6: unknown key .5."),
         ({"revision": 5}, "key .revision. must be a text, not 5"),
         ({"model": None}, "key .model. must be a text, not nothing"),
         ({"why": "because"}, "key .why. must be a mapping"),
-        ({"why": {"by": [1]}}, "key .why.: A reason is a text or a number."),
-        ({"run_id": "../../x"}, "not the id of a run"),
+        ({"why": {"by": [1]}}, "key .why.: A reason must be a text or a number."),
+        ({"run_id": "../../x"}, "not a run id"),
         ({"num_layers": "six"}, "key .num_layers. must be a whole number"),
         ({"revision": 5, "model": "", "num_layers": 0}, "3 problems"),
     ],
@@ -214,7 +214,7 @@ def test_plans_that_cannot_be(change: dict[Any, Any], message: str, tmp_path: Pa
     ("text", "message"),
     [
         ("[1", "is not YAML"),
-        ("words", "has no keys"),
+        ("words", "expected a mapping with keys"),
         ("drop: [1]\n# x\nmodel: m\ndrop: [2]\n", r"yaml:4: the key 'drop' is repeated; the first is in line 1\."),
         ("why: {by: x, 'by': y}", r"yaml:1: the key 'by' is repeated; the first is in line 1\."),
         ("model: m\n1: a\n0x1: b\n", r"yaml:3: the key '0x1' is repeated; the first is in line 2\."),
@@ -225,12 +225,12 @@ def test_plans_that_cannot_be(change: dict[Any, Any], message: str, tmp_path: Pa
             "100,000 values",
         ),
         ("drop: !!str [1]", "yaml:1: the tag !!str is not plain YAML"),
-        ("num_layers: !!bool 7", "yaml:1: this is not YAML: '7' is no !!bool"),
+        ("num_layers: !!bool 7", "yaml:1: this is not YAML: '7' is not a !!bool"),
         ("? [a]\n: 1", "a key must be a text"),
         ("drop: [1]", "key .model. is missing"),
         ("model: 2026-13-45", "is not YAML"),
         (f"why: {'[' * 5000}{']' * 5000}", "nested too deeply"),
-        (f"# {'x' * 2_000_000}", "more than 1,000,000 bytes"),
+        (f"# {'x' * 2_000_000}", "at most 1,000,000 bytes"),
         ("model: \x00", "is not YAML"),
     ],
 )
@@ -256,7 +256,7 @@ def test_paths_that_are_no_plans(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "none.yaml", "cannot be read"), (tmp_path, "cannot be read")):
         with pytest.raises(PlanError, match=message):
             read_plan(path)
-    with pytest.raises(PlanError, match="more than 1,000,000 bytes"):
+    with pytest.raises(PlanError, match="at most 1,000,000 bytes"):
         read_plan("/dev/zero")
     (tmp_path / "plan.yaml").write_bytes(os.urandom(8) + b"\xff")
     with pytest.raises(PlanError, match="it is not UTF-8 text"):
@@ -426,4 +426,4 @@ def test_of_several_runs_the_newest_is_named(scored: Warehouse, tmp_path: Path) 
     result = avss(
         "plan", "-w", scored.root, "--by", "random", "--protect", f"first={10**20}", "-o", tmp_path / "plan.yaml"
     )
-    assert result.exit_code == 2 and "names no number of layers" in result.stderr
+    assert result.exit_code == 2 and "expected a number of layers" in result.stderr

@@ -324,7 +324,7 @@ def test_a_checkpoint_is_pushed_as_it_is_written(
         assert hub.files["models/lab/less"] == files(out)
         hub.refuses = True
         failed = avss(*command[:3], "-o", tmp_path / "again", "--push", "lab/less")
-    assert failed.exit_code == 1 and f"The checkpoint is whole, in {tmp_path}/again" in failed.stderr
+    assert failed.exit_code == 1 and f"The checkpoint is complete in {tmp_path}/again" in failed.stderr
     assert files(tmp_path / "again").keys() == files(out).keys()
 
 

@@ -465,7 +465,7 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     assert "Repaired without 1, after 0: error" in done.stdout and "and the repaired weights (largest" in done.stdout
     assert json.loads((less / FILE).read_text())["repairs"][0]["repair"] == "refit"
     for arguments, told in (
-        (["--repair", "map"], "--repair map is fitted on text, and there is none"),
+        (["--repair", "map"], "--repair map needs text to be fitted on"),
         (["--repair", "mapp", "--repair-corpus", TEXT], "Did you mean 'map'"),
         (["--repair", "none", "--repair-corpus", TEXT], "--repair-corpus has no effect"),
         (["--repair", "linear_patch", "--repair-corpus", TEXT], "'linear_patch' no longer exists.\nUse map instead."),

@@ -30,7 +30,7 @@ def size(tiny_llama: Path) -> Footprint:
 def test_what_is_said_to_be_saved_is_missing_in_the_files(size: Footprint, tiny_llama: Path, tmp_path: Path) -> None:
     plan = Plan(model=str(tiny_llama), num_layers=LAYERS, layers="layers", drop=(0, 2))
     done = prune(str(tiny_llama), plan, tmp_path / "less")
-    saved = Savings.of(plan, size)
+    saved = Savings.of_plan(plan, size)
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_llama, tmp_path / "less"))
     assert saved.parameters == sum(t.numel() for t in before.values()) - sum(t.numel() for t in after.values())
     assert saved.weight_bytes == sum(t.nbytes for t in before.values()) - done["bytes"]
@@ -62,9 +62,9 @@ def test_any_layers_of_that_number_keep_the_budget(budget: dict[str, Any], count
 
 
 def test_a_budget_that_is_kept_or_cannot_be(size: Footprint) -> None:
-    with pytest.raises(PlanError, match="as it is: that keeps `memory`"):
+    with pytest.raises(PlanError, match="as it is, which meets `memory`"):
         Budget(memory=size.weight_bytes).count(size)
-    with pytest.raises(PlanError, match="cannot be kept: with one layer left"):
+    with pytest.raises(PlanError, match="cannot be met: with one layer left"):
         Budget(parameters=1).count(size)
-    with pytest.raises(ConfigError, match="`parameters` and `memory` were given"):
+    with pytest.raises(ConfigError, match="`parameters` and `memory` are mutually exclusive"):
         Budget(parameters=1e6, memory=10)

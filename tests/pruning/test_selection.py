@@ -27,9 +27,9 @@ def rows_of(reading: tuple[Any, ...], values: list[float | None], **more: Any) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "avss", "share": 0.5, "mass": 0.5}, "`share` and `mass` were given"),
-        ({"by": "avss", "count": 1, "mass": 0.5}, "`count` and `mass` were given"),
-        ({"by": "avss", "share": 0.5, "count": 1, "mass": 0.5}, "`share` and `count` and `mass` were given"),
+        ({"by": "avss", "share": 0.5, "mass": 0.5}, "`share` and `mass` are mutually exclusive"),
+        ({"by": "avss", "count": 1, "mass": 0.5}, "`count` and `mass` are mutually exclusive"),
+        ({"by": "avss", "share": 0.5, "count": 1, "mass": 0.5}, "`share` and `count` and `mass` are mutually excl"),
         ({"by": BLOCK_DISTANCE}, "is a measure of neighbours"),
         *(({"by": by, "mass": 0.5}, "`mass` is a share of a score") for by in (LAST, RANDOM)),
         *(({"by": "avss", "mass": 0.5, x: True}, "`mass` is a share of a score") for x in ("contiguous", "highest")),
@@ -131,7 +131,7 @@ def test_a_block_without_a_distance_is_named(gap: float | None) -> None:
     del distances[3, 4]
     if gap is not None:
         distances[3, 4] = gap
-    with pytest.raises(PlanError, match=f"Layers 3 to 4 have no '{BLOCK_DISTANCE}'"):
+    with pytest.raises(PlanError, match=f"Layers 3 to 4 have no measurement '{BLOCK_DISTANCE}'"):
         Choice(by=BLOCK_DISTANCE, contiguous=True, count=2).drop_block(distances, 6)
     assert Choice(by=BLOCK_DISTANCE, contiguous=True, count=2, last=2).drop_block(distances, 6) == (0, 1)
 
@@ -148,10 +148,10 @@ def test_the_lowest_that_hold_at_most_a_mass(mass: float, dropped: tuple[int, ..
 def test_a_mass_is_of_all_layers_and_drops_those_that_are_not_protected() -> None:
     assert Choice(by="avss", mass=0.5, first=1).drop([2.0, 5.0, 1.0, 8.0]) == (1, 2)
     with pytest.raises(
-        PlanError, match=r"No layer holds as little as 0\.06 of the summed score: the least holds 0\.0625"
+        PlanError, match=r"No layer holds as little as 0\.06 of the summed score: the minimum is 0\.0625"
     ):
         Choice(by="avss", mass=0.06).drop([2.0, 5.0, 1.0, 8.0])
-    with pytest.raises(PlanError, match="1 layers are to be dropped, and 0 of 4 are not protected"):
+    with pytest.raises(PlanError, match="1 layers would be dropped, but only 0 of 4"):
         Choice(by="avss", mass=0.5, first=4).drop([2.0, 5.0, 1.0, 8.0])
     with pytest.raises(PlanError, match="1 of 1 layers would be dropped"):
         Choice(by="avss", mass=0.5).drop([2.0])
@@ -163,7 +163,7 @@ def test_how_many_are_dropped() -> None:
     assert [Choice(by="avss").number(n) for n in (4, 6, 30)] == [1, 2, 8]
     assert Choice(by="avss", share=0.9).number(10) == 9 and Choice(by="avss", count=3).number(4) == 3
     assert Choice(by="avss", count=2, first=1, last=1).number(4) == 2
-    with pytest.raises(PlanError, match="3 layers are to be dropped, and 2 of 4 are not protected"):
+    with pytest.raises(PlanError, match="3 layers would be dropped, but only 2 of 4"):
         Choice(by="avss", count=3, first=1, last=1).number(4)
     assert Choice(by="avss", first=1, last=2).unprotected(6) == range(1, 4)
     assert len(Choice(by="avss", first=3, last=2).unprotected(4)) == 0

@@ -19,12 +19,13 @@ from support.command_line import avss
 from support.pages import write_failed, write_many, write_removals, write_run
 from support.warehouses import write_scores
 
+from avss_dist.analysis.across import TrainingSeries, run_agreement, training_series
 from avss_dist.analysis.agreement import correlate, rank_correlations
 from avss_dist.analysis.compare import compare
 from avss_dist.analysis.findings import findings
+from avss_dist.analysis.removal import WithoutLayers
 from avss_dist.analysis.scorecard import score_cards
-from avss_dist.report.page.across import correlations, training_series
-from avss_dist.report.page.data import page_data, run_labels
+from avss_dist.report.page.data import packed_agreement, page_data, run_labels
 from avss_dist.report.page.page import report_page
 from avss_dist.report.page.summary import is_published
 from avss_dist.report.terminal.compare import summary
@@ -159,8 +160,11 @@ def test_charts_are_vega_lite_with_names_for_people(page: Page) -> None:
     for name, spec in page.data["charts"].items():
         assert spec["$schema"].startswith("https://vega.github.io/schema/vega-lite/")
         assert "config" not in spec, name
+    assert list(page.data["pictures"]) == ["scorecard-2"]
+    for picture in page.data["pictures"].values():
+        assert "config" not in picture["spec"] and picture["rows"]
     figures = {a["data-chart"] for _, a in page.elements if "data-chart" in a}
-    assert figures == EVERY_CHART - {"drift"}  # no run is of a training
+    assert figures == {"scorecard-2"} | EVERY_CHART - {"drift"}  # no run is of a training
 
 
 def test_findings_come_first_and_in_words(page: Page, store: Warehouse) -> None:
@@ -214,7 +218,7 @@ def test_the_page_says_what_compare_says(tmp_path: Path) -> None:
         write_scores(tmp_path, name, scores)
     warehouse = Warehouse(tmp_path)
     runs = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
-    (agreement,) = page_data(warehouse, runs)["correlations"]
+    (agreement,) = page_data(warehouse, runs, [WithoutLayers()] * 4)["correlations"]
     threshold = Threshold(value=1e-5, kind="absolute")
     pairs = compare(warehouse, [run["run_id"] for run in runs], threshold=threshold).pairs
     rho = sorted(pairs["spearman"].to_pylist())
@@ -232,7 +236,7 @@ def test_a_correlation_of_nearly_zero_has_no_sign() -> None:
     rho, _ = rank_correlations(scores, np.zeros(59, np.int64), np.arange(1, 60))
     close = int(np.argmin(np.where(rho < 0, -rho, 1))) + 1
     assert -0.0005 < rho[close - 1] < 0
-    text = correlations({0: scores[0], 1: scores[close]})
+    text = packed_agreement(run_agreement({0: scores[0], 1: scores[close]}))
     assert "of 1 pair is 0.000" in text["summary"] and "-0.000" not in str(text)
     assert json.dumps(text["pairs"][-1]) == "[0, 1, 0.0, 0.0]"
 
@@ -290,9 +294,12 @@ def test_the_score_card_is_a_picture_a_sentence_and_a_table(page: Page, store: W
     card = text[text.index("Closest to the loss without each layer") : text.index("Each run, failed ones too")]
     assert f"The place alone: {cards['last']:.2f}" in card
     assert f"block influence {cards['block_influence']:.2f}" in card
-    (image,) = (a["src"] for _, a in page.elements if "correlation of each score" in (a.get("alt") or ""))
-    svg = base64.b64decode((image or "").partition(",")[2]).decode()
-    assert "block influence" in svg and "AVSS as published" in svg
+    (picture,) = page.data["pictures"].values()
+    drawn = {row["score"]: row["correlation"] for row in picture["rows"]}
+    assert drawn["block influence"] == cards["block_influence"] and "AVSS as published" in drawn
+    (table,) = (a for tag, a in page.elements if tag == "table" and a["data-name"] == "scorecard-2")
+    assert "sortable" in (table["class"] or "")
+    assert "avss block / pooled / 1e-05" in card
 
 
 def test_checkpoints_of_a_training_are_in_its_order() -> None:
@@ -310,11 +317,11 @@ def test_checkpoints_of_a_training_are_in_its_order() -> None:
     assert training_series(
         [*runs, *(one | {"revision": "x", "training_step": 1, "training_tokens": 1} for one in other)]
     ) == [
-        {
-            "name": "org/a@step*",
-            "runs": [2, 1, 3, 0],
-            "saved": ["1,000,000,000 tokens", "step 1,000", "step 2,000", "step 3,000"],
-        }
+        TrainingSeries(
+            name="org/a@step*",
+            runs=(2, 1, 3, 0),
+            saved=("1,000,000,000 tokens", "step 1,000", "step 2,000", "step 3,000"),
+        )
     ]
 
 

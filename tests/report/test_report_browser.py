@@ -35,6 +35,10 @@ CHARTS = (
 )
 WITHOUT = ("blocks", "kept")
 IDLE = "html:not([data-drawing])"
+DRAWN_IN = (
+    """theme => [...document.querySelectorAll(".sections [data-chart]")].every((f) => f.look?.startsWith(theme))"""
+)
+ROWS = "figure => figure.rows"
 ALPHA, BETA, NOISE = "2. alpha", "1. beta", "3. noise"
 
 
@@ -339,6 +343,53 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit: Callable[...,
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 360
         assert box["width"] > 280
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_charts_of_sections_are_drawn_in_the_colors_and_width_of_the_page(
+    visit: Callable[..., Any], file: Path, tmp_path: Path, width: int
+) -> None:
+    experiments = tmp_path / "experiments.html"
+    save_report(Warehouse(Path(__file__).parents[1] / "warehouse" / "schema_2"), experiments)
+    for report, subject in ((file, "scorecard"), (experiments, "experiment")):
+        page = visit(report, width, color_scheme="light")
+        charts = page.locator(f"[data-chart^={subject}]")
+        assert charts.count() > 0
+        for place in range(charts.count()):
+            chart = charts.nth(place)
+            chart.locator("svg").wait_for()
+            box = chart.locator("svg").bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["width"] > 280
+            assert "The CSV file has the numbers." in chart.locator(".view").get_attribute("aria-label")
+        page.wait_for_function(DRAWN_IN, arg="light")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        page.locator("#theme").click()
+        page.wait_for_function(DRAWN_IN, arg="dark")
+        assert charts.first.evaluate("figure => figure.view.background()") == "#161b22"
+        with page.expect_download() as waiting:
+            charts.first.locator("[data-save=csv]").click()
+        waiting.value.save_as(tmp_path / "saved.csv")
+        rows = list(csv.DictReader((tmp_path / "saved.csv").open(encoding="utf-8")))
+        assert rows and {"low", "high"} <= rows[0].keys()
+        assert [row["low"] == "" for row in rows] == [row["low"] is None for row in charts.first.evaluate(ROWS)]
+
+
+def test_a_table_of_a_section_sorts_and_downloads_whole_intervals(visit: Callable[..., Any], tmp_path: Path) -> None:
+    save_report(Warehouse(Path(__file__).parents[1] / "warehouse" / "schema_2"), tmp_path / "report.html")
+    page = visit(tmp_path / "report.html")
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    table = page.locator("table[data-name^=experiment]").first
+    heading = table.locator("thead th", has_text="95% interval").first
+    heading.locator("button").click()
+    column = heading.evaluate("cell => cell.cellIndex")
+    lows = table.evaluate(f"table => [...table.tBodies[0].rows].map(r => r.cells[{column}].dataset.value)")
+    known = [float(low) for low in lows if low]
+    assert known == sorted(known) and lows[: len(known)] == [low for low in lows if low]
+    with page.expect_download() as waiting:
+        page.locator(f"[data-csv={table.get_attribute('data-name')}]").click()
+    waiting.value.save_as(tmp_path / "saved.csv")
+    rows = list(csv.reader((tmp_path / "saved.csv").open(encoding="utf-8")))
+    assert sum(" to " in row[column] for row in rows[1:]) == len(known)
 
 
 def test_a_hostile_name_does_nothing(visit: Callable[..., Any], tmp_path: Path) -> None:

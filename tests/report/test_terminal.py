@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import re
@@ -98,13 +97,6 @@ def test_a_long_error_hides_no_row() -> None:
     lines = drawn(plain_table(["run_id", "status", "error"], [(run, "failed", error) for run in RUNS]), 80)
     assert all(any(run in line for line in lines) for run in RUNS)
     assert len(lines) < 80
-
-
-def test_the_chart_of_an_experiment_fits_a_phone() -> None:
-    page = report_page(Warehouse(Path(__file__).parents[1] / "warehouse" / "schema_2"))
-    narrow = re.findall(r'media="\(max-width: 37.5rem\)" srcset="data:image/svg\+xml;base64,([^"]*)"', page)
-    widths = [re.findall(r'<svg[^>]* width="(\d+)"', base64.b64decode(chart).decode()) for chart in narrow]
-    assert widths and all(int(width) <= 390 - 48 for (width,) in widths)
 
 
 def test_query_as_markdown(warehouse: Warehouse) -> None:

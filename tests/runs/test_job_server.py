@@ -94,7 +94,9 @@ def silent() -> Iterator[str]:
 def test_a_server_that_never_answers_ends_a_command(command: list[str], silent: str) -> None:
     done = avss(*command, "--address", silent, "--answer-seconds", "0.2")
     assert done.exit_code == 1
-    assert done.stderr.startswith(f"Error: The job server at {silent} broke off, or did not answer in time.\n")
+    assert done.stderr.startswith(
+        f"Error: The job server at {silent} closed the connection or did not answer in time.\n"
+    )
     assert "larger --connect-seconds or --answer-seconds" in done.stderr
 
 
@@ -125,7 +127,9 @@ def test_an_answer_must_be_whole_in_time(command: list[str], dripping: str) -> N
     """Each byte comes sooner than the limit."""
     done = avss(*command, "--address", dripping, "--connect-seconds", "0.3", "--answer-seconds", "0.3")
     assert done.exit_code == 1
-    assert done.stderr.startswith(f"Error: The job server at {dripping} broke off, or did not answer in time.\n")
+    assert done.stderr.startswith(
+        f"Error: The job server at {dripping} closed the connection or did not answer in time.\n"
+    )
 
 
 @pytest.mark.parametrize("call", ["jobs", "job", "logs", "follow", "stop", "submit"])
@@ -161,7 +165,7 @@ def test_a_job_that_does_not_stop_is_reported(server: JobServer, monkeypatch: py
 @pytest.mark.parametrize("redirected", ["/api/version", "/api/jobs"])
 def test_a_redirect_is_not_followed(redirected: str, server: JobServer, silent: str) -> None:
     server.answers = {"/api/version": VERSION_ANSWER, redirected: f"{silent}/login".encode()}
-    with pytest.raises(ConfigError, match=f"leads to another address: {silent}/login"):
+    with pytest.raises(ConfigError, match=f"redirects to another address: {silent}/login"):
         Cluster(server.address).jobs()
 
 

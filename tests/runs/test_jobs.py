@@ -86,7 +86,7 @@ execution:
         "10: Unknown dtype 'bfloat17'. Did you mean 'bfloat16'? Valid: auto, float32, bfloat16, float16.",
         "11: sequence_length must be a whole number, not 'long'.",
         "13: replicas must be at least 1, not 0.",
-        "14: Unknown key 'fresh'. avss run --fresh takes it.",
+        "14: Unknown key 'fresh'. Use avss run --fresh.",
     ]
 
 
@@ -107,7 +107,7 @@ execution:
         ),
         (
             "warehouse: w\nmodels:\n- a\n- b\n- model: a\ncorpora: [builtin:pydoc]\n",
-            ["5: 'a' is there twice with the same settings, first in line 3"],
+            ["5: 'a' is named twice with the same settings, first in line 3"],
         ),
         (
             "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydok, absent.txt]\n",
@@ -134,11 +134,11 @@ execution:
         ),
         (
             "warehouse: w\nmodels:\n- {model: a, revisions: {from: 0, to: 1000000000}}\ncorpora: [builtin:pydoc]\n",
-            ["3: revisions: a range goes up from 'from' to 'to' in at most 10,000 steps."],
+            ["3: revisions: invalid range: expected 'from' up to 'to' in at most 10,000 steps."],
         ),
         (
             "warehouse: w\nmodels:\n- model: a\n  ranks: 2\ncorpora: [builtin:pydoc]\n",
-            ["4: ranks is for zero3 and tensor_parallel, not for partition auto. Leave it out."],
+            ["4: ranks applies to zero3 and tensor_parallel, not to partition auto. Leave it out."],
         ),
     ],
     ids=lambda value: value.replace("\n", " ")[:40] if isinstance(value, str) else "",
@@ -172,9 +172,9 @@ HEAD = "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\n"
             + "".join(f"a{n}: &a{n} [{', '.join(f'*a{n - 1}' for _ in range(10))}]\n" for n in range(1, 9)),
             r"job.yaml:\d: more than 100,000 values",
         ),
-        (HEAD + "# " + "x" * 1_000_000, "it has more than 1,000,000 bytes"),
+        (HEAD + "# " + "x" * 1_000_000, "at most 1,000,000 bytes"),
         ("a: !!python/object/apply:os.getcwd []\n", "the tag !!python/object/apply:os.getcwd is not plain YAML"),
-        ('a: 1\n"\\ud800": 1\n', "job.yaml:2: a text with half of a character"),
+        ('a: 1\n"\\ud800": 1\n', "job.yaml:2: a text has half of a surrogate pair"),
     ],
     ids=["deep", "nested", "recursive", "aliases", "large", "tag", "surrogate"],
 )
@@ -187,7 +187,7 @@ def test_too_many_runs_are_refused_before_they_are_made(tmp_path: Path) -> None:
     """10,000 revisions of each of 1,000 models."""
     models = "".join(f"- {{model: org/m{n}, revisions: {{from: 0, to: 9999}}}}\n" for n in range(1000))
     (problem,) = problems(tmp_path, f"warehouse: w\ncorpora: [builtin:pydoc]\nmodels:\n{models}")
-    assert problem == "1: these are more than 10,000 runs; make several jobs of them"
+    assert problem == "1: more than 10,000 runs; split them into several jobs"
 
 
 def test_options_of_submit_are_checked_here(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_options_of_submit_are_checked_here(tmp_path: Path) -> None:
 
 
 def test_a_device_without_end_is_no_job_file() -> None:
-    with pytest.raises(JobError, match="/dev/zero is no job file: it has more than"):
+    with pytest.raises(JobError, match="/dev/zero is too large for a job file"):
         read_job("/dev/zero")
 
 
@@ -388,7 +388,7 @@ def test_runs_that_differ_in_a_setting_have_names_of_their_own(tiny_llama: Path,
 
 def test_a_model_that_is_named_twice_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     code, output = avss("score", tiny_llama, tiny_llama, "--corpus", "builtin:pydoc", "-w", tmp_path / "w")
-    assert code == 2 and "is there twice." in output and not (tmp_path / "w").exists()
+    assert code == 2 and "is named twice." in output and not (tmp_path / "w").exists()
 
 
 def test_the_plan_says_what_is_partial(tiny_llama: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from support.warehouses import SCALES, activations, stats_of
 
 from avss_dist.errors import RunFailed
 from avss_dist.runs import partials
-from avss_dist.runs.partials import Circumstances, merge_partials
+from avss_dist.runs.partials import ShardSummary, merge_partials
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.merging import Merged, merge_blocks
 from avss_dist.warehouse.schema import RunIdentity
@@ -53,13 +53,13 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return found
 
 
-def assert_whole(merged: Merged, circumstances: Circumstances) -> None:
+def assert_whole(merged: Merged, summary: ShardSummary) -> None:
     expected = merge_blocks([shard(i) for i in range(NUMBER)], 3)
     assert merged.stats.keys() == expected.stats.keys() and len(merged.blocks) == len(expected.blocks) == 3
     assert all(merged.stats[key].equals(stats) for key, stats in expected.stats.items())
     for block, wanted in zip(merged.blocks, expected.blocks, strict=True):
         assert block.keys() == wanted.keys() and all(block[key].equals(wanted[key]) for key in wanted)
-    assert circumstances == Circumstances(
+    assert summary == ShardSummary(
         layers=layer_names(4),
         model={"family": "llama", "notes": ["note 0", "note 1", "note 2"], "last": 4},
         device="device 4",
@@ -85,7 +85,7 @@ class Elsewhere:
 
 def test_partials_are_merged_in_blocks(store: Store) -> None:
     assert_whole(*merge_partials(store, None, "r", HASHES, None))
-    first = Circumstances()
+    first = ShardSummary()
     first.add(shard(1))
     assert (first.seconds, first.peak_memory_bytes) == (1.5, 50)
 

@@ -306,10 +306,10 @@ def test_a_wrong_token_is_refused(cluster: dict[str, str], models: list[Path], r
     job, wrong = job_file(tmp_path, models), tmp_path / "token"
     wrong.write_text("0" * 64)
     done = run_avss("jobs", "submit", job, env={**cluster, "RAY_AUTH_TOKEN_PATH": str(wrong)})
-    refused(done, "takes another token", "RAY_AUTH_TOKEN")
+    refused(done, "refuses this token", "RAY_AUTH_TOKEN")
     assert "0" * 64 not in done.stderr
     without = {k: v for k, v in cluster.items() if k == "RAY_API_SERVER_ADDRESS"} | {"HOME": str(tmp_path)}
-    refused(run_avss("jobs", "list", env={**without, "RAY_AUTH_TOKEN_PATH": ""}), "wants a token")
+    refused(run_avss("jobs", "list", env={**without, "RAY_AUTH_TOKEN_PATH": ""}), "requires a token")
 
 
 def test_an_unreachable_address_is_named(models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
@@ -369,6 +369,6 @@ def test_workers_without_the_package_are_told_of(
             cluster.restore()
     try:
         done = run_avss("run", job_file(tmp_path, models), "--replicas", "2", "--address", cluster.address)
-        refused(done, "The cluster's workers have no avss_dist", "Install this version in the image")
+        refused(done, "The cluster's workers cannot import avss_dist", "Install this version in the image")
     finally:
         cluster.stop()

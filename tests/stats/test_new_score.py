@@ -40,12 +40,14 @@ runs = [
 warehouse = Warehouse(folder)
 rows = runs[0].scores(site="block", recipe="pooled", threshold=1e-5).sort_by("layer").to_pylist()
 page, done = report_page(warehouse), warehouse.runs().to_pylist()
+compared = avss_dist.compare(warehouse=folder, score="distance", allow_mismatch=True)
+exported = export_text([run for run in done if run["run_id"] == runs[0].run_id], rows, "markdown")
 print(json.dumps({
     "stored": [row["distance"] for row in rows],
     "dropped": avss_dist.plan(warehouse=folder, run=runs[0].run_id, by="distance", count=1).drop,
-    "compared": avss_dist.compare(warehouse=folder, score="distance", allow_mismatch=True).pairs["spearman"].to_pylist(),
+    "compared": compared.pairs["spearman"].to_pylist(),
     "drawn": 'data-chart="distance"' in page and "The layers that come after." in page,
-    "exported": "Distance to the end" in export_text([run for run in done if run["run_id"] == runs[0].run_id], rows),
+    "exported": "Distance to the end" in exported,
 }))
 """
 

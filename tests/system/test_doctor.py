@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from avss_dist.system.doctor import CHECKS, EXTRAS, NEEDED, Finding, findings, run_checks
+from avss_dist.system.doctor import CHECKS, EXTRAS, NEEDED, CheckResult, check_machine, run_checks
 
 Avss = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -56,10 +56,10 @@ def test_checks_reach_neither_this_process_nor_each_other(capfd: pytest.CaptureF
     }
     found = {finding.what: finding for finding in run_checks(checks, timeout_seconds=5)}
     assert list(found) == list(checks)
-    assert found["fails"] == Finding("fails", False, "OSError: no such thing")
-    assert found["leaves"] == Finding("leaves", False, "SystemExit: never mind")
-    assert found["dies"] == Finding("dies", False, "the process that tried it died")
-    assert found["hangs"] == Finding("hangs", False, "no answer in 5 seconds")
+    assert found["fails"] == CheckResult("fails", False, "OSError: no such thing")
+    assert found["leaves"] == CheckResult("leaves", False, "SystemExit: never mind")
+    assert found["dies"] == CheckResult("dies", False, "the process that tried it died")
+    assert found["hangs"] == CheckResult("hangs", False, "no answer in 5 seconds")
     processes = [re.fullmatch(r"yes, in (\d+)", found[name].detail) for name in ("works", "again", "last")]
     assert all(processes) and len({match[1] for match in processes if match}) == 3
     assert str(os.getpid()) not in {match[1] for match in processes if match}
@@ -73,7 +73,7 @@ def test_checks_reach_neither_this_process_nor_each_other(capfd: pytest.CaptureF
 @pytest.mark.slow
 def test_this_machine() -> None:
     """All that is checked works where these tests run."""
-    found = list(findings())
+    found = list(check_machine())
     checks = [what for group in CHECKS for what in group]
     assert [finding.what for finding in found] == ["Python", *NEEDED, *EXTRAS, "cache folder", "shared memory", *checks]
     assert [finding for finding in found if not finding.works] == []
@@ -85,5 +85,5 @@ def test_this_machine() -> None:
 
 def test_a_machine_without_a_home_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
-    found = next(finding for finding in findings() if finding.what == "cache folder")
+    found = next(finding for finding in check_machine() if finding.what == "cache folder")
     assert not found.works and "/proc/nothing" in found.detail

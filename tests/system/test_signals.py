@@ -14,7 +14,7 @@ from support.commands import Command
 from support.processes import wait_until
 
 from avss_dist.pruning.plan import Plan
-from avss_dist.system.signals import Terminated, raise_on_sigterm, sigterm_handler_kept
+from avss_dist.system.signals import Terminated, preserve_sigterm_handler, raise_on_sigterm
 
 
 @pytest.fixture
@@ -91,10 +91,10 @@ def test_a_library_does_not_take_the_handler_of_a_command() -> None:
 
     raise_on_sigterm()
     ours = signal.getsignal(signal.SIGTERM)
-    with sigterm_handler_kept():
+    with preserve_sigterm_handler():
         signal.signal(signal.SIGTERM, theirs)
     assert signal.getsignal(signal.SIGTERM) is ours
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with sigterm_handler_kept():
+    with preserve_sigterm_handler():
         signal.signal(signal.SIGTERM, theirs)
     assert signal.getsignal(signal.SIGTERM) is theirs  # no command: the library's is better than none

@@ -14,6 +14,7 @@ from support.families import tiny_model
 from support.waiting import NoWaiting
 
 from avss_dist.corpus.shards import Shard
+from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.tasks import gradients as gradient_pass
 from avss_dist.tasks.base import Row
@@ -136,14 +137,14 @@ def test_any_family_and_no_trace(name: str, save_checkpoint: Save, tmp_path: Pat
 
 def test_half_precision_is_near(tiny_llama: Path) -> None:
     shard = random_shard()
-    exact, half = (by_metric(Gradients(shard)(opened(tiny_llama, dtype=d), ())) for d in ("float32", "bfloat16"))
+    exact, half = (by_metric(Gradients(shard)(opened(tiny_llama, dtype=d))) for d in ("float32", "bfloat16"))
     for key, row in exact.items():
         assert half[key].samples == pytest.approx(row.samples, rel=0.1)
 
 
 def test_batches_do_not_change_the_estimate(tiny_llama: Path) -> None:
     shard = random_shard()
-    two, three = (by_metric(Gradients(shard)(opened(tiny_llama, batch_size=b), ())) for b in (2, 3))
+    two, three = (by_metric(Gradients(shard)(opened(tiny_llama, batch_size=b))) for b in (2, 3))
     for layer in range(3):
         assert two["taylor", layer].samples == pytest.approx(three["taylor", layer].samples, rel=1e-4)
     assert len(two["gradient_l1", 0].samples) == 3
@@ -151,14 +152,14 @@ def test_batches_do_not_change_the_estimate(tiny_llama: Path) -> None:
 
 
 def test_a_layer_left_out_has_no_rows(tiny_llama: Path) -> None:
-    rows = Gradients(random_shard())(opened(tiny_llama), (1,))
+    rows = Gradients(random_shard())(opened(tiny_llama), NO_INTERVENTION.without(1))
     assert {row.layer for row in rows} == {0, 2}
     assert SMALL["device"] == "cpu"
 
 
 def test_hooks_of_both_passes_ask_no_device_for_a_value(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value for each matrix would be hundreds of waits a batch."""
-    expected = [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama), ())]
+    expected = [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama))]
     for name in ("enter", "leave", "_remove", "accumulate"):
         hook = getattr(gradient_pass._Pass, name)
 
@@ -167,4 +168,4 @@ def test_hooks_of_both_passes_ask_no_device_for_a_value(tiny_llama: Path, monkey
                 return _hook(*args)
 
         monkeypatch.setattr(gradient_pass._Pass, name, guarded)
-    assert [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama), ())] == expected
+    assert [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama))] == expected

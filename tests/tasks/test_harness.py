@@ -28,7 +28,7 @@ from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
-from avss_dist.options import Prompting
+from avss_dist.options import PromptOptions
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.settings import Settings
@@ -195,7 +195,9 @@ def test_generation_without_layers_is_that_of_a_pruned_checkpoint_with_its_cache
 
 def test_examples_are_asked_for_and_the_same_each_time(whole: LanguageModel, tmp_path: Path) -> None:
     task = write_task(tmp_path, CHOICE, QUESTIONS)
-    none, two, again = (ask(task, whole, prompting=Prompting(num_fewshot=n))["brier_score"].samples for n in (0, 2, 2))
+    none, two, again = (
+        ask(task, whole, prompting=PromptOptions(num_fewshot=n))["brier_score"].samples for n in (0, 2, 2)
+    )
     assert none != two
     assert two == again
 
@@ -207,9 +209,9 @@ def test_the_key_tells_what_is_asked(tmp_path: Path) -> None:
     same = key()
     assert key(place="b") == same
     keys = [
-        *(same, key(limit=3), key(prompting=Prompting(num_fewshot=2))),
-        *(key(prompting=Prompting(system_instruction=text)) for text in ("Be brief.", "Be exact.")),
-        *(key(prompting=Prompting(apply_chat_template=True), template=of) for of in ("0", "1")),
+        *(same, key(limit=3), key(prompting=PromptOptions(num_fewshot=2))),
+        *(key(prompting=PromptOptions(system_instruction=text)) for text in ("Be brief.", "Be exact.")),
+        *(key(prompting=PromptOptions(apply_chat_template=True), template=of) for of in ("0", "1")),
         key(CHOICE | {"doc_to_text": "{{question}}"}),
         key(documents=[*QUESTIONS[:-1], {**QUESTIONS[-1], "answer": 0}]),
     ]
@@ -442,7 +444,7 @@ def test_what_the_harness_cannot_score_is_a_mistake_and_what_fails_in_the_model_
 
     monkeypatch.setattr(whole, "hidden_states", fail)
     with pytest.raises(ValueError, match="the model's own"):
-        part(whole, ())
+        part(whole)
 
 
 def test_what_is_no_task_file(tmp_path: Path) -> None:
@@ -510,9 +512,9 @@ def test_prompts_that_cannot_be(tmp_path: Path) -> None:
         harness_task(str(write_task(tmp_path, CHOICE, QUESTIONS)), limit=0)
     assert isinstance(caught.value, AvssError)
     with pytest.raises(ConfigError, match="`num_fewshot` must be at least"):
-        Prompting(num_fewshot=-1)
-    with pytest.raises(ConfigError, match="turns of a chat, and there is none"):
-        Prompting(fewshot_as_multiturn=True)
+        PromptOptions(num_fewshot=-1)
+    with pytest.raises(ConfigError, match="requires a chat template"):
+        PromptOptions(fewshot_as_multiturn=True)
 
 
 def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> None:
@@ -528,7 +530,7 @@ def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> N
     tokenizer.save_pretrained(chatty)
     model, task = open_model(chatty), write_task(tmp_path / "task", CHOICE, QUESTIONS[:4], fewshot_split="test")
     said = {"system_instruction": "Be brief.", "apply_chat_template": True}
-    found = ask(task, model, prompting=Prompting(**said))["acc"].samples
+    found = ask(task, model, prompting=PromptOptions(**said))["acc"].samples
     right = []
     for document in QUESTIONS[:4]:
         prompt = f"2024[system]Be brief.[user]Question: {document['question']}\nAnswer:[assistant]"
@@ -536,7 +538,7 @@ def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> N
         right.append(float(np.argmax(scores) == document["answer"]))
     assert found.tolist() == right
     turns, turn = (
-        ask(task, model, prompting=Prompting(num_fewshot=2, fewshot_as_multiturn=multiturn, **said))["brier_score"]
+        ask(task, model, prompting=PromptOptions(num_fewshot=2, fewshot_as_multiturn=multiturn, **said))["brier_score"]
         for multiturn in (True, False)
     )
     assert turns.samples != turn.samples

@@ -84,15 +84,15 @@ def test_what_the_hub_would_not_take_is_refused_before_any_work(
     warehouse = measured(tmp_path / "warehouse")
     monkeypatch.setattr("avss_dist.warehouse.publish._write_table", None)
     for target, says in {
-        "hf://datasets/lab": "'lab' is no name of a dataset",
-        "hf://datasets/lab/sco res": "'lab/sco res' is no name of a dataset",
+        "hf://datasets/lab": "'lab' is not the name of a dataset",
+        "hf://datasets/lab/sco res": "'lab/sco res' is not the name of a dataset",
         "hf://buckets/lab/scores": "'hf://buckets/lab/scores' is no data set of the hub",
     }.items():
         with pytest.raises((ConfigError, WarehouseError), match=says):
             publish(warehouse, target)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(ConfigError, match=r"lab/scores on the hub takes a token.*\n.*hf auth login"):
+    with pytest.raises(ConfigError, match=r"lab/scores cannot be uploaded .* without a token.*\n.*hf auth login"):
         publish(warehouse, "hf://datasets/lab/scores")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):

@@ -31,7 +31,7 @@ from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQ
 from avss_dist.partition.base import Placement
 from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
-from avss_dist.system.signals import sigterm_handler_kept
+from avss_dist.system.signals import preserve_sigterm_handler
 from avss_dist.tasks.cells import Cell, CellOutcome
 
 S = TypeVar("S")
@@ -50,47 +50,47 @@ class RayExecutor:
 
     @cached_property
     def devices(self) -> Devices:
-        """Those of the cluster, or of this machine."""
+        """Devices of the cluster, or of this machine if there is none."""
         if not self._address:
             return devices_here(pick_device(self._settings.device).type)
         self.connect()
         return _devices_of_cluster(self._settings.device)
 
     def reach(self) -> None:
-        """Connect to the cluster, where there is one, and see what it has; what is wrong with it concerns every run.
+        """Connect to the cluster, if there is one, and query its devices, so that its errors come before any run.
 
         Raises:
-            ConfigError: it cannot be reached, or its workers lack this package.
+            ConfigError: the cluster cannot be reached, or its workers lack this package.
         """
         _ = self.devices
 
     @property
     def device(self) -> str:
-        """``cpu`` or ``cuda``."""
+        """Kind of device that models compute on: ``cpu`` or ``cuda``."""
         return self.devices.kind
 
     def replicas(self, placement: Placement) -> int:
         """See `executors.base.Executor`. A cluster may have room for fewer now, and for more when nodes come."""
-        has = self.devices
-        usual = max(1, has.count // max(1, placement.gpus)) if self.device == "cuda" else 1
-        workers = self._execution.replicas.maximum if self._execution.replicas else usual
+        devices = self.devices
+        default = max(1, devices.count // max(1, placement.gpus)) if self.device == "cuda" else 1
+        workers = self._execution.replicas.maximum if self._execution.replicas else default
         replicas = max(1, workers // placement.copies)
         if not self._address:
             self._require_room(replicas, placement)
         return replicas
 
     def _require_room(self, replicas: int, placement: Placement) -> None:
-        has, each = self.devices, placement.ranks * self._settings.threads
-        if self.device == "cuda" and replicas * placement.gpus > has.count:
+        devices, cpus = self.devices, placement.ranks * self._settings.threads
+        if self.device == "cuda" and replicas * placement.gpus > devices.count:
             raise ConfigError(
                 f"{replicas} replicas of {placement.gpus} GPUs need {replicas * placement.gpus} GPUs; "
-                f"there are {has.count}.",
+                f"there are {devices.count}.",
                 "Lower `replicas`, `ranks` or `gpus_per_replica`.",
             )
-        if self.device == "cpu" and replicas * each > has.cpus:
+        if self.device == "cpu" and replicas * cpus > devices.cpus:
             what = f"{replicas} replicas" + (f" of {placement.ranks} ranks" if placement.ranks > 1 else "")
             raise ConfigError(
-                f"{what} need {replicas * each} CPUs; there are {has.cpus}.",
+                f"{what} need {replicas * cpus} CPUs; there are {devices.cpus}.",
                 "Lower `replicas`" + (" or `ranks`." if placement.ranks > 1 else "."),
             )
 
@@ -106,8 +106,8 @@ class RayExecutor:
         """See `executors.base.Executor`."""
         first = next(rounds, None)
         if first is not None:
-            models = (of_model for cells in chain([first], rounds) for of_model in by_model(cells))
-            yield from self._measure(CellQueue(spec, of_model, underway) for spec, of_model in models)
+            models = (group for cells in chain([first], rounds) for group in by_model(cells))
+            yield from self._measure(CellQueue(spec, cells, underway) for spec, cells in models)
 
     def _measure(self, queues: Iterable[UnitQueue[Any]]) -> Generator[tuple[Any, Any], None, None]:
         self.connect()
@@ -116,7 +116,7 @@ class RayExecutor:
             prefetcher,
             new_gang=self._new_gang,
             replicas=self.replicas,
-            fewest=self._execution.replicas.minimum if self._execution.replicas else 1,
+            minimum=self._execution.replicas.minimum if self._execution.replicas else 1,
             monitor=self._monitor,
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
@@ -133,15 +133,15 @@ class RayExecutor:
                     pool.close()
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-        """See `executors.base.Executor`. Tasks take no CPU, for workers may hold all; what is lost is done here."""
+        """See `executors.base.Executor`. Tasks reserve no CPU, as workers may hold all; lost ones run here."""
         if not ray.is_initialized():
             yield from map(function, items)
             return
         task: Any = ray.remote(_call).options(num_cpus=0, scheduling_strategy="SPREAD")
-        left, running = iter(items), deque[tuple[S, Any]]()
+        pending, running = iter(items), deque[tuple[S, Any]]()
         at_once = max(2, self.devices.cpus // 2)
         while True:
-            running.extend((item, task.remote(function, item)) for item in islice(left, at_once - len(running)))
+            running.extend((item, task.remote(function, item)) for item in islice(pending, at_once - len(running)))
             if not running:
                 return
             item, reference = running.popleft()
@@ -159,7 +159,7 @@ class RayExecutor:
         if not ray.is_initialized():
             try:
                 require_gcs(self._address or "local")
-                with sigterm_handler_kept():
+                with preserve_sigterm_handler():
                     ray.init(
                         address=self._address or "local",
                         include_dashboard=None if self._address else False,
@@ -191,20 +191,20 @@ def _call(function: Callable[[S], T], item: S) -> T:
 
 
 def _result(function: Callable[[S], T], item: S, reference: Any) -> T:
-    """What a task gives; where it was lost, the function is called here."""
+    """Return the result of a task. If it was lost, the function is called here."""
     try:
-        found: T = ray.get(reference)
+        result: T = ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, AvssError):
             raise error.cause from None
         raise
     except RayError:
         return function(item)
-    return found
+    return result
 
 
 def _shortage(placement: Placement, cpus: int) -> str:
-    """What a placement needs of the cluster, and why that is not there."""
+    """Describe the resources that a placement needs, and how many of them the cluster has."""
     require_head()
     need = {"CPU": cpus, "GPU": placement.gpus // placement.ranks}
     need = {name: number for name, number in need.items() if number}
@@ -212,8 +212,8 @@ def _shortage(placement: Placement, cpus: int) -> str:
     needs = f"{who} {_numbers(need)}"
     nodes = [{name: node["Resources"].get(name, 0.0) for name in need} for node in ray.nodes() if node["Alive"]]
     if not any(all(node[name] >= need[name] for name in need) for node in nodes):
-        most = {name: max((node[name] for node in nodes), default=0) for name in need}
-        return f"{needs}; no node has that many: the most that one has is {_numbers(most)}."
+        largest = {name: max((node[name] for node in nodes), default=0) for name in need}
+        return f"{needs}; no node has that many. The largest has {_numbers(largest)}."
     free, every = ray.available_resources(), ray.cluster_resources()
     has = ", ".join(f"{free.get(name, 0):g} of {every[name]:g} {name}s" for name in need)
     return f"{needs}; {has} are free in the cluster."
@@ -224,7 +224,7 @@ def _numbers(resources: Mapping[str, float]) -> str:
 
 
 def _devices_of_cluster(device: str) -> Devices:
-    """What the alive nodes have; the memory is that of one node that is like a worker's."""
+    """Return the devices of the alive nodes. Memory is measured on one node that a worker could be on."""
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
@@ -243,7 +243,7 @@ def _devices_of_cluster(device: str) -> Devices:
 
 
 def _devices_of_node(kind: str, *, gpus: int) -> Devices:
-    """What a node with so many free GPUs says that it has."""
+    """Return the devices of a node that has the given number of free GPUs."""
     probe: Any = ray.remote(devices_here).options(num_cpus=0, num_gpus=gpus, max_retries=0)  # Ray prints its retries
     for attempt in count(1):
         try:
@@ -256,5 +256,5 @@ def _devices_of_node(kind: str, *, gpus: int) -> Devices:
                 raise node_lost() from error
             if attempt == ATTEMPTS:
                 what = str(error).splitlines()[0]
-                raise RunFailed(f"The Ray cluster failed before any work was begun: {what}", "Run it again.") from error
+                raise RunFailed(f"The Ray cluster failed before any work began: {what}", "Run it again.") from error
     return seen

@@ -1,6 +1,6 @@
-"""Gangs: the workers, one or several, that hold one replica together.
+"""Gangs: groups of one or several workers that hold one replica together.
 
-A gang lives and dies as one: where a rank is lost, the others are stopped too, for they would wait for it for ever.
+If a rank is lost, the other ranks of its gang are stopped too, because they would wait for it forever.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from avss_dist.executors.ray.worker import Assignment, Worker
 from avss_dist.partition.base import Placement
 
 _OWN_THREADS = {"unused": 1}
-"""Ray runs the calls of an actor with a concurrency group in threads of their own. One that runs in the main thread is
-in the way of those that come after it: Ray does not see them yet, and cannot cancel them."""
+"""A concurrency group makes Ray run the calls of an actor in threads of their own. A call in the main thread would
+block later calls, which Ray could then not cancel."""
 
 
 class Gang:
-    """The workers of one replica, and the resources that are held for them: a CPU for each thread that computes.
+    """The workers of one replica and their reserved resources: a CPU for each computing thread.
 
     Attributes:
         placed: a reference that is ready when its first rank has a process that answers.
-        spec: whose model every rank has open; None where that is not known.
-        leaves: a node of it is being taken away: it finishes its round, and takes no other.
+        spec: replica that every rank has open; None if unknown.
+        leaves: whether one of its nodes is draining. The gang finishes its round and takes no other.
     """
 
     def __init__(self, name: str, placement: Placement, *, threads: int, monitor: Any) -> None:
@@ -64,25 +64,25 @@ class Gang:
 
     @property
     def nodes(self) -> set[str]:
-        """The ids of the nodes where its ranks have processes."""
+        """Ids of the nodes on which its ranks have processes."""
         self.find_processes()
         return {node for node, _ in self._processes.values()}
 
     def find_processes(self) -> Collection[str]:
-        """Return the ranks that have a process by now, whether it answers or not."""
+        """Return the names of the ranks that have a process, whether it answers or not."""
         for name, worker in zip(self.names, self._workers, strict=True):
             if name not in self._processes:
                 known = ray._private.state.actors(worker._actor_id.hex())
-                if known.get("Pid"):  # the only ones who know of a process that does not answer yet
+                if known.get("Pid"):  # no other interface of Ray knows processes that do not answer yet
                     self._processes[name] = known["Address"]["NodeID"], known["Pid"]
         return self._processes.keys()
 
     def open(self, spec: ReplicaSpec) -> list[Any]:
-        """Open a model on every rank; returns a reference for each."""
+        """Open a model on every rank. Returns a reference for each."""
         return [worker.open.remote(spec, rank, self.placed) for rank, worker in enumerate(self._workers)]
 
     def measure(self, parts: Sequence[tuple[Sequence[Assignment], Sequence[Any]]]) -> list[Any]:
-        """Give each rank its assignments in a round and its blocks of shards; returns a reference for each rank."""
+        """Give each rank its assignments in a round and its blocks of shards. Returns a reference for each rank."""
         ranks = zip(self._workers, parts, strict=True)
         return [worker.measure_round.remote(assignments, *blocks) for worker, (assignments, blocks) in ranks]
 
@@ -92,18 +92,18 @@ class Gang:
             ray.cancel(reference)
 
     def stop(self, *, hangs: bool = False) -> None:
-        """Stop every worker and give the resources back; workers of a gang that hangs are killed by a signal too."""
+        """Stop every worker and release the resources. Workers of a hanging gang are killed by a signal too."""
         for worker in self._workers:
             ray.kill(worker)
         for node, process in self._processes.values() if hangs else ():
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process)
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+            ray.remote(_kill).options(num_cpus=0, scheduling_strategy=strategy).remote(process)
         if self._group is not None:
             remove_placement_group(self._group)
 
 
 def _kill(process: int) -> None:
-    """Kill a process that is stopped (SIGSTOP): it does not hear Ray, and would keep its memory and devices."""
+    """Kill a process that does not react to Ray (SIGSTOP) and would keep its memory and devices."""
     with suppress(ProcessLookupError, PermissionError):
         os.kill(process, signal.SIGKILL)
 
@@ -113,7 +113,7 @@ def missing_package(error: Exception) -> ConfigError | None:
     if "No module named 'avss_dist'" not in str(error):
         return None
     return ConfigError(
-        "The cluster's workers have no avss_dist (No module named 'avss_dist').",
-        "Install this version in the image, or the environment, of every node: "
-        "pip install PATH, where PATH is a clone of the repository or a wheel made of it.",
+        "The cluster's workers cannot import avss_dist (No module named 'avss_dist').",
+        "Install this version in the image or the environment of every node: "
+        "pip install PATH, where PATH is a clone of the repository or a wheel built from it.",
     )

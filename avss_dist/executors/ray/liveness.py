@@ -14,7 +14,7 @@ from avss_dist.errors import RunFailed
 from avss_dist.settings import CONNECT_SECONDS
 
 HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60)) / 2  # noqa: SIM112
-"""For how long the head may be away, which can be restarted. Ray ends this process without a word after twice that."""
+"""Seconds that the head may be away, as it can be restarted. Ray ends this process silently after twice that."""
 RETRY_SECONDS = 0.5
 KEPT = "Run the same command again: everything measured so far is kept."
 
@@ -63,41 +63,41 @@ def has_head() -> bool:
 
 
 def require_head() -> None:
-    """Wait for the head where it is away, as calls that need it would without end.
+    """Wait until the head answers. Calls that need it would otherwise wait forever.
 
     Raises:
-        RunFailed: it did not come back.
+        RunFailed: the head did not come back in `HEAD_SECONDS`.
     """
     deadline = time.monotonic() + HEAD_SECONDS
     while not has_head():
         if time.monotonic() > deadline:
             where = ray.get_runtime_context().gcs_address
             raise RunFailed(
-                f"The Ray cluster is lost: its head (the GCS at {where}) has crashed, or was killed.",
+                f"The Ray cluster is lost: its head (the GCS at {where}) has crashed or was killed.",
                 f"Start it again. {KEPT}",
             )
         time.sleep(RETRY_SECONDS)
 
 
 def node_lost() -> RunFailed:
-    """Return the error for a lost node of this process: no worker that it starts can live then."""
+    """Return the error for the loss of this process's node, after which it cannot start workers."""
     return RunFailed(
         "The Ray node of this process has died: its raylet or its dashboard agent crashed, or was killed.",
-        f"raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs say why. {KEPT}",
+        f"See raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs. {KEPT}",
     )
 
 
 def draining_nodes() -> Set[str]:
-    """Return the ids of nodes that are about to be taken away: they are given nothing new, and end when idle.
+    """Return the ids of draining nodes, which are given no new work and end when idle.
 
-    A preemption notice, the autoscaler or ``ray drain-node`` says so. Of Ray's interfaces only this one tells without
-    a dashboard; Ray Train asks it too.
+    A preemption notice, the autoscaler or ``ray drain-node`` drains a node. This is Ray's only interface that reports
+    it without a dashboard. Ray Train uses it too.
     """
     return ray._private.state.state.get_draining_nodes().keys()
 
 
 def require_node() -> None:
-    """Raise RunFailed where the head of the cluster or the node of this process is lost."""
+    """Raise RunFailed if the head of the cluster or the node of this process is lost."""
     require_head()
     nodes = {node["NodeID"]: node["Alive"] for node in ray.nodes()}
     if not nodes.get(ray.get_runtime_context().get_node_id()):

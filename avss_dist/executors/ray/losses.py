@@ -13,7 +13,7 @@ import ray
 from avss_dist.executors.ray.queue import UnitQueue
 from avss_dist.system.streams import say
 
-NOTICE_SECONDS = 15.0  # until the head knows that a node is dead, which may lose its workers before
+NOTICE_SECONDS = 15.0  # until the head knows that a node is dead; its workers may be lost before that
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class Losses:
             loss.units.update(units)
 
     def tell(self) -> None:
-        """Print and note the losses whose node is dead, and those that can wait no longer to be told."""
+        """Report the losses whose node is known to be dead, and those that have waited for `NOTICE_SECONDS`."""
         if not self._losses:
             return
         nodes = {node["NodeID"]: node for node in ray.nodes()}

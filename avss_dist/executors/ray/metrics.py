@@ -1,4 +1,4 @@
-"""What has been measured so far, as Ray metrics: the dashboard and Prometheus show them."""
+"""Progress as Ray metrics, which the dashboard and Prometheus show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from avss_dist.warehouse.sharing import Receipt
 
 
 class Metrics:
-    """Counters of tokens, shards, cells and runs, and the replicas; the rate of ``avss_tokens`` is tokens/s."""
+    """Counters of tokens, shards, cells and runs, and a gauge of replicas. The rate of ``avss_tokens`` is tokens/s."""
 
     def __init__(self) -> None:
         self._tokens = Counter("avss_tokens", description="Tokens measured, each once.")
@@ -23,16 +23,16 @@ class Metrics:
         self._cells = Counter("avss_cells", description="Cells of evaluations that ended.", tag_keys=("status",))
 
     def replicas(self, number: int) -> None:
-        """So many have a place now."""
+        """Record the number of placed replicas."""
         self._replicas.set(number)
 
     def count(self, source: Any, result: Any, *, is_last: bool) -> None:
         """Count an outcome.
 
         Args:
-            source: the run, or the cell, that it is of.
+            source: the run or the cell that the outcome belongs to.
             result: a result, or the error that ended the source.
-            is_last: whether nothing is left to measure of its queue.
+            is_last: whether its queue has no unfinished unit.
         """
         status = {"status": "failed" if isinstance(result, AvssError) else "done"}
         if isinstance(source, Cell):

@@ -1,4 +1,4 @@
-"""Patches and shards on their way to workers: by Ray's object store, which brings each to a node once, for all of its
+"""Transfer of patches and shards to workers by Ray's object store, which copies each once to a node for all of its
 workers.
 """
 
@@ -14,29 +14,29 @@ from ray.exceptions import RayError
 from avss_dist.corpus.shards import Shard
 from avss_dist.intervention import EncodedPatch
 
-MOST_SHARED = 2  # patches, or blocks of shards, that are held at once: what needs the same one follows each other
+MOST_SHARED = 2  # patches, or blocks of shards, that are held at once: units that need the same one are consecutive
 BLOCK_SHARDS = 16  # consecutive shards, as one object
-SENT_BYTES = 64_000  # of tokens that travel with a call; Ray itself puts what is over 100 KB into the object store
+SENT_BYTES = 64_000  # of tokens that travel with a call; Ray puts arguments over 100 KB into the object store
 
 
 @dataclass(frozen=True)
 class SharedPatch:
-    """A patch in the object store, as long as somebody refers to it; see `intervention.EncodedPatch`."""
+    """A patch in the object store, kept as long as it is referred to. See `intervention.EncodedPatch`."""
 
     key: str
     data: Any = field(compare=False, repr=False)
 
     def read(self) -> bytes:
-        """See `intervention.EncodedPatch`; on the worker's node."""
-        found: bytes = ray.get(self.data)
-        return found
+        """See `intervention.EncodedPatch`. Reads the copy on the worker's node."""
+        data: bytes = ray.get(self.data)
+        return data
 
 
 class PatchSharer:
     """Puts each patch into the object store once, while its cells follow each other.
 
     Args:
-        put: stores bytes, and gives a reference to them.
+        put: stores bytes, and returns a reference to them.
     """
 
     def __init__(self, put: Callable[[bytes], Any] = ray.put) -> None:
@@ -44,7 +44,7 @@ class PatchSharer:
         self._shared: dict[str, SharedPatch] = {}
 
     def share(self, patch: EncodedPatch) -> SharedPatch:
-        """The same patch, for workers on any node."""
+        """Return the patch as an object that workers on any node can read."""
         if patch.key not in self._shared:
             self._shared[patch.key] = SharedPatch(patch.key, self._put(patch.read()))
             for key in [*self._shared][:-MOST_SHARED]:
@@ -56,7 +56,7 @@ class ShardSharer:
     """Puts blocks of consecutive shards into the object store, so that a call to a worker only names its shards.
 
     Args:
-        put: stores a tuple of shards, and gives a reference to it.
+        put: stores a tuple of shards, and returns a reference to it.
     """
 
     def __init__(self, shards: Sequence[Shard], put: Callable[[tuple[Shard, ...]], Any] = ray.put) -> None:
@@ -64,10 +64,10 @@ class ShardSharer:
         self._blocks: dict[int, Any] = {}
 
     def share(self, indices: Sequence[int]) -> tuple[list[tuple[int, int]], list[Any]]:
-        """The place of each shard, as the index of a block among the returned ones and its own in it; the blocks.
+        """Return the place of each shard, as (index of a returned block, index in the block), and the blocks.
 
-        Small shards are a block of their own, which travels with the call: a driver whose raylet is lost then uses no
-        object store, with which Ray would end it.
+        Small shards form a block that travels with the call. A driver that has lost its raylet then does not touch the
+        object store, which would make Ray end it.
         """
         shards = tuple(self._shards[index] for index in indices)
         if sum(shard.input_ids.nbytes for shard in shards) <= SENT_BYTES:
@@ -77,7 +77,7 @@ class ShardSharer:
         return places, [self._block(number) for number in numbers]
 
     def _block(self, number: int) -> Any:
-        """A reference, or the shards themselves where the object store has no room. Who uses it keeps it alive."""
+        """Return a reference to a block, or its shards if the object store has no room. The caller keeps it alive."""
         if number not in self._blocks:
             shards = tuple(self._shards[number * BLOCK_SHARDS : (number + 1) * BLOCK_SHARDS])
             try:

@@ -1,10 +1,11 @@
-"""Which gang measures which units, and what becomes of gangs that come, leave, fail or hang.
+"""Assignment of units to gangs, and replacement of gangs that leave, fail or hang.
 
-A round is a unit for each rank of a gang, or one for all where they share a batch; of short units, several, one after
-the other. A gang gets the next when it is done, so a slow one never delays the rest; while there are many, it has the
-next one beforehand, and waits for nobody. Where its queue is empty, it opens the model of the next queue. Gangs that
-the cluster has no room for wait for a place while others work, which tells an autoscaler what is wanted; those on a
-node that is about to go finish their round. The pool keeps no statistics: what is lost with a gang is measured again.
+A round has a unit for each rank of a gang, or one unit for all ranks if they share a batch. Short units are measured
+several in a round. A gang gets its next round when it is done, so a slow gang never delays the others. While many
+units are pending, a gang holds its next round in advance. A gang whose queue is empty opens the model of the next
+queue. Gangs that the cluster has no room for wait for a place while others work, which tells an autoscaler how much is
+wanted. Gangs on a draining node finish their round. The pool keeps no statistics: units that are lost with a gang are
+measured again.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class Pool:
 
     Args:
         new_gang: starts a gang for a placement.
-        replicas: how many gangs of a placement work at once, where there is room.
-        fewest: gangs that the first queue waits for, if it has units for as many.
+        replicas: returns how many gangs of a placement may work at once.
+        minimum: gangs that the first queue waits for, if it has units for as many.
         monitor: the `HeartbeatMonitor` actor.
         placement_seconds: how long to wait for a gang to be placed, while none works, or fewer than are waited for.
         hang_seconds: how long a rank may begin no layer before its gang is stopped.
-        shortage: says what a placement needs of the cluster, and why that is not there.
+        shortage: describes the resources that a placement needs and the cluster lacks.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Pool:
         *,
         new_gang: Callable[[Placement], Gang],
         replicas: Callable[[Placement], int],
-        fewest: int,
+        minimum: int,
         monitor: Any,
         placement_seconds: float,
         hang_seconds: float,
@@ -60,7 +61,7 @@ class Pool:
         self._coming = queues
         self._new_gang, self._replicas, self._shortage = new_gang, replicas, shortage
         self._watch = Watch(monitor, hang_seconds)
-        self._fewest, self._begun = fewest, fewest == 1
+        self._minimum, self._begun = minimum, minimum == 1
         self._placement_seconds, self._poll = placement_seconds, min(POLL_SECONDS, hang_seconds / 4)
         self._queues: list[UnitQueue[Any]] = []  # in the order in which they came
         self._rounds = Rounds()
@@ -77,14 +78,14 @@ class Pool:
         opening the model, failed too often.
 
         Raises:
-            RunFailed: no worker can live any more.
+            RunFailed: the cluster, or the node of this process, is lost.
         """
         while self._take_queues():
             self._assign()
             self._hire()
             self._dismiss()
             self._preempt()
-            yield from self._arrived()  # now that no gang waits for who takes them
+            yield from self._arrived()  # now that every gang has work
             self._wait()
             if not any(queue.is_active for queue in self._queues):
                 yield from self._arrived()  # the next queue may wait for them
@@ -106,7 +107,7 @@ class Pool:
         return [*self._idle, *self._rounds.gangs]
 
     def _take_queues(self) -> bool:
-        """Take the next queue as soon as no unit is pending; False when all is done."""
+        """Take the next queue as soon as no unit is pending. Returns False when all queues are done."""
         self._queues = [queue for queue in self._queues if queue.is_active]
         while not any(queue.pending for queue in self._queues):
             queue = self._coming.next(wait=not self._queues)
@@ -138,11 +139,11 @@ class Pool:
         return sum(gang.is_placed for gang in self._gangs())
 
     def _needed(self) -> int:
-        """Gangs without which nothing is measured."""
-        return 1 if self._begun else min(self._fewest, max(1, self._queues[0].pending_rounds))
+        """Return the number of gangs that must be placed before measurement begins."""
+        return 1 if self._begun else min(self._minimum, max(1, self._queues[0].pending_rounds))
 
     def _hire(self) -> None:
-        """Hire gangs where units are pending that no gang is there for."""
+        """Start gangs for pending units that no gang can take."""
         for queue in self._queues:
             placement = queue.spec.placement
             gangs = [gang for gang in self._gangs() if gang.shape == queue.shape and not gang.leaves]
@@ -153,7 +154,7 @@ class Pool:
                 self._begin(gang, queue, [], {gang.placed: ()})
 
     def _dismiss(self) -> None:
-        """Stop gangs that wait for a place and have no unit left to take, lest a node be brought for them."""
+        """Stop unplaced gangs that have no unit left to take, so that no node is added for them."""
         wanted: Counter[tuple[int, int]] = Counter()
         for queue in self._queues:
             wanted[queue.shape] += queue.pending_rounds
@@ -165,7 +166,7 @@ class Pool:
             wanted[round_.gang.shape] -= 1
 
     def _preempt(self) -> None:
-        """Stop idle gangs where one of another shape waits for what they hold."""
+        """Stop idle gangs if a gang of another shape waits for their resources."""
         if not self._idle:
             return
         opening = {r.gang for r in self._rounds if not r.units}
@@ -175,7 +176,7 @@ class Pool:
             gang.stop()
 
     def _speculate(self, gang: Gang) -> None:
-        """Let an idle gang take what another has not begun, or measure the slowest units too: first results count."""
+        """Let an idle gang take a round that was not begun, or repeat the slowest units. First results count."""
         now, alike = time.monotonic(), [r for r in self._rounds if r.queue.shape == gang.shape]
         if waiting := [r for r in alike if self._rounds.waits(r)]:
             self._recall(waiting[0])
@@ -190,7 +191,7 @@ class Pool:
             self._dispatch(gang, slowest.queue)
 
     def _recall(self, round_: Round) -> None:
-        """Take back a round that its gang has not begun. Should it begin it now, the units are measured twice."""
+        """Take back a round that its gang has not begun. If it begins at this moment, the units are measured twice."""
         round_.gang.cancel(round_.awaited)
         self._rounds.end(round_)
         self._record(round_.queue, round_.queue.put_back(round_.units, None))
@@ -206,11 +207,11 @@ class Pool:
         self._dispatch_ahead(gang)
 
     def _dispatch_ahead(self, gang: Gang) -> None:
-        """Give a gang that measures the next round, too, if there are enough."""
-        first, *rest = self._rounds.of(gang)
+        """Give a measuring gang its next round in advance, if enough units are pending."""
+        first, *later = self._rounds.rounds_of(gang)
         if (
             first.units
-            and not rest
+            and not later
             and not gang.leaves
             and first.queue.runs_ahead(len(self._idle) + len(self._rounds.gangs))
         ):
@@ -220,7 +221,7 @@ class Pool:
         self._rounds.begin(Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows))
 
     def _wait(self) -> None:
-        """Take what has come, or look after what does not come."""
+        """Wait for results and take those that have come. Check on gangs from time to time."""
         soon = SOON_SECONDS if self._begun and self._idle and not self._coming.exhausted else self._poll
         if not (references := self._rounds.references):
             return
@@ -253,19 +254,19 @@ class Pool:
             self._losses.add(queue, round_.gang.nodes, [unit for unit in round_.units if unit in queue.unfinished])
             self._stop(round_.gang, why=None if self._is_excused(round_) else str(error).splitlines()[0])
             return
-        for unit, one in zip(self._rounds.receive(reference), result or (), strict=False):
-            self._record(queue, queue.finish(unit, one))
+        for unit, unit_result in zip(self._rounds.receive(reference), result or (), strict=False):
+            self._record(queue, queue.finish(unit, unit_result))
         if not round_.awaited:
             if round_.units:
                 queue.note_duration(round_.units, time.monotonic() - round_.begun)
-                queue.put_back(round_.units, None)  # those of which no result has come
+                queue.put_back(round_.units, None)  # units without a result
             elif reference != round_.gang.placed:
                 round_.gang.spec = queue.spec
                 queue.note_opened()
             self._free(round_)
 
     def _is_excused(self, round_: Round) -> bool:
-        """Whether a loss is no failure of what the gang did: its node goes, or others have the model open."""
+        """Whether a loss does not count as a failure: the node is draining, or other gangs have opened the model."""
         opened = any(gang.spec == round_.queue.spec for gang in self._gangs())
         return round_.gang.leaves or (opened and not round_.units)
 
@@ -275,12 +276,12 @@ class Pool:
         self._outcomes += outcomes
 
     def _free(self, round_: Round) -> None:
-        """A gang has finished a round: its next one at once, or it is idle."""
+        """Give a gang that has finished a round its next one, or make it idle."""
         gang, queue = round_.gang, round_.queue
         self._rounds.end(round_)
         if gang.leaves:
             self._stop(gang)
-        elif self._rounds.of(gang):
+        elif self._rounds.rounds_of(gang):
             self._dispatch_ahead(gang)
         elif queue.is_active and self._has_work(queue, gang):
             self._dispatch(gang, queue)
@@ -288,7 +289,7 @@ class Pool:
             self._idle.append(gang)
 
     def _fail(self, round_: Round, error: Exception) -> None:
-        """A rank raised."""
+        """Handle an exception that a rank raised."""
         if isinstance(error, BatchTooLarge) and round_.rows > 1:
             round_.queue.rows = min(round_.queue.rows, (round_.rows + 1) // 2)
             self._stop(round_.gang)
@@ -304,7 +305,7 @@ class Pool:
             self._free(round_)
 
     def _require_placement(self) -> None:
-        """End a queue for whose gangs the cluster has had no room for too long."""
+        """End a queue if the cluster has had no room for its gangs for too long."""
         placed, needed = self._placed(), self._needed()
         if placed >= needed or time.monotonic() - self._moved <= self._placement_seconds:
             return
@@ -318,16 +319,16 @@ class Pool:
         self._moved = time.monotonic()
 
     def _look_after(self) -> None:
-        """Replace the gangs of which a rank has begun no layer for too long, and hear what the others do."""
+        """Replace gangs with a rank that has begun no layer for too long, and note the progress of the others."""
         for gang in list(self._rounds.gangs) if self._watch.listen() else ():
-            round_, *_ = self._rounds.of(gang)
+            round_, *_ = self._rounds.rounds_of(gang)
             if why := self._watch.complaint(gang, round_.begun):
                 self._stop(gang, why=why, hangs=True)
             elif doing := self._watch.doing(gang, round_.begun):
                 round_.queue.note_progress(round_.units, *doing)
 
     def _let_go(self) -> None:
-        """Leave the nodes that are about to go; their gangs go at once, or when a round with units is done."""
+        """Stop gangs on draining nodes: at once if idle, otherwise when their round is done."""
         if not (draining := draining_nodes()):
             return
         self._watch.leave(draining)
@@ -342,12 +343,16 @@ class Pool:
             self._recall(round_)
 
     def _stop(self, gang: Gang, *, why: str | None = None, failed: Round | None = None, hangs: bool = False) -> None:
-        """Stop a gang; its unfinished units are pending again, for another. ``why`` None is no failure of theirs.
+        """Stop a gang and make its unfinished units pending again.
 
-        Of two rounds none is taken to have failed but a ``failed`` one: measured alone, their units show which it was.
+        Args:
+            why: reason that counts as a failure of the units; None does not count.
+            failed: round that failed. Without one, no round of several is taken to have failed: their units are then
+                measured one by one, which shows the failing one.
+            hangs: whether to kill the processes by a signal.
         """
         gang.stop(hangs=hangs)
-        rounds = list(self._rounds.of(gang))
+        rounds = list(self._rounds.rounds_of(gang))
         for round_ in reversed(rounds):
             self._rounds.end(round_)
             reason = why if round_ is failed or len(rounds) == 1 else None

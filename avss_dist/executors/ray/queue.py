@@ -1,4 +1,4 @@
-"""Units of work on their way through a pool: which are pending, which are unfinished, what failed how often.
+"""Queues of units of work in a pool: pending units, unfinished units, and counts of failures.
 
 A unit is a shard of a run, or a cell of an evaluation. Each gives one pure result, and the first one counts.
 """
@@ -30,7 +30,7 @@ LATE_FACTOR = 2.0  # times the median of units of its kind, after which an idle 
 LATE_SECONDS = 2.0  # and at least this
 ROUND_SECONDS = 1.0  # of work that a round has where units are short: a call takes as long for one as for several
 MOST_NAMED = 10  # shards that a line names one by one
-ROUND_FRACTION = 16  # and at most this fraction of a gang's part of what is pending, so that all end together
+ROUND_FRACTION = 16  # at most this fraction of a gang's part of the pending shards, so that all gangs end together
 
 Unit = TypeVar("Unit", bound=Shard | Cell)
 
@@ -48,10 +48,10 @@ class UnitQueue(ABC, Generic[Unit]):
     """Units that are measured with one model; a unit's id is its index.
 
     Attributes:
-        spec: what a gang opens for them.
-        pending: units that no gang has; in order.
-        unfinished: units of which no result has come.
-        rows: rows of a batch; fewer once that many did not fit in memory.
+        spec: replica that a gang opens for the units.
+        pending: units that no gang has, in order.
+        unfinished: units without a result.
+        rows: rows in a batch; halved when a batch did not fit in memory.
     """
 
     def __init__(self, spec: ReplicaSpec, units: Sequence[Unit]) -> None:
@@ -61,11 +61,11 @@ class UnitQueue(ABC, Generic[Unit]):
         self.pending: deque[int] = deque(range(len(units)))
         self.unfinished: set[int] = set(self.pending)
         self.rows = spec.settings.batch_size
-        self._seconds: dict[str, list[float]] = {}  # of rounds that are done, ascending, by kind of unit
+        self._seconds: dict[str, list[float]] = {}  # seconds of finished rounds, ascending, by kind of unit
         self._speculated: set[int] = set()
-        self._again: set[int] = set()  # units that became pending again: only these can be finished as they are
+        self._again: set[int] = set()  # units that became pending again: only these can be finished while pending
         self._failures: Counter[int | None] = Counter()
-        self._failed_to_open = -math.inf  # when one of them was one to open the model
+        self._failed_to_open = -math.inf  # monotonic time of the last failure to open the model
 
     @abstractmethod
     def describe(self, unit: int) -> str:
@@ -92,7 +92,7 @@ class UnitQueue(ABC, Generic[Unit]):
 
     @abstractmethod
     def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[Any, AvssError]]:
-        """End what an error of these units ends; returns the outcomes. No units: the model cannot be opened."""
+        """End the units that an error concerns, and return their outcomes. No units: the model cannot be opened."""
 
     @property
     def is_active(self) -> bool:
@@ -114,31 +114,31 @@ class UnitQueue(ABC, Generic[Unit]):
         """Take the units of one round.
 
         Args:
-            gangs: that share what is pending.
+            gangs: number of gangs that share the pending units.
         """
-        most = min(self._most_in_a_round(gangs), len(self.pending))
-        units = [self.pending.popleft() for _ in range(min(most, self.units_a_round))]
-        while len(units) < most and units[0] not in self._again:  # which are the first of those that are pending
+        limit = min(self._max_units_in_round(gangs), len(self.pending))
+        units = [self.pending.popleft() for _ in range(min(limit, self.units_a_round))]
+        while len(units) < limit and units[0] not in self._again:  # repeated units come first
             units.append(self.pending.popleft())
         return units
 
-    def _most_in_a_round(self, gangs: int) -> int:
-        """Return how many units a round may have."""
+    def _max_units_in_round(self, gangs: int) -> int:
+        """Return the maximum number of units in a round."""
         return self.units_a_round
 
     def runs_ahead(self, gangs: int) -> bool:
-        """Whether a gang that measures may have its next round beforehand; others of so many go without none."""
+        """Whether a measuring gang may have its next round in advance, with this number of gangs to keep busy."""
         return False
 
     def by_rank(self, units: Sequence[int]) -> list[Sequence[int]]:
-        """Return the units of each rank in a round: a different one for each rank or none, or the same for all."""
+        """Return each rank's units in a round: a different one or none for each rank, or the same for all ranks."""
         ranks = self.spec.placement.ranks
         if self.units_a_round == 1:
             return [units] * ranks
         return [units[rank : rank + 1] for rank in range(ranks)]
 
     def finish(self, unit: int, result: Any) -> list[tuple[Any, Any]]:
-        """Return the outcome of a unit's first result; nothing for later results and for ranks that report none."""
+        """Return the outcome of a unit's first result. Later results, and None, give an empty list."""
         if result is None or unit not in self.unfinished:
             return []
         if unit in self._again:
@@ -157,10 +157,10 @@ class UnitQueue(ABC, Generic[Unit]):
         insort(self._seconds.setdefault(self.kind(units[0]), []), seconds)
 
     def note_progress(self, units: Sequence[int], what: str, share: float) -> None:
-        """Hear what is being done in a round of these units, and which share of it is done."""
+        """Receive the current activity in a round of these units, and the share of it that is done."""
 
     def usual_seconds(self, unit: int) -> float:
-        """Return the median seconds of units of this kind; infinite where none is done."""
+        """Return the median seconds of units of this kind; infinite if none is done."""
         seconds = self._seconds.get(self.kind(unit)) or [math.inf]
         return seconds[len(seconds) // 2]
 
@@ -172,21 +172,21 @@ class UnitQueue(ABC, Generic[Unit]):
         return late and units[0] in self.unfinished and units[0] not in self._speculated
 
     def speculate(self, units: Sequence[int]) -> None:
-        """Let units be taken a second time, while their first gang goes on."""
+        """Let units be taken a second time, while their first gang still measures them."""
         self._speculated.update(units)
         self._again.update(units)
         self.pending.extendleft(reversed(units))
 
     def put_back(self, units: Sequence[int], why: str | None, begun: float = math.inf) -> list[tuple[Any, AvssError]]:
-        """Let units be taken again that a gang did not finish; none is a model that it did not open.
+        """Make the units that a gang did not finish pending again. Without units, the gang did not open the model.
 
         Args:
-            why: the failure, of which there may be `ATTEMPTS`; None is no failure of theirs.
-            begun: when they were taken, by the monotonic clock. Many gangs open a model at once, and are lost at once
-                with their nodes: those that began before a failure fail with it.
+            why: reason that counts as a failure, of which there may be `ATTEMPTS`; None does not count.
+            begun: monotonic time when the units were taken. Many gangs open a model at once and are lost together:
+                those that began before a counted failure count as the same failure.
 
         Returns:
-            The outcomes of what has failed for good.
+            Outcomes of the units that have failed for good.
         """
         unfinished = [unit for unit in units if unit in self.unfinished]
         self.pending.extendleft(reversed([unit for unit in unfinished if unit not in self.pending]))
@@ -194,12 +194,12 @@ class UnitQueue(ABC, Generic[Unit]):
         if why is None or (not units and begun < self._failed_to_open):
             return []
         if len(units) > self.units_a_round:
-            return []  # which of them it was shows when each is measured alone
+            return []  # measured one by one, the failing unit shows
         failed: list[int | None] = [*unfinished] if units else [None]
         return [outcome for unit in failed for outcome in self._count_failure(unit, why)]
 
     def _count_failure(self, unit: int | None, why: str) -> list[tuple[Any, AvssError]]:
-        """Return the outcomes of one more failure of a unit, or of opening the model (None)."""
+        """Count a failure of a unit, or of opening the model (None), and return the outcomes if it is final."""
         if unit is None:
             self._failed_to_open = time.monotonic()
         self._failures[unit] += 1
@@ -217,7 +217,7 @@ class UnitQueue(ABC, Generic[Unit]):
 
 
 class ShardQueue(UnitQueue[Shard]):
-    """The shards of one run; an error of one of them ends the run."""
+    """The shards of one run. An error of one shard ends the run."""
 
     def __init__(self, run: RunShards) -> None:
         super().__init__(run.replica_spec, run.shards)
@@ -238,8 +238,8 @@ class ShardQueue(UnitQueue[Shard]):
     def describe_repeated(self, units: Sequence[int]) -> str:
         """See `UnitQueue`."""
         ids = [str(self.units[unit].shard_id) for unit in units]
-        few = f"shard{'s' * (len(ids) > 1)} {', '.join(ids)}" if len(ids) <= MOST_NAMED else f"{len(ids)} shards"
-        return _repeated(few, len(ids))
+        names = f"shard{'s' * (len(ids) > 1)} {', '.join(ids)}" if len(ids) <= MOST_NAMED else f"{len(ids)} shards"
+        return _repeated(names, len(ids))
 
     def note(self, text: str) -> None:
         """See `UnitQueue`: the run's row has it among its notes."""
@@ -249,15 +249,15 @@ class ShardQueue(UnitQueue[Shard]):
         """See `UnitQueue`: shards of a run are of one size, but for the last."""
         return "shard"
 
-    def _most_in_a_round(self, gangs: int) -> int:
+    def _max_units_in_round(self, gangs: int) -> int:
         """Return the number of short shards that a gang of one rank measures before the driver hears of them."""
         if self.spec.placement.ranks > 1 or not self.pending:
-            return super()._most_in_a_round(gangs)
+            return super()._max_units_in_round(gangs)
         in_time = ROUND_SECONDS / max(self.usual_seconds(self.pending[0]), 1e-9)
         return max(1, int(min(in_time, len(self.pending) / (ROUND_FRACTION * gangs), BLOCK_SHARDS)))
 
     def runs_ahead(self, gangs: int) -> bool:
-        """See `UnitQueue`. What is measured again is measured alone: it shows whether it was what failed."""
+        """See `UnitQueue`. Repeated units are measured alone, which shows the one that failed."""
         return self.spec.placement.ranks == 1 and len(self.pending) > gangs and not self._again & self.unfinished
 
     def parts(self, units: Sequence[int]) -> list[tuple[Sequence[Assignment], Sequence[Any]]]:
@@ -287,7 +287,7 @@ class ShardQueue(UnitQueue[Shard]):
 
 
 class CellQueue(UnitQueue[Cell]):
-    """The cells of one model; an error ends its cell alone, unless the model cannot be opened."""
+    """The cells of one model. An error ends its cell alone, unless the model cannot be opened."""
 
     def __init__(self, spec: ReplicaSpec, units: Sequence[Cell], underway: Underway | None = None) -> None:
         super().__init__(spec, units)
@@ -300,7 +300,7 @@ class CellQueue(UnitQueue[Cell]):
         return 1
 
     def describe(self, unit: int) -> str:
-        """Return the task and which part of it the unit is."""
+        """Return ``Part 3 of TASK``."""
         return f"Part {self.units[unit].part} of {self.units[unit].task}"
 
     def describe_repeated(self, units: Sequence[int]) -> str:
@@ -320,11 +320,11 @@ class CellQueue(UnitQueue[Cell]):
     def parts(self, units: Sequence[int]) -> list[tuple[Sequence[Assignment], Sequence[Any]]]:
         """See `UnitQueue`: the same cell for every rank, with its patch where workers reach it."""
         (unit,) = units
-        assignment = CellAssignment(cell=self._sent(self.units[unit]), rows=self.rows)
+        assignment = CellAssignment(cell=self._with_shared_patch(self.units[unit]), rows=self.rows)
         return [([assignment], ())] * self.spec.placement.ranks
 
-    def _sent(self, cell: Cell) -> Cell:
-        """Return a cell whose patch, if it has one, is where workers reach it."""
+    def _with_shared_patch(self, cell: Cell) -> Cell:
+        """Return a cell whose patch, if it has one, is in the object store."""
         patch = cell.intervention.patch
         if patch is None:
             return cell
@@ -334,7 +334,7 @@ class CellQueue(UnitQueue[Cell]):
         return self.units[unit], result
 
     def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[Cell, AvssError]]:
-        """See `UnitQueue`: each of these cells, or all, have the error."""
+        """See `UnitQueue`: the error is the outcome of each of these cells, or of all."""
         failed = sorted(self.unfinished.intersection(units or self.unfinished))
         self._remove(failed)
         return [(self.units[unit], error) for unit in failed]

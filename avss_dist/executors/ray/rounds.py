@@ -1,4 +1,4 @@
-"""What gangs are doing: rounds, by the references that they wait for and by gang."""
+"""Rounds of gangs, indexed by awaited reference and by gang."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Awaited = dict[Any, Sequence[int]]  # units by the reference to their results
 
 @dataclass(eq=False, kw_only=True)
 class Round:
-    """What a gang is doing: waiting for a place, opening a model (both without units), or measuring.
+    """Current work of a gang: waiting for a place, opening a model (both without units), or measuring.
 
     Attributes:
-        queue: whose model it opens or measures with; of one that waits for a place, the one that it was hired for.
-        awaited: references, each with the units that it gives the results of.
-        rows: of a batch.
-        begun: when the gang was given it, or was done with the one before it.
+        queue: queue whose model is opened or measured; for a gang that waits for a place, the queue that started it.
+        awaited: units by the reference to their results.
+        rows: rows in a batch.
+        begun: monotonic time when the gang got the round, or finished the one before it.
     """
 
     gang: Gang
@@ -38,58 +38,58 @@ class Round:
 
 
 class Rounds:
-    """The rounds that are under way: of each gang one, or two, of which the second waits for the first."""
+    """Rounds that are under way. A gang has one, or two of which the second waits for the first."""
 
     def __init__(self) -> None:
         self._by_reference: dict[Any, Round] = {}
         self._by_gang: dict[Gang, list[Round]] = {}
 
     def __iter__(self) -> Iterator[Round]:
-        return iter([round_ for of_gang in self._by_gang.values() for round_ in of_gang])
+        return iter([round_ for rounds in self._by_gang.values() for round_ in rounds])
 
     @property
     def references(self) -> list[Any]:
-        """What is waited for."""
+        """Awaited references."""
         return list(self._by_reference)
 
     @property
     def gangs(self) -> Collection[Gang]:
-        """Those that are in a round."""
+        """Gangs that have a round."""
         return self._by_gang.keys()
 
     def find(self, reference: Any) -> Round | None:
-        """The round that waits for a reference, if one does."""
+        """Return the round that awaits a reference, or None."""
         return self._by_reference.get(reference)
 
-    def of(self, gang: Gang) -> list[Round]:
-        """What a gang does, and what it does next."""
+    def rounds_of(self, gang: Gang) -> list[Round]:
+        """Return the rounds of a gang: the current one, then the next."""
         return self._by_gang.get(gang, [])
 
     def waits(self, round_: Round) -> bool:
-        """Whether its gang does something else before it."""
+        """Whether a round waits for an earlier round of its gang."""
         return self._by_gang[round_.gang][0] is not round_
 
     def begin(self, round_: Round) -> None:
-        """A gang is given a round."""
+        """Add a round to those of its gang."""
         self._by_reference |= dict.fromkeys(round_.awaited, round_)
         self._by_gang.setdefault(round_.gang, []).append(round_)
 
     def receive(self, reference: Any) -> Sequence[int]:
-        """A reference has come; the units that it gives the results of."""
+        """Stop awaiting a reference, and return the units that it holds the results of."""
         return self._by_reference.pop(reference).awaited.pop(reference)
 
     def end(self, round_: Round) -> None:
-        """A round is done, or given up; its gang begins the next one."""
+        """Remove a round that is done or given up. The next one of its gang begins."""
         for reference in round_.awaited:
             self._by_reference.pop(reference, None)
-        first, *rest = self._by_gang.pop(round_.gang)
+        first, *later = self._by_gang.pop(round_.gang)
         if round_ is not first:
             self._by_gang[round_.gang] = [first]
-        elif rest:
-            rest[0].begun = time.monotonic()
-            self._by_gang[round_.gang] = rest
+        elif later:
+            later[0].begun = time.monotonic()
+            self._by_gang[round_.gang] = later
 
     def clear(self) -> None:
-        """Wait for nothing any more."""
+        """Forget all rounds."""
         self._by_reference.clear()
         self._by_gang.clear()

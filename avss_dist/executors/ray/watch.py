@@ -1,4 +1,4 @@
-"""Who hangs: ranks that make no progress, and ranks that never began."""
+"""Detection of hanging ranks: those that make no progress, and those that never began."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ START_SECONDS = 60.0  # at least, for a process to report for the first time
 
 
 class Watch:
-    """What was heard of the ranks, and when.
+    """Latest reports of the ranks, and their times.
 
     Args:
         monitor: the `HeartbeatMonitor` actor.
@@ -27,11 +27,11 @@ class Watch:
     def __init__(self, monitor: Any, hang_seconds: float) -> None:
         self._monitor, self._hang_seconds = monitor, hang_seconds
         self._signs: dict[str, Sign] = {}
-        self._heard = 0.0  # when these came
+        self._heard = 0.0  # when the signs came
         self._alive: dict[str, float] = {}  # when each rank last made progress, or was seen to have a process
 
     def listen(self) -> bool:
-        """Ask the monitor; False where it is lost with its node, and Ray starts it elsewhere."""
+        """Query the monitor. Returns False if it was lost with its node; Ray then restarts it elsewhere."""
         try:
             ready, _ = ray.wait([self._monitor.signs.remote()], timeout=ANSWER_SECONDS)
             self._signs = ray.get(ready[0]) if ready else {}
@@ -42,13 +42,13 @@ class Watch:
         return True
 
     def leave(self, draining: Set[str]) -> None:
-        """Have the monitor started elsewhere where its node is about to go, which cannot end while it has an actor."""
+        """Move the monitor off a draining node, which cannot end while it has an actor."""
         known = ray._private.state.actors(self._monitor._actor_id.hex())
         if known.get("Address", {}).get("NodeID") in draining:
             ray.kill(self._monitor, no_restart=False)
 
     def complaint(self, gang: Gang, begun: float) -> str:
-        """Why a gang is taken to hang in the round that it began; empty where it does not."""
+        """Return why a gang counts as hanging in its round; empty if it does not hang."""
         now = time.monotonic()
         for name in gang.find_processes():
             self._alive.setdefault(name, now)
@@ -57,16 +57,16 @@ class Watch:
         return f"rank {hanging[0]} made no progress in {silence[hanging[0]]:.0f} seconds" if hanging else ""
 
     def doing(self, gang: Gang, begun: float) -> Doing | None:
-        """What the first rank of a gang does in the round that it began, where it has said so."""
+        """Return the activity that the first rank of a gang has reported in its round, if any."""
         sign = self._signs.get(gang.names[0])
         return sign.doing if sign and self._heard - sign.age > begun else None
 
 
 def late(silence: Mapping[str, float], heard: Collection[str], elapsed: float, hang_seconds: float) -> list[str]:
-    """The ranks of a gang that made no progress for too long, though they have had something to do.
+    """Return the ranks of a gang that have made no progress for too long although they had work.
 
     Args:
-        silence: of the ranks that have a process, seconds since each last made progress, or was first seen.
+        silence: seconds since each rank with a process last made progress, or was first seen.
         heard: the ranks that report; others may still be starting.
         elapsed: seconds since the gang's round began.
     """

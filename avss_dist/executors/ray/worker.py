@@ -24,7 +24,7 @@ from avss_dist.partition.base import Replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.cores import use_threads
 from avss_dist.system.devices import pick_device
-from avss_dist.system.progress_bar import heard_by
+from avss_dist.system.progress_bar import progress_to
 from avss_dist.tasks.cells import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
@@ -54,14 +54,14 @@ class Assignment(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardAssignment:
-    """A shard to be measured, or forward passes to be run along with the ranks that measure one.
+    """A shard to be measured, or the forward passes of a rank that has no shard while others measure one.
 
     Attributes:
-        shard: None for a rank that has none in this round, and until the assignment is `resolved`.
-        place: index of a block, and of the shard in it; None for a rank that runs along.
-        rows: rows of a batch.
-        forwards: forward passes of every rank in this round.
-        warehouse: where the partial is written, if this worker reaches it.
+        shard: the shard; None for a rank without one in this round, and until the assignment is `resolved`.
+        place: index of a block, and of the shard in it; None for a rank without a shard.
+        rows: rows in a batch.
+        forwards: number of forward passes of every rank in this round.
+        warehouse: warehouse that the partial is written to, if this worker reaches it.
     """
 
     shard: Shard | None = None
@@ -91,8 +91,8 @@ class ShardAssignment:
         )
         if not model.reports_stats:
             return None
-        of, family = spec.checkpoint, result.model["family"]
-        run = RunIdentity(run_id=self.run_id, model=of.name, revision=of.revision, family=family)
+        checkpoint, family = spec.checkpoint, result.model["family"]
+        run = RunIdentity(run_id=self.run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
         store = self.warehouse and self.warehouse.store()
         if self.warehouse and not store:
             notes = [*result.model["notes"], "some workers do not reach the warehouse: the driver wrote for them"]
@@ -126,13 +126,13 @@ class CellAssignment:
 
 
 class Worker:
-    """The actor: one rank of a replica. Opens a model once, and measures the units that it is given.
+    """Ray actor that is one rank of a replica. It opens a model once, and measures the units that it is given.
 
-    On a GPU that is a replica of its own Ray calls it in two threads: one concludes a shard, and writes it, while the
-    other computes the next.
+    If the replica is a single GPU, Ray calls the actor in two threads: one concludes and writes a shard while the other
+    computes the next.
 
-    A thread reports to `HeartbeatMonitor` how far it is: layers begun while it measures, seconds while it opens; and
-    what it does, where that takes long.
+    A background thread reports progress to `HeartbeatMonitor`: layers begun while measuring, seconds while opening, and
+    the current activity if it takes long.
     """
 
     def __init__(self, name: str, threads: int, monitor: Any) -> None:
@@ -156,7 +156,7 @@ class Worker:
     def _heartbeat(self) -> None:
         self._count += 1
 
-    def _hear(self, what: str, share: float) -> None:
+    def _report_activity(self, what: str, share: float) -> None:
         self._doing = what, share
 
     def address(self) -> tuple[str, int]:
@@ -181,9 +181,9 @@ class Worker:
             if self._model is not None:
                 self._model.close()
             self._spec, self._model = None, None
-            of = spec.settings
-            here = resolve_on_node(spec.checkpoint, trust_remote_code=of.trust_remote_code, pickles=of.allow_pickle)
-            self._model = replace(spec, checkpoint=here).open()
+            trust, pickles = spec.settings.trust_remote_code, spec.settings.allow_pickle
+            checkpoint = resolve_on_node(spec.checkpoint, trust_remote_code=trust, pickles=pickles)
+            self._model = replace(spec, checkpoint=checkpoint).open()
             self._spec = spec
         self._opening = False
 
@@ -194,7 +194,7 @@ class Worker:
         error.
 
         Args:
-            blocks: of shards, see `ShardAssignment.place`.
+            blocks: blocks of shards; see `ShardAssignment.place`.
         """
         results: list[UnitResult | None] = []
         for assignment in assignments:
@@ -215,15 +215,15 @@ class Worker:
             assert self._spec is not None
             self._heartbeat()
             stack.callback(setattr, self, "_doing", None)
-            stack.enter_context(heard_by(self._hear))
+            stack.enter_context(progress_to(self._report_activity))
             return assignment.run(self._spec, self._model, self._heartbeat, stack.close)
 
 
 def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False, pickles: bool = False) -> Checkpoint:
-    """Return the driver's checkpoint as this node has it; one from the hub is fetched where it is not here yet.
+    """Return the driver's checkpoint as this node has it. One from the hub is downloaded if necessary.
 
     Args:
-        pickles: weights that the hub has as pickles may be converted.
+        pickles: allow the conversion of weights that the hub has as pickles.
 
     Raises:
         ModelError: a folder or file that this node does not see, or a hub that it cannot reach.
@@ -232,8 +232,8 @@ def resolve_on_node(checkpoint: Checkpoint, *, trust_remote_code: bool = False, 
         return checkpoint
     if checkpoint.source != "hub":
         raise ModelError(
-            f"'{checkpoint.path}' is not on the node {socket.gethostname()}, which has a worker.",
-            "Put checkpoints on a disk that all nodes see, under the same path.",
+            f"The checkpoint '{checkpoint.path}' does not exist on the worker node {socket.gethostname()}.",
+            "Put checkpoints on a disk that all nodes mount under the same path.",
         )
     spec = f"{checkpoint.name}@{checkpoint.revision}"
     if pickles:

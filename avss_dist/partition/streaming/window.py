@@ -11,7 +11,7 @@ import torch
 
 from avss_dist.partition.streaming.buffers import AnyBuffer, ReadBuffer, ZeroCopyBuffer, buffer_bytes, readahead
 from avss_dist.partition.streaming.weights import Part, StreamedWeights
-from avss_dist.system.memory import give_back_freed_memory
+from avss_dist.system.memory import release_freed_memory
 
 LARGE_BYTES = 64_000_000  # of a layer: beside its arithmetic, taking fresh pages once costs nothing
 
@@ -60,7 +60,7 @@ class Window:
             return
         self._unload()
         if self._stream is None and self._largest >= LARGE_BYTES:
-            give_back_freed_memory()
+            release_freed_memory()
         if self._reading and self._reading[0] != index:
             self._release(self._reading[0], self._reading[1].result())
             self._reading = None

@@ -63,7 +63,7 @@ def _require_plain(
     Args:
         maps: path and module by layer.
     """
-    weights = StoredWeights.of(checkpoint, plan, settings)
+    weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
     stored = {tensor.name: tensor.dtype for tensors in weights.files.values() for tensor in tensors.values()}
     names = [weights.name((layer, f"{path}.weight")) for layer, (path, _) in maps.items()]
     dtypes = [DTYPES.get(stored[name]) for name in names if name in stored]

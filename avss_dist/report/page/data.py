@@ -1,27 +1,27 @@
-"""What the report's page knows: the runs and their scores, as columns of rounded numbers."""
+"""The data of the report's page: the runs and their scores, as columns of rounded numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from avss_dist.analysis.across import RunAgreement, run_agreement, training_series
+from avss_dist.analysis.removal import WithoutLayers
 from avss_dist.registry import BASELINES, FROM_ACTIVATIONS, SCORES
-from avss_dist.report.page.across import correlations, training_series
-from avss_dist.report.page.removal import without_layers
 from avss_dist.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import basename, describe_threshold, printable
 from avss_dist.warehouse.checks import has_head, settings_of
-
-if TYPE_CHECKING:
-    from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse
 
 DIGITS = 4  # significant ones, as many as the page shows
+CORRELATION_DIGITS = 3  # after the point
 FEWER = 3  # of the ends of intervals, of which a thousand resamples do not know more
 CHOICE = ("site", "recipe", "threshold_kind", "threshold")
 COLUMNS = {
@@ -40,19 +40,23 @@ COLUMNS = {
 _TELLING = ("dtype", "corpus", "revision")  # what tells runs of one model apart, before settings
 
 
-def page_data(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the page draws of runs that are done, ready for JSON.
+def page_data(
+    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], without: Sequence[WithoutLayers]
+) -> dict[str, Any]:
+    """Return what the page draws of runs that are done, ready for JSON.
 
     Args:
         runs: rows of ``runs``.
+        without: by run, see `without_layers`.
 
     Returns:
         ``scores``: name and title of each score from activations, AVSS first; ``runs``: their labels, and by layer its
         name and baselines; ``choices``: every site, recipe and threshold that was scored, ``first`` the position of the
         one to begin with; ``columns``: scores by layer; ``blocks``: the rows of a run at a choice: run, choice, first
-        row, end, and how many layers are the lowest 25%; ``correlations`` by choice and of each of ``rivals``, see
-        `across.correlations`; ``series``: see `across.training_series`; ``without``: by run, see
-        `removal.without_layers`.
+        row, end, and how many layers are the lowest 25%; ``correlations`` by choice and of each of ``rivals``:
+        ``pairs`` (two runs, Spearman's rho, and the same given depth; a run with itself has its correlation with
+        depth) and a ``summary``; ``series``: see `training_series`; ``without``: by run, see `without_layers`, with the
+        share that each size is.
     """
     positions = {run["run_id"]: i for i, run in enumerate(runs)}
     names = ["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *BASELINES]
@@ -76,9 +80,18 @@ def page_data(warehouse: Warehouse, runs: Sequence[Mapping[str, Any]]) -> dict[s
         },
         "blocks": blocks,
         **_agreement(table, blocks, len(choices)),
-        "series": training_series(runs),
-        "without": without_layers(warehouse, runs),
+        "series": [asdict(series) for series in training_series(runs)],
+        "without": [_without(known, run["num_layers"]) for run, known in zip(runs, without, strict=True)],
     }
+
+
+def _without(known: WithoutLayers, layers: int) -> dict[str, Any]:
+    blocks = [asdict(block) | {"distance": _round(block.distance, DIGITS)} for block in known.blocks]
+    sets = [
+        asdict(one) | {"kept": _round(one.kept, DIGITS), "share": _round(one.size / layers, DIGITS)}
+        for one in known.sets
+    ]
+    return {"blocks": blocks, "kept": sets}
 
 
 def _order(choice: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -154,7 +167,7 @@ def _round(value: float, digits: int) -> float | None:
 
 
 def _agreement(table: pa.Table, blocks: Sequence[tuple[int, ...]], choices: int) -> dict[str, Any]:
-    """`correlations` of the runs: by choice, and of each rival."""
+    """Return the agreement of the runs: by choice, and of each rival."""
     depth, avss = table["depth"].to_numpy(), table["avss_smoothed"].to_numpy()
     rivals = {name: table[name].to_numpy() for name in BASELINES}
     by_choice: list[dict[int, Any]] = [{} for _ in range(choices)]
@@ -165,6 +178,18 @@ def _agreement(table: pa.Table, blocks: Sequence[tuple[int, ...]], choices: int)
             if len(scored):
                 profiles[run] = depth[scored], values[scored]
     return {
-        "correlations": [correlations(profiles) for profiles in by_choice],
-        "rivals": {name: correlations(profiles) for name, profiles in by_rival.items()},
+        "correlations": [packed_agreement(run_agreement(profiles)) for profiles in by_choice],
+        "rivals": {name: packed_agreement(run_agreement(profiles)) for name, profiles in by_rival.items()},
     }
+
+
+def packed_agreement(agreement: RunAgreement) -> dict[str, Any]:
+    """Return an agreement of runs, ready for JSON."""
+    with_depth = [[run, run, _correlation(rho), None] for run, rho in agreement.with_depth.items()]
+    columns = agreement.pairs.tolist(), agreement.spearman, agreement.given_depth
+    pairs = [[*pair, _correlation(rho), _correlation(given)] for pair, rho, given in zip(*columns, strict=True)]
+    return {"pairs": with_depth + pairs, "summary": agreement.summary}
+
+
+def _correlation(value: float) -> float | None:
+    return round(float(value), CORRELATION_DIGITS) + 0.0 if math.isfinite(value) else None  # + 0.0: no negative zero

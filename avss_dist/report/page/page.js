@@ -97,7 +97,7 @@ for (const button of document.querySelectorAll("[data-csv]")) {
     const table = document.querySelector(`table[data-name="${button.dataset.csv}"]`);
     const cells = (row, value) => [...row.cells].map(value);
     saveCsv(button.dataset.csv, cells(table.tHead.rows[0], (c) => c.textContent.trim()),
-      [...table.tBodies[0].rows].map((row) => cells(row, (c) => c.dataset.value)));
+      [...table.tBodies[0].rows].map((row) => cells(row, (c) => c.dataset.export ?? c.dataset.value)));
   });
 }
 
@@ -207,14 +207,15 @@ const figures = Object.fromEntries([...document.querySelectorAll("[data-chart]")
 async function draw(name, variant, rows, given, said, nothing = "Nothing to draw: not measured at this choice.") {
   const figure = figures[name];
   const place = figure.querySelector(".view");
-  const signals = { choice: described(data.choices[choice()]), limit: figure.clientWidth - 90, ...given };
-  const title = figure.querySelector("h3").textContent;
+  const signals = { choice: given.choice ?? described(data.choices[choice()]), limit: figure.clientWidth - 90, ...given };
+  const title = figure.querySelector("h3, h4").textContent;
   const text = rows.length ? said : nothing;
   figure.rows = rows;
   figure.querySelector(".said").textContent = text;
   for (const button of figure.querySelectorAll("[data-save]")) button.disabled = rows.length === 0;
   const numbers = figure.dataset.alone === undefined ? "The table of scores has the numbers." : "The CSV file has the numbers.";
-  place.setAttribute("aria-label", `${title}, ${signals.choice}. ${text} ${numbers}`);
+  const label = `${title}, ${signals.choice}. ${text} ${numbers}`;
+  place.setAttribute("aria-label", label);
   place.hidden = rows.length === 0;
   if (!rows.length) return;
   const lines = new Set(rows.map((row) => row.run)).size;
@@ -223,12 +224,13 @@ async function draw(name, variant, rows, given, said, nothing = "Nothing to draw
   const copies = rows.map((row) => ({ ...row, low: row.low ?? row.avss, high: row.high ?? row.avss }));
   if (figure.key !== key) {
     figure.view?.finalize();
-    const spec = { ...data.charts[variant], datasets: { rows: copies } };
+    const spec = { ...(data.pictures[variant]?.spec ?? data.charts[variant]), datasets: { rows: copies } };
     if (height) spec.height = height;
     spec.params = spec.params.map((param) => (param.name in signals ? { ...param, value: signals[param.name] } : param));
     const tooltip = { disableDefaultStyle: true };
     const renderer = rows.length > MANY ? "canvas" : "svg";
     const made = await vegaEmbed(place, spec, { ast: true, actions: false, renderer, defaultStyle: false, tooltip, config: chartConfig() });
+    place.setAttribute("aria-label", label); // the library has put its own there
     place.querySelector("svg, canvas").setAttribute("aria-hidden", "true"); // the place is one image, the table its text
     figure.view = made.view;
     figure.key = key;
@@ -290,7 +292,8 @@ const narrow = () => document.body.clientWidth < 600;
 const across = () => chosen("score");
 const named = () => (across() === "avss" ? described(data.choices[choice()]) : `${scoreTitles[across()]}, the same for every site, recipe and threshold`);
 const signalsAcross = () => ({ choice: named() });
-const signalsOfRows = () => ({ ...signalsAcross(), room: narrow() ? 96 : Math.min(360, document.body.clientWidth * 0.28) });
+const room = () => (narrow() ? 96 : Math.min(360, document.body.clientWidth * 0.28)); // for labels of rows, in pixels
+const signalsOfRows = () => ({ ...signalsAcross(), room: room() });
 const agreementAcross = () => (across() === "avss" ? data.correlations[choice()] : data.rivals[across()]);
 
 /** By run, its layers with the score that is chosen for all runs: value, rank and place. */
@@ -413,6 +416,21 @@ async function drawWithout() {
   }
 }
 
+/** The charts of sections, which nothing that is chosen changes: one after the other, again in other colors or widths. */
+let pictured = Promise.resolve();
+
+function drawPictures() {
+  pictured = pictured.then(async () => {
+    for (const [name, { rows, label, meaning }] of Object.entries(data.pictures)) {
+      const look = `${root.dataset.theme} ${narrow()}`;
+      if (figures[name].look === look) continue;
+      const width = narrow() ? room() : Math.min(room(), figures[name].clientWidth * 0.45);
+      await draw(name, name, rows, { choice: label, room: width }, meaning);
+      figures[name].look = look;
+    }
+  });
+}
+
 for (const figure of Object.values(figures)) {
   figure.addEventListener("click", async (event) => {
     const kind = event.target.closest("[data-save]")?.dataset.save;
@@ -420,7 +438,8 @@ for (const figure of Object.values(figures)) {
     if (kind === "csv") {
       const reading = figure.dataset.alone === undefined ? CHOSEN : [];
       const chosenNow = reading.map((c) => data.choices[choice()][c]);
-      saveCsv(name, [...reading, ...CSV[name]], figure.rows.map((row) => [...chosenNow, ...CSV[name].map((c) => row[c])]));
+      const columns = CSV[name] ?? Object.keys(figure.rows[0]);
+      saveCsv(name, [...reading, ...columns], figure.rows.map((row) => [...chosenNow, ...columns.map((c) => row[c])]));
     } else if (kind) download(`${name}.${kind}`, await figure.view.toImageURL(kind, 2));
   });
 }
@@ -475,6 +494,10 @@ let again = false;
 
 async function refresh() {
   if (!data) return;
+  if (!data.choices.length) {
+    drawPictures();
+    return;
+  }
   tell();
   again = true;
   if (drawing) return;
@@ -496,6 +519,7 @@ async function refresh() {
       await drawScatter(every);
       await drawWithout();
     }
+    drawPictures();
   } finally {
     drawing = false;
     delete root.dataset.drawing;
@@ -512,6 +536,16 @@ async function start() {
     $("trouble").hidden = false;
     return;
   }
+  let width = narrow();
+  addEventListener("resize", () => {
+    if (width !== narrow()) refresh();
+    width = narrow();
+  });
+  if (data.choices.length) offerChoices();
+  await refresh();
+}
+
+function offerChoices() {
   const first = data.choices[data.first];
   addRadios("site", unique("site", data.choices), first.site);
   addRadios("recipe", unique("recipe", data.choices), first.recipe);
@@ -523,12 +557,6 @@ async function start() {
     if (event.target.type === "radio") offer($("threshold").dataset.value);
     refresh();
   });
-  let width = narrow();
-  addEventListener("resize", () => {
-    if (width !== narrow()) refresh();
-    width = narrow();
-  });
-  await refresh();
 }
 
 start();

@@ -6,34 +6,34 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import vl_convert
 from markupsafe import Markup
 
 from avss_dist import __version__
+from avss_dist.analysis.across import in_training
+from avss_dist.analysis.compare import differing, with_conditions
 from avss_dist.analysis.findings import findings
+from avss_dist.analysis.removal import without_layers
+from avss_dist.analysis.verdict import describe_task
 from avss_dist.registry import FROM_ACTIVATIONS, SCORES
-from avss_dist.report.output import write_file
-from avss_dist.report.page.across import differing, in_training
-from avss_dist.report.page.charts import page_charts
-from avss_dist.report.page.contrasts import contrasts
+from avss_dist.report.output import map_leaves, write_file
+from avss_dist.report.page.chapters import Chapter, chapters
+from avss_dist.report.page.charts import page_charts, section_chart
 from avss_dist.report.page.data import page_data
-from avss_dist.report.page.experiments import experiments, named
-from avss_dist.report.page.experts import expert_charts
-from avss_dist.report.page.scorecards import scorecards
-from avss_dist.report.page.sparsity import sparse_sections
 from avss_dist.report.page.summary import in_short, is_published
+from avss_dist.report.section import page_number
+from avss_dist.report.table import ReportColumn, ReportTable
 from avss_dist.text import basename, printable
-
-if TYPE_CHECKING:
-    from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse
 
 LINES = 40  # of a kind of finding; the others are counted
 MOST = 60  # runs that a page draws, the newest; all are in its overview
@@ -52,6 +52,7 @@ OVERVIEW = {
 }
 """Columns of ``runs`` that the overview shows, and their titles."""
 _NUMBERS = ("num_tokens", "num_layers", "tokens_per_second")
+_FORMATS = {**dict.fromkeys(_NUMBERS, "{:,.0f}".format), "model": basename, "corpus": basename}
 
 
 def save_report(warehouse: Warehouse, path: Path, run_ids: Collection[str] | None = None) -> None:
@@ -74,37 +75,67 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     rows = sorted((r for r in rows if run_ids is None or r["run_id"] in run_ids), key=_by_model)
     done = [row for row in rows if row["status"] == "done"]
     drawn = _newest(done)
-    data = page_data(warehouse, drawn)
+    without = without_layers(warehouse, drawn)
+    data = page_data(warehouse, drawn, without)
     labels = [run["label"] for run in data["runs"]]
     of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
     found = findings(warehouse, run_ids=list(of_run)).to_pylist()  # which complete `damaged`, as what follows does
     tried = warehouse.table("experiments", run_ids=list(of_run)).sort_by("created_at").to_pylist()
-    sparse = sparse_sections(warehouse, of_run)
-    style, script, library = _part("page.css"), _part("page.js"), _library() if data["choices"] else Markup("")
-    return _template().render(
+    named = [{**row, "task": describe_task(row["task"])} for row in reversed(tried)]
+    about_runs = chapters(warehouse, drawn, of_run, tried)
+    pictures = _pictures(about_runs)
+    has_scores, has_charts = bool(data["choices"]), bool(data["choices"] or pictures)
+    style, script, library = _part("page.css"), _part("page.js"), _library() if has_charts else Markup("")
+    return _template("page.html").render(
+        html_table=html_table,
         policy=_policy(style, script, library),
         style=style,
         script=script,
         library=library,
-        data=_packed({**data, "charts": page_charts()}) if data["choices"] else "",
-        has={"series": data["series"], **{n: any(run[n] for run in data["without"]) for n in ("blocks", "kept")}},
+        has_scores=has_scores,
+        data=_packed({**data, "charts": page_charts(), "pictures": pictures}) if has_charts else "",
+        has=_known_charts(data),
         scores={name: SCORES[name] for name in FROM_ACTIVATIONS},
         version=__version__,
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=_summary(len(done), len(rows) - len(done)),
-        short=in_short(drawn, of_run, found, data["without"], named(tried[::-1])),
+        short=in_short(drawn, of_run, found, without, named),
         findings=_findings(found, of_run),
-        experiments=experiments(tried, of_run),
-        sparse=sparse,
-        scorecards=scorecards(warehouse, drawn, of_run),
-        contrasts=list(contrasts(warehouse, drawn, of_run)),
-        experts=expert_charts(warehouse, of_run),
+        chapters=about_runs,
         overview=_overview(_with_unreadable(rows, warehouse.damaged, run_ids), of_run),
         labels=labels,
         not_drawn=len(done) - len(drawn),
-        differing=differing(drawn),
+        differing=differing([with_conditions(run) for run in drawn]),
     )
+
+
+def _known_charts(data: Mapping[str, Any]) -> dict[str, bool]:
+    """Return whether there is something to draw of charts that few warehouses have."""
+    without = {name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")}
+    return {"series": bool(data["series"]), **without}
+
+
+def _pictures(about_runs: Sequence[Chapter]) -> dict[str, Any]:
+    """Return the specification, the data and the run of each chart of a section, by the chart's name."""
+    return {
+        chart.name: {
+            "spec": section_chart(chart),
+            "rows": map_leaves(list(chart.rows), _finite),
+            "label": section.label,
+            "meaning": chart.meaning,
+        }
+        for chapter in about_runs
+        for section in chapter.sections
+        for chart in section.charts
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Return a value that JSON has: text as the page shows it, None for NaN and infinity."""
+    if isinstance(value, str):
+        return printable(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _with_unreadable(
@@ -135,10 +166,19 @@ def _summary(done: int, failed: int) -> str:
     return f"{runs} and {failed} that failed" if failed else runs
 
 
+def html_table(table: ReportTable, label: str) -> Markup:
+    """Return a table as the page has it: sorted by the buttons in its head, with a button that saves it.
+
+    Args:
+        label: the run or the like that it is about, for screen readers.
+    """
+    return Markup(_template("table.html").render(table=table, label=label))
+
+
 @cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown)
-    return environment.from_string(_part("page.html"))
+    return environment.from_string(_part(name))
 
 
 def _shown(value: Any) -> Any:
@@ -176,34 +216,29 @@ def _packed(data: Mapping[str, Any]) -> str:
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
-def _overview(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, Any]:
-    """The table of runs: columns, and rows of cells; one that nobody has a value for is left out."""
-    shown = [name for name in OVERVIEW if any(row[name] is not None for row in rows)]
-    columns = [{"title": "#", "number": True}, *({"title": OVERVIEW[n], "number": n in _NUMBERS} for n in shown)]
-    return {
-        "columns": columns,
-        "rows": [
-            {
-                "failed": row["status"] != "done",
-                "cells": [
-                    _cell("#", labels.get(row["run_id"], "").partition(".")[0]),
-                    *(_cell(n, row[n]) for n in shown),
-                ],
-            }
-            for row in rows
+def _overview(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> ReportTable:
+    """Return the table of runs; a column that nobody has a value for is left out."""
+    known = [name for name in OVERVIEW if any(row[name] is not None for row in rows)]
+    numbers = [page_number(labels.get(row["run_id"], "")) or None for row in rows]
+    return ReportTable(
+        name="runs",
+        title="Each run, failed ones too; its number is its name in the charts",
+        columns=[
+            ReportColumn("#", numbers),
+            *(
+                ReportColumn(
+                    OVERVIEW[name],
+                    [row[name] for row in rows],
+                    _FORMATS.get(name, str),
+                    number=name in _NUMBERS,
+                    name=name,
+                )
+                for name in known
+            ),
         ],
-    }
-
-
-def _cell(name: str, value: Any) -> dict[str, Any]:
-    text = "" if value is None else f"{value:,.0f}" if name in _NUMBERS else str(value)
-    return {
-        "tag": "th" if name == "model" else "td",
-        "class": "number" if name == "#" or name in _NUMBERS else name,
-        "value": "" if value is None else value,
-        "title": text,
-        "text": basename(text) if name in ("model", "corpus") else text,
-    }
+        marked=[row["status"] != "done" for row in rows],
+        mark="failed",
+    )
 
 
 def _findings(found: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from avss_dist.analysis.removal import RemovedSet, WithoutLayers
 from avss_dist.analysis.verdict import CLAIMED_KEPT, CLAIMED_SHARE, claim_in_short
 from avss_dist.settings import RECIPES, SITES
 from avss_dist.stats.rankings import count_lowest
@@ -21,7 +22,7 @@ def in_short(
     runs: Sequence[Row],
     labels: Mapping[str, str],
     found: Sequence[Row],
-    without: Sequence[Row],
+    without: Sequence[WithoutLayers],
     tried: Sequence[Row],
 ) -> list[dict[str, Any]]:
     """For the template: an answer to each question of a few runs, those of which something was left out first.
@@ -30,7 +31,7 @@ def in_short(
         runs: rows of ``runs``.
         labels: by run id.
         found: rows of `findings`.
-        without: by run, as `without_layers` has it.
+        without: by run, see `without_layers`.
         tried: rows of ``experiments``, the newest first.
     """
     return [
@@ -40,12 +41,12 @@ def in_short(
                 {"question": "Can AVSS be believed?", "lines": [_believed([r for r in found if _is_of(run, r)])]},
                 {
                     "question": f"How many layers can go at {CLAIMED_KEPT:.0%} kept?",
-                    "lines": _can_go(known["kept"]) or [NOTHING if has_head(run) else HEADLESS],
+                    "lines": _can_go(known.sets) or [NOTHING if has_head(run) else HEADLESS],
                 },
                 {
                     "question": f"What is kept without {CLAIMED_SHARE:.0%} of them?",
                     "lines": _is_kept(
-                        known["kept"], count_lowest(run["num_layers"] or 0), [r for r in tried if _is_of(run, r)]
+                        known.sets, count_lowest(run["num_layers"] or 0), [r for r in tried if _is_of(run, r)]
                     ),
                 },
             ],
@@ -54,13 +55,14 @@ def in_short(
     ]
 
 
-def _few(runs: Sequence[Row], without: Sequence[Row], tried: Sequence[Row]) -> list[tuple[Row, Row]]:
+def _few(
+    runs: Sequence[Row], without: Sequence[WithoutLayers], tried: Sequence[Row]
+) -> list[tuple[Row, WithoutLayers]]:
     in_experiments = {row["run_id"] for row in tried}
-    evaluated: list[tuple[Row, Row]] = []
-    untried: list[tuple[Row, Row]] = []
+    evaluated: list[tuple[Row, WithoutLayers]] = []
+    untried: list[tuple[Row, WithoutLayers]] = []
     for run, known in zip(runs, without, strict=True):
-        of = evaluated if known["kept"] or run["run_id"] in in_experiments else untried
-        of.append((run, known))
+        (evaluated if known.sets or run["run_id"] in in_experiments else untried).append((run, known))
     return [*evaluated, *untried[:MOST_UNTRIED]][:MOST]
 
 
@@ -80,30 +82,30 @@ def _believed(found: Sequence[Row]) -> str:
     return f"{len(kinds)} finding{'' if len(kinds) == 1 else 's'} against it: {', '.join(kinds)}."
 
 
-def _by_task(sets: Sequence[Row]) -> dict[str, list[Row]]:
-    by_task: dict[str, list[Row]] = {}
-    for one in sets:
-        by_task.setdefault(one["series"], []).append(one)
+def _by_task(sets: Sequence[RemovedSet]) -> dict[str, list[RemovedSet]]:
+    by_task: dict[str, list[RemovedSet]] = {}
+    for removed in sets:
+        by_task.setdefault(removed.series, []).append(removed)
     return dict(list(by_task.items())[:MOST])
 
 
-def _can_go(sets: Sequence[Row]) -> list[str]:
-    """Of each task, the largest set that keeps enough."""
+def _can_go(sets: Sequence[RemovedSet]) -> list[str]:
+    """Return the largest set that keeps enough, of each task."""
     lines = []
     for task, of_task in _by_task(sets).items():
-        if enough := [one for one in of_task if one["kept"] >= CLAIMED_KEPT]:
-            most = max(enough, key=lambda one: one["size"])
-            lines.append(f"{task}: {most['size']:g} layers ({most['dropped']}), {most['kept']:z.0%} kept.")
+        if enough := [removed for removed in of_task if removed.kept >= CLAIMED_KEPT]:
+            largest = max(enough, key=lambda removed: removed.size)
+            lines.append(f"{task}: {largest.size:g} layers ({largest.dropped}), {largest.kept:z.0%} kept.")
         else:
-            best = max(of_task, key=lambda one: one["kept"])
-            lines.append(f"{task}: no set that was evaluated; without {best['dropped']}, {best['kept']:z.0%} is kept.")
+            best = max(of_task, key=lambda removed: removed.kept)
+            lines.append(f"{task}: no set that was evaluated; without {best.dropped}, {best.kept:z.0%} is kept.")
     return lines
 
 
-def _is_kept(sets: Sequence[Row], size: int, tried: Sequence[Row]) -> list[str]:
-    """Of each task, the best set of the share that the paper's claim is of; and what the claim itself comes to."""
+def _is_kept(sets: Sequence[RemovedSet], size: int, tried: Sequence[Row]) -> list[str]:
+    """Return the best set of the claimed share of layers of each task, and what comes of the claim itself."""
     lines = []
     for task, of_task in _by_task(sets).items():
-        of_size = (one for one in of_task if one["size"] == size)
-        lines += [f"{task}: {one['kept']:z.0%} at best, without {one['dropped']}." for one in of_size]
+        of_size = (removed for removed in of_task if removed.size == size)
+        lines += [f"{task}: {removed.kept:z.0%} at best, without {removed.dropped}." for removed in of_size]
     return [*lines, *claim_in_short(tried)] or ["No such set was evaluated yet."]

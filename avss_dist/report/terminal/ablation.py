@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
 from avss_dist.registry import metrics_of
-from avss_dist.report.terminal.scores import BAR_WIDTH, LOWEST, bar_cells, layer_cells
-from avss_dist.report.terminal.tables import Column, FittedTable
+from avss_dist.report.table import BarColumn, ReportColumn, ReportTable
+from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.text import count_of
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.ablate import Ablation
 
 (PROPAGATED,), (PREDICTED,) = metrics_of("propagated"), metrics_of("predicted")
-_COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
+_FORMATS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ("loss without", "loss", 4, lambda row: f"{row['loss']:z.4f}"),
     ("increase", "increase", 0, lambda row: _with_error(row["increase"], row["increase_stderr"])),
     ("attention alone", "attention", 1, lambda row: _with_error(row["attention"], row["attention_stderr"])),
@@ -39,34 +37,29 @@ _COLUMNS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ("gradient L2", "gradient_l2", 7, lambda row: f"{row['gradient_l2']:z.4g}"),
     ("weight norm", "weight_frobenius", 8, lambda row: f"{row['weight_frobenius']:z.4g}"),
 )
-"""Title, column of `Ablation.table`, priority and text of each column."""
+"""Heading, column of `Ablation.table`, priority and format of each column."""
 
 
 def ablation_table(found: Ablation) -> FittedTable:
-    """The same for the terminal, with a bar of the first measure that there is; the least important are marked."""
+    """Return the layers, with a bar of the first measure that there is; the least important are marked."""
     rows = found.table().to_pylist()
     first = next(name for name in ("increase", "shapley", "attention", "damage", "taylor") if rows[0][name] is not None)
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]
     marked = [row in lowest for row in rows]
-    bars = bar_cells([row[first] for row in rows], marked)
-    columns = [
-        Column(title="layer", cells=layer_cells([row["layer"] for row in rows], marked)),
-        Column(title="", cells=bars, number=False, width=BAR_WIDTH, priority=1),
+    columns: list[ReportColumn | BarColumn] = [
+        ReportColumn("layer", [row["layer"] for row in rows]),
+        BarColumn(values=[row[first] for row in rows], marked=marked),
         *(
-            Column(title=title, cells=[cell(row) for row in rows], priority=0 if name == first else priority)
-            for title, name, priority, cell in _COLUMNS
+            ReportColumn(heading, rows, format_, priority=0 if name == first else priority)
+            for heading, name, priority, format_ in _FORMATS
             if rows[0][name] is not None
         ),
     ]
-    return FittedTable(
-        columns,
-        title=f"{found.model}  {found.corpus}",
-        caption=_caption(found, first),
-        styles=[LOWEST if red else "" for red in marked],
-    )
+    title, caption = f"{found.model}  {found.corpus}", _caption(found, first)
+    return FittedTable(ReportTable(columns=columns, title=title, caption=caption, marked=marked))
 
 
-def _caption(found: Ablation, first: str) -> Text:
+def _caption(found: Ablation, first: str) -> str:
     number = count_lowest(len(found.layers))
     text = f"* the {'layer' if number == 1 else f'{number} layers'} with the lowest {first}. Losses, their increases "
     text += "and what is predicted of them are in nats per token."
@@ -88,7 +81,7 @@ def _caption(found: Ablation, first: str) -> Text:
     if math.isfinite(found.reliability):
         text += f" Other text of the same size would order the layers as this one does to {found.reliability:z.2f} "
         text += "(Spearman; split halves)."
-    return Text(text)
+    return text
 
 
 def _with_error(value: float, stderr: float) -> str:

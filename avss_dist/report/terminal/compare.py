@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from avss_dist.analysis.agreement import CorrelationSummary, summarize
-from avss_dist.report.terminal.tables import Column, FittedTable
+from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
+from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.text import basename
 
 MOST_PAIRS = 40  # shown on a terminal
@@ -29,12 +29,7 @@ def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
     left_out = max(0, len(pairs) - MOST_PAIRS)
     ends = pairs if not left_out else pa.concat_tables([pairs[:half], pairs[-half:]])
     chosen = ends.to_pylist()
-    numbers = list(zip(*(_numbers(row) for row in chosen), strict=True)) or [()] * len(_NUMBERS)
-    columns = [
-        Column(title=name, cells=cells, priority=priority)
-        for (name, priority), cells in zip(_NUMBERS.items(), numbers, strict=True)
-    ]
-    table = FittedTable([*_label_columns(chosen), *columns], title=title)
+    table = FittedTable(ReportTable(columns=[*_label_columns(chosen), *_agreement_columns(chosen)], title=title))
     notes = [Text(summary(pairs))]
     if left_out:
         notes.append(Text(f"{left_out:,} pairs between the most and the least alike are not shown: --format csv."))
@@ -43,14 +38,14 @@ def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
     return Group(table, *notes)
 
 
-def _label_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """What is compared: in columns, or in one, with a line for each, where they would be wide."""
+def _label_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
+    """Return what is compared: in columns, or in one, with a line for each, where they would be wide."""
     within = all(row["a_run_id"] == row["b_run_id"] for row in rows)
     names = ["run", "a", "b"] if within else ["a", "b"]
     labels = [_labels(row, within) for row in rows]
     if max((sum(map(len, label)) for label in labels), default=0) > WIDEST_LABELS:
         names, labels = [", ".join(names)], [["\n".join(label)] for label in labels]
-    return [Column(title=name, cells=[label[i] for label in labels], number=False) for i, name in enumerate(names)]
+    return [ReportColumn(name, [label[i] for label in labels], number=False) for i, name in enumerate(names)]
 
 
 def _labels(row: Mapping[str, Any], within: bool) -> list[str]:
@@ -66,36 +61,23 @@ def short_name(text: str) -> str:
     return basename(text) if text.startswith(("/", "./", "../", "~")) else text
 
 
-_NUMBERS = {
-    "layers": 5,
-    "Spearman": 0,
-    "given depth": 1,
-    "Kendall": 4,
-    "RBO": 6,
-    "shared lowest": 1,
-    "Jaccard": 3,
-    "by chance": 7,
-    "p": 2,
-}
-"""Columns of numbers, and their priorities."""
+def _agreement_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
+    def column(heading: str, name: str, format_: Callable[[Any], str], priority: int) -> ReportColumn:
+        return ReportColumn(heading, [row[name] for row in rows], format_, priority=priority)
 
-
-def _numbers(row: Mapping[str, Any]) -> list[str]:
+    layers = [f"{'~' if row['interpolated'] else ''}{row['layers']}" for row in rows]
+    shared = [f"{row['shared']} of {row['k']}" for row in rows]
     return [
-        f"{'~' if row['interpolated'] else ''}{row['layers']}",
-        *(
-            "-" if np.isnan(row[name]) else f"{row[name]:z.3f}"
-            for name in ("spearman", "given_depth", "kendall", "rbo")
-        ),
-        f"{row['shared']} of {row['k']}",
-        f"{row['jaccard']:.2f}",
-        f"{row['jaccard_by_chance']:.2f}",
-        f"{row['p_by_chance']:.2g}",
+        ReportColumn("layers", layers, priority=5),
+        column("Spearman", "spearman", decimals(3), 0),
+        column("given depth", "given_depth", decimals(3), 1),
+        column("Kendall", "kendall", decimals(3), 4),
+        column("RBO", "rbo", decimals(3), 6),
+        ReportColumn("shared lowest", shared, priority=1),
+        column("Jaccard", "jaccard", decimals(2), 3),
+        column("by chance", "jaccard_by_chance", decimals(2), 7),
+        column("p", "p_by_chance", significant(2), 2),
     ]
-
-
-def _correlation(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:z.3f}"
 
 
 def summary(pairs: pa.Table) -> str:
@@ -171,22 +153,29 @@ def _by_place(findings: pa.Table) -> dict[tuple[str, ...], dict[str, list[str]]]
 
 
 def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Quantiles of one run and site: a row for each layer, a column for each share."""
-    table = Table(title=Text(f"{rows[0]['run_id']}  {rows[0]['site']}"), title_style="bold")
-    table.add_column("layer", justify="right")
-    for share in dict.fromkeys(row["share"] for row in rows):
-        table.add_column(Text(f"|x| below which {share:.4g}"), justify="right")
-    for layer in dict.fromkeys(row["layer"] for row in rows):
-        found = [row for row in rows if row["layer"] == layer]
-        table.add_row(str(layer), *(Text(_quantile(row)) for row in found))
+    """Return quantiles of one run and site: a row for each layer, a column for each share."""
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    by_place = {(row["layer"], row["share"]): row for row in rows}
+    columns = [
+        ReportColumn(
+            f"|x| below which {share:.4g}", [_known(by_place.get((layer, share))) for layer in layers], _quantile
+        )
+        for share in dict.fromkeys(row["share"] for row in rows)
+    ]
     exact = all(row["low"] == row["high"] for row in rows if row["low"] is not None)
     within = "The truth lies close by: --format csv has the edges between which it is."
-    note = "Every one is exact: each value was counted." if exact else within
-    return Group(table, Text(note))
+    table = ReportTable(
+        title=f"{rows[0]['run_id']}  {rows[0]['site']}",
+        columns=[ReportColumn("layer", layers), *columns],
+        caption="Every one is exact: each value was counted." if exact else within,
+    )
+    return FittedTable(table)
+
+
+def _known(row: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return None if row is None or row["value"] is None or np.isnan(row["value"]) else row
 
 
 def _quantile(row: Mapping[str, Any]) -> str:
-    if row["value"] is None or np.isnan(row["value"]):
-        return "-"
     multiple = row["rms_multiple"]
     return f"{row['value']:.4g}" + (f" ({multiple:.3g} x RMS)" if multiple else "")

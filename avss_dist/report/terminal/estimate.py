@@ -5,41 +5,40 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from avss_dist.report.table import ReportColumn, ReportTable
+from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.text import describe_bytes
 
 if TYPE_CHECKING:
     from avss_dist.estimation.estimate import Estimate
 
-FITS, DOES_NOT_FIT = Text("yes", style="green"), Text("no", style="bold red")
-
 
 def estimate_table(estimate: Estimate) -> RenderableType:
-    """One row a partition: memory, whether it fits, time."""
-    table = Table(
-        title=Text(f"{estimate.model} on {estimate.corpus}"),
-        caption=Text(_caption(estimate)),
-        caption_justify="left",
-        title_style="bold",
+    """Return one row a partition: memory, whether it fits, time."""
+    rows = estimate.rows
+    table = ReportTable(
+        title=f"{estimate.model} on {estimate.corpus}",
+        columns=[
+            ReportColumn("partition", [row.partition for row in rows], number=False),
+            ReportColumn("ranks", [row.ranks for row in rows], priority=2),
+            ReportColumn("memory of each device", [row.device_bytes for row in rows], describe_bytes),
+            ReportColumn("memory of the host", [row.host_bytes for row in rows], describe_bytes, priority=1),
+            ReportColumn(
+                "fits",
+                [row.fits for row in rows],
+                lambda fits: "yes" if fits else "no",
+                style=lambda fits: "green" if fits else "bold red",
+            ),
+            ReportColumn("time", [row.seconds for row in rows], describe_seconds),
+            ReportColumn("why", [row.why for row in rows], number=False, wraps=True),
+        ],
+        caption=_caption(estimate),
+        marked=[not row.fits for row in rows],
+        mark="failed",
     )
-    table.add_column("partition")
-    for name in ("ranks", "memory of each device", "memory of the host", "fits", "time"):
-        table.add_column(name, justify="right")
-    table.add_column("why", overflow="fold")
-    for row in estimate.rows:
-        table.add_row(
-            row.partition,
-            str(row.ranks),
-            describe_bytes(row.device_bytes),
-            describe_bytes(row.host_bytes),
-            FITS if row.fits else DOES_NOT_FIT,
-            describe_seconds(row.seconds),
-            Text(row.why),
-            style=None if row.fits else "dim",
-        )
-    return Group(table, Text(summary(estimate), style="bold"))
+    return Group(FittedTable(table), Text(summary(estimate), style="bold"))
 
 
 def summary(estimate: Estimate) -> str:

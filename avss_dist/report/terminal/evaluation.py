@@ -1,47 +1,66 @@
-"""What models can do, whole and without layers, as a table."""
+"""Evaluations of whole and pruned models as a table."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from avss_dist.intervention import count_removed
+from avss_dist.report.table import Interval, ReportColumn, ReportTable, known_interval, percent, significant
+from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import printable
 
 if TYPE_CHECKING:
-    from avss_dist.evaluation.outcomes import Evaluations
+    from avss_dist.evaluation.evaluate import Evaluations
 
 
 def evaluation_table(found: Evaluations) -> RenderableType:
-    """A row for each subject and task, and the findings below. Of a loss the perplexity is shown."""
+    """Return a row for each subject and task, and the findings below; of a loss the perplexity is shown."""
     caption = (
         "Retention: the metric without the layers over that with them (of a perplexity: with over without), "
         "and its 95% interval over the same samples."
     )
     if not all(one.retained.has_interval for one in found if one.retained):
         caption = f"{caption} {NO_INTERVAL}"
-    table = Table(caption=caption, caption_justify="left")
-    for name in ("", "dropped", "task", "metric"):
-        table.add_column(name)
-    for name in ("value", "+/-", "whole model", "retention", "95% interval"):
-        table.add_column(name, justify="right")
-    for one in found:
-        kept = one.retained
-        *_, (metric, value, stderr) = one.metrics()
-        table.add_row(
-            Text(one.subject.label),
-            count_removed(removed) if (removed := one.subject.intervention.removed) else "-",
-            Text(one.task),
-            Text(metric),
-            f"{value:z.4g}",
-            f"{stderr:.2g}" if math.isfinite(stderr) else "-",
-            f"{one.whole_metrics()[-1]:z.4g}" if one.whole else "-",
-            f"{kept.value:z.1%}" if kept else "-",
-            f"{kept.low:z.1%} .. {kept.high:z.1%}" if kept and kept.has_interval else "-",
-        )
-    return Group(table, *(Text(printable(line)) for line in found.findings))
+    metrics = [one.metrics()[-1] for one in found]
+    table = ReportTable(
+        columns=[
+            ReportColumn("", [one.subject.label for one in found], number=False, wraps=True),
+            ReportColumn(
+                "dropped",
+                [count_removed(removed) if (removed := one.subject.intervention.removed) else None for one in found],
+                number=False,
+                priority=3,
+            ),
+            ReportColumn("task", [one.task for one in found], number=False, wraps=True),
+            ReportColumn("metric", [metric for metric, *_ in metrics], number=False),
+            ReportColumn("value", [value for _, value, _ in metrics], significant(4)),
+            ReportColumn("+/-", [_finite(error) for *_, error in metrics], significant(2), priority=4),
+            *_compared_columns(found),
+        ],
+        caption=caption,
+    )
+    return Group(FittedTable(table), *(Text(printable(line)) for line in found.findings))
+
+
+def _compared_columns(found: Evaluations) -> Iterator[ReportColumn]:
+    """Yield the columns that compare with the whole model."""
+    whole = [one.whole_metrics()[-1] if one.whole else None for one in found]
+    retained = [one.retained for one in found]
+    intervals = [kept and known_interval(kept.low, kept.high) for kept in retained]
+    yield ReportColumn("whole model", whole, significant(4), priority=2)
+    yield ReportColumn("retention", [kept and kept.value for kept in retained], percent(1))
+    yield ReportColumn("95% interval", intervals, _interval, priority=1)
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
+
+
+def _interval(ends: Interval) -> str:
+    return "{:z.1%} .. {:z.1%}".format(*ends)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from avss_dist.report.table import ReportColumn, ReportTable
 from avss_dist.report.terminal.estimate import describe_seconds
-from avss_dist.text import count_of, describe_bytes
+from avss_dist.report.terminal.tables import FittedTable
+from avss_dist.text import count_of, describe_bytes, describe_count
 
 if TYPE_CHECKING:
     from avss_dist.estimation.preview import Preview
@@ -19,29 +20,33 @@ STYLES = {"done": "green", "partial": "yellow", "missing": "", "repeated": "dim"
 
 
 def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
-    """One row a run: what it is, where it stands, what it will take."""
-    table = Table(title=Text(f"{count_of(len(previews), 'run')} into {warehouse}"), title_style="bold")
-    for name in ("model", "revision", "corpus"):
-        table.add_column(name, overflow="fold")
-    for name in ("partition", "status"):
-        table.add_column(name)
-    for name in ("weights", "tokens", "time"):
-        table.add_column(name, justify="right")
-    for preview in previews:
-        kept = f" {preview.kept_shards}/{preview.num_shards}" if preview.status == "partial" else ""
-        table.add_row(
-            *(Text(text) for text in (preview.model, preview.revision[:12], preview.corpus)),
-            preview.partition,
-            Text(preview.status + kept, style=STYLES[preview.status]),
-            describe_bytes(preview.weight_bytes) if preview.weight_bytes else "-",
-            f"{preview.num_tokens:,}" if preview.num_tokens else "-",
-            describe_seconds(preview.seconds) if preview.seconds is not None else "-",
-        )
+    """Return one row a run: its model and text, its status, and how much there is to do."""
+    table = ReportTable(
+        title=f"{count_of(len(previews), 'run')} into {warehouse}",
+        columns=[
+            ReportColumn("model", [p.model for p in previews], number=False, wraps=True),
+            ReportColumn("revision", [p.revision[:12] for p in previews], number=False, wraps=True, priority=3),
+            ReportColumn("corpus", [p.corpus for p in previews], number=False, wraps=True),
+            ReportColumn("partition", [p.partition for p in previews], number=False, priority=2),
+            ReportColumn("status", list(previews), _status, style=lambda preview: STYLES[preview.status], number=False),
+            ReportColumn("weights", [p.weight_bytes or None for p in previews], describe_bytes, priority=1),
+            ReportColumn("tokens", [p.num_tokens or None for p in previews], describe_count),
+            ReportColumn("time", [p.seconds for p in previews], describe_seconds),
+        ],
+    )
     errors = [Text(f"{p.model}: {p.error}", style="red") for p in previews if p.error]
     warnings = dict.fromkeys(f"{p.model}: {p.warning}" for p in previews if p.warning)
     return Group(
-        table, *errors, *(Text(warning, style="yellow") for warning in warnings), Text(summary(previews), style="bold")
+        FittedTable(table),
+        *errors,
+        *(Text(warning, style="yellow") for warning in warnings),
+        Text(summary(previews), style="bold"),
     )
+
+
+def _status(preview: Preview) -> str:
+    measured = f" {preview.kept_shards}/{preview.num_shards}" if preview.status == "partial" else ""
+    return f"{preview.status}{measured}"
 
 
 def summary(previews: Sequence[Preview]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Self, TextIO
 from rich import progress as rich_progress
 from rich.text import Text
 
+from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, SearchStep
 from avss_dist.intervention import count_removed, describe_removed
+from avss_dist.registry import WHOLE
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.pace import Pace
 from avss_dist.runs.reporter import LOG_SECONDS, Reporter, describe_repeated
@@ -21,7 +22,6 @@ from avss_dist.system.streams import console, say
 from avss_dist.text import basename
 
 if TYPE_CHECKING:
-    from avss_dist.evaluation.search import Step
     from avss_dist.partition.base import Placement
     from avss_dist.runs.run import Run
     from avss_dist.tasks.cells import Cell
@@ -108,7 +108,7 @@ class Progress(Reporter):
 
     def placed(self, name: str, placement: Placement) -> None:
         """How a replica is spread; said where it is not the plain way, or somebody looks."""
-        if self._progress.console.is_terminal or placement.partition != "single":
+        if self._progress.console.is_terminal or placement.partition != WHOLE:
             self._progress.console.print(f"{_short(name)}: {placement.partition}; {placement.why}.", markup=False)
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
@@ -142,7 +142,7 @@ def run_progress(num_runs: int, *, ends: bool = True) -> Progress | Log:
 
 
 class CellProgress:
-    """An `evaluate.CellReporter`: one bar over all cells of a round, with the rate and the time that is left."""
+    """Callback for the events of an evaluation: one bar over all cells of a round, and a line for each search step."""
 
     def __init__(self) -> None:
         self._progress = bars(rich_progress.MofNCompleteColumn())
@@ -156,47 +156,46 @@ class CellProgress:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def started(self, cells: Sequence[Cell], done: int) -> None:
-        """Cells are to be measured; ``done`` were measured before."""
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case CellsStarted(cells, done):
+                self._begin(len(cells), done)
+            case CellUnderway(cell, step, share):
+                assert self._task is not None
+                self._progress.update(self._task, description=f"{describe_cell(cell)}: {step}, {share:.0%}")
+                self._log(cell, f"{step}, {share:.0%}")
+            case CellDone(cell):
+                assert self._task is not None
+                self._progress.update(self._task, advance=1, description=describe_cell(cell))
+                self._done += 1
+                self._log(cell, f"{self._done} of {self._cells} evaluated")
+            case SearchStep(best=best, sets=sets) if self._progress.console.is_terminal:
+                loss = f"loss {best.value:.4f} without {describe_removed(best.removed)}"
+                self._progress.console.print(f"{sets} sets: {loss}", markup=False, highlight=False)
+
+    def _begin(self, cells: int, done: int) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task("evaluating", total=len(cells), completed=done)
-        self._done, self._cells = done, len(cells)
-
-    def underway(self, cell: Cell, what: str, share: float) -> None:
-        """A cell goes on."""
-        assert self._task is not None
-        self._progress.update(self._task, description=f"{_subject(cell)}: {what}, {share:.0%}")
-        self._log(cell, f"{what}, {share:.0%}")
-
-    def advanced(self, cell: Cell) -> None:
-        """A cell is done."""
-        assert self._task is not None
-        self._progress.update(self._task, advance=1, description=_subject(cell))
-        self._done += 1
-        self._log(cell, f"{self._done} of {self._cells} evaluated")
+        self._task = self._progress.add_task("evaluating", total=cells, completed=done)
+        self._done, self._cells = done, cells
 
     def _log(self, cell: Cell, what: str) -> None:
-        """A line now and then, where there is no bar."""
+        """Log a line now and then, where there is no bar."""
         if self._progress.disable and time.monotonic() - self._said > LOG_SECONDS:
             self._said = time.monotonic()
             log(f"{_short(cell.checkpoint.name)}: {what}")
 
 
-def _subject(cell: Cell) -> str:
+def describe_cell(cell: Cell) -> str:
+    """``model without 3 layers``."""
+    return f"{_short(cell.checkpoint.name)}{describe_without(cell)}"
+
+
+def describe_without(cell: Cell) -> str:
+    """Return `` without 3 layers`` for a cell that removes them; nothing for one that removes none."""
     removed = cell.intervention.removed
-    without = f" without {count_removed(removed)}" if removed else ""
-    return f"{_short(cell.checkpoint.name)}{without}"
-
-
-class SearchProgress(CellProgress):
-    """A `search.SearchReporter`: a line for what each round found, too."""
-
-    def stepped(self, step: Step) -> None:
-        """A round is over."""
-        if self._progress.console.is_terminal:
-            loss = f"loss {step.best.value:.4f} without {describe_removed(step.best.removed)}"
-            self._progress.console.print(f"{step.sets} sets: {loss}", markup=False, highlight=False)
+    return f" without {count_removed(removed)}" if removed else ""
 
 
 class Log(Reporter):
@@ -229,7 +228,7 @@ class Log(Reporter):
 
     def placed(self, name: str, placement: Placement) -> None:
         """How a replica is spread; said where it is not the plain way."""
-        if placement.partition != "single":
+        if placement.partition != WHOLE:
             self._say(f"{name}: {placement.partition}; {placement.why}.")
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from math import exp, isfinite
+from math import isfinite
 from typing import TYPE_CHECKING
 
-from rich.text import Text
-
+from avss_dist.analysis.verdict import metric_format, readable_value
 from avss_dist.intervention import describe_removed, size_removed
-from avss_dist.report.terminal.tables import Column, FittedTable
+from avss_dist.names import LOSS
+from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
+from avss_dist.report.terminal.tables import FittedTable
+from avss_dist.text import describe_count
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.search import Found
@@ -25,19 +27,19 @@ def search_table(found: Found) -> FittedTable:
         if dropped != rows[-1][1] or step.best.value < rows[-1][2].value:
             rows.append((describe_removed(step.best.removed), dropped, step.best, step.sets))
     losses = [loss for *_, loss, _ in rows]
-    errors = [f"{loss.stderr:.2g}" if isfinite(loss.stderr) else "-" for loss in losses]
+    errors = [loss.stderr if isfinite(loss.stderr) else None for loss in losses]
     return FittedTable(
-        [
-            Column(title="dropped", cells=[f"{dropped:g}" for _, dropped, _, _ in rows]),
-            Column(title="layers", cells=[layers for layers, *_ in rows], number=False, wraps=True),
-            Column(title="loss", cells=[f"{loss.value:.4f}" for loss in losses]),
-            Column(title="+/-", cells=errors, priority=1),
-            Column(title="perplexity", cells=[f"{exp(loss.value):,.4g}" for loss in losses]),
-            Column(title="sets", cells=[f"{sets:,}" for *_, sets in rows], priority=2),
-        ],
-        title=f"{found.plan.model}  {found.corpus}",
-        caption=Text(
-            "The best set of each round, on the text of the search; sets: whose loss was known by then. "
-            f"Of the plan: {found.chosen.value:.4f}."
-        ),
+        ReportTable(
+            columns=[
+                ReportColumn("dropped", [dropped for _, dropped, _, _ in rows], lambda size: f"{size:g}"),
+                ReportColumn("layers", [layers for layers, *_ in rows], number=False, wraps=True),
+                ReportColumn("loss", [loss.value for loss in losses], decimals(4)),
+                ReportColumn("+/-", errors, significant(2), priority=1),
+                ReportColumn("perplexity", [readable_value(LOSS, loss.value) for loss in losses], metric_format(LOSS)),
+                ReportColumn("sets", [sets for *_, sets in rows], describe_count, priority=2),
+            ],
+            title=f"{found.plan.model}  {found.corpus}",
+            caption="The best set of each round, on the text of the search; sets: whose loss was known by then. "
+            f"Of the plan: {found.chosen.value:.4f}.",
+        )
     )

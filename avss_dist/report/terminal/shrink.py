@@ -7,135 +7,111 @@ from typing import TYPE_CHECKING, Any
 
 from rich import progress as rich_progress
 from rich.console import Group, RenderableType
-from rich.text import Text
 
+from avss_dist.evaluation.events import (
+    CellDone,
+    CellsStarted,
+    CellUnderway,
+    Event,
+    ScoringAdvanced,
+    ScoringStarted,
+    WeightsWritten,
+)
 from avss_dist.intervention import count_removed
 from avss_dist.names import PERPLEXITY, REPAIR
-from avss_dist.report.terminal.progress import bars, log
-from avss_dist.report.terminal.tables import Column, FittedTable
-from avss_dist.runs.reporter import Reporter
+from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
+from avss_dist.report.terminal.progress import CellProgress, bars, describe_without, log
+from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.stats.retention import NO_INTERVAL
 from avss_dist.text import basename, describe_bytes, describe_layers
 
 if TYPE_CHECKING:
-    from avss_dist.evaluation.attempts import Kept
-    from avss_dist.evaluation.shrink import Shrunk
+    from avss_dist.evaluation.shrink import Shrunk, TaskRetention
     from avss_dist.tasks.cells import Cell
 
 BAR = 40  # cells of what keeps all
 
 
-class ShrinkProgress:
-    """A `shrink.ShrinkReporter`: one bar over all steps of `shrink`; a line for each, where there is no terminal."""
+class ShrinkProgress(CellProgress):
+    """Callback for the events of `shrink`: one bar over all steps; a line for each, where there is no terminal."""
 
     def __init__(self) -> None:
         self._progress = bars(rich_progress.TaskProgressColumn())
-        self._task = self._progress.add_task("reading", total=None)
-        self.scoring, self.cells = _Scoring(self), _Cells(self)
+        self._bar = self._progress.add_task("reading", total=None)
 
-    def __enter__(self) -> ShrinkProgress:
-        self._progress.start()
-        return self
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case ScoringStarted(num_tokens, done_tokens):
+                self._begin_step("scoring layers", num_tokens, done_tokens)
+            case ScoringAdvanced(num_tokens):
+                self._progress.update(self._bar, advance=num_tokens)
+            case CellsStarted(cells, done) if cells:
+                self._begin_step(_step(cells[0]), len(cells), done)
+            case CellUnderway(_, step, share):
+                self._progress.update(self._bar, description=f"{step[0].lower()}{step[1:]}, {share:.0%}")
+            case CellDone(cell):
+                self._progress.update(self._bar, advance=1, description=_step(cell))
+            case WeightsWritten():
+                self._progress.update(self._bar, description="writing", total=None, completed=0)
 
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def begin(self, what: str, total: int | None, done: int = 0) -> None:
-        """A step begins, of which some is done."""
-        self._progress.reset(self._task, total=total, completed=done, description=what)
+    def _begin_step(self, what: str, total: int, done: int) -> None:
+        """Begin a step, of which some is done."""
+        self._progress.reset(self._bar, total=total, completed=done, description=what)
         if self._progress.disable and done != total:
             log(what)
 
-    def advance(self, by: int, what: str | None = None) -> None:
-        """Some of a step is done."""
-        self._progress.update(self._task, advance=by, description=what)
-
-    def writing(self, size: int) -> None:
-        """A piece of the checkpoint is written."""
-        self._progress.update(self._task, description="writing", total=None, completed=0)
-
-
-class _Scoring(Reporter):
-    def __init__(self, bar: ShrinkProgress) -> None:
-        self._bar = bar
-
-    def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        self._bar.begin("scoring layers", num_tokens, done_tokens)
-
-    def advanced(self, name: str, num_tokens: int) -> None:
-        self._bar.advance(num_tokens)
-
-
-class _Cells:
-    def __init__(self, bar: ShrinkProgress) -> None:
-        self._bar = bar
-
-    def started(self, cells: Sequence[Cell], done: int) -> None:
-        if cells:
-            self._bar.begin(_step(cells[0]), len(cells), done)
-
-    def underway(self, cell: Cell, what: str, share: float) -> None:
-        self._bar.advance(0, f"{what[0].lower()}{what[1:]}, {share:.0%}")
-
-    def advanced(self, cell: Cell) -> None:
-        self._bar.advance(1, _step(cell))
-
 
 def _step(cell: Cell) -> str:
-    removed = cell.intervention.removed
-    without = f" without {count_removed(removed)}" if removed else ""
-    return f"{'fitting the repair' if cell.task.startswith(REPAIR) else 'evaluating'}{without}"
+    return f"{'fitting the repair' if cell.task.startswith(REPAIR) else 'evaluating'}{describe_without(cell)}"
 
 
 def shrunk_tables(done: Shrunk) -> RenderableType:
-    """The whole model, without the layers, and repaired: a column for each task; where plans were tried, the curve."""
+    """Return the metrics of the whole, the pruned and the repaired model; where several plans were tried, the curve."""
     plan, tasks = done.best.plan, done.best.tasks
     rows = ["whole model", f"{count_removed(plan.drop)} dropped"]
     rows += [f"repaired by {done.record.repair}"] if done.record else []
-    table = FittedTable(
-        [Column(title="", cells=rows, number=False), *(column for task in tasks for column in _of_task(task))],
+    table = ReportTable(
+        columns=[
+            ReportColumn("", rows, number=False),
+            *(column for task in tasks for column in _task_columns(task)),
+        ],
         title=f"{basename(plan.model)} without {len(plan.drop)} of its {plan.num_layers} layers",
-        caption=Text(_caption(tasks)),
+        caption=_caption(tasks),
     )
-    return Group(table, *([_curve(done)] if len(done.curve) > 1 else []))
+    return Group(FittedTable(table), *([FittedTable(_curve(done))] if len(done.curve) > 1 else []))
 
 
-def _caption(tasks: Sequence[Kept]) -> str:
+def _caption(tasks: Sequence[TaskRetention]) -> str:
     """Return what the columns are, and why an interval is missing."""
     text = "Kept: of the whole model's metric (of a perplexity: whole over this), and its 95% interval."
     results = [(task, result) for task in tasks for result in (task.pruned, task.repaired) if result]
     return text if all(task.of(result).has_interval for task, result in results) else f"{text} {NO_INTERVAL}"
 
 
-def _of_task(task: Kept) -> Iterator[Column]:
-    from avss_dist.evaluation.attempts import shown
+def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
+    from avss_dist.evaluation.shrink import shown
 
     results = [task.whole, task.pruned, *([task.repaired] if task.repaired else [])]
-    kept = [task.of(result) for result in results[1:]]
+    kept = [None, *(task.of(result) for result in results[1:])]
     metric, _ = shown(task.whole)
-    yield Column(
-        title=f"{basename(task.task.removeprefix(PERPLEXITY))}\n{metric}", cells=[shown(r)[1] for r in results]
-    )
-    yield Column(title="kept", cells=["", *(f"{one.value:.1%}" for one in kept)])
-    intervals = [f"{one.low:.1%} to {one.high:.1%}" if one.has_interval else "-" for one in kept]
-    yield Column(title="95% interval", cells=["", *intervals], priority=1)
+    group = basename(task.task.removeprefix(PERPLEXITY))
+    yield ReportColumn(metric, [shown(result)[1] for result in results], group=group)
+    yield ReportColumn("kept", [one and one.value for one in kept], percent(1), missing="")
+    intervals = [one and known_interval(one.low, one.high) for one in kept]
+    yield ReportColumn("95% interval", intervals, interval(percent(1)), priority=1)
 
 
-def _curve(done: Shrunk) -> FittedTable:
-    """What every plan keeps that was tried, in the task in which it keeps the least."""
+def _curve(done: Shrunk) -> ReportTable:
+    """Return what every plan keeps that was tried, in the task in which it keeps the least."""
     layers = done.best.plan.num_layers
-    return FittedTable(
-        [
-            Column(title="layers dropped", cells=[str(len(one.plan.drop)) for one in done.curve]),
-            Column(title="share", cells=[f"{len(one.plan.drop) / layers:.0%}" for one in done.curve]),
-            Column(title="kept", cells=[f"{one.kept:z.1%}" for one in done.curve]),
-            Column(
-                title="",
-                cells=[Text("█" * round(BAR * min(1.0, one.kept)), style="cyan") for one in done.curve],
-                number=False,
-                width=BAR,
-                priority=1,
-            ),
+    dropped, kept = [len(one.plan.drop) for one in done.curve], [one.kept for one in done.curve]
+    return ReportTable(
+        columns=[
+            ReportColumn("layers dropped", dropped),
+            ReportColumn("share", [number / layers for number in dropped], percent(0)),
+            ReportColumn("kept", kept, percent(1)),
+            BarColumn(values=kept, largest=1.0, width=BAR),
         ],
         title="What is kept, in the task in which the least is",
     )

@@ -1,48 +1,35 @@
-"""Tables that fit a terminal: columns go by priority, and no number or id is ever cut."""
+"""Tables in a terminal: they fit, columns go by priority, and no number or id is ever cut."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from rich.bar import Bar
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.table import Table as RichTable
 from rich.text import Text
 
+from avss_dist.report.section import Section
+from avss_dist.report.table import BarColumn, ReportColumn, ReportTable
 from avss_dist.text import printable
 
 WRAPPED = 24  # cells that a column of prose needs at least
+STYLES = {"lowest": "bold red", "failed": "dim"}  # of marked rows
 _MANY = 8  # entries of a list that are shown
 
 
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A column: its title, and a text (or a bar, whose width is ``width``) for each row.
-
-    Attributes:
-        priority: 0 is always shown; of the others, the highest number is left out first.
-        number: aligned to the right.
-        wraps: prose, which may be broken into lines.
-    """
-
-    title: str
-    cells: Sequence[RenderableType]
-    priority: int = 0
-    number: bool = True
-    wraps: bool = False
-    width: int | None = None
-
-    @property
-    def needs(self) -> int:
-        """Cells of the screen."""
-        if self.width is not None:
-            return max(self.width, cell_len(self.title))
-        lines = [line for cell in (self.title, *self.cells) for line in str(cell).splitlines()]
-        widest = max(map(cell_len, lines), default=0)
-        return min(widest, WRAPPED) if self.wraps else widest
+def rendered(*sections: Section) -> RenderableType:
+    """Return sections as a terminal shows them: tables, then sentences."""
+    parts: list[RenderableType] = []
+    for section in sections:
+        parts.append(Text(printable(section.label), style="bold"))
+        parts += map(FittedTable, section.tables)
+        parts += [Text(printable(line)) for line in (section.about, *section.sentences) if line]
+        parts.append(Text())
+    return Group(*parts[:-1])
 
 
 class FittedTable:
@@ -51,83 +38,111 @@ class FittedTable:
     Where not even the columns that are always shown have room, each row is a block of lines.
     """
 
-    def __init__(
-        self, columns: Sequence[Column], *, title: str = "", caption: Text | None = None, styles: Sequence[str] = ()
-    ) -> None:
-        self._columns, self._title, self._caption, self._styles = columns, title, caption, styles
+    def __init__(self, table: ReportTable) -> None:
+        self._table = table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        shown = list(self._columns)
-        while _width(shown) > options.max_width and any(column.priority for column in shown):
+        columns = self._table.columns
+        shown, needed = list(columns), {column: self._needs(column) + 3 for column in columns}
+        while _width(shown, needed) > options.max_width and any(column.priority for column in shown):
             shown.remove(max(reversed(shown), key=lambda column: column.priority))
-        if _width(shown) > options.max_width:
-            shown = list(self._columns)
-            yield from _blocks(shown, self._title)
+        if _width(shown, needed) > options.max_width:
+            shown = list(columns)
+            yield from self._blocks()
         else:
-            yield self._table(shown)
-        if self._caption:
-            yield self._caption
-        if missing := [
-            column.title.replace("\n", " ") for column in self._columns if column not in shown and column.title
-        ]:
+            yield self._grid(shown)
+        if lines := [line for line in (self._table.caption, self._table.meanings) if line]:
+            yield Text(printable("\n".join(lines)))
+        hidden = [column for column in columns if column not in shown and isinstance(column, ReportColumn)]
+        if missing := [_heading(column).replace("\n", " ") for column in hidden]:
             yield Text(f"No room for: {', '.join(missing)}. A wider terminal shows them.", style="dim")
 
-    def _table(self, columns: Sequence[Column]) -> Table:
-        table = Table(title=Text(printable(self._title)) if self._title else None, title_style="bold")
+    def _grid(self, columns: Sequence[ReportColumn | BarColumn]) -> RichTable:
+        table = self._table
+        grid = RichTable(title=Text(printable(table.title)) if table.title else None, title_style="bold")
         for column in columns:
-            table.add_column(
-                Text(printable(column.title)),
+            if isinstance(column, BarColumn):
+                grid.add_column("", no_wrap=True, width=column.width)
+                continue
+            grid.add_column(
+                Text(_heading(column)),
                 justify="right" if column.number else "left",
                 no_wrap=not column.wraps,
                 overflow="fold",
-                width=column.width,
             )
-        rows = zip(*(column.cells for column in columns), strict=True)
-        for i, row in enumerate(rows):
-            style = self._styles[i] if i < len(self._styles) else ""
-            table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row), style=style)
-        return table
+        for row in table.rows:
+            cells = [
+                self._bar(column, row) if isinstance(column, BarColumn) else self._cell(column, row)
+                for column in columns
+            ]
+            grid.add_row(*cells, style=STYLES[table.mark] if table.is_marked(row) else "")
+        return grid
+
+    def _bar(self, column: BarColumn, row: int) -> Bar:
+        largest = column.largest or max((value or 0.0 for value in column.values), default=0.0)
+        length = min(max(0.0, column.values[row] or 0.0), largest)
+        color = "red" if column.marked and column.marked[row] else "cyan"
+        return Bar(largest if largest > 0 else 1.0, 0, length, width=column.width, color=color)
+
+    def _cell(self, column: ReportColumn, row: int) -> Text:
+        """Return the text of a cell; the name of a row with the lowest scores has a star behind it."""
+        words = column.missing if column.is_missing(row) else column.text(row)
+        if self._table.marked and self._table.mark == "lowest" and column is self._table.columns[0]:
+            words += " *" if self._table.is_marked(row) else "  "
+        return Text(words, style=column.style(column.values[row]) if column.style else "")
+
+    def _needs(self, column: ReportColumn | BarColumn) -> int:
+        """Return how many cells of the screen a column needs."""
+        if isinstance(column, BarColumn):
+            return column.width
+        texts = (_heading(column), *(self._cell(column, row).plain for row in self._table.rows))
+        widest = max((cell_len(line) for words in texts for line in words.splitlines()), default=0)
+        return min(widest, WRAPPED) if column.wraps else widest
+
+    def _blocks(self) -> Iterator[RenderableType]:
+        """Yield a line for each column, row after row."""
+        if self._table.title:
+            yield Text(printable(self._table.title), style="bold")
+        for row in self._table.rows:
+            if row:
+                yield Text()
+            grid = RichTable.grid(padding=(0, 2))
+            grid.add_column(no_wrap=True, style="cyan")
+            grid.add_column(overflow="fold")
+            for column in self._table.values:
+                grid.add_row(Text(_heading(column)), self._cell(column, row))
+            yield grid
 
 
-def _width(columns: Sequence[Column]) -> int:
-    return sum(column.needs + 3 for column in columns) + 1
+def _width(columns: Sequence[ReportColumn | BarColumn], needed: Mapping[ReportColumn | BarColumn, int]) -> int:
+    """Return the cells of the screen that a table of some columns takes."""
+    return sum(needed[column] for column in columns) + 1
 
 
-def _blocks(columns: Sequence[Column], title: str) -> Iterator[RenderableType]:
-    """A line for each column that is a text, row after row."""
-    if title:
-        yield Text(printable(title), style="bold")
-    texts = [column for column in columns if column.width is None]
-    for i in range(len(texts[0].cells) if texts else 0):
-        if i:
-            yield Text()
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(no_wrap=True, style="cyan")
-        grid.add_column(overflow="fold")
-        for column in texts:
-            grid.add_row(Text(printable(column.title)), Text(printable(str(column.cells[i]))))
-        yield grid
+def _heading(column: ReportColumn) -> str:
+    return printable(f"{column.group}\n{column.heading}" if column.group else column.heading)
 
 
 def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittedTable:
-    """Any query's result: values as they are, never as markup; floats with six significant digits."""
+    """Return any query's result: values as they are, never as markup; floats with six significant digits."""
     columns = []
     for i, name in enumerate(names):
         values = [row[i] for row in rows]
         known = [value for value in values if value is not None]
         columns.append(
-            Column(
-                title=str(name),
-                cells=[shown(value) for value in values],
+            ReportColumn(
+                str(name),
+                [shown(value) for value in values],
+                missing="",
                 number=bool(known) and all(isinstance(value, (int, float)) for value in known),
                 wraps=any(isinstance(value, (str, list, dict)) and " " in shown(value) for value in known),
             )
         )
-    return FittedTable(columns)
+    return FittedTable(ReportTable(columns=columns))
 
 
 def shown(value: Any) -> str:
-    """A value for people."""
+    """Return a value as people read it."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -138,5 +153,5 @@ def shown(value: Any) -> str:
         more = [f"... {len(value)} in all"] if len(value) > _MANY else []
         return "[" + ", ".join([*map(shown, value[:_MANY]), *more]) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {shown(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {shown(entry)}" for key, entry in value.items()) + "}"
     return str(value)

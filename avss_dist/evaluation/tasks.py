@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from avss_dist.corpus.chats import chat_template
-from avss_dist.corpus.shards import tokenize_choices, with_other_start
-from avss_dist.evaluation.engine import plan_text
+from avss_dist.corpus.shards import CorpusPlan, tokenize_choices, tokenize_corpus, with_other_start
+from avss_dist.errors import CorpusError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.names import PERPLEXITY, ROW_START, TRUTHFULQA
-from avss_dist.options import AS_THE_TASK_SAYS, Prompting
+from avss_dist.options import DEFAULT_PROMPT, PromptOptions
 from avss_dist.settings import Settings
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.tasks.row_start import RowStartLoss
@@ -26,9 +26,9 @@ def make_task(
     skip_sequences: int = 0,
     skip_questions: int = 0,
     limit: int | None = None,
-    prompting: Prompting = AS_THE_TASK_SAYS,
+    prompting: PromptOptions = DEFAULT_PROMPT,
 ) -> Task:
-    """A task by its name.
+    """Return a task by its name.
 
     Raises:
         AvssError: there is none such, or its data could not be loaded.
@@ -47,8 +47,24 @@ def make_task(
     return harness_task(name, limit=limit, prompting=prompting, template=template, trust_remote_code=code)
 
 
+def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> CorpusPlan:
+    """Read the rows of a corpus after the first ``skip_sequences``, in the checkpoint's tokens.
+
+    Raises:
+        CorpusError: it cannot be read, is too short, or has nothing to predict.
+    """
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+    text = tokenize_corpus(corpus, tokenizer, settings, skip_sequences=skip_sequences)
+    if max(int(shard.lengths.max()) for shard in text.shards) <= max(1, settings.skip_first_tokens):
+        raise CorpusError(
+            f"No row of {RedactedURI(corpus)} has a token that is predicted from others before it and counts.",
+            "Make `sequence_length` at least 2, and larger than `skip_first_tokens`; or take longer documents.",
+        )
+    return text
+
+
 def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> Task:
-    """The loss on a corpus, in the checkpoint's tokens.
+    """Return the task of the loss on a corpus, in the checkpoint's tokens.
 
     Raises:
         CorpusError: it cannot be read, or is too short.
@@ -68,7 +84,7 @@ def row_start_task(checkpoint: Checkpoint, text: Task, settings: Settings) -> Ta
 
 
 def choices_task(checkpoint: Checkpoint, path: str, settings: Settings, questions: slice = slice(None)) -> Task:
-    """Multiple choice on a file of TruthfulQA, on some of its questions.
+    """Return the task of multiple choice on some questions of a file of TruthfulQA.
 
     Raises:
         CorpusError: it cannot be read, or a row is too long.

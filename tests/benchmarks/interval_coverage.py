@@ -1,6 +1,6 @@
 """Coverage of 95% intervals: how often they hold the value of the population that shards, rows or pairs come from.
 
-    python tests/benchmarks/coverage.py [--draws 400] [--sizes 2 4 8 16 32] [--population NAME]
+    python tests/benchmarks/interval_coverage.py [--draws 400] [--sizes 2 4 8 16 32] [--population NAME]
         [--no-bootstrap] [--warehouse FOLDER --run RUN_ID]
 
 Each population is a table of 4,000 units, or the shards of a run; its value is the statistic of all of them. Units are

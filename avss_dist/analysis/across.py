@@ -1,0 +1,117 @@
+"""Runs beside each other: how far their rankings of layers agree, and which of them are one training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avss_dist.analysis.agreement import Scores, rank_correlations, summarize
+from avss_dist.analysis.compare import CONDITIONS, condition, with_conditions
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.rankings import FEWEST, depth_correlation
+from avss_dist.text import count_of, describe_count, printable
+
+SHORTEST_SERIES = 3  # checkpoints
+Row = Mapping[str, Any]  # of the table `runs`
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunAgreement:
+    """Rank correlations of every two runs at one reading of a score. NaN is a correlation that is not defined.
+
+    Attributes:
+        with_depth: by run, Spearman's rho with the order of its layers.
+        pairs: int64[pairs, 2], the runs of each pair, ascending.
+        spearman: float64[pairs].
+        given_depth: float64[pairs], the partial correlation given depth.
+    """
+
+    with_depth: Mapping[int, float]
+    pairs: NDArray[np.int64]
+    spearman: Float64
+    given_depth: Float64
+
+    @property
+    def summary(self) -> str:
+        """How far runs agree, and which two agree least; empty without a pair. Runs count from 1, as labels do."""
+        whole, given = summarize(self.spearman), summarize(self.given_depth)
+        if not whole.count:
+            return ""
+        median = f"The median of {count_of(whole.count, 'pair')} is {whole.median:z.3f}"
+        beside_depth = f", and {given.median:z.3f} given depth" if given.count else ""
+        first, second = self.pairs[np.nanargmin(self.spearman)] + 1
+        return f"{median}{beside_depth}; least alike are runs {first} and {second} ({whole.lowest:z.3f})."
+
+
+def run_agreement(profiles: Mapping[int, Scores]) -> RunAgreement:
+    """Correlate every two runs, as `analysis.compare.compare` does.
+
+    Args:
+        profiles: by run, depth and score of its layers: float64[layers] each, ascending in depth. Runs of fewer
+            layers than a correlation takes are left out.
+    """
+    runs = [run for run in sorted(profiles) if len(profiles[run][0]) >= FEWEST]
+    pairs = np.array([*combinations(range(len(runs)), 2)], np.int64).reshape(-1, 2)
+    rho, partial = rank_correlations([profiles[run] for run in runs], *pairs.T)
+    return RunAgreement(
+        with_depth={run: depth_correlation(profiles[run][1].tolist()) for run in runs},
+        pairs=np.array(runs, np.int64)[pairs],
+        spearman=rho,
+        given_depth=partial,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSeries:
+    """Checkpoints of one training, scored alike, in the order of training.
+
+    Attributes:
+        runs: positions of their runs.
+        saved: when each was saved: ``step 1,000``.
+    """
+
+    name: str
+    runs: tuple[int, ...]
+    saved: tuple[str, ...]
+
+
+def training_series(runs: Sequence[Row]) -> list[TrainingSeries]:
+    """Return the trainings of which there are `SHORTEST_SERIES` checkpoints or more.
+
+    Args:
+        runs: rows of ``runs``.
+    """
+    series: dict[tuple[Any, ...], dict[str, int]] = {}
+    for position, run in sorted(enumerate(runs), key=lambda item: in_training(item[1])):
+        if run["series"] is not None and run["revision"] is not None:
+            conditions = with_conditions(run)
+            alike = (condition(conditions, name) for name in CONDITIONS)
+            series.setdefault((run["series"], *alike), {})[run["revision"]] = position
+    return [
+        TrainingSeries(
+            name=printable(key[0]),
+            runs=tuple(by_revision.values()),
+            saved=tuple(_saved(runs[position]) for position in by_revision.values()),
+        )
+        for key, by_revision in series.items()
+        if len(by_revision) >= SHORTEST_SERIES
+    ]
+
+
+def _saved(run: Row) -> str:
+    step, tokens = run["training_step"], run["training_tokens"]
+    if step is not None:
+        return f"step {step:,}"
+    return (
+        f"{describe_count(tokens)} tokens" if tokens is not None else printable(run["revision_name"] or run["revision"])
+    )
+
+
+def in_training(run: Row) -> tuple[Any, ...]:
+    """Return a sort key: when in its training a checkpoint was saved, then when it was scored."""
+    return (run["training_step"] or 0, run["training_tokens"] or 0, str(run["created_at"]), run["run_id"])

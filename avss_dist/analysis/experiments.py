@@ -1,0 +1,140 @@
+"""The results of an experiment on one run: what models keep without the layers that each method chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from avss_dist.analysis.sparsity_curves import is_sparse
+from avss_dist.analysis.verdict import (
+    WHOLE,
+    describe_task,
+    kept_by_guess,
+    primary_metric,
+    retention_interval,
+    shown_method,
+    verdicts,
+)
+from avss_dist.intervention import Removals, decode_removals
+
+Row = Mapping[str, Any]  # of the table `experiments`
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskMetric:
+    """A task of an experiment.
+
+    Attributes:
+        name: as the warehouse has it.
+        metric: the one that speaks for the task.
+        guess: retention of a model that guesses; None if that is not known.
+    """
+
+    name: str
+    metric: str
+    guess: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The result of a method on a task.
+
+    Attributes:
+        value: of the task's metric.
+        retention: the metric over that of the whole model, or of a loss, exp(whole - value).
+        interval: its 95% interval; None where too few samples differ.
+    """
+
+    value: float
+    retention: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodResult:
+    """A set of layers that a method chose.
+
+    Attributes:
+        share: of the layers, which was asked for; 0 for the whole model.
+        drop: the layers and sublayers.
+        outcomes: by the name of the task.
+    """
+
+    method: str
+    share: float
+    drop: Removals
+    outcomes: Mapping[str, Outcome]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole model, with which the others are compared."""
+        return self.method == WHOLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentResults:
+    """The results of an experiment on dropped layers.
+
+    Attributes:
+        methods: by ascending share.
+        verdicts: a paragraph for each task and repair on which the claim was tried.
+    """
+
+    tasks: tuple[TaskMetric, ...]
+    methods: tuple[MethodResult, ...]
+    verdicts: tuple[str, ...]
+
+    @property
+    def lacks_interval(self) -> bool:
+        """Whether a retention has no interval."""
+        compared = (outcome for result in self.methods if not result.is_whole for outcome in result.outcomes.values())
+        return any(outcome.interval is None for outcome in compared)
+
+
+def experiment_results(rows: Sequence[Row]) -> ExperimentResults | None:
+    """Return the results on dropped layers of one run; None if none were dropped.
+
+    Args:
+        rows: of ``experiments``, the newest last: of what was evaluated twice, the last counts.
+    """
+    newest: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if not is_sparse(row):
+            newest[shown_method(row), row["share"], row["task"], row["metric"]] = row
+    by_task: dict[str, list[Row]] = {}
+    for row in newest.values():
+        by_task.setdefault(row["task"], []).append(row)
+    if not any(row["share"] for row in newest.values()):
+        return None
+    metrics = {task: primary_metric(of_task) for task, of_task in by_task.items()}
+    shown = [row for row in newest.values() if row["metric"] == metrics[row["task"]]]
+    named = [{**row, "task": describe_task(row["task"])} for row in newest.values()]
+    return ExperimentResults(
+        tasks=tuple(
+            TaskMetric(name=task, metric=metrics[task], guess=kept_by_guess(of_task, metrics[task]))
+            for task, of_task in by_task.items()
+        ),
+        methods=_by_method(sorted(shown, key=lambda row: float(row["share"]))),
+        verdicts=tuple(verdicts(named)),
+    )
+
+
+def _by_method(rows: Sequence[Row]) -> tuple[MethodResult, ...]:
+    """Return a result for each share and method, in the order of rows."""
+    groups: dict[tuple[float, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["share"], shown_method(row)), []).append(row)
+    return tuple(
+        MethodResult(
+            method=method,
+            share=share,
+            drop=decode_removals(group[0]["drop"]),
+            outcomes={row["task"]: _outcome(row) for row in group},
+        )
+        for (share, method), group in groups.items()
+    )
+
+
+def _outcome(row: Row) -> Outcome:
+    return Outcome(value=row["value"], retention=row["retention"], interval=retention_interval(row))

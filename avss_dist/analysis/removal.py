@@ -1,0 +1,131 @@
+"""A model without some of its layers: distances of blocks of layers, and the best set of each size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from avss_dist.analysis.verdict import describe_task, primary_metric
+from avss_dist.intervention import decode_removals, describe_removed, size_removed
+from avss_dist.names import REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
+from avss_dist.registry import BLOCK_DISTANCE, MEASURED, SCORES
+from avss_dist.stats.retention import kept
+from avss_dist.warehouse.reader import Warehouse
+
+OF_EVERY_LAYER = tuple({*(SCORES[name].task for name in MEASURED), SUBLAYER_LOSS, SEARCH})
+"""Tasks about single layers, or about sets on the text of a search: they do not judge a model."""
+Row = Mapping[str, Any]  # of the table `evaluations`
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDistance:
+    """The distance between the hidden states before and after a block of neighbouring layers.
+
+    Attributes:
+        start: the first layer.
+        length: number of layers.
+        distance: mean angle, as a share of a half turn.
+    """
+
+    start: int
+    length: int
+    distance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovedSet:
+    """A set of layers that a model was evaluated without.
+
+    Attributes:
+        series: the task, and the repair if there was one.
+        dropped: the set, in words.
+        size: number of layers; a sublayer is half of one.
+        kept: retention of the task's metric.
+    """
+
+    series: str
+    dropped: str
+    size: float
+    kept: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutLayers:
+    """Measurements of a checkpoint without some of its layers.
+
+    Attributes:
+        blocks: by first layer and length.
+        sets: of every task and repair, the best set of each size.
+    """
+
+    blocks: tuple[BlockDistance, ...] = ()
+    sets: tuple[RemovedSet, ...] = ()
+
+
+def without_layers(warehouse: Warehouse, runs: Sequence[Row]) -> list[WithoutLayers]:
+    """Return what was measured of the checkpoint of each run.
+
+    Args:
+        runs: rows of ``runs``.
+    """
+    revisions = {run["revision"] for run in runs} - {None}
+    where = pc.field("revision").isin(pa.array(sorted(revisions), pa.string()))
+    by_revision: dict[str, list[Row]] = {revision: [] for revision in revisions}
+    for row in warehouse.table("evaluations", where=where).to_pylist() if revisions else ():
+        by_revision[row["revision"]].append(row)
+    measured = {
+        revision: WithoutLayers(blocks=tuple(_blocks(rows)), sets=tuple(_best_sets(rows)))
+        for revision, rows in by_revision.items()
+    }
+    return [measured.get(run["revision"], WithoutLayers()) for run in runs]
+
+
+def _blocks(rows: Sequence[Row]) -> Iterator[BlockDistance]:
+    measured = [row for row in rows if row["metric"] == BLOCK_DISTANCE and isfinite(row["value"])]
+    newest = max(((row["created_at"], row["run_id"]) for row in measured), default=None)
+    by_block = {(row["drop"][0], len(row["drop"])): row for row in measured if newest and row["run_id"] == newest[1]}
+    for (start, length), row in sorted(by_block.items()):
+        yield BlockDistance(start=start, length=length, distance=row["value"])
+
+
+def _best_sets(rows: Sequence[Row]) -> Iterator[RemovedSet]:
+    """Yield the best set of each size, of every task and repair."""
+    fits = [row for row in rows if row["patch"] and row["task"].startswith(REPAIR)]
+    repairs = {row["patch"]: row["task"].split(":")[1] for row in fits}
+    by_task: dict[str, dict[str, list[Row]]] = {}
+    for row in filter(_judges, rows):
+        by_task.setdefault(row["task"], {}).setdefault(row["run_id"], []).append(row)
+    for task, evaluations in by_task.items():
+        sets = sorted(_sets(task, max(evaluations.values(), key=len), repairs), key=lambda removed: removed.kept)
+        best = {(removed.series, removed.size): removed for removed in sets}
+        yield from (best[key] for key in sorted(best))
+
+
+def _judges(row: Row) -> bool:
+    """Whether a row is about a task that judges a model, without layers and nothing else but a repair."""
+    changed_otherwise = row["layer"] is not None or row["factor"] or row["sparsity_plan"] is not None
+    return not changed_otherwise and not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START))
+
+
+def _sets(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterator[RemovedSet]:
+    """Yield every set of layers that one evaluation left out."""
+    metric = primary_metric(rows)
+    rows = [row for row in rows if row["metric"] == metric]
+    for whole in (row["value"] for row in rows if not row["drop"]):
+        for row in (row for row in rows if row["drop"]):
+            share = float(kept(metric, np.array(whole), np.array(row["value"])))
+            repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
+            if isfinite(share):
+                removed = decode_removals(row["drop"])
+                yield RemovedSet(
+                    series=f"{describe_task(task)}{repair}",
+                    dropped=describe_removed(removed),
+                    size=size_removed(removed),
+                    kept=share,
+                )

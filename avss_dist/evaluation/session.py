@@ -1,0 +1,517 @@
+"""A session of evaluation: plan tasks, measure what the warehouse does not have yet, keep it, and combine results."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property, lru_cache
+from itertools import islice
+from math import isfinite, nan
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from avss_dist.errors import AvssError, ConfigError, RunFailed
+from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent, ignore
+from avss_dist.executors.base import Executor
+from avss_dist.executors.open import open_executor
+from avss_dist.intervention import (
+    NO_INTERVENTION,
+    Intervention,
+    InterventionKey,
+    Removals,
+    decode_removals,
+    describe_removed,
+    whole_layers,
+)
+from avss_dist.models.auto import require_head
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import text_config
+from avss_dist.models.pinning import pin
+from avss_dist.names import LOSS
+from avss_dist.partition.base import Placement, fingerprint_part
+from avss_dist.partition.choose import place
+from avss_dist.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
+from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
+from avss_dist.stats.retention import kept
+from avss_dist.system.versions import package_versions
+from avss_dist.tasks.base import Measure, Result, Task, combine
+from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
+from avss_dist.warehouse.patches import Patches
+from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedModel:
+    """A checkpoint with every setting decided, and the placement of its replicas."""
+
+    checkpoint: Checkpoint
+    settings: Settings
+    placement: Placement
+
+    def plan(self, task: Task) -> PlannedTask:
+        """Return a task of the model, ready to be measured."""
+        return PlannedTask(checkpoint=self.checkpoint, settings=self.settings, task=task, placement=self.placement)
+
+    def reading(self, max_sequences: int | None) -> PlacedModel:
+        """Return the model with another number of rows that are read of a text."""
+        return replace(self, settings=replace(self.settings, max_sequences=max_sequences))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PlannedTask:
+    """A task of one checkpoint, ready to be measured under any intervention; its settings are `pinned`."""
+
+    checkpoint: Checkpoint
+    settings: Settings
+    task: Task
+    placement: Placement
+
+    @cached_property
+    def _fingerprinted(self) -> Mapping[str, Any]:
+        """All that tells the evaluation of the unchanged model apart."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "checkpoint": self.checkpoint.revision,
+            "task": self.task.key,
+            "settings": self.settings.numbers(statistics=False),
+            **fingerprint_part(self.placement),
+        }
+
+    def run_id(self, intervention: Intervention = NO_INTERVENTION) -> str:
+        """Return the id of the evaluation that results under an intervention belong to.
+
+        Sparsity and residual scale make another evaluation; removals and a patch make other cells of the same one.
+        """
+        key = intervention.key
+        changed = {"sparsity": key.sparsity, "factor": key.residual_scale}
+        print_ = fingerprint(**self._fingerprinted, **{name: value for name, value in changed.items() if value})
+        return f"{self.checkpoint.slug}-{print_[:10]}"
+
+    def cells(self, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Cell]:
+        """Return a cell for each part of the task and each intervention; each once."""
+        parts = list(enumerate(self.task.parts))
+        return [self.cell(part, measure, one) for one in dict.fromkeys(interventions) for part, measure in parts]
+
+    def cell(self, part: int, measure: Measure, intervention: Intervention = NO_INTERVENTION) -> Cell:
+        """Return the cell of one part of the task under an intervention."""
+        return Cell(
+            run_id=self.run_id(intervention),
+            checkpoint=self.checkpoint,
+            settings=self.settings,
+            task=self.task.name,
+            part=part,
+            measure=measure,
+            placement=self.placement,
+            intervention=intervention,
+        )
+
+
+@dataclass(frozen=True)
+class StoredPatch:
+    """A patch in a warehouse; see `intervention.EncodedPatch`."""
+
+    key: str
+    patches: Patches = field(compare=False, repr=False)
+
+    def read(self) -> bytes:
+        """See `intervention.EncodedPatch`; cells of one patch follow each other."""
+        return _read(self.patches, self.key)
+
+
+@lru_cache(maxsize=1)
+def _read(patches: Patches, key: str) -> bytes:
+    return patches.read(key)
+
+
+Work = Iterable[tuple[PlannedTask, Iterable[Intervention]]]
+"""Tasks, each with the interventions under which it is measured."""
+
+
+class EvaluationSession:
+    """Measures tasks of checkpoints on an executor, and keeps every cell in a warehouse as it comes.
+
+    Nothing is measured twice: neither what the warehouse has, unless ``fresh``, nor what the session has measured.
+
+    Args:
+        store: the warehouse.
+        execution: how replicas are spread.
+        on_event: receives every event.
+
+    Attributes:
+        fresh: measure again what was in the warehouse before.
+    """
+
+    def __init__(
+        self, store: Store, executor: Executor, execution: Execution | None = None, on_event: OnEvent | None = None
+    ) -> None:
+        self.store, self.executor, self.execution = store, executor, execution or Execution()
+        self.fresh = self.execution.fresh
+        self.on_event = ignore if on_event is None else on_event
+        self._kept: defaultdict[str, set[str]] = defaultdict(set)  # cells of this session, by run
+        self._workers: _Workers | None = None
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, warehouse: str | Path, settings: Settings, execution: Execution, on_event: OnEvent | None = None
+    ) -> Iterator[EvaluationSession]:
+        """Create a warehouse where there is none, and start an executor, which is closed in the end.
+
+        Raises:
+            AvssError: one of both cannot be opened.
+        """
+        store = Store(warehouse)
+        store.create()
+        with closing(open_executor(execution, settings)) as executor:
+            yield cls(store, executor, execution, on_event)
+
+    def place(self, checkpoint: Checkpoint, settings: Settings, execution: Execution | None = None) -> PlacedModel:
+        """Decide every setting of a checkpoint, and spread its replicas.
+
+        Args:
+            execution: how they are spread; as the session says by default.
+
+        Raises:
+            ConfigError: there is not what the partition needs.
+            ModelError: the checkpoint has no head, or cannot read such rows.
+        """
+        fixed = pinned(settings, checkpoint, self.executor.device)
+        placement = place(checkpoint, fixed, execution or self.execution, self.executor.devices, head=True)
+        self.executor.replicas(placement)
+        return PlacedModel(checkpoint=checkpoint, settings=fixed, placement=placement)
+
+    def measure(self, work: Work) -> dict[PlannedTask, list[Result]]:
+        """Measure tasks under interventions; return and commit the results of each.
+
+        Raises:
+            AvssError: a mistake, or a cell that failed; what was measured is kept.
+        """
+        wanted: dict[PlannedTask, dict[Intervention, None]] = {}
+        for planned, interventions in work:
+            wanted.setdefault(planned, {}).update(dict.fromkeys(interventions))
+        failed = self._run([cell for planned, interventions in wanted.items() for cell in planned.cells(interventions)])
+        results = {planned: self.results(planned, interventions) for planned, interventions in wanted.items()}
+        if failed:
+            raise failure(failed)
+        return results
+
+    def run(self, cells: Iterable[Cell], see: Callable[[Cell, CellResult], None] | None = None) -> None:
+        """Measure cells that are not known yet, without committing results.
+
+        Args:
+            see: receives each result.
+
+        Raises:
+            AvssError: a mistake, or a cell that failed; what was measured is kept.
+        """
+        if failed := self._run(cells, see):
+            raise failure(failed)
+
+    def fit(self, work: Work) -> dict[tuple[str, Removals], StoredPatch]:
+        """Measure tasks that fit patches; a patch that is in the warehouse is not fitted again.
+
+        The first mistake ends all: too little text is reported before other fits have taken an hour.
+
+        Returns:
+            Patches by the id of the evaluation and the removals that they are fitted for; those of earlier fits, too.
+
+        Raises:
+            AvssError: a mistake, or a fit that failed; the others are kept.
+        """
+        work = list(work)
+        cells = [cell for planned, interventions in work for cell in planned.cells(interventions)]
+        patches, run_ids = Patches(self.store.storage), [planned.run_id() for planned, _ in work]
+        known = self._fitted(run_ids, patches)
+        missing = [
+            cell
+            for cell in cells
+            if not self._was_kept(cell) and (self.fresh or (cell.run_id, cell.intervention.removed) not in known)
+        ]
+        failed = self._run(missing, again=True, to_first_mistake=True)
+        for planned, _ in work:
+            self.results(planned)
+        if failed:
+            raise failure(failed)
+        return {key: StoredPatch(patch, patches) for key, patch in self._fitted(run_ids, patches).items()}
+
+    def _fitted(self, run_ids: Sequence[str], patches: Patches) -> dict[tuple[str, Removals], str]:
+        """Return the keys of patches that cells of these evaluations gave and that are there."""
+        there = patches.keys()
+        return {
+            (row["run_id"], decode_removals(row["drop"])): row["patch"]
+            for run_id in (dict.fromkeys(run_ids) if there else ())
+            for row in self.rows(run_id)
+            if row["patch"] in there
+        }
+
+    def rows(self, run_id: str) -> list[dict[str, Any]]:
+        """Return the rows of ``cells`` of an evaluation."""
+        rows: list[dict[str, Any]] = self.store.cells(run_id).to_pylist()
+        return rows
+
+    def results(self, planned: PlannedTask, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Result]:
+        """Combine all cells of the evaluations that interventions belong to, and write them to ``evaluations``."""
+        return [
+            result
+            for run_id in dict.fromkeys(map(planned.run_id, interventions))
+            for result in self._commit(planned, run_id)
+        ]
+
+    def _commit(self, planned: PlannedTask, run_id: str) -> list[Result]:
+        """Write the results of an evaluation; of a loss, its perplexity too."""
+        rows = self.rows(run_id)
+        results = combine(rows, len(planned.task.parts))
+        if results:
+            seconds: defaultdict[tuple[InterventionKey, int | None], float] = defaultdict(float)
+            for row in rows:
+                seconds[InterventionKey.of_row(row), row["layer"]] += row["seconds"] or 0.0
+            common = {
+                "task": planned.task.name,
+                "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
+                "versions": package_versions(),
+                "created_at": datetime.now(UTC),
+            }
+            self.store.write_evaluations(
+                _identity(planned, run_id, rows[0]["family"]),
+                [
+                    {**common, **row, "seconds": seconds[result.intervention, result.layer]}
+                    for result in results
+                    for row in _metric_rows(result)
+                ],
+            )
+        return results
+
+    @contextmanager
+    def keeping_workers(self) -> Iterator[None]:
+        """Inside, workers keep their models open between calls, as where the next cells depend on the last ones."""
+        with closing(_Workers(self.store, self.executor, self.on_event)) as self._workers:
+            try:
+                yield
+            finally:
+                self._workers = None
+
+    def _run(
+        self,
+        cells: Iterable[Cell],
+        see: Callable[[Cell, CellResult], None] | None = None,
+        *,
+        again: bool = False,
+        to_first_mistake: bool = False,
+    ) -> list[tuple[Cell, AvssError]]:
+        """Measure cells, and keep each as it comes; return those that failed.
+
+        Args:
+            again: measure those too that are known.
+            to_first_mistake: measure no more once a cell has failed for a mistake of the user's.
+        """
+        wanted = {(cell.run_id, cell.cell_id): cell for cell in cells}
+        missing = [cell for cell in wanted.values() if again or not self._is_known(cell)]
+        self.on_event(CellsStarted(list(wanted.values()), len(wanted) - len(missing)))
+        failed = []
+        opened = None if to_first_mistake else self._workers
+        with nullcontext(opened) if opened else closing(_Workers(self.store, self.executor, self.on_event)) as workers:
+            for cell, outcome in workers.run(missing):
+                if not isinstance(outcome, AvssError):
+                    self._kept[cell.run_id].add(cell.cell_id)
+                    if see is not None:
+                        see(cell, outcome)
+                    continue
+                failed.append((cell, outcome))
+                if to_first_mistake and not isinstance(outcome, RunFailed):
+                    break
+        return failed
+
+    def _was_kept(self, cell: Cell) -> bool:
+        return cell.cell_id in self._kept[cell.run_id]
+
+    def _is_known(self, cell: Cell) -> bool:
+        """Whether the session, or the warehouse, has a cell; in a fresh session, only what it has measured itself."""
+        return self._was_kept(cell) or (not self.fresh and self.is_stored(cell))
+
+    def is_stored(self, cell: Cell) -> bool:
+        """Whether the warehouse has a cell; an evaluation is listed once."""
+        return cell.cell_id in self.store.cell_ids(cell.run_id)
+
+
+class _Workers:
+    """Workers that measure cells round after round, and keep their models open in between."""
+
+    def __init__(self, store: Store, executor: Executor, on_event: OnEvent) -> None:
+        self._store, self._on_event = store, on_event
+        self._asked: SimpleQueue[Sequence[Cell] | None] = SimpleQueue()
+        self._outcomes = executor.run_cells(iter(self._asked.get, None), self._underway)
+
+    def run(self, cells: Sequence[Cell]) -> Iterator[CellOutcome]:
+        """Yield the result of every cell, in any order; all must be taken before the next round.
+
+        Raises:
+            AvssError: the workers or the warehouse failed; what was measured is kept.
+        """
+        if cells:
+            self._asked.put(cells)
+        for cell, outcome in islice(self._outcomes, len(cells)):
+            if not isinstance(outcome, AvssError):
+                patches = Patches(self._store.storage)
+                keys = [None if row.patch is None else patches.write(row.patch) for row in outcome.rows]
+                identity = _identity(cell, cell.run_id, outcome.family)
+                self._store.write_cell(identity, cell.cell_id, _rows(cell, outcome, keys))
+            self._on_event(CellDone(cell))
+            yield cell, outcome
+
+    def _underway(self, cell: Cell, step: str, share: float) -> None:
+        self._on_event(CellUnderway(cell, step, share))
+
+    def close(self) -> None:
+        """Let the workers go."""
+        self._asked.put(None)
+        self._outcomes.close()
+
+
+def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
+    """Return one error for all cells that failed: the first mistake, or else the first failure."""
+    cell, error = next(((c, e) for c, e in failed if not isinstance(e, RunFailed)), failed[0])
+    what = f"{cell.task} of {cell.checkpoint.name}"
+    if removed := cell.intervention.removed:
+        what += f" without {'layers ' if whole_layers(removed) else ''}{describe_removed(removed)}"
+    others = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
+    return type(error)(f"{what}: {error.message}{others}", error.hint)
+
+
+def evaluation_options(options: Mapping[str, Any]) -> tuple[Settings, Execution]:
+    """Return the keyword options of an evaluation as Settings and Execution.
+
+    Raises:
+        ConfigError: an option is unknown, has a wrong value, or has no effect on an evaluation.
+    """
+    settings, execution = split_options(dict(options))
+    given = {**settings.as_dict(), "tracker": execution.tracker}
+    default = {**Settings().as_dict(), "tracker": None}
+    problems = [
+        ConfigError(f"`{name}` has no effect: it is for the scoring of layers alone.", "Leave it out.")
+        for name in ("sites", "thresholds", "tracker")
+        if given[name] != default[name]
+    ]
+    if problems:
+        raise ConfigError.combine(problems)
+    return settings, execution
+
+
+def require_intended(number: int, most: int, what: str, hint: str, *, allow_many: bool) -> None:
+    """Refuse more work than ``most``, unless the user wants so much; nothing of that size has been made yet.
+
+    Args:
+        what: beginning of the sentence, with a place for the number: ``"{} passes would be made"``.
+        hint: options that make it less.
+
+    Raises:
+        ConfigError: it is more, and ``allow_many`` is not set.
+    """
+    if number > most and not allow_many:
+        raise ConfigError(f"{what.format(f'{number:,}')}.", f"{hint} More than {most:,} need `allow_many`.")
+
+
+def require_listable(number: int, what: str, hint: str) -> None:
+    """Refuse more pieces of work than can be listed, whether the user wants so many or not.
+
+    Args:
+        what: a plural noun.
+        hint: options that make it fewer.
+
+    Raises:
+        ConfigError: it is more than ``settings.MOST_LISTED``.
+    """
+    if number > MOST_LISTED:
+        raise ConfigError(f"{number:,} {what} are more than one command takes: {MOST_LISTED:,}.", hint)
+
+
+def pinned(settings: Settings, checkpoint: Checkpoint, device: str) -> Settings:
+    """Decide every ``auto`` of settings; refuse rows that the model cannot read, and a model without a head."""
+    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+    require_head(checkpoint.name, config)
+    return pin(settings, checkpoint, config, device)
+
+
+def metrics(result: Result) -> Iterator[tuple[str, float, float]]:
+    """Yield name, value and standard error of a result; of a loss, of its perplexity too (by the delta method)."""
+    yield result.metric, result.value, result.stderr
+    if result.metric == LOSS:
+        perplexity = float(np.exp(result.value))
+        yield "perplexity", perplexity, perplexity * result.stderr
+
+
+def about(results: Iterable[Result], key: InterventionKey = NO_INTERVENTION.key) -> list[Result]:
+    """Return the results about a model as a whole, not about a layer of it, under an intervention."""
+    return [result for result in results if result.layer is None and result.intervention == key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Share of a metric that is left: 1 keeps all. Where less is better, it is before over after; of a loss, of the
+    perplexities.
+
+    Attributes:
+        value: the retention.
+        low, high: ends of the 95% interval over paired samples; NaN where the two have different numbers of samples,
+            where fewer than ``MINIMUM_UNITS`` samples differ, or where the retention is zero or infinite.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, before: Result, after: Result) -> Retention:
+        """Return how much of ``before`` is left in ``after``: the same metric of the same task, of the same samples."""
+        value = kept(before.metric, *(np.array(result.value) for result in (before, after)))
+        low = high = nan
+        # Of an accuracy most samples may not differ, and those say nothing of how much it varies.
+        differing = len(before.samples) == len(after.samples) and np.count_nonzero(
+            (before.samples != after.samples) | (before.weights != after.weights)
+        )
+        if differing >= MINIMUM_UNITS:
+            left_out = kept(before.metric, before.left_out, after.left_out)
+            low, high = map(float, jackknife_interval(value, left_out, scale="log"))
+        return cls(value=float(value), low=low, high=high)
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether both ends of the interval are known."""
+        return isfinite(self.low) and isfinite(self.high)
+
+
+def _metric_rows(result: Result) -> Iterator[dict[str, Any]]:
+    row = {**result.intervention.row(), "layer": result.layer, "num_samples": len(result.samples)}
+    for metric, value, stderr in metrics(result):
+        yield {**row, "metric": metric, "value": value, "stderr": stderr}
+
+
+def _identity(work: Cell | PlannedTask, run_id: str, family: str) -> RunIdentity:
+    checkpoint = work.checkpoint
+    return RunIdentity(run_id=run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
+
+
+def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> list[Mapping[str, Any]]:
+    share, key = measured.seconds / max(1, len(measured.rows)), cell.intervention.key
+    return [
+        {
+            **key._replace(removed=key.removed if row.removed is None else row.removed, patch=patch or key.patch).row(),
+            "task": cell.task,
+            "metric": row.metric,
+            "layer": row.layer,
+            "part": cell.part,
+            "samples": row.samples.tolist(),
+            "weights": row.weights.tolist(),
+            "device": measured.device,
+            "seconds": share,
+            "created_at": datetime.now(UTC),
+        }
+        for row, patch in zip(measured.rows, patches, strict=True)
+    ]

@@ -1,0 +1,140 @@
+"""Routed experts: how often the router chose each of them, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from avss_dist.analysis.experts import LayerExperts
+from avss_dist.report.section import Chart, Section, page_number
+from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, decimals
+from avss_dist.text import describe_count
+
+LEAST = 3  # experts of the lowest saliency that are named
+LARGEST_SHOWN = 4.0  # times an even share, where the color ends
+
+
+def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerExperts]) -> Section:
+    """Return how evenly the routers of a run spread tokens, and the experts that stand out.
+
+    Args:
+        run: a row of ``runs``.
+    """
+    name = f"experts-{page_number(label)}"
+    return Section(
+        label=label,
+        about=f"{describe_count(run['num_tokens'])} tokens of {run['corpus']}.",
+        sentences=[_summary(layers)],
+        charts=[_chart(name, layers)],
+        tables=[_table(name, layers)],
+    )
+
+
+def _summary(layers: Sequence[LayerExperts]) -> str:
+    idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
+    least = min(layers, key=lambda one: one.balance)
+    return (
+        f"{idle} of {number} experts got no token. The spread is least even in layer {least.layer}: "
+        f"balance {least.balance:.3f}, where 1 is even; its busiest expert got {least.load.max():.0%} of the tokens."
+    )
+
+
+def _table(name: str, layers: Sequence[LayerExperts]) -> ReportTable:
+    balance = [one.balance for one in layers]
+    return ReportTable(
+        name=name,
+        title="Routed experts by layer",
+        columns=[
+            ReportColumn("layer", [one.layer for one in layers]),
+            BarColumn(values=balance),
+            ReportColumn(
+                "balance", balance, decimals(3), meaning="entropy of the tokens' spread over experts, 1 is even"
+            ),
+            ReportColumn(
+                "router entropy",
+                [one.router_entropy for one in layers],
+                decimals(3),
+                meaning="of its probabilities, a mean over tokens",
+                priority=3,
+            ),
+            ReportColumn("experts", [len(one.load) for one in layers], priority=4),
+            ReportColumn("idle", [len(one.idle) for one in layers]),
+            ReportColumn(
+                "busiest",
+                [_largest(one.load) for one in layers],
+                _numbered_share,
+                meaning="share of the routed tokens",
+                priority=2,
+                number=False,
+            ),
+            ReportColumn(
+                "carries most",
+                [_largest(one.carried) for one in layers],
+                _numbered_share,
+                meaning="share of the sum of gate x |output|",
+                priority=2,
+                number=False,
+            ),
+            ReportColumn(
+                "least salient",
+                [_least(one) for one in layers],
+                meaning="the lowest means of gate x |output| (REAP), idle experts first",
+                number=False,
+            ),
+        ],
+    )
+
+
+def _largest(shares: np.ndarray) -> tuple[int, float]:
+    return int(shares.argmax()), float(shares.max())
+
+
+def _numbered_share(expert: tuple[int, float]) -> str:
+    return f"{expert[0]} ({expert[1]:.0%})"
+
+
+def _least(layer: LayerExperts) -> str:
+    order = np.argsort(layer.saliency, kind="stable")[:LEAST]
+    return ", ".join(map(str, order.tolist()))
+
+
+def _chart(name: str, layers: Sequence[LayerExperts]) -> Chart:
+    rows = [
+        {
+            "layer": one.layer,
+            "expert": expert,
+            "share": float(share),
+            "times": min(float(share * len(one.load)), LARGEST_SHOWN),
+        }
+        for one in layers
+        for expert, share in enumerate(one.load)
+    ]
+    return Chart(
+        name=name,
+        title="Share of tokens",
+        meaning="A row for each layer, a cell for each expert; dark ones were chosen seldom or never.",
+        rows=rows,
+        draw=partial(_drawing, len(layers)),
+    )
+
+
+def _drawing(number: int) -> Any:
+    """Return the chart: a cell is colored by the share of tokens over an even one."""
+    import altair as alt
+
+    legend = alt.Legend(title="share of tokens / even share", orient="top", direction="horizontal", titleLimit=240)
+    scale = alt.Scale(domain=[0, LARGEST_SHOWN], scheme="viridis")
+    return (
+        alt.Chart()
+        .mark_rect()
+        .encode(
+            x=alt.X("expert:O").axis(labelOverlap="greedy", labelAngle=0),
+            y=alt.Y("layer:O", sort="descending"),
+            color=alt.Color("times:Q", scale=scale, legend=legend),
+            tooltip=["layer:Q", "expert:Q", alt.Tooltip("share:Q", format=".1%")],
+        )
+        .properties(height=14 * number)
+    )

@@ -1,0 +1,167 @@
+"""The sections of the page about single runs: experiments, score cards, sparse activations, contrasts, experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from avss_dist.analysis.contrast import contrast
+from avss_dist.analysis.experiments import experiment_results
+from avss_dist.analysis.experts import layer_experts
+from avss_dist.analysis.scorecard import best_readings, score_cards
+from avss_dist.analysis.sparsity_curves import sparsity_curves
+from avss_dist.errors import QueryError
+from avss_dist.registry import GROUND_TRUTH, SCORES
+from avss_dist.report.contrasts import contrast_section
+from avss_dist.report.experiments import experiment_section
+from avss_dist.report.experts import experts_section
+from avss_dist.report.scorecards import page_section
+from avss_dist.report.section import Section
+from avss_dist.report.sparsity import sparsity_section
+from avss_dist.warehouse.reader import Warehouse
+
+MOST_SCORECARDS = 6  # runs
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chapter:
+    """A heading of the page with a section for each run of which something is known.
+
+    Attributes:
+        name: of its place on the page.
+        title: in the list of contents.
+        heading: above the sections.
+        lead: what is shown.
+    """
+
+    name: str
+    title: str
+    heading: str
+    lead: str
+    sections: Sequence[Section]
+
+
+def chapters(
+    warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str], experiments: Sequence[Row]
+) -> list[Chapter]:
+    """Return the chapters of which something is known.
+
+    Args:
+        runs: rows of ``runs``.
+        labels: the names of runs on the page, by id, in their order.
+        experiments: rows of the table ``experiments``, the newest last.
+    """
+    tried = {run_id: [row for row in experiments if row["run_id"] == run_id] for run_id in labels}
+    every = [
+        Chapter(
+            name="experiments",
+            title="Experiments",
+            heading="Experiments",
+            lead="What models keep without the layers that each method chose: the metric over that of the whole "
+            "model, or, of a perplexity, the whole model's over it. Dashed: what the paper claims; dotted: what a "
+            "guess keeps.",
+            sections=[
+                experiment_section(label, results)
+                for run_id, label in labels.items()
+                if (results := experiment_results(tried[run_id]))
+            ],
+        ),
+        Chapter(
+            name="scorecard",
+            title="Score card",
+            heading="Score card",
+            lead="How well each score orders the layers as what leaving them out does to the loss: Spearman's "
+            "correlation, and its 95% interval as if other layers had been drawn (Bonett and Wright). Dashed: the "
+            "ceiling.",
+            sections=list(_scorecards(warehouse, runs, labels)),
+        ),
+        Chapter(
+            name="sparse",
+            title="Sparse activations",
+            heading="Sparse activations",
+            lead="What models keep where inputs of their linear maps are zero. Sparsity is the share of the weights of "
+            "these maps that meet a zero; dashed: 99% and 95% are kept.",
+            sections=list(_sparsities(warehouse, labels, tried)),
+        ),
+        Chapter(
+            name="contrasts",
+            title="Contrasts",
+            heading="Hallucinated and truthful answers",
+            lead="How layers differ between the two, and whether anything is left of it under the controls. Dots "
+            "outside of the gray band differ more than random halves of the truthful answers do; what is the same "
+            "after another prompt is about words, not about truth.",
+            sections=list(_contrasts(warehouse, runs, labels)),
+        ),
+        Chapter(
+            name="experts",
+            title="Experts",
+            heading="Routed experts",
+            lead="How often the router chose each expert: a row for each layer, a cell for each expert; dark ones were "
+            "chosen seldom or never.",
+            sections=[
+                experts_section(labels[run["run_id"]], run, layers)
+                for run in runs
+                if (layers := layer_experts(warehouse, run["run_id"]))
+            ],
+        ),
+    ]
+    return [chapter for chapter in every if chapter.sections]
+
+
+def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
+    """Yield the score cards of the first runs whose ground truth is known."""
+    known = _with_truth(warehouse, runs)[:MOST_SCORECARDS]
+    every = score_cards(warehouse, known)
+    best, all_rows = best_readings(every).to_pylist(), every.to_pylist()
+    for run in known:
+        cards = [row for row in best if row["run_id"] == run["run_id"]]
+        readings = sum(row["run_id"] == run["run_id"] and row["score"] == "avss" for row in all_rows)
+        if section := page_section(labels[run["run_id"]], cards, run["num_layers"], readings):
+            yield section
+
+
+def _with_truth(warehouse: Warehouse, runs: Sequence[Row]) -> list[Row]:
+    """Return the runs whose checkpoint has an evaluation of its layers."""
+    revisions = pa.array(sorted({run["revision"] for run in runs} - {None}), pa.string())
+    rows = warehouse.table("evaluations", where=pc.field("revision").isin(revisions), columns=["revision", "task"])
+    tasks = tuple(SCORES[name].task for name in GROUND_TRUTH)
+    known = {row["revision"] for row in rows.to_pylist() if row["task"].startswith(tasks)}
+    return [run for run in runs if run["revision"] in known]
+
+
+def _sparsities(
+    warehouse: Warehouse, labels: Mapping[str, str], tried: Mapping[str, Sequence[Row]]
+) -> Iterator[Section]:
+    """Yield what each run keeps with sparse activations, and the newest plan."""
+    plans = warehouse.table("sparsity", run_ids=list(labels)).sort_by("created_at").to_pylist()
+    for run_id, label in labels.items():
+        maps = [row for row in plans if row["run_id"] == run_id]
+        newest = [row for row in maps if row["sparsity_plan"] == maps[-1]["sparsity_plan"]]
+        curves = sparsity_curves(_newest(tried[run_id]))
+        if curves or newest:
+            yield sparsity_section(label, curves, newest)
+
+
+def _newest(rows: Sequence[Row]) -> list[Row]:
+    """Return the last of the rows about the same evaluation."""
+    names = ("method", "share", "sparsity", "task", "metric", "repair")
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
+
+
+def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
+    """Yield the contrast of each run on paired text, at the published reading."""
+    strata = warehouse.table("stratum_stats", run_ids=[run["run_id"] for run in runs], columns=["run_id"])
+    paired = set(strata["run_id"].to_pylist())
+    for run in (run for run in runs if run["run_id"] in paired):
+        label = labels[run["run_id"]]
+        try:
+            result = contrast(warehouse, run, site=(run["sites"] or ["block"])[0])
+        except QueryError as error:
+            yield Section(label=label, sentences=[f"{error.message} {error.hint or ''}"])
+        else:
+            yield contrast_section(label, result)

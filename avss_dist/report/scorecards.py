@@ -1,0 +1,175 @@
+"""The score card: how well each score orders layers as leaving them out does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from avss_dist.analysis.reliability import FEWEST_SETS
+from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, describe_score, is_published
+from avss_dist.pruning.selection import LAST
+from avss_dist.registry import MEASURED
+from avss_dist.report.section import AMBER, BLUE, GRAY, Chart, Section, interval_ends, page_number
+from avss_dist.report.table import ReportColumn, ReportTable, decimals, known_interval, percent
+from avss_dist.stats.rankings import spearman_interval
+
+GOOD = 0.7  # a correlation that stands out
+KINDS = {"from the scoring pass": BLUE, "from passes of avss ablate": AMBER, "a control": GRAY}
+TRUTHS = {"loss": "the loss without each layer", "shapley": "the Shapley value", "taylor": "the first-order estimate"}
+Row = Mapping[str, Any]  # of `score_cards`
+
+
+def scorecard_sections(cards: pa.Table) -> list[Section]:
+    """Return the score card of each run.
+
+    Args:
+        cards: as `analysis.scorecard.score_cards` returns them.
+    """
+    rows = cards.to_pylist()
+    sections = []
+    for run_id in dict.fromkeys(row["run_id"] for row in rows):
+        of_run = [row for row in rows if row["run_id"] == run_id]
+        sections.append(Section(label=f"{of_run[0]['model']}  ({run_id})", tables=[_table("scorecard", of_run)]))
+    return sections
+
+
+def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -> Section | None:
+    """Return the score card of one run with a chart and a sentence; None if no score has a correlation.
+
+    Args:
+        layers: number of layers.
+        readings: number of the readings of AVSS, of which ``cards`` has the best.
+    """
+    truth = next((name for name in TRUTHS if any(row[SPEARMAN[name]] is not None for row in cards)), None)
+    if truth is None:
+        return None
+    column = SPEARMAN[truth]
+    compared = [row for row in cards if row["score"] != truth and row[column] is not None]
+    if not compared:
+        return None
+    compared.sort(key=lambda row: -float(row[column]))
+    name = f"scorecard-{page_number(label)}"
+    return Section(
+        label=label,
+        sentences=[_sentence(compared, column, truth, readings)],
+        charts=[_chart(name, compared, column, truth, layers)],
+        tables=[_table(name, cards)],
+    )
+
+
+def _table(name: str, rows: Sequence[Row]) -> ReportTable:
+    columns: list[tuple[str, str, Callable[[float], str], int]] = [
+        *((f"with {truth}", column, decimals(2), i) for i, (truth, column) in enumerate(SPEARMAN.items())),
+        ("of the ceiling", "share_of_ceiling", percent(1), 1),
+        ("misranked", "misranked", percent(1), 3),
+        ("over sets", "spearman_sets", decimals(2), 2),
+        *((f"kept without {share:.0%}", column, percent(1), 1) for share, column in RETENTION.items()),
+    ]
+    known = [column for column in columns if any(row[column[1]] is not None for row in rows)]
+    if known:
+        rows = sorted(rows, key=lambda row: -2.0 if row[known[0][1]] is None else row[known[0][1]], reverse=True)
+    return ReportTable(
+        name=name,
+        title="Each score",
+        columns=[
+            ReportColumn("score", [describe_score(row) for row in rows], number=False),
+            *(
+                ReportColumn(
+                    heading,
+                    [row[column] for row in rows],
+                    format_,
+                    priority=priority,
+                    style=_bold_if_good if column.startswith("spearman") else None,
+                )
+                for heading, column, format_, priority in known
+            ),
+        ],
+        caption=_caption(rows),
+    )
+
+
+def _bold_if_good(correlation: float | None) -> str:
+    return "bold" if correlation is not None and correlation > GOOD else ""
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    text = "Spearman's correlation of each score, over layers, with what leaving them out does."
+    if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
+        text += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. Misranked: "
+        text += "pairs of layers in the wrong order."
+    if any(row["spearman_sets"] is not None for row in rows):
+        text += f" Over {rows[0]['sets']} sets: of the score's sum with what leaving the set out does."
+    elif rows[0]["sets"]:
+        text += f" A correlation over sets of several layers takes {FEWEST_SETS} of them; {rows[0]['sets']} "
+        text += f"{'is' if rows[0]['sets'] == 1 else 'are'} evaluated."
+    if any(row[column] is not None for row in rows for column in RETENTION.values()):
+        text += f" Kept: the perplexity of {rows[0]['task']} without those layers, under it."
+    return text
+
+
+def _sentence(cards: Sequence[Row], column: str, truth: str, readings: int) -> str:
+    best = cards[0]
+    text = f"Closest to {TRUTHS[truth]}: {_name(best)}, {_two_digits(best[column])}"
+    if best["ceiling"] is not None:
+        text += f" of at most {_two_digits(best['ceiling'])}, which the same measurement on other text would reach"
+    for row in cards:
+        if is_published(row):
+            text += f". AVSS as published: {_two_digits(row[column])}"
+        elif row["score"] == LAST:
+            text += f". The place alone: {_two_digits(row[column])}"
+    return f"{text}. Of {readings} readings of AVSS, the best of each site is shown; on other text, expect less of it."
+
+
+_two_digits = decimals(2)
+
+
+def _name(card: Row) -> str:
+    return "AVSS as published" if is_published(card) else describe_score(card).replace("avss  ", "AVSS ")
+
+
+def _kind(card: Row) -> str:
+    place = 2 if card["score"] == LAST else 1 if card["score"] in MEASURED else 0
+    return list(KINDS)[place]
+
+
+def _chart(name: str, cards: Sequence[Row], column: str, truth: str, layers: int) -> Chart:
+    rows = [
+        {
+            "score": _name(row),
+            "kind": _kind(row),
+            "correlation": row[column],
+            "ceiling": row["ceiling"],
+            **interval_ends(known_interval(*spearman_interval(row[column], layers))),
+        }
+        for row in cards
+    ]
+    return Chart(
+        name=name,
+        title=f"Correlation with {TRUTHS[truth]}",
+        meaning="The correlation of each score with what leaving layers out does, and its 95% interval.",
+        rows=rows,
+        draw=partial(_drawing, min(0.0, *(row["correlation"] for row in rows)), len(rows)),
+    )
+
+
+def _drawing(lowest: float, number: int) -> Any:
+    """Return the chart: a dot and its interval for each score; dashed is the ceiling."""
+    import altair as alt
+
+    legend = alt.Legend(title=None, orient="top", columns=1, symbolType="circle", symbolOpacity=1)
+    base = alt.Chart().encode(
+        alt.Y("score:N", sort=None, title=None).axis(labelLimit=alt.ExprRef("room")),
+        alt.Color("kind:N", scale=alt.Scale(domain=list(KINDS), range=list(KINDS.values())), legend=legend),
+    )
+    scale = alt.Scale(domain=[lowest, 1])
+    x = alt.X("correlation:Q", scale=scale, title="rank correlation", axis=alt.Axis(grid=False, tickCount=5))
+    tooltip = ["score:N", alt.Tooltip("correlation:Q", format=".2f")]
+    return alt.layer(
+        alt.Chart().mark_rule(color=GRAY, opacity=0.5).encode(x=alt.datum(0)),
+        alt.Chart().mark_rule(color=GRAY, strokeDash=[4, 3]).encode(alt.X("ceiling:Q", aggregate="max")),
+        base.mark_rule(clip=True).encode(alt.X("low:Q", scale=scale), alt.X2("high:Q")),
+        base.mark_point(filled=True, size=45, opacity=1).encode(x, tooltip=tooltip),
+    ).properties(height=18 * number)

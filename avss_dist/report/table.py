@@ -1,0 +1,179 @@
+"""One description of a table, which the terminal and the page render."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from avss_dist.text import printable
+
+MISSING = "-"
+BAR_WIDTH = 18  # cells of a terminal
+Interval = tuple[float, float]
+
+
+def text(value: Any) -> str:
+    """Return a value as Python prints it."""
+    return str(value)
+
+
+def decimals(digits: int) -> Callable[[float], str]:
+    """Return a format with a fixed number of digits after the point."""
+    return lambda value: f"{value:z.{digits}f}"
+
+
+def significant(digits: int) -> Callable[[float], str]:
+    """Return a format with a number of significant digits."""
+    return lambda value: f"{value:z.{digits}g}"
+
+
+def percent(digits: int) -> Callable[[float], str]:
+    """Return a format of shares as percentages, with a fixed number of digits after the point."""
+    return lambda value: f"{value:z.{digits}%}"
+
+
+def interval(ends: Callable[[float], str]) -> Callable[[Interval], str]:
+    """Return a format of intervals, given that of their ends."""
+    return lambda value: f"{ends(value[0])} to {ends(value[1])}"
+
+
+def p_value(value: float) -> str:
+    """Format a p-value: ``0.012``, or ``<0.001``."""
+    return f"{value:z.3f}" if value >= 0.001 else "<0.001"
+
+
+def yes(value: bool) -> str:
+    """Format a boolean: ``yes``, or nothing."""
+    return "yes" if value else ""
+
+
+def known_interval(low: float | None, high: float | None) -> Interval | None:
+    """Return an interval, or None if one of its ends is missing or not finite."""
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return None
+    return low, high
+
+
+@dataclass(frozen=True, eq=False)
+class ReportColumn:
+    """A column of a table.
+
+    Attributes:
+        heading: its name.
+        values: a value for each row; None and NaN are missing. A pair of numbers is an interval.
+        format: the text of a value that is not missing.
+        missing: the text of a missing value in a terminal; a page has its own.
+        group: what neighbouring columns have in common, such as a task; it stands before the heading.
+        meaning: what the values are, in a few words.
+        number: aligned to the right, and sorted as a number.
+        priority: 0 is always shown; of the others, a narrow terminal leaves out the highest number first.
+        wraps: prose, which may be broken into lines.
+        style: of a value, its style in a terminal, as rich names it.
+        name: of a column whose appearance on the page is its own, the class of its cells.
+    """
+
+    heading: str
+    values: Sequence[Any]
+    format: Callable[[Any], str] = text
+    _: KW_ONLY
+    missing: str = MISSING
+    group: str = ""
+    meaning: str = ""
+    number: bool = True
+    priority: int = 0
+    wraps: bool = False
+    style: Callable[[Any], str] | None = None
+    name: str = ""
+
+    def is_missing(self, row: int) -> bool:
+        """Whether a row has no value."""
+        value = self.values[row]
+        return value is None or (isinstance(value, float) and math.isnan(value))
+
+    def text(self, row: int) -> str:
+        """Return the text of a row's value, printable; empty if it is missing."""
+        return "" if self.is_missing(row) else printable(self.format(self.values[row]))
+
+    def sort_key(self, row: int) -> Any:
+        """Return what a row is sorted by: its value, or the lower end of an interval; empty if it is missing."""
+        value = self.values[row]
+        if self.is_missing(row):
+            return ""
+        if isinstance(value, tuple):
+            return value[0] if self.is_interval(row) else self.text(row)
+        return int(value) if isinstance(value, bool) else value
+
+    def is_interval(self, row: int) -> bool:
+        """Whether a row's value is an interval."""
+        return self.number and isinstance(self.values[row], tuple)
+
+    def whole(self, row: int) -> str:
+        """Return a row's value if it is text, which the format may shorten; or else its text."""
+        value = self.values[row]
+        return printable(value) if isinstance(value, str) else self.text(row)
+
+    def exported(self, row: int) -> Any:
+        """Return a row's value as a file of CSV has it, unrounded."""
+        value = self.values[row]
+        return f"{value[0]} to {value[1]}" if self.is_interval(row) else self.sort_key(row)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BarColumn:
+    """A column of bars, which a terminal draws; the page has charts instead.
+
+    Attributes:
+        values: a length for each row.
+        largest: the length that fills the column; by default the largest value.
+        marked: which bars are red; by default none.
+        width: of the column, in cells of the terminal.
+        priority: as of `ReportColumn`.
+    """
+
+    values: Sequence[float | None]
+    largest: float | None = None
+    marked: Sequence[bool] = ()
+    width: int = BAR_WIDTH
+    priority: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReportTable:
+    """A table, of any number of rows.
+
+    Attributes:
+        name: what its file of CSV is called.
+        title: what the rows are; empty if it needs none.
+        columns: the first one names the rows.
+        caption: how to read it.
+        marked: which rows stand out; by default none.
+        mark: what these are: ``lowest`` or ``failed``.
+    """
+
+    columns: Sequence[ReportColumn | BarColumn]
+    name: str = ""
+    title: str = ""
+    caption: str = ""
+    marked: Sequence[bool] = ()
+    mark: str = "lowest"
+
+    @property
+    def values(self) -> list[ReportColumn]:
+        """The columns that are not bars."""
+        return [column for column in self.columns if isinstance(column, ReportColumn)]
+
+    @property
+    def rows(self) -> range:
+        """Positions of the rows."""
+        return range(len(self.columns[0].values))
+
+    @property
+    def meanings(self) -> str:
+        """What the columns mean, a sentence for each that says so."""
+        return " ".join(f"{column.heading}: {column.meaning}." for column in self.values if column.meaning)
+
+    def is_marked(self, row: int) -> bool:
+        """Whether a row stands out."""
+        return bool(self.marked) and self.marked[row]
