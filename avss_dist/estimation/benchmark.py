@@ -204,7 +204,7 @@ def _time(
     constant = max(0.0, long - layer * few)
     # Layers differ: the first may be dense and the others not. Arithmetic tells by how much.
     likeness = (whole.forward_flops(1, 1) / whole.num_layers) / (sizes[few].forward_flops(1, 1) / few)
-    return Cost(layer=layer * likeness, rest=constant), peak, device
+    return Cost(layer=layer * likeness, other=constant), peak, device
 
 
 def _sublayer_share(model: Checkpoint, shard: Shard, settings: Settings) -> float:

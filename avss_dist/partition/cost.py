@@ -54,11 +54,11 @@ class Cost:
     """Seconds of a shard: for each layer, and for everything outside of the layers."""
 
     layer: float
-    rest: float
+    other: float
 
     def seconds(self, layers: int) -> float:
         """Return the seconds for a shard through a model of this many layers."""
-        return self.rest + self.layer * layers
+        return self.other + self.layer * layers
 
 
 @dataclass(frozen=True, kw_only=True)

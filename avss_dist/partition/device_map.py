@@ -69,7 +69,7 @@ class DeviceMapCost(PartitionCost):
         on_host, on_disk = self.spread.held.get("cpu", 0), self.spread.layers_on_disk
         seconds = self.seconds(measured, measured.costs[WHOLE], self.size.num_layers - on_disk)
         if on_disk:
-            seconds += self.seconds(measured, replace(measured.costs[self.partition], rest=0.0), on_disk)
+            seconds += self.seconds(measured, replace(measured.costs[self.partition], other=0.0), on_disk)
         if on_host and self.machine.gpus:  # copied to a GPU for every batch
             seconds += measured.num_batches * on_host / measured.copy_bytes_per_second
         layer = max(self.size.layer_bytes)

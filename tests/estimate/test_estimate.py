@@ -148,9 +148,9 @@ CALIBRATION = Calibration(
     num_strata=1,
     share=8.0,
     costs={
-        "single": Cost(layer=2.0, rest=1.0),
-        "device_map": Cost(layer=3.0, rest=1.0),
-        "streaming": Cost(layer=2.5, rest=1.0),
+        "single": Cost(layer=2.0, other=1.0),
+        "device_map": Cost(layer=3.0, other=1.0),
+        "streaming": Cost(layer=2.5, other=1.0),
     },
     library_bytes=300_000_000,
     planned_bytes=400_000_000,
