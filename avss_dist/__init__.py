@@ -18,12 +18,10 @@ Packages, from the top down. Imports only go down::
     warehouse    the Parquet contract: schema, store, reader (SQL), cache
     corpus       documents -> token rows -> shards
     stats        LayerStats and its merge, scores, rankings
-    requests     the request of each command; options: options and keywords made from it; results: tables
+    requests     the request of each command
+    options      options of the command line, and keywords, made from requests
     system       devices, memory, versions, doctor
-    intervention what is changed in a model before it answers: layers, weights, sparsity
-    settings     every default; validation: classes that check their values
-    text         formatting and parsing for people; errors: error classes
-    registry     partitions and scores, with their capabilities
+    core         settings, interventions, the registry of partitions and scores, checked classes, texts, errors
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
     from avss_dist.api.change import Pruned, plan, prune, shrink, sparsify
     from avss_dist.api.measure import Runs, ablate, estimate, evaluate, run_job
     from avss_dist.api.read import compare, findings
-    from avss_dist.errors import (
+    from avss_dist.core.errors import (
         AvssError,
         ConfigError,
         CorpusError,
@@ -44,17 +42,17 @@ if TYPE_CHECKING:
         TaskError,
         WarehouseError,
     )
+    from avss_dist.core.results import Table
+    from avss_dist.core.settings import Execution, Settings
     from avss_dist.estimation.estimate import Estimate
     from avss_dist.evaluation.ablate import Ablation
     from avss_dist.evaluation.evaluate import Evaluations
     from avss_dist.evaluation.shrink import Shrunk
     from avss_dist.pruning.plan import Plan
     from avss_dist.report.terminal.progress import Progress
-    from avss_dist.results import Table
     from avss_dist.runs.api import score, score_all
     from avss_dist.runs.reporter import Reporter
     from avss_dist.runs.run import Run
-    from avss_dist.settings import Execution, Settings
     from avss_dist.warehouse.reader import Warehouse
 
 __version__ = "0.2.0"
@@ -100,7 +98,7 @@ _HOMES = {
     "api.change": ("Pruned", "plan", "prune", "shrink", "sparsify"),
     "api.measure": ("Runs", "ablate", "estimate", "evaluate", "run_job"),
     "api.read": ("compare", "findings"),
-    "errors": (
+    "core.errors": (
         *("AvssError", "ConfigError", "CorpusError", "ModelError", "QueryError", "RunFailed", "TaskError"),
         "WarehouseError",
     ),
@@ -110,11 +108,11 @@ _HOMES = {
     "evaluation.shrink": ("Shrunk",),
     "pruning.plan": ("Plan",),
     "report.terminal.progress": ("Progress",),
-    "results": ("Table",),
+    "core.results": ("Table",),
     "runs.api": ("score", "score_all"),
     "runs.reporter": ("Reporter",),
     "runs.run": ("Run",),
-    "settings": ("Execution", "Settings"),
+    "core.settings": ("Execution", "Settings"),
     "warehouse.reader": ("Warehouse",),
 }
 """Public names by the module that defines them."""

@@ -17,9 +17,9 @@ from typing import (
     get_type_hints,
 )
 
-from avss_dist.errors import ConfigError, nearest
-from avss_dist.settings import Execution, Settings, split_options
-from avss_dist.validation import checked, descriptions
+from avss_dist.core.errors import ConfigError, nearest
+from avss_dist.core.settings import Execution, Settings, split_options
+from avss_dist.core.validation import checked, descriptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")

@@ -7,12 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from avss_dist.errors import ConfigError
-from avss_dist.options import SHARED, Option, PromptOptions, Request, request
-from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName
-from avss_dist.pruning.shrinking import Shrinking
-from avss_dist.registry import FROM_ACTIVATIONS, SCORES
-from avss_dist.settings import (
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
+from avss_dist.core.settings import (
     DEFAULT_WAREHOUSE,
     DRAWS,
     EVERY_SITE,
@@ -29,7 +26,10 @@ from avss_dist.settings import (
     Sizes,
     searches_instead,
 )
-from avss_dist.validation import Check, Count, OneOf, PathOrText, Positive, Share, Text, Texts
+from avss_dist.core.validation import Check, Count, OneOf, PathOrText, Positive, Share, Text, Texts
+from avss_dist.options import SHARED, Option, PromptOptions, Request, request
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName
+from avss_dist.pruning.shrinking import Shrinking
 
 _OF_STATISTICS = ("skip_first_tokens", "sites", "thresholds", "experts")
 _NO_MEMORY = ("skip_first_tokens", "thresholds", "experts", "allow_pickle")  # an estimate does not depend on these

@@ -20,7 +20,7 @@ from support.command_line import avss
 from support.warehouses import write_scores
 
 import avss_dist
-from avss_dist.errors import ModelError, QueryError
+from avss_dist.core.errors import ModelError, QueryError
 from avss_dist.models.checkpoints import resolve
 from avss_dist.warehouse import query as sql_query
 from avss_dist.warehouse.reader import Warehouse

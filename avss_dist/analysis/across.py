@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from avss_dist.analysis.agreement import Scores, rank_correlations, summarize
 from avss_dist.analysis.compare import CONDITIONS, condition, with_conditions
+from avss_dist.core.text import count_of, describe_count, printable
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import FEWEST, depth_correlation
-from avss_dist.text import count_of, describe_count, printable
 
 SHORTEST_SERIES = 3  # checkpoints
 Row = Mapping[str, Any]  # of the table `runs`

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from avss_dist.errors import QueryError, nearest, require_known
-from avss_dist.text import basename
+from avss_dist.core.errors import QueryError, nearest, require_known
+from avss_dist.core.text import basename
 from avss_dist.warehouse.reader import Warehouse
 
 

@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.analysis.strata import Strata, not_paired, stratum_columns, which_labels
-from avss_dist.errors import DamagedFile, QueryError, require_known
-from avss_dist.names import AFTER_ANOTHER, ENTROPY, LOSS, PERPLEXITY
-from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.core.errors import DamagedFile, QueryError, require_known
+from avss_dist.core.names import AFTER_ANOTHER, ENTROPY, LOSS, PERPLEXITY
+from avss_dist.core.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.core.text import describe_threshold
 from avss_dist.stats import contrast as of
 from avss_dist.stats.intervals import INTERVAL, bootstrap_weights, jackknife_interval, left_out_weights
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
-from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import DAMAGED
 

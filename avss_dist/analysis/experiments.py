@@ -16,7 +16,7 @@ from avss_dist.analysis.verdict import (
     shown_method,
     verdicts,
 )
-from avss_dist.intervention import Removals, decode_removals
+from avss_dist.core.intervention import Removals, decode_removals
 
 Row = Mapping[str, Any]  # of the table `experiments`
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.analysis.stats_findings import DOMINANT, Row, finding, layers_in_words
-from avss_dist.errors import QueryError
+from avss_dist.core.errors import QueryError
 from avss_dist.stats.experts import ExpertStats, Float64
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse

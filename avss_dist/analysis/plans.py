@@ -11,9 +11,11 @@ import pyarrow.compute as pc
 from avss_dist.analysis.chosen import choose_runs
 from avss_dist.analysis.findings import describe_depth, findings
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
-from avss_dist.errors import QueryError
-from avss_dist.intervention import Removals, decode_removals
-from avss_dist.names import LOSS, SEARCH
+from avss_dist.core.errors import QueryError
+from avss_dist.core.intervention import Removals, decode_removals
+from avss_dist.core.names import LOSS, SEARCH
+from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, INTERACTIONS, MEASURED, SCORES
+from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (
     ablate_command,
     block_distances,
@@ -24,10 +26,8 @@ from avss_dist.pruning.ground_truth import (
 )
 from avss_dist.pruning.plan import Plan, make_plan
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, Rows, reading_of
-from avss_dist.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, INTERACTIONS, MEASURED, SCORES
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
-from avss_dist.text import describe_threshold
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 

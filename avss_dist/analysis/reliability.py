@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.analysis.agreement import signs
-from avss_dist.intervention import Removals, decode_removals
-from avss_dist.names import LOSS
+from avss_dist.core.intervention import Removals, decode_removals
+from avss_dist.core.names import LOSS
 from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import spearman

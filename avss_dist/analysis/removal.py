@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.analysis.verdict import describe_task, primary_metric
-from avss_dist.intervention import decode_removals, describe_removed, size_removed
-from avss_dist.names import REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
-from avss_dist.registry import BLOCK_DISTANCE, MEASURED, SCORES
+from avss_dist.core.intervention import decode_removals, describe_removed, size_removed
+from avss_dist.core.names import REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
+from avss_dist.core.registry import BLOCK_DISTANCE, MEASURED, SCORES
 from avss_dist.stats.retention import kept
 from avss_dist.warehouse.reader import Warehouse
 

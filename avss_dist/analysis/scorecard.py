@@ -20,15 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.analysis.reliability import increases, misranked, reliability, sets_correlation
-from avss_dist.errors import QueryError
-from avss_dist.intervention import Removals, decode_removals, whole_layers
-from avss_dist.names import LOSS, PERPLEXITY
+from avss_dist.core.errors import QueryError
+from avss_dist.core.intervention import Removals, decode_removals, whole_layers
+from avss_dist.core.names import LOSS, PERPLEXITY
+from avss_dist.core.registry import BASELINES, GROUND_TRUTH, MEASURED, SCORES
+from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import LayerTruth, find_layer_truth, nothing_measured
 from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, PlanError, Reading, reading_of
-from avss_dist.registry import BASELINES, GROUND_TRUTH, MEASURED, SCORES
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import spearman
-from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
 
 SHARES = (0.1, 0.25, 0.33)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from avss_dist.core.text import describe_layers, describe_threshold
 from avss_dist.stats.layer_stats import Float64, share_of_m2
 from avss_dist.stats.scores import NOISY_BELOW, Threshold
-from avss_dist.text import describe_layers, describe_threshold
 
 DOMINANT = 0.5  # share of the variance that one unit, or the first tokens, carry
 EXACT = 0.5  # share of exact zeros among near zeros

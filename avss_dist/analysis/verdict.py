@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from math import exp, isfinite
 from typing import Any
 
-from avss_dist.intervention import count_removed, decode_removals
-from avss_dist.names import CHANCE, LOSS
+from avss_dist.core.intervention import count_removed, decode_removals
+from avss_dist.core.names import CHANCE, LOSS
+from avss_dist.core.text import basename
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
 from avss_dist.stats.intervals import MINIMUM_UNITS
-from avss_dist.text import basename
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
 MENTIONED = 0.01  # a guess that keeps less is not worth a word

@@ -11,19 +11,19 @@ import pyarrow as pa
 
 from avss_dist.analysis.plans import evaluated_lines, plan_layers, plannable_run
 from avss_dist.api.names import named_run
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.results import TabularResult
+from avss_dist.core.settings import (
+    Execution,
+    Settings,
+)
+from avss_dist.core.text import parse_threshold
 from avss_dist.options import field_values, keywords, refuse_unused, request_values
 from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.savings import Budget
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest, PruneRequest, ShrinkRequest, SparsifyRequest
-from avss_dist.results import TabularResult
-from avss_dist.settings import (
-    Execution,
-    Settings,
-)
-from avss_dist.text import parse_threshold
 from avss_dist.warehouse.reader import Warehouse
 
 if TYPE_CHECKING:

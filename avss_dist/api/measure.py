@@ -6,13 +6,13 @@ from dataclasses import fields
 
 import pyarrow as pa
 
+from avss_dist.core.results import Table, TabularResult
 from avss_dist.estimation import estimate as estimating
 from avss_dist.evaluation import ablate as ablating
 from avss_dist.evaluation import evaluate as evaluating
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.options import keywords, request_values
 from avss_dist.requests import AblateRequest, EstimateRequest, EvaluateRequest, JobRequest
-from avss_dist.results import Table, TabularResult
 from avss_dist.runs import api as scoring
 from avss_dist.runs.job_file import JobFile, read_job
 from avss_dist.runs.run import Run

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from avss_dist.analysis.chosen import choose_runs, one_run
+from avss_dist.core.text import parse_threshold
 from avss_dist.stats.scores import Threshold
-from avss_dist.text import parse_threshold
 from avss_dist.warehouse.reader import Warehouse
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from avss_dist.analysis import compare as comparing
 from avss_dist.analysis import findings as finding
 from avss_dist.api.names import named_runs, named_threshold
+from avss_dist.core.results import Table
 from avss_dist.options import keywords, request_values
 from avss_dist.requests import CompareRequest, FindingsRequest
-from avss_dist.results import Table
 from avss_dist.warehouse.reader import Warehouse
 
 

@@ -19,10 +19,10 @@ from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
 from avss_dist.cli.commands import COMMANDS, epilog
-from avss_dist.errors import AvssError, RunFailed, is_full, nearest, spell_fields, unwritable
+from avss_dist.core.errors import AvssError, RunFailed, is_full, nearest, spell_fields, unwritable
+from avss_dist.core.text import printable
 from avss_dist.system.signals import arm, exit_code, stop_signal
 from avss_dist.system.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
-from avss_dist.text import printable
 
 T = TypeVar("T")
 

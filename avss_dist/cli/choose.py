@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avss_dist.cli.base import at_end
-from avss_dist.errors import QueryError
+from avss_dist.core.errors import QueryError
+from avss_dist.core.text import basename, parse_threshold
 from avss_dist.system.streams import say
-from avss_dist.text import basename, parse_threshold
 
 if TYPE_CHECKING:
     import pyarrow as pa

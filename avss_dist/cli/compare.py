@@ -17,11 +17,11 @@ from avss_dist.cli.options import (
     WarehouseOption,
     takes,
 )
-from avss_dist.errors import ConfigError, QueryError
+from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
+from avss_dist.core.text import count_of, describe_threshold
 from avss_dist.requests import CompareRequest, FindingsRequest
-from avss_dist.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
 from avss_dist.system.streams import console, emit, say
-from avss_dist.text import count_of, describe_threshold
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,9 +8,9 @@ import typer
 
 from avss_dist.cli.choose import choose_run, open_warehouse
 from avss_dist.cli.options import FORMATS, FormatOption, takes
+from avss_dist.core.text import parse_threshold
 from avss_dist.requests import ContrastRequest
 from avss_dist.system.streams import console, say
-from avss_dist.text import parse_threshold
 
 
 @takes(ContrastRequest)

@@ -12,7 +12,7 @@ from avss_dist.cli.base import HELP, Group
 from avss_dist.cli.commands import epilog
 from avss_dist.cli.options import FORMATS, TEXT_FORMATS, FormatOption, TextFormatOption, takes_output, takes_settings
 from avss_dist.cli.run import JobPath
-from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS
+from avss_dist.core.settings import ANSWER_SECONDS, CONNECT_SECONDS
 from avss_dist.system.signals import exit_code
 from avss_dist.system.streams import console, emit, emit_json, say
 

@@ -11,19 +11,19 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from avss_dist.errors import ConfigError, named_fields, require_known, spell_fields
-from avss_dist.options import SHARED, Option, ordered
-from avss_dist.requests import require_warehouse
-from avss_dist.settings import (
+from avss_dist.core.errors import ConfigError, named_fields, require_known, spell_fields
+from avss_dist.core.settings import (
     EVERY_SITE,
     PUBLISHED_THRESHOLD,
     RECIPES,
     Execution,
     Settings,
 )
+from avss_dist.core.text import parse_threshold
+from avss_dist.core.validation import Check, OneOf, descriptions
+from avss_dist.options import SHARED, Option, ordered
+from avss_dist.requests import require_warehouse
 from avss_dist.system.streams import QUIET, VERBOSE, set_verbosity
-from avss_dist.text import parse_threshold
-from avss_dist.validation import Check, OneOf, descriptions
 
 PUBLISHED = f"{PUBLISHED_THRESHOLD:g}"
 SPELLING = {

@@ -10,9 +10,9 @@ from avss_dist.cli.options import (
     TextFormatOption,
     takes,
 )
+from avss_dist.core.text import describe_bytes
 from avss_dist.requests import PruneRequest
 from avss_dist.system.streams import emit, emit_json
-from avss_dist.text import describe_bytes
 
 if TYPE_CHECKING:
     from avss_dist.api.change import Pruned

@@ -8,9 +8,9 @@ import typer
 
 from avss_dist.cli.choose import open_warehouse
 from avss_dist.cli.options import WarehouseOption
-from avss_dist.settings import DEFAULT_WAREHOUSE
+from avss_dist.core.settings import DEFAULT_WAREHOUSE
+from avss_dist.core.text import RedactedURI, describe_count
 from avss_dist.system.streams import emit
-from avss_dist.text import RedactedURI, describe_count
 
 
 def publish(

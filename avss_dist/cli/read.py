@@ -26,8 +26,8 @@ from avss_dist.cli.options import (
     format_option,
     output_option,
 )
-from avss_dist.errors import QueryError, WarehouseError
-from avss_dist.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
+from avss_dist.core.errors import QueryError, WarehouseError
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
 from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:

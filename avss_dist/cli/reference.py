@@ -10,8 +10,8 @@ import typer
 
 from avss_dist.cli.base import app
 from avss_dist.cli.options import SPELLING
-from avss_dist.settings import Execution, Settings
-from avss_dist.text import escape_markdown
+from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.text import escape_markdown
 
 COMMON = ("--json", "--quiet", "--verbose")  # of every command
 NOT_IN_JOBS = ("address", "fresh")  # options of the command line only

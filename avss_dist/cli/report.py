@@ -9,7 +9,7 @@ import typer
 
 from avss_dist.cli.choose import choose_runs, open_warehouse
 from avss_dist.cli.options import EveryRunOption, WarehouseOption
-from avss_dist.settings import DEFAULT_WAREHOUSE
+from avss_dist.core.settings import DEFAULT_WAREHOUSE
 from avss_dist.system.streams import emit
 
 

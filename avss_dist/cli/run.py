@@ -17,8 +17,8 @@ from avss_dist.cli.options import (
     OverlapOption,
     takes_settings,
 )
+from avss_dist.core.text import count_of
 from avss_dist.system.streams import complain, console, emit, emit_json, say
-from avss_dist.text import count_of
 
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run

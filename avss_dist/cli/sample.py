@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.cli.options import TEXT_FORMATS, TextFormatOption, takes
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
 from avss_dist.requests import SampleRequest
 from avss_dist.system.streams import emit, emit_json, say
 

@@ -11,7 +11,7 @@ import typer
 from avss_dist.cli.choose import choose_run, newest_of, open_warehouse
 from avss_dist.cli.options import named_format, output_option, takes
 from avss_dist.cli.plan import evaluation_hint
-from avss_dist.errors import require_known
+from avss_dist.core.errors import require_known
 from avss_dist.requests import SparsifyRequest
 from avss_dist.system.streams import console, emit, emit_json
 

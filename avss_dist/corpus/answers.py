@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from avss_dist.errors import CorpusError, nearest
-from avss_dist.names import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
-from avss_dist.text import describe_bytes
+from avss_dist.core.errors import CorpusError, nearest
+from avss_dist.core.names import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
+from avss_dist.core.text import describe_bytes
 
 MAX_LINE_BYTES = 16 << 20  # maximum of a line; a text may have as many characters
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")

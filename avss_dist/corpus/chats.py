@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
+from avss_dist.core.errors import CorpusError, first_line
 from avss_dist.corpus.answers import MAX_LINE_BYTES, field_text, too_long
-from avss_dist.errors import CorpusError, first_line
 
 TODAY = datetime(2024, 7, 26)
 """Date in every template that has one. It is fixed, so that the same text always has the same tokens."""

@@ -14,10 +14,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from avss_dist.core.errors import CorpusError
+from avss_dist.core.names import AFTER_ANOTHER
+from avss_dist.core.settings import BOOTSTRAP_SEED
 from avss_dist.corpus.answers import Answer, paired
-from avss_dist.errors import CorpusError
-from avss_dist.names import AFTER_ANOTHER
-from avss_dist.settings import BOOTSTRAP_SEED
 
 Ids = NDArray[np.int32]
 Encode = Callable[[list[str], bool], list[list[int]]]

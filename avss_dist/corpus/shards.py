@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from avss_dist.core.errors import CorpusError, without_secrets
+from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.answers import truthfulqa_choices
 from avss_dist.corpus.chats import chat_template
 from avss_dist.corpus.pairs import Pairing, choice_rows, join, paired_rows
@@ -28,8 +30,6 @@ from avss_dist.corpus.tokens import (
     shuffled,
     special_tokens_of_rows,
 )
-from avss_dist.errors import CorpusError, without_secrets
-from avss_dist.settings import Settings, fingerprint
 from avss_dist.system.spool import Spool
 
 Mask = NDArray[np.bool_]

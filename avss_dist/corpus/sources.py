@@ -25,6 +25,9 @@ from urllib.parse import unquote
 
 from pyarrow import ArrowException, fs, parquet
 
+from avss_dist.core.errors import CorpusError, nearest, require_known
+from avss_dist.core.settings import fingerprint
+from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.answers import (
     MAX_LINE_BYTES,
     Answer,
@@ -35,9 +38,6 @@ from avss_dist.corpus.answers import (
 )
 from avss_dist.corpus.chats import Document, field_document
 from avss_dist.corpus.named import NAMED
-from avss_dist.errors import CorpusError, nearest, require_known
-from avss_dist.settings import fingerprint
-from avss_dist.text import RedactedURI
 
 TEXT_PIECE_BYTES = 4 << 20  # size of the pieces that a large text file is read in
 MAX_REST_BYTES = 1 << 20  # of a line beyond the end of a piece; a longer one is cut at whitespace

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from avss_dist.core.errors import CorpusError
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.chats import Chat, ChatTokenizer, Document, no_text, render
-from avss_dist.errors import CorpusError
-from avss_dist.settings import Settings
 
 Ids = NDArray[np.int32]
 

@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from avss_dist.core.errors import RunFailed
+from avss_dist.core.registry import WHOLE
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
-from avss_dist.errors import RunFailed
 from avss_dist.estimation.small_models import VOCABULARY, save_layers
 from avss_dist.estimation.transfers import copy_rate, gather_rate, sum_seconds
 from avss_dist.measure.shard import analyze_shard, counter_bytes
@@ -35,9 +37,7 @@ from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
 from avss_dist.partition.cost import Calibration, Cost
 from avss_dist.partition.open import open_replica
-from avss_dist.registry import WHOLE
 from avss_dist.runs.shard_size import split_into_shards
-from avss_dist.settings import Settings
 from avss_dist.system.memory import mapped_around_a_byte, peak_memory, reset_peak_memory, resident_memory
 
 FEW_LAYERS = 3

@@ -7,7 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from avss_dist.errors import without_secrets
+from avss_dist.core.errors import without_secrets
+from avss_dist.core.registry import PARTITIONS, WHOLE
+from avss_dist.core.results import TabularResult
+from avss_dist.core.settings import Settings
+from avss_dist.core.text import describe_bytes
 from avss_dist.estimation.benchmark import calibrate
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
@@ -15,12 +19,8 @@ from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.choose import PROCESS_BYTES, least_host_bytes
 from avss_dist.partition.cost import Machine, PartitionCost, Usage
 from avss_dist.partition.open import replica_class
-from avss_dist.registry import PARTITIONS, WHOLE
 from avss_dist.requests import EstimateRequest
-from avss_dist.results import TabularResult
-from avss_dist.settings import Settings
 from avss_dist.system.devices import pick_device
-from avss_dist.text import describe_bytes
 
 ABOUT_AS_FAST = 1.25  # times the seconds of the fastest
 _TOKENIZER_FILES = ["config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model"]

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from avss_dist.errors import WarehouseError, as_failure
+from avss_dist.core.errors import WarehouseError, as_failure
+from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.settings import Settings
+from avss_dist.core.text import describe_bytes
 from avss_dist.estimation.speed import COLUMNS, multiplication_speed, run_seconds, speed_of_similar_run
 from avss_dist.models.size import Footprint
 from avss_dist.partition.choose import batch_bytes
-from avss_dist.registry import PARTITIONS
 from avss_dist.runs.api import executor_for, overridden
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.reporter import Reporter, describe_repeated
 from avss_dist.runs.run import PlannedRun
-from avss_dist.settings import Settings
 from avss_dist.system.devices import Devices
-from avss_dist.text import describe_bytes
 from avss_dist.warehouse.store import Store
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build, quiet
-from avss_dist.settings import Settings
 
 VOCABULARY = 1024  # an embedding is only looked up: a small one costs the same
 

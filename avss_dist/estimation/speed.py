@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from avss_dist.core.settings import Settings
 from avss_dist.models.size import Footprint
-from avss_dist.settings import Settings
 from avss_dist.system.cores import computing_threads
 from avss_dist.system.devices import pick_device
 

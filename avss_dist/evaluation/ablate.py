@@ -11,8 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from avss_dist.analysis.reliability import reliability
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import NO_INTERVENTION, PARTS, Removals, Sublayer, layer_of
+from avss_dist.core.names import LOSS, SUBLAYER_LOSS
+from avss_dist.core.registry import DAMAGE_TASK, PARTITIONS, SCORES, metrics_of
+from avss_dist.core.results import TabularResult
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, DRAWS, MOST_PASSES, Execution, Settings
+from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.errors import ConfigError
 from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.session import (
     EvaluationSession,
@@ -21,21 +27,15 @@ from avss_dist.evaluation.session import (
     require_listable,
 )
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.intervention import NO_INTERVENTION, PARTS, Removals, Sublayer, layer_of
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
-from avss_dist.names import LOSS, SUBLAYER_LOSS
 from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.ground_truth import mean_ranks
-from avss_dist.registry import DAMAGE_TASK, PARTITIONS, SCORES, metrics_of
-from avss_dist.results import TabularResult
-from avss_dist.settings import DEFAULT_WAREHOUSE, DRAWS, MOST_PASSES, Execution, Settings
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
-from avss_dist.text import RedactedURI
 
 CHUNK = 4  # permutations in a cell
 ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"))

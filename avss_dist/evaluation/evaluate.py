@@ -11,7 +11,12 @@ from typing import Any, Unpack
 import pyarrow as pa
 
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.names import PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA
+from avss_dist.core.results import TabularResult
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, Settings
+from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.held_out import refuse_overlap, texts_of_repair
 from avss_dist.evaluation.session import (
@@ -24,18 +29,13 @@ from avss_dist.evaluation.session import (
 )
 from avss_dist.evaluation.subjects import Subject, read_subjects, with_bases
 from avss_dist.evaluation.tasks import make_task, row_start_task
-from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.names import PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA
 from avss_dist.options import EvaluationOptions, PromptOptions, with_options
-from avss_dist.results import TabularResult
 from avss_dist.runs.corpora import corpus_problems
-from avss_dist.settings import DEFAULT_WAREHOUSE, Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.sparsity.realized import RealizedSparsity
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.tasks.base import Result
-from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 
 HARNESS = ""

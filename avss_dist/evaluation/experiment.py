@@ -18,7 +18,20 @@ import numpy as np
 
 from avss_dist.analysis.sparsity_plans import Measured
 from avss_dist.analysis.strata import Strata
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import NO_INTERVENTION, whole_layers
+from avss_dist.core.names import CONTRAST, LOSS
+from avss_dist.core.registry import INTERACTIONS, MEASURED, SCORES
+from avss_dist.core.settings import (
+    INPUTS,
+    MOST_EVALUATIONS,
+    RECIPES,
+    RELATIVE_THRESHOLDS,
+    SEARCHES,
+    Settings,
+    fingerprint,
+)
+from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.evaluate import require_effect
 from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.held_out import as_task, refuse_overlap, text_of_fit, texts_of_repair, texts_of_run
@@ -40,9 +53,7 @@ from avss_dist.evaluation.sparsify import (
 )
 from avss_dist.evaluation.tasks import make_task, plan_text
 from avss_dist.evaluation.trial import Trial, rows_of, sparse_rows
-from avss_dist.intervention import NO_INTERVENTION, whole_layers
 from avss_dist.models.checkpoints import resolve
-from avss_dist.names import CONTRAST, LOSS
 from avss_dist.pruning.ground_truth import interactions, layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
 from avss_dist.pruning.plan import layer_list
@@ -50,18 +61,15 @@ from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.search import Effort, search_for
 from avss_dist.pruning.selection import Reading
-from avss_dist.registry import INTERACTIONS, MEASURED, SCORES
 from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
-from avss_dist.settings import INPUTS, MOST_EVALUATIONS, RECIPES, RELATIVE_THRESHOLDS, SEARCHES, Settings, fingerprint
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.layer_removal import LeaveOneOut
-from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 

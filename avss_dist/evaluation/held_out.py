@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.core.names import SEARCH
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.overlap import SHORTEST, plain_text, shared_text
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
-from avss_dist.errors import AvssError, ConfigError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.names import SEARCH
 from avss_dist.pruning.repair.record import read_repairs
-from avss_dist.settings import Settings
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.tasks.truthfulqa import TruthfulChoices
 from avss_dist.warehouse.checks import settings_of

@@ -13,20 +13,23 @@ from pathlib import Path
 
 import numpy as np
 
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals, whole_layers
+from avss_dist.core.names import REPAIR
+from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.settings import Execution, Settings, fingerprint
+from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.errors import ConfigError, ModelError
 from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask, StoredPatch
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.executors.base import Executor
-from avss_dist.intervention import NO_INTERVENTION, Intervention, Removals, whole_layers
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import without_head
 from avss_dist.models.patching import decode_patch, encode_patch
 from avss_dist.models.size import load_skeleton
-from avss_dist.names import REPAIR
 from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import with_copies
 from avss_dist.pruning.checkpoint import require_free, require_prunable
@@ -38,10 +41,7 @@ from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
-from avss_dist.registry import PARTITIONS
-from avss_dist.settings import Execution, Settings, fingerprint
 from avss_dist.tasks.base import Row, Task
-from avss_dist.text import RedactedURI
 
 MISSING = "missing"  # metric of a fit: what is missing in the stream after each cut, on held-back text
 

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.analysis.plans import evaluated_lines
+from avss_dist.core.intervention import Intervention, InterventionKey, Removals, encode_removals, whole_layers
+from avss_dist.core.names import LOSS, SEARCH
+from avss_dist.core.settings import Settings
+from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent, SearchStep
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
@@ -20,21 +24,17 @@ from avss_dist.evaluation.session import (
 )
 from avss_dist.evaluation.subjects import checkpoint_of_run
 from avss_dist.evaluation.tasks import plan_text, text_task
-from avss_dist.intervention import Intervention, InterventionKey, Removals, encode_removals, whole_layers
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
-from avss_dist.names import LOSS, SEARCH
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.splits import HELD_BACK, SINK_TOKENS
 from avss_dist.pruning.search import Effort, Expansion, Search, best_sets, search_for
 from avss_dist.pruning.selection import Choice
 from avss_dist.pruning.shrinking import GREEDY, POOL, Shrinking
-from avss_dist.settings import Settings
 from avss_dist.tasks.base import Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellResult
 from avss_dist.tasks.layer_removal import LeaveOneOut
-from avss_dist.text import RedactedURI, describe_layers
 from avss_dist.warehouse.reader import Warehouse
 
 CHOSEN_HERE = "The set was chosen for its loss on this very text: on other text, its loss will be higher."

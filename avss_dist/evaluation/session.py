@@ -17,11 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.errors import AvssError, ConfigError, RunFailed
-from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent, ignore
-from avss_dist.executors.base import Executor
-from avss_dist.executors.open import open_executor
-from avss_dist.intervention import (
+from avss_dist.core.errors import AvssError, ConfigError, RunFailed
+from avss_dist.core.intervention import (
     NO_INTERVENTION,
     Intervention,
     InterventionKey,
@@ -30,14 +27,17 @@ from avss_dist.intervention import (
     describe_removed,
     whole_layers,
 )
+from avss_dist.core.names import LOSS
+from avss_dist.core.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
+from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent, ignore
+from avss_dist.executors.base import Executor
+from avss_dist.executors.open import open_executor
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
 from avss_dist.models.pinning import pin
-from avss_dist.names import LOSS
 from avss_dist.partition.base import Placement, fingerprint_part
 from avss_dist.partition.choose import place
-from avss_dist.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.retention import kept
 from avss_dist.system.versions import package_versions

@@ -19,7 +19,13 @@ import pyarrow as pa
 
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.verdict import primary_metric
-from avss_dist.errors import CorpusError
+from avss_dist.core.errors import CorpusError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.names import PERPLEXITY
+from avss_dist.core.registry import SCORES
+from avss_dist.core.results import TabularResult
+from avss_dist.core.settings import LOWEST_SHARE, Settings
+from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.events import OnEvent, ScoringAdvanced, ScoringStarted, WeightsWritten, ignore
 from avss_dist.evaluation.held_out import as_task, refuse_overlap, text_of_fit, texts_of_repair, texts_of_run
@@ -35,11 +41,9 @@ from avss_dist.evaluation.session import (
     metrics,
 )
 from avss_dist.evaluation.tasks import make_task, plan_text
-from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
-from avss_dist.names import PERPLEXITY
 from avss_dist.options import PromptOptions, ShrinkingOptions, with_options
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
@@ -50,13 +54,9 @@ from avss_dist.pruning.repair.requirements import tokens_needed
 from avss_dist.pruning.repair.splits import HELD_BACK, count_fitted, split_texts
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.shrinking import GREEDY, Shrinking
-from avss_dist.registry import SCORES
-from avss_dist.results import TabularResult
 from avss_dist.runs.api import score
 from avss_dist.runs.reporter import Reporter
-from avss_dist.settings import LOWEST_SHARE, Settings
 from avss_dist.tasks.base import Result, Task
-from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 

@@ -10,18 +10,19 @@ from typing import Any, Unpack
 import numpy as np
 
 from avss_dist.analysis.sparsity_plans import Map, Measured, make_plan, plan_uniform, require_target
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.names import REALIZED, SPARSITY_TASK
+from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.settings import THRESHOLD, TOP_K
+from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan, Shard
-from avss_dist.errors import ConfigError
 from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, evaluation_options
 from avss_dist.evaluation.subjects import checkpoint_of_run
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.intervention import NO_INTERVENTION, Intervention
-from avss_dist.names import REALIZED, SPARSITY_TASK
 from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.selection import PlanError
-from avss_dist.registry import PARTITIONS
-from avss_dist.settings import THRESHOLD, TOP_K
 from avss_dist.sparsity.allocate import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
@@ -30,7 +31,6 @@ from avss_dist.tasks.base import Measure, Task
 from avss_dist.tasks.block_search import GREEDY, HILL, KS, GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import SECOND, MapDamage
 from avss_dist.tasks.map_inputs import COUNTS, MapInputs
-from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store

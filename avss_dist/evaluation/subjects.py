@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from avss_dist.errors import AvssError, ConfigError, ModelError
+from avss_dist.core.errors import AvssError, ConfigError, ModelError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.settings import SEARCHES, Settings
 from avss_dist.evaluation.held_out import SeenText, texts_of_run, texts_of_search
-from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
@@ -21,7 +22,6 @@ from avss_dist.models.size import Footprint, footprint, load_skeleton
 from avss_dist.pruning.model_card import pruned_from
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import SEARCHES, Settings
 from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse

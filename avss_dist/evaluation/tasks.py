@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from avss_dist.core.errors import CorpusError
+from avss_dist.core.names import PERPLEXITY, ROW_START, TRUTHFULQA
+from avss_dist.core.settings import Settings
+from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.chats import chat_template
 from avss_dist.corpus.shards import CorpusPlan, tokenize_choices, tokenize_corpus, with_other_start
-from avss_dist.errors import CorpusError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.names import PERPLEXITY, ROW_START, TRUTHFULQA
 from avss_dist.options import DEFAULT_PROMPT, PromptOptions
-from avss_dist.settings import Settings
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.tasks.row_start import RowStartLoss
 from avss_dist.tasks.truthfulqa import TruthfulChoices
-from avss_dist.text import RedactedURI
 
 COMPARED_ROWS = 4  # of a text, with two starts
 

@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.verdict import WHOLE
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, InterventionKey, Removals
+from avss_dist.core.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN, SPARSITY
+from avss_dist.core.registry import INTERACTIONS
+from avss_dist.core.settings import Settings
 from avss_dist.evaluation.evaluate import realized
 from avss_dist.evaluation.session import PlacedModel, PlannedTask, Retention, StoredPatch, about
-from avss_dist.intervention import NO_INTERVENTION, Intervention, InterventionKey, Removals
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
-from avss_dist.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN, SPARSITY
 from avss_dist.pruning.ground_truth import Interactions
 from avss_dist.pruning.interactions import quadratic
 from avss_dist.pruning.methods import Experiment, Method, methods
 from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.selection import Reading, count_layers
-from avss_dist.registry import INTERACTIONS
 from avss_dist.runs.run import Run
-from avss_dist.settings import Settings
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result

@@ -12,15 +12,15 @@ from operator import itemgetter
 from threading import Event, Semaphore
 from typing import TypeVar
 
+from avss_dist.core.errors import AvssError, ConfigError, ModelError, as_failure
+from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
-from avss_dist.errors import AvssError, ConfigError, ModelError, as_failure
 from avss_dist.executors.base import Outcome, ReplicaSpec, RunShards, Underway, by_model
 from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.size import footprint
 from avss_dist.partition.base import Placement, Replica
-from avss_dist.registry import PARTITIONS
-from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.cores import computing_threads, free_cores
 from avss_dist.system.devices import available_memory, devices_here, pick_device

@@ -6,9 +6,9 @@ import os
 
 import torch
 
+from avss_dist.core.registry import GANGS
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.base import Executor
-from avss_dist.registry import GANGS
-from avss_dist.settings import Execution, Settings
 
 
 def open_executor(execution: Execution, settings: Settings) -> Executor:

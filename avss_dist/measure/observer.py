@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.core.errors import ModelError
+from avss_dist.core.names import AFTER_ANOTHER
+from avss_dist.core.settings import INPUT_SITES
 from avss_dist.corpus.pairs import Pairing
-from avss_dist.errors import ModelError
 from avss_dist.measure.kernels.base import Accumulator, Kernels, send_stats
 from avss_dist.measure.kernels.choose import kernels_for
 from avss_dist.measure.rows import ObservedTokens, PlacedRows, RowsOf, masks_by_stratum, row_tensors
 from avss_dist.models.experts import Experts, Routing, routing_of
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
-from avss_dist.names import AFTER_ANOTHER
 from avss_dist.partition.base import RowSplit
-from avss_dist.settings import INPUT_SITES
 from avss_dist.stats.experts import ExpertStats
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_strata

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from avss_dist.core.errors import BatchTooLarge, ModelError
+from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.settings import INPUT_SITES, Settings
+from avss_dist.core.text import describe_layers
 from avss_dist.corpus.shards import Batch, Shard
-from avss_dist.errors import BatchTooLarge, ModelError
 from avss_dist.measure.kernels.base import PATTERNS
 from avss_dist.measure.observer import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.rows import PlacedRows, in_order
@@ -19,8 +22,6 @@ from avss_dist.models.layers import describe_projections
 from avss_dist.models.size import Footprint
 from avss_dist.models.structure import absent_sites
 from avss_dist.partition.base import Replica, dummy_batch, no_observation
-from avss_dist.registry import PARTITIONS
-from avss_dist.settings import INPUT_SITES, Settings
 from avss_dist.stats.layer_stats import LayerKey, ShardResult
 from avss_dist.stats.merging import merge_stats, merge_strata
 from avss_dist.stats.rows import AnswerRows
@@ -28,7 +29,6 @@ from avss_dist.system.cores import use_threads
 from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory
 from avss_dist.system.memory import peak_memory
 from avss_dist.system.out_of_memory import halve_until_it_fits
-from avss_dist.text import describe_layers
 
 Heartbeat = Callable[[], None]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 

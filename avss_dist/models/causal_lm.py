@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from avss_dist.core.errors import ModelError, first_line
+from avss_dist.core.intervention import Intervention, Removal, Sparsity, layer_of, whole_layers
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
-from avss_dist.errors import ModelError, first_line
-from avss_dist.intervention import Intervention, Removal, Sparsity, layer_of, whole_layers
 from avss_dist.models.auto import no_head, predictor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.head import Head, find_head
@@ -24,7 +25,6 @@ from avss_dist.models.patching import Patch, decode_patch, patched
 from avss_dist.models.skipping import Recorded, explaining, recording, representatives, resuming, skipping
 from avss_dist.models.sparsifying import SparsityCounts, sparsified
 from avss_dist.models.sublayers import find_obstacles, require_sublayers, without_sublayers
-from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import to_device
 

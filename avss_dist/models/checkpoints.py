@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from avss_dist.errors import ModelError, is_full, unwritable
+from avss_dist.core.errors import ModelError, is_full, unwritable
 from avss_dist.models.content import content_hash
 from avss_dist.models.pickled import PICKLED, convert, converted_folder
 from avss_dist.models.pickled import WEIGHTS as PICKLED_WEIGHTS

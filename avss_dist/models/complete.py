@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.safetensors import DTYPES, TensorInfo

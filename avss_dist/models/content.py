@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.staging import staged_file
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.errors import ModelError, nearest
+from avss_dist.core.errors import ModelError, nearest
 from avss_dist.models.experts import Experts
 
 PROBE_SHAPE = (2, 12)  # rows and tokens differ, so that axes can be distinguished

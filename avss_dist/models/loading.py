@@ -16,7 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
-from avss_dist.errors import ModelError, first_line
+from avss_dist.core.errors import ModelError, first_line
+from avss_dist.core.settings import Settings
 from avss_dist.models.auto import auto_class
 from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.complete import require_complete, require_layers
@@ -25,7 +26,6 @@ from avss_dist.models.quantization import quantization_method, unpacked_gguf, wi
 from avss_dist.models.safetensors import TensorInfo, weight_files
 from avss_dist.models.stored import stored_tensors
 from avss_dist.models.structure import find_structure
-from avss_dist.settings import Settings
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None], Any]  # of (token ids, attention mask or None)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.models.layers import Layer
 
 Parameter = tuple[int, str]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.errors import ModelError, first_line, unwritable
+from avss_dist.core.errors import ModelError, first_line, unwritable
 from avss_dist.models.content import content_hash
 from avss_dist.models.safetensors import INDEX
 from avss_dist.system.folders import cache_folder

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import DTYPES, Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.safetensors import TensorInfo, weight_files
 from avss_dist.models.stored import floating_dtype, hub_tensors, stored_tensors
-from avss_dist.settings import DTYPES, Settings
 
 
 def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str, *, spec: str | None = None) -> Settings:

@@ -12,11 +12,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from avss_dist.errors import ModelError, first_line
+from avss_dist.core.errors import ModelError, first_line
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.stored import stored_tensors
-from avss_dist.settings import Settings
 
 # What quantizers raise where a package or a device is not here, or over settings that they cannot read.
 _REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)

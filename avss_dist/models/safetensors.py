@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 
 WEIGHTS = "*.safetensors"
 INDEX = "model.safetensors.index.json"

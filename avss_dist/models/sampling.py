@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.tokens import special_tokens_around
-from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_model, load_tokenizer, text_config
 from avss_dist.models.pinning import pin
-from avss_dist.settings import Settings
 from avss_dist.system.devices import pick_device
 from avss_dist.system.progress_bar import tracked
 

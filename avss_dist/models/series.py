@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint, explain_hub_errors
 
 _WORDS = r"(?<![a-z])(global|train|training)?[-_]?(steps?|checkpoint|ckpt|iter|iteration)[-_]?"

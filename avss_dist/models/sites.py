@@ -14,9 +14,9 @@ from itertools import takewhile
 import torch
 from torch import nn
 
+from avss_dist.core.settings import EVERY_SITE
 from avss_dist.models.experts import Experts, find_experts
 from avss_dist.models.layers import PROBE_SHAPE, Projection, Tap, axes_of, count_parameters, is_linear, linear_sizes
-from avss_dist.settings import EVERY_SITE
 
 _ATTENTION = re.compile(
     r"attention|attn|mixer|mamba|ssm|deltanet|recurrent|retention|fourier|conv|mlstm|temporal_block|^mla$",

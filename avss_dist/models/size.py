@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.models.labels import LOGIT_BYTES
 from avss_dist.models.layers import layer_lists
@@ -22,7 +23,6 @@ from avss_dist.models.pinning import compute_dtype
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.safetensors import DTYPES, TensorInfo
 from avss_dist.models.stored import hub_tensors, stored_tensors
-from avss_dist.settings import Settings
 
 _SCORES = {"eager": 2}  # copies of the attention scores that exist at once, beside one in float32; others have none
 _EXPERT = re.compile(r"(^|\.)experts(\.|$)")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.errors import ModelError, first_line
-from avss_dist.intervention import Removal, describe_removed
+from avss_dist.core.errors import ModelError, first_line
+from avss_dist.core.intervention import Removal, describe_removed
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
 
 MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.errors import ModelError
-from avss_dist.intervention import MapSparsity, Sparsity
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import MapSparsity, Sparsity
+from avss_dist.core.settings import THRESHOLD, TOP_K, TOP_P
 from avss_dist.models.layers import Layer, Projection
-from avss_dist.settings import THRESHOLD, TOP_K, TOP_P
 from avss_dist.system.context import bound
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint, explain_hub_errors
 from avss_dist.models.safetensors import DTYPES, TensorInfo, tensors_of, weight_files
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from avss_dist.core.settings import INPUT_SITES
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Structure, axes_of, first_tensor, layer_lists, layers_not_found
 from avss_dist.models.sites import Call, LayerSites, find_sites
-from avss_dist.settings import INPUT_SITES
 
 _LayerCall = tuple[nn.Module, str, LayerSites]  # layer, axes of its output, its sites
 

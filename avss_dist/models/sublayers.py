@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.errors import ModelError
-from avss_dist.intervention import PARTS, Removal, layers_by_part, sublayers_of
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import PARTS, Removal, layers_by_part, sublayers_of
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
 from avss_dist.models.skipping import Skip, replace_tensor, replaced_forwards
 from avss_dist.system.context import bound

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import torch
 
+from avss_dist.core.registry import PARTITIONS
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer
 from avss_dist.partition.cost import PartitionCost
-from avss_dist.registry import PARTITIONS
 
 T = TypeVar("T")
 BatchContext = Callable[[Batch], AbstractContextManager[None]]

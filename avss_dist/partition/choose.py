@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 
-from avss_dist.errors import ConfigError, ModelError
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.registry import GANGS, LAYERWISE, PARTITIONS, SEVERAL_GPUS, WHOLE
+from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import replica_class
-from avss_dist.registry import GANGS, LAYERWISE, PARTITIONS, SEVERAL_GPUS, WHOLE
-from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
-from avss_dist.text import describe_bytes
 
 SPARE_SHARE = 0.9  # of the memory that is free
 PROCESS_BYTES = 1 << 30  # interpreter, libraries and counters of a process, beside weights and activations

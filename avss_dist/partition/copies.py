@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import distributed
 
+from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import Backbone
 from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.group import require_group
-from avss_dist.registry import PARTITIONS
-from avss_dist.settings import Settings
 
 MAX_COPIES = 8  # the loss of one stops all
 

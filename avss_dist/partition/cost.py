@@ -11,12 +11,12 @@ from typing import ClassVar
 
 import torch
 
+from avss_dist.core.registry import PARTITIONS, WHOLE
+from avss_dist.core.settings import Settings
+from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint
-from avss_dist.registry import PARTITIONS, WHOLE
-from avss_dist.settings import Settings
 from avss_dist.system.devices import available_memory, devices_here
-from avss_dist.text import describe_bytes
 
 DEEPSPEED_BYTES = 150 << 20  # that loading DeepSpeed adds to a process
 LINK_SHARE = 0.25  # rate of exchange between ranks on one host, relative to a copy in memory

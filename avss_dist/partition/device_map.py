@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from avss_dist.core.errors import ConfigError, ModelError, nearest
+from avss_dist.core.registry import WHOLE
+from avss_dist.core.settings import Settings
+from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
-from avss_dist.errors import ConfigError, ModelError, nearest
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
@@ -25,11 +28,8 @@ from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.choose import bytes_beside_weights
 from avss_dist.partition.cost import Calibration, PartitionCost, Usage
 from avss_dist.partition.offload import OffloadFolder
-from avss_dist.registry import WHOLE
-from avss_dist.settings import Settings
 from avss_dist.system.devices import available_memory, free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
-from avss_dist.text import describe_bytes
 
 SPARE_SHARE = 0.9  # of free memory that weights may take where there is no limit
 

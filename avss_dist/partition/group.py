@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from avss_dist.errors import AvssError, ConfigError
+from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.partition.base import Placement, RowSplit
 
 T = TypeVar("T")

@@ -6,8 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from avss_dist.errors import ConfigError, unwritable
-from avss_dist.text import describe_bytes
+from avss_dist.core.errors import ConfigError, unwritable
+from avss_dist.core.text import describe_bytes
 
 
 class OffloadFolder:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, cast
 
+from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.base import Placement, Replica
-from avss_dist.registry import PARTITIONS
-from avss_dist.settings import Settings
 from avss_dist.system.cores import use_threads
 
 

@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.intervention import Sparsity
+from avss_dist.core.registry import WHOLE
+from avss_dist.core.settings import THRESHOLD, Settings
 from avss_dist.corpus.shards import Batch
-from avss_dist.errors import ConfigError, ModelError
-from avss_dist.intervention import Sparsity
 from avss_dist.models.auto import predictor
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
@@ -39,8 +41,6 @@ from avss_dist.partition.group import (
     reraise_lost_ranks,
     sum_over_ranks,
 )
-from avss_dist.registry import WHOLE
-from avss_dist.settings import THRESHOLD, Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.registry import WHOLE
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
-from avss_dist.errors import ConfigError, ModelError
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
@@ -32,8 +34,6 @@ from avss_dist.partition.group import (
     reraise_lost_ranks,
     sum_over_ranks,
 )
-from avss_dist.registry import WHOLE
-from avss_dist.settings import Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 

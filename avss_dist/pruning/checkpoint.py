@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from avss_dist.errors import ModelError, unwritable
+from avss_dist.core.errors import ModelError, unwritable
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import quiet, text_config
 from avss_dist.models.patching import Patch
@@ -29,7 +30,6 @@ from avss_dist.pruning.repair.record import read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repair, Repaired, repair_layers
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights, copy_weights
-from avss_dist.settings import Execution, Settings
 from avss_dist.system.staging import staged_folder
 
 _NOT_COPIED = (WEIGHTS, *PICKLED, "*.gguf", "*.safetensors.index.json", "*.bin.index.json", "config.json", "README.md")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.registry import LAYERWISE
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.models.auto import has_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import first_tensor
@@ -22,8 +24,6 @@ from avss_dist.partition.choose import size_of, weight_limits
 from avss_dist.partition.open import open_replica
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.registry import LAYERWISE
-from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, pick_device
 
 TOLERANCE = 1e-5  # of the largest output, in float32

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import Settings
 from avss_dist.models.auto import auto_classes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import skeleton, skeleton_by, text_config, without_head
@@ -25,7 +26,6 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import LayerNames, renumber_quantization
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import list_path, renumbered
-from avss_dist.settings import Settings
 
 NUM_LAYERS = "num_hidden_layers"
 COUNTS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "first_num_dense_layers")

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
-from avss_dist.errors import ConfigError, require_known
+from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.pruning.plan import Plan, to_yaml
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from avss_dist.errors import QueryError
-from avss_dist.registry import BLOCK_DISTANCE, DAMAGE_TASK, INTERACTIONS, SCORES, metrics_of
-from avss_dist.settings import Settings
+from avss_dist.core.errors import QueryError
+from avss_dist.core.registry import BLOCK_DISTANCE, DAMAGE_TASK, INTERACTIONS, SCORES, metrics_of
+from avss_dist.core.settings import Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.checks import has_head, settings_of

@@ -8,21 +8,21 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from avss_dist.errors import ConfigError, require_known
-from avss_dist.names import CONTRAST
-from avss_dist.options import PromptOptions
-from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
-from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
-from avss_dist.registry import FROM_ACTIVATIONS, INTERACTIONS, MEASURED
-from avss_dist.settings import (
+from avss_dist.core.errors import ConfigError, require_known
+from avss_dist.core.names import CONTRAST
+from avss_dist.core.registry import FROM_ACTIVATIONS, INTERACTIONS, MEASURED
+from avss_dist.core.settings import (
     EVERY_SITE,
     RECIPES,
     SEARCHES,
     SPARSITY_METHODS,
     SPARSITY_RULES,
 )
-from avss_dist.text import describe_threshold, parse_threshold
-from avss_dist.validation import Check, OneOf, checked
+from avss_dist.core.text import describe_threshold, parse_threshold
+from avss_dist.core.validation import Check, OneOf, checked
+from avss_dist.options import PromptOptions
+from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
+from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 
 LEAVE_ONE_OUT = "loss"
 REVERSED, ENDS_KEPT = "reversed", "ends kept"

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
+from avss_dist.core.text import describe_layers, escape_markdown, printable
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.pruning.plan import Plan, describe_reason
 from avss_dist.pruning.repair.record import RepairRecord
-from avss_dist.text import describe_layers, escape_markdown, printable
 
 _BASE = re.compile(r"Base model at (\w+)\.")
 LICENSE = ("license", "license_name", "license_link")

@@ -16,8 +16,8 @@ import pyarrow as pa
 import yaml
 from pydantic import Field
 
-from avss_dist.errors import ConfigError, unwritable
-from avss_dist.intervention import (
+from avss_dist.core.errors import ConfigError, unwritable
+from avss_dist.core.intervention import (
     MAX_LAYERS,
     PARTS,
     Intervention,
@@ -29,15 +29,15 @@ from avss_dist.intervention import (
     layers_by_part,
     whole_layers,
 )
+from avss_dist.core.registry import SCORES
+from avss_dist.core.results import TabularResult
+from avss_dist.core.settings import LOWEST_SHARE, SEARCHES, Check, checked
+from avss_dist.core.text import printable
+from avss_dist.core.yaml_files import Document, YamlKind, read_yaml_mapping
 from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
 from avss_dist.pruning.interactions import predicted, quadratic
 from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
-from avss_dist.registry import SCORES
-from avss_dist.results import TabularResult
-from avss_dist.settings import LOWEST_SHARE, SEARCHES, Check, checked
 from avss_dist.system.staging import staged_file
-from avss_dist.text import printable
-from avss_dist.yaml_files import Document, YamlKind, read_yaml_mapping
 
 _HINT = "avss plan makes one."
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]+")

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import quiet, skeleton, text_config
 from avss_dist.models.naming import Naming
@@ -25,7 +26,6 @@ from avss_dist.models.safetensors import tensors_of, weight_files
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights, list_path
-from avss_dist.settings import Settings
 
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside config.json
 MAX_NAMED = 3  # maximum number of tensors in a message

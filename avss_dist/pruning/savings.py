@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.settings import Bytes, checked
+from avss_dist.core.text import describe_bytes, describe_count
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import Bytes, checked
-from avss_dist.text import describe_bytes, describe_count
 
 if TYPE_CHECKING:
     from avss_dist.models.size import Footprint

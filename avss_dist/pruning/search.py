@@ -17,8 +17,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from avss_dist.errors import ConfigError
-from avss_dist.intervention import (
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import (
     Removal,
     Removals,
     can_be_added,
@@ -28,8 +28,8 @@ from avss_dist.intervention import (
     sublayers_of,
     whole_layers,
 )
+from avss_dist.core.settings import checked
 from avss_dist.pruning.selection import Choice
-from avss_dist.settings import checked
 
 WIDTH = 3  # default beam width: sets that are expanded
 SIBLINGS = 8  # exchanges of one layer that are tried at once

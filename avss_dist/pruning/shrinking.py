@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.registry import INTERACTIONS, SCORES
+from avss_dist.core.text import RedactedURI
+from avss_dist.core.validation import Count, OneOf, Positive, Share, Text, Texts, checked
 from avss_dist.options import Option
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
-from avss_dist.registry import INTERACTIONS, SCORES
-from avss_dist.text import RedactedURI
-from avss_dist.validation import Count, OneOf, Positive, Share, Text, Texts, checked
 
 GREEDY = "greedy"  # of ``settings.SEARCHES``, with every set repaired
 CHOSEN_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)  # scores of single layers

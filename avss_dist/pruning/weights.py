@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import skeleton, text_config, without_head
 from avss_dist.models.naming import Naming
@@ -25,7 +26,6 @@ from avss_dist.models.safetensors import (
 )
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import numpy as np
 import vl_convert
 
 from avss_dist.analysis.findings import describe_depth
-from avss_dist.errors import AvssError, nearest
-from avss_dist.registry import BASELINES, FROM_ACTIVATIONS, SCORES
+from avss_dist.core.errors import AvssError, nearest
+from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
+from avss_dist.core.text import basename, describe_count, describe_threshold, printable
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
-from avss_dist.text import basename, describe_count, describe_threshold, printable
 
 ENDINGS = (".png", ".svg", ".html")
 MOST_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point

@@ -9,13 +9,13 @@ from typing import Any
 from avss_dist.analysis.experiments import ExperimentResults, TaskMetric, experiment_results
 from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.analysis.verdict import CLAIMED_KEPT, describe_metric, describe_task, metric_format, readable_value
-from avss_dist.intervention import describe_removed
-from avss_dist.names import PERPLEXITY
+from avss_dist.core.intervention import describe_removed
+from avss_dist.core.names import PERPLEXITY
+from avss_dist.core.text import basename
 from avss_dist.report.section import BLUE, GRAY, Chart, Section, interval_ends, page_number
 from avss_dist.report.sparsity import sparsity_section
 from avss_dist.report.table import ReportColumn, ReportTable, interval, percent
 from avss_dist.stats.retention import NO_INTERVAL
-from avss_dist.text import basename
 
 LARGEST_SHOWN = 1.5  # retention that the chart has room for
 Row = Mapping[str, Any]  # of the table `experiments`

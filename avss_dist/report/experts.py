@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.experts import LayerExperts
+from avss_dist.core.text import describe_count
 from avss_dist.report.section import Chart, Section, page_number
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, decimals
-from avss_dist.text import describe_count
 
 LEAST = 3  # experts of the lowest saliency that are named
 LARGEST_SHOWN = 4.0  # times an even share, where the color ends

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from avss_dist.errors import QueryError, unwritable
+from avss_dist.core.errors import QueryError, unwritable
+from avss_dist.core.text import escape_markdown, printable
 from avss_dist.system.staging import staged_file
 from avss_dist.system.streams import binary_output, emit, emit_json
-from avss_dist.text import escape_markdown, printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from avss_dist.analysis.reliability import FEWEST_SETS
 from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, describe_score, is_published
+from avss_dist.core.registry import MEASURED
 from avss_dist.pruning.selection import LAST
-from avss_dist.registry import MEASURED
 from avss_dist.report.section import AMBER, BLUE, GRAY, Chart, Section, interval_ends, page_number
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, known_interval, percent
 from avss_dist.stats.rankings import spearman_interval

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from avss_dist.text import printable
+from avss_dist.core.text import printable
 
 MISSING = "-"
 BAR_WIDTH = 18  # cells of a terminal

@@ -8,11 +8,12 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
-from avss_dist.errors import AvssError, ConfigError
+from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.core.registry import GANGS
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
 from avss_dist.options import keywords
-from avss_dist.registry import GANGS
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.corpora import corpus_problems
 from avss_dist.runs.driver import Driver, Ending, record_failure
@@ -20,7 +21,6 @@ from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import LoggingReporter, Reporter, Reporters
 from avss_dist.runs.run import Run
 from avss_dist.runs.trackers import Tracker
-from avss_dist.settings import Execution, Settings
 from avss_dist.warehouse.store import Store
 
 __all__ = ["Reporter", "Run", "run_job", "score", "score_all"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.chats import Chat, Document, no_text
 from avss_dist.corpus.sources import documents
-from avss_dist.errors import AvssError, ConfigError
-from avss_dist.text import RedactedURI
 
 
 def corpus_problems(corpora: Sequence[str], chat_templates: set[bool]) -> Iterator[tuple[int | None, AvssError]]:

@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from avss_dist.errors import AvssError, StorageFull, as_failure
+from avss_dist.core.errors import AvssError, StorageFull, as_failure
+from avss_dist.core.settings import fingerprint
 from avss_dist.executors.base import Executor, RunShards
 from avss_dist.models.checkpoints import slug
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run, RunInProgress
-from avss_dist.settings import fingerprint
 from avss_dist.warehouse.sharing import SharedWarehouse, shared
 from avss_dist.warehouse.store import Store
 

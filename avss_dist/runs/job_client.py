@@ -15,7 +15,7 @@ from ray.job_submission import JobSubmissionClient
 from requests import Response
 from requests.exceptions import ConnectionError, RequestException, Timeout
 
-from avss_dist.text import describe_bytes
+from avss_dist.core.text import describe_bytes
 
 MOST_BYTES = 64 << 20  # of one answer
 PATIENCE = 5.0  # times the limits until an answer must be whole

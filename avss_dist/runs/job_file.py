@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from avss_dist.errors import ConfigError, ModelError, named_fields, spell_fields
+from avss_dist.core.errors import ConfigError, ModelError, named_fields, spell_fields
+from avss_dist.core.settings import Execution, Settings, split_options
+from avss_dist.core.text import RedactedURI, docs_page
+from avss_dist.core.validation import problems_by_field
+from avss_dist.core.yaml_files import Document, Location, YamlKind, read_yaml
 from avss_dist.models.series import matching_revisions
 from avss_dist.pruning.methods import Experiment
 from avss_dist.runs.corpora import corpus_problems
 from avss_dist.runs.job_schema import MODEL_FIELDS, SETTINGS_FIELDS, Job, ModelKeys, RevisionRange, given
-from avss_dist.settings import Execution, Settings, split_options
-from avss_dist.text import RedactedURI, docs_page
-from avss_dist.validation import problems_by_field
-from avss_dist.yaml_files import Document, Location, YamlKind, read_yaml
 
 __all__ = ["JobError", "JobFile", "RunSpec", "job_schema", "read_job"]
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
 from pydantic_core import core_schema
 
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.validation import Check
 from avss_dist.pruning.methods import Experiment
-from avss_dist.settings import Execution, Settings
-from avss_dist.validation import Check
 
 MAX_REVISIONS = 10_000
 SETTINGS_FIELDS = tuple(f.name for f in fields(Settings))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from avss_dist.errors import RunFailed
+from avss_dist.core.errors import RunFailed
 from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.merging import Block, Merged, combine_blocks, merge_block, split_into_blocks

@@ -11,16 +11,16 @@ from typing import Any
 
 import pyarrow as pa
 
+from avss_dist.core.errors import AvssError
+from avss_dist.core.registry import BASELINES
+from avss_dist.core.results import TabularResult
+from avss_dist.core.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.errors import AvssError
 from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.models.pickled import is_converted
 from avss_dist.models.quantization import describe_quantization
 from avss_dist.models.series import training_point
-from avss_dist.registry import BASELINES
-from avss_dist.results import TabularResult
 from avss_dist.runs.partials import Apply, merge_partials
-from avss_dist.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import score_run
 from avss_dist.system.versions import package_versions

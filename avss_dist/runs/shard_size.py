@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan
 from avss_dist.models.size import Footprint
-from avss_dist.settings import Settings
 
 # Changing one of these changes the shards, and so the id, of every run without an explicit size.
 MOST_SECONDS = 60  # of a shard on a typical device; at least half of that, as sizes are doubled

@@ -19,11 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from avss_dist.core.errors import AvssError, ConfigError, RunFailed, without_secrets
+from avss_dist.core.settings import ANSWER_SECONDS, CONNECT_SECONDS
 from avss_dist.corpus.sources import local_files
-from avss_dist.errors import AvssError, ConfigError, RunFailed, without_secrets
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.runs.job_file import JobFile
-from avss_dist.settings import ANSWER_SECONDS, CONNECT_SECONDS
 from avss_dist.tasks.local_files import task_files
 
 COLUMNS = ("job", "status", "started", "seconds", "entrypoint", "message")  # of `Submitted.row`

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.settings import TRACKERS
 from avss_dist.runs.reporter import LOG_SECONDS, Reporter
-from avss_dist.settings import TRACKERS
 from avss_dist.system.streams import complain, prints_to_stderr
 
 if TYPE_CHECKING:

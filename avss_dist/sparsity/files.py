@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from avss_dist.core.settings import THRESHOLD
 from avss_dist.pruning.plan import write_text
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import THRESHOLD
 from avss_dist.sparsity.plan import MapPlan, SparsityPlan
 
 TEAL_MAPS = ("q", "k", "v", "o", "gate", "up", "down")

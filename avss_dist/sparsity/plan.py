@@ -9,8 +9,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from avss_dist.errors import ConfigError
-from avss_dist.intervention import MAX_LAYERS, Intervention, MapSparsity, Sparsity
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import MAX_LAYERS, Intervention, MapSparsity, Sparsity
+from avss_dist.core.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
+from avss_dist.core.text import describe_bytes
+from avss_dist.core.validation import OneOf, checked
+from avss_dist.core.yaml_files import Document
 from avss_dist.pruning.plan import (
     Lines,
     Name,
@@ -23,10 +27,6 @@ from avss_dist.pruning.plan import (
     write_text,
 )
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
-from avss_dist.text import describe_bytes
-from avss_dist.validation import OneOf, checked
-from avss_dist.yaml_files import Document
 
 METHODS = {
     "uniform": "the same sparsity everywhere, by thresholds",

@@ -13,7 +13,7 @@ from math import nan, sqrt
 
 import numpy as np
 
-from avss_dist.settings import BOOTSTRAP_SEED
+from avss_dist.core.settings import BOOTSTRAP_SEED
 from avss_dist.stats.layer_stats import Float64
 
 BOOTSTRAP_RESAMPLES = 1000

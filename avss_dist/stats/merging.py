@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from avss_dist.names import AFTER_ANOTHER
+from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.stats.histogram import Values, merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, without_values
 from avss_dist.stats.spill import Spill

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from avss_dist.names import LOSS
+from avss_dist.core.names import LOSS
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.layer_stats import Float64
 

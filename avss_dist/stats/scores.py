@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.settings import RECIPES, RELATIVE_THRESHOLDS
+from avss_dist.core.settings import RECIPES, RELATIVE_THRESHOLDS
 from avss_dist.stats.histogram import histogram_below
 from avss_dist.stats.intervals import (
     BOOTSTRAP_RESAMPLES,

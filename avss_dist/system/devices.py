@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch.torch_version import TorchVersion
 
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
 from avss_dist.system.cgroups import memory_left
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, and before; the older one still works

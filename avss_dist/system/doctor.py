@@ -17,9 +17,9 @@ from platform import platform, python_version
 import numpy as np
 import psutil
 
+from avss_dist.core.text import describe_bytes
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.versions import PACKAGES, installed_version
-from avss_dist.text import describe_bytes
 
 EXTRAS = {"datasets": "hf", "lm_eval": "eval"}  # optional packages, and the extra that installs each
 NEEDED = (*(name for name in PACKAGES if name not in EXTRAS), "duckdb", "altair", "vl-convert-python")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from avss_dist.errors import ConfigError, RunFailed, first_line
+from avss_dist.core.errors import ConfigError, RunFailed, first_line
 
 
 def require_access(name: str, kind: str) -> None:

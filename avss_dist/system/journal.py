@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
 
 
 class Journal:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from avss_dist.errors import BatchTooLarge
+from avss_dist.core.errors import BatchTooLarge
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
-from avss_dist.text import printable
+from avss_dist.core.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

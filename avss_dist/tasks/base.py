@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, InterventionKey, Removals
+from avss_dist.core.names import ENTROPY, LOSS
+from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Shard
-from avss_dist.intervention import NO_INTERVENTION, Intervention, InterventionKey, Removals
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.names import ENTROPY, LOSS
-from avss_dist.settings import fingerprint
 from avss_dist.stats.layer_stats import Float64
 
 

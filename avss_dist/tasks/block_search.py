@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
-from avss_dist.errors import ModelError
-from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.sparsifying import weight_of
-from avss_dist.settings import fingerprint
 from avss_dist.stats.power_law import hill_exponent, ks_exponent
 from avss_dist.system.context import bound
 from avss_dist.tasks.base import Row

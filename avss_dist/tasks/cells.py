@@ -10,13 +10,13 @@ from functools import partial
 
 import numpy as np
 
-from avss_dist.errors import AvssError, BatchTooLarge
-from avss_dist.intervention import NO_INTERVENTION, Intervention, Sparsity, encode_removals
+from avss_dist.core.errors import AvssError, BatchTooLarge
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Sparsity, encode_removals
+from avss_dist.core.names import REALIZED, SPARSITY
+from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.names import REALIZED, SPARSITY
 from avss_dist.partition.base import Placement
-from avss_dist.settings import Settings, fingerprint
 from avss_dist.system.cores import use_threads
 from avss_dist.system.out_of_memory import halve_until_it_fits
 from avss_dist.tasks.base import Measure, Row

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.registry import BLOCK_DISTANCE, SCORES
+from avss_dist.core.settings import DRAWS, fingerprint
 from avss_dist.corpus.shards import Batch, Shard
-from avss_dist.errors import ModelError
-from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.skipping import replaced_forwards
-from avss_dist.registry import BLOCK_DISTANCE, SCORES
-from avss_dist.settings import DRAWS, fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 from avss_dist.tasks.gradients import trainable

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
-from avss_dist.errors import ModelError
-from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
-from avss_dist.settings import fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import to_device
 from avss_dist.tasks.base import Row, predicted_tokens

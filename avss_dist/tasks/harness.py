@@ -23,13 +23,13 @@ import torch
 import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
-from avss_dist.errors import AvssError, ConfigError, TaskError, first_line
-from avss_dist.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.errors import AvssError, ConfigError, TaskError, first_line
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.names import CHANCE
+from avss_dist.core.settings import fingerprint
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import quiet
-from avss_dist.names import CHANCE
 from avss_dist.options import DEFAULT_PROMPT, PromptOptions
-from avss_dist.settings import fingerprint
 from avss_dist.system.out_of_memory import is_out_of_memory
 from avss_dist.tasks.base import Row, Task
 from avss_dist.tasks.harness_checks import require_answerable, require_data, require_valid

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError, UndefinedError
 
-from avss_dist.errors import TaskError, first_line, nearest
+from avss_dist.core.errors import TaskError, first_line, nearest
 from avss_dist.tasks.harness_files import Function, TaskFile
 
 MULTIPLE_CHOICE, GENERATE = "multiple_choice", "generate_until"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avss_dist.errors import TaskError
-from avss_dist.yaml_files import YamlKind, read_yaml_mapping
+from avss_dist.core.errors import TaskError
+from avss_dist.core.yaml_files import YamlKind, read_yaml_mapping
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # builders of `datasets` that read local files
 

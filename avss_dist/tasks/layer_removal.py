@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.corpus.shards import Batch, Shard
-from avss_dist.intervention import (
+from avss_dist.core.intervention import (
     NO_INTERVENTION,
     Intervention,
     Removals,
@@ -19,10 +18,11 @@ from avss_dist.intervention import (
     encode_removals,
     sublayers_of,
 )
+from avss_dist.core.names import LOSS
+from avss_dist.core.settings import fingerprint
+from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.skipping import Recorded, recording, resuming
-from avss_dist.names import LOSS
-from avss_dist.settings import fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from avss_dist.core.names import PERPLEXITY, TRUTHFULQA
 from avss_dist.corpus.sources import local_files
-from avss_dist.names import PERPLEXITY, TRUTHFULQA
 from avss_dist.tasks.harness_files import files_of, is_task_file
 
 

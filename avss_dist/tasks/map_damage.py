@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.settings import DRAWS, fingerprint
 from avss_dist.corpus.shards import Shard
-from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer
 from avss_dist.models.sparsifying import weight_of
-from avss_dist.settings import DRAWS, fingerprint
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 from avss_dist.tasks.gradients import trainable

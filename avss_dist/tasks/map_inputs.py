@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
-from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Projection
 from avss_dist.models.sparsifying import changing, is_counted, over_tokens, sparse_tokens
-from avss_dist.settings import fingerprint
 from avss_dist.stats.value_counts import EDGES
 from avss_dist.system.context import bound
 from avss_dist.tasks.base import Row

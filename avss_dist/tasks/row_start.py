@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Shard
-from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.settings import fingerprint
 from avss_dist.stats.row_start import AS_READ, OTHER_START
 from avss_dist.tasks.base import Row, predicted_tokens
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.names import BEST, CHANCE, INCORRECT
+from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Shard
-from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.names import BEST, CHANCE, INCORRECT
-from avss_dist.settings import fingerprint
 from avss_dist.tasks.base import Row
 
 

@@ -20,7 +20,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from avss_dist.settings import SCHEMA_VERSION
+from avss_dist.core.settings import SCHEMA_VERSION
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.progress_bar import tracked
 from avss_dist.system.staging import remove_leftovers, staged_file

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from avss_dist.errors import ConfigError, WarehouseError
-from avss_dist.settings import Settings
+from avss_dist.core.errors import ConfigError, WarehouseError
+from avss_dist.core.settings import Settings
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, Column
 
 _HEADLESS = re.compile(r"(?<!LMHead)(?<!DoubleHeads)(Model|Encoder)$")

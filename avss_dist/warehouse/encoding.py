@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avss_dist.errors import WarehouseError
-from avss_dist.settings import SCHEMA_VERSION
+from avss_dist.core.errors import WarehouseError
+from avss_dist.core.settings import SCHEMA_VERSION
 from avss_dist.stats.experts import EXPERT_COLUMNS, ExpertStats
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey

@@ -7,7 +7,7 @@ import re
 
 import pyarrow.fs as pafs
 
-from avss_dist.errors import DamagedFile
+from avss_dist.core.errors import DamagedFile
 from avss_dist.warehouse.storage import Storage
 
 FOLDER = "patches"

@@ -12,10 +12,10 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avss_dist.errors import WarehouseError, unwritable
+from avss_dist.core.errors import WarehouseError, unwritable
+from avss_dist.core.text import RedactedURI, describe_count
 from avss_dist.system.hub import require_access, upload
 from avss_dist.system.staging import staged_folder
-from avss_dist.text import RedactedURI, describe_count
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, TABLES
 from avss_dist.warehouse.storage import Storage

@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from avss_dist.errors import QueryError, require_known
+from avss_dist.core.errors import QueryError, require_known
 from avss_dist.warehouse.schema import SCHEMAS, TABLES
 
 _SEALED: dict[str, str | bool | int | float | list[str]] = {

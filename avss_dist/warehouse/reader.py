@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from avss_dist.errors import DamagedFile, QueryError, WarehouseError, nearest, require_known
+from avss_dist.core.errors import DamagedFile, QueryError, WarehouseError, nearest, require_known
+from avss_dist.core.text import RedactedURI, basename, count_of
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
-from avss_dist.text import RedactedURI, basename, count_of
 from avss_dist.warehouse.cache import Files, copied_rows
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.encoding import decode_shard, parse, refuse_newer, refuse_newer_version, to_stats, to_strata

@@ -12,8 +12,8 @@ from typing import Any, TypedDict, get_type_hints
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avss_dist.registry import BASELINES, SCORES
-from avss_dist.settings import EVERY_SITE, RECIPES
+from avss_dist.core.registry import BASELINES, SCORES
+from avss_dist.core.settings import EVERY_SITE, RECIPES
 from avss_dist.stats.experts import EXPERT_COLUMNS
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats

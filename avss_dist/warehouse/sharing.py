@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-from avss_dist.errors import AvssError
+from avss_dist.core.errors import AvssError
+from avss_dist.core.text import RedactedURI
 from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.text import RedactedURI
 from avss_dist.warehouse.store import Store
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from avss_dist.errors import DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
-from avss_dist.settings import SCHEMA_VERSION
+from avss_dist.core.errors import DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
+from avss_dist.core.settings import SCHEMA_VERSION
 from avss_dist.stats.experts import ExpertStats, merge_experts
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.warehouse.checks import checked_rows

@@ -24,9 +24,9 @@ from support.warehouses import Terminal, activations, run_row, stats_of, write_m
 from avss_dist.analysis.agreement import CorrelationSummary, correlate, correlate_pairs, summarize
 from avss_dist.analysis.compare import SCHEMA, compare
 from avss_dist.analysis.findings import OF_RANKINGS, findings, of_rankings
-from avss_dist.errors import QueryError
+from avss_dist.core.errors import QueryError
+from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.report.terminal.compare import pairs_table, summary
-from avss_dist.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.rankings import align, count_lowest, rank_biased_overlap, spearman
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse

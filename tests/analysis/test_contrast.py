@@ -12,8 +12,8 @@ from support.command_line import avss
 from support.warehouses import run_row
 
 from avss_dist.analysis.contrast import contrast
-from avss_dist.errors import QueryError
-from avss_dist.names import AFTER_ANOTHER
+from avss_dist.core.errors import QueryError
+from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.stats import contrast as of
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.rows import AnswerRows, RowStats

@@ -14,7 +14,7 @@ from support.oracle import Float64
 from support.warehouses import GRID, activations, stats_of, write_measured
 
 from avss_dist.analysis.thresholds import SCORES, quantiles, quantiles_of, scores_at
-from avss_dist.errors import QueryError
+from avss_dist.core.errors import QueryError
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
 from avss_dist.stats.layer_stats import LayerStats
 from avss_dist.stats.scores import Threshold

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import forward_function, load_tokenizer, without_head
 from avss_dist.models.skipping import recording
 from avss_dist.partition.single import SingleReplica
-from avss_dist.settings import Settings
 from avss_dist.tasks.layer_removal import LeaveOneOut
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from avss_dist.analysis.reliability import misranked, reliability
+from avss_dist.core.registry import metrics_of
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
@@ -22,8 +24,6 @@ from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.partition.single import SingleReplica
 from avss_dist.pruning.ground_truth import mean_ranks
-from avss_dist.registry import metrics_of
-from avss_dist.settings import Settings
 from avss_dist.stats.rankings import spearman
 from avss_dist.tasks.base import Measure, Row, TextLoss
 from avss_dist.tasks.damage import Damage

@@ -33,6 +33,7 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 
+from avss_dist.core.settings import SITES, THRESHOLDS, Execution, Settings
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.executors.base import RunShards
 from avss_dist.executors.ray import gang, queue
@@ -41,7 +42,6 @@ from avss_dist.partition.base import Placement
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import PlannedRun, Run, RunInProgress
-from avss_dist.settings import SITES, THRESHOLDS, Execution, Settings
 from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
 from avss_dist.stats.layer_stats import LayerStats, ShardResult
 from avss_dist.system.memory import reset_peak_memory

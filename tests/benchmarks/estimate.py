@@ -16,6 +16,9 @@ import subprocess
 import sys
 import tempfile
 
+from avss_dist.core.registry import GANGS, PARTITIONS
+from avss_dist.core.settings import Settings
+from avss_dist.core.text import describe_bytes, parse_bytes
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.estimation.estimate import estimate
 from avss_dist.measure.shard import analyze_shard
@@ -23,11 +26,8 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
-from avss_dist.registry import GANGS, PARTITIONS
 from avss_dist.requests import EstimateRequest
 from avss_dist.runs.api import score
-from avss_dist.settings import Settings
-from avss_dist.text import describe_bytes, parse_bytes
 from avss_dist.warehouse.reader import Warehouse
 
 RANKS = 2

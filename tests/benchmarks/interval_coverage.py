@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
-from avss_dist.settings import PUBLISHED_THRESHOLD
+from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats import intervals
 from avss_dist.stats.intervals import SCALES, jackknife_interval
 from avss_dist.stats.scores import MINIMUM_NEAR_ZERO, avss

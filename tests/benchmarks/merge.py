@@ -30,9 +30,9 @@ import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 from driver import RUN, layer_stats  # noqa: E402
 
+from avss_dist.core.settings import SITES, Execution, Settings  # noqa: E402
 from avss_dist.executors.ray.executor import RayExecutor  # noqa: E402
 from avss_dist.runs.partials import MERGED_HERE, merge_partials  # noqa: E402
-from avss_dist.settings import SITES, Execution, Settings  # noqa: E402
 from avss_dist.stats.layer_stats import ShardResult  # noqa: E402
 from avss_dist.system.memory import peak_memory, reset_peak_memory  # noqa: E402
 from avss_dist.warehouse.sharing import shared  # noqa: E402

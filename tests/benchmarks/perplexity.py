@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.tokens import special_tokens_of_rows
 from avss_dist.evaluation.session import pinned
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.single import SingleReplica
-from avss_dist.settings import Settings
 from avss_dist.tasks.base import TextLoss
 
 

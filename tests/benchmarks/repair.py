@@ -32,8 +32,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.core.settings import DTYPES, Settings
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
-from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import first_tensor
@@ -50,7 +51,6 @@ from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, fit_repair
 from avss_dist.pruning.repair.splits import FitSplit, split_texts
 from avss_dist.pruning.weights import StoredWeights
-from avss_dist.settings import DTYPES, Settings
 from avss_dist.system.cores import use_threads
 from avss_dist.tasks.base import TextLoss
 

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import Checkpoint
@@ -40,7 +41,6 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.hidden_states import hidden_states_of
 from avss_dist.pruning.repair.repair import Repair, fit_repair
 from avss_dist.pruning.weights import StoredWeights
-from avss_dist.settings import Settings
 from avss_dist.tasks.base import TextLoss
 from avss_dist.tasks.layer_removal import LeaveOneOut
 

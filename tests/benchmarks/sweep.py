@@ -37,10 +37,10 @@ def open_seconds(models: list[str]) -> float:
     """To open a model, on average, after the first."""
     import torch
 
+    from avss_dist.core.settings import Settings
     from avss_dist.models.checkpoints import resolve
     from avss_dist.partition.base import Placement
     from avss_dist.partition.open import open_replica
-    from avss_dist.settings import Settings
 
     torch.set_num_threads(1)
     seconds = []

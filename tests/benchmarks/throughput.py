@@ -24,13 +24,13 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
+from avss_dist.core.settings import SITES, Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import no_observation
 from avss_dist.partition.single import SingleReplica
-from avss_dist.settings import SITES, Settings
 
 BARE, PLAIN, AUTHORS = "bare backbone forward", "plain CausalLM forward", "AVSS authors' recipe"
 

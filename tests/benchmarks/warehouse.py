@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avss_dist.settings import RECIPES, RELATIVE_THRESHOLDS, SCHEMA_VERSION, THRESHOLDS
+from avss_dist.core.settings import RECIPES, RELATIVE_THRESHOLDS, SCHEMA_VERSION, THRESHOLDS
 from avss_dist.warehouse.schema import SCHEMAS
 
 FAMILIES = ("llama", "gemma3_text", "qwen3", "bert", "mistral")

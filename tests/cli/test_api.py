@@ -12,13 +12,13 @@ from support.warehouses import activations, stats_of, write_measured
 
 import avss_dist as avss
 from avss_dist.cli.reference import commands, functions, option_of
-from avss_dist.errors import ConfigError, QueryError
+from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.results import Table
+from avss_dist.core.text import RedactedURI
 from avss_dist.options import SHARED
 from avss_dist.requests import ScoreRequest
-from avss_dist.results import Table
 from avss_dist.runs.reporter import LoggingReporter
 from avss_dist.runs.run import Run
-from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 
 PRINTED = {"format", "as_json", "_quiet", "_verbose", "_schema", "dry_run"}  # of what is printed

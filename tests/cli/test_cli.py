@@ -22,11 +22,9 @@ from support.command_line import avss, commands
 
 import avss_dist
 from avss_dist.cli.commands import COMMANDS as LISTED
-from avss_dist.errors import ConfigError, QueryError
-from avss_dist.partition.base import Placement
-from avss_dist.registry import FROM_ACTIVATIONS
-from avss_dist.report.page import summary
-from avss_dist.settings import (
+from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.registry import FROM_ACTIVATIONS
+from avss_dist.core.settings import (
     ATTENTIONS,
     DTYPES,
     EVERY_SITE,
@@ -39,6 +37,8 @@ from avss_dist.settings import (
     Execution,
     Settings,
 )
+from avss_dist.partition.base import Placement
+from avss_dist.report.page import summary
 from avss_dist.system.doctor import CheckResult
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse

@@ -22,7 +22,7 @@ from support.command_line import files
 from support.commands import Command
 from support.tables import assert_same_tables
 
-from avss_dist.settings import SCHEMA_VERSION
+from avss_dist.core.settings import SCHEMA_VERSION
 from avss_dist.warehouse.reader import Warehouse
 
 TEXT = ["--corpus", "builtin:pydoc", "--max-sequences", "12", "--sequence-length", "32", "--sequences-per-shard", "4"]

@@ -9,8 +9,8 @@ import pytest
 from support.command_line import avss
 
 from avss_dist import ablate, plan, score
-from avss_dist.errors import ConfigError, QueryError
-from avss_dist.settings import SEARCHES
+from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.settings import SEARCHES
 
 TEXT = "builtin:pydoc"
 SIZES: dict[str, Any] = {"max_sequences": 2, "device": "cpu", "executor": "local"}

@@ -21,8 +21,8 @@ from support.warehouses import write_scores
 
 import avss_dist
 from avss_dist.__main__ import main
+from avss_dist.core.text import printable
 from avss_dist.system import streams
-from avss_dist.text import printable
 
 COMMAND = [sys.executable, "-m", "avss_dist"]
 CROSS_JOIN = "SELECT count(*) FROM range(10000000) a, range(10000000) b, range(100) c WHERE a.range + b.range = c.range"

@@ -18,13 +18,13 @@ from support.documentation import DOCS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from avss_dist.core.errors import CorpusError
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.named import NAMED
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import documents
 from avss_dist.corpus.tokens import shuffled
-from avss_dist.errors import CorpusError
 from avss_dist.runs.job_file import JobError, read_job
-from avss_dist.settings import Settings
 from avss_dist.warehouse.reader import Warehouse
 
 WORDS = ["<eos>", "<user>", "<assistant>", "<end>", *(f"w{i}" for i in range(60)), "26", "Jul"]

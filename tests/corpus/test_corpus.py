@@ -24,12 +24,12 @@ from pyarrow import fs, parquet
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from avss_dist.core.errors import CorpusError
+from avss_dist.core.settings import Settings
 from avss_dist.corpus import shards as corpus
 from avss_dist.corpus import sources, tokens
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
 from avss_dist.corpus.sources import Source, documents, open_source
-from avss_dist.errors import CorpusError
-from avss_dist.settings import Settings
 
 WORDS = [f"w{i}" for i in range(20)]
 EOS, PAD, BOS = 1, 2, 3

@@ -14,10 +14,10 @@ import pytest
 from support.texts import LETTERS, SAME, TEXT, sentences
 from transformers import AutoTokenizer
 
+from avss_dist.core.settings import Settings
 from avss_dist.corpus import overlap
 from avss_dist.corpus.overlap import PASSAGE, SHORTEST, shared_text
 from avss_dist.corpus.shards import Shard, tokenize_corpus
-from avss_dist.settings import Settings
 
 LICENSE = (
     "Licensed under the terms that stand in the file LICENSE, which comes with this file. You may not use this file "

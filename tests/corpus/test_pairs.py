@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from corpus.test_corpus import TOKENIZER, word_ids
 
+from avss_dist.core.errors import CorpusError
+from avss_dist.core.names import AFTER_ANOTHER
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.corpus.sources import documents
-from avss_dist.errors import CorpusError
-from avss_dist.names import AFTER_ANOTHER
-from avss_dist.settings import Settings
 
 SMALL = Settings(sequence_length=8, sequences_per_shard=3)
 LINES = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.documentation import ROOT, read
 
-from avss_dist.results import TabularResult
+from avss_dist.core.results import TabularResult
 
 NOTEBOOK = json.loads(read(ROOT / "jobs" / "tutorial.ipynb"))
 

@@ -21,17 +21,17 @@ from support.pairs import write_pairs
 import avss_dist.estimation.benchmark
 import avss_dist.estimation.estimate
 import avss_dist.partition.cost
-from avss_dist.errors import AvssError, ConfigError, CorpusError, ModelError, RunFailed
+from avss_dist.core.errors import AvssError, ConfigError, CorpusError, ModelError, RunFailed
+from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.estimation.estimate import Estimate, Row, estimate, partition_costs, row
 from avss_dist.estimation.small_models import shortened
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.size import footprint
 from avss_dist.partition.choose import choose, least_host_bytes
 from avss_dist.partition.cost import Calibration, Cost, Machine
-from avss_dist.registry import PARTITIONS
 from avss_dist.report.terminal.estimate import describe_seconds, estimate_table, summary
 from avss_dist.requests import EstimateRequest
-from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
 
 SETTINGS = Settings(max_sequences=6, sequence_length=32, batch_size=2, sequences_per_shard=4, device="cpu")
@@ -106,7 +106,7 @@ MEASURE = """
 import sys, json, resource
 import avss_dist.runs.api
 from avss_dist.models.checkpoints import resolve
-from avss_dist.settings import Settings
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import Placement

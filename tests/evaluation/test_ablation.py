@@ -20,17 +20,17 @@ from support.command_line import avss
 from support.families import tiny_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
-from avss_dist.errors import AvssError, ConfigError
 from avss_dist.evaluation.ablate import Ablation, ablate
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.skipping import recording, representatives, resuming
 from avss_dist.report.terminal.ablation import ablation_table
 from avss_dist.runs.api import score
-from avss_dist.settings import Settings
 from avss_dist.tasks import layer_removal as ablation
 from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley

@@ -14,12 +14,12 @@ from support.checkpoints import host_limit, one_thread
 from support.command_line import avss, files
 from support.tables import assert_same_evaluations
 
-from avss_dist.errors import ConfigError, CorpusError
+from avss_dist.core.errors import ConfigError, CorpusError
+from avss_dist.core.settings import Settings
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.runs.api import score
-from avss_dist.settings import Settings
 from avss_dist.tasks.base import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 

@@ -20,11 +20,11 @@ from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.reliability import FEWEST_SETS
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.verdict import judgement, verdicts
-from avss_dist.errors import ConfigError, QueryError
+from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.intervention import encode_removals
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.evaluation.search import search
-from avss_dist.intervention import encode_removals
 from avss_dist.pruning.methods import Experiment, Method, methods, parse_score
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.search import Effort

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from avss_dist.errors import BatchTooLarge, as_failure
+from avss_dist.core.errors import BatchTooLarge, as_failure
+from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.evaluation.session import failure
-from avss_dist.intervention import NO_INTERVENTION
 
 CELL: Any = SimpleNamespace(
     task="perplexity:text.txt", checkpoint=SimpleNamespace(name="model"), intervention=NO_INTERVENTION.without(7)

@@ -15,7 +15,7 @@ from support.experiments import run_job_in
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.contrast import contrast
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
 from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.pruning.methods import Experiment, parse_score
 from avss_dist.runs.job_file import read_job

@@ -26,7 +26,9 @@ from support.processes import wait_until
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.verdict import verdicts
-from avss_dist.errors import ConfigError, CorpusError, DamagedFile
+from avss_dist.core.errors import ConfigError, CorpusError, DamagedFile
+from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.events import CellUnderway, Event
 from avss_dist.evaluation.experiment import run_experiment
@@ -35,7 +37,6 @@ from avss_dist.evaluation.session import EvaluationSession, PlacedModel, Planned
 from avss_dist.evaluation.tasks import text_task
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray.executor import RayExecutor
-from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import open_module
 from avss_dist.models.patching import decode_patch, encode_patch, patched
@@ -50,7 +51,6 @@ from avss_dist.pruning.repair.repair import Repair
 from avss_dist.report.terminal import progress as avss_progress
 from avss_dist.report.terminal.progress import CellProgress
 from avss_dist.runs.job_file import JobError, read_job
-from avss_dist.settings import Execution, Settings
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.storage import Storage

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from avss_dist.analysis.verdict import judgement, lacks_interval
+from avss_dist.core.intervention import InterventionKey
+from avss_dist.core.names import LOSS
 from avss_dist.evaluation.session import Retention
-from avss_dist.intervention import InterventionKey
-from avss_dist.names import LOSS
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Result

@@ -17,16 +17,23 @@ from support.command_line import avss
 from support.commands import Command
 from support.processes import wait_until
 
+from avss_dist.core.intervention import (
+    Intervention,
+    Removals,
+    decode_removals,
+    encode_removals,
+    size_removed,
+    sublayers_of,
+)
+from avss_dist.core.settings import Settings
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.search import Found, search
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.intervention import Intervention, Removals, decode_removals, encode_removals, size_removed, sublayers_of
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice, PlanError
 from avss_dist.runs.api import score
-from avss_dist.settings import Settings
 from avss_dist.tasks.base import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 

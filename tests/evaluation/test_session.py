@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from support.causal_lm import SMALL
 
-from avss_dist.errors import AvssError
+from avss_dist.core.errors import AvssError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Sublayer
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.events import CellDone, CellsStarted, Event
 from avss_dist.evaluation.session import EvaluationSession, PlannedTask, about
 from avss_dist.evaluation.tasks import text_task
 from avss_dist.executors.local import LocalExecutor
-from avss_dist.intervention import NO_INTERVENTION, Intervention, Sublayer
 from avss_dist.models.checkpoints import resolve
-from avss_dist.settings import Execution, Settings
 from avss_dist.warehouse.store import Store
 
 TEXT = "builtin:pydoc"

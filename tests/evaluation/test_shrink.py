@@ -20,7 +20,10 @@ from support.processes import wait_until
 from tasks.test_truthfulqa import QUESTIONS
 
 import avss_dist
-from avss_dist.errors import ConfigError, CorpusError, ModelError
+from avss_dist.core.errors import ConfigError, CorpusError, ModelError
+from avss_dist.core.registry import BLOCK_DISTANCE, INTERACTIONS, SCORES
+from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.repairs import copies_of
 from avss_dist.evaluation.shrink import SCORED, CandidateResult, Parts, Shrunk, cut
@@ -31,10 +34,7 @@ from avss_dist.partition.base import Placement
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.shrinking import CHOSEN_BY
-from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS, SCORES
-from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
-from avss_dist.text import RedactedURI
 from avss_dist.warehouse.reader import Warehouse
 
 TEXT = "builtin:pydoc"

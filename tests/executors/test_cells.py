@@ -21,7 +21,9 @@ import ray
 import torch
 from support.causal_lm import SMALL, opened, random_shard
 
-from avss_dist.errors import AvssError, BatchTooLarge, ModelError, RunFailed
+from avss_dist.core.errors import AvssError, BatchTooLarge, ModelError, RunFailed
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.events import CellDone, Event
 from avss_dist.evaluation.sparsify import sparsify
 from avss_dist.executors.base import Executor
@@ -30,11 +32,9 @@ from avss_dist.executors.ray import queue
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.watch import Watch
-from avss_dist.intervention import NO_INTERVENTION, Intervention
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.runs.api import score
-from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import devices_here
 from avss_dist.system.progress_bar import tracked
 from avss_dist.tasks.base import Measure, Row, TextLoss

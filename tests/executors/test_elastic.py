@@ -18,14 +18,14 @@ from support.ray_cluster import NODES, TWENTY_SHARDS, Cluster
 from support.tables import assert_same_tables
 
 import avss_dist
-from avss_dist.errors import ConfigError, RunFailed
+from avss_dist.core.errors import ConfigError, RunFailed
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.ray import pool, queue
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.queue import ATTEMPTS
 from avss_dist.executors.ray.watch import Watch
 from avss_dist.partition.base import Placement
-from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices
 from avss_dist.warehouse.reader import Warehouse
 

@@ -27,10 +27,12 @@ from support.families import tiny_model
 from support.oracle import assert_close
 from support.questions import answers, assert_same, composed, write_questions
 
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Shard
-from avss_dist.errors import ConfigError, ModelError
-from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
@@ -38,8 +40,6 @@ from avss_dist.partition.group import join, leave
 from avss_dist.partition.open import open_replica
 from avss_dist.partition.tensor_parallel import difference, inference_config, require_heads
 from avss_dist.partition.zero3 import Zero3Replica, deepspeed_config
-from avss_dist.registry import PARTITIONS
-from avss_dist.settings import Settings
 from avss_dist.stats.histogram import merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.tasks.base import Measure, Row

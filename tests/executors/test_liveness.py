@@ -23,10 +23,10 @@ from support.processes import wait_until
 from support.ray_cluster import Cluster, children
 from support.warm_workers import own_workers, ray_start_environment
 
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.ray import liveness
 from avss_dist.executors.ray.executor import RayExecutor
-from avss_dist.settings import Execution, Settings
 
 
 @pytest.mark.parametrize("hangs_up", [False, True])

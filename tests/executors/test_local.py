@@ -14,13 +14,13 @@ import torch
 from support.tables import assert_same_tables
 
 import avss_dist
-from avss_dist.errors import AvssError
+from avss_dist.core.errors import AvssError
+from avss_dist.core.settings import Settings
 from avss_dist.executors import local
 from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.measure import shard as measuring
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
-from avss_dist.settings import Settings
 from avss_dist.system import cores
 from avss_dist.tasks import cells
 from avss_dist.warehouse.reader import Warehouse

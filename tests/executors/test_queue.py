@@ -13,16 +13,16 @@ import pytest
 import ray
 from support.causal_lm import SMALL, random_shard
 
-from avss_dist.errors import ModelError, RunFailed
+from avss_dist.core.errors import ModelError, RunFailed
+from avss_dist.core.intervention import Intervention
+from avss_dist.core.settings import Settings
 from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.executors.ray import object_store
 from avss_dist.executors.ray import queue as queue_module
 from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
 from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, CellQueue, ShardQueue, shape
-from avss_dist.intervention import Intervention
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
-from avss_dist.settings import Settings
 from avss_dist.tasks.base import TextLoss
 from avss_dist.tasks.cells import Cell
 

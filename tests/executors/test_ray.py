@@ -30,7 +30,8 @@ from support.ray_cluster import TWENTY_SHARDS
 from support.tables import assert_same_tables, measured_files
 
 import avss_dist
-from avss_dist.errors import BatchTooLarge, RunFailed
+from avss_dist.core.errors import BatchTooLarge, RunFailed
+from avss_dist.core.settings import Settings, split_options
 from avss_dist.executors.base import ReplicaSpec
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.open import open_executor
@@ -44,7 +45,6 @@ from avss_dist.runs.api import Reporter
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import RunInProgress
-from avss_dist.settings import Settings, split_options
 from avss_dist.stats import spill
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.sharing import Receipt, shared
@@ -446,7 +446,7 @@ def test_a_raylet_that_does_not_answer_is_a_lost_node(
 
 @shared_cluster
 def test_a_model_that_cannot_be_opened_fails_with_its_reason(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(avss_dist.errors.AvssError, match=r"no layer list 'model\.layer'"):
+    with pytest.raises(avss_dist.core.errors.AvssError, match=r"no layer list 'model\.layer'"):
         score(tiny_llama, tmp_path, executor="ray", replicas=1, layers="model.layer")
 
 

@@ -20,12 +20,12 @@ from support.families import tiny_model
 from support.fuzzing import damaged_bytes, fuzzed, hold, hold_with_one_error, mutated, values
 from support.ggufs import write_gguf
 
-from avss_dist.errors import AvssError
+from avss_dist.core.errors import AvssError
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import locate
 from avss_dist.models.size import footprint
 from avss_dist.models.stored import stored_tensors
 from avss_dist.pruning.plan import read_plan
-from avss_dist.settings import Settings
 
 PLAN: dict[str, Any] = {
     "model": "/no/such/model",

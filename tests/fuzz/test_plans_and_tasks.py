@@ -20,12 +20,12 @@ from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.fuzzing import fuzzed, hold
 
+from avss_dist.core.errors import AvssError
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
-from avss_dist.errors import AvssError
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.settings import Settings
 from avss_dist.tasks.harness import harness_task
 
 LAYERS, WIDTH = 3, 32

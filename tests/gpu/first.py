@@ -29,6 +29,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from avss_dist.core.settings import SITES, THRESHOLDS, Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels.base import Accumulator, Kernels
@@ -43,7 +44,6 @@ from avss_dist.models.loading import forward_function, open_module
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import run_batch
 from avss_dist.partition.open import open_replica
-from avss_dist.settings import SITES, THRESHOLDS, Settings
 from avss_dist.system.devices import pick_device
 
 GRID = np.array(THRESHOLDS)

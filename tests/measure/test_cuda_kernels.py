@@ -20,6 +20,7 @@ from gpu import first
 from support.checkpoints import llama
 from support.emulated_cuda import COMPILER, SHARED, Emulator, Libraries, libraries
 
+from avss_dist.core.settings import SITES, THRESHOLDS
 from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels.base import Accumulator
 from avss_dist.measure.kernels.cpu import CpuKernels
@@ -30,7 +31,6 @@ from avss_dist.measure.kernels.cuda.nvrtc import compile_for, library
 from avss_dist.measure.kernels.generic import TorchKernels
 from avss_dist.measure.observer import observe
 from avss_dist.models.loading import forward_function, open_module
-from avss_dist.settings import SITES, THRESHOLDS
 
 GRID = np.array(THRESHOLDS)
 SCHEDULES = ((3, 64, 0), (1, 32, 5), (7, 128, 9))  # blocks, threads, seed of the order

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.measure.observer import Entered, ExpertCounter, Pass, expert_hooks, observe
 from avss_dist.models.experts import Experts, Routing
 

@@ -16,9 +16,9 @@ from support.families import tiny_batch, tiny_model
 
 from avss_dist.analysis.experts import layer_experts
 from avss_dist.analysis.findings import findings
+from avss_dist.core.settings import THRESHOLDS
 from avss_dist.measure.observer import Observer, attached
 from avss_dist.models.loading import Backbone, forward_function, open_module
-from avss_dist.settings import THRESHOLDS
 from avss_dist.stats.experts import EXPERT_FIELDS, ExpertStats, merge_experts
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse

@@ -19,6 +19,7 @@ from support.emulated_cuda import COMPILER, Emulator
 from support.oracle import FLOAT_FIELDS, Float64, assert_close, counted_by, oracle_stats
 from support.waiting import NoWaiting
 
+from avss_dist.core.settings import THRESHOLDS
 from avss_dist.measure.kernels import cpu, generic
 from avss_dist.measure.kernels.base import Accumulator, Kernels, float32_limits, to_stats
 from avss_dist.measure.kernels.choose import kernels_for
@@ -26,7 +27,6 @@ from avss_dist.measure.kernels.compiling import compiled
 from avss_dist.measure.kernels.cpu import CpuKernels
 from avss_dist.measure.kernels.cuda.backend import CudaKernels
 from avss_dist.measure.kernels.generic import TorchKernels
-from avss_dist.settings import THRESHOLDS
 from avss_dist.stats.layer_stats import LayerStats
 
 GRID = np.array(THRESHOLDS)

@@ -13,9 +13,10 @@ from support.checkpoints import llama
 from support.waiting import NoWaiting
 from transformers import masking_utils
 
+from avss_dist.core.errors import BatchTooLarge
+from avss_dist.core.settings import EVERY_SITE, SITES, THRESHOLDS
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Batch
-from avss_dist.errors import BatchTooLarge
 from avss_dist.measure import observer as observing
 from avss_dist.measure.kernels.base import Accumulator, limits_on
 from avss_dist.measure.kernels.cuda.backend import CudaKernels
@@ -25,7 +26,6 @@ from avss_dist.measure.observer import ExpertCounter, Observer, attached
 from avss_dist.models.experts import Experts, Routing
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.partition.batchwise import run_batch
-from avss_dist.settings import EVERY_SITE, SITES, THRESHOLDS
 from avss_dist.system import devices
 from avss_dist.system.out_of_memory import halve_until_it_fits
 

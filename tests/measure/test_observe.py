@@ -14,11 +14,11 @@ from support.checkpoints import VOCABULARY, llama
 from support.oracle import assert_close, counted_by, oracle_stats
 from torch import nn
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import INPUTS, SITES, THRESHOLDS
 from avss_dist.measure.observer import observe
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, forward_function, open_module
-from avss_dist.settings import INPUTS, SITES, THRESHOLDS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats
 
 GRID = np.array(THRESHOLDS)

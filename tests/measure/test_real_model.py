@@ -13,13 +13,13 @@ import pytest
 import torch
 from support.oracle import assert_close, counted_by, oracle_stats
 
+from avss_dist.core.settings import THRESHOLDS, Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import no_observation
 from avss_dist.partition.single import SingleReplica
-from avss_dist.settings import THRESHOLDS, Settings
 from avss_dist.stats.scores import score_run
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,9 @@ import ray
 import torch
 from support.oracle import FLOAT_FIELDS
 
+from avss_dist.core.errors import BatchTooLarge
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch, Shard, tokenize_corpus
-from avss_dist.errors import BatchTooLarge
 from avss_dist.executors.base import ReplicaSpec
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.measure.observer import Observer
@@ -25,7 +26,6 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import BatchContext, Placement, dummy_batch
 from avss_dist.partition.single import SingleReplica
-from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import ShardResult
 
 SETTINGS = Settings(max_sequences=13, sequence_length=32, batch_size=8, sequences_per_shard=13, device="cpu")

@@ -14,12 +14,12 @@ from support.checkpoints import llama
 from support.ggufs import write_gguf
 from transformers import AutoConfig
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_model, load_tokenizer, text_config
 from avss_dist.models.safetensors import tensors_of
 from avss_dist.models.size import footprint
-from avss_dist.settings import Settings
 
 SETTINGS = Settings(device="cpu")
 WEIGHTS = "model.safetensors"

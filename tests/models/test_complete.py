@@ -17,13 +17,13 @@ from support.checkpoints import llama
 from support.command_line import avss
 from support.families import tiny_model
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
-from avss_dist.settings import Settings
 
 SETTINGS = Settings(device="cpu")
 Save = Callable[[Any, Path], Path]

@@ -9,9 +9,9 @@ from support.capabilities import AGAIN, VERSION, YES, Outcome, Row, read_table, 
 from support.documentation import DOCS, read
 from support.families import model_types, tiny_model
 
+from avss_dist.core.settings import SITES
 from avss_dist.models.loading import open_module, quiet
 from avss_dist.models.sites import find_down_projection
-from avss_dist.settings import SITES
 
 pytestmark = pytest.mark.slow
 

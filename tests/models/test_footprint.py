@@ -14,12 +14,12 @@ from support.families import tiny_model
 from support.ggufs import write_gguf
 from torch.utils.flop_counter import FlopCounterMode
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.single import SingleReplica
-from avss_dist.settings import Settings
 
 SETTINGS = Settings(device="cpu")
 CPU = torch.device("cpu")

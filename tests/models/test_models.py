@@ -16,11 +16,11 @@ import torch
 import transformers
 from support.checkpoints import LAYERS, llama
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import INPUT_SITES, Settings
 from avss_dist.models import content
 from avss_dist.models.checkpoints import resolve, slug
 from avss_dist.models.loading import Backbone, forward_function, load, load_tokenizer, open_module
-from avss_dist.settings import INPUT_SITES, Settings
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

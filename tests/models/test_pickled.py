@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from support.command_line import avss
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.models.checkpoints import convert_pickles, resolve
 from avss_dist.warehouse.reader import Warehouse
 

@@ -14,11 +14,11 @@ import torch
 from support.command_line import avss
 from transformers import LlamaForCausalLM
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.sampling import sample
-from avss_dist.settings import Settings
 
 SHORT = ["--sequence-length", 12, "--batch-size", 4, "--device", "cpu"]
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.command_line import avss
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.series import TrainingPoint, matching_revisions, training_point
 from avss_dist.runs.job_file import JobError, read_job

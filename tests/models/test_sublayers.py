@@ -11,8 +11,8 @@ import torch
 from support.causal_lm import opened, random_shard
 from support.families import lively, tiny_model
 
-from avss_dist.errors import ModelError
-from avss_dist.intervention import NO_INTERVENTION, Intervention, joined, layer_of, sublayers_of
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, joined, layer_of, sublayers_of
 from avss_dist.models.layers import first_tensor
 from avss_dist.tasks.base import TextLoss
 from avss_dist.tasks.layer_removal import LeaveOneOut

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.text import describe_bytes, parse_bytes
 from avss_dist.models.size import Footprint
 from avss_dist.partition.choose import PROCESS_BYTES, batch_bytes, bytes_beside_weights, choose, least_host_bytes
-from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here
-from avss_dist.text import describe_bytes, parse_bytes
 
 GB = 10**9
 SETTINGS = Settings()

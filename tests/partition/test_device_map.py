@@ -15,8 +15,9 @@ from support.checkpoints import llama
 from support.families import tiny_model
 from support.ggufs import write_gguf
 
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard, tokenize_corpus
-from avss_dist.errors import ConfigError, ModelError
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer
@@ -25,7 +26,6 @@ from avss_dist.partition.base import Placement
 from avss_dist.partition.device_map import DeviceMapReplica, require_complete
 from avss_dist.partition.open import open_replica
 from avss_dist.partition.single import SingleReplica
-from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import ShardResult
 
 SETTINGS = Settings(

@@ -13,15 +13,15 @@ from support.checkpoints import one_thread
 from support.families import tiny_model
 from support.questions import answers, assert_same, composed, generated, write_questions
 
-from avss_dist.errors import ModelError
-from avss_dist.intervention import NO_INTERVENTION
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.size import footprint
 from avss_dist.partition.base import Placement, Replica
 from avss_dist.partition.open import open_replica
 from avss_dist.partition.streaming.replica import StreamingReplica
-from avss_dist.settings import Settings
 from avss_dist.tasks.harness import harness_task
 from avss_dist.tasks.layer_removal import LeaveOneOut
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import avss_dist
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
 from avss_dist.partition.cost import PartitionCost
 from avss_dist.partition.open import open_replica, replica_class
-from avss_dist.registry import PARTITIONS
-from avss_dist.settings import Execution, Settings
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)

@@ -23,7 +23,7 @@ class SixthReplica(SingleReplica):
 '''
 USE = """
 import json, sys
-from avss_dist.registry import PARTITIONS, PartitionInfo
+from avss_dist.core.registry import PARTITIONS, PartitionInfo
 
 PARTITIONS["sixth"] = PartitionInfo(opens="sixth:SixthReplica", summary="like single", whole=True)
 
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     from avss_dist.partition.copies import with_copies
     from avss_dist.partition.open import open_replica
     from avss_dist.runs.job_file import read_job
-    from avss_dist.settings import Execution, Settings
+    from avss_dist.core.settings import Execution, Settings
     from avss_dist.system.devices import devices_here
 
     model, folder = sys.argv[1:]

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import llama
 from support.families import tiny_model
 
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.settings import SITES, Settings
 from avss_dist.corpus.shards import Shard, tokenize_corpus
-from avss_dist.errors import ConfigError, ModelError
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import Layer
@@ -30,7 +31,6 @@ from avss_dist.partition.streaming.buffers import AnyBuffer
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.partition.streaming.window import Window
-from avss_dist.settings import SITES, Settings
 from avss_dist.stats.layer_stats import ShardResult
 
 ROWS, TOKENS = 5, 12

@@ -17,13 +17,13 @@ from support.command_line import avss
 from support.warehouses import run_row, write_scores
 
 from avss_dist.analysis.plans import plan_layers
-from avss_dist.errors import ConfigError, QueryError
-from avss_dist.intervention import sublayers_of
+from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.intervention import sublayers_of
+from avss_dist.core.registry import SCORES
 from avss_dist.pruning.formats import llama_cpp_command, mergekit_slices
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, make_plan, read_plan
 from avss_dist.pruning.selection import PUBLISHED, Choice, PlanError
-from avss_dist.registry import SCORES
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store

@@ -20,6 +20,7 @@ from support.hub import serving_hub
 from transformers import AutoConfig
 
 import avss_dist
+from avss_dist.core.settings import Settings
 from avss_dist.models.auto import auto_classes
 from avss_dist.models.layers import Layer, first_tensor
 from avss_dist.models.loading import forward_function, open_module, quiet
@@ -30,7 +31,6 @@ from avss_dist.pruning.configuration import settings_by_layer
 from avss_dist.pruning.model_card import model_card
 from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import Settings
 from avss_dist.warehouse.reader import Warehouse
 
 Save = Callable[[Any, Path], Path]

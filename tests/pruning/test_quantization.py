@@ -19,7 +19,8 @@ from support.command_line import avss
 from support.families import tiny_model
 from transformers import AutoModelForCausalLM
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load, load_model, quiet
 from avss_dist.pruning.checkpoint import prune
@@ -27,7 +28,6 @@ from avss_dist.pruning.model_card import source_license
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import LayerNames, renumber_quantization, require_same_modules
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import Settings
 from avss_dist.warehouse.reader import Warehouse
 
 PLAN = Plan(model="m", num_layers=LAYERS, layers="layers", drop=(1,))

@@ -18,8 +18,9 @@ from support.checkpoints import host_limit, llama, one_thread
 from support.command_line import avss
 from support.families import lively, tiny_model
 
+from avss_dist.core.errors import ConfigError, CorpusError, ModelError
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import tokenize_corpus
-from avss_dist.errors import ConfigError, CorpusError, ModelError
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer, open_module
@@ -36,7 +37,6 @@ from avss_dist.pruning.repair.projection import OutputProjection, RepairError
 from avss_dist.pruning.repair.record import FILE, read_repairs, split_weight
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair
-from avss_dist.settings import Execution, Settings
 
 Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"

@@ -14,6 +14,7 @@ from benchmarks.repair import BASELINES, applied, fit_baseline, hadamard, main, 
 from support.checkpoints import llama, one_thread
 from support.families import lively
 
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
@@ -21,7 +22,6 @@ from avss_dist.partition.single import SingleReplica
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.projection import captured
 from avss_dist.pruning.repair.registry import REPAIRS
-from avss_dist.settings import Settings
 
 Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from support.checkpoints import block_fp8, llama
 from support.families import lively
 
+from avss_dist.core.settings import Settings
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
@@ -20,7 +21,6 @@ from avss_dist.pruning.repair.normal_equations import FitError
 from avss_dist.pruning.repair.projection import RepairError
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair
-from avss_dist.settings import Settings
 
 Save = Callable[[Any, Path], Path]
 PLAN = Plan(model="m", num_layers=3, layers="layers", drop=(1,))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.command_line import avss
 
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
 from avss_dist.pruning.methods import Experiment
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.record import FILE, read_repairs

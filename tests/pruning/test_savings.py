@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import LAYERS
 
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_model
 from avss_dist.models.size import Footprint, footprint
@@ -19,7 +20,6 @@ from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.savings import Budget, Savings
 from avss_dist.pruning.selection import PlanError
-from avss_dist.settings import Settings
 
 
 @pytest.fixture(scope="module")

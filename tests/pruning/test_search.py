@@ -12,8 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avss_dist.errors import ConfigError
-from avss_dist.intervention import Removal, Removals, can_be_added, encode_removals, joined, size_removed, sublayers_of
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import (
+    Removal,
+    Removals,
+    can_be_added,
+    encode_removals,
+    joined,
+    size_removed,
+    sublayers_of,
+)
 from avss_dist.pruning.search import Effort, Expansion, search_for
 from avss_dist.pruning.selection import Choice, PlanError
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from avss_dist.errors import ConfigError
-from avss_dist.names import CONTRAST
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.names import CONTRAST
+from avss_dist.core.registry import BLOCK_DISTANCE, INTERACTIONS
+from avss_dist.core.settings import SEARCHES
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, PlanError, count_layers
-from avss_dist.registry import BLOCK_DISTANCE, INTERACTIONS
-from avss_dist.settings import SEARCHES
 
 PLACE = ("site", "recipe", "threshold", "threshold_kind")
 

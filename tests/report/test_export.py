@@ -13,8 +13,8 @@ import pytest
 from support.command_line import avss
 from support.warehouses import activations, stats_of, write_measured, write_scores
 
+from avss_dist.core.text import escape_markdown
 from avss_dist.report.export import COLUMNS, escape_latex
-from avss_dist.text import escape_markdown
 from avss_dist.warehouse.reader import Warehouse
 
 HOSTILE = r"org/a_b&c%$#{}~^\ <b>|`x`*"

@@ -25,12 +25,12 @@ from avss_dist.analysis.compare import compare
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.removal import WithoutLayers
 from avss_dist.analysis.scorecard import score_cards
+from avss_dist.core.text import describe_threshold
 from avss_dist.report.page.data import packed_agreement, page_data, run_labels
 from avss_dist.report.page.page import report_page
 from avss_dist.report.page.summary import is_published
 from avss_dist.report.terminal.compare import summary
 from avss_dist.stats.scores import Threshold
-from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
 
 HOSTILE = "org/\"'><script>window.hacked = 1; alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}&amp;"

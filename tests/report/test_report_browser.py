@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from support.pages import write_failed, write_removals, write_run
 
+from avss_dist.core.text import describe_threshold
 from avss_dist.report.page.page import save_report
 from avss_dist.stats.rankings import depth_correlation
-from avss_dist.text import describe_threshold
 from avss_dist.warehouse.reader import Warehouse
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

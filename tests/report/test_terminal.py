@@ -17,7 +17,8 @@ from support.command_line import avss
 from support.warehouses import activations, stats_of, write_measured, write_scores
 
 from avss_dist.analysis.compare import compare
-from avss_dist.errors import WarehouseError
+from avss_dist.core.errors import WarehouseError
+from avss_dist.core.text import printable
 from avss_dist.report.page.page import report_page
 from avss_dist.report.terminal.compare import pairs_table
 from avss_dist.report.terminal.pace import Pace
@@ -25,7 +26,6 @@ from avss_dist.report.terminal.progress import TimeColumn
 from avss_dist.report.terminal.scores import layer_table
 from avss_dist.report.terminal.tables import plain_table
 from avss_dist.stats.scores import Threshold
-from avss_dist.text import printable
 from avss_dist.warehouse.reader import Warehouse
 
 RUNS = [f"SmolLM2-{size}M-Instruct-0123456789" for size in (135, 360)]

@@ -13,7 +13,7 @@ import pytest
 from support.command_line import avss
 from support.job_server import JOB, SILENCE, VERSION_ANSWER, Answer, JobServer, job_server
 
-from avss_dist.errors import ConfigError, RunFailed
+from avss_dist.core.errors import ConfigError, RunFailed
 from avss_dist.runs import submission
 from avss_dist.runs.job_file import read_job
 from avss_dist.runs.submission import Cluster

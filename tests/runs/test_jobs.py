@@ -20,13 +20,13 @@ from support import command_line
 from support.tables import assert_same_tables
 
 import avss_dist
+from avss_dist.core.settings import Replicas, Settings
 from avss_dist.estimation.preview import preview_job
 from avss_dist.models.size import footprint
 from avss_dist.report.terminal.progress import Log
 from avss_dist.runs.api import run_job
 from avss_dist.runs.job_file import JobError, JobFile, job_schema, read_job
 from avss_dist.runs.run import Run
-from avss_dist.settings import Replicas, Settings
 from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
 

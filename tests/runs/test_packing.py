@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from support.command_line import avss
 
+from avss_dist.core.errors import ConfigError, CorpusError
 from avss_dist.corpus.sources import documents, local_files
-from avss_dist.errors import ConfigError, CorpusError
 from avss_dist.runs.job_file import JobFile, read_job
 from avss_dist.runs.submission import _entrypoint, _local_files, _pack
 from avss_dist.tasks.local_files import task_files

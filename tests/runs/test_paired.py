@@ -16,15 +16,15 @@ from support.pairs import write_pairs
 from support.tables import assert_same_tables
 
 import avss_dist
+from avss_dist.core.names import AFTER_ANOTHER
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.measure.rows import ObservedTokens, by_matrices, row_tensors
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.names import AFTER_ANOTHER
 from avss_dist.partition.base import Placement, Replica
 from avss_dist.partition.open import open_replica
-from avss_dist.settings import Settings
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.merging import merge_stats
 from avss_dist.warehouse.encoding import encode_shard

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.warehouses import SCALES, activations, stats_of
 
-from avss_dist.errors import RunFailed
+from avss_dist.core.errors import RunFailed
 from avss_dist.runs import partials
 from avss_dist.runs.partials import ShardSummary, merge_partials
 from avss_dist.stats.layer_stats import ShardResult

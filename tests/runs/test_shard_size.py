@@ -11,10 +11,10 @@ import pytest
 from support.checkpoints import llama
 
 import avss_dist
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.runs.shard_size import FEWEST_SHARDS, FLOPS_OF_A_GPU, FLOPS_OF_A_THREAD, MOST_SECONDS, rows_per_shard
-from avss_dist.settings import Settings
 from avss_dist.warehouse.reader import Warehouse
 
 OPTIONS: dict[str, Any] = {"corpus": "builtin:pydoc", "sequence_length": 64, "batch_size": 2, "partition": "single"}

@@ -26,7 +26,7 @@ from support.tables import assert_same_tables
 from support.warm_workers import own_workers, ray_start_environment
 
 import avss_dist
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
 from avss_dist.runs.api import run_job
 from avss_dist.runs.job_file import read_job
 from avss_dist.runs.submission import Cluster, _local_files

@@ -19,7 +19,7 @@ from support.processes import wait_until
 from support.tables import assert_same_tables, measured_files
 
 import avss_dist
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray import gang, queue
 from avss_dist.executors.ray.executor import RayExecutor

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import avss_dist as avss
-from avss_dist.errors import ConfigError, RunFailed
-from avss_dist.settings import TRACKERS
+from avss_dist.core.errors import ConfigError, RunFailed
+from avss_dist.core.settings import TRACKERS
 
 SMALL: dict[str, Any] = {
     "corpus": "builtin:pydoc",

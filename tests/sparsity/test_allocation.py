@@ -14,7 +14,7 @@ from support.causal_lm import opened, random_shard
 from support.command_line import avss, files
 
 from avss_dist.analysis.sparsity_plans import Measured
-from avss_dist.errors import ConfigError
+from avss_dist.core.errors import ConfigError
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.sparsify import sparsify
 from avss_dist.models.causal_lm import LanguageModel

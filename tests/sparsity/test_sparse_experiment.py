@@ -13,7 +13,7 @@ from support.command_line import avss, files
 from support.experiments import run_job_in
 
 from avss_dist.analysis.sparsity_curves import Curve, Point, sparsity_curves
-from avss_dist.errors import AvssError
+from avss_dist.core.errors import AvssError
 from avss_dist.warehouse.reader import Warehouse
 
 JOB = """

@@ -11,13 +11,13 @@ import pytest
 import torch
 from support.causal_lm import SMALL, opened, random_shard
 
-from avss_dist.errors import ModelError
-from avss_dist.intervention import NO_INTERVENTION, Intervention, MapSparsity, Sparsity
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, MapSparsity, Sparsity
+from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
 from avss_dist.partition.streaming.replica import StreamingReplica
-from avss_dist.settings import Settings
 from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.cells import Cell, measure_cell
 

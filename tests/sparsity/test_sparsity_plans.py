@@ -17,13 +17,13 @@ from support.checkpoints import llama
 from support.command_line import avss
 
 from avss_dist.analysis.sparsity_plans import Measured
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.api import score
-from avss_dist.settings import Settings
 from avss_dist.sparsity.plan import read_sparsity_plan
 from avss_dist.warehouse.reader import Warehouse
 

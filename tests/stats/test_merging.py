@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from support.oracle import assert_close, oracle_stats
 
-from avss_dist.names import AFTER_ANOTHER
-from avss_dist.settings import THRESHOLDS
+from avss_dist.core.names import AFTER_ANOTHER
+from avss_dist.core.settings import THRESHOLDS
 from avss_dist.stats.layer_stats import LayerStats, ShardResult, StratumKey, without_values
 from avss_dist.stats.merging import merge_block, merge_blocks, merge_stats, merge_strata, split_into_blocks
 

@@ -12,7 +12,7 @@ import pytest
 
 USE = """
 import json, sys
-from avss_dist import registry
+from avss_dist.core import registry
 
 registry.SCORES["distance"] = registry.ScoreInfo(
     title="distance to the end", meaning="number of layers behind it", column="distance",

@@ -15,7 +15,7 @@ from support.warehouses import write_profiles, write_scores
 
 from avss_dist.analysis.compare import compare
 from avss_dist.analysis.findings import findings
-from avss_dist.settings import PUBLISHED_THRESHOLD
+from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.rankings import (
     align,
     average_ranks,

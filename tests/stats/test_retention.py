@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from avss_dist.names import LOSS
+from avss_dist.core.names import LOSS
 from avss_dist.stats.retention import LOWER_IS_BETTER, kept
 
 BEFORE, AFTER = np.array([2.0, 0.5, 0.0]), np.array([4.0, 0.25, 1.0])

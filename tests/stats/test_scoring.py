@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.oracle import Float64, oracle_stats
 
-from avss_dist.registry import BASELINES, FROM_ACTIVATIONS, SCORES
-from avss_dist.settings import RELATIVE_THRESHOLDS
+from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
+from avss_dist.core.settings import RELATIVE_THRESHOLDS
 from avss_dist.stats import intervals, scores, spill
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
 from avss_dist.stats.intervals import jackknife_interval

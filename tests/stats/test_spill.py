@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.oracle import oracle_stats
 
-from avss_dist.settings import THRESHOLDS
+from avss_dist.core.settings import THRESHOLDS
 from avss_dist.stats import spill
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, without_values
 

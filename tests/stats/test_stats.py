@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.oracle import By, Float64, assert_close, oracle_bins, oracle_cuts, oracle_stats
 
-from avss_dist.settings import THRESHOLDS
+from avss_dist.core.settings import THRESHOLDS
 from avss_dist.stats.histogram import (
     CUTS,
     HISTOGRAM_BINS,

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from avss_dist.core.errors import AvssError, first_line
+from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.core.settings import SITES, THRESHOLDS, Settings
 from avss_dist.corpus.shards import Batch
-from avss_dist.errors import AvssError, first_line
-from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.measure.observer import observe
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import Backbone, forward_function, open_module, quiet
@@ -23,7 +24,6 @@ from avss_dist.partition.base import Placement
 from avss_dist.partition.open import open_replica
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
-from avss_dist.settings import SITES, THRESHOLDS, Settings
 from avss_dist.stats.scores import score_run
 from support.families import tiny_batch, tiny_model
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from avss_dist.settings import Settings
+from avss_dist.core.settings import Settings
 
 VOCABULARY = 320
 

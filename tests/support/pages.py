@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.registry import BASELINES
-from avss_dist.settings import SITES, THRESHOLDS
+from avss_dist.core.registry import BASELINES
+from avss_dist.core.settings import SITES, THRESHOLDS
 from avss_dist.stats.layer_stats import LayerStats
 from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.reader import Warehouse

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, sublayers_of
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Shard
-from avss_dist.intervention import NO_INTERVENTION, Intervention, sublayers_of
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.damage import Damage

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.settings import PUBLISHED_THRESHOLD
+from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.stats.merging import merge_stats
 from avss_dist.stats.rankings import rank_lowest

@@ -14,8 +14,8 @@ from support.causal_lm import opened, random_shard
 from support.families import tiny_model
 from torch.nn.functional import cross_entropy
 
+from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.corpus.shards import Batch
-from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.labels import draw_labels, uniform_numbers
 from avss_dist.models.layers import first_tensor, input_tensor

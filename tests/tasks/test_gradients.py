@@ -13,8 +13,8 @@ from support.causal_lm import SMALL, opened, random_shard
 from support.families import tiny_model
 from support.waiting import NoWaiting
 
+from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.corpus.shards import Shard
-from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.tasks import gradients as gradient_pass
 from avss_dist.tasks.base import Row

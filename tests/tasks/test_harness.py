@@ -23,15 +23,15 @@ from support.checkpoints import llama
 from support.command_line import avss
 from support.documentation import DOCS, read
 
-from avss_dist.errors import AvssError, ConfigError, TaskError
+from avss_dist.core.errors import AvssError, ConfigError, TaskError
+from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.core.settings import Settings
 from avss_dist.evaluation.evaluate import evaluate
-from avss_dist.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.options import PromptOptions
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
-from avss_dist.settings import Settings
 from avss_dist.tasks import harness
 from avss_dist.tasks.base import Row
 from avss_dist.tasks.harness import HarnessPart, harness_task

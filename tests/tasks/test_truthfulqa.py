@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.checkpoints import one_thread
 
-from avss_dist.errors import ConfigError, CorpusError
+from avss_dist.core.errors import ConfigError, CorpusError
 from avss_dist.evaluation.evaluate import evaluate
 
 ANSWERS = {

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from avss_dist.errors import WarehouseError
+from avss_dist.core.errors import WarehouseError
 from avss_dist.warehouse.checks import checked_rows, damaged_runs, settings_of
 from avss_dist.warehouse.schema import MOST_LAYERS, SCHEMAS, TABLES
 

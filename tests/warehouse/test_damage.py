@@ -15,7 +15,7 @@ from support.command_line import avss
 from support.warehouses import activations, stats_of, write_measured
 
 from avss_dist.analysis.findings import findings
-from avss_dist.errors import WarehouseError
+from avss_dist.core.errors import WarehouseError
 from avss_dist.report.page.page import report_page
 from avss_dist.warehouse import cache
 from avss_dist.warehouse.reader import Warehouse

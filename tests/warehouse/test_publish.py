@@ -13,7 +13,7 @@ import yaml
 from support.hub import serving_hub
 from support.warehouses import activations, run_row, stats_of, write_measured
 
-from avss_dist.errors import ConfigError, DamagedFile, RunFailed, WarehouseError
+from avss_dist.core.errors import ConfigError, DamagedFile, RunFailed, WarehouseError
 from avss_dist.warehouse.publish import publish
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.storage import Storage

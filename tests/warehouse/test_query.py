@@ -20,7 +20,7 @@ from support.command_line import avss
 from support.warehouses import Terminal, activations, stats_of, write_measured, write_scores
 
 import avss_dist
-from avss_dist.errors import QueryError, WarehouseError
+from avss_dist.core.errors import QueryError, WarehouseError
 from avss_dist.report.terminal.schema import schema_markdown
 from avss_dist.warehouse import cache
 from avss_dist.warehouse.query import FUNCTIONS, ready_queries

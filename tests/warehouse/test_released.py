@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support.command_line import avss
 
-from avss_dist.intervention import InterventionKey
+from avss_dist.core.intervention import InterventionKey
 from avss_dist.pruning.repair.registry import REMOVED_REPAIRS
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.reader import Warehouse

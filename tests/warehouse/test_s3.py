@@ -20,7 +20,7 @@ from support.s3_server import Server
 from support.tables import measured_files
 
 import avss_dist
-from avss_dist.errors import WarehouseError, without_secrets
+from avss_dist.core.errors import WarehouseError, without_secrets
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import TABLES
 from avss_dist.warehouse.store import Store

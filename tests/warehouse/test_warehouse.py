@@ -23,8 +23,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from avss_dist.errors import StorageFull, WarehouseError
-from avss_dist.settings import SCHEMA_VERSION, SITES
+from avss_dist.core.errors import StorageFull, WarehouseError
+from avss_dist.core.settings import SCHEMA_VERSION, SITES
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.stats.merging import merge_stats

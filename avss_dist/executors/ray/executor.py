@@ -15,7 +15,8 @@ import ray
 from ray.exceptions import LocalRayletDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from avss_dist.errors import AvssError, ConfigError, RunFailed
+from avss_dist.core.errors import AvssError, ConfigError, RunFailed
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.base import Outcome, RunShards, Underway, by_model
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
@@ -29,7 +30,6 @@ from avss_dist.executors.ray.liveness import (
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
 from avss_dist.partition.base import Placement
-from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.system.signals import preserve_sigterm_handler
 from avss_dist.tasks.cells import Cell, CellOutcome

@@ -10,8 +10,8 @@ from collections.abc import Set
 import grpc
 import ray
 
-from avss_dist.errors import RunFailed
-from avss_dist.settings import CONNECT_SECONDS
+from avss_dist.core.errors import RunFailed
+from avss_dist.core.settings import CONNECT_SECONDS
 
 HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60)) / 2  # noqa: SIM112
 """Seconds that the head may be away, as it can be restarted. Ray ends this process silently after twice that."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from avss_dist.errors import AvssError
+from avss_dist.core.errors import AvssError
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.tasks.cells import Cell
 from avss_dist.warehouse.sharing import Receipt

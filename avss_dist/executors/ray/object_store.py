@@ -11,8 +11,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from avss_dist.core.intervention import EncodedPatch
 from avss_dist.corpus.shards import Shard
-from avss_dist.intervention import EncodedPatch
 
 MOST_SHARED = 2  # patches, or blocks of shards, that are held at once: units that need the same one are consecutive
 BLOCK_SHARDS = 16  # consecutive shards, as one object

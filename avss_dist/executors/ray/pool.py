@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from avss_dist.errors import AvssError, BatchTooLarge, RunFailed
+from avss_dist.core.errors import AvssError, BatchTooLarge, RunFailed
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.liveness import draining_nodes, require_node

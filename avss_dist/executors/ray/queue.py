@@ -15,15 +15,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from avss_dist.core.errors import AvssError, RunFailed
+from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.text import count_of
 from avss_dist.corpus.shards import Shard
-from avss_dist.errors import AvssError, RunFailed
 from avss_dist.executors.base import ReplicaSpec, RunShards, Underway
 from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
 from avss_dist.executors.ray.worker import Assignment, CellAssignment, ShardAssignment
 from avss_dist.partition.base import Placement
-from avss_dist.registry import PARTITIONS
 from avss_dist.tasks.cells import Cell
-from avss_dist.text import count_of
 
 ATTEMPTS = 3  # at a unit, and, one after the other, at opening a model, before it has failed
 LATE_FACTOR = 2.0  # times the median of units of its kind, after which an idle gang may measure the same unit

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import ray
 from ray.util import get_node_ip_address
 
+from avss_dist.core.errors import ModelError
 from avss_dist.corpus.shards import Shard
-from avss_dist.errors import ModelError
 from avss_dist.executors.base import ReplicaSpec
 from avss_dist.executors.ray.heartbeats import Doing
 from avss_dist.measure.shard import analyze_shard, follow

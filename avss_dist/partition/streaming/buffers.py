@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.models.safetensors import DTYPES, StoredTensor, tensors_of, weight_files
 from avss_dist.system.memory import populate
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.models.loading import quiet
 from avss_dist.models.naming import Naming
 from avss_dist.models.safetensors import StoredTensor

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from avss_dist.errors import RunFailed
+from avss_dist.core.errors import RunFailed
 from avss_dist.partition.offload import OffloadFolder
 
 

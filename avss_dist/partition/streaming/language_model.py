@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import Intervention, Removal, whole_layers
 from avss_dist.corpus.shards import Batch
-from avss_dist.errors import ModelError
-from avss_dist.intervention import Intervention, Removal, whole_layers
 from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
 from avss_dist.models.layers import Layer
 from avss_dist.models.patching import Patch

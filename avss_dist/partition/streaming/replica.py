@@ -12,8 +12,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import Settings
+from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
-from avss_dist.errors import ModelError
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
 from avss_dist.models.loading import forward_function, open_module, quiet, without_head
@@ -26,10 +28,8 @@ from avss_dist.partition.streaming.buffers import buffer_bytes
 from avss_dist.partition.streaming.language_model import StreamingLanguageModel
 from avss_dist.partition.streaming.passes import Passes
 from avss_dist.partition.streaming.weights import StreamedWeights
-from avss_dist.settings import Settings
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
-from avss_dist.text import describe_bytes
 
 SPARE_SHARE = 0.9  # of what a GPU has free
 T = TypeVar("T")

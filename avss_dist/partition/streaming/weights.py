@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.errors import ModelError
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build_model, text_config
 from avss_dist.models.safetensors import DTYPES, StoredTensor
 from avss_dist.partition.streaming.buffers import ELSEWHERE, AnyBuffer, ReadBuffer, buffer_bytes, stored_in
 from avss_dist.partition.streaming.conversion import Conversion
-from avss_dist.settings import Settings
 
 RANDOM_SCALE = 0.02
 _RANDOM_BLOCK, _RANDOM_OFFSETS, _RANDOM_STEP = 1 << 20, 1 << 16, 997

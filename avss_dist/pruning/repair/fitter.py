@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from avss_dist.errors import CorpusError
+from avss_dist.core.errors import CorpusError
+from avss_dist.core.text import describe_layers
 from avss_dist.models.patching import Parameter
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fold import (
@@ -25,7 +26,6 @@ from avss_dist.pruning.repair.record import RepairedCut
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.splits import FitSplit
 from avss_dist.system.progress_bar import tracked
-from avss_dist.text import describe_layers
 
 ReadStored = Callable[[Parameter], torch.Tensor | None]
 """Returns a parameter as the checkpoint's files hold it; None if they do not."""

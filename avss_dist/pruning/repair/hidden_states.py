@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.registry import LAYERWISE, PARTITIONS
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import Batch
-from avss_dist.errors import ConfigError
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, as_rows, first_tensor
@@ -30,8 +32,6 @@ from avss_dist.pruning.repair.projection import (
     captured,
     find_output_projection,
 )
-from avss_dist.registry import LAYERWISE, PARTITIONS
-from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import available_memory, devices_here, free_device
 
 Visit = Callable[[int, torch.Tensor, "CutStates"], None]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from avss_dist.errors import AvssError
+from avss_dist.core.errors import AvssError
 
 FORMS = ("scale", "channel", "full")
 """Forms of W: a multiple of the identity, a diagonal, any matrix."""

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from avss_dist.errors import ConfigError, ModelError
-from avss_dist.settings import DTYPES, LAYOUTS, ROW_STARTS, Settings
-from avss_dist.text import RedactedURI, describe_layers
-from avss_dist.validation import OneOf, checked
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.settings import DTYPES, LAYOUTS, ROW_STARTS, Settings
+from avss_dist.core.text import RedactedURI, describe_layers
+from avss_dist.core.validation import OneOf, checked
 
 FILE = "avss_repair.json"
 _WEIGHTED = re.compile(

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from avss_dist.errors import ConfigError
-from avss_dist.validation import Check, OneOf
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.validation import Check, OneOf
 
 NO_REPAIR = "none"
 DEFAULT_REPAIR = "refit"  # recovers the most, on text of other domains too, and needs the most text

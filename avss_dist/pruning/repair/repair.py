@@ -18,6 +18,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.text import RedactedURI, describe_layers
+from avss_dist.core.validation import checked
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
@@ -29,10 +32,7 @@ from avss_dist.pruning.repair.hidden_states import OpenHiddenStates, opened_hidd
 from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText, split_weight
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, REPAIRS, RepairName
 from avss_dist.pruning.repair.splits import FitSplit, count_fitted, split_texts
-from avss_dist.settings import Execution, Settings
 from avss_dist.system.devices import pick_device
-from avss_dist.text import RedactedURI, describe_layers
-from avss_dist.validation import checked
 
 
 @checked

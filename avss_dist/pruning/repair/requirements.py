@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
@@ -18,7 +19,6 @@ from avss_dist.pruning.repair.fitter import PLAIN_HINT
 from avss_dist.pruning.repair.projection import RepairError
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.weights import StoredWeights
-from avss_dist.settings import Settings
 
 
 def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from avss_dist.core.errors import CorpusError
 from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
-from avss_dist.errors import CorpusError
 
 HELD_BACK = 10  # one row of this many is held back, the last ones of each text
 SINK_TOKENS = 1  # leading tokens of every row: attention sinks, whose hidden states are unlike all others

@@ -14,8 +14,8 @@ from avss_dist.analysis.experiments import experiment_results
 from avss_dist.analysis.experts import layer_experts
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.sparsity_curves import sparsity_curves
-from avss_dist.errors import QueryError
-from avss_dist.registry import GROUND_TRUTH, SCORES
+from avss_dist.core.errors import QueryError
+from avss_dist.core.registry import GROUND_TRUTH, SCORES
 from avss_dist.report.contrasts import contrast_section
 from avss_dist.report.experiments import experiment_section
 from avss_dist.report.experts import experts_section

@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from avss_dist.registry import FROM_ACTIVATIONS, SCORES
+from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.report.chart import LOWEST_COLOR, ROWS, depth_chart, depth_title
 from avss_dist.report.section import GRAY, Chart
 

@@ -24,7 +24,8 @@ from avss_dist.analysis.compare import differing, with_conditions
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.removal import without_layers
 from avss_dist.analysis.verdict import describe_task
-from avss_dist.registry import FROM_ACTIVATIONS, SCORES
+from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
+from avss_dist.core.text import basename, printable
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.report.page.chapters import Chapter, chapters
 from avss_dist.report.page.charts import page_charts, section_chart
@@ -32,7 +33,6 @@ from avss_dist.report.page.data import page_data
 from avss_dist.report.page.summary import in_short, is_published
 from avss_dist.report.section import page_number
 from avss_dist.report.table import ReportColumn, ReportTable
-from avss_dist.text import basename, printable
 from avss_dist.warehouse.reader import Warehouse
 
 LINES = 40  # of a kind of finding; the others are counted

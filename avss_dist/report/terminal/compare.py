@@ -13,9 +13,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from avss_dist.analysis.agreement import CorrelationSummary, summarize
+from avss_dist.core.text import basename
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
 from avss_dist.report.terminal.tables import FittedTable
-from avss_dist.text import basename
 
 MOST_PAIRS = 40  # shown on a terminal
 WIDEST_LABELS = 36  # beside each other; longer ones are one below the other

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from avss_dist.core.text import describe_bytes
 from avss_dist.report.table import ReportColumn, ReportTable
 from avss_dist.report.terminal.tables import FittedTable
-from avss_dist.text import describe_bytes
 
 if TYPE_CHECKING:
     from avss_dist.estimation.estimate import Estimate

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from avss_dist.intervention import count_removed
+from avss_dist.core.intervention import count_removed
+from avss_dist.core.text import printable
 from avss_dist.report.table import Interval, ReportColumn, ReportTable, known_interval, percent, significant
 from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.stats.retention import NO_INTERVAL
-from avss_dist.text import printable
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.evaluate import Evaluations

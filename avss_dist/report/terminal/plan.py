@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from avss_dist.core.text import count_of, describe_bytes, describe_count
 from avss_dist.report.table import ReportColumn, ReportTable
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.tables import FittedTable
-from avss_dist.text import count_of, describe_bytes, describe_count
 
 if TYPE_CHECKING:
     from avss_dist.estimation.preview import Preview

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Self, TextIO
 from rich import progress as rich_progress
 from rich.text import Text
 
+from avss_dist.core.intervention import count_removed, describe_removed
+from avss_dist.core.registry import WHOLE
+from avss_dist.core.text import basename
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, SearchStep
-from avss_dist.intervention import count_removed, describe_removed
-from avss_dist.registry import WHOLE
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.pace import Pace
 from avss_dist.runs.reporter import LOG_SECONDS, Reporter, describe_repeated
 from avss_dist.system.streams import console, say
-from avss_dist.text import basename
 
 if TYPE_CHECKING:
     from avss_dist.partition.base import Placement

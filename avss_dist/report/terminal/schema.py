@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from avss_dist.text import escape_markdown
+from avss_dist.core.text import escape_markdown
 from avss_dist.warehouse.query import FUNCTIONS, ready_queries
 from avss_dist.warehouse.schema import SCHEMAS, TABLES
 

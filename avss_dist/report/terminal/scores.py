@@ -10,13 +10,13 @@ from rich.text import Text
 
 from avss_dist.analysis.findings import TRACKS_DEPTH
 from avss_dist.analysis.thresholds import INTERPOLATED
+from avss_dist.core.settings import LOWEST_SHARE
+from avss_dist.core.text import describe_count, describe_layers, describe_threshold
 from avss_dist.report.table import BarColumn, Interval, ReportColumn, ReportTable, known_interval, percent, significant
 from avss_dist.report.terminal.tables import FittedTable
-from avss_dist.settings import LOWEST_SHARE
 from avss_dist.stats.histogram import bin_edges
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation
-from avss_dist.text import describe_count, describe_layers, describe_threshold
 
 OF_SHARDS = ("95% interval", "lowest 25%")  # columns that a run of too few shards does not have
 

@@ -6,11 +6,11 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from avss_dist.analysis.verdict import metric_format, readable_value
-from avss_dist.intervention import describe_removed, size_removed
-from avss_dist.names import LOSS
+from avss_dist.core.intervention import describe_removed, size_removed
+from avss_dist.core.names import LOSS
+from avss_dist.core.text import describe_count
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
 from avss_dist.report.terminal.tables import FittedTable
-from avss_dist.text import describe_count
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.search import Found

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich import progress as rich_progress
 from rich.console import Group, RenderableType
 
+from avss_dist.core.intervention import count_removed
+from avss_dist.core.names import PERPLEXITY, REPAIR
+from avss_dist.core.text import basename, describe_bytes, describe_layers
 from avss_dist.evaluation.events import (
     CellDone,
     CellsStarted,
@@ -17,13 +20,10 @@ from avss_dist.evaluation.events import (
     ScoringStarted,
     WeightsWritten,
 )
-from avss_dist.intervention import count_removed
-from avss_dist.names import PERPLEXITY, REPAIR
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
 from avss_dist.report.terminal.progress import CellProgress, bars, describe_without, log
 from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.stats.retention import NO_INTERVAL
-from avss_dist.text import basename, describe_bytes, describe_layers
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.shrink import Shrunk, TaskRetention

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from avss_dist.evaluation.session import PlannedTask
-from avss_dist.intervention import (
+from avss_dist.core.intervention import (
     NO_INTERVENTION,
     Intervention,
     InterventionKey,
@@ -26,9 +25,10 @@ from avss_dist.intervention import (
     joined,
     sublayers_of,
 )
+from avss_dist.core.settings import SCHEMA_VERSION, Settings, fingerprint
+from avss_dist.evaluation.session import PlannedTask
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
-from avss_dist.settings import SCHEMA_VERSION, Settings, fingerprint
 from avss_dist.tasks.base import Task
 
 SPARSITY = Sparsity(
@@ -115,7 +115,7 @@ def test_evaluations_and_cells_have_the_ids_that_warehouses_know(checkpoint: Che
     ]
 
 
-@pytest.mark.parametrize("module", ["avss_dist.intervention", "avss_dist.pruning.plan", "avss_dist.sparsity.plan"])
+@pytest.mark.parametrize("module", ["avss_dist.core.intervention", "avss_dist.pruning.plan", "avss_dist.sparsity.plan"])
 def test_plans_are_interventions_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-from avss_dist.settings import fingerprint
-from avss_dist.text import count_of, describe_layers
+from avss_dist.core.settings import fingerprint
+from avss_dist.core.text import count_of, describe_layers
 
 PARTS = ("attention", "mlp")
 """The sublayers of a layer."""

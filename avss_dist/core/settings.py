@@ -12,10 +12,10 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
-from avss_dist.errors import ConfigError, nearest, require_known
-from avss_dist.registry import GANGS, PARTITIONS
-from avss_dist.text import parse_bytes
-from avss_dist.validation import Check, OneOf, Positive, checked
+from avss_dist.core.errors import ConfigError, nearest, require_known
+from avss_dist.core.registry import GANGS, PARTITIONS
+from avss_dist.core.text import parse_bytes
+from avss_dist.core.validation import Check, OneOf, Positive, checked
 
 T = TypeVar("T")
 

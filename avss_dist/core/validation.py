@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import PydanticCustomError, PydanticKnownError, core_schema
 
-from avss_dist.errors import AvssError, ConfigError, nearest
+from avss_dist.core.errors import AvssError, ConfigError, nearest
 
 T = TypeVar("T")
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from humanize import naturalsize
 
-from avss_dist.errors import ConfigError, without_secrets
+from avss_dist.core.errors import ConfigError, without_secrets
 
 
 class RedactedURI(str):

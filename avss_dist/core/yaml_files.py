@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from avss_dist.errors import AvssError, ConfigError, named_fields, nearest, spell_fields
+from avss_dist.core.errors import AvssError, ConfigError, named_fields, nearest, spell_fields
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from avss_dist.errors import ConfigError, spell_fields
-from avss_dist.settings import Execution, Replicas, Settings, fingerprint, split_options
-from avss_dist.text import parse_bytes
-from avss_dist.validation import Check, OneOf, checked
+from avss_dist.core.errors import ConfigError, spell_fields
+from avss_dist.core.settings import Execution, Replicas, Settings, fingerprint, split_options
+from avss_dist.core.text import parse_bytes
+from avss_dist.core.validation import Check, OneOf, checked
 
 FIRST_FIELDS = (
     "max_sequences",

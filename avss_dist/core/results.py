@@ -7,7 +7,7 @@ from html import escape
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.text import printable
+from avss_dist.core.text import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa

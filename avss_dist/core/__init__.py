@@ -1,0 +1,1 @@
+"""Shared by every package: errors, texts, checked settings, and the registry of partitions and scores."""
