@@ -100,7 +100,8 @@ def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/a\xffb"
     os.mkdir(folder)
     done = subprocess.run([*COMMAND, "show", "-w", folder], capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (2, b"Error: --warehouse: the name is not UTF-8 text.\nRename the folder.\n")
+    expected = b"Error: --warehouse: the name is not UTF-8 text.\nRename the folder.\n"
+    assert (done.returncode, done.stderr) == (2, expected)
 
 
 def test_ctrl_c_ends_a_query_at_once(tmp_path: Path) -> None:
