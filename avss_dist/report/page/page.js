@@ -461,7 +461,7 @@ function fillTable(rows, several) {
   const columns = several ? [["run", "run"], ...tableColumns()] : tableColumns();
   const textual = new Set(["run", "quality", "layer_name"]);
   table.caption.firstChild.textContent = `${several ? "Both runs" : data.runs[run()].label}: ${described(data.choices[choice()])}. `
-    + "low and high bound the 95% interval, from eight shards on; lowest 25% is how often a layer is in that set when shards are resampled.";
+    + "low and high bound the 95% interval, from eight shards and five elements near zero on; lowest 25% is how often a layer is in that set when shards are resampled.";
   table.tHead.rows[0].replaceChildren(...columns.map(([heading, name]) => {
     const cell = Object.assign(document.createElement("th"), { scope: "col", className: textual.has(name) ? "" : "number" });
     cell.append(Object.assign(document.createElement("button"), { type: "button", textContent: heading }));
