@@ -193,8 +193,8 @@ SCORES = {
         column="avss_smoothed",
         definition="as avss, with sparsity (near_zero_count + 0.5) / (count + 1); rank is of it",
         caption="Activation variance over sparsity, each as a share of its sum over layers; low is unimportant. The "
-        "band is the 95% interval over shards, from eight shards on. Triangles mark the 25% of layers with the lowest "
-        "score of each chart.",
+        "band is the 95% interval over shards, from eight shards and five elements near zero on. Triangles mark the "
+        "25% of layers with the lowest score of each chart.",
         exported=True,
     ),
     "block_influence": ScoreInfo(
