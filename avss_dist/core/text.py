@@ -54,7 +54,7 @@ def parse_bytes(text: str) -> int:
 
 def docs_page(name: str) -> str:
     """Return the path of a page of the packaged documentation: ``docs_page("reference/job-files")``."""
-    return str(Path(__file__).with_name("docs") / f"{name}.md")
+    return str(Path(__file__).parents[1] / "docs" / f"{name}.md")
 
 
 def basename(path: object) -> str:

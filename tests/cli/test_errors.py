@@ -270,7 +270,7 @@ def test_a_missing_column_is_named_with_the_nearest(tiny_llama: Path, warehouse:
         (["--threshold", "-1e-5"], ["'-1e-5' is not a threshold", "Write an absolute one like 1e-5"]),
         (["--threshold", "0"], ["'0' is not a threshold"]),
         (["--threshold", "nan"], ["'nan' is not a threshold"]),
-        (["--threshold", "0.1rms"], ["--threshold 0.1rms is a multiple of the RMS", "Write 1e-4, for example"]),
+        (["--threshold", "0.1rms"], ["--threshold 0.1rms: expected an absolute threshold", "Write 1e-4, for example"]),
         (["--sequence-length", "129"], ["128 tokens", "129", "Make --sequence-length 128 or less"]),
         (["--sequence-length", "0"], ["--sequence-length must be at least 1, not 0"]),
         (["--sequence-length", "many"], ["Invalid value for '--sequence-length'"]),

@@ -349,7 +349,7 @@ def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no section 'experiment'"):
         run_experiment(read_job(job))
     told = avss("run", job, "--allow-overlap")
-    assert told.exit_code == 2 and "--allow-overlap is for an experiment" in told.stderr
+    assert told.exit_code == 2 and "--allow-overlap applies to an experiment" in told.stderr
 
 
 PUBLISHED = {"site": "block", "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}

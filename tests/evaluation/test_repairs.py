@@ -487,7 +487,7 @@ def test_a_partition_whose_weights_cannot_be_changed_is_refused_first(partition:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("{tasks: [x], repairs: [map]}", "repairs map is fitted on text"),
+        ("{tasks: [x], repairs: [map]}", "repairs map needs text to be fitted on"),
         ("{tasks: [x], repairs: []}", "repairs must not be empty"),
         ("{tasks: [x], repairs: [mapp], repair_corpora: [x]}", "Did you mean 'map'"),
         ("{tasks: [x], repair_corpora: [x]}", "repair_corpora has no effect"),

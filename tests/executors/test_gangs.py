@@ -489,7 +489,7 @@ def test_two_ranks_hold_half_of_smollm2_each(gang: Callable[[int], Gang], smollm
 
 def test_zero3_refuses_gguf() -> None:
     checkpoint = Checkpoint(name="tiny.gguf", source="gguf", path="/tiny.gguf", revision="0")
-    with pytest.raises(ConfigError, match=r"'tiny.gguf' is a .gguf file.*whole in every process"):
+    with pytest.raises(ConfigError, match=r"'tiny.gguf' is a .gguf file.*whole model in every process"):
         Zero3Replica(checkpoint, SETTINGS, Placement(partition="zero3", ranks=2))
 
 

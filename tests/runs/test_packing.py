@@ -133,7 +133,7 @@ def test_files_that_are_missing_are_named_before_anything_is_sent() -> None:
 
 def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("avss_dist.runs.submission.MOST_BYTES", 10)
-    with pytest.raises(ConfigError, match=r"The files of job.yaml have \d+ bytes; at most 10 travel with a job"):
+    with pytest.raises(ConfigError, match=r"The files of job.yaml have \d+ bytes; at most 10 can be sent with a job"):
         _local_files(job(corpora=("texts/a.csv", "texts/b.jsonl.gz")))
 
 

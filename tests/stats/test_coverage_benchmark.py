@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.coverage import METHODS, main
+from benchmarks.interval_coverage import METHODS, main
 
 
 def test_the_benchmark_prints_the_coverage_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
