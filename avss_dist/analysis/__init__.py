@@ -1,1 +1,1 @@
-"""What a warehouse says: comparisons, findings, thresholds, score cards, verdicts."""
+"""Analysis of a warehouse: comparisons, findings, thresholds, score cards, verdicts."""

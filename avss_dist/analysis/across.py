@@ -1,4 +1,4 @@
-"""Runs beside each other: how far their rankings of layers agree, and which of them are one training."""
+"""Agreement of the layer rankings of several runs, and training series among them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Row = Mapping[str, Any]  # of the table `runs`
 
 @dataclass(frozen=True, kw_only=True)
 class RunAgreement:
-    """Rank correlations of every two runs at one reading of a score. NaN is a correlation that is not defined.
+    """Rank correlations of every pair of runs at one reading of a score. Undefined correlations are NaN.
 
     Attributes:
-        with_depth: by run, Spearman's rho with the order of its layers.
-        pairs: int64[pairs, 2], the runs of each pair, ascending.
+        with_depth: Spearman's rho of the score with the order of the layers, by run.
+        pairs: int64[pairs, 2], the positions of the two runs of each pair, ascending.
         spearman: float64[pairs].
         given_depth: float64[pairs], the partial correlation given depth.
     """
@@ -38,7 +38,10 @@ class RunAgreement:
 
     @property
     def summary(self) -> str:
-        """How far runs agree, and which two agree least; empty without a pair. Runs count from 1, as labels do."""
+        """Sentence with the median correlation and the least similar pair. Empty if no correlation is defined.
+
+        Runs are numbered from 1, as in labels.
+        """
         whole, given = summarize(self.spearman), summarize(self.given_depth)
         if not whole.count:
             return ""
@@ -49,11 +52,11 @@ class RunAgreement:
 
 
 def run_agreement(profiles: Mapping[int, Scores]) -> RunAgreement:
-    """Correlate every two runs, as `analysis.compare.compare` does.
+    """Correlate the layer rankings of every pair of runs, as `analysis.compare.compare` does.
 
     Args:
-        profiles: by run, depth and score of its layers: float64[layers] each, ascending in depth. Runs of fewer
-            layers than a correlation takes are left out.
+        profiles: depth and score of the layers by run position: float64[layers] each, ascending in depth. Runs of
+            fewer than `FEWEST` layers are left out.
     """
     runs = [run for run in sorted(profiles) if len(profiles[run][0]) >= FEWEST]
     pairs = np.array([*combinations(range(len(runs)), 2)], np.int64).reshape(-1, 2)
@@ -68,11 +71,12 @@ def run_agreement(profiles: Mapping[int, Scores]) -> RunAgreement:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSeries:
-    """Checkpoints of one training, scored alike, in the order of training.
+    """Checkpoints of one training that were scored under the same conditions, in the order of training.
 
     Attributes:
-        runs: positions of their runs.
-        saved: when each was saved: ``step 1,000``.
+        name: name of the training.
+        runs: positions of the checkpoints' runs.
+        saved: point in the training at which each was saved, such as ``step 1,000``.
     """
 
     name: str
@@ -81,7 +85,7 @@ class TrainingSeries:
 
 
 def training_series(runs: Sequence[Row]) -> list[TrainingSeries]:
-    """Return the trainings of which there are `SHORTEST_SERIES` checkpoints or more.
+    """Return the training series of at least `SHORTEST_SERIES` checkpoints.
 
     Args:
         runs: rows of ``runs``.
@@ -113,5 +117,5 @@ def _saved(run: Row) -> str:
 
 
 def in_training(run: Row) -> tuple[Any, ...]:
-    """Return a sort key: when in its training a checkpoint was saved, then when it was scored."""
+    """Return the sort key of a checkpoint: its training step and tokens, then the time of its run."""
     return (run["training_step"] or 0, run["training_tokens"] or 0, str(run["created_at"]), run["run_id"])

@@ -1,4 +1,4 @@
-"""How far two scores of layers agree, or every pair of many: correlations, and the lowest layers that they share."""
+"""Agreement of pairs of layer scores: rank correlations and the overlap of their lowest layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AT_ONCE = 1024  # pairs, whose signs are a few MB
 
 
 def correlate(a: Scores, b: Scores, *, k: int | None = None, share: float = LOWEST_SHARE) -> dict[str, Any]:
-    """Agreement of two scores, each (depth, values): `COLUMNS`; as `correlate_pairs` of one pair."""
+    """Return the agreement of two scores as a value for each of `COLUMNS`. See `correlate_pairs`."""
     found = correlate_pairs([a, b], np.array([0]), np.array([1]), k=k, share=share)
     return {name: column[0].item() for name, column in found.items()}
 
@@ -43,19 +43,19 @@ def correlate(a: Scores, b: Scores, *, k: int | None = None, share: float = LOWE
 def correlate_pairs(
     scores: Sequence[Scores], a: Indices, b: Indices, *, k: int | None = None, share: float = LOWEST_SHARE
 ) -> Mapping[str, NDArray[Any]]:
-    """Agreement of pairs of scores.
+    """Return the agreement of each pair of scores.
 
-    Where depths differ, the one with more layers is interpolated, linear in depth, at those of the other.
+    If the depths of a pair differ, the score with more layers is interpolated linearly at the depths of the other.
 
     Args:
-        a, b: of each pair, the indices in ``scores``: int64[pairs].
-        k: how many of the lowest layers to compare; ``share`` of the layers by default.
+        a, b: int64[pairs], the indices in ``scores`` of the two scores of each pair.
+        k: number of lowest layers to compare. By default, ``share`` of the layers.
 
     Returns:
-        `COLUMNS`, each of [pairs]: Spearman's rho with average ranks over the layers where both are finite; the same
-        given depth, a partial correlation, NaN where one of the scores is the order of depth itself; Kendall's
-        tau-b; rank-biased overlap from the lowest layer up (`rank_biased_overlap`). NaN for fewer than
-        three layers, or where a score is constant.
+        An array [pairs] for each of `COLUMNS`. ``spearman`` is Spearman's rho with average ranks over the layers at
+        which both scores are finite. ``given_depth`` is its partial correlation given depth, NaN if one of the scores
+        is the order of depth itself. ``kendall`` is Kendall's tau-b. ``rbo`` is the rank-biased overlap from the
+        lowest layer up (`rank_biased_overlap`). Correlations are NaN for fewer than three layers or a constant score.
     """
     found = {name: np.full(len(a), np.nan) for name in COLUMNS}
     for chunk in tracked(list(_chunks(scores, a, b)), f"Comparing {len(a):,} pairs"):
@@ -66,12 +66,12 @@ def correlate_pairs(
 
 
 def rank_correlations(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple[Float64, Float64]:
-    """Return Spearman's rho of pairs of scores, and the same given depth: float64[pairs] each.
+    """Return Spearman's rho of pairs of scores and its partial correlation given depth, float64[pairs] each.
 
-    They are the columns ``spearman`` and ``given_depth`` of `correlate_pairs`, at a fraction of its cost.
+    These are the columns ``spearman`` and ``given_depth`` of `correlate_pairs`, at a fraction of its cost.
 
     Args:
-        a, b: of each pair, the indices in ``scores``: int64[pairs].
+        a, b: int64[pairs], the indices in ``scores`` of the two scores of each pair.
     """
     rho, partial = np.full(len(a), np.nan), np.full(len(a), np.nan)
     for chunk in _chunks(scores, a, b):
@@ -83,12 +83,12 @@ def rank_correlations(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple
 
 @dataclass(frozen=True, kw_only=True)
 class CorrelationSummary:
-    """The defined correlations of many pairs.
+    """Summary of the defined correlations of many pairs.
 
     Attributes:
-        count: number of pairs with a correlation.
-        median: the mean of the middle two where their number is even. NaN, as the other two, where there is none.
-        lowest, highest: the least and the greatest.
+        count: number of pairs whose correlation is defined.
+        median: median correlation, NaN if ``count`` is 0.
+        lowest, highest: smallest and largest correlation, NaN if ``count`` is 0.
     """
 
     count: int
@@ -98,7 +98,7 @@ class CorrelationSummary:
 
 
 def summarize(correlations: Float64) -> CorrelationSummary:
-    """Summarize correlations, float64[pairs]; NaN is a pair without one."""
+    """Summarize correlations, float64[pairs]. NaN marks an undefined one."""
     defined = correlations[~np.isnan(correlations)]
     numbers = (np.median(defined), defined.min(), defined.max()) if defined.size else (np.nan,) * 3
     median, lowest, highest = map(float, numbers)
@@ -106,13 +106,13 @@ def summarize(correlations: Float64) -> CorrelationSummary:
 
 
 def signs(values: Float64) -> Signs:
-    """Of every two layers i and j, the sign of value i less value j: int8[pairs, layers, layers]."""
+    """Return sign(value[i] - value[j]) for every pair of layers: int8[pairs, layers, layers]."""
     one, other = values[:, :, None], values[:, None, :]
     return (one > other).astype(np.int8) - (one < other).astype(np.int8)
 
 
 def _chunks(scores: Sequence[Scores], a: Indices, b: Indices) -> Iterator[Indices]:
-    """Pairs that are compared at the same number of layers, some at once: they are one array."""
+    """Yield the indices of at most `AT_ONCE` pairs that are compared at the same number of layers."""
     sizes = np.array([len(values) for _, values in scores])
     common = np.minimum(sizes[a], sizes[b])
     for size in np.unique(common):
@@ -148,13 +148,13 @@ def _agreement(
 
 
 def _aligned(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple[Float64, Float64, NDArray[np.bool_]]:
-    """Return the values of pairs at common depths, float64[pairs, layers] each, and which were interpolated."""
+    """Return the values of pairs at common depths, float64[pairs, layers] each, and bool[pairs] of interpolation."""
     x, y, interpolated = zip(*(align(scores[i], scores[j]) for i, j in zip(a, b, strict=True)), strict=True)
     return np.array(x), np.array(y), np.array(interpolated)
 
 
 def _spearman(x: Float64, y: Float64) -> Float64:
-    """Return Spearman's rho of every row. Twice an average rank is whole, so the sums are of whole numbers."""
+    """Return Spearman's rho of every row. Ranks are doubled, which makes average ranks integers and the sums exact."""
     from scipy.stats import rankdata  # a second to import
 
     n = x.shape[1]
@@ -169,7 +169,7 @@ def _spearman(x: Float64, y: Float64) -> Float64:
 
 
 def _given_depth(rho: Float64, x: Float64, y: Float64) -> Float64:
-    """The partial correlation of the ranks of two scores, given those of depth."""
+    """Return the partial correlation of the ranks of two scores given depth, for every row."""
     depth = np.broadcast_to(np.arange(x.shape[1], dtype=np.float64), x.shape)
     of_x, of_y = _spearman(x, depth), _spearman(y, depth)
     for row in np.flatnonzero(~np.isfinite(x + y).all(axis=1)):
@@ -179,7 +179,7 @@ def _given_depth(rho: Float64, x: Float64, y: Float64) -> Float64:
 
 
 def _kendall(signs_x: Signs, signs_y: Signs) -> Float64:
-    """Kendall's tau-b: concordant less discordant pairs of layers, over those that are no ties."""
+    """Return Kendall's tau-b: concordant minus discordant pairs of layers, normalized for ties."""
     agree = (signs_x * signs_y).sum(axis=(1, 2), dtype=np.int64)
     ordered = (np.abs(signs_x).sum(axis=(1, 2), dtype=np.int64), np.abs(signs_y).sum(axis=(1, 2), dtype=np.int64))
     with np.errstate(invalid="ignore"):
@@ -188,7 +188,7 @@ def _kendall(signs_x: Signs, signs_y: Signs) -> Float64:
 
 @cache
 def _by_chance(layers: int, size: int) -> tuple[float, Float64]:
-    """Of two random sets of ``size`` layers: the expected Jaccard index, and how often 0, 1, ... or more are shared."""
+    """Return the expected Jaccard index of two random sets of ``size`` layers and P(overlap >= n), n = 0...``size``."""
     from scipy.stats import hypergeom  # a second to import
 
     overlaps, chance = np.arange(size + 1), hypergeom(layers, size, size)

@@ -1,4 +1,4 @@
-"""Which runs are meant: by id, model, glob, or a part of an id."""
+"""Selection of runs by id, model, glob, or part of an id."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from avss_dist.warehouse.reader import Warehouse
 def choose_runs(
     warehouse: Warehouse, names: Sequence[str], *, every: bool = False, failed: bool = False
 ) -> list[dict[str, Any]]:
-    """The ``runs`` rows of the named runs, in the order in which they are named.
+    """Return the ``runs`` rows of the named runs, in the order of the names.
 
     Args:
-        names: ids; models, as they were named or the end of their path; globs such as ``smollm2-*`` of either; or
-            parts of an id that no other has. A model and a glob choose all that match. Parts and globs
-            ignore case.
-        every: without names, take every run, by id; else the newest one.
-        failed: choose among runs that failed, too; they have no scores.
+        names: run ids, models (the full name or the last part of its path), globs such as ``smollm2-*`` of either, or
+            unique parts of an id. A model or a glob selects every run that matches. Parts and globs ignore case.
+        every: if there are no names, select every run, ordered by id, instead of the newest one.
+        failed: include failed runs, which have no scores.
 
     Raises:
-        QueryError: a name that no run has (the nearest is named) or that several have, a glob that matches none, a run
-            that failed.
+        QueryError: if a name or a glob matches no run (the message suggests the nearest), a part matches several runs,
+            or a named run failed.
     """
     rows = sorted(warehouse.runs().to_pylist(maps_as_pydicts="lossy"), key=lambda row: row["run_id"])
     valid = {row["run_id"]: row for row in rows if failed or row["status"] == "done"}
@@ -44,10 +43,10 @@ def choose_runs(
 
 
 def one_run(found: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The one run that was found by a name.
+    """Return the only run that a name matches.
 
     Raises:
-        QueryError: there are several.
+        QueryError: if the name matches several runs.
     """
     if len(found) > 1:
         names = [row["run_id"] for row in found]
@@ -56,7 +55,7 @@ def one_run(found: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The ids of the runs that a name stands for."""
+    """Return the ids of the runs that a name matches."""
     if name in runs:
         return [name]
     models = {run_id: (str(run["model"]), basename(run["model"])) for run_id, run in runs.items()}
@@ -72,7 +71,11 @@ def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _with_part(name: str, runs: Iterable[str]) -> list[str]:
-    """The one id that has a part which begins a word."""
+    """Return the only id with a word that starts with ``name``.
+
+    Raises:
+        QueryError: if no id or several have one.
+    """
     begins_a_word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}", re.IGNORECASE)
     parts = [run_id for run_id in runs if name and begins_a_word.search(run_id)]
     if len(parts) > 1:

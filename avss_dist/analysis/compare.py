@@ -1,4 +1,4 @@
-"""How far rankings of layers agree: between runs, families, corpora, dtypes, recipes, thresholds, sites and scores."""
+"""Comparison of layer rankings between runs, families, corpora, dtypes, recipes, thresholds, sites and scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "row_start", "skip_first_tokens", "schema_version")
-"""What two runs must share, the models apart, for their scores to be comparable."""
+"""Properties besides the model that two runs must share for their scores to be comparable."""
 BETWEEN = ("run", "family", "revision", "corpus", "dtype")
 ACROSS_MODELS = ("run", "family", "revision")
 WITHIN = ("recipe", "threshold", "site", "score")
@@ -42,18 +42,19 @@ SCHEMA = pa.schema(
         *((name, pa.float64()) for name in ("jaccard", "jaccard_by_chance", "p_by_chance")),
     ]
 )
-"""A pair: ``layers`` compared, three correlations, and the lowest ``k`` of each, of which ``shared`` are the same.
+"""Columns of a compared pair: its correlations and the overlap of the lowest ``k`` layers.
 
-``interpolated`` where the models differ in depth; ``p_by_chance`` is how often two random sets share as many or more.
+``layers`` is the number of layers compared. ``interpolated`` is true if the models differ in depth. ``shared`` layers
+are among the lowest ``k`` of both. ``p_by_chance`` is the probability that two random sets share at least as many.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """One score of one run over its layers, at one site, recipe and threshold.
+    """Values of one score over the layers of one run, at one site, recipe and threshold.
 
     Attributes:
-        run: the row of ``runs``; ``layout`` and ``skip_first_tokens`` with it.
+        run: the row of ``runs``, extended by `with_conditions`.
         depth, values: float64[layers], ascending in depth.
     """
 
@@ -66,7 +67,7 @@ class Profile:
     values: Float64
 
     def label(self, by: str) -> str:
-        """What this profile is called where pairs differ in ``by``."""
+        """Return the label of this profile in a comparison by ``by``."""
         if by == "threshold":
             return describe_threshold(self.threshold.value, self.threshold.kind)
         if by in WITHIN:
@@ -76,12 +77,12 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RankingComparison(TabularResult):
-    """The agreement of pairs of profiles, and the runs that are in no pair.
+    """Agreement of pairs of profiles, and the runs that are in no pair.
 
     Attributes:
         pairs: a table of `SCHEMA`, most alike first.
-        conditions: `CONDITIONS` in which the given runs differ, where runs that differ in them are not compared.
-        left_out: by run id, why a run is in no pair.
+        conditions: the `CONDITIONS` in which the given runs differ. Empty unless they restrict the pairs.
+        left_out: the reason why a run is in no pair, by run id.
     """
 
     pairs: pa.Table
@@ -89,11 +90,11 @@ class RankingComparison(TabularResult):
     left_out: Mapping[str, str]
 
     def table(self) -> pa.Table:
-        """The pairs, see `SCHEMA`."""
+        """Return the pairs as a table of `SCHEMA`."""
         return self.pairs
 
     def summary(self) -> str:
-        """Number of pairs and of runs that are in none."""
+        """Return the number of pairs and the number of runs that are in no pair, in words."""
         return f"{count_of(len(self.pairs), 'pair')}, {count_of(len(self.left_out), 'run')} left out"
 
 
@@ -110,22 +111,23 @@ def compare(
     share: float = LOWEST_SHARE,
     allow_mismatch: bool = False,
 ) -> RankingComparison:
-    """Correlate every two profiles that differ in ``by`` and, but for the models, in nothing else.
+    """Correlate every two profiles that differ in ``by`` and otherwise at most in the model.
 
-    Runs that have no counterpart under the same `CONDITIONS` are left out, and named with the reason.
+    Runs that have no counterpart under the same `CONDITIONS` are left out. The result names them with the reason.
 
     Args:
-        warehouse: where the runs are.
-        run_ids: ids of runs that are done.
-        by: what a pair differs in. ``run``, ``family`` and ``revision`` are pairs of runs under the same conditions;
-            ``corpus`` and ``dtype`` pairs of runs of the same model; ``recipe``, ``threshold`` and ``site`` pairs
-            within a run, and ``score`` AVSS with each of its rivals.
-        site, recipe, threshold, score: which profile, unless ``by`` says that it varies.
-        k: how many of the lowest layers to compare; ``share`` of the layers by default.
-        allow_mismatch: compare runs under different conditions too.
+        warehouse: warehouse of the runs.
+        run_ids: ids of finished runs.
+        by: the property in which a pair differs. ``run``, ``family`` and ``revision`` compare runs under the same
+            conditions. ``corpus`` and ``dtype`` compare runs of the same model. ``recipe``, ``threshold`` and ``site``
+            compare readings of one run, and ``score`` compares AVSS with each baseline score.
+        site, recipe, threshold, score: selection of profiles. The one that ``by`` names is ignored.
+        k: number of lowest layers to compare. By default, ``share`` of the layers.
+        allow_mismatch: also compare runs under different conditions.
 
     Raises:
-        QueryError: no two runs are comparable (the columns in which they differ are named), or nothing is to compare.
+        QueryError: if no two runs are comparable (the message names the conditions in which they differ), no two
+            profiles differ in ``by``, or there are more than `MOST_PAIRS` pairs.
     """
     require_known("`by`", by, BY, QueryError)
     require_known("score", score, FROM_ACTIVATIONS, QueryError)
@@ -152,12 +154,16 @@ def compare(
 
 
 def _scored(found: Sequence[Profile]) -> list[Mapping[str, Any]]:
-    """Return the runs that have a profile."""
+    """Return the runs of the profiles, each once."""
     return list({profile.run["run_id"]: profile.run for profile in found}.values())
 
 
 def _table(found: Sequence[Profile], pairs: NDArray[np.int64], by: str, k: int | None, share: float) -> pa.Table:
-    """Pairs of profiles, by index int64[2, pairs], with their agreement: most alike first."""
+    """Return the agreement of pairs of profiles as a table of `SCHEMA`, most alike first.
+
+    Args:
+        pairs: int64[2, pairs], the indices in ``found``.
+    """
     agreement = correlate_pairs([(profile.depth, profile.values) for profile in found], *pairs, k=k, share=share)
     labels = pa.array([profile.label(by) for profile in found], pa.string())
     run_ids = pa.array([profile.run["run_id"] for profile in found], pa.string())
@@ -180,12 +186,13 @@ def profiles(
     threshold: Threshold | None,
     score: str | None = "avss",
 ) -> list[Profile]:
-    """Profiles of runs, in their order; None takes every site, recipe, threshold or score that there is.
+    """Return the profiles of runs, in the order of the runs.
 
-    Layers without a score are left out. A threshold that was not scored is computed, see `thresholds.scores_at`.
+    Layers without a score are left out. A threshold that was not scored is computed by `thresholds.scores_at`.
 
     Args:
         runs: rows of ``runs``.
+        site, recipe, threshold, score: selection of profiles. None selects every value.
     """
     rows: dict[str, dict[Hashable, list[Mapping[str, Any]]]] = {run["run_id"]: {} for run in runs}
     for row in _score_table(warehouse, runs, site, recipe, threshold).to_pylist():
@@ -207,7 +214,7 @@ def _score_table(
     recipe: str | None,
     threshold: Threshold | None,
 ) -> pa.Table:
-    """The scores of runs, computed where a threshold was not scored; None is any."""
+    """Return the ``scores`` rows of runs. None selects every value. A threshold that was not scored is computed."""
     names = [run["run_id"] for run in runs]
     place = ["run_id", "site", "recipe", "threshold", "threshold_kind", "depth"]
     columns = [*place, "avss_smoothed", *BASELINES]
@@ -239,19 +246,19 @@ def _runs(warehouse: Warehouse, run_ids: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def with_conditions(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of ``runs`` with all of `CONDITIONS`, of which some are in its settings."""
+    """Return a row of ``runs`` with a column for each of `CONDITIONS`, some of which are read from its settings."""
     settings = settings_of(run)
     usual = {"skip_first_tokens": 0, "layout": "packed", "row_start": "auto"}
     return {**run, **{name: settings.get(name, value) for name, value in usual.items()}}
 
 
 def condition(run: Mapping[str, Any], name: str) -> Any:
-    """Texts are the same by content, not by name."""
+    """Return the value of a run's condition. A corpus is identified by its content fingerprint, if it has one."""
     return (run["corpus_fingerprint"] or run["corpus"]) if name == "corpus" else run[name]
 
 
 def _pairs(found: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[tuple[int, int]]:
-    """The indices of two profiles that differ in ``by`` and, but for the models, in nothing else."""
+    """Yield the indices of every two profiles that differ in ``by`` and otherwise at most in the model."""
     groups: dict[Hashable, list[int]] = {}
     for index, profile in enumerate(found):
         groups.setdefault(_shared(profile, by, allow_mismatch), []).append(index)
@@ -264,7 +271,7 @@ def _pairs(found: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[
 
 
 def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
-    """What the profiles of a pair have in common."""
+    """Return the key that is equal for both profiles of a pair."""
     run = profile.run
     if by in WITHIN:
         return run["run_id"]
@@ -275,7 +282,7 @@ def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
 
 
 def _value(profile: Profile, by: str) -> Any:
-    """What the profiles of a pair differ in."""
+    """Return the value in which the profiles of a pair differ."""
     if by in WITHIN:
         return profile.label(by)
     return profile.run["run_id"] if by == "run" else condition(profile.run, by)
@@ -293,14 +300,18 @@ def _not_comparable(runs: Sequence[Mapping[str, Any]]) -> QueryError:
 
 
 def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIONS) -> list[str]:
-    """Return the names of the conditions that are not the same in all runs, given `with_conditions`."""
+    """Return the names of the conditions that differ among runs.
+
+    Args:
+        runs: rows of ``runs``, extended by `with_conditions`.
+    """
     return [name for name in names if len({repr(condition(run, name)) for run in runs}) > 1]
 
 
 def _left_out(
     runs: Sequence[Mapping[str, Any]], found: Sequence[Profile], compared: Set[str], by: str
 ) -> dict[str, str]:
-    """Return why runs are in no pair, by run id."""
+    """Return the reason why a run is in no pair, by run id."""
     scored = {run["run_id"] for run in _scored(found)}
     partners = [run for run in runs if run["run_id"] in compared]
     reasons = {}
@@ -313,7 +324,7 @@ def _left_out(
 
 
 def _reason(run: Mapping[str, Any], partners: Sequence[Mapping[str, Any]], by: str) -> str:
-    """Say why a run is in no pair: how its conditions differ from those of the most similar run that is in one."""
+    """Return the reason why a run is in no pair: its differences from the most similar run that is in one."""
     if by in ("revision", "corpus", "dtype"):
         partners = [other for other in partners if other["model"] == run["model"]]
     conditions = () if by in WITHIN else [name for name in CONDITIONS if name != by]

@@ -1,4 +1,4 @@
-"""What a run on paired text says of hallucinated against truthful answers, with its controls, in words."""
+"""Contrast of hallucinated and truthful answers in a run on paired text, with controls and findings in words."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ FOLLOWS_DEPTH = 0.9
 FEWEST_PAIRS = 10  # that a matched subset is tested on
 FEATURES = {"variance": "variance", "sparsity": "sparsity", "norm": "norm", "relative_magnitude": "update ratio"}
 BASELINES = {LOSS: "log_likelihood", ENTROPY: "token_entropy"}
-"""Of the whole model's predictions, and what they are called here."""
+"""Name of each baseline that is a prediction of the whole model, by metric."""
 _MATCHED = tuple(f"{kind}_matched{what}" for kind in ("length", "position") for what in ("", "_p", "_pairs"))
 _ARRAYS = ("pooled_variance", "count", "mean", "m2", "norm", "relative_magnitude")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """How layers differ between two labels of answers.
+    """Differences of layers between two labels of answers.
 
     Attributes:
-        reading: site, recipe and threshold, and the two labels, by name.
+        reading: run, site, recipe, threshold and the two labels, by name.
         layers: one row for each layer, with every score, interval and control.
-        predictions: one row for each layer and statistic, and one for each baseline: AUROC and interval.
-        findings: in words, what is left once the controls have spoken.
+        predictions: AUROC and interval of each layer and statistic, and of each baseline: one row each.
+        findings: sentences about the differences that remain under the controls.
     """
 
     reading: Mapping[str, Any]
@@ -66,13 +66,13 @@ def contrast(
 
     Args:
         run: a row of ``runs``.
-        recipe: where it is ``unit``, or the threshold is relative, there are no single answers: shards are resampled
-            and exchange their labels, lengths are not controlled, and nothing is predicted.
-        threshold: an absolute one that the run counted; or with the kind ``rms``, a multiple of the RMS.
-        hallucinated, truthful: labels; without them, the two that there are, if their names tell which is which.
+        recipe: with ``unit``, or with a relative threshold, blocks of shards replace single answers: they are resampled
+            and exchange their labels. Lengths are then not controlled, and ``predictions`` is empty.
+        threshold: an absolute threshold that the run counted. With the kind ``rms``, a multiple of the RMS.
+        hallucinated, truthful: labels. By default, the labels of the run whose names tell which is which.
 
     Raises:
-        QueryError: the run's text is not paired, or has not those labels, that site or threshold.
+        QueryError: if the run's text is not paired, or the run lacks a label, the site or the threshold.
     """
     require_known("recipe", recipe, RECIPES, QueryError)
     require_known("site", site, run["sites"] or SITES, QueryError)
@@ -105,7 +105,12 @@ def contrast(
 
 
 def answer_rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.Table:
-    """The row statistics of a site, by row and layer."""
+    """Return the row statistics of a site, ordered by row and layer.
+
+    Raises:
+        QueryError: if the run's text is not paired.
+        DamagedFile: if rows are missing.
+    """
     rows = warehouse.table("row_stats", run_ids=[run["run_id"]], where=pc.field("site") == site)
     if not rows:
         raise not_paired(run["run_id"])
@@ -116,7 +121,13 @@ def answer_rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.T
 
 
 def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold: int) -> of.Answers:
-    """The answers of two labels, after their own prompt or another."""
+    """Return the answers of two labels whose pairs have both.
+
+    Args:
+        rows: as returned by `answer_rows`.
+        after: `AFTER_ANOTHER` for answers after another prompt, or empty for answers after their own.
+        threshold: index of the threshold in the run's thresholds.
+    """
     wanted = [label + after for label in labels]
     rows = rows.filter(pc.is_in(rows["stratum"], pa.array(wanted)))
     layers = len(pc.unique(rows["layer"]))
@@ -138,7 +149,7 @@ def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold:
 
 
 def layer_table(own: of.Answers, other: of.Answers, recipe: str) -> pa.Table:
-    """`Contrast.layers` of answers after their own prompts and after another."""
+    """Return `Contrast.layers` from the answers after their own prompts and after another."""
     columns: dict[str, Any] = {"layer": np.arange(own.count.shape[1])}
     left_out, place = left_out_weights(len(own.pairs)), np.searchsorted(own.pairs, own.pair)
     labels, once = own.hallucinated.astype(np.float64), np.ones(len(own.pair))
@@ -172,7 +183,7 @@ def _table(columns: dict[str, Any]) -> pa.Table:
 
 
 def _stands(columns: Mapping[str, Any]) -> np.ndarray:
-    """Which layers differ whatever the control: labels, lengths, noise, and the prompt."""
+    """Return bool[layers]: whether the difference withstands every control (labels, lengths, noise, prompt)."""
     found, matched = columns["deviation"], columns["length_matched"]
     with np.errstate(invalid="ignore"):
         by_label = (columns["p_holm"] < LEVEL) & (np.abs(found) > columns["noise_floor"])
@@ -185,7 +196,10 @@ def _stands(columns: Mapping[str, Any]) -> np.ndarray:
 def _evaluated(
     warehouse: Warehouse, run: Mapping[str, Any], rows: pa.Table, labels: tuple[str, str]
 ) -> dict[str, Float64]:
-    """What the whole model predicts of each answer, mean over its tokens, where it was evaluated on the same rows."""
+    """Return the whole model's mean per token for each answer, by baseline.
+
+    Only evaluations on the same rows count.
+    """
     from avss_dist.tasks.base import combine  # torch with it, which pages of other runs need not wait for
 
     where = (pc.field("task") == f"{PERPLEXITY}{run['corpus']}") & (pc.field("revision") == run["revision"])
@@ -203,7 +217,7 @@ def _evaluated(
 
 
 def _predictions(a: of.Answers, other: of.Answers, evaluated: Mapping[str, Float64]) -> pa.Table:
-    """AUROC of one-dimensional classifiers on layers and on what needs no layer, by folds of pairs."""
+    """Return the out-of-fold AUROC of one-dimensional classifiers on layers and on baselines. Folds are of pairs."""
     features, elsewhere = _features(a), _features(other)
     weights = left_out_weights(len(a.pairs))[:, np.searchsorted(a.pairs, a.pair)]
     baselines = {"length": a.tokens.astype(np.float64), **evaluated}
@@ -230,7 +244,7 @@ def _predictions(a: of.Answers, other: of.Answers, evaluated: Mapping[str, Float
 
 
 def _features(a: of.Answers) -> dict[str, Float64]:
-    """What an answer's own statistics tell of it, float64[rows, layers]."""
+    """Return the statistics of answers that classifiers are trained on, float64[rows, layers], by name."""
     with np.errstate(invalid="ignore", divide="ignore"):
         variance, sparsity = a.m2 / a.count, a.near_zero / a.count
     return {"variance": variance, "sparsity": sparsity, "norm": a.norm, "relative_magnitude": a.relative_magnitude}
@@ -266,7 +280,7 @@ def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _about_differences(rows: list[dict[str, Any]], where: str) -> list[str]:
-    """Of layers that differ by label, which do by length and by prompt too."""
+    """Return sentences on the layers that differ by label, and on those that also do by length and by prompt."""
     number = rows[0]["length_matched_pairs"]
     matched = _listed([row["layer"] for row in rows if (row["length_matched_p"] or 1) < LEVEL])
     prompt = _listed([row["layer"] for row in rows if _excludes_zero(row)])

@@ -1,4 +1,4 @@
-"""The results of an experiment on one run: what models keep without the layers that each method chose."""
+"""Results of an experiment on one run: retention of the model without the layers that each method chose."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Row = Mapping[str, Any]  # of the table `experiments`
 
 @dataclass(frozen=True, kw_only=True)
 class TaskMetric:
-    """A task of an experiment.
+    """A task of an experiment and its primary metric.
 
     Attributes:
-        name: as the warehouse has it.
-        metric: the one that speaks for the task.
-        guess: retention of a model that guesses; None if that is not known.
+        name: name of the task in the warehouse.
+        metric: the task's primary metric.
+        guess: retention of a model that guesses, or None if unknown.
     """
 
     name: str
@@ -41,9 +41,9 @@ class Outcome:
     """The result of a method on a task.
 
     Attributes:
-        value: of the task's metric.
-        retention: the metric over that of the whole model, or of a loss, exp(whole - value).
-        interval: its 95% interval; None where too few samples differ.
+        value: value of the task's metric.
+        retention: the value relative to that of the whole model. For a loss, exp(whole - value).
+        interval: 95% interval of the retention, or None if too few samples differ.
     """
 
     value: float
@@ -53,12 +53,13 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodResult:
-    """A set of layers that a method chose.
+    """A set of layers that a method chose, with its results.
 
     Attributes:
-        share: of the layers, which was asked for; 0 for the whole model.
-        drop: the layers and sublayers.
-        outcomes: by the name of the task.
+        method: name of the method.
+        share: requested share of the layers, 0 for the whole model.
+        drop: the removed layers and sublayers.
+        outcomes: results by task name.
     """
 
     method: str
@@ -68,17 +69,18 @@ class MethodResult:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is the whole model, with which the others are compared."""
+        """Whether this is the whole model, the reference of the others."""
         return self.method == WHOLE
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentResults:
-    """The results of an experiment on dropped layers.
+    """Results of an experiment on dropped layers.
 
     Attributes:
-        methods: by ascending share.
-        verdicts: a paragraph for each task and repair on which the claim was tried.
+        tasks: the evaluated tasks.
+        methods: the results of each share and method, by ascending share.
+        verdicts: a paragraph for each task and repair on which the claim was tested.
     """
 
     tasks: tuple[TaskMetric, ...]
@@ -87,16 +89,16 @@ class ExperimentResults:
 
     @property
     def lacks_interval(self) -> bool:
-        """Whether a retention has no interval."""
+        """Whether the retention of some method has no interval."""
         compared = (outcome for result in self.methods if not result.is_whole for outcome in result.outcomes.values())
         return any(outcome.interval is None for outcome in compared)
 
 
 def experiment_results(rows: Sequence[Row]) -> ExperimentResults | None:
-    """Return the results on dropped layers of one run; None if none were dropped.
+    """Return the results on dropped layers of one run, or None if no layers were dropped.
 
     Args:
-        rows: of ``experiments``, the newest last: of what was evaluated twice, the last counts.
+        rows: rows of ``experiments``, oldest first. The last of repeated evaluations counts.
     """
     newest: dict[tuple[Any, ...], Row] = {}
     for row in rows:
@@ -121,7 +123,7 @@ def experiment_results(rows: Sequence[Row]) -> ExperimentResults | None:
 
 
 def _by_method(rows: Sequence[Row]) -> tuple[MethodResult, ...]:
-    """Return a result for each share and method, in the order of rows."""
+    """Return a result for each share and method, in the order of the rows."""
     groups: dict[tuple[float, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["share"], shown_method(row)), []).append(row)

@@ -1,4 +1,4 @@
-"""What a router makes of the experts of each layer: which are idle, which carry it, how evenly tokens are spread."""
+"""Routed experts by layer: load, saliency and balance, and findings about idle and dominant experts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ MOST_NAMED = 4  # layers of which a finding names the experts
 
 @dataclass(frozen=True, eq=False)
 class LayerExperts:
-    """The experts of one layer.
+    """Statistics of the experts of one layer.
 
     Attributes:
-        load: float64[experts], the share of the routed tokens that each got.
-        saliency: float64[experts], the mean of gate * |output| over them (REAP); 0 of an idle expert.
-        carried: float64[experts], the share of the sum of gate * |output| that each gives.
-        balance: entropy of ``load`` over that of equal shares: 1 is even, 0 is one expert.
-        router_entropy: mean entropy of the router's probabilities, over that of equal ones; NaN where not measured.
+        layer: index of the layer.
+        load: float64[experts], the share of the routed tokens that each expert got.
+        saliency: float64[experts], the mean of gate * |output| over an expert's tokens (REAP), 0 for an idle expert.
+        carried: float64[experts], each expert's share of the sum of gate * |output|.
+        balance: entropy of ``load`` relative to that of equal shares: 1 is even, 0 is one expert.
+        router_entropy: mean entropy of the router's probabilities relative to that of equal ones. NaN if not measured.
     """
 
     layer: int
@@ -39,20 +40,20 @@ class LayerExperts:
 
     @property
     def idle(self) -> list[int]:
-        """Experts that no token reached."""
+        """Indices of the experts that no token reached."""
         return [int(expert) for expert in np.flatnonzero(self.load == 0)]
 
 
 def layer_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
-    """By layer, from ``expert_stats``; none where the run has no experts, or they were not measured."""
+    """Return the experts of each layer of a run. The list is empty if no experts were measured."""
     return _by_layer(warehouse.table("expert_stats", run_ids=[run_id]))
 
 
 def require_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
-    """As `layer_experts`.
+    """Return the experts of each layer of a run.
 
     Raises:
-        QueryError: there are none.
+        QueryError: if no experts were measured.
     """
     if not (found := layer_experts(warehouse, run_id)):
         raise QueryError(
@@ -83,7 +84,7 @@ def _shares(values: Float64) -> Float64:
 
 
 def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Findings of runs whose experts were measured, each with its run."""
+    """Yield (run id, finding) for the runs whose experts were measured."""
     rows = warehouse.table("expert_stats", run_ids=run_ids)
     for run_id in dict.fromkeys(rows["run_id"].to_pylist()):
         layers = _by_layer(rows.filter(pc.field("run_id") == run_id))

@@ -1,4 +1,4 @@
-"""Warnings that a careful reader of scores would raise, as data and in words."""
+"""Findings: warnings and notes about the scores of runs, as data and in words."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
         ("message", pa.string()),
     ]
 )
-"""A finding: site, recipe and threshold are null where it holds whatever they are; ``value`` is what was measured."""
+"""Columns of a finding. Site, recipe and threshold are null if it holds for all. ``value`` is the measured value."""
 
 TRACKS_DEPTH = 0.9  # absolute Spearman correlation with depth above which a score is little more than depth
 CHANGING = (0.1, 0.25)  # share of the lowest set that resampling changes: worth a note, a warning
@@ -70,23 +70,23 @@ KINDS = (
     "recipes_disagree",
     "row_start",
 )
-"""Every kind, in the order in which a reader should hear of them."""
+"""Every kind of finding, in the order in which they are reported."""
 OF_RANKINGS = {"nonfinite": False, "noisy_sparsity": True, "tracks_depth": True, "unstable_ranking": True}
-"""Kinds that change what a correlation of two rankings means, and whether that holds for AVSS alone."""
+"""Kinds of findings that bear on the correlation of two rankings, each with whether it concerns AVSS alone."""
 
 
 def findings(
     warehouse: Warehouse, run_ids: Sequence[str] | None = None, *, threshold: Threshold | None = None
 ) -> pa.Table:
-    """What to know before believing the scores of these runs; every run that is done by default.
+    """Return the findings about the scores of runs.
 
     Args:
-        warehouse: where the runs are.
-        run_ids: ids of runs that are done; an unknown one has no findings.
-        threshold: a scored threshold, for the kinds that depend on one; the published 1e-5 by default.
+        warehouse: warehouse of the runs.
+        run_ids: ids of finished runs, by default all of them. Unknown ids have no findings.
+        threshold: a scored threshold, for the kinds that depend on one. By default, the published 1e-5.
 
     Returns:
-        A table of `SCHEMA`, warnings before notes, then in the order of `KINDS` and of the default site and recipe.
+        A table of `SCHEMA`: warnings before notes, the default site and recipe before others, then ordered by `KINDS`.
     """
     threshold = threshold or Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
     wanted = None if run_ids is None else set(run_ids)
@@ -111,13 +111,13 @@ def findings(
 
 
 def of_rankings(found: pa.Table, score: str) -> pa.Table:
-    """Return the findings that bear on a comparison of rankings by a score; `OF_RANKINGS` has their kinds."""
+    """Return the findings that bear on a comparison of rankings by a score. See `OF_RANKINGS`."""
     kinds = [kind for kind, of_avss in OF_RANKINGS.items() if score == "avss" or not of_avss]
     return found.filter(pc.field("kind").isin(kinds))
 
 
 def _no_interval(run: Row) -> Iterator[Row]:
-    """Find that a run has too few shards for intervals."""
+    """Yield a finding if a run has too few shards for intervals."""
     shards = run["num_shards"]
     if shards and (message := why_no_interval(shards)):
         yield finding("no_interval", "note", shards, message)
@@ -130,7 +130,10 @@ def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> It
 
 
 def _by_run(table: pa.Table) -> Callable[[str], list[Row]]:
-    """The rows of a run, by layer; of thousands of runs, those of one at a time are Python objects."""
+    """Return a function that returns the rows of a run, ordered by layer.
+
+    Only the rows of the requested run become Python objects, which bounds memory for thousands of runs.
+    """
     table = table.sort_by([("run_id", "ascending"), ("layer", "ascending")])
     names, first, counts = np.unique(table["run_id"].to_numpy(), return_index=True, return_counts=True)
     place = dict(zip(names, zip(first.tolist(), counts.tolist(), strict=True), strict=True))
@@ -138,7 +141,7 @@ def _by_run(table: pa.Table) -> Callable[[str], list[Row]]:
 
 
 def _urgency(found: Row) -> tuple[bool, bool, int, int, int]:
-    """Sorts findings: warnings, then those of the default site and recipe, then in the order of `KINDS`."""
+    """Return the sort key of a finding: warnings first, then the default site and recipe, then the order of `KINDS`."""
     site, recipe = found.get("site") or SITES[0], found.get("recipe") or RECIPES[0]
     elsewhere = (site, recipe) != (SITES[0], RECIPES[0])
     kind = KINDS.index(found["kind"])
@@ -168,7 +171,7 @@ def _column(rows: Rows, name: str) -> Float64:
 
 
 def _of_scores(scores: Rows, threshold: Threshold) -> Iterator[Row]:
-    """Findings of one run that its scores at one threshold tell."""
+    """Yield the findings of one run that follow from its scores at one threshold."""
     at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
     for (site, recipe), rows in grouped(scores, "site", "recipe").items():
         place = {"site": site, "recipe": recipe, **at}
@@ -184,7 +187,7 @@ Check = Iterator[tuple[str, str, float, str]]
 
 
 def describe_depth(score: str, rho: float, layers: int) -> str | None:
-    """What a correlation of a score with depth says, where it is so strong that a reader must know; else None."""
+    """Return a sentence on the correlation of a score with depth if it exceeds `TRACKS_DEPTH`, else None."""
     if not abs(rho) > TRACKS_DEPTH:
         return None
     return (
@@ -247,7 +250,7 @@ def _recipes_disagree(rows: Rows, _: Threshold) -> Check:
 
 
 def _first_tokens(runs: Rows, scores: Callable[[str], Rows]) -> Iterator[Row]:
-    """Runs that differ in ``skip_first_tokens`` alone: how much of the variance the skipped tokens carried."""
+    """Yield findings on the variance in the first tokens, from runs that differ only in ``skip_first_tokens``."""
 
     def skipped(run: Mapping[str, Any]) -> int:
         return int(settings_of(run).get("skip_first_tokens") or 0)
@@ -264,8 +267,8 @@ def _first_tokens(runs: Rows, scores: Callable[[str], Rows]) -> Iterator[Row]:
 def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
     """Yield a finding for each run whose model expects another start of its rows.
 
-    An evaluation of the model on any text with the same `row_start` measures it. Runs of packed text that were written
-    before rows started with special tokens are named too.
+    The evidence is an evaluation of the model on any text with the same ``row_start``. Runs on packed text from before
+    rows started with special tokens get a finding, too.
     """
     where = pc.starts_with(pc.field("task"), ROW_START) & (pc.list_value_length(pc.field("drop")) == 0)
     losses: dict[tuple[str, str], dict[str, dict[str, float]]] = {}

@@ -1,4 +1,4 @@
-"""From a warehouse to a plan: the score to choose by, and what to know before believing it."""
+"""Pruning plans from a warehouse: the score to choose layers by, and the findings that bear on it."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ MOST_TRIED = 20  # runs, the newest first
 def plan_layers(
     warehouse: Warehouse, run: Mapping[str, Any], *, by: str | None = None, reading: Reading = PUBLISHED, **how: Any
 ) -> Plan:
-    """A plan for the checkpoint of a run, with what the warehouse knows of that choice.
+    """Return a pruning plan for the checkpoint of a run, with the warehouse's findings and evaluations of it.
 
     Args:
         run: a row of ``runs``.
-        by: a name of ``registry.SCORES``; None is `default_score`.
-        reading: site, recipe, threshold and its kind, of AVSS.
+        by: a name of ``registry.SCORES``. None selects `default_score`.
+        reading: site, recipe, threshold and threshold kind of AVSS.
         how: the other fields of `Choice`: ``share``, ``count``, ``mass``, ``first``, ``last``, and so on.
 
     Raises:
-        QueryError: no score was named and there is no default, or the warehouse lacks the score that was named.
-        ConfigError: a value is out of its range.
-        PlanError: no plan can be made of it; see `Choice.drop` and `make_plan`.
+        QueryError: if no score was named and there is no default, or the warehouse lacks the named score.
+        ConfigError: if a value is out of range.
+        PlanError: if no plan satisfies the choice. See `Choice.drop` and `make_plan`.
     """
     choice = Choice(by=by or default_score(warehouse, run), reading=reading if by == "avss" else None, **how)
     rows = warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist()
@@ -72,15 +72,15 @@ def plan_layers(
 
 
 def plannable_run(warehouse: Warehouse, by: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Return the newest run for whose layers the warehouse has a score, and a line for each newer run without it.
+    """Return the newest run whose layers have the score, and a line for each newer run that lacks it.
 
-    The newest run is returned where none of the `MOST_TRIED` newest has it.
+    If none of the `MOST_TRIED` newest runs has the score, return the newest run.
 
     Args:
-        by: as for `plan_layers`.
+        by: a name of ``registry.SCORES``. None selects `default_score`.
 
     Raises:
-        QueryError: there is no finished run.
+        QueryError: if there is no finished run.
     """
     runs = sorted(choose_runs(warehouse, (), every=True), key=lambda run: str(run["created_at"]), reverse=True)
     passed: list[str] = []
@@ -95,7 +95,7 @@ def plannable_run(warehouse: Warehouse, by: str | None) -> tuple[dict[str, Any],
 
 
 def _require_score(warehouse: Warehouse, run: Mapping[str, Any], by: str | None) -> None:
-    """Raise QueryError where layers of a run cannot be chosen by a score, since it is not measured."""
+    """Raise QueryError if a score is not measured for the layers of a run."""
     if by is None:
         default_score(warehouse, run)
     elif by in MEASURED:
@@ -107,12 +107,12 @@ def _require_score(warehouse: Warehouse, run: Mapping[str, Any], by: str | None)
 
 
 def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
-    """The score that layers are chosen by where none is named: the measured loss, else its estimate, the damage.
+    """Return the default score to choose layers by: the measured loss, else its estimate, the damage.
 
-    No score from activations alone is a default: an experiment may refute it for this very model.
+    Scores from activations are never the default, because an experiment may refute them for this model.
 
     Raises:
-        QueryError: neither is measured; the message has the commands, and what else there is.
+        QueryError: if neither is measured. The message has the commands that measure them, and the other scores.
     """
     for name in (LOSS, "damage"):
         if find_layer_truth(warehouse, run, name):
@@ -137,15 +137,15 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
 
 
 def _meanings(names: Iterable[str]) -> list[str]:
-    """Return a line for each score."""
+    """Return a line with the meaning of each score."""
     return [f"  {name}: {SCORES[name].meaning}" for name in names]
 
 
 def _of_reading(rows: Rows, reading: Reading) -> Rows:
-    """The rows of ``scores`` of one reading of AVSS.
+    """Return the rows of ``scores`` of one reading of AVSS.
 
     Raises:
-        QueryError: there are none; the message says what there is.
+        QueryError: if there are none. The message lists the available readings.
     """
     wanted = [row for row in rows if reading_of(row) == reading]
     if not wanted:
@@ -160,7 +160,7 @@ def _describe(reading: Reading) -> str:
 
 
 def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, values: Sequence[float]) -> Iterator[str]:
-    """What speaks against a choice: of the score itself, of the run, and what experiments said of AVSS."""
+    """Yield the findings that bear on a choice: about the score, the run, and the experiments on AVSS."""
     if choice.by in (LAST, RANDOM):
         return
     if depth := describe_depth(choice.by, depth_correlation(values), len(values)):
@@ -177,12 +177,12 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
 
 
 def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> tuple[str, ...]:
-    """What each task says of the model without these layers, beside the whole model; a line each."""
+    """Return a line for each task that the model was evaluated on without these layers, beside the whole model."""
     return tuple(dict.fromkeys(_evaluated(warehouse, run, removed)))
 
 
 def _is_of_layers_alone(row: Mapping[str, Any]) -> bool:
-    """Whether a row of ``evaluations`` is about a model of which nothing but layers was left out."""
+    """Whether a row of ``evaluations`` is of a model that is changed only by the removal of layers."""
     return all(row[name] is None for name in ("layer", "patch", "sparsity_plan", "factor"))
 
 

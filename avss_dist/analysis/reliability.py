@@ -1,4 +1,4 @@
-"""How far a measurement of layers can be trusted to order them: no score agrees with it better than it does itself."""
+"""Reliability of a measured order of layers, which bounds the agreement of any score with it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ FEWEST_SETS = 10  # for a correlation over sets of layers: chance alone exceeds 
 
 
 def increases(store: Warehouse, truth: LayerTruth) -> Float64:
-    """What the loss of each sequence rises by without each layer, float64[sequences, layers], in nats.
+    """Return the rise of each sequence's loss without each layer, float64[sequences, layers], in nats.
 
-    No sequences where the cells of the evaluation are not in the warehouse.
+    The array has no sequences if the warehouse lacks the cells of the evaluation.
     """
     where = (pc.field("run_id") == truth.run_id) & (pc.field("task") == truth.task) & (pc.field("metric") == LOSS)
     rows = store.table("cells", where=where).to_pylist()
@@ -37,16 +37,16 @@ def increases(store: Warehouse, truth: LayerTruth) -> Float64:
 
 
 def reliability(samples: Float64) -> float:
-    """The correlation that a second measurement on other text of the same size would have with this one.
+    """Return the expected correlation of a measurement with a second one on other text of the same size.
 
-    Spearman's correlation of two random halves of the sequences, a mean over splits, stepped up to the whole by the
-    formula of Spearman and Brown (1910): ``2 r / (1 + r)``. The same every time.
+    This is Spearman's correlation of two random halves of the sequences, averaged over splits and extrapolated to the
+    whole by the formula of Spearman and Brown (1910): ``2 r / (1 + r)``. The splits are seeded.
 
     Args:
         samples: float64[sequences, layers].
 
     Returns:
-        NaN of fewer than four sequences.
+        The correlation. NaN for fewer than four sequences, or if the halves do not correlate positively.
     """
     number = len(samples)
     if number < 4:
@@ -62,10 +62,10 @@ def reliability(samples: Float64) -> float:
 
 
 def misranked(score: Float64, truth: Float64) -> float | None:
-    """The share of pairs of layers, ties left out, of which a score puts the more important one first.
+    """Return the share of untied pairs of layers that a score puts in the opposite order; None if all are tied.
 
     Args:
-        score, truth: float64[layers]; NaN is left out.
+        score, truth: float64[layers]. Layers with NaN in either are left out.
     """
     both = np.isfinite(score) & np.isfinite(truth)
     product = signs(score[None, both]) * signs(truth[None, both])  # every pair twice
@@ -74,14 +74,15 @@ def misranked(score: Float64, truth: Float64) -> float | None:
 
 
 def sets_correlation(score: Float64, sets: Mapping[tuple[int, ...], float]) -> float:
-    """Spearman's correlation, over sets of layers, of the sum of a score with what the loss rises by without the set.
+    """Return Spearman's correlation over sets of layers of the summed score with the rise of the loss without the set.
 
     Args:
         score: float64[layers].
-        sets: nats per token, by layers.
+        sets: rise of the loss without each set of layers, in nats per token.
 
     Returns:
-        NaN of fewer than `FEWEST_SETS` sets. Of three, chance alone gives 1 or -1 in one case of three.
+        The correlation, NaN for fewer than `FEWEST_SETS` sets. With three sets, chance alone gives 1 or -1 in one case
+        of three.
     """
     if len(sets) < FEWEST_SETS:
         return np.nan

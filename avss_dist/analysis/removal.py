@@ -1,4 +1,4 @@
-"""A model without some of its layers: distances of blocks of layers, and the best set of each size."""
+"""Measurements of a model without some of its layers: block distances, and the best removed set of each size."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from avss_dist.stats.retention import kept
 from avss_dist.warehouse.reader import Warehouse
 
 OF_EVERY_LAYER = tuple({*(SCORES[name].task for name in MEASURED), SUBLAYER_LOSS, SEARCH})
-"""Tasks about single layers, or about sets on the text of a search: they do not judge a model."""
+"""Tasks that measure single layers, or candidate sets of a search, rather than a pruned model."""
 Row = Mapping[str, Any]  # of the table `evaluations`
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDistance:
-    """The distance between the hidden states before and after a block of neighbouring layers.
+    """Distance between the hidden states before and after a block of consecutive layers.
 
     Attributes:
-        start: the first layer.
+        start: index of the first layer.
         length: number of layers.
-        distance: mean angle, as a share of a half turn.
+        distance: mean angle, in units of pi radians.
     """
 
     start: int
@@ -40,13 +40,13 @@ class BlockDistance:
 
 @dataclass(frozen=True, kw_only=True)
 class RemovedSet:
-    """A set of layers that a model was evaluated without.
+    """A set of removed layers and the retention of the model without it.
 
     Attributes:
-        series: the task, and the repair if there was one.
-        dropped: the set, in words.
-        size: number of layers; a sublayer is half of one.
-        kept: retention of the task's metric.
+        series: name of the task, with the repair if there was one.
+        dropped: the removed layers, in words.
+        size: number of layers. A sublayer counts as half a layer.
+        kept: retention of the task's primary metric.
     """
 
     series: str
@@ -60,8 +60,8 @@ class WithoutLayers:
     """Measurements of a checkpoint without some of its layers.
 
     Attributes:
-        blocks: by first layer and length.
-        sets: of every task and repair, the best set of each size.
+        blocks: block distances, ordered by first layer and length.
+        sets: the best set of each size, for every task and repair.
     """
 
     blocks: tuple[BlockDistance, ...] = ()
@@ -69,7 +69,7 @@ class WithoutLayers:
 
 
 def without_layers(warehouse: Warehouse, runs: Sequence[Row]) -> list[WithoutLayers]:
-    """Return what was measured of the checkpoint of each run.
+    """Return the measurements of each run's checkpoint without some of its layers.
 
     Args:
         runs: rows of ``runs``.
@@ -95,7 +95,7 @@ def _blocks(rows: Sequence[Row]) -> Iterator[BlockDistance]:
 
 
 def _best_sets(rows: Sequence[Row]) -> Iterator[RemovedSet]:
-    """Yield the best set of each size, of every task and repair."""
+    """Yield the best removed set of each size, for every task and repair."""
     fits = [row for row in rows if row["patch"] and row["task"].startswith(REPAIR)]
     repairs = {row["patch"]: row["task"].split(":")[1] for row in fits}
     by_task: dict[str, dict[str, list[Row]]] = {}
@@ -108,13 +108,13 @@ def _best_sets(rows: Sequence[Row]) -> Iterator[RemovedSet]:
 
 
 def _judges(row: Row) -> bool:
-    """Whether a row is about a task that judges a model, without layers and nothing else but a repair."""
+    """Whether a row evaluates a model that is changed only by the removal of layers and possibly a repair."""
     changed_otherwise = row["layer"] is not None or row["factor"] or row["sparsity_plan"] is not None
     return not changed_otherwise and not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START))
 
 
 def _sets(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterator[RemovedSet]:
-    """Yield every set of layers that one evaluation left out."""
+    """Yield every set of layers that was removed in one evaluation."""
     metric = primary_metric(rows)
     rows = [row for row in rows if row["metric"] == metric]
     for whole in (row["value"] for row in rows if not row["drop"]):

@@ -1,11 +1,11 @@
-"""The score card of a model: how well each score orders its layers as the ground truth does, and what its choices keep.
+"""Score card of a model: agreement of each score with the ground truth, and retention without the layers it selects.
 
 For every score, recipe, site and threshold in the warehouse: Spearman's correlation with the loss without each layer,
 with the Shapley value and with the first-order estimate, as `avss ablate` measured them; and the retention without the
-lowest 10%, 25% and 33% of layers, where that set of layers was evaluated. Beside the correlation with the loss stand
-its ceiling, which is what the same measurement on other text would reach, the share of pairs of layers that the score
-puts in the wrong order, and how well its sum over a set predicts the loss without the set. A control stands beside the
-scores: the place of a layer, from the end.
+lowest 10%, 25% and 33% of layers, if that set of layers was evaluated. The correlation with the loss comes with its
+ceiling (the correlation that the same measurement on other text would reach), the share of pairs of layers in the wrong
+order, and the correlation of the summed score of a set with the loss without the set. One control is included: the
+position of a layer, counted from the end.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ SCHEMA = pa.schema(
 
 
 def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """One row for each score, as it is read at each site, recipe and threshold, of runs whose truth is known.
+    """Return one row for each score and reading, of the runs whose ground truth is measured.
 
     Args:
         runs: rows of ``runs``.
 
     Raises:
-        QueryError: no ground truth is known of any of them; the message says how to measure it.
+        QueryError: if no run has a measured ground truth. The message has the command that measures it.
     """
     rows: list[dict[str, Any]] = []
     missing: QueryError | None = None
@@ -69,12 +69,13 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known of a run's model beside its scores.
+    """Ground truth of a run's model.
 
     Attributes:
-        truth: by one of ``registry.MEASURED``, float64[layers].
+        truth: float64[layers] by one of ``registry.MEASURED``.
         ceiling: `reliability` of the loss without each layer.
-        rises: what the loss rises by without a set of layers, on the text of ``task``.
+        rises: rise of the loss in nats per token without a set of layers, on the text of ``task``.
+        task: task of ``rises``, or None if no set of layers was evaluated.
     """
 
     truth: Mapping[str, Float64]
@@ -83,7 +84,7 @@ class _Known:
     task: str | None
 
     def compare(self, choice: Choice, values: Float64) -> dict[str, Any]:
-        """How well a score, float64[layers], tells it."""
+        """Return the columns of a score card for a score, float64[layers]."""
         sets = {drop: rise for drop, rise in self.rises.items() if len(drop) > 1}
         card: dict[str, Any] = {"sets": len(sets), "spearman_sets": _finite(sets_correlation(values, sets))}
         for name, column in SPEARMAN.items():
@@ -120,7 +121,7 @@ def _finite(rho: float) -> float | None:
 
 
 def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[dict[tuple[int, ...], float], str | None]:
-    """What the loss rises by without each set of layers, nats per token, and the text: that of the most sets."""
+    """Return the rise of the loss without each set of layers, in nats per token, and the task with the most sets."""
     where = (pc.field("revision") == run["revision"]) & (pc.field("metric") == LOSS)
     where &= pc.field("patch").is_null() & pc.field("sparsity_plan").is_null() & pc.field("factor").is_null()
     where &= pc.starts_with(pc.field("task"), PERPLEXITY)
@@ -134,7 +135,7 @@ def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[dict[tuple[int, ..
 
 
 def describe_score(card: Mapping[str, Any]) -> str:
-    """Return the title of the score of a row, with the reading of AVSS."""
+    """Return the title of a row's score. For AVSS, it contains the reading."""
     if card["score"] != "avss":
         return SCORES[card["score"]].title
     threshold = describe_threshold(card["threshold"], card["threshold_kind"])
@@ -142,12 +143,12 @@ def describe_score(card: Mapping[str, Any]) -> str:
 
 
 def is_published(card: Mapping[str, Any]) -> bool:
-    """Whether a row is AVSS as published."""
+    """Whether a row has the published reading of AVSS."""
     return tuple(card[name] for name in _PLACE) == PUBLISHED
 
 
 def best_readings(cards: pa.Table) -> pa.Table:
-    """Of AVSS, the published reading and, of each site, the one that orders layers best; all of the other scores."""
+    """Return score cards without the readings of AVSS that are neither the published one nor the best of their site."""
     rows = cards.to_pylist()
     order = SPEARMAN["loss"] if any(row[SPEARMAN["loss"]] is not None for row in rows) else SPEARMAN["shapley"]
     best: dict[tuple[str, str], tuple[float, int]] = {}

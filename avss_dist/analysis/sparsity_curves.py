@@ -1,4 +1,4 @@
-"""What an experiment says of sparsities: what each method keeps at each, and the most that keeps enough."""
+"""Sparsity curves of an experiment: retention of each method by sparsity, and the critical sparsity."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Row = Mapping[str, Any]  # of the table `experiments`
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A sparsity plan on a task.
+    """The result of a sparsity plan on a task.
 
     Attributes:
-        row: of the metric that speaks for the task.
-        measured: the share of the weights that met a zero; None where nothing did.
-        within: the share of the linear maps that came within a point of their sparsity; None where none ran.
-        farthest: how far the farthest was off.
+        row: row of ``experiments`` with the task's primary metric.
+        measured: share of the weights that met a zero input, or None if it was not measured.
+        within: share of the linear maps within one percentage point of their planned sparsity, or None.
+        farthest: largest deviation of a linear map from its planned sparsity, or None.
     """
 
     row: Row
@@ -34,26 +34,26 @@ class Point:
 
     @property
     def target(self) -> float:
-        """The sparsity that was planned."""
+        """Planned sparsity."""
         return float(self.row["sparsity"])
 
     @property
     def kept(self) -> float:
-        """The retention."""
+        """Retention of the task's primary metric."""
         return float(self.row["retention"])
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95% interval of the retention; None where too few samples differ."""
+        """95% interval of the retention, or None if too few samples differ."""
         return retention_interval(self.row)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A method on a task.
+    """Retention of a method on a task by sparsity.
 
     Attributes:
-        points: by ascending sparsity.
+        points: results by ascending sparsity.
         unreached: sparsities that the method cannot reach.
     """
 
@@ -63,7 +63,10 @@ class Curve:
     unreached: tuple[float, ...] = ()
 
     def critical(self, enough: float) -> float:
-        """The most sparsity that keeps enough, linear between the points, from all of it at none."""
+        """Return the largest sparsity up to which the retention is at least ``enough``.
+
+        The curve is linear between the points and starts at a retention of 1 without sparsity.
+        """
         places = [(0.0, 1.0), *((point.target, point.kept) for point in self.points)]
         for (s0, kept0), (s1, kept1) in pairwise(places):
             if kept1 < enough:
@@ -72,7 +75,7 @@ class Curve:
 
     @property
     def sentence(self) -> str:
-        """The critical sparsities, in words."""
+        """Sentence with the critical sparsities."""
         task = describe_task(self.task)
         beyond = f"{self.method} cannot reach {', '.join(f'{sparsity:.0%}' for sparsity in self.unreached)}."
         if not self.points:
@@ -87,12 +90,12 @@ class Curve:
 
 
 def is_sparse(row: Row) -> bool:
-    """Whether a row is of sparse activations, not of layers that were dropped."""
+    """Whether a row is the result of a sparsity plan."""
     return row.get("sparsity") is not None
 
 
 def sparsity_curves(rows: Sequence[Row]) -> list[Curve]:
-    """Of the rows of one run, a curve for each task and method, in their order."""
+    """Return a curve for each task and method of one run, in the order of its rows."""
     tasks = dict.fromkeys(row["task"] for row in rows if is_sparse(row))
     return [curve for task in tasks for curve in _curves(task, [row for row in rows if row["task"] == task])]
 

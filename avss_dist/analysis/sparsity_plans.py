@@ -1,4 +1,4 @@
-"""From a warehouse to a sparsity plan: thresholds from the counts of every value that a run measured."""
+"""Sparsity plans from a warehouse: thresholds from the value counts that a run measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 @dataclass(frozen=True)
 class Map:
-    """A linear map of a run: where it is, its shape, and what it read."""
+    """A linear map of a run: its location, its shape, and the statistics of its input."""
 
     layer: int
     path: str
@@ -32,28 +32,28 @@ class Map:
 
     @property
     def weights(self) -> int:
-        """How many."""
+        """Number of weights."""
         return self.outputs * self.inputs
 
     def thresholds(self, shares: Sequence[float] | Float64) -> Float64:
-        """The sizes that shares of its inputs do not exceed."""
+        """Return the quantiles of the absolute input values at the given shares."""
         return quantiles_of(self.read, np.asarray(shares).tolist())[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """The linear maps of a run whose inputs it measured.
-
-    Raises:
-        QueryError: (of `of`) it measured none, or not all; the message has the command that does.
-    """
+    """The linear maps of a run whose inputs were measured."""
 
     run: Mapping[str, Any]
     maps: tuple[Map, ...]
 
     @staticmethod
     def of(warehouse: Warehouse, run: Mapping[str, Any]) -> Measured:
-        """Of a row of ``runs``."""
+        """Read the linear maps of a row of ``runs``.
+
+        Raises:
+            QueryError: if some or all inputs were not measured. The message has the command that measures them.
+        """
         described = json.loads(run["projections"] or "[]")
         if not described:
             raise _not_measured(warehouse, run)
@@ -65,7 +65,7 @@ class Measured:
 
     @cached_property
     def sizes(self) -> Float64:
-        """float64[maps]: numbers of weights."""
+        """Number of weights of each map, float64[maps]."""
         return np.array([one.weights for one in self.maps], np.float64)
 
 
@@ -84,17 +84,20 @@ def _not_measured(warehouse: Warehouse, run: Mapping[str, Any]) -> QueryError:
 
 
 def require_target(target: float) -> None:
-    """Refuse a sparsity that is none.
-
-    Raises:
-        ConfigError: it is not above 0 and below 1.
-    """
+    """Raise ConfigError unless a target sparsity is above 0 and below 1."""
     if not 0 < target < 1:
         raise ConfigError(f"`target` {target:g} is no sparsity.", "It is above 0 and below 1: 0.5 makes half zero.")
 
 
 def plan_uniform(measured: Measured, target: float, method: str = "uniform", **fields: Any) -> SparsityPlan:
-    """The same sparsity in every linear map: by thresholds, the largest of each token, or a share of its sum."""
+    """Return a plan with the same sparsity in every linear map.
+
+    ``method`` decides which inputs stay: those above a threshold, the largest of each token (``wina``), or those that
+    make up a share of the token's sum (``topp``).
+
+    Raises:
+        ConfigError: if the target or a pattern is invalid.
+    """
     require_target(target)
     pattern = fields.get("pattern")
     if pattern is not None:
@@ -105,7 +108,11 @@ def plan_uniform(measured: Measured, target: float, method: str = "uniform", **f
 
 
 def _plan_pattern(measured: Measured, target: float, method: str, pattern: str, **fields: Any) -> SparsityPlan:
-    """A pattern alone says what is zero."""
+    """Return a plan in which a pattern, such as 2:4, alone decides which inputs are zero.
+
+    Raises:
+        ConfigError: if the pattern is invalid, or contradicts the target or the method.
+    """
     kept, _, group = pattern.partition(":")
     if method not in ("uniform", "wina"):
         raise ConfigError(f"`pattern` says what is zero, and `method` {method} would too.", "Use uniform or wina.")
@@ -129,10 +136,15 @@ def make_plan(
     pattern: str | None = None,
     weighted: bool = False,
 ) -> SparsityPlan:
-    """A plan with a sparsity for each map, float64[maps].
+    """Return a plan with a sparsity for each map.
+
+    Args:
+        sparsities: float64[maps].
+        by: one of the `THRESHOLD`, `TOP_K` and `TOP_P` rules.
+        why: record of the method and its target, stored in the plan.
 
     Raises:
-        PlanError: a top-k that keeps no unit, or a pattern that does not divide the units.
+        PlanError: if a top-k keeps no unit, or a pattern does not divide the units.
     """
     maps = tuple(_planned(one, float(s), by) for one, s in zip(measured.maps, sparsities, strict=True))
     expected = np.array([one.sparsity for one in maps])
@@ -176,7 +188,7 @@ def _planned(one: Map, sparsity: float, by: str) -> MapPlan:
 
 
 def _upto(read: LayerStats, threshold: float) -> tuple[float, float]:
-    """The share of elements that do not exceed a size, and of the sum of sizes that they have."""
+    """Return the share of elements with abs(x) up to a threshold, and their share of the sum of abs(x)."""
     values, counts = read.abs_value.astype(np.float64), read.abs_value_count
     upto = values <= threshold
     total, mass = float(counts.sum()), float((values * counts).sum())

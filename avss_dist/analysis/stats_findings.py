@@ -1,4 +1,4 @@
-"""Findings that the statistics of a run tell, whatever AVSS makes of them."""
+"""Findings that follow from the statistics of a run, independent of AVSS."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ STATS = (
 
 
 def read_stats(table: pa.Table) -> list[Row]:
-    """Rows of ``layer_stats`` by layer, lists as arrays: there may be thousands of units."""
+    """Return the rows of ``layer_stats``, ordered by layer. Lists become arrays, since they can be long."""
     table = table.sort_by("layer")
     lists = {f.name for f in table.schema if pa.types.is_list(f.type)}
     rows: list[Row] = table.drop_columns(list(lists)).to_pylist()
@@ -65,7 +65,7 @@ def finding(kind: str, severity: str, value: float, message: str, **place: Any) 
 
 
 def of_stats(stats: Rows, threshold: Threshold) -> Iterator[Row]:
-    """Findings of one run that its statistics tell."""
+    """Yield the findings of one run that follow from its statistics."""
     for (site,), rows in grouped(stats, "site").items():
         for one in (
             *_nonfinite(rows),
@@ -78,7 +78,7 @@ def of_stats(stats: Rows, threshold: Threshold) -> Iterator[Row]:
 
 
 def _nonfinite(rows: Rows) -> Iterator[Row]:
-    """Layers with NaN or infinite elements, which every other statistic leaves out."""
+    """Yield a finding on layers with NaN or infinite elements, which every other statistic leaves out."""
     shares = {
         row["layer"]: row["nonfinite_count"] / (row["count"] + row["nonfinite_count"])
         for row in rows
@@ -114,7 +114,10 @@ def _exact_zeros(site: str, rows: Rows, threshold: Threshold) -> Iterator[Row]:
 
 
 def _dominant_units(rows: Rows) -> Iterator[Row]:
-    """Sums over units of (x - mean)^2, and of (unit mean - mean)^2, that one unit carries more than half of."""
+    """Yield findings on layers in which one unit carries more than half of the variance.
+
+    The variance is over elements, (x - mean)^2, or over unit means, (unit mean - mean)^2, depending on the recipe.
+    """
     rows = [row for row in rows if row["unit_sum"].size and row["unit_count"]]
     of_means, of_elements = _largest_shares(rows, _shares_of_means), _largest_shares(rows, _shares_of_elements)
     for recipe, largest in (("pooled", of_means), ("element", of_elements), ("unit", of_means)):
@@ -138,7 +141,7 @@ def _dominant_units(rows: Rows) -> Iterator[Row]:
 
 
 def _first_token(rows: Rows) -> Iterator[Row]:
-    """Yield a finding where the first token of each row carries more than half of the variance over elements."""
+    """Yield a finding if the first token of each row carries more than half of the variance over elements."""
     shares = {
         row["layer"]: share_of_m2((row["first_count"], row["first_mean"], row["first_m2"]), row["mean"], row["m2"])
         for row in rows
@@ -159,7 +162,7 @@ def _first_token(rows: Rows) -> Iterator[Row]:
 
 
 def _largest_shares(rows: Rows, shares_of: Callable[..., Float64]) -> list[tuple[float, int, int]]:
-    """Share, unit and layer, where shares are defined."""
+    """Return (share, unit, layer) of the largest unit of each layer whose shares are defined."""
     found = []
     for size in sorted({row["unit_sum"].size for row in rows}):
         alike = [row for row in rows if row["unit_sum"].size == size]
@@ -171,7 +174,7 @@ def _largest_shares(rows: Rows, shares_of: Callable[..., Float64]) -> list[tuple
 
 
 def _shares_of_elements(sums: Float64, squares: Float64, count: Float64) -> Float64:
-    """Of every layer and unit, float64[layers, units]; ``count`` is [layers, 1]."""
+    """Return each unit's share of the variance over elements, float64[layers, units]; ``count`` is [layers, 1]."""
     mean = sums.sum(axis=1, keepdims=True) / (count * sums.shape[1])
     return _shares(np.maximum(squares - 2 * mean * sums + count * mean**2, 0))
 
@@ -187,7 +190,7 @@ def _shares(values: Float64) -> Float64:
 
 
 def _identity_layers(stats: Rows) -> Iterator[Row]:
-    """Layers whose update is zero throughout, or (without that site) next to nothing beside their input."""
+    """Yield a finding on layers whose update is zero, or negligible relative to their input."""
     still = {row["layer"] for row in stats if row["site"] == "update" and row["count"] and row["max_abs"] == 0}
     known = [row for row in stats if row["token_count"] and row["relative_magnitude_sum"] is not None]
     moved = {row["layer"]: row["relative_magnitude_sum"] / row["token_count"] for row in known}
@@ -207,5 +210,5 @@ def describe(threshold: Threshold) -> str:
 
 
 def layers_in_words(layers: Sequence[int]) -> str:
-    """``layers 0-3, 7``."""
+    """Return layers in words, such as ``layers 0-3, 7``."""
     return f"layer{'s' if len(layers) != 1 else ''} {describe_layers(layers)}"

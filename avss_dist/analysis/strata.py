@@ -1,4 +1,4 @@
-"""Contrasts of merged strata: what needs no single answers, and so any recipe and any threshold."""
+"""Contrasts of merged strata, for any recipe and threshold, including those without statistics of single answers."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from avss_dist.stats.scores import Parts, SiteTable, Threshold
 from avss_dist.warehouse.reader import Warehouse
 
 HALLUCINATED_NAMES = (INCORRECT, "hallucinated", "hallucination", "false", "wrong")
-"""Labels, in lower case, that say of themselves that they are of hallucinated answers."""
+"""Lower-case labels that are recognized as those of hallucinated answers."""
 
 
 @dataclass(frozen=True)
 class Strata:
-    """The strata of one site of a run.
+    """Statistics of one site of a run, by stratum.
 
     Attributes:
-        labels: of the hallucinated and of the truthful answers.
-        layers: those that have the site.
-        merged: LayerStats by layer, of the answers after their own prompts, by label.
-        blocks: the same by block of consecutive shards, of every stratum.
+        labels: labels of the hallucinated and of the truthful answers.
+        layers: indices of the layers that have the site.
+        merged: LayerStats by label and layer, of the answers after their own prompts.
+        blocks: LayerStats by stratum, block of consecutive shards, and layer.
     """
 
     labels: tuple[str, str]
@@ -47,10 +47,10 @@ class Strata:
         hallucinated: str | None = None,
         truthful: str | None = None,
     ) -> Strata:
-        """Those of a row of ``runs``.
+        """Read the strata of a row of ``runs``.
 
         Raises:
-            QueryError: its text is not paired, or has not those labels or that site.
+            QueryError: if its text is not paired, or it lacks a label or the site.
         """
         require_known("site", site, run["sites"], QueryError)
         merged = {key: stats for key, stats in warehouse.read_stratum_stats(run["run_id"]).items() if key[1] == site}
@@ -76,7 +76,7 @@ class Strata:
 
     @property
     def num_blocks(self) -> int:
-        """Of shards; they hold whole pairs, and are what is resampled and exchanged."""
+        """Number of shard blocks. A block holds whole pairs and is the unit of resampling."""
         return len(self.blocks[self.labels[0]])
 
     def both_sides(
@@ -87,13 +87,13 @@ class Strata:
         exchanged: Float64 | None = None,
         after: str = "",
     ) -> tuple[Parts, Parts]:
-        """What AVSS of hallucinated and of truthful answers is made of, float64[n, layers] each.
+        """Return the parts of AVSS of hallucinated and of truthful answers, float64[n, layers] each.
 
         Args:
-            threshold: a relative one is a multiple of the RMS of both strata together.
-            weights: float64[n, blocks], how often each block counts; once by default.
-            exchanged: float64[n, blocks], 1 where the labels of a block are exchanged; nowhere by default.
-            after: `AFTER_ANOTHER`, or nothing.
+            threshold: near-zero threshold. A relative one is a multiple of the RMS of both strata together.
+            weights: float64[n, blocks], the weight of each block, 1 by default.
+            exchanged: float64[n, blocks], 1 if the labels of a block are exchanged, 0 by default.
+            after: `AFTER_ANOTHER` for answers after another prompt, or empty for answers after their own.
         """
         swapped = np.zeros((1, self.num_blocks)) if exchanged is None else exchanged
         weights = np.ones_like(swapped) if weights is None else weights
@@ -102,14 +102,22 @@ class Strata:
         return _both([*first, *second], recipe, threshold, np.hstack([ours, theirs]), np.hstack([theirs, ours]))
 
     def halves(self, recipe: str, threshold: Threshold, first: Float64) -> tuple[Parts, Parts]:
-        """The same of two parts of the truthful answers: ``first`` is float64[n, blocks], 1 or 0."""
+        """Return the parts of AVSS of two groups of truthful answers, float64[n, layers] each.
+
+        Args:
+            first: float64[n, blocks], 1 for blocks of the first group, 0 for those of the second.
+        """
         return _both(self.blocks[self.labels[1]], recipe, threshold, first, 1 - first)
 
 
 def _both(
     blocks: Sequence[Sequence[LayerStats]], recipe: str, threshold: Threshold, first: Float64, second: Float64
 ) -> tuple[Parts, Parts]:
-    """What AVSS of blocks is made of, with each of two weights, float64[n, blocks]."""
+    """Return the parts of AVSS of blocks under each of two weights, float64[n, blocks].
+
+    Raises:
+        QueryError: if the site has no statistics for the recipe.
+    """
     merged = [reduce(LayerStats.merge, of_layer) for of_layer in zip(*blocks, strict=True)]
     table = SiteTable(merged, blocks, [threshold], np.vstack([first, second]))
     if recipe not in table.recipes():
@@ -121,12 +129,12 @@ def _both(
 
 
 def stratum_columns(strata: Strata, recipe: str, threshold: Threshold) -> dict[str, Any]:
-    """Scores of layers, their intervals, and those controls that need no single answers.
+    """Return the scores of layers, their intervals, and the controls that need no single answers.
 
-    Blocks of shards are resampled, left out, and exchange their labels, in place of pairs.
+    Instead of pairs, blocks of shards are resampled, left out, and exchange their labels.
 
     Raises:
-        QueryError: there are fewer than two, or the site has no statistics by unit.
+        QueryError: if there are fewer than two blocks, or the site has no statistics for the recipe.
     """
     n, layers = strata.num_blocks, len(strata.layers)
     if n < 2:
@@ -157,16 +165,16 @@ def _deviation(sides: tuple[Parts, Parts]) -> Float64:
 
 
 def _row(parts: Parts) -> Parts:
-    """The first row."""
+    """Return the first row of each part."""
     variance, near_zero, count = parts
     return variance[0], near_zero[0], count[0]
 
 
 def which_labels(strata: Collection[str], hallucinated: str | None, truthful: str | None) -> tuple[str, str]:
-    """The labels of hallucinated and of truthful answers: those that were named, else those that say so themselves.
+    """Return the labels of hallucinated and of truthful answers. Labels that were not given are recognized by name.
 
     Raises:
-        QueryError: there is none such, or several.
+        QueryError: if a given label is unknown, or a missing one is not recognized unambiguously.
     """
     known = sorted(stratum for stratum in strata if not stratum.endswith(AFTER_ANOTHER))
     for label in filter(None, (hallucinated, truthful)):
@@ -182,7 +190,7 @@ def which_labels(strata: Collection[str], hallucinated: str | None, truthful: st
 
 
 def not_paired(run_id: str) -> QueryError:
-    """That a run has no labelled answers."""
+    """Return the error for a run whose text has no labelled answers."""
     return QueryError(
         f"The text of run '{run_id}' is not paired.",
         "Score on prompts with labelled answers: avss score --corpus file.jsonl:prompt+answer --label-field LABEL.",

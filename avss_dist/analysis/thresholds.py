@@ -1,4 +1,4 @@
-"""Scores at any threshold, and quantiles of abs(x), from what a run stored: no model runs again."""
+"""Scores at any threshold, and quantiles of abs(x), from the stored statistics of a run. No model is run."""
 
 from __future__ import annotations
 
@@ -24,30 +24,32 @@ SCORES = pa.schema(
         *((name, pa.float64()) for name in ("near_zero_low", "near_zero_high")),
     ]
 )
-"""The columns of ``scores``; ``exactness``, ``exact`` or ``interpolated``; and between what the near-zero count
-certainly is, which is itself where it is exact: see `LayerStats.below`.
+"""Columns of ``scores``, with the exactness and the bounds of the near-zero count.
+
+``exactness`` is ``exact`` or ``interpolated``. The bounds are equal if the count is exact: see `LayerStats.below`.
 """
 
 _PLACE = [SCHEMAS["layer_stats"].field(name) for name in ("run_id", "model", "layer", "layer_name", "depth", "site")]
 QUANTILES = pa.schema([*_PLACE, *((name, pa.float64()) for name in ("share", "value", "rms_multiple", "low", "high"))])
-"""``share`` of the elements have abs(x) up to ``value``, which is ``rms_multiple`` times the RMS of the layer and site.
+"""Columns of a quantile: ``share`` of the elements have abs(x) up to ``value``.
 
-The truth is between ``low`` and ``high``, which are ``value`` where it is exact.
+``rms_multiple`` is ``value`` over the RMS of the layer and site. The true quantile is between ``low`` and ``high``,
+which equal ``value`` if it is exact.
 """
 
 
 def scores_at(
     warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], threshold: Threshold, *, sites: Sequence[str] | None = None
 ) -> pa.Table:
-    """The scores of runs at one threshold, with intervals where the shards' statistics are kept.
+    """Return the scores of runs at one threshold, with intervals if the shards' statistics are kept.
 
-    Near-zero counts are exact in 16-bit dtypes, of which every value is counted. Float32 ones are counted cut to 128
-    values an octave: exact at these and where the threshold was counted, else linear in between, and seldom as much as
-    1% off. The recipe ``unit`` is always exact.
+    Near-zero counts of 16-bit dtypes are exact, because every value is counted. Float32 values are truncated to 128
+    values per octave. Their near-zero counts are exact at these values and at counted thresholds, and interpolated
+    linearly in between, with an error that seldom reaches 1%. The recipe ``unit`` is always exact.
 
     Args:
-        runs: rows of ``runs``, of runs that are done.
-        sites: which ones; all of them by default.
+        runs: rows of ``runs`` of finished runs.
+        sites: sites to score, by default all.
 
     Returns:
         A table of `SCORES`.
@@ -75,14 +77,16 @@ def scores_at(
 def layer_scores(
     warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], threshold: Threshold, *, site: str, recipe: str
 ) -> pa.Table:
-    """The scores of runs at one threshold, site and recipe, by run and layer: those that are stored, else `scores_at`.
+    """Return the scores of runs at one threshold, site and recipe, ordered by run and layer.
+
+    Stored scores are read, missing ones are computed by `scores_at`.
 
     Args:
-        runs: rows of ``runs``, of runs that are done.
+        runs: rows of ``runs`` of finished runs.
 
     Returns:
-        A table of `SCORES`. Of scores stored at an absolute threshold, every count is exact; of others that are
-        stored, ``exactness`` is null. It is empty where no run has that site and recipe.
+        A table of `SCORES`, empty if no run has the site and recipe. Stored scores are exact at an absolute threshold;
+        at a relative one, their ``exactness`` is null.
 
     Raises:
         WarehouseError: as `Warehouse.read_layer_stats`.
@@ -100,7 +104,7 @@ def layer_scores(
 
 
 def _with_exactness(stored: pa.Table) -> pa.Table:
-    """Rows of ``scores`` as `SCORES` has them."""
+    """Return rows of ``scores`` as a table of `SCORES`."""
     exact = pc.equal(stored["threshold_kind"], "absolute")
     counts = pc.if_else(exact, stored["near_zero_count"].cast(pa.float64()), None)
     columns = {name: stored[name] for name in SCHEMAS["scores"].names}
@@ -111,18 +115,18 @@ def _with_exactness(stored: pa.Table) -> pa.Table:
 def quantiles(
     warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], shares: Sequence[float], sites: Sequence[str] | None = None
 ) -> pa.Table:
-    """Quantiles of abs(x) by layer and site: the threshold at which a share of the elements is near zero.
+    """Return the quantiles of abs(x) by layer and site: the smallest values that given shares do not exceed.
 
     Args:
-        runs: rows of ``runs``, of runs that are done.
-        shares: each between 0 and 1.
-        sites: which ones; all of them by default.
+        runs: rows of ``runs`` of finished runs.
+        shares: shares of the elements, each between 0 and 1.
+        sites: sites to include, by default all.
 
     Returns:
         A table of `QUANTILES`.
 
     Raises:
-        ValueError: a share is not between 0 and 1.
+        ValueError: if a share is not between 0 and 1.
         WarehouseError: as `Warehouse.read_layer_stats`.
     """
     if wrong := [share for share in shares if not 0 <= share <= 1]:
@@ -155,11 +159,11 @@ def _quantiles(
 
 
 def quantiles_of(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, Float64, Float64]:
-    """Quantiles of abs(x), and between what each certainly is, each float64[shares].
+    """Return the quantiles of abs(x) and their lower and upper bounds, each float64[shares].
 
-    The smallest value that a share of the elements does not exceed; where values are cut, or only the histogram is
-    known, linear between the edges that the truth lies in. 0 where exact zeros alone are that many, at most
-    ``max_abs``, NaN without elements.
+    A quantile is the smallest value that at least a share of the elements does not exceed. If values are cut, or only
+    the histogram is known, it is interpolated linearly between the edges of its bin, up to ``max_abs``. It is 0 if
+    exact zeros make up the share, and NaN without elements.
     """
     wanted = np.asarray(shares, float) * stats.count
     if not stats.count:
@@ -174,13 +178,13 @@ def quantiles_of(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, F
 
 
 def _layer_names(warehouse: Warehouse, run: Mapping[str, Any]) -> list[str]:
-    """Module path of every layer of the model; empty for one that was not measured."""
+    """Return the module path of every layer of the model. Layers that were not measured have an empty path."""
     rows = warehouse.table("layer_stats", run_ids=[run["run_id"]], columns=["layer", "layer_name"]).to_pylist()
     names = {row["layer"]: row["layer_name"] for row in rows}
     return [names.get(i, "") for i in range(max([run["num_layers"] or 0, *(i + 1 for i in names)]))]
 
 
 def _blocks(warehouse: Warehouse, run: Mapping[str, Any]) -> list[Mapping[LayerKey, LayerStats]]:
-    """The run's partials as they were resampled when it was scored; none where some are gone."""
+    """Return the blocks of shards that were resampled when the run was scored. Empty if partials are missing."""
     shards = warehouse.read_partials(run)
     return merge_blocks(shards, BOOTSTRAP_BLOCKS).blocks if shards else []

@@ -1,4 +1,4 @@
-"""What an experiment says, in words: does the claim hold, against chance, against the reverse, against rivals?
+"""Verdicts on the published claim in words, beside random choices, the reverse choice, and baselines.
 
 The claim (arXiv 2411.02117, abstract): without the lowest 25% of layers by AVSS, over 90% of the performance is kept.
 """
@@ -25,14 +25,14 @@ Row = Mapping[str, Any]  # of the table `experiments`
 
 
 def primary_metric(rows: Sequence[Row]) -> str:
-    """The metric that speaks for a task."""
+    """Return the primary metric of a task: the first of `PRIMARY` that it has, else its first metric."""
     names = list(dict.fromkeys(row["metric"] for row in rows))
     last = [name.rpartition("/")[2] for name in names]
     return next((names[last.index(metric)] for metric in PRIMARY if metric in last), names[0])
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """A paragraph for each task and each repair, of the rows of one run; none where the claim was not tried."""
+    """Return a paragraph for each task and repair of one run on which the claim was tested."""
     paragraphs = []
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
@@ -48,7 +48,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 
 def claim_in_short(rows: Sequence[Row]) -> list[str]:
-    """Of each task, what is kept without the layers of the lowest AVSS, and what that says of the claim."""
+    """Return a line for each task: the retention without the layers of lowest AVSS, and the verdict on the claim."""
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
@@ -61,12 +61,12 @@ def claim_in_short(rows: Sequence[Row]) -> list[str]:
 
 
 def _is_of_claim(row: Row) -> bool:
-    """Whether the claimed share of layers is left out, or none."""
+    """Whether a row removes the claimed share of layers, or is the whole model."""
     return row["share"] in (0.0, CLAIMED_SHARE) and not row.get("factor")
 
 
 def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
-    """The retention of one who guesses; None where a guess has no accuracy and no loss, or nothing is known of it."""
+    """Return the retention of a model that guesses, or None if it is unknown or the metric is no accuracy or loss."""
     prefix, slash, name = metric.rpartition("/")
     of_whole = {row["metric"]: row["value"] for row in rows if _is_whole(row)}
     chance, whole = of_whole.get(f"{prefix}{slash}{CHANCE}"), of_whole.get(metric)
@@ -102,7 +102,7 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
 
 
 def _beside_chance(kept: float, chances: Sequence[float], repaired: str) -> str:
-    """What random choices keep, beside the choice of the claim."""
+    """Return a sentence on the retention of random choices of as many layers, beside that of the lowest AVSS."""
     if len(chances) == 1:
         return f"A random choice of as many layers{repaired}{',' * bool(repaired)} keeps {_percent(chances[0])}."
     better = sum(chance >= kept for chance in chances)
@@ -113,7 +113,11 @@ def _beside_chance(kept: float, chances: Sequence[float], repaired: str) -> str:
 
 
 def judgement(row: Row, guess: float | None = None) -> str:
-    """What an interval says of the claim that over 90% are kept, where a guess keeps less (`kept_by_guess`)."""
+    """Return the verdict of a row's interval on the claim that over 90% is kept.
+
+    Args:
+        guess: retention of a guess (`kept_by_guess`). If it exceeds the claim, the task is not conclusive.
+    """
     if guess is not None and guess > CLAIMED_KEPT:
         return f"this task cannot tell, for a guess keeps {_percent(guess)}"
     if (ends := retention_interval(row)) is None:
@@ -127,13 +131,13 @@ def judgement(row: Row, guess: float | None = None) -> str:
 
 
 def _one(rows: Sequence[Row], score: str, control: str | None = None) -> Row | None:
-    """The row of a score as it is published, with a control or without."""
+    """Return the row of a score in its published reading, with the given control; None if there is none."""
     wanted = (row for row in rows if (row["score"], row["control"]) == (score, control) and _is_published(row))
     return next(wanted, None)
 
 
 def _is_published(row: Row) -> bool:
-    """Whether a row is of AVSS as published, or of another score; schema 2 has the reading in the label alone."""
+    """Whether a row has the published reading of AVSS, or another score. Schema 2 has the reading only in the label."""
     reading = tuple(row.get(name) for name in ("site", "recipe", "threshold", "threshold_kind"))
     return "(" not in row["method"] if None in reading else reading == PUBLISHED
 
@@ -149,13 +153,13 @@ def _kept(row: Row) -> str:
 
 
 def retention_interval(row: Row) -> tuple[float, float] | None:
-    """Return the ends of a row's interval of retention; None if it has none."""
+    """Return the lower and upper end of a row's retention interval, or None if it has no interval."""
     low, high = row.get("retention_low"), row.get("retention_high")
     return (low, high) if low is not None and high is not None and isfinite(low) and isfinite(high) else None
 
 
 def lacks_interval(rows: Sequence[Row]) -> bool:
-    """Whether the retention of some row beside the whole model's has no interval."""
+    """Whether some row other than the whole model's has no retention interval."""
     return any(not _is_whole(row) and retention_interval(row) is None for row in rows)
 
 
@@ -167,33 +171,33 @@ def _before_and_after(row: Row, rows: Sequence[Row]) -> str:
 
 
 def shown_method(row: Row) -> str:
-    """Return the name of a method: how layers were chosen, their residual scale, and the repair."""
+    """Return the display name of a method: its choice of layers, residual scale, and repair."""
     scaled = f" x {row['factor']:g}" if row.get("factor") else ""
     return f"{row['method']}{scaled} + {row['repair']}" if row.get("repair") else f"{row['method']}{scaled}"
 
 
 def shown_value(row: Row) -> str:
-    """Return a result as people read it: of a loss, the perplexity."""
+    """Return a formatted result. A loss is shown as perplexity."""
     return metric_format(row["metric"])(readable_value(row["metric"], row["value"]))
 
 
 def readable_value(metric: str, value: float) -> float:
-    """Return a result in the unit that people read: of a loss, the perplexity."""
+    """Return a result in its display unit. A loss becomes a perplexity."""
     return exp(min(value, 700)) if metric == LOSS else value
 
 
 def metric_format(metric: str) -> Callable[[float], str]:
-    """Return the format of a `readable_value`."""
+    """Return the function that formats the `readable_value` of a metric."""
     return (lambda value: f"{value:,.4g}") if metric == LOSS else (lambda value: f"{value:z.3f}")
 
 
 def describe_metric(metric: str) -> str:
-    """Return the name of the metric that people read: of a loss, the perplexity."""
+    """Return the display name of a metric. A loss is shown as perplexity."""
     return "perplexity" if metric == LOSS else metric
 
 
 def describe_task(task: str) -> str:
-    """Return the name of a task without the folders of its text."""
+    """Return the display name of a task, without the folders of its text."""
     name, colon, rest = task.partition(":")
     return f"{name}: {basename(rest)}" if colon else basename(task)
 

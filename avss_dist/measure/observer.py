@@ -1,7 +1,7 @@
-"""Observe forward passes of a backbone: hooks that only read, reductions on the device that holds the activation.
+"""Observation of a backbone's forward passes: read-only hooks, and reductions on the device of each activation.
 
-`Hooks` hand what layers compute to the `Observer` whose `Pass` runs in their context. The statistics of routed experts
-are summed by an `ExpertCounter` of the observer.
+`Hooks` hand the activations of layers to the `Observer` whose `Pass` runs in their context. An `ExpertCounter` of the
+observer sums the statistics of routed experts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Entered:
-    """The layer that is running, and the hidden states that it was given."""
+    """The running layer and the hidden states that it received.
+
+    Attributes:
+        hidden: the layer's input, or None.
+        version: autograd version of ``hidden``, which reveals changes in place.
+    """
 
     layer: Layer
     hidden: torch.Tensor | None
@@ -50,15 +55,16 @@ class Entered:
 
 @dataclass
 class Pass:
-    """A forward pass that is under way: its observer, the tokens that count in it, and the layer that runs.
+    """A forward pass in progress: its observer, the tokens to count, and the running layer.
 
     Attributes:
-        mask: bool[rows, tokens], what counts; None where nothing does.
+        mask: bool[rows, tokens], true for tokens that count; None if none counts.
         own: the rows that this process counts.
-        strata: the masks of strata in them; of text that is not paired, the mask alone.
-        masks, tokens: what counts in them, by device.
-        first_tokens: places of the first tokens that count, by device and stratum; see `first_tokens_on`.
-        calls: how often each layer's module has run.
+        strata: the mask of each stratum in these rows. Unpaired text has one stratum.
+        masks, tokens: copies of the masks and the observed tokens, by device.
+        first_tokens: positions of the first counted tokens, by device and stratum. See `first_tokens_on`.
+        calls: number of calls of each layer's module so far.
+        entered: the running layer, or None.
     """
 
     observer: Observer
@@ -73,13 +79,13 @@ class Pass:
     entered: Entered | None = None
 
     def masks_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Return the masks of strata on a device."""
+        """Return the mask of each stratum on a device."""
         if device not in self.masks:
             self.masks[device] = {name: to_device(mask.numpy(), device) for name, mask in self.strata.items()}
         return self.masks[device]
 
     def first_tokens_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Return, by stratum, the place of each row's first token that counts, int64[rows], in rows side by side."""
+        """Return the flat index of each row's first counted token, int64[rows], by stratum."""
         if device not in self.first_tokens:
             self.first_tokens[device] = {
                 name: to_device(_first_tokens(m.numpy()), device) for name, m in self.strata.items()
@@ -88,7 +94,7 @@ class Pass:
 
     @property
     def own_answers(self) -> torch.Tensor | None:
-        """The mask without answers of paired text that follow another prompt than their own."""
+        """Mask without the rows of paired text in which an answer follows another prompt than its own."""
         if self.mask is None or self.pairing is None:
             return self.mask
         own = [not label.endswith(AFTER_ANOTHER) for label in self.pairing.strata]
@@ -96,18 +102,28 @@ class Pass:
 
 
 def _first_tokens(mask: np.ndarray) -> np.ndarray:
-    """Return the flat index of the first True of each row that has one, int64[rows], of bool[rows, tokens]."""
+    """Return the flat index of the first True of each row that has one, int64[rows].
+
+    Args:
+        mask: bool[rows, tokens].
+    """
     rows = np.flatnonzero(mask.any(axis=1))
     return rows * mask.shape[1] + mask[rows].argmax(axis=1)
 
 
 PASSES: ContextVar[tuple[Pass, ...]] = ContextVar("passes", default=())
-"""Passes of this thread or greenlet, the innermost last."""
+"""Passes in progress in this thread or greenlet, the innermost last."""
 
 
 @dataclass
 class _ExpertSums:
-    """Sums of one layer, on the device of its experts: [experts, 2], [experts, 4], and the router's two."""
+    """Expert statistics of one layer, on the device of its experts.
+
+    Attributes:
+        routed: float64[experts, 2], tokens and gates.
+        outputs: float64[experts, 4], gate * |output|, elements, their sum and sum of squares.
+        router: float64[2], tokens and entropy.
+    """
 
     routed: torch.Tensor
     outputs: torch.Tensor
@@ -115,22 +131,22 @@ class _ExpertSums:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The three tensors."""
+        """All sums: ``routed``, ``outputs``, ``router``."""
         return self.routed, self.outputs, self.router
 
 
 @dataclass
 class ExpertCounter:
-    """Sums by layer, of the passes of one observer."""
+    """Accumulator of expert statistics by layer, over the passes of one observer."""
 
     _sums: dict[int, _ExpertSums] = field(default_factory=dict)
 
     def add(self, layer: int, experts: Experts, routing: Routing, outputs: Iterable[torch.Tensor]) -> None:
-        """Add a batch.
+        """Add the tokens of a batch to the sums of a layer.
 
         Args:
-            routing: of the tokens that count.
-            outputs: [tokens, units] of each of their k experts, for a gate of 1.
+            routing: routing of the tokens that count.
+            outputs: [tokens, units], the outputs of each token's k-th expert at a gate of 1, for each k.
         """
         sums = self._of(layer, experts, routing.hidden.device)
         sums.router[0] += len(routing.index)
@@ -147,13 +163,17 @@ class ExpertCounter:
             sums.outputs += chosen.T @ torch.where(finite[:, None], columns, 0)
 
     def add_entropy(self, layer: int, experts: Experts, given: torch.Tensor) -> None:
-        """Add what a router gives, [tokens, experts], for the tokens that count."""
+        """Add the router's entropy over the tokens that count.
+
+        Args:
+            given: [tokens, experts], the router's output.
+        """
         wide = given.double()
         shares = wide / wide.sum(dim=-1, keepdim=True) if experts.normalized else wide.softmax(dim=-1)
         self._of(layer, experts, given.device).router[1] += torch.special.entr(shares).sum()
 
     def send(self) -> Callable[[], dict[int, ExpertStats]]:
-        """Have devices send their sums, and return a function that waits for them: the statistics by layer."""
+        """Start the transfer of the sums, and return a function that waits for it and returns statistics by layer."""
         layers = sorted(self._sums)
         arrived = to_host([part for layer in layers for part in self._sums[layer].tensors])
 
@@ -187,11 +207,11 @@ def _to_stats(routed: np.ndarray, outputs: np.ndarray, router: np.ndarray) -> Ex
 
 
 Current = Callable[[], Pass | None]
-"""The pass that is under way, if there is one that counts."""
+"""Function that returns the pass in progress, or None."""
 
 
 def expert_hooks(layers: Sequence[Layer], current: Current) -> list[Any]:
-    """Hook the experts and routers of layers; returns the handles."""
+    """Register hooks on the experts and routers of layers, and return their handles."""
     handles: list[Any] = []
     for experts in dict.fromkeys(layer.experts for layer in layers if layer.experts):
         read = partial(_read_experts, experts, current)
@@ -202,7 +222,7 @@ def expert_hooks(layers: Sequence[Layer], current: Current) -> list[Any]:
 
 
 def _read_experts(experts: Experts, current: Current, module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Run the experts once for each of the k places, with gates of 1: what they give together is a sum."""
+    """Run the experts once for each of the k slots, with gates of 1, as their usual output is a sum over slots."""
     routing = routing_of([t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)])
     now = current()
     if now is None or routing is None or (counts := _places(now, routing.index)) is None:
@@ -236,7 +256,11 @@ def _read_router(experts: Experts, current: Current, _module: nn.Module, _args: 
 
 
 def _places(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
-    """Return the layer that runs, and the places of tokens that count among rows of all tokens; None if none counts."""
+    """Return the index of the running layer and the positions of counted tokens, or None if none counts.
+
+    Raises:
+        ModelError: if ``rows`` has another number of tokens than the batch.
+    """
     mask = now.own_answers
     if mask is None or now.entered is None or now.observer.split.rank:  # its gates are the first one's
         return None
@@ -250,10 +274,10 @@ def _places(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
 
 
 class Hooks:
-    """Hooks on layers, which hand what they see to the `Observer` whose forward pass runs in their context.
+    """Hooks on layers, which hand activations to the `Observer` whose forward pass runs in their context.
 
-    Passes may run at once, each in a thread, a greenlet or a context of its own. Attach hooks before they begin, and
-    remove them after they end.
+    Passes may run concurrently, each in a thread, greenlet or context of its own. Attach the hooks before the passes
+    begin, and remove them after they end.
     """
 
     def __init__(self, layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = False) -> None:
@@ -278,13 +302,13 @@ class Hooks:
             handles += expert_hooks(self.layers, self._pass)
 
     def remove(self) -> None:
-        """Leave no hook on the model."""
+        """Remove every hook."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def _pass(self) -> Pass | None:
-        """Return the pass that runs in this context, or None if these hooks do not serve it."""
+        """Return the pass in progress in this context whose observer uses these hooks, or None."""
         return next((now for now in reversed(PASSES.get()) if now.observer.hooks is self), None)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -312,12 +336,12 @@ class Hooks:
 
 @contextmanager
 def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = False) -> Iterator[Hooks]:
-    """Attach hooks for any number of observers; no hook is left afterwards, whatever happens inside.
+    """Attach hooks for any number of observers, and remove them on exit, also after an exception.
 
     Args:
-        layers: of `structure.find_structure`.
-        sites: which of ``settings.SITES`` to measure.
-        experts: measure routed experts too.
+        layers: layers, as found by `structure.find_structure`.
+        sites: the sites of ``settings.SITES`` to measure.
+        experts: whether to measure routed experts.
     """
     hooks = Hooks(layers, sites, experts=experts)
     try:
@@ -328,7 +352,7 @@ def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = F
 
 
 class Observer:
-    """Accumulates LayerStats while forward passes run inside `batch`; see `observe` for its arguments."""
+    """Accumulator of LayerStats over the forward passes that run inside `batch`. See `observe` for the arguments."""
 
     def __init__(
         self,
@@ -355,12 +379,15 @@ class Observer:
 
     @contextmanager
     def batch(self, observed: np.ndarray, pairing: Pairing | None = None) -> Iterator[None]:
-        """Count the forward pass inside: ``observed`` is bool[rows, tokens], True where a token counts.
+        """Count the forward pass that runs inside the context.
 
-        Of paired text, ``pairing`` says what its rows are: each stratum is counted apart, and each row is measured.
+        A forward pass outside of `batch` is not counted. Passes of one observer may take turns, as in greenlets, but
+        must not run concurrently.
 
-        A batch in which nothing counts adds nothing, and neither does a forward pass outside of `batch`. Passes of one
-        observer may take turns, as in greenlets, but not run at once.
+        Args:
+            observed: bool[rows, tokens], true for tokens that count.
+            pairing: description of the rows of paired text. With it, strata are counted separately, and the statistics
+                of single rows are measured.
         """
         mask = torch.from_numpy(np.ascontiguousarray(observed)) if observed.any() else None
         own = self.split.rows(len(observed))
@@ -369,12 +396,12 @@ class Observer:
             yield
 
     def send(self) -> None:
-        """Have devices send what they counted. They can do other work until `result` or `strata` waits for it."""
+        """Start the transfer of the counts to the host. `result` and `strata` wait for it."""
         self._finish()
         self._coming.append(self._send(list(self._accumulators)))
 
     def send_rows(self) -> Callable[[], dict[LayerKey, PlacedRows]]:
-        """Have devices send the statistics of rows of paired text, and return a function that waits for them."""
+        """Start the transfer of the row statistics, and return a function that waits for it and returns them."""
         keys = sorted(self._of_rows)
         arrived = to_host([tensor for key in keys for tensor in self._of_rows[key].tensors()])
 
@@ -385,11 +412,14 @@ class Observer:
         return wait
 
     def result(self) -> dict[LayerKey, LayerStats]:
-        """Return everything counted so far, by (layer index, site)."""
+        """Return the statistics of all passes so far, by (layer index, site)."""
         return merge_strata(self.strata())
 
     def strata(self) -> dict[StratumKey, LayerStats]:
-        """Return everything counted so far, by (layer index, site, stratum); the stratum of unpaired text is empty."""
+        """Return the statistics of all passes so far, by (layer index, site, stratum).
+
+        The stratum of unpaired text is an empty string.
+        """
         self.send()
         for keys, arrived in self._coming:
             self._stats |= zip(keys, arrived(), strict=True)
@@ -400,7 +430,7 @@ class Observer:
         return keys, send_stats([self._accumulators.pop(key) for key in keys], self._thresholds)
 
     def enter(self, now: Pass, module: nn.Module, hidden: torch.Tensor | None) -> None:
-        """Note that a layer begins."""
+        """Record the start of a layer."""
         if self._heartbeat:
             self._heartbeat()
         if now.mask is None:
@@ -413,7 +443,7 @@ class Observer:
         now.entered = Entered(layer, hidden, hidden._version if hidden is not None else 0)
 
     def leave(self, now: Pass, module: nn.Module, output: Any) -> None:
-        """Add the statistics of a layer that ends."""
+        """Add the statistics of a layer at its end."""
         entered, now.entered = now.entered, None
         if entered is None or entered.layer.module is not module:
             return
@@ -423,7 +453,7 @@ class Observer:
         self._count_pass(entered.layer)
 
     def read(self, now: Pass, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
-        """Add the statistics of a module inside of a layer, which has run or begins."""
+        """Add the statistics of a site's module inside a layer: its output after it ran, or its input before."""
         layer = now.entered.layer if now.entered else None
         tap = layer.taps.get(site) if layer else None
         if layer is None or tap is None or tap.module is not module or tensor is None:
@@ -432,7 +462,7 @@ class Observer:
         self._add(now, layer, site, tap.exchange(x) if tap.exchange else x[now.own])
 
     def _count_pass(self, layer: Layer) -> None:
-        """After its last pass, conclude a layer whose accumulators, ten times its results, are in host memory."""
+        """Count a pass of a layer. After the last, reduce host accumulators to results, which are ten times smaller."""
         self._left[layer.index] += 1
         if self._left[layer.index] == self._passes:
             keys = [key for key in self._accumulators if key[0] == layer.index]
@@ -526,17 +556,19 @@ def observe(
     passes: int | None = None,
     heartbeat: Callable[[], None] | None = None,
 ) -> Iterator[Observer]:
-    """Hook the layers; whatever happens inside, no hook is left afterwards. Observers may be nested.
+    """Attach hooks and yield an observer. The hooks are removed on exit, also after an exception.
+
+    Observers may be nested.
 
     Args:
-        layers: of `structure.find_structure`.
-        sites: which of ``settings.SITES`` to measure.
+        layers: layers, as found by `structure.find_structure`.
+        sites: the sites of ``settings.SITES`` to measure.
         thresholds: absolute near-zero thresholds, ascending.
-        passes: how many will be counted, if that is known: after the last, a layer's accumulators are given up.
-        heartbeat: called whenever a layer begins.
+        passes: number of passes to be counted, if known. After the last, a layer's accumulators are freed.
+        heartbeat: called at the start of every layer.
 
     Raises:
-        ModelError: (from the forward pass) a layer gives tensors that cannot be counted; the message names it.
+        ModelError: from the forward pass, if the tensors of a layer cannot be counted. The message names the layer.
     """
     with attached(layers, sites) as hooks:
         yield Observer(hooks, thresholds, passes=passes, heartbeat=heartbeat)

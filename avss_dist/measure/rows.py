@@ -1,4 +1,4 @@
-"""Statistics of single rows: what an answer of paired text did in a layer, in float64, on the activations' device."""
+"""Statistics of single rows of paired text in a layer, computed in float64 on the device of the activations."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ObservedTokens:
     """The tokens that count in a batch, on one device.
 
     Attributes:
-        places: int64[tokens], where they are in the batch's rows one after another.
-        rows: int64[tokens], the row of each.
-        numbers: float64[rows], tokens of each.
+        places: int64[tokens], the flat index of each token in the batch.
+        rows: int64[tokens], the row of each token.
+        numbers: float64[rows], the number of tokens in each row.
     """
 
     places: torch.Tensor
@@ -33,24 +33,28 @@ class ObservedTokens:
 
     @staticmethod
     def of(mask: torch.Tensor, device: torch.device) -> ObservedTokens:
-        """Return the tokens of a mask bool[rows, tokens] on the host."""
+        """Return the tokens that a mask on the host selects.
+
+        Args:
+            mask: bool[rows, tokens].
+        """
         counted = mask.numpy()
         rows, numbers = counted.nonzero()[0], counted.sum(axis=1, dtype=np.float64)
         return ObservedTokens(*(to_device(array, device) for array in (np.flatnonzero(counted), rows, numbers)))
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, units] of x[rows, tokens, units]."""
+        """Return the counted tokens of x[rows, tokens, units], [tokens, units]."""
         return x.flatten(0, 1).index_select(0, self.places)
 
     @cached_property
     def of_row(self) -> torch.Tensor:
-        """float64[rows, tokens], 1 where a token is the row's."""
+        """Membership of tokens in rows, float64[rows, tokens], 1 or 0."""
         every = torch.arange(len(self.numbers), device=self.rows.device)
         return (every[:, None] == self.rows).double()
 
 
 def masks_by_stratum(mask: torch.Tensor, pairing: Pairing | None) -> dict[str, torch.Tensor]:
-    """Return the mask of each stratum with a token that counts; the stratum of unpaired text has an empty name."""
+    """Return the mask of each stratum that has a token. The stratum of unpaired text has an empty name."""
     labels = np.array(pairing.strata if pairing else [""] * len(mask))
     masks = {name: mask.numpy() & (labels == name)[:, None] for name in sorted(set(labels.tolist()))}
     return {name: torch.from_numpy(one) for name, one in masks.items() if one.any()}
@@ -62,8 +66,8 @@ def row_tensors(
     """Return the fields of `RowStats` of each row of a batch, on the device of ``x``.
 
     Args:
-        x: [rows, tokens, units].
-        before: of a block, its input.
+        x: [rows, tokens, units], the activations.
+        before: input of a block, if ``x`` is its output.
     """
     measure = _compiled if x.device.type == "cpu" else by_matrices
     return measure(tokens.select(x), tokens, thresholds, None if before is None else tokens.select(before))
@@ -72,7 +76,11 @@ def row_tensors(
 def _compiled(
     values: torch.Tensor, tokens: ObservedTokens, thresholds: Float64, before: torch.Tensor | None
 ) -> Tensors:
-    """See `row_tensors`; of the tokens that count, [tokens, units]."""
+    """Return the fields of `row_tensors` by compiled loops, for CPUs.
+
+    Args:
+        values, before: [tokens, units], the tokens that count.
+    """
     rows = len(tokens.numbers)
     counts, sums = np.zeros((rows, 1 + len(thresholds)), np.int64), np.zeros((rows, 4))
     centers = np.zeros((rows, values.shape[1]))
@@ -97,7 +105,11 @@ def _compiled(
 def by_matrices(
     values: torch.Tensor, tokens: ObservedTokens, thresholds: Float64, before: torch.Tensor | None
 ) -> Tensors:
-    """Return the same fields by sums over all tokens at once, for devices that compute in parallel."""
+    """Return the fields of `row_tensors` by matrix products over all tokens, for devices that compute in parallel.
+
+    Args:
+        values, before: [tokens, units], the tokens that count.
+    """
     of, values = tokens.of_row, values.double()
     finite, sizes = torch.isfinite(values), values.abs()
     kept = torch.where(finite, values, 0)
@@ -123,13 +135,17 @@ def by_matrices(
 
 
 def _pooled(centers: torch.Tensor, tokens: ObservedTokens) -> torch.Tensor:
-    """Return the variance over units of means over tokens, by row, from sums, float64[rows, units]."""
+    """Return the variance over units of the means over tokens, float64[rows].
+
+    Args:
+        centers: float64[rows, units], sums over tokens.
+    """
     means = centers / tokens.numbers[:, None]
     return _finite(means.var(dim=1) if means.shape[1] > 1 else means[:, 0] * 0)
 
 
 def _mean(values: torch.Tensor, tokens: ObservedTokens) -> torch.Tensor:
-    """Return the mean of values of tokens by row; NaN where one of them is not finite, or there are none."""
+    """Return the mean over the tokens of each row, NaN for rows without tokens or with a non-finite value."""
     finite = torch.isfinite(values)
     total = tokens.of_row @ torch.where(finite, values, 0)
     return torch.where(tokens.of_row @ (~finite).double() == 0, total / tokens.numbers, torch.nan)
@@ -140,18 +156,18 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 
 
 PlacedRows = tuple[np.ndarray, RowStats]
-"""int64[rows], their places in the corpus, and what they are."""
+"""Positions of rows in the corpus, int64[rows], and the statistics of these rows."""
 
 
 @dataclass
 class RowsOf:
-    """The rows of a site of a layer, batch by batch."""
+    """Accumulator of the row statistics of one layer and site, batch by batch."""
 
     _places: list[np.ndarray] = field(default_factory=list)
     _batches: list[Tensors] = field(default_factory=list)
 
     def add(self, places: np.ndarray, batch: Tensors) -> None:
-        """Add a batch of `row_tensors`, and the places of its rows in the corpus."""
+        """Add a batch of `row_tensors` and the positions of its rows in the corpus."""
         self._places.append(places)
         self._batches.append(batch)
 
@@ -160,12 +176,12 @@ class RowsOf:
         return [torch.cat([batch[name] for batch in self._batches]) for name in ROW_FIELDS]
 
     def to_stats(self, arrays: Iterator[np.ndarray]) -> PlacedRows:
-        """Return the rows, from `tensors` that have arrived on the host."""
+        """Return the positions and statistics of all rows, from `tensors` that were transferred to the host."""
         return np.concatenate(self._places), RowStats(**{name: next(arrays) for name in ROW_FIELDS})
 
 
 def in_order(parts: Sequence[PlacedRows]) -> RowStats:
-    """Return the rows of all parts, in the order of their places."""
+    """Return the statistics of all rows, ordered by position in the corpus."""
     order = np.argsort(np.concatenate([places for places, _ in parts]))
     fields = {name: np.concatenate([getattr(rows, name) for _, rows in parts])[order] for name in ROW_FIELDS}
     return RowStats(**fields)

@@ -1,4 +1,4 @@
-"""One shard through one replica: a pure function from tokens to a ShardResult."""
+"""Measurement of one shard with one replica: a pure function from tokens to a ShardResult."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def analyze_shard(
     hooks: Hooks | None = None,
     computed: Callable[[], None] | None = None,
 ) -> ShardResult:
-    """Measure a shard. Nothing is kept between calls, and nothing is left on the model.
+    """Measure a shard. Calls are independent, and the model is left unchanged.
 
-    Where a batch does not fit in memory, the shard is measured again with half the rows a batch: rows do not touch each
-    other, so only the last digits of the moments can change. The result's notes tell of it.
+    If a batch does not fit in memory, the shard is measured again with half as many rows per batch. Rows are
+    independent, so that only the last digits of the moments can change. The result's notes mention it.
 
     Args:
-        rows: rows in a batch; None is what the settings say.
-        forwards: forward passes that other ranks need of this one; dummy batches make them up, and count for nothing.
-        heartbeat: called whenever a layer begins.
-        hooks: those of the replica's layers, where several shards are measured at once, each in a thread of its own.
-        computed: called when the replica can begin another shard, while this one is concluded.
+        rows: rows per batch, by default those of the settings.
+        forwards: minimum number of forward passes, which other ranks depend on. Uncounted dummy batches fill up to it.
+        heartbeat: called at the start of every layer.
+        hooks: attached hooks of the replica's layers, for shards that are measured concurrently in threads.
+        computed: called when the replica can begin another shard, before this one is concluded.
 
     Raises:
-        ModelError: a layer cannot be observed, or no layer has any of the sites.
-        BatchTooLarge: one row does not fit; or several do not, and other ranks must halve them too.
+        ModelError: if a layer cannot be observed, or no layer has any of the sites.
+        BatchTooLarge: if one row does not fit, or several do not and other ranks must halve their batches, too.
     """
     start = time.perf_counter()
     use_threads(settings.threads)
@@ -102,7 +102,7 @@ def analyze_shard(
 
 
 def follow(replica: Replica, forwards: int) -> None:
-    """Run dummy batches, for a rank that has no shard while others have."""
+    """Run dummy batches on a rank that has no shard while others have."""
     replica.forward([dummy_batch()] * forwards, no_observation)
 
 
@@ -117,7 +117,7 @@ def _measure(
 
 
 def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -> AnswerRows:
-    """Return the statistics of single rows."""
+    """Return the statistics of the shard's rows, merged from the parts of all ranks."""
     assert shard.pairing is not None
     lengths = shard.lengths.astype(np.int64)
     return AnswerRows(
@@ -134,7 +134,7 @@ def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -
 
 
 def counter_bytes(size: Footprint, settings: Settings, strata: int = 1) -> int:
-    """Return the bytes of the counters of all layers, sites and strata; see `kernels.base.Accumulator`."""
+    """Return the bytes of the accumulators of all layers, sites and strata. See `kernels.base.Accumulator`."""
     counts = PATTERNS * 4  # float32: half as many, of 8 bytes
     units = 16 * size.hidden_size * len(set(UNIT_SITES) & set(settings.sites))
     return strata * size.num_layers * (len(settings.sites) * counts + units)
@@ -149,7 +149,7 @@ def _too_large(replica: Replica, rows: int, settings: Settings) -> BatchTooLarge
 
 
 def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]:
-    """Return the columns of the opened model, with those that depend on how it was measured."""
+    """Return the description of the replica's model, with columns and notes that depend on the measurement."""
     model = dict(replica.model)
     if inputs := [site for site in INPUT_SITES if site in settings.sites]:
         model["notes"] = [*model["notes"], *absent_sites(replica.layers, inputs)]
@@ -163,7 +163,7 @@ def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]
 
 
 def _layers_without_experts(replica: Replica) -> str | None:
-    """Return a note on layers whose experts are not measured."""
+    """Return a note on the layers without measurable experts, or None if every layer has some."""
     without = [layer.index for layer in replica.layers if layer.experts is None]
     if len(without) == len(replica.layers):
         return "no layer has routed experts in one module, which is called with the experts and gates of each token"

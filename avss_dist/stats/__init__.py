@@ -1,1 +1,1 @@
-"""The mathematics: LayerStats and its merge, histograms, scores."""
+"""Mathematics of the scores: LayerStats and its merge, histograms, scores, intervals, rankings."""

@@ -1,7 +1,7 @@
 """Contrasts of layers between hallucinated and truthful answers, with their noise. Pure numpy.
 
 EAVSS (arXiv 2411.10069) names HSAV and HSS, a layer's variance and sparsity on hallucinated text; its equations are not
-public. What stands here is a reading of it, in the form of AVSS: see ``docs/explanations/contrast.md``.
+public. This module implements a reading of it in the form of AVSS: see ``docs/explanations/contrast.md``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Answers:
-    """Answers at one site, row by row.
+    """Statistics of answers at one site, row by row.
 
     Attributes:
-        pair: int64[rows], the index of each one's prompt.
-        hallucinated: bool[rows]; the others are truthful.
-        tokens: int64[rows].
-        pooled_variance, count, mean, m2, near_zero, norm, relative_magnitude: float64[rows, layers], see `RowStats`.
+        pair: int64[rows], the index of each answer's prompt.
+        hallucinated: bool[rows], true for hallucinated and false for truthful answers.
+        tokens: int64[rows], the number of tokens of each answer.
+        pooled_variance, count, mean, m2, near_zero, norm, relative_magnitude: float64[rows, layers]. See `RowStats`.
     """
 
     pair: Int64
@@ -47,23 +47,23 @@ class Answers:
 
     @property
     def pairs(self) -> Int64:
-        """Return the distinct pairs."""
+        """Distinct pairs, ascending."""
         return np.unique(self.pair)
 
     def where(self, rows: Bools) -> Answers:
-        """Some of them."""
+        """Return the answers that a mask, bool[rows], selects."""
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def of_pairs(self, pairs: Int64) -> Answers:
-        """Return the answers of some pairs."""
+        """Return the answers of the given pairs."""
         return self.where(np.isin(self.pair, pairs))
 
 
 def parts(a: Answers, weights: Float64, recipe: str) -> Parts:
-    """Return the variance, near-zero elements and elements of weighted answers.
+    """Return the parts of AVSS (variance, near-zero elements, elements) of weighted answers.
 
     Args:
-        weights: float64[..., rows].
+        weights: float64[..., rows], the weight of each answer.
         recipe: ``pooled`` or ``element``.
     """
     near_zero, count = weights @ a.near_zero, weights @ a.count
@@ -80,17 +80,17 @@ def parts(a: Answers, weights: Float64, recipe: str) -> Parts:
 
 
 def both_sides(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> tuple[Parts, Parts]:
-    """`parts` of hallucinated and of truthful answers.
+    """Return the `parts` of hallucinated and of truthful answers.
 
     Args:
-        weights: float64[..., rows], how often each answer counts.
-        hallucinated: float64[..., rows], 1 or 0.
+        weights: float64[..., rows], the weight of each answer.
+        hallucinated: float64[..., rows], 1 for hallucinated and 0 for truthful answers.
     """
     return parts(a, weights * hallucinated, recipe), parts(a, weights * (1 - hallucinated), recipe)
 
 
 def contrast(hallucinated: Parts, truthful: Parts) -> Float64:
-    """log(AVSS on hallucinated / AVSS on truthful answers), float64[..., layers]; NaN where one is not defined."""
+    """Return log(AVSS on hallucinated / AVSS on truthful answers), float64[..., layers]. Undefined values are NaN."""
     scores = [avss(*side, smoothed=True) for side in (hallucinated, truthful)]
     with np.errstate(divide="ignore", invalid="ignore"):
         found: Float64 = np.log(scores[0] / scores[1])
@@ -98,9 +98,9 @@ def contrast(hallucinated: Parts, truthful: Parts) -> Float64:
 
 
 def from_median(contrasts: Float64) -> Float64:
-    """Contrasts less that of the median layer, which tests are of, float64[..., layers].
+    """Return the contrasts minus that of the median layer, float64[..., layers]. Tests use these deviations.
 
-    AVSS is of shares over layers, so that a difference in one layer moves the contrasts of all others alike.
+    AVSS divides shares over layers, so that a difference in one layer moves the contrasts of all others alike.
     """
     with np.errstate(invalid="ignore"):
         middle = np.nanmedian(contrasts, axis=-1, keepdims=True)
@@ -108,23 +108,28 @@ def from_median(contrasts: Float64) -> Float64:
 
 
 def deviation(a: Answers, weights: Float64, hallucinated: Float64, recipe: str) -> Float64:
-    """`from_median` of the contrasts of weighted answers; see `both_sides`."""
+    """Return the contrasts of weighted answers minus that of the median layer. See `both_sides` for the arguments."""
     return from_median(contrast(*both_sides(a, weights, hallucinated, recipe)))
 
 
 def observed(a: Answers, recipe: str) -> Float64:
-    """`deviation` as it is, float64[layers]."""
+    """Return the `deviation` of the unweighted answers with their own labels, float64[layers]."""
     return deviation(a, np.ones(len(a.pair)), a.hallucinated.astype(np.float64), recipe)
 
 
 def weighted_deviation(a: Answers, recipe: str, pairs: Int64, weights: Float64) -> Float64:
-    """Return `deviation` for each row of ``weights``, float64[n, pairs]: float64[n, layers]. A pair weighs as one."""
+    """Return the `deviation` for each row of ``weights``, float64[n, layers].
+
+    Args:
+        pairs: int64[pairs], ascending.
+        weights: float64[n, pairs]. The answers of a pair share its weight.
+    """
     by_answer = weights[:, np.searchsorted(pairs, a.pair)]
     return deviation(a, by_answer, a.hallucinated.astype(np.float64), recipe)
 
 
 def permuted_labels(a: Answers, times: int, seed: int = BOOTSTRAP_SEED) -> Float64:
-    """Labels exchanged at random inside each pair, float64[times, rows]."""
+    """Return labels that are exchanged at random inside each pair, float64[times, rows]."""
     rng = np.random.default_rng(seed)
     base = np.argsort(a.pair, kind="stable")
     order = np.argsort(a.pair + rng.random((times, len(a.pair))), axis=1)
@@ -134,25 +139,33 @@ def permuted_labels(a: Answers, times: int, seed: int = BOOTSTRAP_SEED) -> Float
 
 
 def permutation_p(a: Answers, recipe: str, seed: int = BOOTSTRAP_SEED) -> Float64:
-    """Two-sided p-values by layer of `observed`, under exchange of labels inside pairs; NaN where it is not defined."""
+    """Return two-sided p-values of `observed` under exchange of labels inside pairs, float64[layers].
+
+    The p-value of an undefined deviation is NaN.
+    """
     found = observed(a, recipe)
     labels = permuted_labels(a, num_permutations(len(found)), seed)
     return p_values(found, deviation(a, np.ones(len(a.pair)), labels, recipe))
 
 
 def num_permutations(layers: int) -> int:
-    """Return the number of permutations of labels for this many layers."""
+    """Return the number of permutations of labels to draw for a number of layers."""
     return max(PERMUTATIONS, PER_LAYER * layers)
 
 
 def p_values(found: Float64, null: Float64) -> Float64:
-    """Two-sided p-values, float64[layers], of deviations under float64[permutations, layers]; NaN stays."""
+    """Return two-sided p-values of deviations, float64[layers]. NaN stays NaN.
+
+    Args:
+        found: float64[layers], the observed deviations.
+        null: float64[permutations, layers], the deviations under permuted labels.
+    """
     at_least = (np.abs(null) >= np.abs(found) * (1 - 1e-12)).sum(axis=0)
     return np.where(np.isnan(found), np.nan, (1 + at_least) / (1 + len(null)))
 
 
 def holm(p: Float64) -> Float64:
-    """P-values corrected for their number (Holm, 1979); NaN stays."""
+    """Return p-values corrected for their number (Holm, 1979). NaN stays NaN."""
     known = np.flatnonzero(np.isfinite(p))
     order = known[np.argsort(p[known], kind="stable")]
     steps = np.maximum.accumulate(p[order] * (len(order) - np.arange(len(order))))
@@ -179,7 +192,9 @@ def floor_of(deviations: Float64) -> Float64:
 def change_columns(own: Float64, another: Float64, left_out: Float64) -> dict[str, Float64]:
     """Return the difference of deviations after the own and after another prompt, float64[layers], and its interval.
 
-    ``left_out`` is the difference without each pair or block, float64[groups, layers].
+    Args:
+        own, another: float64[layers], the deviations after the own and after another prompt.
+        left_out: float64[groups, layers], the difference without each pair or block.
     """
     low, high = jackknife_interval(own - another, left_out)
     return {
@@ -190,7 +205,7 @@ def change_columns(own: Float64, another: Float64, left_out: Float64) -> dict[st
 
 
 def length_matched(a: Answers, slack: float) -> Answers:
-    """Return the pairs whose longest answer has at most ``1 + slack`` times the tokens of the shortest."""
+    """Return the answers of pairs whose longest answer has at most ``1 + slack`` times the tokens of the shortest."""
     kept = [p for p in a.pairs if np.ptp(own := a.tokens[a.pair == p]) <= slack * own.min()]
     return a.of_pairs(np.array(kept, np.int64))
 
@@ -206,9 +221,9 @@ def contrast_columns(
     """Return the scores of layers, float64[layers] each, and their intervals: see ``docs/explanations/contrast.md``.
 
     Args:
-        sides: of hallucinated and of truthful answers.
-        resampled: the same of resampled pairs or blocks, float64[resamples, layers] each.
-        left_out: the same without each pair or block, float64[groups, layers] each.
+        sides: parts of AVSS of hallucinated and of truthful answers, float64[layers] each.
+        resampled: parts over resampled pairs or blocks, float64[resamples, layers] each.
+        left_out: parts without each pair or block, float64[groups, layers] each.
     """
     (found, again, without), ((hsav, *counts), _) = (
         [_contrasted(*both) for both in (sides, resampled, left_out)],
@@ -233,7 +248,7 @@ def contrast_columns(
 
 
 def _contrasted(hallucinated: Parts, truthful: Parts) -> dict[str, Float64]:
-    """Return the scores that have intervals, float64[..., layers] each."""
+    """Return the scores that get intervals, float64[..., layers] each, by name."""
     return {
         "eavss_contrast": contrast(hallucinated, truthful),
         "eavss_ratio": avss(*hallucinated, smoothed=True),
@@ -247,9 +262,9 @@ def _smoothed(near_zero: Float64, count: Float64) -> Float64:
 
 
 def out_of_fold(a: Answers, values: Float64) -> Float64:
-    """Return the output of a classifier on one number for each answer, learned on the other folds: float64[rows].
+    """Return the output of a one-dimensional classifier that was fitted on the other folds, float64[rows].
 
-    It is the number, standardized, with the sign that tells hallucinated from truthful answers there.
+    The output is the standardized value, with the sign that makes it larger for hallucinated answers in those folds.
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     fold = rng.permutation(len(a.pairs))[np.searchsorted(a.pairs, a.pair)] % FOLDS
@@ -265,7 +280,13 @@ def out_of_fold(a: Answers, values: Float64) -> Float64:
 
 
 def auroc(scores: Float64, positive: Bools, weights: Float64) -> Float64:
-    """Return the area under the ROC curve, ties by half: float64[resamples]; weights[resamples, rows]."""
+    """Return the area under the ROC curve for each row of weights, float64[resamples]. Ties count by half.
+
+    Args:
+        scores: float64[rows].
+        positive: bool[rows].
+        weights: float64[resamples, rows].
+    """
     order = np.argsort(scores, kind="stable")
     _, starts = np.unique(scores[order], return_index=True)
     up, down = (np.add.reduceat((weights * one)[:, order], starts, axis=1) for one in (positive, ~positive))

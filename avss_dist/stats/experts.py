@@ -1,4 +1,4 @@
-"""ExpertStats: sums over what a router gave to the experts of one layer, which merge by adding."""
+"""ExpertStats: sums over the tokens that a router sent to the experts of one layer. They merge by addition."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from avss_dist.stats.rows import Float64, Int64
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExpertStats:
-    """Statistics of the experts of a layer: an entry for each expert, also if no token reached it.
+    """Statistics of the experts of a layer, one entry for each expert, including those that no token reached.
 
     ``gated_norm_sum / routed_tokens`` is the saliency of REAP (Lasby et al., arXiv 2510.13999, equation 9). The output
-    of an expert is what it gives for a gate of 1; tokens whose output is not finite count in the first two sums alone.
+    of an expert is taken at a gate of 1. Tokens with a non-finite output count only in the first two sums.
     """
 
     routed_tokens: Annotated[Int64, "tokens that the router gave to the expert"]
@@ -29,18 +29,18 @@ class ExpertStats:
     ]
 
     def merge(self, other: ExpertStats) -> ExpertStats:
-        """Statistics of both samples together."""
+        """Return the statistics over the tokens of both operands."""
         return ExpertStats(**{name: getattr(self, name) + getattr(other, name) for name in EXPERT_FIELDS})
 
 
 _HINTS = get_type_hints(ExpertStats, include_extras=True)
 EXPERT_FIELDS = tuple(f.name for f in fields(ExpertStats))
 EXPERT_COLUMNS = {name: (_HINTS[name].__origin__ is Int64, *_HINTS[name].__metadata__) for name in EXPERT_FIELDS}
-"""Of each field, whether it is a count, its meaning, and its unit if it has one."""
+"""Description of each field: whether it is a count, its meaning, and its unit if it has one."""
 
 
 def merge_experts(parts: Iterable[Mapping[int, ExpertStats]]) -> dict[int, ExpertStats]:
-    """Merge statistics by layer, in the order given."""
+    """Merge the statistics of each layer, in the order of the parts."""
     merged: dict[int, ExpertStats] = {}
     for part in parts:
         for layer, stats in part.items():

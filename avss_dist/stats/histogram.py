@@ -1,4 +1,4 @@
-"""Counts of abs(x) by bin of a histogram, and by value. Pure numpy."""
+"""Histograms and value counts of abs(x). Pure numpy."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ HISTOGRAM_EDGES: NDArray[np.float64] = np.append(
 
 
 def histogram_bin(values: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Bin of abs(x), exact: the upper bits of its float32 pattern. Same shape as ``values``."""
+    """Return the histogram bin of each abs(x): the upper bits of its float32 pattern. Same shape as ``values``."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     return ((bits & np.uint32(0x7FFFFFFF)) >> np.uint32(HISTOGRAM_SHIFT)).astype(np.int64)
 
 
 def bin_edges(value: float) -> tuple[float, float]:
-    """Return the edges of the histogram's bin that a value lies in."""
+    """Return the lower and upper edge of the histogram bin of a value."""
     low = min(int(np.searchsorted(HISTOGRAM_EDGES, value, side="right")), len(HISTOGRAM_EDGES) - 1) - 1
     return float(HISTOGRAM_EDGES[low]), float(HISTOGRAM_EDGES[low + 1])
 
 
 def histogram_below(histogram: NDArray[np.int64], threshold: float, share: float | None = None) -> NDArray[np.float64]:
-    """Elements below ``threshold`` in histograms of shape [..., 2048]; the result has shape [...].
+    """Return the number of elements below ``threshold`` in each histogram, float64[...].
 
-    ``share`` of the bin that the threshold cuts is below it: by default as if values were even there.
+    Args:
+        histogram: int64[..., 2048].
+        share: share below the threshold of the elements in its bin. By default, values are assumed to be uniform in
+            that bin.
     """
     if not threshold > 0:
         return np.zeros(histogram.shape[:-1])
@@ -48,19 +51,23 @@ def histogram_below(histogram: NDArray[np.int64], threshold: float, share: float
 
 
 def values_of_cuts(counts: NDArray[np.int64]) -> Values:
-    """Return the values of float32 patterns whose lower half is zero, counted by ``counts`` int64[32768]."""
+    """Return the values and counts of truncated float32 patterns.
+
+    Args:
+        counts: int64[32768], by the upper half of the pattern of abs(x).
+    """
     seen = np.flatnonzero(counts)
     return (seen.astype(np.uint32) << np.uint32(CUT_SHIFT)).view(np.float32), counts[seen]
 
 
 def next_cut(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the next larger value of `values_of_cuts` after each; elements that are cut to a value are below it."""
+    """Return the next larger truncated value after each. Elements truncated to a value are below it."""
     bits = values.view(np.uint32) + np.uint32(1 << CUT_SHIFT)
     return bits.view(np.float32).astype(np.float64)
 
 
 def merge_values(a: Values, b: Values) -> Values:
-    """Counts by value of two samples together."""
+    """Return the counts by value over both samples."""
     if not a[0].size or not b[0].size:
         return a if a[0].size else b
     values, counts = np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]])

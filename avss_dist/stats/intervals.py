@@ -26,15 +26,15 @@ SCALES: dict[str, tuple[Callable[[Float64], Float64], Callable[[Float64], Float6
     "log": (np.log, np.exp),
     "logit": (lambda x: np.log(x / (1 - x)), lambda y: 1 / (1 + np.exp(-y))),
 }
-"""Transformation and inverse, by scale."""
+"""Transformation and its inverse, by scale."""
 SKEWNESS_COST = 2.0
-"""Loss of degrees of freedom by skewness: with it, every population of the benchmark is covered."""
+"""Loss of degrees of freedom by skewness. With this value, the intervals cover every population of the benchmark."""
 SYMMETRIC = 1e-6
-"""Skewness below which it is not corrected: the cube root would lose all digits."""
+"""Skewness below which none is corrected, because the cube root would lose all digits."""
 
 
 def why_no_interval(shards: int) -> str | None:
-    """Return the reason why a run of so many shards has no intervals; None if it has them."""
+    """Return the reason why a run with this number of shards has no intervals, or None if it has them."""
     if shards >= MINIMUM_UNITS:
         return None
     number = f"{shards} shard{'' if shards == 1 else 's'}"
@@ -45,7 +45,7 @@ def why_no_interval(shards: int) -> str | None:
 
 
 def bootstrap_weights(number: int) -> Float64:
-    """Return how often each of ``number`` units is drawn in each resample, float64[resamples, number]; seeded."""
+    """Return the count of each of ``number`` units in each bootstrap resample, float64[resamples, number]. Seeded."""
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     return rng.multinomial(number, np.full(number, 1 / number), BOOTSTRAP_RESAMPLES).astype(np.float64)
 
@@ -53,7 +53,7 @@ def bootstrap_weights(number: int) -> Float64:
 def left_out_weights(number: int) -> Float64:
     """Return the weights that leave out one group of units at a time, float64[groups, number].
 
-    Units are groups of their own up to `BOOTSTRAP_BLOCKS`; more of them form that many groups of consecutive units.
+    Up to `BOOTSTRAP_BLOCKS` units, each is a group of its own. More units form that many groups of consecutive units.
     """
     group = np.arange(number) * min(number, BOOTSTRAP_BLOCKS) // max(number, 1)
     return (group != np.arange(min(number, BOOTSTRAP_BLOCKS))[:, None]).astype(np.float64)
@@ -69,8 +69,8 @@ def jackknife_interval(
     Royal Statistical Society B 54, whose quantiles are Student's. Their n - 1 degrees of freedom are divided by
     1 + `SKEWNESS_COST` times the absolute skewness: a skewed sample says less about its own spread.
 
-    Both ends are NaN where there are fewer than `MINIMUM_UNITS` units, or where the statistic, or one of its
-    leave-one-out values, is not finite on the scale.
+    Both ends are NaN if there are fewer than `MINIMUM_UNITS` units, or if the statistic or one of its leave-one-out
+    values is not finite on the scale.
 
     Args:
         value: the statistic of all units, float64[...].

@@ -1,7 +1,7 @@
 """LayerStats: the mergeable state from which every score is computed. Pure numpy, float64 and int64.
 
-Elementwise fields speak of *valid elements* (tokens x units, padding excluded) that are finite; per-token fields
-leave out a token with a non-finite element, per-sequence fields a sequence with one.
+Elementwise fields cover the finite *valid elements* (tokens x units, padding excluded). Per-token fields leave out
+tokens with a non-finite element, per-sequence fields leave out sequences with one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 LayerKey = tuple[int, str]
 StratumKey = tuple[int, str, str]
-"""Layer, site, stratum: of paired text."""
+"""Layer, site and stratum. Only paired text has strata."""
 
 
 def _empty_int() -> Int64:
@@ -54,8 +54,8 @@ class Below(NamedTuple):
     """Number of elements below a threshold.
 
     Attributes:
-        near_zero: how many; not a whole number where it is interpolated.
-        low, high: the least and the most that it can be; the same where it is exact.
+        near_zero: number of elements. It is fractional if interpolated.
+        low, high: lower and upper bound of the number. They are equal if it is exact.
     """
 
     near_zero: float
@@ -67,10 +67,11 @@ class Below(NamedTuple):
 class LayerStats:
     """Sufficient statistics of one (layer, site). ``LayerStats.zero(thresholds)`` is the identity of `merge`.
 
-    Each field is a column of ``layer_stats``, where its annotation is its meaning. Lists by threshold have k entries,
-    by unit as many as the site has, or none; ``histogram`` has 2048 bins, see `histogram_bin`. ``mean`` and ``m2`` are
-    merged by Chan, Golub and LeVeque (1979). The sums over tokens leave out those without a defined angle, and those
-    whose difference overflows; the moments of the block's input are of tokens that are finite in input and output.
+    Each field is a column of ``layer_stats``, described by its annotation. Arrays by threshold have k entries. Arrays
+    by unit have an entry for each unit of the site, or none. ``histogram`` has 2048 bins, see `histogram_bin`. ``mean``
+    and ``m2`` are merged by Chan, Golub and LeVeque (1979). The sums over tokens leave out tokens without a defined
+    angle and those whose difference overflows. The moments of the block's input cover the tokens that are finite in
+    input and output.
     ``first_count`` is 0 in files that were written before it was measured.
     """
 
@@ -114,15 +115,15 @@ class LayerStats:
 
     @classmethod
     def zero(cls, thresholds: Iterable[float]) -> LayerStats:
-        """Return the statistics of nothing, the identity of merging."""
+        """Return the statistics of an empty sample, the identity of `merge`."""
         grid = np.asarray(tuple(thresholds), np.float64)
         return cls(thresholds=grid, near_zero=np.zeros(len(grid), np.int64))
 
     def merge(self, other: LayerStats) -> LayerStats:
-        """Statistics of both samples together; neither input changes.
+        """Return the statistics over the elements of both operands, which do not change.
 
         Raises:
-            ValueError: the two have other thresholds, or another number of units.
+            ValueError: if the operands differ in their thresholds or in their number of units.
         """
         if not np.array_equal(self.thresholds, other.thresholds):
             raise ValueError(f"thresholds differ: {self.thresholds.tolist()} and {other.thresholds.tolist()}")
@@ -163,7 +164,7 @@ class LayerStats:
 
     @property
     def values(self) -> Values:
-        """``abs_value`` and ``abs_value_count``."""
+        """Counts by value: ``abs_value`` and ``abs_value_count``."""
         return self.abs_value, self.abs_value_count
 
     @property
@@ -173,7 +174,10 @@ class LayerStats:
 
     @property
     def bins(self) -> tuple[Float64, Float64, Int64]:
-        """Between which abs(x) lie, ascending, and how many do: values if every one was counted, else the histogram."""
+        """Lower edges, upper edges and counts of the nonempty bins of abs(x), ascending.
+
+        The bins are the counted values if these cover all elements, else those of the histogram.
+        """
         if self.has_every_value:
             values = self.abs_value.astype(np.float64)
             return values, next_cut(self.abs_value) if self.abs_value_cut else values, self.abs_value_count
@@ -181,9 +185,9 @@ class LayerStats:
         return HISTOGRAM_EDGES[filled], HISTOGRAM_EDGES[filled + 1], self.histogram[filled]
 
     def below(self, threshold: float) -> Below:
-        """Elements with abs(x) < ``threshold``; 0 where that is NaN.
+        """Return the number of elements with abs(x) < ``threshold``, with bounds; 0 if the threshold is NaN.
 
-        Exact where the threshold was counted, and at the edges of `bins`; elsewhere linear between these.
+        The number is exact at counted thresholds and at the edges of `bins`. Elsewhere it is interpolated linearly.
         """
         counted = np.flatnonzero(self.thresholds == threshold)
         if counted.size:
@@ -199,23 +203,23 @@ class LayerStats:
         return Below(low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high)
 
     def share_below(self, threshold: float) -> float:
-        """Return the share of the elements of the bin that a threshold cuts which are below it; 0 without elements."""
+        """Return the share below a threshold of the elements in its histogram bin; 0 if the bin is empty."""
         bins = [float(histogram_below(self.histogram, edge)) for edge in bin_edges(threshold)]
         return (self.below(threshold).near_zero - bins[0]) / (bins[1] - bins[0]) if bins[1] > bins[0] else 0.0
 
     @property
     def variance(self) -> float:
-        """Population variance over elements; NaN without elements."""
+        """Population variance over elements. NaN without elements."""
         return self.m2 / self.count if self.count else np.nan
 
     @property
     def first_token_share(self) -> float:
-        """Share of ``m2`` that the first token of each row contributes; NaN where it was not measured or m2 is 0."""
+        """Share of ``m2`` that the first token of each row contributes. NaN if it was not measured or m2 is 0."""
         return share_of_m2((self.first_count, self.first_mean, self.first_m2), self.mean, self.m2)
 
     @property
     def rms(self) -> float:
-        """Root mean square over elements; NaN without elements."""
+        """Root mean square over elements. NaN without elements."""
         return float(np.sqrt(self.variance + self.mean**2))
 
 
@@ -226,7 +230,7 @@ _ADDED = (
 
 
 def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> tuple[int, float, float]:
-    """Merge two (count, mean, m2) triples by Chan's pairwise update; an empty one is the identity."""
+    """Merge two (count, mean, m2) triples by Chan's pairwise update. An empty triple is the identity."""
     (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
     if count_a == 0:
         return b
@@ -239,11 +243,11 @@ def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> t
 
 
 def share_of_m2(part: tuple[int, float, float], mean: float, m2: float) -> float:
-    """Return the share of a sample's ``m2`` that a part of it contributes; NaN of an empty part, or where m2 is 0.
+    """Return the share of a sample's ``m2`` that a part contributes; NaN if the part is empty or m2 is 0.
 
     Args:
         part: count, mean and m2 of the part.
-        mean, m2: of the whole sample.
+        mean, m2: mean and m2 of the whole sample.
     """
     count, part_mean, part_m2 = part
     return (part_m2 + count * (part_mean - mean) ** 2) / m2 if count and m2 > 0 else np.nan
@@ -260,13 +264,13 @@ def _add_units(a: Float64, b: Float64) -> Float64:
 def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thresholds: Float64) -> dict[str, object]:
     """Return the elementwise fields of LayerStats from the counts of each value, computed in float64.
 
-    The counts of the 65,536 patterns of a 16-bit float are a sufficient statistic for every one of them.
+    The counts of the 65,536 patterns of a 16-bit float are a sufficient statistic for each of these fields.
 
     Args:
-        counts: int32 or int64[2 n], how often each pattern occurred.
-        values: float64[2 n], the value of each pattern, NaN and infinities included: n that ascend from 0, then
-            the same negated.
-        thresholds: float64[k].
+        counts: int32 or int64[2 n], the number of occurrences of each pattern.
+        values: float64[2 n], the value of each pattern, including NaN and infinities. The first n values ascend from 0,
+            the others are their negatives.
+        thresholds: float64[k], the absolute near-zero thresholds.
     """
     seen = np.flatnonzero(counts != 0)  # of a bool array: much faster
     negative = seen >= len(counts) // 2
@@ -303,22 +307,22 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ShardResult:
-    """Statistics of one shard: pure, complete, counted once by its ``shard_id``.
+    """Complete statistics of one shard, identified by its ``shard_id``.
 
     Attributes:
         shard_id: index of the shard in the corpus plan.
         content_hash: hash of the shard's tokens, as planned.
         layers: module path of every layer, in order.
-        stats: LayerStats by (layer index, site); of paired text, of all answers after their own prompts.
-        strata: of paired text, LayerStats by (layer index, site, stratum).
-        rows: of paired text, statistics of single rows.
-        experts: statistics of routed experts by layer, if they were measured; of paired text, of all answers after
-            their own prompts.
+        stats: LayerStats by (layer index, site). For paired text, they cover all answers after their own prompts.
+        strata: LayerStats by (layer index, site, stratum) for paired text, else empty.
+        rows: statistics of single rows for paired text, else None.
+        experts: statistics of routed experts by layer, or None if they were not measured. For paired text, they cover
+            all answers after their own prompts.
         num_tokens: valid tokens observed.
         seconds: wall time of the pass.
-        device: where it ran, such as ``cpu`` or ``NVIDIA H100``.
-        model: what ran, JSON-ready: family, architecture, hidden_size, num_parameters, dtype, and so on.
-        peak_memory_bytes: peak memory of its devices together (of the process on a CPU).
+        device: name of the device, such as ``cpu`` or ``NVIDIA H100``.
+        model: JSON-ready description of the model: family, architecture, hidden_size, num_parameters, dtype, and so on.
+        peak_memory_bytes: peak memory of all devices together, or of the process on a CPU.
     """
 
     shard_id: int
@@ -336,5 +340,5 @@ class ShardResult:
 
 
 def without_values(stats: LayerStats) -> LayerStats:
-    """Statistics without the counts by value, which are most of what they take."""
+    """Return statistics without the counts by value, which take most of their memory."""
     return replace(stats, abs_value=_empty_values(), abs_value_count=_empty_int())

@@ -1,6 +1,6 @@
-"""The statistics of many shards as one: blocks of consecutive shards first, wherever that is done, then the blocks.
+"""Merging of the statistics of many shards: first into blocks of consecutive shards, then across blocks.
 
-The result depends on the number of shards alone, and not on who merged which block.
+The result depends only on the number of shards. It is the same whichever process merged which block.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ Key = TypeVar("Key", LayerKey, StratumKey)
 
 @dataclass(frozen=True)
 class Block:
-    """Merged statistics of consecutive shards, and apart from them the counts by value, which only the run keeps.
+    """Merged statistics of consecutive shards. Counts by value are kept separately, since only the run stores them.
 
-    Of paired text there are those of strata alone: `merge_strata` gives the others.
+    For paired text, only the statistics by stratum are filled in. `merge_strata` computes the others.
+
+    Attributes:
+        stats: statistics without counts by value.
+        values: counts by value.
+        strata: statistics by stratum without counts by value.
+        stratum_values: counts by value and stratum.
     """
 
     stats: Mapping[LayerKey, LayerStats]
@@ -32,7 +38,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Merged:
-    """The statistics of a run, and of its blocks without counts by value; of paired text, those of strata too."""
+    """Merged statistics of a run.
+
+    Attributes:
+        stats: statistics of the run, with counts by value.
+        blocks: statistics of each block, without counts by value.
+        strata: statistics of the run by stratum for paired text, else empty.
+    """
 
     stats: dict[LayerKey, LayerStats]
     blocks: list[Mapping[LayerKey, LayerStats]]
@@ -40,7 +52,7 @@ class Merged:
 
 
 def merge_stats(parts: Iterable[Mapping[Key, LayerStats]]) -> dict[Key, LayerStats]:
-    """Merge statistics by key, in the order given; a key may be missing from some parts."""
+    """Merge statistics by key, in the order of the parts. A key may be missing from some parts."""
     merged: dict[Key, LayerStats] = {}
     for part in parts:
         for key, stats in part.items():
@@ -49,9 +61,9 @@ def merge_stats(parts: Iterable[Mapping[Key, LayerStats]]) -> dict[Key, LayerSta
 
 
 def split_into_blocks(num_shards: int, most: int) -> list[range]:
-    """Return the ids of the shards of each block, at most ``most``.
+    """Return the shard ids of each block, for at most ``most`` blocks.
 
-    The number of blocks bounds memory, whatever the size of the corpus.
+    The limit bounds memory, whatever the size of the corpus.
     """
     size = -(-num_shards // most)
     return [range(start, min(start + size, num_shards)) for start in range(0, num_shards, size or 1)]
@@ -61,7 +73,7 @@ def merge_block(shards: Iterable[ShardResult], ids: range) -> Block:
     """Merge the shards of a block, given in the order of their ids.
 
     Raises:
-        ValueError: they are not exactly those.
+        ValueError: if the ids of the shards are not exactly ``ids``.
     """
     stats: dict[LayerKey, LayerStats] = {}
     values: dict[LayerKey, Values] = {}
@@ -84,7 +96,7 @@ def merge_block(shards: Iterable[ShardResult], ids: range) -> Block:
 def _add(
     merged: Mapping[Key, LayerStats], values: dict[Key, Values], shard: Mapping[Key, LayerStats]
 ) -> dict[Key, LayerStats]:
-    """Statistics with those of a shard, whose counts by value go into ``values``."""
+    """Return the statistics merged with those of a shard. Add the shard's counts by value to ``values``."""
     _add_values(values, {key: one.values for key, one in shard.items()})
     return merge_stats((merged, {key: without_values(one) for key, one in shard.items()}))
 
@@ -95,7 +107,7 @@ def _add_values(values: dict[Key, Values], more: Mapping[Key, Values]) -> None:
 
 
 def combine_blocks(blocks: Iterable[Block]) -> Merged:
-    """Merge blocks, in their order."""
+    """Merge blocks, in the order given."""
     kept: list[Mapping[LayerKey, LayerStats]] = []
     stats: dict[LayerKey, LayerStats] = {}
     strata: dict[StratumKey, LayerStats] = {}
@@ -119,7 +131,7 @@ def _with_values(merged: dict[Key, LayerStats], values: Mapping[Key, Values]) ->
 
 
 def merge_strata(strata: Mapping[StratumKey, LayerStats]) -> dict[LayerKey, LayerStats]:
-    """Statistics of paired text as of any other: of all answers after their own prompts, merged by label."""
+    """Merge the strata of all labels into statistics by (layer, site). Answers after another prompt are left out."""
     labels = dict.fromkeys(label for _, _, label in sorted(strata) if not label.endswith(AFTER_ANOTHER))
     return merge_stats(
         {(layer, site): one for (layer, site, of), one in strata.items() if of == label} for label in labels
@@ -127,10 +139,10 @@ def merge_strata(strata: Mapping[StratumKey, LayerStats]) -> dict[LayerKey, Laye
 
 
 def merge_blocks(shards: Sequence[ShardResult], most: int) -> Merged:
-    """Merge shards, given in the order of their ids.
+    """Merge shards in at most ``most`` blocks, given in the order of their ids.
 
     Raises:
-        ValueError: the ids are not exactly 0, 1, ...
+        ValueError: if the ids are not exactly 0, 1, ...
     """
     ids = split_into_blocks(len(shards), most)
     return combine_blocks(merge_block(shards[some.start : some.stop], some) for some in ids)

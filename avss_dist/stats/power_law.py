@@ -1,4 +1,4 @@
-"""The exponent of a power law, from samples. Pure numpy."""
+"""Estimators of the exponent of a power law. Pure numpy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from avss_dist.stats.layer_stats import Float64
 
 
 def hill_exponent(eigenvalues: Sequence[float] | Float64, tail: int | None = None) -> float:
-    """Return the exponent of a power law by Hill's estimator over the largest ``tail`` eigenvalues, by default half.
+    """Return the exponent of a power law by Hill's estimator over the ``tail`` largest eigenvalues, by default half.
 
-    ``1 + m / sum(log(x_i / x_min))`` (Clauset, Shalizi and Newman, arXiv 0706.1062, equation 3.1).
+    The estimate is ``1 + m / sum(log(x_i / x_min))`` (Clauset, Shalizi and Newman, arXiv 0706.1062, equation 3.1).
     """
     values = np.sort(np.asarray(eigenvalues, np.float64))
     values = values[values > 0]
@@ -23,7 +23,7 @@ def hill_exponent(eigenvalues: Sequence[float] | Float64, tail: int | None = Non
 
 
 def ks_exponent(eigenvalues: Sequence[float] | Float64) -> float:
-    """Return the exponent for the tail whose Kolmogorov-Smirnov distance to its power law is least.
+    """Return the exponent for the tail with the smallest Kolmogorov-Smirnov distance to its power law.
 
     Tails of at least a tenth of the eigenvalues are tried (arXiv 0706.1062, section 3.3).
     """

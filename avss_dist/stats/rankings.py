@@ -1,7 +1,7 @@
 """Rankings of layers: ranks, the lowest layers, and correlations. Pure numpy.
 
-Two kinds of ranks serve two purposes. Which layers are lowest needs an order, so `rank_lowest` breaks ties by layer.
-A correlation must not invent an order that scores do not have, so `spearman` gives tied values their average rank.
+Two kinds of ranks serve two purposes. A selection of the lowest layers needs a strict order, so `rank_lowest` breaks
+ties by layer. A correlation must keep ties, so `spearman` gives tied values their average rank.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ TWO_SIDED_95 = 1.959964  # the quantile 0.975 of the normal distribution
 
 
 def count_lowest(layers: int, share: float = LOWEST_SHARE) -> int:
-    """Return the number of layers in the lowest ``share``: rounded half to even, at least 1."""
+    """Return the number of layers in the lowest ``share``, rounded half to even, at least 1."""
     return max(1, round(share * layers))
 
 
 def rank_lowest(scores: Float64) -> Float64:
-    """Ranks along the last axis, 1 the lowest (least important); ties go to the earlier layer, NaN stays NaN."""
+    """Return ranks along the last axis, 1 for the lowest. Of tied layers, the earlier ranks lower. NaN stays NaN."""
     ranks = np.argsort(np.argsort(scores, axis=-1, kind="stable"), axis=-1, kind="stable") + 1.0
     return np.where(np.isnan(scores), np.nan, ranks)
 
 
 def average_ranks(values: Float64) -> Float64:
-    """Ranks of finite values, float64[n], from 1; tied values share the mean of theirs."""
+    """Return the ranks of finite values, float64[n], starting at 1. Tied values get their mean rank."""
     _, position, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks: Float64 = (np.cumsum(counts) - (counts - 1) / 2)[position]
     return ranks
 
 
 def spearman(a: Float64, b: Float64) -> float:
-    """Spearman's rho of two scores, float64[n] each, over the places where both are finite, by average ranks.
+    """Return Spearman's rho of two scores, float64[n] each, over the layers at which both are finite.
 
-    NaN for fewer than three such places, or where one of the scores is constant there.
+    Ties have average ranks. The result is NaN for fewer than three such layers, or if one score is constant there.
     """
     both = np.isfinite(a) & np.isfinite(b)
     a, b = a[both], b[both]
@@ -55,8 +55,8 @@ def spearman(a: Float64, b: Float64) -> float:
 def spearman_interval(rho: float, number: int) -> tuple[float, float]:
     """Return the 95% interval of Spearman's rho of ``number`` values: Fisher's z, variance of Bonett and Wright.
 
-    ``tanh(atanh(rho) -+ 1.96 sqrt((1 + rho^2 / 2) / (number - 3)))`` (Psychometrika 65, 2000). NaN for fewer than four
-    values.
+    The ends are ``tanh(atanh(rho) -+ 1.96 sqrt((1 + rho^2 / 2) / (number - 3)))`` (Psychometrika 65, 2000). They are
+    NaN for fewer than four values.
     """
     if number < 4:
         return np.nan, np.nan
@@ -66,13 +66,13 @@ def spearman_interval(rho: float, number: int) -> tuple[float, float]:
 
 
 def given_depth(rho: Float64, of_a: Float64, of_b: Float64) -> Float64:
-    """Return the partial correlation of the ranks of two scores, given those of depth: float64[...].
+    """Return the partial correlation of the ranks of two scores given depth, float64[...].
 
-    NaN where one of the scores is the order of depth itself.
+    The result is NaN if one of the scores is the order of depth itself.
 
     Args:
-        rho: their correlation.
-        of_a, of_b: that of each with depth, in shapes that broadcast to that of ``rho``.
+        rho: float64[...], the correlation of the scores.
+        of_a, of_b: the correlation of each score with depth, in shapes that broadcast to that of ``rho``.
     """
     left = (1 - of_a**2) * (1 - of_b**2)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -81,15 +81,19 @@ def given_depth(rho: Float64, of_a: Float64, of_b: Float64) -> Float64:
 
 
 def depth_correlation(scores: Sequence[float | None]) -> float:
-    """`spearman` of scores, in layer order, with depth; None and NaN are layers without a score."""
+    """Return Spearman's rho of scores, in layer order, with depth. None and NaN mark layers without a score."""
     values = np.array(scores, np.float64)
     return spearman(values, np.arange(len(values), dtype=np.float64))
 
 
 def rank_biased_overlap(a: Ints, b: Ints, p: float = PERSISTENCE) -> Float64:
-    """Extrapolated RBO of orders of the same items, int[..., items]: 0 (reversed, long) to 1 (the same).
+    """Return the extrapolated rank-biased overlap of orders of the same items, from 0 (reversed, long) to 1 (equal).
 
     Webber, Moffat and Zobel, A similarity measure for indefinite rankings, 2010, equation 32.
+
+    Args:
+        a, b: int[..., items], the items in the order of their ranks.
+        p: persistence, the weight of each rank relative to the one before.
     """
     items = a.shape[-1]
     depth = np.arange(1, items + 1)
@@ -100,10 +104,10 @@ def rank_biased_overlap(a: Ints, b: Ints, p: float = PERSISTENCE) -> Float64:
 
 
 def align(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> tuple[Float64, Float64, bool]:
-    """Two profiles, each (depth, values), at the same depths: those of the one with fewer layers.
+    """Align two profiles, each (depth, values), at the depths of the one with fewer layers.
 
     Returns:
-        The values of both, and whether one was interpolated (linear in depth).
+        The values of both, and whether one was interpolated linearly in depth.
     """
     (depth_a, x), (depth_b, y) = a, b
     if np.array_equal(depth_a, depth_b):

@@ -1,4 +1,4 @@
-"""The loss of a text with two starts of its rows, and whether the model expects the other one."""
+"""Comparison of the loss of a text under two row starts, to detect the one that the model expects."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ FAR_WORSE = 1.5  # ratio of two perplexities
 
 @dataclass(frozen=True)
 class RowStarts:
-    """Mean losses, in nats per token, of the same text with the start that its rows have and with another one."""
+    """Mean losses, in nats per token, of the same text under two row starts.
+
+    Attributes:
+        as_read: loss with the start that the rows have.
+        other: loss with the other start.
+    """
 
     as_read: float
     other: float
 
     @classmethod
     def of(cls, losses: Mapping[str, float]) -> RowStarts | None:
-        """Return the losses of an evaluation by metric; None where one is missing."""
+        """Read the losses from an evaluation's results by metric. Return None if one is missing."""
         if AS_READ not in losses or OTHER_START not in losses:
             return None
         return cls(losses[AS_READ], losses[OTHER_START])
 
     @property
     def ratio(self) -> float:
-        """Perplexity of the text as it was read, over that with the other start."""
+        """Perplexity of the text as it was read relative to that with the other start."""
         return float(np.exp(self.as_read - self.other))
 
     def describe(self, model: str, corpus: str) -> str | None:
-        """Return a sentence for people where the model expects the other start, else None."""
+        """Return a warning if the model seems to expect the other start, else None."""
         if not self.ratio > FAR_WORSE:
             return None
         return (

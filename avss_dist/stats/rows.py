@@ -1,4 +1,4 @@
-"""Statistics of single rows of paired text: what tests of labels, intervals over pairs and classifiers are made of."""
+"""Statistics of single rows of paired text, the input of tests of labels, intervals over pairs and classifiers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RowStats:
-    """Statistics of one layer and site: an entry for each row, over the tokens of its answer.
+    """Statistics of one layer and site, an entry for each row, over the tokens of its answer.
 
-    The sums of ``count`` and ``near_zero`` over the rows of a stratum are those of its LayerStats.
+    The sums of ``count`` and ``near_zero`` over the rows of a stratum equal those of its LayerStats.
     """
 
     count: Annotated[Int64, "finite elements of the answer (tokens x units)"]
@@ -33,18 +33,19 @@ ROW_FIELDS = {
     f.name: hint.__metadata__[0]
     for f, hint in zip(fields(RowStats), get_type_hints(RowStats, include_extras=True).values(), strict=True)
 }
-"""The fields of RowStats, and their meaning."""
+"""Meaning of each field of RowStats."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AnswerRows:
-    """The rows of paired text of a shard.
+    """Statistics of the rows of a shard of paired text.
 
     Attributes:
-        row, pair: int64[rows], places in the corpus, and of the prompts that the answers belong to.
-        strata: the stratum of each.
-        prompt_tokens, answer_tokens: int64[rows].
-        stats: by (layer, site).
+        row: int64[rows], the position of each row in the corpus.
+        pair: int64[rows], the index of the prompt that each answer belongs to.
+        strata: stratum of each row.
+        prompt_tokens, answer_tokens: int64[rows], the number of tokens of each prompt and answer.
+        stats: row statistics by (layer, site).
     """
 
     row: Int64
@@ -55,7 +56,7 @@ class AnswerRows:
     stats: Mapping[tuple[int, str], RowStats]
 
     def equals(self, other: AnswerRows) -> bool:
-        """Whether all is identical to the last bit."""
+        """Whether every field is identical to the last bit."""
         own = self.strata == other.strata and self.stats.keys() == other.stats.keys()
         names = ("row", "pair", "prompt_tokens", "answer_tokens")
         return (

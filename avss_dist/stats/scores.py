@@ -1,7 +1,7 @@
-"""LayerStats -> scores: recipes, thresholds, ranks, intervals, baselines. Pure numpy.
+"""Scores from LayerStats: recipes, thresholds, ranks, intervals, baselines. Pure numpy.
 
 AVSS (arXiv 2411.02117, section 3): NAV_i = variance_i / sum(variance), NAS_i = sparsity_i / sum(sparsity),
-AVSS_i = NAV_i / NAS_i. What "variance" and "sparsity" are taken over is the recipe's choice:
+AVSS_i = NAV_i / NAS_i. The recipe defines "variance" and "sparsity":
 
 ========  ===============================================  =======================================
 recipe    variance                                         sparsity
@@ -35,29 +35,29 @@ from avss_dist.stats.rankings import count_lowest, rank_lowest
 
 NOISY_BELOW = 100
 MINIMUM_NEAR_ZERO = 5
-"""Minimum number of elements near zero for an interval of AVSS: with fewer, most shards have none."""
+"""Minimum number of near-zero elements for an interval of AVSS. With fewer, most shards have none."""
 Parts = tuple[Float64, Float64, Float64]
-"""What AVSS is made of, float64[..., layers] each: variance, near-zero elements, elements."""
+"""Parts of AVSS, float64[..., layers] each: variance, near-zero elements, elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """A near-zero threshold: ``kind`` is ``absolute``, or ``rms`` for a multiple of the RMS of the layer and site."""
+    """A near-zero threshold. ``kind`` is ``absolute``, or ``rms`` for a multiple of the RMS of the layer and site."""
 
     value: float
     kind: str
 
     def at(self, stats: LayerStats) -> float:
-        """Return the absolute threshold that this is for ``stats``."""
+        """Return the absolute value of the threshold for the layer and site of ``stats``."""
         return self.value * stats.rms if self.kind == "rms" else self.value
 
 
 def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: bool) -> Float64:
-    """AVSS of layers along the last axis; NaN where it is not defined.
+    """Return the AVSS of layers along the last axis. Undefined values are NaN.
 
     Args:
         variance, near_zero, count: float64[..., layers].
-        smoothed: use (near_zero + 0.5) / (count + 1), which is never zero, for the sparsity.
+        smoothed: compute the sparsity as (near_zero + 0.5) / (count + 1), which is never zero.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         sparsity = (near_zero + 0.5) / (count + 1) if smoothed else near_zero / count
@@ -66,7 +66,7 @@ def avss(variance: Float64, near_zero: Float64, count: Float64, *, smoothed: boo
 
 
 def share(values: Float64) -> Float64:
-    """Return each value over the sum of the defined ones."""
+    """Return each value over the sum of the values that are not NaN, along the last axis."""
     return _ratio(values, np.nansum(values, axis=-1, keepdims=True))
 
 
@@ -82,13 +82,12 @@ def score_run(
     Args:
         stats: the merged statistics of the run.
         layers: module path of every layer; layer ``i`` of ``n`` has depth ``(i + 0.5) / n``.
-        shards: the partials (or blocks of them) that intervals are computed from; fewer than ``MINIMUM_UNITS`` give
-            NaN.
-        thresholds: every one that is counted and the relative ones, by default; see `LayerStats.below`.
-        sites: those of ``stats`` by default.
+        shards: statistics by shard (or block of shards) for the intervals. Fewer than `MINIMUM_UNITS` give NaN.
+        thresholds: by default, the counted thresholds and the relative ones. See `LayerStats.below`.
+        sites: sites to score, by default those of ``stats``.
 
     Returns:
-        Rows with the columns of the ``scores`` table less those that name the run.
+        Rows with the columns of the ``scores`` table except those that name the run.
     """
     baselines = {layer: layer_baselines(stats, layer) for layer in range(len(layers))}
     rows: list[dict[str, Any]] = []
@@ -124,7 +123,7 @@ def _site_shards(
 
 
 def layer_baselines(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, float]:
-    """Return each of ``registry.BASELINES`` for a layer, from the same pass; NaN if its site is missing.
+    """Return each of ``registry.BASELINES`` for a layer, by name; NaN if its site was not measured.
 
     block_influence: ShortGPT, arXiv 2403.03853, eq. 1. angular_distance: Gromov et al., arXiv 2403.17887, section 3.2.
     """
@@ -144,14 +143,14 @@ def layer_baselines(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[st
 
 
 class SiteTable:
-    """The statistics of one site over layers, merged and by shard, ready to be scored.
+    """Statistics of one site over layers, merged and by shard, from which scores are computed.
 
     Args:
         merged: LayerStats by layer.
         shards: LayerStats by shard and layer.
-        thresholds: every one that is counted, then the relative ones, by default.
-        weights: float64[n, shards], how often each shard counts in each of n weighted statistics. By default the
-            resamples and then the leave-one-out weights; None for fewer than ``MINIMUM_UNITS`` shards.
+        thresholds: by default, the counted thresholds, then the relative ones.
+        weights: float64[n, shards], the weight of each shard in each of n weighted statistics. By default, the
+            bootstrap weights followed by the leave-one-out weights, or None for fewer than `MINIMUM_UNITS` shards.
     """
 
     def __init__(
@@ -173,11 +172,11 @@ class SiteTable:
         self._variances: dict[str, tuple[Float64, Float64 | None]] = {}
 
     def recipes(self) -> tuple[str, ...]:
-        """Return the recipes that the site has statistics for: ``unit`` needs per-unit sums."""
+        """Return the recipes that the site has statistics for. Recipe ``unit`` needs sums by unit."""
         return tuple(r for r in RECIPES if r != "unit" or all(s.unit_sum.size for s in self.merged))
 
     def score(self, recipe: str, threshold: Threshold) -> dict[str, list[Any]]:
-        """Return columns of the ``scores`` table, as lists over layers; a layer with NaN or infinities has no rank."""
+        """Return columns of the ``scores`` table as lists over layers. A layer with NaN or infinities has no rank."""
         variance, (near_zero, count, *_) = self._variance(recipe)[0], _SPARSITY[recipe](self, threshold)
         literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), np.nan)
         score = avss(variance, near_zero, count, smoothed=True)
@@ -215,7 +214,7 @@ class SiteTable:
         }
 
     def weighted_parts(self, recipe: str, threshold: Threshold) -> Parts | None:
-        """Return the parts of AVSS for each row of ``weights``; None without weights."""
+        """Return the parts of AVSS for each row of ``weights``, or None without weights."""
         variances, (_, _, near_zeros, counts) = self._variance(recipe)[1], _SPARSITY[recipe](self, threshold)
         if variances is None or near_zeros is None or counts is None:
             return None
@@ -237,9 +236,10 @@ class SiteTable:
 
     @cached_property
     def units(self) -> list[tuple[_Units, _Units | None]]:
-        """By layer: of the merged statistics, and (with shards) of all resamples; [resamples, units] of one at a time.
+        """Reductions over units by layer: of the merged statistics and, with weights, of each weighted statistic.
 
-        Means are NaN where no token is finite throughout, so that an overflow is not taken for a mean of zero.
+        Layers are reduced one at a time to bound memory. Means are NaN if no token is finite throughout, so that an
+        overflow is not taken for a mean of zero.
         """
         return [self._units_of(layer, merged) for layer, merged in enumerate(self.merged)]
 
@@ -256,12 +256,12 @@ class SiteTable:
 
 @dataclass(frozen=True)
 class _Units:
-    """Reductions of unit means, float64[..., units], over the units: each float64[...].
+    """Reductions of unit means over units, float64[...] each.
 
     Attributes:
-        variance: theirs.
-        finite: how many there are.
-        near_zero: how many are nearer to zero than a threshold, by threshold.
+        variance: population variance of the means.
+        finite: number of finite means.
+        near_zero: number of means with abs(mean) below a threshold, by threshold.
     """
 
     variance: Float64
@@ -270,7 +270,11 @@ class _Units:
 
     @staticmethod
     def of(means: Float64, at: Mapping[Threshold, float]) -> _Units:
-        """Reduce means, with each threshold at a value."""
+        """Reduce unit means, float64[..., units].
+
+        Args:
+            at: absolute value of each threshold.
+        """
         sizes = np.abs(means)
         near_zero = {threshold: (sizes < value).sum(axis=-1).astype(float) for threshold, value in at.items()}
         return _Units(means.var(axis=-1), np.isfinite(means).sum(axis=-1).astype(float), near_zero)
@@ -295,7 +299,10 @@ def _pooled_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
 
 
 def _element_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
-    """Resamples shift by the merged mean first, so that nothing cancels."""
+    """Return the variance over elements, merged and weighted.
+
+    Weighted moments are taken about the merged mean, which avoids cancellation.
+    """
     variance = _ratio(table.column("m2"), table.column("count"))
     if table.weights is None:
         return variance, None
@@ -316,9 +323,10 @@ Counts = tuple[Float64, Float64, Float64 | None, Float64 | None]
 
 
 def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
-    """Return the sparsity of elements. A relative threshold is held at the whole run's RMS while shards are resampled.
+    """Return the near-zero elements and all elements, merged and weighted.
 
-    Where it cuts a bin of the histogram, each shard has the whole run's share of that bin below it.
+    A relative threshold is fixed at the RMS of the whole run. Shards without an exact count at the threshold take the
+    whole run's share of the elements below it in its histogram bin.
     """
     at = [threshold.at(s) for s in table.merged]
     near_zero = np.array([s.below(t).near_zero for s, t in zip(table.merged, at, strict=True)])

@@ -1,4 +1,4 @@
-"""Statistics of many blocks, of which only so much stays in memory: the rest is read from a file as it is needed."""
+"""Bounded memory for the statistics of many blocks: large arrays beyond the limit are mapped from a file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ Key = TypeVar("Key", LayerKey, StratumKey)
 
 
 class Spill:
-    """Keeps statistics, `KEPT_BYTES` of them in memory.
+    """Store of statistics that keeps at most `KEPT_BYTES` of large arrays in memory.
 
-    The file has no name, so it is gone with the process; where it cannot be written, the memory is taken.
+    Further arrays are written to unnamed temporary files, which vanish with the process. If a file cannot be written,
+    the arrays stay in memory.
     """
 
     def __init__(self) -> None:
         self._left = KEPT_BYTES
 
     def keep(self, stats: Mapping[Key, LayerStats]) -> Mapping[Key, LayerStats]:
-        """Return the same statistics, read only."""
+        """Return the same statistics, to be treated as read-only. Their arrays may be mapped from a file."""
         self._left -= sum(getattr(one, name).nbytes for one in stats.values() for name in _LARGE)
         if self._left >= 0 or not stats:
             return stats
@@ -38,7 +39,7 @@ class Spill:
 
 
 def _mapped(stats: Mapping[Key, LayerStats]) -> Mapping[Key, LayerStats]:
-    """Return the same statistics, their large fields in one mapped file."""
+    """Return the same statistics with their large fields in one memory-mapped file."""
     with tempfile.TemporaryFile() as file:
         for one in stats.values():
             for name in _LARGE:

@@ -1,4 +1,4 @@
-"""The statistics of single rows on a CPU: compiled, in float64, one token after the other."""
+"""Compiled loops for the statistics of single rows on a CPU, in float64, token by token."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ _compiled = compiled(fastmath={"reassoc", "contract"})
 
 @_compiled
 def measure_answers(values: Any, before: Any, row: Any, thresholds: Any, counts: Any, sums: Any, centers: Any) -> None:
-    """Measure tokens, float32[tokens, units], by the rows that they are of; all outputs are zero before.
+    """Add the statistics of tokens to those of their rows. All outputs must be zero at first.
 
     Args:
-        before: what a block was given, of the shape of ``values``; or nothing, float32[0, units].
-        row: int64[tokens].
+        values: float32[tokens, units].
+        before: input of a block, of the shape of ``values``, or empty, float32[0, units].
+        row: int64[tokens], the row of each token.
         thresholds: float64[k].
-        counts: int64[rows, 1 + k]; finite elements, and those nearer to zero than each threshold.
-        sums: float64[rows, 4]; of elements, their squared distances from the row's mean, the tokens' norms and relative
-            updates. What is not finite is left out of the first two, and makes the others NaN or infinite.
-        centers: float64[rows, units]; of elements by unit. NaN or infinite where one is.
+        counts: int64[rows, 1 + k], output: finite elements, and elements with abs(x) below each threshold.
+        sums: float64[rows, 4], output: sums of elements, of their squared distances from the row's mean, of the tokens'
+            norms and of their relative updates. The first two leave out non-finite elements, which make the others NaN
+            or infinite.
+        centers: float64[rows, units], output: sums of elements by unit, NaN or infinite if an element is.
     """
     for t in range(values.shape[0]):
         r, squares = row[t], 0.0
@@ -49,7 +51,7 @@ def measure_answers(values: Any, before: Any, row: Any, thresholds: Any, counts:
 
 @_compiled
 def _finite_sum(token: Any, is_finite: Any) -> Any:
-    """Return the number of finite elements, and their sum."""
+    """Return the number of finite elements of a token, and their sum."""
     total = 0.0
     if is_finite:
         for j in range(token.shape[0]):

@@ -1,10 +1,10 @@
-"""The fused reductions: an activation goes in, small accumulators on its own device grow. The seam for new kernels.
+"""Interface of the kernels: fused reductions of activations into small accumulators on the same device.
 
 A backend (`Kernels`) adds one batch of one (layer, site) into an `Accumulator`: `kernels.cpu` runs compiled loops over
 threads, `kernels.generic` runs wherever torch does. `to_stats` turns accumulators into LayerStats, once per shard.
 
-For 16-bit floats the counts of the 65,536 bit patterns are a sufficient statistic of every elementwise field. Of
-float32 the upper halves of the patterns of abs(x) are counted, and the rest is summed.
+For 16-bit floats the counts of the 65,536 bit patterns are a sufficient statistic of every elementwise field. For
+float32, the upper halves of the patterns of abs(x) are counted, and the other fields are summed.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
 class Accumulator:
-    """Device-side running statistics of one (layer, site).
+    """Running statistics of one (layer, site) on a device.
 
     Attributes:
-        tensors: by name, all on one device.
+        tensors: tensors by name, all on one device.
             16-bit activations: ``patterns`` int32[65536], int64 once that could overflow.
             float32: ``cuts`` int64[32768], ``near_zero`` int64[k], ``elements`` int64[3] (count, zeros, nonfinite),
             ``moments`` float64[2] (mean, m2), ``extremes`` float64[2].
             Always: ``sequences`` int64[1], ``pooled`` float64[1].
-            Where units are kept: ``unit_count`` int64[1], ``unit_sums`` float64[2, units].
-            Where input and output are compared: ``tokens`` int64[2] (angles, input elements), ``geometry`` float64[3]
+            If sums by unit are kept: ``unit_count`` int64[1], ``unit_sums`` float64[2, units].
+            If input and output are compared: ``tokens`` int64[2] (angles, input elements), ``geometry`` float64[3]
             (cosine, angular, relative sums), ``input_moments`` float64[2].
     """
 
@@ -64,15 +64,15 @@ class Accumulator:
 
     @property
     def is_on_host(self) -> bool:
-        """Whether reading it needs no transfer."""
+        """Whether the tensors are in host memory."""
         return self.tensors["sequences"].device.type == "cpu"
 
     def add_first_tokens(self, values: torch.Tensor) -> None:
-        """Keep the first tokens of rows, [rows, units], until `conclude`: one copy is all that a pass waits for."""
+        """Store the first tokens of rows, [rows, units], for `conclude`. A pass waits only for their copy."""
         self._first_tokens.append(values)
 
     def conclude(self) -> Tensors:
-        """Return ``tensors``; where first tokens were added, with ``first`` float64[3]: their count, mean and m2."""
+        """Return ``tensors``. If first tokens were added, it has ``first`` float64[3]: their count, mean and m2."""
         if self._first_tokens:
             values = torch.cat(self._first_tokens).double()
             finite = torch.isfinite(values)
@@ -84,14 +84,14 @@ class Accumulator:
         return self.tensors
 
     def reserve(self, elements: int) -> None:
-        """Make room for ``elements`` more counts: most shards fit in 32 bits, and take half the memory."""
+        """Make room for ``elements`` more counts. Pattern counts are widened to 64 bits when 32 bits could overflow."""
         self._elements += elements
         if self._elements > MOST_32_BIT and "patterns" in self.tensors:
             self.tensors["patterns"] = self.tensors["patterns"].to(torch.int64)
 
 
 def _zeros(shapes: Mapping[str, Shape], device: torch.device) -> Tensors:
-    """Tensors that are cut from one: a GPU is asked for memory, and to fill it, once."""
+    """Return zero tensors that are views of one buffer, which takes a single allocation and fill on a GPU."""
     sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values()]
     parts = torch.zeros(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
     return {
@@ -100,33 +100,33 @@ def _zeros(shapes: Mapping[str, Shape], device: torch.device) -> Tensors:
 
 
 class Kernels(Protocol):
-    """A backend. One observer's: it may keep memory from call to call."""
+    """Interface of a backend. Each observer has its own, since a backend may keep memory between calls."""
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        """Add a batch: elementwise statistics, pooled variances, unit sums where the accumulator keeps them.
+        """Add the elementwise statistics and pooled variances of a batch, and its sums by unit if ``into`` keeps them.
 
         Args:
             x: [sequences, tokens, units], contiguous, float32 or bfloat16 or float16.
-            mask: bool[sequences, tokens] on the device of ``x``, True where a token counts.
-            before: for a block's output ``x``, its input, of the shape of ``x``; then each token's angle and relative
-                update (of the values as float64) and the moments of the input are added too.
+            mask: bool[sequences, tokens] on the device of ``x``, true for tokens that count.
+            before: input of a block with output ``x``, of the same shape. With it, each token's angle and relative
+                update (of the values as float64) and the moments of the input are added, too.
         """
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
-        """`add` of ``after - before``, as their dtype rounds it."""
+        """Add ``after - before``, rounded to their dtype, as in `add`."""
 
     def finish(self) -> None:
-        """Bring accumulators up to date; what was added last may not be in them before. A layer ends with it."""
+        """Complete pending additions. Accumulators are up to date only after this call, which ends every layer."""
 
 
 class Updates:
-    """``after - before``, in memory that is kept from layer to layer: fresh pages cost as much as the numbers."""
+    """Buffer for differences ``after - before``. It is reused across layers, because fresh pages are expensive."""
 
     def __init__(self) -> None:
         self._kept: torch.Tensor | None = None
 
     def of(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """Return the difference, valid until the next call; of different dtypes, in the wider one."""
+        """Return the difference, valid until the next call. If the dtypes differ, it has the wider one."""
         if after.dtype != before.dtype:
             return after - before
         if self._kept is None or self._kept.shape != after.shape or self._kept.dtype != after.dtype:
@@ -136,20 +136,24 @@ class Updates:
 
 @lru_cache(maxsize=16)
 def limits_on(thresholds: bytes, device: torch.device) -> torch.Tensor:
-    """int32[k] on a device: `float32_limits` of float64 thresholds, given as bytes. Sent once."""
+    """Return the `float32_limits` of thresholds on a device, int32[k]. The result is cached.
+
+    Args:
+        thresholds: bytes of float64[k].
+    """
     limits = float32_limits(np.frombuffer(thresholds, np.float64))
     return torch.from_numpy(limits.view(np.int32).copy()).to(device)
 
 
 def float32_limits(thresholds: Float64) -> np.ndarray:
-    """Return the smallest float32 not below each float64 threshold, as uint32 patterns: x < t exactly if x < limit."""
+    """Return the uint32 pattern of the smallest float32 >= each float64 threshold, so that x < t equals x < limit."""
     limits = thresholds.astype(np.float32)
     limits = np.where(limits.astype(np.float64) < thresholds, np.nextafter(limits, np.float32(np.inf)), limits)
     return limits.view(np.uint32)
 
 
 def send_stats(accumulators: Sequence[Accumulator], thresholds: Float64) -> Callable[[], list[LayerStats]]:
-    """Send accumulators to the host; what is returned waits for them, and gives their statistics."""
+    """Start the transfer of accumulators, and return a function that waits for it and returns their statistics."""
     concluded = [accumulator.conclude() for accumulator in accumulators]
     like = [(one.dtype, tuple(one.tensors)) for one in accumulators]
     arrived = to_host([tensor for tensors in concluded for tensor in tensors.values()])
@@ -162,7 +166,7 @@ def send_stats(accumulators: Sequence[Accumulator], thresholds: Float64) -> Call
 
 
 def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: Float64) -> LayerStats:
-    """LayerStats from an accumulator's tensors, now on the host."""
+    """Return the LayerStats of an accumulator's tensors, which were transferred to the host."""
     fields: dict[str, Any] = {
         "sequence_count": int(tensors["sequences"][0]),
         "pooled_variance_sum": float(tensors["pooled"][0]),

@@ -1,4 +1,4 @@
-"""Elements as the loops read them, float32 or the uint16 pattern of a bfloat16: their values and their bits."""
+"""Values and bit patterns of the elements that the loops read: float32, or the uint16 pattern of a bfloat16."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numba.extending import overload
 
 
 def value(element: Any) -> float:
-    """Return an element as float64; compiled only."""
+    """Return the value of an element as float64. Only callable from compiled code."""
     raise NotImplementedError
 
 
 def pattern(element: Any) -> np.uint32:
-    """Return an element's float32 pattern; compiled only."""
+    """Return the float32 pattern of an element. Only callable from compiled code."""
     raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""The fastest kernels for a device."""
+"""Choice of the fastest kernels for a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from avss_dist.measure.kernels.base import Kernels
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """Return the fastest backend for a device: torch, with one warning, on CUDA without NVRTC and on ROCm."""
+    """Return the fastest backend for a device.
+
+    CUDA without NVRTC falls back to torch operations with a warning. ROCm and other devices always use them.
+    """
     if device.type == "cpu":
         from avss_dist.measure.kernels.cpu import CpuKernels
 

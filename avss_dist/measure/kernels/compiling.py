@@ -1,4 +1,4 @@
-"""numba's compiler as the kernels use it: without Python's lock, its results kept on disk where that is possible."""
+"""numba's compiler with the options of the kernels: without Python's lock, and with a cache on disk if possible."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numba import njit
 def compiled(**options: Any) -> Callable[[Any], Any]:
     """Return a decorator that compiles a function.
 
-    What is compiled is kept beside the module, or in the user's cache; where neither can be written, each process
+    The compiled code is cached beside the module or in the user's cache. If neither can be written, each process
     compiles for itself, which takes some seconds.
     """
 

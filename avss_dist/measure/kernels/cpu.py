@@ -1,6 +1,6 @@
-"""The kernels on a CPU: compiled loops in the thread that calls them; sequences one after the other, sums in order.
+"""CPU kernels: compiled loops in the calling thread, sequence by sequence, with sums in a fixed order.
 
-Several shards at a time, each in a thread of its own, use more cores: the loops do not hold Python's lock.
+Concurrent shards, each in a thread of its own, use more cores, since the loops release Python's lock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_ELEMENTS = 1 << 32  # that are counted in 32 bits before the counts are flu
 
 
 class CpuKernels:
-    """See `kernels.base.Kernels`. Keeps its scratch memory from call to call; not for two callers at once."""
+    """CPU backend, see `kernels.base.Kernels`. It reuses scratch memory between calls and is not thread-safe."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(PATTERNS, np.uint32)
@@ -37,7 +37,7 @@ class CpuKernels:
         self.add(into, self._updates.of(after, before), mask)
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: `add` is complete when it returns."""
 
     def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         into.reserve(x.numel())
@@ -74,7 +74,7 @@ class CpuKernels:
 
 
 class _Scratch:
-    """Buffers for the sums of each sequence; see `loops.measure_patterns`, `loops.measure_float32`."""
+    """Buffers for the sums of each sequence. See `loops.measure_patterns` and `loops.measure_float32`."""
 
     def __init__(self, rows: int, units: int, squared: int, thresholds: int) -> None:
         self.sums = np.empty((rows, units))
@@ -102,10 +102,10 @@ def _patterns(x: torch.Tensor) -> np.ndarray:
 
 
 def _as_loops_read(x: torch.Tensor) -> np.ndarray:
-    """bfloat16 as its patterns, float32 as it is; float16 is widened, which is exact."""
+    """Return a tensor as the loops read it: bfloat16 as uint16 patterns, float32 unchanged, float16 as float32."""
     return _patterns(x) if x.dtype == torch.bfloat16 else _array(x.float())
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
-    """Return a tensor's memory as an array. After `torch.Tensor.numpy`, streaming could not free its memory."""
+    """Return a tensor's memory as an array. `torch.Tensor.numpy` would keep streaming from freeing the memory."""
     return np.from_dlpack(x)

@@ -1,4 +1,4 @@
-"""The kernels as plain torch operations, for any device."""
+"""Kernels of plain torch operations, for any device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK = 1 << 24  # elements that a temporary may hold, or one sequence
 
 
 class TorchKernels:
-    """Plain torch operations: deterministic, without a host transfer, temporaries bounded by `CHUNK` elements."""
+    """Deterministic backend of torch operations without host transfers. Temporaries have up to `CHUNK` elements."""
 
     def __init__(self) -> None:
         self._updates = Updates()
@@ -36,7 +36,7 @@ class TorchKernels:
         self.add(into, self._updates.of(after, before), mask)
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: `add` is complete when it returns."""
 
     def _elements(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor) -> None:
         for rows, tokens in _chunks(x, mask):
@@ -94,19 +94,19 @@ class TorchKernels:
 
 
 def _chunks(x: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows [n, units] with their mask [n], at most `CHUNK` elements (or one row) at a time."""
+    """Yield rows [n, units] with their mask [n], with at most `CHUNK` elements (or one row) each."""
     rows = max(1, CHUNK // x.shape[2])
     yield from zip(x.flatten(0, 1).split(rows), mask.flatten().split(rows), strict=True)
 
 
 def _count_into(counts: torch.Tensor, bins: torch.Tensor, mask: torch.Tensor) -> None:
-    """Add how often each bin occurs where the mask (of the shape of ``bins``, or of its rows) is True."""
+    """Add the number of occurrences of each bin under a mask, of the shape of ``bins`` or of its rows."""
     weight = mask.to(counts.dtype).reshape(*mask.shape, *[1] * (bins.dim() - mask.dim())).expand(bins.shape)
     counts.scatter_add_(0, bins.reshape(-1), weight.reshape(-1))
 
 
 def _merge_moments(seen: torch.Tensor, moments: torch.Tensor, count: torch.Tensor, mean: Any, m2: Any) -> None:
-    """Chan's update of ``moments`` [mean, m2] over ``seen`` elements by ``count`` more, without a host transfer."""
+    """Update ``moments`` [mean, m2] of ``seen`` elements by ``count`` more (Chan), without a host transfer."""
     total = (seen + count).clamp(min=1).double()
     delta = mean - moments[0]
     change = torch.stack([delta * (count / total), m2 + delta * delta * (seen * (count / total))])

@@ -1,4 +1,4 @@
-"""The loops of the CPU kernels: compiled, one sequence ``x[tokens, units]`` a call, tokens outside the mask skipped.
+"""Compiled loops of the CPU kernels. They process one sequence ``x[tokens, units]`` at a time and skip masked tokens.
 
 A tensor arrives as float32, or as the uint16 patterns of bfloat16. Sums are float64, counts are integers.
 """
@@ -31,16 +31,16 @@ def _is_finite(row: Any) -> Any:
 
 @_compiled
 def measure_patterns(raw: Any, values: Any, mask: Any, counts: Any, summed: Any, comparison: Any) -> None:
-    """Measure the sequences of a 16-bit tensor: pattern counts and unit sums; compare them with a block's input.
+    """Measure pattern counts and unit sums of the sequences of a 16-bit tensor. Compare them with a block's input.
 
     Args:
-        raw: uint16[sequences, tokens, units], its patterns.
-        values: the same as it is summed: ``raw`` for bfloat16, float32 for float16.
-        mask: bool[sequences, tokens].
+        raw: uint16[sequences, tokens, units], the bit patterns.
+        values: the values to sum: ``raw`` for bfloat16, float32 for float16.
+        mask: bool[sequences, tokens], true for tokens that count.
         counts: uint32[65536], added to.
-        summed: sums, squares, tokens, pooled; see `_sum_sequence`, one row a sequence.
-        comparison: whether there is an input to compare with; the input, as ``values``; angles and geometry, see
-            `_compare_sequence`, one row a sequence.
+        summed: sums, squares, tokens and pooled, one row per sequence. See `_sum_sequence`.
+        comparison: whether there is an input to compare with, the input in the form of ``values``, angles and geometry,
+            one row per sequence. See `_compare_sequence`.
     """
     sums, squares, tokens, pooled = summed
     compared, before, angles, geometry = comparison
@@ -66,13 +66,14 @@ def _count_row(row: Any, counts: Any) -> None:
 def measure_float32(
     x: Any, mask: Any, limits: Any, counts: Any, elementwise: Any, summed: Any, comparison: Any
 ) -> None:
-    """Measure the sequences of float32[sequences, tokens, units]; compare them with a block's input.
+    """Measure the sequences of a float32 tensor. Compare them with a block's input.
 
     Args:
-        mask: bool[sequences, tokens].
-        limits: uint32[k], pattern of the smallest float32 that is not below each threshold.
-        counts: uint32[65536], added to: by the upper half of the pattern of abs(x).
-        elementwise: near_zero, elements, moments; see `_count_float32`, one row a sequence.
+        x: float32[sequences, tokens, units].
+        mask: bool[sequences, tokens], true for tokens that count.
+        limits: uint32[k], the pattern of the smallest float32 that is not below each threshold.
+        counts: uint32[65536], added to, by the upper half of the pattern of abs(x).
+        elementwise: near_zero, elements and moments, one row per sequence. See `_count_float32`.
         summed, comparison: as in `measure_patterns`.
     """
     near_zero, elements, moments = elementwise
@@ -88,7 +89,7 @@ def measure_float32(
 
 @_compiled
 def _count_nonfinite(counts: Any, values: Any) -> int:
-    """Return the counts of NaN and infinite patterns: of bfloat16 where ``values`` are patterns, else of float16."""
+    """Return the number of NaN and infinite patterns, of bfloat16 if ``values`` are patterns, else of float16."""
     first = 0x7F80 if values.itemsize == 2 else 0x7C00
     total = 0
     for i in range(first, 0x8000):
@@ -148,10 +149,10 @@ def _count_float32(x: Any, mask: Any, limits: Any, counts: Any, near_zero: Any, 
 
 @_compiled
 def _sum_sequence(x: Any, mask: Any, all_finite: bool, sums: Any, squares: Any, tokens: Any, pooled: Any) -> None:
-    """Sum one sequence, [tokens, units], over the tokens that are finite throughout: all of them if ``all_finite``.
+    """Sum one sequence, [tokens, units], over the tokens that are finite throughout (all of them if ``all_finite``).
 
-    Added to: sums and squares, float64[units] (squares may be empty, and is not kept then). Written: tokens int64[2]
-    (finite, all); pooled float64[1], the unbiased variance over units of the token-mean, NaN unless all are finite.
+    Added to: sums and squares, float64[units]. If squares is empty, it is skipped. Written: tokens int64[2] (finite,
+    all); pooled float64[1], the unbiased variance over units of the mean over tokens, NaN unless all are finite.
     """
     finite = seen = 0
     for t in range(x.shape[0]):
@@ -176,7 +177,7 @@ def _sum_sequence(x: Any, mask: Any, all_finite: bool, sums: Any, squares: Any, 
 
 @_compiled
 def _variance(sums: Any, tokens: int) -> float:
-    """Unbiased variance of ``sums / tokens`` (0 for a single unit), in two passes."""
+    """Return the unbiased variance of ``sums / tokens`` in two passes, 0 for a single unit."""
     units = sums.shape[0]
     if units < 2:
         return 0.0
@@ -196,7 +197,7 @@ def _compare_sequence(before: Any, after: Any, mask: Any, counts: Any, sums: Any
 
     Written: counts int64[2], the tokens that are finite and nonzero in input and output, and the input elements of
     tokens that are finite in both; sums float64[5]: over the former cos(in, out), acos(cos) / pi and |out - in| / |in|,
-    of the latter mean and m2. The difference is that of the float64 values, not the update as its dtype rounds it.
+    of the latter mean and m2. The difference is taken between the float64 values, before rounding to the dtype.
     """
     angles = count = 0
     cosine_sum = angular_sum = relative_sum = mean = m2 = 0.0

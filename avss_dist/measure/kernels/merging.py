@@ -1,4 +1,4 @@
-"""Adding what the loops measured of each sequence to an accumulator, in the order of the sequences."""
+"""Addition of the loops' results for each sequence to an accumulator, in the order of the sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _compiled = compiled()
 
 @_compiled
 def merge_patterns(counts: Any, total: Any) -> None:
-    """Add uint32 ``counts`` to int32 or int64 ``total``, which may be shorter, and clear them."""
+    """Add uint32 ``counts`` to int32 or int64 ``total``, which may be shorter, and reset the added counts to zero."""
     for first in range(0, total.shape[0], 64):
         here, all_here = counts[first : first + 64], total[first : first + 64]
         seen = np.uint32(0)
@@ -27,7 +27,7 @@ def merge_patterns(counts: Any, total: Any) -> None:
 
 @_compiled
 def _merge(total: Any, seen: int, count: int, mean: float, m2: float) -> None:
-    """Chan's update of ``total`` [mean, m2] over ``seen`` elements by ``count`` more."""
+    """Update ``total`` [mean, m2] of ``seen`` elements by ``count`` more (Chan)."""
     if count:
         delta = mean - total[0]
         total[0] += delta * (count / (seen + count))
@@ -38,7 +38,7 @@ def _merge(total: Any, seen: int, count: int, mean: float, m2: float) -> None:
 def merge_elements(
     near_zeros: Any, elements: Any, moments: Any, near_zero: Any, total: Any, merged: Any, extremes: Any
 ) -> None:
-    """Add the counts and moments of float32 elements, by sequence, to an accumulator's."""
+    """Add the counts and moments of each sequence's float32 elements to those of an accumulator."""
     for b in range(elements.shape[0]):
         near_zero += near_zeros[b]
         _merge(merged, total[0], elements[b, 0], moments[b, 0], moments[b, 1])
@@ -57,7 +57,7 @@ def merge_units(
     unit_count: Any,
     unit_sums: Any,
 ) -> None:
-    """Add pooled variances and, where the accumulator keeps them (``unit_sums`` is not empty), sums over units."""
+    """Add each sequence's pooled variance and, unless ``unit_sums`` is empty, its sums by unit."""
     for b in range(pooled.shape[0]):
         if not np.isnan(pooled[b, 0]):
             sequences[0] += 1
@@ -71,7 +71,7 @@ def merge_units(
 
 @_compiled
 def merge_geometry(angles: Any, geometry: Any, tokens: Any, total: Any, moments: Any) -> None:
-    """Add what the comparison of a block's input with its output gave."""
+    """Add each sequence's comparison of a block's input with its output."""
     for b in range(angles.shape[0]):
         total += geometry[b, :3]
         _merge(moments, tokens[1], angles[b, 1], geometry[b, 3], geometry[b, 4])

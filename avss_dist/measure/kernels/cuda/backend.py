@@ -1,4 +1,4 @@
-"""The kernels on a CUDA device, behind the seam of all backends. See the package for how they work."""
+"""CUDA backend: the interface of the CUDA kernels. See the package for their design."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from avss_dist.measure.kernels.generic import TorchKernels
 
 
 class NotCompiled(Exception):
-    """The source could not be compiled for a device."""
+    """Failure to compile the kernels for a device."""
 
 
 class Launcher(Protocol):
-    """Where kernels run.
+    """Interface for the launch of kernels on a device.
 
     Attributes:
-        blocks: of kernels that take any number of blocks.
-        threads: of their blocks, at most.
+        blocks: number of blocks for kernels that take any number.
+        threads: maximum number of threads of their blocks.
     """
 
     blocks: int
     threads: int
 
     def span(self, dtype: torch.dtype) -> int:
-        """Number of patterns that have a counter in shared memory.
+        """Return the number of patterns with a counter in shared memory.
 
         Raises:
-            NotCompiled: there is no kernel for the dtype.
+            NotCompiled: if there is no kernel for the dtype.
         """
 
     def launch(self, dtype: torch.dtype, kernel: str, grid: int, block: int, shared: int, arguments: bytes) -> None:
-        """Start a kernel on the current stream, after what was started before."""
+        """Start a kernel on the current stream, after the kernels that were started before."""
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A call that is counted but not finished."""
+    """A call of `add` that is counted but not finished."""
 
     into: Accumulator
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class _Pending:
 
 
 class CudaKernels:
-    """See `kernels.base.Kernels`. What `add` was given is in the accumulators after `finish`."""
+    """CUDA backend, see `kernels.base.Kernels`. Accumulators are up to date after `finish`."""
 
     def __init__(self, launcher: Launcher, *, chunk: int | None = None) -> None:
         self._launcher, self._chunk = launcher, chunk
@@ -75,7 +75,7 @@ class CudaKernels:
             self._torch.add(into, x, mask, before)
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
-        """See `kernels.base.Kernels`. The difference is never in memory."""
+        """See `kernels.base.Kernels`. The difference is computed inside the kernel, without a buffer."""
         if self._can(after, before):
             self._add(into, after, mask, before, "count_update")
         else:
@@ -134,14 +134,14 @@ class CudaKernels:
     def _room(
         self, shape: tuple[int, int, int], chunk: int, x: torch.Tensor, squared: bool, compared: bool
     ) -> dict[str, int]:
-        """Addresses of a call's memory, by field. Calls that wait for `finish` have memory of their own."""
+        """Return the addresses of a call's memory, by field. Each call that waits for `finish` has its own memory."""
         offsets, zeros, size = layout(shape, chunk, x.dtype, squared, compared)
         room = self._rooms.setdefault(len(self._pending), _Room())
         return room.addresses(offsets, zeros, size, x.device)
 
 
 class _Room:
-    """The memory of one call, kept from layer to layer: what kernels leave as zeros, and the rest."""
+    """Memory of one call, reused across layers: a part that kernels leave as zeros, and the rest."""
 
     def __init__(self) -> None:
         self._zeros = self._rest = torch.empty(0, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Arguments of a launch: sizes and addresses, 8 bytes each, and the memory that kernels need between them."""
+"""Arguments of a launch (sizes and addresses, 8 bytes each), and the layout of the memory that kernels share."""
 
 from __future__ import annotations
 
@@ -36,10 +36,13 @@ def fields() -> tuple[str, ...]:
 
 
 def window(dtype: torch.dtype, shared: int) -> tuple[int, int]:
-    """(LOW, SPAN): the patterns with a counter in a block's shared memory, of which a card has ``shared`` bytes.
+    """Return LOW and SPAN: the first pattern with a counter in a block's shared memory, and their number.
 
-    bfloat16 and float32: the 64 octaves up to 2**17, in which activations lie. float16 has 30 octaves. Where a card has
-    less memory, it is fewer of them, of float16 those around 1/4.
+    They cover the 64 octaves up to 2**17 for bfloat16 and float32, in which activations lie, and the 30 octaves of
+    float16. With less memory, they cover fewer octaves: for float16, those around 1/4.
+
+    Args:
+        shared: bytes of shared memory of a block.
     """
     octave = OCTAVE[dtype]
     most = (shared // 8 - STRIP) // octave
@@ -51,12 +54,15 @@ def window(dtype: torch.dtype, shared: int) -> tuple[int, int]:
 
 
 def shared_bytes(dtype: torch.dtype, span: int, limits: int) -> int:
-    """Return the bytes of shared memory of a block that counts."""
+    """Return the bytes of shared memory of a counting block."""
     return 4 * (span + STRIP + 2 * limits + 3) if dtype == torch.float32 else 8 * (span + STRIP)
 
 
 def chunk_of(rows: int, tokens: int, units: int) -> int:
-    """Tokens of an item: as many as leave items for every warp of a large card. Floats depend on it, so on shapes."""
+    """Return the tokens per work item, small enough that every warp of a large card gets items.
+
+    The order of float sums depends on it, so it is a function of shapes only.
+    """
     chunks = -(-ENOUGH_ITEMS // (rows * -(-units // UNITS_A_WARP)))
     return -(-tokens // (chunks * LEAST_CHUNK)) * LEAST_CHUNK
 
@@ -65,7 +71,7 @@ def chunk_of(rows: int, tokens: int, units: int) -> int:
 def layout(
     shape: tuple[int, int, int], chunk: int, dtype: torch.dtype, squared: bool, compared: bool
 ) -> tuple[dict[str, int], int, int]:
-    """Lay out a call's memory: offsets by field, bytes that must be zero at first (they come first), all bytes."""
+    """Return the layout of a call's memory: offsets by field, size of the leading zeroed part, total size."""
     rows, tokens, units = shape
     parts = rows * -(-tokens // chunk)
     items = parts * -(-units // UNITS_A_WARP) if dtype == torch.float32 else 0
@@ -89,10 +95,10 @@ def layout(
 
 
 def record(values: dict[str, int]) -> bytes:
-    """Return a ``struct Call``; fields that are not named are 0."""
+    """Return the bytes of a ``struct Call``. Fields without a value are 0."""
     return struct.pack(f"{len(fields())}q", *(values.get(name, 0) for name in fields()))
 
 
 def records(calls: list[bytes]) -> bytes:
-    """Return a ``struct Calls``."""
+    """Return the bytes of a ``struct Calls``."""
     return struct.pack("q", len(calls)) + b"".join(calls).ljust(MOST_CALLS * 8 * len(fields()), b"\0")

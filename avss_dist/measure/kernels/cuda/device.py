@@ -1,4 +1,4 @@
-"""The kernels on a real device: loaded and launched through the driver, on torch's streams and in its context."""
+"""Kernels on a CUDA device: loaded and launched through the driver, on torch's streams and in its context."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 @lru_cache(maxsize=64)
 def launcher_of(device: torch.device) -> Device:
-    """Return the launcher of a device, which keeps the kernels that it has compiled.
+    """Return the launcher of a device, which caches the compiled kernels.
 
     Raises:
-        NotCompiled: torch brings no CUDA of NVIDIA, or there is no NVRTC of its version.
+        NotCompiled: if torch has no NVIDIA CUDA, or there is no NVRTC of its version.
     """
     library(cuda_version())
     return Device(device)
 
 
 def cuda_version() -> int:
-    """Return the major version of torch's CUDA; 0 if it has none, as on ROCm."""
+    """Return the major version of torch's CUDA, or 0 if it has none, as on ROCm."""
     return int((torch.version.cuda or "0").split(".")[0])
 
 
 class Device:
-    """See `cuda.backend.Launcher`."""
+    """Launcher of a CUDA device. See `cuda.backend.Launcher`."""
 
     threads = 1024
 
@@ -46,7 +46,7 @@ class Device:
         self._functions: dict[tuple[torch.dtype, str], ctypes.c_void_p] = {}
 
     def span(self, dtype: torch.dtype) -> int:
-        """See `Launcher`. Compiles and loads the dtype's kernels when it is first called: about a second."""
+        """See `cuda.backend.Launcher`. The first call for a dtype compiles and loads its kernels in about a second."""
         if dtype not in self._modules:
             cubin, _ = compile_for(dtype, self._architecture, self._shared, cuda_version())
             module = ctypes.c_void_p()
@@ -57,7 +57,7 @@ class Device:
         return window(dtype, self._shared)[1]
 
     def launch(self, dtype: torch.dtype, kernel: str, grid: int, block: int, shared: int, arguments: bytes) -> None:
-        """See `Launcher`."""
+        """See `cuda.backend.Launcher`."""
         with torch.cuda.device(self._device):
             function = self._functions.get((dtype, kernel)) or self._function(dtype, kernel)
             given = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))

@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler, which torch's CUDA wheels bring: CUDA C++ to machine code for one architecture."""
+"""NVIDIA's run-time compiler from torch's CUDA wheels. It compiles CUDA C++ to machine code for one architecture."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ OPTIONS = ("--std=c++17",)
 
 @lru_cache(maxsize=2)
 def library(major: int) -> Any:
-    """libnvrtc of a CUDA version, where wheels have put it or where the system has it.
+    """Load libnvrtc of a CUDA major version from installed wheels or from the system.
 
     Raises:
-        NotCompiled: there is none.
+        NotCompiled: if it is not installed.
     """
     name = f"libnvrtc.so.{major}"
     for folder in _folders(major):
@@ -44,15 +44,16 @@ def _folders(major: int) -> list[Path]:
 
 
 def compile_for(dtype: torch.dtype, architecture: str, shared: int, major: int, *options: str) -> tuple[bytes, str]:
-    """Compile the kernels of a dtype; returns a cubin, and the compiler's log.
+    """Compile the kernels of a dtype, and return the cubin and the compiler's log.
 
     Args:
-        architecture: like ``sm_90``.
-        shared: bytes of shared memory that a block may have.
-        major: of the CUDA version.
+        architecture: GPU architecture, such as ``sm_90``.
+        shared: maximum bytes of shared memory of a block.
+        major: major version of CUDA.
+        options: further compiler options.
 
     Raises:
-        NotCompiled: there is no compiler, it does not know the architecture, or it refuses the source.
+        NotCompiled: if there is no compiler, or it rejects the architecture or the source.
     """
     nvrtc, program = library(major), ctypes.c_void_p()
     low, span = window(dtype, shared)
