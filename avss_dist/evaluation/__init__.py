@@ -1,1 +1,1 @@
-"""What models and plans are worth: evaluate, ablate, experiment."""
+"""Evaluation of models and plans: evaluate, ablate, search, experiment, shrink and sparsify."""

@@ -1,4 +1,4 @@
-"""Measure the ground truth about a model's layers, by the cells of `evaluate`."""
+"""Ground truth about a model's layers, measured by the cells of an evaluation."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class LayerAblation:
     """Measurements of a layer.
 
     Attributes:
-        loss: without it, in nats per token.
-        increase: of the loss over that of the whole model, paired: sequence by sequence.
-        sublayers: the same increase without its ``attention`` alone, and without its ``mlp`` alone.
-        shapley: its Shapley value, a sample for each permutation.
+        loss: loss without the layer, in nats per token.
+        increase: increase of the loss over that of the whole model, paired by sequence.
+        sublayers: increase without its ``attention`` alone, and without its ``mlp`` alone.
+        shapley: Shapley value of the layer, with a sample for each permutation.
         shapley_shared: 1 for each permutation that was truncated before the layer, else 0; None without truncation.
         estimates: results of `gradients.Gradients` and `damage.Damage`, by metric.
-        damage: the mean of its ranks by two of these (`registry.metrics_of`), 1 the least.
+        damage: mean of its ranks by two of these (`registry.metrics_of`); 1 is the least.
     """
 
     layer: int
@@ -77,10 +77,10 @@ class Ablation(TabularResult):
     """Measurements of the layers of a model.
 
     Attributes:
-        whole: the loss of the whole model; None where layers were not left out.
-        layers: in order.
-        reliability: how far other text of the same size would order the layers alike (`reliability.reliability`); NaN
-            where layers were not left out, or of fewer than four sequences.
+        whole: loss of the whole model; None if no layers were left out.
+        layers: measurements of each layer, in order.
+        reliability: agreement with the order of layers on other text of the same size (`reliability.reliability`); NaN
+            if no layers were left out, or for fewer than four sequences.
     """
 
     model: str
@@ -93,17 +93,17 @@ class Ablation(TabularResult):
 
     @property
     def permutations(self) -> tuple[int, int]:
-        """Permutations of the Shapley values: how many were truncated, and how many there are."""
+        """Number of truncated permutations of the Shapley values, and number of all."""
         number = max((len(one.shapley.samples) for one in self.layers if one.shapley), default=0)
         shared = [one.shapley_shared.samples for one in self.layers if one.shapley_shared]
         return int(np.any(shared, axis=0).sum()) if shared else 0, number
 
     def table(self) -> pa.Table:
-        """A row for each layer; null is what was not measured."""
+        """Return a table with a row for each layer; null for values that were not measured."""
         return pa.Table.from_pylist([_row(layer) for layer in self.layers])
 
     def summary(self) -> str:
-        """The model, the text, and how many layers."""
+        """Return the number of layers, the model and the text, in a line."""
         return f"{len(self.layers)} layers of {self.model} on {self.corpus}"
 
 
@@ -150,7 +150,7 @@ def ablate(
     reporter: OnEvent | None = None,
     **options: Unpack[EvaluationOptions],
 ) -> Ablation:
-    """Measure what each layer of a model does to its loss, and keep it in a warehouse; nothing is measured twice.
+    """Measure the effect of each layer of a model on its loss, and keep it in a warehouse; nothing is measured twice.
 
     Args:
         model: hub id, folder, or ``.gguf`` file of a causal language model.
@@ -218,10 +218,10 @@ def require_gradients(execution: Execution) -> None:
 def _require_intended(
     checkpoint: Checkpoint, text: CorpusPlan, settings: Settings, removals: int, *, allow_many: bool
 ) -> None:
-    """Refuse more forward passes than are made unasked.
+    """Refuse more than `MOST_PASSES` forward passes unless ``allow_many`` is set.
 
     Args:
-        removals: how often every layer is left out.
+        removals: number of times that every layer is left out.
     """
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config()
     layers = getattr(config, "num_hidden_layers", None) or 1
@@ -250,14 +250,14 @@ def _tasks(
 
 
 def sublayers_task(corpus: str, text: CorpusPlan) -> Task:
-    """The loss on a text without each sublayer."""
+    """Return the task of the loss on a text without each sublayer."""
     return Task(
         name=f"{SUBLAYER_LOSS}{corpus}", parts=tuple(LeaveOneOut(shard, sublayers=True) for shard in text.shards)
     )
 
 
 def damage_task(corpus: str, text: CorpusPlan, draws: int = DRAWS) -> Task:
-    """The damage of every layer, estimated on a text."""
+    """Return the task that estimates the damage of every layer on a text."""
     parts = tuple(Damage(shard=shard, draws=draws) for shard in text.shards)
     return Task(name=f"{DAMAGE_TASK}{corpus}", parts=parts)
 

@@ -1,4 +1,4 @@
-"""Evaluate models, whole or under the interventions of plans, each beside the whole model."""
+"""Evaluation of models, whole or under the interventions of plans, each beside the whole model."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ _Key = tuple[str, str]  # revision and task
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A metric of a task, of one subject, beside the same of the whole model.
+    """A metric of one subject on a task, and the same metric of the whole model.
 
     Attributes:
-        whole: the same metric of the whole model; None of the whole model itself.
-        retained: what is left of it; None of the whole model itself.
+        whole: metric of the whole model; None for the whole model itself.
+        retained: retention of the metric; None for the whole model itself.
     """
 
     subject: Subject
@@ -76,11 +76,11 @@ class Evaluation:
     retained: Retention | None
 
     def metrics(self) -> list[tuple[str, float, float]]:
-        """Name, value and standard error: of a loss, its perplexity after it."""
+        """Return name, value and standard error of the metric; for a loss, also those of its perplexity."""
         return list(metrics(self.result))
 
     def whole_metrics(self) -> list[float]:
-        """Values of the whole model, in the order of `metrics`; none of the whole model itself."""
+        """Return the values of the whole model in the order of `metrics`; empty for the whole model itself."""
         return [value for _, value, _ in metrics(self.whole)] if self.whole else []
 
 
@@ -88,7 +88,7 @@ class Evaluations(list[Evaluation], TabularResult):
     """Evaluations of several subjects, in their order and that of the tasks.
 
     Attributes:
-        findings: lines for people: how near sparsity plans come to their sparsity, and what a guess keeps.
+        findings: sentences for people, on missing base models, realized sparsities, guesses and starts of rows.
     """
 
     _bars = ("retention",)
@@ -99,7 +99,7 @@ class Evaluations(list[Evaluation], TabularResult):
         self.findings = tuple(findings)
 
     def table(self) -> pa.Table:
-        """A row for each subject, task and metric."""
+        """Return a table with a row for each subject, task and metric."""
         rows = []
         for one in self:
             left = one.retained
@@ -212,7 +212,7 @@ def _require_used(tasks: Sequence[str], **given: Any) -> None:
 
 
 def _require_readable(tasks: Sequence[str], settings: Settings) -> None:
-    """Refuse texts that cannot be read as they are wanted to."""
+    """Refuse texts that cannot be read with the settings."""
     texts = [RedactedURI(task).full.removeprefix(PERPLEXITY) for task in tasks if task.startswith(PERPLEXITY)]
     for _, problem in corpus_problems(texts, {settings.chat_template}):
         raise problem
@@ -221,7 +221,7 @@ def _require_readable(tasks: Sequence[str], settings: Settings) -> None:
 def _all_against_whole(
     subjects: Sequence[Subject], tasks: Sequence[str], every: Mapping[_Key, Sequence[Result]]
 ) -> Iterator[Evaluation]:
-    """The metrics of every task about every subject."""
+    """Yield the metrics of every subject on every task, beside those of the whole model."""
     for subject, name in product(subjects, tasks):
         yield from against_whole(
             subject,
@@ -234,7 +234,7 @@ def _all_against_whole(
 def _findings(
     subjects: Sequence[Subject], tasks: Sequence[str], every: Mapping[_Key, Sequence[Result]]
 ) -> Iterator[str]:
-    """How near sparsity plans come to what they say, on each task."""
+    """Yield a sentence on the realized sparsity of each sparsity plan on each task."""
     for subject, name in product(subjects, tasks):
         if sparse := subject.sparsity_plan:
             results = every[subject.checkpoint.revision, name]
@@ -243,7 +243,7 @@ def _findings(
 
 
 def _guesses(evaluations: Iterable[Evaluation]) -> Iterator[str]:
-    """What a guess keeps of each whole model, where something else is compared with it."""
+    """Yield a sentence on the retention of a guess, for each task and whole model that a subject is compared with."""
     whole: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in evaluations:
         if one.whole:
@@ -266,7 +266,7 @@ def _row_starts(compared: Iterable[tuple[PlannedTask, Sequence[Result]]]) -> Ite
 
 
 def realized(plan: SparsityPlan, results: Iterable[Result], intervention: Intervention) -> RealizedSparsity | None:
-    """Return how near the linear maps of a sparsity plan came to their sparsity under an intervention that has it."""
+    """Return planned and realized sparsity of a plan's linear maps, compared under an intervention that applies it."""
     measured = {
         (one.layer, one.metric.removeprefix(REALIZED)): one.value
         for one in results
@@ -285,7 +285,7 @@ def _refuse_overlaps(subjects: Sequence[Subject], planned: Mapping[_Key, Planned
 
 
 def _interventions(subjects: Sequence[Subject], checkpoint: Checkpoint) -> list[Intervention]:
-    """Return the interventions under which a checkpoint is evaluated, none first; those of one evaluation together."""
+    """Return the interventions under which a checkpoint is evaluated, by evaluation, the unchanged model first."""
     mine = [subject.intervention for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
     evaluations = dict.fromkeys([NO_INTERVENTION.split()[0], *(one.split()[0] for one in mine)])
     return [one for changes in evaluations for one in [NO_INTERVENTION, *mine] if one.split()[0] == changes]
@@ -313,10 +313,10 @@ def _require_same_tokens(
 
 
 def require_effect(rule: str | None, task: str, where: str = "") -> None:
-    """Refuse (`ConfigError`) a text, which is one prompt, where a rule leaves prompts dense.
+    """Raise ConfigError for a text as a task under a rule that leaves prompts dense, since a text is one prompt.
 
     Args:
-        where: begin of the message, which names the file of the rule.
+        where: start of the message, which names the file of the rule.
     """
     if rule == "dense-prefill" and task.startswith(PERPLEXITY):
         raise ConfigError(
@@ -331,7 +331,7 @@ def against_whole(
     """Return the metrics of a task about a subject, each beside that of the whole model.
 
     Args:
-        of_whole_model: results that have those of the unchanged model; of its base model, where the subject has one.
+        of_whole_model: results that include those of the unchanged model, or of the base model if there is one.
     """
     whole = {result.metric: result for result in about(of_whole_model)}
     changed = bool(subject.intervention) or subject.base is not None

@@ -1,4 +1,4 @@
-"""Events of an evaluation: what its callback is told while it goes on. Nothing here needs torch."""
+"""Events that an evaluation passes to its callback. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CellsStarted:
-    """Cells are about to be measured; ``done`` of them were measured before."""
+    """The start of measuring cells, of which ``done`` were measured before."""
 
     cells: Sequence[Cell]
     done: int
@@ -21,7 +21,7 @@ class CellsStarted:
 
 @dataclass(frozen=True)
 class CellUnderway:
-    """A cell that takes long has done a share of a step."""
+    """The progress of a long cell: the share of a step that is done."""
 
     cell: Cell
     step: str
@@ -30,18 +30,18 @@ class CellUnderway:
 
 @dataclass(frozen=True)
 class CellDone:
-    """A cell is measured, or has failed."""
+    """The end of a cell, which is measured or has failed."""
 
     cell: Cell
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchStep:
-    """A round of a search is over.
+    """The end of a round of a search.
 
     Attributes:
-        best: the loss without the best set of the round.
-        sets: number of sets whose loss the search has, with this round's.
+        best: loss without the best set of the round.
+        sets: number of sets with a known loss, those of this round included.
     """
 
     best: Result
@@ -50,7 +50,7 @@ class SearchStep:
 
 @dataclass(frozen=True)
 class ScoringStarted:
-    """Layers are about to be scored on so many tokens, of which some were measured before."""
+    """The start of scoring layers on ``num_tokens`` tokens, of which ``done_tokens`` were measured before."""
 
     num_tokens: int
     done_tokens: int
@@ -58,14 +58,14 @@ class ScoringStarted:
 
 @dataclass(frozen=True)
 class ScoringAdvanced:
-    """Layers are scored on so many more tokens."""
+    """The progress of scoring layers, as the number of further tokens."""
 
     num_tokens: int
 
 
 @dataclass(frozen=True)
 class WeightsWritten:
-    """So many more bytes of a checkpoint are written."""
+    """The progress of writing a checkpoint, as the number of further bytes."""
 
     num_bytes: int
 
@@ -75,4 +75,4 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(_event: Event) -> None:
-    """Receive an event, and do nothing."""
+    """Ignore an event."""

@@ -1,4 +1,4 @@
-"""The experiment: does a model keep what it can do without the layers that a score calls unimportant?
+"""Experiments on whether models keep their abilities without the layers that a score calls unimportant.
 
 Every method of `methods` chooses layers of every run of a job; each distinct set of layers is evaluated once on every
 task, on the cells of `evaluate`, and compared with the whole model on the same samples.
@@ -83,7 +83,7 @@ def run_experiment(
     allow_many: bool = False,
     **options: Any,
 ) -> tuple[list[Run], list[dict[str, Any]]]:
-    """Score the runs of a job, choose, evaluate, compare; what is done is not repeated.
+    """Score the runs of a job, choose layers, evaluate, and compare; finished work is not repeated.
 
     Args:
         job: with a section ``experiment``.
@@ -146,7 +146,7 @@ def _measure(
 
 
 def describe_size(job: JobFile) -> str:
-    """Return a sentence about how many evaluations an experiment makes at most, and of what."""
+    """Return a sentence with the maximum number of evaluations of an experiment, and its factors."""
     assert job.experiment is not None
     number, text = _size(job.specs, job.experiment)
     return text.format(f"{number:,}")
@@ -163,7 +163,7 @@ def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
 
 
 def _require_intended(specs: Sequence[RunSpec], experiment: Experiment, *, allow_many: bool) -> None:
-    """Refuse more evaluations than are made unasked, before anything is scored."""
+    """Refuse more than `MOST_EVALUATIONS` evaluations unless ``allow_many`` is set, before anything is scored."""
     number, text = _size(specs, experiment)
     fewer = "Lower `random`, or name fewer `scores`, `shares`, `sparsities`, `repairs` or `tasks`."
     require_listable(number, "evaluations", fewer)
@@ -171,7 +171,7 @@ def _require_intended(specs: Sequence[RunSpec], experiment: Experiment, *, allow
 
 
 def _count_readings(settings: Settings) -> int:
-    """Return how many readings of AVSS a run with these settings may score."""
+    """Return the maximum number of readings of AVSS of a run with these settings."""
     return len(settings.sites) * len(RECIPES) * (len(settings.thresholds) + len(RELATIVE_THRESHOLDS))
 
 
@@ -182,7 +182,7 @@ def _commit_rows(
     tasks: Sequence[str],
     store: Store,
 ) -> list[dict[str, Any]]:
-    """Write what every choice kept; return the rows of all trials."""
+    """Write the retention of every choice, and return the rows of all trials."""
     numbers = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
     name = fingerprint(**numbers | {"tasks": tasks})[:20]
     rows = []
@@ -232,7 +232,7 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
 
 
 def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
-    """Read what `avss ablate` has measured of the layers of every trial, and contrasts, if they are chosen by it."""
+    """Read the measurements of `avss ablate` and the contrasts by which layers of the trials are chosen."""
     scores = set(experiment.scores)
     measured = scores & set(MEASURED) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
     for trial in trials:
@@ -266,7 +266,7 @@ def _plan(trial: Trial, name: str, experiment: Experiment) -> PlannedTask:
 
 
 def _require_inputs(specs: Sequence[RunSpec], experiment: Experiment) -> None:
-    """Refuse runs that would not measure what sparsities are planned from, before anything is scored.
+    """Refuse runs that would not measure the inputs of sparsity plans, before anything is scored.
 
     Raises:
         ConfigError: the message names the setting.

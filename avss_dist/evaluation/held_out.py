@@ -27,13 +27,13 @@ _OLD_ROWS = {"row_start": "none"}  # of rows that were read before the setting w
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SeenText:
-    """A text that scores, a search or a repair have read, which is then no text to evaluate on.
+    """A text that scores, a search or a repair have read, so that it is not held out.
 
     Attributes:
         use: end of a sentence that begins with the text: ``the scores of RUN were measured on``.
         name: the text.
-        rows: the end of its rows, which `skip` passes.
-        read: reads it, again where it is not at hand; raises ConfigError where that is not possible.
+        rows: index of the end of its rows, the value of `skip` that passes them.
+        read: returns its rows, read again if necessary; raises ConfigError if that is not possible.
         load_tokenizer: loads the tokenizer of its rows.
         skip: field of the evaluation that skips rows of a text.
         ask_others: hint where questions are shared, with ``{}`` for the number of prompts; "" compares no questions.
@@ -49,12 +49,12 @@ class SeenText:
 
     @cached_property
     def shards(self) -> Sequence[Shard]:
-        """Its rows."""
+        """Rows of the text."""
         return self.read()
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer that made its tokens, and those of the tasks."""
+        """Tokenizer of the text and of the tasks."""
         return self.load_tokenizer()
 
     def refuse(self, task: Task) -> None:
@@ -94,7 +94,7 @@ def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
     """Refuse tasks on text or on questions that have been seen.
 
     Raises:
-        ConfigError: the first that is; or it cannot be told.
+        ConfigError: a task overlaps with a text, or cannot be compared with it.
     """
     if not (tasks := [task for task in tasks if _questions(task) or _text(task)]):
         return
@@ -115,10 +115,10 @@ def _text(task: Task) -> list[Shard]:
 def texts_of_run(
     store: Warehouse, run_id: str | None, checkpoint: Checkpoint, *, corpus: str = "", skip: str = "skip_sequences"
 ) -> Iterator[SeenText]:
-    """Yield the text that the scores of a run were measured on; none where the warehouse does not have the run.
+    """Yield the text that the scores of a run were measured on; empty if the warehouse does not have the run.
 
     Args:
-        corpus: the text, with the keys that reading it takes; by default as the row of the run names it, without.
+        corpus: the text with the keys of its URI; by default the text in the run's row, which has no keys.
         skip: see `SeenText`.
     """
     run = store.run(run_id) if run_id else None
@@ -138,7 +138,7 @@ def texts_of_run(
 
 
 def texts_of_search(store: Warehouse, evaluation: str | None, checkpoint: Checkpoint) -> Iterator[SeenText]:
-    """Yield the text that a set of layers was searched on; none where the warehouse does not have the evaluation."""
+    """Yield the text that a set of layers was searched on; empty if the warehouse does not have the evaluation."""
     rows = store.table("evaluations", run_ids=[evaluation]).to_pylist() if evaluation else []
     if not rows:
         return
@@ -155,7 +155,7 @@ def texts_of_search(store: Warehouse, evaluation: str | None, checkpoint: Checkp
 
 
 def texts_of_repair(checkpoint: Checkpoint) -> Iterator[SeenText]:
-    """Yield the texts that the repair of a checkpoint was fitted on; none of a checkpoint without one.
+    """Yield the texts that the repairs of a checkpoint were fitted on; empty for a checkpoint without repairs.
 
     Raises:
         ModelError: the record of the repair is damaged.
@@ -173,7 +173,7 @@ def texts_of_repair(checkpoint: Checkpoint) -> Iterator[SeenText]:
 
 
 def text_of_fit(text: CorpusPlan, skipped: int, checkpoint: Checkpoint, *, trust_remote_code: bool) -> SeenText:
-    """Return a text that a repair is about to be fitted on, after so many skipped rows."""
+    """Return a text that a repair is about to be fitted on, after ``skipped`` rows."""
     return SeenText(
         use=f"the repair is fitted on ({text.source})",
         rows=skipped + text.num_sequences,
@@ -189,7 +189,7 @@ def as_task(text: CorpusPlan) -> Task:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where rows come from: a text, how it is read, and how many rows are skipped."""
+    """The source of rows: a text, the settings to read it with, and the number of skipped rows."""
 
     checkpoint: Checkpoint
     corpus: str
@@ -203,8 +203,8 @@ class _Source:
         """Read the rows again that ``user`` has read.
 
         Args:
-            risk: what may be wrong where they are not compared.
-            prints: fingerprints that the text had, of its content or its tokens; it has changed where it has none of
+            risk: clause of the hint that names the risk of no comparison, such as ``it may be fitted to``.
+            prints: earlier fingerprints of its content or its tokens; the text has changed if it has none of
                 them.
         """
         hint = f"Put it back, or set `allow_overlap` and know that {risk} this very text."

@@ -1,6 +1,6 @@
 """Repairs as work for an executor: each is fitted once for a set of layers, kept in the warehouse, evaluated in place.
 
-A fit is a task like others: its cell gives what is still missing in the stream, and a patch, a file of its own.
+A fit is a task like others. Its cell returns the error that remains, and a patch, which is a file of its own.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def read_repaired(patch: StoredPatch) -> Repaired:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FitRepair:
-    """Fits the repair of a model without some layers; see `pruning.repair.repair`.
+    """Measure that fits the repair of a model without some layers; see `pruning.repair.repair`.
 
     Attributes:
         repair: with pinned settings.
         layers: module path of the layer list.
-        texts: what it is fitted on, read.
+        texts: texts to fit it on, tokenized.
     """
 
     repair: Repair
@@ -110,7 +110,7 @@ def require_changeable(partition: str) -> None:
 
 
 def copies_of(placement: Placement, settings: Settings, executor: Executor) -> int:
-    """Return how many copies of the model can share a fit: one for each worker, if there is room for all at once."""
+    """Return the number of model copies that can share a fit: one for each worker, if there is room for all at once."""
     devices = executor.devices
     room = devices.count // placement.gpus if placement.gpus else devices.cpus // settings.threads
     return max(1, min(executor.replicas(placement), room))
@@ -121,8 +121,8 @@ def plan_fits(model: PlacedModel, layers: str, repairs: Iterable[Repair], copies
 
     Args:
         layers: module path of the layer list.
-        repairs: that differ in their names alone; their settings are pinned.
-        copies: of the model, which share the text of one fit: for a single fit, where there are several workers.
+        repairs: repairs with pinned settings that differ only in their names.
+        copies: number of model copies that share the text of one fit, for a single fit with several workers.
 
     Raises:
         PlanError: the checkpoint cannot be repaired.
@@ -164,7 +164,7 @@ def fit_repairs(
 ) -> dict[tuple[str, Removals], StoredPatch]:
     """Fit each repair without each of its sets of layers; see `EvaluationSession.fit`.
 
-    A set of layers that no layer stands before has a repair of later layers alone. Repairs that need the most text come
+    If no layer precedes a set of layers, only later layers are repaired. Repairs that need the most text come
     first.
     """
     demanding = sorted(wanted, key=lambda fit: -REPAIRS[fit_of(fit[0]).repair.by].text_rank)
@@ -174,7 +174,7 @@ def fit_repairs(
 
 
 def _is_repairable(fit: PlannedTask, drop: tuple[int, ...]) -> bool:
-    """Whether something can be given back without these layers: by a layer before one of them, or by later ones."""
+    """Whether a repair can make up for removed layers, in a layer before one of them or in later ones."""
     return bool(drop) and (REPAIRS[fit_of(fit).repair.by].every_layer or drop != tuple(range(len(drop))))
 
 
@@ -220,7 +220,7 @@ def kept_repair(
 
 
 def _list_path(checkpoint: Checkpoint, made: Plan, settings: Settings) -> str | None:
-    """Return the path of the plan's layers; None where they are found without it, as in runs that name no path."""
+    """Return the path of the plan's layers; None if they are found without it, as in runs without a path."""
     with suppress(ModelError):
         _, model, _ = load_skeleton(checkpoint, settings)
         if [*layer_lists(without_head(model), made.num_layers)] == [made.layers]:

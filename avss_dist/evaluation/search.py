@@ -1,4 +1,4 @@
-"""Search the set of layers to drop by the loss without it, measured by cells of a session, repaired or not."""
+"""Search of the set of layers to drop by the loss without it, measured by cells of a session, repaired or not."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Found:
     """Result of a search.
 
     Attributes:
-        whole: the loss of the whole model.
-        chosen: the loss without the set of the plan.
-        steps: in order.
+        whole: loss of the whole model.
+        chosen: loss without the set of the plan.
+        steps: rounds, in order.
     """
 
     plan: Plan
@@ -123,13 +123,16 @@ def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip
 
 
 Losses = Callable[[Sequence[Expansion]], dict[Removals, Result]]
-"""Measures the loss without every set of expansions; raises AvssError where a cell fails. The others are kept."""
+"""Type of a function that measures the loss without every set of expansions.
+
+It raises AvssError if a cell fails; the results of other cells are kept.
+"""
 
 
 def conduct(
     searching: Search, losses: Losses, on_step: Callable[[SearchStep], None] | None = None
 ) -> tuple[Removals, list[SearchStep]]:
-    """Give a search the losses that it asks for, until it chooses; return the set that it chooses, and its rounds.
+    """Run a search, measure the losses that it requests, and return the chosen set and the rounds.
 
     Args:
         on_step: receives each round.
@@ -151,7 +154,7 @@ def conduct(
 
 
 def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
-    """Return what measures the loss without sets of layers: by cells that each leave out several sets, none twice.
+    """Return a function that measures the loss without sets of layers, several sets per cell, none twice.
 
     Args:
         planned: a `search_task`.
@@ -167,7 +170,7 @@ def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
             keep(place | {"samples": row.samples, "weights": row.weights})
 
     def cells(expansion: Expansion) -> Iterable[Cell]:
-        """Yield cells for what is not known: sets that begin from the same one together, `AT_ONCE` at most."""
+        """Yield cells for unknown losses, each for up to `AT_ONCE` sets with the same base."""
         base = Intervention(removed=expansion.base)
         for part, measure in enumerate(planned.task.parts):
             assert isinstance(measure, LeaveOneOut)
@@ -192,9 +195,9 @@ def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
 
 
 def repaired_losses(session: EvaluationSession, text: PlannedTask, fit: PlannedTask | None) -> Losses:
-    """Return what measures the loss without sets of layers after a repair, which is fitted to each set.
+    """Return a function that measures the loss without sets of layers after a repair, which is fitted to each set.
 
-    What a repair gives back depends on the set, so the best set with it is another one than without it.
+    The effect of a repair depends on the set, so the best set with a repair may differ from the best without one.
 
     Args:
         text: the task of the loss.
@@ -240,7 +243,7 @@ def plan_repaired_search(
 
 
 def _rows_for(texts: Sequence[CorpusPlan], by: str, width: int) -> int:
-    """Return how many rows of each text suffice to fit a repair of a residual stream so wide."""
+    """Return the number of rows of each text that suffice to fit a repair of a residual stream of ``width`` units."""
     if REPAIRS[by].text_rank == 0:
         return 1
     tokens = sum(text.num_tokens for text in texts) / sum(text.num_sequences for text in texts) - SINK_TOKENS

@@ -1,4 +1,4 @@
-"""A session of evaluation: plan tasks, measure what the warehouse does not have yet, keep it, and combine results."""
+"""Sessions of evaluation: they plan tasks, measure cells that a warehouse lacks, store them, and combine results."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class PlacedModel:
         return PlannedTask(checkpoint=self.checkpoint, settings=self.settings, task=task, placement=self.placement)
 
     def reading(self, max_sequences: int | None) -> PlacedModel:
-        """Return the model with another number of rows that are read of a text."""
+        """Return the model with another maximum number of rows of a text."""
         return replace(self, settings=replace(self.settings, max_sequences=max_sequences))
 
 
@@ -76,7 +76,7 @@ class PlannedTask:
 
     @cached_property
     def _fingerprinted(self) -> Mapping[str, Any]:
-        """All that tells the evaluation of the unchanged model apart."""
+        """Values that identify the evaluation of the unchanged model."""
         return {
             "schema": SCHEMA_VERSION,
             "checkpoint": self.checkpoint.revision,
@@ -122,7 +122,7 @@ class StoredPatch:
     patches: Patches = field(compare=False, repr=False)
 
     def read(self) -> bytes:
-        """See `intervention.EncodedPatch`; cells of one patch follow each other."""
+        """Return the content of the patch; see `intervention.EncodedPatch`. The patch that was read last is cached."""
         return _read(self.patches, self.key)
 
 
@@ -138,15 +138,15 @@ Work = Iterable[tuple[PlannedTask, Iterable[Intervention]]]
 class EvaluationSession:
     """Measures tasks of checkpoints on an executor, and keeps every cell in a warehouse as it comes.
 
-    Nothing is measured twice: neither what the warehouse has, unless ``fresh``, nor what the session has measured.
+    A cell is not measured again if the session has measured it, or if the warehouse has it and ``fresh`` is not set.
 
     Args:
         store: the warehouse.
-        execution: how replicas are spread.
+        execution: options that spread replicas.
         on_event: receives every event.
 
     Attributes:
-        fresh: measure again what was in the warehouse before.
+        fresh: measure cells again that were in the warehouse before.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class EvaluationSession:
         """Create a warehouse where there is none, and start an executor, which is closed in the end.
 
         Raises:
-            AvssError: one of both cannot be opened.
+            AvssError: the warehouse or the executor cannot be opened.
         """
         store = Store(warehouse)
         store.create()
@@ -177,10 +177,10 @@ class EvaluationSession:
         """Decide every setting of a checkpoint, and spread its replicas.
 
         Args:
-            execution: how they are spread; as the session says by default.
+            execution: options that spread them; those of the session by default.
 
         Raises:
-            ConfigError: there is not what the partition needs.
+            ConfigError: the requirements of the partition are not met.
             ModelError: the checkpoint has no head, or cannot read such rows.
         """
         fixed = pinned(settings, checkpoint, self.executor.device)
@@ -218,7 +218,7 @@ class EvaluationSession:
     def fit(self, work: Work) -> dict[tuple[str, Removals], StoredPatch]:
         """Measure tasks that fit patches; a patch that is in the warehouse is not fitted again.
 
-        The first mistake ends all: too little text is reported before other fits have taken an hour.
+        It stops at the first mistake, so that too little text is reported before other fits have taken an hour.
 
         Returns:
             Patches by the id of the evaluation and the removals that they are fitted for; those of earlier fits, too.
@@ -243,7 +243,7 @@ class EvaluationSession:
         return {key: StoredPatch(patch, patches) for key, patch in self._fitted(run_ids, patches).items()}
 
     def _fitted(self, run_ids: Sequence[str], patches: Patches) -> dict[tuple[str, Removals], str]:
-        """Return the keys of patches that cells of these evaluations gave and that are there."""
+        """Return the keys of the stored patches that cells of these evaluations have fitted."""
         there = patches.keys()
         return {
             (row["run_id"], decode_removals(row["drop"])): row["patch"]
@@ -266,7 +266,7 @@ class EvaluationSession:
         ]
 
     def _commit(self, planned: PlannedTask, run_id: str) -> list[Result]:
-        """Write the results of an evaluation; of a loss, its perplexity too."""
+        """Write and return the results of an evaluation; the perplexity is written with each loss."""
         rows = self.rows(run_id)
         results = combine(rows, len(planned.task.parts))
         if results:
@@ -291,7 +291,7 @@ class EvaluationSession:
 
     @contextmanager
     def keeping_workers(self) -> Iterator[None]:
-        """Inside, workers keep their models open between calls, as where the next cells depend on the last ones."""
+        """Keep workers and their open models between calls inside the block, for cells that depend on earlier ones."""
         with closing(_Workers(self.store, self.executor, self.on_event)) as self._workers:
             try:
                 yield
@@ -309,8 +309,8 @@ class EvaluationSession:
         """Measure cells, and keep each as it comes; return those that failed.
 
         Args:
-            again: measure those too that are known.
-            to_first_mistake: measure no more once a cell has failed for a mistake of the user's.
+            again: measure known cells, too.
+            to_first_mistake: stop once a cell has failed because of a mistake of the user.
         """
         wanted = {(cell.run_id, cell.cell_id): cell for cell in cells}
         missing = [cell for cell in wanted.values() if again or not self._is_known(cell)]
@@ -333,11 +333,11 @@ class EvaluationSession:
         return cell.cell_id in self._kept[cell.run_id]
 
     def _is_known(self, cell: Cell) -> bool:
-        """Whether the session, or the warehouse, has a cell; in a fresh session, only what it has measured itself."""
+        """Whether the session or the warehouse has a cell; a fresh session counts only its own cells."""
         return self._was_kept(cell) or (not self.fresh and self.is_stored(cell))
 
     def is_stored(self, cell: Cell) -> bool:
-        """Whether the warehouse has a cell; an evaluation is listed once."""
+        """Whether the warehouse has a cell. Each evaluation is listed only once."""
         return cell.cell_id in self.store.cell_ids(cell.run_id)
 
 
@@ -370,7 +370,7 @@ class _Workers:
         self._on_event(CellUnderway(cell, step, share))
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Release the workers."""
         self._asked.put(None)
         self._outcomes.close()
 
@@ -405,42 +405,42 @@ def evaluation_options(options: Mapping[str, Any]) -> tuple[Settings, Execution]
 
 
 def require_intended(number: int, most: int, what: str, hint: str, *, allow_many: bool) -> None:
-    """Refuse more work than ``most``, unless the user wants so much; nothing of that size has been made yet.
+    """Refuse more work than ``most`` unless ``allow_many`` is set. Call it before a list of that size is made.
 
     Args:
         what: beginning of the sentence, with a place for the number: ``"{} passes would be made"``.
-        hint: options that make it less.
+        hint: options that reduce it.
 
     Raises:
-        ConfigError: it is more, and ``allow_many`` is not set.
+        ConfigError: ``number`` is larger than ``most``, and ``allow_many`` is not set.
     """
     if number > most and not allow_many:
         raise ConfigError(f"{what.format(f'{number:,}')}.", f"{hint} More than {most:,} need `allow_many`.")
 
 
 def require_listable(number: int, what: str, hint: str) -> None:
-    """Refuse more pieces of work than can be listed, whether the user wants so many or not.
+    """Refuse more pieces of work than can be listed, whatever the user allows.
 
     Args:
         what: a plural noun.
-        hint: options that make it fewer.
+        hint: options that reduce it.
 
     Raises:
-        ConfigError: it is more than ``settings.MOST_LISTED``.
+        ConfigError: ``number`` is larger than ``settings.MOST_LISTED``.
     """
     if number > MOST_LISTED:
         raise ConfigError(f"{number:,} {what} are more than one command takes: {MOST_LISTED:,}.", hint)
 
 
 def pinned(settings: Settings, checkpoint: Checkpoint, device: str) -> Settings:
-    """Decide every ``auto`` of settings; refuse rows that the model cannot read, and a model without a head."""
+    """Return settings with every ``auto`` decided; refuse rows that the model cannot read, or a missing head."""
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     require_head(checkpoint.name, config)
     return pin(settings, checkpoint, config, device)
 
 
 def metrics(result: Result) -> Iterator[tuple[str, float, float]]:
-    """Yield name, value and standard error of a result; of a loss, of its perplexity too (by the delta method)."""
+    """Yield name, value and standard error of a result; for a loss, also of its perplexity (by the delta method)."""
     yield result.metric, result.value, result.stderr
     if result.metric == LOSS:
         perplexity = float(np.exp(result.value))
@@ -454,8 +454,10 @@ def about(results: Iterable[Result], key: InterventionKey = NO_INTERVENTION.key)
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Share of a metric that is left: 1 keeps all. Where less is better, it is before over after; of a loss, of the
-    perplexities.
+    """Share of a metric that is left; 1 keeps all.
+
+    It is after over before, or before over after if lower is better. For a loss, it is the retention of its
+    perplexity.
 
     Attributes:
         value: the retention.
@@ -469,7 +471,7 @@ class Retention:
 
     @classmethod
     def of(cls, before: Result, after: Result) -> Retention:
-        """Return how much of ``before`` is left in ``after``: the same metric of the same task, of the same samples."""
+        """Return the retention from ``before`` to ``after``, results of one metric of one task and the same samples."""
         value = kept(before.metric, *(np.array(result.value) for result in (before, after)))
         low = high = nan
         # Of an accuracy most samples may not differ, and those say nothing of how much it varies.

@@ -66,26 +66,26 @@ SCORED = 16  # rows that are scored on, at most: more rank layers hardly better,
 
 
 class _Scoring(Reporter):
-    """Passes the progress of scoring on as events."""
+    """Reporter that turns the progress of scoring into events."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        """Shards are about to be measured."""
+        """Send the event of the start of scoring."""
         self._on_event(ScoringStarted(num_tokens, done_tokens))
 
     def advanced(self, name: str, num_tokens: int) -> None:
-        """A shard is measured."""
+        """Send the event of a measured shard."""
         self._on_event(ScoringAdvanced(num_tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRetention:
-    """Results of a task: of the whole model, without the layers, and repaired.
+    """Results of a task for the whole, the pruned and the repaired model.
 
     Attributes:
-        whole, pruned, repaired: the primary metric of the task; None where nothing is repaired.
+        whole, pruned, repaired: primary metric of the task; ``repaired`` is None without a repair.
     """
 
     task: str
@@ -99,11 +99,11 @@ class TaskRetention:
         return self.repaired or self.pruned
 
     def of(self, result: Result) -> Retention:
-        """Return how much of the whole model's result is left."""
+        """Return the retention of a result against that of the whole model."""
         return Retention.of(self.whole, result)
 
     def describe(self) -> str:
-        """Return one line for people; of a loss, the perplexity."""
+        """Return one line for people; a loss is shown as its perplexity."""
         metric, whole = shown(self.whole)
         repaired = f"{shown(self.final)[1]} repaired, " if self.repaired else ""
         return (
@@ -112,18 +112,18 @@ class TaskRetention:
 
 
 def shown(result: Result) -> tuple[str, str]:
-    """Return name and value of a metric as people read them: of a loss, of its perplexity."""
+    """Return name and value of a metric for people; a loss is shown as its perplexity."""
     *_, (name, value, _) = metrics(result)
     return name, f"{value:z,.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateResult:
-    """A plan, and what the model keeps under it.
+    """A plan, and the results of the model under it.
 
     Attributes:
-        patch: the weights that repair the model; None where nothing is repaired.
-        tasks: in their order.
+        patch: weights that repair the model; None without a repair.
+        tasks: results by task, in order.
     """
 
     plan: Plan
@@ -138,15 +138,15 @@ class CandidateResult:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Shrunk(TabularResult):
-    """A model that was made smaller.
+    """A shrunk model.
 
     Attributes:
-        folder: of the checkpoint; ``bytes`` of its weights.
+        folder, bytes: folder of the checkpoint, and size of its weights.
         best: the plan that was carried out.
         curve: every plan that was tried, by the number of layers that it drops.
-        record: what was repaired, if anything was.
+        record: record of the repair; None without a repair.
         difference: see `pruning.checkpoint.prune`.
-        notes: what is to be known of the checkpoint.
+        notes: remarks on the checkpoint.
     """
 
     folder: str
@@ -160,22 +160,22 @@ class Shrunk(TabularResult):
     _bars = ("kept",)
 
     def table(self) -> pa.Table:
-        """A row for each plan that was tried: the layers that it drops, and what is kept."""
+        """Return a table with a row for each plan that was tried: dropped layers and retention."""
         return pa.Table.from_pylist([{"drop": [*one.plan.drop], "kept": one.kept} for one in self.curve])
 
     def summary(self) -> str:
-        """Where it is, and what it keeps."""
+        """Return the folder, the number of layers and the retention, in a line."""
         plan = self.best.plan
         return f"{self.folder}, {len(plan.keep)} of {plan.num_layers} layers, {self.best.kept:z.1%} kept"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Rows of each text: those that are scored on, then those that are evaluated on, then those that are repaired on.
+    """Split of the rows of each text: rows to score on, then rows to evaluate on, then rows to repair on.
 
     Attributes:
-        scored, evaluated: rows of the first two.
-        rows: of all three, at most.
+        scored, evaluated: number of rows of the first two parts.
+        rows: maximum number of rows of all three parts.
     """
 
     scored: int
@@ -184,7 +184,7 @@ class Parts:
 
     @property
     def held_out(self) -> int:
-        """Rows that are not repaired on."""
+        """Number of rows before those to repair on."""
         return self.scored + self.evaluated
 
 
@@ -198,7 +198,7 @@ def shrink(
     reporter: OnEvent | None = None,
     **options: Unpack[ShrinkingOptions],
 ) -> Shrunk:
-    """Write a smaller checkpoint of a causal language model, and say what it keeps; what is done is not repeated.
+    """Write a smaller checkpoint of a causal language model, and return its retention; finished work is not repeated.
 
     Args:
         model: hub id or folder.
@@ -265,7 +265,7 @@ def shrink(
 
 
 def cut(checkpoint: Checkpoint, texts: Sequence[str], settings: Settings) -> Parts:
-    """The parts of texts; the shortest says how many rows are held out.
+    """Return the split of texts; the shortest text determines how many rows are held out.
 
     Raises:
         CorpusError: a text cannot be read, is paired, or has too few rows.
@@ -294,10 +294,10 @@ def require_tokens(checkpoint: Checkpoint, request: Shrinking, parts: Parts, set
     """Refuse texts whose rows for the repair hold too few tokens to fit it to.
 
     Args:
-        needed: tokens that the repair is fitted to at least.
+        needed: minimum number of tokens to fit the repair to.
 
     Raises:
-        CorpusError: the hint says how many rows suffice, where there are so many.
+        CorpusError: there are fewer tokens. The hint says how many rows suffice, if the texts have them.
     """
     if not needed:
         return
@@ -319,7 +319,7 @@ def require_tokens(checkpoint: Checkpoint, request: Shrinking, parts: Parts, set
 
 
 def _fitted_tokens(checkpoint: Checkpoint, request: Shrinking, parts: Parts, settings: Settings) -> tuple[int, int]:
-    """Return how many tokens, and of how many rows, the repair is fitted to."""
+    """Return the number of tokens and of rows that the repair is fitted to."""
     read = replace(settings, max_sequences=parts.rows - parts.held_out)
     texts = [plan_text(checkpoint, text, read, skip_sequences=parts.held_out) for text in request.repair_texts]
     tokens = sum(count_fitted(split_texts(texts, settings.batch_size), len(texts)))
@@ -327,7 +327,7 @@ def _fitted_tokens(checkpoint: Checkpoint, request: Shrinking, parts: Parts, set
 
 
 def _fitted_rows(rows: int) -> int:
-    """Return how many rows of a text the repair is fitted to, of so many in all."""
+    """Return the number of rows that the repair is fitted to, of a text with ``rows`` rows."""
     part = rows // HELD_OUT
     repaired = rows - min(part, SCORED) - part
     return repaired - ceil(repaired / HELD_BACK)
@@ -335,10 +335,10 @@ def _fitted_rows(rows: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Judge:
-    """Tries candidate plans of a model: repairs each, and evaluates it beside the whole model.
+    """Evaluates candidate plans of a model: fits the repair of each, and measures it beside the whole model.
 
     Attributes:
-        tasks: by name.
+        tasks: tasks by name.
         fit: the task of fitting a repair; None for no repair.
     """
 
@@ -348,7 +348,7 @@ class _Judge:
     fit: PlannedTask | None
 
     def __call__(self, plan: Plan) -> CandidateResult:
-        """Return the result of a plan; what was done before is found.
+        """Return the result of a plan; earlier work is reused.
 
         Raises:
             AvssError: a mistake, or a fit or an evaluation that failed; what was measured is kept.
@@ -379,7 +379,7 @@ def _retention(
 def _scored_plan(
     model: str, request: Shrinking, store: Store, parts: Parts, options: dict[str, Any], on_event: OnEvent
 ) -> Callable[..., Plan]:
-    """Measure what layers are chosen by; returns what makes plans of it."""
+    """Measure the criterion by which layers are chosen; return a function that makes plans by it."""
     warehouse, options = store.root.full, options | {"max_sequences": parts.scored}
     run = score(
         model, corpus=request.corpus, warehouse=warehouse, reporter=_Scoring(on_event), sites=("block",), **options
@@ -401,7 +401,7 @@ def _judge(
     example: Plan,
     settings: Settings,
 ) -> _Judge:
-    """Return what tries plans like the example; texts of two uses that overlap are refused."""
+    """Return an evaluator of plans like the example; refuse texts of different uses that overlap."""
     model = session.place(checkpoint, settings)
     names = request.tasks or [f"{PERPLEXITY}{text.full}" for text in request.texts]
     tasks = {str(name): _plan_task(model, name, request, parts) for name in map(RedactedURI, names)}
@@ -451,13 +451,13 @@ def _refuse_overlaps(
 def _most(
     judge: Callable[[Plan], CandidateResult], make: Callable[..., Plan], most: int, keep: float
 ) -> tuple[CandidateResult, list[CandidateResult]]:
-    """Return the plan of the most layers that keeps so much, by bisection; and all that were tried, by their layers.
+    """Return the result of the plan that drops the most layers and keeps ``keep``, and all results by size (bisection).
 
     Args:
-        most: layers that may go.
+        most: maximum number of layers to drop.
 
     Raises:
-        PlanError: not even one layer can go.
+        PlanError: the plan without a single layer keeps less.
     """
     tried: dict[int, CandidateResult] = {}
     low, high = 0, most + 1

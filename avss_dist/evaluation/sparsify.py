@@ -1,4 +1,4 @@
-"""Make a sparsity plan of a run: measure what a method asks of the model, allocate, correct, and keep it all."""
+"""Sparsity plans of a run: measurement of the inputs of a method, allocation, correction, and storage."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ BASE = 0.05  # TEAL's step, of the largest map of a block
 
 
 Rows = Mapping[tuple[int, str], Float64]
-"""The samples of each layer and metric, summed over the parts that have it."""
+"""Samples by layer and metric, summed over the parts of a task."""
 
 
 class Unreachable(PlanError):
-    """A method cannot make so many weights sparse."""
+    """Error of a method that cannot reach a sparsity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class CalibrationText:
 
     Attributes:
         corpus: name of the text.
-        text: the text, where a method reads it.
+        text: the text; None if no method reads it.
     """
 
     model: PlacedModel
@@ -87,7 +87,7 @@ class CalibrationText:
     def counts(
         self, session: EvaluationSession, rule: str, intervention: Intervention = NO_INTERVENTION
     ) -> tuple[Rows, str]:
-        """Measure how the values are distributed that linear maps read."""
+        """Measure the distribution of the inputs of linear maps; return it as `rows` does."""
         parts = tuple(MapInputs(shard=shard, rule=rule) for shard in self.shards)
         return self.rows(session, "inputs", parts, intervention)
 
@@ -126,7 +126,7 @@ def sparsify(
         corpus: text that ``loss``, ``teal`` and corrections read; the run's own by default.
         skip_sequences: rows at its start that are not read.
         rule, pattern: see `SparsityPlan`.
-        corrections: how often thresholds are corrected, each time by a pass with the plan on.
+        corrections: number of corrections of the thresholds, each by a pass with the plan applied.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
 
     Raises:
@@ -168,7 +168,7 @@ def keep_plan(plan: SparsityPlan, store: Store, run: Mapping[str, Any]) -> Spars
 
 
 def _require_correctable(corrections: int, method: str, rule: str, pattern: str | None) -> None:
-    """Refuse corrections of what has no threshold.
+    """Refuse corrections of plans without thresholds, or with a rule that leaves prompts dense.
 
     Raises:
         ConfigError: the message says why.
@@ -190,7 +190,7 @@ def allocate(
     rule: str,
     corrections: int = 0,
 ) -> SparsityPlan:
-    """Return the plan of a method; its thresholds are those of the dense model, corrected so many times.
+    """Return the plan of a method, with thresholds of the dense model that are corrected ``corrections`` times.
 
     Raises:
         AvssError: a mistake, or a cell that failed; what was measured is kept.
@@ -215,7 +215,7 @@ def _allocated(
 
 
 def _centered(measured: Measured, target: float, counts: Rows, **fields: Any) -> SparsityPlan:
-    """The same sparsity everywhere, of what is near to where inputs are densest."""
+    """Return a plan with the same sparsity for every map, of the inputs closest to their densest value."""
     made = make_plan(measured, np.full(len(measured.maps), target), THRESHOLD, **fields)
     maps = []
     for one in made.projections:
@@ -226,10 +226,10 @@ def _centered(measured: Measured, target: float, counts: Rows, **fields: Any) ->
 
 
 def _gated(measured: Measured, target: float, counts: Rows, **fields: Any) -> SparsityPlan:
-    """The same sparsity of what gates every MLP, which spares up and down; everything else stays dense.
+    """Return a plan with the same sparsity for the gate of every MLP, which spares up and down; others stay dense.
 
     Raises:
-        Unreachable: no MLP has a gate that is seen, or those that have are too few weights.
+        Unreachable: no MLP has a known gate, or the gated MLPs have too few weights.
     """
     made = make_plan(measured, np.zeros(len(measured.maps)), THRESHOLD, **fields)
     maps = {(one.layer, one.map): replace(one, value=0.0, sparsity=0.0) for one in made.projections}
@@ -257,7 +257,7 @@ _BY_COUNTS: Mapping[str, Callable[..., SparsityPlan]] = {"scap": _centered, "cat
 def _corrected(
     session: EvaluationSession, source: CalibrationText, plan: SparsityPlan, corrections: int
 ) -> SparsityPlan:
-    """Return a plan whose thresholds leave the sparsity that they say while it is on, as one more pass tells."""
+    """Return a plan with thresholds corrected by passes with the plan applied; one more pass measures the rest."""
     farthest = 0.0
     for number in range(corrections + 1 if corrections else 0):
         counts, _ = source.counts(session, plan.rule, plan.intervention)
@@ -316,7 +316,7 @@ def _by_damage(measured: Measured, target: float, rows: Rows) -> tuple[Float64, 
 
 
 def _by_paths(measured: Measured, target: float, rows: Rows) -> tuple[Float64, dict[str, Any]]:
-    """Each block at the target, between two steps of its path."""
+    """Return sparsities by which each block meets the target, interpolated between two steps of its path."""
     found = np.zeros(len(measured.maps))
     layers = np.array([one.layer for one in measured.maps])
     for layer in dict.fromkeys(layers.tolist()):
@@ -327,7 +327,7 @@ def _by_paths(measured: Measured, target: float, rows: Rows) -> tuple[Float64, d
 
 
 def _by_tails(measured: Measured, target: float, rows: Rows) -> tuple[Float64, dict[str, Any]]:
-    """In proportion to what the heavy tail of each weight lets it bear."""
+    """Return sparsities in proportion to the ratios by the heavy tail of each weight."""
     exponents = np.array([rows[one.layer, f"{HILL}{one.path}"][0] for one in measured.maps])
     other = np.array([rows[one.layer, f"{KS}{one.path}"][0] for one in measured.maps])
     read = "the mapping of AlphaPruning, which is read as ActTail's: its paper's is not at hand"

@@ -1,4 +1,4 @@
-"""The models and plans that people name: read from files, and compared with what their models are now."""
+"""Models and plans as users name them: read from files, and compared with the present state of their models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Subject:
         label: name that people know it by.
         intervention: the change, of the plans that the subject was read from.
         run_id: the run whose scores a plan was made of; its text is not held out.
-        search: the evaluation that searched the layers of a plan; nor is its text.
+        search: the evaluation that searched the layers of a plan; its text is not held out, either.
         base: the model that a pruned checkpoint was made of, beside which it is evaluated.
         sparsity_plan: the plan of its sparsity.
     """
@@ -116,7 +116,7 @@ def _with(subjects: Sequence[Subject], bases: Mapping[Subject, Checkpoint]) -> l
 
 
 def _base_of(subject: Subject, *, trust_remote_code: bool) -> Checkpoint | str | None:
-    """Return the base model that a checkpoint's card names, a finding where it is not found, None of other models."""
+    """Return the base model that a checkpoint's card names, a finding if it is not found, None for other models."""
     folder = subject.checkpoint.folder
     if not folder.is_dir() or (card := pruned_from(folder)) is None:
         return None
@@ -133,10 +133,10 @@ def _base_of(subject: Subject, *, trust_remote_code: bool) -> Checkpoint | str |
 
 
 def _checkpoint_of(model: str, revision: str | None, text: str, *, trust_remote_code: bool) -> Checkpoint:
-    """The checkpoint that a plan's file is for.
+    """Return the checkpoint that a plan's file is for.
 
     Raises:
-        AvssError: there is none such, or it has changed.
+        AvssError: it does not exist, or has changed.
     """
     try:
         checkpoint = resolve(model, trust_remote_code=trust_remote_code)
@@ -158,10 +158,10 @@ def require_same_layers(
     A model that cannot be built without its weights is not checked here; it refuses layers that it does not have.
 
     Args:
-        num_layers, layers: what the file says. ``layers`` is None where it says none.
+        num_layers, layers: values of the file; ``layers`` is None if the file has none.
 
     Raises:
-        PlanError: the message has what the plan says and what the model has.
+        PlanError: the layers differ; the message has those of the plan and of the model.
     """
     known = {path: len(modules) for path, modules in _layer_lists(checkpoint, settings).items()}
     if not known:
@@ -257,7 +257,7 @@ def _with_sparsity(subjects: Sequence[Subject], plan: str, settings: Settings) -
 
 
 def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Checkpoint:
-    """Return the checkpoint of a row of ``runs``, as it was.
+    """Return the unchanged checkpoint of a row of ``runs``.
 
     Raises:
         PlanError: it has changed.
@@ -287,7 +287,7 @@ def run_size(run: Mapping[str, Any]) -> Footprint:
 
 
 def known_size(run: Mapping[str, Any]) -> Footprint | None:
-    """Return the same of a checkpoint on this machine; None of others, or where it cannot be read."""
+    """Return the size of a run's checkpoint on this machine; None for other checkpoints, or if it cannot be read."""
     if not Path(run["model"]).expanduser().exists():
         return None
     try:

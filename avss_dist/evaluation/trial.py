@@ -1,4 +1,4 @@
-"""A scored run on its way through an experiment: what every method drops of it, and what each choice kept."""
+"""State of a scored run in an experiment: layers that every method drops, and the rows of results."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ Chosen = tuple[Method, float, Layers]  # a method, the share of layers, and the 
 
 @dataclass
 class Trial:
-    """A scored run on its way through an experiment.
+    """State of a scored run in an experiment.
 
     Attributes:
         model: the checkpoint of the run.
-        rows: of the table ``scores``.
-        truth: float64[layers], by one of ``registry.MEASURED``.
-        interactions: of the layers, where sets are chosen by them.
-        searched: what each method that searches found at each share.
-        contrasts: float64[layers] by reading, of paired text.
-        planned: the tasks, by name.
-        choices: what every method drops of every share.
-        sparsity_plans: of each method of spreading a sparsity, and level; None where the method cannot reach it.
-        fits: the task of fitting each repair; none of `pruning.repair.registry.NO_REPAIR`.
-        patches: what was fitted, by the fit's id and the layers that are dropped.
+        rows: rows of the table ``scores``.
+        truth: measurements of the layers, float64[layers], by a name of ``registry.MEASURED``.
+        interactions: interactions of the layers, if sets are chosen by them.
+        searched: layers that a search found, by method and share.
+        contrasts: contrasts of the layers on paired text, float64[layers], by reading.
+        planned: tasks by name.
+        choices: layers that every method drops at every share.
+        sparsity_plans: plan by method of allocation and level; None if the method cannot reach the level.
+        fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
+        patches: fitted patches, by the fit's id and the dropped layers.
     """
 
     run: Run
@@ -68,12 +68,12 @@ class Trial:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint of the run."""
+        """Checkpoint of the run."""
         return self.model.checkpoint
 
     @property
     def settings(self) -> Settings:
-        """Settings of the run, decided."""
+        """Settings of the run, with every ``auto`` decided."""
         return self.model.settings
 
     @property
@@ -87,17 +87,17 @@ class Trial:
         return list(dict.fromkeys(drop for _, _, drop in self.choices))
 
     def reading(self, most: int | None) -> PlacedModel:
-        """Return the model with no more than so many rows that are read of a text; None is no other limit."""
+        """Return the model with at most ``most`` rows of a text; None keeps the limit of the run."""
         rows = [self.settings.max_sequences, most]
         return self.model.reading(min((number for number in rows if number), default=None))
 
     def without(self, drop: Layers, repair: str = NO_REPAIR) -> Intervention:
-        """Return the intervention without some layers, repaired; a repair may change no weights."""
+        """Return the intervention that removes layers, with the patch of a repair if it changed weights."""
         fit = self.fits.get(repair)
         return Intervention(removed=drop, patch=self.patches.get((fit.run_id(), drop)) if fit else None)
 
     def interventions(self, experiment: Experiment) -> list[Intervention]:
-        """Return all that is evaluated: no intervention, every choice by every factor and repair, every sparsity."""
+        """Return all evaluated interventions: none, every choice by every factor and repair, every sparsity plan."""
         repaired = [self.without(drop, repair) for drop in self.drops for repair in experiment.repairs]
         factors = dict.fromkeys(filter(None, experiment.factors))
         scaled = [Intervention(removed=drop, residual_scale=factor) for factor in factors for drop in self.drops]
@@ -112,7 +112,7 @@ class Trial:
         return RunIdentity(run_id=self.run.run_id, model=name, revision=revision, family=self.rows[0]["family"])
 
     def choose(self, experiment: Experiment) -> list[Chosen]:
-        """Return the layers that every method drops of every share."""
+        """Return the layers that every method drops at every share."""
         return [
             (method, share, self._drop(method, share))
             for method in methods(experiment, self.rows)
@@ -143,7 +143,7 @@ def rows_of(trial: Trial, experiment: Experiment, results: Mapping[str, Sequence
     """Yield rows of ``experiments``, task by task, less the columns of RunIdentity.
 
     Args:
-        results: by task.
+        results: results by task.
     """
     guess = guessed_loss(trial)
     for task in trial.planned:
@@ -159,7 +159,7 @@ def rows_of(trial: Trial, experiment: Experiment, results: Mapping[str, Sequence
 
 
 def _whole_rows(results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the whole model, and of a loss that of a guess."""
+    """Yield the rows of the whole model, and the row of a guess if a loss is among them."""
     whole = [measured_values(result) for result in results]
     if guess is not None and any(row["metric"] == LOSS for row in whole):
         whole.append({**NO_INTERVENTION.key.row(), "metric": CHANCE, "value": guess, "stderr": None})
@@ -195,13 +195,13 @@ NO_METHOD = dict.fromkeys(("score", *_READING, "control", "seed", "repair", "ret
 
 
 def measured_values(result: Result) -> dict[str, Any]:
-    """Return the columns of ``experiments`` that a result has."""
+    """Return the columns of ``experiments`` for a result."""
     values = {"metric": result.metric, "value": result.value, "stderr": result.stderr}
     return {**result.intervention.row(), **values, "sparsity": None}
 
 
 def sparse_rows(trial: Trial, task: str, results: Mapping[str, Sequence[Result]]) -> Iterator[dict[str, Any]]:
-    """Yield rows of ``experiments`` of a task: what every plan keeps of the dense model, and the sparsity that it had.
+    """Yield rows of ``experiments`` of a task: retention of every sparsity plan, and its realized sparsity.
 
     A level that a method cannot reach has one row, without a value.
     """

@@ -1,1 +1,1 @@
-"""What people see: tables in the terminal, pictures, exports, the page."""
+"""Output for people: tables in the terminal, charts, exports, and the page of a warehouse."""

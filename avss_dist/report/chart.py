@@ -1,4 +1,4 @@
-"""Scores by depth, the rivals beside them, as PNG, SVG or a self-contained page."""
+"""Charts of layer scores and baselines by depth, as PNG, SVG or a self-contained page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ ROWS = alt.NamedData(name="rows")  # the data of the charts of a page
 
 
 def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Any:
-    """AVSS with its interval, and each rival, by layer (by depth for several runs); the lowest 25% by each are marked.
+    """Return a chart of AVSS with its interval, and of each baseline, by layer (by depth for several runs).
+
+    Triangles mark the lowest 25% of the layers by each score.
 
     Args:
         runs: rows of ``runs``.
@@ -80,7 +82,7 @@ def _band(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int]]]:
-    """Runs and layers among the lowest 25% of their run, by AVSS and by each rival."""
+    """Return (run id, layer) of the lowest 25% of the layers of each run, by the name of each score."""
     found: dict[str, set[tuple[str, int]]] = {}
     for run_id in dict.fromkeys(s["run_id"] for s in scores):
         of_run = [s for s in scores if s["run_id"] == run_id]
@@ -92,7 +94,7 @@ def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int
 
 
 def _of_depth(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What speaks against a picture of one run: that its AVSS is the layer's number."""
+    """Return the warning that the AVSS of one run tracks depth, if it does; empty for several runs."""
     if len(runs) > 1:
         return []
     values = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
@@ -120,16 +122,16 @@ def depth_chart(
     ends: tuple[str, str] | None = None,
     tooltip: Sequence[Any],
 ) -> Any:
-    """Return a score by depth: a line with a point for each layer, a triangle where it is among the lowest.
+    """Return a chart of a score by depth: a line with a point for each layer, and triangles for the lowest layers.
 
     Args:
-        base: encodes the place of a layer.
-        name: the column of the score.
-        axis: its ``title`` and ``scale``.
-        color: of lines and bands.
-        point_color: of points.
-        lowest: the column that says whether a layer is among the lowest.
-        ends: the columns of an interval, which is drawn as a band.
+        base: chart that encodes the position of a layer.
+        name: column of the score.
+        axis: ``title`` and ``scale`` of the axis of the score.
+        color: color of lines and bands.
+        point_color: color of points.
+        lowest: column that is true for the lowest layers.
+        ends: columns of an interval, which is drawn as a band.
     """
     y, marked = alt.Y(f"{name}:Q", **axis), alt.when(f"datum.{lowest}")
     points = base.mark_point(filled=True, opacity=1).encode(
@@ -171,7 +173,7 @@ def save_chart(chart: Any, path: Path) -> None:
     """Write a chart as ``.png`` (twice the screen's resolution), ``.svg``, or ``.html`` that needs no network.
 
     Raises:
-        AvssError: the ending is another one, or the file cannot be written.
+        AvssError: the file has another ending, or cannot be written.
     """
     kind = path.suffix.lower()
     spec = specification(chart)
@@ -187,7 +189,7 @@ def save_chart(chart: Any, path: Path) -> None:
 
 
 def specification(chart: Any) -> dict[str, Any]:
-    """Return a chart as Vega-Lite, its texts `printable`: the library that draws aborts the process at others."""
+    """Return a chart as Vega-Lite with `printable` texts. The library that draws aborts the process at other texts."""
     spec: dict[str, Any] = map_leaves(chart.to_dict(), _drawable)
     return spec
 
@@ -197,7 +199,7 @@ def _drawable(leaf: Any) -> Any:
 
 
 def _page(spec: Mapping[str, Any]) -> str:
-    """A page with the chart and the code that draws it; no name in the data can end its script."""
+    """Return an HTML page with the chart and the code that draws it. No name in the data can end its script."""
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     data = json.dumps(spec).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return f"""<!doctype html>

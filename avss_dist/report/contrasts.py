@@ -1,4 +1,4 @@
-"""Contrasts of hallucinated and truthful answers: each layer with its controls, and how well layers predict."""
+"""Sections on contrasts of hallucinated and truthful answers: each layer with controls, and predictions by layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SERIES = {
     "length_matched": "pairs of about equal length",
     "after_another": "after another prompt",
 }
-"""Columns that the chart draws, and what the answers are."""
+"""Columns that the chart draws, each with a description of its answers."""
 
 
 def contrast_section(label: str, result: Contrast) -> Section:
@@ -137,7 +137,7 @@ def _chart(name: str, rows: Sequence[Row]) -> Chart:
 
 
 def _drawing() -> Any:
-    """Return the chart: a dot for each layer and kind of answers, and a band of noise."""
+    """Return the chart of deviations: a dot for each layer and kind of answers, and a band of noise."""
     import altair as alt
 
     titles = list(SERIES.values())

@@ -1,4 +1,4 @@
-"""Experiments: what models keep without the layers that each method chose, and with sparse activations."""
+"""Sections on experiments: retention without the layers that each method chose, and with sparse activations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def experiment_sections(rows: Sequence[Row]) -> list[Section]:
     """Return the results of each run: without layers, then with sparse activations.
 
     Args:
-        rows: of the table ``experiments``, the newest last.
+        rows: rows of the table ``experiments``, the newest last.
     """
     sections = []
     for run_id in dict.fromkeys(row["run_id"] for row in rows):
@@ -111,7 +111,7 @@ def _charts(name: str, results: ExperimentResults) -> Iterator[Chart]:
 
 
 def _drawing(largest: float, number: int) -> Any:
-    """Return the chart: dashed is what the paper claims, dotted what a guess keeps."""
+    """Return the chart of retention by method, with lines at the claim of the paper (dashed) and a guess (dotted)."""
     import altair as alt
 
     base = alt.Chart().encode(alt.Y("method:N", sort=None, title=None).axis(labelLimit=alt.ExprRef("room")))

@@ -1,4 +1,4 @@
-"""Routed experts: how often the router chose each of them, layer by layer."""
+"""Sections on routed experts: shares of tokens by layer and expert."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGEST_SHOWN = 4.0  # times an even share, where the color ends
 
 
 def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerExperts]) -> Section:
-    """Return how evenly the routers of a run spread tokens, and the experts that stand out.
+    """Return the section on a run: evenness of its routers, and the experts that stand out.
 
     Args:
         run: a row of ``runs``.
@@ -122,7 +122,7 @@ def _chart(name: str, layers: Sequence[LayerExperts]) -> Chart:
 
 
 def _drawing(number: int) -> Any:
-    """Return the chart: a cell is colored by the share of tokens over an even one."""
+    """Return the heat map of layers and experts, colored by the share of tokens over an even share."""
     import altair as alt
 
     legend = alt.Legend(title="share of tokens / even share", orient="top", direction="horizontal", titleLimit=240)

@@ -37,7 +37,7 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def export_text(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], kind: str) -> str:
-    """A table for each run, its scores rounded to three significant digits, the lowest 25% of layers in bold.
+    """Return a table for each run, with scores of three significant digits and the lowest 25% of layers in bold.
 
     Args:
         runs: rows of ``runs``.
@@ -50,7 +50,7 @@ def export_text(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str,
 
 
 def latex_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
-    """One run as a LaTeX table; it needs the package booktabs."""
+    """Return one run as a LaTeX table, which needs the package booktabs."""
     body = _body(scores, _latex_number, lambda cell: rf"\textbf{{\boldmath {cell}}}")
     lines = [
         r"\begin{table}",
@@ -69,7 +69,7 @@ def latex_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> 
 
 
 def markdown_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
-    """One run as a Markdown table, its caption above it."""
+    """Return one run as a Markdown table below its caption."""
     body = _body(scores, _number, lambda cell: f"**{cell}**")
     lines = [
         escape_markdown(caption(run, scores)),
@@ -82,7 +82,7 @@ def markdown_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) 
 
 
 def caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
-    """What the numbers are, in words."""
+    """Return the caption of a table of scores: model, reading of AVSS, text, and interval."""
     first = scores[0]
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     what = f"{first['site']} site, {first['recipe']} recipe, |x| < {threshold}"
@@ -95,7 +95,7 @@ def caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX prints as it is."""
+    """Return a text with the characters escaped that are special to LaTeX."""
     return "".join(_LATEX.get(c, c) for c in text)
 
 

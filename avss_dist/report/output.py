@@ -1,4 +1,4 @@
-"""Results on their way out: a table printed, a file written."""
+"""Output of results: tables to print and files to write."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 10_000  # of a table, as Python objects
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole, or leave what was there before.
+    """Write a file in one step. If that fails, a previous file stays as it was.
 
     Raises:
         AvssError: it cannot be written.
@@ -42,7 +42,9 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def printed_to(path: Path | None) -> Iterator[None]:
-    """Have what is printed written to a file, whole, or what was there before is left; without one, print it.
+    """Redirect standard output to a file inside the block; without a path, leave it as it is.
+
+    The file is written in one step. If the block or the writing fails, a previous file stays as it was.
 
     Raises:
         AvssError: it cannot be written.
@@ -89,7 +91,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell of CSV; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """Return a value as a cell of CSV; an apostrophe precedes text that a spreadsheet would take for a formula."""
     if not isinstance(value, str):
         return value
     text = printable(value)
@@ -105,7 +107,7 @@ def _markdown(table: pa.Table) -> str:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Column names, a repeated one (a join's) with a number: ``model``, ``model_1``."""
+    """Return column names with numbers after repeated ones (of a join): ``model``, ``model_1``."""
     given: list[str] = []
     for name in names:
         count = 0
@@ -116,7 +118,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A value of dicts and lists, with ``change`` of all that is in them."""
+    """Return a copy of nested dicts and lists with ``change`` applied to every other value in them."""
     if isinstance(value, dict):
         return {key: map_leaves(part, change) for key, part in value.items()}
     if isinstance(value, list):
@@ -125,17 +127,17 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _as_json(value: Any) -> Any:
-    """A value as JSON can hold it: NaN and infinities are null; what SQL makes of a sum is a number, not a text."""
+    """Return a value that JSON can hold: null for NaN and infinities, a number for a decimal of SQL."""
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, object]]:
-    """Rows as Python objects.
+    """Yield the rows of a table as dicts of Python objects.
 
     Raises:
-        QueryError: a time is outside of the years that Python has.
+        QueryError: a time is outside of the years that Python supports.
     """
     for batch in table.to_batches(ROWS_AT_ONCE):
         try:

@@ -1,4 +1,4 @@
-"""The score card: how well each score orders layers as leaving them out does."""
+"""Sections of the score card: correlation of each score with the effect of leaving layers out."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _chart(name: str, cards: Sequence[Row], column: str, truth: str, layers: int
 
 
 def _drawing(lowest: float, number: int) -> Any:
-    """Return the chart: a dot and its interval for each score; dashed is the ceiling."""
+    """Return the chart of the correlation of each score with its interval, and a dashed line at the ceiling."""
     import altair as alt
 
     legend = alt.Legend(title=None, orient="top", columns=1, symbolType="circle", symbolOpacity=1)

@@ -17,11 +17,11 @@ class Chart:
     """A chart of a section.
 
     Attributes:
-        name: what its files are called.
-        title: it stands above the chart.
-        meaning: what is drawn, in a sentence.
+        name: base name of its files.
+        title: title above the chart.
+        meaning: description of the chart, in a sentence.
         rows: the data.
-        draw: makes the `altair` chart of the data set ``rows``. It is called for the page alone, since `altair` takes
+        draw: returns the `altair` chart of the data set ``rows``. It is called for the page alone, since `altair` takes
             a second to import.
     """
 
@@ -37,10 +37,10 @@ class Section:
     """One subject of a report about one run. A terminal shows all of it but the charts.
 
     Attributes:
-        label: the run.
-        about: what was measured, in a line.
-        sentences: what the numbers say.
-        charts: of the numbers in the tables.
+        label: name of the run.
+        about: summary of the measurement, in a line.
+        sentences: conclusions from the numbers.
+        charts: charts of the numbers in the tables.
         tables: all numbers.
     """
 
@@ -52,7 +52,7 @@ class Section:
 
 
 def page_number(label: str) -> str:
-    """Return the number that the label of a run begins with on the page: of ``1. alpha``, ``1``."""
+    """Return the number at the start of a run's label on the page, such as ``1`` of ``1. alpha``."""
     return label.partition(".")[0]
 
 

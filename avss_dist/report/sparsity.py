@@ -1,4 +1,4 @@
-"""Sparse activations: what each method keeps at each sparsity, and the sparsity of every linear map of a plan."""
+"""Sections on sparse activations: retention by method and sparsity, and the sparsity of each linear map of a plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]  # of the table `sparsity`
 
 
 def sparsity_section(label: str, curves: Sequence[Curve], maps: Sequence[Row] = ()) -> Section:
-    """Return what each method keeps at each sparsity, and a plan.
+    """Return the section on a run: retention of each method at each sparsity, and one plan.
 
     Args:
         maps: the rows of one plan of the table ``sparsity``.
@@ -90,7 +90,7 @@ def _maps_table(name: str, maps: Sequence[Row]) -> ReportTable:
 
 
 def thresholds_table(plan: SparsityPlan) -> ReportTable:
-    """Return a plan: by layer and linear map, the threshold or share and the expected sparsity, in shades."""
+    """Return a table of a plan: threshold or share and expected sparsity by layer and linear map, in shades."""
     maps = list(dict.fromkeys(one.map for one in plan.projections))
     by_place = {(one.layer, one.map): one for one in plan.projections}
     layers = sorted({one.layer for one in plan.projections})
@@ -129,7 +129,7 @@ def _curves_chart(name: str, task: str, results: Sequence[tuple[str, Point]]) ->
 
 
 def _curves_drawing() -> Any:
-    """Return the chart: dashed are the retentions of which the critical sparsity is given."""
+    """Return the chart of retention by sparsity, with dashed lines at the retentions of critical sparsities."""
     import altair as alt
 
     x = alt.X("sparsity:Q", title="sparsity", axis=alt.Axis(format="%", grid=False, tickCount=5))

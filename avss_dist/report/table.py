@@ -1,4 +1,4 @@
-"""One description of a table, which the terminal and the page render."""
+"""Description of a table, which the terminal and the page render."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ class ReportColumn:
     Attributes:
         heading: its name.
         values: a value for each row; None and NaN are missing. A pair of numbers is an interval.
-        format: the text of a value that is not missing.
+        format: returns the text of a value that is not missing.
         missing: the text of a missing value in a terminal; a page has its own.
-        group: what neighbouring columns have in common, such as a task; it stands before the heading.
-        meaning: what the values are, in a few words.
-        number: aligned to the right, and sorted as a number.
+        group: common name of neighbouring columns, such as a task; it precedes the heading.
+        meaning: description of the values, in a few words.
+        number: true for numbers, which are aligned to the right and sorted as numbers.
         priority: 0 is always shown; of the others, a narrow terminal leaves out the highest number first.
-        wraps: prose, which may be broken into lines.
-        style: of a value, its style in a terminal, as rich names it.
-        name: of a column whose appearance on the page is its own, the class of its cells.
+        wraps: true for prose, which may be broken into lines.
+        style: returns the style of a value in a terminal, as a name of rich.
+        name: class of its cells on the page, for a column with its own appearance.
     """
 
     heading: str
@@ -97,7 +97,7 @@ class ReportColumn:
         return "" if self.is_missing(row) else printable(self.format(self.values[row]))
 
     def sort_key(self, row: int) -> Any:
-        """Return what a row is sorted by: its value, or the lower end of an interval; empty if it is missing."""
+        """Return the sort key of a row: its value, or the lower end of an interval; empty if it is missing."""
         value = self.values[row]
         if self.is_missing(row):
             return ""
@@ -110,12 +110,12 @@ class ReportColumn:
         return self.number and isinstance(self.values[row], tuple)
 
     def whole(self, row: int) -> str:
-        """Return a row's value if it is text, which the format may shorten; or else its text."""
+        """Return a row's value if it is text, which the format may shorten; otherwise its formatted text."""
         value = self.values[row]
         return printable(value) if isinstance(value, str) else self.text(row)
 
     def exported(self, row: int) -> Any:
-        """Return a row's value as a file of CSV has it, unrounded."""
+        """Return a row's unrounded value for a CSV file."""
         value = self.values[row]
         return f"{value[0]} to {value[1]}" if self.is_interval(row) else self.sort_key(row)
 
@@ -127,9 +127,9 @@ class BarColumn:
     Attributes:
         values: a length for each row.
         largest: the length that fills the column; by default the largest value.
-        marked: which bars are red; by default none.
-        width: of the column, in cells of the terminal.
-        priority: as of `ReportColumn`.
+        marked: true for bars that are red; by default none.
+        width: width of the column, in cells of the terminal.
+        priority: as in `ReportColumn`.
     """
 
     values: Sequence[float | None]
@@ -144,12 +144,12 @@ class ReportTable:
     """A table, of any number of rows.
 
     Attributes:
-        name: what its file of CSV is called.
-        title: what the rows are; empty if it needs none.
-        columns: the first one names the rows.
-        caption: how to read it.
-        marked: which rows stand out; by default none.
-        mark: what these are: ``lowest`` or ``failed``.
+        name: base name of its CSV file.
+        title: title that says what a row is; may be empty.
+        columns: columns, of which the first one names the rows.
+        caption: explanation below the table.
+        marked: true for rows that stand out; by default none.
+        mark: kind of the marked rows: ``lowest`` or ``failed``.
     """
 
     columns: Sequence[ReportColumn | BarColumn]
@@ -161,7 +161,7 @@ class ReportTable:
 
     @property
     def values(self) -> list[ReportColumn]:
-        """The columns that are not bars."""
+        """Columns except bars."""
         return [column for column in self.columns if isinstance(column, ReportColumn)]
 
     @property
@@ -171,7 +171,7 @@ class ReportTable:
 
     @property
     def meanings(self) -> str:
-        """What the columns mean, a sentence for each that says so."""
+        """Sentences that explain the columns, one for each column with a meaning."""
         return " ".join(f"{column.heading}: {column.meaning}." for column in self.values if column.meaning)
 
     def is_marked(self, row: int) -> bool:

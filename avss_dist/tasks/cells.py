@@ -1,4 +1,4 @@
-"""Cells: one part of a task, measured on one model under an intervention."""
+"""Cells: parts of a task, each measured on one model under an intervention."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Heartbeat = Callable[[], None]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Cell:
-    """The unit of work, of retry and of what is kept.
+    """The unit of work, retry and storage.
 
     Attributes:
-        run_id: the evaluation that it belongs to.
-        task: its name.
-        part: which part of the task ``measure`` is.
-        placement: of the replica that measures it; changes no number, or ``run_id`` says so.
-        intervention: what is changed in the model. ``run_id`` says its sparsity and its residual scale, too.
+        run_id: id of the evaluation that it belongs to.
+        task: name of the task.
+        part: index of ``measure`` among the parts of the task.
+        placement: placement of the replica that measures it; ``run_id`` depends on it if it changes numbers.
+        intervention: change of the model; ``run_id`` depends on its sparsity and its residual scale.
     """
 
     run_id: str
@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def cell_id(self) -> str:
-        """Name of its file; equal where the same is measured within an evaluation."""
+        """Name of its file, equal for equal measurements within an evaluation."""
         key = self.intervention.key
         repair = {"patch": key.patch} if key.patch else {}
         return fingerprint(measure=self.measure.key, part=self.part, drop=encode_removals(key.removed), **repair)[:20]
@@ -55,7 +55,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
-    """What a cell gave, and how long it took."""
+    """The result of a cell, and the time that it took."""
 
     rows: Sequence[Row]
     family: str
@@ -72,8 +72,8 @@ def measure_cell(
     """Measure a cell. Where a batch does not fit in memory, the cell is measured again with half the rows a batch.
 
     Args:
-        model: the cell's.
-        rows: rows in a batch; None is what the model's settings say.
+        model: model of the cell.
+        rows: rows in a batch; by default those of the model's settings.
         heartbeat: called whenever a layer begins.
 
     Raises:
@@ -109,7 +109,7 @@ def measure_cell(
 
 
 def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[Row]:
-    """Yield the share of zeros among the inputs of each linear map, and the share of all their weights that met one.
+    """Yield the share of zeros among the inputs of each linear map, and the share of all weights that met a zero.
 
     Only tokens that are made sparse count. Maps that did not run have no row.
     """
@@ -125,7 +125,7 @@ def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[R
 
 @contextmanager
 def _with_heartbeat(model: LanguageModel, heartbeat: Heartbeat | None) -> Iterator[None]:
-    """Inside, ``heartbeat`` is called whenever a layer of the model begins."""
+    """Call ``heartbeat`` at the start of every layer of the model inside the block."""
     with ExitStack() as stack:
         if heartbeat is not None:
             for module in {layer.module for layer in model.layers}:

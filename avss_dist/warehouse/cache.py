@@ -2,7 +2,7 @@
 
 Reading a Parquet file costs a millisecond before its first row, so a table of thousands of runs is seconds. The rows
 of whole groups of runs are therefore kept once more, in a cache, sorted so that a query skips what it does not ask for.
-The warehouse stays the truth: a part of the cache counts only while every file that it copies has its size and time.
+A part of the cache is valid only while every file that it copies has the same size and time of change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from avss_dist.system.progress_bar import tracked
 from avss_dist.system.staging import remove_leftovers, staged_file
 
 PICKED_BY = {"runs": [], "scores": ["site", "recipe", "threshold_kind", "threshold"]}
-"""The tables that are copied, and what queries pick from them by: rows alike in that are a row group of their own."""
+"""Tables that are copied, with the columns that queries select by. Rows with equal values in them are a row group."""
 
 FEWEST, MOST = 64, 128  # files that make a part; fewer are read where they are
 _FILES = b"avss_files"
@@ -40,10 +40,10 @@ def copied_rows(
     """Return the copied rows of a table, and the files that still have to be read where they are.
 
     Args:
-        name: the table.
-        root: where the warehouse is.
-        files: its files, those that count.
-        schema: the table's.
+        name: name of the table.
+        root: address of the warehouse.
+        files: its valid files.
+        schema: schema of the table.
         read: opens files of a table.
     """
     if name not in PICKED_BY or len(files) < FEWEST:
@@ -86,7 +86,7 @@ def _parts(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 
 
 def _write(folder: Path, name: str, dataset: ds.Dataset, holds: Files) -> Path | None:
-    """Copy files into a part; returns None where the cache cannot be written."""
+    """Copy files into a part and return its path; None if the cache cannot be written."""
     order = [*PICKED_BY[name], "run_id", *(["layer"] if "layer" in dataset.schema.names else [])]
     table = dataset.to_table().sort_by([(column, "ascending") for column in order])
     listed = json.dumps(dict(holds))

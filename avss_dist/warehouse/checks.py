@@ -1,4 +1,4 @@
-"""Checks of rows before anything is computed from them, whoever wrote the files."""
+"""Checks of the rows of all files, before anything is computed from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, Column
 
 _HEADLESS = re.compile(r"(?<!LMHead)(?<!DoubleHeads)(Model|Encoder)$")
 RUN_COLUMNS = ["run_id", "status", "model", "num_layers", "num_tokens", "created_at", "settings", "schema_version"]
-"""The columns of ``runs`` that every reading of a warehouse checks."""
+"""Columns of ``runs`` that are checked whenever a warehouse is read."""
 
 Mask = NDArray[np.bool_]
 
@@ -28,7 +28,7 @@ def damaged_runs(name: str, table: pa.Table) -> dict[str, str]:
     """Return why rows of a table cannot be used: the first reason of each run, by its id.
 
     Args:
-        name: of the table.
+        name: name of the table.
         table: some of its columns, ``run_id`` among them.
     """
     found: dict[str, str] = {}
@@ -55,7 +55,7 @@ def checked_rows(name: str, run_id: str, stored: pa.Table) -> pa.Table:
 
 
 def _problems(name: str, table: pa.Table) -> Iterator[tuple[str, Mask]]:
-    """Yield what may be wrong with rows of a table, each with a mask of the rows in which it is."""
+    """Yield the possible problems of rows of a table, each with a mask of the affected rows."""
     if name == "runs":
         ids = table["run_id"].to_pylist()
         yield "it has several rows; a run has one", np.array([ids.count(run_id) > 1 for run_id in ids], bool)
@@ -71,7 +71,7 @@ def _problems(name: str, table: pa.Table) -> Iterator[tuple[str, Mask]]:
 
 
 def _impossible(column: Column, cells: pa.Array) -> Mask:
-    """Return a mask of the rows whose value is outside of the column's; a list is, if it holds such a value or null."""
+    """Return a mask of the rows whose value is not allowed in the column, or whose list has such a value or null."""
     if pa.types.is_list(cells.type):
         wrong, inside = np.zeros(len(cells), bool), pc.list_flatten(cells)
         bad = _mask(inside.is_null()) | _impossible(column, inside)
@@ -93,15 +93,15 @@ def _mask(cells: pa.Array, *, null: bool = False) -> Mask:
 
 
 def has_head(run: Mapping[str, Any]) -> bool:
-    """Whether the model of a row of ``runs`` predicts the next token, by its class; only then it can be evaluated."""
+    """Whether the model of a row of ``runs`` predicts the next token, by its class. Others cannot be evaluated."""
     return not _HEADLESS.search(run["architecture"] or "")
 
 
 def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a row of ``runs`` by name; an empty dict where it has none.
+    """Return the settings of a row of ``runs`` by name; an empty dict if it has none.
 
     Raises:
-        WarehouseError: they are no JSON object, or have values that settings cannot have.
+        WarehouseError: they are not a JSON object, or have invalid values.
     """
     settings = _settings(run["settings"])
     if settings is None:

@@ -1,4 +1,4 @@
-"""Rows and statistics as Parquet bytes, and back."""
+"""Encoding of rows and statistics as Parquet bytes, and decoding."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[st
 
 
 def refuse_newer(dataset: ds.Dataset) -> None:
-    """Raise WarehouseError where a newer avss_dist wrote a file of the dataset."""
+    """Raise WarehouseError if a newer avss_dist wrote a file of the dataset."""
 
     def check(fragment: ds.ParquetFileFragment) -> None:
         refuse_newer_version((fragment.metadata.metadata or {}).get(_VERSION))
@@ -101,7 +101,7 @@ def parse(data: pa.Buffer) -> pa.Table:
 
 
 def _verify(data: pa.Buffer, checksum: bytes) -> None:
-    """Compare a file with its checksum, which is of the file with zeros in the checksum's place."""
+    """Raise ArrowInvalid if a file does not match its checksum, computed with zeros in the checksum's place."""
     unsigned = bytearray(data)
     at = unsigned.rfind(checksum)
     unsigned[at : at + len(checksum)] = _UNSIGNED
@@ -110,9 +110,9 @@ def _verify(data: pa.Buffer, checksum: bytes) -> None:
 
 
 class EncodedStats(Mapping[LayerKey, LayerStats]):
-    """A shard's statistics as the bytes of its partial: encoded by who measured them, kept by the driver as they are.
+    """A shard's statistics as the bytes of its partial, which a worker encodes and the driver stores unchanged.
 
-    It reads as any other mapping does; the bytes are decoded when first read.
+    The bytes are decoded when the mapping is first read.
     """
 
     def __init__(self, run: RunIdentity, data: pa.Buffer) -> None:
@@ -191,13 +191,13 @@ def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
     """Return statistics by (layer, site), the inverse of `to_columns`; fields that a file lacks keep their defaults.
 
     Raises:
-        pa.ArrowInvalid: they are no statistics.
+        pa.ArrowInvalid: the rows are not statistics.
     """
     return {(layer, site): stats for (layer, site, _), stats in to_strata(table).items()}
 
 
 def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
-    """Return statistics by (layer, site, stratum); the stratum is empty where the text is not paired."""
+    """Return statistics by (layer, site, stratum); the stratum is empty if the text is not paired."""
     try:
         return _to_strata(table)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -241,7 +241,7 @@ def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
 
 
 def encode_beside(run: RunIdentity, result: ShardResult) -> Iterator[tuple[str, pa.Buffer]]:
-    """Yield the files that a shard has beside its partial, each with its table."""
+    """Yield table and content of each file that a shard has beside its partial."""
     if result.rows:
         yield "row_stats", encode_rows(run, result.rows)
     if result.experts is not None:
@@ -255,7 +255,7 @@ def expert_columns(run: RunIdentity, layers: Sequence[str], experts: Mapping[int
 
     Args:
         layers: module path of every layer, in order.
-        experts: by layer.
+        experts: statistics by layer.
     """
     sizes = {layer: len(stats.routed_tokens) for layer, stats in sorted(experts.items())}
     layer_of_row = [layer for layer, size in sizes.items() for _ in range(size)]

@@ -21,7 +21,7 @@ class Patches:
         self._storage = storage
 
     def write(self, data: bytes) -> str:
-        """Write a patch; returns its key."""
+        """Write a patch and return its key."""
         key = hashlib.sha256(data).hexdigest()
         self._storage.write(self._path(key), data)
         return key
@@ -37,7 +37,7 @@ class Patches:
         """Read a patch.
 
         Raises:
-            DamagedFile: it is gone, or its content is another.
+            DamagedFile: it is missing, or its content does not match the key.
         """
         data = self._storage.read(path := self._path(key))
         if data is None or hashlib.sha256(data).hexdigest() != key:

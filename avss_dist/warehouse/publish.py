@@ -1,4 +1,4 @@
-"""A warehouse to hand on: one sorted Parquet file for each table of its finished runs, a catalog, and a card."""
+"""Publication of a warehouse: one sorted Parquet file for each table of its finished runs, a catalog, and a card."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _ORDER = ("layer", "site", "recipe", "threshold", "expert", "task", "metric")  #
 
 
 def publish(warehouse: Warehouse, target: str) -> dict[str, int]:
-    """Write what a warehouse knows of its finished runs.
+    """Write the tables of the finished runs of a warehouse, with a catalog and a card, to a folder or to the hub.
 
     Args:
-        target: a folder, or an ``s3://``, ``gs://``, ``hdfs://`` or ``abfss://`` URI, where there is nothing yet; or
-            ``hf://datasets/ORG/NAME``, which gets a commit, and is made where it is not there, as a private one.
+        target: an empty or new folder or ``s3://``, ``gs://``, ``hdfs://`` or ``abfss://`` URI; or
+            ``hf://datasets/ORG/NAME``, which gets a commit, and is created as a private one if it does not exist.
 
     Returns:
-        The rows of each table that has any.
+        The number of rows by table, for tables that have any.
 
     Raises:
         WarehouseError: the warehouse cannot be read or has no finished run, or the target is not free or not writable.
@@ -58,7 +58,7 @@ def _becomes(target: str, message: str) -> Iterator[Path]:
     """Yield an empty local folder, which becomes the target when the block ends.
 
     Args:
-        message: of a commit to the hub.
+        message: message of a commit to the hub.
     """
     hub = target.startswith("hf:")
     name = _dataset(target) if hub else ""
@@ -88,7 +88,7 @@ def _becomes(target: str, message: str) -> Iterator[Path]:
 
 
 def _dataset(target: str) -> str:
-    """Return the name of a data set of the hub."""
+    """Return the name of the dataset on the hub that a target names."""
     prefix = "hf://datasets/"
     if not target.startswith(prefix):
         raise WarehouseError(
@@ -100,7 +100,7 @@ def _dataset(target: str) -> str:
 
 
 def _copy(folder: Path, storage: Storage) -> None:
-    """Copy every file; those that name others come last."""
+    """Copy every file; files that name others come last."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     for file in sorted(files, key=lambda file: (file.parent == folder, file)):
         with pa.memory_map(str(file)) as mapped:
@@ -108,7 +108,7 @@ def _copy(folder: Path, storage: Storage) -> None:
 
 
 def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder: Path) -> int:
-    """Write the rows of a table, run after run, a row group for each; returns how many, and leaves no empty file."""
+    """Write the rows of a table with a row group for each run, and return their number; delete an empty file."""
     comments = {column.name: column.meaning for column in TABLES[name].columns}
     schema = pa.schema([field.with_metadata({"comment": comments[field.name]}) for field in SCHEMAS[name]])
     file, rows = folder / f"{name}.parquet", 0
@@ -122,7 +122,7 @@ def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder
 
 
 def _tables(warehouse: Warehouse, name: str, run_ids: Sequence[str]) -> Iterator[pa.Table]:
-    """Yield the sorted rows of each run; those of evaluations, which have run ids of their own, all at once."""
+    """Yield the sorted rows of each run; the rows of evaluations, which have their own run ids, are one table."""
     by = [(column, "ascending") for column in _ORDER if column in SCHEMAS[name].names]
     if name == "evaluations":
         yield warehouse.table(name).sort_by([("model", "ascending"), ("run_id", "ascending"), *by])
@@ -150,7 +150,7 @@ def _write_catalog(folder: Path, names: Sequence[str]) -> None:
 
 
 def _card(rows: Mapping[str, int], runs: int) -> str:
-    """Return the card of a dataset on the hub: which file is which table, and how to read them."""
+    """Return the card of a dataset on the hub, with its tables and instructions to read them."""
     configs = "".join(f"- config_name: {name}\n  data_files: {DATA}/{name}.parquet\n" for name in rows)
     tables = "".join(f"| `{name}` | {describe_count(n)} | {TABLES[name].meaning} |\n" for name, n in rows.items())
     return (

@@ -33,14 +33,14 @@ FUNCTIONS = {
     "removals(drop)": "the layers and sublayers of a column drop, by name: 3, attention.7, mlp.7",
     "bin_edge(bin)": "lower edge of a bin of the histogram; that of bin + 1 is its upper edge",
 }
-"""Functions of SQL beside DuckDB's own, and what they give."""
+"""Functions of SQL in addition to DuckDB's own, with their results."""
 
 
 def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
-    """Return the result of one query, see `reader.Warehouse.sql`.
+    """Return the result of one query; see `reader.Warehouse.sql`.
 
     Args:
-        read: returns the result of a function of datasets of tables, by name.
+        read: calls a function with the datasets of named tables, and returns its result.
     """
     if query.startswith("@"):
         ready = ready_queries()
@@ -57,7 +57,7 @@ def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
 
 @cache
 def ready_queries() -> dict[str, str]:
-    """Return the queries in ``sql/queries`` by name. Each begins with a comment that says which question it answers."""
+    """Return the queries in ``sql/queries`` by name. Each begins with a comment that states the question it answers."""
     found = [
         file for file in (files("avss_dist.warehouse") / "sql" / "queries").iterdir() if file.name.endswith(".sql")
     ]
@@ -70,7 +70,7 @@ def _functions() -> str:
 
 
 def _mentioned(query: str) -> Collection[str]:
-    """Return the tables that a query may read: those whose name is in it, or all if it may build a name.
+    """Return the tables that a query may read: tables whose name is in it, or all if it may build a name.
 
     DuckDB's own `get_table_names` refuses ``JOIN ... USING`` and the functions of SQL that are defined here.
     """
@@ -91,7 +91,7 @@ def _answer(query: str, rows: Mapping[str, ds.Dataset | None]) -> pa.Table:
 
 
 def _fetch(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
-    """Run the query by ``execute``, whose errors point with a caret; ``sql``, which DuckDB would prefer, drops it."""
+    """Return the result of a query by ``execute``, whose errors have a caret at the place, unlike those of ``sql``."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Arrow output on a DB-API result", UserWarning)
         return connection.execute(query).to_arrow_table()

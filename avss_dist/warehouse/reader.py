@@ -1,4 +1,4 @@
-"""Reading a warehouse: its tables, the statistics of its runs, and SQL over them."""
+"""Reader of a warehouse: its tables, the statistics of its runs, and SQL over them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AT_ONCE = 8  # partials that are read together
 
 
 class Warehouse:
-    """The scores and statistics of every checkpoint. Runs that have not finished are not seen.
+    """Reader of the scores and statistics of all checkpoints. It ignores runs that have not finished.
 
     ``Warehouse("results").sql("SELECT layer, avss_smoothed FROM scores ORDER BY rank")``
 
@@ -41,7 +41,7 @@ class Warehouse:
         root: a folder, or an ``s3://``, ``gs://``, ``hdfs://`` or ``file://`` URI. Opening it reads nothing.
 
     Attributes:
-        storage: its files.
+        storage: storage of its files.
 
     Raises:
         WarehouseError: there is no such kind of storage.
@@ -59,12 +59,12 @@ class Warehouse:
 
     @property
     def root(self) -> RedactedURI:
-        """The name of the warehouse: what it was opened by, without the keys of a URI."""
+        """Name of the warehouse as it was opened, without the keys of a URI."""
         return self.storage.root
 
     @property
     def damaged(self) -> Mapping[str, str]:
-        """Runs that were left out because a file or a row could not be read: the reason by run id."""
+        """Reasons, by run id, for leaving out runs with a file or a row that could not be read."""
         return self._damaged
 
     def table(self, name: str, **selection: Unpack[Selection]) -> pa.Table:
@@ -89,11 +89,11 @@ class Warehouse:
         return self._whole(name, self._read([name], rows)).select(wanted)
 
     def dataset(self, name: str) -> ds.Dataset | None:
-        """Return the rows of `table`, not read yet; None where the table has no file."""
+        """Return the rows of `table` as a dataset that is not read yet; None if the table has no file."""
         return self._read([name], lambda datasets: datasets[name])
 
     def run(self, run_id: str) -> dict[str, Any] | None:
-        """Read the ``runs`` row of a run by column, ``versions`` as a dict; None when it has none."""
+        """Read the ``runs`` row of a run by column, ``versions`` as a dict; None if it has no row."""
         if (data := self.storage.read(path := self.storage.path("runs", run_id, "run"))) is None:
             return None
         with self.storage.reading(path):
@@ -109,10 +109,10 @@ class Warehouse:
     def unfinished(self) -> pa.Table:
         """Return the runs that have begun and have no row: interrupted ones, and those that are measured now.
 
-        The same command goes on with them. It takes a listing of two folders, and of one more for each such run.
+        The same command continues them. This lists two folders, and one more for each such run.
 
         Returns:
-            The columns of `schema.UNFINISHED_RUNS`, null where an earlier version has not kept them; newest run first.
+            The columns of `schema.UNFINISHED_RUNS`, null if an earlier version has not stored them; newest run first.
         """
         names = self.storage.names("runs")
         ended, planned = _ids(names, RUN_FOLDER), _ids(names, PLAN)
@@ -131,7 +131,7 @@ class Warehouse:
         """Read scores of whole runs whose columns equal the given values: ``scores(site="block", layer=[0, 1])``.
 
         Args:
-            equals: by column, a value, None (is null), or a list, tuple or set of values, any of which will do. A model
+            equals: by column, a value, None (is null), or a list, tuple or set of values, any of which matches. A model
                 is named in full, or by the end of its path.
 
         Raises:
@@ -221,11 +221,11 @@ class Warehouse:
                 yield run_id, table
 
     def num_partials(self, run_id: str) -> int:
-        """Return how many shards of a run are kept, by the names of their files."""
+        """Return the number of stored shards of a run, by the names of their files."""
         return len(self.storage.files("shard_stats", run_id))
 
     def read_shards(self, run_id: str, expected: Mapping[int, str]) -> list[ShardResult]:
-        """Read the partials of a run in the order of ``expected`` (content hash by shard id), without damaged ones."""
+        """Read the undamaged partials of a run, in the order of ``expected`` (content hash by shard id)."""
 
         def read(shard_id: int) -> ShardResult | None:
             data = self.storage.read(self._shard_path(run_id, shard_id))
@@ -242,7 +242,7 @@ class Warehouse:
             yield from self.read_shards(run_id, {k: expected[k] for k in ids[i : i + AT_ONCE]})
 
     def read_partials(self, run: Mapping[str, Any]) -> list[ShardResult]:
-        """Read all partials of a row of ``runs``, in order; empty if some are gone."""
+        """Read all partials of a row of ``runs``, in order; empty if some are missing."""
         columns = ["shard_id", "content_hash"]
         kept = self.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
         expected = {row["shard_id"]: row["content_hash"] for row in sorted(kept, key=lambda row: row["shard_id"])}
@@ -270,10 +270,10 @@ class Warehouse:
         work: Callable[[dict[str, ds.Dataset | None]], T],
         failures: tuple[type[Exception], ...] = (),
     ) -> T:
-        """Return the result of work on datasets of tables at one moment, and repeat it without files that are damaged.
+        """Return the result of work on datasets of tables at one moment; if files are damaged, repeat it without them.
 
         Args:
-            failures: what ``work`` raises where a file cannot be read, besides what pyarrow does.
+            failures: exceptions of ``work`` for files that cannot be read, in addition to those of pyarrow.
         """
         known = [require_known("table", name, TABLES, WarehouseError) for name in names]
         while True:
@@ -291,7 +291,7 @@ class Warehouse:
         return {name: runs if name == "runs" else self._dataset(name, self._files(name, done)) for name in names}
 
     def _runs(self) -> tuple[ds.Dataset, set[str]]:
-        """Return the dataset of ``runs``, and the ids of those that are done.
+        """Return the dataset of ``runs``, and the ids of finished runs.
 
         Raises:
             WarehouseError: there is no run, or a newer avss_dist wrote one.
@@ -332,7 +332,7 @@ class Warehouse:
         return None if not parts else parts[0] if len(parts) == 1 else ds.dataset(parts)
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
-        """Return the readable files of a table; of a table that holds whole runs alone, only those of ``done``."""
+        """Return the readable files of a table; for a table of whole runs alone, only files of the runs ``done``."""
         chosen = None if name in ("runs", "evaluations", "cells", "experiments") else done
         return {
             path: stamp
@@ -341,14 +341,14 @@ class Warehouse:
         }
 
     def _parts(self, name: str, files: Files) -> tuple[ds.Dataset | None, Files]:
-        """Return the copied rows of files of a table, and the files that are still to be read."""
+        """Return the cached rows of files of a table, and the files that are not in the cache."""
         if not self._cached:
             return None, files
         where = f"{self.storage.filesystem.type_name}:{self.storage.base}"
         return copied_rows(name, where, files, SCHEMAS[name], self._open_checked)
 
     def _leave_out_unreadable(self, names: Iterable[str]) -> bool:
-        """Find the files of tables that cannot be read, to leave them out from now on; whether there are any.
+        """Find the files of tables that cannot be read, leave them out from now on, and return whether there are any.
 
         Raises:
             WarehouseError: the storage fails.
@@ -401,5 +401,5 @@ class Warehouse:
 
 
 def _ids(names: Iterable[str], prefix: str) -> set[str]:
-    """Return the run ids in those names of files or folders that begin with a prefix."""
+    """Return the run ids in the names of files or folders that begin with a prefix."""
     return {match[1] for name in names if (match := re.fullmatch(rf"{re.escape(prefix)}([\w.-]+)", name))}

@@ -33,14 +33,14 @@ _TIMES = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # microseconds of t
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table, with the values that it may hold; `checks` compares the rows of every file with them.
+    """A column of a table, with the values that it may hold. `checks` compares the rows of every file with them.
 
     Attributes:
-        type: of its values; each may be null, unless its table says otherwise.
-        meaning: one line.
-        unit: of a number that has one.
-        bounds: the least and the largest value, of the column or of the elements of its lists.
-        choices: the values of a column of names.
+        type: type of its values; each may be null unless its table requires the column.
+        meaning: description in one line.
+        unit: unit of a number that has one.
+        bounds: minimum and maximum, of the column or of the elements of its lists.
+        choices: allowed values of a column of names.
         as_long_as: another column of lists, whose lists have the same lengths.
     """
 
@@ -58,8 +58,8 @@ class Table:
     """A table of the warehouse.
 
     Attributes:
-        meaning: of a row, in one line.
-        columns: in order.
+        meaning: meaning of a row, in one line.
+        columns: columns, in order.
         required: names of the columns that are never null.
     """
 
@@ -69,7 +69,7 @@ class Table:
 
     @property
     def schema(self) -> pa.Schema:
-        """The schema of its rows; in a file, ``run_id`` is in the path alone."""
+        """Schema of its rows. For a file, ``run_id`` is in the path alone."""
         return pa.schema([(column.name, column.type) for column in self.columns])
 
 
@@ -86,7 +86,7 @@ _ARROW = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """The columns that identify a run, which every table repeats."""
+    """The columns that identify a run; every table repeats them."""
 
     run_id: str
     model: str
@@ -94,7 +94,7 @@ class RunIdentity:
     family: str
 
     def identified(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return rows with these columns."""
+        """Return rows with these columns added."""
         return [{**row, **asdict(self)} for row in rows]
 
 
@@ -102,9 +102,9 @@ class Selection(TypedDict, total=False):
     """A selection of rows and columns of a table.
 
     Attributes:
-        run_ids: of these runs only; an unknown one adds none.
-        columns: those columns, in that order.
-        where: true of each row, such as ``pc.field("site") == "block"``.
+        run_ids: runs to read; unknown ones add no rows.
+        columns: columns to read, in order.
+        where: condition on each row, such as ``pc.field("site") == "block"``.
     """
 
     run_ids: Collection[str] | None
@@ -118,7 +118,7 @@ _FIELD_CHECKS: dict[str, dict[str, Any]] = {
     "thresholds": {"bounds": SIZE},
     "near_zero": {"bounds": COUNT, "as_long_as": "thresholds"},
 }
-"""Checks of the columns that are made of the fields of LayerStats, RowStats and ExpertStats, by their name."""
+"""Checks of the columns of the fields of LayerStats, RowStats and ExpertStats, by name."""
 
 
 def _field_column(name: str, kind: pa.DataType, meaning: str, unit: str = "") -> Column:

@@ -1,4 +1,4 @@
-"""A warehouse that several processes write: the driver's, where its workers find it too."""
+"""The driver's warehouse, shared with workers that can reach it and write it themselves."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from avss_dist.warehouse.store import Store
 
 @dataclass(frozen=True)
 class SharedWarehouse:
-    """A warehouse as a driver names it to its workers; pickled.
+    """Reference to a driver's warehouse, pickled for its workers.
 
     Attributes:
-        root: where it is, from anywhere.
-        mark: the name of a file in it, which the driver has written.
+        root: address of the warehouse for any process.
+        mark: name of a file in it that the driver has written.
     """
 
     root: RedactedURI
     mark: str
 
     def store(self) -> Store | None:
-        """Open the warehouse; None where this process does not find the driver's mark in it."""
+        """Open the warehouse; return None if this process does not find the driver's mark in it."""
         return _seen(self)
 
 
@@ -41,7 +41,7 @@ def _seen(shared: SharedWarehouse) -> Store | None:
 
 @contextmanager
 def shared(store: Store) -> Iterator[SharedWarehouse | None]:
-    """Let workers write the warehouse inside of the block; yields None where it takes no mark, as on a full disk."""
+    """Let workers write the warehouse inside the block; yield None if no mark can be written, as on a full disk."""
     try:
         mark = store.storage.write_mark()
     except AvssError:
@@ -55,11 +55,11 @@ def shared(store: Store) -> Iterator[SharedWarehouse | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """A worker's message that it has written the partial of a shard: short, for one driver hears many workers.
+    """A worker's message that it has written the partial of a shard. It is short, as one driver serves many workers.
 
     Attributes:
         shard_id, content_hash, num_tokens, seconds: see `ShardResult`.
-        size: bytes of the partial.
+        size: size of the partial in bytes.
     """
 
     shard_id: int

@@ -1,4 +1,4 @@
-"""Where a warehouse is kept: its files, listed, read whole, written in one step."""
+"""Storage of a warehouse: its files are listed, read whole, and written in one step."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _FILE_NAMES = {
     "expert_stats": "expert_stats",
     "shard_expert_stats": r"shard-\d{5,}",
 }
-"""The files of a run's folder, by table. Others do not count, such as copies that a synchronizing tool makes."""
+"""Names of the files in a run's folder, by table. Other files are ignored, such as copies by synchronizing tools."""
 
 
 class Storage:
     """The files under a folder or an ``s3://``, ``gs://``, ``hdfs://`` or ``file://`` URI. Opening it touches nothing.
 
     Attributes:
-        root: its name, which shows no key.
+        root: its name, without the keys of a URI.
 
     Raises:
         WarehouseError: there is no such kind of storage.
@@ -69,7 +69,7 @@ class Storage:
         return bool(self.filesystem.type_name == "local")
 
     def create(self) -> None:
-        """Make the warehouse, and prove with a small file that it can be written."""
+        """Create the warehouse, and check with a small file that it can be written."""
         self.remove_mark(self.write_mark())
         self._remove_old_marks()
         if self.is_local:
@@ -77,22 +77,22 @@ class Storage:
 
     @property
     def address(self) -> RedactedURI:
-        """The warehouse as other processes can open it."""
+        """Address of the warehouse for other processes."""
         return RedactedURI(self.base) if self.is_local else self.root
 
     def write_mark(self) -> str:
-        """Write a small file under a unique name; returns the name."""
+        """Write a small file under a unique name, and return the name."""
         mark = f".mark-{secrets.token_hex(8)}"
         self.write(f"{self.base}/runs/{mark}", b"avss")
         return mark
 
     def has_mark(self, mark: str) -> bool:
-        """Whether a file of `write_mark` is there."""
+        """Whether a file of `write_mark` exists."""
         with self.reading(f"{self.root}/runs"):
             return bool(self.filesystem.get_file_info(f"{self.base}/runs/{mark}").type == pafs.FileType.File)
 
     def remove_mark(self, mark: str) -> None:
-        """Delete a file of `write_mark`; one that cannot be deleted does no harm."""
+        """Delete a file of `write_mark`; ignore errors."""
         self.delete(f"{self.base}/runs/{mark}")
 
     def _remove_old_marks(self) -> None:
@@ -106,7 +106,7 @@ class Storage:
         """Return the path of a file.
 
         Raises:
-            ValueError: ``run_id`` is not one, or ``name`` not one of a file of this table.
+            ValueError: ``run_id`` is invalid, or ``name`` is invalid for a file of this table.
         """
         if not re.fullmatch(r"[A-Za-z0-9._-]+", run_id):
             raise ValueError(f"a run id is made of letters, digits, dots, hyphens and underscores, not {run_id!r}")
@@ -115,10 +115,10 @@ class Storage:
         return f"{self.base}/{table}/run_id={run_id}/{name}.parquet"
 
     def files(self, table: str, run_id: str | None = None) -> dict[str, tuple[str, str]]:
-        """Return the run id, and the size and time of change, of every file of a table by its path.
+        """Return run id and stamp (size and time of change) of every file of a table, by path.
 
         Args:
-            run_id: only the files of this run, whose folder alone is listed.
+            run_id: list only the folder of this run.
         """
         folder = f"{self.base}/{table}"
         listed = folder if run_id is None else f"{folder}/run_id={run_id}"
@@ -136,11 +136,11 @@ class Storage:
             return {info.base_name for info in self.filesystem.get_file_info(selector)}
 
     def plan_path(self, run_id: str) -> str:
-        """Return the path of the file that says what an unfinished run will have; readers of tables pass over it."""
+        """Return the path of the file that describes an unfinished run. Readers of tables ignore it."""
         return f"{self.base}/runs/{PLAN}{run_id}"
 
     def delete(self, path: str) -> None:
-        """Delete a file; one that cannot be deleted does no harm."""
+        """Delete a file; ignore errors."""
         with suppress(OSError, pa.ArrowException):
             self.filesystem.delete_file(path)
 
@@ -157,7 +157,7 @@ class Storage:
         return bool(self.filesystem.get_file_info(f"{self.base}/{name}").type == pafs.FileType.Directory)
 
     def read(self, path: str) -> pa.Buffer | None:
-        """Read a whole file; None when there is none."""
+        """Read a whole file; return None if it does not exist."""
         with self.reading(path), suppress(FileNotFoundError), self.filesystem.open_input_file(path) as file:
             return file.read_buffer()
         return None
@@ -190,10 +190,10 @@ class Storage:
         return path.split("/")[-2].removeprefix("run_id=")
 
     def damage(self, path: str, error: Exception) -> str:
-        """Return what is wrong with a file that cannot be read.
+        """Return the reason why a file cannot be read.
 
         Raises:
-            WarehouseError: it is not the file, but the storage that failed.
+            WarehouseError: the storage failed, and not the file.
         """
         unknown = type(error) is pa.ArrowException  # to pyarrow: of the library by which it asks an object store
         if unknown or (isinstance(error, OSError) and (error.errno is not None or not self.is_local)):
@@ -203,7 +203,7 @@ class Storage:
 
     @contextmanager
     def reading(self, path: str) -> Iterator[None]:
-        """Raise what goes wrong while a file is read as a WarehouseError that names it."""
+        """Raise errors of reading a file inside the block as a WarehouseError that names the file."""
         try:
             yield
         except (OSError, pa.ArrowException) as error:
@@ -211,7 +211,7 @@ class Storage:
 
 
 def _uri(root: str) -> str:
-    """Return a folder as a URI. A small file goes to an object store in one request, which leaves nothing half done."""
+    """Return a folder as a URI. On S3, a small file is written in one request, which leaves no partial file."""
     if not _SCHEME.match(root):
         return Path(root).expanduser().absolute().as_uri()
     if not root.startswith("s3:") or "allow_delayed_open=" in root:
@@ -220,7 +220,7 @@ def _uri(root: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return why storage failed, without the parts of an object store's message that only machines need."""
+    """Return the reason of a failure of storage, without the parts of an object store's message for machines."""
     text = getattr(error, "strerror", None) or str(error)
     text = re.sub(r"^.*AWS Error | \(Request ID: .*\)$", "", text, flags=re.DOTALL)
     return re.sub(r"^Unknown error: |\bN\d+Azure\w+E: |\n.*", "", text, flags=re.DOTALL).rstrip(".")

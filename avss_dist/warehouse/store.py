@@ -1,4 +1,4 @@
-"""Writing a warehouse: Hive-partitioned Parquet (``run_id`` is in the path alone), each file in one step."""
+"""Writer of a warehouse: Hive-partitioned Parquet (``run_id`` is in the path alone), each file in one step."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ StrataStats = Mapping[StratumKey, LayerStats]
 
 
 class Store(Warehouse):
-    """A warehouse that can be written. Opening it writes nothing.
+    """A writable warehouse. Opening it writes nothing.
 
-    It reads files where they are, and not from copies in the user's cache. Besides what `Warehouse` raises, every
-    method raises StorageFull where there is no space left.
+    It does not read copies in the user's cache. In addition to the exceptions of `Warehouse`, every
+    method raises StorageFull if there is no space left.
     """
 
     _cached = False
@@ -47,17 +47,17 @@ class Store(Warehouse):
         self._cell_rows: dict[tuple[str, str], pa.Table] = {}  # written or read by this store, by run id and cell id
 
     def create(self) -> None:
-        """Make the warehouse, and prove with a small file that it can be written."""
+        """Create the warehouse, and check with a small file that it can be written."""
         self.storage.create()
 
     def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
-        """Keep a shard's result, lossless to the last bit, to resume. What is beside it goes first: it is there too."""
+        """Write a shard's result, lossless to the last bit, to resume from. The files beside its partial come first."""
         for table, data in encode_beside(run, result):
             self.storage.write(self._shard_path(run.run_id, result.shard_id, table), data)
         self.storage.write(self._shard_path(run.run_id, result.shard_id), encode_shard(run, result).data)
 
     def write_plan(self, run_id: str, **plan: Any) -> None:
-        """Write what a run will have, for `unfinished`, until `finish_plan`.
+        """Write a description of an unfinished run for `unfinished`. `finish_plan` deletes it.
 
         Args:
             plan: the columns of `schema.UNFINISHED_RUNS`; ``run_id`` and ``kept_shards`` are added when it is read.
@@ -65,7 +65,7 @@ class Store(Warehouse):
         self.storage.write(self.storage.plan_path(run_id), json.dumps(plan).encode())
 
     def finish_plan(self, run_id: str) -> None:
-        """Delete what `write_plan` wrote: the run has its row."""
+        """Delete the file of `write_plan`, once the run has its row."""
         self.storage.delete(self.storage.plan_path(run_id))
 
     def write_layer_stats(
@@ -83,7 +83,7 @@ class Store(Warehouse):
             layers: module path of every layer, in order.
 
         Raises:
-            RunFailed: a file of a shard is gone.
+            RunFailed: a file of a shard is missing.
             DamagedFile: a file of a shard is damaged.
         """
         with ThreadPoolExecutor() as pool:
@@ -163,11 +163,11 @@ class Store(Warehouse):
             return None
 
     def write_evaluations(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write what the cells of an evaluation say together; rows lack the columns of RunIdentity."""
+        """Write the combined results of an evaluation; rows lack the columns of RunIdentity."""
         self._write_rows("evaluations", run.run_id, run.identified(rows))
 
     def write_experiment(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write what an experiment says of the scores of a run; rows lack the columns of RunIdentity."""
+        """Write the results of an experiment on a run; rows lack the columns of RunIdentity."""
         self._write_rows("experiments", run.run_id, run.identified(rows), name)
 
     def write_sparsity(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -177,7 +177,7 @@ class Store(Warehouse):
     def _write_rows(
         self, table: str, run_id: str, rows: Sequence[Mapping[str, Any]], name: str | None = None
     ) -> pa.Buffer:
-        """Write rows, whose missing columns and NaN become null; returns the content of the file."""
+        """Write rows and return the content of the file; missing columns and NaN become null."""
         for column in {column for row in rows for column in row}:
             require_known("column", column, SCHEMAS[table].names, WarehouseError)
         columns = {f.name: pa.array([r.get(f.name) for r in rows], f.type, from_pandas=True) for f in SCHEMAS[table]}

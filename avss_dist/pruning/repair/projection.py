@@ -112,7 +112,7 @@ def _refusal(layer: Layer, why: str, hint: str = "Drop other layers, or prune wi
 
 
 def _factor(layer: Layer, module: nn.Module, run: Callable[[], Any], unmoved: torch.Tensor) -> float | None:
-    """Return by what multiple of a push of the module's output the layer's output moves.
+    """Return the multiple of a push of the module's output by which the layer's output moves.
 
     None if the move is not a multiple of the push.
     """

@@ -93,7 +93,7 @@ def _require_present(name: str) -> str:
 RepairName = Annotated[str, Check(_require_present), OneOf(tuple(REPAIRS))]
 """Type of a checked field that names a repair."""
 OptionalRepairName = Annotated[str, Check(_require_present), OneOf((NO_REPAIR, *REPAIRS))]
-"""The same, or `NO_REPAIR`."""
+"""Type of a checked field that names a repair or `NO_REPAIR`."""
 
 
 def searched_repair(name: str) -> str:

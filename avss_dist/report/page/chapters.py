@@ -30,13 +30,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """A heading of the page with a section for each run of which something is known.
+    """A heading of the page with a section for each run that has results.
 
     Attributes:
-        name: of its place on the page.
-        title: in the list of contents.
-        heading: above the sections.
-        lead: what is shown.
+        name: anchor on the page.
+        title: title in the list of contents.
+        heading: heading above the sections.
+        lead: description of the sections.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Chapter:
 def chapters(
     warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str], experiments: Sequence[Row]
 ) -> list[Chapter]:
-    """Return the chapters of which something is known.
+    """Return the chapters that have results.
 
     Args:
         runs: rows of ``runs``.
@@ -137,7 +137,7 @@ def _with_truth(warehouse: Warehouse, runs: Sequence[Row]) -> list[Row]:
 def _sparsities(
     warehouse: Warehouse, labels: Mapping[str, str], tried: Mapping[str, Sequence[Row]]
 ) -> Iterator[Section]:
-    """Yield what each run keeps with sparse activations, and the newest plan."""
+    """Yield a section for each run: retention with sparse activations, and the newest plan."""
     plans = warehouse.table("sparsity", run_ids=list(labels)).sort_by("created_at").to_pylist()
     for run_id, label in labels.items():
         maps = [row for row in plans if row["run_id"] == run_id]
@@ -148,7 +148,7 @@ def _sparsities(
 
 
 def _newest(rows: Sequence[Row]) -> list[Row]:
-    """Return the last of the rows about the same evaluation."""
+    """Return the last row for each combination of method, share, sparsity, task, metric and repair."""
     names = ("method", "share", "sparsity", "task", "metric", "repair")
     return list({tuple(row[name] for name in names): row for row in rows}.values())
 

@@ -17,7 +17,7 @@ RIVAL_HEIGHT = 170
 STRONG = 0.6  # a cell of such a correlation is dark enough for light numbers
 ROOM = alt.param(name="room", value=180)  # for the labels of runs, in pixels
 OF_RUNS = (alt.param(name="names", value=["", ""]), alt.param(name="which", value=[0]))
-"""Labels of the run and of the one that it is compared with, and which of them are there."""
+"""Parameters of charts: labels of the chosen and the compared run, and the positions of those that are present."""
 _DEPTHS = alt.X("from:Q", title="relative depth", scale=alt.Scale(domain=[0, 1])).axis(tickCount=5, grid=False)
 _OF_LAYER = [
     alt.Tooltip("run:N"),
@@ -29,7 +29,7 @@ _OF_LAYER = [
 
 @cache
 def page_charts() -> dict[str, dict[str, Any]]:
-    """Specifications by name. Those of scores by depth name their axes too: ``avss:layer:log``.
+    """Return the specification of every chart by name. Names of charts by depth include their axes: ``avss:layer:log``.
 
     Each draws the data set ``rows``, and writes the signal ``choice`` above it, cut to ``limit`` pixels.
     """
@@ -51,7 +51,7 @@ def section_chart(chart: Chart) -> dict[str, Any]:
 
 
 def _finished(chart: Any) -> dict[str, Any]:
-    """Return a chart as wide as its place, with the signal ``choice`` above it; the page has the colors."""
+    """Return the specification of a chart as wide as its container, titled by the signal ``choice``, without colors."""
     chart = chart.add_params(alt.param(name="choice", value=""), alt.param(name="limit", value=600))
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     chart = chart.properties(title=TITLE, width="container", autosize=fit)
@@ -61,7 +61,7 @@ def _finished(chart: Any) -> dict[str, Any]:
 
 
 def _by_depth(name: str, title: str, axis: str, scale: str) -> Any:
-    """Return a line for each run, its interval if it has one, and triangles for the lowest 25% of its layers."""
+    """Return the chart of a score by depth: a line and an interval for each run, triangles for its lowest 25%."""
     x = alt.X(f"{axis}:Q", title="layer (from 0)").axis(format="d", tickMinStep=1).scale(nice=False)
     if axis == "depth":
         x = alt.X("depth:Q", title="relative depth").scale(domain=[0, 1])
@@ -87,7 +87,7 @@ def _tooltip(name: str, title: str) -> list[Any]:
 
 
 def _scatter() -> Any:
-    """Every layer of every run, those of the run that is shown larger and colored by depth."""
+    """Return a scatter chart of the layers of all runs; layers of the shown run are larger and colored by depth."""
     legend = alt.Legend(title="relative depth", orient="top", direction="horizontal")
     depth = alt.Color("depth:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend)
     return (
@@ -112,7 +112,7 @@ def _scatter() -> Any:
 
 
 def _blocks() -> Any:
-    """A cell for each run of neighbours: where it begins, and how long it is; of each length the nearest is marked."""
+    """Return a heat map of blocks of layers by first layer and length; the nearest block of each length is marked."""
     legend = alt.Legend(title="distance: 0 none, 1 opposite", orient="top", direction="horizontal", titleLimit=240)
     plain: dict[str, Any] = {"ticks": False, "domain": False, "labelSeparation": 4}
     x = alt.X("start:O", title="first layer (from 0)").axis(labelAngle=0, labelOverlap="greedy", **plain)
@@ -131,7 +131,7 @@ def _blocks() -> Any:
 
 
 def _kept() -> Any:
-    """A line for each task and repair: the best set of each size."""
+    """Return a chart of the best set of each size, with a line for each task and repair."""
     legend = alt.Legend(
         orient="top", columns=1, title=None, labelLimit=alt.ExprRef("limit"), symbolOpacity=1, symbolType="circle"
     )
@@ -153,7 +153,7 @@ def _kept() -> Any:
 
 
 def color_of_runs() -> Any:
-    """Of the run that is chosen, and of the one that it is compared with."""
+    """Return the color encoding of the chosen run and the compared run."""
     legend = alt.Legend(
         orient="top",
         columns=1,
@@ -168,12 +168,12 @@ def color_of_runs() -> Any:
 
 
 def _runs_axis(field: str, title: str | None = None) -> Any:
-    """Runs by their labels, in the order of the rows."""
+    """Return an axis of runs by label, in the order of the rows."""
     return alt.Y(f"{field}:N", title=title, sort=None).axis(labelLimit=alt.ExprRef("room"), ticks=False, domain=False)
 
 
 def _heat() -> Any:
-    """A row for each run, a cell for each layer, colored by the layer's place in the ranking."""
+    """Return a heat map: a row for each run, a cell for each layer, colored by its place in the ranking."""
     legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
     return (
         alt.Chart(ROWS)
@@ -190,7 +190,7 @@ def _heat() -> Any:
 
 
 def _profiles(scale: str) -> Any:
-    """A line for each run: gray, but for the one that is chosen and the one that it is compared with."""
+    """Return a chart with a line for each run: colored for the chosen and the compared run, gray for others."""
     y_scale: Any = alt.Scale(type="log") if scale == "log" else alt.Scale(zero=False)
     y_title = "score (log)" if scale == "log" else "score"
     chosen = alt.when("datum.which < 2")
@@ -212,7 +212,7 @@ def _profiles(scale: str) -> Any:
 
 
 def _lowest() -> Any:
-    """A bar for each place: how many runs have it in their lowest 25%. Dashed: as many as chance would have there."""
+    """Return a bar chart of the share of runs with a place among their lowest 25%, with a dashed line at chance."""
     bars = (
         alt.Chart()
         .mark_rect(color=LOWEST_COLOR, opacity=0.8)
@@ -229,7 +229,7 @@ def _lowest() -> Any:
 
 
 def _drift() -> Any:
-    """Along a training: how far each checkpoint ranks layers as the last one does, and as the one before it."""
+    """Return a chart of the rank correlation of each checkpoint of a training with the last and the preceding one."""
     legend = alt.Legend(orient="top", title=None, symbolOpacity=1, columns=1)
     labels = alt.Axis(labelAngle=-45, labelOverlap="greedy", labelLimit=120, grid=False)
     base = alt.Chart().encode(
@@ -249,7 +249,7 @@ def _drift() -> Any:
 
 
 def _correlation() -> Any:
-    """A cell for each pair of runs; the number is written where there is room for it."""
+    """Return a heat map of the correlation of pairs of runs, with numbers where there is room."""
     legend = alt.Legend(title="rank correlation", orient="top", direction="horizontal")
     base = alt.Chart().encode(
         x=alt.X("column:N", title="number of the run", sort=None).axis(

@@ -36,14 +36,14 @@ COLUMNS = {
     "count": "count",
     "quality": "quality",
 }
-"""Columns of the page, by name, and what they are called in ``scores``; sparsity is near_zero / count."""
+"""Columns of ``scores`` by their names on the page. Sparsity is near_zero / count."""
 _TELLING = ("dtype", "corpus", "revision")  # what tells runs of one model apart, before settings
 
 
 def page_data(
     warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], without: Sequence[WithoutLayers]
 ) -> dict[str, Any]:
-    """Return what the page draws of runs that are done, ready for JSON.
+    """Return the data of finished runs that the page draws, ready for JSON.
 
     Args:
         runs: rows of ``runs``.
@@ -95,7 +95,7 @@ def _without(known: WithoutLayers, layers: int) -> dict[str, Any]:
 
 
 def _order(choice: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Sites and recipes in their own order, absolute thresholds before relative ones, ascending."""
+    """Return the sort key of a choice: site, recipe, absolute before relative thresholds, value of the threshold."""
     site, recipe, kind, threshold = choice
     return _place(site, EVERY_SITE), _place(recipe, RECIPES), kind == "rms", threshold or 0.0
 
@@ -109,7 +109,7 @@ def _written(site: str, recipe: str, kind: str, threshold: float) -> dict[str, A
 
 
 def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[str, Any]]:
-    """Labels of the runs; by layer, its name and rivals, which no choice changes."""
+    """Return the label of each run, and the names and baselines of its layers, which are the same for every choice."""
     places = zip(table["run_id"].to_pylist(), table["layer"].to_pylist(), strict=True)
     row_of = {place: row for row, place in enumerate(places)}
     described = []
@@ -123,7 +123,7 @@ def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[
 
 
 def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Short names that differ: the model's, and of what tells runs of one model apart as little as will do."""
+    """Return short names that differ: the model's, with as few details as tell runs of one model apart."""
     labels = [basename(run["model"] or run["run_id"]) for run in runs]
     for detail in _details(runs):
         labels = _told_apart(labels, detail)
@@ -131,7 +131,7 @@ def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
-    """What tells runs apart, for each of them: dtype, corpus, revision, then settings, last the run's own number."""
+    """Yield one detail after the other, by run: dtype, corpus, revision, each setting, last the run's own number."""
     for name in _TELLING:
         yield [None if run[name] is None else basename(run.get(f"{name}_name") or run[name]) for run in runs]
     settings = [settings_of(run) for run in runs]
@@ -141,7 +141,7 @@ def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
 
 
 def _told_apart(labels: Sequence[str], detail: Sequence[str | None]) -> list[str]:
-    """Labels with the detail behind those that are alike and differ in it."""
+    """Return labels with the detail appended to equal labels that differ in it."""
     values: dict[str, set[str | None]] = {}
     for label, value in zip(labels, detail, strict=True):
         values.setdefault(label, set()).add(value)
@@ -152,7 +152,7 @@ def _told_apart(labels: Sequence[str], detail: Sequence[str | None]) -> list[str
 
 
 def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:
-    """The values, floats with so many significant digits; None where nothing finite is."""
+    """Return the values of a column. Floats have ``digits`` significant digits; NaN and infinity are None."""
     return [
         _round(value, digits) if isinstance(value, float) else printable(value) if isinstance(value, str) else value
         for value in column.to_pylist()
@@ -167,7 +167,7 @@ def _round(value: float, digits: int) -> float | None:
 
 
 def _agreement(table: pa.Table, blocks: Sequence[tuple[int, ...]], choices: int) -> dict[str, Any]:
-    """Return the agreement of the runs: by choice, and of each rival."""
+    """Return the rank agreement of the runs, by choice and by each baseline."""
     depth, avss = table["depth"].to_numpy(), table["avss_smoothed"].to_numpy()
     rivals = {name: table[name].to_numpy() for name in BASELINES}
     by_choice: list[dict[int, Any]] = [{} for _ in range(choices)]

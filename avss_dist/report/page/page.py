@@ -66,7 +66,7 @@ def save_report(warehouse: Warehouse, path: Path, run_ids: Collection[str] | Non
 
 
 def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) -> str:
-    """An HTML page of the runs (all of them by default), with everything in it that it needs.
+    """Return an HTML page of the runs (all of them by default) that contains everything it needs.
 
     Names are text to it: the template escapes them, its data is base64 of compressed JSON, its script only sets
     texts. A policy in the page forbids every connection and every script but its own, by their hashes.
@@ -111,7 +111,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
 
 
 def _known_charts(data: Mapping[str, Any]) -> dict[str, bool]:
-    """Return whether there is something to draw of charts that few warehouses have."""
+    """Return whether there is data for each chart that few warehouses have."""
     without = {name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")}
     return {"series": bool(data["series"]), **without}
 
@@ -132,7 +132,7 @@ def _pictures(about_runs: Sequence[Chapter]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value that JSON has: text as the page shows it, None for NaN and infinity."""
+    """Return a value for JSON: printable text, and None for NaN and infinity."""
     if isinstance(value, str):
         return printable(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -141,7 +141,7 @@ def _finite(value: Any) -> Any:
 def _with_unreadable(
     rows: Sequence[Mapping[str, Any]], damaged: Mapping[str, str], run_ids: Collection[str] | None
 ) -> list[Mapping[str, Any]]:
-    """The rows of the overview, those of runs that cannot be read last."""
+    """Return the rows of the overview, followed by rows for the runs that cannot be read."""
     reasons = {run_id: damaged[run_id] for run_id in sorted(damaged) if run_ids is None or run_id in run_ids}
     empty = dict.fromkeys(OVERVIEW)
     return [
@@ -151,13 +151,13 @@ def _with_unreadable(
 
 
 def _newest(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The newest `MOST`, in their order."""
+    """Return the newest `MOST` runs, in the given order."""
     newest = sorted((str(row["created_at"]), row["run_id"]) for row in runs)[-MOST:]
     return [row for row in runs if (str(row["created_at"]), row["run_id"]) in newest]
 
 
 def _by_model(run: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Failed runs last; the others by family, model, and when in its training it was saved."""
+    """Return the sort key of a run: finished before failed, then family, model, and position in its training."""
     return (run["status"] != "done", str(run["family"]), str(run["series"] or run["model"]), *in_training(run))
 
 
@@ -167,10 +167,10 @@ def _summary(done: int, failed: int) -> str:
 
 
 def html_table(table: ReportTable, label: str) -> Markup:
-    """Return a table as the page has it: sorted by the buttons in its head, with a button that saves it.
+    """Return a table as HTML, with buttons in its head that sort it and a button that saves it.
 
     Args:
-        label: the run or the like that it is about, for screen readers.
+        label: subject of the table, such as the run, for screen readers.
     """
     return Markup(_template("table.html").render(table=table, label=label))
 
@@ -182,7 +182,7 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _shown(value: Any) -> Any:
-    """A text as the page shows it: no name turns the direction of what follows."""
+    """Return a text in printable form, so that no name changes the direction of the text after it."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)
 
 
@@ -193,12 +193,12 @@ def _part(name: str) -> Markup:
 
 @cache
 def _library() -> Markup:
-    """The code that draws: Vega, Vega-Lite and vega-embed, with its interpreter, so that nothing is evaluated."""
+    """Return the code that draws: Vega, Vega-Lite and vega-embed, with an interpreter in place of ``eval``."""
     return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def _policy(style: str, *scripts: str) -> str:
-    """A Content-Security-Policy: nothing from outside, and of what is inside only these."""
+    """Return a Content-Security-Policy that allows this style and these scripts, and nothing from outside."""
     allowed = " ".join(_hash(script) for script in scripts if script)
     return (
         f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; "
@@ -211,13 +211,13 @@ def _hash(text: str) -> str:
 
 
 def _packed(data: Mapping[str, Any]) -> str:
-    """JSON, compressed: scores of forty runs at a hundred choices are a few hundred thousand numbers."""
+    """Return data as compressed JSON in base64: forty runs at a hundred choices have a few hundred thousand numbers."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
 def _overview(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> ReportTable:
-    """Return the table of runs; a column that nobody has a value for is left out."""
+    """Return the table of runs, without columns in which no run has a value."""
     known = [name for name in OVERVIEW if any(row[name] is not None for row in rows)]
     numbers = [page_number(labels.get(row["run_id"], "")) or None for row in rows]
     return ReportTable(
@@ -242,7 +242,7 @@ def _overview(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> R
 
 
 def _findings(found: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Findings by kind, in their order; of each run, the first of a kind is shown, and where else it holds."""
+    """Return findings by kind, in order; a run shows its first finding of a kind, and the other readings with it."""
     kinds: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in sorted(found, key=lambda row: not is_published(row)):
         kinds.setdefault(row["kind"], {}).setdefault(row["run_id"], []).append(row)

@@ -1,4 +1,4 @@
-"""What the page says first of a run: can its scores be believed, how much can go, what is kept."""
+"""The summary at the top of the page: reliability of the scores, layers that can go, and retention."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def in_short(
     without: Sequence[WithoutLayers],
     tried: Sequence[Row],
 ) -> list[dict[str, Any]]:
-    """For the template: an answer to each question of a few runs, those of which something was left out first.
+    """Return answers to the questions about a few runs, for the template; runs with evaluated removals come first.
 
     Args:
         runs: rows of ``runs``.
-        labels: by run id.
+        labels: labels by run id.
         found: rows of `findings`.
         without: by run, see `without_layers`.
         tried: rows of ``experiments``, the newest first.
@@ -67,7 +67,7 @@ def _few(
 
 
 def is_published(finding: Row) -> bool:
-    """Whether it is of AVSS as published, or of the whole run."""
+    """Whether a finding concerns AVSS as published, or the whole run."""
     return finding["site"] in (None, SITES[0]) and finding["recipe"] in (None, RECIPES[0])
 
 
@@ -90,7 +90,7 @@ def _by_task(sets: Sequence[RemovedSet]) -> dict[str, list[RemovedSet]]:
 
 
 def _can_go(sets: Sequence[RemovedSet]) -> list[str]:
-    """Return the largest set that keeps enough, of each task."""
+    """Return a line for each task with the largest set that keeps enough."""
     lines = []
     for task, of_task in _by_task(sets).items():
         if enough := [removed for removed in of_task if removed.kept >= CLAIMED_KEPT]:
@@ -103,7 +103,7 @@ def _can_go(sets: Sequence[RemovedSet]) -> list[str]:
 
 
 def _is_kept(sets: Sequence[RemovedSet], size: int, tried: Sequence[Row]) -> list[str]:
-    """Return the best set of the claimed share of layers of each task, and what comes of the claim itself."""
+    """Return lines with the best set of the claimed size for each task, and with the outcome of the claim."""
     lines = []
     for task, of_task in _by_task(sets).items():
         of_size = (removed for removed in of_task if removed.size == size)

@@ -1,4 +1,4 @@
-"""What each layer does to the loss, as a table with bars."""
+"""The table of an ablation: the effect of each layer on the loss, with bars."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _FORMATS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
 
 
 def ablation_table(found: Ablation) -> FittedTable:
-    """Return the layers, with a bar of the first measure that there is; the least important are marked."""
+    """Return a table of the layers, with a bar of the first available measure; the least important are marked."""
     rows = found.table().to_pylist()
     first = next(name for name in ("increase", "shapley", "attention", "damage", "taylor") if rows[0][name] is not None)
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]

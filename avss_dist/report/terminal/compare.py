@@ -1,4 +1,4 @@
-"""Comparisons, findings and quantiles as tables for the terminal, and what they say in words."""
+"""Tables and sentences on comparisons, findings and quantiles, for the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLOR = {"warning": "yellow", "note": "dim"}
 
 
 def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
-    """Pairs of `compare.SCHEMA`, the most and the least alike where there are many, and what they say."""
+    """Return a table of pairs of `compare.SCHEMA` and a summary; of many pairs, the most and the least alike."""
     half = MOST_PAIRS // 2
     left_out = max(0, len(pairs) - MOST_PAIRS)
     ends = pairs if not left_out else pa.concat_tables([pairs[:half], pairs[-half:]])
@@ -39,7 +39,7 @@ def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
 
 
 def _label_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
-    """Return what is compared: in columns, or in one, with a line for each, where they would be wide."""
+    """Return the columns that name the compared runs; one column with several lines if they would be too wide."""
     within = all(row["a_run_id"] == row["b_run_id"] for row in rows)
     names = ["run", "a", "b"] if within else ["a", "b"]
     labels = [_labels(row, within) for row in rows]
@@ -57,7 +57,7 @@ def _labels(row: Mapping[str, Any], within: bool) -> list[str]:
 
 
 def short_name(text: str) -> str:
-    """A local path as its last part; anything else, such as a hub id, as it is."""
+    """Return the last part of a local path, and any other name, such as a hub id, unchanged."""
     return basename(text) if text.startswith(("/", "./", "../", "~")) else text
 
 
@@ -81,7 +81,7 @@ def _agreement_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
 
 
 def summary(pairs: pa.Table) -> str:
-    """What pairs of `compare.SCHEMA` say, in two sentences."""
+    """Return lines on the correlations of pairs of `compare.SCHEMA`, those given depth, and shared lowest layers."""
     rho = summarize(pairs["spearman"].to_numpy())
     layers, k, shared = (pairs[name].to_numpy() for name in ("layers", "k", "shared"))
     count = f"{len(pairs):,} pairs" if len(pairs) > 1 else "One pair"
@@ -96,7 +96,7 @@ def summary(pairs: pa.Table) -> str:
 
 
 def _given_depth(pairs: pa.Table) -> str:
-    """What is left of the correlations where the layer's number is known."""
+    """Return a sentence on the correlations given depth."""
     given = summarize(pairs["given_depth"].to_numpy())
     if not given.count:
         return "Given depth, nothing is left to compare: one of each pair is the order of the layers."
@@ -118,7 +118,7 @@ def _strength(rho: CorrelationSummary) -> str:
 
 
 def findings_list(findings: pa.Table) -> RenderableType:
-    """Findings of `findings.SCHEMA` in their order; of many that differ only in their run, the first stands for all."""
+    """Return findings of `findings.SCHEMA` in order; of many that differ only in the run, the first stands for all."""
     places = _by_place(findings)
     if not places:
         return Text("Nothing to warn of.")
@@ -139,7 +139,7 @@ def findings_list(findings: pa.Table) -> RenderableType:
 
 
 def _by_place(findings: pa.Table) -> dict[tuple[str, ...], dict[str, list[str]]]:
-    """Runs by message, by severity, kind, site and recipes; what is the same for several recipes is said once."""
+    """Return runs by message, by (severity, kind, site, recipes); recipes with the same message are merged."""
     merged: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
     for row in findings.to_pylist():
         key = (row["severity"], row["kind"], row["site"] or "", row["message"])
@@ -153,7 +153,7 @@ def _by_place(findings: pa.Table) -> dict[tuple[str, ...], dict[str, list[str]]]
 
 
 def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Return quantiles of one run and site: a row for each layer, a column for each share."""
+    """Return a table of the quantiles of one run and site: a row for each layer, a column for each share."""
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     by_place = {(row["layer"], row["share"]): row for row in rows}
     columns = [

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def estimate_table(estimate: Estimate) -> RenderableType:
-    """Return one row a partition: memory, whether it fits, time."""
+    """Return a table with a row for each partition: memory, whether it fits, time."""
     rows = estimate.rows
     table = ReportTable(
         title=f"{estimate.model} on {estimate.corpus}",
@@ -42,7 +42,7 @@ def estimate_table(estimate: Estimate) -> RenderableType:
 
 
 def summary(estimate: Estimate) -> str:
-    """The estimate in a line: ``single fits: about 12 s and 950 MB for 8,192 tokens.``"""
+    """Return an estimate as a line: ``single fits: about 12 s and 950 MB for 8,192 tokens.``"""
     best = estimate.best
     if best is None:
         return f"{estimate.model} fits no partition here."
@@ -53,7 +53,7 @@ def summary(estimate: Estimate) -> str:
 
 
 def describe_seconds(seconds: float) -> str:
-    """``12 s``, ``3 min 20 s`` or ``5 h 10 min``."""
+    """Return a duration as text: ``12 s``, ``3 min 20 s`` or ``5 h 10 min``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

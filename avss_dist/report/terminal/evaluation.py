@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def evaluation_table(found: Evaluations) -> RenderableType:
-    """Return a row for each subject and task, and the findings below; of a loss the perplexity is shown."""
+    """Return a table with a row for each subject and task, and the findings below. Losses are shown as perplexities."""
     caption = (
         "Retention: the metric without the layers over that with them (of a perplexity: with over without), "
         "and its 95% interval over the same samples."

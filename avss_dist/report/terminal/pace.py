@@ -1,4 +1,4 @@
-"""How fast work goes on, once that is known: the time that is left, or nothing while the pace is not steady."""
+"""Pace of work: its rate and the time that is left, known once the pace is steady."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Pace:
     The first unit waits for what is loaded and compiled, so the units that were begun with it do not count.
 
     Args:
-        start: when the work began, in seconds of `time.monotonic`.
+        start: start of the work, in seconds of `time.monotonic`.
     """
 
     def __init__(self, start: float | None = None) -> None:
@@ -33,7 +33,7 @@ class Pace:
 
         Args:
             amount: its part of the whole, such as its tokens.
-            now: when it was finished, in seconds of `time.monotonic`.
+            now: time of its end, in seconds of `time.monotonic`.
         """
         now = time.monotonic() if now is None else now
         self._done += amount

@@ -1,4 +1,4 @@
-"""What a job will do, as a table for the terminal."""
+"""The plan of a job as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STYLES = {"done": "green", "partial": "yellow", "missing": "", "repeated": "dim"
 
 
 def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
-    """Return one row a run: its model and text, its status, and how much there is to do."""
+    """Return a table with a row for each run: model, text, status, and amount of work; and a summary."""
     table = ReportTable(
         title=f"{count_of(len(previews), 'run')} into {warehouse}",
         columns=[
@@ -50,7 +50,7 @@ def _status(preview: Preview) -> str:
 
 
 def summary(previews: Sequence[Preview]) -> str:
-    """The plan in a line or two."""
+    """Return a summary of the plan in a line or two."""
     count = {status: sum(p.status == status for p in previews) for status in STYLES}
     known = [p.seconds for p in previews if p.seconds]
     parts = [f"{number} {status}" for status, number in count.items() if number]

@@ -1,4 +1,4 @@
-"""How the work goes: bars on a terminal, lines in a log."""
+"""Progress of scoring and evaluation: bars on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Speed(rich_progress.ProgressColumn):
 
 
 class TimeColumn(rich_progress.ProgressColumn):
-    """The time a task has taken, which moves while nothing else does, and the time that is left once it is known."""
+    """A column with the elapsed time of a task, updated all the time, and the time that is left once it is known."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class TimeColumn(rich_progress.ProgressColumn):
         return Text(text if left is None else f"{text}, {timedelta(seconds=int(left))} left", style="cyan")
 
     def _seconds_left(self, task: rich_progress.Task) -> float | None:
-        """Return the seconds until a task is finished, by the pace of what was seen of it; None if that is unknown."""
+        """Return the seconds until a task is finished, by its pace so far; None if that is unknown."""
         pace, completed, total = self._paces.get(task.id, (None, 0.0, None))
         now = task.get_time()
         if pace is None or task.total != total or task.completed < completed:  # it begins
@@ -64,7 +64,7 @@ class TimeColumn(rich_progress.ProgressColumn):
 
 
 def bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
-    """A description, a bar, ``columns``, and how long it takes, on standard error where somebody looks."""
+    """Return a progress display on standard error, for terminals and notebooks: description, bar, ``columns``, time."""
     terminal = console(stderr=True)
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}", markup=False),
@@ -77,12 +77,12 @@ def bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
 
 
 def log(what: str, file: TextIO | None = None) -> None:
-    """A line with the time of day (UTC), on standard error or in a file like it."""
+    """Print a line with the time of day (UTC) to standard error or a file like it."""
     say(f"{datetime.now(UTC):%H:%M:%S} {what}", file)
 
 
 class Progress(Reporter):
-    """A bar for each run, with tokens/s and the time that is left."""
+    """Progress callbacks that show a bar for each run, with tokens/s and the time that is left."""
 
     def __init__(self) -> None:
         self._progress = bars(rich_progress.TaskProgressColumn(), _Speed())
@@ -99,31 +99,31 @@ class Progress(Reporter):
         self._progress.stop()
 
     def planning(self, name: str) -> None:
-        """A new run: its text is read and its tokens are counted."""
+        """Add a bar for a new run, whose text is being read."""
         self._tasks[name] = self._progress.add_task(f"{_short(name)}: reading", total=None)
 
     def repeated(self, name: str, first: str) -> None:
-        """It is the same as another one."""
+        """Print that a run is the same as another one."""
         self._progress.console.print(f"{_short(name)}: {describe_repeated(_short(first))}", markup=False)
 
     def placed(self, name: str, placement: Placement) -> None:
-        """How a replica is spread; said where it is not the plain way, or somebody looks."""
+        """Print how a replica is spread, on a terminal or if it is not a single whole model."""
         if self._progress.console.is_terminal or placement.partition != WHOLE:
             self._progress.console.print(f"{_short(name)}: {placement.partition}; {placement.why}.", markup=False)
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        """Shards are to be measured; ``done_tokens`` were measured before."""
+        """Record the start of a run of ``num_tokens``, of which ``done_tokens`` were measured before."""
         self._progress.reset(
             self._tasks[name], start=False, total=num_tokens, completed=done_tokens, description=_short(name)
         )
 
     def advanced(self, name: str, num_tokens: int) -> None:
-        """A shard is done."""
+        """Count a measured shard."""
         self._progress.start_task(self._tasks[name])
         self._progress.advance(self._tasks[name], num_tokens)
 
     def finished(self, name: str, run: Run) -> None:
-        """A run is over."""
+        """Record the end of a run."""
         if (task := self._tasks.pop(name, None)) is not None:
             self._progress.update(task, description=f"{_short(name)}: {run.status}")
             self._progress.stop_task(task)
@@ -133,10 +133,10 @@ class Progress(Reporter):
 
 
 def run_progress(num_runs: int, *, ends: bool = True) -> Progress | Log:
-    """How runs go: bars where somebody looks, else a line now and then.
+    """Return progress callbacks for runs: bars on a terminal, otherwise lines.
 
     Args:
-        ends: of the lines, one for each run that is over.
+        ends: print a line at the end of each run, if there are no bars.
     """
     return Progress() if console(stderr=True).is_terminal else Log(num_runs, ends=ends)
 
@@ -181,30 +181,30 @@ class CellProgress:
         self._done, self._cells = done, cells
 
     def _log(self, cell: Cell, what: str) -> None:
-        """Log a line now and then, where there is no bar."""
+        """Log a line at intervals, if there is no bar."""
         if self._progress.disable and time.monotonic() - self._said > LOG_SECONDS:
             self._said = time.monotonic()
             log(f"{_short(cell.checkpoint.name)}: {what}")
 
 
 def describe_cell(cell: Cell) -> str:
-    """``model without 3 layers``."""
+    """Return a short description of a cell: ``model without 3 layers``."""
     return f"{_short(cell.checkpoint.name)}{describe_without(cell)}"
 
 
 def describe_without(cell: Cell) -> str:
-    """Return `` without 3 layers`` for a cell that removes them; nothing for one that removes none."""
+    """Return `` without 3 layers`` for a cell that removes layers; an empty text for others."""
     removed = cell.intervention.removed
     return f" without {count_removed(removed)}" if removed else ""
 
 
 class Log(Reporter):
-    """For a file or a job's log: a line for each run, and one now and then while it is measured.
+    """Progress callbacks for a file or a job's log: a line at the end of each run, and lines at intervals before.
 
     Args:
-        num_runs: how many there will be.
-        seconds: between two lines of progress, at least.
-        ends: say when a run is over.
+        num_runs: number of runs.
+        seconds: minimum time between two lines of progress.
+        ends: print a line at the end of each run.
     """
 
     def __init__(
@@ -223,22 +223,22 @@ class Log(Reporter):
     def __exit__(self, *_: object) -> None: ...
 
     def repeated(self, name: str, first: str) -> None:
-        """It is the same as another one."""
+        """Print that a run is the same as another one."""
         self._say(f"{name}: {describe_repeated(first)}")
 
     def placed(self, name: str, placement: Placement) -> None:
-        """How a replica is spread; said where it is not the plain way."""
+        """Print how a replica is spread if it is not a single whole model."""
         if placement.partition != WHOLE:
             self._say(f"{name}: {placement.partition}; {placement.why}.")
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        """Shards are to be measured; ``done_tokens`` were measured before."""
+        """Record the start of a run of ``num_tokens``, of which ``done_tokens`` were measured before."""
         with self._lock:
             self._left[name] = done_tokens, num_tokens
             self._paces[name] = Pace()
 
     def advanced(self, name: str, num_tokens: int) -> None:
-        """A shard is done: a line, if the last one is long ago."""
+        """Count a measured shard, and print a line if the last one is long ago."""
         with self._lock:
             done, total = self._left[name]
             done += num_tokens
@@ -254,7 +254,7 @@ class Log(Reporter):
         self._say(what)
 
     def finished(self, name: str, run: Run) -> None:
-        """A run is over."""
+        """Record the end of a run."""
         with self._lock:
             self._left.pop(name, None)
             self._paces.pop(name, None)
@@ -269,5 +269,5 @@ class Log(Reporter):
 
 
 def _short(name: str) -> str:
-    """The ends of the paths of a model and of a corpus."""
+    """Return the last parts of the paths of a model and of a corpus."""
     return " on ".join(basename(path) for path in name.split(" on "))[:60]

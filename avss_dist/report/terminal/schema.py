@@ -1,4 +1,4 @@
-"""What every table, column, function and ready query of the warehouse means."""
+"""Descriptions of the tables, columns, functions and ready queries of the warehouse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from avss_dist.warehouse.schema import SCHEMAS, TABLES
 
 
 def schema_table() -> pa.Table:
-    """A row for each column: ``table``, ``column``, ``type`` in SQL, ``unit``, ``meaning``."""
+    """Return a table with a row for each column: ``table``, ``column``, ``type`` in SQL, ``unit``, ``meaning``."""
     rows = []
     with duckdb.connect(":memory:") as connection:
         for name, table in TABLES.items():
@@ -30,7 +30,7 @@ def schema_table() -> pa.Table:
 
 
 def schema_page() -> RenderableType:
-    """The same for the terminal, and the functions and ready queries."""
+    """Return the descriptions of columns, functions and ready queries for the terminal."""
     parts: list[RenderableType] = []
     for name, rows in _by_table().items():
         parts += [_titled(name, TABLES[name].meaning), _grid((r["column"], r["type"], _meaning(r)) for r in rows), ""]
@@ -41,7 +41,7 @@ def schema_page() -> RenderableType:
 
 
 def schema_markdown() -> str:
-    """The same tables as Markdown, a heading for each: the documentation has them as they are printed here."""
+    """Return the descriptions of columns as Markdown, with a heading for each table, for the documentation."""
     lines: list[str] = []
     for name, rows in _by_table().items():
         lines += [f"### `{name}`", "", f"{TABLES[name].meaning.capitalize()}.", ""]

@@ -22,7 +22,7 @@ OF_SHARDS = ("95% interval", "lowest 25%")  # columns that a run of too few shar
 
 
 def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Return one row a layer: AVSS as a bar and a number, its rank and certainty, and block influence beside it.
+    """Return a table with a row for each layer: AVSS as bar and number, its rank and certainty, block influence.
 
     Args:
         run: a row of ``runs``.
@@ -64,7 +64,7 @@ def _layer_columns(
 
 
 def describe_exactness(scores: Sequence[Mapping[str, Any]]) -> str:
-    """How far computed near-zero counts are known, and where they would be exact; nothing where all are exact."""
+    """Return a sentence on the error of interpolated near-zero counts and the nearest exact ones; empty if exact."""
     inexact = [s for s in scores if s["exactness"] == INTERPOLATED]
     if not inexact:
         return ""

@@ -1,4 +1,4 @@
-"""How a search of layers went, as a table: a row for each round."""
+"""The table of a search of layers: a row for each round."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def search_table(found: Found) -> FittedTable:
-    """The best set of each round, its loss and perplexity, and how many sets the search knew by then.
+    """Return a table of the best set of each round: its loss and perplexity, and the number of sets known by then.
 
-    Of rounds over sets of one size, as evolve has them, those that found no better set have no row.
+    Among rounds over sets of one size, as in evolve, only those that found a better set have a row.
     """
     rows = [("-", 0.0, found.whole, 0)]
     for step in found.steps:

@@ -1,4 +1,4 @@
-"""A shrunk model: what it keeps beside the whole one, and by how many layers are gone."""
+"""Tables and lines on a shrunk model: retention against the whole model, and by the number of dropped layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BAR = 40  # cells of what keeps all
 
 
 class ShrinkProgress(CellProgress):
-    """Callback for the events of `shrink`: one bar over all steps; a line for each, where there is no terminal."""
+    """Callback for the events of `shrink`: one bar over all steps; without a terminal, a line for each step."""
 
     def __init__(self) -> None:
         self._progress = bars(rich_progress.TaskProgressColumn())
@@ -56,7 +56,7 @@ class ShrinkProgress(CellProgress):
                 self._progress.update(self._bar, description="writing", total=None, completed=0)
 
     def _begin_step(self, what: str, total: int, done: int) -> None:
-        """Begin a step, of which some is done."""
+        """Begin a step of ``total`` units, of which ``done`` are done."""
         self._progress.reset(self._bar, total=total, completed=done, description=what)
         if self._progress.disable and done != total:
             log(what)
@@ -67,7 +67,7 @@ def _step(cell: Cell) -> str:
 
 
 def shrunk_tables(done: Shrunk) -> RenderableType:
-    """Return the metrics of the whole, the pruned and the repaired model; where several plans were tried, the curve."""
+    """Return tables of the metrics of the whole, pruned and repaired model, and of the curve of several plans."""
     plan, tasks = done.best.plan, done.best.tasks
     rows = ["whole model", f"{count_removed(plan.drop)} dropped"]
     rows += [f"repaired by {done.record.repair}"] if done.record else []
@@ -83,7 +83,7 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
 
 
 def _caption(tasks: Sequence[TaskRetention]) -> str:
-    """Return what the columns are, and why an interval is missing."""
+    """Return the caption: meaning of the columns, and the reason for a missing interval."""
     text = "Kept: of the whole model's metric (of a perplexity: whole over this), and its 95% interval."
     results = [(task, result) for task in tasks for result in (task.pruned, task.repaired) if result]
     return text if all(task.of(result).has_interval for task, result in results) else f"{text} {NO_INTERVAL}"
@@ -103,7 +103,7 @@ def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
 
 
 def _curve(done: Shrunk) -> ReportTable:
-    """Return what every plan keeps that was tried, in the task in which it keeps the least."""
+    """Return a table of the retention of every plan that was tried, in the task with the lowest retention."""
     layers = done.best.plan.num_layers
     dropped, kept = [len(one.plan.drop) for one in done.curve], [one.kept for one in done.curve]
     return ReportTable(
@@ -118,7 +118,7 @@ def _curve(done: Shrunk) -> ReportTable:
 
 
 def shrunk_values(done: Shrunk) -> dict[str, Any]:
-    """The same for programs."""
+    """Return the results of shrinking as plain values, for programs."""
     curve = [{"drop": one.plan.drop, "kept": one.kept} for one in done.curve]
     about = {"output": done.folder, "bytes": done.bytes, "drop": done.best.plan.drop, "kept": done.best.kept}
     tasks = [task.describe() for task in done.best.tasks]
@@ -126,7 +126,7 @@ def shrunk_values(done: Shrunk) -> dict[str, Any]:
 
 
 def shrunk_lines(done: Shrunk) -> Iterator[str]:
-    """What was written, and what is to be known of it."""
+    """Yield lines on the written checkpoint: size, dropped layers, findings, repair, and notes."""
     plan = done.best.plan
     yield f"{done.folder}: {len(plan.keep)} of {plan.num_layers} layers, {describe_bytes(done.bytes)} of weights."
     yield f"Dropped {describe_layers(plan.drop)}, chosen by {plan.why['by']}."

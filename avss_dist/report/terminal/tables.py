@@ -33,9 +33,9 @@ def rendered(*sections: Section) -> RenderableType:
 
 
 class FittedTable:
-    """A table without the columns that there is no room for, which a line below it names.
+    """A table that fits the terminal: it leaves out columns that have no room, and names them in a line below.
 
-    Where not even the columns that are always shown have room, each row is a block of lines.
+    If even the columns that are always shown have no room, each row is a block of lines.
     """
 
     def __init__(self, table: ReportTable) -> None:
@@ -92,7 +92,7 @@ class FittedTable:
         return Text(words, style=column.style(column.values[row]) if column.style else "")
 
     def _needs(self, column: ReportColumn | BarColumn) -> int:
-        """Return how many cells of the screen a column needs."""
+        """Return the number of screen cells that a column needs."""
         if isinstance(column, BarColumn):
             return column.width
         texts = (_heading(column), *(self._cell(column, row).plain for row in self._table.rows))
@@ -115,7 +115,7 @@ class FittedTable:
 
 
 def _width(columns: Sequence[ReportColumn | BarColumn], needed: Mapping[ReportColumn | BarColumn, int]) -> int:
-    """Return the cells of the screen that a table of some columns takes."""
+    """Return the number of screen cells that a table of some columns takes."""
     return sum(needed[column] for column in columns) + 1
 
 
@@ -124,7 +124,7 @@ def _heading(column: ReportColumn) -> str:
 
 
 def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittedTable:
-    """Return any query's result: values as they are, never as markup; floats with six significant digits."""
+    """Return the result of a query as a table: values as they are, never markup; floats with six significant digits."""
     columns = []
     for i, name in enumerate(names):
         values = [row[i] for row in rows]
@@ -142,7 +142,7 @@ def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittedTa
 
 
 def shown(value: Any) -> str:
-    """Return a value as people read it."""
+    """Return a value as text for people."""
     if value is None:
         return ""
     if isinstance(value, float):
