@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import sem, skew, t
 
-from avss_dist.stats.intervals import bootstrap_weights, jackknife_interval, left_out_weights
+from avss_dist.stats.intervals import bootstrap_weights, jackknife_interval, left_out_weights, why_no_interval
 from avss_dist.stats.layer_stats import Float64
 
 
@@ -66,6 +66,13 @@ def test_fewer_than_eight_units_have_no_interval() -> None:
     assert np.isfinite(interval_of_mean(samples)).all()
     assert np.isnan(interval_of_mean(samples[:7])).all()
     assert jackknife_interval(np.array(0.0), np.zeros((0,))).shape == (2,)
+
+
+def test_the_reason_for_no_interval_counts_shards() -> None:
+    assert why_no_interval(8) is None and why_no_interval(9) is None
+    for shards, counted in ((1, "1 shard, 8"), (7, "7 shards, 8")):
+        reason = why_no_interval(shards)
+        assert reason is not None and reason.startswith(f"No interval: {counted} are needed")
 
 
 def test_alike_units_have_an_interval_without_width() -> None:
