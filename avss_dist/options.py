@@ -11,7 +11,6 @@ from typing import (
     Any,
     ClassVar,
     ParamSpec,
-    TypedDict,
     TypeVar,
     dataclass_transform,
     get_type_hints,
@@ -21,66 +20,9 @@ from avss_dist.core.errors import ConfigError, nearest
 from avss_dist.core.settings import Execution, Settings, split_options
 from avss_dist.core.validation import checked, descriptions
 
-F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-
-
-class ModelOptions(TypedDict, total=False):
-    """Keywords for fields of `Settings` that matter wherever a model reads text."""
-
-    max_sequences: int | None
-    sequence_length: int
-    batch_size: int
-    sequences_per_shard: int | None
-    shuffle_seed: int | None
-    chat_template: bool
-    layout: str
-    row_start: str
-    dtype: str
-    dequantize: bool
-    layers: str | None
-    attention: str | None
-    device: str
-    threads: int
-    trust_remote_code: bool
-
-
-class WorkOptions(TypedDict, total=False):
-    """Keywords for fields of `Execution`."""
-
-    executor: str
-    replicas: int | str | None
-    address: str | None
-    fresh: bool
-    partition: str
-    ranks: int | None
-    gpus_per_replica: int | None
-    max_memory: Mapping[str, int | str]
-    offload_folder: str | None
-    placement_seconds: float
-    hang_seconds: float
-
-
-class EvaluationOptions(ModelOptions, WorkOptions, total=False):
-    """Keywords of evaluations."""
-
-
-class ShrinkingOptions(EvaluationOptions, total=False):
-    """Keywords of shrinking, including the fields of `pruning.shrinking.Shrinking`."""
-
-    share: float | None
-    keep: float | None
-    by: str
-    repair: str
-    repair_corpora: Sequence[str]
-    tasks: Sequence[str]
-    first: int
-    last: int
-    limit: int | None
-    num_fewshot: int | None
-    allow_overlap: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,29 +70,6 @@ def refuse_unused(given: Mapping[str, Any], defaults: Mapping[str, Any], why: st
     for name, value in given.items():
         if value and value != defaults.get(name):
             raise ConfigError(f"`{name}` has no effect {why}.", hint)
-
-
-def with_options(options: Any, *classes: Any) -> Callable[[F], F]:
-    """Decorate a function so that its signature lists the keywords of its ``**options``, with their defaults.
-
-    Args:
-        options: one of the classes above.
-        classes: classes with the fields, beside `Settings` and `Execution`.
-    """
-    defaults = {f.name: f.default for cls in (Settings, Execution, *classes) for f in fields(cls)} | {"max_memory": {}}
-    keyword_only = inspect.Parameter.KEYWORD_ONLY
-    keywords = [
-        inspect.Parameter(name, keyword_only, default=defaults[name], annotation=hint.__forward_arg__)
-        for name, hint in options.__annotations__.items()
-    ]
-
-    def decorate(function: F) -> F:
-        signature = inspect.signature(function)
-        explicit = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        function.__signature__ = signature.replace(parameters=[*explicit, *keywords])  # type: ignore[attr-defined]
-        return function
-
-    return decorate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,7 @@ from avss_dist.analysis.plans import evaluated_lines, plan_layers, plannable_run
 from avss_dist.api.names import named_run
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import (
-    Execution,
-    Settings,
-)
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import parse_threshold
 from avss_dist.options import field_values, keywords, refuse_unused, request_values
 from avss_dist.pruning.plan import Plan, read_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,6 @@ from avss_dist.evaluation.session import (
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
-from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.ground_truth import mean_ranks
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.tasks.base import Result, Task
@@ -131,7 +130,6 @@ def _value(result: Result | None) -> float | None:
     return None if result is None else result.value
 
 
-@with_options(EvaluationOptions)
 def ablate(
     model: str | Path,
     *,
@@ -148,7 +146,7 @@ def ablate(
     skip_sequences: int = 0,
     allow_many: bool = False,
     reporter: OnEvent | None = None,
-    **options: Unpack[EvaluationOptions],
+    **options: Any,
 ) -> Ablation:
     """Measure the effect of each layer of a model on its loss, and keep it in a warehouse; nothing is measured twice.
 

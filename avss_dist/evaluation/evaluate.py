@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, product, zip_longest
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import pyarrow as pa
 
@@ -30,7 +30,7 @@ from avss_dist.evaluation.session import (
 from avss_dist.evaluation.subjects import Subject, read_subjects, with_bases
 from avss_dist.evaluation.tasks import make_task, row_start_task
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.options import EvaluationOptions, PromptOptions, with_options
+from avss_dist.options import PromptOptions
 from avss_dist.runs.corpora import corpus_problems
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.sparsity.realized import RealizedSparsity
@@ -111,7 +111,6 @@ class Evaluations(list[Evaluation], TabularResult):
         return pa.Table.from_pylist(rows)
 
 
-@with_options(EvaluationOptions)
 def evaluate(
     subjects: Sequence[str],
     *,
@@ -128,7 +127,7 @@ def evaluate(
     base: str | None = None,
     allow_overlap: bool = False,
     reporter: OnEvent | None = None,
-    **options: Unpack[EvaluationOptions],
+    **options: Any,
 ) -> Evaluations:
     """Evaluate models and plans on tasks, and keep the results in a warehouse; what is measured is not repeated.
 

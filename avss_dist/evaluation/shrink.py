@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from itertools import chain
 from math import ceil
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import pyarrow as pa
 
@@ -44,7 +44,7 @@ from avss_dist.evaluation.tasks import make_task, plan_text
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
-from avss_dist.options import PromptOptions, ShrinkingOptions, with_options
+from avss_dist.options import PromptOptions
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.record import RepairRecord
@@ -188,7 +188,6 @@ class Parts:
         return self.scored + self.evaluated
 
 
-@with_options(ShrinkingOptions, Shrinking)
 def shrink(
     model: str | Path,
     *,
@@ -196,7 +195,7 @@ def shrink(
     output: str | Path,
     warehouse: str | Path | None = None,
     reporter: OnEvent | None = None,
-    **options: Unpack[ShrinkingOptions],
+    **options: Any,
 ) -> Shrunk:
     """Write a smaller checkpoint of a causal language model, and return its retention; finished work is not repeated.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, evaluation_options
 from avss_dist.evaluation.subjects import checkpoint_of_run
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.options import EvaluationOptions, with_options
 from avss_dist.pruning.selection import PlanError
 from avss_dist.sparsity.allocate import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
 from avss_dist.sparsity.plan import SparsityPlan
@@ -102,7 +101,6 @@ def _summed(cells: Iterable[Mapping[str, Any]]) -> Rows:
     return summed
 
 
-@with_options(EvaluationOptions)
 def sparsify(
     warehouse: str,
     run: Mapping[str, Any],
@@ -115,7 +113,7 @@ def sparsify(
     rule: str = "all",
     pattern: str | None = None,
     corrections: int = 0,
-    **options: Unpack[EvaluationOptions],
+    **options: Any,
 ) -> SparsityPlan:
     """Make a sparsity plan for the checkpoint of a run that measured ``--site inputs``; nothing is measured twice.
 
