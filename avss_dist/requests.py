@@ -37,7 +37,7 @@ SCORED = tuple(SHARED)
 EVALUATED = tuple(name for name in SHARED if name not in (*_OF_STATISTICS, "allow_pickle", "tracker"))
 """Shared fields of commands that measure nothing inside of layers."""
 ESTIMATED = tuple(name for name, cls in SHARED.items() if cls is Settings and name not in _NO_MEMORY)
-COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
+COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
 LEFT_OUT = "Removals"
 PROMPTS = "Prompts of lm-evaluation-harness"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,15 @@ from numpy.typing import NDArray
 
 from avss_dist.core.settings import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import FEWEST, align, count_lowest, given_depth, rank_biased_overlap, spearman
+from avss_dist.stats.rankings import (
+    FEWEST,
+    align,
+    count_lowest,
+    given_depth,
+    rank_biased_overlap,
+    spearman,
+    spearman_rows,
+)
 from avss_dist.system.progress_bar import tracked
 
 Scores = tuple[Float64, Float64]  # depth and values of layers, float64[layers] each, ascending in depth
@@ -76,7 +85,7 @@ def rank_correlations(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple
     rho, partial = np.full(len(a), np.nan), np.full(len(a), np.nan)
     for chunk in _chunks(scores, a, b):
         x, y, _ = _aligned(scores, a[chunk], b[chunk])
-        rho[chunk] = _spearman(x, y)
+        rho[chunk] = spearman_rows(x, y)
         partial[chunk] = _given_depth(rho[chunk], x, y)
     return rho, partial
 
@@ -131,7 +140,7 @@ def _agreement(
     by_chance, at_least = _by_chance(n, size)
     signs_x, signs_y = signs(x), signs(y)
     defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= FEWEST)
-    rho = _spearman(x, y)
+    rho = spearman_rows(x, y)
     return {
         "layers": np.full(len(x), n),
         "interpolated": interpolated,
@@ -153,25 +162,10 @@ def _aligned(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple[Float64,
     return np.array(x), np.array(y), np.array(interpolated)
 
 
-def _spearman(x: Float64, y: Float64) -> Float64:
-    """Return Spearman's rho of every row. Ranks are doubled, which makes average ranks integers and the sums exact."""
-    from scipy.stats import rankdata  # a second to import
-
-    n = x.shape[1]
-    ranks_x, ranks_y = (2 * rankdata(values, axis=1) - (n + 1) for values in (x, y))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        rho: Float64 = (ranks_x * ranks_y).sum(axis=1) / np.sqrt((ranks_x**2).sum(axis=1) * (ranks_y**2).sum(axis=1))
-    if n < FEWEST:
-        rho[:] = np.nan
-    for row in np.flatnonzero(~np.isfinite(x + y).all(axis=1)):
-        rho[row] = spearman(x[row], y[row])
-    return rho
-
-
 def _given_depth(rho: Float64, x: Float64, y: Float64) -> Float64:
     """Return the partial correlation of the ranks of two scores given depth, for every row."""
     depth = np.broadcast_to(np.arange(x.shape[1], dtype=np.float64), x.shape)
-    of_x, of_y = _spearman(x, depth), _spearman(y, depth)
+    of_x, of_y = spearman_rows(x, depth), spearman_rows(y, depth)
     for row in np.flatnonzero(~np.isfinite(x + y).all(axis=1)):
         both = np.isfinite(x[row]) & np.isfinite(y[row])
         of_x[row], of_y[row] = (spearman(values[row][both], depth[row][both]) for values in (x, y))
@@ -189,7 +183,7 @@ def _kendall(signs_x: Signs, signs_y: Signs) -> Float64:
 @cache
 def _by_chance(layers: int, size: int) -> tuple[float, Float64]:
     """Return the expected Jaccard index of two random sets of ``size`` layers and P(overlap >= n), n = 0...``size``."""
-    from scipy.stats import hypergeom  # a second to import
-
-    overlaps, chance = np.arange(size + 1), hypergeom(layers, size, size)
-    return float((chance.pmf(overlaps) * overlaps / (2 * size - overlaps)).sum()), chance.sf(overlaps - 1)
+    overlaps = np.arange(size + 1)
+    ways = [comb(size, int(overlap)) * comb(layers - size, size - int(overlap)) for overlap in overlaps]
+    chance = np.array([number / comb(layers, size) for number in ways])
+    return float((chance * overlaps / (2 * size - overlaps)).sum()), chance[::-1].cumsum()[::-1]

@@ -42,14 +42,20 @@ STATS = (
 )
 
 
+NONFINITE = ("run_id", "layer", "site", "count", "nonfinite_count")
+"""Columns of `nonfinite_layers`."""
+
+
 def read_stats(table: pa.Table) -> list[Row]:
     """Return the rows of ``layer_stats``, ordered by layer. Lists become arrays, since they can be long."""
     table = table.sort_by("layer")
     lists = {f.name for f in table.schema if pa.types.is_list(f.type)}
     rows: list[Row] = table.drop_columns(list(lists)).to_pylist()
     for name in lists:
-        for row, cell in zip(rows, table[name], strict=True):
-            row[name] = cell.values.to_numpy() if cell.is_valid else np.empty(0)
+        column = table[name].combine_chunks()
+        starts, values = column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False)
+        for row, start, stop in zip(rows, starts[:-1], starts[1:], strict=True):
+            row[name] = values[start:stop]
     return rows
 
 
@@ -75,6 +81,12 @@ def of_stats(stats: Rows, threshold: Threshold) -> Iterator[Row]:
         ):
             yield {"site": site, **one}
     yield from _identity_layers(stats)
+
+
+def nonfinite_layers(stats: Rows, _: Threshold) -> Iterator[Row]:
+    """Yield the findings of one run on NaN and infinite elements, from its statistics."""
+    for (site,), rows in grouped(stats, "site").items():
+        yield from ({"site": site, **one} for one in _nonfinite(rows))
 
 
 def _nonfinite(rows: Rows) -> Iterator[Row]:

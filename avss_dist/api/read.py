@@ -20,10 +20,14 @@ def compare(request: CompareRequest) -> comparing.RankingComparison:
     return compare_runs(opened, [row["run_id"] for row in named_runs(opened, request.run)], request)
 
 
-def compare_runs(opened: Warehouse, run_ids: Sequence[str], request: CompareRequest) -> comparing.RankingComparison:
-    """Compare runs as a request says."""
+def compare_runs(
+    opened: Warehouse, run_ids: Sequence[str], request: CompareRequest, *, most_listed: int = comparing.MOST_PAIRS
+) -> comparing.RankingComparison:
+    """Compare runs as a request says; list all of up to ``most_listed`` pairs."""
     how = {name: value for name, value in request_values(request).items() if name not in ("warehouse", "run")}
-    return comparing.compare(opened, run_ids, **how | {"threshold": named_threshold(request.threshold)})
+    return comparing.compare(
+        opened, run_ids, **how | {"threshold": named_threshold(request.threshold), "most_listed": most_listed}
+    )
 
 
 @keywords(FindingsRequest)

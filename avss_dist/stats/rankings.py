@@ -34,9 +34,20 @@ def rank_lowest(scores: Float64) -> Float64:
 
 
 def average_ranks(values: Float64) -> Float64:
-    """Return the ranks of finite values, float64[n], starting at 1. Tied values get their mean rank."""
-    _, position, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Float64 = (np.cumsum(counts) - (counts - 1) / 2)[position]
+    """Return the ranks of finite values along the last axis, starting at 1. Tied values get their mean rank.
+
+    Args:
+        values: float64[..., n].
+    """
+    order = np.argsort(values, axis=-1, kind="stable")
+    ordered, place = np.take_along_axis(values, order, -1), np.arange(values.shape[-1])
+    differs = np.diff(ordered, axis=-1) != 0
+    ends = np.ones((*values.shape[:-1], 1), bool)
+    first = np.maximum.accumulate(np.where(np.concatenate([ends, differs], -1), place, 0), -1)
+    last = np.where(np.concatenate([differs, ends], -1), place, values.shape[-1])
+    last = np.minimum.accumulate(last[..., ::-1], -1)[..., ::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, (first + last) / 2 + 1, -1)
     return ranks
 
 
@@ -46,10 +57,29 @@ def spearman(a: Float64, b: Float64) -> float:
     Ties have average ranks. The result is NaN for fewer than three such layers, or if one score is constant there.
     """
     both = np.isfinite(a) & np.isfinite(b)
-    a, b = a[both], b[both]
-    if len(a) < FEWEST or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return np.nan
-    return float(np.corrcoef(average_ranks(a), average_ranks(b))[0, 1])
+    return float(_correlate_ranks(a[both], b[both]))
+
+
+def spearman_rows(a: Float64, b: Float64) -> Float64:
+    """Return Spearman's rho of every row of two arrays of scores, float64[rows, n] each. See `spearman`."""
+    rho = _correlate_ranks(a, b)
+    for row in np.flatnonzero(~np.isfinite(a + b).all(axis=1)):
+        rho[row] = spearman(a[row], b[row])
+    return rho
+
+
+def _correlate_ranks(a: Float64, b: Float64) -> Float64:
+    """Return the correlation of the ranks of finite values along the last axis.
+
+    Doubled average ranks are integers, so that the sums over them are exact.
+    """
+    number = a.shape[-1]
+    if number < FEWEST:
+        return np.full(a.shape[:-1], np.nan)
+    x, y = (2 * average_ranks(values) - (number + 1) for values in (a, b))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rho: Float64 = (x * y).sum(axis=-1) / np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
+    return rho
 
 
 def spearman_interval(rho: float, number: int) -> tuple[float, float]:

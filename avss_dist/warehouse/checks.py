@@ -57,8 +57,8 @@ def checked_rows(name: str, run_id: str, stored: pa.Table) -> pa.Table:
 def _problems(name: str, table: pa.Table) -> Iterator[tuple[str, Mask]]:
     """Yield the possible problems of rows of a table, each with a mask of the affected rows."""
     if name == "runs":
-        ids = table["run_id"].to_pylist()
-        yield "it has several rows; a run has one", np.array([ids.count(run_id) > 1 for run_id in ids], bool)
+        _, place, counts = np.unique(table["run_id"].to_numpy(), return_inverse=True, return_counts=True)
+        yield "it has several rows; a run has one", counts[place] > 1
     columns = {column.name: column for column in TABLES[name].columns}
     for column in (columns[column_name] for column_name in table.column_names):
         cells = table[column.name].combine_chunks()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Unpack
 
@@ -21,12 +22,14 @@ from avss_dist.warehouse.cache import Files, copied_rows
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.encoding import decode_shard, parse, refuse_newer, refuse_newer_version, to_stats, to_strata
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS, Selection
+from avss_dist.warehouse.slices import slices_by
 from avss_dist.warehouse.storage import PLAN, Storage
 
 T = TypeVar("T")
 
 RUN_FOLDER = "run_id="  # before a run's id: the name of its folder in a table
 AT_ONCE = 8  # partials that are read together
+RUNS_AT_ONCE = 32  # runs whose merged statistics are read together
 
 
 class Warehouse:
@@ -200,7 +203,7 @@ class Warehouse:
             return to_strata(checked_rows("stratum_stats", run_id, parse(data)))
 
     def stats_by_run(self, run_ids: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
-        """Yield each run's rows of ``layer_stats``, as `table` reads them, with one run in memory at a time.
+        """Yield each run's rows of ``layer_stats``, as `table` reads them; `RUNS_AT_ONCE` runs are in memory at a time.
 
         Args:
             columns: ``run_id`` among them.
@@ -211,14 +214,30 @@ class Warehouse:
         files: dict[str, list[ds.Fragment]] = {}
         for file in dataset.get_fragments():
             files.setdefault(ds.get_partition_keys(file.partition_expression)["run_id"], []).append(file)
-        for run_id in run_ids:
-            try:
-                rows = [file.to_table(dataset.schema, list(columns)) for file in files.get(run_id, ())]
-            except (OSError, pa.ArrowException) as error:
-                self._note(run_id, self.storage.damage(f"{self.root}/layer_stats", error))
-                continue
-            if rows and (table := self._whole("layer_stats", pa.concat_tables(rows))):
-                yield run_id, table
+        remaining = iter(run_ids)
+        while batch := [*islice(remaining, RUNS_AT_ONCE)]:
+            table = self._read_files(dataset, {run_id: files.get(run_id, []) for run_id in batch}, columns)
+            table = self._whole("layer_stats", table).sort_by("run_id")
+            slices = {key["run_id"]: (start, stop) for key, start, stop in slices_by(table, ["run_id"])}
+            for run_id in batch:
+                if run_id in slices:
+                    start, stop = slices[run_id]
+                    yield run_id, table.slice(start, stop - start)
+
+    def _read_files(
+        self, dataset: ds.FileSystemDataset, files: Mapping[str, Sequence[ds.Fragment]], columns: Sequence[str]
+    ) -> pa.Table:
+        """Read columns of the files of some runs; runs with a file that cannot be read are noted and left out."""
+        fragments = [file for of_run in files.values() for file in of_run]
+        try:
+            every = ds.FileSystemDataset(fragments, dataset.schema, dataset.format, dataset.filesystem)
+            return every.to_table(list(columns))
+        except (OSError, pa.ArrowException) as error:
+            if len(files) > 1:
+                tables = [self._read_files(dataset, {run_id: of_run}, columns) for run_id, of_run in files.items()]
+                return pa.concat_tables(tables)
+            self._note(next(iter(files)), self.storage.damage(f"{self.root}/layer_stats", error))
+            return dataset.schema.empty_table().select(list(columns))
 
     def num_partials(self, run_id: str) -> int:
         """Return the number of stored shards of a run, by the names of their files."""

@@ -12,9 +12,11 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from avss_dist.analysis.agreement import CorrelationSummary, summarize
+from avss_dist.analysis.agreement import CorrelationSummary
+from avss_dist.analysis.compare import MOST_PAIRS as MOST_LISTED
+from avss_dist.analysis.compare import RankingComparison
 from avss_dist.core.text import basename
-from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
+from avss_dist.report.table import ReportColumn, ReportTable, decimals, interval, known_interval, significant
 from avss_dist.report.terminal.tables import FittedTable
 
 MOST_PAIRS = 40  # shown on a terminal
@@ -23,19 +25,42 @@ FEW = 3  # runs that a finding names, and messages of one kind, before they are 
 COLOR = {"warning": "yellow", "note": "dim"}
 
 
-def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
-    """Return a table of pairs of `compare.SCHEMA` and a summary; of many pairs, the most and the least alike."""
-    half = MOST_PAIRS // 2
-    left_out = max(0, len(pairs) - MOST_PAIRS)
-    ends = pairs if not left_out else pa.concat_tables([pairs[:half], pairs[-half:]])
+def comparison_tables(comparison: RankingComparison, title: str) -> RenderableType:
+    """Return the tables of the pairs and of the groups of a comparison, with a summary.
+
+    Of many pairs, the most and the least alike are shown.
+    """
+    pairs, half = comparison.pairs, MOST_PAIRS // 2
+    ends = pairs if len(pairs) <= MOST_PAIRS else pa.concat_tables([pairs[:half], pairs[-half:]])
     chosen = ends.to_pylist()
     table = FittedTable(ReportTable(columns=[*_label_columns(chosen), *_agreement_columns(chosen)], title=title))
-    notes = [Text(summary(pairs))]
-    if left_out:
-        notes.append(Text(f"{left_out:,} pairs between the most and the least alike are not shown: --format csv."))
+    notes = [Text(summary(comparison))]
+    if hidden := comparison.number - len(ends):
+        listed = ": --format csv" if comparison.number <= MOST_LISTED else ""
+        notes.append(Text(f"{hidden:,} pairs between the most and the least alike are not shown{listed}."))
     if pc.any(pairs["interpolated"]).as_py():
         notes.append(Text("~ models of different depth, compared at the relative depths of the one with fewer layers."))
-    return Group(table, *notes)
+    groups = [groups_table(comparison.groups)] if len(comparison.groups) > 1 else []
+    return Group(table, *notes, *groups)
+
+
+def groups_table(groups: pa.Table) -> RenderableType:
+    """Return a table of groups of `groups.SCHEMA`: mean correlations within and between them."""
+    rows = groups.to_pylist()
+    columns = [
+        ReportColumn(f"a {rows[0]['by']}", [row["a"] for row in rows], number=False),
+        ReportColumn("and", [row["b"] if row["b"] != row["a"] else "itself" for row in rows], number=False),
+        ReportColumn("models", [row["models"] for row in rows], priority=2),
+        ReportColumn("pairs", [row["pairs"] for row in rows], "{:,}".format, priority=3),
+    ]
+    for heading, name, priority in (("Spearman", "spearman", 0), ("given depth", "given_depth", 1)):
+        ends = [known_interval(row[f"{name}_low"], row[f"{name}_high"]) for row in rows]
+        columns += [
+            ReportColumn(heading, [row[name] for row in rows], decimals(3), priority=priority),
+            ReportColumn("95% interval", ends, interval(decimals(3)), priority=priority + 1),
+        ]
+    title = f"Mean correlation of models by {rows[0]['by']}, with its 95% interval over models"
+    return FittedTable(ReportTable(columns=columns, title=title))
 
 
 def _label_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
@@ -80,24 +105,26 @@ def _agreement_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
     ]
 
 
-def summary(pairs: pa.Table) -> str:
-    """Return lines on the correlations of pairs of `compare.SCHEMA`, those given depth, and shared lowest layers."""
-    rho = summarize(pairs["spearman"].to_numpy())
+def summary(comparison: RankingComparison) -> str:
+    """Return lines on the correlations of all pairs, those given depth, and shared lowest layers if all are listed."""
+    rho, pairs = comparison.spearman, comparison.pairs
     layers, k, shared = (pairs[name].to_numpy() for name in ("layers", "k", "shared"))
-    count = f"{len(pairs):,} pairs" if len(pairs) > 1 else "One pair"
+    count = f"{comparison.number:,} pairs" if comparison.number > 1 else "One pair"
     said = "no Spearman correlation is defined."
     if rho.count:
         span = f", from {rho.lowest:z.3f} to {rho.highest:z.3f}" if rho.count > 1 else ""
         said = f"Spearman {_median(rho)}{span}: {_strength(rho)}."
-    lowest = (
-        f"{shared.sum() / k.sum():.0%} of the lowest layers of one are the lowest of the other; by chance it would be "
-    )
-    return f"{count}: {said}\n{_given_depth(pairs)}\n{lowest}{(k * k / layers).sum() / k.sum():.0%}."
+    lines = [f"{count}: {said}", _given_depth(comparison.given_depth)]
+    if len(pairs) == comparison.number:
+        lines.append(
+            f"{shared.sum() / k.sum():.0%} of the lowest layers of one are the lowest of the other; by chance it would "
+            f"be {(k * k / layers).sum() / k.sum():.0%}."
+        )
+    return "\n".join(lines)
 
 
-def _given_depth(pairs: pa.Table) -> str:
+def _given_depth(given: CorrelationSummary) -> str:
     """Return a sentence on the correlations given depth."""
-    given = summarize(pairs["given_depth"].to_numpy())
     if not given.count:
         return "Given depth, nothing is left to compare: one of each pair is the order of the layers."
     return f"Given depth (a partial correlation), {_median(given)}: {_strength(given)}."
