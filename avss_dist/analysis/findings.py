@@ -109,10 +109,14 @@ def findings(
     where = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
     scores = warehouse.table("scores", run_ids=names, columns=SCORES, where=where)
     found = _of_scores(scores, names, threshold)
-    columns, checks = (NONFINITE, nonfinite_layers) if rankings_alone else (STATS, of_stats)
-    for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), columns):
-        found += [{"run_id": name, **one} for one in checks(read_stats(table), threshold)]
-    if not rankings_alone:
+    if rankings_alone:
+        numbers_missing = pc.field("nonfinite_count") > 0
+        stats = warehouse.table("layer_stats", run_ids=names, columns=NONFINITE, where=numbers_missing)
+        for (name,), rows in grouped(read_stats(stats), "run_id").items():
+            found += [{"run_id": name, **one} for one in nonfinite_layers(rows)]
+    else:
+        for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
+            found += [{"run_id": name, **one} for one in of_stats(read_stats(table), threshold)]
         found += [{"run_id": name, **one} for name, one in expert_findings(warehouse, names)]
         found += [{"run_id": run["run_id"], **one} for run in runs for one in _no_interval(run)]
         found += _first_tokens(runs, scores)

@@ -83,7 +83,7 @@ def of_stats(stats: Rows, threshold: Threshold) -> Iterator[Row]:
     yield from _identity_layers(stats)
 
 
-def nonfinite_layers(stats: Rows, _: Threshold) -> Iterator[Row]:
+def nonfinite_layers(stats: Rows) -> Iterator[Row]:
     """Yield the findings of one run on NaN and infinite elements, from its statistics."""
     for (site,), rows in grouped(stats, "site").items():
         yield from ({"site": site, **one} for one in _nonfinite(rows))

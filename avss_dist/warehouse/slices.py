@@ -18,7 +18,8 @@ def slices_by(table: pa.Table, names: Sequence[str]) -> list[tuple[dict[str, Any
     """
     if not len(table):
         return []
-    codes = [np.unique(table[name].to_numpy(), return_inverse=True)[1] for name in names]
+    columns = (table[name].combine_chunks().dictionary_encode() for name in names)
+    codes = [column.indices.to_numpy() for column in columns]
     starts = np.flatnonzero(np.any([np.diff(code, prepend=-1) != 0 for code in codes], axis=0))
     keys = table.select(list(names)).take(starts).to_pylist()
     return list(zip(keys, starts.tolist(), [*starts[1:].tolist(), len(table)], strict=True))
