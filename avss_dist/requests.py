@@ -374,6 +374,8 @@ class CompareRequest(PlaceRequest, RunsRequest):
     """Number of lowest layers to compare, as a share of the layers."""
     allow_mismatch: bool = False
     """Also compare runs on different corpora, dtypes and so on."""
+    output: Annotated[PathOrText | None, Option(names=("--output", "-o"))] = None
+    """Map of all pairs of runs, ordered by similarity, to draw: FILE.png, .svg or .html."""
 
 
 @request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -17,6 +18,7 @@ from avss_dist.analysis.agreement import CorrelationSummary, Scores, correlate_p
 from avss_dist.analysis.groups import SCHEMA as GROUPS
 from avss_dist.analysis.groups import Member, PairSurvey, survey_pairs
 from avss_dist.analysis.rank_matrix import RankMatrix
+from avss_dist.analysis.similarity import SimilarityMap, similarity_map
 from avss_dist.analysis.thresholds import scores_at
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
@@ -111,6 +113,7 @@ class RankingComparison(TabularResult):
         groups: a table of `groups.SCHEMA`: mean correlations within and between groups, over all pairs.
         conditions: the `CONDITIONS` in which the given runs differ. Empty unless they restrict the pairs.
         left_out: the reason why a run is in no pair, by run id.
+        similarity: map of the correlations of all runs under the most frequent conditions; None unless asked for.
     """
 
     pairs: pa.Table
@@ -120,6 +123,7 @@ class RankingComparison(TabularResult):
     groups: pa.Table = field(default_factory=GROUPS.empty_table)
     conditions: tuple[str, ...] = ()
     left_out: Mapping[str, str]
+    similarity: SimilarityMap | None = None
 
     def table(self) -> pa.Table:
         """Return the pairs as a table of `SCHEMA`."""
@@ -143,6 +147,7 @@ def compare(
     share: float = LOWEST_SHARE,
     allow_mismatch: bool = False,
     most_listed: int = MOST_PAIRS,
+    mapped: bool = False,
 ) -> RankingComparison:
     """Correlate every two profiles that differ in ``by`` and otherwise at most in the model.
 
@@ -159,6 +164,7 @@ def compare(
         k: number of lowest layers to compare. By default, ``share`` of the layers.
         allow_mismatch: also compare runs under different conditions.
         most_listed: number of pairs up to which all are listed. Of more, the `EXTREMES` are.
+        mapped: also make a similarity map. It shows runs, so ``by`` is a property of runs.
 
     Raises:
         QueryError: if no two runs are comparable (the message names the conditions in which they differ), or no two
@@ -166,6 +172,8 @@ def compare(
     """
     require_known("`by`", by, BY, QueryError)
     require_known("score", score, FROM_ACTIVATIONS, QueryError)
+    if mapped and by not in BETWEEN:
+        raise QueryError(f"A map shows runs, and `by` {by} compares readings of one run.", "Compare by run or family.")
     runs = _runs(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
     found = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
@@ -187,6 +195,20 @@ def compare(
         groups=survey.groups if survey else GROUPS.empty_table(),
         conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(_scored(found))),
         left_out=_left_out(runs, found, _compared(found, by, allow_mismatch), by),
+        similarity=_map(found, by, allow_mismatch) if mapped else None,
+    )
+
+
+def _map(found: Sequence[Profile], by: str, allow_mismatch: bool) -> SimilarityMap:
+    """Return the similarity map of the profiles under the most frequent conditions."""
+    conditions = [_shared(profile, "run", allow_mismatch) for profile in found]
+    (most_frequent, _), *_ = Counter(conditions).most_common(1)
+    shown = [profile for profile, key in zip(found, conditions, strict=True) if key == most_frequent]
+    shown.sort(key=lambda profile: str(profile.run["created_at"]))
+    return similarity_map(
+        RankMatrix([profile.scores for profile in shown]),
+        [profile.run["run_id"] for profile in shown],
+        [profile.label(by if by != "run" else "family") for profile in shown],
     )
 
 

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from avss_dist.analysis.compare import RankingComparison
 
 
-MOST_TABLED = (
-    20_000  # pairs of which a table on a terminal is made; with more, only the most and least alike are listed
-)
+MOST_TABLED = 20_000  # pairs of which all are compared in full for a table on a terminal
 
 
 @takes(CompareRequest)
@@ -48,6 +46,8 @@ def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
     at = choose_threshold(request.threshold)
     comparison = compare_runs(opened, names, request, most_listed=MOST_PAIRS if format != FORMATS[0] else MOST_TABLED)
     _say_left_out(comparison)
+    if request.output is not None:
+        say(f"Map of all pairs: {request.output}")
     pairs = comparison.pairs
     if format != FORMATS[0] and len(pairs) < comparison.number:
         say(f"Of {comparison.number:,} pairs, the {len(pairs):,} most and least alike are listed.")
@@ -59,8 +59,8 @@ def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
         "recipe": request.recipe,
         "threshold": f"|x| < {describe_threshold(at.value, at.kind)}",
     }
-    title = f"by {by}  " + " / ".join(text for name, text in fixed.items() if name != by)
-    console().print(comparison_tables(comparison, title))
+    reading = " / ".join(text for name, text in fixed.items() if name != by)
+    console().print(comparison_tables(comparison, f"by {by}  {reading}"))
     bearing = find(opened, sorted(set(names) - set(comparison.left_out)), threshold=at, rankings_alone=True)
     at_place = _at(bearing, None if by == "site" else request.site, None if by == "recipe" else request.recipe)
     console().print(findings_list(of_rankings(at_place, score if by != "score" else "avss")))

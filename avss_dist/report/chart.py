@@ -11,16 +11,20 @@ import altair as alt
 import numpy as np
 import vl_convert
 
+from avss_dist.analysis.compare import RankingComparison
 from avss_dist.analysis.findings import describe_depth
 from avss_dist.core.errors import AvssError, nearest
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
-from avss_dist.core.text import basename, describe_count, describe_threshold, printable
+from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, printable
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 
 ENDINGS = (".png", ".svg", ".html")
 MOST_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
+MOST_LABELED = 60  # rows of a similarity map with a name beside each
+TITLE_OF_MAP = "Agreement of layer rankings"
+SIDE = 560  # pixels of a similarity map
 PANEL = {"width": 300, "height": 210}
 COLORS = alt.Scale(scheme="tableau10")
 LOWEST_COLOR = "#d62728"
@@ -167,6 +171,64 @@ def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) 
     tooltip = [*_tooltip(name), *([alt.Tooltip("rank:Q")] if name == "avss" else [])]
     chart = depth_chart(base, name, axis, color, marked, lowest=f"lowest_{name}", ends=ends, tooltip=tooltip)
     return chart.properties(title=title, **PANEL)
+
+
+def similarity_chart(comparison: RankingComparison) -> Any:
+    """Return a heat map of the rank correlations of runs, ordered by similarity, beside a strip of their groups.
+
+    Args:
+        comparison: a comparison with a similarity map.
+    """
+    similarity = comparison.similarity
+    assert similarity is not None
+    labels = [f"{position}. {label}" for position, label in enumerate(similarity.labels, start=1)]
+    cells = [
+        {"row": labels[i], "column": labels[j], "rho": round(float(value), 4)}
+        for (i, j), value in np.ndenumerate(similarity.rho)
+        if np.isfinite(value)
+    ]
+    groups = [{"row": label, "group": group} for label, group in zip(labels, similarity.groups, strict=True)]
+    few = len(labels) <= MOST_LABELED
+    axis = alt.Axis(labels=few, ticks=few, domain=False, labelLimit=260)
+    y = alt.Y("row:N", sort=labels, title=None)
+    strip = (
+        alt.Chart(alt.InlineData(values=groups))
+        .mark_rect()
+        .encode(
+            y=y.axis(axis),
+            color=alt.Color("group:N", title=None, scale=COLORS, legend=alt.Legend(orient="left")),
+            tooltip=[alt.Tooltip("row:N", title="runs"), alt.Tooltip("group:N")],
+        )
+        .properties(width=14, height=SIDE)
+    )
+    legend = alt.Legend(title="rank correlation", orient="right")
+    heat = (
+        alt.Chart(alt.InlineData(values=cells))
+        .mark_rect()
+        .encode(
+            x=alt.X("column:N", sort=labels, title=None, axis=None),
+            y=y.axis(None),
+            color=alt.Color("rho:Q", scale=alt.Scale(domain=[-1, 0, 1], scheme="redblue"), legend=legend),
+            tooltip=[
+                alt.Tooltip("row:N", title="runs"),
+                alt.Tooltip("column:N", title="with"),
+                alt.Tooltip("rho:Q", title="rank correlation", format=".3f"),
+            ],
+        )
+        .properties(width=SIDE, height=SIDE)
+    )
+    shown = f"{count_of(similarity.scores, 'run')}, ordered by average-linkage clustering of 1 - rank correlation."
+    shared = " A cell is the mean over the pairs of neighbouring runs." if similarity.scores > len(labels) else ""
+    left_out = f" The {similarity.left_out:,} oldest runs are left out." if similarity.left_out else ""
+    return (
+        alt.hconcat(strip, heat, spacing=2)
+        .resolve_scale(color="independent")
+        .properties(
+            title=alt.TitleParams(TITLE_OF_MAP, subtitle=shown + shared + left_out, anchor="start"),
+            padding=12,
+        )
+        .configure_view(strokeOpacity=0)
+    )
 
 
 def save_chart(chart: Any, path: Path) -> None:
