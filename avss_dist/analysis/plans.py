@@ -67,7 +67,7 @@ def plan_layers(
     return replace(
         made,
         findings=tuple(against),
-        evaluated=evaluated_lines(warehouse, run, made.removed),
+        evaluated=evaluated_lines(warehouse, run, made.drop),
     )
 
 

@@ -7,11 +7,13 @@ intervention out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
+from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import count_of, describe_layers
 
@@ -21,6 +23,7 @@ MAX_LAYERS = 10_000
 """Largest number of layers of a model that a plan can be for. Stored numbers from here on stand for sublayers."""
 _STORED = {part: place * MAX_LAYERS for place, part in enumerate(PARTS, 1)}
 _PARTS = dict(enumerate(PARTS, 1))
+_SUBLAYER = re.compile(rf"({'|'.join(PARTS)})\.(\d{{1,9}})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,27 @@ def decode_removals(numbers: Iterable[int]) -> Removals:
     )
 
 
+def parse_removal(value: object) -> Removal:
+    """Return the layer or sublayer that a value in a file names: ``7`` or ``attention.7``.
+
+    Raises:
+        ConfigError: the value names neither.
+    """
+    if isinstance(value, Sublayer) or (type(value) is int and value >= 0):
+        return value
+    if isinstance(value, str) and (match := _SUBLAYER.fullmatch(value)):
+        return Sublayer(int(match[2]), match[1])
+    raise ConfigError(
+        f"{value!r} is neither a layer nor a sublayer.",
+        "Expected the index of a layer, from 0 (7), or the name of a sublayer (attention.7, mlp.7).",
+    )
+
+
+def removal_names(removals: Iterable[Removal]) -> list[int | str]:
+    """Return removals as files have them: a layer as its index, a sublayer as its name. See `parse_removal`."""
+    return [removal if isinstance(removal, int) else str(removal) for removal in removals]
+
+
 def layer_of(removal: Removal) -> int:
     """Return the index of a layer, or of the layer that a sublayer is in."""
     return removal if isinstance(removal, int) else removal.layer
@@ -103,19 +127,11 @@ def can_be_added(removal: Removal, removals: Collection[Removal]) -> bool:
     return removal not in removals and not any(other in removals for other in others)
 
 
-def describe_removed(removals: Iterable[Removal]) -> str:
-    """Return removals as text: ``0-3, 7, attention of 5, MLP of 8-9``."""
-    return ", ".join(_described([*removals]))
-
-
-def _described(removals: list[Removal]) -> Iterator[str]:
-    if whole := whole_layers(removals):
-        yield describe_layers(whole)
-    attention, mlp = layers_by_part(removals).values()
-    if attention:
-        yield f"attention of {describe_layers(attention)}"
-    if mlp:
-        yield f"MLP of {describe_layers(mlp)}"
+def describe_removed(removals: Collection[Removal]) -> str:
+    """Return removals as text: ``0-3, 7, attention.5, mlp.8, mlp.9``."""
+    layers = whole_layers(removals)
+    sublayers = [str(removal) for removal in removals if isinstance(removal, Sublayer)]
+    return ", ".join([*([describe_layers(layers)] if layers else []), *sublayers])
 
 
 def size_removed(removals: Collection[Removal]) -> float:

@@ -354,8 +354,8 @@ class _Judge:
         """
         patch = None
         if self.fit is not None:
-            patches = fit_repairs(self.session, [(self.fit, [plan.drop])])
-            patch = patches.get((self.fit.run_id(), plan.drop))
+            patches = fit_repairs(self.session, [(self.fit, [plan.dropped_layers])])
+            patch = patches.get((self.fit.run_id(), plan.dropped_layers))
         variants = [NO_INTERVENTION, plan.intervention, replace(plan.intervention, patch=patch)]
         results = self.session.measure([(task, variants) for task in self.tasks.values()])
         tasks = [_retention(name, results[task], *variants) for name, task in self.tasks.items()]

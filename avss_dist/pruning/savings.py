@@ -98,12 +98,12 @@ class Savings:
     @classmethod
     def of_plan(cls, plan: Plan, size: Footprint) -> Savings:
         """Return the savings of a plan. Sublayers that are left out alone save nothing in a file."""
-        saved = sum(size.layer_bytes[layer] for layer in plan.drop)
+        saved = sum(size.layer_bytes[layer] for layer in plan.dropped_layers)
         return cls(
-            layers=len(plan.drop),
+            layers=len(plan.dropped_layers),
             parameters=round(saved / size.weight_bytes * size.num_parameters),
             weight_bytes=saved,
-            cache_bytes=sum(size.cache_bytes[layer] for layer in plan.drop),
+            cache_bytes=sum(size.cache_bytes[layer] for layer in plan.dropped_layers),
             size=size,
         )
 

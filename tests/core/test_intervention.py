@@ -61,7 +61,7 @@ def test_sublayers_come_after_layers_and_attentions_before_mlps() -> None:
     assert joined(removals) == (3, 7, Sublayer(1, "attention"), Sublayer(2, "attention"), Sublayer(0, "mlp"))
     assert max((5, (3,), 1), (5, (Sublayer(0, "mlp"),), 1)) == (5, (Sublayer(0, "mlp"),), 1)
     assert list(map(str, joined(removals))) == ["3", "7", "attention.1", "attention.2", "mlp.0"]
-    assert describe_removed(joined(removals)) == "3, 7, attention of 1-2, MLP of 0"
+    assert describe_removed(joined(removals)) == "3, 7, attention.1, attention.2, mlp.0"
 
 
 def test_both_sublayers_of_a_layer_are_the_layer() -> None:

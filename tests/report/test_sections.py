@@ -128,7 +128,7 @@ def test_a_table_of_an_experiment_names_sublayers_and_says_why_an_interval_is_mi
     (tables,) = page_tables((table,))
     assert tables[1:] == [
         ["whole model", "0%", "", "20.09", "", ""],
-        ["avss", "25%", "1-2, attention of 3", "24.53", "81.9%", "80.9% to 82.9%"],
+        ["avss", "25%", "1-2, attention.3", "24.53", "81.9%", "80.9% to 82.9%"],
         ["avss", "50%", "0-3", "54.6", "36.8%", ""],
     ]
     assert "No interval" in table.caption

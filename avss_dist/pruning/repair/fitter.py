@@ -58,13 +58,13 @@ def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
     Raises:
         RepairError: there is no cut.
     """
-    remaining = [layer for layer in plan.keep if layer >= min(plan.drop) - 1]
+    remaining = [layer for layer in plan.keep if layer >= min(plan.dropped_layers) - 1]
     ends = [*remaining[1:], plan.num_layers]
     cuts = [RepairCut(layer, tuple(range(layer + 1, end))) for layer, end in zip(remaining, ends, strict=True)]
     cuts = [cut for cut in cuts if cut.removed or every_layer]
     if not cuts:
         raise RepairError(
-            f"Layers {describe_layers(plan.drop)} are the first: no layer before them can give back what they did.",
+            f"Layers {describe_layers(plan.dropped_layers)} are the first: there is no layer before them to fit.",
             "Prune with `repair` none, keep the first layer, or repair by refit_all.",
         )
     return cuts

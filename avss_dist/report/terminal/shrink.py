@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich import progress as rich_progress
 from rich.console import Group, RenderableType
 
-from avss_dist.core.intervention import count_removed
+from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.names import PERPLEXITY, REPAIR
-from avss_dist.core.text import basename, describe_bytes, describe_layers
+from avss_dist.core.text import basename, describe_bytes
 from avss_dist.evaluation.events import (
     CellDone,
     CellsStarted,
@@ -129,7 +129,7 @@ def shrunk_lines(done: Shrunk) -> Iterator[str]:
     """Yield lines on the written checkpoint: size, dropped layers, findings, repair, and notes."""
     plan = done.best.plan
     yield f"{done.folder}: {len(plan.keep)} of {plan.num_layers} layers, {describe_bytes(done.bytes)} of weights."
-    yield f"Dropped {describe_layers(plan.drop)}, chosen by {plan.why['by']}."
+    yield f"Dropped {describe_removed(plan.drop)}, chosen by {plan.why['by']}."
     yield from (f"Finding: {line}" for line in plan.findings)
     yield from done.record.describe() if done.record else ()
     yield from done.notes
