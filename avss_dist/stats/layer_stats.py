@@ -86,9 +86,7 @@ class LayerStats:
     max: Annotated[float, "largest element; -inf without elements"] = -np.inf
     max_abs: Annotated[float, "largest abs(x)"] = 0.0
     histogram: Annotated[Int64, "elements by bin of abs(x)"] = field(default_factory=_empty_histogram)
-    abs_value: Annotated[Float32, "every distinct abs(x), ascending; empty in files of schema 1"] = field(
-        default_factory=_empty_values
-    )
+    abs_value: Annotated[Float32, "every distinct abs(x), ascending"] = field(default_factory=_empty_values)
     abs_value_count: Annotated[Int64, "elements with each of those values"] = field(default_factory=_empty_int)
     abs_value_cut: Annotated[bool, "whether those are float32 truncated to 16 bits: 128 values an octave"] = False
     sequence_count: Annotated[int, "sequences in pooled_variance_sum"] = 0

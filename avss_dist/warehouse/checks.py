@@ -18,7 +18,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, Column
 
 _HEADLESS = re.compile(r"(?<!LMHead)(?<!DoubleHeads)(Model|Encoder)$")
-RUN_COLUMNS = ["run_id", "status", "model", "num_layers", "num_tokens", "created_at", "settings", "schema_version"]
+RUN_COLUMNS = ["run_id", "status", "model", "num_layers", "num_tokens", "created_at", "settings"]
 """Columns of ``runs`` that are checked whenever a warehouse is read."""
 
 Mask = NDArray[np.bool_]

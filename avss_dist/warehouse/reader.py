@@ -19,7 +19,7 @@ from avss_dist.core.text import RedactedURI, basename, count_of
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.warehouse.cache import Files, copied_rows
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
-from avss_dist.warehouse.encoding import decode_shard, parse, refuse_newer, refuse_newer_version, to_stats, to_strata
+from avss_dist.warehouse.encoding import decode_shard, parse, require_readable, to_stats, to_strata
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS, Selection
 from avss_dist.warehouse.storage import PLAN, Storage
 
@@ -34,7 +34,7 @@ class Warehouse:
 
     ``Warehouse("results").sql("SELECT layer, avss_smoothed FROM scores ORDER BY rank")``
 
-    Every method raises WarehouseError when the storage fails, a file is damaged or a newer avss_dist wrote it, and
+    Every method raises WarehouseError when the storage fails, a file is damaged or has another schema, and
     ValueError for a run id that is not made of ``[A-Za-z0-9._-]``.
 
     Args:
@@ -302,9 +302,8 @@ class Warehouse:
             return ds.dataset(SCHEMAS["runs"].empty_table()), set()
         if runs is None:
             self._refuse_without_runs()
-        refuse_newer(runs)
+        require_readable(runs)
         rows = runs.to_table(RUN_COLUMNS)
-        refuse_newer_version(pc.max(rows["schema_version"]).as_py() or 0)
         without_row = {self.storage.run_id(path) for path in files}.difference(rows["run_id"].to_pylist())
         self._damaged |= dict.fromkeys(without_row, "it has no row; a run has one")
         if damaged := damaged_runs("runs", rows):
@@ -367,7 +366,7 @@ class Warehouse:
     def _why_unreadable(self, name: str, path: str) -> str | None:
         try:
             dataset = self._open(name, {path: ""})
-            refuse_newer(dataset)
+            require_readable(dataset)
             dataset.to_table()
         except FileNotFoundError:
             return "it is gone"
@@ -393,7 +392,7 @@ class Warehouse:
     def _open_checked(self, name: str, files: Files) -> ds.Dataset:
         dataset = self._open(name, files)
         if name == "runs":
-            refuse_newer(dataset)
+            require_readable(dataset)
         return dataset
 
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:

@@ -364,7 +364,7 @@ TABLES: dict[str, Table] = {
             Column(
                 "site",
                 STRING,
-                "of the reading of AVSS or of the contrast that chose; null for other scores and in files of schema 2",
+                "of the reading of AVSS or of the contrast that chose; null for other scores",
                 choices=EVERY_SITE,
             ),
             Column("recipe", STRING, "recipe of that reading", choices=RECIPES),

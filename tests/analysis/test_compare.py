@@ -19,13 +19,22 @@ import pytest
 from rich.console import Console
 from scipy import stats
 from support.command_line import avss
-from support.warehouses import Terminal, activations, run_row, stats_of, write_measured, write_profiles, write_scores
+from support.warehouses import (
+    Terminal,
+    activations,
+    rewrite_file,
+    run_row,
+    stats_of,
+    write_measured,
+    write_profiles,
+    write_scores,
+)
 
 from avss_dist.analysis.agreement import CorrelationSummary, correlate, correlate_pairs, summarize
 from avss_dist.analysis.compare import SCHEMA, compare
 from avss_dist.analysis.findings import OF_RANKINGS, findings, of_rankings
 from avss_dist.core.errors import QueryError
-from avss_dist.core.settings import PUBLISHED_THRESHOLD
+from avss_dist.core.settings import PUBLISHED_THRESHOLD, SCHEMA_VERSION
 from avss_dist.report.terminal.compare import pairs_table, summary
 from avss_dist.stats.rankings import align, count_lowest, rank_biased_overlap, spearman
 from avss_dist.stats.scores import Threshold
@@ -411,10 +420,9 @@ def test_a_half_written_run_is_not_compared(root: Path) -> None:
     assert "Unknown run 'llama-1'" in result.stderr
 
 
-def rewrite(path: Path, version: str, drop: Sequence[str] = ()) -> None:
+def rewrite(path: Path, version: int = SCHEMA_VERSION, drop: Sequence[str] = ()) -> None:
     """A file as another version of this package would have written it."""
-    table = pq.ParquetFile(path).read().drop_columns([*drop])
-    pq.write_table(table.replace_schema_metadata({b"avss_schema_version": version.encode()}), path)
+    rewrite_file(path, pq.ParquetFile(path).read().drop_columns([*drop]), version)
 
 
 COMMANDS = [
@@ -427,7 +435,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
-def test_an_older_schema_is_read_and_a_newer_one_refused(tmp_path: Path, args: list[str]) -> None:
+def test_columns_of_an_older_version_may_lack_and_a_newer_schema_is_refused(tmp_path: Path, args: list[str]) -> None:
     write_measured(tmp_path, "tiny-1", stats_of(activations()), 8)
     older = {
         "scores": ["quality", "avss_low", "lowest_set_probability", "update_variance_ratio"],
@@ -436,11 +444,11 @@ def test_an_older_schema_is_read_and_a_newer_one_refused(tmp_path: Path, args: l
     }
     for name, columns in older.items():
         for path in (tmp_path / name).rglob("*.parquet"):
-            rewrite(path, "0", columns)
+            rewrite(path, drop=columns)
     result = avss(*args, "-w", tmp_path)
     assert (result.exit_code, result.stderr) == (0, "")
     for path in (tmp_path / "runs").rglob("*.parquet"):
-        rewrite(path, "99")
+        rewrite(path, 99)
     result = avss(*args, "-w", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Written by a newer avss_dist: schema 99" in result.stderr
