@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.core.settings import LOWEST_SHARE
+from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import FEWEST, align, count_lowest, given_depth, rank_biased_overlap, spearman
 from avss_dist.system.progress_bar import tracked

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from avss_dist.analysis.agreement import correlate_pairs
 from avss_dist.analysis.thresholds import scores_at
 from avss_dist.core.errors import QueryError, require_known
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
+from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import LOWEST_SHARE
 from avss_dist.core.text import count_of, describe_threshold
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from avss_dist.analysis.strata import Strata, not_paired, stratum_columns, which_labels
 from avss_dist.core.errors import DamagedFile, QueryError, require_known
 from avss_dist.core.names import AFTER_ANOTHER, ENTROPY, LOSS, PERPLEXITY
-from avss_dist.core.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import describe_threshold
 from avss_dist.stats import contrast as of
 from avss_dist.stats.intervals import INTERVAL, bootstrap_weights, jackknife_interval, left_out_weights

@@ -23,7 +23,8 @@ from avss_dist.analysis.stats_findings import (
     read_stats,
 )
 from avss_dist.core.names import ROW_START
-from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman

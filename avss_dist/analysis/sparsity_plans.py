@@ -13,7 +13,7 @@ import numpy as np
 
 from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
+from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
 from avss_dist.sparsity.plan import MapPlan, SparsityPlan
 from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.warehouse.reader import Warehouse

@@ -11,9 +11,8 @@ import numpy as np
 
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.names import AFTER_ANOTHER, INCORRECT, TRUTHFUL
-from avss_dist.core.settings import BOOTSTRAP_SEED
 from avss_dist.stats import contrast as of
-from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS, bootstrap_weights, left_out_weights
+from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS, BOOTSTRAP_SEED, bootstrap_weights, left_out_weights
 from avss_dist.stats.layer_stats import Float64, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_stats, split_into_blocks
 from avss_dist.stats.scores import Parts, SiteTable, Threshold

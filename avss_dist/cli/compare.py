@@ -18,7 +18,8 @@ from avss_dist.cli.options import (
     takes,
 )
 from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, SITES
 from avss_dist.core.text import count_of, describe_threshold
 from avss_dist.requests import CompareRequest, FindingsRequest
 from avss_dist.system.streams import console, emit, say

@@ -27,7 +27,8 @@ from avss_dist.cli.options import (
     output_option,
 )
 from avss_dist.core.errors import QueryError, WarehouseError
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, SITES
 from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:

@@ -17,6 +17,11 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import count_of, describe_layers
 
+THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"
+"""Criteria by which inputs of a linear map become zero: see `MapSparsity`."""
+SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")
+"""Tokens at which activations are sparse: all; decoded tokens; decoded tokens and the last half of a prompt (as TEAL
+evaluates); all but the first of a prompt."""
 PARTS = ("attention", "mlp")
 """The sublayers of a layer."""
 MAX_LAYERS = 10_000
@@ -178,7 +183,7 @@ class MapSparsity:
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """Rules by which activations of a model become zero, and the tokens at which: see `settings.SPARSITY_RULES`."""
+    """Rules by which activations of a model become zero, and the tokens at which: see `SPARSITY_RULES`."""
 
     maps: tuple[MapSparsity, ...] = field(repr=False)
     rule: str

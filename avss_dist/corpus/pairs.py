@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.names import AFTER_ANOTHER
-from avss_dist.core.settings import BOOTSTRAP_SEED
 from avss_dist.corpus.answers import Answer, paired
+
+_SHUFFLE_SEED = 0  # of the order in which answers get the prompts of others
 
 Ids = NDArray[np.int32]
 Encode = Callable[[list[str], bool], list[list[int]]]
@@ -155,7 +156,7 @@ def _first(pairs: list[list[Answer]], maximum: int | None) -> list[list[Answer]]
 
 def _other(count: int) -> NDArray[np.int64]:
     """Return another pair for each pair, each once: the next one in a shuffled circle."""
-    order = np.random.default_rng(BOOTSTRAP_SEED).permutation(count)
+    order = np.random.default_rng(_SHUFFLE_SEED).permutation(count)
     other = np.empty(count, np.int64)
     other[order] = np.roll(order, 1)
     return other

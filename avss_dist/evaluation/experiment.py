@@ -21,16 +21,8 @@ from avss_dist.analysis.strata import Strata
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION, whole_layers
 from avss_dist.core.names import CONTRAST, LOSS
-from avss_dist.core.registry import INTERACTIONS, MEASURED, SCORES
-from avss_dist.core.settings import (
-    INPUTS,
-    MOST_EVALUATIONS,
-    RECIPES,
-    RELATIVE_THRESHOLDS,
-    SEARCHES,
-    Settings,
-    fingerprint,
-)
+from avss_dist.core.registry import INTERACTIONS, MEASURED, RECIPES, SCORES, SEARCHES
+from avss_dist.core.settings import INPUTS, Settings, fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.evaluate import require_effect
 from avss_dist.evaluation.events import OnEvent
@@ -67,11 +59,13 @@ from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.scores import Threshold
+from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.layer_removal import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
+
+MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
 
 
 def run_experiment(
@@ -90,7 +84,7 @@ def run_experiment(
         reporter: receives the callbacks of scoring.
         cells: receives the events of evaluating.
         allow_overlap: evaluate on text that layers were scored on, all the same.
-        allow_many: go on with more than ``settings.MOST_EVALUATIONS``.
+        allow_many: go on with more than `MOST_EVALUATIONS`.
         options: as for `runs.api.run_job`.
 
     Returns:

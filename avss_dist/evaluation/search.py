@@ -76,7 +76,7 @@ def search(
 
     Args:
         run: a row of ``runs``: the model is its checkpoint.
-        choice: by one of ``settings.SEARCHES``.
+        choice: by one of ``registry.SEARCHES``.
         starts: see `search_for`.
         skip_sequences: rows at the start of the corpus that are not read.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.

@@ -28,7 +28,7 @@ from avss_dist.core.intervention import (
     whole_layers,
 )
 from avss_dist.core.names import LOSS
-from avss_dist.core.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
+from avss_dist.core.settings import Execution, Settings, fingerprint, split_options
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent, ignore
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
@@ -44,8 +44,10 @@ from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Measure, Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
 from avss_dist.warehouse.patches import Patches
-from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.store import Store
+
+MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,7 +428,7 @@ def require_listable(number: int, what: str, hint: str) -> None:
         hint: options that reduce it.
 
     Raises:
-        ConfigError: ``number`` is larger than ``settings.MOST_LISTED``.
+        ConfigError: ``number`` is larger than `MOST_LISTED`.
     """
     if number > MOST_LISTED:
         raise ConfigError(f"{number:,} {what} are more than one command takes: {MOST_LISTED:,}.", hint)

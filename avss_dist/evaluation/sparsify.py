@@ -11,10 +11,9 @@ import numpy as np
 
 from avss_dist.analysis.sparsity_plans import Map, Measured, make_plan, plan_uniform, require_target
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.intervention import NO_INTERVENTION, THRESHOLD, TOP_K, Intervention
 from avss_dist.core.names import REALIZED, SPARSITY_TASK
 from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import THRESHOLD, TOP_K
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.evaluation.events import OnEvent

@@ -32,10 +32,10 @@ from avss_dist.core.intervention import (
     removal_names,
     whole_layers,
 )
-from avss_dist.core.registry import SCORES
+from avss_dist.core.registry import LOWEST_SHARE, SCORES, SEARCHES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import LOWEST_SHARE, SEARCHES, Check, checked
 from avss_dist.core.text import printable
+from avss_dist.core.validation import Check, checked
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml_mapping
 from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
 from avss_dist.pruning.interactions import predicted, quadratic

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.settings import Bytes, checked
+from avss_dist.core.settings import Bytes
 from avss_dist.core.text import describe_bytes, describe_count
+from avss_dist.core.validation import checked
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
 

@@ -28,7 +28,7 @@ from avss_dist.core.intervention import (
     sublayers_of,
     whole_layers,
 )
-from avss_dist.core.settings import checked
+from avss_dist.core.validation import checked
 from avss_dist.pruning.selection import Choice
 
 WIDTH = 3  # default beam width: sets that are expanded
@@ -72,7 +72,7 @@ def search_for(
     """Return a search that has not begun.
 
     Args:
-        choice: choice by one of ``settings.SEARCHES``.
+        choice: choice by one of ``registry.SEARCHES``.
         effort: limits of the search.
         num_layers: number of layers of the model.
         starts: sets that evolve begins with, beside those of its greedy steps.

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from avss_dist.core.settings import THRESHOLD
+from avss_dist.core.intervention import THRESHOLD
 from avss_dist.pruning.plan import write_text
 from avss_dist.pruning.selection import PlanError
 from avss_dist.sparsity.plan import MapPlan, SparsityPlan

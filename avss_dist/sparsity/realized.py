@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from avss_dist.core.settings import THRESHOLD
+from avss_dist.core.intervention import THRESHOLD
 from avss_dist.sparsity.plan import SparsityPlan
 
 POINT = 0.01

@@ -11,8 +11,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.core.settings import BOOTSTRAP_SEED
-from avss_dist.stats.intervals import INTERVAL, MINIMUM_UNITS, jackknife_interval
+from avss_dist.stats.intervals import BOOTSTRAP_SEED, INTERVAL, MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.layer_stats import Float64, Int64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 from avss_dist.stats.scores import Parts, avss, share

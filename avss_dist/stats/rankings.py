@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.core.settings import LOWEST_SHARE
+from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 
 Ints = NDArray[np.integer[Any]]

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.core.settings import RECIPES, RELATIVE_THRESHOLDS
+from avss_dist.core.registry import RECIPES
 from avss_dist.stats.histogram import histogram_below
 from avss_dist.stats.intervals import (
     BOOTSTRAP_RESAMPLES,
@@ -32,6 +32,8 @@ from avss_dist.stats.intervals import (
 )
 from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
+
+RELATIVE_THRESHOLDS = (0.01, 0.1)  # multiples of the RMS of the layer and site; scored from stored counts
 
 NOISY_BELOW = 100
 MINIMUM_NEAR_ZERO = 5

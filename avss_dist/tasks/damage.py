@@ -19,8 +19,8 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.registry import BLOCK_DISTANCE, SCORES
-from avss_dist.core.settings import DRAWS, fingerprint
+from avss_dist.core.registry import BLOCK_DISTANCE, DRAWS, SCORES
+from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.settings import DRAWS, fingerprint
+from avss_dist.core.registry import DRAWS
+from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer

@@ -36,7 +36,7 @@ class MapInputs:
     tokens that a rule makes sparse.
 
     Attributes:
-        rule: one of `settings.SPARSITY_RULES`.
+        rule: one of `intervention.SPARSITY_RULES`.
     """
 
     shard: Shard = field(repr=False)

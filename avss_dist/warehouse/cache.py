@@ -20,10 +20,10 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from avss_dist.core.settings import SCHEMA_VERSION
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.progress_bar import tracked
 from avss_dist.system.staging import remove_leftovers, staged_file
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 
 PICKED_BY = {"runs": [], "scores": ["site", "recipe", "threshold_kind", "threshold"]}
 """Tables that are copied, with the columns that queries select by. Rows with equal values in them are a row group."""

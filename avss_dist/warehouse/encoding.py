@@ -15,13 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError
-from avss_dist.core.settings import SCHEMA_VERSION
 from avss_dist.stats.experts import EXPERT_COLUMNS, ExpertStats
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.stats.merging import merge_strata
 from avss_dist.stats.rows import ROW_FIELDS, AnswerRows
-from avss_dist.warehouse.schema import SCHEMAS, RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, RunIdentity
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds  # which brings pandas, where that is installed: too much for every worker

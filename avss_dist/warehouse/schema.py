@@ -12,12 +12,14 @@ from typing import Any, TypedDict, get_type_hints
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avss_dist.core.registry import BASELINES, SCORES
-from avss_dist.core.settings import EVERY_SITE, RECIPES
+from avss_dist.core.registry import BASELINES, RECIPES, SCORES
+from avss_dist.core.settings import EVERY_SITE
 from avss_dist.stats.experts import EXPERT_COLUMNS
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats
 from avss_dist.stats.rows import ROW_FIELDS
+
+SCHEMA_VERSION = 3
 
 STRING, BOOL = pa.string(), pa.bool_()
 INT32, INT64, FLOAT64 = pa.int32(), pa.int64(), pa.float64()

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist.core.errors import DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
-from avss_dist.core.settings import SCHEMA_VERSION
 from avss_dist.stats.experts import ExpertStats, merge_experts
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.warehouse.checks import checked_rows
@@ -26,7 +25,7 @@ from avss_dist.warehouse.encoding import (
     to_experts,
 )
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import SCHEMAS, RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, RunIdentity
 
 LayersStats = Mapping[LayerKey, LayerStats]
 StrataStats = Mapping[StratumKey, LayerStats]

@@ -34,11 +34,12 @@ from avss_dist.analysis.agreement import CorrelationSummary, correlate, correlat
 from avss_dist.analysis.compare import SCHEMA, compare
 from avss_dist.analysis.findings import OF_RANKINGS, findings, of_rankings
 from avss_dist.core.errors import QueryError
-from avss_dist.core.settings import PUBLISHED_THRESHOLD, SCHEMA_VERSION
+from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.report.terminal.compare import pairs_table, summary
 from avss_dist.stats.rankings import align, count_lowest, rank_biased_overlap, spearman
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
 
 AT = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")

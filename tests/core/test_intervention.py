@@ -25,11 +25,12 @@ from avss_dist.core.intervention import (
     joined,
     sublayers_of,
 )
-from avss_dist.core.settings import SCHEMA_VERSION, Settings, fingerprint
+from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.evaluation.session import PlannedTask
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
 from avss_dist.tasks.base import Task
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 
 SPARSITY = Sparsity(
     maps=(MapSparsity(layer=0, path="mlp.up_proj", outputs=4, inputs=2, by="threshold", value=0.5),), rule="all"

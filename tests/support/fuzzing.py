@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from avss_dist.core.settings import SCHEMA_VERSION
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 from support.command_line import avss
 from support.warehouses import rewrite_file
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.core.settings import PUBLISHED_THRESHOLD, SCHEMA_VERSION
+from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.stats.merging import merge_stats
 from avss_dist.stats.rankings import rank_lowest
 from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.encoding import to_file
-from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.store import Store
 from support.oracle import By, Float64, oracle_stats
 

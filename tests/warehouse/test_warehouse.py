@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from support.warehouses import rewrite_file
 
 from avss_dist.core.errors import StorageFull, WarehouseError
-from avss_dist.core.settings import SCHEMA_VERSION, SITES
+from avss_dist.core.settings import SITES
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.stats.merging import merge_stats
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
 from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from avss_dist.analysis.across import RunAgreement, run_agreement, training_series
 from avss_dist.analysis.removal import WithoutLayers
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
-from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
+from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import basename, describe_threshold, printable
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.warehouse.checks import has_head, settings_of

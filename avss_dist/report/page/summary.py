@@ -7,7 +7,8 @@ from typing import Any
 
 from avss_dist.analysis.removal import RemovedSet, WithoutLayers
 from avss_dist.analysis.verdict import CLAIMED_KEPT, CLAIMED_SHARE, claim_in_short
-from avss_dist.core.settings import RECIPES, SITES
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import SITES
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.warehouse.checks import has_head
 

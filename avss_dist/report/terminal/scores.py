@@ -10,7 +10,7 @@ from rich.text import Text
 
 from avss_dist.analysis.findings import TRACKS_DEPTH
 from avss_dist.analysis.thresholds import INTERPOLATED
-from avss_dist.core.settings import LOWEST_SHARE
+from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.core.text import describe_count, describe_layers, describe_threshold
 from avss_dist.report.table import BarColumn, Interval, ReportColumn, ReportTable, known_interval, percent, significant
 from avss_dist.report.terminal.tables import FittedTable
