@@ -36,8 +36,8 @@ AT_ONCE = 1024  # pairs, whose signs are a few MB
 
 def correlate(a: Scores, b: Scores, *, k: int | None = None, share: float = LOWEST_SHARE) -> dict[str, Any]:
     """Return the agreement of two scores as a value for each of `COLUMNS`. See `correlate_pairs`."""
-    found = correlate_pairs([a, b], np.array([0]), np.array([1]), k=k, share=share)
-    return {name: column[0].item() for name, column in found.items()}
+    columns = correlate_pairs([a, b], np.array([0]), np.array([1]), k=k, share=share)
+    return {name: column[0].item() for name, column in columns.items()}
 
 
 def correlate_pairs(
@@ -57,12 +57,12 @@ def correlate_pairs(
         is the order of depth itself. ``kendall`` is Kendall's tau-b. ``rbo`` is the rank-biased overlap from the
         lowest layer up (`rank_biased_overlap`). Correlations are NaN for fewer than three layers or a constant score.
     """
-    found = {name: np.full(len(a), np.nan) for name in COLUMNS}
+    columns = {name: np.full(len(a), np.nan) for name in COLUMNS}
     for chunk in tracked(list(_chunks(scores, a, b)), f"Comparing {len(a):,} pairs"):
         for name, values in _agreement(scores, a[chunk], b[chunk], k, share).items():
-            found[name][chunk] = values
+            columns[name][chunk] = values
     kinds = {"layers": np.int64, "k": np.int64, "shared": np.int64, "interpolated": np.bool_}
-    return {name: values.astype(kinds.get(name, np.float64)) for name, values in found.items()}
+    return {name: values.astype(kinds.get(name, np.float64)) for name, values in columns.items()}
 
 
 def rank_correlations(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple[Float64, Float64]:
@@ -107,8 +107,8 @@ def summarize(correlations: Float64) -> CorrelationSummary:
 
 def signs(values: Float64) -> Signs:
     """Return sign(value[i] - value[j]) for every pair of layers: int8[pairs, layers, layers]."""
-    one, other = values[:, :, None], values[:, None, :]
-    return (one > other).astype(np.int8) - (one < other).astype(np.int8)
+    row, column = values[:, :, None], values[:, None, :]
+    return (row > column).astype(np.int8) - (row < column).astype(np.int8)
 
 
 def _chunks(scores: Sequence[Scores], a: Indices, b: Indices) -> Iterator[Indices]:

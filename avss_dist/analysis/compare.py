@@ -132,40 +132,40 @@ def compare(
     require_known("score", score, FROM_ACTIVATIONS, QueryError)
     runs = _runs(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
-    found = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
-    pairs = list(islice(_pairs(found, by, allow_mismatch), MOST_PAIRS + 1))
+    selected = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
+    pairs = list(islice(_pairs(selected, by, allow_mismatch), MOST_PAIRS + 1))
     if not pairs:
-        if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(found, by, True), None):
-            raise _not_comparable([profile.run for profile in found])
-        raise QueryError(f"No two profiles differ in {by} alone.", _what_there_is(found, by))
+        if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(selected, by, True), None):
+            raise _not_comparable([profile.run for profile in selected])
+        raise QueryError(f"No two profiles differ in {by} alone.", _what_there_is(selected, by))
     if len(pairs) > MOST_PAIRS:
         raise QueryError(
             f"{len(runs):,} runs make more than {MOST_PAIRS:,} pairs that differ in {by}.",
             f"Compare fewer: avss compare -w {warehouse.root} --run 'smollm2-*', for example.",
         )
     indices = np.array(sorted(pairs), np.int64).T
-    compared = {found[index].run["run_id"] for index in indices.flat}
+    compared = {selected[index].run["run_id"] for index in indices.flat}
     return RankingComparison(
-        pairs=_table(found, indices, by, k, share),
-        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(_scored(found))),
-        left_out=_left_out(runs, found, compared, by),
+        pairs=_table(selected, indices, by, k, share),
+        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(_scored(selected))),
+        left_out=_left_out(runs, selected, compared, by),
     )
 
 
-def _scored(found: Sequence[Profile]) -> list[Mapping[str, Any]]:
+def _scored(selected: Sequence[Profile]) -> list[Mapping[str, Any]]:
     """Return the runs of the profiles, each once."""
-    return list({profile.run["run_id"]: profile.run for profile in found}.values())
+    return list({profile.run["run_id"]: profile.run for profile in selected}.values())
 
 
-def _table(found: Sequence[Profile], pairs: NDArray[np.int64], by: str, k: int | None, share: float) -> pa.Table:
+def _table(selected: Sequence[Profile], pairs: NDArray[np.int64], by: str, k: int | None, share: float) -> pa.Table:
     """Return the agreement of pairs of profiles as a table of `SCHEMA`, most alike first.
 
     Args:
-        pairs: int64[2, pairs], the indices in ``found``.
+        pairs: int64[2, pairs], the indices in ``selected``.
     """
-    agreement = correlate_pairs([(profile.depth, profile.values) for profile in found], *pairs, k=k, share=share)
-    labels = pa.array([profile.label(by) for profile in found], pa.string())
-    run_ids = pa.array([profile.run["run_id"] for profile in found], pa.string())
+    agreement = correlate_pairs([(profile.depth, profile.values) for profile in selected], *pairs, k=k, share=share)
+    labels = pa.array([profile.label(by) for profile in selected], pa.string())
+    run_ids = pa.array([profile.run["run_id"] for profile in selected], pa.string())
     columns = {
         "by": pa.repeat(by, pairs.shape[1]),
         **{side: labels.take(pa.array(index)) for side, index in zip("ab", pairs, strict=True)},
@@ -200,9 +200,9 @@ def profiles(
     return [
         profile
         for run in runs
-        for key, found in rows[run["run_id"]].items()
+        for key, group in rows[run["run_id"]].items()
         for name in (FROM_ACTIVATIONS if score is None else (score,))
-        if (profile := _profile(run, key, name, found)).values.size
+        if (profile := _profile(run, key, name, group)).values.size
     ]
 
 
@@ -256,16 +256,16 @@ def condition(run: Mapping[str, Any], name: str) -> Any:
     return (run["corpus_fingerprint"] or run["corpus"]) if name == "corpus" else run[name]
 
 
-def _pairs(found: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[tuple[int, int]]:
+def _pairs(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[tuple[int, int]]:
     """Yield the indices of every two profiles that differ in ``by`` and otherwise at most in the model."""
     groups: dict[Hashable, list[int]] = {}
-    for index, profile in enumerate(found):
+    for index, profile in enumerate(selected):
         groups.setdefault(_shared(profile, by, allow_mismatch), []).append(index)
     for members in groups.values():
-        values = [_value(found[index], by) for index in members]
+        values = [_value(selected[index], by) for index in members]
         if len(set(values)) > 1:
-            for (a, one), (b, other) in combinations(zip(members, values, strict=True), 2):
-                if one != other and (by != "score" or FROM_ACTIVATIONS[0] in (one, other)):
+            for (a, first), (b, second) in combinations(zip(members, values, strict=True), 2):
+                if first != second and (by != "score" or FROM_ACTIVATIONS[0] in (first, second)):
                     yield a, b
 
 
@@ -308,10 +308,10 @@ def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIO
 
 
 def _left_out(
-    runs: Sequence[Mapping[str, Any]], found: Sequence[Profile], compared: Set[str], by: str
+    runs: Sequence[Mapping[str, Any]], selected: Sequence[Profile], compared: Set[str], by: str
 ) -> dict[str, str]:
     """Return the reason why a run is in no pair, by run id."""
-    scored = {run["run_id"] for run in _scored(found)}
+    scored = {run["run_id"] for run in _scored(selected)}
     partners = [run for run in runs if run["run_id"] in compared]
     reasons = {}
     for run in runs:
@@ -336,8 +336,8 @@ def _reason(run: Mapping[str, Any], partners: Sequence[Mapping[str, Any]], by: s
     return "; ".join(texts) or f"nothing comparable that differs in {by} alone"
 
 
-def _what_there_is(found: Sequence[Profile], by: str) -> str:
-    if not found:
+def _what_there_is(selected: Sequence[Profile], by: str) -> str:
+    if not selected:
         return "There are no scores of that site, recipe and threshold: avss query -w WAREHOUSE 'SUMMARIZE scores'."
-    labels = sorted({profile.label(by) for profile in found})
+    labels = sorted({profile.label(by) for profile in selected})
     return f"There is: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}."

@@ -99,22 +99,22 @@ def findings(
     names = [run["run_id"] for run in runs]
     where = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
     scores = _by_run(warehouse.table("scores", run_ids=names, columns=SCORES, where=where))
-    found = [{"run_id": name, **one} for name in names for one in _of_scores(scores(name), threshold)]
+    rows = [{"run_id": name, **one} for name in names for one in _of_scores(scores(name), threshold)]
     for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
-        found += [{"run_id": name, **one} for one in of_stats(read_stats(table), threshold)]
-    found += [{"run_id": name, **one} for name, one in expert_findings(warehouse, names)]
-    found += [{"run_id": run["run_id"], **one} for run in runs for one in _no_interval(run)]
-    found += _first_tokens(runs, scores)
-    found += _row_starts(warehouse, runs)
-    found += _unreadable(warehouse.damaged, run_ids)
-    found.sort(key=_urgency)
-    return pa.Table.from_pylist(found, SCHEMA)
+        rows += [{"run_id": name, **one} for one in of_stats(read_stats(table), threshold)]
+    rows += [{"run_id": name, **one} for name, one in expert_findings(warehouse, names)]
+    rows += [{"run_id": run["run_id"], **one} for run in runs for one in _no_interval(run)]
+    rows += _first_tokens(runs, scores)
+    rows += _row_starts(warehouse, runs)
+    rows += _unreadable(warehouse.damaged, run_ids)
+    rows.sort(key=_urgency)
+    return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def of_rankings(found: pa.Table, score: str) -> pa.Table:
+def of_rankings(table: pa.Table, score: str) -> pa.Table:
     """Return the findings that bear on a comparison of rankings by a score. See `OF_RANKINGS`."""
     kinds = [kind for kind, of_avss in OF_RANKINGS.items() if score == "avss" or not of_avss]
-    return found.filter(pc.field("kind").isin(kinds))
+    return table.filter(pc.field("kind").isin(kinds))
 
 
 def _no_interval(run: Row) -> Iterator[Row]:
@@ -141,12 +141,12 @@ def _by_run(table: pa.Table) -> Callable[[str], list[Row]]:
     return lambda name: table.slice(*place.get(name, (0, 0))).to_pylist()
 
 
-def _urgency(found: Row) -> tuple[bool, bool, int, int, int]:
+def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
     """Return the sort key of a finding: warnings first, then the default site and recipe, then the order of `KINDS`."""
-    site, recipe = found.get("site") or SITES[0], found.get("recipe") or RECIPES[0]
+    site, recipe = row.get("site") or SITES[0], row.get("recipe") or RECIPES[0]
     elsewhere = (site, recipe) != (SITES[0], RECIPES[0])
-    kind = KINDS.index(found["kind"])
-    return found["severity"] == "note", elsewhere, kind, EVERY_SITE.index(site), RECIPES.index(recipe)
+    kind = KINDS.index(row["kind"])
+    return row["severity"] == "note", elsewhere, kind, EVERY_SITE.index(site), RECIPES.index(recipe)
 
 
 SCORES = (
@@ -207,12 +207,12 @@ def _noisy_sparsity(rows: Rows, threshold: Threshold) -> Check:
     noisy = sum(row["near_zero_count"] < NOISY_BELOW for row in rows if row["near_zero_count"] is not None)
     if rows[0]["recipe"] == "unit" or not noisy:  # it counts units, of which there are few
         return
-    fewest, most = min(_column(rows, "near_zero_count")), max(_column(rows, "near_zero_count"))
-    no_interval = f" No interval below {MINIMUM_NEAR_ZERO}." if fewest < MINIMUM_NEAR_ZERO else ""
+    lowest, highest = min(_column(rows, "near_zero_count")), max(_column(rows, "near_zero_count"))
+    no_interval = f" No interval below {MINIMUM_NEAR_ZERO}." if lowest < MINIMUM_NEAR_ZERO else ""
     yield (
         *("noisy_sparsity", "warning" if noisy > len(rows) / 2 else "note", noisy / len(rows)),
         f"{noisy} of {len(rows)} layers have fewer than {NOISY_BELOW} elements with |x| < {describe(threshold)} "
-        f"({fewest:,.0f} to {most:,.0f} in a layer): their sparsity is noise.{no_interval}",
+        f"({lowest:,.0f} to {highest:,.0f} in a layer): their sparsity is noise.{no_interval}",
     )
 
 
@@ -282,7 +282,7 @@ def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
         if settings.get("layout", "packed") == "packed" and start is None:
             yield {"run_id": run["run_id"], **finding("row_start", "note", np.nan, _OLD_ROWS)}
         for task, by_metric in losses.get((run["revision"], start or ""), {}).items():
-            starts = RowStarts.of(by_metric)
+            starts = RowStarts.of_losses(by_metric)
             if starts and (sentence := starts.describe(run["model"], task.removeprefix(ROW_START))):
                 yield {"run_id": run["run_id"], **finding("row_start", "warning", starts.ratio, sentence)}
 

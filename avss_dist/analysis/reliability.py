@@ -52,12 +52,12 @@ def reliability(samples: Float64) -> float:
     if number < 4:
         return np.nan
     rng = np.random.default_rng(SEED)
-    found = []
+    correlations = []
     for _ in range(SPLITS):
         order = rng.permutation(number)
         half, other = samples[order[: number // 2]].sum(axis=0), samples[order[number // 2 :]].sum(axis=0)
-        found.append(spearman(half, other))
-    r = float(np.mean(found))
+        correlations.append(spearman(half, other))
+    r = float(np.mean(correlations))
     return 2 * r / (1 + r) if r > 0 else np.nan
 
 

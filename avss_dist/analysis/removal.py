@@ -15,7 +15,7 @@ from avss_dist.analysis.verdict import describe_task, primary_metric
 from avss_dist.core.intervention import decode_removals, describe_removed, size_removed
 from avss_dist.core.names import REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
 from avss_dist.core.registry import BLOCK_DISTANCE, MEASURED, SCORES
-from avss_dist.stats.retention import kept
+from avss_dist.stats.retention import retention_of
 from avss_dist.warehouse.reader import Warehouse
 
 OF_EVERY_LAYER = tuple({*(SCORES[name].task for name in MEASURED), SUBLAYER_LOSS, SEARCH})
@@ -119,7 +119,7 @@ def _sets(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterato
     rows = [row for row in rows if row["metric"] == metric]
     for whole in (row["value"] for row in rows if not row["drop"]):
         for row in (row for row in rows if row["drop"]):
-            share = float(kept(metric, np.array(whole), np.array(row["value"])))
+            share = float(retention_of(metric, np.array(whole), np.array(row["value"])))
             repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
             if isfinite(share):
                 removed = decode_removals(row["drop"])

@@ -106,11 +106,11 @@ def _curves(task: str, rows: Sequence[Row]) -> Iterator[Curve]:
     points: dict[str, list[Point]] = {row["method"]: [] for row in sparse}
     for row in sorted(sparse, key=lambda row: row["sparsity"]):
         if row["metric"] == metric and _is_told(row):
-            of = row["method"], row["sparsity"]
-            measured, within, farthest = (values.get((*of, name)) for name in (SPARSITY, MAPS_WITHIN, FARTHEST_MAP))
+            series = row["method"], row["sparsity"]
+            measured, within, farthest = (values.get((*series, name)) for name in (SPARSITY, MAPS_WITHIN, FARTHEST_MAP))
             points[row["method"]].append(Point(row=row, measured=measured, within=within, farthest=farthest))
     for method, of_method in points.items():
-        unreached = sorted(level for (of, level, _), value in values.items() if of == method and value is None)
+        unreached = sorted(level for (series, level, _), value in values.items() if series == method and value is None)
         if of_method or unreached:
             yield Curve(task=task, method=method, points=tuple(of_method), unreached=tuple(unreached))
 

@@ -48,7 +48,7 @@ class Measured:
     maps: tuple[Map, ...]
 
     @staticmethod
-    def of(warehouse: Warehouse, run: Mapping[str, Any]) -> Measured:
+    def of_run(warehouse: Warehouse, run: Mapping[str, Any]) -> Measured:
         """Read the linear maps of a row of ``runs``.
 
         Raises:
@@ -113,17 +113,17 @@ def _plan_pattern(measured: Measured, target: float, method: str, pattern: str, 
     Raises:
         ConfigError: if the pattern is invalid, or contradicts the target or the method.
     """
-    kept, _, group = pattern.partition(":")
+    largest, _, group = pattern.partition(":")
     if method not in ("uniform", "wina"):
         raise ConfigError(f"`pattern` says what is zero, and `method` {method} would too.", "Use uniform or wina.")
-    if not (kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group)):
+    if not (largest.isdecimal() and group.isdecimal() and 0 < int(largest) < int(group)):
         raise ConfigError(f"`pattern` {pattern} is none.", "Write 2:4: of 4 units in a row, the 2 largest stay.")
-    if abs(target - (1 - int(kept) / int(group))) > 1e-6:
-        share = 1 - int(kept) / int(group)
+    if abs(target - (1 - int(largest) / int(group))) > 1e-6:
+        share = 1 - int(largest) / int(group)
         raise ConfigError(f"`pattern` {pattern} makes {share:g} zero, not {target:g}.", f"Set `target` to {share:g}.")
-    made = make_plan(measured, np.zeros(len(measured.maps)), THRESHOLD, {"by": method, "target": target}, **fields)
-    maps = tuple(replace(one, sparsity=target, value=0.0) for one in made.projections)
-    return replace(made, projections=maps, sparsity=target, pattern=pattern, weighted=method == "wina")
+    plan = make_plan(measured, np.zeros(len(measured.maps)), THRESHOLD, {"by": method, "target": target}, **fields)
+    maps = tuple(replace(one, sparsity=target, value=0.0) for one in plan.projections)
+    return replace(plan, projections=maps, sparsity=target, pattern=pattern, weighted=method == "wina")
 
 
 def make_plan(
@@ -164,23 +164,23 @@ def make_plan(
     )
 
 
-def _planned(one: Map, sparsity: float, by: str) -> MapPlan:
+def _planned(linear_map: Map, sparsity: float, by: str) -> MapPlan:
     if by == TOP_K:
-        value, expected = sparsity, int(sparsity * one.inputs) / one.inputs
+        value, expected = sparsity, int(sparsity * linear_map.inputs) / linear_map.inputs
     else:
-        threshold = float(one.thresholds([sparsity])[0])
-        below, mass = _upto(one.read, threshold)
+        threshold = float(linear_map.thresholds([sparsity])[0])
+        below, mass = _upto(linear_map.read, threshold)
         value, expected = (threshold, below) if by == THRESHOLD else (1 - mass, sparsity)
-        if one.read.abs_value_cut and by == THRESHOLD:
+        if linear_map.read.abs_value_cut and by == THRESHOLD:
             expected = sparsity
         if sparsity == 0 and by == THRESHOLD:
-            value, expected = 0.0, one.read.zero_count / max(1, one.read.count)
+            value, expected = 0.0, linear_map.read.zero_count / max(1, linear_map.read.count)
     return MapPlan(
-        layer=one.layer,
-        map=one.path,
-        site=one.site,
-        outputs=one.outputs,
-        inputs=one.inputs,
+        layer=linear_map.layer,
+        map=linear_map.path,
+        site=linear_map.site,
+        outputs=linear_map.outputs,
+        inputs=linear_map.inputs,
         sparsity=min(expected, 1 - 1e-9),
         by=by,
         value=value,

@@ -67,13 +67,13 @@ def finding(kind: str, severity: str, value: float, message: str, **place: Any) 
 def of_stats(stats: Rows, threshold: Threshold) -> Iterator[Row]:
     """Yield the findings of one run that follow from its statistics."""
     for (site,), rows in grouped(stats, "site").items():
-        for one in (
+        for row in (
             *_nonfinite(rows),
             *_exact_zeros(site, rows, threshold),
             *_dominant_units(rows),
             *_first_token(rows),
         ):
-            yield {"site": site, **one}
+            yield {"site": site, **row}
     yield from _identity_layers(stats)
 
 
@@ -163,14 +163,14 @@ def _first_token(rows: Rows) -> Iterator[Row]:
 
 def _largest_shares(rows: Rows, shares_of: Callable[..., Float64]) -> list[tuple[float, int, int]]:
     """Return (share, unit, layer) of the largest unit of each layer whose shares are defined."""
-    found = []
+    result = []
     for size in sorted({row["unit_sum"].size for row in rows}):
         alike = [row for row in rows if row["unit_sum"].size == size]
         sums, squares = (np.stack([row[name] for row in alike]) for name in ("unit_sum", "unit_sum_sq"))
         shares = shares_of(sums, squares, np.array([[row["unit_count"]] for row in alike]))
         largest = zip(shares.max(axis=1).tolist(), shares.argmax(axis=1).tolist(), alike, strict=True)
-        found += [(share, unit, row["layer"]) for share, unit, row in largest if np.isfinite(share)]
-    return found
+        result += [(share, unit, row["layer"]) for share, unit, row in largest if np.isfinite(share)]
+    return result
 
 
 def _shares_of_elements(sums: Float64, squares: Float64, count: Float64) -> Float64:

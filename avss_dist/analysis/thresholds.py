@@ -96,11 +96,11 @@ def layer_scores(
     for name, wanted in at.items():
         where &= pc.field(name) == wanted
     stored = warehouse.table("scores", run_ids=[run["run_id"] for run in runs], where=where)
-    left = {run["run_id"]: run for run in runs} | dict.fromkeys(stored["run_id"].to_pylist())
-    missing = [run for run in left.values() if run and site in (run["sites"] or [site])]
+    unscored = {run["run_id"]: run for run in runs} | dict.fromkeys(stored["run_id"].to_pylist())
+    missing = [run for run in unscored.values() if run and site in (run["sites"] or [site])]
     computed = scores_at(warehouse, missing, threshold, sites=[site])
-    found = pa.concat_tables([_with_exactness(stored), computed.filter(pc.field("recipe") == recipe)])
-    return found.sort_by([("run_id", "ascending"), ("layer", "ascending")])
+    scores = pa.concat_tables([_with_exactness(stored), computed.filter(pc.field("recipe") == recipe)])
+    return scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
 
 
 def _with_exactness(stored: pa.Table) -> pa.Table:

@@ -286,7 +286,7 @@ def _plan_sparsities(
     for trial in trials if experiment.sparsities else ():
         run = warehouse.run(trial.run.run_id)
         assert run is not None
-        measured, model = Measured.of(warehouse, run), trial.reading(experiment.sparsity_max_sequences)
+        measured, model = Measured.of_run(warehouse, run), trial.reading(experiment.sparsity_max_sequences)
         text = plan_text(trial.checkpoint, trial.corpus, model.settings)
         source = CalibrationText(model=model, corpus=RedactedURI(trial.corpus), text=text)
         for method in experiment.sparsity_methods:
@@ -343,7 +343,7 @@ def _contrast(trial: Trial, warehouse: Warehouse, reading: Reading) -> Float64:
     run = warehouse.run(trial.run.run_id)
     assert run is not None
     site, recipe, value, kind = reading
-    strata = Strata.of(warehouse, run, site)
+    strata = Strata.of_run(warehouse, run, site)
     found = np.full(trial.num_layers, np.nan)
     (found[[*strata.layers]],) = contrast(*strata.both_sides(recipe, Threshold(value=value, kind=kind)))
     return found

@@ -39,7 +39,7 @@ from avss_dist.models.pinning import pin
 from avss_dist.partition.base import Placement, fingerprint_part
 from avss_dist.partition.choose import place
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
-from avss_dist.stats.retention import kept
+from avss_dist.stats.retention import retention_of
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Measure, Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
@@ -474,14 +474,14 @@ class Retention:
     @classmethod
     def of(cls, before: Result, after: Result) -> Retention:
         """Return the retention from ``before`` to ``after``, results of one metric of one task and the same samples."""
-        value = kept(before.metric, *(np.array(result.value) for result in (before, after)))
+        value = retention_of(before.metric, *(np.array(result.value) for result in (before, after)))
         low = high = nan
         # Of an accuracy most samples may not differ, and those say nothing of how much it varies.
         differing = len(before.samples) == len(after.samples) and np.count_nonzero(
             (before.samples != after.samples) | (before.weights != after.weights)
         )
         if differing >= MINIMUM_UNITS:
-            left_out = kept(before.metric, before.left_out, after.left_out)
+            left_out = retention_of(before.metric, before.left_out, after.left_out)
             low, high = map(float, jackknife_interval(value, left_out, scale="log"))
         return cls(value=float(value), low=low, high=high)
 

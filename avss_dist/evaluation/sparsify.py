@@ -131,7 +131,7 @@ def sparsify(
     """
     require_target(target)
     _require_correctable(corrections, method, rule, pattern)
-    store, measured = Store(warehouse), Measured.of(Warehouse(warehouse), run)
+    store, measured = Store(warehouse), Measured.of_run(Warehouse(warehouse), run)
     if not corrections and (pattern is not None or method in COUNTED):
         return keep_plan(plan_uniform(measured, target, method, rule=rule, pattern=pattern), store, run)
     settings, execution = evaluation_options(dict(options))

@@ -137,12 +137,12 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, setti
     Raises:
         PlanError: a remaining weight would be read differently.
     """
-    how = f"The weights are quantized ({describe_quantization(checkpoint, settings)}), and copied as they are"
+    note = f"The weights are quantized ({describe_quantization(checkpoint, settings)}), and copied as they are"
     names = LayerNames.of_checkpoint(checkpoint, plan, settings)
     try:
         before, after = (_strangers(tested, settings) for tested in (checkpoint, replace(checkpoint, path=str(folder))))
     except ModelError as error:
-        return f"{how}. Whether the settings read each of them as before could not be seen here: {error}"
+        return f"{note}. Whether the settings read each of them as before could not be seen here: {error}"
     expected = {(new, shape) for name, shape in before if (new := names.renumbered(name)) is not None}
     if strange := sorted(name for name, _ in after ^ expected):
         more = f" and {len(strange) - MAX_NAMED} more" if len(strange) > MAX_NAMED else ""
@@ -151,7 +151,7 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, setti
             f"dropped: {', '.join(strange[:MAX_NAMED])}{more}.",
             "Prune the checkpoint before it is quantized, or evaluate the plan without a checkpoint.",
         )
-    return f"{how}. Built as quantized modules, they have the names and shapes of the tensors in the files, as before."
+    return f"{note}. Built as quantized modules, they have the names and shapes of the tensors in the files, as before."
 
 
 def _strangers(checkpoint: Checkpoint, settings: Settings) -> Tensors:

@@ -83,14 +83,14 @@ def _band(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int]]]:
     """Return (run id, layer) of the lowest 25% of the layers of each run, by the name of each score."""
-    found: dict[str, set[tuple[str, int]]] = {}
+    lowest: dict[str, set[tuple[str, int]]] = {}
     for run_id in dict.fromkeys(s["run_id"] for s in scores):
         of_run = [s for s in scores if s["run_id"] == run_id]
         for name, column in ((name, SCORES[name].column) for name in FROM_ACTIVATIONS):
             ranks = rank_lowest(np.array([s[column] for s in of_run], float))
             low = [s["layer"] for s, rank in zip(of_run, ranks, strict=True) if rank <= count_lowest(len(of_run))]
-            found.setdefault(name, set()).update((run_id, layer) for layer in low)
-    return found
+            lowest.setdefault(name, set()).update((run_id, layer) for layer in low)
+    return lowest
 
 
 def _of_depth(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -98,8 +98,8 @@ def _of_depth(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, A
     if len(runs) > 1:
         return []
     values = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
-    said = describe_depth("AVSS", depth_correlation(values), len(values))
-    return [said] if said else []
+    warning = describe_depth("AVSS", depth_correlation(values), len(values))
+    return [warning] if warning else []
 
 
 def _tooltip(name: str) -> list[Any]:

@@ -104,13 +104,13 @@ def _least(layer: LayerExperts) -> str:
 def _chart(name: str, layers: Sequence[LayerExperts]) -> Chart:
     rows = [
         {
-            "layer": one.layer,
+            "layer": experts.layer,
             "expert": expert,
             "share": float(share),
-            "times": min(float(share * len(one.load)), LARGEST_SHOWN),
+            "times": min(float(share * len(experts.load)), LARGEST_SHOWN),
         }
-        for one in layers
-        for expert, share in enumerate(one.load)
+        for experts in layers
+        for expert, share in enumerate(experts.load)
     ]
     return Chart(
         name=name,

@@ -99,10 +99,10 @@ def csv_cell(value: Any) -> Any:
 
 
 def _markdown(table: pa.Table) -> str:
-    from avss_dist.report.terminal.tables import shown
+    from avss_dist.report.terminal.tables import describe_value
 
     lines = [[escape_markdown(name) for name in table.column_names], ["---"] * table.num_columns]
-    lines += [[escape_markdown(shown(value)) for value in row.values()] for row in _rows(table)]
+    lines += [[escape_markdown(describe_value(value)) for value in row.values()] for row in _rows(table)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -112,10 +112,10 @@ def thresholds_table(plan: SparsityPlan) -> ReportTable:
     )
 
 
-def _shade(one: Any) -> str:
-    if one is None:
+def _shade(point: Any) -> str:
+    if point is None:
         return ""
-    shade = round(255 * min(one.sparsity, 1.0))
+    shade = round(255 * min(point.sparsity, 1.0))
     return f"rgb({shade},{128},{255 - shade})"
 
 

@@ -74,9 +74,9 @@ def given_depth(rho: Float64, of_a: Float64, of_b: Float64) -> Float64:
         rho: float64[...], the correlation of the scores.
         of_a, of_b: the correlation of each score with depth, in shapes that broadcast to that of ``rho``.
     """
-    left = (1 - of_a**2) * (1 - of_b**2)
+    unexplained = (1 - of_a**2) * (1 - of_b**2)
     with np.errstate(invalid="ignore", divide="ignore"):
-        partial: Float64 = np.where(left > ALL_DEPTH, (rho - of_a * of_b) / np.sqrt(left), np.nan)
+        partial: Float64 = np.where(unexplained > ALL_DEPTH, (rho - of_a * of_b) / np.sqrt(unexplained), np.nan)
     return partial
 
 

@@ -249,11 +249,11 @@ class SiteTable:
         means = merged.unit_sum / (merged.unit_count or np.nan)
         at = {threshold: threshold.at(merged) for threshold in self.thresholds}
         if self.weights is None:
-            return _Units.of(means, at), None
+            return _Units.of_means(means, at), None
         partials = [shard[layer] for shard in self.shards]
         sums = np.stack([p.unit_sum if p.unit_sum.size else np.zeros_like(means) for p in partials])
         tokens = self.weights @ np.array([p.unit_count for p in partials], float)
-        return _Units.of(means, at), _Units.of(_ratio(self.weights @ sums, tokens[:, None]), at)
+        return _Units.of_means(means, at), _Units.of_means(_ratio(self.weights @ sums, tokens[:, None]), at)
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class _Units:
     near_zero: dict[Threshold, Float64]
 
     @staticmethod
-    def of(means: Float64, at: Mapping[Threshold, float]) -> _Units:
+    def of_means(means: Float64, at: Mapping[Threshold, float]) -> _Units:
         """Reduce unit means, float64[..., units].
 
         Args:

@@ -57,9 +57,9 @@ class GreedyBlock:
     @property
     def key(self) -> str:
         """See `tasks.base.Measure`."""
-        how = {name: [self.steps[name], self.sizes[name], *self.thresholds[name]] for name in sorted(self.steps)}
+        maps = {name: [self.steps[name], self.sizes[name], *self.thresholds[name]] for name in sorted(self.steps)}
         shards = [shard.content_hash for shard in self.shards]
-        return fingerprint(measure="greedy block", shards=shards, layer=self.layer, maps=how)
+        return fingerprint(measure="greedy block", shards=shards, layer=self.layer, maps=maps)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`."""

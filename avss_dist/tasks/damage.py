@@ -74,8 +74,8 @@ class Damage:
     @property
     def key(self) -> str:
         """See `tasks.base.Measure`."""
-        how = {"lookahead": self.lookahead, "draws": self.draws, "seed": self.seed if self.draws else 0}
-        return fingerprint(measure="damage", shard=self.shard.content_hash, **how)
+        options = {"lookahead": self.lookahead, "draws": self.draws, "seed": self.seed if self.draws else 0}
+        return fingerprint(measure="damage", shard=self.shard.content_hash, **options)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`. Removed layers have no rows."""

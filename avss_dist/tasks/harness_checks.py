@@ -337,8 +337,8 @@ class _Question:
         if task.OUTPUT_TYPE == GENERATE or task.config.process_results is not None:
             return
         context = self.choices if isinstance(self.text, int) else self.text
-        asked = task.construct_requests(doc=self.row, ctx=context, metadata=(None, 0, 1))
-        number = len(asked) if isinstance(asked, list) else 1
+        requests = task.construct_requests(doc=self.row, ctx=context, metadata=(None, 0, 1))
+        number = len(requests) if isinstance(requests, list) else 1
         alone = task.OUTPUT_TYPE == "loglikelihood_rolling"
         answers = [-1.0 - i if alone else (-1.0 - i, False) for i in range(number)]
         scored = task.process_results(self.row, answers)

@@ -55,8 +55,8 @@ class MapDamage:
     def key(self) -> str:
         """See `tasks.base.Measure`."""
         thresholds = [[*key, *values] for key, values in sorted(self.thresholds.items())]
-        how = {"draws": self.draws, "seed": self.seed, "thresholds": thresholds}
-        return fingerprint(measure="map damage", shard=self.shard.content_hash, **how)
+        options = {"draws": self.draws, "seed": self.seed, "thresholds": thresholds}
+        return fingerprint(measure="map damage", shard=self.shard.content_hash, **options)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`. Removed layers have no rows."""

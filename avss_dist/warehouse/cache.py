@@ -60,9 +60,9 @@ def copied_rows(
             if written is None:
                 break
             parts[written] = holds
-    left = sorted(files.keys() - {path for holds in parts.values() for path in holds})
+    uncopied = sorted(files.keys() - {path for holds in parts.values() for path in holds})
     dataset = ds.dataset([str(part) for part in parts], schema, "parquet", pafs.LocalFileSystem()) if parts else None
-    return dataset, {path: files[path] for path in left}
+    return dataset, {path: files[path] for path in uncopied}
 
 
 def _current_parts(folder: Path, files: Files) -> dict[Path, Files]:

@@ -31,12 +31,12 @@ def damaged_runs(name: str, table: pa.Table) -> dict[str, str]:
         name: name of the table.
         table: some of its columns, ``run_id`` among them.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for reason, wrong in _problems(name, table.combine_chunks()):
         if wrong.any():
             for run_id in pc.unique(table["run_id"].filter(pa.array(wrong))).to_pylist():
-                found.setdefault(run_id, reason)
-    return found
+                reasons.setdefault(run_id, reason)
+    return reasons
 
 
 def checked_rows(name: str, run_id: str, stored: pa.Table) -> pa.Table:

@@ -58,10 +58,10 @@ def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
 @cache
 def ready_queries() -> dict[str, str]:
     """Return the queries in ``sql/queries`` by name. Each begins with a comment that states the question it answers."""
-    found = [
+    sql_files = [
         file for file in (files("avss_dist.warehouse") / "sql" / "queries").iterdir() if file.name.endswith(".sql")
     ]
-    return {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in sorted(found, key=str)}
+    return {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in sorted(sql_files, key=str)}
 
 
 @cache

@@ -157,11 +157,11 @@ class Warehouse:
         ends = {name: [model for model in known if model and basename(model) == name] for name in names}
         return [model for name in names for model in ([name] if name in known else ends[name] or [name])]
 
-    def _require_names(self, found: pa.Table, column: str, values: list[Any]) -> None:
+    def _require_names(self, scores: pa.Table, column: str, values: list[Any]) -> None:
         """Refuse a name that no score has; a warehouse without scores has no names to compare with."""
         if not pa.types.is_string(SCHEMAS["scores"].field(column).type):
             return
-        missing = {value for value in values if value is not None} - set(pc.unique(found[column]).to_pylist())
+        missing = {value for value in values if value is not None} - set(pc.unique(scores[column]).to_pylist())
         known = pc.unique(self.table("scores", columns=[column])[column]).to_pylist() if missing else []
         for value in missing if known else ():
             require_known(column, value, sorted(name for name in known if name is not None), QueryError)
@@ -244,8 +244,8 @@ class Warehouse:
     def read_partials(self, run: Mapping[str, Any]) -> list[ShardResult]:
         """Read all partials of a row of ``runs``, in order; empty if some are missing."""
         columns = ["shard_id", "content_hash"]
-        kept = self.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
-        expected = {row["shard_id"]: row["content_hash"] for row in sorted(kept, key=lambda row: row["shard_id"])}
+        stored = self.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
+        expected = {row["shard_id"]: row["content_hash"] for row in sorted(stored, key=lambda row: row["shard_id"])}
         shards = self.read_shards(run["run_id"], expected)
         return shards if [shard.shard_id for shard in shards] == list(range(run["num_shards"] or 0)) else []
 
@@ -326,8 +326,8 @@ class Warehouse:
         raise WarehouseError(f"{self.root} {problem}.", hint)
 
     def _dataset(self, name: str, files: Files) -> ds.Dataset | None:
-        copied, left = self._parts(name, files)
-        parts = [*([] if copied is None else [copied]), *([self._open(name, left)] if left else [])]
+        copied, uncopied = self._parts(name, files)
+        parts = [*([] if copied is None else [copied]), *([self._open(name, uncopied)] if uncopied else [])]
         return None if not parts else parts[0] if len(parts) == 1 else ds.dataset(parts)
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:

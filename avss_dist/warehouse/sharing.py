@@ -69,7 +69,7 @@ class Receipt:
     size: int
 
     @staticmethod
-    def of(result: ShardResult, size: int) -> Receipt:
+    def of_result(result: ShardResult, size: int) -> Receipt:
         """Return the receipt of a result."""
         return Receipt(
             shard_id=result.shard_id,

@@ -181,8 +181,8 @@ class Storage:
             raise WarehouseError(message, _ADDRESS_HINT.format("write")) from error
 
     def _full(self, path: str) -> StorageFull:
-        kept = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self.files("shard_stats"))
-        hint = f"Free some and run the same command again: {kept} shard{'s are' if kept != 1 else ' is'} kept."
+        stored = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self.files("shard_stats"))
+        hint = f"Free some and run the same command again: {stored} shard{'s are' if stored != 1 else ' is'} kept."
         return StorageFull(f"No space left on {self.root}.", hint)
 
     def run_id(self, path: str) -> str:

@@ -57,7 +57,7 @@ def test_rows_are_those_of_numpy(measure: Measure, geometry: bool, units: int) -
     x[1, 2, 0], x[2, 3, -1], before[3, 1], x[5] = np.inf, np.nan, 0, np.nan
     mask = rng.random((7, 6)) < 0.6
     mask[:4, 1:4], mask[4], mask[5], mask[6] = True, False, True, np.arange(6) == 2
-    tokens = ObservedTokens.of(torch.from_numpy(mask), torch.device("cpu"))
+    tokens = ObservedTokens.of_mask(torch.from_numpy(mask), torch.device("cpu"))
     found = measure(torch.from_numpy(x), tokens, torch.from_numpy(before) if geometry else None)
     assert set(found) == set(ROW_FIELDS)
     for i, own in enumerate(mask):

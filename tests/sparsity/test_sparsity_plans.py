@@ -206,6 +206,6 @@ def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: A
     row = warehouse.run(run.run_id)
     assert row is not None
     assert any("'up_input' is absent" in note for note in row["notes"])
-    assert {one.site for one in Measured.of(warehouse, row).maps} == {"query_input", "output_input"}
+    assert {one.site for one in Measured.of_run(warehouse, row).maps} == {"query_input", "output_input"}
     result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
     assert "The MLP of 3 of 3 layers stays dense: its maps are fused." in result.stdout

@@ -27,14 +27,14 @@ class CpuKernels:
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """See `kernels.base.Kernels`."""
-        most = max(1, (MOST_ELEMENTS - 1) // (x.shape[1] * x.shape[2]))
+        rows = max(1, (MOST_ELEMENTS - 1) // (x.shape[1] * x.shape[2]))
         tensors = (x, mask) if before is None else (x, mask, before)
-        for parts in zip(*(tensor.split(most) for tensor in tensors), strict=True):
+        for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
             self._add(into, *parts)
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
         """See `kernels.base.Kernels`."""
-        self.add(into, self._updates.of(after, before), mask)
+        self.add(into, self._updates.subtract(after, before), mask)
 
     def finish(self) -> None:
         """Do nothing: `add` is complete when it returns."""

@@ -33,7 +33,7 @@ class TorchKernels:
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
         """See `kernels.base.Kernels`."""
-        self.add(into, self._updates.of(after, before), mask)
+        self.add(into, self._updates.subtract(after, before), mask)
 
     def finish(self) -> None:
         """Do nothing: `add` is complete when it returns."""

@@ -41,7 +41,7 @@ def page_charts() -> dict[str, dict[str, Any]]:
     }
     charts |= {f"profiles:{scale}": _profiles(scale) for scale in ("log", "linear")}
     charts |= {"heat": _heat(), "lowest": _lowest(), "correlation": _correlation(), "drift": _drift()}
-    charts |= {"scatter": _scatter(), "blocks": _blocks(), "kept": _kept()}
+    charts |= {"scatter": _scatter(), "blocks": _blocks(), "kept": _best_sets()}
     return {name: _finished(chart) for name, chart in charts.items()}
 
 
@@ -130,7 +130,7 @@ def _blocks() -> Any:
     return alt.layer(cells, nearest, data=ROWS).properties(height=HEIGHTS["blocks"])
 
 
-def _kept() -> Any:
+def _best_sets() -> Any:
     """Return a chart of the best set of each size, with a line for each task and repair."""
     legend = alt.Legend(
         orient="top", columns=1, title=None, labelLimit=alt.ExprRef("limit"), symbolOpacity=1, symbolType="circle"

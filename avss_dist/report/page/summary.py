@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 def in_short(
     runs: Sequence[Row],
     labels: Mapping[str, str],
-    found: Sequence[Row],
+    findings: Sequence[Row],
     without: Sequence[WithoutLayers],
     tried: Sequence[Row],
 ) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def in_short(
     Args:
         runs: rows of ``runs``.
         labels: labels by run id.
-        found: rows of `findings`.
+        findings: rows of `findings`.
         without: by run, see `without_layers`.
         tried: rows of ``experiments``, the newest first.
     """
@@ -39,7 +39,7 @@ def in_short(
         {
             "label": labels[run["run_id"]],
             "answers": [
-                {"question": "Can AVSS be believed?", "lines": [_believed([r for r in found if _is_of(run, r)])]},
+                {"question": "Can AVSS be believed?", "lines": [_believed([r for r in findings if _is_of(run, r)])]},
                 {
                     "question": f"How many layers can go at {CLAIMED_KEPT:.0%} kept?",
                     "lines": _can_go(known.sets) or [NOTHING if has_head(run) else HEADLESS],
@@ -76,8 +76,8 @@ def _is_of(run: Row, row: Row) -> bool:
     return bool(row["run_id"] == run["run_id"])
 
 
-def _believed(found: Sequence[Row]) -> str:
-    kinds = dict.fromkeys(row["kind"].replace("_", " ") for row in found if is_published(row))
+def _believed(findings: Sequence[Row]) -> str:
+    kinds = dict.fromkeys(row["kind"].replace("_", " ") for row in findings if is_published(row))
     if not kinds:
         return "No finding warns of it."
     return f"{len(kinds)} finding{'' if len(kinds) == 1 else 's'} against it: {', '.join(kinds)}."

@@ -85,14 +85,14 @@ def summary(pairs: pa.Table) -> str:
     rho = summarize(pairs["spearman"].to_numpy())
     layers, k, shared = (pairs[name].to_numpy() for name in ("layers", "k", "shared"))
     count = f"{len(pairs):,} pairs" if len(pairs) > 1 else "One pair"
-    said = "no Spearman correlation is defined."
+    correlation = "no Spearman correlation is defined."
     if rho.count:
         span = f", from {rho.lowest:z.3f} to {rho.highest:z.3f}" if rho.count > 1 else ""
-        said = f"Spearman {_median(rho)}{span}: {_strength(rho)}."
+        correlation = f"Spearman {_median(rho)}{span}: {_strength(rho)}."
     lowest = (
         f"{shared.sum() / k.sum():.0%} of the lowest layers of one are the lowest of the other; by chance it would be "
     )
-    return f"{count}: {said}\n{_given_depth(pairs)}\n{lowest}{(k * k / layers).sum() / k.sum():.0%}."
+    return f"{count}: {correlation}\n{_given_depth(pairs)}\n{lowest}{(k * k / layers).sum() / k.sum():.0%}."
 
 
 def _given_depth(pairs: pa.Table) -> str:

@@ -57,8 +57,10 @@ def summary(previews: Sequence[Preview]) -> str:
     text = f"{', '.join(parts)}."
     if known:
         guessed = any(p.seconds and not p.reference_run for p in previews)
-        how = "a rough estimate from the number of operations; avss estimate measures" if guessed else "as earlier runs"
-        text += f" About {describe_seconds(sum(known))} of measuring ({how})."
+        basis = (
+            "a rough estimate from the number of operations; avss estimate measures" if guessed else "as earlier runs"
+        )
+        text += f" About {describe_seconds(sum(known))} of measuring ({basis})."
     if count["refused"]:
         text += " The refused ones will be recorded as failed; the others run."
     return text

@@ -71,8 +71,8 @@ def describe_exactness(scores: Sequence[Mapping[str, Any]]) -> str:
     off = max(max(s["near_zero_high"] - k, k - s["near_zero_low"]) / k for s in inexact if (k := s["near_zero_count"]))
     absolute = scores[0]["threshold_kind"] == "absolute"
     where = " Exact: {:.10g} and {:.10g}.".format(*bin_edges(scores[0]["threshold"])) if absolute else ""
-    said = f"{len(inexact)} of {len(scores)} near-zero counts are interpolated from stored counts"
-    return f"{said}, and off by {off:.0%} at the very most.{where}"
+    text = f"{len(inexact)} of {len(scores)} near-zero counts are interpolated from stored counts"
+    return f"{text}, and off by {off:.0%} at the very most.{where}"
 
 
 def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest: int) -> str:

@@ -93,25 +93,28 @@ def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
     from avss_dist.evaluation.shrink import shown
 
     results = [task.whole, task.pruned, *([task.repaired] if task.repaired else [])]
-    kept = [None, *(task.of(result) for result in results[1:])]
+    retentions = [None, *(task.of(result) for result in results[1:])]
     metric, _ = shown(task.whole)
     group = basename(task.task.removeprefix(PERPLEXITY))
     yield ReportColumn(metric, [shown(result)[1] for result in results], group=group)
-    yield ReportColumn("kept", [one and one.value for one in kept], percent(1), missing="")
-    intervals = [one and known_interval(one.low, one.high) for one in kept]
+    yield ReportColumn("kept", [retention and retention.value for retention in retentions], percent(1), missing="")
+    intervals = [retention and known_interval(retention.low, retention.high) for retention in retentions]
     yield ReportColumn("95% interval", intervals, interval(percent(1)), priority=1)
 
 
 def _curve(done: Shrunk) -> ReportTable:
     """Return a table of the retention of every plan that was tried, in the task with the lowest retention."""
     layers = done.best.plan.num_layers
-    dropped, kept = [len(one.plan.drop) for one in done.curve], [one.kept for one in done.curve]
+    dropped, retentions = (
+        [len(candidate.plan.drop) for candidate in done.curve],
+        [candidate.kept for candidate in done.curve],
+    )
     return ReportTable(
         columns=[
             ReportColumn("layers dropped", dropped),
             ReportColumn("share", [number / layers for number in dropped], percent(0)),
-            ReportColumn("kept", kept, percent(1)),
-            BarColumn(values=kept, largest=1.0, width=BAR),
+            ReportColumn("kept", retentions, percent(1)),
+            BarColumn(values=retentions, largest=1.0, width=BAR),
         ],
         title="What is kept, in the task in which the least is",
     )

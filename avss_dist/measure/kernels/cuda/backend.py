@@ -144,12 +144,12 @@ class _Room:
     """Memory of one call, reused across layers: a part that kernels leave as zeros, and the rest."""
 
     def __init__(self) -> None:
-        self._zeros = self._rest = torch.empty(0, dtype=torch.uint8)
+        self._zeros = self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def addresses(self, offsets: dict[str, int], zeros: int, size: int, device: torch.device) -> dict[str, int]:
         if self._zeros.numel() < zeros:
             self._zeros = torch.zeros(zeros, dtype=torch.uint8, device=device)
-        if self._rest.numel() < size - zeros:
-            self._rest = torch.empty(size - zeros, dtype=torch.uint8, device=device)
-        first, second = self._zeros.data_ptr(), self._rest.data_ptr() - zeros
+        if self._scratch.numel() < size - zeros:
+            self._scratch = torch.empty(size - zeros, dtype=torch.uint8, device=device)
+        first, second = self._zeros.data_ptr(), self._scratch.data_ptr() - zeros
         return {name: at + (first if at < zeros else second) for name, at in offsets.items()}

@@ -45,11 +45,11 @@ def window(dtype: torch.dtype, shared: int) -> tuple[int, int]:
         shared: bytes of shared memory of a block.
     """
     octave = OCTAVE[dtype]
-    most = (shared // 8 - STRIP) // octave
+    maximum = (shared // 8 - STRIP) // octave
     if dtype != torch.float16:
-        octaves = min(64, most)
+        octaves = min(64, maximum)
         return (144 - octaves) * octave, octaves * octave
-    octaves = min(30, most)
+    octaves = min(30, maximum)
     return max(1, (31 - octaves) // 2 - 2) * octave, octaves * octave
 
 
@@ -76,7 +76,7 @@ def layout(
     parts = rows * -(-tokens // chunk)
     items = parts * -(-units // UNITS_A_WARP) if dtype == torch.float32 else 0
     zeros = {"ticket": 4, "arrived": 4 * parts, "bad": rows * tokens}
-    rest = {
+    scratch = {
         "sums": 8 * parts * units,
         "squares": 8 * parts * units * squared,
         "seen": 16 * parts,
@@ -86,7 +86,7 @@ def layout(
         "pooled": 8 * rows,
         "row_seen": 16 * rows,
     }
-    sizes = {name: size for name, size in (zeros | rest).items() if size}
+    sizes = {name: size for name, size in (zeros | scratch).items() if size}
     ends = [0]
     for size in sizes.values():
         ends.append(ends[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
