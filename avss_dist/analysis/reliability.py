@@ -62,7 +62,7 @@ def reliability(samples: Float64) -> float:
 
 
 def misranked(score: Float64, truth: Float64) -> float | None:
-    """Return the share of untied pairs of layers that a score puts in the opposite order; None if all are tied.
+    """Return the share of untied pairs of layers that a score puts in the opposite order, or None if all are tied.
 
     Args:
         score, truth: float64[layers]. Layers with NaN in either are left out.

@@ -174,7 +174,7 @@ def _largest_shares(rows: Rows, shares_of: Callable[..., Float64]) -> list[tuple
 
 
 def _shares_of_elements(sums: Float64, squares: Float64, count: Float64) -> Float64:
-    """Return each unit's share of the variance over elements, float64[layers, units]; ``count`` is [layers, 1]."""
+    """Return each unit's share of the variance over elements, float64[layers, units]. ``count`` is [layers, 1]."""
     mean = sums.sum(axis=1, keepdims=True) / (count * sums.shape[1])
     return _shares(np.maximum(squares - 2 * mean * sums + count * mean**2, 0))
 

@@ -131,7 +131,7 @@ def judgement(row: Row, guess: float | None = None) -> str:
 
 
 def _published_row(rows: Sequence[Row], score: str, control: str | None = None) -> Row | None:
-    """Return the row of a score in its published reading, with the given control; None if there is none."""
+    """Return the row of a score in its published reading, with the given control, or None if there is none."""
     wanted = (row for row in rows if (row["score"], row["control"]) == (score, control) and _is_published(row))
     return next(wanted, None)
 

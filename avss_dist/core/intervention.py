@@ -33,7 +33,7 @@ _SUBLAYER = re.compile(rf"({'|'.join(PARTS)})\.(\d{{1,9}})", re.ASCII)
 
 @dataclass(frozen=True)
 class Sublayer:
-    """The attention or the MLP of a layer; sublayers come after all layers, and MLPs after all attentions.
+    """The attention or the MLP of a layer. Sublayers come after all layers, and MLPs after all attentions.
 
     Attributes:
         layer: index of the layer.
@@ -220,7 +220,7 @@ class InterventionKey(NamedTuple):
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> InterventionKey:
-        """Return the key of a stored row; columns that older files do not have are null."""
+        """Return the key of a stored row. Columns that older files do not have are null."""
         return cls(decode_removals(row["drop"]), row.get("factor") or 0.0, row.get("patch"), row.get("sparsity_plan"))
 
     def row(self) -> dict[str, Any]:
@@ -235,7 +235,7 @@ class InterventionKey(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """Changes that are made to a model before it answers; by default none.
+    """Changes that are made to a model before it answers. The default makes none.
 
     Attributes:
         removed: layers and sublayers that the model computes without.

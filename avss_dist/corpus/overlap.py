@@ -68,7 +68,7 @@ def plain_text(ids: Iterable[Ids], tokenizer: Any) -> list[str]:
 
 
 def _fingerprints(shards: Iterable[Shard], tokenizer: Any) -> Iterator[Hashes]:
-    """Yield the fingerprints of a text, of many documents at once; those of a repeated passage are repeated."""
+    """Yield the fingerprints of a text, of many documents at once. Fingerprints of repeated passages repeat."""
     tail = ""
     for rows, width in _blocks(shards):
         documents = plain_text(_documents(rows, width, tokenizer.eos_token_id), tokenizer)
@@ -106,7 +106,7 @@ def _documents(rows: Sequence[Ids], width: int, eos: int | None) -> list[Ids]:
 
 
 def _winnowed(text: str) -> Hashes:
-    """Return the fingerprints of one document, in order; of one that is too short, the fingerprint of all of it."""
+    """Return the fingerprints of one document, in order. A document that is too short is one passage."""
     if len(text) < SHORTEST:
         return _NONE
     hashes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)

@@ -94,7 +94,7 @@ def paired_rows(
 def choice_rows(
     questions: Sequence[Sequence[Answer]], *, encode: Encode, eos: int | None, length: int, maximum: int | None
 ) -> tuple[list[Ids], Pairing]:
-    """Return the rows of every answer to questions, each after its own prompt; arguments as in `paired_rows`.
+    """Return the rows of every answer to questions, each after its own prompt. See `paired_rows` for the arguments.
 
     Raises:
         CorpusError: a row is too long, or the first question has more than ``maximum`` answers.

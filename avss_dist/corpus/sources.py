@@ -137,7 +137,7 @@ def _spelled_out(source: str) -> str:
 
 
 def _relative_files(path: str) -> list[str]:
-    """Return the files of a relative path, a glob or a folder; empty for an absolute path or a URI.
+    """Return the files of a relative path, a glob or a folder. Empty for an absolute path or a URI.
 
     Raises:
         CorpusError: the file does not exist.
@@ -343,7 +343,7 @@ def _read_csv_records(file: Any, path: str, _column: str) -> Iterator[tuple[Mapp
 
 
 def _read_line(stream: io.BufferedReader, where: str) -> bytes:
-    """Read up to the end of a line, included; empty at the end of the file."""
+    """Read a line with its end. Empty at the end of the file."""
     line = stream.readline(MAX_LINE_BYTES + 1)
     if len(line) > MAX_LINE_BYTES:
         raise too_long(where)
@@ -389,7 +389,7 @@ def _hub(source: str) -> Source:
 
 
 def _hub_folder(source: str) -> str:
-    """Return the local folder or file that a source names in place of a data set of the hub; empty if it names none."""
+    """Return the local folder or file that a source names in place of a data set of the hub. Empty if none."""
     name = source.removeprefix("hf:").partition(":")[0]
     return name if os.path.exists(name) else ""
 

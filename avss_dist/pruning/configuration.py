@@ -116,7 +116,7 @@ def _shortened(name: str, value: Any, plan: Plan) -> Any:
 
 
 def _shortened_list(name: str, value: list[Any], plan: Plan) -> list[Any] | None:
-    """Return a per-layer list, or a list of layer indices, for the remaining layers; None for other lists."""
+    """Return a per-layer list, or a list of layer indices, for the remaining layers, or None for other lists."""
     are_indices = bool(_INDICES.search(name) or name.endswith("idxs")) and _are_layers(value, plan.num_layers)
     if len(value) == plan.num_layers and not (are_indices and len(set(value)) == len(value) > 2):
         return [value[layer] for layer in plan.keep]
@@ -124,7 +124,7 @@ def _shortened_list(name: str, value: list[Any], plan: Plan) -> list[Any] | None
 
 
 def _shortened_mapping(value: Mapping[Any, Any], plan: Plan) -> dict[str, Any] | None:
-    """Return settings by layer index for the remaining layers; None for other mappings."""
+    """Return settings by layer index for the remaining layers, or None for other mappings."""
     new = {str(layer): str(i) for i, layer in enumerate(plan.keep)}
     if not value or not {str(key) for key in value} <= {str(layer) for layer in range(plan.num_layers)}:
         return None

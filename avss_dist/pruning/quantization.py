@@ -63,7 +63,7 @@ class LayerNames:
         return cls(plan, (list_path(model, plan), stored), [name for name, _ in model.named_modules() if name])
 
     def renumbered(self, name: str) -> str | None:
-        """Return the name of a module or tensor in the pruned model; None if its layer is dropped.
+        """Return the name of a module or tensor in the pruned model, or None if its layer is dropped.
 
         Names may begin below or above the model. Layers of another tower keep their names.
         """
@@ -108,7 +108,7 @@ def renumber_quantization(config: Any, names: LayerNames) -> Any:
 
 
 def _new_names(text: str, names: LayerNames) -> list[str]:
-    """Return the texts that replace a module's path or a pattern; empty if the layers are dropped."""
+    """Return the texts that replace a module's path or a pattern, empty if the layers are dropped."""
     match = _MARK.fullmatch(text)
     assert match
     mark, body = match.groups()
@@ -166,7 +166,7 @@ def _strangers(checkpoint: Checkpoint, settings: Settings) -> Tensors:
 
 
 def _names_in(model: Any) -> Callable[[str], str]:
-    """Return a function from the name of a stored tensor to its name in the model; unchanged if it is converted too."""
+    """Return a function from the name of a stored tensor to its name in the model. A name of the model is unchanged."""
     naming = Naming(model)
 
     def named(stored: str) -> str:

@@ -69,11 +69,11 @@ class StoredWeights:
         return f"{self.prefix}.{parameter[0]}.{parameter[1]}"
 
     def renamed(self, name: str) -> str | None:
-        """Return the name of a stored tensor in the pruned checkpoint; None if its layer is dropped."""
+        """Return the name of a stored tensor in the pruned checkpoint, or None if its layer is dropped."""
         return renumbered(name, self.prefix, self.plan)
 
     def read(self, parameter: Parameter) -> torch.Tensor | None:
-        """Read a layer's parameter as it is stored; None if the files have none of its name."""
+        """Read a layer's parameter as it is stored. Return None if the files have none of its name."""
         name = self.name(parameter)
         stored = next((tensors[name] for tensors in self.files.values() if name in tensors), None)
         return None if stored is None else read_tensor(stored)

@@ -94,7 +94,7 @@ def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int
 
 
 def _of_depth(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the warning that the AVSS of one run tracks depth, if it does; empty for several runs."""
+    """Return the warning that the AVSS of one run tracks depth, if it does. Empty for several runs."""
     if len(runs) > 1:
         return []
     values = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]

@@ -37,7 +37,7 @@ def scorecard_sections(cards: pa.Table) -> list[Section]:
 
 
 def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -> Section | None:
-    """Return the score card of one run with a chart and a sentence; None if no score has a correlation.
+    """Return the score card of one run with a chart and a sentence, or None if no score has a correlation.
 
     Args:
         layers: number of layers.

@@ -19,7 +19,7 @@ TEAL_ERRORS = ("Activation Error", "Baseline Error")  # columns that TEAL writes
 
 
 def thresholds_json(plan: SparsityPlan) -> str:
-    """Return a plan as JSON for other programs; ``layers[i][path]`` has the criterion of a map's zero inputs."""
+    """Return a plan as JSON for other programs. ``layers[i][path]`` has the criterion of a map's zero inputs."""
     layers: dict[int, dict[str, Any]] = {}
     for entry in plan.projections:
         centered = {"center": entry.center} if entry.center else {}

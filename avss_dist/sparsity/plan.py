@@ -149,7 +149,7 @@ class SparsityPlan:
 
     @property
     def group(self) -> tuple[int, int]:
-        """N and M of the pattern; zeros without a pattern."""
+        """N and M of the pattern, zero without a pattern."""
         stay, _, group = (self.pattern or "0:0").partition(":")
         return int(stay), int(group)
 

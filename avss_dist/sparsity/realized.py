@@ -29,7 +29,7 @@ class RealizedSparsity:
 
     @staticmethod
     def compare(plan: SparsityPlan, measured: Mapping[tuple[int, str], float]) -> RealizedSparsity | None:
-        """Compare a plan with the measured shares of zeros, by layer and path; None if no map of the plan ran."""
+        """Compare a plan with measured shares of zeros, by layer and path. Return None if no map of the plan ran."""
         deviations = {
             (entry.layer, entry.map): abs(measured[entry.layer, entry.map] - entry.sparsity)
             for entry in plan.projections

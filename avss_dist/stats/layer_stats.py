@@ -183,7 +183,7 @@ class LayerStats:
         return HISTOGRAM_EDGES[filled], HISTOGRAM_EDGES[filled + 1], self.histogram[filled]
 
     def below(self, threshold: float) -> Below:
-        """Return the number of elements with abs(x) < ``threshold``, with bounds; 0 if the threshold is NaN.
+        """Return the number of elements with abs(x) < ``threshold``, with bounds, or 0 if the threshold is NaN.
 
         The number is exact at counted thresholds and at the edges of `bins`. Elsewhere it is interpolated linearly.
         """
@@ -201,7 +201,7 @@ class LayerStats:
         return Below(low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high)
 
     def share_below(self, threshold: float) -> float:
-        """Return the share below a threshold of the elements in its histogram bin; 0 if the bin is empty."""
+        """Return the share below a threshold of the elements in its histogram bin, or 0 if the bin is empty."""
         bins = [float(histogram_below(self.histogram, edge)) for edge in bin_edges(threshold)]
         return (self.below(threshold).near_zero - bins[0]) / (bins[1] - bins[0]) if bins[1] > bins[0] else 0.0
 
@@ -241,7 +241,7 @@ def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> t
 
 
 def share_of_m2(part: tuple[int, float, float], mean: float, m2: float) -> float:
-    """Return the share of a sample's ``m2`` that a part contributes; NaN if the part is empty or m2 is 0.
+    """Return the share of a sample's ``m2`` that a part contributes. NaN if the part is empty or m2 is 0.
 
     Args:
         part: count, mean and m2 of the part.

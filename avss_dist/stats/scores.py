@@ -125,7 +125,7 @@ def _site_shards(
 
 
 def layer_baselines(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, float]:
-    """Return each of ``registry.BASELINES`` for a layer, by name; NaN if its site was not measured.
+    """Return each of ``registry.BASELINES`` for a layer, by name. NaN if its site was not measured.
 
     block_influence: ShortGPT, arXiv 2403.03853, eq. 1. angular_distance: Gromov et al., arXiv 2403.17887, section 3.2.
     """

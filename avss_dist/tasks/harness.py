@@ -180,7 +180,7 @@ def _nearest(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _catalogue() -> Any:
-    """Return the tasks that the harness ships; building them takes seconds."""
+    """Return the tasks that the harness ships. Building them takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -327,7 +327,7 @@ def _rows(evaluated: Any, loaded: Any) -> Iterator[Row]:
 
 
 def _metrics(results: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (metric, samples) of a task; the name of a metric has its filter, unless that is ``none``."""
+    """Yield (metric, samples) of a task. The name of a metric has its filter, unless that is ``none``."""
     for key, value in results.items():
         metric, comma, filtered = key.rpartition(",")
         if comma and not metric.endswith("_stderr"):
@@ -341,7 +341,7 @@ def _chance(documents: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np.nd
 
 
 def _num_choices(document: Mapping[str, Any]) -> int:
-    """Return the number of answers of a multiple-choice question; mutual information requests each one twice."""
+    """Return the number of answers of a multiple-choice question. Mutual information requests each one twice."""
     return len(document["arguments"]) // (2 if "acc_mutual_info" in document else 1)
 
 

@@ -155,7 +155,7 @@ def _require_filters(file: TaskFile) -> None:
 
 
 def _mappings(file: TaskFile, key: str, values: Any) -> Iterator[Mapping[Any, Any]]:
-    """Yield the items of a list, each of which must be a mapping; null is an empty list."""
+    """Yield the items of a list, each of which must be a mapping. Null is an empty list."""
     for value in values if isinstance(values, list) else [values] if values is not None else ():
         if value is values or not isinstance(value, dict):
             raise file.mistake(key, f"must have a list of mappings, not {value!r}.")

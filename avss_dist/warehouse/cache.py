@@ -66,7 +66,7 @@ def copied_rows(
 
 
 def _current_parts(folder: Path, files: Files) -> dict[Path, Files]:
-    """Return the parts of the cache whose files have not changed, each file in one part; delete the others."""
+    """Return the parts of the cache whose files have not changed, each file in one part. Other parts are deleted."""
     parts: dict[Path, Files] = {}
     copied: set[str] = set()
     for part, holds in _parts(folder):
@@ -86,7 +86,7 @@ def _parts(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 
 
 def _write(folder: Path, name: str, dataset: ds.Dataset, holds: Files) -> Path | None:
-    """Copy files into a part and return its path; None if the cache cannot be written."""
+    """Copy files into a part and return its path, or None if the cache cannot be written."""
     order = [*PICKED_BY[name], "run_id", *(["layer"] if "layer" in dataset.schema.names else [])]
     table = dataset.to_table().sort_by([(column, "ascending") for column in order])
     listed = json.dumps(dict(holds))

@@ -98,7 +98,7 @@ def has_head(run: Mapping[str, Any]) -> bool:
 
 
 def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a row of ``runs`` by name; an empty dict if it has none.
+    """Return the settings of a row of ``runs`` by name. Empty if it has none.
 
     Raises:
         WarehouseError: they are not a JSON object, or have invalid values.

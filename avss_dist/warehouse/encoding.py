@@ -49,7 +49,7 @@ _STATS_OPTIONS = {
 
 
 def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[str, Any] = {}) -> pa.Buffer:
-    """Return a file of a table as bytes; ``shard`` is the header of a partial, beside its rows."""
+    """Return a file of a table as bytes. ``shard`` is the header of a partial, beside its rows."""
     header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), _CHECKSUM: _UNSIGNED}
     schema = SCHEMAS[name].remove(0).with_metadata(header)
     table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
@@ -178,7 +178,7 @@ def encode_rows(run: RunIdentity, rows: AnswerRows) -> pa.Buffer:
 def to_columns(
     run: RunIdentity, layers: Sequence[str], stats: Mapping[LayerKey, LayerStats] | Mapping[StratumKey, LayerStats]
 ) -> dict[str, Any]:
-    """Return a row for each (layer, site, stratum) in order, by column; lists are numbers and offsets."""
+    """Return a row for each (layer, site, stratum) in order, by column. Lists are numbers and offsets."""
     every: Mapping[Any, LayerStats] = stats
     keys: list[tuple[Any, ...]] = sorted(every)
     states = [every[key] for key in keys]
@@ -204,7 +204,7 @@ def _to_lists(cells: Sequence[np.ndarray], kind: pa.ListType) -> pa.Array:
 
 
 def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
-    """Return statistics by (layer, site), the inverse of `to_columns`; fields that a file lacks keep their defaults.
+    """Return statistics by (layer, site), the inverse of `to_columns`. Fields that a file lacks keep their defaults.
 
     Raises:
         pa.ArrowInvalid: the rows are not statistics.
@@ -213,7 +213,7 @@ def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
 
 
 def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
-    """Return statistics by (layer, site, stratum); the stratum is empty if the text is not paired."""
+    """Return statistics by (layer, site, stratum). The stratum is empty if the text is not paired."""
     try:
         return _to_strata(table)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

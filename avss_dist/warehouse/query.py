@@ -37,7 +37,7 @@ FUNCTIONS = {
 
 
 def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
-    """Return the result of one query; see `reader.Warehouse.sql`.
+    """Return the result of one query. See `reader.Warehouse.sql`.
 
     Args:
         read: calls a function with the datasets of named tables, and returns its result.

@@ -68,7 +68,7 @@ class Warehouse:
         return self._damaged
 
     def table(self, name: str, **selection: Unpack[Selection]) -> pa.Table:
-        """Read rows of a table: of whole runs; every row of ``runs``, evaluations, cells and experiments.
+        """Read rows of a table: those of whole runs, or every row of ``runs``, evaluations, cells and experiments.
 
         Args:
             name: one of ``TABLES``.
@@ -89,11 +89,11 @@ class Warehouse:
         return self._whole(name, self._read([name], rows)).select(wanted)
 
     def dataset(self, name: str) -> ds.Dataset | None:
-        """Return the rows of `table` as a dataset that is not read yet; None if the table has no file."""
+        """Return the rows of `table` as a dataset that is not read yet, or None if the table has no file."""
         return self._read([name], lambda datasets: datasets[name])
 
     def run(self, run_id: str) -> dict[str, Any] | None:
-        """Read the ``runs`` row of a run by column, ``versions`` as a dict; None if it has no row."""
+        """Read the ``runs`` row of a run by column, ``versions`` as a dict, or None if it has no row."""
         if (data := self.storage.read(path := self.storage.path("runs", run_id, "run"))) is None:
             return None
         with self.storage.reading(path):
@@ -103,7 +103,7 @@ class Warehouse:
             return dict(checked_rows("runs", run_id, stored).to_pylist(maps_as_pydicts="lossy")[0])
 
     def runs(self) -> pa.Table:
-        """Read one row for each run, failed ones too; the columns of ``SCHEMAS["runs"]``."""
+        """Read one row for each run, failed ones too, with the columns of ``SCHEMAS["runs"]``."""
         return self.table("runs")
 
     def unfinished(self) -> pa.Table:
@@ -185,7 +185,7 @@ class Warehouse:
             return to_stats(stored)
 
     def readable_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
-        """Read the merged statistics of a run; empty if they are damaged, which `damaged` notes."""
+        """Read the merged statistics of a run. Empty if they are damaged, which `damaged` notes."""
         try:
             return self.read_layer_stats(run_id)
         except DamagedFile as error:
@@ -193,7 +193,7 @@ class Warehouse:
             return {}
 
     def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
-        """Read the merged statistics of a run by (layer, site, stratum); empty if its text is not paired."""
+        """Read the merged statistics of a run by (layer, site, stratum). Empty if its text is not paired."""
         if (data := self.storage.read(path := self.storage.path("stratum_stats", run_id, "stratum_stats"))) is None:
             return {}
         with self.storage.reading(path):
@@ -242,7 +242,7 @@ class Warehouse:
             yield from self.read_shards(run_id, {k: expected[k] for k in ids[i : i + AT_ONCE]})
 
     def read_partials(self, run: Mapping[str, Any]) -> list[ShardResult]:
-        """Read all partials of a row of ``runs``, in order; empty if some are missing."""
+        """Read all partials of a row of ``runs``, in order. Empty if some are missing."""
         columns = ["shard_id", "content_hash"]
         stored = self.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
         expected = {row["shard_id"]: row["content_hash"] for row in sorted(stored, key=lambda row: row["shard_id"])}
@@ -270,7 +270,7 @@ class Warehouse:
         work: Callable[[dict[str, ds.Dataset | None]], T],
         failures: tuple[type[Exception], ...] = (),
     ) -> T:
-        """Return the result of work on datasets of tables at one moment; if files are damaged, repeat it without them.
+        """Return the result of work on datasets of tables at one moment. If files are damaged, repeat it without them.
 
         Args:
             failures: exceptions of ``work`` for files that cannot be read, in addition to those of pyarrow.
@@ -331,7 +331,7 @@ class Warehouse:
         return None if not parts else parts[0] if len(parts) == 1 else ds.dataset(parts)
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
-        """Return the readable files of a table; for a table of whole runs alone, only files of the runs ``done``."""
+        """Return the readable files of a table. A table of whole runs has files of the runs ``done`` alone."""
         chosen = None if name in ("runs", "evaluations", "cells", "experiments") else done
         return {
             path: stamp
@@ -385,7 +385,7 @@ class Warehouse:
         self._damaged.setdefault(run_id, reason)
 
     def _open(self, name: str, files: Files) -> ds.Dataset:
-        """Return the rows of some files of a table; ``files`` holds size and time by path."""
+        """Return the rows of some files of a table. ``files`` holds size and time by path."""
         hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
         return ds.dataset(sorted(files), SCHEMAS[name], "parquet", self.storage.filesystem, hive)
 

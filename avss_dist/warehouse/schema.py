@@ -88,7 +88,7 @@ _ARROW = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """The columns that identify a run; every table repeats them."""
+    """The columns that identify a run. Every table repeats them."""
 
     run_id: str
     model: str

@@ -26,7 +26,7 @@ class SharedWarehouse:
     mark: str
 
     def store(self) -> Store | None:
-        """Open the warehouse; return None if this process does not find the driver's mark in it."""
+        """Open the warehouse, or return None if this process does not find the driver's mark in it."""
         return _seen(self)
 
 
@@ -41,7 +41,7 @@ def _seen(shared: SharedWarehouse) -> Store | None:
 
 @contextmanager
 def shared(store: Store) -> Iterator[SharedWarehouse | None]:
-    """Let workers write the warehouse inside the block; yield None if no mark can be written, as on a full disk."""
+    """Let workers write the warehouse inside the block. Yield None if no mark can be written, as on a full disk."""
     try:
         mark = store.storage.write_mark()
     except AvssError:

@@ -84,7 +84,7 @@ class DataParallel:
 
 
 class RepairFitter:
-    """Fits a repair to cuts in order of depth; each fit sees the changes of the earlier ones.
+    """Fits a repair to cuts in order of depth. Each fit sees the changes of the earlier ones.
 
     Args:
         source: hidden states of both models.
@@ -104,7 +104,7 @@ class RepairFitter:
         self._indices, self._parallel = parallel.local_indices(len(splits)), parallel
 
     def fit_all(self, cuts: Sequence[RepairCut], repair: str) -> list[RepairedCut]:
-        """Fit a repair to cuts, in order; refuse all that cannot be fitted before the first fit.
+        """Fit a repair to cuts, in order. Cuts that cannot be fitted are refused before the first fit.
 
         Args:
             repair: one of `pruning.repair.registry.REPAIRS`.
@@ -213,7 +213,7 @@ class RepairFitter:
         return [replace(part, count=n) for part, n in zip(sums, counts.tolist(), strict=True)], floats.tolist()
 
     def _fold(self, projection: OutputProjection, step: FitStep, fit: RidgeFit, moment: torch.Tensor) -> None:
-        """Fold a fit into the weights of a projection; ``moment`` as in `fold`."""
+        """Fold a fit into the weights of a projection. ``moment`` is that of `fold`."""
         layer = projection.layer.index
         paths = self._paths(projection)
         old = {field: self._parameter(layer, path) for field, path in paths.items()}
@@ -239,7 +239,7 @@ class RepairFitter:
         self._source.change(layer, path, value)
 
     def _paths(self, projection: OutputProjection) -> Mapping[str, str]:
-        """Return the paths of a projection's parameters; see `fold.parameter_paths`."""
+        """Return the paths of a projection's parameters. See `fold.parameter_paths`."""
         return parameter_paths(projection, bias=self._source.has(projection.layer.index, f"{projection.linear}.bias"))
 
     def _parameter(self, layer: int, path: str) -> torch.Tensor:
@@ -272,7 +272,7 @@ PLAIN_HINT = (
 def _add_batch(
     sums: Sequence[NormalEquations], x: torch.Tensor, y: torch.Tensor, masks: Sequence[torch.Tensor], weight: float
 ) -> list[NormalEquations]:
-    """Return equations, one for each mask of tokens, with those of a batch added; ``sums`` is empty at first."""
+    """Return equations, one for each mask of tokens, with those of a batch added. ``sums`` is empty at first."""
     sums = sums or [NormalEquations.empty(x.shape[-1], y.shape[-1], x.device) for _ in masks]
     return [
         total + NormalEquations.from_tokens(x[mask], y[mask], weight) if mask.any() else total

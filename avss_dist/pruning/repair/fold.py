@@ -51,7 +51,7 @@ class FitStep:
 
 
 def fit_steps(method: RepairMethod, projection: OutputProjection) -> list[FitStep]:
-    """Return the fits of a repair at a projection, in order; each sees the changes of those before it."""
+    """Return the fits of a repair at a projection, in order. Each sees the changes of those before it."""
     if projection.norm is None:
         return [FitStep(method.features, "linear", method.form)]
     if method.form in ("scale", "channel"):

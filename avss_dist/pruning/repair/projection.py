@@ -154,7 +154,7 @@ def _output(layer: Layer, run: Callable[[], Any]) -> torch.Tensor:
 def _norm_after(
     layer: Layer, linear: nn.Module, run: Callable[[], Any], value: Callable[[str], torch.Tensor]
 ) -> tuple[nn.Module, float, float] | None:
-    """Return the RMS norm that takes the output of a linear map, its offset and its eps; None if there is none."""
+    """Return the RMS norm that takes the output of a linear map, its offset and its eps, or None if there is none."""
     norms = {
         module: path
         for path, module in layer.module.named_modules()

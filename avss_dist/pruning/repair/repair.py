@@ -117,7 +117,7 @@ def fit_repair(
     stored: ReadStored,
     parallel: DataParallel | None = None,
 ) -> Repaired:
-    """Fit a repair on an open model and tokenized texts; see `repair_layers`.
+    """Fit a repair on an open model and tokenized texts. See `repair_layers`.
 
     Args:
         repair: its settings are pinned.

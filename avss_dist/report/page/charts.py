@@ -87,7 +87,7 @@ def _tooltip(name: str, title: str) -> list[Any]:
 
 
 def _scatter() -> Any:
-    """Return a scatter chart of the layers of all runs; layers of the shown run are larger and colored by depth."""
+    """Return a scatter chart of the layers of all runs. Layers of the shown run are larger and colored by depth."""
     legend = alt.Legend(title="relative depth", orient="top", direction="horizontal")
     depth = alt.Color("depth:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend)
     return (
@@ -112,7 +112,7 @@ def _scatter() -> Any:
 
 
 def _blocks() -> Any:
-    """Return a heat map of blocks of layers by first layer and length; the nearest block of each length is marked."""
+    """Return a heat map of blocks of layers by first layer and length. The nearest block of each length is marked."""
     legend = alt.Legend(title="distance: 0 none, 1 opposite", orient="top", direction="horizontal", titleLimit=240)
     plain: dict[str, Any] = {"ticks": False, "domain": False, "labelSeparation": 4}
     x = alt.X("start:O", title="first layer (from 0)").axis(labelAngle=0, labelOverlap="greedy", **plain)

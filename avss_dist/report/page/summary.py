@@ -26,7 +26,7 @@ def in_short(
     without: Sequence[WithoutLayers],
     tried: Sequence[Row],
 ) -> list[dict[str, Any]]:
-    """Return answers to the questions about a few runs, for the template; runs with evaluated removals come first.
+    """Return answers to the questions about a few runs, for the template. Runs with evaluated removals come first.
 
     Args:
         runs: rows of ``runs``.

@@ -41,7 +41,7 @@ _FORMATS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
 
 
 def ablation_table(ablation: Ablation) -> FittedTable:
-    """Return a table of the layers, with a bar of the first available measure; the least important are marked."""
+    """Return a table of the layers, with a bar of the first available measure. The least important are marked."""
     rows = ablation.table().to_pylist()
     first = next(name for name in ("increase", "shapley", "attention", "damage", "taylor") if rows[0][name] is not None)
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]

@@ -24,7 +24,7 @@ COLOR = {"warning": "yellow", "note": "dim"}
 
 
 def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
-    """Return a table of pairs of `compare.SCHEMA` and a summary; of many pairs, the most and the least alike."""
+    """Return a table of pairs of `compare.SCHEMA` and a summary. Of many pairs it has the most and least alike."""
     half = MOST_PAIRS // 2
     left_out = max(0, len(pairs) - MOST_PAIRS)
     ends = pairs if not left_out else pa.concat_tables([pairs[:half], pairs[-half:]])
@@ -39,7 +39,7 @@ def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
 
 
 def _label_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
-    """Return the columns that name the compared runs; one column with several lines if they would be too wide."""
+    """Return the columns that name the compared runs. Wide names are lines of one column."""
     within = all(row["a_run_id"] == row["b_run_id"] for row in rows)
     names = ["run", "a", "b"] if within else ["a", "b"]
     labels = [_labels(row, within) for row in rows]
@@ -118,7 +118,7 @@ def _strength(rho: CorrelationSummary) -> str:
 
 
 def findings_list(findings: pa.Table) -> RenderableType:
-    """Return findings of `findings.SCHEMA` in order; of many that differ only in the run, the first stands for all."""
+    """Return findings of `findings.SCHEMA` in order. If many differ only in the run, the first stands for all."""
     places = _by_place(findings)
     if not places:
         return Text("Nothing to warn of.")
@@ -139,7 +139,7 @@ def findings_list(findings: pa.Table) -> RenderableType:
 
 
 def _by_place(findings: pa.Table) -> dict[tuple[str, ...], dict[str, list[str]]]:
-    """Return runs by message, by (severity, kind, site, recipes); recipes with the same message are merged."""
+    """Return runs by message, by (severity, kind, site, recipes). Recipes with the same message are merged."""
     merged: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
     for row in findings.to_pylist():
         key = (row["severity"], row["kind"], row["site"] or "", row["message"])

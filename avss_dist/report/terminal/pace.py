@@ -46,14 +46,14 @@ class Pace:
         self._steady = self._steady or self._is_steady()
 
     def rate(self) -> float | None:
-        """Return the amount per second; None while it is not steady."""
+        """Return the amount per second, or None while it is not steady."""
         if not self._steady or self._warm is None:
             return None
         begin = self._warm if len(self._units) < REMEMBERED else self._units[0]
         return _rate(begin, self._units[-1])
 
     def seconds_left(self, amount: float, now: float | None = None) -> float | None:
-        """Return the seconds until a further amount is done; None while the rate is not steady."""
+        """Return the seconds until a further amount is done, or None while the rate is not steady."""
         if not (rate := self.rate()):
             return None
         now = time.monotonic() if now is None else now

@@ -20,7 +20,7 @@ STYLES = {"done": "green", "partial": "yellow", "missing": "", "repeated": "dim"
 
 
 def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
-    """Return a table with a row for each run: model, text, status, and amount of work; and a summary."""
+    """Return a table of the runs (model, text, status and amount of work) and a summary."""
     table = ReportTable(
         title=f"{count_of(len(previews), 'run')} into {warehouse}",
         columns=[

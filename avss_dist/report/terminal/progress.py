@@ -50,7 +50,7 @@ class TimeColumn(rich_progress.ProgressColumn):
         return Text(text if remaining is None else f"{text}, {timedelta(seconds=int(remaining))} left", style="cyan")
 
     def _seconds_left(self, task: rich_progress.Task) -> float | None:
-        """Return the seconds until a task is finished, by its pace so far; None if that is unknown."""
+        """Return the seconds until a task is finished, by its pace so far, or None if that is unknown."""
         pace, completed, total = self._paces.get(task.id, (None, 0.0, None))
         now = task.get_time()
         if pace is None or task.total != total or task.completed < completed:  # it begins
@@ -193,7 +193,7 @@ def describe_cell(cell: Cell) -> str:
 
 
 def describe_without(cell: Cell) -> str:
-    """Return `` without 3 layers`` for a cell that removes layers; an empty text for others."""
+    """Return `` without 3 layers`` for a cell that removes layers, and an empty text for others."""
     removed = cell.intervention.removed
     return f" without {count_removed(removed)}" if removed else ""
 

@@ -64,7 +64,7 @@ def _layer_columns(
 
 
 def describe_exactness(scores: Sequence[Mapping[str, Any]]) -> str:
-    """Return a sentence on the error of interpolated near-zero counts and the nearest exact ones; empty if exact."""
+    """Return a sentence on the error of interpolated near-zero counts and the nearest exact ones, if any."""
     inexact = [s for s in scores if s["exactness"] == INTERPOLATED]
     if not inexact:
         return ""

@@ -33,7 +33,7 @@ BAR = 40  # cells of what keeps all
 
 
 class ShrinkProgress(CellProgress):
-    """Callback for the events of `shrink`: one bar over all steps; without a terminal, a line for each step."""
+    """Callback for the events of `shrink`: one bar over all steps. Without a terminal, a line for each step."""
 
     def __init__(self) -> None:
         self._progress = bars(rich_progress.TaskProgressColumn())

@@ -85,7 +85,7 @@ class FittedTable:
         return Bar(largest if largest > 0 else 1.0, 0, length, width=column.width, color=color)
 
     def _cell(self, column: ReportColumn, row: int) -> Text:
-        """Return the text of a cell; the name of a row with the lowest scores has a star behind it."""
+        """Return the text of a cell. The name of a row with the lowest scores has a star behind it."""
         words = column.missing if column.is_missing(row) else column.text(row)
         if self._table.marked and self._table.mark == "lowest" and column is self._table.columns[0]:
             words += " *" if self._table.is_marked(row) else "  "
@@ -124,7 +124,7 @@ def _heading(column: ReportColumn) -> str:
 
 
 def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittedTable:
-    """Return the result of a query as a table: values as they are, never markup; floats with six significant digits."""
+    """Return the result of a query as a table: values are never markup, floats have six digits."""
     columns = []
     for i, name in enumerate(names):
         values = [row[i] for row in rows]
