@@ -259,9 +259,8 @@ def _features(a: contrast_stats.Answers) -> dict[str, Float64]:
 
 def _auroc(a: contrast_stats.Answers, values: Float64, weights: Float64) -> tuple[float, Float64]:
     scores = contrast_stats.out_of_fold(a, values)
-    return contrast_stats.auroc(scores, a.hallucinated, np.ones((1, len(scores)))).item(), contrast_stats.auroc(
-        scores, a.hallucinated, weights
-    )
+    whole, resampled = (contrast_stats.auroc(scores, a.hallucinated, w) for w in (np.ones((1, len(scores))), weights))
+    return whole.item(), resampled
 
 
 def _auroc_of(a: contrast_stats.Answers, values: Float64) -> float:
@@ -269,8 +268,7 @@ def _auroc_of(a: contrast_stats.Answers, values: Float64) -> float:
 
 
 def _findings(layers: pa.Table, predictions: pa.Table) -> list[str]:
-    rows, said = layers.to_pylist(), predictions.to_pylist()
-    return [*_about_layers(rows), *_about_prediction(said)]
+    return [*_about_layers(layers.to_pylist()), *_about_prediction(predictions.to_pylist())]
 
 
 def _about_layers(rows: list[dict[str, Any]]) -> list[str]:

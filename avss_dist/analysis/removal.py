@@ -46,13 +46,13 @@ class RemovedSet:
         series: name of the task, with the repair if there was one.
         dropped: the removed layers, in words.
         size: number of layers. A sublayer counts as half a layer.
-        kept: retention of the task's primary metric.
+        retention: retention of the task's primary metric.
     """
 
     series: str
     dropped: str
     size: float
-    kept: float
+    retention: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def _best_sets(rows: Sequence[Row]) -> Iterator[RemovedSet]:
     for row in filter(_judges, rows):
         by_task.setdefault(row["task"], {}).setdefault(row["run_id"], []).append(row)
     for task, evaluations in by_task.items():
-        sets = sorted(_sets(task, max(evaluations.values(), key=len), repairs), key=lambda removed: removed.kept)
+        sets = sorted(_sets(task, max(evaluations.values(), key=len), repairs), key=lambda removed: removed.retention)
         best = {(removed.series, removed.size): removed for removed in sets}
         yield from (best[key] for key in sorted(best))
 
@@ -127,5 +127,5 @@ def _sets(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterato
                     series=f"{describe_task(task)}{repair}",
                     dropped=describe_removed(removed),
                     size=size_removed(removed),
-                    kept=share,
+                    retention=share,
                 )

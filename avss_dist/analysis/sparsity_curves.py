@@ -38,7 +38,7 @@ class Point:
         return float(self.row["sparsity"])
 
     @property
-    def kept(self) -> float:
+    def retention(self) -> float:
         """Retention of the task's primary metric."""
         return float(self.row["retention"])
 
@@ -67,7 +67,7 @@ class Curve:
 
         The curve is linear between the points and starts at a retention of 1 without sparsity.
         """
-        places = [(0.0, 1.0), *((point.target, point.kept) for point in self.points)]
+        places = [(0.0, 1.0), *((point.target, point.retention) for point in self.points)]
         for (s0, kept0), (s1, kept1) in pairwise(places):
             if kept1 < enough:
                 return s0 + (s1 - s0) * (kept0 - enough) / (kept0 - kept1)

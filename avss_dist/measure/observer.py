@@ -352,7 +352,17 @@ def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = F
 
 
 class Observer:
-    """Accumulator of LayerStats over the forward passes that run inside `batch`. See `observe` for the arguments."""
+    """Accumulator of LayerStats over the forward passes that run inside `batch`. Observers may be nested.
+
+    A forward pass raises ModelError if the tensors of a layer cannot be counted. The message names the layer.
+
+    Args:
+        hooks: hooks of the layers, from `attached`.
+        thresholds: absolute near-zero thresholds, ascending.
+        split: rows of a batch that this process counts.
+        passes: number of passes to be counted, if known. After the last, a layer's accumulators are freed.
+        heartbeat: called at the start of every layer.
+    """
 
     def __init__(
         self,
@@ -545,30 +555,3 @@ class Observer:
     def _finish(self) -> None:
         for kernels in self._kernels.values():
             kernels.finish()
-
-
-@contextmanager
-def observe(
-    layers: Sequence[Layer],
-    sites: Sequence[str],
-    thresholds: Sequence[float],
-    *,
-    passes: int | None = None,
-    heartbeat: Callable[[], None] | None = None,
-) -> Iterator[Observer]:
-    """Attach hooks and yield an observer. The hooks are removed on exit, also after an exception.
-
-    Observers may be nested.
-
-    Args:
-        layers: layers, as found by `structure.find_structure`.
-        sites: the sites of ``settings.SITES`` to measure.
-        thresholds: absolute near-zero thresholds, ascending.
-        passes: number of passes to be counted, if known. After the last, a layer's accumulators are freed.
-        heartbeat: called at the start of every layer.
-
-    Raises:
-        ModelError: from the forward pass, if the tensors of a layer cannot be counted. The message names the layer.
-    """
-    with attached(layers, sites) as hooks:
-        yield Observer(hooks, thresholds, passes=passes, heartbeat=heartbeat)

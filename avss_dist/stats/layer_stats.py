@@ -211,11 +211,6 @@ class LayerStats:
         return self.m2 / self.count if self.count else np.nan
 
     @property
-    def first_token_share(self) -> float:
-        """Share of ``m2`` that the first token of each row contributes. NaN if it was not measured or m2 is 0."""
-        return share_of_m2((self.first_count, self.first_mean, self.first_m2), self.mean, self.m2)
-
-    @property
     def rms(self) -> float:
         """Root mean square over elements. NaN without elements."""
         return float(np.sqrt(self.variance + self.mean**2))

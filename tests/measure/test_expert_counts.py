@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.observing import observe
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.measure.observer import Entered, ExpertCounter, Pass, expert_hooks, observe
+from avss_dist.measure.observer import Entered, ExpertCounter, Pass, expert_hooks
 from avss_dist.models.experts import Experts, Routing
 
 INDEX = torch.tensor([[0, 2], [2, 1], [2, 0]])

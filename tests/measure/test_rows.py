@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.observing import observe
 
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.corpus.pairs import Pairing
-from avss_dist.measure.observer import Pass, observe
+from avss_dist.measure.observer import Pass
 from avss_dist.measure.rows import ObservedTokens, RowsOf, by_matrices, in_order, masks_by_stratum, row_tensors
 from avss_dist.stats.rows import ROW_FIELDS
 

@@ -88,8 +88,14 @@ def page_data(
 def _without(known: WithoutLayers, layers: int) -> dict[str, Any]:
     blocks = [asdict(block) | {"distance": _round(block.distance, DIGITS)} for block in known.blocks]
     sets = [
-        asdict(one) | {"kept": _round(one.kept, DIGITS), "share": _round(one.size / layers, DIGITS)}
-        for one in known.sets
+        {
+            "series": removed.series,
+            "dropped": removed.dropped,
+            "size": removed.size,
+            "share": _round(removed.size / layers, DIGITS),
+            "kept": _round(removed.retention, DIGITS),
+        }
+        for removed in known.sets
     ]
     return {"blocks": blocks, "kept": sets}
 

@@ -94,12 +94,12 @@ def _can_go(sets: Sequence[RemovedSet]) -> list[str]:
     """Return a line for each task with the largest set that keeps enough."""
     lines = []
     for task, of_task in _by_task(sets).items():
-        if enough := [removed for removed in of_task if removed.kept >= CLAIMED_KEPT]:
+        if enough := [removed for removed in of_task if removed.retention >= CLAIMED_KEPT]:
             largest = max(enough, key=lambda removed: removed.size)
-            lines.append(f"{task}: {largest.size:g} layers ({largest.dropped}), {largest.kept:z.0%} kept.")
+            lines.append(f"{task}: {largest.size:g} layers ({largest.dropped}), {largest.retention:z.0%} kept.")
         else:
-            best = max(of_task, key=lambda removed: removed.kept)
-            lines.append(f"{task}: no set that was evaluated; without {best.dropped}, {best.kept:z.0%} is kept.")
+            best = max(of_task, key=lambda removed: removed.retention)
+            lines.append(f"{task}: no set that was evaluated; without {best.dropped}, {best.retention:z.0%} is kept.")
     return lines
 
 
@@ -108,5 +108,5 @@ def _is_kept(sets: Sequence[RemovedSet], size: int, tried: Sequence[Row]) -> lis
     lines = []
     for task, of_task in _by_task(sets).items():
         of_size = (removed for removed in of_task if removed.size == size)
-        lines += [f"{task}: {removed.kept:z.0%} at best, without {removed.dropped}." for removed in of_size]
+        lines += [f"{task}: {removed.retention:z.0%} at best, without {removed.dropped}." for removed in of_size]
     return [*lines, *claim_in_short(tried)] or ["No such set was evaluated yet."]
