@@ -100,14 +100,14 @@ def training_series(runs: Sequence[Row]) -> list[TrainingSeries]:
         TrainingSeries(
             name=printable(key[0]),
             runs=tuple(by_revision.values()),
-            saved=tuple(_saved(runs[position]) for position in by_revision.values()),
+            saved=tuple(_checkpoint_label(runs[position]) for position in by_revision.values()),
         )
         for key, by_revision in series.items()
         if len(by_revision) >= SHORTEST_SERIES
     ]
 
 
-def _saved(run: Row) -> str:
+def _checkpoint_label(run: Row) -> str:
     step, tokens = run["training_step"], run["training_tokens"]
     if step is not None:
         return f"step {step:,}"

@@ -128,7 +128,7 @@ def _agreement(
     size = min(k or count_lowest(n, share), n)
     order_x, order_y = (np.argsort(values, axis=1, kind="stable") for values in (x, y))  # ties: the earlier layer
     shared = ((np.argsort(order_x) < size) & (np.argsort(order_y) < size)).sum(axis=1)
-    by_chance, at_least = _by_chance(n, size)
+    by_chance, at_least = _expected_overlap(n, size)
     signs_x, signs_y = signs(x), signs(y)
     defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= FEWEST)
     rho = _spearman(x, y)
@@ -187,7 +187,7 @@ def _kendall(signs_x: Signs, signs_y: Signs) -> Float64:
 
 
 @cache
-def _by_chance(layers: int, size: int) -> tuple[float, Float64]:
+def _expected_overlap(layers: int, size: int) -> tuple[float, Float64]:
     """Return the expected Jaccard index of two random sets of ``size`` layers and P(overlap >= n), n = 0...``size``."""
     from scipy.stats import hypergeom  # a second to import
 

@@ -67,10 +67,10 @@ def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
         ]:
             return matches
         raise QueryError(f"No run matches '{name}'.", nearest(name, runs))
-    return _with_part(name, runs)
+    return _match_word(name, runs)
 
 
-def _with_part(name: str, runs: Iterable[str]) -> list[str]:
+def _match_word(name: str, runs: Iterable[str]) -> list[str]:
     """Return the only id with a word that starts with ``name``.
 
     Raises:

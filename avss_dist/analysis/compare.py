@@ -137,7 +137,7 @@ def compare(
     if not pairs:
         if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(selected, by, True), None):
             raise _not_comparable([profile.run for profile in selected])
-        raise QueryError(f"No two profiles differ in {by} alone.", _what_there_is(selected, by))
+        raise QueryError(f"No two profiles differ in {by} alone.", _available_readings(selected, by))
     if len(pairs) > MOST_PAIRS:
         raise QueryError(
             f"{len(runs):,} runs make more than {MOST_PAIRS:,} pairs that differ in {by}.",
@@ -336,7 +336,7 @@ def _reason(run: Mapping[str, Any], partners: Sequence[Mapping[str, Any]], by: s
     return "; ".join(texts) or f"nothing comparable that differs in {by} alone"
 
 
-def _what_there_is(selected: Sequence[Profile], by: str) -> str:
+def _available_readings(selected: Sequence[Profile], by: str) -> str:
     if not selected:
         return "There are no scores of that site, recipe and threshold: avss query -w WAREHOUSE 'SUMMARIZE scores'."
     labels = sorted({profile.label(by) for profile in selected})

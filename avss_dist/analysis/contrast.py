@@ -172,7 +172,7 @@ def layer_table(own_prompt: contrast_stats.Answers, other_prompt: contrast_stats
         contrast_stats.weighted_deviation(a, recipe, own_prompt.pairs, left_out) for a in (own_prompt, other_prompt)
     )
     columns |= contrast_stats.change_columns(columns["deviation"], columns["after_another"], with_own - with_other)
-    columns["stands"] = _stands(columns)
+    columns["stands"] = _withstands_controls(columns)
     return _table(columns)
 
 
@@ -187,7 +187,7 @@ def _table(columns: dict[str, Any]) -> pa.Table:
     return table
 
 
-def _stands(columns: Mapping[str, Any]) -> np.ndarray:
+def _withstands_controls(columns: Mapping[str, Any]) -> np.ndarray:
     """Return bool[layers]: whether the difference withstands every control (labels, lengths, noise, prompt)."""
     deviation, matched = columns["deviation"], columns["length_matched"]
     with np.errstate(invalid="ignore"):

@@ -262,7 +262,9 @@ def _first_tokens(runs: Rows, scores: Callable[[str], Rows]) -> Iterator[Row]:
         whole = [run for run in alike if not skipped(run)]
         for run in whole:
             for cut in sorted((run for run in alike if skipped(run)), key=skipped):
-                yield from _carried(run["run_id"], scores(run["run_id"]), scores(cut["run_id"]), skipped(cut))
+                yield from _first_token_findings(
+                    run["run_id"], scores(run["run_id"]), scores(cut["run_id"]), skipped(cut)
+                )
 
 
 def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
@@ -287,7 +289,7 @@ def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
                 yield {"run_id": run["run_id"], **finding("row_start", "warning", starts.ratio, sentence)}
 
 
-def _carried(run_id: str, whole: Rows, cut: Rows, tokens: int) -> Iterator[Row]:
+def _first_token_findings(run_id: str, whole: Rows, cut: Rows, tokens: int) -> Iterator[Row]:
     without = {(row["site"], row["recipe"], row["layer"]): row["variance"] for row in cut}
     for (site, recipe), rows in grouped(whole, "site", "recipe").items():
         pairs = [(row["variance"], without.get((site, recipe, row["layer"]))) for row in rows]

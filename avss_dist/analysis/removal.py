@@ -99,7 +99,7 @@ def _best_sets(rows: Sequence[Row]) -> Iterator[RemovedSet]:
     fits = [row for row in rows if row["patch"] and row["task"].startswith(REPAIR)]
     repairs = {row["patch"]: row["task"].split(":")[1] for row in fits}
     by_task: dict[str, dict[str, list[Row]]] = {}
-    for row in filter(_judges, rows):
+    for row in filter(_evaluates_removal, rows):
         by_task.setdefault(row["task"], {}).setdefault(row["run_id"], []).append(row)
     for task, evaluations in by_task.items():
         sets = sorted(_sets(task, max(evaluations.values(), key=len), repairs), key=lambda removed: removed.retention)
@@ -107,7 +107,7 @@ def _best_sets(rows: Sequence[Row]) -> Iterator[RemovedSet]:
         yield from (best[key] for key in sorted(best))
 
 
-def _judges(row: Row) -> bool:
+def _evaluates_removal(row: Row) -> bool:
     """Whether a row evaluates a model that is changed only by the removal of layers and possibly a repair."""
     changed_otherwise = row["layer"] is not None or row["factor"] or row["sparsity_plan"] is not None
     return not changed_otherwise and not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START))

@@ -68,7 +68,7 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table
 
 
 @dataclass(frozen=True)
-class _Known:
+class _GroundTruth:
     """Ground truth of a run's model.
 
     Attributes:
@@ -104,7 +104,7 @@ def _cards(store: Warehouse, run: Mapping[str, Any], truths: Mapping[str, LayerT
     scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
     truth = {name: one.by_layer(run["num_layers"]) for name, one in truths.items()}
     ceiling = reliability(increases(store, truths[LOSS])) if LOSS in truths else np.nan
-    known = _Known(truth, ceiling, *_rises(store, run))
+    known = _GroundTruth(truth, ceiling, *_rises(store, run))
     by_reading: dict[Reading, list[Mapping[str, Any]]] = {}
     for row in scored:
         by_reading.setdefault(reading_of(row), []).append(row)

@@ -105,7 +105,7 @@ def _curves(task: str, rows: Sequence[Row]) -> Iterator[Curve]:
     values = {(row["method"], row["sparsity"], row["metric"]): row["value"] for row in sparse}
     points: dict[str, list[Point]] = {row["method"]: [] for row in sparse}
     for row in sorted(sparse, key=lambda row: row["sparsity"]):
-        if row["metric"] == metric and _is_told(row):
+        if row["metric"] == metric and _has_retention(row):
             series = row["method"], row["sparsity"]
             measured, within, farthest = (values.get((*series, name)) for name in (SPARSITY, MAPS_WITHIN, FARTHEST_MAP))
             points[row["method"]].append(Point(row=row, measured=measured, within=within, farthest=farthest))
@@ -115,5 +115,5 @@ def _curves(task: str, rows: Sequence[Row]) -> Iterator[Curve]:
             yield Curve(task=task, method=method, points=tuple(of_method), unreached=tuple(unreached))
 
 
-def _is_told(row: Row) -> bool:
+def _has_retention(row: Row) -> bool:
     return row["retention"] is not None and isfinite(row["retention"])

@@ -169,7 +169,7 @@ def _planned(linear_map: Map, sparsity: float, by: str) -> MapPlan:
         value, expected = sparsity, int(sparsity * linear_map.inputs) / linear_map.inputs
     else:
         threshold = float(linear_map.thresholds([sparsity])[0])
-        below, mass = _upto(linear_map.read, threshold)
+        below, mass = _shares_up_to(linear_map.read, threshold)
         value, expected = (threshold, below) if by == THRESHOLD else (1 - mass, sparsity)
         if linear_map.read.abs_value_cut and by == THRESHOLD:
             expected = sparsity
@@ -187,7 +187,7 @@ def _planned(linear_map: Map, sparsity: float, by: str) -> MapPlan:
     )
 
 
-def _upto(read: LayerStats, threshold: float) -> tuple[float, float]:
+def _shares_up_to(read: LayerStats, threshold: float) -> tuple[float, float]:
     """Return the share of elements with abs(x) up to a threshold, and their share of the sum of abs(x)."""
     values, counts = read.abs_value.astype(np.float64), read.abs_value_count
     upto = values <= threshold

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.names import AFTER_ANOTHER
-from avss_dist.corpus.answers import Answer, paired
+from avss_dist.corpus.answers import Answer, group_by_prompt
 
 _SHUFFLE_SEED = 0  # of the order in which answers get the prompts of others
 
@@ -84,10 +84,10 @@ def paired_rows(
         seed: seed of the order of pairs; None keeps the order of the text.
 
     Raises:
-        CorpusError: the answers do not form pairs (see `answers.paired`), or a row is too long. The message names the
-            line.
+        CorpusError: the answers do not form pairs (see `answers.group_by_prompt`), or a row is too long. The message
+            names the line.
     """
-    pairs = _first(_ordered(paired(answers, source), seed), maximum)
+    pairs = _first(_ordered(group_by_prompt(answers, source), seed), maximum)
     return _rows(pairs, [("", range(len(pairs))), (AFTER_ANOTHER, _other(len(pairs)))], encode, eos, length)
 
 

@@ -148,11 +148,11 @@ def shuffled(rows: Iterable[Ids], seed: int, maximum: int | None) -> Iterator[Id
     """
     random = np.random.default_rng(seed)
     keyed = ((random.random(), place, row.copy()) for place, row in enumerate(rows))
-    chosen = sorted(keyed, key=_key) if maximum is None else heapq.nsmallest(maximum, keyed, key=_key)
+    chosen = sorted(keyed, key=_sort_key) if maximum is None else heapq.nsmallest(maximum, keyed, key=_sort_key)
     return (row for _, _, row in chosen)
 
 
-def _key(row: tuple[float, int, Ids]) -> tuple[float, int]:
+def _sort_key(row: tuple[float, int, Ids]) -> tuple[float, int]:
     return row[:2]
 
 

@@ -225,7 +225,7 @@ def _read_experts(experts: Experts, current: Current, module: nn.Module, args: A
     """Run the experts once for each of the k slots, with gates of 1, as their usual output is a sum over slots."""
     routing = routing_of([t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)])
     now = current()
-    if now is None or routing is None or (counts := _places(now, routing.index)) is None:
+    if now is None or routing is None or (counts := _counted_positions(now, routing.index)) is None:
         return
     layer, places = counts
     counted = Routing(*(x.index_select(0, places) for x in (routing.hidden, routing.index, routing.gates)))
@@ -250,12 +250,12 @@ def _read_router(experts: Experts, current: Current, _module: nn.Module, _args: 
     if now is None or logits is None:
         return
     logits = logits.reshape(-1, experts.number)
-    if counts := _places(now, logits):
+    if counts := _counted_positions(now, logits):
         layer, places = counts
         now.observer.experts.add_entropy(layer, experts, logits.index_select(0, places))
 
 
-def _places(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
+def _counted_positions(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
     """Return the index of the running layer and the positions of counted tokens, or None if none counts.
 
     Raises:

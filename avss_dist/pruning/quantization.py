@@ -70,7 +70,7 @@ class LayerNames:
         parts = name.split(".")
         for place, part in enumerate(parts):
             path = f".{'.'.join(parts[:place])}"
-            if place and part.isdecimal() and any(_ends_alike(path, f".{layers}") for layers in self.lists):
+            if place and part.isdecimal() and any(_is_suffix(path, f".{layers}") for layers in self.lists):
                 if int(part) not in self.plan.keep:
                     return None
                 return ".".join([*parts[:place], str(self.plan.keep.index(int(part))), *parts[place + 1 :]])
@@ -81,7 +81,7 @@ class LayerNames:
         return [f"{mark}{new}" for name in names if (new := self.renumbered(name)) is not None]
 
 
-def _ends_alike(path: str, other: str) -> bool:
+def _is_suffix(path: str, other: str) -> bool:
     return path.endswith(other) or other.endswith(path)
 
 
@@ -140,7 +140,9 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, setti
     note = f"The weights are quantized ({describe_quantization(checkpoint, settings)}), and copied as they are"
     names = LayerNames.of_checkpoint(checkpoint, plan, settings)
     try:
-        before, after = (_strangers(tested, settings) for tested in (checkpoint, replace(checkpoint, path=str(folder))))
+        before, after = (
+            _unmatched_tensors(tested, settings) for tested in (checkpoint, replace(checkpoint, path=str(folder)))
+        )
     except ModelError as error:
         return f"{note}. Whether the settings read each of them as before could not be seen here: {error}"
     expected = {(new, shape) for name, shape in before if (new := names.renumbered(name)) is not None}
@@ -154,7 +156,7 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, setti
     return f"{note}. Built as quantized modules, they have the names and shapes of the tensors in the files, as before."
 
 
-def _strangers(checkpoint: Checkpoint, settings: Settings) -> Tensors:
+def _unmatched_tensors(checkpoint: Checkpoint, settings: Settings) -> Tensors:
     """Return tensors of the files that no quantized module has in that shape, and tensors of modules in no file."""
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     with quiet():

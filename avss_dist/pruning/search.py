@@ -141,12 +141,12 @@ def _beam(steps: Sequence[Removals], size: int, budget: int | None, width: int) 
         beams.append(best if greedy[-1] in best else [*best[:-1], greedy[-1]])
     else:
         return beams[-1][0]
-    completed = _completed(beams, steps[0], size, losses)
+    completed = _complete(beams, steps[0], size, losses)
     yield [Expansion(completed)]
     return completed
 
 
-def _completed(
+def _complete(
     beams: Sequence[Sequence[Removals]], candidates: Removals, size: int, losses: Mapping[Removals, float]
 ) -> Removals:
     """Return the best set, completed by the removals with the lowest loss when added to its parent."""
@@ -179,7 +179,7 @@ def _evolve(free: Layers, count: int, budget: int, width: int, starts: Sequence[
     The search ends early if all exchanges in these sets were tried.
     """
     known: dict[Removals, float] = {}
-    yield from _noted(_beam([free], count, max(budget // 2, _least_budget(len(free), count)), 1), known)
+    yield from _recording(_beam([free], count, max(budget // 2, _least_budget(len(free), count)), 1), known)
     if new := [Expansion(start) for start in dict.fromkeys(starts) if start not in known]:
         known |= yield new[: budget - len(known)]
     rng = np.random.default_rng(seed)
@@ -192,7 +192,9 @@ def _evolve(free: Layers, count: int, budget: int, width: int, starts: Sequence[
     return best_sets({drop: loss for drop, loss in known.items() if len(drop) == count}, 1)[0]
 
 
-def _noted(search: Search, known: dict[Removals, float]) -> Generator[list[Expansion], Mapping[Removals, float], None]:
+def _recording(
+    search: Search, known: dict[Removals, float]
+) -> Generator[list[Expansion], Mapping[Removals, float], None]:
     """Run a search unchanged, and record the losses that it receives in ``known``."""
     expansions = next(search)
     while True:

@@ -61,7 +61,7 @@ class StoredWeights:
                 checkpoint, plan, [name for stored in files.values() for name in stored], settings
             )
         if len(prefixes) != 1:
-            raise _unclear(checkpoint, plan, prefixes)
+            raise _ambiguous_layers(checkpoint, plan, prefixes)
         return cls(files, prefixes[0], plan)
 
     def name(self, parameter: Parameter) -> str:
@@ -115,7 +115,7 @@ def _renamed_prefixes(checkpoint: Checkpoint, plan: Plan, names: Sequence[str], 
     return [prefix for prefix, seen in indices.items() if seen == set(range(plan.num_layers))]
 
 
-def _unclear(checkpoint: Checkpoint, plan: Plan, prefixes: list[str]) -> PlanError:
+def _ambiguous_layers(checkpoint: Checkpoint, plan: Plan, prefixes: list[str]) -> PlanError:
     return PlanError(
         f"It is unclear which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}': "
         f"{', '.join(prefixes) or 'no names'} would fit.",

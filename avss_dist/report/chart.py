@@ -63,7 +63,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
             f"AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
             f"{describe_count(runs[0]['num_tokens'])} tokens of {', '.join(corpora)}, {runs[0]['dtype']}. "
             f"Triangles: the 25% of layers that are lowest in each picture. {_band(runs)}",
-            *_of_depth(runs, scores),
+            *_depth_warning(runs, scores),
         ],
         anchor="start",
     )
@@ -93,7 +93,7 @@ def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int
     return lowest
 
 
-def _of_depth(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
+def _depth_warning(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the warning that the AVSS of one run tracks depth, if it does. Empty for several runs."""
     if len(runs) > 1:
         return []

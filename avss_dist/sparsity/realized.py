@@ -42,7 +42,7 @@ class RealizedSparsity:
             within=sum(value <= POINT for value in deviations.values()) / len(deviations),
             farthest=deviations[layer, path],
             map=f"{path} of layer {layer}",
-            why=_why(plan),
+            why=_probable_cause(plan),
         )
 
     @property
@@ -60,7 +60,7 @@ class RealizedSparsity:
         return f"{100 * self.farthest:.2g} points"
 
 
-def _why(plan: SparsityPlan) -> str:
+def _probable_cause(plan: SparsityPlan) -> str:
     """Return the probable cause of deviations from a plan, for people."""
     if any(entry.by != THRESHOLD for entry in plan.projections):
         return "Their share is right on average of the text that was counted alone."

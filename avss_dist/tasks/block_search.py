@@ -67,7 +67,7 @@ class GreedyBlock:
         batches = [batch for shard in self.shards for batch in shard.batches(model.settings.batch_size)]
         calls = dense_calls(model, layer, batches)
         cuts: dict[str, float] = {}
-        with model.running(layer) as run, torch.no_grad(), _cutting(layer, cuts):
+        with model.running(layer) as run, torch.no_grad(), _zeroing_inputs(layer, cuts):
             block = _Block(layer, run, calls, batches)
             path, errors = self._search(block, cuts)
         ones = np.ones(len(errors))
@@ -158,7 +158,7 @@ def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) ->
 
 
 @contextmanager
-def _cutting(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
+def _zeroing_inputs(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
     """Zero the inputs of the layer's maps up to the thresholds in ``cuts``, which may change, inside the context."""
 
     def cut(path: str, _module: nn.Module, args: Any) -> Any:

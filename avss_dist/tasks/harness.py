@@ -67,7 +67,7 @@ class HarnessPart:
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`. Likelihoods are computed in float32."""
-        loaded = _loaded(self)
+        loaded = _load_cached(self)
         from lm_eval.evaluator import evaluate
 
         with _silence(), model.applying(intervention):
@@ -187,7 +187,7 @@ def _catalogue() -> Any:
 
 
 @lru_cache(maxsize=4)
-def _loaded(part: HarnessPart) -> Any:
+def _load_cached(part: HarnessPart) -> Any:
     """Return `_load`, cached, because a part runs many times."""
     with _silence(), _bad_task(part.name):
         return _load(part)

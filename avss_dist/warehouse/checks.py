@@ -67,14 +67,14 @@ def _problems(name: str, table: pa.Table) -> Iterator[tuple[str, Mask]]:
         if column.as_long_as in table.column_names:
             lengths = pc.list_value_length(cells), pc.list_value_length(table[column.as_long_as].combine_chunks())
             yield f"'{column.name}' is not as long as '{column.as_long_as}'", _mask(pc.not_equal(*lengths))
-        yield f"'{column.name}' has a value that it cannot have", _impossible(column, cells)
+        yield f"'{column.name}' has a value that it cannot have", _invalid_cells(column, cells)
 
 
-def _impossible(column: Column, cells: pa.Array) -> Mask:
+def _invalid_cells(column: Column, cells: pa.Array) -> Mask:
     """Return a mask of the rows whose value is not allowed in the column, or whose list has such a value or null."""
     if pa.types.is_list(cells.type):
         wrong, inside = np.zeros(len(cells), bool), pc.list_flatten(cells)
-        bad = _mask(inside.is_null()) | _impossible(column, inside)
+        bad = _mask(inside.is_null()) | _invalid_cells(column, inside)
         wrong[pc.list_parent_indices(cells).to_numpy()[bad]] = True
         return wrong
     if column.choices:

@@ -44,7 +44,7 @@ def publish(warehouse: Warehouse, target: str) -> dict[str, int]:
     if not done:
         raise WarehouseError(f"{warehouse.root} has no finished run.", "Failed runs are not published.")
     run_ids = [row["run_id"] for row in sorted(done, key=lambda row: (row["model"], row["run_id"]))]
-    with _becomes(target, f"Layer scores of {describe_count(len(run_ids))} runs") as folder:
+    with _staged_target(target, f"Layer scores of {describe_count(len(run_ids))} runs") as folder:
         (folder / DATA).mkdir()
         rows = {name: _write_table(warehouse, name, run_ids, folder / DATA) for name in TABLES if name not in PARTS}
         rows = {name: number for name, number in rows.items() if number}
@@ -54,7 +54,7 @@ def publish(warehouse: Warehouse, target: str) -> dict[str, int]:
 
 
 @contextmanager
-def _becomes(target: str, message: str) -> Iterator[Path]:
+def _staged_target(target: str, message: str) -> Iterator[Path]:
     """Yield an empty local folder, which becomes the target when the block ends.
 
     Args:

@@ -48,7 +48,9 @@ def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
     try:
         with duckdb.connect(":memory:", config=_SEALED) as connection:
             _require_reading(connection, query)
-        result: pa.Table = read(_mentioned(query), partial(_answer, query), failures=(duckdb.InvalidInputException,))
+        result: pa.Table = read(
+            _readable_tables(query), partial(_answer, query), failures=(duckdb.InvalidInputException,)
+        )
         return result
     except duckdb.Error as error:
         hint = f"Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
@@ -69,7 +71,7 @@ def _functions() -> str:
     return (files("avss_dist.warehouse") / "sql" / "functions.sql").read_text(encoding="utf-8")
 
 
-def _mentioned(query: str) -> Collection[str]:
+def _readable_tables(query: str) -> Collection[str]:
     """Return the tables that a query may read: tables whose name is in it, or all if it may build a name.
 
     DuckDB's own `get_table_names` refuses ``JOIN ... USING`` and the functions of SQL that are defined here.

@@ -27,11 +27,11 @@ class SharedWarehouse:
 
     def store(self) -> Store | None:
         """Open the warehouse, or return None if this process does not find the driver's mark in it."""
-        return _seen(self)
+        return _store_with_mark(self)
 
 
 @lru_cache(maxsize=8)
-def _seen(shared: SharedWarehouse) -> Store | None:
+def _store_with_mark(shared: SharedWarehouse) -> Store | None:
     try:
         store = Store(shared.root)
         return store if store.storage.has_mark(shared.mark) else None

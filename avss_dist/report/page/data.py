@@ -72,7 +72,7 @@ def page_data(
     return {
         "scores": [{"name": name, "title": SCORES[name].title} for name in FROM_ACTIVATIONS],
         "runs": _described(runs, table),
-        "choices": [_written(*choice) for choice in choices],
+        "choices": [_reading_label(*choice) for choice in choices],
         "first": choices.get((SITES[0], RECIPES[0], "absolute", PUBLISHED_THRESHOLD), 0),
         "columns": {
             name: rounded(table[column], FEWER if name in ("low", "high") else DIGITS)
@@ -103,14 +103,14 @@ def _without(known: WithoutLayers, layers: int) -> dict[str, Any]:
 def _order(choice: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the sort key of a choice: site, recipe, absolute before relative thresholds, value of the threshold."""
     site, recipe, kind, threshold = choice
-    return _place(site, EVERY_SITE), _place(recipe, RECIPES), kind == "rms", threshold or 0.0
+    return _index_or_end(site, EVERY_SITE), _index_or_end(recipe, RECIPES), kind == "rms", threshold or 0.0
 
 
-def _place(name: str, names: Sequence[str]) -> int:
+def _index_or_end(name: str, names: Sequence[str]) -> int:
     return names.index(name) if name in names else len(names)
 
 
-def _written(site: str, recipe: str, kind: str, threshold: float) -> dict[str, Any]:
+def _reading_label(site: str, recipe: str, kind: str, threshold: float) -> dict[str, Any]:
     return {"site": site, "recipe": recipe, "threshold": describe_threshold(threshold, kind)}
 
 
@@ -132,7 +132,7 @@ def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return short names that differ: the model's, with as few details as tell runs of one model apart."""
     labels = [basename(run["model"] or run["run_id"]) for run in runs]
     for detail in _details(runs):
-        labels = _told_apart(labels, detail)
+        labels = _distinct_labels(labels, detail)
     return [printable(label) for label in labels]
 
 
@@ -146,7 +146,7 @@ def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
     yield [run["run_id"][-10:] for run in runs]
 
 
-def _told_apart(labels: Sequence[str], detail: Sequence[str | None]) -> list[str]:
+def _distinct_labels(labels: Sequence[str], detail: Sequence[str | None]) -> list[str]:
     """Return labels with the detail appended to equal labels that differ in it."""
     values: dict[str, set[str | None]] = {}
     for label, value in zip(labels, detail, strict=True):

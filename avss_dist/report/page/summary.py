@@ -39,24 +39,27 @@ def in_short(
         {
             "label": labels[run["run_id"]],
             "answers": [
-                {"question": "Can AVSS be believed?", "lines": [_believed([r for r in findings if _is_of(run, r)])]},
+                {
+                    "question": "Can AVSS be believed?",
+                    "lines": [_findings_against([r for r in findings if _is_of(run, r)])],
+                },
                 {
                     "question": f"How many layers can go at {CLAIMED_KEPT:.0%} kept?",
-                    "lines": _can_go(known.sets) or [NOTHING if has_head(run) else HEADLESS],
+                    "lines": _largest_sets(known.sets) or [NOTHING if has_head(run) else HEADLESS],
                 },
                 {
                     "question": f"What is kept without {CLAIMED_SHARE:.0%} of them?",
-                    "lines": _is_kept(
+                    "lines": _outcome_of_claim(
                         known.sets, count_lowest(run["num_layers"] or 0), [r for r in tried if _is_of(run, r)]
                     ),
                 },
             ],
         }
-        for run, known in _few(runs, without, tried)
+        for run, known in _selected_runs(runs, without, tried)
     ]
 
 
-def _few(
+def _selected_runs(
     runs: Sequence[Row], without: Sequence[WithoutLayers], tried: Sequence[Row]
 ) -> list[tuple[Row, WithoutLayers]]:
     in_experiments = {row["run_id"] for row in tried}
@@ -76,7 +79,7 @@ def _is_of(run: Row, row: Row) -> bool:
     return bool(row["run_id"] == run["run_id"])
 
 
-def _believed(findings: Sequence[Row]) -> str:
+def _findings_against(findings: Sequence[Row]) -> str:
     kinds = dict.fromkeys(row["kind"].replace("_", " ") for row in findings if is_published(row))
     if not kinds:
         return "No finding warns of it."
@@ -90,7 +93,7 @@ def _by_task(sets: Sequence[RemovedSet]) -> dict[str, list[RemovedSet]]:
     return dict(list(by_task.items())[:MOST])
 
 
-def _can_go(sets: Sequence[RemovedSet]) -> list[str]:
+def _largest_sets(sets: Sequence[RemovedSet]) -> list[str]:
     """Return a line for each task with the largest set that keeps enough."""
     lines = []
     for task, of_task in _by_task(sets).items():
@@ -103,7 +106,7 @@ def _can_go(sets: Sequence[RemovedSet]) -> list[str]:
     return lines
 
 
-def _is_kept(sets: Sequence[RemovedSet], size: int, tried: Sequence[Row]) -> list[str]:
+def _outcome_of_claim(sets: Sequence[RemovedSet], size: int, tried: Sequence[Row]) -> list[str]:
     """Return lines with the best set of the claimed size for each task, and with the outcome of the claim."""
     lines = []
     for task, of_task in _by_task(sets).items():

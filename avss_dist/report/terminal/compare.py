@@ -158,7 +158,7 @@ def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     by_place = {(row["layer"], row["share"]): row for row in rows}
     columns = [
         ReportColumn(
-            f"|x| below which {share:.4g}", [_known(by_place.get((layer, share))) for layer in layers], _quantile
+            f"|x| below which {share:.4g}", [_defined(by_place.get((layer, share))) for layer in layers], _quantile
         )
         for share in dict.fromkeys(row["share"] for row in rows)
     ]
@@ -172,7 +172,7 @@ def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     return FittedTable(table)
 
 
-def _known(row: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _defined(row: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return None if row is None or row["value"] is None or np.isnan(row["value"]) else row
 
 
