@@ -14,7 +14,7 @@ from avss_dist.analysis.agreement import Scores, rank_correlations, summarize
 from avss_dist.analysis.compare import CONDITIONS, condition, with_conditions
 from avss_dist.core.text import count_of, describe_count, printable
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import FEWEST, depth_correlation
+from avss_dist.stats.rankings import MIN_VALUES, depth_correlation
 
 SHORTEST_SERIES = 3  # checkpoints
 Row = Mapping[str, Any]  # of the table `runs`
@@ -56,9 +56,9 @@ def run_agreement(profiles: Mapping[int, Scores]) -> RunAgreement:
 
     Args:
         profiles: depth and score of the layers by run position: float64[layers] each, ascending in depth. Runs of
-            fewer than `FEWEST` layers are left out.
+            fewer than `MIN_VALUES` layers are left out.
     """
-    runs = [run for run in sorted(profiles) if len(profiles[run][0]) >= FEWEST]
+    runs = [run for run in sorted(profiles) if len(profiles[run][0]) >= MIN_VALUES]
     pairs = np.array([*combinations(range(len(runs)), 2)], np.int64).reshape(-1, 2)
     rho, partial = rank_correlations([profiles[run] for run in runs], *pairs.T)
     return RunAgreement(

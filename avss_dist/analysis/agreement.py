@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import FEWEST, align, count_lowest, given_depth, rank_biased_overlap, spearman
+from avss_dist.stats.rankings import MIN_VALUES, align, count_lowest, given_depth, rank_biased_overlap, spearman
 from avss_dist.system.progress_bar import tracked
 
 Scores = tuple[Float64, Float64]  # depth and values of layers, float64[layers] each, ascending in depth
@@ -130,7 +130,7 @@ def _agreement(
     shared = ((np.argsort(order_x) < size) & (np.argsort(order_y) < size)).sum(axis=1)
     by_chance, at_least = _expected_overlap(n, size)
     signs_x, signs_y = signs(x), signs(y)
-    defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= FEWEST)
+    defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= MIN_VALUES)
     rho = _spearman(x, y)
     return {
         "layers": np.full(len(x), n),
@@ -161,7 +161,7 @@ def _spearman(x: Float64, y: Float64) -> Float64:
     ranks_x, ranks_y = (2 * rankdata(values, axis=1) - (n + 1) for values in (x, y))
     with np.errstate(invalid="ignore", divide="ignore"):
         rho: Float64 = (ranks_x * ranks_y).sum(axis=1) / np.sqrt((ranks_x**2).sum(axis=1) * (ranks_y**2).sum(axis=1))
-    if n < FEWEST:
+    if n < MIN_VALUES:
         rho[:] = np.nan
     for row in np.flatnonzero(~np.isfinite(x + y).all(axis=1)):
         rho[row] = spearman(x[row], y[row])

@@ -29,7 +29,7 @@ BETWEEN = ("run", "family", "revision", "corpus", "dtype")
 ACROSS_MODELS = ("run", "family", "revision")
 WITHIN = ("recipe", "threshold", "site", "score")
 BY = (*BETWEEN, *WITHIN)
-MOST_PAIRS = 1_000_000  # of one comparison: those of 1,400 runs
+MAX_PAIRS = 1_000_000  # of one comparison: those of 1,400 runs
 
 SCHEMA = pa.schema(
     [
@@ -126,21 +126,21 @@ def compare(
 
     Raises:
         QueryError: if no two runs are comparable (the message names the conditions in which they differ), no two
-            profiles differ in ``by``, or there are more than `MOST_PAIRS` pairs.
+            profiles differ in ``by``, or there are more than `MAX_PAIRS` pairs.
     """
     require_known("`by`", by, BY, QueryError)
     require_known("score", score, FROM_ACTIVATIONS, QueryError)
     runs = _runs(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
     selected = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
-    pairs = list(islice(_pairs(selected, by, allow_mismatch), MOST_PAIRS + 1))
+    pairs = list(islice(_pairs(selected, by, allow_mismatch), MAX_PAIRS + 1))
     if not pairs:
         if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(selected, by, True), None):
             raise _not_comparable([profile.run for profile in selected])
         raise QueryError(f"No two profiles differ in {by} alone.", _available_readings(selected, by))
-    if len(pairs) > MOST_PAIRS:
+    if len(pairs) > MAX_PAIRS:
         raise QueryError(
-            f"{len(runs):,} runs make more than {MOST_PAIRS:,} pairs that differ in {by}.",
+            f"{len(runs):,} runs make more than {MAX_PAIRS:,} pairs that differ in {by}.",
             f"Compare fewer: avss compare -w {warehouse.root} --run 'smollm2-*', for example.",
         )
     indices = np.array(sorted(pairs), np.int64).T

@@ -27,7 +27,7 @@ from avss_dist.warehouse.schema import DAMAGED
 LEVEL = 0.05
 MATCHED = 0.1  # lengths of the answers of a pair differ by a tenth at most
 FOLLOWS_DEPTH = 0.9
-FEWEST_PAIRS = 10  # that a matched subset is tested on
+MIN_PAIRS = 10  # that a matched subset is tested on
 FEATURES = {"variance": "variance", "sparsity": "sparsity", "norm": "norm", "relative_magnitude": "update ratio"}
 BASELINES = {LOSS: "log_likelihood", ENTROPY: "token_entropy"}
 """Name of each baseline that is a prediction of the whole model, by metric."""
@@ -162,7 +162,7 @@ def layer_table(own_prompt: contrast_stats.Answers, other_prompt: contrast_stats
     columns |= {"p": p, "p_holm": contrast_stats.holm(p), "noise_floor": contrast_stats.noise_floor(own_prompt, recipe)}
     for name, slack in (("length_matched", MATCHED), ("position_matched", 0.0)):
         some = contrast_stats.length_matched(own_prompt, slack)
-        enough = len(some.pairs) >= FEWEST_PAIRS
+        enough = len(some.pairs) >= MIN_PAIRS
         nothing = np.full(len(p), np.nan)
         columns[name] = contrast_stats.observed(some, recipe) if enough else nothing
         columns[f"{name}_p"] = contrast_stats.holm(contrast_stats.permutation_p(some, recipe)) if enough else nothing
@@ -294,7 +294,7 @@ def _about_differences(rows: list[dict[str, Any]], where: str) -> list[str]:
     differ = _listed([row["layer"] for row in rows])
     words = [f"Layers that differ more than with labels exchanged {where} (Holm, {LEVEL:.0%}): {differ}."]
     if number is not None:
-        few = number < FEWEST_PAIRS
+        few = number < MIN_PAIRS
         words.append(f"With lengths matched ({number} pairs): {'too few pairs to tell' if few else matched}.")
     return [*words, f"Otherwise than for the same answers after another prompt: {prompt}."]
 

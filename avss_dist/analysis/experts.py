@@ -15,7 +15,7 @@ from avss_dist.stats.experts import ExpertStats, Float64
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 
-MOST_NAMED = 4  # layers of which a finding names the experts
+MAX_NAMED = 4  # layers of which a finding names the experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +95,8 @@ def _idle(layers: Sequence[LayerExperts]) -> Iterator[Row]:
     if not (affected := [one for one in layers if one.idle]):
         return
     idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
-    named = "; ".join(f"layer {one.layer}: {', '.join(map(str, one.idle[:8]))}" for one in affected[:MOST_NAMED])
-    more = "; ..." if len(affected) > MOST_NAMED else ""
+    named = "; ".join(f"layer {one.layer}: {', '.join(map(str, one.idle[:8]))}" for one in affected[:MAX_NAMED])
+    more = "; ..." if len(affected) > MAX_NAMED else ""
     message = (
         f"{idle} of {number} experts got no token of this text, in {layers_in_words([o.layer for o in affected])} "
         f"({named}{more}): nothing is known of them but that."

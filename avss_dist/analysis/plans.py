@@ -31,7 +31,7 @@ from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 
-MOST_TRIED = 20  # runs, the newest first
+MAX_TRIED = 20  # runs, the newest first
 
 
 def plan_layers(
@@ -74,7 +74,7 @@ def plan_layers(
 def plannable_run(warehouse: Warehouse, by: str | None) -> tuple[dict[str, Any], list[str]]:
     """Return the newest run whose layers have the score, and a line for each newer run that lacks it.
 
-    If none of the `MOST_TRIED` newest runs has the score, return the newest run.
+    If none of the `MAX_TRIED` newest runs has the score, return the newest run.
 
     Args:
         by: a name of ``registry.SCORES``. None selects `default_score`.
@@ -84,7 +84,7 @@ def plannable_run(warehouse: Warehouse, by: str | None) -> tuple[dict[str, Any],
     """
     runs = sorted(choose_runs(warehouse, (), every=True), key=lambda run: str(run["created_at"]), reverse=True)
     passed: list[str] = []
-    for run in runs[:MOST_TRIED]:
+    for run in runs[:MAX_TRIED]:
         try:
             _require_score(warehouse, run, by)
         except QueryError as error:

@@ -20,7 +20,7 @@ from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 
 ENDINGS = (".png", ".svg", ".html")
-MOST_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
+MAX_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
 PANEL = {"width": 300, "height": 210}
 COLORS = alt.Scale(scheme="tableau10")
 LOWEST_COLOR = "#d62728"

@@ -13,7 +13,7 @@ from avss_dist.core.text import describe_count
 from avss_dist.report.section import Chart, Section, page_number
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, decimals
 
-LEAST = 3  # experts of the lowest saliency that are named
+NUM_NAMED = 3  # experts of the lowest saliency that are named
 LARGEST_SHOWN = 4.0  # times an even share, where the color ends
 
 
@@ -97,7 +97,7 @@ def _numbered_share(expert: tuple[int, float]) -> str:
 
 
 def _least(layer: LayerExperts) -> str:
-    order = np.argsort(layer.saliency, kind="stable")[:LEAST]
+    order = np.argsort(layer.saliency, kind="stable")[:NUM_NAMED]
     return ", ".join(map(str, order.tolist()))
 
 

@@ -17,7 +17,7 @@ from avss_dist.stats.layer_stats import Float64
 
 Ints = NDArray[np.integer[Any]]
 PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks have 86% of the weight
-FEWEST = 3  # values that a correlation needs
+MIN_VALUES = 3  # values that a correlation needs
 ALL_DEPTH = 1e-9  # what is left of the variance of ranks beside depth, where nothing is but rounding
 TWO_SIDED_95 = 1.959964  # the quantile 0.975 of the normal distribution
 
@@ -47,7 +47,7 @@ def spearman(a: Float64, b: Float64) -> float:
     """
     both = np.isfinite(a) & np.isfinite(b)
     a, b = a[both], b[both]
-    if len(a) < FEWEST or np.ptp(a) == 0 or np.ptp(b) == 0:
+    if len(a) < MIN_VALUES or np.ptp(a) == 0 or np.ptp(b) == 0:
         return np.nan
     return float(np.corrcoef(average_ranks(a), average_ranks(b))[0, 1])
 

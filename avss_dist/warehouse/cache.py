@@ -28,7 +28,7 @@ from avss_dist.warehouse.schema import SCHEMA_VERSION
 PICKED_BY = {"runs": [], "scores": ["site", "recipe", "threshold_kind", "threshold"]}
 """Tables that are copied, with the columns that queries select by. Rows with equal values in them are a row group."""
 
-FEWEST, MOST = 64, 128  # files that make a part; fewer are read where they are
+MIN_FILES, MAX_FILES = 64, 128  # files that make a part; fewer are read where they are
 _FILES = b"avss_files"
 
 Files = Mapping[str, str]  # by path: what tells whether the file has changed
@@ -46,13 +46,13 @@ def copied_rows(
         schema: schema of the table.
         read: opens files of a table.
     """
-    if name not in PICKED_BY or len(files) < FEWEST:
+    if name not in PICKED_BY or len(files) < MIN_FILES:
         return None, files
     key = hashlib.sha256(f"{root}\n{SCHEMA_VERSION}\n{schema}".encode()).hexdigest()[:32]
     folder = cache_folder("tables", key, name)
     parts = _current_parts(folder, files)
     missing = sorted(files.keys() - {path for holds in parts.values() for path in holds})
-    chunks = [missing[i : i + MOST] for i in range(0, len(missing), MOST) if len(missing) - i >= FEWEST]
+    chunks = [missing[i : i + MAX_FILES] for i in range(0, len(missing), MAX_FILES) if len(missing) - i >= MIN_FILES]
     for chunk in tracked(chunks, f"Copying the {name} of {len(missing):,} runs, once"):
         holds = {path: files[path] for path in chunk}
         with suppress(OSError, pa.ArrowException):  # where a file is damaged, all of the chunk are read where they are

@@ -27,8 +27,8 @@ INT16_LIST, INT32_LIST, INT64_LIST = pa.list_(pa.int16()), pa.list_(INT32), pa.l
 FLOAT32_LIST, FLOAT64_LIST, STRING_LIST = pa.list_(pa.float32()), pa.list_(FLOAT64), pa.list_(STRING)
 MAP, TIME = pa.map_(STRING, STRING), pa.timestamp("us", "UTC")
 
-MOST_LAYERS = 100_000
-COUNT, INDEX, SHARE, SIZE = (0, 2**62), (0, MOST_LAYERS), (0, 1), (0, 1e300)  # bounds of columns
+MAX_INDEX = 100_000
+COUNT, INDEX, SHARE, SIZE = (0, 2**62), (0, MAX_INDEX), (0, 1), (0, 1e300)  # bounds of columns
 THRESHOLD_KINDS = ("absolute", "rms")
 _TIMES = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # microseconds of the years 1 to 9999, which Python has
 
@@ -225,7 +225,7 @@ TABLES: dict[str, Table] = {
             Column("training_step", INT64, "optimizer step at which it was saved, by its name"),
             Column("training_tokens", INT64, "text that was read until then, by its name", "tokens"),
             Column("architecture", STRING, "class of the model"),
-            Column("num_layers", INT64, "layers of the model", bounds=(1, MOST_LAYERS)),
+            Column("num_layers", INT64, "layers of the model", bounds=(1, MAX_INDEX)),
             Column("hidden_size", INT64, "width of the residual stream", "channels"),
             Column("num_parameters", INT64, "parameters of the model"),
             Column("dtype", STRING, "compute dtype: float32, bfloat16, float16"),

@@ -188,7 +188,7 @@ def test_what_is_not_comparable_is_refused_by_name(tmp_path: Path, columns: dict
 
 
 def test_more_pairs_than_a_comparison_takes_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avss_dist.analysis.compare.MOST_PAIRS", 5)
+    monkeypatch.setattr("avss_dist.analysis.compare.MAX_PAIRS", 5)
     with pytest.raises(QueryError, match="4 runs make more than 5 pairs that differ in run") as caught:
         pairs(root, allow_mismatch=True)
     assert caught.value.hint == f"Compare fewer: avss compare -w {root} --run 'smollm2-*', for example."

@@ -17,7 +17,7 @@ from support.experiments import run_job_in
 from support.processes import wait_until
 
 from avss_dist.analysis.plans import plan_layers
-from avss_dist.analysis.reliability import FEWEST_SETS
+from avss_dist.analysis.reliability import MIN_SETS
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.verdict import judgement, verdicts
 from avss_dist.core.errors import ConfigError, QueryError
@@ -227,7 +227,7 @@ def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[d
             assert row["share_of_ceiling"] == pytest.approx(row["spearman_loss"] / row["ceiling"])
             assert 0 <= row["misranked"] <= 1
         assert row["sets"] == len({tuple(one["drop"]) for one in rows if len(one["drop"]) > 1 and not one["repair"]})
-        assert row["spearman_sets"] is None or row["sets"] >= FEWEST_SETS
+        assert row["spearman_sets"] is None or row["sets"] >= MIN_SETS
     (published,) = (
         row
         for row in cards.to_pylist()

@@ -146,8 +146,8 @@ def test_without_a_run_that_can_be_read_it_is_an_error(root: Path) -> None:
 
 
 def test_damage_among_many_runs_is_not_copied(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cache, "FEWEST", 2)
-    monkeypatch.setattr(cache, "MOST", 8)
+    monkeypatch.setattr(cache, "MIN_FILES", 2)
+    monkeypatch.setattr(cache, "MAX_FILES", 8)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     truncate(file_of(root, "scores"))
     for _ in range(2):

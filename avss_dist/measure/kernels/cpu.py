@@ -14,7 +14,7 @@ from avss_dist.measure.kernels.base import PATTERNS, Accumulator, Updates, float
 from avss_dist.measure.kernels.loops import measure_float32, measure_patterns
 from avss_dist.measure.kernels.merging import merge_elements, merge_geometry, merge_patterns, merge_units
 
-MOST_ELEMENTS = 1 << 32  # that are counted in 32 bits before the counts are flushed
+MAX_ELEMENTS = 1 << 32  # that are counted in 32 bits before the counts are flushed
 
 
 class CpuKernels:
@@ -27,7 +27,7 @@ class CpuKernels:
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """See `kernels.base.Kernels`."""
-        rows = max(1, (MOST_ELEMENTS - 1) // (x.shape[1] * x.shape[2]))
+        rows = max(1, (MAX_ELEMENTS - 1) // (x.shape[1] * x.shape[2]))
         tensors = (x, mask) if before is None else (x, mask, before)
         for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
             self._add(into, *parts)

@@ -24,7 +24,7 @@ from avss_dist.report.section import Section
 from avss_dist.report.sparsity import sparsity_section
 from avss_dist.warehouse.reader import Warehouse
 
-MOST_SCORECARDS = 6  # runs
+MAX_SCORECARDS = 6  # runs
 Row = Mapping[str, Any]
 
 
@@ -115,7 +115,7 @@ def chapters(
 
 def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
     """Yield the score cards of the first runs whose ground truth is known."""
-    known = _with_truth(warehouse, runs)[:MOST_SCORECARDS]
+    known = _with_truth(warehouse, runs)[:MAX_SCORECARDS]
     every = score_cards(warehouse, known)
     best, all_rows = best_readings(every).to_pylist(), every.to_pylist()
     for run in known:

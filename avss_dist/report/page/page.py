@@ -36,7 +36,7 @@ from avss_dist.report.table import ReportColumn, ReportTable
 from avss_dist.warehouse.reader import Warehouse
 
 LINES = 40  # of a kind of finding; the others are counted
-MOST = 60  # runs that a page draws, the newest; all are in its overview
+MAX_RUNS = 60  # runs that a page draws, the newest; all are in its overview
 OVERVIEW = {
     "model": "model",
     "status": "status",
@@ -152,8 +152,8 @@ def _with_unreadable(
 
 
 def _newest(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the newest `MOST` runs, in the given order."""
-    newest = sorted((str(row["created_at"]), row["run_id"]) for row in runs)[-MOST:]
+    """Return the newest `MAX_RUNS` runs, in the given order."""
+    newest = sorted((str(row["created_at"]), row["run_id"]) for row in runs)[-MAX_RUNS:]
     return [row for row in runs if (str(row["created_at"]), row["run_id"]) in newest]
 
 

@@ -12,8 +12,8 @@ from avss_dist.core.settings import SITES
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.warehouse.checks import has_head
 
-MOST = 6  # runs, and tasks of each
-MOST_UNTRIED = 3  # runs of which nothing was left out yet
+MAX_LISTED = 6  # runs, and tasks of each
+MAX_UNTRIED = 3  # runs of which nothing was left out yet
 NOTHING = "Nothing was left out and evaluated yet: avss ablate --damage, avss plan, avss evaluate; or avss shrink."
 HEADLESS = "Not known: the model predicts no next token, so nothing here evaluates it without layers."
 Row = Mapping[str, Any]
@@ -67,7 +67,7 @@ def _selected_runs(
     untried: list[tuple[Row, WithoutLayers]] = []
     for run, known in zip(runs, without, strict=True):
         (evaluated if known.sets or run["run_id"] in in_experiments else untried).append((run, known))
-    return [*evaluated, *untried[:MOST_UNTRIED]][:MOST]
+    return [*evaluated, *untried[:MAX_UNTRIED]][:MAX_LISTED]
 
 
 def is_published(finding: Row) -> bool:
@@ -90,7 +90,7 @@ def _by_task(sets: Sequence[RemovedSet]) -> dict[str, list[RemovedSet]]:
     by_task: dict[str, list[RemovedSet]] = {}
     for removed in sets:
         by_task.setdefault(removed.series, []).append(removed)
-    return dict(list(by_task.items())[:MOST])
+    return dict(list(by_task.items())[:MAX_LISTED])
 
 
 def _largest_sets(sets: Sequence[RemovedSet]) -> list[str]:

@@ -17,7 +17,7 @@ from avss_dist.core.text import basename
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
 from avss_dist.report.terminal.tables import FittedTable
 
-MOST_PAIRS = 40  # shown on a terminal
+MAX_PAIRS = 40  # shown on a terminal
 WIDEST_LABELS = 36  # beside each other; longer ones are one below the other
 FEW = 3  # runs that a finding names, and messages of one kind, before they are only counted
 COLOR = {"warning": "yellow", "note": "dim"}
@@ -25,8 +25,8 @@ COLOR = {"warning": "yellow", "note": "dim"}
 
 def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
     """Return a table of pairs of `compare.SCHEMA` and a summary. Of many pairs it has the most and least alike."""
-    half = MOST_PAIRS // 2
-    left_out = max(0, len(pairs) - MOST_PAIRS)
+    half = MAX_PAIRS // 2
+    left_out = max(0, len(pairs) - MAX_PAIRS)
     ends = pairs if not left_out else pa.concat_tables([pairs[:half], pairs[-half:]])
     chosen = ends.to_pylist()
     table = FittedTable(ReportTable(columns=[*_label_columns(chosen), *_agreement_columns(chosen)], title=title))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-FEWEST = 3  # units after the warm-up
+MIN_UNITS = 3  # units after the warm-up
 WARM_UP_SHARE = 0.25  # of the time until the first unit: units that come so soon after it were begun with it
 STEADY_FACTOR = 1.3  # between the rates of the earlier and the later half
 REMEMBERED = 200  # units
@@ -60,7 +60,7 @@ class Pace:
         return max(0.0, amount / rate - (now - self._units[-1][0]))
 
     def _is_steady(self) -> bool:
-        if len(self._units) < FEWEST or self._warm is None:
+        if len(self._units) < MIN_UNITS or self._warm is None:
             return False
         middle = self._units[len(self._units) // 2 - 1]
         rates = _rate(self._warm, middle), _rate(middle, self._units[-1])

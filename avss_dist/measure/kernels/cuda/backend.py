@@ -10,7 +10,7 @@ import torch
 
 from avss_dist.measure.kernels.base import Accumulator, limits_on
 from avss_dist.measure.kernels.cuda.calls import (
-    MOST_CALLS,
+    MAX_CALLS,
     UNITS_A_WARP,
     chunk_of,
     layout,
@@ -104,7 +104,7 @@ class CudaKernels:
     def _add(
         self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None, kernel: str
     ) -> None:
-        if len(self._pending) == MOST_CALLS or any(call.into is into for call in self._pending):
+        if len(self._pending) == MAX_CALLS or any(call.into is into for call in self._pending):
             self.finish()
         into.reserve(x.numel())
         rows, tokens, units = x.shape

@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 
 UNITS_A_WARP, STRIP, RUN = 128, 32, 8  # as in common.cu
-MOST_CALLS = 8
+MAX_CALLS = 8
 ENOUGH_ITEMS = 4096  # for every warp of a large card
-LEAST_CHUNK = 16  # tokens; chunks are multiples of it
+MIN_CHUNK = 16  # tokens; chunks are multiples of it
 ALIGNMENT = 256
 
 NUMBERS = {torch.bfloat16: 0, torch.float16: 16, torch.float32: 32}  # DTYPE in common.cu
@@ -64,7 +64,7 @@ def chunk_of(rows: int, tokens: int, units: int) -> int:
     The order of float sums depends on it, so it is a function of shapes only.
     """
     chunks = -(-ENOUGH_ITEMS // (rows * -(-units // UNITS_A_WARP)))
-    return -(-tokens // (chunks * LEAST_CHUNK)) * LEAST_CHUNK
+    return -(-tokens // (chunks * MIN_CHUNK)) * MIN_CHUNK
 
 
 @lru_cache(maxsize=64)
@@ -101,4 +101,4 @@ def record(values: dict[str, int]) -> bytes:
 
 def records(calls: list[bytes]) -> bytes:
     """Return the bytes of a ``struct Calls``."""
-    return struct.pack("q", len(calls)) + b"".join(calls).ljust(MOST_CALLS * 8 * len(fields()), b"\0")
+    return struct.pack("q", len(calls)) + b"".join(calls).ljust(MAX_CALLS * 8 * len(fields()), b"\0")
