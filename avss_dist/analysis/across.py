@@ -42,11 +42,11 @@ class RunAgreement:
 
         Runs are numbered from 1, as in labels.
         """
-        whole, given = summarize(self.spearman), summarize(self.given_depth)
+        whole, given_depth = summarize(self.spearman), summarize(self.given_depth)
         if not whole.count:
             return ""
         median = f"The median of {count_of(whole.count, 'pair')} is {whole.median:z.3f}"
-        beside_depth = f", and {given.median:z.3f} given depth" if given.count else ""
+        beside_depth = f", and {given_depth.median:z.3f} given depth" if given_depth.count else ""
         first, second = self.pairs[np.nanargmin(self.spearman)] + 1
         return f"{median}{beside_depth}; least alike are runs {first} and {second} ({whole.lowest:z.3f})."
 

@@ -161,12 +161,12 @@ def layer_table(own_prompt: contrast_stats.Answers, other_prompt: contrast_stats
     p = contrast_stats.permutation_p(own_prompt, recipe)
     columns |= {"p": p, "p_holm": contrast_stats.holm(p), "noise_floor": contrast_stats.noise_floor(own_prompt, recipe)}
     for name, slack in (("length_matched", MATCHED), ("position_matched", 0.0)):
-        some = contrast_stats.length_matched(own_prompt, slack)
-        enough = len(some.pairs) >= MIN_PAIRS
+        matched = contrast_stats.length_matched(own_prompt, slack)
+        enough = len(matched.pairs) >= MIN_PAIRS
         nothing = np.full(len(p), np.nan)
-        columns[name] = contrast_stats.observed(some, recipe) if enough else nothing
-        columns[f"{name}_p"] = contrast_stats.holm(contrast_stats.permutation_p(some, recipe)) if enough else nothing
-        columns[f"{name}_pairs"] = np.full(len(p), len(some.pairs))
+        columns[name] = contrast_stats.observed(matched, recipe) if enough else nothing
+        columns[f"{name}_p"] = contrast_stats.holm(contrast_stats.permutation_p(matched, recipe)) if enough else nothing
+        columns[f"{name}_pairs"] = np.full(len(p), len(matched.pairs))
     columns["after_another"] = contrast_stats.observed(other_prompt, recipe)
     with_own, with_other = (
         contrast_stats.weighted_deviation(a, recipe, own_prompt.pairs, left_out) for a in (own_prompt, other_prompt)

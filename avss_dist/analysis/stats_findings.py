@@ -165,10 +165,10 @@ def _largest_shares(rows: Rows, shares_of: Callable[..., Float64]) -> list[tuple
     """Return (share, unit, layer) of the largest unit of each layer whose shares are defined."""
     result = []
     for size in sorted({row["unit_sum"].size for row in rows}):
-        alike = [row for row in rows if row["unit_sum"].size == size]
-        sums, squares = (np.stack([row[name] for row in alike]) for name in ("unit_sum", "unit_sum_sq"))
-        shares = shares_of(sums, squares, np.array([[row["unit_count"]] for row in alike]))
-        largest = zip(shares.max(axis=1).tolist(), shares.argmax(axis=1).tolist(), alike, strict=True)
+        of_size = [row for row in rows if row["unit_sum"].size == size]
+        sums, squares = (np.stack([row[name] for row in of_size]) for name in ("unit_sum", "unit_sum_sq"))
+        shares = shares_of(sums, squares, np.array([[row["unit_count"]] for row in of_size]))
+        largest = zip(shares.max(axis=1).tolist(), shares.argmax(axis=1).tolist(), of_size, strict=True)
         result += [(share, unit, row["layer"]) for share, unit, row in largest if np.isfinite(share)]
     return result
 

@@ -40,10 +40,10 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         guess = kept_by_guess(of_task, metric)
         of_task = [row for row in of_task if row["metric"] == metric and _is_of_claim(row)]
         for repair in dict.fromkeys(row.get("repair") for row in of_task if not _is_whole(row)):
-            alike = [row for row in of_task if _is_whole(row) or row.get("repair") == repair]
-            claim = _published_row(alike, "avss")
+            same_repair = [row for row in of_task if _is_whole(row) or row.get("repair") == repair]
+            claim = _published_row(same_repair, "avss")
             if claim is not None:
-                paragraphs.append(f"{task}: {' '.join(_sentences(claim, alike, guess))}")
+                paragraphs.append(f"{task}: {' '.join(_sentences(claim, same_repair, guess))}")
     return paragraphs
 
 

@@ -155,12 +155,12 @@ class RepairFitter:
         shape = self._source.value(projection.layer.index, f"{projection.linear}.weight").shape
         transposed = is_transposed(projection.layer.module.get_submodule(projection.linear))
         inputs, outputs = shape if transposed else shape[::-1]
-        given = sum(int(split.fitted.sum()) for split in self._splits)
+        num_tokens = sum(int(split.fitted.sum()) for split in self._splits)
         needed = REPAIRS[repair].tokens_needed(inputs, outputs)
-        if given < needed:
+        if num_tokens < needed:
             fewer = [name for name, method in REPAIRS.items() if method.tokens_needed(inputs, outputs) < needed]
             raise CorpusError(
-                f"The repair {repair} of this model needs {needed:,} tokens to fit to at least; {given:,} are given.",
+                f"The repair {repair} of this model needs at least {needed:,} tokens to fit to, not {num_tokens:,}.",
                 "Give more text, raise `max_sequences`"
                 + (f", or choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})." if fewer else "."),
             )

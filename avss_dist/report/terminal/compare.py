@@ -97,10 +97,10 @@ def summary(pairs: pa.Table) -> str:
 
 def _given_depth(pairs: pa.Table) -> str:
     """Return a sentence on the correlations given depth."""
-    given = summarize(pairs["given_depth"].to_numpy())
-    if not given.count:
+    given_depth = summarize(pairs["given_depth"].to_numpy())
+    if not given_depth.count:
         return "Given depth, nothing is left to compare: one of each pair is the order of the layers."
-    return f"Given depth (a partial correlation), {_median(given)}: {_strength(given)}."
+    return f"Given depth (a partial correlation), {_median(given_depth)}: {_strength(given_depth)}."
 
 
 def _median(rho: CorrelationSummary) -> str:
