@@ -15,7 +15,7 @@ from avss_dist.stats.experts import ExpertStats, Float64
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 
-MAX_NAMED = 4  # layers of which a finding names the experts
+MAX_NAMED = 4  # layers whose experts a finding names
 
 
 @dataclass(frozen=True, eq=False)

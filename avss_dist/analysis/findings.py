@@ -205,7 +205,7 @@ def _tracks_depth(rows: Rows, _: Threshold) -> Check:
 
 def _noisy_sparsity(rows: Rows, threshold: Threshold) -> Check:
     noisy = sum(row["near_zero_count"] < NOISY_BELOW for row in rows if row["near_zero_count"] is not None)
-    if rows[0]["recipe"] == "unit" or not noisy:  # it counts units, of which there are few
+    if rows[0]["recipe"] == "unit" or not noisy:  # the recipe counts units, which are few
         return
     lowest, highest = min(_column(rows, "near_zero_count")), max(_column(rows, "near_zero_count"))
     no_interval = f" No interval below {MINIMUM_NEAR_ZERO}." if lowest < MINIMUM_NEAR_ZERO else ""

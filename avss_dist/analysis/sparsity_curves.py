@@ -11,7 +11,7 @@ from typing import Any
 from avss_dist.analysis.verdict import describe_task, primary_metric, retention_interval
 from avss_dist.core.names import FARTHEST_MAP, MAPS_WITHIN, SPARSITY
 
-ENOUGH = (0.99, 0.95)  # retentions of which the critical sparsity is given
+ENOUGH = (0.99, 0.95)  # retentions whose critical sparsity is reported
 
 Row = Mapping[str, Any]  # of the table `experiments`
 

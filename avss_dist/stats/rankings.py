@@ -18,7 +18,7 @@ from avss_dist.stats.layer_stats import Float64
 Ints = NDArray[np.integer[Any]]
 PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks have 86% of the weight
 MIN_VALUES = 3  # values that a correlation needs
-ALL_DEPTH = 1e-9  # what is left of the variance of ranks beside depth, where nothing is but rounding
+ALL_DEPTH = 1e-9  # share of the variance of ranks, beside depth, that is rounding alone
 TWO_SIDED_95 = 1.959964  # the quantile 0.975 of the normal distribution
 
 

@@ -182,7 +182,7 @@ class SiteTable:
         variance, (near_zero, count, *_) = self._variance(recipe)[0], _SPARSITY[recipe](self, threshold)
         literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), np.nan)
         score = avss(variance, near_zero, count, smoothed=True)
-        finite = self.column("nonfinite_count") == 0  # what is left of a layer that overflows is no measure of it
+        finite = self.column("nonfinite_count") == 0  # the finite rest does not measure a layer that overflows
         low = high = lowest = np.full(len(score), np.nan)
         if (parts := self.weighted_parts(recipe, threshold)) is not None:
             weighted = avss(*parts, smoothed=True)

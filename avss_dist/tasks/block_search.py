@@ -26,7 +26,7 @@ from avss_dist.tasks.base import Row
 
 GREEDY, GREEDY_ERROR = "greedy:", "greedy_error"
 HILL, KS = "hill:", "ks:"  # before the path of a map: the exponent of its spectrum
-JUDGED = 4  # one part in so many of a row's tokens, the last, judges: TEAL's
+JUDGED = 4  # the error is measured on the last 1 / 4 of a row's tokens, as in TEAL
 ENOUGH = 0.9  # sparsity of the block at which it ends: TEAL's
 
 _BATCH: ContextVar[int] = ContextVar("batch")

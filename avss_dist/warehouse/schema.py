@@ -180,7 +180,7 @@ _EXPERT = (
 )
 _EXPERT_REQUIRED = frozenset({column.name for column in _EXPERT} - {"router_entropy_sum"})
 _STRATUM = Column("stratum", STRING, "of paired text, the label of the answers, and whether they follow another prompt")
-_OF_ROWS = {"count": INT64, "near_zero": INT64_LIST}  # what is no float
+_OF_ROWS = {"count": INT64, "near_zero": INT64_LIST}  # columns that are not floats
 _TASK = Column(
     "task",
     STRING,

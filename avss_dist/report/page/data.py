@@ -22,7 +22,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 DIGITS = 4  # significant ones, as many as the page shows
 CORRELATION_DIGITS = 3  # after the point
-FEWER = 3  # of the ends of intervals, of which a thousand resamples do not know more
+FEWER = 3  # significant digits of the ends of intervals, as many as a thousand resamples determine
 CHOICE = ("site", "recipe", "threshold_kind", "threshold")
 COLUMNS = {
     "layer": "layer",

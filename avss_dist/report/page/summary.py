@@ -13,7 +13,7 @@ from avss_dist.stats.rankings import count_lowest
 from avss_dist.warehouse.checks import has_head
 
 MAX_LISTED = 6  # runs, and tasks of each
-MAX_UNTRIED = 3  # runs of which nothing was left out yet
+MAX_UNTRIED = 3  # runs without any evaluated removal
 NOTHING = "Nothing was left out and evaluated yet: avss ablate --damage, avss plan, avss evaluate; or avss shrink."
 HEADLESS = "Not known: the model predicts no next token, so nothing here evaluates it without layers."
 Row = Mapping[str, Any]
