@@ -161,9 +161,9 @@ def _quantiles(
 def quantiles_of(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, Float64, Float64]:
     """Return the quantiles of abs(x) and their lower and upper bounds, each float64[shares].
 
-    A quantile is the smallest value that at least a share of the elements does not exceed. If values are cut, or only
-    the histogram is known, it is interpolated linearly between the edges of its bin, up to ``max_abs``. It is 0 if
-    exact zeros make up the share, and NaN without elements.
+    A quantile is the smallest value that at least a share of the elements does not exceed. If values are cut,
+    it is interpolated linearly between the bounds of the cut value, up to ``max_abs``. It is 0 if exact zeros make up
+    the share, and NaN without elements.
     """
     wanted = np.asarray(shares, float) * stats.count
     if not stats.count:

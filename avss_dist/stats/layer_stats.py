@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from avss_dist.stats.experts import ExpertStats
 from avss_dist.stats.histogram import (
     HISTOGRAM_BINS,
-    HISTOGRAM_EDGES,
     Values,
     bin_edges,
     histogram_below,
@@ -166,26 +165,15 @@ class LayerStats:
         return self.abs_value, self.abs_value_count
 
     @property
-    def has_every_value(self) -> bool:
-        """Whether ``abs_value_count`` counts all elements."""
-        return int(self.abs_value_count.sum()) == self.count
-
-    @property
     def bins(self) -> tuple[Float64, Float64, Int64]:
-        """Lower edges, upper edges and counts of the nonempty bins of abs(x), ascending.
-
-        The bins are the counted values if these cover all elements, else those of the histogram.
-        """
-        if self.has_every_value:
-            values = self.abs_value.astype(np.float64)
-            return values, next_cut(self.abs_value) if self.abs_value_cut else values, self.abs_value_count
-        filled = np.flatnonzero(self.histogram)
-        return HISTOGRAM_EDGES[filled], HISTOGRAM_EDGES[filled + 1], self.histogram[filled]
+        """Lower bounds, upper bounds and counts of the counted values of abs(x), ascending."""
+        values = self.abs_value.astype(np.float64)
+        return values, next_cut(self.abs_value) if self.abs_value_cut else values, self.abs_value_count
 
     def below(self, threshold: float) -> Below:
         """Return the number of elements with abs(x) < ``threshold``, with bounds, or 0 if the threshold is NaN.
 
-        The number is exact at counted thresholds and at the edges of `bins`. Elsewhere it is interpolated linearly.
+        The number is exact at counted thresholds and at the bounds of `bins`. Elsewhere it is interpolated linearly.
         """
         counted = np.flatnonzero(self.thresholds == threshold)
         if counted.size:
