@@ -20,7 +20,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 
 @dataclass(frozen=True)
-class Map:
+class LinearMap:
     """A linear map of a run: its location, its shape, and the statistics of its input."""
 
     layer: int
@@ -41,14 +41,14 @@ class Map:
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class MeasuredMaps:
     """The linear maps of a run whose inputs were measured."""
 
     run: Mapping[str, Any]
-    maps: tuple[Map, ...]
+    maps: tuple[LinearMap, ...]
 
     @staticmethod
-    def of_run(warehouse: Warehouse, run: Mapping[str, Any]) -> Measured:
+    def of_run(warehouse: Warehouse, run: Mapping[str, Any]) -> MeasuredMaps:
         """Read the linear maps of a row of ``runs``.
 
         Raises:
@@ -60,8 +60,10 @@ class Measured:
         stats = warehouse.read_layer_stats(run["run_id"])
         if any((layer, site) not in stats for layer, _, site, _, _ in described):
             raise _not_measured(warehouse, run)
-        maps = [Map(layer, path, site, out, given, stats[layer, site]) for layer, path, site, out, given in described]
-        return Measured(run, tuple(maps))
+        maps = [
+            LinearMap(layer, path, site, out, given, stats[layer, site]) for layer, path, site, out, given in described
+        ]
+        return MeasuredMaps(run, tuple(maps))
 
     @cached_property
     def sizes(self) -> Float64:
@@ -89,7 +91,7 @@ def require_target(target: float) -> None:
         raise ConfigError(f"`target` {target:g} is no sparsity.", "It is above 0 and below 1: 0.5 makes half zero.")
 
 
-def plan_uniform(measured: Measured, target: float, method: str = "uniform", **fields: Any) -> SparsityPlan:
+def plan_uniform(measured: MeasuredMaps, target: float, method: str = "uniform", **fields: Any) -> SparsityPlan:
     """Return a plan with the same sparsity in every linear map.
 
     ``method`` decides which inputs stay: those above a threshold, the largest of each token (``wina``), or those that
@@ -107,7 +109,7 @@ def plan_uniform(measured: Measured, target: float, method: str = "uniform", **f
     return make_plan(measured, sparsities, by, {"by": method, "target": target}, weighted=method == "wina", **fields)
 
 
-def _plan_pattern(measured: Measured, target: float, method: str, pattern: str, **fields: Any) -> SparsityPlan:
+def _plan_pattern(measured: MeasuredMaps, target: float, method: str, pattern: str, **fields: Any) -> SparsityPlan:
     """Return a plan in which a pattern, such as 2:4, alone decides which inputs are zero.
 
     Raises:
@@ -127,7 +129,7 @@ def _plan_pattern(measured: Measured, target: float, method: str, pattern: str, 
 
 
 def make_plan(
-    measured: Measured,
+    measured: MeasuredMaps,
     sparsities: Float64,
     by: str,
     why: Mapping[str, Any],
@@ -164,7 +166,7 @@ def make_plan(
     )
 
 
-def _planned(linear_map: Map, sparsity: float, by: str) -> MapPlan:
+def _planned(linear_map: LinearMap, sparsity: float, by: str) -> MapPlan:
     if by == TOP_K:
         value, expected = sparsity, int(sparsity * linear_map.inputs) / linear_map.inputs
     else:
@@ -195,7 +197,7 @@ def _shares_up_to(read: LayerStats, threshold: float) -> tuple[float, float]:
     return float(counts[upto].sum()) / max(total, 1.0), float((values * counts)[upto].sum()) / max(mass, 1e-300)
 
 
-def _findings(measured: Measured) -> Iterator[str]:
+def _findings(measured: MeasuredMaps) -> Iterator[str]:
     whole = set(range(measured.run["num_layers"]))
     for site in ("query_input", "neuron"):
         if missing := sorted(whole - {one.layer for one in measured.maps if one.site == site}):

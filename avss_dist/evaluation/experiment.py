@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.sparsity_plans import Measured
+from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.analysis.strata import Strata
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION, whole_layers
@@ -286,7 +286,7 @@ def _plan_sparsities(
     for trial in trials if experiment.sparsities else ():
         run = warehouse.run(trial.run.run_id)
         assert run is not None
-        measured, model = Measured.of_run(warehouse, run), trial.reading(experiment.sparsity_max_sequences)
+        measured, model = MeasuredMaps.of_run(warehouse, run), trial.reading(experiment.sparsity_max_sequences)
         text = plan_text(trial.checkpoint, trial.corpus, model.settings)
         source = CalibrationText(model=model, corpus=RedactedURI(trial.corpus), text=text)
         for method in experiment.sparsity_methods:

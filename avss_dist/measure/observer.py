@@ -24,7 +24,7 @@ from avss_dist.core.settings import INPUT_SITES
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels.base import Accumulator, Kernels, send_stats
 from avss_dist.measure.kernels.choose import kernels_for
-from avss_dist.measure.rows import ObservedTokens, PlacedRows, RowsOf, masks_by_stratum, row_tensors
+from avss_dist.measure.rows import ObservedTokens, PlacedRows, RowAccumulator, masks_by_stratum, row_tensors
 from avss_dist.models.experts import Experts, Routing, routing_of
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
 from avss_dist.partition.base import RowSplit
@@ -40,7 +40,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
-class Entered:
+class RunningLayer:
     """The running layer and the hidden states that it received.
 
     Attributes:
@@ -76,7 +76,7 @@ class Pass:
     tokens: dict[torch.device, ObservedTokens] = field(default_factory=dict)
     first_tokens: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
     calls: dict[nn.Module, int] = field(default_factory=dict)
-    entered: Entered | None = None
+    entered: RunningLayer | None = None
 
     def masks_on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the mask of each stratum on a device."""
@@ -381,7 +381,7 @@ class Observer:
         self._accumulators: dict[StratumKey, Accumulator] = {}
         self._stats: dict[StratumKey, LayerStats] = {}
         self._coming: list[tuple[list[StratumKey], Callable[[], list[LayerStats]]]] = []
-        self._of_rows: defaultdict[LayerKey, RowsOf] = defaultdict(RowsOf)
+        self._of_rows: defaultdict[LayerKey, RowAccumulator] = defaultdict(RowAccumulator)
         self._num_observed: Counter[int] = Counter()
         self._kernels: dict[torch.device, Kernels] = {}
         inputs = set(INPUT_SITES) & set(hooks.sites)  # of linear maps, whose every unit is summed
@@ -450,7 +450,7 @@ class Observer:
         layer = self._by_call.get((module, call))
         if layer is None:
             raise ModelError(f"A layer ran more often than when the model was opened ({call + 1} times in one pass).")
-        now.entered = Entered(layer, hidden, hidden._version if hidden is not None else 0)
+        now.entered = RunningLayer(layer, hidden, hidden._version if hidden is not None else 0)
 
     def leave(self, now: Pass, module: nn.Module, output: Any) -> None:
         """Add the statistics of a layer at its end."""
@@ -480,7 +480,7 @@ class Observer:
                 _, arrived = self._send(keys)
                 self._stats |= zip(keys, arrived(), strict=True)
 
-    def _add_block(self, now: Pass, entered: Entered, output: Any) -> None:
+    def _add_block(self, now: Pass, entered: RunningLayer, output: Any) -> None:
         layer, before = entered.layer, entered.hidden
         after = first_tensor(output)
         if after is None:

@@ -160,7 +160,7 @@ PlacedRows = tuple[np.ndarray, RowStats]
 
 
 @dataclass
-class RowsOf:
+class RowAccumulator:
     """Accumulator of the row statistics of one layer and site, batch by batch."""
 
     _places: list[np.ndarray] = field(default_factory=list)

@@ -49,7 +49,7 @@ def _empty_histogram() -> Int64:
     return np.zeros(HISTOGRAM_BINS, np.int64)
 
 
-class Below(NamedTuple):
+class NearZeroCount(NamedTuple):
     """Number of elements below a threshold.
 
     Attributes:
@@ -170,23 +170,23 @@ class LayerStats:
         values = self.abs_value.astype(np.float64)
         return values, next_cut(self.abs_value) if self.abs_value_cut else values, self.abs_value_count
 
-    def below(self, threshold: float) -> Below:
+    def below(self, threshold: float) -> NearZeroCount:
         """Return the number of elements with abs(x) < ``threshold``, with bounds, or 0 if the threshold is NaN.
 
         The number is exact at counted thresholds and at the bounds of `bins`. Elsewhere it is interpolated linearly.
         """
         counted = np.flatnonzero(self.thresholds == threshold)
         if counted.size:
-            return Below(*[float(self.near_zero[counted[0]])] * 3)
+            return NearZeroCount(*[float(self.near_zero[counted[0]])] * 3)
         if not threshold > 0:
-            return Below(0.0, 0.0, 0.0)
+            return NearZeroCount(0.0, 0.0, 0.0)
         lows, highs, counts = self.bins
         begun = np.searchsorted(lows, threshold)
         high = float(counts[:begun].sum())
         if not begun or highs[begun - 1] <= threshold:
-            return Below(high, high, high)
+            return NearZeroCount(high, high, high)
         low, edge = float(counts[: begun - 1].sum()), lows[begun - 1]
-        return Below(low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high)
+        return NearZeroCount(low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high)
 
     def share_below(self, threshold: float) -> float:
         """Return the share below a threshold of the elements in its histogram bin, or 0 if the bin is empty."""

@@ -56,7 +56,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
+class TableInfo:
     """A table of the warehouse.
 
     Attributes:
@@ -210,8 +210,8 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-TABLES: dict[str, Table] = {
-    "runs": Table(
+TABLES: dict[str, TableInfo] = {
+    "runs": TableInfo(
         "one row for each run: what ran, on what, with what, how fast",
         (
             _RUN_ID,
@@ -265,7 +265,7 @@ TABLES: dict[str, Table] = {
         ),
         _names("status model"),
     ),
-    "scores": Table(
+    "scores": TableInfo(
         "one row for each layer, site, recipe and threshold of a run",
         (
             _RUN_ID,
@@ -308,13 +308,13 @@ TABLES: dict[str, Table] = {
         ),
         _names("layer layer_name depth site recipe threshold threshold_kind"),
     ),
-    "layer_stats": Table(
+    "layer_stats": TableInfo(
         "one row for each layer and site of a run: the statistics that scores are computed from",
         (_RUN_ID, *_MODEL, *_PLACE, *_STATS),
         _names("layer layer_name depth site count mean m2 thresholds near_zero nonfinite_count max_abs")
         | _names("histogram_bin histogram_count"),
     ),
-    "shard_stats": Table(
+    "shard_stats": TableInfo(
         "the same for each shard, to resume and to resample",
         (
             _RUN_ID,
@@ -327,7 +327,7 @@ TABLES: dict[str, Table] = {
         ),
         _names("shard_id content_hash"),
     ),
-    "evaluations": Table(
+    "evaluations": TableInfo(
         "one row for each metric of a task and a model, whole or without layers",
         (
             *_EVALUATION,
@@ -341,7 +341,7 @@ TABLES: dict[str, Table] = {
         ),
         _names("task metric drop"),
     ),
-    "cells": Table(
+    "cells": TableInfo(
         "what evaluations are combined from: one row for each part of a task",
         (
             *_EVALUATION,
@@ -354,7 +354,7 @@ TABLES: dict[str, Table] = {
         ),
         _names("task metric drop part samples weights"),
     ),
-    "experiments": Table(
+    "experiments": TableInfo(
         "one row for each metric of a model without the layers that a method chose",
         (
             Column("run_id", STRING, "the run whose scores chose the layers"),
@@ -396,7 +396,7 @@ TABLES: dict[str, Table] = {
         ),
         _names("method share task metric drop"),
     ),
-    "sparsity": Table(
+    "sparsity": TableInfo(
         "one row for each linear map of a sparsity plan: which of its inputs become zero",
         (
             Column("run_id", STRING, "the run that the plan was made of"),
@@ -420,12 +420,12 @@ TABLES: dict[str, Table] = {
         ),
         _names("sparsity_plan method target rule layer map site outputs inputs by value sparsity created_at"),
     ),
-    "stratum_stats": Table(
+    "stratum_stats": TableInfo(
         "as layer_stats, for each stratum of paired text",
         (_RUN_ID, *_MODEL, _STRATUM, *_PLACE, *_STATS),
         _names("stratum layer site count thresholds near_zero nonfinite_count"),
     ),
-    "row_stats": Table(
+    "row_stats": TableInfo(
         "one row for each answer of paired text, layer and site",
         (
             _RUN_ID,
@@ -441,12 +441,12 @@ TABLES: dict[str, Table] = {
         ),
         _names("row pair stratum layer site answer_tokens count near_zero"),
     ),
-    "expert_stats": Table(
+    "expert_stats": TableInfo(
         "one row for each layer and routed expert of a run, of every token or of none",
         (_RUN_ID, *_MODEL, *_EXPERT),
         _EXPERT_REQUIRED,
     ),
-    "shard_expert_stats": Table(
+    "shard_expert_stats": TableInfo(
         "the same for each shard",
         (_RUN_ID, *_MODEL, _SHARD, *_EXPERT),
         _EXPERT_REQUIRED | {"shard_id"},

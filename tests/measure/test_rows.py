@@ -13,7 +13,7 @@ from support.observing import observe
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.observer import Pass
-from avss_dist.measure.rows import ObservedTokens, RowsOf, by_matrices, in_order, masks_by_stratum, row_tensors
+from avss_dist.measure.rows import ObservedTokens, RowAccumulator, by_matrices, in_order, masks_by_stratum, row_tensors
 from avss_dist.stats.rows import ROW_FIELDS
 
 GRID = np.array([0.25, 1.0])
@@ -98,7 +98,7 @@ def test_rows_come_in_the_order_of_their_places() -> None:
 
     parts = []
     for places in ([[7, 5], [1]], [[0, 9]]):
-        rows = RowsOf()
+        rows = RowAccumulator()
         for some in places:
             rows.add(np.array(some), {k: torch.tensor([p + v[0] for p in some]) for k, v in batch(0, 1).items()})
         parts.append(rows.to_stats(tensor.numpy() for tensor in rows.tensors()))

@@ -119,7 +119,7 @@ class Kernels(Protocol):
         """Complete pending additions. Accumulators are up to date only after this call, which ends every layer."""
 
 
-class Updates:
+class UpdateBuffer:
     """Buffer for differences ``after - before``. It is reused across layers, because fresh pages are expensive."""
 
     def __init__(self) -> None:

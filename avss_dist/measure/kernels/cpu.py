@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from avss_dist.measure.kernels.base import PATTERNS, Accumulator, Updates, float32_limits
+from avss_dist.measure.kernels.base import PATTERNS, Accumulator, UpdateBuffer, float32_limits
 from avss_dist.measure.kernels.loops import measure_float32, measure_patterns
 from avss_dist.measure.kernels.merging import merge_elements, merge_geometry, merge_patterns, merge_units
 
@@ -23,7 +23,7 @@ class CpuKernels:
     def __init__(self) -> None:
         self._counts = np.zeros(PATTERNS, np.uint32)
         self._scratch: dict[tuple[int, ...], _Scratch] = {}
-        self._updates = Updates()
+        self._updates = UpdateBuffer()
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """See `kernels.base.Kernels`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.measure.kernels.base import Accumulator, Tensors, Updates, limits_on
+from avss_dist.measure.kernels.base import Accumulator, Tensors, UpdateBuffer, limits_on
 from avss_dist.stats.histogram import CUT_SHIFT
 from avss_dist.stats.layer_stats import Float64
 
@@ -18,7 +18,7 @@ class TorchKernels:
     """Deterministic backend of torch operations without host transfers. Temporaries have up to `CHUNK` elements."""
 
     def __init__(self) -> None:
-        self._updates = Updates()
+        self._updates = UpdateBuffer()
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """See `kernels.base.Kernels`."""

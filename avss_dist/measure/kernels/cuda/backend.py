@@ -62,7 +62,7 @@ class CudaKernels:
 
     def __init__(self, launcher: Launcher, *, chunk: int | None = None) -> None:
         self._launcher, self._chunk = launcher, chunk
-        self._rooms: dict[int, _Room] = {}
+        self._rooms: dict[int, _CallMemory] = {}
         self._pending: list[_Pending] = []
         self._torch = TorchKernels()
         self._without: set[torch.dtype] = set()
@@ -136,11 +136,11 @@ class CudaKernels:
     ) -> dict[str, int]:
         """Return the addresses of a call's memory, by field. Each call that waits for `finish` has its own memory."""
         offsets, zeros, size = layout(shape, chunk, x.dtype, squared, compared)
-        room = self._rooms.setdefault(len(self._pending), _Room())
+        room = self._rooms.setdefault(len(self._pending), _CallMemory())
         return room.addresses(offsets, zeros, size, x.device)
 
 
-class _Room:
+class _CallMemory:
     """Memory of one call, reused across layers: a part that kernels leave as zeros, and the rest."""
 
     def __init__(self) -> None:
