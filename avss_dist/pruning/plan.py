@@ -6,6 +6,7 @@ Layers count from 0. A sublayer is written ``attention.7`` or ``mlp.7``.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -96,12 +97,11 @@ class Plan(TabularResult):
 
     def __post_init__(self) -> None:
         number, removed = self.num_layers, joined(self.drop)
-        names = removal_names(self.drop)
         problems = []
-        if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        if repeated := [removal for removal, times in Counter(self.drop).items() if times > 1]:
             problems.append(PlanError(f"`drop` has {repeated[0]} twice.", "Keep one of them."))
-        contained = [removal for removal in self.drop if isinstance(removal, Sublayer) and removal.layer in self.drop]
-        if contained:
+        layers = {*whole_layers(self.drop)}
+        if contained := [entry for entry in self.drop if isinstance(entry, Sublayer) and entry.layer in layers]:
             sublayer = min(contained)
             problems.append(
                 PlanError(f"`drop` has {sublayer} and the whole layer {sublayer.layer}.", f"Leave out {sublayer}.")
