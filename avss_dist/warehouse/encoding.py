@@ -106,7 +106,10 @@ def parse(data: pa.Buffer) -> pa.Table:
         WarehouseError: a newer avss_dist wrote it.
         OSError, pa.ArrowException: it is damaged, or its schema is too old.
     """
-    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
     metadata = file.metadata.metadata or {}  # as stored; that of the Arrow schema is a second copy
     if (checksum := metadata.get(_CHECKSUM)) is not None:
         _verify(data, checksum)
