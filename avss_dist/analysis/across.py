@@ -94,8 +94,8 @@ def training_series(runs: Sequence[Row]) -> list[TrainingSeries]:
     for position, run in sorted(enumerate(runs), key=lambda item: in_training(item[1])):
         if run["series"] is not None and run["revision"] is not None:
             conditions = with_conditions(run)
-            alike = (condition(conditions, name) for name in CONDITIONS)
-            series.setdefault((run["series"], *alike), {})[run["revision"]] = position
+            equal_conditions = (condition(conditions, name) for name in CONDITIONS)
+            series.setdefault((run["series"], *equal_conditions), {})[run["revision"]] = position
     return [
         TrainingSeries(
             name=printable(key[0]),

@@ -90,11 +90,11 @@ def findings(
         A table of `SCHEMA`: warnings before notes, the default site and recipe before others, then ordered by `KINDS`.
     """
     threshold = threshold or Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
-    wanted = None if run_ids is None else set(run_ids)
+    wanted_ids = None if run_ids is None else set(run_ids)
     runs = [
         row
         for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")
-        if row["status"] == "done" and (wanted is None or row["run_id"] in wanted)
+        if row["status"] == "done" and (wanted_ids is None or row["run_id"] in wanted_ids)
     ]
     names = [run["run_id"] for run in runs]
     where = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)

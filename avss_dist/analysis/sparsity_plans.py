@@ -192,9 +192,9 @@ def _planned(linear_map: LinearMap, sparsity: float, by: str) -> MapPlan:
 def _shares_up_to(read: LayerStats, threshold: float) -> tuple[float, float]:
     """Return the share of elements with abs(x) up to a threshold, and their share of the sum of abs(x)."""
     values, counts = read.abs_value.astype(np.float64), read.abs_value_count
-    upto = values <= threshold
+    is_below = values <= threshold
     total, mass = float(counts.sum()), float((values * counts).sum())
-    return float(counts[upto].sum()) / max(total, 1.0), float((values * counts)[upto].sum()) / max(mass, 1e-300)
+    return float(counts[is_below].sum()) / max(total, 1.0), float((values * counts)[is_below].sum()) / max(mass, 1e-300)
 
 
 def _findings(measured: MeasuredMaps) -> Iterator[str]:

@@ -165,15 +165,15 @@ def quantiles_of(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, F
     it is interpolated linearly between the bounds of the cut value, up to ``max_abs``. It is 0 if exact zeros make up
     the share, and NaN without elements.
     """
-    wanted = np.asarray(shares, float) * stats.count
+    ranks = np.asarray(shares, float) * stats.count
     if not stats.count:
-        return (np.full(len(wanted), np.nan),) * 3
+        return (np.full(len(ranks), np.nan),) * 3
     lows, highs, counts = stats.bins
-    upto = np.cumsum(counts)
-    at = np.minimum(np.searchsorted(upto, wanted), len(upto) - 1)
-    low, high = lows[at], np.minimum(highs[at], stats.max_abs)
-    value = low + (high - low) * np.clip((wanted - upto[at]) / counts[at] + 1, 0, 1)
-    nothing = wanted <= stats.zero_count
+    cumulative = np.cumsum(counts)
+    places = np.minimum(np.searchsorted(cumulative, ranks), len(cumulative) - 1)
+    low, high = lows[places], np.minimum(highs[places], stats.max_abs)
+    value = low + (high - low) * np.clip((ranks - cumulative[places]) / counts[places] + 1, 0, 1)
+    nothing = ranks <= stats.zero_count
     return np.where(nothing, 0.0, value), np.where(nothing, 0.0, low), np.where(nothing, 0.0, high)
 
 

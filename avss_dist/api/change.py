@@ -82,7 +82,7 @@ def _count(run: Mapping[str, Any], budget: Budget, how: Mapping[str, Any]) -> in
     from avss_dist.evaluation.subjects import run_size
 
     if given := [name for name in ("share", "count", "mass") if how.get(name) is not None]:
-        raise ConfigError(f"{budget.given[0]} and `{given[0]}` are mutually exclusive.", "Keep one.")
+        raise ConfigError(f"{budget.fields_with_value[0]} and `{given[0]}` are mutually exclusive.", "Keep one.")
     return budget.count(run_size(run))
 
 

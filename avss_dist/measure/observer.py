@@ -162,15 +162,15 @@ class ExpertCounter:
             columns = torch.stack([gates * squares.sqrt(), elements, total, squares], dim=1)
             sums.outputs += chosen.T @ torch.where(finite[:, None], columns, 0)
 
-    def add_entropy(self, layer: int, experts: Experts, given: torch.Tensor) -> None:
+    def add_entropy(self, layer: int, experts: Experts, logits: torch.Tensor) -> None:
         """Add the router's entropy over the tokens that count.
 
         Args:
-            given: [tokens, experts], the router's output.
+            logits: [tokens, experts], the router's output.
         """
-        wide = given.double()
+        wide = logits.double()
         shares = wide / wide.sum(dim=-1, keepdim=True) if experts.normalized else wide.softmax(dim=-1)
-        self._sums_of(layer, experts, given.device).router[1] += torch.special.entr(shares).sum()
+        self._sums_of(layer, experts, logits.device).router[1] += torch.special.entr(shares).sum()
 
     def send(self) -> Callable[[], dict[int, ExpertStats]]:
         """Start the transfer of the sums, and return a function that waits for it and returns statistics by layer."""

@@ -70,8 +70,8 @@ def _search_all(linear: Float64, pairs: Float64, count: int) -> Sequence[int]:
         for start in range(0, len(first), step):
             chunk = first[start : start + step]
             values = _values(chunk, linear, pairs)[:, None] + alone + chunk @ across
-            if (least := values.min()) < best:
-                best = least
+            if (lowest := values.min()) < best:
+                best = lowest
                 i, j = np.unravel_index(values.argmin(), values.shape)
                 chosen = np.flatnonzero(chunk[i] + second[j])
     return chosen.tolist()

@@ -91,12 +91,12 @@ def search_for(
         raise ConfigError(f"A {choice.by} search begins with the whole model and takes no start sets.", "Use evolve.")
     steps: list[Removals] = [tuple(sublayers_of(free)), free] if choice.sublayers else [free]
     size = count * len(steps)
-    least = _least_budget(len(steps[0]), size) + (choice.by == "evolve")
-    if effort.budget is not None and effort.budget < least:
+    minimum = _least_budget(len(steps[0]), size) + (choice.by == "evolve")
+    if effort.budget is not None and effort.budget < minimum:
         raise ConfigError(
             f"`budget` {effort.budget} does not suffice for one step, with {count_removed(steps[0])} that may be "
             "dropped.",
-            f"It must be at least {least}.",
+            f"It must be at least {minimum}.",
         )
     width = effort.width or WIDTH
     if choice.by != "evolve":
@@ -104,7 +104,7 @@ def search_for(
     if effort.budget is None:
         raise ConfigError(
             "The search evolve needs a `budget`: it searches until it is used up.",
-            f"Set it to at least {least}; a greedy search takes {sum(range(len(free) - count + 1, len(free) + 1))}.",
+            f"Set it to at least {minimum}; a greedy search takes {sum(range(len(free) - count + 1, len(free) + 1))}.",
         )
     return _evolve(free, count, effort.budget, width, starts, choice.seed)
 

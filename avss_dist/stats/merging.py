@@ -101,9 +101,9 @@ def _add(
     return merge_stats((merged, {key: without_values(one) for key, one in shard.items()}))
 
 
-def _add_values(values: dict[Key, Values], more: Mapping[Key, Values]) -> None:
-    for key, some in more.items():
-        values[key] = merge_values(values[key], some) if key in values else some
+def _add_values(values: dict[Key, Values], added: Mapping[Key, Values]) -> None:
+    for key, counts in added.items():
+        values[key] = merge_values(values[key], counts) if key in values else counts
 
 
 def combine_blocks(blocks: Iterable[Block]) -> Merged:

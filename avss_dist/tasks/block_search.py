@@ -78,24 +78,24 @@ class GreedyBlock:
         return [*rows, Row(metric=GREEDY_ERROR, samples=np.array(errors), weights=ones, layer=self.layer)]
 
     def _search(self, block: _Block, cuts: dict[str, float]) -> tuple[list[dict[str, float]], list[float]]:
-        taken = dict.fromkeys(self.steps, 0)
+        steps_taken = dict.fromkeys(self.steps, 0)
         path, errors = [dict.fromkeys(self.steps, 0.0)], [0.0]
         while self._share(path[-1]) < ENOUGH:
-            tried = {}
-            for name, number in taken.items():
+            error_by_map = {}
+            for name, number in steps_taken.items():
                 if number < len(self.thresholds[name]):
                     before = dict(cuts)
                     cuts[name] = self.thresholds[name][number]
-                    tried[name] = block.error()
+                    error_by_map[name] = block.error()
                     cuts.clear()
                     cuts.update(before)
-            if not tried:
+            if not error_by_map:
                 break
-            best = min(tried, key=lambda name: tried[name])
-            cuts[best] = self.thresholds[best][taken[best]]
-            taken[best] += 1
-            path.append(path[-1] | {best: taken[best] * self.steps[best]})
-            errors.append(tried[best])
+            best = min(error_by_map, key=lambda name: error_by_map[name])
+            cuts[best] = self.thresholds[best][steps_taken[best]]
+            steps_taken[best] += 1
+            path.append(path[-1] | {best: steps_taken[best] * self.steps[best]})
+            errors.append(error_by_map[best])
         return path, errors
 
     def _share(self, at: Mapping[str, float]) -> float:

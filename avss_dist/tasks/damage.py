@@ -285,10 +285,10 @@ def _advanced(layer: Layer, call: LayerCall, hidden: torch.Tensor, forward: Call
     return _hidden(layer, forward(*moved.args, **moved.kwargs), hidden)
 
 
-def _hidden(layer: Layer, output: Any, given: torch.Tensor) -> torch.Tensor:
+def _hidden(layer: Layer, output: Any, layer_input: torch.Tensor) -> torch.Tensor:
     """Return the hidden states of a layer's output."""
     out = first_tensor(output)
-    if out is None or out.shape != given.shape:
+    if out is None or out.shape != layer_input.shape:
         raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
     return out
 

@@ -190,14 +190,14 @@ class RepairFitter:
 
         def add(number: int, whole: torch.Tensor, states: CutStates) -> None:
             nonlocal sums, size, counted
-            split, wanted = self._splits[number], whole.to(states.hidden.device).float()
-            scale = split.sink_scale(wanted)
+            split, target = self._splits[number], whole.to(states.hidden.device).float()
+            scale = split.sink_scale(target)
             x = scale * features_of(step, projection, states.linear, states.last)
-            y = scale * (wanted - states.hidden.float())
+            y = scale * (target - states.hidden.float())
             masks = [torch.from_numpy(mask).to(x.device) for mask in split.with_sinks()]
             sums = _add_batch(sums, x, y, masks, split.weight)
             counted += split.weight * float(scale[masks[0]].double().square().sum())
-            size += split.weight * float((scale * wanted)[masks[1]].double().square().sum())
+            size += split.weight * float((scale * target)[masks[1]].double().square().sum())
 
         self._source.visit(projection, cut.last, add, tracked(self._indices, description))
         (fitted, held_back), (size, counted) = self._all_reduce(sums, size, counted)

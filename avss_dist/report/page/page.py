@@ -81,9 +81,9 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
     # This and what follows complete `damaged`.
     rows_of_findings = findings(warehouse, run_ids=list(of_run)).to_pylist()
-    tried = warehouse.table("experiments", run_ids=list(of_run)).sort_by("created_at").to_pylist()
-    named = [{**row, "task": describe_task(row["task"])} for row in reversed(tried)]
-    about_runs = chapters(warehouse, drawn, of_run, tried)
+    experiments = warehouse.table("experiments", run_ids=list(of_run)).sort_by("created_at").to_pylist()
+    named = [{**row, "task": describe_task(row["task"])} for row in reversed(experiments)]
+    about_runs = chapters(warehouse, drawn, of_run, experiments)
     pictures = _pictures(about_runs)
     has_scores, has_charts = bool(data["choices"]), bool(data["choices"] or pictures)
     style, script, library = _part("page.css"), _part("page.js"), _library() if has_charts else Markup("")

@@ -24,7 +24,7 @@ def in_short(
     labels: Mapping[str, str],
     findings: Sequence[Row],
     without: Sequence[WithoutLayers],
-    tried: Sequence[Row],
+    experiments: Sequence[Row],
 ) -> list[dict[str, Any]]:
     """Return answers to the questions about a few runs, for the template. Runs with evaluated removals come first.
 
@@ -33,7 +33,7 @@ def in_short(
         labels: labels by run id.
         findings: rows of `findings`.
         without: by run, see `without_layers`.
-        tried: rows of ``experiments``, the newest first.
+        experiments: rows of ``experiments``, the newest first.
     """
     return [
         {
@@ -50,19 +50,19 @@ def in_short(
                 {
                     "question": f"What is kept without {CLAIMED_SHARE:.0%} of them?",
                     "lines": _outcome_of_claim(
-                        known.sets, count_lowest(run["num_layers"] or 0), [r for r in tried if _is_of(run, r)]
+                        known.sets, count_lowest(run["num_layers"] or 0), [r for r in experiments if _is_of(run, r)]
                     ),
                 },
             ],
         }
-        for run, known in _selected_runs(runs, without, tried)
+        for run, known in _selected_runs(runs, without, experiments)
     ]
 
 
 def _selected_runs(
-    runs: Sequence[Row], without: Sequence[WithoutLayers], tried: Sequence[Row]
+    runs: Sequence[Row], without: Sequence[WithoutLayers], experiments: Sequence[Row]
 ) -> list[tuple[Row, WithoutLayers]]:
-    in_experiments = {row["run_id"] for row in tried}
+    in_experiments = {row["run_id"] for row in experiments}
     evaluated: list[tuple[Row, WithoutLayers]] = []
     untried: list[tuple[Row, WithoutLayers]] = []
     for run, known in zip(runs, without, strict=True):
@@ -106,10 +106,10 @@ def _largest_sets(sets: Sequence[RemovedSet]) -> list[str]:
     return lines
 
 
-def _outcome_of_claim(sets: Sequence[RemovedSet], size: int, tried: Sequence[Row]) -> list[str]:
+def _outcome_of_claim(sets: Sequence[RemovedSet], size: int, experiments: Sequence[Row]) -> list[str]:
     """Return lines with the best set of the claimed size for each task, and with the outcome of the claim."""
     lines = []
     for task, of_task in _by_task(sets).items():
         of_size = (removed for removed in of_task if removed.size == size)
         lines += [f"{task}: {removed.retention:z.0%} at best, without {removed.dropped}." for removed in of_size]
-    return [*lines, *claim_in_short(tried)] or ["No such set was evaluated yet."]
+    return [*lines, *claim_in_short(experiments)] or ["No such set was evaluated yet."]

@@ -40,16 +40,16 @@ def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
 
 def _label_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
     """Return the columns that name the compared runs. Wide names are lines of one column."""
-    within = all(row["a_run_id"] == row["b_run_id"] for row in rows)
-    names = ["run", "a", "b"] if within else ["a", "b"]
-    labels = [_labels(row, within) for row in rows]
+    one_run = all(row["a_run_id"] == row["b_run_id"] for row in rows)
+    names = ["run", "a", "b"] if one_run else ["a", "b"]
+    labels = [_labels(row, one_run) for row in rows]
     if max((sum(map(len, label)) for label in labels), default=0) > WIDEST_LABELS:
         names, labels = [", ".join(names)], [["\n".join(label)] for label in labels]
     return [ReportColumn(name, [label[i] for label in labels], number=False) for i, name in enumerate(names)]
 
 
-def _labels(row: Mapping[str, Any], within: bool) -> list[str]:
-    if within:
+def _labels(row: Mapping[str, Any], one_run: bool) -> list[str]:
+    if one_run:
         return [row["a_run_id"], row["a"], row["b"]]
     if row["by"] == "run":
         return [row["a"], row["b"]]
@@ -163,11 +163,11 @@ def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         for share in dict.fromkeys(row["share"] for row in rows)
     ]
     exact = all(row["low"] == row["high"] for row in rows if row["low"] is not None)
-    within = "The truth lies close by: --format csv has the edges between which it is."
+    inexact = "The truth lies close by: --format csv has the edges between which it is."
     table = ReportTable(
         title=f"{rows[0]['run_id']}  {rows[0]['site']}",
         columns=[ReportColumn("layer", layers), *columns],
-        caption="Every one is exact: each value was counted." if exact else within,
+        caption="Every one is exact: each value was counted." if exact else inexact,
     )
     return FittedTable(table)
 
