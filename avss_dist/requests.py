@@ -8,23 +8,26 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
+from avss_dist.core.intervention import SPARSITY_RULES
+from avss_dist.core.registry import (
+    DRAWS,
+    FROM_ACTIVATIONS,
+    LOWEST_SHARE,
+    RECIPES,
+    SCORES,
+    SEARCHES,
+    SPARSITY_METHODS,
+    searches_instead,
+)
 from avss_dist.core.settings import (
     DEFAULT_WAREHOUSE,
-    DRAWS,
     EVERY_SITE,
-    LOWEST_SHARE,
     PUBLISHED_THRESHOLD,
-    RECIPES,
-    SEARCHES,
     SITES,
-    SPARSITY_METHODS,
-    SPARSITY_RULES,
     Bytes,
     Execution,
     Settings,
     Sizes,
-    searches_instead,
 )
 from avss_dist.core.validation import Check, Count, OneOf, PathOrText, Positive, Share, Text, Texts
 from avss_dist.options import SHARED, Option, PromptOptions, Request, request

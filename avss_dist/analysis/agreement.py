@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.core.settings import LOWEST_SHARE
+from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import (
-    FEWEST,
+    MIN_VALUES,
     align,
     count_lowest,
     given_depth,
@@ -45,8 +45,8 @@ AT_ONCE = 1024  # pairs, whose signs are a few MB
 
 def correlate(a: Scores, b: Scores, *, k: int | None = None, share: float = LOWEST_SHARE) -> dict[str, Any]:
     """Return the agreement of two scores as a value for each of `COLUMNS`. See `correlate_pairs`."""
-    found = correlate_pairs([a, b], np.array([0]), np.array([1]), k=k, share=share)
-    return {name: column[0].item() for name, column in found.items()}
+    columns = correlate_pairs([a, b], np.array([0]), np.array([1]), k=k, share=share)
+    return {name: column[0].item() for name, column in columns.items()}
 
 
 def correlate_pairs(
@@ -66,12 +66,12 @@ def correlate_pairs(
         is the order of depth itself. ``kendall`` is Kendall's tau-b. ``rbo`` is the rank-biased overlap from the
         lowest layer up (`rank_biased_overlap`). Correlations are NaN for fewer than three layers or a constant score.
     """
-    found = {name: np.full(len(a), np.nan) for name in COLUMNS}
+    columns = {name: np.full(len(a), np.nan) for name in COLUMNS}
     for chunk in tracked(list(_chunks(scores, a, b)), f"Comparing {len(a):,} pairs"):
         for name, values in _agreement(scores, a[chunk], b[chunk], k, share).items():
-            found[name][chunk] = values
+            columns[name][chunk] = values
     kinds = {"layers": np.int64, "k": np.int64, "shared": np.int64, "interpolated": np.bool_}
-    return {name: values.astype(kinds.get(name, np.float64)) for name, values in found.items()}
+    return {name: values.astype(kinds.get(name, np.float64)) for name, values in columns.items()}
 
 
 def rank_correlations(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple[Float64, Float64]:
@@ -116,8 +116,8 @@ def summarize(correlations: Float64) -> CorrelationSummary:
 
 def signs(values: Float64) -> Signs:
     """Return sign(value[i] - value[j]) for every pair of layers: int8[pairs, layers, layers]."""
-    one, other = values[:, :, None], values[:, None, :]
-    return (one > other).astype(np.int8) - (one < other).astype(np.int8)
+    row, column = values[:, :, None], values[:, None, :]
+    return (row > column).astype(np.int8) - (row < column).astype(np.int8)
 
 
 def _chunks(scores: Sequence[Scores], a: Indices, b: Indices) -> Iterator[Indices]:
@@ -137,9 +137,9 @@ def _agreement(
     size = min(k or count_lowest(n, share), n)
     order_x, order_y = (np.argsort(values, axis=1, kind="stable") for values in (x, y))  # ties: the earlier layer
     shared = ((np.argsort(order_x) < size) & (np.argsort(order_y) < size)).sum(axis=1)
-    by_chance, at_least = _by_chance(n, size)
+    by_chance, at_least = _expected_overlap(n, size)
     signs_x, signs_y = signs(x), signs(y)
-    defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= FEWEST)
+    defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= MIN_VALUES)
     rho = spearman_rows(x, y)
     return {
         "layers": np.full(len(x), n),
@@ -181,7 +181,7 @@ def _kendall(signs_x: Signs, signs_y: Signs) -> Float64:
 
 
 @cache
-def _by_chance(layers: int, size: int) -> tuple[float, Float64]:
+def _expected_overlap(layers: int, size: int) -> tuple[float, Float64]:
     """Return the expected Jaccard index of two random sets of ``size`` layers and P(overlap >= n), n = 0...``size``."""
     overlaps = np.arange(size + 1)
     ways = [comb(size, int(overlap)) * comb(layers - size, size - int(overlap)) for overlap in overlaps]

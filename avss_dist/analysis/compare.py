@@ -21,9 +21,8 @@ from avss_dist.analysis.rank_matrix import RankMatrix
 from avss_dist.analysis.similarity import SimilarityMap, similarity_map
 from avss_dist.analysis.thresholds import scores_at
 from avss_dist.core.errors import QueryError, require_known
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
+from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import LOWEST_SHARE
 from avss_dist.core.text import count_of, describe_threshold
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
@@ -38,7 +37,7 @@ ACROSS_MODELS = ("run", "family", "size", "revision")
 WITHIN = ("recipe", "threshold", "site", "score")
 BY = (*BETWEEN, *WITHIN)
 READING = ("site", "recipe", "threshold", "threshold_kind")
-MOST_PAIRS = 1_000_000  # that are listed: those of 1,400 runs
+MAX_PAIRS = 1_000_000  # that are listed: those of 1,400 runs
 EXTREMES = 500  # pairs most alike, and as many least alike, that are listed of more
 SIZES = (0.5e9, 1.5e9, 4e9, 10e9, 40e9, 150e9)
 """Numbers of parameters between the groups of a comparison by size."""
@@ -146,7 +145,7 @@ def compare(
     k: int | None = None,
     share: float = LOWEST_SHARE,
     allow_mismatch: bool = False,
-    most_listed: int = MOST_PAIRS,
+    max_listed: int = MAX_PAIRS,
     mapped: bool = False,
 ) -> RankingComparison:
     """Correlate every two profiles that differ in ``by`` and otherwise at most in the model.
@@ -163,7 +162,7 @@ def compare(
         site, recipe, threshold, score: selection of profiles. The one that ``by`` names is ignored.
         k: number of lowest layers to compare. By default, ``share`` of the layers.
         allow_mismatch: also compare runs under different conditions.
-        most_listed: number of pairs up to which all are listed. Of more, the `EXTREMES` are.
+        max_listed: number of pairs up to which all are listed. Of more, the `EXTREMES` are.
         mapped: also make a similarity map. It shows runs, so ``by`` is a property of runs.
 
     Raises:
@@ -176,34 +175,39 @@ def compare(
         raise QueryError(f"A map shows runs, and `by` {by} compares readings of one run.", "Compare by run or family.")
     runs = _runs(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
-    found = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
-    survey = _survey(found, by, allow_mismatch) if by in BETWEEN else None
-    if survey is None or survey.number <= most_listed:
-        indices = np.array(sorted(_pairs(found, by, allow_mismatch)), np.int64).reshape(-1, 2).T
-    else:
+    selected = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
+    survey = _survey(selected, by, allow_mismatch) if by in BETWEEN else None
+    if survey is not None and survey.number > max_listed:
         indices = survey.extremes
+    else:
+        indices = np.array(sorted(_pairs(selected, by, allow_mismatch)), np.int64).reshape(-1, 2).T
     if not indices.size:
-        if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(found, by, True), None):
-            raise _not_comparable([profile.run for profile in found])
-        raise QueryError(f"No two profiles differ in {by} alone.", _what_there_is(found, by))
-    pairs = _table(found, indices, by, k, share)
+        raise _no_pair(selected, by, allow_mismatch)
+    pairs = _table(selected, indices, by, k, share)
     return RankingComparison(
         pairs=pairs,
         number=survey.number if survey else len(pairs),
         spearman=_summary(pairs, survey, "spearman"),
         given_depth=_summary(pairs, survey, "given_depth"),
         groups=survey.groups if survey else GROUPS.empty_table(),
-        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(_scored(found))),
-        left_out=_left_out(runs, found, _compared(found, by, allow_mismatch), by),
-        similarity=_map(found, by, allow_mismatch) if mapped else None,
+        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(_scored(selected))),
+        left_out=_left_out(runs, selected, _compared(selected, by, allow_mismatch), by),
+        similarity=_map(selected, by, allow_mismatch) if mapped else None,
     )
 
 
-def _map(found: Sequence[Profile], by: str, allow_mismatch: bool) -> SimilarityMap:
+def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> QueryError:
+    """Return the error for profiles of which no two are comparable."""
+    if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(selected, by, True), None):
+        return _not_comparable([profile.run for profile in selected])
+    return QueryError(f"No two profiles differ in {by} alone.", _available_readings(selected, by))
+
+
+def _map(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> SimilarityMap:
     """Return the similarity map of the profiles under the most frequent conditions."""
-    conditions = [_shared(profile, "run", allow_mismatch) for profile in found]
+    conditions = [_shared(profile, "run", allow_mismatch) for profile in selected]
     (most_frequent, _), *_ = Counter(conditions).most_common(1)
-    shown = [profile for profile, key in zip(found, conditions, strict=True) if key == most_frequent]
+    shown = [profile for profile, key in zip(selected, conditions, strict=True) if key == most_frequent]
     shown.sort(key=lambda profile: str(profile.run["created_at"]))
     return similarity_map(
         RankMatrix([profile.scores for profile in shown]),
@@ -219,7 +223,7 @@ def _summary(pairs: pa.Table, survey: PairSurvey | None, name: str) -> Correlati
     return survey.summary(name)
 
 
-def _survey(found: Sequence[Profile], by: str, allow_mismatch: bool) -> PairSurvey:
+def _survey(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> PairSurvey:
     """Correlate all pairs of profiles of different runs, by matrix products."""
     members = [
         Member(
@@ -228,17 +232,17 @@ def _survey(found: Sequence[Profile], by: str, allow_mismatch: bool) -> PairSurv
             model=str(profile.run["model"]),
             group="all runs" if by == "run" else profile.label(by),
         )
-        for profile in found
+        for profile in selected
     ]
-    matrix = RankMatrix([profile.scores for profile in found])
+    matrix = RankMatrix([profile.scores for profile in selected])
     across_models = by in ("run", "family", "size")
     return survey_pairs(matrix, members, by=by, across_models=across_models, most=EXTREMES)
 
 
-def _compared(found: Sequence[Profile], by: str, allow_mismatch: bool) -> set[str]:
+def _compared(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> set[str]:
     """Return the ids of the runs that are in a pair."""
     strata: dict[Hashable, list[Profile]] = {}
-    for profile in found:
+    for profile in selected:
         strata.setdefault(_shared(profile, by, allow_mismatch), []).append(profile)
     return {
         profile.run["run_id"]
@@ -248,20 +252,20 @@ def _compared(found: Sequence[Profile], by: str, allow_mismatch: bool) -> set[st
     }
 
 
-def _scored(found: Sequence[Profile]) -> list[Mapping[str, Any]]:
+def _scored(selected: Sequence[Profile]) -> list[Mapping[str, Any]]:
     """Return the runs of the profiles, each once."""
-    return list({profile.run["run_id"]: profile.run for profile in found}.values())
+    return list({profile.run["run_id"]: profile.run for profile in selected}.values())
 
 
-def _table(found: Sequence[Profile], pairs: NDArray[np.int64], by: str, k: int | None, share: float) -> pa.Table:
+def _table(selected: Sequence[Profile], pairs: NDArray[np.int64], by: str, k: int | None, share: float) -> pa.Table:
     """Return the agreement of pairs of profiles as a table of `SCHEMA`, most alike first.
 
     Args:
-        pairs: int64[2, pairs], the indices in ``found``.
+        pairs: int64[2, pairs], the indices in ``selected``.
     """
-    agreement = correlate_pairs([profile.scores for profile in found], *pairs, k=k, share=share)
-    labels = pa.array([profile.label(by) for profile in found], pa.string())
-    run_ids = pa.array([profile.run["run_id"] for profile in found], pa.string())
+    agreement = correlate_pairs([profile.scores for profile in selected], *pairs, k=k, share=share)
+    labels = pa.array([profile.label(by) for profile in selected], pa.string())
+    run_ids = pa.array([profile.run["run_id"] for profile in selected], pa.string())
     columns = {
         "by": pa.repeat(by, pairs.shape[1]),
         **{side: labels.take(pa.array(index)) for side, index in zip("ab", pairs, strict=True)},
@@ -354,16 +358,16 @@ def condition(run: Mapping[str, Any], name: str) -> Any:
     return (run["corpus_fingerprint"] or run["corpus"]) if name == "corpus" else run[name]
 
 
-def _pairs(found: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[tuple[int, int]]:
+def _pairs(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[tuple[int, int]]:
     """Yield the indices of every two profiles that differ in ``by`` and otherwise at most in the model."""
     groups: dict[Hashable, list[int]] = {}
-    for index, profile in enumerate(found):
+    for index, profile in enumerate(selected):
         groups.setdefault(_shared(profile, by, allow_mismatch), []).append(index)
     for members in groups.values():
-        values = [_value(found[index], by) for index in members]
+        values = [_value(selected[index], by) for index in members]
         if len(set(values)) > 1:
-            for (a, one), (b, other) in combinations(zip(members, values, strict=True), 2):
-                if one != other and (by != "score" or FROM_ACTIVATIONS[0] in (one, other)):
+            for (a, first), (b, second) in combinations(zip(members, values, strict=True), 2):
+                if first != second and (by != "score" or FROM_ACTIVATIONS[0] in (first, second)):
                     yield a, b
 
 
@@ -406,10 +410,10 @@ def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIO
 
 
 def _left_out(
-    runs: Sequence[Mapping[str, Any]], found: Sequence[Profile], compared: Set[str], by: str
+    runs: Sequence[Mapping[str, Any]], selected: Sequence[Profile], compared: Set[str], by: str
 ) -> dict[str, str]:
     """Return the reason why a run is in no pair, by run id."""
-    scored = {run["run_id"] for run in _scored(found)}
+    scored = {run["run_id"] for run in _scored(selected)}
     partners = [run for run in runs if run["run_id"] in compared]
     reasons = {}
     for run in runs:
@@ -434,8 +438,8 @@ def _reason(run: Mapping[str, Any], partners: Sequence[Mapping[str, Any]], by: s
     return "; ".join(texts) or f"nothing comparable that differs in {by} alone"
 
 
-def _what_there_is(found: Sequence[Profile], by: str) -> str:
-    if not found:
+def _available_readings(selected: Sequence[Profile], by: str) -> str:
+    if not selected:
         return "There are no scores of that site, recipe and threshold: avss query -w WAREHOUSE 'SUMMARIZE scores'."
-    labels = sorted({profile.label(by) for profile in found})
+    labels = sorted({profile.label(by) for profile in selected})
     return f"There is: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}."

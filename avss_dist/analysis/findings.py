@@ -27,7 +27,8 @@ from avss_dist.analysis.stats_findings import (
     read_stats,
 )
 from avss_dist.core.names import ROW_START
-from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman_rows
@@ -99,37 +100,42 @@ def findings(
         A table of `SCHEMA`: warnings before notes, the default site and recipe before others, then ordered by `KINDS`.
     """
     threshold = threshold or Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
-    wanted = None if run_ids is None else set(run_ids)
+    wanted_ids = None if run_ids is None else set(run_ids)
     runs = [
         row
         for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")
-        if row["status"] == "done" and (wanted is None or row["run_id"] in wanted)
+        if row["status"] == "done" and (wanted_ids is None or row["run_id"] in wanted_ids)
     ]
     names = [run["run_id"] for run in runs]
     where = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
     scores = warehouse.table("scores", run_ids=names, columns=SCORES, where=where)
-    found = _of_scores(scores, names, threshold)
+    rows = _of_scores(scores, names, threshold)
     if rankings_alone:
-        numbers_missing = pc.field("nonfinite_count") > 0
-        stats = warehouse.table("layer_stats", run_ids=names, columns=NONFINITE, where=numbers_missing)
-        for (name,), rows in grouped(read_stats(stats), "run_id").items():
-            found += [{"run_id": name, **one} for one in nonfinite_layers(rows)]
+        rows += _nonfinite(warehouse, names)
     else:
         for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
-            found += [{"run_id": name, **one} for one in of_stats(read_stats(table), threshold)]
-        found += [{"run_id": name, **one} for name, one in expert_findings(warehouse, names)]
-        found += [{"run_id": run["run_id"], **one} for run in runs for one in _no_interval(run)]
-        found += _first_tokens(runs, scores)
-        found += _row_starts(warehouse, runs)
-        found += _unreadable(warehouse.damaged, run_ids)
-    found.sort(key=_urgency)
-    return pa.Table.from_pylist(found, SCHEMA)
+            rows += [{"run_id": name, **row} for row in of_stats(read_stats(table), threshold)]
+        rows += [{"run_id": name, **row} for name, row in expert_findings(warehouse, names)]
+        rows += [{"run_id": run["run_id"], **row} for run in runs for row in _no_interval(run)]
+        rows += _first_tokens(runs, scores)
+        rows += _row_starts(warehouse, runs)
+        rows += _unreadable(warehouse.damaged, run_ids)
+    rows.sort(key=_urgency)
+    return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def of_rankings(found: pa.Table, score: str) -> pa.Table:
+def _nonfinite(warehouse: Warehouse, run_ids: Sequence[str]) -> list[Row]:
+    """Return the findings on NaN and infinite elements; only the statistics that have some are read."""
+    where = pc.field("nonfinite_count") > 0
+    stats = read_stats(warehouse.table("layer_stats", run_ids=run_ids, columns=NONFINITE, where=where))
+    by_run = grouped(stats, "run_id")
+    return [{"run_id": run_id, **row} for (run_id,), rows in by_run.items() for row in nonfinite_layers(rows)]
+
+
+def of_rankings(table: pa.Table, score: str) -> pa.Table:
     """Return the findings that bear on a comparison of rankings by a score. See `OF_RANKINGS`."""
     kinds = [kind for kind, of_avss in OF_RANKINGS.items() if score == "avss" or not of_avss]
-    return found.filter(pc.field("kind").isin(kinds))
+    return table.filter(pc.field("kind").isin(kinds))
 
 
 def _no_interval(run: Row) -> Iterator[Row]:
@@ -145,12 +151,12 @@ def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> It
             yield {"run_id": run_id, **finding("unreadable", "warning", np.nan, f"This run cannot be read: {reason}.")}
 
 
-def _urgency(found: Row) -> tuple[bool, bool, int, int, int]:
+def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
     """Return the sort key of a finding: warnings first, then the default site and recipe, then the order of `KINDS`."""
-    site, recipe = found.get("site") or SITES[0], found.get("recipe") or RECIPES[0]
+    site, recipe = row.get("site") or SITES[0], row.get("recipe") or RECIPES[0]
     elsewhere = (site, recipe) != (SITES[0], RECIPES[0])
-    kind = KINDS.index(found["kind"])
-    return found["severity"] == "note", elsewhere, kind, EVERY_SITE.index(site), RECIPES.index(recipe)
+    kind = KINDS.index(row["kind"])
+    return row["severity"] == "note", elsewhere, kind, EVERY_SITE.index(site), RECIPES.index(recipe)
 
 
 SCORES = (
@@ -312,7 +318,7 @@ def _first_tokens(runs: Rows, scores: pa.Table) -> Iterator[Row]:
             for cut in sorted((run for run in alike if skipped(run)), key=skipped):
                 of_runs = [scores.filter(pc.field("run_id") == row["run_id"]).sort_by("layer") for row in (run, cut)]
                 whole_rows, cut_rows = (table.to_pylist() for table in of_runs)
-                yield from _carried(run["run_id"], whole_rows, cut_rows, skipped(cut))
+                yield from _first_token_findings(run["run_id"], whole_rows, cut_rows, skipped(cut))
 
 
 def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
@@ -332,12 +338,12 @@ def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
         if settings.get("layout", "packed") == "packed" and start is None:
             yield {"run_id": run["run_id"], **finding("row_start", "note", np.nan, _OLD_ROWS)}
         for task, by_metric in losses.get((run["revision"], start or ""), {}).items():
-            starts = RowStarts.of(by_metric)
+            starts = RowStarts.of_losses(by_metric)
             if starts and (sentence := starts.describe(run["model"], task.removeprefix(ROW_START))):
                 yield {"run_id": run["run_id"], **finding("row_start", "warning", starts.ratio, sentence)}
 
 
-def _carried(run_id: str, whole: Rows, cut: Rows, tokens: int) -> Iterator[Row]:
+def _first_token_findings(run_id: str, whole: Rows, cut: Rows, tokens: int) -> Iterator[Row]:
     without = {(row["site"], row["recipe"], row["layer"]): row["variance"] for row in cut}
     for (site, recipe), rows in grouped(whole, "site", "recipe").items():
         pairs = [(row["variance"], without.get((site, recipe, row["layer"]))) for row in rows]

@@ -174,7 +174,7 @@ class _GroupSums:
         self._models = _codes([member.model for member in members])
         self._group = np.array([self._groups.index(member.group) for member in members], np.int64)
         shape = int(self._models.max(initial=-1)) + 1, len(self._groups), len(self._groups)
-        self._useful = 1 < len(self._groups) <= MOST_GROUPS
+        self._useful = 1 < len(self._groups) <= MAX_GROUPS
         self._sums = {name: np.zeros(shape if self._useful else 0) for name in STATISTICS}
         self._counts = {name: np.zeros(shape if self._useful else 0) for name in STATISTICS}
 
@@ -223,4 +223,4 @@ class _GroupSums:
         return numbers | {"pairs": round(pairs), "models": int(present.sum())}
 
 
-MOST_GROUPS = 50  # with more, the table of all pairs of groups tells nobody anything
+MAX_GROUPS = 50  # with more, the table of all pairs of groups tells nobody anything

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from avss_dist.analysis.agreement import Scores, rank_correlations
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import FEWEST, average_ranks, given_depth
+from avss_dist.stats.rankings import MIN_VALUES, average_ranks, given_depth
 
 Indices = NDArray[np.int64]
 
@@ -69,7 +69,7 @@ class RankMatrix:
         (x, of_x), (y, of_y) = (self._ranks(indices, size) for indices in (rows, columns))
         with np.errstate(invalid="ignore", divide="ignore"):
             rho = (x @ y.T) / np.sqrt(np.outer((x**2).sum(axis=1), (y**2).sum(axis=1)))
-        if size < FEWEST:
+        if size < MIN_VALUES:
             rho[:] = np.nan
         return rho, given_depth(rho, of_x[:, None], of_y[None, :])
 

@@ -61,7 +61,7 @@ def choose_layers(opened: Warehouse, row: Mapping[str, Any], request: PlanReques
         return plan_layers(opened, row, by=by, reading=reading, **how), None
     if request.corpus is None:
         raise ConfigError("`search` needs text to measure losses on.", "Name it with `corpus`.")
-    starts = () if by is None else [plan_layers(opened, row, by=by, reading=reading, **how).drop]
+    starts = () if by is None else [plan_layers(opened, row, by=by, reading=reading, **how).dropped_layers]
     from avss_dist.evaluation.search import search
 
     result = search(
@@ -82,7 +82,7 @@ def _count(run: Mapping[str, Any], budget: Budget, how: Mapping[str, Any]) -> in
     from avss_dist.evaluation.subjects import run_size
 
     if given := [name for name in ("share", "count", "mass") if how.get(name) is not None]:
-        raise ConfigError(f"{budget.given[0]} and `{given[0]}` are mutually exclusive.", "Keep one.")
+        raise ConfigError(f"{budget.fields_with_value[0]} and `{given[0]}` are mutually exclusive.", "Keep one.")
     return budget.count(run_size(run))
 
 
@@ -128,7 +128,12 @@ class Pruned(TabularResult):
 
     def table(self) -> pa.Table:
         """Return a table of one row."""
-        values = {"folder": self.folder, "bytes": self.bytes, "difference": self.difference, "drop": [*self.plan.drop]}
+        values = {
+            "folder": self.folder,
+            "bytes": self.bytes,
+            "difference": self.difference,
+            "drop": [*self.plan.dropped_layers],
+        }
         values |= {"notes": self.notes, "repair": self.repair and self.repair.repair, "pushed": self.pushed}
         return pa.Table.from_pylist([values])
 
@@ -164,11 +169,11 @@ def prune(request: PruneRequest) -> Pruned:
         fitted = kept_repair(model, plan, wanted, output, **where)
     if warehouse is not None:
         checkpoint = resolve(model, trust_remote_code=code)
-        lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.removed)
+        lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
         plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
     done = write(model, plan, output, repair=fitted, execution=execution, trust_remote_code=code)
     if push:
-        what = f"{Path(plan.model).name} without {len(plan.removed)} of its layers"
+        what = f"{Path(plan.model).name} without {len(plan.drop)} of its layers"
         hint = f"The checkpoint is complete in {output}. Upload it: hf upload {push} {output}"
         replaced = ["*.safetensors", "*.json"]
         done = {**done, "pushed": upload(output, push, "model", message=what, replaced=replaced, hint=hint)}

@@ -22,12 +22,12 @@ def compare(request: CompareRequest) -> comparing.RankingComparison:
 
 
 def compare_runs(
-    opened: Warehouse, run_ids: Sequence[str], request: CompareRequest, *, most_listed: int = comparing.MOST_PAIRS
+    opened: Warehouse, run_ids: Sequence[str], request: CompareRequest, *, max_listed: int = comparing.MAX_PAIRS
 ) -> comparing.RankingComparison:
-    """Compare runs as a request says; list all of up to ``most_listed`` pairs, and draw the map that it asks for."""
+    """Compare runs as a request says; list all of up to ``max_listed`` pairs, and draw the map that it asks for."""
     others = ("warehouse", "run", "output")
     values = {name: value for name, value in request_values(request).items() if name not in others}
-    values |= {"threshold": named_threshold(request.threshold), "most_listed": most_listed}
+    values |= {"threshold": named_threshold(request.threshold), "max_listed": max_listed}
     comparison = comparing.compare(opened, run_ids, **values, mapped=request.output is not None)
     if request.output is not None:
         from avss_dist.report.chart import save_chart, similarity_chart  # altair takes a second to import

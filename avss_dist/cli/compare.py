@@ -18,7 +18,8 @@ from avss_dist.cli.options import (
     takes,
 )
 from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, SITES
 from avss_dist.core.text import describe_threshold
 from avss_dist.requests import CompareRequest, FindingsRequest
 from avss_dist.system.streams import console, emit, say
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from avss_dist.analysis.compare import RankingComparison
 
 
-MOST_TABLED = 20_000  # pairs of which all are compared in full for a table on a terminal
+MAX_TABLED = 20_000  # pairs of which all are compared in full for a table on a terminal
 
 
 @takes(CompareRequest)
 def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
     """Compare layer rankings between runs: how far they agree, and findings that speak against it."""
-    from avss_dist.analysis.compare import MOST_PAIRS
+    from avss_dist.analysis.compare import MAX_PAIRS
     from avss_dist.analysis.findings import findings as find
     from avss_dist.analysis.findings import of_rankings
     from avss_dist.api.read import compare_runs
@@ -44,7 +45,7 @@ def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
     opened, by, score = open_warehouse(str(request.warehouse)), request.by, request.score
     names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
     at = choose_threshold(request.threshold)
-    comparison = compare_runs(opened, names, request, most_listed=MOST_PAIRS if format != FORMATS[0] else MOST_TABLED)
+    comparison = compare_runs(opened, names, request, max_listed=MAX_PAIRS if format != FORMATS[0] else MAX_TABLED)
     _say_left_out(comparison)
     if request.output is not None:
         say(f"Map of all pairs: {request.output}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +48,7 @@ def plan(
     else:
         chosen.write(output)
     if as_json:
-        emit_json({"output": str(output), **asdict(chosen)})
+        emit_json({"output": str(output), **chosen.values()})
         return
     emit("\n  ".join([f"{output}:", *chosen.describe(), *hints]))
     if format == FORMATS[0] and not chosen.evaluated:
@@ -98,5 +97,5 @@ def _saved(run: Mapping[str, Any], plan: Plan) -> list[str]:
     from avss_dist.evaluation.subjects import known_size
     from avss_dist.pruning.savings import Savings
 
-    size = known_size(run) if plan.drop else None
+    size = known_size(run) if plan.dropped_layers else None
     return [Savings.of_plan(plan, size).describe()] if size else []

@@ -86,7 +86,7 @@ def question_prompt(question: str) -> str:
     return f"Q: {question}\nA:"
 
 
-def spaced(prompt: str, text: str) -> str:
+def with_space(prompt: str, text: str) -> str:
     """Return an answer with a space before it if neither the answer nor its prompt has one."""
     return text if text[:1].isspace() or prompt[-1:].isspace() or not prompt else f" {text}"
 
@@ -96,10 +96,10 @@ def _answer(prompt: str, text: str, label: str, where: str) -> Answer:
         raise CorpusError(f"{where}: the answer is empty.", "Write one, or leave the line out.")
     if not label or label.endswith(AFTER_ANOTHER):
         raise CorpusError(f"{where}: '{label}' is no label.", "Name it by a word, such as hallucinated or truthful.")
-    return Answer(prompt, spaced(prompt, text), label, where)
+    return Answer(prompt, with_space(prompt, text), label, where)
 
 
-def paired(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
+def group_by_prompt(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
     """Return answers grouped by prompt, in the order in which prompts first occur.
 
     Raises:

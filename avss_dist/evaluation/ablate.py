@@ -14,9 +14,9 @@ from avss_dist.analysis.reliability import reliability
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION, PARTS, Removals, Sublayer, layer_of
 from avss_dist.core.names import LOSS, SUBLAYER_LOSS
-from avss_dist.core.registry import DAMAGE_TASK, PARTITIONS, SCORES, metrics_of
+from avss_dist.core.registry import DAMAGE_TASK, DRAWS, PARTITIONS, SCORES, metrics_of
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, DRAWS, MOST_PASSES, Execution, Settings
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, Execution, Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent
@@ -35,6 +35,8 @@ from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
+
+MOST_PASSES = 100_000  # passes of a batch through a model that an ablation makes without `allow_many`
 
 CHUNK = 4  # permutations in a cell
 ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"))
@@ -160,7 +162,7 @@ def ablate(
         damage: what leaving layers out does, estimated by a few passes (`damage.Damage`).
         draws: of labels, for that.
         skip_sequences: rows at the start of the corpus that are not read.
-        allow_many: go on with more than ``settings.MOST_PASSES``.
+        allow_many: go on with more than `MOST_PASSES`.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
 
     Raises:

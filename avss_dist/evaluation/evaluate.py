@@ -258,7 +258,7 @@ def _guesses(evaluations: Iterable[Evaluation]) -> Iterator[str]:
 def _row_starts(compared: Iterable[tuple[PlannedTask, Sequence[Result]]]) -> Iterator[str]:
     """Yield a sentence for each text that is far likelier with another start of its rows."""
     for planned, results in compared:
-        starts = RowStarts.of({result.metric: result.value for result in results if not result.removed})
+        starts = RowStarts.of_losses({result.metric: result.value for result in results if not result.removed})
         corpus = planned.task.name.removeprefix(ROW_START)
         if starts and (sentence := starts.describe(planned.checkpoint.name, corpus)):
             yield sentence

@@ -16,21 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.sparsity_plans import Measured
+from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.analysis.strata import Strata
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION, whole_layers
 from avss_dist.core.names import CONTRAST, LOSS
-from avss_dist.core.registry import INTERACTIONS, MEASURED, SCORES
-from avss_dist.core.settings import (
-    INPUTS,
-    MOST_EVALUATIONS,
-    RECIPES,
-    RELATIVE_THRESHOLDS,
-    SEARCHES,
-    Settings,
-    fingerprint,
-)
+from avss_dist.core.registry import INTERACTIONS, MEASURED, RECIPES, SCORES, SEARCHES
+from avss_dist.core.settings import INPUTS, Settings, fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.evaluate import require_effect
 from avss_dist.evaluation.events import OnEvent
@@ -67,11 +59,13 @@ from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.scores import Threshold
+from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.layer_removal import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
+
+MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
 
 
 def run_experiment(
@@ -90,7 +84,7 @@ def run_experiment(
         reporter: receives the callbacks of scoring.
         cells: receives the events of evaluating.
         allow_overlap: evaluate on text that layers were scored on, all the same.
-        allow_many: go on with more than ``settings.MOST_EVALUATIONS``.
+        allow_many: go on with more than `MOST_EVALUATIONS`.
         options: as for `runs.api.run_job`.
 
     Returns:
@@ -292,7 +286,7 @@ def _plan_sparsities(
     for trial in trials if experiment.sparsities else ():
         run = warehouse.run(trial.run.run_id)
         assert run is not None
-        measured, model = Measured.of(warehouse, run), trial.reading(experiment.sparsity_max_sequences)
+        measured, model = MeasuredMaps.of_run(warehouse, run), trial.reading(experiment.sparsity_max_sequences)
         text = plan_text(trial.checkpoint, trial.corpus, model.settings)
         source = CalibrationText(model=model, corpus=RedactedURI(trial.corpus), text=text)
         for method in experiment.sparsity_methods:
@@ -349,7 +343,7 @@ def _contrast(trial: Trial, warehouse: Warehouse, reading: Reading) -> Float64:
     run = warehouse.run(trial.run.run_id)
     assert run is not None
     site, recipe, value, kind = reading
-    strata = Strata.of(warehouse, run, site)
+    strata = Strata.of_run(warehouse, run, site)
     found = np.full(trial.num_layers, np.nan)
     (found[[*strata.layers]],) = contrast(*strata.both_sides(recipe, Threshold(value=value, kind=kind)))
     return found

@@ -215,8 +215,8 @@ def kept_repair(
         (cell,) = planned.cells([made.intervention])
         if copies > 1 and (session.fresh or not session.is_stored(cell)):
             planned = fit(copies)
-        patches = fit_repairs(session, [(planned, [made.drop])])
-    return read_repaired(patches[planned.run_id(), made.drop])
+        patches = fit_repairs(session, [(planned, [made.dropped_layers])])
+    return read_repaired(patches[planned.run_id(), made.dropped_layers])
 
 
 def _list_path(checkpoint: Checkpoint, made: Plan, settings: Settings) -> str | None:

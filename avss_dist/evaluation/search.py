@@ -76,7 +76,7 @@ def search(
 
     Args:
         run: a row of ``runs``: the model is its checkpoint.
-        choice: by one of ``settings.SEARCHES``.
+        choice: by one of ``registry.SEARCHES``.
         starts: see `search_for`.
         skip_sequences: rows at the start of the corpus that are not read.
         options: the fields of ``settings.Settings`` and ``settings.Execution``.
@@ -272,10 +272,10 @@ def searched_plan(
     choice = Choice(by=GREEDY, first=request.first, last=request.last, **how)
     layers = make(count=1).num_layers
     pool = make(count=min(POOL * choice.number(layers), len(choice.unprotected(layers)), layers - 1))
-    searching = search_for(choice, Effort(), layers, pool=pool.drop)
+    searching = search_for(choice, Effort(), layers, pool=pool.dropped_layers)
     removed, steps = conduct(searching, repaired_losses(session, text, fit))
     outcome = {
-        "among": describe_layers(pool.drop),
+        "among": describe_layers(pool.dropped_layers),
         "repair": request.searched_repair,
         "sets": steps[-1].sets,
         "loss": round(steps[-1].best.value, 6),
@@ -284,6 +284,4 @@ def searched_plan(
         "evaluation": text.run_id(),
         "task": text.task.name,
     }
-    return replace(
-        pool, drop=whole_layers(removed), why=reasons(choice) | outcome, findings=(CHOSEN_HERE,), evaluated=()
-    )
+    return replace(pool, drop=removed, why=reasons(choice) | outcome, findings=(CHOSEN_HERE,), evaluated=())

@@ -28,7 +28,7 @@ from avss_dist.core.intervention import (
     whole_layers,
 )
 from avss_dist.core.names import LOSS
-from avss_dist.core.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
+from avss_dist.core.settings import Execution, Settings, fingerprint, split_options
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent, ignore
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
@@ -39,13 +39,15 @@ from avss_dist.models.pinning import pin
 from avss_dist.partition.base import Placement, fingerprint_part
 from avss_dist.partition.choose import place
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
-from avss_dist.stats.retention import kept
+from avss_dist.stats.retention import retention_of
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Measure, Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
 from avss_dist.warehouse.patches import Patches
-from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.store import Store
+
+MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,7 +428,7 @@ def require_listable(number: int, what: str, hint: str) -> None:
         hint: options that reduce it.
 
     Raises:
-        ConfigError: ``number`` is larger than ``settings.MOST_LISTED``.
+        ConfigError: ``number`` is larger than `MOST_LISTED`.
     """
     if number > MOST_LISTED:
         raise ConfigError(f"{number:,} {what} are more than one command takes: {MOST_LISTED:,}.", hint)
@@ -472,14 +474,14 @@ class Retention:
     @classmethod
     def of(cls, before: Result, after: Result) -> Retention:
         """Return the retention from ``before`` to ``after``, results of one metric of one task and the same samples."""
-        value = kept(before.metric, *(np.array(result.value) for result in (before, after)))
+        value = retention_of(before.metric, *(np.array(result.value) for result in (before, after)))
         low = high = nan
         # Of an accuracy most samples may not differ, and those say nothing of how much it varies.
         differing = len(before.samples) == len(after.samples) and np.count_nonzero(
             (before.samples != after.samples) | (before.weights != after.weights)
         )
         if differing >= MINIMUM_UNITS:
-            left_out = kept(before.metric, before.left_out, after.left_out)
+            left_out = retention_of(before.metric, before.left_out, after.left_out)
             low, high = map(float, jackknife_interval(value, left_out, scale="log"))
         return cls(value=float(value), low=low, high=high)
 

@@ -22,9 +22,9 @@ from avss_dist.analysis.verdict import primary_metric
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.names import PERPLEXITY
-from avss_dist.core.registry import SCORES
+from avss_dist.core.registry import LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import LOWEST_SHARE, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.events import OnEvent, ScoringAdvanced, ScoringStarted, WeightsWritten, ignore
@@ -354,8 +354,8 @@ class _Judge:
         """
         patch = None
         if self.fit is not None:
-            patches = fit_repairs(self.session, [(self.fit, [plan.drop])])
-            patch = patches.get((self.fit.run_id(), plan.drop))
+            patches = fit_repairs(self.session, [(self.fit, [plan.dropped_layers])])
+            patch = patches.get((self.fit.run_id(), plan.dropped_layers))
         variants = [NO_INTERVENTION, plan.intervention, replace(plan.intervention, patch=patch)]
         results = self.session.measure([(task, variants) for task in self.tasks.values()])
         tasks = [_retention(name, results[task], *variants) for name, task in self.tasks.items()]

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.sparsity_plans import Map, Measured, make_plan, plan_uniform, require_target
+from avss_dist.analysis.sparsity_plans import LinearMap, MeasuredMaps, make_plan, plan_uniform, require_target
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.intervention import NO_INTERVENTION, THRESHOLD, TOP_K, Intervention
 from avss_dist.core.names import REALIZED, SPARSITY_TASK
 from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import THRESHOLD, TOP_K
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.evaluation.events import OnEvent
@@ -132,7 +131,7 @@ def sparsify(
     """
     require_target(target)
     _require_correctable(corrections, method, rule, pattern)
-    store, measured = Store(warehouse), Measured.of(Warehouse(warehouse), run)
+    store, measured = Store(warehouse), MeasuredMaps.of_run(Warehouse(warehouse), run)
     if not corrections and (pattern is not None or method in COUNTED):
         return keep_plan(plan_uniform(measured, target, method, rule=rule, pattern=pattern), store, run)
     settings, execution = evaluation_options(dict(options))
@@ -181,7 +180,7 @@ def _require_correctable(corrections: int, method: str, rule: str, pattern: str 
 def allocate(
     session: EvaluationSession,
     source: CalibrationText,
-    measured: Measured,
+    measured: MeasuredMaps,
     target: float,
     method: str,
     *,
@@ -198,7 +197,7 @@ def allocate(
 
 
 def _allocated(
-    session: EvaluationSession, source: CalibrationText, measured: Measured, target: float, method: str, rule: str
+    session: EvaluationSession, source: CalibrationText, measured: MeasuredMaps, target: float, method: str, rule: str
 ) -> SparsityPlan:
     if method in COUNTED:
         return plan_uniform(measured, target, method, rule=rule)
@@ -212,7 +211,7 @@ def _allocated(
     return make_plan(measured, sparsities, TOP_K if method == "acttail" else THRESHOLD, why, rule=rule)
 
 
-def _centered(measured: Measured, target: float, counts: Rows, **fields: Any) -> SparsityPlan:
+def _centered(measured: MeasuredMaps, target: float, counts: Rows, **fields: Any) -> SparsityPlan:
     """Return a plan with the same sparsity for every map, of the inputs closest to their densest value."""
     made = make_plan(measured, np.full(len(measured.maps), target), THRESHOLD, **fields)
     maps = []
@@ -223,7 +222,7 @@ def _centered(measured: Measured, target: float, counts: Rows, **fields: Any) ->
     return replace(made, sparsity=target, projections=tuple(maps))
 
 
-def _gated(measured: Measured, target: float, counts: Rows, **fields: Any) -> SparsityPlan:
+def _gated(measured: MeasuredMaps, target: float, counts: Rows, **fields: Any) -> SparsityPlan:
     """Return a plan with the same sparsity for the gate of every MLP, which spares up and down; others stay dense.
 
     Raises:
@@ -275,19 +274,19 @@ def _corrected(
     return replace(plan, why={**plan.why, "corrections": corrections}, findings=(*plan.findings, said))
 
 
-def _damage_parts(measured: Measured, text: CorpusPlan) -> tuple[Measure, ...]:
+def _damage_parts(measured: MeasuredMaps, text: CorpusPlan) -> tuple[Measure, ...]:
     thresholds = {(one.layer, one.path): tuple(one.thresholds(LEVELS).tolist()) for one in measured.maps}
     return tuple(MapDamage(shard=shard, thresholds=thresholds) for shard in text.shards)
 
 
-def _greedy_parts(measured: Measured, text: CorpusPlan) -> tuple[Measure, ...]:
-    by_layer: dict[int, list[Map]] = {}
+def _greedy_parts(measured: MeasuredMaps, text: CorpusPlan) -> tuple[Measure, ...]:
+    by_layer: dict[int, list[LinearMap]] = {}
     for one in measured.maps:
         by_layer.setdefault(one.layer, []).append(one)
     return tuple(_greedy_block(layer, maps, text) for layer, maps in by_layer.items())
 
 
-def _greedy_block(layer: int, maps: list[Map], text: CorpusPlan) -> GreedyBlock:
+def _greedy_block(layer: int, maps: list[LinearMap], text: CorpusPlan) -> GreedyBlock:
     largest = max(one.weights for one in maps)
     steps = {one.path: BASE * largest / one.weights for one in maps}
     thresholds = {
@@ -297,7 +296,7 @@ def _greedy_block(layer: int, maps: list[Map], text: CorpusPlan) -> GreedyBlock:
     return GreedyBlock(layer=layer, shards=tuple(text.shards), thresholds=thresholds, steps=steps, sizes=sizes)
 
 
-def _spectra_parts(measured: Measured, _text: CorpusPlan | None) -> tuple[Measure, ...]:
+def _spectra_parts(measured: MeasuredMaps, _text: CorpusPlan | None) -> tuple[Measure, ...]:
     return tuple(Spectra(layer) for layer in sorted({one.layer for one in measured.maps}))
 
 
@@ -308,12 +307,12 @@ _PARTS: Mapping[str, Callable[..., tuple[Measure, ...]]] = {
 }
 
 
-def _by_damage(measured: Measured, target: float, rows: Rows) -> tuple[Float64, dict[str, Any]]:
+def _by_damage(measured: MeasuredMaps, target: float, rows: Rows) -> tuple[Float64, dict[str, Any]]:
     damage = np.array([rows[one.layer, f"{SECOND}{one.path}"] for one in measured.maps])
     return knapsack(damage, LEVELS, measured.sizes, target), {}
 
 
-def _by_paths(measured: Measured, target: float, rows: Rows) -> tuple[Float64, dict[str, Any]]:
+def _by_paths(measured: MeasuredMaps, target: float, rows: Rows) -> tuple[Float64, dict[str, Any]]:
     """Return sparsities by which each block meets the target, interpolated between two steps of its path."""
     found = np.zeros(len(measured.maps))
     layers = np.array([one.layer for one in measured.maps])
@@ -324,7 +323,7 @@ def _by_paths(measured: Measured, target: float, rows: Rows) -> tuple[Float64, d
     return found, {"base_step": BASE}
 
 
-def _by_tails(measured: Measured, target: float, rows: Rows) -> tuple[Float64, dict[str, Any]]:
+def _by_tails(measured: MeasuredMaps, target: float, rows: Rows) -> tuple[Float64, dict[str, Any]]:
     """Return sparsities in proportion to the ratios by the heavy tail of each weight."""
     exponents = np.array([rows[one.layer, f"{HILL}{one.path}"][0] for one in measured.maps])
     other = np.array([rows[one.layer, f"{KS}{one.path}"][0] for one in measured.maps])

@@ -13,7 +13,8 @@ from torch import nn
 
 from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.settings import SEARCHES, Settings
+from avss_dist.core.registry import SEARCHES
+from avss_dist.core.settings import Settings
 from avss_dist.evaluation.held_out import SeenText, texts_of_run, texts_of_search
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import is_linear, layer_lists, linear_sizes

@@ -12,7 +12,7 @@ from avss_dist.options import Option
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
 
-GREEDY = "greedy"  # of ``settings.SEARCHES``, with every set repaired
+GREEDY = "greedy"  # of ``registry.SEARCHES``, with every set repaired
 CHOSEN_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)  # scores of single layers
 POOL = 2  # candidates of the greedy search, in multiples of the number of layers to drop
 

@@ -21,8 +21,8 @@ from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 
 ENDINGS = (".png", ".svg", ".html")
-MOST_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
-MOST_LABELED = 60  # rows of a similarity map with a name beside each
+MAX_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
+MAX_LABELED = 60  # rows of a similarity map with a name beside each
 TITLE_OF_MAP = "Agreement of layer rankings"
 SIDE = 560  # pixels of a similarity map
 PANEL = {"width": 300, "height": 210}
@@ -67,7 +67,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
             f"AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
             f"{describe_count(runs[0]['num_tokens'])} tokens of {', '.join(corpora)}, {runs[0]['dtype']}. "
             f"Triangles: the 25% of layers that are lowest in each picture. {_band(runs)}",
-            *_of_depth(runs, scores),
+            *_depth_warning(runs, scores),
         ],
         anchor="start",
     )
@@ -87,23 +87,23 @@ def _band(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int]]]:
     """Return (run id, layer) of the lowest 25% of the layers of each run, by the name of each score."""
-    found: dict[str, set[tuple[str, int]]] = {}
+    lowest: dict[str, set[tuple[str, int]]] = {}
     for run_id in dict.fromkeys(s["run_id"] for s in scores):
         of_run = [s for s in scores if s["run_id"] == run_id]
         for name, column in ((name, SCORES[name].column) for name in FROM_ACTIVATIONS):
             ranks = rank_lowest(np.array([s[column] for s in of_run], float))
             low = [s["layer"] for s, rank in zip(of_run, ranks, strict=True) if rank <= count_lowest(len(of_run))]
-            found.setdefault(name, set()).update((run_id, layer) for layer in low)
-    return found
+            lowest.setdefault(name, set()).update((run_id, layer) for layer in low)
+    return lowest
 
 
-def _of_depth(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the warning that the AVSS of one run tracks depth, if it does; empty for several runs."""
+def _depth_warning(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the warning that the AVSS of one run tracks depth, if it does. Empty for several runs."""
     if len(runs) > 1:
         return []
     values = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
-    said = describe_depth("AVSS", depth_correlation(values), len(values))
-    return [said] if said else []
+    warning = describe_depth("AVSS", depth_correlation(values), len(values))
+    return [warning] if warning else []
 
 
 def _tooltip(name: str) -> list[Any]:
@@ -188,7 +188,7 @@ def similarity_chart(comparison: RankingComparison) -> Any:
         if np.isfinite(value)
     ]
     groups = [{"row": label, "group": group} for label, group in zip(labels, similarity.groups, strict=True)]
-    few = len(labels) <= MOST_LABELED
+    few = len(labels) <= MAX_LABELED
     axis = alt.Axis(labels=few, ticks=few, domain=False, labelLimit=260)
     y = alt.Y("row:N", sort=labels, title=None)
     strip = (

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.core.settings import LOWEST_SHARE
+from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 
 Ints = NDArray[np.integer[Any]]
 PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks have 86% of the weight
-FEWEST = 3  # values that a correlation needs
-ALL_DEPTH = 1e-9  # what is left of the variance of ranks beside depth, where nothing is but rounding
+MIN_VALUES = 3  # values that a correlation needs
+ALL_DEPTH = 1e-9  # share of the variance of ranks, beside depth, that is rounding alone
 TWO_SIDED_95 = 1.959964  # the quantile 0.975 of the normal distribution
 
 
@@ -74,7 +74,7 @@ def _correlate_ranks(a: Float64, b: Float64) -> Float64:
     Doubled average ranks are integers, so that the sums over them are exact.
     """
     number = a.shape[-1]
-    if number < FEWEST:
+    if number < MIN_VALUES:
         return np.full(a.shape[:-1], np.nan)
     x, y = (2 * average_ranks(values) - (number + 1) for values in (a, b))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -104,9 +104,9 @@ def given_depth(rho: Float64, of_a: Float64, of_b: Float64) -> Float64:
         rho: float64[...], the correlation of the scores.
         of_a, of_b: the correlation of each score with depth, in shapes that broadcast to that of ``rho``.
     """
-    left = (1 - of_a**2) * (1 - of_b**2)
+    unexplained = (1 - of_a**2) * (1 - of_b**2)
     with np.errstate(invalid="ignore", divide="ignore"):
-        partial: Float64 = np.where(left > ALL_DEPTH, (rho - of_a * of_b) / np.sqrt(left), np.nan)
+        partial: Float64 = np.where(unexplained > ALL_DEPTH, (rho - of_a * of_b) / np.sqrt(unexplained), np.nan)
     return partial
 
 

@@ -156,15 +156,15 @@ def resolve_data_files(config: Mapping[str, Any], *folders: Path) -> dict[str, A
         return dict(config)  # which is refused where it is checked
     options = dict(options)
     if "data_files" in options:
-        options["data_files"] = _placed(options["data_files"], folders, str(config["task"]))
+        options["data_files"] = _resolve_paths(options["data_files"], folders, str(config["task"]))
     return {**config, "dataset_kwargs": options} if options else dict(config)
 
 
-def _placed(files: Any, folders: tuple[Path, ...], task: str) -> Any:
+def _resolve_paths(files: Any, folders: tuple[Path, ...], task: str) -> Any:
     if isinstance(files, Mapping):
-        return {split: _placed(file, folders, task) for split, file in files.items()}
+        return {split: _resolve_paths(file, folders, task) for split, file in files.items()}
     if isinstance(files, list):
-        return [_placed(file, folders, task) for file in files]
+        return [_resolve_paths(file, folders, task) for file in files]
     if "://" in str(files):
         return files
     for file in (folder / files for folder in folders):

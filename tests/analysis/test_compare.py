@@ -19,7 +19,16 @@ import pytest
 from rich.console import Console
 from scipy import stats
 from support.command_line import avss
-from support.warehouses import Terminal, activations, run_row, stats_of, write_measured, write_profiles, write_scores
+from support.warehouses import (
+    Terminal,
+    activations,
+    rewrite_file,
+    run_row,
+    stats_of,
+    write_measured,
+    write_profiles,
+    write_scores,
+)
 
 from avss_dist.analysis.agreement import CorrelationSummary, correlate, correlate_pairs, summarize
 from avss_dist.analysis.compare import SCHEMA, RankingComparison, compare
@@ -30,6 +39,7 @@ from avss_dist.report.terminal.compare import comparison_tables, summary
 from avss_dist.stats.rankings import align, count_lowest, rank_biased_overlap, spearman
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
 
 AT = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
@@ -180,7 +190,7 @@ def test_what_is_not_comparable_is_refused_by_name(tmp_path: Path, columns: dict
 def test_of_many_pairs_the_most_and_the_least_alike_are_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = pairs(root, allow_mismatch=True)
     monkeypatch.setattr("avss_dist.analysis.compare.EXTREMES", 1)
-    listed = pairs(root, allow_mismatch=True, most_listed=5)
+    listed = pairs(root, allow_mismatch=True, max_listed=5)
     assert len(every) == 6
     assert [row["spearman"] for row in listed] == [every[0]["spearman"], every[-1]["spearman"]]
 
@@ -409,10 +419,9 @@ def test_a_half_written_run_is_not_compared(root: Path) -> None:
     assert "Unknown run 'llama-1'" in result.stderr
 
 
-def rewrite(path: Path, version: str, drop: Sequence[str] = ()) -> None:
+def rewrite(path: Path, version: int = SCHEMA_VERSION, drop: Sequence[str] = ()) -> None:
     """A file as another version of this package would have written it."""
-    table = pq.ParquetFile(path).read().drop_columns([*drop])
-    pq.write_table(table.replace_schema_metadata({b"avss_schema_version": version.encode()}), path)
+    rewrite_file(path, pq.ParquetFile(path).read().drop_columns([*drop]), version)
 
 
 COMMANDS = [
@@ -425,7 +434,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
-def test_an_older_schema_is_read_and_a_newer_one_refused(tmp_path: Path, args: list[str]) -> None:
+def test_columns_of_an_older_version_may_lack_and_a_newer_schema_is_refused(tmp_path: Path, args: list[str]) -> None:
     write_measured(tmp_path, "tiny-1", stats_of(activations()), 8)
     older = {
         "scores": ["quality", "avss_low", "lowest_set_probability", "update_variance_ratio"],
@@ -434,11 +443,11 @@ def test_an_older_schema_is_read_and_a_newer_one_refused(tmp_path: Path, args: l
     }
     for name, columns in older.items():
         for path in (tmp_path / name).rglob("*.parquet"):
-            rewrite(path, "0", columns)
+            rewrite(path, drop=columns)
     result = avss(*args, "-w", tmp_path)
     assert (result.exit_code, result.stderr) == (0, "")
     for path in (tmp_path / "runs").rglob("*.parquet"):
-        rewrite(path, "99")
+        rewrite(path, 99)
     result = avss(*args, "-w", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Written by a newer avss_dist: schema 99" in result.stderr

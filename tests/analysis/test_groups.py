@@ -136,7 +136,7 @@ def test_models_of_a_family_agree_more_than_those_of_two(tmp_path: Path) -> None
 
 def test_all_pairs_are_summarized_when_few_are_listed(tmp_path: Path) -> None:
     warehouse = write_models(tmp_path)
-    whole, part = comparison(warehouse, "run"), comparison(warehouse, "run", most_listed=10)
+    whole, part = comparison(warehouse, "run"), comparison(warehouse, "run", max_listed=10)
     assert whole.groups.equals(part.groups)
     assert part.number == whole.number == 190
     for name in ("spearman", "given_depth"):

@@ -22,8 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avss_dist.core.settings import RECIPES, RELATIVE_THRESHOLDS, SCHEMA_VERSION, THRESHOLDS
-from avss_dist.warehouse.schema import SCHEMAS
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import THRESHOLDS
+from avss_dist.stats.scores import RELATIVE_THRESHOLDS
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS
 
 FAMILIES = ("llama", "gemma3_text", "qwen3", "bert", "mistral")
 SITES = ("block", "update")

@@ -17,7 +17,7 @@ from support.experiments import run_job_in
 from support.processes import wait_until
 
 from avss_dist.analysis.plans import plan_layers
-from avss_dist.analysis.reliability import FEWEST_SETS
+from avss_dist.analysis.reliability import MIN_SETS
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.verdict import judgement, verdicts
 from avss_dist.core.errors import ConfigError, QueryError
@@ -199,11 +199,11 @@ def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(
     (run,) = store.runs().to_pylist()
     copy = Warehouse(shutil.copytree(store.root.full, tmp_path / "w"))
     (of,) = {row["run_id"] for row in store.table("evaluations").to_pylist() if row["task"] == TASK}
-    plan = Plan(model=run["model"], num_layers=run["num_layers"], layers="layers", drop=(1,), attention=(0,))
+    plan = Plan(model=run["model"], num_layers=run["num_layers"], layers="layers", drop=(1, "attention.0"))
     rows = [row for row in copy.table("evaluations").to_pylist() if row["run_id"] == of]
     identity = {name: rows[0][name] for name in ("run_id", "model", "revision", "family")}
     whole = next(row for row in rows if not row["drop"] and row["metric"] == "loss")
-    another = _row(whole) | {"drop": encode_removals(plan.removed)}
+    another = _row(whole) | {"drop": encode_removals(plan.drop)}
     Store(copy.root).write_evaluations(RunIdentity(**identity), [*map(_row, rows), another])
     assert (of,) == tuple({row["run_id"] for row in copy.table("evaluations").to_pylist() if 10_000 in row["drop"]})
     cards = [score_cards(one, one.runs().to_pylist()).to_pylist() for one in (store, copy)]
@@ -227,7 +227,7 @@ def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[d
             assert row["share_of_ceiling"] == pytest.approx(row["spearman_loss"] / row["ceiling"])
             assert 0 <= row["misranked"] <= 1
         assert row["sets"] == len({tuple(one["drop"]) for one in rows if len(one["drop"]) > 1 and not one["repair"]})
-        assert row["spearman_sets"] is None or row["sets"] >= FEWEST_SETS
+        assert row["spearman_sets"] is None or row["sets"] >= MIN_SETS
     (published,) = (
         row
         for row in cards.to_pylist()

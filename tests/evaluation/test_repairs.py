@@ -553,10 +553,3 @@ def test_the_last_layers_go_before_the_final_one() -> None:
     rows = [{"site": "block", "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}]
     for last in (True, False):
         assert (Method(score="last") in methods(Experiment(**wanted, last=last), rows)) == last
-
-
-def test_files_without_the_columns_read_as_unrepaired() -> None:
-    old = Warehouse(Path(__file__).parents[1] / "warehouse" / "schema_2")
-    for table in ("experiments", "evaluations", "cells"):
-        rows = old.table(table)
-        assert rows["patch"].null_count == rows.num_rows

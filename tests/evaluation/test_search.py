@@ -291,17 +291,17 @@ def test_sublayers_are_measured_searched_evaluated_and_not_pruned(
     made = avss("plan", "-w", warehouse, "-o", plan, *words)
     assert made.exit_code == 0, made.stderr
     chosen = read_plan(plan)
-    assert size_removed(chosen.removed) == 1 and chosen.why["sublayers"] is True
-    assert chosen.why["loss"] == pytest.approx(truth(chosen.removed), abs=1e-5)
+    assert size_removed(chosen.drop) == 1 and chosen.why["sublayers"] is True
+    assert chosen.why["loss"] == pytest.approx(truth(chosen.drop), abs=1e-5)
     assert chosen.why["loss"] <= min(truth((layer,)) for layer in range(LAYERS - 1)) + 1e-6
-    written = replace(chosen, drop=(), attention=(2,), mlp=(0,))
+    written = replace(chosen, drop=("attention.2", "mlp.0"))
     written.write(plan)
     task = ("--task", f"perplexity:{TEXT}", "--skip-sequences", 12, "--warehouse", warehouse, *OPTIONS)
     evaluated = avss("evaluate", plan, *task, "--format", "json")
     assert evaluated.exit_code == 0, evaluated.stderr
     assert {tuple(row["drop"]) for row in rows_of(warehouse, f"perplexity:{TEXT}")} == {
         (),
-        tuple(encode_removals(written.removed)),
+        tuple(encode_removals(written.drop)),
     }
     assert "2 sublayers" in avss("evaluate", plan, *task).stdout
     listed = avss("ls", "plans", "--warehouse", warehouse, "--format", "json")
@@ -309,7 +309,7 @@ def test_sublayers_are_measured_searched_evaluated_and_not_pruned(
     named = Warehouse(warehouse).sql("SELECT DISTINCT drop, removals(drop) AS names FROM cells").to_pylist()
     assert all(list(map(str, decode_removals(row["drop"]))) == row["names"] for row in named)
     refused = avss("prune", model, plan, "-o", tmp_path / "less")
-    assert refused.exit_code == 2 and "leaves out attention of 2, MLP of 0 alone" in refused.stderr
+    assert refused.exit_code == 2 and "drops attention.2, mlp.0 alone" in refused.stderr
     assert not (tmp_path / "less").exists()
 
 

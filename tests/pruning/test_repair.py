@@ -352,7 +352,7 @@ def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
     """What is needed and what is given: four tokens for each unknown of an output."""
     plan = Plan(model="m", num_layers=3, layers="layers", drop=(1,), why={})
     few = {"max_sequences": 5, "sequence_length": 32}
-    with pytest.raises(CorpusError, match="refit of this model needs 192 tokens to fit to at least; 124 are given"):
+    with pytest.raises(CorpusError, match="refit of this model needs at least 192 tokens to fit to, not 124"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("refit", **few))
     with pytest.raises(CorpusError, match="map of this model needs 128 tokens"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("map", **few))

@@ -375,7 +375,7 @@ def test_forty_runs_are_under_five_megabytes(tmp_path: Path) -> None:
 def test_of_more_runs_than_a_page_can_draw_the_newest_are_drawn(
     store: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("avss_dist.report.page.page.MOST", 2)
+    monkeypatch.setattr("avss_dist.report.page.page.MAX_RUNS", 2)
     page = Page(report_page(store))
     text = " ".join(page.words)
     assert "the 2 newest runs; 1 more are in the table of runs" in text

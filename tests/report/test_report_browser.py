@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.pages import write_failed, write_removals, write_run
+from support.warehouses import unpack_released
 
 from avss_dist.core.text import describe_threshold
 from avss_dist.report.page.page import save_report
@@ -353,7 +354,7 @@ def test_the_charts_of_sections_are_drawn_in_the_colors_and_width_of_the_page(
     visit: Callable[..., Any], file: Path, tmp_path: Path, width: int
 ) -> None:
     experiments = tmp_path / "experiments.html"
-    save_report(Warehouse(Path(__file__).parents[1] / "warehouse" / "schema_2"), experiments)
+    save_report(Warehouse(unpack_released(tmp_path / "released")), experiments)
     for report, subject in ((file, "scorecard"), (experiments, "experiment")):
         page = visit(report, width, color_scheme="light")
         charts = page.locator(f"[data-chart^={subject}]")
@@ -378,7 +379,7 @@ def test_the_charts_of_sections_are_drawn_in_the_colors_and_width_of_the_page(
 
 
 def test_a_table_of_a_section_sorts_and_downloads_whole_intervals(visit: Callable[..., Any], tmp_path: Path) -> None:
-    save_report(Warehouse(Path(__file__).parents[1] / "warehouse" / "schema_2"), tmp_path / "report.html")
+    save_report(Warehouse(unpack_released(tmp_path / "released")), tmp_path / "report.html")
     page = visit(tmp_path / "report.html")
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     table = page.locator("table[data-name^=experiment]").first

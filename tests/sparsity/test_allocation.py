@@ -13,7 +13,7 @@ import torch
 from support.causal_lm import opened, random_shard
 from support.command_line import avss, files
 
-from avss_dist.analysis.sparsity_plans import Measured
+from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.core.errors import ConfigError
 from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.sparsify import sparsify
@@ -245,7 +245,7 @@ def test_gates_have_the_whole_budget_and_no_more_than_they_can_bear(scored: Path
     run, options = Warehouse(scored).runs().to_pylist()[0], {**SMALL, "method": "cats", "dtype": "bfloat16"}
     plans = [sparsify(str(scored), run, 0.3, partition=one, fresh=True, **options) for one in ("single", "streaming")]
     assert plans[0] == plans[1] and plans[0].weights == sum(
-        one.weights for one in Measured.of(Warehouse(scored), run).maps
+        one.weights for one in MeasuredMaps.of_run(Warehouse(scored), run).maps
     )
     assert {round(one.sparsity, 9) for one in plans[0].projections if one.map == "mlp.act_fn"} == {0.75}
     assert plans[0].saved_weights == pytest.approx(0.3 * plans[0].weights)

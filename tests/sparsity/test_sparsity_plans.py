@@ -16,7 +16,7 @@ from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.command_line import avss
 
-from avss_dist.analysis.sparsity_plans import Measured
+from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.evaluation.evaluate import evaluate
@@ -206,6 +206,6 @@ def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: A
     row = warehouse.run(run.run_id)
     assert row is not None
     assert any("'up_input' is absent" in note for note in row["notes"])
-    assert {one.site for one in Measured.of(warehouse, row).maps} == {"query_input", "output_input"}
+    assert {one.site for one in MeasuredMaps.of_run(warehouse, row).maps} == {"query_input", "output_input"}
     result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
     assert "The MLP of 3 of 3 layers stays dense: its maps are fused." in result.stdout
