@@ -1,22 +1,52 @@
-"""Savings of a plan, and the number of layers that meets a budget, from the sizes in a checkpoint's headers."""
+"""Sizes of checkpoints from their headers: savings of a plan, and the number of layers that meets a budget."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.settings import Bytes
+from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.core.settings import Bytes, Settings
 from avss_dist.core.text import describe_bytes, describe_count
 from avss_dist.core.validation import checked
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
+from avss_dist.warehouse.checks import settings_of
 
 if TYPE_CHECKING:
     from avss_dist.models.size import Footprint
+
+
+def run_size(run: Mapping[str, Any]) -> Footprint:
+    """Return the size of the checkpoint that a run has scored. The headers of a hub id are read from the hub.
+
+    Args:
+        run: a row of ``runs``.
+
+    Raises:
+        ModelError: the checkpoint does not exist any more, or cannot be read.
+    """
+    from avss_dist.models.size import footprint
+
+    model, settings = run["model"], settings_of(run)
+    given = {name: settings[name] for name in ("dequantize", "layers", "trust_remote_code") if settings.get(name)}
+    name = model if Path(model).expanduser().exists() else f"{model}@{run['revision']}"
+    return footprint(name, Settings(dtype=run["dtype"] or "auto", **given))
+
+
+def local_run_size(run: Mapping[str, Any]) -> Footprint | None:
+    """Return `run_size` for a checkpoint on this machine, or None if it is elsewhere or cannot be read."""
+    if not Path(run["model"]).expanduser().exists():
+        return None
+    try:
+        return run_size(run)
+    except AvssError:
+        return None
 
 
 @checked

@@ -116,6 +116,22 @@ def test_evaluations_and_cells_have_the_ids_that_warehouses_know(checkpoint: Che
     ]
 
 
+def test_an_evaluation_is_hashed_once(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all parts of a task and all removals, and once more for another residual scale."""
+    task = Task(name="t", parts=(Measure(),) * 5)
+    planned = PlannedTask(checkpoint=checkpoint, settings=Settings(), task=task, placement=Placement())
+    hashed: list[dict[str, Any]] = []
+
+    def counted(**parts: Any) -> str:
+        hashed.append(parts)
+        return fingerprint(**parts)
+
+    monkeypatch.setattr("avss_dist.evaluation.session.fingerprint", counted)
+    without = NO_INTERVENTION.without(1)
+    cells = planned.cells([NO_INTERVENTION, without, replace(without, residual_scale=0.5)])
+    assert (len(cells), len({cell.run_id for cell in cells}), len(hashed)) == (15, 2, 2)
+
+
 @pytest.mark.parametrize("module", ["avss_dist.core.intervention", "avss_dist.pruning.plan", "avss_dist.sparsity.plan"])
 def test_plans_are_interventions_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -19,9 +19,8 @@ from support.processes import FreezesAtStart, Harming, wait_until
 from support.tables import assert_same_evaluations, assert_same_tables, measured_files
 
 import avss_dist
+from avss_dist import ablate, evaluate
 from avss_dist.core.errors import ConfigError, RunFailed
-from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.tasks.gradients import FROBENIUS, L1, L2, TAYLOR
 from avss_dist.warehouse.reader import Warehouse
 

@@ -18,10 +18,10 @@ from support.checkpoints import host_limit, llama, one_thread
 from support.command_line import avss
 from support.families import lively, tiny_model
 
+from avss_dist import evaluate
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import tokenize_corpus
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer, open_module
 from avss_dist.models.size import footprint

@@ -16,10 +16,10 @@ from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.command_line import avss
 
+from avss_dist import evaluate
 from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.selection import PlanError
@@ -139,7 +139,7 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
         ([0.5, "--method", "topp", "--pattern", "2:4"], "Use uniform or wina."),
         ([0.5, "--format", "mergekit"], "Unknown --format 'mergekit'. Valid: plan, thresholds, teal."),
         ([0.5, "--method", "wina", "--corrections", 1], "has no threshold that --corrections could correct."),
-        ([0.5, "--rule", "dense-prefill", "--corrections", 1], "makes nothing of a prompt sparse."),
+        ([0.5, "--rule", "dense-prefill", "--corrections", 1], "leaves prompts dense."),
         ([0.5, "--method", "wina", "--format", "teal"], "TEAL's files are of thresholds of sizes"),
         ([0.5, "--pattern", "5:10"], "does not divide the 32 inputs of self_attn.q_proj."),
     ):
@@ -184,7 +184,7 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
     result = avss(
         "evaluate", broken, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w", "--sequence-length", 32
     )
-    assert "makes nothing of a prompt sparse" in result.stderr
+    assert "leaves prompts dense" in result.stderr
     other = save_checkpoint(llama(seed=3), tmp_path / "other")
     result = avss("evaluate", other, "--sparse", out, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
     assert "is another model" in result.stderr

@@ -23,10 +23,10 @@ from support.checkpoints import llama
 from support.command_line import avss
 from support.documentation import DOCS, read
 
+from avss_dist import evaluate
 from avss_dist.core.errors import AvssError, ConfigError, TaskError
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Settings
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.options import PromptOptions

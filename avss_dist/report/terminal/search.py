@@ -13,13 +13,13 @@ from avss_dist.report.table import ReportColumn, ReportTable, decimals, signific
 from avss_dist.report.terminal.tables import FittedTable
 
 if TYPE_CHECKING:
-    from avss_dist.evaluation.search import Found
+    from avss_dist.evaluation.search import SearchResult
 
 
-def search_table(result: Found) -> FittedTable:
+def search_table(result: SearchResult) -> FittedTable:
     """Return a table of the best set of each round: its loss and perplexity, and the number of sets known by then.
 
-    Among rounds over sets of one size, as in evolve, only those that found a better set have a row.
+    Among rounds over sets of one size, as in evolve, only rounds that improve on the best set have a row.
     """
     rows = [("-", 0.0, result.whole, 0)]
     for step in result.steps:

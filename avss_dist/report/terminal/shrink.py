@@ -90,15 +90,15 @@ def _caption(tasks: Sequence[TaskRetention]) -> str:
 
 
 def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
-    from avss_dist.evaluation.shrink import shown
+    from avss_dist.evaluation.shrink import readable_metric
 
     results = [task.whole, task.pruned, *([task.repaired] if task.repaired else [])]
-    retentions = [None, *(task.of(result) for result in results[1:])]
-    metric, _ = shown(task.whole)
+    kept = [None, *(task.of(result) for result in results[1:])]
+    metric, _ = readable_metric(task.whole)
     group = basename(task.task.removeprefix(PERPLEXITY))
-    yield ReportColumn(metric, [shown(result)[1] for result in results], group=group)
-    yield ReportColumn("kept", [retention and retention.value for retention in retentions], percent(1), missing="")
-    intervals = [retention and known_interval(retention.low, retention.high) for retention in retentions]
+    yield ReportColumn(metric, [readable_metric(result)[1] for result in results], group=group)
+    yield ReportColumn("kept", [one and one.value for one in kept], percent(1), missing="")
+    intervals = [one and known_interval(one.low, one.high) for one in kept]
     yield ReportColumn("95% interval", intervals, interval(percent(1)), priority=1)
 
 
