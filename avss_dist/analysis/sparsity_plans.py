@@ -88,7 +88,9 @@ def _not_measured(warehouse: Warehouse, run: Mapping[str, Any]) -> QueryError:
 def require_target(target: float) -> None:
     """Raise ConfigError unless a target sparsity is above 0 and below 1."""
     if not 0 < target < 1:
-        raise ConfigError(f"`target` {target:g} is no sparsity.", "It is above 0 and below 1: 0.5 makes half zero.")
+        raise ConfigError(
+            f"`target` must be above 0 and below 1, not {target:g}.", "0.5 makes half of the inputs zero."
+        )
 
 
 def plan_uniform(measured: MeasuredMaps, target: float, method: str = "uniform", **fields: Any) -> SparsityPlan:
@@ -117,9 +119,11 @@ def _plan_pattern(measured: MeasuredMaps, target: float, method: str, pattern: s
     """
     largest, _, group = pattern.partition(":")
     if method not in ("uniform", "wina"):
-        raise ConfigError(f"`pattern` says what is zero, and `method` {method} would too.", "Use uniform or wina.")
+        raise ConfigError(f"`pattern` and `method` {method} are mutually exclusive.", "Use `method` uniform or wina.")
     if not (largest.isdecimal() and group.isdecimal() and 0 < int(largest) < int(group)):
-        raise ConfigError(f"`pattern` {pattern} is none.", "Write 2:4: of 4 units in a row, the 2 largest stay.")
+        raise ConfigError(
+            f"invalid `pattern` '{pattern}': expected N:M.", "2:4 keeps the 2 largest of 4 units in a row."
+        )
     if abs(target - (1 - int(largest) / int(group))) > 1e-6:
         share = 1 - int(largest) / int(group)
         raise ConfigError(f"`pattern` {pattern} makes {share:g} zero, not {target:g}.", f"Set `target` to {share:g}.")

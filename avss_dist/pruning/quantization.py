@@ -118,7 +118,7 @@ def _new_names(text: str, names: LayerNames) -> list[str]:
         pattern = re.compile(body)
     except re.error as error:
         raise PlanError(
-            f"The quantization settings name layers by '{text}', which is no pattern that can be read: {error}.",
+            f"The quantization settings name layers by '{text}', which is not a valid pattern: {error}.",
             "Prune the checkpoint before it is quantized, or evaluate the plan without a checkpoint.",
         ) from None
     renumbered = names.renumbered_all(filter(pattern.match, names.modules))

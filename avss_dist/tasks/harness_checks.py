@@ -177,7 +177,7 @@ def _require_template(file: TaskFile, key: str, value: Any) -> None:
     try:
         utils.env.parse(value)
     except TemplateSyntaxError as error:
-        raise file.mistake(key, f"is no template, in its line {error.lineno}: {error.message}") from error
+        raise file.mistake(key, f"is not a valid template, in its line {error.lineno}: {error.message}") from error
 
 
 def require_data(file: TaskFile, dataset: Any) -> None:
@@ -204,7 +204,7 @@ def require_data(file: TaskFile, dataset: Any) -> None:
     question = _Question(file, _unconstructed_task(config, columns), row, 1)
     text = config["doc_to_text"]
     if question.text == text and (similar := difflib.get_close_matches(text, columns, n=1, cutoff=0.7)):
-        raise file.mistake("doc_to_text", f"is '{text}', which is no column.", f"Did you mean '{similar[0]}'?")
+        raise file.mistake("doc_to_text", f"is '{text}', which is not a column.", f"Did you mean '{similar[0]}'?")
     question.require_valid()
 
 
@@ -324,7 +324,7 @@ class _Question:
     def _require_label(self, key: str, label: Any, choices: Sequence[str]) -> None:
         if isinstance(label, str):
             if label not in choices:
-                raise self._mistake(key, f"'{label}', which is none of the choices,", nearest(label, choices))
+                raise self._mistake(key, f"'{label}', which is not among the choices,", nearest(label, choices))
         elif not isinstance(label, int):
             raise self._mistake(key, f"{label!r}, not the index or the text of a choice,")
         elif not 0 <= label < len(choices):

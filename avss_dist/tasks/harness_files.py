@@ -63,7 +63,7 @@ def read_task_file(path: Path) -> TaskFile:
 
 def _read(path: Path, including: tuple[Path, ...]) -> TaskFile:
     if path.exists() and not path.is_file():
-        raise TaskError(f"{path} is no file.", "Name a task file, which ends in .yaml.")
+        raise TaskError(f"{path} is not a file.", "Name a task file, which ends in .yaml.")
     if not path.exists():
         raise TaskError(f"There is no task file {path}.", "A relative path starts in the working directory.")
     document = read_yaml_mapping(path, _KIND)
@@ -74,7 +74,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> TaskFile:
         if not included.is_file():
             where = f"{path}:{document.line(('include',))}"
             raise TaskError(
-                f"{where}: key 'include' names {included}, which is no file.",
+                f"{where}: key 'include' names {included}, which is not a file.",
                 "A relative path starts beside the file that includes it.",
             )
         if included.resolve() in including:

@@ -220,7 +220,7 @@ def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
     try:
         return _to_strata(table)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise pa.ArrowInvalid(f"they are no statistics: {error}") from error
+        raise pa.ArrowInvalid(f"its rows are not statistics: {error}") from error
 
 
 def _stats_and_strata(table: pa.Table) -> tuple[dict[LayerKey, LayerStats], dict[StratumKey, LayerStats]]:

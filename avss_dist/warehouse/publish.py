@@ -92,7 +92,7 @@ def _dataset(target: str) -> str:
     prefix = "hf://datasets/"
     if not target.startswith(prefix):
         raise WarehouseError(
-            f"'{target}' is no data set of the hub.",
+            f"'{target}' is not a data set of the hub.",
             f"Write {prefix}ORG/NAME; for anything else there, publish to a folder and upload that.",
         )
     require_access(name := target.removeprefix(prefix).rstrip("/"), "dataset")

@@ -434,7 +434,7 @@ def test_a_repaired_checkpoint_is_not_evaluated_on_its_text(tiny_llama: Path, tm
     with pytest.raises(ConfigError, match=r"text of the repair of .* cannot be read again"):
         evaluate([str(less)], tasks=["perplexity:builtin:pydoc"], **options)
     (less / FILE).write_text('{"repairs": [{"repair": "magic"}]}')
-    with pytest.raises(ModelError, match="is no record of a repair"):
+    with pytest.raises(ModelError, match="is not a valid record of a repair"):
         evaluate([str(less)], tasks=["perplexity:builtin:pydoc"], **options)
 
 

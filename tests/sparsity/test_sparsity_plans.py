@@ -132,11 +132,11 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
 ) -> None:
     out = tmp_path / "sparse.yaml"
     for options, message in (
-        ([1], "target 1 is no sparsity. It is above 0 and below 1"),
-        ([0], "target 0 is no sparsity."),
-        ([0.5, "--pattern", "4:2"], "--pattern 4:2 is none."),
+        ([1], "target must be above 0 and below 1, not 1."),
+        ([0], "target must be above 0 and below 1, not 0."),
+        ([0.5, "--pattern", "4:2"], "invalid --pattern '4:2': expected N:M."),
         ([0.4, "--pattern", "2:4"], "Set target to 0.5."),
-        ([0.5, "--method", "topp", "--pattern", "2:4"], "Use uniform or wina."),
+        ([0.5, "--method", "topp", "--pattern", "2:4"], "Use --method uniform or wina."),
         ([0.5, "--format", "mergekit"], "Unknown --format 'mergekit'. Valid: plan, thresholds, teal."),
         ([0.5, "--method", "wina", "--corrections", 1], "has no threshold that --corrections could correct."),
         ([0.5, "--rule", "dense-prefill", "--corrections", 1], "leaves prompts dense."),

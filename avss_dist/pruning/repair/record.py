@@ -161,7 +161,7 @@ def read_repairs(folder: Path) -> list[RepairRecord]:
         return [parse_record(values) for values in json.loads(file.read_text(encoding="utf-8"))["repairs"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         why = error.message if isinstance(error, ConfigError) else str(error)
-        raise ModelError(f"{file} is no record of a repair: {why}", "Copy the checkpoint again.") from error
+        raise ModelError(f"{file} is not a valid record of a repair: {why}", "Copy the checkpoint again.") from error
 
 
 def parse_record(values: Mapping[str, Any]) -> RepairRecord:
