@@ -62,7 +62,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 FORMATS = ("table", "csv", "json")  # the first is the default
-FormatOption = Annotated[str, format_option(*FORMATS)]
 TEXT_FORMATS = ("text", "json")  # of commands that report an action
 TextFormatOption = Annotated[str, format_option(*TEXT_FORMATS)]
 
