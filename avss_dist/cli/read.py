@@ -45,7 +45,7 @@ def ls(format: str, **values: Any) -> None:
     table = _listed_runs(opened) if request.what == "runs" else opened.sql(LISTED[request.what])
     if request.what == "runs" and format == FORMATS[0]:
         table = _with_kept_shards(table)
-    write_table(table, format, console())
+    write_table(table, format, console(), newest_first=True)
 
 
 def _listed_runs(opened: Warehouse) -> pa.Table:
