@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
     from avss_dist.report.terminal.progress import Progress
     from avss_dist.runs.api import score, score_all
-    from avss_dist.runs.reporter import Reporter
     from avss_dist.runs.run import Run
     from avss_dist.warehouse.reader import Warehouse
 
@@ -69,7 +68,6 @@ __all__ = [
     "Progress",
     "Pruned",
     "QueryError",
-    "Reporter",
     "Run",
     "RunFailed",
     "Runs",
@@ -110,7 +108,6 @@ _HOMES = {
     "report.terminal.progress": ("Progress",),
     "core.results": ("Table",),
     "runs.api": ("score", "score_all"),
-    "runs.reporter": ("Reporter",),
     "runs.run": ("Run",),
     "core.settings": ("Execution", "Settings"),
     "warehouse.reader": ("Warehouse",),

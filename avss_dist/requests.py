@@ -607,8 +607,6 @@ class JobRequest(RunJobRequest):
 
     job: Any = field(kw_only=False)
     """A job file, or the job that `runs.job_file.read_job` made of one."""
-    cells: Any = None
-    """Receives the progress of an experiment; `reporter` receives that of scoring."""
 
     shared = tuple(Execution.__dataclass_fields__)
 

@@ -43,7 +43,7 @@ def plan(request: PlanRequest) -> Plan:
         row = named_run(opened, request.run)
     else:
         row, _ = plannable_run(opened, request.by)
-    return choose_layers(opened, row, request, request.reporter)[0]
+    return choose_layers(opened, row, request, request.on_event)[0]
 
 
 def choose_layers(
@@ -85,7 +85,7 @@ def sparsify(request: SparsifyRequest) -> SparsityPlan:
     """
     from avss_dist.evaluation.sparsify import sparsify as measure
 
-    return measure(request, named_run(Warehouse(request.warehouse), request.run), request.reporter)
+    return measure(request, named_run(Warehouse(request.warehouse), request.run), request.on_event)
 
 
 @keywords(ShrinkRequest)
@@ -96,7 +96,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     """
     from avss_dist.evaluation.shrink import shrink as run
 
-    return run(request, request.reporter)
+    return run(request, request.on_event)
 
 
 class Pruned(TabularResult):
@@ -153,7 +153,7 @@ def prune(request: PruneRequest) -> Pruned:
     if wanted is not None and warehouse is not None:
         from avss_dist.evaluation.repairs import stored_repair
 
-        fitted = stored_repair(request, plan, wanted, warehouse, request.reporter)
+        fitted = stored_repair(request, plan, wanted, warehouse, request.on_event)
     if warehouse is not None:
         checkpoint = resolve(model, trust_remote_code=code)
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
