@@ -17,7 +17,7 @@ from avss_dist.models.loading import load_model
 from avss_dist.models.stored import floating_dtype, stored_tensors
 from avss_dist.system.staging import staged_folder
 
-_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "README.md", ".*")
+_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "README.md", "COMPLETE", ".*")
 
 
 def load_trained(models: ModelPair, folder: Path, train: str) -> Any:

@@ -91,7 +91,8 @@ def evaluations(history: History) -> list[Evaluation]:
 
 def _evaluation(entry: Mapping[str, Any], train_loss: float | None) -> Evaluation:
     def by_text(prefix: str) -> dict[str, float]:
-        return {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
+        names = sorted(name for name in entry if name.startswith(prefix))
+        return {name.removeprefix(prefix): entry[name] for name in names}
 
     return Evaluation(
         step=int(entry["step"]),

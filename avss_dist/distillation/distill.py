@@ -25,7 +25,14 @@ from avss_dist.distillation.loss import Predict, TextLoss, logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
 from avss_dist.distillation.pair import ModelPair, ancestry, resolve_pair
 from avss_dist.distillation.reading import read_texts
-from avss_dist.distillation.record import CurvePoint, DistillRecord, RecordedText, recorded_settings
+from avss_dist.distillation.record import (
+    FILE,
+    CurvePoint,
+    DistillRecord,
+    RecordedText,
+    read_record,
+    recorded_settings,
+)
 from avss_dist.distillation.texts import DistillText
 from avss_dist.distillation.trained import LEARNING_RATES, LORA, choose_trained
 from avss_dist.models.loading import load_model, quiet
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest
 
 
+_REQUEST = "request.json"
 PROJECT = "avss"  # of a tracker, by default
 LEAST_FREE_BYTES = 64 << 20  # with less free space, a failed write is taken to be for lack of it
 
@@ -93,8 +101,10 @@ def distill(request: DistillRequest) -> Distilled:
         StorageFull: there is no space left.
     """
     output, on_event = Path(request.output), request.reporter or ignore
-    require_free(output)
     work = output.with_name(output.name + ".part")
+    is_written = (work / _REQUEST).is_file() and (output / FILE).is_file()  # stopped after its last step
+    if not is_written:
+        require_free(output)
     models = resolve_pair(request)
     memory = estimate_memory(
         models.student, models.teacher, models.settings, models.teacher_settings, **_what_is_trained(request)
@@ -105,16 +115,18 @@ def distill(request: DistillRequest) -> Distilled:
         work.mkdir(parents=True, exist_ok=True)
         _require_same_request(work, _identity(request, models))
         with quiet():
-            texts = read_texts(request, models, work, on_event)
-            record, model = _trained(request, models, texts, work, on_event)
-        write_distilled(models.student, model, output, record)
+            if not is_written:
+                texts = read_texts(request, models, work, on_event)
+                record, model = _trained(request, models, texts, work, on_event)
+                write_distilled(models.student, model, output, record)
     except OSError as error:
         raise unwritable(output, error, "Name another folder with `output`, or free some space.") from error
+    record = read_record(output)
+    assert record is not None
     shutil.rmtree(work)
     if record.ended == DIVERGED:
         raise RunFailed(
-            f"Training diverged after {record.curve[-2].tokens:,} tokens or more. The best checkpoint before that is "
-            f"in {output}: {record.describe()[0]}",
+            f"Training diverged. The best checkpoint before that, of {record.after.tokens:,} tokens, is in {output}.",
             f"Lower `learning_rate`, which was {record.learning_rate:g}, and name another `output`.",
         )
     return Distilled(output, record, memory, notes)
@@ -138,9 +150,9 @@ def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
 
 
 def _require_same_request(work: Path, identity: Mapping[str, Any]) -> None:
-    """Record the request of a folder, or raise ConfigError if the folder is of another one."""
-    file, text = work / "request.json", json.dumps(identity, indent=2, default=str) + "\n"
-    if not file.is_file():
+    """Record the request of a folder, or raise ConfigError if the folder has work of another one."""
+    file, text = work / _REQUEST, json.dumps(identity, indent=2, default=str) + "\n"
+    if not file.is_file() or [*work.iterdir()] == [file]:
         with staged_file(file) as staged:
             staged.write_text(text, encoding="utf-8")
         return

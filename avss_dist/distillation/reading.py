@@ -11,9 +11,9 @@ from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.distillation.events import OnEvent, Preparing
 from avss_dist.distillation.pair import ModelPair
+from avss_dist.distillation.record import SELF
 from avss_dist.distillation.teacher_text import teacher_text
 from avss_dist.distillation.texts import (
-    SELF,
     DistillText,
     SeenRows,
     read_trained,
@@ -43,7 +43,12 @@ def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event:
     texts = [read_trained(*corpus, *how, request.skip_sequences) for corpus in corpora]
     watched = [read_watched(corpus, *how, request.skip_sequences) for corpus in request.watch]
     if request.self_texts:
-        options: dict[str, Any] = {"count": request.self_texts, "seed": request.seed, "work": work, "on_event": on_event}
+        options: dict[str, Any] = {
+            "count": request.self_texts,
+            "seed": request.seed,
+            "work": work,
+            "on_event": on_event,
+        }
         file = teacher_text(models.teacher, models.teacher_settings, **options)
         plain = replace(models.settings, chat_template=False, max_sequences=None)
         texts.append(read_trained(f"{file}:text", SELF, weights.get(SELF, 1.0), tokenizer, plain, request.held_out, 0))

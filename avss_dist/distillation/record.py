@@ -17,6 +17,8 @@ from avss_dist.core.validation import Count, Positive, checked
 from avss_dist.distillation.curve import NO_IMPROVEMENT
 
 FILE = "avss_distill.json"
+SELF = "self"
+"""Name of the text that the teacher writes."""
 CARD_END = "\nWritten by avss_dist.\n"
 Number = Annotated[float, Field(strict=False)]
 ByText = Mapping[str, Number]
@@ -123,10 +125,12 @@ class DistillRecord:
         ]
         for text in self.texts:
             before, after = (point.kept[text.label] for point in (self.before, self.after))
-            held = "rows not trained on" if text.trained_rows else "text not trained on"
+            rows = f"{text.held_out_rows} rows, not trained on" + (
+                "" if text.trained_rows else ", nor any of this text"
+            )
             lines.append(
                 f"Perplexity kept of the teacher's {text.teacher_perplexity:.4g} on {text.corpus} "
-                f"({text.held_out_rows} {held}): {before:.1%} before, {after:.1%} after."
+                f"({rows}): {before:.1%} before, {after:.1%} after."
             )
         return lines
 

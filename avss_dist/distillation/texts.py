@@ -17,10 +17,9 @@ from avss_dist.corpus.overlap import shared_text
 from avss_dist.corpus.shards import Batch, CorpusPlan, Shard, tokenize_corpus
 from avss_dist.corpus.sources import open_source
 from avss_dist.distillation.loss import NOT_COUNTED
+from avss_dist.distillation.record import SELF
 from avss_dist.models.causal_lm import predicted
 
-SELF = "self"
-"""Name of the text that the teacher writes."""
 MOST_SHARED = 0.03  # of the passages of held-out text that trained text may have: what other rows of one text repeat
 
 Example = dict[str, torch.Tensor]

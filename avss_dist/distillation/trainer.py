@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -268,5 +269,7 @@ def train(
         train_dataset=Mix(texts, schedule.steps * schedule.batch_size, schedule.seed),
         callbacks=[ScheduleCallback(schedule, folder, on_event)],
     )
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     return list(trainer.state.log_history)

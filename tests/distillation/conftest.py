@@ -1,4 +1,4 @@
-"""A tiny teacher, and a student that lacks one of its layers."""
+"""A tiny teacher, a student that lacks one of its layers, and texts."""
 
 from __future__ import annotations
 
