@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -100,7 +101,12 @@ def distill(request: DistillRequest) -> Distilled:
         RunFailed: training diverged, or made the student no better.
         StorageFull: there is no space left.
     """
-    output, on_event = Path(request.output), request.reporter or ignore
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
+        return _distill(request, Path(request.output), request.reporter or ignore)
+
+
+def _distill(request: DistillRequest, output: Path, on_event: OnEvent) -> Distilled:
     work = output.with_name(output.name + ".part")
     is_written = (work / _REQUEST).is_file() and (output / FILE).is_file()  # stopped after its last step
     if not is_written:
@@ -114,11 +120,10 @@ def distill(request: DistillRequest) -> Distilled:
     try:
         work.mkdir(parents=True, exist_ok=True)
         _require_same_request(work, _identity(request, models))
-        with quiet():
-            if not is_written:
-                texts = read_texts(request, models, work, on_event)
-                record, model = _trained(request, models, texts, work, on_event)
-                write_distilled(models.student, model, output, record)
+        if not is_written:
+            texts = read_texts(request, models, work, on_event)
+            record, model = _trained(request, models, texts, work, on_event)
+            write_distilled(models.student, model, output, record)
     except OSError as error:
         raise unwritable(output, error, "Name another folder with `output`, or free some space.") from error
     record = read_record(output)

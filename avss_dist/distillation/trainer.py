@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -269,7 +268,5 @@ def train(
         train_dataset=Mix(texts, schedule.steps * schedule.batch_size, schedule.seed),
         callbacks=[ScheduleCallback(schedule, folder, on_event)],
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     return list(trainer.state.log_history)

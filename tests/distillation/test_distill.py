@@ -268,7 +268,7 @@ def test_paired_text_can_only_be_watched(distill: Callable[..., Distilled], tmp_
     ]
     pairs.write_text("\n".join(lines))
     refused(distill, "paired text", corpora=[f"{pairs}:q+a"])
-    assert distill(watch=[f"{pairs}:q+a"], tokens=1024).record.texts[1].held_out_rows >= 4
+    assert distill(watch=[f"{pairs}:q+a"], tokens=1024, held_out=8).record.texts[1].held_out_rows == 8
 
 
 def test_a_short_text_is_refused(distill: Callable[..., Distilled], tmp_path: Path) -> None:
