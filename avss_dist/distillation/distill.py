@@ -93,7 +93,7 @@ class Distilled(TabularResult):
 def distill(request: DistillRequest) -> Distilled:
     """Train a student on the predictions of a teacher, and write it as a checkpoint; see `requests.DistillRequest`.
 
-    The work so far is kept in a folder beside the output, OUTPUT.part, from which the same request resumes.
+    The work so far is kept in a folder beside the output, ``OUTPUT.part``, from which the same request resumes.
 
     Raises:
         ConfigError: the models have different vocabularies, there is too little memory, held-out text is trained on, or
@@ -122,13 +122,14 @@ def _distill(request: DistillRequest, output: Path, on_event: OnEvent) -> Distil
         _require_same_request(work, _identity(request, models))
         if not is_written:
             texts = read_texts(request, models, work, on_event)
-            record, model = _trained(request, models, texts, work, on_event)
-            write_distilled(models.student, model, output, record)
+            _require_same_texts(work, texts)
+            trained, model = _trained(request, models, texts, work, on_event)
+            write_distilled(models.student, model, output, trained)
     except OSError as error:
         raise unwritable(output, error, "Name another folder with `output`, or free some space.") from error
+    shutil.rmtree(work)
     record = read_record(output)
     assert record is not None
-    shutil.rmtree(work)
     if record.ended == DIVERGED:
         raise RunFailed(
             f"Training diverged. The best checkpoint before that, of {record.after.tokens:,} tokens, is in {output}.",
@@ -156,17 +157,35 @@ def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
 
 def _require_same_request(work: Path, identity: Mapping[str, Any]) -> None:
     """Record the request of a folder, or raise ConfigError if the folder has work of another one."""
-    file, text = work / _REQUEST, json.dumps(identity, indent=2, default=str) + "\n"
-    if not file.is_file() or [*work.iterdir()] == [file]:
-        with staged_file(file) as staged:
-            staged.write_text(text, encoding="utf-8")
-        return
-    before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
-    if differing := sorted(name for name in now if before.get(name) != now[name]):
+    file = work / _REQUEST
+    if [*work.iterdir()] == [file]:
+        file.unlink()  # of a request that was refused
+    if differing := _differing(file, identity):
         raise ConfigError(
             f"{work} was begun with other values of {', '.join(differing)}.",
             "Use the same ones to continue, delete the folder, or name another `output`.",
         )
+
+
+def _require_same_texts(work: Path, texts: Sequence[DistillText]) -> None:
+    """Record the tokens of the texts of a folder, or raise ConfigError if they are others now."""
+    prints = {text.label: [p.tokens_fingerprint for p in (text.trained, text.held_out) if p] for text in texts}
+    if differing := _differing(work / "texts.json", prints):
+        raise ConfigError(
+            f"The text of {', '.join(differing)} has changed since {work} was begun.",
+            f"Put it back to continue, or delete {work}.",
+        )
+
+
+def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
+    """Write values into a file that does not exist, or return the names of those that differ from the file's."""
+    text = json.dumps(values, indent=2, default=str) + "\n"
+    if not file.is_file():
+        with staged_file(file) as staged:
+            staged.write_text(text, encoding="utf-8")
+        return []
+    before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+    return sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
 
 
 def _trained(

@@ -57,33 +57,35 @@ def arguments(schedule: Schedule, folder: Path, device: torch.device, more: Mapp
     Args:
         more: further arguments, such as those of trackers.
     """
-    return _Arguments(
-        output_dir=str(folder),
-        max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.batch_size,
-        learning_rate=schedule.learning_rate,
-        adam_beta1=0.9,
-        adam_beta2=0.98,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=min(schedule.warmup, schedule.steps - 1),
-        optim="adamw_torch",
-        bf16=schedule.bfloat16,
-        use_cpu=device.type == "cpu",
-        seed=schedule.seed,
-        train_sampling_strategy="sequential",
-        dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        logging_steps=schedule.log_every,
-        logging_nan_inf_filter=False,
-        eval_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-        log_level="error",
-        **{"report_to": "none", **more},
-    )
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": schedule.steps,
+        "per_device_train_batch_size": schedule.batch_size,
+        "learning_rate": schedule.learning_rate,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.98,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": min(schedule.warmup, schedule.steps - 1),
+        "optim": "adamw_torch",
+        "bf16": schedule.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "seed": schedule.seed,
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": device.type == "cuda",
+        "remove_unused_columns": False,
+        "logging_steps": schedule.log_every,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "log_level": "error",
+        "report_to": "none",
+        **more,
+    }
+    return _Arguments(**options)
 
 
 class DistillationTrainer(Trainer):

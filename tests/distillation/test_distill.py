@@ -314,6 +314,19 @@ def test_a_folder_of_another_request_is_not_resumed(distill: Callable[..., Disti
     refused(distill, r"out.part was begun with other values of .*seed")
 
 
+def test_text_that_has_changed_is_not_resumed(
+    distill: Callable[..., Distilled], corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    shutil.copy(corpus, text)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "Mix", None)
+        with pytest.raises(TypeError):
+            distill(corpora=[text])
+    text.write_text(corpus.read_text().upper())
+    refused(distill, r"text of text.txt has changed", corpora=[text])
+
+
 def test_trained_text_is_not_held_out_from_an_evaluation(
     distill: Callable[..., Distilled], corpus: Path, other_corpus: Path, tmp_path: Path
 ) -> None:

@@ -31,11 +31,11 @@ class DistillProgress:
         self._tokens, self._step, self._logged_at = 0, "", time.monotonic()
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        self._progress.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+    def __exit__(self, *stop: Any) -> None:
+        self._progress.__exit__(*stop)
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
