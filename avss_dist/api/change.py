@@ -202,7 +202,7 @@ def _repair(request: PruneRequest) -> Repair | None:
 def distill(request: DistillRequest) -> Distilled:
     """Train a smaller model on the predictions of the whole one, and write it as a checkpoint.
 
-    The work so far is kept in ``OUTPUT.part``, from which the same call resumes after an interruption.
+    The work so far is kept in a folder beside the output, from which the same call resumes after an interruption.
     """
     from avss_dist.distillation.distill import distill as run
 

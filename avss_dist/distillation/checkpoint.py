@@ -14,6 +14,7 @@ from avss_dist.distillation.record import DistillRecord, write_card, write_recor
 from avss_dist.distillation.trained import LORA
 from avss_dist.models.checkpoints import Checkpoint, locate
 from avss_dist.models.loading import load_model
+from avss_dist.models.safetensors import weight_files
 from avss_dist.models.stored import floating_dtype, stored_tensors
 from avss_dist.system.staging import staged_folder
 
@@ -61,5 +62,7 @@ def write_distilled(student: Checkpoint, model: Any, output: Path, record: Disti
         for file in sorted(student.folder.iterdir()):
             if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED):
                 shutil.copyfile(file, staged / file.name)
+        for file in weight_files(staged):
+            shutil.copymode(staged / "config.json", file)  # safetensors lets nobody else read them
         write_record(staged, record)
         write_card(student.folder, staged, record)

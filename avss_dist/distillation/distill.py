@@ -93,11 +93,11 @@ class Distilled(TabularResult):
 def distill(request: DistillRequest) -> Distilled:
     """Train a student on the predictions of a teacher, and write it as a checkpoint; see `requests.DistillRequest`.
 
-    The work so far is kept in a folder beside the output, ``OUTPUT.part``, from which the same request resumes.
+    The work so far is kept in a folder beside the output, from which the same request resumes.
 
     Raises:
         ConfigError: the models have different vocabularies, there is too little memory, held-out text is trained on, or
-            ``OUTPUT.part`` is of another request.
+            the folder beside the output is of another request.
         RunFailed: training diverged, or made the student no better.
         StorageFull: there is no space left.
     """
