@@ -58,20 +58,6 @@ class PromptOptions:
 DEFAULT_PROMPT = PromptOptions()
 
 
-def refuse_unused(given: Mapping[str, Any], defaults: Mapping[str, Any], why: str, hint: str = "Leave it out.") -> None:
-    """Raise ConfigError if an option without effect has another value than its default.
-
-    Args:
-        given: values of the options.
-        defaults: default values.
-        why: end of the message, such as "without a search".
-        hint: hint of the error.
-    """
-    for name, value in given.items():
-        if value and value != defaults.get(name):
-            raise ConfigError(f"`{name}` has no effect {why}.", hint)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """Metadata of a field that says how the command line spells it: ``Annotated[str, Option(names=("--task",))]``.
@@ -97,6 +83,21 @@ class Option:
 
 SHARED: dict[str, type] = {f.name: cls for cls in (Settings, Execution) for f in fields(cls)}
 """Class of each field that many commands share, by the field's name."""
+
+_DEFAULTS = Settings().as_dict() | asdict(Execution())
+
+
+def refuse_unused(given: Mapping[str, Any], reason: str, hint: str) -> None:
+    """Raise ConfigError if an option without effect has another value than its default.
+
+    Args:
+        given: values by option. An option that is not in `SHARED` has an empty default, such as 0 or None.
+        reason: end of the message, such as "without a search".
+    """
+    for name, value in given.items():
+        if value and value != _DEFAULTS.get(name):
+            raise ConfigError(f"`{name}` has no effect {reason}.", hint)
+
 
 if TYPE_CHECKING:
 

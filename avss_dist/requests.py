@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import field, fields
+from dataclasses import field
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
+from avss_dist.core.intervention import SPARSITY_RULES
+from avss_dist.core.registry import (
+    DRAWS,
+    FROM_ACTIVATIONS,
+    INTERACTIONS,
+    LOWEST_SHARE,
+    RECIPES,
+    SCORES,
+    SEARCHES,
+    SPARSITY_METHODS,
+    searches_instead,
+)
 from avss_dist.core.settings import (
     DEFAULT_WAREHOUSE,
-    DRAWS,
     EVERY_SITE,
-    LOWEST_SHARE,
     PUBLISHED_THRESHOLD,
-    RECIPES,
-    SEARCHES,
     SITES,
-    SPARSITY_METHODS,
-    SPARSITY_RULES,
     TRAINED,
     Bytes,
     Execution,
     Settings,
     Sizes,
-    searches_instead,
 )
+from avss_dist.core.text import RedactedURI
 from avss_dist.core.validation import Check, Count, OneOf, PathOrText, Positive, Share, Text, Texts
-from avss_dist.options import SHARED, Option, PromptOptions, Request, request
-from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName
-from avss_dist.pruning.shrinking import Shrinking
+from avss_dist.options import SHARED, Option, PromptOptions, Request, field_values, request
+from avss_dist.pruning.repair.record import split_weight
+from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
 
 _OF_STATISTICS = ("skip_first_tokens", "sites", "thresholds", "experts")
 _NO_MEMORY = ("skip_first_tokens", "thresholds", "experts", "allow_pickle")  # an estimate does not depend on these
@@ -38,7 +43,10 @@ SCORED = tuple(SHARED)
 EVALUATED = tuple(name for name in SHARED if name not in (*_OF_STATISTICS, "allow_pickle", "tracker"))
 """Shared fields of commands that measure nothing inside of layers."""
 ESTIMATED = tuple(name for name, cls in SHARED.items() if cls is Settings and name not in _NO_MEMORY)
-COMPARED = ("run", "family", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
+GREEDY = "greedy"  # the search of `registry.SEARCHES` that shrinking can use, with a repair fitted to every set
+RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
+"""Scores of single layers, by which shrinking can rank them."""
+COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
 LEFT_OUT = "Removals"
 MIX, TRAINING = "Text", "Training"
@@ -192,6 +200,12 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
 
     shared = EVALUATED
 
+    def __post_init__(self) -> None:
+        if not (self.leave_one_out or self.sublayers or self.shapley or self.gradients or self.damage):
+            raise ConfigError(
+                "Nothing would be measured.", "Choose `leave_one_out`, `sublayers`, `shapley`, `gradients` or `damage`."
+            )
+
 
 @request
 class EvaluateRequest(WarehouseRequest):
@@ -225,19 +239,74 @@ class EvaluateRequest(WarehouseRequest):
     shared = EVALUATED
 
     def __post_init__(self) -> None:
-        PromptOptions(**{f.name: getattr(self, f.name) for f in fields(PromptOptions)})
+        _ = self.prompting  # which refuses options without effect
+
+    @property
+    def prompting(self) -> PromptOptions:
+        """Options of the prompts of harness tasks."""
+        return PromptOptions(**field_values(PromptOptions, self))
 
 
 @request
-class ShrinkRequest(Shrinking, ModelRequest):
+class ShrinkRequest(ModelRequest):
     """Write a smaller checkpoint of a model."""
 
     output: Output
     """Folder of the new checkpoint."""
+    corpus: Text
+    """Text to score the layers on."""
     warehouse: Annotated[PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")] = None
     """Warehouse for the measurements; OUTPUT-warehouse by default."""
+    share: Share | None = None
+    """Drop this share of the layers; 0.25 by default."""
+    keep: Share | None = None
+    """Drop as many layers as possible while every task keeps this share, such as 0.9."""
+    by: Annotated[str, OneOf((*RANKED_BY, INTERACTIONS, GREEDY))] = "damage"
+    """Criterion to choose the layers: a measurement of avss ablate, a score, random, or greedy (the repaired loss)."""
+    repair: OptionalRepairName = DEFAULT_REPAIR
+    """Repair to fit at each cut to make up for the removed layers."""
+    repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
+    """Text to fit the repair on instead of the corpus: CORPUS or CORPUS=WEIGHT."""
+    tasks: Annotated[Texts, Option(names=("--task",))] = ()
+    """Tasks, as for avss evaluate. By default, part of every text."""
+    first: Count = 0
+    """Layers at the start that are never dropped."""
+    last: Count = 0
+    """Layers at the end that are never dropped."""
+    limit: Positive | None = None
+    """Maximum number of questions per task."""
+    num_fewshot: Count | None = None
+    """Examples before each question of a harness task."""
+    allow_overlap: bool = False
+    """Allow evaluation on text that scores or repairs were made on."""
 
     shared = EVALUATED
+
+    def __post_init__(self) -> None:
+        if self.share is not None and self.keep is not None:
+            raise ConfigError("`share` and `keep` are mutually exclusive.", "Keep one of them.")
+        if self.repair == NO_REPAIR and self.repair_corpora:
+            raise ConfigError("`repair_corpora` has no effect without a repair.", "Leave it out, or name a `repair`.")
+
+    @property
+    def ranked_by(self) -> str:
+        """Score that orders the layers, or from which a search begins."""
+        return "damage" if self.by == GREEDY else self.by
+
+    @property
+    def searched_repair(self) -> str:
+        """Repair that is fitted to each set of a search: map in place of a repair with many unknowns."""
+        return searched_repair(self.repair)
+
+    @property
+    def repair_texts(self) -> list[RedactedURI]:
+        """Texts that a repair is fitted on, without their weights."""
+        return [split_weight(text)[0] for text in self.repair_corpora] or [RedactedURI(self.corpus)]
+
+    @property
+    def texts(self) -> list[RedactedURI]:
+        """All texts, each once."""
+        return list(dict.fromkeys([RedactedURI(self.corpus), *self.repair_texts]))
 
 
 @request
@@ -289,6 +358,10 @@ class PlanRequest(PlaceRequest, RunRequest):
     """Skip this many rows at the start of the corpus."""
 
     shared = EVALUATED
+
+    def __post_init__(self) -> None:
+        if self.search is not None and self.corpus is None:
+            raise ConfigError("`search` needs text to measure losses on.", "Name it with `corpus`.")
 
 
 @request
@@ -423,6 +496,8 @@ class CompareRequest(PlaceRequest, RunsRequest):
     """Number of lowest layers to compare, as a share of the layers."""
     allow_mismatch: bool = False
     """Also compare runs on different corpora, dtypes and so on."""
+    output: Annotated[PathOrText | None, Option(names=("--output", "-o"))] = None
+    """Map of all pairs of runs, ordered by similarity, to draw: FILE.png, .svg or .html."""
 
 
 @request

@@ -10,9 +10,15 @@ if ! command -v chromium chromium-browser google-chrome >/dev/null && command -v
     >/dev/null || echo "No chromium: the tests in a browser skip." >&2
 fi
 
+# mypy takes one core as long as the other checks. The kernels are compiled once, not by each process of the tests.
+"$VENV/bin/mypy" &
+types=$!
+trap 'kill "$types" 2>/dev/null || true' EXIT
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-"$VENV/bin/mypy"
 "$VENV/bin/lint-imports"
 "$VENV/bin/python" tests/architecture.py
+PYTHONPATH="tests${PYTHONPATH:+:$PYTHONPATH}" "$VENV/bin/python" -c "from support.warm_workers import load_kernels; load_kernels()"
+wait "$types"
+trap - EXIT
 "$VENV/bin/python" -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -14,7 +14,7 @@ from avss_dist.analysis.agreement import Scores, rank_correlations, summarize
 from avss_dist.analysis.compare import CONDITIONS, condition, with_conditions
 from avss_dist.core.text import count_of, describe_count, printable
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import FEWEST, depth_correlation
+from avss_dist.stats.rankings import MIN_VALUES, depth_correlation
 
 SHORTEST_SERIES = 3  # checkpoints
 Row = Mapping[str, Any]  # of the table `runs`
@@ -42,11 +42,11 @@ class RunAgreement:
 
         Runs are numbered from 1, as in labels.
         """
-        whole, given = summarize(self.spearman), summarize(self.given_depth)
+        whole, given_depth = summarize(self.spearman), summarize(self.given_depth)
         if not whole.count:
             return ""
         median = f"The median of {count_of(whole.count, 'pair')} is {whole.median:z.3f}"
-        beside_depth = f", and {given.median:z.3f} given depth" if given.count else ""
+        beside_depth = f", and {given_depth.median:z.3f} given depth" if given_depth.count else ""
         first, second = self.pairs[np.nanargmin(self.spearman)] + 1
         return f"{median}{beside_depth}; least alike are runs {first} and {second} ({whole.lowest:z.3f})."
 
@@ -56,9 +56,9 @@ def run_agreement(profiles: Mapping[int, Scores]) -> RunAgreement:
 
     Args:
         profiles: depth and score of the layers by run position: float64[layers] each, ascending in depth. Runs of
-            fewer than `FEWEST` layers are left out.
+            fewer than `MIN_VALUES` layers are left out.
     """
-    runs = [run for run in sorted(profiles) if len(profiles[run][0]) >= FEWEST]
+    runs = [run for run in sorted(profiles) if len(profiles[run][0]) >= MIN_VALUES]
     pairs = np.array([*combinations(range(len(runs)), 2)], np.int64).reshape(-1, 2)
     rho, partial = rank_correlations([profiles[run] for run in runs], *pairs.T)
     return RunAgreement(
@@ -94,20 +94,20 @@ def training_series(runs: Sequence[Row]) -> list[TrainingSeries]:
     for position, run in sorted(enumerate(runs), key=lambda item: in_training(item[1])):
         if run["series"] is not None and run["revision"] is not None:
             conditions = with_conditions(run)
-            alike = (condition(conditions, name) for name in CONDITIONS)
-            series.setdefault((run["series"], *alike), {})[run["revision"]] = position
+            equal_conditions = (condition(conditions, name) for name in CONDITIONS)
+            series.setdefault((run["series"], *equal_conditions), {})[run["revision"]] = position
     return [
         TrainingSeries(
             name=printable(key[0]),
             runs=tuple(by_revision.values()),
-            saved=tuple(_saved(runs[position]) for position in by_revision.values()),
+            saved=tuple(_checkpoint_label(runs[position]) for position in by_revision.values()),
         )
         for key, by_revision in series.items()
         if len(by_revision) >= SHORTEST_SERIES
     ]
 
 
-def _saved(run: Row) -> str:
+def _checkpoint_label(run: Row) -> str:
     step, tokens = run["training_step"], run["training_tokens"]
     if step is not None:
         return f"step {step:,}"

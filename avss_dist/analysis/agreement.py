@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import comb
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.core.settings import LOWEST_SHARE
+from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import FEWEST, align, count_lowest, given_depth, rank_biased_overlap, spearman
+from avss_dist.stats.rankings import (
+    MIN_VALUES,
+    align,
+    count_lowest,
+    given_depth,
+    rank_biased_overlap,
+    spearman,
+    spearman_rows,
+)
 from avss_dist.system.progress_bar import tracked
 
 Scores = tuple[Float64, Float64]  # depth and values of layers, float64[layers] each, ascending in depth
@@ -36,8 +45,8 @@ AT_ONCE = 1024  # pairs, whose signs are a few MB
 
 def correlate(a: Scores, b: Scores, *, k: int | None = None, share: float = LOWEST_SHARE) -> dict[str, Any]:
     """Return the agreement of two scores as a value for each of `COLUMNS`. See `correlate_pairs`."""
-    found = correlate_pairs([a, b], np.array([0]), np.array([1]), k=k, share=share)
-    return {name: column[0].item() for name, column in found.items()}
+    columns = correlate_pairs([a, b], np.array([0]), np.array([1]), k=k, share=share)
+    return {name: column[0].item() for name, column in columns.items()}
 
 
 def correlate_pairs(
@@ -57,12 +66,12 @@ def correlate_pairs(
         is the order of depth itself. ``kendall`` is Kendall's tau-b. ``rbo`` is the rank-biased overlap from the
         lowest layer up (`rank_biased_overlap`). Correlations are NaN for fewer than three layers or a constant score.
     """
-    found = {name: np.full(len(a), np.nan) for name in COLUMNS}
+    columns = {name: np.full(len(a), np.nan) for name in COLUMNS}
     for chunk in tracked(list(_chunks(scores, a, b)), f"Comparing {len(a):,} pairs"):
         for name, values in _agreement(scores, a[chunk], b[chunk], k, share).items():
-            found[name][chunk] = values
+            columns[name][chunk] = values
     kinds = {"layers": np.int64, "k": np.int64, "shared": np.int64, "interpolated": np.bool_}
-    return {name: values.astype(kinds.get(name, np.float64)) for name, values in found.items()}
+    return {name: values.astype(kinds.get(name, np.float64)) for name, values in columns.items()}
 
 
 def rank_correlations(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple[Float64, Float64]:
@@ -76,7 +85,7 @@ def rank_correlations(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple
     rho, partial = np.full(len(a), np.nan), np.full(len(a), np.nan)
     for chunk in _chunks(scores, a, b):
         x, y, _ = _aligned(scores, a[chunk], b[chunk])
-        rho[chunk] = _spearman(x, y)
+        rho[chunk] = spearman_rows(x, y)
         partial[chunk] = _given_depth(rho[chunk], x, y)
     return rho, partial
 
@@ -107,8 +116,8 @@ def summarize(correlations: Float64) -> CorrelationSummary:
 
 def signs(values: Float64) -> Signs:
     """Return sign(value[i] - value[j]) for every pair of layers: int8[pairs, layers, layers]."""
-    one, other = values[:, :, None], values[:, None, :]
-    return (one > other).astype(np.int8) - (one < other).astype(np.int8)
+    row, column = values[:, :, None], values[:, None, :]
+    return (row > column).astype(np.int8) - (row < column).astype(np.int8)
 
 
 def _chunks(scores: Sequence[Scores], a: Indices, b: Indices) -> Iterator[Indices]:
@@ -128,10 +137,10 @@ def _agreement(
     size = min(k or count_lowest(n, share), n)
     order_x, order_y = (np.argsort(values, axis=1, kind="stable") for values in (x, y))  # ties: the earlier layer
     shared = ((np.argsort(order_x) < size) & (np.argsort(order_y) < size)).sum(axis=1)
-    by_chance, at_least = _by_chance(n, size)
+    by_chance, at_least = _expected_overlap(n, size)
     signs_x, signs_y = signs(x), signs(y)
-    defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= FEWEST)
-    rho = _spearman(x, y)
+    defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= MIN_VALUES)
+    rho = spearman_rows(x, y)
     return {
         "layers": np.full(len(x), n),
         "interpolated": interpolated,
@@ -153,25 +162,10 @@ def _aligned(scores: Sequence[Scores], a: Indices, b: Indices) -> tuple[Float64,
     return np.array(x), np.array(y), np.array(interpolated)
 
 
-def _spearman(x: Float64, y: Float64) -> Float64:
-    """Return Spearman's rho of every row. Ranks are doubled, which makes average ranks integers and the sums exact."""
-    from scipy.stats import rankdata  # a second to import
-
-    n = x.shape[1]
-    ranks_x, ranks_y = (2 * rankdata(values, axis=1) - (n + 1) for values in (x, y))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        rho: Float64 = (ranks_x * ranks_y).sum(axis=1) / np.sqrt((ranks_x**2).sum(axis=1) * (ranks_y**2).sum(axis=1))
-    if n < FEWEST:
-        rho[:] = np.nan
-    for row in np.flatnonzero(~np.isfinite(x + y).all(axis=1)):
-        rho[row] = spearman(x[row], y[row])
-    return rho
-
-
 def _given_depth(rho: Float64, x: Float64, y: Float64) -> Float64:
     """Return the partial correlation of the ranks of two scores given depth, for every row."""
     depth = np.broadcast_to(np.arange(x.shape[1], dtype=np.float64), x.shape)
-    of_x, of_y = _spearman(x, depth), _spearman(y, depth)
+    of_x, of_y = spearman_rows(x, depth), spearman_rows(y, depth)
     for row in np.flatnonzero(~np.isfinite(x + y).all(axis=1)):
         both = np.isfinite(x[row]) & np.isfinite(y[row])
         of_x[row], of_y[row] = (spearman(values[row][both], depth[row][both]) for values in (x, y))
@@ -187,9 +181,9 @@ def _kendall(signs_x: Signs, signs_y: Signs) -> Float64:
 
 
 @cache
-def _by_chance(layers: int, size: int) -> tuple[float, Float64]:
+def _expected_overlap(layers: int, size: int) -> tuple[float, Float64]:
     """Return the expected Jaccard index of two random sets of ``size`` layers and P(overlap >= n), n = 0...``size``."""
-    from scipy.stats import hypergeom  # a second to import
-
-    overlaps, chance = np.arange(size + 1), hypergeom(layers, size, size)
-    return float((chance.pmf(overlaps) * overlaps / (2 * size - overlaps)).sum()), chance.sf(overlaps - 1)
+    overlaps = np.arange(size + 1)
+    ways = [comb(size, int(overlap)) * comb(layers - size, size - int(overlap)) for overlap in overlaps]
+    chance = np.array([number / comb(layers, size) for number in ways])
+    return float((chance * overlaps / (2 * size - overlaps)).sum()), chance[::-1].cumsum()[::-1]

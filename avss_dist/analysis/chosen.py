@@ -42,16 +42,16 @@ def choose_runs(
     return list(chosen.values())
 
 
-def one_run(found: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+def one_run(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     """Return the only run that a name matches.
 
     Raises:
         QueryError: if the name matches several runs.
     """
-    if len(found) > 1:
-        names = [row["run_id"] for row in found]
-        raise QueryError(f"'{name}' matches {len(found)} runs.", f"Name one. {nearest(name, names)}")
-    return found[0]
+    if len(rows) > 1:
+        names = [row["run_id"] for row in rows]
+        raise QueryError(f"'{name}' matches {len(rows)} runs.", f"Name one. {nearest(name, names)}")
+    return rows[0]
 
 
 def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -67,10 +67,10 @@ def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
         ]:
             return matches
         raise QueryError(f"No run matches '{name}'.", nearest(name, runs))
-    return _with_part(name, runs)
+    return _match_word(name, runs)
 
 
-def _with_part(name: str, runs: Iterable[str]) -> list[str]:
+def _match_word(name: str, runs: Iterable[str]) -> list[str]:
     """Return the only id with a word that starts with ``name``.
 
     Raises:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
-from itertools import combinations, islice
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -12,25 +14,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from avss_dist.analysis.agreement import correlate_pairs
+from avss_dist.analysis.agreement import CorrelationSummary, Scores, correlate_pairs, summarize
+from avss_dist.analysis.groups import SCHEMA as GROUPS
+from avss_dist.analysis.groups import Member, PairSurvey, survey_pairs
+from avss_dist.analysis.rank_matrix import RankMatrix
+from avss_dist.analysis.similarity import SimilarityMap, similarity_map
 from avss_dist.analysis.thresholds import scores_at
 from avss_dist.core.errors import QueryError, require_known
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
+from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import LOWEST_SHARE
 from avss_dist.core.text import count_of, describe_threshold
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.slices import slices_by
 
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "row_start", "skip_first_tokens", "schema_version")
 """Properties besides the model that two runs must share for their scores to be comparable."""
-BETWEEN = ("run", "family", "revision", "corpus", "dtype")
-ACROSS_MODELS = ("run", "family", "revision")
+BETWEEN = ("run", "family", "size", "revision", "corpus", "dtype")
+ACROSS_MODELS = ("run", "family", "size", "revision")
 WITHIN = ("recipe", "threshold", "site", "score")
 BY = (*BETWEEN, *WITHIN)
-MOST_PAIRS = 1_000_000  # of one comparison: those of 1,400 runs
+READING = ("site", "recipe", "threshold", "threshold_kind")
+MAX_PAIRS = 1_000_000  # that are listed: those of 1,400 runs
+EXTREMES = 500  # pairs most alike, and as many least alike, that are listed of more
+SIZES = (0.5e9, 1.5e9, 4e9, 10e9, 40e9, 150e9)
+"""Numbers of parameters between the groups of a comparison by size."""
 
 SCHEMA = pa.schema(
     [
@@ -66,8 +76,15 @@ class Profile:
     depth: Float64
     values: Float64
 
+    @property
+    def scores(self) -> Scores:
+        """Depth and values, as `agreement` takes them."""
+        return self.depth, self.values
+
     def label(self, by: str) -> str:
         """Return the label of this profile in a comparison by ``by``."""
+        if by == "size":
+            return size_label(self.run["num_parameters"])
         if by == "threshold":
             return describe_threshold(self.threshold.value, self.threshold.kind)
         if by in WITHIN:
@@ -75,19 +92,37 @@ class Profile:
         return str(self.run["run_id" if by == "run" else by])
 
 
+def size_label(parameters: int | None) -> str:
+    """Return the group of a model by its number of parameters, such as ``0.5B to 1.5B``."""
+    if parameters is None:
+        return "unknown"
+    place = bisect_right(SIZES, parameters)
+    low, high = (f"{SIZES[index] / 1e9:g}B" if 0 <= index < len(SIZES) else "" for index in (place - 1, place))
+    return f"{low} to {high}" if low and high else f"under {high}" if high else f"{low} and more"
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RankingComparison(TabularResult):
-    """Agreement of pairs of profiles, and the runs that are in no pair.
+    """Agreement of pairs of profiles, of the groups that they belong to, and the runs that are in no pair.
 
     Attributes:
-        pairs: a table of `SCHEMA`, most alike first.
+        pairs: a table of `SCHEMA`, most alike first. Of more pairs than are listed, the most and the least alike.
+        number: number of pairs.
+        spearman, given_depth: summaries of the correlations of all pairs.
+        groups: a table of `groups.SCHEMA`: mean correlations within and between groups, over all pairs.
         conditions: the `CONDITIONS` in which the given runs differ. Empty unless they restrict the pairs.
         left_out: the reason why a run is in no pair, by run id.
+        similarity: map of the correlations of all runs under the most frequent conditions; None unless asked for.
     """
 
     pairs: pa.Table
+    number: int
+    spearman: CorrelationSummary
+    given_depth: CorrelationSummary
+    groups: pa.Table = field(default_factory=GROUPS.empty_table)
     conditions: tuple[str, ...] = ()
     left_out: Mapping[str, str]
+    similarity: SimilarityMap | None = None
 
     def table(self) -> pa.Table:
         """Return the pairs as a table of `SCHEMA`."""
@@ -95,7 +130,7 @@ class RankingComparison(TabularResult):
 
     def summary(self) -> str:
         """Return the number of pairs and the number of runs that are in no pair, in words."""
-        return f"{count_of(len(self.pairs), 'pair')}, {count_of(len(self.left_out), 'run')} left out"
+        return f"{count_of(self.number, 'pair')}, {count_of(len(self.left_out), 'run')} left out"
 
 
 def compare(
@@ -110,63 +145,127 @@ def compare(
     k: int | None = None,
     share: float = LOWEST_SHARE,
     allow_mismatch: bool = False,
+    max_listed: int = MAX_PAIRS,
+    mapped: bool = False,
 ) -> RankingComparison:
     """Correlate every two profiles that differ in ``by`` and otherwise at most in the model.
 
-    Runs that have no counterpart under the same `CONDITIONS` are left out. The result names them with the reason.
+    All pairs are summarized, and so is the agreement within and between the groups that ``by`` makes. Runs that have no
+    counterpart under the same `CONDITIONS` are left out. The result names them with the reason.
 
     Args:
         warehouse: warehouse of the runs.
         run_ids: ids of finished runs.
-        by: the property in which a pair differs. ``run``, ``family`` and ``revision`` compare runs under the same
-            conditions. ``corpus`` and ``dtype`` compare runs of the same model. ``recipe``, ``threshold`` and ``site``
-            compare readings of one run, and ``score`` compares AVSS with each baseline score.
+        by: the property in which a pair differs. ``run``, ``family``, ``size`` and ``revision`` compare runs under the
+            same conditions. ``corpus`` and ``dtype`` compare runs of the same model. ``recipe``, ``threshold`` and
+            ``site`` compare readings of one run, and ``score`` compares AVSS with each baseline score.
         site, recipe, threshold, score: selection of profiles. The one that ``by`` names is ignored.
         k: number of lowest layers to compare. By default, ``share`` of the layers.
         allow_mismatch: also compare runs under different conditions.
+        max_listed: number of pairs up to which all are listed. Of more, the `EXTREMES` are.
+        mapped: also make a similarity map. It shows runs, so ``by`` is a property of runs.
 
     Raises:
-        QueryError: if no two runs are comparable (the message names the conditions in which they differ), no two
-            profiles differ in ``by``, or there are more than `MOST_PAIRS` pairs.
+        QueryError: if no two runs are comparable (the message names the conditions in which they differ), or no two
+            profiles differ in ``by``.
     """
     require_known("`by`", by, BY, QueryError)
     require_known("score", score, FROM_ACTIVATIONS, QueryError)
+    if mapped and by not in BETWEEN:
+        raise QueryError(f"A map shows runs, and `by` {by} compares readings of one run.", "Compare by run or family.")
     runs = _runs(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
-    found = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
-    pairs = list(islice(_pairs(found, by, allow_mismatch), MOST_PAIRS + 1))
-    if not pairs:
-        if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(found, by, True), None):
-            raise _not_comparable([profile.run for profile in found])
-        raise QueryError(f"No two profiles differ in {by} alone.", _what_there_is(found, by))
-    if len(pairs) > MOST_PAIRS:
-        raise QueryError(
-            f"{len(runs):,} runs make more than {MOST_PAIRS:,} pairs that differ in {by}.",
-            f"Compare fewer: avss compare -w {warehouse.root} --run 'smollm2-*', for example.",
-        )
-    indices = np.array(sorted(pairs), np.int64).T
-    compared = {found[index].run["run_id"] for index in indices.flat}
+    selected = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
+    survey = _survey(selected, by, allow_mismatch) if by in BETWEEN else None
+    if survey is not None and survey.number > max_listed:
+        indices = survey.extremes
+    else:
+        indices = np.array(sorted(_pairs(selected, by, allow_mismatch)), np.int64).reshape(-1, 2).T
+    if not indices.size:
+        raise _no_pair(selected, by, allow_mismatch)
+    pairs = _table(selected, indices, by, k, share)
     return RankingComparison(
-        pairs=_table(found, indices, by, k, share),
-        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(_scored(found))),
-        left_out=_left_out(runs, found, compared, by),
+        pairs=pairs,
+        number=survey.number if survey else len(pairs),
+        spearman=_summary(pairs, survey, "spearman"),
+        given_depth=_summary(pairs, survey, "given_depth"),
+        groups=survey.groups if survey else GROUPS.empty_table(),
+        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(_scored(selected))),
+        left_out=_left_out(runs, selected, _compared(selected, by, allow_mismatch), by),
+        similarity=_map(selected, by, allow_mismatch) if mapped else None,
     )
 
 
-def _scored(found: Sequence[Profile]) -> list[Mapping[str, Any]]:
+def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> QueryError:
+    """Return the error for profiles of which no two are comparable."""
+    if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(selected, by, True), None):
+        return _not_comparable([profile.run for profile in selected])
+    return QueryError(f"No two profiles differ in {by} alone.", _available_readings(selected, by))
+
+
+def _map(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> SimilarityMap:
+    """Return the similarity map of the profiles under the most frequent conditions."""
+    conditions = [_shared(profile, "run", allow_mismatch) for profile in selected]
+    (most_frequent, _), *_ = Counter(conditions).most_common(1)
+    shown = [profile for profile, key in zip(selected, conditions, strict=True) if key == most_frequent]
+    shown.sort(key=lambda profile: str(profile.run["created_at"]))
+    return similarity_map(
+        RankMatrix([profile.scores for profile in shown]),
+        [profile.run["run_id"] for profile in shown],
+        [profile.label(by if by != "run" else "family") for profile in shown],
+    )
+
+
+def _summary(pairs: pa.Table, survey: PairSurvey | None, name: str) -> CorrelationSummary:
+    """Summarize a correlation of all pairs: exactly if all are listed."""
+    if survey is None or survey.number == len(pairs):
+        return summarize(pairs[name].to_numpy())
+    return survey.summary(name)
+
+
+def _survey(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> PairSurvey:
+    """Correlate all pairs of profiles of different runs, by matrix products."""
+    members = [
+        Member(
+            stratum=_shared(profile, by, allow_mismatch),
+            value=_value(profile, by),
+            model=str(profile.run["model"]),
+            group="all runs" if by == "run" else profile.label(by),
+        )
+        for profile in selected
+    ]
+    matrix = RankMatrix([profile.scores for profile in selected])
+    across_models = by in ("run", "family", "size")
+    return survey_pairs(matrix, members, by=by, across_models=across_models, most=EXTREMES)
+
+
+def _compared(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> set[str]:
+    """Return the ids of the runs that are in a pair."""
+    strata: dict[Hashable, list[Profile]] = {}
+    for profile in selected:
+        strata.setdefault(_shared(profile, by, allow_mismatch), []).append(profile)
+    return {
+        profile.run["run_id"]
+        for members in strata.values()
+        if len({_value(profile, by) for profile in members}) > 1
+        for profile in members
+    }
+
+
+def _scored(selected: Sequence[Profile]) -> list[Mapping[str, Any]]:
     """Return the runs of the profiles, each once."""
-    return list({profile.run["run_id"]: profile.run for profile in found}.values())
+    return list({profile.run["run_id"]: profile.run for profile in selected}.values())
 
 
-def _table(found: Sequence[Profile], pairs: NDArray[np.int64], by: str, k: int | None, share: float) -> pa.Table:
+def _table(selected: Sequence[Profile], pairs: NDArray[np.int64], by: str, k: int | None, share: float) -> pa.Table:
     """Return the agreement of pairs of profiles as a table of `SCHEMA`, most alike first.
 
     Args:
-        pairs: int64[2, pairs], the indices in ``found``.
+        pairs: int64[2, pairs], the indices in ``selected``.
     """
-    agreement = correlate_pairs([(profile.depth, profile.values) for profile in found], *pairs, k=k, share=share)
-    labels = pa.array([profile.label(by) for profile in found], pa.string())
-    run_ids = pa.array([profile.run["run_id"] for profile in found], pa.string())
+    agreement = correlate_pairs([profile.scores for profile in selected], *pairs, k=k, share=share)
+    labels = pa.array([profile.label(by) for profile in selected], pa.string())
+    run_ids = pa.array([profile.run["run_id"] for profile in selected], pa.string())
     columns = {
         "by": pa.repeat(by, pairs.shape[1]),
         **{side: labels.take(pa.array(index)) for side, index in zip("ab", pairs, strict=True)},
@@ -194,16 +293,26 @@ def profiles(
         runs: rows of ``runs``.
         site, recipe, threshold, score: selection of profiles. None selects every value.
     """
-    rows: dict[str, dict[Hashable, list[Mapping[str, Any]]]] = {run["run_id"]: {} for run in runs}
-    for row in _score_table(warehouse, runs, site, recipe, threshold).to_pylist():
-        key = (row["site"], row["recipe"], Threshold(value=row["threshold"], kind=row["threshold_kind"]))
-        rows[row["run_id"]].setdefault(key, []).append(row)
+    table = _score_table(warehouse, runs, site, recipe, threshold)
+    position = pa.table({"run_id": [run["run_id"] for run in runs], "position": range(len(runs))})
+    table = table.join(position, "run_id").sort_by([(name, "ascending") for name in ("position", *READING, "depth")])
+    names = FROM_ACTIVATIONS if score is None else (score,)
+    depth = table["depth"].to_numpy()
+    columns = {name: table[SCORES[name].column] for name in names}
+    scored = {name: (cells.is_valid().to_numpy(), cells.to_numpy()) for name, cells in columns.items()}
     return [
-        profile
-        for run in runs
-        for key, found in rows[run["run_id"]].items()
-        for name in (FROM_ACTIVATIONS if score is None else (score,))
-        if (profile := _profile(run, key, name, found)).values.size
+        Profile(
+            run=runs[key["position"]],
+            site=key["site"],
+            recipe=key["recipe"],
+            threshold=Threshold(value=key["threshold"], kind=key["threshold_kind"]),
+            score=name,
+            depth=depth[start:stop][valid[start:stop]],
+            values=values[start:stop][valid[start:stop]],
+        )
+        for key, start, stop in slices_by(table, ["position", *READING])
+        for name, (valid, values) in scored.items()
+        if valid[start:stop].any()
     ]
 
 
@@ -216,8 +325,7 @@ def _score_table(
 ) -> pa.Table:
     """Return the ``scores`` rows of runs. None selects every value. A threshold that was not scored is computed."""
     names = [run["run_id"] for run in runs]
-    place = ["run_id", "site", "recipe", "threshold", "threshold_kind", "depth"]
-    columns = [*place, "avss_smoothed", *BASELINES]
+    columns = ["run_id", *READING, "depth", "avss_smoothed", *BASELINES]
     where = at = pc.scalar(True)
     if threshold is not None:
         at = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
@@ -228,13 +336,6 @@ def _score_table(
     if threshold is not None and not scored:
         table = scores_at(warehouse, runs, threshold, sites=site and [site]).select(columns).filter(where)
     return table
-
-
-def _profile(run: Mapping[str, Any], key: Any, score: str, rows: Sequence[Mapping[str, Any]]) -> Profile:
-    column = SCORES[score].column
-    scored = sorted((row["depth"], row[column]) for row in rows if row[column] is not None)
-    depth, values = np.array(scored, float).reshape(-1, 2).T
-    return Profile(run=run, site=key[0], recipe=key[1], threshold=key[2], score=score, depth=depth, values=values)
 
 
 def _runs(warehouse: Warehouse, run_ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -257,16 +358,16 @@ def condition(run: Mapping[str, Any], name: str) -> Any:
     return (run["corpus_fingerprint"] or run["corpus"]) if name == "corpus" else run[name]
 
 
-def _pairs(found: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[tuple[int, int]]:
+def _pairs(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[tuple[int, int]]:
     """Yield the indices of every two profiles that differ in ``by`` and otherwise at most in the model."""
     groups: dict[Hashable, list[int]] = {}
-    for index, profile in enumerate(found):
+    for index, profile in enumerate(selected):
         groups.setdefault(_shared(profile, by, allow_mismatch), []).append(index)
     for members in groups.values():
-        values = [_value(found[index], by) for index in members]
+        values = [_value(selected[index], by) for index in members]
         if len(set(values)) > 1:
-            for (a, one), (b, other) in combinations(zip(members, values, strict=True), 2):
-                if one != other and (by != "score" or FROM_ACTIVATIONS[0] in (one, other)):
+            for (a, first), (b, second) in combinations(zip(members, values, strict=True), 2):
+                if first != second and (by != "score" or FROM_ACTIVATIONS[0] in (first, second)):
                     yield a, b
 
 
@@ -283,7 +384,7 @@ def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
 
 def _value(profile: Profile, by: str) -> Any:
     """Return the value in which the profiles of a pair differ."""
-    if by in WITHIN:
+    if by in (*WITHIN, "size"):
         return profile.label(by)
     return profile.run["run_id"] if by == "run" else condition(profile.run, by)
 
@@ -309,10 +410,10 @@ def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIO
 
 
 def _left_out(
-    runs: Sequence[Mapping[str, Any]], found: Sequence[Profile], compared: Set[str], by: str
+    runs: Sequence[Mapping[str, Any]], selected: Sequence[Profile], compared: Set[str], by: str
 ) -> dict[str, str]:
     """Return the reason why a run is in no pair, by run id."""
-    scored = {run["run_id"] for run in _scored(found)}
+    scored = {run["run_id"] for run in _scored(selected)}
     partners = [run for run in runs if run["run_id"] in compared]
     reasons = {}
     for run in runs:
@@ -337,8 +438,8 @@ def _reason(run: Mapping[str, Any], partners: Sequence[Mapping[str, Any]], by: s
     return "; ".join(texts) or f"nothing comparable that differs in {by} alone"
 
 
-def _what_there_is(found: Sequence[Profile], by: str) -> str:
-    if not found:
+def _available_readings(selected: Sequence[Profile], by: str) -> str:
+    if not selected:
         return "There are no scores of that site, recipe and threshold: avss query -w WAREHOUSE 'SUMMARIZE scores'."
-    labels = sorted({profile.label(by) for profile in found})
+    labels = sorted({profile.label(by) for profile in selected})
     return f"There is: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}."

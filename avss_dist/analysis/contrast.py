@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 from avss_dist.analysis.strata import Strata, not_paired, stratum_columns, which_labels
 from avss_dist.core.errors import DamagedFile, QueryError, require_known
 from avss_dist.core.names import AFTER_ANOTHER, ENTROPY, LOSS, PERPLEXITY
-from avss_dist.core.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import describe_threshold
-from avss_dist.stats import contrast as of
+from avss_dist.stats import contrast as contrast_stats
 from avss_dist.stats.intervals import INTERVAL, bootstrap_weights, jackknife_interval, left_out_weights
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import depth_correlation
@@ -26,7 +27,7 @@ from avss_dist.warehouse.schema import DAMAGED
 LEVEL = 0.05
 MATCHED = 0.1  # lengths of the answers of a pair differ by a tenth at most
 FOLLOWS_DEPTH = 0.9
-FEWEST_PAIRS = 10  # that a matched subset is tested on
+MIN_PAIRS = 10  # that a matched subset is tested on
 FEATURES = {"variance": "variance", "sparsity": "sparsity", "norm": "norm", "relative_magnitude": "update ratio"}
 BASELINES = {LOSS: "log_likelihood", ENTROPY: "token_entropy"}
 """Name of each baseline that is a prediction of the whole model, by metric."""
@@ -79,7 +80,7 @@ def contrast(
     reading = {"run_id": run["run_id"], "model": run["model"], "site": site, "recipe": recipe}
     reading["threshold"] = describe_threshold(threshold, threshold_kind)
     if recipe == "unit" or threshold_kind == "rms":
-        strata = Strata.of(warehouse, run, site, hallucinated, truthful)
+        strata = Strata.of_run(warehouse, run, site, hallucinated, truthful)
         reading |= {"hallucinated": strata.labels[0], "truthful": strata.labels[1], "pairs": None}
         layers = _table(stratum_columns(strata, recipe, Threshold(value=threshold, kind=threshold_kind)))
         return Contrast(
@@ -95,10 +96,10 @@ def contrast(
         raise QueryError(f"The run did not count elements below {threshold:g} row by row.", f"It counted {known}.")
     labels = which_labels(pc.unique(rows["stratum"]).to_pylist(), hallucinated, truthful)
     at = counted.index(threshold)
-    own, other = (read_answers(rows, labels, after, at) for after in ("", AFTER_ANOTHER))
-    layers = layer_table(own, other, recipe)
-    predictions = _predictions(own, other, _evaluated(warehouse, run, rows, labels))
-    reading |= {"hallucinated": labels[0], "truthful": labels[1], "pairs": len(own.pairs)}
+    own_prompt, other_prompt = (read_answers(rows, labels, after, at) for after in ("", AFTER_ANOTHER))
+    layers = layer_table(own_prompt, other_prompt, recipe)
+    predictions = _predictions(own_prompt, other_prompt, _evaluated(warehouse, run, rows, labels))
+    reading |= {"hallucinated": labels[0], "truthful": labels[1], "pairs": len(own_prompt.pairs)}
     return Contrast(
         reading=reading, layers=layers, predictions=predictions, findings=tuple(_findings(layers, predictions))
     )
@@ -120,7 +121,7 @@ def answer_rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.T
     return rows
 
 
-def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold: int) -> of.Answers:
+def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold: int) -> contrast_stats.Answers:
     """Return the answers of two labels whose pairs have both.
 
     Args:
@@ -128,8 +129,8 @@ def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold:
         after: `AFTER_ANOTHER` for answers after another prompt, or empty for answers after their own.
         threshold: index of the threshold in the run's thresholds.
     """
-    wanted = [label + after for label in labels]
-    rows = rows.filter(pc.is_in(rows["stratum"], pa.array(wanted)))
+    strata = [label + after for label in labels]
+    rows = rows.filter(pc.is_in(rows["stratum"], pa.array(strata)))
     layers = len(pc.unique(rows["layer"]))
 
     def grid(name: str) -> Float64:
@@ -137,37 +138,41 @@ def read_answers(rows: pa.Table, labels: tuple[str, str], after: str, threshold:
 
     near_zero = np.array(pc.list_element(rows["near_zero"], threshold), np.float64).reshape(-1, layers)
     stratum = np.array(rows["stratum"].to_pylist(), object).reshape(-1, layers)[:, 0]
-    made = of.Answers(
+    answers = contrast_stats.Answers(
         pair=grid("pair")[:, 0].astype(np.int64),
-        hallucinated=stratum == wanted[0],
+        hallucinated=stratum == strata[0],
         tokens=grid("answer_tokens")[:, 0].astype(np.int64),
         near_zero=near_zero,
         **{name: grid(name) for name in _ARRAYS},
     )
-    both = [p for p in made.pairs if 0 < made.hallucinated[made.pair == p].mean() < 1]
-    return made.of_pairs(np.array(both, np.int64))
+    both = [p for p in answers.pairs if 0 < answers.hallucinated[answers.pair == p].mean() < 1]
+    return answers.of_pairs(np.array(both, np.int64))
 
 
-def layer_table(own: of.Answers, other: of.Answers, recipe: str) -> pa.Table:
+def layer_table(own_prompt: contrast_stats.Answers, other_prompt: contrast_stats.Answers, recipe: str) -> pa.Table:
     """Return `Contrast.layers` from the answers after their own prompts and after another."""
-    columns: dict[str, Any] = {"layer": np.arange(own.count.shape[1])}
-    left_out, place = left_out_weights(len(own.pairs)), np.searchsorted(own.pairs, own.pair)
-    labels, once = own.hallucinated.astype(np.float64), np.ones(len(own.pair))
-    weights = (once, bootstrap_weights(len(own.pairs))[:, place], left_out[:, place])
-    columns |= of.contrast_columns(*(of.both_sides(own, w, labels, recipe) for w in weights))
-    p = of.permutation_p(own, recipe)
-    columns |= {"p": p, "p_holm": of.holm(p), "noise_floor": of.noise_floor(own, recipe)}
+    columns: dict[str, Any] = {"layer": np.arange(own_prompt.count.shape[1])}
+    left_out, place = left_out_weights(len(own_prompt.pairs)), np.searchsorted(own_prompt.pairs, own_prompt.pair)
+    labels, once = own_prompt.hallucinated.astype(np.float64), np.ones(len(own_prompt.pair))
+    weights = (once, bootstrap_weights(len(own_prompt.pairs))[:, place], left_out[:, place])
+    columns |= contrast_stats.contrast_columns(
+        *(contrast_stats.both_sides(own_prompt, w, labels, recipe) for w in weights)
+    )
+    p = contrast_stats.permutation_p(own_prompt, recipe)
+    columns |= {"p": p, "p_holm": contrast_stats.holm(p), "noise_floor": contrast_stats.noise_floor(own_prompt, recipe)}
     for name, slack in (("length_matched", MATCHED), ("position_matched", 0.0)):
-        some = of.length_matched(own, slack)
-        enough = len(some.pairs) >= FEWEST_PAIRS
+        matched = contrast_stats.length_matched(own_prompt, slack)
+        enough = len(matched.pairs) >= MIN_PAIRS
         nothing = np.full(len(p), np.nan)
-        columns[name] = of.observed(some, recipe) if enough else nothing
-        columns[f"{name}_p"] = of.holm(of.permutation_p(some, recipe)) if enough else nothing
-        columns[f"{name}_pairs"] = np.full(len(p), len(some.pairs))
-    columns["after_another"] = of.observed(other, recipe)
-    with_own, with_other = (of.weighted_deviation(a, recipe, own.pairs, left_out) for a in (own, other))
-    columns |= of.change_columns(columns["deviation"], columns["after_another"], with_own - with_other)
-    columns["stands"] = _stands(columns)
+        columns[name] = contrast_stats.observed(matched, recipe) if enough else nothing
+        columns[f"{name}_p"] = contrast_stats.holm(contrast_stats.permutation_p(matched, recipe)) if enough else nothing
+        columns[f"{name}_pairs"] = np.full(len(p), len(matched.pairs))
+    columns["after_another"] = contrast_stats.observed(other_prompt, recipe)
+    with_own, with_other = (
+        contrast_stats.weighted_deviation(a, recipe, own_prompt.pairs, left_out) for a in (own_prompt, other_prompt)
+    )
+    columns |= contrast_stats.change_columns(columns["deviation"], columns["after_another"], with_own - with_other)
+    columns["stands"] = _withstands_controls(columns)
     return _table(columns)
 
 
@@ -182,14 +187,14 @@ def _table(columns: dict[str, Any]) -> pa.Table:
     return table
 
 
-def _stands(columns: Mapping[str, Any]) -> np.ndarray:
+def _withstands_controls(columns: Mapping[str, Any]) -> np.ndarray:
     """Return bool[layers]: whether the difference withstands every control (labels, lengths, noise, prompt)."""
-    found, matched = columns["deviation"], columns["length_matched"]
+    deviation, matched = columns["deviation"], columns["length_matched"]
     with np.errstate(invalid="ignore"):
-        by_label = (columns["p_holm"] < LEVEL) & (np.abs(found) > columns["noise_floor"])
-        by_length = (columns["length_matched_p"] < LEVEL) & (np.sign(found) == np.sign(matched))
+        by_label = (columns["p_holm"] < LEVEL) & (np.abs(deviation) > columns["noise_floor"])
+        by_length = (columns["length_matched_p"] < LEVEL) & (np.sign(deviation) == np.sign(matched))
         low, high = columns["own_minus_another_low"], columns["own_minus_another_high"]
-        by_prompt = np.where(found > 0, low > 0, high < 0)
+        by_prompt = np.where(deviation > 0, low > 0, high < 0)
     return np.asarray(by_label & by_length & by_prompt)
 
 
@@ -207,31 +212,33 @@ def _evaluated(
     layer = rows.filter(pc.equal(rows["layer"], rows["layer"][0]))
     tokens, strata = (layer[name].to_pylist() for name in ("answer_tokens", "stratum"))
     counts = np.isin(strata, labels)
-    found = {}
+    baselines = {}
     for run_id in dict.fromkeys(cell["run_id"] for cell in cells):
-        mine = [cell for cell in cells if cell["run_id"] == run_id]
-        for result in combine(mine, len({cell["part"] for cell in mine})):
+        of_run = [cell for cell in cells if cell["run_id"] == run_id]
+        for result in combine(of_run, len({cell["part"] for cell in of_run})):
             if result.metric in BASELINES and result.weights.tolist() == tokens:
-                found[BASELINES[result.metric]] = (result.samples / result.weights)[counts]
-    return found
+                baselines[BASELINES[result.metric]] = (result.samples / result.weights)[counts]
+    return baselines
 
 
-def _predictions(a: of.Answers, other: of.Answers, evaluated: Mapping[str, Float64]) -> pa.Table:
+def _predictions(
+    a: contrast_stats.Answers, other: contrast_stats.Answers, evaluated: Mapping[str, Float64]
+) -> pa.Table:
     """Return the out-of-fold AUROC of one-dimensional classifiers on layers and on baselines. Folds are of pairs."""
     features, elsewhere = _features(a), _features(other)
     weights = left_out_weights(len(a.pairs))[:, np.searchsorted(a.pairs, a.pair)]
     baselines = {"length": a.tokens.astype(np.float64), **evaluated}
-    made: list[tuple[int | None, str, float, Float64]] = []
+    classifiers: list[tuple[int | None, str, float, Float64]] = []
     for name, values in baselines.items():
         if len(values) == len(a.pair):
-            made.append((None, name, *_auroc(a, values, weights)))
+            classifiers.append((None, name, *_auroc(a, values, weights)))
     for name, grid in features.items():
         if np.isfinite(grid).all():
-            made += [(layer, name, *_auroc(a, column, weights)) for layer, column in enumerate(grid.T)]
-    number = sum(layer is not None for layer, *_ in made)
-    best = max((one for one in made if one[0] is None), key=lambda one: one[2])
+            classifiers += [(layer, name, *_auroc(a, column, weights)) for layer, column in enumerate(grid.T)]
+    number = sum(layer is not None for layer, *_ in classifiers)
+    best = max((one for one in classifiers if one[0] is None), key=lambda one: one[2])
     rows = []
-    for layer, name, value, left_out in made:
+    for layer, name, value, left_out in classifiers:
         low, high = jackknife_interval(np.array(value), left_out, scale="logit")
         gain = value - best[2]
         corrected = 1 - (1 - INTERVAL) / max(number, 1)  # Bonferroni, over layers and statistics
@@ -243,25 +250,25 @@ def _predictions(a: of.Answers, other: of.Answers, evaluated: Mapping[str, Float
     return pa.Table.from_pylist(rows)
 
 
-def _features(a: of.Answers) -> dict[str, Float64]:
+def _features(a: contrast_stats.Answers) -> dict[str, Float64]:
     """Return the statistics of answers that classifiers are trained on, float64[rows, layers], by name."""
     with np.errstate(invalid="ignore", divide="ignore"):
         variance, sparsity = a.m2 / a.count, a.near_zero / a.count
     return {"variance": variance, "sparsity": sparsity, "norm": a.norm, "relative_magnitude": a.relative_magnitude}
 
 
-def _auroc(a: of.Answers, values: Float64, weights: Float64) -> tuple[float, Float64]:
-    scores = of.out_of_fold(a, values)
-    return of.auroc(scores, a.hallucinated, np.ones((1, len(scores)))).item(), of.auroc(scores, a.hallucinated, weights)
+def _auroc(a: contrast_stats.Answers, values: Float64, weights: Float64) -> tuple[float, Float64]:
+    scores = contrast_stats.out_of_fold(a, values)
+    whole, resampled = (contrast_stats.auroc(scores, a.hallucinated, w) for w in (np.ones((1, len(scores))), weights))
+    return whole.item(), resampled
 
 
-def _auroc_of(a: of.Answers, values: Float64) -> float:
-    return of.auroc(of.out_of_fold(a, values), a.hallucinated, np.ones((1, len(values)))).item()
+def _auroc_of(a: contrast_stats.Answers, values: Float64) -> float:
+    return contrast_stats.auroc(contrast_stats.out_of_fold(a, values), a.hallucinated, np.ones((1, len(values)))).item()
 
 
 def _findings(layers: pa.Table, predictions: pa.Table) -> list[str]:
-    rows, said = layers.to_pylist(), predictions.to_pylist()
-    return [*_about_layers(rows), *_about_prediction(said)]
+    return [*_about_layers(layers.to_pylist()), *_about_prediction(predictions.to_pylist())]
 
 
 def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
@@ -287,7 +294,7 @@ def _about_differences(rows: list[dict[str, Any]], where: str) -> list[str]:
     differ = _listed([row["layer"] for row in rows])
     words = [f"Layers that differ more than with labels exchanged {where} (Holm, {LEVEL:.0%}): {differ}."]
     if number is not None:
-        few = number < FEWEST_PAIRS
+        few = number < MIN_PAIRS
         words.append(f"With lengths matched ({number} pairs): {'too few pairs to tell' if few else matched}.")
     return [*words, f"Otherwise than for the same answers after another prompt: {prompt}."]
 

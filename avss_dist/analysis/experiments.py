@@ -110,14 +110,14 @@ def experiment_results(rows: Sequence[Row]) -> ExperimentResults | None:
     if not any(row["share"] for row in newest.values()):
         return None
     metrics = {task: primary_metric(of_task) for task, of_task in by_task.items()}
-    shown = [row for row in newest.values() if row["metric"] == metrics[row["task"]]]
+    primary = [row for row in newest.values() if row["metric"] == metrics[row["task"]]]
     named = [{**row, "task": describe_task(row["task"])} for row in newest.values()]
     return ExperimentResults(
         tasks=tuple(
             TaskMetric(name=task, metric=metrics[task], guess=kept_by_guess(of_task, metrics[task]))
             for task, of_task in by_task.items()
         ),
-        methods=_by_method(sorted(shown, key=lambda row: float(row["share"]))),
+        methods=_by_method(sorted(primary, key=lambda row: float(row["share"]))),
         verdicts=tuple(verdicts(named)),
     )
 

@@ -15,7 +15,7 @@ from avss_dist.stats.experts import ExpertStats, Float64
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 
-MOST_NAMED = 4  # layers of which a finding names the experts
+MAX_NAMED = 4  # layers whose experts a finding names
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +55,12 @@ def require_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
     Raises:
         QueryError: if no experts were measured.
     """
-    if not (found := layer_experts(warehouse, run_id)):
+    if not (layers := layer_experts(warehouse, run_id)):
         raise QueryError(
             f"Run '{run_id}' has no statistics of routed experts.",
             "Score a mixture of experts with avss score --experts.",
         )
-    return found
+    return layers
 
 
 def _by_layer(rows: pa.Table) -> list[LayerExperts]:
@@ -92,26 +92,26 @@ def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[tu
 
 
 def _idle(layers: Sequence[LayerExperts]) -> Iterator[Row]:
-    if not (found := [one for one in layers if one.idle]):
+    if not (affected := [one for one in layers if one.idle]):
         return
     idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
-    named = "; ".join(f"layer {one.layer}: {', '.join(map(str, one.idle[:8]))}" for one in found[:MOST_NAMED])
-    more = "; ..." if len(found) > MOST_NAMED else ""
+    named = "; ".join(f"layer {one.layer}: {', '.join(map(str, one.idle[:8]))}" for one in affected[:MAX_NAMED])
+    more = "; ..." if len(affected) > MAX_NAMED else ""
     message = (
-        f"{idle} of {number} experts got no token of this text, in {layers_in_words([o.layer for o in found])} "
+        f"{idle} of {number} experts got no token of this text, in {layers_in_words([o.layer for o in affected])} "
         f"({named}{more}): nothing is known of them but that."
     )
     yield finding("idle_experts", "warning" if idle > number / 4 else "note", idle / number, message)
 
 
 def _carrying(layers: Sequence[LayerExperts]) -> Iterator[Row]:
-    found = [one for one in layers if len(one.carried) > 1 and one.carried.max() > DOMINANT]
-    if not found:
+    affected = [one for one in layers if len(one.carried) > 1 and one.carried.max() > DOMINANT]
+    if not affected:
         return
-    most = max(found, key=lambda one: float(one.carried.max()))
-    share = float(most.carried.max())
+    extreme = max(affected, key=lambda one: float(one.carried.max()))
+    share = float(extreme.carried.max())
     message = (
-        f"One expert gives more than half of what all experts add, in {layers_in_words([o.layer for o in found])} "
-        f"(expert {int(most.carried.argmax())} gives {share:.0%} in layer {most.layer})."
+        f"One expert gives more than half of what all experts add, in {layers_in_words([o.layer for o in affected])} "
+        f"(expert {int(extreme.carried.argmax())} gives {share:.0%} in layer {extreme.layer})."
     )
-    yield finding("dominant_expert", "warning" if len(found) > len(layers) / 2 else "note", share, message)
+    yield finding("dominant_expert", "warning" if len(affected) > len(layers) / 2 else "note", share, message)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from avss_dist.analysis.experts import expert_findings
 from avss_dist.analysis.stats_findings import (
     DOMINANT,
+    NONFINITE,
     STATS,
     Row,
     Rows,
@@ -19,19 +22,22 @@ from avss_dist.analysis.stats_findings import (
     finding,
     grouped,
     layers_in_words,
+    nonfinite_layers,
     of_stats,
     read_stats,
 )
 from avss_dist.core.names import ROW_START
-from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import count_lowest, spearman
+from avss_dist.stats.rankings import count_lowest, spearman_rows
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.stats.scores import MINIMUM_NEAR_ZERO, NOISY_BELOW, Threshold
 from avss_dist.system.progress_bar import tracked
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.slices import slices_by
 
 SCHEMA = pa.schema(
     [
@@ -76,7 +82,11 @@ OF_RANKINGS = {"nonfinite": False, "noisy_sparsity": True, "tracks_depth": True,
 
 
 def findings(
-    warehouse: Warehouse, run_ids: Sequence[str] | None = None, *, threshold: Threshold | None = None
+    warehouse: Warehouse,
+    run_ids: Sequence[str] | None = None,
+    *,
+    threshold: Threshold | None = None,
+    rankings_alone: bool = False,
 ) -> pa.Table:
     """Return the findings about the scores of runs.
 
@@ -84,36 +94,48 @@ def findings(
         warehouse: warehouse of the runs.
         run_ids: ids of finished runs, by default all of them. Unknown ids have no findings.
         threshold: a scored threshold, for the kinds that depend on one. By default, the published 1e-5.
+        rankings_alone: look for the kinds `OF_RANKINGS` alone, which takes a fraction of the time.
 
     Returns:
         A table of `SCHEMA`: warnings before notes, the default site and recipe before others, then ordered by `KINDS`.
     """
     threshold = threshold or Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
-    wanted = None if run_ids is None else set(run_ids)
+    wanted_ids = None if run_ids is None else set(run_ids)
     runs = [
         row
         for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")
-        if row["status"] == "done" and (wanted is None or row["run_id"] in wanted)
+        if row["status"] == "done" and (wanted_ids is None or row["run_id"] in wanted_ids)
     ]
     names = [run["run_id"] for run in runs]
     where = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
-    scores = _by_run(warehouse.table("scores", run_ids=names, columns=SCORES, where=where))
-    found = [{"run_id": name, **one} for name in names for one in _of_scores(scores(name), threshold)]
-    for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
-        found += [{"run_id": name, **one} for one in of_stats(read_stats(table), threshold)]
-    found += [{"run_id": name, **one} for name, one in expert_findings(warehouse, names)]
-    found += [{"run_id": run["run_id"], **one} for run in runs for one in _no_interval(run)]
-    found += _first_tokens(runs, scores)
-    found += _row_starts(warehouse, runs)
-    found += _unreadable(warehouse.damaged, run_ids)
-    found.sort(key=_urgency)
-    return pa.Table.from_pylist(found, SCHEMA)
+    scores = warehouse.table("scores", run_ids=names, columns=SCORES, where=where)
+    rows = _of_scores(scores, names, threshold)
+    if rankings_alone:
+        rows += _nonfinite(warehouse, names)
+    else:
+        for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
+            rows += [{"run_id": name, **row} for row in of_stats(read_stats(table), threshold)]
+        rows += [{"run_id": name, **row} for name, row in expert_findings(warehouse, names)]
+        rows += [{"run_id": run["run_id"], **row} for run in runs for row in _no_interval(run)]
+        rows += _first_tokens(runs, scores)
+        rows += _row_starts(warehouse, runs)
+        rows += _unreadable(warehouse.damaged, run_ids)
+    rows.sort(key=_urgency)
+    return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def of_rankings(found: pa.Table, score: str) -> pa.Table:
+def _nonfinite(warehouse: Warehouse, run_ids: Sequence[str]) -> list[Row]:
+    """Return the findings on NaN and infinite elements; only the statistics that have some are read."""
+    where = pc.field("nonfinite_count") > 0
+    stats = read_stats(warehouse.table("layer_stats", run_ids=run_ids, columns=NONFINITE, where=where))
+    by_run = grouped(stats, "run_id")
+    return [{"run_id": run_id, **row} for (run_id,), rows in by_run.items() for row in nonfinite_layers(rows)]
+
+
+def of_rankings(table: pa.Table, score: str) -> pa.Table:
     """Return the findings that bear on a comparison of rankings by a score. See `OF_RANKINGS`."""
     kinds = [kind for kind, of_avss in OF_RANKINGS.items() if score == "avss" or not of_avss]
-    return found.filter(pc.field("kind").isin(kinds))
+    return table.filter(pc.field("kind").isin(kinds))
 
 
 def _no_interval(run: Row) -> Iterator[Row]:
@@ -129,23 +151,12 @@ def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> It
             yield {"run_id": run_id, **finding("unreadable", "warning", np.nan, f"This run cannot be read: {reason}.")}
 
 
-def _by_run(table: pa.Table) -> Callable[[str], list[Row]]:
-    """Return a function that returns the rows of a run, ordered by layer.
-
-    Only the rows of the requested run become Python objects, which bounds memory for thousands of runs.
-    """
-    table = table.sort_by([("run_id", "ascending"), ("layer", "ascending")])
-    names, first, counts = np.unique(table["run_id"].to_numpy(), return_index=True, return_counts=True)
-    place = dict(zip(names, zip(first.tolist(), counts.tolist(), strict=True), strict=True))
-    return lambda name: table.slice(*place.get(name, (0, 0))).to_pylist()
-
-
-def _urgency(found: Row) -> tuple[bool, bool, int, int, int]:
+def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
     """Return the sort key of a finding: warnings first, then the default site and recipe, then the order of `KINDS`."""
-    site, recipe = found.get("site") or SITES[0], found.get("recipe") or RECIPES[0]
+    site, recipe = row.get("site") or SITES[0], row.get("recipe") or RECIPES[0]
     elsewhere = (site, recipe) != (SITES[0], RECIPES[0])
-    kind = KINDS.index(found["kind"])
-    return found["severity"] == "note", elsewhere, kind, EVERY_SITE.index(site), RECIPES.index(recipe)
+    kind = KINDS.index(row["kind"])
+    return row["severity"] == "note", elsewhere, kind, EVERY_SITE.index(site), RECIPES.index(recipe)
 
 
 SCORES = (
@@ -166,21 +177,70 @@ SCORES = (
 )
 
 
-def _column(rows: Rows, name: str) -> Float64:
-    return np.array([np.nan if row[name] is None else row[name] for row in rows], float)
+Columns = Mapping[str, NDArray[Any]]  # by name, a value for each layer; missing numbers are NaN
+Reading = tuple[str, str, str]  # run, site and recipe
 
 
-def _of_scores(scores: Rows, threshold: Threshold) -> Iterator[Row]:
-    """Yield the findings of one run that follow from its scores at one threshold."""
+def _of_scores(scores: pa.Table, run_ids: Sequence[str], threshold: Threshold) -> list[Row]:
+    """Return the findings that follow from the scores of runs at one threshold, in the order of the runs."""
+    readings = _by_reading(scores)
     at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
-    for (site, recipe), rows in grouped(scores, "site", "recipe").items():
-        place = {"site": site, "recipe": recipe, **at}
-        for check in (_tracks_depth, _noisy_sparsity, _unstable_ranking):
-            for kind, severity, value, message in check(rows, threshold):
-                yield finding(kind, severity, value, message, **place)
-    for (site,), rows in grouped(scores, "site").items():
-        for kind, severity, value, message in _recipes_disagree(rows, threshold):
-            yield finding(kind, severity, value, message, site=site, **at)
+    found = [*_of_readings(readings, threshold), *_of_recipes(readings)]
+    position = {run_id: index for index, run_id in enumerate(run_ids)}
+    found.sort(key=lambda row: position[row["run_id"]])
+    return [row | at for row in found]
+
+
+def _of_readings(readings: Mapping[Reading, Columns], threshold: Threshold) -> Iterator[Row]:
+    """Yield the findings about the scores of a run at one site with one recipe."""
+    with_depth = _correlations([(columns["avss_smoothed"], columns["depth"]) for columns in readings.values()])
+    for ((run_id, site, recipe), columns), rho in zip(readings.items(), with_depth, strict=True):
+        place = {"run_id": run_id, "site": site, "recipe": recipe}
+        checks = _tracks_depth(columns, rho), _noisy_sparsity(columns, recipe, threshold), _unstable_ranking(columns)
+        for kind, severity, value, message in chain.from_iterable(checks):
+            yield finding(kind, severity, value, message) | place
+
+
+def _of_recipes(readings: Mapping[Reading, Columns]) -> Iterator[Row]:
+    """Yield a finding for each run and site of which two recipes rank the layers differently, on the worst pair."""
+    pairs = [
+        (run_id, site, recipe, other)
+        for run_id, site, recipe in readings
+        for other in RECIPES
+        if recipe < other and (run_id, site, other) in readings
+    ]
+    values = [
+        (readings[run_id, site, a]["avss_smoothed"], readings[run_id, site, b]["avss_smoothed"])
+        for run_id, site, a, b in pairs
+    ]
+    worst: dict[tuple[str, str], tuple[float, str, str]] = {}
+    for (run_id, site, a, b), rho in zip(pairs, _correlations(values), strict=True):
+        if rho < DISAGREE:
+            worst[run_id, site] = min(worst.get((run_id, site), (rho, a, b)), (rho, a, b))
+    for (run_id, site), (rho, a, b) in worst.items():
+        yield _recipes_disagree(rho, a, b) | {"run_id": run_id, "site": site}
+
+
+def _by_reading(scores: pa.Table) -> dict[Reading, Columns]:
+    """Return the columns of scores by run, site and recipe, ordered by layer."""
+    place = ["run_id", "site", "recipe"]
+    scores = scores.sort_by([(name, "ascending") for name in (*place, "layer")])
+    columns = {name: scores[name].to_numpy() for name in scores.column_names if name not in place}
+    return {
+        (key["run_id"], key["site"], key["recipe"]): {name: cells[start:stop] for name, cells in columns.items()}
+        for key, start, stop in slices_by(scores, place)
+    }
+
+
+def _correlations(pairs: Sequence[tuple[Float64, ...]]) -> list[float]:
+    """Return Spearman's rho of each pair of scores; pairs of equal length are computed at once."""
+    rho = np.full(len(pairs), np.nan)
+    sizes = np.array([len(a) if len(a) == len(b) else 0 for a, b in pairs])
+    for size in np.unique(sizes[sizes > 0]):
+        members = np.flatnonzero(sizes == size)
+        a, b = (np.array([pairs[index][side] for index in members.tolist()], np.float64) for side in (0, 1))
+        rho[members] = spearman_rows(a, b)
+    return rho.tolist()
 
 
 Check = Iterator[tuple[str, str, float, str]]
@@ -196,60 +256,55 @@ def describe_depth(score: str, rho: float, layers: int) -> str | None:
     )
 
 
-def _tracks_depth(rows: Rows, _: Threshold) -> Check:
-    rho = spearman(_column(rows, "avss_smoothed"), _column(rows, "depth"))
-    if message := describe_depth("AVSS", rho, len(rows)):
+def _tracks_depth(group: Columns, rho: float) -> Check:
+    if message := describe_depth("AVSS", rho, len(group["layer"])):
         yield "tracks_depth", "warning", rho, message
 
 
-def _noisy_sparsity(rows: Rows, threshold: Threshold) -> Check:
-    noisy = sum(row["near_zero_count"] < NOISY_BELOW for row in rows if row["near_zero_count"] is not None)
-    if rows[0]["recipe"] == "unit" or not noisy:  # it counts units, of which there are few
+def _noisy_sparsity(group: Columns, recipe: str, threshold: Threshold) -> Check:
+    counts = group["near_zero_count"]
+    layers, noisy = len(counts), int((counts < NOISY_BELOW).sum())
+    if recipe == "unit" or not noisy:  # it counts units, of which there are few
         return
-    fewest, most = min(_column(rows, "near_zero_count")), max(_column(rows, "near_zero_count"))
+    fewest, most = np.nanmin(counts), np.nanmax(counts)
     no_interval = f" No interval below {MINIMUM_NEAR_ZERO}." if fewest < MINIMUM_NEAR_ZERO else ""
     yield (
-        *("noisy_sparsity", "warning" if noisy > len(rows) / 2 else "note", noisy / len(rows)),
-        f"{noisy} of {len(rows)} layers have fewer than {NOISY_BELOW} elements with |x| < {describe(threshold)} "
+        *("noisy_sparsity", "warning" if noisy > layers / 2 else "note", noisy / layers),
+        f"{noisy} of {layers} layers have fewer than {NOISY_BELOW} elements with |x| < {describe(threshold)} "
         f"({fewest:,.0f} to {most:,.0f} in a layer): their sparsity is noise.{no_interval}",
     )
 
 
-def _unstable_ranking(rows: Rows, _: Threshold) -> Check:
-    ranked = sorted((row for row in rows if row["rank"] is not None), key=lambda row: row["rank"])
-    size = count_lowest(len(rows))
+def _unstable_ranking(group: Columns) -> Check:
+    layer, rank, probability = (group[name] for name in ("layer", "rank", "lowest_set_probability"))
+    ranked = np.argsort(rank, kind="stable")[: int(np.isfinite(rank).sum())]
+    size = count_lowest(len(layer))
     chosen, others = ranked[:size], ranked[size:]
-    probability = _column(chosen, "lowest_set_probability")
-    if not others or np.isnan(probability).any():
+    if not others.size or np.isnan(probability[chosen]).any():
         return
-    changed = float((1 - probability).mean())
+    changed = float((1 - probability[chosen]).mean())
     if changed <= CHANGING[0]:
         return
-    unsure = [row["layer"] for row in rows if 0.05 < (row["lowest_set_probability"] or 0) < 0.95]
+    unsure = layer[(probability > 0.05) & (probability < 0.95)].tolist()
     last, first = chosen[-1], others[0]
-    overlap = (last["avss_high"] or -np.inf) > (first["avss_low"] or np.inf)
+    overlap = group["avss_high"][last] > group["avss_low"][first]
     yield (
         *("unstable_ranking", "warning" if changed > CHANGING[1] else "note", changed),
         f"Resampling the shards changes {changed:.0%} of the {size} lowest layers on average; "
         f"{layers_in_words(unsure)} may or may not be among them"
-        + (f" (the intervals of layers {last['layer']} and {first['layer']} overlap)." if overlap else "."),
+        + (f" (the intervals of layers {layer[last]} and {layer[first]} overlap)." if overlap else "."),
     )
 
 
-def _recipes_disagree(rows: Rows, _: Threshold) -> Check:
-    by_recipe = {recipe: _column(found, "avss_smoothed") for (recipe,), found in grouped(rows, "recipe").items()}
-    pairs = [(spearman(by_recipe[a], by_recipe[b]), a, b) for a in by_recipe for b in by_recipe if a < b]
-    pairs = [pair for pair in pairs if pair[0] < DISAGREE]
-    if pairs:
-        rho, a, b = min(pairs)
-        yield (
-            *("recipes_disagree", "warning" if rho < 0 else "note", rho),
-            f"The recipes '{a}' and '{b}' rank the layers differently (Spearman {rho:z.2f}): "
-            "which layers matter depends on how AVSS is read.",
-        )
+def _recipes_disagree(rho: float, a: str, b: str) -> Row:
+    return finding(
+        *("recipes_disagree", "warning" if rho < 0 else "note", rho),
+        f"The recipes '{a}' and '{b}' rank the layers differently (Spearman {rho:z.2f}): "
+        "which layers matter depends on how AVSS is read.",
+    )
 
 
-def _first_tokens(runs: Rows, scores: Callable[[str], Rows]) -> Iterator[Row]:
+def _first_tokens(runs: Rows, scores: pa.Table) -> Iterator[Row]:
     """Yield findings on the variance in the first tokens, from runs that differ only in ``skip_first_tokens``."""
 
     def skipped(run: Mapping[str, Any]) -> int:
@@ -261,7 +316,9 @@ def _first_tokens(runs: Rows, scores: Callable[[str], Rows]) -> Iterator[Row]:
         whole = [run for run in alike if not skipped(run)]
         for run in whole:
             for cut in sorted((run for run in alike if skipped(run)), key=skipped):
-                yield from _carried(run["run_id"], scores(run["run_id"]), scores(cut["run_id"]), skipped(cut))
+                of_runs = [scores.filter(pc.field("run_id") == row["run_id"]).sort_by("layer") for row in (run, cut)]
+                whole_rows, cut_rows = (table.to_pylist() for table in of_runs)
+                yield from _first_token_findings(run["run_id"], whole_rows, cut_rows, skipped(cut))
 
 
 def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
@@ -281,12 +338,12 @@ def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
         if settings.get("layout", "packed") == "packed" and start is None:
             yield {"run_id": run["run_id"], **finding("row_start", "note", np.nan, _OLD_ROWS)}
         for task, by_metric in losses.get((run["revision"], start or ""), {}).items():
-            starts = RowStarts.of(by_metric)
+            starts = RowStarts.of_losses(by_metric)
             if starts and (sentence := starts.describe(run["model"], task.removeprefix(ROW_START))):
                 yield {"run_id": run["run_id"], **finding("row_start", "warning", starts.ratio, sentence)}
 
 
-def _carried(run_id: str, whole: Rows, cut: Rows, tokens: int) -> Iterator[Row]:
+def _first_token_findings(run_id: str, whole: Rows, cut: Rows, tokens: int) -> Iterator[Row]:
     without = {(row["site"], row["recipe"], row["layer"]): row["variance"] for row in cut}
     for (site, recipe), rows in grouped(whole, "site", "recipe").items():
         pairs = [(row["variance"], without.get((site, recipe, row["layer"]))) for row in rows]

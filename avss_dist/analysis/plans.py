@@ -31,11 +31,11 @@ from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 
-MOST_TRIED = 20  # runs, the newest first
+MAX_TRIED = 20  # runs, the newest first
 
 
 def plan_layers(
-    warehouse: Warehouse, run: Mapping[str, Any], *, by: str | None = None, reading: Reading = PUBLISHED, **how: Any
+    warehouse: Warehouse, run: Mapping[str, Any], *, by: str | None = None, reading: Reading = PUBLISHED, **options: Any
 ) -> Plan:
     """Return a pruning plan for the checkpoint of a run, with the warehouse's findings and evaluations of it.
 
@@ -43,38 +43,38 @@ def plan_layers(
         run: a row of ``runs``.
         by: a name of ``registry.SCORES``. None selects `default_score`.
         reading: site, recipe, threshold and threshold kind of AVSS.
-        how: the other fields of `Choice`: ``share``, ``count``, ``mass``, ``first``, ``last``, and so on.
+        options: the other fields of `Choice`: ``share``, ``count``, ``mass``, ``first``, ``last``, and so on.
 
     Raises:
         QueryError: if no score was named and there is no default, or the warehouse lacks the named score.
         ConfigError: if a value is out of range.
         PlanError: if no plan satisfies the choice. See `Choice.drop` and `make_plan`.
     """
-    choice = Choice(by=by or default_score(warehouse, run), reading=reading if by == "avss" else None, **how)
+    choice = Choice(by=by or default_score(warehouse, run), reading=reading if by == "avss" else None, **options)
     rows = warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist()
     if choice.by == "avss":
         rows = _of_reading(rows, reading)
     against: Iterator[str] = iter(())
     if choice.by == BLOCK_DISTANCE:
-        made = make_plan(rows, run, choice, block_distances(warehouse, run))
+        plan = make_plan(rows, run, choice, block_distances(warehouse, run))
     elif choice.by == INTERACTIONS:
-        made = make_plan(rows, run, choice, interactions(warehouse, run))
+        plan = make_plan(rows, run, choice, interactions(warehouse, run))
     else:
         truth = layer_truth(warehouse, run, choice.by) if choice.by in MEASURED else None
-        made = make_plan(rows, run, choice, truth)
-        values = choice.scores(rows, {choice.by: truth.by_layer(made.num_layers)} if truth else {})
+        plan = make_plan(rows, run, choice, truth)
+        values = choice.scores(rows, {choice.by: truth.by_layer(plan.num_layers)} if truth else {})
         against = _findings(warehouse, run, choice, values.tolist())
     return replace(
-        made,
+        plan,
         findings=tuple(against),
-        evaluated=evaluated_lines(warehouse, run, made.removed),
+        evaluated=evaluated_lines(warehouse, run, plan.drop),
     )
 
 
 def plannable_run(warehouse: Warehouse, by: str | None) -> tuple[dict[str, Any], list[str]]:
     """Return the newest run whose layers have the score, and a line for each newer run that lacks it.
 
-    If none of the `MOST_TRIED` newest runs has the score, return the newest run.
+    If none of the `MAX_TRIED` newest runs has the score, return the newest run.
 
     Args:
         by: a name of ``registry.SCORES``. None selects `default_score`.
@@ -84,7 +84,7 @@ def plannable_run(warehouse: Warehouse, by: str | None) -> tuple[dict[str, Any],
     """
     runs = sorted(choose_runs(warehouse, (), every=True), key=lambda run: str(run["created_at"]), reverse=True)
     passed: list[str] = []
-    for run in runs[:MOST_TRIED]:
+    for run in runs[:MAX_TRIED]:
         try:
             _require_score(warehouse, run, by)
         except QueryError as error:
@@ -190,8 +190,8 @@ def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) 
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
     rows = [row for row in rows if _is_of_layers_alone(row) and not row["task"].startswith(SEARCH)]
     for key in dict.fromkeys((row["run_id"], row["task"]) for row in rows if decode_removals(row["drop"]) == removed):
-        mine = [row for row in rows if (row["run_id"], row["task"]) == key]
-        metric = primary_metric(mine)
-        of = {decode_removals(row["drop"]): shown_value(row) for row in mine if row["metric"] == metric}
-        whole = f", {of[()]} of the whole model" if () in of else ""
-        yield f"{key[1]}: {describe_metric(metric)} {of[removed]}{whole}."
+        group = [row for row in rows if (row["run_id"], row["task"]) == key]
+        metric = primary_metric(group)
+        values = {decode_removals(row["drop"]): shown_value(row) for row in group if row["metric"] == metric}
+        whole = f", {values[()]} of the whole model" if () in values else ""
+        yield f"{key[1]}: {describe_metric(metric)} {values[removed]}{whole}."

@@ -16,7 +16,7 @@ from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
 
 SPLITS, SEED = 200, 0
-FEWEST_SETS = 10  # for a correlation over sets of layers: chance alone exceeds +-0.65 in one case of 20
+MIN_SETS = 10  # for a correlation over sets of layers: chance alone exceeds +-0.65 in one case of 20
 
 
 def increases(store: Warehouse, truth: LayerTruth) -> Float64:
@@ -52,17 +52,17 @@ def reliability(samples: Float64) -> float:
     if number < 4:
         return np.nan
     rng = np.random.default_rng(SEED)
-    found = []
+    correlations = []
     for _ in range(SPLITS):
         order = rng.permutation(number)
         half, other = samples[order[: number // 2]].sum(axis=0), samples[order[number // 2 :]].sum(axis=0)
-        found.append(spearman(half, other))
-    r = float(np.mean(found))
+        correlations.append(spearman(half, other))
+    r = float(np.mean(correlations))
     return 2 * r / (1 + r) if r > 0 else np.nan
 
 
 def misranked(score: Float64, truth: Float64) -> float | None:
-    """Return the share of untied pairs of layers that a score puts in the opposite order; None if all are tied.
+    """Return the share of untied pairs of layers that a score puts in the opposite order, or None if all are tied.
 
     Args:
         score, truth: float64[layers]. Layers with NaN in either are left out.
@@ -81,10 +81,10 @@ def sets_correlation(score: Float64, sets: Mapping[tuple[int, ...], float]) -> f
         sets: rise of the loss without each set of layers, in nats per token.
 
     Returns:
-        The correlation, NaN for fewer than `FEWEST_SETS` sets. With three sets, chance alone gives 1 or -1 in one case
+        The correlation, NaN for fewer than `MIN_SETS` sets. With three sets, chance alone gives 1 or -1 in one case
         of three.
     """
-    if len(sets) < FEWEST_SETS:
+    if len(sets) < MIN_SETS:
         return np.nan
     sums = np.array([score[list(layers)].sum() for layers in sets])
     return spearman(sums, np.array([*sets.values()]))

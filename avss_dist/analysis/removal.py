@@ -15,7 +15,7 @@ from avss_dist.analysis.verdict import describe_task, primary_metric
 from avss_dist.core.intervention import decode_removals, describe_removed, size_removed
 from avss_dist.core.names import REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
 from avss_dist.core.registry import BLOCK_DISTANCE, MEASURED, SCORES
-from avss_dist.stats.retention import kept
+from avss_dist.stats.retention import retention_of
 from avss_dist.warehouse.reader import Warehouse
 
 OF_EVERY_LAYER = tuple({*(SCORES[name].task for name in MEASURED), SUBLAYER_LOSS, SEARCH})
@@ -46,13 +46,13 @@ class RemovedSet:
         series: name of the task, with the repair if there was one.
         dropped: the removed layers, in words.
         size: number of layers. A sublayer counts as half a layer.
-        kept: retention of the task's primary metric.
+        retention: retention of the task's primary metric.
     """
 
     series: str
     dropped: str
     size: float
-    kept: float
+    retention: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +99,15 @@ def _best_sets(rows: Sequence[Row]) -> Iterator[RemovedSet]:
     fits = [row for row in rows if row["patch"] and row["task"].startswith(REPAIR)]
     repairs = {row["patch"]: row["task"].split(":")[1] for row in fits}
     by_task: dict[str, dict[str, list[Row]]] = {}
-    for row in filter(_judges, rows):
+    for row in filter(_evaluates_removal, rows):
         by_task.setdefault(row["task"], {}).setdefault(row["run_id"], []).append(row)
     for task, evaluations in by_task.items():
-        sets = sorted(_sets(task, max(evaluations.values(), key=len), repairs), key=lambda removed: removed.kept)
+        sets = sorted(_sets(task, max(evaluations.values(), key=len), repairs), key=lambda removed: removed.retention)
         best = {(removed.series, removed.size): removed for removed in sets}
         yield from (best[key] for key in sorted(best))
 
 
-def _judges(row: Row) -> bool:
+def _evaluates_removal(row: Row) -> bool:
     """Whether a row evaluates a model that is changed only by the removal of layers and possibly a repair."""
     changed_otherwise = row["layer"] is not None or row["factor"] or row["sparsity_plan"] is not None
     return not changed_otherwise and not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START))
@@ -119,7 +119,7 @@ def _sets(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterato
     rows = [row for row in rows if row["metric"] == metric]
     for whole in (row["value"] for row in rows if not row["drop"]):
         for row in (row for row in rows if row["drop"]):
-            share = float(kept(metric, np.array(whole), np.array(row["value"])))
+            share = float(retention_of(metric, np.array(whole), np.array(row["value"])))
             repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
             if isfinite(share):
                 removed = decode_removals(row["drop"])
@@ -127,5 +127,5 @@ def _sets(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterato
                     series=f"{describe_task(task)}{repair}",
                     dropped=describe_removed(removed),
                     size=size_removed(removed),
-                    kept=share,
+                    retention=share,
                 )

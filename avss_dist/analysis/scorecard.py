@@ -68,7 +68,7 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table
 
 
 @dataclass(frozen=True)
-class _Known:
+class _GroundTruth:
     """Ground truth of a run's model.
 
     Attributes:
@@ -104,7 +104,7 @@ def _cards(store: Warehouse, run: Mapping[str, Any], truths: Mapping[str, LayerT
     scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
     truth = {name: one.by_layer(run["num_layers"]) for name, one in truths.items()}
     ceiling = reliability(increases(store, truths[LOSS])) if LOSS in truths else np.nan
-    known = _Known(truth, ceiling, *_rises(store, run))
+    known = _GroundTruth(truth, ceiling, *_rises(store, run))
     by_reading: dict[Reading, list[Mapping[str, Any]]] = {}
     for row in scored:
         by_reading.setdefault(reading_of(row), []).append(row)
@@ -112,8 +112,8 @@ def _cards(store: Warehouse, run: Mapping[str, Any], truths: Mapping[str, LayerT
     others = [(Choice(by=name), scored) for name in (*BASELINES, *truth, LAST)]
     for choice, rows in (*of_avss, *others):
         place = dict(zip(_PLACE, choice.reading, strict=True)) if choice.reading else {}
-        of = {"run_id": run["run_id"], "model": run["model"], "score": choice.by, "task": known.task, **place}
-        yield of | known.compare(choice, choice.scores(rows, truth))
+        identity = {"run_id": run["run_id"], "model": run["model"], "score": choice.by, "task": known.task, **place}
+        yield identity | known.compare(choice, choice.scores(rows, truth))
 
 
 def _finite(rho: float) -> float | None:
@@ -128,9 +128,9 @@ def _rises(store: Warehouse, run: Mapping[str, Any]) -> tuple[dict[tuple[int, ..
     losses: dict[tuple[str, str], dict[Removals, float]] = {}
     for row in store.table("evaluations", where=where).to_pylist():
         losses.setdefault((row["run_id"], row["task"]), {})[decode_removals(row["drop"])] = row["value"]
-    for (_, task), found in sorted(losses.items(), key=lambda item: -len(item[1])):
-        if () in found:
-            return {whole_layers(r): loss - found[()] for r, loss in found.items() if whole_layers(r) == r}, task
+    for (_, task), by_set in sorted(losses.items(), key=lambda item: -len(item[1])):
+        if () in by_set:
+            return {whole_layers(r): loss - by_set[()] for r, loss in by_set.items() if whole_layers(r) == r}, task
     return {}, None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from avss_dist.analysis.verdict import describe_task, primary_metric, retention_interval
 from avss_dist.core.names import FARTHEST_MAP, MAPS_WITHIN, SPARSITY
 
-ENOUGH = (0.99, 0.95)  # retentions of which the critical sparsity is given
+ENOUGH = (0.99, 0.95)  # retentions whose critical sparsity is reported
 
 Row = Mapping[str, Any]  # of the table `experiments`
 
@@ -38,7 +38,7 @@ class Point:
         return float(self.row["sparsity"])
 
     @property
-    def kept(self) -> float:
+    def retention(self) -> float:
         """Retention of the task's primary metric."""
         return float(self.row["retention"])
 
@@ -67,7 +67,7 @@ class Curve:
 
         The curve is linear between the points and starts at a retention of 1 without sparsity.
         """
-        places = [(0.0, 1.0), *((point.target, point.kept) for point in self.points)]
+        places = [(0.0, 1.0), *((point.target, point.retention) for point in self.points)]
         for (s0, kept0), (s1, kept1) in pairwise(places):
             if kept1 < enough:
                 return s0 + (s1 - s0) * (kept0 - enough) / (kept0 - kept1)
@@ -105,15 +105,15 @@ def _curves(task: str, rows: Sequence[Row]) -> Iterator[Curve]:
     values = {(row["method"], row["sparsity"], row["metric"]): row["value"] for row in sparse}
     points: dict[str, list[Point]] = {row["method"]: [] for row in sparse}
     for row in sorted(sparse, key=lambda row: row["sparsity"]):
-        if row["metric"] == metric and _is_told(row):
-            of = row["method"], row["sparsity"]
-            measured, within, farthest = (values.get((*of, name)) for name in (SPARSITY, MAPS_WITHIN, FARTHEST_MAP))
+        if row["metric"] == metric and _has_retention(row):
+            series = row["method"], row["sparsity"]
+            measured, within, farthest = (values.get((*series, name)) for name in (SPARSITY, MAPS_WITHIN, FARTHEST_MAP))
             points[row["method"]].append(Point(row=row, measured=measured, within=within, farthest=farthest))
     for method, of_method in points.items():
-        unreached = sorted(level for (of, level, _), value in values.items() if of == method and value is None)
+        unreached = sorted(level for (series, level, _), value in values.items() if series == method and value is None)
         if of_method or unreached:
             yield Curve(task=task, method=method, points=tuple(of_method), unreached=tuple(unreached))
 
 
-def _is_told(row: Row) -> bool:
+def _has_retention(row: Row) -> bool:
     return row["retention"] is not None and isfinite(row["retention"])

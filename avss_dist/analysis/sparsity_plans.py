@@ -13,14 +13,14 @@ import numpy as np
 
 from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
+from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
 from avss_dist.sparsity.plan import MapPlan, SparsityPlan
 from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.warehouse.reader import Warehouse
 
 
 @dataclass(frozen=True)
-class Map:
+class LinearMap:
     """A linear map of a run: its location, its shape, and the statistics of its input."""
 
     layer: int
@@ -41,14 +41,14 @@ class Map:
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class MeasuredMaps:
     """The linear maps of a run whose inputs were measured."""
 
     run: Mapping[str, Any]
-    maps: tuple[Map, ...]
+    maps: tuple[LinearMap, ...]
 
     @staticmethod
-    def of(warehouse: Warehouse, run: Mapping[str, Any]) -> Measured:
+    def of_run(warehouse: Warehouse, run: Mapping[str, Any]) -> MeasuredMaps:
         """Read the linear maps of a row of ``runs``.
 
         Raises:
@@ -60,8 +60,10 @@ class Measured:
         stats = warehouse.read_layer_stats(run["run_id"])
         if any((layer, site) not in stats for layer, _, site, _, _ in described):
             raise _not_measured(warehouse, run)
-        maps = [Map(layer, path, site, out, given, stats[layer, site]) for layer, path, site, out, given in described]
-        return Measured(run, tuple(maps))
+        maps = [
+            LinearMap(layer, path, site, out, given, stats[layer, site]) for layer, path, site, out, given in described
+        ]
+        return MeasuredMaps(run, tuple(maps))
 
     @cached_property
     def sizes(self) -> Float64:
@@ -86,10 +88,12 @@ def _not_measured(warehouse: Warehouse, run: Mapping[str, Any]) -> QueryError:
 def require_target(target: float) -> None:
     """Raise ConfigError unless a target sparsity is above 0 and below 1."""
     if not 0 < target < 1:
-        raise ConfigError(f"`target` {target:g} is no sparsity.", "It is above 0 and below 1: 0.5 makes half zero.")
+        raise ConfigError(
+            f"`target` must be above 0 and below 1, not {target:g}.", "0.5 makes half of the inputs zero."
+        )
 
 
-def plan_uniform(measured: Measured, target: float, method: str = "uniform", **fields: Any) -> SparsityPlan:
+def plan_uniform(measured: MeasuredMaps, target: float, method: str = "uniform", **fields: Any) -> SparsityPlan:
     """Return a plan with the same sparsity in every linear map.
 
     ``method`` decides which inputs stay: those above a threshold, the largest of each token (``wina``), or those that
@@ -107,27 +111,29 @@ def plan_uniform(measured: Measured, target: float, method: str = "uniform", **f
     return make_plan(measured, sparsities, by, {"by": method, "target": target}, weighted=method == "wina", **fields)
 
 
-def _plan_pattern(measured: Measured, target: float, method: str, pattern: str, **fields: Any) -> SparsityPlan:
+def _plan_pattern(measured: MeasuredMaps, target: float, method: str, pattern: str, **fields: Any) -> SparsityPlan:
     """Return a plan in which a pattern, such as 2:4, alone decides which inputs are zero.
 
     Raises:
         ConfigError: if the pattern is invalid, or contradicts the target or the method.
     """
-    kept, _, group = pattern.partition(":")
+    largest, _, group = pattern.partition(":")
     if method not in ("uniform", "wina"):
-        raise ConfigError(f"`pattern` says what is zero, and `method` {method} would too.", "Use uniform or wina.")
-    if not (kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group)):
-        raise ConfigError(f"`pattern` {pattern} is none.", "Write 2:4: of 4 units in a row, the 2 largest stay.")
-    if abs(target - (1 - int(kept) / int(group))) > 1e-6:
-        share = 1 - int(kept) / int(group)
+        raise ConfigError(f"`pattern` and `method` {method} are mutually exclusive.", "Use `method` uniform or wina.")
+    if not (largest.isdecimal() and group.isdecimal() and 0 < int(largest) < int(group)):
+        raise ConfigError(
+            f"invalid `pattern` '{pattern}': expected N:M.", "2:4 keeps the 2 largest of 4 units in a row."
+        )
+    if abs(target - (1 - int(largest) / int(group))) > 1e-6:
+        share = 1 - int(largest) / int(group)
         raise ConfigError(f"`pattern` {pattern} makes {share:g} zero, not {target:g}.", f"Set `target` to {share:g}.")
-    made = make_plan(measured, np.zeros(len(measured.maps)), THRESHOLD, {"by": method, "target": target}, **fields)
-    maps = tuple(replace(one, sparsity=target, value=0.0) for one in made.projections)
-    return replace(made, projections=maps, sparsity=target, pattern=pattern, weighted=method == "wina")
+    plan = make_plan(measured, np.zeros(len(measured.maps)), THRESHOLD, {"by": method, "target": target}, **fields)
+    maps = tuple(replace(one, sparsity=target, value=0.0) for one in plan.projections)
+    return replace(plan, projections=maps, sparsity=target, pattern=pattern, weighted=method == "wina")
 
 
 def make_plan(
-    measured: Measured,
+    measured: MeasuredMaps,
     sparsities: Float64,
     by: str,
     why: Mapping[str, Any],
@@ -164,38 +170,38 @@ def make_plan(
     )
 
 
-def _planned(one: Map, sparsity: float, by: str) -> MapPlan:
+def _planned(linear_map: LinearMap, sparsity: float, by: str) -> MapPlan:
     if by == TOP_K:
-        value, expected = sparsity, int(sparsity * one.inputs) / one.inputs
+        value, expected = sparsity, int(sparsity * linear_map.inputs) / linear_map.inputs
     else:
-        threshold = float(one.thresholds([sparsity])[0])
-        below, mass = _upto(one.read, threshold)
+        threshold = float(linear_map.thresholds([sparsity])[0])
+        below, mass = _shares_up_to(linear_map.read, threshold)
         value, expected = (threshold, below) if by == THRESHOLD else (1 - mass, sparsity)
-        if one.read.abs_value_cut and by == THRESHOLD:
+        if linear_map.read.abs_value_cut and by == THRESHOLD:
             expected = sparsity
         if sparsity == 0 and by == THRESHOLD:
-            value, expected = 0.0, one.read.zero_count / max(1, one.read.count)
+            value, expected = 0.0, linear_map.read.zero_count / max(1, linear_map.read.count)
     return MapPlan(
-        layer=one.layer,
-        map=one.path,
-        site=one.site,
-        outputs=one.outputs,
-        inputs=one.inputs,
+        layer=linear_map.layer,
+        map=linear_map.path,
+        site=linear_map.site,
+        outputs=linear_map.outputs,
+        inputs=linear_map.inputs,
         sparsity=min(expected, 1 - 1e-9),
         by=by,
         value=value,
     )
 
 
-def _upto(read: LayerStats, threshold: float) -> tuple[float, float]:
+def _shares_up_to(read: LayerStats, threshold: float) -> tuple[float, float]:
     """Return the share of elements with abs(x) up to a threshold, and their share of the sum of abs(x)."""
     values, counts = read.abs_value.astype(np.float64), read.abs_value_count
-    upto = values <= threshold
+    is_below = values <= threshold
     total, mass = float(counts.sum()), float((values * counts).sum())
-    return float(counts[upto].sum()) / max(total, 1.0), float((values * counts)[upto].sum()) / max(mass, 1e-300)
+    return float(counts[is_below].sum()) / max(total, 1.0), float((values * counts)[is_below].sum()) / max(mass, 1e-300)
 
 
-def _findings(measured: Measured) -> Iterator[str]:
+def _findings(measured: MeasuredMaps) -> Iterator[str]:
     whole = set(range(measured.run["num_layers"]))
     for site in ("query_input", "neuron"):
         if missing := sorted(whole - {one.layer for one in measured.maps if one.site == site}):

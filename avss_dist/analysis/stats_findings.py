@@ -42,14 +42,20 @@ STATS = (
 )
 
 
+NONFINITE = ("run_id", "layer", "site", "count", "nonfinite_count")
+"""Columns of `nonfinite_layers`."""
+
+
 def read_stats(table: pa.Table) -> list[Row]:
     """Return the rows of ``layer_stats``, ordered by layer. Lists become arrays, since they can be long."""
     table = table.sort_by("layer")
     lists = {f.name for f in table.schema if pa.types.is_list(f.type)}
     rows: list[Row] = table.drop_columns(list(lists)).to_pylist()
     for name in lists:
-        for row, cell in zip(rows, table[name], strict=True):
-            row[name] = cell.values.to_numpy() if cell.is_valid else np.empty(0)
+        column = table[name].combine_chunks()
+        starts, values = column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False)
+        for row, start, stop in zip(rows, starts[:-1], starts[1:], strict=True):
+            row[name] = values[start:stop]
     return rows
 
 
@@ -67,14 +73,20 @@ def finding(kind: str, severity: str, value: float, message: str, **place: Any) 
 def of_stats(stats: Rows, threshold: Threshold) -> Iterator[Row]:
     """Yield the findings of one run that follow from its statistics."""
     for (site,), rows in grouped(stats, "site").items():
-        for one in (
+        for row in (
             *_nonfinite(rows),
             *_exact_zeros(site, rows, threshold),
             *_dominant_units(rows),
             *_first_token(rows),
         ):
-            yield {"site": site, **one}
+            yield {"site": site, **row}
     yield from _identity_layers(stats)
+
+
+def nonfinite_layers(stats: Rows) -> Iterator[Row]:
+    """Yield the findings of one run on NaN and infinite elements, from its statistics."""
+    for (site,), rows in grouped(stats, "site").items():
+        yield from ({"site": site, **one} for one in _nonfinite(rows))
 
 
 def _nonfinite(rows: Rows) -> Iterator[Row]:
@@ -163,18 +175,18 @@ def _first_token(rows: Rows) -> Iterator[Row]:
 
 def _largest_shares(rows: Rows, shares_of: Callable[..., Float64]) -> list[tuple[float, int, int]]:
     """Return (share, unit, layer) of the largest unit of each layer whose shares are defined."""
-    found = []
+    result = []
     for size in sorted({row["unit_sum"].size for row in rows}):
-        alike = [row for row in rows if row["unit_sum"].size == size]
-        sums, squares = (np.stack([row[name] for row in alike]) for name in ("unit_sum", "unit_sum_sq"))
-        shares = shares_of(sums, squares, np.array([[row["unit_count"]] for row in alike]))
-        largest = zip(shares.max(axis=1).tolist(), shares.argmax(axis=1).tolist(), alike, strict=True)
-        found += [(share, unit, row["layer"]) for share, unit, row in largest if np.isfinite(share)]
-    return found
+        of_size = [row for row in rows if row["unit_sum"].size == size]
+        sums, squares = (np.stack([row[name] for row in of_size]) for name in ("unit_sum", "unit_sum_sq"))
+        shares = shares_of(sums, squares, np.array([[row["unit_count"]] for row in of_size]))
+        largest = zip(shares.max(axis=1).tolist(), shares.argmax(axis=1).tolist(), of_size, strict=True)
+        result += [(share, unit, row["layer"]) for share, unit, row in largest if np.isfinite(share)]
+    return result
 
 
 def _shares_of_elements(sums: Float64, squares: Float64, count: Float64) -> Float64:
-    """Return each unit's share of the variance over elements, float64[layers, units]; ``count`` is [layers, 1]."""
+    """Return each unit's share of the variance over elements, float64[layers, units]. ``count`` is [layers, 1]."""
     mean = sums.sum(axis=1, keepdims=True) / (count * sums.shape[1])
     return _shares(np.maximum(squares - 2 * mean * sums + count * mean**2, 0))
 

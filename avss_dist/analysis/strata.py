@@ -11,9 +11,8 @@ import numpy as np
 
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.names import AFTER_ANOTHER, INCORRECT, TRUTHFUL
-from avss_dist.core.settings import BOOTSTRAP_SEED
-from avss_dist.stats import contrast as of
-from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS, bootstrap_weights, left_out_weights
+from avss_dist.stats import contrast as contrast_stats
+from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS, BOOTSTRAP_SEED, bootstrap_weights, left_out_weights
 from avss_dist.stats.layer_stats import Float64, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_stats, split_into_blocks
 from avss_dist.stats.scores import Parts, SiteTable, Threshold
@@ -40,7 +39,7 @@ class Strata:
     blocks: Mapping[str, list[list[LayerStats]]]
 
     @staticmethod
-    def of(
+    def of_run(
         warehouse: Warehouse,
         run: Mapping[str, Any],
         site: str,
@@ -122,9 +121,9 @@ def _both(
     table = SiteTable(merged, blocks, [threshold], np.vstack([first, second]))
     if recipe not in table.recipes():
         raise QueryError(f"The site has no statistics for the recipe '{recipe}'.", "Use block or update.")
-    found = table.weighted_parts(recipe, threshold)
-    assert found is not None  # the table has weights
-    (a, b, c), (x, y, z) = ([part[side] for part in found] for side in (slice(len(first)), slice(len(first), None)))
+    parts = table.weighted_parts(recipe, threshold)
+    assert parts is not None  # the table has weights
+    (a, b, c), (x, y, z) = ([part[side] for part in parts] for side in (slice(len(first)), slice(len(first), None)))
     return (a, b, c), (x, y, z)
 
 
@@ -142,26 +141,28 @@ def stratum_columns(strata: Strata, recipe: str, threshold: Threshold) -> dict[s
             "The run has one shard, and shards exchange their labels.", "Make `sequences_per_shard` smaller."
         )
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    own = partial(strata.both_sides, recipe, threshold)
-    other = partial(own, after=AFTER_ANOTHER)
+    own_prompt = partial(strata.both_sides, recipe, threshold)
+    other_prompt = partial(own_prompt, after=AFTER_ANOTHER)
     left_out = left_out_weights(n)
     columns: dict[str, Any] = {"layer": np.array(strata.layers)}
-    (hallucinated, truthful), without = own(), own(left_out)
-    columns |= of.contrast_columns((_row(hallucinated), _row(truthful)), own(bootstrap_weights(n)), without)
-    exchanged = rng.integers(0, 2, (of.num_permutations(layers), n)).astype(np.float64)
-    p = of.p_values(columns["deviation"], _deviation(own(exchanged=exchanged)))
-    halves = rng.permuted(np.tile(np.arange(n) < n // 2, (of.PERMUTATIONS, 1)), axis=1).astype(np.float64)
-    columns |= {"p": p, "p_holm": of.holm(p)}
-    columns["noise_floor"] = of.floor_of(_deviation(strata.halves(recipe, threshold, halves)))
-    (columns["after_another"],) = _deviation(other())
-    columns |= of.change_columns(
-        columns["deviation"], columns["after_another"], _deviation(without) - _deviation(other(left_out))
+    (hallucinated, truthful), without = own_prompt(), own_prompt(left_out)
+    columns |= contrast_stats.contrast_columns(
+        (_row(hallucinated), _row(truthful)), own_prompt(bootstrap_weights(n)), without
+    )
+    exchanged = rng.integers(0, 2, (contrast_stats.num_permutations(layers), n)).astype(np.float64)
+    p = contrast_stats.p_values(columns["deviation"], _deviation(own_prompt(exchanged=exchanged)))
+    halves = rng.permuted(np.tile(np.arange(n) < n // 2, (contrast_stats.PERMUTATIONS, 1)), axis=1).astype(np.float64)
+    columns |= {"p": p, "p_holm": contrast_stats.holm(p)}
+    columns["noise_floor"] = contrast_stats.floor_of(_deviation(strata.halves(recipe, threshold, halves)))
+    (columns["after_another"],) = _deviation(other_prompt())
+    columns |= contrast_stats.change_columns(
+        columns["deviation"], columns["after_another"], _deviation(without) - _deviation(other_prompt(left_out))
     )
     return columns
 
 
 def _deviation(sides: tuple[Parts, Parts]) -> Float64:
-    return of.from_median(of.contrast(*sides))
+    return contrast_stats.from_median(contrast_stats.contrast(*sides))
 
 
 def _row(parts: Parts) -> Parts:

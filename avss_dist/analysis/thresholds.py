@@ -96,11 +96,11 @@ def layer_scores(
     for name, wanted in at.items():
         where &= pc.field(name) == wanted
     stored = warehouse.table("scores", run_ids=[run["run_id"] for run in runs], where=where)
-    left = {run["run_id"]: run for run in runs} | dict.fromkeys(stored["run_id"].to_pylist())
-    missing = [run for run in left.values() if run and site in (run["sites"] or [site])]
+    unscored = {run["run_id"]: run for run in runs} | dict.fromkeys(stored["run_id"].to_pylist())
+    missing = [run for run in unscored.values() if run and site in (run["sites"] or [site])]
     computed = scores_at(warehouse, missing, threshold, sites=[site])
-    found = pa.concat_tables([_with_exactness(stored), computed.filter(pc.field("recipe") == recipe)])
-    return found.sort_by([("run_id", "ascending"), ("layer", "ascending")])
+    scores = pa.concat_tables([_with_exactness(stored), computed.filter(pc.field("recipe") == recipe)])
+    return scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
 
 
 def _with_exactness(stored: pa.Table) -> pa.Table:
@@ -161,19 +161,19 @@ def _quantiles(
 def quantiles_of(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, Float64, Float64]:
     """Return the quantiles of abs(x) and their lower and upper bounds, each float64[shares].
 
-    A quantile is the smallest value that at least a share of the elements does not exceed. If values are cut, or only
-    the histogram is known, it is interpolated linearly between the edges of its bin, up to ``max_abs``. It is 0 if
-    exact zeros make up the share, and NaN without elements.
+    A quantile is the smallest value that at least a share of the elements does not exceed. If values are cut,
+    it is interpolated linearly between the bounds of the cut value, up to ``max_abs``. It is 0 if exact zeros make up
+    the share, and NaN without elements.
     """
-    wanted = np.asarray(shares, float) * stats.count
+    ranks = np.asarray(shares, float) * stats.count
     if not stats.count:
-        return (np.full(len(wanted), np.nan),) * 3
+        return (np.full(len(ranks), np.nan),) * 3
     lows, highs, counts = stats.bins
-    upto = np.cumsum(counts)
-    at = np.minimum(np.searchsorted(upto, wanted), len(upto) - 1)
-    low, high = lows[at], np.minimum(highs[at], stats.max_abs)
-    value = low + (high - low) * np.clip((wanted - upto[at]) / counts[at] + 1, 0, 1)
-    nothing = wanted <= stats.zero_count
+    cumulative = np.cumsum(counts)
+    places = np.minimum(np.searchsorted(cumulative, ranks), len(cumulative) - 1)
+    low, high = lows[places], np.minimum(highs[places], stats.max_abs)
+    value = low + (high - low) * np.clip((ranks - cumulative[places]) / counts[places] + 1, 0, 1)
+    nothing = ranks <= stats.zero_count
     return np.where(nothing, 0.0, value), np.where(nothing, 0.0, low), np.where(nothing, 0.0, high)
 
 

@@ -40,10 +40,10 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         guess = kept_by_guess(of_task, metric)
         of_task = [row for row in of_task if row["metric"] == metric and _is_of_claim(row)]
         for repair in dict.fromkeys(row.get("repair") for row in of_task if not _is_whole(row)):
-            alike = [row for row in of_task if _is_whole(row) or row.get("repair") == repair]
-            claim = _one(alike, "avss")
+            same_repair = [row for row in of_task if _is_whole(row) or row.get("repair") == repair]
+            claim = _published_row(same_repair, "avss")
             if claim is not None:
-                paragraphs.append(f"{task}: {' '.join(_sentences(claim, alike, guess))}")
+                paragraphs.append(f"{task}: {' '.join(_sentences(claim, same_repair, guess))}")
     return paragraphs
 
 
@@ -54,9 +54,9 @@ def claim_in_short(rows: Sequence[Row]) -> list[str]:
         of_task = [row for row in rows if row["task"] == task]
         metric = primary_metric(of_task)
         of_claim = [row for row in of_task if row["metric"] == metric and _is_of_claim(row) and not row.get("repair")]
-        if claim := _one(of_claim, "avss"):
-            said = judgement(claim, kept_by_guess(of_task, metric))
-            lines.append(f"{task}: {_percent(claim['retention'])} by the lowest AVSS: {said}.")
+        if claim := _published_row(of_claim, "avss"):
+            verdict = judgement(claim, kept_by_guess(of_task, metric))
+            lines.append(f"{task}: {_percent(claim['retention'])} by the lowest AVSS: {verdict}.")
     return lines
 
 
@@ -83,7 +83,7 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
     removed = count_removed(decode_removals(claim["drop"]))
     sentences = [
         f"without the {removed} of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, "
-        f"{_kept(claim)}{_before_and_after(claim, rows)}: {judgement(claim, guess)}."
+        f"{_describe_retention(claim)}{_before_and_after(claim, rows)}: {judgement(claim, guess)}."
     ]
     if guess is not None and MENTIONED <= guess <= CLAIMED_KEPT:
         sentences.append(f"A guess keeps {_percent(guess)}.")
@@ -91,21 +91,21 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
     if chances:
         sentences.append(_beside_chance(claim["retention"], chances, repaired))
     others = {
-        "The reverse, the highest AVSS,": _one(rows, "avss", REVERSED),
-        "AVSS with the ends kept": _one(rows, "avss", ENDS_KEPT),
-        "Block influence": _one(rows, "block_influence"),
-        "Leaving out by the loss without each layer": _one(rows, LEAVE_ONE_OUT),
-        "Leaving out the last before the final one": _one(rows, LAST),
+        "The reverse, the highest AVSS,": _published_row(rows, "avss", REVERSED),
+        "AVSS with the ends kept": _published_row(rows, "avss", ENDS_KEPT),
+        "Block influence": _published_row(rows, "block_influence"),
+        "Leaving out by the loss without each layer": _published_row(rows, LEAVE_ONE_OUT),
+        "Leaving out the last before the final one": _published_row(rows, LAST),
     }
     sentences += [f"{name} keeps {_percent(row['retention'])}." for name, row in others.items() if row is not None]
     return sentences
 
 
-def _beside_chance(kept: float, chances: Sequence[float], repaired: str) -> str:
+def _beside_chance(retention: float, chances: Sequence[float], repaired: str) -> str:
     """Return a sentence on the retention of random choices of as many layers, beside that of the lowest AVSS."""
     if len(chances) == 1:
         return f"A random choice of as many layers{repaired}{',' * bool(repaired)} keeps {_percent(chances[0])}."
-    better = sum(chance >= kept for chance in chances)
+    better = sum(chance >= retention for chance in chances)
     return (
         f"Of {len(chances)} random choices of as many layers{repaired}, {better or 'none'} "
         f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(max(chances))})."
@@ -130,8 +130,8 @@ def judgement(row: Row, guess: float | None = None) -> str:
     return "the claim does not hold" if high < CLAIMED_KEPT else "the claim is undecided, for want of data"
 
 
-def _one(rows: Sequence[Row], score: str, control: str | None = None) -> Row | None:
-    """Return the row of a score in its published reading, with the given control; None if there is none."""
+def _published_row(rows: Sequence[Row], score: str, control: str | None = None) -> Row | None:
+    """Return the row of a score in its published reading, with the given control, or None if there is none."""
     wanted = (row for row in rows if (row["score"], row["control"]) == (score, control) and _is_published(row))
     return next(wanted, None)
 
@@ -146,7 +146,7 @@ def _is_whole(row: Row) -> bool:
     return row["score"] is None
 
 
-def _kept(row: Row) -> str:
+def _describe_retention(row: Row) -> str:
     ends = retention_interval(row)
     interval = f" ({_percent(ends[0])} to {_percent(ends[1])})" if ends else ""
     return f"{_percent(row['retention'])}{interval} is kept"
@@ -198,8 +198,8 @@ def describe_metric(metric: str) -> str:
 
 def describe_task(task: str) -> str:
     """Return the display name of a task, without the folders of its text."""
-    name, colon, rest = task.partition(":")
-    return f"{name}: {basename(rest)}" if colon else basename(task)
+    name, colon, text = task.partition(":")
+    return f"{name}: {basename(text)}" if colon else basename(task)
 
 
 def _percent(share: float) -> str:

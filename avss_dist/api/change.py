@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,11 @@ from avss_dist.analysis.plans import evaluated_lines, plan_layers, plannable_run
 from avss_dist.api.names import named_run
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Execution
 from avss_dist.core.text import parse_threshold
-from avss_dist.options import field_values, keywords, refuse_unused, request_values
+from avss_dist.options import field_values, keywords, refuse_unused
 from avss_dist.pruning.plan import Plan, read_plan
-from avss_dist.pruning.savings import Budget
+from avss_dist.pruning.savings import Budget, run_size
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import DistillRequest, PlanRequest, PruneRequest, ShrinkRequest, SparsifyRequest
@@ -25,7 +26,8 @@ from avss_dist.warehouse.reader import Warehouse
 
 if TYPE_CHECKING:
     from avss_dist.distillation.distill import Distilled
-    from avss_dist.evaluation.search import Found
+    from avss_dist.evaluation.events import OnEvent
+    from avss_dist.evaluation.search import SearchResult
     from avss_dist.evaluation.shrink import Shrunk
     from avss_dist.pruning.repair.repair import Repair, Repaired
     from avss_dist.sparsity.plan import SparsityPlan
@@ -42,48 +44,37 @@ def plan(request: PlanRequest) -> Plan:
         row = named_run(opened, request.run)
     else:
         row, _ = plannable_run(opened, request.by)
-    return choose_layers(opened, row, request)[0]
+    return choose_layers(opened, row, request, request.reporter)[0]
 
 
-def choose_layers(opened: Warehouse, row: Mapping[str, Any], request: PlanRequest) -> tuple[Plan, Found | None]:
+def choose_layers(
+    opened: Warehouse, run: Mapping[str, Any], request: PlanRequest, on_event: OnEvent | None = None
+) -> tuple[Plan, SearchResult | None]:
     """Return the plan for a row of ``runs``, and the result of its search."""
     reading = (request.site, request.recipe, *parse_threshold(request.threshold))
-    how = field_values(Choice, request)
-    by, sublayers = how.pop("by"), how.pop("sublayers")
-    limits = field_values(Budget, request)
-    if any(value is not None for value in limits.values()):
-        how["count"] = _count(row, Budget(**limits), how)
-    text: dict[str, Any] = {"corpus": request.corpus, "skip_sequences": request.skip_sequences}
-    effort = field_values(Effort, request)
+    constraints = field_values(Choice, request)
+    del constraints["by"], constraints["sublayers"]
+    budget = Budget(**field_values(Budget, request))
+    if budget.fields_with_value:
+        constraints["count"] = _count(run, budget, constraints)
+    ranked = partial(plan_layers, opened, run, by=request.by, reading=reading, **constraints)
     if request.search is None:
-        measuring = {**text, "sublayers": sublayers, **effort, **request.given}
-        defaults = Settings().as_dict() | asdict(Execution())
-        refuse_unused(measuring, defaults, "without a search", "Leave it out, or name a `search`.")
-        return plan_layers(opened, row, by=by, reading=reading, **how), None
-    if request.corpus is None:
-        raise ConfigError("`search` needs text to measure losses on.", "Name it with `corpus`.")
-    starts = () if by is None else [plan_layers(opened, row, by=by, reading=reading, **how).drop]
+        unused = {"corpus": request.corpus, "skip_sequences": request.skip_sequences, "sublayers": request.sublayers}
+        unused |= field_values(Effort, request) | request.given
+        refuse_unused(unused, "without a search", "Leave it out, or name a `search`.")
+        return ranked(), None
+    starts = () if request.by is None else [ranked().dropped_layers]
     from avss_dist.evaluation.search import search
 
-    result = search(
-        opened.root.full,
-        row,
-        Choice(by=request.search, sublayers=sublayers, **how),
-        effort=Effort(**effort),
-        starts=starts,
-        reporter=request.reporter,
-        **text,
-        **request.given,
-    )
+    choice = Choice(by=request.search, sublayers=request.sublayers, **constraints)
+    result = search(request, run, choice, starts, on_event)
     return result.plan, result
 
 
-def _count(run: Mapping[str, Any], budget: Budget, how: Mapping[str, Any]) -> int:
+def _count(run: Mapping[str, Any], budget: Budget, constraints: Mapping[str, Any]) -> int:
     """Return the number of layers to drop to meet a budget."""
-    from avss_dist.evaluation.subjects import run_size
-
-    if given := [name for name in ("share", "count", "mass") if how.get(name) is not None]:
-        raise ConfigError(f"{budget.given[0]} and `{given[0]}` are mutually exclusive.", "Keep one.")
+    if given := [name for name in ("share", "count", "mass") if constraints.get(name) is not None]:
+        raise ConfigError(f"{budget.fields_with_value[0]} and `{given[0]}` are mutually exclusive.", "Keep one.")
     return budget.count(run_size(run))
 
 
@@ -95,10 +86,7 @@ def sparsify(request: SparsifyRequest) -> SparsityPlan:
     """
     from avss_dist.evaluation.sparsify import sparsify as measure
 
-    opened = Warehouse(request.warehouse)
-    run = named_run(opened, request.run)
-    how = request_values(request) | {"warehouse": opened.root, "run": run}
-    return measure(reporter=request.reporter, **how, **request.given)
+    return measure(request, named_run(Warehouse(request.warehouse), request.run), request.reporter)
 
 
 @keywords(ShrinkRequest)
@@ -109,7 +97,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     """
     from avss_dist.evaluation.shrink import shrink as run
 
-    return run(reporter=request.reporter, **request_values(request), **request.given)
+    return run(request, request.reporter)
 
 
 class Pruned(TabularResult):
@@ -129,7 +117,12 @@ class Pruned(TabularResult):
 
     def table(self) -> pa.Table:
         """Return a table of one row."""
-        values = {"folder": self.folder, "bytes": self.bytes, "difference": self.difference, "drop": [*self.plan.drop]}
+        values = {
+            "folder": self.folder,
+            "bytes": self.bytes,
+            "difference": self.difference,
+            "drop": [*self.plan.dropped_layers],
+        }
         values |= {"notes": self.notes, "repair": self.repair and self.repair.repair, "pushed": self.pushed}
         return pa.Table.from_pylist([values])
 
@@ -150,39 +143,39 @@ def prune(request: PruneRequest) -> Pruned:
     from avss_dist.system.hub import require_access, upload
 
     model, output, warehouse, push = str(request.model), Path(request.output), request.warehouse, request.push
-    settings, execution, code = request.settings, request.execution, request.settings.trust_remote_code
+    execution, code = request.execution, request.settings.trust_remote_code
     plan = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
     wanted = _repair(request)
     if wanted is None or warehouse is None:
-        _refuse_workers(settings, execution)
+        _refuse_workers(request)
     if push:
         require_access(push, "model")
     fitted: Repair | Repaired | None = wanted
     if wanted is not None and warehouse is not None:
-        from avss_dist.evaluation.repairs import kept_repair
+        from avss_dist.evaluation.repairs import stored_repair
 
-        where: dict[str, Any] = {"warehouse": warehouse, "execution": execution, "reporter": request.reporter}
-        fitted = kept_repair(model, plan, wanted, output, **where)
+        fitted = stored_repair(request, plan, wanted, warehouse, request.reporter)
     if warehouse is not None:
         checkpoint = resolve(model, trust_remote_code=code)
-        lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.removed)
+        lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
         plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
     done = write(model, plan, output, repair=fitted, execution=execution, trust_remote_code=code)
     if push:
-        what = f"{Path(plan.model).name} without {len(plan.removed)} of its layers"
+        what = f"{Path(plan.model).name} without {len(plan.drop)} of its layers"
         hint = f"The checkpoint is complete in {output}. Upload it: hf upload {push} {output}"
         replaced = ["*.safetensors", "*.json"]
         done = {**done, "pushed": upload(output, push, "model", message=what, replaced=replaced, hint=hint)}
     return Pruned(plan, done)
 
 
-def _refuse_workers(settings: Settings, execution: Execution) -> None:
+def _refuse_workers(request: PruneRequest) -> None:
     """Raise ConfigError for options of workers if nothing is fitted on workers."""
-    here = {"partition", "max_memory", "offload_folder"} | ({"executor"} if execution.executor == "local" else set())
-    given = {name: getattr(execution, name) for name in Execution.__dataclass_fields__ if name not in here}
-    why = "without workers, which fit a repair into a warehouse"
+    execution = request.execution
+    used = {"partition", "max_memory", "offload_folder"} | ({"executor"} if execution.executor == "local" else set())
+    given = {name: getattr(execution, name) for name in Execution.__dataclass_fields__ if name not in used}
+    reason = "without workers, which fit a repair into a warehouse"
     hint = "Leave it out, or name a `repair` and a `warehouse`."
-    refuse_unused(given | {"threads": settings.threads}, Settings().as_dict() | asdict(Execution()), why, hint)
+    refuse_unused(given | {"threads": request.settings.threads}, reason, hint)
 
 
 def _repair(request: PruneRequest) -> Repair | None:
@@ -193,8 +186,8 @@ def _repair(request: PruneRequest) -> Repair | None:
     if request.fitted:
         return Repair(by=request.fitted, corpora=corpora, skip_sequences=skipped, settings=settings)
     given = {**settings.as_dict(), "skip_sequences": skipped, "repair_corpora": corpora}
-    defaults = Settings(trust_remote_code=settings.trust_remote_code).as_dict()
-    refuse_unused(given, defaults, "without a repair", "Leave it out, or name a `repair`.")
+    del given["trust_remote_code"]  # which a checkpoint without a repair uses, too
+    refuse_unused(given, "without a repair", "Leave it out, or name a `repair`.")
     return None
 
 

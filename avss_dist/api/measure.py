@@ -11,7 +11,7 @@ from avss_dist.estimation import estimate as estimating
 from avss_dist.evaluation import ablate as ablating
 from avss_dist.evaluation import evaluate as evaluating
 from avss_dist.evaluation.experiment import run_experiment
-from avss_dist.options import keywords, request_values
+from avss_dist.options import keywords
 from avss_dist.requests import AblateRequest, EstimateRequest, EvaluateRequest, JobRequest
 from avss_dist.runs import api as scoring
 from avss_dist.runs.job_file import JobFile, read_job
@@ -27,7 +27,7 @@ def estimate(request: EstimateRequest) -> estimating.Estimate:
 @keywords(AblateRequest)
 def ablate(request: AblateRequest) -> ablating.Ablation:
     """Measure the effect of each layer on the loss of a model, and store it. Stored results are not measured again."""
-    return ablating.ablate(reporter=request.reporter, **request_values(request), **request.given)
+    return ablating.ablate(request, request.reporter)
 
 
 @keywords(EvaluateRequest)
@@ -36,7 +36,7 @@ def evaluate(request: EvaluateRequest) -> evaluating.Evaluations:
 
     A plan is a file that ends in .yaml or .yml. The results are stored in a warehouse.
     """
-    return evaluating.evaluate(reporter=request.reporter, **request_values(request), **request.given)
+    return evaluating.evaluate(request, request.reporter)
 
 
 class Runs(list[Run], TabularResult):
@@ -61,11 +61,10 @@ def run_job(request: JobRequest) -> Runs:
     Fields of `settings.Execution` replace those of the file.
     """
     job = request.job if isinstance(request.job, JobFile) else read_job(request.job)
-    allowed = {"allow_overlap": request.allow_overlap, "allow_many": request.allow_many}
-    job.refuse_unused(**allowed)
+    job.refuse_unused(allow_overlap=request.allow_overlap, allow_many=request.allow_many)
     if job.experiment is None:
         return Runs(scoring.run_job(job, reporter=request.reporter, **request.given))
-    runs, rows = run_experiment(job, reporter=request.reporter, cells=request.cells, **allowed, **request.given)
+    runs, rows = run_experiment(job, request, request.reporter, request.cells)
     done = Runs(runs)
     done.experiment = Table(pa.Table.from_pylist(rows))
     return done

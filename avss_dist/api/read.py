@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from avss_dist.analysis import compare as comparing
 from avss_dist.analysis import findings as finding
@@ -20,10 +21,19 @@ def compare(request: CompareRequest) -> comparing.RankingComparison:
     return compare_runs(opened, [row["run_id"] for row in named_runs(opened, request.run)], request)
 
 
-def compare_runs(opened: Warehouse, run_ids: Sequence[str], request: CompareRequest) -> comparing.RankingComparison:
-    """Compare runs as a request says."""
-    how = {name: value for name, value in request_values(request).items() if name not in ("warehouse", "run")}
-    return comparing.compare(opened, run_ids, **how | {"threshold": named_threshold(request.threshold)})
+def compare_runs(
+    opened: Warehouse, run_ids: Sequence[str], request: CompareRequest, *, max_listed: int = comparing.MAX_PAIRS
+) -> comparing.RankingComparison:
+    """Compare runs as a request says; list all of up to ``max_listed`` pairs, and draw the map that it asks for."""
+    others = ("warehouse", "run", "output")
+    values = {name: value for name, value in request_values(request).items() if name not in others}
+    values |= {"threshold": named_threshold(request.threshold), "max_listed": max_listed}
+    comparison = comparing.compare(opened, run_ids, **values, mapped=request.output is not None)
+    if request.output is not None:
+        from avss_dist.report.chart import save_chart, similarity_chart  # altair takes a second to import
+
+        save_chart(similarity_chart(comparison), Path(request.output))
+    return comparison
 
 
 @keywords(FindingsRequest)

@@ -12,13 +12,14 @@ from avss_dist.system.streams import console
 @takes(AblateRequest)
 def ablate(format: Annotated[str, format_option("table", "json", "csv")] = "table", **values: Any) -> None:
     """Leave layers out and measure the loss: the ground truth for scores."""
-    from avss_dist.api.measure import ablate as run
+    from avss_dist.evaluation.ablate import ablate as measure
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.ablation import ablation_table
     from avss_dist.report.terminal.progress import CellProgress
 
+    request = AblateRequest(**values)
     with CellProgress() as progress:
-        ablation = run(reporter=progress, **values)
+        ablation = measure(request, progress)
     if format == "table":
         console().print(ablation_table(ablation))
     else:

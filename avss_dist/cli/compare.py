@@ -18,34 +18,40 @@ from avss_dist.cli.options import (
     takes,
 )
 from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
-from avss_dist.core.text import count_of, describe_threshold
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, SITES
+from avss_dist.core.text import describe_threshold
 from avss_dist.requests import CompareRequest, FindingsRequest
 from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from avss_dist.analysis.compare import RankingComparison
-    from avss_dist.warehouse.reader import Warehouse
+
+
+MAX_TABLED = 20_000  # pairs of which all are compared in full for a table on a terminal
 
 
 @takes(CompareRequest)
 def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
     """Compare layer rankings between runs: how far they agree, and findings that speak against it."""
+    from avss_dist.analysis.compare import MAX_PAIRS
     from avss_dist.analysis.findings import findings as find
     from avss_dist.analysis.findings import of_rankings
     from avss_dist.api.read import compare_runs
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.compare import pairs_table
+    from avss_dist.report.terminal.compare import comparison_tables, findings_list
 
     request = CompareRequest(**values)
     opened, by, score = open_warehouse(str(request.warehouse)), request.by, request.score
     names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
     at = choose_threshold(request.threshold)
-    comparison = compare_runs(opened, names, request)
+    comparison = compare_runs(opened, names, request, max_listed=MAX_PAIRS if format != FORMATS[0] else MAX_TABLED)
     _say_left_out(comparison)
+    if request.output is not None:
+        say(f"Map of all pairs: {request.output}")
     pairs = comparison.pairs
+    if format != FORMATS[0] and len(pairs) < comparison.number:
+        say(f"Of {comparison.number:,} pairs, the {len(pairs):,} most and least alike are listed.")
     if format != FORMATS[0]:
         return write_table(pairs, format, console())
     fixed = {
@@ -54,24 +60,13 @@ def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
         "recipe": request.recipe,
         "threshold": f"|x| < {describe_threshold(at.value, at.kind)}",
     }
-    title = f"by {by}  " + " / ".join(text for name, text in fixed.items() if name != by)
-    console().print(pairs_table(pairs, title))
-    compared = {name for side in ("a_run_id", "b_run_id") for name in pairs[side].unique().to_pylist()}
-    every = find(opened, [name for name in names if name in compared], threshold=at)
-    at_place = _at(every, None if by == "site" else request.site, None if by == "recipe" else request.recipe)
-    relevant = of_rankings(at_place, score if by != "score" else "avss")
-    _print_findings(relevant, len(every) - len(relevant), opened)
+    reading = " / ".join(text for name, text in fixed.items() if name != by)
+    console().print(comparison_tables(comparison, f"by {by}  {reading}"))
+    bearing = find(opened, sorted(set(names) - set(comparison.left_out)), threshold=at, rankings_alone=True)
+    at_place = _at(bearing, None if by == "site" else request.site, None if by == "recipe" else request.recipe)
+    console().print(findings_list(of_rankings(at_place, score if by != "score" else "avss")))
+    emit(f"avss findings -w {opened.root} lists what else speaks against each of these runs.")
     return None
-
-
-def _print_findings(relevant: pa.Table, others: int, warehouse: Warehouse) -> None:
-    """Print the findings that concern a comparison, and the number of others."""
-    from avss_dist.report.terminal.compare import findings_list
-
-    if len(relevant) or not others:
-        console().print(findings_list(relevant))
-    if others:
-        emit(f"{count_of(others, 'finding')} more about these runs alone: avss findings -w {warehouse.root} --all")
 
 
 def _say_left_out(comparison: RankingComparison) -> None:

@@ -12,13 +12,14 @@ from avss_dist.system.streams import console
 @takes(EvaluateRequest)
 def evaluate(format: Annotated[str, format_option("table", "json", "csv")] = "table", **values: Any) -> None:
     """Evaluate models and plans; a plan skips its layers in place and is compared with the whole model."""
-    from avss_dist.api.measure import evaluate as run
+    from avss_dist.evaluation.evaluate import evaluate as measure
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.evaluation import evaluation_table
     from avss_dist.report.terminal.progress import CellProgress
 
+    request = EvaluateRequest(**values)
     with CellProgress() as progress:
-        evaluations = run(reporter=progress, **values)
+        evaluations = measure(request, progress)
     if format == "table":
         console().print(evaluation_table(evaluations))
     else:

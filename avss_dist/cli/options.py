@@ -12,13 +12,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 
 from avss_dist.core.errors import ConfigError, named_fields, require_known, spell_fields
-from avss_dist.core.settings import (
-    EVERY_SITE,
-    PUBLISHED_THRESHOLD,
-    RECIPES,
-    Execution,
-    Settings,
-)
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, Execution, Settings
 from avss_dist.core.text import parse_threshold
 from avss_dist.core.validation import Check, OneOf, descriptions
 from avss_dist.options import SHARED, Option, ordered

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +39,7 @@ def plan(
     request = PlanRequest(**values)
     opened = open_warehouse(str(request.warehouse))
     row, hints = _run(opened, request)
-    chosen = _choose(opened, row, values)
+    chosen = _choose(opened, row, request)
     hints = [*_saved(row, chosen), *hints]
     if request.by is None and request.search is None:
         hints.append(f"No --by was given: {chosen.why['by']} is measured in {opened.root}.")
@@ -49,7 +48,7 @@ def plan(
     else:
         chosen.write(output)
     if as_json:
-        emit_json({"output": str(output), **asdict(chosen)})
+        emit_json({"output": str(output), **chosen.values()})
         return
     emit("\n  ".join([f"{output}:", *chosen.describe(), *hints]))
     if format == FORMATS[0] and not chosen.evaluated:
@@ -80,12 +79,13 @@ def _run(opened: Warehouse, request: PlanRequest) -> tuple[dict[str, Any], list[
     return row, [f"This is the newest of {number} runs that can be planned for; --run names another.", *passed]
 
 
-def _choose(opened: Warehouse, row: Mapping[str, Any], values: Mapping[str, Any]) -> Plan:
+def _choose(opened: Warehouse, row: Mapping[str, Any], request: PlanRequest) -> Plan:
+    """Return the plan for a run. The table of a search is printed."""
     from avss_dist.api.change import choose_layers
     from avss_dist.report.terminal.progress import CellProgress
 
     with CellProgress() as progress:
-        chosen, result = choose_layers(opened, row, PlanRequest(reporter=progress, **values))
+        chosen, result = choose_layers(opened, row, request, progress)
     if result:
         from avss_dist.report.terminal.search import search_table
 
@@ -95,8 +95,7 @@ def _choose(opened: Warehouse, row: Mapping[str, Any], values: Mapping[str, Any]
 
 def _saved(run: Mapping[str, Any], plan: Plan) -> list[str]:
     """Return a line on what a plan saves, if the checkpoint is on this machine."""
-    from avss_dist.evaluation.subjects import known_size
-    from avss_dist.pruning.savings import Savings
+    from avss_dist.pruning.savings import Savings, local_run_size
 
-    size = known_size(run) if plan.drop else None
+    size = local_run_size(run) if plan.dropped_layers else None
     return [Savings.of_plan(plan, size).describe()] if size else []

@@ -27,7 +27,8 @@ from avss_dist.cli.options import (
     output_option,
 )
 from avss_dist.core.errors import QueryError, WarehouseError
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, RECIPES, SITES
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, SITES
 from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:
@@ -169,15 +170,15 @@ def plot(
     threshold: ThresholdOption = PUBLISHED,
 ) -> None:
     """Draw AVSS and its baselines by depth, as a picture or page."""
-    from avss_dist.report.chart import MOST_RUNS, layers_chart, save_chart
+    from avss_dist.report.chart import MAX_RUNS, layers_chart, save_chart
 
     opened = open_warehouse(warehouse)
     runs = choose_runs(opened, run or [])
     if not run and opened.runs().num_rows > 1:
         say(f"The newest run, {runs[0]['run_id']}; --run names others, --run '*' all.")
-    if len(runs) > MOST_RUNS:
+    if len(runs) > MAX_RUNS:
         raise QueryError(
-            f"{len(runs):,} runs are too many for one chart: the maximum is {MOST_RUNS}.",
+            f"{len(runs):,} runs are too many for one chart: the maximum is {MAX_RUNS}.",
             "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
         )
     save_chart(layers_chart(runs, score_rows(choose_scores(opened, runs, site, recipe, threshold))), output)

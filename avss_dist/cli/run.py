@@ -18,6 +18,7 @@ from avss_dist.cli.options import (
     takes_settings,
 )
 from avss_dist.core.text import count_of
+from avss_dist.requests import JobRequest
 from avss_dist.system.streams import complain, console, emit, emit_json, say
 
 if TYPE_CHECKING:
@@ -56,10 +57,10 @@ def run(
     job_file = read_job(job)
     if dry_run:
         return _preview(job_file, format, options)
-    allowed = {"allow_overlap": allow_overlap, "allow_many": allow_many}
-    job_file.refuse_unused(**allowed)
+    job_file.refuse_unused(allow_overlap=allow_overlap, allow_many=allow_many)
     if job_file.experiment:
-        return _experiment(job_file, format, allowed | options)
+        request = JobRequest(job_file, allow_overlap=allow_overlap, allow_many=allow_many, **options)
+        return _experiment(job_file, request, format)
     return _run(job_file, format, options)
 
 
@@ -100,14 +101,14 @@ def _run(job: JobFile, format: str, options: dict[str, Any]) -> int:
     return 1 if failed else 0
 
 
-def _experiment(job: JobFile, format: str, options: dict[str, Any]) -> int:
+def _experiment(job: JobFile, request: JobRequest, format: str) -> int:
     from avss_dist.evaluation.experiment import run_experiment
     from avss_dist.report.experiments import experiment_sections
     from avss_dist.report.terminal.progress import CellProgress, run_progress
     from avss_dist.report.terminal.tables import rendered
 
     with run_progress(len(job.specs)) as reporter:
-        runs, rows = run_experiment(job, reporter=reporter, cells=CellProgress(), **options)
+        runs, rows = run_experiment(job, request, reporter, CellProgress())
     if format == FORMATS[0]:
         console().print(rendered(*experiment_sections(rows)))
     else:

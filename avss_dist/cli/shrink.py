@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from avss_dist.cli.options import (
-    TEXT_FORMATS,
-    TextFormatOption,
-    takes,
-)
+from avss_dist.cli.options import TEXT_FORMATS, TextFormatOption, takes
 from avss_dist.requests import ShrinkRequest
 from avss_dist.system.streams import console, emit, emit_json
 
@@ -16,11 +12,12 @@ from avss_dist.system.streams import console, emit, emit_json
 @takes(ShrinkRequest)
 def shrink(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
     """Score a model, drop layers, repair the rest, evaluate both, and write the checkpoint; resumes if stopped."""
-    from avss_dist.api.change import shrink as run
+    from avss_dist.evaluation.shrink import shrink as run
     from avss_dist.report.terminal.shrink import ShrinkProgress, shrunk_lines, shrunk_tables, shrunk_values
 
+    request = ShrinkRequest(**values)
     with ShrinkProgress() as progress:
-        done = run(reporter=progress, **values)
+        done = run(request, progress)
     if format == "json":
         emit_json(shrunk_values(done))
         return

@@ -32,7 +32,7 @@ def sparsify(
 
     The run must have measured the inputs of linear maps: avss score --site inputs.
     """
-    from avss_dist.api.change import sparsify as choose
+    from avss_dist.evaluation.sparsify import sparsify as choose
     from avss_dist.report.sparsity import thresholds_table
     from avss_dist.report.terminal.progress import CellProgress
     from avss_dist.report.terminal.tables import FittedTable
@@ -42,7 +42,7 @@ def sparsify(
     opened = open_warehouse(str(request.warehouse))
     row = choose_run(opened, request.run)
     with CellProgress() as progress:
-        plan = choose(reporter=progress, **values | {"run": row["run_id"]})
+        plan = choose(request, row, progress)
     _write(plan, output, format)
     if as_json:
         emit_json({"output": str(output), **asdict(plan)})

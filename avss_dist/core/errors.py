@@ -33,7 +33,7 @@ def named_fields(text: str) -> list[str]:
 
 
 class AvssError(Exception):
-    """An error that the user can fix; shown without a traceback.
+    """An error that the user can fix. It is shown without a traceback.
 
     Names of fields and arguments are in backticks (```ranks```). Front ends replace them by their spelling.
 
@@ -101,7 +101,7 @@ class TaskError(AvssError):
 
 
 class RunFailed(AvssError):
-    """The request was valid; the work failed while it ran."""
+    """The request was valid. The work failed while it ran."""
 
     exit_code = 1
 

@@ -7,25 +7,33 @@ intervention out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
+from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import count_of, describe_layers
 
+THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"
+"""Criteria by which inputs of a linear map become zero: see `MapSparsity`."""
+SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")
+"""Tokens at which activations are sparse: all; decoded tokens; decoded tokens and the last half of a prompt (as TEAL
+evaluates); all but the first of a prompt."""
 PARTS = ("attention", "mlp")
 """The sublayers of a layer."""
 MAX_LAYERS = 10_000
 """Largest number of layers of a model that a plan can be for. Stored numbers from here on stand for sublayers."""
 _STORED = {part: place * MAX_LAYERS for place, part in enumerate(PARTS, 1)}
 _PARTS = dict(enumerate(PARTS, 1))
+_SUBLAYER = re.compile(rf"({'|'.join(PARTS)})\.(\d{{1,9}})", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """The attention or the MLP of a layer; sublayers come after all layers, and MLPs after all attentions.
+    """The attention or the MLP of a layer. Sublayers come after all layers, and MLPs after all attentions.
 
     Attributes:
         layer: index of the layer.
@@ -69,6 +77,27 @@ def decode_removals(numbers: Iterable[int]) -> Removals:
     )
 
 
+def parse_removal(value: object) -> Removal:
+    """Return the layer or sublayer that a value in a file names: ``7`` or ``attention.7``.
+
+    Raises:
+        ConfigError: the value names neither.
+    """
+    if isinstance(value, Sublayer) or (type(value) is int and value >= 0):
+        return value
+    if isinstance(value, str) and (match := _SUBLAYER.fullmatch(value)):
+        return Sublayer(int(match[2]), match[1])
+    raise ConfigError(
+        f"{value!r} is neither a layer nor a sublayer.",
+        "Expected the index of a layer, from 0 (7), or the name of a sublayer (attention.7, mlp.7).",
+    )
+
+
+def removal_names(removals: Iterable[Removal]) -> list[int | str]:
+    """Return removals as files have them: a layer as its index, a sublayer as its name. See `parse_removal`."""
+    return [removal if isinstance(removal, int) else str(removal) for removal in removals]
+
+
 def layer_of(removal: Removal) -> int:
     """Return the index of a layer, or of the layer that a sublayer is in."""
     return removal if isinstance(removal, int) else removal.layer
@@ -103,19 +132,11 @@ def can_be_added(removal: Removal, removals: Collection[Removal]) -> bool:
     return removal not in removals and not any(other in removals for other in others)
 
 
-def describe_removed(removals: Iterable[Removal]) -> str:
-    """Return removals as text: ``0-3, 7, attention of 5, MLP of 8-9``."""
-    return ", ".join(_described([*removals]))
-
-
-def _described(removals: list[Removal]) -> Iterator[str]:
-    if whole := whole_layers(removals):
-        yield describe_layers(whole)
-    attention, mlp = layers_by_part(removals).values()
-    if attention:
-        yield f"attention of {describe_layers(attention)}"
-    if mlp:
-        yield f"MLP of {describe_layers(mlp)}"
+def describe_removed(removals: Collection[Removal]) -> str:
+    """Return removals as text: ``0-3, 7, attention.5, mlp.8, mlp.9``."""
+    layers = whole_layers(removals)
+    sublayers = [str(removal) for removal in removals if isinstance(removal, Sublayer)]
+    return ", ".join([*([describe_layers(layers)] if layers else []), *sublayers])
 
 
 def size_removed(removals: Collection[Removal]) -> float:
@@ -162,7 +183,7 @@ class MapSparsity:
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """Rules by which activations of a model become zero, and the tokens at which: see `settings.SPARSITY_RULES`."""
+    """Rules by which activations of a model become zero, and the tokens at which: see `SPARSITY_RULES`."""
 
     maps: tuple[MapSparsity, ...] = field(repr=False)
     rule: str
@@ -199,7 +220,7 @@ class InterventionKey(NamedTuple):
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> InterventionKey:
-        """Return the key of a stored row; columns that older files do not have are null."""
+        """Return the key of a stored row. Columns that older files do not have are null."""
         return cls(decode_removals(row["drop"]), row.get("factor") or 0.0, row.get("patch"), row.get("sparsity_plan"))
 
     def row(self) -> dict[str, Any]:
@@ -214,7 +235,7 @@ class InterventionKey(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """Changes that are made to a model before it answers; by default none.
+    """Changes that are made to a model before it answers. The default makes none.
 
     Attributes:
         removed: layers and sublayers that the model computes without.

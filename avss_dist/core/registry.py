@@ -1,4 +1,6 @@
-"""Registry of partitions and scores: names, titles and capabilities. It imports nothing of the package.
+"""Registry of partitions, scores, searches and sparsity methods: their names and what they can do.
+
+It imports nothing of the package, so that the command line lists the names without loading anything else.
 
 A new partition is an entry of `PARTITIONS`, and a file with its replica. A new score from activations is an entry of
 `SCORES`, and its computation in `stats.scores`: tables, charts, plans and comparisons take it from here.
@@ -126,6 +128,12 @@ class ScoreInfo:
     ablate: Mapping[str, Any] = field(default_factory=dict)
 
 
+RECIPES = ("pooled", "element", "unit")
+"""Samples that the variance and sparsity of AVSS are computed from: token means, elements, or unit means."""
+LOWEST_SHARE = 0.25
+"""Default share of the layers, those with the lowest score, that plans drop and comparisons compare."""
+DRAWS = 2
+"""Default number of labels that are drawn from the model's predictions for each token, for the score `damage`."""
 LAST, RANDOM = "last", "random"  # controls
 BLOCK_DISTANCE, INTERACTIONS = "block_distance", "interactions"  # scores of sets of layers
 DAMAGE_TASK = "damage:"
@@ -242,6 +250,21 @@ GROUND_TRUTH = tuple(name for name, info in SCORES.items() if info.ground_truth)
 """Scores that say what leaving out a layer does to the loss."""
 MEASURED = tuple(name for name, info in SCORES.items() if info.task and not info.of_sets)
 """Scores of every layer that `ablate` measures: `GROUND_TRUTH`, and estimates by a few passes."""
+
+
+SEARCHES = {
+    "greedy": "removes the layer without which the loss is least, again and again",
+    "beam": "the same, over several sets side by side",
+    "evolve": "exchanges layers of the best sets, as long as the budget lasts",
+}
+"""Searches among sets of layers by their loss on text, with their meaning."""
+SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "scap", "cats", "topp")
+"""Methods that allocate sparsity over linear maps: see `sparsity.plan.METHODS`."""
+
+
+def searches_instead(name: str) -> str:
+    """Return the hint for a search that was named as a score."""
+    return f"It is not a score but a search: use `search` {name}, with its text in `corpus`."
 
 
 def metrics_of(score: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Frozen settings with the defaults, and fingerprints."""
+"""Settings of a measurement and of its execution, with their defaults and valid values; fingerprints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from avss_dist.core.validation import Check, OneOf, Positive, checked
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 3
 DEFAULT_WAREHOUSE = "warehouse"  # a folder in the working directory
 SITES = ("block", "update", "attention", "mlp", "neuron")  # measured by default
 INPUT_SITES = ("query_input", "output_input", "up_input")  # what q, k and v read; what o reads; what gate and up read
@@ -28,29 +27,8 @@ INPUTS = (*INPUT_SITES, "neuron")
 """Sites of the inputs of a layer's linear maps, where activations are made sparse."""
 SITE_FAMILIES = {"inputs": INPUTS}
 """Names that stand for several sites."""
-RECIPES = ("pooled", "element", "unit")
-SEARCHES = {
-    "greedy": "removes the layer without which the loss is least, again and again",
-    "beam": "the same, over several sets side by side",
-    "evolve": "exchanges layers of the best sets, as long as the budget lasts",
-}
-"""Searches among sets of layers by their loss on text, with their meaning."""
-
-
-def searches_instead(name: str) -> str:
-    """Return the hint for a search that was named as a score."""
-    return f"It is not a score but a search: use `search` {name}, with its text in `corpus`."
-
-
-DRAWS = 2  # of labels from the model's predictions, for the estimates of `damage`
 LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
-THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"  # how activations are made zero: see `intervention.MapSparsity`
-SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "scap", "cats", "topp")
-"""Methods that allocate sparsity over linear maps: see `sparsity.plan.METHODS`."""
-SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")
-"""Tokens at which activations are sparse: all; decoded tokens; decoded tokens and the last half of a prompt (as TEAL
-evaluates); all but the first of a prompt."""
 _OF_TEXT = ("max_sequences", "shuffle_seed", "chat_template", "layout", "row_start")  # how text becomes rows
 _NO_NUMBERS = (*_OF_TEXT, "trust_remote_code", "allow_pickle")
 _OF_STATISTICS = ("sites", "thresholds", "experts", "sequences_per_shard")
@@ -62,18 +40,10 @@ EXECUTORS = ("auto", "local", "ray")
 PARTITION_CHOICES = ("auto", *PARTITIONS)
 DEVICES = ("auto", "cpu", "cuda")
 TRACKERS = ("trackio", "wandb", "mlflow")  # of experiments, to which runs can be reported
-CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # for a cluster's server to accept a connection, and to send something
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # for a cluster's job server to accept a connection, and to answer
 
 PUBLISHED_THRESHOLD = 1e-5
 THRESHOLDS = (1e-6, PUBLISHED_THRESHOLD, 1e-4, 1e-3, 1e-2, 1e-1)
-RELATIVE_THRESHOLDS = (0.01, 0.1)  # multiples of the RMS of the layer and site; scored from stored counts
-
-MOST_EVALUATIONS = 10_000  # of a model without some of its layers, on a task: what an experiment does unasked
-MOST_PASSES = 100_000  # of a batch through a model: what an ablation does unasked
-MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
-
-BOOTSTRAP_SEED = 0
-LOWEST_SHARE = 0.25
 
 
 def _in_order(sites: tuple[str, ...]) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def question_prompt(question: str) -> str:
     return f"Q: {question}\nA:"
 
 
-def spaced(prompt: str, text: str) -> str:
+def with_space(prompt: str, text: str) -> str:
     """Return an answer with a space before it if neither the answer nor its prompt has one."""
     return text if text[:1].isspace() or prompt[-1:].isspace() or not prompt else f" {text}"
 
@@ -95,11 +95,11 @@ def _answer(prompt: str, text: str, label: str, where: str) -> Answer:
     if not text.strip():
         raise CorpusError(f"{where}: the answer is empty.", "Write one, or leave the line out.")
     if not label or label.endswith(AFTER_ANOTHER):
-        raise CorpusError(f"{where}: '{label}' is no label.", "Name it by a word, such as hallucinated or truthful.")
-    return Answer(prompt, spaced(prompt, text), label, where)
+        raise CorpusError(f"{where}: invalid label '{label}'.", "Expected a word, such as hallucinated or truthful.")
+    return Answer(prompt, with_space(prompt, text), label, where)
 
 
-def paired(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
+def group_by_prompt(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
     """Return answers grouped by prompt, in the order in which prompts first occur.
 
     Raises:
@@ -143,7 +143,7 @@ def field_texts(record: Mapping[str, Any], field: str, where: str) -> list[str]:
     values = record.get(field)
     if not isinstance(values, list) or not values:
         field_text({} if values is None else record, field, where)
-        raise CorpusError(f"{where}: '{field}' is no list of texts.", "Fix the line.")
+        raise CorpusError(f"{where}: '{field}' must be a list of texts.", "Fix the line.")
     return [_text(value, field, where) for value in values]
 
 

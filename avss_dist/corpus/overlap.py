@@ -68,15 +68,15 @@ def plain_text(ids: Iterable[Ids], tokenizer: Any) -> list[str]:
 
 
 def _fingerprints(shards: Iterable[Shard], tokenizer: Any) -> Iterator[Hashes]:
-    """Yield the fingerprints of a text, of many documents at once; those of a repeated passage are repeated."""
+    """Yield the fingerprints of a text, of many documents at once. Fingerprints of repeated passages repeat."""
     tail = ""
     for rows, width in _blocks(shards):
         documents = plain_text(_documents(rows, width, tokenizer.eos_token_id), tokenizer)
         documents[0] = tail + documents[0]
         tail = documents[-1][-(PASSAGE - 1) :]
-        hashes = [_winnowed(text) for text in documents]
+        hashes = [_winnow(text) for text in documents]
         short = plain_text([row for row in rows if len(row) < PASSAGE], tokenizer)
-        of_rows = np.concatenate([_NONE, *(_winnowed(text) for text in short if len(text) < PASSAGE)])
+        of_rows = np.concatenate([_NONE, *(_winnow(text) for text in short if len(text) < PASSAGE)])
         hashes.append(np.setdiff1d(of_rows, np.concatenate(hashes)))
         if len(block := np.concatenate(hashes)):
             yield block
@@ -105,8 +105,8 @@ def _documents(rows: Sequence[Ids], width: int, eos: int | None) -> list[Ids]:
     return [part[part != _END] for part in np.split(ids, np.flatnonzero(ids == _END))]
 
 
-def _winnowed(text: str) -> Hashes:
-    """Return the fingerprints of one document, in order; of one that is too short, the fingerprint of all of it."""
+def _winnow(text: str) -> Hashes:
+    """Return the fingerprints of one document, in order. A document that is too short is one passage."""
     if len(text) < SHORTEST:
         return _NONE
     hashes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.names import AFTER_ANOTHER
-from avss_dist.core.settings import BOOTSTRAP_SEED
-from avss_dist.corpus.answers import Answer, paired
+from avss_dist.corpus.answers import Answer, group_by_prompt
+
+_SHUFFLE_SEED = 0  # of the order in which answers get the prompts of others
 
 Ids = NDArray[np.int32]
 Encode = Callable[[list[str], bool], list[list[int]]]
@@ -83,17 +84,17 @@ def paired_rows(
         seed: seed of the order of pairs; None keeps the order of the text.
 
     Raises:
-        CorpusError: the answers do not form pairs (see `answers.paired`), or a row is too long. The message names the
-            line.
+        CorpusError: the answers do not form pairs (see `answers.group_by_prompt`), or a row is too long. The message
+            names the line.
     """
-    pairs = _first(_ordered(paired(answers, source), seed), maximum)
+    pairs = _first(_ordered(group_by_prompt(answers, source), seed), maximum)
     return _rows(pairs, [("", range(len(pairs))), (AFTER_ANOTHER, _other(len(pairs)))], encode, eos, length)
 
 
 def choice_rows(
     questions: Sequence[Sequence[Answer]], *, encode: Encode, eos: int | None, length: int, maximum: int | None
 ) -> tuple[list[Ids], Pairing]:
-    """Return the rows of every answer to questions, each after its own prompt; arguments as in `paired_rows`.
+    """Return the rows of every answer to questions, each after its own prompt. See `paired_rows` for the arguments.
 
     Raises:
         CorpusError: a row is too long, or the first question has more than ``maximum`` answers.
@@ -155,7 +156,7 @@ def _first(pairs: list[list[Answer]], maximum: int | None) -> list[list[Answer]]
 
 def _other(count: int) -> NDArray[np.int64]:
     """Return another pair for each pair, each once: the next one in a shuffled circle."""
-    order = np.random.default_rng(BOOTSTRAP_SEED).permutation(count)
+    order = np.random.default_rng(_SHUFFLE_SEED).permutation(count)
     other = np.empty(count, np.int64)
     other[order] = np.roll(order, 1)
     return other

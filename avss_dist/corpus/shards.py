@@ -65,7 +65,7 @@ class Shard:
 
     @property
     def num_strata(self) -> int:
-        """Number of strata that are counted separately; 1 for text that is not paired."""
+        """Number of strata that are counted separately, or 1 for text that is not paired."""
         return len(set(self.pairing.strata)) if self.pairing else 1
 
     @property
@@ -80,7 +80,7 @@ class Shard:
         return skip if self.pairing is None else np.maximum(skip, self.pairing.starts)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yield every row once, in order, ``batch_size`` at a time; the caller may change the arrays."""
+        """Yield every row once, in order, ``batch_size`` at a time. The caller may change the arrays."""
         starts = self.starts
         for start in range(0, self.num_sequences, batch_size):
             rows = slice(start, start + batch_size)
@@ -107,7 +107,7 @@ class CorpusPlan:
     chat_template: str | None = None  # SHA-256 in hex of the template that conversations were put in, if there were any
 
     def recut(self, rows: int) -> CorpusPlan:
-        """Return the same rows in shards of ``rows`` rows; pairs stay whole."""
+        """Return the same rows in shards of ``rows`` rows. Pairs stay whole."""
         spool = Spool(self.shards[0].input_ids.shape[1])
         for shard in self.shards:
             spool.add(shard.input_ids)
@@ -118,7 +118,7 @@ class CorpusPlan:
         return replace(self, shards=shards, tokens_fingerprint=_fingerprint(shards, ids.shape[1]))
 
     def num_batches(self, batch_size: int) -> int:
-        """Return the number of forward passes over all shards; the last one of a shard may have fewer rows."""
+        """Return the number of forward passes over all shards. The last one of a shard may have fewer rows."""
         return sum(-(-shard.num_sequences // batch_size) for shard in self.shards)
 
 
@@ -130,7 +130,7 @@ def tokenize_corpus(
     skip_sequences: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> CorpusPlan:
-    """Read, tokenize and shard a corpus, no further than ``settings.max_sequences`` rows need; all of it with a seed.
+    """Read, tokenize and shard a corpus, as far as ``settings.max_sequences`` rows need, or all of it with a seed.
 
     Args:
         skip_sequences: number of rows at the start to leave out; with a seed, in the shuffled order.
@@ -191,7 +191,7 @@ def with_other_start(shard: Shard, tokenizer: Tokenizer, settings: Settings, row
 
 
 def _tokenize_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Settings, skip: int) -> CorpusPlan:
-    """Return the shards of paired text; see `tokenize_corpus`."""
+    """Return the shards of paired text. See `tokenize_corpus`."""
     assert opened.answers is not None
     if skip:
         raise CorpusError(f"{source} is paired text.", "Leave `skip_sequences` out: its rows belong together.")
@@ -252,7 +252,7 @@ def _padded(rows: Sequence[Ids], length: int, tokenizer: Tokenizer) -> tuple[Ids
 
 
 def _make_shards(ids: Ids, lengths: Ids, skip: int, pairing: Pairing | None, rows: int) -> tuple[Shard, ...]:
-    """Return shards of ``rows`` rows; shards of paired text end with a pair and may be somewhat larger."""
+    """Return shards of ``rows`` rows. Shards of paired text end with a pair and may be somewhat larger."""
     parts = pairing.parts(rows) if pairing else [slice(i, i + rows) for i in range(0, len(ids), rows)]
     return tuple(
         _shard(i, ids[part], lengths[part], skip, pairing and pairing.part(part)) for i, part in enumerate(parts)

@@ -95,7 +95,7 @@ def open_source(source: str) -> Source:
     Raises:
         CorpusError: the source is unknown, missing or unreadable.
     """
-    source = _spelled_out(source)
+    source = _expand_short_name(source)
     return _kind(source).open(source)
 
 
@@ -107,7 +107,7 @@ def local_files(source: str) -> list[str]:
     Raises:
         CorpusError: the kind of source is unknown, or a file does not exist.
     """
-    source = _spelled_out(source)
+    source = _expand_short_name(source)
     path = _kind(source).path(source)
     return _relative_files(path) if path else []
 
@@ -129,7 +129,7 @@ def _kind(source: str) -> _Kind:
     return _KINDS.get(source.partition(":")[0], _FILES)
 
 
-def _spelled_out(source: str) -> str:
+def _expand_short_name(source: str) -> str:
     """Return a source with the keys of its URI, and with ``hf:...`` in place of a short name."""
     source = RedactedURI(source).full
     name, _, split = source.partition(":")
@@ -137,7 +137,7 @@ def _spelled_out(source: str) -> str:
 
 
 def _relative_files(path: str) -> list[str]:
-    """Return the files of a relative path, a glob or a folder; empty for an absolute path or a URI.
+    """Return the files of a relative path, a glob or a folder. Empty for an absolute path or a URI.
 
     Raises:
         CorpusError: the file does not exist.
@@ -235,7 +235,7 @@ def _records(filesystem: fs.FileSystem, paths: list[str]) -> Iterator[tuple[Mapp
     for path in paths:
         match = _FILE.fullmatch(path)
         read = _RECORDS[match["suffix"].lower() if match and match["suffix"] else "jsonl"]
-        with _explained(path, _FILE_ERRORS, _FILE_HINT), filesystem.open_input_stream(path) as file:
+        with _explaining(path, _FILE_ERRORS, _FILE_HINT), filesystem.open_input_stream(path) as file:
             yield from read(file, path, "prompt")
 
 
@@ -243,7 +243,7 @@ def _find(path: str) -> tuple[fs.FileSystem, list[str]]:
     """Return the file system of a path, URI or glob, and its files, sorted. A glob skips hidden files."""
     from fsspec.implementations.arrow import ArrowFSWrapper
 
-    with _explained(path, _FILE_ERRORS, _FILE_HINT):
+    with _explaining(path, _FILE_ERRORS, _FILE_HINT):
         filesystem, name = _filesystem(path)
         infos = [filesystem.get_file_info(name)]
         if has_magic(name) and not infos[0].is_file:
@@ -265,7 +265,7 @@ def _filesystem(path: str) -> tuple[fs.FileSystem, str]:
 
 
 def _identity(filesystem: fs.FileSystem, path: str) -> object:
-    with _explained(path, _FILE_ERRORS, _FILE_HINT):
+    with _explaining(path, _FILE_ERRORS, _FILE_HINT):
         if filesystem.type_name != "local":
             info = filesystem.get_file_info(path)
             return [path, info.size, info.mtime_ns]
@@ -276,7 +276,7 @@ def _identity(filesystem: fs.FileSystem, path: str) -> object:
 def _read(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) -> Iterator[Document]:
     for path in paths:
         opened = filesystem.open_input_file if suffix == "parquet" else filesystem.open_input_stream  # which unpacks
-        with _explained(path, _FILE_ERRORS, _FILE_HINT), opened(path) as file:
+        with _explaining(path, _FILE_ERRORS, _FILE_HINT), opened(path) as file:
             yield from _READERS[suffix](file, path, field)
 
 
@@ -343,7 +343,7 @@ def _read_csv_records(file: Any, path: str, _column: str) -> Iterator[tuple[Mapp
 
 
 def _read_line(stream: io.BufferedReader, where: str) -> bytes:
-    """Read up to the end of a line, included; empty at the end of the file."""
+    """Read a line with its end. Empty at the end of the file."""
     line = stream.readline(MAX_LINE_BYTES + 1)
     if len(line) > MAX_LINE_BYTES:
         raise too_long(where)
@@ -375,11 +375,11 @@ def _hub(source: str) -> Source:
     except ImportError as error:
         hint = "In a clone of avss_dist: pip install -e '.[hf]'"
         raise CorpusError(f"{source} needs the package datasets.", hint) from error
-    with _explained(source, (Exception,), _HUB_HINT):
+    with _explaining(source, (Exception,), _HUB_HINT):
         builder = load_dataset_builder(name, config or None, revision=revision or None)
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        with _explained(source, (Exception,), _HUB_HINT):
+        with _explaining(source, (Exception,), _HUB_HINT):
             yield from builder.as_streaming_dataset(split=split)
 
     return Source(
@@ -389,7 +389,7 @@ def _hub(source: str) -> Source:
 
 
 def _hub_folder(source: str) -> str:
-    """Return the local folder or file that a source names in place of a data set of the hub; empty if it names none."""
+    """Return the local folder or file that a source names in place of a data set of the hub. Empty if none."""
     name = source.removeprefix("hf:").partition(":")[0]
     return name if os.path.exists(name) else ""
 
@@ -412,7 +412,7 @@ def _decode(data: bytes, where: str, offset: int = 0) -> str:
 
 
 @contextmanager
-def _explained(where: str, errors: tuple[type[Exception], ...], hint: str) -> Iterator[None]:
+def _explaining(where: str, errors: tuple[type[Exception], ...], hint: str) -> Iterator[None]:
     try:
         yield
     except errors as error:

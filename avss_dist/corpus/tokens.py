@@ -105,7 +105,7 @@ def special_tokens_of_rows(tokenizer: Tokenizer, settings: Settings) -> SpecialT
 
 
 def other_row_start(tokenizer: Tokenizer, settings: Settings) -> SpecialTokens | None:
-    """Return the start that packed rows could have in place of theirs; None if there is no other.
+    """Return the start that packed rows could have in place of theirs, or None if there is no other.
 
     The other start of rows with special tokens is no token. The other start of rows without is the tokenizer's own
     prefix, or its BOS, which some tokenizers define and do not add.
@@ -139,7 +139,7 @@ def rows_of(
 
 
 def shuffled(rows: Iterable[Ids], seed: int, maximum: int | None) -> Iterator[Ids]:
-    """Yield the first rows of a random order of all rows; reads all and holds ``maximum`` of them.
+    """Yield the first rows of a random order of all rows. All are read, ``maximum`` are in memory.
 
     Each row gets a random number as it is read, and rows are sorted by it. Fewer rows are a prefix of more rows.
 
@@ -148,11 +148,11 @@ def shuffled(rows: Iterable[Ids], seed: int, maximum: int | None) -> Iterator[Id
     """
     random = np.random.default_rng(seed)
     keyed = ((random.random(), place, row.copy()) for place, row in enumerate(rows))
-    chosen = sorted(keyed, key=_key) if maximum is None else heapq.nsmallest(maximum, keyed, key=_key)
+    chosen = sorted(keyed, key=_sort_key) if maximum is None else heapq.nsmallest(maximum, keyed, key=_sort_key)
     return (row for _, _, row in chosen)
 
 
-def _key(row: tuple[float, int, Ids]) -> tuple[float, int]:
+def _sort_key(row: tuple[float, int, Ids]) -> tuple[float, int]:
     return row[:2]
 
 

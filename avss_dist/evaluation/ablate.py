@@ -1,42 +1,43 @@
-"""Ground truth about a model's layers, measured by the cells of an evaluation."""
+"""Ablation: the effect of each layer of a model on its loss, the ground truth for scores."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from avss_dist.analysis.reliability import reliability
-from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION, PARTS, Removals, Sublayer, layer_of
 from avss_dist.core.names import LOSS, SUBLAYER_LOSS
-from avss_dist.core.registry import DAMAGE_TASK, PARTITIONS, SCORES, metrics_of
+from avss_dist.core.registry import DAMAGE_TASK, SCORES, metrics_of
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, DRAWS, MOST_PASSES, Execution, Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.session import (
     EvaluationSession,
-    evaluation_options,
+    PlacedModel,
     require_intended,
     require_listable,
+    require_partition,
 )
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import mean_ranks
+from avss_dist.requests import AblateRequest
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
 
-CHUNK = 4  # permutations in a cell
+MOST_PASSES = 100_000  # passes of a batch through a model that an ablation makes without `allow_many`
+PERMUTATIONS_PER_CELL = 4
 ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"))
 
 
@@ -51,7 +52,7 @@ class LayerAblation:
         shapley: Shapley value of the layer, with a sample for each permutation.
         shapley_shared: 1 for each permutation that was truncated before the layer, else 0; None without truncation.
         estimates: results of `gradients.Gradients` and `damage.Damage`, by metric.
-        damage: mean of its ranks by two of these (`registry.metrics_of`); 1 is the least.
+        damage: mean of the layer's ranks by the two estimates that `registry.metrics_of` names; 1 is the lowest.
     """
 
     layer: int
@@ -92,9 +93,9 @@ class Ablation(TabularResult):
 
     @property
     def permutations(self) -> tuple[int, int]:
-        """Number of truncated permutations of the Shapley values, and number of all."""
-        number = max((len(one.shapley.samples) for one in self.layers if one.shapley), default=0)
-        shared = [one.shapley_shared.samples for one in self.layers if one.shapley_shared]
+        """Number of truncated permutations of the Shapley values, and number of all permutations."""
+        number = max((len(layer.shapley.samples) for layer in self.layers if layer.shapley), default=0)
+        shared = [layer.shapley_shared.samples for layer in self.layers if layer.shapley_shared]
         return int(np.any(shared, axis=0).sum()) if shared else 0, number
 
     def table(self) -> pa.Table:
@@ -106,23 +107,23 @@ class Ablation(TabularResult):
         return f"{len(self.layers)} layers of {self.model} on {self.corpus}"
 
 
-def _row(one: LayerAblation) -> dict[str, Any]:
-    predicted = one.estimates.get(metrics_of("predicted")[0])
-    low, high = one.shapley_interval() or (None, None)
+def _row(layer: LayerAblation) -> dict[str, Any]:
+    predicted = layer.estimates.get(metrics_of("predicted")[0])
+    low, high = layer.shapley_interval() or (None, None)
     return {
-        "layer": one.layer,
-        "loss": _value(one.loss),
-        "increase": _value(one.increase),
-        "increase_stderr": None if one.increase is None else one.increase.stderr,
-        **{kind: _value(one.sublayers.get(kind)) for kind in PARTS},
-        **{f"{kind}_stderr": of.stderr if (of := one.sublayers.get(kind)) else None for kind in PARTS},
-        "shapley": _value(one.shapley),
+        "layer": layer.layer,
+        "loss": _value(layer.loss),
+        "increase": _value(layer.increase),
+        "increase_stderr": _stderr(layer.increase),
+        **{part: _value(layer.sublayers.get(part)) for part in PARTS},
+        **{f"{part}_stderr": _stderr(layer.sublayers.get(part)) for part in PARTS},
+        "shapley": _value(layer.shapley),
         "shapley_low": low,
         "shapley_high": high,
-        "shapley_shared": _value(one.shapley_shared),
-        "damage": one.damage,
-        **{name: _value(one.estimates.get(name)) for name in ESTIMATED},
-        "predicted_stderr": None if predicted is None else predicted.stderr,
+        "shapley_shared": _value(layer.shapley_shared),
+        "damage": layer.damage,
+        **{name: _value(layer.estimates.get(name)) for name in ESTIMATED},
+        "predicted_stderr": _stderr(predicted),
     }
 
 
@@ -130,171 +131,102 @@ def _value(result: Result | None) -> float | None:
     return None if result is None else result.value
 
 
-def ablate(
-    model: str | Path,
-    *,
-    corpus: str,
-    warehouse: str | Path = DEFAULT_WAREHOUSE,
-    leave_one_out: bool = True,
-    sublayers: bool = False,
-    shapley: int = 0,
-    truncation: bool = True,
-    seed: int = 0,
-    gradients: bool = False,
-    damage: bool = False,
-    draws: int = DRAWS,
-    skip_sequences: int = 0,
-    allow_many: bool = False,
-    reporter: OnEvent | None = None,
-    **options: Any,
-) -> Ablation:
-    """Measure the effect of each layer of a model on its loss, and keep it in a warehouse; nothing is measured twice.
+def _stderr(result: Result | None) -> float | None:
+    return None if result is None else result.stderr
 
-    Args:
-        model: hub id, folder, or ``.gguf`` file of a causal language model.
-        leave_one_out: the loss without each layer (`layer_removal.LeaveOneOut`).
-        sublayers: the loss without the attention and without the MLP of each layer.
-        shapley: permutations to sample for layer Shapley values (`layer_removal.Shapley`); 0 for none.
-        truncation, seed: of the permutations.
-        gradients: a backward pass too (`gradients.Gradients`).
-        damage: what leaving layers out does, estimated by a few passes (`damage.Damage`).
-        draws: of labels, for that.
-        skip_sequences: rows at the start of the corpus that are not read.
-        allow_many: go on with more than ``settings.MOST_PASSES``.
-        options: the fields of ``settings.Settings`` and ``settings.Execution``.
+
+def ablate(request: AblateRequest, on_event: OnEvent | None = None) -> Ablation:
+    """Measure the effect of each layer of a model on its loss. Cells that the warehouse has are not measured again.
 
     Raises:
-        AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
+        AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
     """
-    settings, execution = evaluation_options(dict(options))
-    _require_sensible(execution, leave_one_out or sublayers, shapley, seed, gradients, draws if damage else None)
-    require_listable(shapley, "permutations", "Lower `shapley`.")
-    corpus = RedactedURI(corpus)
-    checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
-    with EvaluationSession.open(warehouse, settings, execution, reporter) as session:
-        placed = session.place(checkpoint, settings)
-        text = plan_text(checkpoint, corpus, placed.settings, skip_sequences=skip_sequences)
-        removals = leave_one_out + len(PARTS) * sublayers + shapley
-        _require_intended(checkpoint, text, placed.settings, removals, allow_many=allow_many)
-        seeds = np.random.SeedSequence(seed).generate_state(shapley).tolist()
-        tasks = list(_tasks(corpus, text, leave_one_out, gradients, seeds, truncation))
-        if sublayers:
-            tasks.append(sublayers_task(corpus, text))
-        if damage:
-            tasks.append(damage_task(corpus, text, draws))
-        results = session.measure([(placed.plan(task), [NO_INTERVENTION]) for task in tasks])
-    return _ablation(str(model), corpus, [result for found in results.values() for result in found])
+    if request.gradients or request.damage:
+        require_partition(request.execution.partition, lambda partition: partition.backward, "has no gradients.")
+    require_listable(request.shapley, "permutations", "Lower `shapley`.")
+    corpus = RedactedURI(request.corpus)
+    checkpoint = resolve(str(request.model), trust_remote_code=request.settings.trust_remote_code)
+    with EvaluationSession.open(request.warehouse, request.settings, request.execution, on_event) as session:
+        model = session.place(checkpoint, request.settings)
+        text = plan_text(checkpoint, corpus, model.settings, skip_sequences=request.skip_sequences)
+        _require_intended(request, model, text)
+        results = session.measure((model.plan(task), [NO_INTERVENTION]) for task in _tasks(request, corpus, text))
+    return _ablation(str(request.model), corpus, [*chain.from_iterable(results.values())])
 
 
-def _require_sensible(
-    execution: Execution, losses: bool, shapley: int, seed: int, gradients: bool, draws: int | None
-) -> None:
-    if min(shapley, seed) < 0:
-        raise ConfigError(f"`shapley` and `seed` cannot be negative: {min(shapley, seed)}.")
-    if gradients or draws is not None:
-        require_gradients(execution)
-    if draws is not None and draws < 1:
-        raise ConfigError(f"`draws` must be at least 1: {draws}.")
-    if not (losses or shapley or gradients or draws):
-        raise ConfigError(
-            "Nothing would be measured.", "Choose `leave_one_out`, `sublayers`, `shapley`, `gradients` or `damage`."
-        )
-
-
-def require_gradients(execution: Execution) -> None:
-    """Refuse a partition that has no backward pass.
-
-    Raises:
-        ConfigError: the message names those that have one.
-    """
-    partition = execution.partition
-    if partition != "auto" and not PARTITIONS[partition].backward:
-        able = [name for name, info in PARTITIONS.items() if info.backward]
-        raise ConfigError(f"`partition` {partition} has no gradients.", f"Use {', '.join(able)}.")
-
-
-def _require_intended(
-    checkpoint: Checkpoint, text: CorpusPlan, settings: Settings, removals: int, *, allow_many: bool
-) -> None:
-    """Refuse more than `MOST_PASSES` forward passes unless ``allow_many`` is set.
-
-    Args:
-        removals: number of times that every layer is left out.
-    """
-    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config()
+def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPlan) -> None:
+    """Refuse more than `MOST_PASSES` forward passes unless ``allow_many`` is set."""
+    code = model.settings.trust_remote_code
+    config = text_config(model.checkpoint, trust_remote_code=code).get_text_config()
     layers = getattr(config, "num_hidden_layers", None) or 1
-    batches = text.num_batches(settings.batch_size)
+    batches = text.num_batches(model.settings.batch_size)
+    removals = request.leave_one_out + len(PARTS) * request.sublayers + request.shapley
     require_intended(
         removals * layers * batches,
         MOST_PASSES,
         f"Up to {{}} forward passes would be made (batches: {batches:,}, layers: {layers:,}, times that each is left "
         f"out: {removals:,})",
         "Lower `shapley` or `max_sequences`.",
-        allow_many=allow_many,
+        allow_many=request.allow_many,
     )
 
 
-def _tasks(
-    corpus: str, text: CorpusPlan, leave_one_out: bool, gradients: bool, seeds: Sequence[int], truncation: bool
-) -> Iterator[Task]:
-    if gradients:
-        yield Task(name=f"{SCORES['taylor'].task}{corpus}", parts=tuple(Gradients(shard) for shard in text.shards))
-    if leave_one_out:
-        yield Task(name=f"{SCORES['loss'].task}{corpus}", parts=tuple(LeaveOneOut(shard) for shard in text.shards))
-    if seeds:
-        chunks = [tuple(seeds[start : start + CHUNK]) for start in range(0, len(seeds), CHUNK)]
-        parts = tuple(Shapley(shards=text.shards, seeds=chunk, truncation=truncation) for chunk in chunks)
+def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Iterator[Task]:
+    """Yield the task of each requested measurement of a text."""
+    if request.gradients:
+        yield Task(name=f"{SCORES['taylor'].task}{corpus}", parts=tuple(map(Gradients, text.shards)))
+    if request.leave_one_out:
+        yield Task(name=f"{SCORES['loss'].task}{corpus}", parts=tuple(map(LeaveOneOut, text.shards)))
+    if request.shapley:
+        seeds = np.random.SeedSequence(request.seed).generate_state(request.shapley).tolist()
+        chunks = [tuple(seeds[i : i + PERMUTATIONS_PER_CELL]) for i in range(0, len(seeds), PERMUTATIONS_PER_CELL)]
+        parts = tuple(Shapley(shards=text.shards, seeds=chunk, truncation=request.truncation) for chunk in chunks)
         yield Task(name=f"{SCORES['shapley'].task}{corpus}", parts=parts)
+    if request.sublayers:
+        without_sublayers = tuple(LeaveOneOut(shard, sublayers=True) for shard in text.shards)
+        yield Task(name=f"{SUBLAYER_LOSS}{corpus}", parts=without_sublayers)
+    if request.damage:
+        estimates = tuple(Damage(shard=shard, draws=request.draws) for shard in text.shards)
+        yield Task(name=f"{DAMAGE_TASK}{corpus}", parts=estimates)
 
 
-def sublayers_task(corpus: str, text: CorpusPlan) -> Task:
-    """Return the task of the loss on a text without each sublayer."""
-    return Task(
-        name=f"{SUBLAYER_LOSS}{corpus}", parts=tuple(LeaveOneOut(shard, sublayers=True) for shard in text.shards)
-    )
-
-
-def damage_task(corpus: str, text: CorpusPlan, draws: int = DRAWS) -> Task:
-    """Return the task that estimates the damage of every layer on a text."""
-    parts = tuple(Damage(shard=shard, draws=draws) for shard in text.shards)
-    return Task(name=f"{DAMAGE_TASK}{corpus}", parts=parts)
-
-
-def _ablation(model: str, corpus: str, found: Sequence[Result]) -> Ablation:
-    losses = {result.removed: result for result in found if result.metric == LOSS}
+def _ablation(model: str, corpus: str, results: Iterable[Result]) -> Ablation:
+    """Return the measurements of every layer, from the results of all tasks."""
+    losses: dict[Removals, Result] = {}
+    estimates: dict[int, dict[str, Result]] = {}
+    for result in results:
+        if result.metric == LOSS:
+            losses[result.removed] = result
+        if result.removed and result.metric == LOSS:
+            estimates.setdefault(layer_of(result.removed[0]), {})
+        elif result.layer is not None and not result.removed:
+            estimates.setdefault(result.layer, {})[result.metric] = result
     whole = losses.get(())
-    of: dict[int, dict[str, Result]] = {layer_of(removed[0]): {} for removed in losses if removed}
-    for result in found:
-        if result.layer is not None and not result.removed:
-            of.setdefault(result.layer, {})[result.metric] = result
-    measured = [(name, layer, result.value) for layer, by_metric in of.items() for name, result in by_metric.items()]
-    ranks = mean_ranks("damage", measured)
+    values = [(name, layer, result.value) for layer, named in estimates.items() for name, result in named.items()]
+    ranks = mean_ranks("damage", values)
+
+    def increase(removed: Removals) -> Result | None:
+        """Return the increase of the loss without layers or sublayers, or None if a loss is missing."""
+        if whole is None or removed not in losses:
+            return None
+        return replace(losses[removed], samples=losses[removed].samples - whole.samples)
+
     layers = [
         LayerAblation(
             layer=layer,
             loss=losses.get((layer,)),
-            increase=_increase(whole, losses[layer,]) if whole and (layer,) in losses else None,
-            sublayers=_of_sublayers(layer, losses),
-            shapley=of[layer].pop(SHAPLEY, None),
-            shapley_shared=of[layer].pop(SHARED, None),
-            estimates=of[layer],
+            increase=increase((layer,)),
+            sublayers={part: value for part in PARTS if (value := increase((Sublayer(layer, part),)))},
+            shapley=named.pop(SHAPLEY, None),
+            shapley_shared=named.pop(SHARED, None),
+            estimates=named,
             damage=ranks.get(layer),
         )
-        for layer in sorted(of)
+        for layer, named in sorted(estimates.items())
     ]
     return Ablation(model=model, corpus=corpus, whole=whole, layers=layers, reliability=_reliability(layers))
-
-
-def _of_sublayers(layer: int, losses: Mapping[Removals, Result]) -> dict[str, Result]:
-    without = {part: losses.get((Sublayer(layer, part),)) for part in PARTS} if () in losses else {}
-    return {part: _increase(losses[()], result) for part, result in without.items() if result is not None}
 
 
 def _reliability(layers: Sequence[LayerAblation]) -> float:
     increases = [layer.increase.samples for layer in layers if layer.increase is not None]
     return reliability(np.stack(increases, axis=1)) if increases else float("nan")
-
-
-def _increase(whole: Result, without: Result) -> Result:
-    samples = without.samples - whole.samples
-    return replace(without, samples=samples)

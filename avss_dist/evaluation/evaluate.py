@@ -1,38 +1,48 @@
-"""Evaluation of models, whole or under the interventions of plans, each beside the whole model."""
+"""Evaluation of models and plans on tasks, each compared with its whole model on the same samples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from itertools import chain, product, zip_longest
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from torch import nn
 
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
-from avss_dist.core.errors import ConfigError
+from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.names import PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA
+from avss_dist.core.registry import SEARCHES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.events import OnEvent
-from avss_dist.evaluation.held_out import refuse_overlap, texts_of_repair
-from avss_dist.evaluation.session import (
-    EvaluationSession,
-    PlannedTask,
-    Retention,
-    about,
-    evaluation_options,
-    metrics,
+from avss_dist.evaluation.session import EvaluationSession, PlannedTask, Retention, metrics, results_under
+from avss_dist.evaluation.tasks import (
+    SeenText,
+    make_task,
+    refuse_overlap,
+    row_start_task,
+    texts_of_repair,
+    texts_of_run,
+    texts_of_search,
 )
-from avss_dist.evaluation.subjects import Subject, read_subjects, with_bases
-from avss_dist.evaluation.tasks import make_task, row_start_task
-from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
+from avss_dist.models.loading import without_head
+from avss_dist.models.size import load_skeleton
 from avss_dist.options import PromptOptions
+from avss_dist.pruning.model_card import pruned_from
+from avss_dist.pruning.plan import read_plan
+from avss_dist.pruning.selection import PlanError
+from avss_dist.requests import EvaluateRequest
 from avss_dist.runs.corpora import corpus_problems
-from avss_dist.sparsity.plan import SparsityPlan
+from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
 from avss_dist.sparsity.realized import RealizedSparsity
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.tasks.base import Result
@@ -45,6 +55,7 @@ _TAKEN_BY = {
     "limit": (TRUTHFULQA, HARNESS),
     **{field.name: (HARNESS,) for field in fields(PromptOptions)},
 }
+"""Kinds of tasks that take an option, by the option."""
 COLUMNS = (
     "subject",
     "dropped",
@@ -57,7 +68,40 @@ COLUMNS = (
     "retention_low",
     "retention_high",
 )
+_ANOTHER_MODEL = "Is it a plan for another model? Score this one, and make a plan of its own."
 _Key = tuple[str, str]  # revision and task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to evaluate, and the changes that are made to it.
+
+    Attributes:
+        label: name for people.
+        intervention: changes of the plans that the subject was read from.
+        run_id: run whose scores a plan was made from. Its text is not held out.
+        search: evaluation that searched the layers of a plan. Its text is not held out, either.
+        base: model that a pruned checkpoint was made from, with which it is compared.
+        sparsity_plan: plan of its sparsity.
+    """
+
+    checkpoint: Checkpoint
+    label: str
+    intervention: Intervention = NO_INTERVENTION
+    run_id: str | None = None
+    search: str | None = None
+    base: Checkpoint | None = None
+    sparsity_plan: SparsityPlan | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def whole(self) -> Checkpoint:
+        """Checkpoint of the whole model that the subject is compared with."""
+        return self.base or self.checkpoint
+
+    def seen_texts(self, store: Warehouse) -> Iterator[SeenText]:
+        """Yield the texts that its plans have seen, which are not held out."""
+        yield from texts_of_run(store, self.run_id, self.checkpoint)
+        yield from texts_of_search(store, self.search, self.checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +120,7 @@ class Evaluation:
     retained: Retention | None
 
     def metrics(self) -> list[tuple[str, float, float]]:
-        """Return name, value and standard error of the metric; for a loss, also those of its perplexity."""
+        """Return name, value and standard error of the metric, and those of the perplexity of a loss."""
         return list(metrics(self.result))
 
     def whole_metrics(self) -> list[float]:
@@ -94,117 +138,68 @@ class Evaluations(list[Evaluation], TabularResult):
     _bars = ("retention",)
     __repr__ = TabularResult.__repr__
 
-    def __init__(self, found: Iterable[Evaluation], *, findings: Iterable[str] = ()) -> None:
-        super().__init__(found)
+    def __init__(self, evaluations: Iterable[Evaluation], *, findings: Iterable[str] = ()) -> None:
+        super().__init__(evaluations)
         self.findings = tuple(findings)
 
     def table(self) -> pa.Table:
         """Return a table with a row for each subject, task and metric."""
         rows = []
-        for one in self:
-            left = one.retained
-            interval = (left.value, left.low, left.high) if left else (None, None, None)
-            for (metric, value, stderr), whole in zip_longest(one.metrics(), one.whole_metrics()):
-                dropped = list(map(str, one.subject.intervention.removed))
-                values = (one.subject.label, dropped, one.task, metric, value, stderr, whole, *interval)
+        for evaluation in self:
+            subject, retention = evaluation.subject, evaluation.retained
+            dropped = list(map(str, subject.intervention.removed))
+            interval = (retention.value, retention.low, retention.high) if retention else (None, None, None)
+            for (metric, value, stderr), whole in zip_longest(evaluation.metrics(), evaluation.whole_metrics()):
+                values = (subject.label, dropped, evaluation.task, metric, value, stderr, whole, *interval)
                 rows.append(dict(zip(COLUMNS, values, strict=True)))
         return pa.Table.from_pylist(rows)
 
 
-def evaluate(
-    subjects: Sequence[str],
-    *,
-    tasks: Sequence[str],
-    warehouse: str | Path = DEFAULT_WAREHOUSE,
-    skip_sequences: int = 0,
-    skip_questions: int = 0,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    apply_chat_template: bool = False,
-    system_instruction: str | None = None,
-    fewshot_as_multiturn: bool = False,
-    sparse: str | None = None,
-    base: str | None = None,
-    allow_overlap: bool = False,
-    reporter: OnEvent | None = None,
-    **options: Any,
-) -> Evaluations:
-    """Evaluate models and plans on tasks, and keep the results in a warehouse; what is measured is not repeated.
+def evaluate(request: EvaluateRequest, on_event: OnEvent | None = None) -> Evaluations:
+    """Evaluate models and plans on tasks. Cells that the warehouse has are not measured again.
 
-    Args:
-        subjects: hub ids, folders, ``.gguf`` files; or plans, files that end in ``.yaml`` or ``.yml``, each beside its
-            whole model, which is evaluated too.
-        tasks: ``perplexity:CORPUS``; else a task of lm-evaluation-harness, by its name or its YAML file.
-        skip_sequences: rows at the start of each corpus that are not read.
-        skip_questions: questions of TruthfulQA that are not asked, the first ones.
-        limit: documents of lm-evaluation-harness, questions of TruthfulQA, at most.
-        num_fewshot, apply_chat_template, system_instruction, fewshot_as_multiturn: what stands around each document of
-            lm-evaluation-harness, as `options.PromptOptions` has it.
-        sparse: a sparsity plan, which every subject is evaluated with, too.
-        base: the model that the models among the subjects were made of, which is evaluated too; by default the one that
-            the model card of a pruned checkpoint names.
-        allow_overlap: evaluate on text that a plan's scores were measured on, or a repair was fitted on, all the same.
-        options: the fields of ``settings.Settings`` and ``settings.Execution``.
+    A plan is a file that ends in ``.yaml`` or ``.yml``. Its whole model is evaluated, too, and so is the base model of
+    a pruned checkpoint.
 
     Raises:
-        AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
+        AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
     """
-    settings, execution = evaluation_options(dict(options))
-    prompting = PromptOptions(
-        num_fewshot=num_fewshot,
-        apply_chat_template=apply_chat_template,
-        system_instruction=system_instruction,
-        fewshot_as_multiturn=fewshot_as_multiturn,
-    )
-    _require_used(tasks, skip_questions=skip_questions or None, limit=limit, **prompting.changes())
-    _require_used(tasks, shuffle_seed=settings.shuffle_seed, chat_template=settings.chat_template or None)
-    _require_readable(tasks, settings)
-    tasks = [RedactedURI(task) for task in tasks]
-    found = read_subjects(subjects, sparse, settings)
-    for subject, name in product(found, tasks):
+    settings = request.settings
+    _require_used(request)
+    _require_readable(request.tasks, settings)
+    tasks = [RedactedURI(task) for task in request.tasks]
+    subjects = _read_subjects(request.subjects, request.sparse, settings)
+    for subject, task in product(subjects, tasks):
         sparsity = subject.intervention.sparsity
-        require_effect(sparsity.rule if sparsity else None, name, f"{subject.label}: ")
-    found, unknown = with_bases(found, base, trust_remote_code=settings.trust_remote_code)
-    with EvaluationSession.open(warehouse, settings, execution, reporter) as session:
-        planned: dict[_Key, PlannedTask] = {}
-        for checkpoint in _checkpoints(found):
-            model = session.place(checkpoint, settings)
-            for name in tasks:
-                task = make_task(
-                    checkpoint,
-                    name,
-                    model.settings,
-                    skip_sequences=skip_sequences,
-                    skip_questions=skip_questions,
-                    limit=limit,
-                    prompting=prompting,
-                )
-                planned[checkpoint.revision, name] = model.plan(task)
-        _require_same_tokens(found, tasks, planned)
-        if not allow_overlap:
-            _refuse_overlaps(found, planned, Warehouse(warehouse))
-        starts = _plan_starts(planned)
-        work = [(one, _interventions(found, one.checkpoint)) for one in planned.values()]
-        results = session.measure([*work, *((start, [NO_INTERVENTION]) for start in starts)])
-    every = {key: results[one] for key, one in planned.items()}
-    evaluations = list(_all_against_whole(found, tasks, every))
-    row_starts = _row_starts((start, results[start]) for start in starts)
-    notes = [*unknown, *_findings(found, tasks, every), *_guesses(evaluations), *row_starts]
-    return Evaluations(evaluations, findings=notes)
+        require_effect(sparsity.rule if sparsity else None, task, f"{subject.label}: ")
+    subjects, missing_bases = _with_bases(subjects, request.base, trust_remote_code=settings.trust_remote_code)
+    with EvaluationSession.open(request.warehouse, settings, request.execution, on_event) as session:
+        planned = _plan(session, subjects, tasks, request)
+        _require_same_tokens(subjects, tasks, planned)
+        if not request.allow_overlap:
+            _refuse_overlaps(subjects, planned, Warehouse(request.warehouse))
+        row_starts = _plan_row_starts(planned)
+        work = [(task, _interventions(subjects, task.checkpoint)) for task in planned.values()]
+        measured = session.measure([*work, *((task, [NO_INTERVENTION]) for task in row_starts)])
+    results = {key: measured[task] for key, task in planned.items()}
+    evaluations = [
+        evaluation for subject, task in product(subjects, tasks) for evaluation in _compare(subject, task, results)
+    ]
+    findings = [
+        *missing_bases,
+        *_sparsity_findings(subjects, tasks, results),
+        *_guess_findings(evaluations),
+        *_row_start_findings((task, measured[task]) for task in row_starts),
+    ]
+    return Evaluations(evaluations, findings=findings)
 
 
-def _plan_starts(planned: Mapping[_Key, PlannedTask]) -> list[PlannedTask]:
-    """Return the comparison of two starts of rows for each text and whole model that has another start."""
-    starts = []
-    for (_, name), one in planned.items():
-        if name.startswith(PERPLEXITY) and (task := row_start_task(one.checkpoint, one.task, one.settings)):
-            starts.append(replace(one, task=task))
-    return starts
-
-
-def _require_used(tasks: Sequence[str], **given: Any) -> None:
+def _require_used(request: EvaluateRequest) -> None:
     """Refuse options that no task takes."""
+    tasks = request.tasks
     kinds = {next((kind for kind in (PERPLEXITY, TRUTHFULQA) if task.startswith(kind)), HARNESS) for task in tasks}
+    given = {"skip_questions": request.skip_questions or None, "limit": request.limit, **request.prompting.changes()}
+    given |= {"shuffle_seed": request.settings.shuffle_seed, "chat_template": request.settings.chat_template or None}
     for name, value in given.items():
         if value is not None and not kinds & set(_TAKEN_BY[name]):
             raise ConfigError(f"`{name}` has no effect on {', '.join(map(RedactedURI, tasks))}.", "Leave it out.")
@@ -217,98 +212,73 @@ def _require_readable(tasks: Sequence[str], settings: Settings) -> None:
         raise problem
 
 
-def _all_against_whole(
-    subjects: Sequence[Subject], tasks: Sequence[str], every: Mapping[_Key, Sequence[Result]]
-) -> Iterator[Evaluation]:
-    """Yield the metrics of every subject on every task, beside those of the whole model."""
-    for subject, name in product(subjects, tasks):
-        yield from against_whole(
-            subject,
-            name,
-            every[subject.checkpoint.revision, name],
-            every[(subject.base or subject.checkpoint).revision, name],
-        )
-
-
-def _findings(
-    subjects: Sequence[Subject], tasks: Sequence[str], every: Mapping[_Key, Sequence[Result]]
-) -> Iterator[str]:
-    """Yield a sentence on the realized sparsity of each sparsity plan on each task."""
-    for subject, name in product(subjects, tasks):
-        if sparse := subject.sparsity_plan:
-            results = every[subject.checkpoint.revision, name]
-            if near := realized(sparse, results, subject.intervention):
-                yield f"{subject.label}, {name}: {near.finding}"
-
-
-def _guesses(evaluations: Iterable[Evaluation]) -> Iterator[str]:
-    """Yield a sentence on the retention of a guess, for each task and whole model that a subject is compared with."""
-    whole: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in evaluations:
-        if one.whole:
-            compared = one.subject.base or one.subject.checkpoint
-            rows = whole.setdefault((compared.name, one.task), [])
-            rows.append({"score": None, "metric": one.whole.metric, "value": one.whole.value})
-    for (model, task), rows in whole.items():
-        metric = primary_metric(rows)
-        if guess := kept_by_guess(rows, metric):
-            yield f"{task}: a guess keeps {guess:z.1%} of the {metric} of {model}."
-
-
-def _row_starts(compared: Iterable[tuple[PlannedTask, Sequence[Result]]]) -> Iterator[str]:
-    """Yield a sentence for each text that is far likelier with another start of its rows."""
-    for planned, results in compared:
-        starts = RowStarts.of({result.metric: result.value for result in results if not result.removed})
-        corpus = planned.task.name.removeprefix(ROW_START)
-        if starts and (sentence := starts.describe(planned.checkpoint.name, corpus)):
-            yield sentence
-
-
-def realized(plan: SparsityPlan, results: Iterable[Result], intervention: Intervention) -> RealizedSparsity | None:
-    """Return planned and realized sparsity of a plan's linear maps, compared under an intervention that applies it."""
-    measured = {
-        (one.layer, one.metric.removeprefix(REALIZED)): one.value
-        for one in results
-        if one.layer is not None and one.intervention == intervention.key and one.metric.startswith(REALIZED)
-    }
-    return RealizedSparsity.compare(plan, measured)
-
-
-def _refuse_overlaps(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedTask], warehouse: Warehouse) -> None:
-    """Refuse text that layers were scored or searched on, or that a repaired checkpoint was fitted on."""
-    for checkpoint in {one.checkpoint.revision: one.checkpoint for one in planned.values()}.values():
-        tasks = [one.task for (revision, _), one in planned.items() if revision == checkpoint.revision]
-        mine = (subject for subject in subjects if subject.checkpoint.revision == checkpoint.revision)
-        plans = (text for subject in mine for text in subject.seen_texts(warehouse))
-        refuse_overlap(tasks, chain(texts_of_repair(checkpoint), plans))
-
-
-def _interventions(subjects: Sequence[Subject], checkpoint: Checkpoint) -> list[Intervention]:
-    """Return the interventions under which a checkpoint is evaluated, by evaluation, the unchanged model first."""
-    mine = [subject.intervention for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
-    evaluations = dict.fromkeys([NO_INTERVENTION.split()[0], *(one.split()[0] for one in mine)])
-    return [one for changes in evaluations for one in [NO_INTERVENTION, *mine] if one.split()[0] == changes]
+def _plan(
+    session: EvaluationSession, subjects: Sequence[Subject], tasks: Sequence[str], request: EvaluateRequest
+) -> dict[_Key, PlannedTask]:
+    """Return every task of every checkpoint, base models included."""
+    planned = {}
+    for checkpoint in _checkpoints(subjects):
+        model = session.place(checkpoint, request.settings)
+        for name in tasks:
+            task = make_task(
+                checkpoint,
+                name,
+                model.settings,
+                skip_sequences=request.skip_sequences,
+                skip_questions=request.skip_questions,
+                limit=request.limit,
+                prompting=request.prompting,
+            )
+            planned[checkpoint.revision, name] = model.plan(task)
+    return planned
 
 
 def _checkpoints(subjects: Sequence[Subject]) -> list[Checkpoint]:
-    """Return every model that is opened: those of the subjects, and their base models."""
-    every = [one for subject in subjects for one in (subject.checkpoint, subject.base) if one]
-    return [*{checkpoint.revision: checkpoint for checkpoint in every}.values()]
+    """Return the checkpoints of subjects and their base models, each once."""
+    opened = [checkpoint for subject in subjects for checkpoint in (subject.checkpoint, subject.base) if checkpoint]
+    return [*{checkpoint.revision: checkpoint for checkpoint in opened}.values()]
+
+
+def _plan_row_starts(planned: Mapping[_Key, PlannedTask]) -> list[PlannedTask]:
+    """Return the comparison of two starts of rows for each checkpoint and text whose rows have another start."""
+    texts = [text for (_, name), text in planned.items() if name.startswith(PERPLEXITY)]
+    compared = [(text, row_start_task(text.checkpoint, text.task, text.settings)) for text in texts]
+    return [replace(text, task=task) for text, task in compared if task]
+
+
+def _interventions(subjects: Sequence[Subject], checkpoint: Checkpoint) -> list[Intervention]:
+    """Return the interventions in a checkpoint, the unchanged model first, grouped by their evaluation."""
+    of_subjects = [subject.intervention for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
+    interventions = [NO_INTERVENTION, *of_subjects]
+    groups: dict[Intervention, list[Intervention]] = {}
+    for intervention in interventions:
+        changes, _ = intervention.split()
+        groups.setdefault(changes, []).append(intervention)
+    return [*chain.from_iterable(groups.values())]
 
 
 def _require_same_tokens(
     subjects: Sequence[Subject], tasks: Sequence[str], planned: Mapping[_Key, PlannedTask]
 ) -> None:
-    """Refuse a base model that reads a task in other tokens: its numbers are of other samples."""
+    """Refuse a base model that reads a task in other tokens, because its samples cannot be paired."""
     for subject, name in product(subjects, tasks):
         if subject.base is None:
             continue
-        keys = {planned[one.revision, name].task.key for one in (subject.checkpoint, subject.base)}
+        keys = {planned[model.revision, name].task.key for model in (subject.checkpoint, subject.base)}
         if len(keys) > 1:
             raise ConfigError(
                 f"{subject.base.name} and {subject.label} read {RedactedURI(name)} in different tokens.",
                 "Name the model that it was made of with `base`.",
             )
+
+
+def _refuse_overlaps(subjects: Sequence[Subject], planned: Mapping[_Key, PlannedTask], warehouse: Warehouse) -> None:
+    """Refuse text that layers were scored or searched on, or that a repaired checkpoint was fitted on."""
+    for checkpoint in {task.checkpoint.revision: task.checkpoint for task in planned.values()}.values():
+        tasks = [task.task for (revision, _), task in planned.items() if revision == checkpoint.revision]
+        variants = (subject for subject in subjects if subject.checkpoint.revision == checkpoint.revision)
+        seen = (text for subject in variants for text in subject.seen_texts(warehouse))
+        refuse_overlap(tasks, chain(texts_of_repair(checkpoint), seen))
 
 
 def require_effect(rule: str | None, task: str, where: str = "") -> None:
@@ -319,24 +289,263 @@ def require_effect(rule: str | None, task: str, where: str = "") -> None:
     """
     if rule == "dense-prefill" and task.startswith(PERPLEXITY):
         raise ConfigError(
-            f"{where}{RedactedURI(task)} is a prompt, and the rule dense-prefill makes nothing of a prompt sparse.",
+            f"{where}{RedactedURI(task)} is one prompt, and the rule dense-prefill leaves prompts dense.",
             "Evaluate a task that generates, or make the plan with another rule.",
         )
 
 
-def against_whole(
-    subject: Subject, task: str, results: Sequence[Result], of_whole_model: Sequence[Result]
-) -> list[Evaluation]:
-    """Return the metrics of a task about a subject, each beside that of the whole model.
+def _compare(subject: Subject, task: str, results: Mapping[_Key, Sequence[Result]]) -> Iterator[Evaluation]:
+    """Yield the metrics of a subject on a task, each compared with that of the whole model."""
+    whole = {result.metric: result for result in results_under(results[subject.whole.revision, task])}
+    is_changed = bool(subject.intervention) or subject.base is not None
+    for result in results_under(results[subject.checkpoint.revision, task], subject.intervention.key):
+        before = whole.get(result.metric) if is_changed else None
+        retention = Retention.of(before, result) if before else None
+        yield Evaluation(subject=subject, task=task, result=result, whole=before, retained=retention)
+
+
+def _sparsity_findings(
+    subjects: Sequence[Subject], tasks: Sequence[str], results: Mapping[_Key, Sequence[Result]]
+) -> Iterator[str]:
+    """Yield a sentence on the realized sparsity of each sparsity plan on each task."""
+    for subject, name in product(subjects, tasks):
+        if plan := subject.sparsity_plan:
+            realized = realized_sparsity(plan, results[subject.checkpoint.revision, name], subject.intervention)
+            if realized:
+                yield f"{subject.label}, {name}: {realized.finding}"
+
+
+def realized_sparsity(
+    plan: SparsityPlan, results: Iterable[Result], intervention: Intervention
+) -> RealizedSparsity | None:
+    """Return planned and realized sparsity of a plan's linear maps, compared under an intervention that applies it."""
+    measured = {
+        (result.layer, result.metric.removeprefix(REALIZED)): result.value
+        for result in results
+        if result.layer is not None and result.intervention == intervention.key and result.metric.startswith(REALIZED)
+    }
+    return RealizedSparsity.compare(plan, measured)
+
+
+def _guess_findings(evaluations: Iterable[Evaluation]) -> Iterator[str]:
+    """Yield a sentence on the retention of a guess, for each task and whole model that a subject is compared with."""
+    whole: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for evaluation in evaluations:
+        if evaluation.whole:
+            rows = whole.setdefault((evaluation.subject.whole.name, evaluation.task), [])
+            rows.append({"score": None, "metric": evaluation.whole.metric, "value": evaluation.whole.value})
+    for (model, task), rows in whole.items():
+        metric = primary_metric(rows)
+        if guess := kept_by_guess(rows, metric):
+            yield f"{task}: a guess keeps {guess:z.1%} of the {metric} of {model}."
+
+
+def _row_start_findings(compared: Iterable[tuple[PlannedTask, Sequence[Result]]]) -> Iterator[str]:
+    """Yield a sentence for each text that is far likelier with another start of its rows."""
+    for planned, results in compared:
+        starts = RowStarts.of_losses({result.metric: result.value for result in results if not result.removed})
+        corpus = planned.task.name.removeprefix(ROW_START)
+        if starts and (sentence := starts.describe(planned.checkpoint.name, corpus)):
+            yield sentence
+
+
+def _read_subjects(names: Sequence[str], sparse: str | Path | None, settings: Settings) -> list[Subject]:
+    """Return the subjects with these names. Each is followed by a copy with a sparsity plan, if one is given.
 
     Args:
-        of_whole_model: results that include those of the unchanged model, or of the base model if there is one.
+        sparse: file of the sparsity plan.
+
+    Raises:
+        AvssError: a model or plan cannot be read, or ``sparse`` is not a sparsity plan for the same model.
     """
-    whole = {result.metric: result for result in about(of_whole_model)}
-    changed = bool(subject.intervention) or subject.base is not None
-    evaluations = []
-    for result in about(results, subject.intervention.key):
-        of_whole = whole.get(result.metric) if changed else None
-        left = Retention.of(of_whole, result) if of_whole else None
-        evaluations.append(Evaluation(subject=subject, task=task, result=result, whole=of_whole, retained=left))
-    return evaluations
+    subjects = [_read_subject(name, settings) for name in names]
+    if sparse is None:
+        return subjects
+    added = _read_subject(str(sparse), settings)
+    if added.sparsity_plan is None:
+        raise PlanError(f"{sparse} is not a sparsity plan.", "avss sparsify makes one.")
+    for subject in subjects:
+        if subject.checkpoint.revision != added.checkpoint.revision:
+            raise PlanError(
+                f"{sparse} is for {added.checkpoint.name}, and {subject.label} is another model.",
+                "Make a plan for each model.",
+            )
+    copies = [
+        replace(
+            subject,
+            label=f"{subject.label} + {sparse}",
+            intervention=replace(subject.intervention, sparsity=added.intervention.sparsity),
+            sparsity_plan=added.sparsity_plan,
+        )
+        for subject in subjects
+    ]
+    return [*chain.from_iterable(zip(subjects, copies, strict=True))]
+
+
+def _read_subject(name: str, settings: Settings) -> Subject:
+    """Return a model, or the plan in a file with the checkpoint that it is for.
+
+    Args:
+        settings: whether code of a checkpoint is trusted, and the path of its layer list.
+
+    Raises:
+        AvssError: there is no such model or file, or the plan does not fit the current state of its model.
+    """
+    trust_remote_code = settings.trust_remote_code
+    if not name.endswith((".yaml", ".yml")):
+        return Subject(checkpoint=resolve(name, trust_remote_code=trust_remote_code), label=name)
+    if is_sparsity_plan(name):
+        sparse = read_sparsity_plan(name)
+        checkpoint = _planned_checkpoint(sparse.model, sparse.revision, name, trust_remote_code=trust_remote_code)
+        _require_same_layers(checkpoint, name, sparse.num_layers, None, settings)
+        _require_same_maps(checkpoint, name, sparse, settings)
+        return Subject(
+            checkpoint=checkpoint,
+            label=name,
+            intervention=sparse.intervention,
+            run_id=sparse.run_id,
+            sparsity_plan=sparse,
+        )
+    plan = read_plan(name)
+    checkpoint = _planned_checkpoint(plan.model, plan.revision, name, trust_remote_code=trust_remote_code)
+    _require_same_layers(checkpoint, name, plan.num_layers, plan.layers, settings)
+    search = str(plan.why.get("evaluation", "")) if plan.why.get("by") in SEARCHES else None
+    return Subject(checkpoint=checkpoint, label=name, intervention=plan.intervention, run_id=plan.run_id, search=search)
+
+
+def _planned_checkpoint(model: str, revision: str | None, file: str, *, trust_remote_code: bool) -> Checkpoint:
+    """Return the checkpoint that a plan's file is for.
+
+    Raises:
+        AvssError: the checkpoint does not exist, or has changed.
+    """
+    try:
+        checkpoint = resolve(model, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise ModelError(f"{file}: the key 'model' names no checkpoint: {error.message}", error.hint) from error
+    if revision is not None and revision != checkpoint.revision:
+        raise PlanError(
+            f"{file} is for {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
+            "Score it again, and make a plan of its own.",
+        )
+    return checkpoint
+
+
+def _require_same_layers(
+    checkpoint: Checkpoint, file: str, num_layers: int, layers: str | None, settings: Settings
+) -> None:
+    """Refuse the plan of a file whose layers are not those of its model.
+
+    A model that cannot be built without its weights is not checked here. It refuses layers that it does not have.
+
+    Args:
+        num_layers, layers: values of the file; ``layers`` is None if the file does not have the key.
+
+    Raises:
+        PlanError: the layers differ. The message has those of the plan and of the model.
+    """
+    known = {path: len(modules) for path, modules in _layer_lists(checkpoint, settings).items()}
+    if not known:
+        return
+    if layers is not None and layers not in known:
+        paths = " or ".join(f"'{path}'" for path in known)
+        raise PlanError(
+            f"{file}: the key 'layers' is '{layers}', and the layers of {checkpoint.name} are {paths}.",
+            "Write that in the file; or, if the plan means another list of modules, name it with `layers`.",
+        )
+    numbers = {known[layers]} if layers is not None else {*known.values()}
+    if num_layers not in numbers:
+        raise PlanError(
+            f"{file}: the key 'num_layers' is {num_layers}, and {checkpoint.name} has "
+            f"{' or '.join(map(str, sorted(numbers)))} layers.",
+            _ANOTHER_MODEL,
+        )
+
+
+def _require_same_maps(checkpoint: Checkpoint, file: str, plan: SparsityPlan, settings: Settings) -> None:
+    """Refuse the sparsity plan of a file whose linear maps are not those of its model.
+
+    Two kinds of models are not checked here: a model that cannot be built without its weights, which refuses maps that
+    it does not have, and a model with several module lists that may be its layers.
+
+    Raises:
+        PlanError: the message names the first map that differs, with its shape in the plan and in the model.
+    """
+    lists = [modules for modules in _layer_lists(checkpoint, settings).values() if len(modules) == plan.num_layers]
+    if len(lists) != 1:
+        return
+    for index, projection in enumerate(plan.projections):
+        where = f"{file}: map {index + 1} of the key 'projections', '{projection.map}' of layer {projection.layer},"
+        try:
+            module = lists[0][projection.layer].get_submodule(projection.map)
+        except AttributeError:
+            raise PlanError(f"{where} is not in {checkpoint.name}.", _ANOTHER_MODEL) from None
+        if not is_linear(module):  # an activation that gates the MLP
+            continue
+        inputs, outputs = linear_sizes(module)
+        if (inputs, outputs) != (projection.inputs, projection.outputs):
+            raise PlanError(
+                f"{where} has {projection.inputs} inputs and {projection.outputs} outputs, and in {checkpoint.name} "
+                f"{inputs} and {outputs}.",
+                _ANOTHER_MODEL,
+            )
+
+
+@lru_cache(maxsize=16)
+def _layer_lists(checkpoint: Checkpoint, settings: Settings) -> dict[str, nn.ModuleList]:
+    """Return the module lists that may be a checkpoint's layers, without weights, by path; empty if it is not built."""
+    with suppress(ModelError):
+        _, model, _ = load_skeleton(checkpoint, settings)
+        number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        return layer_lists(without_head(model), number, settings.layers)
+    return {}
+
+
+def _with_bases(
+    subjects: Sequence[Subject], base: str | Path | None, *, trust_remote_code: bool
+) -> tuple[list[Subject], list[str]]:
+    """Return subjects with the base models of those that are checkpoints, and findings on missing base models.
+
+    Args:
+        base: the base model; by default the model that the card of each pruned checkpoint names.
+
+    Raises:
+        ConfigError: a base model is given, and all subjects are plans.
+        AvssError: the given base model cannot be opened.
+    """
+    checkpoints = [subject for subject in subjects if not subject.intervention]
+    bases: Mapping[Subject, Checkpoint | str | None]
+    if base is None:
+        bases = {subject: _base_of(subject, trust_remote_code=trust_remote_code) for subject in checkpoints}
+    elif not checkpoints:
+        raise ConfigError("`base` has no effect on plans, which name their own models.", "Leave it out.")
+    else:
+        bases = dict.fromkeys(checkpoints, resolve(str(base), trust_remote_code=trust_remote_code))
+    different = {
+        subject: model
+        for subject, model in bases.items()
+        if isinstance(model, Checkpoint) and model.revision != subject.checkpoint.revision
+    }
+    findings = [finding for finding in bases.values() if isinstance(finding, str)]
+    return [replace(subject, base=different.get(subject)) for subject in subjects], findings
+
+
+def _base_of(subject: Subject, *, trust_remote_code: bool) -> Checkpoint | str | None:
+    """Return the base model that a pruned checkpoint's card names, or a finding if it is missing.
+
+    Returns:
+        None for a model that `pruning.checkpoint.prune` has not written.
+    """
+    folder = subject.checkpoint.folder
+    if not folder.is_dir() or (card := pruned_from(folder)) is None:
+        return None
+    name, revision = card
+    sibling = folder.parent / name
+    hint = f"name it with `base` to see what {subject.label} keeps."
+    try:
+        base = resolve(str(sibling) if sibling.is_dir() else name, trust_remote_code=trust_remote_code)
+    except AvssError:
+        return f"{name}, the base model of {subject.label}, is not found: {hint}"
+    if base.revision != revision:
+        return f"{name} is at {base.revision[:12]}, and {subject.label} was made of it at {revision[:12]}: {hint}"
+    return base

@@ -1,127 +1,351 @@
-"""Experiments on whether models keep their abilities without the layers that a score calls unimportant.
+"""Experiments: retention of models without the layers that methods choose, and with sparsity plans.
 
-Every method of `methods` chooses layers of every run of a job; each distinct set of layers is evaluated once on every
-task, on the cells of `evaluate`, and compared with the whole model on the same samples.
+Every method of `pruning.methods.methods` chooses layers of every run of a job. Each distinct set of layers is evaluated
+once on every task and compared with the whole model on the same samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.sparsity_plans import Measured
+from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.analysis.strata import Strata
+from avss_dist.analysis.verdict import WHOLE
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.intervention import NO_INTERVENTION, whole_layers
-from avss_dist.core.names import CONTRAST, LOSS
-from avss_dist.core.registry import INTERACTIONS, MEASURED, SCORES
-from avss_dist.core.settings import (
-    INPUTS,
-    MOST_EVALUATIONS,
-    RECIPES,
-    RELATIVE_THRESHOLDS,
-    SEARCHES,
-    Settings,
-    fingerprint,
-)
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals, whole_layers
+from avss_dist.core.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN, SPARSITY
+from avss_dist.core.registry import INTERACTIONS, MEASURED, RECIPES, SCORES, SEARCHES
+from avss_dist.core.settings import INPUTS, Settings, fingerprint
 from avss_dist.core.text import RedactedURI
-from avss_dist.evaluation.evaluate import require_effect
+from avss_dist.evaluation.evaluate import realized_sparsity, require_effect
 from avss_dist.evaluation.events import OnEvent
-from avss_dist.evaluation.held_out import as_task, refuse_overlap, text_of_fit, texts_of_repair, texts_of_run
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
-from avss_dist.evaluation.search import conduct, removal_losses, search_task
+from avss_dist.evaluation.search import removal_losses, run_search, search_task
 from avss_dist.evaluation.session import (
     EvaluationSession,
+    PlacedModel,
     PlannedTask,
+    Retention,
+    StoredPatch,
     require_intended,
     require_listable,
+    results_under,
 )
 from avss_dist.evaluation.sparsify import (
     CHOSEN_BY_TOKEN,
     CalibrationText,
     Unreachable,
     allocate,
-    keep_plan,
     require_whole_weights,
+    store_plan,
 )
-from avss_dist.evaluation.tasks import make_task, plan_text
-from avss_dist.evaluation.trial import Trial, rows_of, sparse_rows
-from avss_dist.models.checkpoints import resolve
-from avss_dist.pruning.ground_truth import interactions, layer_truth
-from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, methods
+from avss_dist.evaluation.tasks import (
+    as_task,
+    make_task,
+    plan_text,
+    refuse_overlap,
+    text_of_fit,
+    texts_of_repair,
+    texts_of_run,
+)
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.loading import text_config
+from avss_dist.pruning.ground_truth import Interactions, interactions, layer_truth
+from avss_dist.pruning.interactions import quadratic
+from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, Method, methods
 from avss_dist.pruning.plan import layer_list
 from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.search import Effort, search_for
-from avss_dist.pruning.selection import Reading
+from avss_dist.pruning.selection import Reading, count_layers
+from avss_dist.requests import JobRequest
 from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
+from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.scores import Threshold
+from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold
 from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.layer_removal import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
+
+MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
+Layers = tuple[int, ...]
+_READING = ("site", "recipe", "threshold", "threshold_kind")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model that an experiment evaluates, and the method by which it was made.
+
+    Attributes:
+        method: name of the method for people.
+        intervention: change of the model; None if the method cannot reach the sparsity.
+        share: share of the layers that are removed.
+        sparsity: level of a sparsity plan.
+        plan: the sparsity plan.
+        score, reading, control, seed: see `pruning.methods.Method`.
+        repair: name of the repair; None without one.
+    """
+
+    method: str
+    intervention: Intervention | None
+    share: float = 0.0
+    sparsity: float | None = None
+    plan: SparsityPlan | None = None
+    score: str | None = None
+    reading: Reading | None = None
+    control: str | None = None
+    seed: int | None = None
+    repair: str | None = None
+
+    def row(
+        self,
+        metric: str,
+        value: float | None,
+        stderr: float | None = None,
+        retention: tuple[float | None, float | None, float | None] = (None, None, None),
+    ) -> dict[str, Any]:
+        """Return a row of ``experiments``, without the task and the columns of RunIdentity.
+
+        Args:
+            retention: the retention, and the lower and upper end of its interval.
+        """
+        reading: Sequence[Any] = self.reading or [None] * len(_READING)
+        retained, low, high = retention
+        return {
+            **(self.intervention or NO_INTERVENTION).key.row(),
+            "metric": metric,
+            "value": value,
+            "stderr": stderr,
+            "sparsity": self.sparsity,
+            "method": self.method,
+            "share": self.share,
+            "score": self.score,
+            **dict(zip(_READING, reading, strict=True)),
+            "control": self.control,
+            "seed": self.seed,
+            "repair": self.repair,
+            "retention_low": low,
+            "retention_high": high,
+            "retention": retained,
+        }
+
+    def rows(self, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+        """Yield the row of every metric of a task, and the realized sparsity of a sparsity plan.
+
+        A sparsity that the method cannot reach has one row, without a value.
+
+        Args:
+            results: results of the task, those of the whole model included.
+        """
+        if self.intervention is None:
+            yield self.row(SPARSITY, None)
+            return
+        whole = {result.metric: result for result in results_under(results)}
+        for result in results_under(results, self.intervention.key):
+            yield self.row(result.metric, result.value, result.stderr, self._retention(whole, result))
+        if self.plan and (realized := realized_sparsity(self.plan, results, self.intervention)):
+            yield self.row(MAPS_WITHIN, realized.within)
+            yield self.row(FARTHEST_MAP, realized.farthest)
+
+    def _retention(
+        self, whole: Mapping[str, Result], result: Result
+    ) -> tuple[float | None, float | None, float | None]:
+        if self.method == WHOLE:
+            return 1.0, None, None
+        if result.metric not in whole:
+            return None, None, None
+        retention = Retention.of(whole[result.metric], result)
+        return retention.value, retention.low, retention.high
+
+
+@dataclass
+class Trial:
+    """State of a scored run in an experiment.
+
+    Attributes:
+        model: checkpoint of the run.
+        rows: rows of the table ``scores``.
+        truth: measurements of the layers, float64[layers], by a name of ``registry.MEASURED``.
+        interactions: interactions of the layers, if sets are chosen by them.
+        searched: layers that a search chose, by method and share.
+        contrasts: contrasts of the layers on paired text, float64[layers], by reading.
+        planned: tasks by name.
+        choices: method, share of layers, and layers that the method drops at this share.
+        sparsity_plans: plan by method of allocation and level; None if the method cannot reach the level.
+        fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
+        patches: fitted patches, by the fit's id and the dropped layers.
+    """
+
+    run: Run
+    model: PlacedModel
+    rows: Sequence[Mapping[str, Any]]
+    corpus: str
+    truth: dict[str, Float64] = field(default_factory=dict)
+    interactions: Interactions | None = None
+    searched: dict[tuple[Method, float], Layers] = field(default_factory=dict)
+    contrasts: dict[Reading, Float64] = field(default_factory=dict)
+    planned: dict[str, PlannedTask] = field(default_factory=dict)
+    choices: list[tuple[Method, float, Layers]] = field(default_factory=list)
+    sparsity_plans: dict[tuple[str, float], SparsityPlan | None] = field(default_factory=dict)
+    fits: dict[str, PlannedTask] = field(default_factory=dict)
+    patches: Mapping[tuple[str, Removals], StoredPatch] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Checkpoint of the run."""
+        return self.model.checkpoint
+
+    @property
+    def settings(self) -> Settings:
+        """Settings of the run, with every ``auto`` decided."""
+        return self.model.settings
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of the model."""
+        return count_layers(self.rows)
+
+    @property
+    def drops(self) -> list[Layers]:
+        """Distinct sets of layers that are dropped."""
+        return list(dict.fromkeys(drop for *_, drop in self.choices))
+
+    @property
+    def identity(self) -> RunIdentity:
+        """Identity of the run."""
+        name, revision = self.checkpoint.name, self.checkpoint.revision
+        return RunIdentity(run_id=self.run.run_id, model=name, revision=revision, family=self.rows[0]["family"])
+
+    def reading(self, maximum: int | None) -> PlacedModel:
+        """Return the model with at most ``maximum`` rows of a text; None keeps the limit of the run."""
+        limits = [limit for limit in (self.settings.max_sequences, maximum) if limit]
+        return self.model.reading(min(limits, default=None))
+
+    def stored_run(self, warehouse: Warehouse) -> dict[str, Any]:
+        """Return the row of ``runs``."""
+        row = warehouse.run(self.run.run_id)
+        assert row is not None
+        return row
+
+    def choose(self, experiment: Experiment) -> None:
+        """Choose the layers that every method drops at every share."""
+        chosen = product(methods(experiment, self.rows), experiment.shares)
+        self.choices = [(method, share, self._drop(method, share)) for method, share in chosen]
+
+    def _drop(self, method: Method, share: float) -> Layers:
+        if (method, share) in self.searched:
+            return self.searched[method, share]
+        choice = method.choice(share)
+        if method.score == INTERACTIONS:
+            assert self.interactions is not None
+            number = choice.number(self.num_layers)
+            return quadratic(self.interactions.b, self.interactions.h, number, choice.first, choice.last)
+        if method.score == CONTRAST and method.reading is not None:
+            return choice.drop(-self.contrasts[method.reading])
+        return choice.drop(choice.scores(self.rows, self.truth))
+
+    def pruned_candidates(self, experiment: Experiment) -> Iterator[Candidate]:
+        """Yield the whole model, and the model without each choice of layers, by residual scale and repair."""
+        yield Candidate(method=WHOLE, intervention=NO_INTERVENTION)
+        for factor, (method, share, drop), repair in product(experiment.factors, self.choices, experiment.repairs):
+            fit = self.fits.get(repair)
+            patch = self.patches.get((fit.run_id(), drop)) if fit else None
+            yield Candidate(
+                method=method.label,
+                intervention=Intervention(removed=drop, residual_scale=factor, patch=patch),
+                share=share,
+                score=method.score,
+                reading=method.reading,
+                control=method.control,
+                seed=method.seed,
+                repair=None if repair == NO_REPAIR else repair,
+            )
+
+    def sparse_candidates(self) -> Iterator[Candidate]:
+        """Yield the model with each sparsity plan."""
+        for (method, level), plan in self.sparsity_plans.items():
+            intervention = plan.intervention if plan else None
+            yield Candidate(method=method, score=method, sparsity=level, plan=plan, intervention=intervention)
+
+    def result_rows(
+        self, experiment: Experiment, measured: Mapping[PlannedTask, Sequence[Result]]
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the rows of ``experiments``, without the columns of RunIdentity."""
+        guess = self._guessed_loss()
+        for candidates in ([*self.pruned_candidates(experiment)], [*self.sparse_candidates()]):
+            for (task, planned), candidate in product(self.planned.items(), candidates):
+                rows = list(candidate.rows(measured[planned]))
+                if candidate.method == WHOLE and guess is not None and any(row["metric"] == LOSS for row in rows):
+                    rows.append(candidate.row(CHANCE, guess, retention=(1.0, None, None)))
+                for row in rows:
+                    yield {"task": task, "created_at": datetime.now(UTC), **row}
+
+    def _guessed_loss(self) -> float | None:
+        """Return the loss of a guess among all tokens, in nats per token; None for a vocabulary of unknown size."""
+        config = text_config(self.checkpoint, trust_remote_code=self.settings.trust_remote_code)
+        size = getattr(config.get_text_config(), "vocab_size", None)
+        return float(np.log(size)) if size else None
 
 
 def run_experiment(
-    job: JobFile,
-    *,
-    reporter: Reporter | None = None,
-    cells: OnEvent | None = None,
-    allow_overlap: bool = False,
-    allow_many: bool = False,
-    **options: Any,
+    job: JobFile, request: JobRequest, reporter: Reporter | None = None, on_event: OnEvent | None = None
 ) -> tuple[list[Run], list[dict[str, Any]]]:
-    """Score the runs of a job, choose layers, evaluate, and compare; finished work is not repeated.
+    """Score the runs of a job, choose layers, evaluate, and compare. Finished work is not repeated.
 
     Args:
-        job: with a section ``experiment``.
+        job: job with a section ``experiment``.
+        request: permissions, and fields of ``settings.Execution`` in place of the job's.
         reporter: receives the callbacks of scoring.
-        cells: receives the events of evaluating.
-        allow_overlap: evaluate on text that layers were scored on, all the same.
-        allow_many: go on with more than ``settings.MOST_EVALUATIONS``.
-        options: as for `runs.api.run_job`.
+        on_event: receives the events of evaluating.
 
     Returns:
-        The scored runs, and the rows of ``experiments``, less the columns of RunIdentity but with ``run_id`` and
-        ``model``.
+        The scored runs, and the rows of ``experiments``, of whose RunIdentity only ``run_id`` and ``model`` are given.
 
     Raises:
-        AvssError: a mistake, or a cell that failed; what was measured is kept.
+        AvssError: a mistake, or a cell that failed. MeasuredMaps cells remain in the warehouse.
     """
     if (experiment := job.experiment) is None:
         raise ConfigError(f"{job.path} has no section 'experiment'.", "`run_job` runs what it asks for.")
-    specs, execution = overridden(job, options)
-    _require_intended(specs, experiment, allow_many=allow_many or experiment.allow_many)
+    specs, execution = overridden(job, request.given)
+    _require_intended(specs, experiment, allow_many=request.allow_many or experiment.allow_many)
     _require_inputs(specs, experiment)
     for spec in specs if _fitted(experiment) else ():
         require_changeable(spec.execution.partition)
-    runs = run_job(job, reporter=reporter or Reporter(), **options)
+    runs = run_job(job, reporter=reporter or Reporter(), **request.given)
     tasks = [RedactedURI(task) for task in experiment.tasks]
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
-        session = EvaluationSession(store, executor, execution, cells)
+        session = EvaluationSession(store, executor, execution, on_event)
         trials = [
             _trial(run, spec, warehouse, session)
             for run, spec in zip(runs, specs, strict=True)
             if run.status != "failed"
         ]
         _read_measured(trials, experiment, warehouse)
-        _plan_work(trials, experiment, tasks, warehouse, allow_overlap=allow_overlap)
+        _plan_work(trials, experiment, tasks, warehouse, allow_overlap=request.allow_overlap)
         measured = _measure(trials, experiment, warehouse, session)
-    results = [{name: measured[planned] for name, planned in trial.planned.items()} for trial in trials]
-    return runs, _commit_rows(trials, results, experiment, tasks, store)
+    numbers = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
+    name = fingerprint(**numbers | {"tasks": tasks})[:20]
+    rows = []
+    for trial in trials:
+        results = list(trial.result_rows(experiment, measured))
+        store.write_experiment(trial.identity, name, results)
+        rows += [{**row, "run_id": trial.run.run_id, "model": trial.checkpoint.name} for row in results]
+    return runs, rows
 
 
 def _measure(
@@ -133,16 +357,14 @@ def _measure(
         _leave_one_out(trials, session)
     _search(trials, experiment, session)
     for trial in trials:
-        trial.choices = trial.choose(experiment)
+        trial.choose(experiment)
     _fit_repairs(trials, session)
-    return session.measure(
-        [
-            (planned, interventions)
-            for trial in trials
-            for interventions in [trial.interventions(experiment)]
-            for planned in trial.planned.values()
-        ]
-    )
+    work = []
+    for trial in trials:
+        candidates = [*trial.pruned_candidates(experiment), *trial.sparse_candidates()]
+        interventions = [candidate.intervention for candidate in candidates if candidate.intervention is not None]
+        work += [(planned, interventions) for planned in trial.planned.values()]
+    return session.measure(work)
 
 
 def describe_size(job: JobFile) -> str:
@@ -153,7 +375,7 @@ def describe_size(job: JobFile) -> str:
 
 
 def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
-    """Return the number of evaluations, and a text with a place for it."""
+    """Return the maximum number of evaluations, and a sentence with a place for it."""
     tasks, repairs = len(experiment.tasks), len(experiment.repairs)
     choices = [experiment.count_choices(_count_readings(spec.settings)) for spec in specs]
     return sum(1 + choice * repairs + experiment.count_sparse for choice in choices) * tasks, (
@@ -173,26 +395,6 @@ def _require_intended(specs: Sequence[RunSpec], experiment: Experiment, *, allow
 def _count_readings(settings: Settings) -> int:
     """Return the maximum number of readings of AVSS of a run with these settings."""
     return len(settings.sites) * len(RECIPES) * (len(settings.thresholds) + len(RELATIVE_THRESHOLDS))
-
-
-def _commit_rows(
-    trials: Sequence[Trial],
-    results: Sequence[Mapping[str, list[Result]]],
-    experiment: Experiment,
-    tasks: Sequence[str],
-    store: Store,
-) -> list[dict[str, Any]]:
-    """Write the retention of every choice, and return the rows of all trials."""
-    numbers = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
-    name = fingerprint(**numbers | {"tasks": tasks})[:20]
-    rows = []
-    for trial, by_task in zip(trials, results, strict=True):
-        mine = list(rows_of(trial, experiment, by_task))
-        now = {"created_at": datetime.now(UTC)}
-        mine += [{"task": task, **now, **row} for task in trial.planned for row in sparse_rows(trial, task, by_task)]
-        store.write_experiment(trial.identity, name, mine)
-        rows += [{**row, "run_id": trial.run.run_id, "model": trial.checkpoint.name} for row in mine]
-    return rows
 
 
 def _plan_work(
@@ -220,7 +422,7 @@ def _fitted(experiment: Experiment) -> list[str]:
 
 
 def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse) -> None:
-    """Refuse tasks on text that was scored on or is fitted on, and to fit on text that was scored on."""
+    """Refuse tasks on text that was scored on or is fitted on, and fits on text that was scored on."""
     checkpoint, run_id, skipped = trial.checkpoint, trial.run.run_id, experiment.repair_skip_sequences
     texts = [text for fit in [*trial.fits.values()][:1] for text in fit_of(fit).texts]
     code = trial.settings.trust_remote_code
@@ -228,7 +430,7 @@ def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse)
     scored = partial(texts_of_run, warehouse, run_id, checkpoint, corpus=trial.corpus)
     tasks = [planned.task for planned in trial.planned.values()]
     refuse_overlap(tasks, chain(texts_of_repair(checkpoint), scored(), fitted))
-    refuse_overlap(map(as_task, texts), scored(skip="repair_skip_sequences"))
+    refuse_overlap(map(as_task, texts), scored(skip_option="repair_skip_sequences"))
 
 
 def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
@@ -236,8 +438,7 @@ def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: W
     scores = set(experiment.scores)
     measured = scores & set(MEASURED) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
     for trial in trials:
-        run = warehouse.run(trial.run.run_id)
-        assert run is not None
+        run = trial.stored_run(warehouse)
         trial.truth |= {by: layer_truth(warehouse, run, by).by_layer(trial.num_layers) for by in measured}
         trial.interactions = interactions(warehouse, run) if INTERACTIONS in scores else None
         readings = {method.reading for method in methods(experiment, trial.rows) if method.score == CONTRAST}
@@ -288,23 +489,20 @@ def _require_inputs(specs: Sequence[RunSpec], experiment: Experiment) -> None:
 def _plan_sparsities(
     trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse, session: EvaluationSession
 ) -> None:
-    """Make a sparsity plan for every trial, method and level; None where a method cannot reach the level."""
+    """Make a sparsity plan for every trial, method and level; None if a method cannot reach the level."""
     for trial in trials if experiment.sparsities else ():
-        run = warehouse.run(trial.run.run_id)
-        assert run is not None
-        measured, model = Measured.of(warehouse, run), trial.reading(experiment.sparsity_max_sequences)
+        run, model = trial.stored_run(warehouse), trial.reading(experiment.sparsity_max_sequences)
         text = plan_text(trial.checkpoint, trial.corpus, model.settings)
         source = CalibrationText(model=model, corpus=RedactedURI(trial.corpus), text=text)
-        for method in experiment.sparsity_methods:
-            again = 0 if method in CHOSEN_BY_TOKEN else experiment.sparsity_corrections
-            plan = partial(allocate, session, source, measured, rule=experiment.sparsity_rule, corrections=again)
-            for level in experiment.sparsities:
-                try:
-                    made = plan(level, method)
-                except Unreachable:
-                    trial.sparsity_plans[method, level] = None
-                else:
-                    trial.sparsity_plans[method, level] = keep_plan(made, session.store, run)
+        plan = partial(allocate, session, source, MeasuredMaps.of_run(warehouse, run), rule=experiment.sparsity_rule)
+        for method, level in product(experiment.sparsity_methods, experiment.sparsities):
+            corrections = 0 if method in CHOSEN_BY_TOKEN else experiment.sparsity_corrections
+            try:
+                allocated = plan(level, method, corrections=corrections)
+            except Unreachable:
+                trial.sparsity_plans[method, level] = None
+            else:
+                trial.sparsity_plans[method, level] = store_plan(allocated, session.store, run)
 
 
 def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
@@ -314,9 +512,9 @@ def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
         text = plan_text(trial.checkpoint, trial.corpus, trial.settings)
         name = f"{SCORES[LEAVE_ONE_OUT].task}{trial.corpus}"
         planned.append(trial.model.plan(Task(name=name, parts=tuple(map(LeaveOneOut, text.shards)))))
-    results = session.measure([(one, [NO_INTERVENTION]) for one in planned])
-    for trial, one in zip(trials, planned, strict=True):
-        values = {result.removed: result.value for result in results[one] if result.metric == LOSS}
+    results = session.measure((task, [NO_INTERVENTION]) for task in planned)
+    for trial, task in zip(trials, planned, strict=True):
+        values = {result.removed: result.value for result in results[task] if result.metric == LOSS}
         trial.truth[LEAVE_ONE_OUT] = np.array([values.get((layer,), np.nan) for layer in range(trial.num_layers)])
 
 
@@ -327,16 +525,16 @@ def _search(trials: Sequence[Trial], experiment: Experiment, session: Evaluation
         model = trial.reading(experiment.search_max_sequences)
         planned = model.plan(search_task(trial.checkpoint, trial.corpus, model.settings))
         losses = removal_losses(session, planned)
+        searches = [method for method in methods(experiment, trial.rows) if method.score in SEARCHES]
         with session.keeping_workers():
-            for method in methods(experiment, trial.rows):
-                for share in experiment.shares if method.score in SEARCHES else ():
-                    searching = search_for(method.choice(share), effort, trial.num_layers)
-                    trial.searched[method, share] = whole_layers(conduct(searching, losses)[0])
+            for method, share in product(searches, experiment.shares):
+                removed, _ = run_search(search_for(method.choice(share), effort, trial.num_layers), losses)
+                trial.searched[method, share] = whole_layers(removed)
         session.results(planned)
 
 
 def _fit_repairs(trials: Sequence[Trial], session: EvaluationSession) -> None:
-    """Fit every repair of every trial without each set of layers."""
+    """Fit every repair of every trial to each of its sets of layers."""
     wanted = [(fit, trial.drops) for trial in trials for fit in trial.fits.values()]
     if wanted:
         patches = fit_repairs(session, wanted)
@@ -345,11 +543,9 @@ def _fit_repairs(trials: Sequence[Trial], session: EvaluationSession) -> None:
 
 
 def _contrast(trial: Trial, warehouse: Warehouse, reading: Reading) -> Float64:
-    """Return the contrast of every layer of a run on paired text."""
-    run = warehouse.run(trial.run.run_id)
-    assert run is not None
+    """Return the contrast of every layer of a run on paired text, NaN for a layer without it."""
     site, recipe, value, kind = reading
-    strata = Strata.of(warehouse, run, site)
-    found = np.full(trial.num_layers, np.nan)
-    (found[[*strata.layers]],) = contrast(*strata.both_sides(recipe, Threshold(value=value, kind=kind)))
-    return found
+    strata = Strata.of_run(warehouse, trial.stored_run(warehouse), site)
+    values = np.full(trial.num_layers, np.nan)
+    (values[[*strata.layers]],) = contrast(*strata.both_sides(recipe, Threshold(value=value, kind=kind)))
+    return values

@@ -1,6 +1,6 @@
-"""Repairs as work for an executor: each is fitted once for a set of layers, kept in the warehouse, evaluated in place.
+"""Repairs as cells: each is fitted once for a set of layers, stored in the warehouse, and evaluated in place.
 
-A fit is a task like others. Its cell returns the error that remains, and a patch, which is a file of its own.
+A fit is a task like others. Its cell returns the remaining error and a patch, which is stored as a file of its own.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals, whole_layers
 from avss_dist.core.names import REPAIR
-from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import Execution, Settings, fingerprint
+from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent
-from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask, StoredPatch
+from avss_dist.evaluation.session import (
+    EvaluationSession,
+    PlacedModel,
+    PlannedTask,
+    StoredPatch,
+    require_partition,
+)
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.executors.base import Executor
 from avss_dist.models.causal_lm import LanguageModel
@@ -41,21 +46,22 @@ from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
+from avss_dist.requests import PruneRequest
 from avss_dist.tasks.base import Row, Task
 
-MISSING = "missing"  # metric of a fit: what is missing in the stream after each cut, on held-back text
+MISSING = "missing"  # metric of a fit: remaining error of the hidden states after each cut, on held-back text
 
 
 def read_repaired(patch: StoredPatch) -> Repaired:
     """Return a fitted repair: its weights, record and notes."""
     tensors, about = decode_patch(patch.read())
-    said = json.loads(about)
-    return Repaired(tensors, parse_record(said["record"]), said["notes"])
+    values = json.loads(about)
+    return Repaired(tensors, parse_record(values["record"]), values["notes"])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FitRepair:
-    """Measure that fits the repair of a model without some layers; see `pruning.repair.repair`.
+    """Measure that fits the repair of a model whose layers are removed; see `pruning.repair.repair`.
 
     Attributes:
         repair: with pinned settings.
@@ -75,23 +81,23 @@ class FitRepair:
         return fingerprint(measure="repair 3", by=self.repair.by, texts=texts, **weights)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`: the model is whole, and the repair is for it without the removed layers."""
+        """See `tasks.base.Measure`. The whole model is read; the repair is for it without the removed layers."""
         settings = replace(self.repair.settings, batch_size=model.settings.batch_size)
-        of = model.checkpoint
-        made = Plan(
-            model=of.name,
-            revision=of.revision,
+        checkpoint = model.checkpoint
+        plan = Plan(
+            model=checkpoint.name,
+            revision=checkpoint.revision,
             num_layers=len(model.layers),
             layers=self.layers,
             drop=whole_layers(intervention.removed),
         )
-        stored = StoredWeights.of_checkpoint(of, made, settings).read
+        weights = StoredWeights.of_checkpoint(checkpoint, plan, settings).read
         repair = replace(self.repair, settings=settings)
         parallel = DataParallel(model.local_indices, model.all_reduce)
-        found = fit_repair(of, hidden_states_of(model), made, repair, self.texts, stored, parallel)
-        about = json.dumps({"record": asdict(found.record), "notes": list(found.notes)})
-        errors = np.array([cut.error_after for cut in found.record.cuts])
-        patch = encode_patch(found.tensors, about)
+        repaired = fit_repair(checkpoint, hidden_states_of(model), plan, repair, self.texts, weights, parallel)
+        about = json.dumps({"record": asdict(repaired.record), "notes": list(repaired.notes)})
+        errors = np.array([cut.error_after for cut in repaired.record.cuts])
+        patch = encode_patch(repaired.tensors, about)
         return [Row(metric=MISSING, samples=errors, weights=np.ones(len(errors)), patch=patch)]
 
 
@@ -99,18 +105,18 @@ def require_changeable(partition: str) -> None:
     """Refuse a partition in which no repair can be fitted or evaluated.
 
     Raises:
-        ConfigError: the message names those in which one can.
+        ConfigError: the hint names other partitions.
     """
-    if partition != "auto" and not PARTITIONS[partition].changes_weights:
-        able = [name for name, info in PARTITIONS.items() if info.changes_weights]
-        raise ConfigError(
-            f"`partition` {partition} keeps weights where they cannot be changed, so that nothing is repaired in it.",
-            f"Use {', '.join(able)}, or leave the repairs out.",
-        )
+    require_partition(
+        partition,
+        lambda info: info.changes_weights,
+        "keeps weights where they cannot be changed, so that nothing is repaired in it.",
+        "Use {}, or leave the repairs out.",
+    )
 
 
 def copies_of(placement: Placement, settings: Settings, executor: Executor) -> int:
-    """Return the number of model copies that can share a fit: one for each worker, if there is room for all at once."""
+    """Return the number of model copies that can share a fit: one for each worker that has room beside the others."""
     devices = executor.devices
     room = devices.count // placement.gpus if placement.gpus else devices.cpus // settings.threads
     return max(1, min(executor.replicas(placement), room))
@@ -126,12 +132,14 @@ def plan_fits(model: PlacedModel, layers: str, repairs: Iterable[Repair], copies
 
     Raises:
         PlanError: the checkpoint cannot be repaired.
-        ConfigError: the partition keeps weights where they cannot be changed.
+        ConfigError: no repair can be fitted in the partition.
         CorpusError: a text cannot be read, or is too short.
     """
     checkpoint, placement = model.checkpoint, model.placement
     if checkpoint.gguf:
-        raise PlanError(f"'{checkpoint.name}' is a .gguf file.", "Repair the checkpoint in safetensors that it is of.")
+        raise PlanError(
+            f"'{checkpoint.name}' is a .gguf file.", "Repair the safetensors checkpoint that it was made from."
+        )
     require_changeable(placement.partition)
     planned: dict[str, PlannedTask] = {}
     texts: tuple[CorpusPlan, ...] = ()
@@ -162,67 +170,59 @@ def fit_of(planned: PlannedTask) -> FitRepair:
 def fit_repairs(
     session: EvaluationSession, wanted: Sequence[tuple[PlannedTask, Iterable[tuple[int, ...]]]]
 ) -> dict[tuple[str, Removals], StoredPatch]:
-    """Fit each repair without each of its sets of layers; see `EvaluationSession.fit`.
+    """Fit each repair to the model without each of its sets of layers; see `EvaluationSession.fit`.
 
-    If no layer precedes a set of layers, only later layers are repaired. Repairs that need the most text come
-    first.
+    Repairs that need the most text are fitted first. A set that no layer precedes is skipped, unless the repair also
+    changes later layers.
+
+    Args:
+        wanted: fits, each with sets of layers.
     """
-    demanding = sorted(wanted, key=lambda fit: -REPAIRS[fit_of(fit[0]).repair.by].text_rank)
+    ordered = sorted(wanted, key=lambda fit: -REPAIRS[fit_of(fit[0]).repair.by].text_rank)
     return session.fit(
-        [(fit, [Intervention(removed=drop) for drop in drops if _is_repairable(fit, drop)]) for fit, drops in demanding]
+        [(fit, [Intervention(removed=drop) for drop in drops if _is_repairable(fit, drop)]) for fit, drops in ordered]
     )
 
 
 def _is_repairable(fit: PlannedTask, drop: tuple[int, ...]) -> bool:
-    """Whether a repair can make up for removed layers, in a layer before one of them or in later ones."""
+    """Whether a repair can change a layer before one of the removed layers, or later layers."""
     return bool(drop) and (REPAIRS[fit_of(fit).repair.by].every_layer or drop != tuple(range(len(drop))))
 
 
-def kept_repair(
-    model: str,
-    made: Plan,
-    repair: Repair,
-    output: Path,
-    *,
-    warehouse: str | Path,
-    execution: Execution,
-    reporter: OnEvent | None = None,
+def stored_repair(
+    request: PruneRequest, plan: Plan, repair: Repair, warehouse: str | Path, on_event: OnEvent | None = None
 ) -> Repaired:
-    """Fit the weights that repair a plan, on workers. A fit by one worker is taken from the warehouse, if it is there.
-
-    Args:
-        output: folder of the checkpoint that they are for.
+    """Return the repair of a plan, fitted on workers or, after a fit by one worker, read from the warehouse.
 
     Raises:
-        AvssError: a mistake, all that `pruning.checkpoint.prune` refuses among them, before anything is fitted; or the
-            fit failed.
+        AvssError: a mistake, including everything that `pruning.checkpoint.prune` refuses, before the fit begins; or
+            the fit failed.
     """
-    require_free(output)
+    execution, settings = request.execution, repair.settings
+    require_free(Path(request.output))
     require_changeable(execution.partition)
-    find_cuts(made, every_layer=REPAIRS[repair.by].every_layer)
-    settings = repair.settings
-    checkpoint = resolve(model, trust_remote_code=settings.trust_remote_code)
-    require_prunable(checkpoint, made, settings)
-    settings = replace(settings, layers=_list_path(checkpoint, made, settings))
-    with EvaluationSession.open(warehouse, settings, execution, reporter) as session:
-        placed = session.place(checkpoint, settings)
+    find_cuts(plan, every_layer=REPAIRS[repair.by].every_layer)
+    checkpoint = resolve(str(request.model), trust_remote_code=settings.trust_remote_code)
+    require_prunable(checkpoint, plan, settings)
+    settings = replace(settings, layers=_layers_setting(checkpoint, plan, settings))
+    with EvaluationSession.open(warehouse, settings, execution, on_event) as session:
+        model = session.place(checkpoint, settings)
 
-        def fit(copies: int) -> PlannedTask:
-            fixed = replace(repair, settings=placed.settings)
-            return plan_fits(placed, made.layers, [fixed], copies)[repair.by]
+        def plan_fit(copies: int) -> PlannedTask:
+            return plan_fits(model, plan.layers, [replace(repair, settings=model.settings)], copies)[repair.by]
 
-        planned, copies = fit(1), copies_of(placed.placement, placed.settings, session.executor)
-        (cell,) = planned.cells([made.intervention])
+        fit, copies = plan_fit(1), copies_of(model.placement, model.settings, session.executor)
+        (cell,) = fit.cells([plan.intervention])
         if copies > 1 and (session.fresh or not session.is_stored(cell)):
-            planned = fit(copies)
-        patches = fit_repairs(session, [(planned, [made.drop])])
-    return read_repaired(patches[planned.run_id(), made.drop])
+            fit = plan_fit(copies)
+        patches = fit_repairs(session, [(fit, [plan.dropped_layers])])
+    return read_repaired(patches[fit.run_id(), plan.dropped_layers])
 
 
-def _list_path(checkpoint: Checkpoint, made: Plan, settings: Settings) -> str | None:
-    """Return the path of the plan's layers; None if they are found without it, as in runs without a path."""
+def _layers_setting(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> str | None:
+    """Return the module path of the plan's layers, or None if it is found automatically, as in runs without a path."""
     with suppress(ModelError):
         _, model, _ = load_skeleton(checkpoint, settings)
-        if [*layer_lists(without_head(model), made.num_layers)] == [made.layers]:
+        if [*layer_lists(without_head(model), plan.num_layers)] == [plan.layers]:
             return None
-    return made.layers
+    return plan.layers

@@ -1,11 +1,10 @@
-"""Search of the set of layers to drop by the loss without it, measured by cells of a session, repaired or not."""
+"""Search of the set of layers to drop by the loss without it, with or without a repair of each set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from avss_dist.analysis.plans import evaluated_lines
@@ -16,38 +15,34 @@ from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent, SearchStep
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
-from avss_dist.evaluation.session import (
-    EvaluationSession,
-    PlacedModel,
-    PlannedTask,
-    evaluation_options,
-)
-from avss_dist.evaluation.subjects import checkpoint_of_run
+from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask, checkpoint_of_run
 from avss_dist.evaluation.tasks import plan_text, text_task
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
+from avss_dist.options import field_values
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.splits import HELD_BACK, SINK_TOKENS
 from avss_dist.pruning.search import Effort, Expansion, Search, best_sets, search_for
 from avss_dist.pruning.selection import Choice
-from avss_dist.pruning.shrinking import GREEDY, POOL, Shrinking
+from avss_dist.requests import GREEDY, PlanRequest, ShrinkRequest
 from avss_dist.tasks.base import Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellResult
 from avss_dist.tasks.layer_removal import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 
+POOL = 2  # candidates of the greedy search after repairs, in multiples of the number of layers to drop
+SETS_PER_CELL = 10  # more sets cost less each, and occupy fewer workers
 CHOSEN_HERE = "The set was chosen for its loss on this very text: on other text, its loss will be higher."
-AT_ONCE = 10  # sets in a cell: more cost less, and keep fewer workers busy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """Result of a search.
 
     Attributes:
         whole: loss of the whole model.
-        chosen: loss without the set of the plan.
+        chosen: loss without the layers of the plan.
         steps: rounds, in order.
     """
 
@@ -59,63 +54,65 @@ class Found:
 
 
 def search(
-    warehouse: str | Path,
+    request: PlanRequest,
     run: Mapping[str, Any],
     choice: Choice,
-    *,
-    corpus: str,
-    effort: Effort | None = None,
     starts: Sequence[tuple[int, ...]] = (),
-    skip_sequences: int = 0,
-    reporter: OnEvent | None = None,
-    **options: Any,
-) -> Found:
-    """Choose a set of layers by the loss of the model without it, on text; no loss is measured twice.
+    on_event: OnEvent | None = None,
+) -> SearchResult:
+    """Search the set of layers to drop by the loss without it. Losses that the warehouse has are not measured again.
 
-    Every loss is kept as it comes: a search that was stopped, or one with a larger budget, goes on from there.
+    A search that was stopped, or one with a larger budget, continues from the stored losses.
 
     Args:
-        run: a row of ``runs``: the model is its checkpoint.
-        choice: by one of ``settings.SEARCHES``.
-        starts: see `search_for`.
-        skip_sequences: rows at the start of the corpus that are not read.
-        options: the fields of ``settings.Settings`` and ``settings.Execution``.
+        run: row of ``runs`` whose checkpoint is searched.
+        choice: number of layers to drop and constraints, by one of `settings.SEARCHES`.
+        starts: sets of layers that the search begins with; see `search_for`.
 
     Raises:
-        AvssError: a mistake, or a cell that failed (`RunFailed`); what was measured is kept.
+        AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
     """
-    settings, execution = evaluation_options(options)
-    effort, corpus = effort or Effort(), RedactedURI(corpus)
-    scores = Warehouse(warehouse).table("scores", run_ids=[run["run_id"]]).to_pylist()
-    searching = search_for(choice, effort, layer_list(scores, str(run["model"]))[1], starts)
+    assert request.corpus is not None  # which the request checks
+    settings, corpus, effort = request.settings, RedactedURI(request.corpus), Effort(**field_values(Effort, request))
+    scores = Warehouse(request.warehouse).table("scores", run_ids=[run["run_id"]]).to_pylist()
+    generator = search_for(choice, effort, layer_list(scores, str(run["model"]))[1], starts)
     checkpoint = checkpoint_of_run(run, trust_remote_code=settings.trust_remote_code)
-    with EvaluationSession.open(warehouse, settings, execution, reporter) as session:
+    with EvaluationSession.open(request.warehouse, settings, request.execution, on_event) as session:
         model = session.place(checkpoint, settings)
-        planned = model.plan(search_task(checkpoint, corpus, model.settings, skip_sequences=skip_sequences))
+        task = search_task(checkpoint, corpus, model.settings, skip_sequences=request.skip_sequences)
+        planned = model.plan(task)
         losses = removal_losses(session, planned)
         with session.keeping_workers():
-            removed, steps = conduct(searching, losses, session.on_event)
+            removed, steps = run_search(generator, losses, session.on_event)
             measured = losses([Expansion(()), Expansion(removed)])
         session.results(planned)
     whole, chosen = measured[()], measured[removed]
-    text = {"text": str(corpus), "sequences": len(whole.samples), "skip_sequences": skip_sequences}
-    outcome = {"sets": steps[-1].sets, "loss": round(chosen.value, 6), "whole_model": round(whole.value, 6)}
-    how = {name: value for name, value in (("budget", effort.budget), ("width", effort.width)) if value}
-    how |= {"starts": len(starts)} if starts else {}
-    why = reasons(choice) | how | text | outcome | {"evaluation": planned.run_id(), "task": planned.task.name}
-    made = replace(
-        plan_of(scores, run, removed, why),
-        findings=(CHOSEN_HERE,),
-        evaluated=evaluated_lines(Warehouse(warehouse), run, removed),
-    )
-    return Found(plan=made, corpus=str(corpus), whole=whole, chosen=chosen, steps=steps)
+    given = {"budget": effort.budget, "width": effort.width, "starts": len(starts)}
+    why = {
+        **reasons(choice),
+        **{name: value for name, value in given.items() if value},
+        "text": str(corpus),
+        "sequences": len(whole.samples),
+        "skip_sequences": request.skip_sequences,
+        "sets": steps[-1].sets,
+        "loss": round(chosen.value, 6),
+        "whole_model": round(whole.value, 6),
+        "evaluation": planned.run_id(),
+        "task": task.name,
+    }
+    evaluated = evaluated_lines(Warehouse(request.warehouse), run, removed)
+    plan = replace(plan_of(scores, run, removed, why), findings=(CHOSEN_HERE,), evaluated=evaluated)
+    return SearchResult(plan=plan, corpus=str(corpus), whole=whole, chosen=chosen, steps=steps)
 
 
 def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> Task:
-    """Return the task of the loss on a corpus without sets of layers; ``settings`` are `pinned`.
+    """Return the task of the loss on a corpus without sets of layers.
+
+    Args:
+        settings: settings with every ``auto`` decided (`pinned`).
 
     Raises:
-        CorpusError: it cannot be read, or is too short.
+        CorpusError: the corpus cannot be read, or is too short.
     """
     text = plan_text(checkpoint, corpus, settings, skip_sequences=skip_sequences)
     parts = tuple(LeaveOneOut(shard, ()) for shard in text.shards)
@@ -123,14 +120,14 @@ def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip
 
 
 Losses = Callable[[Sequence[Expansion]], dict[Removals, Result]]
-"""Type of a function that measures the loss without every set of expansions.
+"""Function that returns the loss without every set of several expansions.
 
-It raises AvssError if a cell fails; the results of other cells are kept.
+It raises AvssError if a cell fails. Other cells remain in the warehouse.
 """
 
 
-def conduct(
-    searching: Search, losses: Losses, on_step: Callable[[SearchStep], None] | None = None
+def run_search(
+    generator: Search, losses: Losses, on_step: Callable[[SearchStep], None] | None = None
 ) -> tuple[Removals, list[SearchStep]]:
     """Run a search, measure the losses that it requests, and return the chosen set and the rounds.
 
@@ -139,7 +136,7 @@ def conduct(
     """
     steps: list[SearchStep] = []
     known: set[Removals] = set()
-    expansions = next(searching)
+    expansions = next(generator)
     while True:
         results = losses(expansions)
         known |= {*results}
@@ -148,29 +145,29 @@ def conduct(
         if on_step is not None:
             on_step(steps[-1])
         try:
-            expansions = searching.send(values)
+            expansions = generator.send(values)
         except StopIteration as chosen:
             return chosen.value, steps
 
 
 def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
-    """Return a function that measures the loss without sets of layers, several sets per cell, none twice.
+    """Return a function that measures the loss without sets of layers, several sets per cell and none twice.
 
     Args:
         planned: a `search_task`.
     """
     rows: dict[Removals, dict[int, Mapping[str, Any]]] = {}  # by part of the task
 
-    def keep(row: Mapping[str, Any]) -> None:
+    def add(row: Mapping[str, Any]) -> None:
         rows.setdefault(InterventionKey.of_row(row).removed, {})[row["part"]] = row
 
-    def see(cell: Cell, measured: CellResult) -> None:
+    def add_cell(cell: Cell, measured: CellResult) -> None:
         for row in measured.rows:
-            place = {"drop": encode_removals(row.removed or ()), "layer": None, "metric": LOSS, "part": cell.part}
-            keep(place | {"samples": row.samples, "weights": row.weights})
+            columns = {"drop": encode_removals(row.removed or ()), "layer": None, "metric": LOSS, "part": cell.part}
+            add(columns | {"samples": row.samples, "weights": row.weights})
 
     def cells(expansion: Expansion) -> Iterable[Cell]:
-        """Yield cells for unknown losses, each for up to `AT_ONCE` sets with the same base."""
+        """Yield cells of unknown losses, each of up to `SETS_PER_CELL` sets with the same base."""
         base = Intervention(removed=expansion.base)
         for part, measure in enumerate(planned.task.parts):
             assert isinstance(measure, LeaveOneOut)
@@ -178,19 +175,19 @@ def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
                 yield planned.cell(part, measure, base)
             pairs = zip(expansion.layers, expansion.sets, strict=False)
             layers = [layer for layer, removed in pairs if part not in rows.get(removed, {})]
-            for start in range(0, len(layers), AT_ONCE):
-                some = replace(measure, layers=tuple(layers[start : start + AT_ONCE]))
-                yield planned.cell(part, some, base)
+            for start in range(0, len(layers), SETS_PER_CELL):
+                chunk = tuple(layers[start : start + SETS_PER_CELL])
+                yield planned.cell(part, replace(measure, layers=chunk), base)
 
     def losses(expansions: Sequence[Expansion]) -> dict[Removals, Result]:
         if missing := [cell for expansion in expansions for cell in cells(expansion)]:
-            session.run(missing, see)
+            session.run(missing, add_cell)
         parts = len(planned.task.parts)
-        every = [removed for expansion in expansions for removed in expansion.sets]
-        return {removed: result for removed in every for result in combine(rows[removed].values(), parts)}
+        sets = [removed for expansion in expansions for removed in expansion.sets]
+        return {removed: result for removed in sets for result in combine(rows[removed].values(), parts)}
 
     for row in [] if session.fresh else session.rows(planned.run_id()):
-        keep(row)
+        add(row)
     return losses
 
 
@@ -217,11 +214,11 @@ def repaired_losses(session: EvaluationSession, text: PlannedTask, fit: PlannedT
 
 
 def plan_repaired_search(
-    model: PlacedModel, request: Shrinking, rows: int, fit: PlannedTask | None
+    model: PlacedModel, request: ShrinkRequest, rows: int, fit: PlannedTask | None
 ) -> tuple[PlannedTask, PlannedTask | None]:
     """Return the tasks of a search by the repaired loss: the loss on the first rows of the text, and the fit.
 
-    Each set is repaired on as many rows of each repair text, or more where the repair needs them.
+    Each set is repaired on the same number of rows of each repair text, or on more if the repair needs them.
 
     Args:
         fit: the task of fitting the final repair; None for no repair.
@@ -235,11 +232,11 @@ def plan_repaired_search(
     text = model.plan(task)
     if fit is None:
         return text, None
-    whole = fit_of(fit)
+    final = fit_of(fit)
     width = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config().hidden_size
-    enough = max(rows, _rows_for(whole.texts, request.searched_repair, width))
-    repair = replace(whole.repair, by=request.searched_repair, settings=replace(settings, max_sequences=enough))
-    return text, plan_fits(model, whole.layers, [repair])[repair.by]
+    enough = max(rows, _rows_for(final.texts, request.searched_repair, width))
+    repair = replace(final.repair, by=request.searched_repair, settings=replace(settings, max_sequences=enough))
+    return text, plan_fits(model, final.layers, [repair])[repair.by]
 
 
 def _rows_for(texts: Sequence[CorpusPlan], by: str, width: int) -> int:
@@ -248,34 +245,34 @@ def _rows_for(texts: Sequence[CorpusPlan], by: str, width: int) -> int:
         return 1
     tokens = sum(text.num_tokens for text in texts) / sum(text.num_sequences for text in texts) - SINK_TOKENS
     fitted = REPAIRS[by].tokens_needed(width, width) / max(1.0, tokens) / len(texts)
-    return ceil(fitted * HELD_BACK / (HELD_BACK - 1)) + 2  # what is held back is rounded up
+    return ceil(fitted * HELD_BACK / (HELD_BACK - 1)) + 2  # because the held-back rows are rounded up
 
 
 def searched_plan(
     session: EvaluationSession,
-    make: Callable[..., Plan],
-    request: Shrinking,
+    make_plan: Callable[..., Plan],
+    request: ShrinkRequest,
     text: PlannedTask,
     fit: PlannedTask | None,
-    **how: Any,
+    **size: Any,
 ) -> Plan:
-    """Return the plan that a greedy search finds among the layers of the least damage.
+    """Return the plan that a greedy search makes among the layers with the least damage.
 
     Args:
-        make: returns a plan by damage, of a ``count`` of layers.
+        make_plan: returns a plan by damage that drops a ``count`` of layers.
         text, fit: see `plan_repaired_search`.
-        how: ``count`` or ``share``.
+        size: ``count`` or ``share`` of the layers to drop.
 
     Raises:
-        AvssError: a mistake, or a cell that failed; what was measured is kept.
+        AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
     """
-    choice = Choice(by=GREEDY, first=request.first, last=request.last, **how)
-    layers = make(count=1).num_layers
-    pool = make(count=min(POOL * choice.number(layers), len(choice.unprotected(layers)), layers - 1))
-    searching = search_for(choice, Effort(), layers, pool=pool.drop)
-    removed, steps = conduct(searching, repaired_losses(session, text, fit))
+    choice = Choice(by=GREEDY, first=request.first, last=request.last, **size)
+    layers = make_plan(count=1).num_layers
+    pool = make_plan(count=min(POOL * choice.number(layers), len(choice.unprotected(layers)), layers - 1))
+    generator = search_for(choice, Effort(), layers, pool=pool.dropped_layers)
+    removed, steps = run_search(generator, repaired_losses(session, text, fit))
     outcome = {
-        "among": describe_layers(pool.drop),
+        "among": describe_layers(pool.dropped_layers),
         "repair": request.searched_repair,
         "sets": steps[-1].sets,
         "loss": round(steps[-1].best.value, 6),
@@ -284,6 +281,4 @@ def searched_plan(
         "evaluation": text.run_id(),
         "task": text.task.name,
     }
-    return replace(
-        pool, drop=whole_layers(removed), why=reasons(choice) | outcome, findings=(CHOSEN_HERE,), evaluated=()
-    )
+    return replace(pool, drop=removed, why=reasons(choice) | outcome, findings=(CHOSEN_HERE,), evaluated=())

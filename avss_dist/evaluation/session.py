@@ -28,24 +28,28 @@ from avss_dist.core.intervention import (
     whole_layers,
 )
 from avss_dist.core.names import LOSS
-from avss_dist.core.settings import MOST_LISTED, SCHEMA_VERSION, Execution, Settings, fingerprint, split_options
+from avss_dist.core.registry import PARTITIONS, PartitionInfo
+from avss_dist.core.settings import Execution, Settings, fingerprint
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent, ignore
 from avss_dist.executors.base import Executor
 from avss_dist.executors.open import open_executor
 from avss_dist.models.auto import require_head
-from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.models.pinning import pin
 from avss_dist.partition.base import Placement, fingerprint_part
 from avss_dist.partition.choose import place
+from avss_dist.pruning.selection import PlanError
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
-from avss_dist.stats.retention import kept
+from avss_dist.stats.retention import retention_of
 from avss_dist.system.versions import package_versions
 from avss_dist.tasks.base import Measure, Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
 from avss_dist.warehouse.patches import Patches
-from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.store import Store
+
+MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,20 +89,31 @@ class PlannedTask:
             **fingerprint_part(self.placement),
         }
 
+    @cached_property
+    def _run_ids(self) -> dict[tuple[str | None, float], str]:
+        """Ids of evaluations by sparsity and residual scale, each hashed once."""
+        return {}
+
     def run_id(self, intervention: Intervention = NO_INTERVENTION) -> str:
         """Return the id of the evaluation that results under an intervention belong to.
 
-        Sparsity and residual scale make another evaluation; removals and a patch make other cells of the same one.
+        Sparsity and residual scale make another evaluation. Removals and a patch make other cells of the same one.
         """
         key = intervention.key
-        changed = {"sparsity": key.sparsity, "factor": key.residual_scale}
-        print_ = fingerprint(**self._fingerprinted, **{name: value for name, value in changed.items() if value})
-        return f"{self.checkpoint.slug}-{print_[:10]}"
+        changes = key.sparsity, key.residual_scale
+        if changes not in self._run_ids:
+            named = {"sparsity": key.sparsity, "factor": key.residual_scale}
+            digest = fingerprint(**self._fingerprinted, **{name: value for name, value in named.items() if value})
+            self._run_ids[changes] = f"{self.checkpoint.slug}-{digest[:10]}"
+        return self._run_ids[changes]
 
     def cells(self, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Cell]:
-        """Return a cell for each part of the task and each intervention; each once."""
-        parts = list(enumerate(self.task.parts))
-        return [self.cell(part, measure, one) for one in dict.fromkeys(interventions) for part, measure in parts]
+        """Return a cell for each part of the task under each distinct intervention."""
+        return [
+            self.cell(part, measure, intervention)
+            for intervention in dict.fromkeys(interventions)
+            for part, measure in enumerate(self.task.parts)
+        ]
 
     def cell(self, part: int, measure: Measure, intervention: Intervention = NO_INTERVENTION) -> Cell:
         """Return the cell of one part of the task under an intervention."""
@@ -122,7 +137,7 @@ class StoredPatch:
     patches: Patches = field(compare=False, repr=False)
 
     def read(self) -> bytes:
-        """Return the content of the patch; see `intervention.EncodedPatch`. The patch that was read last is cached."""
+        """Return the content of the patch; see `intervention.EncodedPatch`. The last patch that was read is cached."""
         return _read(self.patches, self.key)
 
 
@@ -136,7 +151,7 @@ Work = Iterable[tuple[PlannedTask, Iterable[Intervention]]]
 
 
 class EvaluationSession:
-    """Measures tasks of checkpoints on an executor, and keeps every cell in a warehouse as it comes.
+    """Measures tasks of checkpoints on an executor, and stores every cell in a warehouse as soon as it is measured.
 
     A cell is not measured again if the session has measured it, or if the warehouse has it and ``fresh`` is not set.
 
@@ -146,7 +161,7 @@ class EvaluationSession:
         on_event: receives every event.
 
     Attributes:
-        fresh: measure cells again that were in the warehouse before.
+        fresh: measure cells again that are in the warehouse, once per session.
     """
 
     def __init__(
@@ -155,7 +170,7 @@ class EvaluationSession:
         self.store, self.executor, self.execution = store, executor, execution or Execution()
         self.fresh = self.execution.fresh
         self.on_event = ignore if on_event is None else on_event
-        self._kept: defaultdict[str, set[str]] = defaultdict(set)  # cells of this session, by run
+        self._measured: defaultdict[str, set[str]] = defaultdict(set)  # ids of this session's cells, by evaluation
         self._workers: _Workers | None = None
 
     @classmethod
@@ -163,7 +178,7 @@ class EvaluationSession:
     def open(
         cls, warehouse: str | Path, settings: Settings, execution: Execution, on_event: OnEvent | None = None
     ) -> Iterator[EvaluationSession]:
-        """Create a warehouse where there is none, and start an executor, which is closed in the end.
+        """Create a warehouse if it does not exist, and start an executor, which is closed at the end of the block.
 
         Raises:
             AvssError: the warehouse or the executor cannot be opened.
@@ -174,10 +189,10 @@ class EvaluationSession:
             yield cls(store, executor, execution, on_event)
 
     def place(self, checkpoint: Checkpoint, settings: Settings, execution: Execution | None = None) -> PlacedModel:
-        """Decide every setting of a checkpoint, and spread its replicas.
+        """Decide every setting of a checkpoint, and the placement of its replicas.
 
         Args:
-            execution: options that spread them; those of the session by default.
+            execution: options of the placement; those of the session by default.
 
         Raises:
             ConfigError: the requirements of the partition are not met.
@@ -189,10 +204,10 @@ class EvaluationSession:
         return PlacedModel(checkpoint=checkpoint, settings=fixed, placement=placement)
 
     def measure(self, work: Work) -> dict[PlannedTask, list[Result]]:
-        """Measure tasks under interventions; return and commit the results of each.
+        """Measure tasks under interventions; write and return the results of each.
 
         Raises:
-            AvssError: a mistake, or a cell that failed; what was measured is kept.
+            AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
         """
         wanted: dict[PlannedTask, dict[Intervention, None]] = {}
         for planned, interventions in work:
@@ -203,28 +218,28 @@ class EvaluationSession:
             raise failure(failed)
         return results
 
-    def run(self, cells: Iterable[Cell], see: Callable[[Cell, CellResult], None] | None = None) -> None:
-        """Measure cells that are not known yet, without committing results.
+    def run(self, cells: Iterable[Cell], on_result: Callable[[Cell, CellResult], None] | None = None) -> None:
+        """Measure cells that are not known yet, without writing results.
 
         Args:
-            see: receives each result.
+            on_result: receives the result of each measured cell.
 
         Raises:
-            AvssError: a mistake, or a cell that failed; what was measured is kept.
+            AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
         """
-        if failed := self._run(cells, see):
+        if failed := self._run(cells, on_result):
             raise failure(failed)
 
     def fit(self, work: Work) -> dict[tuple[str, Removals], StoredPatch]:
-        """Measure tasks that fit patches; a patch that is in the warehouse is not fitted again.
+        """Measure tasks that fit patches. A patch that is in the warehouse is not fitted again.
 
-        It stops at the first mistake, so that too little text is reported before other fits have taken an hour.
+        Fitting stops at the first mistake, so that too little text is reported before other fits take an hour.
 
         Returns:
-            Patches by the id of the evaluation and the removals that they are fitted for; those of earlier fits, too.
+            Patches by the id of the evaluation and the removals that they are fitted for, earlier fits included.
 
         Raises:
-            AvssError: a mistake, or a fit that failed; the others are kept.
+            AvssError: a mistake, or a fit that failed. Other patches remain in the warehouse.
         """
         work = list(work)
         cells = [cell for planned, interventions in work for cell in planned.cells(interventions)]
@@ -233,7 +248,7 @@ class EvaluationSession:
         missing = [
             cell
             for cell in cells
-            if not self._was_kept(cell) and (self.fresh or (cell.run_id, cell.intervention.removed) not in known)
+            if not self._has_measured(cell) and (self.fresh or (cell.run_id, cell.intervention.removed) not in known)
         ]
         failed = self._run(missing, again=True, to_first_mistake=True)
         for planned, _ in work:
@@ -244,12 +259,12 @@ class EvaluationSession:
 
     def _fitted(self, run_ids: Sequence[str], patches: Patches) -> dict[tuple[str, Removals], str]:
         """Return the keys of the stored patches that cells of these evaluations have fitted."""
-        there = patches.keys()
+        stored = patches.keys()
         return {
             (row["run_id"], decode_removals(row["drop"])): row["patch"]
-            for run_id in (dict.fromkeys(run_ids) if there else ())
+            for run_id in (dict.fromkeys(run_ids) if stored else ())
             for row in self.rows(run_id)
-            if row["patch"] in there
+            if row["patch"] in stored
         }
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
@@ -258,15 +273,15 @@ class EvaluationSession:
         return rows
 
     def results(self, planned: PlannedTask, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Result]:
-        """Combine all cells of the evaluations that interventions belong to, and write them to ``evaluations``."""
+        """Write and return the results of the evaluations that interventions belong to, combined from all cells."""
         return [
             result
             for run_id in dict.fromkeys(map(planned.run_id, interventions))
-            for result in self._commit(planned, run_id)
+            for result in self._write_results(planned, run_id)
         ]
 
-    def _commit(self, planned: PlannedTask, run_id: str) -> list[Result]:
-        """Write and return the results of an evaluation; the perplexity is written with each loss."""
+    def _write_results(self, planned: PlannedTask, run_id: str) -> list[Result]:
+        """Write the results of an evaluation, with a perplexity for each loss, and return them."""
         rows = self.rows(run_id)
         results = combine(rows, len(planned.task.parts))
         if results:
@@ -301,14 +316,15 @@ class EvaluationSession:
     def _run(
         self,
         cells: Iterable[Cell],
-        see: Callable[[Cell, CellResult], None] | None = None,
+        on_result: Callable[[Cell, CellResult], None] | None = None,
         *,
         again: bool = False,
         to_first_mistake: bool = False,
     ) -> list[tuple[Cell, AvssError]]:
-        """Measure cells, and keep each as it comes; return those that failed.
+        """Measure cells, store each as soon as it is measured, and return those that failed.
 
         Args:
+            on_result: receives the result of each measured cell.
             again: measure known cells, too.
             to_first_mistake: stop once a cell has failed because of a mistake of the user.
         """
@@ -316,47 +332,47 @@ class EvaluationSession:
         missing = [cell for cell in wanted.values() if again or not self._is_known(cell)]
         self.on_event(CellsStarted(list(wanted.values()), len(wanted) - len(missing)))
         failed = []
-        opened = None if to_first_mistake else self._workers
-        with nullcontext(opened) if opened else closing(_Workers(self.store, self.executor, self.on_event)) as workers:
+        reused = None if to_first_mistake else self._workers
+        with nullcontext(reused) if reused else closing(_Workers(self.store, self.executor, self.on_event)) as workers:
             for cell, outcome in workers.run(missing):
                 if not isinstance(outcome, AvssError):
-                    self._kept[cell.run_id].add(cell.cell_id)
-                    if see is not None:
-                        see(cell, outcome)
+                    self._measured[cell.run_id].add(cell.cell_id)
+                    if on_result is not None:
+                        on_result(cell, outcome)
                     continue
                 failed.append((cell, outcome))
                 if to_first_mistake and not isinstance(outcome, RunFailed):
                     break
         return failed
 
-    def _was_kept(self, cell: Cell) -> bool:
-        return cell.cell_id in self._kept[cell.run_id]
+    def _has_measured(self, cell: Cell) -> bool:
+        return cell.cell_id in self._measured[cell.run_id]
 
     def _is_known(self, cell: Cell) -> bool:
-        """Whether the session or the warehouse has a cell; a fresh session counts only its own cells."""
-        return self._was_kept(cell) or (not self.fresh and self.is_stored(cell))
+        """Whether the session or the warehouse has a cell. A fresh session counts only its own cells."""
+        return self._has_measured(cell) or (not self.fresh and self.is_stored(cell))
 
     def is_stored(self, cell: Cell) -> bool:
-        """Whether the warehouse has a cell. Each evaluation is listed only once."""
+        """Whether the warehouse has a cell. Each evaluation is listed once per session."""
         return cell.cell_id in self.store.cell_ids(cell.run_id)
 
 
 class _Workers:
-    """Workers that measure cells round after round, and keep their models open in between."""
+    """Workers that measure rounds of cells, and keep their models open between rounds."""
 
     def __init__(self, store: Store, executor: Executor, on_event: OnEvent) -> None:
         self._store, self._on_event = store, on_event
-        self._asked: SimpleQueue[Sequence[Cell] | None] = SimpleQueue()
-        self._outcomes = executor.run_cells(iter(self._asked.get, None), self._underway)
+        self._rounds: SimpleQueue[Sequence[Cell] | None] = SimpleQueue()
+        self._outcomes = executor.run_cells(iter(self._rounds.get, None), self._on_progress)
 
     def run(self, cells: Sequence[Cell]) -> Iterator[CellOutcome]:
-        """Yield the result of every cell, in any order; all must be taken before the next round.
+        """Store and yield the outcome of every cell, in any order. All must be taken before the next round.
 
         Raises:
-            AvssError: the workers or the warehouse failed; what was measured is kept.
+            AvssError: the workers or the warehouse failed. Measured cells remain in the warehouse.
         """
         if cells:
-            self._asked.put(cells)
+            self._rounds.put(cells)
         for cell, outcome in islice(self._outcomes, len(cells)):
             if not isinstance(outcome, AvssError):
                 patches = Patches(self._store.storage)
@@ -366,98 +382,122 @@ class _Workers:
             self._on_event(CellDone(cell))
             yield cell, outcome
 
-    def _underway(self, cell: Cell, step: str, share: float) -> None:
+    def _on_progress(self, cell: Cell, step: str, share: float) -> None:
         self._on_event(CellUnderway(cell, step, share))
 
     def close(self) -> None:
-        """Release the workers."""
-        self._asked.put(None)
+        """Release the workers and their models."""
+        self._rounds.put(None)
         self._outcomes.close()
 
 
 def failure(failed: Sequence[tuple[Cell, AvssError]]) -> AvssError:
     """Return one error for all cells that failed: the first mistake, or else the first failure."""
     cell, error = next(((c, e) for c, e in failed if not isinstance(e, RunFailed)), failed[0])
-    what = f"{cell.task} of {cell.checkpoint.name}"
+    subject = f"{cell.task} of {cell.checkpoint.name}"
     if removed := cell.intervention.removed:
-        what += f" without {'layers ' if whole_layers(removed) else ''}{describe_removed(removed)}"
+        subject += f" without {'layers ' if whole_layers(removed) else ''}{describe_removed(removed)}"
     others = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
-    return type(error)(f"{what}: {error.message}{others}", error.hint)
+    return type(error)(f"{subject}: {error.message}{others}", error.hint)
 
 
-def evaluation_options(options: Mapping[str, Any]) -> tuple[Settings, Execution]:
-    """Return the keyword options of an evaluation as Settings and Execution.
-
-    Raises:
-        ConfigError: an option is unknown, has a wrong value, or has no effect on an evaluation.
-    """
-    settings, execution = split_options(dict(options))
-    given = {**settings.as_dict(), "tracker": execution.tracker}
-    default = {**Settings().as_dict(), "tracker": None}
-    problems = [
-        ConfigError(f"`{name}` has no effect: it is for the scoring of layers alone.", "Leave it out.")
-        for name in ("sites", "thresholds", "tracker")
-        if given[name] != default[name]
-    ]
-    if problems:
-        raise ConfigError.combine(problems)
-    return settings, execution
-
-
-def require_intended(number: int, most: int, what: str, hint: str, *, allow_many: bool) -> None:
-    """Refuse more work than ``most`` unless ``allow_many`` is set. Call it before a list of that size is made.
+def require_partition(
+    partition: str, is_able: Callable[[PartitionInfo], bool], problem: str, hint: str = "Use {}."
+) -> None:
+    """Refuse a partition without a capability. ``auto`` is not refused.
 
     Args:
-        what: beginning of the sentence, with a place for the number: ``"{} passes would be made"``.
-        hint: options that reduce it.
+        is_able: whether a partition has the capability.
+        problem: end of the message, such as "has no gradients."
+        hint: hint of the error, with a place for the partitions that have the capability.
 
     Raises:
-        ConfigError: ``number`` is larger than ``most``, and ``allow_many`` is not set.
+        ConfigError: the partition lacks the capability.
     """
-    if number > most and not allow_many:
-        raise ConfigError(f"{what.format(f'{number:,}')}.", f"{hint} More than {most:,} need `allow_many`.")
+    if partition != "auto" and not is_able(PARTITIONS[partition]):
+        able = ", ".join(name for name, info in PARTITIONS.items() if is_able(info))
+        raise ConfigError(f"`partition` {partition} {problem}", hint.format(able))
 
 
-def require_listable(number: int, what: str, hint: str) -> None:
-    """Refuse more pieces of work than can be listed, whatever the user allows.
+def require_intended(number: int, maximum: int, message: str, hint: str, *, allow_many: bool) -> None:
+    """Refuse more work than a maximum unless ``allow_many`` is set. Call it before work of that size is listed.
 
     Args:
-        what: a plural noun.
-        hint: options that reduce it.
+        number: units of work.
+        maximum: units of work that need no permission.
+        message: message of the error, with a place for the number: ``"{} passes would be made"``.
+        hint: options that reduce the work.
 
     Raises:
-        ConfigError: ``number`` is larger than ``settings.MOST_LISTED``.
+        ConfigError: ``number`` is larger than ``maximum``, and ``allow_many`` is not set.
+    """
+    if number > maximum and not allow_many:
+        raise ConfigError(f"{message.format(f'{number:,}')}.", f"{hint} More than {maximum:,} need `allow_many`.")
+
+
+def require_listable(number: int, units: str, hint: str) -> None:
+    """Refuse more units of work than can be listed, even if ``allow_many`` is set.
+
+    Args:
+        units: name of the units, a plural.
+        hint: options that reduce the work.
+
+    Raises:
+        ConfigError: ``number`` is larger than `MOST_LISTED`.
     """
     if number > MOST_LISTED:
-        raise ConfigError(f"{number:,} {what} are more than one command takes: {MOST_LISTED:,}.", hint)
+        raise ConfigError(f"{number:,} {units} are more than one command takes: {MOST_LISTED:,}.", hint)
+
+
+def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Checkpoint:
+    """Return the checkpoint that a run has scored.
+
+    Args:
+        run: a row of ``runs``.
+
+    Raises:
+        PlanError: the checkpoint has changed since it was scored.
+    """
+    model, revision = str(run["model"]), run["revision"] or ""
+    is_commit = len(revision) == 40
+    checkpoint = resolve(f"{model}@{revision}" if is_commit else model, trust_remote_code=trust_remote_code)
+    if checkpoint.revision != revision:
+        raise PlanError(
+            f"{run['run_id']} is of {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
+            "Score it again.",
+        )
+    return checkpoint
 
 
 def pinned(settings: Settings, checkpoint: Checkpoint, device: str) -> Settings:
-    """Return settings with every ``auto`` decided; refuse rows that the model cannot read, or a missing head."""
+    """Return settings with every ``auto`` decided.
+
+    Raises:
+        ModelError: the checkpoint has no head, or cannot read rows of this length.
+    """
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     require_head(checkpoint.name, config)
     return pin(settings, checkpoint, config, device)
 
 
 def metrics(result: Result) -> Iterator[tuple[str, float, float]]:
-    """Yield name, value and standard error of a result; for a loss, also of its perplexity (by the delta method)."""
+    """Yield name, value and standard error of a result, and those of the perplexity of a loss (by the delta method)."""
     yield result.metric, result.value, result.stderr
     if result.metric == LOSS:
         perplexity = float(np.exp(result.value))
         yield "perplexity", perplexity, perplexity * result.stderr
 
 
-def about(results: Iterable[Result], key: InterventionKey = NO_INTERVENTION.key) -> list[Result]:
-    """Return the results about a model as a whole, not about a layer of it, under an intervention."""
+def results_under(results: Iterable[Result], key: InterventionKey = NO_INTERVENTION.key) -> list[Result]:
+    """Return the results of a model under an intervention, without those of its single layers."""
     return [result for result in results if result.layer is None and result.intervention == key]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Share of a metric that is left; 1 keeps all.
+    """Retention of a metric: after over before, or before over after if lower is better. 1 means no change.
 
-    It is after over before, or before over after if lower is better. For a loss, it is the retention of its
-    perplexity.
+    The retention of a loss is that of its perplexity.
 
     Attributes:
         value: the retention.
@@ -471,15 +511,15 @@ class Retention:
 
     @classmethod
     def of(cls, before: Result, after: Result) -> Retention:
-        """Return the retention from ``before`` to ``after``, results of one metric of one task and the same samples."""
-        value = kept(before.metric, *(np.array(result.value) for result in (before, after)))
+        """Return the retention between two results of one metric on the same samples."""
+        value = retention_of(before.metric, *(np.array(result.value) for result in (before, after)))
         low = high = nan
-        # Of an accuracy most samples may not differ, and those say nothing of how much it varies.
+        # Most samples of an accuracy may be equal, and equal samples say nothing about its variation.
         differing = len(before.samples) == len(after.samples) and np.count_nonzero(
             (before.samples != after.samples) | (before.weights != after.weights)
         )
         if differing >= MINIMUM_UNITS:
-            left_out = kept(before.metric, before.left_out, after.left_out)
+            left_out = retention_of(before.metric, before.left_out, after.left_out)
             low, high = map(float, jackknife_interval(value, left_out, scale="log"))
         return cls(value=float(value), low=low, high=high)
 

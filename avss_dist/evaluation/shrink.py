@@ -1,7 +1,7 @@
-"""Shrink a model: score its layers, choose, repair, evaluate on text that nothing else has seen, write the checkpoint.
+"""Shrinking of a model: score its layers, choose, repair, evaluate on held-out text, and write the checkpoint.
 
-Of each text, the first rows are scored on, the next are evaluated on, and a repair is fitted on the rest. All that is
-measured is kept in a warehouse, so the same command goes on where it was.
+The first rows of each text are scored on, the next rows are evaluated on, and a repair is fitted on the remaining rows.
+All measurements are stored in a warehouse, so that a command that was stopped continues when it is repeated.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from avss_dist.analysis.verdict import primary_metric
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.names import PERPLEXITY
-from avss_dist.core.registry import SCORES
+from avss_dist.core.registry import LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import LOWEST_SHARE, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.events import OnEvent, ScoringAdvanced, ScoringStarted, WeightsWritten, ignore
-from avss_dist.evaluation.held_out import as_task, refuse_overlap, text_of_fit, texts_of_repair, texts_of_run
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
 from avss_dist.evaluation.search import plan_repaired_search, searched_plan
 from avss_dist.evaluation.session import (
@@ -37,10 +36,18 @@ from avss_dist.evaluation.session import (
     PlannedTask,
     Retention,
     StoredPatch,
-    evaluation_options,
     metrics,
 )
-from avss_dist.evaluation.tasks import make_task, plan_text
+from avss_dist.evaluation.tasks import (
+    SeenText,
+    as_task,
+    make_task,
+    plan_text,
+    refuse_overlap,
+    text_of_fit,
+    texts_of_repair,
+    texts_of_run,
+)
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
@@ -53,20 +60,19 @@ from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.repair.requirements import tokens_needed
 from avss_dist.pruning.repair.splits import HELD_BACK, count_fitted, split_texts
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.shrinking import GREEDY, Shrinking
+from avss_dist.requests import GREEDY, AblateRequest, ShrinkRequest
 from avss_dist.runs.api import score
 from avss_dist.runs.reporter import Reporter
 from avss_dist.tasks.base import Result, Task
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import Store
 
-ROWS = 256  # of each text, where nothing is said
-HELD_OUT = 8  # one row of so many is scored on, and one is evaluated on
-SCORED = 16  # rows that are scored on, at most: more rank layers hardly better, and the damage takes 8 passes over them
+ROWS = 256  # rows of each text by default
+HELD_OUT = 8  # one of this many rows is scored on, and one is evaluated on
+SCORED = 16  # maximum rows to score on: more hardly improve the ranks, and the damage takes 8 passes over them
 
 
 class _Scoring(Reporter):
-    """Reporter that turns the progress of scoring into events."""
+    """Reporter that sends the progress of scoring as events."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
@@ -82,10 +88,10 @@ class _Scoring(Reporter):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRetention:
-    """Results of a task for the whole, the pruned and the repaired model.
+    """Primary metric of a task for the whole, the pruned and the repaired model.
 
     Attributes:
-        whole, pruned, repaired: primary metric of the task; ``repaired`` is None without a repair.
+        repaired: result of the repaired model; None without a repair.
     """
 
     task: str
@@ -104,14 +110,13 @@ class TaskRetention:
 
     def describe(self) -> str:
         """Return one line for people; a loss is shown as its perplexity."""
-        metric, whole = shown(self.whole)
-        repaired = f"{shown(self.final)[1]} repaired, " if self.repaired else ""
-        return (
-            f"{self.task}: {metric} {repaired}{shown(self.pruned)[1]} without these layers, {whole} of the whole model."
-        )
+        metric, whole = readable_metric(self.whole)
+        _, pruned = readable_metric(self.pruned)
+        repaired = f"{readable_metric(self.repaired)[1]} repaired, " if self.repaired else ""
+        return f"{self.task}: {metric} {repaired}{pruned} without these layers, {whole} of the whole model."
 
 
-def shown(result: Result) -> tuple[str, str]:
+def readable_metric(result: Result) -> tuple[str, str]:
     """Return name and value of a metric for people; a loss is shown as its perplexity."""
     *_, (name, value, _) = metrics(result)
     return name, f"{value:z,.4g}"
@@ -132,7 +137,7 @@ class CandidateResult:
 
     @cached_property
     def kept(self) -> float:
-        """Retention of the task that keeps the least."""
+        """Lowest retention over the tasks."""
         return min(task.of(task.final).value for task in self.tasks)
 
 
@@ -142,8 +147,8 @@ class Shrunk(TabularResult):
 
     Attributes:
         folder, bytes: folder of the checkpoint, and size of its weights.
-        best: the plan that was carried out.
-        curve: every plan that was tried, by the number of layers that it drops.
+        best: the plan of the checkpoint.
+        curve: every plan that was evaluated, by the number of layers that it drops.
         record: record of the repair; None without a repair.
         difference: see `pruning.checkpoint.prune`.
         notes: remarks on the checkpoint.
@@ -160,8 +165,8 @@ class Shrunk(TabularResult):
     _bars = ("kept",)
 
     def table(self) -> pa.Table:
-        """Return a table with a row for each plan that was tried: dropped layers and retention."""
-        return pa.Table.from_pylist([{"drop": [*one.plan.drop], "kept": one.kept} for one in self.curve])
+        """Return a table with a row for each evaluated plan: dropped layers and retention."""
+        return pa.Table.from_pylist([{"drop": [*result.plan.drop], "kept": result.kept} for result in self.curve])
 
     def summary(self) -> str:
         """Return the folder, the number of layers and the retention, in a line."""
@@ -170,7 +175,7 @@ class Shrunk(TabularResult):
 
 
 @dataclass(frozen=True)
-class Parts:
+class TextSplit:
     """Split of the rows of each text: rows to score on, then rows to evaluate on, then rows to repair on.
 
     Attributes:
@@ -188,64 +193,45 @@ class Parts:
         return self.scored + self.evaluated
 
 
-def shrink(
-    model: str | Path,
-    *,
-    corpus: str,
-    output: str | Path,
-    warehouse: str | Path | None = None,
-    reporter: OnEvent | None = None,
-    **options: Any,
-) -> Shrunk:
-    """Write a smaller checkpoint of a causal language model, and return its retention; finished work is not repeated.
+def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
+    """Write a smaller checkpoint of a causal language model, and compare it with the model.
 
-    Args:
-        model: hub id or folder.
-        corpus: see `Shrinking`.
-        output: folder of the checkpoint, which does not exist, or is empty; it appears when it is whole.
-        warehouse: where all that is measured is kept; ``output`` with ``-warehouse`` after it by default.
-        options: the fields of `Shrinking`, ``settings.Settings`` and ``settings.Execution``; ``max_sequences`` is for
-            each text, over all of its parts.
+    ``max_sequences`` limits each text, over all of its parts. Steps that the warehouse has are not repeated. The folder
+    of the checkpoint appears when it is complete.
 
     Raises:
-        AvssError: a mistake, or something that failed; what was measured is kept.
+        AvssError: a mistake, or work that failed. Measured cells remain in the warehouse.
     """
-    given: dict[str, Any] = dict(options)
-    request = Shrinking(corpus=corpus, **{n: given.pop(n) for n in options if n in Shrinking.__dataclass_fields__})
-    settings, execution = evaluation_options(given)
-    require_free(Path(output))
+    on_event = ignore if on_event is None else on_event
+    settings, model, output = request.settings, str(request.model), Path(request.output)
+    require_free(output)
     if request.repair != NO_REPAIR:
-        require_changeable(execution.partition)
-    on_event = ignore if reporter is None else reporter
-    checkpoint = resolve(str(model), trust_remote_code=settings.trust_remote_code)
+        require_changeable(request.execution.partition)
+    checkpoint = resolve(model, trust_remote_code=settings.trust_remote_code)
     require_head(checkpoint.name, text_config(checkpoint, trust_remote_code=settings.trust_remote_code))
     require_copyable(checkpoint)
     needed = 0 if request.repair == NO_REPAIR else tokens_needed(checkpoint, request.repair, settings)
-    parts = cut(checkpoint, request.texts, settings)
-    require_tokens(checkpoint, request, parts, settings, needed)
-    stored = warehouse or f"{output}-warehouse"
-    with EvaluationSession.open(stored, settings, execution, on_event) as session:
-        session.executor.connect()  # scores are measured by executors of their own
-        make = partial(
-            _scored_plan(str(model), request, session.store, parts, given, on_event),
-            first=request.first,
-            last=request.last,
-        )
-        example = make(count=1)
+    split = split_rows(checkpoint, request.texts, settings)
+    _require_tokens(checkpoint, request, split, needed)
+    warehouse = request.warehouse or f"{request.output}-warehouse"
+    with EvaluationSession.open(warehouse, settings, request.execution, on_event) as session:
+        session.executor.connect()  # because scores are measured by executors of their own
+        make_plan = _measure_scores(request, session, split)
+        example = make_plan(count=1)
         require_prunable(checkpoint, example, settings)
-        judge = _judge(session, checkpoint, request, parts, example, settings)
+        evaluator = _evaluator(session, checkpoint, request, split, example)
         if request.by == GREEDY:
-            text, fit = plan_repaired_search(judge.model, request, parts.scored, judge.fit)
-            make = partial(searched_plan, session, make, request, text, fit)
+            text, fit = plan_repaired_search(evaluator.model, request, split.scored, evaluator.fit)
+            make_plan = partial(searched_plan, session, make_plan, request, text, fit)
         if request.keep is None:
-            best = judge(make(share=request.share or LOWEST_SHARE))
+            best = evaluator(make_plan(share=request.share or LOWEST_SHARE))
             curve = [best]
         else:
-            most = min(example.num_layers - 1, example.num_layers - request.first - request.last)
-            best, curve = _most(judge, make, most, request.keep)
+            maximum = min(example.num_layers - 1, example.num_layers - request.first - request.last)
+            best, curve = _bisect(evaluator, make_plan, maximum, request.keep)
     plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
-    done = prune(
-        str(model),
+    written = prune(
+        model,
         plan,
         output,
         repair=read_repaired(best.patch) if best.patch else None,
@@ -253,18 +239,18 @@ def shrink(
         copied=lambda size: on_event(WeightsWritten(size)),
     )
     return Shrunk(
-        folder=done["folder"],
-        bytes=done["bytes"],
+        folder=written["folder"],
+        bytes=written["bytes"],
         best=replace(best, plan=plan),
         curve=curve,
-        record=done["repair"],
-        difference=done["difference"],
-        notes=done["notes"],
+        record=written["repair"],
+        difference=written["difference"],
+        notes=written["notes"],
     )
 
 
-def cut(checkpoint: Checkpoint, texts: Sequence[str], settings: Settings) -> Parts:
-    """Return the split of texts; the shortest text determines how many rows are held out.
+def split_rows(checkpoint: Checkpoint, texts: Sequence[str], settings: Settings) -> TextSplit:
+    """Return the split of texts. The shortest text determines how many rows are held out.
 
     Raises:
         CorpusError: a text cannot be read, is paired, or has too few rows.
@@ -272,24 +258,24 @@ def cut(checkpoint: Checkpoint, texts: Sequence[str], settings: Settings) -> Par
     rows = settings.max_sequences or ROWS
     read = replace(settings, max_sequences=rows)
     plans = {text: plan_text(checkpoint, text, read) for text in texts}
-    if paired := [text for text, made in plans.items() if made.shards[0].pairing]:
+    if paired := [text for text, plan in plans.items() if plan.shards[0].pairing]:
         raise CorpusError(
             f"{paired[0]} is paired text, whose rows belong together: it has no part to repair on.",
             "Name its answers as plain text, such as FILE.jsonl:FIELD.",
         )
-    found = {text: made.num_sequences for text, made in plans.items()}
-    shortest = min(found, key=lambda text: found[text])
-    if found[shortest] < HELD_OUT:
+    shortest = min(plans, key=lambda text: plans[text].num_sequences)
+    available = plans[shortest].num_sequences
+    if available < HELD_OUT:
         raise CorpusError(
-            f"{shortest} has {found[shortest]} rows; a part to score on, one to evaluate on and one to repair on take "
+            f"{shortest} has {available} rows; a part to score on, one to evaluate on and one to repair on take "
             f"{HELD_OUT} at least.",
             "Name a longer text, lower `sequence_length`, or raise `max_sequences`.",
         )
-    part = found[shortest] // HELD_OUT
-    return Parts(min(part, SCORED), part, rows)
+    part = available // HELD_OUT
+    return TextSplit(min(part, SCORED), part, rows)
 
 
-def require_tokens(checkpoint: Checkpoint, request: Shrinking, parts: Parts, settings: Settings, needed: int) -> None:
+def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit, needed: int) -> None:
     """Refuse texts whose rows for the repair hold too few tokens to fit it to.
 
     Args:
@@ -300,16 +286,16 @@ def require_tokens(checkpoint: Checkpoint, request: Shrinking, parts: Parts, set
     """
     if not needed:
         return
-    given, rows = _fitted_tokens(checkpoint, request, parts, settings)
+    given, rows = _fitted_tokens(checkpoint, request, split)
     if given >= needed:
         return
     enough = next(
-        n
-        for n in itertools.count(parts.rows + 1)
-        if _fitted_rows(n) * len(request.repair_texts) * given >= needed * rows
+        number
+        for number in itertools.count(split.rows + 1)
+        if _fitted_rows(number) * len(request.repair_texts) * given >= needed * rows
     )
-    more = cut(checkpoint, request.texts, replace(settings, max_sequences=enough))
-    suffices = _fitted_tokens(checkpoint, request, more, settings)[0] >= needed
+    larger = split_rows(checkpoint, request.texts, replace(request.settings, max_sequences=enough))
+    suffices = _fitted_tokens(checkpoint, request, larger)[0] >= needed
     longer = f"Set `max_sequences` to {enough} or more" if suffices else "Give longer texts"
     raise CorpusError(
         f"The repair {request.repair} of this model needs {needed:,} tokens to fit to at least; {given:,} are given.",
@@ -317,11 +303,11 @@ def require_tokens(checkpoint: Checkpoint, request: Shrinking, parts: Parts, set
     )
 
 
-def _fitted_tokens(checkpoint: Checkpoint, request: Shrinking, parts: Parts, settings: Settings) -> tuple[int, int]:
+def _fitted_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit) -> tuple[int, int]:
     """Return the number of tokens and of rows that the repair is fitted to."""
-    read = replace(settings, max_sequences=parts.rows - parts.held_out)
-    texts = [plan_text(checkpoint, text, read, skip_sequences=parts.held_out) for text in request.repair_texts]
-    tokens = sum(count_fitted(split_texts(texts, settings.batch_size), len(texts)))
+    read = replace(request.settings, max_sequences=split.rows - split.held_out)
+    texts = [plan_text(checkpoint, text, read, skip_sequences=split.held_out) for text in request.repair_texts]
+    tokens = sum(count_fitted(split_texts(texts, request.settings.batch_size), len(texts)))
     return tokens, sum(text.num_sequences - ceil(text.num_sequences / HELD_BACK) for text in texts)
 
 
@@ -332,13 +318,27 @@ def _fitted_rows(rows: int) -> int:
     return repaired - ceil(repaired / HELD_BACK)
 
 
+def _measure_scores(request: ShrinkRequest, session: EvaluationSession, split: TextSplit) -> Callable[..., Plan]:
+    """Measure the criterion by which layers are chosen, and return a function that makes plans by it."""
+    given: dict[str, Any] = {**request.given, "max_sequences": split.scored}
+    given |= {"corpus": request.corpus, "warehouse": session.store.root.full}
+    run = score(str(request.model), reporter=_Scoring(session.on_event), sites=("block",), **given)
+    if SCORES[request.ranked_by].task:
+        measured: dict[str, Any] = dict(SCORES[request.ranked_by].ablate)
+        ablate(AblateRequest(str(request.model), **measured, **given), session.on_event)
+    opened = Warehouse(session.store.root.full)
+    row = opened.run(run.run_id)
+    assert row is not None
+    return partial(plan_layers, opened, row, by=request.ranked_by, first=request.first, last=request.last)
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Judge:
+class _CandidateEvaluator:
     """Evaluates candidate plans of a model: fits the repair of each, and measures it beside the whole model.
 
     Attributes:
         tasks: tasks by name.
-        fit: the task of fitting a repair; None for no repair.
+        fit: task of fitting a repair; None for no repair.
     """
 
     session: EvaluationSession
@@ -347,15 +347,15 @@ class _Judge:
     fit: PlannedTask | None
 
     def __call__(self, plan: Plan) -> CandidateResult:
-        """Return the result of a plan; earlier work is reused.
+        """Return the result of a plan. Stored fits and cells are reused.
 
         Raises:
-            AvssError: a mistake, or a fit or an evaluation that failed; what was measured is kept.
+            AvssError: a mistake, or a fit or an evaluation that failed. Measured cells remain in the warehouse.
         """
         patch = None
         if self.fit is not None:
-            patches = fit_repairs(self.session, [(self.fit, [plan.drop])])
-            patch = patches.get((self.fit.run_id(), plan.drop))
+            patches = fit_repairs(self.session, [(self.fit, [plan.dropped_layers])])
+            patch = patches.get((self.fit.run_id(), plan.dropped_layers))
         variants = [NO_INTERVENTION, plan.intervention, replace(plan.intervention, patch=patch)]
         results = self.session.measure([(task, variants) for task in self.tasks.values()])
         tasks = [_retention(name, results[task], *variants) for name, task in self.tasks.items()]
@@ -375,55 +375,33 @@ def _retention(
     )
 
 
-def _scored_plan(
-    model: str, request: Shrinking, store: Store, parts: Parts, options: dict[str, Any], on_event: OnEvent
-) -> Callable[..., Plan]:
-    """Measure the criterion by which layers are chosen; return a function that makes plans by it."""
-    warehouse, options = store.root.full, options | {"max_sequences": parts.scored}
-    run = score(
-        model, corpus=request.corpus, warehouse=warehouse, reporter=_Scoring(on_event), sites=("block",), **options
-    )
-    if SCORES[request.ranked_by].task:
-        how = {**SCORES[request.ranked_by].ablate, **options}
-        ablate(model, corpus=request.corpus, warehouse=warehouse, reporter=on_event, **how)
-    opened = Warehouse(warehouse)
-    row = opened.run(run.run_id)
-    assert row is not None
-    return partial(plan_layers, opened, row, by=request.ranked_by)
-
-
-def _judge(
-    session: EvaluationSession,
-    checkpoint: Checkpoint,
-    request: Shrinking,
-    parts: Parts,
-    example: Plan,
-    settings: Settings,
-) -> _Judge:
-    """Return an evaluator of plans like the example; refuse texts of different uses that overlap."""
-    model = session.place(checkpoint, settings)
+def _evaluator(
+    session: EvaluationSession, checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit, example: Plan
+) -> _CandidateEvaluator:
+    """Return an evaluator of plans like the example. Texts of different uses that overlap are refused."""
+    model = session.place(checkpoint, request.settings)
     names = request.tasks or [f"{PERPLEXITY}{text.full}" for text in request.texts]
-    tasks = {str(name): _plan_task(model, name, request, parts) for name in map(RedactedURI, names)}
+    tasks = {str(name): _plan_task(model, name, request, split) for name in map(RedactedURI, names)}
     fit = None
     if request.repair != NO_REPAIR:
-        skip, corpora = parts.held_out, request.repair_corpora or (request.corpus,)
-        read = replace(model.settings, max_sequences=parts.rows - skip)
-        repair = Repair(by=request.repair, corpora=corpora, skip_sequences=skip, settings=read)
+        skipped, corpora = split.held_out, request.repair_corpora or (request.corpus,)
+        read = replace(model.settings, max_sequences=split.rows - skipped)
+        repair = Repair(by=request.repair, corpora=corpora, skip_sequences=skipped, settings=read)
         copies = copies_of(model.placement, model.settings, session.executor)
         fit = plan_fits(model, example.layers, [repair], copies)[request.repair]
     if not request.allow_overlap:
-        evaluated = [planned.task for planned in tasks.values()]
-        _refuse_overlaps(checkpoint, request, evaluated, fit, str(example.run_id), session.store, parts)
-    return _Judge(session=session, model=model, tasks=tasks, fit=fit)
+        scored = texts_of_run(Warehouse(session.store.root.full), example.run_id, checkpoint, corpus=request.corpus)
+        _refuse_overlaps(checkpoint, [planned.task for planned in tasks.values()], fit, [*scored], split)
+    return _CandidateEvaluator(session=session, model=model, tasks=tasks, fit=fit)
 
 
-def _plan_task(model: PlacedModel, name: str, request: Shrinking, parts: Parts) -> PlannedTask:
-    model = model.reading(parts.evaluated)
+def _plan_task(model: PlacedModel, name: str, request: ShrinkRequest, split: TextSplit) -> PlannedTask:
+    model = model.reading(split.evaluated)
     task = make_task(
         model.checkpoint,
         name,
         model.settings,
-        skip_sequences=parts.scored,
+        skip_sequences=split.scored,
         limit=request.limit,
         prompting=PromptOptions(num_fewshot=request.num_fewshot),
     )
@@ -432,42 +410,42 @@ def _plan_task(model: PlacedModel, name: str, request: Shrinking, parts: Parts) 
 
 def _refuse_overlaps(
     checkpoint: Checkpoint,
-    request: Shrinking,
     tasks: Sequence[Task],
     fit: PlannedTask | None,
-    run_id: str,
-    store: Store,
-    parts: Parts,
+    scored: Sequence[SeenText],
+    split: TextSplit,
 ) -> None:
-    """Refuse tasks on text that was scored on or is repaired on, and to repair on text that was scored on."""
-    scored = list(texts_of_run(Warehouse(store.root.full), run_id, checkpoint, corpus=request.corpus))
+    """Refuse tasks on text that was scored on or is repaired on, and repairs on text that was scored on."""
     texts = fit_of(fit).texts if fit else ()
-    fitted = (text_of_fit(text, parts.held_out, checkpoint, trust_remote_code=False) for text in texts)
+    fitted = (text_of_fit(text, split.held_out, checkpoint, trust_remote_code=False) for text in texts)
     refuse_overlap(tasks, chain(texts_of_repair(checkpoint), scored, fitted))
     refuse_overlap(map(as_task, texts), scored)
 
 
-def _most(
-    judge: Callable[[Plan], CandidateResult], make: Callable[..., Plan], most: int, keep: float
+def _bisect(
+    evaluate: Callable[[Plan], CandidateResult], make_plan: Callable[..., Plan], maximum: int, keep: float
 ) -> tuple[CandidateResult, list[CandidateResult]]:
-    """Return the result of the plan that drops the most layers and keeps ``keep``, and all results by size (bisection).
+    """Find the plan that drops the most layers and retains at least ``keep``, by bisection.
 
     Args:
-        most: maximum number of layers to drop.
+        maximum: maximum number of layers to drop.
+
+    Returns:
+        The result of the plan, and all results by the number of dropped layers.
 
     Raises:
-        PlanError: the plan without a single layer keeps less.
+        PlanError: the plan that drops one layer retains less.
     """
-    tried: dict[int, CandidateResult] = {}
-    low, high = 0, most + 1
+    results: dict[int, CandidateResult] = {}
+    low, high = 0, maximum + 1
     while high - low > 1:
         count = (low + high) // 2
-        tried[count] = judge(make(count=count))
-        low, high = (count, high) if tried[count].kept >= keep else (low, count)
-    curve = [tried[count] for count in sorted(tried)]
+        results[count] = evaluate(make_plan(count=count))
+        low, high = (count, high) if results[count].kept >= keep else (low, count)
+    curve = [results[count] for count in sorted(results)]
     if not low:
         raise PlanError(
             f"Without layer {curve[0].plan.drop[0]}, the first to go, {curve[0].kept:z.1%} is kept, under {keep:.1%}.",
             "Ask for less with `keep`, choose by another score, or repair on more text.",
         )
-    return tried[low], curve
+    return results[low], curve

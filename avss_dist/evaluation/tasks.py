@@ -1,21 +1,35 @@
-"""Tasks of a checkpoint, by their names."""
+"""Tasks of a checkpoint by name, and the check that their text is held out from its scores, searches and repairs."""
 
 from __future__ import annotations
 
-from avss_dist.core.errors import CorpusError
-from avss_dist.core.names import PERPLEXITY, ROW_START, TRUTHFULQA
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
+from typing import Any
+
+from avss_dist.core.errors import AvssError, ConfigError, CorpusError
+from avss_dist.core.names import PERPLEXITY, ROW_START, SEARCH, TRUTHFULQA
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.chats import chat_template
-from avss_dist.corpus.shards import CorpusPlan, tokenize_choices, tokenize_corpus, with_other_start
+from avss_dist.corpus.overlap import SHORTEST, plain_text, shared_text
+from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_choices, tokenize_corpus, with_other_start
+from avss_dist.distillation.record import SELF, read_record
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.options import DEFAULT_PROMPT, PromptOptions
+from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.tasks.row_start import RowStartLoss
 from avss_dist.tasks.truthfulqa import TruthfulChoices
+from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.reader import Warehouse
 
-COMPARED_ROWS = 4  # of a text, with two starts
+COMPARED_ROWS = 4  # rows of a text that are read with both starts
+MOST_SHARED = 0.03  # share of a text's passages; other rows of the same text repeat fewer
+OTHER_QUESTIONS = "Use other text there, or other questions."
+_OLD_ROWS = {"row_start": "none"}  # default of runs that were stored before this setting existed
 
 
 def make_task(
@@ -28,17 +42,17 @@ def make_task(
     limit: int | None = None,
     prompting: PromptOptions = DEFAULT_PROMPT,
 ) -> Task:
-    """Return a task by its name.
+    """Return the task with a name.
 
     Raises:
-        AvssError: there is none such, or its data could not be loaded.
+        AvssError: no task has this name, or its data cannot be loaded.
     """
     if name.startswith(PERPLEXITY):
         corpus = RedactedURI(name).full.removeprefix(PERPLEXITY)
         return text_task(checkpoint, corpus, settings, skip_sequences=skip_sequences)
     if name.startswith(TRUTHFULQA):
         questions = slice(skip_questions, None if limit is None else skip_questions + limit)
-        return choices_task(checkpoint, RedactedURI(name).full.removeprefix(TRUTHFULQA), settings, questions)
+        return _choices_task(checkpoint, RedactedURI(name).full.removeprefix(TRUTHFULQA), settings, questions)
     from avss_dist.tasks.harness import harness_task
 
     code, template = settings.trust_remote_code, None
@@ -51,7 +65,7 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
     """Read the rows of a corpus after the first ``skip_sequences``, in the checkpoint's tokens.
 
     Raises:
-        CorpusError: it cannot be read, is too short, or has nothing to predict.
+        CorpusError: the corpus cannot be read, is too short, or has no token to predict.
     """
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
     text = tokenize_corpus(corpus, tokenizer, settings, skip_sequences=skip_sequences)
@@ -67,14 +81,14 @@ def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
     """Return the task of the loss on a corpus, in the checkpoint's tokens.
 
     Raises:
-        CorpusError: it cannot be read, or is too short.
+        CorpusError: the corpus cannot be read, or is too short.
     """
     text = plan_text(checkpoint, corpus, settings, skip_sequences=skip_sequences)
     return Task(name=f"{PERPLEXITY}{RedactedURI(corpus)}", parts=tuple(TextLoss(shard) for shard in text.shards))
 
 
 def row_start_task(checkpoint: Checkpoint, text: Task, settings: Settings) -> Task | None:
-    """Return the task of comparing two starts of the first rows of a `text_task`, or None where there is only one."""
+    """Return the task of comparing two starts of the first rows of a `text_task`, or None if rows have only one."""
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
     first = next(part.shard for part in text.parts if isinstance(part, TextLoss))
     shards = with_other_start(first, tokenizer, settings, COMPARED_ROWS)
@@ -83,12 +97,237 @@ def row_start_task(checkpoint: Checkpoint, text: Task, settings: Settings) -> Ta
     return Task(name=f"{ROW_START}{text.name.removeprefix(PERPLEXITY)}", parts=(RowStartLoss(*shards),))
 
 
-def choices_task(checkpoint: Checkpoint, path: str, settings: Settings, questions: slice = slice(None)) -> Task:
-    """Return the task of multiple choice on some questions of a file of TruthfulQA.
+def _choices_task(checkpoint: Checkpoint, path: str, settings: Settings, questions: slice) -> Task:
+    """Return the multiple-choice task on some questions of a file of TruthfulQA.
 
     Raises:
-        CorpusError: it cannot be read, or a row is too long.
+        CorpusError: the file cannot be read, or a row is too long.
     """
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
     parts = tuple(TruthfulChoices(shard) for shard in tokenize_choices(path, tokenizer, settings, questions))
     return Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=parts)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SeenText:
+    """A text that scores, a search or a repair have read, so that it is not held out.
+
+    Attributes:
+        use: end of a sentence that begins with the text: ``the scores of RUN were measured on``.
+        name: name of the text.
+        rows: index after its last row, the value of ``skip_option`` that skips all of its rows.
+        read: returns its rows, read again if necessary, and raises ConfigError if that is not possible.
+        load_tokenizer: loads the tokenizer of its rows.
+        skip_option: field of the evaluation that skips rows of a text.
+        questions_hint: hint for shared questions, with ``{}`` for the number of prompts; "" does not compare questions.
+    """
+
+    use: str
+    name: str = ""
+    rows: int
+    read: Callable[[], Sequence[Shard]]
+    load_tokenizer: Callable[[], Any]
+    skip_option: str = "skip_sequences"
+    questions_hint: str = OTHER_QUESTIONS
+
+    @cached_property
+    def shards(self) -> Sequence[Shard]:
+        """Rows of the text."""
+        return self.read()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the text and of the tasks."""
+        return self.load_tokenizer()
+
+    def refuse(self, task: Task) -> None:
+        """Refuse a task on the text or on questions in it. Tasks of lm-evaluation-harness are not compared.
+
+        Raises:
+            ConfigError: task and text share passages or questions, or cannot be compared, or the text cannot be read
+                again.
+        """
+        if (questions := _questions(task)) and self.questions_hint:
+            self._refuse_questions(task, _prompts(questions, self.tokenizer))
+        if text := _text(task):
+            self._refuse_text(task, shared_text(self.shards, text, self.tokenizer))
+
+    def _refuse_questions(self, task: Task, questions: set[str]) -> None:
+        prompts = _prompts(self.shards, self.tokenizer)
+        if shared := len(prompts & questions):
+            raise ConfigError(
+                f"{shared} of the {len(questions)} questions of {task.name} are prompts that {self.use}.",
+                self.questions_hint.format(len(prompts)),
+            )
+
+    def _refuse_text(self, task: Task, shared: float | None) -> None:
+        use = f"{self.use} ({self.name})" if self.name else self.use
+        if shared is None:
+            raise ConfigError(
+                f"{task.name} cannot be compared with the text that {use}: one of them has no {SHORTEST} characters "
+                "in a row, without whitespace.",
+                "Read more text, or longer rows (`sequence_length`); or set `allow_overlap` and know that they may be "
+                "one.",
+            )
+        if shared > MOST_SHARED:
+            hint = f"Use other text: another corpus, or `{self.skip_option}` {self.rows}."
+            raise ConfigError(f"{shared:.0%} of {task.name} is text that {use}.", hint)
+
+
+def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
+    """Refuse tasks on text or questions that have been seen.
+
+    Raises:
+        ConfigError: a task overlaps with a text, or cannot be compared with it.
+    """
+    if comparable := [task for task in tasks if _questions(task) or _text(task)]:
+        for task, text in product(comparable, texts):
+            text.refuse(task)
+
+
+def _questions(task: Task) -> list[Shard]:
+    return [part.shard for part in task.parts if isinstance(part, TruthfulChoices)]
+
+
+def _text(task: Task) -> list[Shard]:
+    return [part.shard for part in task.parts if isinstance(part, TextLoss)]
+
+
+def texts_of_run(
+    store: Warehouse,
+    run_id: str | None,
+    checkpoint: Checkpoint,
+    *,
+    corpus: str = "",
+    skip_option: str = "skip_sequences",
+) -> Iterator[SeenText]:
+    """Yield the text that the scores of a run were measured on, or nothing if the warehouse does not have the run.
+
+    Args:
+        corpus: name of the text with the keys of its URI; by default the name in the run's row, which has no keys.
+        skip_option: see `SeenText`.
+    """
+    run = store.run(run_id) if run_id else None
+    if run is None:
+        return
+    fingerprints = tuple(filter(None, (run["corpus_fingerprint"], run["tokens_fingerprint"])))
+    source = _Source(checkpoint, corpus or run["corpus"], Settings(**_OLD_ROWS | settings_of(run)))
+    yield SeenText(
+        use=f"the scores of {run_id} were measured on",
+        name=run["corpus"],
+        rows=run["num_sequences"],
+        read=partial(source.read_again, f"run {run_id}", "layers may be chosen on", fingerprints),
+        load_tokenizer=source.tokenizer,
+        skip_option=skip_option,
+        questions_hint="Ask others: with `skip_questions` {}, where the run is of the first questions of the file.",
+    )
+
+
+def texts_of_search(store: Warehouse, evaluation: str | None, checkpoint: Checkpoint) -> Iterator[SeenText]:
+    """Yield the text that a set of layers was searched on, or nothing if the warehouse does not have the evaluation."""
+    rows = store.table("evaluations", run_ids=[evaluation]).to_pylist() if evaluation else []
+    if not rows:
+        return
+    options, corpus = settings_of(rows[0]), rows[0]["task"].removeprefix(SEARCH)
+    skipped = options.pop("skip_sequences")
+    source = _Source(checkpoint, corpus, Settings(**_OLD_ROWS | options), skipped)
+    yield SeenText(
+        use="the layers of a plan were searched on",
+        rows=skipped + rows[0]["num_samples"],
+        read=partial(source.read_again, "the search of a plan", "layers may be chosen for"),
+        load_tokenizer=source.tokenizer,
+        questions_hint="",
+    )
+
+
+def texts_of_repair(checkpoint: Checkpoint) -> Iterator[SeenText]:
+    """Yield the texts that a checkpoint was repaired or distilled on, or nothing for one without such records.
+
+    Raises:
+        ModelError: a record is damaged.
+    """
+    yield from _texts_of_distillation(checkpoint)
+    fit = f"the repair of '{checkpoint.name}'"
+    for repair in read_repairs(checkpoint.folder):
+        for text in repair.texts:
+            source = _Source(checkpoint, text.corpus, repair.reading(), repair.skip_sequences)
+            yield SeenText(
+                use=f"{fit} was fitted on ({text.corpus})",
+                rows=repair.skip_sequences + text.rows,
+                read=partial(source.read_again, fit, "it may be fitted to", (text.fingerprint,)),
+                load_tokenizer=source.tokenizer,
+            )
+
+
+def _texts_of_distillation(checkpoint: Checkpoint) -> Iterator[SeenText]:
+    """Yield the texts that a checkpoint was distilled on, but for text that its teacher wrote."""
+    record = read_record(checkpoint.folder)
+    training = f"the distillation of '{checkpoint.name}'"
+    for text in record.texts if record else ():
+        if record is None or not text.trained_rows or text.corpus == SELF:
+            continue
+        skipped = record.skip_sequences + text.held_out_rows
+        settings = replace(record.settings, max_sequences=text.trained_rows)
+        source = _Source(checkpoint, text.corpus, settings, skipped)
+        yield SeenText(
+            use=f"'{checkpoint.name}' was distilled on ({text.corpus})",
+            rows=skipped + text.trained_rows,
+            read=partial(source.read_again, training, "it is trained on", (text.fingerprint,)),
+            load_tokenizer=source.tokenizer,
+        )
+
+
+def text_of_fit(text: CorpusPlan, skipped: int, checkpoint: Checkpoint, *, trust_remote_code: bool) -> SeenText:
+    """Return a text that a repair will be fitted on, without its first ``skipped`` rows."""
+    return SeenText(
+        use=f"the repair is fitted on ({text.source})",
+        rows=skipped + text.num_sequences,
+        read=lambda: text.shards,
+        load_tokenizer=partial(load_tokenizer, checkpoint, trust_remote_code=trust_remote_code),
+    )
+
+
+def as_task(text: CorpusPlan) -> Task:
+    """Return a text as a task, which can be compared with other texts."""
+    return Task(name=text.source, parts=tuple(map(TextLoss, text.shards)))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Source of the rows of a text: its name, the settings to read it with, and the number of skipped rows."""
+
+    checkpoint: Checkpoint
+    corpus: str
+    settings: Settings
+    skipped: int = 0
+
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.checkpoint)
+
+    def read_again(self, user: str, risk: str, fingerprints: Collection[str] = ()) -> Sequence[Shard]:
+        """Read the rows again that ``user`` has read.
+
+        Args:
+            risk: clause of the hint that names the risk of no comparison, such as ``it may be fitted to``.
+            fingerprints: earlier fingerprints of its content or its tokens. A text with none of them has changed.
+        """
+        hint = f"Put it back, or set `allow_overlap` and know that {risk} this very text."
+        try:
+            text = tokenize_corpus(self.corpus, self.tokenizer(), self.settings, skip_sequences=self.skipped)
+        except AvssError as error:
+            raise ConfigError(f"The text of {user} cannot be read again: {error.message}", hint) from error
+        if fingerprints and not {text.corpus_fingerprint, text.tokens_fingerprint} & {*fingerprints}:
+            raise ConfigError(f"The text of {user} has changed since it was read: {text.source}.", hint)
+        return text.shards
+
+
+def _prompts(shards: Iterable[Shard], tokenizer: Any) -> set[str]:
+    """Return the prompts of paired text, each once, without whitespace."""
+    return {
+        text
+        for shard in shards
+        if shard.pairing
+        for text in plain_text(
+            [ids[:start] for ids, start in zip(shard.input_ids, shard.pairing.starts, strict=True)], tokenizer
+        )
+    }

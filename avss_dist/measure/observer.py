@@ -24,7 +24,7 @@ from avss_dist.core.settings import INPUT_SITES
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels.base import Accumulator, Kernels, send_stats
 from avss_dist.measure.kernels.choose import kernels_for
-from avss_dist.measure.rows import ObservedTokens, PlacedRows, RowsOf, masks_by_stratum, row_tensors
+from avss_dist.measure.rows import ObservedTokens, PlacedRows, RowAccumulator, masks_by_stratum, row_tensors
 from avss_dist.models.experts import Experts, Routing, routing_of
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
 from avss_dist.partition.base import RowSplit
@@ -40,7 +40,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
-class Entered:
+class RunningLayer:
     """The running layer and the hidden states that it received.
 
     Attributes:
@@ -59,7 +59,7 @@ class Pass:
 
     Attributes:
         mask: bool[rows, tokens], true for tokens that count; None if none counts.
-        own: the rows that this process counts.
+        local_rows: rows that this process counts.
         strata: the mask of each stratum in these rows. Unpaired text has one stratum.
         masks, tokens: copies of the masks and the observed tokens, by device.
         first_tokens: positions of the first counted tokens, by device and stratum. See `first_tokens_on`.
@@ -69,14 +69,14 @@ class Pass:
 
     observer: Observer
     mask: torch.Tensor | None
-    own: slice
+    local_rows: slice
     strata: dict[str, torch.Tensor]
     pairing: Pairing | None
     masks: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
     tokens: dict[torch.device, ObservedTokens] = field(default_factory=dict)
     first_tokens: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
     calls: dict[nn.Module, int] = field(default_factory=dict)
-    entered: Entered | None = None
+    entered: RunningLayer | None = None
 
     def masks_on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the mask of each stratum on a device."""
@@ -97,8 +97,8 @@ class Pass:
         """Mask without the rows of paired text in which an answer follows another prompt than its own."""
         if self.mask is None or self.pairing is None:
             return self.mask
-        own = [not label.endswith(AFTER_ANOTHER) for label in self.pairing.strata]
-        return self.mask & torch.tensor(own)[:, None]
+        after_own_prompt = [not label.endswith(AFTER_ANOTHER) for label in self.pairing.strata]
+        return self.mask & torch.tensor(after_own_prompt)[:, None]
 
 
 def _first_tokens(mask: np.ndarray) -> np.ndarray:
@@ -148,7 +148,7 @@ class ExpertCounter:
             routing: routing of the tokens that count.
             outputs: [tokens, units], the outputs of each token's k-th expert at a gate of 1, for each k.
         """
-        sums = self._of(layer, experts, routing.hidden.device)
+        sums = self._sums_of(layer, experts, routing.hidden.device)
         sums.router[0] += len(routing.index)
         for slot, output in enumerate(outputs):
             index, gates = routing.index[:, slot], routing.gates[:, slot].double()
@@ -162,15 +162,15 @@ class ExpertCounter:
             columns = torch.stack([gates * squares.sqrt(), elements, total, squares], dim=1)
             sums.outputs += chosen.T @ torch.where(finite[:, None], columns, 0)
 
-    def add_entropy(self, layer: int, experts: Experts, given: torch.Tensor) -> None:
+    def add_entropy(self, layer: int, experts: Experts, logits: torch.Tensor) -> None:
         """Add the router's entropy over the tokens that count.
 
         Args:
-            given: [tokens, experts], the router's output.
+            logits: [tokens, experts], the router's output.
         """
-        wide = given.double()
+        wide = logits.double()
         shares = wide / wide.sum(dim=-1, keepdim=True) if experts.normalized else wide.softmax(dim=-1)
-        self._of(layer, experts, given.device).router[1] += torch.special.entr(shares).sum()
+        self._sums_of(layer, experts, logits.device).router[1] += torch.special.entr(shares).sum()
 
     def send(self) -> Callable[[], dict[int, ExpertStats]]:
         """Start the transfer of the sums, and return a function that waits for it and returns statistics by layer."""
@@ -183,7 +183,7 @@ class ExpertCounter:
 
         return wait
 
-    def _of(self, layer: int, experts: Experts, device: torch.device) -> _ExpertSums:
+    def _sums_of(self, layer: int, experts: Experts, device: torch.device) -> _ExpertSums:
         if layer not in self._sums:
             zeros = partial(torch.zeros, dtype=torch.float64, device=device)
             router = zeros(2)
@@ -225,10 +225,10 @@ def _read_experts(experts: Experts, current: Current, module: nn.Module, args: A
     """Run the experts once for each of the k slots, with gates of 1, as their usual output is a sum over slots."""
     routing = routing_of([t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)])
     now = current()
-    if now is None or routing is None or (counts := _places(now, routing.index)) is None:
+    if now is None or routing is None or (counts := _counted_positions(now, routing.index)) is None:
         return
-    layer, kept = counts
-    counted = Routing(*(x.index_select(0, kept) for x in (routing.hidden, routing.index, routing.gates)))
+    layer, places = counts
+    counted = Routing(*(x.index_select(0, places) for x in (routing.hidden, routing.index, routing.gates)))
 
     def output(slot: slice) -> torch.Tensor:
         instead = {
@@ -238,24 +238,24 @@ def _read_experts(experts: Experts, current: Current, module: nn.Module, args: A
         }
         positional = [instead.get(id(value), value) for value in args]
         named = {name: instead.get(id(value), value) for name, value in kwargs.items()}
-        given: torch.Tensor = module.forward(*positional, **named)
-        return given
+        result: torch.Tensor = module.forward(*positional, **named)
+        return result
 
     outputs = (output(slice(slot, slot + 1)) for slot in range(counted.index.shape[1]))
     now.observer.experts.add(layer, experts, counted, outputs)
 
 
 def _read_router(experts: Experts, current: Current, _module: nn.Module, _args: Any, output: Any) -> None:
-    given, now = first_tensor(output), current()
-    if now is None or given is None:
+    logits, now = first_tensor(output), current()
+    if now is None or logits is None:
         return
-    given = given.reshape(-1, experts.number)
-    if counts := _places(now, given):
-        layer, kept = counts
-        now.observer.experts.add_entropy(layer, experts, given.index_select(0, kept))
+    logits = logits.reshape(-1, experts.number)
+    if counts := _counted_positions(now, logits):
+        layer, places = counts
+        now.observer.experts.add_entropy(layer, experts, logits.index_select(0, places))
 
 
-def _places(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
+def _counted_positions(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor] | None:
     """Return the index of the running layer and the positions of counted tokens, or None if none counts.
 
     Raises:
@@ -352,7 +352,17 @@ def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = F
 
 
 class Observer:
-    """Accumulator of LayerStats over the forward passes that run inside `batch`. See `observe` for the arguments."""
+    """Accumulator of LayerStats over the forward passes that run inside `batch`. Observers may be nested.
+
+    A forward pass raises ModelError if the tensors of a layer cannot be counted. The message names the layer.
+
+    Args:
+        hooks: hooks of the layers, from `attached`.
+        thresholds: absolute near-zero thresholds, ascending.
+        split: rows of a batch that this process counts.
+        passes: number of passes to be counted, if known. After the last, a layer's accumulators are freed.
+        heartbeat: called at the start of every layer.
+    """
 
     def __init__(
         self,
@@ -371,8 +381,8 @@ class Observer:
         self._accumulators: dict[StratumKey, Accumulator] = {}
         self._stats: dict[StratumKey, LayerStats] = {}
         self._coming: list[tuple[list[StratumKey], Callable[[], list[LayerStats]]]] = []
-        self._of_rows: defaultdict[LayerKey, RowsOf] = defaultdict(RowsOf)
-        self._left: Counter[int] = Counter()
+        self._of_rows: defaultdict[LayerKey, RowAccumulator] = defaultdict(RowAccumulator)
+        self._num_observed: Counter[int] = Counter()
         self._kernels: dict[torch.device, Kernels] = {}
         inputs = set(INPUT_SITES) & set(hooks.sites)  # of linear maps, whose every unit is summed
         self._unit_sites = (*UNIT_SITES, "neuron") if inputs else UNIT_SITES
@@ -390,9 +400,9 @@ class Observer:
                 of single rows are measured.
         """
         mask = torch.from_numpy(np.ascontiguousarray(observed)) if observed.any() else None
-        own = self.split.rows(len(observed))
-        strata = {} if mask is None else masks_by_stratum(mask[own], pairing and pairing.part(own))
-        with bound(PASSES, (*PASSES.get(), Pass(self, mask, own, strata, pairing))):
+        local_rows = self.split.rows(len(observed))
+        strata = {} if mask is None else masks_by_stratum(mask[local_rows], pairing and pairing.part(local_rows))
+        with bound(PASSES, (*PASSES.get(), Pass(self, mask, local_rows, strata, pairing))):
             yield
 
     def send(self) -> None:
@@ -440,7 +450,7 @@ class Observer:
         layer = self._by_call.get((module, call))
         if layer is None:
             raise ModelError(f"A layer ran more often than when the model was opened ({call + 1} times in one pass).")
-        now.entered = Entered(layer, hidden, hidden._version if hidden is not None else 0)
+        now.entered = RunningLayer(layer, hidden, hidden._version if hidden is not None else 0)
 
     def leave(self, now: Pass, module: nn.Module, output: Any) -> None:
         """Add the statistics of a layer at its end."""
@@ -459,18 +469,18 @@ class Observer:
         if layer is None or tap is None or tap.module is not module or tensor is None:
             return
         x = self._rows(now, layer, tap.axes, tensor)
-        self._add(now, layer, site, tap.exchange(x) if tap.exchange else x[now.own])
+        self._add(now, layer, site, tap.exchange(x) if tap.exchange else x[now.local_rows])
 
     def _count_pass(self, layer: Layer) -> None:
         """Count a pass of a layer. After the last, reduce host accumulators to results, which are ten times smaller."""
-        self._left[layer.index] += 1
-        if self._left[layer.index] == self._passes:
+        self._num_observed[layer.index] += 1
+        if self._num_observed[layer.index] == self._passes:
             keys = [key for key in self._accumulators if key[0] == layer.index]
             if all(self._accumulators[key].is_on_host for key in keys):
                 _, arrived = self._send(keys)
                 self._stats |= zip(keys, arrived(), strict=True)
 
-    def _add_block(self, now: Pass, entered: Entered, output: Any) -> None:
+    def _add_block(self, now: Pass, entered: RunningLayer, output: Any) -> None:
         layer, before = entered.layer, entered.hidden
         after = first_tensor(output)
         if after is None:
@@ -478,11 +488,11 @@ class Observer:
         if before is not None and before._version != entered.version:
             raise ModelError(f"Layer {layer.index} ({layer.name}) changes its input in place; it cannot be observed.")
         comparable = before is not None and before.shape == after.shape
-        after = self._rows(now, layer, layer.axes, after)[now.own]
+        after = self._rows(now, layer, layer.axes, after)[now.local_rows]
         if before is None or not comparable:
             self._add(now, layer, "block", after)
             return
-        before = self._rows(now, layer, layer.axes, before)[now.own]
+        before = self._rows(now, layer, layer.axes, before)[now.local_rows]
         self._add(now, layer, "block", after, before)
         self._add_update(now, layer, after, before)
 
@@ -520,9 +530,9 @@ class Observer:
         if now.mask is None or now.pairing is None or site not in self.hooks.sites or not len(x):
             return
         if x.device not in now.tokens:
-            now.tokens[x.device] = ObservedTokens.of(now.mask[now.own], x.device)
+            now.tokens[x.device] = ObservedTokens.of_mask(now.mask[now.local_rows], x.device)
         rows = row_tensors(x, now.tokens[x.device], self._thresholds, before)
-        self._of_rows[layer.index, site].add(now.pairing.rows[now.own], rows)
+        self._of_rows[layer.index, site].add(now.pairing.rows[now.local_rows], rows)
 
     def _accumulators_of(
         self, now: Pass, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False
@@ -545,30 +555,3 @@ class Observer:
     def _finish(self) -> None:
         for kernels in self._kernels.values():
             kernels.finish()
-
-
-@contextmanager
-def observe(
-    layers: Sequence[Layer],
-    sites: Sequence[str],
-    thresholds: Sequence[float],
-    *,
-    passes: int | None = None,
-    heartbeat: Callable[[], None] | None = None,
-) -> Iterator[Observer]:
-    """Attach hooks and yield an observer. The hooks are removed on exit, also after an exception.
-
-    Observers may be nested.
-
-    Args:
-        layers: layers, as found by `structure.find_structure`.
-        sites: the sites of ``settings.SITES`` to measure.
-        thresholds: absolute near-zero thresholds, ascending.
-        passes: number of passes to be counted, if known. After the last, a layer's accumulators are freed.
-        heartbeat: called at the start of every layer.
-
-    Raises:
-        ModelError: from the forward pass, if the tensors of a layer cannot be counted. The message names the layer.
-    """
-    with attached(layers, sites) as hooks:
-        yield Observer(hooks, thresholds, passes=passes, heartbeat=heartbeat)

@@ -32,7 +32,7 @@ class ObservedTokens:
     numbers: torch.Tensor
 
     @staticmethod
-    def of(mask: torch.Tensor, device: torch.device) -> ObservedTokens:
+    def of_mask(mask: torch.Tensor, device: torch.device) -> ObservedTokens:
         """Return the tokens that a mask on the host selects.
 
         Args:
@@ -110,24 +110,24 @@ def by_matrices(
     Args:
         values, before: [tokens, units], the tokens that count.
     """
-    of, values = tokens.of_row, values.double()
+    row_sums, values = tokens.of_row, values.double()
     finite, sizes = torch.isfinite(values), values.abs()
-    kept = torch.where(finite, values, 0)
-    count = of @ finite.sum(dim=1).double()
-    mean = (of @ kept.sum(dim=1)) / count.clamp(min=1)
-    spread = torch.where(finite, kept - (mean @ of)[:, None], 0).square().sum(dim=1)
+    values_or_zero = torch.where(finite, values, 0)
+    count = row_sums @ finite.sum(dim=1).double()
+    mean = (row_sums @ values_or_zero.sum(dim=1)) / count.clamp(min=1)
+    spread = torch.where(finite, values_or_zero - (mean @ row_sums)[:, None], 0).square().sum(dim=1)
     near_zero = torch.stack([(sizes < limit).sum(dim=1) for limit in thresholds.tolist()], dim=1).double()
-    nonfinite = of @ (~finite).any(dim=1).double()
-    centers = torch.where(nonfinite[:, None] > 0, torch.nan, of @ kept)
+    nonfinite = row_sums @ (~finite).any(dim=1).double()
+    centers = torch.where(nonfinite[:, None] > 0, torch.nan, row_sums @ values_or_zero)
     relative = torch.full_like(mean, torch.nan)
     if before is not None:
         old = before.double()
         relative = _mean((values - old).norm(dim=1) / old.norm(dim=1), tokens)
     return {
         "count": count.long(),
-        "near_zero": (of @ near_zero).long(),
+        "near_zero": (row_sums @ near_zero).long(),
         "mean": torch.where(count > 0, mean, torch.nan),
-        "m2": of @ spread,
+        "m2": row_sums @ spread,
         "pooled_variance": _pooled(centers, tokens),
         "norm": _mean(values.norm(dim=1), tokens),
         "relative_magnitude": relative,
@@ -160,7 +160,7 @@ PlacedRows = tuple[np.ndarray, RowStats]
 
 
 @dataclass
-class RowsOf:
+class RowAccumulator:
     """Accumulator of the row statistics of one layer and site, batch by batch."""
 
     _places: list[np.ndarray] = field(default_factory=list)

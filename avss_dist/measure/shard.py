@@ -65,8 +65,8 @@ def analyze_shard(
     if replica.device.type == "cuda":
         reset_peak_device_memory()
     rows = rows or settings.batch_size
-    own = attached(replica.layers, settings.sites, experts=settings.experts)
-    with nullcontext(hooks) if hooks is not None else own as on_layers:
+    new_hooks = attached(replica.layers, settings.sites, experts=settings.experts)
+    with nullcontext(hooks) if hooks is not None else new_hooks as on_layers:
         observer, rows = halve_until_it_fits(
             lambda rows: _measure(replica, on_layers, list(shard.batches(rows)), forwards, settings, heartbeat),
             rows,

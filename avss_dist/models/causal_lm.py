@@ -69,7 +69,8 @@ class LanguageModel:
         family: ``model_type`` of the configuration.
         device: device of token ids and results.
         reports: whether the results of this process count; one of several ranks with equal results reports.
-        keeps_hidden_states: whether `skipping.recording` and `resuming` work on its layers and save time.
+        keeps_hidden_states: whether `skipping.recording` and `resuming` work on its layers and save time. Otherwise
+            the passes of `together` share one reading of the weights.
 
     Raises:
         ModelError: the model has no head that predicts the next token.
@@ -184,6 +185,16 @@ class LanguageModel:
         """Have the model compute with a patch inside the context; see `patching.patched`."""
         with patched(self.layers, patch):
             yield
+
+    @contextmanager
+    def beginning(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
+        """Have passes start with the output of a layer inside the context; allowed if `resumes`."""
+        with resuming(self.layers, layer, Recorded({layer: hidden}, self.forms)):
+            yield
+
+    def value(self, layer: int, path: str) -> torch.Tensor:
+        """Return a parameter of a layer."""
+        return self.layers[layer].module.get_parameter(path).detach()
 
     @contextmanager
     def sparsified(self, sparsity: Sparsity) -> Iterator[SparsityCounts]:

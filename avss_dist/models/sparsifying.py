@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import MapSparsity, Sparsity
-from avss_dist.core.settings import THRESHOLD, TOP_K, TOP_P
+from avss_dist.core.intervention import THRESHOLD, TOP_K, TOP_P, MapSparsity, Sparsity
 from avss_dist.models.layers import Layer, Projection
 from avss_dist.system.context import bound
 

@@ -58,8 +58,7 @@ def require_sublayers(obstacles: Mapping[int, str], removed: Collection[Removal]
         for layer in layers:
             if layer in obstacles:
                 raise ModelError(
-                    f"The {'MLP' if kind == 'mlp' else kind} of layer {layer} cannot be left out alone: "
-                    f"{obstacles[layer]}.",
+                    f"{kind}.{layer} cannot be left out alone: {obstacles[layer]}.",
                     "Leave out whole layers of this model.",
                 )
 

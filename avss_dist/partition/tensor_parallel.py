@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.intervention import Sparsity
+from avss_dist.core.intervention import THRESHOLD, Sparsity
 from avss_dist.core.registry import WHOLE
-from avss_dist.core.settings import THRESHOLD, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.auto import predictor
 from avss_dist.models.causal_lm import LanguageModel, Watcher

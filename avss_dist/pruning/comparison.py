@@ -53,7 +53,7 @@ def largest_difference(
     pruned = resolve(str(folder), trust_remote_code=settings.trust_remote_code)
     pruned = replace(pruned, name=f"{checkpoint.name} without these layers")
     settings, outputs = replace(settings, layers=plan.layers), []
-    for tested, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
+    for tested, drop, patch in ((checkpoint, plan.dropped_layers, replaced), (pruned, (), {})):
         if fits and execution.partition != LAYERWISE:
             output = _output(tested, settings, drop, patch)
         elif has_head(text_config(tested, trust_remote_code=settings.trust_remote_code)):

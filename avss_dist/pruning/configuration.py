@@ -64,23 +64,25 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
             settings_of |= {
                 key: renumber_quantization(settings_of[key], layer_names) for key in KEYS if key in settings_of
             }
-    less = _written(checkpoint, whole, raw, folder, settings)
+    less = _write_and_read(checkpoint, whole, raw, folder, settings)
     derived = _as_json(less.get_text_config().to_dict())
     if missing := {name: value for name, value in expected.items() if derived.get(name) != value}:
         part |= missing
-        less = _written(checkpoint, whole, raw, folder, settings)
+        less = _write_and_read(checkpoint, whole, raw, folder, settings)
     _require_same_settings(whole, less, {*expected, *names, *KEYS})
     _require_same_layers(whole, less, plan, settings)
     _require_same_classes(whole, less, plan, settings)
 
 
-def _written(checkpoint: Checkpoint, whole: Any, raw: Mapping[str, Any], folder: Path, settings: Settings) -> Any:
+def _write_and_read(
+    checkpoint: Checkpoint, whole: Any, raw: Mapping[str, Any], folder: Path, settings: Settings
+) -> Any:
     """Write a configuration, and return it as transformers reads it."""
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     try:
         return text_config(replace(checkpoint, path=str(folder)), trust_remote_code=settings.trust_remote_code)
     except ModelError as error:
-        raise _unlike(whole, error.message) from error
+        raise _changed_model_error(whole, error.message) from error
 
 
 def _refuse(text: Any, plan: Plan) -> None:
@@ -116,7 +118,7 @@ def _shortened(name: str, value: Any, plan: Plan) -> Any:
 
 
 def _shortened_list(name: str, value: list[Any], plan: Plan) -> list[Any] | None:
-    """Return a per-layer list, or a list of layer indices, for the remaining layers; None for other lists."""
+    """Return a per-layer list, or a list of layer indices, for the remaining layers, or None for other lists."""
     are_indices = bool(_INDICES.search(name) or name.endswith("idxs")) and _are_layers(value, plan.num_layers)
     if len(value) == plan.num_layers and not (are_indices and len(set(value)) == len(value) > 2):
         return [value[layer] for layer in plan.keep]
@@ -124,7 +126,7 @@ def _shortened_list(name: str, value: list[Any], plan: Plan) -> list[Any] | None
 
 
 def _shortened_mapping(value: Mapping[Any, Any], plan: Plan) -> dict[str, Any] | None:
-    """Return settings by layer index for the remaining layers; None for other mappings."""
+    """Return settings by layer index for the remaining layers, or None for other mappings."""
     new = {str(layer): str(i) for i, layer in enumerate(plan.keep)}
     if not value or not {str(key) for key in value} <= {str(layer) for layer in range(plan.num_layers)}:
         return None
@@ -149,7 +151,7 @@ def _require_same_settings(whole: Any, less: Any, changed: set[str]) -> None:
     """
     before, after = _as_json(whole.to_dict()), _as_json(less.to_dict())
     for path, old, new in _differences(before, after, {*changed, "_name_or_path"}):
-        raise _unlike(whole, f"its setting `{path}` would be {new!r} for {old!r}")
+        raise _changed_model_error(whole, f"its setting `{path}` would be {new!r} for {old!r}")
 
 
 def _differences(before: Any, after: Any, changed: set[str], path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -176,15 +178,17 @@ def _require_same_layers(whole: Any, less: Any, plan: Plan, settings: Settings) 
         lists.append(layers)
     before, after = lists
     for new, old in enumerate(plan.keep):
-        seen = zip(_described(before[old], old), _described(after[new], new), strict=False)
+        seen = zip(_layer_properties(before[old], old), _layer_properties(after[new], new), strict=False)
         for (path, what, a), (other, _, b) in seen:
             if path != other or a != b:
-                raise _unlike(whole, f"layer {old} would have {path} {what} {b!r} for {a!r} as layer {new}")
+                raise _changed_model_error(
+                    whole, f"layer {old} would have {path} {what} {b!r} for {a!r} as layer {new}"
+                )
         if len(list(before[old].modules())) != len(list(after[new].modules())):
-            raise _unlike(whole, f"layer {old} would have other modules as layer {new}")
+            raise _changed_model_error(whole, f"layer {old} would have other modules as layer {new}")
 
 
-def _described(layer: nn.Module, index: int) -> Iterator[tuple[str, str, Any]]:
+def _layer_properties(layer: nn.Module, index: int) -> Iterator[tuple[str, str, Any]]:
     """Yield (module path, property, value) for all properties of a layer except its own index."""
     for path, module in layer.named_modules():
         yield path, "kind", type(module).__name__
@@ -208,13 +212,15 @@ def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings)
             continue
         after = skeleton_by(auto, less, settings)
         if after is None:
-            raise _unlike(whole, f"{auto.__name__}, which opens the original, would not open it")
+            raise _changed_model_error(whole, f"{auto.__name__}, which opens the original, would not open it")
         place = list_path(before, plan)
         expected = {new: shape for name, shape in _shapes(before) if (new := renumbered(name, place, plan)) is not None}
         shapes = dict(_shapes(after))
         if different := [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]:
             shape, other = expected.get(different[0]), shapes.get(different[0])
-            raise _unlike(whole, f"in {auto.__name__}, {different[0]} would have the shape {other} for {shape}")
+            raise _changed_model_error(
+                whole, f"in {auto.__name__}, {different[0]} would have the shape {other} for {shape}"
+            )
 
 
 def _has_layers(model: Any, plan: Plan) -> bool:
@@ -226,7 +232,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     return ((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
 
 
-def _unlike(config: Any, why: str) -> PlanError:
+def _changed_model_error(config: Any, why: str) -> PlanError:
     return PlanError(
         f"A pruned {config.model_type} would not be what it was: {why}.",
         "Its configuration tells layers apart by their place: drop others, or evaluate the plan without a checkpoint.",

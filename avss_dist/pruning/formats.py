@@ -28,7 +28,7 @@ def mergekit_slices(plan: Plan) -> str:
 
 
 def llama_cpp_command(plan: Plan) -> str:
-    """Return a plan as a command line of llama.cpp for a GGUF file of the model; it quantizes no tensor.
+    """Return a plan as a command line of llama.cpp for a GGUF file of the model. It quantizes no tensor.
 
     Raises:
         PlanError: the plan leaves out sublayers.

@@ -73,7 +73,7 @@ def describe_headless(run: Mapping[str, Any]) -> str:
 
 
 def find_layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth | None:
-    """Return the result of `layer_truth`; None if there is no such evaluation."""
+    """Return the result of `layer_truth`, or None if there is no such evaluation."""
     for evaluation in _newest_first(store, run, SCORES[by].task, metrics_of(by)):
         if values := _by_layer(evaluation, by):
             return LayerTruth(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])

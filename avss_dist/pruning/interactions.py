@@ -68,12 +68,12 @@ def _search_all(linear: Float64, pairs: Float64, count: int) -> Sequence[int]:
         alone, across = _values(second, linear, pairs), pairs @ second.T
         step = max(1, AT_ONCE // len(second))
         for start in range(0, len(first), step):
-            some = first[start : start + step]
-            values = _values(some, linear, pairs)[:, None] + alone + some @ across
-            if (least := values.min()) < best:
-                best = least
+            chunk = first[start : start + step]
+            values = _values(chunk, linear, pairs)[:, None] + alone + chunk @ across
+            if (lowest := values.min()) < best:
+                best = lowest
                 i, j = np.unravel_index(values.argmin(), values.shape)
-                chosen = np.flatnonzero(some[i] + second[j])
+                chosen = np.flatnonzero(chunk[i] + second[j])
     return chosen.tolist()
 
 

@@ -9,15 +9,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, require_known
+from avss_dist.core.intervention import SPARSITY_RULES
 from avss_dist.core.names import CONTRAST
-from avss_dist.core.registry import FROM_ACTIVATIONS, INTERACTIONS, MEASURED
-from avss_dist.core.settings import (
-    EVERY_SITE,
-    RECIPES,
-    SEARCHES,
-    SPARSITY_METHODS,
-    SPARSITY_RULES,
-)
+from avss_dist.core.registry import FROM_ACTIVATIONS, INTERACTIONS, MEASURED, RECIPES, SEARCHES, SPARSITY_METHODS
+from avss_dist.core.settings import EVERY_SITE
 from avss_dist.core.text import describe_threshold, parse_threshold
 from avss_dist.core.validation import Check, OneOf, checked
 from avss_dist.options import PromptOptions
@@ -167,7 +162,7 @@ class Method:
     """One way to choose layers.
 
     Attributes:
-        score: one of ``registry.SCORES`` or ``settings.SEARCHES``; or ``interactions``, ``contrast``, ``random``
+        score: one of ``registry.SCORES`` or ``registry.SEARCHES``; or ``interactions``, ``contrast``, ``random``
             or ``last``.
         reading: reading of AVSS or the contrast.
         control: `REVERSED`, `ENDS_KEPT` or None.

@@ -50,7 +50,7 @@ def model_card(
 
 
 def pruned_from(folder: Path) -> tuple[str, str] | None:
-    """Return the base model that the card of a pruned checkpoint names, and its revision; None of other checkpoints."""
+    """Return base model and revision from the card of a pruned checkpoint, or None for another checkpoint."""
     try:
         values, text = _front_matter(folder), (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
@@ -73,7 +73,7 @@ def removed_layers(folder: Path) -> tuple[int, ...]:
 
 
 def source_license(folder: Path) -> dict[str, Any]:
-    """Return the license that a checkpoint's model card names, else its configuration; empty if neither does."""
+    """Return the license that a checkpoint's model card names, else its configuration. Empty if neither does."""
     for read in (_front_matter, _config):
         with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
             values = read(folder)

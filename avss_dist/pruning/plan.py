@@ -1,11 +1,12 @@
-"""Plans: layers to drop, with a reason. A plan is a small YAML file that names its model and its run.
+"""Plans: layers and sublayers to drop, with a reason. A plan is a small YAML file that names its model and its run.
 
-Layers count from 0.
+Layers count from 0. A sublayer is written ``attention.7`` or ``mlp.7``.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -14,25 +15,28 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 import yaml
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from avss_dist.core.errors import ConfigError, unwritable
 from avss_dist.core.intervention import (
     MAX_LAYERS,
     PARTS,
     Intervention,
+    Removal,
     Removals,
     Sublayer,
     count_removed,
     describe_removed,
     joined,
-    layers_by_part,
+    layer_of,
+    parse_removal,
+    removal_names,
     whole_layers,
 )
-from avss_dist.core.registry import SCORES
+from avss_dist.core.registry import LOWEST_SHARE, SCORES, SEARCHES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import LOWEST_SHARE, SEARCHES, Check, checked
 from avss_dist.core.text import printable
+from avss_dist.core.validation import Check, checked
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml_mapping
 from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
 from avss_dist.pruning.interactions import predicted, quadratic
@@ -55,7 +59,10 @@ def _reason(value: Any) -> Any:
     return value
 
 
-Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+_REMOVAL_SCHEMA = {
+    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": rf"^({'|'.join(PARTS)})\.\d+$"}]
+}
+FileRemoval = Annotated[Removal, Check(parse_removal, before=True), WithJsonSchema(_REMOVAL_SCHEMA)]
 Lines = Annotated[tuple[str, ...], Field(strict=False)]
 Name = Annotated[str, Field(min_length=1)]
 Reason = Annotated[Any, Check(_reason)]
@@ -63,7 +70,7 @@ Reason = Annotated[Any, Check(_reason)]
 
 @checked
 class Plan(TabularResult):
-    """Layers to drop from a model.
+    """Layers and sublayers to drop from a model.
 
     Raises:
         ConfigError: values that do not make a plan. The message has every problem.
@@ -77,12 +84,8 @@ class Plan(TabularResult):
     """Layers of the whole model."""
     layers: Name
     """Module path of the layer list, below the model's head."""
-    drop: Layers = ()
-    """Layers to drop, from 0."""
-    attention: Layers = ()
-    """Layers of which the attention alone is left out."""
-    mlp: Layers = ()
-    """Layers of which the MLP alone is left out."""
+    drop: Annotated[tuple[FileRemoval, ...], Field(strict=False)] = ()
+    """Layers to drop, from 0, and sublayers: 3, attention.7, mlp.9."""
     why: Mapping[str, Reason] = Field(default_factory=dict)
     """Criterion and options by which the layers were chosen."""
     run_id: Annotated[str, Check(_run_id)] | None = None
@@ -93,69 +96,69 @@ class Plan(TabularResult):
     """Evaluations of the model without these layers that the warehouse had when the plan was made."""
 
     def __post_init__(self) -> None:
-        given = {"drop": self.drop} | {part: getattr(self, part) for part in PARTS}
-        number = self.num_layers
-        absent = sorted(layer for layers in given.values() for layer in layers if layer >= number)
-        removed = joined([*self.drop, *(Sublayer(layer, part) for part in PARTS for layer in given[part])])
-        problems = [
-            PlanError(f"`{name}` names a layer twice.", f"{name}: {sorted(set(layers))}")
-            for name, layers in given.items()
-            if len(set(layers)) != len(layers)
-        ]
-        if twice := sorted({*self.drop} & {*self.attention, *self.mlp}):
+        number, removed = self.num_layers, joined(self.drop)
+        problems = []
+        if repeated := [removal for removal, times in Counter(self.drop).items() if times > 1]:
+            problems.append(PlanError(f"`drop` has {repeated[0]} twice.", "Keep one of them."))
+        layers = {*whole_layers(self.drop)}
+        if contained := [entry for entry in self.drop if isinstance(entry, Sublayer) and entry.layer in layers]:
+            sublayer = min(contained)
             problems.append(
-                PlanError(f"Layer {twice[0]} is dropped, and so is a sublayer of it.", "Name it in `drop` alone.")
+                PlanError(f"`drop` has {sublayer} and the whole layer {sublayer.layer}.", f"Leave out {sublayer}.")
             )
+        highest = max(map(layer_of, removed), default=0)
         if not removed:
             problems.append(PlanError("The plan drops no layer.", "List at least one in `drop`."))
-        elif absent:
-            problems.append(PlanError(f"There is no layer {absent[-1]}: the model has {number}, from 0."))
-        elif len(removed) == number == len(whole_layers(removed)):
+        elif highest >= number:
+            problems.append(PlanError(f"There is no layer {highest}: the model has {number}, from 0."))
+        elif len(whole_layers(removed)) == number:
             problems.append(PlanError(f"The plan drops all {number} layers.", "Leave at least one."))
         if problems:
             raise ConfigError.combine(problems)
-        object.__setattr__(self, "drop", whole_layers(removed))
-        for kind, layers in layers_by_part(removed).items():
-            object.__setattr__(self, kind, layers)
+        object.__setattr__(self, "drop", removed)
 
     def table(self) -> pa.Table:
         """Return a table with a row for each layer, and the part of it that is left out, if any."""
-        out = dict.fromkeys(self.drop, "layer")
-        out |= {layer: part for part in PARTS for layer in getattr(self, part)}
-        return pa.Table.from_pylist([{"layer": i, "left_out": out.get(i)} for i in range(self.num_layers)])
+        parts = {layer_of(removal): getattr(removal, "part", "layer") for removal in self.drop}
+        return pa.Table.from_pylist([{"layer": i, "left_out": parts.get(i)} for i in range(self.num_layers)])
 
     __repr__ = TabularResult.__repr__
 
     def summary(self) -> str:
-        """Return the model and the removed layers, in a line."""
-        return f"{self.model} without {describe_removed(self.removed)}, of {self.num_layers} layers"
-
-    @property
-    def removed(self) -> Removals:
-        """Layers that are dropped, and sublayers that are left out."""
-        return (*self.drop, *(Sublayer(layer, part) for part in PARTS for layer in getattr(self, part)))
+        """Return the model and the dropped layers and sublayers, in a line."""
+        return f"{self.model} without {describe_removed(self.drop)}, of {self.num_layers} layers"
 
     @property
     def intervention(self) -> Intervention:
         """Intervention that the plan makes on its model."""
-        return Intervention(removed=self.removed)
+        return Intervention(removed=self.drop)
+
+    @property
+    def dropped_layers(self) -> tuple[int, ...]:
+        """Layers that are dropped as a whole."""
+        return whole_layers(self.drop)
 
     @property
     def keep(self) -> tuple[int, ...]:
-        """Layers that are not dropped."""
+        """Layers that are not dropped as a whole."""
         return tuple(layer for layer in range(self.num_layers) if layer not in self.drop)
 
     def require_whole_layers(self, why: str) -> None:
-        """Raise PlanError if the plan leaves out sublayers.
+        """Raise PlanError if the plan drops sublayers.
 
         Args:
-            why: sentence that says why they cannot be left out, for the message.
+            why: sentence that says why they cannot be dropped, for the message.
         """
-        if self.attention or self.mlp:
+        if sublayers := self.drop[len(self.dropped_layers) :]:
             raise PlanError(
-                f"The plan leaves out {describe_removed(self.removed[len(self.drop) :])} alone. {why}.",
+                f"The plan drops {describe_removed(sublayers)} alone. {why}.",
                 "Evaluate the plan as it is, or make one that drops whole layers.",
             )
+
+    def values(self) -> dict[str, Any]:
+        """Return the fields as plain values, as files and JSON have them."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        return plain | {"drop": removal_names(self.drop), "why": dict(self.why)}
 
     def write(self, path: str | Path) -> None:
         """Write the YAML file.
@@ -164,18 +167,18 @@ class Plan(TabularResult):
             PlanError: the file cannot be written.
             StorageFull: there is no space left.
         """
-        values = asdict(self) | {"why": dict(self.why)}
-        lists = {"drop": list(values.pop("drop")), "keep": list(self.keep)}
-        lists |= {part: list(layers) for part in PARTS if (layers := values.pop(part))}
+        values = self.values()
+        lists = {"drop": values.pop("drop"), "keep": list(self.keep)}
         lines = {name: list(values.pop(name)) for name in ("findings", "evaluated")}
         write_text(path, f"# Layers count from 0.\n{to_yaml(values)}{to_yaml(lists, flow=True)}{to_yaml(lines)}")
 
     def describe(self) -> list[str]:
         """Return lines for people: the removed layers, the origin, the reason, findings and evaluations."""
+        of_layers = f"{len(self.drop)} of {self.num_layers} layers"
+        if len(self.dropped_layers) < len(self.drop):
+            of_layers = f"{count_removed(self.drop)} of {self.num_layers}"
         return [
-            f"Drops {count_removed(self.removed)} of {self.num_layers}: {describe_removed(self.removed)}."
-            if self.attention or self.mlp
-            else f"Drops {len(self.drop)} of {self.num_layers} layers: {describe_removed(self.drop)}.",
+            f"Drops {of_layers}: {describe_removed(self.drop)}.",
             describe_origin(self.model, self.revision, self.run_id),
             f"Chosen {describe_reason(self.why)}.",
             *(f"Finding: {line}" for line in self.findings),
@@ -246,15 +249,12 @@ def plan_of(rows: Rows, run: Mapping[str, Any], removed: Removals, why: Mapping[
         PlanError: the run's layers are not one list of the model.
     """
     path, number = layer_list(rows, str(run["model"]))
-    within = layers_by_part(removed)
     return Plan(
         model=run["model"],
         revision=run["revision"],
         num_layers=number,
         layers=path,
-        drop=whole_layers(removed),
-        attention=within["attention"],
-        mlp=within["mlp"],
+        drop=removed,
         why=why,
         run_id=run["run_id"],
     )
@@ -298,8 +298,9 @@ def read_plan(path: str | Path) -> Plan:
     """
     document = read_plan_file(path)
     names = [f.name for f in fields(Plan)]
-    problems = document.unknown_keys([*names, "keep"])
-    values = document.value
+    problems = document.unknown_keys([*names, "keep", *PARTS])
+    values, former = _with_former_keys(document.value)
+    problems += map(document.problem, former)
     try:
         plan = Plan(**{name: value for name, value in values.items() if name in names})
         if values.get("keep") not in (None, list(plan.keep)):
@@ -310,6 +311,21 @@ def read_plan(path: str | Path) -> Plan:
     if problems:
         raise plan_error(path, problems)
     return plan
+
+
+def _with_former_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigError]]:
+    """Return the values of a file, with the sublayers of its keys `attention` and `mlp` in `drop`, and its problems.
+
+    Earlier versions wrote a list of layers for each kind of sublayer.
+    """
+    drop, problems = values.get("drop", []), []
+    for part in PARTS:
+        layers = values.get(part, [])
+        if not isinstance(layers, list) or any(type(layer) is not int or layer < 0 for layer in layers):
+            problems.append(ConfigError(f"`{part}` must be a list of layers, from 0.", f"Or write drop: [{part}.7]."))
+        elif layers and isinstance(drop, list):
+            drop = [*drop, *(Sublayer(layer, part) for layer in layers)]
+    return {**values, "drop": drop}, problems
 
 
 def read_plan_file(path: str | Path) -> Document:

@@ -63,14 +63,14 @@ class LayerNames:
         return cls(plan, (list_path(model, plan), stored), [name for name, _ in model.named_modules() if name])
 
     def renumbered(self, name: str) -> str | None:
-        """Return the name of a module or tensor in the pruned model; None if its layer is dropped.
+        """Return the name of a module or tensor in the pruned model, or None if its layer is dropped.
 
         Names may begin below or above the model. Layers of another tower keep their names.
         """
         parts = name.split(".")
         for place, part in enumerate(parts):
             path = f".{'.'.join(parts[:place])}"
-            if place and part.isdecimal() and any(_ends_alike(path, f".{layers}") for layers in self.lists):
+            if place and part.isdecimal() and any(_is_suffix(path, f".{layers}") for layers in self.lists):
                 if int(part) not in self.plan.keep:
                     return None
                 return ".".join([*parts[:place], str(self.plan.keep.index(int(part))), *parts[place + 1 :]])
@@ -81,7 +81,7 @@ class LayerNames:
         return [f"{mark}{new}" for name in names if (new := self.renumbered(name)) is not None]
 
 
-def _ends_alike(path: str, other: str) -> bool:
+def _is_suffix(path: str, other: str) -> bool:
     return path.endswith(other) or other.endswith(path)
 
 
@@ -108,7 +108,7 @@ def renumber_quantization(config: Any, names: LayerNames) -> Any:
 
 
 def _new_names(text: str, names: LayerNames) -> list[str]:
-    """Return the texts that replace a module's path or a pattern; empty if the layers are dropped."""
+    """Return the texts that replace a module's path or a pattern, empty if the layers are dropped."""
     match = _MARK.fullmatch(text)
     assert match
     mark, body = match.groups()
@@ -118,7 +118,7 @@ def _new_names(text: str, names: LayerNames) -> list[str]:
         pattern = re.compile(body)
     except re.error as error:
         raise PlanError(
-            f"The quantization settings name layers by '{text}', which is no pattern that can be read: {error}.",
+            f"The quantization settings name layers by '{text}', which is not a valid pattern: {error}.",
             "Prune the checkpoint before it is quantized, or evaluate the plan without a checkpoint.",
         ) from None
     renumbered = names.renumbered_all(filter(pattern.match, names.modules))
@@ -137,12 +137,14 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, setti
     Raises:
         PlanError: a remaining weight would be read differently.
     """
-    how = f"The weights are quantized ({describe_quantization(checkpoint, settings)}), and copied as they are"
+    note = f"The weights are quantized ({describe_quantization(checkpoint, settings)}), and copied as they are"
     names = LayerNames.of_checkpoint(checkpoint, plan, settings)
     try:
-        before, after = (_strangers(tested, settings) for tested in (checkpoint, replace(checkpoint, path=str(folder))))
+        before, after = (
+            _unmatched_tensors(tested, settings) for tested in (checkpoint, replace(checkpoint, path=str(folder)))
+        )
     except ModelError as error:
-        return f"{how}. Whether the settings read each of them as before could not be seen here: {error}"
+        return f"{note}. Whether the settings read each of them as before could not be seen here: {error}"
     expected = {(new, shape) for name, shape in before if (new := names.renumbered(name)) is not None}
     if strange := sorted(name for name, _ in after ^ expected):
         more = f" and {len(strange) - MAX_NAMED} more" if len(strange) > MAX_NAMED else ""
@@ -151,10 +153,10 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, setti
             f"dropped: {', '.join(strange[:MAX_NAMED])}{more}.",
             "Prune the checkpoint before it is quantized, or evaluate the plan without a checkpoint.",
         )
-    return f"{how}. Built as quantized modules, they have the names and shapes of the tensors in the files, as before."
+    return f"{note}. Built as quantized modules, they have the names and shapes of the tensors in the files, as before."
 
 
-def _strangers(checkpoint: Checkpoint, settings: Settings) -> Tensors:
+def _unmatched_tensors(checkpoint: Checkpoint, settings: Settings) -> Tensors:
     """Return tensors of the files that no quantized module has in that shape, and tensors of modules in no file."""
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     with quiet():
@@ -166,7 +168,7 @@ def _strangers(checkpoint: Checkpoint, settings: Settings) -> Tensors:
 
 
 def _names_in(model: Any) -> Callable[[str], str]:
-    """Return a function from the name of a stored tensor to its name in the model; unchanged if it is converted too."""
+    """Return a function from the name of a stored tensor to its name in the model. A name of the model is unchanged."""
     naming = Naming(model)
 
     def named(stored: str) -> str:

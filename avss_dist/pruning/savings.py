@@ -1,21 +1,52 @@
-"""Savings of a plan, and the number of layers that meets a budget, from the sizes in a checkpoint's headers."""
+"""Sizes of checkpoints from their headers: savings of a plan, and the number of layers that meets a budget."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.settings import Bytes, checked
+from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.core.settings import Bytes, Settings
 from avss_dist.core.text import describe_bytes, describe_count
+from avss_dist.core.validation import checked
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
+from avss_dist.warehouse.checks import settings_of
 
 if TYPE_CHECKING:
     from avss_dist.models.size import Footprint
+
+
+def run_size(run: Mapping[str, Any]) -> Footprint:
+    """Return the size of the checkpoint that a run has scored. The headers of a hub id are read from the hub.
+
+    Args:
+        run: a row of ``runs``.
+
+    Raises:
+        ModelError: the checkpoint does not exist any more, or cannot be read.
+    """
+    from avss_dist.models.size import footprint
+
+    model, settings = run["model"], settings_of(run)
+    given = {name: settings[name] for name in ("dequantize", "layers", "trust_remote_code") if settings.get(name)}
+    name = model if Path(model).expanduser().exists() else f"{model}@{run['revision']}"
+    return footprint(name, Settings(dtype=run["dtype"] or "auto", **given))
+
+
+def local_run_size(run: Mapping[str, Any]) -> Footprint | None:
+    """Return `run_size` for a checkpoint on this machine, or None if it is elsewhere or cannot be read."""
+    if not Path(run["model"]).expanduser().exists():
+        return None
+    try:
+        return run_size(run)
+    except AvssError:
+        return None
 
 
 @checked
@@ -34,11 +65,11 @@ class Budget:
     """Minimum share of the parameters to drop."""
 
     def __post_init__(self) -> None:
-        if len(given := self.given) > 1:
-            raise ConfigError(f"{' and '.join(given)} are mutually exclusive.", "Keep one of them.")
+        if len(named := self.fields_with_value) > 1:
+            raise ConfigError(f"{' and '.join(named)} are mutually exclusive.", "Keep one of them.")
 
     @property
-    def given(self) -> list[str]:
+    def fields_with_value(self) -> list[str]:
         """Names of the fields that have a value."""
         fields = ("parameters", "memory", "share_of_parameters")
         return [f"`{name}`" for name in fields if getattr(self, name) is not None]
@@ -52,13 +83,14 @@ class Budget:
         excess = self._excess(size)
         if excess <= 0:
             raise PlanError(
-                f"The model has {_describe(size)} as it is, which meets {self.given[0]} already.", "Lower it."
+                f"The model has {_describe(size)} as it is, which meets {self.fields_with_value[0]} already.",
+                "Lower it.",
             )
         removed = list(accumulate(sorted(size.layer_bytes)))[:-1]
         if not removed or removed[-1] < excess:
             minimum = size.weight_bytes - (removed[-1] if removed else 0)
             raise PlanError(
-                f"{self.given[0]} cannot be met: with one layer left, {describe_bytes(minimum)} of "
+                f"{self.fields_with_value[0]} cannot be met: with one layer left, {describe_bytes(minimum)} of "
                 f"{describe_bytes(size.weight_bytes)} stay.",
                 "Quantize the remaining layers instead.",
             )
@@ -98,12 +130,12 @@ class Savings:
     @classmethod
     def of_plan(cls, plan: Plan, size: Footprint) -> Savings:
         """Return the savings of a plan. Sublayers that are left out alone save nothing in a file."""
-        saved = sum(size.layer_bytes[layer] for layer in plan.drop)
+        saved = sum(size.layer_bytes[layer] for layer in plan.dropped_layers)
         return cls(
-            layers=len(plan.drop),
+            layers=len(plan.dropped_layers),
             parameters=round(saved / size.weight_bytes * size.num_parameters),
             weight_bytes=saved,
-            cache_bytes=sum(size.cache_bytes[layer] for layer in plan.drop),
+            cache_bytes=sum(size.cache_bytes[layer] for layer in plan.dropped_layers),
             size=size,
         )
 

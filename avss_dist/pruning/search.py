@@ -28,7 +28,7 @@ from avss_dist.core.intervention import (
     sublayers_of,
     whole_layers,
 )
-from avss_dist.core.settings import checked
+from avss_dist.core.validation import checked
 from avss_dist.pruning.selection import Choice
 
 WIDTH = 3  # default beam width: sets that are expanded
@@ -72,7 +72,7 @@ def search_for(
     """Return a search that has not begun.
 
     Args:
-        choice: choice by one of ``settings.SEARCHES``.
+        choice: choice by one of ``registry.SEARCHES``.
         effort: limits of the search.
         num_layers: number of layers of the model.
         starts: sets that evolve begins with, beside those of its greedy steps.
@@ -91,12 +91,12 @@ def search_for(
         raise ConfigError(f"A {choice.by} search begins with the whole model and takes no start sets.", "Use evolve.")
     steps: list[Removals] = [tuple(sublayers_of(free)), free] if choice.sublayers else [free]
     size = count * len(steps)
-    least = _least_budget(len(steps[0]), size) + (choice.by == "evolve")
-    if effort.budget is not None and effort.budget < least:
+    minimum = _least_budget(len(steps[0]), size) + (choice.by == "evolve")
+    if effort.budget is not None and effort.budget < minimum:
         raise ConfigError(
             f"`budget` {effort.budget} does not suffice for one step, with {count_removed(steps[0])} that may be "
             "dropped.",
-            f"It must be at least {least}.",
+            f"It must be at least {minimum}.",
         )
     width = effort.width or WIDTH
     if choice.by != "evolve":
@@ -104,7 +104,7 @@ def search_for(
     if effort.budget is None:
         raise ConfigError(
             "The search evolve needs a `budget`: it searches until it is used up.",
-            f"Set it to at least {least}; a greedy search takes {sum(range(len(free) - count + 1, len(free) + 1))}.",
+            f"Set it to at least {minimum}; a greedy search takes {sum(range(len(free) - count + 1, len(free) + 1))}.",
         )
     return _evolve(free, count, effort.budget, width, starts, choice.seed)
 
@@ -141,12 +141,12 @@ def _beam(steps: Sequence[Removals], size: int, budget: int | None, width: int) 
         beams.append(best if greedy[-1] in best else [*best[:-1], greedy[-1]])
     else:
         return beams[-1][0]
-    completed = _completed(beams, steps[0], size, losses)
+    completed = _complete(beams, steps[0], size, losses)
     yield [Expansion(completed)]
     return completed
 
 
-def _completed(
+def _complete(
     beams: Sequence[Sequence[Removals]], candidates: Removals, size: int, losses: Mapping[Removals, float]
 ) -> Removals:
     """Return the best set, completed by the removals with the lowest loss when added to its parent."""
@@ -179,7 +179,7 @@ def _evolve(free: Layers, count: int, budget: int, width: int, starts: Sequence[
     The search ends early if all exchanges in these sets were tried.
     """
     known: dict[Removals, float] = {}
-    yield from _noted(_beam([free], count, max(budget // 2, _least_budget(len(free), count)), 1), known)
+    yield from _recording(_beam([free], count, max(budget // 2, _least_budget(len(free), count)), 1), known)
     if new := [Expansion(start) for start in dict.fromkeys(starts) if start not in known]:
         known |= yield new[: budget - len(known)]
     rng = np.random.default_rng(seed)
@@ -192,7 +192,9 @@ def _evolve(free: Layers, count: int, budget: int, width: int, starts: Sequence[
     return best_sets({drop: loss for drop, loss in known.items() if len(drop) == count}, 1)[0]
 
 
-def _noted(search: Search, known: dict[Removals, float]) -> Generator[list[Expansion], Mapping[Removals, float], None]:
+def _recording(
+    search: Search, known: dict[Removals, float]
+) -> Generator[list[Expansion], Mapping[Removals, float], None]:
     """Run a search unchanged, and record the losses that it receives in ``known``."""
     expansions = next(search)
     while True:

@@ -10,8 +10,19 @@ from pydantic import Field
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.names import CONTRAST
-from avss_dist.core.registry import BLOCK_DISTANCE, INTERACTIONS, LAST, MEASURED, RANDOM, SCORES
-from avss_dist.core.settings import LOWEST_SHARE, PUBLISHED_THRESHOLD, RECIPES, SEARCHES, SITES, OneOf, checked
+from avss_dist.core.registry import (
+    BLOCK_DISTANCE,
+    INTERACTIONS,
+    LAST,
+    LOWEST_SHARE,
+    MEASURED,
+    RANDOM,
+    RECIPES,
+    SCORES,
+    SEARCHES,
+)
+from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
+from avss_dist.core.validation import OneOf, checked
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 

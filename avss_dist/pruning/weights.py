@@ -61,7 +61,7 @@ class StoredWeights:
                 checkpoint, plan, [name for stored in files.values() for name in stored], settings
             )
         if len(prefixes) != 1:
-            raise _unclear(checkpoint, plan, prefixes)
+            raise _ambiguous_layers(checkpoint, plan, prefixes)
         return cls(files, prefixes[0], plan)
 
     def name(self, parameter: Parameter) -> str:
@@ -69,11 +69,11 @@ class StoredWeights:
         return f"{self.prefix}.{parameter[0]}.{parameter[1]}"
 
     def renamed(self, name: str) -> str | None:
-        """Return the name of a stored tensor in the pruned checkpoint; None if its layer is dropped."""
+        """Return the name of a stored tensor in the pruned checkpoint, or None if its layer is dropped."""
         return renumbered(name, self.prefix, self.plan)
 
     def read(self, parameter: Parameter) -> torch.Tensor | None:
-        """Read a layer's parameter as it is stored; None if the files have none of its name."""
+        """Read a layer's parameter as it is stored. Return None if the files have none of its name."""
         name = self.name(parameter)
         stored = next((tensors[name] for tensors in self.files.values() if name in tensors), None)
         return None if stored is None else read_tensor(stored)
@@ -115,7 +115,7 @@ def _renamed_prefixes(checkpoint: Checkpoint, plan: Plan, names: Sequence[str], 
     return [prefix for prefix, seen in indices.items() if seen == set(range(plan.num_layers))]
 
 
-def _unclear(checkpoint: Checkpoint, plan: Plan, prefixes: list[str]) -> PlanError:
+def _ambiguous_layers(checkpoint: Checkpoint, plan: Plan, prefixes: list[str]) -> PlanError:
     return PlanError(
         f"It is unclear which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}': "
         f"{', '.join(prefixes) or 'no names'} would fit.",

@@ -11,16 +11,20 @@ import altair as alt
 import numpy as np
 import vl_convert
 
+from avss_dist.analysis.compare import RankingComparison
 from avss_dist.analysis.findings import describe_depth
 from avss_dist.core.errors import AvssError, nearest
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
-from avss_dist.core.text import basename, describe_count, describe_threshold, printable
+from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, printable
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 
 ENDINGS = (".png", ".svg", ".html")
-MOST_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
+MAX_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
+MAX_LABELED = 60  # rows of a similarity map with a name beside each
+TITLE_OF_MAP = "Agreement of layer rankings"
+SIDE = 560  # pixels of a similarity map
 PANEL = {"width": 300, "height": 210}
 COLORS = alt.Scale(scheme="tableau10")
 LOWEST_COLOR = "#d62728"
@@ -63,7 +67,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
             f"AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
             f"{describe_count(runs[0]['num_tokens'])} tokens of {', '.join(corpora)}, {runs[0]['dtype']}. "
             f"Triangles: the 25% of layers that are lowest in each picture. {_band(runs)}",
-            *_of_depth(runs, scores),
+            *_depth_warning(runs, scores),
         ],
         anchor="start",
     )
@@ -83,23 +87,23 @@ def _band(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int]]]:
     """Return (run id, layer) of the lowest 25% of the layers of each run, by the name of each score."""
-    found: dict[str, set[tuple[str, int]]] = {}
+    lowest: dict[str, set[tuple[str, int]]] = {}
     for run_id in dict.fromkeys(s["run_id"] for s in scores):
         of_run = [s for s in scores if s["run_id"] == run_id]
         for name, column in ((name, SCORES[name].column) for name in FROM_ACTIVATIONS):
             ranks = rank_lowest(np.array([s[column] for s in of_run], float))
             low = [s["layer"] for s, rank in zip(of_run, ranks, strict=True) if rank <= count_lowest(len(of_run))]
-            found.setdefault(name, set()).update((run_id, layer) for layer in low)
-    return found
+            lowest.setdefault(name, set()).update((run_id, layer) for layer in low)
+    return lowest
 
 
-def _of_depth(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the warning that the AVSS of one run tracks depth, if it does; empty for several runs."""
+def _depth_warning(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the warning that the AVSS of one run tracks depth, if it does. Empty for several runs."""
     if len(runs) > 1:
         return []
     values = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
-    said = describe_depth("AVSS", depth_correlation(values), len(values))
-    return [said] if said else []
+    warning = describe_depth("AVSS", depth_correlation(values), len(values))
+    return [warning] if warning else []
 
 
 def _tooltip(name: str) -> list[Any]:
@@ -167,6 +171,64 @@ def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) 
     tooltip = [*_tooltip(name), *([alt.Tooltip("rank:Q")] if name == "avss" else [])]
     chart = depth_chart(base, name, axis, color, marked, lowest=f"lowest_{name}", ends=ends, tooltip=tooltip)
     return chart.properties(title=title, **PANEL)
+
+
+def similarity_chart(comparison: RankingComparison) -> Any:
+    """Return a heat map of the rank correlations of runs, ordered by similarity, beside a strip of their groups.
+
+    Args:
+        comparison: a comparison with a similarity map.
+    """
+    similarity = comparison.similarity
+    assert similarity is not None
+    labels = [f"{position}. {label}" for position, label in enumerate(similarity.labels, start=1)]
+    cells = [
+        {"row": labels[i], "column": labels[j], "rho": round(float(value), 4)}
+        for (i, j), value in np.ndenumerate(similarity.rho)
+        if np.isfinite(value)
+    ]
+    groups = [{"row": label, "group": group} for label, group in zip(labels, similarity.groups, strict=True)]
+    few = len(labels) <= MAX_LABELED
+    axis = alt.Axis(labels=few, ticks=few, domain=False, labelLimit=260)
+    y = alt.Y("row:N", sort=labels, title=None)
+    strip = (
+        alt.Chart(alt.InlineData(values=groups))
+        .mark_rect()
+        .encode(
+            y=y.axis(axis),
+            color=alt.Color("group:N", title=None, scale=COLORS, legend=alt.Legend(orient="left")),
+            tooltip=[alt.Tooltip("row:N", title="runs"), alt.Tooltip("group:N")],
+        )
+        .properties(width=14, height=SIDE)
+    )
+    legend = alt.Legend(title="rank correlation", orient="right")
+    heat = (
+        alt.Chart(alt.InlineData(values=cells))
+        .mark_rect()
+        .encode(
+            x=alt.X("column:N", sort=labels, title=None, axis=None),
+            y=y.axis(None),
+            color=alt.Color("rho:Q", scale=alt.Scale(domain=[-1, 0, 1], scheme="redblue"), legend=legend),
+            tooltip=[
+                alt.Tooltip("row:N", title="runs"),
+                alt.Tooltip("column:N", title="with"),
+                alt.Tooltip("rho:Q", title="rank correlation", format=".3f"),
+            ],
+        )
+        .properties(width=SIDE, height=SIDE)
+    )
+    shown = f"{count_of(similarity.scores, 'run')}, ordered by average-linkage clustering of 1 - rank correlation."
+    shared = " A cell is the mean over the pairs of neighbouring runs." if similarity.scores > len(labels) else ""
+    left_out = f" The {similarity.left_out:,} oldest runs are left out." if similarity.left_out else ""
+    return (
+        alt.hconcat(strip, heat, spacing=2)
+        .resolve_scale(color="independent")
+        .properties(
+            title=alt.TitleParams(TITLE_OF_MAP, subtitle=shown + shared + left_out, anchor="start"),
+            padding=12,
+        )
+        .configure_view(strokeOpacity=0)
+    )
 
 
 def save_chart(chart: Any, path: Path) -> None:

@@ -104,7 +104,7 @@ def _predictions_table(name: str, rows: Sequence[Row]) -> ReportTable:
         name=f"{name}-predictions",
         title="Does it predict",
         columns=[
-            ReportColumn("predicts by", [_predictor(row) for row in best], number=False),
+            ReportColumn("predicts by", [_predictor_label(row) for row in best], number=False),
             ReportColumn("AUROC", [row["auroc"] for row in best], decimals(3)),
             ReportColumn("95%", intervals, interval(decimals(3))),
             ReportColumn("other prompt", [row["after_another"] for row in best], decimals(3), priority=1),
@@ -114,7 +114,7 @@ def _predictions_table(name: str, rows: Sequence[Row]) -> ReportTable:
     )
 
 
-def _predictor(row: Row) -> str:
+def _predictor_label(row: Row) -> str:
     if row["layer"] is None:
         return str(row["statistic"]).replace("_", "-")
     return f"{FEATURES[row['statistic']]}, layer {row['layer']}"

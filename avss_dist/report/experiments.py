@@ -87,17 +87,17 @@ def _task_columns(task: TaskMetric, results: ExperimentResults) -> Iterator[Repo
 def _charts(name: str, results: ExperimentResults) -> Iterator[Chart]:
     """Yield a chart for each task and share: a dot for each method with its interval."""
     number = 0
-    for share in dict.fromkeys(one.share for one in results.methods if not one.is_whole):
+    for share in dict.fromkeys(result.share for result in results.methods if not result.is_whole):
         for task in results.tasks:
             rows: list[dict[str, Any]] = [
                 {
-                    "method": one.method,
+                    "method": result.method,
                     "kept": min(outcome.retention, LARGEST_SHOWN),
                     "guess": task.guess,
                     **interval_ends(outcome.interval),
                 }
-                for one in results.methods
-                if one.share == share and not one.is_whole and (outcome := one.outcomes.get(task.name))
+                for result in results.methods
+                if result.share == share and not result.is_whole and (outcome := result.outcomes.get(task.name))
             ]
             if rows:
                 number += 1
@@ -116,11 +116,11 @@ def _drawing(largest: float, number: int) -> Any:
 
     base = alt.Chart().encode(alt.Y("method:N", sort=None, title=None).axis(labelLimit=alt.ExprRef("room")))
     scale = alt.Scale(domain=[0, largest], clamp=True)
-    kept = alt.X("kept:Q", scale=scale, title="retention", axis=alt.Axis(format="%", grid=False, tickCount=5))
+    retention = alt.X("kept:Q", scale=scale, title="retention", axis=alt.Axis(format="%", grid=False, tickCount=5))
     tooltip = ["method:N", alt.Tooltip("kept:Q", format=".1%")]
     return alt.layer(
         alt.Chart().mark_rule(color=GRAY, strokeDash=[4, 3]).encode(x=alt.datum(CLAIMED_KEPT)),
         alt.Chart().mark_rule(color=GRAY, strokeDash=[1, 3]).encode(alt.X("guess:Q", aggregate="max")),
         base.mark_rule(color=BLUE, clip=True).encode(alt.X("low:Q"), alt.X2("high:Q")),
-        base.mark_point(filled=True, color=BLUE, size=45, opacity=1).encode(kept, tooltip=tooltip),
+        base.mark_point(filled=True, color=BLUE, size=45, opacity=1).encode(retention, tooltip=tooltip),
     ).properties(height=17 * number)

@@ -13,7 +13,7 @@ from avss_dist.core.text import describe_count
 from avss_dist.report.section import Chart, Section, page_number
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, decimals
 
-LEAST = 3  # experts of the lowest saliency that are named
+NUM_NAMED = 3  # experts of the lowest saliency that are named
 LARGEST_SHOWN = 4.0  # times an even share, where the color ends
 
 
@@ -35,10 +35,10 @@ def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerEx
 
 def _summary(layers: Sequence[LayerExperts]) -> str:
     idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
-    least = min(layers, key=lambda one: one.balance)
+    uneven = min(layers, key=lambda one: one.balance)
     return (
-        f"{idle} of {number} experts got no token. The spread is least even in layer {least.layer}: "
-        f"balance {least.balance:.3f}, where 1 is even; its busiest expert got {least.load.max():.0%} of the tokens."
+        f"{idle} of {number} experts got no token. The spread is least even in layer {uneven.layer}: "
+        f"balance {uneven.balance:.3f}, where 1 is even; its busiest expert got {uneven.load.max():.0%} of the tokens."
     )
 
 
@@ -80,7 +80,7 @@ def _table(name: str, layers: Sequence[LayerExperts]) -> ReportTable:
             ),
             ReportColumn(
                 "least salient",
-                [_least(one) for one in layers],
+                [_lowest_saliency(one) for one in layers],
                 meaning="the lowest means of gate x |output| (REAP), idle experts first",
                 number=False,
             ),
@@ -96,21 +96,21 @@ def _numbered_share(expert: tuple[int, float]) -> str:
     return f"{expert[0]} ({expert[1]:.0%})"
 
 
-def _least(layer: LayerExperts) -> str:
-    order = np.argsort(layer.saliency, kind="stable")[:LEAST]
+def _lowest_saliency(layer: LayerExperts) -> str:
+    order = np.argsort(layer.saliency, kind="stable")[:NUM_NAMED]
     return ", ".join(map(str, order.tolist()))
 
 
 def _chart(name: str, layers: Sequence[LayerExperts]) -> Chart:
     rows = [
         {
-            "layer": one.layer,
+            "layer": experts.layer,
             "expert": expert,
             "share": float(share),
-            "times": min(float(share * len(one.load)), LARGEST_SHOWN),
+            "times": min(float(share * len(experts.load)), LARGEST_SHOWN),
         }
-        for one in layers
-        for expert, share in enumerate(one.load)
+        for experts in layers
+        for expert, share in enumerate(experts.load)
     ]
     return Chart(
         name=name,

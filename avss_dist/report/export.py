@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from avss_dist.analysis.stats_findings import grouped
-from avss_dist.core.registry import BASELINES, SCORES
-from avss_dist.core.settings import LOWEST_SHARE
+from avss_dist.core.registry import BASELINES, LOWEST_SHARE, SCORES
 from avss_dist.core.text import describe_count, describe_threshold, escape_markdown, printable
 from avss_dist.report.terminal.compare import short_name
 from avss_dist.stats.intervals import why_no_interval

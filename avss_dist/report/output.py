@@ -42,7 +42,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def printed_to(path: Path | None) -> Iterator[None]:
-    """Redirect standard output to a file inside the block; without a path, leave it as it is.
+    """Redirect standard output to a file inside the block. Without a path, leave it as it is.
 
     The file is written in one step. If the block or the writing fails, a previous file stays as it was.
 
@@ -91,7 +91,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
 
 
 def csv_cell(value: Any) -> Any:
-    """Return a value as a cell of CSV; an apostrophe precedes text that a spreadsheet would take for a formula."""
+    """Return a value as a cell of CSV. An apostrophe precedes text that a spreadsheet would take for a formula."""
     if not isinstance(value, str):
         return value
     text = printable(value)
@@ -99,10 +99,10 @@ def csv_cell(value: Any) -> Any:
 
 
 def _markdown(table: pa.Table) -> str:
-    from avss_dist.report.terminal.tables import shown
+    from avss_dist.report.terminal.tables import describe_value
 
     lines = [[escape_markdown(name) for name in table.column_names], ["---"] * table.num_columns]
-    lines += [[escape_markdown(shown(value)) for value in row.values()] for row in _rows(table)]
+    lines += [[escape_markdown(describe_value(value)) for value in row.values()] for row in _rows(table)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from avss_dist.analysis.reliability import FEWEST_SETS
+from avss_dist.analysis.reliability import MIN_SETS
 from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, describe_score, is_published
 from avss_dist.core.registry import MEASURED
 from avss_dist.pruning.selection import LAST
@@ -37,7 +37,7 @@ def scorecard_sections(cards: pa.Table) -> list[Section]:
 
 
 def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -> Section | None:
-    """Return the score card of one run with a chart and a sentence; None if no score has a correlation.
+    """Return the score card of one run with a chart and a sentence, or None if no score has a correlation.
 
     Args:
         layers: number of layers.
@@ -103,7 +103,7 @@ def _caption(rows: Sequence[Row]) -> str:
     if any(row["spearman_sets"] is not None for row in rows):
         text += f" Over {rows[0]['sets']} sets: of the score's sum with what leaving the set out does."
     elif rows[0]["sets"]:
-        text += f" A correlation over sets of several layers takes {FEWEST_SETS} of them; {rows[0]['sets']} "
+        text += f" A correlation over sets of several layers takes {MIN_SETS} of them; {rows[0]['sets']} "
         text += f"{'is' if rows[0]['sets'] == 1 else 'are'} evaluated."
     if any(row[column] is not None for row in rows for column in RETENTION.values()):
         text += f" Kept: the perplexity of {rows[0]['task']} without those layers, under it."

@@ -64,9 +64,9 @@ def _curves_table(name: str, task: str, results: Sequence[tuple[str, Point]]) ->
                 [readable_value(metric, point.row["value"]) for point in points],
                 metric_format(metric),
             ),
-            ReportColumn("kept", [point.kept for point in points], percent(1)),
+            ReportColumn("kept", [point.retention for point in points], percent(1)),
             ReportColumn("95% interval", intervals, interval(percent(1))),
-            BarColumn(values=[point.kept for point in points], largest=1.0, priority=3),
+            BarColumn(values=[point.retention for point in points], largest=1.0, priority=3),
         ],
         caption=CAPTION if all(intervals) else f"{CAPTION} {NO_INTERVAL}",
     )
@@ -112,16 +112,16 @@ def thresholds_table(plan: SparsityPlan) -> ReportTable:
     )
 
 
-def _shade(one: Any) -> str:
-    if one is None:
+def _shade(point: Any) -> str:
+    if point is None:
         return ""
-    shade = round(255 * min(one.sparsity, 1.0))
+    shade = round(255 * min(point.sparsity, 1.0))
     return f"rgb({shade},{128},{255 - shade})"
 
 
 def _curves_chart(name: str, task: str, results: Sequence[tuple[str, Point]]) -> Chart:
     rows = [
-        {"method": method, "sparsity": point.target, "kept": point.kept, **interval_ends(point.interval)}
+        {"method": method, "sparsity": point.target, "kept": point.retention, **interval_ends(point.interval)}
         for method, point in results
     ]
     meaning = "What each method keeps at each sparsity, with its 95% interval."

@@ -93,11 +93,11 @@ class ReportColumn:
         return value is None or (isinstance(value, float) and math.isnan(value))
 
     def text(self, row: int) -> str:
-        """Return the text of a row's value, printable; empty if it is missing."""
+        """Return the printable text of a row's value. Empty if it is missing."""
         return "" if self.is_missing(row) else printable(self.format(self.values[row]))
 
     def sort_key(self, row: int) -> Any:
-        """Return the sort key of a row: its value, or the lower end of an interval; empty if it is missing."""
+        """Return the sort key of a row: its value, or the lower end of an interval. Empty if it is missing."""
         value = self.values[row]
         if self.is_missing(row):
             return ""
@@ -110,7 +110,7 @@ class ReportColumn:
         return self.number and isinstance(self.values[row], tuple)
 
     def whole(self, row: int) -> str:
-        """Return a row's value if it is text, which the format may shorten; otherwise its formatted text."""
+        """Return a row's value if it is text, which the format may shorten, and otherwise its formatted text."""
         value = self.values[row]
         return printable(value) if isinstance(value, str) else self.text(row)
 
@@ -122,7 +122,7 @@ class ReportColumn:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BarColumn:
-    """A column of bars, which a terminal draws; the page has charts instead.
+    """A column of bars, which a terminal draws. The page has charts instead.
 
     Attributes:
         values: a length for each row.

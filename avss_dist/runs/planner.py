@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from avss_dist.core.errors import ModelError, without_secrets
-from avss_dist.core.settings import SCHEMA_VERSION, Settings, fingerprint
+from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
 from avss_dist.executors.base import Executor, ReplicaSpec
@@ -23,6 +23,7 @@ from avss_dist.partition.choose import choose, needs_size, size_of
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run
 from avss_dist.runs.shard_size import split_into_shards
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
 
 KEPT_PLANS = 4  # tokenized corpora that are remembered

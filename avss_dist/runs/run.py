@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist.core.errors import AvssError
-from avss_dist.core.registry import BASELINES
+from avss_dist.core.registry import BASELINES, RECIPES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.models.pickled import is_converted

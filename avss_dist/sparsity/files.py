@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from avss_dist.core.settings import THRESHOLD
+from avss_dist.core.intervention import THRESHOLD
 from avss_dist.pruning.plan import write_text
 from avss_dist.pruning.selection import PlanError
 from avss_dist.sparsity.plan import MapPlan, SparsityPlan
@@ -19,7 +19,7 @@ TEAL_ERRORS = ("Activation Error", "Baseline Error")  # columns that TEAL writes
 
 
 def thresholds_json(plan: SparsityPlan) -> str:
-    """Return a plan as JSON for other programs; ``layers[i][path]`` has the criterion of a map's zero inputs."""
+    """Return a plan as JSON for other programs. ``layers[i][path]`` has the criterion of a map's zero inputs."""
     layers: dict[int, dict[str, Any]] = {}
     for entry in plan.projections:
         centered = {"center": entry.center} if entry.center else {}

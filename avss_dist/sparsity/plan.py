@@ -10,8 +10,16 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.intervention import MAX_LAYERS, Intervention, MapSparsity, Sparsity
-from avss_dist.core.settings import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
+from avss_dist.core.intervention import (
+    MAX_LAYERS,
+    SPARSITY_RULES,
+    THRESHOLD,
+    TOP_K,
+    TOP_P,
+    Intervention,
+    MapSparsity,
+    Sparsity,
+)
 from avss_dist.core.text import describe_bytes
 from avss_dist.core.validation import OneOf, checked
 from avss_dist.core.yaml_files import Document
@@ -141,7 +149,7 @@ class SparsityPlan:
 
     @property
     def group(self) -> tuple[int, int]:
-        """N and M of the pattern; zeros without a pattern."""
+        """N and M of the pattern, zero without a pattern."""
         stay, _, group = (self.pattern or "0:0").partition(":")
         return int(stay), int(group)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from avss_dist.core.settings import THRESHOLD
+from avss_dist.core.intervention import THRESHOLD
 from avss_dist.sparsity.plan import SparsityPlan
 
 POINT = 0.01
@@ -29,7 +29,7 @@ class RealizedSparsity:
 
     @staticmethod
     def compare(plan: SparsityPlan, measured: Mapping[tuple[int, str], float]) -> RealizedSparsity | None:
-        """Compare a plan with the measured shares of zeros, by layer and path; None if no map of the plan ran."""
+        """Compare a plan with measured shares of zeros, by layer and path. Return None if no map of the plan ran."""
         deviations = {
             (entry.layer, entry.map): abs(measured[entry.layer, entry.map] - entry.sparsity)
             for entry in plan.projections
@@ -42,7 +42,7 @@ class RealizedSparsity:
             within=sum(value <= POINT for value in deviations.values()) / len(deviations),
             farthest=deviations[layer, path],
             map=f"{path} of layer {layer}",
-            why=_why(plan),
+            why=_probable_cause(plan),
         )
 
     @property
@@ -60,7 +60,7 @@ class RealizedSparsity:
         return f"{100 * self.farthest:.2g} points"
 
 
-def _why(plan: SparsityPlan) -> str:
+def _probable_cause(plan: SparsityPlan) -> str:
     """Return the probable cause of deviations from a plan, for people."""
     if any(entry.by != THRESHOLD for entry in plan.projections):
         return "Their share is right on average of the text that was counted alone."

@@ -11,8 +11,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.core.settings import BOOTSTRAP_SEED
-from avss_dist.stats.intervals import INTERVAL, MINIMUM_UNITS, jackknife_interval
+from avss_dist.stats.intervals import BOOTSTRAP_SEED, INTERVAL, MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.layer_stats import Float64, Int64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 from avss_dist.stats.scores import Parts, avss, share
@@ -93,8 +92,8 @@ def contrast(hallucinated: Parts, truthful: Parts) -> Float64:
     """Return log(AVSS on hallucinated / AVSS on truthful answers), float64[..., layers]. Undefined values are NaN."""
     scores = [avss(*side, smoothed=True) for side in (hallucinated, truthful)]
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Float64 = np.log(scores[0] / scores[1])
-    return np.where(np.isfinite(found), found, np.nan)
+        contrasts: Float64 = np.log(scores[0] / scores[1])
+    return np.where(np.isfinite(contrasts), contrasts, np.nan)
 
 
 def from_median(contrasts: Float64) -> Float64:
@@ -143,9 +142,9 @@ def permutation_p(a: Answers, recipe: str, seed: int = BOOTSTRAP_SEED) -> Float6
 
     The p-value of an undefined deviation is NaN.
     """
-    found = observed(a, recipe)
-    labels = permuted_labels(a, num_permutations(len(found)), seed)
-    return p_values(found, deviation(a, np.ones(len(a.pair)), labels, recipe))
+    deviations = observed(a, recipe)
+    labels = permuted_labels(a, num_permutations(len(deviations)), seed)
+    return p_values(deviations, deviation(a, np.ones(len(a.pair)), labels, recipe))
 
 
 def num_permutations(layers: int) -> int:
@@ -153,15 +152,15 @@ def num_permutations(layers: int) -> int:
     return max(PERMUTATIONS, PER_LAYER * layers)
 
 
-def p_values(found: Float64, null: Float64) -> Float64:
+def p_values(deviations: Float64, null: Float64) -> Float64:
     """Return two-sided p-values of deviations, float64[layers]. NaN stays NaN.
 
     Args:
-        found: float64[layers], the observed deviations.
+        deviations: float64[layers], the observed deviations.
         null: float64[permutations, layers], the deviations under permuted labels.
     """
-    at_least = (np.abs(null) >= np.abs(found) * (1 - 1e-12)).sum(axis=0)
-    return np.where(np.isnan(found), np.nan, (1 + at_least) / (1 + len(null)))
+    at_least = (np.abs(null) >= np.abs(deviations) * (1 - 1e-12)).sum(axis=0)
+    return np.where(np.isnan(deviations), np.nan, (1 + at_least) / (1 + len(null)))
 
 
 def holm(p: Float64) -> Float64:
@@ -189,16 +188,16 @@ def floor_of(deviations: Float64) -> Float64:
     return floor
 
 
-def change_columns(own: Float64, another: Float64, left_out: Float64) -> dict[str, Float64]:
+def change_columns(own_prompt: Float64, other_prompt: Float64, left_out: Float64) -> dict[str, Float64]:
     """Return the difference of deviations after the own and after another prompt, float64[layers], and its interval.
 
     Args:
-        own, another: float64[layers], the deviations after the own and after another prompt.
+        own_prompt, other_prompt: float64[layers], the deviations after the own and after another prompt.
         left_out: float64[groups, layers], the difference without each pair or block.
     """
-    low, high = jackknife_interval(own - another, left_out)
+    low, high = jackknife_interval(own_prompt - other_prompt, left_out)
     return {
-        "own_minus_another": own - another,
+        "own_minus_another": own_prompt - other_prompt,
         "own_minus_another_low": low,
         "own_minus_another_high": high,
     }
@@ -206,8 +205,8 @@ def change_columns(own: Float64, another: Float64, left_out: Float64) -> dict[st
 
 def length_matched(a: Answers, slack: float) -> Answers:
     """Return the answers of pairs whose longest answer has at most ``1 + slack`` times the tokens of the shortest."""
-    kept = [p for p in a.pairs if np.ptp(own := a.tokens[a.pair == p]) <= slack * own.min()]
-    return a.of_pairs(np.array(kept, np.int64))
+    matched = [p for p in a.pairs if np.ptp(tokens := a.tokens[a.pair == p]) <= slack * tokens.min()]
+    return a.of_pairs(np.array(matched, np.int64))
 
 
 def prone_probability(resamples: Float64) -> Float64:
@@ -225,25 +224,27 @@ def contrast_columns(
         resampled: parts over resampled pairs or blocks, float64[resamples, layers] each.
         left_out: parts without each pair or block, float64[groups, layers] each.
     """
-    (found, again, without), ((hsav, *counts), _) = (
+    (scores, resampled_scores, left_out_scores), ((hsav, *counts), _) = (
         [_contrasted(*both) for both in (sides, resampled, left_out)],
         sides,
     )
     enough = len(left_out[0][0]) >= MINIMUM_UNITS
     hss = _smoothed(*counts)
     columns = {
-        **found,
+        **scores,
         "hsav": hsav,
         "hss": hss,
         "hsav_share": share(hsav),
         "hss_share": share(hss),
-        "deviation": from_median(found["eavss_contrast"]),
-        "rank": rank_lowest(-found["eavss_contrast"]),
-        "prone_probability": prone_probability(again["eavss_contrast"]) if enough else np.full(len(hss), np.nan),
+        "deviation": from_median(scores["eavss_contrast"]),
+        "rank": rank_lowest(-scores["eavss_contrast"]),
+        "prone_probability": prone_probability(resampled_scores["eavss_contrast"])
+        if enough
+        else np.full(len(hss), np.nan),
     }
-    for name, values in without.items():
+    for name, values in left_out_scores.items():
         scale = "log" if name == "eavss_ratio" else "linear"
-        columns[f"{name}_low"], columns[f"{name}_high"] = jackknife_interval(found[name], values, scale=scale)
+        columns[f"{name}_low"], columns[f"{name}_high"] = jackknife_interval(scores[name], values, scale=scale)
     return columns
 
 
@@ -292,5 +293,5 @@ def auroc(scores: Float64, positive: Bools, weights: Float64) -> Float64:
     up, down = (np.add.reduceat((weights * one)[:, order], starts, axis=1) for one in (positive, ~positive))
     below = np.cumsum(down, axis=1) - down / 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Float64 = (up * below).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
-    return found
+        area: Float64 = (up * below).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
+    return area

@@ -13,8 +13,9 @@ from math import nan, sqrt
 
 import numpy as np
 
-from avss_dist.core.settings import BOOTSTRAP_SEED
 from avss_dist.stats.layer_stats import Float64
+
+BOOTSTRAP_SEED = 0
 
 BOOTSTRAP_RESAMPLES = 1000
 BOOTSTRAP_BLOCKS = 100  # shards beyond this are resampled in blocks of consecutive ones

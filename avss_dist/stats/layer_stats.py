@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from avss_dist.stats.experts import ExpertStats
 from avss_dist.stats.histogram import (
     HISTOGRAM_BINS,
-    HISTOGRAM_EDGES,
     Values,
     bin_edges,
     histogram_below,
@@ -50,7 +49,7 @@ def _empty_histogram() -> Int64:
     return np.zeros(HISTOGRAM_BINS, np.int64)
 
 
-class Below(NamedTuple):
+class NearZeroCount(NamedTuple):
     """Number of elements below a threshold.
 
     Attributes:
@@ -86,9 +85,7 @@ class LayerStats:
     max: Annotated[float, "largest element; -inf without elements"] = -np.inf
     max_abs: Annotated[float, "largest abs(x)"] = 0.0
     histogram: Annotated[Int64, "elements by bin of abs(x)"] = field(default_factory=_empty_histogram)
-    abs_value: Annotated[Float32, "every distinct abs(x), ascending; empty in files of schema 1"] = field(
-        default_factory=_empty_values
-    )
+    abs_value: Annotated[Float32, "every distinct abs(x), ascending"] = field(default_factory=_empty_values)
     abs_value_count: Annotated[Int64, "elements with each of those values"] = field(default_factory=_empty_int)
     abs_value_cut: Annotated[bool, "whether those are float32 truncated to 16 bits: 128 values an octave"] = False
     sequence_count: Annotated[int, "sequences in pooled_variance_sum"] = 0
@@ -168,42 +165,31 @@ class LayerStats:
         return self.abs_value, self.abs_value_count
 
     @property
-    def has_every_value(self) -> bool:
-        """Whether ``abs_value_count`` counts all elements."""
-        return int(self.abs_value_count.sum()) == self.count
-
-    @property
     def bins(self) -> tuple[Float64, Float64, Int64]:
-        """Lower edges, upper edges and counts of the nonempty bins of abs(x), ascending.
+        """Lower bounds, upper bounds and counts of the counted values of abs(x), ascending."""
+        values = self.abs_value.astype(np.float64)
+        return values, next_cut(self.abs_value) if self.abs_value_cut else values, self.abs_value_count
 
-        The bins are the counted values if these cover all elements, else those of the histogram.
-        """
-        if self.has_every_value:
-            values = self.abs_value.astype(np.float64)
-            return values, next_cut(self.abs_value) if self.abs_value_cut else values, self.abs_value_count
-        filled = np.flatnonzero(self.histogram)
-        return HISTOGRAM_EDGES[filled], HISTOGRAM_EDGES[filled + 1], self.histogram[filled]
+    def below(self, threshold: float) -> NearZeroCount:
+        """Return the number of elements with abs(x) < ``threshold``, with bounds, or 0 if the threshold is NaN.
 
-    def below(self, threshold: float) -> Below:
-        """Return the number of elements with abs(x) < ``threshold``, with bounds; 0 if the threshold is NaN.
-
-        The number is exact at counted thresholds and at the edges of `bins`. Elsewhere it is interpolated linearly.
+        The number is exact at counted thresholds and at the bounds of `bins`. Elsewhere it is interpolated linearly.
         """
         counted = np.flatnonzero(self.thresholds == threshold)
         if counted.size:
-            return Below(*[float(self.near_zero[counted[0]])] * 3)
+            return NearZeroCount(*[float(self.near_zero[counted[0]])] * 3)
         if not threshold > 0:
-            return Below(0.0, 0.0, 0.0)
+            return NearZeroCount(0.0, 0.0, 0.0)
         lows, highs, counts = self.bins
         begun = np.searchsorted(lows, threshold)
         high = float(counts[:begun].sum())
         if not begun or highs[begun - 1] <= threshold:
-            return Below(high, high, high)
+            return NearZeroCount(high, high, high)
         low, edge = float(counts[: begun - 1].sum()), lows[begun - 1]
-        return Below(low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high)
+        return NearZeroCount(low + float((threshold - edge) / (highs[begun - 1] - edge)) * (high - low), low, high)
 
     def share_below(self, threshold: float) -> float:
-        """Return the share below a threshold of the elements in its histogram bin; 0 if the bin is empty."""
+        """Return the share below a threshold of the elements in its histogram bin, or 0 if the bin is empty."""
         bins = [float(histogram_below(self.histogram, edge)) for edge in bin_edges(threshold)]
         return (self.below(threshold).near_zero - bins[0]) / (bins[1] - bins[0]) if bins[1] > bins[0] else 0.0
 
@@ -211,11 +197,6 @@ class LayerStats:
     def variance(self) -> float:
         """Population variance over elements. NaN without elements."""
         return self.m2 / self.count if self.count else np.nan
-
-    @property
-    def first_token_share(self) -> float:
-        """Share of ``m2`` that the first token of each row contributes. NaN if it was not measured or m2 is 0."""
-        return share_of_m2((self.first_count, self.first_mean, self.first_m2), self.mean, self.m2)
 
     @property
     def rms(self) -> float:
@@ -243,7 +224,7 @@ def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> t
 
 
 def share_of_m2(part: tuple[int, float, float], mean: float, m2: float) -> float:
-    """Return the share of a sample's ``m2`` that a part contributes; NaN if the part is empty or m2 is 0.
+    """Return the share of a sample's ``m2`` that a part contributes. NaN if the part is empty or m2 is 0.
 
     Args:
         part: count, mean and m2 of the part.

@@ -60,12 +60,12 @@ def merge_stats(parts: Iterable[Mapping[Key, LayerStats]]) -> dict[Key, LayerSta
     return {key: merged[key] for key in sorted(merged)}
 
 
-def split_into_blocks(num_shards: int, most: int) -> list[range]:
-    """Return the shard ids of each block, for at most ``most`` blocks.
+def split_into_blocks(num_shards: int, maximum: int) -> list[range]:
+    """Return the shard ids of each block, for at most ``maximum`` blocks.
 
     The limit bounds memory, whatever the size of the corpus.
     """
-    size = -(-num_shards // most)
+    size = -(-num_shards // maximum)
     return [range(start, min(start + size, num_shards)) for start in range(0, num_shards, size or 1)]
 
 
@@ -101,27 +101,27 @@ def _add(
     return merge_stats((merged, {key: without_values(one) for key, one in shard.items()}))
 
 
-def _add_values(values: dict[Key, Values], more: Mapping[Key, Values]) -> None:
-    for key, some in more.items():
-        values[key] = merge_values(values[key], some) if key in values else some
+def _add_values(values: dict[Key, Values], added: Mapping[Key, Values]) -> None:
+    for key, counts in added.items():
+        values[key] = merge_values(values[key], counts) if key in values else counts
 
 
 def combine_blocks(blocks: Iterable[Block]) -> Merged:
     """Merge blocks, in the order given."""
-    kept: list[Mapping[LayerKey, LayerStats]] = []
+    block_stats: list[Mapping[LayerKey, LayerStats]] = []
     stats: dict[LayerKey, LayerStats] = {}
     strata: dict[StratumKey, LayerStats] = {}
     spill = Spill()
     values: dict[LayerKey, Values] = {}
     stratum_values: dict[StratumKey, Values] = {}
     for block in blocks:
-        kept.append(spill.keep(merge_strata(block.strata) if block.strata else block.stats))
+        block_stats.append(spill.keep(merge_strata(block.strata) if block.strata else block.stats))
         stats, strata = merge_stats((stats, block.stats)), merge_stats((strata, block.strata))
         _add_values(values, block.values)
         _add_values(stratum_values, block.stratum_values)
     strata = _with_values(strata, stratum_values)
     stats = merge_strata(strata) if strata else _with_values(stats, values)
-    return Merged(stats, kept, strata)
+    return Merged(stats, block_stats, strata)
 
 
 def _with_values(merged: dict[Key, LayerStats], values: Mapping[Key, Values]) -> dict[Key, LayerStats]:
@@ -138,11 +138,11 @@ def merge_strata(strata: Mapping[StratumKey, LayerStats]) -> dict[LayerKey, Laye
     )
 
 
-def merge_blocks(shards: Sequence[ShardResult], most: int) -> Merged:
-    """Merge shards in at most ``most`` blocks, given in the order of their ids.
+def merge_blocks(shards: Sequence[ShardResult], maximum: int) -> Merged:
+    """Merge shards in at most ``maximum`` blocks, given in the order of their ids.
 
     Raises:
         ValueError: if the ids are not exactly 0, 1, ...
     """
-    ids = split_into_blocks(len(shards), most)
-    return combine_blocks(merge_block(shards[some.start : some.stop], some) for some in ids)
+    ids = split_into_blocks(len(shards), maximum)
+    return combine_blocks(merge_block(shards[block_ids.start : block_ids.stop], block_ids) for block_ids in ids)

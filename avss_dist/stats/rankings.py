@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.core.settings import LOWEST_SHARE
+from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 
 Ints = NDArray[np.integer[Any]]
 PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks have 86% of the weight
-FEWEST = 3  # values that a correlation needs
-ALL_DEPTH = 1e-9  # what is left of the variance of ranks beside depth, where nothing is but rounding
+MIN_VALUES = 3  # values that a correlation needs
+ALL_DEPTH = 1e-9  # share of the variance of ranks, beside depth, that is rounding alone
 TWO_SIDED_95 = 1.959964  # the quantile 0.975 of the normal distribution
 
 
@@ -34,9 +34,20 @@ def rank_lowest(scores: Float64) -> Float64:
 
 
 def average_ranks(values: Float64) -> Float64:
-    """Return the ranks of finite values, float64[n], starting at 1. Tied values get their mean rank."""
-    _, position, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Float64 = (np.cumsum(counts) - (counts - 1) / 2)[position]
+    """Return the ranks of finite values along the last axis, starting at 1. Tied values get their mean rank.
+
+    Args:
+        values: float64[..., n].
+    """
+    order = np.argsort(values, axis=-1, kind="stable")
+    ordered, place = np.take_along_axis(values, order, -1), np.arange(values.shape[-1])
+    differs = np.diff(ordered, axis=-1) != 0
+    ends = np.ones((*values.shape[:-1], 1), bool)
+    first = np.maximum.accumulate(np.where(np.concatenate([ends, differs], -1), place, 0), -1)
+    last = np.where(np.concatenate([differs, ends], -1), place, values.shape[-1])
+    last = np.minimum.accumulate(last[..., ::-1], -1)[..., ::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, (first + last) / 2 + 1, -1)
     return ranks
 
 
@@ -46,10 +57,29 @@ def spearman(a: Float64, b: Float64) -> float:
     Ties have average ranks. The result is NaN for fewer than three such layers, or if one score is constant there.
     """
     both = np.isfinite(a) & np.isfinite(b)
-    a, b = a[both], b[both]
-    if len(a) < FEWEST or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return np.nan
-    return float(np.corrcoef(average_ranks(a), average_ranks(b))[0, 1])
+    return float(_correlate_ranks(a[both], b[both]))
+
+
+def spearman_rows(a: Float64, b: Float64) -> Float64:
+    """Return Spearman's rho of every row of two arrays of scores, float64[rows, n] each. See `spearman`."""
+    rho = _correlate_ranks(a, b)
+    for row in np.flatnonzero(~np.isfinite(a + b).all(axis=1)):
+        rho[row] = spearman(a[row], b[row])
+    return rho
+
+
+def _correlate_ranks(a: Float64, b: Float64) -> Float64:
+    """Return the correlation of the ranks of finite values along the last axis.
+
+    Doubled average ranks are integers, so that the sums over them are exact.
+    """
+    number = a.shape[-1]
+    if number < MIN_VALUES:
+        return np.full(a.shape[:-1], np.nan)
+    x, y = (2 * average_ranks(values) - (number + 1) for values in (a, b))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rho: Float64 = (x * y).sum(axis=-1) / np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
+    return rho
 
 
 def spearman_interval(rho: float, number: int) -> tuple[float, float]:
@@ -74,9 +104,9 @@ def given_depth(rho: Float64, of_a: Float64, of_b: Float64) -> Float64:
         rho: float64[...], the correlation of the scores.
         of_a, of_b: the correlation of each score with depth, in shapes that broadcast to that of ``rho``.
     """
-    left = (1 - of_a**2) * (1 - of_b**2)
+    unexplained = (1 - of_a**2) * (1 - of_b**2)
     with np.errstate(invalid="ignore", divide="ignore"):
-        partial: Float64 = np.where(left > ALL_DEPTH, (rho - of_a * of_b) / np.sqrt(left), np.nan)
+        partial: Float64 = np.where(unexplained > ALL_DEPTH, (rho - of_a * of_b) / np.sqrt(unexplained), np.nan)
     return partial
 
 

@@ -15,7 +15,7 @@ NO_INTERVAL = (
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
 
 
-def kept(metric: str, before: Float64, after: Float64) -> Float64:
+def retention_of(metric: str, before: Float64, after: Float64) -> Float64:
     """Return the retention of a metric. For a loss, it is the retention of the perplexity."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if metric == LOSS:

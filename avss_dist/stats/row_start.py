@@ -24,7 +24,7 @@ class RowStarts:
     other: float
 
     @classmethod
-    def of(cls, losses: Mapping[str, float]) -> RowStarts | None:
+    def of_losses(cls, losses: Mapping[str, float]) -> RowStarts | None:
         """Read the losses from an evaluation's results by metric. Return None if one is missing."""
         if AS_READ not in losses or OTHER_START not in losses:
             return None

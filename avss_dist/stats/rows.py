@@ -57,10 +57,10 @@ class AnswerRows:
 
     def equals(self, other: AnswerRows) -> bool:
         """Whether every field is identical to the last bit."""
-        own = self.strata == other.strata and self.stats.keys() == other.stats.keys()
+        same_keys = self.strata == other.strata and self.stats.keys() == other.stats.keys()
         names = ("row", "pair", "prompt_tokens", "answer_tokens")
         return (
-            own
+            same_keys
             and all(np.array_equal(getattr(self, n), getattr(other, n)) for n in names)
             and all(
                 np.array_equal(getattr(a, n), getattr(other.stats[key], n), equal_nan=True)

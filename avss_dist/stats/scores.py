@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.core.settings import RECIPES, RELATIVE_THRESHOLDS
+from avss_dist.core.registry import RECIPES
 from avss_dist.stats.histogram import histogram_below
 from avss_dist.stats.intervals import (
     BOOTSTRAP_RESAMPLES,
@@ -32,6 +32,8 @@ from avss_dist.stats.intervals import (
 )
 from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
+
+RELATIVE_THRESHOLDS = (0.01, 0.1)  # multiples of the RMS of the layer and site; scored from stored counts
 
 NOISY_BELOW = 100
 MINIMUM_NEAR_ZERO = 5
@@ -123,7 +125,7 @@ def _site_shards(
 
 
 def layer_baselines(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, float]:
-    """Return each of ``registry.BASELINES`` for a layer, by name; NaN if its site was not measured.
+    """Return each of ``registry.BASELINES`` for a layer, by name. NaN if its site was not measured.
 
     block_influence: ShortGPT, arXiv 2403.03853, eq. 1. angular_distance: Gromov et al., arXiv 2403.17887, section 3.2.
     """
@@ -180,7 +182,7 @@ class SiteTable:
         variance, (near_zero, count, *_) = self._variance(recipe)[0], _SPARSITY[recipe](self, threshold)
         literal = np.where(near_zero > 0, avss(variance, near_zero, count, smoothed=False), np.nan)
         score = avss(variance, near_zero, count, smoothed=True)
-        finite = self.column("nonfinite_count") == 0  # what is left of a layer that overflows is no measure of it
+        finite = self.column("nonfinite_count") == 0  # the finite rest does not measure a layer that overflows
         low = high = lowest = np.full(len(score), np.nan)
         if (parts := self.weighted_parts(recipe, threshold)) is not None:
             weighted = avss(*parts, smoothed=True)
@@ -247,11 +249,11 @@ class SiteTable:
         means = merged.unit_sum / (merged.unit_count or np.nan)
         at = {threshold: threshold.at(merged) for threshold in self.thresholds}
         if self.weights is None:
-            return _Units.of(means, at), None
+            return _Units.of_means(means, at), None
         partials = [shard[layer] for shard in self.shards]
         sums = np.stack([p.unit_sum if p.unit_sum.size else np.zeros_like(means) for p in partials])
         tokens = self.weights @ np.array([p.unit_count for p in partials], float)
-        return _Units.of(means, at), _Units.of(_ratio(self.weights @ sums, tokens[:, None]), at)
+        return _Units.of_means(means, at), _Units.of_means(_ratio(self.weights @ sums, tokens[:, None]), at)
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ class _Units:
     near_zero: dict[Threshold, Float64]
 
     @staticmethod
-    def of(means: Float64, at: Mapping[Threshold, float]) -> _Units:
+    def of_means(means: Float64, at: Mapping[Threshold, float]) -> _Units:
         """Reduce unit means, float64[..., units].
 
         Args:

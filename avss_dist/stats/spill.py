@@ -25,12 +25,12 @@ class Spill:
     """
 
     def __init__(self) -> None:
-        self._left = KEPT_BYTES
+        self._room = KEPT_BYTES
 
     def keep(self, stats: Mapping[Key, LayerStats]) -> Mapping[Key, LayerStats]:
         """Return the same statistics, to be treated as read-only. Their arrays may be mapped from a file."""
-        self._left -= sum(getattr(one, name).nbytes for one in stats.values() for name in _LARGE)
-        if self._left >= 0 or not stats:
+        self._room -= sum(getattr(layer_stats, name).nbytes for layer_stats in stats.values() for name in _LARGE)
+        if self._room >= 0 or not stats:
             return stats
         try:
             return _mapped(stats)
@@ -41,17 +41,17 @@ class Spill:
 def _mapped(stats: Mapping[Key, LayerStats]) -> Mapping[Key, LayerStats]:
     """Return the same statistics with their large fields in one memory-mapped file."""
     with tempfile.TemporaryFile() as file:
-        for one in stats.values():
+        for layer_stats in stats.values():
             for name in _LARGE:
-                file.write(getattr(one, name).tobytes())
+                file.write(getattr(layer_stats, name).tobytes())
         file.flush()
         whole = np.asarray(np.memmap(file, np.uint8, "r"))
-    found, at = {}, 0
-    for key, one in stats.items():
+    mapped, at = {}, 0
+    for key, layer_stats in stats.items():
         fields = {}
         for name in _LARGE:
-            field = getattr(one, name)
+            field = getattr(layer_stats, name)
             fields[name] = whole[at : at + field.nbytes].view(field.dtype)
             at += field.nbytes
-        found[key] = replace(one, **fields)
-    return found
+        mapped[key] = replace(layer_stats, **fields)
+    return mapped

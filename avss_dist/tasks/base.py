@@ -42,7 +42,7 @@ class Row:
 
 
 class Measure(Protocol):
-    """Measurement of one part of a task. It is pickled; equal keys mean equal work."""
+    """Measurement of one part of a task, which can be pickled. Measures with equal keys do equal work."""
 
     @property
     def key(self) -> str:
@@ -73,7 +73,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class TextLoss:
-    """Loss on a shard of text, a sample for each sequence; for paired text, the entropy of the predictions, too."""
+    """Loss on a shard of text, a sample for each sequence, and for paired text the entropy of the predictions."""
 
     shard: Shard
 
@@ -129,7 +129,7 @@ class Result:
 
     @property
     def left_out(self) -> Float64:
-        """Values without one sample each (jackknife), float64[n]; NaN if no weight remains."""
+        """Values without one sample each (jackknife), float64[n]. NaN if no weight remains."""
         with np.errstate(invalid="ignore", divide="ignore"):
             values: Float64 = (self.samples.sum() - self.samples) / (self.weights.sum() - self.weights)
         return values
@@ -148,7 +148,7 @@ class Result:
 
 
 def combine(rows: Iterable[Mapping[str, Any]], num_parts: int) -> list[Result]:
-    """Return the results of one task from rows of ``cells``; metrics with a missing part are left out.
+    """Return the results of one task from rows of ``cells``. Metrics with a missing part are left out.
 
     Rows of the same part are the same measurement, of which one counts.
     """

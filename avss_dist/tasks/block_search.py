@@ -26,7 +26,7 @@ from avss_dist.tasks.base import Row
 
 GREEDY, GREEDY_ERROR = "greedy:", "greedy_error"
 HILL, KS = "hill:", "ks:"  # before the path of a map: the exponent of its spectrum
-JUDGED = 4  # one part in so many of a row's tokens, the last, judges: TEAL's
+JUDGED = 4  # the error is measured on the last 1 / 4 of a row's tokens, as in TEAL
 ENOUGH = 0.9  # sparsity of the block at which it ends: TEAL's
 
 _BATCH: ContextVar[int] = ContextVar("batch")
@@ -57,9 +57,9 @@ class GreedyBlock:
     @property
     def key(self) -> str:
         """See `tasks.base.Measure`."""
-        how = {name: [self.steps[name], self.sizes[name], *self.thresholds[name]] for name in sorted(self.steps)}
+        maps = {name: [self.steps[name], self.sizes[name], *self.thresholds[name]] for name in sorted(self.steps)}
         shards = [shard.content_hash for shard in self.shards]
-        return fingerprint(measure="greedy block", shards=shards, layer=self.layer, maps=how)
+        return fingerprint(measure="greedy block", shards=shards, layer=self.layer, maps=maps)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`."""
@@ -67,7 +67,7 @@ class GreedyBlock:
         batches = [batch for shard in self.shards for batch in shard.batches(model.settings.batch_size)]
         calls = dense_calls(model, layer, batches)
         cuts: dict[str, float] = {}
-        with model.running(layer) as run, torch.no_grad(), _cutting(layer, cuts):
+        with model.running(layer) as run, torch.no_grad(), _zeroing_inputs(layer, cuts):
             block = _Block(layer, run, calls, batches)
             path, errors = self._search(block, cuts)
         ones = np.ones(len(errors))
@@ -78,24 +78,24 @@ class GreedyBlock:
         return [*rows, Row(metric=GREEDY_ERROR, samples=np.array(errors), weights=ones, layer=self.layer)]
 
     def _search(self, block: _Block, cuts: dict[str, float]) -> tuple[list[dict[str, float]], list[float]]:
-        taken = dict.fromkeys(self.steps, 0)
+        steps_taken = dict.fromkeys(self.steps, 0)
         path, errors = [dict.fromkeys(self.steps, 0.0)], [0.0]
         while self._share(path[-1]) < ENOUGH:
-            tried = {}
-            for name, number in taken.items():
+            error_by_map = {}
+            for name, number in steps_taken.items():
                 if number < len(self.thresholds[name]):
                     before = dict(cuts)
                     cuts[name] = self.thresholds[name][number]
-                    tried[name] = block.error()
+                    error_by_map[name] = block.error()
                     cuts.clear()
                     cuts.update(before)
-            if not tried:
+            if not error_by_map:
                 break
-            best = min(tried, key=lambda name: tried[name])
-            cuts[best] = self.thresholds[best][taken[best]]
-            taken[best] += 1
-            path.append(path[-1] | {best: taken[best] * self.steps[best]})
-            errors.append(tried[best])
+            best = min(error_by_map, key=lambda name: error_by_map[name])
+            cuts[best] = self.thresholds[best][steps_taken[best]]
+            steps_taken[best] += 1
+            path.append(path[-1] | {best: steps_taken[best] * self.steps[best]})
+            errors.append(error_by_map[best])
         return path, errors
 
     def _share(self, at: Mapping[str, float]) -> float:
@@ -158,7 +158,7 @@ def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) ->
 
 
 @contextmanager
-def _cutting(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
+def _zeroing_inputs(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
     """Zero the inputs of the layer's maps up to the thresholds in ``cuts``, which may change, inside the context."""
 
     def cut(path: str, _module: nn.Module, args: Any) -> Any:

@@ -114,11 +114,11 @@ def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[R
     Only tokens that are made sparse count. Maps that did not run have no row.
     """
     weighted = np.zeros((2, 1))
-    for one, (zeros, elements) in zip(sparsity.maps, counts, strict=True):
+    for rule, (zeros, elements) in zip(sparsity.maps, counts, strict=True):
         if elements:
             values = np.array([[zeros], [elements]], np.float64)
-            weighted += values / one.inputs * (one.outputs * one.inputs)
-            yield Row(metric=f"{REALIZED}{one.path}", samples=values[0], weights=values[1], layer=one.layer)
+            weighted += values / rule.inputs * (rule.outputs * rule.inputs)
+            yield Row(metric=f"{REALIZED}{rule.path}", samples=values[0], weights=values[1], layer=rule.layer)
     if weighted[1, 0]:
         yield Row(metric=SPARSITY, samples=weighted[0], weights=weighted[1])
 

@@ -19,8 +19,8 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.registry import BLOCK_DISTANCE, SCORES
-from avss_dist.core.settings import DRAWS, fingerprint
+from avss_dist.core.registry import BLOCK_DISTANCE, DRAWS, SCORES
+from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
@@ -74,8 +74,8 @@ class Damage:
     @property
     def key(self) -> str:
         """See `tasks.base.Measure`."""
-        how = {"lookahead": self.lookahead, "draws": self.draws, "seed": self.seed if self.draws else 0}
-        return fingerprint(measure="damage", shard=self.shard.content_hash, **how)
+        options = {"lookahead": self.lookahead, "draws": self.draws, "seed": self.seed if self.draws else 0}
+        return fingerprint(measure="damage", shard=self.shard.content_hash, **options)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`. Removed layers have no rows."""
@@ -285,10 +285,10 @@ def _advanced(layer: Layer, call: LayerCall, hidden: torch.Tensor, forward: Call
     return _hidden(layer, forward(*moved.args, **moved.kwargs), hidden)
 
 
-def _hidden(layer: Layer, output: Any, given: torch.Tensor) -> torch.Tensor:
+def _hidden(layer: Layer, output: Any, layer_input: torch.Tensor) -> torch.Tensor:
     """Return the hidden states of a layer's output."""
     out = first_tensor(output)
-    if out is None or out.shape != given.shape:
+    if out is None or out.shape != layer_input.shape:
         raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
     return out
 

@@ -102,7 +102,7 @@ class _Pass(Watched):
     norms: defaultdict[tuple[int, int], Any] = field(default_factory=partial(defaultdict, float))  # and by order
     sizes: dict[int, Any] = field(default_factory=dict)  # of the weights
     _calls: Counter[int] = field(default_factory=Counter)
-    _given: _SavedTensor | None = None
+    _saved_input: _SavedTensor | None = None
 
     @staticmethod
     def start(batch: Batch, device: torch.device) -> _Pass:
@@ -112,21 +112,23 @@ class _Pass(Watched):
     def enter(self, uses: Sequence[Layer], module: nn.Module, args: Any, kwargs: Any) -> None:
         if uses[0].index not in self.sizes:  # weights may be gone when the layer has run
             self.sizes |= dict.fromkeys([use.index for use in uses], sum(_norms(w, 2) for w in matrices(module)))
-        given = input_tensor(args, kwargs)
-        self._given = None if given is None else _SavedTensor(given.detach())
+        hidden = input_tensor(args, kwargs)
+        self._saved_input = None if hidden is None else _SavedTensor(hidden.detach())
 
     def leave(self, uses: Sequence[Layer], output: Any) -> None:
         layer = uses[self._calls[uses[0].index] % len(uses)]
         self._calls[uses[0].index] += 1
-        out, given, self._given = first_tensor(output), self._given, None
-        if out is None or given is None or out.shape != given.tensor.shape:
+        out, saved_input, self._saved_input = first_tensor(output), self._saved_input, None
+        if out is None or saved_input is None or out.shape != saved_input.tensor.shape:
             raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
-        out.register_hook(partial(self._remove, layer, given, _SavedTensor(out.detach())))
+        out.register_hook(partial(self._remove, layer, saved_input, _SavedTensor(out.detach())))
 
-    def _remove(self, layer: Layer, given: _SavedTensor, out: _SavedTensor, gradient: torch.Tensor) -> None:
-        if given.has_changed or out.has_changed:
+    def _remove(
+        self, layer: Layer, saved_input: _SavedTensor, saved_output: _SavedTensor, gradient: torch.Tensor
+    ) -> None:
+        if saved_input.has_changed or saved_output.has_changed:
             raise ModelError(f"Layer {layer.index} ({layer.name}), or one behind it, changes its input in place.")
-        chunks = (self._tokens(layer, x).split(CHUNK) for x in (gradient, out.tensor, given.tensor))
+        chunks = (self._tokens(layer, x).split(CHUNK) for x in (gradient, saved_output.tensor, saved_input.tensor))
         products = [(g.double() * (y.float() - x.float())).sum(dim=1) for g, y, x in zip(*chunks, strict=True)]
         changes = torch.cat(products).abs().view(self.real.shape).where(self.real.to(gradient.device), 0)
         self.removal[layer.index] = changes.sum(dim=1)

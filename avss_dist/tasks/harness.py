@@ -67,7 +67,7 @@ class HarnessPart:
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`. Likelihoods are computed in float32."""
-        loaded = _loaded(self)
+        loaded = _load_cached(self)
         from lm_eval.evaluator import evaluate
 
         with _silence(), model.applying(intervention):
@@ -180,14 +180,14 @@ def _nearest(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _catalogue() -> Any:
-    """Return the tasks that the harness ships; building them takes seconds."""
+    """Return the tasks that the harness ships. Building them takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 @lru_cache(maxsize=4)
-def _loaded(part: HarnessPart) -> Any:
+def _load_cached(part: HarnessPart) -> Any:
     """Return `_load`, cached, because a part runs many times."""
     with _silence(), _bad_task(part.name):
         return _load(part)
@@ -327,7 +327,7 @@ def _rows(evaluated: Any, loaded: Any) -> Iterator[Row]:
 
 
 def _metrics(results: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (metric, samples) of a task; the name of a metric has its filter, unless that is ``none``."""
+    """Yield (metric, samples) of a task. The name of a metric has its filter, unless that is ``none``."""
     for key, value in results.items():
         metric, comma, filtered = key.rpartition(",")
         if comma and not metric.endswith("_stderr"):
@@ -341,7 +341,7 @@ def _chance(documents: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np.nd
 
 
 def _num_choices(document: Mapping[str, Any]) -> int:
-    """Return the number of answers of a multiple-choice question; mutual information requests each one twice."""
+    """Return the number of answers of a multiple-choice question. Mutual information requests each one twice."""
     return len(document["arguments"]) // (2 if "acc_mutual_info" in document else 1)
 
 

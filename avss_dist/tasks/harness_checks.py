@@ -155,7 +155,7 @@ def _require_filters(file: TaskFile) -> None:
 
 
 def _mappings(file: TaskFile, key: str, values: Any) -> Iterator[Mapping[Any, Any]]:
-    """Yield the items of a list, each of which must be a mapping; null is an empty list."""
+    """Yield the items of a list, each of which must be a mapping. Null is an empty list."""
     for value in values if isinstance(values, list) else [values] if values is not None else ():
         if value is values or not isinstance(value, dict):
             raise file.mistake(key, f"must have a list of mappings, not {value!r}.")
@@ -177,7 +177,7 @@ def _require_template(file: TaskFile, key: str, value: Any) -> None:
     try:
         utils.env.parse(value)
     except TemplateSyntaxError as error:
-        raise file.mistake(key, f"is no template, in its line {error.lineno}: {error.message}") from error
+        raise file.mistake(key, f"is not a valid template, in its line {error.lineno}: {error.message}") from error
 
 
 def require_data(file: TaskFile, dataset: Any) -> None:
@@ -200,15 +200,15 @@ def require_data(file: TaskFile, dataset: Any) -> None:
     row, columns = questions[0], list(questions.features)
     for key in ("description", "gen_prefix"):
         if isinstance(template := config.get(key), str) and template not in columns:
-            _filled(file, key, partial(utils.apply_template, template), row, 1)
-    question = _Question(file, _unmade(config, columns), row, 1)
+            _render(file, key, partial(utils.apply_template, template), row, 1)
+    question = _Question(file, _unconstructed_task(config, columns), row, 1)
     text = config["doc_to_text"]
     if question.text == text and (similar := difflib.get_close_matches(text, columns, n=1, cutoff=0.7)):
-        raise file.mistake("doc_to_text", f"is '{text}', which is no column.", f"Did you mean '{similar[0]}'?")
+        raise file.mistake("doc_to_text", f"is '{text}', which is not a column.", f"Did you mean '{similar[0]}'?")
     question.require_valid()
 
 
-def _unmade(config: Mapping[str, Any], columns: Sequence[str]) -> Any:
+def _unconstructed_task(config: Mapping[str, Any], columns: Sequence[str]) -> Any:
     """Return a task that can fill its templates, before the harness constructs it with errors of its own."""
     from lm_eval.api.task import ConfigurableTask, TaskConfig
 
@@ -218,7 +218,7 @@ def _unmade(config: Mapping[str, Any], columns: Sequence[str]) -> Any:
     return task
 
 
-def _filled(file: TaskFile, key: str, function: Callable[[Any], Any], row: Mapping[str, Any], number: int) -> Any:
+def _render(file: TaskFile, key: str, function: Callable[[Any], Any], row: Mapping[str, Any], number: int) -> Any:
     """Return the value of a template for a question.
 
     Raises:
@@ -268,10 +268,10 @@ class _Question:
 
     def __init__(self, file: TaskFile, task: Any, row: Mapping[str, Any], number: int) -> None:
         self.file, self.task, self.row, self.number = file, task, row, number
-        self.text = _filled(file, "doc_to_text", task.doc_to_text, row, number)
-        self.target = _filled(file, "doc_to_target", task.doc_to_target, row, number)
+        self.text = _render(file, "doc_to_text", task.doc_to_text, row, number)
+        self.target = _render(file, "doc_to_target", task.doc_to_target, row, number)
         has_choices = task.config.doc_to_choice is not None
-        self.choices = _filled(file, "doc_to_choice", task.doc_to_choice, row, number) if has_choices else None
+        self.choices = _render(file, "doc_to_choice", task.doc_to_choice, row, number) if has_choices else None
 
     def _mistake(self, key: str, what: str, hint: str | None = None) -> TaskError:
         return self.file.mistake(key, f"gives {what} for question {self.number}.", hint)
@@ -324,7 +324,7 @@ class _Question:
     def _require_label(self, key: str, label: Any, choices: Sequence[str]) -> None:
         if isinstance(label, str):
             if label not in choices:
-                raise self._mistake(key, f"'{label}', which is none of the choices,", nearest(label, choices))
+                raise self._mistake(key, f"'{label}', which is not among the choices,", nearest(label, choices))
         elif not isinstance(label, int):
             raise self._mistake(key, f"{label!r}, not the index or the text of a choice,")
         elif not 0 <= label < len(choices):
@@ -337,8 +337,8 @@ class _Question:
         if task.OUTPUT_TYPE == GENERATE or task.config.process_results is not None:
             return
         context = self.choices if isinstance(self.text, int) else self.text
-        asked = task.construct_requests(doc=self.row, ctx=context, metadata=(None, 0, 1))
-        number = len(asked) if isinstance(asked, list) else 1
+        requests = task.construct_requests(doc=self.row, ctx=context, metadata=(None, 0, 1))
+        number = len(requests) if isinstance(requests, list) else 1
         alone = task.OUTPUT_TYPE == "loglikelihood_rolling"
         answers = [-1.0 - i if alone else (-1.0 - i, False) for i in range(number)]
         scored = task.process_results(self.row, answers)

@@ -63,7 +63,7 @@ def read_task_file(path: Path) -> TaskFile:
 
 def _read(path: Path, including: tuple[Path, ...]) -> TaskFile:
     if path.exists() and not path.is_file():
-        raise TaskError(f"{path} is no file.", "Name a task file, which ends in .yaml.")
+        raise TaskError(f"{path} is not a file.", "Name a task file, which ends in .yaml.")
     if not path.exists():
         raise TaskError(f"There is no task file {path}.", "A relative path starts in the working directory.")
     document = read_yaml_mapping(path, _KIND)
@@ -74,7 +74,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> TaskFile:
         if not included.is_file():
             where = f"{path}:{document.line(('include',))}"
             raise TaskError(
-                f"{where}: key 'include' names {included}, which is no file.",
+                f"{where}: key 'include' names {included}, which is not a file.",
                 "A relative path starts beside the file that includes it.",
             )
         if included.resolve() in including:
@@ -156,15 +156,15 @@ def resolve_data_files(config: Mapping[str, Any], *folders: Path) -> dict[str, A
         return dict(config)  # which is refused where it is checked
     options = dict(options)
     if "data_files" in options:
-        options["data_files"] = _placed(options["data_files"], folders, str(config["task"]))
+        options["data_files"] = _resolve_paths(options["data_files"], folders, str(config["task"]))
     return {**config, "dataset_kwargs": options} if options else dict(config)
 
 
-def _placed(files: Any, folders: tuple[Path, ...], task: str) -> Any:
+def _resolve_paths(files: Any, folders: tuple[Path, ...], task: str) -> Any:
     if isinstance(files, Mapping):
-        return {split: _placed(file, folders, task) for split, file in files.items()}
+        return {split: _resolve_paths(file, folders, task) for split, file in files.items()}
     if isinstance(files, list):
-        return [_placed(file, folders, task) for file in files]
+        return [_resolve_paths(file, folders, task) for file in files]
     if "://" in str(files):
         return files
     for file in (folder / files for folder in folders):

@@ -127,7 +127,7 @@ class Shapley:
         ]
 
     def _bound(self, model: LanguageModel, whole: float) -> float:
-        """Return the loss at which a permutation is truncated; infinity for never."""
+        """Return the loss at which a permutation is truncated, or infinity for never."""
         guess = math.log(model.module.config.get_text_config().vocab_size)
         return guess if self.truncation and whole < guess else math.inf
 
@@ -154,7 +154,7 @@ class _Text:
             return self._mean(self._model.each(self._record if self._keeps else self._model.losses, self._batches))
 
     def without_all(self, players: Sequence[int]) -> float:
-        """Return the nats per token without any of the layers; measured once."""
+        """Return the nats per token without any of the layers. They are measured once."""
         if self._empty is None:
             with self._model.applying(self._intervention.without(*players)):
                 self._empty = self._mean(self._model.each(self._model.losses, self._batches))

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.settings import DRAWS, fingerprint
+from avss_dist.core.registry import DRAWS
+from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer
@@ -54,8 +55,8 @@ class MapDamage:
     def key(self) -> str:
         """See `tasks.base.Measure`."""
         thresholds = [[*key, *values] for key, values in sorted(self.thresholds.items())]
-        how = {"draws": self.draws, "seed": self.seed, "thresholds": thresholds}
-        return fingerprint(measure="map damage", shard=self.shard.content_hash, **how)
+        options = {"draws": self.draws, "seed": self.seed, "thresholds": thresholds}
+        return fingerprint(measure="map damage", shard=self.shard.content_hash, **options)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`. Removed layers have no rows."""

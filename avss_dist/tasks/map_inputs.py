@@ -36,7 +36,7 @@ class MapInputs:
     tokens that a rule makes sparse.
 
     Attributes:
-        rule: one of `settings.SPARSITY_RULES`.
+        rule: one of `intervention.SPARSITY_RULES`.
     """
 
     shard: Shard = field(repr=False)
@@ -101,7 +101,7 @@ def _counting(maps: Sequence[Projection], counts: list[torch.Tensor]) -> Iterato
 
 
 def count_upto(values: torch.Tensor) -> torch.Tensor:
-    """Return the number of values up to each of `EDGES`, int64[edges]; in 16 bits, by counting bit patterns."""
+    """Return the number of values up to each of `EDGES`, int64[edges]. Bit patterns are counted in 16 bits."""
     edges = torch.from_numpy(EDGES).to(values.device, torch.float32)
     if values.element_size() != 2 or len(values) < PATTERNS:
         counts = torch.bincount(torch.bucketize(values.float(), edges), minlength=len(EDGES) + 1)

@@ -11,7 +11,7 @@ from avss_dist.system.context import bound
 
 
 class Watched:
-    """Observer of one pass; see `causal_lm.Watching`."""
+    """Observer of one pass. See `causal_lm.Watching`."""
 
     @contextmanager
     def watch(self) -> Iterator[None]:

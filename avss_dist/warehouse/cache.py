@@ -20,15 +20,15 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from avss_dist.core.settings import SCHEMA_VERSION
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.progress_bar import tracked
 from avss_dist.system.staging import remove_leftovers, staged_file
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 
 PICKED_BY = {"runs": [], "scores": ["site", "recipe", "threshold_kind", "threshold"]}
 """Tables that are copied, with the columns that queries select by. Rows with equal values in them are a row group."""
 
-FEWEST, MOST = 64, 128  # files that make a part; fewer are read where they are
+MIN_FILES, MAX_FILES = 64, 128  # files that make a part; fewer are read where they are
 _FILES = b"avss_files"
 
 Files = Mapping[str, str]  # by path: what tells whether the file has changed
@@ -46,13 +46,13 @@ def copied_rows(
         schema: schema of the table.
         read: opens files of a table.
     """
-    if name not in PICKED_BY or len(files) < FEWEST:
+    if name not in PICKED_BY or len(files) < MIN_FILES:
         return None, files
     key = hashlib.sha256(f"{root}\n{SCHEMA_VERSION}\n{schema}".encode()).hexdigest()[:32]
     folder = cache_folder("tables", key, name)
     parts = _current_parts(folder, files)
     missing = sorted(files.keys() - {path for holds in parts.values() for path in holds})
-    chunks = [missing[i : i + MOST] for i in range(0, len(missing), MOST) if len(missing) - i >= FEWEST]
+    chunks = [missing[i : i + MAX_FILES] for i in range(0, len(missing), MAX_FILES) if len(missing) - i >= MIN_FILES]
     for chunk in tracked(chunks, f"Copying the {name} of {len(missing):,} runs, once"):
         holds = {path: files[path] for path in chunk}
         with suppress(OSError, pa.ArrowException):  # where a file is damaged, all of the chunk are read where they are
@@ -60,13 +60,13 @@ def copied_rows(
             if written is None:
                 break
             parts[written] = holds
-    left = sorted(files.keys() - {path for holds in parts.values() for path in holds})
+    uncopied = sorted(files.keys() - {path for holds in parts.values() for path in holds})
     dataset = ds.dataset([str(part) for part in parts], schema, "parquet", pafs.LocalFileSystem()) if parts else None
-    return dataset, {path: files[path] for path in left}
+    return dataset, {path: files[path] for path in uncopied}
 
 
 def _current_parts(folder: Path, files: Files) -> dict[Path, Files]:
-    """Return the parts of the cache whose files have not changed, each file in one part; delete the others."""
+    """Return the parts of the cache whose files have not changed, each file in one part. Other parts are deleted."""
     parts: dict[Path, Files] = {}
     copied: set[str] = set()
     for part, holds in _parts(folder):
@@ -86,7 +86,7 @@ def _parts(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 
 
 def _write(folder: Path, name: str, dataset: ds.Dataset, holds: Files) -> Path | None:
-    """Copy files into a part and return its path; None if the cache cannot be written."""
+    """Copy files into a part and return its path, or None if the cache cannot be written."""
     order = [*PICKED_BY[name], "run_id", *(["layer"] if "layer" in dataset.schema.names else [])]
     table = dataset.to_table().sort_by([(column, "ascending") for column in order])
     listed = json.dumps(dict(holds))

@@ -18,7 +18,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, Column
 
 _HEADLESS = re.compile(r"(?<!LMHead)(?<!DoubleHeads)(Model|Encoder)$")
-RUN_COLUMNS = ["run_id", "status", "model", "num_layers", "num_tokens", "created_at", "settings", "schema_version"]
+RUN_COLUMNS = ["run_id", "status", "model", "num_layers", "num_tokens", "created_at", "settings"]
 """Columns of ``runs`` that are checked whenever a warehouse is read."""
 
 Mask = NDArray[np.bool_]
@@ -31,12 +31,12 @@ def damaged_runs(name: str, table: pa.Table) -> dict[str, str]:
         name: name of the table.
         table: some of its columns, ``run_id`` among them.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for reason, wrong in _problems(name, table.combine_chunks()):
         if wrong.any():
             for run_id in pc.unique(table["run_id"].filter(pa.array(wrong))).to_pylist():
-                found.setdefault(run_id, reason)
-    return found
+                reasons.setdefault(run_id, reason)
+    return reasons
 
 
 def checked_rows(name: str, run_id: str, stored: pa.Table) -> pa.Table:
@@ -57,8 +57,8 @@ def checked_rows(name: str, run_id: str, stored: pa.Table) -> pa.Table:
 def _problems(name: str, table: pa.Table) -> Iterator[tuple[str, Mask]]:
     """Yield the possible problems of rows of a table, each with a mask of the affected rows."""
     if name == "runs":
-        ids = table["run_id"].to_pylist()
-        yield "it has several rows; a run has one", np.array([ids.count(run_id) > 1 for run_id in ids], bool)
+        _, place, counts = np.unique(table["run_id"].to_numpy(), return_inverse=True, return_counts=True)
+        yield "it has several rows; a run has one", counts[place] > 1
     columns = {column.name: column for column in TABLES[name].columns}
     for column in (columns[column_name] for column_name in table.column_names):
         cells = table[column.name].combine_chunks()
@@ -67,14 +67,14 @@ def _problems(name: str, table: pa.Table) -> Iterator[tuple[str, Mask]]:
         if column.as_long_as in table.column_names:
             lengths = pc.list_value_length(cells), pc.list_value_length(table[column.as_long_as].combine_chunks())
             yield f"'{column.name}' is not as long as '{column.as_long_as}'", _mask(pc.not_equal(*lengths))
-        yield f"'{column.name}' has a value that it cannot have", _impossible(column, cells)
+        yield f"'{column.name}' has a value that it cannot have", _invalid_cells(column, cells)
 
 
-def _impossible(column: Column, cells: pa.Array) -> Mask:
+def _invalid_cells(column: Column, cells: pa.Array) -> Mask:
     """Return a mask of the rows whose value is not allowed in the column, or whose list has such a value or null."""
     if pa.types.is_list(cells.type):
         wrong, inside = np.zeros(len(cells), bool), pc.list_flatten(cells)
-        bad = _mask(inside.is_null()) | _impossible(column, inside)
+        bad = _mask(inside.is_null()) | _invalid_cells(column, inside)
         wrong[pc.list_parent_indices(cells).to_numpy()[bad]] = True
         return wrong
     if column.choices:
@@ -98,7 +98,7 @@ def has_head(run: Mapping[str, Any]) -> bool:
 
 
 def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a row of ``runs`` by name; an empty dict if it has none.
+    """Return the settings of a row of ``runs`` by name. Empty if it has none.
 
     Raises:
         WarehouseError: they are not a JSON object, or have invalid values.

@@ -15,19 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError
-from avss_dist.core.settings import SCHEMA_VERSION
 from avss_dist.stats.experts import EXPERT_COLUMNS, ExpertStats
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.stats.merging import merge_strata
 from avss_dist.stats.rows import ROW_FIELDS, AnswerRows
-from avss_dist.warehouse.schema import SCHEMAS, RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, RunIdentity
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds  # which brings pandas, where that is installed: too much for every worker
 
 _VERSION, _HEADER, _CHECKSUM = b"avss_schema_version", b"avss_header", b"avss_checksum"
-_FIRST_WITH_CHECKSUM = 3  # schema
+_OLDEST = 3  # schema version that is still read; earlier ones were never released
 _PREFIX = b"sha256:"
 _UNSIGNED = _PREFIX + b"0" * 64
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
@@ -50,11 +49,21 @@ _STATS_OPTIONS = {
 
 
 def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[str, Any] = {}) -> pa.Buffer:
-    """Return a file of a table as bytes; ``shard`` is the header of a partial, beside its rows."""
+    """Return a file of a table as bytes. ``shard`` is the header of a partial, beside its rows."""
     header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), _CHECKSUM: _UNSIGNED}
     schema = SCHEMAS[name].remove(0).with_metadata(header)
     table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
-    sink, options = pa.BufferOutputStream(), _STATS_OPTIONS if name in _STATS_TABLES else {}
+    return to_file(table, **(_STATS_OPTIONS if name in _STATS_TABLES else {}))
+
+
+def to_file(table: pa.Table, **options: Any) -> pa.Buffer:
+    """Return a table as the bytes of a Parquet file with a checksum, in place of any checksum in its metadata.
+
+    Args:
+        options: options of ``pyarrow.parquet.write_table``.
+    """
+    sink = pa.BufferOutputStream()
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _CHECKSUM: _UNSIGNED})
     pq.write_table(table, sink, compression="zstd", row_group_size=1_000_000, write_page_checksum=True, **options)
     data = bytearray(sink.getvalue())
     at = data.rindex(_UNSIGNED)
@@ -62,18 +71,23 @@ def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[st
     return pa.py_buffer(data)
 
 
-def refuse_newer(dataset: ds.Dataset) -> None:
-    """Raise WarehouseError if a newer avss_dist wrote a file of the dataset."""
+def require_readable(dataset: ds.Dataset) -> None:
+    """Check the schema version of every file of a dataset, as `parse` does."""
 
     def check(fragment: ds.ParquetFileFragment) -> None:
-        refuse_newer_version((fragment.metadata.metadata or {}).get(_VERSION))
+        _require_version((fragment.metadata.metadata or {}).get(_VERSION))
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(check, dataset.get_fragments()))
 
 
-def refuse_newer_version(version: bytes | int | None) -> None:
-    """Raise WarehouseError for a schema version that is newer than this package's."""
+def _require_version(version: bytes | None) -> None:
+    """Check a schema version.
+
+    Raises:
+        WarehouseError: it is newer than this package's.
+        pa.ArrowInvalid: it is not a number, or older than all that are read.
+    """
     try:
         number = int(version or 0)
     except ValueError:
@@ -81,6 +95,8 @@ def refuse_newer_version(version: bytes | int | None) -> None:
     if number > SCHEMA_VERSION:
         message = f"Written by a newer avss_dist: schema {number}, this one reads up to {SCHEMA_VERSION}."
         raise WarehouseError(message, "Update avss_dist where you installed it: git pull, pip install .")
+    if number < _OLDEST:
+        raise pa.ArrowInvalid(f"it has schema {number}, this avss_dist reads from {_OLDEST} on: measure it again")
 
 
 def parse(data: pa.Buffer) -> pa.Table:
@@ -88,14 +104,17 @@ def parse(data: pa.Buffer) -> pa.Table:
 
     Raises:
         WarehouseError: a newer avss_dist wrote it.
-        OSError, pa.ArrowException: it is damaged.
+        OSError, pa.ArrowException: it is damaged, or its schema is too old.
     """
-    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
     metadata = file.metadata.metadata or {}  # as stored; that of the Arrow schema is a second copy
     if (checksum := metadata.get(_CHECKSUM)) is not None:
         _verify(data, checksum)
-    refuse_newer_version(version := metadata.get(_VERSION))
-    if checksum is None and int(version or 0) >= _FIRST_WITH_CHECKSUM:
+    _require_version(metadata.get(_VERSION))
+    if checksum is None:
         raise pa.ArrowInvalid("it has no checksum")
     return file.read(use_threads=False)
 
@@ -162,7 +181,7 @@ def encode_rows(run: RunIdentity, rows: AnswerRows) -> pa.Buffer:
 def to_columns(
     run: RunIdentity, layers: Sequence[str], stats: Mapping[LayerKey, LayerStats] | Mapping[StratumKey, LayerStats]
 ) -> dict[str, Any]:
-    """Return a row for each (layer, site, stratum) in order, by column; lists are numbers and offsets."""
+    """Return a row for each (layer, site, stratum) in order, by column. Lists are numbers and offsets."""
     every: Mapping[Any, LayerStats] = stats
     keys: list[tuple[Any, ...]] = sorted(every)
     states = [every[key] for key in keys]
@@ -188,7 +207,7 @@ def _to_lists(cells: Sequence[np.ndarray], kind: pa.ListType) -> pa.Array:
 
 
 def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
-    """Return statistics by (layer, site), the inverse of `to_columns`; fields that a file lacks keep their defaults.
+    """Return statistics by (layer, site), the inverse of `to_columns`. Fields that a file lacks keep their defaults.
 
     Raises:
         pa.ArrowInvalid: the rows are not statistics.
@@ -197,11 +216,11 @@ def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
 
 
 def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
-    """Return statistics by (layer, site, stratum); the stratum is empty if the text is not paired."""
+    """Return statistics by (layer, site, stratum). The stratum is empty if the text is not paired."""
     try:
         return _to_strata(table)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise pa.ArrowInvalid(f"they are no statistics: {error}") from error
+        raise pa.ArrowInvalid(f"its rows are not statistics: {error}") from error
 
 
 def _stats_and_strata(table: pa.Table) -> tuple[dict[LayerKey, LayerStats], dict[StratumKey, LayerStats]]:
@@ -236,8 +255,8 @@ def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
             return None
         stats, strata = _stats_and_strata(table)
         return ShardResult(**header | {"layers": tuple(header["layers"]), "stats": stats, "strata": strata})
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return None  # files of schema 1 and 2 have no checksum over their metadata
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def encode_beside(run: RunIdentity, result: ShardResult) -> Iterator[tuple[str, pa.Buffer]]:

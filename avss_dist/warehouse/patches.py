@@ -15,7 +15,7 @@ _NAME = re.compile(r"([0-9a-f]{64})\.safetensors")
 
 
 class Patches:
-    """The patches of a warehouse; each is written in one step. A key is the SHA-256 of a file, in hex."""
+    """The patches of a warehouse. Each is written in one step. A key is the SHA-256 of a file, in hex."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage

@@ -44,7 +44,7 @@ def publish(warehouse: Warehouse, target: str) -> dict[str, int]:
     if not done:
         raise WarehouseError(f"{warehouse.root} has no finished run.", "Failed runs are not published.")
     run_ids = [row["run_id"] for row in sorted(done, key=lambda row: (row["model"], row["run_id"]))]
-    with _becomes(target, f"Layer scores of {describe_count(len(run_ids))} runs") as folder:
+    with _staged_target(target, f"Layer scores of {describe_count(len(run_ids))} runs") as folder:
         (folder / DATA).mkdir()
         rows = {name: _write_table(warehouse, name, run_ids, folder / DATA) for name in TABLES if name not in PARTS}
         rows = {name: number for name, number in rows.items() if number}
@@ -54,7 +54,7 @@ def publish(warehouse: Warehouse, target: str) -> dict[str, int]:
 
 
 @contextmanager
-def _becomes(target: str, message: str) -> Iterator[Path]:
+def _staged_target(target: str, message: str) -> Iterator[Path]:
     """Yield an empty local folder, which becomes the target when the block ends.
 
     Args:
@@ -92,7 +92,7 @@ def _dataset(target: str) -> str:
     prefix = "hf://datasets/"
     if not target.startswith(prefix):
         raise WarehouseError(
-            f"'{target}' is no data set of the hub.",
+            f"'{target}' is not a data set of the hub.",
             f"Write {prefix}ORG/NAME; for anything else there, publish to a folder and upload that.",
         )
     require_access(name := target.removeprefix(prefix).rstrip("/"), "dataset")
@@ -100,7 +100,7 @@ def _dataset(target: str) -> str:
 
 
 def _copy(folder: Path, storage: Storage) -> None:
-    """Copy every file; files that name others come last."""
+    """Copy every file. Files that name others come last."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     for file in sorted(files, key=lambda file: (file.parent == folder, file)):
         with pa.memory_map(str(file)) as mapped:
@@ -108,7 +108,7 @@ def _copy(folder: Path, storage: Storage) -> None:
 
 
 def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder: Path) -> int:
-    """Write the rows of a table with a row group for each run, and return their number; delete an empty file."""
+    """Write the rows of a table with a row group for each run, and return their number. An empty file is deleted."""
     comments = {column.name: column.meaning for column in TABLES[name].columns}
     schema = pa.schema([field.with_metadata({"comment": comments[field.name]}) for field in SCHEMAS[name]])
     file, rows = folder / f"{name}.parquet", 0
@@ -122,7 +122,7 @@ def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder
 
 
 def _tables(warehouse: Warehouse, name: str, run_ids: Sequence[str]) -> Iterator[pa.Table]:
-    """Yield the sorted rows of each run; the rows of evaluations, which have their own run ids, are one table."""
+    """Yield the sorted rows of each run. The rows of evaluations, which have their own run ids, are one table."""
     by = [(column, "ascending") for column in _ORDER if column in SCHEMAS[name].names]
     if name == "evaluations":
         yield warehouse.table(name).sort_by([("model", "ascending"), ("run_id", "ascending"), *by])

@@ -37,7 +37,7 @@ FUNCTIONS = {
 
 
 def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
-    """Return the result of one query; see `reader.Warehouse.sql`.
+    """Return the result of one query. See `reader.Warehouse.sql`.
 
     Args:
         read: calls a function with the datasets of named tables, and returns its result.
@@ -48,7 +48,9 @@ def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
     try:
         with duckdb.connect(":memory:", config=_SEALED) as connection:
             _require_reading(connection, query)
-        result: pa.Table = read(_mentioned(query), partial(_answer, query), failures=(duckdb.InvalidInputException,))
+        result: pa.Table = read(
+            _readable_tables(query), partial(_answer, query), failures=(duckdb.InvalidInputException,)
+        )
         return result
     except duckdb.Error as error:
         hint = f"Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
@@ -58,10 +60,10 @@ def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
 @cache
 def ready_queries() -> dict[str, str]:
     """Return the queries in ``sql/queries`` by name. Each begins with a comment that states the question it answers."""
-    found = [
+    sql_files = [
         file for file in (files("avss_dist.warehouse") / "sql" / "queries").iterdir() if file.name.endswith(".sql")
     ]
-    return {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in sorted(found, key=str)}
+    return {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in sorted(sql_files, key=str)}
 
 
 @cache
@@ -69,7 +71,7 @@ def _functions() -> str:
     return (files("avss_dist.warehouse") / "sql" / "functions.sql").read_text(encoding="utf-8")
 
 
-def _mentioned(query: str) -> Collection[str]:
+def _readable_tables(query: str) -> Collection[str]:
     """Return the tables that a query may read: tables whose name is in it, or all if it may build a name.
 
     DuckDB's own `get_table_names` refuses ``JOIN ... USING`` and the functions of SQL that are defined here.

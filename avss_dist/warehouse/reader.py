@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Unpack
 
@@ -19,14 +20,16 @@ from avss_dist.core.text import RedactedURI, basename, count_of
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.warehouse.cache import Files, copied_rows
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
-from avss_dist.warehouse.encoding import decode_shard, parse, refuse_newer, refuse_newer_version, to_stats, to_strata
+from avss_dist.warehouse.encoding import decode_shard, parse, require_readable, to_stats, to_strata
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS, Selection
+from avss_dist.warehouse.slices import slices_by
 from avss_dist.warehouse.storage import PLAN, Storage
 
 T = TypeVar("T")
 
 RUN_FOLDER = "run_id="  # before a run's id: the name of its folder in a table
 AT_ONCE = 8  # partials that are read together
+RUNS_AT_ONCE = 32  # runs whose merged statistics are read together
 
 
 class Warehouse:
@@ -34,7 +37,7 @@ class Warehouse:
 
     ``Warehouse("results").sql("SELECT layer, avss_smoothed FROM scores ORDER BY rank")``
 
-    Every method raises WarehouseError when the storage fails, a file is damaged or a newer avss_dist wrote it, and
+    Every method raises WarehouseError when the storage fails, a file is damaged or has another schema, and
     ValueError for a run id that is not made of ``[A-Za-z0-9._-]``.
 
     Args:
@@ -68,7 +71,7 @@ class Warehouse:
         return self._damaged
 
     def table(self, name: str, **selection: Unpack[Selection]) -> pa.Table:
-        """Read rows of a table: of whole runs; every row of ``runs``, evaluations, cells and experiments.
+        """Read rows of a table: those of whole runs, or every row of ``runs``, evaluations, cells and experiments.
 
         Args:
             name: one of ``TABLES``.
@@ -89,11 +92,11 @@ class Warehouse:
         return self._whole(name, self._read([name], rows)).select(wanted)
 
     def dataset(self, name: str) -> ds.Dataset | None:
-        """Return the rows of `table` as a dataset that is not read yet; None if the table has no file."""
+        """Return the rows of `table` as a dataset that is not read yet, or None if the table has no file."""
         return self._read([name], lambda datasets: datasets[name])
 
     def run(self, run_id: str) -> dict[str, Any] | None:
-        """Read the ``runs`` row of a run by column, ``versions`` as a dict; None if it has no row."""
+        """Read the ``runs`` row of a run by column, ``versions`` as a dict, or None if it has no row."""
         if (data := self.storage.read(path := self.storage.path("runs", run_id, "run"))) is None:
             return None
         with self.storage.reading(path):
@@ -103,7 +106,7 @@ class Warehouse:
             return dict(checked_rows("runs", run_id, stored).to_pylist(maps_as_pydicts="lossy")[0])
 
     def runs(self) -> pa.Table:
-        """Read one row for each run, failed ones too; the columns of ``SCHEMAS["runs"]``."""
+        """Read one row for each run, failed ones too, with the columns of ``SCHEMAS["runs"]``."""
         return self.table("runs")
 
     def unfinished(self) -> pa.Table:
@@ -157,11 +160,11 @@ class Warehouse:
         ends = {name: [model for model in known if model and basename(model) == name] for name in names}
         return [model for name in names for model in ([name] if name in known else ends[name] or [name])]
 
-    def _require_names(self, found: pa.Table, column: str, values: list[Any]) -> None:
+    def _require_names(self, scores: pa.Table, column: str, values: list[Any]) -> None:
         """Refuse a name that no score has; a warehouse without scores has no names to compare with."""
         if not pa.types.is_string(SCHEMAS["scores"].field(column).type):
             return
-        missing = {value for value in values if value is not None} - set(pc.unique(found[column]).to_pylist())
+        missing = {value for value in values if value is not None} - set(pc.unique(scores[column]).to_pylist())
         known = pc.unique(self.table("scores", columns=[column])[column]).to_pylist() if missing else []
         for value in missing if known else ():
             require_known(column, value, sorted(name for name in known if name is not None), QueryError)
@@ -185,7 +188,7 @@ class Warehouse:
             return to_stats(stored)
 
     def readable_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
-        """Read the merged statistics of a run; empty if they are damaged, which `damaged` notes."""
+        """Read the merged statistics of a run. Empty if they are damaged, which `damaged` notes."""
         try:
             return self.read_layer_stats(run_id)
         except DamagedFile as error:
@@ -193,14 +196,14 @@ class Warehouse:
             return {}
 
     def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
-        """Read the merged statistics of a run by (layer, site, stratum); empty if its text is not paired."""
+        """Read the merged statistics of a run by (layer, site, stratum). Empty if its text is not paired."""
         if (data := self.storage.read(path := self.storage.path("stratum_stats", run_id, "stratum_stats"))) is None:
             return {}
         with self.storage.reading(path):
             return to_strata(checked_rows("stratum_stats", run_id, parse(data)))
 
     def stats_by_run(self, run_ids: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
-        """Yield each run's rows of ``layer_stats``, as `table` reads them, with one run in memory at a time.
+        """Yield each run's rows of ``layer_stats``, as `table` reads them; `RUNS_AT_ONCE` runs are in memory at a time.
 
         Args:
             columns: ``run_id`` among them.
@@ -211,14 +214,30 @@ class Warehouse:
         files: dict[str, list[ds.Fragment]] = {}
         for file in dataset.get_fragments():
             files.setdefault(ds.get_partition_keys(file.partition_expression)["run_id"], []).append(file)
-        for run_id in run_ids:
-            try:
-                rows = [file.to_table(dataset.schema, list(columns)) for file in files.get(run_id, ())]
-            except (OSError, pa.ArrowException) as error:
-                self._note(run_id, self.storage.damage(f"{self.root}/layer_stats", error))
-                continue
-            if rows and (table := self._whole("layer_stats", pa.concat_tables(rows))):
-                yield run_id, table
+        remaining = iter(run_ids)
+        while batch := [*islice(remaining, RUNS_AT_ONCE)]:
+            table = self._read_files(dataset, {run_id: files.get(run_id, []) for run_id in batch}, columns)
+            table = self._whole("layer_stats", table).sort_by("run_id")
+            slices = {key["run_id"]: (start, stop) for key, start, stop in slices_by(table, ["run_id"])}
+            for run_id in batch:
+                if run_id in slices:
+                    start, stop = slices[run_id]
+                    yield run_id, table.slice(start, stop - start)
+
+    def _read_files(
+        self, dataset: ds.FileSystemDataset, files: Mapping[str, Sequence[ds.Fragment]], columns: Sequence[str]
+    ) -> pa.Table:
+        """Read columns of the files of some runs; runs with a file that cannot be read are noted and left out."""
+        fragments = [file for of_run in files.values() for file in of_run]
+        try:
+            every = ds.FileSystemDataset(fragments, dataset.schema, dataset.format, dataset.filesystem)
+            return every.to_table(list(columns))
+        except (OSError, pa.ArrowException) as error:
+            if len(files) > 1:
+                tables = [self._read_files(dataset, {run_id: of_run}, columns) for run_id, of_run in files.items()]
+                return pa.concat_tables(tables)
+            self._note(next(iter(files)), self.storage.damage(f"{self.root}/layer_stats", error))
+            return dataset.schema.empty_table().select(list(columns))
 
     def num_partials(self, run_id: str) -> int:
         """Return the number of stored shards of a run, by the names of their files."""
@@ -242,10 +261,10 @@ class Warehouse:
             yield from self.read_shards(run_id, {k: expected[k] for k in ids[i : i + AT_ONCE]})
 
     def read_partials(self, run: Mapping[str, Any]) -> list[ShardResult]:
-        """Read all partials of a row of ``runs``, in order; empty if some are missing."""
+        """Read all partials of a row of ``runs``, in order. Empty if some are missing."""
         columns = ["shard_id", "content_hash"]
-        kept = self.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
-        expected = {row["shard_id"]: row["content_hash"] for row in sorted(kept, key=lambda row: row["shard_id"])}
+        stored = self.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
+        expected = {row["shard_id"]: row["content_hash"] for row in sorted(stored, key=lambda row: row["shard_id"])}
         shards = self.read_shards(run["run_id"], expected)
         return shards if [shard.shard_id for shard in shards] == list(range(run["num_shards"] or 0)) else []
 
@@ -270,7 +289,7 @@ class Warehouse:
         work: Callable[[dict[str, ds.Dataset | None]], T],
         failures: tuple[type[Exception], ...] = (),
     ) -> T:
-        """Return the result of work on datasets of tables at one moment; if files are damaged, repeat it without them.
+        """Return the result of work on datasets of tables at one moment. If files are damaged, repeat it without them.
 
         Args:
             failures: exceptions of ``work`` for files that cannot be read, in addition to those of pyarrow.
@@ -302,9 +321,8 @@ class Warehouse:
             return ds.dataset(SCHEMAS["runs"].empty_table()), set()
         if runs is None:
             self._refuse_without_runs()
-        refuse_newer(runs)
+        require_readable(runs)
         rows = runs.to_table(RUN_COLUMNS)
-        refuse_newer_version(pc.max(rows["schema_version"]).as_py() or 0)
         without_row = {self.storage.run_id(path) for path in files}.difference(rows["run_id"].to_pylist())
         self._damaged |= dict.fromkeys(without_row, "it has no row; a run has one")
         if damaged := damaged_runs("runs", rows):
@@ -327,12 +345,12 @@ class Warehouse:
         raise WarehouseError(f"{self.root} {problem}.", hint)
 
     def _dataset(self, name: str, files: Files) -> ds.Dataset | None:
-        copied, left = self._parts(name, files)
-        parts = [*([] if copied is None else [copied]), *([self._open(name, left)] if left else [])]
+        copied, uncopied = self._parts(name, files)
+        parts = [*([] if copied is None else [copied]), *([self._open(name, uncopied)] if uncopied else [])]
         return None if not parts else parts[0] if len(parts) == 1 else ds.dataset(parts)
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
-        """Return the readable files of a table; for a table of whole runs alone, only files of the runs ``done``."""
+        """Return the readable files of a table. A table of whole runs has files of the runs ``done`` alone."""
         chosen = None if name in ("runs", "evaluations", "cells", "experiments") else done
         return {
             path: stamp
@@ -367,7 +385,7 @@ class Warehouse:
     def _why_unreadable(self, name: str, path: str) -> str | None:
         try:
             dataset = self._open(name, {path: ""})
-            refuse_newer(dataset)
+            require_readable(dataset)
             dataset.to_table()
         except FileNotFoundError:
             return "it is gone"
@@ -386,14 +404,14 @@ class Warehouse:
         self._damaged.setdefault(run_id, reason)
 
     def _open(self, name: str, files: Files) -> ds.Dataset:
-        """Return the rows of some files of a table; ``files`` holds size and time by path."""
+        """Return the rows of some files of a table. ``files`` holds size and time by path."""
         hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
         return ds.dataset(sorted(files), SCHEMAS[name], "parquet", self.storage.filesystem, hive)
 
     def _open_checked(self, name: str, files: Files) -> ds.Dataset:
         dataset = self._open(name, files)
         if name == "runs":
-            refuse_newer(dataset)
+            require_readable(dataset)
         return dataset
 
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:

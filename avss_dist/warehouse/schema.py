@@ -12,12 +12,14 @@ from typing import Any, TypedDict, get_type_hints
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avss_dist.core.registry import BASELINES, SCORES
-from avss_dist.core.settings import EVERY_SITE, RECIPES
+from avss_dist.core.registry import BASELINES, RECIPES, SCORES
+from avss_dist.core.settings import EVERY_SITE
 from avss_dist.stats.experts import EXPERT_COLUMNS
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats
 from avss_dist.stats.rows import ROW_FIELDS
+
+SCHEMA_VERSION = 3
 
 STRING, BOOL = pa.string(), pa.bool_()
 INT32, INT64, FLOAT64 = pa.int32(), pa.int64(), pa.float64()
@@ -25,8 +27,8 @@ INT16_LIST, INT32_LIST, INT64_LIST = pa.list_(pa.int16()), pa.list_(INT32), pa.l
 FLOAT32_LIST, FLOAT64_LIST, STRING_LIST = pa.list_(pa.float32()), pa.list_(FLOAT64), pa.list_(STRING)
 MAP, TIME = pa.map_(STRING, STRING), pa.timestamp("us", "UTC")
 
-MOST_LAYERS = 100_000
-COUNT, INDEX, SHARE, SIZE = (0, 2**62), (0, MOST_LAYERS), (0, 1), (0, 1e300)  # bounds of columns
+MAX_INDEX = 100_000
+COUNT, INDEX, SHARE, SIZE = (0, 2**62), (0, MAX_INDEX), (0, 1), (0, 1e300)  # bounds of columns
 THRESHOLD_KINDS = ("absolute", "rms")
 _TIMES = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # microseconds of the years 1 to 9999, which Python has
 
@@ -54,7 +56,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
+class TableInfo:
     """A table of the warehouse.
 
     Attributes:
@@ -86,7 +88,7 @@ _ARROW = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """The columns that identify a run; every table repeats them."""
+    """The columns that identify a run. Every table repeats them."""
 
     run_id: str
     model: str
@@ -178,7 +180,7 @@ _EXPERT = (
 )
 _EXPERT_REQUIRED = frozenset({column.name for column in _EXPERT} - {"router_entropy_sum"})
 _STRATUM = Column("stratum", STRING, "of paired text, the label of the answers, and whether they follow another prompt")
-_OF_ROWS = {"count": INT64, "near_zero": INT64_LIST}  # what is no float
+_OF_ROWS = {"count": INT64, "near_zero": INT64_LIST}  # columns that are not floats
 _TASK = Column(
     "task",
     STRING,
@@ -208,8 +210,8 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-TABLES: dict[str, Table] = {
-    "runs": Table(
+TABLES: dict[str, TableInfo] = {
+    "runs": TableInfo(
         "one row for each run: what ran, on what, with what, how fast",
         (
             _RUN_ID,
@@ -223,7 +225,7 @@ TABLES: dict[str, Table] = {
             Column("training_step", INT64, "optimizer step at which it was saved, by its name"),
             Column("training_tokens", INT64, "text that was read until then, by its name", "tokens"),
             Column("architecture", STRING, "class of the model"),
-            Column("num_layers", INT64, "layers of the model", bounds=(1, MOST_LAYERS)),
+            Column("num_layers", INT64, "layers of the model", bounds=(1, MAX_INDEX)),
             Column("hidden_size", INT64, "width of the residual stream", "channels"),
             Column("num_parameters", INT64, "parameters of the model"),
             Column("dtype", STRING, "compute dtype: float32, bfloat16, float16"),
@@ -263,7 +265,7 @@ TABLES: dict[str, Table] = {
         ),
         _names("status model"),
     ),
-    "scores": Table(
+    "scores": TableInfo(
         "one row for each layer, site, recipe and threshold of a run",
         (
             _RUN_ID,
@@ -306,13 +308,13 @@ TABLES: dict[str, Table] = {
         ),
         _names("layer layer_name depth site recipe threshold threshold_kind"),
     ),
-    "layer_stats": Table(
+    "layer_stats": TableInfo(
         "one row for each layer and site of a run: the statistics that scores are computed from",
         (_RUN_ID, *_MODEL, *_PLACE, *_STATS),
         _names("layer layer_name depth site count mean m2 thresholds near_zero nonfinite_count max_abs")
         | _names("histogram_bin histogram_count"),
     ),
-    "shard_stats": Table(
+    "shard_stats": TableInfo(
         "the same for each shard, to resume and to resample",
         (
             _RUN_ID,
@@ -325,7 +327,7 @@ TABLES: dict[str, Table] = {
         ),
         _names("shard_id content_hash"),
     ),
-    "evaluations": Table(
+    "evaluations": TableInfo(
         "one row for each metric of a task and a model, whole or without layers",
         (
             *_EVALUATION,
@@ -339,7 +341,7 @@ TABLES: dict[str, Table] = {
         ),
         _names("task metric drop"),
     ),
-    "cells": Table(
+    "cells": TableInfo(
         "what evaluations are combined from: one row for each part of a task",
         (
             *_EVALUATION,
@@ -352,7 +354,7 @@ TABLES: dict[str, Table] = {
         ),
         _names("task metric drop part samples weights"),
     ),
-    "experiments": Table(
+    "experiments": TableInfo(
         "one row for each metric of a model without the layers that a method chose",
         (
             Column("run_id", STRING, "the run whose scores chose the layers"),
@@ -364,7 +366,7 @@ TABLES: dict[str, Table] = {
             Column(
                 "site",
                 STRING,
-                "of the reading of AVSS or of the contrast that chose; null for other scores and in files of schema 2",
+                "of the reading of AVSS or of the contrast that chose; null for other scores",
                 choices=EVERY_SITE,
             ),
             Column("recipe", STRING, "recipe of that reading", choices=RECIPES),
@@ -394,7 +396,7 @@ TABLES: dict[str, Table] = {
         ),
         _names("method share task metric drop"),
     ),
-    "sparsity": Table(
+    "sparsity": TableInfo(
         "one row for each linear map of a sparsity plan: which of its inputs become zero",
         (
             Column("run_id", STRING, "the run that the plan was made of"),
@@ -418,12 +420,12 @@ TABLES: dict[str, Table] = {
         ),
         _names("sparsity_plan method target rule layer map site outputs inputs by value sparsity created_at"),
     ),
-    "stratum_stats": Table(
+    "stratum_stats": TableInfo(
         "as layer_stats, for each stratum of paired text",
         (_RUN_ID, *_MODEL, _STRATUM, *_PLACE, *_STATS),
         _names("stratum layer site count thresholds near_zero nonfinite_count"),
     ),
-    "row_stats": Table(
+    "row_stats": TableInfo(
         "one row for each answer of paired text, layer and site",
         (
             _RUN_ID,
@@ -439,12 +441,12 @@ TABLES: dict[str, Table] = {
         ),
         _names("row pair stratum layer site answer_tokens count near_zero"),
     ),
-    "expert_stats": Table(
+    "expert_stats": TableInfo(
         "one row for each layer and routed expert of a run, of every token or of none",
         (_RUN_ID, *_MODEL, *_EXPERT),
         _EXPERT_REQUIRED,
     ),
-    "shard_expert_stats": Table(
+    "shard_expert_stats": TableInfo(
         "the same for each shard",
         (_RUN_ID, *_MODEL, _SHARD, *_EXPERT),
         _EXPERT_REQUIRED | {"shard_id"},

@@ -26,12 +26,12 @@ class SharedWarehouse:
     mark: str
 
     def store(self) -> Store | None:
-        """Open the warehouse; return None if this process does not find the driver's mark in it."""
-        return _seen(self)
+        """Open the warehouse, or return None if this process does not find the driver's mark in it."""
+        return _store_with_mark(self)
 
 
 @lru_cache(maxsize=8)
-def _seen(shared: SharedWarehouse) -> Store | None:
+def _store_with_mark(shared: SharedWarehouse) -> Store | None:
     try:
         store = Store(shared.root)
         return store if store.storage.has_mark(shared.mark) else None
@@ -41,7 +41,7 @@ def _seen(shared: SharedWarehouse) -> Store | None:
 
 @contextmanager
 def shared(store: Store) -> Iterator[SharedWarehouse | None]:
-    """Let workers write the warehouse inside the block; yield None if no mark can be written, as on a full disk."""
+    """Let workers write the warehouse inside the block. Yield None if no mark can be written, as on a full disk."""
     try:
         mark = store.storage.write_mark()
     except AvssError:
@@ -69,7 +69,7 @@ class Receipt:
     size: int
 
     @staticmethod
-    def of(result: ShardResult, size: int) -> Receipt:
+    def of_result(result: ShardResult, size: int) -> Receipt:
         """Return the receipt of a result."""
         return Receipt(
             shard_id=result.shard_id,

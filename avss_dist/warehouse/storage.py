@@ -92,7 +92,7 @@ class Storage:
             return bool(self.filesystem.get_file_info(f"{self.base}/runs/{mark}").type == pafs.FileType.File)
 
     def remove_mark(self, mark: str) -> None:
-        """Delete a file of `write_mark`; ignore errors."""
+        """Delete a file of `write_mark`. Errors are ignored."""
         self.delete(f"{self.base}/runs/{mark}")
 
     def _remove_old_marks(self) -> None:
@@ -130,7 +130,7 @@ class Storage:
         return {info.path: (match[1], f"{info.size} {info.mtime_ns}") for info, match in matches if match}
 
     def names(self, table: str) -> set[str]:
-        """Return the names of the files and folders right below a table; its folders are not entered."""
+        """Return the names of the files and folders right below a table. Its folders are not entered."""
         selector = pafs.FileSelector(f"{self.base}/{table}", allow_not_found=True)
         with self.reading(f"{self.root}/{table}"):
             return {info.base_name for info in self.filesystem.get_file_info(selector)}
@@ -140,7 +140,7 @@ class Storage:
         return f"{self.base}/runs/{PLAN}{run_id}"
 
     def delete(self, path: str) -> None:
-        """Delete a file; ignore errors."""
+        """Delete a file. Errors are ignored."""
         with suppress(OSError, pa.ArrowException):
             self.filesystem.delete_file(path)
 
@@ -157,7 +157,7 @@ class Storage:
         return bool(self.filesystem.get_file_info(f"{self.base}/{name}").type == pafs.FileType.Directory)
 
     def read(self, path: str) -> pa.Buffer | None:
-        """Read a whole file; return None if it does not exist."""
+        """Read a whole file, or return None if it does not exist."""
         with self.reading(path), suppress(FileNotFoundError), self.filesystem.open_input_file(path) as file:
             return file.read_buffer()
         return None
@@ -181,8 +181,8 @@ class Storage:
             raise WarehouseError(message, _ADDRESS_HINT.format("write")) from error
 
     def _full(self, path: str) -> StorageFull:
-        kept = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self.files("shard_stats"))
-        hint = f"Free some and run the same command again: {kept} shard{'s are' if kept != 1 else ' is'} kept."
+        stored = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self.files("shard_stats"))
+        hint = f"Free some and run the same command again: {stored} shard{'s are' if stored != 1 else ' is'} kept."
         return StorageFull(f"No space left on {self.root}.", hint)
 
     def run_id(self, path: str) -> str:

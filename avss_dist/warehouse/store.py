@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 
 from avss_dist.core.errors import DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
-from avss_dist.core.settings import SCHEMA_VERSION
 from avss_dist.stats.experts import ExpertStats, merge_experts
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.warehouse.checks import checked_rows
@@ -26,7 +25,7 @@ from avss_dist.warehouse.encoding import (
     to_experts,
 )
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import SCHEMAS, RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, RunIdentity
 
 LayersStats = Mapping[LayerKey, LayerStats]
 StrataStats = Mapping[StratumKey, LayerStats]
@@ -71,7 +70,7 @@ class Store(Warehouse):
     def write_layer_stats(
         self, run: RunIdentity, layers: Sequence[str], stats: LayersStats, strata: StrataStats | None = None
     ) -> None:
-        """Write the merged statistics of a run; ``layers`` are the module paths of all its layers, in order."""
+        """Write the merged statistics of a run. ``layers`` are the module paths of all its layers, in order."""
         self._write("layer_stats", run.run_id, to_columns(run, layers, stats))
         if strata:
             self._write("stratum_stats", run.run_id, to_columns(run, layers, strata))
@@ -114,7 +113,7 @@ class Store(Warehouse):
         self._write_rows("runs", row["run_id"], [{**clean, "schema_version": SCHEMA_VERSION}], "run")
 
     def write_cell(self, run: RunIdentity, cell_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the measurements of one cell of an evaluation; rows lack the columns of RunIdentity."""
+        """Write the measurements of one cell of an evaluation. Rows lack the columns of RunIdentity."""
         data = self._write_rows("cells", run.run_id, run.identified(rows), cell_id)
         self._cell_rows.pop((run.run_id, cell_id), None)
         with suppress(pa.ArrowInvalid):  # `cells` notes the cell as damaged
@@ -163,21 +162,21 @@ class Store(Warehouse):
             return None
 
     def write_evaluations(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the combined results of an evaluation; rows lack the columns of RunIdentity."""
+        """Write the combined results of an evaluation. Rows lack the columns of RunIdentity."""
         self._write_rows("evaluations", run.run_id, run.identified(rows))
 
     def write_experiment(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the results of an experiment on a run; rows lack the columns of RunIdentity."""
+        """Write the results of an experiment on a run. Rows lack the columns of RunIdentity."""
         self._write_rows("experiments", run.run_id, run.identified(rows), name)
 
     def write_sparsity(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a sparsity plan that was made of a run; rows lack the columns of RunIdentity."""
+        """Write a sparsity plan that was made of a run. Rows lack the columns of RunIdentity."""
         self._write_rows("sparsity", run.run_id, run.identified(rows), name)
 
     def _write_rows(
         self, table: str, run_id: str, rows: Sequence[Mapping[str, Any]], name: str | None = None
     ) -> pa.Buffer:
-        """Write rows and return the content of the file; missing columns and NaN become null."""
+        """Write rows and return the content of the file. Missing columns and NaN become null."""
         for column in {column for row in rows for column in row}:
             require_known("column", column, SCHEMAS[table].names, WarehouseError)
         columns = {f.name: pa.array([r.get(f.name) for r in rows], f.type, from_pandas=True) for f in SCHEMAS[table]}

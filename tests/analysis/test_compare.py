@@ -19,17 +19,27 @@ import pytest
 from rich.console import Console
 from scipy import stats
 from support.command_line import avss
-from support.warehouses import Terminal, activations, run_row, stats_of, write_measured, write_profiles, write_scores
+from support.warehouses import (
+    Terminal,
+    activations,
+    rewrite_file,
+    run_row,
+    stats_of,
+    write_measured,
+    write_profiles,
+    write_scores,
+)
 
 from avss_dist.analysis.agreement import CorrelationSummary, correlate, correlate_pairs, summarize
-from avss_dist.analysis.compare import SCHEMA, compare
+from avss_dist.analysis.compare import SCHEMA, RankingComparison, compare
 from avss_dist.analysis.findings import OF_RANKINGS, findings, of_rankings
 from avss_dist.core.errors import QueryError
 from avss_dist.core.settings import PUBLISHED_THRESHOLD
-from avss_dist.report.terminal.compare import pairs_table, summary
+from avss_dist.report.terminal.compare import comparison_tables, summary
 from avss_dist.stats.rankings import align, count_lowest, rank_biased_overlap, spearman
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
 
 AT = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
@@ -177,11 +187,12 @@ def test_what_is_not_comparable_is_refused_by_name(tmp_path: Path, columns: dict
     assert pair["spearman"] == pytest.approx(-1)
 
 
-def test_more_pairs_than_a_comparison_takes_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avss_dist.analysis.compare.MOST_PAIRS", 5)
-    with pytest.raises(QueryError, match="4 runs make more than 5 pairs that differ in run") as caught:
-        pairs(root, allow_mismatch=True)
-    assert caught.value.hint == f"Compare fewer: avss compare -w {root} --run 'smollm2-*', for example."
+def test_of_many_pairs_the_most_and_the_least_alike_are_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = pairs(root, allow_mismatch=True)
+    monkeypatch.setattr("avss_dist.analysis.compare.EXTREMES", 1)
+    listed = pairs(root, allow_mismatch=True, max_listed=5)
+    assert len(every) == 6
+    assert [row["spearman"] for row in listed] == [every[0]["spearman"], every[-1]["spearman"]]
 
 
 def test_every_difference_is_named(root: Path) -> None:
@@ -312,13 +323,7 @@ def test_a_comparison_tells_only_the_findings_that_concern_it(tmp_path: Path) ->
     assert {"dominant_unit", "tracks_depth"} <= {row["kind"] for row in every}
     result = avss("compare", "-w", tmp_path)
     assert "tracks depth" in result.stdout and "dominant unit" not in result.stdout
-    told = [
-        row
-        for row in every
-        if row["kind"] in OF_RANKINGS and row["site"] in ("block", None) and row["recipe"] in ("pooled", None)
-    ]
-    rest = f"{len(every) - len(told)} findings more about these runs alone: avss findings -w {tmp_path} --all"
-    assert " ".join(result.stdout.split()).endswith(rest)
+    assert f"avss findings -w {tmp_path} lists what else" in " ".join(result.stdout.split())
     table = findings(Warehouse(tmp_path))
     kinds = [set(of_rankings(table, score)["kind"].to_pylist()) for score in ("avss", "block_influence")]
     assert kinds[0] == {row["kind"] for row in every} & set(OF_RANKINGS)
@@ -340,13 +345,13 @@ def test_the_words_follow_the_numbers(tmp_path: Path) -> None:
     for name, scores in (("a", UP), ("b", UP), ("c", UP)):
         write_scores(tmp_path, name, scores)
     warehouse = Warehouse(tmp_path)
-    alike = summary(compare(warehouse, ["a", "b", "c"], threshold=AT).pairs)
+    alike = summary(compare(warehouse, ["a", "b", "c"], threshold=AT))
     assert alike.startswith(
         "3 pairs: Spearman 1.000 at the median, from 1.000 to 1.000: the rankings are nearly the same."
     )
     assert alike.endswith("100% of the lowest layers of one are the lowest of the other; by chance it would be 25%.")
     write_scores(tmp_path, "d", DOWN)
-    assert "the other way round" in summary(compare(warehouse, ["a", "d"], threshold=AT).pairs)
+    assert "the other way round" in summary(compare(warehouse, ["a", "d"], threshold=AT))
 
 
 def test_a_median_is_between_the_middle_two_and_zero_has_no_sign() -> None:
@@ -356,9 +361,12 @@ def test_a_median_is_between_the_middle_two_and_zero_has_no_sign() -> None:
     row = {"by": "run", "a": "a", "b": "b", "a_run_id": "a", "b_run_id": "b", "layers": 8, "interpolated": False}
     row |= {"k": 2, "shared": 1, "jaccard": 0.3, "jaccard_by_chance": 0.2, "p_by_chance": 0.5}
     rows = [row | dict.fromkeys(("spearman", "given_depth", "kendall", "rbo"), value) for value in (-0.0002, -0.0003)]
-    table = pa.Table.from_pylist(rows, SCHEMA)
+    rho = summarize(np.array([-0.0002, -0.0003]))
+    comparison = RankingComparison(
+        pairs=pa.Table.from_pylist(rows, SCHEMA), number=2, spearman=rho, given_depth=rho, left_out={}
+    )
     console = Console(file=(output := io.StringIO()), width=132)
-    console.print(pairs_table(table, "title"))
+    console.print(comparison_tables(comparison, "title"))
     assert "0.000 at the median, from 0.000 to 0.000" in output.getvalue()
     assert "-0.0" not in output.getvalue()
 
@@ -411,10 +419,9 @@ def test_a_half_written_run_is_not_compared(root: Path) -> None:
     assert "Unknown run 'llama-1'" in result.stderr
 
 
-def rewrite(path: Path, version: str, drop: Sequence[str] = ()) -> None:
+def rewrite(path: Path, version: int = SCHEMA_VERSION, drop: Sequence[str] = ()) -> None:
     """A file as another version of this package would have written it."""
-    table = pq.ParquetFile(path).read().drop_columns([*drop])
-    pq.write_table(table.replace_schema_metadata({b"avss_schema_version": version.encode()}), path)
+    rewrite_file(path, pq.ParquetFile(path).read().drop_columns([*drop]), version)
 
 
 COMMANDS = [
@@ -427,7 +434,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
-def test_an_older_schema_is_read_and_a_newer_one_refused(tmp_path: Path, args: list[str]) -> None:
+def test_columns_of_an_older_version_may_lack_and_a_newer_schema_is_refused(tmp_path: Path, args: list[str]) -> None:
     write_measured(tmp_path, "tiny-1", stats_of(activations()), 8)
     older = {
         "scores": ["quality", "avss_low", "lowest_set_probability", "update_variance_ratio"],
@@ -436,11 +443,11 @@ def test_an_older_schema_is_read_and_a_newer_one_refused(tmp_path: Path, args: l
     }
     for name, columns in older.items():
         for path in (tmp_path / name).rglob("*.parquet"):
-            rewrite(path, "0", columns)
+            rewrite(path, drop=columns)
     result = avss(*args, "-w", tmp_path)
     assert (result.exit_code, result.stderr) == (0, "")
     for path in (tmp_path / "runs").rglob("*.parquet"):
-        rewrite(path, "99")
+        rewrite(path, 99)
     result = avss(*args, "-w", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Written by a newer avss_dist: schema 99" in result.stderr

@@ -26,7 +26,7 @@ from avss_dist.core.errors import QueryError
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.report.contrasts import contrast_section
 from avss_dist.report.page.page import report_page
-from avss_dist.stats import contrast as of
+from avss_dist.stats import contrast as contrast_stats
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
@@ -129,7 +129,7 @@ def test_with_labels_exchanged_inside_pairs_none_is_named(scored: Warehouse) -> 
     rows, place = answer_rows(scored, run, "neuron"), list(run["thresholds"]).index(THRESHOLD)
     own, other = (read_answers(rows, LABELS, after, place) for after in ("", AFTER_ANOTHER))
     alarms = 0
-    for labels in of.permuted_labels(own, 20, seed=7).astype(bool):
+    for labels in contrast_stats.permuted_labels(own, 20, seed=7).astype(bool):
         assert (np.bincount(own.pair, labels) == 1).all()
         found = layer_table(replace(own, hallucinated=labels), replace(other, hallucinated=labels), "pooled")
         alarms += any(found["stands"].to_pylist())
@@ -138,10 +138,10 @@ def test_with_labels_exchanged_inside_pairs_none_is_named(scored: Warehouse) -> 
 
 def test_merged_strata_say_what_single_answers_say_and_more(scored: Warehouse) -> None:
     (run,) = scored.runs().to_pylist()
-    strata = Strata.of(scored, run, "neuron")
+    strata = Strata.of_run(scored, run, "neuron")
     for recipe in ("pooled", "element"):
         threshold = Threshold(value=THRESHOLD, kind="absolute")
-        (merged,) = of.contrast(*strata.both_sides(recipe, threshold))
+        (merged,) = contrast_stats.contrast(*strata.both_sides(recipe, threshold))
         rows = contrast(scored, run, site="neuron", recipe=recipe, threshold=THRESHOLD).layers.to_pylist()
         np.testing.assert_allclose(merged, [row["eavss_contrast"] for row in rows], rtol=1e-6)
     relative = contrast(scored, run, site="neuron", threshold=0.1, threshold_kind="rms")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from avss_dist.analysis.reliability import FEWEST_SETS, increases, misranked, reliability, sets_correlation
+from avss_dist.analysis.reliability import MIN_SETS, increases, misranked, reliability, sets_correlation
 from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
@@ -115,5 +115,5 @@ def test_sets_are_ordered_by_their_sums() -> None:
     sets = {pair: float(score[list(pair)].sum()) ** 3 for pair in combinations(range(5), 2)}
     assert sets_correlation(score, sets) == pytest.approx(1.0)
     assert sets_correlation(-score, sets) == pytest.approx(-1.0)
-    few = dict(list(sets.items())[: FEWEST_SETS - 1])
+    few = dict(list(sets.items())[: MIN_SETS - 1])
     assert np.isnan(sets_correlation(score, few)) and np.isnan(sets_correlation(score, {(0, 1): 0.1}))

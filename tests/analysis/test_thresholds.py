@@ -185,30 +185,6 @@ def test_quantiles_of_16_bit_activations_are_exact(narrow: Warehouse, coarse: Fl
     assert "Every one is exact: each value was counted." in avss("quantiles", "-w", narrow.root).stdout
 
 
-def test_a_run_of_schema_1_is_read() -> None:
-    """``schema_1``: a tiny Llama in bfloat16, scored by the code of that schema, which kept no counts by value."""
-    warehouse = Warehouse(Path(__file__).parents[1] / "warehouse" / "schema_1")
-    (run,) = warehouse.runs().to_pylist()
-    assert (run["schema_version"], run["dtype"], run["num_shards"]) == (1, "bfloat16", 2)
-    for value, kind in ((1e-3, "absolute"), (0.1, "rms")):
-        found = scores_at(warehouse, [run], Threshold(value=value, kind=kind))
-        stored = warehouse.scores(threshold=value, threshold_kind=kind)
-        assert stored.num_rows == 3 * (3 + 2) and not stored["avss_low"].null_count
-        for got, want in zip(found.to_pylist(), stored.to_pylist(), strict=True):
-            ends = dict.fromkeys(("avss_low", "avss_high", "lowest_set_probability"))  # stored for two shards, then
-            assert {name: got[name] for name in want} == pytest.approx(want | ends)
-    stats = warehouse.read_layer_stats(run["run_id"])
-    rows = warehouse.sql("FROM sparsity_at(0.0011)").to_pylist()
-    assert len(rows) == len(stats) == 6 and {row["exactness"] for row in rows} == {"interpolated"}
-    for row in rows:
-        want = stats[row["layer"], row["site"]].below(0.0011)
-        assert (row["near_zero_count"], row["near_zero_low"], row["near_zero_high"]) == pytest.approx(want)
-    (nulls,) = warehouse.sql(
-        "SELECT count(abs_value) AS n, bool_and(len(histogram_bin) > 9) AS b FROM layer_stats"
-    ).to_pylist()
-    assert nulls == {"n": 0, "b": True}
-
-
 SHARES = (0.0, 0.1, 0.5, 0.9, 0.999, 1.0)
 
 

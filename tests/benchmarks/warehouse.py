@@ -1,17 +1,19 @@
-"""Time and memory of every ready query on a synthetic warehouse of many runs.
+"""Time and memory of the commands that read a warehouse, and of every ready query, on many synthetic runs.
 
-    python tests/benchmarks/warehouse.py FOLDER [--runs 2000] [--layers 80] [--rounds 3]
+    python tests/benchmarks/warehouse.py FOLDER [--runs 2000] [--layers 80] [--rounds 3] [--only compare ...]
 
 The warehouse is written where FOLDER has none (about a minute): two sites, every recipe and threshold of a real run,
-16 units, 200 bins. Every query runs in a process of its own, from start to table, as ``avss query`` does; the time of
-an empty start (imports alone) is told apart.
+16 units, 200 bins. Every command runs in a process of its own, from start to end. Printed are the shortest of several
+rounds and, with it, the seconds of all cores and the peak memory. ``avss --version`` is the start of the interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,8 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avss_dist.core.settings import RECIPES, RELATIVE_THRESHOLDS, SCHEMA_VERSION, THRESHOLDS
-from avss_dist.warehouse.schema import SCHEMAS
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import THRESHOLDS
+from avss_dist.stats.scores import RELATIVE_THRESHOLDS
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS
 
 FAMILIES = ("llama", "gemma3_text", "qwen3", "bert", "mistral")
 SITES = ("block", "update")
@@ -172,41 +176,56 @@ def _layer_stats(rng: np.random.Generator, identity: dict[str, object], layers: 
     }
 
 
-PROGRAM = """
-import sys, time, resource
-from avss_dist.warehouse.reader import Warehouse
-empty = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-wall, cpu = time.perf_counter(), time.process_time()
-rows = Warehouse(sys.argv[1]).sql(sys.argv[2]).num_rows
-wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-print("\\n", wall, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, empty / 1024, rows)
-"""
+COMMANDS = {
+    "--version": ["--version"],
+    "ls": ["ls"],
+    "show": ["show"],
+    "findings": ["findings"],
+    "compare": ["compare"],
+    "compare --by family": ["compare", "--by", "family"],
+    "report": ["report", "-o", "report.html"],
+}
+"""Arguments of the commands by name. All but ``--version`` read the warehouse."""
 
 
-def measure(root: Path, query: str) -> tuple[float, ...]:
-    """Seconds, seconds of all cores, peak MiB, MiB after the imports, and rows, of a query in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, root, query], capture_output=True, text=True, check=True)
-    return tuple(float(number) for number in done.stdout.splitlines()[-1].split())
+def measure(root: Path, arguments: list[str], folder: Path) -> tuple[float, float, float, int]:
+    """Run a command in a process of its own; return seconds, seconds of all cores, peak MiB, and bytes printed."""
+    warehouse = [] if arguments == ["--version"] else ["-w", str(root.resolve())]
+    command = [sys.executable, "-m", "avss_dist", *arguments, *warehouse]
+    with open(folder / "output", "wb") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, cwd=folder)
+        assert process.stderr is not None
+        message = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if status:
+            raise SystemExit(f"avss {' '.join(arguments)} failed:\n{message.decode()}")
+    printed = (folder / "output").stat().st_size
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, printed
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    from avss_dist.warehouse.query import ready_queries
+
+    commands = COMMANDS | {f"query @{name}": ["query", f"@{name}"] for name in ready_queries()}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    parser.add_argument("--only", nargs="+", choices=commands, default=list(commands))
+    options = parser.parse_args(arguments)
     if not options.folder.exists():
         start = time.perf_counter()
         write_warehouse(options.folder, options.runs, options.layers)
         print(f"written in {time.perf_counter() - start:.0f} s")
-    from avss_dist.warehouse.query import ready_queries
-
-    print(f"{'query':24} {'seconds':>8} {'of CPU':>8} {'peak MiB':>9} {'imports MiB':>12} {'rows':>7}")
-    for name in ready_queries():
-        found = [measure(options.folder, f"@{name}") for _ in range(options.rounds)]
-        seconds, cpu, peak, empty, rows = min(found)
-        print(f"@{name:23} {seconds:8.2f} {cpu:8.2f} {peak:9.0f} {empty:12.0f} {rows:7.0f}", flush=True)
+    print(f"{'command':28} {'seconds':>8} {'of CPU':>8} {'peak MiB':>9} {'printed':>12}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.only:
+            rounds = [measure(options.folder, commands[name], Path(folder)) for _ in range(options.rounds)]
+            seconds, cores, peak, printed = min(rounds)
+            print(f"{name:28} {seconds:8.2f} {cores:8.2f} {peak:9.0f} {printed:12,}", flush=True)
 
 
 if __name__ == "__main__":

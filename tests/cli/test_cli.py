@@ -23,15 +23,13 @@ from support.command_line import avss, commands
 import avss_dist
 from avss_dist.cli.commands import COMMANDS as LISTED
 from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.registry import FROM_ACTIVATIONS
+from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES
 from avss_dist.core.settings import (
     ATTENTIONS,
     DTYPES,
     EVERY_SITE,
     EXECUTORS,
-    LOWEST_SHARE,
     PUBLISHED_THRESHOLD,
-    RECIPES,
     SITE_FAMILIES,
     SITES,
     Execution,

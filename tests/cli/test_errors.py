@@ -22,8 +22,8 @@ from support.command_line import files
 from support.commands import Command
 from support.tables import assert_same_tables
 
-from avss_dist.core.settings import SCHEMA_VERSION
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 
 TEXT = ["--corpus", "builtin:pydoc", "--max-sequences", "12", "--sequence-length", "32", "--sequences-per-shard", "4"]
 SCORE = [*TEXT, "--executor", "local"]

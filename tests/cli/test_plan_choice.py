@@ -10,7 +10,7 @@ from support.command_line import avss
 
 from avss_dist import ablate, plan, score
 from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.settings import SEARCHES
+from avss_dist.core.registry import SEARCHES
 
 TEXT = "builtin:pydoc"
 SIZES: dict[str, Any] = {"max_sequences": 2, "device": "cpu", "executor": "local"}

@@ -25,11 +25,12 @@ from avss_dist.core.intervention import (
     joined,
     sublayers_of,
 )
-from avss_dist.core.settings import SCHEMA_VERSION, Settings, fingerprint
+from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.evaluation.session import PlannedTask
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.base import Placement
 from avss_dist.tasks.base import Task
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 
 SPARSITY = Sparsity(
     maps=(MapSparsity(layer=0, path="mlp.up_proj", outputs=4, inputs=2, by="threshold", value=0.5),), rule="all"
@@ -61,7 +62,7 @@ def test_sublayers_come_after_layers_and_attentions_before_mlps() -> None:
     assert joined(removals) == (3, 7, Sublayer(1, "attention"), Sublayer(2, "attention"), Sublayer(0, "mlp"))
     assert max((5, (3,), 1), (5, (Sublayer(0, "mlp"),), 1)) == (5, (Sublayer(0, "mlp"),), 1)
     assert list(map(str, joined(removals))) == ["3", "7", "attention.1", "attention.2", "mlp.0"]
-    assert describe_removed(joined(removals)) == "3, 7, attention of 1-2, MLP of 0"
+    assert describe_removed(joined(removals)) == "3, 7, attention.1, attention.2, mlp.0"
 
 
 def test_both_sublayers_of_a_layer_are_the_layer() -> None:
@@ -113,6 +114,22 @@ def test_evaluations_and_cells_have_the_ids_that_warehouses_know(checkpoint: Che
         fingerprint(measure="measure", part=0, drop=[])[:20],
         *[fingerprint(measure="measure", part=0, drop=[1, 10_002], patch="p")[:20]] * 2,
     ]
+
+
+def test_an_evaluation_is_hashed_once(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all parts of a task and all removals, and once more for another residual scale."""
+    task = Task(name="t", parts=(Measure(),) * 5)
+    planned = PlannedTask(checkpoint=checkpoint, settings=Settings(), task=task, placement=Placement())
+    hashed: list[dict[str, Any]] = []
+
+    def counted(**parts: Any) -> str:
+        hashed.append(parts)
+        return fingerprint(**parts)
+
+    monkeypatch.setattr("avss_dist.evaluation.session.fingerprint", counted)
+    without = NO_INTERVENTION.without(1)
+    cells = planned.cells([NO_INTERVENTION, without, replace(without, residual_scale=0.5)])
+    assert (len(cells), len({cell.run_id for cell in cells}), len(hashed)) == (15, 2, 2)
 
 
 @pytest.mark.parametrize("module", ["avss_dist.core.intervention", "avss_dist.pruning.plan", "avss_dist.sparsity.plan"])

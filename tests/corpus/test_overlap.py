@@ -143,8 +143,8 @@ def test_every_shared_passage_of_that_length_has_a_fingerprint() -> None:
     for _ in range(300):
         passage = letters(PASSAGE)
         one, other = (letters(rng.randint(0, 90)) + passage + letters(rng.randint(0, 90)) for _ in range(2))
-        assert np.intersect1d(overlap._winnowed(one), overlap._winnowed(other)).size
-    unlike = [overlap._winnowed(letters(200)) for _ in range(50)]
+        assert np.intersect1d(overlap._winnow(one), overlap._winnow(other)).size
+    unlike = [overlap._winnow(letters(200)) for _ in range(50)]
     assert len(np.unique(np.concatenate(unlike))) == sum(map(len, unlike))
     assert sum(map(len, unlike)) < 0.3 * 50 * 200
 

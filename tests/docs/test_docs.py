@@ -12,6 +12,7 @@ import pytest
 import yaml
 from support.command_line import commands as registered
 from support.documentation import DOCS, OWN, PAGES, ROOT, code_blocks, commands, read
+from support.warehouses import unpack_released
 
 from avss_dist.cli.reference import reference_markdown
 from avss_dist.warehouse.reader import Warehouse
@@ -102,9 +103,13 @@ def test_results_name_the_machine_the_date_and_the_command(page: Path) -> None:
         assert re.search(rf"^\| {fact} \| .", read(page), re.MULTILINE), fact
 
 
+@pytest.fixture(scope="module")
+def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
+    return Warehouse(unpack_released(tmp_path_factory.mktemp("released")))
+
+
 @each_page
-def test_every_query_runs(page: Path) -> None:
-    warehouse = Warehouse(str(ROOT / "tests" / "warehouse" / "schema_2"))
+def test_every_query_runs(page: Path, warehouse: Warehouse) -> None:
     for words in commands(read(page)):
         if words[0] == "query" and len(words) > 1 and not words[1].startswith(("@", "-")):
             warehouse.sql(words[1])

@@ -20,12 +20,12 @@ from support.command_line import avss
 from support.families import tiny_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from avss_dist import ablate, evaluate
 from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
-from avss_dist.evaluation.ablate import Ablation, ablate
-from avss_dist.evaluation.evaluate import evaluate
+from avss_dist.evaluation.ablate import Ablation
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.skipping import recording, representatives, resuming
@@ -495,7 +495,7 @@ def test_mistakes(tiny_llama: Path, tmp_path: Path) -> None:
     text = {"corpus": TEXT, "warehouse": tmp_path / "w", **SMALL}
     with pytest.raises(ConfigError, match="Nothing would be measured"):
         ablate(tiny_llama, leave_one_out=False, **text)
-    with pytest.raises(ConfigError, match="negative"):
+    with pytest.raises(ConfigError, match="`shapley` must be at least 0, not -1"):
         ablate(tiny_llama, shapley=-1, **text)
     with pytest.raises(ConfigError, match="max_sequences"):
         ablate(tiny_llama, **text | {"max_sequence": 3})

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from support.checkpoints import llama
 
+from avss_dist import evaluate
 from avss_dist.core.errors import AvssError, ConfigError
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.model_card import pruned_from
 from avss_dist.pruning.plan import Plan

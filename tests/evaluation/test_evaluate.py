@@ -14,10 +14,9 @@ from support.checkpoints import host_limit, one_thread
 from support.command_line import avss, files
 from support.tables import assert_same_evaluations
 
+from avss_dist import ablate, evaluate
 from avss_dist.core.errors import ConfigError, CorpusError
 from avss_dist.core.settings import Settings
-from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.runs.api import score
 from avss_dist.tasks.base import TextLoss

@@ -13,22 +13,21 @@ import pytest
 from support.checkpoints import VOCABULARY, one_thread
 from support.command_line import avss
 from support.commands import Command
-from support.experiments import run_job_in
+from support.experiments import experiment_of, run_job_in
 from support.processes import wait_until
 
+from avss_dist import ablate
 from avss_dist.analysis.plans import plan_layers
-from avss_dist.analysis.reliability import FEWEST_SETS
+from avss_dist.analysis.reliability import MIN_SETS
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.verdict import judgement, verdicts
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import encode_removals
-from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.evaluation.search import search
 from avss_dist.pruning.methods import Experiment, Method, methods, parse_score
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice
+from avss_dist.requests import PlanRequest
 from avss_dist.runs.job_file import JobError, read_job
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
@@ -122,9 +121,9 @@ def test_a_search_finds_what_a_plan_finds(done: tuple[Path, list[dict[str, Any]]
     sizes = {"sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu", "max_sequences": 8}
     for by in ("greedy", "evolve"):
         for ends in (0, 1):
-            choice = Choice(by=by, share=0.5, first=ends, last=ends)
+            request = PlanRequest(warehouse=warehouse, search=by, corpus=run["corpus"], budget=24, **sizes)
             with one_thread():
-                found = search(warehouse, run, choice, corpus=run["corpus"], effort=Effort(budget=24), **sizes)
+                found = search(request, run, Choice(by=by, share=0.5, first=ends, last=ends))
             name = f"{by} search, ends kept" if ends else f"{by} search"
             (row,) = (row for row in rows if (row["method"], row["share"]) == (name, 0.5))
             assert tuple(row["drop"]) == found.plan.drop
@@ -163,7 +162,7 @@ def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(
     for file in lost:
         file.unlink()
     with one_thread():
-        _, again = run_experiment(read_job(job))
+        _, again = experiment_of(job)
     assert sorted(cells.rglob("*.parquet")) == files
     assert {file for file in files if file.stat().st_mtime_ns != times[file]} == set(lost)
     shown = [[{k: v for k, v in row.items() if k != "created_at"} for row in some] for some in (rows, again)]
@@ -183,7 +182,7 @@ def test_a_killed_experiment_goes_on_where_it_was(done: tuple[Path, list[dict[st
     before = {file: file.stat().st_mtime_ns for file in cells.rglob("*.parquet")}
     assert len(before) >= 8
     with one_thread():
-        _, resumed = run_experiment(read_job(job))
+        _, resumed = experiment_of(job)
     after = {file: file.stat().st_mtime_ns for file in cells.rglob("*.parquet")}
     assert len(after) == len(list((Path(read_job(whole).warehouse) / "cells").rglob("*.parquet"))) > len(before)
     assert {file: after[file] for file in before} == before
@@ -199,11 +198,11 @@ def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(
     (run,) = store.runs().to_pylist()
     copy = Warehouse(shutil.copytree(store.root.full, tmp_path / "w"))
     (of,) = {row["run_id"] for row in store.table("evaluations").to_pylist() if row["task"] == TASK}
-    plan = Plan(model=run["model"], num_layers=run["num_layers"], layers="layers", drop=(1,), attention=(0,))
+    plan = Plan(model=run["model"], num_layers=run["num_layers"], layers="layers", drop=(1, "attention.0"))
     rows = [row for row in copy.table("evaluations").to_pylist() if row["run_id"] == of]
     identity = {name: rows[0][name] for name in ("run_id", "model", "revision", "family")}
     whole = next(row for row in rows if not row["drop"] and row["metric"] == "loss")
-    another = _row(whole) | {"drop": encode_removals(plan.removed)}
+    another = _row(whole) | {"drop": encode_removals(plan.drop)}
     Store(copy.root).write_evaluations(RunIdentity(**identity), [*map(_row, rows), another])
     assert (of,) == tuple({row["run_id"] for row in copy.table("evaluations").to_pylist() if 10_000 in row["drop"]})
     cards = [score_cards(one, one.runs().to_pylist()).to_pylist() for one in (store, copy)]
@@ -227,7 +226,7 @@ def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[d
             assert row["share_of_ceiling"] == pytest.approx(row["spearman_loss"] / row["ceiling"])
             assert 0 <= row["misranked"] <= 1
         assert row["sets"] == len({tuple(one["drop"]) for one in rows if len(one["drop"]) > 1 and not one["repair"]})
-        assert row["spearman_sets"] is None or row["sets"] >= FEWEST_SETS
+        assert row["spearman_sets"] is None or row["sets"] >= MIN_SETS
     (published,) = (
         row
         for row in cards.to_pylist()
@@ -258,7 +257,7 @@ def test_calibration_text_is_refused(done: tuple[Path, list[dict[str, Any]]], tm
     same = tmp_path / "same.yaml"
     same.write_text(job.read_text().replace("skip_sequences: 12", "skip_sequences: 0"))
     with pytest.raises(ConfigError, match="`skip_sequences` 12"):
-        run_experiment(read_job(same))
+        experiment_of(same)
 
 
 def row(method: str, retention: float, low: float, high: float, **more: Any) -> dict[str, Any]:
@@ -347,7 +346,7 @@ def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("warehouse: w\nmodels: [m]\ncorpora: ['builtin:pydoc']\n")
     with pytest.raises(ConfigError, match="has no section 'experiment'"):
-        run_experiment(read_job(job))
+        experiment_of(job)
     told = avss("run", job, "--allow-overlap")
     assert told.exit_code == 2 and "--allow-overlap applies to an experiment" in told.stderr
 
@@ -395,7 +394,7 @@ def test_a_huge_experiment_says_its_size_first(tmp_path: Path) -> None:
     assert "Lower `random`" in done.stderr and "More than 10,000 need --yes." in done.stderr
     assert not (tmp_path / "w").exists()
     job.write_text(text.replace("100000", "3000") + "  allow_many: true\n")
-    runs, rows = run_experiment(read_job(job))
+    runs, rows = experiment_of(job)
     assert [run.status for run in runs] == ["failed"] and not rows
 
 

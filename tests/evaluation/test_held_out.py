@@ -12,8 +12,7 @@ from support.texts import SAME, TEXT, sentences
 from avss_dist import score
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
-from avss_dist.evaluation.held_out import refuse_overlap, texts_of_run
-from avss_dist.evaluation.tasks import make_task
+from avss_dist.evaluation.tasks import make_task, refuse_overlap, texts_of_run
 from avss_dist.models.checkpoints import resolve
 from avss_dist.tasks.base import Task
 from avss_dist.warehouse.reader import Warehouse

@@ -11,12 +11,11 @@ import pytest
 import torch
 from support.checkpoints import one_thread
 from support.command_line import avss
-from support.experiments import run_job_in
+from support.experiments import experiment_of, run_job_in
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.contrast import contrast
 from avss_dist.core.errors import ConfigError
-from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.pruning.methods import Experiment, parse_score
 from avss_dist.runs.job_file import read_job
 from avss_dist.warehouse.reader import Warehouse
@@ -105,7 +104,7 @@ def test_nothing_is_measured_twice_and_questions_that_were_contrasted_are_refuse
     cells = sorted((Path(read_job(job).warehouse) / "cells").rglob("*.parquet"))
     times = [cell.stat().st_mtime_ns for cell in cells]
     with one_thread():
-        _, again = run_experiment(read_job(job))
+        _, again = experiment_of(job)
     assert [cell.stat().st_mtime_ns for cell in cells] == times
     shown = [[{k: v for k, v in row.items() if k != "created_at"} for row in some] for some in (rows, again)]
     assert json.dumps(shown[0]) == json.dumps(shown[1])
@@ -113,7 +112,7 @@ def test_nothing_is_measured_twice_and_questions_that_were_contrasted_are_refuse
     other = tmp_path / "job.yaml"
     other.write_text(same, encoding="utf-8")
     with one_thread(), pytest.raises(ConfigError, match=r"1 of the 4 questions of truthfulqa:.* are prompts") as caught:
-        run_experiment(read_job(other))
+        experiment_of(other)
     assert "`skip_questions` 2" in str(caught.value.hint)
 
 

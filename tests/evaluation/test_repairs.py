@@ -20,18 +20,17 @@ from safetensors.torch import load_file
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
 from support.commands import Command
-from support.experiments import run_job_in
+from support.experiments import experiment_of, run_job_in
 from support.families import lively, tiny_model
 from support.processes import wait_until
 from tasks.test_truthfulqa import QUESTIONS
 
+from avss_dist import evaluate
 from avss_dist.analysis.verdict import verdicts
 from avss_dist.core.errors import ConfigError, CorpusError, DamagedFile
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.events import CellUnderway, Event
-from avss_dist.evaluation.experiment import run_experiment
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
 from avss_dist.evaluation.tasks import text_task
@@ -402,7 +401,7 @@ def test_nothing_is_fitted_twice_and_what_is_lost_is_fitted_again(done: tuple[Pa
     lost = kept[0]
     lost.unlink()
     with one_thread():
-        _, again = run_experiment(read_job(job))
+        _, again = experiment_of(job)
     now = sorted([*(folder / "cells").rglob("*.parquet"), *(folder / "patches").iterdir()])
     assert now == files
     changed = {file for file in files if file.stat().st_mtime_ns != times[file]}
@@ -429,7 +428,7 @@ def test_a_killed_experiment_goes_on_and_workers_are_sent_the_patches(
     killed.kill()
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "w" / "cells").rglob("*.parquet")}
     with one_thread():
-        _, resumed = run_experiment(read_job(job), executor="ray", replicas=2)
+        _, resumed = experiment_of(job, executor="ray", replicas=2)
     assert shown(resumed) == shown(rows)
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
@@ -461,7 +460,7 @@ def test_the_three_texts_are_apart(
     same = tmp_path / "same.yaml"
     same.write_text(job.read_text().replace(*change))
     with pytest.raises(ConfigError, match=message) as refused:
-        run_experiment(read_job(same))
+        experiment_of(same)
     assert hint in str(refused.value)
 
 
@@ -471,7 +470,7 @@ def test_too_little_text_for_a_repair(done: tuple[Path, list[dict[str, Any]]], t
     less = job.read_text().replace("repair_max_sequences: 60", "repair_max_sequences: 2")
     little.write_text(less.replace(read_job(job).warehouse, str(tmp_path / "w")))
     with pytest.raises(CorpusError, match="The repair map of this model needs"):
-        run_experiment(read_job(little))
+        experiment_of(little)
     assert not (tmp_path / "w" / "patches").exists()  # nothing was fitted before that is refused
 
 
@@ -480,7 +479,7 @@ def test_a_partition_whose_weights_cannot_be_changed_is_refused_first(partition:
     job = tmp_path / "job.yaml"
     job.write_text(JOB.format(warehouse=tmp_path / "w", model="nowhere") + f"execution: {{partition: {partition}}}\n")
     with pytest.raises(ConfigError, match="weights where they cannot be changed") as refused:
-        run_experiment(read_job(job))
+        experiment_of(job)
     assert "single, device_map" in str(refused.value) and not (tmp_path / "w").exists()
 
 
@@ -553,10 +552,3 @@ def test_the_last_layers_go_before_the_final_one() -> None:
     rows = [{"site": "block", "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}]
     for last in (True, False):
         assert (Method(score="last") in methods(Experiment(**wanted, last=last), rows)) == last
-
-
-def test_files_without_the_columns_read_as_unrepaired() -> None:
-    old = Warehouse(Path(__file__).parents[1] / "warehouse" / "schema_2")
-    for table in ("experiments", "evaluations", "cells"):
-        rows = old.table(table)
-        assert rows["patch"].null_count == rows.num_rows

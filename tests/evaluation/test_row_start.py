@@ -13,9 +13,9 @@ import torch
 from support.checkpoints import VOCABULARY, llama
 from support.command_line import avss
 
+from avss_dist import evaluate
 from avss_dist.analysis.findings import findings
 from avss_dist.core.names import ROW_START
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.runs.api import score
 from avss_dist.warehouse.reader import Warehouse
 

@@ -17,6 +17,7 @@ from support.command_line import avss
 from support.commands import Command
 from support.processes import wait_until
 
+from avss_dist import ablate
 from avss_dist.core.intervention import (
     Intervention,
     Removals,
@@ -26,13 +27,12 @@ from avss_dist.core.intervention import (
     sublayers_of,
 )
 from avss_dist.core.settings import Settings
-from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.search import Found, search
+from avss_dist.evaluation.search import SearchResult, search
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.plan import read_plan
-from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice, PlanError
+from avss_dist.requests import PlanRequest
 from avss_dist.runs.api import score
 from avss_dist.tasks.base import TextLoss
 from avss_dist.warehouse.reader import Warehouse
@@ -71,9 +71,10 @@ def scored(warehouse: Path, tmp_path: Path) -> tuple[Path, Mapping[str, Any]]:
     return folder, row
 
 
-def found_by(by: str, scored: tuple[Path, Mapping[str, Any]], effort: Effort | None = None, **options: Any) -> Found:
-    choice = Choice(by=by, count=options.pop("count", 3), last=1)
-    return search(*scored, choice, corpus=TEXT, effort=effort, skip_sequences=6, **SMALL | options)
+def found_by(by: str, scored: tuple[Path, Mapping[str, Any]], **options: Any) -> SearchResult:
+    warehouse, run = scored
+    request = PlanRequest(warehouse=warehouse, search=by, corpus=TEXT, skip_sequences=6, **SMALL | options)
+    return search(request, run, Choice(by=by, count=3, last=1))
 
 
 def cell_times(warehouse: Path) -> dict[Path, int]:
@@ -110,7 +111,7 @@ def test_greedy_drops_what_costs_least_at_each_step(scored: tuple[Path, Mapping[
 
 
 def test_the_plan_says_how_it_was_made(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
-    found = found_by("evolve", scored, Effort(budget=20, width=2))
+    found = found_by("evolve", scored, budget=20, width=2)
     found.plan.write(tmp_path / "plan.yaml")
     why = read_plan(tmp_path / "plan.yaml").why
     expected = {"by": "evolve", "count": 3, "last": 1, "seed": 0, "budget": 20, "width": 2, "text": TEXT}
@@ -127,17 +128,17 @@ def test_the_plan_says_how_it_was_made(scored: tuple[Path, Mapping[str, Any]], t
 
 def test_searches_share_what_they_measure(scored: tuple[Path, Mapping[str, Any]]) -> None:
     """A larger budget goes on; another search of the same text measures only what is new."""
-    less = found_by("greedy", scored, Effort(budget=6))
+    less = found_by("greedy", scored, budget=6)
     before = cell_times(scored[0])
     more = found_by("greedy", scored)
     after = cell_times(scored[0])
     assert before.items() < after.items()
     assert more.steps[0].best.value == less.steps[0].best.value
-    evolved = found_by("evolve", scored, Effort(budget=24))
+    evolved = found_by("evolve", scored, budget=24)
     last = cell_times(scored[0])
     assert after.items() < last.items()
     assert evolved.chosen.value <= more.chosen.value
-    assert found_by("evolve", scored, Effort(budget=24)).plan == evolved.plan
+    assert found_by("evolve", scored, budget=24).plan == evolved.plan
     assert cell_times(scored[0]) == last
     found_by("greedy", scored, fresh=True)
     assert not cell_times(scored[0]).items() >= last.items()
@@ -219,7 +220,7 @@ def test_another_checkpoint_is_refused(
 ) -> None:
     changed = {**scored[1], "revision": "0" * 64}
     with pytest.raises(PlanError, match="now"):
-        search(scored[0], changed, Choice(by="greedy"), corpus=TEXT, **SMALL)
+        found_by("greedy", (scored[0], changed))
 
 
 # The command line
@@ -291,17 +292,17 @@ def test_sublayers_are_measured_searched_evaluated_and_not_pruned(
     made = avss("plan", "-w", warehouse, "-o", plan, *words)
     assert made.exit_code == 0, made.stderr
     chosen = read_plan(plan)
-    assert size_removed(chosen.removed) == 1 and chosen.why["sublayers"] is True
-    assert chosen.why["loss"] == pytest.approx(truth(chosen.removed), abs=1e-5)
+    assert size_removed(chosen.drop) == 1 and chosen.why["sublayers"] is True
+    assert chosen.why["loss"] == pytest.approx(truth(chosen.drop), abs=1e-5)
     assert chosen.why["loss"] <= min(truth((layer,)) for layer in range(LAYERS - 1)) + 1e-6
-    written = replace(chosen, drop=(), attention=(2,), mlp=(0,))
+    written = replace(chosen, drop=("attention.2", "mlp.0"))
     written.write(plan)
     task = ("--task", f"perplexity:{TEXT}", "--skip-sequences", 12, "--warehouse", warehouse, *OPTIONS)
     evaluated = avss("evaluate", plan, *task, "--format", "json")
     assert evaluated.exit_code == 0, evaluated.stderr
     assert {tuple(row["drop"]) for row in rows_of(warehouse, f"perplexity:{TEXT}")} == {
         (),
-        tuple(encode_removals(written.removed)),
+        tuple(encode_removals(written.drop)),
     }
     assert "2 sublayers" in avss("evaluate", plan, *task).stdout
     listed = avss("ls", "plans", "--warehouse", warehouse, "--format", "json")
@@ -309,7 +310,7 @@ def test_sublayers_are_measured_searched_evaluated_and_not_pruned(
     named = Warehouse(warehouse).sql("SELECT DISTINCT drop, removals(drop) AS names FROM cells").to_pylist()
     assert all(list(map(str, decode_removals(row["drop"]))) == row["names"] for row in named)
     refused = avss("prune", model, plan, "-o", tmp_path / "less")
-    assert refused.exit_code == 2 and "leaves out attention of 2, MLP of 0 alone" in refused.stderr
+    assert refused.exit_code == 2 and "drops attention.2, mlp.0 alone" in refused.stderr
     assert not (tmp_path / "less").exists()
 
 

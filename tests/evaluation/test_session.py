@@ -14,7 +14,7 @@ from avss_dist.core.errors import AvssError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Sublayer
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.events import CellDone, CellsStarted, Event
-from avss_dist.evaluation.session import EvaluationSession, PlannedTask, about
+from avss_dist.evaluation.session import EvaluationSession, PlannedTask, results_under
 from avss_dist.evaluation.tasks import text_task
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.models.checkpoints import resolve
@@ -66,7 +66,7 @@ def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path) -> None:
         more = later.measure([(task, [WITHOUT, NO_INTERVENTION.without(2)])])[task]
         assert events.counts() == [(4, 2, 2)]
     for intervention in (NO_INTERVENTION, WITHOUT):
-        (one,), (two,), (three,) = (about(results, intervention.key) for results in (first, again, more))
+        (one,), (two,), (three,) = (results_under(results, intervention.key) for results in (first, again, more))
         assert one.samples.tolist() == two.samples.tolist() == three.samples.tolist() and len(one.samples) == 8
     assert len(more) == 3
 
@@ -103,7 +103,7 @@ def test_sublayers_and_scale_reach_the_model_and_the_warehouse(tiny_llama: Path,
         task = task_of(session, tiny_llama)
         results = session.measure([(task, [NO_INTERVENTION, whole, attention])])[task]
         rows = session.store.table("evaluations").to_pylist()
-    (plain,), (scaled,), (without,) = (about(results, one.key) for one in (NO_INTERVENTION, whole, attention))
+    (plain,), (scaled,), (without,) = (results_under(results, one.key) for one in (NO_INTERVENTION, whole, attention))
     assert scaled.samples == pytest.approx(plain.samples, rel=1e-6) and without.value != plain.value
     assert {(tuple(row["drop"]), row["factor"]) for row in rows} == {((), None), ((1,), 1.0), ((10_001,), None)}
     assert len({row["run_id"] for row in rows}) == 2

@@ -20,20 +20,20 @@ from support.processes import wait_until
 from tasks.test_truthfulqa import QUESTIONS
 
 import avss_dist
+from avss_dist import evaluate
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError
 from avss_dist.core.registry import BLOCK_DISTANCE, INTERACTIONS, SCORES
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.evaluation.repairs import copies_of
-from avss_dist.evaluation.shrink import SCORED, CandidateResult, Parts, Shrunk, cut
+from avss_dist.evaluation.shrink import SCORED, CandidateResult, Shrunk, TextSplit, split_rows
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.shrinking import CHOSEN_BY
+from avss_dist.requests import RANKED_BY
 from avss_dist.system.devices import Devices
 from avss_dist.warehouse.reader import Warehouse
 
@@ -84,7 +84,7 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
 
 
 def test_whatever_layers_are_chosen_by_is_measured() -> None:
-    assert {*CHOSEN_BY, INTERACTIONS, BLOCK_DISTANCE} == {*SCORES}
+    assert {*RANKED_BY, INTERACTIONS, BLOCK_DISTANCE} == {*SCORES}
 
 
 def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
@@ -96,7 +96,8 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
     (task,) = done.best.tasks
     assert len(task.whole.samples) == 10
     read = Settings(max_sequences=160, sequence_length=32)
-    assert cut(resolve(str(deep)), [RedactedURI(TEXT)], read) == Parts(scored=SCORED, evaluated=20, rows=160)
+    split = split_rows(resolve(str(deep)), [RedactedURI(TEXT)], read)
+    assert split == TextSplit(scored=SCORED, evaluated=20, rows=160)
 
 
 @pytest.mark.slow

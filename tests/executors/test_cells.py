@@ -21,11 +21,11 @@ import ray
 import torch
 from support.causal_lm import SMALL, opened, random_shard
 
+from avss_dist import sparsify
 from avss_dist.core.errors import AvssError, BatchTooLarge, ModelError, RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.events import CellDone, Event
-from avss_dist.evaluation.sparsify import sparsify
 from avss_dist.executors.base import Executor
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray import queue
@@ -39,7 +39,6 @@ from avss_dist.system.devices import devices_here
 from avss_dist.system.progress_bar import tracked
 from avss_dist.tasks.base import Measure, Row, TextLoss
 from avss_dist.tasks.cells import Cell, measure_cell
-from avss_dist.warehouse.reader import Warehouse
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
 
@@ -284,15 +283,13 @@ class Death:
 def test_two_workers_allocate_sparsity_as_one_process_does_also_after_a_kill(tiny_llama: Path, tmp_path: Path) -> None:
     options = {"max_sequences": 2, "sequence_length": 16, "batch_size": 2, "device": "cpu"}
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    run = score(tiny_llama, corpus="builtin:pydoc", warehouse=alone, sites=("inputs",), **options)
+    score(tiny_llama, corpus="builtin:pydoc", warehouse=alone, sites=("inputs",), **options)
     shutil.copytree(alone, shared)
-    row = Warehouse(alone).run(run.run_id)
-    assert row is not None
-    sparsify(str(alone), row, 0.6, method="teal", **options).write(tmp_path / "alone.yaml")
-    on_workers = {**options, "method": "teal", "executor": "ray", "replicas": 2}
+    sparsify(0.6, warehouse=alone, method="teal", **options).write(tmp_path / "alone.yaml")
+    on_workers = {**options, "warehouse": shared, "method": "teal", "executor": "ray", "replicas": 2}
     address = ray.get_runtime_context().gcs_address
     killed = multiprocessing.get_context("spawn").Process(
-        target=sparsify, args=(str(shared), row, 0.6), kwargs={**on_workers, "reporter": Death(), "address": address}
+        target=sparsify, args=(0.6,), kwargs={**on_workers, "reporter": Death(), "address": address}
     )
     killed.start()
     killed.join()
@@ -300,7 +297,7 @@ def test_two_workers_allocate_sparsity_as_one_process_does_also_after_a_kill(tin
     kept = list((shared / "cells").rglob("*.parquet"))
     assert len(kept) == 1
     times = {path: path.stat().st_mtime_ns for path in kept}
-    sparsify(str(shared), row, 0.6, **on_workers).write(tmp_path / "shared.yaml")
+    sparsify(0.6, **on_workers).write(tmp_path / "shared.yaml")
     assert (tmp_path / "shared.yaml").read_bytes() == (tmp_path / "alone.yaml").read_bytes()
     assert len(list((shared / "cells").rglob("*.parquet"))) == 3
     assert {path: path.stat().st_mtime_ns for path in kept} == times

@@ -307,7 +307,7 @@ def partitioned(model: Mapping[str, Any]) -> dict[str, Any]:
 
 # ZeRO-3.
 
-DENSE = ("gpt2", "opt", "gpt_neox", "qwen2", "gemma3_text", "bloom", "falcon", "phi", "bert")
+DENSE = ("gpt2", "opt", "gemma3_text", "bloom", "falcon", "bert")
 OTHERS = ("mixtral", "qwen3_moe", "mamba")
 
 
@@ -317,13 +317,14 @@ OTHERS = ("mixtral", "qwen3_moe", "mamba")
 def test_zero3_gives_the_bytes_of_one_process(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], family: str, world: int
 ) -> None:
-    """Seven shards of unequal sizes: in every round some rank runs dummy batches, in the last one most have nothing."""
-    folder, shards = folder_of(family), make_shards(7, rows=(4, 1, 3))
+    """Shards of unequal sizes: in every round some rank runs dummy batches, in the last one most have nothing."""
+    number = 7 if world == 3 else 3
+    folder, shards = folder_of(family), make_shards(number, rows=(4, 1, 3))
     per_rank = gang(world).run(measure, "zero3", folder, shards, SETTINGS)
     expected, model = single(folder, shards)
     assert_equal(merged(per_rank), expected)
     for rank, (results, of_rank, held) in enumerate(per_rank):
-        assert [r.shard_id for r in results] == list(range(rank, 7, world))
+        assert [r.shard_id for r in results] == list(range(rank, number, world))
         assert (of_rank["data"], of_rank["reports_stats"], of_rank["partition"]) == ((rank, world), True, "zero3")
         assert partitioned(of_rank) == partitioned(model)
         padding = 4 * world * len(list(build(family).parameters()))
@@ -363,8 +364,8 @@ def expected_of(folder: Path, skip: tuple[str, ...] = (), tasks: Sequence[Measur
     }
 
 
-SHARED = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "opt", "mamba", "qwen3_moe", "falcon")
-SPLIT = ("llama", "qwen2", "qwen3", "gemma3", "gpt_neox", "opt", "phi", "mixtral", "cohere", "gptj")
+SHARED = ("llama", "gemma3", "gpt_neox", "gpt2", "mamba", "qwen3_moe")  # the statistics of others are measured above
+SPLIT = ("llama", "gemma3", "gpt_neox", "opt", "mixtral")  # and below
 
 
 @pytest.fixture(scope="module")
@@ -478,7 +479,7 @@ def single_stats(folder: Path, shards: Sequence[Shard]) -> Mapping[LayerKey, Lay
 
 @pytest.mark.slow
 def test_two_ranks_hold_half_of_smollm2_each(gang: Callable[[int], Gang], smollm2: Path) -> None:
-    settings, shards = replace(SETTINGS, dtype="bfloat16"), make_shards(2)
+    settings, shards = replace(SETTINGS, dtype="bfloat16"), make_shards(2, rows=(1,))
     per_rank = gang(2).run(measure, "zero3", smollm2, shards, settings)
     expected, model = single(smollm2, shards, settings)
     for _, of_rank, held in per_rank:

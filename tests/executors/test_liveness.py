@@ -63,11 +63,12 @@ def test_workers_are_forked_also_after_a_launcher_was_killed(said: bytes) -> Non
 AVSS = "from avss_dist.__main__ import main; main()"
 
 
-def score(model: Path, out: Path, executor: str, *options: str) -> subprocess.Popen[str]:
-    """The command in a process that imports what it needs; workers of a Ray that it starts need not."""
+def score(model: Path, out: Path, executor: str, *options: str, forked: bool = False) -> subprocess.Popen[str]:
+    """Start the command in a process that imports what it needs, or is forked; workers of its Ray are forked."""
+    program = ["-m", "avss_dist"] if forked else ["-c", AVSS]
     command = ["score", model, "--corpus", "builtin:pydoc", "-w", out, "--executor", executor, *options]
     return subprocess.Popen(
-        [sys.executable, "-c", AVSS, *map(str, command)],
+        [sys.executable, *program, *map(str, command)],
         env={**os.environ, **ray_start_environment()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -83,8 +84,12 @@ def test_a_raylet_that_dies_while_devices_are_counted_ends_a_command(tiny_llama:
         driver = score(tiny_llama, tmp_path, "ray", "--address", cluster.address)
         (node,) = cluster.nodes
         counting: list[psutil.Process] = []
-        while not counting and driver.poll() is None:
-            counting = children(node, "ray::devices_here") + children(node, "ray::_devices")
+
+        def begun() -> bool:
+            counting[:] = children(node, "ray::devices_here") + children(node, "ray::_devices")
+            return bool(counting) or driver.poll() is not None
+
+        wait_until(begun)
         counting[0].suspend()
         (raylet,) = cluster.services("raylet")
         raylet.kill()
@@ -126,7 +131,7 @@ def test_ctrl_c_is_not_lost_where_nothing_can_be_raised(what: str, printed: str)
 @pytest.mark.parametrize("executor", ["ray", "local"])
 def test_ctrl_c_that_goes_on_and_on_ends_a_command_in_order(executor: str, tiny_llama: Path, tmp_path: Path) -> None:
     """Every 20 ms, from the first shard on: no traceback."""
-    many = ["--max-sequences", "2000", "--sequence-length", "64", "--sequences-per-shard", "4"]
+    many = ["--max-sequences", "800", "--sequence-length", "64", "--sequences-per-shard", "4"]
     driver = score(tiny_llama, tmp_path, executor, *many)
     wait_until(lambda: list((tmp_path / "shard_stats").rglob("*.parquet")) or driver.poll() is not None)
     ended: Any = threading.Thread(target=driver.wait)
@@ -147,22 +152,22 @@ def test_a_terminated_command_says_what_is_kept_and_the_run_is_listed(
     executor: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     """SIGTERM, as a cluster stops a job: no stack trace, not even Ray's."""
-    many = ["--max-sequences", "2000", "--sequence-length", "64", "--sequences-per-shard", "4"]
-    driver = score(tiny_llama, tmp_path, executor, *many)
+    many = ["--max-sequences", "800", "--sequence-length", "64", "--sequences-per-shard", "4"]
+    driver = score(tiny_llama, tmp_path, executor, *many, forked=executor == "local")
     wait_until(lambda: len([*(tmp_path / "shard_stats").rglob("*.parquet")]) >= 2 or driver.poll() is not None)
     driver.send_signal(signal.SIGTERM)
     printed, said = driver.communicate()
     kept = len([*(tmp_path / "shard_stats").rglob("*.parquet")])
     assert (driver.returncode, printed) == (143, ""), said
     stopped = re.fullmatch(
-        r"Stopped, (\d+) of 500 shards are kept; run the same command again to finish\.", said.splitlines()[-1]
+        r"Stopped, (\d+) of 200 shards are kept; run the same command again to finish\.", said.splitlines()[-1]
     )
     assert stopped and 2 <= int(stopped[1]) <= kept, said  # workers may have written more since
     assert "***" not in said and "Traceback" not in said and "Error" not in said
     listed = avss("ls", "-w", tmp_path)
-    assert listed.exit_code == 0 and f"unfinished, {kept} of 500 shards" in " ".join(listed.stdout.split())
+    assert listed.exit_code == 0 and f"unfinished, {kept} of 200 shards" in " ".join(listed.stdout.split())
     row = json.loads(avss("ls", "-w", tmp_path, "--format", "json").stdout)
-    assert (row["status"], row["kept_shards"], row["num_shards"]) == ("unfinished", kept, 500)
+    assert (row["status"], row["kept_shards"], row["num_shards"]) == ("unfinished", kept, 200)
     assert (row["model"], row["corpus"]) == (str(tiny_llama), "builtin:pydoc")
     shown = avss("show", "-w", tmp_path)
     assert shown.exit_code == 2 and "has no finished run yet.\n1 run has begun: avss ls." in shown.stderr

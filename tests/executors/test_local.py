@@ -149,7 +149,7 @@ def test_tasks_compute_with_the_threads_of_the_settings(
         return losses(self, batch)
 
     monkeypatch.setattr(cells.LanguageModel, "losses", spy)
-    from avss_dist.evaluation.evaluate import evaluate
+    from avss_dist import evaluate
 
     options = {name: value for name, value in OPTIONS.items() if name != "corpus"}
     evaluate([str(tiny_llama)], tasks=["perplexity:builtin:pydoc"], warehouse=tmp_path, executor="local", **options)

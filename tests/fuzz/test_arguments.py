@@ -14,8 +14,8 @@ from support.command_line import commands, files
 from support.fuzzing import HOSTILE, NUMBERS, fuzzed, hold
 from support.warehouses import activations, stats_of, write_measured
 
-from avss_dist.core.registry import FROM_ACTIVATIONS
-from avss_dist.core.settings import RECIPES, SITES
+from avss_dist.core.registry import FROM_ACTIVATIONS, RECIPES
+from avss_dist.core.settings import SITES
 
 COMMANDS = commands()
 SAFE = [text for text in HOSTILE if "\x00" not in text and "\ud800" not in text]  # what a shell can hand over

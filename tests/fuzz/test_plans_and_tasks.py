@@ -142,6 +142,17 @@ def mean_loss(model: LanguageModel, rows: torch.Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
 
 
+def removals(said: dict[str, Any]) -> tuple[set[int], set[int], set[int]]:
+    """The layers that a plan drops, and those whose attention or whose MLP it drops."""
+    drop = said.get("drop") or []
+    named = [entry.split(".") for entry in drop if isinstance(entry, str)]
+    attention, mlp = (
+        [int(layer) for kind, layer in named if kind == part] + said.get(part, []) for part in ("attention", "mlp")
+    )
+    assert all(kind in ("attention", "mlp") for kind, _ in named)
+    return numbers([entry for entry in drop if not isinstance(entry, str)]), numbers(attention), numbers(mlp)
+
+
 def numbers(values: Any) -> set[int]:
     """The layers that a list names: whole numbers, each once, that the model has."""
     values = [] if values is None else values
@@ -155,11 +166,13 @@ def numbers(values: Any) -> set[int]:
 PLAN = {"model": "m", "num_layers": str(LAYERS), "layers": "layers", "drop": "[1]"}
 LISTS = ("[0]", "[2]", "[0, 2]", "[2, 0]", "[1, 2]", "[1, 1]", "[3]", "[-1]", "[10001]", "[true]", "[1.0]", "['1']",
          "[0x2]", "[1e0]", "[null]", "1", "{1: 2}", "[0, 1, 2]", "[]")  # fmt: skip
+DROPS = (*LISTS, "[attention.0, mlp.2]", "[2, 'mlp.1']", "[mlp.1, attention.1]", "[mlp.0, mlp.0]", "[0, mlp.0]",
+         "[mlp.3]", "[mlp.-1]", "[mlp]", "[attention.1.0]", "[attn.1]")  # fmt: skip
 PLAN_POOLS = {
     "model": ("m", "'m'", "./m", "absent"),
     "num_layers": ("3", "0x3", "4", "2", "30", "3.0", "'3'"),
     "layers": ("layers", "'layers'", "model.layers", "h"),
-    "drop": LISTS,
+    "drop": DROPS,
     "attention": LISTS,
     "mlp": LISTS,
     "keep": ("[0, 2]", "[0]", "[0, 1]", "null"),
@@ -180,7 +193,7 @@ def test_an_accepted_plan_leaves_out_the_layers_that_its_file_names(
     said = independent(text)
     assert set(said) <= {*PLAN_POOLS, "revision", "run_id", "evaluated"}
     assert (said["num_layers"], said["layers"]) == (LAYERS, "layers") and type(said["num_layers"]) is int
-    drop, attention, mlp = (numbers(said.get(key, [])) for key in ("drop", "attention", "mlp"))
+    drop, attention, mlp = removals(said)
     assert not drop & (attention | mlp)
     if said.get("keep") is not None:
         assert set(said["keep"]) == set(range(LAYERS)) - drop - (attention & mlp)

@@ -19,6 +19,7 @@ import torch
 from gpu import first
 from support.checkpoints import llama
 from support.emulated_cuda import COMPILER, SHARED, Emulator, Libraries, libraries
+from support.observing import observe
 
 from avss_dist.core.settings import SITES, THRESHOLDS
 from avss_dist.measure import observer as observing
@@ -29,7 +30,6 @@ from avss_dist.measure.kernels.cuda.backend import CudaKernels, NotCompiled
 from avss_dist.measure.kernels.cuda.calls import NUMBERS, chunk_of, layout, shared_bytes, source, window
 from avss_dist.measure.kernels.cuda.nvrtc import compile_for, library
 from avss_dist.measure.kernels.generic import TorchKernels
-from avss_dist.measure.observer import observe
 from avss_dist.models.loading import forward_function, open_module
 
 GRID = np.array(THRESHOLDS)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.observing import observe
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.measure.observer import Entered, ExpertCounter, Pass, expert_hooks, observe
+from avss_dist.measure.observer import ExpertCounter, Pass, RunningLayer, expert_hooks
 from avss_dist.models.experts import Experts, Routing
 
 INDEX = torch.tensor([[0, 2], [2, 1], [2, 0]])
@@ -83,7 +84,7 @@ def test_experts_that_see_other_tokens_than_the_batch_are_refused() -> None:
     assert found.router is not None
     layer: Any = SimpleNamespace(index=5, experts=found)
     with observe([], (), ()) as observer:
-        now = Pass(observer, mask, slice(None), {}, None, entered=Entered(layer, None, 0))
+        now = Pass(observer, mask, slice(None), {}, None, entered=RunningLayer(layer, None, 0))
         handles = expert_hooks([layer], lambda: now)
         found.router(torch.zeros(3, 4))
         with pytest.raises(ModelError, match="The experts of layer 5 see 2 tokens in a batch of 3"):

@@ -331,7 +331,7 @@ def test_shards_in_threads_of_their_own_give_the_same_bytes(dtype: torch.dtype) 
 def test_counts_are_flushed_before_they_overflow(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     batch = any_batch(13, (5, 8, 16), dtype, oddities=0.002)
     whole = measured(CpuKernels(), batch)
-    monkeypatch.setattr(cpu, "MOST_ELEMENTS", 2 * 8 * 16 + 1)
+    monkeypatch.setattr(cpu, "MAX_ELEMENTS", 2 * 8 * 16 + 1)
     assert_close(measured(CpuKernels(), batch), whole)
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import VOCABULARY, llama
+from support.observing import observe
 from support.oracle import assert_close, counted_by, oracle_stats
 from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import INPUTS, SITES, THRESHOLDS
-from avss_dist.measure.observer import observe
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, forward_function, open_module
-from avss_dist.stats.layer_stats import LayerKey, LayerStats
+from avss_dist.stats.layer_stats import LayerKey, LayerStats, share_of_m2
 
 GRID = np.array(THRESHOLDS)
 ROWS, TOKENS = 3, 11
@@ -170,7 +170,8 @@ def test_first_tokens_are_the_first_that_count_in_each_row_of_each_batch() -> No
         block = stats[layer, "block"]
         assert (block.first_count, block.first_mean) == (first.size, pytest.approx(first.mean(), rel=1e-6))
         share = ((first - block.mean) ** 2).sum() / block.m2
-        assert block.first_token_share == pytest.approx(share, rel=1e-6) and 0 < share < 1
+        part = block.first_count, block.first_mean, block.first_m2
+        assert share_of_m2(part, block.mean, block.m2) == pytest.approx(share, rel=1e-6) and 0 < share < 1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.observing import observe
 
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.corpus.pairs import Pairing
-from avss_dist.measure.observer import Pass, observe
-from avss_dist.measure.rows import ObservedTokens, RowsOf, by_matrices, in_order, masks_by_stratum, row_tensors
+from avss_dist.measure.observer import Pass
+from avss_dist.measure.rows import ObservedTokens, RowAccumulator, by_matrices, in_order, masks_by_stratum, row_tensors
 from avss_dist.stats.rows import ROW_FIELDS
 
 GRID = np.array([0.25, 1.0])
@@ -57,7 +58,7 @@ def test_rows_are_those_of_numpy(measure: Measure, geometry: bool, units: int) -
     x[1, 2, 0], x[2, 3, -1], before[3, 1], x[5] = np.inf, np.nan, 0, np.nan
     mask = rng.random((7, 6)) < 0.6
     mask[:4, 1:4], mask[4], mask[5], mask[6] = True, False, True, np.arange(6) == 2
-    tokens = ObservedTokens.of(torch.from_numpy(mask), torch.device("cpu"))
+    tokens = ObservedTokens.of_mask(torch.from_numpy(mask), torch.device("cpu"))
     found = measure(torch.from_numpy(x), tokens, torch.from_numpy(before) if geometry else None)
     assert set(found) == set(ROW_FIELDS)
     for i, own in enumerate(mask):
@@ -97,7 +98,7 @@ def test_rows_come_in_the_order_of_their_places() -> None:
 
     parts = []
     for places in ([[7, 5], [1]], [[0, 9]]):
-        rows = RowsOf()
+        rows = RowAccumulator()
         for some in places:
             rows.add(np.array(some), {k: torch.tensor([p + v[0] for p in some]) for k, v in batch(0, 1).items()})
         parts.append(rows.to_stats(tensor.numpy() for tensor in rows.tensors()))

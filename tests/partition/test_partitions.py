@@ -19,15 +19,14 @@ from support.processes import FreezesAtStart, Harming, wait_until
 from support.tables import assert_same_evaluations, assert_same_tables, measured_files
 
 import avss_dist
+from avss_dist import ablate, evaluate
 from avss_dist.core.errors import ConfigError, RunFailed
-from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.tasks.gradients import FROBENIUS, L1, L2, TAYLOR
 from avss_dist.warehouse.reader import Warehouse
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
 
-FAMILIES = ("llama", "gemma3_text", "mixtral", "gpt2")  # more in test_gangs, test_device_map and test_streaming
+FAMILIES = ("llama", "gemma3_text", "gpt2")  # more in test_gangs, test_device_map and test_streaming
 OPTIONS: dict[str, Any] = {"max_sequences": 26, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 4}
 SHARDS = 7
 MOMENTS = ("mean", "m2", "pooled_variance_sum", "unit_sum_sq", "cosine_sum", "relative_magnitude_sum", "input_m2")
@@ -91,9 +90,9 @@ def test_zero3_gives_the_same_numbers(
     ranks: int, replicas: int, models: list[str], single: Path, tmp_path: Path
 ) -> None:
     """Seven shards over two and three ranks, and over two gangs of two: the ends are uneven."""
-    score(models[:2], tmp_path, partition="zero3", ranks=ranks, replicas=replicas)
+    score(models[:replicas], tmp_path, partition="zero3", ranks=ranks, replicas=replicas)
     got, wanted = measured_files(tmp_path), measured_files(single)
-    assert got == {path: wanted[path] for path in got} and len(got) == 4
+    assert got == {path: wanted[path] for path in got} and len(got) == 2 * replicas
     assert set(Warehouse(tmp_path).runs()["replicas"].to_pylist()) == {replicas}
 
 
@@ -111,7 +110,7 @@ def test_tensor_parallel_gives_the_same_numbers(models: list[str], single: Path,
     runs = avss_dist.score_all(models, corpus="builtin:pydoc", warehouse=tmp_path, **options)
     done = [run for run in runs if run.status == "done"]
     assert all(run.error and "cannot split" in run.error for run in runs if run.status != "done")
-    assert len(done) >= 3, [run.error for run in runs]
+    assert len(done) >= 2, [run.error for run in runs]
     rows = {(r["model"], r["layer"], r["site"]): r for r in Warehouse(tmp_path).layer_stats().to_pylist()}
     wanted = {(r["model"], r["layer"], r["site"]): r for r in Warehouse(single).layer_stats().to_pylist()}
     assert {key[0] for key in rows} == {run.model for run in done}

@@ -42,6 +42,7 @@ CAUSAL = (
     "zamba",  # layers that share tensors
 )
 ENCODERS = ("bert", "yoso", "albert")  # yoso: NaN where queries equal keys; albert: one layer, used three times
+IN_BFLOAT16 = ("llama", "gpt2", "mamba", "mixtral", "gemma3n_text", "jamba", "yoso")  # one of each kind
 FAMILIES = [*(("causal", name) for name in CAUSAL), *(("masked", name) for name in ENCODERS)]
 
 
@@ -135,8 +136,10 @@ def save_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
     return save
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kind", "family"), FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "family", "dtype"),
+    [(*one, "float32") for one in FAMILIES] + [(*one, "bfloat16") for one in FAMILIES if one[1] in IN_BFLOAT16],
+)
 def test_the_bytes_of_single(kind: str, family: str, dtype: str, save_family: Callable[[str, str], Path]) -> None:
     """Batches of 2, 2 and 1 rows; layers, sites and axes too, though they were found without a weight."""
     folder = save_family(kind, family)
@@ -466,7 +469,7 @@ def test_closing_gives_the_layers_their_classes_back(tiny: Path) -> None:
 
 @pytest.mark.slow
 def test_smollm2(smollm2: Path) -> None:
-    settings = Settings(max_sequences=6, batch_size=4, sequence_length=32, device="cpu", dtype="bfloat16")
+    settings = Settings(max_sequences=2, batch_size=1, sequence_length=16, device="cpu", dtype="bfloat16")
     one = tokenize_corpus("builtin:pydoc", load_tokenizer(resolve(str(smollm2))), settings).shards[0]
     got, wanted = streaming(smollm2, settings), single(smollm2, settings)
     assert_equal(analyze_shard(got, one, settings), analyze_shard(wanted, one, settings))

@@ -18,7 +18,7 @@ from support.warehouses import run_row, write_scores
 
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.intervention import sublayers_of
+from avss_dist.core.intervention import Sublayer, sublayers_of
 from avss_dist.core.registry import SCORES
 from avss_dist.pruning.formats import llama_cpp_command, mergekit_slices
 from avss_dist.pruning.methods import REVERSED, Method
@@ -159,37 +159,55 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "none removes a layer" in done.stderr and "avss prune" in done.stderr
 
 
-def test_a_plan_names_sublayers(tmp_path: Path) -> None:
-    """In lists of their own; both of a layer are the layer."""
+SUBLAYERS = ["mlp.4", "attention.5", "attention.2", 1, "attention.3", "mlp.3"]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"drop": SUBLAYERS}, {"drop": [1], "attention": [5, 2, 3], "mlp": [3, 4]}],
+    ids=["one list", "three lists of earlier files"],
+)
+def test_a_plan_names_sublayers(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Both sublayers of a layer are the layer."""
     file = tmp_path / "plan.yaml"
-    file.write_text(yaml.safe_dump(PLAIN | {"attention": [5, 2, 3], "mlp": [3, 4]}))
+    file.write_text(yaml.safe_dump(PLAIN | keys))
     plan = read_plan(file)
-    assert (plan.drop, plan.attention, plan.mlp) == ((1, 3), (2, 5), (4,)) and plan.keep == (0, 2, 4, 5)
-    assert plan.removed == (1, 3, *(sublayers_of([i])[0] for i in (2, 5)), sublayers_of([4])[1])
+    assert plan.drop == (1, 3, *(sublayers_of([i])[0] for i in (2, 5)), sublayers_of([4])[1])
+    assert plan.dropped_layers == (1, 3) and plan.keep == (0, 2, 4, 5)
+    assert plan.table()["left_out"].to_pylist() == [None, "layer", "attention", "layer", "mlp", "attention"]
     plan.write(file)
-    assert read_plan(file) == plan and "attention: [2, 5]\nmlp: [4]\n" in file.read_text()
-    assert plan.describe()[0] == "Drops 2 layers, 3 sublayers of 6: 1, 3, attention of 2, 5, MLP of 4."
-    with pytest.raises(PlanError, match=r"leaves out attention of 2, 5, MLP of 4 alone. A mergekit configuration has"):
+    assert "\ndrop: [1, 3, attention.2, attention.5, mlp.4]\nkeep: [0, 2, 4, 5]\n" in file.read_text()
+    assert "\nattention" not in file.read_text() and read_plan(file) == plan
+    assert plan.describe()[0] == "Drops 2 layers, 3 sublayers of 6: 1, 3, attention.2, attention.5, mlp.4."
+    with pytest.raises(PlanError, match=r"drops attention\.2, attention\.5, mlp\.4 alone\. A mergekit"):
         mergekit_slices(plan)
-    assert Plan(model="m", num_layers=1, layers="layers", mlp=(0,)).keep == (0,)
+    assert Plan(model="m", num_layers=1, layers="layers", drop=("mlp.0",)).keep == (0,)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"attention": [7]}, "no layer 7: the model has 6, from 0"),
-        ({"mlp": [2, 2]}, "key .mlp. names a layer twice"),
-        ({"attention": [1]}, "Layer 1 is dropped, and so is a sublayer of it"),
+        ({"drop": ["attention.7"]}, "no layer 7: the model has 6, from 0"),
+        ({"mlp": [2, 2]}, "key .drop. has mlp.2 twice"),
+        ({"mlp": [True]}, "yaml:4: key .mlp. must be a list of layers"),
+        ({"attention": ["1"]}, "key .attention. must be a list of layers"),
+        ({"attention": 1}, "key .attention. must be a list of layers"),
+        ({"drop": ["mlp.1", 1, "attention.1"]}, "key .drop. has attention.1 and the whole layer 1"),
+        ({"attention": [1]}, "key .drop. has attention.1 and the whole layer 1"),
+        ({"drop": ["mlp.0x1"]}, "key .drop.: 'mlp.0x1' is neither a layer nor a sublayer"),
+        ({"drop": ["neuron.1"]}, "'neuron.1' is neither a layer nor a sublayer"),
+        ({"drop": [0, 1, 2, 3, 4, "mlp.5", "attention.5"]}, "drops all 6 layers"),
         ({"drop": [0, 1, 2, 3, 4], "attention": [5], "mlp": [5]}, "drops all 6 layers"),
         ({"drop": [7]}, "no layer 7: the model has 6, from 0"),
         ({"drop": [10_001]}, "no layer 10001: the model has 6, from 0"),
         ({"num_layers": 10**12}, "key .num_layers. must be at most 10000, not 1000000000000"),
-        ({"drop": [-1]}, "key .drop. must be at least 0, not -1"),
-        ({"drop": [1, 1]}, "names a layer twice"),
+        ({"drop": [-1]}, "key .drop.: -1 is neither a layer nor a sublayer"),
+        ({"drop": [1, 1]}, "key .drop. has 1 twice"),
         ({"drop": []}, "drops no layer"),
         ({"drop": [0, 1, 2, 3, 4, 5]}, "drops all 6 layers"),
         ({"drop": "1, 2"}, "key .drop. must be a list"),
-        ({"drop": [True]}, "key .drop. must be a whole number, not True"),
+        ({"drop": [True]}, "key .drop.: True is neither a layer nor a sublayer"),
         ({"keep": [0]}, "key .keep. must list the layers that key .drop. leaves"),
         ({"keep": 5}, "key .keep. must list the layers that key .drop. leaves"),
         ({"dropp": [1]}, "Did you mean 'drop'"),
@@ -243,13 +261,11 @@ def test_files_that_are_no_plans(text: str, message: str, tmp_path: Path) -> Non
 def test_merged_keys_are_those_of_yaml(tmp_path: Path) -> None:
     """A mapping's own keys count before merged ones, and of merged ones the first."""
     file = tmp_path / "plan.yaml"
-    text = (
-        "why: {by: hand}\n<<: [{num_layers: 6, layers: x}, {num_layers: 7, mlp: [2]}]\nmodel: m\ndrop: [1]\nlayers: z\n"
-    )
+    text = "why: {by: hand}\n<<: [{num_layers: 6, layers: x}, {num_layers: 7, drop: [mlp.2]}]\nmodel: m\nlayers: z\n"
     file.write_text(text)
     plan = read_plan(file)
-    assert (plan.model, plan.drop, plan.why) == ("m", (1,), {"by": "hand"})
-    assert (plan.layers, plan.num_layers, plan.mlp) == ("z", 6, (2,))
+    assert (plan.model, plan.drop, plan.why) == ("m", (Sublayer(2, "mlp"),), {"by": "hand"})
+    assert (plan.layers, plan.num_layers) == ("z", 6)
 
 
 def test_paths_that_are_no_plans(tmp_path: Path) -> None:
@@ -271,6 +287,7 @@ def test_a_plan_has_a_schema_for_editors(tmp_path: Path) -> None:
     written = yaml.safe_load((tmp_path / "plan.yaml").read_text())
     written.pop("keep")
     jsonschema.validate(written, schema)
+    jsonschema.validate(written | {"drop": [1, "attention.2"]}, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(written | {"drop": ["one"]}, schema)
 

@@ -168,7 +168,7 @@ def test_names_of_layers_wherever_they_stand(config: dict[str, Any], expected: d
 
 def test_a_pattern_that_cannot_be_read_is_refused(fp8: Path, tmp_path: Path) -> None:
     change_quantization(fp8, modules_to_not_convert=["re:model.layers.[0-1.mlp"])
-    with pytest.raises(PlanError, match=r"by 're:model\.layers\.\[0-1\.mlp', which is no pattern"):
+    with pytest.raises(PlanError, match=r"by 're:model\.layers\.\[0-1\.mlp', which is not a valid pattern"):
         prune(str(fp8), PLAN, tmp_path / "less")
     assert not (tmp_path / "less").exists()
 

@@ -18,10 +18,10 @@ from support.checkpoints import host_limit, llama, one_thread
 from support.command_line import avss
 from support.families import lively, tiny_model
 
+from avss_dist import evaluate
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import tokenize_corpus
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer, open_module
 from avss_dist.models.size import footprint
@@ -352,7 +352,7 @@ def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
     """What is needed and what is given: four tokens for each unknown of an output."""
     plan = Plan(model="m", num_layers=3, layers="layers", drop=(1,), why={})
     few = {"max_sequences": 5, "sequence_length": 32}
-    with pytest.raises(CorpusError, match="refit of this model needs 192 tokens to fit to at least; 124 are given"):
+    with pytest.raises(CorpusError, match="refit of this model needs at least 192 tokens to fit to, not 124"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("refit", **few))
     with pytest.raises(CorpusError, match="map of this model needs 128 tokens"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("map", **few))
@@ -434,7 +434,7 @@ def test_a_repaired_checkpoint_is_not_evaluated_on_its_text(tiny_llama: Path, tm
     with pytest.raises(ConfigError, match=r"text of the repair of .* cannot be read again"):
         evaluate([str(less)], tasks=["perplexity:builtin:pydoc"], **options)
     (less / FILE).write_text('{"repairs": [{"repair": "magic"}]}')
-    with pytest.raises(ModelError, match="is no record of a repair"):
+    with pytest.raises(ModelError, match="is not a valid record of a repair"):
         evaluate([str(less)], tasks=["perplexity:builtin:pydoc"], **options)
 
 

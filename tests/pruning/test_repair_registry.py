@@ -22,7 +22,7 @@ from avss_dist.pruning.repair.registry import (
     searched_repair,
 )
 from avss_dist.pruning.repair.repair import Repair
-from avss_dist.pruning.shrinking import Shrinking
+from avss_dist.requests import ShrinkRequest
 
 DOCS = Path(__file__).parents[2] / "avss_dist" / "docs"
 
@@ -55,7 +55,7 @@ def test_a_repair_that_no_longer_exists_is_refused_with_its_successor(
     expected = f"the repair '{name}' no longer exists. Use {REMOVED_REPAIRS[name]} instead."
     for ask in (
         lambda: Repair(by=name, corpora=("a.txt",)),
-        lambda: Shrinking(corpus="a.txt", repair=name),
+        lambda: ShrinkRequest("model", output="out", corpus="a.txt", repair=name),
         lambda: Experiment(tasks=("perplexity:a.txt",), repairs=(name,), repair_corpora=("a.txt",)),
     ):
         with pytest.raises(ConfigError) as refused:

@@ -10,8 +10,7 @@ import pytest
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.names import CONTRAST
-from avss_dist.core.registry import BLOCK_DISTANCE, INTERACTIONS
-from avss_dist.core.settings import SEARCHES
+from avss_dist.core.registry import BLOCK_DISTANCE, INTERACTIONS, SEARCHES
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, PlanError, count_layers
 
 PLACE = ("site", "recipe", "threshold", "threshold_kind")

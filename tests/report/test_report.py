@@ -222,12 +222,12 @@ def test_the_page_says_what_compare_says(tmp_path: Path) -> None:
     runs = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
     (agreement,) = page_data(warehouse, runs, [WithoutLayers()] * 4)["correlations"]
     threshold = Threshold(value=1e-5, kind="absolute")
-    pairs = compare(warehouse, [run["run_id"] for run in runs], threshold=threshold).pairs
-    rho = sorted(pairs["spearman"].to_pylist())
+    comparison = compare(warehouse, [run["run_id"] for run in runs], threshold=threshold)
+    rho = sorted(comparison.pairs["spearman"].to_pylist())
     median = (rho[2] + rho[3]) / 2
     assert rho[2] < median < rho[3] == pytest.approx(1)
     assert agreement["summary"].startswith(f"The median of 6 pairs is {median:.3f}")
-    assert f"Spearman {median:.3f} at the median" in summary(pairs)
+    assert f"Spearman {median:.3f} at the median" in summary(comparison)
 
 
 def test_a_correlation_of_nearly_zero_has_no_sign() -> None:
@@ -375,7 +375,7 @@ def test_forty_runs_are_under_five_megabytes(tmp_path: Path) -> None:
 def test_of_more_runs_than_a_page_can_draw_the_newest_are_drawn(
     store: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("avss_dist.report.page.page.MOST", 2)
+    monkeypatch.setattr("avss_dist.report.page.page.MAX_RUNS", 2)
     page = Page(report_page(store))
     text = " ".join(page.words)
     assert "the 2 newest runs; 1 more are in the table of runs" in text

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.pages import write_failed, write_removals, write_run
+from support.warehouses import unpack_released
 
 from avss_dist.core.text import describe_threshold
 from avss_dist.report.page.page import save_report
@@ -57,6 +58,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
 def file(store: Warehouse, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "report.html"
     save_report(store, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def experiments(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with the tables and charts of experiments."""
+    file = tmp_path_factory.mktemp("page") / "experiments.html"
+    save_report(Warehouse(unpack_released(tmp_path_factory.mktemp("released"))), file)
     return file
 
 
@@ -127,23 +136,26 @@ def close(actual: list[Any], expected: list[Any], digits: int = 4) -> None:
     assert actual == pytest.approx(expected, rel=6 * 0.1**digits, nan_ok=True)
 
 
-@pytest.mark.parametrize(
-    ("site", "recipe", "position"),
-    [
-        ("block", "pooled", 1),
-        ("block", "unit", 5),
-        ("update", "element", 7),
-        ("neuron", "pooled", 0),
-        ("mlp", "element", 6),
-    ],
+CHOICES = (
+    *(("block", "pooled", 1), ("block", "unit", 5), ("update", "element", 7)),
+    *(("neuron", "pooled", 0), ("mlp", "element", 6)),
 )
+
+
 def test_site_recipe_and_threshold_drive_every_chart_and_the_table(
-    visit: Callable[..., Any], file: Path, store: Warehouse, site: str, recipe: str, position: int
+    visit: Callable[..., Any], file: Path, store: Warehouse
 ) -> None:
     page = visit(file)
     page.select_option("#run", label=ALPHA)
-    choose(page, site=site, recipe=recipe, threshold=position)
-    rows = [r for r in store.table("scores").to_pylist() if (r["site"], r["recipe"]) == (site, recipe)]
+    every = store.table("scores").to_pylist()
+    for site, recipe, position in CHOICES:
+        choose(page, site=site, recipe=recipe, threshold=position)
+        assert_chosen(page, every, site, recipe, position)
+
+
+def assert_chosen(page: Any, every: list[dict[str, Any]], site: str, recipe: str, position: int) -> None:
+    """The controls, every chart and the table show these scores."""
+    rows = [r for r in every if (r["site"], r["recipe"]) == (site, recipe)]
     thresholds = sorted({(r["threshold_kind"], r["threshold"]) for r in rows})
     kind, value = thresholds[position]
     rows = [r for r in rows if (r["threshold_kind"], r["threshold"]) == (kind, value)]
@@ -350,10 +362,8 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit: Callable[...,
 
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_charts_of_sections_are_drawn_in_the_colors_and_width_of_the_page(
-    visit: Callable[..., Any], file: Path, tmp_path: Path, width: int
+    visit: Callable[..., Any], file: Path, experiments: Path, tmp_path: Path, width: int
 ) -> None:
-    experiments = tmp_path / "experiments.html"
-    save_report(Warehouse(Path(__file__).parents[1] / "warehouse" / "schema_2"), experiments)
     for report, subject in ((file, "scorecard"), (experiments, "experiment")):
         page = visit(report, width, color_scheme="light")
         charts = page.locator(f"[data-chart^={subject}]")
@@ -377,9 +387,10 @@ def test_the_charts_of_sections_are_drawn_in_the_colors_and_width_of_the_page(
         assert [row["low"] == "" for row in rows] == [row["low"] is None for row in charts.first.evaluate(ROWS)]
 
 
-def test_a_table_of_a_section_sorts_and_downloads_whole_intervals(visit: Callable[..., Any], tmp_path: Path) -> None:
-    save_report(Warehouse(Path(__file__).parents[1] / "warehouse" / "schema_2"), tmp_path / "report.html")
-    page = visit(tmp_path / "report.html")
+def test_a_table_of_a_section_sorts_and_downloads_whole_intervals(
+    visit: Callable[..., Any], experiments: Path, tmp_path: Path
+) -> None:
+    page = visit(experiments)
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     table = page.locator("table[data-name^=experiment]").first
     heading = table.locator("thead th", has_text="95% interval").first

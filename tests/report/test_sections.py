@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import vl_convert
 from rich.console import Console
+from support.warehouses import unpack_released
 
 from avss_dist.analysis.experiments import experiment_results
 from avss_dist.analysis.experts import LayerExperts
@@ -37,7 +38,6 @@ from avss_dist.report.table import (
 from avss_dist.report.terminal.tables import FittedTable, rendered
 from avss_dist.warehouse.reader import Warehouse
 
-SCHEMA_2 = Path(__file__).parents[1] / "warehouse" / "schema_2"
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m"
 
 
@@ -128,7 +128,7 @@ def test_a_table_of_an_experiment_names_sublayers_and_says_why_an_interval_is_mi
     (tables,) = page_tables((table,))
     assert tables[1:] == [
         ["whole model", "0%", "", "20.09", "", ""],
-        ["avss", "25%", "1-2, attention of 3", "24.53", "81.9%", "80.9% to 82.9%"],
+        ["avss", "25%", "1-2, attention.3", "24.53", "81.9%", "80.9% to 82.9%"],
         ["avss", "50%", "0-3", "54.6", "36.8%", ""],
     ]
     assert "No interval" in table.caption
@@ -154,11 +154,12 @@ def test_no_name_of_a_section_is_markup_or_steers_a_terminal() -> None:
     assert "<img" in unescape(page_tables(tuple(sections(HOSTILE)[0].tables))[0][2][0])
 
 
-def test_the_page_has_every_chart_and_table_of_its_sections() -> None:
-    page = report_page(Warehouse(SCHEMA_2))
+def test_the_page_has_every_chart_and_table_of_its_sections(tmp_path: Path) -> None:
+    warehouse = Warehouse(unpack_released(tmp_path))
+    page = report_page(warehouse)
     named = re.findall(r'data-chart="(experiment[^"]*)"', page)
     assert named and len(set(named)) == len(named)
-    rows = Warehouse(SCHEMA_2).table("experiments").sort_by("created_at").to_pylist()
+    rows = warehouse.table("experiments").sort_by("created_at").to_pylist()
     results = experiment_results([one for one in rows if one["run_id"] == rows[0]["run_id"]])
     assert results
     shown = next(table for table in Tables(page).tables if table[0][:1] == ["layers chosen by"])

@@ -20,7 +20,7 @@ from avss_dist.analysis.compare import compare
 from avss_dist.core.errors import WarehouseError
 from avss_dist.core.text import printable
 from avss_dist.report.page.page import report_page
-from avss_dist.report.terminal.compare import pairs_table
+from avss_dist.report.terminal.compare import comparison_tables
 from avss_dist.report.terminal.pace import Pace
 from avss_dist.report.terminal.progress import TimeColumn
 from avss_dist.report.terminal.scores import layer_table
@@ -68,10 +68,10 @@ def test_the_layers_fit_and_every_number_is_whole(warehouse: Warehouse, width: i
 
 @pytest.mark.parametrize("width", [60, 80, 132])
 def test_pairs_show_whole_ids_at_any_width(warehouse: Warehouse, width: int) -> None:
-    pairs = compare(warehouse, RUNS, threshold=Threshold(value=1e-5, kind="absolute")).pairs
-    lines = drawn(pairs_table(pairs, "by run"), width)
+    comparison = compare(warehouse, RUNS, threshold=Threshold(value=1e-5, kind="absolute"))
+    lines = drawn(comparison_tables(comparison, "by run"), width)
     assert all(any(f" {run} " in line for line in lines) for run in RUNS)
-    assert any(f" {pairs['spearman'][0].as_py():.3f} " in line for line in lines)
+    assert any(f" {comparison.pairs['spearman'][0].as_py():.3f} " in line for line in lines)
 
 
 def test_a_wide_query_is_a_block_for_each_record(warehouse: Warehouse) -> None:

@@ -16,7 +16,7 @@ from support.tables import assert_same_tables, measured_files
 import avss_dist
 from avss_dist.analysis.chosen import choose_runs
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
-from avss_dist.core.settings import SCHEMA_VERSION, Execution, Settings
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors import base
 from avss_dist.executors.base import Outcome, RunShards
 from avss_dist.executors.local import LocalExecutor
@@ -24,6 +24,7 @@ from avss_dist.runs.api import Reporter
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
 
 SMALL: dict[str, Any] = {

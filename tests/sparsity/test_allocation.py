@@ -13,10 +13,9 @@ import torch
 from support.causal_lm import opened, random_shard
 from support.command_line import avss, files
 
-from avss_dist.analysis.sparsity_plans import Measured
+from avss_dist import evaluate, sparsify
+from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.core.errors import ConfigError
-from avss_dist.evaluation.evaluate import evaluate
-from avss_dist.evaluation.sparsify import sparsify
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.api import score
@@ -207,9 +206,8 @@ def test_every_method_meets_the_budget_and_streaming_makes_the_same_plan(
     assert len({round(one.sparsity, 3) for one in made.projections}) > 3
     assert made.why["by"] == method and str(made.why["evaluation"]).startswith("tiny-llama-")
     before = files(scored / "cells")
-    run = Warehouse(scored).runs().to_pylist()[0]
     again = sparsify(
-        str(scored), run, 0.3, method=method, max_sequences=2, sequence_length=32, batch_size=2, device="cpu"
+        0.3, warehouse=scored, method=method, max_sequences=2, sequence_length=32, batch_size=2, device="cpu"
     )
     assert again.sparsity == pytest.approx(0.3, abs=0.03)
     assert files(scored / "cells") == before  # another target measures nothing
@@ -218,11 +216,10 @@ def test_every_method_meets_the_budget_and_streaming_makes_the_same_plan(
 def test_corrected_thresholds_leave_the_sparsity_that_is_planned_in_the_sparse_stream(
     scored: Path, tmp_path: Path
 ) -> None:
-    run = Warehouse(scored).runs().to_pylist()[0]
     farthest: list[float] = []
     for corrections in (0, 2):
         path, options = tmp_path / f"{corrections}.yaml", {**SMALL, "dtype": "bfloat16", "max_sequences": 8}
-        made = sparsify(str(scored), run, 0.8, method="scap", corrections=corrections, **options)
+        made = sparsify(0.8, warehouse=scored, method="scap", corrections=corrections, **options)
         made.write(path)
         assert read_sparsity_plan(path).projections[0].center == made.projections[0].center != 0
         found = evaluate(
@@ -242,18 +239,18 @@ def test_corrected_thresholds_leave_the_sparsity_that_is_planned_in_the_sparse_s
 
 
 def test_gates_have_the_whole_budget_and_no_more_than_they_can_bear(scored: Path) -> None:
-    run, options = Warehouse(scored).runs().to_pylist()[0], {**SMALL, "method": "cats", "dtype": "bfloat16"}
-    plans = [sparsify(str(scored), run, 0.3, partition=one, fresh=True, **options) for one in ("single", "streaming")]
+    run = Warehouse(scored).runs().to_pylist()[0]
+    options = {**SMALL, "warehouse": scored, "method": "cats", "dtype": "bfloat16"}
+    plans = [sparsify(0.3, partition=name, fresh=True, **options) for name in ("single", "streaming")]
     assert plans[0] == plans[1] and plans[0].weights == sum(
-        one.weights for one in Measured.of(Warehouse(scored), run).maps
+        one.weights for one in MeasuredMaps.of_run(Warehouse(scored), run).maps
     )
     assert {round(one.sparsity, 9) for one in plans[0].projections if one.map == "mlp.act_fn"} == {0.75}
     assert plans[0].saved_weights == pytest.approx(0.3 * plans[0].weights)
     with pytest.raises(PlanError, match=r"cats makes 40\.0% of the weights sparse, at most, and 50% of all are wanted"):
-        sparsify(str(scored), run, 0.5, **options)
+        sparsify(0.5, **options)
 
 
 def test_a_partition_without_whole_weights_is_refused(scored: Path) -> None:
-    run = Warehouse(scored).runs().to_pylist()[0]
     with pytest.raises(ConfigError, match="`partition` zero3 has a part of each weight, and loss needs it whole"):
-        sparsify(str(scored), run, 0.5, method="loss", partition="zero3", executor="ray")
+        sparsify(0.5, warehouse=scored, method="loss", partition="zero3", executor="ray")

@@ -16,10 +16,10 @@ from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.command_line import avss
 
-from avss_dist.analysis.sparsity_plans import Measured
+from avss_dist import evaluate
+from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.selection import PlanError
@@ -132,14 +132,14 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
 ) -> None:
     out = tmp_path / "sparse.yaml"
     for options, message in (
-        ([1], "target 1 is no sparsity. It is above 0 and below 1"),
-        ([0], "target 0 is no sparsity."),
-        ([0.5, "--pattern", "4:2"], "--pattern 4:2 is none."),
+        ([1], "target must be above 0 and below 1, not 1."),
+        ([0], "target must be above 0 and below 1, not 0."),
+        ([0.5, "--pattern", "4:2"], "invalid --pattern '4:2': expected N:M."),
         ([0.4, "--pattern", "2:4"], "Set target to 0.5."),
-        ([0.5, "--method", "topp", "--pattern", "2:4"], "Use uniform or wina."),
+        ([0.5, "--method", "topp", "--pattern", "2:4"], "Use --method uniform or wina."),
         ([0.5, "--format", "mergekit"], "Unknown --format 'mergekit'. Valid: plan, thresholds, teal."),
         ([0.5, "--method", "wina", "--corrections", 1], "has no threshold that --corrections could correct."),
-        ([0.5, "--rule", "dense-prefill", "--corrections", 1], "makes nothing of a prompt sparse."),
+        ([0.5, "--rule", "dense-prefill", "--corrections", 1], "leaves prompts dense."),
         ([0.5, "--method", "wina", "--format", "teal"], "TEAL's files are of thresholds of sizes"),
         ([0.5, "--pattern", "5:10"], "does not divide the 32 inputs of self_attn.q_proj."),
     ):
@@ -184,7 +184,7 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
     result = avss(
         "evaluate", broken, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w", "--sequence-length", 32
     )
-    assert "makes nothing of a prompt sparse" in result.stderr
+    assert "leaves prompts dense" in result.stderr
     other = save_checkpoint(llama(seed=3), tmp_path / "other")
     result = avss("evaluate", other, "--sparse", out, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
     assert "is another model" in result.stderr
@@ -206,6 +206,6 @@ def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: A
     row = warehouse.run(run.run_id)
     assert row is not None
     assert any("'up_input' is absent" in note for note in row["notes"])
-    assert {one.site for one in Measured.of(warehouse, row).maps} == {"query_input", "output_input"}
+    assert {one.site for one in MeasuredMaps.of_run(warehouse, row).maps} == {"query_input", "output_input"}
     result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
     assert "The MLP of 3 of 3 layers stays dense: its maps are fused." in result.stdout

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from avss_dist.stats import contrast as of
+from avss_dist.stats import contrast as contrast_stats
 from avss_dist.stats.contrast import Answers
 from avss_dist.stats.intervals import bootstrap_weights, left_out_weights
 
@@ -87,11 +87,11 @@ def recipe(request: pytest.FixtureRequest) -> str:
 def test_parts_are_those_of_the_repeated_activations(recipe: str, offset: float) -> None:
     sample = Sample(offset=offset)
     weights = np.random.default_rng(1).integers(0, 4, (3, len(sample.pair))).astype(np.float64)
-    found = of.parts(sample.answers(), weights, recipe)
+    found = contrast_stats.parts(sample.answers(), weights, recipe)
     for i, times in enumerate(weights):
         for part, expected in zip(found, sample.parts(times, recipe), strict=True):
             assert part[i] == pytest.approx(expected, rel=1e-6 if offset else 1e-12)
-    sides = of.both_sides(sample.answers(), weights, sample.hallucinated.astype(np.float64), recipe)
+    sides = contrast_stats.both_sides(sample.answers(), weights, sample.hallucinated.astype(np.float64), recipe)
     for side, labels in zip(sides, (sample.hallucinated, ~sample.hallucinated), strict=True):
         for part, expected in zip(side, sample.parts(weights[0] * labels, recipe), strict=True):
             assert part[0] == pytest.approx(expected, rel=1e-6 if offset else 1e-12)
@@ -108,17 +108,21 @@ def test_an_answer_of_one_element_counts() -> None:
     nothing = dict.fromkeys(("pooled_variance", "near_zero", "norm", "relative_magnitude"), np.zeros((3, 1)))
     numbers = {name: np.arange(3) for name in ("pair", "tokens")}
     a = Answers(**numbers, **columns, **nothing, hallucinated=np.zeros(3, bool))
-    assert of.parts(a, np.ones((1, 3)), "element")[0] == pytest.approx(np.var([5.0, 1.0, 2.0, 3.0]), rel=1e-12)
+    assert contrast_stats.parts(a, np.ones((1, 3)), "element")[0] == pytest.approx(
+        np.var([5.0, 1.0, 2.0, 3.0]), rel=1e-12
+    )
 
 
 def test_deviations_are_log_ratios_of_avss_less_the_median(recipe: str) -> None:
     sample = Sample()
     labels, ones = sample.hallucinated.astype(np.float64), np.ones(len(sample.pair))
-    assert of.observed(sample.answers(), recipe) == pytest.approx(sample.deviation(ones, labels, recipe), rel=1e-9)
+    assert contrast_stats.observed(sample.answers(), recipe) == pytest.approx(
+        sample.deviation(ones, labels, recipe), rel=1e-9
+    )
     pairs = sample.answers().pairs
     assert pairs.tolist() == [10 * p for p in range(8)]
     weights = bootstrap_weights(8)
-    found = of.weighted_deviation(sample.answers(), recipe, pairs, weights)
+    found = contrast_stats.weighted_deviation(sample.answers(), recipe, pairs, weights)
     drawn = weights[:, sample.pair // 10]
     for i in (0, 7, 500):
         assert found[i] == pytest.approx(sample.deviation(drawn[i], labels, recipe), rel=1e-9)
@@ -128,49 +132,49 @@ def test_what_is_not_defined_is_not_a_number(recwarn: pytest.WarningsRecorder) -
     side = (np.array([1.0, 2.0, 3.0]), np.array([5.0, 6.0, 7.0]), np.full(3, 100.0))
     flat = (np.array([1.0, 0.0, 3.0]), *side[1:])
     for sides in ((side, flat), (flat, side)):
-        assert np.isnan(of.contrast(*sides)).tolist() == [False, True, False]
-    (less,) = of.from_median(np.array([[1.0, np.nan, 5.0, 2.0]]))
+        assert np.isnan(contrast_stats.contrast(*sides)).tolist() == [False, True, False]
+    (less,) = contrast_stats.from_median(np.array([[1.0, np.nan, 5.0, 2.0]]))
     np.testing.assert_array_equal(less, [-1, np.nan, 3, 0])
     assert not recwarn.list
 
 
 def test_labels_are_exchanged_inside_pairs() -> None:
     a = Sample().answers()
-    labels = of.permuted_labels(a, 2000)
+    labels = contrast_stats.permuted_labels(a, 2000)
     assert labels.shape == (2000, len(a.pair)) and set(np.unique(labels)) == {0.0, 1.0}
     for pair in a.pairs:
         inside = labels[:, a.pair == pair]
         assert (inside.sum(axis=1) == a.hallucinated[a.pair == pair].sum()).all()
         assert inside.mean(axis=0) == pytest.approx(np.full(inside.shape[1], inside.mean()), abs=0.05)
     drawn = np.random.default_rng(5).random((3, len(a.pair)))
-    for row, keys in zip(of.permuted_labels(a, 3, 5), drawn, strict=True):
+    for row, keys in zip(contrast_stats.permuted_labels(a, 3, 5), drawn, strict=True):
         assert row.tolist() == a.hallucinated[np.lexsort((keys, a.pair))].tolist()
     order = np.random.default_rng(3).permutation(len(a.pair))
-    shuffled = of.permuted_labels(a.where(order), 200)
+    shuffled = contrast_stats.permuted_labels(a.where(order), 200)
     for pair in a.pairs:
         own = a.pair[order] == pair
         assert (shuffled[:, own].sum(axis=1) == a.hallucinated[order][own].sum()).all()
 
 
 def test_permutations_are_many_and_more_with_many_layers() -> None:
-    assert [of.num_permutations(layers) for layers in (1, 25, 26, 80)] == [1000, 1000, 1040, 3200]
+    assert [contrast_stats.num_permutations(layers) for layers in (1, 25, 26, 80)] == [1000, 1000, 1040, 3200]
 
 
 def test_p_values_count_what_is_as_far_away() -> None:
     found = np.array([1.0, -2.0, 0.5, np.nan])
     null = np.array([[1.0, 2.0, 0.1, 1.0], [-3.0, -2.0 * (1 + 1e-14), 0.2, 1.0], [0.5, 1.9, -0.6, 1.0]])
-    assert of.p_values(found, null).tolist() == pytest.approx([3 / 4, 3 / 4, 2 / 4, np.nan], nan_ok=True)
+    assert contrast_stats.p_values(found, null).tolist() == pytest.approx([3 / 4, 3 / 4, 2 / 4, np.nan], nan_ok=True)
 
 
 def test_the_permutation_test_is_over_exchanged_labels(recipe: str) -> None:
     sample = Sample(pairs=4)
-    labels = of.permuted_labels(sample.answers(), 1000, 5)
+    labels = contrast_stats.permuted_labels(sample.answers(), 1000, 5)
     ones = np.ones(len(sample.pair))
     observed = sample.deviation(ones, sample.hallucinated.astype(np.float64), recipe)
     null = np.array([sample.deviation(ones, row, recipe) for row in np.unique(labels, axis=0)])
     often = np.unique(labels, axis=0, return_counts=True)[1]
     expected = (1 + ((np.abs(null) >= np.abs(observed) * (1 - 1e-9)) * often[:, None]).sum(axis=0)) / 1001
-    assert of.permutation_p(sample.answers(), recipe, 5) == pytest.approx(expected, abs=1e-9)
+    assert contrast_stats.permutation_p(sample.answers(), recipe, 5) == pytest.approx(expected, abs=1e-9)
 
 
 def test_holms_correction() -> None:
@@ -179,8 +183,8 @@ def test_holms_correction() -> None:
     for rank, i in enumerate(sorted((i for i in range(7) if not np.isnan(p[i])), key=lambda i: p[i])):
         largest = max(largest, p[i] * (6 - rank))
         expected[i] = min(largest, 1.0)
-    assert of.holm(p).tolist() == pytest.approx([expected.get(i, np.nan) for i in range(7)], nan_ok=True)
-    assert of.holm(np.array([0.7, 0.8])).tolist() == [1, 1]
+    assert contrast_stats.holm(p).tolist() == pytest.approx([expected.get(i, np.nan) for i in range(7)], nan_ok=True)
+    assert contrast_stats.holm(np.array([0.7, 0.8])).tolist() == [1, 1]
 
 
 def test_the_noise_floor_is_of_random_halves_of_the_truthful_answers(recipe: str) -> None:
@@ -196,30 +200,30 @@ def test_the_noise_floor_is_of_random_halves_of_the_truthful_answers(recipe: str
         labels[rows] = half
         far.append(np.abs(sample.deviation(ones, labels, recipe)))
     expected = np.quantile(np.array(far)[which.ravel()], 0.95, axis=0)
-    assert of.noise_floor(sample.answers(), recipe) == pytest.approx(expected, rel=1e-9)
+    assert contrast_stats.noise_floor(sample.answers(), recipe) == pytest.approx(expected, rel=1e-9)
 
 
 def test_pairs_of_about_the_same_length() -> None:
     a = Sample().answers()
     tokens = {0: [8, 10], 1: [10, 8, 11], 2: [8, 11], 3: [5, 5], 4: [3, 9, 3], 5: [3, 9], 6: [16, 21], 7: [3, 9, 3]}
     other = Answers(**{**vars(a), "tokens": np.concatenate([*tokens.values()])})
-    matched = of.length_matched(other, 0.25)
+    matched = contrast_stats.length_matched(other, 0.25)
     assert matched.pairs.tolist() == [0, 30] and matched.tokens.tolist() == [8, 10, 5, 5]
     assert matched.near_zero.tolist() == a.near_zero[np.isin(a.pair, [0, 30])].tolist()
 
 
 def test_the_prone_layers_are_the_highest_quarter() -> None:
     resamples = np.array([np.arange(8.0), -np.arange(8.0), np.arange(8.0), np.arange(8.0)])
-    assert of.prone_probability(resamples).tolist() == [0.25, 0.25, 0, 0, 0, 0, 0.75, 0.75]
+    assert contrast_stats.prone_probability(resamples).tolist() == [0.25, 0.25, 0, 0, 0, 0, 0.75, 0.75]
 
 
 def test_columns_of_layers(recipe: str) -> None:
     sample = Sample()
     labels, ones = sample.hallucinated.astype(np.float64), np.ones(len(sample.pair))
     a = sample.answers()
-    again = of.both_sides(a, bootstrap_weights(8)[:, sample.pair // 10], labels, recipe)
-    without = of.both_sides(a, left_out_weights(8)[:, sample.pair // 10], labels, recipe)
-    found = of.contrast_columns(of.both_sides(a, ones, labels, recipe), again, without)
+    again = contrast_stats.both_sides(a, bootstrap_weights(8)[:, sample.pair // 10], labels, recipe)
+    without = contrast_stats.both_sides(a, left_out_weights(8)[:, sample.pair // 10], labels, recipe)
+    found = contrast_stats.contrast_columns(contrast_stats.both_sides(a, ones, labels, recipe), again, without)
     (hsav, near_zero, count), (variance, fewer, less) = (sample.parts(side, recipe) for side in (labels, 1 - labels))
     hss, other = (near_zero + 0.5) / (count + 1), (fewer + 0.5) / (less + 1)
     ratio = hsav / hsav.sum() / (hss / hss.sum())
@@ -236,7 +240,7 @@ def test_columns_of_layers(recipe: str) -> None:
         "hss_difference": hss - other,
         "deviation": deviation,
         "rank": LAYERS + 1 - stats.rankdata(contrast),
-        "prone_probability": of.prone_probability(of.contrast(*again)),
+        "prone_probability": contrast_stats.prone_probability(contrast_stats.contrast(*again)),
     }
     for name, values in expected.items():
         assert found[name] == pytest.approx(values, rel=1e-9), name
@@ -259,7 +263,7 @@ def test_auroc_is_the_share_of_concordant_pairs() -> None:
     weights = rng.integers(0, 3, (5, 20)).astype(np.float64)
     weights[4] = ~positive
     expected = [concordance(scores, positive, row) for row in weights]
-    assert of.auroc(scores, positive, weights).tolist() == pytest.approx(expected, nan_ok=True)
+    assert contrast_stats.auroc(scores, positive, weights).tolist() == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -277,14 +281,16 @@ def test_a_classifier_says_of_a_fold_what_it_learned_on_the_others(pairs: int, a
         share = concordance(values[train], a.hallucinated[train], np.ones(train.sum()))
         side = 0.0 if np.isnan(share) else np.sign(share - 0.5)
         expected.append(side * (value - values[train].mean()) / values[train].std())
-    assert of.out_of_fold(a, values).tolist() == pytest.approx(expected)
+    assert contrast_stats.out_of_fold(a, values).tolist() == pytest.approx(expected)
 
 
 def test_nothing_can_be_learned_of_one_label_or_of_a_constant() -> None:
     a = Sample().answers()
     values = np.random.default_rng(2).normal(size=len(a.pair))
     for labels in (np.zeros_like(a.hallucinated), np.ones_like(a.hallucinated)):
-        assert of.out_of_fold(Answers(**{**vars(a), "hallucinated": labels}), values).tolist() == [0] * len(a.pair)
+        assert contrast_stats.out_of_fold(Answers(**{**vars(a), "hallucinated": labels}), values).tolist() == [0] * len(
+            a.pair
+        )
     odd = np.where(a.pair == 20, 5.0, 1.0)
-    scores = of.out_of_fold(a, odd)
+    scores = contrast_stats.out_of_fold(a, odd)
     assert np.isfinite(scores).all() and (scores[a.pair == 20] == 0).all()

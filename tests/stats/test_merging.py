@@ -36,7 +36,7 @@ def test_paired_text_is_merged_by_stratum_and_its_own_answers_by_layer() -> None
     for key, stats in merged.strata.items():
         expected = merge_stats({key: shard.strata[key]} for shard in shards if key in shard.strata)[key]
         assert_close(stats, expected)
-        assert stats.has_every_value and np.array_equal(stats.abs_value, expected.abs_value)
+        assert stats.abs_value_count.sum() == stats.count and np.array_equal(stats.abs_value, expected.abs_value)
     assert list(merged.stats) == [(0, "mlp"), (1, "mlp")]
     for (layer, site), stats in merged.stats.items():
         both = [merged.strata[layer, site, label] for label in LABELS]

@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from support.oracle import Float64, oracle_stats
 
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
-from avss_dist.core.settings import RELATIVE_THRESHOLDS
 from avss_dist.stats import intervals, scores, spill
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, without_values
 from avss_dist.stats.merging import Block, combine_blocks, merge_stats
 from avss_dist.stats.rankings import count_lowest, rank_lowest
-from avss_dist.stats.scores import SiteTable, Threshold, avss, score_run, share
+from avss_dist.stats.scores import RELATIVE_THRESHOLDS, SiteTable, Threshold, avss, score_run, share
 from avss_dist.warehouse.schema import SCHEMAS
 
 GRID = np.array([1e-5, 1e-2, 1e-1])

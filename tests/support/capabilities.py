@@ -17,7 +17,6 @@ from avss_dist.core.errors import AvssError, first_line
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import SITES, THRESHOLDS, Settings
 from avss_dist.corpus.shards import Batch
-from avss_dist.measure.observer import observe
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import Backbone, forward_function, open_module, quiet
 from avss_dist.partition.base import Placement
@@ -26,6 +25,7 @@ from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.stats.scores import score_run
 from support.families import tiny_batch, tiny_model
+from support.observing import observe
 
 TABLE = Path(__file__).parent / "families.csv"
 YES = "yes"

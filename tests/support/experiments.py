@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.evaluation.experiment import run_experiment
+from avss_dist.requests import JobRequest
 from avss_dist.runs.job_file import read_job
+from avss_dist.runs.run import Run
 from support.checkpoints import one_thread
+
+
+def experiment_of(path: Path, **execution: Any) -> tuple[list[Run], list[dict[str, Any]]]:
+    """Run the experiment of a job file, and return its runs and its rows."""
+    job = read_job(path)
+    return run_experiment(job, JobRequest(job, **execution))
 
 
 def run_job_in(folder: Path, job: str, model: Path) -> tuple[Path, list[dict[str, Any]]]:
@@ -15,5 +23,5 @@ def run_job_in(folder: Path, job: str, model: Path) -> tuple[Path, list[dict[str
     path = folder / "job.yaml"
     path.write_text(job.format(warehouse=folder / "w", model=model))
     with one_thread():
-        _, rows = run_experiment(read_job(path))
+        _, rows = experiment_of(path)
     return path, rows

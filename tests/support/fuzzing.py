@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from avss_dist.warehouse.schema import SCHEMA_VERSION
 from support.command_line import avss
+from support.warehouses import rewrite_file
 
 TIMES = int(os.environ.get("AVSS_FUZZ", "0"))
 """Examples of each test, in hundreds, new ones each time; by default a few, and the same ones."""
@@ -202,7 +204,5 @@ def write_damaged(draw: Any, file: Path) -> None:
         file.write_bytes(damaged_bytes(draw, file.read_bytes()))
         return
     table = pq.ParquetFile(file).read()
-    version = draw(st.sampled_from([b"2", b"2", b"2", b"9", b"x", b""]))  # files of 2 have no checksum
-    metadata = {**(table.schema.metadata or {}), b"avss_schema_version": version}
-    metadata.pop(b"avss_checksum", None)
-    pq.write_table(damaged_table(draw, table).replace_schema_metadata(metadata), file)
+    version = draw(st.sampled_from([*[SCHEMA_VERSION] * 3, 9, "x", "", 2]))
+    rewrite_file(file, damaged_table(draw, table).replace_schema_metadata(table.schema.metadata), version)

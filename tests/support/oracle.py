@@ -13,7 +13,7 @@ from avss_dist.stats.layer_stats import LayerStats
 
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
-By = Literal["bin", "value", "cut"]
+By = Literal["value", "cut"]
 
 FLOAT_FIELDS = (
     *("mean", "m2", "pooled_variance_sum", "unit_sum", "unit_sum_sq"),
@@ -55,7 +55,7 @@ def oracle_stats(
 ) -> LayerStats:
     """LayerStats of x[sequences, tokens, units] where mask[sequences, tokens].
 
-    Counted ``by`` cut as float32 activations are, or by value as those of 16 bits, or by bin alone as in schema 1.
+    Counted ``by`` cut as float32 activations are, or by value as those of 16 bits.
     ``before`` is the block's input. ``first_tokens`` are measured of the block site.
     """
     elements = x[mask].ravel()
@@ -68,9 +68,8 @@ def oracle_stats(
         "nonfinite_count": elements.size - finite.size,
         "histogram": np.bincount(oracle_bins(sizes), minlength=HISTOGRAM_BINS),
     }
-    if by != "bin":
-        values, found["abs_value_count"] = np.unique(sizes if by == "value" else oracle_cuts(sizes), return_counts=True)
-        found |= {"abs_value": values.astype(np.float32), "abs_value_cut": by == "cut"}
+    values, found["abs_value_count"] = np.unique(sizes if by == "value" else oracle_cuts(sizes), return_counts=True)
+    found |= {"abs_value": values.astype(np.float32), "abs_value_cut": by == "cut"}
     if finite.size:
         found |= {"mean": finite.mean(), "m2": ((finite - finite.mean()) ** 2).sum()}
         found |= {"min": finite.min(), "max": finite.max(), "max_abs": sizes.max()}

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.stats.merging import merge_stats
 from avss_dist.stats.rankings import rank_lowest
 from avss_dist.stats.scores import score_run
-from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.encoding import to_file
+from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.store import Store
 from support.oracle import By, Float64, oracle_stats
 
 GRID = np.array([1e-5, 1e-2, 1e-1])
 Stats = dict[LayerKey, LayerStats]
+
+
+def unpack_released(folder: Path) -> Path:
+    """Unpack the warehouse that version 0.1.0 wrote into a folder, and return the folder. See ``test_released``."""
+    shutil.unpack_archive(Path(__file__).parents[1] / "warehouse" / "schema_3" / "warehouse.tar.xz", folder)
+    return folder
+
+
+def rewrite_file(path: Path, table: pa.Table, version: int | str = SCHEMA_VERSION) -> None:
+    """Replace a file by a table, with a valid checksum and a schema version."""
+    metadata = {**(table.schema.metadata or {}), b"avss_schema_version": str(version).encode()}
+    path.write_bytes(to_file(table.replace_schema_metadata(metadata)))
 
 
 class Terminal(io.StringIO):

@@ -101,12 +101,10 @@ def ray_start_environment() -> dict[str, str]:
 
 def serve(path: str) -> None:
     """Fork a process for each connection, until standard input ends."""
-    from numba import njit
-
     gc.disable()
     for module in MODULES:
         importlib.import_module(module)
-    njit(lambda: None)()  # the first use of its compiler imports the rest
+    load_kernels()
     assert "ray" not in sys.modules
     gc.freeze()  # workers' collections leave alone what they share
     gc.enable()
@@ -123,6 +121,20 @@ def serve(path: str) -> None:
             launcher, _ = listener.accept()
             with suppress(OSError):  # tests kill launchers, also before they have said what they want
                 answer(selector, launcher)
+
+
+def load_kernels() -> None:
+    """Use the kernels of a CPU once, which compiles them or loads what was compiled."""
+    import numpy as np
+    import torch
+
+    from avss_dist.core.settings import THRESHOLDS
+    from avss_dist.measure.kernels.base import Accumulator
+    from avss_dist.measure.kernels.cpu import CpuKernels
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x, mask = torch.zeros(1, 2, 4, dtype=dtype), torch.ones(1, 2, dtype=torch.bool)
+        CpuKernels().add(Accumulator(x, np.array(THRESHOLDS), units=True, geometry=True), x, mask, x)
 
 
 def answer(selector: selectors.BaseSelector, launcher: socket.socket) -> None:

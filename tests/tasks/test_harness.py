@@ -23,10 +23,10 @@ from support.checkpoints import llama
 from support.command_line import avss
 from support.documentation import DOCS, read
 
+from avss_dist import evaluate
 from avss_dist.core.errors import AvssError, ConfigError, TaskError
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Settings
-from avss_dist.evaluation.evaluate import evaluate
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.options import PromptOptions
@@ -361,8 +361,8 @@ def test_data_that_cannot_be_had() -> None:
         ({"test_split": None}, "'test_split' is missing"),
         ({"test_splitt": "test"}, "'test_splitt' is unknown.\nDid you mean 'test_split'"),
         ({"doc_to_text": "{{quesion}}"}, "'doc_to_text' fails.*'quesion' is undefined\n.*Did you mean 'question'"),
-        ({"doc_to_text": "quesion"}, "'doc_to_text' is 'quesion', which is no column.*\nDid you mean 'question'"),
-        ({"doc_to_text": "{{question"}, "'doc_to_text' is no template, in its line 1: unexpected end"),
+        ({"doc_to_text": "quesion"}, "'doc_to_text' is 'quesion', which is not a column.*\nDid you mean 'question'"),
+        ({"doc_to_text": "{{question"}, "'doc_to_text' is not a valid template, in its line 1: unexpected end"),
         ({"doc_to_text": "{{ range(10**7) | list }}"}, "'doc_to_text' fails for question 1: Range too big"),
         ({"doc_to_text": "{{ 1 / 0 }}"}, "'doc_to_text' fails for question 1: division by zero"),
         ({"doc_to_text": "{{ 1 / (answer - 3) }}"}, "'doc_to_text' fails for question 4: division by zero"),
@@ -399,7 +399,7 @@ def test_data_that_cannot_be_had() -> None:
         ({"doc_to_target": 7}, "gives the label 7, which is outside of the choices, for question 1.\nThere are 4 .*3"),
         ({"doc_to_target": -1}, "gives the label -1, which is outside of the choices"),
         ({"doc_to_target": "{{answer + 1}}"}, "gives the label 4, which is outside of the choices, for question 4"),
-        ({"doc_to_target": "nothin"}, "gives 'nothin', which is none of the choices.*\nDid you mean 'nothing'"),
+        ({"doc_to_target": "nothin"}, "gives 'nothin', which is not among the choices.*\nDid you mean 'nothing'"),
         ({"doc_to_target": [0, 9]}, "gives the label 9, which is outside"),
         ({"doc_to_target": [0.5]}, "gives the list .*, not one of indices"),
         ({"unsafe_code": True}, "runs the code that a model writes"),
@@ -452,7 +452,7 @@ def test_what_is_no_task_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "folder.yaml").mkdir()
     for name in ("pipe.yaml", "folder.yaml"):
-        with pytest.raises(TaskError, match=f"{name} is no file"):
+        with pytest.raises(TaskError, match=f"{name} is not a file"):
             harness_task(str(tmp_path / name))
     (tmp_path / "deep.yaml").write_text("task: " + "[" * 5000)
     with pytest.raises(TaskError, match=r"deep\.yaml is nested too deeply"):

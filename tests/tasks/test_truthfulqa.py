@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.checkpoints import one_thread
 
+from avss_dist import evaluate
 from avss_dist.core.errors import ConfigError, CorpusError
-from avss_dist.evaluation.evaluate import evaluate
 
 ANSWERS = {
     "What is 2?": ("a number", ["a number", "two"], ["no"]),

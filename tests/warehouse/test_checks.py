@@ -10,7 +10,7 @@ import pytest
 
 from avss_dist.core.errors import WarehouseError
 from avss_dist.warehouse.checks import checked_rows, damaged_runs, settings_of
-from avss_dist.warehouse.schema import MOST_LAYERS, SCHEMAS, TABLES
+from avss_dist.warehouse.schema import MAX_INDEX, SCHEMAS, TABLES
 
 CANNOT = "has a value that it cannot have"
 
@@ -26,13 +26,13 @@ def reasons(name: str, **columns: list[Any]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("name", "column", "good", "bad"),
     [
-        ("scores", "layer", [0, MOST_LAYERS], [-1, MOST_LAYERS + 1]),
-        ("scores", "rank", [0, MOST_LAYERS, None], [-1, MOST_LAYERS + 1]),
-        ("cells", "part", [0, MOST_LAYERS], [-1, MOST_LAYERS + 1]),
+        ("scores", "layer", [0, MAX_INDEX], [-1, MAX_INDEX + 1]),
+        ("scores", "rank", [0, MAX_INDEX, None], [-1, MAX_INDEX + 1]),
+        ("cells", "part", [0, MAX_INDEX], [-1, MAX_INDEX + 1]),
         ("scores", "depth", [0.0, 0.5, 1.0], [-1e-9, 1 + 1e-9, float("nan")]),
         ("experiments", "share", [0.0, 1.0], [-0.1, 1.1]),
         ("scores", "threshold", [0.0, 1e300], [-1e-9, 1e301, float("inf"), float("nan")]),
-        ("runs", "num_layers", [1, MOST_LAYERS, None], [0, MOST_LAYERS + 1]),
+        ("runs", "num_layers", [1, MAX_INDEX, None], [0, MAX_INDEX + 1]),
         ("runs", "num_tokens", [0, 2**62, None], [-1, 2**62 + 1]),
         ("shard_stats", "shard_id", [0, 100_000], [-1]),
         ("expert_stats", "expert", [0, 7], [-1]),
@@ -41,7 +41,7 @@ def reasons(name: str, **columns: list[Any]) -> dict[str, str]:
         ("layer_stats", "sequence_count", [0, None], [-1]),
         ("layer_stats", "thresholds", [[], [0.0, 1e300]], [[-1.0], [1.0, float("nan")], [None], [0.5, None]]),
         ("layer_stats", "histogram_bin", [[], [0, 2047]], [[-1], [3, 2048]]),
-        ("cells", "drop", [[], [0, 5]], [[-1], [2, MOST_LAYERS + 1]]),
+        ("cells", "drop", [[], [0, 5]], [[-1], [2, MAX_INDEX + 1]]),
         ("scores", "site", ["block", "query_input"], ["attic", ""]),
         ("scores", "recipe", ["pooled", "unit"], ["Pooled"]),
         ("scores", "threshold_kind", ["absolute", "rms"], ["relative"]),

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.command_line import avss
-from support.warehouses import activations, stats_of, write_measured
+from support.warehouses import activations, rewrite_file, stats_of, write_measured
 
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import WarehouseError
@@ -51,19 +51,18 @@ def changed(column: str, *cells: Any, kind: pa.DataType | None = None) -> Callab
         filled = [*cells, *[cells[-1]] * (len(table) - len(cells))]
         made = pa.array(filled, kind or table.schema.field(column).type)
         table = table.set_column(table.column_names.index(column), column, made)
-        pq.write_table(table.replace_schema_metadata({b"avss_schema_version": b"2"}), file)
+        rewrite_file(file, table)
 
     return change
 
 
 def twice(file: Path) -> None:
     table = pq.ParquetFile(file).read()
-    pq.write_table(pa.concat_tables([table, table]).replace_schema_metadata({b"avss_schema_version": b"2"}), file)
+    rewrite_file(file, pa.concat_tables([table, table]))
 
 
 def without_row(file: Path) -> None:
-    schema = pq.read_schema(file).with_metadata({b"avss_schema_version": b"2"})
-    pq.write_table(schema.empty_table(), file)
+    rewrite_file(file, pq.read_schema(file).empty_table())
 
 
 DAMAGES = [
@@ -147,8 +146,8 @@ def test_without_a_run_that_can_be_read_it_is_an_error(root: Path) -> None:
 
 
 def test_damage_among_many_runs_is_not_copied(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cache, "FEWEST", 2)
-    monkeypatch.setattr(cache, "MOST", 8)
+    monkeypatch.setattr(cache, "MIN_FILES", 2)
+    monkeypatch.setattr(cache, "MAX_FILES", 8)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     truncate(file_of(root, "scores"))
     for _ in range(2):
@@ -173,7 +172,7 @@ def test_every_column_of_every_table_may_be_null_where_it_is_not_required(tmp_pa
     write_measured(tmp_path, "old", stats_of(activations()), 8, created_at=datetime(2026, 1, 1, tzinfo=UTC))
     file = next((tmp_path / "runs").rglob("*.parquet"))
     table = pq.ParquetFile(file).read().select(["status", "model"])
-    pq.write_table(table.replace_schema_metadata({b"avss_schema_version": b"1"}), file)
+    rewrite_file(file, table)
     assert Warehouse(tmp_path).runs().schema.equals(SCHEMAS["runs"])
     for args in (
         ["show", "-w", tmp_path],

@@ -86,7 +86,7 @@ def test_what_the_hub_would_not_take_is_refused_before_any_work(
     for target, says in {
         "hf://datasets/lab": "'lab' is not the name of a dataset",
         "hf://datasets/lab/sco res": "'lab/sco res' is not the name of a dataset",
-        "hf://buckets/lab/scores": "'hf://buckets/lab/scores' is no data set of the hub",
+        "hf://buckets/lab/scores": "'hf://buckets/lab/scores' is not a data set of the hub",
     }.items():
         with pytest.raises((ConfigError, WarehouseError), match=says):
             publish(warehouse, target)

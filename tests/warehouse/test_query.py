@@ -368,8 +368,8 @@ def test_only_what_a_query_mentions_is_opened(scored: Path, monkeypatch: pytest.
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Ten runs, copied in parts of three, at least two."""
-    monkeypatch.setattr(cache, "FEWEST", 2)
-    monkeypatch.setattr(cache, "MOST", 3)
+    monkeypatch.setattr(cache, "MIN_FILES", 2)
+    monkeypatch.setattr(cache, "MAX_FILES", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for i in range(10):
         write_scores(tmp_path / "many", f"run-{i}", [1.0 + i, 2.0, 3.0, 4.0])
@@ -393,7 +393,7 @@ def test_copies_hold_the_same_rows(many: Path, monkeypatch: pytest.MonkeyPatch) 
     assert first == (40, 10, 45 + 10 + 90) == sums(many)
     assert len(parts(many)) == 2 * 3  # of runs and of scores: 3 + 3 + 3, and one run that is read where it is
     copied = {name: Warehouse(many).table(name).sort_by("run_id") for name in TABLES}
-    monkeypatch.setattr(cache, "FEWEST", 1000)
+    monkeypatch.setattr(cache, "MIN_FILES", 1000)
     for name, table in copied.items():
         order = [("run_id", "ascending"), *([("layer", "ascending")] if "layer" in table.column_names else [])]
         assert table.sort_by(order).equals(Warehouse(many).table(name).sort_by(order)), name

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.command_line import avss
+from support.warehouses import unpack_released
 
 from avss_dist.core.intervention import InterventionKey
 from avss_dist.pruning.repair.registry import REMOVED_REPAIRS
@@ -30,9 +30,7 @@ EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text(encod
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("released")
-    shutil.unpack_archive(FOLDER / "warehouse.tar.xz", folder)
-    return folder
+    return unpack_released(tmp_path_factory.mktemp("released"))
 
 
 def canonical(value: Any) -> str:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from benchmarks.same_numbers import IGNORED, main
+from support.warehouses import rewrite_file, unpack_released
 
 from avss_dist.warehouse.schema import TABLES
 
@@ -23,9 +24,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("same") / "before"
-    shutil.unpack_archive(Path(__file__).parent / "schema_3" / "warehouse.tar.xz", folder)
-    return folder
+    return unpack_released(tmp_path_factory.mktemp("same") / "before")
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def after(before: Path, tmp_path: Path) -> Path:
 
 def rewrite(root: Path, pattern: str, change: Callable[[pa.Table], pa.Table]) -> None:
     for path in sorted(root.glob(pattern)):
-        pq.write_table(change(pq.ParquetFile(path).read()), path)
+        rewrite_file(path, change(pq.ParquetFile(path).read()))
 
 
 def with_value(column: str, change: Callable[[Any], Any]) -> Callable[[pa.Table], pa.Table]:

@@ -22,15 +22,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.warehouses import rewrite_file
 
 from avss_dist.core.errors import StorageFull, WarehouseError
-from avss_dist.core.settings import SCHEMA_VERSION, SITES
+from avss_dist.core.settings import SITES
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.stats.merging import merge_stats
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
 from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
 
@@ -348,15 +349,7 @@ def test_any_flipped_bit_of_a_partial_is_seen(tmp_path: Path) -> None:
     assert_same(store.read_shards(RUN.run_id, {0: "hash0"})[0], make_shard(0))
 
 
-def test_partials_without_a_checksum_are_read_where_their_schema_had_none() -> None:
-    store = Store(Path(__file__).parent / "schema_2")
-    (run_id,) = store.table("runs")["run_id"].to_pylist()
-    rows = store.table("shard_stats", columns=["shard_id", "content_hash"]).to_pylist()
-    expected = {row["shard_id"]: row["content_hash"] for row in rows}
-    assert [shard.shard_id for shard in store.read_shards(run_id, expected)] == sorted(expected)
-
-
-def test_a_new_file_without_its_checksum_is_damaged(tmp_path: Path) -> None:
+def test_a_file_without_its_checksum_is_damaged(tmp_path: Path) -> None:
     store = Store(tmp_path)
     whole_run(store)
     path = tmp_path / "runs" / f"run_id={RUN.run_id}" / "run.parquet"
@@ -387,9 +380,7 @@ def test_runs_without_a_row_are_damaged(tmp_path: Path) -> None:
     store = Store(tmp_path)
     whole_run(store)
     path = tmp_path / "runs" / f"run_id={RUN.run_id}" / "run.parquet"
-    rewrite(path, [], "2")
-    empty = pq.ParquetFile(path).read().slice(0, 0)
-    pq.write_table(empty, path)
+    rewrite_file(path, pq.ParquetFile(path).read().slice(0, 0))
     for table in ("runs", "scores"):
         with pytest.raises(WarehouseError, match=f"Cannot read run {RUN.run_id} of .*: it has no row; a run has one"):
             store.table(table)
@@ -439,58 +430,54 @@ def test_failed_never_replaces_done(tmp_path: Path) -> None:
         assert (store.run(RUN.run_id) or {})["status"] == expected
 
 
-def rewrite(path: Path, drop: list[str], version: str, **columns: Any) -> None:
-    table = pq.ParquetFile(path).read().drop_columns(drop)
-    for name, value in columns.items():
-        table = table.set_column(table.schema.get_field_index(name), name, pa.array([value], pa.int32()))
-    metadata = {**(table.schema.metadata or {}), b"avss_schema_version": version.encode()}
-    metadata.pop(b"avss_checksum", None)  # of what it was before
-    pq.write_table(table.replace_schema_metadata(metadata), path)
+def rewrite(path: Path, drop: list[str], version: int | str = SCHEMA_VERSION) -> None:
+    rewrite_file(path, pq.ParquetFile(path).read().drop_columns(drop), version)
 
 
-@pytest.mark.parametrize("by", ["metadata", "column"])
-def test_a_newer_schema_is_refused(tmp_path: Path, by: str) -> None:
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path)
     whole_run(store)
     for path in tmp_path.rglob("*.parquet"):
-        newer = {"schema_version": SCHEMA_VERSION + 1} if by == "column" and path.name == "run.parquet" else {}
-        rewrite(path, [], str(SCHEMA_VERSION + (by == "metadata")), **newer)
+        rewrite(path, [], SCHEMA_VERSION + 1)
     versions = f"schema {SCHEMA_VERSION + 1}, this one reads up to {SCHEMA_VERSION}"
     text = rf"newer avss_dist: {versions}.\nUpdate avss_dist where you installed it"
     for name in TABLES:
         with pytest.raises(WarehouseError, match=text):
             store.table(name)
-    if by == "metadata":
-        for read in (store.run, store.read_layer_stats, lambda run_id: store.read_shards(run_id, {0: "hash0"})):
-            with pytest.raises(WarehouseError, match=text):
-                read(RUN.run_id)
+    for read in (store.run, store.read_layer_stats, lambda run_id: store.read_shards(run_id, {0: "hash0"})):
+        with pytest.raises(WarehouseError, match=text):
+            read(RUN.run_id)
 
 
-def test_an_older_schema_reads_as_null(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_runs_of_unreleased_schemas_are_left_out_and_named(version: int, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    whole_run(store, "new")
+    whole_run(store, "old")
+    for path in tmp_path.rglob("run_id=old/*.parquet"):
+        rewrite(path, [], version)
+    warehouse = Warehouse(tmp_path)
+    assert set(warehouse.scores()["run_id"].to_pylist()) == {"new"}
+    (reason,) = warehouse.damaged.values()
+    assert f"it has schema {version}, this avss_dist reads from 3 on: measure it again" in reason
+    assert store.read_shards("old", {0: "hash0"}) == []
+    with pytest.raises(WarehouseError, match=f"it has schema {version}"):
+        store.run("old")
+
+
+def test_columns_that_a_file_lacks_are_null(tmp_path: Path) -> None:
     store = Store(tmp_path)
     whole_run(store, "new")
     whole_run(store, "old")
     folder = "run_id=old"
-    rewrite(tmp_path / "scores" / folder / "scores.parquet", ["quality", "rank"], "0")
-    rewrite(tmp_path / "runs" / folder / "run.parquet", ["notes", "schema_version"], "0")
-    rewrite(tmp_path / "layer_stats" / folder / "layer_stats.parquet", ["input_mean"], "0")
+    rewrite(tmp_path / "scores" / folder / "scores.parquet", ["quality", "rank"])
+    rewrite(tmp_path / "runs" / folder / "run.parquet", ["notes"])
+    rewrite(tmp_path / "layer_stats" / folder / "layer_stats.parquet", ["input_mean"])
     assert store.table("scores", run_ids=["old"])["quality"].null_count == 3
     assert store.table("scores", run_ids=["new"])["quality"].null_count == 0
     assert store.table("scores").num_rows == 6
     assert (store.run("old") or {})["notes"] is None
     assert store.read_layer_stats("old")[0, "block"].input_mean == 0.0
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_warehouses_of_earlier_schemas_are_read(version: int) -> None:
-    warehouse = Warehouse(Path(__file__).parent / f"schema_{version}")
-    assert warehouse.runs()["schema_version"].to_pylist() == [version]
-    assert warehouse.scores().num_rows and warehouse.layer_stats().num_rows
-    for name in TABLES:
-        assert warehouse.table(name).schema.equals(SCHEMAS[name])
-    experiments = warehouse.table("experiments")
-    assert (experiments.num_rows > 0) == (version == 2)
-    assert experiments["recipe"].null_count == experiments["threshold"].null_count == experiments.num_rows
 
 
 def test_errors_say_what_is_wrong(tmp_path: Path) -> None:

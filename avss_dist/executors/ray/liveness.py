@@ -11,7 +11,9 @@ import grpc
 import ray
 
 from avss_dist.core.errors import RunFailed
-from avss_dist.core.settings import CONNECT_SECONDS
+
+CONNECT_SECONDS = 10.0  # for the head of a cluster to accept a connection
+
 
 HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60)) / 2  # noqa: SIM112
 """Seconds that the head may be away, as it can be restarted. Ray ends this process silently after twice that."""

@@ -102,7 +102,7 @@ class ShardAssignment:
         if not store:
             return result
         store.write_shard(run, result)
-        return Receipt.of(result, encoded.data.size)
+        return Receipt.of_result(result, encoded.data.size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,19 +119,19 @@ class Kernels(Protocol):
         """Complete pending additions. Accumulators are up to date only after this call, which ends every layer."""
 
 
-class Updates:
+class UpdateBuffer:
     """Buffer for differences ``after - before``. It is reused across layers, because fresh pages are expensive."""
 
     def __init__(self) -> None:
-        self._kept: torch.Tensor | None = None
+        self._buffer: torch.Tensor | None = None
 
-    def of(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    def subtract(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """Return the difference, valid until the next call. If the dtypes differ, it has the wider one."""
         if after.dtype != before.dtype:
             return after - before
-        if self._kept is None or self._kept.shape != after.shape or self._kept.dtype != after.dtype:
-            self._kept = torch.empty_like(after)
-        return torch.sub(after, before, out=self._kept)
+        if self._buffer is None or self._buffer.shape != after.shape or self._buffer.dtype != after.dtype:
+            self._buffer = torch.empty_like(after)
+        return torch.sub(after, before, out=self._buffer)
 
 
 @lru_cache(maxsize=16)

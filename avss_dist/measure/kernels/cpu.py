@@ -10,11 +10,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from avss_dist.measure.kernels.base import PATTERNS, Accumulator, Updates, float32_limits
+from avss_dist.measure.kernels.base import PATTERNS, Accumulator, UpdateBuffer, float32_limits
 from avss_dist.measure.kernels.loops import measure_float32, measure_patterns
 from avss_dist.measure.kernels.merging import merge_elements, merge_geometry, merge_patterns, merge_units
 
-MOST_ELEMENTS = 1 << 32  # that are counted in 32 bits before the counts are flushed
+MAX_ELEMENTS = 1 << 32  # that are counted in 32 bits before the counts are flushed
 
 
 class CpuKernels:
@@ -23,18 +23,18 @@ class CpuKernels:
     def __init__(self) -> None:
         self._counts = np.zeros(PATTERNS, np.uint32)
         self._scratch: dict[tuple[int, ...], _Scratch] = {}
-        self._updates = Updates()
+        self._updates = UpdateBuffer()
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """See `kernels.base.Kernels`."""
-        most = max(1, (MOST_ELEMENTS - 1) // (x.shape[1] * x.shape[2]))
+        rows = max(1, (MAX_ELEMENTS - 1) // (x.shape[1] * x.shape[2]))
         tensors = (x, mask) if before is None else (x, mask, before)
-        for parts in zip(*(tensor.split(most) for tensor in tensors), strict=True):
+        for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
             self._add(into, *parts)
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
         """See `kernels.base.Kernels`."""
-        self.add(into, self._updates.of(after, before), mask)
+        self.add(into, self._updates.subtract(after, before), mask)
 
     def finish(self) -> None:
         """Do nothing: `add` is complete when it returns."""

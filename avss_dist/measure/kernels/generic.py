@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.measure.kernels.base import Accumulator, Tensors, Updates, limits_on
+from avss_dist.measure.kernels.base import Accumulator, Tensors, UpdateBuffer, limits_on
 from avss_dist.stats.histogram import CUT_SHIFT
 from avss_dist.stats.layer_stats import Float64
 
@@ -18,7 +18,7 @@ class TorchKernels:
     """Deterministic backend of torch operations without host transfers. Temporaries have up to `CHUNK` elements."""
 
     def __init__(self) -> None:
-        self._updates = Updates()
+        self._updates = UpdateBuffer()
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """See `kernels.base.Kernels`."""
@@ -33,7 +33,7 @@ class TorchKernels:
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
         """See `kernels.base.Kernels`."""
-        self.add(into, self._updates.of(after, before), mask)
+        self.add(into, self._updates.subtract(after, before), mask)
 
     def finish(self) -> None:
         """Do nothing: `add` is complete when it returns."""

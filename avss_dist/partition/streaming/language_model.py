@@ -68,7 +68,7 @@ class StreamingLanguageModel(LanguageModel):
 
     @contextmanager
     def beginning(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
-        """Have passes start with the output of a layer inside the context; allowed if `resumes`."""
+        """See `causal_lm.LanguageModel`."""
         forms = {known.module: self.forms[known.index] for known in self.layers}
         with following(replace(PASS_PLAN.get(), begins=PassStart(layer, hidden, forms))):
             yield
@@ -90,7 +90,7 @@ class StreamingLanguageModel(LanguageModel):
             yield partial(self._ready.call, layer.module)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
-        """Read a parameter of a layer."""
+        """See `causal_lm.LanguageModel`."""
         with self._ready.window() as window:
             window.load(self._ready.index(self.layers[layer].module))
             return self.layers[layer].module.get_parameter(path).detach().clone()

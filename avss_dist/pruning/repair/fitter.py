@@ -58,13 +58,13 @@ def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
     Raises:
         RepairError: there is no cut.
     """
-    remaining = [layer for layer in plan.keep if layer >= min(plan.drop) - 1]
+    remaining = [layer for layer in plan.keep if layer >= min(plan.dropped_layers) - 1]
     ends = [*remaining[1:], plan.num_layers]
     cuts = [RepairCut(layer, tuple(range(layer + 1, end))) for layer, end in zip(remaining, ends, strict=True)]
     cuts = [cut for cut in cuts if cut.removed or every_layer]
     if not cuts:
         raise RepairError(
-            f"Layers {describe_layers(plan.drop)} are the first: no layer before them can give back what they did.",
+            f"Layers {describe_layers(plan.dropped_layers)} are the first: there is no layer before them to fit.",
             "Prune with `repair` none, keep the first layer, or repair by refit_all.",
         )
     return cuts
@@ -84,7 +84,7 @@ class DataParallel:
 
 
 class RepairFitter:
-    """Fits a repair to cuts in order of depth; each fit sees the changes of the earlier ones.
+    """Fits a repair to cuts in order of depth. Each fit sees the changes of the earlier ones.
 
     Args:
         source: hidden states of both models.
@@ -104,7 +104,7 @@ class RepairFitter:
         self._indices, self._parallel = parallel.local_indices(len(splits)), parallel
 
     def fit_all(self, cuts: Sequence[RepairCut], repair: str) -> list[RepairedCut]:
-        """Fit a repair to cuts, in order; refuse all that cannot be fitted before the first fit.
+        """Fit a repair to cuts, in order. Cuts that cannot be fitted are refused before the first fit.
 
         Args:
             repair: one of `pruning.repair.registry.REPAIRS`.
@@ -155,12 +155,12 @@ class RepairFitter:
         shape = self._source.value(projection.layer.index, f"{projection.linear}.weight").shape
         transposed = is_transposed(projection.layer.module.get_submodule(projection.linear))
         inputs, outputs = shape if transposed else shape[::-1]
-        given = sum(int(split.fitted.sum()) for split in self._splits)
+        num_tokens = sum(int(split.fitted.sum()) for split in self._splits)
         needed = REPAIRS[repair].tokens_needed(inputs, outputs)
-        if given < needed:
+        if num_tokens < needed:
             fewer = [name for name, method in REPAIRS.items() if method.tokens_needed(inputs, outputs) < needed]
             raise CorpusError(
-                f"The repair {repair} of this model needs {needed:,} tokens to fit to at least; {given:,} are given.",
+                f"The repair {repair} of this model needs at least {needed:,} tokens to fit to, not {num_tokens:,}.",
                 "Give more text, raise `max_sequences`"
                 + (f", or choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})." if fewer else "."),
             )
@@ -190,14 +190,14 @@ class RepairFitter:
 
         def add(number: int, whole: torch.Tensor, states: CutStates) -> None:
             nonlocal sums, size, counted
-            split, wanted = self._splits[number], whole.to(states.hidden.device).float()
-            scale = split.sink_scale(wanted)
+            split, target = self._splits[number], whole.to(states.hidden.device).float()
+            scale = split.sink_scale(target)
             x = scale * features_of(step, projection, states.linear, states.last)
-            y = scale * (wanted - states.hidden.float())
+            y = scale * (target - states.hidden.float())
             masks = [torch.from_numpy(mask).to(x.device) for mask in split.with_sinks()]
             sums = _add_batch(sums, x, y, masks, split.weight)
             counted += split.weight * float(scale[masks[0]].double().square().sum())
-            size += split.weight * float((scale * wanted)[masks[1]].double().square().sum())
+            size += split.weight * float((scale * target)[masks[1]].double().square().sum())
 
         self._source.visit(projection, cut.last, add, tracked(self._indices, description))
         (fitted, held_back), (size, counted) = self._all_reduce(sums, size, counted)
@@ -213,7 +213,7 @@ class RepairFitter:
         return [replace(part, count=n) for part, n in zip(sums, counts.tolist(), strict=True)], floats.tolist()
 
     def _fold(self, projection: OutputProjection, step: FitStep, fit: RidgeFit, moment: torch.Tensor) -> None:
-        """Fold a fit into the weights of a projection; ``moment`` as in `fold`."""
+        """Fold a fit into the weights of a projection. ``moment`` is that of `fold`."""
         layer = projection.layer.index
         paths = self._paths(projection)
         old = {field: self._parameter(layer, path) for field, path in paths.items()}
@@ -239,7 +239,7 @@ class RepairFitter:
         self._source.change(layer, path, value)
 
     def _paths(self, projection: OutputProjection) -> Mapping[str, str]:
-        """Return the paths of a projection's parameters; see `fold.parameter_paths`."""
+        """Return the paths of a projection's parameters. See `fold.parameter_paths`."""
         return parameter_paths(projection, bias=self._source.has(projection.layer.index, f"{projection.linear}.bias"))
 
     def _parameter(self, layer: int, path: str) -> torch.Tensor:
@@ -272,7 +272,7 @@ PLAIN_HINT = (
 def _add_batch(
     sums: Sequence[NormalEquations], x: torch.Tensor, y: torch.Tensor, masks: Sequence[torch.Tensor], weight: float
 ) -> list[NormalEquations]:
-    """Return equations, one for each mask of tokens, with those of a batch added; ``sums`` is empty at first."""
+    """Return equations, one for each mask of tokens, with those of a batch added. ``sums`` is empty at first."""
     sums = sums or [NormalEquations.empty(x.shape[-1], y.shape[-1], x.device) for _ in masks]
     return [
         total + NormalEquations.from_tokens(x[mask], y[mask], weight) if mask.any() else total

@@ -51,7 +51,7 @@ class FitStep:
 
 
 def fit_steps(method: RepairMethod, projection: OutputProjection) -> list[FitStep]:
-    """Return the fits of a repair at a projection, in order; each sees the changes of those before it."""
+    """Return the fits of a repair at a projection, in order. Each sees the changes of those before it."""
     if projection.norm is None:
         return [FitStep(method.features, "linear", method.form)]
     if method.form in ("scale", "channel"):
@@ -102,15 +102,15 @@ def fold(
         return ProjectionWeights(linear, bias, gain * (1 + fitted.diagonal()))
     added, shift = (linear, bias) if gain is None else (linear * gain, None if bias is None else bias * gain)
     if step.features == "inputs":
-        wanted = reads = added + fitted
+        folded = reads = added + fitted
     else:
         reads = torch.eye(len(fitted), dtype=fitted.dtype, device=fitted.device) + fitted
-        wanted, shift = added @ reads, None if shift is None else shift @ reads
+        folded, shift = added @ reads, None if shift is None else shift @ reads
     if gain is None:
-        return ProjectionWeights(wanted, shift, None)
+        return ProjectionWeights(folded, shift, None)
     sizes = ((moment @ reads) * reads).sum(0).clamp(min=0).sqrt() / abs(factor)
     sizes = sizes.clamp(min=_MINIMUM_GAIN * float(sizes.mean()))
-    return ProjectionWeights(wanted / sizes, None if shift is None else shift / sizes, sizes)
+    return ProjectionWeights(folded / sizes, None if shift is None else shift / sizes, sizes)
 
 
 def parameter_paths(projection: OutputProjection, *, bias: bool) -> Mapping[str, str]:

@@ -24,7 +24,6 @@ from avss_dist.models.patching import Parameter, patched
 from avss_dist.models.skipping import Recorded, recording, resuming, skipping
 from avss_dist.partition.choose import place
 from avss_dist.partition.open import open_replica
-from avss_dist.partition.streaming.language_model import StreamingLanguageModel
 from avss_dist.pruning.repair.projection import (
     CapturedCall,
     OutputProjection,
@@ -54,7 +53,7 @@ class CutStates:
 
 
 class _ResumePoints:
-    """For each batch, the output of one layer, from which later passes resume; as many as fit in ``room`` bytes."""
+    """Outputs of one layer for each batch, from which later passes resume, as many as fit in ``room`` bytes."""
 
     def __init__(self, room: int) -> None:
         self._room = room
@@ -69,7 +68,7 @@ class _ResumePoints:
             self._states[batch] = layer, hidden.cpu()
 
     def get(self, batch: int) -> tuple[int, torch.Tensor] | None:
-        """Return the layer and its output; None if nothing is stored."""
+        """Return the stored layer and its output. Return None if nothing is stored."""
         return self._states.get(batch)
 
 
@@ -112,7 +111,7 @@ class HiddenStateSource:
             return find_output_projection(self._layers[layer], self._probe, partial(self.value, layer))
 
     def change(self, layer: int, path: str, value: torch.Tensor) -> None:
-        """Give a parameter another value in the pruned model; the whole model keeps its own."""
+        """Change a parameter of the pruned model. The whole model keeps its value."""
         self._changed[layer, path] = value
 
     def value(self, layer: int, path: str) -> torch.Tensor:
@@ -211,15 +210,15 @@ class HiddenStateSource:
         return rows
 
 
-class StreamingHiddenStateSource(HiddenStateSource):
-    """The source of a streamed model, in which one layer has its weights at a time.
+class SharedHiddenStateSource(HiddenStateSource):
+    """Hidden states of a model that reads its weights once for all passes of `LanguageModel.together`.
 
-    All batches share two readings of the weights for a cut.
+    All batches share two readings of the weights for a cut. No hidden states are kept between cuts.
     """
 
     def __init__(
         self,
-        model: StreamingLanguageModel,
+        model: LanguageModel,
         batches: Sequence[Batch],
         drop: Collection[int],
         starts: Collection[int],
@@ -283,9 +282,9 @@ OpenHiddenStates = Callable[[Sequence[Batch], Collection[int], Collection[int]],
 
 def hidden_states_of(model: LanguageModel) -> OpenHiddenStates:
     """Return the function that opens the hidden states of a model."""
-    if isinstance(model, StreamingLanguageModel):
-        return partial(StreamingHiddenStateSource, model)
-    return partial(HiddenStateSource, model.backbone, model.device)
+    if model.keeps_hidden_states:
+        return partial(HiddenStateSource, model.backbone, model.device)
+    return partial(SharedHiddenStateSource, model)
 
 
 @contextmanager

@@ -81,11 +81,11 @@ def find_output_projection(
             "Repair the checkpoint that it was quantized from, or prune with `repair` none.",
         )
     unmoved = _output(layer, run)
-    if (factor := _factor(layer, linear, run, unmoved)) is not None:
+    if (factor := _residual_multiple(layer, linear, run, unmoved)) is not None:
         return OutputProjection(layer, paths[linear], None, factor)
     if (norm_settings := _norm_after(layer, linear, run, value)) is not None:
         norm, offset, eps = norm_settings
-        if (factor := _factor(layer, norm, run, unmoved)) is not None:
+        if (factor := _residual_multiple(layer, norm, run, unmoved)) is not None:
             return OutputProjection(layer, paths[linear], paths[norm], factor, offset, eps)
     raise _refusal(layer, "does not simply add what its MLP gives to the residual stream")
 
@@ -111,7 +111,7 @@ def _refusal(layer: Layer, why: str, hint: str = "Drop other layers, or prune wi
     )
 
 
-def _factor(layer: Layer, module: nn.Module, run: Callable[[], Any], unmoved: torch.Tensor) -> float | None:
+def _residual_multiple(layer: Layer, module: nn.Module, run: Callable[[], Any], unmoved: torch.Tensor) -> float | None:
     """Return the multiple of a push of the module's output by which the layer's output moves.
 
     None if the move is not a multiple of the push.
@@ -120,7 +120,7 @@ def _factor(layer: Layer, module: nn.Module, run: Callable[[], Any], unmoved: to
     for number, size in enumerate(PUSHES):
         push = torch.randn(unmoved.shape, generator=torch.Generator().manual_seed(number)).to(unmoved.device)
         push *= size * unmoved.square().mean().sqrt()
-        with _pushed(module, push):
+        with _displaced(module, push):
             move = _output(layer, run) - unmoved
         factors.append(float((move * push).sum() / push.square().sum()))
         if not float((move - factors[-1] * push).norm()) < _TOLERANCE * float(move.norm()):
@@ -132,7 +132,7 @@ def _factor(layer: Layer, module: nn.Module, run: Callable[[], Any], unmoved: to
 
 
 @contextmanager
-def _pushed(module: nn.Module, push: torch.Tensor) -> Iterator[None]:
+def _displaced(module: nn.Module, push: torch.Tensor) -> Iterator[None]:
     def move(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         return output + push.reshape(output.shape).to(output.dtype) if output.numel() == push.numel() else output
 
@@ -154,7 +154,7 @@ def _output(layer: Layer, run: Callable[[], Any]) -> torch.Tensor:
 def _norm_after(
     layer: Layer, linear: nn.Module, run: Callable[[], Any], value: Callable[[str], torch.Tensor]
 ) -> tuple[nn.Module, float, float] | None:
-    """Return the RMS norm that takes the output of a linear map, its offset and its eps; None if there is none."""
+    """Return the RMS norm that takes the output of a linear map, its offset and its eps, or None if there is none."""
     norms = {
         module: path
         for path, module in layer.module.named_modules()

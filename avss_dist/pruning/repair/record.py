@@ -26,7 +26,7 @@ Error = Annotated[float, Field(ge=0, strict=False)]
 
 
 def split_weight(corpus: str) -> tuple[RedactedURI, float]:
-    """Return a corpus and its weight from ``CORPUS`` or ``CORPUS=0.5``; the weight is 1 by default.
+    """Return a corpus and its weight from ``CORPUS`` or ``CORPUS=0.5``. The weight is 1 by default.
 
     Raises:
         ConfigError: the weight is 0.
@@ -149,7 +149,7 @@ def write_repairs(folder: Path, records: Sequence[RepairRecord]) -> None:
 
 
 def read_repairs(folder: Path) -> list[RepairRecord]:
-    """Return the repairs of a checkpoint, in order; empty if it has no such file.
+    """Return the repairs of a checkpoint, in order. Empty if it has no such file.
 
     Raises:
         ModelError: the file is damaged.
@@ -161,7 +161,7 @@ def read_repairs(folder: Path) -> list[RepairRecord]:
         return [parse_record(values) for values in json.loads(file.read_text(encoding="utf-8"))["repairs"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         why = error.message if isinstance(error, ConfigError) else str(error)
-        raise ModelError(f"{file} is no record of a repair: {why}", "Copy the checkpoint again.") from error
+        raise ModelError(f"{file} is not a valid record of a repair: {why}", "Copy the checkpoint again.") from error
 
 
 def parse_record(values: Mapping[str, Any]) -> RepairRecord:

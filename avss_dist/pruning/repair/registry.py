@@ -46,7 +46,7 @@ class RepairMethod:
         return inputs if self.features == "inputs" else outputs
 
     def tokens_needed(self, inputs: int, outputs: int) -> int:
-        """Return the minimum number of tokens to fit to; arguments as in `unknowns`."""
+        """Return the minimum number of tokens to fit to. See `unknowns` for the arguments."""
         return TOKENS_PER_UNKNOWN * self.unknowns(inputs, outputs)
 
     @property

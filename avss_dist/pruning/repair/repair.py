@@ -117,7 +117,7 @@ def fit_repair(
     stored: ReadStored,
     parallel: DataParallel | None = None,
 ) -> Repaired:
-    """Fit a repair on an open model and tokenized texts; see `repair_layers`.
+    """Fit a repair on an open model and tokenized texts. See `repair_layers`.
 
     Args:
         repair: its settings are pinned.
@@ -126,7 +126,7 @@ def fit_repair(
     cuts = find_cuts(plan, every_layer=REPAIRS[repair.by].every_layer)
     splits = split_texts(texts, repair.settings.batch_size, repair.weights)
     starts = [cut.last for cut in cuts if cut.last + 1 < plan.num_layers]
-    source = open_hidden_states([split.batch for split in splits], plan.drop, starts)
+    source = open_hidden_states([split.batch for split in splits], plan.dropped_layers, starts)
     fitter = RepairFitter(source, stored, splits, parallel or DataParallel())
     repaired_cuts = fitter.fit_all(cuts, repair.by)
     record = _record(checkpoint, plan, repair, texts, splits, repaired_cuts)
@@ -146,7 +146,7 @@ def _record(
         repair=repair.by,
         model=checkpoint.name,
         revision=checkpoint.revision,
-        removed=plan.drop,
+        removed=plan.dropped_layers,
         texts=tuple(
             RepairText(
                 corpus=text.source,
@@ -170,7 +170,7 @@ def _record(
 
 
 def _notes(plan: Plan, repair: str) -> list[str]:
-    if 0 not in plan.drop or REPAIRS[repair].every_layer:
+    if 0 not in plan.dropped_layers or REPAIRS[repair].every_layer:
         return []
-    first = describe_layers([layer for layer in plan.drop if set(range(layer)) <= set(plan.drop)])
+    first = describe_layers([layer for layer in plan.dropped_layers if set(range(layer)) <= set(plan.dropped_layers)])
     return [f"Nothing stands before layers {first}: what they did is not given back."]

@@ -24,7 +24,7 @@ from avss_dist.report.section import Section
 from avss_dist.report.sparsity import sparsity_section
 from avss_dist.warehouse.reader import Warehouse
 
-MOST_SCORECARDS = 6  # runs
+MAX_SCORECARDS = 6  # runs
 Row = Mapping[str, Any]
 
 
@@ -56,7 +56,7 @@ def chapters(
         labels: the names of runs on the page, by id, in their order.
         experiments: rows of the table ``experiments``, the newest last.
     """
-    tried = {run_id: [row for row in experiments if row["run_id"] == run_id] for run_id in labels}
+    by_run = {run_id: [row for row in experiments if row["run_id"] == run_id] for run_id in labels}
     every = [
         Chapter(
             name="experiments",
@@ -68,7 +68,7 @@ def chapters(
             sections=[
                 experiment_section(label, results)
                 for run_id, label in labels.items()
-                if (results := experiment_results(tried[run_id]))
+                if (results := experiment_results(by_run[run_id]))
             ],
         ),
         Chapter(
@@ -86,7 +86,7 @@ def chapters(
             heading="Sparse activations",
             lead="What models keep where inputs of their linear maps are zero. Sparsity is the share of the weights of "
             "these maps that meet a zero; dashed: 99% and 95% are kept.",
-            sections=list(_sparsities(warehouse, labels, tried)),
+            sections=list(_sparsities(warehouse, labels, by_run)),
         ),
         Chapter(
             name="contrasts",
@@ -115,7 +115,7 @@ def chapters(
 
 def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
     """Yield the score cards of the first runs whose ground truth is known."""
-    known = _with_truth(warehouse, runs)[:MOST_SCORECARDS]
+    known = _with_truth(warehouse, runs)[:MAX_SCORECARDS]
     every = score_cards(warehouse, known)
     best, all_rows = best_readings(every).to_pylist(), every.to_pylist()
     for run in known:
@@ -135,14 +135,14 @@ def _with_truth(warehouse: Warehouse, runs: Sequence[Row]) -> list[Row]:
 
 
 def _sparsities(
-    warehouse: Warehouse, labels: Mapping[str, str], tried: Mapping[str, Sequence[Row]]
+    warehouse: Warehouse, labels: Mapping[str, str], by_run: Mapping[str, Sequence[Row]]
 ) -> Iterator[Section]:
     """Yield a section for each run: retention with sparse activations, and the newest plan."""
     plans = warehouse.table("sparsity", run_ids=list(labels)).sort_by("created_at").to_pylist()
     for run_id, label in labels.items():
         maps = [row for row in plans if row["run_id"] == run_id]
         newest = [row for row in maps if row["sparsity_plan"] == maps[-1]["sparsity_plan"]]
-        curves = sparsity_curves(_newest(tried[run_id]))
+        curves = sparsity_curves(_newest(by_run[run_id]))
         if curves or newest:
             yield sparsity_section(label, curves, newest)
 

@@ -41,7 +41,7 @@ def page_charts() -> dict[str, dict[str, Any]]:
     }
     charts |= {f"profiles:{scale}": _profiles(scale) for scale in ("log", "linear")}
     charts |= {"heat": _heat(), "lowest": _lowest(), "correlation": _correlation(), "drift": _drift()}
-    charts |= {"scatter": _scatter(), "blocks": _blocks(), "kept": _kept()}
+    charts |= {"scatter": _scatter(), "blocks": _blocks(), "kept": _best_sets()}
     return {name: _finished(chart) for name, chart in charts.items()}
 
 
@@ -87,7 +87,7 @@ def _tooltip(name: str, title: str) -> list[Any]:
 
 
 def _scatter() -> Any:
-    """Return a scatter chart of the layers of all runs; layers of the shown run are larger and colored by depth."""
+    """Return a scatter chart of the layers of all runs. Layers of the shown run are larger and colored by depth."""
     legend = alt.Legend(title="relative depth", orient="top", direction="horizontal")
     depth = alt.Color("depth:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend)
     return (
@@ -112,7 +112,7 @@ def _scatter() -> Any:
 
 
 def _blocks() -> Any:
-    """Return a heat map of blocks of layers by first layer and length; the nearest block of each length is marked."""
+    """Return a heat map of blocks of layers by first layer and length. The nearest block of each length is marked."""
     legend = alt.Legend(title="distance: 0 none, 1 opposite", orient="top", direction="horizontal", titleLimit=240)
     plain: dict[str, Any] = {"ticks": False, "domain": False, "labelSeparation": 4}
     x = alt.X("start:O", title="first layer (from 0)").axis(labelAngle=0, labelOverlap="greedy", **plain)
@@ -130,7 +130,7 @@ def _blocks() -> Any:
     return alt.layer(cells, nearest, data=ROWS).properties(height=HEIGHTS["blocks"])
 
 
-def _kept() -> Any:
+def _best_sets() -> Any:
     """Return a chart of the best set of each size, with a line for each task and repair."""
     legend = alt.Legend(
         orient="top", columns=1, title=None, labelLimit=alt.ExprRef("limit"), symbolOpacity=1, symbolType="circle"

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from avss_dist.analysis.across import RunAgreement, run_agreement, training_series
 from avss_dist.analysis.removal import WithoutLayers
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
-from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, RECIPES, SITES
+from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
+from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import basename, describe_threshold, printable
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.warehouse.checks import has_head, settings_of
@@ -22,7 +22,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 DIGITS = 4  # significant ones, as many as the page shows
 CORRELATION_DIGITS = 3  # after the point
-FEWER = 3  # of the ends of intervals, of which a thousand resamples do not know more
+FEWER = 3  # significant digits of the ends of intervals, as many as a thousand resamples determine
 CHOICE = ("site", "recipe", "threshold_kind", "threshold")
 COLUMNS = {
     "layer": "layer",
@@ -72,7 +72,7 @@ def page_data(
     return {
         "scores": [{"name": name, "title": SCORES[name].title} for name in FROM_ACTIVATIONS],
         "runs": _described(runs, table),
-        "choices": [_written(*choice) for choice in choices],
+        "choices": [_reading_label(*choice) for choice in choices],
         "first": choices.get((SITES[0], RECIPES[0], "absolute", PUBLISHED_THRESHOLD), 0),
         "columns": {
             name: rounded(table[column], FEWER if name in ("low", "high") else DIGITS)
@@ -88,8 +88,14 @@ def page_data(
 def _without(known: WithoutLayers, layers: int) -> dict[str, Any]:
     blocks = [asdict(block) | {"distance": _round(block.distance, DIGITS)} for block in known.blocks]
     sets = [
-        asdict(one) | {"kept": _round(one.kept, DIGITS), "share": _round(one.size / layers, DIGITS)}
-        for one in known.sets
+        {
+            "series": removed.series,
+            "dropped": removed.dropped,
+            "size": removed.size,
+            "share": _round(removed.size / layers, DIGITS),
+            "kept": _round(removed.retention, DIGITS),
+        }
+        for removed in known.sets
     ]
     return {"blocks": blocks, "kept": sets}
 
@@ -97,14 +103,14 @@ def _without(known: WithoutLayers, layers: int) -> dict[str, Any]:
 def _order(choice: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the sort key of a choice: site, recipe, absolute before relative thresholds, value of the threshold."""
     site, recipe, kind, threshold = choice
-    return _place(site, EVERY_SITE), _place(recipe, RECIPES), kind == "rms", threshold or 0.0
+    return _index_or_end(site, EVERY_SITE), _index_or_end(recipe, RECIPES), kind == "rms", threshold or 0.0
 
 
-def _place(name: str, names: Sequence[str]) -> int:
+def _index_or_end(name: str, names: Sequence[str]) -> int:
     return names.index(name) if name in names else len(names)
 
 
-def _written(site: str, recipe: str, kind: str, threshold: float) -> dict[str, Any]:
+def _reading_label(site: str, recipe: str, kind: str, threshold: float) -> dict[str, Any]:
     return {"site": site, "recipe": recipe, "threshold": describe_threshold(threshold, kind)}
 
 
@@ -126,7 +132,7 @@ def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return short names that differ: the model's, with as few details as tell runs of one model apart."""
     labels = [basename(run["model"] or run["run_id"]) for run in runs]
     for detail in _details(runs):
-        labels = _told_apart(labels, detail)
+        labels = _distinct_labels(labels, detail)
     return [printable(label) for label in labels]
 
 
@@ -140,7 +146,7 @@ def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
     yield [run["run_id"][-10:] for run in runs]
 
 
-def _told_apart(labels: Sequence[str], detail: Sequence[str | None]) -> list[str]:
+def _distinct_labels(labels: Sequence[str], detail: Sequence[str | None]) -> list[str]:
     """Return labels with the detail appended to equal labels that differ in it."""
     values: dict[str, set[str | None]] = {}
     for label, value in zip(labels, detail, strict=True):

@@ -36,7 +36,7 @@ from avss_dist.report.table import ReportColumn, ReportTable
 from avss_dist.warehouse.reader import Warehouse
 
 LINES = 40  # of a kind of finding; the others are counted
-MOST = 60  # runs that a page draws, the newest; all are in its overview
+MAX_RUNS = 60  # runs that a page draws, the newest; all are in its overview
 OVERVIEW = {
     "model": "model",
     "status": "status",
@@ -79,10 +79,11 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     data = page_data(warehouse, drawn, without)
     labels = [run["label"] for run in data["runs"]]
     of_run = {row["run_id"]: label for row, label in zip(drawn, labels, strict=True)}
-    found = findings(warehouse, run_ids=list(of_run)).to_pylist()  # which complete `damaged`, as what follows does
-    tried = warehouse.table("experiments", run_ids=list(of_run)).sort_by("created_at").to_pylist()
-    named = [{**row, "task": describe_task(row["task"])} for row in reversed(tried)]
-    about_runs = chapters(warehouse, drawn, of_run, tried)
+    # This and what follows complete `damaged`.
+    rows_of_findings = findings(warehouse, run_ids=list(of_run)).to_pylist()
+    experiments = warehouse.table("experiments", run_ids=list(of_run)).sort_by("created_at").to_pylist()
+    named = [{**row, "task": describe_task(row["task"])} for row in reversed(experiments)]
+    about_runs = chapters(warehouse, drawn, of_run, experiments)
     pictures = _pictures(about_runs)
     has_scores, has_charts = bool(data["choices"]), bool(data["choices"] or pictures)
     style, script, library = _part("page.css"), _part("page.js"), _library() if has_charts else Markup("")
@@ -100,8 +101,8 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=_summary(len(done), len(rows) - len(done)),
-        short=in_short(drawn, of_run, found, without, named),
-        findings=_findings(found, of_run),
+        short=in_short(drawn, of_run, rows_of_findings, without, named),
+        findings=_findings(rows_of_findings, of_run),
         chapters=about_runs,
         overview=_overview(_with_unreadable(rows, warehouse.damaged, run_ids), of_run),
         labels=labels,
@@ -151,8 +152,8 @@ def _with_unreadable(
 
 
 def _newest(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the newest `MOST` runs, in the given order."""
-    newest = sorted((str(row["created_at"]), row["run_id"]) for row in runs)[-MOST:]
+    """Return the newest `MAX_RUNS` runs, in the given order."""
+    newest = sorted((str(row["created_at"]), row["run_id"]) for row in runs)[-MAX_RUNS:]
     return [row for row in runs if (str(row["created_at"]), row["run_id"]) in newest]
 
 
@@ -177,11 +178,11 @@ def html_table(table: ReportTable, label: str) -> Markup:
 
 @cache
 def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_printable)
     return environment.from_string(_part(name))
 
 
-def _shown(value: Any) -> Any:
+def _printable(value: Any) -> Any:
     """Return a text in printable form, so that no name changes the direction of the text after it."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)
 
@@ -241,10 +242,10 @@ def _overview(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> R
     )
 
 
-def _findings(found: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def _findings(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return findings by kind, in order; a run shows its first finding of a kind, and the other readings with it."""
     kinds: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for row in sorted(found, key=lambda row: not is_published(row)):
+    for row in sorted(rows, key=lambda row: not is_published(row)):
         kinds.setdefault(row["kind"], {}).setdefault(row["run_id"], []).append(row)
     return [_finding(kind, by_run, labels) for kind, by_run in kinds.items()]
 
@@ -262,11 +263,11 @@ def _finding(kind: str, by_run: Mapping[str, Sequence[Mapping[str, Any]]], label
     }
 
 
-def _line(label: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    readings = [" ".join(name for name in (row["site"], row["recipe"]) if name) for row in found]
+def _line(label: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    readings = [" ".join(name for name in (row["site"], row["recipe"]) if name) for row in rows]
     return {
         "label": label,
         "reading": readings[0],
-        "message": found[0]["message"],
+        "message": rows[0]["message"],
         "also": ", ".join(dict.fromkeys(readings[1:])),
     }

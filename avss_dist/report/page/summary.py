@@ -7,12 +7,13 @@ from typing import Any
 
 from avss_dist.analysis.removal import RemovedSet, WithoutLayers
 from avss_dist.analysis.verdict import CLAIMED_KEPT, CLAIMED_SHARE, claim_in_short
-from avss_dist.core.settings import RECIPES, SITES
+from avss_dist.core.registry import RECIPES
+from avss_dist.core.settings import SITES
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.warehouse.checks import has_head
 
-MOST = 6  # runs, and tasks of each
-MOST_UNTRIED = 3  # runs of which nothing was left out yet
+MAX_LISTED = 6  # runs, and tasks of each
+MAX_UNTRIED = 3  # runs without any evaluated removal
 NOTHING = "Nothing was left out and evaluated yet: avss ablate --damage, avss plan, avss evaluate; or avss shrink."
 HEADLESS = "Not known: the model predicts no next token, so nothing here evaluates it without layers."
 Row = Mapping[str, Any]
@@ -21,49 +22,52 @@ Row = Mapping[str, Any]
 def in_short(
     runs: Sequence[Row],
     labels: Mapping[str, str],
-    found: Sequence[Row],
+    findings: Sequence[Row],
     without: Sequence[WithoutLayers],
-    tried: Sequence[Row],
+    experiments: Sequence[Row],
 ) -> list[dict[str, Any]]:
-    """Return answers to the questions about a few runs, for the template; runs with evaluated removals come first.
+    """Return answers to the questions about a few runs, for the template. Runs with evaluated removals come first.
 
     Args:
         runs: rows of ``runs``.
         labels: labels by run id.
-        found: rows of `findings`.
+        findings: rows of `findings`.
         without: by run, see `without_layers`.
-        tried: rows of ``experiments``, the newest first.
+        experiments: rows of ``experiments``, the newest first.
     """
     return [
         {
             "label": labels[run["run_id"]],
             "answers": [
-                {"question": "Can AVSS be believed?", "lines": [_believed([r for r in found if _is_of(run, r)])]},
+                {
+                    "question": "Can AVSS be believed?",
+                    "lines": [_findings_against([r for r in findings if _is_of(run, r)])],
+                },
                 {
                     "question": f"How many layers can go at {CLAIMED_KEPT:.0%} kept?",
-                    "lines": _can_go(known.sets) or [NOTHING if has_head(run) else HEADLESS],
+                    "lines": _largest_sets(known.sets) or [NOTHING if has_head(run) else HEADLESS],
                 },
                 {
                     "question": f"What is kept without {CLAIMED_SHARE:.0%} of them?",
-                    "lines": _is_kept(
-                        known.sets, count_lowest(run["num_layers"] or 0), [r for r in tried if _is_of(run, r)]
+                    "lines": _outcome_of_claim(
+                        known.sets, count_lowest(run["num_layers"] or 0), [r for r in experiments if _is_of(run, r)]
                     ),
                 },
             ],
         }
-        for run, known in _few(runs, without, tried)
+        for run, known in _selected_runs(runs, without, experiments)
     ]
 
 
-def _few(
-    runs: Sequence[Row], without: Sequence[WithoutLayers], tried: Sequence[Row]
+def _selected_runs(
+    runs: Sequence[Row], without: Sequence[WithoutLayers], experiments: Sequence[Row]
 ) -> list[tuple[Row, WithoutLayers]]:
-    in_experiments = {row["run_id"] for row in tried}
+    in_experiments = {row["run_id"] for row in experiments}
     evaluated: list[tuple[Row, WithoutLayers]] = []
     untried: list[tuple[Row, WithoutLayers]] = []
     for run, known in zip(runs, without, strict=True):
         (evaluated if known.sets or run["run_id"] in in_experiments else untried).append((run, known))
-    return [*evaluated, *untried[:MOST_UNTRIED]][:MOST]
+    return [*evaluated, *untried[:MAX_UNTRIED]][:MAX_LISTED]
 
 
 def is_published(finding: Row) -> bool:
@@ -75,8 +79,8 @@ def _is_of(run: Row, row: Row) -> bool:
     return bool(row["run_id"] == run["run_id"])
 
 
-def _believed(found: Sequence[Row]) -> str:
-    kinds = dict.fromkeys(row["kind"].replace("_", " ") for row in found if is_published(row))
+def _findings_against(findings: Sequence[Row]) -> str:
+    kinds = dict.fromkeys(row["kind"].replace("_", " ") for row in findings if is_published(row))
     if not kinds:
         return "No finding warns of it."
     return f"{len(kinds)} finding{'' if len(kinds) == 1 else 's'} against it: {', '.join(kinds)}."
@@ -86,26 +90,26 @@ def _by_task(sets: Sequence[RemovedSet]) -> dict[str, list[RemovedSet]]:
     by_task: dict[str, list[RemovedSet]] = {}
     for removed in sets:
         by_task.setdefault(removed.series, []).append(removed)
-    return dict(list(by_task.items())[:MOST])
+    return dict(list(by_task.items())[:MAX_LISTED])
 
 
-def _can_go(sets: Sequence[RemovedSet]) -> list[str]:
+def _largest_sets(sets: Sequence[RemovedSet]) -> list[str]:
     """Return a line for each task with the largest set that keeps enough."""
     lines = []
     for task, of_task in _by_task(sets).items():
-        if enough := [removed for removed in of_task if removed.kept >= CLAIMED_KEPT]:
+        if enough := [removed for removed in of_task if removed.retention >= CLAIMED_KEPT]:
             largest = max(enough, key=lambda removed: removed.size)
-            lines.append(f"{task}: {largest.size:g} layers ({largest.dropped}), {largest.kept:z.0%} kept.")
+            lines.append(f"{task}: {largest.size:g} layers ({largest.dropped}), {largest.retention:z.0%} kept.")
         else:
-            best = max(of_task, key=lambda removed: removed.kept)
-            lines.append(f"{task}: no set that was evaluated; without {best.dropped}, {best.kept:z.0%} is kept.")
+            best = max(of_task, key=lambda removed: removed.retention)
+            lines.append(f"{task}: no set that was evaluated; without {best.dropped}, {best.retention:z.0%} is kept.")
     return lines
 
 
-def _is_kept(sets: Sequence[RemovedSet], size: int, tried: Sequence[Row]) -> list[str]:
+def _outcome_of_claim(sets: Sequence[RemovedSet], size: int, experiments: Sequence[Row]) -> list[str]:
     """Return lines with the best set of the claimed size for each task, and with the outcome of the claim."""
     lines = []
     for task, of_task in _by_task(sets).items():
         of_size = (removed for removed in of_task if removed.size == size)
-        lines += [f"{task}: {removed.kept:z.0%} at best, without {removed.dropped}." for removed in of_size]
-    return [*lines, *claim_in_short(tried)] or ["No such set was evaluated yet."]
+        lines += [f"{task}: {removed.retention:z.0%} at best, without {removed.dropped}." for removed in of_size]
+    return [*lines, *claim_in_short(experiments)] or ["No such set was evaluated yet."]

@@ -40,9 +40,9 @@ _FORMATS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
 """Heading, column of `Ablation.table`, priority and format of each column."""
 
 
-def ablation_table(found: Ablation) -> FittedTable:
-    """Return a table of the layers, with a bar of the first available measure; the least important are marked."""
-    rows = found.table().to_pylist()
+def ablation_table(ablation: Ablation) -> FittedTable:
+    """Return a table of the layers, with a bar of the first available measure. The least important are marked."""
+    rows = ablation.table().to_pylist()
     first = next(name for name in ("increase", "shapley", "attention", "damage", "taylor") if rows[0][name] is not None)
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]
     marked = [row in lowest for row in rows]
@@ -55,31 +55,33 @@ def ablation_table(found: Ablation) -> FittedTable:
             if rows[0][name] is not None
         ),
     ]
-    title, caption = f"{found.model}  {found.corpus}", _caption(found, first)
+    title, caption = f"{ablation.model}  {ablation.corpus}", _caption(ablation, first)
     return FittedTable(ReportTable(columns=columns, title=title, caption=caption, marked=marked))
 
 
-def _caption(found: Ablation, first: str) -> str:
-    number = count_lowest(len(found.layers))
+def _caption(ablation: Ablation, first: str) -> str:
+    number = count_lowest(len(ablation.layers))
     text = f"* the {'layer' if number == 1 else f'{number} layers'} with the lowest {first}. Losses, their increases "
     text += "and what is predicted of them are in nats per token."
-    if found.layers[0].sublayers:
+    if ablation.layers[0].sublayers:
         text += " Alone: the increase without that sublayer of the layer."
-    if found.layers[0].damage is not None:
+    if ablation.layers[0].damage is not None:
         text += " Damage is the mean of the ranks by predicted and propagated."
-    truncated, permutations = found.permutations
+    truncated, permutations = ablation.permutations
     if truncated:
         text += f" {truncated} of {permutations} permutations were truncated where the model only guessed: their "
         text += "remaining layers share the rest of the loss alike. Truncation can be turned off."
-    if found.whole is not None:
-        text += f" Loss of the whole model: {_with_error(found.whole.value, found.whole.stderr)}; the error of an "
+    if ablation.whole is not None:
+        text += (
+            f" Loss of the whole model: {_with_error(ablation.whole.value, ablation.whole.stderr)}; the error of an "
+        )
         text += "increase is of the same sequences with and without the layer."
-    shapley = found.layers[0].shapley
+    shapley = ablation.layers[0].shapley
     if shapley is not None and len(shapley.samples) < MINIMUM_UNITS:
         text += f" No interval of Shapley values: {count_of(len(shapley.samples), 'permutation')}, {MINIMUM_UNITS} are "
         text += "needed (--shapley)."
-    if math.isfinite(found.reliability):
-        text += f" Other text of the same size would order the layers as this one does to {found.reliability:z.2f} "
+    if math.isfinite(ablation.reliability):
+        text += f" Other text of the same size would order the layers as this one does to {ablation.reliability:z.2f} "
         text += "(Spearman; split halves)."
     return text
 

@@ -12,44 +12,69 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from avss_dist.analysis.agreement import CorrelationSummary, summarize
+from avss_dist.analysis.agreement import CorrelationSummary
+from avss_dist.analysis.compare import MAX_PAIRS as MAX_LISTED
+from avss_dist.analysis.compare import RankingComparison
 from avss_dist.core.text import basename
-from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
+from avss_dist.report.table import ReportColumn, ReportTable, decimals, interval, known_interval, significant
 from avss_dist.report.terminal.tables import FittedTable
 
-MOST_PAIRS = 40  # shown on a terminal
+MAX_PAIRS = 40  # shown on a terminal
 WIDEST_LABELS = 36  # beside each other; longer ones are one below the other
 FEW = 3  # runs that a finding names, and messages of one kind, before they are only counted
 COLOR = {"warning": "yellow", "note": "dim"}
 
 
-def pairs_table(pairs: pa.Table, title: str) -> RenderableType:
-    """Return a table of pairs of `compare.SCHEMA` and a summary; of many pairs, the most and the least alike."""
-    half = MOST_PAIRS // 2
-    left_out = max(0, len(pairs) - MOST_PAIRS)
-    ends = pairs if not left_out else pa.concat_tables([pairs[:half], pairs[-half:]])
+def comparison_tables(comparison: RankingComparison, title: str) -> RenderableType:
+    """Return the tables of the pairs and of the groups of a comparison, with a summary.
+
+    Of many pairs, the most and the least alike are shown.
+    """
+    pairs, half = comparison.pairs, MAX_PAIRS // 2
+    ends = pairs if len(pairs) <= MAX_PAIRS else pa.concat_tables([pairs[:half], pairs[-half:]])
     chosen = ends.to_pylist()
     table = FittedTable(ReportTable(columns=[*_label_columns(chosen), *_agreement_columns(chosen)], title=title))
-    notes = [Text(summary(pairs))]
-    if left_out:
-        notes.append(Text(f"{left_out:,} pairs between the most and the least alike are not shown: --format csv."))
+    notes = [Text(summary(comparison))]
+    if hidden := comparison.number - len(ends):
+        listed = ": --format csv" if comparison.number <= MAX_LISTED else ""
+        notes.append(Text(f"{hidden:,} pairs between the most and the least alike are not shown{listed}."))
     if pc.any(pairs["interpolated"]).as_py():
         notes.append(Text("~ models of different depth, compared at the relative depths of the one with fewer layers."))
-    return Group(table, *notes)
+    groups = [groups_table(comparison.groups)] if len(comparison.groups) > 1 else []
+    return Group(table, *notes, *groups)
+
+
+def groups_table(groups: pa.Table) -> RenderableType:
+    """Return a table of groups of `groups.SCHEMA`: mean correlations within and between them."""
+    rows = groups.to_pylist()
+    columns = [
+        ReportColumn(f"a {rows[0]['by']}", [row["a"] for row in rows], number=False),
+        ReportColumn("and", [row["b"] if row["b"] != row["a"] else "itself" for row in rows], number=False),
+        ReportColumn("models", [row["models"] for row in rows], priority=2),
+        ReportColumn("pairs", [row["pairs"] for row in rows], "{:,}".format, priority=3),
+    ]
+    for heading, name, priority in (("Spearman", "spearman", 0), ("given depth", "given_depth", 1)):
+        ends = [known_interval(row[f"{name}_low"], row[f"{name}_high"]) for row in rows]
+        columns += [
+            ReportColumn(heading, [row[name] for row in rows], decimals(3), priority=priority),
+            ReportColumn("95% interval", ends, interval(decimals(3)), priority=priority + 1),
+        ]
+    title = f"Mean correlation of models by {rows[0]['by']}, with its 95% interval over models"
+    return FittedTable(ReportTable(columns=columns, title=title))
 
 
 def _label_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
-    """Return the columns that name the compared runs; one column with several lines if they would be too wide."""
-    within = all(row["a_run_id"] == row["b_run_id"] for row in rows)
-    names = ["run", "a", "b"] if within else ["a", "b"]
-    labels = [_labels(row, within) for row in rows]
+    """Return the columns that name the compared runs. Wide names are lines of one column."""
+    one_run = all(row["a_run_id"] == row["b_run_id"] for row in rows)
+    names = ["run", "a", "b"] if one_run else ["a", "b"]
+    labels = [_labels(row, one_run) for row in rows]
     if max((sum(map(len, label)) for label in labels), default=0) > WIDEST_LABELS:
         names, labels = [", ".join(names)], [["\n".join(label)] for label in labels]
     return [ReportColumn(name, [label[i] for label in labels], number=False) for i, name in enumerate(names)]
 
 
-def _labels(row: Mapping[str, Any], within: bool) -> list[str]:
-    if within:
+def _labels(row: Mapping[str, Any], one_run: bool) -> list[str]:
+    if one_run:
         return [row["a_run_id"], row["a"], row["b"]]
     if row["by"] == "run":
         return [row["a"], row["b"]]
@@ -80,27 +105,29 @@ def _agreement_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
     ]
 
 
-def summary(pairs: pa.Table) -> str:
-    """Return lines on the correlations of pairs of `compare.SCHEMA`, those given depth, and shared lowest layers."""
-    rho = summarize(pairs["spearman"].to_numpy())
+def summary(comparison: RankingComparison) -> str:
+    """Return lines on the correlations of all pairs, those given depth, and shared lowest layers if all are listed."""
+    rho, pairs = comparison.spearman, comparison.pairs
     layers, k, shared = (pairs[name].to_numpy() for name in ("layers", "k", "shared"))
-    count = f"{len(pairs):,} pairs" if len(pairs) > 1 else "One pair"
-    said = "no Spearman correlation is defined."
+    count = f"{comparison.number:,} pairs" if comparison.number > 1 else "One pair"
+    correlation = "no Spearman correlation is defined."
     if rho.count:
         span = f", from {rho.lowest:z.3f} to {rho.highest:z.3f}" if rho.count > 1 else ""
-        said = f"Spearman {_median(rho)}{span}: {_strength(rho)}."
-    lowest = (
-        f"{shared.sum() / k.sum():.0%} of the lowest layers of one are the lowest of the other; by chance it would be "
-    )
-    return f"{count}: {said}\n{_given_depth(pairs)}\n{lowest}{(k * k / layers).sum() / k.sum():.0%}."
+        correlation = f"Spearman {_median(rho)}{span}: {_strength(rho)}."
+    lines = [f"{count}: {correlation}", _given_depth(comparison.given_depth)]
+    if len(pairs) == comparison.number:
+        lines.append(
+            f"{shared.sum() / k.sum():.0%} of the lowest layers of one are the lowest of the other; by chance it would "
+            f"be {(k * k / layers).sum() / k.sum():.0%}."
+        )
+    return "\n".join(lines)
 
 
-def _given_depth(pairs: pa.Table) -> str:
+def _given_depth(given_depth: CorrelationSummary) -> str:
     """Return a sentence on the correlations given depth."""
-    given = summarize(pairs["given_depth"].to_numpy())
-    if not given.count:
+    if not given_depth.count:
         return "Given depth, nothing is left to compare: one of each pair is the order of the layers."
-    return f"Given depth (a partial correlation), {_median(given)}: {_strength(given)}."
+    return f"Given depth (a partial correlation), {_median(given_depth)}: {_strength(given_depth)}."
 
 
 def _median(rho: CorrelationSummary) -> str:
@@ -118,7 +145,7 @@ def _strength(rho: CorrelationSummary) -> str:
 
 
 def findings_list(findings: pa.Table) -> RenderableType:
-    """Return findings of `findings.SCHEMA` in order; of many that differ only in the run, the first stands for all."""
+    """Return findings of `findings.SCHEMA` in order. If many differ only in the run, the first stands for all."""
     places = _by_place(findings)
     if not places:
         return Text("Nothing to warn of.")
@@ -139,7 +166,7 @@ def findings_list(findings: pa.Table) -> RenderableType:
 
 
 def _by_place(findings: pa.Table) -> dict[tuple[str, ...], dict[str, list[str]]]:
-    """Return runs by message, by (severity, kind, site, recipes); recipes with the same message are merged."""
+    """Return runs by message, by (severity, kind, site, recipes). Recipes with the same message are merged."""
     merged: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
     for row in findings.to_pylist():
         key = (row["severity"], row["kind"], row["site"] or "", row["message"])
@@ -158,21 +185,21 @@ def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     by_place = {(row["layer"], row["share"]): row for row in rows}
     columns = [
         ReportColumn(
-            f"|x| below which {share:.4g}", [_known(by_place.get((layer, share))) for layer in layers], _quantile
+            f"|x| below which {share:.4g}", [_defined(by_place.get((layer, share))) for layer in layers], _quantile
         )
         for share in dict.fromkeys(row["share"] for row in rows)
     ]
     exact = all(row["low"] == row["high"] for row in rows if row["low"] is not None)
-    within = "The truth lies close by: --format csv has the edges between which it is."
+    inexact = "The truth lies close by: --format csv has the edges between which it is."
     table = ReportTable(
         title=f"{rows[0]['run_id']}  {rows[0]['site']}",
         columns=[ReportColumn("layer", layers), *columns],
-        caption="Every one is exact: each value was counted." if exact else within,
+        caption="Every one is exact: each value was counted." if exact else inexact,
     )
     return FittedTable(table)
 
 
-def _known(row: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _defined(row: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return None if row is None or row["value"] is None or np.isnan(row["value"]) else row
 
 

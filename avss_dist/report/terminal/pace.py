@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-FEWEST = 3  # units after the warm-up
+MIN_UNITS = 3  # units after the warm-up
 WARM_UP_SHARE = 0.25  # of the time until the first unit: units that come so soon after it were begun with it
 STEADY_FACTOR = 1.3  # between the rates of the earlier and the later half
 REMEMBERED = 200  # units
@@ -46,21 +46,21 @@ class Pace:
         self._steady = self._steady or self._is_steady()
 
     def rate(self) -> float | None:
-        """Return the amount per second; None while it is not steady."""
+        """Return the amount per second, or None while it is not steady."""
         if not self._steady or self._warm is None:
             return None
         begin = self._warm if len(self._units) < REMEMBERED else self._units[0]
         return _rate(begin, self._units[-1])
 
     def seconds_left(self, amount: float, now: float | None = None) -> float | None:
-        """Return the seconds until a further amount is done; None while the rate is not steady."""
+        """Return the seconds until a further amount is done, or None while the rate is not steady."""
         if not (rate := self.rate()):
             return None
         now = time.monotonic() if now is None else now
         return max(0.0, amount / rate - (now - self._units[-1][0]))
 
     def _is_steady(self) -> bool:
-        if len(self._units) < FEWEST or self._warm is None:
+        if len(self._units) < MIN_UNITS or self._warm is None:
             return False
         middle = self._units[len(self._units) // 2 - 1]
         rates = _rate(self._warm, middle), _rate(middle, self._units[-1])

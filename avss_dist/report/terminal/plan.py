@@ -20,7 +20,7 @@ STYLES = {"done": "green", "partial": "yellow", "missing": "", "repeated": "dim"
 
 
 def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
-    """Return a table with a row for each run: model, text, status, and amount of work; and a summary."""
+    """Return a table of the runs (model, text, status and amount of work) and a summary."""
     table = ReportTable(
         title=f"{count_of(len(previews), 'run')} into {warehouse}",
         columns=[
@@ -57,8 +57,10 @@ def summary(previews: Sequence[Preview]) -> str:
     text = f"{', '.join(parts)}."
     if known:
         guessed = any(p.seconds and not p.reference_run for p in previews)
-        how = "a rough estimate from the number of operations; avss estimate measures" if guessed else "as earlier runs"
-        text += f" About {describe_seconds(sum(known))} of measuring ({how})."
+        basis = (
+            "a rough estimate from the number of operations; avss estimate measures" if guessed else "as earlier runs"
+        )
+        text += f" About {describe_seconds(sum(known))} of measuring ({basis})."
     if count["refused"]:
         text += " The refused ones will be recorded as failed; the others run."
     return text

@@ -45,12 +45,12 @@ class TimeColumn(rich_progress.ProgressColumn):
 
     def render(self, task: rich_progress.Task) -> Text:
         passed = task.finished_time if task.finished else task.elapsed
-        left = self._seconds_left(task)
+        remaining = self._seconds_left(task)
         text = str(timedelta(seconds=int(passed or 0)))
-        return Text(text if left is None else f"{text}, {timedelta(seconds=int(left))} left", style="cyan")
+        return Text(text if remaining is None else f"{text}, {timedelta(seconds=int(remaining))} left", style="cyan")
 
     def _seconds_left(self, task: rich_progress.Task) -> float | None:
-        """Return the seconds until a task is finished, by its pace so far; None if that is unknown."""
+        """Return the seconds until a task is finished, by its pace so far, or None if that is unknown."""
         pace, completed, total = self._paces.get(task.id, (None, 0.0, None))
         now = task.get_time()
         if pace is None or task.total != total or task.completed < completed:  # it begins
@@ -147,7 +147,7 @@ class CellProgress:
     def __init__(self) -> None:
         self._progress = bars(rich_progress.MofNCompleteColumn())
         self._task: rich_progress.TaskID | None = None
-        self._said, self._done, self._cells = time.monotonic(), 0, 0
+        self._logged_at, self._done, self._cells = time.monotonic(), 0, 0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -182,8 +182,8 @@ class CellProgress:
 
     def _log(self, cell: Cell, what: str) -> None:
         """Log a line at intervals, if there is no bar."""
-        if self._progress.disable and time.monotonic() - self._said > LOG_SECONDS:
-            self._said = time.monotonic()
+        if self._progress.disable and time.monotonic() - self._logged_at > LOG_SECONDS:
+            self._logged_at = time.monotonic()
             log(f"{_short(cell.checkpoint.name)}: {what}")
 
 
@@ -193,7 +193,7 @@ def describe_cell(cell: Cell) -> str:
 
 
 def describe_without(cell: Cell) -> str:
-    """Return `` without 3 layers`` for a cell that removes layers; an empty text for others."""
+    """Return `` without 3 layers`` for a cell that removes layers, and an empty text for others."""
     removed = cell.intervention.removed
     return f" without {count_removed(removed)}" if removed else ""
 
@@ -212,8 +212,8 @@ class Log(Reporter):
     ) -> None:
         self._num_runs, self._seconds, self._file = num_runs, seconds, file
         self._ends, self._ended = ends, 0
-        self._said = time.monotonic()
-        self._left: dict[str, tuple[int, int]] = {}  # tokens that are measured, and in all, by run
+        self._logged_at = time.monotonic()
+        self._tokens: dict[str, tuple[int, int]] = {}  # tokens that are measured, and in all, by run
         self._paces: dict[str, Pace] = {}
         self._lock = threading.Lock()
 
@@ -224,47 +224,47 @@ class Log(Reporter):
 
     def repeated(self, name: str, first: str) -> None:
         """Print that a run is the same as another one."""
-        self._say(f"{name}: {describe_repeated(first)}")
+        self._print(f"{name}: {describe_repeated(first)}")
 
     def placed(self, name: str, placement: Placement) -> None:
         """Print how a replica is spread if it is not a single whole model."""
         if placement.partition != WHOLE:
-            self._say(f"{name}: {placement.partition}; {placement.why}.")
+            self._print(f"{name}: {placement.partition}; {placement.why}.")
 
     def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
         """Record the start of a run of ``num_tokens``, of which ``done_tokens`` were measured before."""
         with self._lock:
-            self._left[name] = done_tokens, num_tokens
+            self._tokens[name] = done_tokens, num_tokens
             self._paces[name] = Pace()
 
     def advanced(self, name: str, num_tokens: int) -> None:
         """Count a measured shard, and print a line if the last one is long ago."""
         with self._lock:
-            done, total = self._left[name]
+            done, total = self._tokens[name]
             done += num_tokens
-            self._left[name] = done, total
+            self._tokens[name] = done, total
             pace = self._paces[name]
             pace.advance(num_tokens)
-            if time.monotonic() - self._said < self._seconds:
+            if time.monotonic() - self._logged_at < self._seconds:
                 return
-            self._said = time.monotonic()
+            self._logged_at = time.monotonic()
         what = f"{name}: {done / total:.0%} of {total:,} tokens"
-        if (speed := pace.rate()) and (left := pace.seconds_left(total - done)) is not None:
-            what += f", {speed:,.0f} tokens/s, {describe_seconds(left)} left"
-        self._say(what)
+        if (speed := pace.rate()) and (remaining := pace.seconds_left(total - done)) is not None:
+            what += f", {speed:,.0f} tokens/s, {describe_seconds(remaining)} left"
+        self._print(what)
 
     def finished(self, name: str, run: Run) -> None:
         """Record the end of a run."""
         with self._lock:
-            self._left.pop(name, None)
+            self._tokens.pop(name, None)
             self._paces.pop(name, None)
             self._ended += 1
         if not self._ends:
             return
         error = f": {run.error.splitlines()[0]}" if run.error else ""
-        self._say(f"{self._ended} of {self._num_runs} runs: {name} {run.status}{error}")
+        self._print(f"{self._ended} of {self._num_runs} runs: {name} {run.status}{error}")
 
-    def _say(self, what: str) -> None:
+    def _print(self, what: str) -> None:
         log(what, self._file)
 
 

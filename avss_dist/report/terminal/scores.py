@@ -10,7 +10,7 @@ from rich.text import Text
 
 from avss_dist.analysis.findings import TRACKS_DEPTH
 from avss_dist.analysis.thresholds import INTERPOLATED
-from avss_dist.core.settings import LOWEST_SHARE
+from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.core.text import describe_count, describe_layers, describe_threshold
 from avss_dist.report.table import BarColumn, Interval, ReportColumn, ReportTable, known_interval, percent, significant
 from avss_dist.report.terminal.tables import FittedTable
@@ -64,15 +64,15 @@ def _layer_columns(
 
 
 def describe_exactness(scores: Sequence[Mapping[str, Any]]) -> str:
-    """Return a sentence on the error of interpolated near-zero counts and the nearest exact ones; empty if exact."""
+    """Return a sentence on the error of interpolated near-zero counts and the nearest exact ones, if any."""
     inexact = [s for s in scores if s["exactness"] == INTERPOLATED]
     if not inexact:
         return ""
     off = max(max(s["near_zero_high"] - k, k - s["near_zero_low"]) / k for s in inexact if (k := s["near_zero_count"]))
     absolute = scores[0]["threshold_kind"] == "absolute"
     where = " Exact: {:.10g} and {:.10g}.".format(*bin_edges(scores[0]["threshold"])) if absolute else ""
-    said = f"{len(inexact)} of {len(scores)} near-zero counts are interpolated from stored counts"
-    return f"{said}, and off by {off:.0%} at the very most.{where}"
+    text = f"{len(inexact)} of {len(scores)} near-zero counts are interpolated from stored counts"
+    return f"{text}, and off by {off:.0%} at the very most.{where}"
 
 
 def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest: int) -> str:

@@ -13,16 +13,16 @@ from avss_dist.report.table import ReportColumn, ReportTable, decimals, signific
 from avss_dist.report.terminal.tables import FittedTable
 
 if TYPE_CHECKING:
-    from avss_dist.evaluation.search import Found
+    from avss_dist.evaluation.search import SearchResult
 
 
-def search_table(found: Found) -> FittedTable:
+def search_table(result: SearchResult) -> FittedTable:
     """Return a table of the best set of each round: its loss and perplexity, and the number of sets known by then.
 
-    Among rounds over sets of one size, as in evolve, only those that found a better set have a row.
+    Among rounds over sets of one size, as in evolve, only rounds that improve on the best set have a row.
     """
-    rows = [("-", 0.0, found.whole, 0)]
-    for step in found.steps:
+    rows = [("-", 0.0, result.whole, 0)]
+    for step in result.steps:
         dropped = size_removed(step.best.removed)
         if dropped != rows[-1][1] or step.best.value < rows[-1][2].value:
             rows.append((describe_removed(step.best.removed), dropped, step.best, step.sets))
@@ -38,8 +38,8 @@ def search_table(found: Found) -> FittedTable:
                 ReportColumn("perplexity", [readable_value(LOSS, loss.value) for loss in losses], metric_format(LOSS)),
                 ReportColumn("sets", [sets for *_, sets in rows], describe_count, priority=2),
             ],
-            title=f"{found.plan.model}  {found.corpus}",
+            title=f"{result.plan.model}  {result.corpus}",
             caption="The best set of each round, on the text of the search; sets: whose loss was known by then. "
-            f"Of the plan: {found.chosen.value:.4f}.",
+            f"Of the plan: {result.chosen.value:.4f}.",
         )
     )

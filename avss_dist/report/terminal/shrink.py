@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich import progress as rich_progress
 from rich.console import Group, RenderableType
 
-from avss_dist.core.intervention import count_removed
+from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.names import PERPLEXITY, REPAIR
-from avss_dist.core.text import basename, describe_bytes, describe_layers
+from avss_dist.core.text import basename, describe_bytes
 from avss_dist.evaluation.events import (
     CellDone,
     CellsStarted,
@@ -33,7 +33,7 @@ BAR = 40  # cells of what keeps all
 
 
 class ShrinkProgress(CellProgress):
-    """Callback for the events of `shrink`: one bar over all steps; without a terminal, a line for each step."""
+    """Callback for the events of `shrink`: one bar over all steps. Without a terminal, a line for each step."""
 
     def __init__(self) -> None:
         self._progress = bars(rich_progress.TaskProgressColumn())
@@ -90,13 +90,13 @@ def _caption(tasks: Sequence[TaskRetention]) -> str:
 
 
 def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
-    from avss_dist.evaluation.shrink import shown
+    from avss_dist.evaluation.shrink import readable_metric
 
     results = [task.whole, task.pruned, *([task.repaired] if task.repaired else [])]
     kept = [None, *(task.of(result) for result in results[1:])]
-    metric, _ = shown(task.whole)
+    metric, _ = readable_metric(task.whole)
     group = basename(task.task.removeprefix(PERPLEXITY))
-    yield ReportColumn(metric, [shown(result)[1] for result in results], group=group)
+    yield ReportColumn(metric, [readable_metric(result)[1] for result in results], group=group)
     yield ReportColumn("kept", [one and one.value for one in kept], percent(1), missing="")
     intervals = [one and known_interval(one.low, one.high) for one in kept]
     yield ReportColumn("95% interval", intervals, interval(percent(1)), priority=1)
@@ -105,13 +105,16 @@ def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
 def _curve(done: Shrunk) -> ReportTable:
     """Return a table of the retention of every plan that was tried, in the task with the lowest retention."""
     layers = done.best.plan.num_layers
-    dropped, kept = [len(one.plan.drop) for one in done.curve], [one.kept for one in done.curve]
+    dropped, retentions = (
+        [len(candidate.plan.drop) for candidate in done.curve],
+        [candidate.kept for candidate in done.curve],
+    )
     return ReportTable(
         columns=[
             ReportColumn("layers dropped", dropped),
             ReportColumn("share", [number / layers for number in dropped], percent(0)),
-            ReportColumn("kept", kept, percent(1)),
-            BarColumn(values=kept, largest=1.0, width=BAR),
+            ReportColumn("kept", retentions, percent(1)),
+            BarColumn(values=retentions, largest=1.0, width=BAR),
         ],
         title="What is kept, in the task in which the least is",
     )
@@ -129,7 +132,7 @@ def shrunk_lines(done: Shrunk) -> Iterator[str]:
     """Yield lines on the written checkpoint: size, dropped layers, findings, repair, and notes."""
     plan = done.best.plan
     yield f"{done.folder}: {len(plan.keep)} of {plan.num_layers} layers, {describe_bytes(done.bytes)} of weights."
-    yield f"Dropped {describe_layers(plan.drop)}, chosen by {plan.why['by']}."
+    yield f"Dropped {describe_removed(plan.drop)}, chosen by {plan.why['by']}."
     yield from (f"Finding: {line}" for line in plan.findings)
     yield from done.record.describe() if done.record else ()
     yield from done.notes

@@ -43,17 +43,17 @@ class FittedTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         columns = self._table.columns
-        shown, needed = list(columns), {column: self._needs(column) + 3 for column in columns}
-        while _width(shown, needed) > options.max_width and any(column.priority for column in shown):
-            shown.remove(max(reversed(shown), key=lambda column: column.priority))
-        if _width(shown, needed) > options.max_width:
-            shown = list(columns)
+        visible, needed = list(columns), {column: self._needs(column) + 3 for column in columns}
+        while _width(visible, needed) > options.max_width and any(column.priority for column in visible):
+            visible.remove(max(reversed(visible), key=lambda column: column.priority))
+        if _width(visible, needed) > options.max_width:
+            visible = list(columns)
             yield from self._blocks()
         else:
-            yield self._grid(shown)
+            yield self._grid(visible)
         if lines := [line for line in (self._table.caption, self._table.meanings) if line]:
             yield Text(printable("\n".join(lines)))
-        hidden = [column for column in columns if column not in shown and isinstance(column, ReportColumn)]
+        hidden = [column for column in columns if column not in visible and isinstance(column, ReportColumn)]
         if missing := [_heading(column).replace("\n", " ") for column in hidden]:
             yield Text(f"No room for: {', '.join(missing)}. A wider terminal shows them.", style="dim")
 
@@ -85,7 +85,7 @@ class FittedTable:
         return Bar(largest if largest > 0 else 1.0, 0, length, width=column.width, color=color)
 
     def _cell(self, column: ReportColumn, row: int) -> Text:
-        """Return the text of a cell; the name of a row with the lowest scores has a star behind it."""
+        """Return the text of a cell. The name of a row with the lowest scores has a star behind it."""
         words = column.missing if column.is_missing(row) else column.text(row)
         if self._table.marked and self._table.mark == "lowest" and column is self._table.columns[0]:
             words += " *" if self._table.is_marked(row) else "  "
@@ -124,7 +124,7 @@ def _heading(column: ReportColumn) -> str:
 
 
 def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittedTable:
-    """Return the result of a query as a table: values as they are, never markup; floats with six significant digits."""
+    """Return the result of a query as a table: values are never markup, floats have six digits."""
     columns = []
     for i, name in enumerate(names):
         values = [row[i] for row in rows]
@@ -132,16 +132,16 @@ def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittedTa
         columns.append(
             ReportColumn(
                 str(name),
-                [shown(value) for value in values],
+                [describe_value(value) for value in values],
                 missing="",
                 number=bool(known) and all(isinstance(value, (int, float)) for value in known),
-                wraps=any(isinstance(value, (str, list, dict)) and " " in shown(value) for value in known),
+                wraps=any(isinstance(value, (str, list, dict)) and " " in describe_value(value) for value in known),
             )
         )
     return FittedTable(ReportTable(columns=columns))
 
 
-def shown(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Return a value as text for people."""
     if value is None:
         return ""
@@ -151,7 +151,7 @@ def shown(value: Any) -> str:
         return f"{value:%Y-%m-%d %H:%M:%S}"
     if isinstance(value, list):
         more = [f"... {len(value)} in all"] if len(value) > _MANY else []
-        return "[" + ", ".join([*map(shown, value[:_MANY]), *more]) + "]"
+        return "[" + ", ".join([*map(describe_value, value[:_MANY]), *more]) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {shown(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {describe_value(entry)}" for key, entry in value.items()) + "}"
     return str(value)

@@ -12,14 +12,10 @@ WITH placed AS (
     FROM layer_stats
 ),
 binned AS (
-    SELECT *, coalesce(list_sum(abs_value_count) = count, false) AS by_value,
-        CASE WHEN by_value THEN abs_value::DOUBLE[] ELSE list_transform(histogram_bin, lambda b: bin_edge(b::INT)) END
-            AS edges,
-        CASE WHEN by_value THEN abs_value_count ELSE histogram_count END AS counts,
+    SELECT *, abs_value::DOUBLE[] AS edges, abs_value_count AS counts,
         len(list_filter(edges, lambda e: e < absolute_threshold)) AS begun,
         edges[begun] AS edge,
-        CASE WHEN NOT by_value THEN bin_edge(histogram_bin[begun]::INT + 1) - edge
-            WHEN abs_value_cut THEN cut_width(edge) ELSE 0 END AS width
+        CASE WHEN abs_value_cut THEN cut_width(edge) ELSE 0 END AS width
     FROM placed
 ),
 bounded AS (

@@ -10,7 +10,7 @@ import torch
 
 from avss_dist.measure.kernels.base import Accumulator, limits_on
 from avss_dist.measure.kernels.cuda.calls import (
-    MOST_CALLS,
+    MAX_CALLS,
     UNITS_A_WARP,
     chunk_of,
     layout,
@@ -62,7 +62,7 @@ class CudaKernels:
 
     def __init__(self, launcher: Launcher, *, chunk: int | None = None) -> None:
         self._launcher, self._chunk = launcher, chunk
-        self._rooms: dict[int, _Room] = {}
+        self._rooms: dict[int, _CallMemory] = {}
         self._pending: list[_Pending] = []
         self._torch = TorchKernels()
         self._without: set[torch.dtype] = set()
@@ -104,7 +104,7 @@ class CudaKernels:
     def _add(
         self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None, kernel: str
     ) -> None:
-        if len(self._pending) == MOST_CALLS or any(call.into is into for call in self._pending):
+        if len(self._pending) == MAX_CALLS or any(call.into is into for call in self._pending):
             self.finish()
         into.reserve(x.numel())
         rows, tokens, units = x.shape
@@ -136,20 +136,20 @@ class CudaKernels:
     ) -> dict[str, int]:
         """Return the addresses of a call's memory, by field. Each call that waits for `finish` has its own memory."""
         offsets, zeros, size = layout(shape, chunk, x.dtype, squared, compared)
-        room = self._rooms.setdefault(len(self._pending), _Room())
+        room = self._rooms.setdefault(len(self._pending), _CallMemory())
         return room.addresses(offsets, zeros, size, x.device)
 
 
-class _Room:
+class _CallMemory:
     """Memory of one call, reused across layers: a part that kernels leave as zeros, and the rest."""
 
     def __init__(self) -> None:
-        self._zeros = self._rest = torch.empty(0, dtype=torch.uint8)
+        self._zeros = self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def addresses(self, offsets: dict[str, int], zeros: int, size: int, device: torch.device) -> dict[str, int]:
         if self._zeros.numel() < zeros:
             self._zeros = torch.zeros(zeros, dtype=torch.uint8, device=device)
-        if self._rest.numel() < size - zeros:
-            self._rest = torch.empty(size - zeros, dtype=torch.uint8, device=device)
-        first, second = self._zeros.data_ptr(), self._rest.data_ptr() - zeros
+        if self._scratch.numel() < size - zeros:
+            self._scratch = torch.empty(size - zeros, dtype=torch.uint8, device=device)
+        first, second = self._zeros.data_ptr(), self._scratch.data_ptr() - zeros
         return {name: at + (first if at < zeros else second) for name, at in offsets.items()}

@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 
 UNITS_A_WARP, STRIP, RUN = 128, 32, 8  # as in common.cu
-MOST_CALLS = 8
+MAX_CALLS = 8
 ENOUGH_ITEMS = 4096  # for every warp of a large card
-LEAST_CHUNK = 16  # tokens; chunks are multiples of it
+MIN_CHUNK = 16  # tokens; chunks are multiples of it
 ALIGNMENT = 256
 
 NUMBERS = {torch.bfloat16: 0, torch.float16: 16, torch.float32: 32}  # DTYPE in common.cu
@@ -45,11 +45,11 @@ def window(dtype: torch.dtype, shared: int) -> tuple[int, int]:
         shared: bytes of shared memory of a block.
     """
     octave = OCTAVE[dtype]
-    most = (shared // 8 - STRIP) // octave
+    maximum = (shared // 8 - STRIP) // octave
     if dtype != torch.float16:
-        octaves = min(64, most)
+        octaves = min(64, maximum)
         return (144 - octaves) * octave, octaves * octave
-    octaves = min(30, most)
+    octaves = min(30, maximum)
     return max(1, (31 - octaves) // 2 - 2) * octave, octaves * octave
 
 
@@ -64,7 +64,7 @@ def chunk_of(rows: int, tokens: int, units: int) -> int:
     The order of float sums depends on it, so it is a function of shapes only.
     """
     chunks = -(-ENOUGH_ITEMS // (rows * -(-units // UNITS_A_WARP)))
-    return -(-tokens // (chunks * LEAST_CHUNK)) * LEAST_CHUNK
+    return -(-tokens // (chunks * MIN_CHUNK)) * MIN_CHUNK
 
 
 @lru_cache(maxsize=64)
@@ -76,7 +76,7 @@ def layout(
     parts = rows * -(-tokens // chunk)
     items = parts * -(-units // UNITS_A_WARP) if dtype == torch.float32 else 0
     zeros = {"ticket": 4, "arrived": 4 * parts, "bad": rows * tokens}
-    rest = {
+    scratch = {
         "sums": 8 * parts * units,
         "squares": 8 * parts * units * squared,
         "seen": 16 * parts,
@@ -86,7 +86,7 @@ def layout(
         "pooled": 8 * rows,
         "row_seen": 16 * rows,
     }
-    sizes = {name: size for name, size in (zeros | rest).items() if size}
+    sizes = {name: size for name, size in (zeros | scratch).items() if size}
     ends = [0]
     for size in sizes.values():
         ends.append(ends[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
@@ -101,4 +101,4 @@ def record(values: dict[str, int]) -> bytes:
 
 def records(calls: list[bytes]) -> bytes:
     """Return the bytes of a ``struct Calls``."""
-    return struct.pack("q", len(calls)) + b"".join(calls).ljust(MOST_CALLS * 8 * len(fields()), b"\0")
+    return struct.pack("q", len(calls)) + b"".join(calls).ljust(MAX_CALLS * 8 * len(fields()), b"\0")

@@ -36,7 +36,7 @@ __device__ u16 float_to_half(float x) {
 static const int UNITS_A_LANE = 4, UNITS_A_WARP = 128, WARP = 32;
 static const int RUN = 8;         // tokens that a warp compares
 static const int FINISHERS = 128; // threads of a block of `finish`, one a unit
-static const int MOST_CALLS = 8;  // that one launch finishes
+static const int MAX_CALLS = 8;  // that one launch finishes
 static const u32 EVERY_LANE = 0xFFFFFFFFu, A_BAD_ITEM = 1u << 16;
 
 // What a launch works on, 8 bytes each. Python reads the names from here.
@@ -79,7 +79,7 @@ struct Call {
 
 struct Calls {
     i64 number;
-    Call at[MOST_CALLS];
+    Call at[MAX_CALLS];
 };
 
 // ------------------------------------------------------------------------------------------------------------- dtypes

@@ -60,9 +60,9 @@ class Device:
         """See `cuda.backend.Launcher`."""
         with torch.cuda.device(self._device):
             function = self._functions.get((dtype, kernel)) or self._function(dtype, kernel)
-            given = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))
+            pointers = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))
             stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-            code = self._driver.cuLaunchKernel(function, grid, 1, 1, block, 1, 1, shared, stream, given, None)
+            code = self._driver.cuLaunchKernel(function, grid, 1, 1, block, 1, 1, shared, stream, pointers, None)
             self._check(code, f"launch {kernel}")
 
     def _function(self, dtype: torch.dtype, kernel: str) -> ctypes.c_void_p:

@@ -65,8 +65,8 @@ def compile_for(dtype: torch.dtype, architecture: str, shared: int, major: int, 
     ]
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source().encode(), b"kernels.cu", 0, None, None)
     try:
-        given = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
-        failed = nvrtc.nvrtcCompileProgram(program, len(flags), given)
+        arguments = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+        failed = nvrtc.nvrtcCompileProgram(program, len(flags), arguments)
         log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
         if failed:
             raise NotCompiled(f"NVRTC {major} fails for {architecture} (error {failed}): {log.strip()[:2000]}")

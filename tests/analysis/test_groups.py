@@ -1,0 +1,162 @@
+"""Correlations of all pairs by matrix products, against scipy, and the agreement of groups, against a plain loop."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.warehouses import write_scores
+
+from avss_dist.analysis import groups
+from avss_dist.analysis.agreement import Scores, rank_correlations
+from avss_dist.analysis.compare import RankingComparison, compare, size_label
+from avss_dist.analysis.groups import Member, survey_pairs
+from avss_dist.analysis.rank_matrix import RankMatrix
+from avss_dist.core.settings import PUBLISHED_THRESHOLD
+from avss_dist.stats.intervals import jackknife_interval
+from avss_dist.stats.scores import Threshold
+from avss_dist.warehouse.reader import Warehouse
+
+AT = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
+
+
+def draw_scores(number: int = 40) -> list[Scores]:
+    """Scores of models of several depths, with ties, constants, missing layers, NaN and infinities among them."""
+    rng = np.random.default_rng(1)
+    scores: list[Scores] = []
+    for index in range(number):
+        size = (12, 12, 24, 30, 2)[index % 5]
+        values = rng.integers(0, 40, size).astype(float)
+        depth = (np.arange(size) + 0.5) / size
+        if index == 3:
+            values[4] = np.nan
+        if index == 6:
+            values[0] = np.inf
+        if index == 7:
+            depth, values = np.delete(depth, 3), np.delete(values, 3)
+        if index == 10:
+            values[:] = 1.0
+        scores.append((depth, values))
+    return scores
+
+
+def test_products_are_what_pair_by_pair_gives() -> None:
+    scores = draw_scores()
+    every = np.arange(len(scores))
+    rho, partial = RankMatrix(scores).correlations(every, every)
+    pairs = np.array([*combinations(range(len(scores)), 2)]).T
+    expected = rank_correlations(scores, *pairs)
+    np.testing.assert_array_equal(rho[tuple(pairs)], expected[0])
+    np.testing.assert_allclose(partial[tuple(pairs)], expected[1], rtol=1e-12)
+    np.testing.assert_array_equal(rho, rho.T)
+
+
+@pytest.mark.parametrize("across_models", [True, False])
+def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "AT_ONCE", 7)
+    scores = draw_scores(60)
+    members = [
+        Member(
+            stratum=index % 2 if across_models else (index % 2, index // 4),
+            value=("x", "y")[index % 4 // 2],
+            model=str(index // 4),
+            group=("x", "y")[index % 4 // 2] if not across_models else ("x", "y")[index // 4 % 2],
+        )
+        for index in range(60)
+    ]
+    rho, _ = RankMatrix(scores).correlations(np.arange(60), np.arange(60))
+    survey = survey_pairs(RankMatrix(scores), members, by="family", across_models=across_models, most=3)
+
+    def values(first: str, second: str, without: str | None = None) -> np.ndarray:
+        chosen = [
+            rho[i, j]
+            for i, j in combinations(range(60), 2)
+            if members[i].stratum == members[j].stratum
+            and {members[i].group, members[j].group} == {first, second}
+            and (members[i].model != members[j].model) == across_models
+            and without not in (members[i].model, members[j].model)
+        ]
+        return np.array([value for value in chosen if np.isfinite(value)])
+
+    rows = {(row["a"], row["b"]): row for row in survey.groups.to_pylist()}
+    assert set(rows) == ({("x", "x"), ("x", "y"), ("y", "y")} if across_models else {("x", "y")})
+    for (first, second), row in rows.items():
+        every = values(first, second)
+        assert (row["pairs"], row["spearman"]) == (len(every), pytest.approx(every.mean()))
+        models = sorted({member.model for member in members if member.group in (first, second)})
+        present = [model for model in models if len(values(first, second, model)) < len(every)]
+        left_out = np.array([values(first, second, model).mean() for model in present])
+        low, high = jackknife_interval(np.float64(every.mean()), left_out)
+        assert row["models"] == len(present)
+        assert (row["spearman_low"] or np.nan) == pytest.approx(low, nan_ok=True)
+        assert (row["spearman_high"] or np.nan) == pytest.approx(high, nan_ok=True)
+    wanted = [
+        rho[i, j]
+        for i, j in combinations(range(60), 2)
+        if members[i].stratum == members[j].stratum and members[i].value != members[j].value
+    ]
+    defined = np.sort([value for value in wanted if np.isfinite(value)])
+    assert survey.number == len(wanted)
+    summary = survey.summary("spearman")
+    assert summary.count == len(defined)
+    expected = np.median(defined), defined[0], defined[-1]
+    assert (summary.median, summary.lowest, summary.highest) == pytest.approx(expected, abs=2e-5)
+    extremes = np.sort([rho[i, j] for i, j in survey.extremes.T])
+    np.testing.assert_array_equal(extremes, [*defined[:3], *defined[-3:]])
+
+
+def write_models(root: Path) -> Warehouse:
+    """Ten models of two families, alike within a family, and of two sizes."""
+    rng = np.random.default_rng(0)
+    shape = {"llama": np.arange(12.0), "gemma": 4 * np.sin(np.arange(12.0))}
+    for index in range(20):
+        family = ("llama", "gemma")[index % 2]
+        values = (shape[family] + rng.normal(0, 1, 12) + 20).tolist()
+        columns: dict[str, Any] = {"num_parameters": (1, 7)[index // 10] * 10**9}
+        write_scores(root, f"run-{index}", values, model=f"org/{family}-{index}", family=family, **columns)
+    return Warehouse(root)
+
+
+def comparison(warehouse: Warehouse, by: str, **options: Any) -> RankingComparison:
+    return compare(warehouse, warehouse.runs()["run_id"].to_pylist(), by=by, threshold=AT, **options)
+
+
+def test_models_of_a_family_agree_more_than_those_of_two(tmp_path: Path) -> None:
+    compared = comparison(write_models(tmp_path), "family")
+    rows = {(row["a"], row["b"]): row for row in compared.groups.to_pylist()}
+    within, between = rows["llama", "llama"], rows.get(("llama", "gemma")) or rows["gemma", "llama"]
+    assert within["spearman_low"] > 0.8 > between["spearman_high"]
+    assert (within["pairs"], within["models"], between["pairs"], between["models"]) == (45, 10, 100, 20)
+    assert within["given_depth"] < within["spearman"], "depth is most of it"
+    assert compared.number == len(compared.pairs) == 100
+
+
+def test_all_pairs_are_summarized_when_few_are_listed(tmp_path: Path) -> None:
+    warehouse = write_models(tmp_path)
+    whole, part = comparison(warehouse, "run"), comparison(warehouse, "run", max_listed=10)
+    assert whole.groups.equals(part.groups)
+    assert part.number == whole.number == 190
+    for name in ("spearman", "given_depth"):
+        exact, rounded = getattr(whole, name), getattr(part, name)
+        assert rounded.count == exact.count
+        ends = exact.median, exact.lowest, exact.highest
+        assert (rounded.median, rounded.lowest, rounded.highest) == pytest.approx(ends, abs=2e-5)
+
+
+def test_models_are_grouped_by_size(tmp_path: Path) -> None:
+    assert [size_label(n) for n in (10**8, 10**9, 200 * 10**9, None)] == [
+        "under 0.5B",
+        "0.5B to 1.5B",
+        "150B and more",
+        "unknown",
+    ]
+    compared = comparison(write_models(tmp_path), "size")
+    assert compared.number == 100
+    assert {(row["a"], row["b"]) for row in compared.groups.to_pylist()} == {
+        ("0.5B to 1.5B", "0.5B to 1.5B"),
+        ("0.5B to 1.5B", "4B to 10B"),
+        ("4B to 10B", "4B to 10B"),
+    }
