@@ -21,10 +21,11 @@ from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.savings import Budget, run_size
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice
-from avss_dist.requests import PlanRequest, PruneRequest, ShrinkRequest, SparsifyRequest
+from avss_dist.requests import DistillRequest, PlanRequest, PruneRequest, ShrinkRequest, SparsifyRequest
 from avss_dist.warehouse.reader import Warehouse
 
 if TYPE_CHECKING:
+    from avss_dist.distillation.distill import Distilled
     from avss_dist.evaluation.events import OnEvent
     from avss_dist.evaluation.search import SearchResult
     from avss_dist.evaluation.shrink import Shrunk
@@ -188,3 +189,14 @@ def _repair(request: PruneRequest) -> Repair | None:
     del given["trust_remote_code"]  # which a checkpoint without a repair uses, too
     refuse_unused(given, "without a repair", "Leave it out, or name a `repair`.")
     return None
+
+
+@keywords(DistillRequest)
+def distill(request: DistillRequest) -> Distilled:
+    """Train a smaller model on the predictions of the whole one, and write it as a checkpoint.
+
+    The work so far is kept in a folder beside the output, from which the same call resumes after an interruption.
+    """
+    from avss_dist.distillation.distill import distill as run
+
+    return run(request)
