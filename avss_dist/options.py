@@ -66,7 +66,6 @@ class Option:
         names: spellings; by default the name of the field.
         panel: heading of the option in the help.
         metavar: placeholder of the value in the help.
-        choices: names that the help lists, if the field itself does not check them.
         environment: environment variable that has the default.
         argument: the value is a positional argument.
         repeatable: the option may be given several times; always true for tuples.
@@ -75,7 +74,6 @@ class Option:
     names: tuple[str, ...] = ()
     panel: str | None = None
     metavar: str | None = None
-    choices: tuple[str, ...] = ()
     environment: str | None = None
     argument: bool = False
     repeatable: bool = False
@@ -106,6 +104,7 @@ if TYPE_CHECKING:
         """Values of a command. Type checkers see all fields of `Settings` and `Execution` in every request."""
 
         shared: ClassVar[tuple[str, ...]]
+        replaces: ClassVar[bool]
         reporter: Any = None
 
         @property
@@ -122,12 +121,14 @@ else:
 
         Attributes:
             shared: names of the fields of `Settings` and `Execution` that the command takes as well.
+            replaces: values of shared fields replace those of a file. Their options have no defaults.
             settings, execution: made from the values of the shared fields.
             given: values of the shared fields, as they were passed.
             reporter: receives the progress of the work. It has no option.
         """
 
         shared: ClassVar[tuple[str, ...]] = ()
+        replaces: ClassVar[bool] = False
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))

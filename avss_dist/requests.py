@@ -21,6 +21,8 @@ from avss_dist.core.registry import (
     searches_instead,
 )
 from avss_dist.core.settings import (
+    ANSWER_SECONDS,
+    CONNECT_SECONDS,
     DEFAULT_WAREHOUSE,
     EVERY_SITE,
     PUBLISHED_THRESHOLD,
@@ -45,6 +47,9 @@ ESTIMATED = tuple(name for name, cls in SHARED.items() if cls is Settings and na
 GREEDY = "greedy"  # the search of `registry.SEARCHES` that shrinking can use, with a repair fitted to every set
 RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 """Scores of single layers, by which shrinking can rank them."""
+REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh", "tracker")
+"""Fields of `Execution` that options of avss run replace."""
+LISTINGS = ("runs", "plans", "evaluations")
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
 LEFT_OUT = "Removals"
@@ -83,7 +88,13 @@ Warehouse = Annotated[
 RunName = Annotated[Any, Check(_run_name, before=True)]
 RunNames = Annotated[Any, Check(_run_names, before=True), Option(names=("--run",), repeatable=True)]
 Output = Annotated[PathOrText, Option(names=("--output", "-o"))]
+OptionalOutput = Annotated[PathOrText | None, Option(names=("--output", "-o"))]
+Follow = Annotated[bool, Option(names=("--follow", "-f"))]
 Model = Annotated[PathOrText, Option(argument=True, metavar="MODEL")]
+JobPath = Annotated[Any, Option(argument=True, metavar="JOB.yaml")]
+JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
+Timeout = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
+Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]
 Threshold = str | float
 Site = Annotated[str, OneOf(EVERY_SITE)]
 Recipe = Annotated[str, OneOf(RECIPES)]
@@ -128,6 +139,14 @@ class RunsRequest(WarehouseRequest):
 
     run: RunNames = ()
     """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. All by default."""
+
+
+@request
+class NewestRunsRequest(WarehouseRequest):
+    """A command about the newest run of a warehouse, or about runs that are named."""
+
+    run: RunNames = ()
+    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. The newest by default."""
 
 
 @request
@@ -460,6 +479,14 @@ class FindingsRequest(RunsRequest):
 
 
 @request
+class FindingsAtRequest(PlaceRequest, FindingsRequest):
+    """List the findings about one reading of AVSS."""
+
+    every: Annotated[bool, Option(names=("--all",))] = False
+    """Show findings of every site and recipe."""
+
+
+@request
 class ContrastRequest(PlaceRequest, RunRequest):
     """Contrast hallucinated with truthful answers, layer by layer."""
 
@@ -469,19 +496,164 @@ class ContrastRequest(PlaceRequest, RunRequest):
     """Label of hallucinated answers."""
     truthful: str | None = None
     """Label of truthful answers."""
+    predictions: bool = False
+    """With csv or json: how well each layer predicts the label."""
 
 
 @request
-class JobRequest(Request):
-    """Run a job file. The shared settings replace those of the file."""
+class ListRequest(WarehouseRequest):
+    """List runs, evaluated sets of layers, or evaluations."""
+
+    what: Annotated[str, OneOf(LISTINGS), Option(argument=True)] = field(default=LISTINGS[0], kw_only=False)
+    """What to list."""
+
+
+@request
+class ShowRequest(PlaceRequest, NewestRunsRequest):
+    """Show scores by layer."""
+
+    output: OptionalOutput = None
+    """File to write to instead of standard output."""
+    experts: bool = False
+    """Show routed experts instead of layers."""
+
+
+@request
+class PlotRequest(PlaceRequest, NewestRunsRequest):
+    """Draw scores by depth."""
+
+    output: Output
+    """Picture or page to write: FILE.png, .svg or .html."""
+
+
+@request
+class QuantilesRequest(NewestRunsRequest):
+    """Show the size of activations by layer."""
+
+    q: Shares = ()
+    """Quantile of |x|, 0 to 1."""
+    sparsity: Shares = ()
+    """The threshold below which this share of the elements is."""
+    site: Site = SITES[0]
+    """Site in a layer whose activations are read."""
+
+
+@request
+class ScorecardRequest(RunsRequest):
+    """Compare every score with the ground truth."""
+
+    every: Annotated[bool, Option(names=("--all",))] = False
+    """Show every reading of AVSS, not only the best of each site."""
+
+
+@request
+class ReportRequest(RunsRequest):
+    """Write a web page of a warehouse."""
+
+    output: Output = "report.html"
+    """The page to write."""
+
+
+@request
+class PublishRequest(WarehouseRequest):
+    """Write the finished runs of a warehouse for others to read."""
+
+    target: Annotated[Text, Option(argument=True, metavar="TARGET")] = field(kw_only=False)
+    """A new folder or s3://, gs://, abfss:// URI, or hf://datasets/ORG/NAME."""
+
+
+@request
+class QueryRequest(WarehouseRequest):
+    """Query a warehouse with SQL."""
+
+    sql: Annotated[str | None, Option(argument=True, metavar="SQL")] = field(default=None, kw_only=False)
+    """One SELECT over the tables (--schema lists them), or @name, a ready-made query."""
+    schema: bool = False
+    """Describe every table, column and ready-made query."""
+    output: OptionalOutput = None
+    """File to write to instead of standard output."""
+
+
+@request
+class DoctorRequest(Request):
+    """Check what works on this machine."""
+
+
+@request
+class JobFileRequest(Request):
+    """A command about a job file. Values of the shared settings replace those of the file."""
+
+    job: JobPath = field(kw_only=False)
+    """A job file; avss run --schema lists its keys."""
+
+    replaces = True
+
+
+@request
+class RunJobRequest(JobFileRequest):
+    """Run a job file."""
+
+    allow_overlap: bool = False
+    """Allow evaluation on text that scores or repairs were made on."""
+    allow_many: Annotated[bool, Option(names=("--yes",))] = False
+    """Continue even if it is a great deal of work."""
+
+    shared = REPLACEABLE
+
+
+@request
+class JobRequest(RunJobRequest):
+    """Run a job file from Python."""
 
     job: Any = field(kw_only=False)
     """A job file, or the job that `runs.job_file.read_job` made of one."""
-    allow_overlap: bool = False
-    """Allow evaluation on text that scores or repairs were made on."""
-    allow_many: bool = False
-    """Continue even if it is a great deal of work."""
     cells: Any = None
     """Receives the progress of an experiment; `reporter` receives that of scoring."""
 
     shared = tuple(Execution.__dataclass_fields__)
+
+
+@request
+class ClusterRequest(Request):
+    """A command about the jobs of a Ray cluster."""
+
+    address: Annotated[str, Option(environment="RAY_API_SERVER_ADDRESS")]
+    """The cluster's job server: http://HEAD:8265."""
+    connect_seconds: Timeout = CONNECT_SECONDS
+    """Seconds to wait for a connection to the job server."""
+    answer_seconds: Timeout = ANSWER_SECONDS
+    """Seconds to wait for its answer."""
+
+
+@request
+class SubmitRequest(JobFileRequest, ClusterRequest):
+    """Submit a job file to a Ray cluster."""
+
+    follow: Follow = False
+    """Print the log until the job ends."""
+
+    shared = ("replicas", "fresh")
+
+
+@request
+class ListJobsRequest(ClusterRequest):
+    """List the jobs of a Ray cluster."""
+
+    job_id: JobId | None = field(default=None, kw_only=False)
+    """A job; all jobs by default."""
+
+
+@request
+class JobIdRequest(ClusterRequest):
+    """Stop a job, or read its log."""
+
+    job_id: JobId = field(kw_only=False)
+    """Id of the job, from avss jobs list."""
+
+
+@request
+class LogsRequest(JobIdRequest):
+    """Print the log of a job."""
+
+    follow: Follow = False
+    """Print the log until the job ends."""

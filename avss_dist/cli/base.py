@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
-from avss_dist.cli.commands import COMMANDS, epilog
+from avss_dist.cli.commands import COMMANDS, MOVED, epilog
 from avss_dist.core.errors import AvssError, RunFailed, is_full, nearest, spell_fields, unwritable
 from avss_dist.core.text import printable
 from avss_dist.system.signals import arm, exit_code, stop_signal
@@ -117,15 +117,17 @@ def _complain(text: object, error: Exception) -> None:
 
 @contextmanager
 def _printable_mistakes() -> Iterator[None]:
-    """Make the framework's messages on wrong command lines printable, and add hints."""
+    """Make the framework's messages on invalid command lines printable, and add hints."""
     try:
         yield
     except _UsageError as error:
         error.message = printable(error.message)
         if "unexpected extra argument" in error.message and "warehouse" in (_spelling.get() or {}):
             error.message += ". The warehouse is an option: -w."
-        if str(getattr(error, "option_name", "")).startswith("--spars"):
-            error.message += ". avss sparsify makes sparsity plans: avss sparsify 0.5 -o sparse.yaml."
+        command, option = getattr(error.ctx, "info_name", ""), getattr(error, "option_name", "")
+        if instead := MOVED.get(str(command), {}).get(option):
+            error.message += f". It is an option of another command: {instead}"
+            error.possibilities = []
         raise
 
 

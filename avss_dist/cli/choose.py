@@ -64,7 +64,9 @@ def newest_of(warehouse: Warehouse, name: str | None) -> list[str]:
     return [f"This is the newest of {number} runs; --run names another."] if number > 1 and not name else []
 
 
-def choose_scores(warehouse: Warehouse, runs: list[dict[str, Any]], site: str, recipe: str, threshold: str) -> pa.Table:
+def choose_scores(
+    warehouse: Warehouse, runs: list[dict[str, Any]], site: str, recipe: str, threshold: str | float
+) -> pa.Table:
     """Return the scores of runs at one site, recipe and threshold, as `thresholds.layer_scores`."""
     from avss_dist.analysis.thresholds import layer_scores
 
@@ -80,7 +82,7 @@ def score_rows(scores: pa.Table) -> list[dict[str, Any]]:
     return [{name: None if value != value else value for name, value in row.items()} for row in scores.to_pylist()]
 
 
-def _not_scored(table: pa.Table, site: str, recipe: str, threshold: str) -> QueryError:
+def _not_scored(table: pa.Table, site: str, recipe: str, threshold: str | float) -> QueryError:
     """Return the error for missing scores of a site, recipe and threshold. It lists those that exist."""
     rows = table.group_by(table.column_names).aggregate([]).to_pylist()
     here = [row for row in rows if (row["site"], row["recipe"]) == (site, recipe)]

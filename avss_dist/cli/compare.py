@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from avss_dist.cli.choose import MOST_NAMED, choose_runs, choose_threshold, open_warehouse
-from avss_dist.cli.options import (
-    FORMATS,
-    EveryRunOption,
-    FormatOption,
-    RecipeOption,
-    RunsOption,
-    SiteOption,
-    WarehouseOption,
-    takes,
-)
-from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.registry import RECIPES
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, SITES
+from avss_dist.cli.options import FORMATS, takes
+from avss_dist.core.errors import QueryError
 from avss_dist.core.text import describe_threshold
-from avss_dist.requests import CompareRequest, FindingsRequest
+from avss_dist.requests import CompareRequest, FindingsAtRequest, QuantilesRequest, ScorecardRequest
 from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:
@@ -30,9 +17,11 @@ if TYPE_CHECKING:
 
 MAX_TABLED = 20_000  # pairs of which all are compared in full for a table on a terminal
 
+DEFAULT_QUANTILES = (0.5, 0.9, 0.99)
 
-@takes(CompareRequest)
-def compare(format: FormatOption = FORMATS[0], **values: Any) -> None:
+
+@takes(CompareRequest, FORMATS)
+def compare(format: str, **values: Any) -> None:
     """Compare layer rankings between runs: how far they agree, and findings that speak against it."""
     from avss_dist.analysis.compare import MAX_PAIRS
     from avss_dist.analysis.findings import findings as find
@@ -82,24 +71,18 @@ def _say_left_out(comparison: RankingComparison) -> None:
         say(f"Left out: {', '.join(names[:MOST_NAMED])}{more}: {reason}.")
 
 
-@takes(FindingsRequest)
-def findings(
-    site: SiteOption = SITES[0],
-    recipe: RecipeOption = RECIPES[0],
-    every: Annotated[bool, typer.Option("--all", help="Show findings of every site and recipe.")] = False,
-    format: FormatOption = FORMATS[0],
-    **values: Any,
-) -> None:
+@takes(FindingsAtRequest, FORMATS)
+def findings(format: str, **values: Any) -> None:
     """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import findings_list
 
-    request = FindingsRequest(**values)
+    request = FindingsAtRequest(**values)
     opened = open_warehouse(str(request.warehouse))
     names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
     table = find(opened, names if request.run else None, threshold=choose_threshold(request.threshold))
-    selected = table if every else _at(table, site, recipe)
+    selected = table if request.every else _at(table, request.site, request.recipe)
     if format != FORMATS[0]:
         return write_table(selected, format, console())
     console().print(findings_list(selected))
@@ -108,32 +91,23 @@ def findings(
     return None
 
 
-def quantiles(
-    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
-    q: Annotated[list[float] | None, typer.Option("--q", help="Quantile of |x|, 0 to 1; repeatable.")] = None,
-    sparsity: Annotated[
-        list[float] | None,
-        typer.Option(help="The threshold below which this share of the elements is; repeatable."),
-    ] = None,
-    site: SiteOption = SITES[0],
-    run: RunsOption = None,
-    format: FormatOption = FORMATS[0],
-) -> None:
+@takes(QuantilesRequest, FORMATS)
+def quantiles(format: str, **values: Any) -> None:
     """Show the size of activations by layer: quantiles of |x|, or the threshold for a given sparsity."""
-    shares = [*(q or []), *(sparsity or [])] or [0.5, 0.9, 0.99]
-    for share in shares:
-        if not 0 <= share <= 1:
-            raise ConfigError(f"{share:g} is not a share: expected a number from 0 to 1.", "Write 0.9, for example.")
     from avss_dist.analysis.stats_findings import grouped
     from avss_dist.analysis.thresholds import quantiles as find
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import quantiles_table
 
-    opened = open_warehouse(warehouse)
-    runs = choose_runs(opened, run or [])
-    table = find(opened, runs, shares, [site])
+    request = QuantilesRequest(**values)
+    opened = open_warehouse(str(request.warehouse))
+    runs = choose_runs(opened, request.run)
+    shares = (*request.q, *request.sparsity) or DEFAULT_QUANTILES
+    table = find(opened, runs, shares, [request.site])
     if not table.num_rows:
-        raise QueryError(f"No statistics of site '{site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'")
+        raise QueryError(
+            f"No statistics of site '{request.site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'"
+        )
     if format != FORMATS[0]:
         return write_table(table, format, console())
     for rows in grouped(table.to_pylist(), "run_id").values():
@@ -141,23 +115,18 @@ def quantiles(
     return None
 
 
-def scorecard(
-    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
-    run: EveryRunOption = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Show every reading of AVSS, not only the best of each site.")
-    ] = False,
-    format: FormatOption = FORMATS[0],
-) -> None:
+@takes(ScorecardRequest, FORMATS)
+def scorecard(format: str, **values: Any) -> None:
     """Compare every score with the ground truth: which one finds the layers that can go."""
     from avss_dist.analysis.scorecard import best_readings, score_cards
     from avss_dist.report.output import write_table
     from avss_dist.report.scorecards import scorecard_sections
     from avss_dist.report.terminal.tables import rendered
 
-    opened = open_warehouse(warehouse)
-    cards = score_cards(opened, choose_runs(opened, run or [], every=True))
-    selected = cards if every else best_readings(cards)
+    request = ScorecardRequest(**values)
+    opened = open_warehouse(str(request.warehouse))
+    cards = score_cards(opened, choose_runs(opened, request.run, every=True))
+    selected = cards if request.every else best_readings(cards)
     if format == "table":
         console().print(rendered(*scorecard_sections(selected)))
     else:

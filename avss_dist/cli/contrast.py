@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from avss_dist.cli.choose import choose_run, open_warehouse
-from avss_dist.cli.options import FORMATS, FormatOption, takes
+from avss_dist.cli.options import FORMATS, takes
 from avss_dist.core.text import parse_threshold
 from avss_dist.requests import ContrastRequest
 from avss_dist.system.streams import console, say
 
 
-@takes(ContrastRequest)
-def contrast(
-    predictions: Annotated[
-        bool, typer.Option("--predictions", help="With csv or json: how well each layer predicts the label.")
-    ] = False,
-    format: FormatOption = FORMATS[0],
-    **values: Any,
-) -> None:
+@takes(ContrastRequest, FORMATS)
+def contrast(format: str, **values: Any) -> None:
     """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
     request = ContrastRequest(**values)
     value, kind = parse_threshold(request.threshold)
@@ -45,6 +37,6 @@ def contrast(
         label = f"{result.reading['model']}  ({result.reading['run_id']})"
         console().print(rendered(contrast_section(label, result)))
         return
-    write_table(result.predictions if predictions else result.layers, format, console())
+    write_table(result.predictions if request.predictions else result.layers, format, console())
     for line in result.findings:
         say(line)

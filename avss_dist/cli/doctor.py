@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from avss_dist.cli.options import TEXT_FORMATS, TextFormatOption
+from avss_dist.cli.options import TEXT_FORMATS, takes
+from avss_dist.requests import DoctorRequest
 from avss_dist.system.streams import console, emit_json
 
 
-def doctor(format: TextFormatOption = TEXT_FORMATS[0]) -> int:
+@takes(DoctorRequest, TEXT_FORMATS)
+def doctor(format: str) -> int:
     """Check what works on this machine: devices, Ray, DeepSpeed, versions."""
     from avss_dist.system.doctor import check_machine
 

@@ -4,72 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from avss_dist.cli.base import HELP, Group
 from avss_dist.cli.commands import epilog
-from avss_dist.cli.options import FORMATS, TEXT_FORMATS, FormatOption, TextFormatOption, takes_output, takes_settings
-from avss_dist.cli.run import JobPath
-from avss_dist.core.settings import ANSWER_SECONDS, CONNECT_SECONDS
+from avss_dist.cli.options import FORMATS, TEXT_FORMATS, takes, takes_output
+from avss_dist.requests import ClusterRequest, JobIdRequest, ListJobsRequest, LogsRequest, SubmitRequest
 from avss_dist.system.signals import exit_code
 from avss_dist.system.streams import console, emit, emit_json, say
 
 if TYPE_CHECKING:
     from avss_dist.runs.submission import Cluster
 
-JobId = Annotated[str, typer.Argument(metavar="JOB_ID", help="Id of the job, from avss jobs list.")]
-Head = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server: http://HEAD:8265.")]
-ConnectOption = Annotated[float, typer.Option(help="Seconds to wait for a connection to the job server.", min=0.01)]
-AnswerOption = Annotated[float, typer.Option(help="Seconds to wait for its answer.", min=0.01)]
-FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Print the log until the job ends.")]
 
-
-@takes_settings("replicas", "fresh")
-def submit(
-    job: JobPath,
-    address: Head,
-    follow: FollowOption = False,
-    connect_seconds: ConnectOption = CONNECT_SECONDS,
-    answer_seconds: AnswerOption = ANSWER_SECONDS,
-    format: TextFormatOption = TEXT_FORMATS[0],
-    **options: Any,
-) -> int:
+@takes(SubmitRequest, TEXT_FORMATS)
+def submit(format: str, **values: Any) -> int:
     """Submit a job file to a Ray cluster, which runs it with avss run; it needs avss_dist and the models."""
     from avss_dist.runs.job_file import read_job
 
-    job_file = read_job(job, expand=False)
-    replace(job_file.execution, **options)  # raises here the errors that the cluster would
-    arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
-    cluster = _cluster(address, connect_seconds, answer_seconds)
+    request = SubmitRequest(**values)
+    job_file = read_job(request.job, expand=False)
+    replace(job_file.execution, **request.given)  # raises here the errors that the cluster would
+    arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in request.given.items()]
+    cluster = _cluster(request)
     job_id = cluster.submit(job_file, arguments)
-    if not follow:
+    if not request.follow:
         if format == "json":
-            emit_json({"job": job_id, "address": address})
+            emit_json({"job": job_id, "address": request.address})
         else:
             emit(job_id)
-        say(f"Follow it: avss jobs logs {job_id} --address {address} --follow")
+        say(f"Follow it: avss jobs logs {job_id} --address {request.address} --follow")
         return 0
     say(f"Submitted {job_id}.")
-    return _follow(cluster, job_id, address)
+    return _follow(cluster, job_id)
 
 
-def list_(
-    address: Head,
-    job_id: Annotated[str | None, typer.Argument(metavar="JOB_ID", help="A job; all jobs by default.")] = None,
-    connect_seconds: ConnectOption = CONNECT_SECONDS,
-    answer_seconds: AnswerOption = ANSWER_SECONDS,
-    format: FormatOption = FORMATS[0],
-) -> int:
+@takes(ListJobsRequest, FORMATS)
+def list_(format: str, **values: Any) -> int:
     """List submitted jobs and their status."""
     import pyarrow as pa
 
     from avss_dist.report.output import write_table
     from avss_dist.runs.submission import COLUMNS
 
-    cluster = _cluster(address, connect_seconds, answer_seconds)
-    jobs = [cluster.job(job_id)] if job_id else cluster.jobs()
+    request = ListJobsRequest(**values)
+    cluster = _cluster(request)
+    jobs = [cluster.job(request.job_id)] if request.job_id else cluster.jobs()
     rows = [dict(zip(COLUMNS, job.row(), strict=True)) for job in jobs]
     types = {"seconds": pa.int64()}
     schema = pa.schema([(name, types.get(name, pa.string())) for name in COLUMNS])
@@ -77,31 +59,22 @@ def list_(
     return 0
 
 
-def logs(
-    job_id: JobId,
-    address: Head,
-    follow: FollowOption = False,
-    connect_seconds: ConnectOption = CONNECT_SECONDS,
-    answer_seconds: AnswerOption = ANSWER_SECONDS,
-) -> int:
+@takes(LogsRequest)
+def logs(**values: Any) -> int:
     """Print the log of a submitted job."""
-    cluster = _cluster(address, connect_seconds, answer_seconds)
-    if follow:
-        return _follow(cluster, job_id, address)
-    emit(cluster.logs(job_id), end="")
+    request = LogsRequest(**values)
+    cluster = _cluster(request)
+    if request.follow:
+        return _follow(cluster, request.job_id)
+    emit(cluster.logs(request.job_id), end="")
     return 0
 
 
-def stop(
-    job_id: JobId,
-    address: Head,
-    connect_seconds: ConnectOption = CONNECT_SECONDS,
-    answer_seconds: AnswerOption = ANSWER_SECONDS,
-    format: TextFormatOption = TEXT_FORMATS[0],
-) -> int:
+@takes(JobIdRequest, TEXT_FORMATS)
+def stop(format: str, **values: Any) -> int:
     """Stop a submitted job; its measurements are kept, and submitting it again resumes it."""
-    cluster = _cluster(address, connect_seconds, answer_seconds)
-    outcome = cluster.stop(job_id)
+    request = JobIdRequest(**values)
+    job_id, outcome = request.job_id, _cluster(request).stop(request.job_id)
     if format == "json":
         emit_json({"job": job_id, "outcome": outcome})
     else:
@@ -109,23 +82,25 @@ def stop(
     return 0
 
 
-def _cluster(address: str, connect_seconds: float, answer_seconds: float) -> Cluster:
+def _cluster(request: ClusterRequest) -> Cluster:
+    """Connect to the cluster of a request."""
     from avss_dist.runs.submission import Cluster
 
-    return Cluster(address, connect_seconds=connect_seconds, answer_seconds=answer_seconds)
+    connect, answer = request.connect_seconds, request.answer_seconds
+    return Cluster(request.address, connect_seconds=connect, answer_seconds=answer)
 
 
-def _follow(cluster: Any, job_id: str, address: str) -> int:
+def _follow(cluster: Cluster, job_id: str) -> int:
     """Print the log until the job ends, and return its exit code."""
     try:
         for text in cluster.follow(job_id):
             emit(text, end="", flush=True)
         job = cluster.wait(job_id)
     except KeyboardInterrupt as stop:
-        say(f"The job continues. Stop it: avss jobs stop {job_id} --address {address}")
+        say(f"The job continues. Stop it: avss jobs stop {job_id} --address {cluster.address}")
         return exit_code(stop)
     say(f"{job_id}: {job.status.lower()}." + (f" {job.hint}" if job.hint else ""))
-    return int(job.exit_code)
+    return int(job.exit_code or 0)
 
 
 jobs = typer.Typer(

@@ -1,4 +1,4 @@
-"""Options that several commands take. Those of settings are made from the fields of the settings classes."""
+"""Options of commands, made from the fields of their requests."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 
 from avss_dist.core.errors import ConfigError, named_fields, require_known, spell_fields
-from avss_dist.core.registry import RECIPES
-from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, Execution, Settings
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import parse_threshold
 from avss_dist.core.validation import Check, OneOf, descriptions
 from avss_dist.options import SHARED, Option, ordered
-from avss_dist.requests import require_warehouse
 from avss_dist.system.streams import QUIET, VERBOSE, set_verbosity
 
-PUBLISHED = f"{PUBLISHED_THRESHOLD:g}"
 SPELLING = {
     "sites": "--site",
     "thresholds": "--threshold",
@@ -30,28 +27,26 @@ SPELLING = {
 """Options by field, if their names differ from the field's."""
 PANELS = {Settings: "Measurement", Execution: "Execution"}
 LONGEST = 22  # characters of a list of names beside an option
-WORKERS = ("executor", "replicas", "address", "fresh")
 ENDS = ("first", "last")
 M = TypeVar("M")
 
 
-def choice(names: Sequence[str], help: str, *spelling: str) -> Any:
-    """Return an option with a fixed set of values, which the help and the shell completion list."""
-    return typer.Option(*spelling, **_of_names(names, help))
+def format_option(*names: str) -> Any:
+    """Return the option for the format of a command's result."""
+
+    def check(parameter: typer.CallbackParam, value: str) -> str:
+        return require_known(f"`{parameter.name}`", value, names)
+
+    return typer.Option("--format", rich_help_panel="Output", callback=check, **_of_names(names, "Output format."))
 
 
-def choice_argument(names: Sequence[str], help: str) -> Any:
-    """Return an argument with a fixed set of values."""
-    return typer.Argument(**_of_names(names, help) | {"help": help, "metavar": _listed(names)})
+def named_format(names: Sequence[str], help: str) -> Any:
+    """Return the option for the format of a file. The command checks the value."""
+    return typer.Option("--format", rich_help_panel="Output", **_of_names(names, help))
 
 
-def _of_names(names: Sequence[str], help: str, checked: bool = True) -> dict[str, Any]:
-    def check(parameter: typer.CallbackParam, value: Any) -> Any:
-        for name in value if isinstance(value, (list, tuple)) else [value]:
-            if name is not None:
-                require_known(f"`{parameter.name}`", name, names)
-        return value
-
+def _of_names(names: Sequence[str], help: str) -> dict[str, Any]:
+    """Return the help of an option that takes one of these names, which the shell completes."""
     listed = _listed(names)
     if len(listed) > LONGEST:  # a column of the help would cut it inside of words
         listed, help = "<name>", f"{help} One of: {', '.join(names)}."
@@ -59,7 +54,6 @@ def _of_names(names: Sequence[str], help: str, checked: bool = True) -> dict[str
         "help": help,
         "metavar": listed,
         "autocompletion": lambda incomplete: [name for name in names if name.startswith(incomplete)],
-        "callback": check if checked else None,
     }
 
 
@@ -67,28 +61,18 @@ def _listed(names: Sequence[str]) -> str:
     return f"[{'|'.join(names)}]"
 
 
-def format_option(*names: str) -> Any:
-    """Return the option for the format of a command's result."""
-    option = choice(names, "Output format.", "--format")
-    option.rich_help_panel = "Output"
-    return option
-
-
-def named_format(names: Sequence[str], help: str) -> Any:
-    """Return the option for the format of a file. The command checks the value."""
-    return typer.Option("--format", rich_help_panel="Output", **_of_names(names, help, checked=False))
-
-
 FORMATS = ("table", "csv", "json")  # the first is the default
-FormatOption = Annotated[str, format_option(*FORMATS)]
 TEXT_FORMATS = ("text", "json")  # of commands that report an action
 TextFormatOption = Annotated[str, format_option(*TEXT_FORMATS)]
 
 
-def takes(request: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def takes(request: Any, formats: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a command with an option for every field of a request. It receives given values as keywords.
 
     The fields ``first`` and ``last`` are one option, `--protect`.
+
+    Args:
+        formats: formats of the result, the default first. The command receives the chosen one as ``format``.
     """
     names = ordered(request)
     parameters = [_parameter(request, name) for name in names if name not in ENDS]
@@ -96,7 +80,8 @@ def takes(request: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     if protects:
         option = typer.Option("--protect", help="Layers to keep at both ends: first=1,last=1.")
         parameters.append(_keyword("protect", Annotated[str, option], ""))
-    parameters += [_parameter(SHARED[name], name) for name in request.shared]
+    parameters += [_parameter(SHARED[name], name, replaces=request.replaces) for name in request.shared]
+    printed = [_keyword("format", Annotated[str, format_option(*formats)], formats[0])] if formats else []
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
@@ -104,24 +89,11 @@ def takes(request: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             given = {parameter.name: values.pop(parameter.name) for parameter in parameters}
             if protects:
                 given |= dict(zip(ENDS, protected(given.pop("protect")), strict=True))
-            return command(**values, **_read(given, overrides=False))
+            return command(**values, **_read(given, request.replaces))
 
-        return _with_parameters(command, run, parameters, first=True)
-
-    return decorate
-
-
-def takes_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a command with options for fields of settings, without defaults. Given values override others."""
-    parameters = [_parameter(SHARED[name], name, overrides=True) for name in names]
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(command)
-        def run(**values: Any) -> Any:
-            given = {name: values.pop(name) for name in names}
-            return command(**values, **_read(given, overrides=True))
-
-        return _with_parameters(command, run, parameters)
+        decorated = _with_parameters(command, run, before=parameters, after=printed)
+        decorated.request = request  # type: ignore[attr-defined]
+        return decorated
 
     return decorate
 
@@ -143,7 +115,7 @@ def takes_output(command: Callable[..., Any]) -> Callable[..., Any]:
         values.pop("_quiet"), values.pop("_verbose")
         return command(**values)
 
-    return _with_parameters(command, run, added)
+    return _with_parameters(command, run, after=added)
 
 
 def _flag(name: str, short: str | None, help: str, verbosity: int | None = None) -> inspect.Parameter:
@@ -161,29 +133,43 @@ def _flag(name: str, short: str | None, help: str, verbosity: int | None = None)
 
 
 def _with_parameters(
-    command: Callable[..., Any], run: Callable[..., Any], added: Sequence[inspect.Parameter], *, first: bool = False
+    command: Callable[..., Any],
+    run: Callable[..., Any],
+    *,
+    before: Sequence[inspect.Parameter] = (),
+    after: Sequence[inspect.Parameter] = (),
 ) -> Callable[..., Any]:
-    """Give ``run`` the signature of the command that it wraps, with other parameters after or before its own."""
+    """Give ``run`` the signature of the command that it wraps, with other parameters before and after its own."""
     signature = inspect.signature(command, eval_str=True)
-    keyword_only = inspect.Parameter.KEYWORD_ONLY
-    inherited = [p.replace(kind=keyword_only) for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    run.__signature__ = signature.replace(parameters=[*added, *inherited] if first else [*inherited, *added])  # type: ignore[attr-defined]
+    named = {parameter.name for parameter in (*before, *after)}
+    inherited = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in signature.parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.name not in named
+    ]
+    run.__signature__ = signature.replace(parameters=[*before, *inherited, *after])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
     return run
 
 
-def _parameter(cls: Any, name: str, overrides: bool = False) -> inspect.Parameter:
-    """Return the parameter of a command for a field of a checked class."""
+def _parameter(cls: Any, name: str, replaces: bool = False) -> inspect.Parameter:
+    """Return the parameter of a command for a field of a checked class.
+
+    Args:
+        replaces: the value replaces that of a file, so it has no default.
+    """
     hints, annotations = _hints(cls)
     option = next(iter(_metadata(annotations[name], Option)), Option())
     kind, several = _shell_type(hints[name], annotations[name])
     several = several or option.repeatable
     default = _default(cls, name)
-    if default is not inspect.Parameter.empty and (several or (overrides and kind is not bool)):
+    if default is not inspect.Parameter.empty and (several or (replaces and kind is not bool)):
         default = None
     help = _help(cls, name, " Repeatable." if several and not option.argument else "")
-    names = next((meta.names for meta in _metadata(annotations[name], OneOf)), option.choices)
-    info = {"help": help, "metavar": option.metavar} | (_of_names(names, help, checked=False) if names else {})
+    names = next((meta.names for meta in _metadata(annotations[name], OneOf)), ())
+    info = {"help": help, "metavar": option.metavar} | (_of_names(names, help) if names else {})
+    if names and option.argument:
+        info |= {"help": help, "metavar": _listed(names)}
     info |= {"rich_help_panel": option.panel or PANELS.get(cls), "envvar": option.environment}
     annotation: Any = list[str] if several else kind
     annotation = annotation | None if default is None else annotation
@@ -247,10 +233,10 @@ def _metadata(annotation: Any, kind: type[M]) -> list[M]:
     return outer + inner
 
 
-def _read(given: Mapping[str, Any], overrides: bool) -> dict[str, Any]:
+def _read(given: Mapping[str, Any], replaces: bool) -> dict[str, Any]:
     """Return the values of options as the settings classes take them."""
     options = {name: value for name, value in given.items() if value not in (None, [])}
-    if overrides:  # a flag that is not given replaces nothing
+    if replaces:  # a flag that is not given replaces nothing
         options = {name: value for name, value in options.items() if value is not False}
     if "thresholds" in options:
         options["thresholds"] = _absolute(options["thresholds"])
@@ -276,38 +262,9 @@ def _absolute(thresholds: Sequence[str]) -> tuple[float, ...]:
     return tuple(value for value, _ in parsed.values())
 
 
-def _require_named(parameter: typer.CallbackParam, value: str | None) -> str | None:
-    try:
-        return value if value is None else str(require_warehouse(value))
-    except ConfigError as error:
-        raise ConfigError(f"`{parameter.name}`: {error.message}", error.hint) from None
-
-
 def output_option(help: str) -> Any:
     """Return the option for the file that a command writes."""
     return typer.Option("--output", "-o", help=help)
-
-
-WarehouseOption = Annotated[
-    str,
-    typer.Option(
-        "--warehouse",
-        "-w",
-        help="Folder of results, or an s3://, gs:// or hdfs:// URI.",
-        envvar="AVSS_WAREHOUSE",
-        callback=_require_named,
-    ),
-]
-OverlapOption = Annotated[
-    bool, typer.Option("--allow-overlap", help="Allow evaluation on text that scores or repairs were made on.")
-]
-ManyOption = Annotated[bool, typer.Option("--yes", help="Continue even if it is a great deal of work.")]
-_RUN = "A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'"
-RunsOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. The newest by default.")]
-EveryRunOption = Annotated[list[str] | None, typer.Option("--run", help=f"{_RUN}; repeatable. All by default.")]
-RecipeOption = Annotated[str, choice(RECIPES, "Definition of AVSS.")]
-SiteOption = Annotated[str, choice(EVERY_SITE, "Site in a layer whose activations are read.")]
-ThresholdOption = Annotated[str, typer.Option(help="Near zero means below this: 1e-5 (absolute) or 0.1rms (relative).")]
 
 
 def protected(text: str) -> tuple[int, int]:

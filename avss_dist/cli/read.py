@@ -7,28 +7,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from avss_dist.cli.base import interruptible
 from avss_dist.cli.choose import choose_runs, choose_scores, open_warehouse, score_rows
-from avss_dist.cli.options import (
-    FORMATS,
-    PUBLISHED,
-    FormatOption,
-    RecipeOption,
-    RunsOption,
-    SiteOption,
-    ThresholdOption,
-    WarehouseOption,
-    choice_argument,
-    format_option,
-    output_option,
-)
+from avss_dist.cli.options import FORMATS, takes
 from avss_dist.core.errors import QueryError, WarehouseError
-from avss_dist.core.registry import RECIPES
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, SITES
+from avss_dist.requests import ListRequest, PlotRequest, QueryRequest, ShowRequest
 from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:
@@ -46,24 +31,21 @@ LISTED = {
     "evaluations": """SELECT model, removals(drop) AS drop, task, metric, value, stderr, created_at
         FROM evaluations WHERE layer IS NULL ORDER BY created_at DESC""",
 }
-"""SQL queries of `avss ls`, newest first."""
+"""SQL query of each list of `avss ls`, newest first."""
 UNFINISHED = "unfinished"  # the status of a run that has begun and has no row
-FileOption = Annotated[Path | None, output_option("File to write to instead of standard output.")]
 
 
-def ls(
-    what: Annotated[str, choice_argument(tuple(LISTED), "What to list.")] = "runs",
-    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
-    format: FormatOption = FORMATS[0],
-) -> None:
+@takes(ListRequest, FORMATS)
+def ls(format: str, **values: Any) -> None:
     """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
     from avss_dist.report.output import write_table
 
-    opened = open_warehouse(warehouse)
-    table = _listed_runs(opened) if what == "runs" else opened.sql(LISTED[what])
-    if what == "runs" and format == FORMATS[0]:
+    request = ListRequest(**values)
+    opened = open_warehouse(str(request.warehouse))
+    table = _listed_runs(opened) if request.what == "runs" else opened.sql(LISTED[request.what])
+    if request.what == "runs" and format == FORMATS[0]:
         table = _with_kept_shards(table)
-    write_table(table, format, console())
+    write_table(table, format, console(), newest_first=True)
 
 
 def _listed_runs(opened: Warehouse) -> pa.Table:
@@ -100,27 +82,21 @@ def _with_kept_shards(table: pa.Table) -> pa.Table:
     return table.drop_columns(["kept_shards", "num_shards"])
 
 
-def show(
-    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
-    run: RunsOption = None,
-    site: SiteOption = SITES[0],
-    recipe: RecipeOption = RECIPES[0],
-    threshold: ThresholdOption = PUBLISHED,
-    output: FileOption = None,
-    format: Annotated[str, format_option(*SHOW_FORMATS)] = FORMATS[0],
-    routed: Annotated[bool, typer.Option("--experts", help="Show routed experts instead of layers.")] = False,
-) -> None:
+@takes(ShowRequest, SHOW_FORMATS)
+def show(format: str, **values: Any) -> None:
     """Show scores by layer, at any threshold; the lowest 25% of layers are marked."""
     from avss_dist.report.export import export_text
     from avss_dist.report.output import printed_to, write_table
 
-    opened = open_warehouse(warehouse)
-    runs = choose_runs(opened, run or [])
-    if routed:
+    request = ShowRequest(**values)
+    output = None if request.output is None else Path(request.output)
+    opened = open_warehouse(str(request.warehouse))
+    runs = choose_runs(opened, request.run)
+    if request.experts:
         with printed_to(output):
             _show_experts(opened, runs, format)
         return
-    scores = choose_scores(opened, runs, site, recipe, threshold)
+    scores = choose_scores(opened, runs, request.site, request.recipe, request.threshold)
     with printed_to(output):
         if format == FORMATS[0]:
             _show(runs, scores)
@@ -129,7 +105,7 @@ def show(
         else:
             emit(export_text(runs, score_rows(scores), format), end="")
     others = opened.runs().num_rows - 1
-    if others and not run and format == FORMATS[0]:
+    if others and not request.run and format == FORMATS[0]:
         emit(f"{others} more in {opened.root}: avss ls -w {opened.root}")
 
 
@@ -161,61 +137,47 @@ def _show(runs: Sequence[Mapping[str, Any]], scores: pa.Table) -> None:
                 emit(note)
 
 
-def plot(
-    output: Annotated[Path, output_option("Picture or page to write: FILE.png, .svg or .html.")],
-    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
-    run: RunsOption = None,
-    site: SiteOption = SITES[0],
-    recipe: RecipeOption = RECIPES[0],
-    threshold: ThresholdOption = PUBLISHED,
-) -> None:
+@takes(PlotRequest)
+def plot(**values: Any) -> None:
     """Draw AVSS and its baselines by depth, as a picture or page."""
     from avss_dist.report.chart import MAX_RUNS, layers_chart, save_chart
 
-    opened = open_warehouse(warehouse)
-    runs = choose_runs(opened, run or [])
-    if not run and opened.runs().num_rows > 1:
+    request = PlotRequest(**values)
+    opened = open_warehouse(str(request.warehouse))
+    runs = choose_runs(opened, request.run)
+    if not request.run and opened.runs().num_rows > 1:
         say(f"The newest run, {runs[0]['run_id']}; --run names others, --run '*' all.")
     if len(runs) > MAX_RUNS:
         raise QueryError(
             f"{len(runs):,} runs are too many for one chart: the maximum is {MAX_RUNS}.",
             "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
         )
-    save_chart(layers_chart(runs, score_rows(choose_scores(opened, runs, site, recipe, threshold))), output)
-    emit(output)
+    scores = choose_scores(opened, runs, request.site, request.recipe, request.threshold)
+    save_chart(layers_chart(runs, score_rows(scores)), Path(request.output))
+    emit(request.output)
 
 
-def query(
-    sql: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="SQL", help="One SELECT over the tables (--schema lists them), or @name, a ready-made query."
-        ),
-    ] = None,
-    warehouse: WarehouseOption = DEFAULT_WAREHOUSE,
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Describe every table, column and ready-made query.")
-    ] = False,
-    output: FileOption = None,
-    format: Annotated[str, format_option(*QUERY_FORMATS)] = FORMATS[0],
-) -> None:
+@takes(QueryRequest, QUERY_FORMATS)
+def query(format: str, **values: Any) -> None:
     """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
     from avss_dist.report.output import printed_to, write_table
 
+    request = QueryRequest(**values)
+    output = None if request.output is None else Path(request.output)
     if format == "parquet" and output is None and sys.stdout.isatty():
         raise QueryError("`format` parquet cannot be printed on a terminal.", "Name a file with `output`.")
-    if not schema and not sql:
+    if not request.schema and not request.sql:
         raise QueryError("avss query needs a query.", "avss query 'FROM runs'; avss query --schema lists the tables.")
     with printed_to(output):
-        if schema:
+        if request.schema:
             _print_schema(format)
             return
-        opened = open_warehouse(warehouse)
+        opened, sql = open_warehouse(str(request.warehouse)), str(request.sql)
         with console().status("Reading ...") if sys.stdout.isatty() else nullcontext():  # thousands of runs at first
-            table = interruptible(lambda: opened.sql(str(sql)))
+            table = interruptible(lambda: opened.sql(sql))
         write_table(table, format, console())
         if not table.num_rows:
-            say(f"No row.{_query_comment(str(sql))}")
+            say(f"No row.{_query_comment(sql)}")
 
 
 def _query_comment(sql: str) -> str:

@@ -65,7 +65,7 @@ def _options_of(name: str, command: Any) -> Iterator[str]:
     """Yield a table of the parameters of a command that are not settings."""
     function = functions().get(name)
     keywords = inspect.signature(function).parameters if function else {}
-    shared = {*Settings.__dataclass_fields__, *Execution.__dataclass_fields__}
+    shared = command.callback.request.shared
     taken = [f"`{option_of(p)}`" for p in command.params if p.name in shared]
     yield from _table("option", "Python keyword", "default", "what")
     for parameter in command.params:

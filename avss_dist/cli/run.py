@@ -9,23 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from avss_dist.cli.base import spelled
-from avss_dist.cli.options import (
-    FORMATS,
-    WORKERS,
-    FormatOption,
-    ManyOption,
-    OverlapOption,
-    takes_settings,
-)
+from avss_dist.cli.options import FORMATS, takes
 from avss_dist.core.text import count_of
-from avss_dist.requests import JobRequest
+from avss_dist.requests import JobRequest, RunJobRequest
 from avss_dist.system.streams import complain, console, emit, emit_json, say
 
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run
     from avss_dist.runs.job_file import JobFile
-
-JobPath = Annotated[str, typer.Argument(metavar="JOB.yaml", help="A job file; avss run --schema lists its keys.")]
 
 
 def _print_schema(wanted: bool) -> None:
@@ -36,9 +27,9 @@ def _print_schema(wanted: bool) -> None:
         raise typer.Exit
 
 
-@takes_settings(*WORKERS, "tracker")
+@takes(RunJobRequest, FORMATS)
 def run(
-    job: JobPath,
+    format: str,
     _schema: Annotated[
         bool,
         typer.Option(
@@ -46,22 +37,20 @@ def run(
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
-    allow_overlap: OverlapOption = False,
-    allow_many: ManyOption = False,
-    format: FormatOption = FORMATS[0],
-    **options: Any,
+    **values: Any,
 ) -> int:
     """Run a job file, its experiment included: finished runs are skipped, interrupted ones resumed."""
     from avss_dist.runs.job_file import read_job
 
-    job_file = read_job(job)
+    request = RunJobRequest(**values)
+    job_file = read_job(request.job)
     if dry_run:
-        return _preview(job_file, format, options)
-    job_file.refuse_unused(allow_overlap=allow_overlap, allow_many=allow_many)
+        return _preview(job_file, format, request.given)
+    allowed: dict[str, Any] = {"allow_overlap": request.allow_overlap, "allow_many": request.allow_many}
+    job_file.refuse_unused(**allowed)
     if job_file.experiment:
-        request = JobRequest(job_file, allow_overlap=allow_overlap, allow_many=allow_many, **options)
-        return _experiment(job_file, request, format)
-    return _run(job_file, format, options)
+        return _experiment(job_file, JobRequest(job_file, **allowed, **request.given), format)
+    return _run(job_file, format, request.given)
 
 
 def _preview(job: JobFile, format: str, options: dict[str, Any]) -> int:

@@ -7,14 +7,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from avss_dist.cli.options import TEXT_FORMATS, TextFormatOption, takes
+from avss_dist.cli.options import TEXT_FORMATS, takes
 from avss_dist.core.errors import ConfigError
 from avss_dist.requests import SampleRequest
 from avss_dist.system.streams import emit, emit_json, say
 
 
-@takes(SampleRequest)
-def sample(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
+@takes(SampleRequest, TEXT_FORMATS)
+def sample(format: str, **values: Any) -> None:
     """Let a causal language model write texts to fit a repair on, if no text of its domain is available.
 
     A stopped command continues when it is run again: texts are kept in OUTPUT.part until it ends.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -14,6 +16,8 @@ from pydantic_core import PydanticCustomError, PydanticKnownError, core_schema
 from avss_dist.core.errors import AvssError, ConfigError, nearest
 
 T = TypeVar("T")
+Location = tuple[int | str, ...]
+"""Keys and indices on the way to a value: ``("models", 0, "dtype")``."""
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -94,9 +98,14 @@ def checked(cls: type[T]) -> type[T]:
 
     It is a pydantic dataclass, so `dataclasses.replace`, ``fields`` and ``asdict`` work. ``Annotated`` types have
     ranges, `OneOf` and `Check`. The docstring below a field is its description in front ends. An invalid value, an
-    unknown or a missing field is a `ConfigError` that lists every problem, each with its field in backticks.
+    unknown or a missing field is a `ConfigError` that lists every problem, each with its field in backticks. As a
+    field of another class, an instance may be given as a mapping.
     """
     config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
+    checks: Any = cls
+    checks.__get_pydantic_core_schema__ = classmethod(_schema_that_accepts_mappings)
+    if "__post_init__" in vars(cls):
+        checks.__post_init__ = _collectable(checks.__post_init__)
     checked_class: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
     initialize = checked_class.__init__
 
@@ -104,10 +113,28 @@ def checked(cls: type[T]) -> type[T]:
         try:
             initialize(self, *positional, **values)
         except ValidationError as error:
-            raise ConfigError.combine(list(problems_by_field(checked_class, error).values())) from None
+            raise ConfigError.combine([problem for _, problem in located_problems(checked_class, error)]) from None
 
     checked_class.__init__ = initialize_or_explain
     return checked_class
+
+
+def _schema_that_accepts_mappings(cls: Any, source: Any, handler: Any) -> Any:
+    """Return pydantic's schema of a strict dataclass, whose fields stay strict."""
+    return {**handler(source), "strict": False}
+
+
+def _collectable(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Make pydantic collect the problems that a ``__post_init__`` raises, together with those of other values."""
+
+    @wraps(check)
+    def run(self: Any) -> None:
+        try:
+            check(self)
+        except ConfigError as error:
+            raise PydanticCustomError("problems", "{problems}", {"problems": error.problems}) from None
+
+    return run
 
 
 def descriptions(cls: Any) -> dict[str, str]:
@@ -128,11 +155,13 @@ _EXPECTED = {
     "bool": "true or false",
     "tuple": "a list",
     "list": "a list",
+    "dataclass": "a mapping",
     "dict": "a mapping",
     "mapping": "a mapping",
     "model": "a mapping",
 }
 """Expected kind of value, by the first word of the type of pydantic's error."""
+MAX_SHOWN = 80  # characters of a value in a message
 _BOUNDS = {
     "greater_than": ("greater than", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -141,28 +170,29 @@ _BOUNDS = {
 }
 
 
-def problems_by_field(
+def located_problems(
     cls: Any, error: ValidationError, *, noun: str = "option"
-) -> dict[tuple[int | str, ...], ConfigError]:
-    """Convert pydantic's errors to ConfigError, by the path of the value.
+) -> Iterator[tuple[Location, ConfigError]]:
+    """Yield pydantic's errors as ConfigError, each with the path of the value.
 
     Args:
         cls: a checked class or a pydantic model. Its fields may be such classes too.
         noun: noun for a field in messages: ``option`` or ``key``.
     """
-    problems = error.errors(include_url=False)
-    return {
-        tuple(problem["loc"]): _problem(cls, problem, noun)
-        for problem in problems
-        if problem["type"] != "too_short" or not problem["input"]
-    }
+    for problem in error.errors(include_url=False):
+        if problem["type"] == "problems":
+            yield from ((problem["loc"], inner) for inner in problem["ctx"]["problems"])
+        elif problem["type"] != "too_short" or not problem["input"]:
+            yield problem["loc"], _problem(cls, problem, noun)
 
 
 def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
     kind, value, context = error["type"], error["input"], error.get("ctx") or {}
     name, inner = _field_at(cls, error["loc"])
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return ConfigError(f"Unknown {noun} '{error['loc'][-1]}'.", nearest(error["loc"][-1], sorted(_fields(inner))))
+    if kind in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):
+        return ConfigError(
+            f"Unknown {noun} '{error['loc'][-1]}'.", nearest(str(error["loc"][-1]), sorted(_fields(inner)))
+        )
     if kind == "unexpected_positional_argument":
         named = [name for name, info in cls.__dataclass_fields__.items() if info.kw_only]
         return ConfigError(f"{value!r} needs a name.", f"Write it as a keyword: {', '.join(named)}.")
@@ -173,7 +203,7 @@ def _problem(cls: Any, error: Any, noun: str) -> ConfigError:
     return ConfigError(f"`{name}`{_complaint(kind, value, context) or ': ' + error['msg']}.")
 
 
-def _field_at(cls: Any, path: Sequence[int | str]) -> tuple[str, Any]:
+def _field_at(cls: Any, path: Location) -> tuple[str, Any]:
     """Return the last field of a path, and the class of its value or, if that is a plain value, of the field."""
     name = ""
     for part in path:
@@ -204,5 +234,5 @@ def _complaint(kind: str, value: Any, context: dict[str, Any]) -> str | None:
         bound, key = _BOUNDS[kind]
         return f" must be {bound} {context[key]:g}, not {value}"
     if expected := _EXPECTED.get(kind.partition("_")[0]):
-        return f" must be {expected}, not {'nothing' if value is None else repr(value)}"
+        return f" must be {expected}, not {'nothing' if value is None else shorten(repr(value), MAX_SHOWN)}"
     return None

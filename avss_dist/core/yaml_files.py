@@ -1,16 +1,20 @@
-"""Reader of users' YAML files: plain values, the line of each, and no repeated key."""
+"""Reader of users' YAML files: plain values, the line of each, and every problem in one message."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from avss_dist.core.errors import AvssError, ConfigError, named_fields, nearest, spell_fields
+from avss_dist.core.errors import AvssError, ConfigError, named_fields, spell_fields
+from avss_dist.core.validation import Location, located_problems
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -20,8 +24,7 @@ _PREFIX = "tag:yaml.org,2002:"
 _MERGE = f"{_PREFIX}merge"
 _HALF = re.compile("[\ud800-\udfff]")
 
-Location = tuple[Any, ...]
-"""The keys and indices on the way to a value: ``("models", 0, "dtype")``."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +49,21 @@ class YamlKind:
 
 @dataclass
 class Document:
-    """A YAML file.
+    """A YAML file whose value is a mapping.
 
     Attributes:
         path: the file.
         kind: the kind of file that it was read as.
-        value: mappings, lists and scalars; None for null.
+        value: mapping of keys to mappings, lists, scalars, and None for null.
         lines: line of every key and list item, from 1.
-        repeated: line of every repeated key, and a sentence that names the line of its first use.
+        problems: line and text of everything that is wrong with the file. A repeated key is a problem.
     """
 
     path: Path
     kind: YamlKind
-    value: Any = None
+    value: dict[Any, Any] = field(default_factory=dict)
     lines: dict[Location, int] = field(default_factory=lambda: {(): 1})
-    repeated: list[tuple[int, str]] = field(default_factory=list)
+    problems: set[tuple[int, str]] = field(default_factory=set)
 
     def line(self, location: Location) -> int:
         """Return the line of a value or, if the file does not have the value, of the nearest mapping or list around."""
@@ -70,39 +73,59 @@ class Document:
                 known = (*known, part)
         return self.lines[known]
 
-    def problem(self, error: ConfigError, at: Location = ()) -> ConfigError:
-        """Return an error about a value with file and line, its fields spelled as the keys of the file.
+    def report(self, location: Location, problem: str | ConfigError) -> None:
+        """Add a problem, with the keys of the file in place of fields."""
+        text = str(problem)
+        if text.startswith("Unknown key"):  # files have many keys
+            text = text.partition(" Valid:")[0]
+        plain = spell_fields(text, {name: name for name in named_fields(text)})
+        self.problems.add((self.line(location), plain.replace("\n", " ")))
+
+    def parse(self, cls: Callable[..., T], values: Any, *places: Location) -> T | None:
+        """Return values of the file as an instance of a class. If they are invalid, add the problems and return None.
 
         Args:
-            at: location of the mapping that has the fields.
+            cls: a checked class or a pydantic model.
+            places: locations of the mappings that the values come from, the one that counts first. The root by default.
         """
-        names = named_fields(error.message)
-        key = next(((*at, name) for name in names if (*at, name) in self.lines), at)
-        place = f"{self.path}:{self.lines[key]}" if key else str(self.path)
-        form = "{}" if error.message.startswith("Unknown `") else "key '{}'"  # "Unknown rule 'some'"
-        spelling = {name: form.format(name) for name in (*names, *named_fields(error.hint or ""))}
-        return ConfigError(
-            f"{place}: {spell_fields(error.message, spelling)}", error.hint and spell_fields(error.hint, spelling)
-        )
+        try:
+            return _adapter(cls).validate_python(values, strict=None if self.kind.typed else False)
+        except ValidationError as error:
+            problems = [*located_problems(cls, error, noun="key")]
+        misspelled = [str(location[-1]) for location, problem in problems if problem.message.startswith("Unknown key")]
+        for location, problem in problems:
+            if problem.message.endswith(" is missing.") and get_close_matches(str(location[-1]), misspelled, 1, 0.6):
+                continue  # the key is there, misspelled
+            around = [(*place, *location) for place in places or ((),)]
+            named = [(*key, name) for key in around for name in named_fields(problem.message)]
+            self.report(next((key for key in (*named, *around) if key in self.lines), around[0]), problem)
+        return None
 
-    def unknown_keys(self, names: Sequence[str], at: Location = ()) -> list[ConfigError]:
-        """Return an error, with file and line, for each key of a mapping that is not among the names."""
-        values = self.value
-        for part in at:
-            values = values[part]
-        return [
-            ConfigError(f"{self.path}:{self.line((*at, key))}: unknown key '{key}'.", nearest(str(key), names))
-            for key in values
-            if key not in names
-        ]
+    def require_valid(self, parsed: T | None) -> T:
+        """Return a parsed value.
+
+        Raises:
+            AvssError: the file has problems. The message has a line for each. The type is that of the kind.
+        """
+        if self.problems or parsed is None:
+            lines = [f"{self.path}:{line}: {text}" for line, text in sorted(self.problems)]
+            count = [f"{self.path} has {len(lines)} problems:"] if len(lines) > 1 else []
+            raise self.kind.error("\n".join([*count, *lines]), self.kind.hint)
+        return parsed
+
+
+@cache
+def _adapter(cls: Any) -> Any:
+    """Return pydantic's adapter of a class."""
+    return TypeAdapter(cls)
 
 
 def read_yaml(path: Path, kind: YamlKind) -> Document:
-    """Read a YAML file with any value. Repeated keys are listed in the document.
+    """Read a YAML file.
 
     Raises:
-        AvssError: the file cannot be read, is too large or nested too deeply, or is more than plain YAML. The type is
-            that of the kind.
+        AvssError: the file cannot be read, is too large or nested too deeply, is more than plain YAML, or its value is
+            not a mapping. The type is that of the kind.
     """
     try:
         with path.open("rb") as file:
@@ -125,22 +148,10 @@ def read_yaml(path: Path, kind: YamlKind) -> Document:
     except RecursionError:
         raise kind.error(f"{path} is nested too deeply: expected at most {MAX_DEPTH} levels.", kind.hint) from None
     document = Document(path, kind)
-    document.value = _Values(document).plain(root, ()) if root else None
-    return document
-
-
-def read_yaml_mapping(path: Path, kind: YamlKind) -> Document:
-    """Read a YAML file whose value is a mapping.
-
-    Raises:
-        AvssError: as for `read_yaml`, or the value is not a mapping, or a key is repeated.
-    """
-    document = read_yaml(path, kind)
-    if document.repeated:
-        lines = [f"{path}:{line}: {what}." for line, what in document.repeated]
-        raise kind.error("\n".join(lines), "Keep one of them.")
-    if not isinstance(document.value, dict):
+    value = _Values(document).plain(root, ()) if root else None
+    if not isinstance(value, dict):
         raise kind.error(f"{path} is not a {kind.noun}: expected a mapping with keys.", kind.hint)
+    document.value = value
     return document
 
 
@@ -187,8 +198,8 @@ class _Values:
             is_merge = kind.typed and key.tag == _MERGE
             name = "<<" if is_merge else self._scalar(key) if kind.typed else str(key.value)
             if name in first:
-                what = f"the key '{key.value}' is repeated; the first is in line {first[name]}"
-                self.document.repeated.append((_line(key), what))
+                what = f"the key '{key.value}' is repeated; the first is in line {first[name]}."
+                self.document.problems.add((_line(key), what))
                 continue
             first[name] = _line(key)
             if is_merge:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import yaml
 from pydantic import Field, WithJsonSchema
 
-from avss_dist.core.errors import ConfigError, unwritable
+from avss_dist.core.errors import ConfigError, named_fields, unwritable
 from avss_dist.core.intervention import (
     MAX_LAYERS,
     PARTS,
@@ -37,7 +37,7 @@ from avss_dist.core.registry import LOWEST_SHARE, SCORES, SEARCHES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import printable
 from avss_dist.core.validation import Check, checked
-from avss_dist.core.yaml_files import Document, YamlKind, read_yaml_mapping
+from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
 from avss_dist.pruning.interactions import predicted, quadratic
 from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
@@ -297,20 +297,15 @@ def read_plan(path: str | Path) -> Plan:
         PlanError: the file cannot be read, or is not a plan. The message has every problem with its line and key.
     """
     document = read_plan_file(path)
-    names = [f.name for f in fields(Plan)]
-    problems = document.unknown_keys([*names, "keep", *PARTS])
-    values, former = _with_former_keys(document.value)
-    problems += map(document.problem, former)
-    try:
-        plan = Plan(**{name: value for name, value in values.items() if name in names})
-        if values.get("keep") not in (None, list(plan.keep)):
-            stays = ConfigError("`keep` must list the layers that `drop` leaves.", f"keep: {list(plan.keep)}, or none.")
-            problems.append(document.problem(stays))
-    except ConfigError as error:
-        problems += map(document.problem, error.problems)
-    if problems:
-        raise plan_error(path, problems)
-    return plan
+    values, former_problems = _with_former_keys(document.value)
+    keep = values.pop("keep", None)
+    for problem in former_problems:
+        document.report((named_fields(problem.message)[0],), problem)
+    plan = document.parse(Plan, values)
+    if plan and keep not in (None, list(plan.keep)):
+        hint = f"Write keep: {list(plan.keep)}, or leave it out."
+        document.report(("keep",), ConfigError("`keep` must list the layers that `drop` leaves.", hint))
+    return document.require_valid(plan)
 
 
 def _with_former_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigError]]:
@@ -325,24 +320,17 @@ def _with_former_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[C
             problems.append(ConfigError(f"`{part}` must be a list of layers, from 0.", f"Or write drop: [{part}.7]."))
         elif layers and isinstance(drop, list):
             drop = [*drop, *(Sublayer(layer, part) for layer in layers)]
-    return {**values, "drop": drop}, problems
+    others = {name: value for name, value in values.items() if name not in PARTS}
+    return {**others, "drop": drop}, problems
 
 
 def read_plan_file(path: str | Path) -> Document:
     """Read the keys and values of a plan's file, whichever kind of plan it is.
 
     Raises:
-        PlanError: the file cannot be read, is not a mapping, or repeats a key.
+        PlanError: the file cannot be read, or is not a mapping.
     """
-    return read_yaml_mapping(Path(path), YamlKind(noun="plan", hint=_HINT, error=PlanError))
-
-
-def plan_error(path: str | Path, problems: Sequence[ConfigError]) -> PlanError:
-    """Return one error for all problems of a plan's file, each of which names the file."""
-    error = ConfigError.combine(problems)
-    if len(problems) == 1:
-        return PlanError(error.message, " ".join(filter(None, (error.hint, _HINT))))
-    return PlanError(f"{path}: {error}", _HINT)
+    return read_yaml(Path(path), YamlKind(noun="plan", hint=_HINT, error=PlanError))
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ROWS_AT_ONCE = 10_000  # of a table, as Python objects
+MAX_ROWS = 40  # of a table on a terminal
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -65,13 +66,27 @@ def printed_to(path: Path | None) -> Iterator[None]:
     emit(path)
 
 
-def write_table(table: pa.Table, kind: str, console: Console) -> None:
-    """Write a table to standard output: ``table``, ``csv``, ``json`` (an object a line), ``markdown``, ``parquet``."""
+def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: bool = False) -> None:
+    """Write a table to standard output: ``table``, ``csv``, ``json`` (an object a line), ``markdown``, ``parquet``.
+
+    Of a long ``table``, a terminal shows the first and the last rows and how many are between them. Files, pipes and
+    the other kinds have all rows.
+
+    Args:
+        newest_first: the first rows matter most, so a terminal shows no others.
+    """
     table = table.rename_columns(_distinct(table.column_names))
     if kind == "table":
         from avss_dist.report.terminal.tables import plain_table
 
+        hidden = len(table) - MAX_ROWS if console.is_terminal else 0
+        if hidden > 0:
+            last = 0 if newest_first else MAX_ROWS // 2
+            table = pa.concat_tables([table.slice(0, MAX_ROWS - last), table.slice(len(table) - last)])
         console.print(plain_table(table.column_names, [tuple(row.values()) for row in _rows(table)]))
+        if hidden > 0:
+            where = "older rows" if newest_first else f"rows between the first and the last {MAX_ROWS // 2}"
+            emit(f"{hidden:,} {where} are not shown; a file or a pipe gets all: --format csv > FILE.csv.")
     elif kind == "json":
         for row in _rows(table):
             emit_json(map_leaves(row, _as_json))

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
-
-from avss_dist.core.errors import ConfigError, ModelError, named_fields, spell_fields
-from avss_dist.core.settings import Execution, Settings, split_options
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI, docs_page
-from avss_dist.core.validation import problems_by_field
-from avss_dist.core.yaml_files import Document, Location, YamlKind, read_yaml
+from avss_dist.core.validation import Location
+from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.models.series import matching_revisions
 from avss_dist.pruning.methods import Experiment
 from avss_dist.runs.corpora import corpus_problems
-from avss_dist.runs.job_schema import MODEL_FIELDS, SETTINGS_FIELDS, Job, ModelKeys, RevisionRange, given
+from avss_dist.runs.job_schema import (
+    OPTIONS_ONLY,
+    OVERRIDES,
+    Job,
+    ModelEntry,
+    ModelKeys,
+    RevisionRange,
+    as_entry,
+    job_schema,
+)
 
 __all__ = ["JobError", "JobFile", "RunSpec", "job_schema", "read_job"]
 
 MAX_RUNS = 10_000
-DISTINGUISHING = tuple(name for name in MODEL_FIELDS if name in (*SETTINGS_FIELDS, "partition", "ranks"))
+DISTINGUISHING = tuple(name for name, cls in OVERRIDES.items() if cls is Settings or name in ("partition", "ranks"))
 """Fields that tell two runs of one model apart."""
-T = TypeVar("T")
-OPTIONS_ONLY = {"address": "Use avss run --address.", "fresh": "Use avss run --fresh."}
 
 
 class JobError(ConfigError):
     """A job file has problems. The message has a line for each."""
 
 
-_PAGE = docs_page("reference/job-files")
-_KIND = YamlKind(noun="job file", hint=f"See {_PAGE}.", error=JobError, typed=False)
+_HINT = f"The keys are explained in {docs_page('reference/job-files')}."
+_KIND = YamlKind(noun="job file", hint=_HINT, error=JobError, typed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +93,6 @@ class JobFile:
             raise ConfigError(f"`{named[0]}` applies to an experiment; {self.path} has none.", "Leave it out.")
 
 
-def job_schema() -> dict[str, Any]:
-    """Return the JSON Schema of job files, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Job.model_json_schema()}
-
-
 def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
     """Read a job file.
 
@@ -108,11 +107,10 @@ def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
 
 @dataclass
 class _Reader:
-    """Reader of a document as a job. It collects problems, each with its line, instead of stopping at the first."""
+    """Reader of a document as a job. It adds problems to the document instead of stopping at the first."""
 
     document: Document
     expand: bool
-    problems: set[tuple[int, str]] = field(default_factory=set)
 
     def job(self) -> JobFile:
         """Return the job.
@@ -120,112 +118,67 @@ class _Reader:
         Raises:
             JobError: there are problems.
         """
-        job, corpora = self.validated(), self.corpora()
-        names = [self.checkpoints(entry, ("models", index)) for index, entry in enumerate(self.listed("models"))]
-        defaults = {**given(job.settings), **given(job.execution)} if job else {}
-        common = self.attempt(_settings, defaults, defaults, ("settings",), ("execution",)) if job else None
-        specs = [*islice(self.specs(job, defaults, names), MAX_RUNS + 1)] if common else []
+        document = self.document
+        job = document.parse(Job, document.value)
+        for name in OPTIONS_ONLY.keys() & self.section("execution"):
+            document.report(("execution", name), f"Unknown key '{name}'. {OPTIONS_ONLY[name]}")
+        corpora = self.corpora()
+        specs = [*islice(self.specs([*corpora]), MAX_RUNS + 1)]
         self.reject_duplicates(specs)
         self.require_readable(corpora, {spec.settings.chat_template for spec in specs})
-        wanted = given(job.experiment) if job else {}
-        experiment = self.attempt(Experiment, wanted, wanted, ("experiment",)) if wanted else None
-        if self.problems or self.document.repeated or job is None or common is None:
-            raise self.error()
+        job = document.require_valid(job)
         models: dict[str, int] = {}
         for index, entry in enumerate(job.models):
-            models.setdefault(entry.model, self.document.line(("models", index)))
+            models.setdefault(entry.model, document.line(("models", index)))
         return JobFile(
-            path=self.document.path,
+            path=document.path,
             warehouse=RedactedURI(job.warehouse),
             models=models,
-            corpora={RedactedURI(text): self.document.line(("corpora", index)) for text, index in corpora.items()},
-            settings=common[0],
-            execution=common[1],
+            corpora={RedactedURI(text): document.line(("corpora", index)) for text, index in corpora.items()},
+            settings=job.settings or Settings(),
+            execution=job.execution or Execution(),
             specs=tuple(specs),
-            experiment=experiment,
+            experiment=job.experiment,
         )
+
+    def section(self, key: str) -> dict[str, Any]:
+        """Return the values of a mapping of the file, unchecked."""
+        values = self.document.value.get(key)
+        return values if isinstance(values, dict) else {}
+
+    def listed(self, key: str) -> list[Any]:
+        """Return the values of a list of the file, unchecked."""
+        values = self.document.value.get(key)
+        return values if isinstance(values, list) else []
 
     def corpora(self) -> dict[str, int]:
         """Return the index of each text of ``corpora``. A text that is named twice is a problem."""
         texts: dict[str, int] = {}
         for index, text in enumerate(self.listed("corpora")):
             if isinstance(text, str) and texts.setdefault(text, index) != index:
-                self.report(("corpora", index), f"'{text}' is named twice")
+                self.document.report(("corpora", index), f"'{text}' is named twice")
         return texts
 
     def require_readable(self, corpora: Mapping[str, int], chat_templates: set[bool]) -> None:
         """Report the corpora that cannot be read. Those of a job for another machine are not checked."""
         for number, error in corpus_problems([*corpora], chat_templates) if self.expand else ():
-            self.report(("corpora",) if number is None else ("corpora", [*corpora.values()][number]), str(error))
+            at = ("corpora",) if number is None else ("corpora", [*corpora.values()][number])
+            self.document.report(at, str(error))
 
-    def listed(self, key: str) -> list[Any]:
-        """Return the values of a list of the file, unchecked."""
-        raw = self.document.value
-        values = raw.get(key) if isinstance(raw, dict) else None
-        return values if isinstance(values, list) else []
-
-    def report(self, location: Location, problem: str) -> None:
-        """Note a problem once, on one line, with keys in place of fields."""
-        plain = spell_fields(problem, {name: name for name in named_fields(problem)}).replace("\n", " ")
-        self.problems.add((self.document.line(location), plain))
-
-    def error(self) -> JobError:
-        """Return all problems as one error, in the order of their lines."""
-        path = self.document.path
-        lines = [f"{path}:{line}: {what}" for line, what in sorted([*self.problems, *self.document.repeated])]
-        count = f"{path} has {len(lines)} problem{'s' if len(lines) > 1 else ''}; nothing was run."
-        return JobError("\n".join([count, *lines]), f"The keys are explained in {_PAGE}.")
-
-    def validated(self) -> Any:
-        """Return the file as a `Job`; report invalid keys and values, and return None, if there are any."""
-        try:
-            return Job.model_validate(self.document.value)
-        except ValidationError as error:
-            problems = problems_by_field(Job, error, noun="key")
-        if () in problems:
-            self.report((), f"a job file is a mapping with the keys {', '.join(Job.model_fields)}")
-            return None
-        unknown = [str(location[-1]) for location, problem in problems.items() if "Unknown key" in problem.message]
-        for location, problem in problems.items():
-            missing = problem.message.endswith(" is missing.")
-            if missing and difflib.get_close_matches(str(location[-1]), unknown, 1, 0.6):
-                continue  # the key is there, misspelled
-            self.report(location, f"{problem.message} {_hint(location, problem)}".strip())
-        return None
-
-    def attempt(
-        self, make: Callable[..., T], values: Mapping[str, Any], explicit: Mapping[str, Any], *locations: Location
-    ) -> T | None:
-        """Call ``make`` with valid values; report, and return None, if they are mutually exclusive.
-
-        Args:
-            values: all values, with defaults. Problems of single values are reported already.
-            explicit: values that the mappings at the locations have.
-        """
-        try:
-            return make(**values)
-        except ConfigError as error:
-            for problem in error.problems:
-                keys = [(*at, name) for name in named_fields(problem.message) for at in locations if name in explicit]
-                known = [key for key in keys if key in self.document.lines]
-                self.report([*known, *locations][0], str(problem))
-        return None
-
-    def specs(self, job: Any, defaults: Mapping[str, Any], names: Sequence[Sequence[str]]) -> Iterator[RunSpec]:
-        """Yield the runs of every model on every corpus.
-
-        Args:
-            defaults: the values of ``settings`` and ``execution``.
-            names: the checkpoints of each entry of ``models``.
-        """
-        for index, entry in enumerate(job.models):
-            at = ("models", index)
-            overrides = {name: value for name, value in given(entry).items() if name in MODEL_FIELDS}
-            if (pair := self.attempt(_settings, {**defaults, **overrides}, overrides, at)) is None:
+    def specs(self, corpora: Sequence[str]) -> Iterator[RunSpec]:
+        """Yield the runs of every valid model on every corpus, if the settings of the job are valid."""
+        defaults = self.settings({})
+        for index, value in enumerate(map(as_entry, self.listed("models"))):
+            if not isinstance(value, dict):
                 continue
-            settings, execution = pair
-            difference = _describe({k: v for k, v in overrides.items() if k in DISTINGUISHING and v != defaults.get(k)})
-            for name, corpus in product(names[index], job.corpora):
+            at = ("models", index)
+            entry, common = self.document.parse(ModelEntry, value, at), self.settings(value, at)
+            names = self.checkpoints(entry, at) if entry else []
+            if defaults is None or common is None:
+                continue
+            settings, execution = common
+            difference = _difference(common, defaults)
+            for name, corpus in product(names, corpora):
                 title = f"{name} ({difference})" if difference else name
                 yield RunSpec(
                     model=name,
@@ -233,70 +186,70 @@ class _Reader:
                     settings=settings,
                     execution=execution,
                     title=title,
-                    name=f"{title} on {RedactedURI(corpus)}" if len(job.corpora) > 1 else title,
+                    name=f"{title} on {RedactedURI(corpus)}" if len(corpora) > 1 else title,
                     line=self.document.line(at),
                 )
 
-    def checkpoints(self, raw: Any, at: Location) -> list[str]:
+    def settings(self, entry: Mapping[str, Any], *at: Location) -> tuple[Settings, Execution] | None:
+        """Return the settings of the job with those that an entry of ``models`` overrides; None if they are invalid.
+
+        Args:
+            entry: keys and values of the entry; empty for the settings of the job alone.
+            at: location of the entry, if there is one.
+        """
+        given = {cls: {k: v for k, v in entry.items() if OVERRIDES.get(k) is cls} for cls in (Settings, Execution)}
+        settings = self.document.parse(Settings, self.section("settings") | given[Settings], *at, ("settings",))
+        execution = self.document.parse(Execution, self.section("execution") | given[Execution], *at, ("execution",))
+        return (settings, execution) if settings and execution else None
+
+    def checkpoints(self, entry: ModelKeys, at: Location) -> list[str]:
         """Return the checkpoints of an entry of ``models``: its revisions, the folders of a glob, or its name."""
-        name = raw.get("model") if isinstance(raw, dict) else raw
-        if not isinstance(name, str):
-            return []
-        if isinstance(raw, dict) and "revisions" in raw:
+        name = entry.model
+        if entry.revisions:
             if Path(name).expanduser().exists() or glob.has_magic(name):
-                where: Location = (*at, "revisions")
-                self.report(where, f"'{name}' is a folder or a file; only a hub id has revisions")
-            return [f"{name}@{revision}" for revision in self.revisions(name, raw, at)]
+                problem = f"'{name}' is a folder or a file; only a hub id has revisions"
+                self.document.report((*at, "revisions"), problem)
+            return [f"{name}@{revision}" for revision in self.revisions(entry, at)]
         if not (self.expand and glob.has_magic(name)):
             return [name]
         matches = glob.glob(str(Path(name).expanduser()), recursive=True)
         folders = sorted(m for m in matches if Path(m).is_dir() or m.endswith(".gguf"))
         if not folders:
-            self.report(at, f"no folder matches '{name}' (relative paths start in {Path.cwd()})")
+            self.document.report(at, f"no folder matches '{name}' (relative paths start in {Path.cwd()})")
         return folders
 
-    def revisions(self, name: str, raw: dict[str, Any], at: Location) -> Iterator[str]:
+    def revisions(self, entry: ModelKeys, at: Location) -> Iterator[str]:
         """Yield the revisions of a hub id that an entry lists. The hub is queried for patterns."""
-        try:
-            listed = ModelKeys(model=name, revisions=raw["revisions"]).revisions or ()
-        except ValidationError:  # which is reported of the whole file
-            return
-        for index, revision in enumerate(listed):
+        for index, revision in enumerate(entry.revisions or ()):
             if isinstance(revision, RevisionRange):
                 yield from revision.names()
             elif self.expand and glob.has_magic(revision):
                 try:
-                    yield from matching_revisions(name, revision)
+                    yield from matching_revisions(entry.model, revision)
                 except ModelError as error:
-                    self.report((*at, "revisions", index), str(error))
+                    self.document.report((*at, "revisions", index), str(error))
             else:
                 yield revision
 
     def reject_duplicates(self, specs: Sequence[RunSpec]) -> None:
         """Report repeated runs, and too many runs."""
         if len(specs) > MAX_RUNS:
-            self.report((), f"more than {MAX_RUNS:,} runs; split them into several jobs")
+            self.document.report((), f"more than {MAX_RUNS:,} runs; split them into several jobs")
         lines: dict[Any, int] = {}
         for spec in specs:
             ranks = (spec.execution.partition, spec.execution.ranks) if spec.execution.ranks else None
             first = lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)
             if first != spec.line:
                 what = f"'{spec.model}' is named twice with the same settings, first in line {first}"
-                self.problems.add((spec.line, what))
+                self.document.problems.add((spec.line, what))
 
 
-def _settings(**values: Any) -> tuple[Settings, Execution]:
-    return split_options(values)
-
-
-def _hint(location: Location, problem: ConfigError) -> str:
-    if location[0] == "execution" and location[-1] in OPTIONS_ONLY:
-        return OPTIONS_ONLY[str(location[-1])]
-    hint = problem.hint or ""
-    return hint.partition(" Valid:")[0] if "Unknown key" in problem.message else hint
-
-
-def _describe(options: Mapping[str, Any]) -> str:
-    """Return options as text: ``dtype float32, sites block mlp``."""
-    words = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in options.items()}
-    return ", ".join(f"{name} {value}" for name, value in words.items())
+def _difference(common: tuple[Settings, Execution], defaults: tuple[Settings, Execution]) -> str:
+    """Return the settings of a run that are not those of the job: ``dtype float32, sites block mlp``."""
+    texts = []
+    for values, usual in zip(common, defaults, strict=True):
+        for name in DISTINGUISHING:
+            value = getattr(values, name, None)
+            if value != getattr(usual, name, None):
+                texts.append(f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return ", ".join(texts)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,14 +22,12 @@ from avss_dist.core.intervention import (
 )
 from avss_dist.core.text import describe_bytes
 from avss_dist.core.validation import OneOf, checked
-from avss_dist.core.yaml_files import Document
 from avss_dist.pruning.plan import (
     Lines,
     Name,
     Reason,
     describe_origin,
     describe_reason,
-    plan_error,
     read_plan_file,
     to_yaml,
     write_text,
@@ -232,7 +230,7 @@ def is_sparsity_plan(path: str | Path) -> bool:
     """Whether a plan file is a sparsity plan.
 
     Raises:
-        PlanError: the file cannot be read, is not a mapping, or repeats a key.
+        PlanError: the file cannot be read, or is not a mapping.
     """
     return PROJECTIONS in read_plan_file(path).value
 
@@ -244,34 +242,4 @@ def read_sparsity_plan(path: str | Path) -> SparsityPlan:
         PlanError: the file cannot be read, or is invalid; the message names every problem with its line and key.
     """
     document = read_plan_file(path)
-    names = [f.name for f in fields(SparsityPlan)]
-    problems = document.unknown_keys(names)
-    maps = list(_read_maps(document, problems))
-    values = {name: value for name, value in document.value.items() if name in names}
-    try:
-        plan = SparsityPlan(**values | {PROJECTIONS: tuple(maps)})
-    except ConfigError as error:
-        if not problems:  # maps that are left out would be problems of the plan
-            problems += map(document.problem, error.problems)
-    if problems:
-        raise plan_error(path, problems)
-    return plan
-
-
-def _read_maps(document: Document, problems: list[ConfigError]) -> Iterator[MapPlan]:
-    """Yield the valid linear maps of a plan file, and append the problems of the others."""
-    maps = document.value.get(PROJECTIONS)
-    if not isinstance(maps, list):
-        problems.append(document.problem(PlanError(f"`{PROJECTIONS}` must be a list of linear maps.")))
-        return
-    names = [f.name for f in fields(MapPlan)]
-    for index, values in enumerate(maps):
-        at = (PROJECTIONS, index)
-        if not isinstance(values, dict):
-            problems.append(document.problem(PlanError(f"A linear map must be a mapping, not {values!r}."), at))
-            continue
-        problems += document.unknown_keys(names, at)
-        try:
-            yield MapPlan(**{name: value for name, value in values.items() if name in names})
-        except ConfigError as error:
-            problems += (document.problem(problem, at) for problem in error.problems)
+    return document.require_valid(document.parse(SparsityPlan, document.value))

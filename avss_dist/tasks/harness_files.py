@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import TaskError
-from avss_dist.core.yaml_files import YamlKind, read_yaml_mapping
+from avss_dist.core.yaml_files import YamlKind, read_yaml
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # builders of `datasets` that read local files
 
@@ -66,10 +66,11 @@ def _read(path: Path, including: tuple[Path, ...]) -> TaskFile:
         raise TaskError(f"{path} is not a file.", "Name a task file, which ends in .yaml.")
     if not path.exists():
         raise TaskError(f"There is no task file {path}.", "A relative path starts in the working directory.")
-    document = read_yaml_mapping(path, _KIND)
+    document = read_yaml(path, _KIND)
+    values = document.require_valid(document.value)
     config: dict[Any, Any] = {}
     places: dict[Any, str] = {}
-    for name in _included(document.value, path):
+    for name in _included(values, path):
         included = path.parent / name
         if not included.is_file():
             where = f"{path}:{document.line(('include',))}"
@@ -82,8 +83,8 @@ def _read(path: Path, including: tuple[Path, ...]) -> TaskFile:
         inner = _read(included, (*including, path.resolve()))
         config |= inner.config
         places |= inner.places
-    config |= {key: value for key, value in document.value.items() if key != "include"}
-    places |= {key: f"{path}:{document.line((key,))}" for key in document.value}
+    config |= {key: value for key, value in values.items() if key != "include"}
+    places |= {key: f"{path}:{document.line((key,))}" for key in values}
     return TaskFile(path, config, places)
 
 
@@ -108,7 +109,7 @@ def files_of(path: Path) -> list[Path]:
 def _with_included(path: Path) -> Iterator[Path]:
     """Yield a task file, the modules of its functions, and the same of the files it includes."""
     yield path
-    values = read_yaml_mapping(path, _KIND).value
+    values = read_yaml(path, _KIND).value
     for module in {value.rpartition(".")[0] for _, value in _walk(values) if isinstance(value, Function)}:
         if (code := path.parent / f"{module}.py").is_file():
             yield code

@@ -252,7 +252,7 @@ def test_quantiles_command(root: Path) -> None:
         (["show", "--threshold", "-1"], "'-1' is not a threshold."),
         (["show", "--site", "mlp"], "No scores of site 'mlp'"),
         (["show", "--recipe", "units"], "Unknown --recipe 'units'.\nDid you mean 'unit'?"),
-        (["quantiles", "--q", "1.5"], "1.5 is not a share: expected a number from 0 to 1."),
+        (["quantiles", "--q", "1.5"], "--q must be at most 1, not 1.5."),
         (["quantiles", "--site", "mlp"], "No statistics of site 'mlp'."),
         (["quantiles", "--run", "tiny-3"], "Unknown run 'tiny-3'."),
     ],

@@ -22,6 +22,7 @@ from support.command_line import avss, commands
 
 import avss_dist
 from avss_dist.cli.commands import COMMANDS as LISTED
+from avss_dist.cli.commands import MOVED
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES
 from avss_dist.core.settings import (
@@ -131,7 +132,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--run": None,
         "--format": "table",
     },
-    "report": {"--warehouse": "warehouse", "--output": Path("report.html"), "--run": None},
+    "report": {"--warehouse": "warehouse", "--output": "report.html", "--run": None},
     "plan": {
         "--warehouse": "warehouse",
         "--output": None,
@@ -399,6 +400,18 @@ def test_help_names_every_command() -> None:
     for args in (["--help"], ["-h"], []):
         result = avss(*args)
         assert all(f" {command.split()[0]} " in result.output for command in COMMANDS)
+
+
+@pytest.mark.parametrize(("command", "option"), [(name, option) for name in MOVED for option in MOVED[name]])
+def test_an_option_that_moved_names_the_command_that_has_it(command: str, option: str) -> None:
+    required = {"score": ("m", "--corpus", "c"), "plan": ("-o", "plan.yaml")}
+    result = avss(command, *required[command], f"{option}=1")
+    assert result.exit_code == 2
+    message = " ".join(result.stderr.replace("│", " ").split())
+    assert f"No such option: {option}. It is an option of another command: {MOVED[command][option]}" in message
+    _, other, *words = MOVED[command][option].split()
+    opts = {spelling for parameter in commands()[other].params for spelling in parameter.opts}
+    assert {word for word in words if word.startswith("-")} <= opts
 
 
 def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:

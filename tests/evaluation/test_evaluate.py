@@ -94,13 +94,13 @@ def test_a_plan_that_contradicts_its_model_or_itself_is_refused(tiny_llama: Path
     for text, message in (
         (yaml.safe_dump(whole | {"num_layers": 30}), f"the key 'num_layers' is 30, and {tiny_llama} has 3 layers"),
         (yaml.safe_dump(whole | {"layers": "h"}), f"the key 'layers' is 'h', and the layers of {tiny_llama} are 'laye"),
-        (yaml.safe_dump({**whole, "layers": None}), "key 'layers' must be a text, not nothing"),
-        (yaml.safe_dump({key: whole[key] for key in whole if key != "layers"}), "key 'layers' is missing"),
+        (yaml.safe_dump({**whole, "layers": None}), "layers must be a text, not nothing"),
+        (yaml.safe_dump({key: whole[key] for key in whole if key != "layers"}), "layers is missing"),
         (yaml.safe_dump(whole) + "drop: [2]\n", "the key 'drop' is repeated"),
         (yaml.safe_dump(sparse | {"num_layers": 40}), f"the key 'num_layers' is 40, and {tiny_llama} has 3 layers"),
         (
             yaml.safe_dump(sparse | {"sparsity": 0.9}),
-            "key 'sparsity' is 0.9, and the maps of key 'projections' have 0.",
+            "sparsity is 0.9, and the maps of projections have 0.",
         ),
     ):
         plan.write_text(text)

@@ -19,6 +19,7 @@ from support.warehouses import activations, stats_of, write_measured, write_scor
 from avss_dist.analysis.compare import compare
 from avss_dist.core.errors import WarehouseError
 from avss_dist.core.text import printable
+from avss_dist.report.output import write_table
 from avss_dist.report.page.page import report_page
 from avss_dist.report.terminal.compare import comparison_tables
 from avss_dist.report.terminal.pace import Pace
@@ -253,3 +254,22 @@ def test_a_pace_that_slows_down_is_not_steady_yet() -> None:
     for now in (1.0, 2.0, 3.0, 13.0):
         pace.advance(1, now)
     assert pace.seconds_left(10, 13.0) is None
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_a_terminal_shows_the_ends_of_a_long_table_and_a_pipe_all(
+    capsys: pytest.CaptureFixture[str], newest_first: bool
+) -> None:
+    table = pa.table({"row": range(1000, 2000)})
+    shown = {}
+    for terminal in (True, False):
+        output = Console(file=(written := io.StringIO()), force_terminal=terminal, color_system=None)
+        write_table(table, "table", output, newest_first=newest_first)
+        shown[terminal] = [int(number) for number in re.findall(r"[12]\d{3}", written.getvalue())]
+    assert shown[False] == [*range(1000, 2000)]
+    first = 40 if newest_first else 20
+    assert shown[True] == [*range(1000, 1000 + first), *range(2000 - (40 - first), 2000)]
+    hidden = "older rows" if newest_first else "rows between the first and the last 20"
+    assert (
+        capsys.readouterr().out == f"960 {hidden} are not shown; a file or a pipe gets all: --format csv > FILE.csv.\n"
+    )

@@ -47,13 +47,14 @@ def read(folder: Path, text: str, **options: Any) -> JobFile:
 
 
 def problems(folder: Path, text: str) -> list[str]:
-    """What is reported of a job file, without its name."""
+    """Return the problems of a job file, each with its line and without the file's name."""
     with pytest.raises(JobError) as caught:
         read(folder, text)
     assert caught.value.exit_code == 2
-    first, *lines = caught.value.message.splitlines()
-    assert first == f"{folder}/job.yaml has {len(lines)} problem{'s' * (len(lines) > 1)}; nothing was run."
-    return [line.removeprefix(f"{folder}/job.yaml:") for line in lines]
+    lines = caught.value.message.splitlines()
+    if len(lines) > 1:
+        assert lines.pop(0) == f"{folder}/job.yaml has {len(lines)} problems:"
+    return [line.removeprefix(f"{folder}/job.yaml").removeprefix(":") for line in lines]
 
 
 def avss(*args: object) -> tuple[int, str]:
@@ -93,8 +94,8 @@ execution:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", ["1: a job file is a mapping with the keys warehouse, models, corpora, settings, execution"]),
-        ("- a\n", ["1: a job file is a mapping with the keys warehouse, models, corpora, settings, execution"]),
+        ("", [" is not a job file: expected a mapping with keys."]),
+        ("- a\n", [" is not a job file: expected a mapping with keys."]),
         ("models: [a]\n", ["1: corpora is missing.", "1: warehouse is missing."]),
         (
             "warehouse: w\nmodels: []\ncorpora: [builtin:pydoc]\n",
@@ -214,6 +215,45 @@ def test_wrong_settings_do_not_make_models_wrong(tmp_path: Path) -> None:
     text = "warehouse: w\ncorpora: [builtin:pydoc]\nmodels: [{model: a, skip_first_tokens: 300}]\n"
     (problem,) = problems(tmp_path, text + "settings: {sequence_length: 512, dtype: float}\n")
     assert problem.startswith("4: Unknown dtype 'float'.")
+
+
+def test_settings_of_an_entry_are_checked_with_those_of_the_job(tmp_path: Path) -> None:
+    """Each mistake has the line of the value that makes it one, and mistakes of the job are not repeated."""
+    text = """\
+warehouse: w
+corpora: [builtin:pydoc]
+execution: {partition: zero3, ranks: 2, hang_seconds: -1}
+models:
+- a
+- model: b
+  partition: single
+- model: c
+  device: cpu
+  modle: d
+- {modle: e}
+- model: f
+  dtype: float
+  hang_second: 5
+experiment:
+  tasks: [builtin:pydoc]
+  shares: []
+  limits: 3
+"""
+    assert [line.partition(" Valid")[0] for line in problems(tmp_path, text)] == [
+        "3: hang_seconds must be greater than 0, not -1.",
+        "9: Unknown key 'device'. Did you mean 'dequantize'?",
+        "10: Unknown key 'modle'. Did you mean 'model'?",
+        "11: Unknown key 'modle'. Did you mean 'model'?",
+        "13: Unknown dtype 'float'. Did you mean 'float32'?",
+        "14: Unknown key 'hang_second'.",
+        "18: Unknown key 'limits'. Did you mean 'limit'?",
+    ]
+    text = text.replace("hang_seconds: -1", "hang_seconds: 1").replace("  limits: 3\n", "").partition("- model: c")
+    experiment = "experiment:\n  tasks: [builtin:pydoc]\n  shares: []\n"
+    assert problems(tmp_path, text[0] + experiment) == [
+        "7: ranks applies to zero3 and tensor_parallel, not to partition single. Leave it out.",
+        "10: shares and sparsities are both empty. Set at least one of them.",
+    ]
 
 
 # The schema for editors.
