@@ -102,6 +102,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--k": None,
         "--share": LOWEST_SHARE,
         "--allow-mismatch": False,
+        "--output": None,
         "--format": "table",
     },
     "findings": {
