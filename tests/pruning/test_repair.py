@@ -356,7 +356,7 @@ def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
     few = {"max_sequences": 5, "sequence_length": 32}
     with pytest.raises(CorpusError, match="refit of this model needs at least 192 tokens to fit to, not 124"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("refit", **few))
-    with pytest.raises(CorpusError, match="map of this model needs 128 tokens"):
+    with pytest.raises(CorpusError, match="map of this model needs at least 128 tokens to fit to, not 124"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("map", **few))
     with pytest.raises(CorpusError, match="has no token to fit to"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("scale", max_sequences=1))
