@@ -7,6 +7,7 @@ Packages, from the top down. Imports only go down::
     report       terminal tables, the page, pictures, exports
     estimation   memory and time before anything is loaded
     evaluation   evaluation of models and plans: evaluate, ablate, experiment, shrink
+    distillation training of a smaller model on the predictions of the whole one
     runs         from a request to the warehouse: job files, planning, driving, submission
     executors    measurement in this process, or on Ray workers
     measure      one shard: hooks -> kernels -> LayerStats
@@ -29,7 +30,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avss_dist.api.change import Pruned, plan, prune, shrink, sparsify
+    from avss_dist.api.change import Pruned, distill, plan, prune, shrink, sparsify
     from avss_dist.api.measure import Runs, ablate, estimate, evaluate, run_job
     from avss_dist.api.read import compare, findings
     from avss_dist.core.errors import (
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     )
     from avss_dist.core.results import Table
     from avss_dist.core.settings import Execution, Settings
+    from avss_dist.distillation.distill import Distilled
     from avss_dist.estimation.estimate import Estimate
     from avss_dist.evaluation.ablate import Ablation
     from avss_dist.evaluation.evaluate import Evaluations
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
     from avss_dist.report.terminal.progress import Progress
     from avss_dist.runs.api import score, score_all
-    from avss_dist.runs.reporter import Reporter
     from avss_dist.runs.run import Run
     from avss_dist.warehouse.reader import Warehouse
 
@@ -61,6 +62,7 @@ __all__ = [
     "AvssError",
     "ConfigError",
     "CorpusError",
+    "Distilled",
     "Estimate",
     "Evaluations",
     "Execution",
@@ -69,7 +71,6 @@ __all__ = [
     "Progress",
     "Pruned",
     "QueryError",
-    "Reporter",
     "Run",
     "RunFailed",
     "Runs",
@@ -82,6 +83,7 @@ __all__ = [
     "__version__",
     "ablate",
     "compare",
+    "distill",
     "estimate",
     "evaluate",
     "findings",
@@ -95,13 +97,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api.change": ("Pruned", "plan", "prune", "shrink", "sparsify"),
+    "api.change": ("Pruned", "distill", "plan", "prune", "shrink", "sparsify"),
     "api.measure": ("Runs", "ablate", "estimate", "evaluate", "run_job"),
     "api.read": ("compare", "findings"),
     "core.errors": (
         *("AvssError", "ConfigError", "CorpusError", "ModelError", "QueryError", "RunFailed", "TaskError"),
         "WarehouseError",
     ),
+    "distillation.distill": ("Distilled",),
     "estimation.estimate": ("Estimate",),
     "evaluation.ablate": ("Ablation",),
     "evaluation.evaluate": ("Evaluations",),
@@ -110,7 +113,6 @@ _HOMES = {
     "report.terminal.progress": ("Progress",),
     "core.results": ("Table",),
     "runs.api": ("score", "score_all"),
-    "runs.reporter": ("Reporter",),
     "runs.run": ("Run",),
     "core.settings": ("Execution", "Settings"),
     "warehouse.reader": ("Warehouse",),

@@ -105,7 +105,7 @@ if TYPE_CHECKING:
 
         shared: ClassVar[tuple[str, ...]]
         replaces: ClassVar[bool]
-        reporter: Any = None
+        on_event: Any = None
 
         @property
         def settings(self) -> Settings: ...
@@ -124,7 +124,7 @@ else:
             replaces: values of shared fields replace those of a file. Their options have no defaults.
             settings, execution: made from the values of the shared fields.
             given: values of the shared fields, as they were passed.
-            reporter: receives the progress of the work. It has no option.
+            on_event: receives the events of the work. It has no option.
         """
 
         shared: ClassVar[tuple[str, ...]] = ()
@@ -139,9 +139,9 @@ def request(cls: type[T]) -> type[T]:
     """
     checked_class: Any = checked(cls)
     initialize = checked_class.__init__
-    known = {*checked_class.__dataclass_fields__, *checked_class.shared, "reporter"}
+    known = {*checked_class.__dataclass_fields__, *checked_class.shared, "on_event"}
 
-    def initialize_with_settings(self: Any, *positional: Any, reporter: Any = None, **values: Any) -> None:
+    def initialize_with_settings(self: Any, *positional: Any, on_event: Any = None, **values: Any) -> None:
         given = {name: values.pop(name) for name in [*values] if name in checked_class.shared}
         problems = [
             _not_taken(name, sorted(known)) for name, value in values.items() if _is_unknown(name, value, known)
@@ -156,7 +156,7 @@ def request(cls: type[T]) -> type[T]:
             problems += error.problems
         if problems:
             raise ConfigError.combine(problems)
-        vars(self).update(settings=settings, execution=execution, given=given, reporter=reporter)
+        vars(self).update(settings=settings, execution=execution, given=given, on_event=on_event)
 
     checked_class.__init__ = initialize_with_settings
     return checked_class
@@ -213,10 +213,10 @@ def ordered(cls: Any) -> list[str]:
 
 
 def _request_parameters(cls: Any) -> list[inspect.Parameter]:
-    """Return the parameters of a request: positional ones, the others, a reporter, and the shared settings."""
+    """Return the parameters of a request: positional ones, the others, a callback, and the shared settings."""
     hints = get_type_hints(cls)
     parameters = [_parameter(cls.__dataclass_fields__[name], hints[name]) for name in ordered(cls)]
-    parameters.append(inspect.Parameter("reporter", inspect.Parameter.KEYWORD_ONLY, default=None))
+    parameters.append(inspect.Parameter("on_event", inspect.Parameter.KEYWORD_ONLY, default=None))
     for name in cls.shared:
         parameters.append(_parameter(SHARED[name].__dataclass_fields__[name], get_type_hints(SHARED[name])[name]))  # type: ignore[attr-defined]
     return parameters

@@ -27,6 +27,7 @@ from avss_dist.core.settings import (
     EVERY_SITE,
     PUBLISHED_THRESHOLD,
     SITES,
+    TRAINED,
     Bytes,
     Execution,
     Settings,
@@ -53,6 +54,7 @@ LISTINGS = ("runs", "plans", "evaluations")
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
 LEFT_OUT = "Removals"
+MIX, TRAINING = "Text", "Training"
 PROMPTS = "Prompts of lm-evaluation-harness"
 _SEARCHES_INSTEAD = {name: searches_instead(name) for name in SEARCHES}
 
@@ -453,6 +455,53 @@ class SampleRequest(ModelRequest):
 
 
 @request
+class DistillRequest(Request):
+    """Train a smaller model on the predictions of the whole one."""
+
+    student: Annotated[PathOrText, Option(argument=True, metavar="STUDENT")] = field(kw_only=False)
+    """Checkpoint folder to train, such as avss shrink or avss prune writes."""
+    teacher: Annotated[PathOrText, Option(metavar="MODEL")]
+    """Model whose predictions are learned: hub id (org/name@revision) or folder; usually the one that was pruned."""
+    output: Output
+    """Folder of the new checkpoint; it must not exist, or be empty."""
+    corpora: Annotated[Texts, Option(names=("--corpus",), panel=MIX)] = ()
+    """Text to train on: CORPUS or CORPUS=WEIGHT. self=WEIGHT weights the teacher's own text, which has weight 1."""
+    self_texts: Annotated[Count, Option(panel=MIX)] = 256
+    """Number of texts that the teacher writes to train on; 0 for none."""
+    watch: Annotated[Texts, Option(panel=MIX)] = ()
+    """Text that is measured and never trained on."""
+    held_out: Annotated[Positive, Option(panel=MIX)] = 16
+    """Rows at the start of each text that are measured and never trained on."""
+    skip_sequences: Annotated[Count, Option(panel=MIX)] = 0
+    """Skip this many rows at the start of each text."""
+    allow_overlap: Annotated[bool, Option(panel=MIX)] = False
+    """Allow held-out text that the student is trained on, or was repaired on."""
+    tokens: Annotated[Annotated[float, Field(ge=1, allow_inf_nan=False)], Option(panel=TRAINING)] = 1e6
+    """Tokens to train on."""
+    train: Annotated[Annotated[str, OneOf(TRAINED)], Option(panel=TRAINING)] = TRAINED[0]
+    """Weights that are trained: all but tied embeddings, layers near a cut, or a LoRA adapter that is then merged."""
+    lora_rank: Annotated[Positive, Option(panel=TRAINING)] = 16
+    """Rank of the LoRA adapter."""
+    learning_rate: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Option(panel=TRAINING)] = None
+    """Highest learning rate; by default 2e-4 for all weights, 3e-4 near cuts, 1e-3 for LoRA."""
+    warmup: Annotated[Count, Option(panel=TRAINING)] = 20
+    """Steps in which the learning rate rises; then it falls to a tenth, along a cosine."""
+    batch_size: Annotated[Positive, Option(panel=TRAINING)] = 4
+    """Rows in a training step."""
+    evaluations: Annotated[Positive, Option(panel=TRAINING)] = 8
+    """Number of evaluations on held-out text during training."""
+    patience: Annotated[Positive | None, Option(panel=TRAINING)] = 3
+    """End after this many evaluations in a row that are no better than the best."""
+    seed: Annotated[Count, Option(panel=TRAINING)] = 0
+    """Seed of the order of the text, and of the teacher's own text."""
+
+    shared = (
+        *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
+        *("dtype", "layers", "attention", "device", "trust_remote_code", "tracker"),
+    )
+
+
+@request
 class CompareRequest(PlaceRequest, RunsRequest):
     """Compare layer rankings between runs."""
 
@@ -607,8 +656,6 @@ class JobRequest(RunJobRequest):
 
     job: Any = field(kw_only=False)
     """A job file, or the job that `runs.job_file.read_job` made of one."""
-    cells: Any = None
-    """Receives the progress of an experiment; `reporter` receives that of scoring."""
 
     shared = tuple(Execution.__dataclass_fields__)
 

@@ -21,10 +21,11 @@ from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.savings import Budget, run_size
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice
-from avss_dist.requests import PlanRequest, PruneRequest, ShrinkRequest, SparsifyRequest
+from avss_dist.requests import DistillRequest, PlanRequest, PruneRequest, ShrinkRequest, SparsifyRequest
 from avss_dist.warehouse.reader import Warehouse
 
 if TYPE_CHECKING:
+    from avss_dist.distillation.distill import Distilled
     from avss_dist.evaluation.events import OnEvent
     from avss_dist.evaluation.search import SearchResult
     from avss_dist.evaluation.shrink import Shrunk
@@ -43,7 +44,7 @@ def plan(request: PlanRequest) -> Plan:
         row = named_run(opened, request.run)
     else:
         row, _ = plannable_run(opened, request.by)
-    return choose_layers(opened, row, request, request.reporter)[0]
+    return choose_layers(opened, row, request, request.on_event)[0]
 
 
 def choose_layers(
@@ -85,7 +86,7 @@ def sparsify(request: SparsifyRequest) -> SparsityPlan:
     """
     from avss_dist.evaluation.sparsify import sparsify as measure
 
-    return measure(request, named_run(Warehouse(request.warehouse), request.run), request.reporter)
+    return measure(request, named_run(Warehouse(request.warehouse), request.run), request.on_event)
 
 
 @keywords(ShrinkRequest)
@@ -96,7 +97,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     """
     from avss_dist.evaluation.shrink import shrink as run
 
-    return run(request, request.reporter)
+    return run(request, request.on_event)
 
 
 class Pruned(TabularResult):
@@ -153,7 +154,7 @@ def prune(request: PruneRequest) -> Pruned:
     if wanted is not None and warehouse is not None:
         from avss_dist.evaluation.repairs import stored_repair
 
-        fitted = stored_repair(request, plan, wanted, warehouse, request.reporter)
+        fitted = stored_repair(request, plan, wanted, warehouse, request.on_event)
     if warehouse is not None:
         checkpoint = resolve(model, trust_remote_code=code)
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
@@ -188,3 +189,14 @@ def _repair(request: PruneRequest) -> Repair | None:
     del given["trust_remote_code"]  # which a checkpoint without a repair uses, too
     refuse_unused(given, "without a repair", "Leave it out, or name a `repair`.")
     return None
+
+
+@keywords(DistillRequest)
+def distill(request: DistillRequest) -> Distilled:
+    """Train a smaller model on the predictions of the whole one, and write it as a checkpoint.
+
+    The work so far is kept in a folder beside the output, from which the same call resumes after an interruption.
+    """
+    from avss_dist.distillation.distill import distill as run
+
+    return run(request)

@@ -27,7 +27,7 @@ def estimate(request: EstimateRequest) -> estimating.Estimate:
 @keywords(AblateRequest)
 def ablate(request: AblateRequest) -> ablating.Ablation:
     """Measure the effect of each layer on the loss of a model, and store it. Stored results are not measured again."""
-    return ablating.ablate(request, request.reporter)
+    return ablating.ablate(request, request.on_event)
 
 
 @keywords(EvaluateRequest)
@@ -36,7 +36,7 @@ def evaluate(request: EvaluateRequest) -> evaluating.Evaluations:
 
     A plan is a file that ends in .yaml or .yml. The results are stored in a warehouse.
     """
-    return evaluating.evaluate(request, request.reporter)
+    return evaluating.evaluate(request, request.on_event)
 
 
 class Runs(list[Run], TabularResult):
@@ -63,8 +63,8 @@ def run_job(request: JobRequest) -> Runs:
     job = request.job if isinstance(request.job, JobFile) else read_job(request.job)
     job.refuse_unused(allow_overlap=request.allow_overlap, allow_many=request.allow_many)
     if job.experiment is None:
-        return Runs(scoring.run_job(job, reporter=request.reporter, **request.given))
-    runs, rows = run_experiment(job, request, request.reporter, request.cells)
+        return Runs(scoring.run_job(job, request.on_event, **request.given))
+    runs, rows = run_experiment(job, request, request.on_event)
     done = Runs(runs)
     done.experiment = Table(pa.Table.from_pylist(rows))
     return done

@@ -99,6 +99,11 @@ COMMANDS = {
         "sample",
         "Let a causal language model write texts to fit a repair on, if no text of its domain is available.",
     ),
+    "distill": Command(
+        CHANGE,
+        "distill",
+        "Train a smaller model on the predictions of the whole one, and write it; resumes if stopped.",
+    ),
     "doctor": Command(ELSEWHERE, "doctor", "Check what works on this machine: devices, Ray, DeepSpeed, versions."),
     "jobs": Command(ELSEWHERE, "jobs", "Jobs on a Ray cluster."),
 }
@@ -144,6 +149,10 @@ EXAMPLES = {
     "sparsify": ("avss sparsify 0.5 -o sparse.yaml", "avss sparsify 0.5 --method loss -o sparse.yaml"),
     "prune": ("avss prune org/name plan.yaml --repair-corpus your.txt -o pruned",),
     "sample": ("avss sample org/name --count 256 -o own.jsonl",),
+    "distill": (
+        "avss distill smaller --teacher org/name --corpus your.txt --tokens 1e6 -o distilled",
+        "avss distill smaller --teacher org/name --corpus your.txt=3 --watch other.txt --train near -o distilled",
+    ),
     "doctor": ("avss doctor --json",),
     "jobs submit": ("avss jobs submit JOB.yaml --address http://HEAD:8265 --follow",),
     "jobs list": ("avss jobs list --address http://HEAD:8265 --json",),

@@ -30,7 +30,7 @@ def prune(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
     if format == "text":
         emit("\n  ".join([f"{file}:", *values["plan"].describe()]))
     with CellProgress() if values.get("warehouse") else nullcontext() as progress:
-        done = write_pruned(reporter=progress, **values)
+        done = write_pruned(on_event=progress, **values)
     if format == "json":
         emit_json(done.table().to_pylist()[0])
     else:

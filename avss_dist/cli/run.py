@@ -15,6 +15,7 @@ from avss_dist.requests import JobRequest, RunJobRequest
 from avss_dist.system.streams import complain, console, emit, emit_json, say
 
 if TYPE_CHECKING:
+    from avss_dist.evaluation.events import Event
     from avss_dist.runs.api import Run
     from avss_dist.runs.job_file import JobFile
 
@@ -56,13 +57,8 @@ def run(
 def _preview(job: JobFile, format: str, options: dict[str, Any]) -> int:
     from avss_dist.estimation.preview import preview_job
     from avss_dist.report.terminal.plan import plan_table
-    from avss_dist.runs.reporter import Reporter
 
-    class Announcer(Reporter):
-        def planning(self, name: str) -> None:
-            say(f"Planning {name} ...")
-
-    previews = preview_job(job, reporter=Announcer(), **options)
+    previews = preview_job(job, lambda event: say(f"Planning {event.name} ..."), **options)
     if format == FORMATS[0]:
         console().print(plan_table(previews, job.warehouse))
         if job.experiment:
@@ -78,8 +74,8 @@ def _run(job: JobFile, format: str, options: dict[str, Any]) -> int:
     from avss_dist.report.terminal.progress import run_progress
     from avss_dist.runs.api import run_job
 
-    with run_progress(len(job.specs)) as reporter:
-        runs = run_job(job, reporter=reporter, **options)
+    with run_progress(len(job.specs)) as progress:
+        runs = run_job(job, progress, **options)
     failed = [run for run in runs if run.status == "failed"]
     if format == FORMATS[0]:
         for run in failed:
@@ -96,8 +92,14 @@ def _experiment(job: JobFile, request: JobRequest, format: str) -> int:
     from avss_dist.report.terminal.progress import CellProgress, run_progress
     from avss_dist.report.terminal.tables import rendered
 
-    with run_progress(len(job.specs)) as reporter:
-        runs, rows = run_experiment(job, request, reporter, CellProgress())
+    with run_progress(len(job.specs)) as run_bars:
+        cell_bars = CellProgress()
+
+        def show(event: Event) -> None:
+            run_bars(event)
+            cell_bars(event)
+
+        runs, rows = run_experiment(job, request, show)
     if format == FORMATS[0]:
         console().print(rendered(*experiment_sections(rows)))
     else:

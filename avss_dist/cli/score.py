@@ -36,9 +36,9 @@ def score(
         values["corpus"] += f":{label_field}"
     with run_progress(len(models), ends=False) as progress:
         if len(models) == 1:
-            runs = [score_one(models[0], reporter=progress, **values)]
+            runs = [score_one(models[0], on_event=progress, **values)]
         else:
-            runs = score_all(models, reporter=progress, **values)
+            runs = score_all(models, on_event=progress, **values)
     for run in runs:
         if format == "json":
             emit_json(asdict(run))

@@ -15,9 +15,9 @@ from avss_dist.estimation.speed import COLUMNS, multiplication_speed, run_second
 from avss_dist.models.size import Footprint
 from avss_dist.partition.choose import batch_bytes
 from avss_dist.runs.api import executor_for, overridden
+from avss_dist.runs.events import OnRunEvent, RunReading, RunRepeated
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.planner import Planner
-from avss_dist.runs.reporter import Reporter, describe_repeated
 from avss_dist.runs.run import PlannedRun
 from avss_dist.system.devices import Devices
 from avss_dist.warehouse.store import Store
@@ -58,14 +58,14 @@ class Preview:
     error: str | None = None
 
 
-def preview_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -> list[Preview]:
+def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any) -> list[Preview]:
     """Return what `run_job` would do, from configurations, headers and texts; nothing is written, no model is run.
 
     Times are estimates: from the newest finished run of the warehouse with a model of the same shape, or else from the
     arithmetic of the model and the speed at which this machine multiplies. `estimate` measures a model instead.
 
     Args:
-        reporter: notified of each run as its planning begins.
+        on_event: receives an event of each run as its planning begins.
         options: as for `run_job`.
 
     Raises:
@@ -75,7 +75,7 @@ def preview_job(job: JobFile, *, reporter: Reporter | None = None, **options: An
     store = Store(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
         previewer = _Previewer(Planner(executor, store, fetch=False), store)
-        return [previewer.preview(spec, reporter or Reporter()) for spec in specs]
+        return [previewer.preview(spec, on_event) for spec in specs]
 
 
 @dataclass
@@ -87,9 +87,10 @@ class _Previewer:
     _speeds: dict[Any, float] = field(default_factory=dict)
     _names: dict[str, str] = field(default_factory=dict)  # of the first specs, by run id
 
-    def preview(self, spec: RunSpec, reporter: Reporter) -> Preview:
+    def preview(self, spec: RunSpec, on_event: OnRunEvent | None) -> Preview:
         """Return the preview of a run."""
-        reporter.planning(spec.name)
+        if on_event is not None:
+            on_event(RunReading(spec.name))
         try:
             planned = self.planner.prepare(spec)
             size = self.planner.size(spec, planned.replica_spec.checkpoint, planned.replica_spec.settings)
@@ -102,7 +103,7 @@ class _Previewer:
         share = 0.0 if num_kept is None or first else 1 - num_kept / len(shards)
         seconds, reference, warning = self._time(planned, size, share) if share and size else (None, "", "")
         if first:
-            warning = f"{spec.name} is {describe_repeated(first)}"
+            warning = f"{spec.name} is {RunRepeated(spec.name, first).describe()}"
         return Preview(
             model=spec.title,
             corpus=spec.corpus,

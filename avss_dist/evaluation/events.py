@@ -1,10 +1,12 @@
-"""Events that an evaluation passes to its callback. This module does not import torch."""
+"""Events that an evaluation passes to its callback, those of scoring among them. This module does not import torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from avss_dist.runs.events import RunEvent
 
 if TYPE_CHECKING:
     from avss_dist.tasks.base import Result
@@ -49,28 +51,13 @@ class SearchStep:
 
 
 @dataclass(frozen=True)
-class ScoringStarted:
-    """The start of scoring layers on ``num_tokens`` tokens, of which ``done_tokens`` were measured before."""
-
-    num_tokens: int
-    done_tokens: int
-
-
-@dataclass(frozen=True)
-class ScoringAdvanced:
-    """The progress of scoring layers, as the number of further tokens."""
-
-    num_tokens: int
-
-
-@dataclass(frozen=True)
 class WeightsWritten:
     """The progress of writing a checkpoint, as the number of further bytes."""
 
     num_bytes: int
 
 
-Event = CellsStarted | CellUnderway | CellDone | SearchStep | ScoringStarted | ScoringAdvanced | WeightsWritten
+Event = CellsStarted | CellUnderway | CellDone | SearchStep | WeightsWritten | RunEvent
 OnEvent = Callable[[Event], None]
 
 

@@ -26,7 +26,7 @@ from avss_dist.core.registry import INTERACTIONS, MEASURED, RECIPES, SCORES, SEA
 from avss_dist.core.settings import INPUTS, Settings, fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.evaluate import realized_sparsity, require_effect
-from avss_dist.evaluation.events import OnEvent
+from avss_dist.evaluation.events import OnEvent, ignore
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.evaluation.search import removal_losses, run_search, search_task
 from avss_dist.evaluation.session import (
@@ -69,7 +69,6 @@ from avss_dist.pruning.selection import Reading, count_layers
 from avss_dist.requests import JobRequest
 from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
-from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.contrast import contrast
@@ -302,21 +301,20 @@ class Trial:
 
 
 def run_experiment(
-    job: JobFile, request: JobRequest, reporter: Reporter | None = None, on_event: OnEvent | None = None
+    job: JobFile, request: JobRequest, on_event: OnEvent | None = None
 ) -> tuple[list[Run], list[dict[str, Any]]]:
     """Score the runs of a job, choose layers, evaluate, and compare. Finished work is not repeated.
 
     Args:
         job: job with a section ``experiment``.
         request: permissions, and fields of ``settings.Execution`` in place of the job's.
-        reporter: receives the callbacks of scoring.
-        on_event: receives the events of evaluating.
+        on_event: receives the events of scoring and of evaluating.
 
     Returns:
         The scored runs, and the rows of ``experiments``, of whose RunIdentity only ``run_id`` and ``model`` are given.
 
     Raises:
-        AvssError: a mistake, or a cell that failed. MeasuredMaps cells remain in the warehouse.
+        AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
     """
     if (experiment := job.experiment) is None:
         raise ConfigError(f"{job.path} has no section 'experiment'.", "`run_job` runs what it asks for.")
@@ -325,7 +323,7 @@ def run_experiment(
     _require_inputs(specs, experiment)
     for spec in specs if _fitted(experiment) else ():
         require_changeable(spec.execution.partition)
-    runs = run_job(job, reporter=reporter or Reporter(), **request.given)
+    runs = run_job(job, on_event or ignore, **request.given)
     tasks = [RedactedURI(task) for task in experiment.tasks]
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:

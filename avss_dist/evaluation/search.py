@@ -66,7 +66,7 @@ def search(
 
     Args:
         run: row of ``runs`` whose checkpoint is searched.
-        choice: number of layers to drop and constraints, by one of `settings.SEARCHES`.
+        choice: number of layers to drop and constraints, by one of `registry.SEARCHES`.
         starts: sets of layers that the search begins with; see `search_for`.
 
     Raises:

@@ -27,7 +27,7 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.events import OnEvent, ScoringAdvanced, ScoringStarted, WeightsWritten, ignore
+from avss_dist.evaluation.events import OnEvent, WeightsWritten, ignore
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
 from avss_dist.evaluation.search import plan_repaired_search, searched_plan
 from avss_dist.evaluation.session import (
@@ -62,28 +62,12 @@ from avss_dist.pruning.repair.splits import HELD_BACK, count_fitted, split_texts
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import GREEDY, AblateRequest, ShrinkRequest
 from avss_dist.runs.api import score
-from avss_dist.runs.reporter import Reporter
 from avss_dist.tasks.base import Result, Task
 from avss_dist.warehouse.reader import Warehouse
 
 ROWS = 256  # rows of each text by default
 HELD_OUT = 8  # one of this many rows is scored on, and one is evaluated on
 SCORED = 16  # maximum rows to score on: more hardly improve the ranks, and the damage takes 8 passes over them
-
-
-class _Scoring(Reporter):
-    """Reporter that sends the progress of scoring as events."""
-
-    def __init__(self, on_event: OnEvent) -> None:
-        self._on_event = on_event
-
-    def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        """Send the event of the start of scoring."""
-        self._on_event(ScoringStarted(num_tokens, done_tokens))
-
-    def advanced(self, name: str, num_tokens: int) -> None:
-        """Send the event of a measured shard."""
-        self._on_event(ScoringAdvanced(num_tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +306,7 @@ def _measure_scores(request: ShrinkRequest, session: EvaluationSession, split: T
     """Measure the criterion by which layers are chosen, and return a function that makes plans by it."""
     given: dict[str, Any] = {**request.given, "max_sequences": split.scored}
     given |= {"corpus": request.corpus, "warehouse": session.store.root.full}
-    run = score(str(request.model), reporter=_Scoring(session.on_event), sites=("block",), **given)
+    run = score(str(request.model), on_event=session.on_event, sites=("block",), **given)
     if SCORES[request.ranked_by].task:
         measured: dict[str, Any] = dict(SCORES[request.ranked_by].ablate)
         ablate(AblateRequest(str(request.model), **measured, **given), session.on_event)

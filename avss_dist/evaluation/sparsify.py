@@ -105,7 +105,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any], on_event: OnEvent
         run: row of ``runs`` of a run that measured the inputs of linear maps (``--site inputs``).
 
     Raises:
-        AvssError: a mistake, or a cell that failed. MeasuredMaps cells remain in the warehouse.
+        AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
     """
     target, method, rule = request.target, request.method, request.rule
     require_target(target)
@@ -171,7 +171,7 @@ def allocate(
     """Return the plan of a method, with thresholds of the dense model that are corrected ``corrections`` times.
 
     Raises:
-        AvssError: a mistake, or a cell that failed. MeasuredMaps cells remain in the warehouse.
+        AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
     """
     require_whole_weights(source.model.placement.partition, method)
     return _corrected(session, source, _allocated(session, source, measured, target, method, rule), corrections)

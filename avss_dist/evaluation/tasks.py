@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from typing import Any
@@ -15,6 +15,7 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.chats import chat_template
 from avss_dist.corpus.overlap import SHORTEST, plain_text, shared_text
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_choices, tokenize_corpus, with_other_start
+from avss_dist.distillation.record import SELF, read_record
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.options import DEFAULT_PROMPT, PromptOptions
@@ -240,11 +241,12 @@ def texts_of_search(store: Warehouse, evaluation: str | None, checkpoint: Checkp
 
 
 def texts_of_repair(checkpoint: Checkpoint) -> Iterator[SeenText]:
-    """Yield the texts that the repairs of a checkpoint were fitted on, or nothing for a checkpoint without repairs.
+    """Yield the texts that a checkpoint was repaired or distilled on, or nothing for one without such records.
 
     Raises:
-        ModelError: the record of the repair is damaged.
+        ModelError: a record is damaged.
     """
+    yield from _texts_of_distillation(checkpoint)
     fit = f"the repair of '{checkpoint.name}'"
     for repair in read_repairs(checkpoint.folder):
         for text in repair.texts:
@@ -255,6 +257,24 @@ def texts_of_repair(checkpoint: Checkpoint) -> Iterator[SeenText]:
                 read=partial(source.read_again, fit, "it may be fitted to", (text.fingerprint,)),
                 load_tokenizer=source.tokenizer,
             )
+
+
+def _texts_of_distillation(checkpoint: Checkpoint) -> Iterator[SeenText]:
+    """Yield the texts that a checkpoint was distilled on, but for text that its teacher wrote."""
+    record = read_record(checkpoint.folder)
+    training = f"the distillation of '{checkpoint.name}'"
+    for text in record.texts if record else ():
+        if record is None or not text.trained_rows or text.corpus == SELF:
+            continue
+        skipped = record.skip_sequences + text.held_out_rows
+        settings = replace(record.settings, max_sequences=text.trained_rows)
+        source = _Source(checkpoint, text.corpus, settings, skipped)
+        yield SeenText(
+            use=f"'{checkpoint.name}' was distilled on ({text.corpus})",
+            rows=skipped + text.trained_rows,
+            read=partial(source.read_again, training, "it is trained on", (text.fingerprint,)),
+            load_tokenizer=source.tokenizer,
+        )
 
 
 def text_of_fit(text: CorpusPlan, skipped: int, checkpoint: Checkpoint, *, trust_remote_code: bool) -> SeenText:

@@ -16,6 +16,7 @@ from avss_dist.pruning.plan import Plan, describe_reason
 from avss_dist.pruning.repair.record import RepairRecord
 
 _BASE = re.compile(r"Base model at (\w+)\.")
+_REMOVED = re.compile(r"^Removed, counted from 0: ([0-9, ]+)\.", re.MULTILINE)
 LICENSE = ("license", "license_name", "license_link")
 
 
@@ -59,6 +60,16 @@ def pruned_from(folder: Path) -> tuple[str, str] | None:
         return None
     name = values.get("base_model")
     return (name, revision[1]) if isinstance(name, str) and name else None
+
+
+def removed_layers(folder: Path) -> tuple[int, ...]:
+    """Return the layers that the card of a pruned checkpoint lists as removed; empty for other checkpoints."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ()
+    listed = _REMOVED.search(text)
+    return tuple(map(int, listed[1].split(", "))) if listed else ()
 
 
 def source_license(folder: Path) -> dict[str, Any]:

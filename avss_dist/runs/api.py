@@ -17,21 +17,21 @@ from avss_dist.options import keywords
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.corpora import corpus_problems
 from avss_dist.runs.driver import Driver, Ending, record_failure
+from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded, RunEvent
 from avss_dist.runs.job_file import JobFile, RunSpec
-from avss_dist.runs.reporter import LoggingReporter, Reporter, Reporters
 from avss_dist.runs.run import Run
 from avss_dist.runs.trackers import Tracker
 from avss_dist.warehouse.store import Store
 
-__all__ = ["Reporter", "Run", "run_job", "score", "score_all"]
+__all__ = ["Run", "run_job", "score", "score_all"]
 
 
 @keywords(ScoreRequest)
 def score(request: ScoreRequest) -> Run:
     """Score one checkpoint and store the result in a warehouse. A run that is done is not repeated."""
     (spec,) = _specs(request, [str(request.model)])
-    reporter = request.reporter or LoggingReporter()
-    ((_, ending),) = _drive([spec], Store(request.warehouse), spec.settings, spec.execution, reporter)
+    on_event = request.on_event or LogRuns()
+    ((_, ending),) = _drive([spec], Store(request.warehouse), spec.settings, spec.execution, on_event)
     if isinstance(ending, AvssError):
         raise ending
     return ending
@@ -42,8 +42,8 @@ def score_all(request: ScoreAllRequest) -> list[Run]:
     """Score several checkpoints with one pool of workers. A failing run is recorded and does not stop the others."""
     if repeated := [model for model, times in Counter(request.models).items() if times > 1]:
         raise ConfigError(f"The model '{repeated[0]}' is named twice.", "Name each model once.")
-    specs, reporter = _specs(request, request.models), request.reporter or LoggingReporter()
-    return _all(specs, Store(request.warehouse), request.settings, request.execution, reporter)
+    specs, on_event = _specs(request, request.models), request.on_event or LogRuns()
+    return _all(specs, Store(request.warehouse), request.settings, request.execution, on_event)
 
 
 def _specs(request: ScoreRequest | ScoreAllRequest, models: Sequence[str]) -> list[RunSpec]:
@@ -57,18 +57,18 @@ def _specs(request: ScoreRequest | ScoreAllRequest, models: Sequence[str]) -> li
     ]
 
 
-def run_job(job: JobFile, *, reporter: Reporter | None = None, **options: Any) -> list[Run]:
+def run_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any) -> list[Run]:
     """Execute the runs of a job file that are not done. A failing run is recorded and does not stop the others.
 
     Args:
-        reporter: receives the progress.
+        on_event: receives the events of the runs.
         options: fields of ``settings.Execution`` in place of the job's: ``address``, ``replicas``, ``fresh``, ...
 
     Raises:
         AvssError: a mistake that concerns all runs, such as an unwritable warehouse or too few devices.
     """
     specs, execution = overridden(job, options)
-    return _all(specs, Store(job.warehouse), job.settings, execution, reporter or LoggingReporter())
+    return _all(specs, Store(job.warehouse), job.settings, execution, on_event or LogRuns())
 
 
 def overridden(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Execution]:
@@ -78,28 +78,38 @@ def overridden(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Ex
 
 
 def _all(
-    specs: Sequence[RunSpec], store: Store, settings: Settings, execution: Execution, reporter: Reporter
+    specs: Sequence[RunSpec], store: Store, settings: Settings, execution: Execution, on_event: OnRunEvent
 ) -> list[Run]:
     """Return the run of every spec, in order. A failing run is recorded."""
     runs: dict[int, Run] = {}
-    for spec, ending in _drive(specs, store, settings, execution, reporter):
+    for spec, ending in _drive(specs, store, settings, execution, on_event):
         if isinstance(ending, AvssError):
             ending = record_failure(store, spec, ending)
-            reporter.finished(spec.name, ending)
+            on_event(RunEnded(spec.name, ending))
         runs[id(spec)] = ending
     return [runs[id(spec)] for spec in specs]
 
 
 def _drive(
-    specs: Sequence[RunSpec], store: Store, settings: Settings, execution: Execution, reporter: Reporter
+    specs: Sequence[RunSpec], store: Store, settings: Settings, execution: Execution, on_event: OnRunEvent
 ) -> Iterator[Ending]:
     """Create the warehouse and the executor, whose errors come before any work, and yield each run as it ends."""
     with ExitStack() as stack:
         if execution.tracker:
-            reporter = Reporters(reporter, stack.enter_context(closing(Tracker(execution.tracker))))
+            on_event = _both(on_event, stack.enter_context(closing(Tracker(execution.tracker))))
         store.create()
         executor = stack.enter_context(closing(executor_for(specs, settings, execution)))
-        yield from Driver(store, executor, reporter, fresh=execution.fresh).run(specs)
+        yield from Driver(store, executor, on_event, fresh=execution.fresh).run(specs)
+
+
+def _both(first: OnRunEvent, second: OnRunEvent) -> OnRunEvent:
+    """Return a callback that passes events to two callbacks in order."""
+
+    def pass_on(event: RunEvent) -> None:
+        first(event)
+        second(event)
+
+    return pass_on
 
 
 def executor_for(specs: Sequence[RunSpec], settings: Settings, execution: Execution) -> Executor:

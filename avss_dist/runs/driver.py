@@ -17,9 +17,18 @@ from avss_dist.core.errors import AvssError, StorageFull, as_failure
 from avss_dist.core.settings import fingerprint
 from avss_dist.executors.base import Executor, RunShards
 from avss_dist.models.checkpoints import slug
+from avss_dist.runs.events import (
+    OnRunEvent,
+    RunEnded,
+    RunPlaced,
+    RunPlanned,
+    RunReading,
+    RunRepeated,
+    RunStarted,
+    ShardMeasured,
+)
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
-from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import Run, RunInProgress
 from avss_dist.warehouse.sharing import SharedWarehouse, shared
 from avss_dist.warehouse.store import Store
@@ -36,8 +45,8 @@ class Driver:
     thread of the driver's, in the order in which they came).
     """
 
-    def __init__(self, store: Store, executor: Executor, reporter: Reporter, *, fresh: bool = False) -> None:
-        self._store, self._executor, self._reporter, self._fresh = store, executor, reporter, fresh
+    def __init__(self, store: Store, executor: Executor, on_event: OnRunEvent, *, fresh: bool = False) -> None:
+        self._store, self._executor, self._on_event, self._fresh = store, executor, on_event, fresh
         self._planner = Planner(executor, store)
         self._in_progress: dict[RunShards, tuple[RunSpec, RunInProgress]] = {}
         self._run_ids: dict[str, str] = {}  # names of the first specs, by run id
@@ -84,11 +93,11 @@ class Driver:
         """Yield the shards to measure, run by run. Once storage is full, no further run begins."""
         for spec in specs:
             try:
-                self._reporter.planning(spec.name)
+                self._on_event(RunReading(spec.name))
                 planned = self._planner.prepare(spec)
                 run = planned.run
                 if run.run_id in self._run_ids:
-                    self._reporter.repeated(spec.name, self._run_ids[run.run_id])
+                    self._on_event(RunRepeated(spec.name, self._run_ids[run.run_id]))
                 if run.run_id in self._run_ids or self._is_done(run):
                     self._run_ids.setdefault(run.run_id, spec.name)
                     self._end(spec, run)
@@ -97,13 +106,13 @@ class Driver:
                     self._ended.append((spec, self._not_begun(run)))
                     continue
                 self._run_ids[run.run_id] = spec.name
-                self._reporter.planned(spec.name, planned)
-                self._reporter.placed(spec.name, planned.replica_spec.placement)
+                self._on_event(RunPlanned(spec.name, planned))
+                self._on_event(RunPlaced(spec.name, planned.replica_spec.placement))
                 running = RunInProgress(planned, self._store, fresh=self._fresh, shared=self._shared)
             except Exception as error:
                 self._ended.append((spec, as_failure(error)))
                 continue
-            self._reporter.started(spec.name, run.num_tokens, running.done_tokens)
+            self._on_event(RunStarted(spec.name, run.num_tokens, running.done_tokens))
             self._in_progress[running.shards] = spec, running
             if running.missing:
                 yield running.shards
@@ -145,7 +154,7 @@ class Driver:
         except Exception as error:
             self._fail(shards, as_failure(error))
         else:
-            self._reporter.advanced(spec.name, result.num_tokens)
+            self._on_event(ShardMeasured(spec.name, result.num_tokens))
 
     def _finish(self, shards: RunShards) -> None:
         if shards not in self._in_progress:
@@ -169,7 +178,7 @@ class Driver:
         self._ended.append((spec, error))
 
     def _end(self, spec: RunSpec, run: Run) -> None:
-        self._reporter.finished(spec.name, run)
+        self._on_event(RunEnded(spec.name, run))
         self._ended.append((spec, run))
 
 

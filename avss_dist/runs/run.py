@@ -79,7 +79,7 @@ class PlannedRun:
     """A planned run, before a weight is loaded.
 
     Attributes:
-        name: name of the run for reporters.
+        name: name of the run in events.
         replicas: model copies that work in parallel.
     """
 

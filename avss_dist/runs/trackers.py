@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import TRACKERS
-from avss_dist.runs.reporter import LOG_SECONDS, Reporter
+from avss_dist.runs.events import LOG_SECONDS, RunEnded, RunPlanned, RunStarted, ShardMeasured
 from avss_dist.system.streams import complain, prints_to_stderr
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class TrackedRun(Protocol):
         """Close the run."""
 
 
-class Tracker(Reporter):
-    """Reporter of measured runs to a tracker. Runs that are done already are not reported again.
+class Tracker:
+    """Callback that reports measured runs to a tracker. Runs that are done already are not reported again.
 
     A run is named by its id in the tracker, and resumes there after an interruption. If the tracker fails, the run
     continues without it.
@@ -60,19 +60,27 @@ class Tracker(Reporter):
         self._progress: dict[str, tuple[int, int, int, float, float]] = {}
         self._lock = threading.Lock()  # trackers open one run at a time
 
-    def planned(self, name: str, planned: PlannedRun) -> None:
+    def __call__(self, event: object) -> None:
+        """Report an event."""
+        match event:
+            case RunPlanned(name, planned):
+                self._open(name, planned)
+            case RunStarted(name, num_tokens, done_tokens):
+                now = time.monotonic()
+                self._progress[name] = done_tokens, num_tokens, done_tokens, now, now
+            case ShardMeasured(name, num_tokens):
+                self._advance(name, num_tokens)
+            case RunEnded(name, run):
+                self._end(name, run)
+
+    def _open(self, name: str, planned: PlannedRun) -> None:
         """Open the run in the tracker, with its settings."""
         with self._forgiving(name), self._lock, prints_to_stderr():
             self._runs[name] = _OPEN[self._tracker](
                 self._library, self._project, planned.run.run_id, run_config(planned)
             )
 
-    def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        """See `Reporter`."""
-        now = time.monotonic()
-        self._progress[name] = done_tokens, num_tokens, done_tokens, now, now
-
-    def advanced(self, name: str, num_tokens: int) -> None:
+    def _advance(self, name: str, num_tokens: int) -> None:
         """Log the progress, at most every `LOG_SECONDS` and at the end."""
         before, total, done, begun, logged_at = self._progress[name]
         done, now = done + num_tokens, time.monotonic()
@@ -83,7 +91,7 @@ class Tracker(Reporter):
             logged_at = now
         self._progress[name] = before, total, done, begun, logged_at
 
-    def finished(self, name: str, run: Run) -> None:
+    def _end(self, name: str, run: Run) -> None:
         """Log the scores by layer, and close the run."""
         if tracked := self._runs.get(name):
             with self._forgiving(name), prints_to_stderr():

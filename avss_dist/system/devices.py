@@ -129,6 +129,14 @@ def allocator_options(version: str) -> list[str]:
     return ["expandable_segments:True", *exact]
 
 
+def has_fast_bfloat16(kind: str) -> bool:
+    """Whether the devices of a kind multiply bfloat16 matrices in hardware."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
 def pick_device(name: str) -> torch.device:
     """Return the device of a name; ``auto`` is ``cuda`` if torch sees a GPU.
 

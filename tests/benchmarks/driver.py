@@ -35,12 +35,12 @@ from ray import cloudpickle
 
 from avss_dist.core.settings import SITES, THRESHOLDS, Execution, Settings
 from avss_dist.corpus.shards import CorpusPlan, Shard
+from avss_dist.evaluation.events import ignore
 from avss_dist.executors.base import RunShards
 from avss_dist.executors.ray import gang, queue
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.partition.base import Placement
 from avss_dist.runs.driver import Driver
-from avss_dist.runs.reporter import Reporter
 from avss_dist.runs.run import PlannedRun, Run, RunInProgress
 from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
 from avss_dist.stats.layer_stats import LayerStats, ShardResult
@@ -196,7 +196,7 @@ class Committing(Driver):
     """The driver with one planned run, again and again; the clock starts at the tenth result of a worker on average."""
 
     def __init__(self, store: Store, executor: VirtualExecutor, *, workers: int, seconds: float) -> None:
-        super().__init__(store, executor, Reporter(), fresh=True)
+        super().__init__(store, executor, ignore, fresh=True)
         self._before, self._seconds = 10 * workers, seconds
         self.times: list[tuple[float, float]] = []  # wall clock and CPU time of this process, at every commit
 

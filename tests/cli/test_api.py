@@ -18,7 +18,7 @@ from avss_dist.core.results import Table
 from avss_dist.core.text import RedactedURI
 from avss_dist.options import SHARED
 from avss_dist.requests import ScoreRequest
-from avss_dist.runs.reporter import LoggingReporter
+from avss_dist.runs.events import LogRuns, RunEnded, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.run import Run
 from avss_dist.warehouse.reader import Warehouse
 
@@ -56,7 +56,7 @@ def test_the_docstring_explains_every_keyword_of_the_request(command: str) -> No
     function = functions()[command]
     doc = inspect.getdoc(function) or ""
     explained = [line.strip().partition(":")[0] for line in doc.partition("Args:")[2].splitlines()]
-    keywords = [name for name in inspect.signature(function).parameters if name not in (*SHARED, "reporter")]
+    keywords = [name for name in inspect.signature(function).parameters if name not in (*SHARED, "on_event")]
     assert keywords and set(keywords) <= set(explained)
     assert doc.partition("\n")[0].endswith((".", ";"))
 
@@ -121,12 +121,12 @@ def test_runs_and_thresholds_have_names(root: str) -> None:
 
 
 def test_runs_tell_logging(caplog: pytest.LogCaptureFixture) -> None:
-    reporter = LoggingReporter()
+    log, run = LogRuns(), Run(run_id="r", model="m", warehouse="w", status="failed", error="no memory")
     with caplog.at_level("INFO", "avss_dist"):
-        reporter.planning("m")
-        reporter.started("m", 10, 0)
-        reporter.advanced("m", 5)  # too soon for a line
-        reporter.finished("m", Run(run_id="r", model="m", warehouse="w", status="failed", error="no memory"))
+        log(RunReading("m"))
+        log(RunStarted("m", 10, 0))
+        log(ShardMeasured("m", 5))  # too soon for a line
+        log(RunEnded("m", run))
     assert [record.getMessage() for record in caplog.records] == ["m: reading", "m: no memory"]
 
 

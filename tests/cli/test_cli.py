@@ -36,8 +36,8 @@ from avss_dist.core.settings import (
     Execution,
     Settings,
 )
-from avss_dist.partition.base import Placement
 from avss_dist.report.page import summary
+from avss_dist.runs import events
 from avss_dist.system.doctor import CheckResult
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
@@ -854,27 +854,25 @@ def test_no_warehouse_has_an_empty_name(name: str, tmp_path: Path, monkeypatch: 
 def test_the_api_scores_several_models_and_reports(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
     told: dict[str, list[str]] = {}
 
-    class Reporter(avss_dist.Reporter):
-        def planning(self, name: str) -> None:
-            told[Path(name).name] = ["planning"]
-
-        def placed(self, name: str, placement: Placement) -> None:
-            told[Path(name).name].append(f"placed {placement.partition}")
-
-        def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-            told[Path(name).name].append(f"started {num_tokens} {done_tokens}")
-
-        def advanced(self, name: str, num_tokens: int) -> None:
-            told[Path(name).name].append(f"advanced {num_tokens}")
-
-        def finished(self, name: str, run: avss_dist.Run) -> None:
-            told[Path(name).name].append(f"finished {run.status}")
+    def note(event: events.RunEvent) -> None:
+        lines = told.setdefault(Path(event.name).name, [])
+        match event:
+            case events.RunReading():
+                lines.append("planning")
+            case events.RunPlaced(_, placement):
+                lines.append(f"placed {placement.partition}")
+            case events.RunStarted(_, num_tokens, done_tokens):
+                lines.append(f"started {num_tokens} {done_tokens}")
+            case events.ShardMeasured(_, num_tokens):
+                lines.append(f"advanced {num_tokens}")
+            case events.RunEnded(_, run):
+                lines.append(f"finished {run.status}")
 
     runs = avss_dist.score_all(
         [str(tiny_llama), "/missing", str(tiny_bert)],
         corpus="builtin:pydoc",
         warehouse=tmp_path,
-        reporter=Reporter(),
+        on_event=note,
         max_sequences=6,
         sequence_length=32,
         sequences_per_shard=4,

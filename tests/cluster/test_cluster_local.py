@@ -101,19 +101,22 @@ def test_two_nodes_measure_the_same_bytes_as_one_process(
 
 LOSES_A_NODE = """
 import subprocess, sys
-from avss_dist.runs.api import Reporter, score
+from avss_dist.runs.api import score
+from avss_dist.runs.events import ShardMeasured
 
-class Harming(Reporter):
+class Harming:
     arrived = 0
-    def advanced(self, *_):
+    def __call__(self, event):
+        if not isinstance(event, ShardMeasured):
+            return
         self.arrived += 1
         if self.arrived == 3:
             subprocess.run([sys.argv[1], "kill-node", "2"], check=True)
 
-reporter = Harming()
-run = score(sys.argv[2], warehouse=sys.argv[3], corpus="builtin:pydoc", reporter=reporter, partition="single",
+harming = Harming()
+run = score(sys.argv[2], warehouse=sys.argv[3], corpus="builtin:pydoc", on_event=harming, partition="single",
             replicas=3, address=sys.argv[4], placement_seconds=60, %s)
-print(run.status, run.resumed_shards, reporter.arrived)
+print(run.status, run.resumed_shards, harming.arrived)
 """
 
 

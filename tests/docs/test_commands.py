@@ -34,6 +34,7 @@ PLACES = {"s3://bucket/warehouse": "warehouse", "RUN_ID": "name", "OTHER_RUN_ID"
 PLACES |= {"HuggingFaceTB/SmolLM2-135M-Instruct": "org/name"}
 PLACES |= {"12GB": "150kB", "smollm2": "name", "smollm2-*": "*", "MODEL": "org/name"}
 SMALL = {"--max-sequences": "16", "--sequence-length": "32", "--batch-size": "8", "--executor": "local", "--count": "2"}
+SMALL |= {"--tokens": "4e3", "--held-out": "4", "--self-texts": "0"}
 """Options added to commands that take them and do not set them."""
 
 

@@ -289,7 +289,7 @@ def test_two_workers_allocate_sparsity_as_one_process_does_also_after_a_kill(tin
     on_workers = {**options, "warehouse": shared, "method": "teal", "executor": "ray", "replicas": 2}
     address = ray.get_runtime_context().gcs_address
     killed = multiprocessing.get_context("spawn").Process(
-        target=sparsify, args=(0.6,), kwargs={**on_workers, "reporter": Death(), "address": address}
+        target=sparsify, args=(0.6,), kwargs={**on_workers, "on_event": Death(), "address": address}
     )
     killed.start()
     killed.join()

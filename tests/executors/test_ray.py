@@ -41,7 +41,7 @@ from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
 from avss_dist.runs import partials
-from avss_dist.runs.api import Reporter
+from avss_dist.runs.events import RunEvent, ShardMeasured
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import RunInProgress
@@ -94,23 +94,23 @@ def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
     harm: signal.Signals, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     """Killed, or stopped, which the watchdog sees: it begins no layer."""
-    reporter = Harming({3: harm})
-    run = score(tiny_llama, tmp_path, executor="ray", replicas=2, hang_seconds=8, reporter=reporter)
-    assert len(reporter.victims) == 1 and run.status == "done"
-    assert reporter.arrived == 20
+    harming = Harming({3: harm})
+    run = score(tiny_llama, tmp_path, executor="ray", replicas=2, hang_seconds=8, on_event=harming)
+    assert len(harming.victims) == 1 and run.status == "done"
+    assert harming.arrived == 20
     assert_same_tables(tmp_path, undisturbed)
-    wait_until(lambda: not reporter.victims[0].is_running())  # one that hangs is killed, not left behind
+    wait_until(lambda: not harming.victims[0].is_running())  # one that hangs is killed, not left behind
 
 
 @shared_cluster
 def test_paired_text_is_counted_once_where_a_worker_is_killed(tiny_llama: Path, tmp_path: Path) -> None:
     options = {**TWENTY_SHARDS, "sequences_per_shard": 4, "corpus": write_pairs(tmp_path, 12)}
     avss_dist.score(tiny_llama, warehouse=tmp_path / "local", executor="local", **options)
-    reporter = Harming({2: signal.SIGKILL})
+    harming = Harming({2: signal.SIGKILL})
     run = avss_dist.score(
-        tiny_llama, warehouse=tmp_path / "ray", executor="ray", replicas=2, reporter=reporter, **options
+        tiny_llama, warehouse=tmp_path / "ray", executor="ray", replicas=2, on_event=harming, **options
     )
-    assert (len(reporter.victims), reporter.arrived, run.num_shards) == (1, 12, 12)
+    assert (len(harming.victims), harming.arrived, run.num_shards) == (1, 12, 12)
     assert_same_tables(tmp_path / "ray", tmp_path / "local")
     assert (rows := Warehouse(tmp_path / "ray").table("row_stats")).num_rows == 48 * 3 * 5
     assert len(set(rows["row"].to_pylist())) == 48
@@ -212,7 +212,7 @@ def test_tasks_merge_to_the_same_bytes(
     assert len(applied) == 20
     assert_same_tables(tmp_path / "whole", undisturbed)
     with pytest.raises(RunFailed, match="is damaged or missing"):
-        score(tiny_llama, tmp_path / "damaged", executor="ray", reporter=Damaging(tmp_path / "damaged"))
+        score(tiny_llama, tmp_path / "damaged", executor="ray", on_event=Damaging(tmp_path / "damaged"))
 
 
 def test_any_number_of_mergers_gives_the_same_bytes(
@@ -231,15 +231,15 @@ def test_any_number_of_mergers_gives_the_same_bytes(
         assert_same_tables(out, undisturbed)
 
 
-class Damaging(Reporter):
+class Damaging:
     """Flips a bit of a partial after its receipt has come."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._arrived = folder, 0
 
-    def advanced(self, name: str, num_tokens: int) -> None:
-        self._arrived += 1
-        if self._arrived == 3:
+    def __call__(self, event: RunEvent) -> None:
+        self._arrived += isinstance(event, ShardMeasured)
+        if self._arrived == 3 and isinstance(event, ShardMeasured):
             file = sorted((self._folder / "shard_stats").rglob("*.parquet"))[0]
             data = bytearray(file.read_bytes())
             data[len(data) // 2] ^= 1
@@ -251,7 +251,7 @@ def test_a_partial_that_is_damaged_after_its_receipt_is_measured_again(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RunFailed, match=r"partial of shard \d+ is damaged or missing(?s:.*)same command again"):
-        score(tiny_llama, tmp_path, executor="ray", replicas=2, reporter=Damaging(tmp_path))
+        score(tiny_llama, tmp_path, executor="ray", replicas=2, on_event=Damaging(tmp_path))
     run = score(tiny_llama, tmp_path, executor="ray", replicas=2)
     assert (run.status, run.resumed_shards) == ("done", 19)
     assert_same_tables(tmp_path, undisturbed)
@@ -480,13 +480,12 @@ def test_a_run_ends_with_its_cluster_and_says_so(
     monkeypatch.setattr(liveness, "HEAD_SECONDS", 1.0)
     monkeypatch.setattr(gang, "Worker", WaitsBeforeShardTen)
 
-    class Kills(Reporter):
-        def advanced(self, name: str, num_tokens: int) -> None:
-            for process in ray_processes(part):
-                process.kill()
+    def kill(event: RunEvent) -> None:
+        for process in ray_processes(part) if isinstance(event, ShardMeasured) else ():
+            process.kill()
 
     with pytest.raises(RunFailed, match=message):
-        score(tiny_llama, tmp_path, executor="ray", replicas=2, placement_seconds=3600, reporter=Kills())
+        score(tiny_llama, tmp_path, executor="ray", replicas=2, placement_seconds=3600, on_event=kill)
     assert not ray.is_initialized() and "(raylet)" not in capsys.readouterr().out
     (row,) = Warehouse(tmp_path).runs().to_pylist()
     assert row["status"] == "failed" and re.search(message, row["error"])

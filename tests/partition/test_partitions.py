@@ -169,7 +169,7 @@ def test_a_gang_that_loses_ranks_is_replaced_as_one(models: list[str], single: P
     """One rank killed in mid-shard, another stopped, which is a hang: the run still ends, each shard counts once."""
     harming = Harming({1: signal.SIGKILL, 3: signal.SIGSTOP})
     options = {**OPTIONS, "partition": "zero3", "ranks": 2, "hang_seconds": 12}
-    run = avss_dist.score(models[0], corpus="builtin:pydoc", warehouse=tmp_path, reporter=harming, **options)
+    run = avss_dist.score(models[0], corpus="builtin:pydoc", warehouse=tmp_path, on_event=harming, **options)
     assert (run.status, harming.arrived, len(harming.victims)) == ("done", SHARDS, 2)
     got, wanted = measured_files(tmp_path), measured_files(single)
     assert got == {path: wanted[path] for path in got}

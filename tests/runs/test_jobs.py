@@ -23,8 +23,9 @@ import avss_dist
 from avss_dist.core.settings import Replicas, Settings
 from avss_dist.estimation.preview import preview_job
 from avss_dist.models.size import footprint
-from avss_dist.report.terminal.progress import Log
+from avss_dist.report.terminal.progress import ProgressLines
 from avss_dist.runs.api import run_job
+from avss_dist.runs.events import RunEnded, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.job_file import JobError, JobFile, job_schema, read_job
 from avss_dist.runs.run import Run
 from avss_dist.system.devices import devices_here
@@ -560,19 +561,19 @@ def test_the_same_checkpoint_by_two_names_is_measured_once(tiny_llama: Path, tmp
 
 def test_a_log_has_a_line_for_each_run_and_now_and_then_one_between() -> None:
     file = io.StringIO()
-    log = Log(2, seconds=0.0, file=file)
+    log = ProgressLines(2, seconds=0.0, file=file)
     for name in ("one", "two"):
-        log.planning(name)
-        log.started(name, 1000, 200)
-    log.advanced("one", 300)
-    log.finished("one", Run(run_id="one-0", model="one", warehouse="w", status="done"))
-    log.finished("two", Run(run_id="two-0", model="two", warehouse="w", status="failed", error="no\nmore"))
+        log(RunReading(name))
+        log(RunStarted(name, 1000, 200))
+    log(ShardMeasured("one", 300))
+    log(RunEnded("one", Run(run_id="one-0", model="one", warehouse="w", status="done")))
+    log(RunEnded("two", Run(run_id="two-0", model="two", warehouse="w", status="failed", error="no\nmore")))
     lines = [line.partition(" ")[2] for line in file.getvalue().splitlines()]
     assert lines == ["one: 50% of 1,000 tokens", "1 of 2 runs: one done", "2 of 2 runs: two failed: no"]
     quiet = io.StringIO()
-    log = Log(1, seconds=1000.0, file=quiet)
-    log.started("one", 1000, 0)
-    log.advanced("one", 300)
+    log = ProgressLines(1, seconds=1000.0, file=quiet)
+    log(RunStarted("one", 1000, 0))
+    log(ShardMeasured("one", 300))
     assert quiet.getvalue() == ""
 
 
@@ -581,11 +582,11 @@ def test_a_log_says_how_long_it_will_take_once_the_pace_is_steady(monkeypatch: p
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     file = io.StringIO()
-    log = Log(1, seconds=0.0, file=file)
-    log.started("one", 1000, 0)
+    log = ProgressLines(1, seconds=0.0, file=file)
+    log(RunStarted("one", 1000, 0))
     for seconds in (12.0, 14.0, 16.0, 18.0, 20.0):
         now = seconds
-        log.advanced("one", 100)
+        log(ShardMeasured("one", 100))
     lines = [line.partition(" ")[2] for line in file.getvalue().splitlines()]
     assert lines[:4] == [f"one: {share} of 1,000 tokens" for share in ("10%", "20%", "30%", "40%")]
     assert lines[4:] == ["one: 50% of 1,000 tokens, 50 tokens/s, 10 s left"]

@@ -17,10 +17,10 @@ import avss_dist
 from avss_dist.analysis.chosen import choose_runs
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.settings import Execution, Settings
+from avss_dist.evaluation.events import ignore
 from avss_dist.executors import base
 from avss_dist.executors.base import Outcome, RunShards
 from avss_dist.executors.local import LocalExecutor
-from avss_dist.runs.api import Reporter
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.warehouse.reader import Warehouse
@@ -63,7 +63,7 @@ def drive(model: Path, out: Path, executor: Any, **changes: Any) -> avss_dist.Ru
         name=str(model),
     )
     with closing(executor):
-        ((_, ending),) = Driver(store, executor, Reporter()).run([spec])
+        ((_, ending),) = Driver(store, executor, ignore).run([spec])
     assert isinstance(ending, avss_dist.Run), ending
     return ending
 

@@ -24,7 +24,8 @@ from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray import gang, queue
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.worker import ShardAssignment, Worker, resolve_on_node
-from avss_dist.runs.api import Reporter, Run, run_job
+from avss_dist.runs.api import run_job
+from avss_dist.runs.events import RunEnded, RunEvent, RunReading, ShardMeasured
 from avss_dist.runs.job_file import read_job
 from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
@@ -73,7 +74,7 @@ def job_file(folder: Path, models: list[Any], **execution: Any) -> Path:
     return file
 
 
-class Watching(Reporter):
+class Watching:
     """Notes what happens."""
 
     def __init__(self) -> None:
@@ -83,14 +84,10 @@ class Watching(Reporter):
     def arrived(self) -> int:
         return sum(what == "advanced" for what, _ in self.told)
 
-    def planning(self, name: str) -> None:
-        self.told.append(("planning", name))
-
-    def advanced(self, name: str, num_tokens: int) -> None:
-        self.told.append(("advanced", name))
-
-    def finished(self, name: str, run: Run) -> None:
-        self.told.append(("finished", name))
+    def __call__(self, event: RunEvent) -> None:
+        words = {RunReading: "planning", ShardMeasured: "advanced", RunEnded: "finished"}
+        if type(event) in words:
+            self.told.append((words[type(event)], event.name))
 
 
 @pytest.mark.usefixtures("cluster")
@@ -107,9 +104,9 @@ def test_a_sweep_gives_the_tables_of_one_by_one_with_two_processes(
     hired: list[Any] = []
     hire = RayExecutor._new_gang
     monkeypatch.setattr(RayExecutor, "_new_gang", lambda *args: hired.append(args) or hire(*args))
-    reporter = Watching()
+    watching = Watching()
     every = [models[0], tmp_path / "absent", models[1], broken, *models[2:]]
-    runs = run_job(read_job(job_file(tmp_path, every)), reporter=reporter)
+    runs = run_job(read_job(job_file(tmp_path, every)), on_event=watching)
     assert [run.status for run in runs] == ["done", "failed", "done", "failed", "done", "done"]
     assert [run.model for run in runs] == [str(model) for model in every]
     assert_same_tables(tmp_path / "w", alone)
@@ -117,7 +114,7 @@ def test_a_sweep_gives_the_tables_of_one_by_one_with_two_processes(
     failed = Warehouse(tmp_path / "w").sql("SELECT model, error FROM runs WHERE status = 'failed'").to_pylist()
     errors = {Path(row["model"]).name: row["error"] for row in failed}
     assert "There is no folder" in errors["absent"] and "are damaged" in errors["broken"]
-    told = reporter.told
+    told = watching.told
     assert told.index(("planning", str(models[1]))) < told.index(("finished", str(models[0])))
     again = run_job(read_job(job_file(tmp_path, models)))
     assert [run.status for run in again] == ["skipped"] * 4
@@ -150,13 +147,13 @@ def test_the_last_shards_of_a_slow_worker_are_issued_twice_and_count_once(
     monkeypatch.setattr(gang, "Worker", DawdlesOnShardFour)
     monkeypatch.setattr(queue, "LATE_SECONDS", 1.0)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    reporter = Watching()
+    watching = Watching()
     try:
-        (run,) = run_job(read_job(job_file(tmp_path, models[:1])), reporter=reporter)
+        (run,) = run_job(read_job(job_file(tmp_path, models[:1])), on_event=watching)
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert MARK[0].exists()
-    assert (run.status, reporter.arrived) == ("done", SHARDS)
+    assert (run.status, watching.arrived) == ("done", SHARDS)
     avss_dist.score(models[0], corpus="builtin:pydoc", warehouse=tmp_path / "alone", executor="local", **SETTINGS)
     assert_same_tables(tmp_path / "w", tmp_path / "alone")
 

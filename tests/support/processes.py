@@ -16,7 +16,7 @@ from ray import cloudpickle
 
 from avss_dist.executors.ray import gang, watch
 from avss_dist.executors.ray.worker import Worker
-from avss_dist.runs.api import Reporter
+from avss_dist.runs.events import RunEvent, ShardMeasured
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -37,8 +37,8 @@ def ray_processes(name: str = "ray::Worker") -> list[psutil.Process]:
     return [p for p in children if p.is_running() and p.name().startswith(name)]
 
 
-class Harming(Reporter):
-    """Sends signals to workers of the next run, each to another one: when so many shards have arrived."""
+class Harming:
+    """Callback that sends signals to workers of the next run, each to another one: when so many shards have arrived."""
 
     def __init__(self, signals: Mapping[int, signal.Signals]) -> None:
         self.arrived = 0
@@ -46,7 +46,9 @@ class Harming(Reporter):
         self.victims: list[psutil.Process] = []
         self._earlier = ray_processes()  # those of the last run may be about to end
 
-    def advanced(self, name: str, num_tokens: int) -> None:
+    def __call__(self, event: RunEvent) -> None:
+        if not isinstance(event, ShardMeasured):
+            return
         self.arrived += 1
         if self.arrived in self.signals:
             victim = next(p for p in ray_processes() if p not in self._earlier + self.victims)

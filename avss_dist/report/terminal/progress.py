@@ -18,11 +18,18 @@ from avss_dist.core.text import basename
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, SearchStep
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.pace import Pace
-from avss_dist.runs.reporter import LOG_SECONDS, Reporter, describe_repeated
+from avss_dist.runs.events import (
+    LOG_SECONDS,
+    RunEnded,
+    RunPlaced,
+    RunReading,
+    RunRepeated,
+    RunStarted,
+    ShardMeasured,
+)
 from avss_dist.system.streams import console, say
 
 if TYPE_CHECKING:
-    from avss_dist.partition.base import Placement
     from avss_dist.runs.run import Run
     from avss_dist.tasks.cells import Cell
 
@@ -81,15 +88,15 @@ def log(what: str, file: TextIO | None = None) -> None:
     say(f"{datetime.now(UTC):%H:%M:%S} {what}", file)
 
 
-class Progress(Reporter):
-    """Progress callbacks that show a bar for each run, with tokens/s and the time that is left."""
+class Progress:
+    """Callback for the events of runs: a bar for each run, with tokens/s and the time that is left."""
 
     def __init__(self) -> None:
         self._progress = bars(rich_progress.TaskProgressColumn(), _Speed())
         self._tasks: dict[str, rich_progress.TaskID] = {}
         self._ended: deque[rich_progress.TaskID] = deque()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -98,32 +105,28 @@ class Progress(Reporter):
     ) -> None:
         self._progress.stop()
 
-    def planning(self, name: str) -> None:
-        """Add a bar for a new run, whose text is being read."""
-        self._tasks[name] = self._progress.add_task(f"{_short(name)}: reading", total=None)
+    def __call__(self, event: object) -> None:
+        """Show an event. How a replica is spread is printed on a terminal, or if it is not a single whole model."""
+        match event:
+            case RunReading(name):
+                self._tasks[name] = self._progress.add_task(f"{_short(name)}: reading", total=None)
+            case RunRepeated(name, first):
+                self._print(f"{_short(name)}: {event.describe(_short(first))}")
+            case RunPlaced(name, placement) if self._progress.console.is_terminal or placement.partition != WHOLE:
+                self._print(f"{_short(name)}: {placement.partition}; {placement.why}.")
+            case RunStarted(name, total, done):
+                task = self._tasks[name]
+                self._progress.reset(task, start=False, total=total, completed=done, description=_short(name))
+            case ShardMeasured(name, num_tokens):
+                self._progress.start_task(self._tasks[name])
+                self._progress.advance(self._tasks[name], num_tokens)
+            case RunEnded(name, run):
+                self._end(name, run)
 
-    def repeated(self, name: str, first: str) -> None:
-        """Print that a run is the same as another one."""
-        self._progress.console.print(f"{_short(name)}: {describe_repeated(_short(first))}", markup=False)
+    def _print(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)
 
-    def placed(self, name: str, placement: Placement) -> None:
-        """Print how a replica is spread, on a terminal or if it is not a single whole model."""
-        if self._progress.console.is_terminal or placement.partition != WHOLE:
-            self._progress.console.print(f"{_short(name)}: {placement.partition}; {placement.why}.", markup=False)
-
-    def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        """Record the start of a run of ``num_tokens``, of which ``done_tokens`` were measured before."""
-        self._progress.reset(
-            self._tasks[name], start=False, total=num_tokens, completed=done_tokens, description=_short(name)
-        )
-
-    def advanced(self, name: str, num_tokens: int) -> None:
-        """Count a measured shard."""
-        self._progress.start_task(self._tasks[name])
-        self._progress.advance(self._tasks[name], num_tokens)
-
-    def finished(self, name: str, run: Run) -> None:
-        """Record the end of a run."""
+    def _end(self, name: str, run: Run) -> None:
         if (task := self._tasks.pop(name, None)) is not None:
             self._progress.update(task, description=f"{_short(name)}: {run.status}")
             self._progress.stop_task(task)
@@ -132,13 +135,13 @@ class Progress(Reporter):
                 self._progress.update(self._ended.popleft(), visible=False)
 
 
-def run_progress(num_runs: int, *, ends: bool = True) -> Progress | Log:
-    """Return progress callbacks for runs: bars on a terminal, otherwise lines.
+def run_progress(num_runs: int, *, ends: bool = True) -> Progress | ProgressLines:
+    """Return a callback for the events of runs: bars on a terminal, otherwise lines.
 
     Args:
         ends: print a line at the end of each run, if there are no bars.
     """
-    return Progress() if console(stderr=True).is_terminal else Log(num_runs, ends=ends)
+    return Progress() if console(stderr=True).is_terminal else ProgressLines(num_runs, ends=ends)
 
 
 class CellProgress:
@@ -198,8 +201,8 @@ def describe_without(cell: Cell) -> str:
     return f" without {count_removed(removed)}" if removed else ""
 
 
-class Log(Reporter):
-    """Progress callbacks for a file or a job's log: a line at the end of each run, and lines at intervals before.
+class ProgressLines:
+    """Callback for the events of runs in a file or a job's log: a line at the end of each, and lines at intervals.
 
     Args:
         num_runs: number of runs.
@@ -217,27 +220,28 @@ class Log(Reporter):
         self._paces: dict[str, Pace] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
-    def repeated(self, name: str, first: str) -> None:
-        """Print that a run is the same as another one."""
-        self._print(f"{name}: {describe_repeated(first)}")
+    def __call__(self, event: object) -> None:
+        """Show an event. How a replica is spread is printed if it is not a single whole model."""
+        match event:
+            case RunRepeated(name):
+                self._print(f"{name}: {event.describe()}")
+            case RunPlaced(name, placement) if placement.partition != WHOLE:
+                self._print(f"{name}: {placement.partition}; {placement.why}.")
+            case RunStarted(name, num_tokens, done_tokens):
+                with self._lock:
+                    self._tokens[name] = done_tokens, num_tokens
+                    self._paces[name] = Pace()
+            case ShardMeasured(name, num_tokens):
+                self._advance(name, num_tokens)
+            case RunEnded(name, run):
+                self._end(name, run)
 
-    def placed(self, name: str, placement: Placement) -> None:
-        """Print how a replica is spread if it is not a single whole model."""
-        if placement.partition != WHOLE:
-            self._print(f"{name}: {placement.partition}; {placement.why}.")
-
-    def started(self, name: str, num_tokens: int, done_tokens: int) -> None:
-        """Record the start of a run of ``num_tokens``, of which ``done_tokens`` were measured before."""
-        with self._lock:
-            self._tokens[name] = done_tokens, num_tokens
-            self._paces[name] = Pace()
-
-    def advanced(self, name: str, num_tokens: int) -> None:
+    def _advance(self, name: str, num_tokens: int) -> None:
         """Count a measured shard, and print a line if the last one is long ago."""
         with self._lock:
             done, total = self._tokens[name]
@@ -253,8 +257,7 @@ class Log(Reporter):
             what += f", {speed:,.0f} tokens/s, {describe_seconds(remaining)} left"
         self._print(what)
 
-    def finished(self, name: str, run: Run) -> None:
-        """Record the end of a run."""
+    def _end(self, name: str, run: Run) -> None:
         with self._lock:
             self._tokens.pop(name, None)
             self._paces.pop(name, None)

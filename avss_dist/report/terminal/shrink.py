@@ -16,13 +16,12 @@ from avss_dist.evaluation.events import (
     CellsStarted,
     CellUnderway,
     Event,
-    ScoringAdvanced,
-    ScoringStarted,
     WeightsWritten,
 )
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
 from avss_dist.report.terminal.progress import CellProgress, bars, describe_without, log
 from avss_dist.report.terminal.tables import FittedTable
+from avss_dist.runs.events import RunStarted, ShardMeasured
 from avss_dist.stats.retention import NO_INTERVAL
 
 if TYPE_CHECKING:
@@ -42,9 +41,9 @@ class ShrinkProgress(CellProgress):
     def __call__(self, event: Event) -> None:
         """Show an event."""
         match event:
-            case ScoringStarted(num_tokens, done_tokens):
+            case RunStarted(_, num_tokens, done_tokens):
                 self._begin_step("scoring layers", num_tokens, done_tokens)
-            case ScoringAdvanced(num_tokens):
+            case ShardMeasured(_, num_tokens):
                 self._progress.update(self._bar, advance=num_tokens)
             case CellsStarted(cells, done) if cells:
                 self._begin_step(_step(cells[0]), len(cells), done)

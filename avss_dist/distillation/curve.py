@@ -1,0 +1,131 @@
+"""The course of a training: evaluations on held-out text by tokens, and the rules that end it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+COMPLETE, NO_IMPROVEMENT, DIVERGED = "complete", "no improvement", "diverged"
+"""Reasons why a training ended."""
+DIVERGENCE_FACTOR = 2.0  # of the held-out loss before training: beyond it, training has diverged
+
+LOSS, KEPT, PERPLEXITY, DIVERGENCE = "eval_loss", "eval_kept/", "eval_perplexity/", "eval_divergence/"
+"""Names of metrics in a trainer's history; all but the first are followed by the label of a text."""
+
+MOST_LOGGED = 2000  # losses of a training that are logged
+
+History = Sequence[Mapping[str, Any]]
+"""Log of a trainer: a mapping for each training step and each evaluation, with its ``step``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Length of a training and its course.
+
+    Attributes:
+        steps: number of optimizer steps.
+        step_tokens: tokens of a step.
+        evaluations: number of evaluations after the start.
+        patience: see `ending`.
+        learning_rate, warmup, seed: of the optimizer.
+        batch_size: rows in a step.
+        bfloat16: whether passes are computed in bfloat16 (autocast); weights are float32.
+    """
+
+    steps: int
+    step_tokens: int
+    evaluations: int
+    patience: int | None
+    learning_rate: float
+    warmup: int
+    seed: int
+    batch_size: int
+    bfloat16: bool
+
+    @property
+    def evaluate_every(self) -> int:
+        """Number of steps between two evaluations."""
+        return math.ceil(self.steps / self.evaluations)
+
+    @property
+    def log_every(self) -> int:
+        """Number of steps between two logged losses."""
+        return math.ceil(self.steps / MOST_LOGGED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The result of an evaluation on held-out text.
+
+    Attributes:
+        step: number of training steps before it.
+        loss: divergence from the teacher on held-out rows of the trained texts, by their weights, in nats per token.
+        perplexity, kept: perplexity of the student, and that of the teacher over it, by text.
+        divergence: divergence from the teacher, by trained text.
+        train_loss: mean divergence in the training steps since the evaluation before; None before training.
+    """
+
+    step: int
+    loss: float
+    perplexity: Mapping[str, float]
+    kept: Mapping[str, float]
+    divergence: Mapping[str, float]
+    train_loss: float | None = None
+
+
+def evaluations(history: History) -> list[Evaluation]:
+    """Return the evaluations of a history, in order."""
+    result: list[Evaluation] = []
+    losses: list[float] = []
+    for entry in history:
+        if "loss" in entry:
+            losses.append(float(entry["loss"]))
+        if LOSS in entry:
+            mean = sum(losses) / len(losses) if losses else None
+            result.append(_evaluation(entry, mean))
+            losses = []
+    return result
+
+
+def _evaluation(entry: Mapping[str, Any], train_loss: float | None) -> Evaluation:
+    def by_text(prefix: str) -> dict[str, float]:
+        names = sorted(name for name in entry if name.startswith(prefix))
+        return {name.removeprefix(prefix): entry[name] for name in names}
+
+    return Evaluation(
+        step=int(entry["step"]),
+        loss=entry[LOSS],
+        perplexity=by_text(PERPLEXITY),
+        kept=by_text(KEPT),
+        divergence=by_text(DIVERGENCE),
+        train_loss=train_loss,
+    )
+
+
+def best(points: Sequence[Evaluation]) -> Evaluation | None:
+    """Return the trained evaluation with the lowest held-out loss; None without one that is finite."""
+    trained = [point for point in points if point.step and math.isfinite(point.loss)]
+    return min(trained, key=lambda point: (point.loss, point.step), default=None)
+
+
+def ending(history: History, steps: int, patience: int | None) -> str | None:
+    """Return why a training has ended, or None if it goes on.
+
+    Args:
+        steps: number of steps of the whole training.
+        patience: number of evaluations in a row without a lower held-out loss that end it; None for any number.
+    """
+    points = evaluations(history)
+    if any(not math.isfinite(entry["loss"]) for entry in history if "loss" in entry) or _diverged(points):
+        return DIVERGED
+    lowest = best(points)
+    if patience is not None and lowest and sum(point.step > lowest.step for point in points) >= patience:
+        return NO_IMPROVEMENT
+    return COMPLETE if points and points[-1].step >= steps else None
+
+
+def _diverged(points: Sequence[Evaluation]) -> bool:
+    """Whether the last held-out loss is not finite, or far above that before training."""
+    return bool(points) and not points[-1].loss <= DIVERGENCE_FACTOR * points[0].loss

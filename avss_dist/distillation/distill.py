@@ -1,0 +1,357 @@
+"""Distillation of a student from a teacher: checks, texts, training, and the written checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from safetensors import SafetensorError
+
+from avss_dist.core.errors import ConfigError, RunFailed, StorageFull, unwritable
+from avss_dist.core.results import TabularResult
+from avss_dist.distillation.checkpoint import autocast, in_stored_dtype, load_trained, write_distilled
+from avss_dist.distillation.curve import DIVERGED, Evaluation, Schedule, best, ending, evaluations
+from avss_dist.distillation.events import OnEvent, Preparing, ignore
+from avss_dist.distillation.loss import Predict, TextLoss, logits_of
+from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
+from avss_dist.distillation.pair import ModelPair, ancestry, resolve_pair
+from avss_dist.distillation.reading import read_texts
+from avss_dist.distillation.record import (
+    FILE,
+    CurvePoint,
+    DistillRecord,
+    RecordedText,
+    read_record,
+    recorded_settings,
+)
+from avss_dist.distillation.texts import DistillText
+from avss_dist.distillation.trained import LEARNING_RATES, LORA, choose_trained
+from avss_dist.models.loading import load_model, quiet
+from avss_dist.models.safetensors import weight_files
+from avss_dist.pruning.checkpoint import require_free
+from avss_dist.pruning.repair.record import split_weight
+from avss_dist.system.devices import free_device
+from avss_dist.system.staging import staged_file
+
+if TYPE_CHECKING:
+    from avss_dist.requests import DistillRequest
+
+
+_REQUEST = "request.json"
+PROJECT = "avss"  # of a tracker, by default
+LEAST_FREE_BYTES = 64 << 20  # with less free space, a failed write is taken to be for lack of it
+
+
+class Distilled(TabularResult):
+    """A written checkpoint, and the evaluations on the way to it.
+
+    Attributes:
+        folder: its folder.
+        bytes: size of its weights.
+        record: the record beside the weights.
+        memory: the memory that was estimated.
+        notes: remarks for people.
+    """
+
+    def __init__(self, folder: Path, record: DistillRecord, memory: Memory, notes: Sequence[str]) -> None:
+        self.folder, self.record, self.memory, self.notes = str(folder), record, memory, tuple(notes)
+        self.bytes = sum(file.stat().st_size for file in weight_files(folder))
+
+    def table(self) -> pa.Table:
+        """Return a table with a row for each evaluation and text."""
+        return pa.Table.from_pylist(
+            [
+                {
+                    "tokens": point.tokens,
+                    "text": text.corpus,
+                    "trained_rows": text.trained_rows,
+                    "held_out_rows": text.held_out_rows,
+                    "perplexity": point.perplexity[text.label],
+                    "kept": point.kept[text.label],
+                    "divergence": point.divergence.get(text.label),
+                }
+                for point in self.record.curve
+                for text in self.record.texts
+            ]
+        )
+
+    def summary(self) -> str:
+        """Return the folder and the number of tokens, in a line."""
+        return f"{self.folder}, {self.record.after.tokens:,} tokens"
+
+
+def distill(request: DistillRequest) -> Distilled:
+    """Train a student on the predictions of a teacher, and write it as a checkpoint; see `requests.DistillRequest`.
+
+    The work so far is kept in a folder beside the output, from which the same request resumes.
+
+    Raises:
+        ConfigError: the models have different vocabularies, there is too little memory, held-out text is trained on, or
+            the folder beside the output is of another request.
+        RunFailed: training diverged, or made the student no better.
+        StorageFull: there is no space left.
+    """
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
+        return _distill(request, Path(request.output), request.on_event or ignore)
+
+
+def _distill(request: DistillRequest, output: Path, on_event: OnEvent) -> Distilled:
+    work = output.with_name(output.name + ".part")
+    is_written = (work / _REQUEST).is_file() and (output / FILE).is_file()  # stopped after its last step
+    if not is_written:
+        require_free(output)
+    models = resolve_pair(request)
+    memory = estimate_memory(
+        models.student, models.teacher, models.settings, models.teacher_settings, **_what_is_trained(request)
+    )
+    require_memory(memory, models.device.type, request.train)
+    notes = ancestry(models)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        _require_same_request(work, _identity(request, models))
+        if not is_written:
+            texts = read_texts(request, models, work, on_event)
+            _require_same_texts(work, texts)
+            trained, model = _trained(request, models, texts, work, on_event)
+            write_distilled(models.student, model, output, trained)
+    except OSError as error:
+        raise unwritable(output, error, "Name another folder with `output`, or free some space.") from error
+    shutil.rmtree(work)
+    record = read_record(output)
+    assert record is not None
+    if record.ended == DIVERGED:
+        raise RunFailed(
+            f"Training diverged. The best checkpoint before that, of {record.after.tokens:,} tokens, is in {output}.",
+            f"Lower `learning_rate`, which was {record.learning_rate:g}, and name another `output`.",
+        )
+    return Distilled(output, record, memory, notes)
+
+
+def _what_is_trained(request: DistillRequest) -> dict[str, Any]:
+    return {"train": request.train, "rank": request.lora_rank}
+
+
+def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
+    """Return all that determines the result, to tell whether work in a folder can be resumed."""
+    names = (
+        *("corpora", "watch", "tokens", "train", "lora_rank", "learning_rate", "warmup", "held_out", "self_texts"),
+        *("evaluations", "patience", "seed", "skip_sequences"),
+    )
+    values = {name: getattr(request, name) for name in names}
+    values["corpora"], values["watch"] = ([str(split_weight(c)[0]) for c in values[n]] for n in ("corpora", "watch"))
+    values["weights"] = [split_weight(corpus)[1] for corpus in request.corpora]
+    models_of = {"student": models.student.revision, "teacher": models.teacher.revision}
+    return {**models_of, **values, "settings": models.settings.as_dict(), "bfloat16": models.bfloat16}
+
+
+def _require_same_request(work: Path, identity: Mapping[str, Any]) -> None:
+    """Record the request of a folder, or raise ConfigError if the folder has work of another one."""
+    file = work / _REQUEST
+    if [*work.iterdir()] == [file]:
+        file.unlink()  # of a request that was refused
+    if differing := _differing(file, identity):
+        raise ConfigError(
+            f"{work} was begun with other values of {', '.join(differing)}.",
+            "Use the same ones to continue, delete the folder, or name another `output`.",
+        )
+
+
+def _require_same_texts(work: Path, texts: Sequence[DistillText]) -> None:
+    """Record the tokens of the texts of a folder, or raise ConfigError if they are others now."""
+    prints = {text.label: [p.tokens_fingerprint for p in (text.trained, text.held_out) if p] for text in texts}
+    if differing := _differing(work / "texts.json", prints):
+        raise ConfigError(
+            f"The text of {', '.join(differing)} has changed since {work} was begun.",
+            f"Put it back to continue, or delete {work}.",
+        )
+
+
+def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
+    """Write values into a file that does not exist, or return the names of those that differ from the file's."""
+    text = json.dumps(values, indent=2, default=str) + "\n"
+    if not file.is_file():
+        with staged_file(file) as staged:
+            staged.write_text(text, encoding="utf-8")
+        return []
+    before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+    return sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+
+
+def _trained(
+    request: DistillRequest, models: ModelPair, texts: Sequence[DistillText], work: Path, on_event: OnEvent
+) -> tuple[DistillRecord, Any]:
+    """Return the record of the training, and the model at its best in the dtype of the student's files."""
+    from avss_dist.distillation import trainer
+
+    schedule = _schedule(request, models)
+    predict = logits_of(load_model(models.teacher, models.teacher_settings, head=True).to(models.device))
+    expected = _teacher_losses(predict, texts, models, work, on_event)
+    folder = work / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    history = trainer.read_history(trainer.last_checkpoint(folder))
+    if ending(history, schedule.steps, schedule.patience) is None:
+        student = load_model(models.student, models.settings, head=True)
+        student = choose_trained(student, models.student, settings=models.settings, **_what_is_trained(request))
+        more = _tracking(request.execution.tracker, Path(request.output).name)
+        with _explained(folder):
+            history = trainer.train(student, predict, texts, expected, schedule, folder, models.device, on_event, more)
+        del student
+        free_device(models.device)
+    ended = ending(history, schedule.steps, schedule.patience)
+    assert ended is not None
+    points = evaluations(history)
+    lowest = best(points)
+    if lowest is None or not lowest.loss < points[0].loss:
+        raise _no_better(points, ended, schedule.learning_rate, work)
+    on_event(Preparing("writing"))
+    model = load_trained(models, trainer.checkpoint_folder(folder, lowest.step), request.train)
+    model = in_stored_dtype(model, models.student)
+    written = trainer.held_out_metrics(
+        autocast(logits_of(model.to(models.device).float()), models),
+        predict,
+        texts,
+        expected,
+        request.batch_size,
+        models.device,
+    )
+    curve = [
+        *(point for point in points if point.step <= lowest.step),
+        *evaluations([{"step": lowest.step, **written}]),
+    ]
+    record = DistillRecord(
+        student=models.student.name,
+        student_revision=models.student.revision,
+        teacher=models.teacher.name,
+        teacher_revision=models.teacher.revision,
+        train=request.train,
+        lora_rank=request.lora_rank if request.train == LORA else None,
+        learning_rate=schedule.learning_rate,
+        warmup=request.warmup,
+        batch_size=request.batch_size,
+        tokens=request.tokens,
+        steps=lowest.step,
+        ended=ended,
+        seed=request.seed,
+        reading=recorded_settings(models.settings),
+        skip_sequences=request.skip_sequences,
+        held_out=request.held_out,
+        computed="bfloat16" if models.bfloat16 else "float32",
+        texts=tuple(map(_recorded, texts, expected)),
+        curve=tuple(_point(point, schedule.step_tokens) for point in curve),
+    )
+    return record, in_stored_dtype(model, models.student)
+
+
+def _schedule(request: DistillRequest, models: ModelPair) -> Schedule:
+    step_tokens = request.batch_size * models.settings.sequence_length
+    return Schedule(
+        steps=max(1, math.ceil(request.tokens / step_tokens)),
+        step_tokens=step_tokens,
+        evaluations=request.evaluations,
+        patience=request.patience,
+        learning_rate=request.learning_rate or LEARNING_RATES[request.train],
+        warmup=request.warmup,
+        seed=request.seed,
+        batch_size=request.batch_size,
+        bfloat16=models.bfloat16,
+    )
+
+
+def _teacher_losses(
+    teacher: Predict, texts: Sequence[DistillText], models: ModelPair, work: Path, on_event: OnEvent
+) -> list[TextLoss]:
+    """Return the loss of the teacher on the held-out rows of each text, measured once."""
+    from avss_dist.distillation.trainer import measure
+
+    file = work / "teacher.json"
+    prints = [text.held_out.tokens_fingerprint for text in texts]
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored["texts"] == prints:
+            return [TextLoss(**values) for values in stored["losses"]]
+    losses = []
+    for number, text in enumerate(texts):
+        on_event(Preparing("measuring the teacher", number / len(texts)))
+        losses.append(measure(teacher, None, text, models.settings.batch_size, models.device))
+    with staged_file(file) as staged:
+        staged.write_text(json.dumps({"texts": prints, "losses": [asdict(loss) for loss in losses]}), encoding="utf-8")
+    return losses
+
+
+def _tracking(tracker: str | None, name: str) -> dict[str, Any]:
+    """Return the arguments of the Trainer for a tracker: ``wandb``, or ``wandb:PROJECT``.
+
+    Raises:
+        ConfigError: the tracker is not installed.
+    """
+    if tracker is None:
+        return {}
+    library, _, project = tracker.partition(":")
+    if find_spec(library) is None:
+        raise ConfigError(f"`tracker` {library} is not installed.", f"pip install {library}")
+    for variable in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
+        os.environ[variable] = project or os.environ.get(variable) or PROJECT
+    return {"report_to": library, "run_name": name, "project": project or PROJECT}
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Convert errors of a full disk, which libraries report in several ways.
+
+    Raises:
+        StorageFull: a checkpoint could not be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if "No space left" not in str(error) and shutil.disk_usage(folder).free >= LEAST_FREE_BYTES:
+            raise
+        raise StorageFull(
+            f"There is no space left for checkpoints in {folder}: {str(error).splitlines()[0]}",
+            "Free some space and run the same command again; it goes on from the last complete checkpoint.",
+        ) from error
+
+
+def _no_better(points: Sequence[Evaluation], ended: str, rate: float, work: Path) -> RunFailed:
+    """Return the error of a training after which the student is no better than before."""
+    measured = ", ".join(f"{point.loss:.4g} after {point.step} steps" for point in points)
+    what = "Training diverged" if ended == DIVERGED else "Training made the student no better"
+    return RunFailed(
+        f"{what}: the divergence from the teacher on held-out text is {measured or 'unknown'}. Nothing was written.",
+        f"Lower `learning_rate`, which was {rate:g}, or name more text; delete {work} first.",
+    )
+
+
+def _recorded(text: DistillText, expected: TextLoss) -> RecordedText:
+    return RecordedText(
+        corpus=text.name,
+        label=text.label,
+        fingerprint=(text.trained or text.held_out).corpus_fingerprint,
+        weight=text.weight,
+        trained_rows=text.trained.num_sequences if text.trained else 0,
+        held_out_rows=text.held_out.num_sequences,
+        teacher_perplexity=math.exp(expected.surprise / expected.tokens),
+    )
+
+
+def _point(point: Evaluation, step_tokens: int) -> CurvePoint:
+    return CurvePoint(
+        step=point.step,
+        tokens=point.step * step_tokens,
+        train_loss=point.train_loss,
+        loss=point.loss,
+        divergence=point.divergence,
+        perplexity=point.perplexity,
+        kept=point.kept,
+    )

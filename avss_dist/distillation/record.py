@@ -1,0 +1,178 @@
+"""The record of a distillation: a small file beside the weights of a distilled checkpoint, and lines of its card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.settings import Settings
+from avss_dist.core.text import escape_markdown
+from avss_dist.core.validation import Count, Positive, checked
+from avss_dist.distillation.curve import NO_IMPROVEMENT
+
+FILE = "avss_distill.json"
+SELF = "self"
+"""Name of the text that the teacher writes."""
+CARD_END = "\nWritten by avss_dist.\n"
+Number = Annotated[float, Field(strict=False)]
+ByText = Mapping[str, Number]
+
+
+@checked
+class RecordedText:
+    """A text of a distillation."""
+
+    corpus: str
+    """The corpus, as the user named it, or self for text that the teacher wrote."""
+    label: str
+    """Name of the text in the curve."""
+    fingerprint: str
+    """Fingerprint of its content."""
+    weight: Number
+    """Weight in the mix; 0 for a text that was only measured."""
+    trained_rows: Count
+    """Rows that were trained on, after the held-out ones."""
+    held_out_rows: Count
+    """Rows that were measured and never trained on."""
+    teacher_perplexity: Number
+    """Perplexity of the teacher on the held-out rows."""
+
+    def describe(self) -> str:
+        """Return a few words for people."""
+        return f"{self.corpus} ({self.trained_rows:,} rows, weight {self.weight:g})"
+
+
+@checked
+class CurvePoint:
+    """An evaluation on held-out rows."""
+
+    step: Count
+    """Training steps before it."""
+    tokens: Count
+    """Tokens trained on before it."""
+    train_loss: Number | None
+    """Mean divergence from the teacher in the steps since the point before, in nats per token."""
+    loss: Number
+    """Divergence from the teacher on held-out rows of the trained texts, by their weights, in nats per token."""
+    divergence: ByText
+    """Divergence from the teacher, by trained text."""
+    perplexity: ByText
+    """Perplexity, by text."""
+    kept: ByText
+    """Perplexity of the teacher over that of the student, by text."""
+
+
+@checked
+class DistillRecord:
+    """A distillation of a checkpoint: models, texts, settings and results."""
+
+    student: str
+    student_revision: str
+    teacher: str
+    teacher_revision: str
+    train: str
+    """Weights that were trained."""
+    lora_rank: Positive | None
+    learning_rate: Number
+    warmup: Count
+    batch_size: Positive
+    """Rows in a training step."""
+    tokens: Number
+    """Tokens that were requested."""
+    steps: Count
+    """Steps of the written checkpoint."""
+    ended: str
+    """Reason why training ended."""
+    seed: Count
+    reading: Mapping[str, Any]
+    """Settings with which the texts were read."""
+    skip_sequences: Count
+    held_out: Positive
+    computed: str
+    """Dtype of the passes; weights were float32."""
+    texts: Annotated[tuple[RecordedText, ...], Field(strict=False)]
+    curve: Annotated[tuple[CurvePoint, ...], Field(strict=False)]
+    """Evaluations in order. The last one is that of the written checkpoint, in its dtype."""
+
+    @property
+    def settings(self) -> Settings:
+        """Settings that read the same texts again."""
+        return Settings(**self.reading)
+
+    @property
+    def before(self) -> CurvePoint:
+        """The evaluation of the student before training."""
+        return self.curve[0]
+
+    @property
+    def after(self) -> CurvePoint:
+        """The evaluation of the written checkpoint."""
+        return self.curve[-1]
+
+    def describe(self) -> list[str]:
+        """Return lines for people."""
+        trained = ", ".join(text.describe() for text in self.texts if text.trained_rows)
+        stopped = " and stopped early, as held-out loss no longer fell" if self.ended == NO_IMPROVEMENT else ""
+        lines = [
+            f"Distilled from {self.teacher}: {self.after.tokens:,} tokens{stopped}, weights trained: {self.train}, "
+            f"on {trained}; do not evaluate on that text.",
+        ]
+        for text in self.texts:
+            before, after = (point.kept[text.label] for point in (self.before, self.after))
+            rows = f"{text.held_out_rows} rows, not trained on" + (
+                "" if text.trained_rows else ", nor any of this text"
+            )
+            lines.append(
+                f"Perplexity kept of the teacher's {text.teacher_perplexity:.4g} on {text.corpus} "
+                f"({rows}): {before:.1%} before, {after:.1%} after."
+            )
+        return lines
+
+
+_READING = ("sequence_length", "layout", "row_start", "max_sequences", "shuffle_seed", "chat_template", "dtype")
+
+
+def recorded_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings with which texts are read."""
+    return {name: getattr(settings, name) for name in _READING}
+
+
+def write_record(folder: Path, record: DistillRecord) -> None:
+    """Write the record of a checkpoint."""
+    text = json.dumps(asdict(record), indent=2)
+    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> DistillRecord | None:
+    """Return the record of a distilled checkpoint; None for another one.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        texts = tuple(RecordedText(**text) for text in values.pop("texts"))
+        curve = tuple(CurvePoint(**point) for point in values.pop("curve"))
+        return DistillRecord(**values, texts=texts, curve=curve)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+        why = error.message if isinstance(error, ConfigError) else str(error)
+        raise ModelError(f"{file} is no record of a distillation: {why}", "Copy the checkpoint again.") from error
+
+
+def write_card(student: Path, folder: Path, record: DistillRecord) -> None:
+    """Write the model card of a distilled checkpoint: that of the student, if it has one, and what was done to it."""
+    card = student / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {escape_markdown(student.name)}\n"
+    lines = "".join(f"- {escape_markdown(line)}\n" for line in record.describe())
+    (folder / "README.md").write_text(
+        f"{text.removesuffix(CARD_END)}\n## Distilled\n\n{lines}{CARD_END}", encoding="utf-8"
+    )

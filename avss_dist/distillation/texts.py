@@ -1,0 +1,196 @@
+"""Texts of a distillation: rows to train on, mixed by weight, and rows that are only measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from avss_dist.core.errors import ConfigError, CorpusError
+from avss_dist.core.settings import Settings
+from avss_dist.core.text import RedactedURI, basename
+from avss_dist.corpus.overlap import shared_text
+from avss_dist.corpus.shards import Batch, CorpusPlan, Shard, tokenize_corpus
+from avss_dist.corpus.sources import open_source
+from avss_dist.distillation.loss import NOT_COUNTED
+from avss_dist.distillation.record import SELF
+from avss_dist.models.causal_lm import predicted
+
+MOST_SHARED = 0.03  # of the passages of held-out text that trained text may have: what other rows of one text repeat
+
+Example = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DistillText:
+    """A text, tokenized.
+
+    Attributes:
+        name: the corpus, as the user named it, or `SELF`.
+        label: short name for tables, distinct from those of other texts.
+        weight: share of the mix relative to other texts; 0 for a text that is only watched.
+        trained: rows to train on; None for a text that is only watched.
+        held_out: rows that are only measured.
+    """
+
+    name: str
+    label: str
+    weight: float
+    trained: CorpusPlan | None
+    held_out: CorpusPlan
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the text is only measured."""
+        return self.trained is None
+
+
+def read_trained(
+    corpus: str, name: str, weight: float, tokenizer: Any, settings: Settings, held_out: int, skip: int
+) -> DistillText:
+    """Read a text to train on. Its first ``held_out`` rows after ``skip`` are held out.
+
+    Args:
+        corpus: the source.
+        name: name of the text.
+        settings: ``max_sequences`` is the maximum number of rows, held-out ones included.
+
+    Raises:
+        CorpusError: the text cannot be read or has no row to train on.
+        ConfigError: it is paired text.
+    """
+    if open_source(corpus).answers:
+        raise ConfigError(f"{name} is paired text, which distillation cannot train on.", "Name it with `watch`.")
+    measured = _first_rows(corpus, tokenizer, settings, held_out, skip)
+    maximum = None if settings.max_sequences is None else settings.max_sequences - held_out
+    if maximum is not None and maximum < 1:
+        raise ConfigError(
+            f"`max_sequences` {settings.max_sequences} leaves no row to train on beside {held_out} held-out ones.",
+            "Raise `max_sequences`, or lower `held_out`.",
+        )
+    try:
+        rows = tokenize_corpus(
+            corpus, tokenizer, replace(settings, max_sequences=maximum), skip_sequences=skip + measured.num_sequences
+        )
+    except CorpusError as error:
+        raise CorpusError(
+            f"{name} has no row to train on after {skip + measured.num_sequences} skipped and held-out rows: "
+            f"{error.message}",
+            "Name a longer text, or lower `held_out`.",
+        ) from error
+    return DistillText(name=name, label=name, weight=weight, trained=rows, held_out=measured)
+
+
+def read_watched(corpus: str, tokenizer: Any, settings: Settings, held_out: int, skip: int) -> DistillText:
+    """Read the first ``held_out`` rows after ``skip`` of a text that is only measured; of paired text, the first rows.
+
+    Raises:
+        CorpusError: the text cannot be read or is too short.
+    """
+    paired = open_source(corpus).answers is not None
+    rows = _first_rows(corpus, tokenizer, settings, held_out, 0 if paired else skip)
+    return DistillText(name=str(RedactedURI(corpus)), label="", weight=0.0, trained=None, held_out=rows)
+
+
+def _first_rows(corpus: str, tokenizer: Any, settings: Settings, rows: int, skip: int) -> CorpusPlan:
+    return tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=rows), skip_sequences=skip)
+
+
+def with_labels(texts: Sequence[DistillText]) -> list[DistillText]:
+    """Return the texts with a short, distinct label each: the last part of the name, numbered if it occurs twice."""
+    labels: list[str] = []
+    for text in texts:
+        label = wanted = basename(text.name)
+        number = 2
+        while label in labels:
+            label, number = f"{wanted} ({number})", number + 1
+        labels.append(label)
+    return [replace(text, label=label) for text, label in zip(texts, labels, strict=True)]
+
+
+@dataclass(frozen=True)
+class SeenRows:
+    """Rows that held-out text must not share.
+
+    Attributes:
+        use: end of a sentence that begins with the text: ``is trained on (FILE)``.
+    """
+
+    use: str
+    shards: Sequence[Shard]
+
+
+def refuse_seen_text(texts: Sequence[DistillText], seen: Sequence[SeenRows], tokenizer: Any) -> None:
+    """Refuse held-out rows that share passages with rows that were seen. Text of the teacher is not compared.
+
+    Raises:
+        ConfigError: a text shares more than `MOST_SHARED` of its passages.
+    """
+    for rows in seen:
+        for text in texts:
+            shared = None if text.name == SELF else shared_text(rows.shards, text.held_out.shards, tokenizer)
+            if shared is not None and shared > MOST_SHARED:
+                raise ConfigError(
+                    f"{shared:.0%} of the held-out rows of {text.name} is text that {rows.use}.",
+                    "Use other text or other rows (`skip_sequences`), or set `allow_overlap` and know that its figures "
+                    "are not of unseen text.",
+                )
+
+
+class Mix(Dataset[Example]):
+    """Rows of several texts in a random order, drawn by the texts' weights.
+
+    Every row of a text is drawn once before any is drawn again. The order depends on the seed and the numbers of rows.
+
+    Args:
+        texts: texts with rows to train on.
+        count: number of rows to draw.
+        seed: seed of the draws.
+    """
+
+    def __init__(self, texts: Sequence[DistillText], count: int, seed: int) -> None:
+        self._texts = [_all_rows(text.trained) for text in texts if text.trained]
+        weights = np.array([text.weight for text in texts if text.trained])
+        random = np.random.default_rng(seed)
+        self._text = random.choice(len(weights), size=count, p=weights / weights.sum()).astype(np.int32)
+        self._row = np.zeros(count, np.int64)
+        for number, examples in enumerate(self._texts):
+            drawn = self._text == number
+            rows = len(examples["input_ids"])
+            passes = [random.permutation(rows) for _ in range(-(-int(drawn.sum()) // rows))]
+            self._row[drawn] = np.concatenate([*passes, np.zeros(0, np.int64)])[: drawn.sum()]
+
+    def __len__(self) -> int:
+        """Return the number of drawn rows."""
+        return len(self._text)
+
+    def __getitem__(self, index: int) -> Example:
+        """Return a drawn row: ``input_ids``, ``attention_mask`` and ``labels``, int64[tokens] each."""
+        return {name: values[self._row[index]] for name, values in self._texts[self._text[index]].items()}
+
+
+def _all_rows(text: CorpusPlan) -> Example:
+    """Return all rows of a text, padded to ``sequence_length``, so that rows of all texts can be stacked."""
+    shard = text.recut(text.num_sequences).shards[0]
+    (batch,) = shard.batches(shard.num_sequences)
+    padding = ((0, 0), (0, shard.input_ids.shape[1] - batch.input_ids.shape[1]))
+    masks: dict[str, Any] = {name: np.pad(getattr(batch, name), padding) for name in ("attention_mask", "observed")}
+    return as_examples(replace(batch, input_ids=shard.input_ids, **masks))
+
+
+def as_examples(batch: Batch) -> Example:
+    """Return a batch as tensors, int64[rows, tokens]; the labels of tokens that do not count are `NOT_COUNTED`."""
+    ids = batch.input_ids.astype(np.int64)
+    counted = np.pad(predicted(batch), ((0, 0), (1, 0)))
+    values = (ids, batch.attention_mask.astype(np.int64), np.where(counted, ids, NOT_COUNTED))
+    return dict(zip(("input_ids", "attention_mask", "labels"), map(torch.from_numpy, values), strict=True))
+
+
+def held_out_batches(text: DistillText, batch_size: int) -> Iterator[Example]:
+    """Yield the held-out rows of a text."""
+    for shard in text.held_out.shards:
+        yield from map(as_examples, shard.batches(batch_size))

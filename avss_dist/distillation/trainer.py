@@ -1,0 +1,274 @@
+"""Training of a student by transformers' Trainer: loss, schedule of evaluations and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from avss_dist.distillation.curve import (
+    DIVERGENCE,
+    KEPT,
+    LOSS,
+    PERPLEXITY,
+    History,
+    Schedule,
+    best,
+    ending,
+    evaluations,
+)
+from avss_dist.distillation.events import HeldOutMeasured, OnEvent, TrainingAdvanced
+from avss_dist.distillation.loss import (
+    NOT_COUNTED,
+    Predict,
+    TextLoss,
+    divergence,
+    logits_of,
+    next_labels,
+    predictions,
+    text_loss,
+)
+from avss_dist.distillation.texts import DistillText, Mix, held_out_batches
+
+SAVE_SECONDS = 300.0  # between two checkpoints, at most, beside those of evaluations
+_COMPLETE = "avss_complete"  # the file that a checkpoint has once all others are written
+_STATE = "trainer_state.json"
+
+
+class _Arguments(TrainingArguments):
+    """Arguments of a process that uses one GPU, however many it sees."""
+
+    @property
+    def n_gpu(self) -> int:
+        """Number of GPUs, at most 1."""
+        return min(1, int(super().n_gpu))
+
+
+def arguments(schedule: Schedule, folder: Path, device: torch.device, more: Mapping[str, Any]) -> TrainingArguments:
+    """Return the arguments of the Trainer.
+
+    Args:
+        more: further arguments, such as those of trackers.
+    """
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": schedule.steps,
+        "per_device_train_batch_size": schedule.batch_size,
+        "learning_rate": schedule.learning_rate,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.98,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": min(schedule.warmup, schedule.steps - 1),
+        "optim": "adamw_torch",
+        "bf16": schedule.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "seed": schedule.seed,
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": device.type == "cuda",
+        "remove_unused_columns": False,
+        "logging_steps": schedule.log_every,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "log_level": "error",
+        "report_to": "none",
+        **more,
+    }
+    return _Arguments(**options)
+
+
+class DistillationTrainer(Trainer):
+    """Trainer whose loss is the divergence from a teacher, evaluated on held-out text.
+
+    Args:
+        teacher: predictions of the teacher.
+        texts: texts with held-out rows.
+        teacher_losses: loss of the teacher on the held-out rows of each text.
+        options: arguments of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self, *, teacher: Predict, texts: Sequence[DistillText], teacher_losses: Sequence[TextLoss], **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self._teacher, self._texts, self._teacher_losses = teacher, texts, teacher_losses
+        self.model_accepts_loss_kwargs = True  # has it count the labels of all ranks and accumulated batches
+        self.remove_callback(PrinterCallback)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Return the mean divergence over the counted tokens of a batch."""
+        ids, mask, counted = inputs["input_ids"], inputs["attention_mask"], next_labels(inputs["labels"]) != NOT_COUNTED
+        with torch.no_grad():
+            expected = predictions(self._teacher, ids, mask)
+        total = divergence(predictions(logits_of(model), ids, mask), expected, counted)
+        if num_items_in_batch is None:
+            return total / counted.sum()
+        return total * self.accelerator.num_processes / num_items_in_batch
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the held-out rows of all texts, and log the result."""
+        self.model_wrapped.eval()
+        metrics = held_out_metrics(
+            logits_of(self.model_wrapped),
+            self._teacher,
+            self._texts,
+            self._teacher_losses,
+            self.args.per_device_train_batch_size,
+            self.args.device,
+        )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def held_out_metrics(
+    student: Predict,
+    teacher: Predict,
+    texts: Sequence[DistillText],
+    teacher_losses: Sequence[TextLoss],
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Return the metrics of the held-out rows of all texts, by the names of `curve`."""
+    metrics, weighted = {LOSS: 0.0}, sum(text.weight for text in texts)
+    for text, expected in zip(texts, teacher_losses, strict=True):
+        measured = measure(student, None if text.is_watched else teacher, text, batch_size, device)
+        surprise, diverged = measured.surprise / measured.tokens, measured.divergence / measured.tokens
+        metrics[f"{PERPLEXITY}{text.label}"] = _exp(surprise)
+        metrics[f"{KEPT}{text.label}"] = _exp(expected.surprise / expected.tokens - surprise)
+        if not text.is_watched:
+            metrics[f"{DIVERGENCE}{text.label}"] = diverged
+            metrics[LOSS] += diverged * text.weight / weighted
+    return metrics
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))
+
+
+def measure(
+    student: Predict, teacher: Predict | None, text: DistillText, batch_size: int, device: torch.device
+) -> TextLoss:
+    """Return the loss of a model on the held-out rows of a text, and its divergence from a teacher."""
+    batches = held_out_batches(text, batch_size)
+    moved = ({name: values.to(device) for name, values in batch.items()} for batch in batches)
+    return sum((text_loss(student, teacher, batch) for batch in moved), TextLoss())
+
+
+class ScheduleCallback(TrainerCallback):
+    """Callback that decides when to evaluate, save and end, and reports the progress.
+
+    Args:
+        folder: folder of the checkpoints.
+    """
+
+    def __init__(self, schedule: Schedule, folder: Path, on_event: OnEvent) -> None:
+        self._schedule, self._folder, self._on_event = schedule, folder, on_event
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Evaluate and save at regular intervals and at the end; save also at times."""
+        step, schedule = state.global_step, self._schedule
+        if step % schedule.evaluate_every == 0 or step >= schedule.steps:
+            control.should_log = control.should_evaluate = control.should_save = True
+        elif control.should_log and time.monotonic() - self._saved > SAVE_SECONDS:
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Report a step, and end the training if its loss is not finite."""
+        if logs and "loss" in logs:
+            tokens, loss = state.global_step * self._schedule.step_tokens, float(logs["loss"])
+            total = self._schedule.steps * self._schedule.step_tokens
+            self._on_event(TrainingAdvanced(tokens=tokens, total=total, loss=loss))
+            if not math.isfinite(loss):
+                control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report an evaluation, and end the training if a rule says so."""
+        point = evaluations(state.log_history)[-1]
+        self._on_event(HeldOutMeasured(tokens=point.step * self._schedule.step_tokens, kept=point.kept))
+        if ending(state.log_history, self._schedule.steps, self._schedule.patience):
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark a checkpoint as complete, and delete all but it and the best one."""
+        if not state.is_world_process_zero:
+            return
+        last = checkpoint_folder(self._folder, state.global_step)
+        (last / _COMPLETE).touch()
+        self._saved = time.monotonic()
+        lowest = best(evaluations(state.log_history))
+        keep = {last, checkpoint_folder(self._folder, lowest.step) if lowest else last}
+        for folder in self._folder.glob("checkpoint-*"):
+            if folder not in keep:
+                (folder / _COMPLETE).unlink(missing_ok=True)  # first: what is left of it after a kill is not resumed
+                shutil.rmtree(folder)
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after a step."""
+    return folder / f"checkpoint-{step}"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the last complete checkpoint, or None. Incomplete ones are deleted."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / _COMPLETE).is_file():
+            complete.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def read_history(checkpoint: Path | None) -> History:
+    """Return the history of a training up to a checkpoint; empty without one."""
+    if checkpoint is None:
+        return []
+    history: History = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["log_history"]
+    return history
+
+
+def train(
+    model: Any,
+    teacher: Predict,
+    texts: Sequence[DistillText],
+    teacher_losses: Sequence[TextLoss],
+    schedule: Schedule,
+    folder: Path,
+    device: torch.device,
+    on_event: OnEvent,
+    more: Mapping[str, Any],
+) -> History:
+    """Train a model, from the last checkpoint in a folder if there is one, and return the whole history.
+
+    Args:
+        model: the student on any device, whose trained weights require gradients.
+        folder: folder of the checkpoints. The best and the last one stay in it.
+        more: see `arguments`.
+    """
+    last = last_checkpoint(folder)
+    trainer = DistillationTrainer(
+        teacher=teacher,
+        texts=texts,
+        teacher_losses=teacher_losses,
+        model=model,
+        args=arguments(schedule, folder, device, {**more, "eval_on_start": last is None}),
+        train_dataset=Mix(texts, schedule.steps * schedule.batch_size, schedule.seed),
+        callbacks=[ScheduleCallback(schedule, folder, on_event)],
+    )
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return list(trainer.state.log_history)

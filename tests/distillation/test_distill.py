@@ -1,0 +1,350 @@
+"""Distilled checkpoints: closer to their teacher, plain, recorded, and refusals before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import llama
+from support.command_line import avss, files
+
+import avss_dist
+from avss_dist.core.errors import AvssError, ConfigError, RunFailed
+from avss_dist.distillation import memory, teacher_text, trainer
+from avss_dist.distillation.distill import Distilled
+from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced
+from avss_dist.distillation.loss import divergence
+from avss_dist.distillation.record import read_record
+from avss_dist.pruning.checkpoint import prune
+from avss_dist.pruning.plan import Plan
+
+SMALL: dict[str, Any] = {
+    "sequence_length": 32,
+    "tokens": 20 * 4 * 32,
+    "self_texts": 0,
+    "held_out": 4,
+    "learning_rate": 3e-3,
+    "warmup": 2,
+    "evaluations": 4,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def distill(student: Path, teacher: Path, corpus: Path, tmp_path: Path) -> Callable[..., Distilled]:
+    """Distill the tiny student into ``tmp_path / "out"``, with options in place of the small ones."""
+
+    def run(**options: Any) -> Distilled:
+        given = {"student": student, "teacher": teacher, "corpora": [corpus], "output": tmp_path / "out", **SMALL}
+        return avss_dist.distill(**given | options)
+
+    return run
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Names of the tensors that differ between two checkpoints."""
+    old, new = weights_of(before), weights_of(after)
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+# The result
+
+
+def test_a_student_comes_closer_to_its_teacher(
+    distill: Callable[..., Distilled], student: Path, corpus: Path, other_corpus: Path, tmp_path: Path
+) -> None:
+    events: list[Any] = []
+    done = distill(corpora=[f"{corpus}=3"], watch=[other_corpus], self_texts=40, evaluations=5, on_event=events.append)
+    record = done.record
+    assert record.after.loss < 0.9 * record.before.loss
+    assert [text.label for text in record.texts] == ["trained.txt", "self", "other.txt"]
+    assert [text.weight for text in record.texts] == [3, 1, 0]
+    assert [text.trained_rows > 0 for text in record.texts] == [True, True, False]
+    assert [point.step for point in record.curve] == [0, 4, 8, 12, 16, 20, 20]
+    assert record.before.train_loss is None and record.curve[1].train_loss is not None
+    for text in record.texts:
+        assert record.after.kept[text.label] == pytest.approx(
+            text.teacher_perplexity / record.after.perplexity[text.label]
+        )
+    weighted = 0.75 * record.after.divergence["trained.txt"] + 0.25 * record.after.divergence["self"]
+    assert record.after.loss == pytest.approx(weighted)
+    assert read_record(tmp_path / "out") == record
+    assert done.table().num_rows == len(record.curve) * 3
+    assert [event.tokens for event in events if isinstance(event, TrainingAdvanced)] == [128 * i for i in range(1, 21)]
+    assert len([event for event in events if isinstance(event, HeldOutMeasured)]) == 6
+    assert not (tmp_path / "out.part").exists()
+    assert done.notes == ()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith((student / "README.md").read_text()[:200]) and "Distilled from" in card
+    assert {"config.json", "tokenizer.json", "avss_distill.json"} <= files(tmp_path / "out").keys()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (student / "config.json").read_bytes()
+
+
+def test_the_written_checkpoint_is_what_the_last_point_measured(
+    distill: Callable[..., Distilled], teacher: Path, other_corpus: Path, tmp_path: Path
+) -> None:
+    """Plain transformers opens it, and finds the divergence from the teacher that the record has."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = distill(watch=[other_corpus])
+    student, whole = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (done.folder, teacher))
+    tokenizer = AutoTokenizer.from_pretrained(done.folder)
+    ids = torch.tensor(tokenizer(other_corpus.read_text(), add_special_tokens=False)["input_ids"])
+    rows = ids[: 4 * 32].reshape(4, 32)
+    with torch.no_grad():
+        losses = [model(input_ids=rows, labels=rows).loss.item() for model in (student, whole)]
+    assert done.record.after.perplexity["other.txt"] == pytest.approx(math.exp(losses[0]), rel=1e-4)
+    assert done.record.after.kept["other.txt"] == pytest.approx(math.exp(losses[1] - losses[0]), rel=1e-4)
+
+
+def test_what_is_trained(distill: Callable[..., Distilled], student: Path, tmp_path: Path) -> None:
+    """The tied embedding stays as it is; of a model without layer 2, the layers near the cut are 1 and 2."""
+    layers = {name for name in weights_of(student) if ".layers." in name}
+    distill(output=tmp_path / "all")
+    assert changed(student, tmp_path / "all") == layers | {"model.norm.weight"}
+    distill(output=tmp_path / "near", train="near", tokens=1024)
+    assert changed(student, tmp_path / "near") == {name for name in layers if ".layers.0." not in name}
+    done = distill(output=tmp_path / "lora", train="lora", lora_rank=4)
+    assert changed(student, tmp_path / "lora") == {name for name in layers if "_proj." in name}
+    assert done.record.lora_rank == 4 and done.record.after.loss < done.record.before.loss
+    assert not list((tmp_path / "lora").glob("adapter*"))
+
+
+def test_weights_are_written_in_the_dtype_of_the_student(
+    distill: Callable[..., Distilled],
+    save_checkpoint: Callable[[Any, Path], Path],
+    tmp_path: Path,
+) -> None:
+    half = save_checkpoint(llama(seed=5, num_hidden_layers=4, initializer_range=0.3).bfloat16(), tmp_path / "half")
+    prune(str(half), Plan(model=str(half), num_layers=4, layers="layers", drop=(1,)), tmp_path / "student")
+    done = distill(student=tmp_path / "student", teacher=half)
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {torch.bfloat16}
+    assert done.record.curve[-1].loss == pytest.approx(done.record.curve[-2].loss, rel=0.05)
+    assert done.record.curve[-1].loss != done.record.curve[-2].loss
+
+
+def test_text_of_the_teacher_is_written_once(
+    distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = distill(corpora=(), self_texts=30, seed=7, tokens=256)
+    monkeypatch.setattr(teacher_text, "sample", None)
+    second = distill(corpora=(), self_texts=30, seed=7, tokens=256, output=tmp_path / "again")
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+    assert [text.corpus for text in second.record.texts] == ["self"] and first.record == second.record
+
+
+def test_documents_are_trained_on_padded(distill: Callable[..., Distilled], corpus: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": line[: 10 + i % 30]}) for i, line in enumerate(corpus.read_text().split("\n"))]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    done = distill(corpora=[f"{tmp_path / 'lines.jsonl'}:text"], layout="padded")
+    assert done.record.after.loss < done.record.before.loss
+
+
+# Endings
+
+
+def test_a_training_ends_when_held_out_loss_no_longer_falls(distill: Callable[..., Distilled], tmp_path: Path) -> None:
+    """With few rows, which are learned by heart, the best checkpoint is an early one, and is written."""
+    done = distill(max_sequences=7, tokens=200 * 128, evaluations=50, patience=2, learning_rate=2e-3)
+    assert done.record.ended == "no improvement" and done.record.steps < 200
+    losses = [point.loss for point in done.record.curve]
+    assert losses[-1] == pytest.approx(min(losses), rel=1e-5)
+    assert "stopped early" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_training_that_diverges_writes_its_best_checkpoint(
+    distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From step 13 the loss is not a number; the checkpoints before are those of steps 5 and 10."""
+    steps = []
+
+    def fail(*logits: torch.Tensor) -> torch.Tensor:
+        steps.append(divergence(*logits))
+        return steps[-1] * torch.nan if len(steps) >= 13 else steps[-1]
+
+    monkeypatch.setattr(trainer, "divergence", fail)
+    with pytest.raises(RunFailed, match=r"diverged.*best checkpoint.*of 1,280 tokens.*out") as caught:
+        distill()
+    assert caught.value.exit_code == 1 and len(steps) == 13
+    record = read_record(tmp_path / "out")
+    assert record is not None and record.ended == "diverged" and record.steps == 10
+    assert record.after.loss < record.before.loss
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_a_training_that_gains_nothing_writes_nothing(distill: Callable[..., Distilled], tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="Nothing was written") as caught:
+        distill(learning_rate=1e4, warmup=0)
+    assert caught.value.exit_code == 1 and "learning_rate" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_keeps_what_is_complete(
+    distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written = []
+    save = trainer.DistillationTrainer.save_model
+
+    def fill(self: Any, folder: str, *args: Any, **options: Any) -> None:
+        if len(written) == 2:
+            raise OSError(28, "No space left on device", folder)
+        written.append(folder)
+        save(self, folder, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.DistillationTrainer, "save_model", fill)
+        with pytest.raises(AvssError, match="no space left") as caught:
+            distill()
+    assert caught.value.exit_code == 1
+    assert trainer.last_checkpoint(tmp_path / "out.part" / "checkpoints").name == "checkpoint-10"  # type: ignore[union-attr]
+    distill()
+    distill(output=tmp_path / "whole")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+# Refusals
+
+
+def refused(distill: Callable[..., Distilled], match: str, **options: Any) -> None:
+    with pytest.raises(ConfigError, match=match) as caught:
+        distill(**options)
+    assert caught.value.exit_code == 2
+
+
+def test_other_vocabularies_are_refused(
+    distill: Callable[..., Distilled], save_checkpoint: Callable[[Any, Path], Path], tmp_path: Path
+) -> None:
+    wider = save_checkpoint(llama(vocab_size=384), tmp_path / "wider")
+    refused(distill, "different vocabularies: 320 and 384 logits", teacher=wider)
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_too_little_memory_is_refused_before_loading(
+    distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 10_000_000)
+    refused(distill, r"`train` all needs about .* of memory: .*optimizer")
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_memory_follows_what_is_trained(distill: Callable[..., Distilled], tmp_path: Path) -> None:
+    trained = {
+        train: distill(train=train, lora_rank=2, tokens=512, learning_rate=1e-2, output=tmp_path / train).memory
+        for train in ("all", "near", "lora")
+    }
+    assert trained["all"].trained > trained["near"].trained > trained["lora"].trained
+    for parts in trained.values():
+        assert parts.gradients == 4 * parts.trained and parts.moments == 8 * parts.trained
+    assert trained["all"].weights == sum(4 * t.numel() for t in weights_of(tmp_path / "all").values())
+
+
+def test_no_text_is_refused(distill: Callable[..., Distilled]) -> None:
+    refused(distill, "no text to train on", corpora=())
+
+
+def test_a_text_named_twice_is_refused(distill: Callable[..., Distilled], corpus: Path) -> None:
+    refused(distill, "names a text twice", corpora=[corpus, f"{corpus}=2"])
+
+
+def test_paired_text_can_only_be_watched(distill: Callable[..., Distilled], tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    labels = {"true": "It is {}.", "false": "It is not {}."}
+    lines = [
+        json.dumps({"q": f"What is {i} and {i}?", "a": answer.format(2 * i), "label": label})
+        for i in range(20)
+        for label, answer in labels.items()
+    ]
+    pairs.write_text("\n".join(lines))
+    refused(distill, "paired text", corpora=[f"{pairs}:q+a"])
+    assert distill(watch=[f"{pairs}:q+a"], tokens=1024, held_out=8).record.texts[1].held_out_rows == 8
+
+
+def test_a_short_text_is_refused(distill: Callable[..., Distilled], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("A few words only, and no more than that. " * 4)
+    with pytest.raises(AvssError, match=r"no row to train on after .* held-out rows"):
+        distill(corpora=[tmp_path / "short.txt"])
+
+
+def test_watched_text_that_is_trained_on_is_refused(
+    distill: Callable[..., Distilled], corpus: Path, tmp_path: Path
+) -> None:
+    lines = corpus.read_text().split("\n")
+    (tmp_path / "same.txt").write_text("\n".join(reversed(lines[100:])))
+    refused(
+        distill,
+        r"of the held-out rows of .*same.txt is text that is trained on",
+        watch=[tmp_path / "same.txt"],
+        held_out=16,
+    )
+    assert (
+        distill(watch=[tmp_path / "same.txt"], held_out=16, allow_overlap=True, tokens=256).record.texts[1].label
+        == "same.txt"
+    )
+
+
+def test_near_needs_to_know_the_cuts(distill: Callable[..., Distilled], student: Path, tmp_path: Path) -> None:
+    shutil.copytree(student, tmp_path / "no-card")
+    (tmp_path / "no-card" / "README.md").unlink()
+    refused(distill, "which layers were removed", student=tmp_path / "no-card", train="near")
+
+
+def test_a_student_without_a_common_ancestor_is_distilled_and_noted(
+    distill: Callable[..., Distilled], tiny_llama: Path
+) -> None:
+    done = distill(student=tiny_llama, tokens=512)
+    assert "Nothing says that" in done.notes[0]
+
+
+def test_a_folder_of_another_request_is_not_resumed(distill: Callable[..., Distilled], tmp_path: Path) -> None:
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "checkpoints").mkdir()
+    (tmp_path / "out.part" / "request.json").write_text(json.dumps({"seed": 3, "train": "near"}))
+    refused(distill, r"out.part was begun with other values of .*seed")
+
+
+def test_text_that_has_changed_is_not_resumed(
+    distill: Callable[..., Distilled], corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    shutil.copy(corpus, text)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "Mix", None)
+        with pytest.raises(TypeError):
+            distill(corpora=[text])
+    text.write_text(corpus.read_text().upper())
+    refused(distill, r"text of text.txt has changed", corpora=[text])
+
+
+def test_trained_text_is_not_held_out_from_an_evaluation(
+    distill: Callable[..., Distilled], corpus: Path, other_corpus: Path, tmp_path: Path
+) -> None:
+    distill()
+    evaluate = ["evaluate", tmp_path / "out", "-w", tmp_path / "warehouse", "--sequence-length", 32, "--device", "cpu"]
+    trained = avss(*evaluate, "--task", f"perplexity:{corpus}", "--skip-sequences", 8)
+    assert trained.exit_code == 2 and "was distilled on" in trained.stderr
+    assert avss(*evaluate, "--task", f"perplexity:{other_corpus}").exit_code == 0
+
+
+def test_the_command_prints_a_table_or_json(
+    student: Path, teacher: Path, corpus: Path, other_corpus: Path, tmp_path: Path
+) -> None:
+    arguments = ["distill", student, "--teacher", teacher, "--corpus", corpus, "--watch", other_corpus]
+    arguments += ["--sequence-length", 32, "--tokens", "1e3", "--self-texts", 0, "--held-out", 4, "--device", "cpu"]
+    shown = avss(*arguments, "-o", tmp_path / "table")
+    assert shown.exit_code == 0, shown.stderr
+    assert "trained.txt" in shown.stdout and "other.txt, watched" in shown.stdout and "Distilled from" in shown.stdout
+    assert "tokens: kept" in shown.stderr
+    values = json.loads(avss(*arguments, "-o", tmp_path / "json", "--format", "json", "-q").stdout)
+    assert values["curve"][0]["tokens"] == 0 and values["output"] == str(tmp_path / "json")

@@ -1,0 +1,81 @@
+"""The mix of texts, and labels of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from avss_dist.core.settings import Settings
+from avss_dist.distillation.loss import NOT_COUNTED
+from avss_dist.distillation.texts import DistillText, Mix, read_trained, read_watched, with_labels
+
+SETTINGS = Settings(sequence_length=32)
+
+
+@pytest.fixture(scope="module")
+def texts(teacher: Path, corpus: Path, other_corpus: Path) -> list[DistillText]:
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    return [
+        read_trained(str(file), str(file), weight, tokenizer, SETTINGS, 4, 1)
+        for file, weight in ((corpus, 1.0), (other_corpus, 3.0))
+    ]
+
+
+def test_held_out_rows_come_before_those_to_train_on(teacher: Path, corpus: Path, texts: list[DistillText]) -> None:
+    everything = read_watched(str(corpus), AutoTokenizer.from_pretrained(teacher), SETTINGS, 10_000, 0).held_out
+    rows = np.concatenate([shard.input_ids for shard in everything.shards])
+    assert texts[0].trained is not None
+    parts = [
+        np.concatenate([shard.input_ids for shard in plan.shards]) for plan in (texts[0].held_out, texts[0].trained)
+    ]
+    assert np.array_equal(rows[1:5], parts[0]) and np.array_equal(rows[5:], parts[1])
+
+
+def test_a_mix_draws_by_weight_and_every_row_before_any_again(texts: list[DistillText]) -> None:
+    mix = Mix(texts, 2000, seed=3)
+    drawn = [tuple(mix[i]["input_ids"].tolist()) for i in range(len(mix))]
+    own = [
+        {tuple(row) for shard in text.trained.shards for row in shard.input_ids.tolist()}
+        for text in texts
+        if text.trained
+    ]
+    assert 0.7 < np.mean([row in own[1] for row in drawn]) < 0.8
+    for rows in own:
+        order = [row for row in drawn if row in rows]
+        for start in range(0, len(order) - len(rows) + 1, len(rows)):
+            assert set(order[start : start + len(rows)]) == rows
+
+
+def test_a_mix_depends_on_its_seed_alone(texts: list[DistillText]) -> None:
+    def order(seed: int) -> torch.Tensor:
+        mix = Mix(texts, 50, seed)
+        return torch.stack([mix[i]["input_ids"] for i in range(50)])
+
+    assert torch.equal(order(1), order(1)) and not torch.equal(order(1), order(2))
+
+
+def test_labels_are_the_tokens_that_count(texts: list[DistillText]) -> None:
+    example = Mix(texts, 1, 0)[0]
+    assert example["labels"][0] == NOT_COUNTED
+    assert torch.equal(example["labels"][1:], example["input_ids"][1:])
+
+
+def test_padding_and_skipped_tokens_have_no_label(teacher: Path, corpus: Path) -> None:
+    settings = Settings(sequence_length=64, layout="padded", skip_first_tokens=3)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    lines = corpus.with_suffix(".jsonl")
+    lines.write_text("\n".join(f'{{"text": "{line[:20]}"}}' for line in corpus.read_text().split("\n")))
+    text = read_trained(f"{lines}:text", "lines", 1.0, tokenizer, settings, 4, 0)
+    example = Mix([text], 1, 0)[0]
+    real = int(example["attention_mask"].sum())
+    assert 3 < real < 64
+    labelled = example["labels"] != NOT_COUNTED
+    assert labelled.nonzero().flatten().tolist() == list(range(3, real))
+
+
+def test_labels_of_texts_are_distinct(texts: list[DistillText]) -> None:
+    assert [text.label for text in with_labels([*texts, texts[0]])] == ["trained.txt", "other.txt", "trained.txt (2)"]
