@@ -25,8 +25,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: in ti
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no test uses)
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (at Ray's 15, workers wait while other tests compute)
 
-hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("untimed")  # a loaded machine fails no test
+hypothesis.settings.register_profile(  # a loaded machine fails no test
+    "untimed", max_examples=40, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 gc.set_threshold(YOUNG_OBJECTS)
 imported = 0  # modules, when objects were frozen for the last time
 

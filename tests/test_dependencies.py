@@ -15,6 +15,7 @@ from private_names import PRIVATE_NAMES
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DISTRIBUTIONS = packages_distributions()
 SOURCES = [ast.parse(path.read_text(), str(path)) for path in sorted((ROOT / "avss_dist").rglob("*.py"))]
 PUBLIC = {"_make"}  # of named tuples: documented
 WHERE_INSTALLED = {"polars"}  # imported for a caller who asks for a Polars table, and so has it
@@ -46,7 +47,7 @@ def imported() -> set[str]:
 
 
 def distributions(module: str) -> set[str]:
-    return {canonical(name) for name in packages_distributions().get(module, [module])}
+    return {canonical(name) for name in DISTRIBUTIONS.get(module, [module])}
 
 
 def test_every_import_is_declared() -> None:

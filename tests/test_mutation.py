@@ -73,6 +73,6 @@ def test_survivors_are_those_that_no_test_notices() -> None:
     assert done.returncode == 0, done.stderr
     *survivors, _, score = done.stdout.splitlines()
     assert len(survivors) == 2, done.stdout
-    assert "kept: `if metric == LOSS:` -> `if False:`" in survivors[0]
-    assert "kept: `before - after` -> `before + after`" in survivors[1]
+    assert "retention_of: `if metric == LOSS:` -> `if False:`" in survivors[0]
+    assert "retention_of: `before - after` -> `before + after`" in survivors[1]
     assert score.split() == ["avss_dist/stats/retention.py", "12", "10", "2", "0", "83.3%"]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from support.command_line import commands
 from support.warehouses import activations, stats_of, write_measured
 
 import avss_dist as avss
-from avss_dist.cli.reference import commands, functions, option_of
+from avss_dist.cli.reference import functions, option_of
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.results import Table
 from avss_dist.core.text import RedactedURI

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from avss_dist.warehouse.schema import SCHEMA_VERSION
 TEXT = ["--corpus", "builtin:pydoc", "--max-sequences", "12", "--sequence-length", "32", "--sequences-per-shard", "4"]
 SCORE = [*TEXT, "--executor", "local"]
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-Avss = Callable[..., subprocess.CompletedProcess[str]]
 Save = Callable[[Any, Path], Path]
 
 
@@ -467,10 +465,11 @@ def test_two_drivers_on_one_warehouse_agree(tiny_llama: Path, undisturbed: Path,
     assert not list((tmp_path / "warehouse").rglob("*.tmp"))
 
 
-def test_a_mistake_in_a_process_is_two_lines_on_standard_error(run_avss: Avss, tmp_path: Path) -> None:
-    done = run_avss("score", "/no/such/model", *SCORE, "-w", tmp_path / "warehouse")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == [
+@pytest.mark.usefixtures("warm_workers")
+def test_a_mistake_in_a_process_is_two_lines_on_standard_error(tmp_path: Path) -> None:
+    code, output, errors = Command("score", "/no/such/model", *SCORE, "-w", tmp_path / "warehouse").wait()
+    assert (code, output) == (2, "")
+    assert errors.splitlines() == [
         "Error: There is no folder '/no/such/model'.",
         "Check the path, or name a hub id like org/name.",
     ]

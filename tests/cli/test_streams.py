@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from rich.table import Table
 from rich.text import Text
+from support.command_line import avss
 from support.warehouses import write_scores
 
 import avss_dist
@@ -26,7 +26,6 @@ from avss_dist.system import streams
 
 COMMAND = [sys.executable, "-m", "avss_dist"]
 CROSS_JOIN = "SELECT count(*) FROM range(10000000) a, range(10000000) b, range(100) c WHERE a.range + b.range = c.range"
-Avss = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def shell(line: str, **env: str) -> subprocess.CompletedProcess[bytes]:
@@ -124,10 +123,10 @@ def test_ctrl_c_ends_a_query_at_once(tmp_path: Path) -> None:
     assert (process.returncode, output, errors) == (130, "", "Stopped.\n")
 
 
-def test_no_warehouse_has_an_empty_name(run_avss: Avss) -> None:
+def test_no_warehouse_has_an_empty_name() -> None:
     for args in (["show", "-w", ""], ["score", "m", "--corpus", "builtin:pydoc", "-w", ""]):
-        done = run_avss(*args)
-        assert done.returncode == 2 and " is empty.\nName a folder" in done.stderr
+        done = avss(*args)
+        assert done.exit_code == 2 and " is empty.\nName a folder" in done.stderr
 
 
 def test_a_terminal_obeys_no_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,10 +63,10 @@ class Cluster:
 def cluster(
     tmp_path_factory: pytest.TempPathFactory, private_cache: Path, warm_workers: None
 ) -> Iterator[tuple[Cluster, dict[str, str]]]:
-    """Three nodes of one CPU, and the environment of their clients. A test may kill node 2."""
+    """Two nodes of one CPU, and the environment of their clients. A test may kill node 2."""
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
     cluster.env |= ray_start_environment()
-    exports = cluster.start(3)
+    exports = cluster.start(2)
     yield cluster, {**cluster.env, **exports}
     assert cluster.script("stop").returncode == 0
     assert cluster.processes() == []
@@ -115,7 +115,7 @@ class Harming:
 
 harming = Harming()
 run = score(sys.argv[2], warehouse=sys.argv[3], corpus="builtin:pydoc", on_event=harming, partition="single",
-            replicas=3, address=sys.argv[4], placement_seconds=60, %s)
+            replicas=2, address=sys.argv[4], placement_seconds=60, %s)
 print(run.status, run.resumed_shards, harming.arrived)
 """
 
@@ -123,7 +123,7 @@ print(run.status, run.resumed_shards, harming.arrived)
 def test_a_lost_node_changes_no_number(
     cluster: tuple[Cluster, dict[str, str]], tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Three workers on three nodes; one node is killed whole when 3 of 20 shards have arrived."""
+    """Two workers on two nodes; one node is killed whole when 3 of 20 shards have arrived."""
     local, client = cluster
     script = LOSES_A_NODE % ", ".join(f"{name}={value}" for name, value in SIZES.items())
     command = [sys.executable, "-c", script, str(SCRIPT), str(tiny_llama), str(tmp_path), client["RAY_ADDRESS"]]
@@ -163,9 +163,9 @@ def test_who_has_no_token_or_a_wrong_one_is_refused(
 
 def test_started_again_it_says_the_same_and_never_becomes_another(cluster: tuple[Cluster, dict[str, str]]) -> None:
     local, client = cluster
-    again = local.start(3)
+    again = local.start(2)
     assert again.items() <= client.items()
-    other = local.script(4)
+    other = local.script(3)
     assert other.returncode == 2 and "local.sh stop" in other.stderr
 
 

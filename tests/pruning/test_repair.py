@@ -46,6 +46,8 @@ FAMILIES = (
     *("llama", "gemma3_text", "qwen3", "gpt2", "opt", "phi3", "olmo2", "granite", "gpt_neox", "cohere2"),
     *("exaone4", "gemma2", "glm4", "falcon"),
 )
+MAPPED = ("llama", "gemma3_text", "gpt2", "opt", "olmo2", "granite", "cohere2")
+"""One of each way to write the end of a layer: a bias, `Conv1D`, a norm after it, a multiplier, one sum for both."""
 TIED = ("gemma3_text", "gpt2", "opt", "cohere2", "gemma2", "falcon")
 
 
@@ -65,7 +67,7 @@ def whole_of(model: Any, folder: Path, save: Save) -> tuple[Path, Plan]:
 
 
 @pytest.mark.parametrize(
-    ("family", "by"), [*product(FAMILIES, ("map", "refit")), *product(("llama", "gemma3_text"), ("channel",))]
+    ("family", "by"), [*product(FAMILIES, ("refit",)), *product(MAPPED, ("map",)), *product(MAPPED[:2], ("channel",))]
 )
 def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     family: str, by: str, tmp_path: Path, save_checkpoint: Save
@@ -354,7 +356,7 @@ def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
     few = {"max_sequences": 5, "sequence_length": 32}
     with pytest.raises(CorpusError, match="refit of this model needs at least 192 tokens to fit to, not 124"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("refit", **few))
-    with pytest.raises(CorpusError, match="map of this model needs 128 tokens"):
+    with pytest.raises(CorpusError, match="map of this model needs at least 128 tokens to fit to, not 124"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("map", **few))
     with pytest.raises(CorpusError, match="has no token to fit to"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("scale", max_sequences=1))

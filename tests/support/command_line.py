@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
 
-from avss_dist.cli import app
-from avss_dist.cli.reference import commands
+from avss_dist.cli import app, reference
 
-__all__ = ["avss", "commands", "files"]
+
+@functools.cache
+def commands() -> dict[str, Any]:
+    """Return every command by the words that call it, built once per process: that takes 0.2 seconds."""
+    return reference.commands()
 
 
 def avss(*args: object) -> Any:
