@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from private_names import PRIVATE_NAMES
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DISTRIBUTIONS = packages_distributions()
 SOURCES = [ast.parse(path.read_text(), str(path)) for path in sorted((ROOT / "avss_dist").rglob("*.py"))]
 PUBLIC = {"_make"}  # of named tuples: documented
 WHERE_INSTALLED = {"polars"}  # imported for a caller who asks for a Polars table, and so has it
@@ -46,8 +46,11 @@ def imported() -> set[str]:
     return roots - {"avss_dist", *sys.stdlib_module_names}
 
 
+_distributions_by_module = cache(packages_distributions)
+
+
 def distributions(module: str) -> set[str]:
-    return {canonical(name) for name in DISTRIBUTIONS.get(module, [module])}
+    return {canonical(name) for name in _distributions_by_module().get(module, [module])}
 
 
 def test_every_import_is_declared() -> None:

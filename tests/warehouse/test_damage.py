@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,11 +25,19 @@ from avss_dist.warehouse.schema import SCHEMAS
 NAMES = ("alpha-1", "beta-2", "gamma-3")
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse with three runs. Not to be changed."""
+    folder = tmp_path_factory.mktemp("whole") / "w"
     for seed, name in enumerate(NAMES):
-        write_measured(tmp_path / "w", name, stats_of(activations(seed)), 8, num_tokens=128)
-    return tmp_path / "w"
+        write_measured(folder, name, stats_of(activations(seed)), 8, num_tokens=128)
+    return folder
+
+
+@pytest.fixture
+def root(whole: Path, tmp_path: Path) -> Path:
+    """A copy, to be damaged."""
+    return shutil.copytree(whole, tmp_path / "w")
 
 
 def file_of(root: Path, table: str) -> Path:
