@@ -47,6 +47,18 @@ READS = {
     "scorecard": [[*W], [*W, "--format", "csv"]],
     "contrast": [[*W], [*W, "--run", EVIL]],
 }
+SMALL_TRAINING = [
+    "--tokens",
+    "64",
+    "--self-texts",
+    "0",
+    "--held-out",
+    "2",
+    "--sequence-length",
+    "16",
+    "--max-sequences",
+    "8",
+]
 WORKS = {
     "score": [["M", *TEXT, "-w", "O/w"], ["M", *TEXT, "--corpus", f"{EVIL}.txt", "-w", "O/w"]],
     "estimate": [[EVIL, "--corpus", "text.txt"]],
@@ -58,6 +70,10 @@ WORKS = {
     "run": [["J"], ["J", "--dry-run"], [f"{EVIL}.yaml"]],
     "prune": [["M", "P", "-o", "O/pruned"], ["M", f"{EVIL}.yaml", "-o", "O/p"]],
     "shrink": [["M", *TEXT, "-o", "O/s"], ["M", *TEXT, "-o", "O/s", "--task", EVIL]],
+    "distill": [
+        ["M", "--teacher", "M", "--corpus", "text.txt", *SMALL_TRAINING, "-o", "O/d"],
+        ["M", "--teacher", EVIL, "--corpus", f"{EVIL}.txt", *SMALL_TRAINING, "-o", "O/d2"],
+    ],
     "sample": [["M", "-o", "O/own.jsonl", "--count", "2", "--sequence-length", "8", "--prompt", EVIL]],
     "jobs submit": [["J", "--address", f"http://127.0.0.1:9/{EVIL}"]],
     "jobs list": [["--address", f"http://127.0.0.1:9/{EVIL}"]],

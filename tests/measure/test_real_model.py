@@ -1,4 +1,4 @@
-"""SmolLM2-135M, through pip: every field of every site equals numpy in both dtypes, the published formula holds."""
+"""SmolLM2-135M, through pip: every field of every site equals numpy, the published formula holds, in both dtypes."""
 
 from __future__ import annotations
 
@@ -78,24 +78,14 @@ def test_every_field_equals_numpy(smollm2: Path, dtype: str) -> None:
 
 
 def test_the_released_reading_of_avss(smollm2: Path) -> None:
-    """``pooled`` against the formula over hidden states, in a few lines of torch; every layer has smaller values."""
-    near_zero = 1e-3
-    settings = Settings(
-        max_sequences=4,
-        sequence_length=64,
-        batch_size=2,
-        dtype="float32",
-        sites=("block",),
-        thresholds=(near_zero,),
-    )
+    """``pooled`` at 1e-5 against the formula over hidden states, in a few lines of torch."""
+    settings = Settings(max_sequences=4, sequence_length=128, batch_size=2, dtype="bfloat16", sites=("block",))
     checkpoint = resolve(str(smollm2))
     shard = tokenize_corpus(CORPUS, load_tokenizer(checkpoint), settings).shards[0]
     replica = SingleReplica(checkpoint, settings)
     rows = score_run(analyze_shard(replica, shard, settings).stats, [layer.name for layer in replica.layers])
     ours = [
-        r["avss"]
-        for r in rows
-        if (r["recipe"], r["threshold"], r["threshold_kind"]) == ("pooled", near_zero, "absolute")
+        r["avss"] for r in rows if (r["recipe"], r["threshold"], r["threshold_kind"]) == ("pooled", 1e-5, "absolute")
     ]
 
     variance, sparsity = torch.zeros(30, dtype=torch.float64), torch.zeros(30, dtype=torch.float64)
@@ -103,10 +93,9 @@ def test_the_released_reading_of_avss(smollm2: Path) -> None:
         for i, sites in captured(replica, batch, range(30)).items():
             hidden = torch.from_numpy(sites["block"]["x"])
             variance[i] += hidden.mean(dim=1).var(dim=1).sum() / shard.num_sequences
-            sparsity[i] += (hidden.abs() < near_zero).double().mean() / 2
+            sparsity[i] += (hidden.abs() < 1e-5).double().mean() / 2
     avss = (variance / variance.sum()) / (sparsity / sparsity.sum())
     np.testing.assert_allclose(ours, avss.numpy(), rtol=1e-9)
-    assert sparsity.all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
