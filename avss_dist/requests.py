@@ -96,6 +96,7 @@ Model = Annotated[PathOrText, Option(argument=True, metavar="MODEL")]
 JobPath = Annotated[Any, Option(argument=True, metavar="JOB.yaml")]
 JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
 Timeout = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
+Tokens = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]
 Threshold = str | float
 Site = Annotated[str, OneOf(EVERY_SITE)]
@@ -298,6 +299,8 @@ class ShrinkRequest(ModelRequest):
     """Examples before each question of a harness task."""
     allow_overlap: bool = False
     """Allow evaluation on text that scores or repairs were made on."""
+    distill_tokens: Tokens | None = None
+    """Distill the repaired model from the whole one on this many tokens, such as 1e6."""
 
     shared = EVALUATED
 
@@ -476,7 +479,7 @@ class DistillRequest(Request):
     """Skip this many rows at the start of each text."""
     allow_overlap: Annotated[bool, Option(panel=MIX)] = False
     """Allow held-out text that the student is trained on, or was repaired on."""
-    tokens: Annotated[Annotated[float, Field(ge=1, allow_inf_nan=False)], Option(panel=TRAINING)] = 1e6
+    tokens: Annotated[Tokens, Option(panel=TRAINING)] = 1e6
     """Tokens to train on."""
     train: Annotated[Annotated[str, OneOf(TRAINED)], Option(panel=TRAINING)] = TRAINED[0]
     """Weights that are trained: all but tied embeddings, layers near a cut, or a LoRA adapter that is then merged."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
@@ -95,8 +95,30 @@ def _activations(size: Footprint, rows: int, tokens: int) -> int:
     return FLOAT32 * rows * tokens * width * size.num_layers
 
 
-def require_memory(memory: Memory, device: str, train: str) -> None:
-    """Raise ConfigError if the estimate exceeds the memory of the device, with the size and what would lower it."""
+def without_layers(memory: Memory, size: Footprint, count: int) -> Memory:
+    """Return the estimate for a student without ``count`` layers, the largest ones, of which all weights are trained.
+
+    Args:
+        memory: estimate for a student with all layers.
+        size: size of the student with all layers, in float32.
+    """
+    dropped = sum(sorted(size.layer_bytes)[size.num_layers - count :])
+    return replace(
+        memory,
+        weights=memory.weights - dropped,
+        gradients=memory.gradients - dropped,
+        moments=memory.moments - 2 * dropped,
+        activations=memory.activations * (size.num_layers - count) // size.num_layers,
+        trained=memory.trained - dropped // FLOAT32,
+    )
+
+
+def require_memory(memory: Memory, device: str, train: str, hint: str = "") -> None:
+    """Raise ConfigError if the estimate exceeds the memory of the device, with the size and what would lower it.
+
+    Args:
+        hint: replaces the hint that names options of `DistillRequest`.
+    """
     free, needed = available_memory(), memory.total
     if device == "cuda":
         free = devices_here(device).device_bytes
@@ -108,5 +130,5 @@ def require_memory(memory: Memory, device: str, train: str) -> None:
     raise ConfigError(
         f"Distillation with `train` {train} needs about {describe_bytes(needed)} of memory: {memory.describe()}. There "
         f"are {describe_bytes(free)}.",
-        f"Lower `batch_size` or `sequence_length`, or set `train` {' or '.join(others)}.",
+        hint or f"Lower `batch_size` or `sequence_length`, or set `train` {' or '.join(others)}.",
     )

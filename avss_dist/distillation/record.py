@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -168,11 +168,15 @@ def read_record(folder: Path) -> DistillRecord | None:
         raise ModelError(f"{file} is no record of a distillation: {why}", "Copy the checkpoint again.") from error
 
 
-def write_card(student: Path, folder: Path, record: DistillRecord) -> None:
-    """Write the model card of a distilled checkpoint: that of the student, if it has one, and what was done to it."""
+def write_card(student: Path, folder: Path, record: DistillRecord, evaluated: Sequence[str] = ()) -> None:
+    """Write the model card of a distilled checkpoint: that of the student, if it has one, and what was done to it.
+
+    Args:
+        evaluated: lines on evaluations of the distilled checkpoint.
+    """
     card = student / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {escape_markdown(student.name)}\n"
-    lines = "".join(f"- {escape_markdown(line)}\n" for line in record.describe())
+    lines = "".join(f"- {escape_markdown(line)}\n" for line in (*record.describe(), *evaluated))
     (folder / "README.md").write_text(
         f"{text.removesuffix(CARD_END)}\n## Distilled\n\n{lines}{CARD_END}", encoding="utf-8"
     )

@@ -1,4 +1,4 @@
-"""Events that an evaluation passes to its callback, those of scoring among them. This module does not import torch."""
+"""Events that evaluations pass to a callback, those of scoring and distillation included. It does not import torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from avss_dist.distillation.events import Event as DistillEvent
 from avss_dist.runs.events import RunEvent
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class WeightsWritten:
     num_bytes: int
 
 
-Event = CellsStarted | CellUnderway | CellDone | SearchStep | WeightsWritten | RunEvent
+Event = CellsStarted | CellUnderway | CellDone | SearchStep | WeightsWritten | RunEvent | DistillEvent
 OnEvent = Callable[[Event], None]
 
 

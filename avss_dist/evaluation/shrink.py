@@ -1,6 +1,7 @@
 """Shrinking of a model: score its layers, choose, repair, evaluate on held-out text, and write the checkpoint.
 
 The first rows of each text are scored on, the next rows are evaluated on, and a repair is fitted on the remaining rows.
+A distillation trains on the rows of the repair, and is watched on rows before them.
 All measurements are stored in a warehouse, so that a command that was stopped continues when it is repeated.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -20,13 +22,15 @@ import pyarrow as pa
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.verdict import primary_metric
 from avss_dist.core.errors import CorpusError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, InterventionKey
 from avss_dist.core.names import PERPLEXITY
 from avss_dist.core.registry import LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
+from avss_dist.distillation.record import DistillRecord
 from avss_dist.evaluation.ablate import ablate
+from avss_dist.evaluation.distill import StagedDistillation, require_distillable
 from avss_dist.evaluation.events import OnEvent, WeightsWritten, ignore
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
 from avss_dist.evaluation.search import plan_repaired_search, searched_plan
@@ -39,7 +43,6 @@ from avss_dist.evaluation.session import (
     metrics,
 )
 from avss_dist.evaluation.tasks import (
-    SeenText,
     as_task,
     make_task,
     plan_text,
@@ -51,6 +54,7 @@ from avss_dist.evaluation.tasks import (
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
+from avss_dist.models.safetensors import weight_files
 from avss_dist.options import PromptOptions
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
@@ -62,31 +66,39 @@ from avss_dist.pruning.repair.splits import HELD_BACK, count_fitted, split_texts
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import GREEDY, AblateRequest, ShrinkRequest
 from avss_dist.runs.api import score
-from avss_dist.tasks.base import Result, Task
+from avss_dist.tasks.base import Result
 from avss_dist.warehouse.reader import Warehouse
 
 ROWS = 256  # rows of each text by default
 HELD_OUT = 8  # one of this many rows is scored on, and one is evaluated on
+WATCHED = 16  # maximum rows to watch a distillation on
 SCORED = 16  # maximum rows to score on: more hardly improve the ranks, and the damage takes 8 passes over them
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRetention:
-    """Primary metric of a task for the whole, the pruned and the repaired model.
+    """Primary metric of a task for the whole, the pruned, the repaired and the distilled model.
 
     Attributes:
         repaired: result of the repaired model; None without a repair.
+        distilled: result of the distilled model; None without distillation.
     """
 
     task: str
     whole: Result
     pruned: Result
     repaired: Result | None
+    distilled: Result | None = None
+
+    @property
+    def smaller(self) -> list[Result]:
+        """Results of the pruned, the repaired and the distilled model, as far as they exist."""
+        return [result for result in (self.pruned, self.repaired, self.distilled) if result]
 
     @property
     def final(self) -> Result:
-        """Result of the repaired model, or of the pruned model if nothing was repaired."""
-        return self.repaired or self.pruned
+        """Result of the distilled model, else of the repaired model, else of the pruned model."""
+        return self.smaller[-1]
 
     def of(self, result: Result) -> Retention:
         """Return the retention of a result against that of the whole model."""
@@ -97,7 +109,16 @@ class TaskRetention:
         metric, whole = readable_metric(self.whole)
         _, pruned = readable_metric(self.pruned)
         repaired = f"{readable_metric(self.repaired)[1]} repaired, " if self.repaired else ""
-        return f"{self.task}: {metric} {repaired}{pruned} without these layers, {whole} of the whole model."
+        distilled = f"{readable_metric(self.distilled)[1]} distilled, " if self.distilled else ""
+        return f"{self.task}: {metric} {distilled}{repaired}{pruned} without these layers, {whole} of the whole model."
+
+    def describe_kept(self) -> str:
+        """Return one line for people on the retention of the smaller models, with the interval of the last one."""
+        names = {"pruned": self.pruned, "repaired": self.repaired, "distilled": self.distilled}
+        shares = ", ".join(f"{self.of(result).value:z.1%} {name}" for name, result in names.items() if result)
+        final = self.of(self.final)
+        interval = f" (95% interval {final.low:z.1%} to {final.high:z.1%})" if final.has_interval else ""
+        return f"Kept of the whole model on {self.task}: {shares}{interval}."
 
 
 def readable_metric(result: Result) -> tuple[str, str]:
@@ -132,10 +153,11 @@ class Shrunk(TabularResult):
     Attributes:
         folder, bytes: folder of the checkpoint, and size of its weights.
         best: the plan of the checkpoint.
-        curve: every plan that was evaluated, by the number of layers that it drops.
+        curve: every plan that was evaluated, by the number of layers that it drops; before any distillation.
         record: record of the repair; None without a repair.
-        difference: see `pruning.checkpoint.prune`.
+        difference: see `pruning.checkpoint.prune`; of the checkpoint before any distillation.
         notes: remarks on the checkpoint.
+        distillation: record of the distillation; None without one.
     """
 
     folder: str
@@ -145,36 +167,58 @@ class Shrunk(TabularResult):
     record: RepairRecord | None
     difference: float | None
     notes: Sequence[str]
+    distillation: DistillRecord | None = None
 
     _bars = ("kept",)
 
     def table(self) -> pa.Table:
-        """Return a table with a row for each evaluated plan: dropped layers and retention."""
-        return pa.Table.from_pylist([{"drop": [*result.plan.drop], "kept": result.kept} for result in self.curve])
+        """Return a table with a row for each evaluated plan: dropped layers and retention.
+
+        With distillation, a column ``distilled`` has the retention of the distilled model in the row of its plan.
+        """
+        rows: list[dict[str, Any]] = [{"drop": [*result.plan.drop], "kept": result.kept} for result in self.curve]
+        if self.distillation:
+            for row in rows:
+                row["distilled"] = self.best.kept if row["drop"] == [*self.best.plan.drop] else None
+        return pa.Table.from_pylist(rows)
 
     def summary(self) -> str:
         """Return the folder, the number of layers and the retention, in a line."""
         plan = self.best.plan
-        return f"{self.folder}, {len(plan.keep)} of {plan.num_layers} layers, {self.best.kept:z.1%} kept"
+        distilled = f", distilled on {self.distillation.after.tokens:,} tokens" if self.distillation else ""
+        return f"{self.folder}, {len(plan.keep)} of {plan.num_layers} layers, {self.best.kept:z.1%} kept{distilled}"
 
 
 @dataclass(frozen=True)
 class TextSplit:
-    """Split of the rows of each text: rows to score on, then rows to evaluate on, then rows to repair on.
+    """Split of the rows of each text: rows to score, to evaluate, to watch distillation and to repair on, in order.
 
     Attributes:
         scored, evaluated: number of rows of the first two parts.
-        rows: maximum number of rows of all three parts.
+        rows: maximum number of rows of all parts.
+        watched: number of rows on which the best checkpoint of a distillation is chosen; 0 without distillation.
     """
 
     scored: int
     evaluated: int
     rows: int
+    watched: int = 0
+
+    @classmethod
+    def of_rows(cls, available: int, rows: int, *, distilled: bool) -> TextSplit:
+        """Return the split of a text with ``available`` rows."""
+        part = available // HELD_OUT
+        return cls(min(part, SCORED), part, rows, min(part, WATCHED) if distilled else 0)
+
+    @property
+    def measured(self) -> int:
+        """Number of rows to score on and to evaluate on."""
+        return self.scored + self.evaluated
 
     @property
     def held_out(self) -> int:
         """Number of rows before those to repair on."""
-        return self.scored + self.evaluated
+        return self.measured + self.watched
 
 
 def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
@@ -194,11 +238,12 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
     checkpoint = resolve(model, trust_remote_code=settings.trust_remote_code)
     require_head(checkpoint.name, text_config(checkpoint, trust_remote_code=settings.trust_remote_code))
     require_copyable(checkpoint)
+    if request.distill_tokens is not None:
+        require_distillable(request, checkpoint)
     needed = 0 if request.repair == NO_REPAIR else tokens_needed(checkpoint, request.repair, settings)
-    split = split_rows(checkpoint, request.texts, settings)
+    split = split_rows(checkpoint, request.texts, settings, distilled=request.distill_tokens is not None)
     _require_tokens(checkpoint, request, split, needed)
-    warehouse = request.warehouse or f"{request.output}-warehouse"
-    with EvaluationSession.open(warehouse, settings, request.execution, on_event) as session:
+    with _open_session(request, on_event) as session:
         session.executor.connect()  # because scores are measured by executors of their own
         make_plan = _measure_scores(request, session, split)
         example = make_plan(count=1)
@@ -214,18 +259,22 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
             maximum = min(example.num_layers - 1, example.num_layers - request.first - request.last)
             best, curve = _bisect(evaluator, make_plan, maximum, request.keep)
     plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
-    written = prune(
+    best = replace(best, plan=plan)
+    write = partial(
+        prune,
         model,
         plan,
-        output,
         repair=read_repaired(best.patch) if best.patch else None,
         trust_remote_code=settings.trust_remote_code,
         copied=lambda size: on_event(WeightsWritten(size)),
     )
+    if request.distill_tokens is not None:
+        return _distill(request, split, best, curve, write, on_event)
+    written = write(output)
     return Shrunk(
         folder=written["folder"],
         bytes=written["bytes"],
-        best=replace(best, plan=plan),
+        best=best,
         curve=curve,
         record=written["repair"],
         difference=written["difference"],
@@ -233,8 +282,60 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
     )
 
 
-def split_rows(checkpoint: Checkpoint, texts: Sequence[str], settings: Settings) -> TextSplit:
+def _open_session(request: ShrinkRequest, on_event: OnEvent) -> AbstractContextManager[EvaluationSession]:
+    warehouse = request.warehouse or f"{request.output}-warehouse"
+    return EvaluationSession.open(warehouse, request.settings, request.execution, on_event)
+
+
+def _distill(
+    request: ShrinkRequest,
+    split: TextSplit,
+    best: CandidateResult,
+    curve: Sequence[CandidateResult],
+    write: Callable[[Path], dict[str, Any]],
+    on_event: OnEvent,
+) -> Shrunk:
+    """Write a plan's checkpoint into a folder beside the output, distill it, evaluate it, and move it to the output.
+
+    Args:
+        write: writes the pruned and repaired checkpoint into a folder, see `pruning.checkpoint.prune`.
+    """
+    output = Path(request.output)
+    staging = StagedDistillation(output)
+    staging.delete_student()
+    written = write(staging.student)
+    folder, record = staging.distill(
+        request, skip=split.measured, held_out=split.watched, rows=split.rows, on_event=on_event
+    )
+    checkpoint = resolve(str(folder), trust_remote_code=request.settings.trust_remote_code)
+    with _open_session(request, on_event) as session:
+        model = session.place(replace(checkpoint, name=str(output)), request.settings)
+        planned = [_plan_task(model, name, request, split) for name in _task_names(request)]
+        results = session.measure([(task, [NO_INTERVENTION]) for task in planned])
+    tasks = [
+        replace(before, distilled=_primary(results[task])[NO_INTERVENTION.key])
+        for before, task in zip(best.tasks, planned, strict=True)
+    ]
+    staging.publish(folder, record, [f"Evaluated: {task.describe()} {task.describe_kept()}" for task in tasks])
+    return Shrunk(
+        folder=str(output),
+        bytes=sum(file.stat().st_size for file in weight_files(output)),
+        best=replace(best, tasks=tasks),
+        curve=curve,
+        record=written["repair"],
+        difference=written["difference"],
+        notes=written["notes"],
+        distillation=record,
+    )
+
+
+def split_rows(
+    checkpoint: Checkpoint, texts: Sequence[str], settings: Settings, *, distilled: bool = False
+) -> TextSplit:
     """Return the split of texts. The shortest text determines how many rows are held out.
+
+    Args:
+        distilled: hold out rows to watch a distillation on.
 
     Raises:
         CorpusError: a text cannot be read, is paired, or has too few rows.
@@ -255,8 +356,7 @@ def split_rows(checkpoint: Checkpoint, texts: Sequence[str], settings: Settings)
             f"{HELD_OUT} at least.",
             "Name a longer text, lower `sequence_length`, or raise `max_sequences`.",
         )
-    part = available // HELD_OUT
-    return TextSplit(min(part, SCORED), part, rows)
+    return TextSplit.of_rows(available, rows, distilled=distilled)
 
 
 def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit, needed: int) -> None:
@@ -273,12 +373,14 @@ def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextS
     given, rows = _fitted_tokens(checkpoint, request, split)
     if given >= needed:
         return
+    distilled = request.distill_tokens is not None
     enough = next(
         number
         for number in itertools.count(split.rows + 1)
-        if _fitted_rows(number) * len(request.repair_texts) * given >= needed * rows
+        if _fitted_rows(number, distilled=distilled) * len(request.repair_texts) * given >= needed * rows
     )
-    larger = split_rows(checkpoint, request.texts, replace(request.settings, max_sequences=enough))
+    settings = replace(request.settings, max_sequences=enough)
+    larger = split_rows(checkpoint, request.texts, settings, distilled=distilled)
     suffices = _fitted_tokens(checkpoint, request, larger)[0] >= needed
     longer = f"Set `max_sequences` to {enough} or more" if suffices else "Give longer texts"
     raise CorpusError(
@@ -295,10 +397,9 @@ def _fitted_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSp
     return tokens, sum(text.num_sequences - ceil(text.num_sequences / HELD_BACK) for text in texts)
 
 
-def _fitted_rows(rows: int) -> int:
+def _fitted_rows(rows: int, *, distilled: bool) -> int:
     """Return the number of rows that the repair is fitted to, of a text with ``rows`` rows."""
-    part = rows // HELD_OUT
-    repaired = rows - min(part, SCORED) - part
+    repaired = rows - TextSplit.of_rows(rows, rows, distilled=distilled).held_out
     return repaired - ceil(repaired / HELD_BACK)
 
 
@@ -349,8 +450,7 @@ class _CandidateEvaluator:
 def _retention(
     task: str, results: Sequence[Result], whole: Intervention, pruned: Intervention, repaired: Intervention
 ) -> TaskRetention:
-    metric = primary_metric([{"metric": result.metric} for result in results if result.layer is None])
-    by_key = {result.intervention: result for result in results if result.layer is None and result.metric == metric}
+    by_key = _primary(results)
     return TaskRetention(
         task=task,
         whole=by_key[whole.key],
@@ -359,13 +459,24 @@ def _retention(
     )
 
 
+def _primary(results: Sequence[Result]) -> dict[InterventionKey, Result]:
+    """Return the results of a task in its primary metric, by intervention."""
+    metric = primary_metric([{"metric": result.metric} for result in results if result.layer is None])
+    return {result.intervention: result for result in results if result.layer is None and result.metric == metric}
+
+
+def _task_names(request: ShrinkRequest) -> list[RedactedURI]:
+    """Return the names of the tasks, each once: by default, the perplexity on every text."""
+    names = request.tasks or [f"{PERPLEXITY}{text.full}" for text in request.texts]
+    return list(dict.fromkeys(map(RedactedURI, names)))
+
+
 def _evaluator(
     session: EvaluationSession, checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit, example: Plan
 ) -> _CandidateEvaluator:
     """Return an evaluator of plans like the example. Texts of different uses that overlap are refused."""
     model = session.place(checkpoint, request.settings)
-    names = request.tasks or [f"{PERPLEXITY}{text.full}" for text in request.texts]
-    tasks = {str(name): _plan_task(model, name, request, split) for name in map(RedactedURI, names)}
+    tasks = {str(name): _plan_task(model, name, request, split) for name in _task_names(request)}
     fit = None
     if request.repair != NO_REPAIR:
         skipped, corpora = split.held_out, request.repair_corpora or (request.corpus,)
@@ -374,8 +485,16 @@ def _evaluator(
         copies = copies_of(model.placement, model.settings, session.executor)
         fit = plan_fits(model, example.layers, [repair], copies)[request.repair]
     if not request.allow_overlap:
-        scored = texts_of_run(Warehouse(session.store.root.full), example.run_id, checkpoint, corpus=request.corpus)
-        _refuse_overlaps(checkpoint, [planned.task for planned in tasks.values()], fit, [*scored], split)
+        scored = [*texts_of_run(Warehouse(session.store.root.full), example.run_id, checkpoint, corpus=request.corpus)]
+        texts, use, skipped = fit_of(fit).texts if fit else (), "the repair is fitted on", split.held_out
+        if request.distill_tokens is not None:
+            use, skipped = "the smaller model is distilled on", split.measured
+            read = replace(model.settings, max_sequences=split.rows - skipped)
+            texts = tuple(plan_text(checkpoint, text, read, skip_sequences=skipped) for text in request.repair_texts)
+        fitted = [text_of_fit(text, skipped, checkpoint, trust_remote_code=False, use=use) for text in texts]
+        planned_tasks = [planned.task for planned in tasks.values()]
+        refuse_overlap(planned_tasks, chain(texts_of_repair(checkpoint), scored, fitted))
+        refuse_overlap(map(as_task, texts), scored)
     return _CandidateEvaluator(session=session, model=model, tasks=tasks, fit=fit)
 
 
@@ -390,20 +509,6 @@ def _plan_task(model: PlacedModel, name: str, request: ShrinkRequest, split: Tex
         prompting=PromptOptions(num_fewshot=request.num_fewshot),
     )
     return model.plan(task)
-
-
-def _refuse_overlaps(
-    checkpoint: Checkpoint,
-    tasks: Sequence[Task],
-    fit: PlannedTask | None,
-    scored: Sequence[SeenText],
-    split: TextSplit,
-) -> None:
-    """Refuse tasks on text that was scored on or is repaired on, and repairs on text that was scored on."""
-    texts = fit_of(fit).texts if fit else ()
-    fitted = (text_of_fit(text, split.held_out, checkpoint, trust_remote_code=False) for text in texts)
-    refuse_overlap(tasks, chain(texts_of_repair(checkpoint), scored, fitted))
-    refuse_overlap(map(as_task, texts), scored)
 
 
 def _bisect(

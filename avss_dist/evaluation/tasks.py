@@ -277,10 +277,17 @@ def _texts_of_distillation(checkpoint: Checkpoint) -> Iterator[SeenText]:
         )
 
 
-def text_of_fit(text: CorpusPlan, skipped: int, checkpoint: Checkpoint, *, trust_remote_code: bool) -> SeenText:
-    """Return a text that a repair will be fitted on, without its first ``skipped`` rows."""
+def text_of_fit(
+    text: CorpusPlan,
+    skipped: int,
+    checkpoint: Checkpoint,
+    *,
+    trust_remote_code: bool,
+    use: str = "the repair is fitted on",
+) -> SeenText:
+    """Return a text that a repair will be fitted on, or that ``use`` names, without its first ``skipped`` rows."""
     return SeenText(
-        use=f"the repair is fitted on ({text.source})",
+        use=f"{use} ({text.source})",
         rows=skipped + text.num_sequences,
         read=lambda: text.shards,
         load_tokenizer=partial(load_tokenizer, checkpoint, trust_remote_code=trust_remote_code),

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 
 class DistillProgress:
-    """Callback for the events of `distill`: a bar with tokens/s, loss and the time left; without a terminal, lines."""
+    """Callback for the events of `distill`: a bar with tokens/s, loss and the time left; without a terminal, lines.
 
-    def __init__(self) -> None:
-        self._progress = bars(rich_progress.TaskProgressColumn())
-        self._bar = self._progress.add_task("reading", total=None)
+    Args:
+        progress, bar: display and its bar to show events in; by default a display of their own.
+    """
+
+    def __init__(self, progress: rich_progress.Progress | None = None, bar: rich_progress.TaskID | None = None) -> None:
+        self._progress = progress or bars(rich_progress.TaskProgressColumn())
+        self._bar = self._progress.add_task("reading", total=None) if bar is None else bar
         self._pace: Pace | None = None
         self._tokens, self._step, self._logged_at = 0, "", time.monotonic()
 

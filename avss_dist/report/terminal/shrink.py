@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.names import PERPLEXITY, REPAIR
 from avss_dist.core.text import basename, describe_bytes
+from avss_dist.distillation.events import HeldOutMeasured, Preparing, TrainingAdvanced
 from avss_dist.evaluation.events import (
     CellDone,
     CellsStarted,
@@ -19,6 +20,7 @@ from avss_dist.evaluation.events import (
     WeightsWritten,
 )
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
+from avss_dist.report.terminal.distill import DistillProgress
 from avss_dist.report.terminal.progress import CellProgress, bars, describe_without, log
 from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.runs.events import RunStarted, ShardMeasured
@@ -37,6 +39,7 @@ class ShrinkProgress(CellProgress):
     def __init__(self) -> None:
         self._progress = bars(rich_progress.TaskProgressColumn())
         self._bar = self._progress.add_task("reading", total=None)
+        self._distilling = DistillProgress(self._progress, self._bar)
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
@@ -53,6 +56,8 @@ class ShrinkProgress(CellProgress):
                 self._progress.update(self._bar, advance=1, description=_step(cell))
             case WeightsWritten():
                 self._progress.update(self._bar, description="writing", total=None, completed=0)
+            case Preparing() | TrainingAdvanced() | HeldOutMeasured():
+                self._distilling(event)
 
     def _begin_step(self, what: str, total: int, done: int) -> None:
         """Begin a step of ``total`` units, of which ``done`` are done."""
@@ -66,10 +71,11 @@ def _step(cell: Cell) -> str:
 
 
 def shrunk_tables(done: Shrunk) -> RenderableType:
-    """Return tables of the metrics of the whole, pruned and repaired model, and of the curve of several plans."""
+    """Return tables of the metrics of the whole and the smaller models, and of the curve of several plans."""
     plan, tasks = done.best.plan, done.best.tasks
     rows = ["whole model", f"{count_removed(plan.drop)} dropped"]
     rows += [f"repaired by {done.record.repair}"] if done.record else []
+    rows += [f"distilled on {done.distillation.after.tokens:,} tokens"] if done.distillation else []
     table = ReportTable(
         columns=[
             ReportColumn("", rows, number=False),
@@ -84,14 +90,14 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
 def _caption(tasks: Sequence[TaskRetention]) -> str:
     """Return the caption: meaning of the columns, and the reason for a missing interval."""
     text = "Kept: of the whole model's metric (of a perplexity: whole over this), and its 95% interval."
-    results = [(task, result) for task in tasks for result in (task.pruned, task.repaired) if result]
+    results = [(task, result) for task in tasks for result in task.smaller]
     return text if all(task.of(result).has_interval for task, result in results) else f"{text} {NO_INTERVAL}"
 
 
 def _task_columns(task: TaskRetention) -> Iterator[ReportColumn]:
     from avss_dist.evaluation.shrink import readable_metric
 
-    results = [task.whole, task.pruned, *([task.repaired] if task.repaired else [])]
+    results = [task.whole, *task.smaller]
     kept = [None, *(task.of(result) for result in results[1:])]
     metric, _ = readable_metric(task.whole)
     group = basename(task.task.removeprefix(PERPLEXITY))
@@ -115,7 +121,7 @@ def _curve(done: Shrunk) -> ReportTable:
             ReportColumn("kept", retentions, percent(1)),
             BarColumn(values=retentions, largest=1.0, width=BAR),
         ],
-        title="What is kept, in the task in which the least is",
+        title=f"What is kept{' before distillation' if done.distillation else ''}, in the task in which the least is",
     )
 
 
@@ -124,7 +130,14 @@ def shrunk_values(done: Shrunk) -> dict[str, Any]:
     curve = [{"drop": one.plan.drop, "kept": one.kept} for one in done.curve]
     about = {"output": done.folder, "bytes": done.bytes, "drop": done.best.plan.drop, "kept": done.best.kept}
     tasks = [task.describe() for task in done.best.tasks]
-    return {**about, "tasks": tasks, "curve": curve, "difference": done.difference, "notes": [*done.notes]}
+    values = {**about, "tasks": tasks, "curve": curve, "difference": done.difference, "notes": [*done.notes]}
+    return values | ({"distilled": _distilled_values(done)} if done.distillation else {})
+
+
+def _distilled_values(done: Shrunk) -> list[dict[str, Any]]:
+    """Return the retention of the distilled model in each task, with its interval."""
+    retentions = {task.task: task.of(task.final) for task in done.best.tasks}
+    return [{"task": name, "kept": kept.value, "low": kept.low, "high": kept.high} for name, kept in retentions.items()]
 
 
 def shrunk_lines(done: Shrunk) -> Iterator[str]:
@@ -134,4 +147,5 @@ def shrunk_lines(done: Shrunk) -> Iterator[str]:
     yield f"Dropped {describe_removed(plan.drop)}, chosen by {plan.why['by']}."
     yield from (f"Finding: {line}" for line in plan.findings)
     yield from done.record.describe() if done.record else ()
+    yield from done.distillation.describe() if done.distillation else ()
     yield from done.notes

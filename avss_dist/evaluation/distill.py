@@ -1,0 +1,161 @@
+"""Distillation as the last step of shrinking: checks before any work, and a folder for the work beside the output."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from avss_dist.core.errors import ConfigError, RunFailed, unwritable
+from avss_dist.core.registry import LOWEST_SHARE
+from avss_dist.core.settings import fingerprint
+from avss_dist.core.text import RedactedURI
+from avss_dist.distillation.curve import DIVERGED
+from avss_dist.distillation.distill import distill
+from avss_dist.distillation.events import OnEvent
+from avss_dist.distillation.memory import estimate_memory, require_memory, without_layers
+from avss_dist.distillation.pair import resolve_pair
+from avss_dist.distillation.record import DistillRecord, read_record, write_card
+from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.size import footprint
+from avss_dist.requests import DistillRequest, ShrinkRequest
+from avss_dist.stats.rankings import count_lowest
+
+STUDENT = "student"  # folder of the repaired checkpoint, in that of the work
+
+
+def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:
+    """Refuse a model that cannot be distilled, before anything is measured.
+
+    The estimate of memory is for as many layers less as may be dropped. `distill` repeats it for the student.
+
+    Raises:
+        ConfigError: the model is quantized, its dtype cannot be trained, student and teacher do not fit in memory, or a
+            text is named twice.
+        ModelError: the model cannot be read or built.
+    """
+    if len(set(request.repair_texts)) < len(request.repair_texts):
+        raise ConfigError("`repair_corpora` names a text twice.", "Name it once, with a weight: CORPUS=2.")
+    wanted = _distill_request(request, checkpoint.path, Path(request.output), {})
+    models = resolve_pair(wanted)
+    size = footprint(checkpoint, models.settings)
+    if request.keep is None:
+        dropped = count_lowest(size.num_layers, request.share or LOWEST_SHARE)
+    else:
+        dropped = max(0, min(size.num_layers - 1, size.num_layers - request.first - request.last))
+    settings = models.settings, models.teacher_settings
+    whole = estimate_memory(checkpoint, checkpoint, *settings, train=wanted.train, rank=wanted.lora_rank)
+    require_memory(
+        without_layers(whole, size, dropped),
+        models.device.type,
+        wanted.train,
+        "Lower `sequence_length`, or leave out `distill_tokens` and distill the result with avss distill, which can "
+        "train fewer weights. It loads both models whole on one device, whatever `partition` is.",
+    )
+
+
+@dataclass(frozen=True)
+class StagedDistillation:
+    """Folders of the work beside an output. They remain after an error, and the same command resumes.
+
+    Attributes:
+        output: folder of the result.
+    """
+
+    output: Path
+
+    @property
+    def root(self) -> Path:
+        """Folder of all the work."""
+        return self.output.with_name(f"{self.output.name}.part")
+
+    @property
+    def student(self) -> Path:
+        """Folder of the checkpoint to distill."""
+        return self.root / STUDENT
+
+    def delete_student(self) -> None:
+        """Delete the student of an earlier attempt, which may be of another plan. Writing it again is quick."""
+        if self.student.exists():
+            shutil.rmtree(self.student)
+
+    def distill(
+        self, request: ShrinkRequest, *, skip: int, held_out: int, rows: int, on_event: OnEvent
+    ) -> tuple[Path, DistillRecord]:
+        """Distill the student and return the folder and record of the result; one of the same request is reused.
+
+        Args:
+            skip: rows of each text that distillation does not read.
+            held_out: rows after them that are only measured.
+            rows: maximum number of rows of each text, the skipped ones included.
+
+        Raises:
+            AvssError: see `distillation.distill.distill`.
+        """
+        reading = {"max_sequences": rows - skip, "skip_sequences": skip, "held_out": held_out}
+        folder = self._folder(request, reading)
+        record = read_record(folder)
+        if record is None or record.ended == DIVERGED:
+            shutil.rmtree(folder, ignore_errors=True)
+            wanted = _distill_request(request, self.student, folder, {**reading, "on_event": on_event})
+            try:
+                record = distill(wanted).record
+            except RunFailed as error:
+                raise RunFailed(
+                    f"{error.message} The checkpoint before distillation is in {self.student}.",
+                    "Leave out `distill_tokens`, or distill that checkpoint with avss distill, which has more options.",
+                ) from error
+        return folder, record
+
+    def _folder(self, request: ShrinkRequest, reading: dict[str, Any]) -> Path:
+        """Return the folder of a distilled checkpoint: all that determines it, then the output's name, for run ids."""
+        code = request.settings.trust_remote_code
+        values = {**_reading(request), "tokens": request.distill_tokens, **reading}
+        values["corpora"] = [RedactedURI(text) for text in _corpora(request)]
+        values["student"] = resolve(str(self.student), trust_remote_code=code).revision
+        return self.root / f"distilled-{fingerprint(**values)[:12]}" / self.output.name
+
+    def publish(self, folder: Path, record: DistillRecord, evaluated: Sequence[str]) -> None:
+        """Write lines on evaluations into the model card, move the checkpoint to the output, and delete the work.
+
+        Raises:
+            AvssError: a folder cannot be written.
+        """
+        try:
+            write_card(self.student, folder, record, evaluated)
+            shutil.rmtree(self.student)
+            folder.replace(self.output)
+            for path in self.root.glob("distilled-*"):
+                shutil.rmtree(path)
+        except OSError as error:
+            raise unwritable(self.output, error, "Repair that, and run the same command again.") from error
+        with suppress(OSError):  # the folder has files of the user
+            self.root.rmdir()
+
+
+def _distill_request(
+    request: ShrinkRequest, student: str | Path, output: Path, options: dict[str, Any]
+) -> DistillRequest:
+    assert request.distill_tokens is not None
+    return DistillRequest(
+        str(student),
+        teacher=request.model,
+        output=output,
+        corpora=_corpora(request),
+        tokens=request.distill_tokens,
+        allow_overlap=request.allow_overlap,
+        **_reading(request) | options,
+    )
+
+
+def _reading(request: ShrinkRequest) -> dict[str, Any]:
+    """Return the settings that distillation takes too; its batch is a training step, not that of the evaluation."""
+    return {name: value for name, value in request.given.items() if name in DistillRequest.shared}
+
+
+def _corpora(request: ShrinkRequest) -> tuple[str, ...]:
+    """Return the texts to train on, those of the repair, with their weights."""
+    return tuple(request.repair_corpora) or (request.corpus,)
