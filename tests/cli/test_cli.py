@@ -214,6 +214,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--protect": "",
         "--repair": "refit",
         "--repair-corpus": None,
+        "--distill-tokens": None,
         "--task": None,
         "--limit": None,
         "--num-fewshot": None,
