@@ -126,7 +126,8 @@ def table(page: Any) -> list[dict[str, str]]:
 def choose(page: Any, *, site: str | None = None, recipe: str | None = None, threshold: int | None = None) -> None:
     for name, value in (("site", site), ("recipe", recipe)):
         if value is not None:
-            page.locator(f"input[name={name}][value={value}]").check(force=True)
+            page.locator(f"input[name={name}][value={value}]").evaluate("input => input.click()")
+            assert page.locator(f"input[name={name}]:checked").get_attribute("value") == value
     if threshold is not None:
         page.locator("#threshold").fill(str(threshold))
     page.wait_for_selector(IDLE)

@@ -47,10 +47,12 @@ def test_a_signal_while_a_checkpoint_is_written_leaves_nothing(
 
 def test_sigterm_while_commands_are_imported_is_no_traceback() -> None:
     script = (
-        "import os, signal, sys, types\n"
+        "import os, signal, sys, time, types\n"
         "class Slow(types.ModuleType):\n"
         "    def __getattr__(self, name):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        while True:\n"  # another thread may get the signal; the handler runs in this one soon after
+        "            time.sleep(0.01)\n"
         "sys.modules['avss_dist.cli'] = Slow('avss_dist.cli')\n"
         "from avss_dist.__main__ import main\n"
         "main()\n"
