@@ -321,6 +321,11 @@ class ShrinkRequest(ModelRequest):
         return searched_repair(self.repair)
 
     @property
+    def weighted_repair_texts(self) -> tuple[str, ...]:
+        """Texts that a repair is fitted on, with their weights."""
+        return tuple(self.repair_corpora) or (self.corpus,)
+
+    @property
     def repair_texts(self) -> list[RedactedURI]:
         """Texts that a repair is fitted on, without their weights."""
         return [split_weight(text)[0] for text in self.repair_corpora] or [RedactedURI(self.corpus)]
@@ -557,7 +562,7 @@ class ListRequest(WarehouseRequest):
     """List runs, evaluated sets of layers, or evaluations."""
 
     what: Annotated[str, OneOf(LISTINGS), Option(argument=True)] = field(default=LISTINGS[0], kw_only=False)
-    """What to list."""
+    """Table to list: runs, evaluated sets of removed layers, or evaluations."""
 
 
 @request

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,8 @@ def findings(
     names = [run["run_id"] for run in runs]
     where = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
     scores = warehouse.table("scores", run_ids=names, columns=SCORES, where=where)
-    rows = _of_scores(scores, names, threshold)
+    readings = _by_reading(scores)
+    rows = _of_scores(readings, names, threshold)
     if rankings_alone:
         rows += _nonfinite(warehouse, names)
     else:
@@ -117,7 +118,7 @@ def findings(
             rows += [{"run_id": name, **row} for row in of_stats(read_stats(table), threshold)]
         rows += [{"run_id": name, **row} for name, row in expert_findings(warehouse, names)]
         rows += [{"run_id": run["run_id"], **row} for run in runs for row in _no_interval(run)]
-        rows += _first_tokens(runs, scores)
+        rows += _first_tokens(runs, readings)
         rows += _row_starts(warehouse, runs)
         rows += _unreadable(warehouse.damaged, run_ids)
     rows.sort(key=_urgency)
@@ -179,11 +180,12 @@ SCORES = (
 
 Columns = Mapping[str, NDArray[Any]]  # by name, a value for each layer; missing numbers are NaN
 Reading = tuple[str, str, str]  # run, site and recipe
+PLACE = ("run_id", "site", "recipe")
+"""Columns of a reading."""
 
 
-def _of_scores(scores: pa.Table, run_ids: Sequence[str], threshold: Threshold) -> list[Row]:
+def _of_scores(readings: Mapping[Reading, Columns], run_ids: Sequence[str], threshold: Threshold) -> list[Row]:
     """Return the findings that follow from the scores of runs at one threshold, in the order of the runs."""
-    readings = _by_reading(scores)
     at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
     found = [*_of_readings(readings, threshold), *_of_recipes(readings)]
     position = {run_id: index for index, run_id in enumerate(run_ids)}
@@ -223,12 +225,11 @@ def _of_recipes(readings: Mapping[Reading, Columns]) -> Iterator[Row]:
 
 def _by_reading(scores: pa.Table) -> dict[Reading, Columns]:
     """Return the columns of scores by run, site and recipe, ordered by layer."""
-    place = ["run_id", "site", "recipe"]
-    scores = scores.sort_by([(name, "ascending") for name in (*place, "layer")])
-    columns = {name: scores[name].to_numpy() for name in scores.column_names if name not in place}
+    scores = scores.sort_by([(name, "ascending") for name in (*PLACE, "layer")])
+    columns = {name: scores[name].to_numpy() for name in scores.column_names if name not in PLACE}
     return {
         (key["run_id"], key["site"], key["recipe"]): {name: cells[start:stop] for name, cells in columns.items()}
-        for key, start, stop in slices_by(scores, place)
+        for key, start, stop in slices_by(scores, PLACE)
     }
 
 
@@ -304,7 +305,7 @@ def _recipes_disagree(rho: float, a: str, b: str) -> Row:
     )
 
 
-def _first_tokens(runs: Rows, scores: pa.Table) -> Iterator[Row]:
+def _first_tokens(runs: Rows, readings: Mapping[Reading, Columns]) -> Iterator[Row]:
     """Yield findings on the variance in the first tokens, from runs that differ only in ``skip_first_tokens``."""
 
     def skipped(run: Mapping[str, Any]) -> int:
@@ -316,9 +317,11 @@ def _first_tokens(runs: Rows, scores: pa.Table) -> Iterator[Row]:
         whole = [run for run in alike if not skipped(run)]
         for run in whole:
             for cut in sorted((run for run in alike if skipped(run)), key=skipped):
-                of_runs = [scores.filter(pc.field("run_id") == row["run_id"]).sort_by("layer") for row in (run, cut)]
-                whole_rows, cut_rows = (table.to_pylist() for table in of_runs)
-                yield from _first_token_findings(run["run_id"], whole_rows, cut_rows, skipped(cut))
+                for place in product(EVERY_SITE, RECIPES):
+                    with_first, without = (readings.get((row["run_id"], *place)) for row in (run, cut))
+                    if with_first and without:
+                        found = _first_token_finding(with_first, without, skipped(cut))
+                        yield from (row | dict(zip(PLACE, (run["run_id"], *place), strict=True)) for row in found)
 
 
 def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
@@ -343,21 +346,19 @@ def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
                 yield {"run_id": run["run_id"], **finding("row_start", "warning", starts.ratio, sentence)}
 
 
-def _first_token_findings(run_id: str, whole: Rows, cut: Rows, tokens: int) -> Iterator[Row]:
-    without = {(row["site"], row["recipe"], row["layer"]): row["variance"] for row in cut}
-    for (site, recipe), rows in grouped(whole, "site", "recipe").items():
-        pairs = [(row["variance"], without.get((site, recipe, row["layer"]))) for row in rows]
-        shares = np.array([1 - b / a for a, b in pairs if a and b is not None])
-        if not shares.size or (largest := shares.max()) <= DOMINANT:
-            continue
-        over, which = int((shares > DOMINANT).sum()), "the first token" if tokens == 1 else f"the first {tokens} tokens"
-        yield {
-            "run_id": run_id,
-            **finding(
-                *("first_token", "warning" if over > len(shares) / 2 else "note", largest),
-                f"Without {which} of each sequence, the variance falls by more than half in {over} of {len(shares)} "
-                f"layers (by {largest:.1%} at most, median {np.median(shares):.0%}): it is the attention sink's.",
-                site=site,
-                recipe=recipe,
-            ),
-        }
+def _first_token_finding(whole: Columns, cut: Columns, tokens: int) -> Iterator[Row]:
+    """Yield a finding if the first ``tokens`` tokens, which ``cut`` leaves out, carry most of a layer's variance."""
+    without = dict(zip(cut["layer"].tolist(), cut["variance"].tolist(), strict=True))
+    pairs = [
+        (value, without.get(layer)) for layer, value in zip(whole["layer"].tolist(), whole["variance"], strict=True)
+    ]
+    shares = np.array([1 - rest / value for value, rest in pairs if value and rest is not None])
+    shares = shares[~np.isnan(shares)]
+    if not shares.size or (largest := shares.max()) <= DOMINANT:
+        return
+    over, which = int((shares > DOMINANT).sum()), "the first token" if tokens == 1 else f"the first {tokens} tokens"
+    yield finding(
+        *("first_token", "warning" if over > len(shares) / 2 else "note", largest),
+        f"Without {which} of each sequence, the variance falls by more than half in {over} of {len(shares)} "
+        f"layers (by {largest:.1%} at most, median {np.median(shares):.0%}): it is the attention sink's.",
+    )

@@ -17,6 +17,7 @@ from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.progress_bar import tracked
 
 AT_ONCE = 512  # rows of a block of pairs: with 20,000 runs, a block is 80 MB
+MAX_GROUPS = 50  # with more, the table of all pairs of groups tells nobody anything
 RESOLUTION = 1e-5  # of the median of many correlations
 
 SCHEMA = pa.schema(
@@ -197,30 +198,23 @@ class _GroupSums:
         rows: list[dict[str, Any]] = []
         for a, first in enumerate(self._groups if self._useful else ()):
             for b in range(a, len(self._groups)):
-                means = {name: self._mean(name, a, b) for name in STATISTICS}
-                pairs, models = means["spearman"].pop("pairs"), means["spearman"].pop("models")
-                means["given_depth"] = {k: v for k, v in means["given_depth"].items() if k not in ("pairs", "models")}
-                if pairs:
-                    row = {"by": by, "a": first, "b": self._groups[b], "pairs": pairs, "models": models}
-                    rows.append(row | {f"{name}{end}": v for name, mean in means.items() for end, v in mean.items()})
+                if pairs := self._counts["spearman"][:, a, b].sum():
+                    row = {"by": by, "a": first, "b": self._groups[b], "pairs": round(pairs / 2 if a == b else pairs)}
+                    row["models"] = int((self._of_models(self._counts["spearman"], a, b) > 0).sum())
+                    rows.append(row | self._mean("spearman", a, b) | self._mean("given_depth", a, b))
         return pa.Table.from_pylist(rows, SCHEMA)
 
-    def _mean(self, name: str, a: int, b: int) -> dict[str, Any]:
-        """Return the mean of the pairs of two groups, its interval, and the numbers of pairs and models."""
-        sums, counts = self._sums[name], self._counts[name]
-        of_model, of_count = sums[:, a, b], counts[:, a, b]
-        total, number = of_model.sum(), of_count.sum()
-        if self._across_models:  # a pair belongs to both of its models
-            of_model, of_count = of_model + sums[:, b, a], of_count + counts[:, b, a]
-        present = of_count > 0
+    def _of_models(self, values: Float64, a: int, b: int) -> Float64:
+        """Return the sums or counts over the pairs of two groups that each model is in, float64[models]."""
+        return values[:, a, b] + values[:, b, a] if self._across_models else values[:, a, b]
+
+    def _mean(self, name: str, a: int, b: int) -> dict[str, float | None]:
+        """Return the mean of a correlation over the pairs of two groups, and its interval, by column."""
+        total, number = (values[name][:, a, b].sum() for values in (self._sums, self._counts))
+        sums, counts = (self._of_models(values[name], a, b) for values in (self._sums, self._counts))
         with np.errstate(invalid="ignore", divide="ignore"):
             mean = np.float64(total) / number
-            without = (total - of_model[present]) / (number - of_count[present])
+            without = (total - sums[counts > 0]) / (number - counts[counts > 0])
         low, high = jackknife_interval(mean, without)
-        ends = {"": mean, "_low": low, "_high": high}
-        numbers = {end: None if np.isnan(value) else float(value) for end, value in ends.items()}
-        pairs = number / 2 if a == b else number
-        return numbers | {"pairs": round(pairs), "models": int(present.sum())}
-
-
-MAX_GROUPS = 50  # with more, the table of all pairs of groups tells nobody anything
+        ends = {name: mean, f"{name}_low": low, f"{name}_high": high}
+        return {column: None if np.isnan(value) else float(value) for column, value in ends.items()}

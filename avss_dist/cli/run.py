@@ -15,7 +15,6 @@ from avss_dist.requests import JobRequest, RunJobRequest
 from avss_dist.system.streams import complain, console, emit, emit_json, say
 
 if TYPE_CHECKING:
-    from avss_dist.evaluation.events import Event
     from avss_dist.runs.api import Run
     from avss_dist.runs.job_file import JobFile
 
@@ -91,15 +90,10 @@ def _experiment(job: JobFile, request: JobRequest, format: str) -> int:
     from avss_dist.report.experiments import experiment_sections
     from avss_dist.report.terminal.progress import CellProgress, run_progress
     from avss_dist.report.terminal.tables import rendered
+    from avss_dist.runs.events import both
 
-    with run_progress(len(job.specs)) as run_bars:
-        cell_bars = CellProgress()
-
-        def show(event: Event) -> None:
-            run_bars(event)
-            cell_bars(event)
-
-        runs, rows = run_experiment(job, request, show)
+    with run_progress(len(job.specs)) as progress:
+        runs, rows = run_experiment(job, request, both(progress, CellProgress()))
     if format == FORMATS[0]:
         console().print(rendered(*experiment_sections(rows)))
     else:

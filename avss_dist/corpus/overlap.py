@@ -30,6 +30,9 @@ _END = -1  # in place of the token that ends a document
 _NONE: Hashes = np.zeros(0, np.uint64)
 
 
+MAX_SHARED = 0.03  # share of a text's passages that seen text may have; other rows of the same text repeat fewer
+
+
 def shared_text(seen: Iterable[Shard], read: Iterable[Shard], tokenizer: Any) -> float | None:
     """Return the share of the passages of ``read`` that are in ``seen`` too, from 0 to 1.
 

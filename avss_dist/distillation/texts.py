@@ -13,14 +13,12 @@ from torch.utils.data import Dataset
 from avss_dist.core.errors import ConfigError, CorpusError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
-from avss_dist.corpus.overlap import shared_text
+from avss_dist.corpus.overlap import MAX_SHARED, shared_text
 from avss_dist.corpus.shards import Batch, CorpusPlan, Shard, tokenize_corpus
 from avss_dist.corpus.sources import open_source
 from avss_dist.distillation.loss import NOT_COUNTED
 from avss_dist.distillation.record import SELF
 from avss_dist.models.causal_lm import predicted
-
-MOST_SHARED = 0.03  # of the passages of held-out text that trained text may have: what other rows of one text repeat
 
 Example = dict[str, torch.Tensor]
 
@@ -128,12 +126,12 @@ def refuse_seen_text(texts: Sequence[DistillText], seen: Sequence[SeenRows], tok
     """Refuse held-out rows that share passages with rows that were seen. Text of the teacher is not compared.
 
     Raises:
-        ConfigError: a text shares more than `MOST_SHARED` of its passages.
+        ConfigError: a text shares more than `MAX_SHARED` of its passages.
     """
     for rows in seen:
         for text in texts:
             shared = None if text.name == SELF else shared_text(rows.shards, text.held_out.shards, tokenizer)
-            if shared is not None and shared > MOST_SHARED:
+            if shared is not None and shared > MAX_SHARED:
                 raise ConfigError(
                     f"{shared:.0%} of the held-out rows of {text.name} is text that {rows.use}.",
                     "Use other text or other rows (`skip_sequences`), or set `allow_overlap` and know that its figures "

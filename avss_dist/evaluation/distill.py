@@ -114,7 +114,7 @@ class StagedDistillation:
         """Return the folder of a distilled checkpoint: all that determines it, then the output's name, for run ids."""
         code = request.settings.trust_remote_code
         values = {**_reading(request), "tokens": request.distill_tokens, **reading}
-        values["corpora"] = [RedactedURI(text) for text in _corpora(request)]
+        values["corpora"] = [RedactedURI(text) for text in request.weighted_repair_texts]
         values["student"] = resolve(str(self.student), trust_remote_code=code).revision
         return self.root / f"distilled-{fingerprint(**values)[:12]}" / self.output.name
 
@@ -144,7 +144,7 @@ def _distill_request(
         str(student),
         teacher=request.model,
         output=output,
-        corpora=_corpora(request),
+        corpora=request.weighted_repair_texts,
         tokens=request.distill_tokens,
         allow_overlap=request.allow_overlap,
         **_reading(request) | options,
@@ -154,8 +154,3 @@ def _distill_request(
 def _reading(request: ShrinkRequest) -> dict[str, Any]:
     """Return the settings that distillation takes too; its batch is a training step, not that of the evaluation."""
     return {name: value for name, value in request.given.items() if name in DistillRequest.shared}
-
-
-def _corpora(request: ShrinkRequest) -> tuple[str, ...]:
-    """Return the texts to train on, those of the repair, with their weights."""
-    return tuple(request.repair_corpora) or (request.corpus,)

@@ -479,7 +479,7 @@ def _evaluator(
     tasks = {str(name): _plan_task(model, name, request, split) for name in _task_names(request)}
     fit = None
     if request.repair != NO_REPAIR:
-        skipped, corpora = split.held_out, request.repair_corpora or (request.corpus,)
+        skipped, corpora = split.held_out, request.weighted_repair_texts
         read = replace(model.settings, max_sequences=split.rows - skipped)
         repair = Repair(by=request.repair, corpora=corpora, skip_sequences=skipped, settings=read)
         copies = copies_of(model.placement, model.settings, session.executor)

@@ -13,7 +13,7 @@ from avss_dist.core.names import PERPLEXITY, ROW_START, SEARCH, TRUTHFULQA
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.chats import chat_template
-from avss_dist.corpus.overlap import SHORTEST, plain_text, shared_text
+from avss_dist.corpus.overlap import MAX_SHARED, SHORTEST, plain_text, shared_text
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_choices, tokenize_corpus, with_other_start
 from avss_dist.distillation.record import SELF, read_record
 from avss_dist.models.checkpoints import Checkpoint
@@ -27,7 +27,6 @@ from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 COMPARED_ROWS = 4  # rows of a text that are read with both starts
-MOST_SHARED = 0.03  # share of a text's passages; other rows of the same text repeat fewer
 OTHER_QUESTIONS = "Use other text there, or other questions."
 _OLD_ROWS = {"row_start": "none"}  # default of runs that were stored before this setting existed
 
@@ -169,7 +168,7 @@ class SeenText:
                 "Read more text, or longer rows (`sequence_length`); or set `allow_overlap` and know that they may be "
                 "one.",
             )
-        if shared > MOST_SHARED:
+        if shared > MAX_SHARED:
             hint = f"Use other text: another corpus, or `{self.skip_option}` {self.rows}."
             raise ConfigError(f"{shared:.0%} of {task.name} is text that {use}.", hint)
 

@@ -17,7 +17,7 @@ from avss_dist.options import keywords
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.corpora import corpus_problems
 from avss_dist.runs.driver import Driver, Ending, record_failure
-from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded, RunEvent
+from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded, both
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.run import Run
 from avss_dist.runs.trackers import Tracker
@@ -96,20 +96,10 @@ def _drive(
     """Create the warehouse and the executor, whose errors come before any work, and yield each run as it ends."""
     with ExitStack() as stack:
         if execution.tracker:
-            on_event = _both(on_event, stack.enter_context(closing(Tracker(execution.tracker))))
+            on_event = both(on_event, stack.enter_context(closing(Tracker(execution.tracker))))
         store.create()
         executor = stack.enter_context(closing(executor_for(specs, settings, execution)))
         yield from Driver(store, executor, on_event, fresh=execution.fresh).run(specs)
-
-
-def _both(first: OnRunEvent, second: OnRunEvent) -> OnRunEvent:
-    """Return a callback that passes events to two callbacks in order."""
-
-    def pass_on(event: RunEvent) -> None:
-        first(event)
-        second(event)
-
-    return pass_on
 
 
 def executor_for(specs: Sequence[RunSpec], settings: Settings, execution: Execution) -> Executor:

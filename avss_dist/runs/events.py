@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from avss_dist.partition.base import Placement
     from avss_dist.runs.run import PlannedRun, Run
 
 
+E = TypeVar("E")
 LOGGER = logging.getLogger("avss_dist")
 LOGGER.addHandler(logging.NullHandler())
 LOG_SECONDS = 10.0  # between two lines about one run, at least
@@ -82,6 +83,16 @@ class RunEnded(RunEvent):
 
 
 OnRunEvent = Callable[[RunEvent], None]
+
+
+def both(first: Callable[[E], None], second: Callable[[E], None]) -> Callable[[E], None]:
+    """Return a callback that passes each event to two callbacks in order."""
+
+    def pass_on(event: E) -> None:
+        first(event)
+        second(event)
+
+    return pass_on
 
 
 class LogRuns:
