@@ -159,6 +159,7 @@ def request(cls: type[T]) -> type[T]:
         vars(self).update(settings=settings, execution=execution, given=given, on_event=on_event)
 
     checked_class.__init__ = initialize_with_settings
+    checked_class.__getstate__ = lambda self: vars(self) | {"on_event": None}  # a callback stays in its process
     return checked_class
 
 

@@ -17,6 +17,7 @@ from avss_dist.core.registry import (
     RECIPES,
     SCORES,
     SEARCHES,
+    SHARDINGS,
     SPARSITY_METHODS,
     searches_instead,
 )
@@ -54,7 +55,7 @@ LISTINGS = ("runs", "plans", "evaluations")
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
 LEFT_OUT = "Removals"
-MIX, TRAINING = "Text", "Training"
+MIX, TRAINING, RANKED = "Text", "Training", "Several GPUs"
 PROMPTS = "Prompts of lm-evaluation-harness"
 _SEARCHES_INSTEAD = {name: searches_instead(name) for name in SEARCHES}
 
@@ -186,7 +187,9 @@ class EstimateRequest(CorpusRequest, ModelRequest):
     """Estimate the memory and time of a run with every partition."""
 
     ranks: Positive | None = None
-    """Processes of one replica, for partitions of several; by default one for each GPU, or 2."""
+    """Processes of one replica, for partitions of several, and of a distillation; by default one for each GPU, or 2."""
+    teacher: Annotated[PathOrText | None, Option(metavar="MODEL")] = None
+    """Also estimate the memory of distilling MODEL from this model; `batch_size` is then that of a training step."""
     max_memory: Sizes = field(default_factory=dict)
     """Maximum memory of a replica on a device: cpu=20GB, 0=40GB, ..."""
 
@@ -502,11 +505,31 @@ class DistillRequest(Request):
     """End after this many evaluations in a row that are no better than the best."""
     seed: Annotated[Count, Option(panel=TRAINING)] = 0
     """Seed of the order of the text, and of the teacher's own text."""
+    ranks: Annotated[Positive, Option(panel=RANKED)] = 1
+    """Processes that share each training step, started by Ray, each with a GPU where there are GPUs."""
+    sharding: Annotated[Annotated[str, OneOf(tuple(SHARDINGS))], Option(panel=RANKED)] = next(iter(SHARDINGS))
+    """Parts that are divided among ranks: none (ddp), optimizer (zero1), also gradients (zero2), all (zero3, fsdp)."""
 
     shared = (
         *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
         *("dtype", "layers", "attention", "device", "trust_remote_code", "tracker"),
+        *("address", "placement_seconds", "hang_seconds"),
     )
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.ranks:
+            more = -(-self.batch_size // self.ranks) * self.ranks
+            raise ConfigError(
+                f"`batch_size` {self.batch_size} cannot be divided among {self.ranks} `ranks`.",
+                f"Set `batch_size` to a multiple of {self.ranks}, such as {more}.",
+            )
+        if self.ranks == 1 and SHARDINGS[self.sharding].moments:
+            raise ConfigError(f"`sharding` {self.sharding} divides nothing with one rank.", "Set `ranks` to 2 or more.")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a training step on each rank."""
+        return self.batch_size // self.ranks
 
 
 @request

@@ -58,6 +58,7 @@ PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
     "_content": ("requests", _response_content),
     "__compatible_ops__": ("deepspeed", _at("deepspeed.ops:__compatible_ops__")),
     "_hf_hook": ("accelerate", _hook),
+    "_reset_state": ("accelerate", _at("accelerate.state:AcceleratorState._reset_state")),
     "_model_mapping": ("transformers", _at("transformers:AutoModelForCausalLM._model_mapping")),
     "_attn_implementation": ("transformers", _attention),
     "_allgather_base": ("torch", _at("torch.distributed:ProcessGroup._allgather_base")),

@@ -94,6 +94,36 @@ LAYERWISE = next(name for name, info in PARTITIONS.items() if info.layerwise)
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardingInfo:
+    """A sharding of a training over ranks: each rank holds a part of what is divided, and all of what is not.
+
+    Attributes:
+        weights, gradients, moments: whether they are divided. Moments are those of the optimizer.
+        zero_stage: stage of DeepSpeed ZeRO; 0 without DeepSpeed.
+    """
+
+    weights: bool = False
+    gradients: bool = False
+    moments: bool = False
+    zero_stage: int = 0
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether PyTorch's FSDP divides it."""
+        return self.weights and not self.zero_stage
+
+
+SHARDINGS = {
+    "ddp": ShardingInfo(),
+    "zero1": ShardingInfo(moments=True, zero_stage=1),
+    "zero2": ShardingInfo(moments=True, gradients=True, zero_stage=2),
+    "zero3": ShardingInfo(moments=True, gradients=True, weights=True, zero_stage=3),
+    "fsdp": ShardingInfo(moments=True, gradients=True, weights=True),
+}
+"""Shardings by name, the simplest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreInfo:
     """A score of layers. Low is unimportant for every score but the controls: one that is not is stored as ``1 - x``.
 

@@ -7,14 +7,15 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import torch
 from safetensors import SafetensorError
 
 from avss_dist.core.errors import ConfigError, RunFailed, StorageFull, unwritable
@@ -25,6 +26,14 @@ from avss_dist.distillation.events import OnEvent, Preparing, ignore
 from avss_dist.distillation.loss import Predict, TextLoss, logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
 from avss_dist.distillation.pair import ModelPair, ancestry, resolve_pair
+from avss_dist.distillation.ranks import (
+    Ranks,
+    call_at_layers,
+    models_on_node,
+    open_ranks,
+    require_shared,
+    sharding_options,
+)
 from avss_dist.distillation.reading import read_texts
 from avss_dist.distillation.record import (
     FILE,
@@ -38,6 +47,7 @@ from avss_dist.distillation.texts import DistillText
 from avss_dist.distillation.trained import LEARNING_RATES, LORA, choose_trained
 from avss_dist.models.loading import load_model, quiet
 from avss_dist.models.safetensors import weight_files
+from avss_dist.partition.group import rank_and_size, share
 from avss_dist.pruning.checkpoint import require_free
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.system.devices import free_device
@@ -101,21 +111,30 @@ def distill(request: DistillRequest) -> Distilled:
         RunFailed: training diverged, or made the student no better.
         StorageFull: there is no space left.
     """
-    with quiet(), warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings(), open_ranks(request) as ranks:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
-        return _distill(request, Path(request.output), request.on_event or ignore)
+        return _distill(request, ranks, Path(request.output), request.on_event or ignore)
 
 
-def _distill(request: DistillRequest, output: Path, on_event: OnEvent) -> Distilled:
+def _distill(request: DistillRequest, ranks: Ranks | None, output: Path, on_event: OnEvent) -> Distilled:
     work = output.with_name(output.name + ".part")
     is_written = (work / _REQUEST).is_file() and (output / FILE).is_file()  # stopped after its last step
     if not is_written:
         require_free(output)
-    models = resolve_pair(request)
+    models = resolve_pair(request, ranks.device if ranks else None)
     memory = estimate_memory(
-        models.student, models.teacher, models.settings, models.teacher_settings, **_what_is_trained(request)
+        models.student,
+        models.teacher,
+        models.settings,
+        models.teacher_settings,
+        **_what_is_trained(request),
+        sharding=request.sharding,
+        ranks=request.ranks,
     )
-    require_memory(memory, models.device.type, request.train)
+    if ranks:
+        ranks.require_room(memory, models)
+    else:
+        require_memory(memory, models.device.type, request.train)
     notes = ancestry(models)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -123,8 +142,12 @@ def _distill(request: DistillRequest, output: Path, on_event: OnEvent) -> Distil
         if not is_written:
             texts = read_texts(request, models, work, on_event)
             _require_same_texts(work, texts)
-            trained, model = _trained(request, models, texts, work, on_event)
-            write_distilled(models.student, model, output, trained)
+            task = DistillTask(request, models, texts, work, output)
+            if ranks:
+                on_event(Preparing("starting the ranks"))
+                ranks.run(replace(task, work=work.absolute(), output=output.absolute()), on_event)
+            else:
+                task.train_and_write(on_event)
     except OSError as error:
         raise unwritable(output, error, "Name another folder with `output`, or free some space.") from error
     shutil.rmtree(work)
@@ -151,6 +174,8 @@ def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
     values = {name: getattr(request, name) for name in names}
     values["corpora"], values["watch"] = ([str(split_weight(c)[0]) for c in values[n]] for n in ("corpora", "watch"))
     values["weights"] = [split_weight(corpus)[1] for corpus in request.corpora]
+    if request.ranks > 1:
+        values |= {"ranks": request.ranks, "sharding": request.sharding}
     models_of = {"student": models.student.revision, "teacher": models.teacher.revision}
     return {**models_of, **values, "settings": models.settings.as_dict(), "bfloat16": models.bfloat16}
 
@@ -188,25 +213,85 @@ def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
 
 
+@dataclass(frozen=True)
+class DistillTask:
+    """Training and writing of a student, in one process or on every rank of a group; see `executors.base.RankTask`.
+
+    Attributes:
+        work: folder of the work so far. All ranks reach it.
+        output: folder of the result.
+    """
+
+    request: DistillRequest
+    models: ModelPair
+    texts: Sequence[DistillText]
+    work: Path
+    output: Path
+
+    @property
+    def device(self) -> str:
+        """Kind of device."""
+        return self.models.device.type
+
+    def run(self, heartbeat: Callable[[], None], on_event: Callable[[Any], None]) -> None:
+        """Do the part of this process's rank."""
+        models = models_on_node(self.models)
+        require_shared(self.work / _REQUEST)
+        on_event = ignore if rank_and_size()[0] else on_event
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            try:
+                replace(self, models=models).train_and_write(on_event, heartbeat)
+            except OSError as error:
+                raise unwritable(self.output, error, "Free some space, and run the same command again.") from error
+
+    def train_and_write(self, on_event: OnEvent, heartbeat: Callable[[], None] | None = None) -> None:
+        """Train the student, and write it; the first rank writes."""
+        record, model = _trained(self.request, self.models, self.texts, self.work, on_event, heartbeat)
+        if rank_and_size()[0] == 0:
+            write_distilled(self.models.student, model, self.output, record)
+
+
 def _trained(
-    request: DistillRequest, models: ModelPair, texts: Sequence[DistillText], work: Path, on_event: OnEvent
+    request: DistillRequest,
+    models: ModelPair,
+    texts: Sequence[DistillText],
+    work: Path,
+    on_event: OnEvent,
+    heartbeat: Callable[[], None] | None,
 ) -> tuple[DistillRecord, Any]:
-    """Return the record of the training, and the model at its best in the dtype of the student's files."""
+    """Return the record of the training, and the model at its best in the dtype of the student's files.
+
+    The ranks of a group all call this, and return the same.
+
+    Args:
+        heartbeat: called whenever a layer begins.
+    """
     from avss_dist.distillation import trainer
 
     schedule = _schedule(request, models)
-    predict = logits_of(load_model(models.teacher, models.teacher_settings, head=True).to(models.device))
+    teacher = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
+    call_at_layers(teacher, models.teacher_settings, heartbeat)
+    predict = logits_of(teacher)
     expected = _teacher_losses(predict, texts, models, work, on_event)
     folder = work / "checkpoints"
     folder.mkdir(exist_ok=True)
+    share(trainer.delete_incomplete, [folder], idle=lambda: None)
     history = trainer.read_history(trainer.last_checkpoint(folder))
     if ending(history, schedule.steps, schedule.patience) is None:
-        student = load_model(models.student, models.settings, head=True)
-        student = choose_trained(student, models.student, settings=models.settings, **_what_is_trained(request))
         more = _tracking(request.execution.tracker, Path(request.output).name)
-        with _explained(folder):
-            history = trainer.train(student, predict, texts, expected, schedule, folder, models.device, on_event, more)
-        del student
+        with _explained(folder), sharding_options(request, models) as options:
+            history = trainer.train(
+                lambda: _open_student(request, models, heartbeat),
+                predict,
+                texts,
+                expected,
+                schedule,
+                folder,
+                models.device,
+                on_event,
+                {**more, **options},
+            )
         free_device(models.device)
     ended = ending(history, schedule.steps, schedule.patience)
     assert ended is not None
@@ -222,7 +307,7 @@ def _trained(
         predict,
         texts,
         expected,
-        request.batch_size,
+        request.rows,
         models.device,
     )
     curve = [
@@ -251,6 +336,14 @@ def _trained(
         curve=tuple(_point(point, schedule.step_tokens) for point in curve),
     )
     return record, in_stored_dtype(model, models.student)
+
+
+def _open_student(request: DistillRequest, models: ModelPair, heartbeat: Callable[[], None] | None) -> Any:
+    """Load the student, of which the trained weights require gradients."""
+    student = load_model(models.student, models.settings, head=True)
+    call_at_layers(student, models.settings, heartbeat)
+    torch.manual_seed(request.seed)  # of a new adapter, which is the same on all ranks
+    return choose_trained(student, models.student, settings=models.settings, **_what_is_trained(request))
 
 
 def _schedule(request: DistillRequest, models: ModelPair) -> Schedule:
@@ -284,6 +377,8 @@ def _teacher_losses(
     for number, text in enumerate(texts):
         on_event(Preparing("measuring the teacher", number / len(texts)))
         losses.append(measure(teacher, None, text, models.settings.batch_size, models.device))
+    if rank_and_size()[0]:
+        return losses
     with staged_file(file) as staged:
         staged.write_text(json.dumps({"texts": prints, "losses": [asdict(loss) for loss in losses]}), encoding="utf-8")
     return losses

@@ -5,66 +5,89 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.registry import SHARDINGS, ShardingInfo
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.trained import LORA, NEAR, choose_trained
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint, load_skeleton
+from avss_dist.partition.sharding import BUCKET
 from avss_dist.system.devices import available_memory, devices_here
 
 FLOAT32 = 4  # bytes of a weight that is trained, of its gradient, and of each of the optimizer's two moments
-LIBRARIES = 400 << 20  # of a process with its libraries, on a CPU
+LIBRARIES = 500 << 20  # of a process with its libraries, on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Estimated bytes of a distillation in one process.
+    """Estimated bytes of a distillation in one process: the only one, or one of several ranks.
 
     Attributes:
-        weights: weights of the student, in float32.
-        gradients: gradients of the trained weights.
-        moments: the two moments of the optimizer.
+        weights: weights of the student, in float32, or this rank's part of them.
+        gradients: gradients of the trained weights, or this rank's part.
+        moments: the two moments of the optimizer, or this rank's part.
+        exchange: buffers and gathered weights of an exchange between ranks; 0 for one process.
         teacher: weights of the teacher, in its compute dtype.
         activations: activations of a batch that the backward pass reads.
         logits: logits of both models for a batch.
+        written: weights of the whole student, in float32, which the end of the training needs.
         trained: number of trained parameters.
     """
 
     weights: int
     gradients: int
     moments: int
+    exchange: int
     teacher: int
     activations: int
     logits: int
+    written: int
     trained: int
 
     @property
     def total(self) -> int:
-        """Sum of all parts."""
-        return self.weights + self.gradients + self.moments + self.teacher + self.activations + self.logits
+        """Maximum of the sum of all parts in the training, and of what its end needs."""
+        training = self.weights + self.gradients + self.moments + self.exchange + self.activations
+        return max(training, self.written) + self.teacher + self.logits
 
-    def describe(self) -> str:
-        """Return the total and its parts, in a line."""
-        parts = {
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes of each part in the training, by a word for people."""
+        return {
             "student": self.weights,
             "gradients": self.gradients,
             "optimizer": self.moments,
+            **({"exchange": self.exchange} if self.exchange else {}),
             "teacher": self.teacher,
             "activations": self.activations,
             "logits": self.logits,
         }
-        return f"{describe_bytes(self.total)} ({', '.join(f'{n} {describe_bytes(size)}' for n, size in parts.items())})"
+
+    def describe(self) -> str:
+        """Return the total and its parts, in a line."""
+        parts = ", ".join(f"{name} {describe_bytes(size)}" for name, size in self.parts.items())
+        return f"{describe_bytes(self.total)} ({parts})"
 
 
 def estimate_memory(
-    student: Checkpoint, teacher: Checkpoint, settings: Settings, teacher_settings: Settings, *, train: str, rank: int
+    student: Checkpoint | str,
+    teacher: Checkpoint | str,
+    settings: Settings,
+    teacher_settings: Settings,
+    *,
+    train: str,
+    rank: int,
+    sharding: str = next(iter(SHARDINGS)),
+    ranks: int = 1,
 ) -> Memory:
-    """Estimate the memory of a distillation from configurations and headers alone.
+    """Estimate the memory of a distillation on each rank from configurations and headers alone.
 
     Args:
-        settings: of the student; ``batch_size`` and ``sequence_length`` are those of a training step.
+        student, teacher: checkpoints, or hub ids, of which only headers are fetched.
+        settings: of the student; ``batch_size`` and ``sequence_length`` are those of a rank's training step.
         teacher_settings: of the teacher, with its compute dtype.
         train, rank: see `choose_trained`.
+        sharding: a name of `registry.SHARDINGS`.
 
     Raises:
         ModelError: a checkpoint cannot be read or built.
@@ -73,16 +96,36 @@ def estimate_memory(
     model = choose_trained(skeleton, student, train, rank, settings)
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    size = footprint(student, settings)
+    size, info = footprint(student, settings), SHARDINGS[sharding]
+    whole = FLOAT32 * sum(p.numel() for p in parameters)
+    copy = FLOAT32 * trained if info.zero_stage else 0  # DeepSpeed's own, which the optimizer changes
+
+    def part(size: int, divided: bool) -> int:
+        return -(-size // ranks) if divided else size
+
     return Memory(
-        weights=FLOAT32 * sum(p.numel() for p in parameters),
-        gradients=FLOAT32 * trained,
-        moments=2 * FLOAT32 * trained,
+        weights=part(whole, info.weights) + part(copy, True),
+        gradients=part(FLOAT32 * trained, info.gradients),
+        moments=part(2 * FLOAT32 * trained, info.moments),
+        exchange=0 if ranks == 1 else _exchange(info, FLOAT32 * trained, size),
+        written=whole,
         teacher=footprint(teacher, teacher_settings).weight_bytes,
         activations=_activations(size, settings.batch_size, settings.sequence_length),
         logits=2 * FLOAT32 * settings.batch_size * settings.sequence_length * size.vocabulary,
         trained=trained,
     )
+
+
+def _exchange(info: ShardingInfo, gradients: int, size: Footprint) -> int:
+    """Return the bytes of the buffers of an exchange, and of the weights and gradients that it gathers at once.
+
+    DDP has a copy of all gradients. DeepSpeed has buckets for gradients and for weights. Where weights are divided, two
+    layers are whole at a time, one of them with its gradients, or the embedding.
+    """
+    gathered = 3 * max(*size.layer_bytes, size.other_bytes) if info.weights else 0
+    if info.zero_stage:
+        return 3 * FLOAT32 * min(BUCKET, gradients // FLOAT32) + gathered
+    return gathered or gradients
 
 
 def _activations(size: Footprint, rows: int, tokens: int) -> int:
@@ -108,22 +151,22 @@ def without_layers(memory: Memory, size: Footprint, count: int) -> Memory:
         weights=memory.weights - dropped,
         gradients=memory.gradients - dropped,
         moments=memory.moments - 2 * dropped,
+        written=memory.written - dropped,
         activations=memory.activations * (size.num_layers - count) // size.num_layers,
         trained=memory.trained - dropped // FLOAT32,
     )
 
 
-def require_memory(memory: Memory, device: str, train: str, hint: str = "") -> None:
+def require_memory(memory: Memory, device: str, train: str, hint: str = "", free: int | None = None) -> None:
     """Raise ConfigError if the estimate exceeds the memory of the device, with the size and what would lower it.
 
     Args:
         hint: replaces the hint that names options of `DistillRequest`.
+        free: bytes that the process may take; by default all of this machine's, or of its smallest GPU.
     """
-    free, needed = available_memory(), memory.total
-    if device == "cuda":
-        free = devices_here(device).device_bytes
-    else:
-        needed += LIBRARIES
+    needed = memory.total + (LIBRARIES if device == "cpu" else 0)
+    if free is None:
+        free = available_memory() if device == "cpu" else devices_here(device).device_bytes
     if needed <= free:
         return
     others = [name for name in (NEAR, LORA) if name != train]

@@ -29,7 +29,7 @@ class ModelPair:
     """Student and teacher, resolved but not loaded.
 
     Attributes:
-        settings: settings of the student's passes: float32 weights, rows and length of a training step.
+        settings: settings of the student's passes: float32 weights, rows and length of a rank's training step.
         teacher_settings: settings of the teacher's passes.
         bfloat16: whether passes are computed in bfloat16.
     """
@@ -42,8 +42,12 @@ class ModelPair:
     bfloat16: bool
 
 
-def resolve_pair(request: DistillRequest) -> ModelPair:
-    """Find both models, and refuse those that cannot be distilled before anything is loaded."""
+def resolve_pair(request: DistillRequest, kind: str | None = None) -> ModelPair:
+    """Find both models, and refuse those that cannot be distilled before anything is loaded.
+
+    Args:
+        kind: kind of the devices of the ranks; by default that of this process's device.
+    """
     code = request.settings.trust_remote_code
     student, teacher = (resolve(str(name), trust_remote_code=code) for name in (request.student, request.teacher))
     configs = [text_config(checkpoint, trust_remote_code=code) for checkpoint in (student, teacher)]
@@ -56,13 +60,11 @@ def resolve_pair(request: DistillRequest) -> ModelPair:
         )
     require_trainable(student, request.train)
     _require_same_vocabulary(student, teacher, configs, code)
-    device = pick_device(request.settings.device)
+    device = torch.device(kind) if kind else pick_device(request.settings.device)
     if request.settings.dtype == "float16":
         raise ConfigError("`dtype` float16 cannot be trained in.", "Set `dtype` bfloat16 or float32.")
-    bfloat16 = request.settings.dtype == "bfloat16" or (
-        request.settings.dtype == "auto" and has_fast_bfloat16(device.type)
-    )
-    settings = replace(request.settings, batch_size=request.batch_size, dtype="float32")
+    bfloat16 = computes_in_bfloat16(request.settings, device.type)
+    settings = replace(request.settings, batch_size=request.rows, dtype="float32")
     teacher_settings = replace(settings, dtype="bfloat16" if bfloat16 else "float32", layers=None)
     return ModelPair(
         student=student,
@@ -72,6 +74,11 @@ def resolve_pair(request: DistillRequest) -> ModelPair:
         device=device,
         bfloat16=bfloat16,
     )
+
+
+def computes_in_bfloat16(settings: Settings, kind: str) -> bool:
+    """Whether passes are computed in bfloat16 on a kind of device."""
+    return settings.dtype == "bfloat16" or (settings.dtype == "auto" and has_fast_bfloat16(kind))
 
 
 def _require_same_vocabulary(student: Checkpoint, teacher: Checkpoint, configs: Sequence[Any], code: bool) -> None:

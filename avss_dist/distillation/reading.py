@@ -24,6 +24,7 @@ from avss_dist.distillation.texts import (
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.repair.record import read_repairs, split_weight
+from avss_dist.system.devices import pick_device
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest
@@ -49,7 +50,8 @@ def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event:
             "work": work,
             "on_event": on_event,
         }
-        file = teacher_text(models.teacher, models.teacher_settings, **options)
+        here = replace(models.teacher_settings, device=pick_device(request.settings.device).type)
+        file = teacher_text(models.teacher, here, **options)
         plain = replace(models.settings, chat_template=False, max_sequences=None)
         texts.append(read_trained(f"{file}:text", SELF, weights.get(SELF, 1.0), tokenizer, plain, request.held_out, 0))
     if not texts:

@@ -44,11 +44,12 @@ def near_cuts(removed: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     return tuple(index for index, layer in enumerate(keep) if layer in neighbours)
 
 
-def choose_trained(model: Any, student: Checkpoint, train: str, rank: int, settings: Settings) -> Any:
+def choose_trained(model: Any, student: Checkpoint | str, train: str, rank: int, settings: Settings) -> Any:
     """Return the model to train. Weights that are not trained require no gradient.
 
     Args:
         model: the student, or its skeleton on the meta device.
+        student: the checkpoint, or a hub id, of which `NEAR` cannot be chosen.
         train: one of `core.settings.TRAINED`.
         rank: rank of the adapter for `LORA`.
 
@@ -60,6 +61,7 @@ def choose_trained(model: Any, student: Checkpoint, train: str, rank: int, setti
 
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     if train == NEAR:
+        assert isinstance(student, Checkpoint)
         model.requires_grad_(False)
         layers = find_layers(without_head(model), model.config.get_text_config(), settings)
         for index in near_cuts(removed_layers(student.folder), len(layers)):

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ from avss_dist.distillation.loss import (
     predictions,
     text_loss,
 )
-from avss_dist.distillation.texts import DistillText, Mix, held_out_batches
+from avss_dist.distillation.texts import DistillText, Example, Mix, held_out_batches
+from avss_dist.partition.group import all_gather, share
 
 SAVE_SECONDS = 300.0  # between two checkpoints, at most, beside those of evaluations
 _COMPLETE = "avss_complete"  # the file that a checkpoint has once all others are written
@@ -162,10 +163,15 @@ def _exp(value: float) -> float:
 def measure(
     student: Predict, teacher: Predict | None, text: DistillText, batch_size: int, device: torch.device
 ) -> TextLoss:
-    """Return the loss of a model on the held-out rows of a text, and its divergence from a teacher."""
-    batches = held_out_batches(text, batch_size)
-    moved = ({name: values.to(device) for name, values in batch.items()} for batch in batches)
-    return sum((text_loss(student, teacher, batch) for batch in moved), TextLoss())
+    """Return the loss of a model on the held-out rows of a text, and its divergence from a teacher.
+
+    The ranks of a group share the batches, and all of them call this and return the same.
+    """
+
+    def loss(batch: Example) -> TextLoss:
+        return text_loss(student, teacher, {name: values.to(device) for name, values in batch.items()})
+
+    return sum(share(loss, held_out_batches(text, batch_size)), TextLoss())
 
 
 class ScheduleCallback(TrainerCallback):
@@ -184,8 +190,9 @@ class ScheduleCallback(TrainerCallback):
         step, schedule = state.global_step, self._schedule
         if step % schedule.evaluate_every == 0 or step >= schedule.steps:
             control.should_log = control.should_evaluate = control.should_save = True
-        elif control.should_log and time.monotonic() - self._saved > SAVE_SECONDS:
-            control.should_save = True
+        elif control.should_log:
+            age = all_gather(time.monotonic() - self._saved, args.device)[0]  # by the clock of rank 0
+            control.should_save = age > SAVE_SECONDS
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Report a step, and end the training if its loss is not finite."""
@@ -205,11 +212,12 @@ class ScheduleCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark a checkpoint as complete, and delete all but it and the best one."""
+        all_gather(0, args.device)  # returns when every rank has written its part
+        self._saved = time.monotonic()
         if not state.is_world_process_zero:
             return
         last = checkpoint_folder(self._folder, state.global_step)
         (last / _COMPLETE).touch()
-        self._saved = time.monotonic()
         lowest = best(evaluations(state.log_history))
         keep = {last, checkpoint_folder(self._folder, lowest.step) if lowest else last}
         for folder in self._folder.glob("checkpoint-*"):
@@ -223,14 +231,16 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step}"
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the last complete checkpoint, or None. Incomplete ones are deleted."""
-    complete = []
+def delete_incomplete(folder: Path) -> None:
+    """Delete the checkpoints that a stopped training has not completed."""
     for path in folder.glob("checkpoint-*"):
-        if (path / _COMPLETE).is_file():
-            complete.append(path)
-        else:
+        if not (path / _COMPLETE).is_file():
             shutil.rmtree(path)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the last complete checkpoint, or None."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / _COMPLETE).is_file()]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
@@ -243,7 +253,7 @@ def read_history(checkpoint: Path | None) -> History:
 
 
 def train(
-    model: Any,
+    open_student: Callable[[], Any],
     teacher: Predict,
     texts: Sequence[DistillText],
     teacher_losses: Sequence[TextLoss],
@@ -255,8 +265,10 @@ def train(
 ) -> History:
     """Train a model, from the last checkpoint in a folder if there is one, and return the whole history.
 
+    The ranks of a group all call this.
+
     Args:
-        model: the student on any device, whose trained weights require gradients.
+        open_student: loads the student on any device; its trained weights require gradients.
         folder: folder of the checkpoints. The best and the last one stay in it.
         more: see `arguments`.
     """
@@ -265,10 +277,13 @@ def train(
         teacher=teacher,
         texts=texts,
         teacher_losses=teacher_losses,
-        model=model,
         args=arguments(schedule, folder, device, {**more, "eval_on_start": last is None}),
+        model=open_student(),
         train_dataset=Mix(texts, schedule.steps * schedule.batch_size, schedule.seed),
         callbacks=[ScheduleCallback(schedule, folder, on_event)],
     )
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.is_deepspeed_enabled:
+        engine: Any = trainer.model_wrapped
+        engine.destroy()  # it refers to itself
     return list(trainer.state.log_history)

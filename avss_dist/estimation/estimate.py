@@ -13,6 +13,7 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.estimation.benchmark import calibrate
+from avss_dist.estimation.distillation import DistillRow, distillation_rows
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.models.size import Footprint, footprint
@@ -61,6 +62,7 @@ class Estimate(TabularResult):
         device: ``cpu`` or ``cuda``.
         device_free_bytes, host_free_bytes: free memory of the fullest GPU, and of the host.
         rows: a row for each partition, the simplest first.
+        distillation: a row for each way to distill the model; empty without a teacher.
     """
 
     model: str
@@ -77,6 +79,7 @@ class Estimate(TabularResult):
     device_free_bytes: int
     host_free_bytes: int
     rows: tuple[Row, ...]
+    distillation: tuple[DistillRow, ...] = ()
 
     @property
     def best(self) -> Row | None:
@@ -95,7 +98,9 @@ class Estimate(TabularResult):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate as JSON-ready values."""
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+        values = {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+        values["distillation"] = [asdict(row) for row in self.distillation]
+        return values if self.distillation else {name: values[name] for name in values if name != "distillation"}
 
 
 def estimate(request: EstimateRequest) -> Estimate:
@@ -112,6 +117,9 @@ def estimate(request: EstimateRequest) -> Estimate:
     source = checkpoint or _fetch_tokenizer(model, settings)
     settings = replace(settings, dtype=size.dtype, device=pick_device(settings.device).type)
     machine = Machine.look(settings.device, request.max_memory)
+    distillation: tuple[DistillRow, ...] = ()
+    if request.teacher:
+        distillation = tuple(distillation_rows(checkpoint or model, request, settings, machine))
     costs = partition_costs(checkpoint or model, size, settings, machine, request)
     timed = {cost.partition: cost.timed_limits for cost in costs if cost.partition == WHOLE or cost.is_timed()}
     measured = calibrate(source, corpus, settings, size, timed)
@@ -131,6 +139,7 @@ def estimate(request: EstimateRequest) -> Estimate:
         device_free_bytes=machine.device_free,
         host_free_bytes=machine.host_free,
         rows=tuple(row(cost, cost.usage(measured, counters)) for cost in costs),
+        distillation=distillation,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from avss_dist.core.errors import ConfigError, RunFailed, unwritable
 from avss_dist.core.registry import LOWEST_SHARE
-from avss_dist.core.settings import fingerprint
+from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.distillation.curve import DIVERGED
 from avss_dist.distillation.distill import distill
@@ -21,6 +21,7 @@ from avss_dist.distillation.pair import resolve_pair
 from avss_dist.distillation.record import DistillRecord, read_record, write_card
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.size import footprint
+from avss_dist.options import SHARED
 from avss_dist.requests import DistillRequest, ShrinkRequest
 from avss_dist.stats.rankings import count_lowest
 
@@ -153,4 +154,5 @@ def _distill_request(
 
 def _reading(request: ShrinkRequest) -> dict[str, Any]:
     """Return the settings that distillation takes too; its batch is a training step, not that of the evaluation."""
-    return {name: value for name, value in request.given.items() if name in DistillRequest.shared}
+    taken = [name for name in DistillRequest.shared if SHARED[name] is Settings or name == "tracker"]
+    return {name: value for name, value in request.given.items() if name in taken}

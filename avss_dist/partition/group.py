@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from torch import distributed
 from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.partition.base import Placement, RowSplit
 
+S = TypeVar("S")
 T = TypeVar("T")
 TIMEOUT_SECONDS = 1800.0
 _LOSSES = ("gloo/", "pair closure")  # in gloo's plain RuntimeErrors: where it was raised, or that it gave up before
@@ -32,6 +33,7 @@ def join(
     device: torch.device,
     local_rank: int = 0,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    host_tensors: bool = False,
 ) -> None:
     """Join a group of ``world`` processes; return when all of them have joined.
 
@@ -41,6 +43,7 @@ def join(
         device: ``cpu`` (gloo) or ``cuda`` (nccl).
         local_rank: index of this process's GPU among those that it sees.
         timeout_seconds: time that a collective waits for the other ranks before it fails.
+        host_tensors: exchange tensors on the host too, as FSDP does for checkpoints.
     """
     os.environ |= {
         "RANK": str(rank),
@@ -60,7 +63,8 @@ def join(
             _without_shared_memory_op()
         else:
             torch.cuda.set_device(local_rank)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        on_gpus = "cpu:gloo,cuda:nccl" if host_tensors else "nccl"
+        backend = on_gpus if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_seconds), verbose=False)
         InferenceEngine.inference_mp_group = distributed.group.WORLD  # or it makes one with a timeout of its own
 
@@ -85,13 +89,13 @@ def require_group(placement: Placement) -> tuple[int, int]:
         raise ConfigError(
             f"`partition` {placement.partition} with one rank spreads nothing.", "Use single, or set `ranks` to 2."
         )
-    here = distributed.get_world_size() if distributed.is_initialized() else 1
+    rank, here = rank_and_size()
     if here != placement.ranks:
         raise ConfigError(
             f"`partition` {placement.partition} needs a group of {placement.ranks} processes; this is one of {here}.",
             "Set `executor` to ray; in Python, call avss_dist.partition.group.join in every process first.",
         )
-    return distributed.get_rank(), here
+    return rank, here
 
 
 def exchange_units_for_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
@@ -123,8 +127,38 @@ def gather(mine: T) -> list[T]:
     return every or []
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks; (0, 1) outside of a group."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def share(function: Callable[[S], T], items: Iterable[S], idle: Callable[[], object] | None = None) -> list[T]:
+    """Return the function's results for all items, in order, each computed by one rank. All ranks call this.
+
+    Args:
+        idle: called on a rank that has no item while others have one; by default the function, with the first item.
+    """
+    every = list(items)
+    rank, size = rank_and_size()
+    results: list[T] = []
+    for start in range(0, len(every), size):
+        if start + rank < len(every):
+            results.append(function(every[start + rank]))
+        elif idle is None:
+            function(every[0])
+        else:
+            idle()
+    if size == 1:
+        return results
+    parts: list[Any] = [None] * size
+    distributed.all_gather_object(parts, results)
+    return [parts[i % size][i // size] for i in range(len(every))]
+
+
 def all_gather(number: float, device: torch.device) -> list[float]:
-    """Return the numbers of all ranks, in rank order. All ranks call this."""
+    """Return the numbers of all ranks, in rank order. All ranks call this. Outside of a group there is one."""
+    if not distributed.is_initialized():
+        return [number]
     mine = torch.tensor([number], dtype=torch.float64, device=device)
     numbers = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
     distributed.all_gather(numbers, mine)
@@ -138,6 +172,16 @@ def sum_over_ranks(counts: list[list[int]]) -> list[list[int]]:
     return [[sum(numbers) for numbers in zip(*rows, strict=True)] for rows in zip(*every, strict=True)]
 
 
+def lost_rank(error: BaseException | None) -> BaseException | None:
+    """Return the exception, among an error and its causes, that tells the loss or the timeout of a rank; or None."""
+    while error is not None:
+        is_lost = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOSSES)
+        if is_lost or isinstance(error, distributed.DistError):
+            return error
+        error = error.__cause__
+    return None
+
+
 @contextmanager
 def reraise_lost_ranks() -> Iterator[None]:
     """Raise the cause of an `AvssError` if that is the loss or the timeout of a rank.
@@ -147,12 +191,8 @@ def reraise_lost_ranks() -> Iterator[None]:
     try:
         yield
     except AvssError as error:
-        cause = error.__cause__
-        while cause is not None:
-            is_lost = isinstance(cause, RuntimeError) and any(words in str(cause) for words in _LOSSES)
-            if is_lost or isinstance(cause, distributed.DistError):
-                raise cause from None
-            cause = cause.__cause__
+        if loss := lost_rank(error.__cause__):
+            raise loss from None
         raise
 
 

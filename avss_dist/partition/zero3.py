@@ -32,6 +32,7 @@ from avss_dist.partition.group import (
     quiet_deepspeed,
     require_group,
     reraise_lost_ranks,
+    share,
     sum_over_ranks,
 )
 from avss_dist.system.devices import free_device, pick_device
@@ -122,8 +123,7 @@ class Zero3LanguageModel(LanguageModel):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._rank, self._world = distributed.get_rank(), distributed.get_world_size()
-        self.reports = self._rank == 0
+        self.reports = distributed.get_rank() == 0
         self._dummy = dummy_batch()
 
     def pieces(self, number: int) -> list[slice]:
@@ -156,16 +156,12 @@ class Zero3LanguageModel(LanguageModel):
 
     def _share(self, items: Sequence[S], function: Callable[[S], T], dummy: Callable[[], object]) -> list[T]:
         """Return the function's results for all items, each computed by one rank, in order. All ranks call this."""
-        results = []
-        for start in range(0, len(items), self._world):
-            if start + self._rank < len(items):
-                results.append(function(items[start + self._rank]))
-            else:
-                with uncounted():
-                    dummy()
-        parts: list[Any] = [None] * self._world
-        distributed.all_gather_object(parts, results)
-        return [parts[i % self._world][i // self._world] for i in range(len(items))]
+
+        def idle() -> None:
+            with uncounted():
+                dummy()
+
+        return share(function, items, idle)
 
 
 def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-import multiprocessing
 import os
-import signal
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import warm_workers
 from support.causal_lm import open_whole
 from support.checkpoints import llama, save_tokenizer
 from support.families import tiny_model
 from support.oracle import assert_close
 from support.questions import answers, assert_same, composed, write_questions
+from support.rank_processes import SECONDS, Gang, free_port
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION
@@ -46,93 +40,7 @@ from avss_dist.tasks.base import Measure, Row
 from avss_dist.tasks.harness import harness_task
 
 SETTINGS = Settings(batch_size=2, dtype="float32", device="cpu")
-SECONDS = 60.0
 CONFIGS = Path(__file__).parents[2] / "cluster" / "deepspeed"
-
-
-# Processes that live as long as the tests of this file.
-
-
-class Gang:
-    """Processes in one torch.distributed group, which run functions of this file together."""
-
-    def __init__(self, world: int, folder: Path) -> None:
-        self.stdout = [folder / f"stdout-{world}-{rank}" for rank in range(world)]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            [*warm_workers.MODULES, "support.families", "support.oracle", "support.questions"]
-        )
-        pipes = [context.Pipe() for _ in range(world)]
-        self._pipes: list[Connection] = [ours for ours, _ in pipes]
-        port = free_port()
-        self._processes = [
-            context.Process(target=member, args=(rank, world, port, theirs, self.stdout[rank]), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in self._processes:
-            process.start()
-
-    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What the function returned on each rank, or the exception that it raised there."""
-        for pipe in self._pipes:
-            pipe.send((function, args))
-        deadline = time.monotonic() + SECONDS
-        answers: dict[Any, Any] = {}
-        while len(answers) < len(self._pipes):
-            waiting = [pipe for pipe in self._pipes if pipe not in answers]
-            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                self.stop()
-                pytest.fail(f"{len(waiting)} ranks gave no answer in {SECONDS:.0f} seconds")
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                answers[pipe] = pipe.recv()
-        return [answers[pipe] for pipe in self._pipes]
-
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What the function returned on each rank."""
-        outcomes = self.outcomes(function, *args)
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
-        return outcomes
-
-    def lose(self, rank: int) -> None:
-        """Kill the process of a rank; the other ranks go on."""
-        self._processes[rank].kill()
-        self._processes[rank].join()
-        del self._pipes[rank]
-
-    def freeze(self, rank: int) -> None:
-        """Stop the process of a rank where it is; the other ranks go on."""
-        os.kill(self._processes[rank].pid, signal.SIGSTOP)
-        del self._pipes[rank]
-
-    def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def member(rank: int, world: int, port: int, pipe: Connection, stdout: Path) -> None:
-    """The main function of a gang's process."""
-    os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
-    torch.set_num_threads(1)
-    gc.freeze()  # as in `warm_workers`
-    join(rank, world, "127.0.0.1", port, device=torch.device("cpu"), timeout_seconds=SECONDS)
-    while True:
-        function, args = pipe.recv()
-        try:
-            answer = function(*args)
-        except Exception as error:
-            answer = error
-        pipe.send(answer)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.executors.base import Outcome, RunShards, Underway, by_model
+from avss_dist.executors.base import Outcome, RankTask, RunShards, Underway, by_model
 from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
@@ -29,6 +29,7 @@ from avss_dist.executors.ray.liveness import (
 )
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
+from avss_dist.executors.ray.ranks import RankedRun
 from avss_dist.partition.base import Placement
 from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.system.signals import preserve_sigterm_handler
@@ -132,6 +133,28 @@ class RayExecutor:
                 if has_head():  # else the cluster ends its workers itself
                     pool.close()
 
+    def run_ranks(self, task: RankTask, ranks: int, *, threads: int, on_event: Callable[[Any], None]) -> Any:
+        """Have ranks do a task together, and return what the first one returns; see `RankedRun.result`.
+
+        Args:
+            threads: CPU threads of each rank.
+            on_event: receives the events of the first rank.
+        """
+        self.connect()
+        placement = Placement(ranks=ranks, gpus=ranks if task.device == "cuda" else 0)
+        run = RankedRun(
+            self._new_gang(placement, threads),
+            self._monitor,
+            placement_seconds=self._execution.placement_seconds,
+            hang_seconds=self._execution.hang_seconds,
+            shortage=lambda: _shortage(placement, threads),
+            on_event=on_event,
+        )
+        try:
+            return run.result(task)
+        except OSError as error:  # the raylet does not answer
+            raise node_lost() from error
+
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
         """See `executors.base.Executor`. Tasks reserve no CPU, as workers may hold all; lost ones run here."""
         if not ray.is_initialized():
@@ -180,10 +203,10 @@ class RayExecutor:
             monitor: Any = ray.remote(HeartbeatMonitor)
             self._monitor = monitor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
-    def _new_gang(self, placement: Placement) -> Gang:
+    def _new_gang(self, placement: Placement, threads: int | None = None) -> Gang:
         require_head()
         name = f"{os.getpid()}-{next(self._names)}"
-        return Gang(name, placement, threads=self._settings.threads, monitor=self._monitor)
+        return Gang(name, placement, threads=threads or self._settings.threads, monitor=self._monitor)
 
 
 def _call(function: Callable[[S], T], item: S) -> T:

@@ -27,7 +27,7 @@ block later calls, which Ray could then not cancel."""
 
 
 class Gang:
-    """The workers of one replica and their reserved resources: a CPU for each computing thread.
+    """The workers of one replica, or of a task of several ranks, and their reserved resources: a CPU for each thread.
 
     Attributes:
         placed: a reference that is ready when its first rank has a process that answers.
@@ -80,6 +80,15 @@ class Gang:
     def open(self, spec: ReplicaSpec) -> list[Any]:
         """Open a model on every rank. Returns a reference for each."""
         return [worker.open.remote(spec, rank, self.placed) for rank, worker in enumerate(self._workers)]
+
+    def run(self, task: Any) -> list[Any]:
+        """Do a task on all ranks together. Returns a reference for each rank.
+
+        Args:
+            task: reference to an `executors.base.RankTask`.
+        """
+        ranks = len(self._workers)
+        return [worker.run.remote(task, rank, ranks, self.placed) for rank, worker in enumerate(self._workers)]
 
     def measure(self, parts: Sequence[tuple[Sequence[Assignment], Sequence[Any]]]) -> list[Any]:
         """Give each rank its assignments in a round and its blocks of shards. Returns a reference for each rank."""

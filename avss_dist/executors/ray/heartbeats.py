@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Doing = tuple[str, float]
 """A worker's current activity, and the share of it that is done (0 to 1)."""
@@ -24,9 +24,10 @@ class Sign(NamedTuple):
 
 
 class HeartbeatMonitor:
-    """Actor that records each worker's last progress and its activity."""
+    """Actor that records each worker's last progress and its activity, and passes their events on."""
 
     def __init__(self) -> None:
+        self._events: dict[str, list[Any]] = {}
         self._progress: dict[str, tuple[int, float]] = {}
         self._reports: dict[str, tuple[Doing | None, float]] = {}
 
@@ -42,3 +43,11 @@ class HeartbeatMonitor:
         now = time.monotonic()
         both = ((worker, seen, *self._reports[worker]) for worker, (_, seen) in self._progress.items())
         return {worker: Sign(now - seen, now - reported, doing) for worker, seen, doing, reported in both}
+
+    def tell(self, worker: str, event: Any) -> None:
+        """Keep an event of a worker until it is taken."""
+        self._events.setdefault(worker, []).append(event)
+
+    def take_events(self, worker: str) -> list[Any]:
+        """Return the events of a worker since the last call, in order."""
+        return self._events.pop(worker, [])

@@ -16,7 +16,7 @@ from ray.util import get_node_ip_address
 
 from avss_dist.core.errors import ModelError
 from avss_dist.corpus.shards import Shard
-from avss_dist.executors.base import ReplicaSpec
+from avss_dist.executors.base import RankTask, ReplicaSpec
 from avss_dist.executors.ray.heartbeats import Doing
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, convert_pickles, resolve
@@ -186,6 +186,32 @@ class Worker:
             self._model = replace(spec, checkpoint=checkpoint).open()
             self._spec = spec
         self._opening = False
+
+    def run(self, task: RankTask, rank: int, ranks: int, first: tuple[str, int]) -> Any:
+        """Do a task together with the other ranks, and return this rank's result.
+
+        Args:
+            first: the `address` of rank 0.
+        """
+        from avss_dist.partition.group import join
+
+        def heartbeat() -> None:
+            self._opening = False
+            self._count += 1
+
+        told: Any = None
+
+        def tell(event: Any) -> None:
+            nonlocal told
+            told = self._monitor.tell.remote(self._name, event)
+
+        try:
+            join(rank, ranks, first[0], first[1], device=pick_device(task.device), host_tensors=True)
+            return task.run(heartbeat, tell)
+        finally:
+            self._opening = True  # counts as progress while other ranks work
+            with suppress(Exception):
+                ray.get(told)  # the driver has all events once it has the result
 
     def measure_round(self, assignments: Sequence[Assignment], *blocks: Sequence[Shard]) -> list[UnitResult | None]:
         """Return the results of this rank's assignments in a round, in their order.

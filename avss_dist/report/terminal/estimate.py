@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -25,12 +26,7 @@ def estimate_table(estimate: Estimate) -> RenderableType:
             ReportColumn("ranks", [row.ranks for row in rows], priority=2),
             ReportColumn("memory of each device", [row.device_bytes for row in rows], describe_bytes),
             ReportColumn("memory of the host", [row.host_bytes for row in rows], describe_bytes, priority=1),
-            ReportColumn(
-                "fits",
-                [row.fits for row in rows],
-                lambda fits: "yes" if fits else "no",
-                style=lambda fits: "green" if fits else "bold red",
-            ),
+            _fits([row.fits for row in rows]),
             ReportColumn("time", [row.seconds for row in rows], describe_seconds),
             ReportColumn("why", [row.why for row in rows], number=False, wraps=True),
         ],
@@ -38,7 +34,37 @@ def estimate_table(estimate: Estimate) -> RenderableType:
         marked=[not row.fits for row in rows],
         mark="failed",
     )
-    return Group(FittedTable(table), Text(summary(estimate), style="bold"))
+    shown: list[RenderableType] = [FittedTable(table), Text(summary(estimate), style="bold")]
+    if estimate.distillation:
+        shown.append(FittedTable(_distillation_table(estimate)))
+    return Group(*shown)
+
+
+def _distillation_table(estimate: Estimate) -> ReportTable:
+    """Return a table with a row for each way to distill the model."""
+    rows = estimate.distillation
+    return ReportTable(
+        title=f"Distilling {estimate.model}",
+        columns=[
+            ReportColumn("train", [row.train for row in rows], number=False),
+            ReportColumn("sharding", [row.sharding or "one process" for row in rows], number=False),
+            ReportColumn("ranks", [row.ranks for row in rows], priority=1),
+            ReportColumn("trained parameters", [row.trained for row in rows], "{:,}".format, priority=2),
+            ReportColumn("memory of each device", [row.device_bytes for row in rows], describe_bytes),
+            _fits([row.fits for row in rows]),
+            ReportColumn("why", [row.why for row in rows], number=False, wraps=True, priority=3),
+        ],
+        caption="Memory at the peak of avss distill, with the teacher on each rank. Weights are trained in float32.",
+        marked=[not row.fits for row in rows],
+        mark="failed",
+    )
+
+
+def _fits(values: Sequence[bool]) -> ReportColumn:
+    """Return the column that says what fits."""
+    return ReportColumn(
+        "fits", values, lambda fits: "yes" if fits else "no", style=lambda fits: "green" if fits else "bold red"
+    )
 
 
 def summary(estimate: Estimate) -> str:

@@ -1,0 +1,141 @@
+"""Ranks of a distillation: processes that share each training step, started and watched by Ray."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.registry import SHARDINGS
+from avss_dist.core.settings import Settings
+from avss_dist.distillation.memory import Memory, require_memory
+from avss_dist.distillation.pair import ModelPair
+from avss_dist.models.loading import without_head
+from avss_dist.models.size import find_layers, load_skeleton
+from avss_dist.options import refuse_unused
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from avss_dist.executors.base import RankTask
+    from avss_dist.executors.ray.executor import RayExecutor
+    from avss_dist.requests import DistillRequest
+
+
+@contextmanager
+def open_ranks(request: DistillRequest) -> Iterator[Ranks | None]:
+    """Yield the ranks of a distillation; None for one process.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, or an option has no effect on one process.
+    """
+    if request.ranks == 1:
+        hint = "Set `ranks` to 2 or more, or leave it out."
+        names = ("address", "placement_seconds", "hang_seconds")
+        refuse_unused({name: getattr(request.execution, name) for name in names}, "with one rank", hint)
+        yield None
+        return
+    from avss_dist.executors.ray.executor import RayExecutor
+
+    executor = RayExecutor(request.execution, request.settings)
+    try:
+        yield Ranks(request, executor)
+    finally:
+        executor.close()
+
+
+class Ranks:
+    """The ranks of a distillation. They start when they run a task.
+
+    Attributes:
+        device: kind of their devices: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, request: DistillRequest, executor: RayExecutor) -> None:
+        self._request, self._executor = request, executor
+        self._devices = executor.devices
+        self.device = self._devices.kind
+
+    @property
+    def _per_node(self) -> int:
+        """Maximum number of ranks on one node."""
+        devices = self._devices
+        places = devices.count_of_largest_node if self.device == "cuda" else devices.cpus_of_largest_node
+        return max(1, min(self._request.ranks, places))
+
+    def require_room(self, memory: Memory, models: ModelPair) -> None:
+        """Raise ConfigError if the ranks have too few devices, too little memory, or unsuitable devices."""
+        sharding = self._request.sharding
+        if self.device == "cpu" and models.bfloat16 and SHARDINGS[sharding].is_fsdp:
+            raise ConfigError(
+                f"`sharding` {sharding} computes in float32 on CPUs: transformers wants a GPU for bfloat16 with FSDP.",
+                "Set `dtype` float32, or `sharding` zero3.",
+            )
+        devices, ranks = self._devices, self._request.ranks
+        places, what = (devices.count, "GPUs") if self.device == "cuda" else (devices.cpus, "CPUs")
+        if places < ranks and not self._request.execution.address:
+            raise ConfigError(f"`ranks` {ranks} need {ranks} {what}; there are {places}.", "Lower `ranks`.")
+        on_gpu = self.device == "cuda"
+        free = devices.device_bytes if on_gpu else devices.host_bytes // self._per_node
+        require_memory(memory, self.device, self._request.train, free=free)
+
+    def run(self, task: RankTask, on_event: Callable[[Any], None]) -> None:
+        """Have all ranks do a task.
+
+        Raises:
+            AvssError: a rank raised it, was lost, hangs, or found no place.
+        """
+        threads = 1 if self.device == "cuda" else max(1, self._devices.cpus_of_largest_node // self._per_node)
+        self._executor.run_ranks(task, self._request.ranks, threads=threads, on_event=on_event)
+
+
+def sharding_options(request: DistillRequest, models: ModelPair) -> AbstractContextManager[dict[str, Any]]:
+    """Return a context manager that gives the arguments of the Trainer for the ranks; none for one process."""
+    if request.ranks == 1:
+        return nullcontext({})
+    from avss_dist.partition.sharding import trainer_options
+
+    _, skeleton, _ = load_skeleton(models.student, models.settings)
+    layers = find_layers(without_head(skeleton), skeleton.config.get_text_config(), models.settings)
+    return trainer_options(
+        request.sharding,
+        models.device.type,
+        rows=request.rows,
+        bfloat16=models.bfloat16,
+        layers={type(layer).__name__ for layer in layers},
+    )
+
+
+def call_at_layers(model: Any, settings: Settings, heartbeat: Callable[[], None] | None) -> None:
+    """Have a model call a function whenever a layer begins; None for no function."""
+    if heartbeat is not None:
+        for layer in find_layers(without_head(model), model.config.get_text_config(), settings):
+            layer.register_forward_pre_hook(lambda *_: heartbeat())
+
+
+def models_on_node(models: ModelPair) -> ModelPair:
+    """Return both models as this node has them.
+
+    Raises:
+        ModelError: this node does not see a folder.
+    """
+    from avss_dist.executors.ray.worker import resolve_on_node
+
+    trust = models.settings.trust_remote_code
+    student, teacher = (
+        resolve_on_node(checkpoint, trust_remote_code=trust) for checkpoint in (models.student, models.teacher)
+    )
+    return replace(models, student=student, teacher=teacher)
+
+
+def require_shared(file: Path) -> None:
+    """Raise ConfigError if a file that the driver wrote is not on this node."""
+    if not file.is_file():
+        raise ConfigError(
+            f"{file.parent} does not exist on the worker node {socket.gethostname()}.",
+            "Name an `output` on a disk that all nodes mount under the same path.",
+        )

@@ -1,0 +1,312 @@
+"""Distillation by two ranks: the weights of one process, a part of the memory, and clear ends."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import one_thread
+from support.commands import Command
+from support.families import lively, tiny_model
+from support.processes import ray_processes, wait_until
+from support.rank_processes import Gang
+
+import avss_dist
+from avss_dist.core.errors import ConfigError, RunFailed
+from avss_dist.core.registry import SHARDINGS
+from avss_dist.distillation import trainer
+from avss_dist.distillation.distill import DistillTask
+from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced, ignore
+from avss_dist.distillation.memory import estimate_memory
+from avss_dist.distillation.pair import resolve_pair
+from avss_dist.distillation.reading import read_texts
+from avss_dist.distillation.record import DistillRecord, read_record
+from avss_dist.partition.group import rank_and_size
+from avss_dist.pruning.checkpoint import prune
+from avss_dist.pruning.plan import Plan
+from avss_dist.requests import DistillRequest
+from avss_dist.system import devices
+
+STEPS = 20
+SMALL: dict[str, Any] = {
+    "sequence_length": 32,
+    "tokens": STEPS * 4 * 32,
+    "self_texts": 0,
+    "held_out": 5,
+    "learning_rate": 1e-3,
+    "warmup": 2,
+    "evaluations": 1,
+    "device": "cpu",
+}
+FAMILIES = {"llama": "layers", "qwen3": "layers", "gemma3_text": "layers", "gpt2": "h", "mixtral": "layers"}
+SHARDED = ("zero3", "fsdp")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    """One, as the ranks have."""
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
+    gang = Gang(2, tmp_path_factory.mktemp("ranks"))
+    yield gang
+    gang.stop()
+
+
+@pytest.fixture(scope="module")
+def pair_of(
+    tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path], corpus: Path
+) -> Callable[[str], dict[str, Any]]:
+    """Options for a family: a tiny teacher and the student that lacks its layer 1."""
+    parent = tmp_path_factory.mktemp("pairs")
+
+    def pair(family: str) -> dict[str, Any]:
+        teacher, student = parent / f"{family}-teacher", parent / f"{family}-student"
+        if not teacher.exists():
+            model = lively(tiny_model("causal", family))
+            for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):  # each rank draws its own
+                if hasattr(model.config, name):
+                    setattr(model.config, name, 0.0)
+            save_checkpoint(model, teacher)
+            prune(str(teacher), Plan(model=str(teacher), num_layers=3, layers=FAMILIES[family], drop=(1,)), student)
+        return {"student": student, "teacher": teacher, "corpora": [corpus], **SMALL}
+
+    return pair
+
+
+@pytest.fixture(scope="module")
+def by_one(
+    tmp_path_factory: pytest.TempPathFactory, pair_of: Callable[[str], dict[str, Any]]
+) -> Callable[..., tuple[Path, DistillRecord]]:
+    """The checkpoint of a family that one process distils."""
+    done: dict[tuple[str, str], tuple[Path, DistillRecord]] = {}
+
+    def distilled(family: str, train: str = "all") -> tuple[Path, DistillRecord]:
+        if (family, train) not in done:
+            output = tmp_path_factory.mktemp("one") / "out"
+            result = avss_dist.distill(**pair_of(family), train=train, output=output)
+            done[family, train] = output, result.record
+        return done[family, train]
+
+    return distilled
+
+
+class MeasuredTrainer(trainer.DistillationTrainer):
+    """Trainer that keeps the bytes of weights and moments that this process holds after the training."""
+
+    held: tuple[int, int] = 0, 0
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        result = super().train(*args, **options)
+        states = getattr(self.optimizer, "optimizer", self.optimizer).state.values()
+        moments = [tensor for state in states for name, tensor in state.items() if name != "step"]
+        parameters = [
+            tensor for p in self.model.parameters() for tensor in (local(p.data), getattr(p, "ds_tensor", None))
+        ]
+        MeasuredTrainer.held = sum_bytes(parameters), sum_bytes(moments)
+        return result
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def sum_bytes(tensors: list[Any]) -> int:
+    return sum(local(tensor).numel() * 4 for tensor in tensors if tensor is not None)
+
+
+def distill_here(options: dict[str, Any]) -> tuple[int, int]:
+    """Do this rank's part of a distillation, and return the bytes of weights and moments that it held."""
+    trainer.DistillationTrainer = MeasuredTrainer  # type: ignore[misc]
+    request = DistillRequest(**options)
+    models, output = resolve_pair(request, "cpu"), Path(options["output"])
+    work = output.with_name("out.part")
+    work.mkdir(exist_ok=True)
+    texts = read_texts(request, models, work, ignore)
+    DistillTask(request, models, texts, work, output).train_and_write(ignore)
+    assert rank_and_size()[1] == 2
+    return MeasuredTrainer.held
+
+
+def assert_near(output: Path, expected: Path) -> None:
+    """Equal weights within 1e-5."""
+    weights, wanted = (load_file(folder / "model.safetensors") for folder in (output, expected))
+    assert weights.keys() == wanted.keys()
+    assert max(float((weights[name] - wanted[name]).abs().max()) for name in wanted) < 1e-5
+
+
+def assert_same_curve(record: DistillRecord | None, expected: DistillRecord) -> None:
+    """Equal within rounding."""
+    assert record is not None and record.steps == expected.steps == STEPS
+    for point, other in zip(record.curve, expected.curve, strict=True):
+        assert point.loss == pytest.approx(other.loss, rel=1e-4)
+        assert (point.train_loss or 0) == pytest.approx(other.train_loss or 0, rel=1e-4)
+        assert point.kept == pytest.approx(other.kept, rel=1e-4)
+
+
+CASES = [
+    *((family, sharding, "all") for family in FAMILIES for sharding in SHARDED),
+    *(("llama", sharding, "all") for sharding in ("ddp", "zero1", "zero2")),
+    *(("llama", "ddp", train) for train in ("near", "lora")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "sharding", "train"), CASES)
+def test_two_ranks_give_the_weights_of_one_process(
+    ranks: Gang,
+    pair_of: Callable[[str], dict[str, Any]],
+    by_one: Callable[..., tuple[Path, DistillRecord]],
+    tmp_path: Path,
+    family: str,
+    sharding: str,
+    train: str,
+) -> None:
+    """Each rank holds the part that the estimate says, and PyTorch or DeepSpeed has really divided it."""
+    options = {**pair_of(family), "output": tmp_path / "out", "ranks": 2, "sharding": sharding, "train": train}
+    held = ranks.run(distill_here, options)
+    expected, record = by_one(family, train)
+    assert_near(tmp_path / "out", expected)
+    assert_same_curve(read_record(tmp_path / "out"), record)
+    files = [path.name for path in (tmp_path / "out.part" / "checkpoints" / f"checkpoint-{STEPS}").rglob("*")]
+    info = SHARDINGS[sharding]
+    assert any("zero_pp_rank_1" in name for name in files) == bool(info.zero_stage)
+    assert ("pytorch_model_fsdp.bin" in files) == (sharding == "fsdp")
+    models = resolve_pair(request := DistillRequest(**options), "cpu")
+    memory = estimate_memory(
+        models.student,
+        models.teacher,
+        models.settings,
+        models.teacher_settings,
+        train=train,
+        rank=request.lora_rank,
+        sharding=sharding,
+        ranks=2,
+    )
+    for weights, moments in held:
+        assert moments == pytest.approx(memory.moments, rel=0.03)
+        copy = 2 * memory.trained if info.zero_stage else 0
+        assert weights == pytest.approx(memory.weights - copy, rel=0.03)
+
+
+# Through Ray.
+
+
+@pytest.fixture(scope="module")
+def cluster(warm_workers: None) -> Iterator[None]:
+    """One private Ray for all tests, so that none waits for another's start."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_killed_rank_ends_the_training_which_then_goes_on(
+    pair_of: Callable[[str], dict[str, Any]], by_one: Callable[..., tuple[Path, DistillRecord]], tmp_path: Path
+) -> None:
+    """Rank 1 is killed after the checkpoint of step 10. The driver hears of every step, once."""
+    options = {**pair_of("llama"), "evaluations": 2, "patience": None, "output": tmp_path / "out", "ranks": 2}
+    events: list[Any] = []
+    before = ray_processes()
+
+    def kill(event: Any) -> None:
+        events.append(event)
+        if isinstance(event, HeldOutMeasured) and event.tokens == STEPS // 2 * 128:
+            wait_until(lambda: trainer.last_checkpoint(tmp_path / "out.part" / "checkpoints") is not None)
+            started = [process for process in ray_processes() if process not in before]
+            max(started, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)
+
+    with pytest.raises(RunFailed, match=r"Rank [01] was lost") as caught:
+        avss_dist.distill(**options, sharding="zero2", on_event=kill)
+    assert caught.value.exit_code == 1
+    wait_until(lambda: all(process in before for process in ray_processes()))
+    with pytest.raises(ConfigError, match="was begun with other values of ranks, settings, sharding"):
+        avss_dist.distill(**{**options, "ranks": 1})
+    resumed: list[Any] = []
+    avss_dist.distill(**options, sharding="zero2", on_event=resumed.append)
+    assert_near(tmp_path / "out", by_one("llama")[0])
+    tokens = [event.tokens for event in resumed if isinstance(event, TrainingAdvanced)]
+    assert tokens == [128 * step for step in range(STEPS // 2 + 1, STEPS + 1)]
+    assert [event.tokens for event in events if isinstance(event, TrainingAdvanced)][:10] == [
+        128 * step for step in range(1, 11)
+    ]
+    assert not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
+def test_a_signal_ends_all_ranks(pair_of: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    """Ctrl-C, in the middle of the training."""
+    options = {name.replace("_", "-"): value for name, value in pair_of("llama").items() if name != "student"}
+    arguments = [part for name, value in options.items() if name != "corpora" for part in (f"--{name}", value)]
+    more = [
+        "--corpus",
+        *options["corpora"],
+        "--ranks",
+        2,
+        "--tokens",
+        1e6,
+        "--evaluations",
+        1000,
+        "-o",
+        tmp_path / "out",
+    ]
+    command = Command("distill", pair_of("llama")["student"], *arguments, *more)
+    running = psutil.Process(command.pid)
+    wait_until(lambda: trainer.last_checkpoint(tmp_path / "out.part" / "checkpoints") is not None)
+    started = running.children(recursive=True)
+    command.send(signal.SIGINT)
+    code, _, said = command.wait()
+    assert code == 130, said
+    wait_until(lambda: not any(process.is_running() for process in started))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_error_of_a_rank_is_that_of_the_command(pair_of: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    """Nothing is left running."""
+    before = ray_processes()
+    with pytest.raises(RunFailed, match=r"the student no better.*Nothing was written"):
+        avss_dist.distill(**{**pair_of("llama"), "learning_rate": 1e4, "warmup": 0}, ranks=2, output=tmp_path / "out")
+    wait_until(lambda: all(process in before for process in ray_processes()))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ranks": 3}, "`batch_size` 4 cannot be divided among 3 `ranks`.*such as 6"),
+        ({"sharding": "zero3"}, "`sharding` zero3 divides nothing with one rank"),
+        ({"address": "127.0.0.1:6379"}, "`address` has no effect with one rank"),
+        ({"ranks": 512, "batch_size": 512}, "`ranks` 512 need 512 CPUs; there are"),
+        ({"ranks": 2, "sharding": "zero"}, "zero1"),
+        ({"ranks": 2, "sharding": "fsdp", "dtype": "bfloat16"}, "`sharding` fsdp computes in float32 on CPUs"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(
+    pair_of: Callable[[str], dict[str, Any]], tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"(?s){words}") as caught:
+        avss_dist.distill(**{**pair_of("llama"), **options}, output=tmp_path / "out")
+    assert caught.value.exit_code == 2 and not (tmp_path / "out.part").exists()
+
+
+def test_memory_of_a_rank_counts_for_all_ranks_of_this_machine(
+    pair_of: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(devices, "available_memory", lambda: 600_000_000)
+    with pytest.raises(ConfigError, match=r"needs about .* of memory.*exchange.*There are 300 MB"):
+        avss_dist.distill(**pair_of("llama"), ranks=2, output=tmp_path / "out")

@@ -1,0 +1,104 @@
+"""Ranks without Ray: processes in one torch.distributed group, over gloo, that live as long as a file's tests."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from avss_dist.partition.group import join
+from support import warm_workers
+
+SECONDS = 60.0
+
+
+class Gang:
+    """Processes in one torch.distributed group, which run functions of a test together."""
+
+    def __init__(self, world: int, folder: Path) -> None:
+        self.stdout = [folder / f"stdout-{world}-{rank}" for rank in range(world)]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            [*warm_workers.MODULES, "support.families", "support.oracle", "support.questions"]
+        )
+        pipes = [context.Pipe() for _ in range(world)]
+        self._pipes: list[Connection] = [ours for ours, _ in pipes]
+        port = free_port()
+        self._processes = [
+            context.Process(target=member, args=(rank, world, port, theirs, self.stdout[rank]), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What the function returned on each rank, or the exception that it raised there."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        deadline = time.monotonic() + SECONDS
+        answers: dict[Any, Any] = {}
+        while len(answers) < len(self._pipes):
+            waiting = [pipe for pipe in self._pipes if pipe not in answers]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.stop()
+                pytest.fail(f"{len(waiting)} ranks gave no answer in {SECONDS:.0f} seconds")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                answers[pipe] = pipe.recv()
+        return [answers[pipe] for pipe in self._pipes]
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What the function returned on each rank."""
+        outcomes = self.outcomes(function, *args)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return outcomes
+
+    def lose(self, rank: int) -> None:
+        """Kill the process of a rank; the other ranks go on."""
+        self._processes[rank].kill()
+        self._processes[rank].join()
+        del self._pipes[rank]
+
+    def freeze(self, rank: int) -> None:
+        """Stop the process of a rank where it is; the other ranks go on."""
+        os.kill(self._processes[rank].pid, signal.SIGSTOP)
+        del self._pipes[rank]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def member(rank: int, world: int, port: int, pipe: Connection, stdout: Path) -> None:
+    """The main function of a gang's process."""
+    os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
+    torch.set_num_threads(1)
+    gc.freeze()  # as in `warm_workers`
+    join(rank, world, "127.0.0.1", port, device=torch.device("cpu"), timeout_seconds=SECONDS)
+    while True:
+        function, args = pipe.recv()
+        try:
+            answer = function(*args)
+        except Exception as error:
+            answer = error
+        pipe.send(answer)
