@@ -450,16 +450,12 @@ def test_odd_runs_are_drawn_as_far_as_they_go(visit: Callable[..., Any], tmp_pat
     save_report(store, tmp_path / "report.html")
     page = visit(tmp_path / "report.html", 360)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
-    training = [(row["checkpoint"], row["with"]) for row in drawn(page, "drift")]
-    assert training == [
-        *(
-            ("step 1", "the last"),
-            ("step 2", "the one before it"),
-            ("step 2", "the last"),
-            ("step 3", "the one before it"),
-        )
-    ]
-    assert "org/e@step*: its lowest 25% are those of the last checkpoint from step" in said(page, "drift")
+    ranks = drawn(page, "curve-1")
+    assert list(dict.fromkeys(row["point"] for row in ranks)) == ["1", "2", "3"]
+    assert sorted(row["rank"] for row in ranks[:4]) == [1, 2, 3, 4]
+    training = page.locator("#curves").inner_text()
+    assert "org/e@step* along training step" in training
+    assert "The lowest 25% are those of the last point from" in training
     assert [row["low"] for row in page.evaluate("document.querySelector('[data-chart=avss]').rows")] == [None] * 4
     page.select_option("#run", index=1)
     assert drawn(page, "relative_magnitude")[2]["relative_magnitude"] == 0

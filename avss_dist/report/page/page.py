@@ -113,8 +113,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
 
 def _known_charts(data: Mapping[str, Any]) -> dict[str, bool]:
     """Return whether there is data for each chart that few warehouses have."""
-    without = {name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")}
-    return {"series": bool(data["series"]), **without}
+    return {name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")}
 
 
 def _pictures(about_runs: Sequence[Chapter]) -> dict[str, Any]:
