@@ -474,6 +474,7 @@ let again = false;
 
 async function refresh() {
   if (!data) return;
+  layMatrix();
   if (!data.choices.length) {
     drawPictures();
     return;
@@ -520,6 +521,7 @@ async function start() {
     if (width !== narrow()) refresh();
     width = narrow();
   });
+  openMatrix();
   if (data.choices.length) offerChoices();
   await refresh();
 }
