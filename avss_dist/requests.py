@@ -624,6 +624,8 @@ class PublishRequest(WarehouseRequest):
 
     target: Annotated[Text, Option(argument=True, metavar="TARGET")] = field(kw_only=False)
     """A new folder or s3://, gs://, abfss:// URI, or hf://datasets/ORG/NAME."""
+    space: str | None = None
+    """Also publish the page as this static space of the hub: ORG/NAME."""
 
 
 @request

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ _PUBLISHED = (
 )
 
 
-def published_scores(warehouse: Warehouse, run_ids: Sequence[str]) -> pa.Table:
-    """Return the rows of ``scores`` of runs at the published reading of AVSS, by run and layer."""
+def published_scores(warehouse: Warehouse, run_ids: Collection[str] | None) -> pa.Table:
+    """Return the rows of ``scores`` of runs, by default of all, at the published reading of AVSS, by run and layer."""
     table = warehouse.table("scores", run_ids=run_ids, where=_PUBLISHED)
     return table.sort_by([("run_id", "ascending"), ("layer", "ascending")])
 
