@@ -71,7 +71,9 @@ def test_a_data_set_of_the_hub_gets_the_same_files_in_a_commit(tmp_path: Path, m
         there = hub.files["datasets/lab/scores"]
         of_folder = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
         assert {*there} == {*of_folder} and [one["visibility"] for one in hub.created] == ["private"]
-        assert all(there[name] == data for name, data in of_folder.items() if name not in ("catalog.duckdb", "README.md"))
+        assert all(
+            there[name] == data for name, data in of_folder.items() if name not in ("catalog.duckdb", "README.md")
+        )
         there["data/of-old.parquet"] = there["notes.md"] = b"old"
         publish(warehouse, "hf://datasets/lab/scores")
         assert {*there} == {*of_folder, "notes.md"}, "tables that are no more go; what people wrote stays"
