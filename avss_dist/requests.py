@@ -503,6 +503,8 @@ class DistillRequest(Request):
     """End after this many evaluations in a row that are no better than the best."""
     seed: Annotated[Count, Option(panel=TRAINING)] = 0
     """Seed of the order of the text, and of the teacher's own text."""
+    picture: PathOrText | None = None
+    """Picture to draw of what is kept by tokens, for each text: FILE.png, .svg or .html."""
 
     shared = (
         *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
