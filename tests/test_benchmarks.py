@@ -19,7 +19,7 @@ Run = Callable[..., str]
 
 ALONE = {
     "autoscaler": "--rows 16 --replicas 1..2",
-    "chaos": "--rounds 1 --faults agent_killed",
+    "chaos": "--rounds 1 --jobs score --faults driver_interrupted",
     "driver": "--workers 1 --units 16 --layers 2 --shards 8 --seconds 0.2",
     "elastic": "--rows 64",
     "merge": "--partials 8 --layers 1 --units 8",
