@@ -38,8 +38,8 @@ def trainer_options(
 ) -> Iterator[dict[str, Any]]:
     """Yield the arguments of the Trainer for a sharding. Inside the context, Accelerate is configured for it.
 
-    On CPUs, Accelerate 1.15 ignores DeepSpeed and FSDP if it is told to use CPUs (`AcceleratorState.__init__`), and
-    has no backend if it is not. So it gets a state with gloo, in which CPUs pass for GPUs where it asks for FSDP.
+    On CPUs, Accelerate 1.15 ignores DeepSpeed and FSDP if it is told to use CPUs (its AcceleratorState), and has no
+    backend if it is not. So it gets a state with gloo, in which CPUs pass for GPUs where it asks for FSDP.
 
     Args:
         sharding: a name of `registry.SHARDINGS`.
