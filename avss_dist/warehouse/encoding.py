@@ -119,6 +119,39 @@ def parse(data: pa.Buffer) -> pa.Table:
     return file.read(use_threads=False)
 
 
+def read_rows(data: pa.Buffer, schema: pa.Schema, run_id: str) -> pa.Table:
+    """Return rows of a file in a schema, with ``run_id`` and with dictionaries as columns of text, unverified.
+
+    Columns that the file lacks are null.
+
+    Raises:
+        WarehouseError: a newer avss_dist wrote it.
+        OSError, pa.ArrowException: it is damaged, or its schema is too old.
+    """
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(data))
+        stored = set(metadata.schema.to_arrow_schema().names)
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
+    _require_version((metadata.metadata or {}).get(_VERSION))
+    names = [field.name for field in schema if field.name in stored]
+    texts = [name for name in names if pa.types.is_string(schema.field(name).type)]
+    file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts)
+    rows = file.read([name for name in names if name != "run_id"], use_threads=False)
+    return as_dictionaries(rows.append_column("run_id", pa.repeat(run_id, len(rows)).dictionary_encode()), schema)
+
+
+def as_dictionaries(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return rows in a schema whose columns of text are dictionaries. Missing columns are null."""
+    encoded = pa.dictionary(pa.int32(), pa.string())
+    columns = {}
+    for field in schema:
+        kind = encoded if pa.types.is_string(field.type) else field.type
+        known = field.name in table.column_names
+        columns[field.name] = table[field.name].cast(kind) if known else pa.nulls(len(table), kind)
+    return pa.table(columns)
+
+
 def _verify(data: pa.Buffer, checksum: bytes) -> None:
     """Raise ArrowInvalid if a file does not match its checksum, computed with zeros in the checksum's place."""
     unsigned = bytearray(data)
