@@ -51,6 +51,7 @@ RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh", "tracker")
 """Fields of `Execution` that options of avss run replace."""
 LISTINGS = ("runs", "plans", "evaluations")
+ALONG = ("step", "tokens", "size", "sequence_length", "dtype", "corpus")
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
 LEFT_OUT = "Removals"
@@ -515,6 +516,8 @@ class CompareRequest(PlaceRequest, RunsRequest):
 
     by: Annotated[str, OneOf(COMPARED)] = "run"
     """Property in which the two runs or readings of each pair differ."""
+    along: Annotated[str | None, OneOf(ALONG)] = None
+    """Follow each layer's rank along this property instead, and find where the ranking changes."""
     score: Annotated[str, OneOf(FROM_ACTIVATIONS)] = "avss"
     """Score that ranks the layers."""
     k: Annotated[Positive | None, Option(names=("--k",))] = None
@@ -524,7 +527,11 @@ class CompareRequest(PlaceRequest, RunsRequest):
     allow_mismatch: bool = False
     """Also compare runs on different corpora, dtypes and so on."""
     output: Annotated[PathOrText | None, Option(names=("--output", "-o"))] = None
-    """Map of all pairs of runs, ordered by similarity, to draw: FILE.png, .svg or .html."""
+    """Map of all pairs of runs, ordered by similarity, or of ranks along a property: FILE.png, .svg or .html."""
+
+    def __post_init__(self) -> None:
+        if self.along and self.by != "run":
+            raise ConfigError("`along` and `by` exclude each other.", "Give one of them.")
 
 
 @request
@@ -617,6 +624,8 @@ class PublishRequest(WarehouseRequest):
 
     target: Annotated[Text, Option(argument=True, metavar="TARGET")] = field(kw_only=False)
     """A new folder or s3://, gs://, abfss:// URI, or hf://datasets/ORG/NAME."""
+    space: str | None = None
+    """Also publish the page as this static space of the hub: ORG/NAME."""
 
 
 @request
