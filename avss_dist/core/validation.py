@@ -101,7 +101,7 @@ def checked(cls: type[T]) -> type[T]:
     unknown or a missing field is a `ConfigError` that lists every problem, each with its field in backticks. As a
     field of another class, an instance may be given as a mapping.
     """
-    config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+    config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
     checks: Any = cls
     checks.__get_pydantic_core_schema__ = classmethod(_schema_that_accepts_mappings)
     if "__post_init__" in vars(cls):

@@ -30,7 +30,7 @@ from avss_dist.system.folders import cache_folder
 from avss_dist.system.progress_bar import tracked
 from avss_dist.system.staging import remove_leftovers, staged_file
 from avss_dist.warehouse.digest import DIGEST, DIGEST_VERSION
-from avss_dist.warehouse.encoding import as_dictionaries
+from avss_dist.warehouse.encoding import conform
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS
 from avss_dist.warehouse.storage import COMPACTED, Storage
 
@@ -44,7 +44,7 @@ SORTED_BY: dict[str, list[str]] = {
     "expert_stats": [],
 }
 """Tables that have parts, with the columns that queries select by. Rows with equal values in them are a row group."""
-MIN_RUNS, MAX_RUNS = 64, 256  # runs of a part; of a warehouse on a local disk, fewer are read where they are
+MIN_RUNS, MAX_RUNS = 64, 128  # runs of a part; of a warehouse on a local disk, fewer are read where they are
 MAX_SMALL = 8  # parts with less than half of MAX_RUNS, before they are merged
 READERS = 16  # files that are read at once
 _STAMPS, _COLUMNS = b"avss_files", b"avss_columns"
@@ -97,7 +97,7 @@ class TableParts:
     Args:
         storage: storage of the warehouse.
         name: name of the table, a key of `SORTED_BY`.
-        read: reads the rows of a run from its file. It raises OSError or ArrowException for a file that cannot be read.
+        read: reads the rows of a run from its file. It raises ArrowInvalid for a file that cannot be read.
     """
 
     def __init__(self, storage: Storage, name: str, read: Callable[[str], pa.Table]) -> None:
@@ -106,9 +106,14 @@ class TableParts:
         folder = cache_folder("tables", hashlib.sha256(place.encode()).hexdigest()[:32])
         self._cached = folder / name
         self._shared = Path(storage.base) / COMPACTED / name if storage.is_local else folder / COMPACTED / name
-        self._used: list[Path] = []
+        self._used: Sequence[Part] = ()
         self._known: dict[Path, Part] = {}
         self._unreadable: set[Path] = set()
+
+    @property
+    def run_ids(self) -> set[str]:
+        """Runs of the parts that were last returned."""
+        return {run_id for part in self._used for run_id in part.stamps}
 
     def covering(self, stamps: Stamps, wanted: Collection[str]) -> Sequence[Part]:
         """Return the parts to read, with each run in at most one.
@@ -174,13 +179,13 @@ class TableParts:
         Those in the cache are deleted. A part that another process has deleted since it was listed is one of them.
         """
         before = len(self._unreadable)
-        for path in [*self._used]:
+        for part in self._used:
             try:
-                pq.ParquetFile(path, page_checksum_verification=True).read()
+                pq.ParquetFile(part.path, page_checksum_verification=True).read()
             except (OSError, pa.ArrowException):
-                self._unreadable.add(path)
-                if path.parent == self._cached:
-                    path.unlink(missing_ok=True)
+                self._unreadable.add(part.path)
+                if not part.shared:
+                    part.path.unlink(missing_ok=True)
         return len(self._unreadable) > before
 
     def _coverage(self, stamps: Stamps, *, shared_alone: bool = False) -> Coverage:
@@ -201,7 +206,7 @@ class TableParts:
             unchanged = {run_id for run_id, stamp in part.stamps.items() if stamps.get(run_id) == stamp}
             spare[part] = frozenset(unchanged - covered)
             covered |= unchanged
-        self._used = [part.path for part in current]
+        self._used = current
         return Coverage(current, spare)
 
     def _listed(self, folder: Path) -> Iterator[Part]:
@@ -244,6 +249,7 @@ class TableParts:
         The rows of replaced parts are read from them, those of other missing runs from their files. Runs whose file
         cannot be read are left out.
         """
+        schema = encoded_schema(self._name)
         source = {run_id: part for part in replaced for run_id in coverage.spare.get(part, part.stamps)}
         run_ids = [*source, *sorted(set(missing) - source.keys())]
         chunks = [run_ids[start : start + MAX_RUNS] for start in range(0, len(run_ids), MAX_RUNS)]
@@ -251,15 +257,15 @@ class TableParts:
         for chunk in tracked(chunks, f"Copying the {self._name} of {len(run_ids):,} runs, once"):
             tables = []
             for part in dict.fromkeys(source[run_id] for run_id in chunk if run_id in source):
-                ids = [run_id for run_id in chunk if source.get(run_id) == part]
+                ids = [run_id for run_id in chunk if source.get(run_id) is part]
                 with suppress(OSError, pa.ArrowException):
-                    rows = pq.ParquetFile(part.path, read_dictionary=_texts(self._name)).read()
+                    texts = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+                    rows = pq.ParquetFile(part.path, read_dictionary=texts).read()
                     tables.append(rows.filter(pc.is_in(rows["run_id"].cast(pa.string()), pa.array(ids))))
             with ThreadPoolExecutor(READERS) as pool:
-                tables += pool.map(self._read_or_nothing, [run_id for run_id in chunk if run_id not in source])
-            rows = pa.concat_tables(
-                [as_dictionaries(table, table_schema(self._name)) for table in tables if table is not None]
-            )
+                read = pool.map(self._read_or_nothing, [run_id for run_id in chunk if run_id not in source])
+                tables += [table for table in read if table is not None]
+            rows = pa.concat_tables([schema.empty_table(), *_conformed(tables, schema)])
             copied = {run_id: stamps[run_id] for run_id in sorted(pc.unique(rows["run_id"]).to_pylist())}
             if copied:
                 yield copied, rows
@@ -267,7 +273,7 @@ class TableParts:
     def _read_or_nothing(self, run_id: str) -> pa.Table | None:
         try:
             return self._read(run_id)
-        except (OSError, pa.ArrowException):
+        except pa.ArrowInvalid:
             return None
 
 
@@ -282,9 +288,23 @@ def _columns(name: str) -> bytes:
     return hashlib.sha256(version.encode()).hexdigest().encode()
 
 
-def _texts(name: str) -> list[str]:
-    """Return the columns of text of a table. They hold few values, so they are kept as dictionaries."""
-    return [field.name for field in table_schema(name) if pa.types.is_string(field.type)]
+def encoded_schema(name: str) -> pa.Schema:
+    """Return the schema in which rows of a table are sorted. Then columns of text, of few values, are dictionaries."""
+    schema = table_schema(name)
+    if not SORTED_BY[name]:
+        return schema
+    encoded = pa.dictionary(pa.int32(), pa.string())
+    return pa.schema([(field.name, encoded if pa.types.is_string(field.type) else field.type) for field in schema])
+
+
+def _conformed(tables: Sequence[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield tables in a schema. Tables with equal columns are one, and those that cannot be cast are left out."""
+    alike: dict[tuple[str, ...], list[pa.Table]] = {}
+    for table in tables:
+        alike.setdefault(tuple(map(str, table.schema)), []).append(table)
+    for group in alike.values():
+        with suppress(pa.ArrowException):
+            yield conform(pa.concat_tables(group), schema)
 
 
 def _stem(stamps: Stamps) -> str:
@@ -298,14 +318,14 @@ def _write_part(name: str, rows: pa.Table, stamps: Stamps, sink: Any) -> None:
     codes = np.zeros(len(table), np.int64)
     for by in SORTED_BY[name]:
         column = table[by].combine_chunks()
-        column = column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
+        column = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
         codes = codes * (len(column.dictionary) + 1) + column.indices.fill_null(-1).to_numpy() + 1
     if SORTED_BY[name]:
         order = np.argsort(codes, kind="stable")
         table, codes = table.take(pa.array(order)), codes[order]
     metadata = {_STAMPS: json.dumps(dict(stamps)).encode(), _COLUMNS: _columns(name)}
     metadata |= {b"avss_schema_version": str(SCHEMA_VERSION).encode()}
-    texts = [field.name for field in table.schema if pa.types.is_dictionary(field.type)]
+    texts = [field.name for field in table_schema(name) if pa.types.is_string(field.type)]
     bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(table)]
     with pq.ParquetWriter(
         sink, table.schema, compression="zstd", use_dictionary=texts, store_schema=False, write_page_checksum=True

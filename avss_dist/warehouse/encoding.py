@@ -120,9 +120,10 @@ def parse(data: pa.Buffer) -> pa.Table:
 
 
 def read_rows(data: pa.Buffer, schema: pa.Schema, run_id: str) -> pa.Table:
-    """Return rows of a file in a schema, with ``run_id`` and with dictionaries as columns of text, unverified.
+    """Return rows of a file, unverified: the columns of a schema that it has, of the types that it has, and ``run_id``.
 
-    Columns that the file lacks are null.
+    Args:
+        schema: columns to read. Those whose type is a dictionary are read as dictionaries.
 
     Raises:
         WarehouseError: a newer avss_dist wrote it.
@@ -130,26 +131,29 @@ def read_rows(data: pa.Buffer, schema: pa.Schema, run_id: str) -> pa.Table:
     """
     try:
         metadata = pq.read_metadata(pa.BufferReader(data))
-        stored = set(metadata.schema.to_arrow_schema().names)
+        stored = {metadata.schema.column(i).path.partition(".")[0] for i in range(len(metadata.schema))}
     except UnicodeDecodeError as error:
         raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
     _require_version((metadata.metadata or {}).get(_VERSION))
-    names = [field.name for field in schema if field.name in stored]
-    texts = [name for name in names if pa.types.is_string(schema.field(name).type)]
+    names = [field.name for field in schema if field.name in stored - {"run_id"}]
+    texts = [name for name in names if pa.types.is_dictionary(schema.field(name).type)]
     file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts)
-    rows = file.read([name for name in names if name != "run_id"], use_threads=False)
-    return as_dictionaries(rows.append_column("run_id", pa.repeat(run_id, len(rows)).dictionary_encode()), schema)
+    rows = file.read(names, use_threads=False).replace_schema_metadata(None)
+    ids = pa.repeat(run_id, len(rows))
+    return rows.append_column("run_id", ids.dictionary_encode() if texts else ids)
 
 
-def as_dictionaries(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return rows in a schema whose columns of text are dictionaries. Missing columns are null."""
-    encoded = pa.dictionary(pa.int32(), pa.string())
-    columns = {}
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return rows in a schema. Missing columns are null.
+
+    Raises:
+        pa.ArrowInvalid, pa.ArrowNotImplementedError: a column has a type that cannot be cast.
+    """
+    columns = []
     for field in schema:
-        kind = encoded if pa.types.is_string(field.type) else field.type
-        known = field.name in table.column_names
-        columns[field.name] = table[field.name].cast(kind) if known else pa.nulls(len(table), kind)
-    return pa.table(columns)
+        column = table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+        columns.append(column if column.type == field.type else column.cast(field.type))
+    return pa.table(columns, schema=schema)
 
 
 def _verify(data: pa.Buffer, checksum: bytes) -> None:

@@ -18,9 +18,17 @@ from avss_dist.core.errors import DamagedFile, QueryError, WarehouseError, neare
 from avss_dist.core.text import RedactedURI, basename, count_of
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
-from avss_dist.warehouse.compaction import DIGESTS, MIN_RUNS, READERS, SORTED_BY, TableParts, table_schema
+from avss_dist.warehouse.compaction import (
+    DIGESTS,
+    MIN_RUNS,
+    READERS,
+    SORTED_BY,
+    TableParts,
+    encoded_schema,
+    table_schema,
+)
 from avss_dist.warehouse.digest import DIGEST, SOURCE, digest
-from avss_dist.warehouse.encoding import decode_shard, parse, read_rows, require_readable, to_stats, to_strata
+from avss_dist.warehouse.encoding import conform, decode_shard, parse, read_rows, require_readable, to_stats, to_strata
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS, Selection
 from avss_dist.warehouse.storage import FILE_NAMES, PLAN, Storage
 
@@ -325,6 +333,7 @@ class Warehouse:
         return self._finished
 
     def _read_runs(self) -> tuple[ds.Dataset, set[str]]:
+        """Return what `_runs` returns, as the files are now."""
         files = self._files("runs", None)
         runs = self._dataset("runs", files)
         if runs is None and _ids(self.storage.names("cells"), RUN_FOLDER):  # of models that were not scored
@@ -357,7 +366,8 @@ class Warehouse:
     def _dataset(self, name: str, files: Files, wanted: Collection[str] | None = None) -> ds.Dataset | None:
         """Return rows of files of a table: parts of it, and the files of wanted runs that are in no part."""
         few = wanted is not None and len(wanted) < MIN_RUNS and self.storage.is_local
-        chosen = files if wanted is None else {p: s for p, s in files.items() if self.storage.run_id(p) in wanted}
+        ids = {self.storage.run_id(path) for path in files} if wanted is None else set(wanted)
+        chosen = {path: stamp for path, stamp in files.items() if self.storage.run_id(path) in ids}
         if not self._reads_parts or name not in SORTED_BY or few:
             parts, uncopied = [], chosen
         else:
@@ -392,15 +402,21 @@ class Warehouse:
         """Return the rows of a run's file of a table, or their digest.
 
         Raises:
-            OSError, pa.ArrowException: it cannot be read.
-            WarehouseError: a newer avss_dist wrote it.
+            pa.ArrowInvalid: the file is damaged or gone.
+            WarehouseError: a newer avss_dist wrote it, or the storage fails.
         """
         stored = _stored(name)
-        with self.storage.filesystem.open_input_file(self.storage.path(stored, run_id, FILE_NAMES[stored])) as file:
-            data = file.read_buffer()
-        if name == DIGESTS:
-            return digest(read_rows(data, SOURCE, run_id).cast(SOURCE))
-        return read_rows(data, SCHEMAS[name], run_id)
+        path = self.storage.path(stored, run_id, FILE_NAMES[stored])
+        try:
+            with self.storage.filesystem.open_input_file(path) as file:
+                data = file.read_buffer()
+            if name == DIGESTS:
+                return digest(conform(read_rows(data, SOURCE, run_id), SOURCE))
+            return read_rows(data, encoded_schema(name), run_id)
+        except FileNotFoundError:
+            raise pa.ArrowInvalid("it is gone") from None
+        except (OSError, pa.ArrowException) as error:
+            raise pa.ArrowInvalid(self.storage.damage(path, error)) from error
 
     def _digested(self, files: Files) -> ds.Dataset:
         """Return the digests of files of ``layer_stats``, without those that cannot be read, which are noted."""
@@ -409,8 +425,8 @@ class Warehouse:
             run_id = self.storage.run_id(path)
             try:
                 return self._read_file(DIGESTS, run_id)
-            except (OSError, pa.ArrowException) as error:
-                self._note(run_id, self.storage.damage(path, error))
+            except pa.ArrowInvalid as error:
+                self._note(run_id, f"layer_stats: {error}")
                 return DIGEST.empty_table()
 
         with ThreadPoolExecutor(READERS) as pool:
@@ -428,7 +444,8 @@ class Warehouse:
             return True
         before = len(self._unreadable)
         for name in set(names) - {DIGESTS}:
-            files = self._files(name, None)
+            copied = self._parts[name].run_ids if name in self._parts else set()
+            files = {p: s for p, s in self._files(name, None).items() if self.storage.run_id(p) not in copied}
             with ThreadPoolExecutor() as pool:
                 reasons = pool.map(lambda path, name=name: self._why_unreadable(name, path), files)
                 for (path, stamp), reason in zip(files.items(), reasons, strict=True):
