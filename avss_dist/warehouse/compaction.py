@@ -138,7 +138,7 @@ class TableParts:
             self._cached.mkdir(parents=True, exist_ok=True, mode=0o700)
             remove_leftovers(self._cached)
             for copied, rows in self._merged(stamps, missing, coverage, replaced, minimum):
-                with staged_file(self._cached / f"{_stem(copied)}.parquet") as staged:
+                with staged_file(self._cached / f"{_stem(self._name, copied)}.parquet") as staged:
                     _write_part(self._name, rows, copied, staged)
         except OSError:  # the cache cannot be written
             return coverage.parts
@@ -167,7 +167,7 @@ class TableParts:
         for copied, rows in self._merged(stamps, missing, coverage, replaced, 1):
             sink = pa.BufferOutputStream()
             _write_part(self._name, rows, copied, sink)
-            self._storage.write(self._storage.compacted_path(self._name, _stem(copied)), sink.getvalue())
+            self._storage.write(self._storage.compacted_path(self._name, _stem(self._name, copied)), sink.getvalue())
             number += len(copied.keys() & missing)
         for part in replaced:
             self._storage.delete(self._storage.compacted_path(self._name, part.path.stem))
@@ -221,7 +221,7 @@ class TableParts:
                 yield self._known[path]
 
     def _fetch_shared(self) -> bool:
-        """Copy the parts of a remote warehouse into the cache, each in one request, and return whether a copy is new.
+        """Copy the parts of a remote warehouse into the cache, each whole, and return whether a copy is new.
 
         Raises:
             WarehouseError: the storage fails.
@@ -307,9 +307,9 @@ def _conformed(tables: Sequence[pa.Table], schema: pa.Schema) -> Iterator[pa.Tab
             yield conform(pa.concat_tables(group), schema)
 
 
-def _stem(stamps: Stamps) -> str:
-    """Return the name of a part: a hash of what it copies."""
-    return hashlib.sha256(json.dumps(dict(stamps), sort_keys=True).encode()).hexdigest()[:32]
+def _stem(name: str, stamps: Stamps) -> str:
+    """Return the name of a part of a table: a hash of its columns and of what it copies."""
+    return hashlib.sha256(_columns(name) + json.dumps(dict(stamps), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _write_part(name: str, rows: pa.Table, stamps: Stamps, sink: Any) -> None:

@@ -3,9 +3,10 @@
     python tests/benchmarks/warehouse.py FOLDER [--runs 2000] [--layers 80] [--rounds 3] [--s3] [--only compare ...]
 
 The warehouse is written where FOLDER has none (about a minute): two sites, every recipe and threshold of a real run,
-16 units, 200 bins. Every command runs in a process of its own, from start to end, and has a cache of its own. Printed
-are the seconds of all cores of the first round, when nothing is in the cache, and of later rounds the fewest, with
-their seconds and the peak memory. ``avss --version`` is the start of the interpreter.
+16 units, 200 bins. Every command runs in a process of its own, from start to end. They share a cache that is empty at
+first, so a command's first round copies what no earlier command has read. Printed are the seconds of all cores of the
+first round and, of later rounds, the fewest, with their seconds, and the peak memory of all rounds. ``avss --version``
+is the start of the interpreter.
 
 With ``--s3`` the warehouse is copied to a server of S3 on this machine (moto), the commands read it there, and the
 requests of the first and of a later round are printed. Commands in ``--only`` are run in their order; ``compact`` is
@@ -278,8 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         log = Path(folder) / "requests"
         with in_bucket(options.folder, log) if options.s3 else nullcontext(str(options.folder.resolve())) as warehouse:
             for name in options.only:
-                with tempfile.TemporaryDirectory(dir=folder) as own:
-                    rounds = [measure(warehouse, commands[name], Path(own), log) for _ in range(options.rounds)]
+                rounds = [measure(warehouse, commands[name], Path(folder), log) for _ in range(options.rounds)]
                 first, best = rounds[0], min(rounds[1:] or rounds, key=lambda cost: cost.of_cores)
                 peak = max(cost.peak for cost in rounds)
                 print(
