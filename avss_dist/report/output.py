@@ -78,18 +78,7 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
     """
     table = table.rename_columns(_distinct(table.column_names))
     if kind == "table":
-        from avss_dist.report.terminal.tables import plain_table
-
-        if len(table) > MAX_FITTED and not console.is_terminal:
-            return _write_lines(table)
-        hidden = len(table) - MAX_ROWS if console.is_terminal else 0
-        if hidden > 0:
-            last = 0 if newest_first else MAX_ROWS // 2
-            table = pa.concat_tables([table.slice(0, MAX_ROWS - last), table.slice(len(table) - last)])
-        console.print(plain_table(table.column_names, [tuple(row.values()) for row in _rows(table)]))
-        if hidden > 0:
-            where = "older rows" if newest_first else f"rows between the first and the last {MAX_ROWS // 2}"
-            emit(f"{hidden:,} {where} are not shown; a file or a pipe gets all: --format csv > FILE.csv.")
+        _write_fitted(table, console, newest_first=newest_first)
     elif kind == "json":
         for row in _rows(table):
             emit_json(map_leaves(row, _as_json))
@@ -103,6 +92,22 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
             writer.writerow(map(csv_cell, cells))
     else:
         _write_parquet(table)
+
+
+def _write_fitted(table: pa.Table, console: Console, *, newest_first: bool) -> None:
+    """Write a table as wide as a terminal or a page, or a long one in a pipe with a line for each row."""
+    from avss_dist.report.terminal.tables import plain_table
+
+    if len(table) > MAX_FITTED and not console.is_terminal:
+        return _write_lines(table)
+    hidden = len(table) - MAX_ROWS if console.is_terminal else 0
+    if hidden > 0:
+        last = 0 if newest_first else MAX_ROWS // 2
+        table = pa.concat_tables([table.slice(0, MAX_ROWS - last), table.slice(len(table) - last)])
+    console.print(plain_table(table.column_names, [tuple(row.values()) for row in _rows(table)]))
+    if hidden > 0:
+        where = "older rows" if newest_first else f"rows between the first and the last {MAX_ROWS // 2}"
+        emit(f"{hidden:,} {where} are not shown; a file or a pipe gets all: --format csv > FILE.csv.")
     return None
 
 

@@ -249,26 +249,29 @@ class TableParts:
         The rows of replaced parts are read from them, those of other missing runs from their files. Runs whose file
         cannot be read are left out.
         """
-        schema = encoded_schema(self._name)
         source = {run_id: part for part in replaced for run_id in coverage.spare.get(part, part.stamps)}
         run_ids = [*source, *sorted(set(missing) - source.keys())]
         chunks = [run_ids[start : start + MAX_RUNS] for start in range(0, len(run_ids), MAX_RUNS)]
         chunks = [chunk for chunk in chunks if len(chunk) >= minimum]
+        schema = encoded_schema(self._name)
         for chunk in tracked(chunks, f"Copying the {self._name} of {len(run_ids):,} runs, once"):
-            tables = []
-            for part in dict.fromkeys(source[run_id] for run_id in chunk if run_id in source):
-                ids = [run_id for run_id in chunk if source.get(run_id) is part]
-                with suppress(OSError, pa.ArrowException):
-                    texts = [field.name for field in schema if pa.types.is_dictionary(field.type)]
-                    rows = pq.ParquetFile(part.path, read_dictionary=texts).read()
-                    tables.append(rows.filter(pc.is_in(rows["run_id"].cast(pa.string()), pa.array(ids))))
+            from_parts = self._rows_of_parts([run_id for run_id in chunk if run_id in source], source)
             with ThreadPoolExecutor(READERS) as pool:
-                read = pool.map(self._read_or_nothing, [run_id for run_id in chunk if run_id not in source])
-                tables += [table for table in read if table is not None]
+                read = list(pool.map(self._read_or_nothing, [run_id for run_id in chunk if run_id not in source]))
+            tables = [*from_parts, *(table for table in read if table is not None)]
             rows = pa.concat_tables([schema.empty_table(), *_conformed(tables, schema)])
             copied = {run_id: stamps[run_id] for run_id in sorted(pc.unique(rows["run_id"]).to_pylist())}
             if copied:
                 yield copied, rows
+
+    def _rows_of_parts(self, run_ids: Sequence[str], source: Mapping[str, Part]) -> Iterator[pa.Table]:
+        """Yield rows of runs from the parts that hold them. Parts that cannot be read are left out."""
+        texts = [field.name for field in encoded_schema(self._name) if pa.types.is_dictionary(field.type)]
+        for part in dict.fromkeys(source[run_id] for run_id in run_ids):
+            ids = pa.array([run_id for run_id in run_ids if source[run_id] is part], pa.string())
+            with suppress(OSError, pa.ArrowException):
+                rows = pq.ParquetFile(part.path, read_dictionary=texts).read()
+                yield rows.filter(pc.is_in(rows["run_id"].cast(pa.string()), ids))
 
     def _read_or_nothing(self, run_id: str) -> pa.Table | None:
         try:

@@ -365,21 +365,18 @@ class Warehouse:
 
     def _dataset(self, name: str, files: Files, wanted: Collection[str] | None = None) -> ds.Dataset | None:
         """Return rows of files of a table: parts of it, and the files of wanted runs that are in no part."""
-        few = wanted is not None and len(wanted) < MIN_RUNS and self.storage.is_local
-        ids = {self.storage.run_id(path) for path in files} if wanted is None else set(wanted)
-        chosen = {path: stamp for path, stamp in files.items() if self.storage.run_id(path) in ids}
-        if not self._reads_parts or name not in SORTED_BY or few:
-            parts, uncopied = [], chosen
-        else:
-            run_ids = [self.storage.run_id(path) for path in chosen]
-            copies = self._table_parts(name).covering(self._stamps(files), run_ids)
-            copied = {run_id for part in copies for run_id in part.stamps}
-            paths = [str(part.path) for part in copies]
-            parts = [ds.dataset(paths, table_schema(name), "parquet")] if paths else []
-            uncopied = {path: stamp for path, stamp in chosen.items() if self.storage.run_id(path) not in copied}
+        stamps = self._stamps(files)
+        run_ids = stamps.keys() if wanted is None else stamps.keys() & set(wanted)
+        has_parts = self._reads_parts and name in SORTED_BY
+        if wanted is not None and len(run_ids) < MIN_RUNS and self.storage.is_local:
+            has_parts = False  # a few files are read sooner than a large one
+        parts = self._table_parts(name).covering(stamps, run_ids) if has_parts else ()
+        remaining = run_ids - {run_id for part in parts for run_id in part.stamps}
+        uncopied = self._of_runs(files, remaining)
+        datasets = [ds.dataset([str(part.path) for part in parts], table_schema(name), "parquet")] if parts else []
         if uncopied:
-            parts.append(self._digested(uncopied) if name == DIGESTS else self._open(name, uncopied))
-        return None if not parts else parts[0] if len(parts) == 1 else ds.dataset(parts)
+            datasets.append(self._digested(uncopied) if name == DIGESTS else self._open(name, uncopied))
+        return ds.dataset(datasets) if len(datasets) > 1 else next(iter(datasets), None)
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
         """Return the readable files of a table. A table of whole runs has files of the runs ``done`` alone."""
@@ -389,6 +386,9 @@ class Warehouse:
             for path, (run, stamp) in self.storage.files(_stored(name)).items()
             if (chosen is None or run in chosen) and (path, stamp) not in self._unreadable
         }
+
+    def _of_runs(self, files: Files, run_ids: Collection[str]) -> Files:
+        return {path: stamp for path, stamp in files.items() if self.storage.run_id(path) in run_ids}
 
     def _stamps(self, files: Files) -> dict[str, str]:
         return {self.storage.run_id(path): stamp for path, stamp in files.items()}
