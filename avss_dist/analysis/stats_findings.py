@@ -28,8 +28,9 @@ Columns = Mapping[str, NDArray[Any]]
 
 
 def as_columns(table: pa.Table) -> dict[str, NDArray[Any]]:
-    """Return the columns of a table that hold no lists."""
-    return {field.name: table[field.name].to_numpy() for field in table.schema if not pa.types.is_list(field.type)}
+    """Return the columns of numbers of a table."""
+    numbers = [f.name for f in table.schema if pa.types.is_integer(f.type) or pa.types.is_floating(f.type)]
+    return {name: table[name].to_numpy() for name in numbers}
 
 
 def grouped(rows: Rows, *names: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
@@ -51,7 +52,8 @@ def of_digests(digests: pa.Table, threshold: Threshold) -> Iterator[Row]:
         threshold: a threshold that was counted.
     """
     table = _in_order(digests)
-    columns = as_columns(table) | {"near_zero": _near_zero(table, threshold)}
+    is_update = pc.equal(table["site"], "update").to_numpy()
+    columns = as_columns(table) | {"near_zero": _near_zero(table, threshold), "is_update": is_update}
     for key, start, stop in slices_by(table, ["run_id", "site"]):
         layers = {name: values[start:stop] for name, values in columns.items()}
         checks = (
@@ -169,7 +171,7 @@ def _first_token(layers: Columns) -> Iterator[Row]:
 def _identity_layers(layers: Columns) -> Iterator[Row]:
     """Yield a finding on layers whose update is zero, or negligible relative to their input."""
     layer, tokens, magnitude = (layers[name] for name in ("layer", "token_count", "relative_magnitude_sum"))
-    unmoved = (layers["site"] == "update") & (layers["count"] > 0) & (layers["max_abs"] == 0)
+    unmoved = layers["is_update"] & (layers["count"] > 0) & (layers["max_abs"] == 0)
     known = (tokens > 0) & np.isfinite(magnitude)
     moved = dict(zip(layer[known].tolist(), (magnitude[known] / tokens[known]).tolist(), strict=True))
     still = set(layer[unmoved].tolist()) | {name for name, size in moved.items() if size < IDENTITY}
