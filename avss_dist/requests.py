@@ -214,6 +214,10 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     """Estimate the effect of leaving layers out, at the cost of about 8 passes."""
     draws: Annotated[Positive, Option(panel=LEFT_OUT)] = DRAWS
     """Draws of labels for `damage`."""
+    lens: Annotated[bool, Option(panel=LEFT_OUT)] = False
+    """Measure what the logit lens predicts after each layer, and the shape of the hidden states before it."""
+    spectra: Annotated[bool, Option(panel=LEFT_OUT)] = False
+    """Fit the power law of the eigenvalues of each layer's weights."""
     skip_sequences: Count = 0
     """Skip this many rows at the start of the corpus."""
     allow_many: Annotated[bool, Option(names=("--yes",))] = False
@@ -222,10 +226,10 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     shared = EVALUATED
 
     def __post_init__(self) -> None:
-        if not (self.leave_one_out or self.sublayers or self.shapley or self.gradients or self.damage):
-            raise ConfigError(
-                "Nothing would be measured.", "Choose `leave_one_out`, `sublayers`, `shapley`, `gradients` or `damage`."
-            )
+        measures = ("leave_one_out", "sublayers", "shapley", "gradients", "damage", "lens", "spectra")
+        if not any(getattr(self, name) for name in measures):
+            named = ", ".join(f"`{name}`" for name in measures[:-1])
+            raise ConfigError("Nothing would be measured.", f"Choose {named} or `{measures[-1]}`.")
 
 
 @request
@@ -503,6 +507,8 @@ class DistillRequest(Request):
     """End after this many evaluations in a row that are no better than the best."""
     seed: Annotated[Count, Option(panel=TRAINING)] = 0
     """Seed of the order of the text, and of the teacher's own text."""
+    picture: PathOrText | None = None
+    """Picture to draw of what is kept by tokens, for each text: FILE.png, .svg or .html."""
 
     shared = (
         *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
