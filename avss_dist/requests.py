@@ -658,6 +658,11 @@ class PublishRequest(WarehouseRequest):
 
 
 @request
+class CompactRequest(WarehouseRequest):
+    """Copy the finished runs of a warehouse into few large files beside the small ones."""
+
+
+@request
 class QueryRequest(WarehouseRequest):
     """Query a warehouse with SQL."""
 

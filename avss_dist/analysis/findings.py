@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, product
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from avss_dist.analysis.experts import expert_findings
 from avss_dist.analysis.stats_findings import (
     DOMINANT,
-    NONFINITE,
-    STATS,
+    Columns,
     Row,
     Rows,
     describe,
@@ -23,8 +21,7 @@ from avss_dist.analysis.stats_findings import (
     grouped,
     layers_in_words,
     nonfinite_layers,
-    of_stats,
-    read_stats,
+    of_digests,
 )
 from avss_dist.core.names import ROW_START
 from avss_dist.core.registry import RECIPES
@@ -34,7 +31,6 @@ from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, spearman_rows
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.stats.scores import MINIMUM_NEAR_ZERO, NOISY_BELOW, Threshold
-from avss_dist.system.progress_bar import tracked
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.slices import slices_by
@@ -112,10 +108,9 @@ def findings(
     readings = _by_reading(scores)
     rows = _of_scores(readings, names, threshold)
     if rankings_alone:
-        rows += _nonfinite(warehouse, names)
+        rows += _in_order(nonfinite_layers(warehouse.digests(names)), names)
     else:
-        for name, table in warehouse.stats_by_run(tracked(names, f"Findings of {len(names):,} runs"), STATS):
-            rows += [{"run_id": name, **row} for row in of_stats(read_stats(table), threshold)]
+        rows += _in_order(of_digests(warehouse.digests(names), threshold), names)
         rows += [{"run_id": name, **row} for name, row in expert_findings(warehouse, names)]
         rows += [{"run_id": run["run_id"], **row} for run in runs for row in _no_interval(run)]
         rows += _first_tokens(runs, readings)
@@ -125,12 +120,10 @@ def findings(
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def _nonfinite(warehouse: Warehouse, run_ids: Sequence[str]) -> list[Row]:
-    """Return the findings on NaN and infinite elements; only the statistics that have some are read."""
-    where = pc.field("nonfinite_count") > 0
-    stats = read_stats(warehouse.table("layer_stats", run_ids=run_ids, columns=NONFINITE, where=where))
-    by_run = grouped(stats, "run_id")
-    return [{"run_id": run_id, **row} for (run_id,), rows in by_run.items() for row in nonfinite_layers(rows)]
+def _in_order(findings: Iterable[Row], run_ids: Sequence[str]) -> list[Row]:
+    """Return findings in the order of the runs that they are about."""
+    position = {run_id: index for index, run_id in enumerate(run_ids)}
+    return sorted(findings, key=lambda row: position[row["run_id"]])
 
 
 def of_rankings(table: pa.Table, score: str) -> pa.Table:
@@ -178,7 +171,6 @@ SCORES = (
 )
 
 
-Columns = Mapping[str, NDArray[Any]]  # by name, a value for each layer; missing numbers are NaN
 Reading = tuple[str, str, str]  # run, site and recipe
 PLACE = ("run_id", "site", "recipe")
 """Columns of a reading."""
@@ -188,9 +180,7 @@ def _of_scores(readings: Mapping[Reading, Columns], run_ids: Sequence[str], thre
     """Return the findings that follow from the scores of runs at one threshold, in the order of the runs."""
     at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
     found = [*_of_readings(readings, threshold), *_of_recipes(readings)]
-    position = {run_id: index for index, run_id in enumerate(run_ids)}
-    found.sort(key=lambda row: position[row["run_id"]])
-    return [row | at for row in found]
+    return [row | at for row in _in_order(found, run_ids)]
 
 
 def _of_readings(readings: Mapping[Reading, Columns], threshold: Threshold) -> Iterator[Row]:

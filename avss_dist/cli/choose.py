@@ -20,10 +20,10 @@ MOST_NAMED = 5  # runs that cannot be read
 
 
 def open_warehouse(root: str) -> Warehouse:
-    """Open a warehouse. When the command ends, runs that could not be read are listed."""
+    """Open a warehouse as it is now. When the command ends, runs that could not be read are listed."""
     from avss_dist.warehouse.reader import Warehouse
 
-    opened = Warehouse(root)
+    opened = Warehouse(root, snapshot=True)
     at_end(lambda: _say_damaged(opened.damaged))
     return opened
 

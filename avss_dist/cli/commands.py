@@ -82,6 +82,9 @@ COMMANDS = {
         "publish",
         "Write the finished runs as a few Parquet files, with a DuckDB catalog and a dataset card, for others to read.",
     ),
+    "compact": Command(
+        READ, "compact", "Copy many finished runs into few large files, so that every reader opens them in a moment."
+    ),
     "query": Command(READ, "read", "Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."),
     "plan": Command(
         CHANGE, "plan", "Choose the layers to drop, and write a plan with the reason and what speaks against it."
@@ -136,6 +139,7 @@ EXAMPLES = {
     "plot": ("avss plot --run smollm2 -o layers.png",),
     "report": ("avss report -o report.html",),
     "publish": ("avss publish published",),
+    "compact": ("avss compact -w s3://bucket/warehouse",),
     "query": (
         "avss query --schema",
         "avss query 'SELECT model, layer, rank FROM scores_at(0.01) WHERE rank < 4'",

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 SHOW_FORMATS = (*FORMATS, "markdown", "latex")
 QUERY_FORMATS = (*FORMATS, "markdown", "parquet")
 LISTED = {
-    "runs": """SELECT run_id, model, status, corpus, num_tokens, dtype, created_at,
-        CASE status WHEN 'done' THEN num_shards END AS kept_shards, num_shards FROM runs ORDER BY created_at DESC""",
     "plans": """SELECT model, removals(drop) AS drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at
         FROM evaluations WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL ORDER BY evaluated_at DESC""",
     "evaluations": """SELECT model, removals(drop) AS drop, task, metric, value, stderr, created_at
         FROM evaluations WHERE layer IS NULL ORDER BY created_at DESC""",
 }
-"""SQL query of each list of `avss ls`, newest first."""
+"""SQL query of the lists of `avss ls` other than that of runs, newest first."""
+RUNS = ("run_id", "model", "status", "corpus", "num_tokens", "dtype", "created_at", "kept_shards", "num_shards")
+"""Columns of the list of runs."""
 UNFINISHED = "unfinished"  # the status of a run that has begun and has no row
 
 
@@ -49,24 +49,22 @@ def ls(format: str, **values: Any) -> None:
 
 
 def _listed_runs(opened: Warehouse) -> pa.Table:
-    """Return the rows of the query for runs, after those of unfinished runs."""
+    """Return the unfinished runs, then the others, newest first."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     unfinished = opened.unfinished()
+    begun = unfinished.append_column("status", pa.array([UNFINISHED] * len(unfinished), pa.string()))
+    begun = begun.append_column("created_at", pc.cast(unfinished["started_at"], pa.timestamp("us", "UTC")))
     try:
-        ended = opened.sql(LISTED["runs"])
+        ended = opened.table("runs", columns=[name for name in RUNS if name != "kept_shards"])
     except WarehouseError:
         if not unfinished:
             raise
-        ended = None
-    if not unfinished:
-        return ended
-    columns = ("run_id", "model", "status", "corpus", "num_tokens", "dtype", "created_at", "kept_shards", "num_shards")
-    begun = unfinished.append_column("status", pa.array([UNFINISHED] * len(unfinished)))
-    time = pc.cast(unfinished["started_at"], pa.timestamp("us", "UTC"))
-    begun = begun.append_column("created_at", time).select(columns)
-    return begun if ended is None else pa.concat_tables([begun.cast(ended.schema), ended])
+        return begun.select(RUNS)
+    kept = pc.if_else(pc.equal(ended["status"], "done"), ended["num_shards"], None)
+    ended = ended.append_column("kept_shards", kept).select(RUNS).sort_by([("created_at", "descending")])
+    return pa.concat_tables([begun.select(RUNS).cast(ended.schema), ended])
 
 
 def _with_kept_shards(table: pa.Table) -> pa.Table:

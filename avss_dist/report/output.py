@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from decimal import Decimal
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 10_000  # of a table, as Python objects
 MAX_ROWS = 40  # of a table on a terminal
+MAX_FITTED = 200  # rows of a table in a pipe that is fitted to the width of a page
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -70,23 +71,14 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
     """Write a table to standard output: ``table``, ``csv``, ``json`` (an object a line), ``markdown``, ``parquet``.
 
     Of a long ``table``, a terminal shows the first and the last rows and how many are between them. Files, pipes and
-    the other kinds have all rows.
+    the other kinds have all rows; there, a row of a long ``table`` is one line.
 
     Args:
         newest_first: the first rows matter most, so a terminal shows no others.
     """
     table = table.rename_columns(_distinct(table.column_names))
     if kind == "table":
-        from avss_dist.report.terminal.tables import plain_table
-
-        hidden = len(table) - MAX_ROWS if console.is_terminal else 0
-        if hidden > 0:
-            last = 0 if newest_first else MAX_ROWS // 2
-            table = pa.concat_tables([table.slice(0, MAX_ROWS - last), table.slice(len(table) - last)])
-        console.print(plain_table(table.column_names, [tuple(row.values()) for row in _rows(table)]))
-        if hidden > 0:
-            where = "older rows" if newest_first else f"rows between the first and the last {MAX_ROWS // 2}"
-            emit(f"{hidden:,} {where} are not shown; a file or a pipe gets all: --format csv > FILE.csv.")
+        _write_fitted(table, console, newest_first=newest_first)
     elif kind == "json":
         for row in _rows(table):
             emit_json(map_leaves(row, _as_json))
@@ -100,6 +92,42 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
             writer.writerow(map(csv_cell, cells))
     else:
         _write_parquet(table)
+
+
+def _write_fitted(table: pa.Table, console: Console, *, newest_first: bool) -> None:
+    """Write a table as wide as a terminal or a page, or a long one in a pipe with a line for each row."""
+    from avss_dist.report.terminal.tables import plain_table
+
+    if len(table) > MAX_FITTED and not console.is_terminal:
+        return _write_lines(table)
+    hidden = len(table) - MAX_ROWS if console.is_terminal else 0
+    if hidden > 0:
+        last = 0 if newest_first else MAX_ROWS // 2
+        table = pa.concat_tables([table.slice(0, MAX_ROWS - last), table.slice(len(table) - last)])
+    console.print(plain_table(table.column_names, [tuple(row.values()) for row in _rows(table)]))
+    if hidden > 0:
+        where = "older rows" if newest_first else f"rows between the first and the last {MAX_ROWS // 2}"
+        emit(f"{hidden:,} {where} are not shown; a file or a pipe gets all: --format csv > FILE.csv.")
+    return None
+
+
+def _write_lines(table: pa.Table) -> None:
+    """Write a long table with a line for each row, as wide as needed, with `ROWS_AT_ONCE` rows in memory at a time.
+
+    The columns are as wide as the headings and the first of these rows need.
+    """
+    from avss_dist.report.terminal.tables import describe_value
+
+    def print_line(cells: Sequence[str]) -> None:
+        emit("  ".join([align(text, width) for align, text, width in zip(alignments, cells, widths, strict=True)]))
+
+    rows = ([describe_value(value).replace("\n", " ") for value in row.values()] for row in _rows(table))
+    first = list(islice(rows, ROWS_AT_ONCE))
+    widths = [max(map(len, cells)) for cells in zip(table.column_names, *first, strict=True)]
+    numbers = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
+    alignments = [str.rjust if number else str.ljust for number in numbers]
+    for cells in chain([table.column_names, ["-" * width for width in widths]], first, rows):
+        print_line(cells)
 
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with

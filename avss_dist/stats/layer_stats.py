@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from avss_dist.stats.experts import ExpertStats
 from avss_dist.stats.histogram import (
@@ -223,15 +223,21 @@ def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> t
     return count, mean, m2_a + m2_b + delta * delta * (count_a * (count_b / count))
 
 
-def share_of_m2(part: tuple[int, float, float], mean: float, m2: float) -> float:
-    """Return the share of a sample's ``m2`` that a part contributes. NaN if the part is empty or m2 is 0.
+def share_of_m2(part: tuple[ArrayLike, ArrayLike, ArrayLike], mean: ArrayLike, m2: ArrayLike) -> Float64:
+    """Return the share of a sample's ``m2`` that a part contributes, NaN if the part is empty or m2 is 0.
 
     Args:
-        part: count, mean and m2 of the part.
+        part: count, mean and m2 of the part. Arrays are of several samples.
         mean, m2: mean and m2 of the whole sample.
     """
-    count, part_mean, part_m2 = part
-    return (part_m2 + count * (part_mean - mean) ** 2) / m2 if count and m2 > 0 else np.nan
+    count, part_mean, part_m2, whole_mean, whole_m2 = np.broadcast_arrays(*map(_as_floats, (*part, mean, m2)))
+    contributed = part_m2 + count * (part_mean - whole_mean) ** 2
+    known = (count > 0) & (whole_m2 > 0)
+    return np.divide(contributed, whole_m2, out=np.full(contributed.shape, np.nan), where=known)
+
+
+def _as_floats(values: ArrayLike) -> Float64:
+    return np.asarray(values, np.float64)
 
 
 def _add_units(a: Float64, b: Float64) -> Float64:

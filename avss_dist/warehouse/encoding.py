@@ -119,6 +119,43 @@ def parse(data: pa.Buffer) -> pa.Table:
     return file.read(use_threads=False)
 
 
+def read_rows(data: pa.Buffer, schema: pa.Schema, run_id: str) -> pa.Table:
+    """Return rows of a file, unverified: the columns of a schema that it has, of the types that it has, and ``run_id``.
+
+    Args:
+        schema: columns to read. Those whose type is a dictionary are read as dictionaries.
+
+    Raises:
+        WarehouseError: a newer avss_dist wrote it.
+        OSError, pa.ArrowException: it is damaged, or its schema is too old.
+    """
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(data))
+        stored = {metadata.schema.column(i).path.partition(".")[0] for i in range(len(metadata.schema))}
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
+    _require_version((metadata.metadata or {}).get(_VERSION))
+    names = [field.name for field in schema if field.name in stored - {"run_id"}]
+    texts = [name for name in names if pa.types.is_dictionary(schema.field(name).type)]
+    file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts)
+    rows = file.read(names, use_threads=False).replace_schema_metadata(None)
+    ids = pa.repeat(run_id, len(rows))
+    return rows.append_column("run_id", ids.dictionary_encode() if texts else ids)
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return rows in a schema. Missing columns are null.
+
+    Raises:
+        pa.ArrowInvalid, pa.ArrowNotImplementedError: a column has a type that cannot be cast.
+    """
+    columns = []
+    for field in schema:
+        column = table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+        columns.append(column if column.type == field.type else column.cast(field.type))
+    return pa.table(columns, schema=schema)
+
+
 def _verify(data: pa.Buffer, checksum: bytes) -> None:
     """Raise ArrowInvalid if a file does not match its checksum, computed with zeros in the checksum's place."""
     unsigned = bytearray(data)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Unpack
 
@@ -18,18 +17,27 @@ import pyarrow.dataset as ds
 from avss_dist.core.errors import DamagedFile, QueryError, WarehouseError, nearest, require_known
 from avss_dist.core.text import RedactedURI, basename, count_of
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
-from avss_dist.warehouse.cache import Files, copied_rows
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
-from avss_dist.warehouse.encoding import decode_shard, parse, require_readable, to_stats, to_strata
+from avss_dist.warehouse.compaction import (
+    DIGESTS,
+    MIN_RUNS,
+    READERS,
+    SORTED_BY,
+    TableParts,
+    encoded_schema,
+    table_schema,
+)
+from avss_dist.warehouse.digest import DIGEST, SOURCE, digest
+from avss_dist.warehouse.encoding import conform, decode_shard, parse, read_rows, require_readable, to_stats, to_strata
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS, Selection
-from avss_dist.warehouse.slices import slices_by
-from avss_dist.warehouse.storage import PLAN, Storage
+from avss_dist.warehouse.storage import FILE_NAMES, PLAN, Storage
 
 T = TypeVar("T")
+Files = Mapping[str, str]
+"""Size and time of change of files, by path."""
 
 RUN_FOLDER = "run_id="  # before a run's id: the name of its folder in a table
 AT_ONCE = 8  # partials that are read together
-RUNS_AT_ONCE = 32  # runs whose merged statistics are read together
 
 
 class Warehouse:
@@ -42,6 +50,7 @@ class Warehouse:
 
     Args:
         root: a folder, or an ``s3://``, ``gs://``, ``hdfs://`` or ``file://`` URI. Opening it reads nothing.
+        snapshot: list its folders once, at the first use. All methods then see the runs of that moment, and cost less.
 
     Attributes:
         storage: storage of its files.
@@ -50,10 +59,13 @@ class Warehouse:
         WarehouseError: there is no such kind of storage.
     """
 
-    _cached = True  # tables of many files are read from copies in the user's cache, see `cache`
+    _reads_parts = True  # tables of many files are read from few large ones, see `compaction`
 
-    def __init__(self, root: str | Path) -> None:
-        self.storage = Storage(root)
+    def __init__(self, root: str | Path, *, snapshot: bool = False) -> None:
+        self.storage = Storage(root, snapshot=snapshot)
+        self._parts: dict[str, TableParts] = {}
+        self._snapshot = snapshot
+        self._finished: tuple[ds.Dataset, set[str]] | None = None  # of a snapshot
         self._unreadable: dict[tuple[str, str], str] = {}  # the reason by path and time of change
         self._damaged: dict[str, str] = {}
 
@@ -89,7 +101,7 @@ class Warehouse:
             dataset = datasets[name]
             return schema.empty_table().select(read) if dataset is None else dataset.to_table(read, filter=where)
 
-        return self._whole(name, self._read([name], rows)).select(wanted)
+        return self._whole(name, self._read([name], rows, wanted=run_ids)).select(wanted)
 
     def dataset(self, name: str) -> ds.Dataset | None:
         """Return the rows of `table` as a dataset that is not read yet, or None if the table has no file."""
@@ -202,42 +214,36 @@ class Warehouse:
         with self.storage.reading(path):
             return to_strata(checked_rows("stratum_stats", run_id, parse(data)))
 
-    def stats_by_run(self, run_ids: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
-        """Yield each run's rows of ``layer_stats``, as `table` reads them; `RUNS_AT_ONCE` runs are in memory at a time.
+    def digests(self, run_ids: Collection[str]) -> pa.Table:
+        """Read the digests of the merged statistics of runs, with the columns of `digest.DIGEST`.
 
-        Args:
-            columns: ``run_id`` among them.
+        Runs whose statistics cannot be read are left out, and noted in `damaged`.
         """
-        dataset = self.dataset("layer_stats")
-        if dataset is None:
-            return
-        files: dict[str, list[ds.Fragment]] = {}
-        for file in dataset.get_fragments():
-            files.setdefault(ds.get_partition_keys(file.partition_expression)["run_id"], []).append(file)
-        remaining = iter(run_ids)
-        while batch := [*islice(remaining, RUNS_AT_ONCE)]:
-            table = self._read_files(dataset, {run_id: files.get(run_id, []) for run_id in batch}, columns)
-            table = self._whole("layer_stats", table).sort_by("run_id")
-            slices = {key["run_id"]: (start, stop) for key, start, stop in slices_by(table, ["run_id"])}
-            for run_id in batch:
-                if run_id in slices:
-                    start, stop = slices[run_id]
-                    yield run_id, table.slice(start, stop - start)
+        wanted = pc.field("run_id").isin(pa.array(run_ids, pa.string()))
 
-    def _read_files(
-        self, dataset: ds.FileSystemDataset, files: Mapping[str, Sequence[ds.Fragment]], columns: Sequence[str]
-    ) -> pa.Table:
-        """Read columns of the files of some runs; runs with a file that cannot be read are noted and left out."""
-        fragments = [file for of_run in files.values() for file in of_run]
-        try:
-            every = ds.FileSystemDataset(fragments, dataset.schema, dataset.format, dataset.filesystem)
-            return every.to_table(list(columns))
-        except (OSError, pa.ArrowException) as error:
-            if len(files) > 1:
-                tables = [self._read_files(dataset, {run_id: of_run}, columns) for run_id, of_run in files.items()]
-                return pa.concat_tables(tables)
-            self._note(next(iter(files)), self.storage.damage(f"{self.root}/layer_stats", error))
-            return dataset.schema.empty_table().select(list(columns))
+        def rows(datasets: Mapping[str, ds.Dataset | None]) -> pa.Table:
+            dataset = datasets[DIGESTS]
+            return DIGEST.empty_table() if dataset is None else dataset.to_table(filter=wanted)
+
+        return self._read([DIGESTS], rows, wanted=run_ids)
+
+    def compact(self) -> dict[str, int]:
+        """Copy the rows of finished runs into few large files, which readers use in place of the small ones.
+
+        The small files stay valid. The large ones are in the folder ``compacted``, and may be deleted at any time.
+
+        Returns:
+            The number of newly copied runs or evaluations by table.
+
+        Raises:
+            StorageFull, WarehouseError: a file cannot be written, or the warehouse cannot be read.
+        """
+        _, done = self._runs()
+        counts = {}
+        for name in SORTED_BY:
+            files = self._files(name, done)
+            counts[name] = self._table_parts(name).compact(self._stamps(files)) if files else 0
+        return counts
 
     def num_partials(self, run_id: str) -> int:
         """Return the number of stored shards of a run, by the names of their files."""
@@ -288,16 +294,18 @@ class Warehouse:
         names: Iterable[str],
         work: Callable[[dict[str, ds.Dataset | None]], T],
         failures: tuple[type[Exception], ...] = (),
+        wanted: Collection[str] | None = None,
     ) -> T:
         """Return the result of work on datasets of tables at one moment. If files are damaged, repeat it without them.
 
         Args:
             failures: exceptions of ``work`` for files that cannot be read, in addition to those of pyarrow.
+            wanted: ids of the runs that the work is about; None for all. Datasets may have others too.
         """
-        known = [require_known("table", name, TABLES, WarehouseError) for name in names]
+        known = [require_known("table", name, [*TABLES, DIGESTS], WarehouseError) for name in names]
         while True:
             try:
-                return work(self._datasets(known))
+                return work(self._datasets(known, wanted))
             except (OSError, pa.ArrowException, *failures) as error:
                 if not self._leave_out_unreadable({"runs", *known}):
                     if isinstance(error, failures):
@@ -305,9 +313,11 @@ class Warehouse:
                     with self.storage.reading(f"{self.root}/{known[0] if known else 'runs'}"):
                         raise
 
-    def _datasets(self, names: Sequence[str]) -> dict[str, ds.Dataset | None]:
+    def _datasets(self, names: Sequence[str], wanted: Collection[str] | None = None) -> dict[str, ds.Dataset | None]:
         runs, done = self._runs()
-        return {name: runs if name == "runs" else self._dataset(name, self._files(name, done)) for name in names}
+        others = {name: self._files(name, done) for name in names if name != "runs"}
+        datasets = {name: self._dataset(name, files, wanted) for name, files in others.items()}
+        return datasets | ({"runs": runs} if "runs" in names else {})
 
     def _runs(self) -> tuple[ds.Dataset, set[str]]:
         """Return the dataset of ``runs``, and the ids of finished runs.
@@ -315,6 +325,15 @@ class Warehouse:
         Raises:
             WarehouseError: there is no run, or a newer avss_dist wrote one.
         """
+        if self._finished is None:
+            finished = self._read_runs()
+            if not self._snapshot:
+                return finished
+            self._finished = finished
+        return self._finished
+
+    def _read_runs(self) -> tuple[ds.Dataset, set[str]]:
+        """Return what `_runs` returns, as the files are now."""
         files = self._files("runs", None)
         runs = self._dataset("runs", files)
         if runs is None and _ids(self.storage.names("cells"), RUN_FOLDER):  # of models that were not scored
@@ -344,26 +363,74 @@ class Warehouse:
             hint = f"{count_of(unfinished, 'run')} {'has' if unfinished == 1 else 'have'} begun: avss ls."
         raise WarehouseError(f"{self.root} {problem}.", hint)
 
-    def _dataset(self, name: str, files: Files) -> ds.Dataset | None:
-        copied, uncopied = self._parts(name, files)
-        parts = [*([] if copied is None else [copied]), *([self._open(name, uncopied)] if uncopied else [])]
-        return None if not parts else parts[0] if len(parts) == 1 else ds.dataset(parts)
+    def _dataset(self, name: str, files: Files, wanted: Collection[str] | None = None) -> ds.Dataset | None:
+        """Return rows of files of a table: parts of it, and the files of wanted runs that are in no part."""
+        stamps = self._stamps(files)
+        run_ids = stamps.keys() if wanted is None else stamps.keys() & set(wanted)
+        has_parts = self._reads_parts and name in SORTED_BY
+        if wanted is not None and len(run_ids) < MIN_RUNS and self.storage.is_local:
+            has_parts = False  # a few files are read sooner than a large one
+        parts = self._table_parts(name).covering(stamps, run_ids) if has_parts else ()
+        remaining = run_ids - {run_id for part in parts for run_id in part.stamps}
+        uncopied = self._of_runs(files, remaining)
+        datasets = [ds.dataset([str(part.path) for part in parts], table_schema(name), "parquet")] if parts else []
+        if uncopied:
+            datasets.append(self._digested(uncopied) if name == DIGESTS else self._open(name, uncopied))
+        return ds.dataset(datasets) if len(datasets) > 1 else next(iter(datasets), None)
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
         """Return the readable files of a table. A table of whole runs has files of the runs ``done`` alone."""
         chosen = None if name in ("runs", "evaluations", "cells", "experiments") else done
         return {
             path: stamp
-            for path, (run, stamp) in self.storage.files(name).items()
+            for path, (run, stamp) in self.storage.files(_stored(name)).items()
             if (chosen is None or run in chosen) and (path, stamp) not in self._unreadable
         }
 
-    def _parts(self, name: str, files: Files) -> tuple[ds.Dataset | None, Files]:
-        """Return the cached rows of files of a table, and the files that are not in the cache."""
-        if not self._cached:
-            return None, files
-        where = f"{self.storage.filesystem.type_name}:{self.storage.base}"
-        return copied_rows(name, where, files, SCHEMAS[name], self._open_checked)
+    def _of_runs(self, files: Files, run_ids: Collection[str]) -> Files:
+        return {path: stamp for path, stamp in files.items() if self.storage.run_id(path) in run_ids}
+
+    def _stamps(self, files: Files) -> dict[str, str]:
+        return {self.storage.run_id(path): stamp for path, stamp in files.items()}
+
+    def _table_parts(self, name: str) -> TableParts:
+        if name not in self._parts:
+            self._parts[name] = TableParts(self.storage, name, lambda run_id: self._read_file(name, run_id))
+        return self._parts[name]
+
+    def _read_file(self, name: str, run_id: str) -> pa.Table:
+        """Return the rows of a run's file of a table, or their digest.
+
+        Raises:
+            pa.ArrowInvalid: the file is damaged or gone.
+            WarehouseError: a newer avss_dist wrote it, or the storage fails.
+        """
+        stored = _stored(name)
+        path = self.storage.path(stored, run_id, FILE_NAMES[stored])
+        try:
+            with self.storage.filesystem.open_input_file(path) as file:
+                data = file.read_buffer()
+            if name == DIGESTS:
+                return digest(conform(read_rows(data, SOURCE, run_id), SOURCE))
+            return read_rows(data, encoded_schema(name), run_id)
+        except FileNotFoundError:
+            raise pa.ArrowInvalid("it is gone") from None
+        except (OSError, pa.ArrowException) as error:
+            raise pa.ArrowInvalid(self.storage.damage(path, error)) from error
+
+    def _digested(self, files: Files) -> ds.Dataset:
+        """Return the digests of files of ``layer_stats``, without those that cannot be read, which are noted."""
+
+        def read(path: str) -> pa.Table:
+            run_id = self.storage.run_id(path)
+            try:
+                return self._read_file(DIGESTS, run_id)
+            except pa.ArrowInvalid as error:
+                self._note(run_id, f"layer_stats: {error}")
+                return DIGEST.empty_table()
+
+        with ThreadPoolExecutor(READERS) as pool:
+            return ds.dataset(pa.concat_tables(pool.map(read, files)))
 
     def _leave_out_unreadable(self, names: Iterable[str]) -> bool:
         """Find the files of tables that cannot be read, leave them out from now on, and return whether there are any.
@@ -371,9 +438,14 @@ class Warehouse:
         Raises:
             WarehouseError: the storage fails.
         """
+        self._finished = None
+        unreadable = [self._table_parts(name).leave_out_unreadable() for name in self._parts.keys() & set(names)]
+        if any(unreadable):
+            return True
         before = len(self._unreadable)
-        for name in names:
-            _, files = self._parts(name, self._files(name, None))
+        for name in set(names) - {DIGESTS}:
+            copied = self._parts[name].run_ids if name in self._parts else set()
+            files = {p: s for p, s in self._files(name, None).items() if self.storage.run_id(p) not in copied}
             with ThreadPoolExecutor() as pool:
                 reasons = pool.map(lambda path, name=name: self._why_unreadable(name, path), files)
                 for (path, stamp), reason in zip(files.items(), reasons, strict=True):
@@ -408,14 +480,13 @@ class Warehouse:
         hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
         return ds.dataset(sorted(files), SCHEMAS[name], "parquet", self.storage.filesystem, hive)
 
-    def _open_checked(self, name: str, files: Files) -> ds.Dataset:
-        dataset = self._open(name, files)
-        if name == "runs":
-            require_readable(dataset)
-        return dataset
-
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
         return self.storage.path(table, run_id, f"shard-{shard_id:05d}")
+
+
+def _stored(name: str) -> str:
+    """Return the table whose files hold a table: that of digests is ``layer_stats``, of others itself."""
+    return "layer_stats" if name == DIGESTS else name
 
 
 def _ids(names: Iterable[str], prefix: str) -> set[str]:

@@ -22,9 +22,10 @@ _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/")
 _OPEN_HINT = "Give a folder, or an s3://, gs://, hdfs:// or file:// URI."
 _ADDRESS_HINT = "Check the address, and who may {} there."
 PLAN = ".plan-"  # before the id of an unfinished run: the name of a file
+COMPACTED = "compacted"  # folder of copies of many files, beside the tables: see `compaction`
 MARK_SECONDS = 7 * 86_400.0  # that a driver may run at most, for its workers to find its mark
 _ONE_FILE = r"[0-9a-f]{20}"  # of a cell, an experiment or a sparsity plan: a part of its fingerprint
-_FILE_NAMES = {
+FILE_NAMES = {
     "runs": "run",
     "scores": "scores",
     "layer_stats": "layer_stats",
@@ -44,6 +45,10 @@ _FILE_NAMES = {
 class Storage:
     """The files under a folder or an ``s3://``, ``gs://``, ``hdfs://`` or ``file://`` URI. Opening it touches nothing.
 
+    Args:
+        root: address of the folder.
+        snapshot: list every folder once, so that all reads see it as it was at the first.
+
     Attributes:
         root: its name, without the keys of a URI.
 
@@ -51,8 +56,9 @@ class Storage:
         WarehouseError: there is no such kind of storage.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, snapshot: bool = False) -> None:
         self.root = RedactedURI(root)
+        self._listings: dict[tuple[str, bool], list[pafs.FileInfo]] | None = {} if snapshot else None
         scheme = _SCHEME.match(self.root)
         try:
             if scheme and scheme[1].lower() not in SCHEMES:
@@ -110,7 +116,7 @@ class Storage:
         """
         if not re.fullmatch(r"[A-Za-z0-9._-]+", run_id):
             raise ValueError(f"a run id is made of letters, digits, dots, hyphens and underscores, not {run_id!r}")
-        if not re.fullmatch(_FILE_NAMES[table], name):
+        if not re.fullmatch(FILE_NAMES[table], name):
             raise ValueError(f"'{name}' is not the name of a file of {table}")
         return f"{self.base}/{table}/run_id={run_id}/{name}.parquet"
 
@@ -121,19 +127,37 @@ class Storage:
             run_id: list only the folder of this run.
         """
         folder = f"{self.base}/{table}"
-        listed = folder if run_id is None else f"{folder}/run_id={run_id}"
-        selector = pafs.FileSelector(listed, recursive=True, allow_not_found=True)
-        with self.reading(f"{self.root}/{table}"):
-            infos = self.filesystem.get_file_info(selector)
-        name = re.compile(rf"/run_id=([\w.-]+)/{_FILE_NAMES[table]}\.parquet")
+        infos = self._list(table if run_id is None else f"{table}/run_id={run_id}", recursive=True)
+        name = re.compile(rf"/run_id=([\w.-]+)/{FILE_NAMES[table]}\.parquet")
         matches = ((info, name.fullmatch(info.path, len(folder))) for info in infos)
         return {info.path: (match[1], f"{info.size} {info.mtime_ns}") for info, match in matches if match}
 
     def names(self, table: str) -> set[str]:
         """Return the names of the files and folders right below a table. Its folders are not entered."""
-        selector = pafs.FileSelector(f"{self.base}/{table}", allow_not_found=True)
-        with self.reading(f"{self.root}/{table}"):
-            return {info.base_name for info in self.filesystem.get_file_info(selector)}
+        return {info.base_name for info in self._list(table, recursive=False)}
+
+    def _list(self, folder: str, *, recursive: bool) -> list[pafs.FileInfo]:
+        """Return the files and folders below a folder of the warehouse; none if it does not exist."""
+        known = {} if self._listings is None else self._listings
+        if (folder, recursive) not in known:
+            selector = pafs.FileSelector(f"{self.base}/{folder}", recursive=recursive, allow_not_found=True)
+            with self.reading(f"{self.root}/{folder}"):
+                known[folder, recursive] = self.filesystem.get_file_info(selector)
+        return known[folder, recursive]
+
+    def compacted_path(self, table: str, stem: str) -> str:
+        """Return the path of a part of a table, see `compaction`."""
+        return f"{self.base}/{COMPACTED}/{table}/{stem}.parquet"
+
+    def compacted(self, table: str) -> dict[str, str]:
+        """Return the paths of the parts of a table, by the stem of their names."""
+        prefix, suffix = f"{self.base}/{COMPACTED}/{table}/", ".parquet"
+        paths = (info.path for info in self._list(COMPACTED, recursive=True))
+        return {
+            path.removeprefix(prefix).removesuffix(suffix): path
+            for path in paths
+            if path.startswith(prefix) and path.endswith(suffix)
+        }
 
     def plan_path(self, run_id: str) -> str:
         """Return the path of the file that describes an unfinished run. Readers of tables ignore it."""

@@ -34,11 +34,11 @@ StrataStats = Mapping[StratumKey, LayerStats]
 class Store(Warehouse):
     """A writable warehouse. Opening it writes nothing.
 
-    It does not read copies in the user's cache. In addition to the exceptions of `Warehouse`, every
+    It does not read compacted files. In addition to the exceptions of `Warehouse`, every
     method raises StorageFull if there is no space left.
     """
 
-    _cached = False
+    _reads_parts = False
 
     def __init__(self, root: str | Path) -> None:
         super().__init__(root)

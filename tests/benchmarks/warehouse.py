@@ -1,10 +1,16 @@
-"""Time and memory of the commands that read a warehouse, and of every ready query, on many synthetic runs.
+"""Time, memory and requests of the commands that read a warehouse, and of every ready query, on many synthetic runs.
 
-    python tests/benchmarks/warehouse.py FOLDER [--runs 2000] [--layers 80] [--rounds 3] [--only compare ...]
+    python tests/benchmarks/warehouse.py FOLDER [--runs 2000] [--layers 80] [--rounds 3] [--s3] [--only compare ...]
 
 The warehouse is written where FOLDER has none (about a minute): two sites, every recipe and threshold of a real run,
-16 units, 200 bins. Every command runs in a process of its own, from start to end. Printed are the shortest of several
-rounds and, with it, the seconds of all cores and the peak memory. ``avss --version`` is the start of the interpreter.
+16 units, 200 bins. Every command runs in a process of its own, from start to end. They share a cache that is empty at
+first, so a command's first round copies what no earlier command has read. Printed are the seconds of all cores of the
+first round and, of later rounds, the fewest, with their seconds, and the peak memory of all rounds. ``avss --version``
+is the start of the interpreter.
+
+With ``--s3`` the warehouse is copied to a server of S3 on this machine (moto), the commands read it there, and the
+requests of the first and of a later round are printed. Commands in ``--only`` are run in their order; ``compact`` is
+one of them, which writes into the warehouse.
 """
 
 from __future__ import annotations
@@ -15,12 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.s3_server import Server
 
 from avss_dist.core.registry import RECIPES
 from avss_dist.core.settings import THRESHOLDS
@@ -184,17 +198,31 @@ COMMANDS = {
     "compare": ["compare"],
     "compare --by family": ["compare", "--by", "family"],
     "report": ["report", "-o", "report.html"],
+    "compact": ["compact"],
 }
 """Arguments of the commands by name. All but ``--version`` read the warehouse."""
 
 
-def measure(root: Path, arguments: list[str], folder: Path) -> tuple[float, float, float, int]:
-    """Run a command in a process of its own; return seconds, seconds of all cores, peak MiB, and bytes printed."""
-    warehouse = [] if arguments == ["--version"] else ["-w", str(root.resolve())]
-    command = [sys.executable, "-m", "avss_dist", *arguments, *warehouse]
+@dataclass(frozen=True)
+class Round:
+    """Cost of one run of a command: seconds, seconds of all cores, peak MiB, bytes printed, and requests to S3."""
+
+    seconds: float
+    of_cores: float
+    peak: float
+    printed: int
+    requests: int
+
+
+def measure(warehouse: str, arguments: list[str], folder: Path, log: Path) -> Round:
+    """Run a command in a process of its own, with its cache in ``folder``."""
+    command = [sys.executable, "-m", "avss_dist", *arguments]
+    command += [] if arguments == ["--version"] else ["-w", warehouse]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder.resolve() / "cache")}
+    before = _requests(log)
     with open(folder / "output", "wb") as output:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, cwd=folder)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, cwd=folder, env=environment)
         assert process.stderr is not None
         message = process.stderr.read()
         _, status, usage = os.wait4(process.pid, 0)
@@ -202,7 +230,32 @@ def measure(root: Path, arguments: list[str], folder: Path) -> tuple[float, floa
         if status:
             raise SystemExit(f"avss {' '.join(arguments)} failed:\n{message.decode()}")
     printed = (folder / "output").stat().st_size
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, printed
+    of_cores = usage.ru_utime + usage.ru_stime
+    return Round(seconds, of_cores, usage.ru_maxrss / 1024, printed, _requests(log) - before)
+
+
+def _requests(log: Path) -> int:
+    """Return the number of lines that the server has logged, one for each request."""
+    return log.read_bytes().count(b"HTTP/1.1") if log.exists() else 0
+
+
+@contextmanager
+def in_bucket(root: Path, log: Path) -> Iterator[str]:
+    """Copy a warehouse into a server of S3 that logs its requests, and yield the address of the copy."""
+    server = Server(log)
+    try:
+        os.environ |= {"AWS_ACCESS_KEY_ID": server.key, "AWS_SECRET_ACCESS_KEY": server.secret}
+        files = list(root.rglob("*.parquet"))
+
+        def put(path: Path) -> None:
+            key = f"copy/{path.relative_to(root).as_posix()}"
+            server.client.put_object(Bucket="lab", Key=key, Body=path.read_bytes())
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(put, files))
+        yield server.uri("copy")
+    finally:
+        server.close()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -214,18 +267,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=commands, default=list(commands))
+    parser.add_argument("--s3", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=commands, default=[name for name in commands if name != "compact"])
     options = parser.parse_args(arguments)
     if not options.folder.exists():
         start = time.perf_counter()
         write_warehouse(options.folder, options.runs, options.layers)
         print(f"written in {time.perf_counter() - start:.0f} s")
-    print(f"{'command':28} {'seconds':>8} {'of CPU':>8} {'peak MiB':>9} {'printed':>12}")
+    print(f"{'command':28} {'first':>8} {'of CPU':>8} {'seconds':>8} {'MiB':>6} {'printed':>12} {'requests':>16}")
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.only:
-            rounds = [measure(options.folder, commands[name], Path(folder)) for _ in range(options.rounds)]
-            seconds, cores, peak, printed = min(rounds)
-            print(f"{name:28} {seconds:8.2f} {cores:8.2f} {peak:9.0f} {printed:12,}", flush=True)
+        log = Path(folder) / "requests"
+        with in_bucket(options.folder, log) if options.s3 else nullcontext(str(options.folder.resolve())) as warehouse:
+            for name in options.only:
+                rounds = [measure(warehouse, commands[name], Path(folder), log) for _ in range(options.rounds)]
+                first, best = rounds[0], min(rounds[1:] or rounds, key=lambda cost: cost.of_cores)
+                peak = max(cost.peak for cost in rounds)
+                print(
+                    f"{name:28} {first.of_cores:8.2f} {best.of_cores:8.2f} {best.seconds:8.2f} {peak:6.0f} "
+                    f"{best.printed:12,} {f'{first.requests}, {best.requests}':>16}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--threshold": "1e-05",
     },
     "publish": {"target": None, "--warehouse": "warehouse"},
+    "compact": {"--warehouse": "warehouse"},
     "query": {"sql": None, "--warehouse": "warehouse", "--schema": False, "--output": None, "--format": "table"},
     "compare": {
         "--warehouse": "warehouse",

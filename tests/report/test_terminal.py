@@ -261,15 +261,29 @@ def test_a_terminal_shows_the_ends_of_a_long_table_and_a_pipe_all(
     capsys: pytest.CaptureFixture[str], newest_first: bool
 ) -> None:
     table = pa.table({"row": range(1000, 2000)})
-    shown = {}
-    for terminal in (True, False):
-        output = Console(file=(written := io.StringIO()), force_terminal=terminal, color_system=None)
-        write_table(table, "table", output, newest_first=newest_first)
-        shown[terminal] = [int(number) for number in re.findall(r"[12]\d{3}", written.getvalue())]
-    assert shown[False] == [*range(1000, 2000)]
+    output = Console(file=(written := io.StringIO()), force_terminal=True, color_system=None)
+    write_table(table, "table", output, newest_first=newest_first)
     first = 40 if newest_first else 20
-    assert shown[True] == [*range(1000, 1000 + first), *range(2000 - (40 - first), 2000)]
+    shown = [int(number) for number in re.findall(r"[12]\d{3}", written.getvalue())]
+    assert shown == [*range(1000, 1000 + first), *range(2000 - (40 - first), 2000)]
     hidden = "older rows" if newest_first else "rows between the first and the last 20"
     assert (
         capsys.readouterr().out == f"960 {hidden} are not shown; a file or a pipe gets all: --format csv > FILE.csv.\n"
     )
+    write_table(table, "table", Console(file=io.StringIO(), force_terminal=False), newest_first=newest_first)
+    assert capsys.readouterr().out.split() == ["row", "----", *map(str, range(1000, 2000))]
+
+
+def test_a_row_of_a_long_table_in_a_pipe_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avss_dist.report.output.ROWS_AT_ONCE", 100)
+    texts = ["a\nb", "x" * 200, *["short"] * 297, "longer than the first hundred " * 10, None]
+    table = pa.table({"text": texts, "number": [0.5, *range(300)], "list": [[1, 2]] * 301})
+    write_table(table, "table", Console(file=io.StringIO(), force_terminal=False))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 301
+    assert lines[0].split() == ["text", "number", "list"] and set(lines[1]) == {"-", " "}
+    assert lines[2].split() == ["a", "b", "0.5", "[1,", "2]"]
+    assert {line.index(" [1, 2]") for line in lines[2:-2]} == {200 + 2 + 6 + 1}
+    assert lines[-2].startswith(str(texts[-2])) and lines[-1].split() == ["299", "[1,", "2]"]

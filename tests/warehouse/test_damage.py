@@ -18,7 +18,7 @@ from support.warehouses import activations, rewrite_file, stats_of, write_measur
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import WarehouseError
 from avss_dist.report.page.page import report_page
-from avss_dist.warehouse import cache
+from avss_dist.warehouse import compaction, reader
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS
 
@@ -155,8 +155,8 @@ def test_without_a_run_that_can_be_read_it_is_an_error(root: Path) -> None:
 
 
 def test_damage_among_many_runs_is_not_copied(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cache, "MIN_FILES", 2)
-    monkeypatch.setattr(cache, "MAX_FILES", 8)
+    for module in (compaction, reader):
+        monkeypatch.setattr(module, "MIN_RUNS", 2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     truncate(file_of(root, "scores"))
     for _ in range(2):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,15 +13,13 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from support.command_line import avss
-from support.warehouses import Terminal, activations, stats_of, write_measured, write_scores
+from support.warehouses import activations, stats_of, write_measured, write_scores
 
 import avss_dist
 from avss_dist.core.errors import QueryError, WarehouseError
 from avss_dist.report.terminal.schema import schema_markdown
-from avss_dist.warehouse import cache
 from avss_dist.warehouse.query import FUNCTIONS, ready_queries
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
@@ -360,102 +357,6 @@ def test_only_what_a_query_mentions_is_opened(scored: Path, monkeypatch: pytest.
         opened.clear()
         assert Warehouse(scored).sql(query).num_rows
         assert sorted(opened) == tables
-
-
-# Many runs: copies in the cache.
-
-
-@pytest.fixture
-def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Ten runs, copied in parts of three, at least two."""
-    monkeypatch.setattr(cache, "MIN_FILES", 2)
-    monkeypatch.setattr(cache, "MAX_FILES", 3)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for i in range(10):
-        write_scores(tmp_path / "many", f"run-{i}", [1.0 + i, 2.0, 3.0, 4.0])
-    return tmp_path / "many"
-
-
-SUMS = "SELECT count(*), count(DISTINCT run_id), sum(avss_smoothed) FROM scores JOIN runs USING (run_id)"
-
-
-def sums(root: Path) -> tuple[int, int, float]:
-    (row,) = Warehouse(root).sql(SUMS).to_pylist()
-    return tuple(row.values())  # type: ignore[return-value]
-
-
-def parts(root: Path) -> list[Path]:
-    return sorted((root.parent / "cache").rglob("*.parquet"))
-
-
-def test_copies_hold_the_same_rows(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = sums(many)
-    assert first == (40, 10, 45 + 10 + 90) == sums(many)
-    assert len(parts(many)) == 2 * 3  # of runs and of scores: 3 + 3 + 3, and one run that is read where it is
-    copied = {name: Warehouse(many).table(name).sort_by("run_id") for name in TABLES}
-    monkeypatch.setattr(cache, "MIN_FILES", 1000)
-    for name, table in copied.items():
-        order = [("run_id", "ascending"), *([("layer", "ascending")] if "layer" in table.column_names else [])]
-        assert table.sort_by(order).equals(Warehouse(many).table(name).sort_by(order)), name
-
-
-def test_copying_is_shown_where_somebody_looks(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    for shown in (True, False):  # what is copied is not copied again
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", terminal := Terminal())
-            sums(many)
-        assert ("Copying the scores of 10 runs, once" in terminal.getvalue()) == shown
-        assert shown or not terminal.getvalue()
-
-
-def test_a_copy_spares_reading_the_files(many: Path) -> None:
-    before = sums(many)
-    for file in many.glob("scores/run_id=run-[0-8]/*.parquet"):
-        stat = file.stat()
-        file.write_bytes(b"x" * stat.st_size)
-        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert sums(many) == before
-
-
-def test_runs_that_come_change_and_go_are_seen(many: Path) -> None:
-    sums(many)
-    write_scores(many, "run-1", [100.0, 2.0, 3.0, 4.0])
-    assert sums(many) == (40, 10, 45 + 10 + 90 + 98)
-    write_scores(many, "run-x", [1.0] * 4)
-    assert sums(many) == (44, 11, 45 + 10 + 90 + 98 + 4)
-    for name in ("runs", "scores"):
-        for file in (many / name / "run_id=run-5").iterdir():
-            file.unlink()
-    assert sums(many) == (40, 10, 45 + 10 + 90 + 98 + 4 - 15)
-    assert sums(many) == (40, 10, 45 + 10 + 90 + 98 + 4 - 15)
-
-
-def test_a_half_written_run_is_in_no_copy(many: Path) -> None:
-    (many / "runs/run_id=run-3/run.parquet").unlink()
-    assert sums(many)[:2] == (36, 9)
-
-
-def test_a_damaged_copy_is_made_again(many: Path) -> None:
-    before = sums(many)
-    for part in parts(many):
-        part.write_bytes(b"damaged")
-    assert sums(many) == before == sums(many)
-
-
-def test_without_a_cache_it_works_all_the_same(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert sums(many) == (40, 10, 145)
-
-
-def test_a_newer_run_among_many_is_refused(many: Path) -> None:
-    path = many / "runs/run_id=run-7/run.parquet"
-    table = pq.ParquetFile(path).read()
-    pq.write_table(table.replace_schema_metadata({b"avss_schema_version": b"99"}), path)
-    for _ in range(2):
-        with pytest.raises(WarehouseError, match="newer avss_dist: schema 99"):
-            sums(many)
 
 
 # Bad input, as the command tells it.

@@ -523,7 +523,7 @@ def test_only_a_damaged_file_is_to_be_measured_again(tmp_path: Path) -> None:
 
 def test_a_warehouse_only_reads_and_says_what_it_is(tmp_path: Path) -> None:
     public = {name for name in dir(Warehouse(tmp_path)) if not name.startswith("_")}
-    reads = {"runs", "scores", "layer_stats", "sql", "table", "dataset", "run", "stats_by_run"}
+    reads = {"runs", "scores", "layer_stats", "sql", "table", "dataset", "run", "digests", "compact"}
     reads |= {"read_shards", "read_layer_stats", "read_partials", "readable_layer_stats", "read_stratum_stats"}
     reads |= {"unfinished", "each_shard", "num_partials"}
     assert public == reads | {"root", "damaged", "storage"}

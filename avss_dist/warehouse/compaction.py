@@ -1,0 +1,338 @@
+"""Compaction: copies of many small files in few large ones, called parts, so that thousands of runs open in a moment.
+
+Opening a Parquet file costs a millisecond, or several requests to an object store, before its first row. The rows of
+whole groups of runs are therefore kept once more, in parts, sorted so that a query skips the rows that it does not ask
+for. A part lists the size and the time of change of every file that it copies, and is used only while all of them are
+as listed. So a part needs no other file, is never changed, and can be deleted at any time: the files are read instead.
+
+Parts lie in two folders. Readers write those in the user's cache, for warehouses of many runs and for those in an
+object store. `avss compact` writes those in the warehouse itself, which every reader of it uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from avss_dist.system.folders import cache_folder
+from avss_dist.system.progress_bar import tracked
+from avss_dist.system.staging import remove_leftovers, staged_file
+from avss_dist.warehouse.digest import DIGEST, DIGEST_VERSION
+from avss_dist.warehouse.encoding import conform
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS
+from avss_dist.warehouse.storage import COMPACTED, Storage
+
+DIGESTS = "digests"
+"""Name of the table of `digest`, which exists in parts alone."""
+SORTED_BY: dict[str, list[str]] = {
+    "runs": [],
+    "scores": ["site", "recipe", "threshold_kind", "threshold"],
+    DIGESTS: [],
+    "evaluations": [],
+    "expert_stats": [],
+}
+"""Tables that have parts, with the columns that queries select by. Rows with equal values in them are a row group."""
+MIN_RUNS, MAX_RUNS = 64, 128  # runs of a part; of a warehouse on a local disk, fewer are read where they are
+MAX_SMALL = 8  # parts with less than half of MAX_RUNS, before they are merged
+READERS = 16  # files that are read at once
+_STAMPS, _COLUMNS = b"avss_files", b"avss_columns"
+
+Stamps = Mapping[str, str]
+"""Size and time of change of the file of a table, by run id."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A file with the rows of several runs.
+
+    Attributes:
+        path: path of the file.
+        stamps: stamps of the copied files.
+        shared: whether it is in the warehouse. Readers delete no such part.
+    """
+
+    path: Path
+    stamps: Stamps
+    shared: bool = False
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it has less than half of the runs that a part can have."""
+        return len(self.stamps) < MAX_RUNS // 2
+
+
+@dataclass(frozen=True, eq=False)
+class Coverage:
+    """The parts of a table that copy files as they are now.
+
+    Attributes:
+        parts: parts to read. No run is in two of them.
+        spare: other readable parts, with the runs in them whose files have not changed and that no read part has.
+    """
+
+    parts: Sequence[Part]
+    spare: Mapping[Part, frozenset[str]]
+
+    @property
+    def run_ids(self) -> set[str]:
+        """Runs of the parts to read."""
+        return {run_id for part in self.parts for run_id in part.stamps}
+
+
+class TableParts:
+    """The parts of one table of a warehouse.
+
+    Args:
+        storage: storage of the warehouse.
+        name: name of the table, a key of `SORTED_BY`.
+        read: reads the rows of a run from its file. It raises ArrowInvalid for a file that cannot be read.
+    """
+
+    def __init__(self, storage: Storage, name: str, read: Callable[[str], pa.Table]) -> None:
+        self._storage, self._name, self._read = storage, name, read
+        place = f"{storage.filesystem.type_name}:{storage.base}"
+        folder = cache_folder("tables", hashlib.sha256(place.encode()).hexdigest()[:32])
+        self._cached = folder / name
+        self._shared = Path(storage.base) / COMPACTED / name if storage.is_local else folder / COMPACTED / name
+        self._used: Sequence[Part] = ()
+        self._known: dict[Path, Part] = {}
+        self._unreadable: set[Path] = set()
+
+    @property
+    def run_ids(self) -> set[str]:
+        """Runs of the parts that were last returned."""
+        return {run_id for part in self._used for run_id in part.stamps}
+
+    def covering(self, stamps: Stamps, wanted: Collection[str]) -> Sequence[Part]:
+        """Return the parts to read, with each run in at most one.
+
+        Runs that are in no part are first copied into new ones in the cache. A warehouse on a local disk with few such
+        runs gets none.
+
+        Args:
+            stamps: stamps of all files of the table.
+            wanted: runs that are to be read.
+        """
+        coverage = self._coverage(stamps)
+        if not coverage.run_ids.issuperset(wanted) and self._fetch_shared():
+            coverage = self._coverage(stamps)
+        missing = set(wanted) - coverage.run_ids
+        minimum = MIN_RUNS if self._storage.is_local else 1
+        if len(missing) < minimum:
+            return coverage.parts
+        small = [part for part in coverage.parts if part.is_small and not part.shared]
+        replaced = [*coverage.spare, *(small if len(small) > MAX_SMALL else ())]
+        try:
+            self._cached.mkdir(parents=True, exist_ok=True, mode=0o700)
+            remove_leftovers(self._cached)
+            for copied, rows in self._merged(stamps, missing, coverage, replaced, minimum):
+                with staged_file(self._cached / f"{_stem(self._name, copied)}.parquet") as staged:
+                    _write_part(self._name, rows, copied, staged)
+        except OSError:  # the cache cannot be written
+            return coverage.parts
+        for part in replaced:
+            if not part.shared:
+                part.path.unlink(missing_ok=True)
+        return self._coverage(stamps).parts
+
+    def compact(self, stamps: Stamps) -> int:
+        """Copy the runs that are in no part of the warehouse into new ones there, and return their number.
+
+        Parts that new ones replace are deleted at the end. Every part is whole and tells which files it copies, so the
+        warehouse is valid at each moment, also if this is killed or another process does the same.
+
+        Args:
+            stamps: stamps of all files of the table.
+
+        Raises:
+            StorageFull, WarehouseError: a part cannot be written, or the warehouse cannot be read.
+        """
+        self._fetch_shared()
+        coverage = self._coverage(stamps, shared_alone=True)
+        missing, number = stamps.keys() - coverage.run_ids, 0
+        small = [part for part in coverage.parts if part.is_small]
+        replaced = [*coverage.spare, *(small if missing or len(small) > MAX_SMALL else ())]
+        for copied, rows in self._merged(stamps, missing, coverage, replaced, 1):
+            sink = pa.BufferOutputStream()
+            _write_part(self._name, rows, copied, sink)
+            self._storage.write(self._storage.compacted_path(self._name, _stem(self._name, copied)), sink.getvalue())
+            number += len(copied.keys() & missing)
+        for part in replaced:
+            self._storage.delete(self._storage.compacted_path(self._name, part.path.stem))
+        return number
+
+    def leave_out_unreadable(self) -> bool:
+        """Leave out the parts that cannot be read from now on, and return whether there are any new ones.
+
+        Those in the cache are deleted. A part that another process has deleted since it was listed is one of them.
+        """
+        before = len(self._unreadable)
+        for part in self._used:
+            try:
+                pq.ParquetFile(part.path, page_checksum_verification=True).read()
+            except (OSError, pa.ArrowException):
+                self._unreadable.add(part.path)
+                if not part.shared:
+                    part.path.unlink(missing_ok=True)
+        return len(self._unreadable) > before
+
+    def _coverage(self, stamps: Stamps, *, shared_alone: bool = False) -> Coverage:
+        """Return the parts whose files have not changed; of parts with the same runs, the largest."""
+        folders = [self._shared] if shared_alone else [self._shared, self._cached]
+        listed = [part for folder in folders for part in self._listed(folder)]
+        listed.sort(key=lambda part: (-len(part.stamps), part.path.name))
+        current: list[Part] = []
+        spare: dict[Part, frozenset[str]] = {}
+        covered: set[str] = set()
+        for part in listed:
+            if part.stamps.items() <= stamps.items() and covered.isdisjoint(part.stamps):
+                current.append(part)
+                covered |= part.stamps.keys()
+            else:
+                spare[part] = frozenset()
+        for part in spare:
+            unchanged = {run_id for run_id, stamp in part.stamps.items() if stamps.get(run_id) == stamp}
+            spare[part] = frozenset(unchanged - covered)
+            covered |= unchanged
+        self._used = current
+        return Coverage(current, spare)
+
+    def _listed(self, folder: Path) -> Iterator[Part]:
+        """Yield the readable parts in a folder."""
+        for path in sorted(set(folder.glob("*.parquet")) - self._unreadable):
+            with suppress(OSError, pa.ArrowException, KeyError, ValueError, TypeError):
+                if path not in self._known:  # a part is never changed
+                    metadata = pq.read_metadata(path).metadata or {}
+                    if metadata[_COLUMNS] != _columns(self._name):
+                        continue
+                    self._known[path] = Part(path, dict(json.loads(metadata[_STAMPS])), folder == self._shared)
+                yield self._known[path]
+
+    def _fetch_shared(self) -> bool:
+        """Copy the parts of a remote warehouse into the cache, each whole, and return whether a copy is new.
+
+        Raises:
+            WarehouseError: the storage fails.
+        """
+        if self._storage.is_local:
+            return False
+        listed = self._storage.compacted(self._name)
+        here = {path.stem for path in self._shared.glob("*.parquet")}
+        for stem in here - listed.keys():
+            (self._shared / f"{stem}.parquet").unlink(missing_ok=True)
+        new = sorted(listed.keys() - here)
+        with suppress(OSError):  # the cache cannot be written
+            for stem in tracked(new, f"Copying the {self._name} of compacted runs, once"):
+                if (data := self._storage.read(listed[stem])) is not None:
+                    self._shared.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    with staged_file(self._shared / f"{stem}.parquet") as staged:
+                        staged.write_bytes(data)
+        return bool(new)
+
+    def _merged(
+        self, stamps: Stamps, missing: Collection[str], coverage: Coverage, replaced: Sequence[Part], minimum: int
+    ) -> Iterator[tuple[Stamps, pa.Table]]:
+        """Yield the content of new parts: stamps of the copied files, and rows.
+
+        The rows of replaced parts are read from them, those of other missing runs from their files. Runs whose file
+        cannot be read are left out.
+        """
+        source = {run_id: part for part in replaced for run_id in coverage.spare.get(part, part.stamps)}
+        run_ids = [*source, *sorted(set(missing) - source.keys())]
+        chunks = [run_ids[start : start + MAX_RUNS] for start in range(0, len(run_ids), MAX_RUNS)]
+        chunks = [chunk for chunk in chunks if len(chunk) >= minimum]
+        schema = encoded_schema(self._name)
+        for chunk in tracked(chunks, f"Copying the {self._name} of {len(run_ids):,} runs, once"):
+            from_parts = self._rows_of_parts([run_id for run_id in chunk if run_id in source], source)
+            with ThreadPoolExecutor(READERS) as pool:
+                read = list(pool.map(self._read_or_nothing, [run_id for run_id in chunk if run_id not in source]))
+            tables = [*from_parts, *(table for table in read if table is not None)]
+            rows = pa.concat_tables([schema.empty_table(), *_conformed(tables, schema)])
+            copied = {run_id: stamps[run_id] for run_id in sorted(pc.unique(rows["run_id"]).to_pylist())}
+            if copied:
+                yield copied, rows
+
+    def _rows_of_parts(self, run_ids: Sequence[str], source: Mapping[str, Part]) -> Iterator[pa.Table]:
+        """Yield rows of runs from the parts that hold them. Parts that cannot be read are left out."""
+        texts = [field.name for field in encoded_schema(self._name) if pa.types.is_dictionary(field.type)]
+        for part in dict.fromkeys(source[run_id] for run_id in run_ids):
+            ids = pa.array([run_id for run_id in run_ids if source[run_id] is part], pa.string())
+            with suppress(OSError, pa.ArrowException):
+                rows = pq.ParquetFile(part.path, read_dictionary=texts).read()
+                yield rows.filter(pc.is_in(rows["run_id"].cast(pa.string()), ids))
+
+    def _read_or_nothing(self, run_id: str) -> pa.Table | None:
+        try:
+            return self._read(run_id)
+        except pa.ArrowInvalid:
+            return None
+
+
+def table_schema(name: str) -> pa.Schema:
+    """Return the schema of a table that has parts."""
+    return DIGEST if name == DIGESTS else SCHEMAS[name]
+
+
+def _columns(name: str) -> bytes:
+    """Return a hash of the columns of a table. Parts of versions with other columns are ignored."""
+    version = f"{SCHEMA_VERSION} {DIGEST_VERSION if name == DIGESTS else 0}\n{table_schema(name)}"
+    return hashlib.sha256(version.encode()).hexdigest().encode()
+
+
+def encoded_schema(name: str) -> pa.Schema:
+    """Return the schema in which rows of a table are sorted. Then columns of text, of few values, are dictionaries."""
+    schema = table_schema(name)
+    if not SORTED_BY[name]:
+        return schema
+    encoded = pa.dictionary(pa.int32(), pa.string())
+    return pa.schema([(field.name, encoded if pa.types.is_string(field.type) else field.type) for field in schema])
+
+
+def _conformed(tables: Sequence[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield tables in a schema. Tables with equal columns are one, and those that cannot be cast are left out."""
+    alike: dict[tuple[str, ...], list[pa.Table]] = {}
+    for table in tables:
+        alike.setdefault(tuple(map(str, table.schema)), []).append(table)
+    for group in alike.values():
+        with suppress(pa.ArrowException):
+            yield conform(pa.concat_tables(group), schema)
+
+
+def _stem(name: str, stamps: Stamps) -> str:
+    """Return the name of a part of a table: a hash of its columns and of what it copies."""
+    return hashlib.sha256(_columns(name) + json.dumps(dict(stamps), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _write_part(name: str, rows: pa.Table, stamps: Stamps, sink: Any) -> None:
+    """Write a part. Rows with equal values in the columns `SORTED_BY` are a row group."""
+    table = rows.unify_dictionaries().combine_chunks()
+    codes = np.zeros(len(table), np.int64)
+    for by in SORTED_BY[name]:
+        column = table[by].combine_chunks()
+        column = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        codes = codes * (len(column.dictionary) + 1) + column.indices.fill_null(-1).to_numpy() + 1
+    if SORTED_BY[name]:
+        order = np.argsort(codes, kind="stable")
+        table, codes = table.take(pa.array(order)), codes[order]
+    metadata = {_STAMPS: json.dumps(dict(stamps)).encode(), _COLUMNS: _columns(name)}
+    metadata |= {b"avss_schema_version": str(SCHEMA_VERSION).encode()}
+    texts = [field.name for field in table_schema(name) if pa.types.is_string(field.type)]
+    bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(table)]
+    with pq.ParquetWriter(
+        sink, table.schema, compression="zstd", use_dictionary=texts, store_schema=False, write_page_checksum=True
+    ) as writer:
+        for start, stop in pairwise(bounds):
+            writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
+        writer.add_key_value_metadata(metadata)
