@@ -40,6 +40,7 @@ class ShrinkProgress(CellProgress):
         self._progress = bars(rich_progress.TaskProgressColumn())
         self._bar = self._progress.add_task("reading", total=None)
         self._distilling = DistillProgress(self._progress, self._bar)
+        self._notes: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
@@ -52,7 +53,8 @@ class ShrinkProgress(CellProgress):
                 self._begin_step(_step(cells[0]), len(cells), done)
             case CellUnderway(_, step, share):
                 self._progress.update(self._bar, description=f"{step[0].lower()}{step[1:]}, {share:.0%}")
-            case CellDone(cell):
+            case CellDone(cell, notes):
+                self._print_notes(notes)
                 self._progress.update(self._bar, advance=1, description=_step(cell))
             case WeightsWritten():
                 self._progress.update(self._bar, description="writing", total=None, completed=0)
