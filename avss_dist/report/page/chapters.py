@@ -1,4 +1,4 @@
-"""The sections of the page about single runs: experiments, score cards, sparse activations, contrasts, experts."""
+"""The sections of the page about single runs: experiments, continuations, score cards, contrasts, experts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.core.errors import QueryError
 from avss_dist.core.registry import GROUND_TRUTH, SCORES
+from avss_dist.report.continuations import continuations_section
 from avss_dist.report.contrasts import contrast_section
 from avss_dist.report.experiments import experiment_section
 from avss_dist.report.experts import experts_section
@@ -72,6 +73,13 @@ def chapters(
             ],
         ),
         Chapter(
+            name="continuations",
+            title="Continuations",
+            heading="Continuations",
+            lead="What the whole model and smaller ones write after the same prompt, token by token the likeliest.",
+            sections=list(_continuations(warehouse, labels)),
+        ),
+        Chapter(
             name="scorecard",
             title="Score card",
             heading="Score card",
@@ -111,6 +119,15 @@ def chapters(
         ),
     ]
     return [chapter for chapter in every if chapter.sections]
+
+
+def _continuations(warehouse: Warehouse, labels: Mapping[str, str]) -> Iterator[Section]:
+    """Yield the continuations of each run that has some."""
+    rows = warehouse.table("continuations", run_ids=list(labels)).to_pylist()
+    for run_id, label in labels.items():
+        of_run = [row for row in rows if row["run_id"] == run_id]
+        if of_run:
+            yield continuations_section(label, sorted(of_run, key=lambda row: str(row["created_at"])))
 
 
 def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
