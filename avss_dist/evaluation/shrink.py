@@ -39,7 +39,7 @@ from avss_dist.evaluation.continuations import (
     plan_prompts,
     write_continuations,
 )
-from avss_dist.evaluation.distill import StagedDistillation, require_distillable
+from avss_dist.evaluation.distill import StagedDistillation, count_watched, require_distillable
 from avss_dist.evaluation.events import OnEvent, WeightsWritten, ignore
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
 from avss_dist.evaluation.search import plan_repaired_search, searched_plan
@@ -80,7 +80,6 @@ from avss_dist.warehouse.reader import Warehouse
 
 ROWS = 256  # rows of each text by default
 HELD_OUT = 8  # one of this many rows is scored on, and one is evaluated on
-WATCHED = 16  # maximum rows to watch a distillation on
 SCORED = 16  # maximum rows to score on: more hardly improve the ranks, and the damage takes 8 passes over them
 
 
@@ -219,7 +218,7 @@ class TextSplit:
     def of_rows(cls, available: int, rows: int, *, distilled: bool) -> TextSplit:
         """Return the split of a text with ``available`` rows."""
         part = available // HELD_OUT
-        return cls(min(part, SCORED), part, rows, min(part, WATCHED) if distilled else 0)
+        return cls(min(part, SCORED), part, rows, count_watched(available) if distilled else 0)
 
     @property
     def measured(self) -> int:
