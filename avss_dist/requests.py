@@ -309,6 +309,10 @@ class ShrinkRequest(ModelRequest):
     """Allow evaluation on text that scores or repairs were made on."""
     distill_tokens: Tokens | None = None
     """Distill the repaired model from the whole one on this many tokens, such as 1e6."""
+    prompts: Annotated[Texts, Option(names=("--prompt",))] = ()
+    """Text that every model continues, to compare; by default the start of three held-out rows."""
+    continuation_tokens: Count = 48
+    """Length of each continuation in tokens; 0 shows none."""
 
     shared = EVALUATED
 
@@ -317,6 +321,8 @@ class ShrinkRequest(ModelRequest):
             raise ConfigError("`share` and `keep` are mutually exclusive.", "Keep one of them.")
         if self.repair == NO_REPAIR and self.repair_corpora:
             raise ConfigError("`repair_corpora` has no effect without a repair.", "Leave it out, or name a `repair`.")
+        if self.prompts and not self.continuation_tokens:
+            raise ConfigError("`prompts` have no effect if `continuation_tokens` is 0.", "Leave one of them out.")
 
     @property
     def ranked_by(self) -> str:

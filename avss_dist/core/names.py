@@ -14,6 +14,7 @@ TRUTHFUL, INCORRECT = "truthful", "incorrect"  # labels of the answers of Truthf
 BEST = "best"  # the label of the first of several truthful answers
 TRUTHFULQA = "truthfulqa:"  # before a file: the task of choosing among its answers
 AFTER_ANOTHER = ", after another prompt"  # after a label: the stratum of the same answers to other prompts
+CONTINUATION = "continuation"  # the task of continuing prompts
 REPAIR = "repair:"  # before a repair and its corpora: the task of fitting it
 SPARSITY_TASK = "sparsity:"  # before a method and its corpus: the task of allocating sparsity
 REALIZED = "realized:"  # before the path of a linear map: a metric, the share of its inputs that were zero

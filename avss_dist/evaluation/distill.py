@@ -1,4 +1,4 @@
-"""Distillation as the last step of shrinking: checks before any work, and a folder for the work beside the output."""
+"""Distillation after a repair: rows to watch, checks before any work, and a folder for the work beside the output."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ from avss_dist.requests import DistillRequest, ShrinkRequest
 from avss_dist.stats.rankings import count_lowest
 
 STUDENT = "student"  # folder of the repaired checkpoint, in that of the work
+WATCHED = 16  # maximum rows to watch a distillation on
+PART = 8  # one of this many rows is watched
+
+
+def count_watched(rows: int) -> int:
+    """Return the number of rows, of a text with ``rows`` rows, on which the best checkpoint is chosen."""
+    return min(rows // PART, WATCHED)
 
 
 def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:

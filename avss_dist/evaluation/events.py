@@ -33,9 +33,14 @@ class CellUnderway:
 
 @dataclass(frozen=True)
 class CellDone:
-    """The end of a cell, which is measured or has failed."""
+    """The end of a cell, which is measured or has failed.
+
+    Attributes:
+        notes: remarks for people on how it was measured.
+    """
 
     cell: Cell
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

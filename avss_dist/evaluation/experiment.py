@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, product
@@ -18,13 +18,23 @@ import numpy as np
 
 from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.analysis.strata import Strata
-from avss_dist.analysis.verdict import WHOLE
-from avss_dist.core.errors import ConfigError
+from avss_dist.analysis.verdict import WHOLE, shown_method
+from avss_dist.core.errors import ConfigError, CorpusError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals, whole_layers
-from avss_dist.core.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN, SPARSITY
+from avss_dist.core.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN, PERPLEXITY, SPARSITY
 from avss_dist.core.registry import INTERACTIONS, MEASURED, RECIPES, SCORES, SEARCHES
 from avss_dist.core.settings import INPUTS, Settings, fingerprint
 from avss_dist.core.text import RedactedURI
+from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.evaluation.continuations import (
+    Variant,
+    measure_continuations,
+    plan_continuations,
+    plan_prompts,
+    write_continuations,
+)
+from avss_dist.evaluation.distill import PART, count_watched
+from avss_dist.evaluation.distilled import Distilling
 from avss_dist.evaluation.evaluate import realized_sparsity, require_effect
 from avss_dist.evaluation.events import OnEvent, ignore
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
@@ -61,8 +71,9 @@ from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import Interactions, interactions, layer_truth
 from avss_dist.pruning.interactions import quadratic
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, Method, methods
-from avss_dist.pruning.plan import layer_list
-from avss_dist.pruning.repair.registry import NO_REPAIR
+from avss_dist.pruning.plan import Plan, layer_list
+from avss_dist.pruning.repair.record import split_weight
+from avss_dist.pruning.repair.registry import NO_REPAIR, is_distilled, repair_before
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.search import Effort, search_for
 from avss_dist.pruning.selection import Reading, count_layers
@@ -80,6 +91,11 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
+_LATER = (
+    *("distill_tokens", "distill_train", "distill_learning_rate", "distill_self_texts"),
+    *("prompts", "continuation_tokens"),
+)
+"""Options that earlier versions did not have. At their defaults they do not change the name of an experiment."""
 MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
 Layers = tuple[int, ...]
 _READING = ("site", "recipe", "threshold", "threshold_kind")
@@ -96,7 +112,8 @@ class Candidate:
         sparsity: level of a sparsity plan.
         plan: the sparsity plan.
         score, reading, control, seed: see `pruning.methods.Method`.
-        repair: name of the repair; None without one.
+        repair: name of the repair, and of distillation after it; None without either.
+        distilled: tasks of the distilled model, by name; empty without distillation.
     """
 
     method: str
@@ -109,6 +126,7 @@ class Candidate:
     control: str | None = None
     seed: int | None = None
     repair: str | None = None
+    distilled: Mapping[str, PlannedTask] = field(default_factory=dict, repr=False)
 
     def row(
         self,
@@ -142,19 +160,21 @@ class Candidate:
             "retention": retained,
         }
 
-    def rows(self, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+    def rows(self, results: Sequence[Result], distilled: Sequence[Result] = ()) -> Iterator[dict[str, Any]]:
         """Yield the row of every metric of a task, and the realized sparsity of a sparsity plan.
 
         A sparsity that the method cannot reach has one row, without a value.
 
         Args:
             results: results of the task, those of the whole model included.
+            distilled: results of the distilled model, if the candidate is one.
         """
         if self.intervention is None:
             yield self.row(SPARSITY, None)
             return
         whole = {result.metric: result for result in results_under(results)}
-        for result in results_under(results, self.intervention.key):
+        own = results_under(distilled) if self.distilled else results_under(results, self.intervention.key)
+        for result in own:
             yield self.row(result.metric, result.value, result.stderr, self._retention(whole, result))
         if self.plan and (realized := realized_sparsity(self.plan, results, self.intervention)):
             yield self.row(MAPS_WITHIN, realized.within)
@@ -169,6 +189,14 @@ class Candidate:
             return None, None, None
         retention = Retention.of(whole[result.metric], result)
         return retention.value, retention.low, retention.high
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilledModel:
+    """A distilled checkpoint, placed, and the tasks that it is evaluated on, by name."""
+
+    model: PlacedModel
+    tasks: Mapping[str, PlannedTask]
 
 
 @dataclass
@@ -187,9 +215,12 @@ class Trial:
         sparsity_plans: plan by method of allocation and level; None if the method cannot reach the level.
         fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
         patches: fitted patches, by the fit's id and the dropped layers.
+        distilling: distillation of its models; None without one.
+        distilled: distilled models, by repair and dropped layers.
     """
 
     run: Run
+    spec: RunSpec
     model: PlacedModel
     rows: Sequence[Mapping[str, Any]]
     corpus: str
@@ -202,6 +233,8 @@ class Trial:
     sparsity_plans: dict[tuple[str, float], SparsityPlan | None] = field(default_factory=dict)
     fits: dict[str, PlannedTask] = field(default_factory=dict)
     patches: Mapping[tuple[str, Removals], StoredPatch] = field(default_factory=dict)
+    distilling: Distilling | None = None
+    distilled: dict[tuple[str, Layers], DistilledModel] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -261,10 +294,11 @@ class Trial:
         """Yield the whole model, and the model without each choice of layers, by residual scale and repair."""
         yield Candidate(method=WHOLE, intervention=NO_INTERVENTION)
         for factor, (method, share, drop), repair in product(experiment.factors, self.choices, experiment.repairs):
-            fit = self.fits.get(repair)
-            patch = self.patches.get((fit.run_id(), drop)) if fit else None
+            patch = self.patch(repair, drop)
+            model = self.distilled.get((repair, drop))
             yield Candidate(
                 method=method.label,
+                distilled=model.tasks if model else {},
                 intervention=Intervention(removed=drop, residual_scale=factor, patch=patch),
                 share=share,
                 score=method.score,
@@ -273,6 +307,11 @@ class Trial:
                 seed=method.seed,
                 repair=None if repair == NO_REPAIR else repair,
             )
+
+    def patch(self, repair: str, drop: Layers) -> StoredPatch | None:
+        """Return the patch of a repair, with or without distillation after it; None if nothing was fitted."""
+        fit = self.fits.get(repair_before(repair))
+        return self.patches.get((fit.run_id(), drop)) if fit else None
 
     def sparse_candidates(self) -> Iterator[Candidate]:
         """Yield the model with each sparsity plan."""
@@ -287,7 +326,8 @@ class Trial:
         guess = self._guessed_loss()
         for candidates in ([*self.pruned_candidates(experiment)], [*self.sparse_candidates()]):
             for (task, planned), candidate in product(self.planned.items(), candidates):
-                rows = list(candidate.rows(measured[planned]))
+                distilled = measured[candidate.distilled[task]] if candidate.distilled else ()
+                rows = list(candidate.rows(measured[planned], distilled))
                 if candidate.method == WHOLE and guess is not None and any(row["metric"] == LOSS for row in rows):
                     rows.append(candidate.row(CHANCE, guess, retention=(1.0, None, None)))
                 for row in rows:
@@ -323,6 +363,8 @@ def run_experiment(
     _require_inputs(specs, experiment)
     for spec in specs if _fitted(experiment) else ():
         require_changeable(spec.execution.partition)
+    if experiment.distills:
+        _require_distillable(specs, experiment, job.warehouse)
     runs = run_job(job, on_event or ignore, **request.given)
     tasks = [RedactedURI(task) for task in experiment.tasks]
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
@@ -335,21 +377,42 @@ def run_experiment(
         ]
         _read_measured(trials, experiment, warehouse)
         _plan_work(trials, experiment, tasks, warehouse, allow_overlap=request.allow_overlap)
-        measured = _measure(trials, experiment, warehouse, session)
+        measured = _measure(trials, experiment, warehouse, session, allow_overlap=request.allow_overlap)
+        rows = _write(trials, experiment, tasks, measured, store)
+        if experiment.continuation_tokens:
+            _continue(trials, experiment, session)
+    return runs, rows
+
+
+def _write(
+    trials: Sequence[Trial],
+    experiment: Experiment,
+    tasks: Sequence[str],
+    measured: Mapping[PlannedTask, Sequence[Result]],
+    store: Store,
+) -> list[dict[str, Any]]:
+    """Write the rows of ``experiments``, and return them with the id and the model of their runs."""
     numbers = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
+    defaults = {f.name: f.default for f in fields(experiment) if f.name in _LATER}
+    numbers = {key: value for key, value in numbers.items() if key not in defaults or value != defaults[key]}
     name = fingerprint(**numbers | {"tasks": tasks})[:20]
     rows = []
     for trial in trials:
         results = list(trial.result_rows(experiment, measured))
         store.write_experiment(trial.identity, name, results)
         rows += [{**row, "run_id": trial.run.run_id, "model": trial.checkpoint.name} for row in results]
-    return runs, rows
+    return rows
 
 
 def _measure(
-    trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse, session: EvaluationSession
+    trials: Sequence[Trial],
+    experiment: Experiment,
+    warehouse: Warehouse,
+    session: EvaluationSession,
+    *,
+    allow_overlap: bool,
 ) -> dict[PlannedTask, list[Result]]:
-    """Choose layers, fit repairs, and measure every task of every trial under all interventions."""
+    """Choose layers, fit repairs, distill, and measure every task of every trial with all candidates."""
     _plan_sparsities(trials, experiment, warehouse, session)
     if experiment.chooses_by_loss:
         _leave_one_out(trials, session)
@@ -357,12 +420,89 @@ def _measure(
     for trial in trials:
         trial.choose(experiment)
     _fit_repairs(trials, session)
-    work = []
+    _distill(trials, experiment, session, allow_overlap=allow_overlap)
+    work: list[tuple[PlannedTask, Sequence[Intervention]]] = []
     for trial in trials:
         candidates = [*trial.pruned_candidates(experiment), *trial.sparse_candidates()]
-        interventions = [candidate.intervention for candidate in candidates if candidate.intervention is not None]
-        work += [(planned, interventions) for planned in trial.planned.values()]
+        applied = [one.intervention for one in candidates if one.intervention is not None and not one.distilled]
+        work += [(planned, applied) for planned in trial.planned.values()]
+        work += [(planned, [NO_INTERVENTION]) for one in candidates for planned in one.distilled.values()]
     return session.measure(work)
+
+
+def _require_distillable(specs: Sequence[RunSpec], experiment: Experiment, warehouse: str) -> None:
+    """Refuse a warehouse or models that allow no distillation, before anything is scored."""
+    for spec in specs:
+        checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code)
+        how: dict[str, Any] = {"settings": spec.settings, "experiment": experiment, "held_out": 1}
+        Distilling(model=spec.model, teacher=checkpoint, **how).require(Store(warehouse).storage)
+
+
+def _distill(
+    trials: Sequence[Trial], experiment: Experiment, session: EvaluationSession, *, allow_overlap: bool
+) -> None:
+    """Distill every model of every trial that is to be distilled; see `Distilling.checkpoint`."""
+    repairs = [repair for repair in dict.fromkeys(experiment.repairs) if is_distilled(repair)]
+    for trial, repair in product(trials, repairs):
+        layers, number = layer_list(trial.rows, trial.checkpoint.name)
+        for drop in trial.drops:
+            assert trial.distilling is not None
+            plan = Plan(
+                model=trial.checkpoint.name,
+                revision=trial.checkpoint.revision,
+                num_layers=number,
+                layers=layers,
+                drop=drop,
+            )
+            checkpoint = trial.distilling.checkpoint(
+                session.store.storage,
+                plan,
+                trial.patch(repair, drop),
+                allow_overlap=allow_overlap,
+                on_event=session.on_event,
+            )
+            model = session.place(checkpoint, trial.spec.settings, trial.spec.execution)
+            tasks = {task: _plan(model, task, experiment) for task in trial.planned}
+            trial.distilled[repair, drop] = DistilledModel(model=model, tasks=tasks)
+
+
+def _continue(trials: Sequence[Trial], experiment: Experiment, session: EvaluationSession) -> None:
+    """Have all models of every trial continue the prompts of the experiment, and write the continuations.
+
+    Raises:
+        ModelError: a model does not generate text.
+    """
+    texts = [
+        task.full.removeprefix(PERPLEXITY) for task in map(RedactedURI, experiment.tasks) if task.startswith(PERPLEXITY)
+    ]
+    for trial in trials:
+        prompts, problem = plan_prompts(
+            trial.model, experiment.prompts, texts, skip_sequences=experiment.skip_sequences
+        )
+        variants = []
+        for candidate in [*trial.pruned_candidates(experiment), *trial.sparse_candidates()]:
+            if candidate.intervention is None:
+                continue
+            row = candidate.row(LOSS, None)
+            removed = whole_layers(candidate.intervention.removed)
+            distilled = trial.distilled.get((candidate.repair or NO_REPAIR, removed))
+            model = distilled.model if distilled else trial.model
+            size = f", {candidate.share:.0%} dropped" if candidate.share else ""
+            sparsity = f", {candidate.sparsity:.0%} sparse" if candidate.sparsity else ""
+            variants.append(
+                Variant(
+                    label=f"{shown_method(row)}{size}{sparsity}",
+                    task=plan_continuations(model, prompts, experiment.continuation_tokens),
+                    intervention=NO_INTERVENTION if distilled else candidate.intervention,
+                    described=candidate.intervention.key,
+                )
+            )
+        if not problem:
+            continuations, problem = measure_continuations(session, variants)
+        if problem:
+            hint = "Everything else is in the warehouse. Name `prompts`, or set `continuation_tokens` to 0."
+            raise ModelError(problem, hint)
+        write_continuations(session.store, trial.run.run_id, continuations)
 
 
 def describe_size(job: JobFile) -> str:
@@ -400,7 +540,15 @@ def _plan_work(
 ) -> None:
     """Plan evaluations and fits; refuse texts of both and of a trial's scores that overlap."""
     for trial in trials:
-        trial.planned = {name: _plan(trial, name, experiment) for name in tasks}
+        trial.planned = {name: _plan(trial.model, name, experiment) for name in tasks}
+        if experiment.distills:
+            trial.distilling = Distilling(
+                model=trial.spec.model,
+                teacher=trial.checkpoint,
+                settings=trial.spec.settings,
+                experiment=experiment,
+                held_out=_count_watched(trial, experiment),
+            )
         if repairs := _fitted(experiment):
             trial.fits = _plan_fits(trial, experiment, repairs)
         if not allow_overlap:
@@ -409,22 +557,52 @@ def _plan_work(
 
 def _plan_fits(trial: Trial, experiment: Experiment, repairs: Sequence[str]) -> dict[str, PlannedTask]:
     layers, _ = layer_list(trial.rows, trial.checkpoint.name)
-    settings = replace(trial.settings, max_sequences=experiment.repair_max_sequences)
-    texts, skip = experiment.repair_corpora, experiment.repair_skip_sequences
+    watched, maximum = trial.distilling.held_out if trial.distilling else 0, experiment.repair_max_sequences
+    settings = replace(trial.settings, max_sequences=maximum and maximum - watched)
+    texts, skip = experiment.repair_corpora, experiment.repair_skip_sequences + watched
     wanted = [Repair(by=by, corpora=texts, skip_sequences=skip, settings=settings) for by in repairs]
     return plan_fits(trial.model, layers, wanted)
 
 
+def _count_watched(trial: Trial, experiment: Experiment) -> int:
+    """Return the number of rows at the start of each text of the repairs on which distillation is watched.
+
+    Raises:
+        CorpusError: a text is too short.
+    """
+    fewest = min(text.num_sequences for text in _recovery_texts(trial, experiment))
+    if not (watched := count_watched(fewest)):
+        raise CorpusError(
+            f"A text of `repair_corpora` has {fewest} rows; one to watch and others to distill on take {PART}.",
+            "Name a longer text, lower `sequence_length`, or raise `repair_max_sequences`.",
+        )
+    return watched
+
+
+def _recovery_texts(trial: Trial, experiment: Experiment) -> list[CorpusPlan]:
+    """Return the texts of repairs and of distillation, with all rows that they use."""
+    settings = replace(trial.settings, max_sequences=experiment.repair_max_sequences)
+    return [
+        plan_text(
+            trial.checkpoint, split_weight(corpus)[0].full, settings, skip_sequences=experiment.repair_skip_sequences
+        )
+        for corpus in experiment.repair_corpora
+    ]
+
+
 def _fitted(experiment: Experiment) -> list[str]:
-    return [repair for repair in dict.fromkeys(experiment.repairs) if repair != NO_REPAIR]
+    """Return the repairs that are fitted, each once, those before a distillation included."""
+    return [repair for repair in dict.fromkeys(map(repair_before, experiment.repairs)) if repair != NO_REPAIR]
 
 
 def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse) -> None:
     """Refuse tasks on text that was scored on or is fitted on, and fits on text that was scored on."""
     checkpoint, run_id, skipped = trial.checkpoint, trial.run.run_id, experiment.repair_skip_sequences
-    texts = [text for fit in [*trial.fits.values()][:1] for text in fit_of(fit).texts]
+    texts, use = [text for fit in [*trial.fits.values()][:1] for text in fit_of(fit).texts], "the repair is fitted on"
+    if experiment.distills:
+        texts, use = _recovery_texts(trial, experiment), "models are repaired and distilled on"
     code = trial.settings.trust_remote_code
-    fitted = (text_of_fit(text, skipped, checkpoint, trust_remote_code=code) for text in texts)
+    fitted = (text_of_fit(text, skipped, checkpoint, trust_remote_code=code, use=use) for text in texts)
     scored = partial(texts_of_run, warehouse, run_id, checkpoint, corpus=trial.corpus)
     tasks = [planned.task for planned in trial.planned.values()]
     refuse_overlap(tasks, chain(texts_of_repair(checkpoint), scored(), fitted))
@@ -447,11 +625,11 @@ def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, session: EvaluationSes
     checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code)
     rows = warehouse.table("scores", run_ids=[run.run_id]).to_pylist()
     model = session.place(checkpoint, spec.settings, spec.execution)
-    return Trial(run=run, model=model, rows=rows, corpus=spec.corpus)
+    return Trial(run=run, spec=spec, model=model, rows=rows, corpus=spec.corpus)
 
 
-def _plan(trial: Trial, name: str, experiment: Experiment) -> PlannedTask:
-    model = trial.model.reading(experiment.max_sequences)
+def _plan(model: PlacedModel, name: str, experiment: Experiment) -> PlannedTask:
+    model = model.reading(experiment.max_sequences)
     task = make_task(
         model.checkpoint,
         name,

@@ -374,12 +374,14 @@ class _Workers:
         if cells:
             self._rounds.put(cells)
         for cell, outcome in islice(self._outcomes, len(cells)):
+            notes: Sequence[str] = ()
             if not isinstance(outcome, AvssError):
+                notes = outcome.notes
                 patches = Patches(self._store.storage)
                 keys = [None if row.patch is None else patches.write(row.patch) for row in outcome.rows]
                 identity = _identity(cell, cell.run_id, outcome.family)
                 self._store.write_cell(identity, cell.cell_id, _rows(cell, outcome, keys))
-            self._on_event(CellDone(cell))
+            self._on_event(CellDone(cell, notes))
             yield cell, outcome
 
     def _on_progress(self, cell: Cell, step: str, share: float) -> None:

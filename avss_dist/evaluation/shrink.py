@@ -15,14 +15,14 @@ from functools import cached_property, partial
 from itertools import chain
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
 from avss_dist.analysis.plans import plan_layers
-from avss_dist.analysis.verdict import primary_metric
+from avss_dist.analysis.verdict import WHOLE, primary_metric
 from avss_dist.core.errors import CorpusError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, InterventionKey
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, InterventionKey, count_removed
 from avss_dist.core.names import PERPLEXITY
 from avss_dist.core.registry import LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
@@ -30,7 +30,16 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.distillation.record import DistillRecord
 from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.distill import StagedDistillation, require_distillable
+from avss_dist.evaluation.continuations import (
+    Continuation,
+    Prompt,
+    Variant,
+    measure_continuations,
+    plan_continuations,
+    plan_prompts,
+    write_continuations,
+)
+from avss_dist.evaluation.distill import StagedDistillation, count_watched, require_distillable
 from avss_dist.evaluation.events import OnEvent, WeightsWritten, ignore
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
 from avss_dist.evaluation.search import plan_repaired_search, searched_plan
@@ -71,7 +80,6 @@ from avss_dist.warehouse.reader import Warehouse
 
 ROWS = 256  # rows of each text by default
 HELD_OUT = 8  # one of this many rows is scored on, and one is evaluated on
-WATCHED = 16  # maximum rows to watch a distillation on
 SCORED = 16  # maximum rows to score on: more hardly improve the ranks, and the damage takes 8 passes over them
 
 
@@ -158,6 +166,7 @@ class Shrunk(TabularResult):
         difference: see `pruning.checkpoint.prune`; of the checkpoint before any distillation.
         notes: remarks on the checkpoint.
         distillation: record of the distillation; None without one.
+        continuations: continuations of the prompts by the whole model and by the smaller ones.
     """
 
     folder: str
@@ -168,6 +177,7 @@ class Shrunk(TabularResult):
     difference: float | None
     notes: Sequence[str]
     distillation: DistillRecord | None = None
+    continuations: Sequence[Continuation] = ()
 
     _bars = ("kept",)
 
@@ -208,7 +218,7 @@ class TextSplit:
     def of_rows(cls, available: int, rows: int, *, distilled: bool) -> TextSplit:
         """Return the split of a text with ``available`` rows."""
         part = available // HELD_OUT
-        return cls(min(part, SCORED), part, rows, min(part, WATCHED) if distilled else 0)
+        return cls(min(part, SCORED), part, rows, count_watched(available) if distilled else 0)
 
     @property
     def measured(self) -> int:
@@ -258,6 +268,8 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
         else:
             maximum = min(example.num_layers - 1, example.num_layers - request.first - request.last)
             best, curve = _bisect(evaluator, make_plan, maximum, request.keep)
+        continuing = _Continuing.of_plan(evaluator.model, request, split, best)
+        continuing.measure(session)
     plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
     best = replace(best, plan=plan)
     write = partial(
@@ -269,7 +281,7 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
         copied=lambda size: on_event(WeightsWritten(size)),
     )
     if request.distill_tokens is not None:
-        return _distill(request, split, best, curve, write, on_event)
+        return _distill(request, split, best, curve, write, continuing, on_event)
     written = write(output)
     return Shrunk(
         folder=written["folder"],
@@ -278,7 +290,8 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
         curve=curve,
         record=written["repair"],
         difference=written["difference"],
-        notes=written["notes"],
+        notes=[*written["notes"], *continuing.notes],
+        continuations=continuing.texts,
     )
 
 
@@ -293,6 +306,7 @@ def _distill(
     best: CandidateResult,
     curve: Sequence[CandidateResult],
     write: Callable[[Path], dict[str, Any]],
+    continuing: _Continuing,
     on_event: OnEvent,
 ) -> Shrunk:
     """Write a plan's checkpoint into a folder beside the output, distill it, evaluate it, and move it to the output.
@@ -312,6 +326,8 @@ def _distill(
         model = session.place(replace(checkpoint, name=str(output)), request.settings)
         planned = [_plan_task(model, name, request, split) for name in _task_names(request)]
         results = session.measure([(task, [NO_INTERVENTION]) for task in planned])
+        continuing.add(model, f"distilled on {record.after.tokens:,} tokens")
+        continuing.measure(session)
     tasks = [
         replace(before, distilled=_primary(results[task])[NO_INTERVENTION.key])
         for before, task in zip(best.tasks, planned, strict=True)
@@ -324,9 +340,69 @@ def _distill(
         curve=curve,
         record=written["repair"],
         difference=written["difference"],
-        notes=written["notes"],
+        notes=[*written["notes"], *continuing.notes],
         distillation=record,
+        continuations=continuing.texts,
     )
+
+
+@dataclass
+class _Continuing:
+    """Continuations of the same prompts by the models of a plan.
+
+    Attributes:
+        plan: plan whose layers are dropped.
+        prompts: prompts to continue, none if no text is shown.
+        max_tokens: see `ShrinkRequest.continuation_tokens`.
+        notes: reasons for missing continuations.
+        variants: models that continue them.
+        texts: continuations so far.
+    """
+
+    plan: Plan
+    prompts: Sequence[Prompt]
+    max_tokens: int
+    notes: list[str]
+    variants: list[Variant] = field(default_factory=list)
+    texts: Sequence[Continuation] = ()
+
+    @classmethod
+    def of_plan(cls, model: PlacedModel, request: ShrinkRequest, split: TextSplit, best: CandidateResult) -> Self:
+        """Return the continuations by the whole, the pruned and the repaired model, which are not measured yet."""
+        prompts, note = (
+            plan_prompts(model, request.prompts, request.texts, skip_sequences=split.scored)
+            if request.continuation_tokens
+            else ([], None)
+        )
+        continuing = cls(best.plan, prompts, request.continuation_tokens, [note] if note else [])
+        continuing.add(model, WHOLE)
+        continuing.add(model, "", best.plan.intervention)
+        if best.patch:
+            repaired = replace(best.plan.intervention, patch=best.patch)
+            continuing.add(model, f"repaired by {request.repair}", repaired)
+        return continuing
+
+    def add(self, model: PlacedModel, step: str, intervention: Intervention = NO_INTERVENTION) -> None:
+        """Add a model.
+
+        Args:
+            step: last step by which the model was made, or `WHOLE`.
+        """
+        task = plan_continuations(model, self.prompts, self.max_tokens)
+        label = step if step == WHOLE else ", ".join(filter(None, [f"{count_removed(self.plan.drop)} dropped", step]))
+        key = intervention.key if intervention or step == WHOLE else self.plan.intervention.key
+        self.variants.append(Variant(label=label, task=task, intervention=intervention, described=key))
+
+    def measure(self, session: EvaluationSession) -> None:
+        """Generate the missing continuations, and write all of them into the warehouse."""
+        if not self.prompts:
+            return
+        texts, note = measure_continuations(session, self.variants)
+        self.notes += [note] if note else []
+        if texts:
+            self.texts = texts
+            assert self.plan.run_id is not None
+            write_continuations(session.store, self.plan.run_id, texts)
 
 
 def split_rows(

@@ -22,13 +22,23 @@ from avss_dist.models.labels import LOGIT_BYTES, draw_labels, float32_pieces, lo
 from avss_dist.models.layers import PROBE_SHAPE, Layer
 from avss_dist.models.loading import Backbone, quiet
 from avss_dist.models.patching import Patch, decode_patch, patched
-from avss_dist.models.skipping import Recorded, explaining, recording, representatives, resuming, skipping
-from avss_dist.models.sparsifying import SparsityCounts, sparsified
+from avss_dist.models.remaining import without_modules
+from avss_dist.models.skipping import (
+    Recorded,
+    explaining,
+    recording,
+    representatives,
+    resuming,
+    skipped_layers,
+    skipping,
+)
+from avss_dist.models.sparsifying import SparsityCounts, dense, sparsified, uncounted
 from avss_dist.models.sublayers import find_obstacles, require_sublayers, without_sublayers
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import to_device
 
 PROBE_TOKENS = 16
+CHECKED_TOKENS = 3  # tokens that are generated to check the key-value cache
 
 T = TypeVar("T")
 _TokenMeasure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits, labels) -> float32[tokens]
@@ -69,6 +79,7 @@ class LanguageModel:
         family: ``model_type`` of the configuration.
         device: device of token ids and results.
         reports: whether the results of this process count; one of several ranks with equal results reports.
+        notes: remarks for people on how the model computes, collected while it does.
         keeps_hidden_states: whether `skipping.recording` and `resuming` work on its layers and save time. Otherwise
             the passes of `together` share one reading of the weights.
 
@@ -81,6 +92,8 @@ class LanguageModel:
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
         self.checkpoint, self.settings, self.device = checkpoint, settings, device
+        self.notes: dict[str, None] = {}
+        self._cache_obstacles: dict[frozenset[int], str | None] = {}
         self.backbone = backbone
         self.module: Any = predictor(backbone.model)
         if self.module.get_output_embeddings() is None:
@@ -222,9 +235,60 @@ class LanguageModel:
         """Call the module."""
         return self.module(*args, **kwargs)
 
+    @property
+    def skipped(self) -> frozenset[int]:
+        """Indices of the layers that `without` leaves out now."""
+        return skipped_layers(self.layers)
+
     def generate(self, **kwargs: Any) -> Any:
-        """Call the module's ``generate``."""
-        return self.module.generate(**kwargs)
+        """Call the module's ``generate``.
+
+        Where layers are left out, it runs on the remaining layers alone, with a key-value cache. If that is not known
+        to compute the same, the layers are skipped, no cache is used, and `notes` has the reason.
+        """
+        skipped = self.skipped
+        if not skipped or kwargs.get("use_cache") is False:
+            return self.module.generate(**kwargs)
+        if skipped not in self._cache_obstacles:
+            self._cache_obstacles[skipped] = self._find_cache_obstacle(skipped)
+        if obstacle := self._cache_obstacles[skipped]:
+            self.notes[f"{self.checkpoint.name} generates without a key-value cache, which is slow: {obstacle}."] = None
+            return self.module.generate(**{**kwargs, "use_cache": False})
+        with without_modules(self.module, self.layers, skipped):
+            return self.module.generate(**kwargs)
+
+    def _find_cache_obstacle(self, skipped: frozenset[int]) -> str | None:
+        """Return why the remaining layers cannot generate with a key-value cache, found on a few tokens, or None."""
+        try:
+            with torch.no_grad(), quiet(), uncounted(), dense():
+                return self._differs_without(skipped)
+        except Exception as error:  # a model's own code can raise anything where layers are missing
+            return f"its remaining layers do not run alone ({type(error).__name__}: {first_line(error)})"
+
+    def _differs_without(self, skipped: frozenset[int]) -> str | None:
+        ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self.device).reshape(PROBE_SHAPE)
+        run = partial(self.module, use_cache=False)
+        expected = run(input_ids=ids).logits
+        with without_modules(self.module, self.layers, skipped):
+            if not torch.equal(run(input_ids=ids).logits, expected):
+                return "layers of this family depend on their place"
+            generated = self.module.generate(
+                inputs=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=CHECKED_TOKENS,
+                min_new_tokens=CHECKED_TOKENS,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            cached = torch.stack(generated.logits, dim=1).float()
+            plain = run(input_ids=generated.sequences).logits[:, -CHECKED_TOKENS - 1 : -1].float()
+        tolerance = torch.finfo(expected.dtype).eps ** 0.5
+        if not (cached - plain).norm() <= tolerance * (plain - plain.mean(-1, keepdim=True)).norm():
+            return "its predictions with the cache differ from those without"
+        return None
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
         """Return the result of a function for every batch. Its passes may run on another rank, or interleaved."""

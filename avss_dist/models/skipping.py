@@ -27,8 +27,8 @@ def skipping(
 ) -> Iterator[None]:
     """Have layers add nothing, or a share of their own addition, to the residual stream inside the context.
 
-    Run the model without a key-value cache: a skipped layer has no entry in it, and the model would take the cache for
-    an empty one.
+    Run the model without a key-value cache, or only with its remaining layers (see `remaining`): a skipped layer has no
+    entry in the cache, and the model would take the cache for an empty one.
 
     Args:
         drop: indices of the layers.
@@ -57,6 +57,14 @@ def require_skippable(layers: Sequence[Layer], drop: Collection[int]) -> list[La
         if uses.count(layer.module) > 1:
             raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be left out.")
     return skipped
+
+
+def skipped_layers(layers: Sequence[Layer]) -> frozenset[int]:
+    """Return the indices of the layers that `skipping` leaves out now, without a share of their addition."""
+    forwards = {layer.index: vars(layer.module).get("forward") for layer in layers}
+    return frozenset(
+        index for index, forward in forwards.items() if isinstance(forward, Skip) and not forward.residual_scale
+    )
 
 
 @contextmanager
@@ -192,7 +200,7 @@ class Skip:
     def __init__(
         self, layer: Layer, forward: Callable[..., Any], form: type | None, residual_scale: float = 0.0
     ) -> None:
-        self._layer, self._forward, self._residual_scale = layer, forward, residual_scale
+        self._layer, self._forward, self.residual_scale = layer, forward, residual_scale
         self.form = None if residual_scale else form
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -206,8 +214,8 @@ class Skip:
         after = first_tensor(output)
         if after is None or after.shape != before.shape:
             raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) does not keep the shape of its input.")
-        if self._residual_scale:
-            return replace_tensor(output, after, torch.lerp(before, after, self._residual_scale))
+        if self.residual_scale:
+            return replace_tensor(output, after, torch.lerp(before, after, self.residual_scale))
         if _is_alone(output):
             self.form = type(output)
         return replace_tensor(output, after, before)

@@ -40,6 +40,7 @@ class _SparsifiedInput:
 
 _TOKENS: ContextVar[_Tokens | None] = ContextVar("tokens", default=None)
 _UNCOUNTED: ContextVar[bool] = ContextVar("uncounted", default=False)
+_DENSE: ContextVar[bool] = ContextVar("dense", default=False)
 
 
 @contextmanager
@@ -52,6 +53,13 @@ def uncounted() -> Iterator[None]:
 def is_counted() -> bool:
     """Whether zeros are counted here, outside of `uncounted`."""
     return not _UNCOUNTED.get()
+
+
+@contextmanager
+def dense() -> Iterator[None]:
+    """Leave the inputs of linear maps unchanged in passes inside the context."""
+    with bound(_DENSE, True):
+        yield
 
 
 @dataclass
@@ -184,6 +192,8 @@ def _sparsify(
     x: torch.Tensor,
 ) -> torch.Tensor:
     """Return the sparsified input of a linear map, and count its zeros."""
+    if _DENSE.get():
+        return x
     current = _TOKENS.get()
     how = (cut.by, cut.value, cut.center, cut.kept, cut.group)
     if (

@@ -7,7 +7,6 @@ modules with their shapes and settings; and parameter by parameter in each class
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,23 +19,13 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.auto import auto_classes
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.layer_settings import NUM_LAYERS, is_own_index, settings_by_layer
 from avss_dist.models.loading import skeleton, skeleton_by, text_config, without_head
 from avss_dist.models.quantization import KEYS, quantization_method, require_known
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import LayerNames, renumber_quantization
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import list_path, renumbered
-
-NUM_LAYERS = "num_hidden_layers"
-COUNTS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "first_num_dense_layers")
-"""Settings that give the number of special layers at the start."""
-_BY_LAYER = re.compile(r"layer|block_types|block_configs|full_attn_idxs|indexer_types|activation_sparsity_pattern")
-_SIZES_BY_LAYER = re.compile(
-    r"(num_)?(query|kv|attention|key_value)_heads|num_(query|kv)_heads|intermediate_size|ffn_multipliers"
-)
-_OF_OTHER_MODULES = re.compile(r"^(mtp|vision|audio|image|encoder|conv)_")
-_INDICES = re.compile(r"layer|idx|indices|index")
-_OWN_INDEX = re.compile(r"^(layer|block)?_?(idx|index|id|number)$")
 
 
 def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
@@ -53,8 +42,8 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     _refuse(text, plan)
     raw = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     part = next((raw[n] for n in ("text_config", "llm_config", "decoder") if text is not whole and n in raw), raw)
-    expected = settings_by_layer(text.to_dict(), plan)
-    part |= settings_by_layer(part, plan)
+    expected = settings_by_layer(text.to_dict(), plan.num_layers, plan.keep)
+    part |= settings_by_layer(part, plan.num_layers, plan.keep)
     names = {NUM_LAYERS, text.attribute_map.get(NUM_LAYERS, NUM_LAYERS)}
     part |= dict.fromkeys(names.intersection(part) or {NUM_LAYERS}, len(plan.keep))
     if method := quantization_method(whole):
@@ -95,46 +84,6 @@ def _refuse(text: Any, plan: Plan) -> None:
     ):
         if getattr(text, name, None):
             raise PlanError(f"A {text.model_type} with {name} cannot be pruned: {why}.")
-
-
-def settings_by_layer(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return the per-layer settings of a configuration, recognized by name, shortened to the remaining layers."""
-    shortened = {name: _shortened(name, value, plan) for name, value in config.items()}
-    return {name: value for name, value in shortened.items() if value is not None}
-
-
-def _shortened(name: str, value: Any, plan: Plan) -> Any:
-    """Return a setting for the remaining layers, or None if it is not per layer."""
-    if name in COUNTS:
-        special = type(value) is int and value < plan.num_layers
-        return sum(layer < value for layer in plan.keep) if special else None
-    if _OF_OTHER_MODULES.search(name):
-        return None
-    if isinstance(value, list) and (_BY_LAYER.search(name) or _SIZES_BY_LAYER.fullmatch(name)):
-        return _shortened_list(name, value, plan)
-    if isinstance(value, Mapping) and _BY_LAYER.search(name):
-        return _shortened_mapping(value, plan)
-    return None
-
-
-def _shortened_list(name: str, value: list[Any], plan: Plan) -> list[Any] | None:
-    """Return a per-layer list, or a list of layer indices, for the remaining layers, or None for other lists."""
-    are_indices = bool(_INDICES.search(name) or name.endswith("idxs")) and _are_layers(value, plan.num_layers)
-    if len(value) == plan.num_layers and not (are_indices and len(set(value)) == len(value) > 2):
-        return [value[layer] for layer in plan.keep]
-    return [plan.keep.index(layer) for layer in value if layer in plan.keep] if are_indices else None
-
-
-def _shortened_mapping(value: Mapping[Any, Any], plan: Plan) -> dict[str, Any] | None:
-    """Return settings by layer index for the remaining layers, or None for other mappings."""
-    new = {str(layer): str(i) for i, layer in enumerate(plan.keep)}
-    if not value or not {str(key) for key in value} <= {str(layer) for layer in range(plan.num_layers)}:
-        return None
-    return {new[str(key)]: settings for key, settings in value.items() if str(key) in new}
-
-
-def _are_layers(values: list[Any], num_layers: int) -> bool:
-    return bool(values) and all(type(value) is int and 0 <= value < num_layers for value in values)
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,7 +144,7 @@ def _layer_properties(layer: nn.Module, index: int) -> Iterator[tuple[str, str, 
         for name, parameter in sorted(module._parameters.items()):
             yield path, name, None if parameter is None else tuple(parameter.shape)
         for name, value in sorted(vars(module).items()):
-            is_index = _OWN_INDEX.match(name) and value in (index, index + 1)
+            is_index = is_own_index(name, value, index)
             if not name.startswith("_") and not is_index and isinstance(value, (int, float, str, bool, tuple)):
                 yield path, name, value
 

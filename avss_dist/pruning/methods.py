@@ -10,13 +10,13 @@ from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.core.intervention import SPARSITY_RULES
-from avss_dist.core.names import CONTRAST
+from avss_dist.core.names import CONTRAST, PERPLEXITY
 from avss_dist.core.registry import FROM_ACTIVATIONS, INTERACTIONS, MEASURED, RECIPES, SEARCHES, SPARSITY_METHODS
-from avss_dist.core.settings import EVERY_SITE
+from avss_dist.core.settings import EVERY_SITE, TRAINED
 from avss_dist.core.text import describe_threshold, parse_threshold
 from avss_dist.core.validation import Check, OneOf, checked
 from avss_dist.options import PromptOptions
-from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
+from avss_dist.pruning.repair.registry import NO_REPAIR, RecoveryName, is_distilled
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 
 LEAVE_ONE_OUT = "loss"
@@ -83,14 +83,27 @@ class Experiment:
     """Maximum number of sets that a search measures; required for evolve."""
     search_max_sequences: AtLeastOne | None = None
     """Maximum number of rows of the run's text on which searches measure the loss."""
-    repairs: Annotated[tuple[OptionalRepairName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
-    """Repairs of the pruned models; every choice is evaluated with each."""
+    repairs: Annotated[tuple[RecoveryName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
+    """Repairs of the pruned models; every choice is evaluated with each. NAME+distill (refit+distill, none+distill)
+    distills the repaired model from the whole one."""
     repair_corpora: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Texts that repairs are fitted on, with equal weight whatever their length, or a weight each: CORPUS=0.5."""
     repair_max_sequences: AtLeastOne | None = None
     """Maximum number of rows of each text that repairs are fitted on."""
     repair_skip_sequences: Count = 0
     """Skip this many rows at the start of each text."""
+    distill_tokens: Annotated[float, Field(strict=False, ge=1, allow_inf_nan=False)] | None = None
+    """Tokens to train on for NAME+distill; the text is that of the repairs, and what the whole model writes."""
+    distill_train: Annotated[str, OneOf(TRAINED)] = TRAINED[0]
+    """Weights that are trained, as for avss distill --train."""
+    distill_learning_rate: Annotated[float, Field(strict=False, gt=0, allow_inf_nan=False)] | None = None
+    """Highest learning rate, as for avss distill."""
+    distill_self_texts: Count = 256
+    """Number of texts that the whole model writes to train on; 0 for none."""
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
+    """Text that every model continues, to compare; by default the start of three rows of the evaluation texts."""
+    continuation_tokens: Count = 0
+    """Length of each continuation in tokens; 0 makes none."""
     max_sequences: AtLeastOne | None = None
     """Maximum number of rows of each evaluation text."""
     skip_sequences: Count = 0
@@ -114,6 +127,14 @@ class Experiment:
         assert self.prompting  # which refuses options without effect
         if not self.shares and not self.sparsities:
             raise ConfigError("`shares` and `sparsities` are both empty.", "Set at least one of them.")
+        self._require_repairs()
+        self._require_distillation()
+        self._require_prompts()
+        if "evolve" in self.search and self.search_budget is None:
+            raise ConfigError("The search evolve needs a budget.", "Set `search_budget`.")
+
+    def _require_repairs(self) -> None:
+        """Refuse repairs without text, text without repairs, and repairs of layers that are scaled."""
         fitted = [repair for repair in self.repairs if repair != NO_REPAIR]
         if fitted and not self.repair_corpora:
             raise ConfigError(f"`repairs` {fitted[0]} needs text to be fitted on.", "Name it with `repair_corpora`.")
@@ -125,8 +146,30 @@ class Experiment:
                 "they are mutually exclusive.",
                 "Make two experiments.",
             )
-        if "evolve" in self.search and self.search_budget is None:
-            raise ConfigError("The search evolve needs a budget.", "Set `search_budget`.")
+
+    def _require_prompts(self) -> None:
+        """Refuse continuations without text to continue, and prompts without continuations."""
+        if self.continuation_tokens and not (self.prompts or any(task.startswith(PERPLEXITY) for task in self.tasks)):
+            raise ConfigError("`continuation_tokens` needs text to continue.", "Name it with `prompts`.")
+        if self.prompts and not self.continuation_tokens:
+            raise ConfigError("`prompts` have no effect without `continuation_tokens`.", "Set it, for example to 48.")
+
+    def _require_distillation(self) -> None:
+        """Refuse repairs that end in +distill without a number of tokens, and options of distillation without any."""
+        distilled = next(filter(is_distilled, self.repairs), None)
+        if distilled and self.distill_tokens is None:
+            raise ConfigError(f"`repairs` {distilled} needs a number of tokens to train on.", "Set `distill_tokens`.")
+        defaults = {field.name: field.default for field in fields(self) if field.name.startswith("distill_")}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if changed and not distilled:
+            raise ConfigError(
+                f"`{changed[0]}` has no effect if nothing is distilled.", "Name a repair such as refit+distill."
+            )
+
+    @property
+    def distills(self) -> bool:
+        """Whether models are distilled."""
+        return any(map(is_distilled, self.repairs))
 
     def count_choices(self, readings: int) -> int:
         """Return the maximum number of choices of layers for a model.

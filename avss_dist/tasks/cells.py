@@ -55,12 +55,13 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
-    """The result of a cell, and the time that it took."""
+    """The result of a cell, the time that it took, and notes for people on how it was measured."""
 
     rows: Sequence[Row]
     family: str
     device: str
     seconds: float
+    notes: Sequence[str] = ()
 
 
 CellOutcome = tuple[Cell, CellResult | AvssError]
@@ -83,6 +84,7 @@ def measure_cell(
     start, settings = time.perf_counter(), model.settings
     changes, removals = cell.intervention.split()
     use_threads(settings.threads)
+    model.notes.clear()
 
     def run(rows: int) -> list[Row]:
         model.settings = replace(settings, batch_size=rows)
@@ -105,7 +107,8 @@ def measure_cell(
     finally:
         model.settings = settings
     seconds = time.perf_counter() - start
-    return CellResult(rows=result, family=model.family, device=str(model.device), seconds=seconds)
+    device, notes = str(model.device), tuple(model.notes)
+    return CellResult(rows=result, family=model.family, device=device, seconds=seconds, notes=notes)
 
 
 def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[Row]:

@@ -73,7 +73,7 @@ class HarnessPart:
         with _silence(), model.applying(intervention):
             failures: list[Exception] = []
             chat = self.prompting.apply_chat_template
-            wrapped = harness_model(model, generate=bool(intervention.removed), chat=chat, failures=failures)
+            wrapped = harness_model(model, chat=chat, failures=failures)
             _seed(loaded["tasks"].values())
             with _bad_scoring(self.name, failures):
                 results = evaluate(

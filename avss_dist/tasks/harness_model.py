@@ -32,11 +32,10 @@ class _Question:
     continuation: tuple[int, ...]
 
 
-def harness_model(model: LanguageModel, *, generate: bool, failures: list[Exception], chat: bool = False) -> Any:
+def harness_model(model: LanguageModel, *, failures: list[Exception], chat: bool = False) -> Any:
     """Return a language model as a model of the harness.
 
     Args:
-        generate: see `_Uncached`.
         failures: list to which exceptions of the model itself are appended; they are raised all the same.
         chat: apply the model's chat template.
     """
@@ -63,7 +62,7 @@ def harness_model(model: LanguageModel, *, generate: bool, failures: list[Except
     if chat:
         tokenizer.chat_template = without_today(tokenizer.get_chat_template())
     return Model(
-        pretrained=_Uncached(model, failures, generate=generate),
+        pretrained=_Module(model, failures),
         tokenizer=tokenizer,
         backend="causal",
         batch_size=settings.batch_size,
@@ -104,16 +103,15 @@ def _likelihoods(model: LanguageModel, questions: Sequence[_Question]) -> list[t
     return [(-float(loss.sum()), bool(greedy.all())) for loss, greedy in parts]
 
 
-class _Uncached:
-    """A model's module without a key-value cache, because removed layers have no entry in it.
+class _Module:
+    """Stand-in for a model's module, which calls the model as its intervention requires.
 
     Args:
         failures: see `harness_model`.
-        generate: generate without a cache, too, although the harness asks for one.
     """
 
-    def __init__(self, model: LanguageModel, failures: list[Exception], *, generate: bool) -> None:
-        self._model, self._failures, self._generate = model, failures, generate
+    def __init__(self, model: LanguageModel, failures: list[Exception]) -> None:
+        self._model, self._failures = model, failures
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model.module, name)
@@ -124,7 +122,7 @@ class _Uncached:
 
     def generate(self, **kwargs: Any) -> Any:
         with _noting(self._failures):
-            return self._model.generate(**({**kwargs, "use_cache": False} if self._generate else kwargs))
+            return self._model.generate(**kwargs)
 
 
 @contextmanager

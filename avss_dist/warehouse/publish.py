@@ -23,6 +23,7 @@ from avss_dist.warehouse.schema import SCHEMAS, TABLES
 from avss_dist.warehouse.storage import Storage
 
 PARTS = ("shard_stats", "cells", "row_stats", "shard_expert_stats")  # what other tables were made of
+TEXTS = ("continuations",)  # they quote corpora, which may not be public
 CATALOG, CARD, DATA = "catalog.duckdb", "README.md", "data"
 _DATASETS = "hf://datasets/"
 _ORDER = ("layer", "site", "recipe", "threshold", "expert", "task", "metric")  # of the rows of a run
@@ -79,7 +80,8 @@ def publish(
     run_ids = [row["run_id"] for row in sorted(done, key=lambda row: (row["model"], row["run_id"]))]
     with _staged_target(target, f"Layer scores of {describe_count(len(run_ids))} runs") as folder:
         (folder / DATA).mkdir()
-        rows = {name: _write_table(warehouse, name, run_ids, folder / DATA) for name in TABLES if name not in PARTS}
+        names = [name for name in TABLES if name not in (*PARTS, *TEXTS)]
+        rows = {name: _write_table(warehouse, name, run_ids, folder / DATA) for name in names}
         rows = {name: number for name, number in rows.items() if number}
         _write_catalog(folder, list(rows))
         if write_page:

@@ -380,7 +380,7 @@ class Warehouse:
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
         """Return the readable files of a table. A table of whole runs has files of the runs ``done`` alone."""
-        chosen = None if name in ("runs", "evaluations", "cells", "experiments") else done
+        chosen = None if name in ("runs", "evaluations", "cells", "experiments", "continuations") else done
         return {
             path: stamp
             for path, (run, stamp) in self.storage.files(_stored(name)).items()

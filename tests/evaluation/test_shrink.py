@@ -27,12 +27,15 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.repairs import copies_of
 from avss_dist.evaluation.shrink import SCORED, CandidateResult, Shrunk, TextSplit, split_rows
+from avss_dist.evaluation.tasks import plan_text
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.pruning.selection import PlanError
+from avss_dist.report.page.page import report_page
 from avss_dist.requests import RANKED_BY
 from avss_dist.system.devices import Devices
 from avss_dist.warehouse.reader import Warehouse
@@ -41,7 +44,8 @@ TEXT = "builtin:pydoc"
 TASK = f"perplexity:{TEXT}"
 ROWS = {"max_sequences": 80, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4}
 READ: dict[str, Any] = {**ROWS, "dtype": "float32", "device": "cpu"}
-OPTIONS = [word for name, value in READ.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+CONTINUED: dict[str, Any] = {"continuation_tokens": 6}
+OPTIONS = [word for name, value in (READ | CONTINUED).items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[An
 
 def shrunk(model: Path, out: Path, **options: Any) -> Shrunk:
     with one_thread():
-        return avss_dist.shrink(model, corpus=TEXT, output=out, **READ | options)
+        return avss_dist.shrink(model, corpus=TEXT, output=out, **READ | CONTINUED | options)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,76 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     assert read_repairs(Path(done.folder)) == [done.record]
     card = (Path(done.folder) / "README.md").read_text()
     assert "repaired, " in card and "without these layers, " in card and "Repaired by refit" in card
+
+
+def greedy(folder: str | Path, prompt: str, number: int) -> str:
+    """The continuation by plain transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = model.generate(ids, max_new_tokens=number, do_sample=False)[0, ids.shape[1] :]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+MODELS = ("whole model", "2 layers dropped", "2 layers dropped, repaired by refit")
+
+
+def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, deep: Path) -> None:
+    """The start of three rows that are evaluated on, by the whole and the written model, and by the pruned one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(deep)
+    read = Settings(**ROWS | {"max_sequences": 3})
+    rows = plan_text(resolve(str(deep)), TEXT, read, skip_sequences=10).shards[0].input_ids
+    prompts = [tokenizer.decode(row[:16]) for row in rows]
+    assert [(one.prompt, one.variant) for one in done.continuations] == [(p, m) for m in MODELS for p in prompts]
+    texts = {(one.prompt, one.variant): one.text for one in done.continuations}
+    for prompt in prompts:
+        assert texts[prompt, MODELS[0]] == greedy(deep, prompt, 6)
+        assert texts[prompt, MODELS[2]] == greedy(done.folder, prompt, 6)
+    assert len(set(texts.values())) > len(prompts)
+    stored = Warehouse(f"{done.folder}-warehouse").table("continuations").to_pylist()
+    assert [(row["prompt"], row["variant"], row["text"]) for row in stored] == [
+        (one.prompt, one.variant, one.text) for one in done.continuations
+    ]
+    keys = {row["variant"]: (tuple(row["drop"]), row["patch"] is not None) for row in stored}
+    plan = done.best.plan
+    assert keys == dict(zip(MODELS, [((), False), (plan.drop, False), (plan.drop, True)], strict=True))
+    assert {row["run_id"] for row in stored} == {plan.run_id}
+
+
+def test_prompts_are_continued_once_and_shown_as_text(done: Shrunk, deep: Path, tmp_path: Path) -> None:
+    """Markup in a prompt is text to the terminal and to the page; its cells are not measured again."""
+    warehouse, prompt = f"{done.folder}-warehouse", "[red]A </td><script>alert(1)</script>\nlist"
+    how = ["--corpus", TEXT, "-w", warehouse, "--prompt", prompt, "--prompt", "A class", *OPTIONS]
+    told = avss("shrink", deep, "-o", tmp_path / "out", *how)
+    assert told.exit_code == 0, told.stderr
+    words = " ".join(told.stdout.split())
+    assert "Greedy continuation of: [red]A </td><script>alert(1)</script> list" in words
+    assert content(tmp_path / "out") == content(done.folder)
+    cells = {file: file.stat().st_mtime_ns for file in Path(warehouse, "cells").rglob("*.parquet")}
+    values = json.loads(avss("shrink", deep, "-o", tmp_path / "again", *how, "--format", "json").stdout)
+    assert {file: file.stat().st_mtime_ns for file in Path(warehouse, "cells").rglob("*.parquet")} == cells
+    assert [(one["prompt"], one["model"]) for one in values["continuations"]] == [
+        (p, model) for model in MODELS for p in (prompt, "A class")
+    ]
+    page = report_page(Warehouse(warehouse))
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; list" in page
+    assert page.count("Greedy continuation of: ") >= 5
+
+
+def test_a_model_that_generates_no_text_is_shrunk_all_the_same(
+    done: Shrunk, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no generation here")
+
+    monkeypatch.setattr(LanguageModel, "generate", refuse)
+    made = shrunk(deep, tmp_path / "out", warehouse=f"{done.folder}-warehouse", prompts=("Once",))
+    assert not made.continuations and content(made.folder) == content(done.folder)
+    assert any("generates no text: no generation here" in note for note in made.notes)
 
 
 def test_whatever_layers_are_chosen_by_is_measured() -> None:
@@ -249,6 +323,7 @@ def test_the_command_prints_the_curve(deep: Path, tmp_path: Path) -> None:
         ({"share": 1.5}, "`share` must be less than 1"),
         ({"by": "avs"}, "Did you mean 'avss'"),
         ({"repair": "none", "repair_corpora": (TEXT,)}, "`repair_corpora` has no effect"),
+        ({"continuation_tokens": 0, "prompts": ("Once",)}, "`prompts` have no effect"),
         ({"sites": ("block",)}, "`sites` has no effect|Unknown|tasks measure nothing"),
         ({"partition": "zero3"}, "weights where they cannot be changed"),
         ({"max_sequences": 7}, "rows; a part to score on"),

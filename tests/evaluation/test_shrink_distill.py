@@ -27,7 +27,8 @@ from avss_dist.warehouse.reader import Warehouse
 
 ROWS = {"max_sequences": 80, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4}
 READ: dict[str, Any] = {**ROWS, "dtype": "float32", "device": "cpu"}
-OPTIONS = [word for name, value in READ.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+CONTINUED: dict[str, Any] = {"continuation_tokens": 4}
+OPTIONS = [word for name, value in (READ | CONTINUED).items() for word in (f"--{name.replace('_', '-')}", str(value))]
 TOKENS = 24 * 4 * 32
 
 
@@ -38,7 +39,9 @@ def deep(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[An
 
 def shrunk(model: Path, corpus: Path, out: Path, **options: Any) -> Shrunk:
     with one_thread():
-        return avss_dist.shrink(model, output=out, corpus=corpus, **READ | {"distill_tokens": TOKENS} | options)
+        return avss_dist.shrink(
+            model, output=out, corpus=corpus, **READ | CONTINUED | {"distill_tokens": TOKENS} | options
+        )
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,17 @@ def test_rows_of_each_use_are_apart(done: Shrunk) -> None:
     assert own.corpus == "self" and own.trained_rows > 0
 
 
+def test_the_distilled_model_continues_the_prompts_of_the_others(done: Shrunk) -> None:
+    assert done.distillation is not None
+    last = f"2 layers dropped, distilled on {done.distillation.after.tokens:,} tokens"
+    models = ["whole model", "2 layers dropped", "2 layers dropped, repaired by refit", last]
+    prompts = list(dict.fromkeys(one.prompt for one in done.continuations))
+    assert [(one.variant, one.prompt) for one in done.continuations] == [(m, p) for m in models for p in prompts]
+    stored = Warehouse(f"{done.folder}-warehouse").table("continuations").to_pylist()
+    assert len(stored) == len(done.continuations) == 12
+    assert {tuple(row["drop"]) for row in stored if row["variant"] == last} == {done.best.plan.drop}
+
+
 def test_the_table_the_summary_and_the_card_have_the_verdict(done: Shrunk) -> None:
     (row,) = done.table().to_pylist()
     assert row["distilled"] == done.best.kept and row["kept"] == done.curve[0].kept
@@ -137,7 +151,7 @@ def test_without_the_option_nothing_is_distilled(done: Shrunk, deep: Path, corpu
     options = ["--repair", "none", "-w", f"{done.folder}-warehouse", "--format", "json"]
     told = avss("shrink", deep, "--corpus", corpus, "-o", tmp_path / "out", *options, *OPTIONS)
     values = json.loads(told.stdout)
-    assert [*values] == ["output", "bytes", "drop", "kept", "tasks", "curve", "difference", "notes"]
+    assert [*values] == ["output", "bytes", "drop", "kept", "tasks", "curve", "difference", "notes", "continuations"]
     assert "avss_distill.json" not in files(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

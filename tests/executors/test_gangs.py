@@ -18,7 +18,7 @@ from support.causal_lm import open_whole
 from support.checkpoints import llama, save_tokenizer
 from support.families import tiny_model
 from support.oracle import assert_close
-from support.questions import answers, assert_same, composed, write_questions
+from support.questions import answers, assert_same, composed, generated, write_questions
 from support.rank_processes import SECONDS, Gang, free_port
 
 from avss_dist.core.errors import ConfigError, ModelError
@@ -327,6 +327,27 @@ def test_gangs_answer_the_harness_as_one_process_does(
     skip, tasks = ("",), harness_task(write_questions(tmp_path)).parts
     ((found, _, _),), _ = gang(2).run(ask_all, partition, [folder], skip, tasks)
     assert_same(found, expected_of(folder, skip, tasks), rtol=1e-6)
+
+
+def generate_all(partition: str, folders: Sequence[Path]) -> list[tuple[list[int], list[str]]]:
+    """Of each model, the tokens that this rank generates without a layer, with a cache and without one; its notes."""
+    results = []
+    for folder in folders:
+        replica = opened(partition, folder, SETTINGS, head=True)
+        model = replica.language_model
+        results.append((generated(model)[0].tolist(), [*model.notes]))
+        replica.close()
+    return results
+
+
+@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
+def test_gangs_generate_with_a_cache_as_one_process_does(
+    partition: str, gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
+) -> None:
+    folders = [folder_of(family) for family in ("llama", "gemma3")]
+    models = [open_whole(resolve(str(folder)), SETTINGS) for folder in folders]
+    expected = [(generated(model)[0].tolist(), []) for model in models]
+    assert gang(2).run(generate_all, partition, folders) == [expected, expected]
 
 
 def test_zero3_in_bfloat16(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:

@@ -79,6 +79,7 @@ def test_streaming_answers_as_one_device_does(family: str, folder_of: Callable[[
             with pytest.raises(ModelError, match=f"streaming has no gradients of a {family} model"):
                 answers(model_of(streaming), ("loss", "leave", "sublayers", "shapley"))
         assert torch.equal(generated(model_of(streaming)), text)
+        assert any("without a key-value cache" in note for note in model_of(streaming).notes)
         streaming.close()
     single.close()
 

@@ -19,10 +19,13 @@ from support.command_line import avss
 from support.pages import write_failed, write_removals, write_run
 from support.warehouses import unpack_released
 
+from avss_dist.core.intervention import Intervention
 from avss_dist.core.text import describe_threshold
+from avss_dist.evaluation.continuations import Continuation, write_continuations
 from avss_dist.report.page.page import save_report
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'avss_dist[test]'")
@@ -54,9 +57,19 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
     store = Warehouse(tmp_path_factory.mktemp("warehouse"))
     write_removals(store, write_run(store, "alpha", layers=8, revision="r1"), "r1", layers=8)
     write_run(store, "beta", layers=12, seed=1, family="gemma")
-    write_run(store, "noise", layers=8, seed=2)
+    write_texts(store, write_run(store, "noise", layers=8, seed=2))
     write_failed(store, "gone", "out of memory")
     return store
+
+
+def write_texts(store: Warehouse, run_id: str) -> None:
+    """Two prompts that two models of a run continue."""
+    rows = [
+        Continuation(variant=model, prompt=f"{HOSTILE} {n}", text=" and so on" * 20, key=Intervention(removed=drop).key)
+        for n in (1, 2)
+        for model, drop in (("whole model", ()), ("2 layers dropped, distilled on 1,000,000 tokens", (1, 2)))
+    ]
+    write_continuations(Store(store.root), run_id, rows)
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +379,20 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit: Callable[...,
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 360
         assert box["width"] > 280
+
+
+def test_continuations_are_read_without_scrolling_sideways(visit: Callable[..., Any], file: Path) -> None:
+    """All of a text is seen, beside the name of its model."""
+    for width in (1400, 390):
+        page = visit(file, width)
+        tables = page.locator("#continuations table")
+        assert tables.count() == 2
+        assert f"{HOSTILE} 1" in " ".join(tables.first.inner_text().split())
+        for table in (tables.nth(0), tables.nth(1)):
+            cells = table.locator("td.continuation > span")
+            assert [text.split() for text in cells.all_inner_texts()] == [["and", "so", "on"] * 20] * 2
+            assert all(cells.nth(i).evaluate("one => one.scrollWidth <= one.clientWidth") for i in range(2))
+            assert table.evaluate("one => one.scrollWidth <= one.closest('.scroll').clientWidth")
 
 
 @pytest.mark.parametrize(

@@ -107,10 +107,11 @@ def answers(model: LanguageModel, skip: tuple[str, ...] = ()) -> dict[str, list[
 
 
 def generated(model: LanguageModel) -> torch.Tensor:
-    """[1, tokens]: a greedy continuation without a layer."""
+    """[1, tokens]: a greedy continuation without a layer, with a cache and without one."""
     ids = torch.arange(10, 16, device=model.device)[None]
     with model.without((1,)):
         found: torch.Tensor = model.generate(inputs=ids, max_new_tokens=4, do_sample=False, use_cache=False)
+        assert torch.equal(model.generate(inputs=ids, max_new_tokens=4, do_sample=False), found)
     return found.cpu()
 
 

@@ -99,9 +99,20 @@ class StreamingLanguageModel(LanguageModel):
         """See `causal_lm.LanguageModel`."""
         return self._alone(partial(super().call, *args, **kwargs))
 
+    @property
+    def skipped(self) -> frozenset[int]:
+        """See `causal_lm.LanguageModel`."""
+        skips = PASS_PLAN.get().skips
+        return frozenset(
+            layer.index for layer in self.layers if layer.module in skips and not skips[layer.module].residual_scale
+        )
+
     def generate(self, **kwargs: Any) -> Any:
         """See `causal_lm.LanguageModel`. The weights are read for every token."""
         return self._alone(partial(super().generate, **kwargs))
+
+    def _find_cache_obstacle(self, skipped: frozenset[int]) -> str | None:
+        return "`partition` streaming finds the weights of a layer by its place in the whole model"
 
     def _alone(self, function: Callable[[], T]) -> T:
         if self.passes is None or self.passes.running:

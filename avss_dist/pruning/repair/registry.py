@@ -84,9 +84,13 @@ REMOVED_REPAIRS: Mapping[str, str] = {
 """Successors of the repairs that existed in earlier versions. Files that name one are still read."""
 
 
+DISTILL = "+distill"
+"""End of the name of a repair in an experiment that is followed by distillation."""
+
+
 def _require_present(name: str) -> str:
-    if name in REMOVED_REPAIRS:
-        raise ConfigError(f"the repair '{name}' no longer exists.", f"Use {REMOVED_REPAIRS[name]} instead.")
+    if (repair := name.removesuffix(DISTILL)) in REMOVED_REPAIRS:
+        raise ConfigError(f"the repair '{repair}' no longer exists.", f"Use {REMOVED_REPAIRS[repair]} instead.")
     return name
 
 
@@ -94,6 +98,19 @@ RepairName = Annotated[str, Check(_require_present), OneOf(tuple(REPAIRS))]
 """Type of a checked field that names a repair."""
 OptionalRepairName = Annotated[str, Check(_require_present), OneOf((NO_REPAIR, *REPAIRS))]
 """Type of a checked field that names a repair or `NO_REPAIR`."""
+_WITHOUT = (NO_REPAIR, *REPAIRS)
+RecoveryName = Annotated[str, Check(_require_present), OneOf((*_WITHOUT, *(f"{name}{DISTILL}" for name in _WITHOUT)))]
+"""Type of a checked field that names a repair or `NO_REPAIR`, with or without distillation after it."""
+
+
+def repair_before(recovery: str) -> str:
+    """Return the repair of a `RecoveryName`, which may be `NO_REPAIR`."""
+    return recovery.removesuffix(DISTILL)
+
+
+def is_distilled(recovery: str) -> bool:
+    """Whether a `RecoveryName` names distillation."""
+    return recovery.endswith(DISTILL)
 
 
 def searched_repair(name: str) -> str:

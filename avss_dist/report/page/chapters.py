@@ -1,4 +1,4 @@
-"""The chapters of the page: curves, experiments, score cards, sparse activations, contrasts, experts."""
+"""The chapters of the page: curves, experiments, continuations, score cards, contrasts, experts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.core.errors import QueryError
 from avss_dist.core.registry import GROUND_TRUTH, RECIPES, SCORES
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
+from avss_dist.report.continuations import continuations_section
 from avss_dist.report.contrasts import contrast_section
 from avss_dist.report.curves import curve_section
 from avss_dist.report.experiments import experiment_section
@@ -90,6 +91,13 @@ def chapters(
             ],
         ),
         Chapter(
+            name="continuations",
+            title="Continuations",
+            heading="Continuations",
+            lead="What the whole model and smaller ones write after the same prompt, token by token the likeliest.",
+            sections=list(_continuations(warehouse, labels)),
+        ),
+        Chapter(
             name="scorecard",
             title="Score card",
             heading="Score card",
@@ -141,6 +149,15 @@ def _curves(warehouse: Warehouse, run_ids: Sequence[str]) -> list[Curve]:
         if len(curve.runs) >= MIN_CURVE:
             by_runs.setdefault(tuple(run["run_id"] for run in curve.runs), curve)
     return sorted(by_runs.values(), key=lambda curve: -len(curve.runs))[:MAX_CURVES]
+
+
+def _continuations(warehouse: Warehouse, labels: Mapping[str, str]) -> Iterator[Section]:
+    """Yield the continuations of each run that has some."""
+    rows = warehouse.table("continuations", run_ids=list(labels)).to_pylist()
+    for run_id, label in labels.items():
+        of_run = [row for row in rows if row["run_id"] == run_id]
+        if of_run:
+            yield continuations_section(label, sorted(of_run, key=lambda row: str(row["created_at"])))
 
 
 def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
@@ -151,6 +152,7 @@ class CellProgress:
         self._progress = bars(rich_progress.MofNCompleteColumn())
         self._task: rich_progress.TaskID | None = None
         self._logged_at, self._done, self._cells = time.monotonic(), 0, 0
+        self._notes: set[str] = set()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -168,14 +170,22 @@ class CellProgress:
                 assert self._task is not None
                 self._progress.update(self._task, description=f"{describe_cell(cell)}: {step}, {share:.0%}")
                 self._log(cell, f"{step}, {share:.0%}")
-            case CellDone(cell):
+            case CellDone(cell, notes):
                 assert self._task is not None
+                self._print_notes(notes)
                 self._progress.update(self._task, advance=1, description=describe_cell(cell))
                 self._done += 1
                 self._log(cell, f"{self._done} of {self._cells} evaluated")
             case SearchStep(best=best, sets=sets) if self._progress.console.is_terminal:
                 loss = f"loss {best.value:.4f} without {describe_removed(best.removed)}"
                 self._progress.console.print(f"{sets} sets: {loss}", markup=False, highlight=False)
+
+    def _print_notes(self, notes: Sequence[str]) -> None:
+        """Print each note on how cells were measured once."""
+        for note in notes:
+            if note not in self._notes:
+                self._notes.add(note)
+                self._progress.console.print(f"Note: {note}", markup=False, highlight=False)
 
     def _begin(self, cells: int, done: int) -> None:
         if self._task is not None:

@@ -19,6 +19,7 @@ from avss_dist.evaluation.events import (
     Event,
     WeightsWritten,
 )
+from avss_dist.report.continuations import continuation_tables
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
 from avss_dist.report.terminal.distill import DistillProgress
 from avss_dist.report.terminal.progress import CellProgress, bars, describe_without, log
@@ -40,6 +41,7 @@ class ShrinkProgress(CellProgress):
         self._progress = bars(rich_progress.TaskProgressColumn())
         self._bar = self._progress.add_task("reading", total=None)
         self._distilling = DistillProgress(self._progress, self._bar)
+        self._notes: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
@@ -52,7 +54,8 @@ class ShrinkProgress(CellProgress):
                 self._begin_step(_step(cells[0]), len(cells), done)
             case CellUnderway(_, step, share):
                 self._progress.update(self._bar, description=f"{step[0].lower()}{step[1:]}, {share:.0%}")
-            case CellDone(cell):
+            case CellDone(cell, notes):
+                self._print_notes(notes)
                 self._progress.update(self._bar, advance=1, description=_step(cell))
             case WeightsWritten():
                 self._progress.update(self._bar, description="writing", total=None, completed=0)
@@ -71,7 +74,7 @@ def _step(cell: Cell) -> str:
 
 
 def shrunk_tables(done: Shrunk) -> RenderableType:
-    """Return tables of the metrics of the whole and the smaller models, and of the curve of several plans."""
+    """Return tables of the metrics of the models, of the curve of several plans, and of continuations."""
     plan, tasks = done.best.plan, done.best.tasks
     rows = ["whole model", f"{count_removed(plan.drop)} dropped"]
     rows += [f"repaired by {done.record.repair}"] if done.record else []
@@ -84,7 +87,9 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
         title=f"{basename(plan.model)} without {len(plan.drop)} of its {plan.num_layers} layers",
         caption=_caption(tasks),
     )
-    return Group(FittedTable(table), *([FittedTable(_curve(done))] if len(done.curve) > 1 else []))
+    more = [_curve(done)] if len(done.curve) > 1 else []
+    more += continuation_tables([one.row() for one in done.continuations])
+    return Group(FittedTable(table), *map(FittedTable, more))
 
 
 def _caption(tasks: Sequence[TaskRetention]) -> str:
@@ -131,6 +136,8 @@ def shrunk_values(done: Shrunk) -> dict[str, Any]:
     about = {"output": done.folder, "bytes": done.bytes, "drop": done.best.plan.drop, "kept": done.best.kept}
     tasks = [task.describe() for task in done.best.tasks]
     values = {**about, "tasks": tasks, "curve": curve, "difference": done.difference, "notes": [*done.notes]}
+    texts = [{"prompt": one.prompt, "model": one.variant, "text": one.text} for one in done.continuations]
+    values |= {"continuations": texts} if texts else {}
     return values | ({"distilled": _distilled_values(done)} if done.distillation else {})
 
 
