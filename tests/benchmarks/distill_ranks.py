@@ -4,6 +4,7 @@
 
 Teacher and student are random Llamas; the student lacks a quarter of the layers. One process is timed with one thread,
 and with as many threads as the ranks have together. Tokens/s are those between the first and the last training step.
+Steps of ranks are heard of twice a second, so that trainings of less than 10 seconds are not timed.
 """
 
 from __future__ import annotations
