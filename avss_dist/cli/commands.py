@@ -56,7 +56,7 @@ COMMANDS = {
     "compare": Command(
         READ,
         "compare",
-        "Compare layer rankings between runs: how far they agree, and findings that speak against it.",
+        "Compare layer rankings between runs: how far they agree, or how they move along training, size or text.",
     ),
     "contrast": Command(
         READ,
@@ -80,7 +80,7 @@ COMMANDS = {
     "publish": Command(
         READ,
         "publish",
-        "Write the finished runs as a few Parquet files, with a DuckDB catalog and a dataset card, for others to read.",
+        "Write the finished runs as a site: a page, a few Parquet files, a DuckDB catalog and a dataset card.",
     ),
     "compact": Command(
         READ, "compact", "Copy many finished runs into few large files, so that every reader opens them in a moment."
