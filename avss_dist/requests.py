@@ -54,7 +54,9 @@ LISTINGS = ("runs", "plans", "evaluations")
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
 LEFT_OUT = "Removals"
-MIX, TRAINING = "Text", "Training"
+MIX, TRAINING, CACHE = "Text", "Training", "Cache of the teacher's predictions"
+MEASURED_TEACHER = ("replicas", "fresh", "partition", "gpus_per_replica", "max_memory")
+"""Fields of `Execution` that only the measurement of a teacher's predictions has a use for."""
 PROMPTS = "Prompts of lm-evaluation-harness"
 _SEARCHES_INSTEAD = {name: searches_instead(name) for name in SEARCHES}
 
@@ -97,6 +99,7 @@ JobPath = Annotated[Any, Option(argument=True, metavar="JOB.yaml")]
 JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
 Timeout = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
 Tokens = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]
 Threshold = str | float
 Site = Annotated[str, OneOf(EVERY_SITE)]
@@ -502,11 +505,39 @@ class DistillRequest(Request):
     """End after this many evaluations in a row that are no better than the best."""
     seed: Annotated[Count, Option(panel=TRAINING)] = 0
     """Seed of the order of the text, and of the teacher's own text."""
+    text_loss: Annotated[Weight, Option(panel=TRAINING)] = 0.0
+    """Weight of the cross entropy of the text, which is added to the divergence."""
+    hidden_loss: Annotated[Weight, Option(panel=TRAINING)] = 0.0
+    """Weight of the squared error of the hidden states behind each cut, relative to the teacher's."""
+    teacher_top: Annotated[Positive | None, Option(panel=CACHE)] = None
+    """Learn from this many of the teacher's most probable tokens at each position, and the probability of all others.
+    They are measured once and kept in a warehouse; the teacher is not loaded in training."""
+    warehouse: Annotated[
+        PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE", panel=CACHE)
+    ] = None
+    """Warehouse for the teacher's predictions; OUTPUT-warehouse by default."""
 
     shared = (
         *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
-        *("dtype", "layers", "attention", "device", "trust_remote_code", "tracker"),
+        *(
+            "dtype",
+            "layers",
+            "attention",
+            "device",
+            "trust_remote_code",
+            "tracker",
+            "executor",
+            "address",
+            *MEASURED_TEACHER,
+        ),
     )
+
+    def __post_init__(self) -> None:
+        if self.teacher_top and self.hidden_loss:
+            raise ConfigError(
+                "`hidden_loss` needs the teacher's hidden states, which no cache holds.",
+                "Leave out `teacher_top` or `hidden_loss`.",
+            )
 
 
 @request

@@ -7,14 +7,17 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from avss_dist.core.errors import ConfigError, RunFailed, StorageFull, unwritable
@@ -24,7 +27,7 @@ from avss_dist.distillation.curve import DIVERGED, Evaluation, Schedule, best, e
 from avss_dist.distillation.events import OnEvent, Preparing, ignore
 from avss_dist.distillation.loss import Predict, TextLoss, logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
-from avss_dist.distillation.pair import ModelPair, ancestry, resolve_pair
+from avss_dist.distillation.pair import ModelPair, ancestry, require_cuts, resolve_pair
 from avss_dist.distillation.reading import read_texts
 from avss_dist.distillation.record import (
     FILE,
@@ -34,16 +37,18 @@ from avss_dist.distillation.record import (
     read_record,
     recorded_settings,
 )
-from avss_dist.distillation.texts import DistillText
+from avss_dist.distillation.texts import DistillText, draw_rows
 from avss_dist.distillation.trained import LEARNING_RATES, LORA, choose_trained
 from avss_dist.models.loading import load_model, quiet
 from avss_dist.models.safetensors import weight_files
 from avss_dist.pruning.checkpoint import require_free
+from avss_dist.pruning.model_card import removed_layers
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.system.devices import free_device
 from avss_dist.system.staging import staged_file
 
 if TYPE_CHECKING:
+    from avss_dist.distillation.trainer import FurtherLosses
     from avss_dist.requests import DistillRequest
 
 
@@ -90,10 +95,20 @@ class Distilled(TabularResult):
         return f"{self.folder}, {self.record.after.tokens:,} tokens"
 
 
-def distill(request: DistillRequest) -> Distilled:
+MeasureTeacher = Callable[
+    ["DistillRequest", ModelPair, Sequence[DistillText], Sequence[NDArray[np.int64]]],
+    tuple[list[DistillText], list[TextLoss]],
+]
+"""Function that measures a teacher's predictions, or reads them from a warehouse; see `evaluation.teacher_cache`."""
+
+
+def distill(request: DistillRequest, measure_teacher: MeasureTeacher) -> Distilled:
     """Train a student on the predictions of a teacher, and write it as a checkpoint; see `requests.DistillRequest`.
 
     The work so far is kept in a folder beside the output, from which the same request resumes.
+
+    Args:
+        measure_teacher: called if the teacher's predictions come from a cache.
 
     Raises:
         ConfigError: the models have different vocabularies, there is too little memory, held-out text is trained on, or
@@ -103,17 +118,24 @@ def distill(request: DistillRequest) -> Distilled:
     """
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
-        return _distill(request, Path(request.output), request.on_event or ignore)
+        return _distill(request, Path(request.output), request.on_event or ignore, measure_teacher)
 
 
-def _distill(request: DistillRequest, output: Path, on_event: OnEvent) -> Distilled:
+def _distill(request: DistillRequest, output: Path, on_event: OnEvent, measure_teacher: MeasureTeacher) -> Distilled:
     work = output.with_name(output.name + ".part")
     is_written = (work / _REQUEST).is_file() and (output / FILE).is_file()  # stopped after its last step
     if not is_written:
         require_free(output)
     models = resolve_pair(request)
+    if request.hidden_loss:
+        require_cuts(models)
     memory = estimate_memory(
-        models.student, models.teacher, models.settings, models.teacher_settings, **_what_is_trained(request)
+        models.student,
+        models.teacher,
+        models.settings,
+        models.teacher_settings,
+        **_what_is_trained(request),
+        top=request.teacher_top,
     )
     require_memory(memory, models.device.type, request.train)
     notes = ancestry(models)
@@ -123,7 +145,8 @@ def _distill(request: DistillRequest, output: Path, on_event: OnEvent) -> Distil
         if not is_written:
             texts = read_texts(request, models, work, on_event)
             _require_same_texts(work, texts)
-            trained, model = _trained(request, models, texts, work, on_event)
+            teacher = _open_teacher(request, models, texts, work, on_event, measure_teacher)
+            trained, model = _trained(request, models, teacher, work, on_event)
             write_distilled(models.student, model, output, trained)
     except OSError as error:
         raise unwritable(output, error, "Name another folder with `output`, or free some space.") from error
@@ -150,6 +173,8 @@ def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
     )
     values = {name: getattr(request, name) for name in names}
     values["corpora"], values["watch"] = ([str(split_weight(c)[0]) for c in values[n]] for n in ("corpora", "watch"))
+    further = ("teacher_top", "text_loss", "hidden_loss")
+    values |= {name: value for name in further if (value := getattr(request, name))}
     values["weights"] = [split_weight(corpus)[1] for corpus in request.corpora]
     models_of = {"student": models.student.revision, "teacher": models.teacher.revision}
     return {**models_of, **values, "settings": models.settings.as_dict(), "bfloat16": models.bfloat16}
@@ -188,15 +213,53 @@ def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Teacher:
+    """The teacher of a training: loaded, or its predictions of the texts.
+
+    Attributes:
+        model: the model; None if its predictions come with the texts.
+        texts: all texts.
+        losses: its loss on the held-out rows of each text.
+    """
+
+    model: Any
+    texts: Sequence[DistillText]
+    losses: Sequence[TextLoss]
+
+    @property
+    def predict(self) -> Predict | None:
+        """Its predictions; None if they come with the texts."""
+        return None if self.model is None else logits_of(self.model)
+
+
+def _open_teacher(
+    request: DistillRequest,
+    models: ModelPair,
+    texts: Sequence[DistillText],
+    work: Path,
+    on_event: OnEvent,
+    measure_teacher: MeasureTeacher,
+) -> _Teacher:
+    """Load the teacher and measure it, or have its predictions measured where they are not stored."""
+    if request.teacher_top:
+        texts_of_rows, rows = draw_rows(texts, _schedule(request, models).rows, request.seed)
+        drawn = [np.unique(rows[texts_of_rows == number]) for number in range(sum(bool(t.trained) for t in texts))]
+        texts, losses = measure_teacher(request, models, texts, drawn)
+        return _Teacher(model=None, texts=texts, losses=losses)
+    model = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
+    losses = _teacher_losses(logits_of(model), texts, models, work, on_event)
+    return _Teacher(model=model, texts=texts, losses=losses)
+
+
 def _trained(
-    request: DistillRequest, models: ModelPair, texts: Sequence[DistillText], work: Path, on_event: OnEvent
+    request: DistillRequest, models: ModelPair, teacher: _Teacher, work: Path, on_event: OnEvent
 ) -> tuple[DistillRecord, Any]:
     """Return the record of the training, and the model at its best in the dtype of the student's files."""
     from avss_dist.distillation import trainer
 
     schedule = _schedule(request, models)
-    predict = logits_of(load_model(models.teacher, models.teacher_settings, head=True).to(models.device))
-    expected = _teacher_losses(predict, texts, models, work, on_event)
+    texts, expected = teacher.texts, teacher.losses
     folder = work / "checkpoints"
     folder.mkdir(exist_ok=True)
     history = trainer.read_history(trainer.last_checkpoint(folder))
@@ -205,7 +268,18 @@ def _trained(
         student = choose_trained(student, models.student, settings=models.settings, **_what_is_trained(request))
         more = _tracking(request.execution.tracker, Path(request.output).name)
         with _explained(folder):
-            history = trainer.train(student, predict, texts, expected, schedule, folder, models.device, on_event, more)
+            history = trainer.train(
+                student,
+                teacher.predict,
+                texts,
+                expected,
+                schedule,
+                folder,
+                models.device,
+                on_event,
+                more,
+                _further_losses(request, models, teacher.model),
+            )
         del student
         free_device(models.device)
     ended = ending(history, schedule.steps, schedule.patience)
@@ -219,7 +293,7 @@ def _trained(
     model = in_stored_dtype(model, models.student)
     written = trainer.held_out_metrics(
         autocast(logits_of(model.to(models.device).float()), models),
-        predict,
+        teacher.predict,
         texts,
         expected,
         request.batch_size,
@@ -249,8 +323,23 @@ def _trained(
         computed="bfloat16" if models.bfloat16 else "float32",
         texts=tuple(map(_recorded, texts, expected)),
         curve=tuple(_point(point, schedule.step_tokens) for point in curve),
+        teacher_top=request.teacher_top,
+        text_loss=request.text_loss or None,
+        hidden_loss=request.hidden_loss or None,
     )
     return record, in_stored_dtype(model, models.student)
+
+
+def _further_losses(request: DistillRequest, models: ModelPair, teacher: Any) -> FurtherLosses:
+    """Return the losses that are added to the divergence."""
+    from avss_dist.distillation.hidden_states import CutStates
+    from avss_dist.distillation.trainer import FurtherLosses
+
+    if not request.hidden_loss:
+        return FurtherLosses(text=request.text_loss)
+    removed = removed_layers(models.student.folder)
+    cut_states = partial(CutStates, teacher=teacher, removed=removed, settings=models.settings)
+    return FurtherLosses(text=request.text_loss, hidden=request.hidden_loss, cut_states=cut_states)
 
 
 def _schedule(request: DistillRequest, models: ModelPair) -> Schedule:
@@ -342,6 +431,7 @@ def _recorded(text: DistillText, expected: TextLoss) -> RecordedText:
         trained_rows=text.trained.num_sequences if text.trained else 0,
         held_out_rows=text.held_out.num_sequences,
         teacher_perplexity=math.exp(expected.surprise / expected.tokens),
+        others=expected.others / expected.tokens if text.held_out_predictions else None,
     )
 
 
@@ -352,6 +442,7 @@ def _point(point: Evaluation, step_tokens: int) -> CurvePoint:
         train_loss=point.train_loss,
         loss=point.loss,
         divergence=point.divergence,
+        missed=point.missed or None,
         perplexity=point.perplexity,
         kept=point.kept,
     )

@@ -26,7 +26,7 @@ class Memory:
         moments: the two moments of the optimizer.
         teacher: weights of the teacher, in its compute dtype.
         activations: activations of a batch that the backward pass reads.
-        logits: logits of both models for a batch.
+        logits: logits of the student for a batch, and those of the teacher or the gradient.
         trained: number of trained parameters.
     """
 
@@ -53,11 +53,19 @@ class Memory:
             "activations": self.activations,
             "logits": self.logits,
         }
-        return f"{describe_bytes(self.total)} ({', '.join(f'{n} {describe_bytes(size)}' for n, size in parts.items())})"
+        listed = ", ".join(f"{name} {describe_bytes(size)}" for name, size in parts.items() if size)
+        return f"{describe_bytes(self.total)} ({listed})"
 
 
 def estimate_memory(
-    student: Checkpoint, teacher: Checkpoint, settings: Settings, teacher_settings: Settings, *, train: str, rank: int
+    student: Checkpoint,
+    teacher: Checkpoint,
+    settings: Settings,
+    teacher_settings: Settings,
+    *,
+    train: str,
+    rank: int,
+    top: int | None = None,
 ) -> Memory:
     """Estimate the memory of a distillation from configurations and headers alone.
 
@@ -65,6 +73,7 @@ def estimate_memory(
         settings: of the student; ``batch_size`` and ``sequence_length`` are those of a training step.
         teacher_settings: of the teacher, with its compute dtype.
         train, rank: see `choose_trained`.
+        top: number of tokens of each prediction that come from a cache instead of the teacher.
 
     Raises:
         ModelError: a checkpoint cannot be read or built.
@@ -78,7 +87,7 @@ def estimate_memory(
         weights=FLOAT32 * sum(p.numel() for p in parameters),
         gradients=FLOAT32 * trained,
         moments=2 * FLOAT32 * trained,
-        teacher=footprint(teacher, teacher_settings).weight_bytes,
+        teacher=0 if top else footprint(teacher, teacher_settings).weight_bytes,
         activations=_activations(size, settings.batch_size, settings.sequence_length),
         logits=2 * FLOAT32 * settings.batch_size * settings.sequence_length * size.vocabulary,
         trained=trained,

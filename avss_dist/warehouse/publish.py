@@ -20,7 +20,7 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, TABLES
 from avss_dist.warehouse.storage import Storage
 
-PARTS = ("shard_stats", "cells", "row_stats", "shard_expert_stats")  # what other tables were made of
+PARTS = ("shard_stats", "cells", "predictions", "row_stats", "shard_expert_stats")  # what others were made of
 CATALOG, CARD, DATA = "catalog.duckdb", "README.md", "data"
 _ORDER = ("layer", "site", "recipe", "threshold", "expert", "task", "metric")  # of the rows of a run
 

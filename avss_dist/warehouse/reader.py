@@ -71,7 +71,7 @@ class Warehouse:
         return self._damaged
 
     def table(self, name: str, **selection: Unpack[Selection]) -> pa.Table:
-        """Read rows of a table: those of whole runs, or every row of ``runs``, evaluations, cells and experiments.
+        """Read rows of a table: those of whole runs, or all of ``runs``, evaluations, cells, predictions, experiments.
 
         Args:
             name: one of ``TABLES``.
@@ -351,7 +351,7 @@ class Warehouse:
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
         """Return the readable files of a table. A table of whole runs has files of the runs ``done`` alone."""
-        chosen = None if name in ("runs", "evaluations", "cells", "experiments") else done
+        chosen = None if name in ("runs", "evaluations", "cells", "predictions", "experiments") else done
         return {
             path: stamp
             for path, (run, stamp) in self.storage.files(name).items()

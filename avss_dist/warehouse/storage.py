@@ -23,7 +23,7 @@ _OPEN_HINT = "Give a folder, or an s3://, gs://, hdfs:// or file:// URI."
 _ADDRESS_HINT = "Check the address, and who may {} there."
 PLAN = ".plan-"  # before the id of an unfinished run: the name of a file
 MARK_SECONDS = 7 * 86_400.0  # that a driver may run at most, for its workers to find its mark
-_ONE_FILE = r"[0-9a-f]{20}"  # of a cell, an experiment or a sparsity plan: a part of its fingerprint
+_ONE_FILE = r"[0-9a-f]{20}"  # of a cell, its predictions, an experiment or a sparsity plan: a part of its fingerprint
 _FILE_NAMES = {
     "runs": "run",
     "scores": "scores",
@@ -31,6 +31,7 @@ _FILE_NAMES = {
     "shard_stats": r"shard-\d{5,}",
     "evaluations": "evaluations",
     "cells": _ONE_FILE,
+    "predictions": _ONE_FILE,
     "experiments": _ONE_FILE,
     "sparsity": _ONE_FILE,
     "stratum_stats": "stratum_stats",
