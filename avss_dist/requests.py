@@ -51,6 +51,7 @@ RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh", "tracker")
 """Fields of `Execution` that options of avss run replace."""
 LISTINGS = ("runs", "plans", "evaluations")
+ALONG = ("step", "tokens", "size", "sequence_length", "dtype", "corpus")
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
 LEFT_OUT = "Removals"
@@ -216,6 +217,10 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     """Estimate the effect of leaving layers out, at the cost of about 8 passes."""
     draws: Annotated[Positive, Option(panel=LEFT_OUT)] = DRAWS
     """Draws of labels for `damage`."""
+    lens: Annotated[bool, Option(panel=LEFT_OUT)] = False
+    """Measure what the logit lens predicts after each layer, and the shape of the hidden states before it."""
+    spectra: Annotated[bool, Option(panel=LEFT_OUT)] = False
+    """Fit the power law of the eigenvalues of each layer's weights."""
     skip_sequences: Count = 0
     """Skip this many rows at the start of the corpus."""
     allow_many: Annotated[bool, Option(names=("--yes",))] = False
@@ -224,10 +229,10 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     shared = EVALUATED
 
     def __post_init__(self) -> None:
-        if not (self.leave_one_out or self.sublayers or self.shapley or self.gradients or self.damage):
-            raise ConfigError(
-                "Nothing would be measured.", "Choose `leave_one_out`, `sublayers`, `shapley`, `gradients` or `damage`."
-            )
+        measures = ("leave_one_out", "sublayers", "shapley", "gradients", "damage", "lens", "spectra")
+        if not any(getattr(self, name) for name in measures):
+            named = ", ".join(f"`{name}`" for name in measures[:-1])
+            raise ConfigError("Nothing would be measured.", f"Choose {named} or `{measures[-1]}`.")
 
 
 @request
@@ -516,6 +521,8 @@ class DistillRequest(Request):
         PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE", panel=CACHE)
     ] = None
     """Warehouse for the teacher's predictions; OUTPUT-warehouse by default."""
+    picture: PathOrText | None = None
+    """Picture to draw of what is kept by tokens, for each text: FILE.png, .svg or .html."""
 
     shared = (
         *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
@@ -546,6 +553,8 @@ class CompareRequest(PlaceRequest, RunsRequest):
 
     by: Annotated[str, OneOf(COMPARED)] = "run"
     """Property in which the two runs or readings of each pair differ."""
+    along: Annotated[str | None, OneOf(ALONG)] = None
+    """Follow each layer's rank along this property instead, and find where the ranking changes."""
     score: Annotated[str, OneOf(FROM_ACTIVATIONS)] = "avss"
     """Score that ranks the layers."""
     k: Annotated[Positive | None, Option(names=("--k",))] = None
@@ -555,7 +564,11 @@ class CompareRequest(PlaceRequest, RunsRequest):
     allow_mismatch: bool = False
     """Also compare runs on different corpora, dtypes and so on."""
     output: Annotated[PathOrText | None, Option(names=("--output", "-o"))] = None
-    """Map of all pairs of runs, ordered by similarity, to draw: FILE.png, .svg or .html."""
+    """Map of all pairs of runs, ordered by similarity, or of ranks along a property: FILE.png, .svg or .html."""
+
+    def __post_init__(self) -> None:
+        if self.along and self.by != "run":
+            raise ConfigError("`along` and `by` exclude each other.", "Give one of them.")
 
 
 @request
@@ -648,6 +661,8 @@ class PublishRequest(WarehouseRequest):
 
     target: Annotated[Text, Option(argument=True, metavar="TARGET")] = field(kw_only=False)
     """A new folder or s3://, gs://, abfss:// URI, or hf://datasets/ORG/NAME."""
+    space: str | None = None
+    """Also publish the page as this static space of the hub: ORG/NAME."""
 
 
 @request

@@ -1,8 +1,8 @@
-"""Agreement of the layer rankings of several runs, and training series among them."""
+"""Agreement of the layer rankings of several runs, and the order of checkpoints of a training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avss_dist.analysis.agreement import Scores, rank_correlations, summarize
-from avss_dist.analysis.compare import CONDITIONS, condition, with_conditions
-from avss_dist.core.text import count_of, describe_count, printable
+from avss_dist.core.text import count_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import MIN_VALUES, depth_correlation
 
-SHORTEST_SERIES = 3  # checkpoints
 Row = Mapping[str, Any]  # of the table `runs`
 
 
@@ -66,53 +64,6 @@ def run_agreement(profiles: Mapping[int, Scores]) -> RunAgreement:
         pairs=np.array(runs, np.int64)[pairs],
         spearman=rho,
         given_depth=partial,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSeries:
-    """Checkpoints of one training that were scored under the same conditions, in the order of training.
-
-    Attributes:
-        name: name of the training.
-        runs: positions of the checkpoints' runs.
-        saved: point in the training at which each was saved, such as ``step 1,000``.
-    """
-
-    name: str
-    runs: tuple[int, ...]
-    saved: tuple[str, ...]
-
-
-def training_series(runs: Sequence[Row]) -> list[TrainingSeries]:
-    """Return the training series of at least `SHORTEST_SERIES` checkpoints.
-
-    Args:
-        runs: rows of ``runs``.
-    """
-    series: dict[tuple[Any, ...], dict[str, int]] = {}
-    for position, run in sorted(enumerate(runs), key=lambda item: in_training(item[1])):
-        if run["series"] is not None and run["revision"] is not None:
-            conditions = with_conditions(run)
-            equal_conditions = (condition(conditions, name) for name in CONDITIONS)
-            series.setdefault((run["series"], *equal_conditions), {})[run["revision"]] = position
-    return [
-        TrainingSeries(
-            name=printable(key[0]),
-            runs=tuple(by_revision.values()),
-            saved=tuple(_checkpoint_label(runs[position]) for position in by_revision.values()),
-        )
-        for key, by_revision in series.items()
-        if len(by_revision) >= SHORTEST_SERIES
-    ]
-
-
-def _checkpoint_label(run: Row) -> str:
-    step, tokens = run["training_step"], run["training_tokens"]
-    if step is not None:
-        return f"step {step:,}"
-    return (
-        f"{describe_count(tokens)} tokens" if tokens is not None else printable(run["revision_name"] or run["revision"])
     )
 
 

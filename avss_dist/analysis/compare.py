@@ -173,7 +173,7 @@ def compare(
     require_known("score", score, FROM_ACTIVATIONS, QueryError)
     if mapped and by not in BETWEEN:
         raise QueryError(f"A map shows runs, and `by` {by} compares readings of one run.", "Compare by run or family.")
-    runs = _runs(warehouse, run_ids)
+    runs = runs_with_conditions(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
     selected = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
     survey = _survey(selected, by, allow_mismatch) if by in BETWEEN else None
@@ -294,7 +294,8 @@ def profiles(
         site, recipe, threshold, score: selection of profiles. None selects every value.
     """
     table = _score_table(warehouse, runs, site, recipe, threshold)
-    position = pa.table({"run_id": [run["run_id"] for run in runs], "position": range(len(runs))})
+    run_ids = pa.array([run["run_id"] for run in runs], pa.string())
+    position = pa.table({"run_id": run_ids, "position": pa.array(range(len(runs)), pa.int64())})
     table = table.join(position, "run_id").sort_by([(name, "ascending") for name in ("position", *READING, "depth")])
     names = FROM_ACTIVATIONS if score is None else (score,)
     depth = table["depth"].to_numpy()
@@ -338,7 +339,12 @@ def _score_table(
     return table
 
 
-def _runs(warehouse: Warehouse, run_ids: Sequence[str]) -> list[dict[str, Any]]:
+def runs_with_conditions(warehouse: Warehouse, run_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Return rows of ``runs``, extended by `with_conditions`.
+
+    Raises:
+        QueryError: there is no such run.
+    """
     rows = {row["run_id"]: row for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")}
     for run_id in run_ids:
         if run_id not in rows:

@@ -199,4 +199,13 @@ def distill(request: DistillRequest) -> Distilled:
     """
     from avss_dist.evaluation.distill import distill as run
 
-    return run(request)
+    if request.picture is None:
+        return run(request)
+    from avss_dist.report.chart import require_drawable, save_chart
+    from avss_dist.report.distillation import distillation_chart
+
+    picture = Path(request.picture)
+    require_drawable(picture)  # before hours of training
+    done = run(request)
+    save_chart(distillation_chart(done.record), picture)
+    return done

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from avss_dist.analysis import compare as comparing
+from avss_dist.analysis import curves as following
 from avss_dist.analysis import findings as finding
 from avss_dist.api.names import named_runs, named_threshold
 from avss_dist.core.results import Table
@@ -15,17 +16,31 @@ from avss_dist.warehouse.reader import Warehouse
 
 
 @keywords(CompareRequest)
-def compare(request: CompareRequest) -> comparing.RankingComparison:
-    """Compare the layer rankings of every pair of comparable runs; of all finished runs by default."""
+def compare(request: CompareRequest) -> comparing.RankingComparison | following.RankingCurves:
+    """Compare the layer rankings of comparable runs, by pairs or ``along`` an axis; of all finished runs by default."""
     opened = Warehouse(request.warehouse)
-    return compare_runs(opened, [row["run_id"] for row in named_runs(opened, request.run)], request)
+    run_ids = [row["run_id"] for row in named_runs(opened, request.run)]
+    return follow_runs(opened, run_ids, request) if request.along else compare_runs(opened, run_ids, request)
+
+
+def follow_runs(opened: Warehouse, run_ids: Sequence[str], request: CompareRequest) -> following.RankingCurves:
+    """Follow the layer rankings of runs along the axis of a request, and draw the picture that it asks for."""
+    names = ("along", "site", "recipe", "score", "allow_mismatch")
+    values = {name: getattr(request, name) for name in names}
+    curves = following.ranking_curves(opened, run_ids, threshold=named_threshold(request.threshold), **values)
+    if request.output is not None:
+        from avss_dist.report.chart import save_chart
+        from avss_dist.report.curves import curves_chart
+
+        save_chart(curves_chart(curves.curves), Path(request.output))
+    return curves
 
 
 def compare_runs(
     opened: Warehouse, run_ids: Sequence[str], request: CompareRequest, *, max_listed: int = comparing.MAX_PAIRS
 ) -> comparing.RankingComparison:
     """Compare runs as a request says; list all of up to ``max_listed`` pairs, and draw the map that it asks for."""
-    others = ("warehouse", "run", "output")
+    others = ("warehouse", "run", "output", "along")
     values = {name: value for name, value in request_values(request).items() if name not in others}
     values |= {"threshold": named_threshold(request.threshold), "max_listed": max_listed}
     comparison = comparing.compare(opened, run_ids, **values, mapped=request.output is not None)

@@ -129,7 +129,7 @@ EXAMPLES = {
         "avss show --run 'smollm2-*' --format latex -o scores.tex",
     ),
     "quantiles": ("avss quantiles --q 0.99 --sparsity 0.5",),
-    "compare": ("avss compare --by family", "avss compare --run 'smollm2-*' --by threshold --score avss"),
+    "compare": ("avss compare --by family", "avss compare --along step -o ranks.png"),
     "contrast": ("avss contrast -w paired --format csv",),
     "findings": ("avss findings --all",),
     "scorecard": ("avss scorecard --run smollm2",),

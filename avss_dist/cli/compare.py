@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from avss_dist.cli.choose import MOST_NAMED, choose_runs, choose_threshold, open_warehouse
@@ -22,7 +23,34 @@ DEFAULT_QUANTILES = (0.5, 0.9, 0.99)
 
 @takes(CompareRequest, FORMATS)
 def compare(format: str, **values: Any) -> None:
-    """Compare layer rankings between runs: how far they agree, and findings that speak against it."""
+    """Compare layer rankings between runs: how far they agree, or how they move along training, size or text."""
+    request = CompareRequest(**values)
+    if request.along:
+        _follow(request, format)
+    else:
+        _compare_pairs(request, format)
+
+
+def _follow(request: CompareRequest, format: str) -> None:
+    """Print the curves of layer rankings along an axis."""
+    from avss_dist.api.read import follow_runs
+    from avss_dist.report.curves import curve_section
+    from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.tables import rendered
+
+    opened = open_warehouse(str(request.warehouse))
+    curves = follow_runs(opened, [row["run_id"] for row in choose_runs(opened, request.run, every=True)], request)
+    _say_reasons(curves.left_out)
+    if request.output is not None:
+        say(f"Ranks along {request.along}: {request.output}")
+    if format != FORMATS[0]:
+        return write_table(curves.table(), format, console())
+    console().print(rendered(*(curve_section(curve, "curve") for curve in curves.curves)))
+    return None
+
+
+def _compare_pairs(request: CompareRequest, format: str) -> None:
+    """Print the agreement of pairs of runs, and the findings that speak against it."""
     from avss_dist.analysis.compare import MAX_PAIRS
     from avss_dist.analysis.findings import findings as find
     from avss_dist.analysis.findings import of_rankings
@@ -30,7 +58,6 @@ def compare(format: str, **values: Any) -> None:
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import comparison_tables, findings_list
 
-    request = CompareRequest(**values)
     opened, by, score = open_warehouse(str(request.warehouse)), request.by, request.score
     names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
     at = choose_threshold(request.threshold)
@@ -63,8 +90,13 @@ def _say_left_out(comparison: RankingComparison) -> None:
     if comparison.conditions:
         same = ", ".join(comparison.conditions)
         say(f"Only runs with the same {same} are compared with each other; --allow-mismatch compares all.")
+    _say_reasons(comparison.left_out)
+
+
+def _say_reasons(left_out: Mapping[str, str]) -> None:
+    """Print the runs that were left out, by reason."""
     run_ids: dict[str, list[str]] = {}
-    for run_id, reason in comparison.left_out.items():
+    for run_id, reason in left_out.items():
         run_ids.setdefault(reason, []).append(run_id)
     for reason, names in run_ids.items():
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""

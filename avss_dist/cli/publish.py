@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from avss_dist.cli.choose import open_warehouse
@@ -13,10 +14,17 @@ from avss_dist.system.streams import emit
 
 @takes(PublishRequest)
 def publish(**values: Any) -> None:
-    """Write the finished runs as a few Parquet files, with a DuckDB catalog and a dataset card, for others to read."""
+    """Write the finished runs as a site: a page, a few Parquet files, a DuckDB catalog and a dataset card."""
+    from avss_dist.report.page.page import save_report
+    from avss_dist.warehouse.publish import PAGE, SCORES
     from avss_dist.warehouse.publish import publish as publish_to
 
     request = PublishRequest(**values)
-    rows = publish_to(open_warehouse(str(request.warehouse)), request.target)
+    opened = open_warehouse(str(request.warehouse))
+
+    def write_page(folder: Path) -> None:
+        save_report(opened, folder / PAGE, scores=folder / SCORES)
+
+    rows = publish_to(opened, request.target, write_page=write_page, space=request.space)
     tables = ", ".join(f"{describe_count(number)} {name}" for name, number in rows.items())
     emit(f"{RedactedURI(request.target)}: {tables}.")

@@ -13,7 +13,7 @@ import pyarrow as pa
 from avss_dist.analysis.reliability import reliability
 from avss_dist.core.intervention import NO_INTERVENTION, PARTS, Removals, Sublayer, layer_of
 from avss_dist.core.names import LOSS, SUBLAYER_LOSS
-from avss_dist.core.registry import DAMAGE_TASK, SCORES, metrics_of
+from avss_dist.core.registry import DAMAGE_TASK, LENS_TASK, SCORES, metrics_of
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
@@ -35,10 +35,13 @@ from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
+from avss_dist.tasks.lens import METRICS as LENS
+from avss_dist.tasks.lens import Lens
+from avss_dist.tasks.spectra import ALPHA, Spectra
 
 MOST_PASSES = 100_000  # passes of a batch through a model that an ablation makes without `allow_many`
 PERMUTATIONS_PER_CELL = 4
-ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"))
+ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"), *LENS, ALPHA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,7 @@ class Ablation(TabularResult):
     layers: Sequence[LayerAblation]
     reliability: float = float("nan")
 
-    _bars = ("increase", "damage", "shapley", "taylor")
+    _bars = ("increase", "damage", "shapley", "taylor", "lens_gain", "spectral_alpha")
 
     @property
     def permutations(self) -> tuple[int, int]:
@@ -143,6 +146,11 @@ def ablate(request: AblateRequest, on_event: OnEvent | None = None) -> Ablation:
     """
     if request.gradients or request.damage:
         require_partition(request.execution.partition, lambda partition: partition.backward, "has no gradients.")
+    if request.lens:
+        in_memory = "does not hold the layers of a replica in one process, which the logit lens needs."
+        require_partition(
+            request.execution.partition, lambda partition: partition.whole or partition.several_gpus, in_memory
+        )
     require_listable(request.shapley, "permutations", "Lower `shapley`.")
     corpus = RedactedURI(request.corpus)
     checkpoint = resolve(str(request.model), trust_remote_code=request.settings.trust_remote_code)
@@ -188,6 +196,10 @@ def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Ite
     if request.damage:
         estimates = tuple(Damage(shard=shard, draws=request.draws) for shard in text.shards)
         yield Task(name=f"{DAMAGE_TASK}{corpus}", parts=estimates)
+    if request.lens:
+        yield Task(name=f"{LENS_TASK}{corpus}", parts=tuple(map(Lens, text.shards)))
+    if request.spectra:
+        yield Task(name=f"{SCORES[ALPHA].task}{corpus}", parts=(Spectra(),))
 
 
 def _ablation(model: str, corpus: str, results: Iterable[Result]) -> Ablation:

@@ -268,8 +268,20 @@ class LanguageModel:
         """Return `losses` and the entropy of the predictions, summed over the same tokens, float64[2, rows] in nats."""
         return self._sums(batch, [_surprise, _entropy])
 
+    def losses_and_top_tokens(self, batch: Batch) -> Float64:
+        """Return the loss in nats and the most probable token of each prediction, float64[2, rows, tokens - 1].
+
+        Predictions that are not counted are 0.
+        """
+        return self._by_token(batch, [_surprise, _top_token])
+
     def _sums(self, batch: Batch, measures: Sequence[_TokenMeasure]) -> Float64:
         """Return measures of tokens, summed over each row's counted tokens, float64[measures, rows]."""
+        sums: Float64 = self._by_token(batch, measures).sum(axis=2)
+        return sums
+
+    def _by_token(self, batch: Batch, measures: Sequence[_TokenMeasure]) -> Float64:
+        """Return measures of counted predictions, float64[measures, rows, tokens - 1]; others are 0."""
         counted = torch.from_numpy(predicted(batch))
         by_token = torch.zeros((len(measures), *counted.shape), dtype=torch.float64)
         with torch.no_grad():
@@ -279,7 +291,7 @@ class LanguageModel:
                 for values, measure in zip(measured, measures, strict=True):
                     values[piece] = measure(logits, labels[piece]).double()
         by_token[:, counted] = measured.cpu()
-        return by_token.sum(dim=2).numpy()
+        return by_token.numpy()
 
     def top_predictions(self, batch: Batch, top: int, draws: int = 0) -> tuple[Float64, TopPredictions]:
         """Return `losses`, and the most probable tokens at each counted prediction of a batch.
@@ -413,6 +425,10 @@ def _surprise(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _entropy(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
     logs = logits.log_softmax(dim=-1)
     return -(logs.exp() * logs).sum(dim=-1)
+
+
+def _top_token(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(dim=-1)
 
 
 def begins_behind(intervention: Intervention, layer: int) -> int:

@@ -231,22 +231,27 @@ def similarity_chart(comparison: RankingComparison) -> Any:
     )
 
 
+def require_drawable(path: Path) -> None:
+    """Raise AvssError unless the name of a file has the ending of a picture."""
+    if path.suffix.lower() not in ENDINGS:
+        raise AvssError(f"'{path}' does not say what to draw.", nearest(path.suffix.lower(), ENDINGS))
+
+
 def save_chart(chart: Any, path: Path) -> None:
     """Write a chart as ``.png`` (twice the screen's resolution), ``.svg``, or ``.html`` that needs no network.
 
     Raises:
         AvssError: the file has another ending, or cannot be written.
     """
+    require_drawable(path)
     kind = path.suffix.lower()
     spec = specification(chart)
     if kind == ".png":
         data = vl_convert.vegalite_to_png(spec, scale=2)
     elif kind == ".svg":
         data = vl_convert.vegalite_to_svg(spec).encode()
-    elif kind == ".html":
-        data = _page(spec).encode()
     else:
-        raise AvssError(f"'{path}' does not say what to draw.", nearest(kind, ENDINGS))
+        data = _page(spec).encode()
     write_file(path, data)
 
 

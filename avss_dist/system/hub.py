@@ -14,7 +14,7 @@ def require_access(name: str, kind: str) -> None:
 
     Args:
         name: ``ORG/NAME``.
-        kind: ``model`` or ``dataset``.
+        kind: ``model``, ``dataset`` or ``space``.
 
     Raises:
         ConfigError: the name is not one of the hub, the hub is offline, or there is no token.
@@ -53,7 +53,7 @@ def upload(folder: Path, name: str, kind: str, *, message: str, replaced: Sequen
     """Upload a folder in one commit. A repository that does not exist is created, and private.
 
     Args:
-        name, kind: as for `require_access`.
+        name, kind: as for `require_access`. A new space is a static one.
         message: message of the commit.
         replaced: patterns of files to delete from the repository unless the folder has them.
         hint: hint of the error if the upload fails.
@@ -68,7 +68,8 @@ def upload(folder: Path, name: str, kind: str, *, message: str, replaced: Sequen
 
     api = HfApi()
     try:
-        url = api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
+        sdk = "static" if kind == "space" else None
+        url = api.create_repo(name, repo_type=kind, private=True, exist_ok=True, space_sdk=sdk)
         api.upload_folder(
             repo_id=name,
             folder_path=folder,

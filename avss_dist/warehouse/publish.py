@@ -1,12 +1,14 @@
-"""Publication of a warehouse: one sorted Parquet file for each table of its finished runs, a catalog, and a card."""
+"""Publication of a warehouse: a Parquet file for each table of its finished runs, a catalog, a page and a card."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from shutil import copyfile
 from tempfile import TemporaryDirectory
+from urllib.parse import quote_plus
 
 import duckdb
 import pyarrow as pa
@@ -22,13 +24,42 @@ from avss_dist.warehouse.storage import Storage
 
 PARTS = ("shard_stats", "cells", "predictions", "row_stats", "shard_expert_stats")  # what others were made of
 CATALOG, CARD, DATA = "catalog.duckdb", "README.md", "data"
+_DATASETS = "hf://datasets/"
 _ORDER = ("layer", "site", "recipe", "threshold", "expert", "task", "metric")  # of the rows of a run
 
 
-def publish(warehouse: Warehouse, target: str) -> dict[str, int]:
+PAGE, SCORES = "index.html", "scores.parquet"
+"""Names of the page, and of the file of published scores beside it."""
+_READING = "site = 'block' AND recipe = 'pooled' AND threshold = 1e-5"
+QUERIES = {
+    "The layers that most runs call the least important": f"""SELECT layer, count(DISTINCT run_id) AS runs
+FROM train
+WHERE {_READING} AND rank <= 3
+GROUP BY layer
+ORDER BY runs DESC""",
+    "Mean rank by family and tenth of the depth": f"""SELECT
+  family, floor(depth * 10) / 10 AS depth_from, round(avg(rank), 1) AS mean_rank
+FROM train
+WHERE {_READING}
+GROUP BY ALL
+ORDER BY ALL""",
+    "The three least important layers of every model": f"""SELECT
+  model, revision, rank, layer, avss_smoothed, block_influence
+FROM train
+WHERE {_READING} AND rank <= 3
+ORDER BY model, revision, rank""",
+}
+"""Queries for the hub's SQL console, which calls the table ``scores`` ``train``, by their question."""
+
+
+def publish(
+    warehouse: Warehouse, target: str, *, write_page: Callable[[Path], None] | None = None, space: str | None = None
+) -> dict[str, int]:
     """Write the tables of the finished runs of a warehouse, with a catalog and a card, to a folder or to the hub.
 
     Args:
+        write_page: writes `PAGE` and `SCORES` into a folder. The result is a site that any static host serves.
+        space: ``ORG/NAME`` of a static space of the hub that the page is also published to.
         target: an empty or new folder or ``s3://``, ``gs://``, ``hdfs://`` or ``abfss://`` URI; or
             ``hf://datasets/ORG/NAME``, which gets a commit, and is created as a private one if it does not exist.
 
@@ -40,6 +71,8 @@ def publish(warehouse: Warehouse, target: str) -> dict[str, int]:
         ConfigError: the hub is the target, and there is no token.
         StorageFull, RunFailed: there is no space left; the hub refuses, or cannot be reached.
     """
+    if space is not None:
+        require_access(space, "space")
     done = [row for row in warehouse.runs().to_pylist() if row["status"] == "done"]
     if not done:
         raise WarehouseError(f"{warehouse.root} has no finished run.", "Failed runs are not published.")
@@ -49,8 +82,33 @@ def publish(warehouse: Warehouse, target: str) -> dict[str, int]:
         rows = {name: _write_table(warehouse, name, run_ids, folder / DATA) for name in TABLES if name not in PARTS}
         rows = {name: number for name, number in rows.items() if number}
         _write_catalog(folder, list(rows))
-        (folder / CARD).write_text(_card(rows, len(run_ids)), encoding="utf-8")
+        if write_page:
+            write_page(folder)
+        dataset = target.removeprefix(_DATASETS).rstrip("/") if target.startswith(_DATASETS) else None
+        card = _card(rows, len(run_ids), page=write_page is not None, dataset=dataset, space=space)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        if space is not None:
+            _publish_space(folder, space, dataset)
     return rows
+
+
+def _publish_space(folder: Path, space: str, dataset: str | None) -> None:
+    """Upload the page of a published folder to a static space of the hub."""
+    source = f"The data: https://huggingface.co/datasets/{dataset}\n" if dataset else ""
+    with TemporaryDirectory(prefix="avss-space-") as temporary:
+        for name in (PAGE, SCORES):
+            copyfile(folder / name, Path(temporary) / name)
+        header = "---\ntitle: Layer scores\nsdk: static\npinned: false\n---\n\n"
+        text = f"{header}# Layer scores\n\nLayer scores of language models, by avss_dist.\n{source}"
+        (Path(temporary) / CARD).write_text(text, encoding="utf-8")
+        upload(
+            Path(temporary),
+            space,
+            "space",
+            message="Layer scores",
+            replaced=[],
+            hint="Try again; or publish to a folder, and upload its page.",
+        )
 
 
 @contextmanager
@@ -89,13 +147,12 @@ def _staged_target(target: str, message: str) -> Iterator[Path]:
 
 def _dataset(target: str) -> str:
     """Return the name of the dataset on the hub that a target names."""
-    prefix = "hf://datasets/"
-    if not target.startswith(prefix):
+    if not target.startswith(_DATASETS):
         raise WarehouseError(
             f"'{target}' is not a data set of the hub.",
-            f"Write {prefix}ORG/NAME; for anything else there, publish to a folder and upload that.",
+            f"Write {_DATASETS}ORG/NAME; for anything else there, publish to a folder and upload that.",
         )
-    require_access(name := target.removeprefix(prefix).rstrip("/"), "dataset")
+    require_access(name := target.removeprefix(_DATASETS).rstrip("/"), "dataset")
     return name
 
 
@@ -149,8 +206,13 @@ def _write_catalog(folder: Path, names: Sequence[str]) -> None:
             catalog.execute(functions.replace("CREATE TEMP MACRO", "CREATE MACRO"))
 
 
-def _card(rows: Mapping[str, int], runs: int) -> str:
-    """Return the card of a dataset on the hub, with its tables and instructions to read them."""
+def _card(rows: Mapping[str, int], runs: int, *, page: bool, dataset: str | None, space: str | None) -> str:
+    """Return the card of a dataset on the hub, with its tables and instructions to read them.
+
+    Args:
+        page: whether the folder has a page.
+        dataset, space: names on the hub, if there are any.
+    """
     configs = "".join(f"- config_name: {name}\n  data_files: {DATA}/{name}.parquet\n" for name in rows)
     tables = "".join(f"| `{name}` | {describe_count(n)} | {TABLES[name].meaning} |\n" for name, n in rows.items())
     return (
@@ -160,4 +222,22 @@ def _card(rows: Mapping[str, int], runs: int) -> str:
         f"| table | rows | a row is |\n|---|---|---|\n{tables}\n"
         f"In this folder, `duckdb {CATALOG}` has each table as a view, with what its columns mean; from elsewhere, "
         "`SET file_search_path = 'FOLDER'` first.\n"
+        f"{_described_page(space) if page else ''}{_console(dataset) if 'scores' in rows else ''}"
     )
+
+
+def _described_page(space: str | None) -> str:
+    """Return the paragraph of a card on the page."""
+    served = f" [Open it](https://huggingface.co/spaces/{space})." if space else " Any static host serves it."
+    return f"\n`{PAGE}` shows all runs, and `{SCORES}` beside it has their scores at the published reading.{served}\n"
+
+
+def _console(dataset: str | None) -> str:
+    """Return the section of a card with ready queries, which link to the hub's SQL console if the data is there."""
+    address = f"https://huggingface.co/datasets/{dataset}/viewer/scores/train?views%5B%5D=scores&sql_console=true&sql="
+    lines = [
+        f"- [{question}]({address}{quote_plus(query)})" if dataset else f"{question}:\n\n```sql\n{query}\n```\n"
+        for question, query in QUERIES.items()
+    ]
+    where = "in the SQL console" if dataset else "where `train` is the table `scores`"
+    return f"\n## Queries\n\nReady queries, {where}:\n\n" + "\n".join(lines) + "\n"

@@ -168,15 +168,22 @@ class Campaign:
         keep: for the logs of lost jobs.
         disk: where the warehouses are, if it can be filled.
         faults: the names of those to choose from.
+        jobs: kinds of jobs, of `JOBS`.
     """
 
     def __init__(
-        self, folder: Path, keep: Path, cluster: Cluster, disk: SmallDisk | None, faults: Sequence[str]
+        self,
+        folder: Path,
+        keep: Path,
+        cluster: Cluster,
+        disk: SmallDisk | None,
+        faults: Sequence[str],
+        jobs: Sequence[str],
     ) -> None:
         self._folder, self._keep, self._cluster, self._disk = folder, keep, cluster, disk
         self._faults = {name: FAULTS[name] for name in faults if disk or name != "disk full"}
         self._processes: Any = multiprocessing.get_context("forkserver")
-        kinds = [kind for kind in JOBS if any(kind in fault.jobs for fault in self._faults.values())]
+        kinds = [kind for kind in jobs if any(kind in fault.jobs for fault in self._faults.values())]
         self._jobs = [self._undisturbed(kind) for kind in kinds]
 
     def _undisturbed(self, kind: str) -> Job:
@@ -345,6 +352,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first job")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=[*FAULTS], metavar="FAULT", help="these alone")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=[*JOBS], help="these kinds alone")
     parser.add_argument("--keep", type=Path, default=Path("chaos-logs"), help="folder for the logs of lost jobs")
     options = parser.parse_args()
     multiprocessing.set_forkserver_preload(["__main__", "avss_dist.executors.ray.executor", "transformers"])
@@ -355,7 +363,7 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         disk = stack.enter_context(SmallDisk(folder / "disk", megabytes=16)) if os.geteuid() == 0 else None
         cluster = stack.enter_context(Cluster())
-        campaign = Campaign(folder, options.keep, cluster, disk, options.faults)
+        campaign = Campaign(folder, options.keep, cluster, disk, options.faults, options.jobs)
         print("undisturbed tables are there", flush=True)
         left, begun = options.rounds, time.monotonic()
         try:

@@ -46,6 +46,7 @@ from avss_dist.tasks.layer_removal import LeaveOneOut
 
 VOCABULARY, HIDDEN, MLP, HEADS, KEYS = 32_000, 2048, 8192, 16, 4
 ALLOWANCE = 600_000_000
+SHARD_ROWS = 32
 
 
 def write(folder: Path, gigabytes: float) -> None:
@@ -98,7 +99,7 @@ def checkpoint_bytes(folder: Path) -> int:
 
 
 def random_shard(settings: Settings, vocabulary: int) -> Shard:
-    rows, tokens = settings.sequences_per_shard, settings.sequence_length
+    rows, tokens = settings.sequences_per_shard or SHARD_ROWS, settings.sequence_length
     ids = np.random.default_rng(0).integers(0, vocabulary, (rows, tokens)).astype(np.int32)
     lengths = np.full(rows, tokens, np.int32)
     return Shard(shard_id=0, input_ids=ids, lengths=lengths, skip_first_tokens=0, content_hash="")

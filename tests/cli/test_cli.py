@@ -254,6 +254,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--trust-remote-code": False,
         "--text-loss": 0.0,
         "--hidden-loss": 0.0,
+        "--picture": None,
         "--teacher-top": None,
         "--warehouse": None,
         **{name: EXECUTION[name] for name in ("--executor", "--replicas", "--address", "--fresh", "--partition")},

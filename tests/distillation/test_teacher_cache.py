@@ -140,8 +140,12 @@ def test_options_that_exclude_each_other(distill: Callable[..., Distilled]) -> N
         distill("out", partition="streaming")
 
 
-def test_a_teacher_that_is_streamed_predicts_the_same(distill: Callable[..., Distilled], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("warm_workers")
+@pytest.mark.parametrize("options", [{"partition": "streaming"}, {"executor": "ray", "replicas": 2}])
+def test_a_teacher_that_is_streamed_or_on_workers_predicts_the_same(
+    distill: Callable[..., Distilled], tmp_path: Path, options: dict[str, Any]
+) -> None:
     distill("whole", teacher_top=8)
     stored = files(tmp_path / "warehouse" / "predictions")
-    distill("streamed", teacher_top=8, partition="streaming", warehouse=tmp_path / "other")
-    assert files(tmp_path / "other" / "predictions") == stored
+    distill("other", teacher_top=8, warehouse=tmp_path / "elsewhere", **options)
+    assert files(tmp_path / "elsewhere" / "predictions") == stored

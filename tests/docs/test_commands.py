@@ -22,6 +22,7 @@ ONLY_PARSED = {
     "--replicas": "starts Ray; tests/executors has it",
     "--address": "needs a cluster",
     "--ranks": "starts processes; tests/partition has it",
+    "--along": "needs several checkpoints of a training; tests/analysis has it",
     "hf:": "needs the network",
     "hellaswag": "needs the network",
     "reviews.yaml": "needs lm_eval, which takes long to import; tests/tasks has it",

@@ -19,7 +19,7 @@ from support.command_line import avss
 from support.pages import write_failed, write_many, write_removals, write_run
 from support.warehouses import write_scores
 
-from avss_dist.analysis.across import TrainingSeries, run_agreement, training_series
+from avss_dist.analysis.across import run_agreement
 from avss_dist.analysis.agreement import correlate, rank_correlations
 from avss_dist.analysis.compare import compare
 from avss_dist.analysis.findings import findings
@@ -36,7 +36,7 @@ from avss_dist.warehouse.reader import Warehouse
 HOSTILE = "org/\"'><script>window.hacked = 1; alert(1)</script><img src=x onerror=alert(2)>{{ 7919 * 7907 }}&amp;"
 EVERY_CHART = {
     *("avss", "block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio"),
-    *("heat", "lowest", "profiles", "correlation", "drift", "scatter", "blocks", "kept"),
+    *("heat", "lowest", "profiles", "correlation", "scatter", "blocks", "kept"),
 }
 
 
@@ -166,7 +166,7 @@ def test_charts_are_vega_lite_with_names_for_people(page: Page) -> None:
     for picture in page.data["pictures"].values():
         assert "config" not in picture["spec"] and picture["rows"]
     figures = {a["data-chart"] for _, a in page.elements if "data-chart" in a}
-    assert figures == {"scorecard-2"} | EVERY_CHART - {"drift"}  # no run is of a training
+    assert figures == {"scorecard-2"} | EVERY_CHART
 
 
 def test_findings_come_first_and_in_words(page: Page, store: Warehouse) -> None:
@@ -302,29 +302,6 @@ def test_the_score_card_is_a_picture_a_sentence_and_a_table(page: Page, store: W
     (table,) = (a for tag, a in page.elements if tag == "table" and a["data-name"] == "scorecard-2")
     assert "sortable" in (table["class"] or "")
     assert "avss block / pooled / 1e-05" in card
-
-
-def test_checkpoints_of_a_training_are_in_its_order() -> None:
-    run: dict[str, Any] = {"run_id": "r", "created_at": "2026", "schema_version": 2, "settings": "{}"}
-    run |= {
-        "series": "org/a@step*",
-        "corpus": "a.txt",
-        "corpus_fingerprint": None,
-        "dtype": "float32",
-        "sequence_length": 8,
-    }
-    steps: tuple[int | None, ...] = (3000, 1000, None, 2000)
-    runs = [{**run, "revision": f"r{step}", "training_step": step, "training_tokens": 10**9} for step in steps]
-    other = [run | {"dtype": "float16"}, run | {"series": None}]
-    assert training_series(
-        [*runs, *(one | {"revision": "x", "training_step": 1, "training_tokens": 1} for one in other)]
-    ) == [
-        TrainingSeries(
-            name="org/a@step*",
-            runs=(2, 1, 3, 0),
-            saved=("1,000,000,000 tokens", "step 1,000", "step 2,000", "step 3,000"),
-        )
-    ]
 
 
 def test_a_correlation_across_conditions_says_so(page: Page) -> None:

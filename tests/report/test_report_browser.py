@@ -6,11 +6,16 @@ import csv
 import io
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from support.command_line import avss
 from support.pages import write_failed, write_removals, write_run
 from support.warehouses import unpack_released
 
@@ -450,16 +455,12 @@ def test_odd_runs_are_drawn_as_far_as_they_go(visit: Callable[..., Any], tmp_pat
     save_report(store, tmp_path / "report.html")
     page = visit(tmp_path / "report.html", 360)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
-    training = [(row["checkpoint"], row["with"]) for row in drawn(page, "drift")]
-    assert training == [
-        *(
-            ("step 1", "the last"),
-            ("step 2", "the one before it"),
-            ("step 2", "the last"),
-            ("step 3", "the one before it"),
-        )
-    ]
-    assert "org/e@step*: its lowest 25% are those of the last checkpoint from step" in said(page, "drift")
+    ranks = drawn(page, "curve-1")
+    assert list(dict.fromkeys(row["point"] for row in ranks)) == ["1", "2", "3"]
+    assert sorted(row["rank"] for row in ranks[:4]) == [1, 2, 3, 4]
+    training = page.locator("#curves").inner_text()
+    assert "org/e@step* along training step" in training
+    assert "The lowest 25% are those of the last point from" in training
     assert [row["low"] for row in page.evaluate("document.querySelector('[data-chart=avss]').rows")] == [None] * 4
     page.select_option("#run", index=1)
     assert drawn(page, "relative_magnitude")[2]["relative_magnitude"] == 0
@@ -494,3 +495,105 @@ def test_without_scripts_findings_and_runs_are_there(visit: Callable[..., Any], 
     assert "Tracks depth" in text
     assert "out of memory" in text
     assert "need JavaScript" in text
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of ten runs of two families, one of which has a hostile name, beside its Parquet file."""
+    store = Warehouse(tmp_path_factory.mktemp("many"))
+    for number in range(9):
+        family = "llama" if number % 2 else "gemma"
+        write_run(store, f"m{number}", layers=4 + number % 3, seed=number, shards=1, sites=("block",), family=family)
+    names = dict.fromkeys(("model", "family", "corpus"), HOSTILE)
+    write_run(store, "hostile", layers=4, shards=1, sites=("block",), **names)
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    save_report(store, file)
+    return file
+
+
+def matrix_at(page: Any, row: int, depth: float) -> str:
+    """Return the text on the cell of a row of the matrix, counted from the top of its view, at a relative depth."""
+    box = page.locator("#matrix-view").bounding_box()
+    left = min(box["width"] * 0.34, 300)
+    page.locator("#matrix-view").hover(position={"x": left + depth * (box["width"] - left - 4), "y": 16 * row + 9})
+    return str(page.inner_text("#matrix-at"))
+
+
+def test_the_matrix_shows_groups_and_finds_every_run_and_its_address_can_be_linked(
+    visit: Callable[..., Any], many: Path
+) -> None:
+    page = visit(many)
+    assert page.inner_text("#matrix-said") == "10 of 10 runs."
+    assert page.locator("main > section").first.get_attribute("id") == "matrix"
+    page.fill("#matrix-find", "llama")
+    page.select_option("#matrix-group", "layers")
+    page.select_option("#matrix-score", "block_influence")
+    assert page.inner_text("#matrix-said") == "4 of 10 runs in 3 groups."
+    assert page.evaluate("location.hash") == "#matrix?find=llama&group=layers&score=block_influence"
+    page.reload()
+    page.wait_for_selector("#matrix-said:not(:empty)", state="attached")
+    assert page.inner_text("#matrix-said") == "4 of 10 runs in 3 groups."
+    assert page.input_value("#matrix-find") == "llama"
+    assert page.locator("#matrix").evaluate("section => Math.abs(section.getBoundingClientRect().top)") < 300
+    page.locator("nav a[href='#findings']").evaluate("link => link.click()")
+    page.wait_for_function("location.hash === '#findings?find=llama&group=layers&score=block_influence'")
+    page.fill("#matrix-find", "nothing is called this")
+    assert page.inner_text("#matrix-said") == "0 of 10 runs."
+    page.fill("#matrix-find", "script")
+    assert page.inner_text("#matrix-said") == "1 of 10 runs in 1 group."
+    assert page.evaluate("window.hacked") is None
+
+
+def test_a_cell_of_the_matrix_tells_what_the_file_beside_the_page_has(visit: Callable[..., Any], many: Path) -> None:
+    page = visit(many)
+    rows = pq.read_table(many.with_suffix(".parquet")).to_pylist()
+    assert len({row["run_id"] for row in rows}) == 10
+    assert {(row["site"], row["recipe"], row["threshold"]) for row in rows} == {("block", "pooled", 1e-5)}
+    page.fill("#matrix-find", "m5")
+    scored = sorted((row for row in rows if row["model"].endswith("m5")), key=lambda row: row["layer"])
+    lowest = min(scored, key=lambda row: row["avss_smoothed"])["layer"]
+    number = len(scored)
+    assert f"layer {lowest} of {number}, the least important." in matrix_at(page, 0, (lowest + 0.5) / number)
+    page.locator("#matrix-view").click(position={"x": 20, "y": 9})
+    assert "m5" in page.locator("#run option:checked").inner_text()
+    assert page.inner_text("#matrix-at").startswith("The charts below show")
+
+
+def test_the_matrix_fits_a_narrow_page_and_draws_something(visit: Callable[..., Any], many: Path) -> None:
+    page = visit(many, 390, color_scheme="dark")
+    page.locator("#matrix-fit").evaluate("box => box.click()")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    colors = page.evaluate(
+        """() => { const canvas = document.getElementById("matrix-canvas"); const { width, height } = canvas;
+        const { data } = canvas.getContext("2d").getImageData(Math.round(width * 0.4), 0, 1, height);
+        return new Set(Array.from({ length: height }, (_, i) => data.slice(4 * i, 4 * i + 3).join())).size; }"""
+    )
+    assert colors > 3
+
+
+def test_few_runs_have_no_matrix(visit: Callable[..., Any], file: Path) -> None:
+    assert visit(file).locator("#matrix").count() == 0 and not file.with_suffix(".parquet").exists()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_published_site_works_on_a_static_host(browser: Any, store: Warehouse, tmp_path: Path) -> None:
+    assert avss("publish", tmp_path / "site", "-w", store.root.full).exit_code == 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path / "site"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        page = browser.new_page()
+        page.set_default_timeout(240_000)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.wait_for_selector("#status:not(:empty)", state="attached")
+        assert len({row["layer"] for row in drawn(page, "avss")}) in (8, 12)
+        assert set(asked) == {address}, "the page loads nothing else"
+        scores = page.request.get(f"{address}scores.parquet").body()
+        assert len({row["run_id"] for row in pq.read_table(io.BytesIO(scores)).to_pylist()}) == 3
+        page.close()
+        server.shutdown()

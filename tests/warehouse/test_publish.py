@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import duckdb
 import numpy as np
@@ -14,7 +16,7 @@ from support.hub import serving_hub
 from support.warehouses import activations, run_row, stats_of, write_measured
 
 from avss_dist.core.errors import ConfigError, DamagedFile, RunFailed, WarehouseError
-from avss_dist.warehouse.publish import publish
+from avss_dist.warehouse.publish import PAGE, QUERIES, SCORES, publish
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
@@ -69,13 +71,47 @@ def test_a_data_set_of_the_hub_gets_the_same_files_in_a_commit(tmp_path: Path, m
         there = hub.files["datasets/lab/scores"]
         of_folder = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
         assert {*there} == {*of_folder} and [one["visibility"] for one in hub.created] == ["private"]
-        assert all(there[name] == data for name, data in of_folder.items() if name != "catalog.duckdb")
+        assert all(
+            there[name] == data for name, data in of_folder.items() if name not in ("catalog.duckdb", "README.md")
+        )
         there["data/of-old.parquet"] = there["notes.md"] = b"old"
         publish(warehouse, "hf://datasets/lab/scores")
         assert {*there} == {*of_folder, "notes.md"}, "tables that are no more go; what people wrote stays"
         hub.refuses = True
         with pytest.raises(RunFailed, match=r"lab/scores could not be uploaded.*403.*\n.*publish to a folder"):
             publish(warehouse, "hf://datasets/lab/scores")
+
+
+def write_site(folder: Path) -> None:
+    (folder / PAGE).write_text("<!doctype html>")
+    (folder / SCORES).write_bytes(b"PAR1")
+
+
+def test_the_page_goes_to_a_space_that_the_card_links_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warehouse = measured(tmp_path / "warehouse")
+    with serving_hub(monkeypatch) as hub:
+        publish(warehouse, "hf://datasets/lab/scores", write_page=write_site, space="lab/layers")
+        assert {"type": "space", "sdk": "static", "visibility": "private"}.items() <= hub.created[0].items()
+        assert {*hub.files["spaces/lab/layers"]} == {PAGE, SCORES, "README.md"}
+        about = yaml.safe_load(hub.files["spaces/lab/layers"]["README.md"].decode().split("---\n")[1])
+        assert about["sdk"] == "static"
+        assert PAGE in hub.files["datasets/lab/scores"]
+        card = hub.files["datasets/lab/scores"]["README.md"].decode()
+        assert "https://huggingface.co/spaces/lab/layers" in card
+        links = re.findall(r"\((https://huggingface.co/datasets/lab/scores/viewer/scores/train\?[^)]*)\)", card)
+        queries = [parse_qs(urlsplit(link).query)["sql"][0] for link in links]
+        assert queries == list(QUERIES.values())
+    with pytest.raises(ConfigError, match="is not the name of a space"):
+        publish(warehouse, str(tmp_path / "x"), space="lab")
+
+
+@pytest.mark.parametrize("question", QUERIES)
+def test_ready_queries_have_rows(question: str, tmp_path: Path) -> None:
+    publish(measured(tmp_path / "warehouse"), str(tmp_path / "published"))
+    with duckdb.connect() as connection:
+        connection.execute(f"CREATE VIEW train AS FROM '{tmp_path / 'published/data/scores.parquet'}'")
+        assert connection.execute(QUERIES[question]).fetchall()
+    assert QUERIES[question] in (tmp_path / "published/README.md").read_text()
 
 
 def test_what_the_hub_would_not_take_is_refused_before_any_work(

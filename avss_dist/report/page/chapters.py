@@ -1,4 +1,4 @@
-"""The sections of the page about single runs: experiments, score cards, sparse activations, contrasts, experts."""
+"""The chapters of the page: curves, experiments, score cards, sparse activations, contrasts, experts."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.analysis.compare import profiles, runs_with_conditions
 from avss_dist.analysis.contrast import contrast
+from avss_dist.analysis.curves import AXES, Curve, curves_of
 from avss_dist.analysis.experiments import experiment_results
 from avss_dist.analysis.experts import layer_experts
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.core.errors import QueryError
-from avss_dist.core.registry import GROUND_TRUTH, SCORES
+from avss_dist.core.registry import GROUND_TRUTH, RECIPES, SCORES
+from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.report.contrasts import contrast_section
+from avss_dist.report.curves import curve_section
 from avss_dist.report.experiments import experiment_section
 from avss_dist.report.experts import experts_section
 from avss_dist.report.scorecards import page_section
 from avss_dist.report.section import Section
 from avss_dist.report.sparsity import sparsity_section
+from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
 MAX_SCORECARDS = 6  # runs
+MIN_CURVE, MAX_CURVES = 3, 12  # points of a curve, and curves
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """A heading of the page with a section for each run that has results.
+    """A heading of the page with a section for each run, or curve of runs, that has results.
 
     Attributes:
         name: anchor on the page.
@@ -58,6 +64,18 @@ def chapters(
     """
     by_run = {run_id: [row for row in experiments if row["run_id"] == run_id] for run_id in labels}
     every = [
+        Chapter(
+            name="curves",
+            title="Along an axis",
+            heading="Along training, size and settings",
+            lead="How the ranks of layers by AVSS as published move along the steps of a training, the sizes of a "
+            "family, or lengths, dtypes and texts, and where the ranking changes: avss compare --along shows other "
+            "scores.",
+            sections=[
+                curve_section(curve, f"curve-{number}")
+                for number, curve in enumerate(_curves(warehouse, list(labels)), start=1)
+            ],
+        ),
         Chapter(
             name="experiments",
             title="Experiments",
@@ -111,6 +129,18 @@ def chapters(
         ),
     ]
     return [chapter for chapter in every if chapter.sections]
+
+
+def _curves(warehouse: Warehouse, run_ids: Sequence[str]) -> list[Curve]:
+    """Return the longest curves of runs, each set of runs once."""
+    runs = runs_with_conditions(warehouse, run_ids)
+    published = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
+    scored = profiles(warehouse, runs, site=SITES[0], recipe=RECIPES[0], threshold=published)
+    by_runs: dict[tuple[str, ...], Curve] = {}
+    for curve in (curve for along in AXES for curve in curves_of(scored, along)):
+        if len(curve.runs) >= MIN_CURVE:
+            by_runs.setdefault(tuple(run["run_id"] for run in curve.runs), curve)
+    return sorted(by_runs.values(), key=lambda curve: -len(curve.runs))[:MAX_CURVES]
 
 
 def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:

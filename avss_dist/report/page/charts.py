@@ -12,7 +12,7 @@ from avss_dist.report.chart import LOWEST_COLOR, ROWS, depth_chart, depth_title
 from avss_dist.report.section import GRAY, Chart
 
 TITLE = alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds")
-HEIGHTS = {"avss": 280, "scatter": 340, "blocks": 340, "kept": 280, "profiles": 280, "lowest": 280, "drift": 220}
+HEIGHTS = {"avss": 280, "scatter": 340, "blocks": 340, "kept": 280, "profiles": 280, "lowest": 280}
 RIVAL_HEIGHT = 170
 STRONG = 0.6  # a cell of such a correlation is dark enough for light numbers
 ROOM = alt.param(name="room", value=180)  # for the labels of runs, in pixels
@@ -40,7 +40,7 @@ def page_charts() -> dict[str, dict[str, Any]]:
         for scale in ("log", "linear")
     }
     charts |= {f"profiles:{scale}": _profiles(scale) for scale in ("log", "linear")}
-    charts |= {"heat": _heat(), "lowest": _lowest(), "correlation": _correlation(), "drift": _drift()}
+    charts |= {"heat": _heat(), "lowest": _lowest(), "correlation": _correlation()}
     charts |= {"scatter": _scatter(), "blocks": _blocks(), "kept": _best_sets()}
     return {name: _finished(chart) for name, chart in charts.items()}
 
@@ -226,26 +226,6 @@ def _lowest() -> Any:
     )
     chance = alt.Chart().mark_rule(color=GRAY, strokeDash=[4, 3]).encode(alt.Y("chance:Q", aggregate="max"))
     return alt.layer(bars, chance, data=ROWS).properties(height=HEIGHTS["lowest"])
-
-
-def _drift() -> Any:
-    """Return a chart of the rank correlation of each checkpoint of a training with the last and the preceding one."""
-    legend = alt.Legend(orient="top", title=None, symbolOpacity=1, columns=1)
-    labels = alt.Axis(labelAngle=-45, labelOverlap="greedy", labelLimit=120, grid=False)
-    base = alt.Chart().encode(
-        x=alt.X("checkpoint:N", title=None, sort=None, axis=labels),
-        y=alt.Y("correlation:Q", title="rank correlation", scale=alt.Scale(zero=False)),
-        color=alt.Color("with:N", sort=None, legend=legend, scale=alt.Scale(range="category")),
-    )
-    tooltip = [
-        alt.Tooltip("checkpoint:N"),
-        alt.Tooltip("with:N"),
-        alt.Tooltip("correlation:Q", format=".3f"),
-    ]
-    points = base.mark_point(filled=True, size=40, opacity=1).encode(
-        shape=alt.Shape("with:N", sort=None, legend=None), tooltip=tooltip
-    )
-    return alt.layer(base.mark_line(strokeWidth=1.5), points, data=ROWS).properties(height=HEIGHTS["drift"])
 
 
 def _correlation() -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.analysis.across import RunAgreement, run_agreement, training_series
+from avss_dist.analysis.across import RunAgreement, run_agreement
 from avss_dist.analysis.removal import WithoutLayers
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
@@ -55,8 +55,7 @@ def page_data(
         one to begin with; ``columns``: scores by layer; ``blocks``: the rows of a run at a choice: run, choice, first
         row, end, and how many layers are the lowest 25%; ``correlations`` by choice and of each of ``rivals``:
         ``pairs`` (two runs, Spearman's rho, and the same given depth; a run with itself has its correlation with
-        depth) and a ``summary``; ``series``: see `training_series`; ``without``: by run, see `without_layers`, with the
-        share that each size is.
+        depth) and a ``summary``; ``without``: by run, see `without_layers`, with the share that each size is.
     """
     positions = {run["run_id"]: i for i, run in enumerate(runs)}
     names = ["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *BASELINES]
@@ -80,7 +79,6 @@ def page_data(
         },
         "blocks": blocks,
         **_agreement(table, blocks, len(choices)),
-        "series": [asdict(series) for series in training_series(runs)],
         "without": [_without(known, run["num_layers"]) for run, known in zip(runs, without, strict=True)],
     }
 

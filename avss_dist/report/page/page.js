@@ -109,7 +109,6 @@ const CSV = {
   profiles: ["run", "score", "layer", "layer_name", "depth", "value"],
   lowest: ["score", "place", "from", "to", "share", "chance"],
   correlation: ["run", "other", "score", "kind", "correlation"],
-  drift: ["run", "checkpoint", "score", "with", "correlation"],
   scatter: ["run", "layer", "layer_name", "depth", "sparsity", "variance", "rank"],
   blocks: ["run", "start", "length", "distance"],
   kept: ["run", "series", "dropped", "size", "share", "kept"],
@@ -367,25 +366,6 @@ async function drawCorrelation() {
   await draw("correlation", "correlation", rows, signalsOfRows(), summary, "It takes two runs with scores of three layers.");
 }
 
-/** Along the training of the run that is chosen, or else the first that there is. */
-async function drawDrift(scored) {
-  const series = data.series.find(({ runs }) => runs.includes(run())) ?? data.series[0];
-  const of = new Map(agreementAcross().pairs.map(([i, j, rho]) => [`${i}:${j}`, rho]));
-  const savedAt = new Map(series.runs.map((i, place) => [i, series.saved[place]]));
-  const runs = series.runs.filter((i) => scored[i].length);
-  const rho = (i, j) => of.get(`${Math.min(i, j)}:${Math.max(i, j)}`) ?? null;
-  const last = runs.at(-1);
-  const compared = [["the one before it", (place) => runs[place - 1]], ["the last", () => last]];
-  const rows = runs.flatMap((i, place) => compared.map(([words, with_]) => ({
-    run: data.runs[i].label, checkpoint: savedAt.get(i), score: across(), with: words,
-    correlation: with_(place) === undefined || with_(place) === i ? null : rho(i, with_(place)),
-  }))).filter((row) => row.correlation !== null);
-  const lowest = runs.map((i) => String(scored[i].filter((row) => row.lowest).map((row) => row.layer)));
-  const from = lowest.findLastIndex((set) => set !== lowest.at(-1)) + 1;
-  const said = rows.length ? `${series.name}: its lowest 25% are those of the last checkpoint from ${savedAt.get(runs[from])} on.` : "";
-  await draw("drift", "drift", rows, signalsAcross(), said);
-}
-
 async function drawScatter(every) {
   const rows = every.flatMap((layers, i) => layers.map((row) => ({ ...row, shown: i === run() })));
   rows.sort((a, b) => a.shown - b.shown);
@@ -494,6 +474,7 @@ let again = false;
 
 async function refresh() {
   if (!data) return;
+  layMatrix();
   if (!data.choices.length) {
     drawPictures();
     return;
@@ -515,7 +496,6 @@ async function refresh() {
       if (figures.lowest) await drawLowest(scored);
       if (figures.profiles) await drawProfiles(scored);
       await drawCorrelation();
-      if (figures.drift) await drawDrift(scored);
       await drawScatter(every);
       await drawWithout();
     }
@@ -541,6 +521,7 @@ async function start() {
     if (width !== narrow()) refresh();
     width = narrow();
   });
+  openMatrix();
   if (data.choices.length) offerChoices();
   await refresh();
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pyarrow as pa
 import vl_convert
 from markupsafe import Markup
 
@@ -29,7 +30,8 @@ from avss_dist.core.text import basename, printable
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.report.page.chapters import Chapter, chapters
 from avss_dist.report.page.charts import page_charts, section_chart
-from avss_dist.report.page.data import page_data
+from avss_dist.report.page.data import page_data, run_labels
+from avss_dist.report.page.matrix import MIN_RUNS, matrix_data, published_scores, save_scores
 from avss_dist.report.page.summary import in_short, is_published
 from avss_dist.report.section import page_number
 from avss_dist.report.table import ReportColumn, ReportTable
@@ -55,14 +57,23 @@ _NUMBERS = ("num_tokens", "num_layers", "tokens_per_second")
 _FORMATS = {**dict.fromkeys(_NUMBERS, "{:,.0f}".format), "model": basename, "corpus": basename}
 
 
-def save_report(warehouse: Warehouse, path: Path, run_ids: Collection[str] | None = None) -> None:
-    """Write the page of `report_page` to a file.
+def save_report(
+    warehouse: Warehouse, path: Path, run_ids: Collection[str] | None = None, *, scores: Path | None = None
+) -> None:
+    """Write the page of `report_page` to a file, and the published scores of its runs to another one.
+
+    Args:
+        scores: file of the scores, in the folder of the page; by default one named as the page, if it has a matrix.
 
     Raises:
-        AvssError: the file cannot be written.
+        AvssError: a file cannot be written.
         WarehouseError: as `Store.table`.
     """
-    write_file(path, report_page(warehouse, run_ids).encode())
+    file = scores or path.with_suffix(".parquet")
+    page, published = _page_and_scores(warehouse, run_ids, file.name)
+    write_file(path, page.encode())
+    if published is not None or scores is not None:
+        save_scores(published or published_scores(warehouse, run_ids), file)
 
 
 def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) -> str:
@@ -70,6 +81,17 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
 
     Names are text to it: the template escapes them, its data is base64 of compressed JSON, its script only sets
     texts. A policy in the page forbids every connection and every script but its own, by their hashes.
+    """
+    return _page_and_scores(warehouse, run_ids, "")[0]
+
+
+def _page_and_scores(
+    warehouse: Warehouse, run_ids: Collection[str] | None, scores_file: str
+) -> tuple[str, pa.Table | None]:
+    """Return the page, and the published scores of the matrix that many runs have.
+
+    Args:
+        scores_file: name of the file of these scores, beside the page.
     """
     rows = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
     rows = sorted((r for r in rows if run_ids is None or r["run_id"] in run_ids), key=_by_model)
@@ -85,16 +107,20 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     named = [{**row, "task": describe_task(row["task"])} for row in reversed(experiments)]
     about_runs = chapters(warehouse, drawn, of_run, experiments)
     pictures = _pictures(about_runs)
-    has_scores, has_charts = bool(data["choices"]), bool(data["choices"] or pictures)
-    style, script, library = _part("page.css"), _part("page.js"), _library() if has_charts else Markup("")
-    return _template("page.html").render(
+    matrix, published = _matrix(warehouse, done, drawn)
+    has_scores, has_charts = bool(data["choices"]), bool(data["choices"] or pictures or matrix)
+    style, script = _part("page.css"), _part("matrix.js") + _part("page.js")
+    library = _library() if has_charts else Markup("")
+    page = _template("page.html").render(
         html_table=html_table,
         policy=_policy(style, script, library),
         style=style,
         script=script,
         library=library,
         has_scores=has_scores,
-        data=_packed({**data, "charts": page_charts(), "pictures": pictures}) if has_charts else "",
+        data=_packed({**data, "charts": page_charts(), "pictures": pictures, "matrix": matrix}) if has_charts else "",
+        matrix=bool(matrix),
+        scores_file=scores_file,
         has=_known_charts(data),
         scores={name: SCORES[name] for name in FROM_ACTIVATIONS},
         version=__version__,
@@ -109,12 +135,27 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         not_drawn=len(done) - len(drawn),
         differing=differing([with_conditions(run) for run in drawn]),
     )
+    return page, published
+
+
+def _matrix(
+    warehouse: Warehouse, done: Sequence[Mapping[str, Any]], drawn: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any] | None, pa.Table | None]:
+    """Return the data of the matrix of all finished runs, and their published scores; None for few runs."""
+    if len(done) < MIN_RUNS:
+        return None, None
+    published = published_scores(warehouse, [run["run_id"] for run in done])
+    scored = set(published["run_id"].to_pylist())
+    runs = [run for run in done if run["run_id"] in scored]
+    if not runs:
+        return None, None
+    positions = {run["run_id"]: position for position, run in enumerate(drawn)}
+    return matrix_data(runs, run_labels(runs), published, positions), published
 
 
 def _known_charts(data: Mapping[str, Any]) -> dict[str, bool]:
     """Return whether there is data for each chart that few warehouses have."""
-    without = {name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")}
-    return {"series": bool(data["series"]), **without}
+    return {name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")}
 
 
 def _pictures(about_runs: Sequence[Chapter]) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""The matrix of a page: the ranking of every run by relative depth, with the properties to group and to search by."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from avss_dist.analysis.compare import size_label
+from avss_dist.core.registry import FROM_ACTIVATIONS, RECIPES, SCORES
+from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
+from avss_dist.core.text import basename, printable
+from avss_dist.report.output import write_file
+from avss_dist.stats.rankings import average_ranks
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.slices import slices_by
+
+MIN_RUNS = 8  # of fewer, the charts show each
+GROUPS = {"family": "family", "model": "model", "size": "size", "corpus": "text", "dtype": "dtype", "layers": "layers"}
+"""Properties of runs by which the matrix can be grouped, and their titles."""
+UNRANKED = -1  # in place of the rank of a layer without a score
+STEPS = 100  # of a rank between the least and the most important layer
+_PUBLISHED = (
+    (pc.field("site") == SITES[0])
+    & (pc.field("recipe") == RECIPES[0])
+    & (pc.field("threshold") == PUBLISHED_THRESHOLD)
+    & (pc.field("threshold_kind") == "absolute")
+)
+
+
+def published_scores(warehouse: Warehouse, run_ids: Collection[str] | None) -> pa.Table:
+    """Return the rows of ``scores`` of runs, by default of all, at the published reading of AVSS, by run and layer."""
+    table = warehouse.table("scores", run_ids=run_ids, where=_PUBLISHED)
+    return table.sort_by([("run_id", "ascending"), ("layer", "ascending")])
+
+
+def matrix_data(
+    runs: Sequence[Mapping[str, Any]], labels: Sequence[str], scores: pa.Table, drawn: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return the data of the matrix, ready for JSON.
+
+    Args:
+        runs: rows of ``runs``.
+        labels: the name of each run.
+        scores: as `published_scores` returns them.
+        drawn: the position of each run that has charts, by id.
+
+    Returns:
+        ``runs``: label, properties to group by and position among the drawn runs, if there is one; ``ranks``: by
+        score, for each run the place of its layers from 0 (least important) to `STEPS`, `UNRANKED` without a score;
+        ``groups``: the properties that differ, and their titles.
+    """
+    described = [{"label": label, **_properties(run)} for run, label in zip(runs, labels, strict=True)]
+    for run, description in zip(runs, described, strict=True):
+        description["drawn"] = drawn.get(run["run_id"])
+    ranks: dict[str, list[list[int]]] = {name: [[] for _ in runs] for name in FROM_ACTIVATIONS}
+    place = {run["run_id"]: index for index, run in enumerate(runs)}
+    columns = {name: scores[SCORES[name].column].to_numpy() for name in FROM_ACTIVATIONS}
+    for key, start, stop in slices_by(scores, ["run_id"]):
+        for name, values in columns.items():
+            ranks[name][place[key["run_id"]]] = _places(values[start:stop])
+    return {
+        "runs": described,
+        "ranks": {name: rows for name, rows in ranks.items() if any(rows)},
+        "titles": {name: SCORES[name].title for name in FROM_ACTIVATIONS},
+        "groups": {name: title for name, title in GROUPS.items() if len({run[name] for run in described}) > 1},
+    }
+
+
+def _properties(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the properties of a run by which it is grouped and found."""
+    return {
+        "family": printable(str(run["family"])),
+        "model": printable(str(run["series"] or run["model"])),
+        "size": size_label(run["num_parameters"]),
+        "corpus": printable(basename(str(run["corpus"]))),
+        "dtype": printable(str(run["dtype"])),
+        "layers": run["num_layers"] or 0,
+        "id": run["run_id"],
+    }
+
+
+def _places(values: Any) -> list[int]:
+    """Return the place of each layer of a run from 0 to `STEPS`; `UNRANKED` for NaN."""
+    known = values == values
+    places = [UNRANKED] * len(values)
+    if known.sum() > 1:
+        shares = (average_ranks(values[known]) - 1) / (known.sum() - 1)
+        for index, share in zip(known.nonzero()[0].tolist(), shares.tolist(), strict=True):
+            places[index] = round(share * STEPS)
+    return places
+
+
+def save_scores(scores: pa.Table, file: Path) -> None:
+    """Write scores as a Parquet file.
+
+    Raises:
+        AvssError: the file cannot be written.
+    """
+    sink = pa.BufferOutputStream()
+    pq.write_table(scores, sink, compression="zstd")
+    write_file(file, sink.getvalue().to_pybytes())

@@ -1,0 +1,114 @@
+"""Every script of benchmarks and for GPUs runs, at its smallest size; here, or where its numbers are checked too."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.checkpoints import llama, one_thread
+
+TESTS = Path(__file__).parent
+SCRIPTS = sorted(path for folder in ("benchmarks", "gpu") for path in (TESTS / folder).glob("*.py"))
+Run = Callable[..., str]
+
+ALONE = {
+    "autoscaler": "--rows 16 --replicas 1..2",
+    "chaos": "--rounds 1 --jobs score --faults driver_interrupted",
+    "driver": "--workers 1 --units 16 --layers 2 --shards 8 --seconds 0.2",
+    "elastic": "--rows 64",
+    "merge": "--partials 8 --layers 1 --units 8",
+    "sweep": "--models 3",
+}
+"""Options of the scripts that start Ray, which run as a user runs them."""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a script in this process with one thread, and return its output."""
+
+    def run(script: str, *options: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        with one_thread():
+            try:
+                runpy.run_path(str(TESTS / script), run_name="__main__")
+            except SystemExit as ended:
+                assert not ended.code
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[..., Path]) -> Path:
+    """A Llama of rows of 256 tokens, which the scripts read by default."""
+    return save_checkpoint(llama(max_position_embeddings=256), tmp_path_factory.mktemp("models") / "wide")
+
+
+def test_every_script_is_run_by_a_test() -> None:
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("test_*.py"))
+    others = [path for path in SCRIPTS if not path.name.startswith("test_")]
+    assert len(others) > 18
+    named = r'benchmarks\.{0}\b|(benchmarks|gpu)/{0}\.py|"benchmarks" / "{0}\.py"|"{0}": "--'
+    missing = [path.name for path in others if not re.search(named.format(path.stem), tests)]
+    assert not missing
+
+
+def test_leave_one_out_is_compared_with_full_passes(run: Run, tiny_llama: Path) -> None:
+    printed = run("benchmarks/ablation.py", tiny_llama, "--sequences", 2, "--rounds", 1)
+    assert re.search(r"3 full forwards .* leave one out .* ratio \d", printed)
+
+
+def test_damage_is_compared_with_the_loss(run: Run, wide: Path) -> None:
+    printed = run("benchmarks/damage.py", wide, "builtin:pydoc", "--sequences", 2, "--draws", 1)
+    assert "damage" in printed
+
+
+def test_streaming_is_compared_with_one_process(run: Run, wide: Path, tmp_path: Path) -> None:
+    assert "streaming / single: median" in run("benchmarks/streaming.py", "compare", wide, "--rounds", 1)
+    assert "peak RssAnon" in run("benchmarks/streaming.py", "measure", wide)
+    run("benchmarks/streaming.py", "write", tmp_path / "model", "--gigabytes", 0.2)
+    assert 0.1e9 < sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors")) < 0.6e9
+
+
+def test_observation_is_compared_with_the_bare_model(run: Run, tiny_llama: Path) -> None:
+    printed = run("benchmarks/throughput.py", tiny_llama, "--rounds", 1)
+    assert "AVSS authors' recipe" in printed and "peak memory beyond" in printed
+
+
+def test_estimates_are_compared_with_what_is_measured(run: Run, tiny_llama: Path) -> None:
+    printed = run("benchmarks/estimate.py", tiny_llama, "--max-sequences", 8, "--rounds", 1, "--partition", "single")
+    assert re.search(r"single +memory \d+\.\d+ +seconds \d+\.\d+", printed)
+
+
+def test_a_family_is_tried_without_a_change_of_the_table(run: Run) -> None:
+    table = (TESTS / "support/families.csv").read_bytes()
+    assert run("benchmarks/families.py", "causal", "llama").startswith("causal     llama ")
+    assert (TESTS / "support/families.csv").read_bytes() == table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_a_script_with_ray_runs(name: str, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(TESTS / f"benchmarks/{name}.py"),
+        *(word.replace("_", " ") for word in ALONE[name].split()),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"\d", done.stdout)
+
+
+@pytest.mark.parametrize("command", ["kernels", "models"])
+def test_the_first_minutes_with_a_gpu_are_gone_through_on_a_cpu(run: Run, command: str) -> None:
+    printed = run("gpu/first.py", command, "--dry")
+    assert "FAILED" not in printed
