@@ -56,7 +56,9 @@ ALONG = ("step", "tokens", "size", "sequence_length", "dtype", "corpus")
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
 LEFT_OUT = "Removals"
-MIX, TRAINING, RANKED = "Text", "Training", "Several GPUs"
+MIX, TRAINING, RANKED, CACHE = "Text", "Training", "Several GPUs", "Cache of the teacher's predictions"
+MEASURED_TEACHER = ("replicas", "fresh", "partition", "gpus_per_replica", "max_memory")
+"""Fields of `Execution` that only the measurement of a teacher's predictions has a use for."""
 PROMPTS = "Prompts of lm-evaluation-harness"
 _SEARCHES_INSTEAD = {name: searches_instead(name) for name in SEARCHES}
 
@@ -99,6 +101,7 @@ JobPath = Annotated[Any, Option(argument=True, metavar="JOB.yaml")]
 JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
 Timeout = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
 Tokens = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]
 Threshold = str | float
 Site = Annotated[str, OneOf(EVERY_SITE)]
@@ -520,16 +523,36 @@ class DistillRequest(Request):
     """Processes that share each training step, started by Ray, each with a GPU where there are GPUs."""
     sharding: Annotated[Annotated[str, OneOf(tuple(SHARDINGS))], Option(panel=RANKED)] = next(iter(SHARDINGS))
     """Parts that are divided among ranks: none (ddp), optimizer (zero1), also gradients (zero2), all (zero3, fsdp)."""
+    text_loss: Annotated[Weight, Option(panel=TRAINING)] = 0.0
+    """Weight of the cross entropy of the text, which is added to the divergence."""
+    hidden_loss: Annotated[Weight, Option(panel=TRAINING)] = 0.0
+    """Weight of the squared error of the hidden states behind each cut, relative to the teacher's."""
+    teacher_top: Annotated[Positive | None, Option(panel=CACHE)] = None
+    """Learn from this many of the teacher's most probable tokens at each position, and the probability of all others.
+    They are measured once and kept in a warehouse; the teacher is not loaded in training."""
+    warehouse: Annotated[
+        PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE", panel=CACHE)
+    ] = None
+    """Warehouse for the teacher's predictions; OUTPUT-warehouse by default."""
     picture: PathOrText | None = None
     """Picture to draw of what is kept by tokens, for each text: FILE.png, .svg or .html."""
 
     shared = (
         *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
         *("dtype", "layers", "attention", "device", "trust_remote_code", "tracker"),
-        *("address", "placement_seconds", "hang_seconds"),
+        *("address", "placement_seconds", "hang_seconds", "executor", *MEASURED_TEACHER),
     )
 
     def __post_init__(self) -> None:
+        if self.teacher_top and self.hidden_loss:
+            raise ConfigError(
+                "`hidden_loss` needs the teacher's hidden states, which no cache holds.",
+                "Leave out `teacher_top` or `hidden_loss`.",
+            )
+        if self.ranks > 1 and (
+            option := "teacher_top" if self.teacher_top else "hidden_loss" if self.hidden_loss else ""
+        ):
+            raise ConfigError(f"`{option}` trains in one process.", f"Leave out `ranks` or `{option}`.")
         if self.batch_size % self.ranks:
             more = -(-self.batch_size // self.ranks) * self.ranks
             raise ConfigError(

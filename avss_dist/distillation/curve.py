@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 COMPLETE, NO_IMPROVEMENT, DIVERGED = "complete", "no improvement", "diverged"
 """Reasons why a training ended."""
 DIVERGENCE_FACTOR = 2.0  # of the held-out loss before training: beyond it, training has diverged
 
-LOSS, KEPT, PERPLEXITY, DIVERGENCE = "eval_loss", "eval_kept/", "eval_perplexity/", "eval_divergence/"
+LOSS, KEPT, PERPLEXITY = "eval_loss", "eval_kept/", "eval_perplexity/"
+DIVERGENCE, MISSED = "eval_divergence/", "eval_missed/"
 """Names of metrics in a trainer's history; all but the first are followed by the label of a text."""
 
 MOST_LOGGED = 2000  # losses of a training that are logged
@@ -45,6 +46,11 @@ class Schedule:
     bfloat16: bool
 
     @property
+    def rows(self) -> int:
+        """Number of rows of all steps."""
+        return self.steps * self.batch_size
+
+    @property
     def evaluate_every(self) -> int:
         """Number of steps between two evaluations."""
         return math.ceil(self.steps / self.evaluations)
@@ -64,6 +70,7 @@ class Evaluation:
         loss: divergence from the teacher on held-out rows of the trained texts, by their weights, in nats per token.
         perplexity, kept: perplexity of the student, and that of the teacher over it, by text.
         divergence: divergence from the teacher, by trained text.
+        missed: what the divergence misses, by trained text; empty unless the teacher's predictions are from a cache.
         train_loss: mean divergence in the training steps since the evaluation before; None before training.
     """
 
@@ -72,6 +79,7 @@ class Evaluation:
     perplexity: Mapping[str, float]
     kept: Mapping[str, float]
     divergence: Mapping[str, float]
+    missed: Mapping[str, float] = field(default_factory=dict)
     train_loss: float | None = None
 
 
@@ -100,6 +108,7 @@ def _evaluation(entry: Mapping[str, Any], train_loss: float | None) -> Evaluatio
         perplexity=by_text(PERPLEXITY),
         kept=by_text(KEPT),
         divergence=by_text(DIVERGENCE),
+        missed=by_text(MISSED),
         train_loss=train_loss,
     )
 

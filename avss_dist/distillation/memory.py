@@ -29,7 +29,7 @@ class Memory:
         exchange: buffers and gathered weights of an exchange between ranks; 0 for one process.
         teacher: weights of the teacher, in its compute dtype.
         activations: activations of a batch that the backward pass reads.
-        logits: logits of both models for a batch.
+        logits: logits of the student for a batch, and those of the teacher or the gradient.
         written: weights of the whole student, in float32, which the end of the training needs.
         trained: number of trained parameters.
     """
@@ -65,7 +65,7 @@ class Memory:
 
     def describe(self) -> str:
         """Return the total and its parts, in a line."""
-        parts = ", ".join(f"{name} {describe_bytes(size)}" for name, size in self.parts.items())
+        parts = ", ".join(f"{name} {describe_bytes(size)}" for name, size in self.parts.items() if size)
         return f"{describe_bytes(self.total)} ({parts})"
 
 
@@ -79,6 +79,7 @@ def estimate_memory(
     rank: int,
     sharding: str = next(iter(SHARDINGS)),
     ranks: int = 1,
+    top: int | None = None,
 ) -> Memory:
     """Estimate the memory of a distillation on each rank from configurations and headers alone.
 
@@ -88,6 +89,7 @@ def estimate_memory(
         teacher_settings: of the teacher, with its compute dtype.
         train, rank: see `choose_trained`.
         sharding: a name of `registry.SHARDINGS`.
+        top: number of tokens of each prediction that come from a cache instead of the teacher.
 
     Raises:
         ModelError: a checkpoint cannot be read or built.
@@ -109,7 +111,7 @@ def estimate_memory(
         moments=part(2 * FLOAT32 * trained, info.moments),
         exchange=0 if ranks == 1 else _exchange(info, FLOAT32 * trained, size),
         written=whole,
-        teacher=footprint(teacher, teacher_settings).weight_bytes,
+        teacher=0 if top else footprint(teacher, teacher_settings).weight_bytes,
         activations=_activations(size, settings.batch_size, settings.sequence_length),
         logits=2 * FLOAT32 * settings.batch_size * settings.sequence_length * size.vocabulary,
         trained=trained,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from avss_dist.core.errors import ConfigError, CorpusError
@@ -19,8 +20,16 @@ from avss_dist.corpus.sources import open_source
 from avss_dist.distillation.loss import NOT_COUNTED
 from avss_dist.distillation.record import SELF
 from avss_dist.models.causal_lm import predicted
+from avss_dist.stats.predictions import TopPredictions
 
 Example = dict[str, torch.Tensor]
+
+
+class Predictions(Protocol):
+    """Predictions of the teacher for the rows of a text, such as `warehouse.predictions.StoredPredictions`."""
+
+    def row(self, index: int) -> TopPredictions:
+        """Read those of a row."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,6 +42,8 @@ class DistillText:
         weight: share of the mix relative to other texts; 0 for a text that is only watched.
         trained: rows to train on; None for a text that is only watched.
         held_out: rows that are only measured.
+        trained_predictions, held_out_predictions: predictions of the teacher for the rows; None if it makes them during
+            training.
     """
 
     name: str
@@ -40,6 +51,8 @@ class DistillText:
     weight: float
     trained: CorpusPlan | None
     held_out: CorpusPlan
+    trained_predictions: Predictions | None = None
+    held_out_predictions: Predictions | None = None
 
     @property
     def is_watched(self) -> bool:
@@ -139,10 +152,24 @@ def refuse_seen_text(texts: Sequence[DistillText], seen: Sequence[SeenRows], tok
                 )
 
 
-class Mix(Dataset[Example]):
-    """Rows of several texts in a random order, drawn by the texts' weights.
+def draw_rows(texts: Sequence[DistillText], count: int, seed: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Return the texts and the rows of a mix, as indices into the texts to train on and into their rows, [count] each.
 
     Every row of a text is drawn once before any is drawn again. The order depends on the seed and the numbers of rows.
+    """
+    weights = np.array([text.weight for text in texts if text.trained])
+    random = np.random.default_rng(seed)
+    text_of_row = random.choice(len(weights), size=count, p=weights / weights.sum()).astype(np.int32)
+    row = np.zeros(count, np.int64)
+    for number, rows in enumerate(text.trained.num_sequences for text in texts if text.trained):
+        drawn = text_of_row == number
+        passes = [random.permutation(rows) for _ in range(-(-int(drawn.sum()) // rows))]
+        row[drawn] = np.concatenate([*passes, np.zeros(0, np.int64)])[: drawn.sum()]
+    return text_of_row, row
+
+
+class Mix(Dataset[Example]):
+    """Rows of several texts in a random order, drawn by the texts' weights; see `draw_rows`.
 
     Args:
         texts: texts with rows to train on.
@@ -152,23 +179,23 @@ class Mix(Dataset[Example]):
 
     def __init__(self, texts: Sequence[DistillText], count: int, seed: int) -> None:
         self._texts = [_all_rows(text.trained) for text in texts if text.trained]
-        weights = np.array([text.weight for text in texts if text.trained])
-        random = np.random.default_rng(seed)
-        self._text = random.choice(len(weights), size=count, p=weights / weights.sum()).astype(np.int32)
-        self._row = np.zeros(count, np.int64)
-        for number, examples in enumerate(self._texts):
-            drawn = self._text == number
-            rows = len(examples["input_ids"])
-            passes = [random.permutation(rows) for _ in range(-(-int(drawn.sum()) // rows))]
-            self._row[drawn] = np.concatenate([*passes, np.zeros(0, np.int64)])[: drawn.sum()]
+        self._predictions = [text.trained_predictions for text in texts if text.trained]
+        self._text, self._row = draw_rows(texts, count, seed)
 
     def __len__(self) -> int:
         """Return the number of drawn rows."""
         return len(self._text)
 
     def __getitem__(self, index: int) -> Example:
-        """Return a drawn row: ``input_ids``, ``attention_mask`` and ``labels``, int64[tokens] each."""
-        return {name: values[self._row[index]] for name, values in self._texts[self._text[index]].items()}
+        """Return a drawn row: ``input_ids``, ``attention_mask`` and ``labels``, int64[tokens] each.
+
+        Predictions of the teacher come with it, if there are any, by the names of the fields of `loss.TopTokens`.
+        """
+        text, row = self._text[index], self._row[index]
+        example = {name: values[row] for name, values in self._texts[text].items()}
+        if (predictions := self._predictions[text]) is not None:
+            example |= _as_tensors(predictions.row(int(row)), len(example["labels"]))
+        return example
 
 
 def _all_rows(text: CorpusPlan) -> Example:
@@ -189,6 +216,34 @@ def as_examples(batch: Batch) -> Example:
 
 
 def held_out_batches(text: DistillText, batch_size: int) -> Iterator[Example]:
-    """Yield the held-out rows of a text."""
+    """Yield the held-out rows of a text, with the teacher's predictions if there are any."""
+    first = 0
     for shard in text.held_out.shards:
-        yield from map(as_examples, shard.batches(batch_size))
+        for example in map(as_examples, shard.batches(batch_size)):
+            rows, tokens = example["labels"].shape
+            if text.held_out_predictions is not None:
+                read = [text.held_out_predictions.row(first + row) for row in range(rows)]
+                by_row = [_as_tensors(predictions, tokens) for predictions in read]
+                example |= {name: torch.stack([tensors[name] for tensors in by_row]) for name in by_row[0]}
+            yield example
+            first += rows
+
+
+def _as_tensors(predictions: TopPredictions, tokens: int) -> Example:
+    """Return the predictions for a row by the names of the fields of `loss.TopTokens`, [tokens, ...] each.
+
+    Tokens that do not count have zeros.
+    """
+    columns: dict[str, NDArray[Any]] = {
+        "ids": predictions.token_ids.astype(np.int64),
+        "log_probs": predictions.log_probs,
+        "others": predictions.others,
+        "drawn_ids": predictions.drawn_ids.astype(np.int64),
+        "drawn_log_probs": predictions.drawn_log_probs,
+    }
+    result = {}
+    for name, values in columns.items():
+        filled = np.zeros((tokens, *values.shape[1:]), values.dtype)
+        filled[predictions.position] = values
+        result[name] = torch.from_numpy(filled)
+    return result

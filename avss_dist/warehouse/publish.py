@@ -22,7 +22,7 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, TABLES
 from avss_dist.warehouse.storage import Storage
 
-PARTS = ("shard_stats", "cells", "row_stats", "shard_expert_stats")  # what other tables were made of
+PARTS = ("shard_stats", "cells", "predictions", "row_stats", "shard_expert_stats")  # what others were made of
 TEXTS = ("continuations",)  # they quote corpora, which may not be public
 CATALOG, CARD, DATA = "catalog.duckdb", "README.md", "data"
 _DATASETS = "hf://datasets/"

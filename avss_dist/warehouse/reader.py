@@ -83,7 +83,7 @@ class Warehouse:
         return self._damaged
 
     def table(self, name: str, **selection: Unpack[Selection]) -> pa.Table:
-        """Read rows of a table: those of whole runs, or every row of ``runs``, evaluations, cells and experiments.
+        """Read rows of a table: those of whole runs, or all of ``runs``, evaluations, cells, predictions, experiments.
 
         Args:
             name: one of ``TABLES``.
@@ -380,7 +380,8 @@ class Warehouse:
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
         """Return the readable files of a table. A table of whole runs has files of the runs ``done`` alone."""
-        chosen = None if name in ("runs", "evaluations", "cells", "experiments", "continuations") else done
+        of_all = ("runs", "evaluations", "cells", "predictions", "experiments", "continuations")
+        chosen = None if name in of_all else done
         return {
             path: stamp
             for path, (run, stamp) in self.storage.files(_stored(name)).items()

@@ -22,9 +22,9 @@ from avss_dist.stats.rows import ROW_FIELDS
 SCHEMA_VERSION = 3
 
 STRING, BOOL = pa.string(), pa.bool_()
-INT32, INT64, FLOAT64 = pa.int32(), pa.int64(), pa.float64()
+INT32, INT64, FLOAT32, FLOAT64 = pa.int32(), pa.int64(), pa.float32(), pa.float64()
 INT16_LIST, INT32_LIST, INT64_LIST = pa.list_(pa.int16()), pa.list_(INT32), pa.list_(INT64)
-FLOAT32_LIST, FLOAT64_LIST, STRING_LIST = pa.list_(pa.float32()), pa.list_(FLOAT64), pa.list_(STRING)
+FLOAT32_LIST, FLOAT64_LIST, STRING_LIST = pa.list_(FLOAT32), pa.list_(FLOAT64), pa.list_(STRING)
 MAP, TIME = pa.map_(STRING, STRING), pa.timestamp("us", "UTC")
 
 MAX_INDEX = 100_000
@@ -353,6 +353,34 @@ TABLES: dict[str, TableInfo] = {
             Column("created_at", TIME, "when it was measured", "UTC", bounds=_TIMES),
         ),
         _names("task metric drop part samples weights"),
+    ),
+    "predictions": TableInfo(
+        "one row for each position of a text that a teacher predicted: its most probable next tokens",
+        (
+            _EVALUATION_ID,
+            *_MODEL,
+            Column("part", INT32, "which part of the text, from 0", bounds=INDEX),
+            Column("row", INT32, "which row of tokens of the part, from 0", bounds=COUNT),
+            Column("position", INT32, "index in the row of the token whose successor is predicted", bounds=COUNT),
+            Column("token_ids", INT32_LIST, "the most probable next tokens, the first one first", bounds=COUNT),
+            Column(
+                "log_probs",
+                FLOAT32_LIST,
+                "logarithms of the probabilities of token_ids",
+                "nats",
+                as_long_as="token_ids",
+            ),
+            Column("others", FLOAT32, "logarithm of the probability of all other tokens together", "nats"),
+            Column("drawn_ids", INT32_LIST, "tokens drawn from the others by their probabilities", bounds=COUNT),
+            Column(
+                "drawn_log_probs",
+                FLOAT32_LIST,
+                "logarithms of the probabilities of drawn_ids",
+                "nats",
+                as_long_as="drawn_ids",
+            ),
+        ),
+        _names("part row position token_ids log_probs others drawn_ids drawn_log_probs"),
     ),
     "experiments": TableInfo(
         "one row for each metric of a model without the layers that a method chose",

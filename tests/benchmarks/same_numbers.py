@@ -41,7 +41,20 @@ IGNORED = {
 """Columns that may differ between two measurements of one thing, with the reason."""
 KEYS = (
     *("layer", "site", "recipe", "threshold_kind", "threshold", "shard_id", "stratum", "row", "expert", "task", "part"),
-    *("metric", "drop", "patch", "factor", "sparsity_plan", "method", "share", "sparsity", "seed", "repair", "map"),
+    *(
+        "position",
+        "metric",
+        "drop",
+        "patch",
+        "factor",
+        "sparsity_plan",
+        "method",
+        "share",
+        "sparsity",
+        "seed",
+        "repair",
+        "map",
+    ),
 )
 """Columns that tell the rows of a run apart."""
 MEASURED = {"scores": {"sparsity"}, "sparsity": {"sparsity"}}

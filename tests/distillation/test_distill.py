@@ -20,7 +20,7 @@ from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.distillation import memory, teacher_text, trainer
 from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced
-from avss_dist.distillation.loss import divergence
+from avss_dist.distillation.loss import distillation_loss
 from avss_dist.distillation.record import read_record
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
@@ -170,11 +170,12 @@ def test_a_training_that_diverges_writes_its_best_checkpoint(
     """From step 13 the loss is not a number; the checkpoints before are those of steps 5 and 10."""
     steps = []
 
-    def fail(*logits: torch.Tensor) -> torch.Tensor:
-        steps.append(divergence(*logits))
-        return steps[-1] * torch.nan if len(steps) >= 13 else steps[-1]
+    def fail(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total, diverged = distillation_loss(*arguments)
+        steps.append(diverged)
+        return (total * torch.nan, diverged * torch.nan) if len(steps) >= 13 else (total, diverged)
 
-    monkeypatch.setattr(trainer, "divergence", fail)
+    monkeypatch.setattr(trainer, "distillation_loss", fail)
     with pytest.raises(RunFailed, match=r"diverged.*best checkpoint.*of 1,280 tokens.*out") as caught:
         distill()
     assert caught.value.exit_code == 1 and len(steps) == 13

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.command_line import avss, files
@@ -26,21 +27,44 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
+CACHED_MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "the first predictions are stored": lambda part: bool([*part.parent.glob("warehouse/predictions/*/*.parquet")]),
+    "some predictions are stored": lambda part: len([*part.parent.glob("warehouse/cells/*/*.parquet")]) > 2,
+    "a checkpoint is being written": MOMENTS["a checkpoint is being written"],
+    "a checkpoint is complete": MOMENTS["a checkpoint is complete"],
+}
+ARGUMENTS = ["--sequence-length", 32, "--tokens", STEPS * 128, "--held-out", 4, "--evaluations", 4, "--warmup", 2]
+ARGUMENTS += ["--device", "cpu", "--learning-rate", "3e-3", "-q"]
+
+
 @pytest.mark.usefixtures("warm_workers")
+@pytest.mark.parametrize(
+    ("moments", "options"), [(MOMENTS, ["--self-texts", 70]), (CACHED_MOMENTS, ["--self-texts", 0, "--teacher-top", 8])]
+)
 def test_a_killed_distillation_writes_the_same_bytes(
-    student: Path, teacher: Path, corpus: Path, other_corpus: Path, tmp_path: Path
+    student: Path,
+    teacher: Path,
+    corpus: Path,
+    other_corpus: Path,
+    tmp_path: Path,
+    moments: dict[str, Callable[[Path], bool]],
+    options: list[Any],
 ) -> None:
     """One directory takes a SIGKILL at every moment, one after the other; another takes none."""
     arguments = ["distill", student, "--teacher", teacher, "--corpus", corpus, "--watch", other_corpus]
-    arguments += ["--sequence-length", 32, "--tokens", STEPS * 128, "--self-texts", 70, "--held-out", 4]
-    arguments += ["--evaluations", 4, "--warmup", 2, "--device", "cpu", "--learning-rate", "3e-3", "-q"]
-    caches = {name: {"XDG_CACHE_HOME": str(tmp_path / f"cache-{name}")} for name in ("whole", "killed")}
-    code, _, said = Command(*arguments, "-o", tmp_path / "whole", **caches["whole"]).wait()
+    arguments += [*ARGUMENTS, *options]
+    outputs = {}
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        outputs[name] = ["-o", folder / "out", "-w", folder / "warehouse"]
+    caches = {name: {"XDG_CACHE_HOME": str(tmp_path / f"cache-{name}")} for name in outputs}
+    code, _, said = Command(*arguments, *outputs["whole"], **caches["whole"]).wait()
     assert code == 0, said
-    kills = []
-    for moment, arrived in MOMENTS.items():
-        command = Command(*arguments, "-o", tmp_path / "out", **caches["killed"])
-        while command.running() and not arrived(tmp_path / "out.part"):
+    kills, folder = [], tmp_path / "killed"
+    for moment, arrived in moments.items():
+        command = Command(*arguments, *outputs["killed"], **caches["killed"])
+        while command.running() and not arrived(folder / "out.part"):
             time.sleep(0.001)
         if command.running():
             kills.append(moment)
@@ -48,12 +72,12 @@ def test_a_killed_distillation_writes_the_same_bytes(
         else:
             assert command.wait()[0] == 0
             break
-    assert len(kills) >= 4
-    if not (tmp_path / "out").exists() or (tmp_path / "out.part").exists():
-        code, _, said = Command(*arguments, "-o", tmp_path / "out", **caches["killed"]).wait()
+    assert len(kills) >= len(moments) - 2
+    if not (folder / "out").exists() or (folder / "out.part").exists():
+        code, _, said = Command(*arguments, *outputs["killed"], **caches["killed"]).wait()
         assert code == 0, said
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
-    assert (
-        not [name for name in os.listdir(tmp_path) if name.startswith(".out")] and not (tmp_path / "out.part").exists()
-    )
-    assert avss(*arguments, "-o", tmp_path / "out").exit_code == 2
+    assert files(folder / "out") == files(tmp_path / "whole" / "out")
+    if "--teacher-top" in options:
+        assert files(folder / "warehouse" / "predictions") == files(tmp_path / "whole" / "warehouse" / "predictions")
+    assert not [name for name in os.listdir(folder) if name.startswith(".out")] and not (folder / "out.part").exists()
+    assert avss(*arguments, *outputs["killed"]).exit_code == 2

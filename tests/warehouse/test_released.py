@@ -25,6 +25,7 @@ from avss_dist.warehouse.schema import TABLES
 from avss_dist.warehouse.store import Store
 
 FOLDER = Path(__file__).parent / "schema_3"
+LATER = {"predictions"}  # tables that this version did not have
 EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
 
 
@@ -55,7 +56,7 @@ def json_lines(*command: object) -> list[dict[str, Any]]:
 
 
 def test_every_table_was_written() -> None:
-    assert EXPECTED["digests"].keys() == TABLES.keys()
+    assert EXPECTED["digests"].keys() == TABLES.keys() - LATER
     assert all(table["rows"] for table in EXPECTED["digests"].values())
 
 
