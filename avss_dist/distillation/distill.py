@@ -165,7 +165,7 @@ def _distill(
             losses = None
             if request.teacher_top:
                 texts, losses = measure_teacher(request, models, texts, _drawn_rows(request, models, texts))
-            task = DistillTask(request, models, texts, losses, work, output)
+            task = DistillTask(request, models, texts, work, output, losses)
             if ranks:
                 on_event(Preparing("starting the ranks"))
                 ranks.run(replace(task, work=work.absolute(), output=output.absolute()), on_event)
@@ -243,17 +243,17 @@ class DistillTask:
     """Training and writing of a student, in one process or on every rank of a group; see `executors.base.RankTask`.
 
     Attributes:
-        losses: loss of the teacher on the held-out rows of each text, if its predictions come with the texts.
         work: folder of the work so far. All ranks reach it.
         output: folder of the result.
+        losses: loss of the teacher on the held-out rows of each text, if its predictions come with the texts.
     """
 
     request: DistillRequest
     models: ModelPair
     texts: Sequence[DistillText]
-    losses: Sequence[TextLoss] | None
     work: Path
     output: Path
+    losses: Sequence[TextLoss] | None = None
 
     @property
     def device(self) -> str:
