@@ -8,12 +8,15 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
+from avss_dist.core.errors import first_line
 from avss_dist.distillation.curve import (
     DIVERGENCE,
     KEPT,
@@ -41,6 +44,7 @@ from avss_dist.distillation.loss import (
 )
 from avss_dist.distillation.texts import DistillText, Example, Mix, held_out_batches
 from avss_dist.partition.group import all_gather, share
+from avss_dist.system.streams import complain
 
 SAVE_SECONDS = 300.0  # between two checkpoints, at most, beside those of evaluations
 _COMPLETE = "avss_complete"  # the file that a checkpoint has once all others are written
@@ -262,6 +266,31 @@ class ScheduleCallback(TrainerCallback):
                 shutil.rmtree(folder)
 
 
+class TrackerCallback(TrainerCallback):
+    """Callback that passes events on to that of a tracker. If the tracker fails, training goes on without it.
+
+    Args:
+        callback: the tracker's callback.
+    """
+
+    def __init__(self, callback: TrainerCallback) -> None:
+        self._callback: TrainerCallback | None = callback
+
+    def _pass(self, event: str, *state: Any, **more: Any) -> None:
+        if self._callback is None:
+            return
+        try:
+            getattr(self._callback, event)(*state, **more)
+        except Exception as error:  # of a library, a server or a network: nothing of the training
+            self._callback = None
+            complain(f"No further reports to the tracker, training goes on: {first_line(error)}")
+
+    on_train_begin = partialmethod(_pass, "on_train_begin")
+    on_log = partialmethod(_pass, "on_log")
+    on_save = partialmethod(_pass, "on_save")
+    on_train_end = partialmethod(_pass, "on_train_end")
+
+
 def checkpoint_folder(folder: Path, step: int) -> Path:
     """Return the folder of the checkpoint after a step."""
     return folder / f"checkpoint-{step}"
@@ -321,6 +350,9 @@ def train(
         train_dataset=Mix(texts, schedule.rows, schedule.seed),
         callbacks=[ScheduleCallback(schedule, folder, on_event)],
     )
+    of_trackers = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
+    handler = trainer.callback_handler
+    handler.callbacks = [TrackerCallback(c) if isinstance(c, of_trackers) else c for c in handler.callbacks]
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.is_deepspeed_enabled:
         engine: Any = trainer.model_wrapped
