@@ -18,6 +18,7 @@ SCRIPTS = sorted(path for folder in ("benchmarks", "gpu") for path in (TESTS / f
 Run = Callable[..., str]
 
 ALONE = {
+    "distill_ranks": "--layers 2 --width 64 --tokens 512 --sequence-length 64 --sharding ddp",
     "driver": "--workers 1 --units 16 --layers 2 --shards 8 --seconds 0.2",
     "merge": "--partials 8 --layers 1 --units 8",
     "sweep": "--models 3",
