@@ -479,6 +479,15 @@ class SampleRequest(ModelRequest):
     shared = ("sequence_length", "batch_size", "dtype", "attention", "device", "trust_remote_code")
 
 
+def require_divisible(batch_size: int, ranks: int) -> None:
+    """Raise ConfigError unless the rows of a training step can be divided among ranks."""
+    if batch_size % ranks:
+        raise ConfigError(
+            f"`batch_size` {batch_size} cannot be divided among {ranks} `ranks`.",
+            f"Set `batch_size` to a multiple of {ranks}, such as {-(-batch_size // ranks) * ranks}.",
+        )
+
+
 @request
 class DistillRequest(Request):
     """Train a smaller model on the predictions of the whole one."""
@@ -553,12 +562,7 @@ class DistillRequest(Request):
             option := "teacher_top" if self.teacher_top else "hidden_loss" if self.hidden_loss else ""
         ):
             raise ConfigError(f"`{option}` trains in one process.", f"Leave out `ranks` or `{option}`.")
-        if self.batch_size % self.ranks:
-            more = -(-self.batch_size // self.ranks) * self.ranks
-            raise ConfigError(
-                f"`batch_size` {self.batch_size} cannot be divided among {self.ranks} `ranks`.",
-                f"Set `batch_size` to a multiple of {self.ranks}, such as {more}.",
-            )
+        require_divisible(self.batch_size, self.ranks)
         if self.ranks == 1 and SHARDINGS[self.sharding].moments:
             raise ConfigError(f"`sharding` {self.sharding} divides nothing with one rank.", "Set `ranks` to 2 or more.")
 

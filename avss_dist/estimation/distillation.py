@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
-from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import SHARDINGS
 from avss_dist.core.settings import TRAINED, Settings
 from avss_dist.core.text import describe_bytes
@@ -16,7 +15,7 @@ from avss_dist.distillation.trained import LORA, NEAR
 from avss_dist.models.checkpoints import Checkpoint, locate
 from avss_dist.partition.cost import Machine
 from avss_dist.pruning.model_card import removed_layers
-from avss_dist.requests import DistillRequest, EstimateRequest
+from avss_dist.requests import DistillRequest, EstimateRequest, require_divisible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +56,7 @@ def distillation_rows(
     trust = settings.trust_remote_code
     teacher = locate(str(request.teacher), trust_remote_code=trust) or str(request.teacher)
     ranks = request.ranks or max(2, machine.gpus)
-    if settings.batch_size % ranks:
-        raise ConfigError(
-            f"`batch_size` {settings.batch_size} cannot be divided among {ranks} `ranks`.",
-            f"Set `batch_size` to a multiple of {ranks}.",
-        )
+    require_divisible(settings.batch_size, ranks)
     dtype = "bfloat16" if computes_in_bfloat16(request.settings, settings.device) else "float32"
     for train in TRAINED:
         if train == LORA and find_spec("peft") is None:

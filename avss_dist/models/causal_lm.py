@@ -405,23 +405,39 @@ class LanguageModel:
         The interventions differ only in the layers they remove. One that removes the layers of the first one and more
         is cheaper: its passes begin where the two differ.
         """
-        by_batch = self.each(partial(self._losses_of_batch, interventions), batches)
+        by_batch = self.each(lambda batch: self.measured_under(interventions, batch, self.losses)[0], batches)
         return [np.concatenate(losses) for losses in zip(*by_batch, strict=True)]
 
-    def _losses_of_batch(self, interventions: Sequence[Intervention], batch: Batch) -> list[Float64]:
+    def measured_under(
+        self,
+        interventions: Sequence[Intervention],
+        batch: Batch,
+        measure: Callable[[Batch], T],
+        layers: Collection[int] = (),
+    ) -> tuple[list[T], Recorded]:
+        """Return the results of a measure of one batch under interventions that differ as in `losses_under`.
+
+        Args:
+            measure: runs the model on the batch.
+            layers: layers whose inputs are recorded in the first pass, beside those from which others begin.
+
+        Returns:
+            The results, and the record of the first pass.
+        """
         first, branches = interventions[0], self.branches(interventions)
-        with self.applying(first), recording([self.layers[layer] for layer in set(branches.values())]) as recorded:
-            losses = [self.losses(batch)]
+        watched = [self.layers[layer] for layer in {*branches.values(), *layers}]
+        with self.applying(first), recording(watched) as recorded:
+            results = [measure(batch)]
         for intervention in interventions[1:]:
             with self.applying(intervention):
                 if intervention not in branches:
-                    losses.append(self.losses(batch))
+                    results.append(measure(batch))
                     continue
                 layer = branches[intervention]
                 behind = begins_behind(intervention, layer)
                 with resuming(self.layers, behind, Recorded({behind: recorded.inputs[layer]}, self.forms)):
-                    losses.append(self.losses(batch))
-        return losses
+                    results.append(measure(batch))
+        return results, recorded
 
     def branches(self, interventions: Sequence[Intervention]) -> dict[Intervention, int]:
         """Return the interventions whose passes can begin from the first one's, and the layer where they differ."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from decimal import Decimal
 from functools import partial
@@ -118,16 +118,13 @@ def _write_lines(table: pa.Table) -> None:
     """
     from avss_dist.report.terminal.tables import describe_value
 
-    def print_line(cells: Sequence[str]) -> None:
-        emit("  ".join([align(text, width) for align, text, width in zip(alignments, cells, widths, strict=True)]))
-
     rows = ([describe_value(value).replace("\n", " ") for value in row.values()] for row in _rows(table))
     first = list(islice(rows, ROWS_AT_ONCE))
     widths = [max(map(len, cells)) for cells in zip(table.column_names, *first, strict=True)]
     numbers = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
     alignments = [str.rjust if number else str.ljust for number in numbers]
     for cells in chain([table.column_names, ["-" * width for width in widths]], first, rows):
-        print_line(cells)
+        emit("  ".join([align(text, width) for align, text, width in zip(alignments, cells, widths, strict=True)]))
 
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with

@@ -52,7 +52,7 @@ class ContinuePrompt:
                     num_beams=1,
                     repetition_penalty=1.0,
                 )
-        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, NotImplementedError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             raise ModelError(f"'{model.checkpoint.name}' generates no text: {first_line(error)}") from error

@@ -13,9 +13,8 @@ import torch
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
-from avss_dist.models.causal_lm import LanguageModel, begins_behind, predicted
+from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.layers import as_rows
-from avss_dist.models.skipping import Recorded, recording, resuming
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 
@@ -70,38 +69,19 @@ def _measure(model: LanguageModel, interventions: Sequence[Intervention], layers
     Args:
         interventions: that of the cell, then without the last layer, the last two and so on.
     """
+    (whole, *lenses), recorded = model.measured_under(interventions, batch, model.losses_and_top_tokens, layers)
     sums: Sums = {}
-    first, branches = interventions[0], model.branches(interventions)
-    with model.applying(first), recording([model.layers[layer] for layer in layers]) as recorded:
-        losses, tops = model.losses_and_top_tokens(batch)
-    for layer in layers:
-        if layer in recorded.inputs:
-            sums |= _shapes(
-                layer, as_rows(recorded.inputs[layer], model.layers[layer].axes, *batch.input_ids.shape), batch
-            )
-    counted = predicted(batch)
-    settled = counted.copy()  # after the layer that comes next, and all later ones
-    after = losses.sum(axis=1)
-    for layer, intervention in zip(reversed(layers), interventions[1:], strict=True):
-        lens_losses, lens_tops = _without(model, intervention, branches.get(intervention), recorded, batch)
-        before = lens_losses.sum(axis=1)
+    for layer, hidden in recorded.inputs.items():
+        sums |= _shapes(layer, as_rows(hidden, model.layers[layer].axes, *batch.input_ids.shape), batch)
+    settled = predicted(batch)  # after the layer that comes next, and all later ones
+    after = whole[0].sum(axis=1)
+    for layer, (losses, tops) in zip(reversed(layers), lenses, strict=True):
+        before = losses.sum(axis=1)
         sums[GAIN, layer] = before - after, None
-        still = settled & (lens_tops == tops)
+        still = settled & (tops == whole[1])
         sums[SETTLES, layer] = (settled & ~still).sum(axis=1).astype(np.float64), None
         settled, after = still, before
     return sums
-
-
-def _without(
-    model: LanguageModel, intervention: Intervention, branch: int | None, recorded: Recorded, batch: Batch
-) -> Float64:
-    """Return losses and top tokens without layers, from the recorded hidden states where the pass can begin there."""
-    with model.applying(intervention):
-        if branch is None:
-            return model.losses_and_top_tokens(batch)
-        behind = begins_behind(intervention, branch)
-        with resuming(model.layers, behind, Recorded({behind: recorded.inputs[branch]}, model.forms)):
-            return model.losses_and_top_tokens(batch)
 
 
 def _shapes(layer: int, hidden: torch.Tensor | None, batch: Batch) -> Sums:

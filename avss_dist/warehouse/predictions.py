@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 
@@ -74,10 +73,6 @@ class StoredPredictions:
         first_rows = np.cumsum([0, *self.rows]).tolist()
         part = bisect_right(first_rows, index) - 1
         return _read(self.root, self.paths[part], index - first_rows[part])
-
-    def all_rows(self) -> Sequence[TopPredictions]:
-        """Read the predictions of all rows of tokens."""
-        return [self.row(index) for index in range(sum(self.rows))]
 
 
 def _read(root: RedactedURI, path: str, row: int) -> TopPredictions:

@@ -78,7 +78,8 @@ def publish(
     if not done:
         raise WarehouseError(f"{warehouse.root} has no finished run.", "Failed runs are not published.")
     run_ids = [row["run_id"] for row in sorted(done, key=lambda row: (row["model"], row["run_id"]))]
-    with _staged_target(target, f"Layer scores of {describe_count(len(run_ids))} runs") as folder:
+    dataset = _dataset(target) if target.startswith("hf:") else None
+    with _staged_target(target, dataset, f"Layer scores of {describe_count(len(run_ids))} runs") as folder:
         (folder / DATA).mkdir()
         names = [name for name in TABLES if name not in (*PARTS, *TEXTS)]
         rows = {name: _write_table(warehouse, name, run_ids, folder / DATA) for name in names}
@@ -86,7 +87,6 @@ def publish(
         _write_catalog(folder, list(rows))
         if write_page:
             write_page(folder)
-        dataset = target.removeprefix(_DATASETS).rstrip("/") if target.startswith(_DATASETS) else None
         card = _card(rows, len(run_ids), page=write_page is not None, dataset=dataset, space=space)
         (folder / CARD).write_text(card, encoding="utf-8")
         if space is not None:
@@ -114,15 +114,14 @@ def _publish_space(folder: Path, space: str, dataset: str | None) -> None:
 
 
 @contextmanager
-def _staged_target(target: str, message: str) -> Iterator[Path]:
+def _staged_target(target: str, dataset: str | None, message: str) -> Iterator[Path]:
     """Yield an empty local folder, which becomes the target when the block ends.
 
     Args:
+        dataset: name of the dataset on the hub, if that is the target.
         message: message of a commit to the hub.
     """
-    hub = target.startswith("hf:")
-    name = _dataset(target) if hub else ""
-    storage = None if hub else Storage(target)
+    storage = Storage(target) if dataset is None else None
     if storage and storage.has_anything():
         raise WarehouseError(f"{storage.root} exists already, and is not empty.", "Name another target.")
     try:
@@ -132,17 +131,17 @@ def _staged_target(target: str, message: str) -> Iterator[Path]:
             return
         with TemporaryDirectory(prefix="avss-publish-") as temporary:
             yield Path(temporary)
-            if storage:
-                _copy(Path(temporary), storage)
-            else:
+            if dataset is not None:
                 upload(
                     Path(temporary),
-                    name,
+                    dataset,
                     "dataset",
                     message=message,
                     replaced=[f"{DATA}/*.parquet"],
                     hint="Try again; or publish to a folder, and `hf upload` that.",
                 )
+            elif storage:
+                _copy(Path(temporary), storage)
     except OSError as error:
         raise unwritable(RedactedURI(target), error, "Name another target.", WarehouseError) from error
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.checkpoints import llama, one_thread
+from support.checkpoints import one_thread
 from support.command_line import files
 from support.commands import Command
 from support.experiments import experiment_of, run_job_in
-from support.families import lively
 from support.processes import wait_until
-from support.texts import sentences
 
 from avss_dist import evaluate
 from avss_dist.core.errors import ConfigError, CorpusError
@@ -54,18 +51,6 @@ experiment:
   continuation_tokens: 4
 """
 REPAIRS = (None, "refit", "refit+distill", "none+distill")
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
-    return save_checkpoint(lively(llama(num_hidden_layers=6)), tmp_path_factory.mktemp("models") / "deep")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n".join(sentences(600, seed=1)))
-    return file
 
 
 @pytest.fixture(scope="module")

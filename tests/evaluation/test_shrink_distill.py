@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import llama, one_thread
+from support.checkpoints import one_thread
 from support.command_line import avss, files
 from support.commands import Command
-from support.families import lively
 from support.processes import wait_until
-from support.texts import sentences
 
 import avss_dist
 from avss_dist import evaluate
@@ -32,23 +29,11 @@ OPTIONS = [word for name, value in (READ | CONTINUED).items() for word in (f"--{
 TOKENS = 24 * 4 * 32
 
 
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
-    return save_checkpoint(lively(llama(num_hidden_layers=6)), tmp_path_factory.mktemp("models") / "deep")
-
-
 def shrunk(model: Path, corpus: Path, out: Path, **options: Any) -> Shrunk:
     with one_thread():
         return avss_dist.shrink(
             model, output=out, corpus=corpus, **READ | CONTINUED | {"distill_tokens": TOKENS} | options
         )
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n".join(sentences(600, seed=1)))
-    return file
 
 
 @pytest.fixture(scope="module")

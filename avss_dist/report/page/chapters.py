@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avss_dist.analysis.compare import profiles, runs_with_conditions
+from avss_dist.analysis.compare import profiles, with_conditions
 from avss_dist.analysis.contrast import contrast
 from avss_dist.analysis.curves import AXES, Curve, curves_of
 from avss_dist.analysis.experiments import experiment_results
@@ -17,8 +17,8 @@ from avss_dist.analysis.experts import layer_experts
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.core.errors import QueryError
-from avss_dist.core.registry import GROUND_TRUTH, RECIPES, SCORES
-from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
+from avss_dist.core.registry import GROUND_TRUTH, SCORES
+from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.report.continuations import continuations_section
 from avss_dist.report.contrasts import contrast_section
 from avss_dist.report.curves import curve_section
@@ -74,7 +74,7 @@ def chapters(
             "scores.",
             sections=[
                 curve_section(curve, f"curve-{number}")
-                for number, curve in enumerate(_curves(warehouse, list(labels)), start=1)
+                for number, curve in enumerate(_curves(warehouse, runs), start=1)
             ],
         ),
         Chapter(
@@ -139,11 +139,11 @@ def chapters(
     return [chapter for chapter in every if chapter.sections]
 
 
-def _curves(warehouse: Warehouse, run_ids: Sequence[str]) -> list[Curve]:
+def _curves(warehouse: Warehouse, runs: Sequence[Row]) -> list[Curve]:
     """Return the longest curves of runs, each set of runs once."""
-    runs = runs_with_conditions(warehouse, run_ids)
-    published = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
-    scored = profiles(warehouse, runs, site=SITES[0], recipe=RECIPES[0], threshold=published)
+    site, recipe, value, kind = PUBLISHED
+    threshold = Threshold(value=value, kind=kind)
+    scored = profiles(warehouse, list(map(with_conditions, runs)), site=site, recipe=recipe, threshold=threshold)
     by_runs: dict[tuple[str, ...], Curve] = {}
     for curve in (curve for along in AXES for curve in curves_of(scored, along)):
         if len(curve.runs) >= MIN_CURVE:

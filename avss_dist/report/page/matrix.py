@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from avss_dist.analysis.compare import size_label
-from avss_dist.core.registry import FROM_ACTIVATIONS, RECIPES, SCORES
-from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
+from avss_dist.analysis.compare import READING, size_label
+from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.core.text import basename, printable
+from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.report.output import write_file
 from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.reader import Warehouse
@@ -24,17 +24,14 @@ GROUPS = {"family": "family", "model": "model", "size": "size", "corpus": "text"
 """Properties of runs by which the matrix can be grouped, and their titles."""
 UNRANKED = -1  # in place of the rank of a layer without a score
 STEPS = 100  # of a rank between the least and the most important layer
-_PUBLISHED = (
-    (pc.field("site") == SITES[0])
-    & (pc.field("recipe") == RECIPES[0])
-    & (pc.field("threshold") == PUBLISHED_THRESHOLD)
-    & (pc.field("threshold_kind") == "absolute")
-)
 
 
 def published_scores(warehouse: Warehouse, run_ids: Collection[str] | None) -> pa.Table:
     """Return the rows of ``scores`` of runs, by default of all, at the published reading of AVSS, by run and layer."""
-    table = warehouse.table("scores", run_ids=run_ids, where=_PUBLISHED)
+    where = pc.scalar(True)
+    for name, value in zip(READING, PUBLISHED, strict=True):
+        where = where & (pc.field(name) == value)
+    table = warehouse.table("scores", run_ids=run_ids, where=where)
     return table.sort_by([("run_id", "ascending"), ("layer", "ascending")])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
+import pyarrow.compute as pc
 import vl_convert
 from markupsafe import Markup
 
@@ -145,7 +146,7 @@ def _matrix(
     if len(done) < MIN_RUNS:
         return None, None
     published = published_scores(warehouse, [run["run_id"] for run in done])
-    scored = set(published["run_id"].to_pylist())
+    scored = set(pc.unique(published["run_id"]).to_pylist())
     runs = [run for run in done if run["run_id"] in scored]
     if not runs:
         return None, None
