@@ -122,7 +122,7 @@ def _require_same_layers(whole: Any, less: Any, plan: Plan, settings: Settings) 
         if not isinstance(layers, nn.ModuleList) or len(layers) != number:
             raise PlanError(
                 f"The layers of a {whole.model_type} are not the {number} modules of '{plan.layers}', each on its own.",
-                "None can be taken out of a checkpoint.",
+                _other_layers(model, plan) or "None can be taken out of a checkpoint.",
             )
         lists.append(layers)
     before, after = lists
@@ -135,6 +135,13 @@ def _require_same_layers(whole: Any, less: Any, plan: Plan, settings: Settings) 
                 )
         if len(list(before[old].modules())) != len(list(after[new].modules())):
             raise _changed_model_error(whole, f"layer {old} would have other modules as layer {new}")
+
+
+def _other_layers(model: nn.Module, plan: Plan) -> str:
+    """Return a hint that names the model's list of layers if the plan's path names no module; otherwise nothing."""
+    modules = dict(model.named_modules())
+    lists = [path for path, part in modules.items() if isinstance(part, nn.ModuleList) and len(part) == plan.num_layers]
+    return f"Set `layers: {lists[0]}` in the plan." if len(lists) == 1 and plan.layers not in modules else ""
 
 
 def _layer_properties(layer: nn.Module, index: int) -> Iterator[tuple[str, str, Any]]:

@@ -20,8 +20,12 @@ def commands() -> dict[str, Any]:
 
 def avss(*args: object) -> Any:
     """Run a command; an unexpected exception is raised, not hidden in the result."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a command that was stopped hears it no more
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        result = CliRunner().invoke(app, [str(arg) for arg in args])
+    finally:
+        for number, handler in handlers.items():  # a stopped command ignores both; so would what later tests start
+            signal.signal(number, handler)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
