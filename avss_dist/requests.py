@@ -549,7 +549,7 @@ class DistillRequest(Request):
     shared = (
         *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
         *("dtype", "layers", "attention", "device", "trust_remote_code", "tracker"),
-        *("address", "placement_seconds", "hang_seconds", "executor", *MEASURED_TEACHER),
+        *("address", "node_labels", "placement_seconds", "hang_seconds", "executor", *MEASURED_TEACHER),
     )
 
     def __post_init__(self) -> None:
