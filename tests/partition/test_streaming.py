@@ -32,7 +32,7 @@ from avss_dist.models.layers import Layer
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import Placement, no_observation
 from avss_dist.partition.single import SingleReplica
-from avss_dist.partition.streaming.buffers import AnyBuffer
+from avss_dist.partition.streaming.buffers import AnyBuffer, ReadBuffer, ZeroCopyBuffer, buffer_bytes
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.partition.streaming.window import Window
@@ -500,13 +500,16 @@ def test_unpacked_blocks_are_the_stored_numbers_times_their_scales(tmp_path: Pat
     folder = block_fp8(tmp_path / "whole", tmp_path / "fp8", 20)
     stored = load_file(folder / "model.safetensors")
     replica = streaming(folder, DEQUANTIZED)
-    with Window(replica._weights, replica._parts, [1], replica.device, []) as window:
-        window.load(1)
-        weights = {name: value.clone() for name, value in replica.layers[1].module.state_dict().items()}
-    for name in ("mlp.up_proj.weight", "mlp.down_proj.weight", "self_attn.k_proj.weight"):
-        packed, scale = (stored[f"model.layers.1.{name}{suffix}"] for suffix in ("", "_scale_inv"))
-        scales = scale.repeat_interleave(20, 0).repeat_interleave(20, 1)[: len(packed), : packed.shape[1]]
-        assert scale.numel() > 1 and torch.equal(weights[name], packed.float() * scales)
+    part = replica._parts[1]
+    for buffer in (None, ZeroCopyBuffer(), ReadBuffer(buffer_bytes(part.stored))):
+        replica._weights.load(part, replica.device, buffer)
+        weights = replica.layers[1].module.state_dict()
+        for name in ("mlp.up_proj.weight", "mlp.down_proj.weight", "self_attn.k_proj.weight"):
+            packed, scale = (stored[f"model.layers.1.{name}{suffix}"] for suffix in ("", "_scale_inv"))
+            scales = scale.repeat_interleave(20, 0).repeat_interleave(20, 1)[: len(packed), : packed.shape[1]]
+            assert scale.numel() > 1 and torch.equal(weights[name], packed.float() * scales)
+        assert torch.equal(weights["input_layernorm.weight"], stored["model.layers.1.input_layernorm.weight"])
+        part.unload()
 
 
 def test_weights_are_unpacked_a_few_at_a_time(
@@ -630,6 +633,19 @@ def test_smollm2(smollm2: Path) -> None:
     one = tokenize_corpus("builtin:pydoc", load_tokenizer(resolve(str(smollm2))), settings).shards[0]
     got, wanted = streaming(smollm2, settings), single(smollm2, settings)
     assert_equal(analyze_shard(got, one, settings), analyze_shard(wanted, one, settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4", "gguf"])
+def test_quantized_weights_on_a_gpu(kind: str, save_family: Callable[[str, str], Path], tmp_path: Path) -> None:
+    if kind == "gguf":
+        folder = write_gguf(llama(), tmp_path / "model.gguf", kind=GGMLQuantizationType.Q8_0)
+    elif kind == "mxfp4":
+        folder = mxfp4(save_family("causal", "gpt_oss"), tmp_path / "mxfp4")
+    else:
+        folder = block_fp8(save_family("causal", "qwen3_moe"), tmp_path / "fp8")
+    assert_same(folder, replace(SETTINGS, device="cuda", dequantize=kind != "gguf"))
 
 
 @pytest.mark.gpu
