@@ -171,13 +171,14 @@ def unpack_partial_blocks() -> None:
 def unpacking_bytes(parameter: torch.Tensor) -> int:
     """Return the bytes of memory that unpacking a weight takes for a while, beside the weight.
 
-    Experts are unpacked one by one, and joined. Of another matrix there are two copies in float32.
+    Experts are unpacked and then joined, so there are two copies, and the stored bytes or indices of as many numbers.
+    Of another matrix there are two copies in float32.
 
     Args:
         parameter: the unpacked weight, which may be on the meta device. Fused experts have three dimensions.
     """
     matrix = parameter.numel() // (len(parameter) if parameter.dim() > 2 else 1)
-    return max(2 * parameter.numel() * parameter.element_size(), 2 * matrix * torch.float32.itemsize)
+    return max(parameter.numel() * (parameter.element_size() + 2), 2 * matrix * torch.float32.itemsize)
 
 
 def unpacked_gguf() -> Any:
