@@ -549,7 +549,7 @@ class DistillRequest(Request):
     shared = (
         *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
         *("dtype", "layers", "attention", "device", "trust_remote_code", "tracker"),
-        *("address", "placement_seconds", "hang_seconds", "executor", *MEASURED_TEACHER),
+        *("address", "node_labels", "placement_seconds", "hang_seconds", "executor", *MEASURED_TEACHER),
     )
 
     def __post_init__(self) -> None:
@@ -558,10 +558,8 @@ class DistillRequest(Request):
                 "`hidden_loss` needs the teacher's hidden states, which no cache holds.",
                 "Leave out `teacher_top` or `hidden_loss`.",
             )
-        if self.ranks > 1 and (
-            option := "teacher_top" if self.teacher_top else "hidden_loss" if self.hidden_loss else ""
-        ):
-            raise ConfigError(f"`{option}` trains in one process.", f"Leave out `ranks` or `{option}`.")
+        if self.ranks > 1 and self.hidden_loss:
+            raise ConfigError("`hidden_loss` trains in one process.", "Leave out `ranks` or `hidden_loss`.")
         require_divisible(self.batch_size, self.ranks)
         if self.ranks == 1 and SHARDINGS[self.sharding].moments:
             raise ConfigError(f"`sharding` {self.sharding} divides nothing with one rank.", "Set `ranks` to 2 or more.")

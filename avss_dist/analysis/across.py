@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.analysis.agreement import Scores, rank_correlations, summarize
+from avss_dist.analysis.agreement import Scores, summarize
+from avss_dist.analysis.rank_matrix import RankMatrix
 from avss_dist.core.text import count_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import MIN_VALUES, depth_correlation
@@ -57,13 +57,14 @@ def run_agreement(profiles: Mapping[int, Scores]) -> RunAgreement:
             fewer than `MIN_VALUES` layers are left out.
     """
     runs = [run for run in sorted(profiles) if len(profiles[run][0]) >= MIN_VALUES]
-    pairs = np.array([*combinations(range(len(runs)), 2)], np.int64).reshape(-1, 2)
-    rho, partial = rank_correlations([profiles[run] for run in runs], *pairs.T)
+    positions = np.arange(len(runs))
+    rho, partial = RankMatrix([profiles[run] for run in runs]).correlations(positions, positions)
+    first, second = np.triu_indices(len(runs), 1)
     return RunAgreement(
         with_depth={run: depth_correlation(profiles[run][1].tolist()) for run in runs},
-        pairs=np.array(runs, np.int64)[pairs],
-        spearman=rho,
-        given_depth=partial,
+        pairs=np.array(runs, np.int64)[np.stack([first, second], 1)],
+        spearman=rho[first, second],
+        given_depth=partial[first, second],
     )
 
 

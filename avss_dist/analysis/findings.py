@@ -82,6 +82,8 @@ def findings(
     run_ids: Sequence[str] | None = None,
     *,
     threshold: Threshold | None = None,
+    site: str | None = None,
+    recipe: str | None = None,
     rankings_alone: bool = False,
 ) -> pa.Table:
     """Return the findings about the scores of runs.
@@ -90,6 +92,7 @@ def findings(
         warehouse: warehouse of the runs.
         run_ids: ids of finished runs, by default all of them. Unknown ids have no findings.
         threshold: a scored threshold, for the kinds that depend on one. By default, the published 1e-5.
+        site, recipe: where to look; by default at all. Findings that hold for all sites or recipes are always there.
         rankings_alone: look for the kinds `OF_RANKINGS` alone, which takes a fraction of the time.
 
     Returns:
@@ -104,18 +107,24 @@ def findings(
     ]
     names = [run["run_id"] for run in runs]
     where = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
+    if site is not None:
+        where &= pc.field("site") == site
+    if recipe is not None and rankings_alone:  # what else there is compares recipes
+        where &= pc.field("recipe") == recipe
     scores = warehouse.table("scores", run_ids=names, columns=SCORES, where=where)
     readings = _by_reading(scores)
     rows = _of_scores(readings, names, threshold)
     if rankings_alone:
         rows += _in_order(nonfinite_layers(warehouse.digests(names)), names)
     else:
-        rows += _in_order(of_digests(warehouse.digests(names), threshold), names)
+        rows += _in_order(of_digests(warehouse.digests(names), threshold, site), names)
         rows += [{"run_id": name, **row} for name, row in expert_findings(warehouse, names)]
         rows += [{"run_id": run["run_id"], **row} for run in runs for row in _no_interval(run)]
         rows += _first_tokens(runs, readings)
         rows += _row_starts(warehouse, runs)
         rows += _unreadable(warehouse.damaged, run_ids)
+    rows = [row for row in rows if row.get("site") in (None, site or row.get("site"))]
+    rows = [row for row in rows if row.get("recipe") in (None, recipe or row.get("recipe"))]
     rows.sort(key=_urgency)
     return pa.Table.from_pylist(rows, SCHEMA)
 

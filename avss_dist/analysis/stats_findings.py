@@ -44,17 +44,20 @@ def finding(kind: str, severity: str, value: float, message: str, **place: Any) 
     return {"kind": kind, "severity": severity, "value": float(value), "message": message, **place}
 
 
-def of_digests(digests: pa.Table, threshold: Threshold) -> Iterator[Row]:
+def of_digests(digests: pa.Table, threshold: Threshold, site: str | None = None) -> Iterator[Row]:
     """Yield the findings that follow from the statistics of runs, in the order of run ids and sites.
 
     Args:
         digests: rows of `digest.DIGEST`.
         threshold: a threshold that was counted.
+        site: where to look, by default everywhere. Layers that do nothing are reported in any case.
     """
     table = _in_order(digests)
     is_update = pc.equal(table["site"], "update").to_numpy()
     columns = as_columns(table) | {"near_zero": _near_zero(table, threshold), "is_update": is_update}
     for key, start, stop in slices_by(table, ["run_id", "site"]):
+        if site not in (None, key["site"]):
+            continue
         layers = {name: values[start:stop] for name, values in columns.items()}
         checks = (
             _nonfinite(layers),

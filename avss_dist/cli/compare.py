@@ -78,9 +78,15 @@ def _compare_pairs(request: CompareRequest, format: str) -> None:
     }
     reading = " / ".join(text for name, text in fixed.items() if name != by)
     console().print(comparison_tables(comparison, f"by {by}  {reading}"))
-    bearing = find(opened, sorted(set(names) - set(comparison.left_out)), threshold=at, rankings_alone=True)
-    at_place = _at(bearing, None if by == "site" else request.site, None if by == "recipe" else request.recipe)
-    console().print(findings_list(of_rankings(at_place, score if by != "score" else "avss")))
+    bearing = find(
+        opened,
+        sorted(set(names) - set(comparison.left_out)),
+        threshold=at,
+        site=None if by == "site" else request.site,
+        recipe=None if by == "recipe" else request.recipe,
+        rankings_alone=True,
+    )
+    console().print(findings_list(of_rankings(bearing, score if by != "score" else "avss")))
     emit(f"avss findings -w {opened.root} lists what else speaks against each of these runs.")
     return None
 
@@ -113,13 +119,18 @@ def findings(format: str, **values: Any) -> None:
     request = FindingsAtRequest(**values)
     opened = open_warehouse(str(request.warehouse))
     names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
-    table = find(opened, names if request.run else None, threshold=choose_threshold(request.threshold))
-    selected = table if request.every else _at(table, request.site, request.recipe)
+    table = find(
+        opened,
+        names if request.run else None,
+        threshold=choose_threshold(request.threshold),
+        site=None if request.every else request.site,
+        recipe=None if request.every else request.recipe,
+    )
     if format != FORMATS[0]:
-        return write_table(selected, format, console())
-    console().print(findings_list(selected))
-    if len(selected) < len(table):
-        emit(f"{len(table) - len(selected)} more at other sites and recipes: --all.")
+        return write_table(table, format, console())
+    console().print(findings_list(table))
+    if not request.every:
+        emit("--all also lists findings at other sites and recipes.")
     return None
 
 
@@ -163,13 +174,3 @@ def scorecard(format: str, **values: Any) -> None:
         console().print(rendered(*scorecard_sections(selected)))
     else:
         write_table(selected, format, console())
-
-
-def _at(table: Any, site: str | None, recipe: str | None) -> Any:
-    """Return the findings of a site and a recipe, and those that do not depend on them; None means any."""
-    import pyarrow.compute as pc
-
-    for name, value in (("site", site), ("recipe", recipe)):
-        if value is not None:
-            table = table.filter((pc.field(name) == value) | pc.field(name).is_null())
-    return table

@@ -20,6 +20,7 @@ from avss_dist.system.streams import QUIET, VERBOSE, set_verbosity
 
 SPELLING = {
     "sites": "--site",
+    "node_labels": "--node-label",
     "thresholds": "--threshold",
     "layers": "--layers-path",
     "attention": "--attn-implementation",

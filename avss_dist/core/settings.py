@@ -117,6 +117,22 @@ def _tracker(value: str) -> str:
     return value
 
 
+def _node_label(value: str) -> str:
+    name, _, wanted = value.partition("=")
+    if not name or not _LABEL_VALUE.fullmatch(wanted):
+        raise ConfigError(f"'{value}' is no label of a node.", "Write KEY=VALUE: ray.io/accelerator-type=H100.")
+    return value
+
+
+def _single_values(labels: tuple[str, ...]) -> tuple[str, ...]:
+    names = [label.partition("=")[0] for label in labels]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"a node has one value of '{repeated[0]}'; several were given", "Give one.")
+    return labels
+
+
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # Ray's syntax, without operators
+NodeLabels = Annotated[tuple[Annotated[str, Check(_node_label)], ...], Field(strict=False), Check(_single_values)]
 Sites = Annotated[
     tuple[Annotated[str, OneOf((*EVERY_SITE, *SITE_FAMILIES))], ...],
     Field(strict=False, min_length=1),
@@ -241,6 +257,8 @@ class Execution:
     """Maximum memory of a replica on a device: cpu=20GB (with interpreter and activations), 0=40GB, ..."""
     offload_folder: str | None = None
     """Folder for weights and hidden states that do not fit into memory; a temporary one by default."""
+    node_labels: NodeLabels = ()
+    """Label that a node of the cluster must have to take work: KEY=VALUE, such as ray.io/accelerator-type=H100."""
     placement_seconds: Seconds = 300.0
     """Seconds to wait for room on the cluster for the minimum number of replicas."""
     hang_seconds: Seconds = 600.0
@@ -260,6 +278,9 @@ class Execution:
             message = "`executor` local is one replica in this process; "
             message += "it takes neither `address` nor `replicas` above 1."
             problems.append(ConfigError(message, "Use `executor` ray."))
+        if self.executor == "local" and self.node_labels:
+            message = "`node_labels` chooses nodes of a cluster; `executor` local is this process."
+            problems.append(ConfigError(message, "Use `executor` ray, with an `address`."))
         if problems:
             raise ConfigError.combine(problems)
 

@@ -36,7 +36,7 @@ def open_ranks(request: DistillRequest) -> Iterator[Ranks | None]:
     if request.ranks == 1:
         hint = "Set `ranks` to 2 or more, or leave it out."
         if not request.teacher_top:  # which is measured on workers
-            names = ("address", "placement_seconds", "hang_seconds")
+            names = ("address", "node_labels", "placement_seconds", "hang_seconds")
             refuse_unused({name: getattr(request.execution, name) for name in names}, "with one rank", hint)
         yield None
         return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from decimal import Decimal
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 10_000  # of a table, as Python objects
 MAX_ROWS = 40  # of a table on a terminal
+_ENCODED = (pa.types.is_string, pa.types.is_integer, pa.types.is_float64, pa.types.is_boolean, pa.types.is_timestamp)
 MAX_FITTED = 200  # rows of a table in a pipe that is fitted to the width of a page
 
 
@@ -116,15 +117,35 @@ def _write_lines(table: pa.Table) -> None:
 
     The columns are as wide as the headings and the first of these rows need.
     """
-    from avss_dist.report.terminal.tables import describe_value
-
-    rows = ([describe_value(value).replace("\n", " ") for value in row.values()] for row in _rows(table))
-    first = list(islice(rows, ROWS_AT_ONCE))
-    widths = [max(map(len, cells)) for cells in zip(table.column_names, *first, strict=True)]
     numbers = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
     alignments = [str.rjust if number else str.ljust for number in numbers]
-    for cells in chain([table.column_names, ["-" * width for width in widths]], first, rows):
-        emit("  ".join([align(text, width) for align, text, width in zip(alignments, cells, widths, strict=True)]))
+    widths: list[int] = []
+    for batch in table.combine_chunks().to_batches(ROWS_AT_ONCE):
+        columns = [_texts(column) for column in batch.columns]
+        if not widths:
+            widths = [max(map(len, [name, *texts])) for name, texts in zip(table.column_names, columns, strict=True)]
+            headings = zip(table.column_names, widths, columns, strict=True)
+            columns = [[name, "-" * width, *texts] for name, width, texts in headings]
+        padded = [
+            [align(text, width) for text in texts]
+            for align, width, texts in zip(alignments, widths, columns, strict=True)
+        ]
+        emit("\n".join(map("  ".join, zip(*padded, strict=True))))
+
+
+def _texts(column: pa.Array) -> list[str]:
+    """Return the values of a column as text for people, each in one line. Equal values are described once."""
+    from avss_dist.report.terminal.tables import describe_value
+
+    def texts(values: pa.Array) -> list[str]:
+        with _readable_times():
+            return [describe_value(value).replace("\n", " ") for value in values.to_pylist(maps_as_pydicts="lossy")]
+
+    if not any(is_kind(column.type) for is_kind in _ENCODED):
+        return texts(column)
+    encoded = column.dictionary_encode()
+    described = [*texts(encoded.dictionary), ""]
+    return [described[index] for index in encoded.indices.fill_null(-1).to_pylist()]
 
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
@@ -180,13 +201,21 @@ def _rows(table: pa.Table) -> Iterator[dict[str, object]]:
         QueryError: a time is outside of the years that Python supports.
     """
     for batch in table.to_batches(ROWS_AT_ONCE):
-        try:
-            yield from batch.to_pylist(maps_as_pydicts="lossy")
-        except (OverflowError, ValueError) as error:
-            raise QueryError(
-                f"A date or time of the result is outside of the years 1 to 9999, or not finite: {error}.",
-                "Write it as text: SELECT column::VARCHAR, or use `format` parquet.",
-            ) from error
+        with _readable_times():
+            rows = batch.to_pylist(maps_as_pydicts="lossy")
+        yield from rows
+
+
+@contextmanager
+def _readable_times() -> Iterator[None]:
+    """Raise a QueryError if a time is outside of the years that Python supports."""
+    try:
+        yield
+    except (OverflowError, ValueError) as error:
+        raise QueryError(
+            f"A date or time of the result is outside of the years 1 to 9999, or not finite: {error}.",
+            "Write it as text: SELECT column::VARCHAR, or use `format` parquet.",
+        ) from error
 
 
 def _write_parquet(table: pa.Table) -> None:

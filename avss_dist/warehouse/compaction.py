@@ -46,7 +46,6 @@ SORTED_BY: dict[str, list[str]] = {
 """Tables that have parts, with the columns that queries select by. Rows with equal values in them are a row group."""
 MIN_RUNS, MAX_RUNS = 64, 128  # runs of a part; of a warehouse on a local disk, fewer are read where they are
 MAX_SMALL = 8  # parts with less than half of MAX_RUNS, before they are merged
-READERS = 16  # files that are read at once
 _STAMPS, _COLUMNS = b"avss_files", b"avss_columns"
 
 Stamps = Mapping[str, str]
@@ -256,7 +255,7 @@ class TableParts:
         schema = encoded_schema(self._name)
         for chunk in tracked(chunks, f"Copying the {self._name} of {len(run_ids):,} runs, once"):
             from_parts = self._rows_of_parts([run_id for run_id in chunk if run_id in source], source)
-            with ThreadPoolExecutor(READERS) as pool:
+            with ThreadPoolExecutor(self._storage.readers) as pool:
                 read = list(pool.map(self._read_or_nothing, [run_id for run_id in chunk if run_id not in source]))
             tables = [*from_parts, *(table for table in read if table is not None)]
             rows = pa.concat_tables([schema.empty_table(), *_conformed(tables, schema)])

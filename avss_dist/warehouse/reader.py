@@ -21,7 +21,6 @@ from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.compaction import (
     DIGESTS,
     MIN_RUNS,
-    READERS,
     SORTED_BY,
     TableParts,
     encoded_schema,
@@ -430,7 +429,7 @@ class Warehouse:
                 self._note(run_id, f"layer_stats: {error}")
                 return DIGEST.empty_table()
 
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(self.storage.readers) as pool:
             return ds.dataset(pa.concat_tables(pool.map(read, files)))
 
     def _leave_out_unreadable(self, names: Iterable[str]) -> bool:

@@ -24,6 +24,7 @@ _ADDRESS_HINT = "Check the address, and who may {} there."
 PLAN = ".plan-"  # before the id of an unfinished run: the name of a file
 COMPACTED = "compacted"  # folder of copies of many files, beside the tables: see `compaction`
 MARK_SECONDS = 7 * 86_400.0  # that a driver may run at most, for its workers to find its mark
+LOCAL_READERS, REMOTE_READERS = 2, 16
 _ONE_FILE = r"[0-9a-f]{20}"  # a part of the fingerprint of a cell, its predictions, an experiment and so on
 FILE_NAMES = {
     "runs": "run",
@@ -75,6 +76,11 @@ class Storage:
     def is_local(self) -> bool:
         """Whether the files are on this machine's disks."""
         return bool(self.filesystem.type_name == "local")
+
+    @property
+    def readers(self) -> int:
+        """Number of files that are read at once. Those on a disk come faster than one thread decodes them."""
+        return LOCAL_READERS if self.is_local else REMOTE_READERS
 
     def create(self) -> None:
         """Create the warehouse, and check with a small file that it can be written."""

@@ -12,7 +12,7 @@ from support.command_line import avss
 from support.oracle import Float64
 from support.warehouses import SCALES, activations, stats_of, write_measured, write_profiles, write_scores
 
-from avss_dist.analysis.findings import KINDS, SCHEMA, findings
+from avss_dist.analysis.findings import KINDS, OF_RANKINGS, SCHEMA, findings
 from avss_dist.report.terminal.compare import findings_list
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
@@ -195,6 +195,19 @@ def test_warnings_come_before_notes_and_the_defaults_before_the_rest(tmp_path: P
     assert order == sorted(order)
     assert rows[0]["kind"] == "exact_zeros"
     assert {r["kind"] for r in rows} <= set(KINDS)
+
+
+def test_a_place_has_its_findings_and_those_of_all_places(tmp_path: Path) -> None:
+    x = activations(scales=np.sort(SCALES))
+    x[:, [1, 4], ..., 5] += 60.0
+    rows = of(tmp_path, x, before=x)
+    assert {row["site"] for row in rows} == {None, "block", "update"}
+    for site, recipe in (("block", "element"), ("update", "pooled")):
+        expected = [row for row in rows if row["site"] in (None, site) and row["recipe"] in (None, recipe)]
+        assert found(tmp_path, site=site, recipe=recipe) == expected
+        assert found(tmp_path, site=site) == [row for row in rows if row["site"] in (None, site)]
+        of_rankings = [row for row in expected if OF_RANKINGS.get(row["kind"]) is not None]
+        assert found(tmp_path, site=site, recipe=recipe, rankings_alone=True) == of_rankings
 
 
 def test_the_same_finding_of_several_runs_is_told_once(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ from avss_dist.warehouse.store import Store
 LIMITS = {"--connect-seconds": 10.0, "--answer-seconds": 60.0}
 EXECUTION = {f"--{f.name.replace('_', '-')}": getattr(Execution(), f.name) for f in fields(Execution)}
 EXECUTION["--max-memory"] = None
+del EXECUTION["--node-labels"]
+EXECUTION["--node-label"] = None
 TRACKER = {"--tracker": EXECUTION.pop("--tracker")}  # of what scores
 COMMANDS: dict[str, dict[str, Any]] = {
     "score": {
@@ -267,6 +269,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--teacher-top": None,
         "--warehouse": None,
         **{name: EXECUTION[name] for name in ("--executor", "--replicas", "--address", "--fresh", "--partition")},
+        "--node-label": None,
         **{name: EXECUTION[name] for name in ("--gpus-per-replica", "--max-memory")},
         **TRACKER,
         "--format": "text",

@@ -246,6 +246,21 @@ def test_a_killed_rank_ends_the_training_which_then_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_ranks_read_the_cache_of_the_teacher(pair_of: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    """Measured by a worker or in this process, it gives the student of one process; no rank loads the teacher."""
+    options = {**pair_of("llama"), "teacher_top": 8, "warehouse": tmp_path / "warehouse"}
+    expected = avss_dist.distill(**options, output=tmp_path / "one").record
+    result = avss_dist.distill(**options, output=tmp_path / "out", ranks=2, sharding="zero2")
+    assert_near(tmp_path / "out", tmp_path / "one")
+    assert_same_curve(result.record, expected)
+    assert result.memory.teacher == 0
+    measured = {**options, "warehouse": tmp_path / "other", "executor": "ray", "replicas": "1"}
+    again = avss_dist.distill(**measured, output=tmp_path / "again", ranks=2, sharding="zero2")
+    assert_same_curve(again.record, expected)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm_workers")
 def test_a_signal_ends_all_ranks(pair_of: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
     """Ctrl-C, in the middle of the training."""

@@ -279,6 +279,26 @@ def test_a_run_begins_when_there_are_as_many_as_it_waits_for(
         score(tiny_llama, tmp_path / "none", address=cluster.address, replicas="5..8", placement_seconds=3)
 
 
+def test_work_goes_to_nodes_with_the_labels(
+    cluster: Cluster, folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Of one worker as of a group. What lacks is counted on these nodes alone."""
+    where: dict[str, Any] = {"executor": "ray", "address": cluster.address, "node_labels": ["zone=a"]}
+    labelled = {cluster.grow(zone="a").node_id, cluster.grow(zone="a").node_id}
+    for name, placement in (("one", {"replicas": 1}), ("group", {"partition": "zero3", "ranks": 2, "replicas": 1})):
+        with noting(folder, {}) as notes:
+            assert score(tiny_llama, tmp_path / name, **where, **placement).status == "done"
+        assert {note.node for note in notes.opens} <= labelled
+        assert len({note.node for note in notes.opens}) == placement.get("ranks", 1)
+        assert_same_tables(tmp_path / name, undisturbed)
+    with pytest.raises(ConfigError, match=r"No node .* `node_labels` zone=b\.\nLabels of its nodes: zone=a") as caught:
+        score(tiny_llama, tmp_path / "none", **{**where, "node_labels": ["zone=b"]})
+    assert caught.value.exit_code == 2
+    few = r"3 seconds\. A worker needs 1 CPUs; \d of 2 CPUs are free on nodes with zone=a"
+    with pytest.raises(RunFailed, match=few):
+        score(tiny_llama, tmp_path / "few", **where, replicas="3..3", placement_seconds=3)
+
+
 def test_a_node_on_which_no_model_can_be_opened_ends_no_run(
     cluster: Cluster, folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -305,7 +305,7 @@ def test_a_plan_of_another_model(tiny_llama: Path, tmp_path: Path) -> None:
         prune(str(tiny_llama), plan, tmp_path / "less")
     with pytest.raises(PlanError, match="The plan is for 5 layers; the model has 3"):
         prune(str(tiny_llama), plan_of(tiny_llama, 1, number=5), tmp_path / "less")
-    with pytest.raises(PlanError, match="are not the 3 modules of 'blocks', each on its own.\nSet `layers: layers` in"):
+    with pytest.raises(PlanError, match=r"not the 3 modules of 'blocks', each on its own\.\nSet `layers: layers` in"):
         prune(str(tiny_llama), plan_of(tiny_llama, 1, layers="blocks"), tmp_path / "less")
 
 

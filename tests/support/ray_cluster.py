@@ -71,9 +71,9 @@ class Cluster:
         for _ in range(self._nodes - len(self.nodes)):
             self._ray.add_node(**SIZE)
 
-    def grow(self) -> Any:
+    def grow(self, **labels: str) -> Any:
         """Another node, as an autoscaler or a person brings one."""
-        return self._ray.add_node(**SIZE)
+        return self._ray.add_node(**SIZE, labels=labels)
 
     def drain(self, node: Any) -> None:
         """Give a node notice, as a cloud does that takes a spot machine back; it ends when nothing runs on it."""

@@ -14,7 +14,15 @@ import psutil
 import pytest
 import torch
 
-from avss_dist.system.doctor import CHECKS, EXTRAS, NEEDED, CheckResult, check_machine, run_checks
+from avss_dist.system.doctor import (
+    CHECKS,
+    EXTRAS,
+    NEEDED,
+    CheckResult,
+    check_machine,
+    matching_interfaces,
+    run_checks,
+)
 
 Avss = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -87,3 +95,28 @@ def test_a_machine_without_a_home_for_the_cache(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
     found = next(finding for finding in check_machine() if finding.what == "cache folder")
     assert not found.works and "/proc/nothing" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("pattern", "selected"),
+    [
+        ("eth", ["eth0", "eth1"]),
+        ("=eth", []),
+        ("=eth0,lo", ["eth0", "lo"]),
+        ("^lo,docker", ["eth0", "eth1"]),
+        ("^=eth0", ["docker0", "eth1", "lo"]),
+        ("ib", []),
+    ],
+)
+def test_the_interfaces_of_nccl(pattern: str, selected: list[str]) -> None:
+    assert matching_interfaces(pattern, ["docker0", "eth0", "eth1", "lo"]) == selected
+
+
+def test_an_interface_that_is_not_there_is_no_way_for_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = {"NCCL": CHECKS[0]["NCCL"]}
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nowhere")
+    (result,) = run_checks(check)
+    assert not result.works and "NCCL_SOCKET_IFNAME=nowhere matches no interface of this machine: " in result.detail
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^nowhere")
+    (result,) = run_checks(check)
+    assert result.works and result.detail.endswith("; NCCL_SOCKET_IFNAME=^nowhere")

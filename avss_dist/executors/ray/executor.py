@@ -45,6 +45,11 @@ class RayExecutor:
     def __init__(self, execution: Execution, settings: Settings) -> None:
         self._execution, self._settings = execution, settings
         self._address = execution.address or os.environ.get("RAY_ADDRESS")
+        if execution.node_labels and not self._address:
+            raise ConfigError(
+                "`node_labels` chooses nodes of a running cluster; none was named.", "Name one with `address`."
+            )
+        self._labels = dict(label.split("=", 1) for label in execution.node_labels)
         self._started = False
         self._names = count()
         self._monitor: Any = None
@@ -55,7 +60,7 @@ class RayExecutor:
         if not self._address:
             return devices_here(pick_device(self._settings.device).type)
         self.connect()
-        return _devices_of_cluster(self._settings.device)
+        return _devices_of_cluster(self._settings.device, self._labels)
 
     def reach(self) -> None:
         """Connect to the cluster, if there is one, and query its devices, so that its errors come before any run.
@@ -121,7 +126,7 @@ class RayExecutor:
             monitor=self._monitor,
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
-            shortage=lambda placement: _shortage(placement, self._settings.threads),
+            shortage=lambda placement: _shortage(placement, self._settings.threads, self._labels),
         )
         try:
             yield from pool.outcomes()
@@ -147,7 +152,7 @@ class RayExecutor:
             self._monitor,
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
-            shortage=lambda: _shortage(placement, threads),
+            shortage=lambda: _shortage(placement, threads, self._labels),
             on_event=on_event,
         )
         try:
@@ -206,7 +211,8 @@ class RayExecutor:
     def _new_gang(self, placement: Placement, threads: int | None = None) -> Gang:
         require_head()
         name = f"{os.getpid()}-{next(self._names)}"
-        return Gang(name, placement, threads=threads or self._settings.threads, monitor=self._monitor)
+        threads = threads or self._settings.threads
+        return Gang(name, placement, threads=threads, monitor=self._monitor, labels=self._labels)
 
 
 def _call(function: Callable[[S], T], item: S) -> T:
@@ -226,48 +232,75 @@ def _result(function: Callable[[S], T], item: S, reference: Any) -> T:
     return result
 
 
-def _shortage(placement: Placement, cpus: int) -> str:
-    """Describe the resources that a placement needs, and how many of them the cluster has."""
+def _shortage(placement: Placement, cpus: int, labels: Mapping[str, str]) -> str:
+    """Describe the resources that a placement needs, and how many of them the nodes with these labels have."""
     require_head()
     need = {"CPU": cpus, "GPU": placement.gpus // placement.ranks}
     need = {name: number for name, number in need.items() if number}
     who = f"A replica needs {placement.ranks} workers of" if placement.ranks > 1 else "A worker needs"
     needs = f"{who} {_numbers(need)}"
-    nodes = [{name: node["Resources"].get(name, 0.0) for name in need} for node in ray.nodes() if node["Alive"]]
-    if not any(all(node[name] >= need[name] for name in need) for node in nodes):
-        largest = {name: max((node[name] for node in nodes), default=0) for name in need}
-        return f"{needs}; no node has that many. The largest has {_numbers(largest)}."
-    free, every = ray.available_resources(), ray.cluster_resources()
-    has = ", ".join(f"{free.get(name, 0):g} of {every[name]:g} {name}s" for name in need)
-    return f"{needs}; {has} are free in the cluster."
+    nodes = _nodes(labels)
+    resources = [{name: node["Resources"].get(name, 0.0) for name in need} for node in nodes]
+    which = f"node with {_in_words(labels)}" if labels else "node"
+    if not any(all(node[name] >= need[name] for name in need) for node in resources):
+        largest = {name: max((node[name] for node in resources), default=0) for name in need}
+        return f"{needs}; no {which} has that many. The largest has {_numbers(largest)}."
+    by_node = ray._private.state.available_resources_per_node()
+    free = [by_node.get(node["NodeID"], {}) for node in nodes]
+    has = ", ".join(
+        f"{sum(node.get(name, 0) for node in free):g} of {sum(node[name] for node in resources):g} {name}s"
+        for name in need
+    )
+    return f"{needs}; {has} are free {'on nodes with ' + _in_words(labels) if labels else 'in the cluster'}."
+
+
+def _nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the alive nodes of the cluster with these labels, as ``ray.nodes`` does."""
+    return [node for node in ray.nodes() if node["Alive"] and labels.items() <= node["Labels"].items()]
+
+
+def _in_words(labels: Mapping[str, str]) -> str:
+    return " and ".join(f"{name}={value}" for name, value in labels.items())
 
 
 def _numbers(resources: Mapping[str, float]) -> str:
     return " and ".join(f"{number:g} {name}s" for name, number in resources.items())
 
 
-def _devices_of_cluster(device: str) -> Devices:
-    """Return the devices of the alive nodes. Memory is measured on one node that a worker could be on."""
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
+def _devices_of_cluster(device: str, labels: Mapping[str, str]) -> Devices:
+    """Return the devices of the alive nodes with these labels. Memory is measured on one that a worker could be on.
+
+    Raises:
+        ConfigError: no node has the labels.
+    """
+    nodes = [node["Resources"] for node in _nodes(labels)]
+    if not nodes:
+        there = sorted({f"{name}={value}" for node in ray.nodes() for name, value in node["Labels"].items()})
+        known = [label for label in there if not label.startswith("ray.io/node-id=")]
+        raise ConfigError(
+            f"No node of the cluster has `node_labels` {_in_words(labels)}.",
+            f"Labels of its nodes: {', '.join(known)}." if known else "Its nodes have no labels: ray start --labels.",
+        )
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
     on_gpus = kind == "cuda"
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    seen = _devices_of_node(kind, gpus=1 if on_gpus and gpus else 0)
+    seen = _devices_of_node(kind, labels, gpus=1 if on_gpus and gpus else 0)
     return Devices(
         kind=kind,
         count=gpus if on_gpus else 1,
-        count_of_largest_node=int(max((node.get("GPU", 0) for node in nodes), default=1)) if on_gpus else 1,
+        count_of_largest_node=int(max(node.get("GPU", 0) for node in nodes)) if on_gpus else 1,
         device_bytes=seen.device_bytes,
         host_bytes=seen.host_bytes,
-        cpus=int(resources.get("CPU", 1)),
-        cpus_of_largest_node=int(max((node.get("CPU", 0) for node in nodes), default=1)),
+        cpus=int(sum(node.get("CPU", 0) for node in nodes)) or 1,
+        cpus_of_largest_node=int(max(node.get("CPU", 0) for node in nodes)) or 1,
     )
 
 
-def _devices_of_node(kind: str, *, gpus: int) -> Devices:
-    """Return the devices of a node that has the given number of free GPUs."""
-    probe: Any = ray.remote(devices_here).options(num_cpus=0, num_gpus=gpus, max_retries=0)  # Ray prints its retries
+def _devices_of_node(kind: str, labels: Mapping[str, str], *, gpus: int) -> Devices:
+    """Return the devices of a node with these labels that has the given number of free GPUs."""
+    probe: Any = ray.remote(devices_here).options(  # Ray prints its retries
+        num_cpus=0, num_gpus=gpus, max_retries=0, label_selector=dict(labels)
+    )
     for attempt in count(1):
         try:
             seen: Devices = ray.get(probe.remote(kind))

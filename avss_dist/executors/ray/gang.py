@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -29,13 +29,18 @@ block later calls, which Ray could then not cancel."""
 class Gang:
     """The workers of one replica, or of a task of several ranks, and their reserved resources: a CPU for each thread.
 
+    Args:
+        labels: labels that the nodes of its workers must have.
+
     Attributes:
         placed: a reference that is ready when its first rank has a process that answers.
         spec: replica that every rank has open; None if unknown.
         leaves: whether one of its nodes is draining. The gang finishes its round and takes no other.
     """
 
-    def __init__(self, name: str, placement: Placement, *, threads: int, monitor: Any) -> None:
+    def __init__(
+        self, name: str, placement: Placement, *, threads: int, monitor: Any, labels: Mapping[str, str]
+    ) -> None:
         self.shape = shape(placement)
         self.spec: ReplicaSpec | None = None
         self.leaves = False
@@ -48,9 +53,11 @@ class Gang:
         if placement.ranks == 1:
             actor = remote(concurrency_groups=_OWN_THREADS)(Worker)
             options["max_concurrency"] = 2 if placement.gpus else 1
+            options["label_selector"] = dict(labels)
         else:
             bundle = {"CPU": threads, **({"GPU": resources["num_gpus"]} if placement.gpus else {})}
-            self._group = placement_group([bundle] * placement.ranks, strategy="PACK")
+            bundles, selectors = [bundle] * placement.ranks, [dict(labels)] * placement.ranks
+            self._group = placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
         actor = actor.options(max_restarts=0, **resources, **options)
         self._workers: list[Any] = [actor.remote(worker, threads, monitor) for worker in self.names]

@@ -16,6 +16,7 @@ from avss_dist.analysis.removal import WithoutLayers
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import basename, describe_threshold, printable
+from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.warehouse.checks import has_head, settings_of
 from avss_dist.warehouse.reader import Warehouse
@@ -37,6 +38,7 @@ COLUMNS = {
     "quality": "quality",
 }
 """Columns of ``scores`` by their names on the page. Sparsity is near_zero / count."""
+EXACT_POWER = 15  # of ten, which doubles hold exactly, as they do its product with the digits of a rounded value
 _TELLING = ("dtype", "corpus", "revision")  # what tells runs of one model apart, before settings
 
 
@@ -157,10 +159,24 @@ def _distinct_labels(labels: Sequence[str], detail: Sequence[str | None]) -> lis
 
 def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:
     """Return the values of a column. Floats have ``digits`` significant digits; NaN and infinity are None."""
-    return [
-        _round(value, digits) if isinstance(value, float) else printable(value) if isinstance(value, str) else value
-        for value in column.to_pylist()
-    ]
+    if pa.types.is_floating(column.type):
+        return _rounded_floats(column.to_numpy().astype(np.float64), digits)
+    return [printable(value) if isinstance(value, str) else value for value in column.to_pylist()]
+
+
+def _rounded_floats(values: Float64, digits: int) -> list[float | None]:
+    """Return values as `_round` does, float64[n]; all but very large and very small ones at once."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        shift = digits - 1 - np.floor(np.log10(np.abs(values)))  # decimal places that stay
+        power = 10.0 ** np.abs(shift)
+        short = np.where(shift >= 0, np.rint(values * power) / power, np.rint(values / power) * power)
+    usual = (np.abs(shift) <= EXACT_POWER) & (np.abs(short) < 2.0**53)
+    rounded: list[float | None] = short.tolist()
+    for index in np.flatnonzero(usual & (short == np.rint(short))).tolist():
+        rounded[index] = int(short[index])
+    for index in np.flatnonzero(~usual).tolist():
+        rounded[index] = _round(float(values[index]), digits)
+    return rounded
 
 
 def _round(value: float, digits: int) -> float | None:

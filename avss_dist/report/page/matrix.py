@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.core.text import basename, printable
 from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.report.output import write_file
+from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.slices import slices_by
@@ -56,10 +58,12 @@ def matrix_data(
         description["drawn"] = drawn.get(run["run_id"])
     ranks: dict[str, list[list[int]]] = {name: [[] for _ in runs] for name in FROM_ACTIVATIONS}
     place = {run["run_id"]: index for index, run in enumerate(runs)}
-    columns = {name: scores[SCORES[name].column].to_numpy() for name in FROM_ACTIVATIONS}
-    for key, start, stop in slices_by(scores, ["run_id"]):
-        for name, values in columns.items():
-            ranks[name][place[key["run_id"]]] = _places(values[start:stop])
+    rows_of = [(place[key["run_id"]], start, stop) for key, start, stop in slices_by(scores, ["run_id"])]
+    for name in FROM_ACTIVATIONS:
+        values = scores[SCORES[name].column].to_numpy()
+        places = _places([values[start:stop] for _, start, stop in rows_of])
+        for (index, _, _), row in zip(rows_of, places, strict=True):
+            ranks[name][index] = row
     return {
         "runs": described,
         "ranks": {name: rows for name, rows in ranks.items() if any(rows)},
@@ -81,14 +85,22 @@ def _properties(run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _places(values: Any) -> list[int]:
-    """Return the place of each layer of a run from 0 to `STEPS`; `UNRANKED` for NaN."""
-    known = values == values
-    places = [UNRANKED] * len(values)
-    if known.sum() > 1:
-        shares = (average_ranks(values[known]) - 1) / (known.sum() - 1)
-        for index, share in zip(known.nonzero()[0].tolist(), shares.tolist(), strict=True):
-            places[index] = round(share * STEPS)
+def _places(scores: Sequence[Float64]) -> list[list[int]]:
+    """Return the place of each layer of runs from 0 to `STEPS`; `UNRANKED` for NaN, and where one layer has a score.
+
+    Args:
+        scores: by run, float64[layers]. Runs with as many layers with a score are ranked at once.
+    """
+    known = [np.flatnonzero(~np.isnan(values)) for values in scores]
+    sizes = np.array([len(layers) for layers in known])
+    places = [[UNRANKED] * len(values) for values in scores]
+    for size in np.unique(sizes[sizes > 1]):
+        members = np.flatnonzero(sizes == size).tolist()
+        ranks = average_ranks(np.array([scores[index][known[index]] for index in members]))
+        steps = np.rint((ranks - 1) / (size - 1) * STEPS).astype(np.int64)
+        for index, row in zip(members, steps.tolist(), strict=True):
+            for layer, step in zip(known[index].tolist(), row, strict=True):
+                places[index][layer] = step
     return places
 
 

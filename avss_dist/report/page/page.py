@@ -8,8 +8,10 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,13 @@ from avss_dist.report.page.matrix import MIN_RUNS, matrix_data, published_scores
 from avss_dist.report.page.summary import in_short, is_published
 from avss_dist.report.section import page_number
 from avss_dist.report.table import ReportColumn, ReportTable
+from avss_dist.system.folders import cache_folder
+from avss_dist.system.staging import staged_file
 from avss_dist.warehouse.reader import Warehouse
 
+COMPRESSION = 6  # of gzip; 9 takes three times as long and saves little
 LINES = 40  # of a kind of finding; the others are counted
-MAX_RUNS = 60  # runs that a page draws, the newest; all are in its overview
+MAX_RUNS = 40  # runs that a page draws, the newest; all are in its overview
 OVERVIEW = {
     "model": "model",
     "status": "status",
@@ -236,8 +241,19 @@ def _part(name: str) -> Markup:
 
 @cache
 def _library() -> Markup:
-    """Return the code that draws: Vega, Vega-Lite and vega-embed, with an interpreter in place of ``eval``."""
-    return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    """Return the code that draws: Vega, Vega-Lite and vega-embed, with an interpreter in place of ``eval``.
+
+    Bundling it takes seconds, so that it is kept in the user's cache.
+    """
+    file = cache_folder("vega", f"{version('vl-convert-python')}.js")
+    with suppress(OSError, UnicodeDecodeError):
+        return Markup(file.read_text(encoding="utf-8"))
+    library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    with suppress(OSError):  # the cache cannot be written
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with staged_file(file) as staged:
+            staged.write_text(library, encoding="utf-8")
+    return Markup(library)
 
 
 def _policy(style: str, *scripts: str) -> str:
@@ -256,7 +272,7 @@ def _hash(text: str) -> str:
 def _packed(data: Mapping[str, Any]) -> str:
     """Return data as compressed JSON in base64: forty runs at a hundred choices have a few hundred thousand numbers."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(text.encode(), COMPRESSION, mtime=0)).decode()
 
 
 def _overview(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> ReportTable:
