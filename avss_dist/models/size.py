@@ -51,6 +51,7 @@ class Footprint:
         embedding_bytes: bytes of the table of token embeddings, of which only the rows of occurring tokens are read.
         cache_bytes: bytes of keys and values for each token, by layer.
         zero_copy: whether the stored dtype is the compute dtype, so that on a CPU the weights stay in the mapped file.
+        quantized: whether the loaded weights stay quantized.
         unpacking_bytes: bytes that unpacking a quantized weight takes beside the weights; 0 if none is unpacked.
         stored_share: bytes of the weights in their files, in multiples of ``weight_bytes``; 1 if none is unpacked.
     """
@@ -72,6 +73,7 @@ class Footprint:
     embedding_bytes: int = 0
     zero_copy: bool = False
     cache_bytes: tuple[int, ...] = ()
+    quantized: bool = False
     unpacking_bytes: int = 0
     stored_share: float = 1.0
 
@@ -118,7 +120,8 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     backbone, text = without_head(model), config.get_text_config()
     layers = find_layers(backbone, text, settings)
     stored, whole = sum(t.size for t in tensors), _bytes(model)
-    scale = stored / whole if _stays_quantized(resolved, config, settings) else 1.0  # its bytes are spread like numbers
+    quantized = _stays_quantized(resolved, config, settings)
+    scale = stored / whole if quantized else 1.0  # its bytes are spread like numbers
     layer_bytes = tuple(int(_bytes(layer) * scale) for layer in layers)
     width = _attention_width(text)
     chosen = _chosen_experts(text)
@@ -140,6 +143,7 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
         cache_bytes=tuple(_cache_bytes(text, i, _attends(layer), dtype.itemsize) for i, layer in enumerate(layers)),
         zero_copy=not resolved.gguf and {DTYPES.get(tensor.dtype) for tensor in tensors} == {dtype},
+        quantized=quantized,
         **_unpacking(resolved, model, settings, layers, stored / whole),
     )
 

@@ -206,6 +206,12 @@ def test_embeddings_that_no_token_needs_stay_in_the_file(tiny_llama: Path) -> No
     assert not other.zero_copy and footprint(str(tiny_llama), SETTINGS).zero_copy
 
 
+def test_weights_that_stay_quantized_are_not_streamed(tiny_llama: Path) -> None:
+    found = rows(tiny_llama, Machine("cpu", 0, GB, GB), quantized=True)
+    assert found["single"].fits and not found["streaming"].fits
+    assert "needs the setting dequantize, which unpacks the weights" in found["streaming"].why
+
+
 def test_unpacking_takes_memory_beside_a_layer(tiny_llama: Path) -> None:
     """A CPU has one layer, unpacked; a GPU two, and the host two as they are stored."""
     layer, packed = (

@@ -112,6 +112,7 @@ def test_quantized_weights(tiny_llama: Path, tmp_path: Path) -> None:
     assert whole.zero_copy and size == replace(whole, **unpacking)
     kept = footprint(str(folder), SETTINGS)
     assert (kept.weight_bytes, kept.unpacking_bytes, kept.stored_share) == (stored, 0, 1.0)
+    assert kept.quantized and not size.quantized
     experts = torch.empty(4, 64, 32, dtype=torch.bfloat16, device="meta")
     assert unpacking_bytes(experts) == 2 * experts.nbytes and unpacking_bytes(experts[0]) == 4 * experts[0].nbytes
 

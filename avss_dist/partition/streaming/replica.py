@@ -45,6 +45,11 @@ class StreamingCost(PartitionCost):
         largest = max(size.layer_bytes, default=0)
         return largest + size.unpacking_bytes + outside if kind == "cpu" else int(largest * size.stored_share)
 
+    @property
+    def obstacle(self) -> str | None:
+        """See `PartitionCost`."""
+        return "needs the setting dequantize, which unpacks the weights" if self.size.quantized else None
+
     def usage(self, measured: Calibration, counters: int) -> Usage:
         """See `PartitionCost`."""
         size = self.size
