@@ -163,6 +163,8 @@ def row(cost: PartitionCost, usage: Usage) -> Row:
     lacks = [f"lacks {describe_bytes(need - free)} of {memory}" for need, free, memory in needs if need > free]
     if lacks and host_needed > usage.host_bytes:
         lacks.append(f"{describe_bytes(PROCESS_BYTES)} of a limit are set aside for interpreter and libraries")
+    if cost.obstacle:
+        lacks.append(cost.obstacle)
     if cost.on_gpu and cost.ranks > machine.gpus:
         lacks.append(f"{cost.ranks} GPUs are needed, {machine.gpus} are here")
     return Row(

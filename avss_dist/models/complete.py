@@ -18,6 +18,7 @@ MAX_NAMED = 3  # tensors in a message
 ALWAYS_BUILT = 200  # layers: so many are built without a look at the files
 MAX_SHARED = 100  # layers beside those with weights of their own: ALBERT, for one, has one block that it runs 12 times
 _NUM_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")  # n_layer, num_hidden_layers, ...
+_PACKED = re.compile(r"_(packed|blocks)$")  # endings of the names of quantized weights; scales have others
 _AFTER_LAYERS = re.compile(r"(^|\.)pooler\.")  # of encoders: many files lack it, and no layer sees it
 
 
@@ -97,6 +98,35 @@ def require_complete(
             "Does config.json have the right number of layers, and the quantization_config of packed weights?",
         )
     _require_numbers(checkpoint, model)
+
+
+def require_scales(checkpoint: Checkpoint) -> None:
+    """Refuse files that lack the scales of a quantized weight, which transformers would unpack as if they were 1.
+
+    Raises:
+        ModelError: scales are missing; the message names the weights.
+    """
+    leaves: dict[str, list[str]] = {}
+    quantized: list[str] = []
+    for tensor in stored_tensors(checkpoint):
+        module, _, leaf = tensor.name.rpartition(".")
+        if "scale" in leaf:
+            leaves.setdefault(module, []).append(leaf)
+        elif _PACKED.search(leaf) or tensor.dtype.startswith("F8_") or (tensor.dtype, leaf) == ("I8", "weight"):
+            quantized.append(tensor.name)
+    lacking = []
+    for name in quantized:
+        module, _, leaf = name.rpartition(".")
+        stem = _PACKED.sub(
+            "", leaf
+        )  # of names like weight_scale_inv, gate_up_proj_scales, qscale_weight; or only scale
+        if not any(scale == "scale" or stem in scale for scale in leaves.get(module, ())):
+            lacking.append(name)
+    if lacking:
+        raise ModelError(
+            f"The files of '{checkpoint.name}' lack the scales of quantized weights: {_some(sorted(lacking))}.",
+            "Download or copy the checkpoint again.",
+        )
 
 
 def _of_layers(names: Sequence[str], model: Any, backbone: nn.Module, layers: str | None) -> list[str]:

@@ -22,7 +22,7 @@ from avss_dist.models.auto import auto_class
 from avss_dist.models.checkpoints import Checkpoint, read_config
 from avss_dist.models.complete import require_complete, require_layers
 from avss_dist.models.layers import Structure, count_parameters
-from avss_dist.models.quantization import quantization_method, unpacked_gguf, with_quantization
+from avss_dist.models.quantization import quantization_method, text_part, unpacked_gguf, with_quantization
 from avss_dist.models.safetensors import TensorInfo, weight_files
 from avss_dist.models.stored import stored_tensors
 from avss_dist.models.structure import find_structure
@@ -177,23 +177,27 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
     return model.eval()
 
 
-def build_model(checkpoint: Checkpoint, settings: Settings, tensors: Mapping[str, Any], *, head: bool = False) -> Any:
+def build_model(
+    checkpoint: Checkpoint, settings: Settings, tensors: Callable[[Any], Mapping[str, Any]], *, head: bool = False
+) -> Any:
     """Build the model that `load_model` returns from other tensors under the checkpoint's names.
 
     Args:
         head: see `load_model`.
-        tensors: objects that transformers indexes with ``...`` and places by calling ``to(device, dtype)``, by name.
+        tensors: function of the model on the meta device that returns objects by name, which transformers indexes with
+            ``...`` and places by calling ``to(device, dtype)``.
 
     Raises:
         ModelError: the model cannot be built of them; the message names the reason.
     """
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     empty = skeleton(copy.deepcopy(config), settings, torch.float32)  # which changes the configuration
-    if not isinstance(config, type(empty.config)):
-        config = config.get_text_config()
     with quiet(), _explain_errors(checkpoint):
+        config = with_quantization(checkpoint, config, settings, {})
+        if not isinstance(config, type(empty.config)):
+            config = text_part(config)
         model, report = type(empty).from_pretrained(
-            None, config=config, state_dict=tensors, **_options(settings), output_loading_info=True
+            None, config=config, state_dict=tensors(empty), **_options(settings), output_loading_info=True
         )
     require_complete(checkpoint, model, without_head(model), report, settings.layers, head=head)
     return model.eval()

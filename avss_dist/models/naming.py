@@ -13,17 +13,18 @@ class Naming:
 
     Args:
         model: a transformers model, which may be on the meta device.
+        quantizer: transformers' quantizer that unpacks the stored tensors; None if they are not quantized.
 
     Attributes:
         mapping: transformers' entries that rename and convert tensors.
         state: the model's state dict, by name.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, quantizer: Any = None) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        self.mapping: list[Any] = get_model_conversion_mapping(model)
+        self.mapping: list[Any] = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         self.state: dict[str, Any] = model.state_dict(keep_vars=True)
         self._renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]

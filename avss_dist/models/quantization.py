@@ -12,14 +12,18 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint, read_config
+from avss_dist.models.complete import require_scales
 from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.stored import stored_tensors
 
 # What quantizers raise where a package or a device is not here, or over settings that they cannot read.
 _REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
+_SCALED = {"fp8", "mxfp8", "mxfp4", "compressed-tensors"}  # methods whose weights have scales beside them, by name
 KEYS = ("quantization_config", "compression_config")  # of config.json
 _ELSEWHERE = "Use a machine that has what it needs"
 
@@ -70,7 +74,7 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
 
     Raises:
         ModelError: the quantization is unknown, needs a package or a device that is missing, or cannot be unpacked;
-            or `dequantize` is set and the checkpoint is not quantized.
+            or `dequantize` is set and the checkpoint is not quantized, or lacks scales.
     """
     method = quantization_method(config)
     if method is None:
@@ -84,6 +88,10 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
         if not unpacks:
             raise ModelError(f"{stored}, which transformers cannot unpack while it loads.", f"{_ELSEWHERE}.")
         how.dequantize = True
+        if method in _SCALED:
+            require_scales(checkpoint)
+        if method == "fp8":
+            unpack_partial_blocks()
     instead = f"{_ELSEWHERE}, or set `dequantize`." if unpacks else f"{_ELSEWHERE}."
     unpacked = unpacks and how.dequantize
     try:
@@ -97,6 +105,80 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
     config = copy.deepcopy(config)
     config.quantization_config = dict(quantization_settings(config)) | {"dequantize": True}
     return config
+
+
+def text_part(config: Any) -> Any:
+    """Return the text part of a configuration, with the quantization settings of the whole."""
+    part, settings = config.get_text_config(), quantization_settings(config)
+    if settings and part is not config:
+        part = copy.deepcopy(part)
+        part.quantization_config = settings
+    return part
+
+
+def unpacking_quantizer(checkpoint: Checkpoint, config: Any) -> Any:
+    """Return transformers' quantizer that unpacks the weights of a quantized checkpoint while they are loaded.
+
+    Args:
+        config: from `text_config`.
+
+    Raises:
+        ModelError: see `with_quantization`.
+    """
+    with_quantization(checkpoint, config, Settings(dequantize=True), {})
+    quantizer = _quantizer(checkpoint, config, quantization_method(config) or "")
+    quantizer.quantization_config.dequantize = True
+    quantizer.validate_environment(device_map=None, weights_only=True)
+    return quantizer
+
+
+def unpack_partial_blocks() -> None:
+    """Have transformers unpack block FP8 whose last rows or columns are less than a block, as in DeepSeek-V3.
+
+    transformers 5.24 divides a matrix evenly among its scales. So it refuses some of these matrices, and computes
+    others with the scales of other blocks.
+    """
+    try:
+        from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+        operation: Any = Fp8Dequantize
+        whole = operation._dequantize_one
+    except (ImportError, AttributeError):  # another version
+        return
+    if getattr(whole, "unpacks_partial_blocks", False):
+        return
+
+    def unpack(self: Any, quantized: torch.Tensor, scales: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        block = getattr(self.hf_quantizer.quantization_config, "weight_block_size", None)
+        if not block or scales.dim() < 2 or not quantized.is_floating_point():
+            return whole(self, quantized, scales, *args, **kwargs)
+        rows, columns = quantized.shape[-2:]
+        padded = scales.shape[-2] * block[0], scales.shape[-1] * block[1]
+        if (
+            padded == (rows, columns)
+            or padded[0] - rows not in range(block[0])
+            or padded[1] - columns not in range(block[1])
+        ):
+            return whole(self, quantized, scales, *args, **kwargs)
+        filled = quantized.new_zeros(*quantized.shape[:-2], *padded)
+        filled[..., :rows, :columns] = quantized
+        return whole(self, filled, scales, *args, **kwargs)[..., :rows, :columns].contiguous()
+
+    unpack.unpacks_partial_blocks = True  # type: ignore[attr-defined]
+    operation._dequantize_one = unpack
+
+
+def unpacking_bytes(parameter: torch.Tensor) -> int:
+    """Return the bytes of memory that unpacking a weight takes for a while, beside the weight.
+
+    Experts are unpacked and then joined, so there are two copies, and the stored bytes or indices of as many numbers.
+    Of another matrix there are two copies in float32.
+
+    Args:
+        parameter: the unpacked weight, which may be on the meta device. Fused experts have three dimensions.
+    """
+    matrix = parameter.numel() // (len(parameter) if parameter.dim() > 2 else 1)
+    return max(parameter.numel() * (parameter.element_size() + 2), 2 * matrix * torch.float32.itemsize)
 
 
 def unpacked_gguf() -> Any:

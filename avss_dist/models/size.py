@@ -20,7 +20,7 @@ from avss_dist.models.labels import LOGIT_BYTES
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import skeleton, text_config, without_head
 from avss_dist.models.pinning import compute_dtype
-from avss_dist.models.quantization import quantization_method
+from avss_dist.models.quantization import quantization_method, unpacking_bytes
 from avss_dist.models.safetensors import DTYPES, TensorInfo
 from avss_dist.models.stored import hub_tensors, stored_tensors
 
@@ -51,6 +51,9 @@ class Footprint:
         embedding_bytes: bytes of the table of token embeddings, of which only the rows of occurring tokens are read.
         cache_bytes: bytes of keys and values for each token, by layer.
         zero_copy: whether the stored dtype is the compute dtype, so that on a CPU the weights stay in the mapped file.
+        quantized: whether the loaded weights stay quantized.
+        unpacking_bytes: bytes that unpacking a quantized weight takes beside the weights; 0 if none is unpacked.
+        stored_share: bytes of the weights in their files, in multiples of ``weight_bytes``; 1 if none is unpacked.
     """
 
     num_parameters: int
@@ -70,6 +73,9 @@ class Footprint:
     embedding_bytes: int = 0
     zero_copy: bool = False
     cache_bytes: tuple[int, ...] = ()
+    quantized: bool = False
+    unpacking_bytes: int = 0
+    stored_share: float = 1.0
 
     @property
     def element_bytes(self) -> int:
@@ -114,7 +120,8 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     backbone, text = without_head(model), config.get_text_config()
     layers = find_layers(backbone, text, settings)
     stored, whole = sum(t.size for t in tensors), _bytes(model)
-    scale = stored / whole if _stays_quantized(resolved, config, settings) else 1.0  # its bytes are spread like numbers
+    quantized = _stays_quantized(resolved, config, settings)
+    scale = stored / whole if quantized else 1.0  # its bytes are spread like numbers
     layer_bytes = tuple(int(_bytes(layer) * scale) for layer in layers)
     width = _attention_width(text)
     chosen = _chosen_experts(text)
@@ -136,12 +143,36 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
         cache_bytes=tuple(_cache_bytes(text, i, _attends(layer), dtype.itemsize) for i, layer in enumerate(layers)),
         zero_copy=not resolved.gguf and {DTYPES.get(tensor.dtype) for tensor in tensors} == {dtype},
+        quantized=quantized,
+        **_unpacking(resolved, model, settings, layers, stored / whole),
     )
 
 
 def _stays_quantized(checkpoint: Checkpoint, config: Any, settings: Settings) -> bool:
     """Whether the loaded weights stay quantized; a .gguf file is always unpacked."""
     return quantization_method(config) is not None and not checkpoint.gguf and not settings.dequantize
+
+
+def _unpacking(
+    checkpoint: Checkpoint, model: Any, settings: Settings, layers: nn.ModuleList, share: float
+) -> dict[str, Any]:
+    """Return the fields of a footprint about unpacking, if quantized weights are unpacked.
+
+    Args:
+        share: see `Footprint.stored_share`.
+    """
+    if checkpoint.gguf:  # whose embeddings are quantized, too, and unpacked before there is a layer
+        layer = max(_bytes(layer) for layer in layers)
+        most = max(max(unpacking_bytes(p) - layer for p in model.parameters()), _layer_unpacking(layers))
+    elif quantization_method(model.config) and settings.dequantize:
+        most = _layer_unpacking(layers)
+    else:
+        return {}
+    return {"unpacking_bytes": most, "stored_share": share}
+
+
+def _layer_unpacking(layers: nn.ModuleList) -> int:
+    return max(unpacking_bytes(parameter) for parameter in layers.parameters())
 
 
 def load_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, Any, list[TensorInfo]]:

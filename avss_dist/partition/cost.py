@@ -157,6 +157,11 @@ class PartitionCost:
         return size.weight_bytes if kind == "cpu" else 0
 
     @property
+    def obstacle(self) -> str | None:
+        """Reason for which the partition does not run the model with these settings; None if it does."""
+        return None
+
+    @property
     def ranks(self) -> int:
         """Number of processes of one replica."""
         if not PARTITIONS[self.partition].gang:

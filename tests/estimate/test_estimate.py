@@ -171,7 +171,7 @@ def rows(
     machine: Machine,
     execution: Execution | None = None,
     calibration: Calibration = CALIBRATION,
-    **sizes: int,
+    **sizes: float,
 ) -> dict[str, Row]:
     settings = replace(SETTINGS, dtype="float32", device=machine.device)
     size = replace(footprint(str(folder), settings), **sizes)  # type: ignore[arg-type]
@@ -204,6 +204,29 @@ def test_embeddings_that_no_token_needs_stay_in_the_file(tiny_llama: Path) -> No
     assert whole - part == VOCABULARY * 32 * 4 // 2
     other = footprint(str(tiny_llama), replace(SETTINGS, dtype="bfloat16"))
     assert not other.zero_copy and footprint(str(tiny_llama), SETTINGS).zero_copy
+
+
+def test_weights_that_stay_quantized_are_not_streamed(tiny_llama: Path) -> None:
+    found = rows(tiny_llama, Machine("cpu", 0, GB, GB), quantized=True)
+    assert found["single"].fits and not found["streaming"].fits
+    assert "needs the setting dequantize, which unpacks the weights" in found["streaming"].why
+
+
+def test_unpacking_takes_memory_beside_a_layer(tiny_llama: Path) -> None:
+    """A CPU has one layer, unpacked; a GPU two, and the host two as they are stored."""
+    layer, packed = (
+        footprint(str(tiny_llama), SETTINGS).layer_bytes[0],
+        {"unpacking_bytes": 10**6, "stored_share": 0.25},
+    )
+    for device, gpus, device_more, host_more in (
+        ("cpu", 0, 10**6 - layer, 10**6 - layer),
+        ("cuda", 1, 10**6, int(2 * layer * 0.25) - 2 * layer),
+    ):
+        machine = Machine(device, gpus, GB, GB)
+        plain, unpacked = (rows(tiny_llama, machine, zero_copy=False, **sizes)["streaming"] for sizes in ({}, packed))
+        assert unpacked.device_bytes - plain.device_bytes == device_more
+        assert unpacked.host_bytes - plain.host_bytes == host_more
+        assert "unpacked in 1 MB, in a time that is not counted" in unpacked.why and "unpacked" not in plain.why
 
 
 def test_what_fits_is_what_is_free(tiny_llama: Path) -> None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.families import tiny_model
 from support.ggufs import write_gguf
+from support.quantized import block_fp8
 from torch.utils.flop_counter import FlopCounterMode
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load
+from avss_dist.models.quantization import unpacking_bytes
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.single import SingleReplica
 
@@ -99,6 +103,20 @@ def test_only_headers_are_read(tiny_llama: Path, tmp_path: Path) -> None:
     assert footprint(str(tmp_path), SETTINGS) == footprint(str(tiny_llama), SETTINGS)
 
 
+def test_quantized_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    """Unpacked, they have the bytes of the whole model; kept as stored, those of the files."""
+    folder = block_fp8(tiny_llama, tmp_path / "fp8")
+    whole, size = footprint(str(tiny_llama), SETTINGS), footprint(str(folder), replace(SETTINGS, dequantize=True))
+    stored = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    unpacking = {"unpacking_bytes": 2 * 4 * 32 * 48, "stored_share": stored / whole.weight_bytes, "zero_copy": False}
+    assert whole.zero_copy and size == replace(whole, **unpacking)
+    kept = footprint(str(folder), SETTINGS)
+    assert (kept.weight_bytes, kept.unpacking_bytes, kept.stored_share) == (stored, 0, 1.0)
+    assert kept.quantized and not size.quantized
+    experts = torch.empty(4, 64, 32, dtype=torch.bfloat16, device="meta")
+    assert unpacking_bytes(experts) == 2 * experts.nbytes and unpacking_bytes(experts[0]) == 4 * experts[0].nbytes
+
+
 def test_a_gguf_file(tmp_path: Path) -> None:
     from support.checkpoints import llama
 
@@ -106,6 +124,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     size = footprint(str(file), SETTINGS)
     assert size.num_parameters == SingleReplica(resolve(str(file)), SETTINGS).model["num_parameters"]
     assert size.weight_bytes == 4 * size.num_parameters and not size.zero_copy
+    assert size.unpacking_bytes == max(2 * 4 * 320 * 32 - size.layer_bytes[0], 2 * 4 * 32 * 48)  # embeddings, MLP
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"bad\.gguf"):
         footprint(str(tmp_path / "bad.gguf"), SETTINGS)

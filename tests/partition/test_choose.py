@@ -122,6 +122,16 @@ def test_a_limit_covers_the_process_and_a_batch_as_well_as_weights() -> None:
         choose(size, SETTINGS, Execution(max_memory={"cpu": least - 1}), devices, head=True)
 
 
+def test_quantized_weights_that_do_not_fit_unpacked_are_streamed() -> None:
+    """With room for a layer and to unpack it; on a GPU, host memory has the layer as it is stored."""
+    size = replace(llama_like(70), unpacking_bytes=3 * GB, stored_share=0.5)
+    assert choose(size, SETTINGS, Execution(), cpus(24 * GB)).partition == "streaming"
+    beside, layer = bytes_beside_weights(size, SETTINGS, "cpu"), max(size.layer_bytes)
+    assert least_host_bytes("streaming", size, SETTINGS, "cpu") == beside + layer + size.other_bytes + 3 * GB
+    beside = bytes_beside_weights(size, SETTINGS, "cuda")
+    assert least_host_bytes("streaming", size, SETTINGS, "cuda") == beside + layer // 2
+
+
 def test_a_limit_of_a_gpu_covers_activations_too() -> None:
     size = llama_like(8)
     execution = Execution(partition="device_map", max_memory={"0": 10 * GB, "1": 20 * GB})

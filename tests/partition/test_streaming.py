@@ -13,12 +13,17 @@ import greenlet
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.checkpoints import llama
 from support.families import tiny_model
+from support.ggufs import write_gguf
+from support.quantized import block_fp8, compressed_tensors, mxfp4
+from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.intervention import Intervention
 from avss_dist.core.settings import SITES, Settings
 from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.measure.shard import analyze_shard
@@ -27,7 +32,7 @@ from avss_dist.models.layers import Layer
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.base import Placement, no_observation
 from avss_dist.partition.single import SingleReplica
-from avss_dist.partition.streaming.buffers import AnyBuffer
+from avss_dist.partition.streaming.buffers import AnyBuffer, ReadBuffer, ZeroCopyBuffer, buffer_bytes
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.partition.streaming.window import Window
@@ -424,24 +429,179 @@ def test_a_batch_that_is_too_large_is_halved(tiny: Path) -> None:
         assert got.stats[key].equals(stats), key
 
 
-def test_what_cannot_be_streamed(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match=r"is a \.gguf file") as refusal:
-        streaming(tmp_path / "model.gguf")
-    assert "`partition` device_map" in str(refusal.value)
-
-    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
-    (tiny / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ModelError, match="is quantized") as refusal:
-        streaming(tiny)
-    assert "`partition` device_map" in str(refusal.value)
-
-    (tiny / "config.json").write_text(json.dumps(config))
+def test_what_cannot_be_streamed(tiny: Path) -> None:
     tensors = load_file(tiny / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, tiny / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"stores 'model\.norm\.weight' as F8_E4M3"):
         streaming(tiny)
+
+
+DEQUANTIZED = replace(SETTINGS, dequantize=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "dtype"),
+    [
+        ("fp8", "llama", "float32"),
+        ("fp8", "qwen3_moe", "bfloat16"),
+        ("fp8 in partial blocks", "deepseek_v3", "float32"),
+        ("mxfp4", "gpt_oss", "float32"),
+        ("mxfp4", "gpt_oss", "bfloat16"),
+        ("int4", "qwen3_moe", "bfloat16"),
+        ("int8", "llama", "float32"),
+        ("fp8-tensor", "qwen3_moe", "float32"),
+        ("fp8-channel", "llama", "bfloat16"),
+    ],
+)
+def test_quantized_weights(
+    kind: str, family: str, dtype: str, save_family: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """They are unpacked to the numbers of `single` with `dequantize`, layer by layer."""
+    whole, folder = save_family("causal", family), tmp_path / "quantized"
+    if kind == "mxfp4":
+        mxfp4(whole, folder)
+    elif kind.startswith("fp8") and "-" not in kind:
+        block_fp8(whole, folder, 24 if "partial" in kind else 16)
+    else:
+        compressed_tensors(whole, folder, kind)
+    replica, _ = assert_same(folder, replace(DEQUANTIZED, dtype=dtype))
+    assert all(map(without_numbers, replica.layers))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "dtype"),
+    [
+        ("llama", "Q4_0", "bfloat16"),
+        ("llama", "BF16", "float32"),
+        ("qwen3moe", "Q8_0", "float32"),
+        ("lfm2", "Q8_0", "auto"),
+    ],
+)
+def test_gguf(architecture: str, kind: str, dtype: str, tmp_path: Path) -> None:
+    """Of both readers of transformers: lfm2 goes through its conversions."""
+    model: Any = llama(tie_word_embeddings=True)
+    sizes = {"vocab_size": 320, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if architecture == "qwen3moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, intermediate_size=96, num_hidden_layers=2))
+    elif architecture == "lfm2":
+        layers = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "block_auto_adjust_ff_dim": False}
+        model = Lfm2ForCausalLM(Lfm2Config(**sizes, **layers, intermediate_size=96))
+    file = tmp_path / "model.gguf"
+    write_gguf(model, file, architecture=architecture, kind=GGMLQuantizationType[kind])
+    replica, _ = assert_same(file, replace(SETTINGS, dtype=dtype))
+    assert all(map(without_numbers, replica.layers))
+
+
+def test_unpacked_blocks_are_the_stored_numbers_times_their_scales(tmp_path: Path) -> None:
+    """Also in a last block of fewer rows or columns: of 48 in blocks of 20, or of 32."""
+    llama().save_pretrained(tmp_path / "whole")
+    folder = block_fp8(tmp_path / "whole", tmp_path / "fp8", 20)
+    stored = load_file(folder / "model.safetensors")
+    replica = streaming(folder, DEQUANTIZED)
+    part = replica._parts[1]
+    for buffer in (None, ZeroCopyBuffer(), ReadBuffer(buffer_bytes(part.stored))):
+        replica._weights.load(part, replica.device, buffer)
+        weights = replica.layers[1].module.state_dict()
+        for name in ("mlp.up_proj.weight", "mlp.down_proj.weight", "self_attn.k_proj.weight"):
+            packed, scale = (stored[f"model.layers.1.{name}{suffix}"] for suffix in ("", "_scale_inv"))
+            scales = scale.repeat_interleave(20, 0).repeat_interleave(20, 1)[: len(packed), : packed.shape[1]]
+            assert scale.numel() > 1 and torch.equal(weights[name], packed.float() * scales)
+        assert torch.equal(weights["input_layernorm.weight"], stored["model.layers.1.input_layernorm.weight"])
+        part.unload()
+
+
+def test_weights_are_unpacked_a_few_at_a_time(
+    save_family: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the stored tensors of one weight at least, which for fused experts are those of all experts."""
+    folder = block_fp8(save_family("causal", "qwen3_moe"), tmp_path / "fp8")
+    monkeypatch.setattr("avss_dist.partition.streaming.conversion.GROUP_BYTES", 1)
+    replica, _ = assert_same(folder, DEQUANTIZED)
+    sizes = sorted({len(group) for group in replica._parts[0].groups})
+    assert sizes == [2, 2 * 4, 2 * 2 * 4]  # a matrix and its scales; four experts down; gate and up
+
+
+def test_losses_of_a_quantized_model(tmp_path: Path, tiny: Path) -> None:
+    """With the head, layers left out."""
+    folder = block_fp8(tiny, tmp_path / "fp8")
+    checkpoint, batches = resolve(str(folder)), list(shard().batches(2))
+    placement = Placement(partition="streaming")
+    losses = []
+    for replica in (
+        StreamingReplica(checkpoint, DEQUANTIZED, placement, head=True),
+        SingleReplica(checkpoint, DEQUANTIZED, head=True),
+    ):
+        model = replica.language_model
+        assert model is not None
+        losses.append(model.losses_under(batches, [Intervention(), Intervention(removed=(1,))]))
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*losses, strict=True))
+
+
+def test_the_memory_that_unpacking_takes_is_no_room_for_hidden_states(tmp_path: Path, tiny: Path) -> None:
+    folder = block_fp8(tiny, tmp_path / "fp8")
+    replica = streaming(folder, DEQUANTIZED, max_memory={"cpu": 1 << 40})
+    weights = replica._weights
+    layer = sum(p.nbytes for p in replica.layers[0].module.parameters())
+    outside = sum(p.nbytes for p in weights.model.model.parameters() if not p.is_meta)
+    unpacking = 2 * 4 * 32 * 48  # two copies of a matrix of the MLP in float32
+    used = (1 << 40) - (replica._passes.host_bytes or 0)
+    assert layer + outside + unpacking <= used < layer + outside + unpacking + 3000  # buffers, and alignment
+    with pytest.raises(ConfigError, match="for one layer and the weights outside of layers"):
+        streaming(folder, DEQUANTIZED, max_memory={"cpu": layer + outside})
+
+
+@pytest.mark.parametrize("open_replica", [streaming, single])
+@pytest.mark.parametrize(
+    ("kind", "suffix", "named"),
+    [
+        ("fp8", "weight_scale_inv", "layers.1.mlp.up_proj.weight"),
+        ("mxfp4", "_scales", "layers.1.mlp.experts.down_proj_blocks"),
+        ("int4", "weight_scale", "layers.1.mlp.up_proj.weight_packed"),
+    ],
+)
+def test_missing_scales_are_refused(
+    open_replica: Callable[[Path, Settings], Any],
+    kind: str,
+    suffix: str,
+    named: str,
+    save_family: Callable[[str, str], Path],
+    tmp_path: Path,
+) -> None:
+    """transformers would take them for 1."""
+    whole, folder = save_family("causal", "gpt_oss" if kind == "mxfp4" else "llama"), tmp_path / "quantized"
+    {"fp8": block_fp8, "mxfp4": mxfp4}.get(kind, lambda *at: compressed_tensors(*at, kind))(whole, folder)
+    tensors = load_file(folder / "model.safetensors")
+    stem = "down_proj" if kind == "mxfp4" else "up_proj."
+    lacking = {name for name in tensors if name.endswith(f"{stem}{suffix}") and ".1." in name}
+    assert len(lacking) == 1
+    save_file({name: tensor for name, tensor in tensors.items() if name not in lacking}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=f"lack the scales of quantized weights: model.{named}\\.\n"):
+        open_replica(folder, DEQUANTIZED)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dequantize", "message"),
+    [
+        ({"quant_method": "fp8"}, False, r"is quantized \(fp8\); `partition` streaming computes with unpacked weights"),
+        ({"quant_method": "shrinkwrap"}, True, "quantized by 'shrinkwrap', which transformers does not know"),
+        ({"quant_method": "bitnet"}, True, "transformers cannot unpack while it loads"),
+    ],
+)
+def test_quantizations_that_cannot_be_streamed(
+    quantization: dict[str, str], dequantize: bool, message: str, tiny: Path
+) -> None:
+    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
+    (tiny / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    with pytest.raises(ModelError, match=message):
+        streaming(tiny, replace(SETTINGS, dequantize=dequantize))
+
+
+def test_a_damaged_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"has no header of a \.gguf file"):
+        streaming(tmp_path / "model.gguf")
 
 
 def test_experts_of_another_layer_are_refused(save_family: Callable[[str, str], Path], tmp_path: Path) -> None:
@@ -473,6 +633,19 @@ def test_smollm2(smollm2: Path) -> None:
     one = tokenize_corpus("builtin:pydoc", load_tokenizer(resolve(str(smollm2))), settings).shards[0]
     got, wanted = streaming(smollm2, settings), single(smollm2, settings)
     assert_equal(analyze_shard(got, one, settings), analyze_shard(wanted, one, settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4", "gguf"])
+def test_quantized_weights_on_a_gpu(kind: str, save_family: Callable[[str, str], Path], tmp_path: Path) -> None:
+    if kind == "gguf":
+        folder = write_gguf(llama(), tmp_path / "model.gguf", kind=GGMLQuantizationType.Q8_0)
+    elif kind == "mxfp4":
+        folder = mxfp4(save_family("causal", "gpt_oss"), tmp_path / "mxfp4")
+    else:
+        folder = block_fp8(save_family("causal", "qwen3_moe"), tmp_path / "fp8")
+    assert_same(folder, replace(SETTINGS, device="cuda", dequantize=kind != "gguf"))
 
 
 @pytest.mark.gpu

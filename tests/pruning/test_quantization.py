@@ -194,6 +194,10 @@ def test_what_no_device_here_computes_with_is_unpacked_only_on_request(fp8: Path
     assert done.exit_code == 0, done.stderr
     (row,) = [row for row in Warehouse(tmp_path / "w").runs().to_pylist() if row["status"] == "done"]
     assert (row["quantization"], row["dtype"]) == ("fp8, dequantized", "float32")
+    streamed = avss("score", fp8, *options, "-w", tmp_path / "streamed", "--dequantize", "--partition", "streaming")
+    assert streamed.exit_code == 0, streamed.stderr
+    tables = [Warehouse(tmp_path / folder).scores() for folder in ("w", "streamed")]
+    assert tables[0].num_rows and tables[0].equals(tables[1])
 
 
 def test_dequantized_weights_are_the_stored_ones_times_their_scales(fp8: Path) -> None:

@@ -1,45 +1,78 @@
-"""Write a tiny Llama as a .gguf file of float32 tensors, without a tokenizer."""
+"""Write tiny models as .gguf files without a tokenizer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
+from gguf.constants import MODEL_ARCH_NAMES
 
-_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_INSIDE = {
-    **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
-    **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
-    "self_attn.o_proj": "attn_output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def write_gguf(model: Any, file: Path, *, block_count: int | None = None) -> Path:
-    """The file, which is created.
+def write_gguf(
+    model: Any,
+    file: Path,
+    *,
+    architecture: str = "llama",
+    block_count: int | None = None,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+) -> Path:
+    """Write a model and return the file.
 
     Args:
-        block_count: what its metadata say of the number of layers; None is the truth.
+        architecture: ``llama``, ``qwen3moe`` or ``lfm2``.
+        block_count: number of layers in the metadata; None is the true one.
+        kind: format of the matrices whose rows have whole blocks; others are float32.
     """
-    config, writer = model.config, GGUFWriter(file, "llama")
+    config, writer = model.config, GGUFWriter(file, architecture)
     writer.add_block_count(config.num_hidden_layers if block_count is None else block_count)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_vocab_size(config.vocab_size)
-    names = dict(_OUTSIDE)
-    for i in range(config.num_hidden_layers):
-        names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for ours, theirs in _INSIDE.items()}
-    for name, parameter in model.named_parameters():
-        writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", parameter.detach().float().numpy())
+    if architecture == "lfm2":
+        heads = [config.num_key_value_heads * (kind == "full_attention") for kind in config.layer_types]
+        writer.add_head_count_kv(heads)
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+        writer.add_token_list([str(token) for token in range(config.vocab_size)])
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
+    if architecture == "qwen3moe":
+        writer.add_key_length(config.head_dim)
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    for name, tensor in _tensors(model, architecture):
+        try:
+            stored = kind if tensor.ndim > 1 else GGMLQuantizationType.F32
+            writer.add_tensor(name, quants.quantize(tensor, stored), raw_dtype=stored)
+        except quants.QuantError:
+            writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def _tensors(model: Any, architecture: str) -> Iterator[tuple[str, Array]]:
+    """Yield the tensors of a model as llama.cpp names and shapes them. (It also reorders rows, which here is not.)"""
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(arch, model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().float().numpy()
+        path, _, leaf = name.rpartition(".")
+        if leaf == "gate_up_proj":
+            block = path.split(".")[2]
+            for part, half in zip(("gate", "up"), np.split(tensor, 2, axis=1), strict=True):
+                yield f"blk.{block}.ffn_{part}_exps.weight", np.ascontiguousarray(half)
+        elif leaf == "down_proj":
+            yield f"blk.{path.split('.')[2]}.ffn_down_exps.weight", tensor
+        else:
+            yield f"{names.get_name(path)}.{leaf}", tensor.squeeze(1) if "conv.conv" in path else tensor

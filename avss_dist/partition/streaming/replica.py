@@ -42,23 +42,33 @@ class StreamingCost(PartitionCost):
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
         """See `PartitionCost`."""
         outside = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
-        return max(size.layer_bytes, default=0) + (outside if kind == "cpu" else 0)
+        largest = max(size.layer_bytes, default=0)
+        return largest + size.unpacking_bytes + outside if kind == "cpu" else int(largest * size.stored_share)
+
+    @property
+    def obstacle(self) -> str | None:
+        """See `PartitionCost`."""
+        return "needs the setting dequantize, which unpacks the weights" if self.size.quantized else None
 
     def usage(self, measured: Calibration, counters: int) -> Usage:
         """See `PartitionCost`."""
         size = self.size
         waiting = size.hidden_bytes(measured.rows_per_shard, self.settings.sequence_length)
-        # A mapped layer lies in its file, and the system reads the next one ahead.
-        resident_layers = 2 if self.on_gpu or not size.zero_copy else 1
+        # A mapped layer lies in its file, and the system reads the next one ahead. An unpacked one does not.
+        resident_layers = 2 if self.on_gpu or not (size.zero_copy or size.unpacking_bytes) else 1
         layers = sum(sorted(size.layer_bytes)[-resident_layers:])
-        beside = {"host_weights": layers + waiting} if self.on_gpu else {"more": waiting}
-        device, host = self.memory(measured, counters, size.other_bytes + layers, **beside)
+        host_layers = int(layers * size.stored_share)
+        beside = {"host_weights": host_layers + waiting} if self.on_gpu else {"more": waiting}
+        device, host = self.memory(measured, counters, size.other_bytes + layers + size.unpacking_bytes, **beside)
+        unpacked = ""
+        if size.unpacking_bytes:
+            unpacked = f", and unpacked in {describe_bytes(size.unpacking_bytes)}, in a time that is not counted"
         return Usage(
             device_bytes=device,
             host_bytes=host,
             seconds=self.seconds(measured, measured.costs[self.partition]),
-            why=f"{'two layers' if resident_layers == 2 else 'a layer'} and {describe_bytes(waiting)} of waiting "
-            f"hidden states in memory; the layers' weights are read {measured.num_shards}x",
+            why=f"{'two layers' if resident_layers == 2 else 'a layer'} and {describe_bytes(waiting)} "
+            f"of waiting hidden states in memory; the layers' weights are read {measured.num_shards}x{unpacked}",
         )
 
 
@@ -130,11 +140,17 @@ class StreamingReplica:
         """Return the bytes of host memory that weights leave of a maximum; None is no limit."""
         if maximum is None:
             return None
-        layer = max(buffer_bytes(part.stored) for part in self._parts)
+        on_cpu = self.device.type == "cpu"
+        unpacking = self._weights.unpacking_bytes(self._parts) if on_cpu or self._weights.unpacks_on_cpu else 0
+        if unpacking and on_cpu:  # of the next layer, nothing is in the memory of this process
+            layer, beside = max(part.loaded_bytes for part in self._parts), unpacking
+        else:
+            layer = max(buffer_bytes(part.stored) for part in self._parts)
+            beside = layer + unpacking
         tensors = (*self._weights.model.parameters(), *self._weights.model.buffers())
         outside = sum(t.nbytes for t in tensors if t.device.type == "cpu")
-        require_room_for_a_layer(layer + outside, maximum)
-        return max(0, maximum - 2 * layer - outside)
+        require_room_for_a_layer(layer + unpacking + outside, maximum)
+        return max(0, maximum - layer - beside - outside)
 
     def _device_bytes_for_hidden_states(self, checkpoint: Checkpoint, settings: Settings, maximum: int | None) -> int:
         """Return the bytes of a GPU that two layers and two batches at their peak leave for waiting hidden states."""
@@ -145,10 +161,11 @@ class StreamingReplica:
         except ModelError:  # what cannot be sized is measured with care
             return 0
         free = int(torch.cuda.mem_get_info(self.device)[0] * SPARE_SHARE)
-        layer = max(buffer_bytes(part.stored) for part in self._parts)
+        layer = max(max(part.loaded_bytes, buffer_bytes(part.stored)) for part in self._parts)
+        unpacking = 0 if self._weights.unpacks_on_cpu else self._weights.unpacking_bytes(self._parts)
         shape = settings.batch_size, settings.sequence_length
         batch = size.activation_bytes(*shape) + size.logit_bytes(*shape)
-        return max(0, min(free, maximum or free) - 2 * layer - 2 * batch)
+        return max(0, min(free, maximum or free) - 2 * layer - unpacking - 2 * batch)
 
     def close(self) -> None:
         """Drop the weights."""

@@ -1,14 +1,14 @@
 """A model on the meta device whose weights stay in the checkpoint's files until a part of them is loaded.
 
 transformers builds the model from tensors that have a name, a shape and a dtype, but no data, which shows where each
-stored tensor goes. Renamed tensors are read straight into place. Rearranged ones, such as fused experts, go through
-transformers' own conversion, with the tensors of one part.
+stored tensor goes. Renamed tensors are read straight into place. Rearranged ones, such as fused experts, and quantized
+ones go through transformers' own conversion, a few weights at a time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -17,13 +17,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.core.errors import ModelError
+from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build_model, text_config
+from avss_dist.models.quantization import quantization_method, unpacking_bytes, unpacking_quantizer
 from avss_dist.models.safetensors import DTYPES, StoredTensor
-from avss_dist.partition.streaming.buffers import ELSEWHERE, AnyBuffer, ReadBuffer, buffer_bytes, stored_in
-from avss_dist.partition.streaming.conversion import Conversion
+from avss_dist.partition.streaming.buffers import (
+    ELSEWHERE,
+    AnyBuffer,
+    ReadBuffer,
+    ZeroCopyBuffer,
+    buffer_bytes,
+    stored_in,
+)
+from avss_dist.partition.streaming.conversion import Conversion, Group
+from avss_dist.partition.streaming.gguf import GgufTensors
 
 RANDOM_SCALE = 0.02
 _RANDOM_BLOCK, _RANDOM_OFFSETS, _RANDOM_STEP = 1 << 20, 1 << 16, 997
@@ -66,15 +75,25 @@ class Weight:
 
 @dataclass(frozen=True)
 class Part:
-    """Weights that are loaded together; ``sources`` are the stored tensors from which some of them are converted."""
+    """Weights that are loaded together; ``groups`` are the stored tensors from which some of them are converted."""
 
     weights: tuple[Weight, ...]
-    sources: tuple[StoredTensor, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def unchanged(self) -> tuple[StoredTensor, ...]:
+        """Stored tensors that are weights as they are."""
+        return tuple(weight.stored for weight in self.weights if weight.stored)
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
         """All stored tensors that are read for this part."""
-        return (*(weight.stored for weight in self.weights if weight.stored), *self.sources)
+        return (*self.unchanged, *chain.from_iterable(self.groups))
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Number of bytes of memory that its weights take when they are loaded."""
+        return buffer_bytes(self.unchanged) + sum(weight.meta.nbytes for weight in self.weights if not weight.stored)
 
     def uses(self, buffer: AnyBuffer) -> bool:
         """Whether a buffer holds some of its weights."""
@@ -92,6 +111,7 @@ class StreamedWeights:
     Attributes:
         model: the transformers model with its head. Stored weights are on the meta device at first; others are
             initialized on the CPU.
+        unpacks: whether stored tensors are quantized, and unpacked when they are loaded.
         bytes_read: number of bytes of weights read so far.
 
     Raises:
@@ -99,13 +119,60 @@ class StreamedWeights:
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, *, head: bool = False) -> None:
-        _refuse(checkpoint, settings)
-        unread = [_Unread(stored) for stored in stored_in(checkpoint.folder)]
-        self.model = build_model(checkpoint, settings, {entry.stored.name: entry for entry in unread}, head=head)
         self.bytes_read = 0
+        self._weights: dict[int, Weight] = {}
+        if checkpoint.gguf:
+            self._open_gguf(checkpoint, settings, head=head)
+        else:
+            self._open_safetensors(checkpoint, settings, head=head)
+
+    def _open_safetensors(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> None:
+        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        method = quantization_method(config)
+        if method and not settings.dequantize:
+            raise ModelError(
+                f"'{checkpoint.name}' is quantized ({method}); `partition` streaming computes with unpacked weights.",
+                "Set `dequantize`.",
+            )
+        quantizer = unpacking_quantizer(checkpoint, config) if method else None
+        unread = [_Unread(stored) for stored in stored_in(checkpoint.folder)]
+        self.model = build_model(
+            checkpoint, settings, lambda _: {entry.stored.name: entry for entry in unread}, head=head
+        )
+        self.unpacks = quantizer is not None
         self._weights = _weights(self.model, unread)
         taken = {weight.stored for weight in self._weights.values()}
-        self._conversion = Conversion(self.model, [entry.stored for entry in unread if entry.stored not in taken])
+        converted = [entry.stored for entry in unread if entry.stored not in taken]
+        self._conversion = Conversion(self.model, converted, quantizer)
+
+    def _open_gguf(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> None:
+        file = GgufTensors(checkpoint)
+
+        def stand_ins(empty: Any) -> Mapping[str, _Placeholder]:
+            with _refusing_gguf(checkpoint):
+                file.find_names(empty)
+            targets = set(file.names.values())
+            return {name: _Placeholder(tensor.shape) for name, tensor in empty.state_dict().items() if name in targets}
+
+        self.model = build_model(checkpoint, settings, stand_ins, head=head)
+        self.unpacks = True
+        self._weights = _weights(self.model, [])
+        with _refusing_gguf(checkpoint):
+            quantizer = file.quantizer(self.model)
+        if quantizer:
+            self._conversion = Conversion(self.model, file.stored, quantizer)
+        else:
+            self._conversion = Conversion(self.model, file.stored, names=file.names, unpack=file.unpack)
+
+    @property
+    def unpacks_on_cpu(self) -> bool:
+        """Whether quantized tensors are unpacked on the CPU, on whatever device the model computes."""
+        return self._conversion.unpacks_on_cpu
+
+    def unpacking_bytes(self, parts: Sequence[Part]) -> int:
+        """Return the most bytes of memory that unpacking a weight of these parts takes beside their weights."""
+        weights = (weight for part in parts for weight in part.weights if not weight.stored)
+        return max((unpacking_bytes(weight.meta) for weight in weights), default=0) if self.unpacks else 0
 
     def split(self, layers: Sequence[nn.Module], backbone: nn.Module) -> tuple[list[Part], Part]:
         """Return a part for each layer, and one for the other weights of the backbone and those that layers share.
@@ -131,7 +198,7 @@ class StreamedWeights:
     def _part(self, keys: set[int]) -> Part:
         weights = tuple(weight for key, weight in self._weights.items() if key in keys)
         is_converted = any(weight.stored is None for weight in weights)
-        return Part(weights, self._conversion.sources(keys) if is_converted else ())
+        return Part(weights, self._conversion.groups(keys) if is_converted else ())
 
     def load(self, part: Part, device: torch.device, buffer: AnyBuffer | None = None) -> None:
         """Read a part's weights and set them in the model, on a device.
@@ -142,11 +209,14 @@ class StreamedWeights:
         Raises:
             ModelError: a file has changed, or transformers cannot convert its tensors.
         """
-        tensors = self._read(part.stored, buffer)
+        reads_all = isinstance(buffer, ReadBuffer)  # and reads on while tensors are converted
+        tensors = self._read(part.stored if reads_all else part.unchanged, buffer)
         for weight in [weight for weight in part.weights if weight.stored]:
             weight.assign(next(tensors).to(device, non_blocking=True).to(weight.meta.dtype))  # converted there
-        if part.sources:
-            self._conversion.convert({stored.name: next(tensors) for stored in part.sources})
+        for group in part.groups:
+            if not reads_all:  # no more of the stored tensors than this is in memory
+                tensors = self._read(group, ZeroCopyBuffer() if device.type == "cpu" else None)
+            self._conversion.convert({stored.name: next(tensors) for stored in group}, device)
         for weight in part.weights:
             if not weight.stored:
                 weight.assign(_require_numbers(weight).detach().to(device))
@@ -194,31 +264,28 @@ class StreamedWeights:
                 weight.unload()
 
 
-def _refuse(checkpoint: Checkpoint, settings: Settings) -> None:
-    if checkpoint.gguf:
-        raise ModelError(
-            f"'{checkpoint.name}' is a .gguf file, whose weights cannot be read layer by layer.",
-            "Use `partition` device_map, or a checkpoint in safetensors.",
-        )
-    if getattr(text_config(checkpoint, trust_remote_code=settings.trust_remote_code), "quantization_config", None):
-        raise ModelError(
-            f"'{checkpoint.name}' is quantized; quantized weights cannot be read layer by layer.", ELSEWHERE
-        )
+@contextmanager
+def _refusing_gguf(checkpoint: Checkpoint) -> Iterator[None]:
+    """Convert exceptions of transformers' readers of .gguf files, which may change, to ModelError."""
+    try:
+        yield
+    except (ImportError, TypeError, AttributeError, KeyError, ValueError, NotImplementedError) as error:
+        why = f"'{checkpoint.name}' cannot be read layer by layer: {first_line(error)}"
+        raise ModelError(why, ELSEWHERE) from error
 
 
-class _Unread:
-    """Stand-in of a stored tensor while transformers loads the model, which places it on the meta device."""
+class _Placeholder:
+    """Stand-in of a tensor while transformers loads the model, which places it on the meta device."""
 
-    def __init__(self, stored: StoredTensor) -> None:
-        self.stored = stored
-        self.dtype = DTYPES[stored.dtype]
-        self.shape = torch.Size(stored.shape)
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.shape = torch.Size(shape)
         self.placed: torch.Tensor | None = None
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
 
-    def __getitem__(self, _everything: Any) -> _Unread:
+    def __getitem__(self, _everything: Any) -> _Placeholder:
         return self
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -229,6 +296,14 @@ class _Unread:
         """Whether a tensor that shares the storage has its shape and strides, too."""
         placed = self.placed
         return placed is not None and (tensor.shape, tensor.stride()) == (placed.shape, placed.stride())
+
+
+class _Unread(_Placeholder):
+    """Stand-in of a stored tensor."""
+
+    def __init__(self, stored: StoredTensor) -> None:
+        super().__init__(stored.shape, DTYPES[stored.dtype])
+        self.stored = stored
 
 
 def _weights(model: nn.Module, unread: Iterable[_Unread]) -> dict[int, Weight]:
