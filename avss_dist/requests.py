@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from avss_dist.core.errors import ConfigError
+from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.core.intervention import SPARSITY_RULES
 from avss_dist.core.registry import (
     DRAWS,
+    EXPERT_SCORES,
     FROM_ACTIVATIONS,
     INTERACTIONS,
     LOWEST_SHARE,
@@ -36,7 +37,7 @@ from avss_dist.core.settings import (
 )
 from avss_dist.core.text import RedactedURI
 from avss_dist.core.validation import Check, Count, OneOf, PathOrText, Positive, Share, Text, Texts
-from avss_dist.options import SHARED, Option, PromptOptions, Request, field_values, request
+from avss_dist.options import SHARED, Option, PromptOptions, Request, field_values, refuse_unused, request
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
 
@@ -355,7 +356,7 @@ class ShrinkRequest(ModelRequest):
 
 @request
 class PlanRequest(PlaceRequest, RunRequest):
-    """Choose the layers to drop."""
+    """Choose the layers, or the routed experts, to drop."""
 
     run: RunName = None
     """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'; by default the newest that can be
@@ -363,11 +364,12 @@ class PlanRequest(PlaceRequest, RunRequest):
     by: (
         Annotated[
             str,
-            OneOf(tuple(SCORES), _SEARCHES_INSTEAD),
+            OneOf(tuple(SCORES | EXPERT_SCORES), _SEARCHES_INSTEAD),
         ]
         | None
     ) = None
-    """Criterion to choose the layers: a measurement of avss ablate, a score, or random; loss or damage by default."""
+    """Criterion to choose the layers: a measurement of avss ablate, a score, or random; loss or damage by default. Of
+    `experts`: reap, tokens, gate or random."""
     first: Count = 0
     """Layers at the start that are never dropped."""
     last: Count = 0
@@ -384,6 +386,8 @@ class PlanRequest(PlaceRequest, RunRequest):
     """Drop layers until this much weight memory is left: 12GB."""
     share_of_parameters: Annotated[Share | None, Option(panel=HOW_MANY)] = None
     """Drop layers that hold this share of the parameters."""
+    experts: Annotated[Share | None, Option(panel=HOW_MANY)] = None  # type: ignore[assignment]  # score has a flag
+    """Drop this share of the routed experts of each layer, instead of layers."""
     contiguous: Annotated[bool, Option(panel=HOW_MANY)] = False
     """Drop a block of neighbours."""
     search: Annotated[Annotated[str, OneOf(tuple(SEARCHES))] | None, Option(panel=SEARCHED)] = None
@@ -406,6 +410,20 @@ class PlanRequest(PlaceRequest, RunRequest):
     def __post_init__(self) -> None:
         if self.search is not None and self.corpus is None:
             raise ConfigError("`search` needs text to measure losses on.", "Name it with `corpus`.")
+        if self.experts is not None:
+            self._require_experts_alone()
+        elif self.by is not None and self.by not in SCORES:
+            raise ConfigError(f"`by` {self.by} is a score of routed experts.", "Set `experts` to the share to drop.")
+
+    def _require_experts_alone(self) -> None:
+        """Raise ConfigError without a score of experts, or with options that choose layers."""
+        if self.by is None:
+            choices = "\n".join(f"  {name}: {meaning}" for name, meaning in EXPERT_SCORES.items())
+            raise ConfigError("`experts` needs a score to choose by.", f"Name it with `by`:\n{choices}")
+        require_known("`by` of `experts`", self.by, EXPERT_SCORES)
+        others = ("search", "share", "count", "mass", "parameters", "memory", "share_of_parameters", "contiguous")
+        unused = (*others, "first", "last", "corpus", "budget", "sublayers", "width", "skip_sequences")
+        refuse_unused({name: getattr(self, name) for name in unused}, "on routed experts", "Leave it out.")
 
 
 @request
@@ -432,7 +450,7 @@ class SparsifyRequest(RunRequest):
 
 @request
 class PruneRequest(ModelRequest):
-    """Write a checkpoint without the layers of a plan."""
+    """Write a checkpoint without the layers or routed experts of a plan."""
 
     plan: Annotated[Any, Option(argument=True, metavar="PLAN.yaml")] = field(kw_only=False)
     """A plan, written by avss plan or by hand."""

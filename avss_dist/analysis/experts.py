@@ -26,17 +26,25 @@ class LayerExperts:
         layer: index of the layer.
         load: float64[experts], the share of the routed tokens that each expert got.
         saliency: float64[experts], the mean of gate * |output| over an expert's tokens (REAP), 0 for an idle expert.
+        gate: float64[experts], the mean gate over an expert's tokens, 0 for an idle expert.
         carried: float64[experts], each expert's share of the sum of gate * |output|.
         balance: entropy of ``load`` relative to that of equal shares: 1 is even, 0 is one expert.
         router_entropy: mean entropy of the router's probabilities relative to that of equal ones. NaN if not measured.
+        top_k: number of experts that the router sends each token to; 0 without tokens.
     """
 
     layer: int
     load: Float64
     saliency: Float64
+    gate: Float64
     carried: Float64
     balance: float
     router_entropy: float
+    top_k: int
+
+    def scores(self) -> dict[str, Float64]:
+        """Return the scores of the experts by the names of `registry.EXPERT_SCORES` that are measured."""
+        return {"reap": self.saliency, "tokens": self.load, "gate": self.gate}
 
     @property
     def idle(self) -> list[int]:
@@ -72,10 +80,22 @@ def _of_layer(layer: int, stats: ExpertStats) -> LayerExperts:
     load = _shares(stats.routed_tokens.astype(np.float64))
     seen = load[load > 0]
     with np.errstate(divide="ignore", invalid="ignore"):
-        saliency = np.where(stats.routed_tokens > 0, stats.gated_norm_sum / stats.routed_tokens, 0.0)
+        saliency, gate = (
+            np.where(stats.routed_tokens > 0, total / stats.routed_tokens, 0.0)
+            for total in (stats.gated_norm_sum, stats.gate_sum)
+        )
         entropy = float(stats.router_entropy_sum[0] / stats.token_count[0]) / even
     balance = float(-(seen * np.log(seen)).sum() / even)
-    return LayerExperts(layer, load, saliency, _shares(stats.gated_norm_sum), balance, entropy)
+    return LayerExperts(
+        layer=layer,
+        load=load,
+        saliency=saliency,
+        gate=gate,
+        carried=_shares(stats.gated_norm_sum),
+        balance=balance,
+        router_entropy=entropy,
+        top_k=round(int(stats.routed_tokens.sum()) / max(1, int(stats.token_count[0]))),
+    )
 
 
 def _shares(values: Float64) -> Float64:

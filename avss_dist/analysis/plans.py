@@ -1,4 +1,4 @@
-"""Pruning plans from a warehouse: the score to choose layers by, and the findings that bear on it."""
+"""Pruning plans from a warehouse: the score to choose layers or experts by, and the findings that bear on it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import pyarrow.compute as pc
 
 from avss_dist.analysis.chosen import choose_runs
+from avss_dist.analysis.experts import expert_findings, require_experts
 from avss_dist.analysis.findings import describe_depth, findings
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
-from avss_dist.core.errors import QueryError
+from avss_dist.core.errors import ModelError, QueryError
 from avss_dist.core.intervention import Removals, decode_removals
 from avss_dist.core.names import LOSS, SEARCH
 from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, INTERACTIONS, MEASURED, SCORES
@@ -24,8 +25,8 @@ from avss_dist.pruning.ground_truth import (
     interactions,
     layer_truth,
 )
-from avss_dist.pruning.plan import Plan, make_plan
-from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, Rows, reading_of
+from avss_dist.pruning.plan import Plan, make_plan, plan_of
+from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, ExpertChoice, Reading, Rows, reading_of
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import has_head
@@ -71,13 +72,49 @@ def plan_layers(
     )
 
 
-def plannable_run(warehouse: Warehouse, by: str | None) -> tuple[dict[str, Any], list[str]]:
+def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], choice: ExpertChoice) -> Plan:
+    """Return a plan that drops routed experts of the checkpoint of a run, with the findings about its experts.
+
+    Args:
+        run: a row of ``runs`` whose experts were measured.
+
+    Raises:
+        QueryError: if no experts were measured.
+        PlanError: if no plan satisfies the choice. See `ExpertChoice.drop`.
+    """
+    layers = require_experts(warehouse, run["run_id"])
+    scores = {experts.layer: experts.scores().get(choice.by, experts.load) for experts in layers}
+    groups = _routing_groups(run)
+    drop = choice.drop(scores, max(experts.top_k for experts in layers), groups)
+    why = {"by": choice.by, "experts": choice.experts}
+    why |= {"seed": choice.seed} if choice.by == RANDOM else {}
+    why |= {"groups": groups} if groups > 1 else {}
+    against = [row["message"] for _, row in expert_findings(warehouse, [run["run_id"]]) if choice.by != RANDOM]
+    plan = plan_of(warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist(), run, drop, why)
+    return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
+
+
+def _routing_groups(run: Mapping[str, Any]) -> int:
+    """Return the number of groups that routers divide experts into, by the checkpoint's configuration; 1 without it."""
+    from avss_dist.models.checkpoints import fetch_files, locate, read_config
+
+    try:
+        checkpoint = locate(run["model"]) or fetch_files(f"{run['model']}@{run['revision']}", ["config.json"])
+        config = read_config(checkpoint.folder, checkpoint.name)
+    except ModelError:
+        return 1
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return next((part["n_group"] for part in parts if type(part.get("n_group")) is int), 1)
+
+
+def plannable_run(warehouse: Warehouse, by: str | None, *, experts: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Return the newest run whose layers have the score, and a line for each newer run that lacks it.
 
     If none of the `MAX_TRIED` newest runs has the score, return the newest run.
 
     Args:
         by: a name of ``registry.SCORES``. None selects `default_score`.
+        experts: require statistics of routed experts instead.
 
     Raises:
         QueryError: if there is no finished run.
@@ -86,7 +123,10 @@ def plannable_run(warehouse: Warehouse, by: str | None) -> tuple[dict[str, Any],
     passed: list[str] = []
     for run in runs[:MAX_TRIED]:
         try:
-            _require_score(warehouse, run, by)
+            if experts:
+                require_experts(warehouse, run["run_id"])
+            else:
+                _require_score(warehouse, run, by)
         except QueryError as error:
             passed.append(f"Run {run['run_id']} is newer and was passed over: {error.message}")
         else:

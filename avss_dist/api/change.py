@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from avss_dist.analysis.plans import evaluated_lines, plan_layers, plannable_run
+from avss_dist.analysis.plans import evaluated_lines, plan_experts, plan_layers, plannable_run
 from avss_dist.api.names import named_run
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import count_removed, removal_names
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Execution
 from avss_dist.core.text import parse_threshold
@@ -20,7 +21,7 @@ from avss_dist.options import field_values, keywords, refuse_unused
 from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.savings import Budget, run_size
 from avss_dist.pruning.search import Effort
-from avss_dist.pruning.selection import Choice
+from avss_dist.pruning.selection import Choice, ExpertChoice
 from avss_dist.requests import DistillRequest, PlanRequest, PruneRequest, ShrinkRequest, SparsifyRequest
 from avss_dist.warehouse.reader import Warehouse
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 @keywords(PlanRequest)
 def plan(request: PlanRequest) -> Plan:
-    """Choose the layers of a run's model to drop, with the reason and the findings against it.
+    """Choose the layers or routed experts of a run's model to drop, with the reason and the findings against it.
 
     `Plan.write` writes the plan to a file. Without `run`, the plan is for the newest run that can be planned for.
     """
@@ -43,7 +44,7 @@ def plan(request: PlanRequest) -> Plan:
     if request.run is not None or request.search:
         row = named_run(opened, request.run)
     else:
-        row, _ = plannable_run(opened, request.by)
+        row, _ = plannable_run(opened, request.by, experts=request.experts is not None)
     return choose_layers(opened, row, request, request.on_event)[0]
 
 
@@ -51,6 +52,9 @@ def choose_layers(
     opened: Warehouse, run: Mapping[str, Any], request: PlanRequest, on_event: OnEvent | None = None
 ) -> tuple[Plan, SearchResult | None]:
     """Return the plan for a row of ``runs``, and the result of its search."""
+    if request.experts is not None:
+        refuse_unused(request.given, "on routed experts", "Leave it out.")
+        return plan_experts(opened, run, ExpertChoice(**field_values(ExpertChoice, request))), None
     reading = (request.site, request.recipe, *parse_threshold(request.threshold))
     constraints = field_values(Choice, request)
     del constraints["by"], constraints["sublayers"]
@@ -123,17 +127,26 @@ class Pruned(TabularResult):
             "difference": self.difference,
             "drop": [*self.plan.dropped_layers],
         }
+        if self.plan.experts:
+            values["experts"] = removal_names(self.plan.drop[len(self.plan.dropped_layers) :])
         values |= {"notes": self.notes, "repair": self.repair and self.repair.repair, "pushed": self.pushed}
         return pa.Table.from_pylist([values])
 
     def summary(self) -> str:
-        """Return the folder and the number of remaining layers, in a line."""
-        return f"{self.folder}, {len(self.plan.keep)} of {self.plan.num_layers} layers"
+        """Return the folder, the number of remaining layers, and that of removed experts, in a line."""
+        return f"{self.folder}, {describe_remaining(self.plan)}"
+
+
+def describe_remaining(plan: Plan) -> str:
+    """Return the number of remaining layers and of removed experts as text."""
+    experts = plan.drop[len(plan.dropped_layers) :]
+    without = f" without {count_removed(experts)}" if experts else ""
+    return f"{len(plan.keep)} of {plan.num_layers} layers{without}"
 
 
 @keywords(PruneRequest)
 def prune(request: PruneRequest) -> Pruned:
-    """Write a checkpoint without the layers that a plan drops, repaired on request.
+    """Write a checkpoint without the layers and routed experts that a plan drops, repaired on request.
 
     With a warehouse, a repair is fitted on workers and stored there, or read if it is stored already. A checkpoint that
     cannot be pushed remains in its folder.
@@ -146,6 +159,11 @@ def prune(request: PruneRequest) -> Pruned:
     execution, code = request.execution, request.settings.trust_remote_code
     plan = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
     wanted = _repair(request)
+    if wanted is not None and plan.experts:
+        raise ConfigError(
+            f"`repair` {wanted.by} makes up for removed layers, and the plan drops routed experts.",
+            "Leave out `repair` and `repair_corpora`.",
+        )
     if wanted is None or warehouse is None:
         _refuse_workers(request)
     if push:
@@ -161,11 +179,16 @@ def prune(request: PruneRequest) -> Pruned:
         plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
     done = write(model, plan, output, repair=fitted, execution=execution, trust_remote_code=code)
     if push:
-        what = f"{Path(plan.model).name} without {len(plan.drop)} of its layers"
+        what = f"{Path(plan.model).name} without {_described(plan)}"
         hint = f"The checkpoint is complete in {output}. Upload it: hf upload {push} {output}"
         replaced = ["*.safetensors", "*.json"]
         done = {**done, "pushed": upload(output, push, "model", message=what, replaced=replaced, hint=hint)}
     return Pruned(plan, done)
+
+
+def _described(plan: Plan) -> str:
+    """Return what a plan drops, for the message of a commit on the hub."""
+    return count_removed(plan.drop) if plan.experts else f"{len(plan.drop)} of its layers"
 
 
 def _refuse_workers(request: PruneRequest) -> None:

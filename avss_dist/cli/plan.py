@@ -1,4 +1,4 @@
-"""`avss plan`: choice of the layers to drop, by a score or by a search among sets."""
+"""`avss plan`: choice of the layers to drop, by a score or by a search among sets, or of routed experts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.", rich_help_panel="Output")] = False,
     **values: Any,
 ) -> None:
-    """Choose the layers to drop, and write a plan with the reason and what speaks against it."""
+    """Choose the layers or routed experts to drop, and write a plan with the reason and what speaks against it."""
     from avss_dist.pruning.formats import OTHERS, require_format
     from avss_dist.pruning.plan import write_text
 
@@ -72,7 +72,7 @@ def _run(opened: Warehouse, request: PlanRequest) -> tuple[dict[str, Any], list[
         return row, newest_of(opened, request.run)
     from avss_dist.analysis.plans import plannable_run
 
-    row, passed = plannable_run(opened, request.by)
+    row, passed = plannable_run(opened, request.by, experts=request.experts is not None)
     if not passed:
         return row, newest_of(opened, None)
     number = opened.runs().num_rows

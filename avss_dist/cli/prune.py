@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @takes(PruneRequest)
 def prune(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
-    """Write a checkpoint without the layers that a plan drops, repaired on request; needs little memory."""
+    """Write a checkpoint without the layers or experts of a plan, repaired on request; needs little memory."""
     from avss_dist.api.change import prune as write_pruned
     from avss_dist.pruning.plan import read_plan
     from avss_dist.report.terminal.progress import CellProgress
@@ -38,18 +38,17 @@ def prune(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
 
 
 def _print(done: Pruned) -> None:
-    layers = f"{len(done.plan.keep)} of {done.plan.num_layers} layers"
-    emit(f"{done.folder}: {layers}, {describe_bytes(done.bytes)} of weights.")
+    from avss_dist.api.change import describe_remaining
+
+    emit(f"{done.folder}: {describe_remaining(done.plan)}, {describe_bytes(done.bytes)} of weights.")
     for line in done.repair.describe() if done.repair else ():
         emit(line)
     if done.difference is None:
         emit("Layers have the shapes and settings that they had.")
     else:
+        masked = "the experts masked" if done.plan.experts else "the layers skipped"
         repaired = " and the repaired weights" if done.repair else ""
-        emit(
-            f"Outputs are those of the original with the layers skipped{repaired} "
-            f"(largest difference {done.difference:g})."
-        )
+        emit(f"Outputs are those of the original with {masked}{repaired} (largest difference {done.difference:g}).")
     for note in done.notes:
         emit(note)
     if done.pushed:

@@ -1,8 +1,8 @@
 """Interventions: the changes that are made to a model before it answers.
 
-Layers and sublayers are removed, the outputs of removed layers are scaled, weights are replaced by a repair, and small
-activations become zero. Nothing here needs torch: `models.causal_lm.LanguageModel.applying` carries an
-intervention out.
+Layers, sublayers and routed experts are removed, the outputs of removed layers are scaled, weights are replaced by a
+repair, and small activations become zero. Nothing here needs torch: `models.causal_lm.LanguageModel.applying` carries
+an intervention out.
 """
 
 from __future__ import annotations
@@ -26,13 +26,30 @@ PARTS = ("attention", "mlp")
 """The sublayers of a layer."""
 MAX_LAYERS = 10_000
 """Largest number of layers of a model that a plan can be for. Stored numbers from here on stand for sublayers."""
+MAX_EXPERTS = 10_000
+"""Largest number of routed experts of a layer."""
+_FIRST_EXPERT = 1_000_000  # stored number of expert 0 of layer 0
+MAX_STORED = _FIRST_EXPERT + MAX_LAYERS * MAX_EXPERTS - 1
+"""Largest stored number of a removal."""
+_NAMED_EXPERTS = 8  # maximum number of experts that a description names one by one
 _STORED = {part: place * MAX_LAYERS for place, part in enumerate(PARTS, 1)}
 _PARTS = dict(enumerate(PARTS, 1))
 _SUBLAYER = re.compile(rf"({'|'.join(PARTS)})\.(\d{{1,9}})", re.ASCII)
+_EXPERT = re.compile(r"expert\.(\d{1,9})\.(\d{1,4})", re.ASCII)
+
+
+class _InsideLayer:
+    """Order of the removals that are a part of a layer: after all layers, by stored number."""
+
+    def __lt__(self, other: Removal) -> bool:
+        return stored_number(self) < stored_number(other)  # type: ignore[arg-type]
+
+    def __gt__(self, other: Removal) -> bool:
+        return stored_number(self) > stored_number(other)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Sublayer:
+class Sublayer(_InsideLayer):
     """The attention or the MLP of a layer. Sublayers come after all layers, and MLPs after all attentions.
 
     Attributes:
@@ -46,60 +63,79 @@ class Sublayer:
     def __str__(self) -> str:
         return f"{self.part}.{self.layer}"
 
-    def __lt__(self, other: Removal) -> bool:
-        return stored_number(self) < stored_number(other)
 
-    def __gt__(self, other: Removal) -> bool:
-        return stored_number(self) > stored_number(other)
+@dataclass(frozen=True)
+class Expert(_InsideLayer):
+    """A routed expert of a layer. Experts come after all sublayers.
+
+    Attributes:
+        layer: index of the layer.
+        index: index of the expert in its layer.
+    """
+
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"expert.{self.layer}.{self.index}"
 
 
-Removal = int | Sublayer
-"""A layer, by its index from 0, or a sublayer."""
+Removal = int | Sublayer | Expert
+"""A layer, by its index from 0, a sublayer, or a routed expert."""
 Removals = tuple[Removal, ...]
-"""A set of layers and sublayers, ascending. Both sublayers of a layer are the layer."""
+"""A set of layers, sublayers and experts, ascending. Both sublayers of a layer are the layer."""
 
 
 def stored_number(removal: Removal) -> int:
-    """Return the number that stands for a layer or a sublayer in Parquet files and in fingerprints."""
+    """Return the number that stands for a removal in Parquet files and in fingerprints."""
+    if isinstance(removal, Expert):
+        return _FIRST_EXPERT + removal.layer * MAX_EXPERTS + removal.index
     return removal if isinstance(removal, int) else _STORED[removal.part] + removal.layer
 
 
 def encode_removals(removals: Iterable[Removal]) -> list[int]:
-    """Return removals as they are stored: a layer as its index, a sublayer as a number from `MAX_LAYERS` on."""
+    """Return removals as they are stored: a layer as its index, others as a number from `MAX_LAYERS` on."""
     return list(map(stored_number, removals))
 
 
 def decode_removals(numbers: Iterable[int]) -> Removals:
     """Return the removals that stored numbers stand for."""
-    return tuple(
-        Sublayer(number % MAX_LAYERS, _PARTS[number // MAX_LAYERS]) if number // MAX_LAYERS in _PARTS else number
-        for number in numbers
-    )
+    return tuple(map(_decode_removal, numbers))
+
+
+def _decode_removal(number: int) -> Removal:
+    if number >= _FIRST_EXPERT:
+        return Expert(*divmod(number - _FIRST_EXPERT, MAX_EXPERTS))
+    part = _PARTS.get(number // MAX_LAYERS)
+    return Sublayer(number % MAX_LAYERS, part) if part else number
 
 
 def parse_removal(value: object) -> Removal:
-    """Return the layer or sublayer that a value in a file names: ``7`` or ``attention.7``.
+    """Return the layer, sublayer or expert that a value in a file names: ``7``, ``attention.7`` or ``expert.7.12``.
 
     Raises:
-        ConfigError: the value names neither.
+        ConfigError: the value names none of them.
     """
-    if isinstance(value, Sublayer) or (type(value) is int and value >= 0):
+    if isinstance(value, Sublayer | Expert) or (type(value) is int and value >= 0):
         return value
     if isinstance(value, str) and (match := _SUBLAYER.fullmatch(value)):
         return Sublayer(int(match[2]), match[1])
+    if isinstance(value, str) and (match := _EXPERT.fullmatch(value)):
+        return Expert(int(match[1]), int(match[2]))
     raise ConfigError(
-        f"{value!r} is neither a layer nor a sublayer.",
-        "Expected the index of a layer, from 0 (7), or the name of a sublayer (attention.7, mlp.7).",
+        f"{value!r} is neither a layer nor a sublayer nor an expert.",
+        "Expected the index of a layer, from 0 (7), the name of a sublayer (attention.7, mlp.7), or that of a routed "
+        "expert (expert.7.12: expert 12 of layer 7).",
     )
 
 
 def removal_names(removals: Iterable[Removal]) -> list[int | str]:
-    """Return removals as files have them: a layer as its index, a sublayer as its name. See `parse_removal`."""
+    """Return removals as files have them: a layer as its index, others as their names. See `parse_removal`."""
     return [removal if isinstance(removal, int) else str(removal) for removal in removals]
 
 
 def layer_of(removal: Removal) -> int:
-    """Return the index of a layer, or of the layer that a sublayer is in."""
+    """Return the index of a layer, or of the layer that a sublayer or an expert is in."""
     return removal if isinstance(removal, int) else removal.layer
 
 
@@ -119,37 +155,57 @@ def layers_by_part(removals: Iterable[Removal]) -> dict[str, tuple[int, ...]]:
     return {part: tuple(removal.layer for removal in sublayers if removal.part == part) for part in PARTS}
 
 
+def experts_by_layer(removals: Iterable[Removal]) -> dict[int, tuple[int, ...]]:
+    """Return the indices of the removed experts of each layer that loses some, ascending."""
+    by_layer: dict[int, list[int]] = {}
+    for expert in sorted(removal for removal in removals if isinstance(removal, Expert)):
+        by_layer.setdefault(expert.layer, []).append(expert.index)
+    return {layer: tuple(indices) for layer, indices in by_layer.items()}
+
+
 def joined(removals: Iterable[Removal]) -> Removals:
-    """Return removals as a set: a layer for both of its sublayers, and no sublayer of a layer that is removed."""
+    """Return removals as a set: a layer for both of its sublayers, and nothing inside of what is removed."""
     every: set[Removal] = {*removals}
     every |= {layer for layer in map(layer_of, every) if every.issuperset(sublayers_of([layer]))}
-    return tuple(sorted(removal for removal in every if isinstance(removal, int) or removal.layer not in every))
+    return tuple(sorted(removal for removal in every if not every.intersection(_around(removal))))
+
+
+def _around(removal: Removal) -> list[Removal]:
+    """Return the removals that a sublayer or an expert is a part of: its layer, and the MLP of an expert."""
+    if isinstance(removal, int):
+        return []
+    return [removal.layer, *([Sublayer(removal.layer, "mlp")] if isinstance(removal, Expert) else [])]
 
 
 def can_be_added(removal: Removal, removals: Collection[Removal]) -> bool:
     """Whether a set contains neither the removal nor the layer or sublayers that overlap with it."""
-    others = sublayers_of([removal]) if isinstance(removal, int) else [removal.layer]
+    others = sublayers_of([removal]) if isinstance(removal, int) else _around(removal)
     return removal not in removals and not any(other in removals for other in others)
 
 
 def describe_removed(removals: Collection[Removal]) -> str:
-    """Return removals as text: ``0-3, 7, attention.5, mlp.8, mlp.9``."""
+    """Return removals as text: ``0-3, 7, attention.5, mlp.8, mlp.9``, or ``64 experts of layers 1-16``."""
     layers = whole_layers(removals)
     sublayers = [str(removal) for removal in removals if isinstance(removal, Sublayer)]
-    return ", ".join([*([describe_layers(layers)] if layers else []), *sublayers])
+    experts = [str(removal) for removal in removals if isinstance(removal, Expert)]
+    if len(experts) > _NAMED_EXPERTS:
+        places = tuple(experts_by_layer(removals))
+        named = f"layer{'s' * (len(places) > 1)} {describe_layers(places)}"
+        experts = [f"{len(experts)} experts of {named}"]
+    return ", ".join([*([describe_layers(layers)] if layers else []), *sublayers, *experts])
 
 
 def size_removed(removals: Collection[Removal]) -> float:
-    """Return the number of removed layers; a sublayer counts as a half."""
-    return (len(removals) + len(whole_layers(removals))) / 2
+    """Return the number of removed layers; a sublayer counts as a half, an expert as nothing."""
+    halves = sum(not isinstance(removal, Expert) for removal in removals)
+    return (halves + len(whole_layers(removals))) / 2
 
 
 def count_removed(removals: Collection[Removal]) -> str:
-    """Return counts as text: ``8 layers``, ``1 layer``, or ``7 layers, 2 sublayers``."""
-    whole = len(whole_layers(removals))
-    within = len(removals) - whole
-    counts = {"layer": whole, "sublayer": within}
-    return ", ".join(count_of(n, name) for name, n in counts.items() if n or (name == "layer" and not within))
+    """Return counts as text: ``8 layers``, ``1 layer``, ``7 layers, 2 sublayers``, or ``32 experts``."""
+    kinds = [type(removal) for removal in removals]
+    counts = {"layer": kinds.count(int), "sublayer": kinds.count(Sublayer), "expert": kinds.count(Expert)}
+    return ", ".join(count_of(n, name) for name, n in counts.items() if n or (name == "layer" and not kinds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,9 +294,9 @@ class Intervention:
     """Changes that are made to a model before it answers. The default makes none.
 
     Attributes:
-        removed: layers and sublayers that the model computes without.
+        removed: layers, sublayers and routed experts that the model computes without.
         residual_scale: factor of the output that a removed layer adds to the residual stream. 0 removes the layer.
-            Sublayers are always removed.
+            Sublayers and experts are always removed.
         patch: weights that replace the model's own.
         sparsity: rules by which activations become zero.
     """
@@ -266,7 +322,7 @@ class Intervention:
         return changes, replace(self, patch=None, sparsity=None)
 
     def without(self, *more: Removal) -> Intervention:
-        """Return the intervention with more layers or sublayers removed."""
+        """Return the intervention with more layers, sublayers or experts removed."""
         return replace(self, removed=joined([*self.removed, *more]))
 
 

@@ -320,6 +320,13 @@ MEASURED = tuple(name for name, info in SCORES.items() if info.task and not info
 """Scores of every layer that `ablate` measures: `GROUND_TRUTH`, and estimates by a few passes."""
 
 
+EXPERT_SCORES = {
+    "reap": "mean of gate * |output| over the tokens of the expert (REAP, arXiv 2510.13999)",
+    "tokens": "share of the routed tokens that the expert gets",
+    "gate": "mean gate over the tokens of the expert",
+    RANDOM: SCORES[RANDOM].meaning,
+}
+"""Scores of routed experts by the name of the option `by`, with their meaning. Low is unimportant."""
 SEARCHES = {
     "greedy": "removes the layer without which the loss is least, again and again",
     "beam": "the same, over several sets side by side",

@@ -12,11 +12,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from avss_dist.core.errors import ModelError, first_line
-from avss_dist.core.intervention import Intervention, Removal, Sparsity, layer_of, whole_layers
+from avss_dist.core.intervention import Intervention, Removal, Sparsity, Sublayer, layer_of, whole_layers
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.auto import no_head, predictor
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.expert_removal import require_experts, without_parts
 from avss_dist.models.head import Head, find_head
 from avss_dist.models.labels import (
     LOGIT_BYTES,
@@ -41,7 +42,7 @@ from avss_dist.models.skipping import (
     skipping,
 )
 from avss_dist.models.sparsifying import SparsityCounts, dense, sparsified, uncounted
-from avss_dist.models.sublayers import find_obstacles, require_sublayers, without_sublayers
+from avss_dist.models.sublayers import find_obstacles, require_sublayers
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.predictions import TopPredictions
 from avss_dist.system.devices import to_device
@@ -184,22 +185,23 @@ class LanguageModel:
             yield counts
 
     def require_layers(self, removed: Collection[Removal]) -> None:
-        """Refuse layers that the model does not have, and sublayers that cannot be left out.
+        """Refuse layers and experts that the model does not have, and sublayers and experts that cannot be removed.
 
         Raises:
-            ModelError: a layer or sublayer cannot be removed; the message names the first.
+            ModelError: a layer, sublayer or expert cannot be removed; the message names the first.
         """
         if wrong := [layer for layer in map(layer_of, removed) if layer >= len(self.layers)]:
             raise ModelError(f"There is no layer {wrong[0]}: '{self.checkpoint.name}' has {len(self.layers)}, from 0.")
-        if len(whole_layers(removed)) < len(removed):
+        if any(isinstance(removal, Sublayer) for removal in removed):
             require_sublayers(self.obstacles, removed)
+        require_experts(self.layers, removed)
 
     @contextmanager
     def without(self, removed: Collection[Removal], residual_scale: float = 0.0) -> Iterator[None]:
-        """Have the model compute without layers and sublayers inside the context; see `Intervention`."""
+        """Have the model compute without layers, sublayers and experts inside the context; see `Intervention`."""
         self.require_layers(removed)
         skipped = skipping(self.layers, whole_layers(removed), self.forms, residual_scale)
-        with skipped, without_sublayers(self.layers, removed), explaining(self.checkpoint.name, removed):
+        with skipped, without_parts(self.layers, removed), explaining(self.checkpoint.name, removed):
             yield
 
     @contextmanager

@@ -6,10 +6,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -167,7 +166,13 @@ def overwrite_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
         os.fsync(file.fileno())
 
 
-def copy_tensors(source: Path, target: Path, names: Mapping[str, str], copied: Callable[[int], None]) -> int:
+def copy_tensors(
+    source: Path,
+    target: Path,
+    names: Mapping[str, str],
+    copied: Callable[[int], None],
+    rows: Mapping[str, Sequence[int]] = {},
+) -> int:
     """Copy some tensors of a safetensors file to a new one under new names; return their number of bytes.
 
     The operating system moves the bytes if it can, without going through memory.
@@ -175,6 +180,7 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], copied: C
     Args:
         names: new names by old ones.
         copied: called with the number of bytes of every piece.
+        rows: ascending indices of the rows to copy, by old name; all rows by default.
 
     Raises:
         ModelError: the source ends before its header says.
@@ -182,16 +188,24 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], copied: C
     """
     tensors = sorted((tensor for tensor in tensors_of(source) if tensor.name in names), key=lambda tensor: tensor.start)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    end, ranges = 0, list[tuple[int, int]]()
     for tensor in tensors:
-        offsets = [end, end + tensor.size]
-        header[names[tensor.name]] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
-        end += tensor.size
+        shape, pieces = tensor.shape, [(tensor.start, tensor.start + tensor.size)]
+        if (kept := rows.get(tensor.name)) is not None:
+            row = tensor.size // shape[0]
+            shape, pieces = (
+                (len(kept), *shape[1:]),
+                [(tensor.start + i * row, tensor.start + i * row + row) for i in kept],
+            )
+        size = sum(last - first for first, last in pieces)
+        header[names[tensor.name]] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [end, end + size]}
+        ranges += pieces
+        end += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with source.open("rb", buffering=0) as file, target.open("xb", buffering=0) as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for first, last in _joined(tensors):
+        for first, last in _joined(ranges):
             for start in range(first, last, COPIED_AT_ONCE):
                 size = min(COPIED_AT_ONCE, last - start)
                 if not _copy(file.fileno(), out.fileno(), start, size):
@@ -201,12 +215,15 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], copied: C
     return end
 
 
-def _joined(tensors: list[StoredTensor]) -> Iterator[tuple[int, int]]:
-    """Yield the byte ranges (start, end) of tensors in their order, with adjacent ranges joined."""
-    ends = [tensor.start + tensor.size for tensor in tensors]
-    breaks = [i for i, (tensor, end) in enumerate(zip(tensors[1:], ends, strict=False), 1) if tensor.start != end]
-    for first, last in pairwise([0, *breaks, len(tensors)] if tensors else []):
-        yield tensors[first].start, ends[last - 1]
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return byte ranges (start, end) in their order, with adjacent ranges joined."""
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _copy(source: int, target: int, start: int, size: int) -> bool:

@@ -1,7 +1,7 @@
-"""Pruned checkpoints: a folder like the original's, without some layers. Tensors are copied without loading a model.
+"""Pruned checkpoints: a folder like the original's, without some layers or routed experts. No model is loaded for that.
 
-Skeletons of both models prove that the remaining layers have the same modules, shapes and settings as before, and
-outputs are compared (`comparison`).
+Skeletons of both models prove that the remaining layers have the same modules, shapes and settings as before, but for
+the number of experts, and outputs are compared (`comparison`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def prune(
     trust_remote_code: bool = False,
     copied: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Write a checkpoint without the plan's layers, and verify it against the original.
+    """Write a checkpoint without the plan's layers and experts, and verify it against the original.
 
     Args:
         model: hub id or folder of the checkpoint that the plan is for.
@@ -57,9 +57,9 @@ def prune(
 
     Returns:
         ``folder``; ``bytes`` of weights; ``difference``: largest difference between the outputs of the last layer, in
-        float32, of the pruned checkpoint and of the original with the layers skipped and the weights repaired, or None
-        if the models neither fit in memory nor can be streamed; ``notes``: limits of that comparison; ``repair``: the
-        `RepairRecord`, or None.
+        float32, of the pruned checkpoint and of the original with the layers skipped, the experts masked and the
+        weights repaired, or None if the models neither fit in memory nor can be streamed; ``notes``: limits of that
+        comparison; ``repair``: the `RepairRecord`, or None.
 
     Raises:
         PlanError: the plan is for another model, the family cannot be pruned or repaired (the message says why), or the

@@ -1,8 +1,7 @@
-"""Comparison of a pruned checkpoint's outputs with those of the original, with layers skipped and weights replaced."""
+"""Comparison of the outputs of a pruned checkpoint and of its original under the plan's intervention and repair."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,12 @@ from pathlib import Path
 import torch
 
 from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import Removals, whole_layers
 from avss_dist.core.registry import LAYERWISE
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.models.auto import has_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.expert_removal import require_experts, without_parts
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, text_config
 from avss_dist.models.patching import Patch, patched
@@ -36,7 +37,7 @@ def largest_difference(
     """Return the largest difference between the outputs of both backbones' last layers on some tokens.
 
     Args:
-        plan: its layers are skipped in the original.
+        plan: its layers are skipped in the original, and its experts masked.
         replaced: weights of the original to replace.
         folder: folder of the pruned checkpoint.
         settings: settings with which both compute.
@@ -51,9 +52,9 @@ def largest_difference(
     """
     fits = 2 * footprint(checkpoint, settings).weight_bytes <= available_memory() // 2
     pruned = resolve(str(folder), trust_remote_code=settings.trust_remote_code)
-    pruned = replace(pruned, name=f"{checkpoint.name} without these layers")
+    pruned = replace(pruned, name=f"{checkpoint.name} without these {'experts' if plan.experts else 'layers'}")
     settings, outputs = replace(settings, layers=plan.layers), []
-    for tested, drop, patch in ((checkpoint, plan.dropped_layers, replaced), (pruned, (), {})):
+    for tested, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
         if fits and execution.partition != LAYERWISE:
             output = _output(tested, settings, drop, patch)
         elif has_head(text_config(tested, trust_remote_code=settings.trust_remote_code)):
@@ -66,22 +67,23 @@ def largest_difference(
     difference = float((outputs[0] - outputs[1]).abs().max())
     if not difference <= TOLERANCE * float(outputs[0].abs().max()):
         raise PlanError(
-            f"The pruned checkpoint would compute something else than '{checkpoint.name}' with these layers skipped: "
-            f"outputs differ by {difference:.3g}.",
+            f"The pruned checkpoint would compute something else than '{checkpoint.name}' with these "
+            f"{'experts masked' if plan.experts else 'layers skipped'}: outputs differ by {difference:.3g}.",
             "Layers of this family depend on each other; evaluate the plan without a checkpoint.",
         )
     return difference
 
 
-def _output(checkpoint: Checkpoint, settings: Settings, drop: Sequence[int], patch: Patch) -> torch.Tensor | None:
+def _output(checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: Patch) -> torch.Tensor | None:
     backbone = open_module(load_model(checkpoint, settings), layers=settings.layers)
     layers = backbone.structure.layers
-    with torch.no_grad(), patched(layers, patch), skipping(layers, drop):
+    require_experts(layers, drop)
+    with torch.no_grad(), patched(layers, patch), skipping(layers, whole_layers(drop)), without_parts(layers, drop):
         return first_tensor(forward_function(backbone.module)(_checked_tokens(), None))
 
 
 def _streamed_output(
-    checkpoint: Checkpoint, settings: Settings, drop: Sequence[int], patch: Patch, execution: Execution
+    checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: Patch, execution: Execution
 ) -> torch.Tensor | None:
     kind = pick_device(settings.device).type
     limits = weight_limits(LAYERWISE, size_of(checkpoint, settings), settings, execution.max_memory, kind, head=True)

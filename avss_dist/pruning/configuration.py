@@ -1,4 +1,4 @@
-"""The ``config.json`` of a pruned checkpoint: per-layer settings are shortened, and every other key is unchanged.
+"""The ``config.json`` of a pruned checkpoint: per-layer settings and the number of experts change, and nothing else.
 
 The result is compared with the original setting by setting, as transformers reads both files; layer by layer, as
 modules with their shapes and settings; and parameter by parameter in each class that opens the original.
@@ -7,6 +7,7 @@ modules with their shapes and settings; and parameter by parameter in each class
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,17 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.auto import auto_classes
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.expert_removal import COUNT, RoutedExperts, find_routed_experts
 from avss_dist.models.layer_settings import NUM_LAYERS, is_own_index, settings_by_layer
 from avss_dist.models.loading import skeleton, skeleton_by, text_config, without_head
 from avss_dist.models.quantization import KEYS, quantization_method, require_known
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import LayerNames, renumber_quantization
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.weights import list_path, renumbered
+from avss_dist.pruning.weights import list_path, renumbered, routed_layers
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Settings that give the number of routed experts of a layer."""
 
 
 def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Settings) -> None:
@@ -36,7 +41,8 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     Raises:
         PlanError: no configuration does that, or the plan is for another number of layers.
     """
-    plan.require_whole_layers("No configuration has layers without one, and zeros in its weights would remove nothing")
+    why = "No configuration has layers without one, and zeros in its weights would remove nothing"
+    plan.require_whole_layers(why, experts=True)
     whole = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     text = whole.get_text_config()
     _refuse(text, plan)
@@ -46,6 +52,10 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     part |= settings_by_layer(part, plan.num_layers, plan.keep)
     names = {NUM_LAYERS, text.attribute_map.get(NUM_LAYERS, NUM_LAYERS)}
     part |= dict.fromkeys(names.intersection(part) or {NUM_LAYERS}, len(plan.keep))
+    if plan.experts:
+        counts = _expert_counts(whole, plan, part, settings)
+        part |= counts
+        names |= {*EXPERT_COUNTS}
     if method := quantization_method(whole):
         require_known(checkpoint, method)
         layer_names = LayerNames.of_checkpoint(checkpoint, plan, settings)
@@ -61,6 +71,41 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     _require_same_settings(whole, less, {*expected, *names, *KEYS})
     _require_same_layers(whole, less, plan, settings)
     _require_same_classes(whole, less, plan, settings)
+
+
+def _expert_counts(whole: Any, plan: Plan, part: Mapping[str, Any], settings: Settings) -> dict[str, int]:
+    """Return the settings with the number of routed experts, after those of a plan are dropped.
+
+    Args:
+        part: the part of ``config.json`` that describes the text model.
+
+    Raises:
+        PlanError: layers would have different numbers of experts, or no setting has the number.
+    """
+    model = skeleton(whole, settings, torch.float32)
+    if not (routed := routed_layers(model, plan)):
+        return {}  # the plan names another list of layers, which is refused below
+    layers = dict(model.named_modules())[list_path(model, plan)]
+    numbers: dict[int, int] = {}
+    for layer in plan.keep:
+        experts = routed.get(layer) or find_routed_experts(layers[layer])
+        if experts:
+            numbers.setdefault(experts.number - len(plan.experts.get(layer, ())), layer)
+    if len(numbers) > 1:
+        (a, i), (b, j) = sorted(numbers.items())[:2]
+        raise PlanError(
+            f"Layer {i} would have {a} routed experts and layer {j} {b}, and a {whole.model_type} has one number for "
+            "all layers.",
+            "Drop as many of each layer, or evaluate the plan without a checkpoint.",
+        )
+    number = next(iter(routed.values())).number
+    values = whole.get_text_config().to_dict()
+    known = [name for name in EXPERT_COUNTS if part.get(name) == number]
+    if not known:
+        known = [name for name in EXPERT_COUNTS if values.get(name) == number]
+    if not known:
+        raise PlanError(f"No setting of a {whole.model_type} is its number of routed experts, {number}.")
+    return dict.fromkeys(known, next(iter(numbers)))
 
 
 def _write_and_read(
@@ -126,15 +171,32 @@ def _require_same_layers(whole: Any, less: Any, plan: Plan, settings: Settings) 
             )
         lists.append(layers)
     before, after = lists
+    routed = routed_layers(models[0], plan)
     for new, old in enumerate(plan.keep):
         seen = zip(_layer_properties(before[old], old), _layer_properties(after[new], new), strict=False)
-        for (path, what, a), (other, _, b) in seen:
+        for (path, what, whole_value), (other, _, b) in seen:
+            a = _of_remaining(routed.get(old), len(plan.experts.get(old, ())), path, what, whole_value)
             if path != other or a != b:
                 raise _changed_model_error(
                     whole, f"layer {old} would have {path} {what} {b!r} for {a!r} as layer {new}"
                 )
         if len(list(before[old].modules())) != len(list(after[new].modules())):
             raise _changed_model_error(whole, f"layer {old} would have other modules as layer {new}")
+
+
+def _of_remaining(routed: RoutedExperts | None, removed: int, path: str, name: str, value: Any) -> Any:
+    """Return a property of a layer's module once some routed experts are removed.
+
+    Args:
+        path, name: path of the module below the layer, and name of its parameter or attribute.
+        value: property before the removal: the shape of a parameter, or an attribute's value.
+    """
+    if routed is None:
+        return value
+    if isinstance(value, tuple) and routed.has_row_for_each(f"{path}.{name}") and value[:1] == (routed.number,):
+        return (routed.number - removed, *value[1:])
+    is_count = name == COUNT and path in (routed.block, routed.router, routed.experts) and value == routed.number
+    return routed.number - removed if is_count else value
 
 
 def _other_layers(model: nn.Module, plan: Plan) -> str:
@@ -170,13 +232,31 @@ def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings)
         if after is None:
             raise _changed_model_error(whole, f"{auto.__name__}, which opens the original, would not open it")
         place = list_path(before, plan)
-        expected = {new: shape for name, shape in _shapes(before) if (new := renumbered(name, place, plan)) is not None}
+        expected = dict(_remaining_shapes(before, place, plan))
         shapes = dict(_shapes(after))
         if different := [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]:
             shape, other = expected.get(different[0]), shapes.get(different[0])
             raise _changed_model_error(
                 whole, f"in {auto.__name__}, {different[0]} would have the shape {other} for {shape}"
             )
+
+
+def _remaining_shapes(model: Any, place: str, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield (name, shape) of the tensors of the pruned model.
+
+    Args:
+        model: the whole model.
+        place: path of its layer list.
+    """
+    routed = routed_layers(model, plan)
+    inside = re.compile(rf"{re.escape(place)}\.(\d+)\.(?:(.*)\.)?([^.]+)")
+    for name, shape in _shapes(model):
+        if (new := renumbered(name, place, plan)) is not None:
+            if match := inside.fullmatch(name):
+                layer = int(match[1])
+                removed = len(plan.experts.get(layer, ()))
+                shape = _of_remaining(routed.get(layer), removed, match[2] or "", match[3], shape)
+            yield new, shape
 
 
 def _has_layers(model: Any, plan: Plan) -> bool:

@@ -1,6 +1,8 @@
-"""Plans: layers and sublayers to drop, with a reason. A plan is a small YAML file that names its model and its run.
+"""Plans: layers, sublayers and routed experts to drop, with a reason. A plan is a small YAML file that names its model
+and its run.
 
-Layers count from 0. A sublayer is written ``attention.7`` or ``mlp.7``.
+Layers and experts count from 0. A sublayer is written ``attention.7`` or ``mlp.7``, and expert 12 of layer 7 is
+``expert.7.12``.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,19 +23,21 @@ from avss_dist.core.errors import ConfigError, named_fields, unwritable
 from avss_dist.core.intervention import (
     MAX_LAYERS,
     PARTS,
+    Expert,
     Intervention,
     Removal,
     Removals,
     Sublayer,
     count_removed,
     describe_removed,
+    experts_by_layer,
     joined,
     layer_of,
     parse_removal,
     removal_names,
     whole_layers,
 )
-from avss_dist.core.registry import LOWEST_SHARE, SCORES, SEARCHES
+from avss_dist.core.registry import EXPERT_SCORES, LOWEST_SHARE, SCORES, SEARCHES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import printable
 from avss_dist.core.validation import Check, checked
@@ -60,7 +64,10 @@ def _reason(value: Any) -> Any:
 
 
 _REMOVAL_SCHEMA = {
-    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": rf"^({'|'.join(PARTS)})\.\d+$"}]
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "pattern": rf"^(({'|'.join(PARTS)})\.\d+|expert\.\d+\.\d+)$"},
+    ]
 }
 FileRemoval = Annotated[Removal, Check(parse_removal, before=True), WithJsonSchema(_REMOVAL_SCHEMA)]
 Lines = Annotated[tuple[str, ...], Field(strict=False)]
@@ -70,7 +77,7 @@ Reason = Annotated[Any, Check(_reason)]
 
 @checked
 class Plan(TabularResult):
-    """Layers and sublayers to drop from a model.
+    """Layers, sublayers and routed experts to drop from a model.
 
     Raises:
         ConfigError: values that do not make a plan. The message has every problem.
@@ -85,9 +92,9 @@ class Plan(TabularResult):
     layers: Name
     """Module path of the layer list, below the model's head."""
     drop: Annotated[tuple[FileRemoval, ...], Field(strict=False)] = ()
-    """Layers to drop, from 0, and sublayers: 3, attention.7, mlp.9."""
+    """Layers to drop, from 0, sublayers, and routed experts: 3, attention.7, mlp.9, expert.8.12."""
     why: Mapping[str, Reason] = Field(default_factory=dict)
-    """Criterion and options by which the layers were chosen."""
+    """Criterion and options by which they were chosen."""
     run_id: Annotated[str, Check(_run_id)] | None = None
     """Run whose scores were read; none for a plan by hand."""
     findings: Lines = ()
@@ -101,11 +108,9 @@ class Plan(TabularResult):
         if repeated := [removal for removal, times in Counter(self.drop).items() if times > 1]:
             problems.append(PlanError(f"`drop` has {repeated[0]} twice.", "Keep one of them."))
         layers = {*whole_layers(self.drop)}
-        if contained := [entry for entry in self.drop if isinstance(entry, Sublayer) and entry.layer in layers]:
-            sublayer = min(contained)
-            problems.append(
-                PlanError(f"`drop` has {sublayer} and the whole layer {sublayer.layer}.", f"Leave out {sublayer}.")
-            )
+        if contained := [entry for entry in self.drop if not isinstance(entry, int) and entry.layer in layers]:
+            part = min(contained)
+            problems.append(PlanError(f"`drop` has {part} and the whole layer {part.layer}.", f"Leave out {part}."))
         highest = max(map(layer_of, removed), default=0)
         if not removed:
             problems.append(PlanError("The plan drops no layer.", "List at least one in `drop`."))
@@ -118,14 +123,22 @@ class Plan(TabularResult):
         object.__setattr__(self, "drop", removed)
 
     def table(self) -> pa.Table:
-        """Return a table with a row for each layer, and the part of it that is left out, if any."""
-        parts = {layer_of(removal): getattr(removal, "part", "layer") for removal in self.drop}
-        return pa.Table.from_pylist([{"layer": i, "left_out": parts.get(i)} for i in range(self.num_layers)])
+        """Return a table with a row for each layer, and the part of it that is left out, if any.
+
+        A plan of experts also has the column ``experts``: the experts of the layer that are left out.
+        """
+        parts = {
+            layer_of(entry): getattr(entry, "part", "layer") for entry in self.drop if not isinstance(entry, Expert)
+        }
+        rows: list[dict[str, Any]] = [{"layer": i, "left_out": parts.get(i)} for i in range(self.num_layers)]
+        if experts := self.experts:
+            rows = [row | {"experts": list(experts.get(row["layer"], ()))} for row in rows]
+        return pa.Table.from_pylist(rows)
 
     __repr__ = TabularResult.__repr__
 
     def summary(self) -> str:
-        """Return the model and the dropped layers and sublayers, in a line."""
+        """Return the model and what is dropped of it, in a line."""
         return f"{self.model} without {describe_removed(self.drop)}, of {self.num_layers} layers"
 
     @property
@@ -138,20 +151,28 @@ class Plan(TabularResult):
         """Layers that are dropped as a whole."""
         return whole_layers(self.drop)
 
-    @property
+    @cached_property
     def keep(self) -> tuple[int, ...]:
         """Layers that are not dropped as a whole."""
-        return tuple(layer for layer in range(self.num_layers) if layer not in self.drop)
+        dropped = {*self.dropped_layers}
+        return tuple(layer for layer in range(self.num_layers) if layer not in dropped)
 
-    def require_whole_layers(self, why: str) -> None:
-        """Raise PlanError if the plan drops sublayers.
+    @cached_property
+    def experts(self) -> dict[int, tuple[int, ...]]:
+        """Indices of the routed experts that are dropped from each layer that loses some."""
+        return experts_by_layer(self.drop)
+
+    def require_whole_layers(self, why: str, *, experts: bool = False) -> None:
+        """Raise PlanError if the plan drops sublayers or experts.
 
         Args:
             why: sentence that says why they cannot be dropped, for the message.
+            experts: whether experts are allowed.
         """
-        if sublayers := self.drop[len(self.dropped_layers) :]:
+        allowed = (int, Expert) if experts else int
+        if others := [removal for removal in self.drop if not isinstance(removal, allowed)]:
             raise PlanError(
-                f"The plan drops {describe_removed(sublayers)} alone. {why}.",
+                f"The plan drops {describe_removed(others)} alone. {why}.",
                 "Evaluate the plan as it is, or make one that drops whole layers.",
             )
 
@@ -177,6 +198,8 @@ class Plan(TabularResult):
         of_layers = f"{len(self.drop)} of {self.num_layers} layers"
         if len(self.dropped_layers) < len(self.drop):
             of_layers = f"{count_removed(self.drop)} of {self.num_layers}"
+        if self.experts and not self.dropped_layers:
+            of_layers = f"{count_removed(self.drop)} in {len(self.experts)} of {self.num_layers} layers"
         return [
             f"Drops {of_layers}: {describe_removed(self.drop)}.",
             describe_origin(self.model, self.revision, self.run_id),
@@ -192,8 +215,8 @@ def describe_origin(model: str, revision: str | None, run_id: str | None) -> str
     return f"Model: {model}{at}. " + (f"Run: {run_id}." if run_id else "By hand, of no run.")
 
 
-MEANINGS = {name: info.meaning for name, info in SCORES.items()} | SEARCHES
-"""Meaning of every criterion that layers are chosen by."""
+MEANINGS = EXPERT_SCORES | {name: info.meaning for name, info in SCORES.items()} | SEARCHES
+"""Meaning of every criterion that layers or experts are chosen by."""
 
 
 def describe_reason(why: Mapping[str, Any], meanings: Mapping[str, str] = MEANINGS) -> str:

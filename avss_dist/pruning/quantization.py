@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ import torch
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.expert_removal import RoutedExperts
 from avss_dist.models.loading import quiet, skeleton, text_config
 from avss_dist.models.naming import Naming
 from avss_dist.models.quantization import describe_quantization, quantize_skeleton
 from avss_dist.models.safetensors import tensors_of, weight_files
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.weights import StoredWeights, list_path
+from avss_dist.pruning.weights import StoredWeights, list_path, renumbered_expert, routed_layers
 
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside config.json
 MAX_NAMED = 3  # maximum number of tensors in a message
@@ -43,11 +44,13 @@ class LayerNames:
     Attributes:
         lists: paths of the layer list in the whole model and in its files.
         modules: paths of the whole model's modules.
+        routed: routed experts of the layers that lose some.
     """
 
     plan: Plan
     lists: tuple[str, ...]
     modules: Sequence[str] = ()
+    routed: Mapping[int, RoutedExperts] = field(default_factory=dict)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, plan: Plan, settings: Settings) -> LayerNames:
@@ -60,21 +63,40 @@ class LayerNames:
         stored = StoredWeights.of_checkpoint(checkpoint, plan, settings).prefix
         config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         model = skeleton(config, settings, torch.float32)
-        return cls(plan, (list_path(model, plan), stored), [name for name, _ in model.named_modules() if name])
+        modules = [name for name, _ in model.named_modules() if name]
+        return cls(plan, (list_path(model, plan), stored), modules, routed_layers(model, plan))
 
     def renumbered(self, name: str) -> str | None:
-        """Return the name of a module or tensor in the pruned model, or None if its layer is dropped.
+        """Return the name of a module or tensor in the pruned model, or None if its layer or expert is dropped.
 
         Names may begin below or above the model. Layers of another tower keep their names.
         """
+        if (place := self._place(name)) is None:
+            return name
+        parts, layer = name.split("."), int(name.split(".")[place])
+        inside = renumbered_expert(".".join(parts[place + 1 :]), self.plan, layer)
+        if layer not in self.plan.keep or inside is None:
+            return None
+        return ".".join([*parts[:place], str(self.plan.keep.index(layer)), *filter(None, [inside])])
+
+    def remaining_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a tensor in the pruned model, which may have a row for each expert."""
+        parts, place = name.split("."), self._place(name)
+        layer = -1 if place is None else int(parts[place])
+        experts = self.routed.get(layer)
+        if place is None or experts is None or shape[:1] != (experts.number,):
+            return shape
+        has_rows = experts.has_row_for_each(".".join(parts[place + 1 :]))
+        return (experts.number - len(self.plan.experts[layer]), *shape[1:]) if has_rows else shape
+
+    def _place(self, name: str) -> int | None:
+        """Return the position of the layer's number among the parts of a name; None for names outside of layers."""
         parts = name.split(".")
         for place, part in enumerate(parts):
             path = f".{'.'.join(parts[:place])}"
             if place and part.isdecimal() and any(_is_suffix(path, f".{layers}") for layers in self.lists):
-                if int(part) not in self.plan.keep:
-                    return None
-                return ".".join([*parts[:place], str(self.plan.keep.index(int(part))), *parts[place + 1 :]])
-        return name
+                return place
+        return None
 
     def renumbered_all(self, names: Iterable[str], mark: str = "") -> list[str]:
         """Return the new names of modules and tensors, without those of dropped layers."""
@@ -145,7 +167,11 @@ def require_same_modules(checkpoint: Checkpoint, plan: Plan, folder: Path, setti
         )
     except ModelError as error:
         return f"{note}. Whether the settings read each of them as before could not be seen here: {error}"
-    expected = {(new, shape) for name, shape in before if (new := names.renumbered(name)) is not None}
+    expected = {
+        (new, names.remaining_shape(name, shape))
+        for name, shape in before
+        if (new := names.renumbered(name)) is not None
+    }
     if strange := sorted(name for name, _ in after ^ expected):
         more = f" and {len(strange) - MAX_NAMED} more" if len(strange) > MAX_NAMED else ""
         raise PlanError(

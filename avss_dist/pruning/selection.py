@@ -1,4 +1,4 @@
-"""Selection of layers by a score of each, for plans and experiments."""
+"""Selection of layers, and of routed experts, by a score of each, for plans and experiments."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import Expert
 from avss_dist.core.names import CONTRAST
 from avss_dist.core.registry import (
     BLOCK_DISTANCE,
+    EXPERT_SCORES,
     INTERACTIONS,
     LAST,
     LOWEST_SHARE,
@@ -187,6 +189,70 @@ class Choice:
             )
         self._require_droppable(number, len(values))
         return number
+
+
+@checked
+class ExpertChoice:
+    """Request to choose routed experts: the same share of every layer, as configurations have one number for all.
+
+    Raises:
+        ConfigError: values out of their range.
+    """
+
+    by: Annotated[str, OneOf(tuple(EXPERT_SCORES))]
+    """The score."""
+    experts: Share
+    """Drop the lowest share of the experts of each layer."""
+    seed: Ends = 0
+    """Seed of a random choice."""
+
+    def drop(self, scores: Mapping[int, Float64], top_k: int, groups: int = 1) -> tuple[Expert, ...]:
+        """Return the experts to drop, by the score of each (ties go to the earlier expert).
+
+        Args:
+            scores: float64[experts] by layer.
+            top_k: number of experts that a router sends each token to.
+            groups: number of groups of equal size that routers divide the experts into. Each loses equally many.
+
+        Raises:
+            PlanError: layers have different numbers of experts, or too few experts would remain.
+        """
+        number = self._require_equal(scores)
+        size = number // groups
+        lost = count_lowest(size, self.experts)
+        self._require_remaining(number, number - lost * groups, top_k)
+        if groups > 1 and size - lost < 2:
+            raise PlanError(
+                f"{size - lost} of {size} experts would remain in each of the {groups} groups that a router compares "
+                "by their two best.",
+                "Set a smaller share in `experts`.",
+            )
+        rng = np.random.default_rng(self.seed)
+        chosen = []
+        for layer, values in sorted(scores.items()):
+            ordered = rng.permutation(number).astype(np.float64) if self.by == RANDOM else values
+            ranks = rank_lowest(ordered.reshape(groups, size)).reshape(number)
+            chosen += [Expert(layer, int(expert)) for expert in np.flatnonzero(ranks <= lost)]
+        return tuple(chosen)
+
+    def _require_equal(self, scores: Mapping[int, Float64]) -> int:
+        """Return the number of experts of every layer."""
+        numbers = {len(values): layer for layer, values in sorted(scores.items(), reverse=True)}
+        if len(numbers) > 1:
+            (a, i), (b, j) = sorted(numbers.items())[:2]
+            raise PlanError(
+                f"Layer {i} has {a} routed experts and layer {j} has {b}: no share of them is one number.",
+                "List the experts in `drop` of a plan by hand.",
+            )
+        return next(iter(numbers))
+
+    def _require_remaining(self, number: int, remaining: int, top_k: int) -> None:
+        if remaining < top_k:
+            raise PlanError(
+                f"`experts` {self.experts:g} would leave {remaining} of {number} experts in each layer, and each token "
+                f"is sent to {top_k}.",
+                f"Set at most {(number - top_k) / number:.3g}.",
+            )
 
 
 def _from_the_end(num_layers: int) -> Float64:

@@ -12,6 +12,7 @@ from typing import Any, TypedDict, get_type_hints
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from avss_dist.core.intervention import MAX_STORED
 from avss_dist.core.registry import BASELINES, RECIPES, SCORES
 from avss_dist.core.settings import EVERY_SITE
 from avss_dist.stats.experts import EXPERT_COLUMNS
@@ -191,8 +192,8 @@ _DROP = Column(
     "drop",
     INT32_LIST,
     "layers that were left out, ascending, from 0; 10000 + i: the attention of layer i alone, 20000 + i: its MLP; "
-    "empty for the whole model",
-    bounds=INDEX,
+    "1000000 + 10000 i + j: routed expert j of layer i; empty for the whole model",
+    bounds=(0, MAX_STORED),
 )
 _PATCH = Column("patch", STRING, "the weights that repair the model: SHA-256, which names a file of patches; or null")
 _SPARSITY_PLAN = Column("sparsity_plan", STRING, "what was zero of activations: SHA-256 of a plan's numbers; or null")

@@ -11,18 +11,25 @@ from typing import Any
 
 import pytest
 
+from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
+    Expert,
     Intervention,
     InterventionKey,
     MapSparsity,
     Sparsity,
     Sublayer,
     can_be_added,
+    count_removed,
     decode_removals,
     describe_removed,
     encode_removals,
+    experts_by_layer,
     joined,
+    parse_removal,
+    removal_names,
+    size_removed,
     sublayers_of,
 )
 from avss_dist.core.settings import Settings, fingerprint
@@ -77,6 +84,33 @@ def test_stored_numbers_of_sublayers_are_those_that_warehouses_have() -> None:
     assert encode_removals(removals) == [1, 9_999, 10_000, 19_999, 20_007]
     assert decode_removals([1, 9_999, 10_000, 19_999, 20_007]) == removals
     assert decode_removals([30_000]) == (30_000,)
+
+
+def test_experts_come_last_and_go_with_what_they_are_in() -> None:
+    experts = (Expert(1, 7), Expert(2, 0), Expert(2, 5), Expert(9_999, 9_999))
+    removals = (4, Sublayer(0, "mlp"), *experts)
+    assert joined([*reversed(removals)]) == removals
+    assert joined([*removals, 1, Sublayer(2, "mlp")]) == (1, 4, Sublayer(0, "mlp"), Sublayer(2, "mlp"), experts[-1])
+    assert joined([*sublayers_of([2]), *experts]) == (2, experts[0], experts[-1])
+    assert not can_be_added(Expert(2, 5), (2,)) and not can_be_added(Expert(2, 5), (Sublayer(2, "mlp"),))
+    assert can_be_added(Expert(2, 5), (Sublayer(2, "attention"), Expert(2, 4)))
+    assert experts_by_layer(removals) == {1: (7,), 2: (0, 5), 9_999: (9_999,)}
+    numbers = [4, 20_000, 1_010_007, 1_020_000, 1_020_005, 1_000_000 + 99_999_999]
+    assert encode_removals(removals) == numbers and decode_removals(numbers) == removals
+    assert max(numbers) < 2**31  # the column holds int32
+    names = [4, "mlp.0", "expert.1.7", "expert.2.0", "expert.2.5", "expert.9999.9999"]
+    assert removal_names(removals) == names and tuple(map(parse_removal, names)) == removals
+    assert (size_removed(removals), count_removed(removals)) == (1.5, "1 layer, 1 sublayer, 4 experts")
+    assert describe_removed(experts[:2]) == "expert.1.7, expert.2.0"
+    many = [Expert(layer, expert) for layer in (1, 2) for expert in range(16)]
+    assert describe_removed(many) == "32 experts of layers 1-2"
+
+
+@pytest.mark.parametrize("value", ["expert.1", "expert.1.x", "expert.-1.2", "experts.1.2", "expert.1.2.3", 1.5, True])
+def test_no_removal(value: object) -> None:
+    with pytest.raises(ConfigError, match="neither a layer nor a sublayer nor an expert") as caught:
+        parse_removal(value)
+    assert "expert.7.12" in str(caught.value.hint)
 
 
 def test_the_key_of_an_intervention_is_that_of_its_rows() -> None:

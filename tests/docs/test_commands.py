@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import VOCABULARY
 from support.command_line import avss
 from support.command_line import commands as registered
 from support.documentation import PAGES, ROOT, commands, read
+from support.families import tiny_model
 
 from avss_dist.cli.commands import EXAMPLES
 
@@ -78,7 +80,12 @@ def test_every_command_is_accepted() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_bert: Path) -> Path:
+def place(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Path,
+    tiny_bert: Path,
+    save_checkpoint: Callable[[Any, Path], Path],
+) -> Path:
     """Folder with the models, texts and job file that the pages name."""
     from pydoc_data.topics import topics
 
@@ -102,6 +109,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_bert:
     )
     (folder / "org").mkdir()
     (folder / "org/name").symlink_to(tiny_llama)
+    mixture = tiny_model("causal", "qwen3_moe")
+    mixture.resize_token_embeddings(VOCABULARY)
+    save_checkpoint(mixture, folder / "org/mixture")
     (folder / "model-a").symlink_to(tiny_bert)
     job = {"warehouse": "warehouse", "models": ["org/name"], "corpora": ["your.txt"]}
     settings = {name[2:].replace("-", "_"): int(SMALL[name]) for name in list(SMALL)[:3]}
@@ -123,7 +133,7 @@ def small(words: tuple[str, ...]) -> list[str]:
             kept += [name, value]
     if words[0] == "compare":
         kept.append("--allow-mismatch")  # the warehouse has two texts
-    if words[0] == "plan" and "--protect" not in words:
+    if words[0] == "plan" and not {"--protect", "--experts"}.intersection(words):
         kept += ["--protect", "first=1"]  # a cut before the first layer has nothing to repair
     return kept
 

@@ -68,7 +68,7 @@ def sections(name: str = "avss") -> list[Section]:
     plan = {"method": "teal", "target": 0.3, "rule": "all", "site": "mlp", "by": "threshold", "value": 0.12}
     maps = [{**plan, "layer": layer, "map": name, "sparsity": 0.25 * layer} for layer in range(3)]
     load = np.array([0.5, 0.5, 0.0])
-    layers = [LayerExperts(1, load, load, load, 0.6, float("nan"))]
+    layers = [LayerExperts(1, load, load, load, load, 0.6, float("nan"), 1)]
     return [
         experiment_section("1. a", results),
         sparsity_section("1. a", sparsity_curves(sparse), maps),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, sublayers_of
+from avss_dist.core.intervention import NO_INTERVENTION, Expert, Intervention, Removals, sublayers_of
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
@@ -102,8 +102,25 @@ def _paired(shard: Shard) -> Shard:
 def answers(model: LanguageModel, skip: tuple[str, ...] = ()) -> dict[str, list[Row]]:
     """What a model answers to each; nothing about sublayers where they cannot be left out alone."""
     skip = (*skip, *(("sublayers", "gradients without an attention") if model.obstacles else ()))
-    asked = {name: question for name, question in questions().items() if not any(map(name.startswith, skip))}
+    asked = {**questions(), **questions_without(one_of_each(model))}
+    asked = {name: question for name, question in asked.items() if not any(map(name.startswith, skip))}
     return {name: measure(model, Intervention(removed=drop)) for name, (measure, drop) in asked.items()}
+
+
+def one_of_each(model: LanguageModel) -> Removals:
+    """An expert of each layer that has any."""
+    return tuple(Expert(layer.index, 1) for layer in model.layers if layer.experts)
+
+
+def questions_without(experts: Removals) -> dict[str, Any]:
+    """The questions to a model without some of its experts, none to a model that has none."""
+    shard = random_shard()
+    asked = {
+        "loss without experts": (TextLoss(shard), experts),
+        "leave one out without experts": (LeaveOneOut(shard), experts),
+        "gradients without experts": (Gradients(shard), experts),
+    }
+    return asked if experts else {}
 
 
 def generated(model: LanguageModel) -> torch.Tensor:

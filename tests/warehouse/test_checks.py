@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from avss_dist.core.errors import WarehouseError
+from avss_dist.core.intervention import MAX_STORED
 from avss_dist.warehouse.checks import checked_rows, damaged_runs, settings_of
 from avss_dist.warehouse.schema import MAX_INDEX, SCHEMAS, TABLES
 
@@ -41,7 +42,7 @@ def reasons(name: str, **columns: list[Any]) -> dict[str, str]:
         ("layer_stats", "sequence_count", [0, None], [-1]),
         ("layer_stats", "thresholds", [[], [0.0, 1e300]], [[-1.0], [1.0, float("nan")], [None], [0.5, None]]),
         ("layer_stats", "histogram_bin", [[], [0, 2047]], [[-1], [3, 2048]]),
-        ("cells", "drop", [[], [0, 5]], [[-1], [2, MAX_INDEX + 1]]),
+        ("cells", "drop", [[], [0, 5], [3, MAX_STORED]], [[-1], [2, MAX_STORED + 1]]),
         ("scores", "site", ["block", "query_input"], ["attic", ""]),
         ("scores", "recipe", ["pooled", "unit"], ["Pooled"]),
         ("scores", "threshold_kind", ["absolute", "rms"], ["relative"]),

@@ -16,10 +16,10 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Intervention, Removal, whole_layers
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
+from avss_dist.models.expert_removal import without_parts
 from avss_dist.models.layers import Layer
 from avss_dist.models.patching import Patch
 from avss_dist.models.skipping import Skip, explaining, require_skippable
-from avss_dist.models.sublayers import without_sublayers
 from avss_dist.partition.streaming.passes import PASS_PLAN, Passes, PassStart, Record, following
 from avss_dist.stats.layer_stats import Float64
 
@@ -63,7 +63,7 @@ class StreamingLanguageModel(LanguageModel):
             for layer in require_skippable(self.layers, whole_layers(removed))
         }
         plan = replace(PASS_PLAN.get(), skips={**PASS_PLAN.get().skips, **skips})
-        with following(plan), without_sublayers(self.layers, removed), explaining(self.checkpoint.name, removed):
+        with following(plan), without_parts(self.layers, removed), explaining(self.checkpoint.name, removed):
             yield
 
     @contextmanager

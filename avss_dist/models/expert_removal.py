@@ -1,0 +1,332 @@
+"""Removal of routed experts from an open model: their router chooses among the remaining ones.
+
+Inside its ``forward`` a router holds the rows of the remaining experts alone, so that it computes exactly what the
+router of a pruned checkpoint does. The indices that it returns are those of the whole model, and the logits of removed
+experts are minus infinity.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import Removal, experts_by_layer
+from avss_dist.core.text import count_of
+from avss_dist.models.layers import Layer, first_tensor
+from avss_dist.models.skipping import replace_tensor
+from avss_dist.models.sublayers import without_sublayers
+from avss_dist.system.context import bound
+
+COUNT = "num_experts"
+"""Attribute of routers and of fused experts with the number of experts."""
+ROUTER_TENSORS = ("weight", "bias", "e_score_correction_bias", "expert_bias")
+"""Tensors of a router, or of the module around it, that have a row for each expert."""
+_OTHER_COUNT = re.compile(r"^(n|num)_.*experts$|^out_features$")
+_EXPERTS = re.compile(r"(^|\.)experts\b|(?<!Shared)Experts$")
+_ELSEWHERE = "Remove whole layers of this model."
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """Modules of the routed experts of a layer, found by their attributes and shapes.
+
+    Attributes:
+        block: path, below the layer, of the module around router and experts.
+        router, experts: paths of the router and of the fused experts.
+        number: number of experts.
+        top_k: number of experts that a token is sent to.
+        groups: number of groups that the router divides the experts into, in their order; 1 without groups.
+        chosen_groups: number of groups that the experts of a token are chosen from.
+    """
+
+    block: str
+    router: str
+    experts: str
+    number: int
+    top_k: int
+    groups: int = 1
+    chosen_groups: int = 1
+
+    def has_row_for_each(self, path: str) -> bool:
+        """Whether a tensor of the layer, by its path, has a row for each expert."""
+        of_router = {f"{module}.{name}".lstrip(".") for module in (self.router, self.block) for name in ROUTER_TENSORS}
+        return path.startswith(f"{self.experts}.") or path in of_router
+
+    def require_remaining(self, layer: int, removed: Collection[int]) -> None:
+        """Refuse a removal after which the router could not choose.
+
+        Args:
+            layer: index of the layer, for the message.
+            removed: indices of the removed experts.
+
+        Raises:
+            ModelError: there is no such expert, fewer than ``top_k`` remain, or groups would differ in size.
+        """
+        if wrong := [expert for expert in removed if expert >= self.number]:
+            raise ModelError(f"There is no expert {wrong[0]} in layer {layer}: it has {self.number}, from 0.")
+        remaining = self.number - len(set(removed))
+        if remaining < self.top_k:
+            raise ModelError(
+                f"{remaining} of {self.number} experts would remain in layer {layer}, and its router sends each token "
+                f"to {self.top_k}.",
+                "Remove fewer.",
+            )
+        if self.groups == 1:
+            return
+        size = self.number // self.groups
+        lost = Counter(expert // size for expert in set(removed))
+        sizes = {size - lost[group] for group in range(self.groups)}
+        if len(sizes) > 1:
+            raise ModelError(
+                f"The router of layer {layer} chooses among {self.groups} groups of {size} experts each, of which "
+                f"{min(sizes)} to {max(sizes)} would remain. Groups must have equal sizes.",
+                "Remove as many experts of each group; avss plan does so if it can read the checkpoint's config.json.",
+            )
+        if min(sizes) < 2 or min(sizes) * self.chosen_groups < self.top_k:
+            raise ModelError(
+                f"{count_of(min(sizes), 'expert')} would remain in each of the {self.groups} groups of layer {layer}. "
+                f"Its router compares two of each, and chooses {self.top_k} from {self.chosen_groups} groups.",
+                "Remove fewer.",
+            )
+
+
+def find_routed_experts(layer: nn.Module) -> RoutedExperts | None:
+    """Return the routed experts of a layer, which may be on the meta device; None if it has none.
+
+    Raises:
+        ModelError: its experts cannot be removed; the message has the reason.
+    """
+    modules = dict(layer.named_modules())
+    fused = [path for path, module in modules.items() if _is_fused(module)]
+    if not fused:
+        if unknown := [path for path, module in modules.items() if _EXPERTS.search(f"{path} {type(module).__name__}")]:
+            raise _unsupported(f"'{unknown[0]}' is not one module with a matrix for each of its `{COUNT}` experts")
+        return None
+    if len(fused) > 1:
+        raise _unsupported(f"it has {len(fused)} modules of experts: {', '.join(fused)}")
+    (path,) = fused
+    block, number = path.rpartition(".")[0], getattr(modules[path], COUNT)
+    routers = [name for name, _ in modules[block].named_children() if _is_router(modules[block].get_submodule(name))]
+    if len(routers) != 1:
+        kinds = [type(module).__name__ for name, module in modules[block].named_children() if name != path]
+        raise _unsupported(
+            f"no module beside its experts has `{COUNT}`, `top_k` and one weight row for each expert", kinds
+        )
+    router = modules[block].get_submodule(routers[0])
+    if reason := _obstacle(router, modules[block], number):
+        raise _unsupported(reason)
+    groups = _groups(router, "num_group", "n_group", "num_groups")
+    return RoutedExperts(
+        block=block,
+        router=f"{block}.{routers[0]}".lstrip("."),
+        experts=path,
+        number=number,
+        top_k=int(router.top_k),
+        groups=groups,
+        chosen_groups=_groups(router, "topk_group", "topk_groups") if groups > 1 else 1,
+    )
+
+
+def _unsupported(reason: str, kinds: Sequence[str] = ()) -> ModelError:
+    among = f" (it has {', '.join(kinds)})" if kinds else ""
+    return ModelError(f"its routed experts cannot be removed: {reason}{among}", _ELSEWHERE)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module holds the weights of all experts of a layer, with one matrix for each."""
+    shapes = [_shape(parameter) for parameter in module._parameters.values() if parameter is not None]
+    stacked = [shape for shape in shapes if len(shape) >= 3]
+    return bool(stacked) and all(shape[0] == getattr(module, COUNT, None) for shape in stacked)
+
+
+def _is_router(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    shape = () if weight is None else _shape(weight)
+    return len(shape) == 2 and type(getattr(module, "top_k", None)) is int and shape[0] == getattr(module, COUNT, None)
+
+
+def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter, of which ZeRO-3 may hold a part here."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _obstacle(router: nn.Module, block: nn.Module, number: int) -> str | None:
+    """Return why a router cannot choose among fewer experts, or None."""
+    kind = type(router).__name__
+    if getattr(router, COUNT) != number:
+        return f"{kind} chooses among {getattr(router, COUNT)} experts, of which {number} have weights"
+    tensors = [*router.named_parameters(), *router.named_buffers()]
+    if other := [name for name, _ in tensors if name not in ROUTER_TENSORS]:
+        return f"{kind} has a tensor '{other[0]}', whose meaning for an expert is unknown"
+    counts = [name for name in vars(router) if _OTHER_COUNT.match(name) and name != COUNT]
+    if counts:
+        return f"{kind} also counts experts in `{counts[0]}`"
+    around = [name for name in (*block._parameters, *block._buffers) if name not in ROUTER_TENSORS]
+    return f"{type(block).__name__} has a tensor '{around[0]}' of its own" if around else None
+
+
+def _groups(router: nn.Module, *names: str) -> int:
+    return next((value for name in names if isinstance(value := getattr(router, name, None), int)), 1)
+
+
+def require_routed_experts(layer: nn.Module, index: int, removed: Collection[int]) -> RoutedExperts:
+    """Return the routed experts of a layer that loses some.
+
+    Args:
+        layer: the module, which may be on the meta device.
+        index: its index, for messages.
+        removed: indices of the removed experts.
+
+    Raises:
+        ModelError: an expert cannot be removed; the message has the reason.
+    """
+    try:
+        routed = find_routed_experts(layer)
+    except ModelError as error:
+        raise ModelError(f"Layer {index} ({type(layer).__name__}): {error.message}.", error.hint) from error
+    if routed is None:
+        name = type(layer).__name__
+        raise ModelError(f"Layer {index} ({name}) has no routed experts.", "Is it a plan for another model?")
+    routed.require_remaining(index, removed)
+    return routed
+
+
+def require_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> None:
+    """Refuse experts that the model does not have, or that cannot be removed.
+
+    Raises:
+        ModelError: an expert cannot be removed; the message names the layer, and has the reason.
+    """
+    for index, experts in experts_by_layer(removed).items():
+        layer = layers[index]
+        routed, seen = require_routed_experts(layer.module, index, experts), layer.experts
+        if seen is None or seen.module is not layer.module.get_submodule(routed.experts):
+            raise ModelError(
+                f"Layer {index} calls its routed experts in a way that is not seen, so none can be removed.",
+                _ELSEWHERE,
+            )
+
+
+@contextmanager
+def without_parts(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
+    """Have a model compute without the sublayers and experts in ``removed`` inside the context."""
+    with without_sublayers(layers, removed), without_experts(layers, removed):
+        yield
+
+
+_Removed = Mapping[nn.Module, frozenset[int]]  # by router
+_REMOVED: ContextVar[_Removed] = ContextVar("removed experts", default=MappingProxyType({}))
+
+
+@contextmanager
+def without_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
+    """Have routers choose among the remaining experts inside the context; interleaved passes are not affected.
+
+    Args:
+        layers: layers of the model, for which `require_experts` passes.
+    """
+    before = _REMOVED.get()
+    routers = dict(before)
+    with ExitStack() as stack:
+        for index, experts in experts_by_layer(removed).items():
+            routed = find_routed_experts(layers[index].module)
+            assert routed is not None
+            router = layers[index].module.get_submodule(routed.router)
+            routers[router] = before.get(router, frozenset()) | {*experts}
+            stack.enter_context(_choosing(router, routed.number))
+        stack.enter_context(bound(_REMOVED, routers))
+        yield
+
+
+@contextmanager
+def _choosing(router: nn.Module, number: int) -> Iterator[None]:
+    """Have a router heed `_REMOVED` inside the context. Contexts of several passes may overlap in any order."""
+    name = "_old_forward" if hasattr(router, "_hf_hook") else "forward"  # accelerate's: it loads weights around it
+    installed = vars(router).get(name)
+    if not isinstance(installed, _Choice):
+        installed = _Choice(router, number, getattr(router, name), installed)
+        vars(router)[name] = installed
+    installed.users += 1
+    try:
+        yield
+    finally:
+        installed.users -= 1
+        if not installed.users and installed.original is None:
+            del vars(router)[name]
+        elif not installed.users:
+            vars(router)[name] = installed.original
+
+
+@dataclass(eq=False)
+class _Choice:
+    """Replacement ``forward`` of a router that chooses among the remaining experts of the current context.
+
+    Attributes:
+        forward: the router's own ``forward``.
+        original: the router's instance attribute of that name; None if the class has it.
+        users: number of open contexts.
+    """
+
+    router: nn.Module
+    number: int
+    forward: Callable[..., Any]
+    original: Any
+    users: int = 0
+    _remaining: dict[tuple[frozenset[int], torch.device], torch.Tensor] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        removed = _REMOVED.get().get(self.router)
+        if not removed:
+            return self.forward(*args, **kwargs)
+        keep = self._indices(removed, self.router.weight.device)  # type: ignore[arg-type]
+        shorten = partial(_shortened_argument, self.number, keep)
+        with _shortened(self.router, keep):
+            output = self.forward(*map(shorten, args), **{name: shorten(value) for name, value in kwargs.items()})
+        logits = first_tensor(output)
+        if logits is None or logits.shape[-1] != len(keep):
+            raise ModelError(f"A {type(self.router).__name__} returns no logits of its experts.", _ELSEWHERE)
+        whole = logits.new_full((*logits.shape[:-1], self.number), -torch.inf).index_copy(-1, keep, logits)
+        index = next((t for t in output if isinstance(t, torch.Tensor) and not t.is_floating_point()), None)
+        if index is None:
+            raise ModelError(f"A {type(self.router).__name__} does not choose experts itself.", _ELSEWHERE)
+        return replace_tensor(replace_tensor(output, logits, whole), index, keep[index].to(index.dtype))
+
+    def _indices(self, removed: frozenset[int], device: torch.device) -> torch.Tensor:
+        """Return the indices of the remaining experts, int64[remaining]."""
+        key = removed, device
+        if key not in self._remaining:
+            remaining = [expert for expert in range(self.number) if expert not in removed]
+            self._remaining[key] = torch.tensor(remaining, device=device)
+        return self._remaining[key]
+
+
+def _shortened_argument(number: int, keep: torch.Tensor, value: Any) -> Any:
+    """Return an argument of a router without the removed experts, if it is a vector with an element for each."""
+    is_vector = isinstance(value, torch.Tensor) and value.shape == (number,)
+    return value.index_select(0, keep) if is_vector else value
+
+
+@contextmanager
+def _shortened(router: nn.Module, keep: torch.Tensor) -> Iterator[None]:
+    """Have a router hold the rows of some experts alone inside the context. Instance attributes hide its tensors."""
+    tensors = {name: getattr(router, name, None) for name in ROUTER_TENSORS}
+    rows = {name: t.index_select(0, keep) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    number = getattr(router, COUNT)
+    vars(router).update({**rows, COUNT: len(keep)})
+    try:
+        yield
+    finally:
+        for name in rows:
+            del vars(router)[name]
+        vars(router)[COUNT] = number
