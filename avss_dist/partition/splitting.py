@@ -31,20 +31,21 @@ def head_count(config: Any) -> tuple[str, int] | None:
 
 def whole_norms(matrix: torch.Tensor, order: int) -> torch.Tensor:
     """Return the vector norms of a matrix, or of each of a stack of matrices, float64. Ranks may have parts of it."""
-    norms = torch.linalg.vector_norm(getattr(matrix, "_local_tensor", matrix), order, dim=(-2, -1), dtype=torch.float64)
-    if not hasattr(matrix, "placements"):
-        return norms
+    if not hasattr(matrix, "to_local"):
+        return _norms(matrix, order)
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     assert isinstance(matrix, DTensor)
     dims = [getattr(placement, "dim", None) for placement in matrix.placements]
-    stacked = [dim is not None and dim % matrix.dim() < matrix.dim() - 2 for dim in dims]
     placements = [
-        Replicate() if dim is None else Shard(0) if whole else Partial()
-        for dim, whole in zip(dims, stacked, strict=True)
+        Replicate() if dim is None else Shard(0) if dim % matrix.dim() < matrix.dim() - 2 else Partial() for dim in dims
     ]
-    powers = DTensor.from_local(norms**order, matrix.device_mesh, placements, run_check=False)
-    return powers.full_tensor() ** (1 / order)
+    powers = _norms(matrix.to_local(), order) ** order
+    return DTensor.from_local(powers, matrix.device_mesh, placements, run_check=False).full_tensor() ** (1 / order)
+
+
+def _norms(matrix: torch.Tensor, order: int) -> torch.Tensor:
+    return torch.linalg.vector_norm(matrix, order, dim=(-2, -1), dtype=torch.float64)
 
 
 def probe(run: Forward, layers: Sequence[Layer], device: torch.device) -> Probe:
