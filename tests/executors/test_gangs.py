@@ -574,6 +574,18 @@ def test_more_ranks_than_heads_are_refused(gang: Callable[[int], Gang], folder_o
         assert error.hint == "Set `ranks` to 2 at most. Use `partition` single, device_map, fsdp, zero3 or streaming."
 
 
+def test_experts_that_ranks_cannot_share_are_refused(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
+) -> None:
+    refusals = {
+        "mixtral": "3 ranks do not divide the 4 experts of a layer of MixtralForCausalLM.",
+        "llama": "transformers has no plan that spreads experts of LlamaForCausalLM over ranks.",
+    }
+    for family, message in refusals.items():
+        for error in gang(3).outcomes(measure, "expert_parallel", folder_of(family), make_shards(1), SETTINGS):
+            assert isinstance(error, ConfigError) and error.message == message
+
+
 def test_heads_are_counted_by_what_the_configuration_calls_them() -> None:
     for family, heads in {"gpt2": 4, "falcon": 2, "llama": 2}.items():
         config = build(family).config

@@ -101,6 +101,12 @@ def test_auto_spreads_parts_over_the_gpus_of_several_hosts() -> None:
     assert choose(size, SETTINGS, Execution(), gpus(32, 80 * GB), head=True).partition == "streaming"
 
 
+def test_auto_takes_zero3_where_transformers_cannot_load_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.distributed.DistributedConfig", object)  # without the fields of later versions
+    placement = choose(llama_like(405, layers=126, hidden=16384), SETTINGS, Execution(), gpus(32, 80 * GB))
+    assert placement.partition == "zero3" and "5.23 or newer can" in placement.why
+
+
 def test_auto_counts_activations_replicas_and_limits() -> None:
     size = llama_like(8)
     long = Settings(sequence_length=65536, batch_size=64)
