@@ -69,6 +69,12 @@ PARTITIONS = {
         offloads=True,
         changes_weights=True,
     ),
+    "fsdp": PartitionInfo(
+        opens="avss_dist.partition.fsdp:FsdpReplica",
+        summary="each rank holds a part of every parameter, and takes its own data (PyTorch FSDP2)",
+        gang=True,
+        splits_data=True,
+    ),
     "zero3": PartitionInfo(
         opens="avss_dist.partition.zero3:Zero3Replica",
         summary="each rank holds a part of every parameter, and takes its own data (DeepSpeed ZeRO-3)",
@@ -77,10 +83,15 @@ PARTITIONS = {
     ),
     "tensor_parallel": PartitionInfo(
         opens="avss_dist.partition.tensor_parallel:TensorParallelReplica",
-        summary="each rank computes a part of every matrix product (DeepSpeed AutoTP)",
+        summary="each rank computes a part of every matrix product (transformers' plans, or DeepSpeed AutoTP)",
         gang=True,
         changes_numbers=True,
-        backward=False,
+    ),
+    "expert_parallel": PartitionInfo(
+        opens="avss_dist.partition.expert_parallel:ExpertParallelReplica",
+        summary="each rank computes some of the routed experts of every layer, and a part of the other matrices",
+        gang=True,
+        changes_numbers=True,
     ),
 }
 """Partitions by name, the simplest first."""

@@ -250,7 +250,7 @@ class Execution:
     partition: Annotated[str, OneOf(PARTITION_CHOICES)] = "auto"
     """Distribution of one replica over devices; auto chooses by the checkpoint and the devices."""
     ranks: Positive | None = None
-    """Processes per replica (zero3, tensor_parallel); by default one per GPU of it, or 2."""
+    """Processes per replica (fsdp, zero3, tensor_parallel, expert_parallel); by default one per GPU of it, or 2."""
     gpus_per_replica: Positive | None = None
     """GPUs per replica; by default one, or what the partition needs."""
     max_memory: Sizes = field(default_factory=dict)
@@ -269,7 +269,8 @@ class Execution:
     def __post_init__(self) -> None:
         problems = []
         if self.ranks and self.partition not in GANGS:
-            message = f"`ranks` applies to {' and '.join(GANGS)}, not to `partition` {self.partition}."
+            gangs = f"{', '.join(GANGS[:-1])} and {GANGS[-1]}"
+            message = f"`ranks` applies to {gangs}, not to `partition` {self.partition}."
             problems.append(ConfigError(message, "Leave it out."))
         if self.executor == "local" and self.partition in GANGS:
             message = f"`partition` {self.partition} needs several processes; `executor` local is one."

@@ -6,7 +6,7 @@ observer sums the statistics of routed experts.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -242,12 +242,15 @@ def _read_experts(experts: Experts, current: Current, module: nn.Module, args: A
         return result
 
     outputs = (output(slice(slot, slot + 1)) for slot in range(counted.index.shape[1]))
-    now.observer.experts.add(layer, experts, counted, outputs)
+    if now.observer.split.rank == 0:
+        now.observer.experts.add(layer, experts, counted, outputs)
+    else:  # ranks that share the experts run them together, and the first one counts
+        deque(outputs, maxlen=0)
 
 
 def _read_router(experts: Experts, current: Current, _module: nn.Module, _args: Any, output: Any) -> None:
     logits, now = first_tensor(output), current()
-    if now is None or logits is None:
+    if now is None or logits is None or now.observer.split.rank:
         return
     logits = logits.reshape(-1, experts.number)
     if counts := _counted_positions(now, logits):
@@ -262,7 +265,7 @@ def _counted_positions(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor
         ModelError: if ``rows`` has another number of tokens than the batch.
     """
     mask = now.own_answers
-    if mask is None or now.entered is None or now.observer.split.rank:  # its gates are the first one's
+    if mask is None or now.entered is None:
         return None
     layer = now.entered.layer.index
     if len(rows) != mask.numel():

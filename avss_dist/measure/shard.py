@@ -144,7 +144,7 @@ def _too_large(replica: Replica, rows: int, settings: Settings) -> BatchTooLarge
     return BatchTooLarge(
         f"{rows} x {settings.sequence_length} tokens do not fit in memory with the partition "
         f"'{replica.model['partition']}'.",
-        "Use a smaller `sequence_length`, or a `partition` that holds less: device_map, zero3, streaming.",
+        "Use a smaller `sequence_length`, or a `partition` that holds less: device_map, fsdp, streaming.",
     )
 
 

@@ -82,10 +82,13 @@ def find_experts(calls: Sequence[_Call]) -> Experts | None:
 
 
 def _number(module: nn.Module) -> int | None:
-    """Return the number of experts of a module: its ``num_experts``, or the length of its stacked matrices."""
-    if isinstance(count := getattr(module, "num_experts", None), int):
-        return count
-    return next((len(p) for p in module.parameters() if p.dim() == 3), None)
+    """Return the number of experts of a module: its ``num_experts``, or the length of its stacked matrices.
+
+    Where ranks have some of the experts each, ``num_experts`` is the number of a rank, and the length that of all.
+    """
+    stacked = next((len(p) for p in module.parameters() if p.dim() == 3), 0)
+    count = getattr(module, "num_experts", 0)
+    return max(count if isinstance(count, int) else 0, stacked) or None
 
 
 def _is_normalized(output: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -12,6 +13,7 @@ from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
+from avss_dist.partition.native import version_obstacle
 from avss_dist.partition.open import replica_class
 from avss_dist.system.devices import Devices
 
@@ -40,7 +42,8 @@ def choose(
     """Return the requested placement, or the simplest into which the model fits.
 
     ``auto``: `single` if one device holds weights and activations; else `device_map` over the fewest GPUs of one host
-    that do; else `streaming`. Gangs are never chosen: they need fast links to pay.
+    that do; else, without a head, `fsdp` over the fewest GPUs of several hosts with several GPUs each, or `zero3` if
+    the installed transformers lacks `fsdp`; else `streaming`. Other gangs are never chosen.
 
     Args:
         size: size of the checkpoint, required if `needs_size`. If it is None, ``auto`` is `single`.
@@ -210,7 +213,7 @@ def _fitting(
     batch = batch_bytes(size, settings, head=head)
     weights, activations = f"{describe_bytes(size.weight_bytes)} of weights", f"{describe_bytes(batch)} of activations"
     if devices.kind == "cuda":
-        partition, gpus, where = _fitting_gpus(size.weight_bytes, batch, execution, devices)
+        partition, gpus, where = _fitting_gpus(size, batch, execution, devices, head=head)
         return partition, gpus, f"{weights} and {activations} {where}"
     maximum = execution.replicas.maximum if execution.replicas else 1
     beside = min(maximum, max(1, devices.cpus_of_largest_node // settings.threads))  # replicas on one node
@@ -225,16 +228,36 @@ def _fitting(
     )
 
 
-def _fitting_gpus(weights: int, batch: int, execution: Execution, devices: Devices) -> tuple[str, int, str]:
-    """Return the partition, its number of GPUs, and how weights and activations of these bytes fit, for people."""
+def _fitting_gpus(
+    size: Footprint, batch: int, execution: Execution, devices: Devices, *, head: bool
+) -> tuple[str, int, str]:
+    """Return the partition, its number of GPUs, and how the weights and activations of a batch fit, for people."""
     limits = [limit for device, limit in execution.max_memory.items() if device.isdecimal()]
     gpu = min([devices.device_bytes, *limits])
-    room = int(gpu * SPARE_SHARE)
+    room = int(gpu * SPARE_SHARE) - batch
     requested, available = execution.gpus_per_replica, devices.count_of_largest_node
     name = f"GPU of {describe_bytes(gpu)}"
-    if weights + batch <= room and (requested or 1) == 1:
+    if size.weight_bytes <= room and (requested or 1) == 1:
         return WHOLE, 1, f"fit into one {name}"
-    minimum = max(2, -(-weights // (room - batch))) if room > batch else available + 1
+    minimum = _devices_needed(size.weight_bytes, room)
     if minimum <= (requested or available):
-        return SEVERAL_GPUS, requested or minimum, f"need {minimum} times one {name}"
+        return SEVERAL_GPUS, int(requested or minimum), f"need {minimum} times one {name}"
+    room -= 2 * max(*size.layer_bytes, size.embedding_bytes)  # one module is gathered while another one runs
+    minimum = _devices_needed(size.weight_bytes, room)
+    in_parts = not (requested or head or execution.executor == "local")  # with a head, weights may have to be changed
+    if in_parts and 1 < available < minimum <= devices.count:
+        partition, why = _sharded()
+        return partition, int(minimum), f"need {minimum} times one {name} of several hosts: {why}"
     return LAYERWISE, 1, f"do not fit into {requested or available} times one {name}"
+
+
+def _devices_needed(weights: int, room: int) -> float:
+    """Return the number of devices that hold weights together, if each has room for a part; at least 2."""
+    return max(2, -(-weights // room)) if room > 0 else math.inf
+
+
+def _sharded() -> tuple[str, str]:
+    """Return the partition whose ranks each hold a part of every parameter, and the reason for it, for people."""
+    if obstacle := version_obstacle():
+        return "zero3", f"zero3, because {obstacle}"
+    return "fsdp", "fsdp, whose ranks read their parts of the files alone"

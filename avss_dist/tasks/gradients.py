@@ -20,6 +20,7 @@ from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
+from avss_dist.partition.splitting import whole_norms
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import to_device
 from avss_dist.tasks.base import Row, predicted_tokens
@@ -203,7 +204,7 @@ def trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
 
 def _norms(matrix: torch.Tensor, order: int) -> torch.Tensor:
     """Return the vector norm of a matrix's elements, summed over a stack of matrices."""
-    return torch.linalg.vector_norm(matrix.detach(), order, dim=(-2, -1), dtype=torch.float64).sum()
+    return whole_norms(matrix.detach(), order).sum()
 
 
 def _rows(layer: Layer, passes: Sequence[_Pass], weights: Float64) -> Iterator[Row]:

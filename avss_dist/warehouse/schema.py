@@ -234,7 +234,7 @@ TABLES: dict[str, TableInfo] = {
                 "quantization", STRING, "of the weights as stored: fp8, gguf Q4_K, ...; and if they were dequantized"
             ),
             Column("attention_implementation", STRING, "sdpa, eager, flash_attention_2"),
-            Column("partition", STRING, "how one replica was spread: single, device_map, streaming, zero3, ..."),
+            Column("partition", STRING, "how one replica was spread: single, device_map, streaming, fsdp, ..."),
             Column("replicas", INT64, "copies of the model that worked in parallel"),
             Column("corpus", STRING, "the text as it was named, without keys"),
             Column("corpus_fingerprint", STRING, "hash of the text: equal means the same text"),

@@ -4,7 +4,7 @@
 
 Every measurement is a fresh process that plans the corpus, opens the model and measures all shards. Estimates and
 measurements take turns, for a machine that others use is not the same for long: each ratio is of neighbours, and the
-median of the rounds is shown. zero3 and tensor_parallel run as two ranks, on a Ray of their own.
+median of the rounds is shown. gangs run as two ranks, on a Ray of their own.
 """
 
 from __future__ import annotations

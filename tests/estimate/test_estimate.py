@@ -64,7 +64,7 @@ def test_no_weight_is_read(guess: Estimate) -> None:
     """`guess` is of a checkpoint that has none."""
     assert guess.num_parameters == sum(p.numel() for p in llama().parameters())
     assert [row.partition for row in guess.rows] == list(PARTITIONS)
-    assert [row.ranks for row in guess.rows] == [1, 1, 1, 2, 2]
+    assert [row.ranks for row in guess.rows] == [1, 1, 1, 2, 2, 2, 2]
 
 
 def test_the_plan_is_that_of_a_run(guess: Estimate) -> None:

@@ -1,4 +1,4 @@
-"""ZeRO-3 and tensor parallel, in real processes over gloo: the same statistics as one process, or a refusal."""
+"""Partitions of several ranks, in real processes over gloo: the same statistics as one process, or a refusal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ import pytest
 import torch
 from support.causal_lm import open_whole
 from support.checkpoints import llama, save_tokenizer
-from support.families import tiny_model
+from support.families import tiny_config, tiny_model
 from support.oracle import assert_close
 from support.questions import answers, assert_same, composed, generated, write_questions
 from support.rank_processes import SECONDS, Gang, free_port
+from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION
@@ -29,10 +29,10 @@ from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.partition.autotp import difference, inference_config, require_heads
 from avss_dist.partition.base import Placement
 from avss_dist.partition.group import join, leave
 from avss_dist.partition.open import open_replica
-from avss_dist.partition.tensor_parallel import difference, inference_config, require_heads
 from avss_dist.partition.zero3 import Zero3Replica, deepspeed_config
 from avss_dist.stats.histogram import merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
@@ -93,22 +93,28 @@ def measure(
             results.append(analyze_shard(replica, now[rank], settings, forwards=forwards))
         else:
             follow(replica, forwards)
-    module = replica._module if isinstance(replica, Zero3Replica) else replica._model
-    held = resident_parameter_bytes(module)
+    held = resident_parameter_bytes(module_of(replica))
     model = {**replica.model, "data": (rank, step), "reports_stats": replica.reports_stats}
     replica.close()
     return results, model, held
 
 
+def module_of(replica: Any) -> torch.nn.Module:
+    """The whole model of a replica, of which this process has a part."""
+    module: torch.nn.Module = replica._module if isinstance(replica, Zero3Replica) else replica._backbone.model
+    return module
+
+
 def resident_parameter_bytes(module: torch.nn.Module) -> int:
     """Bytes of parameters that this process holds now: its part, and what is gathered."""
-    held = [tensor for p in module.parameters() for tensor in (p.data, getattr(p, "ds_tensor", None))]
+    here = [p.to_local() if isinstance(p, DTensor) else p.data for p in module.parameters()]
+    held = [*here, *(getattr(p, "ds_tensor", None) for p in module.parameters())]
     return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
 
 def bytes_after_close(folder: Path) -> tuple[int, int]:
     replica = opened("zero3", folder, SETTINGS)
-    module = replica._module
+    module = module_of(replica)
     before = resident_parameter_bytes(module)
     replica.close()
     return before, resident_parameter_bytes(module)
@@ -147,9 +153,21 @@ def grouped_llama() -> Any:
     return llama(hidden_size=48, intermediate_size=50, num_attention_heads=6, num_key_value_heads=3, head_dim=8)
 
 
+def three_headed_mixture() -> Any:
+    """Four experts, which two ranks share, and three heads, which they do not."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("qwen3_moe")
+    config.update({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
 def build(family: str) -> Any:
     if family == "grouped llama":
         return grouped_llama()
+    if family == "three-headed mixture":
+        return three_headed_mixture()
     return tiny_model({"bert": "masked", "gemma3": "image-text"}.get(family, "causal"), family)
 
 
@@ -213,30 +231,43 @@ def partitioned(model: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in model.items() if k not in ("partition", "data", "reports_stats")}
 
 
-# ZeRO-3.
+# Ranks that share shards: FSDP2 and ZeRO-3.
 
 DENSE = ("gpt2", "opt", "gemma3_text", "bloom", "falcon", "bert")
 OTHERS = ("mixtral", "qwen3_moe", "mamba")
+FSDP = (*DENSE, *OTHERS, "qwen2", "phi3", "gpt_neox", "gemma3", "gpt_oss", "deepseek_v3", "glm4_moe", "olmoe")
 
 
 @pytest.mark.parametrize(
-    ("world", "family"), [(3, "grouped llama"), (3, "mixtral"), *((2, family) for family in DENSE + OTHERS)]
+    ("partition", "world", "family"),
+    [
+        *(("zero3", 3, family) for family in ("grouped llama", "mixtral")),
+        *(("fsdp", 3, family) for family in ("grouped llama", "gpt_oss")),
+        *(("fsdp", 2, family) for family in FSDP),
+        *(("zero3", 2, family) for family in DENSE + OTHERS),
+    ],
 )
-def test_zero3_gives_the_bytes_of_one_process(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], family: str, world: int
+def test_ranks_that_share_shards_give_the_bytes_of_one_process(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
 ) -> None:
     """Shards of unequal sizes: in every round some rank runs dummy batches, in the last one most have nothing."""
     number = 7 if world == 3 else 3
     folder, shards = folder_of(family), make_shards(number, rows=(4, 1, 3))
-    per_rank = gang(world).run(measure, "zero3", folder, shards, SETTINGS)
+    per_rank = gang(world).run(measure, partition, folder, shards, SETTINGS)
     expected, model = single(folder, shards)
     assert_equal(merged(per_rank), expected)
     for rank, (results, of_rank, held) in enumerate(per_rank):
         assert [r.shard_id for r in results] == list(range(rank, number, world))
-        assert (of_rank["data"], of_rank["reports_stats"], of_rank["partition"]) == ((rank, world), True, "zero3")
+        assert (of_rank["data"], of_rank["reports_stats"], of_rank["partition"]) == ((rank, world), True, partition)
         assert partitioned(of_rank) == partitioned(model)
-        padding = 4 * world * len(list(build(family).parameters()))
-        assert held <= 4 * model["num_parameters"] / world + padding
+        parts = (-(-len(p) // world) * p[0].numel() + world for p in build(family).parameters())
+        assert held <= 4 * sum(parts)
+
+
+def test_fsdp_needs_an_expert_for_every_rank(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    for error in gang(3).outcomes(measure, "fsdp", folder_of("mixtral"), make_shards(1), SETTINGS):
+        assert isinstance(error, ConfigError)
+        assert "one of 3 ranks without any of the 4 experts of a layer" in error.message
 
 
 Asked = tuple[dict[str, list[Row]], bool, int]
@@ -246,7 +277,10 @@ def ask_all(
     partition: str, folders: Sequence[Path], skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()
 ) -> list[Asked | Exception]:
     """Of each model, what this rank of a replica answers, whether that counts, and how many batches it had."""
-    return [_asked(partition, folder, (*skip, *composed(folder.name)), tasks) for folder in folders]
+    return [
+        _asked(partition, folder, (*skip, *unanswered(partition, folder.name), *composed(folder.name)), tasks)
+        for folder in folders
+    ]
 
 
 def _asked(partition: str, folder: Path, skip: tuple[str, ...], tasks: Sequence[Measure]) -> Asked | Exception:
@@ -273,52 +307,54 @@ def expected_of(folder: Path, skip: tuple[str, ...] = (), tasks: Sequence[Measur
 
 
 SHARED = ("llama", "gemma3", "gpt_neox", "gpt2", "mamba", "qwen3_moe")  # the statistics of others are measured above
-SPLIT = ("llama", "gemma3", "gpt_neox", "opt", "mixtral")  # and below
+SPLIT = ("llama", "gemma3", "gpt_neox", "mixtral", "opt")  # and below; opt by AutoTP
+MIXTURES = ("qwen3_moe", "gpt_oss")
+ASKED = {"fsdp": SHARED, "zero3": SHARED, "tensor_parallel": SPLIT, "expert_parallel": MIXTURES}
 
 
-@pytest.fixture(scope="module")
-def asked(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> Callable[[str], dict[str, list[Any]]]:
-    """By family, what both ranks answer: all families are asked of one gang in one go."""
-
-    @cache
-    def of(partition: str) -> dict[str, list[Any]]:
-        families, skip = (SHARED, ()) if partition == "zero3" else (SPLIT, ("gradients",))
-        ranks = gang(2).run(ask_all, partition, [folder_of(family) for family in families], skip)
-        return dict(zip(families, map(list, zip(*ranks, strict=True)), strict=True))
-
-    return of
+def unanswered(partition: str, family: str) -> tuple[str, ...]:
+    """Questions that a family is not asked."""
+    return ("gradients",) if (partition, family) == ("tensor_parallel", "opt") else ()
 
 
+@pytest.mark.parametrize("partition", ["fsdp", "zero3"])
 @pytest.mark.parametrize("family", SHARED)
-def test_zero3_answers_as_one_process_does(
-    family: str, asked: Callable[[str], dict[str, list[Any]]], folder_of: Callable[[str], Path]
+def test_ranks_that_share_batches_answer_as_one_process_does(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], family: str, partition: str
 ) -> None:
     """Two ranks share three batches, so that one has a dummy; both have all answers, to the bit, gradients too."""
     expected = expected_of(folder_of(family))
-    (first, counts, batches), (second, other, others) = asked("zero3")[family]
+    ranks = gang(2).run(ask_all, partition, [folder_of(family)])
+    ((first, counts, batches),), ((second, other, others),) = ranks
     assert (counts, other) == (True, False)
     assert_same(first, expected)
     assert_same(second, expected)
     assert batches == 2 * others
 
 
-@pytest.mark.parametrize("family", SPLIT)
-def test_tensor_parallel_answers_as_one_process_does(
-    family: str, asked: Callable[[str], dict[str, list[Any]]], folder_of: Callable[[str], Path]
+@pytest.mark.parametrize(
+    ("partition", "family"),
+    [(partition, family) for partition in ("tensor_parallel", "expert_parallel") for family in ASKED[partition]],
+)
+def test_ranks_that_split_matrices_answer_as_one_process_does(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, family: str
 ) -> None:
-    (found, counts, _), (_, other, _) = asked("tensor_parallel")[family]
+    ((found, counts, _),), ((second, other, _),) = gang(2).run(ask_all, partition, [folder_of(family)])
     assert (counts, other) == (True, False)
-    assert_same(found, expected_of(folder_of(family), ("gradients",)), rtol=1e-4)
+    expected = expected_of(folder_of(family), unanswered(partition, family))
+    assert_same(found, expected, rtol=1e-4)
+    assert_same(second, expected, rtol=1e-4)
 
 
-def test_tensor_parallel_has_no_gradients(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+def test_autotp_has_no_gradients(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    """Two ranks do not divide three heads, so that DeepSpeed splits the model."""
     skip = ("loss", "leave", "sublayers", "shapley", "propagated")
-    for (error,) in gang(2).run(ask_all, "tensor_parallel", [folder_of("llama")], skip):
+    for (error,) in gang(2).run(ask_all, "tensor_parallel", [folder_of("grouped llama")], skip):
         assert isinstance(error, ModelError)
-        assert "tensor_parallel has no gradients" in error.message
+        assert "tensor_parallel has no gradients of a llama model" in error.message
 
 
-@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
+@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel"])
 def test_gangs_answer_the_harness_as_one_process_does(
     partition: str, gang: Callable[[int], Gang], tmp_path: Path
 ) -> None:
@@ -340,7 +376,7 @@ def generate_all(partition: str, folders: Sequence[Path]) -> list[tuple[list[int
     return results
 
 
-@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
+@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel"])
 def test_gangs_generate_with_a_cache_as_one_process_does(
     partition: str, gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
 ) -> None:
@@ -375,7 +411,7 @@ def test_other_partitions_are_not_disturbed(gang: Callable[[int], Gang], folder_
         assert all(results[key].equals(expected[0].stats[key]) for key in expected[0].stats)
 
 
-@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
+@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel"])
 def test_a_lost_rank_is_no_mistake_of_the_user(
     tmp_path: Path, folder_of: Callable[[str], Path], partition: str
 ) -> None:
@@ -417,26 +453,44 @@ def test_two_ranks_hold_half_of_smollm2_each(gang: Callable[[int], Gang], smollm
     assert_equal(merged(per_rank), expected)
 
 
-def test_zero3_refuses_gguf() -> None:
+@pytest.mark.parametrize("partition", ["fsdp", "zero3"])
+def test_a_gguf_file_is_not_opened_in_parts(partition: str) -> None:
     checkpoint = Checkpoint(name="tiny.gguf", source="gguf", path="/tiny.gguf", revision="0")
-    with pytest.raises(ConfigError, match=r"'tiny.gguf' is a .gguf file.*whole model in every process"):
-        Zero3Replica(checkpoint, SETTINGS, Placement(partition="zero3", ranks=2))
+    with pytest.raises(ConfigError, match=rf"'tiny.gguf' is a .gguf file.*every process, so that {partition} would"):
+        open_replica(checkpoint, SETTINGS, Placement(partition=partition, ranks=2))
 
 
 # Tensor parallel.
 
-CUT_FAMILIES = ("grouped llama", "qwen2", "gemma3_text", "gpt_neox", "phi", "mixtral", "cohere", "gptj", "bert")
+BY_AUTOTP = ("grouped llama", "bert")  # three heads, and a family without a plan
+BY_PLAN = ("llama", "qwen2", "gemma3_text", "gpt_neox", "phi", "phi3", "cohere", "gptj", "starcoder2", "olmo2")
+MIXED = ("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "olmoe", "granitemoe")
+SPREAD = (*MIXED, "gpt_oss", "three-headed mixture")
+EXPERT_SUMS = ("gate_sum", "gated_norm_sum", "output_sum", "output_sum_sq", "router_entropy_sum")
 
 
-@pytest.mark.parametrize("family", CUT_FAMILIES)
-def test_tensor_parallel_gives_the_numbers_of_one_process(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], family: str
+@pytest.mark.parametrize(
+    ("partition", "family"),
+    [
+        *(("tensor_parallel", family) for family in (*BY_AUTOTP, *BY_PLAN, *MIXED)),
+        *(("expert_parallel", family) for family in SPREAD),
+    ],
+)
+def test_ranks_that_split_matrices_give_the_numbers_of_one_process(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, family: str
 ) -> None:
-    folder, shards = folder_of(family), make_shards(2, rows=(4, 3))
-    first, second = gang(2).run(measure, "tensor_parallel", folder, shards, SETTINGS)
-    expected, model = single(folder, shards)
+    """The head is split too, unless DeepSpeed does it. Every token is counted once for its experts."""
+    folder, shards, settings = folder_of(family), make_shards(2, rows=(4, 3)), replace(SETTINGS, experts=True)
+    first, second = gang(2).run(measure, partition, folder, shards, settings)
+    expected, model = single(folder, shards, settings)
     for got, want in zip(first[0], expected, strict=True):
         assert_near(got.stats, want.stats, rtol=1e-4)
+        assert got.experts is not None and want.experts is not None and got.experts.keys() == want.experts.keys()
+        for layer, sums in want.experts.items():
+            for name in ("routed_tokens", "output_count", "token_count"):
+                assert np.array_equal(getattr(got.experts[layer], name), getattr(sums, name)), (layer, name)
+            for name in EXPERT_SUMS:
+                np.testing.assert_allclose(getattr(got.experts[layer], name), getattr(sums, name), rtol=1e-4, atol=1e-4)
     assert all(not result.stats for result in second[0])
     assert [first[1]["reports_stats"], second[1]["reports_stats"]] == [True, False]
     assert first[1]["data"] == second[1]["data"] == (0, 1)
@@ -490,7 +544,7 @@ def test_tensor_parallel_in_bfloat16(gang: Callable[[int], Gang], folder_of: Cal
 
 def floating_buffers(folder: Path, settings: Settings) -> list[torch.Tensor]:
     replica = opened("tensor_parallel", folder, settings)
-    found = [buffer.clone() for buffer in replica._model.buffers() if buffer.is_floating_point()]
+    found = [buffer.clone() for buffer in module_of(replica).buffers() if buffer.is_floating_point()]
     replica.close()
     return found
 
@@ -517,7 +571,19 @@ def test_more_ranks_than_heads_are_refused(gang: Callable[[int], Gang], folder_o
     for error in gang(3).outcomes(measure, "tensor_parallel", folder_of("llama"), make_shards(1), SETTINGS):
         assert isinstance(error, ConfigError)
         assert error.message == "3 ranks cannot share 2 heads (num_key_value_heads of the llama configuration)."
-        assert error.hint == "Set `ranks` to 2 at most. Use `partition` single, device_map, zero3 or streaming."
+        assert error.hint == "Set `ranks` to 2 at most. Use `partition` single, device_map, fsdp, zero3 or streaming."
+
+
+def test_experts_that_ranks_cannot_share_are_refused(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
+) -> None:
+    refusals = {
+        "mixtral": "3 ranks do not divide the 4 experts of a layer of MixtralForCausalLM.",
+        "llama": "transformers has no plan that spreads experts of LlamaForCausalLM over ranks.",
+    }
+    for family, message in refusals.items():
+        for error in gang(3).outcomes(measure, "expert_parallel", folder_of(family), make_shards(1), SETTINGS):
+            assert isinstance(error, ConfigError) and error.message == message
 
 
 def test_heads_are_counted_by_what_the_configuration_calls_them() -> None:
@@ -528,9 +594,9 @@ def test_heads_are_counted_by_what_the_configuration_calls_them() -> None:
             require_heads(config, heads + 1)
 
 
-def test_flash_attention_cannot_be_checked(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+def test_autotp_cannot_check_flash_attention(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
     settings = replace(SETTINGS, attention="flash_attention_2")
-    for error in gang(2).outcomes(measure, "tensor_parallel", folder_of("llama"), make_shards(1), settings):
+    for error in gang(2).outcomes(measure, "tensor_parallel", folder_of("grouped llama"), make_shards(1), settings):
         assert isinstance(error, ConfigError)
         assert error.hint == "Set `attention` to sdpa."
 
@@ -559,7 +625,7 @@ def test_a_process_can_join_another_group(gang: Callable[[int], Gang], folder_of
     assert_near(first[0][1].stats, expected[1].stats, rtol=1e-4)
 
 
-@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
+@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel"])
 def test_nothing_is_printed_on_stdout(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str
 ) -> None:
@@ -569,7 +635,7 @@ def test_nothing_is_printed_on_stdout(
     assert [path.read_text() for path in gang(2).stdout] == ["", ""]
 
 
-@pytest.mark.parametrize("partition", ["zero3", "tensor_parallel"])
+@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel"])
 def test_the_group_must_be_there(folder_of: Callable[[str], Path], partition: str) -> None:
     checkpoint = resolve(str(folder_of("llama")))
     with pytest.raises(ConfigError, match=f"`partition` {partition} needs a group of 2 processes; this is one of 1"):

@@ -85,6 +85,28 @@ def test_auto_takes_the_simplest_that_fits(billions: float, devices: Devices, pa
     assert "of weights" in placement.why and ("GPU" in placement.why) == (devices.kind == "cuda")
 
 
+def test_auto_spreads_parts_over_the_gpus_of_several_hosts() -> None:
+    """Each holds a part, and two layers while one runs; with one GPU a host, links are slow."""
+    size = llama_like(405, layers=126, hidden=16384)
+    placement = choose(size, SETTINGS, Execution(), gpus(32, 80 * GB))
+    assert placement.partition == "fsdp" and placement.gpus == placement.ranks and 12 < placement.ranks <= 16
+    assert placement.copies == 1
+    assert f"need {placement.ranks} times one GPU of 80 GB of several hosts: fsdp, whose ranks read" in placement.why
+    for execution, devices in (
+        (Execution(executor="local"), gpus(32, 80 * GB)),
+        (Execution(), gpus(12, 80 * GB)),
+        (Execution(), gpus(32, 80 * GB, on_one_node=1)),
+    ):
+        assert choose(size, SETTINGS, execution, devices).partition == "streaming"
+    assert choose(size, SETTINGS, Execution(), gpus(32, 80 * GB), head=True).partition == "streaming"
+
+
+def test_auto_takes_zero3_where_transformers_cannot_load_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.distributed.DistributedConfig", object)  # without the fields of later versions
+    placement = choose(llama_like(405, layers=126, hidden=16384), SETTINGS, Execution(), gpus(32, 80 * GB))
+    assert placement.partition == "zero3" and "5.23 or newer can" in placement.why
+
+
 def test_auto_counts_activations_replicas_and_limits() -> None:
     size = llama_like(8)
     long = Settings(sequence_length=65536, batch_size=64)
@@ -206,7 +228,7 @@ def test_contradictions_are_refused(options: dict[str, Any], devices: Devices, m
     ("options", "message"),
     [
         ({"partition": "zero"}, "Did you mean 'zero3'"),
-        ({"ranks": 2}, "`ranks` applies to zero3 and tensor_parallel"),
+        ({"ranks": 2}, "`ranks` applies to fsdp, zero3, tensor_parallel and expert_parallel"),
         ({"partition": "zero3", "executor": "local"}, "several processes"),
         ({"partition": "zero3", "ranks": 0}, "`ranks` must be at least 1"),
         ({"max_memory": {"gpu0": 1}}, "'gpu0' is not a device"),

@@ -53,6 +53,6 @@ def test_gangs_alone_take_ranks_and_need_several_processes(partition: str) -> No
         with pytest.raises(ConfigError, match="several processes"):
             Execution(partition=partition, executor="local")
     else:
-        with pytest.raises(ConfigError, match="`ranks` applies to zero3 and tensor_parallel"):
+        with pytest.raises(ConfigError, match="`ranks` applies to fsdp, zero3, tensor_parallel and expert_parallel"):
             Execution(partition=partition, ranks=3)
         assert Execution(partition=partition, executor="local").partition == partition

@@ -140,7 +140,10 @@ execution:
         ),
         (
             "warehouse: w\nmodels:\n- model: a\n  ranks: 2\ncorpora: [builtin:pydoc]\n",
-            ["4: ranks applies to zero3 and tensor_parallel, not to partition auto. Leave it out."],
+            [
+                "4: ranks applies to fsdp, zero3, tensor_parallel and expert_parallel, not to partition auto. "
+                "Leave it out."
+            ],
         ),
     ],
     ids=lambda value: value.replace("\n", " ")[:40] if isinstance(value, str) else "",
@@ -252,7 +255,7 @@ experiment:
     text = text.replace("hang_seconds: -1", "hang_seconds: 1").replace("  limits: 3\n", "").partition("- model: c")
     experiment = "experiment:\n  tasks: [builtin:pydoc]\n  shares: []\n"
     assert problems(tmp_path, text[0] + experiment) == [
-        "7: ranks applies to zero3 and tensor_parallel, not to partition single. Leave it out.",
+        "7: ranks applies to fsdp, zero3, tensor_parallel and expert_parallel, not to partition single. Leave it out.",
         "10: shares and sparsities are both empty. Set at least one of them.",
     ]
 

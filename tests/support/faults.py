@@ -14,7 +14,7 @@ from support.disks import SmallDisk
 from support.processes import wait_until
 from support.ray_cluster import Cluster, children
 
-GANGS = ("zero3", "tensor_parallel")
+GANGS = ("fsdp", "zero3", "tensor_parallel")
 ALONE = ("score", "ablate", "experiment")
 
 

@@ -1,0 +1,231 @@
+"""Split of a model over ranks by DeepSpeed AutoTP, for families that transformers has no plan for.
+
+AutoTP splits a model by the names of its modules. For a family that it does not know, it silently computes wrong
+numbers. Therefore each replica is checked as it is opened: every site of every layer, before and after the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.settings import Settings
+from avss_dist.models.auto import predictor
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, as_rows
+from avss_dist.models.loading import Backbone, forward_function, load_model, open_module, quiet, without_head
+from avss_dist.partition.base import RowSplit
+from avss_dist.partition.group import all_gather, quiet_deepspeed
+from avss_dist.partition.splitting import Probe, exchange_for, head_count, probe
+
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""Maximum difference between the tensors of a whole and of a split model; see `difference`.
+
+In SmolLM2-135M it is 2e-6, 5e-3 and 5e-2. Persimmon, which AutoTP splits wrongly, is off by 0.7.
+"""
+
+_REFUSALS = (AssertionError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+_ELSEWHERE = "Use `partition` single, device_map, fsdp, zero3 or streaming."
+
+
+def open_by_autotp(
+    checkpoint: Checkpoint, settings: Settings, device: torch.device, split: RowSplit, *, head: bool
+) -> Backbone:
+    """Open a model, and split it over the ranks of the group. All ranks call this.
+
+    Every rank first maps the files of the whole model. If the compute dtype is another one, it holds the whole model in
+    host memory. Each rank has the whole head.
+
+    Returns:
+        The model, whose taps exchange the units of the ranks.
+
+    Raises:
+        ConfigError: there are more ranks than heads, or the attention does not run on a CPU.
+        ModelError: the model cannot be opened or observed, or DeepSpeed cannot split it correctly.
+    """
+    if settings.attention == "flash_attention_2":
+        raise ConfigError(
+            "`partition` tensor_parallel checks the model on the CPU, where flash_attention_2 cannot run.",
+            "Set `attention` to sdpa.",
+        )
+    model = load_model(checkpoint, settings, head=head)
+    with quiet(), quiet_deepspeed():
+        whole = open_module(model, layers=settings.layers)
+        require_heads(model.config.get_text_config(), split.ranks)
+        run = forward_function(whole.module)
+        logits = _logits(predictor(model), torch.device("cpu")) if head else None
+        expected = probe(run, whole.structure.layers, torch.device("cpu"))
+        names = {module: name for name, module in model.named_modules()}
+        with without_output_embeddings(predictor(model), keep=head):
+            apply_autotp(model, split.ranks, device)
+        again = _find_again(whole.structure.layers, names, model)
+        with _running(model):
+            actual = probe(run, again, device)
+        layers = _check(model, again, expected, actual, split)
+        if logits is not None:
+            _check_logits(predictor(model), logits, device)
+    return replace(whole, structure=replace(whole.structure, layers=layers))
+
+
+def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
+    """Return the configuration of ``deepspeed.init_inference``; ``cluster/deepspeed`` has that for two ranks."""
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "tensor_parallel": {"tp_size": world},
+        "replace_with_kernel_inject": False,
+    }
+
+
+def require_heads(config: Any, world: int) -> None:
+    """Refuse more ranks than heads, because a head's keys and values are not split.
+
+    Raises:
+        ConfigError: there are more ranks than heads; the message has the numbers.
+    """
+    name, heads = head_count(config) or ("", world)
+    if world > heads:
+        raise ConfigError(
+            f"{world} ranks cannot share {heads} heads ({name} of the {config.model_type} configuration).",
+            f"Set `ranks` to {heads} at most. {_ELSEWHERE}" if heads > 1 else _ELSEWHERE,
+        )
+
+
+def apply_autotp(model: Any, world: int, device: torch.device) -> None:
+    """Replace the linear maps of the layers by this rank's parts, and move the model to the device.
+
+    Tensors of another dtype, such as rotary frequencies in float32, keep it; DeepSpeed would convert them.
+
+    Raises:
+        ModelError: DeepSpeed cannot split the model.
+    """
+    import deepspeed
+
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    others = list(_in_another_dtype(model, dtype))
+    try:
+        deepspeed.init_inference(model, config=inference_config(dtype, world))
+    except _REFUSALS as error:
+        raise _cannot_split(model, str(error)) from error
+    for tensors, name, value in others:
+        tensors[name].data = value.to(device)
+
+
+@contextmanager
+def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
+    """Remove the head of a model inside the context, so that AutoTP does not split it; put it back if ``keep``."""
+    heads = {
+        name: child
+        for name, child in model.named_children()
+        if child is model.get_output_embeddings() and child is not without_head(model)
+    }
+    for name in heads:
+        setattr(model, name, nn.Identity())
+    yield
+    if keep:
+        device = next(model.parameters()).device
+        for name, head in heads.items():
+            setattr(model, name, head.to(device))
+
+
+def _logits(model: Any, device: torch.device) -> torch.Tensor:
+    """Return the logits of ``PROBE_SHAPE`` tokens, [rows, tokens, vocabulary], on the CPU."""
+    ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=device).reshape(PROBE_SHAPE)
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.cpu()
+
+
+@contextmanager
+def _running(model: Any) -> Iterator[None]:
+    """Raise ModelError if the split model fails inside the context."""
+    try:
+        yield
+    except _REFUSALS as error:
+        raise _cannot_split(model, f"the split model does not run: {error}") from error
+
+
+def _check_logits(model: Any, expected: torch.Tensor, device: torch.device) -> None:
+    """Refuse a model whose logits changed by the split; all ranks come to the same result."""
+    with _running(model):
+        actual = _logits(model, device)
+    error = difference(expected, actual) if actual.shape == expected.shape else float("inf")
+    maximum = max(all_gather(error, device))
+    if maximum > TOLERANCES.get(expected.dtype, 0.0):
+        raise _cannot_split(model, f"its logits are off by {maximum:.2g} of their size after the split")
+
+
+def _in_another_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    """Yield (tensors of a module, name, value) of every tensor with another dtype."""
+    for module in model.modules():
+        for tensors in (module._buffers, module._parameters):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+                    yield tensors, name, tensor.data
+
+
+def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Return the median over tokens of |actual - expected| / |expected|, for tensors of shape [..., units].
+
+    A wrong split changes nearly every token, while rounding routes few tokens to other experts.
+    """
+    expected, actual = (x.double().reshape(-1, x.shape[-1]) for x in (expected, actual))
+    sizes = expected.norm(dim=-1)
+    ratios = (actual - expected).norm(dim=-1) / sizes.clamp_min(torch.finfo(torch.float64).tiny)
+    ratios = ratios[sizes.isfinite()].nan_to_num(torch.inf)
+    return float(ratios.median()) if len(ratios) else 0.0
+
+
+def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: nn.Module) -> list[Layer]:
+    """Return the same layers and taps in the model, after its modules were replaced."""
+
+    def again(module: nn.Module) -> nn.Module:
+        return model.get_submodule(names[module])
+
+    return [
+        replace(
+            layer,
+            module=again(layer.module),
+            taps={site: replace(tap, module=again(tap.module)) for site, tap in layer.taps.items()},
+            projections=tuple(replace(p, module=again(p.module)) for p in layer.projections),
+        )
+        for layer in layers
+    ]
+
+
+def _check(model: Any, layers: Sequence[Layer], expected: Probe, actual: Probe, split: RowSplit) -> tuple[Layer, ...]:
+    """Return the layers with taps that exchange the parts of the ranks; all ranks come to the same result.
+
+    Raises:
+        ModelError: the split changed a tensor.
+    """
+    tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in expected.values())
+    checked: list[Layer] = []
+    for layer in layers:
+        taps = {"block": Tap(layer.module, "output", layer.axes), **layer.taps}
+        for site, tap in taps.items():
+            reference, part = (as_rows(x[layer.index, site], tap.axes, *PROBE_SHAPE) for x in (expected, actual))
+            assert reference is not None and part is not None
+            taps[site] = tap = replace(tap, exchange=exchange_for(part, reference.shape[-1]))
+            rows = split.rows(len(part))
+            got, reference = tap.exchange(part) if tap.exchange else part[rows], reference[rows]
+            error = difference(reference, got.cpu()) if got.shape == reference.shape else float("inf")
+            error = max(all_gather(error, part.device))
+            if error > tolerance or (site == "block" and tap.exchange):
+                raise _cannot_split(
+                    model, f"site '{site}' of layer {layer.index} is off by {error:.2g} of its size after the split"
+                )
+        checked.append(replace(layer, taps={site: taps[site] for site in layer.taps}))
+    return tuple(checked)
+
+
+def _cannot_split(model: Any, why: str) -> ModelError:
+    return ModelError(
+        f"DeepSpeed cannot split a {model.config.model_type} model ({type(model).__name__}): {why}.",
+        _ELSEWHERE,
+    )

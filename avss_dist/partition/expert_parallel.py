@@ -1,0 +1,60 @@
+"""Partition ``expert_parallel``: the routed experts of a mixture are spread over the ranks, which take the same data.
+
+Attention, dense matrices and the head are split as with ``tensor_parallel``, if the ranks divide the heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.settings import Settings
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.loading import Backbone
+from avss_dist.models.size import load_skeleton
+from avss_dist.partition.native import attention_plan, generic_name, layer_plan, open_by_plan, tensor_plan_obstacle
+from avss_dist.partition.tensor_parallel import TensorParallelCost, TensorParallelReplica
+
+_ELSEWHERE = "Use `partition` fsdp, zero3, device_map or streaming."
+
+
+class ExpertParallelCost(TensorParallelCost):
+    """Memory and time of a run with ranks that divide experts; see `tensor_parallel.TensorParallelCost`."""
+
+    obstacle = None
+
+
+class ExpertParallelReplica(TensorParallelReplica):
+    """One rank of a mixture of experts; see `tensor_parallel.TensorParallelReplica`."""
+
+    cost = ExpertParallelCost
+
+    def _open(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> tuple[Backbone, bool]:
+        """See `TensorParallelReplica`. transformers exchanges tokens in passes with gradients, and sums in others."""
+        options = expert_options(checkpoint, settings, self.split.ranks)
+        return open_by_plan(checkpoint, settings, self.device, head=head, **options), True
+
+
+def expert_options(checkpoint: Checkpoint, settings: Settings, ranks: int) -> dict[str, Any]:
+    """Return the fields of transformers' ``DistributedConfig`` that spread the experts of a model over ranks.
+
+    Raises:
+        ConfigError: the model has no experts that transformers can spread, or the ranks do not divide their number.
+    """
+    _, model, _ = load_skeleton(checkpoint, settings)
+    rules = layer_plan(model, getattr(model, "ep_plan", {}), settings.layers)
+    if checkpoint.gguf or not rules:
+        raise ConfigError(
+            f"transformers has no plan that spreads experts of {type(model).__name__} over ranks.", _ELSEWHERE
+        )
+    numbers = {len(stack) for path, stack in model.named_parameters() if generic_name(path) in rules}
+    if wrong := sorted(number for number in numbers if number % ranks):
+        raise ConfigError(
+            f"{ranks} ranks do not divide the {wrong[0]} experts of a layer of {type(model).__name__}.",
+            f"Set `ranks` to a divisor of {wrong[0]}. {_ELSEWHERE}",
+        )
+    options: dict[str, Any] = {"tp_size": ranks, "ep_size": ranks}
+    if tensor_plan_obstacle(checkpoint, settings, ranks):
+        attention = attention_plan(layer_plan(model, model.tp_plan, settings.layers))
+        options["tp_plan"] = dict.fromkeys(attention, "replicate") or None
+    return options

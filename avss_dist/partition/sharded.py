@@ -1,0 +1,118 @@
+"""Ranks that each hold a part of every parameter, gather a layer at a time, and share the batches.
+
+``zero3`` and ``fsdp`` are two implementations of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.registry import WHOLE
+from avss_dist.corpus.shards import Batch
+from avss_dist.models.causal_lm import LanguageModel, Watcher
+from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.size import Footprint
+from avss_dist.models.sparsifying import uncounted
+from avss_dist.partition.base import dummy_batch
+from avss_dist.partition.cost import DEEPSPEED_BYTES, LINK_SHARE, Calibration, PartitionCost, Usage
+from avss_dist.partition.group import all_gather, share, sum_over_ranks
+
+S = TypeVar("S")
+T = TypeVar("T")
+PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside the arithmetic; DeepSpeed's own default
+
+
+class ShardedCost(PartitionCost):
+    """Memory and time of a run whose ranks hold parts of the parameters and gather one layer at a time."""
+
+    @staticmethod
+    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
+        """See `PartitionCost`. ``max_memory`` has no effect."""
+        return 0
+
+    def usage(self, measured: Calibration, counters: int) -> Usage:
+        """See `PartitionCost`. Ranks share the shards; on CPUs they also share the cores, which gains nothing."""
+        ranks, on_gpu, size = self.ranks, self.on_gpu, self.size
+        gathered = sum(size.layer_bytes) + size.other_bytes
+        part = -(-size.weight_bytes // ranks)
+        ahead = PREFETCHED * size.element_bytes if on_gpu else 0
+        largest = max(*size.layer_bytes, size.embedding_bytes)  # twice: as it comes, and put together
+        device, host = self.memory(measured, counters, part, more=2 * largest + min(ahead, gathered))
+        if not on_gpu:  # while the model is opened, pages of its files, which the system can have back, are there too
+            device = max(device, measured.library_bytes + DEEPSPEED_BYTES + part + size.weight_bytes)
+        work = self.seconds(measured, measured.costs[WHOLE]) / (ranks if on_gpu else 1)
+        link = measured.copy_bytes_per_second * LINK_SHARE * ranks / max(1, ranks - 1)
+        exchange = -(-measured.num_batches // ranks) * gathered / (link if on_gpu else measured.gather_bytes_per_second)
+        why = "every rank holds a part and gathers one layer at a time"
+        why += "; the exchange is modelled, not measured" * on_gpu
+        return Usage(device_bytes=device, host_bytes=host, seconds=work + exchange, why=why)
+
+
+class ShardedLanguageModel(LanguageModel):
+    """Language model whose ranks share the batches and all return all results; see `causal_lm.LanguageModel`.
+
+    A rank without a batch runs a dummy while others have one, because collectives wait for all.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.reports = distributed.get_rank() == 0
+        self._dummy = dummy_batch()
+
+    def pieces(self, number: int) -> list[slice]:
+        """See `causal_lm.LanguageModel`. Equally many on all ranks, because each gathers the head; some are empty."""
+        mine = super().pieces(number)
+        maximum = max(all_gather(len(mine), self.device))
+        return mine + [slice(number, number)] * (int(maximum) - len(mine))
+
+    def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
+        """See `causal_lm.LanguageModel`."""
+        return self._share(batches, function, lambda: function(self._dummy))
+
+    def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
+        """See `causal_lm.LanguageModel`."""
+        with torch.no_grad():
+            return self._share(functions, lambda function: function(), lambda: self.losses(self._dummy))
+
+    def backpropagate(
+        self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
+    ) -> list[Watcher]:
+        """See `causal_lm.LanguageModel`."""
+        spare = copy.deepcopy(watchers[0])  # observes dummy passes, and is discarded
+        run = partial(super().backpropagate, draws=draws, seed=seed)
+        pairs = list(zip(batches, watchers, strict=True))
+        return self._share(pairs, lambda pair: run([pair[0]], [pair[1]])[0], lambda: run([batches[0]], [spare]))
+
+    def total(self, counts: list[list[int]]) -> list[list[int]]:
+        """See `causal_lm.LanguageModel`."""
+        return sum_over_ranks(counts)
+
+    def _share(self, items: Sequence[S], function: Callable[[S], T], dummy: Callable[[], object]) -> list[T]:
+        """Return the function's results for all items, each computed by one rank, in order. All ranks call this."""
+
+        def idle() -> None:
+            with uncounted():
+                dummy()
+
+        return share(function, items, idle)
+
+
+def refuse_gguf(checkpoint: Checkpoint, partition: str) -> None:
+    """Refuse a .gguf file, of which every rank would hold the whole model while it is opened.
+
+    Raises:
+        ConfigError: the checkpoint is a .gguf file.
+    """
+    if checkpoint.gguf:
+        raise ConfigError(
+            f"'{checkpoint.name}' is a .gguf file: transformers unpacks the whole model in every process, so that "
+            f"{partition} would save no memory.",
+            "Use `partition` single, device_map or tensor_parallel, or convert it to safetensors.",
+        )
