@@ -52,6 +52,7 @@ PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
     "_private": ("ray", _at("ray:_private")),
     "_worker_logs_enabled": ("ray", _at("ray._private.worker:_worker_logs_enabled")),
     "_private.state.actors": ("ray", _at("ray._private.state:actors")),
+    "_private.state.available_resources_per_node": ("ray", _at("ray._private.state:available_resources_per_node")),
     "_private.state.state": ("ray", _at("ray._private.state:state.get_draining_nodes")),
     "_actor_id": ("ray", _at("ray.actor:ActorHandle._actor_id")),
     "_do_request": ("ray", _at("ray.job_submission:JobSubmissionClient._do_request")),

@@ -99,20 +99,14 @@ def findings(
         A table of `SCHEMA`: warnings before notes, the default site and recipe before others, then ordered by `KINDS`.
     """
     threshold = threshold or Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
-    wanted_ids = None if run_ids is None else set(run_ids)
-    runs = [
-        row
-        for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy")
-        if row["status"] == "done" and (wanted_ids is None or row["run_id"] in wanted_ids)
-    ]
+    runs = _finished(warehouse, run_ids)
     names = [run["run_id"] for run in runs]
     where = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
     if site is not None:
         where &= pc.field("site") == site
     if recipe is not None and rankings_alone:  # what else there is compares recipes
         where &= pc.field("recipe") == recipe
-    scores = warehouse.table("scores", run_ids=names, columns=SCORES, where=where)
-    readings = _by_reading(scores)
+    readings = _by_reading(warehouse.table("scores", run_ids=names, columns=SCORES, where=where))
     rows = _of_scores(readings, names, threshold)
     if rankings_alone:
         rows += _in_order(nonfinite_layers(warehouse.digests(names)), names)
@@ -123,10 +117,17 @@ def findings(
         rows += _first_tokens(runs, readings)
         rows += _row_starts(warehouse, runs)
         rows += _unreadable(warehouse.damaged, run_ids)
-    rows = [row for row in rows if row.get("site") in (None, site or row.get("site"))]
-    rows = [row for row in rows if row.get("recipe") in (None, recipe or row.get("recipe"))]
+    for column, place in (("site", site), ("recipe", recipe)):
+        rows = [row for row in rows if place is None or row.get(column) in (None, place)]
     rows.sort(key=_urgency)
     return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def _finished(warehouse: Warehouse, run_ids: Sequence[str] | None) -> list[Row]:
+    """Return the rows of ``runs`` of finished runs, by default of all."""
+    wanted = None if run_ids is None else set(run_ids)
+    runs = [row for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy") if row["status"] == "done"]
+    return [row for row in runs if wanted is None or row["run_id"] in wanted]
 
 
 def _in_order(findings: Iterable[Row], run_ids: Sequence[str]) -> list[Row]:

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 from ray import cloudpickle
+from ray.util import placement_group_table
 from support.processes import ray_processes, wait_until
 
 from avss_dist.core.errors import ModelError, RunFailed
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.partition.base import Placement
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
 
@@ -69,6 +71,21 @@ def run(executor: RayExecutor, task: Any, ranks: int = 2) -> tuple[Any, list[Any
         return executor.run_ranks(task, ranks, threads=1, on_event=events.append), events
     finally:
         wait_until(lambda: not ray_processes())
+
+
+@pytest.mark.parametrize(
+    ("partition", "ranks", "strategy"),
+    [("tensor_parallel", 2, "STRICT_PACK"), ("tensor_parallel", 4096, "PACK"), ("fsdp", 2, "PACK")],
+)
+def test_ranks_that_divide_a_shard_are_kept_on_one_node_that_has_room(
+    executor: RayExecutor, partition: str, ranks: int, strategy: str
+) -> None:
+    executor.connect()
+    placement = Placement(partition=partition, ranks=min(ranks, 2))
+    gang = executor._new_gang(placement, threads=max(1, ranks // 2))
+    assert placement_group_table(gang._group)["strategy"] == strategy
+    gang.stop()
+    wait_until(lambda: not ray_processes())
 
 
 def test_the_first_rank_is_heard(executor: RayExecutor) -> None:

@@ -16,6 +16,7 @@ from ray.exceptions import LocalRayletDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
+from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.base import Outcome, RankTask, RunShards, Underway, by_model
 from avss_dist.executors.prefetch import Prefetcher
@@ -212,7 +213,23 @@ class RayExecutor:
         require_head()
         name = f"{os.getpid()}-{next(self._names)}"
         threads = threads or self._settings.threads
-        return Gang(name, placement, threads=threads, monitor=self._monitor, labels=self._labels)
+        return Gang(
+            name,
+            placement,
+            threads=threads,
+            monitor=self._monitor,
+            labels=self._labels,
+            one_node=self._belongs_on_one_node(placement, threads),
+        )
+
+    def _belongs_on_one_node(self, placement: Placement, threads: int) -> bool:
+        """Whether ranks divide the work of each shard, which takes exchanges in every layer, and a node has room."""
+        info, devices = PARTITIONS[placement.partition], self.devices
+        if not info.gang or info.splits_data:
+            return False
+        if placement.gpus:
+            return placement.gpus <= devices.count_of_largest_node
+        return placement.ranks * threads <= devices.cpus_of_largest_node
 
 
 def _call(function: Callable[[S], T], item: S) -> T:
@@ -241,17 +258,19 @@ def _shortage(placement: Placement, cpus: int, labels: Mapping[str, str]) -> str
     needs = f"{who} {_numbers(need)}"
     nodes = _nodes(labels)
     resources = [{name: node["Resources"].get(name, 0.0) for name in need} for node in nodes]
-    which = f"node with {_in_words(labels)}" if labels else "node"
     if not any(all(node[name] >= need[name] for name in need) for node in resources):
         largest = {name: max((node[name] for node in resources), default=0) for name in need}
+        which = f"node with {_in_words(labels)}" if labels else "node"
         return f"{needs}; no {which} has that many. The largest has {_numbers(largest)}."
     by_node = ray._private.state.available_resources_per_node()
     free = [by_node.get(node["NodeID"], {}) for node in nodes]
-    has = ", ".join(
-        f"{sum(node.get(name, 0) for node in free):g} of {sum(node[name] for node in resources):g} {name}s"
-        for name in need
-    )
+    has = ", ".join(f"{_total(free, name):g} of {_total(resources, name):g} {name}s" for name in need)
     return f"{needs}; {has} are free {'on nodes with ' + _in_words(labels) if labels else 'in the cluster'}."
+
+
+def _total(nodes: Iterable[Mapping[str, float]], name: str) -> float:
+    """Return how many of a resource nodes have together."""
+    return sum(node.get(name, 0.0) for node in nodes)
 
 
 def _nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -275,24 +294,30 @@ def _devices_of_cluster(device: str, labels: Mapping[str, str]) -> Devices:
     """
     nodes = [node["Resources"] for node in _nodes(labels)]
     if not nodes:
-        there = sorted({f"{name}={value}" for node in ray.nodes() for name, value in node["Labels"].items()})
-        known = [label for label in there if not label.startswith("ray.io/node-id=")]
-        raise ConfigError(
-            f"No node of the cluster has `node_labels` {_in_words(labels)}.",
-            f"Labels of its nodes: {', '.join(known)}." if known else "Its nodes have no labels: ray start --labels.",
-        )
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+        raise _no_such_node(labels)
+    gpus = int(_total(nodes, "GPU"))
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
     on_gpus = kind == "cuda"
     seen = _devices_of_node(kind, labels, gpus=1 if on_gpus and gpus else 0)
+    most = {name: int(max(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
     return Devices(
         kind=kind,
         count=gpus if on_gpus else 1,
-        count_of_largest_node=int(max(node.get("GPU", 0) for node in nodes)) if on_gpus else 1,
+        count_of_largest_node=most["GPU"] if on_gpus else 1,
         device_bytes=seen.device_bytes,
         host_bytes=seen.host_bytes,
-        cpus=int(sum(node.get("CPU", 0) for node in nodes)) or 1,
-        cpus_of_largest_node=int(max(node.get("CPU", 0) for node in nodes)) or 1,
+        cpus=int(_total(nodes, "CPU")) or 1,
+        cpus_of_largest_node=most["CPU"] or 1,
+    )
+
+
+def _no_such_node(labels: Mapping[str, str]) -> ConfigError:
+    """Return the error to show if no node of the cluster has these labels, with those that there are."""
+    there = {f"{name}={value}" for node in ray.nodes() for name, value in node["Labels"].items()}
+    known = sorted(label for label in there if not label.startswith("ray.io/node-id="))
+    return ConfigError(
+        f"No node of the cluster has `node_labels` {_in_words(labels)}.",
+        f"Labels of its nodes: {', '.join(known)}." if known else "Its nodes have no labels: ray start --labels.",
     )
 
 

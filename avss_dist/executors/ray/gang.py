@@ -31,6 +31,7 @@ class Gang:
 
     Args:
         labels: labels that the nodes of its workers must have.
+        one_node: all its workers must be on the same node; otherwise on as few as there is room on.
 
     Attributes:
         placed: a reference that is ready when its first rank has a process that answers.
@@ -39,7 +40,14 @@ class Gang:
     """
 
     def __init__(
-        self, name: str, placement: Placement, *, threads: int, monitor: Any, labels: Mapping[str, str]
+        self,
+        name: str,
+        placement: Placement,
+        *,
+        threads: int,
+        monitor: Any,
+        labels: Mapping[str, str],
+        one_node: bool = False,
     ) -> None:
         self.shape = shape(placement)
         self.spec: ReplicaSpec | None = None
@@ -57,7 +65,8 @@ class Gang:
         else:
             bundle = {"CPU": threads, **({"GPU": resources["num_gpus"]} if placement.gpus else {})}
             bundles, selectors = [bundle] * placement.ranks, [dict(labels)] * placement.ranks
-            self._group = placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
+            strategy = "STRICT_PACK" if one_node else "PACK"
+            self._group = placement_group(bundles, strategy=strategy, bundle_label_selector=selectors)
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
         actor = actor.options(max_restarts=0, **resources, **options)
         self._workers: list[Any] = [actor.remote(worker, threads, monitor) for worker in self.names]

@@ -56,14 +56,13 @@ def matrix_data(
     described = [{"label": label, **_properties(run)} for run, label in zip(runs, labels, strict=True)]
     for run, description in zip(runs, described, strict=True):
         description["drawn"] = drawn.get(run["run_id"])
-    ranks: dict[str, list[list[int]]] = {name: [[] for _ in runs] for name in FROM_ACTIVATIONS}
-    place = {run["run_id"]: index for index, run in enumerate(runs)}
-    rows_of = [(place[key["run_id"]], start, stop) for key, start, stop in slices_by(scores, ["run_id"])]
+    rows_of = [(key["run_id"], start, stop) for key, start, stop in slices_by(scores, ["run_id"])]
+    ranks = {}
     for name in FROM_ACTIVATIONS:
         values = scores[SCORES[name].column].to_numpy()
         places = _places([values[start:stop] for _, start, stop in rows_of])
-        for (index, _, _), row in zip(rows_of, places, strict=True):
-            ranks[name][index] = row
+        by_run = {run_id: row for (run_id, _, _), row in zip(rows_of, places, strict=True)}
+        ranks[name] = [by_run.get(run["run_id"], []) for run in runs]
     return {
         "runs": described,
         "ranks": {name: rows for name, rows in ranks.items() if any(rows)},
