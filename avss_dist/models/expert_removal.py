@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Removal, experts_by_layer
@@ -116,7 +117,7 @@ def find_routed_experts(layer: nn.Module) -> RoutedExperts | None:
     if len(fused) > 1:
         raise _unsupported(f"it has {len(fused)} modules of experts: {', '.join(fused)}")
     (path,) = fused
-    block, number = path.rpartition(".")[0], getattr(modules[path], COUNT)
+    block, number = path.rpartition(".")[0], _stacked(modules[path])[0]
     routers = [name for name, _ in modules[block].named_children() if _is_router(modules[block].get_submodule(name))]
     if len(routers) != 1:
         kinds = [type(module).__name__ for name, module in modules[block].named_children() if name != path]
@@ -144,10 +145,19 @@ def _unsupported(reason: str, kinds: Sequence[str] = ()) -> ModelError:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Whether a module holds the weights of all experts of a layer, with one matrix for each."""
+    """Whether a module holds the weights of all experts of a layer, with one matrix for each.
+
+    Where ranks have some of the experts each, its count is that of a rank.
+    """
+    numbers, count = _stacked(module), getattr(module, COUNT, None)
+    split = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+    return bool(numbers) and type(count) is int and set(numbers) == {numbers[0] if split else count}
+
+
+def _stacked(module: nn.Module) -> list[int]:
+    """Return the number of matrices of each parameter that is a stack of them."""
     shapes = [_shape(parameter) for parameter in module._parameters.values() if parameter is not None]
-    stacked = [shape for shape in shapes if len(shape) >= 3]
-    return bool(stacked) and all(shape[0] == getattr(module, COUNT, None) for shape in stacked)
+    return [shape[0] for shape in shapes if len(shape) >= 3]
 
 
 def _is_router(module: nn.Module) -> bool:
