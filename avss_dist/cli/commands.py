@@ -87,7 +87,7 @@ COMMANDS = {
     ),
     "query": Command(READ, "read", "Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."),
     "plan": Command(
-        CHANGE, "plan", "Choose the layers to drop, and write a plan with the reason and what speaks against it."
+        CHANGE, "plan", "Choose the layers or routed experts to drop, and write a plan with the reason and what speaks against it."
     ),
     "sparsify": Command(
         CHANGE, "sparsify", "Choose the activations that become zero, and write a sparsity plan with the reason."
@@ -95,7 +95,7 @@ COMMANDS = {
     "prune": Command(
         CHANGE,
         "prune",
-        "Write a checkpoint without the layers that a plan drops, repaired on request; needs little memory.",
+        "Write a checkpoint without the layers or experts of a plan, repaired on request; needs little memory.",
     ),
     "sample": Command(
         CHANGE,

@@ -354,6 +354,7 @@ for _command in ("score", "estimate", "ablate", "evaluate", "shrink", "plan", "s
     if _command != "score":
         for _field in ("--skip-first-tokens", "--experts", "--allow-pickle"):
             del COMMANDS[_command][_field]
+COMMANDS["plan"]["--experts"] = None  # a share, not the measurement of that name
 for _options in COMMANDS.values():
     if _options.get("--format") in ("table", "text"):
         _options["--json"] = False
