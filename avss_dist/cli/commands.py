@@ -87,7 +87,9 @@ COMMANDS = {
     ),
     "query": Command(READ, "read", "Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."),
     "plan": Command(
-        CHANGE, "plan", "Choose the layers or routed experts to drop, and write a plan with the reason and what speaks against it."
+        CHANGE,
+        "plan",
+        "Choose the layers or routed experts to drop, and write a plan with the reason and what speaks against it.",
     ),
     "sparsify": Command(
         CHANGE, "sparsify", "Choose the activations that become zero, and write a sparsity plan with the reason."
