@@ -7,7 +7,9 @@ import errno
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-_USERINFO = re.compile(r"(?<=://)[^\s/?#@:]*:(?=\S)(?!\d+[/?#])[^@'\"\n]*@")
+_USERINFO = re.compile(  # a bucket has no port, so that digits before a slash are a secret
+    r"(?<=s3://)[^\s/?#@:]*:(?=\S)[^@'\"\n]*@|(?<=://)[^\s/?#@:]*:(?=\S)(?!\d+[/?#])[^@'\"\n]*@"
+)
 _PARAMETER = re.compile(r"([?&][\w.-]*(?:key|secret|token|password|credential|sig)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE)
 _URI = re.compile(r"[A-Za-z][\w+.-]*:/\S+")
 _FIELD = re.compile(r"`([a-z][a-z0-9_]*)`")

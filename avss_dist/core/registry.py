@@ -31,7 +31,6 @@ class PartitionInfo:
             ``offload_folder`` is the folder on disk.
         splits_data: ranks take different shards; otherwise all take the same shard, and rank 0 reports.
         changes_numbers: sums have another order than on one device, so the number of ranks is fingerprinted.
-        backward: gradients are available.
         changes_weights: a weight of an open replica can be changed, so that repairs are fitted and evaluated in place.
     """
 
@@ -44,7 +43,6 @@ class PartitionInfo:
     offloads: bool = False
     splits_data: bool = False
     changes_numbers: bool = False
-    backward: bool = True
     changes_weights: bool = False
 
 

@@ -144,8 +144,6 @@ def ablate(request: AblateRequest, on_event: OnEvent | None = None) -> Ablation:
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
     """
-    if request.gradients or request.damage:
-        require_partition(request.execution.partition, lambda partition: partition.backward, "has no gradients.")
     if request.lens:
         in_memory = "does not hold the layers of a replica in one process, which the logit lens needs."
         require_partition(

@@ -183,14 +183,6 @@ def test_partitions_refuse_what_they_would_not_honour(
     assert files(tmp_path) == {}
 
 
-def test_gradients_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
-    """Of the partition that has none."""
-    given = ("--corpus", "builtin:pydoc", "--partition", "tensor_parallel", "--ranks", 2, "--executor", "ray")
-    result = avss("ablate", "nowhere", "--warehouse", tmp_path / "w", "--gradients", *given)
-    assert result.exit_code == 2 and "--partition tensor_parallel has no gradients" in result.stderr
-    assert not (tmp_path / "w").exists()
-
-
 def test_streaming_evaluates_what_has_no_room(tiny_llama: Path, tmp_path: Path) -> None:
     """The same rows as of a whole model; `auto` chooses it where memory is limited."""
     limited = {"max_memory": {"cpu": host_limit(tiny_llama, 200_000, **SMALL)}}

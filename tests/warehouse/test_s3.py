@@ -287,6 +287,7 @@ def test_keys_of_a_corpus_reach_no_table_and_no_screen(
     ("text", "shown"),
     [
         ("s3://KEY:SEC/RET@lab/w?region=x", "s3://lab/w?region=x"),
+        ("s3://KEY:8/RET@lab/w", "s3://lab/w"),
         ("at 's3://K:S@lab' and s3://K:S@lab/w", "at 's3://lab' and s3://lab/w"),
         ("https://host/a.jsonl?X-Amz-Signature=abc&part=1", "https://host/a.jsonl?X-Amz-Signature=***&part=1"),
         ("Cannot parse 's3://K:S E C@lab'", "Cannot parse 's3://lab'"),
