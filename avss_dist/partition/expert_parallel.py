@@ -21,7 +21,7 @@ _ELSEWHERE = "Use `partition` fsdp, zero3, device_map or streaming."
 class ExpertParallelCost(TensorParallelCost):
     """Memory and time of a run with ranks that divide experts; see `tensor_parallel.TensorParallelCost`."""
 
-    obstacle = None
+    plan_obstacle = None
 
 
 class ExpertParallelReplica(TensorParallelReplica):

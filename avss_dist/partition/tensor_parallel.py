@@ -46,7 +46,7 @@ class TensorParallelCost(PartitionCost):
         return 0
 
     @cached_property
-    def obstacle(self) -> str | None:
+    def plan_obstacle(self) -> str | None:
         """Reason why DeepSpeed AutoTP splits the model instead of transformers; None if transformers does."""
         return tensor_plan_obstacle(self.weights, self.settings, self.ranks)
 
@@ -61,7 +61,7 @@ class TensorParallelCost(PartitionCost):
         hidden = size.hidden_bytes(measured.num_sequences, self.settings.sequence_length)
         modelled = sums * 2 * hidden * (ranks - 1) / (measured.copy_bytes_per_second * LINK_SHARE)
         exchange = modelled if on_gpu else sums * measured.num_batches * measured.sum_seconds * (ranks - 1)
-        if self.obstacle:  # AutoTP: the head is whole, and so is the model while it is opened
+        if self.plan_obstacle:  # AutoTP: the head is whole, and so is the model while it is opened
             whole, part = size.weight_bytes, size.other_bytes + sum(size.layer_bytes) // ranks
             why = "every rank loads the whole model first, and keeps a part of each layer"
         else:

@@ -212,6 +212,14 @@ def test_weights_that_stay_quantized_are_not_streamed(tiny_llama: Path) -> None:
     assert "needs the setting dequantize, which unpacks the weights" in found["streaming"].why
 
 
+def test_a_model_that_deepspeed_splits_fits_too(tiny_llama: Path) -> None:
+    """As three ranks do not divide its heads, transformers does not split it; each rank maps the whole model then."""
+    ranks = Execution(partition="tensor_parallel", ranks=3)
+    whole, part = (rows(tiny_llama, Machine("cpu", 0, 4 * GB, 4 * GB), e)["tensor_parallel"] for e in (ranks, None))
+    assert whole.fits and whole.why.startswith("every rank loads the whole model first")
+    assert part.fits and part.why.startswith("every rank loads and keeps a part of each matrix")
+
+
 def test_unpacking_takes_memory_beside_a_layer(tiny_llama: Path) -> None:
     """A CPU has one layer, unpacked; a GPU two, and the host two as they are stored."""
     layer, packed = (
