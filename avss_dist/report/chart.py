@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from avss_dist.core.text import basename, count_of, describe_count, describe_thr
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
+from avss_dist.system.folders import cache_folder
+from avss_dist.system.staging import staged_file
 
 ENDINGS = (".png", ".svg", ".html")
 MAX_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
@@ -265,16 +270,32 @@ def _drawable(leaf: Any) -> Any:
     return printable(leaf).encode(errors="replace").decode() if isinstance(leaf, str) else leaf
 
 
+@cache
+def drawing_library() -> str:
+    """Return the code that draws: Vega, Vega-Lite and vega-embed, with an interpreter in place of ``eval``.
+
+    Bundling it takes seconds, so that it is kept in the user's cache.
+    """
+    file = cache_folder("vega", f"{version('vl-convert-python')}.js")
+    with suppress(OSError, UnicodeDecodeError):
+        return file.read_text(encoding="utf-8")
+    library = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    with suppress(OSError):  # the cache cannot be written
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with staged_file(file) as staged:
+            staged.write_text(library, encoding="utf-8")
+    return library
+
+
 def _page(spec: Mapping[str, Any]) -> str:
     """Return an HTML page with the chart and the code that draws it. No name in the data can end its script."""
-    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     data = json.dumps(spec).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Layer scores</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"></head>
 <body><div id="chart" role="img" aria-label="Layer scores by depth"></div>
 <script type="application/json" id="spec">{data}</script>
-<script>{bundle}</script>
+<script>{drawing_library()}</script>
 <script>vegaEmbed("#chart", JSON.parse(document.getElementById("spec").textContent), {{renderer: "svg"}});</script>
 </body></html>
 """

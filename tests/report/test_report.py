@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import numpy as np
 import pytest
 from support.command_line import avss
@@ -162,9 +163,11 @@ def test_charts_are_vega_lite_with_names_for_people(page: Page) -> None:
     for name, spec in page.data["charts"].items():
         assert spec["$schema"].startswith("https://vega.github.io/schema/vega-lite/")
         assert "config" not in spec, name
+        alt.TopLevelSpec.validate(spec)
     assert list(page.data["pictures"]) == ["scorecard-2"]
     for picture in page.data["pictures"].values():
         assert "config" not in picture["spec"] and picture["rows"]
+        alt.TopLevelSpec.validate(picture["spec"])
     figures = {a["data-chart"] for _, a in page.elements if "data-chart" in a}
     assert figures == {"scorecard-2"} | EVERY_CHART
 

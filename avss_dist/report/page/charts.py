@@ -55,7 +55,7 @@ def _finished(chart: Any) -> dict[str, Any]:
     chart = chart.add_params(alt.param(name="choice", value=""), alt.param(name="limit", value=600))
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     chart = chart.properties(title=TITLE, width="container", autosize=fit)
-    spec: dict[str, Any] = chart.to_dict(validate=False)  # as tests do: it takes as long as the rest
+    spec: dict[str, Any] = chart.to_dict(validate=False)  # which takes as long as the rest; tests validate
     del spec["config"]  # the page's, which follows its colors
     return spec
 

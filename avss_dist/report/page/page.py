@@ -8,10 +8,8 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
-import vl_convert
 from markupsafe import Markup
 
 from avss_dist import __version__
@@ -30,6 +27,7 @@ from avss_dist.analysis.removal import without_layers
 from avss_dist.analysis.verdict import describe_task
 from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
 from avss_dist.core.text import basename, printable
+from avss_dist.report.chart import drawing_library
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.report.page.chapters import Chapter, chapters
 from avss_dist.report.page.charts import page_charts, section_chart
@@ -38,8 +36,6 @@ from avss_dist.report.page.matrix import MIN_RUNS, matrix_data, published_scores
 from avss_dist.report.page.summary import in_short, is_published
 from avss_dist.report.section import page_number
 from avss_dist.report.table import ReportColumn, ReportTable
-from avss_dist.system.folders import cache_folder
-from avss_dist.system.staging import staged_file
 from avss_dist.warehouse.reader import Warehouse
 
 COMPRESSION = 6  # of gzip; 9 takes three times as long and saves little
@@ -116,7 +112,7 @@ def _page_and_scores(
     matrix, published = _matrix(warehouse, done, drawn)
     has_scores, has_charts = bool(data["choices"]), bool(data["choices"] or pictures or matrix)
     style, script = _part("page.css"), _part("matrix.js") + _part("page.js")
-    library = _library() if has_charts else Markup("")
+    library = Markup(drawing_library() if has_charts else "")
     page = _template("page.html").render(
         html_table=html_table,
         policy=_policy(style, script, library),
@@ -237,23 +233,6 @@ def _printable(value: Any) -> Any:
 @cache
 def _part(name: str) -> Markup:
     return Markup(files(__package__).joinpath(name).read_text(encoding="utf-8"))
-
-
-@cache
-def _library() -> Markup:
-    """Return the code that draws: Vega, Vega-Lite and vega-embed, with an interpreter in place of ``eval``.
-
-    Bundling it takes seconds, so that it is kept in the user's cache.
-    """
-    file = cache_folder("vega", f"{version('vl-convert-python')}.js")
-    with suppress(OSError, UnicodeDecodeError):
-        return Markup(file.read_text(encoding="utf-8"))
-    library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    with suppress(OSError):  # the cache cannot be written
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with staged_file(file) as staged:
-            staged.write_text(library, encoding="utf-8")
-    return Markup(library)
 
 
 def _policy(style: str, *scripts: str) -> str:
