@@ -28,7 +28,7 @@ from avss_dist.models.labels import (
     top_tokens,
     uniform_numbers,
 )
-from avss_dist.models.layers import PROBE_SHAPE, Layer
+from avss_dist.models.layers import Layer, probe_tokens
 from avss_dist.models.loading import Backbone, quiet
 from avss_dist.models.patching import Patch, decode_patch, patched
 from avss_dist.models.remaining import without_modules
@@ -125,7 +125,7 @@ class LanguageModel:
 
     def _probe(self) -> None:
         """Run a forward pass over a few tokens."""
-        input_ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self.device).reshape(PROBE_SHAPE)
+        input_ids = probe_tokens(self.device)
         with torch.no_grad():
             self.module(input_ids=input_ids, use_cache=False)
 
@@ -277,7 +277,7 @@ class LanguageModel:
             return f"its remaining layers do not run alone ({type(error).__name__}: {first_line(error)})"
 
     def _differs_without(self, skipped: frozenset[int]) -> str | None:
-        ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self.device).reshape(PROBE_SHAPE)
+        ids = probe_tokens(self.device)
         run = partial(self.module, use_cache=False)
         expected = run(input_ids=ids).logits
         with without_modules(self.module, self.layers, skipped):

@@ -117,9 +117,7 @@ def require_scales(checkpoint: Checkpoint) -> None:
     lacking = []
     for name in quantized:
         module, _, leaf = name.rpartition(".")
-        stem = _PACKED.sub(
-            "", leaf
-        )  # of names like weight_scale_inv, gate_up_proj_scales, qscale_weight; or only scale
+        stem = _PACKED.sub("", leaf)  # in weight_scale_inv, gate_up_proj_scales, qscale_weight
         if not any(scale == "scale" or stem in scale for scale in leaves.get(module, ())):
             lacking.append(name)
     if lacking:

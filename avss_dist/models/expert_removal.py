@@ -64,6 +64,11 @@ class RoutedExperts:
         of_router = {f"{module}.{name}".lstrip(".") for module in (self.router, self.block) for name in ROUTER_TENSORS}
         return path.startswith(f"{self.experts}.") or path in of_router
 
+    def shape_without(self, path: str, shape: tuple[int, ...], removed: int) -> tuple[int, ...]:
+        """Return the shape of a tensor of the layer, by its path, once some experts are removed."""
+        has_rows = shape[:1] == (self.number,) and self.has_row_for_each(path)
+        return (self.number - removed, *shape[1:]) if has_rows else shape
+
     def require_remaining(self, layer: int, removed: Collection[int]) -> None:
         """Refuse a removal after which the router could not choose.
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from avss_dist.models.layers import PROBE_SHAPE, Layer
+from avss_dist.models.layers import PROBE_SHAPE, Layer, probe_tokens
 from avss_dist.models.skipping import replaced_forwards
 from avss_dist.system.context import bound
 
@@ -45,7 +45,7 @@ def find_head(module: Any, layers: Sequence[Layer], device: torch.device) -> Hea
 
     It is a `WholeHead`, with all logits of a batch at once, if logits of pieces would differ from those of all tokens.
     """
-    ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=device).reshape(PROBE_SHAPE)
+    ids = probe_tokens(device)
     linear = module.get_output_embeddings()
     if isinstance(linear, nn.Module):
         linear.forward = partial(_forward, linear.forward)

@@ -16,6 +16,11 @@ from avss_dist.models.experts import Experts
 PROBE_SHAPE = (2, 12)  # rows and tokens differ, so that axes can be distinguished
 
 
+def probe_tokens(device: torch.device | None = None) -> torch.Tensor:
+    """Return the tokens by which a model is probed: int64[rows, tokens] of ``PROBE_SHAPE``, all different."""
+    return torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=device).reshape(PROBE_SHAPE)
+
+
 @dataclass(frozen=True)
 class Tap:
     """A tensor to read: the input or the output of ``module``.

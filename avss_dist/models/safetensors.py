@@ -188,15 +188,14 @@ def copy_tensors(
     """
     tensors = sorted((tensor for tensor in tensors_of(source) if tensor.name in names), key=lambda tensor: tensor.start)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end, ranges = 0, list[tuple[int, int]]()
+    end = 0
+    ranges: list[tuple[int, int]] = []
     for tensor in tensors:
         shape, pieces = tensor.shape, [(tensor.start, tensor.start + tensor.size)]
-        if (kept := rows.get(tensor.name)) is not None:
-            row = tensor.size // shape[0]
-            shape, pieces = (
-                (len(kept), *shape[1:]),
-                [(tensor.start + i * row, tensor.start + i * row + row) for i in kept],
-            )
+        if (copied_rows := rows.get(tensor.name)) is not None:
+            width = tensor.size // shape[0]
+            shape = (len(copied_rows), *shape[1:])
+            pieces = [(tensor.start + row * width, tensor.start + (row + 1) * width) for row in copied_rows]
         size = sum(last - first for first, last in pieces)
         header[names[tensor.name]] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [end, end + size]}
         ranges += pieces

@@ -15,7 +15,16 @@ import torch
 from torch import nn
 
 from avss_dist.core.settings import INPUT_SITES
-from avss_dist.models.layers import PROBE_SHAPE, Layer, Structure, axes_of, first_tensor, layer_lists, layers_not_found
+from avss_dist.models.layers import (
+    PROBE_SHAPE,
+    Layer,
+    Structure,
+    axes_of,
+    first_tensor,
+    layer_lists,
+    layers_not_found,
+    probe_tokens,
+)
 from avss_dist.models.sites import Call, LayerSites, find_sites
 
 _LayerCall = tuple[nn.Module, str, LayerSites]  # layer, axes of its output, its sites
@@ -88,7 +97,7 @@ def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any])
                     handles.append(child.register_forward_hook(trace.record(path), with_kwargs=True))
             handles.append(module.register_forward_pre_hook(trace.enter))
             handles.append(module.register_forward_hook(trace.leave, with_kwargs=True))
-        forward(torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1]).reshape(PROBE_SHAPE))
+        forward(probe_tokens())
     finally:
         for handle in handles:
             handle.remove()

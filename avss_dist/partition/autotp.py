@@ -18,7 +18,7 @@ from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.auto import predictor
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, as_rows
+from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, as_rows, probe_tokens
 from avss_dist.models.loading import Backbone, forward_function, load_model, open_module, quiet, without_head
 from avss_dist.partition.base import RowSplit
 from avss_dist.partition.group import all_gather, quiet_deepspeed
@@ -135,7 +135,7 @@ def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
 
 def _logits(model: Any, device: torch.device) -> torch.Tensor:
     """Return the logits of ``PROBE_SHAPE`` tokens, [rows, tokens, vocabulary], on the CPU."""
-    ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=device).reshape(PROBE_SHAPE)
+    ids = probe_tokens(device)
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.cpu()

@@ -16,7 +16,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.models.auto import predictor
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import PROBE_SHAPE, Layer
+from avss_dist.models.layers import Layer, probe_tokens
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.base import Placement
@@ -122,6 +122,6 @@ def _prepare(model: nn.Module) -> None:
 
 def _run(module: Any, device: torch.device) -> None:
     """Run a module that contains others once: FSDP2 refuses a module that first runs after those inside it."""
-    ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=device).reshape(PROBE_SHAPE)
+    ids = probe_tokens(device)
     with torch.no_grad():
         module(input_ids=ids, use_cache=False)

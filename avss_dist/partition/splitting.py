@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, first_tensor
+from avss_dist.models.layers import Layer, Tap, first_tensor, probe_tokens
 from avss_dist.models.loading import Forward
 from avss_dist.partition.group import all_gather, exchange_units_for_rows
 
@@ -68,7 +68,7 @@ def probe(run: Forward, layers: Sequence[Layer], device: torch.device) -> Probe:
                 else:
                     handles.append(tap.module.register_forward_hook(lambda _m, _a, out, key=key: keep(key, out)))
         with torch.no_grad():
-            run(torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1]).reshape(PROBE_SHAPE).to(device), None)
+            run(probe_tokens(device), None)
     finally:
         for handle in handles:
             handle.remove()

@@ -100,10 +100,8 @@ def _expert_counts(whole: Any, plan: Plan, part: Mapping[str, Any], settings: Se
         )
     number = next(iter(routed.values())).number
     values = whole.get_text_config().to_dict()
-    known = [name for name in EXPERT_COUNTS if part.get(name) == number]
-    if not known:
-        known = [name for name in EXPERT_COUNTS if values.get(name) == number]
-    if not known:
+    in_file, as_read = ([name for name in EXPERT_COUNTS if source.get(name) == number] for source in (part, values))
+    if not (known := in_file or as_read):
         raise PlanError(f"No setting of a {whole.model_type} is its number of routed experts, {number}.")
     return dict.fromkeys(known, next(iter(numbers)))
 
@@ -193,8 +191,8 @@ def _of_remaining(routed: RoutedExperts | None, removed: int, path: str, name: s
     """
     if routed is None:
         return value
-    if isinstance(value, tuple) and routed.has_row_for_each(f"{path}.{name}") and value[:1] == (routed.number,):
-        return (routed.number - removed, *value[1:])
+    if isinstance(value, tuple):
+        return routed.shape_without(f"{path}.{name}", value, removed)
     is_count = name == COUNT and path in (routed.block, routed.router, routed.experts) and value == routed.number
     return routed.number - removed if is_count else value
 

@@ -73,7 +73,8 @@ class LayerNames:
         """
         if (place := self._place(name)) is None:
             return name
-        parts, layer = name.split("."), int(name.split(".")[place])
+        parts = name.split(".")
+        layer = int(parts[place])
         inside = renumbered_expert(".".join(parts[place + 1 :]), self.plan, layer)
         if layer not in self.plan.keep or inside is None:
             return None
@@ -81,13 +82,13 @@ class LayerNames:
 
     def remaining_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a tensor in the pruned model, which may have a row for each expert."""
-        parts, place = name.split("."), self._place(name)
-        layer = -1 if place is None else int(parts[place])
-        experts = self.routed.get(layer)
-        if place is None or experts is None or shape[:1] != (experts.number,):
+        if (place := self._place(name)) is None:
             return shape
-        has_rows = experts.has_row_for_each(".".join(parts[place + 1 :]))
-        return (experts.number - len(self.plan.experts[layer]), *shape[1:]) if has_rows else shape
+        parts = name.split(".")
+        layer = int(parts[place])
+        if (experts := self.routed.get(layer)) is None:
+            return shape
+        return experts.shape_without(".".join(parts[place + 1 :]), shape, len(self.plan.experts[layer]))
 
     def _place(self, name: str) -> int | None:
         """Return the position of the layer's number among the parts of a name; None for names outside of layers."""

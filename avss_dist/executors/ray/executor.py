@@ -323,9 +323,8 @@ def _no_such_node(labels: Mapping[str, str]) -> ConfigError:
 
 def _devices_of_node(kind: str, labels: Mapping[str, str], *, gpus: int) -> Devices:
     """Return the devices of a node with these labels that has the given number of free GPUs."""
-    probe: Any = ray.remote(devices_here).options(  # Ray prints its retries
-        num_cpus=0, num_gpus=gpus, max_retries=0, label_selector=dict(labels)
-    )
+    options = {"num_cpus": 0, "num_gpus": gpus, "max_retries": 0}  # Ray prints its retries
+    probe: Any = ray.remote(devices_here).options(**options, label_selector=dict(labels))
     for attempt in count(1):
         try:
             seen: Devices = ray.get(probe.remote(kind))

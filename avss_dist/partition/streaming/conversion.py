@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,7 +121,7 @@ class Conversion:
         )
 
 
-def _grouped(sources: Iterator[list[StoredTensor]] | Any) -> Iterator[Group]:
+def _grouped(sources: Iterable[list[StoredTensor]]) -> Iterator[Group]:
     """Join the tensors of consecutive weights to groups of at most `GROUP_BYTES`."""
     group: list[StoredTensor] = []
     for tensors in sources:

@@ -18,7 +18,7 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import PROBE_SHAPE, as_rows, first_tensor
+from avss_dist.models.layers import as_rows, first_tensor, probe_tokens
 from avss_dist.models.loading import Backbone, forward_function, load
 from avss_dist.models.patching import Parameter, patched
 from avss_dist.models.skipping import Recorded, recording, resuming, skipping
@@ -183,7 +183,7 @@ class HiddenStateSource:
         return resuming(self._layers, layer, Recorded({layer: hidden.to(self._device)}, self._forms))
 
     def _probe(self) -> Any:
-        ids = torch.arange(PROBE_SHAPE[0] * PROBE_SHAPE[1], device=self._device).reshape(PROBE_SHAPE)
+        ids = probe_tokens(self._device)
         return self._forward(ids, None)
 
     def _resumes(self, recorded: Recorded, whole: torch.Tensor | None, starts: Collection[int]) -> bool:
