@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import one_thread
 from support.commands import Command
+from support.exhaustive import all_of
 from support.families import lively, tiny_model
 from support.processes import ray_processes, wait_until
 from support.rank_processes import Gang
@@ -160,10 +161,14 @@ CASES = [
     *(("llama", sharding, "all") for sharding in ("ddp", "zero1", "zero2")),
     *(("llama", "ddp", train) for train in ("near", "lora")),
 ]
+ALWAYS = [
+    *(("llama", "zero3", "all"), ("llama", "fsdp", "all"), ("gemma3_text", "fsdp", "all"), ("mixtral", "zero3", "all")),
+    *(("llama", "zero1", "all"), ("llama", "ddp", "lora")),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "sharding", "train"), CASES)
+@pytest.mark.parametrize(("family", "sharding", "train"), all_of(CASES, ALWAYS))
 def test_two_ranks_give_the_weights_of_one_process(
     ranks: Gang,
     pair_of: Callable[[str], dict[str, Any]],

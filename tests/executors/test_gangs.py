@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from support.causal_lm import open_whole
 from support.checkpoints import llama, save_tokenizer
+from support.exhaustive import all_of
 from support.families import tiny_config, tiny_model
 from support.oracle import assert_close
 from support.questions import answers, assert_same, composed, generated, write_questions
@@ -243,8 +245,13 @@ FSDP = (*DENSE, *OTHERS, "qwen2", "phi3", "gpt_neox", "gemma3", "gpt_oss", "deep
     [
         *(("zero3", 3, family) for family in ("grouped llama", "mixtral")),
         *(("fsdp", 3, family) for family in ("grouped llama", "gpt_oss")),
-        *(("fsdp", 2, family) for family in FSDP),
-        *(("zero3", 2, family) for family in DENSE + OTHERS),
+        *all_of(
+            [*(("fsdp", 2, family) for family in FSDP), *(("zero3", 2, family) for family in DENSE + OTHERS)],
+            [
+                *(("fsdp", 2, family) for family in ("gemma3", "bert", "mamba", "deepseek_v3")),
+                *(("zero3", 2, family) for family in ("gpt2", "bert", "mamba", "qwen3_moe")),
+            ],
+        ),
     ],
 )
 def test_ranks_that_share_shards_give_the_bytes_of_one_process(
@@ -317,8 +324,13 @@ def unanswered(partition: str, family: str) -> tuple[str, ...]:
     return ("gradients",) if (partition, family) == ("tensor_parallel", "opt") else ()
 
 
-@pytest.mark.parametrize("partition", ["fsdp", "zero3"])
-@pytest.mark.parametrize("family", SHARED)
+@pytest.mark.parametrize(
+    ("family", "partition"),
+    all_of(
+        product(SHARED, ("fsdp", "zero3")),
+        [("llama", "fsdp"), ("llama", "zero3"), ("gemma3", "fsdp"), ("mamba", "zero3"), ("qwen3_moe", "zero3")],
+    ),
+)
 def test_ranks_that_share_batches_answer_as_one_process_does(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], family: str, partition: str
 ) -> None:
@@ -334,7 +346,13 @@ def test_ranks_that_share_batches_answer_as_one_process_does(
 
 @pytest.mark.parametrize(
     ("partition", "family"),
-    [(partition, family) for partition in ("tensor_parallel", "expert_parallel") for family in ASKED[partition]],
+    all_of(
+        [(partition, family) for partition in ("tensor_parallel", "expert_parallel") for family in ASKED[partition]],
+        [
+            *(("tensor_parallel", family) for family in ("llama", "mixtral", "opt")),
+            ("expert_parallel", "qwen3_moe"),
+        ],
+    ),
 )
 def test_ranks_that_split_matrices_answer_as_one_process_does(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, family: str
@@ -471,10 +489,17 @@ EXPERT_SUMS = ("gate_sum", "gated_norm_sum", "output_sum", "output_sum_sq", "rou
 
 @pytest.mark.parametrize(
     ("partition", "family"),
-    [
-        *(("tensor_parallel", family) for family in (*BY_AUTOTP, *BY_PLAN, *MIXED)),
-        *(("expert_parallel", family) for family in SPREAD),
-    ],
+    all_of(
+        [
+            *(("tensor_parallel", family) for family in (*BY_AUTOTP, *BY_PLAN, *MIXED)),
+            *(("expert_parallel", family) for family in SPREAD),
+        ],
+        [
+            *(("tensor_parallel", family) for family in (*BY_AUTOTP, "llama", "gemma3_text", "phi3", "olmo2")),
+            *(("tensor_parallel", family) for family in ("mixtral", "deepseek_v3")),
+            *(("expert_parallel", family) for family in ("qwen3_moe", "gpt_oss", "three-headed mixture")),
+        ],
+    ),
 )
 def test_ranks_that_split_matrices_give_the_numbers_of_one_process(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, family: str
