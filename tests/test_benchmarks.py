@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.checkpoints import llama, one_thread
 from support.commands import Command
+from support.warm_workers import ray_start_environment
 
 TESTS = Path(__file__).parent
 SCRIPTS = sorted(path for folder in ("benchmarks", "gpu") for path in (TESTS / folder).glob("*.py"))
@@ -30,8 +31,10 @@ take minutes at any size; what they do, tests of `executors` do, too."""
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a script in this process with one thread, and return its output."""
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], warm_workers: None) -> Run:
+    """Run a script in this process with one thread, and return its output; processes that it starts are forked."""
+    for name, value in ray_start_environment().items():
+        monkeypatch.setenv(name, value)
 
     def run(script: str, *options: object) -> str:
         monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
@@ -79,7 +82,7 @@ def test_streaming_is_compared_with_one_process(run: Run, wide: Path, tmp_path: 
 
 
 def test_observation_is_compared_with_the_bare_model(run: Run, tiny_llama: Path) -> None:
-    printed = run("benchmarks/throughput.py", tiny_llama, "--rounds", 1)
+    printed = run("benchmarks/throughput.py", tiny_llama, "--rounds", 1, "--sequences", 4)
     assert "AVSS authors' recipe" in printed and "peak memory beyond" in printed
 
 
