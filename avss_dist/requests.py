@@ -576,8 +576,6 @@ class DistillRequest(Request):
                 "`hidden_loss` needs the teacher's hidden states, which no cache holds.",
                 "Leave out `teacher_top` or `hidden_loss`.",
             )
-        if self.ranks > 1 and self.hidden_loss:
-            raise ConfigError("`hidden_loss` trains in one process.", "Leave out `ranks` or `hidden_loss`.")
         require_divisible(self.batch_size, self.ranks)
         if self.ranks == 1 and SHARDINGS[self.sharding].moments:
             raise ConfigError(f"`sharding` {self.sharding} divides nothing with one rank.", "Set `ranks` to 2 or more.")
