@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from avss_dist.core.errors import ModelError, first_line
-from avss_dist.core.intervention import Intervention, Removal, Sparsity, Sublayer, layer_of, whole_layers
+from avss_dist.core.intervention import Intervention, Removal, Rounding, Sparsity, Sublayer, layer_of, whole_layers
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.auto import no_head, predictor
@@ -32,6 +32,7 @@ from avss_dist.models.layers import Layer, probe_tokens
 from avss_dist.models.loading import Backbone, quiet
 from avss_dist.models.patching import Patch, decode_patch, patched
 from avss_dist.models.remaining import without_modules
+from avss_dist.models.rounding import rounded
 from avss_dist.models.skipping import (
     Recorded,
     explaining,
@@ -168,7 +169,7 @@ class LanguageModel:
     def applying(self, intervention: Intervention) -> Iterator[SparsityCounts | None]:
         """Have the model compute with an intervention inside the context. Interventions of different kinds may nest.
 
-        Partitions override its steps: `patched`, `sparsified`, `without`.
+        Partitions override its steps: `patched`, `rounded`, `sparsified`, `without`.
 
         Yields:
             Counts of activations that became zero, or None if the intervention has no sparsity.
@@ -179,6 +180,8 @@ class LanguageModel:
         with ExitStack() as stack:
             if intervention.patch:
                 stack.enter_context(self.patched(decode_patch(intervention.patch.read())[0]))
+            if intervention.rounding:
+                stack.enter_context(self.rounded(intervention.rounding))
             counts = stack.enter_context(self.sparsified(intervention.sparsity)) if intervention.sparsity else None
             if intervention.removed:
                 stack.enter_context(self.without(intervention.removed, intervention.residual_scale))
@@ -208,6 +211,12 @@ class LanguageModel:
     def patched(self, patch: Patch) -> Iterator[None]:
         """Have the model compute with a patch inside the context; see `patching.patched`."""
         with patched(self.layers, patch):
+            yield
+
+    @contextmanager
+    def rounded(self, rounding: Rounding) -> Iterator[None]:
+        """Have the model compute with rounded weights inside the context; see `rounding.rounded`."""
+        with rounded(self.layers, rounding):
             yield
 
     @contextmanager
@@ -404,8 +413,8 @@ class LanguageModel:
     def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
         """Return the `losses` of all batches, float64[rows], under each intervention.
 
-        The interventions differ only in the layers they remove. One that removes the layers of the first one and more
-        is cheaper: its passes begin where the two differ.
+        The interventions differ only in what they remove and round. One that leaves the first layers as the first
+        intervention does is cheaper: its passes begin where the two differ.
         """
         by_batch = self.each(lambda batch: self.measured_under(interventions, batch, self.losses)[0], batches)
         return [np.concatenate(losses) for losses in zip(*by_batch, strict=True)]
@@ -447,7 +456,7 @@ class LanguageModel:
         if len(interventions) == 1 or interventions[0].residual_scale or not self.resumes:
             return {}
         differ = {
-            intervention: min(map(layer_of, first ^ set(intervention.removed)), default=-1)
+            intervention: min(interventions[0].differing_layers(intervention), default=-1)
             for intervention in interventions[1:]
         }
         return {

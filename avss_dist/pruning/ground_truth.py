@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,16 @@ import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.core.errors import QueryError
-from avss_dist.core.registry import BLOCK_DISTANCE, DAMAGE_TASK, INTERACTIONS, SCORES, metrics_of
+from avss_dist.core.intervention import InterventionKey, parse_rounded, round_place
+from avss_dist.core.names import LOSS, ROUNDED_LOSS, ROUNDING_TASK
+from avss_dist.core.registry import (
+    BLOCK_DISTANCE,
+    DAMAGE_TASK,
+    INTERACTIONS,
+    ROUNDING_ESTIMATES,
+    SCORES,
+    metrics_of,
+)
 from avss_dist.core.settings import Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
@@ -33,11 +43,21 @@ class LayerTruth:
     Attributes:
         values: by layer; low is unimportant.
         run_id, task: the evaluation.
+        format: number format that the weights of each layer are rounded to; None if layers are left out.
+        text: hash of the text; None if the evaluation has none.
     """
 
     values: Mapping[int, float]
     run_id: str
     task: str
+    format: str | None = None
+    text: str | None = None
+
+    def key(self, layer: int) -> InterventionKey:
+        """Return the key of the intervention on a layer."""
+        if self.format is None:
+            return InterventionKey(removed=(layer,))
+        return InterventionKey(rounding=round_place(self.format, layer).key)
 
     def by_layer(self, num_layers: int) -> Float64:
         """Return the values as float64[layers], NaN for layers without one."""
@@ -78,6 +98,55 @@ def find_layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> Layer
         if values := _by_layer(evaluation, by):
             return LayerTruth(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])
     return None
+
+
+def rounded_truths(store: Warehouse, run: Mapping[str, Any]) -> dict[str, LayerTruth]:
+    """Return the rise of the loss with each layer rounded, by number format, from the newest evaluations.
+
+    A format is missing if there is no such evaluation of the run's checkpoint.
+    """
+    truths: dict[str, LayerTruth] = {}
+    for rows in _newest_first(store, run, ROUNDED_LOSS, [LOSS]):
+        whole = [row["value"] for row in rows if row["rounding"] is None]
+        for name, by_layer in _by_format(rows).items() if whole else ():
+            values = {layer: value - whole[0] for layer, value in by_layer.items()}
+            truths.setdefault(name, _rounded_truth(rows[0], name, values))
+    return truths
+
+
+def rounding_estimates(store: Warehouse, run: Mapping[str, Any], truth: LayerTruth) -> dict[str, LayerTruth]:
+    """Return the estimates of the rise of the loss with each layer rounded to the format of a truth, by metric.
+
+    They are of the newest evaluation of another text than that of the truth, or else of the newest one.
+    """
+    found: list[dict[str, LayerTruth]] = []
+    for rows in _newest_first(store, run, ROUNDING_TASK, [*ROUNDING_ESTIMATES]):
+        by_metric = {
+            metric: _by_format([row for row in rows if row["metric"] == metric]) for metric in ROUNDING_ESTIMATES
+        }
+        estimates = {
+            metric: _rounded_truth(rows[0], truth.format, by_format[truth.format])
+            for metric, by_format in by_metric.items()
+            if truth.format in by_format
+        }
+        found += [estimates] if estimates else []
+    others = (named for named in found if all(estimate.text != truth.text for estimate in named.values()))
+    return next(others, found[0] if found else {})
+
+
+def _by_format(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Return the values of rows in which a whole layer is rounded, by number format and layer."""
+    by_format: dict[str, dict[int, float]] = {}
+    for row in rows:
+        place = parse_rounded(row["rounding"] or "")
+        if place is not None and place.path is None:
+            by_format.setdefault(place.format, {})[place.layer] = row["value"]
+    return by_format
+
+
+def _rounded_truth(row: Mapping[str, Any], name: str | None, values: Mapping[int, float]) -> LayerTruth:
+    text = json.loads(row["settings"]).get("text")
+    return LayerTruth(values=values, run_id=row["run_id"], task=row["task"], format=name, text=text)
 
 
 @dataclass(frozen=True, kw_only=True)

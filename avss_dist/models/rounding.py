@@ -1,0 +1,142 @@
+"""Rounded weights in an open model: those of linear maps are replaced by the nearest numbers of a number format.
+
+Whole weights in memory are rounded once, and replaced in place. Weights that are in memory only while their layer runs
+(offloaded ones, and those of ranks that gather a layer) are rounded whenever their map runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.core.errors import ModelError, nearest
+from avss_dist.core.intervention import Rounding
+from avss_dist.models.layers import Layer, Projection
+from avss_dist.models.number_formats import NumberFormat, fitting, number_format
+from avss_dist.models.patching import replaced_parameters
+from avss_dist.models.sparsifying import weight_of
+
+
+def rounded_weight(module: nn.Module, known: NumberFormat) -> torch.Tensor:
+    """Return the weight of a linear map after rounding, [outputs, inputs], in the weight's dtype.
+
+    Raises:
+        ModelError: the weight is quantized, or has a shape that the format cannot take.
+    """
+    weight = weight_of(module)
+    if obstacle := known.obstacle(*weight.shape):
+        raise ModelError(f"{known.name} cannot round a {type(module).__name__}: its {obstacle}.")
+    return known.round(weight).to(weight.dtype)
+
+
+def rounded_maps(layers: Sequence[Layer], rounding: Rounding) -> dict[Projection, NumberFormat]:
+    """Return the linear maps that a rounding names, each with its format.
+
+    Args:
+        layers: all layers of the model.
+
+    Raises:
+        ModelError: the model lacks a layer or a map, a layer is used more than once, or a format cannot take a map.
+    """
+    formats: dict[Projection, NumberFormat] = {}
+    for index in sorted(rounding.layers):
+        if index >= len(layers):
+            raise ModelError(f"There is no layer {index}: the model has {len(layers)}, from 0.")
+        maps = {projection.path: projection for projection in layers[index].projections}
+        for place in rounding.places:
+            if place.layer == index and place.path is not None and place.path not in maps:
+                raise ModelError(f"Layer {index} has no linear map '{place.path}'.", nearest(place.path, maps))
+        require_alone(layers, layers[index])
+        names = rounding.formats(index, maps)
+        formats |= {maps[path]: number_format(name) for path, name in names.items()}
+        for path in names:
+            require_fit(layers, layers[index], maps[path], formats[maps[path]])
+    return formats
+
+
+def require_alone(layers: Sequence[Layer], layer: Layer) -> None:
+    """Refuse a layer that is used more than once in a pass, because its weights are also those of other layers.
+
+    Raises:
+        ModelError: it is used more than once.
+    """
+    if [other.module for other in layers].count(layer.module) > 1:
+        raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be rounded alone.")
+
+
+def require_fit(layers: Sequence[Layer], layer: Layer, projection: Projection, known: NumberFormat) -> None:
+    """Refuse a format that cannot take a linear map.
+
+    Args:
+        layers: all layers of the model.
+
+    Raises:
+        ModelError: the map has another shape. The hint names formats that can take all maps of the model.
+    """
+    if obstacle := known.obstacle(projection.outputs, projection.inputs):
+        able = fitting((p.outputs, p.inputs) for other in layers for p in other.projections)
+        raise ModelError(
+            f"The number format {known.name} cannot take '{projection.path}' of layer {layer.index}: its {obstacle}.",
+            f"Formats that can take every linear map of this model: {', '.join(able)}.",
+        )
+
+
+@contextmanager
+def rounded(layers: Sequence[Layer], rounding: Rounding) -> Iterator[None]:
+    """Have layers compute with rounded weights inside the context, and restore the weights exactly.
+
+    Raises:
+        ModelError: see `rounded_maps`.
+    """
+    maps = {projection.module: known for projection, known in rounded_maps(layers, rounding).items()}
+    absent = {module: known for module, known in maps.items() if _weight(module).is_meta}
+    with rounded_in_place({m: maps[m] for m in maps if m not in absent}), rounded_when_called(absent):
+        yield
+
+
+@contextmanager
+def rounded_in_place(maps: Mapping[nn.Module, NumberFormat]) -> Iterator[None]:
+    """Replace the weights of linear maps, which are in memory, by rounded ones inside the context."""
+    with replaced_parameters({_weight(module): stored_weight(module, known) for module, known in maps.items()}):
+        yield
+
+
+@contextmanager
+def rounded_when_called(maps: Mapping[nn.Module, NumberFormat]) -> Iterator[None]:
+    """Round the weights of linear maps inside the context whenever these run, while their weights are in memory."""
+
+    def call(module: nn.Module, forward: Callable[..., Any], known: NumberFormat, *args: Any, **kwargs: Any) -> Any:
+        with rounded_in_place({module: known}):
+            return forward(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for module, known in maps.items():
+            name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # Accelerate's loads the weight first
+            original, forward = vars(module).get(name), getattr(module, name)
+            setattr(module, name, partial(call, module, forward, known))
+            stack.callback(_restore, module, name, original)
+        yield
+
+
+def _restore(module: nn.Module, name: str, original: Any) -> None:
+    if original is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, original)
+
+
+def stored_weight(module: nn.Module, known: NumberFormat) -> torch.Tensor:
+    """Return the weight of a linear map after rounding, with the axes of its parameter."""
+    weight = rounded_weight(module, known)
+    return weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
