@@ -93,6 +93,7 @@ class LanguageModel:
         notes: remarks for people on how the model computes, collected while it does.
         keeps_hidden_states: whether `skipping.recording` and `resuming` work on its layers and save time. Otherwise
             the passes of `together` share one reading of the weights.
+        whole_weights: whether this process has every weight of a layer whole while the layer runs.
 
     Raises:
         ModelError: the model has no head that predicts the next token.
@@ -100,6 +101,7 @@ class LanguageModel:
 
     reports = True
     keeps_hidden_states = True
+    whole_weights = True
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
         self.checkpoint, self.settings, self.device = checkpoint, settings, device
@@ -199,6 +201,18 @@ class LanguageModel:
             require_sublayers(self.obstacles, removed)
         require_experts(self.layers, removed)
 
+    def require_whole_weights(self) -> None:
+        """Refuse to round weights of which this process has parts, because their scales are those of the whole.
+
+        Raises:
+            ModelError: `whole_weights` is not set.
+        """
+        if not self.whole_weights:
+            raise ModelError(
+                "Each rank has a part of each weight, and the scales of a rounded weight are those of the whole.",
+                "Use single, device_map, streaming, fsdp or zero3.",
+            )
+
     @contextmanager
     def without(self, removed: Collection[Removal], residual_scale: float = 0.0) -> Iterator[None]:
         """Have the model compute without layers, sublayers and experts inside the context; see `Intervention`."""
@@ -216,6 +230,7 @@ class LanguageModel:
     @contextmanager
     def rounded(self, rounding: Rounding) -> Iterator[None]:
         """Have the model compute with rounded weights inside the context; see `rounding.rounded`."""
+        self.require_whole_weights()
         with rounded(self.layers, rounding):
             yield
 

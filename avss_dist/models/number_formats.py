@@ -2,8 +2,8 @@
 
 A weight is a matrix [outputs, inputs]. Numbers share a scale within a group of neighbouring inputs of one output, or
 within all inputs of one output. ``int*``, ``fp8``, ``mxfp4`` and ``nvfp4`` are rounded by compressed-tensors, with
-scales from the extremes of each group, as by llm-compressor without calibration. The types of llama.cpp are rounded by
-``gguf``: those that this library can quantize.
+scales from the extremes of each group. The types of llama.cpp are rounded by ``gguf``: those that this library can
+quantize.
 
 The libraries are imported when something is rounded, so that the command line lists the formats without them.
 """

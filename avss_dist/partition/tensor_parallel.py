@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import THRESHOLD, Rounding, Sparsity
+from avss_dist.core.intervention import THRESHOLD, Sparsity
 from avss_dist.core.registry import WHOLE
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
@@ -125,6 +125,7 @@ class TensorParallelLanguageModel(LanguageModel):
     """
 
     has_gradients = True
+    whole_weights = False
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
@@ -137,15 +138,6 @@ class TensorParallelLanguageModel(LanguageModel):
                 "Use `partition` fsdp, zero3, single or streaming.",
             )
         return super().backpropagate(batches, watchers, draws=draws, seed=seed)
-
-    @contextmanager
-    def rounded(self, rounding: Rounding) -> Iterator[None]:
-        """See `causal_lm.LanguageModel`. A rank has a part of each weight, and cannot find its scales."""
-        raise ModelError(
-            "Each rank has a part of each weight, and the scales of a rounded weight are those of the whole.",
-            "Use single, device_map, streaming, fsdp or zero3.",
-        )
-        yield
 
     @contextmanager
     def sparsified(self, sparsity: Sparsity) -> Iterator[SparsityCounts]:

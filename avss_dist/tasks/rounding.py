@@ -133,8 +133,9 @@ def _layers(model: LanguageModel, intervention: Intervention, formats: Sequence[
     """Return the layers that have linear maps and are not removed.
 
     Raises:
-        ModelError: a format cannot take one of the maps, or a layer is used more than once.
+        ModelError: a format cannot take one of the maps, a layer is used more than once, or weights are split.
     """
+    model.require_whole_weights()
     layers = [layer for layer in model.layers if layer.projections and layer.index not in intervention.removed]
     if not layers:
         raise ModelError(f"No layer of '{model.checkpoint.name}' has a linear map whose input is seen.")
