@@ -15,6 +15,7 @@ from avss_dist.core.registry import (
     FROM_ACTIVATIONS,
     INTERACTIONS,
     LOWEST_SHARE,
+    PRECISION_METHODS,
     RECIPES,
     SCORES,
     SEARCHES,
@@ -56,7 +57,7 @@ REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh", "tra
 LISTINGS = ("runs", "plans", "evaluations")
 ALONG = ("step", "tokens", "size", "sequence_length", "dtype", "corpus")
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
-SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
+SEARCHED, HOW_MANY, HOW_MUCH = "Search", "Number of layers", "Budget"  # panels of the help
 LEFT_OUT, ROUNDED = "Removals", "Rounded weights"
 MIX, TRAINING, RANKED, CACHE = "Text", "Training", "Several GPUs", "Cache of the teacher's predictions"
 MEASURED_TEACHER = ("replicas", "fresh", "partition", "gpus_per_replica", "max_memory")
@@ -462,6 +463,33 @@ class SparsifyRequest(RunRequest):
     """Skip this many rows at the start of the corpus."""
 
     shared = EVALUATED
+
+
+@request
+class PrecisionRequest(RunRequest):
+    """Choose the number format of each linear map under a budget of bits."""
+
+    by: Annotated[str, OneOf(tuple(PRECISION_METHODS))] = "predicted"
+    """Method that chooses the formats: predicted loss, or a control."""
+    bits: Annotated[Annotated[float, Field(gt=0, le=32, allow_inf_nan=False)] | None, Option(panel=HOW_MUCH)] = None
+    """Mean bits per weight of the linear maps, scales included: 4.5."""
+    memory: Annotated[Bytes | None, Option(panel=HOW_MUCH)] = None
+    """Bytes of all weights of the model; those outside of the linear maps stay as they are: 2.5GB."""
+    quantize: Annotated[Texts, Option(names=("--quantize",), metavar="FORMAT")] = ()
+    """Number format to choose from: int4-g64, int8, q4_0, ...; by default all that the newest avss ablate --quantize
+    predicted."""
+    seed: Count = 0
+    """Seed of random."""
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.memory is None):
+            raise ConfigError("Expected one budget: `bits` or `memory`.", "Set `bits` to 4.5, or `memory` to 2.5GB.")
+        _ = self.formats  # refuses unknown ones
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the number formats, each once."""
+        return tuple(dict.fromkeys(number_format(name).name for name in self.quantize))
 
 
 @request

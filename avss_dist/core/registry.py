@@ -194,6 +194,14 @@ ROUNDING_ESTIMATES = {
     ),
 }
 """Estimates of a layer's sensitivity to rounded weights by metric; high is sensitive."""
+PRECISION_METHODS = {
+    "predicted": "where the loss that avss ablate --quantize predicts rises the least",
+    "uniform": "one format for all linear maps",
+    "random": "linear maps in random order",
+    "ends": "the layers nearest to the first and the last one keep the most bits",
+    "largest": "the linear maps with the most weights lose bits first",
+}
+"""Methods of choosing the number format of each linear map, with their meanings."""
 RECIPES = ("pooled", "element", "unit")
 """Samples that the variance and sparsity of AVSS are computed from: token means, elements, or unit means."""
 LOWEST_SHARE = 0.25

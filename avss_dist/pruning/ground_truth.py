@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.core.errors import QueryError
-from avss_dist.core.intervention import InterventionKey, parse_rounded, round_place
-from avss_dist.core.names import LOSS, ROUNDED_LOSS, ROUNDING_TASK
+from avss_dist.core.intervention import InterventionKey, RoundedPlace, parse_rounded, round_place
+from avss_dist.core.names import BITS_PER_WEIGHT, LOSS, NUM_WEIGHTS, PREDICTED_RISE, ROUNDED_LOSS, ROUNDING_TASK
 from avss_dist.core.registry import (
     BLOCK_DISTANCE,
     DAMAGE_TASK,
@@ -132,6 +132,48 @@ def rounding_estimates(store: Warehouse, run: Mapping[str, Any], truth: LayerTru
         found += [estimates] if estimates else []
     others = (named for named in found if all(estimate.text != truth.text for estimate in named.values()))
     return next(others, found[0] if found else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapRounding:
+    """Predicted rise of the loss with each linear map rounded, and the sizes of the maps.
+
+    Attributes:
+        damage: nats per predicted token, by place and format.
+        bits: bits per weight, by place and format.
+        weights: number of weights, by place and format.
+        run_id, task: the evaluation.
+    """
+
+    damage: Mapping[RoundedPlace, float]
+    bits: Mapping[RoundedPlace, float]
+    weights: Mapping[RoundedPlace, int]
+    run_id: str
+    task: str
+
+    @property
+    def formats(self) -> list[str]:
+        """Names of the formats, the one with the fewest bits first."""
+        sizes = {place.format: bits for place, bits in self.bits.items()}
+        return sorted(sizes, key=lambda name: sizes[name])
+
+
+def map_roundings(store: Warehouse, run: Mapping[str, Any]) -> Iterator[MapRounding]:
+    """Yield the predicted effect of rounding each linear map of a run's checkpoint, newest evaluation first."""
+    for rows in _newest_first(store, run, ROUNDING_TASK, [PREDICTED_RISE, BITS_PER_WEIGHT, NUM_WEIGHTS]):
+        values: dict[str, dict[RoundedPlace, float]] = {}
+        for row in rows:
+            place = parse_rounded(row["rounding"] or "")
+            if place is not None and place.path is not None:
+                values.setdefault(row["metric"], {})[place] = row["value"]
+        weights = {place: round(number) for place, number in values[NUM_WEIGHTS].items()}
+        yield MapRounding(
+            damage=values[PREDICTED_RISE],
+            bits=values[BITS_PER_WEIGHT],
+            weights=weights,
+            run_id=rows[0]["run_id"],
+            task=rows[0]["task"],
+        )
 
 
 def _by_format(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:

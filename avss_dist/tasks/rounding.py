@@ -16,7 +16,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, RoundedPlace, Rounding, round_place
-from avss_dist.core.names import LOSS
+from avss_dist.core.names import BITS_PER_WEIGHT, LOSS, NUM_WEIGHTS, PREDICTED_RISE
 from avss_dist.core.registry import DRAWS
 from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
@@ -30,9 +30,9 @@ from avss_dist.tasks.base import Row, predicted_tokens
 from avss_dist.tasks.gradients import trainable
 from avss_dist.tasks.watching import WATCHED, Watched
 
-FIRST, SECOND, PREDICTED, OUTPUT_ERROR = "first_order", "second_order", "predicted", "output_error"
+FIRST, SECOND, PREDICTED, OUTPUT_ERROR = "first_order", "second_order", PREDICTED_RISE, "output_error"
 SECOND_JOINT, PREDICTED_JOINT = "second_order_joint", "predicted_joint"
-NUM_WEIGHTS, BITS = "num_weights", "bits_per_weight"
+BITS = BITS_PER_WEIGHT
 MAX_KEPT_BYTES = 2 << 30  # of changes of outputs that wait for the gradients of drawn labels
 
 
