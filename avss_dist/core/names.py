@@ -20,6 +20,7 @@ PREDICTIONS = "predictions:"  # before a text: the task of a teacher's predictio
 OTHERS = "others"  # a metric of predictions: the probability of all but the most probable tokens
 SPARSITY_TASK = "sparsity:"  # before a method and its corpus: the task of allocating sparsity
 ROUNDING_TASK = "rounding:"  # before a corpus: the task of predicting the effect of rounded weights
+ROUNDING_AHEAD = "rounding-ahead:"  # before a corpus: the task of following hidden states after rounded layers
 ROUNDED_LOSS = "rounded:"  # before a number format and a corpus: the task of the loss with each layer rounded
 ROUNDED_MAP_LOSS = "rounded-maps:"  # before a format and a corpus: the task of the loss with each linear map rounded
 REALIZED = "realized:"  # before the path of a linear map: a metric, the share of its inputs that were zero
