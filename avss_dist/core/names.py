@@ -21,6 +21,7 @@ OTHERS = "others"  # a metric of predictions: the probability of all but the mos
 SPARSITY_TASK = "sparsity:"  # before a method and its corpus: the task of allocating sparsity
 ROUNDING_TASK = "rounding:"  # before a corpus: the task of predicting the effect of rounded weights
 NUM_WEIGHTS, BITS_PER_WEIGHT, PREDICTED_RISE = "num_weights", "bits_per_weight", "predicted"  # its metrics
+ROUNDING_AHEAD = "rounding-ahead:"  # before a corpus: the task of following hidden states after rounded layers
 ROUNDED_LOSS = "rounded:"  # before a number format and a corpus: the task of the loss with each layer rounded
 ROUNDED_MAP_LOSS = "rounded-maps:"  # before a format and a corpus: the task of the loss with each linear map rounded
 REALIZED = "realized:"  # before the path of a linear map: a metric, the share of its inputs that were zero

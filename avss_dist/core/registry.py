@@ -188,10 +188,21 @@ ROUNDING_ESTIMATES = {
     "predicted_joint": ScoreInfo(
         title="first + second order, maps together", meaning="first_order + second_order_joint"
     ),
+    "second_order_sequence": ScoreInfo(
+        title="second order, of sequences",
+        meaning="as second_order_joint, with products of different tokens of a sequence",
+    ),
+    "predicted_sequence": ScoreInfo(
+        title="first + second order, of sequences", meaning="first_order + second_order_sequence"
+    ),
     "output_error": ScoreInfo(
         title="error of outputs",
         meaning="relative squared change of the outputs of linear maps with rounded weights, without gradients",
     ),
+    "propagated_0": ScoreInfo(
+        title="propagated", meaning="relative distance of the hidden states after the layer, without gradients"
+    ),
+    "propagated_2": ScoreInfo(title="propagated, two layers on", meaning="the same two layers later"),
 }
 """Estimates of a layer's sensitivity to rounded weights by metric; high is sensitive."""
 PRECISION_METHODS = {

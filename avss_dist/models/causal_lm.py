@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property, partial
+from itertools import product
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -30,9 +31,10 @@ from avss_dist.models.labels import (
 )
 from avss_dist.models.layers import Layer, probe_tokens
 from avss_dist.models.loading import Backbone, quiet
+from avss_dist.models.number_formats import NumberFormat
 from avss_dist.models.patching import Patch, decode_patch, patched
 from avss_dist.models.remaining import without_modules
-from avss_dist.models.rounding import rounded
+from avss_dist.models.rounding import require_alone, require_fit, rounded
 from avss_dist.models.skipping import (
     Recorded,
     explaining,
@@ -201,17 +203,22 @@ class LanguageModel:
             require_sublayers(self.obstacles, removed)
         require_experts(self.layers, removed)
 
-    def require_whole_weights(self) -> None:
-        """Refuse to round weights of which this process has parts, because their scales are those of the whole.
+    def require_roundable(self, layers: Iterable[Layer], formats: Iterable[NumberFormat]) -> None:
+        """Refuse layers whose weights cannot be rounded alone, and formats that cannot take their linear maps.
 
         Raises:
-            ModelError: `whole_weights` is not set.
+            ModelError: `whole_weights` is not set, a layer is used more than once, or a map has another shape.
         """
         if not self.whole_weights:
             raise ModelError(
                 "Each rank has a part of each weight, and the scales of a rounded weight are those of the whole.",
                 "Use single, device_map, streaming, fsdp or zero3.",
             )
+        every = list(formats)
+        for layer in layers:
+            require_alone(self.layers, layer)
+            for projection, known in product(layer.projections, every):
+                require_fit(self.layers, layer, projection, known)
 
     @contextmanager
     def without(self, removed: Collection[Removal], residual_scale: float = 0.0) -> Iterator[None]:
@@ -230,7 +237,7 @@ class LanguageModel:
     @contextmanager
     def rounded(self, rounding: Rounding) -> Iterator[None]:
         """Have the model compute with rounded weights inside the context; see `rounding.rounded`."""
-        self.require_whole_weights()
+        self.require_roundable((), ())
         with rounded(self.layers, rounding):
             yield
 

@@ -93,7 +93,13 @@ def rounded(layers: Sequence[Layer], rounding: Rounding) -> Iterator[None]:
     Raises:
         ModelError: see `rounded_maps`.
     """
-    maps = {projection.module: known for projection, known in rounded_maps(layers, rounding).items()}
+    with rounding_weights({projection.module: known for projection, known in rounded_maps(layers, rounding).items()}):
+        yield
+
+
+@contextmanager
+def rounding_weights(maps: Mapping[nn.Module, NumberFormat]) -> Iterator[None]:
+    """Have linear maps compute with rounded weights inside the context, in memory or offloaded."""
     absent = {module: known for module, known in maps.items() if _weight(module).is_meta}
     with rounded_in_place({m: maps[m] for m in maps if m not in absent}), rounded_when_called(absent):
         yield

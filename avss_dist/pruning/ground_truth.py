@@ -13,7 +13,15 @@ import pyarrow.compute as pc
 
 from avss_dist.core.errors import QueryError
 from avss_dist.core.intervention import InterventionKey, RoundedPlace, parse_rounded, round_place
-from avss_dist.core.names import BITS_PER_WEIGHT, LOSS, NUM_WEIGHTS, PREDICTED_RISE, ROUNDED_LOSS, ROUNDING_TASK
+from avss_dist.core.names import (
+    BITS_PER_WEIGHT,
+    LOSS,
+    NUM_WEIGHTS,
+    PREDICTED_RISE,
+    ROUNDED_LOSS,
+    ROUNDING_AHEAD,
+    ROUNDING_TASK,
+)
 from avss_dist.core.registry import (
     BLOCK_DISTANCE,
     DAMAGE_TASK,
@@ -117,21 +125,23 @@ def rounded_truths(store: Warehouse, run: Mapping[str, Any]) -> dict[str, LayerT
 def rounding_estimates(store: Warehouse, run: Mapping[str, Any], truth: LayerTruth) -> dict[str, LayerTruth]:
     """Return the estimates of the rise of the loss with each layer rounded to the format of a truth, by metric.
 
-    They are of the newest evaluation of another text than that of the truth, or else of the newest one.
+    Each is of the newest evaluation of another text than that of the truth, or else of the newest one.
     """
-    found: list[dict[str, LayerTruth]] = []
-    for rows in _newest_first(store, run, ROUNDING_TASK, [*ROUNDING_ESTIMATES]):
-        by_metric = {
-            metric: _by_format([row for row in rows if row["metric"] == metric]) for metric in ROUNDING_ESTIMATES
-        }
-        estimates = {
-            metric: _rounded_truth(rows[0], truth.format, by_format[truth.format])
-            for metric, by_format in by_metric.items()
-            if truth.format in by_format
-        }
-        found += [estimates] if estimates else []
-    others = (named for named in found if all(estimate.text != truth.text for estimate in named.values()))
-    return next(others, found[0] if found else {})
+    estimates: dict[str, LayerTruth] = {}
+    for task in (ROUNDING_TASK, ROUNDING_AHEAD):
+        of_other_text: set[str] = set()
+        for rows in _newest_first(store, run, task, [*ROUNDING_ESTIMATES]):
+            for metric in {row["metric"] for row in rows} - of_other_text:
+                by_format = _by_format([row for row in rows if row["metric"] == metric])
+                if truth.format not in by_format:
+                    continue
+                estimate = _rounded_truth(rows[0], truth.format, by_format[truth.format])
+                if estimate.text != truth.text:
+                    estimates[metric] = estimate
+                    of_other_text.add(metric)
+                else:
+                    estimates.setdefault(metric, estimate)
+    return {metric: estimates[metric] for metric in ROUNDING_ESTIMATES if metric in estimates}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +176,14 @@ def map_roundings(store: Warehouse, run: Mapping[str, Any]) -> Iterator[MapRound
             place = parse_rounded(row["rounding"] or "")
             if place is not None and place.path is not None:
                 values.setdefault(row["metric"], {})[place] = row["value"]
-        weights = {place: round(number) for place, number in values[NUM_WEIGHTS].items()}
-        yield MapRounding(
-            damage=values[PREDICTED_RISE],
-            bits=values[BITS_PER_WEIGHT],
-            weights=weights,
-            run_id=rows[0]["run_id"],
-            task=rows[0]["task"],
-        )
+        if len(values) == 3:
+            yield MapRounding(
+                damage=values[PREDICTED_RISE],
+                bits=values[BITS_PER_WEIGHT],
+                weights={place: round(number) for place, number in values[NUM_WEIGHTS].items()},
+                run_id=rows[0]["run_id"],
+                task=rows[0]["task"],
+            )
 
 
 def _by_format(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:

@@ -23,7 +23,7 @@ from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, Projection, as_rows
 from avss_dist.models.number_formats import NumberFormat, number_format
-from avss_dist.models.rounding import require_alone, require_fit, rounded_weight
+from avss_dist.models.rounding import rounded_weight
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
@@ -32,6 +32,7 @@ from avss_dist.tasks.watching import WATCHED, Watched
 
 FIRST, SECOND, PREDICTED, OUTPUT_ERROR = "first_order", "second_order", PREDICTED_RISE, "output_error"
 SECOND_JOINT, PREDICTED_JOINT = "second_order_joint", "predicted_joint"
+SECOND_SEQUENCE, PREDICTED_SEQUENCE = "second_order_sequence", "predicted_sequence"
 BITS = BITS_PER_WEIGHT
 MAX_KEPT_BYTES = 2 << 30  # of changes of outputs that wait for the gradients of drawn labels
 
@@ -84,17 +85,22 @@ class RoundingDamage:
 
     - ``first_order``: the sum over tokens of ``<g_t, d_t>``, which is ``<dL/dW, Q(W) - W>``.
     - ``second_order``: half the sum over tokens of ``<g_t, d_t>^2`` with the gradients of labels drawn from the model's
-      own prediction, a mean over draws: by the Fisher information, token by token, as ``fisher_0`` of `damage.Damage`.
-      Products of different tokens, which drawn labels make zero on average, are left out.
+      own prediction, a mean over draws: the Fisher information token by token, as ``fisher_0`` of `damage.Damage`.
     - ``predicted``: their sum, the predicted increase of the loss. All are in nats per predicted token.
+    - ``second_order_sequence``: half the square of the sum over the tokens of a sequence of ``<g_t, d_t>``, a mean over
+      draws. It has the products of different tokens, which the Fisher information has and ``second_order`` lacks; its
+      error is larger, because a sequence is one sample.
+    - ``predicted_sequence``: ``first_order + second_order_sequence``.
     - ``output_error``: the sum over tokens of ``|d_t|^2 / |W x|^2``, per token, with bias, without gradients.
 
     - ``num_weights``, ``bits_per_weight``: the size of the weight, and the bits of a number with its share of scales.
 
     A layer has the sums of these over its maps (of bits, the mean), as if its maps did not interact;
-    ``second_order_joint`` and ``predicted_joint`` square the sum over its maps of ``<g_t, d_t>`` instead.
+    ``second_order_joint`` and ``predicted_joint`` square the sum over its maps of ``<g_t, d_t>`` instead, token by
+    token, and ``second_order_sequence`` that over its maps and the tokens of a sequence.
 
-    There is no lookahead: a layer's change of later hidden states would need a stream for every layer and format.
+    The gradient at a map's output has the effect of all later layers on a small change, so that none are looked ahead.
+    `damage.Damage` follows the hidden states of a model with a rounded layer, without gradients.
 
     All formats share one forward pass and ``1 + draws`` backward passes. A weight is rounded once for each batch and
     format (20 to 40 ns for a number; 100 to 300 for FP4), and one product gives d_t: about as much as the forward pass,
@@ -135,15 +141,10 @@ def _layers(model: LanguageModel, intervention: Intervention, formats: Sequence[
     Raises:
         ModelError: a format cannot take one of the maps, a layer is used more than once, or weights are split.
     """
-    model.require_whole_weights()
     layers = [layer for layer in model.layers if layer.projections and layer.index not in intervention.removed]
     if not layers:
         raise ModelError(f"No layer of '{model.checkpoint.name}' has a linear map whose input is seen.")
-    for layer in layers:
-        require_alone(model.layers, layer)
-        for projection in layer.projections:
-            for known in formats:
-                require_fit(model.layers, layer, projection, known)
+    model.require_roundable(layers, formats)
     return layers
 
 
@@ -226,16 +227,26 @@ class _Pass(Watched):
         if number == 0:
             for metric in (FIRST, PREDICTED):
                 self._add(metric, place, products.sum(dim=1))
-            return
-        for metric in (SECOND, PREDICTED):
-            self._add(metric, place, products.square().sum(dim=1) / (2 * self.draws))
+        else:
+            for metric in (SECOND, PREDICTED):
+                self._add(metric, place, products.square().sum(dim=1) / (2 * self.draws))
+        self._project_sequence(place, number, products)
+
+    def _project_sequence(self, place: RoundedPlace, number: int, products: torch.Tensor) -> None:
+        """Add the sums of products over the tokens of each sequence, for one set of labels."""
+        total = products.sum(dim=1)
+        values = total.square() / (2 * self.draws) if number else total
+        for metric in (SECOND_SEQUENCE, PREDICTED_SEQUENCE) if number else (PREDICTED_SEQUENCE,):
+            self._add_to(metric, place, values)
 
     def _add(self, metric: str, place: RoundedPlace, values: torch.Tensor) -> None:
         """Add values of a map, float64[rows], to its sum and to that of its layer."""
-        whole = RoundedPlace(layer=place.layer, format=place.format)
-        for at in (place, whole) if place.path else (place,):
-            known = self.sums.get((metric, at))
-            self.sums[metric, at] = values.clone() if known is None else known + values.to(known.device)
+        self._add_to(metric, place, values)
+        self._add_to(metric, RoundedPlace(layer=place.layer, format=place.format), values)
+
+    def _add_to(self, metric: str, place: RoundedPlace, values: torch.Tensor) -> None:
+        known = self.sums.get((metric, place))
+        self.sums[metric, place] = values.clone() if known is None else known + values.to(known.device)
 
     def _join(self, layer: int, number: int, products: list[torch.Tensor]) -> None:
         """Add the products of a map, by format, to those of its layer; once all maps have some, square their sums."""
@@ -246,11 +257,10 @@ class _Pass(Watched):
         del self._joint[layer, number]
         for place, of_format in zip(self._places(layer), zip(*by_map, strict=True), strict=True):
             total = torch.stack([values.to(of_format[0].device) for values in of_format]).sum(dim=0)
-            if number == 0:
-                self._add(PREDICTED_JOINT, place, total.sum(dim=1))
-                continue
-            for metric in (SECOND_JOINT, PREDICTED_JOINT):
-                self._add(metric, place, total.square().sum(dim=1) / (2 * self.draws))
+            values = total.square().sum(dim=1) / (2 * self.draws) if number else total.sum(dim=1)
+            for metric in (SECOND_JOINT, PREDICTED_JOINT) if number else (PREDICTED_JOINT,):
+                self._add_to(metric, place, values)
+            self._project_sequence(place, number, total)
 
     def _by_token(self, projection: Projection, values: torch.Tensor) -> torch.Tensor:
         """Return values of the tokens of a map's output as float64[rows, tokens], 0 for padding."""

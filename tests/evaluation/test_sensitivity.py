@@ -107,7 +107,7 @@ def test_formats_are_measured_once(model: Path, tmp_path: Path) -> None:
 
     assert avss(*options_of(model, tmp_path, "int4")).exit_code == 0
     first = files()
-    assert len(first) == 2 + 2  # shards that are predicted and measured
+    assert len(first) == 2 + 2 + 2  # shards: predicted, followed, measured
     again = avss(*options_of(model, tmp_path, "int4"), "--format", "csv")
     assert files() == first
     (lost, *_) = sorted(first)
@@ -115,7 +115,7 @@ def test_formats_are_measured_once(model: Path, tmp_path: Path) -> None:
     assert avss(*options_of(model, tmp_path, "int4"), "--format", "csv").stdout == again.stdout
     assert {path for path, time in files().items() if first.get(path) == time} == {*first} - {lost}
     assert avss(*options_of(model, tmp_path, "int4", "q4_0")).exit_code == 0
-    assert len(files()) == 4 + 2 + 2  # what is measured of int4 is not measured again
+    assert len(files()) == 6 + 2 + 2 + 2  # what is measured of int4 is not measured again
 
 
 def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:

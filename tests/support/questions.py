@@ -86,6 +86,7 @@ def questions() -> dict[str, Any]:
         "gradients of what propagates in the rest": (Damage(shard=shard), (1,)),
         "rounded layers": (RoundedLosses(shard, "int4"), ()),
         "rounded maps of the rest": (RoundedLosses(shard, "fp8", maps=True), (1,)),
+        "rounded layers, and what propagates": (Damage(shard=shard, draws=None, formats=("int4",)), ()),
         "gradients of rounded weights": (RoundingDamage(shard=shard, formats=("int4", "fp8")), ()),
     }
 
