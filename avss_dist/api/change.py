@@ -22,7 +22,14 @@ from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.savings import Budget, run_size
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice, ExpertChoice
-from avss_dist.requests import DistillRequest, PlanRequest, PrecisionRequest, PruneRequest, ShrinkRequest, SparsifyRequest
+from avss_dist.requests import (
+    DistillRequest,
+    PlanRequest,
+    PrecisionRequest,
+    PruneRequest,
+    ShrinkRequest,
+    SparsifyRequest,
+)
 from avss_dist.warehouse.reader import Warehouse
 
 if TYPE_CHECKING:
@@ -30,8 +37,8 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.events import OnEvent
     from avss_dist.evaluation.search import SearchResult
     from avss_dist.evaluation.shrink import Shrunk
-    from avss_dist.pruning.repair.repair import Repair, Repaired
     from avss_dist.precision.plan import PrecisionPlan
+    from avss_dist.pruning.repair.repair import Repair, Repaired
     from avss_dist.sparsity.plan import SparsityPlan
 
 

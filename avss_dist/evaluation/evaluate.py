@@ -37,12 +37,12 @@ from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
 from avss_dist.options import PromptOptions
+from avss_dist.precision.plan import PrecisionPlan, is_precision_plan, read_precision_plan
 from avss_dist.pruning.model_card import pruned_from
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
 from avss_dist.runs.corpora import corpus_problems
-from avss_dist.precision.plan import PrecisionPlan, is_precision_plan, read_precision_plan
 from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
 from avss_dist.sparsity.realized import RealizedSparsity
 from avss_dist.stats.row_start import RowStarts
@@ -412,9 +412,7 @@ def _read_subject(name: str, settings: Settings) -> Subject:
         )
     if is_precision_plan(name):
         precision = read_precision_plan(name)
-        checkpoint = _planned_checkpoint(
-            precision.model, precision.revision, name, trust_remote_code=trust_remote_code
-        )
+        checkpoint = _planned_checkpoint(precision.model, precision.revision, name, trust_remote_code=trust_remote_code)
         _require_same_layers(checkpoint, name, precision.num_layers, None, settings)
         return Subject(
             checkpoint=checkpoint,

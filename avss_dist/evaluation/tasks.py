@@ -229,6 +229,7 @@ def texts_of_search(store: Warehouse, evaluation: str | None, checkpoint: Checkp
         return
     options, corpus = settings_of(rows[0]), rows[0]["task"].removeprefix(SEARCH).removeprefix(ROUNDING_TASK)
     skipped = options.pop("skip_sequences")
+    options.pop("text", None)  # its hash, beside a prediction
     source = _Source(checkpoint, corpus, Settings(**_OLD_ROWS | options), skipped)
     yield SeenText(
         use="a plan was searched or predicted on",

@@ -125,9 +125,7 @@ def _budget(request: PrecisionRequest, run: Mapping[str, Any], weights: Float64,
     return float((request.memory - others) * 8)
 
 
-def _choose(
-    request: PrecisionRequest, maps: Sequence[_Map], damage: Float64, bits: Float64, budget: float
-) -> Choice:
+def _choose(request: PrecisionRequest, maps: Sequence[_Map], damage: Float64, bits: Float64, budget: float) -> Choice:
     """Return the format of each map by the method of a request.
 
     Raises:
