@@ -30,8 +30,8 @@ def least_damage(damage: Float64, bits: Float64, budget: float) -> Choice:
     """
     steps = []
     for number, (row, sizes) in enumerate(zip(damage, bits, strict=True)):
-        order = np.lexsort((row, sizes))  # by size; of equal sizes, the least damage first
-        order = [i for n, i in enumerate(order) if n == 0 or sizes[i] > sizes[order[n - 1]]]
+        by_size = np.lexsort((row, sizes))  # of equal sizes, the least damage first
+        order = [i for n, i in enumerate(by_size) if n == 0 or sizes[i] > sizes[by_size[n - 1]]]
         at = {float(sizes[i]): int(i) for i in order}
         for (b0, d0), (b1, d1) in pairwise(lower_hull(sizes[order], row[order])):
             if d1 < d0:

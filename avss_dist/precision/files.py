@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from avss_dist.models.number_formats import FORMATS, CompressedTensorsFormat, GgufFormat
@@ -55,8 +55,8 @@ def llama_cpp(plan: PrecisionPlan) -> str:
         raise PlanError(f"The library gguf does not know the architecture {architecture}.", "Use another `format`.")
     tensors = get_tensor_name_map(MODEL_ARCH(key), plan.num_layers)
     lines = []
-    for entry in plan.rounded:
-        name = tensors.get_name(module_names(plan)[entry.layer, entry.map], try_suffixes=(".weight", ""))
+    for entry, module in _named(plan):
+        name = tensors.get_name(module, try_suffixes=(".weight", ""))
         if name is None:
             raise PlanError(f"The library gguf has no name for '{entry.map}' of layer {entry.layer} of {architecture}.")
         lines.append(f"{re.escape(name)}\\.weight={types[entry.format].type.lower()}\n")
@@ -155,7 +155,7 @@ def _known(plan: PrecisionPlan, kind: type[Any], program: str, examples: str) ->
         PlanError: a format is of another library.
     """
     formats = {entry.format: FORMATS[entry.format] for entry in plan.rounded}
-    if others := [name for name, known in formats.items() if not isinstance(known, kind)]:
+    if others := sorted(name for name, known in formats.items() if not isinstance(known, kind)):
         raise PlanError(
             f"{program} does not have {', '.join(others)}.", f"Choose from its own formats, such as {examples}."
         )
@@ -170,5 +170,3 @@ EXPORTS: Mapping[str, Callable[[PrecisionPlan], str]] = {
     "torchao": torchao,
 }
 """Functions that write a plan for other programs, by the name of the format."""
-NAMES: Sequence[str] = ("plan", *EXPORTS)
-"""Formats of the file."""

@@ -167,6 +167,18 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--format": "plan",
         "--json": False,
     },
+    "quantize": {
+        "--warehouse": "warehouse",
+        "--output": None,
+        "--run": None,
+        "--by": "predicted",
+        "--bits": None,
+        "--memory": None,
+        "--quantize": (),
+        "--seed": 0,
+        "--format": "plan",
+        "--json": False,
+    },
     "sparsify": {
         "target": None,
         "--warehouse": "warehouse",
