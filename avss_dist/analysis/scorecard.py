@@ -166,7 +166,7 @@ def _rounding_cards(
     number = run["num_layers"]
     scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
     scores = [*_scores(scored, {name: one.by_layer(number) for name, one in truths.items()})]
-    for name, truth in rounded.items():
+    for name, truth in sorted(rounded.items()):
         measured, ceiling = truth.by_layer(number), reliability(increases(store, truth))
         estimates = rounding_estimates(store, run, truth)
         others = {f"{MEASURED_ROUNDED}{other}": known for other, known in rounded.items() if other != name}

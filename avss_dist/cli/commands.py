@@ -25,7 +25,11 @@ COMMANDS = {
     "score": Command(
         MEASURE, "score", "Score every layer of one or more models on a corpus, and keep the result as Parquet."
     ),
-    "ablate": Command(MEASURE, "ablate", "Leave layers out and measure the loss: the ground truth for scores."),
+    "ablate": Command(
+        MEASURE,
+        "ablate",
+        "Leave layers out, or round their weights, and measure the loss: the ground truth for scores.",
+    ),
     "evaluate": Command(
         MEASURE,
         "evaluate",

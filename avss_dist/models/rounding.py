@@ -21,6 +21,9 @@ from avss_dist.models.number_formats import NumberFormat, fitting, number_format
 from avss_dist.models.patching import replaced_parameters
 from avss_dist.models.sparsifying import weight_of
 
+GROUP, MOST_DISTINCT = 32, 16  # neighbours that are looked at together, and values of 4 bits
+SAMPLED = 8  # rows of a weight that are looked at
+
 
 def rounded_weight(module: nn.Module, known: NumberFormat) -> torch.Tensor:
     """Return the weight of a linear map after rounding, [outputs, inputs], in the weight's dtype.
@@ -84,6 +87,32 @@ def require_fit(layers: Sequence[Layer], layer: Layer, projection: Projection, k
             f"The number format {known.name} cannot take '{projection.path}' of layer {layer.index}: its {obstacle}.",
             f"Formats that can take every linear map of this model: {', '.join(able)}.",
         )
+
+
+def rounded_before(layers: Sequence[Layer]) -> str | None:
+    """Return a note that weights of linear maps were rounded before, or None if nothing suggests it.
+
+    Weights of training differ among neighbours, even in bfloat16. Those that were unpacked from a format of 4 bits have
+    at most 16 different values in a group. Some rows of every weight that is in memory are looked at.
+    """
+    maps = [projection for layer in layers for projection in layer.projections]
+    coarse = sum(_distinct(projection) <= MOST_DISTINCT for projection in maps)
+    if not coarse:
+        return None
+    return (
+        f"{coarse} of {len(maps)} linear maps have at most {MOST_DISTINCT} different values among {GROUP} neighbouring "
+        "weights: they were rounded before, and rounding them again says little of the original"
+    )
+
+
+def _distinct(projection: Projection) -> int:
+    """Return the largest number of different values in a group of neighbours; `GROUP` if the weight is not here."""
+    weight = _weight(projection.module)
+    if weight.is_meta or hasattr(weight, "to_local") or weight.numel() != projection.outputs * projection.inputs:
+        return GROUP
+    sampled = weight_of(projection.module)[:SAMPLED].reshape(-1)
+    groups = sampled[: len(sampled) // GROUP * GROUP].reshape(-1, GROUP).sort(dim=1).values
+    return 1 + int((groups.diff(dim=1) != 0).sum(dim=1).max()) if len(groups) else GROUP
 
 
 @contextmanager

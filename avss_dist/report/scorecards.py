@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from avss_dist.analysis.reliability import MIN_SETS
 from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, describe_score, is_published
-from avss_dist.core.registry import MEASURED
+from avss_dist.core.registry import MEASURED, ROUNDING_ESTIMATES
 from avss_dist.pruning.selection import LAST
 from avss_dist.report.section import AMBER, BLUE, GRAY, Chart, Section, interval_ends, page_number
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, known_interval, percent
@@ -104,8 +104,11 @@ def _caption(rows: Sequence[Row]) -> str:
     if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
         text += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. Misranked: "
         text += "pairs of layers in the wrong order."
-    if any(row["same_text"] for row in rows):
+    estimates = {row["same_text"] for row in rows if row["score"] in ROUNDING_ESTIMATES}
+    if True in estimates:
         text += " Estimates are of the same text, and share the chance of its selection: expect less of them elsewhere."
+    elif estimates:
+        text += " Estimates are of other text than that."
     if any(row["spearman_sets"] is not None for row in rows):
         text += f" Over {rows[0]['sets']} sets: of the score's sum with what leaving the set out does."
     elif rows[0]["sets"] and not name:

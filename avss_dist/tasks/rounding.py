@@ -23,7 +23,7 @@ from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, Projection, as_rows
 from avss_dist.models.number_formats import NumberFormat, number_format
-from avss_dist.models.rounding import rounded_weight
+from avss_dist.models.rounding import rounded_before, rounded_weight
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
@@ -145,6 +145,8 @@ def _layers(model: LanguageModel, intervention: Intervention, formats: Sequence[
     if not layers:
         raise ModelError(f"No layer of '{model.checkpoint.name}' has a linear map whose input is seen.")
     model.require_roundable(layers, formats)
+    if note := rounded_before(layers):
+        model.notes[f"{note} ({model.checkpoint.name})."] = None
     return layers
 
 

@@ -143,6 +143,7 @@ def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
         "weights rounded to q4_0",
         "loss, rounded to q4_0",
         "first + second order",
+        "of other text",
     ):
         assert words in told, told
     removals = [row for row in cards.to_pylist() if row["format"] is None]

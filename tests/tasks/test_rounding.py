@@ -263,6 +263,18 @@ def test_half_precision_weights_are_rounded_to_what_they_can_hold(grouped: Path)
         assert weight.dtype == torch.bfloat16
 
 
+def test_weights_that_were_rounded_before_are_noted(grouped: Path) -> None:
+    model = opened(grouped, dtype="bfloat16")
+    RoundedLosses(random_shard(), "int4")(model)
+    assert not model.notes
+    weight = model.layers[0].projections[0].module.weight
+    with torch.no_grad():
+        weight.copy_(FORMATS["q4_0"].round(weight))  # type: ignore[operator, arg-type]
+    RoundedLosses(random_shard(), "int4")(model)
+    (note,) = model.notes
+    assert note.startswith("1 of 21 linear maps have at most 16 different values among 32 neighbouring weights")
+
+
 def test_a_rounding_of_several_places(grouped: Path) -> None:
     """The format of a map overrides that of its layer, in any order."""
     model = opened(grouped, dtype="float32")
