@@ -164,6 +164,7 @@ def _gguf(kind: str, bits: float, group: int, scale_bits: int, summary: str, nam
 _FORMATS = (
     *(_integers(8, group) for group in (None, 128)),
     *(_integers(4, group) for group in (None, 128, 64, 32)),
+    *(_integers(bits, 64) for bits in (3, 2)),
     CompressedTensorsFormat(
         name="fp8",
         summary="FP8 E4M3, a scale for each output channel",
