@@ -174,7 +174,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--by": "predicted",
         "--bits": None,
         "--memory": None,
-        "--quantize": (),
+        "--quantize": None,
         "--seed": 0,
         "--format": "plan",
         "--json": False,
