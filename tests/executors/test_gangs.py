@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.causal_lm import open_whole
+from support.causal_lm import open_whole, random_shard
 from support.checkpoints import llama, save_tokenizer
 from support.exhaustive import all_of
 from support.families import tiny_config, tiny_model
@@ -40,6 +40,7 @@ from avss_dist.stats.histogram import merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.tasks.base import Measure, Row
 from avss_dist.tasks.harness import harness_task
+from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
 
 SETTINGS = Settings(batch_size=2, dtype="float32", device="cpu")
 CONFIGS = Path(__file__).parents[2] / "cluster" / "deepspeed"
@@ -326,7 +327,10 @@ ASKED = {"fsdp": SHARED, "zero3": SHARED, "tensor_parallel": SPLIT, "expert_para
 
 def unanswered(partition: str, family: str) -> tuple[str, ...]:
     """Questions that a family is not asked."""
-    return ("gradients",) if (partition, family) == ("tensor_parallel", "opt") else ()
+    if not PARTITIONS[partition].splits_matrices:
+        return ()
+    rounded = ("rounded", "gradients of rounded")
+    return (*rounded, "gradients") if (partition, family) == ("tensor_parallel", "opt") else rounded
 
 
 @pytest.mark.parametrize(
@@ -381,6 +385,13 @@ def test_ranks_that_split_matrices_answer_as_one_process_does(
     expected = expected_of(folder_of(family), unanswered(partition, family))
     for answers_of_rank in found:
         assert_same(answers_of_rank, expected, rtol=1e-4)
+
+
+def test_split_weights_are_not_rounded(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    for measure in (RoundedLosses(random_shard(), "int4"), RoundingDamage(shard=random_shard(), formats=("int4",))):
+        for (error,) in gang(2).run(ask_all, "tensor_parallel", [folder_of("llama")], ("",), (measure,)):
+            assert isinstance(error, ModelError)
+            assert "Each rank has a part of each weight" in error.message
 
 
 def test_autotp_has_no_gradients(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
