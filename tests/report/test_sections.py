@@ -19,11 +19,14 @@ from support.warehouses import unpack_released
 from avss_dist.analysis.experiments import experiment_results
 from avss_dist.analysis.experts import LayerExperts
 from avss_dist.analysis.sparsity_curves import sparsity_curves
+from avss_dist.core.intervention import RoundedPlace
+from avss_dist.pruning.ground_truth import MapRounding
 from avss_dist.report.experiments import experiment_section
 from avss_dist.report.experts import experts_section
 from avss_dist.report.page.charts import section_chart
 from avss_dist.report.page.page import html_table, report_page
 from avss_dist.report.section import Section
+from avss_dist.report.sensitivity import sensitivity_section
 from avss_dist.report.sparsity import sparsity_section
 from avss_dist.report.table import (
     BarColumn,
@@ -60,7 +63,7 @@ def experiment(method: str = "avss") -> list[dict[str, Any]]:
 
 
 def sections(name: str = "avss") -> list[Section]:
-    """An experiment, sparse activations with a plan, and routed experts."""
+    """An experiment, sparse activations with a plan, routed experts, and rounded weights."""
     results = experiment_results(experiment(name))
     assert results
     sparse = [row(name, None, 3.01, sparsity=0.3), row(name, None, 3.1, sparsity=0.6)]
@@ -73,7 +76,28 @@ def sections(name: str = "avss") -> list[Section]:
         experiment_section("1. a", results),
         sparsity_section("1. a", sparsity_curves(sparse), maps),
         experts_section("1. a", {"num_tokens": 64, "corpus": name}, layers),
+        sensitivity_section("1. a", roundings(name)),
     ]
+
+
+def roundings(path: str) -> MapRounding:
+    """Two formats of one linear map of two layers."""
+    places = [RoundedPlace(layer=i, path=path, format=name) for i in range(2) for name in ("int8", "int4")]
+    rises = dict(zip(places, (0.001, 0.2, 0.002, 0.1), strict=True))
+    bits = {place: float(place.format[-1]) for place in places}
+    return MapRounding(damage=rises, bits=bits, weights=dict.fromkeys(places, 64), run_id="e", task="t")
+
+
+def test_the_map_that_needs_its_bits_is_named() -> None:
+    section = sensitivity_section("1. a", roundings("mlp.up_proj"))
+    assert section.sentences == ["Of 2 linear maps, mlp.up_proj of layer 0 loses the most: 0.2 nats per token in int4."]
+    assert [chart.title for chart in section.charts] == ["Rounded to int4", "Rounded to int8"]
+    assert next(chart.rows for chart in section.charts) == [
+        {"layer": 0, "map": "mlp.up_proj", "rise": 0.2},
+        {"layer": 1, "map": "mlp.up_proj", "rise": 0.1},
+    ]
+    (table,) = page_tables(tuple(section.tables))
+    assert table[1:] == [["0", "mlp.up_proj", "0.2", "0.001"], ["1", "mlp.up_proj", "0.1", "0.002"]]
 
 
 class Tables(HTMLParser):
@@ -114,7 +138,7 @@ def printed(renderable: Any, width: int = 400) -> str:
 
 def test_a_terminal_and_a_page_show_the_same_texts() -> None:
     tables = tuple(table for section in sections() for table in section.tables)
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table, (headings, *rows) in zip(tables, page_tables(tables), strict=True):
         lines = [re.split(" *[│┃] *", line)[1:-1] for line in printed(FittedTable(table)).splitlines() if "│" in line]
         bars = [i for i, column in enumerate(table.columns) if isinstance(column, BarColumn)]
@@ -137,7 +161,8 @@ def test_a_table_of_an_experiment_names_sublayers_and_says_why_an_interval_is_mi
 def test_every_chart_of_a_section_can_be_drawn() -> None:
     charts = [chart for section in sections() for chart in section.charts]
     assert [chart.name for chart in charts] == [
-        *("experiment-1-1", "experiment-1-2", "sparsity-1-curves-1", "sparsity-1-maps", "experts-1")
+        *("experiment-1-1", "experiment-1-2", "sparsity-1-curves-1", "sparsity-1-maps", "experts-1"),
+        *("precision-1-1", "precision-1-2"),
     ]
     for chart in charts:
         spec = section_chart(chart) | {"datasets": {"rows": list(chart.rows)}, "width": 400}

@@ -1,4 +1,4 @@
-"""The chapters of the page: curves, experiments, continuations, score cards, contrasts, experts."""
+"""The chapters of the page: curves, experiments, continuations, score cards, rounded weights, contrasts, experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from avss_dist.analysis.experts import layer_experts
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.core.errors import QueryError
+from avss_dist.core.names import ROUNDING_TASK
 from avss_dist.core.registry import GROUND_TRUTH, SCORES
+from avss_dist.pruning.ground_truth import map_roundings
 from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.report.continuations import continuations_section
 from avss_dist.report.contrasts import contrast_section
@@ -26,6 +28,7 @@ from avss_dist.report.experiments import experiment_section
 from avss_dist.report.experts import experts_section
 from avss_dist.report.scorecards import page_section
 from avss_dist.report.section import Section
+from avss_dist.report.sensitivity import sensitivity_section
 from avss_dist.report.sparsity import sparsity_section
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
@@ -115,6 +118,14 @@ def chapters(
             sections=list(_sparsities(warehouse, labels, by_run)),
         ),
         Chapter(
+            name="precision",
+            title="Rounded weights",
+            heading="Rounded weights",
+            lead="How much the loss is predicted to rise with the weights of each linear map rounded to a number "
+            "format. Red maps need their bits; blue ones are predicted to lose nothing on this text.",
+            sections=list(_roundings(warehouse, runs, labels)),
+        ),
+        Chapter(
             name="contrasts",
             title="Contrasts",
             heading="Hallucinated and truthful answers",
@@ -193,6 +204,15 @@ def _sparsities(
         curves = sparsity_curves(_newest(by_run[run_id]))
         if curves or newest:
             yield sparsity_section(label, curves, newest)
+
+
+def _roundings(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
+    """Yield the newest prediction for rounded weights of each run's checkpoint."""
+    predicted = pc.starts_with(pc.field("task"), ROUNDING_TASK)
+    known = set(warehouse.table("evaluations", where=predicted, columns=["revision"])["revision"].to_pylist())
+    for run in (run for run in runs if run["revision"] in known):
+        if measured := next(map_roundings(warehouse, run), None):
+            yield sensitivity_section(labels[run["run_id"]], measured)
 
 
 def _newest(rows: Sequence[Row]) -> list[Row]:
