@@ -27,15 +27,16 @@ from avss_dist.core.errors import RunFailed
 from avss_dist.core.registry import WHOLE
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
+from avss_dist.estimation.on_paper import text_sizes
 from avss_dist.estimation.small_models import VOCABULARY, save_layers
-from avss_dist.estimation.transfers import copy_rate, gather_rate, sum_seconds
+from avss_dist.estimation.transfers import copy_rate, gather_rate, sum_seconds, unpacking_rate
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.safetensors import weight_files
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
-from avss_dist.partition.cost import Calibration, Cost
+from avss_dist.partition.cost import LINK_SHARE, Calibration, Cost
 from avss_dist.partition.open import open_replica
 from avss_dist.runs.shard_size import split_into_shards
 from avss_dist.system.memory import mapped_around_a_byte, peak_memory, reset_peak_memory, resident_memory
@@ -114,9 +115,9 @@ def _measure(
             peak, device_peak = host, device
     counters = counter_bytes(sizes[few], settings, shard.num_strata)
     weights = sum(s.weight_bytes for s in sizes.values())
-    on_gpu = settings.device == "cuda"
+    on_gpu, copied = settings.device == "cuda", copy_rate()
     return Calibration(
-        **_totals(planned, settings),
+        **text_sizes(size, settings, planned),
         share=planned.num_sequences / shard.num_sequences,
         costs=costs,
         library_bytes=library,
@@ -124,23 +125,17 @@ def _measure(
         plan_peak_bytes=plan_peak,
         working_bytes=max(0, peak - planned_bytes - (0 if on_gpu else counters + weights)),
         device_working_bytes=max(0, device_peak - counters - weights) if on_gpu else 0,
-        copy_bytes_per_second=copy_rate(),
+        copy_bytes_per_second=copied,
+        link_bytes_per_second=copied * LINK_SHARE,
+        network_bytes_per_second=0.0,
+        unpacked_bytes_per_second=(
+            unpacking_rate(checkpoint, dtype, settings) if size.unpacking_bytes or size.quantized else 0.0
+        ),
         touched_bytes=touched_bytes(planned, size.hidden_size * size.element_bytes, _mapped_at_once(checkpoint)),
         sublayer_share=_sublayer_share(models[few], shard, settings),
         sum_seconds=0.0 if on_gpu else sum_seconds(size.hidden_bytes(settings.batch_size, settings.sequence_length)),
         gather_bytes_per_second=0.0 if on_gpu else gather_rate(max(*size.layer_bytes, size.embedding_bytes)),
     )
-
-
-def _totals(planned: CorpusPlan, settings: Settings) -> dict[str, int]:
-    return {
-        "num_sequences": planned.num_sequences,
-        "num_tokens": planned.num_tokens,
-        "num_shards": len(planned.shards),
-        "num_batches": planned.num_batches(settings.batch_size),
-        "rows_per_shard": planned.shards[0].num_sequences,
-        "num_strata": max(shard.num_strata for shard in planned.shards),
-    }
 
 
 def touched_bytes(planned: CorpusPlan, row: int, at_once: int = MAPPED_AT_ONCE) -> int:

@@ -78,10 +78,14 @@ def test_it_is_json(guess: Estimate) -> None:
     assert read["rows"][0] == {
         "partition": "single",
         "ranks": 1,
+        "gpus": 0,
+        "replicas": 1,
         "device_bytes": guess.rows[0].device_bytes,
         "host_bytes": guess.rows[0].host_bytes,
+        "exchanged_bytes": 0,
         "fits": True,
         "seconds": guess.rows[0].seconds,
+        "shard_seconds": guess.rows[0].seconds / 2,
         "why": "175 kB of weights stay in memory",
     }
 
@@ -162,6 +166,9 @@ CALIBRATION = Calibration(
     sublayer_share=0.75,
     sum_seconds=0.01,
     gather_bytes_per_second=1e9,
+    link_bytes_per_second=0.25e9,
+    network_bytes_per_second=0.0,
+    unpacked_bytes_per_second=1e6,
 )
 GB = 10**9
 
@@ -179,7 +186,8 @@ def rows(
     counters = counter_bytes(size, settings, calibration.num_strata)
     request = EstimateRequest(folder, corpus="builtin:pydoc", ranks=execution.ranks, max_memory=execution.max_memory)
     costs = partition_costs(str(folder), size, settings, machine, request)
-    return {cost.partition: row(cost, cost.usage(calibration, counters)) for cost in costs}
+    shards = calibration.num_shards
+    return {name: row(cost, cost.usage(calibration, counters), shards) for name, [cost] in costs.items()}
 
 
 def test_seconds_are_layers_and_the_rest_of_every_shard(tiny_llama: Path) -> None:
@@ -220,7 +228,7 @@ def test_a_model_that_deepspeed_splits_fits_too(tiny_llama: Path) -> None:
     assert part.fits and part.why.startswith("every rank loads and keeps a part of each matrix")
 
 
-def test_unpacking_takes_memory_beside_a_layer(tiny_llama: Path) -> None:
+def test_unpacking_takes_memory_and_time_beside_a_layer(tiny_llama: Path) -> None:
     """A CPU has one layer, unpacked; a GPU two, and the host two as they are stored."""
     layer, packed = (
         footprint(str(tiny_llama), SETTINGS).layer_bytes[0],
@@ -234,7 +242,8 @@ def test_unpacking_takes_memory_beside_a_layer(tiny_llama: Path) -> None:
         plain, unpacked = (rows(tiny_llama, machine, zero_copy=False, **sizes)["streaming"] for sizes in ({}, packed))
         assert unpacked.device_bytes - plain.device_bytes == device_more
         assert unpacked.host_bytes - plain.host_bytes == host_more
-        assert "unpacked in 1 MB, in a time that is not counted" in unpacked.why and "unpacked" not in plain.why
+        assert unpacked.seconds - plain.seconds == pytest.approx(8 * 3 * layer / 1e6)
+        assert "unpacked in 1 MB" in unpacked.why and "unpacked" not in plain.why
 
 
 def test_what_fits_is_what_is_free(tiny_llama: Path) -> None:
