@@ -193,7 +193,7 @@ class EstimateRequest(ModelRequest):
     """Estimate the memory and time of a run with every partition."""
 
     corpus: Text | None = None
-    """Corpus, as for `score`; not needed with `hardware`, where `max_sequences` rows are assumed instead."""
+    """Text, named as for avss score; without one, `hardware` takes `max_sequences` rows, or 32,768."""
     hardware: Annotated[Hardware | None, Check(parse_hardware, before=True), Option(metavar="[NODESx]GPUSxNAME")] = None
     """GPUs to estimate for instead of this machine's, by published peak numbers: 8xH100, or 4x8xH100 for four nodes."""
     ranks: Positive | None = None

@@ -92,8 +92,10 @@ class DeviceMapCost(PartitionCost):
         exchanged = (moved + batches * offloaded) // size.num_layers
         layer = max(size.layer_bytes)
         if self.on_gpu:
-            on_gpu = max((size for name, size in self.spread.held.items() if isinstance(name, int)), default=0)
-            device, host = self.memory(measured, counters, on_gpu, host_weights=on_host, more=layer)
+            held = {gpu: weights for gpu, weights in self.spread.held.items() if isinstance(gpu, int)}
+            if on_host or on_disk:  # layers come to the first GPU, one at a time
+                held[0] = held.get(0, 0) + layer
+            device, host = self.memory(measured, counters, max(held.values()), host_weights=on_host)
         else:
             resident = self.resident(measured, on_host, table=self.spread.table == "cpu")
             device, host = self.memory(measured, counters, resident, more=layer if on_disk else 0)

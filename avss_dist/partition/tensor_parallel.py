@@ -23,7 +23,7 @@ from avss_dist.models.loading import Backbone, forward_function
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import SparsityCounts
-from avss_dist.partition.autotp import open_by_autotp
+from avss_dist.partition.autotp import open_by_autotp, require_heads
 from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.cost import Calibration, PartitionCost, Usage, refusal
@@ -54,7 +54,12 @@ class TensorParallelCost(PartitionCost):
     @property
     def obstacle(self) -> str | None:
         """See `PartitionCost`."""
-        return refusal(require_split, self.weights, self.settings, self.ranks)
+        if reason := refusal(require_split, self.weights, self.settings, self.ranks):
+            return reason
+        if not self.plan_obstacle:
+            return None
+        _, model, _ = load_skeleton(self.weights, self.settings)
+        return refusal(require_heads, model.config.get_text_config(), self.ranks)
 
     @cached_property
     def split(self) -> Split:

@@ -265,7 +265,9 @@ def test_a_device_map_fills_one_gpu_after_the_other(model: str, hardware: str) -
         held[-1] += size
     fits = len(held) <= 8
     assert row.gpus == min(len(held), 8)
-    assert row.device_bytes == pytest.approx(max(held[:8]) + largest + beside(model), rel=2e-3)
+    if not fits:
+        held[0] += largest  # one layer at a time of those in host memory
+    assert row.device_bytes == pytest.approx(max(held[:8]) + beside(model), rel=2e-3)
     assert ("in host memory" in row.why) == (not fits)
     if fits:
         hidden = paper(model, hardware).rows_per_shard * TOKENS * of.hidden * 2
@@ -343,7 +345,11 @@ FITS = {
         {"device_map": 8, "fsdp": 8, "tensor_parallel": 8},
         ("device_map", "device_map"),
     ),
-    DEEPSEEK: ({}, {"fsdp": 16, "tensor_parallel": 16, "expert_parallel": 16}, ("", "fsdp")),
+    DEEPSEEK: (
+        {"device_map": 8},  # with a fifth of the weights in host memory
+        {"device_map": 8, "fsdp": 16, "tensor_parallel": 16, "expert_parallel": 16},
+        ("", "fsdp"),
+    ),
     LLAMA70: (
         {"device_map": 3, "streaming": 1, "fsdp": 8, "zero3": 8, "tensor_parallel": 8},
         {"device_map": 3, "streaming": 1, "fsdp": 8, "zero3": 8, "tensor_parallel": 8},
@@ -352,11 +358,11 @@ FITS = {
 }
 GPU_GB = {
     # on 8 GPUs: single, device_map, streaming, fsdp, zero3, tensor_parallel, expert_parallel; on 4 x 8 GPUs
-    QWEN: ((237, 73, 18, 35, 35, 31, 36), (237, 73, 18, 35, 35, 9, 36)),
-    OSS: ((66, 67, 23, 12, 12, 9, 10), (66, 67, 23, 6, 6, 4, 10)),
-    LLAMA405: ((488, 75, 25, 75, 75, 62, 62), (488, 75, 25, 75, 29, 62, 16)),
-    DEEPSEEK: ((674, 81, 79, 108, 108, 95, 95), (674, 81, 79, 66, 45, 54, 54)),
-    LLAMA70: ((142, 72, 6, 23, 23, 18, 18), (142, 72, 6, 23, 23, 18, 5)),
+    QWEN: ((237, 70, 18, 35, 35, 31, 36), (237, 70, 18, 35, 35, 9, 36)),
+    OSS: ((66, 66, 23, 12, 12, 9, 10), (66, 66, 23, 6, 6, 4, 10)),
+    LLAMA405: ((488, 69, 25, 75, 75, 62, 62), (488, 69, 25, 75, 29, 62, 16)),
+    DEEPSEEK: ((674, 70, 79, 108, 108, 95, 95), (674, 70, 79, 66, 45, 54, 54)),
+    LLAMA70: ((142, 71, 6, 23, 23, 18, 18), (142, 71, 6, 23, 23, 18, 5)),
 }
 
 
@@ -402,7 +408,7 @@ def test_limits_and_ranks() -> None:
     found = {row.partition: row for row in paper(LLAMA70, "8xH100", ranks=4).rows}
     assert found["fsdp"].ranks == 4 and found["fsdp"].replicas == 2
     limited = estimate(str(PUBLISHED / LLAMA70), hardware="8xH100", max_memory={"0": "16GB"})
-    assert {row.partition for row in limited.rows if row.fits} == {"streaming"}
+    assert {row.partition for row in limited.rows if row.fits} == {"device_map", "streaming"}
     assert limited.device_free_bytes == 16e9
 
 
