@@ -1,4 +1,4 @@
-"""Rates at which this machine copies memory and unpacks weights, and at which two processes exchange tensors."""
+"""Rates at which memory is copied on this machine, and at which two processes exchange tensors."""
 
 from __future__ import annotations
 
@@ -8,17 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 
-from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.quantization import stored_type
-from avss_dist.models.safetensors import DTYPES
-from avss_dist.system.cores import computing_threads
-from avss_dist.system.devices import pick_device
-
-UNPACKED = 1 << 22  # numbers that are unpacked at once
 EXCHANGES = 6  # of which the fastest counts
 GATHERED = 32 << 20  # bytes, at most, of one tensor that is put together
 
@@ -32,39 +23,6 @@ def copy_rate() -> float:
     for _ in range(4):
         target.copy_(source)
     return 4 * source.numel() / (time.perf_counter() - start)
-
-
-def unpacking_rate(checkpoint: Checkpoint, dtype: torch.dtype, settings: Settings) -> float:
-    """Return the rate at which numbers are unpacked, in bytes of the dtype per second.
-
-    Those of a .gguf file are of the type that most of its bytes have, and unpacked by the package ``gguf``. For others,
-    numbers of one byte are converted to float32, multiplied by scales, and converted to the dtype.
-    """
-    device = pick_device(settings.device)
-
-    def unpack() -> None:
-        for start in range(0, UNPACKED, UNPACKED // 4):
-            part = packed[start : start + UNPACKED // 4].view(-1, 128)
-            (part.to(torch.float32) * scales[: len(part), None]).to(dtype)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    if checkpoint.gguf and (kind := stored_type(checkpoint)) not in DTYPES:
-        from gguf import GGMLQuantizationType, dequantize, quant_shape_to_byte_shape
-
-        quantization = GGMLQuantizationType[kind]
-        blocks = np.zeros(quant_shape_to_byte_shape((UNPACKED,), quantization), np.uint8)
-        run: Callable[[], object] = lambda: torch.from_numpy(dequantize(blocks, quantization)).to(dtype)  # noqa: E731
-    else:
-        packed = torch.zeros(UNPACKED, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-        scales, run = torch.ones(UNPACKED // 128, device=device), unpack
-    seconds = []
-    with computing_threads(settings.threads):
-        for _ in range(3):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-    return UNPACKED * dtype.itemsize / min(seconds)
 
 
 def sum_seconds(size: int) -> float:

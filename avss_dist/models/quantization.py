@@ -53,7 +53,10 @@ def describe_quantization(checkpoint: Checkpoint, settings: Settings) -> str | N
         ``fp8``, ``fp8, dequantized``, ``gguf Q4_K, dequantized`` (the type of most bytes), or None if not quantized.
     """
     if checkpoint.gguf:
-        kind = stored_type(checkpoint)
+        sizes: Counter[str] = Counter()
+        for tensor in stored_tensors(checkpoint):
+            sizes[tensor.dtype] += tensor.size
+        kind = max(sizes, key=lambda name: sizes[name], default="F32")
         return f"gguf {kind}" + ("" if kind in DTYPES else ", dequantized")
     config = read_config(checkpoint.folder, checkpoint.name)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
@@ -61,14 +64,6 @@ def describe_quantization(checkpoint: Checkpoint, settings: Settings) -> str | N
     if not stored:
         return None
     return _method(stored) + (", dequantized" if settings.dequantize or stored.get("dequantize") else "")
-
-
-def stored_type(checkpoint: Checkpoint) -> str:
-    """Return the type that most bytes of a checkpoint's tensors have, as its files name it."""
-    sizes: Counter[str] = Counter()
-    for tensor in stored_tensors(checkpoint):
-        sizes[tensor.dtype] += tensor.size
-    return max(sizes, key=lambda name: sizes[name], default="F32")
 
 
 def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, placing: Mapping[str, Any]) -> Any:
