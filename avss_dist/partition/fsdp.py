@@ -31,7 +31,7 @@ from avss_dist.partition.native import (
     scale_obstacle,
     version_obstacle,
 )
-from avss_dist.partition.sharded import ShardedCost, ShardedLanguageModel, require_gathering
+from avss_dist.partition.sharded import ShardedCost, ShardedLanguageModel, refuse_gguf, refuse_mxfp4
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
@@ -67,11 +67,12 @@ class FsdpReplica(BatchwiseReplica):
     cost = FsdpCost
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
-        _, empty, tensors = load_skeleton(checkpoint, settings)
-        require_gathering(checkpoint, empty.config, settings, placement.partition)
+        refuse_gguf(checkpoint, placement.partition)
         _, world = require_group(placement)
         self.device = pick_device(settings.device)
         keep_freed_memory()
+        _, empty, tensors = load_skeleton(checkpoint, settings)
+        refuse_mxfp4(checkpoint, empty.config, settings, placement.partition)
         require_experts_on_every_rank(unstored(empty, [tensor.name for tensor in tensors]), world)
         require_whole_blocks(checkpoint, settings, world)
         plan = gathering_plan(empty, settings.layers)

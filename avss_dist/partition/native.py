@@ -124,6 +124,7 @@ def split_by_plan(checkpoint: Checkpoint | str, settings: Settings, options: Map
     Raises:
         ModelError: the model cannot be built.
     """
+    settings = replace(settings, attention=None)
     _, model, _ = load_skeleton(checkpoint, settings)
     plan, ranks = applied_plan(model, options), options["tp_size"]
     part = 0
@@ -172,6 +173,7 @@ def scale_obstacle(checkpoint: Checkpoint | str, settings: Settings, options: Ma
     Args:
         options: fields of transformers' ``DistributedConfig``.
     """
+    settings = replace(settings, attention=None)
     _, model, _ = load_skeleton(checkpoint, settings)
     block = scale_block(model.config)
     if block is None or (fully_sharded := "fsdp_size" in options) > settings.dequantize:

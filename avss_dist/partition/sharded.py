@@ -43,7 +43,9 @@ class ShardedCost(PartitionCost):
     def obstacle(self) -> str | None:
         """See `PartitionCost`."""
         checkpoint, model, _ = load_skeleton(self.weights, self.settings)
-        return refusal(require_gathering, checkpoint, model.config, self.settings, self.partition)
+        return refusal(refuse_gguf, checkpoint, self.partition) or refusal(
+            refuse_mxfp4, checkpoint, model.config, self.settings, self.partition
+        )
 
     def host_weights(self) -> int:
         """Return the bytes of weights that each process holds in host memory while the model is opened on a GPU."""
@@ -122,15 +124,11 @@ class ShardedLanguageModel(LanguageModel):
         return share(function, items, idle)
 
 
-def require_gathering(checkpoint: Checkpoint, config: Any, settings: Settings, partition: str) -> None:
-    """Refuse a checkpoint whose weights ranks cannot hold in parts and gather.
-
-    Args:
-        config: the configuration of the model.
+def refuse_gguf(checkpoint: Checkpoint, partition: str) -> None:
+    """Refuse a .gguf file, of which every rank would hold the whole model while it is opened.
 
     Raises:
-        ConfigError: the checkpoint is a .gguf file, of which every rank would hold the whole model while it is opened,
-            or its weights stay in MXFP4, whose kernels need them in a form that is no longer a parameter.
+        ConfigError: the checkpoint is a .gguf file.
     """
     if checkpoint.gguf:
         raise ConfigError(
@@ -138,6 +136,17 @@ def require_gathering(checkpoint: Checkpoint, config: Any, settings: Settings, p
             f"{partition} would save no memory.",
             "Use `partition` single, device_map or tensor_parallel, or convert it to safetensors.",
         )
+
+
+def refuse_mxfp4(checkpoint: Checkpoint, config: Any, settings: Settings, partition: str) -> None:
+    """Refuse weights that stay in MXFP4, whose kernels need them in a form that is no longer a parameter.
+
+    Args:
+        config: the configuration of the model.
+
+    Raises:
+        ConfigError: the weights stay in MXFP4.
+    """
     if quantization_method(config) == "mxfp4" and not settings.dequantize:
         raise ConfigError(
             f"'{checkpoint.name}' is quantized (mxfp4): transformers arranges such weights for its kernels as it loads "

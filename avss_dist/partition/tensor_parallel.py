@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
@@ -58,7 +59,7 @@ class TensorParallelCost(PartitionCost):
             return reason
         if not self.plan_obstacle:
             return None
-        _, model, _ = load_skeleton(self.weights, self.settings)
+        _, model, _ = load_skeleton(self.weights, replace(self.settings, attention=None))
         return refusal(require_heads, model.config.get_text_config(), self.ranks)
 
     @cached_property
@@ -151,7 +152,7 @@ def require_split(checkpoint: Checkpoint | str, settings: Settings, ranks: int) 
         ConfigError: the weights stay quantized and only DeepSpeed would split the model, which it checks unsplit on the
             CPU; or the ranks do not divide a matrix into whole blocks.
     """
-    resolved, model, _ = load_skeleton(checkpoint, settings)
+    resolved, model, _ = load_skeleton(checkpoint, replace(settings, attention=None))  # which may not be here
     if resolved.gguf or quantization_method(model.config) is None:
         return
     if obstacle := tensor_plan_obstacle(checkpoint, settings, ranks):

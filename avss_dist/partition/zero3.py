@@ -21,7 +21,7 @@ from avss_dist.models.size import load_skeleton
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.group import quiet_deepspeed, require_group, reraise_lost_ranks
-from avss_dist.partition.sharded import PREFETCHED, ShardedCost, ShardedLanguageModel, require_gathering
+from avss_dist.partition.sharded import PREFETCHED, ShardedCost, ShardedLanguageModel, refuse_gguf, refuse_mxfp4
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
@@ -46,11 +46,12 @@ class Zero3Replica(BatchwiseReplica):
     cost = Zero3Cost
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
-        text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-        require_gathering(checkpoint, text, settings, placement.partition)
+        refuse_gguf(checkpoint, placement.partition)
         require_group(placement)
         self.device = pick_device(settings.device)
         keep_freed_memory()
+        text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        refuse_mxfp4(checkpoint, text, settings, placement.partition)
         config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
         with quiet_deepspeed(), reraise_lost_ranks():
             model = _load_in_parts(checkpoint, settings, config, head=head)
