@@ -190,13 +190,14 @@ MODELS = {
 }
 
 
-def beside(model: str) -> int:
-    """Bytes of a batch's activations and of the statistics, whose formulas have tests of their own."""
+@cache
+def beside(model: str) -> tuple[int, int]:
+    """Bytes of a batch's activations, and of the statistics, whose formulas have tests of their own."""
     settings = Settings(device="cuda", dtype="bfloat16")
     checkpoint = locate(str(PUBLISHED / model), weights=False)
     assert checkpoint is not None
     size = footprint(checkpoint, settings)
-    return batch_bytes(size, settings) + counter_bytes(size, settings)
+    return batch_bytes(size, settings), counter_bytes(size, settings)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_sizes_are_those_of_the_modules_of_transformers(model: str) -> None:
 @pytest.mark.parametrize("hardware", CLUSTERS)
 @pytest.mark.parametrize("model", MODELS)
 def test_memory_of_each_rank(model: str, hardware: str) -> None:
-    found, of, more = rows(model, hardware), MODELS[model], beside(model)
+    found, of, more = rows(model, hardware), MODELS[model], sum(beside(model))
     largest = max(max(layer[2] for layer in of.layers), of.table)
     for name, row in found.items():
         n = row.ranks
@@ -255,7 +256,7 @@ def test_memory_of_each_rank(model: str, hardware: str) -> None:
 def test_a_device_map_fills_one_gpu_after_the_other(model: str, hardware: str) -> None:
     """Nine tenths of each, without a batch; the first also keeps room for the largest layer. It stays on a node."""
     of, row = MODELS[model], rows(model, hardware)["device_map"]
-    room = int(80e9 * 0.9) - (beside(model) - _counters(model))
+    room = int(80e9 * 0.9) - beside(model)[0]
     largest = max(layer[2] for layer in of.layers)
     pieces = [of.table, *(layer[2] for layer in of.layers), of.norm, of.table]
     held = [0]
@@ -267,18 +268,11 @@ def test_a_device_map_fills_one_gpu_after_the_other(model: str, hardware: str) -
     assert row.gpus == min(len(held), 8)
     if not fits:
         held[0] += largest  # one layer at a time of those in host memory
-    assert row.device_bytes == pytest.approx(max(held[:8]) + beside(model), rel=2e-3)
+    assert row.device_bytes == pytest.approx(max(held[:8]) + sum(beside(model)), rel=2e-3)
     assert ("in host memory" in row.why) == (not fits)
     if fits:
         hidden = paper(model, hardware).rows_per_shard * TOKENS * of.hidden * 2
         assert row.exchanged_bytes == (len(held) - 1) * hidden // len(of.layers)
-
-
-def _counters(model: str) -> int:
-    settings = Settings(device="cuda", dtype="bfloat16")
-    checkpoint = locate(str(PUBLISHED / model), weights=False)
-    assert checkpoint is not None
-    return counter_bytes(footprint(checkpoint, settings), settings)
 
 
 @pytest.mark.parametrize("hardware", CLUSTERS)
