@@ -30,7 +30,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avss_dist.api.change import Pruned, distill, plan, prune, shrink, sparsify
+    from avss_dist.api.change import Pruned, distill, plan, prune, quantize, shrink, sparsify
     from avss_dist.api.measure import Runs, ablate, estimate, evaluate, run_job
     from avss_dist.api.read import compare, findings
     from avss_dist.core.errors import (
@@ -89,6 +89,7 @@ __all__ = [
     "findings",
     "plan",
     "prune",
+    "quantize",
     "run_job",
     "score",
     "score_all",
@@ -97,7 +98,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api.change": ("Pruned", "distill", "plan", "prune", "shrink", "sparsify"),
+    "api.change": ("Pruned", "distill", "plan", "prune", "quantize", "shrink", "sparsify"),
     "api.measure": ("Runs", "ablate", "estimate", "evaluate", "run_job"),
     "api.read": ("compare", "findings"),
     "core.errors": (

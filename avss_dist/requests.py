@@ -16,6 +16,7 @@ from avss_dist.core.registry import (
     FROM_ACTIVATIONS,
     INTERACTIONS,
     LOWEST_SHARE,
+    PRECISION_METHODS,
     RECIPES,
     SCORES,
     SEARCHES,
@@ -38,6 +39,7 @@ from avss_dist.core.settings import (
 )
 from avss_dist.core.text import RedactedURI
 from avss_dist.core.validation import Check, Count, OneOf, PathOrText, Positive, Share, Text, Texts
+from avss_dist.models.number_formats import number_format
 from avss_dist.options import SHARED, Option, PromptOptions, Request, field_values, refuse_unused, request
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
@@ -56,8 +58,8 @@ REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh", "tra
 LISTINGS = ("runs", "plans", "evaluations")
 ALONG = ("step", "tokens", "size", "sequence_length", "dtype", "corpus")
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
-SEARCHED, HOW_MANY = "Search", "Number of layers"  # panels of the help
-LEFT_OUT = "Removals"
+SEARCHED, HOW_MANY, HOW_MUCH = "Search", "Number of layers", "Budget"  # panels of the help
+LEFT_OUT, ROUNDED = "Removals", "Rounded weights"
 MIX, TRAINING, RANKED, CACHE = "Text", "Training", "Several GPUs", "Cache of the teacher's predictions"
 MEASURED_TEACHER = ("replicas", "fresh", "partition", "gpus_per_replica", "max_memory")
 """Fields of `Execution` that only the measurement of a teacher's predictions has a use for."""
@@ -240,6 +242,12 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     """Measure what the logit lens predicts after each layer, and the shape of the hidden states before it."""
     spectra: Annotated[bool, Option(panel=LEFT_OUT)] = False
     """Fit the power law of the eigenvalues of each layer's weights."""
+    quantize: Annotated[Texts, Option(names=("--quantize",), metavar="FORMAT", panel=ROUNDED)] = ()
+    """Predict the change of the loss if weights are rounded to this format: int4, int4-g64, fp8, nvfp4, q4_0, ..."""
+    rounded_layers: Annotated[bool, Option(panel=ROUNDED)] = True
+    """Measure the loss with the weights of each layer rounded to each format of `quantize`, too."""
+    rounded_maps: Annotated[bool, Option(panel=ROUNDED)] = False
+    """Measure the loss with each single linear map rounded, too."""
     skip_sequences: Count = 0
     """Skip this many rows at the start of the corpus."""
     allow_many: Annotated[bool, Option(names=("--yes",))] = False
@@ -248,10 +256,19 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     shared = EVALUATED
 
     def __post_init__(self) -> None:
-        measures = ("leave_one_out", "sublayers", "shapley", "gradients", "damage", "lens", "spectra")
+        for name in self.quantize:
+            number_format(name).require_package()
+        if self.rounded_maps and not self.quantize:
+            raise ConfigError("`rounded_maps` has no effect without a number format.", "Name one with `quantize`.")
+        measures = ("leave_one_out", "sublayers", "shapley", "gradients", "damage", "lens", "spectra", "quantize")
         if not any(getattr(self, name) for name in measures):
             named = ", ".join(f"`{name}`" for name in measures[:-1])
             raise ConfigError("Nothing would be measured.", f"Choose {named} or `{measures[-1]}`.")
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the number formats, each once."""
+        return tuple(dict.fromkeys(number_format(name).name for name in self.quantize))
 
 
 @request
@@ -464,6 +481,33 @@ class SparsifyRequest(RunRequest):
 
 
 @request
+class PrecisionRequest(RunRequest):
+    """Choose the number format of each linear map under a budget of bits."""
+
+    by: Annotated[str, OneOf(tuple(PRECISION_METHODS))] = "predicted"
+    """Method that chooses the formats: predicted loss, or a control."""
+    bits: Annotated[Annotated[float, Field(gt=0, le=32, allow_inf_nan=False)] | None, Option(panel=HOW_MUCH)] = None
+    """Mean bits per weight of the linear maps, scales included: 4.5."""
+    memory: Annotated[Bytes | None, Option(panel=HOW_MUCH)] = None
+    """Bytes of all weights of the model; those outside of the linear maps stay as they are: 2.5GB."""
+    quantize: Annotated[Texts, Option(names=("--quantize",), metavar="FORMAT")] = ()
+    """Number format to choose from: int4-g64, int8, q4_0, ...; by default all that the newest avss ablate --quantize
+    predicted."""
+    seed: Count = 0
+    """Seed of random."""
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.memory is None):
+            raise ConfigError("Expected one budget: `bits` or `memory`.", "Set `bits` to 4.5, or `memory` to 2.5GB.")
+        _ = self.formats  # refuses unknown ones
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the number formats, each once."""
+        return tuple(dict.fromkeys(number_format(name).name for name in self.quantize))
+
+
+@request
 class PruneRequest(ModelRequest):
     """Write a checkpoint without the layers or routed experts of a plan."""
 
@@ -591,8 +635,6 @@ class DistillRequest(Request):
                 "`hidden_loss` needs the teacher's hidden states, which no cache holds.",
                 "Leave out `teacher_top` or `hidden_loss`.",
             )
-        if self.ranks > 1 and self.hidden_loss:
-            raise ConfigError("`hidden_loss` trains in one process.", "Leave out `ranks` or `hidden_loss`.")
         require_divisible(self.batch_size, self.ranks)
         if self.ranks == 1 and SHARDINGS[self.sharding].moments:
             raise ConfigError(f"`sharding` {self.sharding} divides nothing with one rank.", "Set `ranks` to 2 or more.")

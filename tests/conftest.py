@@ -33,8 +33,19 @@ gc.set_threshold(YOUNG_OBJECTS)
 imported = 0  # modules, when objects were frozen for the last time
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: where several processes take files, none is left alone with them at the end."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="also the cases that are marked exhaustive")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out exhaustive cases, unless they are asked for; files with slow tests come first.
+
+    Where several processes take files, none is left alone with slow ones at the end.
+    """
+    if not config.getoption("--exhaustive") and not any("::" in argument for argument in config.args):
+        further = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=further)
+        items[:] = [item for item in items if item not in further]
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.checkpoints import llama, one_thread
+from support.commands import Command
+from support.warm_workers import ray_start_environment
 
 TESTS = Path(__file__).parent
 SCRIPTS = sorted(path for folder in ("benchmarks", "gpu") for path in (TESTS / folder).glob("*.py"))
@@ -26,13 +26,15 @@ ALONE = {
     "chaos": "--help",
     "elastic": "--help",
 }
-"""Options of the scripts that start Ray, which run as a user runs them. The last three start clusters and take minutes
-at any size; what they do, tests of `executors` do, too."""
+"""Options of the scripts that start Ray, each of which runs in a process of its own. The last three start clusters and
+take minutes at any size; what they do, tests of `executors` do, too."""
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a script in this process with one thread, and return its output."""
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], warm_workers: None) -> Run:
+    """Run a script in this process with one thread, and return its output; processes that it starts are forked."""
+    for name, value in ray_start_environment().items():
+        monkeypatch.setenv(name, value)
 
     def run(script: str, *options: object) -> str:
         monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
@@ -80,7 +82,7 @@ def test_streaming_is_compared_with_one_process(run: Run, wide: Path, tmp_path: 
 
 
 def test_observation_is_compared_with_the_bare_model(run: Run, tiny_llama: Path) -> None:
-    printed = run("benchmarks/throughput.py", tiny_llama, "--rounds", 1)
+    printed = run("benchmarks/throughput.py", tiny_llama, "--rounds", 1, "--sequences", 4)
     assert "AVSS authors' recipe" in printed and "peak memory beyond" in printed
 
 
@@ -96,18 +98,14 @@ def test_a_family_is_tried_without_a_change_of_the_table(run: Run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("name", ALONE)
-def test_a_script_with_ray_runs(name: str, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(TESTS / f"benchmarks/{name}.py"),
-        *(word.replace("_", " ") for word in ALONE[name].split()),
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"\d", done.stdout)
+def test_a_script_with_ray_runs(name: str) -> None:
+    options = [word.replace("_", " ") for word in ALONE[name].split()]
+    script = Command(TESTS / f"benchmarks/{name}.py", *options, program="python", OMP_NUM_THREADS="1")
+    code, printed, errors = script.wait()
+    assert code == 0, errors[-2000:]
+    assert re.search(r"\d", printed)
 
 
 @pytest.mark.parametrize("command", ["kernels", "models"])

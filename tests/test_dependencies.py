@@ -54,7 +54,7 @@ def distributions(module: str) -> set[str]:
 
 
 def test_every_import_is_declared() -> None:
-    known = {*declared("hf", "eval", "trackio", "wandb", "mlflow", "lora")}
+    known = {*declared("hf", "eval", "trackio", "wandb", "mlflow", "lora", "quantization")}
     missing = {module for module in imported() - WHERE_INSTALLED if not distributions(module) & known}
     assert not missing
 

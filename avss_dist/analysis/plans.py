@@ -223,7 +223,7 @@ def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Remov
 
 def _is_of_layers_alone(row: Mapping[str, Any]) -> bool:
     """Whether a row of ``evaluations`` is of a model that is changed only by the removal of layers."""
-    return all(row[name] is None for name in ("layer", "patch", "sparsity_plan", "factor"))
+    return all(row[name] is None for name in ("layer", "patch", "sparsity_plan", "factor", "rounding"))
 
 
 def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> Iterator[str]:

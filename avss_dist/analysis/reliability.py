@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.analysis.agreement import signs
-from avss_dist.core.intervention import Removals, decode_removals
+from avss_dist.core.intervention import InterventionKey
 from avss_dist.core.names import LOSS
 from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.stats.layer_stats import Float64
@@ -20,20 +20,20 @@ MIN_SETS = 10  # for a correlation over sets of layers: chance alone exceeds +-0
 
 
 def increases(store: Warehouse, truth: LayerTruth) -> Float64:
-    """Return the rise of each sequence's loss without each layer, float64[sequences, layers], in nats.
+    """Return the rise of each sequence's loss by the truth's change of each layer, float64[sequences, layers], in nats.
 
     The array has no sequences if the warehouse lacks the cells of the evaluation.
     """
     where = (pc.field("run_id") == truth.run_id) & (pc.field("task") == truth.task) & (pc.field("metric") == LOSS)
     rows = store.table("cells", where=where).to_pylist()
-    by_removed: dict[Removals, dict[int, list[float]]] = {}
+    by_key: dict[InterventionKey, dict[int, list[float]]] = {}
     for row in rows:
-        by_removed.setdefault(decode_removals(row["drop"]), {})[row["part"]] = row["samples"]
-    samples = {key: np.concatenate([parts[part] for part in sorted(parts)]) for key, parts in by_removed.items()}
-    layers = sorted(truth.values)
-    if samples.keys() != {(), *((layer,) for layer in layers)} or len({len(one) for one in samples.values()}) > 1:
+        by_key.setdefault(InterventionKey.of_row(row), {})[row["part"]] = row["samples"]
+    samples = {key: np.concatenate([parts[part] for part in sorted(parts)]) for key, parts in by_key.items()}
+    layers, whole = sorted(truth.values), InterventionKey()
+    if samples.keys() != {whole, *map(truth.key, layers)} or len({len(one) for one in samples.values()}) > 1:
         return np.zeros((0, len(layers)))
-    return np.stack([samples[layer,] - samples[()] for layer in layers], axis=1)
+    return np.stack([samples[truth.key(layer)] - samples[whole] for layer in layers], axis=1)
 
 
 def reliability(samples: Float64) -> float:

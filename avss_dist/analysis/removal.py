@@ -109,7 +109,7 @@ def _best_sets(rows: Sequence[Row]) -> Iterator[RemovedSet]:
 
 def _evaluates_removal(row: Row) -> bool:
     """Whether a row evaluates a model that is changed only by the removal of layers and possibly a repair."""
-    changed_otherwise = row["layer"] is not None or row["factor"] or row["sparsity_plan"] is not None
+    changed_otherwise = row["factor"] or any(row[name] is not None for name in ("layer", "sparsity_plan", "rounding"))
     return not changed_otherwise and not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START))
 
 

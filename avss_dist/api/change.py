@@ -22,7 +22,14 @@ from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.savings import Budget, run_size
 from avss_dist.pruning.search import Effort
 from avss_dist.pruning.selection import Choice, ExpertChoice
-from avss_dist.requests import DistillRequest, PlanRequest, PruneRequest, ShrinkRequest, SparsifyRequest
+from avss_dist.requests import (
+    DistillRequest,
+    PlanRequest,
+    PrecisionRequest,
+    PruneRequest,
+    ShrinkRequest,
+    SparsifyRequest,
+)
 from avss_dist.warehouse.reader import Warehouse
 
 if TYPE_CHECKING:
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.events import OnEvent
     from avss_dist.evaluation.search import SearchResult
     from avss_dist.evaluation.shrink import Shrunk
+    from avss_dist.precision.plan import PrecisionPlan
     from avss_dist.pruning.repair.repair import Repair, Repaired
     from avss_dist.sparsity.plan import SparsityPlan
 
@@ -91,6 +99,18 @@ def sparsify(request: SparsifyRequest) -> SparsityPlan:
     from avss_dist.evaluation.sparsify import sparsify as measure
 
     return measure(request, named_run(Warehouse(request.warehouse), request.run), request.on_event)
+
+
+@keywords(PrecisionRequest)
+def quantize(request: PrecisionRequest) -> PrecisionPlan:
+    """Choose the number format of each linear map of a run's model under a budget of bits.
+
+    ``ablate(..., quantize=[...])`` must have predicted the losses; see `precision.choose.plan_precision`.
+    """
+    from avss_dist.precision.choose import plan_precision
+
+    store = Warehouse(request.warehouse)
+    return plan_precision(request, store, named_run(store, request.run))
 
 
 @keywords(ShrinkRequest)

@@ -11,16 +11,22 @@ from avss_dist.system.streams import console
 
 @takes(AblateRequest)
 def ablate(format: Annotated[str, format_option("table", "json", "csv")] = "table", **values: Any) -> None:
-    """Leave layers out and measure the loss: the ground truth for scores."""
+    """Leave layers out, or round their weights, and measure the loss: the ground truth for scores.
+
+    With --quantize, csv and json have a row for each number format, layer and linear map.
+    """
     from avss_dist.evaluation.ablate import ablate as measure
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.ablation import ablation_table
     from avss_dist.report.terminal.progress import CellProgress
+    from avss_dist.report.terminal.sensitivity import sensitivity_tables
 
     request = AblateRequest(**values)
     with CellProgress() as progress:
         ablation = measure(request, progress)
-    if format == "table":
-        console().print(ablation_table(ablation))
-    else:
-        write_table(ablation.table(), format, console())
+    rounded = ablation.sensitivity
+    if format != "table":
+        write_table((rounded or ablation).table(), format, console())
+        return
+    for table in [*([ablation_table(ablation)] if ablation.layers else []), *sensitivity_tables(rounded)]:
+        console().print(table)

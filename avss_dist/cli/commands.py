@@ -25,7 +25,11 @@ COMMANDS = {
     "score": Command(
         MEASURE, "score", "Score every layer of one or more models on a corpus, and keep the result as Parquet."
     ),
-    "ablate": Command(MEASURE, "ablate", "Leave layers out and measure the loss: the ground truth for scores."),
+    "ablate": Command(
+        MEASURE,
+        "ablate",
+        "Leave layers out, or round their weights, and measure the loss: the ground truth for scores.",
+    ),
     "evaluate": Command(
         MEASURE,
         "evaluate",
@@ -94,6 +98,9 @@ COMMANDS = {
     "sparsify": Command(
         CHANGE, "sparsify", "Choose the activations that become zero, and write a sparsity plan with the reason."
     ),
+    "quantize": Command(
+        CHANGE, "quantize", "Choose the number format of each linear map, and write a precision plan with the reason."
+    ),
     "prune": Command(
         CHANGE,
         "prune",
@@ -156,6 +163,7 @@ EXAMPLES = {
         "avss plan --memory 12GB --by damage -o plan.yaml",
     ),
     "sparsify": ("avss sparsify 0.5 -o sparse.yaml", "avss sparsify 0.5 --method loss -o sparse.yaml"),
+    "quantize": ("avss quantize --bits 4.5 -o bits.yaml", "avss quantize --memory 2.5GB --by uniform -o bits.yaml"),
     "prune": ("avss prune org/name plan.yaml --repair-corpus your.txt -o pruned",),
     "sample": ("avss sample org/name --count 256 -o own.jsonl",),
     "distill": (

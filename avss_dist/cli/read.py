@@ -26,7 +26,7 @@ QUERY_FORMATS = (*FORMATS, "markdown", "parquet")
 LISTED = {
     "plans": """SELECT model, removals(drop) AS drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at
         FROM evaluations WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL ORDER BY evaluated_at DESC""",
-    "evaluations": """SELECT model, removals(drop) AS drop, task, metric, value, stderr, created_at
+    "evaluations": """SELECT model, removals(drop) AS drop, rounding, task, metric, value, stderr, created_at
         FROM evaluations WHERE layer IS NULL ORDER BY created_at DESC""",
 }
 """SQL query of the lists of `avss ls` other than that of runs, newest first."""

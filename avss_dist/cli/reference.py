@@ -21,7 +21,10 @@ def functions() -> dict[str, Callable[..., Any]]:
     """Return the Python function of each command that has one, by command."""
     import avss_dist
 
-    names = ("score", "ablate", "evaluate", "shrink", "estimate", "compare", "findings", "plan", "sparsify", "prune")
+    names = (
+        *("score", "ablate", "evaluate", "shrink", "estimate", "compare", "findings"),
+        *("plan", "sparsify", "quantize", "prune"),
+    )
     return {name: getattr(avss_dist, name) for name in names} | {"run": avss_dist.run_job}
 
 

@@ -1,8 +1,8 @@
 """Interventions: the changes that are made to a model before it answers.
 
 Layers, sublayers and routed experts are removed, the outputs of removed layers are scaled, weights are replaced by a
-repair, and small activations become zero. Nothing here needs torch: `models.causal_lm.LanguageModel.applying` carries
-an intervention out.
+repair or rounded to a number format, and small activations become zero. Nothing here needs torch:
+`models.causal_lm.LanguageModel.applying` carries an intervention out.
 """
 
 from __future__ import annotations
@@ -250,6 +250,66 @@ class Sparsity:
         return fingerprint(cuts=[asdict(rule) for rule in self.maps], rule=self.rule)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoundedPlace:
+    """Linear maps whose weights are rounded to a number format.
+
+    Attributes:
+        layer: index of the layer.
+        path: module path of a map below the layer; None for all linear maps of the layer.
+        format: name of the format, of `number_formats.FORMATS`.
+    """
+
+    layer: int
+    path: str | None = None
+    format: str
+
+    def __str__(self) -> str:
+        return f"{self.format}@{self.layer}" + (f".{self.path}" if self.path else "")
+
+
+_PLACE = re.compile(r"([^@]+)@(\d{1,9})(?:\.(.+))?", re.ASCII)
+
+
+def parse_rounded(key: str) -> RoundedPlace | None:
+    """Return the place of a `Rounding` with one place by its key; None for the key of several places."""
+    match = _PLACE.fullmatch(key)
+    return match and RoundedPlace(format=match[1], layer=int(match[2]), path=match[3])
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Weights of linear maps that are rounded to number formats. The place of a map overrides that of its layer."""
+
+    places: tuple[RoundedPlace, ...] = field(repr=False)
+
+    @cached_property
+    def key(self) -> str:
+        """Text of the place if there is one (``int4@7``, ``int4@7.mlp.up_proj``), else SHA-256 of all, in hex."""
+        texts = sorted(map(str, self.places))
+        return texts[0] if len(texts) == 1 else fingerprint(rounded=texts)
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Indices of the layers with a rounded weight."""
+        return frozenset(place.layer for place in self.places)
+
+    def formats(self, layer: int, paths: Iterable[str]) -> dict[str, str]:
+        """Return the name of the format of each rounded map of a layer, by path.
+
+        Args:
+            paths: paths of all linear maps of the layer.
+        """
+        of_layer = {place.path: place.format for place in self.places if place.layer == layer}
+        by_path = {path: of_layer.get(path, of_layer.get(None)) for path in paths}
+        return {path: name for path, name in by_path.items() if name is not None}
+
+
+def round_place(name: str, layer: int, path: str | None = None) -> Rounding:
+    """Return the rounding of one layer, or of one linear map, to a format."""
+    return Rounding((RoundedPlace(format=name, layer=layer, path=path),))
+
+
 class EncodedPatch(Protocol):
     """Encoded weights that replace a model's own. Patches with the same key are equal."""
 
@@ -266,18 +326,25 @@ class InterventionKey(NamedTuple):
 
     Attributes:
         removed, residual_scale: as for `Intervention`.
-        patch, sparsity: their keys; None without one.
+        patch, sparsity, rounding: their keys; None without one.
     """
 
     removed: Removals = ()
     residual_scale: float = 0.0
     patch: str | None = None
     sparsity: str | None = None
+    rounding: str | None = None
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> InterventionKey:
         """Return the key of a stored row. Columns that older files do not have are null."""
-        return cls(decode_removals(row["drop"]), row.get("factor") or 0.0, row.get("patch"), row.get("sparsity_plan"))
+        return cls(
+            removed=decode_removals(row["drop"]),
+            residual_scale=row.get("factor") or 0.0,
+            patch=row.get("patch"),
+            sparsity=row.get("sparsity_plan"),
+            rounding=row.get("rounding"),
+        )
 
     def row(self) -> dict[str, Any]:
         """Return the columns of a stored row."""
@@ -286,6 +353,7 @@ class InterventionKey(NamedTuple):
             "patch": self.patch,
             "sparsity_plan": self.sparsity,
             "factor": self.residual_scale or None,
+            "rounding": self.rounding,
         }
 
 
@@ -299,12 +367,14 @@ class Intervention:
             Sublayers and experts are always removed.
         patch: weights that replace the model's own.
         sparsity: rules by which activations become zero.
+        rounding: weights, of those after the patch, that are rounded to number formats.
     """
 
     removed: Removals = ()
     residual_scale: float = 0.0
     patch: EncodedPatch | None = None
     sparsity: Sparsity | None = None
+    rounding: Rounding | None = None
 
     def __bool__(self) -> bool:
         return self != NO_INTERVENTION
@@ -314,12 +384,23 @@ class Intervention:
         """Key of the intervention, which rows of results also have."""
         patch = None if self.patch is None else self.patch.key
         sparsity = None if self.sparsity is None else self.sparsity.key
-        return InterventionKey(self.removed, self.residual_scale, patch, sparsity)
+        rounding = None if self.rounding is None else self.rounding.key
+        return InterventionKey(self.removed, self.residual_scale, patch, sparsity, rounding)
 
     def split(self) -> tuple[Intervention, Intervention]:
         """Return the changes of weights and activations, and the removals, as two interventions."""
         changes = replace(self, removed=(), residual_scale=0.0)
-        return changes, replace(self, patch=None, sparsity=None)
+        return changes, replace(self, patch=None, sparsity=None, rounding=None)
+
+    def rounded(self, rounding: Rounding) -> Intervention:
+        """Return the intervention with rounded weights."""
+        return replace(self, rounding=rounding)
+
+    def differing_layers(self, other: Intervention) -> set[int]:
+        """Return the layers at which two interventions differ, of those that they remove and round."""
+        removals = set(self.removed) ^ set(other.removed)
+        places = {*(self.rounding or Rounding(())).places} ^ {*(other.rounding or Rounding(())).places}
+        return {*map(layer_of, removals), *(place.layer for place in places)}
 
     def without(self, *more: Removal) -> Intervention:
         """Return the intervention with more layers, sublayers or experts removed."""

@@ -32,6 +32,7 @@ class PartitionInfo:
         splits_data: ranks take different shards; otherwise all take the same shard, and rank 0 reports.
         changes_numbers: sums have another order than on one device, so the number of ranks is fingerprinted.
         changes_weights: a weight of an open replica can be changed, so that repairs are fitted and evaluated in place.
+        splits_matrices: no process ever has a whole weight, even while a layer runs, so that none can be rounded.
     """
 
     opens: str
@@ -44,6 +45,7 @@ class PartitionInfo:
     splits_data: bool = False
     changes_numbers: bool = False
     changes_weights: bool = False
+    splits_matrices: bool = False
 
 
 PARTITIONS = {
@@ -84,12 +86,14 @@ PARTITIONS = {
         summary="each rank computes a part of every matrix product (transformers' plans, or DeepSpeed AutoTP)",
         gang=True,
         changes_numbers=True,
+        splits_matrices=True,
     ),
     "expert_parallel": PartitionInfo(
         opens="avss_dist.partition.expert_parallel:ExpertParallelReplica",
         summary="each rank computes some of the routed experts of every layer, and a part of the other matrices",
         gang=True,
         changes_numbers=True,
+        splits_matrices=True,
     ),
 }
 """Partitions by name, the simplest first."""
@@ -167,6 +171,48 @@ class ScoreInfo:
     ablate: Mapping[str, Any] = field(default_factory=dict)
 
 
+ROUNDING_ESTIMATES = {
+    "first_order": ScoreInfo(
+        title="first order",
+        meaning="rise of the loss with rounded weights, predicted from gradients of the text's labels",
+    ),
+    "second_order": ScoreInfo(
+        title="second order",
+        meaning="the same, from gradients of drawn labels, summed over the linear maps of the layer",
+    ),
+    "predicted": ScoreInfo(title="first + second order", meaning="first_order + second_order"),
+    "second_order_joint": ScoreInfo(
+        title="second order, maps together",
+        meaning="as second_order, with products of different linear maps of the layer",
+    ),
+    "predicted_joint": ScoreInfo(
+        title="first + second order, maps together", meaning="first_order + second_order_joint"
+    ),
+    "second_order_sequence": ScoreInfo(
+        title="second order, of sequences",
+        meaning="as second_order_joint, with products of different tokens of a sequence",
+    ),
+    "predicted_sequence": ScoreInfo(
+        title="first + second order, of sequences", meaning="first_order + second_order_sequence"
+    ),
+    "output_error": ScoreInfo(
+        title="error of outputs",
+        meaning="relative squared change of the outputs of linear maps with rounded weights, without gradients",
+    ),
+    "propagated_0": ScoreInfo(
+        title="propagated", meaning="relative distance of the hidden states after the layer, without gradients"
+    ),
+    "propagated_2": ScoreInfo(title="propagated, two layers on", meaning="the same two layers later"),
+}
+"""Estimates of a layer's sensitivity to rounded weights by metric; high is sensitive."""
+PRECISION_METHODS = {
+    "predicted": "where the loss that avss ablate --quantize predicts rises the least",
+    "uniform": "one format for all linear maps",
+    "random": "linear maps in random order",
+    "ends": "the layers nearest to the first and the last one keep the most bits",
+    "largest": "the linear maps with the most weights lose bits first",
+}
+"""Methods of choosing the number format of each linear map, with their meanings."""
 RECIPES = ("pooled", "element", "unit")
 """Samples that the variance and sparsity of AVSS are computed from: token means, elements, or unit means."""
 LOWEST_SHARE = 0.25

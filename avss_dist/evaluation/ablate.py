@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent
+from avss_dist.evaluation.sensitivity import Sensitivity, count_roundings, is_of_rounding, rounding_tasks, sensitivity
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
@@ -28,6 +28,7 @@ from avss_dist.evaluation.session import (
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import text_config
+from avss_dist.models.quantization import require_unquantized
 from avss_dist.pruning.ground_truth import mean_ranks
 from avss_dist.requests import AblateRequest
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
@@ -84,6 +85,7 @@ class Ablation(TabularResult):
         layers: measurements of each layer, in order.
         reliability: agreement with the order of layers on other text of the same size (`reliability.reliability`); NaN
             if no layers were left out, or for fewer than four sequences.
+        sensitivity: effect of rounded weights; None without number formats.
     """
 
     model: str
@@ -91,6 +93,7 @@ class Ablation(TabularResult):
     whole: Result | None
     layers: Sequence[LayerAblation]
     reliability: float = float("nan")
+    sensitivity: Sensitivity | None = None
 
     _bars = ("increase", "damage", "shapley", "taylor", "lens_gain", "spectral_alpha")
 
@@ -149,15 +152,22 @@ def ablate(request: AblateRequest, on_event: OnEvent | None = None) -> Ablation:
         require_partition(
             request.execution.partition, lambda partition: partition.whole or partition.several_gpus, in_memory
         )
+    if request.formats:
+        problem = "has a part of each weight in a process, and a rounded weight needs scales of the whole."
+        require_partition(request.execution.partition, lambda partition: not partition.splits_matrices, problem)
     require_listable(request.shapley, "permutations", "Lower `shapley`.")
     corpus = RedactedURI(request.corpus)
     checkpoint = resolve(str(request.model), trust_remote_code=request.settings.trust_remote_code)
+    if request.formats:
+        require_unquantized(checkpoint)
     with EvaluationSession.open(request.warehouse, request.settings, request.execution, on_event) as session:
         model = session.place(checkpoint, request.settings)
         text = plan_text(checkpoint, corpus, model.settings, skip_sequences=request.skip_sequences)
         _require_intended(request, model, text)
         results = session.measure((model.plan(task), [NO_INTERVENTION]) for task in _tasks(request, corpus, text))
-    return _ablation(str(request.model), corpus, [*chain.from_iterable(results.values())])
+    found = [(planned.task, of_task) for planned, of_task in results.items()]
+    removals = [result for task, of_task in found if not is_of_rounding(task) for result in of_task]
+    return _ablation(str(request.model), corpus, removals, sensitivity(request, corpus, found))
 
 
 def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPlan) -> None:
@@ -166,12 +176,12 @@ def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPl
     config = text_config(model.checkpoint, trust_remote_code=code).get_text_config()
     layers = getattr(config, "num_hidden_layers", None) or 1
     batches = text.num_batches(model.settings.batch_size)
-    removals = request.leave_one_out + len(PARTS) * request.sublayers + request.shapley
+    removals = request.leave_one_out + len(PARTS) * request.sublayers + request.shapley + count_roundings(request)
     require_intended(
         removals * layers * batches,
         MOST_PASSES,
         f"Up to {{}} forward passes would be made (batches: {batches:,}, layers: {layers:,}, times that each is left "
-        f"out: {removals:,})",
+        f"out{' or rounded' * bool(request.formats)}: {removals:,})",
         "Lower `shapley` or `max_sequences`.",
         allow_many=request.allow_many,
     )
@@ -198,9 +208,10 @@ def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Ite
         yield Task(name=f"{LENS_TASK}{corpus}", parts=tuple(map(Lens, text.shards)))
     if request.spectra:
         yield Task(name=f"{SCORES[ALPHA].task}{corpus}", parts=(Spectra(),))
+    yield from rounding_tasks(request, corpus, text)
 
 
-def _ablation(model: str, corpus: str, results: Iterable[Result]) -> Ablation:
+def _ablation(model: str, corpus: str, results: Iterable[Result], rounded: Sensitivity | None) -> Ablation:
     """Return the measurements of every layer, from the results of all tasks."""
     losses: dict[Removals, Result] = {}
     estimates: dict[int, dict[str, Result]] = {}
@@ -234,7 +245,8 @@ def _ablation(model: str, corpus: str, results: Iterable[Result]) -> Ablation:
         )
         for layer, named in sorted(estimates.items())
     ]
-    return Ablation(model=model, corpus=corpus, whole=whole, layers=layers, reliability=_reliability(layers))
+    agreement = _reliability(layers)
+    return Ablation(model=model, corpus=corpus, whole=whole, layers=layers, reliability=agreement, sensitivity=rounded)
 
 
 def _reliability(layers: Sequence[LayerAblation]) -> float:

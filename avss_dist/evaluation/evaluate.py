@@ -37,6 +37,7 @@ from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
 from avss_dist.options import PromptOptions
+from avss_dist.precision.plan import PrecisionPlan, is_precision_plan, read_precision_plan
 from avss_dist.pruning.model_card import pruned_from
 from avss_dist.pruning.plan import read_plan
 from avss_dist.pruning.selection import PlanError
@@ -83,6 +84,7 @@ class Subject:
         search: evaluation that searched the layers of a plan. Its text is not held out, either.
         base: model that a pruned checkpoint was made from, with which it is compared.
         sparsity_plan: plan of its sparsity.
+        precision_plan: plan of the number formats of its weights.
     """
 
     checkpoint: Checkpoint
@@ -92,6 +94,7 @@ class Subject:
     search: str | None = None
     base: Checkpoint | None = None
     sparsity_plan: SparsityPlan | None = field(default=None, compare=False, repr=False)
+    precision_plan: PrecisionPlan | None = field(default=None, compare=False, repr=False)
 
     @property
     def whole(self) -> Checkpoint:
@@ -188,6 +191,7 @@ def evaluate(request: EvaluateRequest, on_event: OnEvent | None = None) -> Evalu
     findings = [
         *missing_bases,
         *_sparsity_findings(subjects, tasks, results),
+        *(f"{one.label}: {one.precision_plan.describe()[0]}" for one in subjects if one.precision_plan),
         *_guess_findings(evaluations),
         *_row_start_findings((task, measured[task]) for task in row_starts),
     ]
@@ -405,6 +409,17 @@ def _read_subject(name: str, settings: Settings) -> Subject:
             intervention=sparse.intervention,
             run_id=sparse.run_id,
             sparsity_plan=sparse,
+        )
+    if is_precision_plan(name):
+        precision = read_precision_plan(name)
+        checkpoint = _planned_checkpoint(precision.model, precision.revision, name, trust_remote_code=trust_remote_code)
+        _require_same_layers(checkpoint, name, precision.num_layers, None, settings)
+        return Subject(
+            checkpoint=checkpoint,
+            label=name,
+            intervention=precision.intervention,
+            search=precision.evaluation,
+            precision_plan=precision,
         )
     plan = read_plan(name)
     checkpoint = _planned_checkpoint(plan.model, plan.revision, name, trust_remote_code=trust_remote_code)

@@ -43,7 +43,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.retention import retention_of
 from avss_dist.system.versions import package_versions
-from avss_dist.tasks.base import Measure, Result, Task, combine
+from avss_dist.tasks.base import Measure, Result, Row, Task, combine
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
@@ -97,7 +97,8 @@ class PlannedTask:
     def run_id(self, intervention: Intervention = NO_INTERVENTION) -> str:
         """Return the id of the evaluation that results under an intervention belong to.
 
-        Sparsity and residual scale make another evaluation. Removals and a patch make other cells of the same one.
+        Sparsity and residual scale make another evaluation. Removals, a patch and a rounding make other cells of the
+        same one.
         """
         key = intervention.key
         changes = key.sparsity, key.residual_scale
@@ -554,10 +555,10 @@ def _identity(work: Cell | PlannedTask, run_id: str, family: str) -> RunIdentity
 
 
 def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> list[Mapping[str, Any]]:
-    share, key = measured.seconds / max(1, len(measured.rows)), cell.intervention.key
+    share = measured.seconds / max(1, len(measured.rows))
     return [
         {
-            **key._replace(removed=key.removed if row.removed is None else row.removed, patch=patch or key.patch).row(),
+            **_key(cell, row, patch).row(),
             "task": cell.task,
             "metric": row.metric,
             "layer": row.layer,
@@ -570,3 +571,10 @@ def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> li
         }
         for row, patch in zip(measured.rows, patches, strict=True)
     ]
+
+
+def _key(cell: Cell, row: Row, patch: str | None) -> InterventionKey:
+    """Return the key of the intervention that a row describes: that of its cell, if the row has no other."""
+    key = cell.intervention.key
+    removed = key.removed if row.removed is None else row.removed
+    return key._replace(removed=removed, rounding=row.rounding or key.rounding, patch=patch or key.patch)

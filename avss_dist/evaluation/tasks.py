@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError
-from avss_dist.core.names import PERPLEXITY, ROW_START, SEARCH, TRUTHFULQA
+from avss_dist.core.names import PERPLEXITY, ROUNDING_TASK, ROW_START, SEARCH, TRUTHFULQA
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.chats import chat_template
@@ -223,16 +223,17 @@ def texts_of_run(
 
 
 def texts_of_search(store: Warehouse, evaluation: str | None, checkpoint: Checkpoint) -> Iterator[SeenText]:
-    """Yield the text that a set of layers was searched on, or nothing if the warehouse does not have the evaluation."""
+    """Yield the text that a plan was searched or predicted on, or nothing if the warehouse lacks the evaluation."""
     rows = store.table("evaluations", run_ids=[evaluation]).to_pylist() if evaluation else []
     if not rows:
         return
-    options, corpus = settings_of(rows[0]), rows[0]["task"].removeprefix(SEARCH)
+    options, corpus = settings_of(rows[0]), rows[0]["task"].removeprefix(SEARCH).removeprefix(ROUNDING_TASK)
     skipped = options.pop("skip_sequences")
+    options.pop("text", None)  # its hash, beside a prediction
     source = _Source(checkpoint, corpus, Settings(**_OLD_ROWS | options), skipped)
     yield SeenText(
-        use="the layers of a plan were searched on",
-        rows=skipped + rows[0]["num_samples"],
+        use="a plan was searched or predicted on",
+        rows=skipped + max(row["num_samples"] for row in rows),
         read=partial(source.read_again, "the search of a plan", "layers may be chosen for"),
         load_tokenizer=source.tokenizer,
         questions_hint="",

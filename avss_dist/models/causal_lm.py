@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property, partial
+from itertools import product
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from avss_dist.core.errors import ModelError, first_line
-from avss_dist.core.intervention import Intervention, Removal, Sparsity, Sublayer, layer_of, whole_layers
+from avss_dist.core.intervention import Intervention, Removal, Rounding, Sparsity, Sublayer, layer_of, whole_layers
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.auto import no_head, predictor
@@ -30,8 +31,10 @@ from avss_dist.models.labels import (
 )
 from avss_dist.models.layers import Layer, probe_tokens
 from avss_dist.models.loading import Backbone, quiet
+from avss_dist.models.number_formats import NumberFormat
 from avss_dist.models.patching import Patch, decode_patch, patched
 from avss_dist.models.remaining import without_modules
+from avss_dist.models.rounding import require_alone, require_fit, rounded
 from avss_dist.models.skipping import (
     Recorded,
     explaining,
@@ -92,6 +95,7 @@ class LanguageModel:
         notes: remarks for people on how the model computes, collected while it does.
         keeps_hidden_states: whether `skipping.recording` and `resuming` work on its layers and save time. Otherwise
             the passes of `together` share one reading of the weights.
+        whole_weights: whether this process has every weight of a layer whole while the layer runs.
 
     Raises:
         ModelError: the model has no head that predicts the next token.
@@ -99,6 +103,7 @@ class LanguageModel:
 
     reports = True
     keeps_hidden_states = True
+    whole_weights = True
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
         self.checkpoint, self.settings, self.device = checkpoint, settings, device
@@ -168,7 +173,7 @@ class LanguageModel:
     def applying(self, intervention: Intervention) -> Iterator[SparsityCounts | None]:
         """Have the model compute with an intervention inside the context. Interventions of different kinds may nest.
 
-        Partitions override its steps: `patched`, `sparsified`, `without`.
+        Partitions override its steps: `patched`, `rounded`, `sparsified`, `without`.
 
         Yields:
             Counts of activations that became zero, or None if the intervention has no sparsity.
@@ -179,6 +184,8 @@ class LanguageModel:
         with ExitStack() as stack:
             if intervention.patch:
                 stack.enter_context(self.patched(decode_patch(intervention.patch.read())[0]))
+            if intervention.rounding:
+                stack.enter_context(self.rounded(intervention.rounding))
             counts = stack.enter_context(self.sparsified(intervention.sparsity)) if intervention.sparsity else None
             if intervention.removed:
                 stack.enter_context(self.without(intervention.removed, intervention.residual_scale))
@@ -196,6 +203,23 @@ class LanguageModel:
             require_sublayers(self.obstacles, removed)
         require_experts(self.layers, removed)
 
+    def require_roundable(self, layers: Iterable[Layer], formats: Iterable[NumberFormat]) -> None:
+        """Refuse layers whose weights cannot be rounded alone, and formats that cannot take their linear maps.
+
+        Raises:
+            ModelError: `whole_weights` is not set, a layer is used more than once, or a map has another shape.
+        """
+        if not self.whole_weights:
+            raise ModelError(
+                "Each rank has a part of each weight, and the scales of a rounded weight are those of the whole.",
+                "Use single, device_map, streaming, fsdp or zero3.",
+            )
+        every = list(formats)
+        for layer in layers:
+            require_alone(self.layers, layer)
+            for projection, known in product(layer.projections, every):
+                require_fit(self.layers, layer, projection, known)
+
     @contextmanager
     def without(self, removed: Collection[Removal], residual_scale: float = 0.0) -> Iterator[None]:
         """Have the model compute without layers, sublayers and experts inside the context; see `Intervention`."""
@@ -208,6 +232,13 @@ class LanguageModel:
     def patched(self, patch: Patch) -> Iterator[None]:
         """Have the model compute with a patch inside the context; see `patching.patched`."""
         with patched(self.layers, patch):
+            yield
+
+    @contextmanager
+    def rounded(self, rounding: Rounding) -> Iterator[None]:
+        """Have the model compute with rounded weights inside the context; see `rounding.rounded`."""
+        self.require_roundable((), ())
+        with rounded(self.layers, rounding):
             yield
 
     @contextmanager
@@ -404,8 +435,8 @@ class LanguageModel:
     def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
         """Return the `losses` of all batches, float64[rows], under each intervention.
 
-        The interventions differ only in the layers they remove. One that removes the layers of the first one and more
-        is cheaper: its passes begin where the two differ.
+        The interventions differ only in what they remove and round. One that leaves the first layers as the first
+        intervention does is cheaper: its passes begin where the two differ.
         """
         by_batch = self.each(lambda batch: self.measured_under(interventions, batch, self.losses)[0], batches)
         return [np.concatenate(losses) for losses in zip(*by_batch, strict=True)]
@@ -447,7 +478,7 @@ class LanguageModel:
         if len(interventions) == 1 or interventions[0].residual_scale or not self.resumes:
             return {}
         differ = {
-            intervention: min(map(layer_of, first ^ set(intervention.removed)), default=-1)
+            intervention: min(interventions[0].differing_layers(intervention), default=-1)
             for intervention in interventions[1:]
         }
         return {

@@ -66,6 +66,20 @@ def describe_quantization(checkpoint: Checkpoint, settings: Settings) -> str | N
     return _method(stored) + (", dequantized" if settings.dequantize or stored.get("dequantize") else "")
 
 
+def require_unquantized(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose weights are quantized, because rounding them again would say little of the original.
+
+    Raises:
+        ModelError: the files have quantized weights.
+    """
+    stored = describe_quantization(checkpoint, Settings())
+    if stored and stored.removeprefix("gguf ") not in DTYPES:
+        raise ModelError(
+            f"'{checkpoint.name}' is quantized already ({stored}): its weights would be rounded a second time.",
+            "Name the checkpoint that it was made of, in bfloat16, float16 or float32.",
+        )
+
+
 def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, placing: Mapping[str, Any]) -> Any:
     """Return a configuration with which transformers loads the weights as stored, or unpacked if `dequantize` is set.
 

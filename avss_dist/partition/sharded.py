@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,12 +15,14 @@ import torch
 from torch import distributed
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import Rounding
 from avss_dist.core.registry import WHOLE
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.quantization import quantization_method
+from avss_dist.models.rounding import rounded_maps, rounded_when_called
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import uncounted
 from avss_dist.partition.base import dummy_batch
@@ -85,6 +88,13 @@ class ShardedLanguageModel(LanguageModel):
         super().__init__(*args)
         self.reports = distributed.get_rank() == 0
         self._dummy = dummy_batch()
+
+    @contextmanager
+    def rounded(self, rounding: Rounding) -> Iterator[None]:
+        """See `causal_lm.LanguageModel`. Weights are whole while their layer runs."""
+        maps = rounded_maps(self.layers, rounding)
+        with rounded_when_called({projection.module: known for projection, known in maps.items()}):
+            yield
 
     def pieces(self, number: int) -> list[slice]:
         """See `causal_lm.LanguageModel`. Equally many on all ranks, because each gathers the head; some are empty."""

@@ -177,6 +177,7 @@ class TensorParallelLanguageModel(LanguageModel):
     """
 
     has_gradients = True
+    whole_weights = False
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0

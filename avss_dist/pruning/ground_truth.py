@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,24 @@ import numpy as np
 import pyarrow.compute as pc
 
 from avss_dist.core.errors import QueryError
-from avss_dist.core.registry import BLOCK_DISTANCE, DAMAGE_TASK, INTERACTIONS, SCORES, metrics_of
+from avss_dist.core.intervention import InterventionKey, RoundedPlace, parse_rounded, round_place
+from avss_dist.core.names import (
+    BITS_PER_WEIGHT,
+    LOSS,
+    NUM_WEIGHTS,
+    PREDICTED_RISE,
+    ROUNDED_LOSS,
+    ROUNDING_AHEAD,
+    ROUNDING_TASK,
+)
+from avss_dist.core.registry import (
+    BLOCK_DISTANCE,
+    DAMAGE_TASK,
+    INTERACTIONS,
+    ROUNDING_ESTIMATES,
+    SCORES,
+    metrics_of,
+)
 from avss_dist.core.settings import Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
@@ -33,11 +51,21 @@ class LayerTruth:
     Attributes:
         values: by layer; low is unimportant.
         run_id, task: the evaluation.
+        format: number format that the weights of each layer are rounded to; None if layers are left out.
+        text: hash of the text; None if the evaluation has none.
     """
 
     values: Mapping[int, float]
     run_id: str
     task: str
+    format: str | None = None
+    text: str | None = None
+
+    def key(self, layer: int) -> InterventionKey:
+        """Return the key of the intervention on a layer."""
+        if self.format is None:
+            return InterventionKey(removed=(layer,))
+        return InterventionKey(rounding=round_place(self.format, layer).key)
 
     def by_layer(self, num_layers: int) -> Float64:
         """Return the values as float64[layers], NaN for layers without one."""
@@ -78,6 +106,99 @@ def find_layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> Layer
         if values := _by_layer(evaluation, by):
             return LayerTruth(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])
     return None
+
+
+def rounded_truths(store: Warehouse, run: Mapping[str, Any]) -> dict[str, LayerTruth]:
+    """Return the rise of the loss with each layer rounded, by number format, from the newest evaluations.
+
+    A format is missing if there is no such evaluation of the run's checkpoint.
+    """
+    truths: dict[str, LayerTruth] = {}
+    for rows in _newest_first(store, run, ROUNDED_LOSS, [LOSS]):
+        whole = [row["value"] for row in rows if row["rounding"] is None]
+        for name, by_layer in _by_format(rows).items() if whole else ():
+            values = {layer: value - whole[0] for layer, value in by_layer.items()}
+            truths.setdefault(name, _rounded_truth(rows[0], name, values))
+    return truths
+
+
+def rounding_estimates(store: Warehouse, run: Mapping[str, Any], truth: LayerTruth) -> dict[str, LayerTruth]:
+    """Return the estimates of the rise of the loss with each layer rounded to the format of a truth, by metric.
+
+    Each is of the newest evaluation of another text than that of the truth, or else of the newest one.
+    """
+    estimates: dict[str, LayerTruth] = {}
+    for task in (ROUNDING_TASK, ROUNDING_AHEAD):
+        of_other_text: set[str] = set()
+        for rows in _newest_first(store, run, task, [*ROUNDING_ESTIMATES]):
+            for metric in {row["metric"] for row in rows} - of_other_text:
+                by_format = _by_format([row for row in rows if row["metric"] == metric])
+                if truth.format not in by_format:
+                    continue
+                estimate = _rounded_truth(rows[0], truth.format, by_format[truth.format])
+                if estimate.text != truth.text:
+                    estimates[metric] = estimate
+                    of_other_text.add(metric)
+                else:
+                    estimates.setdefault(metric, estimate)
+    return {metric: estimates[metric] for metric in ROUNDING_ESTIMATES if metric in estimates}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapRounding:
+    """Predicted rise of the loss with each linear map rounded, and the sizes of the maps.
+
+    Attributes:
+        damage: nats per predicted token, by place and format.
+        bits: bits per weight, by place and format.
+        weights: number of weights, by place and format.
+        run_id, task: the evaluation.
+    """
+
+    damage: Mapping[RoundedPlace, float]
+    bits: Mapping[RoundedPlace, float]
+    weights: Mapping[RoundedPlace, int]
+    run_id: str
+    task: str
+
+    @property
+    def formats(self) -> list[str]:
+        """Names of the formats, the one with the fewest bits first."""
+        sizes = {place.format: bits for place, bits in self.bits.items()}
+        return sorted(sizes, key=lambda name: sizes[name])
+
+
+def map_roundings(store: Warehouse, run: Mapping[str, Any]) -> Iterator[MapRounding]:
+    """Yield the predicted effect of rounding each linear map of a run's checkpoint, newest evaluation first."""
+    for rows in _newest_first(store, run, ROUNDING_TASK, [PREDICTED_RISE, BITS_PER_WEIGHT, NUM_WEIGHTS]):
+        values: dict[str, dict[RoundedPlace, float]] = {}
+        for row in rows:
+            place = parse_rounded(row["rounding"] or "")
+            if place is not None and place.path is not None:
+                values.setdefault(row["metric"], {})[place] = row["value"]
+        if len(values) == 3:
+            yield MapRounding(
+                damage=values[PREDICTED_RISE],
+                bits=values[BITS_PER_WEIGHT],
+                weights={place: round(number) for place, number in values[NUM_WEIGHTS].items()},
+                run_id=rows[0]["run_id"],
+                task=rows[0]["task"],
+            )
+
+
+def _by_format(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Return the values of rows in which a whole layer is rounded, by number format and layer."""
+    by_format: dict[str, dict[int, float]] = {}
+    for row in rows:
+        place = parse_rounded(row["rounding"] or "")
+        if place is not None and place.path is None:
+            by_format.setdefault(place.format, {})[place.layer] = row["value"]
+    return by_format
+
+
+def _rounded_truth(row: Mapping[str, Any], name: str | None, values: Mapping[int, float]) -> LayerTruth:
+    text = json.loads(row["settings"]).get("text")
+    return LayerTruth(values=values, run_id=row["run_id"], task=row["task"], format=name, text=text)
 
 
 @dataclass(frozen=True, kw_only=True)

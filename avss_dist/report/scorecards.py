@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from avss_dist.analysis.reliability import MIN_SETS
 from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, describe_score, is_published
-from avss_dist.core.registry import MEASURED
+from avss_dist.core.registry import MEASURED, ROUNDING_ESTIMATES
 from avss_dist.pruning.selection import LAST
 from avss_dist.report.section import AMBER, BLUE, GRAY, Chart, Section, interval_ends, page_number
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, known_interval, percent
@@ -23,16 +23,18 @@ Row = Mapping[str, Any]  # of `score_cards`
 
 
 def scorecard_sections(cards: pa.Table) -> list[Section]:
-    """Return the score card of each run.
+    """Return the score card of each run, and that of each number format that its weights were rounded to.
 
     Args:
         cards: as `analysis.scorecard.score_cards` returns them.
     """
     rows = cards.to_pylist()
     sections = []
-    for run_id in dict.fromkeys(row["run_id"] for row in rows):
-        of_run = [row for row in rows if row["run_id"] == run_id]
-        sections.append(Section(label=f"{of_run[0]['model']}  ({run_id})", tables=[_table("scorecard", of_run)]))
+    for run_id, name in dict.fromkeys((row["run_id"], row["format"]) for row in rows):
+        of_run = [row for row in rows if (row["run_id"], row["format"]) == (run_id, name)]
+        change = f", weights rounded to {name}" if name else ""
+        label = f"{of_run[0]['model']}  ({run_id}){change}"
+        sections.append(Section(label=label, tables=[_table("scorecard", of_run)]))
     return sections
 
 
@@ -96,13 +98,20 @@ def _bold_if_good(correlation: float | None) -> str:
 
 
 def _caption(rows: Sequence[Row]) -> str:
-    text = "Spearman's correlation of each score, over layers, with what leaving them out does."
+    name = rows[0]["format"]
+    change = f"rounding their weights to {name}" if name else "leaving them out"
+    text = f"Spearman's correlation of each score, over layers, with what {change} does."
     if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
         text += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. Misranked: "
         text += "pairs of layers in the wrong order."
+    estimates = {row["same_text"] for row in rows if row["score"] in ROUNDING_ESTIMATES}
+    if True in estimates:
+        text += " Estimates are of the same text, and share the chance of its selection: expect less of them elsewhere."
+    elif estimates:
+        text += " Estimates are of other text than that."
     if any(row["spearman_sets"] is not None for row in rows):
         text += f" Over {rows[0]['sets']} sets: of the score's sum with what leaving the set out does."
-    elif rows[0]["sets"]:
+    elif rows[0]["sets"] and not name:
         text += f" A correlation over sets of several layers takes {MIN_SETS} of them; {rows[0]['sets']} "
         text += f"{'is' if rows[0]['sets'] == 1 else 'are'} evaluated."
     if any(row[column] is not None for row in rows for column in RETENTION.values()):

@@ -28,7 +28,7 @@ def knapsack(damage: Float64, levels: Float64, sizes: Float64, target: float) ->
     """
     steps = []
     for number, row in enumerate(damage):
-        corners = _lower_hull(np.append(0.0, levels), np.append(0.0, row))
+        corners = lower_hull(np.append(0.0, levels), np.append(0.0, row))
         for (s0, d0), (s1, d1) in pairwise(corners):
             steps.append(((d1 - d0) / ((s1 - s0) * sizes[number]), s0, number, s1))
     sparsities, remaining = np.zeros(len(sizes)), target * sizes.sum()
@@ -41,7 +41,7 @@ def knapsack(damage: Float64, levels: Float64, sizes: Float64, target: float) ->
     return sparsities
 
 
-def _lower_hull(x: Float64, y: Float64) -> list[tuple[float, float]]:
+def lower_hull(x: Float64, y: Float64) -> list[tuple[float, float]]:
     """Return the corners of the lower convex hull of points with ascending x (Andrew's monotone chain)."""
     hull: list[tuple[float, float]] = []
     for point in zip(x.tolist(), y.tolist(), strict=True):

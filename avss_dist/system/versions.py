@@ -15,6 +15,8 @@ PACKAGES = (
     "numpy",
     "pyarrow",
     "numba",
+    "gguf",
+    "compressed-tensors",
     "lm_eval",
 )
 

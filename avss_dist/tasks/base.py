@@ -30,6 +30,7 @@ class Row:
         samples: float64[n], a value for each sample; for `LOSS`, its summed negative log-likelihood.
         weights: float64[n], the weight of each sample: the metric is ``sum(samples) / sum(weights)``.
         removed: layers and sublayers that were removed; None means those of the cell.
+        rounding: key of the `intervention.Rounding` that the metric describes; None means that of the cell.
         layer: index of the layer that the metric describes; None for the whole model.
         patch: fitted weights, encoded by `patching.encode_patch`; None if nothing was fitted.
         predictions: predictions of the part's rows, which are stored beside the cell; None if there are none.
@@ -39,6 +40,7 @@ class Row:
     samples: Float64
     weights: Float64
     removed: Removals | None = None
+    rounding: str | None = None
     layer: int | None = None
     patch: bytes | None = field(default=None, repr=False)
     predictions: TopPredictions | None = field(default=None, repr=False)
@@ -56,7 +58,7 @@ class Measure(Protocol):
 
         Args:
             intervention: the removed layers, which the measure itself applies, because it may remove others, too. The
-                patch and the sparsity of a cell are already applied.
+                patch, the sparsity and the rounding of a cell are already applied.
         """
 
 

@@ -49,8 +49,9 @@ class Cell:
     def cell_id(self) -> str:
         """Name of its file, equal for equal measurements within an evaluation."""
         key = self.intervention.key
-        repair = {"patch": key.patch} if key.patch else {}
-        return fingerprint(measure=self.measure.key, part=self.part, drop=encode_removals(key.removed), **repair)[:20]
+        changes = {"patch": key.patch, "rounding": key.rounding}
+        named = {name: value for name, value in changes.items() if value}
+        return fingerprint(measure=self.measure.key, part=self.part, drop=encode_removals(key.removed), **named)[:20]
 
 
 @dataclass(frozen=True, kw_only=True)

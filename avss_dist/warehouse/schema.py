@@ -198,8 +198,13 @@ _DROP = Column(
 _PATCH = Column("patch", STRING, "the weights that repair the model: SHA-256, which names a file of patches; or null")
 _SPARSITY_PLAN = Column("sparsity_plan", STRING, "what was zero of activations: SHA-256 of a plan's numbers; or null")
 _FACTOR = Column("factor", FLOAT64, "what is left of what the layers of drop add: null is nothing, they were left out")
+_ROUNDING = Column(
+    "rounding",
+    STRING,
+    "the weights that are rounded: FORMAT@LAYER, FORMAT@LAYER.MAP, SHA-256 of several places; or null",
+)
 _OF_LAYER = Column("layer", INT32, "the layer that the value is about; null where it is about the whole", bounds=INDEX)
-_EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _SPARSITY_PLAN, _FACTOR, _OF_LAYER)
+_EVALUATION = (_EVALUATION_ID, *_MODEL, _TASK, _METRIC, _DROP, _PATCH, _SPARSITY_PLAN, _FACTOR, _ROUNDING, _OF_LAYER)
 _VALUE = Column("value", FLOAT64, "the result")
 _STDERR = Column("stderr", FLOAT64, "standard error of the value")
 _SETTINGS = Column("settings", STRING, "every setting that can change a number, as JSON")
@@ -408,6 +413,7 @@ TABLES: dict[str, TableInfo] = {
             Column("seed", INT32, "of a random choice"),
             _DROP,
             _FACTOR,
+            _ROUNDING,
             Column("repair", STRING, "name of the repair; null without one"),
             _PATCH,
             _TASK,
@@ -435,6 +441,7 @@ TABLES: dict[str, TableInfo] = {
             Column("text", STRING, "the continuation, token by token the likeliest"),
             _DROP,
             _FACTOR,
+            _ROUNDING,
             _PATCH,
             _SPARSITY_PLAN,
             Column("created_at", TIME, "when it was written", "UTC", bounds=_TIMES),

@@ -104,8 +104,9 @@ def main() -> None:
         store = Store(folder)
         store.create()
         write_all = partial(write, arguments.layers, arguments.units, folder)
-        with ProcessPoolExecutor(WRITERS, multiprocessing.get_context("spawn")) as processes:
-            list(processes.map(write_all, [range(i, arguments.partials, WRITERS) for i in range(WRITERS)]))
+        writers = 1 if arguments.partials < 100 else WRITERS
+        with ProcessPoolExecutor(writers, multiprocessing.get_context("spawn")) as processes:
+            list(processes.map(write_all, [range(i, arguments.partials, writers) for i in range(writers)]))
         executor.connect()
         files = list(Path(folder).rglob("shard_stats/**/*.parquet"))
         print(f"{len(files)} partials of {files[0].stat().st_size / 1e6:.2f} MB, {executor.devices.cpus} CPUs")

@@ -1,8 +1,8 @@
 """Tokens/s of observation against the bare model and the AVSS authors' recipe, in one process, as ratios.
 
-    python tests/benchmarks/throughput.py MODEL_FOLDER [--rounds 5]
+    python tests/benchmarks/throughput.py MODEL_FOLDER [--rounds 5] [--sequences 32]
 
-A round is a default shard of 32 x 256 tokens in batches of 8 x 256, every variant in turn (the authors' recipe: one
+A round is a shard of 32 x 256 tokens in batches of 8 x 256, every variant in turn (the authors' recipe: one
 batch, in two of the rounds). Ratios are medians of the rounds' own: a machine whose speed drifts does not decide.
 The authors' recipe (arXiv 2411.02117, their released script): float32, hooks that copy every layer's output to the CPU,
 loss and backward pass for each batch, then the L1 and L2 norms of the gradients and the Frobenius norms of the weights.
@@ -82,14 +82,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a causal language model")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sequences", type=int, default=32, help="rows of the shard")
     parser.add_argument("--corpus", default="builtin:pydoc")
     parser.add_argument("--peak", choices=("bare", "observed"), help="only print the peak memory of this")
     options = parser.parse_args()
     if options.peak:
-        print_peak_memory(options.model, options.corpus, options.peak)
+        print_peak_memory(options.model, options.corpus, options.sequences, options.peak)
         return
 
-    settings = Settings(max_sequences=32, dtype="bfloat16")
+    settings = Settings(max_sequences=options.sequences, dtype="bfloat16")
     checkpoint = resolve(options.model)
     shard = tokenize_corpus(options.corpus, load_tokenizer(checkpoint), settings).shards[0]
     batches = list(shard.batches(settings.batch_size))
@@ -140,18 +141,20 @@ def main() -> None:
             statistics.median(b / a for a, b in zip(times, seconds[o], strict=False)) for o in (BARE, PLAIN, AUTHORS)
         ]
         print("{:<26}{:>10,.0f}{:>10.3f}{:>10.3f}{:>12.1f}".format(name, tokens / statistics.median(times), *ratios))
-    alone, observed = (peak_memory(options.model, options.corpus, what) for what in ("bare", "observed"))
+    alone, observed = (
+        peak_memory(options.model, options.corpus, options.sequences, what) for what in ("bare", "observed")
+    )
     print(f"peak memory beyond the bare forward's, each in a process of its own: {(observed - alone) / 1e6:.0f} MB")
 
 
-def peak_memory(model: str, corpus: str, what: str) -> int:
+def peak_memory(model: str, corpus: str, sequences: int, what: str) -> int:
     """Highest resident memory, in bytes, while a fresh process measures a shard, or only runs it."""
-    command = [sys.executable, __file__, model, "--corpus", corpus, "--peak", what]
+    command = [sys.executable, __file__, model, "--corpus", corpus, "--sequences", str(sequences), "--peak", what]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def print_peak_memory(model: str, corpus: str, what: str) -> None:
-    settings = Settings(max_sequences=32, dtype="bfloat16")
+def print_peak_memory(model: str, corpus: str, sequences: int, what: str) -> None:
+    settings = Settings(max_sequences=sequences, dtype="bfloat16")
     checkpoint = resolve(model)
     shard = tokenize_corpus(corpus, load_tokenizer(checkpoint), settings).shards[0]
     replica = SingleReplica(checkpoint, settings)

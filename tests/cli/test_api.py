@@ -27,6 +27,7 @@ OTHERWISE: dict[str, set[str]] = {
     "score": {"models", "label_field"},  # score_all; a corpus FILE:prompt+answer:label
     "plan": {"output", "protect"},  # Plan.write; first, last
     "sparsify": {"output"},  # SparsityPlan.write
+    "quantize": {"output"},  # PrecisionPlan.write
     "shrink": {"protect"},  # first, last
     "findings": {"site", "recipe", "every"},  # a filter of the table
 }
@@ -89,7 +90,7 @@ def test_public_names_are_there_and_shown() -> None:
     assert set(avss.__all__) == set(dir(avss))
     for name in avss.__all__:
         assert getattr(avss, name) is not None
-    for name in ("score", "ablate", "evaluate", "shrink", "plan", "prune", "sparsify", "estimate", "compare"):
+    for name in ("score", "ablate", "evaluate", "shrink", "plan", "prune", "sparsify", "quantize", "compare"):
         assert inspect.signature(getattr(avss, name)).parameters and getattr(avss, name).__doc__
 
 

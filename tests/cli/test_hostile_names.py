@@ -45,6 +45,7 @@ READS = {
     "report": [[*W, "-o", "O/x.html"]],
     "plan": [[*W, "-o", "O/x.yaml", "--by", "avss"], [*W, "-o", f"O/{EVIL}.yaml", "--by", "avss"]],
     "sparsify": [["0.5", *W, "-o", "O/x.yaml"], ["0.5", *W, "--run", EVIL, "-o", f"O/{EVIL}.yaml"]],
+    "quantize": [["--bits", "5", *W, "-o", "O/x.yaml"], ["--bits", "5", *W, "--run", EVIL, "-o", f"O/{EVIL}.yaml"]],
     "scorecard": [[*W], [*W, "--format", "csv"]],
     "contrast": [[*W], [*W, "--run", EVIL]],
 }

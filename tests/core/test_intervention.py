@@ -29,6 +29,7 @@ from avss_dist.core.intervention import (
     joined,
     parse_removal,
     removal_names,
+    round_place,
     size_removed,
     sublayers_of,
 )
@@ -115,10 +116,20 @@ def test_no_removal(value: object) -> None:
 
 def test_the_key_of_an_intervention_is_that_of_its_rows() -> None:
     intervention = Intervention(
-        removed=(1, Sublayer(2, "mlp")), residual_scale=0.5, patch=Patch("p"), sparsity=SPARSITY
+        removed=(1, Sublayer(2, "mlp")),
+        residual_scale=0.5,
+        patch=Patch("p"),
+        sparsity=SPARSITY,
+        rounding=round_place("int4", 3),
     )
     row = intervention.key.row()
-    assert row == {"drop": [1, 20_002], "patch": "p", "sparsity_plan": SPARSITY.key, "factor": 0.5}
+    assert row == {
+        "drop": [1, 20_002],
+        "patch": "p",
+        "sparsity_plan": SPARSITY.key,
+        "factor": 0.5,
+        "rounding": "int4@3",
+    }
     assert InterventionKey.of_row(row) == intervention.key
     assert InterventionKey.of_row({"drop": [1, 20_002]}) == Intervention(removed=intervention.removed).key
     assert pickle.loads(pickle.dumps(intervention)) == intervention and hash(intervention) == hash(
@@ -126,6 +137,7 @@ def test_the_key_of_an_intervention_is_that_of_its_rows() -> None:
     )
     changes, removals = intervention.split()
     assert (changes.removed, changes.residual_scale, removals.patch, removals.sparsity) == ((), 0.0, None, None)
+    assert removals.rounding is None
     assert (removals.key[:2], changes.key[2:]) == (intervention.key[:2], intervention.key[2:])
     assert intervention and not NO_INTERVENTION and Intervention(sparsity=SPARSITY)
 
@@ -148,6 +160,9 @@ def test_evaluations_and_cells_have_the_ids_that_warehouses_know(checkpoint: Che
         fingerprint(measure="measure", part=0, drop=[])[:20],
         *[fingerprint(measure="measure", part=0, drop=[1, 10_002], patch="p")[:20]] * 2,
     ]
+    (rounded,) = planned.cells([NO_INTERVENTION.rounded(round_place("int4", 3))])
+    assert rounded.run_id == planned.run_id()
+    assert rounded.cell_id == fingerprint(measure="measure", part=0, drop=[], rounding="int4@3")[:20]
 
 
 def test_an_evaluation_is_hashed_once(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

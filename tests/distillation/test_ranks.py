@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import one_thread
 from support.commands import Command
+from support.exhaustive import all_of, further
 from support.families import lively, tiny_model
 from support.processes import ray_processes, wait_until
 from support.rank_processes import Gang
@@ -160,10 +161,14 @@ CASES = [
     *(("llama", sharding, "all") for sharding in ("ddp", "zero1", "zero2")),
     *(("llama", "ddp", train) for train in ("near", "lora")),
 ]
+ALWAYS = [
+    *(("llama", "zero3", "all"), ("llama", "fsdp", "all"), ("gemma3_text", "fsdp", "all"), ("mixtral", "zero3", "all")),
+    *(("llama", "zero1", "all"), ("llama", "ddp", "lora")),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "sharding", "train"), CASES)
+@pytest.mark.parametrize(("family", "sharding", "train"), all_of(CASES, ALWAYS))
 def test_two_ranks_give_the_weights_of_one_process(
     ranks: Gang,
     pair_of: Callable[[str], dict[str, Any]],
@@ -198,6 +203,19 @@ def test_two_ranks_give_the_weights_of_one_process(
         assert moments == pytest.approx(memory.moments, rel=0.03)
         copy = 2 * memory.trained if info.zero_stage else 0
         assert weights == pytest.approx(memory.weights - copy, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3", *further("ddp", "zero1", "zero2")])
+def test_ranks_add_the_error_of_the_hidden_states(
+    ranks: Gang, pair_of: Callable[[str], dict[str, Any]], tmp_path: Path, sharding: str
+) -> None:
+    """The hidden states behind the cut are those of layers that ranks hold in parts."""
+    options = {**pair_of("llama"), "hidden_loss": 0.5}
+    expected = avss_dist.distill(**options, output=tmp_path / "one").record
+    ranks.run(distill_here, {**options, "output": tmp_path / "out", "ranks": 2, "sharding": sharding})
+    assert_near(tmp_path / "out", tmp_path / "one")
+    assert_same_curve(read_record(tmp_path / "out"), expected)
 
 
 # Through Ray.

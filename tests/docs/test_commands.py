@@ -36,9 +36,11 @@ NOT_RUN = ("--help", "--version", "--install-completion")
 PLACES = {"s3://bucket/warehouse": "warehouse", "RUN_ID": "name", "OTHER_RUN_ID": "model-a"}
 PLACES |= {"HuggingFaceTB/SmolLM2-135M-Instruct": "org/name"}
 PLACES |= {"12GB": "150kB", "smollm2": "name", "smollm2-*": "*", "MODEL": "org/name"}
-SMALL = {"--max-sequences": "16", "--sequence-length": "32", "--batch-size": "8", "--executor": "local", "--count": "2"}
+SMALL = {"--max-sequences": "16", "--sequence-length": "32", "--batch-size": "8", "--executor": "local"}
 SMALL |= {"--tokens": "4e3", "--held-out": "4", "--self-texts": "0"}
 """Options added to commands that take them and do not set them."""
+SMALLER = SMALL | {"--count": "2", "--distill-tokens": "4e3"}
+"""Values of options that commands set."""
 
 
 ANSWERS = (("It is.", "checked"), ("No.", "invented"), ("Yes.", "truthful"), ("Never.", "hallucinated"))
@@ -126,10 +128,10 @@ def small(words: tuple[str, ...]) -> list[str]:
         kept = ["sublayers.yaml" if word == "plan.yaml" else word for word in kept]
     options = {option for p in registered()[words[0]].params for option in p.opts}
     reads = words[0] not in ("plan", "sparsify", "prune") or {"--corpus", "--repair-corpus"}.intersection(words)
-    for name, value in SMALL.items():
+    for name, value in SMALLER.items():
         if name in kept:
             kept[kept.index(name) + 1] = value
-        elif name in options and reads and name != "--count":
+        elif name in SMALL and name in options and reads:
             kept += [name, value]
     if words[0] == "compare":
         kept.append("--allow-mismatch")  # the warehouse has two texts

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
 from support.commands import Command
+from support.exhaustive import further
 from support.experiments import experiment_of, run_job_in
 from support.families import lively, tiny_model
 from support.processes import wait_until
@@ -113,7 +114,7 @@ def losses_of(folder: Path) -> dict[str, float]:
     ("family", "partition"),
     [
         *(("llama", partition) for partition in ("single", "device_map", "streaming")),
-        *(("gemma3_text", "streaming"), ("gpt2", "single"), ("opt", "device_map"), ("olmo2", "single")),
+        *further(("gemma3_text", "streaming"), ("gpt2", "single"), ("opt", "device_map"), ("olmo2", "single")),
     ],
 )
 def test_a_patch_in_place_is_the_repaired_checkpoint(

@@ -15,6 +15,7 @@ import ray
 from support.checkpoints import block_fp8, llama, one_thread
 from support.command_line import avss
 from support.commands import Command
+from support.exhaustive import further
 from support.families import lively, tiny_model
 from support.processes import wait_until
 from tasks.test_truthfulqa import QUESTIONS
@@ -175,7 +176,7 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["scores", "patches", "evaluations"])
+@pytest.mark.parametrize("when", ["patches", *further("scores", "evaluations")])
 @pytest.mark.usefixtures("warm_workers")
 def test_killed_it_goes_on_and_writes_the_same_bytes(when: str, done: Shrunk, deep: Path, tmp_path: Path) -> None:
     """By SIGKILL as soon as there is a first file of a table."""
@@ -254,7 +255,9 @@ def test_as_many_layers_go_as_can(deep: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize(("by", "repaired"), [("loss", True), ("damage", True), ("last", True), ("avss", False)])
+@pytest.mark.parametrize(
+    ("by", "repaired"), [("damage", True), ("avss", False), *further(("loss", True), ("last", True))]
+)
 def test_what_layers_are_chosen_by(by: str, repaired: bool, deep: Path, tmp_path: Path) -> None:
     """Where no layer stands before those that go, nothing is repaired, and that is no mistake."""
     how = {"last": 6} if by == "avss" else {}

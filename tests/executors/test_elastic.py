@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from support.exhaustive import further
 from support.noting import OPENS, noting
 from support.processes import wait_until
 from support.ray_cluster import NODES, TWENTY_SHARDS, Cluster
@@ -19,6 +20,7 @@ from support.tables import assert_same_tables
 
 import avss_dist
 from avss_dist.core.errors import ConfigError, RunFailed
+from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.ray import pool, queue
 from avss_dist.executors.ray.executor import RayExecutor
@@ -226,7 +228,9 @@ def test_a_node_that_drains_finishes_its_shard_and_takes_no_other(
     assert sorted(int(note.what) for note in notes.shards) == list(range(SHARDS)), "each once"
 
 
+@pytest.mark.parametrize("partition", ["zero3", *further("fsdp", "tensor_parallel")])
 def test_a_gang_finishes_its_round_when_one_of_its_nodes_drains(
+    partition: str,
     cluster: Cluster,
     folder: Path,
     tiny_llama: Path,
@@ -234,7 +238,12 @@ def test_a_gang_finishes_its_round_when_one_of_its_nodes_drains(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The next one is on the nodes that stay."""
+    """The next one is on the nodes that stay. Every rank of those that split matrices has each shard."""
+    options = {"partition": partition, "ranks": 2, "replicas": 1, "executor": "ray", "address": cluster.address}
+    shares = PARTITIONS[partition].splits_data
+    if not shares:
+        undisturbed = tmp_path / "undisturbed"
+        score(tiny_llama, undisturbed, **options)
     answers = overheard(monkeypatch)
     victims: list[str] = []
     with noting(folder, {0: "noticed"}) as notes:
@@ -248,11 +257,10 @@ def test_a_gang_finishes_its_round_when_one_of_its_nodes_drains(
             notes.open("noticed")
 
         with Meanwhile(happens):
-            options = {"partition": "zero3", "ranks": 2, "replicas": 1, "address": cluster.address}
-            run = score(tiny_llama, tmp_path / "w", executor="ray", **options)
+            run = score(tiny_llama, tmp_path / "w", **options)
     assert run.status == "done"
     assert_same_tables(tmp_path / "w", undisturbed)
-    assert sorted(int(note.what) for note in notes.shards) == list(range(SHARDS)), "each once"
+    assert sorted(int(note.what) for note in notes.shards) == sorted([*range(SHARDS)] * (1 if shares else 2))
     assert [note.what in ("0", "1") for note in notes.shards if note.node in victims] == [True]
 
 

@@ -7,14 +7,16 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.causal_lm import open_whole
+from support.causal_lm import open_whole, random_shard
 from support.checkpoints import llama, save_tokenizer
+from support.exhaustive import all_of
 from support.families import tiny_config, tiny_model
 from support.oracle import assert_close
 from support.quantized import block_fp8, mxfp4
@@ -39,6 +41,7 @@ from avss_dist.stats.histogram import merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.tasks.base import Measure, Row
 from avss_dist.tasks.harness import harness_task
+from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
 
 SETTINGS = Settings(batch_size=2, dtype="float32", device="cpu")
 CONFIGS = Path(__file__).parents[2] / "cluster" / "deepspeed"
@@ -236,6 +239,7 @@ def partitioned(model: Mapping[str, Any]) -> dict[str, Any]:
 
 DENSE = ("gpt2", "opt", "gemma3_text", "bloom", "falcon", "bert")
 OTHERS = ("mixtral", "qwen3_moe", "mamba")
+MORE_MIXTURES = ("qwen2_moe", "llama4_text", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "phimoe", "minimax")
 FSDP = (*DENSE, *OTHERS, "qwen2", "phi3", "gpt_neox", "gemma3", "gpt_oss", "deepseek_v3", "glm4_moe", "olmoe")
 
 
@@ -244,15 +248,24 @@ FSDP = (*DENSE, *OTHERS, "qwen2", "phi3", "gpt_neox", "gemma3", "gpt_oss", "deep
     [
         *(("zero3", 3, family) for family in ("grouped llama", "mixtral")),
         *(("fsdp", 3, family) for family in ("grouped llama", "gpt_oss")),
-        *(("fsdp", 2, family) for family in FSDP),
-        *(("zero3", 2, family) for family in DENSE + OTHERS),
+        *all_of(
+            [
+                *(("fsdp", 2, family) for family in (*FSDP, *MORE_MIXTURES)),
+                *(("zero3", 2, family) for family in DENSE + OTHERS),
+                *product(("fsdp", "zero3"), (4,), ("llama", "gpt2", "gemma3", "qwen3_moe", "mixtral")),
+            ],
+            [
+                *(("fsdp", 2, family) for family in ("gemma3", "bert", "mamba", "deepseek_v3")),
+                *(("zero3", 2, family) for family in ("gpt2", "bert", "mamba", "qwen3_moe")),
+            ],
+        ),
     ],
 )
 def test_ranks_that_share_shards_give_the_bytes_of_one_process(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
 ) -> None:
     """Shards of unequal sizes: in every round some rank runs dummy batches, in the last one most have nothing."""
-    number = 7 if world == 3 else 3
+    number = 2 * world + 1 if world > 2 else 3
     folder, shards = folder_of(family), make_shards(number, rows=(4, 1, 3))
     per_rank = gang(world).run(measure, partition, folder, shards, SETTINGS)
     expected, model = single(folder, shards)
@@ -315,36 +328,71 @@ ASKED = {"fsdp": SHARED, "zero3": SHARED, "tensor_parallel": SPLIT, "expert_para
 
 def unanswered(partition: str, family: str) -> tuple[str, ...]:
     """Questions that a family is not asked."""
-    return ("gradients",) if (partition, family) == ("tensor_parallel", "opt") else ()
-
-
-@pytest.mark.parametrize("partition", ["fsdp", "zero3"])
-@pytest.mark.parametrize("family", SHARED)
-def test_ranks_that_share_batches_answer_as_one_process_does(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], family: str, partition: str
-) -> None:
-    """Two ranks share three batches, so that one has a dummy; both have all answers, to the bit, gradients too."""
-    expected = expected_of(folder_of(family))
-    ranks = gang(2).run(ask_all, partition, [folder_of(family)])
-    ((first, counts, batches),), ((second, other, others),) = ranks
-    assert (counts, other) == (True, False)
-    assert_same(first, expected)
-    assert_same(second, expected)
-    assert batches == 2 * others
+    if not PARTITIONS[partition].splits_matrices:
+        return ()
+    rounded = ("rounded", "gradients of rounded")
+    return (*rounded, "gradients") if (partition, family) == ("tensor_parallel", "opt") else rounded
 
 
 @pytest.mark.parametrize(
-    ("partition", "family"),
-    [(partition, family) for partition in ("tensor_parallel", "expert_parallel") for family in ASKED[partition]],
+    ("partition", "world", "family"),
+    all_of(
+        [*product(("fsdp", "zero3"), (2,), SHARED), *product(("fsdp", "zero3"), (4,), ("llama", "qwen3_moe"))],
+        [
+            *(("fsdp", 2, family) for family in ("llama", "gemma3")),
+            *(("zero3", 2, family) for family in ("llama", "mamba", "qwen3_moe")),
+        ],
+    ),
+)
+def test_ranks_that_share_batches_answer_as_one_process_does(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
+) -> None:
+    """Ranks share three batches, so that one has a dummy; all have all answers, to the bit, gradients too."""
+    expected = expected_of(folder_of(family))
+    found, counts, batches = zip(
+        *(asked for (asked,) in gang(world).run(ask_all, partition, [folder_of(family)])), strict=True
+    )
+    assert counts == (True, *[False] * (world - 1))
+    for answers_of_rank in found:
+        assert_same(answers_of_rank, expected)
+    share = batches[0] // (2 if world == 2 else 1)
+    assert batches == ((2 * share, share) if world == 2 else (share, share, share, 0))
+
+
+@pytest.mark.parametrize(
+    ("partition", "world", "family"),
+    all_of(
+        [
+            *(
+                (partition, 2, family)
+                for partition in ("tensor_parallel", "expert_parallel")
+                for family in ASKED[partition]
+            ),
+            *(("tensor_parallel", 4, "gpt_neox"), ("expert_parallel", 4, "qwen3_moe")),
+        ],
+        [
+            *(("tensor_parallel", 2, family) for family in ("llama", "mixtral", "opt")),
+            ("expert_parallel", 2, "qwen3_moe"),
+        ],
+    ),
 )
 def test_ranks_that_split_matrices_answer_as_one_process_does(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, family: str
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
 ) -> None:
-    ((found, counts, _),), ((second, other, _),) = gang(2).run(ask_all, partition, [folder_of(family)])
-    assert (counts, other) == (True, False)
+    found, counts, _ = zip(
+        *(asked for (asked,) in gang(world).run(ask_all, partition, [folder_of(family)])), strict=True
+    )
+    assert counts == (True, *[False] * (world - 1))
     expected = expected_of(folder_of(family), unanswered(partition, family))
-    assert_same(found, expected, rtol=1e-4)
-    assert_same(second, expected, rtol=1e-4)
+    for answers_of_rank in found:
+        assert_same(answers_of_rank, expected, rtol=1e-4)
+
+
+def test_split_weights_are_not_rounded(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+    for measure in (RoundedLosses(random_shard(), "int4"), RoundingDamage(shard=random_shard(), formats=("int4",))):
+        for (error,) in gang(2).run(ask_all, "tensor_parallel", [folder_of("llama")], ("",), (measure,)):
+            assert isinstance(error, ModelError)
+            assert "Each rank has a part of each weight" in error.message
 
 
 def test_autotp_has_no_gradients(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
@@ -465,24 +513,33 @@ def test_a_gguf_file_is_not_opened_in_parts(partition: str) -> None:
 
 BY_AUTOTP = ("grouped llama", "bert")  # three heads, and a family without a plan
 BY_PLAN = ("llama", "qwen2", "gemma3_text", "gpt_neox", "phi", "phi3", "cohere", "gptj", "starcoder2", "olmo2")
-MIXED = ("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "olmoe", "granitemoe")
-SPREAD = (*MIXED, "gpt_oss", "three-headed mixture")
+MIXED = ("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "olmoe", "granitemoe", *MORE_MIXTURES)
+SPREAD = (*(family for family in MIXED if family != "llama4_text"), "gpt_oss", "three-headed mixture")  # it has no plan
 EXPERT_SUMS = ("gate_sum", "gated_norm_sum", "output_sum", "output_sum_sq", "router_entropy_sum")
 
 
 @pytest.mark.parametrize(
-    ("partition", "family"),
-    [
-        *(("tensor_parallel", family) for family in (*BY_AUTOTP, *BY_PLAN, *MIXED)),
-        *(("expert_parallel", family) for family in SPREAD),
-    ],
+    ("partition", "world", "family"),
+    all_of(
+        [
+            *(("tensor_parallel", 2, family) for family in (*BY_AUTOTP, *BY_PLAN, *MIXED)),
+            *(("tensor_parallel", 4, family) for family in ("gpt_neox", "gptj", "olmoe", "opt")),
+            *(("expert_parallel", 2, family) for family in SPREAD),
+            *(("expert_parallel", 4, family) for family in ("qwen3_moe", "gpt_oss", "olmoe", "three-headed mixture")),
+        ],
+        [
+            *(("tensor_parallel", 2, family) for family in (*BY_AUTOTP, "llama", "gemma3_text", "phi3", "olmo2")),
+            *(("tensor_parallel", 2, family) for family in ("mixtral", "deepseek_v3")),
+            *(("expert_parallel", 2, family) for family in ("qwen3_moe", "gpt_oss", "three-headed mixture")),
+        ],
+    ),
 )
 def test_ranks_that_split_matrices_give_the_numbers_of_one_process(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, family: str
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
 ) -> None:
     """The head is split too, unless DeepSpeed does it. Every token is counted once for its experts."""
     folder, shards, settings = folder_of(family), make_shards(2, rows=(4, 3)), replace(SETTINGS, experts=True)
-    first, second = gang(2).run(measure, partition, folder, shards, settings)
+    first, *others = gang(world).run(measure, partition, folder, shards, settings)
     expected, model = single(folder, shards, settings)
     for got, want in zip(first[0], expected, strict=True):
         assert_near(got.stats, want.stats, rtol=1e-4)
@@ -492,9 +549,9 @@ def test_ranks_that_split_matrices_give_the_numbers_of_one_process(
                 assert np.array_equal(getattr(got.experts[layer], name), getattr(sums, name)), (layer, name)
             for name in EXPERT_SUMS:
                 np.testing.assert_allclose(getattr(got.experts[layer], name), getattr(sums, name), rtol=1e-4, atol=1e-4)
-    assert all(not result.stats for result in second[0])
-    assert [first[1]["reports_stats"], second[1]["reports_stats"]] == [True, False]
-    assert first[1]["data"] == second[1]["data"] == (0, 1)
+    assert not any(result.stats for results, *_ in others for result in results)
+    assert [of_rank["reports_stats"] for _, of_rank, _ in (first, *others)] == [True, *[False] * (world - 1)]
+    assert all(of_rank["data"] == (0, 1) for _, of_rank, _ in (first, *others))
     assert partitioned(first[1]) == partitioned(model)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.causal_lm import random_shard
 from support.checkpoints import one_thread
+from support.exhaustive import all_of
 from support.families import tiny_model
 from support.questions import WHOLLY_ASKED, answers, assert_same, composed, generated, write_questions
 
@@ -66,7 +67,7 @@ def room(folder: Path, layers: int) -> dict[str, int]:
     return {"cpu": size.weight_bytes - sum(size.layer_bytes) + layers * (max(size.layer_bytes) + 512)}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", all_of([*FAMILIES, *OTHERS], ["llama", "qwen3_moe", "mamba", "gemma3", "falcon"]))
 def test_streaming_answers_as_one_device_does(family: str, folder_of: Callable[[str], Path]) -> None:
     """With room for no hidden state, so that those that wait are in files; one of each kind also without limit."""
     single = opened(folder_of(family), "single")
@@ -84,7 +85,7 @@ def test_streaming_answers_as_one_device_does(family: str, folder_of: Callable[[
     single.close()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", all_of([*FAMILIES, *OTHERS], ["llama", "qwen3_moe", "blip-2", "gpt2", "bloom"]))
 def test_device_map_answers_as_one_device_does(family: str, folder_of: Callable[[str], Path]) -> None:
     """Two layers are on disk; then nothing is, and there are gradients, which is tried of one of each kind."""
     single = opened(folder_of(family), "single")

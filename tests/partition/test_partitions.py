@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 from support.checkpoints import host_limit
+from support.exhaustive import further
 from support.families import tiny_model
 from support.pairs import write_pairs
 from support.processes import FreezesAtStart, Harming, wait_until
@@ -55,6 +56,14 @@ def models(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[
         model.resize_token_embeddings(320)  # the tokenizer's
         saved.append(str(save_checkpoint(model, folder / family)))
     return saved
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> str:
+    """A tiny random mixture of four experts."""
+    model = tiny_model("causal", "qwen3_moe")
+    model.resize_token_embeddings(320)
+    return str(save_checkpoint(model, tmp_path_factory.mktemp("mixture") / "qwen3_moe"))
 
 
 @pytest.fixture(scope="module")
@@ -163,14 +172,18 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["task"], row["metric"], tuple(row["drop"]), row["layer"]
 
 
-def test_a_gang_that_loses_ranks_is_replaced_as_one(models: list[str], single: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("partition", ["fsdp", *further("zero3", "tensor_parallel", "expert_parallel")])
+def test_a_gang_that_loses_ranks_is_replaced_as_one(
+    partition: str, models: list[str], mixture: str, tmp_path: Path
+) -> None:
     """One rank killed in mid-shard, another stopped, which is a hang: the run still ends, each shard counts once."""
     harming = Harming({1: signal.SIGKILL, 3: signal.SIGSTOP})
-    options = {**OPTIONS, "partition": "fsdp", "ranks": 2, "hang_seconds": 12}
-    run = avss_dist.score(models[0], corpus="builtin:pydoc", warehouse=tmp_path, on_event=harming, **options)
+    options = {**OPTIONS, "corpus": "builtin:pydoc", "partition": partition, "ranks": 2, "hang_seconds": 12}
+    model = mixture if partition == "expert_parallel" else models[0]
+    run = avss_dist.score(model, warehouse=tmp_path / "disturbed", on_event=harming, **options)
     assert (run.status, harming.arrived, len(harming.victims)) == ("done", SHARDS, 2)
-    got, wanted = measured_files(tmp_path), measured_files(single)
-    assert got == {path: wanted[path] for path in got}
+    avss_dist.score(model, warehouse=tmp_path / "undisturbed", **options)
+    assert_same_tables(tmp_path / "disturbed", tmp_path / "undisturbed")
     wait_until(lambda: not any(victim.is_running() for victim in harming.victims))
 
 

@@ -16,14 +16,15 @@ class Command:
     Attributes:
         pid: the number of the process.
         environment: what it has beside this process's.
+        program: "python" runs a script with arguments in the place of ``avss``.
     """
 
-    def __init__(self, *arguments: object, **environment: str) -> None:
+    def __init__(self, *arguments: object, program: str = "avss", **environment: str) -> None:
         self._printed, self._said = TemporaryFile("w+"), TemporaryFile("w+")  # noqa: SIM115
         given = {**os.environ, **environment}
         with open(os.devnull) as nothing:
             files = [nothing.fileno(), self._printed.fileno(), self._said.fileno()]
-            self.pid, self._socket = ask("avss", list(map(str, arguments)), given, files)
+            self.pid, self._socket = ask(program, list(map(str, arguments)), given, files)
 
     def running(self) -> bool:
         return not select([self._socket], [], [], 0)[0]

@@ -18,6 +18,7 @@ from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import LeaveOneOut, Shapley
+from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
 from support.causal_lm import random_shard
 
 HARNESS = """\
@@ -46,6 +47,7 @@ COMPOSED = (
     "gradients without",
     "gradients of what propagates in",
     "shapley",
+    "rounded maps of",
 )  # of what the other questions need of a model, in the order of `LanguageModel`: no family has its own way with them
 WHOLLY_ASKED = ("llama", "gemma3", "qwen3_moe", "mixtral")  # families: plain, beside an image tower, of experts
 
@@ -82,6 +84,10 @@ def questions() -> dict[str, Any]:
         "propagated": (Damage(shard=shard, draws=None), ()),
         "gradients of what propagates": (Damage(shard=shard, lookahead=1), ()),
         "gradients of what propagates in the rest": (Damage(shard=shard), (1,)),
+        "rounded layers": (RoundedLosses(shard, "int4"), ()),
+        "rounded maps of the rest": (RoundedLosses(shard, "fp8", maps=True), (1,)),
+        "rounded layers, and what propagates": (Damage(shard=shard, draws=None, formats=("int4",)), ()),
+        "gradients of rounded weights": (RoundingDamage(shard=shard, formats=("int4", "fp8")), ()),
     }
 
 
@@ -136,8 +142,8 @@ def assert_same(found: dict[str, list[Row]], expected: dict[str, list[Row]], rto
     """The same rows, their samples to the bit, or so near relative to the largest."""
     assert found.keys() == expected.keys()
     for name, rows in expected.items():
-        key = [(row.metric, row.removed, row.layer) for row in rows]
-        assert [(row.metric, row.removed, row.layer) for row in found[name]] == key, name
+        key = [(row.metric, row.removed, row.rounding, row.layer) for row in rows]
+        assert [(row.metric, row.removed, row.rounding, row.layer) for row in found[name]] == key, name
         for row, wanted in zip(found[name], rows, strict=True):
             assert np.array_equal(row.weights, wanted.weights), name
             size = float(np.abs(wanted.samples).max(initial=0.0))

@@ -24,11 +24,11 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -55,12 +55,19 @@ MODULES = (
 READY = b"ready\n"
 
 
-@contextmanager
-def forking_workers() -> Iterator[None]:
-    """Clusters that this process starts meanwhile have such workers."""
+def fork_workers(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Give the clusters that this process starts such workers, and none of the processes that no test asks anything."""
     from ray._private import ray_constants
     from ray._private.node import Node
 
+    set_attribute(ray_constants, "SETUP_WORKER_FILENAME", str(Path(__file__).with_name("launch_worker.py")))
+    for start in ("start_monitor", "start_log_monitor", "start_api_server"):  # see `sitecustomize`
+        set_attribute(Node, start, lambda *_, **__: None)
+
+
+@contextmanager
+def forking_workers() -> Iterator[None]:
+    """Clusters that this process starts meanwhile have such workers."""
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder) / "socket"
         command = [sys.executable, __file__, str(path)]
@@ -69,9 +76,7 @@ def forking_workers() -> Iterator[None]:
         while (line := server.stdout.readline()) != READY:  # libraries may print before
             assert line, "it ended"
         patch.setenv("AVSS_TEST_WORKERS", str(path))
-        patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", str(Path(__file__).with_name("launch_worker.py")))
-        for start in ("start_monitor", "start_log_monitor", "start_api_server"):  # see `sitecustomize`
-            patch.setattr(Node, start, lambda *_, **__: None)
+        fork_workers(patch.setattr)
         yield
         server.stdin.close()
         server.wait()
@@ -208,6 +213,10 @@ def become(
     if program == "avss":
         sys.argv = [program, *arguments]
         runpy.run_module("avss_dist", run_name="__main__", alter_sys=True)
+    elif program == "python":
+        fork_workers()
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
     else:
         become_ray_worker(arguments)
 

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import Intervention, Removal, whole_layers
+from avss_dist.core.intervention import Intervention, Removal, Rounding, whole_layers
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
 from avss_dist.models.expert_removal import without_parts
 from avss_dist.models.layers import Layer
 from avss_dist.models.patching import Patch
+from avss_dist.models.rounding import rounded_maps
 from avss_dist.models.skipping import Skip, explaining, require_skippable
 from avss_dist.partition.streaming.passes import PASS_PLAN, Passes, PassStart, Record, following
 from avss_dist.stats.layer_stats import Float64
@@ -80,6 +81,18 @@ class StreamingLanguageModel(LanguageModel):
         for (layer, path), value in patch.items():
             changes.setdefault(self.layers[layer].module, {})[path] = value
         with following(replace(PASS_PLAN.get(), changes=changes)):
+            yield
+
+    @contextmanager
+    def rounded(self, rounding: Rounding) -> Iterator[None]:
+        """See `causal_lm.LanguageModel`. Weights are rounded whenever their layer runs."""
+        formats = rounded_maps(self.layers, rounding)
+        rounded = {
+            layer.module: {maps.module: formats[maps] for maps in layer.projections if maps in formats}
+            for layer in self.layers
+            if layer.index in rounding.layers
+        }
+        with following(replace(PASS_PLAN.get(), rounded=rounded)):
             yield
 
     @contextmanager

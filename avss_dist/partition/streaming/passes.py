@@ -20,7 +20,9 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from avss_dist.models.layers import LayerCall, first_tensor, input_tensor
+from avss_dist.models.number_formats import NumberFormat
 from avss_dist.models.patching import replaced_parameters
+from avss_dist.models.rounding import rounded_in_place
 from avss_dist.models.skipping import Skip, identity_forward
 from avss_dist.partition.streaming.buffers import AnyBuffer
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
@@ -88,6 +90,7 @@ class PassPlan:
         forks: passes that start when this one reaches a layer, from a copy of the layer's input.
         record: record for a backward pass; None to record nothing.
         changes: replacement values of a layer's parameters, by path.
+        rounded: number formats of a layer's linear maps whose weights, after the replacement, are rounded.
     """
 
     skips: Mapping[nn.Module, Skip] = field(default_factory=dict)
@@ -95,6 +98,7 @@ class PassPlan:
     forks: Mapping[nn.Module, Sequence[Fork]] = field(default_factory=dict)
     record: Record | None = None
     changes: Mapping[nn.Module, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    rounded: Mapping[nn.Module, Mapping[nn.Module, NumberFormat]] = field(default_factory=dict)
 
 
 PASS_PLAN: ContextVar[PassPlan] = ContextVar("plan", default=PassPlan())  # noqa: B039  (it is frozen)
@@ -269,8 +273,10 @@ class _PausingLayer:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer itself, whose weights are loaded."""
-        changes = PASS_PLAN.get().changes.get(self._layer, {})
-        with replaced_parameters({self._layer.get_parameter(path): value for path, value in changes.items()}):
+        plan = PASS_PLAN.get()
+        changes, formats = plan.changes.get(self._layer, {}), plan.rounded.get(self._layer, {})
+        values = {self._layer.get_parameter(path): value for path, value in changes.items()}
+        with replaced_parameters(values), rounded_in_place(formats):
             return self._kind.__call__(self._layer, *args, **kwargs)
 
     def _arrive(self, *args: Any, **kwargs: Any) -> Any:

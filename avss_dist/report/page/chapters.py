@@ -163,7 +163,8 @@ def _continuations(warehouse: Warehouse, labels: Mapping[str, str]) -> Iterator[
 def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
     """Yield the score cards of the first runs whose ground truth is known."""
     known = _with_truth(warehouse, runs)[:MAX_SCORECARDS]
-    every = score_cards(warehouse, known)
+    cards = score_cards(warehouse, known)
+    every = cards.filter(pc.is_null(cards["format"]))
     best, all_rows = best_readings(every).to_pylist(), every.to_pylist()
     for run in known:
         cards = [row for row in best if row["run_id"] == run["run_id"]]

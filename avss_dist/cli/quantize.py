@@ -1,0 +1,50 @@
+"""`avss quantize`: choice of the number format of each linear map."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from avss_dist.cli.choose import choose_run, newest_of, open_warehouse
+from avss_dist.cli.options import named_format, output_option, takes
+from avss_dist.cli.plan import evaluation_hint
+from avss_dist.core.errors import require_known
+from avss_dist.requests import PrecisionRequest
+from avss_dist.system.streams import emit, emit_json
+
+FORMATS = ("plan", "llama-cpp", "llm-compressor", "auto-round", "bitsandbytes", "torchao")
+
+
+@takes(PrecisionRequest)
+def quantize(
+    output: Annotated[Path, output_option("The precision plan to write, BITS.yaml, or the file of another program.")],
+    format: Annotated[str, named_format(FORMATS, "Format of the file.")] = FORMATS[0],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.", rich_help_panel="Output")] = False,
+    **values: Any,
+) -> None:
+    """Choose the number format of each linear map, and write a precision plan with the reason.
+
+    avss ablate --quantize FORMAT... must have predicted the losses.
+    """
+    from avss_dist.precision.choose import plan_precision
+    from avss_dist.precision.files import EXPORTS
+    from avss_dist.pruning.plan import write_text
+
+    require_known("`format`", format, FORMATS)
+    request = PrecisionRequest(**values)
+    opened = open_warehouse(str(request.warehouse))
+    row = choose_run(opened, request.run)
+    plan = plan_precision(request, opened, row)
+    if format == FORMATS[0]:
+        plan.write(output)
+    else:
+        write_text(output, EXPORTS[format](plan))
+    if as_json:
+        emit_json({"output": str(output), **asdict(plan)})
+        return
+    emit("\n  ".join([f"{output}:", *plan.describe(), *newest_of(opened, request.run)]))
+    if format == FORMATS[0]:
+        emit(f"  {evaluation_hint(opened, row, output)}")

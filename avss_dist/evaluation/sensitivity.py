@@ -1,0 +1,166 @@
+"""Sensitivity to rounding: predicted and measured change of the loss by number format, layer and linear map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from avss_dist.analysis.reliability import reliability
+from avss_dist.core.intervention import RoundedPlace, parse_rounded
+from avss_dist.core.names import LOSS, ROUNDED_LOSS, ROUNDED_MAP_LOSS, ROUNDING_AHEAD, ROUNDING_TASK
+from avss_dist.core.registry import ROUNDING_ESTIMATES
+from avss_dist.core.results import TabularResult
+from avss_dist.core.settings import fingerprint
+from avss_dist.core.text import RedactedURI
+from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.requests import AblateRequest
+from avss_dist.tasks.base import Result, Task
+from avss_dist.tasks.damage import Damage
+from avss_dist.tasks.rounding import (
+    BITS,
+    NUM_WEIGHTS,
+    RoundedLosses,
+    RoundingDamage,
+)
+
+MAPS_PER_LAYER = 7  # of a gated MLP and attention, for the amount of work
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceSensitivity:
+    """Effect of rounding the weights of a layer or of a linear map.
+
+    Attributes:
+        place: what is rounded, and to which format.
+        estimates: results of `rounding.RoundingDamage`, and of `damage.Damage` for layers, by metric.
+        loss: measured loss, in nats per token; None if it was not measured.
+        increase: its increase over that of the whole model, paired by sequence.
+    """
+
+    place: RoundedPlace
+    estimates: Mapping[str, Result]
+    loss: Result | None
+    increase: Result | None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Sensitivity(TabularResult):
+    """Effect of rounded weights on the loss of a model.
+
+    Attributes:
+        places: layers, each followed by its linear maps, of each format.
+        reliability: agreement of the measured order of layers with that on other text of the same size, by format
+            (`reliability.reliability`); NaN if it was not measured.
+    """
+
+    model: str
+    corpus: str
+    places: Sequence[PlaceSensitivity]
+    reliability: Mapping[str, float]
+
+    _bars = ("increase", "predicted")
+
+    def table(self) -> pa.Table:
+        """Return a table with a row for each format, layer and map; ``map`` is null for whole layers."""
+        return pa.Table.from_pylist([_row(measured) for measured in self.places])
+
+    def summary(self) -> str:
+        """Return the formats, the model and the text, in a line."""
+        return f"{', '.join(self.reliability)}: {self.model} on {self.corpus}"
+
+
+def _row(measured: PlaceSensitivity) -> dict[str, Any]:
+    place, estimates = measured.place, measured.estimates
+    values = {NUM_WEIGHTS: estimates.get(NUM_WEIGHTS), BITS: estimates.get(BITS), LOSS: measured.loss}
+    return {
+        "format": place.format,
+        "layer": place.layer,
+        "map": place.path,
+        **{name: None if result is None else result.value for name, result in values.items()},
+        **_with_error("increase", measured.increase),
+        **{
+            name: value
+            for metric in ROUNDING_ESTIMATES
+            for name, value in _with_error(metric, estimates.get(metric)).items()
+        },
+    }
+
+
+def _with_error(name: str, result: Result | None) -> dict[str, float | None]:
+    """Return the value of a result and its standard error, which is null for a single sample."""
+    stderr = None if result is None or np.isnan(result.stderr) else result.stderr
+    return {name: None if result is None else result.value, f"{name}_stderr": stderr}
+
+
+_TASKS = (ROUNDING_TASK, ROUNDING_AHEAD, ROUNDED_LOSS, ROUNDED_MAP_LOSS)
+
+
+def is_of_rounding(task: Task) -> bool:
+    """Whether a task predicts or measures the effect of rounded weights."""
+    return task.name.startswith(_TASKS)
+
+
+def rounding_tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Iterator[Task]:
+    """Yield the tasks that predict the effect of all formats, and those that measure each of them."""
+    if not request.formats:
+        return
+    read = {"text": fingerprint(shards=[shard.content_hash for shard in text.shards])}
+    damage = tuple(RoundingDamage(shard=s, formats=request.formats, draws=request.draws) for s in text.shards)
+    reading = {**read, "skip_sequences": request.skip_sequences}  # for the text that a plan was predicted on
+    yield Task(name=f"{ROUNDING_TASK}{corpus}", parts=damage, options=reading)
+    ahead = tuple(Damage(shard=shard, draws=None, formats=request.formats) for shard in text.shards)
+    yield Task(name=f"{ROUNDING_AHEAD}{corpus}", parts=ahead, options=read)
+    for name in request.formats:
+        if request.rounded_layers:
+            layers = tuple(RoundedLosses(shard, name) for shard in text.shards)
+            yield Task(name=f"{ROUNDED_LOSS}{name}:{corpus}", parts=layers, options=read)
+        if request.rounded_maps:
+            maps = tuple(RoundedLosses(shard, name, maps=True) for shard in text.shards)
+            yield Task(name=f"{ROUNDED_MAP_LOSS}{name}:{corpus}", parts=maps, options=read)
+
+
+def count_roundings(request: AblateRequest) -> int:
+    """Return how many times each layer is rounded alone, about."""
+    return len(request.formats) * (request.rounded_layers + MAPS_PER_LAYER * request.rounded_maps)
+
+
+def sensitivity(
+    request: AblateRequest, corpus: str, results: Iterable[tuple[Task, Sequence[Result]]]
+) -> Sensitivity | None:
+    """Return the effect of rounded weights from the results of all tasks of an ablation; None without formats."""
+    estimates: dict[RoundedPlace, dict[str, Result]] = {}
+    losses: dict[RoundedPlace, Result] = {}
+    whole: Result | None = None
+    for task, found in results:
+        for result in found if is_of_rounding(task) else ():
+            place = parse_rounded(result.intervention.rounding or "")
+            if place is None:
+                whole = result
+            elif result.metric == LOSS:
+                losses[place] = result
+                estimates.setdefault(place, {})
+            else:
+                estimates.setdefault(place, {})[result.metric] = result
+    if not request.formats:
+        return None
+    order = {name: number for number, name in enumerate(request.formats)}
+    places = []
+    for place in sorted(estimates, key=lambda place: (order[place.format], place.layer, place.path or "")):
+        loss = losses.get(place)
+        increase = None if loss is None or whole is None else replace(loss, samples=loss.samples - whole.samples)
+        places.append(PlaceSensitivity(place=place, estimates=estimates[place], loss=loss, increase=increase))
+    agreement = {name: _reliability(places, name) for name in request.formats}
+    return Sensitivity(model=str(request.model), corpus=corpus, places=places, reliability=agreement)
+
+
+def _reliability(places: Sequence[PlaceSensitivity], name: str) -> float:
+    increases = [
+        measured.increase.samples
+        for measured in places
+        if measured.increase is not None and measured.place.format == name and measured.place.path is None
+    ]
+    return reliability(np.stack(increases, axis=1)) if increases else float("nan")

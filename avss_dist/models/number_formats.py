@@ -1,0 +1,224 @@
+"""Number formats that the weights of linear maps are rounded to: a registry, with the numerics of the defining library.
+
+A weight is a matrix [outputs, inputs]. Numbers share a scale within a group of neighbouring inputs of one output, or
+within all inputs of one output. ``int*``, ``fp8``, ``mxfp4`` and ``nvfp4`` are rounded by compressed-tensors, with
+scales from the extremes of each group. The types of llama.cpp are rounded by ``gguf``: those that this library can
+quantize.
+
+The libraries are imported when something is rounded, so that the command line lists the formats without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from avss_dist.core.errors import ConfigError, require_known
+
+if TYPE_CHECKING:
+    import torch
+
+SCALE_BITS = 16  # of a scale that is stored in the dtype of the checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberFormat:
+    """A number format of weights.
+
+    Attributes:
+        name: name in options and tables.
+        summary: description in a few words.
+        element_bits: bits of a number.
+        group: number of neighbouring inputs that share a scale; None for all inputs of an output.
+        scale_bits: bits that each group has beside its numbers.
+        tensor_bits: bits that each weight has beside its groups.
+    """
+
+    name: str
+    summary: str
+    element_bits: float
+    group: int | None
+    scale_bits: int
+    tensor_bits: int = 0
+
+    package = ""
+    """Distribution that has to be installed."""
+    extra = ""
+    """Optional dependencies of avss_dist that install it; empty if it is always installed."""
+    _module = ""
+
+    def bits(self, outputs: int, inputs: int) -> float:
+        """Return the bits per weight of a map, with all scales."""
+        return self.element_bits + self.scale_bits / (self.group or inputs) + self.tensor_bits / (outputs * inputs)
+
+    def obstacle(self, outputs: int, inputs: int) -> str | None:
+        """Return why the format cannot take a weight of this shape; None if it can."""
+        if self.group and inputs % self.group:
+            return f"{inputs} inputs are not a multiple of {self.group}, which share a scale"
+        return None
+
+    def round(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight after rounding, in float32: the nearest numbers of the format, times their scales.
+
+        Args:
+            weight: [outputs, inputs], of a shape without `obstacle`.
+        """
+        self.require_package()
+        return self._round(weight.detach().float().contiguous())
+
+    def _round(self, weight: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def require_package(self) -> None:
+        """Refuse a format whose library is not installed.
+
+        Raises:
+            ConfigError: the hint is the command that installs it.
+        """
+        if find_spec(self._module) is None:
+            raise ConfigError(
+                f"The number format {self.name} needs {self.package}, which is not installed.",
+                f"pip install 'avss_dist[{self.extra}]'" if self.extra else f"pip install {self.package}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedTensorsFormat(NumberFormat):
+    """A format that compressed-tensors rounds to, symmetric about zero.
+
+    Attributes:
+        options: fields of ``QuantizationArgs``; dtypes by their names in torch.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    package = "compressed-tensors"
+    extra = "quantization"
+    _module = "compressed_tensors"
+
+    def _round(self, weight: torch.Tensor) -> torch.Tensor:
+        import torch
+        from compressed_tensors.quantization import QuantizationArgs
+        from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+        from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+        dtypes = {name: getattr(torch, value) for name, value in self.options.items() if name.endswith("_dtype")}
+        strategy = "channel" if self.group is None else "tensor_group" if self.tensor_bits else "group"
+        args = QuantizationArgs(strategy=strategy, group_size=self.group, **{**self.options, **dtypes})
+        groups = weight if self.group is None else weight.unflatten(-1, (-1, self.group))
+        lowest, highest = torch.aminmax(groups, dim=-1, keepdim=self.group is None)
+        whole = generate_gparam(*torch.aminmax(weight)) if self.tensor_bits else None
+        scale, zero_point = calculate_qparams(lowest, highest, args, global_scale=whole)
+        rounded: torch.Tensor = fake_quantize(weight, scale, zero_point, args, global_scale=whole)
+        return rounded
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufFormat(NumberFormat):
+    """A type of llama.cpp that ``gguf`` rounds to, on the CPU.
+
+    Attributes:
+        type: name of the type in ``gguf.GGMLQuantizationType``.
+    """
+
+    type: str
+
+    package = "gguf"
+    _module = "gguf"
+
+    def _round(self, weight: torch.Tensor) -> torch.Tensor:
+        import torch
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize, quantize
+
+        kind = GGMLQuantizationType[self.type]
+        stored = quantize(weight.cpu().numpy(), kind)
+        return torch.from_numpy(dequantize(stored, kind)).to(weight.device)
+
+
+def _integers(bits: int, group: int | None) -> CompressedTensorsFormat:
+    shared = "output channel" if group is None else f"group of {group} inputs"
+    return CompressedTensorsFormat(
+        name=f"int{bits}" if group is None else f"int{bits}-g{group}",
+        summary=f"integers of {bits} bits, a scale for each {shared}",
+        element_bits=bits,
+        group=group,
+        scale_bits=SCALE_BITS,
+        options={"num_bits": bits, "type": "int"},
+    )
+
+
+def _gguf(kind: str, bits: float, group: int, scale_bits: int, summary: str, name: str = "") -> GgufFormat:
+    return GgufFormat(
+        name=name or kind.lower(),
+        summary=f"{kind} of llama.cpp: {summary}",
+        element_bits=bits,
+        group=group,
+        scale_bits=scale_bits,
+        type=kind,
+    )
+
+
+_FORMATS = (
+    *(_integers(8, group) for group in (None, 128)),
+    *(_integers(4, group) for group in (None, 128, 64, 32)),
+    *(_integers(bits, 64) for bits in (3, 2)),
+    CompressedTensorsFormat(
+        name="fp8",
+        summary="FP8 E4M3, a scale for each output channel",
+        element_bits=8,
+        group=None,
+        scale_bits=SCALE_BITS,
+        options={"num_bits": 8, "type": "float"},
+    ),
+    CompressedTensorsFormat(
+        name="mxfp4",
+        summary="FP4 E2M1, a power of two (E8M0) for each group of 32 inputs",
+        element_bits=4,
+        group=32,
+        scale_bits=8,
+        options={"num_bits": 4, "type": "float", "scale_dtype": "uint8", "zp_dtype": "uint8"},
+    ),
+    CompressedTensorsFormat(
+        name="nvfp4",
+        summary="FP4 E2M1, a scale in FP8 for each group of 16 inputs and one for each map",
+        element_bits=4,
+        group=16,
+        scale_bits=8,
+        tensor_bits=32,
+        options={
+            "num_bits": 4,
+            "type": "float",
+            "scale_dtype": "float8_e4m3fn",
+            "zp_dtype": "float8_e4m3fn",
+        },
+    ),
+    _gguf("BF16", 16, 1, 0, "bfloat16"),
+    _gguf("Q8_0", 8, 32, 16, "integers of 8 bits, a scale for each 32"),
+    _gguf("Q5_1", 5, 32, 32, "integers of 5 bits, a scale and a minimum for each 32"),
+    _gguf("Q5_0", 5, 32, 16, "integers of 5 bits, a scale for each 32"),
+    _gguf("Q4_1", 4, 32, 32, "integers of 4 bits, a scale and a minimum for each 32"),
+    _gguf("Q4_0", 4, 32, 16, "integers of 4 bits, a scale for each 32"),
+    _gguf("MXFP4", 4, 32, 8, "FP4 E2M1, a power of two for each 32, rounded down", "gguf-mxfp4"),
+    _gguf("TQ2_0", 2, 256, 16, "-1, 0 or 1 in 2 bits, a scale for each 256"),
+    _gguf("TQ1_0", 1.625, 256, 16, "-1, 0 or 1 in 1.6 bits, a scale for each 256"),
+)
+FORMATS: Mapping[str, NumberFormat] = {known.name: known for known in _FORMATS}
+"""Number formats by name."""
+
+
+def number_format(name: str) -> NumberFormat:
+    """Return the number format of a name, upper or lower case.
+
+    Raises:
+        ConfigError: there is no such format. The hint names the nearest one.
+    """
+    return FORMATS[require_known("number format", name.lower(), FORMATS)]
+
+
+def fitting(shapes: Iterable[tuple[int, int]]) -> list[str]:
+    """Return the names of the formats that can take weights of all shapes (outputs, inputs)."""
+    every = set(shapes)
+    return [name for name, known in FORMATS.items() if not any(known.obstacle(*shape) for shape in every)]

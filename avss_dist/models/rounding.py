@@ -1,0 +1,177 @@
+"""Rounded weights in an open model: those of linear maps are replaced by the nearest numbers of a number format.
+
+Whole weights in memory are rounded once, and replaced in place. Weights that are in memory only while their layer runs
+(offloaded ones, and those of ranks that gather a layer) are rounded whenever their map runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from avss_dist.core.errors import ModelError, nearest
+from avss_dist.core.intervention import Rounding
+from avss_dist.models.layers import Layer, Projection
+from avss_dist.models.number_formats import NumberFormat, fitting, number_format
+from avss_dist.models.patching import replaced_parameters
+from avss_dist.models.sparsifying import weight_of
+
+GROUP, MOST_DISTINCT = 32, 16  # neighbours that are looked at together, and values of 4 bits
+SAMPLED = 8  # rows of a weight that are looked at
+
+
+def rounded_weight(module: nn.Module, known: NumberFormat) -> torch.Tensor:
+    """Return the weight of a linear map after rounding, [outputs, inputs], in the weight's dtype.
+
+    Raises:
+        ModelError: the weight is quantized, or has a shape that the format cannot take.
+    """
+    weight = weight_of(module)
+    if obstacle := known.obstacle(*weight.shape):
+        raise ModelError(f"{known.name} cannot round a {type(module).__name__}: its {obstacle}.")
+    return known.round(weight).to(weight.dtype)
+
+
+def rounded_maps(layers: Sequence[Layer], rounding: Rounding) -> dict[Projection, NumberFormat]:
+    """Return the linear maps that a rounding names, each with its format.
+
+    Args:
+        layers: all layers of the model.
+
+    Raises:
+        ModelError: the model lacks a layer or a map, a layer is used more than once, or a format cannot take a map.
+    """
+    formats: dict[Projection, NumberFormat] = {}
+    for index in sorted(rounding.layers):
+        if index >= len(layers):
+            raise ModelError(f"There is no layer {index}: the model has {len(layers)}, from 0.")
+        maps = {projection.path: projection for projection in layers[index].projections}
+        for place in rounding.places:
+            if place.layer == index and place.path is not None and place.path not in maps:
+                raise ModelError(f"Layer {index} has no linear map '{place.path}'.", nearest(place.path, maps))
+        require_alone(layers, layers[index])
+        names = rounding.formats(index, maps)
+        formats |= {maps[path]: number_format(name) for path, name in names.items()}
+        for path in names:
+            require_fit(layers, layers[index], maps[path], formats[maps[path]])
+    return formats
+
+
+def require_alone(layers: Sequence[Layer], layer: Layer) -> None:
+    """Refuse a layer that is used more than once in a pass, because its weights are also those of other layers.
+
+    Raises:
+        ModelError: it is used more than once.
+    """
+    if [other.module for other in layers].count(layer.module) > 1:
+        raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be rounded alone.")
+
+
+def require_fit(layers: Sequence[Layer], layer: Layer, projection: Projection, known: NumberFormat) -> None:
+    """Refuse a format that cannot take a linear map.
+
+    Args:
+        layers: all layers of the model.
+
+    Raises:
+        ModelError: the map has another shape. The hint names formats that can take all maps of the model.
+    """
+    if obstacle := known.obstacle(projection.outputs, projection.inputs):
+        able = fitting((p.outputs, p.inputs) for other in layers for p in other.projections)
+        raise ModelError(
+            f"The number format {known.name} cannot take '{projection.path}' of layer {layer.index}: its {obstacle}.",
+            f"Formats that can take every linear map of this model: {', '.join(able)}.",
+        )
+
+
+def rounded_before(layers: Sequence[Layer]) -> str | None:
+    """Return a note that weights of linear maps were rounded before, or None if nothing suggests it.
+
+    Weights of training differ among neighbours, even in bfloat16. Those that were unpacked from a format of 4 bits have
+    at most 16 different values in a group. Some rows of every weight that is in memory are looked at.
+    """
+    maps = [projection for layer in layers for projection in layer.projections]
+    coarse = sum(_distinct(projection) <= MOST_DISTINCT for projection in maps)
+    if not coarse:
+        return None
+    return (
+        f"{coarse} of {len(maps)} linear maps have at most {MOST_DISTINCT} different values among {GROUP} neighbouring "
+        "weights: they were rounded before, and rounding them again says little of the original"
+    )
+
+
+def _distinct(projection: Projection) -> int:
+    """Return the largest number of different values in a group of neighbours; `GROUP` if the weight is not here."""
+    weight = _weight(projection.module)
+    if weight.is_meta or hasattr(weight, "to_local") or weight.numel() != projection.outputs * projection.inputs:
+        return GROUP
+    sampled = weight_of(projection.module)[:SAMPLED].reshape(-1)
+    groups = sampled[: len(sampled) // GROUP * GROUP].reshape(-1, GROUP).sort(dim=1).values
+    return 1 + int((groups.diff(dim=1) != 0).sum(dim=1).max()) if len(groups) else GROUP
+
+
+@contextmanager
+def rounded(layers: Sequence[Layer], rounding: Rounding) -> Iterator[None]:
+    """Have layers compute with rounded weights inside the context, and restore the weights exactly.
+
+    Raises:
+        ModelError: see `rounded_maps`.
+    """
+    with rounding_weights({projection.module: known for projection, known in rounded_maps(layers, rounding).items()}):
+        yield
+
+
+@contextmanager
+def rounding_weights(maps: Mapping[nn.Module, NumberFormat]) -> Iterator[None]:
+    """Have linear maps compute with rounded weights inside the context, in memory or offloaded."""
+    absent = {module: known for module, known in maps.items() if _weight(module).is_meta}
+    with rounded_in_place({m: maps[m] for m in maps if m not in absent}), rounded_when_called(absent):
+        yield
+
+
+@contextmanager
+def rounded_in_place(maps: Mapping[nn.Module, NumberFormat]) -> Iterator[None]:
+    """Replace the weights of linear maps, which are in memory, by rounded ones inside the context."""
+    with replaced_parameters({_weight(module): stored_weight(module, known) for module, known in maps.items()}):
+        yield
+
+
+@contextmanager
+def rounded_when_called(maps: Mapping[nn.Module, NumberFormat]) -> Iterator[None]:
+    """Round the weights of linear maps inside the context whenever these run, while their weights are in memory."""
+
+    def call(module: nn.Module, forward: Callable[..., Any], known: NumberFormat, *args: Any, **kwargs: Any) -> Any:
+        with rounded_in_place({module: known}):
+            return forward(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for module, known in maps.items():
+            name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # Accelerate's loads the weight first
+            original, forward = vars(module).get(name), getattr(module, name)
+            setattr(module, name, partial(call, module, forward, known))
+            stack.callback(_restore, module, name, original)
+        yield
+
+
+def _restore(module: nn.Module, name: str, original: Any) -> None:
+    if original is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, original)
+
+
+def stored_weight(module: nn.Module, known: NumberFormat) -> torch.Tensor:
+    """Return the weight of a linear map after rounding, with the axes of its parameter."""
+    weight = rounded_weight(module, known)
+    return weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight

@@ -1,0 +1,147 @@
+"""Precision plans from a warehouse: formats by the losses that were predicted for rounded weights."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.intervention import RoundedPlace
+from avss_dist.core.text import describe_bytes
+from avss_dist.precision.allocate import Choice, Float64, in_order, least_damage, same_format
+from avss_dist.precision.plan import MapPrecision, PrecisionPlan
+from avss_dist.pruning.ground_truth import MapRounding, map_roundings
+from avss_dist.pruning.savings import run_size
+from avss_dist.pruning.selection import PlanError
+from avss_dist.requests import PrecisionRequest
+from avss_dist.warehouse.reader import Warehouse
+
+_Map = tuple[int, str]  # layer, and path below it
+
+
+def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str, Any]) -> PrecisionPlan:
+    """Choose the number format of each linear map of a run's model.
+
+    Args:
+        run: a row of ``runs``.
+
+    Raises:
+        QueryError: the effect of a format was not predicted. The hint is the command that does.
+        PlanError: the budget is below the smallest formats.
+    """
+    measured = _measured(store, run, request.formats)
+    formats = [name for name in measured.formats if name in (request.formats or measured.formats)]
+    maps = sorted({(place.layer, place.path or "") for place in measured.weights})
+    damage, bits = (_matrix(values, maps, formats) for values in (measured.damage, measured.bits))
+    weights = np.array([measured.weights[_place(one, formats[0])] for one in maps], np.float64)
+    bits *= weights[:, None]
+    budget = _budget(request, run, weights, bits)
+    chosen = _choose(request, maps, damage, bits, budget)
+    rounded = [
+        MapPrecision(
+            layer=layer,
+            map=path,
+            format=formats[index],
+            weights=int(weights[number]),
+            bits=float(bits[number, index] / weights[number]),
+        )
+        for number, ((layer, path), index) in enumerate(zip(maps, chosen.tolist(), strict=True))
+    ]
+    predicted = float(damage[np.arange(len(maps)), chosen].sum())
+    why: dict[str, Any] = {"by": request.by, "formats": ", ".join(formats), "predicted_nats": round(predicted, 6)}
+    why |= {"bits": request.bits} if request.bits else {"memory": describe_bytes(request.memory or 0)}
+    if request.by == "random":
+        why["seed"] = request.seed
+    return PrecisionPlan(
+        model=run["model"],
+        revision=run["revision"],
+        num_layers=run["num_layers"],
+        bits=float(bits[np.arange(len(maps)), chosen].sum() / weights.sum()),
+        why=why,
+        run_id=run["run_id"],
+        evaluation=measured.run_id,
+        rounded=tuple(rounded),
+    )
+
+
+def _measured(store: Warehouse, run: Mapping[str, Any], formats: Sequence[str]) -> MapRounding:
+    """Return the newest prediction that has all formats.
+
+    Raises:
+        QueryError: there is none.
+    """
+    known: set[str] = set()
+    for measured in map_roundings(store, run):
+        if set(formats) <= {*measured.formats}:
+            return measured
+        known |= {*measured.formats}
+    wanted = formats or ("int4-g64", "int8")
+    options = [word for name in wanted for word in ("--quantize", name)]
+    command = ["avss", "ablate", run["model"], "--corpus", str(run["corpus"]), *options, "-w", str(store.root)]
+    what = f"one prediction of {', '.join(wanted)}" if known else "a prediction of rounded weights"
+    raise QueryError(
+        f"{store.root} lacks {what} for the linear maps of {run['model']}.",
+        f"Do: {shlex.join(map(str, command))}",
+    )
+
+
+def _place(one: _Map, name: str) -> RoundedPlace:
+    return RoundedPlace(layer=one[0], path=one[1], format=name)
+
+
+def _matrix(values: Mapping[RoundedPlace, float], maps: Sequence[_Map], formats: Sequence[str]) -> Float64:
+    """Return values as float64[maps, formats]."""
+    return np.array([[values[_place(one, name)] for name in formats] for one in maps], np.float64)
+
+
+def _budget(request: PrecisionRequest, run: Mapping[str, Any], weights: Float64, bits: Float64) -> float:
+    """Return the bits that all linear maps may have together.
+
+    Raises:
+        PlanError: they are fewer than those of the smallest formats.
+    """
+    least = float(bits.min(axis=1).sum())
+    if request.bits is not None:
+        budget = request.bits * weights.sum()
+        if budget < least * (1 - 1e-9):
+            raise PlanError(
+                f"`bits` {request.bits:g} is below the {least / weights.sum():.4g} bits per weight of the smallest "
+                "formats.",
+                "Raise `bits`, or predict a smaller format with avss ablate --quantize.",
+            )
+        return float(budget)
+    assert request.memory is not None
+    size = run_size(run)
+    others = size.weight_bytes - weights.sum() * size.element_bytes
+    if request.memory * 8 < others * 8 + least:
+        raise PlanError(
+            f"`memory` {describe_bytes(request.memory)} is below the {describe_bytes(others + least / 8)} of the model "
+            f"with the smallest formats: its other weights take {describe_bytes(others)} in {size.dtype}.",
+            "Raise `memory`, or predict a smaller format with avss ablate --quantize.",
+        )
+    return float((request.memory - others) * 8)
+
+
+def _choose(request: PrecisionRequest, maps: Sequence[_Map], damage: Float64, bits: Float64, budget: float) -> Choice:
+    """Return the format of each map by the method of a request.
+
+    Raises:
+        ConfigError: no single format is within the budget of ``uniform``.
+    """
+    if request.by == "predicted":
+        return least_damage(damage, bits, budget)
+    if request.by == "uniform":
+        if bits.sum(axis=0).min() > budget * (1 + 1e-9):
+            raise ConfigError("No single format is within the budget.", "Raise it, or use `by` predicted.")
+        return same_format(bits, budget)
+    last = max(layer for layer, _ in maps)
+    sizes = bits.max(axis=1)
+    orders = {
+        "random": lambda: np.random.default_rng(request.seed).permutation(len(maps)).tolist(),
+        "ends": lambda: sorted(range(len(maps)), key=lambda i: (min(maps[i][0], last - maps[i][0]), i)),
+        "largest": lambda: sorted(range(len(maps)), key=lambda i: (sizes[i], i)),
+    }
+    return in_order(orders[request.by](), damage, bits, budget)

@@ -1,0 +1,252 @@
+"""Number formats, bit for bit: against the storage of the library that defines each, and formulas in plain numpy."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from avss_dist.core.errors import ConfigError
+from avss_dist.models.number_formats import (
+    FORMATS,
+    CompressedTensorsFormat,
+    GgufFormat,
+    NumberFormat,
+    fitting,
+    number_format,
+)
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+COMPRESSED = [known for known in FORMATS.values() if isinstance(known, CompressedTensorsFormat)]
+GGUF = [known for known in FORMATS.values() if isinstance(known, GgufFormat)]
+
+
+@pytest.fixture(scope="module")
+def weight() -> torch.Tensor:
+    """Numbers of many sizes, with a group of zeros and a row of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 512, generator=generator) * torch.randn(24, 1, generator=generator).exp()
+    weight[3, :256] = 0
+    weight[5] = 0
+    return weight
+
+
+@pytest.mark.parametrize("known", FORMATS.values(), ids=FORMATS)
+def test_rounded_weights_are_float32_of_the_same_shape_and_their_own_rounding(
+    known: NumberFormat, weight: torch.Tensor
+) -> None:
+    before = weight.clone()
+    rounded = known.round(weight.bfloat16())
+    assert torch.equal(weight, before)
+    assert (rounded.dtype, rounded.shape) == (torch.float32, weight.shape)
+    assert not rounded[5].any() and not rounded[3, :256].any()
+    error = (rounded - weight).norm() / weight.norm()
+    assert error < (1 if known.element_bits < 3 else 0.3 if known.element_bits < 4 else 0.2)
+    assert error > 1e-5
+
+
+def stored_by_compressed_tensors(known: CompressedTensorsFormat, weight: torch.Tensor) -> torch.Tensor:
+    """The weight as the library's own compressor packs it, and as its numbers and scales unpack, in float32."""
+    dtypes = {name: getattr(torch, value) for name, value in known.options.items() if name.endswith("_dtype")}
+    strategy = "channel" if known.group is None else "tensor_group" if known.tensor_bits else "group"
+    args = QuantizationArgs(strategy=strategy, group_size=known.group, **{**known.options, **dtypes})
+    rows = weight if known.group is None else weight.reshape(len(weight), -1, known.group)
+    whole = generate_gparam(weight.min(), weight.max()) if known.tensor_bits else None
+    scale, zero_point = calculate_qparams(
+        rows.amin(-1, keepdim=known.group is None), rows.amax(-1, keepdim=known.group is None), args, whole
+    )
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}
+    state |= {} if whole is None else {"weight_global_scale": whole}
+    kind = known.name.split("-")[0]
+    packer = {"int4": "pack-quantized", "mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
+    name = packer.get(kind, {"int8": "int-quantized", "fp8": "float-quantized"}.get(kind, ""))
+    packed = BaseCompressor.get_value_from_registry(name).compress(
+        state, QuantizationScheme(targets=["Linear"], weights=args)
+    )
+    if kind == "int4":
+        codes = unpack_from_int32(packed["weight_packed"], 4, weight.shape).float()
+    elif kind in ("mxfp4", "nvfp4"):
+        codes = unpack_fp4_from_uint8(packed["weight_packed"], *weight.shape).float()
+    else:
+        assert packed["weight"].element_size() == 1
+        codes = packed["weight"].float()
+    stored = packed["weight_scale"]
+    scales = torch.exp2(stored.float() - 127) if kind == "mxfp4" else stored.float()
+    scales = scales if whole is None else scales / whole
+    groups = codes.reshape(*scales.shape, -1) if known.group else codes
+    return (groups * (scales[..., None] if known.group else scales)).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("known", [f for f in COMPRESSED if f.element_bits >= 4], ids=lambda known: known.name)
+def test_numbers_are_those_of_the_packed_storage_of_compressed_tensors(
+    known: CompressedTensorsFormat, weight: torch.Tensor
+) -> None:
+    """It has no storage for integers of fewer bits."""
+    assert torch.equal(known.round(weight), stored_by_compressed_tensors(known, weight))
+
+
+@pytest.mark.parametrize("known", GGUF, ids=lambda known: known.name)
+def test_numbers_and_bits_are_those_of_the_storage_of_gguf(known: GgufFormat, weight: torch.Tensor) -> None:
+    kind = GGMLQuantizationType[known.type]
+    stored = quantize(weight.numpy(), kind)
+    assert np.array_equal(known.round(weight).numpy(), dequantize(stored, kind))
+    block, size = GGML_QUANT_SIZES[kind]
+    assert known.group == block
+    assert known.bits(24, 512) == 8 * size / block == 8 * stored.nbytes / weight.numel()
+
+
+# In plain numpy
+
+
+def integers(rows: Array, bits: int) -> Array:
+    """Symmetric: the scale puts the largest size at the end of the range."""
+    scale = np.abs(rows).max(-1, keepdims=True) / np.float32((2**bits - 1) / 2)
+    safe = np.where(scale == 0, np.float32(1), scale)
+    return np.clip(np.round(rows / safe), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.float32) * scale
+
+
+def nearest_of(grid: Array, x: Array) -> Array:
+    """The nearest number of a grid with its negatives; of two that are equally near, the one of even index."""
+    size = np.abs(x)[..., None]
+    distance = np.abs(size - grid)
+    best = distance.argmin(-1)
+    after = np.minimum(best + 1, len(grid) - 1)
+    tied = np.take_along_axis(distance, after[..., None], -1)[..., 0] == distance.min(-1)
+    return np.copysign(grid[np.where(tied & (best % 2 == 1), after, best)], x)
+
+
+def fp8(rows: Array) -> Array:
+    scale = np.abs(rows).max(-1, keepdims=True) / np.float32(448)
+    x = np.clip(rows / np.where(scale == 0, np.float32(1), scale), -448, 448)
+    exponent = np.clip(np.floor(np.log2(np.where(x == 0, 1, np.abs(x)))), -6, 8)
+    step = np.exp2(exponent - 3)
+    return (np.round(x / step) * step).astype(np.float32) * scale
+
+
+def mxfp4(rows: Array) -> Array:
+    largest = np.abs(rows).max(-1, keepdims=True).astype(np.float64)
+    mantissa, exponent = np.frexp(largest)  # mantissa 0.5 to 1: from 0.875 on, 7 / 4 rounds to the next power of two
+    power = np.where(mantissa >= 0.875, exponent, exponent - 1) - 2
+    scale = np.exp2(power).astype(np.float32)
+    return nearest_of(FP4, np.clip(rows / scale, -6, 6)) * scale
+
+
+def nvfp4(rows: Array, whole: np.float32) -> Array:
+    fp8_scale = torch.from_numpy(whole * (np.abs(rows).max(-1, keepdims=True) / np.float32(6)))
+    stored = fp8_scale.clamp(-448, 448).to(torch.float8_e4m3fn).float().numpy()
+    scale = np.where(stored == 0, np.float32(0.125), stored) / whole
+    return nearest_of(FP4, np.clip(rows / scale, -6, 6)) * scale
+
+
+def q4_0(rows: Array) -> Array:
+    """The number of the largest size becomes -8 times the scale."""
+    extreme = np.take_along_axis(rows, np.abs(rows).argmax(-1, keepdims=True), -1)
+    d = extreme / -8
+    inverse = np.divide(1, d, where=d != 0, out=np.zeros_like(d))
+    codes = np.clip(np.trunc(rows * inverse + np.float32(8.5)), 0, 15) - 8
+    return codes * d.astype(np.float16).astype(np.float32)
+
+
+def q4_1(rows: Array) -> Array:
+    least = rows.min(-1, keepdims=True)
+    d = (rows.max(-1, keepdims=True) - least) / 15
+    inverse = np.divide(1, d, where=d != 0, out=np.zeros_like(d))
+    codes = np.clip(np.trunc((rows - least) * inverse + np.float32(0.5)), 0, 15)
+    return codes * d.astype(np.float16).astype(np.float32) + least.astype(np.float16).astype(np.float32)
+
+
+def q8_0(rows: Array) -> Array:
+    d = np.abs(rows).max(-1, keepdims=True) / 127
+    inverse = np.divide(1, d, where=d != 0, out=np.zeros_like(d))
+    x = rows * inverse
+    codes = np.copysign(np.floor(np.abs(x) + np.float32(0.5)), x)
+    return codes * d.astype(np.float16).astype(np.float32)
+
+
+def tq2_0(rows: Array) -> Array:
+    d = np.abs(rows).max(-1, keepdims=True)
+    x = np.divide(rows, d, where=d != 0, out=np.zeros_like(rows))
+    return np.sign(x) * (np.abs(x) >= 0.5) * d.astype(np.float16).astype(np.float32)
+
+
+def bf16(rows: Array) -> Array:
+    return torch.from_numpy(rows).bfloat16().float().numpy()
+
+
+FORMULAS: dict[str, Callable[[Array], Array]] = {
+    **{name: lambda rows: integers(rows, 8) for name in ("int8", "int8-g128")},
+    **{name: lambda rows: integers(rows, 4) for name in ("int4", "int4-g128", "int4-g64", "int4-g32")},
+    "fp8": fp8,
+    "mxfp4": mxfp4,
+    "q4_0": q4_0,
+    "q4_1": q4_1,
+    "q8_0": q8_0,
+    "tq2_0": tq2_0,
+    "tq1_0": tq2_0,
+    "bf16": bf16,
+}
+
+
+@pytest.mark.parametrize("name", [*FORMULAS, "nvfp4"])
+def test_numbers_are_those_of_the_formula(name: str, weight: torch.Tensor) -> None:
+    known, values = FORMATS[name], weight.numpy()
+    rows = values.reshape(len(values), -1, known.group or values.shape[1])
+    with np.errstate(divide="ignore"):
+        whole = np.float32(448 * 6) / np.abs(values).max()
+        expected = nvfp4(rows, whole) if name == "nvfp4" else FORMULAS[name](rows)
+    assert np.array_equal(known.round(weight).numpy(), expected.reshape(values.shape))
+
+
+def test_scales_count_as_bits() -> None:
+    bits = {name: known.bits(1000, 512) for name, known in FORMATS.items()}
+    assert bits["int4-g128"] == 4 + 16 / 128
+    assert bits["int8"] == bits["fp8"] == 8 + 16 / 512
+    assert (bits["mxfp4"], bits["nvfp4"]) == (4.25, 4.5 + 32 / 512_000)
+    assert (bits["q4_0"], bits["q5_1"], bits["tq1_0"]) == (4.5, 6, 1.6875)
+
+
+def test_the_page_lists_every_format() -> None:
+    page = files("avss_dist").joinpath("docs/reference/number-formats.md").read_text(encoding="utf-8")
+    cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    listed = {name.strip("| `"): (bits, group) for name, bits, group, _ in cells}
+    for name, known in FORMATS.items():
+        scales = " + 16 / inputs" if known.group is None else ""
+        bits = known.element_bits + (known.scale_bits / known.group if known.group else 0)
+        assert listed.pop(name) == (f"{bits:g}{scales}", str(known.group or "all"))
+    assert not listed
+
+
+def test_shapes_are_refused_with_the_reason() -> None:
+    assert FORMATS["int4-g128"].obstacle(64, 576) == "576 inputs are not a multiple of 128, which share a scale"
+    assert FORMATS["int4"].obstacle(64, 577) is None
+    able = fitting([(64, 576), (576, 1536)])
+    assert "int4-g64" in able and "q4_0" in able
+    assert not {"int4-g128", "tq2_0"} & {*able}
+
+
+def test_an_unknown_format_is_refused_with_the_nearest() -> None:
+    assert number_format("Q4_0") is FORMATS["q4_0"]
+    with pytest.raises(ConfigError, match="Unknown number format 'q4_k'") as caught:
+        number_format("q4_k")
+    assert "Did you mean 'q4_" in str(caught.value.hint)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("avss_dist.models.number_formats.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match="nvfp4 needs compressed-tensors, which is not installed") as caught:
+        FORMATS["nvfp4"].round(torch.zeros(16, 16))
+    assert caught.value.hint == "pip install 'avss_dist[quantization]'"
+    assert importlib.util.find_spec("compressed_tensors") is not None

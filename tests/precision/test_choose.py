@@ -1,0 +1,148 @@
+"""Precision plans by predicted losses: budgets, controls, evaluation in place, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.command_line import avss
+from transformers import AutoModelForCausalLM
+
+import avss_dist
+from avss_dist.core.errors import AvssError, QueryError
+from avss_dist.models.number_formats import FORMATS
+from avss_dist.precision.plan import PrecisionPlan, read_precision_plan
+from avss_dist.pruning.selection import PlanError
+
+READ = {"max_sequences": 8, "sequence_length": 32, "executor": "local"}
+PAIR = ("int4-g32", "int8")
+
+
+def chosen(folder: Path, **options: Any) -> PrecisionPlan:
+    return avss_dist.quantize(warehouse=folder, **{"bits": 5.0, "quantize": PAIR, **options})
+
+
+def predicted_nats(plan: PrecisionPlan) -> float:
+    return float(str(plan.why["predicted_nats"]))
+
+
+@pytest.mark.parametrize("by", ["predicted", "random", "ends", "largest", "uniform"])
+def test_every_method_keeps_the_budget_and_none_predicts_less(by: str, predicted: Path) -> None:
+    plan, best = chosen(predicted, by=by), chosen(predicted)
+    assert len(plan.rounded) == 21 and plan.weights == 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert plan.bits <= 5.0 and plan.bits == pytest.approx(plan.size / plan.weights)
+    assert predicted_nats(plan) >= predicted_nats(best)
+    assert {entry.format for entry in plan.rounded} == ({"int4-g32"} if by == "uniform" else {*PAIR})
+    for entry in plan.rounded:
+        assert entry.bits == FORMATS[entry.format].bits(1, 64 if entry.map != "mlp.down_proj" else 128)
+
+
+def test_controls_spare_what_they_say(predicted: Path) -> None:
+    def spared(by: str, **options: Any) -> list[tuple[int, str]]:
+        plan = chosen(predicted, by=by, **options)
+        return [(entry.layer, entry.map) for entry in plan.rounded if entry.format == "int8"]
+
+    assert {layer for layer, _ in spared("ends")} <= {0, 2}
+    assert {name for _, name in spared("largest")} <= {"self_attn.k_proj", "self_attn.v_proj"}
+    assert spared("random", seed=1) == spared("random", seed=1) != spared("random", seed=2)
+
+
+def test_memory_is_that_of_the_whole_model(predicted: Path, wide: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(wide)
+    others = sum(p.numel() for p in whole.parameters()) - chosen(predicted).weights
+    plan = chosen(predicted, bits=None, memory=4 * others + 70_000)
+    assert plan.size / 8 <= 70_000 < plan.size / 8 + 8 * 128 * 64
+    assert plan.why["memory"] == "236 kB"
+
+
+def test_a_plan_is_read_as_it_was_written(predicted: Path, tmp_path: Path) -> None:
+    plan = chosen(predicted, quantize=())
+    plan.write(tmp_path / "bits.yaml")
+    again = read_precision_plan(tmp_path / "bits.yaml")
+    assert again.rounded == plan.rounded and again.evaluation == plan.evaluation
+    assert again.intervention.key == plan.intervention.key
+    assert again.why["formats"] == "int4-g32, q4_0, int8, bf16"
+
+
+def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, tmp_path: Path) -> None:
+    """In place, beside a control: as plain transformers with the weights of the plan."""
+    for by in ("predicted", "uniform"):
+        chosen(predicted, by=by).write(tmp_path / f"{by}.yaml")
+    plans = [tmp_path / "predicted.yaml", tmp_path / "uniform.yaml"]
+    task = "perplexity:builtin:pydoc"
+    found = avss_dist.evaluate(plans, tasks=[task], warehouse=predicted, skip_sequences=30, dtype="float32", **READ)
+    losses = {one.subject.label: one.result.value for one in found if one.result.metric == "loss"}
+    assert any("4.986 bits per weight of 21 linear maps" in finding for finding in found.findings)
+    model = AutoModelForCausalLM.from_pretrained(wide)
+    with torch.no_grad():
+        for entry in read_precision_plan(plans[0]).rounded:
+            weight = model.model.layers[entry.layer].get_submodule(entry.map).weight
+            weight.copy_(FORMATS[entry.format].round(weight))
+    model.save_pretrained(tmp_path / "rounded")
+    for file in wide.glob("token*"):
+        (tmp_path / "rounded" / file.name).write_bytes(file.read_bytes())
+    (whole,) = (
+        one.result.value
+        for one in avss_dist.evaluate(
+            [tmp_path / "rounded"], tasks=[task], warehouse=tmp_path / "w", skip_sequences=30, dtype="float32", **READ
+        )
+        if one.result.metric == "loss"
+    )
+    assert losses[str(plans[0])] == pytest.approx(whole, rel=1e-6)
+    assert losses[str(plans[0])] != losses[str(plans[1])]
+
+
+def test_the_text_of_the_prediction_is_not_held_out(predicted: Path, tmp_path: Path) -> None:
+    chosen(predicted).write(tmp_path / "bits.yaml")
+    with pytest.raises(AvssError, match="is text that a plan was searched or predicted on"):
+        avss_dist.evaluate([tmp_path / "bits.yaml"], tasks=["perplexity:builtin:pydoc"], warehouse=predicted, **READ)
+
+
+def test_the_command_prints_the_plan(predicted: Path, tmp_path: Path) -> None:
+    done = avss("quantize", "--bits", 5, "-w", predicted, "-o", tmp_path / "bits.yaml")
+    assert done.exit_code == 0, done.stderr
+    assert "bits per weight of 21 linear maps: " in done.stdout and "avss evaluate" in done.stdout
+    done = avss("quantize", "--bits", 5, "-w", predicted, "-o", tmp_path / "bits.yaml", "--json")
+    assert len(json.loads(done.stdout)["rounded"]) == 21
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"bits": 3.0}, PlanError, "`bits` 3 is below the 4.5 bits per weight of the smallest formats"),
+        ({"bits": None, "memory": 50_000}, PlanError, "`memory` 50 kB is below the .* its other weights take"),
+        ({"quantize": ("fp8",)}, QueryError, r"(?s)lacks one prediction of fp8 .*avss ablate .* --quantize fp8"),
+        ({"quantize": ("int5",)}, AvssError, "Did you mean"),
+        ({"memory": 10**6}, AvssError, "Expected one budget: `bits` or `memory`"),
+        ({"bits": None}, AvssError, "Expected one budget: `bits` or `memory`"),
+        ({"by": "loudest"}, AvssError, "loudest"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], kind: type[Exception], message: str, predicted: Path) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        chosen(predicted, **options)
+    assert isinstance(caught.value, AvssError) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("bits: 4.986111", "bits: 7.0"), "bits is 7, and the maps of rounded have 4.98611 bits"),
+        (("layer: 2,", "layer: 9,"), "There is no layer 9"),
+        (("map: mlp.up_proj", "map: mlp.down_proj"), "names a linear map twice"),
+        (("format: int8", "format: int7"), "int8"),
+        (("num_layers: 3", "num_layers: 4"), "has 3 layers"),
+    ],
+)
+def test_a_plan_that_is_wrong_is_refused(
+    change: tuple[str, str], message: str, predicted: Path, tmp_path: Path
+) -> None:
+    chosen(predicted).write(tmp_path / "bits.yaml")
+    text = (tmp_path / "bits.yaml").read_text()
+    assert change[0] in text
+    (tmp_path / "bits.yaml").write_text(text.replace(*change))
+    done = avss("evaluate", tmp_path / "bits.yaml", "--task", "perplexity:builtin:pydoc", "-w", predicted)
+    assert done.exit_code == 2 and message in " ".join(done.stderr.split())

@@ -1,0 +1,312 @@
+"""Rounded weights: predictions against autograd, losses against replaced weights, no trace left, what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.causal_lm import opened, random_shard
+from support.checkpoints import llama, one_thread
+from support.families import tiny_model
+from torch.nn.functional import cross_entropy
+
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import NO_INTERVENTION, RoundedPlace, Rounding, parse_rounded, round_place
+from avss_dist.corpus.shards import Batch
+from avss_dist.models.causal_lm import LanguageModel, predicted
+from avss_dist.models.labels import draw_labels, uniform_numbers
+from avss_dist.models.number_formats import FORMATS
+from avss_dist.tasks import rounding
+from avss_dist.tasks.base import Row, TextLoss
+from avss_dist.tasks.damage import Damage
+from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
+
+Save = Callable[[Any, Path], Path]
+Found = dict[tuple[str, str | None], Row]
+FAMILIES = ("llama", "gemma3_text", "qwen2_moe", "gpt2", "opt", "falcon", "bloom")
+DRAWS, SEED = 3, 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_bytes() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Path:
+    """Maps of 32 and 64 inputs, which formats with groups can take."""
+    return save_checkpoint(
+        llama(intermediate_size=64, initializer_range=0.2), tmp_path_factory.mktemp("rounding") / "grouped"
+    )
+
+
+def by_place(rows: list[Row]) -> Found:
+    return {(row.metric, row.rounding): row for row in rows}
+
+
+def maps_of(model: LanguageModel) -> list[tuple[int, str, Any]]:
+    return [(layer.index, maps.path, maps.module) for layer in model.layers for maps in layer.projections]
+
+
+@pytest.fixture(scope="module", params=[0, 4], ids=["every token", "skipped tokens"])
+def seen(request: pytest.FixtureRequest, grouped: Path) -> tuple[LanguageModel, Found, list[Batch]]:
+    """Predictions for rows in batches of two, and the same rows one by one."""
+    model, shard = opened(grouped, dtype="float32"), random_shard(skip=request.param)
+    measure = RoundingDamage(shard=shard, formats=("int4", "q4_0"), draws=DRAWS, seed=SEED)
+    return model, by_place(measure(model)), list(shard.batches(1))
+
+
+def products(model: LanguageModel, batch: Batch, name: str) -> dict[tuple[int, str], torch.Tensor]:
+    """<g, (Q(W) - W) x> of every map, [1 + draws, tokens], by autograd through an added change that is zero."""
+    changes: dict[tuple[int, str], torch.Tensor] = {}
+    zeros: dict[tuple[int, str], torch.Tensor] = {}
+
+    def add(key: tuple[int, str], module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        weight = module.weight.detach()
+        changes[key] = (args[0].detach() @ (FORMATS[name].round(weight) - weight).T)[0]
+        zeros[key] = torch.zeros_like(output, requires_grad=True)
+        return output + zeros[key]
+
+    handles = [
+        module.register_forward_hook(lambda m, a, o, key=(layer, path): add(key, m, a, o))
+        for layer, path, module in maps_of(model)
+    ]
+    with torch.enable_grad():
+        logits = model.module(input_ids=torch.from_numpy(batch.input_ids).long(), use_cache=False).logits[0, :-1]
+    for handle in handles:
+        handle.remove()
+    chosen = torch.from_numpy(predicted(batch)[0])
+    labels = torch.from_numpy(batch.input_ids[0, 1:]).long()[chosen]
+    drawn = draw_labels(
+        logits.detach()[chosen].float(), torch.from_numpy(uniform_numbers(batch, DRAWS, SEED)[:, predicted(batch)])
+    )
+    found: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in zeros}
+    for of_labels in (labels, *drawn):
+        loss = cross_entropy(logits[chosen].float(), of_labels, reduction="sum")
+        gradients = torch.autograd.grad(loss, list(zeros.values()), retain_graph=True)
+        for key, gradient in zip(zeros, gradients, strict=True):
+            found[key].append((gradient[0] * changes[key]).sum(-1))
+    return {key: torch.stack(values) for key, values in found.items()}
+
+
+@pytest.mark.parametrize("name", ["int4", "q4_0"])
+def test_orders_are_those_of_autograd_token_by_token(name: str, seen: tuple[LanguageModel, Found, list[Batch]]) -> None:
+    model, found, batches = seen
+    for row, batch in enumerate(batches):
+        by_map = products(model, batch, name)
+        for (layer, path), values in by_map.items():
+            key = str(RoundedPlace(layer=layer, path=path, format=name))
+            first, second = values[0].sum().item(), values[1:].square().sum().item() / (2 * DRAWS)
+            assert found["first_order", key].samples[row] == pytest.approx(first, rel=1e-3, abs=1e-5)
+            assert found["second_order", key].samples[row] == pytest.approx(second, rel=1e-3)
+            assert found["predicted", key].samples[row] == pytest.approx(first + second, rel=1e-3, abs=1e-5)
+            sequence = values[1:].sum(dim=1).square().sum().item() / (2 * DRAWS)
+            assert found["second_order_sequence", key].samples[row] == pytest.approx(sequence, rel=1e-3)
+        for layer in range(3):
+            of_layer = [values for (at, _), values in by_map.items() if at == layer]
+            assert len(of_layer) == 7
+            key = f"{name}@{layer}"
+            first = sum(values[0].sum().item() for values in of_layer)
+            joint = sum(of_layer)[1:].square().sum().item() / (2 * DRAWS)  # type: ignore[union-attr]
+            apart = sum(values[1:].square().sum().item() for values in of_layer) / (2 * DRAWS)
+            assert found["first_order", key].samples[row] == pytest.approx(first, rel=1e-3, abs=1e-5)
+            assert found["second_order", key].samples[row] == pytest.approx(apart, rel=1e-3)
+            assert found["second_order_joint", key].samples[row] == pytest.approx(joint, rel=1e-3)
+            sequence = sum(of_layer)[1:].sum(dim=1).square().sum().item() / (2 * DRAWS)  # type: ignore[union-attr]
+            assert found["second_order_sequence", key].samples[row] == pytest.approx(sequence, rel=1e-3)
+            assert found["predicted_sequence", key].samples[row] == pytest.approx(first + sequence, rel=1e-3, abs=1e-5)
+            assert found["predicted_joint", key].samples[row] == pytest.approx(first + joint, rel=1e-3, abs=1e-5)
+            assert not math.isclose(joint, apart, rel_tol=1e-4)
+    weights = [predicted(batch).sum() for batch in batches]
+    assert all(row.weights.tolist() == weights for (metric, _), row in found.items() if "order" in metric)
+
+
+def test_the_first_order_is_the_gradient_of_the_weight(grouped: Path) -> None:
+    model, shard = opened(grouped, dtype="float32"), random_shard(rows=2)  # without padding
+    found = by_place(RoundingDamage(shard=shard, formats=("mxfp4",), draws=1)(model))
+    (batch,) = shard.batches(2)
+    ids = torch.from_numpy(batch.input_ids).long()
+    weight = model.layers[1].module.self_attn.o_proj.weight
+    with torch.enable_grad():
+        logits = model.module(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, [weight])
+    expected = (gradient * (FORMATS["mxfp4"].round(weight) - weight.detach())).sum().item()
+    assert found["first_order", "mxfp4@1.self_attn.o_proj"].samples.sum() == pytest.approx(expected, rel=1e-3)
+
+
+def test_errors_of_outputs_and_sizes(seen: tuple[LanguageModel, Found, list[Batch]]) -> None:
+    model, found, batches = seen
+    module = model.layers[2].module.mlp.down_proj
+    difference = FORMATS["q4_0"].round(module.weight) - module.weight.detach()
+    inputs: list[torch.Tensor] = []
+    handle = module.register_forward_hook(lambda _m, args, _o: inputs.append(args[0][0]))
+    for batch in batches:
+        model.losses(batch)
+    handle.remove()
+    key = "q4_0@2.mlp.down_proj"
+    for row, (x, batch) in enumerate(zip(inputs, batches, strict=True)):
+        relative = (x @ difference.T).square().sum(-1) / (x @ module.weight.detach().T).square().sum(-1)
+        expected = relative[torch.from_numpy(batch.observed[0])].sum().item()
+        assert found["output_error", key].samples[row] == pytest.approx(expected, rel=1e-3)
+    assert found["num_weights", key].samples == [module.weight.numel()]
+    bits = found["bits_per_weight", key]
+    assert bits.samples / bits.weights == 4.5
+
+
+def test_changes_that_find_no_room_are_computed_again(grouped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened(grouped, dtype="float32")
+    measure = RoundingDamage(shard=random_shard(), formats=("int4", "nvfp4"))
+    expected = measure(model)
+    calls: list[Any] = []
+    own = rounding._output_change
+    monkeypatch.setattr(rounding, "_output_change", lambda *args: (calls.append(args), own(*args))[1])
+    for room, times in ((2 << 30, 1), (0, 3)):
+        calls.clear()
+        monkeypatch.setattr(rounding, "MAX_KEPT_BYTES", room)
+        found = measure(model)
+        assert len(calls) == times * 3 * 2 * 21  # passes, batches, formats, maps
+        assert all(np.array_equal(a.samples, b.samples) for a, b in zip(found, expected, strict=True))
+
+
+def test_losses_are_those_of_replaced_weights(grouped: Path) -> None:
+    model, shard = opened(grouped, dtype="float32"), random_shard()
+    whole = TextLoss(shard)(model)[0].samples
+    original = {name: value.clone() for name, value in model.module.state_dict().items()}
+    for maps in (False, True):
+        found = by_place(RoundedLosses(shard, "int4-g32", maps=maps)(model))
+        assert np.array_equal(found["loss", None].samples, whole)
+        assert len(found) == 1 + (21 if maps else 3)
+        assert all(torch.equal(value, original[name]) for name, value in model.module.state_dict().items())
+        for key, row in ((key, row) for (_, key), row in found.items() if key):
+            place = parse_rounded(key)
+            assert place is not None and (place.path is not None) == maps
+            chosen = [m for layer, path, m in maps_of(model) if layer == place.layer and place.path in (None, path)]
+            with torch.no_grad():
+                for module in chosen:
+                    module.weight.copy_(FORMATS["int4-g32"].round(module.weight))
+                assert np.array_equal(TextLoss(shard)(model)[0].samples, row.samples)
+                model.module.load_state_dict(original)
+            assert not np.array_equal(row.samples, whole)
+
+
+def test_the_first_order_is_the_loss_of_a_small_change(grouped: Path) -> None:
+    model, shard = opened(grouped, dtype="float32"), random_shard()
+    predictions = by_place(RoundingDamage(shard=shard, formats=("int8",), draws=1)(model))
+    losses = by_place(RoundedLosses(shard, "int8")(model))
+    for layer in range(3):
+        increases = losses["loss", f"int8@{layer}"].samples - losses["loss", None].samples
+        error = predictions["first_order", f"int8@{layer}"].samples - increases
+        assert np.abs(error).max() < 0.1 * np.abs(increases).max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_family_and_no_trace(name: str, save_checkpoint: Save, tmp_path: Path) -> None:
+    model, shard = opened(save_checkpoint(tiny_model("causal", name), tmp_path / name)), random_shard()
+    before = TextLoss(shard)(model)[0].samples
+    weights = {key: value.clone() for key, value in model.module.state_dict().items()}
+    rows = RoundingDamage(shard=shard, formats=("int4", "fp8"), draws=1)(model)
+    places = {row.rounding for row in rows}
+    losses = by_place(RoundedLosses(shard, "int4")(model))
+    assert len(places) == 2 * (len(maps_of(model)) + len({layer for layer, _, _ in maps_of(model)}))
+    assert {key for _, key in losses} == {None, *(f"int4@{layer}" for layer, _, _ in maps_of(model))}
+    assert all(np.isfinite(row.samples).all() for row in (*rows, *losses.values()))
+    assert np.array_equal(TextLoss(shard)(model)[0].samples, before)
+    assert all(torch.equal(value, weights[key]) for key, value in model.module.state_dict().items())
+    for module in model.module.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_hidden_states_are_followed(grouped: Path) -> None:
+    """Against whole passes with rounded weights; and by gradients, the first order is that of all maps."""
+    model, shard = opened(grouped, dtype="float32"), random_shard()
+    found = by_place(Damage(shard=shard, lookahead=1, draws=None, formats=("int4", "fp8"))(model))
+    assert {key for _, key in found} == {f"{name}@{layer}" for name in ("int4", "fp8") for layer in range(3)}
+    (batch, *_) = shard.batches(1)
+    streams: list[torch.Tensor] = []
+    handles = [layer.module.register_forward_hook(lambda _m, _a, out: streams.append(out)) for layer in model.layers]
+    model.hidden_states(batch)
+    whole = streams.copy()
+    for layer in range(3):
+        streams.clear()
+        with model.applying(NO_INTERVENTION.rounded(round_place("fp8", layer))):
+            model.hidden_states(batch)
+        for m in (0, 1):
+            x, other = whole[min(layer + m, 2)][0], streams[min(layer + m, 2)][0]
+            expected = ((other - x).norm(dim=-1) / x.norm(dim=-1)).sum().item()
+            assert found[f"propagated_{m}", f"fp8@{layer}"].samples[0] == pytest.approx(expected, rel=1e-3)
+            assert expected > 0
+    for handle in handles:
+        handle.remove()
+    ahead = by_place(Damage(shard=shard, lookahead=0, draws=2, formats=("bf16",))(model))
+    maps = by_place(RoundingDamage(shard=shard, formats=("bf16",), draws=2)(model))
+    for layer in range(3):
+        key, size = f"bf16@{layer}", np.abs(maps["first_order", "bf16@0"].samples).max()
+        error = ahead["taylor_signed_0", key].samples - maps["first_order", key].samples
+        assert np.abs(error).max() < 0.1 * size
+
+
+def test_half_precision_weights_are_rounded_to_what_they_can_hold(grouped: Path) -> None:
+    model = opened(grouped, dtype="bfloat16")
+    weight = model.layers[0].module.mlp.up_proj.weight
+    expected = FORMATS["int4"].round(weight).bfloat16()
+    with model.applying(NO_INTERVENTION.rounded(round_place("int4", 0, "mlp.up_proj"))):
+        assert torch.equal(weight, expected)
+        assert weight.dtype == torch.bfloat16
+
+
+def test_weights_that_were_rounded_before_are_noted(grouped: Path) -> None:
+    model = opened(grouped, dtype="bfloat16")
+    RoundedLosses(random_shard(), "int4")(model)
+    assert not model.notes
+    weight = model.layers[0].projections[0].module.weight
+    with torch.no_grad():
+        weight.copy_(FORMATS["q4_0"].round(weight))  # type: ignore[operator, arg-type]
+    RoundedLosses(random_shard(), "int4")(model)
+    (note,) = model.notes
+    assert note.startswith("1 of 21 linear maps have at most 16 different values among 32 neighbouring weights")
+
+
+def test_a_rounding_of_several_places(grouped: Path) -> None:
+    """The format of a map overrides that of its layer, in any order."""
+    model = opened(grouped, dtype="float32")
+    layer, path = RoundedPlace(layer=1, format="int4"), RoundedPlace(layer=1, path="mlp.up_proj", format="q8_0")
+    both = Rounding((layer, path))
+    assert both.key == Rounding((path, layer)).key and len(both.key) == 64
+    assert (Rounding((layer,)).key, Rounding((path,)).key) == ("int4@1", "q8_0@1.mlp.up_proj")
+    assert parse_rounded(both.key) is None
+    assert [parse_rounded(str(place)) for place in (layer, path)] == [layer, path]
+    mlp = model.layers[1].module.mlp
+    wanted = FORMATS["q8_0"].round(mlp.up_proj.weight), FORMATS["int4"].round(mlp.down_proj.weight)
+    with model.applying(NO_INTERVENTION.rounded(both)):
+        assert torch.equal(mlp.up_proj.weight, wanted[0]) and torch.equal(mlp.down_proj.weight, wanted[1])
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (RoundedPlace(layer=3, format="int4"), "There is no layer 3"),
+        (RoundedPlace(layer=0, path="mlp.up", format="int4"), "Layer 0 has no linear map 'mlp.up'"),
+        (RoundedPlace(layer=0, format="tq2_0"), "tq2_0 cannot take '.*' of layer 0: its .* not a multiple of 256"),
+    ],
+)
+def test_what_does_not_fit_is_refused(place: RoundedPlace, message: str, grouped: Path) -> None:
+    model = opened(grouped, dtype="float32")
+    with pytest.raises(ModelError, match=message), model.applying(NO_INTERVENTION.rounded(Rounding((place,)))):
+        pass
+
+
+def test_a_format_that_no_map_takes_names_others(tiny_llama: Path) -> None:
+    model = opened(tiny_llama, dtype="float32")
+    for measure in (RoundedLosses(random_shard(), "tq1_0"), RoundingDamage(shard=random_shard(), formats=("tq1_0",))):
+        with pytest.raises(ModelError, match="tq1_0 cannot take") as caught:
+            measure(model)
+        assert "int4, " in str(caught.value.hint) and "tq1_0" not in str(caught.value.hint)
