@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, require_known
+from avss_dist.core.hardware import Hardware, parse_hardware
 from avss_dist.core.intervention import SPARSITY_RULES
 from avss_dist.core.registry import (
     DRAWS,
@@ -190,9 +191,13 @@ class ScoreAllRequest(WarehouseRequest, CorpusRequest):
 
 
 @request
-class EstimateRequest(CorpusRequest, ModelRequest):
+class EstimateRequest(ModelRequest):
     """Estimate the memory and time of a run with every partition."""
 
+    corpus: Text | None = None
+    """Text, named as for avss score; without one, `hardware` takes `max_sequences` rows, or 32,768."""
+    hardware: Annotated[Hardware | None, Check(parse_hardware, before=True), Option(metavar="[NODESx]GPUSxNAME")] = None
+    """GPUs to estimate for instead of this machine's, by published peak numbers: 8xH100, or 4x8xH100 for four nodes."""
     ranks: Positive | None = None
     """Processes of one replica, for partitions of several, and of a distillation; by default one for each GPU, or 2."""
     teacher: Annotated[PathOrText | None, Option(metavar="MODEL")] = None
@@ -201,6 +206,16 @@ class EstimateRequest(CorpusRequest, ModelRequest):
     """Maximum memory of a replica on a device: cpu=20GB, 0=40GB, ..."""
 
     shared = ESTIMATED
+
+    def __post_init__(self) -> None:
+        if self.hardware is None and self.corpus is None:
+            raise ConfigError("`corpus` is missing.", "Name a text, or `hardware` that is not at hand (8xH100).")
+        if self.hardware is not None:
+            refuse_unused(
+                {"teacher": self.teacher},
+                "with `hardware`",
+                "Leave it out: the memory of a distillation is estimated for this machine.",
+            )
 
 
 @request

@@ -134,7 +134,10 @@ EXAMPLES = {
         "avss shrink org/name --corpus your.txt --keep 0.9 -o smaller",
     ),
     "run": ("avss run jobs/paper_claim.yaml --dry-run", "avss run jobs/paper_claim.yaml"),
-    "estimate": ("avss estimate org/name --corpus your.txt --max-memory cpu=16GB",),
+    "estimate": (
+        "avss estimate org/name --corpus your.txt --max-memory cpu=16GB",
+        "avss estimate org/name --hardware 4x8xH100",
+    ),
     "ls": ("avss ls", "avss ls evaluations -w s3://bucket/warehouse"),
     "show": (
         "avss show --run smollm2 --site update --threshold 0.1rms",

@@ -59,6 +59,8 @@ def estimate(format: Annotated[str, format_option("table", "json")] = "table", *
     from avss_dist.report.terminal.estimate import estimate_table
 
     message = "Measuring a few layers on this device ..."
+    if values.get("hardware"):
+        message = "Computing from the configuration ..."
     if not sys.stdout.isatty():
         say(message)
     with console().status(message) if sys.stdout.isatty() else nullcontext():

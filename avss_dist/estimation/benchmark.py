@@ -23,24 +23,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from avss_dist.core.errors import RunFailed
+from avss_dist.core.errors import ModelError, RunFailed
 from avss_dist.core.registry import WHOLE
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
+from avss_dist.estimation.on_paper import UNPACKED_TRAFFIC, text_sizes
 from avss_dist.estimation.small_models import VOCABULARY, save_layers
 from avss_dist.estimation.transfers import copy_rate, gather_rate, sum_seconds
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.models.loading import load_tokenizer, text_config, without_head
 from avss_dist.models.safetensors import weight_files
-from avss_dist.models.size import Footprint, footprint
+from avss_dist.models.size import Footprint, find_layers, footprint
 from avss_dist.partition.base import Placement
-from avss_dist.partition.cost import Calibration, Cost
+from avss_dist.partition.cost import LINK_SHARE, Calibration, Cost
 from avss_dist.partition.open import open_replica
+from avss_dist.partition.streaming.weights import StreamedWeights
 from avss_dist.runs.shard_size import split_into_shards
+from avss_dist.system.cores import computing_threads
+from avss_dist.system.devices import pick_device
 from avss_dist.system.memory import mapped_around_a_byte, peak_memory, reset_peak_memory, resident_memory
 
 FEW_LAYERS = 3
+LOADS = 3  # of a quantized layer, of which the fastest counts
 SECONDS = 2.5  # for the rounds of one partition; there are three at least
 MOST_ROUNDS = 9
 MAPPED_AT_ONCE = 64 << 10  # bytes that Linux brings of a mapped file around one that is read, if it cannot be tried
@@ -99,6 +104,7 @@ def _measure(
         corpus, load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code), settings
     )
     planned, settings = split_into_shards(planned, size, settings)
+    settings = replace(settings, dequantize=False)  # the layers below are not quantized
     plan_peak, planned_bytes = peak_memory(), resident_memory()
     reset_peak_memory()
     few = min(FEW_LAYERS, size.num_layers)
@@ -114,9 +120,9 @@ def _measure(
             peak, device_peak = host, device
     counters = counter_bytes(sizes[few], settings, shard.num_strata)
     weights = sum(s.weight_bytes for s in sizes.values())
-    on_gpu = settings.device == "cuda"
+    on_gpu, copied = settings.device == "cuda", copy_rate()
     return Calibration(
-        **_totals(planned, settings),
+        **text_sizes(size, settings, planned),
         share=planned.num_sequences / shard.num_sequences,
         costs=costs,
         library_bytes=library,
@@ -124,23 +130,15 @@ def _measure(
         plan_peak_bytes=plan_peak,
         working_bytes=max(0, peak - planned_bytes - (0 if on_gpu else counters + weights)),
         device_working_bytes=max(0, device_peak - counters - weights) if on_gpu else 0,
-        copy_bytes_per_second=copy_rate(),
+        copy_bytes_per_second=copied,
+        link_bytes_per_second=copied * LINK_SHARE,
+        network_bytes_per_second=0.0,
+        unpacked_bytes_per_second=_unpacking_rate(checkpoint, size, settings, copied),
         touched_bytes=touched_bytes(planned, size.hidden_size * size.element_bytes, _mapped_at_once(checkpoint)),
         sublayer_share=_sublayer_share(models[few], shard, settings),
         sum_seconds=0.0 if on_gpu else sum_seconds(size.hidden_bytes(settings.batch_size, settings.sequence_length)),
         gather_bytes_per_second=0.0 if on_gpu else gather_rate(max(*size.layer_bytes, size.embedding_bytes)),
     )
-
-
-def _totals(planned: CorpusPlan, settings: Settings) -> dict[str, int]:
-    return {
-        "num_sequences": planned.num_sequences,
-        "num_tokens": planned.num_tokens,
-        "num_shards": len(planned.shards),
-        "num_batches": planned.num_batches(settings.batch_size),
-        "rows_per_shard": planned.shards[0].num_sequences,
-        "num_strata": max(shard.num_strata for shard in planned.shards),
-    }
 
 
 def touched_bytes(planned: CorpusPlan, row: int, at_once: int = MAPPED_AT_ONCE) -> int:
@@ -205,6 +203,34 @@ def _time(
     # Layers differ: the first may be dense and the others not. Arithmetic tells by how much.
     likeness = (whole.forward_flops(1, 1) / whole.num_layers) / (sizes[few].forward_flops(1, 1) / few)
     return Cost(layer=layer * likeness, other=constant), peak, device
+
+
+def _unpacking_rate(checkpoint: Checkpoint, size: Footprint, settings: Settings, copied: float) -> float:
+    """Return the rate at which streaming unpacks a layer, in bytes of the compute dtype per second; 0 if it need not.
+
+    Zeros take the place of stored numbers. Without weight files here, the rate follows from that of copies.
+    """
+    if not (size.unpacking_bytes or size.quantized):
+        return 0.0
+    device = pick_device(settings.device)
+    try:
+        weights = StreamedWeights(checkpoint, replace(settings, dequantize=not checkpoint.gguf))
+        backbone = without_head(weights.model)
+        layers = find_layers(backbone, weights.model.config.get_text_config(), settings)
+        parts, _ = weights.split([*layers], backbone)
+    except ModelError:
+        return copied / UNPACKED_TRAFFIC
+    part = parts[len(parts) // 2]  # the first may be dense and the others not
+    seconds = []
+    with computing_threads(settings.threads):
+        for _ in range(LOADS):
+            start = time.perf_counter()
+            weights.convert_zeros(part, device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    unpacked = sum(weight.current().nbytes for weight in part.weights if not weight.stored)
+    return unpacked / min(seconds)
 
 
 def _sublayer_share(model: Checkpoint, shard: Shard, settings: Settings) -> float:

@@ -93,8 +93,11 @@ def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
     return replace(local, revision=content_hash(path, {*files, *weight_files(path)}))
 
 
-def locate(spec: str, *, trust_remote_code: bool = False) -> Checkpoint | None:
+def locate(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint | None:
     """Return a checkpoint on this machine with an empty revision, or None if ``spec`` is a hub id.
+
+    Args:
+        weights: require weight files; a folder with a ``config.json`` alone is a checkpoint otherwise.
 
     Raises:
         ModelError: the checkpoint does not exist or cannot be opened.
@@ -106,7 +109,7 @@ def locate(spec: str, *, trust_remote_code: bool = False) -> Checkpoint | None:
         return Checkpoint(name=spec, source="gguf", path=str(path.resolve()), revision="")
     if path.is_dir():
         path = path if weight_files(path) else converted_folder(path) or path
-        _check_folder(path, spec, trust_remote_code)
+        _check_folder(path, spec, trust_remote_code, weights=weights)
         return Checkpoint(name=spec, source="folder", path=str(path.resolve()), revision="")
     if path.exists():
         raise ModelError(
@@ -188,7 +191,7 @@ def explain_hub_errors(spec: str) -> Iterator[None]:
         ) from error
 
 
-def _check_folder(folder: Path, spec: str, trust_remote_code: bool) -> None:
+def _check_folder(folder: Path, spec: str, trust_remote_code: bool, *, weights: bool = True) -> None:
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"'{spec}' is an adapter, or has one beside its weights.",
@@ -198,7 +201,7 @@ def _check_folder(folder: Path, spec: str, trust_remote_code: bool) -> None:
     files = weight_files(folder)
     if missing := [file for file in files if not file.is_file()]:
         raise ModelError(f"'{spec}' lacks the file {missing[0].relative_to(folder)}.", "Is the download complete?")
-    if not files:
+    if weights and not files:
         pickled = sorted(f.name for pattern in PICKLED for f in folder.glob(pattern))
         if pickled:
             raise ModelError(

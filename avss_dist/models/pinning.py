@@ -11,6 +11,7 @@ import torch
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import DTYPES, Settings
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.quantization import quantization_settings
 from avss_dist.models.safetensors import TensorInfo, weight_files
 from avss_dist.models.stored import floating_dtype, hub_tensors, stored_tensors
 
@@ -43,6 +44,8 @@ def compute_dtype(
 ) -> torch.dtype:
     """Return the compute dtype: that of the settings, else of the configuration, else of the weight files.
 
+    Without any of them, as for the published configuration of gpt-oss alone, quantized weights compute in bfloat16.
+
     Args:
         tensors: tensors of the weight files; None reads their headers if they are needed.
     """
@@ -53,7 +56,8 @@ def compute_dtype(
         return _known_dtype(named, checkpoint)
     if checkpoint.gguf:
         return torch.float32  # which transformers unpacks it to
-    return floating_dtype(stored_tensors(checkpoint) if tensors is None else tensors)
+    stored = list(stored_tensors(checkpoint) if tensors is None else tensors)
+    return floating_dtype(stored) if stored or not quantization_settings(config) else torch.bfloat16
 
 
 def _known_dtype(named: Any, checkpoint: Checkpoint) -> torch.dtype:

@@ -6,6 +6,7 @@ transformers silently unpacks some of them if the device has no arithmetic for t
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -241,6 +242,76 @@ def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:
             f"'{checkpoint.name}' is quantized ({method}), and its modules cannot be built: {first_line(error)}"
         ) from error
     return model
+
+
+def can_unpack(checkpoint: Checkpoint, config: Any) -> bool:
+    """Whether transformers can unpack the weights of a quantized checkpoint while it loads them."""
+    try:
+        quantizer = _quantizer(checkpoint, config, quantization_method(config) or "")
+    except ModelError:  # opening the model says so
+        return True
+    return hasattr(quantizer.quantization_config, "dequantize")
+
+
+def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
+    """Replace the parameters of a skeleton that stay quantized by bytes as many as their numbers and scales have.
+
+    Args:
+        config: the model's configuration.
+        model: a model on the meta device, from `skeleton`. It is changed.
+
+    Returns:
+        The model; None if the layout of its quantization is not known here.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    method, stored = quantization_method(config) or "", quantization_settings(config)
+    if method not in _LAYOUTS:
+        return None
+    values = stored if isinstance(stored, Mapping) else stored.to_dict()
+    skipped = _quantizer(checkpoint, config, method).get_modules_to_not_convert(
+        model, values.get("modules_to_not_convert"), getattr(model, "_keep_in_fp32_modules", None)
+    )
+    for path, module in model.named_modules():
+        for leaf, parameter in [*module.named_parameters(recurse=False)]:
+            stack = parameter.dim() == 3  # fused experts
+            matrix = leaf == "weight" and isinstance(module, torch.nn.Linear) and method != "mxfp4"
+            if (stack or matrix) and should_convert_module(path, skipped):
+                rows, columns = parameter.shape[-2:]
+                size = _LAYOUTS[method](rows, columns, values)
+                shape = (len(parameter), size) if stack else (size,)
+                data = torch.empty(shape, dtype=torch.uint8, device=parameter.device)
+                module._parameters[leaf] = torch.nn.Parameter(data, requires_grad=False)
+    return model
+
+
+def scale_block(config: Any) -> tuple[int, int] | None:
+    """Return the rows and columns of a weight that share a scale, for block FP8; None for other weights."""
+    stored = quantization_settings(config)
+    values = stored if isinstance(stored, Mapping) or stored is None else stored.to_dict()
+    block = (values or {}).get("weight_block_size")
+    return (block[0], block[1]) if block else None
+
+
+def _block_fp8_bytes(rows: int, columns: int, settings: Mapping[str, Any]) -> int:
+    """Return the bytes of a matrix in FP8 with a float32 scale for each block, or for the matrix."""
+    block = settings.get("weight_block_size")
+    scales = math.ceil(rows / block[0]) * math.ceil(columns / block[1]) if block else 1
+    return rows * columns + 4 * scales
+
+
+def _row_fp8_bytes(rows: int, columns: int, _settings: Mapping[str, Any]) -> int:
+    """Return the bytes of a matrix in FP8 with a float32 scale for each row."""
+    return rows * columns + 4 * rows
+
+
+def _mxfp4_bytes(rows: int, columns: int, _settings: Mapping[str, Any]) -> int:
+    """Return the bytes of a matrix in MXFP4, in which 32 numbers of 4 bits share an exponent of 8 bits."""
+    return rows * columns * 17 // 32
+
+
+_LAYOUTS = {"fp8": _block_fp8_bytes, "fbgemm_fp8": _row_fp8_bytes, "mxfp4": _mxfp4_bytes}
+"""Bytes of a matrix of some rows and columns, by ``quant_method``."""
 
 
 def require_known(checkpoint: Checkpoint, method: str) -> None:

@@ -6,24 +6,30 @@ headers of the weight files add dtypes and sizes. From the hub, only these are f
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
 from avss_dist.models.labels import LOGIT_BYTES
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import skeleton, text_config, without_head
 from avss_dist.models.pinning import compute_dtype
-from avss_dist.models.quantization import quantization_method, unpacking_bytes
+from avss_dist.models.quantization import can_unpack, packed, quantization_method, unpacking_bytes
 from avss_dist.models.safetensors import DTYPES, TensorInfo
 from avss_dist.models.stored import hub_tensors, stored_tensors
 
+T = TypeVar("T")
+_SKELETONS: ContextVar[dict[Any, Any] | None] = ContextVar("skeletons", default=None)
 _SCORES = {"eager": 2}  # copies of the attention scores that exist at once, beside one in float32; others have none
 _EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -52,6 +58,7 @@ class Footprint:
         cache_bytes: bytes of keys and values for each token, by layer.
         zero_copy: whether the stored dtype is the compute dtype, so that on a CPU the weights stay in the mapped file.
         quantized: whether the loaded weights stay quantized.
+        can_unpack: whether they could be unpacked.
         unpacking_bytes: bytes that unpacking a quantized weight takes beside the weights; 0 if none is unpacked.
         stored_share: bytes of the weights in their files, in multiples of ``weight_bytes``; 1 if none is unpacked.
     """
@@ -74,6 +81,7 @@ class Footprint:
     zero_copy: bool = False
     cache_bytes: tuple[int, ...] = ()
     quantized: bool = False
+    can_unpack: bool = True
     unpacking_bytes: int = 0
     stored_share: float = 1.0
 
@@ -115,21 +123,17 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     Raises:
         ModelError: the checkpoint does not exist, or cannot be read or built.
     """
-    resolved, model, tensors = load_skeleton(checkpoint, settings)
+    resolved, model, loaded, tensors = _skeletons(checkpoint, settings)
     config, dtype = model.config, compute_dtype(resolved, model.config, settings, tensors)
-    backbone, text = without_head(model), config.get_text_config()
-    layers = find_layers(backbone, text, settings)
-    stored, whole = sum(t.size for t in tensors), _bytes(model)
-    quantized = _stays_quantized(resolved, config, settings)
-    scale = stored / whole if quantized else 1.0  # its bytes are spread like numbers
-    layer_bytes = tuple(int(_bytes(layer) * scale) for layer in layers)
+    text = config.get_text_config()
+    layers = find_layers(without_head(model), text, settings)
+    stored = sum(tensor.size for tensor in tensors)
     width = _attention_width(text)
-    chosen = _chosen_experts(text)
+    chosen = chosen_experts(text)
+    share = stored / _bytes(model) if tensors else _packed_share(resolved, model, settings)
     return Footprint(
         num_parameters=sum(p.numel() for p in model.parameters()),
-        weight_bytes=int(whole * scale),
-        layer_bytes=layer_bytes,
-        other_bytes=int(_bytes(backbone) * scale) - sum(layer_bytes),
+        **_loaded_sizes(resolved, model, loaded, stored, settings),
         num_layers=len(layers),
         hidden_size=int(getattr(text, "hidden_size", 0) or 0),
         dtype=str(dtype).removeprefix("torch."),
@@ -137,15 +141,43 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         num_heads=_number(text, "num_attention_heads"),
         attention_width=width,
         attention_layers=sum(_attends(layer) for layer in layers) if width else 0,
-        matmul_parameters=sum(_multiplied(layer, chosen) for layer in layers),
+        matmul_parameters=sum(int(size) for layer in layers for _, size in multiplied(layer, chosen)),
         mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
         vocabulary=_number(text, "vocab_size"),
         embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
         cache_bytes=tuple(_cache_bytes(text, i, _attends(layer), dtype.itemsize) for i, layer in enumerate(layers)),
         zero_copy=not resolved.gguf and {DTYPES.get(tensor.dtype) for tensor in tensors} == {dtype},
-        quantized=quantized,
-        **_unpacking(resolved, model, settings, layers, stored / whole),
+        **_unpacking(resolved, model, settings, layers, share),
     )
+
+
+def _loaded_sizes(checkpoint: Checkpoint, model: Any, loaded: Any, stored: int, settings: Settings) -> dict[str, Any]:
+    """Return the fields of a footprint about the weights as a device holds them.
+
+    Args:
+        loaded: the model with parameters of that size, or ``model`` itself if the layout of its weights is not known.
+        stored: bytes of the tensors in the weight files; 0 if there are none here.
+
+    Raises:
+        ModelError: the weights stay quantized in a layout that is not known, and there are no files.
+    """
+    text, quantized = model.config.get_text_config(), _stays_quantized(checkpoint, model.config, settings)
+    if quantized and loaded is model and not stored:
+        raise ModelError(
+            f"'{checkpoint.name}' is quantized ({quantization_method(model.config)}), and its configuration alone does "
+            "not tell the size of its weights.",
+            "Name the checkpoint on the hub, or a folder with its *.safetensors.",
+        )
+    size = _bytes(loaded)
+    scale = stored / size if quantized and stored else 1.0
+    layer_bytes = tuple(int(_bytes(layer) * scale) for layer in find_layers(without_head(loaded), text, settings))
+    return {
+        "weight_bytes": int(size * scale),
+        "layer_bytes": layer_bytes,
+        "other_bytes": int(_bytes(without_head(loaded)) * scale) - sum(layer_bytes),
+        "quantized": quantized,
+        "can_unpack": not quantized or can_unpack(checkpoint, model.config),
+    }
 
 
 def _stays_quantized(checkpoint: Checkpoint, config: Any, settings: Settings) -> bool:
@@ -171,6 +203,16 @@ def _unpacking(
     return {"unpacking_bytes": most, "stored_share": share}
 
 
+def _packed_share(checkpoint: Checkpoint, model: Any, settings: Settings) -> float:
+    """Return `Footprint.stored_share` of the layers from the configuration alone; 1 if it does not tell."""
+    smaller = packed(checkpoint, model.config, copy.deepcopy(model)) if quantization_method(model.config) else None
+    if smaller is None:
+        return 1.0
+    text = model.config.get_text_config()
+    stored, whole = (_bytes(find_layers(without_head(each), text, settings)) for each in (smaller, model))
+    return stored / whole
+
+
 def _layer_unpacking(layers: nn.ModuleList) -> int:
     return max(unpacking_bytes(parameter) for parameter in layers.parameters())
 
@@ -184,11 +226,58 @@ def load_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Che
     Raises:
         ModelError: see `footprint`.
     """
-    resolved, tensors = _open(checkpoint, settings)
-    config = text_config(
-        resolved, trust_remote_code=settings.trust_remote_code, tensors=None if resolved.gguf else tensors
-    )
-    return resolved, skeleton(config, settings, compute_dtype(resolved, config, settings, tensors)), tensors
+
+    def build() -> tuple[Checkpoint, Any, list[TensorInfo]]:
+        resolved, tensors = _open(checkpoint, settings)
+        config = text_config(
+            resolved, trust_remote_code=settings.trust_remote_code, tensors=None if resolved.gguf else tensors
+        )
+        return resolved, skeleton(config, settings, compute_dtype(resolved, config, settings, tensors)), tensors
+
+    return _shared(("skeleton", checkpoint, settings), build)
+
+
+@contextmanager
+def sharing_skeletons() -> Iterator[None]:
+    """Build each skeleton once inside the context. None may be changed there."""
+    token = _SKELETONS.set({})
+    try:
+        yield
+    finally:
+        _SKELETONS.reset(token)
+
+
+def _shared(key: Any, build: Callable[[], T]) -> T:
+    """Return the value of a function, or that of an earlier call with this key in `sharing_skeletons`."""
+    built = _SKELETONS.get()
+    if built is None:
+        return build()
+    if key not in built:
+        built[key] = build()
+    return built[key]
+
+
+def load_stored_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> Any:
+    """Return the model of `load_skeleton` with parameters of the size in which a device holds them.
+
+    Weights that stay quantized are bytes, of the layouts that `quantization.packed` knows.
+
+    Args:
+        checkpoint: see `footprint`.
+
+    Raises:
+        ModelError: see `footprint`.
+    """
+    return _skeletons(checkpoint, settings)[2]
+
+
+def _skeletons(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, Any, Any, list[TensorInfo]]:
+    """Return the values of `load_skeleton`, with the model of `load_stored_skeleton` beside its own."""
+    resolved, model, tensors = load_skeleton(checkpoint, settings)
+    loaded = model
+    if _stays_quantized(resolved, model.config, settings):
+        loaded = _shared(("packed", checkpoint, settings), lambda: packed(resolved, model.config, copy.deepcopy(model)))
+    return resolved, model, loaded or model, tensors
 
 
 def find_layers(backbone: nn.Module, config: Any, settings: Settings) -> nn.ModuleList:
@@ -261,7 +350,7 @@ def _attends(layer: nn.Module) -> bool:
     return any(_ATTENTION.search(name.rpartition(".")[2]) for name, _ in layer.named_modules())
 
 
-def _chosen_experts(config: Any) -> float:
+def chosen_experts(config: Any) -> float:
     """Return the share of a layer's experts that a token is routed to; 1 without experts."""
     experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     chosen = _number(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
@@ -269,22 +358,28 @@ def _chosen_experts(config: Any) -> float:
 
 
 def _maps(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Yield (module path, shape, elements) of every weight of a layer that multiplies hidden states."""
+    """Yield (name, shape, elements) of every weight of a layer that multiplies hidden states."""
     for name, parameter in layer.named_parameters():
-        path, _, leaf = name.rpartition(".")
+        leaf = name.rpartition(".")[2]
         if (leaf == "weight" and parameter.dim() in (2, 3)) or (parameter.dim() == 3 and _EXPERT.search(name)):
-            yield path, tuple(parameter.shape), parameter.numel()
+            yield name, tuple(parameter.shape), parameter.numel()
 
 
-def _multiplied(layer: nn.Module, chosen: float) -> int:
-    """Return the number of parameters of a layer that multiply a token."""
-    return sum(int(size * (chosen if _EXPERT.search(path) else 1)) for path, _, size in _maps(layer))
+def multiplied(layer: nn.Module, chosen: float) -> Iterator[tuple[str, float]]:
+    """Yield (name, number) of the parameters of each weight of a layer that multiply a token.
+
+    Args:
+        chosen: see `chosen_experts`.
+    """
+    for name, _, size in _maps(layer):
+        yield name, size * (chosen if _EXPERT.search(name.rpartition(".")[0]) else 1)
 
 
 def _mlp_width(layer: nn.Module, chosen: float) -> int:
     """Return the larger dimension of every linear map outside of attention, summed; experts count by their share."""
     width = 0.0
-    for path, shape, _ in _maps(layer):
+    for name, shape, _ in _maps(layer):
+        path = name.rpartition(".")[0]
         if _EXPERT.search(path):
             width += max(shape[-2:]) * chosen * (shape[0] if len(shape) == 3 else 1)
         elif not _ATTENTION.search(path):

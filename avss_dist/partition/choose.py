@@ -43,14 +43,16 @@ def choose(
 
     ``auto``: `single` if one device holds weights and activations; else `device_map` over the fewest GPUs of one host
     that do; else, without a head, `fsdp` over the fewest GPUs of several hosts with several GPUs each, or `zero3` if
-    the installed transformers lacks `fsdp`; else `streaming`. Other gangs are never chosen.
+    the installed transformers lacks `fsdp`; else `streaming`. Other gangs are never chosen, and `streaming` is not if
+    the weights would stay quantized, because it computes with other numbers.
 
     Args:
         size: size of the checkpoint, required if `needs_size`. If it is None, ``auto`` is `single`.
         head: the head runs, too.
 
     Raises:
-        ConfigError: the devices or limits do not fit the requested partition.
+        ConfigError: the devices or limits do not fit the requested partition; or ``auto`` finds none for weights that
+            would stay quantized.
     """
     cuda = devices.kind == "cuda"
     if execution.gpus_per_replica and not cuda:
@@ -59,6 +61,8 @@ def choose(
         partition, gpus, why = _requested(execution, devices)
     elif size:
         partition, gpus, why = _fitting(size, settings, execution, devices, head=head)
+        if size.quantized and partition == LAYERWISE:
+            raise _no_room_for_quantized(size, why)
     else:
         partition, gpus, why = WHOLE, int(cuda), "the checkpoint's size is not known"
     return Placement(
@@ -68,6 +72,18 @@ def choose(
         max_memory=weight_limits(partition, size, settings, execution.max_memory, devices.kind, head=head),
         offload_folder=execution.offload_folder,
         why=why,
+    )
+
+
+def _no_room_for_quantized(size: Footprint, why: str) -> ConfigError:
+    """Return the error of a quantized model that could only be streamed, for which it must be unpacked."""
+    hint = "Use more memory or GPUs, or a `partition` of several ranks."
+    if size.can_unpack:
+        hint = f"Set `dequantize`, with which it is streamed and the numbers are those of unpacked weights. {hint}"
+    return ConfigError(
+        f"The weights stay quantized, and {why}. `partition` {LAYERWISE}, for which one layer must fit, computes with "
+        "unpacked weights.",
+        hint,
     )
 
 

@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.hardware import Hardware
 from avss_dist.core.registry import PARTITIONS, WHOLE
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.size import Footprint
-from avss_dist.system.devices import available_memory, devices_here
+from avss_dist.models.size import Footprint, footprint
+from avss_dist.system.devices import Devices, available_memory, devices_here
 
 DEEPSPEED_BYTES = 150 << 20  # that loading DeepSpeed adds to a process
 LINK_SHARE = 0.25  # rate of exchange between ranks on one host, relative to a copy in memory
@@ -28,15 +30,22 @@ class Machine:
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        gpus: number of GPUs.
+        gpus: number of GPUs of all nodes.
         device_free: free or allowed bytes, if fewer, of the fullest GPU, or of the host without GPUs.
-        host_free: free or allowed bytes, if fewer, of the host.
+        host_free: free or allowed bytes, if fewer, of the host of each node.
+        nodes: number of nodes, with equally many GPUs each.
     """
 
     device: str
     gpus: int
     device_free: int
     host_free: int
+    nodes: int = 1
+
+    @property
+    def gpus_per_node(self) -> int:
+        """Number of GPUs of each node."""
+        return self.gpus // self.nodes
 
     @classmethod
     def look(cls, device: str, max_memory: Mapping[str, int]) -> Machine:
@@ -47,6 +56,33 @@ class Machine:
             return cls(device, 0, host, host)
         gpus = {str(gpu): torch.cuda.mem_get_info(gpu)[0] for gpu in range(devices.count)}
         return cls(device, devices.count, min(min(free, max_memory.get(gpu, free)) for gpu, free in gpus.items()), host)
+
+    @classmethod
+    def of_hardware(cls, hardware: Hardware, max_memory: Mapping[str, int]) -> Machine:
+        """Return nodes that are not at hand, with all their memory free, within memory limits by device name."""
+        gpu = hardware.gpu
+        limits = [limit for name, limit in max_memory.items() if name != "cpu"]
+        return cls(
+            "cuda",
+            hardware.nodes * hardware.gpus_per_node,
+            min([gpu.memory, *limits]),
+            min(gpu.host_memory, max_memory.get("cpu", gpu.host_memory)),
+            hardware.nodes,
+        )
+
+    def devices(self) -> Devices:
+        """Return the devices among which `partition.choose.choose` chooses, as a run on this machine sees them."""
+        if self.nodes == 1 and not self.gpus:
+            return devices_here(self.device)
+        return Devices(
+            kind=self.device,
+            count=self.gpus,
+            count_of_largest_node=self.gpus_per_node,
+            device_bytes=self.device_free,
+            host_bytes=self.host_free,
+            cpus=self.gpus,
+            cpus_of_largest_node=self.gpus_per_node,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +99,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Measured throughput and memory of this machine, with a few layers of a model and its corpus.
+    """Throughput and memory of a machine with a model and its corpus: measured here, or computed for other hardware.
 
     Attributes:
         num_sequences, num_tokens, num_shards, num_batches: size of the tokenized corpus; a batch is a forward pass.
@@ -77,7 +113,11 @@ class Calibration:
         working_bytes: memory that opening a model and measuring a shard add to a process after planning, beside
             weights and counters: activations and lazily loaded libraries.
         device_working_bytes: GPU memory that they add; 0 on a CPU.
-        copy_bytes_per_second: rate of a copy in memory.
+        copy_bytes_per_second: rate of a copy in memory, or to a GPU.
+        link_bytes_per_second: rate at which a GPU receives from others of its node.
+        network_bytes_per_second: rate at which a GPU receives from other nodes; 0 if there are none.
+        unpacked_bytes_per_second: rate at which quantized weights are unpacked, in bytes of the compute dtype; 0 if
+            there are none.
         touched_bytes: bytes of a mapped table of token embeddings that the corpus's tokens read.
         sublayer_share: share of a shard's time in attention and MLP, which tensor parallel ranks divide among them.
         sum_seconds: time in which two ranks on one host sum the hidden states of a batch; 0 on a GPU, where exchanges
@@ -103,6 +143,13 @@ class Calibration:
     sublayer_share: float
     sum_seconds: float
     gather_bytes_per_second: float
+    link_bytes_per_second: float
+    network_bytes_per_second: float
+    unpacked_bytes_per_second: float
+
+    def batches_per_shard(self, batch_size: int) -> int:
+        """Return the number of forward passes over a shard."""
+        return -(-self.rows_per_shard // batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +158,9 @@ class Usage:
 
     Attributes:
         device_bytes: peak memory of each GPU or, on a CPU, of each process.
-        host_bytes: peak memory of the host, all ranks together.
+        host_bytes: peak memory of the host, all its ranks together.
+        exchanged_bytes: bytes that a rank receives for a layer while a shard is measured, from other ranks, other
+            devices, host memory or files; the mean over layers.
         seconds: time to measure all shards, without start-up, opening the model and writing tables.
         why: largest parts of the numbers, for people.
     """
@@ -120,6 +169,16 @@ class Usage:
     host_bytes: int
     seconds: float
     why: str
+    exchanged_bytes: int = 0
+
+
+def refusal(check: Callable[..., object], *args: Any) -> str | None:
+    """Return the reason for which a check of a replica raises ConfigError, for people; None if it passes."""
+    try:
+        check(*args)
+    except ConfigError as error:
+        return error.message.removesuffix(".").replace("`", "")
+    return None
 
 
 class PartitionCost:
@@ -128,13 +187,15 @@ class PartitionCost:
     Args:
         partition: name of the partition.
         weights: checkpoint with the headers of the weights, or its hub id.
-        size: size of the model.
+        size: size of the model. A partition that unpacks weights that would stay quantized has another one.
         settings: pinned settings, without ``auto``.
-        requested_ranks: processes of one replica, for gangs; by default one for each GPU, or 2.
+        requested_ranks: processes of one replica, for gangs; by default one for each GPU of a node, or 2.
         max_memory: limits in bytes, by device name.
         machine: devices and memory that may be used.
     """
 
+    unpacks: ClassVar[bool] = False
+    """Whether the partition computes with unpacked weights alone."""
     timed_limits: ClassVar[Mapping[str, int]] = {}
     """Memory limits while a few layers are timed."""
 
@@ -148,7 +209,11 @@ class PartitionCost:
         max_memory: Mapping[str, int],
         machine: Machine,
     ) -> None:
-        self.partition, self.weights, self.size, self.settings = partition, weights, size, settings
+        self.partition, self.weights, self.stored, self.size = partition, weights, size, size
+        if self.unpacks and size.quantized:
+            settings = replace(settings, dequantize=True)
+            self.size = footprint(weights, settings)
+        self.settings = settings
         self.requested_ranks, self.max_memory, self.machine = requested_ranks, max_memory, machine
 
     @staticmethod
@@ -166,7 +231,17 @@ class PartitionCost:
         """Number of processes of one replica."""
         if not PARTITIONS[self.partition].gang:
             return 1
-        return self.requested_ranks or max(2, self.machine.gpus)
+        return self.requested_ranks or max(2, self.machine.gpus_per_node)
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs of one replica."""
+        return self.ranks if self.on_gpu else 0
+
+    @property
+    def ranks_on_host(self) -> int:
+        """Maximum number of processes of one replica on one host."""
+        return self.ranks if self.machine.nodes == 1 else min(self.ranks, self.machine.gpus_per_node)
 
     @property
     def on_gpu(self) -> bool:
@@ -195,6 +270,16 @@ class PartitionCost:
         """Return the seconds of all shards through all layers of the model, or through this many."""
         return measured.share * cost.seconds(self.size.num_layers if layers is None else layers)
 
+    def link(self, measured: Calibration) -> float:
+        """Return the bytes per second that a GPU receives from the others of its gang.
+
+        NCCL sends the parts of a tensor in several rings, so that the GPUs of a node share its network cards.
+        """
+        inside, node = measured.link_bytes_per_second, self.machine.gpus_per_node
+        if self.machine.nodes == 1 or self.ranks <= node:
+            return inside
+        return min(inside, node * measured.network_bytes_per_second)
+
     def memory(
         self, measured: Calibration, counters: int, weights: int, *, host_weights: int = 0, more: int = 0
     ) -> tuple[int, int]:
@@ -210,7 +295,7 @@ class PartitionCost:
         process = start + measured.working_bytes + host_weights
         if self.on_gpu:
             device = weights + more + counters + measured.device_working_bytes
-            return device, ranks * max(process, measured.plan_peak_bytes)
+            return device, self.ranks_on_host * max(process, measured.plan_peak_bytes)
         process = max(process + weights + more + counters, measured.plan_peak_bytes if ranks == 1 else 0)
         return process, ranks * process
 

@@ -22,7 +22,14 @@ from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import forward_function, load, without_head
-from avss_dist.models.size import Footprint, find_layers, footprint, load_skeleton, token_embeddings
+from avss_dist.models.size import (
+    Footprint,
+    find_layers,
+    footprint,
+    load_skeleton,
+    load_stored_skeleton,
+    token_embeddings,
+)
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.choose import bytes_beside_weights
@@ -51,7 +58,8 @@ class DeviceMapCost(PartitionCost):
         """Distribution of the weights by a device map on this machine."""
         batch = self.size.activation_bytes(self.settings.batch_size, self.settings.sequence_length)
         machine = self.machine
-        free: dict[Device, int] = {**dict.fromkeys(range(machine.gpus), machine.device_free), "cpu": machine.host_free}
+        free: dict[Device, int] = {**dict.fromkeys(range(machine.gpus_per_node), machine.device_free)}
+        free["cpu"] = machine.host_free
         limits = {name: max(0, int(room * SPARE_SHARE) - batch) for name, room in free.items()}
         beside = {"cpu": bytes_beside_weights(self.size, self.settings, machine.device)}
         limits |= {
@@ -59,6 +67,11 @@ class DeviceMapCost(PartitionCost):
             for name, limit in self.max_memory.items()
         }
         return spread(self.weights, self.settings, limits)
+
+    @property
+    def gpus(self) -> int:
+        """See `PartitionCost`."""
+        return max(int(self.on_gpu), sum(isinstance(name, int) for name in self.spread.held))
 
     def is_timed(self) -> bool:
         """See `PartitionCost`. Layers in memory take as long as those of a whole model."""
@@ -72,15 +85,24 @@ class DeviceMapCost(PartitionCost):
             seconds += self.seconds(measured, replace(measured.costs[self.partition], other=0.0), on_disk)
         if on_host and self.machine.gpus:  # copied to a GPU for every batch
             seconds += measured.num_batches * on_host / measured.copy_bytes_per_second
-        layer = max(self.size.layer_bytes)
+        size = self.size
+        rows, batches = measured.rows_per_shard, measured.batches_per_shard(self.settings.batch_size)
+        offloaded = self.spread.held.get("disk", 0) + on_host * bool(self.machine.gpus)
+        moved = max(0, self.gpus - 1) * size.hidden_bytes(rows, self.settings.sequence_length)
+        exchanged = (moved + batches * offloaded) // size.num_layers
+        layer = max(size.layer_bytes)
         if self.on_gpu:
-            on_gpu = max((size for name, size in self.spread.held.items() if isinstance(name, int)), default=0)
-            device, host = self.memory(measured, counters, on_gpu, host_weights=on_host, more=layer)
+            held = {gpu: weights for gpu, weights in self.spread.held.items() if isinstance(gpu, int)}
+            if on_host or on_disk:  # layers come to the first GPU, one at a time
+                held[0] = held.get(0, 0) + layer
+            device, host = self.memory(measured, counters, max(held.values()), host_weights=on_host)
         else:
             resident = self.resident(measured, on_host, table=self.spread.table == "cpu")
             device, host = self.memory(measured, counters, resident, more=layer if on_disk else 0)
-        disk = f"{on_disk} of {self.size.num_layers} layers on disk, read for every batch"
-        return Usage(device_bytes=device, host_bytes=host, seconds=seconds, why=disk if on_disk else "all in memory")
+        why = f"{on_disk} of {size.num_layers} layers on disk, read for every batch" if on_disk else "all in memory"
+        if on_host and self.machine.gpus:
+            why = f"{describe_bytes(on_host)} in host memory, copied for every batch" + (f"; {why}" if on_disk else "")
+        return Usage(device_bytes=device, host_bytes=host, seconds=seconds, why=why, exchanged_bytes=exchanged)
 
 
 class DeviceMapReplica(BatchwiseReplica):
@@ -98,7 +120,7 @@ class DeviceMapReplica(BatchwiseReplica):
         _, model, tensors = load_skeleton(checkpoint, settings)
         stored = [tensor.name for tensor in tensors]
         limits = memory_limits(self.device, checkpoint, settings, placement)
-        self.device_map = plan_map(model, stored, limits, settings)
+        self.device_map = plan_map(load_stored_skeleton(checkpoint, settings), stored, limits, settings)
         if checkpoint.gguf:
             _refuse_disk(model, self.device_map)
         rewritten = [p for name, p in unstored(model, stored).items() if _place(name, self.device_map)[1] == "disk"]
@@ -229,12 +251,14 @@ class Spread:
 
 def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]) -> Spread:
     """Return the distribution of weights by `plan_map`, from headers alone; see it for ``limits``."""
-    _, model, tensors = load_skeleton(checkpoint, settings)
+    _, _, tensors = load_skeleton(checkpoint, settings)
+    model = load_stored_skeleton(checkpoint, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
     places = {id(p): _place(name, device_map)[1] for name, p in model.named_parameters()}
     held: Counter[Device] = Counter()
     for parameter in model.parameters():
-        held[places[id(parameter)] or "cpu"] += _bytes([parameter])
+        place = places[id(parameter)]
+        held["cpu" if place is None else place] += _bytes([parameter])
     layers = find_layers(without_head(model), model.config.get_text_config(), settings)
     on_disk = sum(any(places[id(p)] == "disk" for p in layer.parameters()) for layer in layers)
     embeddings = token_embeddings(model)

@@ -5,6 +5,7 @@ Attention, dense matrices and the head are split as with ``tensor_parallel``, if
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from avss_dist.core.errors import ConfigError
@@ -12,7 +13,18 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import Backbone
 from avss_dist.models.size import load_skeleton
-from avss_dist.partition.native import attention_plan, generic_name, layer_plan, open_by_plan, tensor_plan_obstacle
+from avss_dist.partition.cost import refusal
+from avss_dist.partition.native import (
+    Split,
+    attention_plan,
+    generic_name,
+    layer_plan,
+    open_by_plan,
+    scale_obstacle,
+    split_by_plan,
+    tensor_plan_obstacle,
+    version_obstacle,
+)
 from avss_dist.partition.tensor_parallel import TensorParallelCost, TensorParallelReplica
 
 _ELSEWHERE = "Use `partition` fsdp, zero3, device_map or streaming."
@@ -23,6 +35,25 @@ class ExpertParallelCost(TensorParallelCost):
 
     plan_obstacle = None
 
+    @property
+    def obstacle(self) -> str | None:
+        """See `PartitionCost`."""
+        return version_obstacle() or refusal(require_experts, self.weights, self.settings, self.ranks)
+
+    @cached_property
+    def split(self) -> Split:
+        """Division by transformers' plans; if they do not spread the experts, that of ``tensor_parallel``."""
+        try:
+            options = expert_options(self.weights, self.settings, self.ranks)
+        except ConfigError:
+            options = {"tp_size": self.ranks}
+        return split_by_plan(self.weights, self.settings, options)
+
+    @property
+    def summary(self) -> str:
+        """See `TensorParallelCost`."""
+        return "every rank loads and keeps some of the experts of each layer"
+
 
 class ExpertParallelReplica(TensorParallelReplica):
     """One rank of a mixture of experts; see `tensor_parallel.TensorParallelReplica`."""
@@ -31,19 +62,19 @@ class ExpertParallelReplica(TensorParallelReplica):
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> tuple[Backbone, bool]:
         """See `TensorParallelReplica`. transformers exchanges tokens in passes with gradients, and sums in others."""
-        options = expert_options(checkpoint, settings, self.split.ranks)
+        options = require_experts(checkpoint, settings, self.split.ranks)
         return open_by_plan(checkpoint, settings, self.device, head=head, **options), True
 
 
-def expert_options(checkpoint: Checkpoint, settings: Settings, ranks: int) -> dict[str, Any]:
+def expert_options(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> dict[str, Any]:
     """Return the fields of transformers' ``DistributedConfig`` that spread the experts of a model over ranks.
 
     Raises:
         ConfigError: the model has no experts that transformers can spread, or the ranks do not divide their number.
     """
-    _, model, _ = load_skeleton(checkpoint, settings)
+    resolved, model, _ = load_skeleton(checkpoint, settings)
     rules = layer_plan(model, getattr(model, "ep_plan", {}), settings.layers)
-    if checkpoint.gguf or not rules:
+    if resolved.gguf or not rules:
         raise ConfigError(
             f"transformers has no plan that spreads experts of {type(model).__name__} over ranks.", _ELSEWHERE
         )
@@ -57,4 +88,19 @@ def expert_options(checkpoint: Checkpoint, settings: Settings, ranks: int) -> di
     if tensor_plan_obstacle(checkpoint, settings, ranks):
         attention = attention_plan(layer_plan(model, model.tp_plan, settings.layers))
         options["tp_plan"] = dict.fromkeys(attention, "replicate") or None
+    return options
+
+
+def require_experts(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> dict[str, Any]:
+    """Return `expert_options`, with which the ranks can also split the other weights.
+
+    Raises:
+        ConfigError: see `expert_options`; or the ranks do not divide another quantized matrix into whole blocks.
+    """
+    options = expert_options(checkpoint, settings, ranks)
+    if obstacle := scale_obstacle(checkpoint, settings, options):
+        raise ConfigError(
+            f"`partition` expert_parallel cannot split the weights beside the experts: {obstacle}.",
+            "Set `ranks` to a smaller number.",
+        )
     return options

@@ -21,14 +21,37 @@ from avss_dist.models.loading import forward_function, load_model, open_module, 
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
+from avss_dist.partition.cost import refusal
 from avss_dist.partition.device_map import unstored
 from avss_dist.partition.group import require_group, reraise_lost_ranks
-from avss_dist.partition.native import distributed_config, generic_name, layer_modules
-from avss_dist.partition.sharded import ShardedCost, ShardedLanguageModel, refuse_gguf
+from avss_dist.partition.native import (
+    distributed_config,
+    generic_name,
+    layer_modules,
+    scale_obstacle,
+    version_obstacle,
+)
+from avss_dist.partition.sharded import ShardedCost, ShardedLanguageModel, refuse_gguf, refuse_mxfp4
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
 _RELEASED = "free_full_weight"  # transformers' name for modules whose weights are gathered while they run
+
+
+class FsdpCost(ShardedCost):
+    """Memory and time of a run with FSDP2; see `sharded.ShardedCost`."""
+
+    @property
+    def obstacle(self) -> str | None:
+        """See `PartitionCost`."""
+        _, model, tensors = load_skeleton(self.weights, self.settings)
+        converted = unstored(model, [tensor.name for tensor in tensors])
+        return (
+            super().obstacle
+            or version_obstacle()
+            or refusal(require_experts_on_every_rank, converted, self.ranks)
+            or refusal(require_whole_blocks, self.weights, self.settings, self.ranks)
+        )
 
 
 class FsdpReplica(BatchwiseReplica):
@@ -41,7 +64,7 @@ class FsdpReplica(BatchwiseReplica):
         ModelError: the model cannot be opened or observed.
     """
 
-    cost = ShardedCost
+    cost = FsdpCost
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         refuse_gguf(checkpoint, placement.partition)
@@ -49,7 +72,9 @@ class FsdpReplica(BatchwiseReplica):
         self.device = pick_device(settings.device)
         keep_freed_memory()
         _, empty, tensors = load_skeleton(checkpoint, settings)
+        refuse_mxfp4(checkpoint, empty.config, settings, placement.partition)
         require_experts_on_every_rank(unstored(empty, [tensor.name for tensor in tensors]), world)
+        require_whole_blocks(checkpoint, settings, world)
         plan = gathering_plan(empty, settings.layers)
         with quiet(), reraise_lost_ranks():
             model = load_model(checkpoint, settings, head=head, **distributed_config(fsdp_size=world, fsdp_plan=plan))
@@ -107,6 +132,19 @@ def require_experts_on_every_rank(converted: Mapping[str, nn.Parameter], ranks: 
                 "which transformers cannot load where files have them one by one.",
                 f"Set `ranks` to a divisor of {experts}, or use `partition` zero3.",
             )
+
+
+def require_whole_blocks(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> None:
+    """Refuse to unpack block FP8 of which a rank would read parts of blocks.
+
+    Raises:
+        ConfigError: the ranks do not divide a matrix into whole blocks.
+    """
+    if obstacle := scale_obstacle(checkpoint, settings, {"fsdp_size": ranks}):
+        raise ConfigError(
+            f"`partition` fsdp cannot unpack the weights: {obstacle}.",
+            "Set `ranks` to a smaller number, leave out `dequantize`, or use `partition` streaming.",
+        )
 
 
 def _prepare(model: nn.Module) -> None:

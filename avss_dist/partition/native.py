@@ -6,8 +6,8 @@ A family has plans, which say how each module is split. Every rank reads its par
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Projection, Tap, as_rows, is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import Backbone, forward_function, load_model, open_module, quiet, without_head
-from avss_dist.models.size import load_skeleton
+from avss_dist.models.quantization import scale_block
+from avss_dist.models.size import chosen_experts, find_layers, load_skeleton, load_stored_skeleton, multiplied
 from avss_dist.partition.splitting import Probe, exchange_for, head_count, probe
 
 FIRST_VERSION = "5.23"  # of transformers, with every option that is used here
 _ATTENTION = re.compile(r"attn|attention")
+_DIVIDED = re.compile(r"^(packed_)?(colwise|rowwise)|^grouped_gemm|^embedding_")  # styles that divide a parameter
+_SUMMED = re.compile(r"^rowwise|^moe_tp_experts$|^ep_dispatch_experts$|^all_reduce$")  # of modules: outputs are summed
 
 
 def version_obstacle() -> str | None:
@@ -95,6 +98,101 @@ def layer_plan(model: Any, plan: dict[str, str], layers: str | None) -> dict[str
     units = set(layer_modules(model, layers))
     prefixes = tuple({f"{generic_name(path)}." for path, module in model.named_modules() if module in units})
     return {name: style for name, style in plan.items() if name.startswith(prefixes)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Division of a model over ranks by transformers' plans.
+
+    Attributes:
+        part_bytes: bytes of the weights that each rank holds.
+        divided_share: share of a token's multiplications in the layers that the ranks divide among them.
+        sums: number of times that the ranks sum hidden states in a pass through all layers.
+    """
+
+    part_bytes: int
+    divided_share: float
+    sums: int
+
+
+def split_by_plan(checkpoint: Checkpoint | str, settings: Settings, options: Mapping[str, Any]) -> Split:
+    """Return the division of a model over ranks, from its configuration and headers.
+
+    Args:
+        options: fields of transformers' ``DistributedConfig``: see `open_by_plan`.
+
+    Raises:
+        ModelError: the model cannot be built.
+    """
+    settings = replace(settings, attention=None)
+    _, model, _ = load_skeleton(checkpoint, settings)
+    plan, ranks = applied_plan(model, options), options["tp_size"]
+    part = 0
+    for name, parameter in load_stored_skeleton(checkpoint, settings).named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        part += -(-size // ranks) if _is_divided(name, plan) else size
+    backbone, text = without_head(model), model.config.get_text_config()
+    names = {module: generic_name(path) for path, module in model.named_modules()}
+    sums, divided, whole = 0, 0.0, 0.0
+    for layer in find_layers(backbone, text, settings):
+        sums += sum(bool(_SUMMED.match(plan.get(names[module], ""))) for module in layer.modules())
+        for name, number in multiplied(layer, chosen_experts(text)):
+            whole += number
+            divided += number * _is_divided(f"{names[layer]}.{name}", plan)
+    return Split(part_bytes=part, divided_share=divided / whole if whole else 0.0, sums=sums)
+
+
+def applied_plan(model: Any, options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the rules by which transformers splits a model, by the name of a module or parameter in plans.
+
+    Args:
+        options: fields of transformers' ``DistributedConfig``.
+    """
+    experts = model.ep_plan if "ep_size" in options else {}
+    return {**model.tp_plan, **(options.get("tp_plan") or {}), **experts}
+
+
+def _style(name: str, plan: Mapping[str, str]) -> str:
+    """Return the rule for a parameter; empty if there is none."""
+    generic = generic_name(name)
+    return plan.get(generic) or plan.get(generic.rpartition(".")[0], "")
+
+
+def _is_divided(name: str, plan: Mapping[str, str]) -> bool:
+    """Whether ranks hold parts of a parameter. The bias of a product whose inputs are divided is whole."""
+    style = _style(name, plan)
+    return bool(_DIVIDED.match(style)) and not (style.startswith("rowwise") and name.endswith("bias"))
+
+
+def scale_obstacle(checkpoint: Checkpoint | str, settings: Settings, options: Mapping[str, Any]) -> str | None:
+    """Return why ranks cannot divide weights in block FP8 among them; None if they can.
+
+    transformers 5.24 divides weights and scales evenly, each by itself. A rank whose part is not whole blocks has the
+    scales of other blocks, and computes or unpacks wrong numbers, or fails.
+
+    Args:
+        options: fields of transformers' ``DistributedConfig``.
+    """
+    settings = replace(settings, attention=None)
+    _, model, _ = load_skeleton(checkpoint, settings)
+    block = scale_block(model.config)
+    if block is None or (fully_sharded := "fsdp_size" in options) > settings.dequantize:
+        return None  # stored parts are gathered with their scales before they are used
+    ranks = options["fsdp_size"] if fully_sharded else options["tp_size"]
+    plan = {} if fully_sharded else applied_plan(model, options)
+    stored = dict(load_stored_skeleton(checkpoint, replace(settings, dequantize=False)).named_parameters())
+    for name, parameter in model.named_parameters():
+        style = "colwise" if fully_sharded and parameter.dim() == 2 else _style(name, plan)
+        if stored[name].dtype != torch.uint8 or style == "grouped_gemm" or not _DIVIDED.match(style):
+            continue
+        dimension = int("rowwise" in style)
+        size = parameter.shape[-2:][dimension] // (2 if style.startswith("packed") else 1)
+        if size % (ranks * block[dimension]):
+            return (
+                f"{ranks} ranks do not divide the {size} {('rows', 'columns')[dimension]} of {generic_name(name)} into "
+                f"whole blocks of {block[dimension]} that share a scale"
+            )
+    return None
 
 
 def open_by_plan(

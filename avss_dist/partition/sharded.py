@@ -17,14 +17,16 @@ from torch import distributed
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import Rounding
 from avss_dist.core.registry import WHOLE
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.quantization import quantization_method
 from avss_dist.models.rounding import rounded_maps, rounded_when_called
-from avss_dist.models.size import Footprint
+from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import uncounted
 from avss_dist.partition.base import dummy_batch
-from avss_dist.partition.cost import DEEPSPEED_BYTES, LINK_SHARE, Calibration, PartitionCost, Usage
+from avss_dist.partition.cost import DEEPSPEED_BYTES, Calibration, PartitionCost, Usage, refusal
 from avss_dist.partition.group import all_gather, share, sum_over_ranks
 
 S = TypeVar("S")
@@ -40,6 +42,18 @@ class ShardedCost(PartitionCost):
         """See `PartitionCost`. ``max_memory`` has no effect."""
         return 0
 
+    @property
+    def obstacle(self) -> str | None:
+        """See `PartitionCost`."""
+        checkpoint, model, _ = load_skeleton(self.weights, self.settings)
+        return refusal(refuse_gguf, checkpoint, self.partition) or refusal(
+            refuse_mxfp4, checkpoint, model.config, self.settings, self.partition
+        )
+
+    def host_weights(self) -> int:
+        """Return the bytes of weights that each process holds in host memory while the model is opened on a GPU."""
+        return 0
+
     def usage(self, measured: Calibration, counters: int) -> Usage:
         """See `PartitionCost`. Ranks share the shards; on CPUs they also share the cores, which gains nothing."""
         ranks, on_gpu, size = self.ranks, self.on_gpu, self.size
@@ -47,15 +61,21 @@ class ShardedCost(PartitionCost):
         part = -(-size.weight_bytes // ranks)
         ahead = PREFETCHED * size.element_bytes if on_gpu else 0
         largest = max(*size.layer_bytes, size.embedding_bytes)  # twice: as it comes, and put together
-        device, host = self.memory(measured, counters, part, more=2 * largest + min(ahead, gathered))
+        more = {"more": 2 * largest + min(ahead, gathered), "host_weights": self.host_weights()}
+        device, host = self.memory(measured, counters, part, **more)
         if not on_gpu:  # while the model is opened, pages of its files, which the system can have back, are there too
             device = max(device, measured.library_bytes + DEEPSPEED_BYTES + part + size.weight_bytes)
-        work = self.seconds(measured, measured.costs[WHOLE]) / (ranks if on_gpu else 1)
-        link = measured.copy_bytes_per_second * LINK_SHARE * ranks / max(1, ranks - 1)
-        exchange = -(-measured.num_batches // ranks) * gathered / (link if on_gpu else measured.gather_bytes_per_second)
+        work = self.seconds(measured, measured.costs[WHOLE])
+        others = measured.batches_per_shard(self.settings.batch_size) * (ranks - 1) / ranks  # received of each byte
+        if on_gpu:
+            rounds = -(-measured.num_shards // ranks)
+            seconds = rounds * (work / measured.num_shards + others * gathered / self.link(measured))
+        else:
+            seconds = work + -(-measured.num_batches // ranks) * gathered / measured.gather_bytes_per_second
         why = "every rank holds a part and gathers one layer at a time"
         why += "; the exchange is modelled, not measured" * on_gpu
-        return Usage(device_bytes=device, host_bytes=host, seconds=work + exchange, why=why)
+        exchanged = int(others * sum(size.layer_bytes) / size.num_layers)
+        return Usage(device_bytes=device, host_bytes=host, seconds=seconds, why=why, exchanged_bytes=exchanged)
 
 
 class ShardedLanguageModel(LanguageModel):
@@ -125,4 +145,21 @@ def refuse_gguf(checkpoint: Checkpoint, partition: str) -> None:
             f"'{checkpoint.name}' is a .gguf file: transformers unpacks the whole model in every process, so that "
             f"{partition} would save no memory.",
             "Use `partition` single, device_map or tensor_parallel, or convert it to safetensors.",
+        )
+
+
+def refuse_mxfp4(checkpoint: Checkpoint, config: Any, settings: Settings, partition: str) -> None:
+    """Refuse weights that stay in MXFP4, whose kernels need them in a form that is no longer a parameter.
+
+    Args:
+        config: the configuration of the model.
+
+    Raises:
+        ConfigError: the weights stay in MXFP4.
+    """
+    if quantization_method(config) == "mxfp4" and not settings.dequantize:
+        raise ConfigError(
+            f"'{checkpoint.name}' is quantized (mxfp4): transformers arranges such weights for its kernels as it loads "
+            f"them, so that ranks of {partition} cannot gather them.",
+            "Set `dequantize`, or use `partition` single, device_map or expert_parallel.",
         )

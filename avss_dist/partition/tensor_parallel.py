@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
-from avss_dist.core.errors import ModelError
+from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import THRESHOLD, Sparsity
 from avss_dist.core.registry import WHOLE
 from avss_dist.core.settings import Settings
@@ -20,14 +21,15 @@ from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, forward_function
-from avss_dist.models.size import Footprint
+from avss_dist.models.quantization import quantization_method
+from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import SparsityCounts
-from avss_dist.partition.autotp import open_by_autotp
+from avss_dist.partition.autotp import open_by_autotp, require_heads
 from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
-from avss_dist.partition.cost import LINK_SHARE, Calibration, PartitionCost, Usage
+from avss_dist.partition.cost import Calibration, PartitionCost, Usage, refusal
 from avss_dist.partition.group import gather, require_group, reraise_lost_ranks, sum_over_ranks
-from avss_dist.partition.native import open_by_plan, tensor_plan_obstacle
+from avss_dist.partition.native import Split, open_by_plan, scale_obstacle, split_by_plan, tensor_plan_obstacle
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
@@ -50,29 +52,54 @@ class TensorParallelCost(PartitionCost):
         """Reason why DeepSpeed AutoTP splits the model instead of transformers; None if transformers does."""
         return tensor_plan_obstacle(self.weights, self.settings, self.ranks)
 
+    @property
+    def obstacle(self) -> str | None:
+        """See `PartitionCost`."""
+        if reason := refusal(require_split, self.weights, self.settings, self.ranks):
+            return reason
+        if not self.plan_obstacle:
+            return None
+        _, model, _ = load_skeleton(self.weights, replace(self.settings, attention=None))
+        return refusal(require_heads, model.config.get_text_config(), self.ranks)
+
+    @cached_property
+    def split(self) -> Split:
+        """Division by transformers' plan; with AutoTP, of the layers alone."""
+        if not self.plan_obstacle:
+            return split_by_plan(self.weights, self.settings, {"tp_size": self.ranks})
+        size = self.size
+        part = size.other_bytes + sum(size.layer_bytes) // self.ranks
+        return Split(part_bytes=part, divided_share=1.0, sums=2 * size.num_layers)
+
     def usage(self, measured: Calibration, counters: int) -> Usage:
         """See `PartitionCost`."""
         ranks, on_gpu, size = self.ranks, self.on_gpu, self.size
-        divided = measured.sublayer_share
+        split = self.split
+        divided = measured.sublayer_share * split.divided_share
         work = (
             self.seconds(measured, measured.costs[WHOLE]) * (divided / ranks + 1 - divided) * (1 if on_gpu else ranks)
         )
-        sums = 2 * size.num_layers
-        hidden = size.hidden_bytes(measured.num_sequences, self.settings.sequence_length)
-        modelled = sums * 2 * hidden * (ranks - 1) / (measured.copy_bytes_per_second * LINK_SHARE)
-        exchange = modelled if on_gpu else sums * measured.num_batches * measured.sum_seconds * (ranks - 1)
-        if self.plan_obstacle:  # AutoTP: the head is whole, and so is the model while it is opened
-            whole, part = size.weight_bytes, size.other_bytes + sum(size.layer_bytes) // ranks
-            why = "every rank loads the whole model first, and keeps a part of each layer"
-        else:
-            whole, part = 0, -(-size.weight_bytes // ranks)
-            why = "every rank loads and keeps a part of each matrix"
+        hidden = size.hidden_bytes(measured.rows_per_shard, self.settings.sequence_length)
+        received = split.sums * 2 * hidden * (ranks - 1) / ranks  # of a shard: parts are summed, and then gathered
         if on_gpu:
-            device, host = self.memory(measured, counters, part, host_weights=whole)
+            exchange = received * measured.num_sequences / measured.rows_per_shard / self.link(measured)
         else:
-            device, host = self.memory(measured, counters, whole + part)
-        why += "; the exchange is modelled, not measured" * on_gpu
-        return Usage(device_bytes=device, host_bytes=host, seconds=work + exchange, why=why)
+            exchange = split.sums * measured.num_batches * measured.sum_seconds * (ranks - 1)
+        whole = size.weight_bytes if self.plan_obstacle else 0  # by AutoTP, while the model is opened
+        if on_gpu:
+            device, host = self.memory(measured, counters, split.part_bytes, host_weights=whole)
+        else:
+            device, host = self.memory(measured, counters, whole + split.part_bytes)
+        why = self.summary + "; the exchange is modelled, not measured" * on_gpu
+        exchanged = int(received / size.num_layers)
+        return Usage(device_bytes=device, host_bytes=host, seconds=work + exchange, why=why, exchanged_bytes=exchanged)
+
+    @property
+    def summary(self) -> str:
+        """Description of what each rank holds, for people."""
+        if self.plan_obstacle:
+            return "every rank loads the whole model first, and keeps a part of each layer"
+        return "every rank loads and keeps a part of each matrix"
 
 
 class TensorParallelReplica(BatchwiseReplica):
@@ -102,6 +129,7 @@ class TensorParallelReplica(BatchwiseReplica):
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> tuple[Backbone, bool]:
         """Return this rank's part of the model, and whether it computes gradients."""
+        require_split(checkpoint, settings, self.split.ranks)
         if tensor_plan_obstacle(checkpoint, settings, self.split.ranks):
             return open_by_autotp(checkpoint, settings, self.device, self.split, head=head), False
         return open_by_plan(checkpoint, settings, self.device, head=head, tp_size=self.split.ranks), True
@@ -115,6 +143,30 @@ class TensorParallelReplica(BatchwiseReplica):
         self.language_model = None
         del self._backbone, self._run, self.layers
         free_device(self.device)
+
+
+def require_split(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> None:
+    """Refuse quantized weights that ranks cannot divide.
+
+    Raises:
+        ConfigError: the weights stay quantized and only DeepSpeed would split the model, which it checks unsplit on the
+            CPU; or the ranks do not divide a matrix into whole blocks.
+    """
+    resolved, model, _ = load_skeleton(checkpoint, replace(settings, attention=None))  # which may not be here
+    if resolved.gguf or quantization_method(model.config) is None:
+        return
+    if obstacle := tensor_plan_obstacle(checkpoint, settings, ranks):
+        if not settings.dequantize:
+            raise ConfigError(
+                f"`partition` tensor_parallel does not split these quantized weights: {obstacle}, and DeepSpeed, which "
+                "splits other models, takes none that stay quantized.",
+                "Set `ranks` to another number, or use `partition` device_map or expert_parallel.",
+            )
+    elif obstacle := scale_obstacle(checkpoint, settings, {"tp_size": ranks}):
+        raise ConfigError(
+            f"`partition` tensor_parallel cannot split these quantized weights: {obstacle}.",
+            "Set `ranks` to a smaller number.",
+        )
 
 
 class TensorParallelLanguageModel(LanguageModel):

@@ -16,12 +16,23 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
 from avss_dist.models.loading import forward_function, load_model, open_module, text_config, without_head
 from avss_dist.models.pinning import compute_dtype
+from avss_dist.models.quantization import quantization_method
+from avss_dist.models.size import load_skeleton
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.group import quiet_deepspeed, require_group, reraise_lost_ranks
-from avss_dist.partition.sharded import PREFETCHED, ShardedCost, ShardedLanguageModel, refuse_gguf
+from avss_dist.partition.sharded import PREFETCHED, ShardedCost, ShardedLanguageModel, refuse_gguf, refuse_mxfp4
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
+
+
+class Zero3Cost(ShardedCost):
+    """Memory and time of a run with ZeRO-3; see `sharded.ShardedCost`."""
+
+    def host_weights(self) -> int:
+        """See `ShardedCost`. transformers loads quantized weights whole, unpacked or not, before ranks keep parts."""
+        _, model, _ = load_skeleton(self.weights, self.settings)
+        return self.size.weight_bytes if self.on_gpu and quantization_method(model.config) else 0
 
 
 class Zero3Replica(BatchwiseReplica):
@@ -32,7 +43,7 @@ class Zero3Replica(BatchwiseReplica):
         ModelError: the model cannot be opened or observed.
     """
 
-    cost = ShardedCost
+    cost = Zero3Cost
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         refuse_gguf(checkpoint, placement.partition)
@@ -40,6 +51,7 @@ class Zero3Replica(BatchwiseReplica):
         self.device = pick_device(settings.device)
         keep_freed_memory()
         text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        refuse_mxfp4(checkpoint, text, settings, placement.partition)
         config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
         with quiet_deepspeed(), reraise_lost_ranks():
             model = _load_in_parts(checkpoint, settings, config, head=head)

@@ -68,6 +68,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "--corpus": None,
         **{f"--{name.replace('_', '-')}": value for name, value in Settings().as_dict().items()},
         "--site": None,
+        "--hardware": None,
         "--ranks": None,
         "--max-memory": None,
         "--teacher": None,

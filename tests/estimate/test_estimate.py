@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.checkpoints import VOCABULARY, llama
+from support.checkpoints import VOCABULARY, llama, save_tokenizer
+from support.ggufs import write_gguf
 from support.pairs import write_pairs
+from support.quantized import block_fp8
 
 import avss_dist.estimation.benchmark
 import avss_dist.estimation.estimate
@@ -24,13 +26,15 @@ import avss_dist.partition.cost
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError, ModelError, RunFailed
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
+from avss_dist.estimation.benchmark import LOADS
 from avss_dist.estimation.estimate import Estimate, Row, estimate, partition_costs, row
 from avss_dist.estimation.small_models import shortened
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.size import footprint
 from avss_dist.partition.choose import choose, least_host_bytes
 from avss_dist.partition.cost import Calibration, Cost, Machine
-from avss_dist.report.terminal.estimate import describe_seconds, estimate_table, summary
+from avss_dist.partition.streaming.weights import StreamedWeights
+from avss_dist.report.terminal.estimate import automatic, describe_seconds, estimate_table, summary
 from avss_dist.requests import EstimateRequest
 from avss_dist.system.devices import Devices
 
@@ -78,10 +82,14 @@ def test_it_is_json(guess: Estimate) -> None:
     assert read["rows"][0] == {
         "partition": "single",
         "ranks": 1,
+        "gpus": 0,
+        "replicas": 1,
         "device_bytes": guess.rows[0].device_bytes,
         "host_bytes": guess.rows[0].host_bytes,
+        "exchanged_bytes": 0,
         "fits": True,
         "seconds": guess.rows[0].seconds,
+        "shard_seconds": guess.rows[0].seconds / 2,
         "why": "175 kB of weights stay in memory",
     }
 
@@ -162,6 +170,9 @@ CALIBRATION = Calibration(
     sublayer_share=0.75,
     sum_seconds=0.01,
     gather_bytes_per_second=1e9,
+    link_bytes_per_second=0.25e9,
+    network_bytes_per_second=0.0,
+    unpacked_bytes_per_second=1e6,
 )
 GB = 10**9
 
@@ -179,7 +190,8 @@ def rows(
     counters = counter_bytes(size, settings, calibration.num_strata)
     request = EstimateRequest(folder, corpus="builtin:pydoc", ranks=execution.ranks, max_memory=execution.max_memory)
     costs = partition_costs(str(folder), size, settings, machine, request)
-    return {cost.partition: row(cost, cost.usage(calibration, counters)) for cost in costs}
+    shards = calibration.num_shards
+    return {name: row(cost, cost.usage(calibration, counters), shards) for name, [cost] in costs.items()}
 
 
 def test_seconds_are_layers_and_the_rest_of_every_shard(tiny_llama: Path) -> None:
@@ -212,15 +224,60 @@ def test_weights_that_stay_quantized_are_not_streamed(tiny_llama: Path) -> None:
     assert "needs the setting dequantize, which unpacks the weights" in found["streaming"].why
 
 
-def test_a_model_that_deepspeed_splits_fits_too(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "gguf"])
+def test_unpacking_is_measured_without_the_weights(
+    kind: str, tiny_llama: Path, tmp_path: Path, benchmark_in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On zeros: of the checkpoint in block FP8, nothing is left but headers."""
+    rates: list[float] = []
+    convert = StreamedWeights.convert_zeros
+    monkeypatch.setattr(StreamedWeights, "convert_zeros", lambda *args: (rates.append(1.0), convert(*args)))
+    if kind == "fp8":
+        model = block_fp8(tiny_llama, tmp_path / "fp8")
+        file = model / "model.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[: 8 + int.from_bytes(content[:8], "little")])
+    else:
+        model = write_gguf(llama(), tmp_path / "tiny.gguf")
+        save_tokenizer(tmp_path)
+    settings = replace(SETTINGS, dtype="float32", dequantize=kind == "fp8")
+    found = {row.partition: row for row in estimated(str(model), "builtin:pydoc", settings).rows}
+    assert len(rates) == LOADS and found["streaming"].fits and "unpacked in" in found["streaming"].why
+
+
+def test_only_mixtures_fit_expert_parallel(tiny_llama: Path, tmp_path: Path, save_checkpoint: Save) -> None:
+    from support.families import tiny_model
+
+    mixture = save_checkpoint(tiny_model("causal", "mixtral"), tmp_path / "mixtral")
+    machine = Machine("cpu", 0, 99 * GB, 99 * GB)
+    dense, fits = (rows(folder, machine)["expert_parallel"] for folder in (tiny_llama, mixture))
+    assert fits.fits and not dense.fits and "no plan that spreads experts of LlamaForCausalLM" in dense.why
+    three = rows(mixture, machine, Execution(partition="expert_parallel", ranks=3))["expert_parallel"]
+    assert not three.fits and "3 ranks do not divide the 4 experts" in three.why
+
+
+def test_more_ranks_than_heads_fit_nothing(tiny_llama: Path) -> None:
+    execution = Execution(partition="tensor_parallel", ranks=5)
+    row = rows(tiny_llama, Machine("cpu", 0, 99 * GB, 99 * GB), execution)["tensor_parallel"]
+    assert not row.fits and "5 ranks cannot share" in row.why
+
+
+def test_what_auto_takes_is_part_of_the_estimate(guess: Estimate) -> None:
+    assert guess.auto == "single" and "fit into" in guess.auto_why
+    assert automatic(guess).startswith("auto takes single: 175 kB of weights")
+    assert automatic(replace(guess, auto="", auto_why="It is refused.")) == "auto: It is refused."
+
+
+def test_a_model_that_deepspeed_splits_fits_too(tmp_path: Path, save_checkpoint: Save) -> None:
     """As three ranks do not divide its heads, transformers does not split it; each rank maps the whole model then."""
+    folder = save_checkpoint(llama(num_attention_heads=4, num_key_value_heads=4), tmp_path / "four-heads")
     ranks = Execution(partition="tensor_parallel", ranks=3)
-    whole, part = (rows(tiny_llama, Machine("cpu", 0, 4 * GB, 4 * GB), e)["tensor_parallel"] for e in (ranks, None))
+    whole, part = (rows(folder, Machine("cpu", 0, 4 * GB, 4 * GB), e)["tensor_parallel"] for e in (ranks, None))
     assert whole.fits and whole.why.startswith("every rank loads the whole model first")
     assert part.fits and part.why.startswith("every rank loads and keeps a part of each matrix")
 
 
-def test_unpacking_takes_memory_beside_a_layer(tiny_llama: Path) -> None:
+def test_unpacking_takes_memory_and_time_beside_a_layer(tiny_llama: Path) -> None:
     """A CPU has one layer, unpacked; a GPU two, and the host two as they are stored."""
     layer, packed = (
         footprint(str(tiny_llama), SETTINGS).layer_bytes[0],
@@ -234,7 +291,8 @@ def test_unpacking_takes_memory_beside_a_layer(tiny_llama: Path) -> None:
         plain, unpacked = (rows(tiny_llama, machine, zero_copy=False, **sizes)["streaming"] for sizes in ({}, packed))
         assert unpacked.device_bytes - plain.device_bytes == device_more
         assert unpacked.host_bytes - plain.host_bytes == host_more
-        assert "unpacked in 1 MB, in a time that is not counted" in unpacked.why and "unpacked" not in plain.why
+        assert unpacked.seconds - plain.seconds == pytest.approx(8 * 3 * layer / 1e6)
+        assert "unpacked in 1 MB" in unpacked.why and "unpacked" not in plain.why
 
 
 def test_what_fits_is_what_is_free(tiny_llama: Path) -> None:

@@ -19,6 +19,7 @@ from support.checkpoints import llama, save_tokenizer
 from support.exhaustive import all_of
 from support.families import tiny_config, tiny_model
 from support.oracle import assert_close
+from support.quantized import block_fp8, mxfp4
 from support.questions import answers, assert_same, composed, generated, write_questions
 from support.rank_processes import SECONDS, Gang, free_port
 from torch.distributed.tensor import DTensor
@@ -641,6 +642,46 @@ def test_experts_that_ranks_cannot_share_are_refused(
     for family, message in refusals.items():
         for error in gang(3).outcomes(measure, "expert_parallel", folder_of(family), make_shards(1), SETTINGS):
             assert isinstance(error, ConfigError) and error.message == message
+
+
+@pytest.mark.parametrize("partition", ["fsdp", "tensor_parallel", "expert_parallel"])
+def test_unpacked_weights(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], tmp_path: Path, partition: str
+) -> None:
+    """Block FP8 of which every rank reads whole blocks: the numbers of one process that unpacks it."""
+    folder, settings = block_fp8(folder_of("qwen3_moe"), tmp_path / "fp8"), replace(SETTINGS, dequantize=True)
+    shards = make_shards(2, rows=(4, 4))
+    per_rank = gang(2).run(measure, partition, folder, shards, settings)
+    expected, _ = single(folder, shards, settings)
+    if partition == "fsdp":
+        assert_equal(merged(per_rank), expected)
+        return
+    for found, wanted in zip(per_rank[0][0], expected, strict=True):
+        assert_near(found.stats, wanted.stats, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("partition", "quantize", "family", "dequantize", "said"),
+    [
+        ("fsdp", block_fp8, "grouped llama", True, "2 ranks do not divide the"),
+        ("fsdp", mxfp4, "gpt_oss", False, "ranks of fsdp cannot gather them"),
+        ("zero3", mxfp4, "gpt_oss", False, "ranks of zero3 cannot gather them"),
+        ("tensor_parallel", mxfp4, "gpt_oss", False, "takes none that stay quantized"),
+    ],
+)
+def test_quantized_weights_that_ranks_cannot_share_are_refused(
+    gang: Callable[[int], Gang],
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
+    partition: str,
+    quantize: Callable[[Path, Path], Path],
+    family: str,
+    dequantize: bool,
+    said: str,
+) -> None:
+    folder, settings = quantize(folder_of(family), tmp_path / "quantized"), replace(SETTINGS, dequantize=dequantize)
+    for error in gang(2).outcomes(measure, partition, folder, make_shards(1), settings):
+        assert isinstance(error, ConfigError) and said in error.message and error.hint
 
 
 def test_heads_are_counted_by_what_the_configuration_calls_them() -> None:

@@ -154,6 +154,20 @@ def test_quantized_weights_that_do_not_fit_unpacked_are_streamed() -> None:
     assert least_host_bytes("streaming", size, SETTINGS, "cuda") == beside + layer // 2
 
 
+@pytest.mark.parametrize("devices", [cpus(24 * GB), gpus(1, 80 * GB), gpus(8, 10 * GB)])
+def test_weights_that_stay_quantized_are_not_streamed(devices: Devices) -> None:
+    """The refusal names what a run with streaming would be refused for, before anything is opened."""
+    size = replace(llama_like(70), quantized=True)
+    with pytest.raises(ConfigError, match=r"The weights stay quantized, and 140 GB of weights.* fit into") as refused:
+        choose(size, SETTINGS, Execution(), devices)
+    assert refused.value.hint.startswith("Set `dequantize`, with which it is streamed")
+    with pytest.raises(ConfigError) as refused:
+        choose(replace(size, can_unpack=False), SETTINGS, Execution(), devices)
+    assert "dequantize" not in refused.value.hint
+    assert choose(replace(size, quantized=False), SETTINGS, Execution(), devices).partition == "streaming"
+    assert choose(size, SETTINGS, Execution(), gpus(8, 80 * GB)).partition == "device_map"
+
+
 def test_a_limit_of_a_gpu_covers_activations_too() -> None:
     size = llama_like(8)
     execution = Execution(partition="device_map", max_memory={"0": 10 * GB, "1": 20 * GB})

@@ -38,6 +38,8 @@ T = TypeVar("T")
 class StreamingCost(PartitionCost):
     """Memory and time of a run with one or two layers and the waiting hidden states in memory."""
 
+    unpacks = True
+
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
         """See `PartitionCost`."""
@@ -48,7 +50,11 @@ class StreamingCost(PartitionCost):
     @property
     def obstacle(self) -> str | None:
         """See `PartitionCost`."""
-        return "needs the setting dequantize, which unpacks the weights" if self.size.quantized else None
+        if not self.stored.quantized:
+            return None
+        if not self.stored.can_unpack:
+            return "computes with unpacked weights, and transformers cannot unpack these while it loads them"
+        return "needs the setting dequantize, which unpacks the weights"
 
     def usage(self, measured: Calibration, counters: int) -> Usage:
         """See `PartitionCost`."""
@@ -62,14 +68,21 @@ class StreamingCost(PartitionCost):
         device, host = self.memory(measured, counters, size.other_bytes + layers + size.unpacking_bytes, **beside)
         unpacked = ""
         if size.unpacking_bytes:
-            unpacked = f", and unpacked in {describe_bytes(size.unpacking_bytes)}, in a time that is not counted"
+            unpacked = f", and unpacked in {describe_bytes(size.unpacking_bytes)}"
         return Usage(
             device_bytes=device,
             host_bytes=host,
-            seconds=self.seconds(measured, measured.costs[self.partition]),
+            seconds=self.seconds(measured, measured.costs[self.partition]) + self._unpacking_seconds(measured),
+            exchanged_bytes=int(sum(size.layer_bytes) * size.stored_share / size.num_layers),
             why=f"{'two layers' if resident_layers == 2 else 'a layer'} and {describe_bytes(waiting)} "
             f"of waiting hidden states in memory; the layers' weights are read {measured.num_shards}x{unpacked}",
         )
+
+    def _unpacking_seconds(self, measured: Calibration) -> float:
+        """Return the seconds of unpacking all layers for each shard."""
+        if not self.size.unpacking_bytes:
+            return 0.0
+        return measured.num_shards * sum(self.size.layer_bytes) / measured.unpacked_bytes_per_second
 
 
 class StreamingReplica:
