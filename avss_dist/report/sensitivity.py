@@ -24,20 +24,19 @@ def sensitivity_section(label: str, measured: MapRounding) -> Section:
         f"the most: {measured.damage[most]:.3g} {NATS} in {most.format}."
     )
     paths = list(dict.fromkeys(place.path or "" for place in places))
-    charts = [
-        Chart(
-            name=f"{name}-{number}",
-            title=f"Rounded to {format}",
-            meaning=f"The predicted rise of the loss with each linear map rounded to {format}, in {NATS}.",
-            rows=[
-                {"layer": place.layer, "map": place.path, "rise": measured.damage[place]}
-                for place in places
-                if place.format == format
-            ],
-            draw=partial(_heat_map, paths),
+    charts = []
+    for number, format in enumerate(measured.formats, start=1):
+        of_format = [place for place in places if place.format == format]
+        largest = max(abs(measured.damage[place]) for place in of_format)
+        charts.append(
+            Chart(
+                name=f"{name}-{number}",
+                title=f"Rounded to {format}",
+                meaning=f"The predicted rise of the loss with each linear map rounded to {format}, in {NATS}.",
+                rows=[{"layer": one.layer, "map": one.path, "rise": measured.damage[one]} for one in of_format],
+                draw=partial(_heat_map, paths, largest),
+            )
         )
-        for number, format in enumerate(measured.formats, start=1)
-    ]
     return Section(label=label, sentences=[sentence], charts=charts, tables=[_table(name, measured)])
 
 
@@ -59,11 +58,12 @@ def _table(name: str, measured: MapRounding) -> ReportTable:
     )
 
 
-def _heat_map(order: Sequence[str]) -> Any:
+def _heat_map(order: Sequence[str], largest: float) -> Any:
+    """Return the chart of rises by layer and map, in colors that are as dark for a fall as for a rise of that size."""
     import altair as alt
 
     legend = alt.Legend(orient="top", direction="horizontal", title=NATS)
-    scale = alt.Scale(scheme="redblue", reverse=True, domainMid=0)
+    scale = alt.Scale(scheme="redblue", reverse=True, domain=[-largest, largest])
     return (
         alt.Chart()
         .mark_rect()
