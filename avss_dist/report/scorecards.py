@@ -104,11 +104,7 @@ def _caption(rows: Sequence[Row]) -> str:
     if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
         text += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. Misranked: "
         text += "pairs of layers in the wrong order."
-    estimates = {row["same_text"] for row in rows if row["score"] in ROUNDING_ESTIMATES}
-    if True in estimates:
-        text += " Estimates are of the same text, and share the chance of its selection: expect less of them elsewhere."
-    elif estimates:
-        text += " Estimates are of other text than that."
+    text += _text_of_estimates(rows)
     if any(row["spearman_sets"] is not None for row in rows):
         text += f" Over {rows[0]['sets']} sets: of the score's sum with what leaving the set out does."
     elif rows[0]["sets"] and not name:
@@ -117,6 +113,14 @@ def _caption(rows: Sequence[Row]) -> str:
     if any(row[column] is not None for row in rows for column in RETENTION.values()):
         text += f" Kept: the perplexity of {rows[0]['task']} without those layers, under it."
     return text
+
+
+def _text_of_estimates(rows: Sequence[Row]) -> str:
+    """Return a sentence on the text of the estimates of rounding; empty without estimates."""
+    estimates = {row["same_text"] for row in rows if row["score"] in ROUNDING_ESTIMATES}
+    if True in estimates:
+        return " Estimates are of the same text, and share the chance of its selection: expect less of them elsewhere."
+    return " Estimates are of other text than that." if estimates else ""
 
 
 def _sentence(cards: Sequence[Row], column: str, truth: str, readings: int) -> str:
