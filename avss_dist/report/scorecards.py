@@ -116,7 +116,7 @@ def _caption(rows: Sequence[Row]) -> str:
 
 
 def _text_of_estimates(rows: Sequence[Row]) -> str:
-    """Return a sentence that says whether estimates of rounded weights are of the text of the measurement."""
+    """Return a sentence on the text of the estimates of rounding; empty without estimates."""
     estimates = {row["same_text"] for row in rows if row["score"] in ROUNDING_ESTIMATES}
     if True in estimates:
         return " Estimates are of the same text, and share the chance of its selection: expect less of them elsewhere."

@@ -8,7 +8,7 @@ from typing import Any
 
 from avss_dist.core.text import count_of
 from avss_dist.pruning.ground_truth import MapRounding
-from avss_dist.report.section import Chart, Section, page_number
+from avss_dist.report.section import Chart, Section, maps_drawing, page_number
 from avss_dist.report.table import ReportColumn, ReportTable, significant
 
 NATS = "nats per token"
@@ -64,14 +64,4 @@ def _heat_map(order: Sequence[str], largest: float) -> Any:
 
     legend = alt.Legend(orient="top", direction="horizontal", title=NATS)
     scale = alt.Scale(scheme="redblue", reverse=True, domain=[-largest, largest])
-    return (
-        alt.Chart()
-        .mark_rect()
-        .encode(
-            alt.X("layer:O", title="layer (from 0)").axis(labelAngle=0, labelOverlap="greedy"),
-            alt.Y("map:N", sort=list(order), title=None).axis(labelLimit=alt.ExprRef("room")),
-            alt.Color("rise:Q", legend=legend, scale=scale),
-            tooltip=["layer:Q", "map:N", alt.Tooltip("rise:Q", format=".3g")],
-        )
-        .properties(height=18 * len(order))
-    )
+    return maps_drawing(order, alt.Color("rise:Q", legend=legend, scale=scale), alt.Tooltip("rise:Q", format=".3g"))
