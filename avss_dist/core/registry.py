@@ -205,8 +205,13 @@ ROUNDING_ESTIMATES = {
     "propagated_2": ScoreInfo(title="propagated, two layers on", meaning="the same two layers later"),
 }
 """Estimates of a layer's sensitivity to rounded weights by metric; high is sensitive."""
-PRECISION_METHODS = {
+PRECISION_ESTIMATES = {
     "predicted": "where the loss that avss ablate --quantize predicts rises the least",
+    "second_order": "where its second order, which is never negative, rises the least",
+    "output_error": "where the outputs of linear maps change the least",
+}
+"""Estimates that the number format of each linear map is chosen by, with their meanings."""
+PRECISION_METHODS = PRECISION_ESTIMATES | {
     "uniform": "one format for all linear maps",
     "random": "linear maps in random order",
     "ends": "the layers nearest to the first and the last one keep the most bits",

@@ -10,6 +10,8 @@ import numpy as np
 
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import RoundedPlace
+from avss_dist.core.names import PREDICTED_RISE
+from avss_dist.core.registry import PRECISION_ESTIMATES
 from avss_dist.core.text import describe_bytes
 from avss_dist.precision.allocate import Choice, Float64, in_order, least_damage, same_format
 from avss_dist.precision.plan import MapPrecision, PrecisionPlan
@@ -32,7 +34,8 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         QueryError: the effect of a format was not predicted. The hint is the command that does.
         PlanError: the budget is below the smallest formats.
     """
-    measured = _measured(store, run, request.formats)
+    by = request.by if request.by in PRECISION_ESTIMATES else PREDICTED_RISE
+    measured = _measured(store, run, request.formats, by)
     formats = [name for name in measured.formats if name in (request.formats or measured.formats)]
     maps = sorted({(place.layer, place.path or "") for place in measured.weights})
     damage, bits = (_matrix(values, maps, formats) for values in (measured.damage, measured.bits))
@@ -50,8 +53,8 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         )
         for number, ((layer, path), index) in enumerate(zip(maps, chosen.tolist(), strict=True))
     ]
-    predicted = float(damage[np.arange(len(maps)), chosen].sum())
-    why: dict[str, Any] = {"by": request.by, "formats": ", ".join(formats), "predicted_nats": round(predicted, 6)}
+    total = float(damage[np.arange(len(maps)), chosen].sum())
+    why: dict[str, Any] = {"by": request.by, "formats": ", ".join(formats), f"sum_of_{by}": round(total, 6)}
     why |= {"bits": request.bits} if request.bits else {"memory": describe_bytes(request.memory or 0)}
     if request.by == "random":
         why["seed"] = request.seed
@@ -67,14 +70,14 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
     )
 
 
-def _measured(store: Warehouse, run: Mapping[str, Any], formats: Sequence[str]) -> MapRounding:
+def _measured(store: Warehouse, run: Mapping[str, Any], formats: Sequence[str], by: str) -> MapRounding:
     """Return the newest prediction that has all formats.
 
     Raises:
         QueryError: there is none.
     """
     known: set[str] = set()
-    for measured in map_roundings(store, run):
+    for measured in map_roundings(store, run, by):
         if set(formats) <= {*measured.formats}:
             return measured
         known |= {*measured.formats}
@@ -131,7 +134,7 @@ def _choose(request: PrecisionRequest, maps: Sequence[_Map], damage: Float64, bi
     Raises:
         ConfigError: no single format is within the budget of ``uniform``.
     """
-    if request.by == "predicted":
+    if request.by in PRECISION_ESTIMATES:
         return least_damage(damage, bits, budget)
     if request.by == "uniform":
         if bits.sum(axis=0).min() > budget * (1 + 1e-9):

@@ -146,10 +146,10 @@ def rounding_estimates(store: Warehouse, run: Mapping[str, Any], truth: LayerTru
 
 @dataclass(frozen=True, kw_only=True)
 class MapRounding:
-    """Predicted rise of the loss with each linear map rounded, and the sizes of the maps.
+    """Estimated damage of rounding each linear map, and the sizes of the maps.
 
     Attributes:
-        damage: nats per predicted token, by place and format.
+        damage: values of the estimate, by place and format; nats per predicted token, unless of the output error.
         bits: bits per weight, by place and format.
         weights: number of weights, by place and format.
         run_id, task: the evaluation.
@@ -168,9 +168,13 @@ class MapRounding:
         return sorted(sizes, key=lambda name: sizes[name])
 
 
-def map_roundings(store: Warehouse, run: Mapping[str, Any]) -> Iterator[MapRounding]:
-    """Yield the predicted effect of rounding each linear map of a run's checkpoint, newest evaluation first."""
-    for rows in _newest_first(store, run, ROUNDING_TASK, [PREDICTED_RISE, BITS_PER_WEIGHT, NUM_WEIGHTS]):
+def map_roundings(store: Warehouse, run: Mapping[str, Any], by: str = PREDICTED_RISE) -> Iterator[MapRounding]:
+    """Yield the estimated damage of rounding each linear map of a run's checkpoint, newest evaluation first.
+
+    Args:
+        by: metric of the estimate.
+    """
+    for rows in _newest_first(store, run, ROUNDING_TASK, [by, BITS_PER_WEIGHT, NUM_WEIGHTS]):
         values: dict[str, dict[RoundedPlace, float]] = {}
         for row in rows:
             place = parse_rounded(row["rounding"] or "")
@@ -178,7 +182,7 @@ def map_roundings(store: Warehouse, run: Mapping[str, Any]) -> Iterator[MapRound
                 values.setdefault(row["metric"], {})[place] = row["value"]
         if len(values) == 3:
             yield MapRounding(
-                damage=values[PREDICTED_RISE],
+                damage=values[by],
                 bits=values[BITS_PER_WEIGHT],
                 weights={place: round(number) for place, number in values[NUM_WEIGHTS].items()},
                 run_id=rows[0]["run_id"],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import VOCABULARY
+from support.checkpoints import VOCABULARY, llama
 from support.command_line import avss
 from support.command_line import commands as registered
 from support.documentation import PAGES, ROOT, commands, read
@@ -35,11 +35,12 @@ HELP = "avss --help"
 NOT_RUN = ("--help", "--version", "--install-completion")
 PLACES = {"s3://bucket/warehouse": "warehouse", "RUN_ID": "name", "OTHER_RUN_ID": "model-a"}
 PLACES |= {"HuggingFaceTB/SmolLM2-135M-Instruct": "org/name"}
-PLACES |= {"12GB": "150kB", "smollm2": "name", "smollm2-*": "*", "MODEL": "org/name"}
+PLACES |= {"12GB": "180kB", "smollm2": "name", "smollm2-*": "*", "MODEL": "org/name"}
+PLACES |= {"int2-g64": "int4-g32", "int3-g64": "q4_0", "int4-g64": "nvfp4"}
 SMALL = {"--max-sequences": "16", "--sequence-length": "32", "--batch-size": "8", "--executor": "local"}
 SMALL |= {"--tokens": "4e3", "--held-out": "4", "--self-texts": "0"}
 """Options added to commands that take them and do not set them."""
-SMALLER = SMALL | {"--count": "2", "--distill-tokens": "4e3"}
+SMALLER = SMALL | {"--count": "2", "--distill-tokens": "4e3", "--bits": "6"}
 """Values of options that commands set."""
 
 
@@ -84,11 +85,10 @@ def test_every_command_is_accepted() -> None:
 @pytest.fixture(scope="module")
 def place(
     tmp_path_factory: pytest.TempPathFactory,
-    tiny_llama: Path,
     tiny_bert: Path,
     save_checkpoint: Callable[[Any, Path], Path],
 ) -> Path:
-    """Folder with the models, texts and job file that the pages name."""
+    """Folder with the models, texts and job file that the pages name. Groups of 32 inputs fit the first model."""
     from pydoc_data.topics import topics
 
     folder = tmp_path_factory.mktemp("documented")
@@ -110,7 +110,7 @@ def place(
         )
     )
     (folder / "org").mkdir()
-    (folder / "org/name").symlink_to(tiny_llama)
+    save_checkpoint(llama(intermediate_size=64), folder / "org/name")
     mixture = tiny_model("causal", "qwen3_moe")
     mixture.resize_token_embeddings(VOCABULARY)
     save_checkpoint(mixture, folder / "org/mixture")

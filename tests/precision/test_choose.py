@@ -26,7 +26,7 @@ def chosen(folder: Path, **options: Any) -> PrecisionPlan:
 
 
 def predicted_nats(plan: PrecisionPlan) -> float:
-    return float(str(plan.why["predicted_nats"]))
+    return float(str(plan.why["sum_of_predicted"]))
 
 
 @pytest.mark.parametrize("by", ["predicted", "random", "ends", "largest", "uniform"])
@@ -38,6 +38,13 @@ def test_every_method_keeps_the_budget_and_none_predicts_less(by: str, predicted
     assert {entry.format for entry in plan.rounded} == ({"int4-g32"} if by == "uniform" else {*PAIR})
     for entry in plan.rounded:
         assert entry.bits == FORMATS[entry.format].bits(1, 64 if entry.map != "mlp.down_proj" else 128)
+
+
+@pytest.mark.parametrize("by", ["second_order", "output_error"])
+def test_other_estimates_choose_too(by: str, predicted: Path) -> None:
+    plan = chosen(predicted, by=by)
+    assert plan.bits <= 5.0 and float(str(plan.why[f"sum_of_{by}"])) > 0
+    assert plan.rounded != chosen(predicted).rounded
 
 
 def test_controls_spare_what_they_say(predicted: Path) -> None:
