@@ -12,6 +12,8 @@ Packages, from the top down. Imports only go down::
     executors    measurement in this process, or on Ray workers
     measure      one shard: hooks -> kernels -> LayerStats
     analysis     compare, findings, thresholds, score card, verdict
+    precision    plans of number formats of weights
+    sparsity     plans of activations that become zero
     partition    distribution of one replica over devices
     tasks        evaluation tasks
     pruning      plans, methods that choose layers, the pruned checkpoint

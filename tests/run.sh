@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold: style, types, architecture, tests. Installs what it needs into .venv.
+# Options are those of pytest; --exhaustive tries further combinations of families, partitions and ranks, too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/install.sh '[test,docs]'
