@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest
 from avss_dist.warehouse.reader import Warehouse
 
+MAX_RISE = 0.5  # nats per token of all maps in one format, above which predictions of it mean little
 _Map = tuple[int, str]  # layer, and path below it
 
 
@@ -66,8 +67,19 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         why=why,
         run_id=run["run_id"],
         evaluation=measured.run_id,
+        findings=tuple(_findings(by, damage, chosen, formats)),
         rounded=tuple(rounded),
     )
+
+
+def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence on each format of a plan that costs so much that its prediction means little."""
+    for index in sorted(set(chosen.tolist())) if by != "output_error" else ():
+        if (total := float(damage[:, index].sum())) > MAX_RISE:
+            yield (
+                f"Rounding every linear map to {formats[index]} is predicted to cost {total:.2g} nats per token. Predictions "
+                "are of small changes, and too low for this one: choose from other formats."
+            )
 
 
 def _measured(store: Warehouse, run: Mapping[str, Any], formats: Sequence[str], by: str) -> MapRounding:

@@ -47,6 +47,14 @@ def test_other_estimates_choose_too(by: str, predicted: Path) -> None:
     assert plan.rounded != chosen(predicted).rounded
 
 
+def test_a_format_that_costs_much_is_a_finding(predicted: Path) -> None:
+    """Four bits cost this model nats, and eight bits next to nothing."""
+    findings = chosen(predicted).findings
+    assert len(findings) == 1 and "to int4-g32 is predicted to cost 1." in findings[0]
+    assert chosen(predicted, quantize=("int8",), bits=9.0).findings == ()
+    assert chosen(predicted, by="output_error").findings == ()
+
+
 def test_controls_spare_what_they_say(predicted: Path) -> None:
     def spared(by: str, **options: Any) -> list[tuple[int, str]]:
         plan = chosen(predicted, by=by, **options)
