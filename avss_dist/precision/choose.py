@@ -77,8 +77,8 @@ def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) 
     for index in sorted(set(chosen.tolist())) if by != "output_error" else ():
         if (total := float(damage[:, index].sum())) > MAX_RISE:
             yield (
-                f"Rounding every linear map to {formats[index]} is predicted to cost {total:.2g} nats per token. Predictions "
-                "are of small changes, and too low for this one: choose from other formats."
+                f"Rounding every linear map to {formats[index]} is predicted to cost {total:.2g} nats per token. "
+                "Predictions are of small changes, and too low for this one: choose from other formats."
             )
 
 
