@@ -62,6 +62,7 @@ PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
     "_reset_state": ("accelerate", _at("accelerate.state:AcceleratorState._reset_state")),
     "_model_mapping": ("transformers", _at("transformers:AutoModelForCausalLM._model_mapping")),
     "_attn_implementation": ("transformers", _attention),
+    "_keep_in_fp32_modules": ("transformers", _at("transformers:PreTrainedModel._keep_in_fp32_modules")),
     "_dequantize_one": ("transformers", _at("transformers.integrations.finegrained_fp8:Fp8Dequantize._dequantize_one")),
     "_allgather_base": ("torch", _at("torch.distributed:ProcessGroup._allgather_base")),
     "_apply": ("torch", _at("torch.nn:Module._apply")),

@@ -14,4 +14,4 @@ def test_the_benchmark_prints_both_times_of_the_same_tokens(
     main([str(tiny_llama), "--drop", "1", "--new", "4", "--prompt", "8", "--rows", "1", "2", "--rounds", "1"])
     _, *rows = capsys.readouterr().out.splitlines()
     assert [row.split(", ")[:2] for row in rows] == [["1", "True"], ["2", "True"]]
-    assert all(float(cell) > 0 for row in rows for cell in row.split(", ")[2:])
+    assert all(float(cell) >= 0 for row in rows for cell in row.split(", ")[2:])

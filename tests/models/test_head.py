@@ -72,8 +72,9 @@ def test_pieces_give_what_the_whole_gives(
     with Logits(model) as logits:
         found = answers(model, ("shapley", "leave"))
     assert logits.most == TOKENS
-    for name, rows in whole.items():  # gradients are sums of float32 that nearly cancel
-        assert_same({name: found[name]}, {name: rows}, rtol=1e-6 if name.startswith("loss") else 1e-4)
+    for name, rows in whole.items():  # gradients are sums of float32 that nearly cancel, here also over a sequence
+        rtol = 1e-6 if name.startswith("loss") else 1e-3 if "rounded weights" in name else 1e-4
+        assert_same({name: found[name]}, {name: rows}, rtol=rtol)
     (row,) = TextLoss(shard)(model)
     (batch,) = shard.batches(5)
     with torch.no_grad():
