@@ -37,13 +37,13 @@ from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
 from avss_dist.options import PromptOptions
-from avss_dist.precision.plan import PrecisionPlan, is_precision_plan, read_precision_plan
+from avss_dist.precision.plan import ROUNDED, PrecisionPlan, read_precision_plan
 from avss_dist.pruning.model_card import pruned_from
-from avss_dist.pruning.plan import read_plan
+from avss_dist.pruning.plan import read_plan, read_plan_file
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
 from avss_dist.runs.corpora import corpus_problems
-from avss_dist.sparsity.plan import SparsityPlan, is_sparsity_plan, read_sparsity_plan
+from avss_dist.sparsity.plan import PROJECTIONS, SparsityPlan, read_sparsity_plan
 from avss_dist.sparsity.realized import RealizedSparsity
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.tasks.base import Result
@@ -398,7 +398,8 @@ def _read_subject(name: str, settings: Settings) -> Subject:
     trust_remote_code = settings.trust_remote_code
     if not name.endswith((".yaml", ".yml")):
         return Subject(checkpoint=resolve(name, trust_remote_code=trust_remote_code), label=name)
-    if is_sparsity_plan(name):
+    keys = read_plan_file(name).value
+    if PROJECTIONS in keys:
         sparse = read_sparsity_plan(name)
         checkpoint = _planned_checkpoint(sparse.model, sparse.revision, name, trust_remote_code=trust_remote_code)
         _require_same_layers(checkpoint, name, sparse.num_layers, None, settings)
@@ -410,7 +411,7 @@ def _read_subject(name: str, settings: Settings) -> Subject:
             run_id=sparse.run_id,
             sparsity_plan=sparse,
         )
-    if is_precision_plan(name):
+    if ROUNDED in keys:
         precision = read_precision_plan(name)
         checkpoint = _planned_checkpoint(precision.model, precision.revision, name, trust_remote_code=trust_remote_code)
         _require_same_layers(checkpoint, name, precision.num_layers, None, settings)

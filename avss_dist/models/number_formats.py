@@ -98,6 +98,11 @@ class CompressedTensorsFormat(NumberFormat):
     extra = "quantization"
     _module = "compressed_tensors"
 
+    @property
+    def strategy(self) -> str:
+        """Name, in compressed-tensors, of the numbers that share a scale."""
+        return "channel" if self.group is None else "tensor_group" if self.tensor_bits else "group"
+
     def _round(self, weight: torch.Tensor) -> torch.Tensor:
         import torch
         from compressed_tensors.quantization import QuantizationArgs
@@ -105,8 +110,7 @@ class CompressedTensorsFormat(NumberFormat):
         from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
         dtypes = {name: getattr(torch, value) for name, value in self.options.items() if name.endswith("_dtype")}
-        strategy = "channel" if self.group is None else "tensor_group" if self.tensor_bits else "group"
-        args = QuantizationArgs(strategy=strategy, group_size=self.group, **{**self.options, **dtypes})
+        args = QuantizationArgs(strategy=self.strategy, group_size=self.group, **{**self.options, **dtypes})
         groups = weight if self.group is None else weight.unflatten(-1, (-1, self.group))
         lowest, highest = torch.aminmax(groups, dim=-1, keepdim=self.group is None)
         whole = generate_gparam(*torch.aminmax(weight)) if self.tensor_bits else None

@@ -27,6 +27,7 @@ from avss_dist.models.pinning import compute_dtype
 from avss_dist.models.quantization import can_unpack, packed, quantization_method, unpacking_bytes
 from avss_dist.models.safetensors import DTYPES, TensorInfo
 from avss_dist.models.stored import hub_tensors, stored_tensors
+from avss_dist.system.context import bound
 
 T = TypeVar("T")
 _SKELETONS: ContextVar[dict[Any, Any] | None] = ContextVar("skeletons", default=None)
@@ -240,11 +241,8 @@ def load_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Che
 @contextmanager
 def sharing_skeletons() -> Iterator[None]:
     """Build each skeleton once inside the context. None may be changed there."""
-    token = _SKELETONS.set({})
-    try:
+    with bound(_SKELETONS, {}):
         yield
-    finally:
-        _SKELETONS.reset(token)
 
 
 def _shared(key: Any, build: Callable[[], T]) -> T:

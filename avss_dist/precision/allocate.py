@@ -37,7 +37,7 @@ def least_damage(damage: Float64, bits: Float64, budget: float) -> Choice:
             if d1 < d0:
                 steps.append(((d0 - d1) / (b1 - b0), number, at[b0], at[b1]))
     chosen = smallest(damage, bits)
-    room = budget * (1 + ROUNDING_ERROR) - _size(bits, chosen)
+    room = budget * (1 + ROUNDING_ERROR) - total(bits, chosen)
     for _, number, before, after in sorted(steps, key=lambda step: (-step[0], *step[1:])):
         step = bits[number, after] - bits[number, before]
         if chosen[number] == before and step <= room:
@@ -54,7 +54,7 @@ def in_order(order: Iterable[int], damage: Float64, bits: Float64, budget: float
         damage, bits, budget: as for `least_damage`.
     """
     chosen = smallest(damage, bits)
-    room = budget * (1 + ROUNDING_ERROR) - _size(bits, chosen)
+    room = budget * (1 + ROUNDING_ERROR) - total(bits, chosen)
     for number in order:
         steps = bits[number] - bits[number, chosen[number]]
         fitting = np.flatnonzero(steps <= room)
@@ -77,5 +77,6 @@ def smallest(damage: Float64, bits: Float64) -> Choice:
     return np.array([np.lexsort((row, sizes))[0] for row, sizes in zip(damage, bits, strict=True)], np.int64)
 
 
-def _size(bits: Float64, chosen: Choice) -> float:
-    return float(bits[np.arange(len(bits)), chosen].sum())
+def total(values: Float64, chosen: Choice) -> float:
+    """Return the sum over maps of the values, float64[maps, formats], of their formats."""
+    return float(values[np.arange(len(values)), chosen].sum())

@@ -13,7 +13,7 @@ from avss_dist.core.intervention import RoundedPlace
 from avss_dist.core.names import PREDICTED_RISE
 from avss_dist.core.registry import PRECISION_ESTIMATES
 from avss_dist.core.text import describe_bytes
-from avss_dist.precision.allocate import Choice, Float64, in_order, least_damage, same_format
+from avss_dist.precision.allocate import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
 from avss_dist.precision.plan import MapPrecision, PrecisionPlan
 from avss_dist.pruning.ground_truth import MapRounding, map_roundings
 from avss_dist.pruning.savings import run_size
@@ -54,8 +54,11 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         )
         for number, ((layer, path), index) in enumerate(zip(maps, chosen.tolist(), strict=True))
     ]
-    total = float(damage[np.arange(len(maps)), chosen].sum())
-    why: dict[str, Any] = {"by": request.by, "formats": ", ".join(formats), f"sum_of_{by}": round(total, 6)}
+    why: dict[str, Any] = {
+        "by": request.by,
+        "formats": ", ".join(formats),
+        f"sum_of_{by}": round(total(damage, chosen), 6),
+    }
     why |= {"bits": request.bits} if request.bits else {"memory": describe_bytes(request.memory or 0)}
     if request.by == "random":
         why["seed"] = request.seed
@@ -63,7 +66,7 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         model=run["model"],
         revision=run["revision"],
         num_layers=run["num_layers"],
-        bits=float(bits[np.arange(len(maps)), chosen].sum() / weights.sum()),
+        bits=float(total(bits, chosen) / weights.sum()),
         why=why,
         run_id=run["run_id"],
         evaluation=measured.run_id,
@@ -75,9 +78,9 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
 def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) -> Iterator[str]:
     """Yield a sentence on each format of a plan that costs so much that its prediction means little."""
     for index in sorted(set(chosen.tolist())) if by != "output_error" else ():
-        if (total := float(damage[:, index].sum())) > MAX_RISE:
+        if (rise := float(damage[:, index].sum())) > MAX_RISE:
             yield (
-                f"Rounding every linear map to {formats[index]} is predicted to cost {total:.2g} nats per token. "
+                f"Rounding every linear map to {formats[index]} is predicted to cost {rise:.2g} nats per token. "
                 "Predictions are of small changes, and too low for this one: choose from other formats."
             )
 
@@ -121,7 +124,7 @@ def _budget(request: PrecisionRequest, run: Mapping[str, Any], weights: Float64,
     least = float(bits.min(axis=1).sum())
     if request.bits is not None:
         budget = request.bits * weights.sum()
-        if budget < least * (1 - 1e-9):
+        if budget < least * (1 - ROUNDING_ERROR):
             raise PlanError(
                 f"`bits` {request.bits:g} is below the {least / weights.sum():.4g} bits per weight of the smallest "
                 "formats.",
@@ -149,7 +152,7 @@ def _choose(request: PrecisionRequest, maps: Sequence[_Map], damage: Float64, bi
     if request.by in PRECISION_ESTIMATES:
         return least_damage(damage, bits, budget)
     if request.by == "uniform":
-        if bits.sum(axis=0).min() > budget * (1 + 1e-9):
+        if bits.sum(axis=0).min() > budget * (1 + ROUNDING_ERROR):
             raise ConfigError("No single format is within the budget.", "Raise it, or use `by` predicted.")
         return same_format(bits, budget)
     last = max(layer for layer, _ in maps)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from avss_dist.core.settings import Settings
+from avss_dist.models.checkpoints import resolve
 from avss_dist.models.number_formats import FORMATS, CompressedTensorsFormat, GgufFormat
 from avss_dist.precision.plan import MapPrecision, PrecisionPlan
 from avss_dist.pruning.plan import to_yaml
@@ -24,7 +26,6 @@ def module_names(plan: PrecisionPlan) -> Names:
         ModelError: the model cannot be found or built.
         PlanError: the model lacks a map.
     """
-    from avss_dist.core.settings import Settings
     from avss_dist.models.loading import without_head
     from avss_dist.models.size import find_layers, load_skeleton
 
@@ -64,11 +65,9 @@ def llama_cpp(plan: PrecisionPlan) -> str:
 
 
 def _architecture(plan: PrecisionPlan) -> str:
-    from avss_dist.core.settings import Settings
-    from avss_dist.models.size import load_skeleton
+    from avss_dist.models.loading import text_config
 
-    _, model, _ = load_skeleton(plan.model, Settings())
-    return str(model.config.get_text_config().model_type)
+    return str(text_config(resolve(plan.model)).get_text_config().model_type)
 
 
 def llm_compressor(plan: PrecisionPlan) -> str:
@@ -87,9 +86,8 @@ def llm_compressor(plan: PrecisionPlan) -> str:
 
 
 def _scheme(known: CompressedTensorsFormat) -> dict[str, Any]:
-    strategy = "channel" if known.group is None else "tensor_group" if known.tensor_bits else "group"
     dtypes = {name: f"torch.{value}" for name, value in known.options.items() if name.endswith("_dtype")}
-    options = {**known.options, **dtypes, "symmetric": True, "strategy": strategy, "group_size": known.group}
+    options = {**known.options, **dtypes, "symmetric": True, "strategy": known.strategy, "group_size": known.group}
     return {name: value for name, value in options.items() if value is not None}
 
 

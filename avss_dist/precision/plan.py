@@ -25,7 +25,8 @@ from avss_dist.pruning.plan import (
     Reason,
     describe_origin,
     describe_reason,
-    read_plan_file,
+    problems_of_maps,
+    read_checked_plan,
     to_yaml,
     write_text,
 )
@@ -83,12 +84,8 @@ class PrecisionPlan:
     """The linear maps. All other weights stay as they are."""
 
     def __post_init__(self) -> None:
-        problems = []
-        places = [(entry.layer, entry.map) for entry in self.rounded]
-        if len(set(places)) != len(places):
-            problems.append(PlanError("`rounded` names a linear map twice."))
-        if (last := max(layer for layer, _ in places)) >= self.num_layers:
-            problems.append(PlanError(f"There is no layer {last}: the model has {self.num_layers}, from 0."))
+        named = [(entry.layer, entry.map) for entry in self.rounded]
+        problems = problems_of_maps(ROUNDED, named, self.num_layers)
         if abs(self.bits - (mean := self.size / self.weights)) > TOLERANCE:
             problems.append(
                 PlanError(
@@ -144,20 +141,10 @@ class PrecisionPlan:
         ]
 
 
-def is_precision_plan(path: str | Path) -> bool:
-    """Whether a plan file is a precision plan.
-
-    Raises:
-        PlanError: the file cannot be read, or is not a mapping.
-    """
-    return ROUNDED in read_plan_file(path).value
-
-
 def read_precision_plan(path: str | Path) -> PrecisionPlan:
     """Read a precision plan from its file.
 
     Raises:
         PlanError: the file cannot be read, or is invalid; the message names every problem with its line and key.
     """
-    document = read_plan_file(path)
-    return document.require_valid(document.parse(PrecisionPlan, document.value))
+    return read_checked_plan(PrecisionPlan, path)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 import yaml
@@ -47,6 +47,7 @@ from avss_dist.pruning.interactions import predicted, quadratic
 from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
 from avss_dist.system.staging import staged_file
 
+T = TypeVar("T")
 _HINT = "avss plan makes one."
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -345,6 +346,34 @@ def _with_former_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[C
             drop = [*drop, *(Sublayer(layer, part) for layer in layers)]
     others = {name: value for name, value in values.items() if name not in PARTS}
     return {**others, "drop": drop}, problems
+
+
+def read_checked_plan(cls: type[T], path: str | Path) -> T:
+    """Read a plan of another kind from its file.
+
+    Args:
+        cls: checked class of the plan.
+
+    Raises:
+        PlanError: the file cannot be read, or is invalid; the message names every problem with its line and key.
+    """
+    document = read_plan_file(path)
+    return document.require_valid(document.parse(cls, document.value))
+
+
+def problems_of_maps(key: str, maps: Sequence[tuple[int, str]], num_layers: int) -> list[PlanError]:
+    """Return the problems of the linear maps that a plan names: a map twice, or a layer that the model lacks.
+
+    Args:
+        key: key of the file that names the maps.
+        maps: layer, and path below it.
+    """
+    problems = []
+    if len({*maps}) != len(maps):
+        problems.append(PlanError(f"`{key}` names a linear map twice."))
+    if (last := max(layer for layer, _ in maps)) >= num_layers:
+        problems.append(PlanError(f"There is no layer {last}: the model has {num_layers}, from 0."))
+    return problems
 
 
 def read_plan_file(path: str | Path) -> Document:

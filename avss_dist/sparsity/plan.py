@@ -28,7 +28,8 @@ from avss_dist.pruning.plan import (
     Reason,
     describe_origin,
     describe_reason,
-    read_plan_file,
+    problems_of_maps,
+    read_checked_plan,
     to_yaml,
     write_text,
 )
@@ -120,12 +121,8 @@ class SparsityPlan:
     """The linear maps."""
 
     def __post_init__(self) -> None:
-        problems = []
         named = [(entry.layer, entry.map) for entry in self.projections]
-        if len(set(named)) != len(named):
-            problems.append(PlanError("`projections` names a linear map twice."))
-        if (last := max(layer for layer, _ in named)) >= self.num_layers:
-            problems.append(PlanError(f"There is no layer {last}: the model has {self.num_layers}, from 0."))
+        problems = problems_of_maps(PROJECTIONS, named, self.num_layers)
         planned = sum(entry.sparsity * entry.outputs * entry.inputs for entry in self.projections) / self.weights
         if abs(self.sparsity - planned) > TOLERANCE:
             problems.append(
@@ -226,20 +223,10 @@ def _rounded(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in rounded.items() if value is not None}
 
 
-def is_sparsity_plan(path: str | Path) -> bool:
-    """Whether a plan file is a sparsity plan.
-
-    Raises:
-        PlanError: the file cannot be read, or is not a mapping.
-    """
-    return PROJECTIONS in read_plan_file(path).value
-
-
 def read_sparsity_plan(path: str | Path) -> SparsityPlan:
     """Read a sparsity plan from its file.
 
     Raises:
         PlanError: the file cannot be read, or is invalid; the message names every problem with its line and key.
     """
-    document = read_plan_file(path)
-    return document.require_valid(document.parse(SparsityPlan, document.value))
+    return read_checked_plan(SparsityPlan, path)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +16,12 @@ from avss_dist.core.registry import DRAWS
 from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.layers import Layer
+from avss_dist.models.layers import Layer, Projection
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 from avss_dist.tasks.gradients import trainable
-from avss_dist.tasks.watching import WATCHED, Watched
+from avss_dist.tasks.watching import Watched, watched_maps
 
 FIRST, SECOND = "first_order:", "second_order:"  # before the path of a map
 Key = tuple[int, str]  # layer, and path of a linear map below it
@@ -63,7 +61,8 @@ class MapDamage:
         layers = [layer for layer in model.layers if layer.index not in intervention.removed]
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [_Pass(self.draws, self.thresholds) for _ in batches]
-        with model.applying(intervention), trainable(model.module, ()), _watched(layers, self.thresholds):
+        maps = [(one, p) for one in layers for p in one.projections if (one.index, p.path) in self.thresholds]
+        with model.applying(intervention), trainable(model.module, ()), watched_maps(maps):
             passes = model.backpropagate(batches, passes, draws=self.draws, seed=self.seed)
         tokens = float(predicted_tokens(self.shard, model).sum())
         return list(_rows(passes, tokens))
@@ -79,11 +78,12 @@ class _Pass(Watched):
     sums: dict[tuple[str, Key], torch.Tensor] = field(default_factory=dict)
     _gradients: Counter[Key] = field(default_factory=Counter)
 
-    def see(self, key: Key, module: nn.Module, x: torch.Tensor, out: torch.Tensor) -> None:
+    def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
         """Register the input of a linear map that has run, and a hook for its gradient."""
         if not out.requires_grad:  # of the first layer: nothing before it has a gradient
             out.requires_grad_()
-        out.register_hook(partial(self._receive, key, module, x.detach()))
+        key = layer.index, projection.path
+        out.register_hook(partial(self._receive, key, projection.module, x.detach()))
 
     def _receive(self, key: Key, module: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add a gradient at the output of a map: first that of the text's labels, then those of the draws."""
@@ -103,23 +103,6 @@ class _Pass(Watched):
         at = torch.bucketize(x.abs(), edges)
         sums = torch.zeros((len(x), len(edges) + 1), device=x.device).scatter_add_(1, at, g * x)
         return sums.double().cumsum(dim=1)[:, :-1]
-
-
-@contextmanager
-def _watched(layers: Sequence[Layer], keys: Mapping[Key, Any]) -> Iterator[None]:
-    """Report linear maps to the current pass inside the context, while gradients are enabled."""
-
-    def see(key: Key, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-        if torch.is_grad_enabled() and WATCHED.get() is not None:
-            x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-            WATCHED.get().see(key, module, x, output)
-
-    with ExitStack() as stack:
-        for layer in layers:
-            for projection in layer.projections:
-                if (key := (layer.index, projection.path)) in keys:
-                    stack.callback(projection.module.register_forward_hook(partial(see, key), with_kwargs=True).remove)
-        yield
 
 
 def _rows(passes: Sequence[_Pass], tokens: float) -> Iterator[Row]:

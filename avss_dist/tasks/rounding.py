@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +26,7 @@ from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 from avss_dist.tasks.gradients import trainable
-from avss_dist.tasks.watching import WATCHED, Watched
+from avss_dist.tasks.watching import Watched, watched_maps
 
 FIRST, SECOND, PREDICTED, OUTPUT_ERROR = "first_order", "second_order", PREDICTED_RISE, "output_error"
 SECOND_JOINT, PREDICTED_JOINT = "second_order_joint", "predicted_joint"
@@ -130,7 +128,8 @@ class RoundingDamage:
         layers = _layers(model, intervention, formats)
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [_Pass.start(batch, layers, formats, self.draws, model.device) for batch in batches]
-        with model.applying(intervention), trainable(model.module, ()), _watched(layers):
+        maps = [(layer, projection) for layer in layers for projection in layer.projections]
+        with model.applying(intervention), trainable(model.module, ()), watched_maps(maps):
             passes = model.backpropagate(batches, passes, draws=self.draws, seed=self.seed)
         return [*_rows(passes, predicted_tokens(self.shard, model)), *_sizes(layers, formats)]
 
@@ -276,23 +275,6 @@ def _output_change(module: nn.Module, known: NumberFormat, x: torch.Tensor) -> t
     """Return the change of a linear map's output if its weight is rounded, [..., outputs], in the dtype of x."""
     difference = rounded_weight(module, known).float() - weight_of(module).float()
     return x @ difference.to(x.dtype).T
-
-
-@contextmanager
-def _watched(layers: Sequence[Layer]) -> Iterator[None]:
-    """Report linear maps to the current pass inside the context, while gradients are enabled."""
-
-    def see(layer: Layer, projection: Projection, _module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-        if torch.is_grad_enabled() and WATCHED.get() is not None:
-            x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-            WATCHED.get().see(layer, projection, x, output)
-
-    with ExitStack() as stack:
-        for layer in layers:
-            for projection in layer.projections:
-                hook = partial(see, layer, projection)
-                stack.callback(projection.module.register_forward_hook(hook, with_kwargs=True).remove)
-        yield
 
 
 def _rows(passes: Sequence[_Pass], predicted: Float64) -> Iterator[Row]:
