@@ -184,6 +184,10 @@ def evaluate(request: EvaluateRequest, on_event: OnEvent | None = None) -> Evalu
         row_starts = _plan_row_starts(planned)
         work = [(task, _interventions(subjects, task.checkpoint)) for task in planned.values()]
         measured = session.measure([*work, *((task, [NO_INTERVENTION]) for task in row_starts)])
+        for subject, task in product(subjects, tasks):
+            if subject.precision_plan:
+                key = subject.checkpoint.revision, task
+                session.keep_precision(planned[key], subject.intervention, subject.precision_plan)
     results = {key: measured[task] for key, task in planned.items()}
     evaluations = [
         evaluation for subject, task in product(subjects, tasks) for evaluation in _compare(subject, task, results)

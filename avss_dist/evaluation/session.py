@@ -39,6 +39,7 @@ from avss_dist.models.loading import text_config
 from avss_dist.models.pinning import pin
 from avss_dist.partition.base import Placement, fingerprint_part
 from avss_dist.partition.choose import place
+from avss_dist.precision.plan import PrecisionPlan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.retention import retention_of
@@ -311,6 +312,28 @@ class EvaluationSession:
                 ],
             )
         return results
+
+    def keep_precision(self, planned: PlannedTask, intervention: Intervention, plan: PrecisionPlan) -> None:
+        """Write the number formats of a precision plan beside the results of a task.
+
+        Args:
+            intervention: intervention of the results, which applies the plan.
+        """
+        rounding, run_id = intervention.key.rounding, planned.run_id(intervention)
+        common = {"rounding": rounding, "method": plan.why.get("by"), "created_at": datetime.now(UTC)}
+        rows = [
+            {
+                **common,
+                "layer": entry.layer,
+                "map": entry.map,
+                "format": entry.format,
+                "num_weights": entry.weights,
+                "bits_per_weight": entry.bits,
+            }
+            for entry in plan.rounded
+        ]
+        identity = _identity(planned, run_id, self.rows(run_id)[0]["family"])
+        self.store.write_precision(identity, fingerprint(rounding=rounding)[:20], rows)
 
     @contextmanager
     def keeping_workers(self) -> Iterator[None]:

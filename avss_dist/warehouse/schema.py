@@ -172,6 +172,7 @@ _PLACE = (
         choices=EVERY_SITE,
     ),
 )
+_MAP = Column("map", STRING, "module path of the linear map, below the layer")
 _STATS = _columns_of_stats()
 _SHARD = Column("shard_id", INT64, "index of the shard in the corpus", bounds=COUNT)
 _EXPERT = (
@@ -460,7 +461,7 @@ TABLES: dict[str, TableInfo] = {
             Column("pattern", STRING, "N:M, where so many of M units in a row stay at most; or null"),
             Column("weighted", BOOL, "sizes are weighted by the norms of the columns that they meet"),
             _PLACE[0],
-            Column("map", STRING, "module path of the linear map, below the layer"),
+            _MAP,
             _PLACE[3],
             Column("outputs", INT64, "units that it gives", "units"),
             Column("inputs", INT64, "units that it takes", "units"),
@@ -471,6 +472,22 @@ TABLES: dict[str, TableInfo] = {
             Column("created_at", TIME, "when it was made", "UTC", bounds=_TIMES),
         ),
         _names("sparsity_plan method target rule layer map site outputs inputs by value sparsity created_at"),
+    ),
+    "precision": TableInfo(
+        "one row for each linear map of a precision plan that was evaluated: the number format of its weights",
+        (
+            _EVALUATION_ID,
+            *_MODEL,
+            Column("rounding", STRING, "SHA-256 of the plan's formats, as in evaluations"),
+            Column("method", STRING, "how the formats were chosen: predicted, uniform, random, ...; null if not known"),
+            _PLACE[0],
+            _MAP,
+            Column("format", STRING, "number format of the weights: int4-g64, q4_0, ..."),
+            Column("num_weights", INT64, "number of weights", "weights", bounds=COUNT),
+            Column("bits_per_weight", FLOAT64, "size of a weight in the format, with its share of scales", "bits"),
+            Column("created_at", TIME, "when it was written", "UTC", bounds=_TIMES),
+        ),
+        _names("rounding layer map format num_weights bits_per_weight"),
     ),
     "stratum_stats": TableInfo(
         "as layer_stats, for each stratum of paired text",

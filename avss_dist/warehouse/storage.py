@@ -37,6 +37,7 @@ FILE_NAMES = {
     "experiments": _ONE_FILE,
     "continuations": _ONE_FILE,
     "sparsity": _ONE_FILE,
+    "precision": _ONE_FILE,
     "stratum_stats": "stratum_stats",
     "row_stats": r"shard-\d{5,}",
     "expert_stats": "expert_stats",

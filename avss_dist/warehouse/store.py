@@ -187,6 +187,10 @@ class Store(Warehouse):
         """Write a sparsity plan that was made of a run. Rows lack the columns of RunIdentity."""
         self._write_rows("sparsity", run.run_id, run.identified(rows), name)
 
+    def write_precision(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a precision plan that was evaluated. Rows lack the columns of RunIdentity."""
+        self._write_rows("precision", run.run_id, run.identified(rows), name)
+
     def _write_rows(
         self, table: str, run_id: str, rows: Sequence[Mapping[str, Any]], name: str | None = None
     ) -> pa.Buffer:

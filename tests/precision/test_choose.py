@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from support.command_line import avss
 from transformers import AutoModelForCausalLM
 
 import avss_dist
+from avss_dist.analysis.size_quality import size_quality
 from avss_dist.core.errors import AvssError, QueryError
 from avss_dist.models.number_formats import FORMATS
 from avss_dist.precision.plan import PrecisionPlan, read_precision_plan
 from avss_dist.pruning.selection import PlanError
+from avss_dist.warehouse.reader import Warehouse
 
 READ = {"max_sequences": 8, "sequence_length": 32, "executor": "local"}
 PAIR = ("int4-g32", "int8")
@@ -108,6 +111,12 @@ def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, t
     )
     assert losses[str(plans[0])] == pytest.approx(whole, rel=1e-6)
     assert losses[str(plans[0])] != losses[str(plans[1])]
+    store = Warehouse(predicted)
+    (result,) = size_quality(store, store.table("runs").to_pylist()[0])
+    sized = {plan.description: plan for plan in result.plans}
+    assert {*sized} == {"4.99 bits by predicted", "4.50 bits by uniform"} and result.has_sizes
+    assert sized["4.50 bits by uniform"].size == 4.5 / 16
+    assert sized["4.99 bits by predicted"].perplexity == pytest.approx(math.exp(whole), rel=1e-6)
 
 
 def test_the_text_of_the_prediction_is_not_held_out(predicted: Path, tmp_path: Path) -> None:

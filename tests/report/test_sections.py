@@ -18,6 +18,7 @@ from support.warehouses import unpack_released
 
 from avss_dist.analysis.experiments import experiment_results
 from avss_dist.analysis.experts import LayerExperts
+from avss_dist.analysis.size_quality import SizedPlan, SizeQuality
 from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.core.intervention import RoundedPlace
 from avss_dist.pruning.ground_truth import MapRounding
@@ -27,6 +28,7 @@ from avss_dist.report.page.charts import section_chart
 from avss_dist.report.page.page import html_table, report_page
 from avss_dist.report.section import Section
 from avss_dist.report.sensitivity import sensitivity_section
+from avss_dist.report.size_quality import size_quality_section
 from avss_dist.report.sparsity import sparsity_section
 from avss_dist.report.table import (
     BarColumn,
@@ -63,7 +65,7 @@ def experiment(method: str = "avss") -> list[dict[str, Any]]:
 
 
 def sections(name: str = "avss") -> list[Section]:
-    """An experiment, sparse activations with a plan, routed experts, and rounded weights."""
+    """An experiment, sparse activations with a plan, routed experts, rounded weights, and plans by size."""
     results = experiment_results(experiment(name))
     assert results
     sparse = [row(name, None, 3.01, sparsity=0.3), row(name, None, 3.1, sparsity=0.6)]
@@ -77,7 +79,30 @@ def sections(name: str = "avss") -> list[Section]:
         sparsity_section("1. a", sparsity_curves(sparse), maps),
         experts_section("1. a", {"num_tokens": 64, "corpus": name}, layers),
         sensitivity_section("1. a", roundings(name)),
+        size_quality_section("1. a", [sizes(name)]),
     ]
+
+
+def sizes(name: str) -> SizeQuality:
+    """Three plans on a text, of which two are the best at their sizes."""
+    common = {"kind": "bits", "perplexity": 20.0}
+    plans = (
+        SizedPlan(description=f"4.25 bits by {name}", size=0.266, retention=0.8, is_best=True, **common),
+        SizedPlan(description="4.25 bits by random", size=0.266, retention=0.7, **common),
+        SizedPlan(description="5.00 bits by predicted", size=0.3125, retention=0.95, is_best=True, **common),
+    )
+    return SizeQuality(task=f"perplexity:{name}.txt", plans=plans, has_sizes=False)
+
+
+def test_the_best_plans_by_size_are_named() -> None:
+    section = size_quality_section("1. a", [sizes("predicted")])
+    assert section.sentences == [
+        "perplexity: predicted.txt: of 3 plans, the best keep 80.0% at 26.6% by 4.25 bits by predicted; 95.0% at 31.2% "
+        "by 5.00 bits by predicted."
+    ]
+    (table,) = page_tables(tuple(section.tables))
+    assert table[1] == ["bits", "4.25 bits by predicted", "26.6%", "20.00", "80.0%", "best"]
+    assert "every layer counts the same" in section.tables[0].caption
 
 
 def roundings(path: str) -> MapRounding:
@@ -138,7 +163,7 @@ def printed(renderable: Any, width: int = 400) -> str:
 
 def test_a_terminal_and_a_page_show_the_same_texts() -> None:
     tables = tuple(table for section in sections() for table in section.tables)
-    assert len(tables) == 5
+    assert len(tables) == 6
     for table, (headings, *rows) in zip(tables, page_tables(tables), strict=True):
         lines = [re.split(" *[│┃] *", line)[1:-1] for line in printed(FittedTable(table)).splitlines() if "│" in line]
         bars = [i for i, column in enumerate(table.columns) if isinstance(column, BarColumn)]
@@ -162,7 +187,7 @@ def test_every_chart_of_a_section_can_be_drawn() -> None:
     charts = [chart for section in sections() for chart in section.charts]
     assert [chart.name for chart in charts] == [
         *("experiment-1-1", "experiment-1-2", "sparsity-1-curves-1", "sparsity-1-maps", "experts-1"),
-        *("precision-1-1", "precision-1-2"),
+        *("precision-1-1", "precision-1-2", "size-quality-1-1"),
     ]
     for chart in charts:
         spec = section_chart(chart) | {"datasets": {"rows": list(chart.rows)}, "width": 400}

@@ -1,4 +1,4 @@
-"""The chapters of the page: curves, experiments, continuations, score cards, rounded weights, contrasts, experts."""
+"""The chapters of the page: curves, experiments, continuations, score cards, plans, contrasts, experts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from avss_dist.analysis.curves import AXES, Curve, curves_of
 from avss_dist.analysis.experiments import experiment_results
 from avss_dist.analysis.experts import layer_experts
 from avss_dist.analysis.scorecard import best_readings, score_cards
+from avss_dist.analysis.size_quality import size_quality
 from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.core.errors import QueryError
-from avss_dist.core.names import ROUNDING_TASK
+from avss_dist.core.names import PERPLEXITY, ROUNDING_TASK
 from avss_dist.core.registry import GROUND_TRUTH, SCORES
 from avss_dist.pruning.ground_truth import map_roundings
 from avss_dist.pruning.selection import PUBLISHED
@@ -29,6 +30,7 @@ from avss_dist.report.experts import experts_section
 from avss_dist.report.scorecards import page_section
 from avss_dist.report.section import Section
 from avss_dist.report.sensitivity import sensitivity_section
+from avss_dist.report.size_quality import size_quality_section
 from avss_dist.report.sparsity import sparsity_section
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
@@ -126,6 +128,14 @@ def chapters(
             sections=list(_roundings(warehouse, runs, labels)),
         ),
         Chapter(
+            name="size-quality",
+            title="Size and quality",
+            heading="Quality by size",
+            lead="What every evaluated plan keeps of a text's perplexity, by its size: dropped layers, sparse "
+            "activations and rounded weights in one picture.",
+            sections=list(_sizes(warehouse, runs, labels)),
+        ),
+        Chapter(
             name="contrasts",
             title="Contrasts",
             heading="Hallucinated and truthful answers",
@@ -213,6 +223,19 @@ def _roundings(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, s
     for run in (run for run in runs if run["revision"] in known):
         if measured := next(map_roundings(warehouse, run), None):
             yield sensitivity_section(labels[run["run_id"]], measured)
+
+
+def _sizes(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
+    """Yield the evaluated plans of each checkpoint, below the first of its runs."""
+    tested = pc.starts_with(pc.field("task"), PERPLEXITY)
+    known = set(warehouse.table("evaluations", where=tested, columns=["revision"])["revision"].to_pylist())
+    first: dict[str, Row] = {}
+    for run in runs:
+        if run["revision"] in known:
+            first.setdefault(run["revision"], run)
+    for run in first.values():
+        if results := size_quality(warehouse, run):
+            yield size_quality_section(labels[run["run_id"]], results)
 
 
 def _newest(rows: Sequence[Row]) -> list[Row]:

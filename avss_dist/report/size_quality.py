@@ -1,0 +1,85 @@
+"""Section on quality by size: what plans of dropped layers, sparse activations and rounded weights keep of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from avss_dist.analysis.size_quality import SizedPlan, SizeQuality
+from avss_dist.analysis.verdict import describe_task
+from avss_dist.core.text import count_of
+from avss_dist.report.section import GRAY, Chart, Section, page_number
+from avss_dist.report.table import ReportColumn, ReportTable, decimals, percent
+
+CAPTION = (
+    "Size: the bits of the weights of linear maps that a token meets, as a share of the whole model's in 16 bits. "
+    "Kept: the whole model's perplexity over that of the plan, without its interval, which avss evaluate prints. Best: "
+    "no other of these plans keeps more at the same size or a smaller one."
+)
+EQUAL_LAYERS = "The sizes of the linear maps are not known here, and every layer counts the same."
+
+
+def size_quality_section(label: str, results: Sequence[SizeQuality]) -> Section:
+    """Return the section on the evaluated plans of a checkpoint, with a chart and a table for each text."""
+    name = f"size-quality-{page_number(label)}"
+    return Section(
+        label=label,
+        sentences=[_sentence(result) for result in results],
+        charts=[_chart(f"{name}-{number}", result) for number, result in enumerate(results, start=1)],
+        tables=[_table(f"{name}-{number}", result) for number, result in enumerate(results, start=1)],
+    )
+
+
+def _sentence(result: SizeQuality) -> str:
+    best = [plan for plan in result.plans if plan.is_best]
+    named = "; ".join(f"{plan.retention:.1%} at {plan.size:.1%} by {plan.description}" for plan in best)
+    return f"{describe_task(result.task)}: of {count_of(len(result.plans), 'plan')}, the best keep {named}."
+
+
+def _table(name: str, result: SizeQuality) -> ReportTable:
+    plans = result.plans
+    return ReportTable(
+        name=name,
+        title=f"Each plan, {describe_task(result.task)}",
+        columns=[
+            ReportColumn("changes", [plan.kind for plan in plans], number=False, priority=1),
+            ReportColumn("plan", [plan.description for plan in plans], number=False, wraps=True),
+            ReportColumn("size", [plan.size for plan in plans], percent(1)),
+            ReportColumn("perplexity", [plan.perplexity for plan in plans], decimals(2), priority=2),
+            ReportColumn("kept", [plan.retention for plan in plans], percent(1)),
+            ReportColumn("best", ["best" if plan.is_best else None for plan in plans], number=False),
+        ],
+        caption=CAPTION if result.has_sizes else f"{CAPTION} {EQUAL_LAYERS}",
+    )
+
+
+def _chart(name: str, result: SizeQuality) -> Chart:
+    names = {"changes": "kind", "plan": "description", "size": "size", "kept": "retention", "best": "is_best"}
+    return Chart(
+        name=name,
+        title=describe_task(result.task),
+        meaning="What each plan keeps of the perplexity, by its size. The line joins the best.",
+        rows=[{name: getattr(plan, field) for name, field in names.items()} for plan in result.plans],
+        draw=partial(_drawing, _largest(result.plans)),
+    )
+
+
+def _largest(plans: Sequence[SizedPlan]) -> float:
+    """Return the upper end of the axis of retentions."""
+    return max([1.0, *(plan.retention for plan in plans)])
+
+
+def _drawing(largest: float) -> Any:
+    """Return the chart of retention by size: a dot for each plan, and a line through the best."""
+    import altair as alt
+
+    x = alt.X("size:Q", title="size", scale=alt.Scale(domain=[0, 1])).axis(format="%", grid=False, tickCount=5)
+    y = alt.Y("kept:Q", title="retention", scale=alt.Scale(domain=[0, largest])).axis(format="%")
+    color = alt.Color("changes:N", title=None, scale=alt.Scale(scheme="tableau10"))
+    legend = color.legend(orient="bottom", columns=2, symbolOpacity=1)
+    tooltip = ["plan:N", alt.Tooltip("size:Q", format=".1%"), alt.Tooltip("kept:Q", format=".1%")]
+    best = alt.Chart().transform_filter("datum.best").mark_line(color=GRAY, interpolate="step-after").encode(x, y)
+    return alt.layer(
+        best, alt.Chart().mark_point(filled=True, opacity=1, size=50).encode(x, y, legend, tooltip=tooltip)
+    ).properties(height=240)
