@@ -77,6 +77,8 @@ def test_damage_is_compared_with_the_loss(run: Run, wide: Path) -> None:
 def test_streaming_is_compared_with_one_process(run: Run, wide: Path, tmp_path: Path) -> None:
     assert "streaming / single: median" in run("benchmarks/streaming.py", "compare", wide, "--rounds", 1)
     assert "peak RssAnon" in run("benchmarks/streaming.py", "measure", wide)
+    printed = run("benchmarks/streaming.py", "round-here", wide)
+    assert re.search(r"each layer in int8 .* passes, 4 rows", printed) and "predicted, two formats" in printed
     run("benchmarks/streaming.py", "write", tmp_path / "model", "--gigabytes", 0.2)
     assert 0.1e9 < sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors")) < 0.6e9
 

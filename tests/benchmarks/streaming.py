@@ -3,12 +3,14 @@
     python tests/benchmarks/streaming.py write FOLDER [--gigabytes 6]     a random Llama-shaped checkpoint, bfloat16
     python tests/benchmarks/streaming.py run FOLDER                       a shard of it, in a process of its own
     python tests/benchmarks/streaming.py ablate FOLDER [--memory 2e9]     leave-one-out of it, in a process of its own
+    python tests/benchmarks/streaming.py round FOLDER [--memory 2e9]      sensitivity to rounding, in its own process
     python tests/benchmarks/streaming.py repair FOLDER [--memory 2e9]     a quarter of its layers off, repaired
     python tests/benchmarks/streaming.py compare MODEL_FOLDER             against `single`, in one process
 
 `run` prints tokens/s, the peak of anonymous memory (RssAnon) against a budget of embedding + two layers + the shard's
 hidden states + 600 MB, and bytes read a shard against the checkpoint's. `ablate` does the same of the losses without
-each layer of 2 x 32 tokens, within a limit, and gives their time in passes of the whole model. `repair` fits channels
+each layer of 2 x 32 tokens, within a limit, and gives their time in passes of the whole model; `round` of the losses
+with each layer rounded to int8, and of those that gradients predict for two formats. `repair` fits channels
 at the cuts that every fourth layer leaves to 16 x 32 tokens. `compare` takes medians of rounds in which both take
 turns, on a default shard of 32 x 256 tokens in batches of 8.
 """
@@ -22,7 +24,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +44,17 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.hidden_states import hidden_states_of
 from avss_dist.pruning.repair.repair import Repair, fit_repair
 from avss_dist.pruning.weights import StoredWeights
-from avss_dist.tasks.base import TextLoss
+from avss_dist.tasks.base import Measure, TextLoss
 from avss_dist.tasks.layer_removal import LeaveOneOut
+from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
 
 VOCABULARY, HIDDEN, MLP, HEADS, KEYS = 32_000, 2048, 8192, 16, 4
 ALLOWANCE = 600_000_000
 SHARD_ROWS = 32
+ROUNDED: dict[str, Callable[..., Measure]] = {
+    "each layer in int8": partial(RoundedLosses, format="int8"),
+    "predicted, two formats": partial(RoundingDamage, formats=("int4", "int8")),
+}
 
 
 def write(folder: Path, gigabytes: float) -> None:
@@ -161,28 +169,36 @@ def measure(folder: Path) -> None:
     print(f"read for a shard       {', '.join(f'{ours / size:.3f}' for ours in read)} of the checkpoint")
 
 
-def ablate(folder: Path, memory_bytes: int) -> None:
-    """`ablate`, in this process."""
+def ablate(folder: Path, memory_bytes: int, work: Mapping[str, Callable[..., Measure]]) -> None:
+    """`ablate` and `round`, in this process: measures of a text, by their names."""
     settings = Settings(device="cpu", batch_size=1, sequence_length=32, sequences_per_shard=2)
     placement = Placement(partition="streaming", max_memory={"cpu": memory_bytes})
+    seconds: dict[str, float] = {}
+    read: dict[str, int] = {}
+    rows: dict[str, int] = {}
     with PeakAnonymous() as memory:
         replica = StreamingReplica(opened(folder), settings, placement, head=True)
-        model, shard = replica.language_model, random_shard(settings, VOCABULARY)
+        model = replica.language_model
+        config = json.loads((folder / "config.json").read_text())
+        shard = random_shard(settings, config["vocab_size"])
         assert model is not None
         opened_bytes = replica.bytes_read
-        seconds, read = [], []
-        for measure in (TextLoss(shard), TextLoss(shard), LeaveOneOut(shard)):
+        for name, make in {"warm up": TextLoss, "the whole model": TextLoss, **work}.items():
             start, before = time.perf_counter(), replica.bytes_read
-            rows = measure(model)
-            seconds.append(time.perf_counter() - start)
-            read.append(replica.bytes_read - before)
+            rows[name] = len(make(shard=shard)(model))
+            seconds[name] = time.perf_counter() - start
+            read[name] = replica.bytes_read - before
     parts = [sum(stored.size for stored in part.stored) for part in replica._parts]
-    hidden = 2 * len(rows) * shard.input_ids.size * HIDDEN * torch.bfloat16.itemsize
+    hidden = 2 * (len(parts) + 1) * shard.input_ids.size * config["hidden_size"] * torch.bfloat16.itemsize
     budget = opened_bytes + sum(sorted(parts)[-2:]) + hidden + ALLOWANCE
-    size, passes = checkpoint_bytes(folder), seconds[2] / seconds[1]
-    print(f"{folder.name}: {size / 1e9:.2f} GB, {memory_bytes / 1e9:g} GB allowed, {len(rows) - 1} layers left out")
-    print(f"the whole model        {seconds[1]:.1f} s, {read[1] / size:.3f} of the checkpoint read")
-    print(f"and without each       {seconds[2]:.1f} s, {read[2] / size:.3f} of it read: {passes:.1f} passes")
+    size = checkpoint_bytes(folder)
+    print(f"{folder.name}: {size / 1e9:.2f} GB, {memory_bytes / 1e9:g} GB allowed, {len(parts)} layers")
+    for name in ("the whole model", *work):
+        passes = seconds[name] / seconds["the whole model"]
+        print(
+            f"{name:<22} {seconds[name]:.1f} s, {passes:.1f} passes, {rows[name]} rows, {read[name] / size:.3f} of the "
+            "checkpoint read"
+        )
     print(f"peak RssAnon           {memory.peak / 1e6:,.0f} MB; budget {budget / 1e6:,.0f} MB")
 
 
@@ -247,9 +263,8 @@ def in_turn(replicas: dict[str, SingleReplica | StreamingReplica], round_: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "command", choices=("write", "run", "measure", "ablate", "ablate-here", "repair", "repair-here", "compare")
-    )
+    within_memory = [f"{name}{here}" for name in ("ablate", "round", "repair") for here in ("", "-here")]
+    parser.add_argument("command", choices=("write", "run", "measure", *within_memory, "compare"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=6.0)
     parser.add_argument("--memory", type=float, default=2e9, help="bytes that weights may take")
@@ -261,12 +276,12 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, "measure", str(options.folder)], check=True)
     elif options.command == "measure":
         measure(options.folder)
-    elif options.command == "ablate":
-        subprocess.run([sys.executable, __file__, "ablate-here", *sys.argv[2:]], check=True)
+    elif options.command in ("ablate", "round", "repair"):
+        subprocess.run([sys.executable, __file__, f"{options.command}-here", *sys.argv[2:]], check=True)
     elif options.command == "ablate-here":
-        ablate(options.folder, int(options.memory))
-    elif options.command == "repair":
-        subprocess.run([sys.executable, __file__, "repair-here", *sys.argv[2:]], check=True)
+        ablate(options.folder, int(options.memory), {"without each layer": LeaveOneOut})
+    elif options.command == "round-here":
+        ablate(options.folder, int(options.memory), ROUNDED)
     elif options.command == "repair-here":
         repair(options.folder, int(options.memory))
     else:
