@@ -26,7 +26,7 @@ from avss_dist.analysis.reliability import increases, misranked, reliability, se
 from avss_dist.core.errors import QueryError
 from avss_dist.core.intervention import Removals, decode_removals, whole_layers
 from avss_dist.core.names import LOSS, PERPLEXITY
-from avss_dist.core.registry import BASELINES, GROUND_TRUTH, MEASURED, ROUNDING_ESTIMATES, SCORES
+from avss_dist.core.registry import BASELINES, DAMAGE_TASK, GROUND_TRUTH, MEASURED, ROUNDING_ESTIMATES, SCORES
 from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (
     LayerTruth,
@@ -214,7 +214,8 @@ def describe_score(card: Mapping[str, Any]) -> str:
     if name in ROUNDING_ESTIMATES:
         return ROUNDING_ESTIMATES[name].title
     if name != "avss":
-        return "loss without the layer" if card["format"] and name == LOSS else SCORES[name].title
+        without = card["format"] and SCORES[name].task in (SCORES[LOSS].task, DAMAGE_TASK)
+        return f"{SCORES[name].title}{', without the layer' if without else ''}"
     threshold = describe_threshold(card["threshold"], card["threshold_kind"])
     return f"avss  {card['site']} / {card['recipe']} / {threshold}"
 

@@ -21,6 +21,7 @@ from avss_dist.core.names import LOSS, PERPLEXITY
 from avss_dist.warehouse.reader import Warehouse
 
 BITS = 16  # of a weight of the whole model
+SAME_SIZE = 0.01  # relative difference of sizes that count as the same: plans come close to a budget
 _Map = tuple[int, str]  # layer, and path below it
 _Row = Mapping[str, Any]
 
@@ -156,7 +157,6 @@ def _plans(rows: Sequence[_Row], whole: float, sizes: _Sizes) -> Iterator[SizedP
 
 def _marked(plans: Sequence[SizedPlan]) -> Iterator[SizedPlan]:
     """Yield plans from the smallest to the largest, with the best marked."""
-    most = float("-inf")
     for plan in sorted(plans, key=lambda plan: (plan.size, -plan.retention)):
-        yield replace(plan, is_best=plan.retention > most)
-        most = max(most, plan.retention)
+        others = (other.retention for other in plans if other.size <= plan.size * (1 + SAME_SIZE))
+        yield replace(plan, is_best=plan.retention >= max(others))

@@ -117,6 +117,20 @@ def test_without_sizes_of_maps_every_layer_counts_the_same(tmp_path: Path) -> No
     assert [plan.size for plan in plans.values()] == [0.5, 0.75]
 
 
+def test_a_plan_that_is_hardly_smaller_and_keeps_less_is_not_one_of_the_best(tmp_path: Path) -> None:
+    """Formats of plans fill a budget nearly: 4.249 bits and 4.25 bits are the same size."""
+    store = written(tmp_path / "w", [loss(2.0), *(loss(2.0 + i / 10, rounding=f"bits {i}") for i in (1, 2, 3))])
+    for number, bits in ((1, 4.25), (2, 4.249), (3, 4.0)):
+        row = {"rounding": f"bits {number}", "layer": 0, "map": "mlp", "format": "int4", "num_weights": 1}
+        store.write_precision(RunIdentity(run_id="a-1", **ABOUT), f"{number}" * 20, [{**row, "bits_per_weight": bits}])
+    (result,) = size_quality(Warehouse(tmp_path / "w"), RUN)
+    assert [(plan.size, plan.is_best) for plan in result.plans] == [
+        (4.0 / 16, True),
+        (4.249 / 16, False),
+        (4.25 / 16, True),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
