@@ -255,7 +255,7 @@ def _fitting_gpus(
     name = f"GPU of {describe_bytes(gpu)}"
     if size.weight_bytes <= room and (requested or 1) == 1:
         return WHOLE, 1, f"fit into one {name}"
-    minimum = _devices_needed(size.weight_bytes, room)
+    minimum = gpus_filled(size, room)
     if minimum <= (requested or available):
         return SEVERAL_GPUS, int(requested or minimum), f"need {minimum} times one {name}"
     room -= 2 * max(*size.layer_bytes, size.embedding_bytes)  # one module is gathered while another one runs
@@ -265,6 +265,29 @@ def _fitting_gpus(
         partition, why = _sharded()
         return partition, int(minimum), f"need {minimum} times one {name} of several hosts: {why}"
     return LAYERWISE, 1, f"do not fit into {requested or available} times one {name}"
+
+
+def gpus_filled(size: Footprint, room: int) -> float:
+    """Return the number of GPUs that `device_map` fills with whole modules, one after the other; at least 2.
+
+    The first GPU keeps room for the largest module that follows, because Accelerate reserves it for offloaded ones.
+
+    Args:
+        room: bytes of weights that each GPU has room for.
+
+    Returns:
+        The number; infinity if a GPU has no room for the largest module.
+    """
+    modules = size.module_bytes
+    if max(modules) > room:
+        return math.inf
+    gpus, used = 1, 0
+    for number, module in enumerate(modules, 1):
+        reserved = max(modules[number:], default=0) if gpus == 1 else 0
+        if used + module + reserved > room:
+            gpus, used = gpus + 1, 0
+        used += module
+    return max(2, gpus)
 
 
 def _devices_needed(weights: int, room: int) -> float:

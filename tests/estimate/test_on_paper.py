@@ -370,6 +370,8 @@ def test_what_fits_and_what_auto_takes(model: str, cluster: int) -> None:
     assert dict(zip(PARTITIONS, GPU_GB[model][cluster], strict=True)) == {
         row.partition: round(row.device_bytes / 1e9) for row in found.rows
     }
+    if found.auto == "device_map":  # with as many GPUs as whole layers take
+        assert found.auto_why.endswith(f"; over {FITS[model][cluster]['device_map']} GPUs")
     for row in found.rows:
         assert row.replicas == max(1, CLUSTERS[found.hardware] // row.gpus)
 
