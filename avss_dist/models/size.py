@@ -56,6 +56,7 @@ class Footprint:
         matmul_parameters: parameters that each token is multiplied by; only the routed experts of a token count.
         mlp_width: units of an MLP's intermediate results that exist at once.
         vocabulary: number of logits of a token.
+        expert_bytes: bytes of the routed experts of the largest layer; 0 if it has none.
         embedding_bytes: bytes of the table of token embeddings, of which only the rows of occurring tokens are read.
         cache_bytes: bytes of keys and values for each token, by layer.
         zero_copy: whether the stored dtype is the compute dtype, so that on a CPU the weights stay in the mapped file.
@@ -80,6 +81,7 @@ class Footprint:
     matmul_parameters: int
     mlp_width: int
     vocabulary: int = 0
+    expert_bytes: int = 0
     embedding_bytes: int = 0
     zero_copy: bool = False
     cache_bytes: tuple[int, ...] = ()
@@ -178,11 +180,17 @@ def _loaded_sizes(checkpoint: Checkpoint, model: Any, loaded: Any, stored: int, 
     return {
         "weight_bytes": int(size * scale),
         "layer_bytes": layer_bytes,
+        "expert_bytes": int(_bytes_of_experts(max(layers, key=_bytes)) * scale),
         "module_bytes": tuple(int(size * scale) for size in _undivided(loaded, {*layers}, set())),
         "other_bytes": int(_bytes(without_head(loaded)) * scale) - sum(layer_bytes),
         "quantized": quantized,
         "can_unpack": not quantized or can_unpack(checkpoint, model.config),
     }
+
+
+def _bytes_of_experts(layer: nn.Module) -> int:
+    experts = [p for name, p in layer.named_parameters() if _EXPERT.search(name.rpartition(".")[0])]
+    return sum(p.numel() * p.element_size() for p in experts)
 
 
 def _undivided(module: nn.Module, layers: Collection[nn.Module], counted: set[nn.Parameter]) -> Iterator[int]:

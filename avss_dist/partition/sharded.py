@@ -42,6 +42,11 @@ class ShardedCost(PartitionCost):
         """See `PartitionCost`. ``max_memory`` has no effect."""
         return 0
 
+    @staticmethod
+    def minimum_rank_weights(size: Footprint, ranks: int) -> int:
+        """See `PartitionCost`. A gathered module is there twice: as it comes, and put together."""
+        return -(-size.weight_bytes // ranks) + 2 * max(*size.layer_bytes, size.embedding_bytes)
+
     @property
     def obstacle(self) -> str | None:
         """See `PartitionCost`."""
@@ -58,11 +63,10 @@ class ShardedCost(PartitionCost):
         """See `PartitionCost`. Ranks share the shards; on CPUs they also share the cores, which gains nothing."""
         ranks, on_gpu, size = self.ranks, self.on_gpu, self.size
         gathered = sum(size.layer_bytes) + size.other_bytes
-        part = -(-size.weight_bytes // ranks)
+        part, weights = -(-size.weight_bytes // ranks), self.minimum_rank_weights(size, ranks)
         ahead = PREFETCHED * size.element_bytes if on_gpu else 0
-        largest = max(*size.layer_bytes, size.embedding_bytes)  # twice: as it comes, and put together
-        more = {"more": 2 * largest + min(ahead, gathered), "host_weights": self.host_weights()}
-        device, host = self.memory(measured, counters, part, **more)
+        more = {"more": min(ahead, gathered), "host_weights": self.host_weights()}
+        device, host = self.memory(measured, counters, weights, **more)
         if not on_gpu:  # while the model is opened, pages of its files, which the system can have back, are there too
             device = max(device, measured.library_bytes + DEEPSPEED_BYTES + part + size.weight_bytes)
         work = self.seconds(measured, measured.costs[WHOLE])

@@ -19,6 +19,7 @@ from avss_dist.partition.choose import (
     choose,
     gpus_filled,
     least_host_bytes,
+    needs_size,
 )
 from avss_dist.system.devices import Devices, devices_here
 
@@ -184,6 +185,31 @@ def test_weights_that_stay_quantized_are_not_streamed(devices: Devices) -> None:
     assert "dequantize" not in refused.value.hint
     assert choose(replace(size, quantized=False), SETTINGS, Execution(), devices).partition == "streaming"
     assert choose(size, SETTINGS, Execution(), gpus(8, 80 * GB)).partition == "device_map"
+
+
+@pytest.mark.parametrize("partition", ["fsdp", "zero3"])
+def test_ranks_without_room_for_the_layer_that_they_gather_are_refused(partition: str) -> None:
+    """Each has its part, the layer twice, and a batch. On CPUs, ranks on one host share its memory."""
+    size = replace(llama_like(671, layers=61, hidden=7168), expert_bytes=20 * GB)
+    part, layer, batch = size.weight_bytes // 32, size.layer_bytes[0], batch_bytes(size, SETTINGS)
+    execution = Execution(partition=partition, ranks=32)
+    assert needs_size(execution)
+    needed = -(-size.weight_bytes // 32) + 2 * layer + batch
+    assert choose(size, SETTINGS, execution, gpus(32, needed)).ranks == 32
+    with pytest.raises(ConfigError) as refused:
+        choose(size, SETTINGS, execution, gpus(32, needed - 1))
+    assert f"{partition} needs {describe_bytes(needed)} of GPU memory for each of 32 ranks, and there are" in str(
+        refused.value
+    )
+    assert f"{describe_bytes(part)} are a rank's part of the weights" in str(refused.value)
+    assert f"the largest of {describe_bytes(layer)}, 20 GB of them its experts" in str(refused.value)
+    assert refused.value.hint.startswith("Use `partition` expert_parallel")
+    with pytest.raises(ConfigError, match="Use `partition` tensor_parallel or streaming, or more `ranks`"):
+        choose(replace(size, expert_bytes=0), SETTINGS, execution, gpus(32, needed - 1))
+    of_eight = 8 * (needed + PROCESS_BYTES)
+    assert choose(size, SETTINGS, execution, cpus(of_eight)).ranks == 32
+    with pytest.raises(ConfigError, match="of host memory for each of 32 ranks"):
+        choose(size, SETTINGS, execution, cpus(of_eight - 8))
 
 
 def test_a_limit_of_a_gpu_covers_activations_too() -> None:
