@@ -21,13 +21,14 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.patching import Patch, patched_when_called
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.rounding import rounded_maps, rounded_when_called
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import uncounted
-from avss_dist.partition.base import dummy_batch
+from avss_dist.partition.base import RowSplit, dummy_batch
 from avss_dist.partition.cost import DEEPSPEED_BYTES, Calibration, PartitionCost, Usage, refusal
-from avss_dist.partition.group import all_gather, share, sum_over_ranks
+from avss_dist.partition.group import all_gather, rank_and_size, share, sum_over_ranks
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -90,8 +91,24 @@ class ShardedLanguageModel(LanguageModel):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.reports = distributed.get_rank() == 0
+        self._split = RowSplit(*rank_and_size())
+        self.reports, self.lockstep = self._split.rank == 0, self._split.ranks
         self._dummy = dummy_batch()
+
+    @contextmanager
+    def patched(self, patch: Patch) -> Iterator[None]:
+        """See `causal_lm.LanguageModel`. Weights are whole while their layer runs; see `patched_when_called`."""
+        with patched_when_called(self.layers, patch):
+            yield
+
+    def local_indices(self, count: int) -> range:
+        """See `causal_lm.LanguageModel`. Equally many on each rank if ``count`` is a multiple of `lockstep`."""
+        return range(count)[self._split.rows(count)]
+
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
+        """See `causal_lm.LanguageModel`."""
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
 
     @contextmanager
     def rounded(self, rounding: Rounding) -> Iterator[None]:
