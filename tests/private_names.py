@@ -68,6 +68,7 @@ PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
     "_apply": ("torch", _at("torch.nn:Module._apply")),
     "_cdata": ("torch", _at("torch:UntypedStorage._cdata")),
     "_is_mkldnn_bf16_supported": ("torch", _at("torch:ops.mkldnn._is_mkldnn_bf16_supported")),
+    "_KERNEL_MODULE_MAPPING": ("transformers", _at("transformers.integrations.hub_kernels:_KERNEL_MODULE_MAPPING")),
     "_parameters": ("torch", _parameters),
 }
 """By the name as the code writes it: the package, and a check that raises where the name is gone."""

@@ -74,12 +74,14 @@ PARTITIONS = {
         summary="each rank holds a part of every parameter, and takes its own data (PyTorch FSDP2)",
         gang=True,
         splits_data=True,
+        changes_weights=True,
     ),
     "zero3": PartitionInfo(
         opens="avss_dist.partition.zero3:Zero3Replica",
         summary="each rank holds a part of every parameter, and takes its own data (DeepSpeed ZeRO-3)",
         gang=True,
         splits_data=True,
+        changes_weights=True,
     ),
     "tensor_parallel": PartitionInfo(
         opens="avss_dist.partition.tensor_parallel:TensorParallelReplica",

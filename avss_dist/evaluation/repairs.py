@@ -93,7 +93,7 @@ class FitRepair:
         )
         weights = StoredWeights.of_checkpoint(checkpoint, plan, settings).read
         repair = replace(self.repair, settings=settings)
-        parallel = DataParallel(model.local_indices, model.all_reduce)
+        parallel = DataParallel(model.local_indices, model.all_reduce, model.lockstep)
         repaired = fit_repair(checkpoint, hidden_states_of(model), plan, repair, self.texts, weights, parallel)
         about = json.dumps({"record": asdict(repaired.record), "notes": list(repaired.notes)})
         errors = np.array([cut.error_after for cut in repaired.record.cuts])

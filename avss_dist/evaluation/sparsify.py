@@ -327,4 +327,4 @@ def require_whole_weights(partition: str, method: str) -> None:
     """
     if method in NEED_WEIGHTS:
         problem = f"has a part of each weight, and {method} needs it whole."
-        require_partition(partition, lambda info: info.changes_weights, problem)
+        require_partition(partition, lambda info: not info.gang, problem)

@@ -96,6 +96,7 @@ class LanguageModel:
         keeps_hidden_states: whether `skipping.recording` and `resuming` work on its layers and save time. Otherwise
             the passes of `together` share one reading of the weights.
         whole_weights: whether this process has every weight of a layer whole while the layer runs.
+        lockstep: number of ranks that must run equally many passes, each over its own batches.
 
     Raises:
         ModelError: the model has no head that predicts the next token.
@@ -104,6 +105,7 @@ class LanguageModel:
     reports = True
     keeps_hidden_states = True
     whole_weights = True
+    lockstep = 1
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
         self.checkpoint, self.settings, self.device = checkpoint, settings, device

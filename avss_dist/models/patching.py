@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -61,3 +63,47 @@ def replaced_parameters(values: Mapping[nn.Parameter, torch.Tensor]) -> Iterator
     finally:
         for parameter, original in originals.items():
             parameter.data = original
+
+
+@contextmanager
+def patched_when_called(layers: Sequence[Layer], patch: Patch) -> Iterator[None]:
+    """Have layers compute with the values of a patch inside the context, of weights that are whole while layers run.
+
+    Backward passes use the unpatched weights.
+    """
+    values: dict[nn.Module, dict[str, torch.Tensor]] = {}
+    for (layer, path), value in patch.items():
+        owner, _, name = path.rpartition(".")
+        values.setdefault(layers[layer].module.get_submodule(owner), {})[name] = value
+
+    def replaced(module: nn.Module) -> AbstractContextManager[None]:
+        return replaced_parameters({module.get_parameter(name): value for name, value in values[module].items()})
+
+    with changed_when_called({module: partial(replaced, module) for module in values}):
+        yield
+
+
+@contextmanager
+def changed_when_called(changes: Mapping[nn.Module, Callable[[], AbstractContextManager[None]]]) -> Iterator[None]:
+    """Enter a context whenever a module runs, while its weights are in memory, inside the context."""
+
+    def call(
+        change: Callable[[], AbstractContextManager[None]], forward: Callable[..., Any], *args: Any, **kw: Any
+    ) -> Any:
+        with change():
+            return forward(*args, **kw)
+
+    with ExitStack() as stack:
+        for module, change in changes.items():
+            name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # Accelerate's loads the weight first
+            original, forward = vars(module).get(name), getattr(module, name)
+            setattr(module, name, partial(call, change, forward))
+            stack.callback(_restore, module, name, original)
+        yield
+
+
+def _restore(module: nn.Module, name: str, original: Any) -> None:
+    if original is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, original)

@@ -26,6 +26,8 @@ from avss_dist.models.stored import stored_tensors
 _REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
 _SCALED = {"fp8", "mxfp8", "mxfp4", "compressed-tensors"}  # methods whose weights have scales beside them, by name
 KEYS = ("quantization_config", "compression_config")  # of config.json
+_INTEGRATIONS = "transformers.integrations."
+_PACKED = {torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}  # of stored weights
 _ELSEWHERE = "Use a machine that has what it needs"
 
 
@@ -64,6 +66,42 @@ def describe_quantization(checkpoint: Checkpoint, settings: Settings) -> str | N
     if not stored:
         return None
     return _method(stored) + (", dequantized" if settings.dequantize or stored.get("dequantize") else "")
+
+
+def describe_computing(model: Any) -> str | None:
+    """Return the modules of an open model that compute with quantized weights, and the kernels of the hub in use.
+
+    Returns:
+        ``FP8Linear x 252 of transformers.integrations.finegrained_fp8; kernels: finegrained-fp8``, or None if weights
+        are not quantized any more.
+    """
+    if quantization_method(model.config) is None:
+        return None
+    kinds = Counter((type(m).__name__, type(m).__module__) for m in model.modules() if _computes_quantized(m))
+    if not kinds:
+        return None
+    parts = [f"{name} x {count} of {origin}" for (name, origin), count in sorted(kinds.items())]
+    kernels = _loaded_kernels()
+    return ", ".join(parts) + (f"; kernels: {', '.join(kernels)}" if kernels else "")
+
+
+def _computes_quantized(module: torch.nn.Module) -> bool:
+    """Whether a module has quantized weights, or is one of transformers' that may keep them in a form of their own."""
+    if type(module).__module__.startswith(_INTEGRATIONS):
+        return True
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return any("weight" in name and tensor.dtype in _PACKED for name, tensor in tensors)
+
+
+def _loaded_kernels() -> list[str]:
+    """Return the names of the kernels that transformers has loaded from the hub in this process."""
+    try:
+        from transformers.integrations import hub_kernels
+
+        loaded = hub_kernels._KERNEL_MODULE_MAPPING
+    except (ImportError, AttributeError):  # another version
+        return []
+    return sorted(name for name, module in loaded.items() if module is not None)
 
 
 def require_unquantized(checkpoint: Checkpoint) -> None:

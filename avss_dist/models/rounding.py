@@ -6,10 +6,9 @@ Whole weights in memory are rounded once, and replaced in place. Weights that ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from avss_dist.core.errors import ModelError, nearest
 from avss_dist.core.intervention import Rounding
 from avss_dist.models.layers import Layer, Projection
 from avss_dist.models.number_formats import NumberFormat, fitting, number_format
-from avss_dist.models.patching import replaced_parameters
+from avss_dist.models.patching import changed_when_called, replaced_parameters
 from avss_dist.models.sparsifying import weight_of
 
 GROUP, MOST_DISTINCT = 32, 16  # neighbours that are looked at together, and values of 4 bits
@@ -144,25 +143,8 @@ def rounded_in_place(maps: Mapping[nn.Module, NumberFormat]) -> Iterator[None]:
 @contextmanager
 def rounded_when_called(maps: Mapping[nn.Module, NumberFormat]) -> Iterator[None]:
     """Round the weights of linear maps inside the context whenever these run, while their weights are in memory."""
-
-    def call(module: nn.Module, forward: Callable[..., Any], known: NumberFormat, *args: Any, **kwargs: Any) -> Any:
-        with rounded_in_place({module: known}):
-            return forward(*args, **kwargs)
-
-    with ExitStack() as stack:
-        for module, known in maps.items():
-            name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # Accelerate's loads the weight first
-            original, forward = vars(module).get(name), getattr(module, name)
-            setattr(module, name, partial(call, module, forward, known))
-            stack.callback(_restore, module, name, original)
+    with changed_when_called({module: partial(rounded_in_place, {module: known}) for module, known in maps.items()}):
         yield
-
-
-def _restore(module: nn.Module, name: str, original: Any) -> None:
-    if original is None:
-        delattr(module, name)
-    else:
-        setattr(module, name, original)
 
 
 def stored_weight(module: nn.Module, known: NumberFormat) -> torch.Tensor:

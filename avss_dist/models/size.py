@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -47,6 +47,7 @@ class Footprint:
         weight_bytes: bytes of the whole model with its language-model head, as the partition ``single`` holds it.
         layer_bytes: bytes of each transformer layer, in order.
         other_bytes: bytes of the embeddings and norms outside of the layers, without an untied language-model head.
+        module_bytes: bytes of each layer and of each other module that is not divided, in the order of the model.
         num_layers, hidden_size: number of layers, and units of the residual stream.
         dtype: the compute dtype.
         attention: the attention implementation, as transformers names it.
@@ -55,6 +56,7 @@ class Footprint:
         matmul_parameters: parameters that each token is multiplied by; only the routed experts of a token count.
         mlp_width: units of an MLP's intermediate results that exist at once.
         vocabulary: number of logits of a token.
+        expert_bytes: bytes of the routed experts of the largest layer; 0 if it has none.
         embedding_bytes: bytes of the table of token embeddings, of which only the rows of occurring tokens are read.
         cache_bytes: bytes of keys and values for each token, by layer.
         zero_copy: whether the stored dtype is the compute dtype, so that on a CPU the weights stay in the mapped file.
@@ -68,6 +70,7 @@ class Footprint:
     weight_bytes: int
     layer_bytes: tuple[int, ...]
     other_bytes: int
+    module_bytes: tuple[int, ...]
     num_layers: int
     hidden_size: int
     dtype: str
@@ -78,6 +81,7 @@ class Footprint:
     matmul_parameters: int
     mlp_width: int
     vocabulary: int = 0
+    expert_bytes: int = 0
     embedding_bytes: int = 0
     zero_copy: bool = False
     cache_bytes: tuple[int, ...] = ()
@@ -171,14 +175,37 @@ def _loaded_sizes(checkpoint: Checkpoint, model: Any, loaded: Any, stored: int, 
         )
     size = _bytes(loaded)
     scale = stored / size if quantized and stored else 1.0
-    layer_bytes = tuple(int(_bytes(layer) * scale) for layer in find_layers(without_head(loaded), text, settings))
+    layers = find_layers(without_head(loaded), text, settings)
+    layer_bytes = tuple(int(_bytes(layer) * scale) for layer in layers)
     return {
         "weight_bytes": int(size * scale),
         "layer_bytes": layer_bytes,
+        "expert_bytes": int(_bytes_of_experts(max(layers, key=_bytes)) * scale),
+        "module_bytes": tuple(int(size * scale) for size in _undivided(loaded, {*layers}, set())),
         "other_bytes": int(_bytes(without_head(loaded)) * scale) - sum(layer_bytes),
         "quantized": quantized,
         "can_unpack": not quantized or can_unpack(checkpoint, model.config),
     }
+
+
+def _bytes_of_experts(layer: nn.Module) -> int:
+    experts = [p for name, p in layer.named_parameters() if _EXPERT.search(name.rpartition(".")[0])]
+    return sum(p.numel() * p.element_size() for p in experts)
+
+
+def _undivided(module: nn.Module, layers: Collection[nn.Module], counted: set[nn.Parameter]) -> Iterator[int]:
+    """Yield the bytes of each layer, and of each other module without children, in order.
+
+    Args:
+        counted: parameters that count no more, because they are tied to earlier ones.
+    """
+    children = [] if module in layers else list(module.children())
+    own = {*module.parameters(recurse=not children)} - counted
+    counted |= own
+    if own:
+        yield sum(p.numel() * p.element_size() for p in own)
+    for child in children:
+        yield from _undivided(child, layers, counted)
 
 
 def _stays_quantized(checkpoint: Checkpoint, config: Any, settings: Settings) -> bool:

@@ -10,6 +10,7 @@ import torch
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import Backbone, Forward
+from avss_dist.models.quantization import describe_computing
 from avss_dist.partition.base import BatchContext, RowSplit
 from avss_dist.partition.cost import PartitionCost
 from avss_dist.system.devices import to_device
@@ -54,6 +55,7 @@ def describe(backbone: Backbone, partition: str) -> dict[str, Any]:
         "hidden_size": backbone.hidden_size,
         "num_parameters": backbone.num_parameters,
         "dtype": backbone.dtype,
+        "quantized_modules": describe_computing(backbone.model),
         "attention_implementation": backbone.attention_implementation,
         "partition": partition,
         "threads": torch.get_num_threads(),

@@ -51,8 +51,8 @@ def choose(
         head: the head runs, too.
 
     Raises:
-        ConfigError: the devices or limits do not fit the requested partition; or ``auto`` finds none for weights that
-            would stay quantized.
+        ConfigError: the devices or limits do not fit the requested partition, or ranks have no room for the layer that
+            they gather; or ``auto`` finds no partition for weights that would stay quantized.
     """
     cuda = devices.kind == "cuda"
     if execution.gpus_per_replica and not cuda:
@@ -65,9 +65,12 @@ def choose(
             raise _no_room_for_quantized(size, why)
     else:
         partition, gpus, why = WHOLE, int(cuda), "the checkpoint's size is not known"
+    ranks = _ranks(partition, execution, gpus)
+    if size:
+        _require_room_to_gather(partition, ranks, size, settings, devices, head=head)
     return Placement(
         partition=partition,
-        ranks=_ranks(partition, execution, gpus),
+        ranks=ranks,
         gpus=gpus,
         max_memory=weight_limits(partition, size, settings, execution.max_memory, devices.kind, head=head),
         offload_folder=execution.offload_folder,
@@ -89,7 +92,8 @@ def _no_room_for_quantized(size: Footprint, why: str) -> ConfigError:
 
 def needs_size(execution: Execution) -> bool:
     """Whether `choose` depends on the size of the checkpoint."""
-    return execution.partition == "auto" or bool(execution.max_memory)
+    partition = execution.partition
+    return partition == "auto" or PARTITIONS[partition].splits_data or bool(execution.max_memory)
 
 
 def weight_limits(
@@ -175,6 +179,28 @@ def require_room_for_a_layer(needed: int, limit: int | None) -> None:
         )
 
 
+def _require_room_to_gather(
+    partition: str, ranks: int, size: Footprint, settings: Settings, devices: Devices, *, head: bool
+) -> None:
+    """Refuse ranks that have no room for the largest layer, which each of them gathers, beside their parts."""
+    weights = replica_class(partition).cost.minimum_rank_weights(size, ranks)
+    beside, room, memory = batch_bytes(size, settings, head=head), devices.device_bytes, "GPU memory"
+    if devices.kind == "cpu":
+        on_host = min(ranks, max(1, devices.cpus_of_largest_node // settings.threads))
+        beside, room, memory = beside + PROCESS_BYTES, devices.host_bytes // on_host, "host memory"
+    if not weights or weights + beside <= room:
+        return
+    experts = f", {describe_bytes(size.expert_bytes)} of them its experts" if size.expert_bytes else ""
+    instead = "expert_parallel, whose ranks hold whole experts," if experts else "tensor_parallel"
+    raise ConfigError(
+        f"`partition` {partition} needs {describe_bytes(weights + beside)} of {memory} for each of {ranks} ranks, and "
+        f"there are {describe_bytes(room)}: {describe_bytes(size.weight_bytes // ranks)} are a rank's part of the "
+        f"weights, and every rank gathers whole layers, the largest of {describe_bytes(max(size.layer_bytes))}"
+        f"{experts}.",
+        f"Use `partition` {instead} or streaming, or more `ranks`.",
+    )
+
+
 def _require_effect(execution: Execution) -> None:
     """Refuse limits that have no effect on the requested partition."""
     if PARTITIONS[execution.partition].offloads:
@@ -255,7 +281,7 @@ def _fitting_gpus(
     name = f"GPU of {describe_bytes(gpu)}"
     if size.weight_bytes <= room and (requested or 1) == 1:
         return WHOLE, 1, f"fit into one {name}"
-    minimum = _devices_needed(size.weight_bytes, room)
+    minimum = gpus_filled(size, room)
     if minimum <= (requested or available):
         return SEVERAL_GPUS, int(requested or minimum), f"need {minimum} times one {name}"
     room -= 2 * max(*size.layer_bytes, size.embedding_bytes)  # one module is gathered while another one runs
@@ -265,6 +291,29 @@ def _fitting_gpus(
         partition, why = _sharded()
         return partition, int(minimum), f"need {minimum} times one {name} of several hosts: {why}"
     return LAYERWISE, 1, f"do not fit into {requested or available} times one {name}"
+
+
+def gpus_filled(size: Footprint, room: int) -> float:
+    """Return the number of GPUs that `device_map` fills with whole modules, one after the other; at least 2.
+
+    The first GPU keeps room for the largest module that follows, because Accelerate reserves it for offloaded ones.
+
+    Args:
+        room: bytes of weights that each GPU has room for.
+
+    Returns:
+        The number; infinity if a GPU has no room for the largest module.
+    """
+    modules = size.module_bytes
+    if max(modules) > room:
+        return math.inf
+    gpus, used = 1, 0
+    for number, module in enumerate(modules, 1):
+        reserved = max(modules[number:], default=0) if gpus == 1 else 0
+        if used + module + reserved > room:
+            gpus, used = gpus + 1, 0
+        used += module
+    return max(2, gpus)
 
 
 def _devices_needed(weights: int, room: int) -> float:

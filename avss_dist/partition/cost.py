@@ -221,6 +221,11 @@ class PartitionCost:
         """Return the bytes of weights that must be in host memory at once, on a device of this kind."""
         return size.weight_bytes if kind == "cpu" else 0
 
+    @staticmethod
+    def minimum_rank_weights(size: Footprint, ranks: int) -> int:
+        """Return the bytes of weights that each rank must hold at once, where ranks gather them; otherwise 0."""
+        return 0
+
     @property
     def obstacle(self) -> str | None:
         """Reason for which the partition does not run the model with these settings; None if it does."""

@@ -21,13 +21,14 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.patching import Patch, patched_when_called
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.rounding import rounded_maps, rounded_when_called
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import uncounted
-from avss_dist.partition.base import dummy_batch
+from avss_dist.partition.base import RowSplit, dummy_batch
 from avss_dist.partition.cost import DEEPSPEED_BYTES, Calibration, PartitionCost, Usage, refusal
-from avss_dist.partition.group import all_gather, share, sum_over_ranks
+from avss_dist.partition.group import all_gather, rank_and_size, share, sum_over_ranks
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -41,6 +42,11 @@ class ShardedCost(PartitionCost):
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
         """See `PartitionCost`. ``max_memory`` has no effect."""
         return 0
+
+    @staticmethod
+    def minimum_rank_weights(size: Footprint, ranks: int) -> int:
+        """See `PartitionCost`. A gathered module is there twice: as it comes, and put together."""
+        return -(-size.weight_bytes // ranks) + 2 * max(*size.layer_bytes, size.embedding_bytes)
 
     @property
     def obstacle(self) -> str | None:
@@ -58,11 +64,10 @@ class ShardedCost(PartitionCost):
         """See `PartitionCost`. Ranks share the shards; on CPUs they also share the cores, which gains nothing."""
         ranks, on_gpu, size = self.ranks, self.on_gpu, self.size
         gathered = sum(size.layer_bytes) + size.other_bytes
-        part = -(-size.weight_bytes // ranks)
+        part, weights = -(-size.weight_bytes // ranks), self.minimum_rank_weights(size, ranks)
         ahead = PREFETCHED * size.element_bytes if on_gpu else 0
-        largest = max(*size.layer_bytes, size.embedding_bytes)  # twice: as it comes, and put together
-        more = {"more": 2 * largest + min(ahead, gathered), "host_weights": self.host_weights()}
-        device, host = self.memory(measured, counters, part, **more)
+        more = {"more": min(ahead, gathered), "host_weights": self.host_weights()}
+        device, host = self.memory(measured, counters, weights, **more)
         if not on_gpu:  # while the model is opened, pages of its files, which the system can have back, are there too
             device = max(device, measured.library_bytes + DEEPSPEED_BYTES + part + size.weight_bytes)
         work = self.seconds(measured, measured.costs[WHOLE])
@@ -86,8 +91,24 @@ class ShardedLanguageModel(LanguageModel):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.reports = distributed.get_rank() == 0
+        self._split = RowSplit(*rank_and_size())
+        self.reports, self.lockstep = self._split.rank == 0, self._split.ranks
         self._dummy = dummy_batch()
+
+    @contextmanager
+    def patched(self, patch: Patch) -> Iterator[None]:
+        """See `causal_lm.LanguageModel`. Weights are whole while their layer runs; see `patched_when_called`."""
+        with patched_when_called(self.layers, patch):
+            yield
+
+    def local_indices(self, count: int) -> range:
+        """See `causal_lm.LanguageModel`. Equally many on each rank if ``count`` is a multiple of `lockstep`."""
+        return range(count)[self._split.rows(count)]
+
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
+        """See `causal_lm.LanguageModel`."""
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
 
     @contextmanager
     def rounded(self, rounding: Rounding) -> Iterator[None]:

@@ -16,6 +16,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.system.cgroups import memory_left
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, and before; the older one still works
+CONTEXT_BYTES = 1 << 30  # of a GPU, at most, that a process's CUDA context and the kernels of its libraries take
 EXACT_PINNED = "2.13"  # torch's version that has the option for pinned memory; some before it may, too
 
 
@@ -27,7 +28,7 @@ class Devices:
         kind: ``cpu`` or ``cuda``.
         count: number of GPUs; 1 on CPUs.
         count_of_largest_node: maximum number of GPUs that one process can use.
-        device_bytes: memory of the smallest GPU; on a CPU, the memory that a process may take.
+        device_bytes: memory of the smallest GPU, without a CUDA context; on a CPU, the memory that a process may take.
         host_bytes: available memory of a host.
         cpus, cpus_of_largest_node: number of CPUs in total, and of those that one process can use.
     """
@@ -45,7 +46,9 @@ def devices_here(kind: str) -> Devices:
     """Return the devices of this machine that this process may use."""
     cpus, host = len(os.sched_getaffinity(0)), available_memory()
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(count)] if kind == "cuda" else [host]
+    sizes = [host]
+    if kind == "cuda":
+        sizes = [torch.cuda.get_device_properties(i).total_memory - CONTEXT_BYTES for i in range(count)]
     return Devices(
         kind=kind,
         count=count,

@@ -239,6 +239,11 @@ TABLES: dict[str, TableInfo] = {
             Column(
                 "quantization", STRING, "of the weights as stored: fp8, gguf Q4_K, ...; and if they were dequantized"
             ),
+            Column(
+                "quantized_modules",
+                STRING,
+                "modules that computed with quantized weights, and kernels of the hub; null if none did",
+            ),
             Column("attention_implementation", STRING, "sdpa, eager, flash_attention_2"),
             Column("partition", STRING, "how one replica was spread: single, device_map, streaming, fsdp, ..."),
             Column("replicas", INT64, "copies of the model that worked in parallel"),

@@ -20,14 +20,15 @@ from avss_dist.api.measure import estimate
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.hardware import Hardware, parse_hardware
 from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import Settings
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.estimation.estimate import Estimate, Row
 from avss_dist.measure.shard import counter_bytes
 from avss_dist.models.checkpoints import locate
 from avss_dist.models.loading import skeleton, text_config
 from avss_dist.models.quantization import packed, quantize_skeleton
 from avss_dist.models.size import footprint
-from avss_dist.partition.choose import batch_bytes
+from avss_dist.partition.choose import batch_bytes, choose
+from avss_dist.partition.cost import Machine
 
 PUBLISHED = Path(__file__).parents[1] / "support" / "published"
 QWEN, OSS, LLAMA405, DEEPSEEK, LLAMA70 = (
@@ -213,6 +214,27 @@ def test_weights_are_as_stored(model: str) -> None:
     assert paper(model, "8xH100").weight_bytes == pytest.approx(MODELS[model].total, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("model", "experts"),
+    [(QWEN, 128 * (fp8(3072, 4096) + fp8(4096, 1536))), (DEEPSEEK, 256 * (fp8(4096, 7168) + fp8(7168, 2048)))],
+)
+def test_mixtures_whose_layer_has_no_room_are_refused(model: str, experts: int) -> None:
+    """On 8 GPUs, the layer of Qwen3-235B has room beside a rank's part and that of DeepSeek-V3 has not."""
+    settings = Settings(device="cuda", dtype="bfloat16")
+    checkpoint = locate(str(PUBLISHED / model), weights=False)
+    assert checkpoint is not None
+    size = footprint(checkpoint, settings)
+    assert size.expert_bytes == experts
+    devices = Machine.of_hardware(Hardware(1, 8, "H100"), {}).devices()
+    for partition in ("fsdp", "zero3"):
+        execution = Execution(partition=partition)
+        if model == QWEN:
+            assert choose(size, settings, execution, devices).ranks == 8
+            continue
+        with pytest.raises(ConfigError, match=r"needs 108 GB of GPU memory for each of 8 ranks, and there are 80 GB"):
+            choose(size, settings, execution, devices)
+
+
 @pytest.mark.parametrize("model", [QWEN, DEEPSEEK])
 def test_sizes_are_those_of_the_modules_of_transformers(model: str) -> None:
     """Where transformers builds the quantized modules without a kernel of their own."""
@@ -370,6 +392,8 @@ def test_what_fits_and_what_auto_takes(model: str, cluster: int) -> None:
     assert dict(zip(PARTITIONS, GPU_GB[model][cluster], strict=True)) == {
         row.partition: round(row.device_bytes / 1e9) for row in found.rows
     }
+    if found.auto == "device_map":  # with as many GPUs as whole layers take
+        assert found.auto_why.endswith(f"; over {FITS[model][cluster]['device_map']} GPUs")
     for row in found.rows:
         assert row.replicas == max(1, CLUSTERS[found.hardware] // row.gpus)
 

@@ -328,7 +328,7 @@ def test_the_command_prints_the_curve(deep: Path, tmp_path: Path) -> None:
         ({"repair": "none", "repair_corpora": (TEXT,)}, "`repair_corpora` has no effect"),
         ({"continuation_tokens": 0, "prompts": ("Once",)}, "`prompts` have no effect"),
         ({"sites": ("block",)}, "`sites` has no effect|Unknown|tasks measure nothing"),
-        ({"partition": "zero3"}, "weights where they cannot be changed"),
+        ({"partition": "tensor_parallel"}, "weights where they cannot be changed"),
         ({"max_sequences": 7}, "rows; a part to score on"),
         ({"nonsense": 1}, "Unknown option 'nonsense'"),
     ],

@@ -17,7 +17,7 @@ import torch
 from support.causal_lm import open_whole, random_shard
 from support.checkpoints import llama, save_tokenizer
 from support.exhaustive import all_of
-from support.families import tiny_config, tiny_model
+from support.families import lively, tiny_config, tiny_model
 from support.oracle import assert_close
 from support.quantized import block_fp8, mxfp4
 from support.questions import answers, assert_same, composed, generated, write_questions
@@ -29,17 +29,22 @@ from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.pairs import Pairing
-from avss_dist.corpus.shards import Shard
+from avss_dist.corpus.shards import Shard, tokenize_corpus
+from avss_dist.evaluation.repairs import FitRepair
 from avss_dist.measure.shard import analyze_shard, follow
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.loading import load_tokenizer
+from avss_dist.models.patching import Patch, decode_patch
 from avss_dist.partition.autotp import difference, inference_config, require_heads
 from avss_dist.partition.base import Placement
 from avss_dist.partition.group import join, leave
 from avss_dist.partition.open import open_replica
 from avss_dist.partition.zero3 import Zero3Replica, deepspeed_config
+from avss_dist.pruning.repair.repair import Repair
 from avss_dist.stats.histogram import merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
-from avss_dist.tasks.base import Measure, Row
+from avss_dist.tasks.base import Measure, Row, TextLoss
 from avss_dist.tasks.harness import harness_task
 from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
 
@@ -414,6 +419,71 @@ def test_gangs_answer_the_harness_as_one_process_does(
     assert_same(found, expected_of(folder, skip, tasks), rtol=1e-6)
 
 
+def fit_and_ask(partition: str, folder: Path, fit: FitRepair) -> tuple[Patch, Any, list[list[float]]]:
+    replica = opened(partition, folder, fit.repair.settings, head=True)
+    return fitted_by(replica.language_model, fit)
+
+
+def fitted_by(model: LanguageModel, fit: FitRepair) -> tuple[Patch, Any, list[list[float]]]:
+    """Weights and cuts of the repair of a model without its third layer; losses before, with it, and after."""
+    without = NO_INTERVENTION.without(2)
+    (row,) = fit(model, without)
+    assert row.patch is not None
+    patch, about = decode_patch(row.patch)
+    measure = TextLoss(random_shard())
+
+    def ask() -> list[float]:
+        return [float(value) for row in measure(model, without) for value in row.samples]
+
+    before = ask()
+    with model.patched(patch):
+        repaired = ask()
+    return patch, json.loads(about)["record"]["cuts"], [before, repaired, ask()]
+
+
+@pytest.mark.parametrize(
+    ("partition", "by", "ranks"),
+    all_of(
+        [*product(("fsdp", "zero3"), ("channel", "map", "refit", "refit_all"), (2, 3))],
+        [("fsdp", "refit_all", 2), ("fsdp", "map", 3), ("zero3", "refit", 2)],
+    ),
+)
+def test_ranks_that_share_batches_fit_the_repair_of_one_process(
+    partition: str, by: str, ranks: int, gang: Callable[[int], Gang], tmp_path: Path
+) -> None:
+    """Of five batches, so that one rank has none left; equal but for the order of sums, and in place to the bit."""
+    lively(llama(num_hidden_layers=5)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    settings = replace(SETTINGS, max_sequences=20, sequence_length=32, batch_size=4)
+    checkpoint = resolve(str(tmp_path))
+    text = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings)
+    repair = Repair(by=by, corpora=("builtin:pydoc",), settings=settings)
+    fit = FitRepair(repair=repair, layers="model.layers", texts=(text,))
+    patch, cuts, _ = fitted_by(open_whole(checkpoint, settings), fit)
+    of_ranks = gang(ranks).run(fit_and_ask, partition, tmp_path, fit)
+    assert len(cuts) == (3 if by == "refit_all" else 1) and all(
+        cut["error_after"] < cut["error_before"] for cut in cuts
+    )
+    for found, found_cuts, losses in of_ranks:
+        for ours, theirs in zip(found_cuts, cuts, strict=True):
+            assert ours["ridges"] == theirs["ridges"]
+            assert ours["error_before"] == pytest.approx(theirs["error_before"], rel=1e-5)
+            assert ours["error_after"] == pytest.approx(theirs["error_after"], rel=1e-4)
+        assert found.keys() == patch.keys()
+        for name, weights in patch.items():
+            torch.testing.assert_close(found[name], weights, rtol=1e-3, atol=1e-5)
+        before, repaired, after = losses
+        assert before == after != repaired
+        assert repaired == losses_with(checkpoint, settings, found)
+
+
+def losses_with(checkpoint: Checkpoint, settings: Settings, patch: Patch) -> list[float]:
+    model = open_whole(checkpoint, settings)
+    with model.patched(patch):
+        rows = TextLoss(random_shard())(model, NO_INTERVENTION.without(2))
+    return [float(value) for row in rows for value in row.samples]
+
+
 def generate_all(partition: str, folders: Sequence[Path]) -> list[tuple[list[int], list[str]]]:
     """Of each model, the tokens that this rank generates without a layer, with a cache and without one; its notes."""
     results = []
@@ -644,16 +714,16 @@ def test_experts_that_ranks_cannot_share_are_refused(
             assert isinstance(error, ConfigError) and error.message == message
 
 
-@pytest.mark.parametrize("partition", ["fsdp", "tensor_parallel", "expert_parallel"])
+@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel", "expert_parallel"])
 def test_unpacked_weights(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], tmp_path: Path, partition: str
 ) -> None:
-    """Block FP8 of which every rank reads whole blocks: the numbers of one process that unpacks it."""
+    """Block FP8 of which every rank reads whole blocks, or all: the numbers of one process that unpacks it."""
     folder, settings = block_fp8(folder_of("qwen3_moe"), tmp_path / "fp8"), replace(SETTINGS, dequantize=True)
     shards = make_shards(2, rows=(4, 4))
     per_rank = gang(2).run(measure, partition, folder, shards, settings)
     expected, _ = single(folder, shards, settings)
-    if partition == "fsdp":
+    if PARTITIONS[partition].splits_data:
         assert_equal(merged(per_rank), expected)
         return
     for found, wanted in zip(per_rank[0][0], expected, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,15 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_bytes, parse_bytes
 from avss_dist.models.size import Footprint
-from avss_dist.partition.choose import PROCESS_BYTES, batch_bytes, bytes_beside_weights, choose, least_host_bytes
+from avss_dist.partition.choose import (
+    PROCESS_BYTES,
+    batch_bytes,
+    bytes_beside_weights,
+    choose,
+    gpus_filled,
+    least_host_bytes,
+    needs_size,
+)
 from avss_dist.system.devices import Devices, devices_here
 
 GB = 10**9
@@ -27,6 +36,7 @@ def llama_like(billions: float, layers: int = 32, hidden: int = 4096) -> Footpri
         weight_bytes=parameters * 2,
         layer_bytes=(layer,) * layers,
         other_bytes=parameters * 2 - layer * layers,
+        module_bytes=((parameters * 2 - layer * layers) // 2, *(layer,) * layers),
         num_layers=layers,
         hidden_size=hidden,
         dtype="bfloat16",
@@ -75,7 +85,7 @@ def gpus(count: int, memory: int, on_one_node: int = 8) -> Devices:
         (70, gpus(8, 80 * GB), "device_map", 2),
         (70, gpus(1, 80 * GB), "streaming", 1),
         (405, gpus(8, 80 * GB), "streaming", 1),
-        (405, gpus(16, 80 * GB, on_one_node=16), "device_map", 12),
+        (405, gpus(24, 80 * GB, on_one_node=24), "device_map", 17),
         (70, gpus(64, 80 * GB, on_one_node=1), "streaming", 1),
     ],
 )
@@ -83,6 +93,15 @@ def test_auto_takes_the_simplest_that_fits(billions: float, devices: Devices, pa
     placement = choose(llama_like(billions), SETTINGS, Execution(), devices)
     assert (placement.partition, placement.gpus, placement.ranks) == (partition, count, 1)
     assert "of weights" in placement.why and ("GPU" in placement.why) == (devices.kind == "cuda")
+
+
+def test_a_device_map_has_whole_layers() -> None:
+    """Of 24 GB each; with the activations, three do not fit. The first GPU keeps room for one more."""
+    size, devices = llama_like(405), gpus(24, 80 * GB, on_one_node=24)
+    room = int(80 * GB * 0.9) - batch_bytes(size, SETTINGS)
+    assert size.layer_bytes[0] * 2 < room < size.layer_bytes[0] * 3
+    assert gpus_filled(size, room) == choose(size, SETTINGS, Execution(), devices).gpus == 17 > size.weight_bytes / room
+    assert gpus_filled(size, size.layer_bytes[0] - 1) == math.inf
 
 
 def test_auto_spreads_parts_over_the_gpus_of_several_hosts() -> None:
@@ -166,6 +185,31 @@ def test_weights_that_stay_quantized_are_not_streamed(devices: Devices) -> None:
     assert "dequantize" not in refused.value.hint
     assert choose(replace(size, quantized=False), SETTINGS, Execution(), devices).partition == "streaming"
     assert choose(size, SETTINGS, Execution(), gpus(8, 80 * GB)).partition == "device_map"
+
+
+@pytest.mark.parametrize("partition", ["fsdp", "zero3"])
+def test_ranks_without_room_for_the_layer_that_they_gather_are_refused(partition: str) -> None:
+    """Each has its part, the layer twice, and a batch. On CPUs, ranks on one host share its memory."""
+    size = replace(llama_like(671, layers=61, hidden=7168), expert_bytes=20 * GB)
+    part, layer, batch = size.weight_bytes // 32, size.layer_bytes[0], batch_bytes(size, SETTINGS)
+    execution = Execution(partition=partition, ranks=32)
+    assert needs_size(execution)
+    needed = -(-size.weight_bytes // 32) + 2 * layer + batch
+    assert choose(size, SETTINGS, execution, gpus(32, needed)).ranks == 32
+    with pytest.raises(ConfigError) as refused:
+        choose(size, SETTINGS, execution, gpus(32, needed - 1))
+    assert f"{partition} needs {describe_bytes(needed)} of GPU memory for each of 32 ranks, and there are" in str(
+        refused.value
+    )
+    assert f"{describe_bytes(part)} are a rank's part of the weights" in str(refused.value)
+    assert f"the largest of {describe_bytes(layer)}, 20 GB of them its experts" in str(refused.value)
+    assert refused.value.hint.startswith("Use `partition` expert_parallel")
+    with pytest.raises(ConfigError, match="Use `partition` tensor_parallel or streaming, or more `ranks`"):
+        choose(replace(size, expert_bytes=0), SETTINGS, execution, gpus(32, needed - 1))
+    of_eight = 8 * (needed + PROCESS_BYTES)
+    assert choose(size, SETTINGS, execution, cpus(of_eight)).ranks == 32
+    with pytest.raises(ConfigError, match="of host memory for each of 32 ranks"):
+        choose(size, SETTINGS, execution, cpus(of_eight - 8))
 
 
 def test_a_limit_of_a_gpu_covers_activations_too() -> None:

@@ -21,9 +21,10 @@ from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.models.size import footprint
+from avss_dist.models.size import footprint, sharing_skeletons
 from avss_dist.partition.base import Placement
-from avss_dist.partition.device_map import DeviceMapReplica, require_complete
+from avss_dist.partition.choose import gpus_filled
+from avss_dist.partition.device_map import DeviceMapReplica, require_complete, spread
 from avss_dist.partition.open import open_replica
 from avss_dist.partition.single import SingleReplica
 from avss_dist.stats.layer_stats import ShardResult
@@ -218,6 +219,22 @@ def test_an_offload_folder_that_cannot_be_is_refused(tmp_path: Path, tiny_llama:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         placed(resolve(str(tiny_llama)), 1, tmp_path / "file" / "folder")
+
+
+@pytest.mark.parametrize(("kind", "family"), [("causal", "llama"), ("causal", "gemma3_text"), ("image-text", "gemma3")])
+def test_the_fewest_gpus_on_which_all_weights_fit(kind: str, family: str, tmp_path: Path) -> None:
+    """As counted from sizes alone; with one GPU fewer, weights go to host memory."""
+    tiny_model(kind, family).save_pretrained(tmp_path)
+    size = footprint(str(tmp_path), SETTINGS)
+
+    def on_host(gpus: int, room: int) -> int:
+        return spread(str(tmp_path), SETTINGS, {**dict.fromkeys(range(gpus), room), "cpu": 1 << 40}).held.get("cpu", 0)
+
+    with sharing_skeletons():
+        for share in (1.0, 1.2, 1.5, 2.0):
+            room = int(share * max(size.module_bytes))
+            gpus = int(gpus_filled(size, room))
+            assert on_host(gpus, room) == 0 and (gpus == 2 or on_host(gpus - 1, room))
 
 
 def test_an_incomplete_map_is_refused() -> None:

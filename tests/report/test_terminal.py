@@ -67,6 +67,15 @@ def test_the_layers_fit_and_every_number_is_whole(warehouse: Warehouse, width: i
     assert ("rank" in hidden) is False
 
 
+def test_what_computed_with_quantized_weights_is_told(warehouse: Warehouse) -> None:
+    run, rows = scores(warehouse)
+    assert "Weights:" not in " ".join(drawn(layer_table(run, rows), 132))
+    quantized = {**run, "quantization": "fp8", "quantized_modules": "FP8Linear x 7 of transformers"}
+    assert "Weights: fp8, computed by FP8Linear x 7 of transformers." in " ".join(
+        drawn(layer_table(quantized, rows), 132)
+    )
+
+
 @pytest.mark.parametrize("width", [60, 80, 132])
 def test_pairs_show_whole_ids_at_any_width(warehouse: Warehouse, width: int) -> None:
     comparison = compare(warehouse, RUNS, threshold=Threshold(value=1e-5, kind="absolute"))

@@ -27,6 +27,7 @@ def model(billions: float) -> Footprint:
         weight_bytes=int(2 * billions * 1e9),
         layer_bytes=(int(billions * 2e9 / 32),) * 32,
         other_bytes=0,
+        module_bytes=(int(billions * 2e9 / 32),) * 32,
         num_layers=32,
         hidden_size=4096,
         dtype="bfloat16",

@@ -72,15 +72,17 @@ def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
 
 @dataclass(frozen=True)
 class DataParallel:
-    """The share of this process in a fit over the batches of several model copies.
+    """The share of this process in a fit over the batches of several model copies, or of ranks that hold one together.
 
     Attributes:
         local_indices: returns the indices of this copy's batches among a number of batches.
         all_reduce: replaces each tensor by its sum over all copies, in place.
+        multiple: number of which the number of batches must be a multiple.
     """
 
     local_indices: Callable[[int], Sequence[int]] = range
     all_reduce: Callable[[Sequence[torch.Tensor]], None] = lambda _tensors: None
+    multiple: int = 1
 
 
 class RepairFitter:

@@ -148,7 +148,7 @@ class HiddenStateSource:
     def _pruned(self, number: int, projection: OutputProjection) -> CutStates:
         """Return the pruned model's states at a projection, with all changes so far."""
         layer = projection.layer
-        with patched(self._layers, self._changed), captured(_modules(projection)) as calls:
+        with self._patched(), captured(_modules(projection)) as calls:
             self._run(number, self._drop | self._after(layer.index), self._of_pruned.get(number))
         self._of_pruned.put(number, layer.index - 1, calls["layer"].input)
         return self._cut_states(number, projection, calls)
@@ -160,6 +160,10 @@ class HiddenStateSource:
 
     def _call_rows(self, call: CapturedCall, number: int) -> CapturedCall:
         return CapturedCall(self._rows(call.input, "rows", number), self._rows(call.output, "rows", number))
+
+    def _patched(self) -> AbstractContextManager[None]:
+        """Return a context inside which the model computes with the changes so far."""
+        return patched(self._layers, self._changed)
 
     def _after(self, layer: int) -> set[int]:
         """Return the indices of the layers after one, which need not run."""
@@ -208,6 +212,33 @@ class HiddenStateSource:
                 f"Hidden states have the shape {tuple(tensor.shape)}, which is not rows x tokens x units."
             )
         return rows
+
+
+class GatheredHiddenStateSource(HiddenStateSource):
+    """Hidden states of a model whose ranks hold parts of its weights, and run equally many passes.
+
+    No hidden states are kept between cuts, because ranks have room for different numbers of them.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        batches: Sequence[Batch],
+        drop: Collection[int],
+        starts: Collection[int],
+    ) -> None:
+        self._model = model
+        super().__init__(model.backbone, model.device, batches, drop, starts)
+
+    def value(self, layer: int, path: str) -> torch.Tensor:
+        """See `HiddenStateSource`."""
+        return self._model.value(layer, path)
+
+    def _patched(self) -> AbstractContextManager[None]:
+        return self._model.patched(self._changed)
+
+    def _resumes(self, recorded: Recorded, whole: torch.Tensor | None, starts: Collection[int]) -> bool:
+        return False
 
 
 class SharedHiddenStateSource(HiddenStateSource):
@@ -282,6 +313,8 @@ OpenHiddenStates = Callable[[Sequence[Batch], Collection[int], Collection[int]],
 
 def hidden_states_of(model: LanguageModel) -> OpenHiddenStates:
     """Return the function that opens the hidden states of a model."""
+    if model.lockstep > 1:
+        return partial(GatheredHiddenStateSource, model)
     if model.keeps_hidden_states:
         return partial(HiddenStateSource, model.backbone, model.device)
     return partial(SharedHiddenStateSource, model)

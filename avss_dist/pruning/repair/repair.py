@@ -124,10 +124,12 @@ def fit_repair(
         parallel: share of this process in the fit; all of it by default.
     """
     cuts = find_cuts(plan, every_layer=REPAIRS[repair.by].every_layer)
+    parallel = parallel or DataParallel()
     splits = split_texts(texts, repair.settings.batch_size, repair.weights)
+    splits += [splits[0].uncounted()] * (-len(splits) % parallel.multiple)
     starts = [cut.last for cut in cuts if cut.last + 1 < plan.num_layers]
     source = open_hidden_states([split.batch for split in splits], plan.dropped_layers, starts)
-    fitter = RepairFitter(source, stored, splits, parallel or DataParallel())
+    fitter = RepairFitter(source, stored, splits, parallel)
     repaired_cuts = fitter.fit_all(cuts, repair.by)
     record = _record(checkpoint, plan, repair, texts, splits, repaired_cuts)
     return Repaired(fitter.tensors, record, _notes(plan, repair.by))

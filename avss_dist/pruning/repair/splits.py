@@ -32,6 +32,11 @@ class FitSplit:
     held_back: Mask
     weight: float
 
+    def uncounted(self) -> FitSplit:
+        """Return the same batch with no token that counts, for a rank whose partners have more batches."""
+        none = np.zeros_like(self.fitted)
+        return replace(self, fitted=none, held_back=none)
+
     def with_sinks(self) -> tuple[Mask, Mask]:
         """Return the masks ``fitted`` and ``held_back``, each with the sink tokens of its rows."""
         first = self.batch.observed.copy()

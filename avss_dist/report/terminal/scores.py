@@ -79,7 +79,7 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
     noisy = sum(s["quality"] != "ok" for s in scores)
     text = (
         f"{run['run_id']}: {describe_count(run['num_tokens'])} tokens of {run['corpus']}, "
-        f"{run['dtype']} on {run['device']}.\n"
+        f"{run['dtype']} on {run['device']}.\n{_quantization(run)}"
         f"* the {'layer' if lowest == 1 else f'{lowest} layers'} with the lowest AVSS, "
         f"{LOWEST_SHARE:.0%} of {len(scores)}"
     )
@@ -94,6 +94,14 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
     if abs(depth) > TRACKS_DEPTH:
         text += f"\nThis score tracks depth (Spearman {depth:z.3f}): it says little beyond the layer's position."
     return text
+
+
+def _quantization(run: Mapping[str, Any]) -> str:
+    """Return a line on quantized weights and what computed with them; empty if the model is not quantized."""
+    if not run.get("quantization"):
+        return ""
+    computed = run.get("quantized_modules")
+    return f"Weights: {run['quantization']}{f', computed by {computed}' if computed else ''}.\n"
 
 
 def _interval(ends: Interval) -> str:
