@@ -21,7 +21,8 @@ Packages, from the top down. Imports only go down::
     warehouse    the Parquet contract: schema, store, reader (SQL), cache
     corpus       documents -> token rows -> shards
     stats        LayerStats and its merge, scores, rankings
-    requests     the request of each command
+    requests     the request of each command that measures or changes something
+    read_requests  the request of each command that only reads a warehouse
     options      options of the command line, and keywords, made from requests
     system       devices, memory, versions, doctor
     core         settings, interventions, the registry of partitions and scores, checked classes, texts, errors

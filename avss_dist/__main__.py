@@ -7,7 +7,7 @@ import sys
 
 from avss_dist.system.signals import exit_code, raise_on_sigterm
 
-YOUNG_OBJECTS = 10_000  # before a collection; at Python's 700, collections are a quarter of the time that imports take
+YOUNG_OBJECTS = 100_000  # before a collection; at Python's 700, collections are a quarter of the time that imports take
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Requests of commands: checked values, from which options, keywords and the reference page are made."""
+"""Requests of commands that measure or change something: checked values, of which options and keywords are made."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from avss_dist.core.intervention import SPARSITY_RULES
 from avss_dist.core.registry import (
     DRAWS,
     EXPERT_SCORES,
-    FROM_ACTIVATIONS,
     INTERACTIONS,
-    LOWEST_SHARE,
     PRECISION_METHODS,
-    RECIPES,
     SCORES,
     SEARCHES,
     SHARDINGS,
@@ -27,10 +24,6 @@ from avss_dist.core.registry import (
 from avss_dist.core.settings import (
     ANSWER_SECONDS,
     CONNECT_SECONDS,
-    DEFAULT_WAREHOUSE,
-    EVERY_SITE,
-    PUBLISHED_THRESHOLD,
-    SITES,
     TRAINED,
     Bytes,
     Execution,
@@ -43,6 +36,13 @@ from avss_dist.models.number_formats import number_format
 from avss_dist.options import SHARED, Option, PromptOptions, Request, field_values, refuse_unused, request
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
+from avss_dist.read_requests import (
+    Output,
+    PlaceRequest,
+    RunName,
+    RunRequest,
+    WarehouseRequest,
+)
 
 _OF_STATISTICS = ("skip_first_tokens", "sites", "thresholds", "experts")
 _NO_MEMORY = ("skip_first_tokens", "thresholds", "experts", "allow_pickle")  # an estimate does not depend on these
@@ -55,9 +55,6 @@ RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 """Scores of single layers, by which shrinking can rank them."""
 REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh", "tracker")
 """Fields of `Execution` that options of avss run replace."""
-LISTINGS = ("runs", "plans", "evaluations")
-ALONG = ("step", "tokens", "size", "sequence_length", "dtype", "corpus")
-COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 SEARCHED, HOW_MANY, HOW_MUCH = "Search", "Number of layers", "Budget"  # panels of the help
 LEFT_OUT, ROUNDED = "Removals", "Rounded weights"
 MIX, TRAINING, RANKED, CACHE = "Text", "Training", "Several GPUs", "Cache of the teacher's predictions"
@@ -66,39 +63,6 @@ MEASURED_TEACHER = ("replicas", "fresh", "partition", "gpus_per_replica", "max_m
 PROMPTS = "Prompts of lm-evaluation-harness"
 _SEARCHES_INSTEAD = {name: searches_instead(name) for name in SEARCHES}
 
-
-def require_warehouse(name: Any) -> Any:
-    """Return the name of a warehouse.
-
-    Raises:
-        ConfigError: the name is empty, or not UTF-8 text.
-    """
-    if not str(name):
-        raise ConfigError("the name is empty.", "Name a folder, or an s3://, gs://, hdfs:// URI.")
-    try:
-        str(name).encode()
-    except UnicodeEncodeError:
-        raise ConfigError("the name is not UTF-8 text.", "Rename the folder.") from None
-    return name
-
-
-def _run_name(run: Any) -> Any:
-    """Return the id of a `runs.run.Run`, or the name as it is."""
-    return getattr(run, "run_id", run)
-
-
-def _run_names(runs: Any) -> Any:
-    names = [runs] if isinstance(runs, str) or hasattr(runs, "run_id") else runs or ()
-    return tuple(str(_run_name(run)) for run in names)
-
-
-Warehouse = Annotated[
-    PathOrText, Check(require_warehouse), Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")
-]
-RunName = Annotated[Any, Check(_run_name, before=True)]
-RunNames = Annotated[Any, Check(_run_names, before=True), Option(names=("--run",), repeatable=True)]
-Output = Annotated[PathOrText, Option(names=("--output", "-o"))]
-OptionalOutput = Annotated[PathOrText | None, Option(names=("--output", "-o"))]
 Follow = Annotated[bool, Option(names=("--follow", "-f"))]
 Model = Annotated[PathOrText, Option(argument=True, metavar="MODEL")]
 JobPath = Annotated[Any, Option(argument=True, metavar="JOB.yaml")]
@@ -106,10 +70,6 @@ JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
 Timeout = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
 Tokens = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]
-Threshold = str | float
-Site = Annotated[str, OneOf(EVERY_SITE)]
-Recipe = Annotated[str, OneOf(RECIPES)]
 
 
 @request
@@ -127,50 +87,6 @@ class CorpusRequest(Request):
     corpus: Text
     """file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], hf:NAME..., wikitext2, c4, ...,
     builtin:pydoc; of paired text file.jsonl:prompt+answer[:label], truthfulqa:file.jsonl[:seed]."""
-
-
-@request
-class WarehouseRequest(Request):
-    """A command that reads or writes a warehouse."""
-
-    warehouse: Warehouse = DEFAULT_WAREHOUSE
-    """Folder of results, or an s3://, gs:// or hdfs:// URI."""
-
-
-@request
-class RunRequest(WarehouseRequest):
-    """A command about one run of a warehouse."""
-
-    run: RunName = None
-    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'; the newest by default."""
-
-
-@request
-class RunsRequest(WarehouseRequest):
-    """A command about several runs of a warehouse."""
-
-    run: RunNames = ()
-    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. All by default."""
-
-
-@request
-class NewestRunsRequest(WarehouseRequest):
-    """A command about the newest run of a warehouse, or about runs that are named."""
-
-    run: RunNames = ()
-    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. The newest by default."""
-
-
-@request
-class PlaceRequest(Request):
-    """A command about one reading of AVSS."""
-
-    site: Site = SITES[0]
-    """Site in a layer whose activations are read."""
-    recipe: Recipe = RECIPES[0]
-    """Definition of AVSS."""
-    threshold: Threshold = PUBLISHED_THRESHOLD
-    """Near zero means below this: 1e-5 (absolute) or 0.1rms (relative)."""
 
 
 @request
@@ -643,141 +559,6 @@ class DistillRequest(Request):
     def rows(self) -> int:
         """Rows of a training step on each rank."""
         return self.batch_size // self.ranks
-
-
-@request
-class CompareRequest(PlaceRequest, RunsRequest):
-    """Compare layer rankings between runs."""
-
-    by: Annotated[str, OneOf(COMPARED)] = "run"
-    """Property in which the two runs or readings of each pair differ."""
-    along: Annotated[str | None, OneOf(ALONG)] = None
-    """Follow each layer's rank along this property instead, and find where the ranking changes."""
-    score: Annotated[str, OneOf(FROM_ACTIVATIONS)] = "avss"
-    """Score that ranks the layers."""
-    k: Annotated[Positive | None, Option(names=("--k",))] = None
-    """Number of lowest layers to compare."""
-    share: Annotated[float, Field(ge=0, le=1)] = LOWEST_SHARE
-    """Number of lowest layers to compare, as a share of the layers."""
-    allow_mismatch: bool = False
-    """Also compare runs on different corpora, dtypes and so on."""
-    output: Annotated[PathOrText | None, Option(names=("--output", "-o"))] = None
-    """Map of all pairs of runs, ordered by similarity, or of ranks along a property: FILE.png, .svg or .html."""
-
-    def __post_init__(self) -> None:
-        if self.along and self.by != "run":
-            raise ConfigError("`along` and `by` exclude each other.", "Give one of them.")
-
-
-@request
-class FindingsRequest(RunsRequest):
-    """List findings that speak against the scores of runs."""
-
-    threshold: Threshold = PUBLISHED_THRESHOLD
-    """Near zero means below this: 1e-5 (absolute) or 0.1rms (relative)."""
-
-
-@request
-class FindingsAtRequest(PlaceRequest, FindingsRequest):
-    """List the findings about one reading of AVSS."""
-
-    every: Annotated[bool, Option(names=("--all",))] = False
-    """Show findings of every site and recipe."""
-
-
-@request
-class ContrastRequest(PlaceRequest, RunRequest):
-    """Contrast hallucinated with truthful answers, layer by layer."""
-
-    threshold: Threshold = PUBLISHED_THRESHOLD
-    """Near zero means below this: one that the run counted, or 0.1rms."""
-    hallucinated: str | None = None
-    """Label of hallucinated answers."""
-    truthful: str | None = None
-    """Label of truthful answers."""
-    predictions: bool = False
-    """With csv or json: how well each layer predicts the label."""
-
-
-@request
-class ListRequest(WarehouseRequest):
-    """List runs, evaluated sets of layers, or evaluations."""
-
-    what: Annotated[str, OneOf(LISTINGS), Option(argument=True)] = field(default=LISTINGS[0], kw_only=False)
-    """Table to list: runs, evaluated sets of removed layers, or evaluations."""
-
-
-@request
-class ShowRequest(PlaceRequest, NewestRunsRequest):
-    """Show scores by layer."""
-
-    output: OptionalOutput = None
-    """File to write to instead of standard output."""
-    experts: bool = False
-    """Show routed experts instead of layers."""
-
-
-@request
-class PlotRequest(PlaceRequest, NewestRunsRequest):
-    """Draw scores by depth."""
-
-    output: Output
-    """Picture or page to write: FILE.png, .svg or .html."""
-
-
-@request
-class QuantilesRequest(NewestRunsRequest):
-    """Show the size of activations by layer."""
-
-    q: Shares = ()
-    """Quantile of |x|, 0 to 1."""
-    sparsity: Shares = ()
-    """The threshold below which this share of the elements is."""
-    site: Site = SITES[0]
-    """Site in a layer whose activations are read."""
-
-
-@request
-class ScorecardRequest(RunsRequest):
-    """Compare every score with the ground truth."""
-
-    every: Annotated[bool, Option(names=("--all",))] = False
-    """Show every reading of AVSS, not only the best of each site."""
-
-
-@request
-class ReportRequest(RunsRequest):
-    """Write a web page of a warehouse."""
-
-    output: Output = "report.html"
-    """The page to write."""
-
-
-@request
-class PublishRequest(WarehouseRequest):
-    """Write the finished runs of a warehouse for others to read."""
-
-    target: Annotated[Text, Option(argument=True, metavar="TARGET")] = field(kw_only=False)
-    """A new folder or s3://, gs://, abfss:// URI, or hf://datasets/ORG/NAME."""
-    space: str | None = None
-    """Also publish the page as this static space of the hub: ORG/NAME."""
-
-
-@request
-class CompactRequest(WarehouseRequest):
-    """Copy the finished runs of a warehouse into few large files beside the small ones."""
-
-
-@request
-class QueryRequest(WarehouseRequest):
-    """Query a warehouse with SQL."""
-
-    sql: Annotated[str | None, Option(argument=True, metavar="SQL")] = field(default=None, kw_only=False)
-    """One SELECT over the tables (--schema lists them), or @name, a ready-made query."""
-    schema: bool = False
-    """Describe every table, column and ready-made query."""
-    output: OptionalOutput = None
-    """File to write to instead of standard output."""
 
 
 @request

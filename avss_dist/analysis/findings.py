@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from avss_dist.analysis.experts import expert_findings
 from avss_dist.analysis.stats_findings import (
     DOMINANT,
+    NONFINITE,
     Columns,
     Row,
     Rows,
@@ -109,7 +110,7 @@ def findings(
     readings = _by_reading(warehouse.table("scores", run_ids=names, columns=SCORES, where=where))
     rows = _of_scores(readings, names, threshold)
     if rankings_alone:
-        rows += _in_order(nonfinite_layers(warehouse.digests(names)), names)
+        rows += _in_order(nonfinite_layers(warehouse.digests(names, NONFINITE)), names)
     else:
         rows += _in_order(of_digests(warehouse.digests(names), threshold, site), names)
         rows += [{"run_id": name, **row} for name, row in expert_findings(warehouse, names)]

@@ -18,6 +18,8 @@ from avss_dist.warehouse.slices import slices_by
 
 DOMINANT = 0.5  # share of the variance that one unit, or the first tokens, carry
 EXACT = 0.5  # share of exact zeros among near zeros
+NONFINITE = ("run_id", "site", "layer", "count", "nonfinite_count")
+"""Columns of a digest that tell of NaN and infinite elements."""
 IDENTITY = 1e-4  # mean |out - in| / |in| of a layer that does nothing
 
 Row = dict[str, Any]
@@ -55,23 +57,36 @@ def of_digests(digests: pa.Table, threshold: Threshold, site: str | None = None)
     table = _in_order(digests)
     is_update = pc.equal(table["site"], "update").to_numpy()
     columns = as_columns(table) | {"near_zero": _near_zero(table, threshold), "is_update": is_update}
-    for key, start, stop in slices_by(table, ["run_id", "site"]):
-        if site not in (None, key["site"]):
-            continue
-        layers = {name: values[start:stop] for name, values in columns.items()}
-        checks = (
-            _nonfinite(layers),
-            _exact_zeros(key["site"], layers, threshold),
-            _dominant_units(layers),
-            _first_token(layers),
-        )
+    columns["first_share"] = _first_shares(columns)
+    shares = ("mean_unit_share", "element_unit_share", "first_share")
+    notable = (columns["nonfinite_count"] > 0) | np.any([columns[name] > DOMINANT for name in shares], axis=0)
+    groups = [group for group in slices_by(table, ["run_id", "site"]) if site in (None, group[0]["site"])]
+    for key, start, stop in groups:
+        zeros, near_zero = (int(np.nansum(columns[name][start:stop])) for name in ("zero_count", "near_zero"))
+        yield from (key | row for row in _exact_zeros(key["site"], zeros, near_zero, threshold))
+    for key, layers in _with_any(groups, notable, columns):
+        checks = _nonfinite(layers), _dominant_units(layers), _first_token(layers)
         yield from (key | row for row in chain.from_iterable(checks))
-    for key, start, stop in slices_by(table, ["run_id"]):
-        yield from (key | row for row in _identity_layers({name: cells[start:stop] for name, cells in columns.items()}))
+    still = _still(columns)
+    for key, layers in _with_any(slices_by(table, ["run_id"]), still, columns | {"is_still": still}):
+        yield from (key | row for row in _identity_layers(layers))
+
+
+def _with_any(
+    groups: Sequence[tuple[Row, int, int]], mask: NDArray[np.bool_], columns: Columns
+) -> Iterator[tuple[Row, Columns]]:
+    """Yield key and columns of the groups of rows that have a row of a mask."""
+    for key, start, stop in groups:
+        if mask[start:stop].any():
+            yield key, {name: values[start:stop] for name, values in columns.items()}
 
 
 def nonfinite_layers(digests: pa.Table) -> Iterator[Row]:
-    """Yield the findings on NaN and infinite elements of runs, in the order of run ids and sites."""
+    """Yield the findings on NaN and infinite elements of runs, in the order of run ids and sites.
+
+    Args:
+        digests: the columns `NONFINITE` of `digest.DIGEST`.
+    """
     table = _in_order(digests.filter(pc.field("nonfinite_count") > 0))
     columns = as_columns(table)
     for key, start, stop in slices_by(table, ["run_id", "site"]):
@@ -107,11 +122,9 @@ def _nonfinite(layers: Columns) -> Iterator[Row]:
         )
 
 
-def _exact_zeros(site: str, layers: Columns, threshold: Threshold) -> Iterator[Row]:
-    if threshold.kind != "absolute":
-        return
-    near_zero, zeros = int(layers["near_zero"].sum()), int(np.nansum(layers["zero_count"]))
-    if near_zero < NOISY_BELOW or zeros <= EXACT * near_zero:
+def _exact_zeros(site: str, zeros: int, near_zero: int, threshold: Threshold) -> Iterator[Row]:
+    """Yield a finding if most near-zero elements of a site are zeros."""
+    if threshold.kind != "absolute" or near_zero < NOISY_BELOW or zeros <= EXACT * near_zero:
         return
     share = zeros / near_zero
     message = f"{share:.0%} of the elements with |x| < {describe(threshold)} are exactly zero: "
@@ -151,34 +164,50 @@ def _dominant_units(layers: Columns) -> Iterator[Row]:
         yield finding("dominant_unit", severity, share, message, recipe=recipe)
 
 
+def _first_shares(layers: Columns) -> NDArray[np.float64]:
+    """Return the share of the variance over elements that the first token of each row carries, NaN if not known."""
+    names = ("first_count", "first_mean", "first_m2", "mean", "m2")
+    count, first_mean, first_m2, mean, m2 = (layers[name] for name in names)
+    shares = share_of_m2((count, first_mean, first_m2), mean, m2)
+    return np.where((m2 > 0) & (layers["count"] > count), shares, np.nan)
+
+
 def _first_token(layers: Columns) -> Iterator[Row]:
     """Yield a finding if the first token of each row carries more than half of the variance over elements."""
-    known = np.flatnonzero((layers["first_count"] > 0) & (layers["m2"] > 0) & (layers["count"] > layers["first_count"]))
-    names = ("first_count", "first_mean", "first_m2", "mean", "m2")
-    count, first_mean, first_m2, mean, m2 = (layers[name][known] for name in names)
-    shares = share_of_m2((count, first_mean, first_m2), mean, m2)
-    dominated = np.flatnonzero(shares > DOMINANT)
+    shares = layers["first_share"]
+    known, dominated = int(np.isfinite(shares).sum()), np.flatnonzero(shares > DOMINANT)
     if dominated.size:
         largest = dominated[shares[dominated].argmax()]
         yield finding(
             "first_token",
-            "warning" if len(dominated) > len(shares) / 2 else "note",
+            "warning" if len(dominated) > known / 2 else "note",
             shares[largest],
             f"The first token that counts in each row carries more than half of the variance in {len(dominated)} of "
-            f"{len(shares)} layers ({shares[largest]:.1%} in layer {layers['layer'][known[largest]]}): it is an "
+            f"{known} layers ({shares[largest]:.1%} in layer {layers['layer'][largest]}): it is an "
             "attention sink. To see the other tokens, leave it out with `skip_first_tokens`.",
             recipe="element",
         )
 
 
-def _identity_layers(layers: Columns) -> Iterator[Row]:
-    """Yield a finding on layers whose update is zero, or negligible relative to their input."""
-    layer, tokens, magnitude = (layers[name] for name in ("layer", "token_count", "relative_magnitude_sum"))
+def _magnitudes(layers: Columns) -> NDArray[np.float64]:
+    """Return the mean of |out - in| / |in| over the tokens of each row, NaN if not known."""
+    tokens, magnitude = layers["token_count"], layers["relative_magnitude_sum"]
+    return np.divide(magnitude, tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
+
+
+def _still(layers: Columns) -> NDArray[np.bool_]:
+    """Return a mask of the rows whose layer has a zero update, or one that is negligible relative to its input."""
     unmoved = layers["is_update"] & (layers["count"] > 0) & (layers["max_abs"] == 0)
-    known = (tokens > 0) & np.isfinite(magnitude)
-    moved = dict(zip(layer[known].tolist(), (magnitude[known] / tokens[known]).tolist(), strict=True))
-    still = set(layer[unmoved].tolist()) | {name for name, size in moved.items() if size < IDENTITY}
+    return unmoved | (_magnitudes(layers) < IDENTITY)
+
+
+def _identity_layers(layers: Columns) -> Iterator[Row]:
+    """Yield a finding on the layers that `_still` is about."""
+    still = set(layers["layer"][layers["is_still"]].tolist())
     if still:
+        magnitudes = _magnitudes(layers)
+        known = np.isfinite(magnitudes)
+        moved = dict(zip(layers["layer"][known].tolist(), magnitudes[known].tolist(), strict=True))
         value = max((moved.get(name, 0.0) for name in still), default=0.0)
         are = "gives out what it takes" if len(still) == 1 else "give out what they take"
         yield finding(

@@ -11,7 +11,7 @@ from avss_dist.analysis import findings as finding
 from avss_dist.api.names import named_runs, named_threshold
 from avss_dist.core.results import Table
 from avss_dist.options import keywords, request_values
-from avss_dist.requests import CompareRequest, FindingsRequest
+from avss_dist.read_requests import CompareRequest, FindingsRequest
 from avss_dist.warehouse.reader import Warehouse
 
 

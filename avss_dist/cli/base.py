@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
-from avss_dist.cli.commands import COMMANDS, MOVED, epilog
+from avss_dist.cli.commands import COMMANDS, MOVED, READ, epilog
 from avss_dist.core.errors import AvssError, RunFailed, is_full, nearest, spell_fields, unwritable
 from avss_dist.core.text import printable
 from avss_dist.system.signals import arm, exit_code, stop_signal
@@ -191,8 +191,30 @@ def main() -> None:
     prepare()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+    if (command := COMMANDS.get(next(iter(sys.argv[1:]), ""))) and command.panel == READ:
+        _hide_pandas_from_pyarrow()
     with complete_output():  # of --help and the like, which end before a command runs
         app()
+
+
+class _NoPandas:
+    """Finder of modules that finds no pandas."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
+
+
+def _hide_pandas_from_pyarrow() -> None:
+    """Make pyarrow work without pandas, which it would import with its first array. That takes as long as a listing."""
+    finder: Any = _NoPandas()
+    sys.meta_path.insert(0, finder)
+    try:
+        import pyarrow
+
+        pyarrow.array([])  # pyarrow tries the import once
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def interruptible(work: Callable[[], T]) -> T:

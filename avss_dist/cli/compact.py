@@ -6,7 +6,7 @@ from typing import Any
 
 from avss_dist.cli.options import takes
 from avss_dist.core.text import count_of
-from avss_dist.requests import CompactRequest
+from avss_dist.read_requests import CompactRequest
 from avss_dist.system.streams import emit
 
 

@@ -9,7 +9,7 @@ from avss_dist.cli.choose import MOST_NAMED, choose_runs, choose_threshold, open
 from avss_dist.cli.options import FORMATS, takes
 from avss_dist.core.errors import QueryError
 from avss_dist.core.text import describe_threshold
-from avss_dist.requests import CompareRequest, FindingsAtRequest, QuantilesRequest, ScorecardRequest
+from avss_dist.read_requests import CompareRequest, FindingsAtRequest, QuantilesRequest, ScorecardRequest
 from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:

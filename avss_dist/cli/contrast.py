@@ -7,7 +7,7 @@ from typing import Any
 from avss_dist.cli.choose import choose_run, open_warehouse
 from avss_dist.cli.options import FORMATS, takes
 from avss_dist.core.text import parse_threshold
-from avss_dist.requests import ContrastRequest
+from avss_dist.read_requests import ContrastRequest
 from avss_dist.system.streams import console, say
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from avss_dist.cli.choose import open_warehouse
 from avss_dist.cli.options import takes
 from avss_dist.core.text import RedactedURI, describe_count
-from avss_dist.requests import PublishRequest
+from avss_dist.read_requests import PublishRequest
 from avss_dist.system.streams import emit
 
 

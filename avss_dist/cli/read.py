@@ -13,7 +13,7 @@ from avss_dist.cli.base import interruptible
 from avss_dist.cli.choose import choose_runs, choose_scores, open_warehouse, score_rows
 from avss_dist.cli.options import FORMATS, takes
 from avss_dist.core.errors import QueryError, WarehouseError
-from avss_dist.requests import ListRequest, PlotRequest, QueryRequest, ShowRequest
+from avss_dist.read_requests import ListRequest, PlotRequest, QueryRequest, ShowRequest
 from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 from avss_dist.cli.choose import choose_runs, open_warehouse
 from avss_dist.cli.options import takes
-from avss_dist.requests import ReportRequest
+from avss_dist.read_requests import ReportRequest
 from avss_dist.system.streams import emit
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.progress_bar import tracked
 from avss_dist.system.staging import remove_leftovers, staged_file
-from avss_dist.warehouse.digest import DIGEST, DIGEST_VERSION
+from avss_dist.warehouse.digest import DIGEST, DIGEST_VERSION, SOURCE, digest
 from avss_dist.warehouse.encoding import conform
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS
 from avss_dist.warehouse.storage import COMPACTED, Storage
@@ -45,6 +45,7 @@ SORTED_BY: dict[str, list[str]] = {
 }
 """Tables that have parts, with the columns that queries select by. Rows with equal values in them are a row group."""
 MIN_RUNS, MAX_RUNS = 64, 128  # runs of a part; of a warehouse on a local disk, fewer are read where they are
+AT_ONCE = 8  # files of a batch, whose rows are converted together
 MAX_SMALL = 8  # parts with less than half of MAX_RUNS, before they are merged
 _STAMPS, _COLUMNS = b"avss_files", b"avss_columns"
 
@@ -96,7 +97,8 @@ class TableParts:
     Args:
         storage: storage of the warehouse.
         name: name of the table, a key of `SORTED_BY`.
-        read: reads the rows of a run from its file. It raises ArrowInvalid for a file that cannot be read.
+        read: reads the rows of a run from its file; for digests, the rows that they are made of. It raises ArrowInvalid
+            for a file that cannot be read.
     """
 
     def __init__(self, storage: Storage, name: str, read: Callable[[str], pa.Table]) -> None:
@@ -138,7 +140,7 @@ class TableParts:
             remove_leftovers(self._cached)
             for copied, rows in self._merged(stamps, missing, coverage, replaced, minimum):
                 with staged_file(self._cached / f"{_stem(self._name, copied)}.parquet") as staged:
-                    _write_part(self._name, rows, copied, staged)
+                    _write_part(self._name, rows, copied, staged, "lz4")
         except OSError:  # the cache cannot be written
             return coverage.parts
         for part in replaced:
@@ -165,7 +167,7 @@ class TableParts:
         replaced = [*coverage.spare, *(small if missing or len(small) > MAX_SMALL else ())]
         for copied, rows in self._merged(stamps, missing, coverage, replaced, 1):
             sink = pa.BufferOutputStream()
-            _write_part(self._name, rows, copied, sink)
+            _write_part(self._name, rows, copied, sink, "zstd")
             self._storage.write(self._storage.compacted_path(self._name, _stem(self._name, copied)), sink.getvalue())
             number += len(copied.keys() & missing)
         for part in replaced:
@@ -255,10 +257,11 @@ class TableParts:
         schema = encoded_schema(self._name)
         for chunk in tracked(chunks, f"Copying the {self._name} of {len(run_ids):,} runs, once"):
             from_parts = self._rows_of_parts([run_id for run_id in chunk if run_id in source], source)
+            tables = [schema.empty_table(), *_conformed(list(from_parts), schema)]
+            others = [run_id for run_id in chunk if run_id not in source]
+            batches = [others[start : start + AT_ONCE] for start in range(0, len(others), AT_ONCE)]
             with ThreadPoolExecutor(self._storage.readers) as pool:
-                read = list(pool.map(self._read_or_nothing, [run_id for run_id in chunk if run_id not in source]))
-            tables = [*from_parts, *(table for table in read if table is not None)]
-            rows = pa.concat_tables([schema.empty_table(), *_conformed(tables, schema)])
+                rows = pa.concat_tables([*tables, *chain.from_iterable(pool.map(self._rows_of_files, batches))])
             copied = {run_id: stamps[run_id] for run_id in sorted(pc.unique(rows["run_id"]).to_pylist())}
             if copied:
                 yield copied, rows
@@ -272,11 +275,15 @@ class TableParts:
                 rows = pq.ParquetFile(part.path, read_dictionary=texts).read()
                 yield rows.filter(pc.is_in(rows["run_id"].cast(pa.string()), ids))
 
-    def _read_or_nothing(self, run_id: str) -> pa.Table | None:
-        try:
-            return self._read(run_id)
-        except pa.ArrowInvalid:
-            return None
+    def _rows_of_files(self, run_ids: Sequence[str]) -> list[pa.Table]:
+        """Return the rows of runs from their files, or their digests. Files that cannot be read are left out."""
+        tables = []
+        for run_id in run_ids:
+            with suppress(pa.ArrowInvalid):
+                tables.append(self._read(run_id))
+        if self._name == DIGESTS:
+            return [digest(stats) for stats in _conformed(tables, SOURCE)]
+        return list(_conformed(tables, encoded_schema(self._name)))
 
 
 def table_schema(name: str) -> pa.Schema:
@@ -314,7 +321,7 @@ def _stem(name: str, stamps: Stamps) -> str:
     return hashlib.sha256(_columns(name) + json.dumps(dict(stamps), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _write_part(name: str, rows: pa.Table, stamps: Stamps, sink: Any) -> None:
+def _write_part(name: str, rows: pa.Table, stamps: Stamps, sink: Any, compression: str) -> None:
     """Write a part. Rows with equal values in the columns `SORTED_BY` are a row group."""
     table = rows.unify_dictionaries().combine_chunks()
     codes = np.zeros(len(table), np.int64)
@@ -330,7 +337,13 @@ def _write_part(name: str, rows: pa.Table, stamps: Stamps, sink: Any) -> None:
     texts = [field.name for field in table_schema(name) if pa.types.is_string(field.type)]
     bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(table)]
     with pq.ParquetWriter(
-        sink, table.schema, compression="zstd", use_dictionary=texts, store_schema=False, write_page_checksum=True
+        sink,
+        table.schema,
+        compression=compression,
+        use_dictionary=texts,
+        write_statistics=["run_id", *SORTED_BY[name]],  # rows of a part are selected by nothing else
+        store_schema=False,
+        write_page_checksum=True,
     ) as writer:
         for start, stop in pairwise(bounds):
             writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from avss_dist.stats.unit_shares import largest_share, shares_of_elements, shares_of_means
@@ -54,17 +55,13 @@ largest share of the variance over elements. They are null if a site has no unit
 
 
 def digest(stats: pa.Table) -> pa.Table:
-    """Return the digest of rows of ``layer_stats``, in their order.
+    """Return the digest of rows of ``layer_stats``, in their order, without the rows of damaged runs.
 
     Args:
         stats: rows with the columns `SOURCE`.
-
-    Raises:
-        pa.ArrowInvalid: a row is damaged.
     """
-    for reason in damaged_runs("layer_stats", stats).values():
-        raise pa.ArrowInvalid(reason)
-    table = stats.combine_chunks()
+    damaged = damaged_runs("layer_stats", stats)
+    table = (stats.filter(~pc.field("run_id").isin(list(damaged))) if damaged else stats).combine_chunks()
     columns = {name: table[name] for name in _COPIED} | _largest_units(table)
     return pa.table([columns[field.name] for field in DIGEST], schema=DIGEST)
 

@@ -140,14 +140,16 @@ def read_rows(data: pa.Buffer, schema: pa.Schema, run_id: str) -> pa.Table:
         OSError, pa.ArrowException: it is damaged, or its schema is too old.
     """
     try:
-        metadata = pq.read_metadata(pa.BufferReader(data))
+        file = pq.ParquetFile(pa.BufferReader(data))
+        metadata = file.metadata
         stored = {metadata.schema.column(i).path.partition(".")[0] for i in range(len(metadata.schema))}
     except UnicodeDecodeError as error:
         raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
     _require_version((metadata.metadata or {}).get(_VERSION))
     names = [field.name for field in schema if field.name in stored - {"run_id"}]
     texts = [name for name in names if pa.types.is_dictionary(schema.field(name).type)]
-    file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts)
+    if texts:
+        file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts)
     rows = file.read(names, use_threads=False).replace_schema_metadata(None)
     ids = pa.repeat(run_id, len(rows))
     return rows.append_column("run_id", ids.dictionary_encode() if texts else ids)

@@ -213,8 +213,8 @@ class Warehouse:
         with self.storage.reading(path):
             return to_strata(checked_rows("stratum_stats", run_id, parse(data)))
 
-    def digests(self, run_ids: Collection[str]) -> pa.Table:
-        """Read the digests of the merged statistics of runs, with the columns of `digest.DIGEST`.
+    def digests(self, run_ids: Collection[str], columns: Sequence[str] = DIGEST.names) -> pa.Table:
+        """Read the digests of the merged statistics of runs: columns of `digest.DIGEST`, by default all.
 
         Runs whose statistics cannot be read are left out, and noted in `damaged`.
         """
@@ -222,7 +222,7 @@ class Warehouse:
 
         def rows(datasets: Mapping[str, ds.Dataset | None]) -> pa.Table:
             dataset = datasets[DIGESTS]
-            return DIGEST.empty_table() if dataset is None else dataset.to_table(filter=wanted)
+            return DIGEST.empty_table() if dataset is None else dataset.to_table(list(columns), filter=wanted)
 
         return self._read([DIGESTS], rows, wanted=run_ids)
 
@@ -399,7 +399,7 @@ class Warehouse:
         return self._parts[name]
 
     def _read_file(self, name: str, run_id: str) -> pa.Table:
-        """Return the rows of a run's file of a table, or their digest.
+        """Return the rows of a run's file of a table; for digests, the columns that they are made of.
 
         Raises:
             pa.ArrowInvalid: the file is damaged or gone.
@@ -410,9 +410,7 @@ class Warehouse:
         try:
             with self.storage.filesystem.open_input_file(path) as file:
                 data = file.read_buffer()
-            if name == DIGESTS:
-                return digest(conform(read_rows(data, SOURCE, run_id), SOURCE))
-            return read_rows(data, encoded_schema(name), run_id)
+            return read_rows(data, SOURCE if name == DIGESTS else encoded_schema(name), run_id)
         except FileNotFoundError:
             raise pa.ArrowInvalid("it is gone") from None
         except (OSError, pa.ArrowException) as error:
@@ -424,8 +422,8 @@ class Warehouse:
         def read(path: str) -> pa.Table:
             run_id = self.storage.run_id(path)
             try:
-                return self._read_file(DIGESTS, run_id)
-            except pa.ArrowInvalid as error:
+                return digest(self._whole("layer_stats", conform(self._read_file(DIGESTS, run_id), SOURCE)))
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 self._note(run_id, f"layer_stats: {error}")
                 return DIGEST.empty_table()
 

@@ -17,7 +17,7 @@ import avss_dist
 from avss_dist.analysis.curves import AXES, SCHEMA, RankingCurves, ranking_curves
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.settings import PUBLISHED_THRESHOLD
-from avss_dist.requests import ALONG
+from avss_dist.read_requests import ALONG
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 

@@ -224,6 +224,21 @@ def test_a_query_loads_nothing_heavy(root: Path) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
 
 
+def test_a_command_that_reads_loads_no_pandas_and_no_requests_of_others(root: Path) -> None:
+    program = (
+        "import sys; from avss_dist.__main__ import main\n"
+        f"sys.argv = ['avss', 'ls', '-w', {str(root)!r}]\n"
+        "try:\n    main()\nfinally:\n"
+        "    assert not {'pandas', 'avss_dist.requests'} & set(sys.modules)\n"
+        "    import pandas  # which is installed"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tiny-1" in done.stdout
+
+
 # What the columns mean.
 
 

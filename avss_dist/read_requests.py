@@ -1,0 +1,235 @@
+"""Requests of commands that read a warehouse. Apart from others, because their commands end soon after they start."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, EVERY_SITE, PUBLISHED_THRESHOLD, SITES
+from avss_dist.core.validation import Check, OneOf, PathOrText, Positive, Text
+from avss_dist.options import Option, Request, request
+
+LISTINGS = ("runs", "plans", "evaluations")
+ALONG = ("step", "tokens", "size", "sequence_length", "dtype", "corpus")
+COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
+
+
+def require_warehouse(name: Any) -> Any:
+    """Return the name of a warehouse.
+
+    Raises:
+        ConfigError: the name is empty, or not UTF-8 text.
+    """
+    if not str(name):
+        raise ConfigError("the name is empty.", "Name a folder, or an s3://, gs://, hdfs:// URI.")
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        raise ConfigError("the name is not UTF-8 text.", "Rename the folder.") from None
+    return name
+
+
+def _run_name(run: Any) -> Any:
+    """Return the id of a `runs.run.Run`, or the name as it is."""
+    return getattr(run, "run_id", run)
+
+
+def _run_names(runs: Any) -> Any:
+    names = [runs] if isinstance(runs, str) or hasattr(runs, "run_id") else runs or ()
+    return tuple(str(_run_name(run)) for run in names)
+
+
+Warehouse = Annotated[
+    PathOrText, Check(require_warehouse), Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")
+]
+RunName = Annotated[Any, Check(_run_name, before=True)]
+RunNames = Annotated[Any, Check(_run_names, before=True), Option(names=("--run",), repeatable=True)]
+Output = Annotated[PathOrText, Option(names=("--output", "-o"))]
+OptionalOutput = Annotated[PathOrText | None, Option(names=("--output", "-o"))]
+Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]
+Threshold = str | float
+Site = Annotated[str, OneOf(EVERY_SITE)]
+Recipe = Annotated[str, OneOf(RECIPES)]
+
+
+@request
+class WarehouseRequest(Request):
+    """A command that reads or writes a warehouse."""
+
+    warehouse: Warehouse = DEFAULT_WAREHOUSE
+    """Folder of results, or an s3://, gs:// or hdfs:// URI."""
+
+
+@request
+class RunRequest(WarehouseRequest):
+    """A command about one run of a warehouse."""
+
+    run: RunName = None
+    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'; the newest by default."""
+
+
+@request
+class RunsRequest(WarehouseRequest):
+    """A command about several runs of a warehouse."""
+
+    run: RunNames = ()
+    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. All by default."""
+
+
+@request
+class NewestRunsRequest(WarehouseRequest):
+    """A command about the newest run of a warehouse, or about runs that are named."""
+
+    run: RunNames = ()
+    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. The newest by default."""
+
+
+@request
+class PlaceRequest(Request):
+    """A command about one reading of AVSS."""
+
+    site: Site = SITES[0]
+    """Site in a layer whose activations are read."""
+    recipe: Recipe = RECIPES[0]
+    """Definition of AVSS."""
+    threshold: Threshold = PUBLISHED_THRESHOLD
+    """Near zero means below this: 1e-5 (absolute) or 0.1rms (relative)."""
+
+
+@request
+class CompareRequest(PlaceRequest, RunsRequest):
+    """Compare layer rankings between runs."""
+
+    by: Annotated[str, OneOf(COMPARED)] = "run"
+    """Property in which the two runs or readings of each pair differ."""
+    along: Annotated[str | None, OneOf(ALONG)] = None
+    """Follow each layer's rank along this property instead, and find where the ranking changes."""
+    score: Annotated[str, OneOf(FROM_ACTIVATIONS)] = "avss"
+    """Score that ranks the layers."""
+    k: Annotated[Positive | None, Option(names=("--k",))] = None
+    """Number of lowest layers to compare."""
+    share: Annotated[float, Field(ge=0, le=1)] = LOWEST_SHARE
+    """Number of lowest layers to compare, as a share of the layers."""
+    allow_mismatch: bool = False
+    """Also compare runs on different corpora, dtypes and so on."""
+    output: Annotated[PathOrText | None, Option(names=("--output", "-o"))] = None
+    """Map of all pairs of runs, ordered by similarity, or of ranks along a property: FILE.png, .svg or .html."""
+
+    def __post_init__(self) -> None:
+        if self.along and self.by != "run":
+            raise ConfigError("`along` and `by` exclude each other.", "Give one of them.")
+
+
+@request
+class FindingsRequest(RunsRequest):
+    """List findings that speak against the scores of runs."""
+
+    threshold: Threshold = PUBLISHED_THRESHOLD
+    """Near zero means below this: 1e-5 (absolute) or 0.1rms (relative)."""
+
+
+@request
+class FindingsAtRequest(PlaceRequest, FindingsRequest):
+    """List the findings about one reading of AVSS."""
+
+    every: Annotated[bool, Option(names=("--all",))] = False
+    """Show findings of every site and recipe."""
+
+
+@request
+class ContrastRequest(PlaceRequest, RunRequest):
+    """Contrast hallucinated with truthful answers, layer by layer."""
+
+    threshold: Threshold = PUBLISHED_THRESHOLD
+    """Near zero means below this: one that the run counted, or 0.1rms."""
+    hallucinated: str | None = None
+    """Label of hallucinated answers."""
+    truthful: str | None = None
+    """Label of truthful answers."""
+    predictions: bool = False
+    """With csv or json: how well each layer predicts the label."""
+
+
+@request
+class ListRequest(WarehouseRequest):
+    """List runs, evaluated sets of layers, or evaluations."""
+
+    what: Annotated[str, OneOf(LISTINGS), Option(argument=True)] = field(default=LISTINGS[0], kw_only=False)
+    """Table to list: runs, evaluated sets of removed layers, or evaluations."""
+
+
+@request
+class ShowRequest(PlaceRequest, NewestRunsRequest):
+    """Show scores by layer."""
+
+    output: OptionalOutput = None
+    """File to write to instead of standard output."""
+    experts: bool = False
+    """Show routed experts instead of layers."""
+
+
+@request
+class PlotRequest(PlaceRequest, NewestRunsRequest):
+    """Draw scores by depth."""
+
+    output: Output
+    """Picture or page to write: FILE.png, .svg or .html."""
+
+
+@request
+class QuantilesRequest(NewestRunsRequest):
+    """Show the size of activations by layer."""
+
+    q: Shares = ()
+    """Quantile of |x|, 0 to 1."""
+    sparsity: Shares = ()
+    """The threshold below which this share of the elements is."""
+    site: Site = SITES[0]
+    """Site in a layer whose activations are read."""
+
+
+@request
+class ScorecardRequest(RunsRequest):
+    """Compare every score with the ground truth."""
+
+    every: Annotated[bool, Option(names=("--all",))] = False
+    """Show every reading of AVSS, not only the best of each site."""
+
+
+@request
+class ReportRequest(RunsRequest):
+    """Write a web page of a warehouse."""
+
+    output: Output = "report.html"
+    """The page to write."""
+
+
+@request
+class PublishRequest(WarehouseRequest):
+    """Write the finished runs of a warehouse for others to read."""
+
+    target: Annotated[Text, Option(argument=True, metavar="TARGET")] = field(kw_only=False)
+    """A new folder or s3://, gs://, abfss:// URI, or hf://datasets/ORG/NAME."""
+    space: str | None = None
+    """Also publish the page as this static space of the hub: ORG/NAME."""
+
+
+@request
+class CompactRequest(WarehouseRequest):
+    """Copy the finished runs of a warehouse into few large files beside the small ones."""
+
+
+@request
+class QueryRequest(WarehouseRequest):
+    """Query a warehouse with SQL."""
+
+    sql: Annotated[str | None, Option(argument=True, metavar="SQL")] = field(default=None, kw_only=False)
+    """One SELECT over the tables (--schema lists them), or @name, a ready-made query."""
+    schema: bool = False
+    """Describe every table, column and ready-made query."""
+    output: OptionalOutput = None
+    """File to write to instead of standard output."""
