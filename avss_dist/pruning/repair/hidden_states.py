@@ -220,15 +220,9 @@ class GatheredHiddenStateSource(HiddenStateSource):
     No hidden states are kept between cuts, because ranks have room for different numbers of them.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        batches: Sequence[Batch],
-        drop: Collection[int],
-        starts: Collection[int],
-    ) -> None:
+    def __init__(self, model: LanguageModel, batches: Sequence[Batch], *layers: Collection[int]) -> None:
         self._model = model
-        super().__init__(model.backbone, model.device, batches, drop, starts)
+        super().__init__(model.backbone, model.device, batches, *layers)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """See `HiddenStateSource`."""
