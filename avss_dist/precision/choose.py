@@ -21,6 +21,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest
 from avss_dist.warehouse.reader import Warehouse
 
+MAX_FALL = 0.01  # nats per token that maps of a plan may gain together: other text does not have them
 MAX_RISE = 0.5  # nats per token of all maps in one format, above which predictions of it mean little
 _Map = tuple[int, str]  # layer, and path below it
 
@@ -76,13 +77,19 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
 
 
 def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) -> Iterator[str]:
-    """Yield a sentence on each format of a plan that costs so much that its prediction means little."""
+    """Yield a sentence on each format of a plan that costs so much that its prediction means little, and on falls."""
     for index in sorted(set(chosen.tolist())) if by != "output_error" else ():
         if (rise := float(damage[:, index].sum())) > MAX_RISE:
             yield (
                 f"Rounding every linear map to {formats[index]} is predicted to cost {rise:.2g} nats per token. "
                 "Predictions are of small changes, and too low for this one: choose from other formats."
             )
+    of_maps = np.take_along_axis(damage, chosen[:, None], axis=1)
+    if (fall := -float(of_maps[of_maps < 0].sum())) > MAX_FALL:
+        yield (
+            f"Some linear maps are predicted to lower the loss when they are rounded, by {fall:.2g} nats per token "
+            "together. That is so on the text of the prediction: for other text, choose `by` second_order."
+        )
 
 
 def _measured(store: Warehouse, run: Mapping[str, Any], formats: Sequence[str], by: str) -> MapRounding:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 import torch
 from support.command_line import avss
@@ -52,10 +53,20 @@ def test_other_estimates_choose_too(by: str, predicted: Path) -> None:
 
 def test_a_format_that_costs_much_is_a_finding(predicted: Path) -> None:
     """Four bits cost this model nats, and eight bits next to nothing."""
-    findings = chosen(predicted).findings
-    assert len(findings) == 1 and "to int4-g32 is predicted to cost 1." in findings[0]
+    assert "to int4-g32 is predicted to cost 1." in chosen(predicted).findings[0]
     assert chosen(predicted, quantize=("int8",), bits=9.0).findings == ()
     assert chosen(predicted, by="output_error").findings == ()
+
+
+def test_gains_on_the_text_of_the_prediction_are_a_finding(predicted: Path) -> None:
+    """The sum of what maps gain is that of the estimates in the warehouse; second orders are never negative."""
+    plan = chosen(predicted)
+    rows = Warehouse(predicted).table("evaluations", where=pc.field("metric") == "predicted").to_pylist()
+    rises = {row["rounding"]: row["value"] for row in rows}
+    falls = [min(0.0, rises[f"{entry.format}@{entry.layer}.{entry.map}"]) for entry in plan.rounded]
+    assert sum(falls) < -0.01
+    assert f"lower the loss when they are rounded, by {-sum(falls):.2g} nats per token together" in plan.findings[-1]
+    assert not any("lower the loss" in finding for finding in chosen(predicted, by="second_order").findings)
 
 
 def test_controls_spare_what_they_say(predicted: Path) -> None:
