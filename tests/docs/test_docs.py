@@ -59,7 +59,7 @@ def test_every_command_and_option_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", OWN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_option_in_a_sentence_exists(page: Path) -> None:
-    known = set().union(*OPTIONS.values()) | {"--install-completion", "--help"}
+    known = set().union(*OPTIONS.values()) | {"--install-completion", "--help", "--version"}
     prose = re.sub(r"```.*?```|^    .*$", "", read(page), flags=re.DOTALL | re.MULTILINE)
     for code in re.findall(r"`([^`\n]+)`", prose):
         if code.split()[0] in ("pip", "ray", "python"):
