@@ -19,7 +19,7 @@ import torch
 from avss_dist.partition.group import join
 from support import warm_workers
 
-SECONDS = 60.0
+SECONDS = 180.0
 
 
 class Gang:
