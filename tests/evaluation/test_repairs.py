@@ -475,7 +475,7 @@ def test_too_little_text_for_a_repair(done: tuple[Path, list[dict[str, Any]]], t
     assert not (tmp_path / "w" / "patches").exists()  # nothing was fitted before that is refused
 
 
-@pytest.mark.parametrize("partition", ["fsdp", "expert_parallel"])
+@pytest.mark.parametrize("partition", ["tensor_parallel", "expert_parallel"])
 def test_a_partition_whose_weights_cannot_be_changed_is_refused_first(partition: str, tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(JOB.format(warehouse=tmp_path / "w", model="nowhere") + f"execution: {{partition: {partition}}}\n")
