@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from avss_dist.analysis.verdict import readable_value
 from avss_dist.core.intervention import InterventionKey, count_removed, whole_layers
 from avss_dist.core.names import LOSS, PERPLEXITY
 from avss_dist.warehouse.reader import Warehouse
@@ -72,18 +73,17 @@ def size_quality(store: Warehouse, run: _Row) -> list[SizeQuality]:
     """
     of_checkpoint = pc.field("revision") == run["revision"]
     where = of_checkpoint & pc.starts_with(pc.field("task"), PERPLEXITY) & (pc.field("metric") == LOSS)
-    texts: defaultdict[tuple[str, str], list[_Row]] = defaultdict(list)
+    texts: defaultdict[tuple[str, str], dict[InterventionKey, float]] = defaultdict(dict)
     for row in store.table("evaluations", where=where & pc.field("layer").is_null()).to_pylist():
-        texts[row["task"], row["settings"]].append(row)
-    sizes = _Sizes(store, run, of_checkpoint) if texts else None
-    compared = []
-    for (task, _), rows in texts.items():
-        assert sizes is not None
-        whole = [row["value"] for row in rows if InterventionKey.of_row(row) == InterventionKey()]
-        plans = list(_plans(rows, whole[0], sizes)) if whole else []
-        if len(plans) > 1:
-            compared.append(SizeQuality(task=task, plans=tuple(_marked(plans)), has_sizes=bool(sizes.weights)))
-    return compared
+        texts[row["task"], row["settings"]][InterventionKey.of_row(row)] = row["value"]
+    if not texts:
+        return []
+    sizes = _Sizes(store, run, of_checkpoint)
+    compared = [
+        SizeQuality(task=task, plans=tuple(_marked([*_plans(losses, sizes)])), has_sizes=bool(sizes.weights))
+        for (task, _), losses in texts.items()
+    ]
+    return [result for result in compared if len(result.plans) > 1]
 
 
 class _Sizes:
@@ -140,9 +140,12 @@ class _Sizes:
         return ", ".join(changes)
 
 
-def _plans(rows: Sequence[_Row], whole: float, sizes: _Sizes) -> Iterator[SizedPlan]:
-    """Yield the plans among the losses of a text, each once."""
-    for key, loss in {InterventionKey.of_row(row): row["value"] for row in rows}.items():
+def _plans(losses: Mapping[InterventionKey, float], sizes: _Sizes) -> Iterator[SizedPlan]:
+    """Yield the plans among the losses of a text; none without the loss of the whole model."""
+    whole = losses.get(InterventionKey())
+    if whole is None:
+        return
+    for key, loss in losses.items():
         kinds = {"layers": key.removed, "sparsity": key.sparsity, "bits": key.rounding}
         kind = " + ".join(name for name, change in kinds.items() if change)
         if kind and sizes.knows(key):
@@ -150,7 +153,7 @@ def _plans(rows: Sequence[_Row], whole: float, sizes: _Sizes) -> Iterator[SizedP
                 kind=kind,
                 description=sizes.describe(key),
                 size=sizes.share(key),
-                perplexity=exp(min(loss, 700)),
+                perplexity=readable_value(LOSS, loss),
                 retention=exp(whole - loss),
             )
 

@@ -332,7 +332,7 @@ class EvaluationSession:
             }
             for entry in plan.rounded
         ]
-        identity = _identity(planned, run_id, self.rows(run_id)[0]["family"])
+        identity = _identity(planned, run_id, self.store.cells(run_id)["family"][0].as_py())
         self.store.write_precision(identity, fingerprint(rounding=rounding)[:20], rows)
 
     @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -190,7 +190,7 @@ def _loaded_sizes(checkpoint: Checkpoint, model: Any, loaded: Any, stored: int, 
 
 def _bytes_of_experts(layer: nn.Module) -> int:
     experts = [p for name, p in layer.named_parameters() if _EXPERT.search(name.rpartition(".")[0])]
-    return sum(p.numel() * p.element_size() for p in experts)
+    return parameter_bytes(experts)
 
 
 def _undivided(module: nn.Module, layers: Collection[nn.Module], counted: set[nn.Parameter]) -> Iterator[int]:
@@ -203,7 +203,7 @@ def _undivided(module: nn.Module, layers: Collection[nn.Module], counted: set[nn
     own = {*module.parameters(recurse=not children)} - counted
     counted |= own
     if own:
-        yield sum(p.numel() * p.element_size() for p in own)
+        yield parameter_bytes(own)
     for child in children:
         yield from _undivided(child, layers, counted)
 
@@ -314,8 +314,13 @@ def find_layers(backbone: nn.Module, config: Any, settings: Settings) -> nn.Modu
     return next(iter(layer_lists(backbone, getattr(config, "num_hidden_layers", None), settings.layers).values()))
 
 
+def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Return the bytes of parameters together."""
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
 def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return parameter_bytes(module.parameters())
 
 
 def token_embeddings(model: Any) -> nn.Module | None:

@@ -186,8 +186,8 @@ def _require_room_to_gather(
     weights = replica_class(partition).cost.minimum_rank_weights(size, ranks)
     beside, room, memory = batch_bytes(size, settings, head=head), devices.device_bytes, "GPU memory"
     if devices.kind == "cpu":
-        on_host = min(ranks, max(1, devices.cpus_of_largest_node // settings.threads))
-        beside, room, memory = beside + PROCESS_BYTES, devices.host_bytes // on_host, "host memory"
+        room, memory = devices.host_bytes // _on_one_node(ranks, settings, devices), "host memory"
+        beside += PROCESS_BYTES
     if not weights or weights + beside <= room:
         return
     experts = f", {describe_bytes(size.expert_bytes)} of them its experts" if size.expert_bytes else ""
@@ -199,6 +199,11 @@ def _require_room_to_gather(
         f"{experts}.",
         f"Use `partition` {instead} or streaming, or more `ranks`.",
     )
+
+
+def _on_one_node(processes: int, settings: Settings, devices: Devices) -> int:
+    """Return the number of processes, of several on CPUs, that share the memory of one node."""
+    return min(processes, max(1, devices.cpus_of_largest_node // settings.threads))
 
 
 def _require_effect(execution: Execution) -> None:
@@ -258,8 +263,7 @@ def _fitting(
         partition, gpus, where = _fitting_gpus(size, batch, execution, devices, head=head)
         return partition, gpus, f"{weights} and {activations} {where}"
     maximum = execution.replicas.maximum if execution.replicas else 1
-    beside = min(maximum, max(1, devices.cpus_of_largest_node // settings.threads))  # replicas on one node
-    free = int(devices.host_bytes * SPARE_SHARE) // beside
+    free = int(devices.host_bytes * SPARE_SHARE) // _on_one_node(maximum, settings, devices)
     room = min(free, execution.max_memory.get("cpu", free))
     fits = least_host_bytes(WHOLE, size, settings, devices.kind, head=head) <= room
     return (

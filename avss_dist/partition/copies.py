@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import distributed
 
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
@@ -14,7 +12,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import Backbone
 from avss_dist.partition.base import Placement, RowSplit
-from avss_dist.partition.group import require_group
+from avss_dist.partition.group import DividedWork, require_group
 
 MAX_COPIES = 8  # the loss of one stops all
 
@@ -27,7 +25,7 @@ def with_copies(placement: Placement, copies: int) -> Placement:
     return replace(placement, ranks=copies, gpus=placement.gpus * copies)
 
 
-class CopiedLanguageModel(LanguageModel):
+class CopiedLanguageModel(DividedWork, LanguageModel):
     """One of several copies of a language model. All take the same cells, and the first one reports.
 
     Raises:
@@ -45,12 +43,3 @@ class CopiedLanguageModel(LanguageModel):
         super().__init__(checkpoint, settings, backbone, device)
         self._split = RowSplit(*require_group(placement))
         self.reports = self._split.rank == 0
-
-    def local_indices(self, count: int) -> range:
-        """See `LanguageModel`. The indices are contiguous."""
-        return range(count)[self._split.rows(count)]
-
-    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
-        """See `LanguageModel`."""
-        for tensor in tensors:
-            distributed.all_reduce(tensor)

@@ -28,6 +28,7 @@ from avss_dist.models.size import (
     footprint,
     load_skeleton,
     load_stored_skeleton,
+    parameter_bytes,
     token_embeddings,
 )
 from avss_dist.partition.base import Placement
@@ -124,7 +125,7 @@ class DeviceMapReplica(BatchwiseReplica):
         if checkpoint.gguf:
             _refuse_disk(model, self.device_map)
         rewritten = [p for name, p in unstored(model, stored).items() if _place(name, self.device_map)[1] == "disk"]
-        self._folder = OffloadFolder(placement.offload_folder, _bytes(rewritten))
+        self._folder = OffloadFolder(placement.offload_folder, parameter_bytes(rewritten))
         try:
             with _quiet_accelerate():
                 placing = {"device_map": self.device_map, "offload_folder": self._folder.path}
@@ -219,7 +220,7 @@ def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], se
     from accelerate import infer_auto_device_map
 
     first, room = next(iter(limits.items()))
-    if _bytes(model.parameters()) <= room:
+    if parameter_bytes(model.parameters()) <= room:
         return {"": first}
     layers = find_layers(without_head(model), model.config.get_text_config(), settings)
     whole = sorted({type(layer).__name__ for layer in layers})
@@ -258,7 +259,7 @@ def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Dev
     held: Counter[Device] = Counter()
     for parameter in model.parameters():
         place = places[id(parameter)]
-        held["cpu" if place is None else place] += _bytes([parameter])
+        held["cpu" if place is None else place] += parameter_bytes([parameter])
     layers = find_layers(without_head(model), model.config.get_text_config(), settings)
     on_disk = sum(any(places[id(p)] == "disk" for p in layer.parameters()) for layer in layers)
     embeddings = token_embeddings(model)
@@ -275,7 +276,7 @@ def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None
     placeless = {name: p for name, p in model.named_parameters() if _place(name, device_map)[1] is None}
     if placeless:
         raise ConfigError(
-            f"The device map has no place for {describe_bytes(_bytes(placeless.values()))} of weights, "
+            f"The device map has no place for {describe_bytes(parameter_bytes(placeless.values()))} of weights, "
             f"{next(iter(placeless))} first.",
             "Allow more `max_memory`.",
         )
@@ -286,7 +287,8 @@ def _refuse_disk(model: nn.Module, device_map: Mapping[str, Device]) -> None:
     on_disk = [p for name, p in model.named_parameters() if _place(name, device_map)[1] == "disk"]
     if on_disk:
         raise ConfigError(
-            f"{describe_bytes(_bytes(on_disk))} of weights have no place: those of a .gguf file cannot be on disk.",
+            f"{describe_bytes(parameter_bytes(on_disk))} of weights have no place: those of a .gguf file cannot be on "
+            "disk.",
             "Allow more `max_memory`, or convert it to safetensors.",
         )
 
@@ -309,10 +311,6 @@ def unstored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Parameter]
         for name, parameter in model.named_parameters()
         if name not in known and name.partition(".")[2] not in known
     }
-
-
-def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def _move_inputs(layer: nn.Module) -> Any:

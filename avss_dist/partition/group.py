@@ -132,6 +132,25 @@ def rank_and_size() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
+class DividedWork:
+    """Division of a language model's work among ranks that take different batches of one task.
+
+    Attributes:
+        _split: the part of this rank.
+    """
+
+    _split: RowSplit
+
+    def local_indices(self, count: int) -> range:
+        """See `causal_lm.LanguageModel`. They are contiguous, and equally many if ``count`` is a multiple of ranks."""
+        return range(count)[self._split.rows(count)]
+
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
+        """See `causal_lm.LanguageModel`."""
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+
+
 def share(function: Callable[[S], T], items: Iterable[S], idle: Callable[[], object] | None = None) -> list[T]:
     """Return the function's results for all items, in order, each computed by one rank. All ranks call this.
 

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import Rounding
@@ -28,7 +27,7 @@ from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import uncounted
 from avss_dist.partition.base import RowSplit, dummy_batch
 from avss_dist.partition.cost import DEEPSPEED_BYTES, Calibration, PartitionCost, Usage, refusal
-from avss_dist.partition.group import all_gather, rank_and_size, share, sum_over_ranks
+from avss_dist.partition.group import DividedWork, all_gather, rank_and_size, share, sum_over_ranks
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -83,7 +82,7 @@ class ShardedCost(PartitionCost):
         return Usage(device_bytes=device, host_bytes=host, seconds=seconds, why=why, exchanged_bytes=exchanged)
 
 
-class ShardedLanguageModel(LanguageModel):
+class ShardedLanguageModel(DividedWork, LanguageModel):
     """Language model whose ranks share the batches and all return all results; see `causal_lm.LanguageModel`.
 
     A rank without a batch runs a dummy while others have one, because collectives wait for all.
@@ -100,15 +99,6 @@ class ShardedLanguageModel(LanguageModel):
         """See `causal_lm.LanguageModel`. Weights are whole while their layer runs; see `patched_when_called`."""
         with patched_when_called(self.layers, patch):
             yield
-
-    def local_indices(self, count: int) -> range:
-        """See `causal_lm.LanguageModel`. Equally many on each rank if ``count`` is a multiple of `lockstep`."""
-        return range(count)[self._split.rows(count)]
-
-    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
-        """See `causal_lm.LanguageModel`."""
-        for tensor in tensors:
-            distributed.all_reduce(tensor)
 
     @contextmanager
     def rounded(self, rounding: Rounding) -> Iterator[None]:

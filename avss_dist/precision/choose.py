@@ -84,8 +84,7 @@ def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) 
                 f"Rounding every linear map to {formats[index]} is predicted to cost {rise:.2g} nats per token. "
                 "Predictions are of small changes, and too low for this one: choose from other formats."
             )
-    of_maps = np.take_along_axis(damage, chosen[:, None], axis=1)
-    if (fall := -float(of_maps[of_maps < 0].sum())) > MAX_FALL:
+    if (fall := -total(np.minimum(damage, 0.0), chosen)) > MAX_FALL:
         yield (
             f"Some linear maps are predicted to lower the loss when they are rounded, by {fall:.2g} nats per token "
             "together. That is so on the text of the prediction: for other text, choose `by` second_order."

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from avss_dist.analysis.size_quality import SizedPlan, SizeQuality
+from avss_dist.analysis.size_quality import SizeQuality
 from avss_dist.analysis.verdict import describe_task
 from avss_dist.core.text import count_of
 from avss_dist.report.section import GRAY, Chart, Section, page_number
@@ -55,23 +55,31 @@ def _table(name: str, result: SizeQuality) -> ReportTable:
 
 
 def _chart(name: str, result: SizeQuality) -> Chart:
-    names = {"changes": "kind", "plan": "description", "size": "size", "kept": "retention", "best": "is_best"}
+    rows = [
+        {
+            "changes": plan.kind,
+            "plan": plan.description,
+            "size": plan.size,
+            "kept": plan.retention,
+            "best": plan.is_best,
+        }
+        for plan in result.plans
+    ]
     return Chart(
         name=name,
         title=describe_task(result.task),
         meaning="What each plan keeps of the perplexity, by its size. The line joins the best.",
-        rows=[{name: getattr(plan, field) for name, field in names.items()} for plan in result.plans],
-        draw=partial(_drawing, _largest(result.plans)),
+        rows=rows,
+        draw=partial(_drawing, max([1.0, *(plan.retention for plan in result.plans)])),
     )
 
 
-def _largest(plans: Sequence[SizedPlan]) -> float:
-    """Return the upper end of the axis of retentions."""
-    return max([1.0, *(plan.retention for plan in plans)])
-
-
 def _drawing(largest: float) -> Any:
-    """Return the chart of retention by size: a dot for each plan, and a line through the best."""
+    """Return the chart of retention by size: a dot for each plan, and a line through the best.
+
+    Args:
+        largest: upper end of the axis of retentions.
+    """
     import altair as alt
 
     x = alt.X("size:Q", title="size", scale=alt.Scale(domain=[0, 1])).axis(format="%", grid=False, tickCount=5)

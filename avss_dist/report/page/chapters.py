@@ -183,7 +183,7 @@ def _continuations(warehouse: Warehouse, labels: Mapping[str, str]) -> Iterator[
 
 def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
     """Yield the score cards of the first runs whose ground truth is known."""
-    known = _with_truth(warehouse, runs)[:MAX_SCORECARDS]
+    known = _evaluated(warehouse, runs, *(SCORES[name].task for name in GROUND_TRUTH))[:MAX_SCORECARDS]
     cards = score_cards(warehouse, known)
     every = cards.filter(pc.is_null(cards["format"]))
     best, all_rows = best_readings(every).to_pylist(), every.to_pylist()
@@ -194,11 +194,10 @@ def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, 
             yield section
 
 
-def _with_truth(warehouse: Warehouse, runs: Sequence[Row]) -> list[Row]:
-    """Return the runs whose checkpoint has an evaluation of its layers."""
+def _evaluated(warehouse: Warehouse, runs: Sequence[Row], *tasks: str) -> list[Row]:
+    """Return the runs whose checkpoint has an evaluation on a task with one of these prefixes."""
     revisions = pa.array(sorted({run["revision"] for run in runs} - {None}), pa.string())
     rows = warehouse.table("evaluations", where=pc.field("revision").isin(revisions), columns=["revision", "task"])
-    tasks = tuple(SCORES[name].task for name in GROUND_TRUTH)
     known = {row["revision"] for row in rows.to_pylist() if row["task"].startswith(tasks)}
     return [run for run in runs if run["revision"] in known]
 
@@ -218,21 +217,16 @@ def _sparsities(
 
 def _roundings(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
     """Yield the newest prediction for rounded weights of each run's checkpoint."""
-    predicted = pc.starts_with(pc.field("task"), ROUNDING_TASK)
-    known = set(warehouse.table("evaluations", where=predicted, columns=["revision"])["revision"].to_pylist())
-    for run in (run for run in runs if run["revision"] in known):
+    for run in _evaluated(warehouse, runs, ROUNDING_TASK):
         if measured := next(map_roundings(warehouse, run), None):
             yield sensitivity_section(labels[run["run_id"]], measured)
 
 
 def _sizes(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
     """Yield the evaluated plans of each checkpoint, below the first of its runs."""
-    tested = pc.starts_with(pc.field("task"), PERPLEXITY)
-    known = set(warehouse.table("evaluations", where=tested, columns=["revision"])["revision"].to_pylist())
     first: dict[str, Row] = {}
-    for run in runs:
-        if run["revision"] in known:
-            first.setdefault(run["revision"], run)
+    for run in _evaluated(warehouse, runs, PERPLEXITY):
+        first.setdefault(run["revision"], run)
     for run in first.values():
         if results := size_quality(warehouse, run):
             yield size_quality_section(labels[run["run_id"]], results)
