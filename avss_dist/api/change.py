@@ -179,11 +179,6 @@ def prune(request: PruneRequest) -> Pruned:
     execution, code = request.execution, request.settings.trust_remote_code
     plan = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
     wanted = _repair(request)
-    if wanted is not None and plan.experts:
-        raise ConfigError(
-            f"`repair` {wanted.by} makes up for removed layers, and the plan drops routed experts.",
-            "Leave out `repair` and `repair_corpora`.",
-        )
     if wanted is None or warehouse is None:
         _refuse_workers(request)
     if push:

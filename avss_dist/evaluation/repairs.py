@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals, whole_layers
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
 from avss_dist.core.names import REPAIR
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.core.text import RedactedURI
@@ -61,7 +61,7 @@ def read_repaired(patch: StoredPatch) -> Repaired:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FitRepair:
-    """Measure that fits the repair of a model whose layers are removed; see `pruning.repair.repair`.
+    """Measure that fits the repair of a model whose layers or experts are removed; see `pruning.repair.repair`.
 
     Attributes:
         repair: with pinned settings.
@@ -81,7 +81,7 @@ class FitRepair:
         return fingerprint(measure="repair 3", by=self.repair.by, texts=texts, **weights)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`. The whole model is read; the repair is for it without the removed layers."""
+        """See `tasks.base.Measure`. The whole model is read; the repair is for it without what is removed."""
         settings = replace(self.repair.settings, batch_size=model.settings.batch_size)
         checkpoint = model.checkpoint
         plan = Plan(
@@ -89,7 +89,7 @@ class FitRepair:
             revision=checkpoint.revision,
             num_layers=len(model.layers),
             layers=self.layers,
-            drop=whole_layers(intervention.removed),
+            drop=intervention.removed,
         )
         weights = StoredWeights.of_checkpoint(checkpoint, plan, settings).read
         repair = replace(self.repair, settings=settings)
@@ -168,15 +168,15 @@ def fit_of(planned: PlannedTask) -> FitRepair:
 
 
 def fit_repairs(
-    session: EvaluationSession, wanted: Sequence[tuple[PlannedTask, Iterable[tuple[int, ...]]]]
+    session: EvaluationSession, wanted: Sequence[tuple[PlannedTask, Iterable[Removals]]]
 ) -> dict[tuple[str, Removals], StoredPatch]:
-    """Fit each repair to the model without each of its sets of layers; see `EvaluationSession.fit`.
+    """Fit each repair to the model without each of its sets of layers and experts; see `EvaluationSession.fit`.
 
-    Repairs that need the most text are fitted first. A set that no layer precedes is skipped, unless the repair also
-    changes later layers.
+    Repairs that need the most text are fitted first. A set of layers that no layer precedes is skipped, unless the
+    repair also changes later layers.
 
     Args:
-        wanted: fits, each with sets of layers.
+        wanted: fits, each with sets of layers and experts.
     """
     ordered = sorted(wanted, key=lambda fit: -REPAIRS[fit_of(fit[0]).repair.by].text_rank)
     return session.fit(
@@ -184,8 +184,8 @@ def fit_repairs(
     )
 
 
-def _is_repairable(fit: PlannedTask, drop: tuple[int, ...]) -> bool:
-    """Whether a repair can change a layer before one of the removed layers, or later layers."""
+def _is_repairable(fit: PlannedTask, drop: Removals) -> bool:
+    """Whether a repair can change a layer before one of the removed layers, later layers, or remaining experts."""
     return bool(drop) and (REPAIRS[fit_of(fit).repair.by].every_layer or drop != tuple(range(len(drop))))
 
 
@@ -215,8 +215,8 @@ def stored_repair(
         (cell,) = fit.cells([plan.intervention])
         if copies > 1 and (session.fresh or not session.is_stored(cell)):
             fit = plan_fit(copies)
-        patches = fit_repairs(session, [(fit, [plan.dropped_layers])])
-    return read_repaired(patches[fit.run_id(), plan.dropped_layers])
+        patches = fit_repairs(session, [(fit, [plan.intervention.removed])])
+    return read_repaired(patches[fit.run_id(), plan.intervention.removed])
 
 
 def _layers_setting(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> str | None:

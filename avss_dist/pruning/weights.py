@@ -35,6 +35,7 @@ from avss_dist.pruning.selection import PlanError
 
 _NAMING_ERRORS = (ImportError, TypeError, AttributeError, KeyError, ValueError)  # see Naming
 _EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)(|\..*)")
+_FUSED = re.compile(r"(?:.*\.)?experts\.[^.]+")
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,15 @@ class StoredWeights:
         prefix: name of the layer list in the files.
         plan: plan whose layers and experts are dropped.
         rows: rows of the remaining experts, by the name of each tensor that has a row for each expert.
+        experts: names of the tensors of each parameter that holds all experts of a layer in the model: one with a row
+            for each expert, or one for each expert, in their order.
     """
 
     files: Mapping[Path, Mapping[str, StoredTensor]]
     prefix: str
     plan: Plan
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: Mapping[Parameter, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, plan: Plan, settings: Settings) -> StoredWeights:
@@ -62,19 +66,19 @@ class StoredWeights:
             ModelError: a file cannot be read.
         """
         files = {file: {tensor.name: tensor for tensor in tensors_of(file)} for file in weight_files(checkpoint.folder)}
-        inside = re.compile(rf"((?:.*\.)?{re.escape(plan.layers)})\.(\d+)\.(.*)")
-        indices: dict[str, set[int]] = {}
-        for match in filter(None, (inside.fullmatch(name) for stored in files.values() for name in stored)):
-            indices.setdefault(match[1], set()).add(int(match[2]))
-        prefixes = [prefix for prefix, seen in indices.items() if seen == set(range(plan.num_layers))]
+        names = [name for stored in files.values() for name in stored]
+        prefixes = _prefixes(plan, names)
         if len(prefixes) != 1:
-            prefixes = _renamed_prefixes(
-                checkpoint, plan, [name for stored in files.values() for name in stored], settings
-            )
+            prefixes = _renamed_prefixes(checkpoint, plan, names, settings)
         if len(prefixes) != 1:
             raise _ambiguous_layers(checkpoint, plan, prefixes)
-        rows = _rows_of_experts(checkpoint, plan, files, prefixes[0], settings) if plan.experts else {}
-        return cls(files, prefixes[0], plan, rows)
+        if not plan.experts and not any("experts." in name for name in names):
+            return cls(files, prefixes[0], plan)
+        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        model = skeleton(config, settings, torch.float32)
+        tensors = list(_tensors_of_layers(files, prefixes[0], model, plan))
+        rows = _rows_of_experts(checkpoint, plan, tensors, model) if plan.experts else {}
+        return cls(files, prefixes[0], plan, rows, _names_of_experts(tensors))
 
     def name(self, parameter: Parameter) -> str:
         """Return the name of a layer's parameter in the files."""
@@ -84,11 +88,37 @@ class StoredWeights:
         """Return the name of a stored tensor in the pruned checkpoint, or None if its layer or expert is dropped."""
         return renumbered(name, self.prefix, self.plan)
 
+    def names(self, parameter: Parameter) -> tuple[str, ...]:
+        """Return the names of the tensors that hold a layer's parameter: one, or one for each expert in order."""
+        return self.experts.get(parameter, (self.name(parameter),))
+
     def read(self, parameter: Parameter) -> torch.Tensor | None:
-        """Read a layer's parameter as it is stored. Return None if the files have none of its name."""
-        name = self.name(parameter)
-        stored = next((tensors[name] for tensors in self.files.values() if name in tensors), None)
-        return None if stored is None else read_tensor(stored)
+        """Read a layer's parameter as it is stored. Return None if the files have none of its name and one dtype."""
+        names = {*self.names(parameter)}
+        stored = {name: tensor for tensors in self.files.values() for name, tensor in tensors.items() if name in names}
+        if len(stored) < len(names) or len({tensor.dtype for tensor in stored.values()}) > 1:
+            return None
+        values = [read_tensor(stored[name]) for name in self.names(parameter)]
+        return values[0] if len(values) == 1 else torch.stack(values)
+
+    def replacements(self, patch: Patch) -> dict[str, torch.Tensor]:
+        """Return the values of a patch by the names of tensors in the pruned checkpoint, without removed experts."""
+        values: dict[str, torch.Tensor] = {}
+        for parameter, value in patch.items():
+            names = self.names(parameter)
+            for name, part in zip(names, [value] if len(names) == 1 else value, strict=True):
+                if (new := self.renamed(name)) is not None:
+                    values[new] = part[list(self.rows[name])] if name in self.rows else part
+        return values
+
+
+def _prefixes(plan: Plan, names: Sequence[str]) -> list[str]:
+    """Return the possible names of the layer list in the files: its path, with anything before it."""
+    inside = re.compile(rf"((?:.*\.)?{re.escape(plan.layers)})\.(\d+)\.(.*)")
+    indices: dict[str, set[int]] = {}
+    for match in filter(None, map(inside.fullmatch, names)):
+        indices.setdefault(match[1], set()).add(int(match[2]))
+    return [prefix for prefix, seen in indices.items() if seen == set(range(plan.num_layers))]
 
 
 def renumbered(name: str, prefix: str, plan: Plan) -> str | None:
@@ -131,37 +161,66 @@ def routed_layers(model: Any, plan: Plan) -> dict[int, RoutedExperts]:
         raise PlanError(error.message, error.hint) from error
 
 
+@dataclass(frozen=True)
+class _LayerTensor:
+    """A stored tensor of a layer.
+
+    Attributes:
+        layer: index of the layer in the whole model.
+        path: path below the layer, in the files.
+        parameter: path below the layer of the parameter that is made of it, in the model.
+    """
+
+    layer: int
+    path: str
+    parameter: str
+    stored: StoredTensor
+
+    @property
+    def expert(self) -> int | None:
+        """Index of the expert that the tensor belongs to; None if it is not one expert's."""
+        match = _EXPERT.fullmatch(self.path)
+        return int(match[2]) if match else None
+
+
+def _tensors_of_layers(
+    files: Mapping[Path, Mapping[str, StoredTensor]], prefix: str, model: Any, plan: Plan
+) -> Iterator[_LayerTensor]:
+    """Yield the stored tensors of layers."""
+    inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
+    target = re.compile(rf"{re.escape(list_path(model, plan))}\.\d+\.(.*)")
+    named = _module_names(model)
+    for tensors in files.values():
+        for name, stored in tensors.items():
+            if match := inside.fullmatch(name):
+                parameter = target.fullmatch(named(name))
+                yield _LayerTensor(int(match[1]), match[2], parameter[1] if parameter else match[2], stored)
+
+
 def _rows_of_experts(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    files: Mapping[Path, Mapping[str, StoredTensor]],
-    prefix: str,
-    settings: Settings,
+    checkpoint: Checkpoint, plan: Plan, tensors: Sequence[_LayerTensor], model: Any
 ) -> dict[str, tuple[int, ...]]:
     """Return `StoredWeights.rows`.
 
     Raises:
         PlanError: the stored tensors of a layer's experts are not one for each expert, nor rows of one tensor.
     """
-    model = skeleton(text_config(checkpoint, trust_remote_code=settings.trust_remote_code), settings, torch.float32)
-    routed, named = routed_layers(model, plan), _module_names(model)
-    target = re.compile(rf"{re.escape(list_path(model, plan))}\.\d+\.(.*)")
+    routed = routed_layers(model, plan)
     rows: dict[str, tuple[int, ...]] = {}
     stored_experts: dict[int, set[int]] = {layer: set() for layer in routed}
-    for layer, path, stored in _tensors_of_layers(files, prefix):
+    for tensor in tensors:
+        layer, stored = tensor.layer, tensor.stored
         if (experts := routed.get(layer)) is None:
             continue
-        if single := _EXPERT.fullmatch(path):
-            stored_experts[layer].add(int(single[2]))
+        if tensor.expert is not None:
+            stored_experts[layer].add(tensor.expert)
             continue
-        module = target.fullmatch(named(stored.name))
-        in_model = module[1] if module else path
-        if not experts.has_row_for_each(in_model):
+        if not experts.has_row_for_each(tensor.parameter):
             continue
         if stored.shape[:1] != (experts.number,):
             raise _unknown_experts(f"'{stored.name}' has the shape {stored.shape}", checkpoint, layer, experts)
         rows[stored.name] = tuple(i for i in range(experts.number) if i not in plan.experts[layer])
-        if in_model.startswith(f"{experts.experts}."):
+        if tensor.parameter.startswith(f"{experts.experts}."):
             stored_experts[layer] |= {*range(experts.number)}
     for layer, indices in stored_experts.items():
         if indices != {*range(routed[layer].number)}:
@@ -169,15 +228,18 @@ def _rows_of_experts(
     return rows
 
 
-def _tensors_of_layers(
-    files: Mapping[Path, Mapping[str, StoredTensor]], prefix: str
-) -> Iterator[tuple[int, str, StoredTensor]]:
-    """Yield (layer, path below the layer, tensor) for the stored tensors of layers."""
-    inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
-    for tensors in files.values():
-        for name, stored in tensors.items():
-            if match := inside.fullmatch(name):
-                yield int(match[1]), match[2], stored
+def _names_of_experts(tensors: Sequence[_LayerTensor]) -> dict[Parameter, tuple[str, ...]]:
+    """Return `StoredWeights.experts`, without parameters that are made of several tensors of an expert."""
+    names: dict[Parameter, list[tuple[int | None, str]]] = {}
+    for tensor in tensors:
+        if _FUSED.fullmatch(tensor.parameter):
+            names.setdefault((tensor.layer, tensor.parameter), []).append((tensor.expert, tensor.stored.name))
+    unique = {key: dict(pairs) for key, pairs in names.items() if len(dict(pairs)) == len(pairs)}
+    return {
+        key: tuple(by_expert[expert] for expert in sorted(by_expert))  # type: ignore[type-var]
+        for key, by_expert in unique.items()
+        if {*by_expert} in ({None}, {*range(len(by_expert))})
+    }
 
 
 def _unknown_experts(what: str, checkpoint: Checkpoint, layer: int, experts: RoutedExperts) -> PlanError:
@@ -244,10 +306,10 @@ def copy_weights(
     """Write the remaining weights, and return their number of bytes.
 
     Args:
-        replaced: values in place of the checkpoint's, of the same shapes and dtypes.
+        replaced: values in place of the checkpoint's, of the same shapes and dtypes, removed experts included.
         copied: called with the number of bytes of weights copied since the last call.
     """
-    values = {weights.renamed(weights.name(parameter)): tensor for parameter, tensor in replaced.items()}
+    values = weights.replacements(replaced)
     places: dict[str, str] = {}
     size = 0
     for file, stored in weights.files.items():

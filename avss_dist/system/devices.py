@@ -66,6 +66,14 @@ def available_memory() -> int:
     return available if limit is None else min(available, limit)
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of memory that this process can still allocate on a device."""
+    if device.type != "cuda":
+        return available_memory()
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
+
+
 def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Copy an array to a device, converted to a dtype if given. Copies to a GPU are asynchronous and pinned."""
     tensor = torch.from_numpy(array)

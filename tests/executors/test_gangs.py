@@ -25,7 +25,7 @@ from support.rank_processes import SECONDS, Gang, free_port
 from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.core.intervention import NO_INTERVENTION, Expert, Removal
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.pairs import Pairing
@@ -419,14 +419,16 @@ def test_gangs_answer_the_harness_as_one_process_does(
     assert_same(found, expected_of(folder, skip, tasks), rtol=1e-6)
 
 
-def fit_and_ask(partition: str, folder: Path, fit: FitRepair) -> tuple[Patch, Any, list[list[float]]]:
+def fit_and_ask(
+    partition: str, folder: Path, fit: FitRepair, removed: Sequence[Removal]
+) -> tuple[Patch, Any, list[list[float]]]:
     replica = opened(partition, folder, fit.repair.settings, head=True)
-    return fitted_by(replica.language_model, fit)
+    return fitted_by(replica.language_model, fit, removed)
 
 
-def fitted_by(model: LanguageModel, fit: FitRepair) -> tuple[Patch, Any, list[list[float]]]:
-    """Weights and cuts of the repair of a model without its third layer; losses before, with it, and after."""
-    without = NO_INTERVENTION.without(2)
+def fitted_by(model: LanguageModel, fit: FitRepair, removed: Sequence[Removal]) -> tuple[Patch, Any, list[list[float]]]:
+    """Weights and cuts of the repair of a model without some parts; losses before, with it, and after."""
+    without = NO_INTERVENTION.without(*removed)
     (row,) = fit(model, without)
     assert row.patch is not None
     patch, about = decode_patch(row.patch)
@@ -454,17 +456,34 @@ def test_ranks_that_share_batches_fit_the_repair_of_one_process(
     """Of five batches, so that one rank has none left; equal but for the order of sums, and in place to the bit."""
     lively(llama(num_hidden_layers=5)).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
+    of_ranks, cuts = repaired_by_ranks(partition, by, gang(ranks), tmp_path, [2])
+    assert len(cuts) == (3 if by == "refit_all" else 1)
+    assert all(before == after != repaired for before, repaired, after in of_ranks)
+
+
+@pytest.mark.parametrize("partition", ["fsdp", "zero3"])
+def test_ranks_that_share_batches_fit_the_remaining_experts(
+    partition: str, gang: Callable[[int], Gang], tmp_path: Path
+) -> None:
+    lively(build("qwen3_moe")).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    _, cuts = repaired_by_ranks(partition, "map", gang(2), tmp_path, [Expert(1, 0), Expert(2, 1)])
+    assert [cut["experts"] for cut in cuts] == [[0], [1]]
+
+
+def repaired_by_ranks(
+    partition: str, by: str, gang: Gang, folder: Path, removed: Sequence[Removal]
+) -> tuple[list[list[list[float]]], list[dict[str, Any]]]:
+    """Losses of each rank and cuts of a repair, whose weights are compared with those of one process."""
     settings = replace(SETTINGS, max_sequences=20, sequence_length=32, batch_size=4)
-    checkpoint = resolve(str(tmp_path))
+    checkpoint = resolve(str(folder))
     text = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings)
     repair = Repair(by=by, corpora=("builtin:pydoc",), settings=settings)
-    fit = FitRepair(repair=repair, layers="model.layers", texts=(text,))
-    patch, cuts, _ = fitted_by(open_whole(checkpoint, settings), fit)
-    of_ranks = gang(ranks).run(fit_and_ask, partition, tmp_path, fit)
-    assert len(cuts) == (3 if by == "refit_all" else 1) and all(
-        cut["error_after"] < cut["error_before"] for cut in cuts
-    )
-    for found, found_cuts, losses in of_ranks:
+    fit = FitRepair(repair=repair, layers="layers", texts=(text,))
+    patch, cuts, _ = fitted_by(open_whole(checkpoint, settings), fit, removed)
+    of_ranks = gang.run(fit_and_ask, partition, folder, fit, removed)
+    assert all(cut["error_after"] < cut["error_before"] for cut in cuts)
+    for found, found_cuts, (_, repaired, _) in of_ranks:
         for ours, theirs in zip(found_cuts, cuts, strict=True):
             assert ours["ridges"] == theirs["ridges"]
             assert ours["error_before"] == pytest.approx(theirs["error_before"], rel=1e-5)
@@ -472,15 +491,14 @@ def test_ranks_that_share_batches_fit_the_repair_of_one_process(
         assert found.keys() == patch.keys()
         for name, weights in patch.items():
             torch.testing.assert_close(found[name], weights, rtol=1e-3, atol=1e-5)
-        before, repaired, after = losses
-        assert before == after != repaired
-        assert repaired == losses_with(checkpoint, settings, found)
+        assert repaired == losses_with(checkpoint, settings, found, removed)
+    return [losses for _, _, losses in of_ranks], cuts
 
 
-def losses_with(checkpoint: Checkpoint, settings: Settings, patch: Patch) -> list[float]:
+def losses_with(checkpoint: Checkpoint, settings: Settings, patch: Patch, removed: Sequence[Removal]) -> list[float]:
     model = open_whole(checkpoint, settings)
     with model.patched(patch):
-        rows = TextLoss(random_shard())(model, NO_INTERVENTION.without(2))
+        rows = TextLoss(random_shard())(model, NO_INTERVENTION.without(*removed))
     return [float(value) for row in rows for value in row.samples]
 
 

@@ -325,7 +325,7 @@ def test_mistakes(options: Sequence[object], told: str, planted: tuple[Path, Pat
     assert not (tmp_path / "plan.yaml").exists()
 
 
-def test_a_model_without_experts_and_a_repair(planted: tuple[Path, Path], tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_model_without_experts_and_an_export(planted: tuple[Path, Path], tiny_llama: Path, tmp_path: Path) -> None:
     warehouse = tmp_path / "w"
     assert avss("score", tiny_llama, "--corpus", "builtin:pydoc", "-w", warehouse, *SMALL).exit_code == 0
     refused = avss("plan", "-w", warehouse, "--experts", 0.25, "--by", "reap", "-o", tmp_path / "plan.yaml")
@@ -336,8 +336,6 @@ def test_a_model_without_experts_and_a_repair(planted: tuple[Path, Path], tiny_l
     assert evaluated.exit_code != 0 and "has no routed experts" in evaluated.stderr
     plan = tmp_path / "reap.yaml"
     planned(planted[1], plan, "reap", 0.25)
-    repaired = avss("prune", planted[0], plan, "-o", tmp_path / "less", "--repair-corpus", "builtin:pydoc")
-    assert repaired.exit_code == 2 and "makes up for removed layers" in repaired.stderr
     exported = avss("plan", "-w", planted[1], "--experts", 0.25, "--by", "reap", "--format", "mergekit", "-o", plan)
     assert exported.exit_code == 2 and "slices of whole layers" in exported.stderr
     assert len(Warehouse(str(planted[1])).table("expert_stats")) == 16  # nothing of it was changed

@@ -329,13 +329,9 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
 # Refusals
 
 
-@pytest.mark.parametrize(
-    ("family", "told"),
-    [("mixtral", "has no MLP that ends in one linear map"), ("mamba", "has no MLP that ends in one linear map")],
-)
-def test_families_that_are_refused(family: str, told: str, tmp_path: Path, save_checkpoint: Save) -> None:
-    folder, plan = whole_of(lively(tiny_model("causal", family)), tmp_path / "whole", save_checkpoint)
-    with pytest.raises(RepairError, match=told):
+def test_a_family_without_mlps_is_refused(tmp_path: Path, save_checkpoint: Save) -> None:
+    folder, plan = whole_of(lively(tiny_model("causal", "mamba")), tmp_path / "whole", save_checkpoint)
+    with pytest.raises(RepairError, match="has no MLP that ends in one linear map"):
         prune(str(folder), plan, tmp_path / "less", repair=repair_of())
     assert not (tmp_path / "less").exists() and not list(tmp_path.glob(".*"))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from avss_dist.core.errors import CorpusError
-from avss_dist.core.text import describe_layers
+from avss_dist.core.text import describe_bytes, describe_layers
 from avss_dist.models.patching import Parameter
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fold import (
@@ -21,10 +21,11 @@ from avss_dist.pruning.repair.fold import (
 )
 from avss_dist.pruning.repair.hidden_states import CutStates, HiddenStateSource
 from avss_dist.pruning.repair.normal_equations import NormalEquations, RidgeFit, fit_ridge
-from avss_dist.pruning.repair.projection import OutputProjection, RepairError, is_transposed
+from avss_dist.pruning.repair.projection import OutputProjection, RepairError
 from avss_dist.pruning.repair.record import RepairedCut
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.splits import FitSplit
+from avss_dist.system.devices import free_memory
 from avss_dist.system.progress_bar import tracked
 
 ReadStored = Callable[[Parameter], torch.Tensor | None]
@@ -33,13 +34,14 @@ ReadStored = Callable[[Parameter], torch.Tensor | None]
 
 @dataclass(frozen=True)
 class RepairCut:
-    """A remaining layer and the run of removed layers right after it.
+    """A remaining layer, its removed experts, and the run of removed layers right after it.
 
-    The run is empty where a repair fits a layer to recover what an earlier cut left missing.
+    Both are empty where a repair fits a layer to recover what an earlier cut left missing.
     """
 
     after: int
     removed: tuple[int, ...]
+    experts: tuple[int, ...] = ()
 
     @property
     def last(self) -> int:
@@ -53,15 +55,21 @@ def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
     Layers that are removed before the first remaining one make no cut: no layer before them can be changed.
 
     Args:
-        every_layer: include the other remaining layers behind the first removed one.
+        every_layer: include the other remaining layers behind the first one that is removed or loses experts.
 
     Raises:
         RepairError: there is no cut.
+        PlanError: the plan drops sublayers.
     """
-    remaining = [layer for layer in plan.keep if layer >= min(plan.dropped_layers) - 1]
+    plan.require_whole_layers("A repair makes up for whole layers and for experts", experts=True)
+    first = min([*(layer - 1 for layer in plan.dropped_layers), *plan.experts])
+    remaining = [layer for layer in plan.keep if layer >= first]
     ends = [*remaining[1:], plan.num_layers]
-    cuts = [RepairCut(layer, tuple(range(layer + 1, end))) for layer, end in zip(remaining, ends, strict=True)]
-    cuts = [cut for cut in cuts if cut.removed or every_layer]
+    cuts = [
+        RepairCut(layer, tuple(range(layer + 1, end)), tuple(plan.experts.get(layer, ())))
+        for layer, end in zip(remaining, ends, strict=True)
+    ]
+    cuts = [cut for cut in cuts if cut.removed or cut.experts or every_layer]
     if not cuts:
         raise RepairError(
             f"Layers {describe_layers(plan.dropped_layers)} are the first: there is no layer before them to fit.",
@@ -117,8 +125,8 @@ class RepairFitter:
         """
         projections = [self._source.output_projection(cut.after) for cut in cuts]
         for projection in projections:
-            self._require_tokens(projection, repair)
-            self._require_plain(projection.layer.index, projection.linear)
+            self._require_enough(projection, repair)
+            self._require_plain(projection.layer.index, projection.weight)
         return [
             self.fit(cut, projection, repair, f"Repairing cut {number} of {len(cuts)}")
             for number, (cut, projection) in enumerate(zip(cuts, projections, strict=True), 1)
@@ -147,29 +155,43 @@ class RepairFitter:
         return RepairedCut(
             after=cut.after,
             removed=cut.removed,
+            experts=cut.experts,
             ridges=ridges,
             error_before=(before / size) ** 0.5,
             error_after=(after / size) ** 0.5,
         )
 
-    def _require_tokens(self, projection: OutputProjection, repair: str) -> None:
-        """Raise CorpusError if there are too few tokens to fit to."""
-        shape = self._source.value(projection.layer.index, f"{projection.linear}.weight").shape
-        transposed = is_transposed(projection.layer.module.get_submodule(projection.linear))
-        inputs, outputs = shape if transposed else shape[::-1]
+    def _require_enough(self, projection: OutputProjection, repair: str) -> None:
+        """Raise an error if there are too few tokens to fit to, or there is too little memory to fit in.
+
+        Raises:
+            CorpusError: there are too few tokens.
+            RepairError: there is too little memory.
+        """
+        value = self._source.value(projection.layer.index, projection.weight)
+        inputs, outputs = projection.matrix(value.to("meta")).shape
+        method = REPAIRS[repair]
+        unknowns = method.unknowns(inputs, outputs)
+        fewer = [name for name, other in REPAIRS.items() if other.unknowns(inputs, outputs) < unknowns]
+        instead = f"choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})" if fewer else ""
         num_tokens = sum(int(split.fitted.sum()) for split in self._splits)
-        needed = REPAIRS[repair].tokens_needed(inputs, outputs)
+        needed = method.tokens_needed(inputs, outputs)
         if num_tokens < needed:
-            fewer = [name for name, method in REPAIRS.items() if method.tokens_needed(inputs, outputs) < needed]
             raise CorpusError(
                 f"The repair {repair} of this model needs at least {needed:,} tokens to fit to, not {num_tokens:,}.",
-                "Give more text, raise `max_sequences`"
-                + (f", or choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})." if fewer else "."),
+                "Give more text, raise `max_sequences`" + (f", or {instead}." if instead else "."),
+            )
+        features = inputs if method.features == "inputs" else outputs
+        size, room = NormalEquations.peak_bytes(features, outputs), free_memory(value.device)
+        if size > room:
+            raise RepairError(
+                f"The repair {repair} of layer {projection.layer.index} needs {describe_bytes(size)} of memory for the "
+                f"products of {features:,} features; {describe_bytes(room)} are free.",
+                f"Use a machine with more memory, or {instead}." if instead else "Use a machine with more memory.",
             )
 
-    def _require_plain(self, layer: int, module: str) -> None:
-        """Raise RepairError if the files hold a module's weight in a form into which no repair can be written."""
-        path = f"{module}.weight"
+    def _require_plain(self, layer: int, path: str) -> None:
+        """Raise RepairError if the files hold a weight in a form into which no repair can be written."""
         stored = self._stored((layer, path))
         if stored is None or not stored.is_floating_point() or stored.dtype.itemsize == 1:
             form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
@@ -201,7 +223,8 @@ class RepairFitter:
             counted += split.weight * float(scale[masks[0]].double().square().sum())
             size += split.weight * float((scale * target)[masks[1]].double().square().sum())
 
-        self._source.visit(projection, cut.last, add, tracked(self._indices, description))
+        read = projection.reading(step.features)
+        self._source.visit(read, cut.last, add, tracked(self._indices, description))
         (fitted, held_back), (size, counted) = self._all_reduce(sums, size, counted)
         return fitted, held_back, size, fitted.gram / counted
 
@@ -221,14 +244,13 @@ class RepairFitter:
         old = {field: self._parameter(layer, path) for field, path in paths.items()}
         device = fit.weights.device
         values = {field: tensor.to(device, torch.float64) for field, tensor in old.items()}
-        transposed = is_transposed(projection.layer.module.get_submodule(projection.linear))
-        linear = values["linear"] if transposed else values["linear"].T
+        bias = projection.biases(values["bias"]) if "bias" in values else None
         gain = values["gain"] + projection.offset if "gain" in values else None
-        weights = ProjectionWeights(linear, values.get("bias"), gain)
+        weights = ProjectionWeights(projection.matrix(values["linear"]), bias, gain)
         new = fold(step, weights, fit.weights, moment, projection.factor)
         folded = {
-            "linear": new.linear if transposed else new.linear.T,
-            "bias": new.bias,
+            "linear": projection.from_matrix(new.linear, values["linear"]),
+            "bias": None if new.bias is None else projection.from_biases(new.bias, values["bias"]),
             "gain": None if new.gain is None else new.gain - projection.offset,
         }
         for field, path in paths.items():
@@ -242,7 +264,7 @@ class RepairFitter:
 
     def _paths(self, projection: OutputProjection) -> Mapping[str, str]:
         """Return the paths of a projection's parameters. See `fold.parameter_paths`."""
-        return parameter_paths(projection, bias=self._source.has(projection.layer.index, f"{projection.linear}.bias"))
+        return parameter_paths(projection, bias=self._source.has(projection.layer.index, projection.bias))
 
     def _parameter(self, layer: int, path: str) -> torch.Tensor:
         """Return a parameter with the changes so far, as it would be written.

@@ -77,7 +77,7 @@ class ProjectionWeights:
 
     Attributes:
         linear: [inputs, outputs].
-        bias: [outputs], or None.
+        bias: [..., outputs], or None.
         gain: [outputs], the gain of the norm, or None.
     """
 
@@ -115,9 +115,9 @@ def fold(
 
 def parameter_paths(projection: OutputProjection, *, bias: bool) -> Mapping[str, str]:
     """Return the paths of a projection's parameters, below the layer, by the field of `ProjectionWeights`."""
-    paths = {"linear": f"{projection.linear}.weight"}
+    paths = {"linear": projection.weight}
     if bias:
-        paths["bias"] = f"{projection.linear}.bias"
+        paths["bias"] = projection.bias
     if projection.norm is not None:
         paths["gain"] = f"{projection.norm}.weight"
     return paths

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import Removal, experts_by_layer, layer_of, whole_layers
 from avss_dist.core.registry import LAYERWISE, PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.expert_removal import require_experts, without_experts
 from avss_dist.models.layers import as_rows, first_tensor, probe_tokens
 from avss_dist.models.loading import Backbone, forward_function, load
 from avss_dist.models.patching import Parameter, patched
@@ -73,13 +74,13 @@ class _ResumePoints:
 
 
 class HiddenStateSource:
-    """Computes the hidden states of some batches, with layers removed or not and weights changed or not.
+    """Computes the hidden states of some batches, with layers and experts removed or not, and weights changed or not.
 
     A pass resumes where an earlier one over the same batch was, if the family allows it and nothing before that point
     has changed. Cuts are therefore visited in order of depth.
 
     Args:
-        drop: layers that the pruned model lacks.
+        drop: layers and experts that the pruned model lacks.
         starts: layers behind which passes of the whole model will resume.
     """
 
@@ -88,10 +89,11 @@ class HiddenStateSource:
         backbone: Backbone,
         device: torch.device,
         batches: Sequence[Batch],
-        drop: Collection[int],
+        drop: Collection[Removal],
         starts: Collection[int],
     ) -> None:
-        self._layers, self._drop, self._device = backbone.structure.layers, set(drop), device
+        self._layers, self._drop, self._device = backbone.structure.layers, {*drop}, device
+        require_experts(self._layers, drop)
         self._batches = batches
         self._forward = forward_function(backbone.module)
         self._changed: dict[Parameter, torch.Tensor] = {}
@@ -108,7 +110,11 @@ class HiddenStateSource:
             RepairError: it has none.
         """
         with torch.no_grad(), skipping(self._layers, self._after(layer), self._forms):
-            return find_output_projection(self._layers[layer], self._probe, partial(self.value, layer))
+            return self._find_projection(layer, self._probe)
+
+    def _find_projection(self, layer: int, run: Callable[[], Any]) -> OutputProjection:
+        removed = experts_by_layer(self._drop).get(layer, ())
+        return find_output_projection(self._layers[layer], run, partial(self.value, layer), removed)
 
     def change(self, layer: int, path: str, value: torch.Tensor) -> None:
         """Change a parameter of the pruned model. The whole model keeps its value."""
@@ -148,8 +154,9 @@ class HiddenStateSource:
     def _pruned(self, number: int, projection: OutputProjection) -> CutStates:
         """Return the pruned model's states at a projection, with all changes so far."""
         layer = projection.layer
-        with self._patched(), captured(_modules(projection)) as calls:
-            self._run(number, self._drop | self._after(layer.index), self._of_pruned.get(number))
+        skipped = self._after(layer.index) | {*whole_layers(self._drop)}
+        with self._patched(), without_experts(self._layers, self._drop), _captured_at(projection) as calls:
+            self._run(number, skipped, self._of_pruned.get(number))
         self._of_pruned.put(number, layer.index - 1, calls["layer"].input)
         return self._cut_states(number, projection, calls)
 
@@ -220,9 +227,9 @@ class GatheredHiddenStateSource(HiddenStateSource):
     No hidden states are kept between cuts, because ranks have room for different numbers of them.
     """
 
-    def __init__(self, model: LanguageModel, batches: Sequence[Batch], *layers: Collection[int]) -> None:
+    def __init__(self, model: LanguageModel, batches: Sequence[Batch], *places: Any) -> None:
         self._model = model
-        super().__init__(model.backbone, model.device, batches, *layers)
+        super().__init__(model.backbone, model.device, batches, *places)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """See `HiddenStateSource`."""
@@ -245,10 +252,11 @@ class SharedHiddenStateSource(HiddenStateSource):
         self,
         model: LanguageModel,
         batches: Sequence[Batch],
-        drop: Collection[int],
+        drop: Collection[Removal],
         starts: Collection[int],
     ) -> None:
-        self._model, self._layers, self._drop = model, model.layers, set(drop)
+        self._model, self._layers, self._drop = model, model.layers, {*drop}
+        require_experts(self._layers, drop)
         self._batches, self._device = batches, model.device
         self._forward = forward_function(model.backbone.module)
         self._changed: dict[Parameter, torch.Tensor] = {}
@@ -262,7 +270,7 @@ class SharedHiddenStateSource(HiddenStateSource):
                 return self._model.together([self._probe])[0]
 
         with self._model.without(self._after(layer)):
-            return find_output_projection(self._layers[layer], run, partial(self.value, layer))
+            return self._find_projection(layer, run)
 
     @cached_property
     def _probe_inputs(self) -> dict[int, torch.Tensor]:
@@ -285,9 +293,10 @@ class SharedHiddenStateSource(HiddenStateSource):
             return self._rows(calls["layer"].output, layer.axes, number).cpu()
 
         def pruned(number: int) -> None:
-            skipped = self._drop | self._after(projection.layer.index)
-            modules = _modules(projection)
-            with self._model.without(skipped), self._model.patched(self._changed), captured(modules) as calls:
+            behind = self._after(projection.layer.index)
+            skipped = behind | {removal for removal in self._drop if layer_of(removal) not in behind}
+            patch = self._model.patched(self._changed)
+            with self._model.without(skipped), patch, _captured_at(projection) as calls:
                 self._pass(number)
             visit(number, wanted.pop(number).to(self._device), self._cut_states(number, projection, calls))
 
@@ -295,14 +304,15 @@ class SharedHiddenStateSource(HiddenStateSource):
         self._model.together([partial(pruned, number) for number in numbers])
 
 
-def _modules(projection: OutputProjection) -> dict[str, nn.Module]:
-    """Return the modules to capture at a projection, by path."""
+def _captured_at(projection: OutputProjection) -> AbstractContextManager[dict[Any, CapturedCall]]:
+    """Return the context that records the calls of a projection's modules, by path, and of its layer."""
     module = projection.layer.module
-    return {"layer": module} | {path: module.get_submodule(path) for path in (projection.linear, projection.last)}
+    paths = {path: module.get_submodule(path) for path in (projection.linear, projection.last)}
+    return captured({"layer": module} | paths, {projection.linear: projection.read_input})
 
 
-OpenHiddenStates = Callable[[Sequence[Batch], Collection[int], Collection[int]], HiddenStateSource]
-"""Takes batches, dropped layers and starts, and returns the `HiddenStateSource` of an open model."""
+OpenHiddenStates = Callable[[Sequence[Batch], Collection[Removal], Collection[int]], HiddenStateSource]
+"""Takes batches, dropped layers and experts, and starts, and returns the `HiddenStateSource` of an open model."""
 
 
 def hidden_states_of(model: LanguageModel) -> OpenHiddenStates:

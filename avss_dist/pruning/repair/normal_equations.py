@@ -18,6 +18,7 @@ from avss_dist.core.errors import AvssError
 FORMS = ("scale", "channel", "full")
 """Forms of W: a multiple of the identity, a diagonal, any matrix."""
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # multiples of the mean diagonal of G
+_PEAK_COPIES = 5  # two sums, a batch's, and the factor of one of them with its ridge
 
 
 class FitError(AvssError):
@@ -48,6 +49,11 @@ class NormalEquations:
             for shape in ((inputs, inputs), (inputs, outputs), ())
         ]
         return cls(sums[0], sums[1], sums[2], 0)
+
+    @staticmethod
+    def peak_bytes(inputs: int, outputs: int) -> int:
+        """Return the most bytes that sums over two sets of tokens and their solution take."""
+        return _PEAK_COPIES * 8 * inputs * (inputs + outputs)
 
     @classmethod
     def from_tokens(cls, x: torch.Tensor, y: torch.Tensor, weight: float = 1.0) -> NormalEquations:

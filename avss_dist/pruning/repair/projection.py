@@ -6,15 +6,17 @@ the layer's output by a multiple of the push if, and only if, the module's outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from avss_dist.models.expert_units import DownProjections, find_down_projections
+from avss_dist.models.experts import Experts
 from avss_dist.models.layers import PROBE_SHAPE, Layer, as_rows, first_tensor, input_tensor
 from avss_dist.pruning.selection import PlanError
 from avss_dist.system.context import bound
@@ -55,9 +57,102 @@ class OutputProjection:
         """Path of the module whose output is added."""
         return self.norm or self.linear
 
+    @property
+    def weight(self) -> str:
+        """Path of the weight, below the layer."""
+        return f"{self.linear}.weight"
+
+    @property
+    def bias(self) -> str:
+        """Path of the bias, which the layer may not have."""
+        return f"{self.linear}.bias"
+
+    def reading(self, features: Literal["inputs", "output"]) -> OutputProjection:
+        """Return the projection, of which these features are read. See `RepairMethod.features`."""
+        return self
+
+    def read_input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return the input of the linear map, [..., inputs], from the arguments of a call."""
+        return input_tensor(args, kwargs)
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight as [inputs, outputs]."""
+        return weight if is_transposed(self.layer.module.get_submodule(self.linear)) else weight.T
+
+    def from_matrix(self, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight, in the layout of ``weight``, that `matrix` turns into ``matrix``."""
+        return self.matrix(matrix)
+
+    def biases(self, bias: torch.Tensor) -> torch.Tensor:
+        """Return the bias as [..., outputs]."""
+        return bias
+
+    def from_biases(self, biases: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Return the bias, in the layout of ``bias``, that `biases` turns into ``biases``."""
+        return biases
+
+
+@dataclass(frozen=True)
+class ExpertsProjection(OutputProjection):
+    """The down projections of a layer's remaining routed experts, as one linear map of their gated units.
+
+    Attributes:
+        linear: path of the fused experts, below the layer.
+        down: their down projections.
+        remaining: indices of the remaining experts.
+        output_only: whether a call's input is not read, which saves its units.
+    """
+
+    down: DownProjections = field(kw_only=True)
+    remaining: tuple[int, ...] = field(kw_only=True)
+    output_only: bool = False
+
+    @property
+    def weight(self) -> str:
+        """See `OutputProjection`."""
+        return f"{self.linear}.{DownProjections.WEIGHT}"
+
+    @property
+    def bias(self) -> str:
+        """See `OutputProjection`."""
+        return f"{self.linear}.{DownProjections.BIAS}"
+
+    def reading(self, features: Literal["inputs", "output"]) -> OutputProjection:
+        """See `OutputProjection`."""
+        return replace(self, output_only=features == "output")
+
+    def read_input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """See `OutputProjection`."""
+        if self.output_only:
+            return input_tensor(args, kwargs)
+        return self.down.gated_units(args, kwargs)[:, list(self.remaining)].flatten(1)
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """See `OutputProjection`. Removed experts are left out."""
+        return self.down.as_rows(weight)[list(self.remaining)].flatten(0, 1)
+
+    def from_matrix(self, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See `OutputProjection`. Removed experts have the values of ``weight``."""
+        rows = self.down.as_rows(weight).to(matrix, copy=True)
+        rows[list(self.remaining)] = matrix.unflatten(0, (len(self.remaining), -1))
+        return self.down.as_rows(rows)
+
+    def biases(self, bias: torch.Tensor) -> torch.Tensor:
+        """See `OutputProjection`."""
+        return bias[list(self.remaining)]
+
+    def from_biases(self, biases: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """See `OutputProjection`."""
+        values = bias.to(biases, copy=True)
+        values[list(self.remaining)] = biases
+        return values
+
 
 def find_output_projection(
-    layer: Layer, run: Callable[[], Any], value: Callable[[str], torch.Tensor]
+    layer: Layer,
+    run: Callable[[], Any],
+    value: Callable[[str], torch.Tensor],
+    removed_experts: Collection[int] = (),
 ) -> OutputProjection:
     """Find the output projection of a layer's MLP with a few forward passes.
 
@@ -68,10 +163,12 @@ def find_output_projection(
     Raises:
         RepairError: there is none, or its weights cannot be changed; the message says why.
     """
+    paths = {module: path for path, module in layer.module.named_modules()}
+    if layer.experts is not None:
+        return _experts_projection(layer, layer.experts, paths[layer.experts.module], run, removed_experts)
     tap = layer.taps.get("neuron")
     if tap is None:
-        raise _refusal(layer, "has no MLP that ends in one linear map of its own (experts are routed, or fused)")
-    paths = {module: path for path, module in layer.module.named_modules()}
+        raise _refusal(layer, "has no MLP that ends in one linear map of its own")
     linear = tap.module
     weight = getattr(linear, "weight", None)
     if not _is_plain(linear) or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
@@ -88,6 +185,33 @@ def find_output_projection(
         if (factor := _residual_multiple(layer, norm, run, unmoved)) is not None:
             return OutputProjection(layer, paths[linear], paths[norm], factor, offset, eps)
     raise _refusal(layer, "does not simply add what its MLP gives to the residual stream")
+
+
+def _experts_projection(
+    layer: Layer, experts: Experts, path: str, run: Callable[[], Any], removed: Collection[int]
+) -> OutputProjection:
+    """Return the projection of the remaining routed experts of a layer; see `find_output_projection`."""
+    down = find_down_projections(experts.module)
+    if down is None:
+        raise _refusal(layer, f"has no plain '{DownProjections.WEIGHT}' of its routed experts")
+    remaining = tuple(expert for expert in range(experts.number) if expert not in removed)
+    projection = ExpertsProjection(layer, path, None, 1.0, down=down, remaining=remaining)
+    linear: list[bool] = []
+
+    def check(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        linear.append(down.is_linear(args, kwargs, output, _TOLERANCE))
+
+    handle = experts.module.register_forward_hook(check, with_kwargs=True)
+    try:
+        unmoved = _output(layer, run)
+    finally:
+        handle.remove()
+    if not linear or not all(linear):
+        raise _refusal(layer, "computes with its routed experts in an unknown way")
+    factor = _residual_multiple(layer, experts.module, run, unmoved)
+    if factor is None:
+        raise _refusal(layer, "does not simply add what its routed experts give to the residual stream")
+    return replace(projection, factor=factor)
 
 
 def is_transposed(linear: nn.Module) -> bool:
@@ -186,11 +310,20 @@ class CapturedCall:
     output: torch.Tensor
 
 
+ReadInput = Callable[[Sequence[Any], Mapping[str, Any]], torch.Tensor | None]
+"""Returns the input of a module from the arguments of a call."""
+
+
 @contextmanager
-def captured(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, CapturedCall]]:
+def captured(
+    modules: Mapping[Any, nn.Module], inputs: Mapping[Any, ReadInput] | None = None
+) -> Iterator[dict[Any, CapturedCall]]:
     """Record the last call of each module, under the key that it has in ``modules``.
 
     Among interleaved passes, it records the calls of the pass that entered it.
+
+    Args:
+        inputs: functions that read the input of a call, by key; the first tensor argument by default.
     """
     calls: dict[Any, CapturedCall] = {}
 
@@ -198,7 +331,7 @@ def captured(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, CapturedCal
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if _CAPTURING.get() is not calls:
                 return
-            input_, output_ = input_tensor(args, kwargs), first_tensor(output)
+            input_, output_ = (inputs or {}).get(key, input_tensor)(args, kwargs), first_tensor(output)
             if input_ is not None and output_ is not None:
                 calls[key] = CapturedCall(input_.clone(), output_.clone())  # which later modules may change
 

@@ -74,13 +74,15 @@ class RepairedCut:
     after: Count
     """Layer whose MLP was changed, counted in the whole model."""
     removed: Layers
-    """Removed layers right after it; empty where a repair fits what an earlier cut left missing."""
+    """Removed layers right after it; empty where only its experts are, or a repair fits what an earlier cut left."""
     ridges: Annotated[tuple[float | None, ...], Field(strict=False)]
     """Ridge of each fit, as a multiple of the mean diagonal; None if the fit did not help and nothing was changed."""
     error_before: Error
     """Error without the repair of this cut."""
     error_after: Error
     """Error with the repair of this cut."""
+    experts: Layers = ()
+    """Removed experts of ``after``, of which the remaining ones were changed."""
     maps: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Linear maps that were fitted in ``after``; only repairs of earlier versions fitted others than the MLP's last."""
 
@@ -100,7 +102,12 @@ class RepairedCut:
     def _place(self) -> str:
         if self.maps:
             return f"in {self.after}"
-        return f"without {describe_layers(self.removed)}, after {self.after}" if self.removed else f"after {self.after}"
+        without = f"without {describe_layers(self.removed)}, " if self.removed else ""
+        layers = f"{without}after {self.after}"
+        experts = f"without experts {describe_layers(self.experts)} of layer {self.after}"
+        if not self.experts:
+            return layers
+        return f"{experts}, and {layers}" if self.removed else experts
 
 
 @checked

@@ -128,7 +128,7 @@ def fit_repair(
     splits = split_texts(texts, repair.settings.batch_size, repair.weights)
     splits += [splits[0].uncounted()] * (-len(splits) % parallel.multiple)
     starts = [cut.last for cut in cuts if cut.last + 1 < plan.num_layers]
-    source = open_hidden_states([split.batch for split in splits], plan.dropped_layers, starts)
+    source = open_hidden_states([split.batch for split in splits], plan.drop, starts)
     fitter = RepairFitter(source, stored, splits, parallel)
     repaired_cuts = fitter.fit_all(cuts, repair.by)
     record = _record(checkpoint, plan, repair, texts, splits, repaired_cuts)

@@ -5,12 +5,20 @@ They follow from the configuration and the headers of the weight files. No weigh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
 from torch import nn
 
+from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.expert_removal import find_routed_experts
+from avss_dist.models.expert_units import find_down_projections
 from avss_dist.models.layers import layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
+from avss_dist.models.patching import Parameter
 from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.sites import find_down_projection
 from avss_dist.models.size import load_skeleton
@@ -40,32 +48,50 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
     if len(lists) != 1:
         return 0
     ((path, layers),) = lists.items()
-    maps = {
-        index: linear for index, layer in enumerate(layers) if (linear := find_down_projection(layer, text.hidden_size))
-    }
-    if not maps:
+    changed = {i: weight for i, layer in enumerate(layers) if (weight := _changed_weight(layer, text.hidden_size))}
+    if not changed:
         raise RepairError(
-            f"No layer of '{checkpoint.name}' has an MLP that ends in one linear map of its own (experts are routed, "
-            "or fused): what is missing after it cannot be given back.",
+            f"No layer of '{checkpoint.name}' has an MLP that ends in one linear map, or in those of its routed "
+            "experts: what is missing after it cannot be given back.",
             "Set `repair` to none.",
         )
     plan = Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,))
-    _require_plain(checkpoint, plan, maps, settings)
-    inputs, outputs = zip(*(linear_sizes(module) for _, module in maps.values()), strict=True)
-    return REPAIRS[repair].tokens_needed(min(inputs), min(outputs))
+    _require_plain(checkpoint, plan, [(layer, weight.path) for layer, weight in changed.items()], settings)
+    method = REPAIRS[repair]
+    return min(method.tokens_needed(weight.inputs, weight.outputs) for weight in changed.values())
 
 
-def _require_plain(
-    checkpoint: Checkpoint, plan: Plan, maps: dict[int, tuple[str, nn.Module]], settings: Settings
-) -> None:
-    """Raise RepairError if the files hold none of these linear maps as numbers that can be changed.
+class _ChangedWeight(NamedTuple):
+    """The weight of a layer that a repair changes: its path below the layer, and the sizes of the linear map."""
+
+    path: str
+    inputs: int
+    outputs: int
+
+
+def _changed_weight(layer: nn.Module, width: int) -> _ChangedWeight | None:
+    """Return the weight of a layer that a repair changes, or None if it has none.
 
     Args:
-        maps: path and module by layer.
+        layer: the module, which may be on the meta device.
+        width: units of the residual stream.
     """
+    with suppress(ModelError):
+        routed = find_routed_experts(layer)
+        if routed and (down := find_down_projections(layer.get_submodule(routed.experts))):
+            experts, units, outputs = down.as_rows(down.module.get_parameter(down.WEIGHT)).shape
+            return _ChangedWeight(f"{routed.experts}.{down.WEIGHT}", experts * units, outputs)
+    if linear := find_down_projection(layer, width):
+        path, module = linear
+        return _ChangedWeight(f"{path}.weight", *linear_sizes(module))
+    return None
+
+
+def _require_plain(checkpoint: Checkpoint, plan: Plan, changed: Sequence[Parameter], settings: Settings) -> None:
+    """Raise RepairError if the files hold none of these weights as numbers that can be changed."""
     weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
     stored = {tensor.name: tensor.dtype for tensors in weights.files.values() for tensor in tensors.values()}
-    names = [weights.name((layer, f"{path}.weight")) for layer, (path, _) in maps.items()]
+    names = [weights.names(parameter)[0] for parameter in changed]
     dtypes = [DTYPES.get(stored[name]) for name in names if name in stored]
     if not any(dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
         form = f"as {stored[names[0]]}" if names[0] in stored else "under other names"

@@ -1,0 +1,232 @@
+"""Repair of models with routed experts: without some experts, without layers, and without both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pruning.test_pruned_experts import FAMILIES, SMALL, experts_of, masked_logits, mixture, plan_of
+from pruning.test_repair import READ, TEXT, repair_of
+from support.checkpoints import VOCABULARY, host_limit, one_thread
+from support.command_line import avss
+from transformers import AutoModelForCausalLM
+
+from avss_dist.core.errors import CorpusError
+from avss_dist.core.intervention import Expert
+from avss_dist.core.settings import Execution, Settings
+from avss_dist.corpus.shards import tokenize_corpus
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.expert_removal import find_routed_experts, without_experts
+from avss_dist.models.expert_units import find_down_projections
+from avss_dist.models.loading import load_tokenizer, open_module
+from avss_dist.models.size import footprint
+from avss_dist.models.skipping import skipping
+from avss_dist.pruning.checkpoint import prune
+from avss_dist.pruning.repair.projection import RepairError
+from avss_dist.pruning.repair.record import read_repairs
+from avss_dist.pruning.repair.repair import Repair
+from avss_dist.pruning.repair.requirements import tokens_needed
+
+Save = Callable[[Any, Path], Path]
+
+
+def saved(family: str, folder: Path, save: Save, **changes: Any) -> tuple[Any, Path]:
+    """A tiny mixture that knows the words of the tests' tokenizer, with biases that matter, and its folder."""
+    model = mixture(family, vocab_size=VOCABULARY, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj_bias"):
+                parameter.normal_(std=0.1)
+    return model, save(model, folder)
+
+
+def fused(model: Any, layer: int) -> torch.nn.Module:
+    block = open_module(model).structure.layers[layer].module
+    routed = find_routed_experts(block)
+    assert routed is not None
+    return block.get_submodule(routed.experts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("by", ["refit", "map"])
+def test_a_repaired_checkpoint_is_the_masked_model_with_its_weights(
+    by: str, family: str, tmp_path: Path, save_checkpoint: Save
+) -> None:
+    """Stored one by one or in one tensor: the remaining down projections are changed, and nothing else."""
+    whole, folder = saved(family, tmp_path / "whole", save_checkpoint)
+    drop = experts_of(whole, 1)
+    done = prune(str(folder), plan_of(folder, whole, drop), tmp_path / "less", repair=repair_of(by))
+    assert done["difference"] <= 1e-5
+    cuts = done["repair"].cuts
+    assert [(cut.after, cut.removed, cut.experts) for cut in cuts] == [(expert.layer, (), (1,)) for expert in drop]
+    assert all(cut.error_after < cut.error_before and cut.changed for cut in cuts)
+    assert read_repairs(tmp_path / "less") == [done["repair"]]
+    less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
+    before = masked_logits(whole, drop)
+    changed = {name for name, value in less.named_parameters() if value.shape != whole.get_parameter(name).shape}
+    for expert in drop:
+        ours, theirs = fused(whole, expert.layer), fused(less, expert.layer)
+        names = ["down_proj", *(["down_proj_bias"] if by == "map" and hasattr(ours, "down_proj_bias") else [])]
+        for name, value in theirs.named_parameters():
+            rows = getattr(ours, name).data[[0, 2, 3]]
+            assert torch.equal(value, rows) == (name not in names), name
+            getattr(ours, name).data[[0, 2, 3]] = value.data
+    others = [name for name in dict(whole.named_parameters()) if name not in changed]
+    assert all(torch.equal(whole.get_parameter(name), less.get_parameter(name)) for name in others)
+    after = masked_logits(whole, drop)
+    with torch.no_grad():
+        logits = less(torch.arange(16).reshape(2, 8) + 3, use_cache=False).logits
+    assert float((logits - after).abs().max()) <= 1e-5 < float((before - after).abs().max())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_gated_units_are_those_of_the_definition(family: str) -> None:
+    """Of experts that are wider than the residual stream, so that they are read in parts."""
+    width = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+    model = mixture(family, **{width: 80})
+    experts = fused(model, 1)
+    down = find_down_projections(experts)
+    assert down is not None
+    torch.manual_seed(0)
+    hidden = torch.randn(7, model.config.hidden_size)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    gates = torch.rand(7, 2)
+    with torch.no_grad():
+        gated = down.gated_units((hidden, index, gates), {})
+        expected = torch.zeros(7, 4, 80)
+        for token, (chosen, weights) in enumerate(zip(index, gates, strict=True)):
+            for expert, weight in zip(chosen, weights, strict=True):
+                if family == "qwen3_moe":
+                    gate, up = (experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
+                    units = torch.nn.functional.silu(gate) * up
+                else:
+                    both = hidden[token] @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
+                    gate, up = both[::2].clamp(max=experts.limit), both[1::2].clamp(-experts.limit, experts.limit)
+                    units = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
+                expected[token, expert] = weight * units
+        before = experts.down_proj.clone()
+        output = experts(hidden, index, gates)
+    torch.testing.assert_close(gated, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(experts.down_proj, before)
+    with torch.no_grad():
+        assert down.is_linear((hidden, index, gates), {}, output, 1e-4)
+        assert not down.is_linear((hidden, index, gates), {}, output + 0.1 * output.roll(1), 1e-4)
+
+
+def relative_error(whole: Any, less: Any, ids: torch.Tensor, drop: Sequence[Expert], layer: int) -> float:
+    """The length of what is missing after a layer, over that of the whole model's hidden states."""
+
+    def hidden(model: Any, drop: Sequence[Expert]) -> torch.Tensor:
+        layers = open_module(model).structure.layers
+        with torch.no_grad(), without_experts(layers, drop), skipping(layers, range(layer + 1, len(layers))):
+            states = model.model(ids, use_cache=False, output_hidden_states=True).hidden_states
+        return states[layer + 1][:, 1:]
+
+    wanted = hidden(whole, ())
+    return float((wanted - hidden(less, drop)).norm() / wanted.norm())
+
+
+def test_the_recorded_errors_are_those_of_the_checkpoint(tmp_path: Path, save_checkpoint: Save) -> None:
+    """On the held-back rows, after the first layer, but for the first token of each row."""
+    whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)
+    drop = experts_of(whole, 1)
+    done = prune(str(folder), plan_of(folder, whole, drop), tmp_path / "less", repair=repair_of("refit"))
+    cut = done["repair"].cuts[0]
+    text = tokenize_corpus(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ))
+    rows = torch.cat([torch.from_numpy(b.input_ids).long() for s in text.shards for b in s.batches(60)])[54:]
+    less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
+    assert relative_error(whole, whole, rows, drop, 0) == pytest.approx(cut.error_before, rel=0.05)
+    assert relative_error(whole, less, rows, (), 0) == pytest.approx(cut.error_after, rel=0.05)
+    assert cut.error_after < 0.95 * cut.error_before
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_streaming_writes_the_same_bytes(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
+    """Without an expert of each layer, and without the last layer."""
+    whole, folder = saved(family, tmp_path / "whole", save_checkpoint)
+    last = len(open_module(whole).structure.layers) - 1
+    drop = [expert for expert in experts_of(whole, 2) if expert.layer < last] + [last]
+    size = footprint(resolve(str(folder)), Settings(dtype="float32"))
+    room = size.weight_bytes - sum(size.layer_bytes) + 2 * (max(size.layer_bytes) + 512)
+    streamed = Execution(partition="streaming", max_memory={"cpu": host_limit(folder, room, dtype="float32")})
+    plan = plan_of(folder, whole, drop)
+    with one_thread():
+        done = [
+            prune(str(folder), plan, tmp_path / name, repair=repair_of("map"), execution=execution)
+            for name, execution in (("memory", Execution(partition="single")), ("streamed", streamed))
+        ]
+    assert done[0]["repair"] == done[1]["repair"]
+    assert [(cut.removed, cut.experts) for cut in done[0]["repair"].cuts][-1] == ((last,), (2,))
+    files = [sorted((tmp_path / name).iterdir()) for name in ("memory", "streamed")]
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+
+
+def test_removed_layers_of_a_mixture_are_given_back(tmp_path: Path, save_checkpoint: Save) -> None:
+    """By all experts of the layer before them; of every layer behind the first that loses any, on request."""
+    whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)
+    plan = plan_of(folder, whole, [1])
+    done = prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
+    (cut,) = done["repair"].cuts
+    assert (cut.after, cut.removed, cut.experts) == (0, (1,), ()) and cut.error_after < cut.error_before
+    assert "Of the others, the MLP's last map is changed in 0." in (tmp_path / "less" / "README.md").read_text()
+    every = prune(str(folder), plan, tmp_path / "every", repair=repair_of("refit_all"))["repair"].cuts
+    assert [(cut.after, cut.removed) for cut in every] == [(0, (1,)), (2, ())] and every[1].changed
+
+
+def test_a_repair_on_workers_is_stored_and_says_what_it_is_for(tmp_path: Path, save_checkpoint: Save) -> None:
+    """The command writes the checkpoint that the function does, which is not evaluated on the text of the repair."""
+    whole, folder = saved("mixtral", tmp_path / "whole", save_checkpoint)
+    file, warehouse = tmp_path / "plan.yaml", tmp_path / "w"
+    plan = plan_of(folder, whole, experts_of(whole, 1))
+    plan.write(file)
+    read = [v for name, value in READ.items() for v in (f"--{name.replace('_', '-')}", value)]
+    repair = ("--repair", "refit", "--repair-corpus", TEXT, *read)
+    done = avss("prune", folder, file, "-o", tmp_path / "less", "-w", warehouse, "--executor", "local", *repair)
+    assert done.exit_code == 0, done.stderr
+    assert "without experts 1 of layer 0: error" in " ".join(done.stdout.split())
+    assert len(list((warehouse / "patches").iterdir())) == 1
+    with one_thread():
+        prune(str(folder), plan, tmp_path / "here", repair=repair_of("refit"))
+    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("less", "here")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)
+    task = ("--task", f"perplexity:{TEXT}", "-w", warehouse)
+    refused = avss("evaluate", tmp_path / "less", "--base", folder, *task, *SMALL)
+    assert refused.exit_code == 2 and "is text that the repair of" in refused.stderr
+
+
+def test_what_is_too_little_for_a_repair(
+    tmp_path: Path, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text for all units of all experts, and memory for their products; a repair of fewer unknowns is named."""
+    whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)
+    plan = plan_of(folder, whole, experts_of(whole, 1))
+    units = 3 * whole.config.moe_intermediate_size
+    short = Repair(by="refit", corpora=(TEXT,), settings=Settings(**READ | {"max_sequences": 2}))
+    with pytest.raises(CorpusError, match=f"needs at least {4 * units:,} tokens to fit to") as few:
+        prune(str(folder), plan, tmp_path / "less", repair=short)
+    assert few.value.hint and "(map, channel, scale)" in few.value.hint
+    assert tokens_needed(resolve(str(folder)), "refit", Settings()) == 4 * whole.config.moe_intermediate_size * 4
+    assert tokens_needed(resolve(str(folder)), "map", Settings()) == 4 * whole.config.hidden_size
+    monkeypatch.setattr("avss_dist.pruning.repair.fitter.free_memory", lambda device: 1000)
+    with pytest.raises(RepairError, match=f"needs .* of memory for the products of {units} features") as large:
+        prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
+    assert large.value.hint and "(map, channel, scale)" in large.value.hint
+    assert not (tmp_path / "less").exists()
+
+
+def test_experts_whose_weights_are_unknown_are_refused(tmp_path: Path, save_checkpoint: Save) -> None:
+    """One of them is stored in another format than the others."""
+    from safetensors.torch import load_file, save_file
+
+    whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)
+    weights = load_file(folder / "model.safetensors")
+    stored = {name: t.to(torch.float8_e4m3fn) if "experts.0.down_proj" in name else t for name, t in weights.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    plan = plan_of(folder, whole, experts_of(whole, 1))
+    with pytest.raises(RepairError, match="nothing can be added to it"):
+        prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
+    assert not (tmp_path / "less").exists()
