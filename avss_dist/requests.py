@@ -432,7 +432,7 @@ class PruneRequest(ModelRequest):
     output: Output = field(kw_only=False)
     """Folder of the new checkpoint; it must not exist, or be empty."""
     repair: OptionalRepairName | None = None
-    """Repair to fit at each cut to make up for the removed layers; refit by default if there is text."""
+    """Repair to fit at each cut to make up for the removed layers or experts; refit by default if there is text."""
     repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
     """Text to fit the repair on: CORPUS or CORPUS=WEIGHT."""
     skip_sequences: Count = 0

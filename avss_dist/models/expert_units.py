@@ -102,6 +102,8 @@ def find_down_projections(module: nn.Module) -> DownProjections | None:
     They are known where they are plain numbers in the parameter that all families of transformers name alike.
     """
     weight = module._parameters.get(DownProjections.WEIGHT)
-    if weight is None or not weight.is_floating_point() or len(getattr(weight, "ds_shape", weight.shape)) != 3:
+    if weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 1:
+        return None
+    if len(getattr(weight, "ds_shape", weight.shape)) != 3:
         return None
     return DownProjections(module, transposed=bool(getattr(module, "is_transposed", False)))

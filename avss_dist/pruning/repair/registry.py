@@ -20,7 +20,7 @@ TOKENS_PER_UNKNOWN = 4  # minimum; with fewer, a fit follows the noise of its te
 
 @dataclass(frozen=True, kw_only=True)
 class RepairMethod:
-    """A way to make up for removed layers without training.
+    """A way to make up for removed layers or experts without training.
 
     Attributes:
         meaning: what is fitted, in a few words.

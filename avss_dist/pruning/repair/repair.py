@@ -1,9 +1,12 @@
-"""Repair: the last layer before each cut makes up for the removed layers, without training.
+"""Repair: the last layer before each cut makes up for what is removed, without training.
 
 At each cut, in order of depth, let X be the hidden states after the last layer before it, in the pruned model with the
 repairs so far, and Y those of the whole model after the last layer that is removed there. R = Y - X is fitted from the
 output of the MLP before the cut, or from its hidden units (see `fold`). A repair of every layer does the same at each
 layer behind the first cut, because what earlier fits leave missing propagates through them.
+
+A layer that loses routed experts is a cut as well, fitted to the whole model's hidden states after that layer. Its
+hidden units are those of all remaining experts times their gates (`models.expert_units`).
 
 The first token of each row is an attention sink: in some models its hidden states are hundreds of times as long as
 others. It is scaled to their length. One row of ten is held back: it chooses the ridge and measures the fit, and a fit
