@@ -1,8 +1,8 @@
 """Units of routed experts: the inputs of their down projections.
 
 The output of the fused experts of a layer is linear in their down projections: for a token, the sum over its experts of
-the gate times the units of the expert times its down projection. Gated units are read without knowing the family, by
-calling the experts with parts of the identity in place of the down projections.
+the gate times the units of the expert times its down projection. Units are read without knowing the family, by calling
+the experts with parts of the identity in place of the down projections, and with gates of 1.
 """
 
 from __future__ import annotations
@@ -17,6 +17,21 @@ from torch import nn
 
 from avss_dist.models.experts import routing_of
 from avss_dist.models.patching import replaced_parameters
+
+
+@dataclass(frozen=True)
+class ChosenUnits:
+    """Units of the experts that each token is sent to.
+
+    Attributes:
+        units: [tokens, k, units], the inputs of their down projections.
+        index: integer [tokens, k], the indices of the experts.
+        gates: [tokens, k], the weights of their outputs.
+    """
+
+    units: torch.Tensor
+    index: torch.Tensor
+    gates: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -38,39 +53,39 @@ class DownProjections:
         """Return the stacked parameter, or its values, as [experts, units, outputs]."""
         return weight if self.transposed else weight.transpose(1, 2)
 
-    def gated_units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """Return the units of the experts times their gates, [tokens, experts, units]; 0 for experts not chosen.
+    def units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ChosenUnits:
+        """Return the units of the experts that each token is sent to.
 
         Args:
             args, kwargs: arguments of a call of the experts.
         """
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        routing = routing_of(given)
+        routing = routing_of([value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)])
         assert routing is not None
+        tokens, chosen = routing.index.shape
         weight = self.module.get_parameter(self.WEIGHT)
-        number, units, outputs = self.as_rows(weight).shape
-        gated = routing.hidden.new_zeros(len(routing.hidden), number, units)
-        tokens = torch.arange(len(gated), device=gated.device)
-        for start in range(0, units, outputs):
-            width = min(outputs, units - start)
-            part = torch.zeros(units, outputs, dtype=weight.dtype, device=weight.device)
-            part[start : start + width, :width].fill_diagonal_(1)
+        _, width, outputs = self.as_rows(weight).shape
+        units = routing.hidden.new_empty(tokens, chosen, width)
+        for start in range(0, width, outputs):
+            read = min(outputs, width - start)
+            part = torch.zeros(width, outputs, dtype=weight.dtype, device=weight.device)
+            part[start : start + read, :read].fill_diagonal_(1)
             with self._replaced(part):
-                for slot in range(routing.index.shape[1]):
+                for slot in range(chosen):
                     index, gates = (tensor[:, slot : slot + 1] for tensor in (routing.index, routing.gates))
-                    output = self._call(args, kwargs, {id(routing.index): index, id(routing.gates): gates})
-                    gated[tokens, index[:, 0], start : start + width] += output[:, :width]
-        return gated
+                    only = {id(routing.index): index, id(routing.gates): torch.ones_like(gates)}
+                    units[:, slot, start : start + read] = self._call(args, kwargs, only)[:, :read]
+        return ChosenUnits(units, routing.index, routing.gates)
 
     def is_linear(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: torch.Tensor, tolerance: float) -> bool:
-        """Whether the output of a call is that of the down projections and their biases applied to `gated_units`.
+        """Whether the output of a call is that of the down projections and their biases applied to `units`.
 
         Args:
             args, kwargs, output: arguments and output of a call of the experts.
             tolerance: largest difference, relative to the norm of the output.
         """
-        rows = self.as_rows(self.module.get_parameter(self.WEIGHT))
-        from_units = self.gated_units(args, kwargs).flatten(1).float() @ rows.flatten(0, 1).float()
+        rows, chosen = self.as_rows(self.module.get_parameter(self.WEIGHT)), self.units(args, kwargs)
+        gated = chosen.units.float() * chosen.gates.unsqueeze(-1).float()
+        from_units = torch.einsum("tku,tkuo->to", gated, rows[chosen.index].float())
         with self._replaced(torch.zeros_like(rows[0]), keep_bias=True):
             from_bias = self._call(args, kwargs, {}).float()
         difference = from_units + from_bias - output.reshape(from_units.shape).float()

@@ -83,7 +83,7 @@ def test_a_repaired_checkpoint_is_the_masked_model_with_its_weights(
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_gated_units_are_those_of_the_definition(family: str) -> None:
+def test_units_are_those_of_the_definition(family: str) -> None:
     """Of experts that are wider than the residual stream, so that they are read in parts."""
     width = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
     model = mixture(family, **{width: 80})
@@ -95,10 +95,10 @@ def test_gated_units_are_those_of_the_definition(family: str) -> None:
     index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
     gates = torch.rand(7, 2)
     with torch.no_grad():
-        gated = down.gated_units((hidden, index, gates), {})
-        expected = torch.zeros(7, 4, 80)
-        for token, (chosen, weights) in enumerate(zip(index, gates, strict=True)):
-            for expert, weight in zip(chosen, weights, strict=True):
+        chosen = down.units((hidden, index, gates), {})
+        expected = torch.zeros(7, 2, 80)
+        for token in range(7):
+            for slot, expert in enumerate(index[token]):
                 if family == "qwen3_moe":
                     gate, up = (experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
                     units = torch.nn.functional.silu(gate) * up
@@ -106,10 +106,11 @@ def test_gated_units_are_those_of_the_definition(family: str) -> None:
                     both = hidden[token] @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
                     gate, up = both[::2].clamp(max=experts.limit), both[1::2].clamp(-experts.limit, experts.limit)
                     units = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
-                expected[token, expert] = weight * units
+                expected[token, slot] = units
         before = experts.down_proj.clone()
         output = experts(hidden, index, gates)
-    torch.testing.assert_close(gated, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(chosen.units, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(chosen.index, index) and torch.equal(chosen.gates, gates)
     assert torch.equal(experts.down_proj, before)
     with torch.no_grad():
         assert down.is_linear((hidden, index, gates), {}, output, 1e-4)
@@ -201,18 +202,18 @@ def test_a_repair_on_workers_is_stored_and_says_what_it_is_for(tmp_path: Path, s
 def test_what_is_too_little_for_a_repair(
     tmp_path: Path, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Text for all units of all experts, and memory for their products; a repair of fewer unknowns is named."""
+    """Text for the units of the experts, of which a token reaches some, and memory; fewer unknowns are named."""
     whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)
     plan = plan_of(folder, whole, experts_of(whole, 1))
-    units = 3 * whole.config.moe_intermediate_size
+    units, chosen = whole.config.moe_intermediate_size, whole.config.num_experts_per_tok
     short = Repair(by="refit", corpora=(TEXT,), settings=Settings(**READ | {"max_sequences": 2}))
-    with pytest.raises(CorpusError, match=f"needs at least {4 * units:,} tokens to fit to") as few:
+    with pytest.raises(CorpusError, match=f"needs at least {4 * units * 3 // chosen:,} tokens to fit to") as few:
         prune(str(folder), plan, tmp_path / "less", repair=short)
     assert few.value.hint and "(map, channel, scale)" in few.value.hint
-    assert tokens_needed(resolve(str(folder)), "refit", Settings()) == 4 * whole.config.moe_intermediate_size * 4
+    assert tokens_needed(resolve(str(folder)), "refit", Settings()) == 4 * units * 4 // chosen
     assert tokens_needed(resolve(str(folder)), "map", Settings()) == 4 * whole.config.hidden_size
     monkeypatch.setattr("avss_dist.pruning.repair.fitter.free_memory", lambda device: 1000)
-    with pytest.raises(RepairError, match=f"needs .* of memory for the products of {units} features") as large:
+    with pytest.raises(RepairError, match=f"needs .* of memory for the products of 3 x {units} inputs") as large:
         prune(str(folder), plan, tmp_path / "less", repair=repair_of("refit"))
     assert large.value.hint and "(map, channel, scale)" in large.value.hint
     assert not (tmp_path / "less").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
@@ -12,6 +13,7 @@ from avss_dist.core.text import describe_bytes, describe_layers
 from avss_dist.models.patching import Parameter
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fold import (
+    Features,
     FitStep,
     ProjectionWeights,
     features_of,
@@ -140,16 +142,20 @@ class RepairFitter:
         Args:
             description: text of the progress bar.
         """
-        fits = []
+        fits: list[list[RidgeFit]] = []
         old = {path: self._parameter(projection.layer.index, path) for path in self._paths(projection).values()}
         for step in fit_steps(REPAIRS[repair], projection):
-            fitted, held_back, size, moment = self._sums(cut, projection, step, description)
-            fits.append(fit_ridge(fitted, held_back, step.form))
-            if fits[-1].ridge is not None:
+            sums, size, moment = self._sums(cut, projection, step, description)
+            fits.append([_fit(step, *equations) for equations in sums])
+            if any(fit.ridge is not None for fit in fits[-1]):
                 self._fold(projection, step, fits[-1], moment)
-        before, after, ridges = fits[0].before, fits[-1].after, tuple(fit.ridge for fit in fits)
+        before, after = sum(fit.before for fit in fits[0]), sum(fit.after for fit in fits[-1])
+        ridges = tuple(fit.ridge for of_step in fits for fit in of_step)
+        if len(fits[-1]) > 1:  # each alone: what they give together is less than the sum of their errors
+            (((_, held_back),), _, _) = self._sums(cut, projection, _MEASURING, description)
+            after = float(held_back.target)
         if after > before:  # before a norm, a fit is folded approximately
-            after, ridges = before, (None,) * len(fits)
+            after, ridges = before, (None,) * len(ridges)
             for path, value in old.items():
                 self._change(projection.layer.index, path, value)
         return RepairedCut(
@@ -169,24 +175,28 @@ class RepairFitter:
             RepairError: there is too little memory.
         """
         value = self._source.value(projection.layer.index, projection.weight)
-        inputs, outputs = projection.matrix(value.to("meta")).shape
+        *_, inputs, outputs = shape = projection.matrix(value.to("meta")).shape
         method = REPAIRS[repair]
-        unknowns = method.unknowns(inputs, outputs)
-        fewer = [name for name, other in REPAIRS.items() if other.unknowns(inputs, outputs) < unknowns]
+        tokens_needed = {
+            name: round(other.tokens_needed(inputs, outputs) / projection.reading(other.features).chances)
+            for name, other in REPAIRS.items()
+        }
+        needed = tokens_needed[repair]
+        fewer = [name for name, tokens in tokens_needed.items() if tokens < needed]
         instead = f"choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})" if fewer else ""
         num_tokens = sum(int(split.fitted.sum()) for split in self._splits)
-        needed = method.tokens_needed(inputs, outputs)
         if num_tokens < needed:
             raise CorpusError(
                 f"The repair {repair} of this model needs at least {needed:,} tokens to fit to, not {num_tokens:,}.",
                 "Give more text, raise `max_sequences`" + (f", or {instead}." if instead else "."),
             )
+        fits = prod(shape[:-2]) if method.features == "inputs" else 1
         features = inputs if method.features == "inputs" else outputs
-        size, room = NormalEquations.peak_bytes(features, outputs), free_memory(value.device)
+        size, room = NormalEquations.peak_bytes(features, outputs, fits), free_memory(value.device)
         if size > room:
             raise RepairError(
                 f"The repair {repair} of layer {projection.layer.index} needs {describe_bytes(size)} of memory for the "
-                f"products of {features:,} features; {describe_bytes(room)} are free.",
+                f"products of {fits} x {features:,} inputs; {describe_bytes(room)} are free.",
                 f"Use a machine with more memory, or {instead}." if instead else "Use a machine with more memory.",
             )
 
@@ -202,31 +212,34 @@ class RepairFitter:
 
     def _sums(
         self, cut: RepairCut, projection: OutputProjection, step: FitStep, description: str
-    ) -> tuple[NormalEquations, NormalEquations, float, torch.Tensor]:
+    ) -> tuple[list[tuple[NormalEquations, NormalEquations]], float, torch.Tensor]:
         """Sum the normal equations of a step over the text.
 
         Returns:
-            The equations over the tokens to fit to and over the held-back tokens; the sum of |Y|^2 over the held-back
-            tokens, where Y are the whole model's hidden states; the mean of x^T x over the tokens to fit to.
+            For each matrix, the equations over the tokens to fit to and over the held-back tokens; the sum of |Y|^2
+            over the held-back tokens, where Y are the whole model's hidden states; the mean of x^T x over the tokens
+            to fit to, for the first matrix.
         """
-        sums: list[NormalEquations] = []
+        sums: list[list[NormalEquations]] = []
         size = counted = 0.0
 
         def add(number: int, whole: torch.Tensor, states: CutStates) -> None:
             nonlocal sums, size, counted
             split, target = self._splits[number], whole.to(states.hidden.device).float()
             scale = split.sink_scale(target)
-            x = scale * features_of(step, projection, states.linear, states.last)
-            y = scale * (target - states.hidden.float())
-            masks = [torch.from_numpy(mask).to(x.device) for mask in split.with_sinks()]
-            sums = _add_batch(sums, x, y, masks, split.weight)
+            masks = [torch.from_numpy(mask).to(target.device) for mask in split.with_sinks()]
+            missing = scale * (target - states.hidden.float())
+            tokens = _Tokens(scale.flatten(0, 1), missing.flatten(0, 1), [m.flatten() for m in masks], split.weight)
+            features = features_of(step, projection, states.linear, states.last)
+            sums = [tokens.added(part, *old) for part, old in zip(features, sums or [[]] * len(features), strict=True)]
             counted += split.weight * float(scale[masks[0]].double().square().sum())
             size += split.weight * float((scale * target)[masks[1]].double().square().sum())
 
         read = projection.reading(step.features)
         self._source.visit(read, cut.last, add, tracked(self._indices, description))
-        (fitted, held_back), (size, counted) = self._all_reduce(sums, size, counted)
-        return fitted, held_back, size, fitted.gram / counted
+        reduced, (size, counted) = self._all_reduce([equations for part in sums for equations in part], size, counted)
+        pairs = list(zip(reduced[::2], reduced[1::2], strict=True))
+        return pairs, size, pairs[0][0].gram / counted
 
     def _all_reduce(
         self, sums: Sequence[NormalEquations], *numbers: float
@@ -237,17 +250,20 @@ class RepairFitter:
         self._parallel.all_reduce([floats, counts, *(t for part in sums for t in (part.gram, part.cross, part.target))])
         return [replace(part, count=n) for part, n in zip(sums, counts.tolist(), strict=True)], floats.tolist()
 
-    def _fold(self, projection: OutputProjection, step: FitStep, fit: RidgeFit, moment: torch.Tensor) -> None:
-        """Fold a fit into the weights of a projection. ``moment`` is that of `fold`."""
+    def _fold(
+        self, projection: OutputProjection, step: FitStep, fits: Sequence[RidgeFit], moment: torch.Tensor
+    ) -> None:
+        """Fold fits into the weights of a projection. ``moment`` is that of `fold`."""
+        fitted = fits[0].weights if len(fits) == 1 else torch.stack([fit.weights for fit in fits])
         layer = projection.layer.index
         paths = self._paths(projection)
         old = {field: self._parameter(layer, path) for field, path in paths.items()}
-        device = fit.weights.device
+        device = fitted.device
         values = {field: tensor.to(device, torch.float64) for field, tensor in old.items()}
         bias = projection.biases(values["bias"]) if "bias" in values else None
         gain = values["gain"] + projection.offset if "gain" in values else None
         weights = ProjectionWeights(projection.matrix(values["linear"]), bias, gain)
-        new = fold(step, weights, fit.weights, moment, projection.factor)
+        new = fold(step, weights, fitted, moment, projection.factor)
         folded = {
             "linear": projection.from_matrix(new.linear, values["linear"]),
             "bias": None if new.bias is None else projection.from_biases(new.bias, values["bias"]),
@@ -293,15 +309,45 @@ PLAIN_HINT = (
 )
 
 
-def _add_batch(
-    sums: Sequence[NormalEquations], x: torch.Tensor, y: torch.Tensor, masks: Sequence[torch.Tensor], weight: float
-) -> list[NormalEquations]:
-    """Return equations, one for each mask of tokens, with those of a batch added. ``sums`` is empty at first."""
-    sums = sums or [NormalEquations.empty(x.shape[-1], y.shape[-1], x.device) for _ in masks]
-    return [
-        total + NormalEquations.from_tokens(x[mask], y[mask], weight) if mask.any() else total
-        for total, mask in zip(sums, masks, strict=True)
-    ]
+_MEASURING = FitStep("output", "linear", "scale")
+"""A step of which only the error before it is read."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """The tokens of a batch.
+
+    Attributes:
+        scale: float32[tokens, 1], see `FitSplit.sink_scale`.
+        missing: float32[tokens, units], what is missing in the hidden states, scaled.
+        masks: bool[tokens], the tokens to fit to, and the held-back tokens.
+        weight: weight of each token.
+    """
+
+    scale: torch.Tensor
+    missing: torch.Tensor
+    masks: Sequence[torch.Tensor]
+    weight: float
+
+    def added(self, features: Features, *sums: NormalEquations) -> list[NormalEquations]:
+        """Return equations, one for each mask, with those of the batch added. There are no ``sums`` at first."""
+        reached = slice(None) if features.tokens is None else features.tokens
+        x, y = self.scale[reached] * features.x, self.missing[reached]
+        weight = self.weight if features.weight is None else self.weight * features.weight
+        sums = sums or tuple(NormalEquations.empty(x.shape[1], y.shape[1], x.device) for _ in self.masks)
+        return [
+            total + NormalEquations.from_tokens(x[m], y[m], weight if isinstance(weight, float) else weight[m])
+            if m.any()
+            else total
+            for total, m in zip(sums, (mask[reached] for mask in self.masks), strict=True)
+        ]
+
+
+def _fit(step: FitStep, fitted: NormalEquations, held_back: NormalEquations) -> RidgeFit:
+    """Fit a matrix of a step. It stays zero for an expert that got no token."""
+    if not fitted.count:
+        return RidgeFit(torch.zeros_like(fitted.cross), None, float(held_back.target), float(held_back.target))
+    return fit_ridge(fitted, held_back, step.form)
 
 
 def _as_stored(value: torch.Tensor, old: torch.Tensor, layer: int) -> torch.Tensor:

@@ -19,6 +19,13 @@ channel change g, which is exact. The others are fitted with the rms of every to
 ``q = (a / rms(m)) (A diag(g) + D)``, is wanted. The norm gives ``q / rms(q / g')`` for the new gain g', so g' is the
 root mean square of q over tokens, by channel, for which the mean of ``rms(q / g')^2`` is 1. What is still missing is
 fitted by channel once more.
+
+Of routed experts e with units ``a_e``, gates ``g_e`` and down projections ``A_e``, ``m`` is the sum over a token's
+experts of ``g_e a_e A_e``. `refit` fits each remaining expert alone, on the tokens that it gets, to all that is missing
+there: the minimum over ``D_e`` of ``sum_t (g_e / s) |R - s a_e D_e|^2``, where s is the sum of the token's gates. By
+Jensen's inequality, the sum of these errors over experts is at least the error of all ``D_e`` together, and equal at
+``D_e = 0``, so that the fits do not make it worse. They need products of the units of one expert at a time, where joint
+least squares would need those of all units of all experts, to which a few rounds come close.
 """
 
 from __future__ import annotations
@@ -29,9 +36,11 @@ from typing import Literal
 
 import torch
 
-from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, inverse_rms
+from avss_dist.models.expert_units import ChosenUnits
+from avss_dist.pruning.repair.projection import CapturedCall, ExpertsProjection, OutputProjection, inverse_rms
 from avss_dist.pruning.repair.registry import RepairMethod
 
+ROUNDS = 2  # of fits of experts
 _MINIMUM_GAIN = 1e-4  # of the mean gain: a channel that is always zero has none, and is divided by it
 
 
@@ -53,22 +62,53 @@ class FitStep:
 def fit_steps(method: RepairMethod, projection: OutputProjection) -> list[FitStep]:
     """Return the fits of a repair at a projection, in order. Each sees the changes of those before it."""
     if projection.norm is None:
-        return [FitStep(method.features, "linear", method.form)]
+        rounds = ROUNDS if isinstance(projection, ExpertsProjection) and method.features == "inputs" else 1
+        return [FitStep(method.features, "linear", method.form)] * rounds
     if method.form in ("scale", "channel"):
         return [FitStep("output", "norm", method.form)]
     return [FitStep(method.features, "linear", method.form), FitStep("output", "norm", "channel")]
 
 
-def features_of(step: FitStep, projection: OutputProjection, linear: CapturedCall, last: CapturedCall) -> torch.Tensor:
-    """Return the features of a fit, float32[..., inputs].
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What one matrix of a step is fitted from.
+
+    Attributes:
+        x: float32[n, inputs].
+        tokens: int64[n], the tokens that reach the matrix, of all of the batch; None if all do, in order.
+        weight: float32[n, 1], how much each token counts; None if equally.
+    """
+
+    x: torch.Tensor
+    tokens: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+
+
+def features_of(
+    step: FitStep, projection: OutputProjection, linear: CapturedCall, last: CapturedCall
+) -> list[Features]:
+    """Return the features of each matrix of a fit: of each remaining expert, or of one linear map.
 
     Args:
         linear, last: calls of the projection's linear map and of its last module.
     """
+    if isinstance(projection, ExpertsProjection) and linear.units is not None:
+        return [_features_of_expert(expert, projection.factor, linear.units) for expert in projection.remaining]
     if step.features == "output":
-        return projection.factor * last.output.float()
+        return [Features(projection.factor * last.output.float().flatten(0, 1))]
     hidden = projection.factor * linear.input.float()
-    return hidden if projection.norm is None else hidden * inverse_rms(linear.output, projection.eps)
+    if projection.norm is not None:
+        hidden = hidden * inverse_rms(linear.output, projection.eps)
+    return [Features(hidden.flatten(0, 1))]
+
+
+def _features_of_expert(expert: int, factor: float, chosen: ChosenUnits) -> Features:
+    """Return the features of an expert's fit: its units times the sum of the gates of each token that it gets."""
+    gates = chosen.gates.float()
+    total = gates.sum(dim=1)
+    tokens, slots = torch.where((chosen.index == expert) & (gates > 0))
+    x = (factor * total[tokens])[:, None] * chosen.units[tokens, slots].float()
+    return Features(x, tokens, (gates[tokens, slots] / total[tokens])[:, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +116,7 @@ class ProjectionWeights:
     """Weights of an output projection, float64.
 
     Attributes:
-        linear: [inputs, outputs].
+        linear: [..., inputs, outputs], of routed experts a matrix each.
         bias: [..., outputs], or None.
         gain: [outputs], the gain of the norm, or None.
     """
@@ -92,7 +132,7 @@ def fold(
     """Return the weights with a fit folded into them.
 
     Args:
-        fitted: float64[inputs, outputs].
+        fitted: float64[..., inputs, outputs].
         moment: float64[inputs, inputs], the mean of x^T x over tokens, where x are the features of the step.
         factor: `OutputProjection.factor`.
     """

@@ -166,7 +166,9 @@ class HiddenStateSource:
         return CutStates(hidden, linear, last)
 
     def _call_rows(self, call: CapturedCall, number: int) -> CapturedCall:
-        return CapturedCall(self._rows(call.input, "rows", number), self._rows(call.output, "rows", number))
+        return replace(
+            call, input=self._rows(call.input, "rows", number), output=self._rows(call.output, "rows", number)
+        )
 
     def _patched(self) -> AbstractContextManager[None]:
         """Return a context inside which the model computes with the changes so far."""
@@ -308,7 +310,7 @@ def _captured_at(projection: OutputProjection) -> AbstractContextManager[dict[An
     """Return the context that records the calls of a projection's modules, by path, and of its layer."""
     module = projection.layer.module
     paths = {path: module.get_submodule(path) for path in (projection.linear, projection.last)}
-    return captured({"layer": module} | paths, {projection.linear: projection.read_input})
+    return captured({"layer": module} | paths, {projection.linear: projection.read_units})
 
 
 OpenHiddenStates = Callable[[Sequence[Batch], Collection[Removal], Collection[int]], HiddenStateSource]

@@ -18,7 +18,7 @@ from avss_dist.core.errors import AvssError
 FORMS = ("scale", "channel", "full")
 """Forms of W: a multiple of the identity, a diagonal, any matrix."""
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # multiples of the mean diagonal of G
-_PEAK_COPIES = 5  # two sums, a batch's, and the factor of one of them with its ridge
+_SOLVING_COPIES = 3  # the sums of a batch, and the factor and the solution with a ridge
 
 
 class FitError(AvssError):
@@ -51,21 +51,22 @@ class NormalEquations:
         return cls(sums[0], sums[1], sums[2], 0)
 
     @staticmethod
-    def peak_bytes(inputs: int, outputs: int) -> int:
-        """Return the most bytes that sums over two sets of tokens and their solution take."""
-        return _PEAK_COPIES * 8 * inputs * (inputs + outputs)
+    def peak_bytes(inputs: int, outputs: int, fits: int = 1) -> int:
+        """Return the most bytes that the sums of some fits over two sets of tokens take, and the solution of one."""
+        return (2 * fits + _SOLVING_COPIES) * 8 * inputs * (inputs + outputs)
 
     @classmethod
-    def from_tokens(cls, x: torch.Tensor, y: torch.Tensor, weight: float = 1.0) -> NormalEquations:
+    def from_tokens(cls, x: torch.Tensor, y: torch.Tensor, weight: float | torch.Tensor = 1.0) -> NormalEquations:
         """Return the sums over some tokens. Each counts ``weight`` times in the sums, and once in ``count``.
 
         Args:
             x: [tokens, inputs], of any dtype; y: [tokens, outputs].
+            weight: of all tokens, or [tokens, 1].
         """
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         x, y = x.to(dtype), y.to(dtype)
         counted = (weight * x).T
-        target = weight * y.double().square().sum()
+        target = (weight * y.double().square().sum(dim=1, keepdim=True)).sum()
         return cls((counted @ x).double(), (counted @ y).double(), target, len(x))
 
     def __add__(self, other: NormalEquations) -> NormalEquations:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from avss_dist.models.expert_units import DownProjections, find_down_projections
+from avss_dist.models.expert_units import ChosenUnits, DownProjections, find_down_projections
 from avss_dist.models.experts import Experts
 from avss_dist.models.layers import PROBE_SHAPE, Layer, as_rows, first_tensor, input_tensor
 from avss_dist.pruning.selection import PlanError
@@ -67,16 +67,21 @@ class OutputProjection:
         """Path of the bias, which the layer may not have."""
         return f"{self.linear}.bias"
 
+    @property
+    def chances(self) -> float:
+        """Share of the tokens that a fit can expect."""
+        return 1.0
+
     def reading(self, features: Literal["inputs", "output"]) -> OutputProjection:
         """Return the projection, of which these features are read. See `RepairMethod.features`."""
         return self
 
-    def read_input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-        """Return the input of the linear map, [..., inputs], from the arguments of a call."""
-        return input_tensor(args, kwargs)
+    def read_units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ChosenUnits | None:
+        """Return the units of routed experts from the arguments of a call; None if they are not fitted."""
+        return None
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weight as [inputs, outputs]."""
+        """Return the weight as [..., inputs, outputs]."""
         return weight if is_transposed(self.layer.module.get_submodule(self.linear)) else weight.T
 
     def from_matrix(self, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -94,17 +99,19 @@ class OutputProjection:
 
 @dataclass(frozen=True)
 class ExpertsProjection(OutputProjection):
-    """The down projections of a layer's remaining routed experts, as one linear map of their gated units.
+    """The down projections of a layer's remaining routed experts.
 
     Attributes:
         linear: path of the fused experts, below the layer.
         down: their down projections.
         remaining: indices of the remaining experts.
-        output_only: whether a call's input is not read, which saves its units.
+        chosen: number of experts that a token is sent to.
+        output_only: whether no units are read.
     """
 
     down: DownProjections = field(kw_only=True)
     remaining: tuple[int, ...] = field(kw_only=True)
+    chosen: int = field(kw_only=True)
     output_only: bool = False
 
     @property
@@ -121,20 +128,23 @@ class ExpertsProjection(OutputProjection):
         """See `OutputProjection`."""
         return replace(self, output_only=features == "output")
 
-    def read_input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    def read_units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ChosenUnits | None:
         """See `OutputProjection`."""
-        if self.output_only:
-            return input_tensor(args, kwargs)
-        return self.down.gated_units(args, kwargs)[:, list(self.remaining)].flatten(1)
+        return None if self.output_only else self.down.units(args, kwargs)
+
+    @property
+    def chances(self) -> float:
+        """See `OutputProjection`."""
+        return 1.0 if self.output_only else self.chosen / len(self.remaining)
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """See `OutputProjection`. Removed experts are left out."""
-        return self.down.as_rows(weight)[list(self.remaining)].flatten(0, 1)
+        """See `OutputProjection`: [remaining, inputs, outputs]."""
+        return self.down.as_rows(weight)[list(self.remaining)]
 
     def from_matrix(self, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `OutputProjection`. Removed experts have the values of ``weight``."""
         rows = self.down.as_rows(weight).to(matrix, copy=True)
-        rows[list(self.remaining)] = matrix.unflatten(0, (len(self.remaining), -1))
+        rows[list(self.remaining)] = matrix
         return self.down.as_rows(rows)
 
     def biases(self, bias: torch.Tensor) -> torch.Tensor:
@@ -194,12 +204,12 @@ def _experts_projection(
     down = find_down_projections(experts.module)
     if down is None:
         raise _refusal(layer, f"has no plain '{DownProjections.WEIGHT}' of its routed experts")
-    remaining = tuple(expert for expert in range(experts.number) if expert not in removed)
-    projection = ExpertsProjection(layer, path, None, 1.0, down=down, remaining=remaining)
-    linear: list[bool] = []
+    linear, chosen = [], 0
 
     def check(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal chosen
         linear.append(down.is_linear(args, kwargs, output, _TOLERANCE))
+        chosen = down.units(args, kwargs).index.shape[1]
 
     handle = experts.module.register_forward_hook(check, with_kwargs=True)
     try:
@@ -211,7 +221,8 @@ def _experts_projection(
     factor = _residual_multiple(layer, experts.module, run, unmoved)
     if factor is None:
         raise _refusal(layer, "does not simply add what its routed experts give to the residual stream")
-    return replace(projection, factor=factor)
+    remaining = tuple(expert for expert in range(experts.number) if expert not in removed)
+    return ExpertsProjection(layer, path, None, factor, down=down, remaining=remaining, chosen=chosen)
 
 
 def is_transposed(linear: nn.Module) -> bool:
@@ -304,26 +315,27 @@ def _norm_after(
 
 @dataclass(frozen=True)
 class CapturedCall:
-    """The input and the output of one call of a module."""
+    """The input and the output of one call of a module, and its units if it holds routed experts."""
 
     input: torch.Tensor
     output: torch.Tensor
+    units: ChosenUnits | None = None
 
 
-ReadInput = Callable[[Sequence[Any], Mapping[str, Any]], torch.Tensor | None]
-"""Returns the input of a module from the arguments of a call."""
+ReadUnits = Callable[[Sequence[Any], Mapping[str, Any]], ChosenUnits | None]
+"""Returns the units of routed experts from the arguments of a call."""
 
 
 @contextmanager
 def captured(
-    modules: Mapping[Any, nn.Module], inputs: Mapping[Any, ReadInput] | None = None
+    modules: Mapping[Any, nn.Module], read_units: Mapping[Any, ReadUnits] | None = None
 ) -> Iterator[dict[Any, CapturedCall]]:
     """Record the last call of each module, under the key that it has in ``modules``.
 
     Among interleaved passes, it records the calls of the pass that entered it.
 
     Args:
-        inputs: functions that read the input of a call, by key; the first tensor argument by default.
+        read_units: functions that read the units of routed experts, by key.
     """
     calls: dict[Any, CapturedCall] = {}
 
@@ -331,9 +343,10 @@ def captured(
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if _CAPTURING.get() is not calls:
                 return
-            input_, output_ = (inputs or {}).get(key, input_tensor)(args, kwargs), first_tensor(output)
+            input_, output_ = input_tensor(args, kwargs), first_tensor(output)
             if input_ is not None and output_ is not None:
-                calls[key] = CapturedCall(input_.clone(), output_.clone())  # which later modules may change
+                units = read_units[key](args, kwargs) if read_units and key in read_units else None
+                calls[key] = CapturedCall(input_.clone(), output_.clone(), units)  # which later modules may change
 
         return hook
 

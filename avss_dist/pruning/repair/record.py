@@ -17,6 +17,7 @@ from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.core.validation import OneOf, checked
 
 FILE = "avss_repair.json"
+MOST_RIDGES = 2  # that are named one by one
 _WEIGHTED = re.compile(
     r"([^?]+)=([0-9]*\.?[0-9]+)"
 )  # the query of a URI, after its question mark, has equals signs too
@@ -94,6 +95,10 @@ class RepairedCut:
     def describe(self) -> str:
         """Return one line for people."""
         ridges = ", ".join("none helps" if ridge is None else f"{ridge:g}" for ridge in self.ridges)
+        if len(self.ridges) > MOST_RIDGES:
+            used = [ridge for ridge in self.ridges if ridge is not None]
+            helped = f"{len(used)} of {len(self.ridges)} fits"
+            ridges = f"{min(used):g} to {max(used):g} in {helped}" if used else "none helps"
         return f"{self._place}: error {self.error_before:.3g} -> {self.error_after:.3g} on held-back text" + (
             f" (ridge {ridges})" if ridges else ""
         )

@@ -57,16 +57,26 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
         )
     plan = Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,))
     _require_plain(checkpoint, plan, [(layer, weight.path) for layer, weight in changed.items()], settings)
-    method = REPAIRS[repair]
-    return min(method.tokens_needed(weight.inputs, weight.outputs) for weight in changed.values())
+    method, inputs_read = REPAIRS[repair], REPAIRS[repair].features == "inputs"
+    return min(
+        round(method.tokens_needed(weight.inputs, weight.outputs) / (weight.chances if inputs_read else 1.0))
+        for weight in changed.values()
+    )
 
 
 class _ChangedWeight(NamedTuple):
-    """The weight of a layer that a repair changes: its path below the layer, and the sizes of the linear map."""
+    """The weight of a layer that a repair changes.
+
+    Attributes:
+        path: path below the layer.
+        inputs, outputs: sizes of the linear map.
+        chances: share of the tokens that reach the map.
+    """
 
     path: str
     inputs: int
     outputs: int
+    chances: float = 1.0
 
 
 def _changed_weight(layer: nn.Module, width: int) -> _ChangedWeight | None:
@@ -80,7 +90,7 @@ def _changed_weight(layer: nn.Module, width: int) -> _ChangedWeight | None:
         routed = find_routed_experts(layer)
         if routed and (down := find_down_projections(layer.get_submodule(routed.experts))):
             experts, units, outputs = down.as_rows(down.module.get_parameter(down.WEIGHT)).shape
-            return _ChangedWeight(f"{routed.experts}.{down.WEIGHT}", experts * units, outputs)
+            return _ChangedWeight(f"{routed.experts}.{down.WEIGHT}", units, outputs, routed.top_k / experts)
     if linear := find_down_projection(layer, width):
         path, module = linear
         return _ChangedWeight(f"{path}.weight", *linear_sizes(module))
