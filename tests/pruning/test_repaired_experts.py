@@ -20,12 +20,13 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.expert_removal import find_routed_experts, without_experts
-from avss_dist.models.expert_units import find_down_projections
+from avss_dist.models.expert_units import ChosenUnits, find_down_projections
 from avss_dist.models.loading import load_tokenizer, open_module
 from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.repair.projection import RepairError
+from avss_dist.pruning.repair.fold import FitStep, features_of
+from avss_dist.pruning.repair.projection import CapturedCall, ExpertsProjection, RepairError
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.repair.requirements import tokens_needed
@@ -115,6 +116,26 @@ def test_units_are_those_of_the_definition(family: str) -> None:
     with torch.no_grad():
         assert down.is_linear((hidden, index, gates), {}, output, 1e-4)
         assert not down.is_linear((hidden, index, gates), {}, output + 0.1 * output.roll(1), 1e-4)
+
+
+def test_fits_of_experts_average_to_what_experts_give() -> None:
+    """Whatever matrices they have; and what is missing is divided among them without a rest."""
+    torch.manual_seed(0)
+    chosen = ChosenUnits(torch.randn(9, 2, 5), torch.stack([torch.randperm(4)[:2] for _ in range(9)]), torch.rand(9, 2))
+    matrices = torch.randn(4, 5, 3)
+    layer = open_module(mixture("qwen3_moe")).structure.layers[1]
+    down = find_down_projections(layer.experts.module)
+    projection = ExpertsProjection(layer, "mlp.experts", None, 1.0, down=down, remaining=(0, 1, 2, 3), chosen=2)
+    call = CapturedCall(torch.zeros(9, 1), torch.zeros(9, 1), chosen)
+    given, shares = torch.zeros(9, 3), torch.zeros(9, 1)
+    for matrix, part in zip(
+        matrices, features_of(FitStep("inputs", "linear", "full"), projection, call, call), strict=True
+    ):
+        given[part.tokens] += part.weight * (part.x @ matrix)
+        shares[part.tokens] += part.weight
+    expected = torch.einsum("tk,tku,tkuo->to", chosen.gates, chosen.units, matrices[chosen.index])
+    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(shares, torch.ones(9, 1))
 
 
 def relative_error(whole: Any, less: Any, ids: torch.Tensor, drop: Sequence[Expert], layer: int) -> float:
