@@ -53,7 +53,7 @@ CONFIGS = Path(__file__).parents[2] / "cluster" / "deepspeed"
 
 
 @pytest.fixture(scope="module")
-def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Gang]]:
+def gang(tmp_path_factory: pytest.TempPathFactory, warm_workers: None) -> Iterator[Callable[[int], Gang]]:
     """The gang of so many ranks, started when it is first asked for."""
     gangs: dict[int, Gang] = {}
 
@@ -260,8 +260,8 @@ FSDP = (*DENSE, *OTHERS, "qwen2", "phi3", "gpt_neox", "gemma3", "gpt_oss", "deep
                 *product(("fsdp", "zero3"), (4,), ("llama", "gpt2", "gemma3", "qwen3_moe", "mixtral")),
             ],
             [
-                *(("fsdp", 2, family) for family in ("gemma3", "bert", "mamba", "deepseek_v3")),
-                *(("zero3", 2, family) for family in ("gpt2", "bert", "mamba", "qwen3_moe")),
+                *(("fsdp", 2, family) for family in ("gemma3", "bert", "mamba")),
+                *(("zero3", 2, family) for family in ("gpt2", "mamba", "qwen3_moe")),
             ],
         ),
     ],
@@ -297,7 +297,9 @@ def ask_all(
 ) -> list[Asked | Exception]:
     """Of each model, what this rank of a replica answers, whether that counts, and how many batches it had."""
     return [
-        _asked(partition, folder, (*skip, *unanswered(partition, folder.name), *composed(folder.name)), tasks)
+        _asked(
+            partition, folder, (*skip, *unanswered(partition, folder.name), *composed(folder.name, partition)), tasks
+        )
         for folder in folders
     ]
 
@@ -318,9 +320,11 @@ def _asked(partition: str, folder: Path, skip: tuple[str, ...], tasks: Sequence[
         replica.close()
 
 
-def expected_of(folder: Path, skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()) -> dict[str, list[Row]]:
+def expected_of(
+    folder: Path, partition: str, skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()
+) -> dict[str, list[Row]]:
     model = open_whole(resolve(str(folder)), SETTINGS)
-    return answers(model, (*skip, *composed(folder.name))) | {
+    return answers(model, (*skip, *composed(folder.name, partition))) | {
         f"task {i}": task(model, NO_INTERVENTION.without(1)) for i, task in enumerate(tasks)
     }
 
@@ -353,7 +357,7 @@ def test_ranks_that_share_batches_answer_as_one_process_does(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
 ) -> None:
     """Ranks share three batches, so that one has a dummy; all have all answers, to the bit, gradients too."""
-    expected = expected_of(folder_of(family))
+    expected = expected_of(folder_of(family), partition)
     found, counts, batches = zip(
         *(asked for (asked,) in gang(world).run(ask_all, partition, [folder_of(family)])), strict=True
     )
@@ -388,7 +392,7 @@ def test_ranks_that_split_matrices_answer_as_one_process_does(
         *(asked for (asked,) in gang(world).run(ask_all, partition, [folder_of(family)])), strict=True
     )
     assert counts == (True, *[False] * (world - 1))
-    expected = expected_of(folder_of(family), unanswered(partition, family))
+    expected = expected_of(folder_of(family), partition, unanswered(partition, family))
     for answers_of_rank in found:
         assert_same(answers_of_rank, expected, rtol=1e-4)
 
@@ -416,7 +420,7 @@ def test_gangs_answer_the_harness_as_one_process_does(
     grouped_llama().save_pretrained(folder)
     skip, tasks = ("",), harness_task(write_questions(tmp_path)).parts
     ((found, _, _),), _ = gang(2).run(ask_all, partition, [folder], skip, tasks)
-    assert_same(found, expected_of(folder, skip, tasks), rtol=1e-6)
+    assert_same(found, expected_of(folder, partition, skip, tasks), rtol=1e-6)
 
 
 def fit_and_ask(partition: str, folder: Path, fit: FitRepair) -> tuple[Patch, Any, list[list[float]]]:
@@ -499,7 +503,8 @@ def generate_all(partition: str, folders: Sequence[Path]) -> list[tuple[list[int
 def test_gangs_generate_with_a_cache_as_one_process_does(
     partition: str, gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
 ) -> None:
-    folders = [folder_of(family) for family in ("llama", "gemma3")]
+    """One family with windows as well, which is the same to every partition."""
+    folders = [folder_of(family) for family in ("llama", *(["gemma3"] if partition == "fsdp" else []))]
     models = [open_whole(resolve(str(folder)), SETTINGS) for folder in folders]
     expected = [(generated(model)[0].tolist(), []) for model in models]
     assert gang(2).run(generate_all, partition, folders) == [expected, expected]
@@ -530,6 +535,7 @@ def test_other_partitions_are_not_disturbed(gang: Callable[[int], Gang], folder_
         assert all(results[key].equals(expected[0].stats[key]) for key in expected[0].stats)
 
 
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel"])
 def test_a_lost_rank_is_no_mistake_of_the_user(
     tmp_path: Path, folder_of: Callable[[str], Path], partition: str
@@ -544,6 +550,7 @@ def test_a_lost_rank_is_no_mistake_of_the_user(
     assert "gloo/" in str(error)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_a_frozen_rank_is_waited_for_no_longer_than_said(tmp_path: Path, folder_of: Callable[[str], Path]) -> None:
     """The first failure names the time; later ones only say that gloo gave up, and are no mistakes either."""
     gang = Gang(2, tmp_path)

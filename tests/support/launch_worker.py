@@ -1,6 +1,7 @@
 """What a raylet starts in the place of Ray's ``setup_worker.py``: it asks `warm_workers` for the worker, and waits.
 
 python launch_worker.py ARGUMENTS-OF-SETUP-WORKER
+python launch_worker.py agent SCRIPT-OF-AN-AGENT ARGUMENTS
 """
 
 from __future__ import annotations
@@ -10,7 +11,33 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+ASKS_BY_PIPE = "RAY_enable_pipe_based_agent_to_parent_health_check"
+"""With this variable, an agent sees by its standard input that its raylet lives, and not by its own parent."""
+
+
+def fork_workers(set_attribute: Callable[[Any, str, Any], None] = setattr, *, jobs: bool = False) -> None:
+    """Give the clusters that this process starts such workers and agents, and none of the processes that nothing asks.
+
+    Args:
+        jobs: whether jobs are submitted to them, which takes the dashboard.
+    """
+    from ray._private import ray_constants, services
+    from ray._private.node import Node
+
+    launcher = __file__
+    program = services._build_python_executable_command_memory_profileable
+
+    def command(component: str, *arguments: Any, **options: Any) -> list[str]:
+        agents = (ray_constants.PROCESS_TYPE_DASHBOARD_AGENT, ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT)
+        return [*program(component, *arguments, **options), *([launcher, "agent"] if component in agents else [])]
+
+    set_attribute(ray_constants, "SETUP_WORKER_FILENAME", launcher)
+    set_attribute(services, "_build_python_executable_command_memory_profileable", command)
+    for start in ("start_monitor", "start_log_monitor", *(() if jobs else ("start_api_server",))):
+        set_attribute(Node, start, lambda *_, **__: None)
 
 
 def ask(
@@ -46,4 +73,6 @@ def hand_over(program: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "agent":
+        sys.exit(hand_over("ray agent", sys.argv[2:]) & 255)
     hand_over("ray worker", sys.argv[1:])

@@ -1,15 +1,19 @@
-"""Ranks without Ray: processes in one torch.distributed group, over gloo, that live as long as a file's tests."""
+"""Ranks without Ray: processes in one torch.distributed group, over gloo, that live as long as a file's tests.
+
+They are forked as `warm_workers` says, which must be on.
+"""
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
+import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ import pytest
 import torch
 
 from avss_dist.partition.group import join
-from support import warm_workers
+from support.launch_worker import ask, returncode
 
 SECONDS = 180.0
 
@@ -27,19 +31,16 @@ class Gang:
 
     def __init__(self, world: int, folder: Path) -> None:
         self.stdout = [folder / f"stdout-{world}-{rank}" for rank in range(world)]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            [*warm_workers.MODULES, "support.families", "support.oracle", "support.questions"]
-        )
-        pipes = [context.Pipe() for _ in range(world)]
-        self._pipes: list[Connection] = [ours for ours, _ in pipes]
+        self._pipes: list[Connection] = []
+        self._processes: list[tuple[int, socket.socket]] = []
         port = free_port()
-        self._processes = [
-            context.Process(target=member, args=(rank, world, port, theirs, self.stdout[rank]), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in self._processes:
-            process.start()
+        for rank, path in enumerate(self.stdout):
+            ours, theirs = Pipe()
+            with theirs, path.open("w") as stdout:
+                files = (theirs.fileno(), stdout.fileno(), 2)
+                arguments = json.dumps([rank, world, port, sys.path])
+                self._processes.append(ask("rank", [arguments], dict(os.environ), files))
+            self._pipes.append(ours)
 
     def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What the function returned on each rank, or the exception that it raised there."""
@@ -68,19 +69,20 @@ class Gang:
 
     def lose(self, rank: int) -> None:
         """Kill the process of a rank; the other ranks go on."""
-        self._processes[rank].kill()
-        self._processes[rank].join()
+        process, ended = self._processes[rank]
+        os.kill(process, signal.SIGKILL)
+        returncode(ended)
         del self._pipes[rank]
 
     def freeze(self, rank: int) -> None:
         """Stop the process of a rank where it is; the other ranks go on."""
-        os.kill(self._processes[rank].pid, signal.SIGSTOP)
+        os.kill(self._processes[rank][0], signal.SIGSTOP)
         del self._pipes[rank]
 
     def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
+        """Have all processes killed, by closing what they were asked for with."""
+        for _, ended in self._processes:
+            ended.close()
 
 
 def free_port() -> int:
@@ -89,9 +91,9 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def member(rank: int, world: int, port: int, pipe: Connection, stdout: Path) -> None:
-    """The main function of a gang's process."""
-    os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
+def member(rank: int, world: int, port: int) -> None:
+    """The main function of a gang's process, whose standard input is its pipe."""
+    pipe = Connection(os.dup(0))
     torch.set_num_threads(1)
     gc.freeze()  # as in `warm_workers`
     join(rank, world, "127.0.0.1", port, device=torch.device("cpu"), timeout_seconds=SECONDS)

@@ -140,7 +140,16 @@ def children(node: Any, name: str) -> list[psutil.Process]:
 
 
 def _has_agent(node: Any) -> bool:
-    return len(children(node, "ray::DashboardAgent")) == 1
+    """Whether the dashboard's agent runs, or what waits for the one that was forked in its place."""
+    with suppress(psutil.NoSuchProcess):
+        return any(_is_agent(child) for child in children(node, ""))
+    return False
+
+
+def _is_agent(child: psutil.Process) -> bool:
+    return child.name().startswith("ray::DashboardAgent") or any(
+        part.endswith("dashboard/agent.py") for part in child.cmdline()
+    )
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

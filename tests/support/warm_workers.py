@@ -1,9 +1,10 @@
 """Ray workers that need not import torch and transformers, which costs more than most of what they do in tests.
 
 A process that has imported them forks a worker when a raylet asks. The child runs Ray's ``default_worker.py`` with the
-arguments, the environment and the files that the raylet gave. Clusters that are started by other programs
-(`cluster/local.sh`, ``ray start``, the command line, fault campaigns) have Ray's own workers, unless they are given
-`ray_start_environment`. Nodes with such workers lack the processes of Ray that no test asks anything.
+arguments, the environment and the files that the raylet gave. The two agents of a node are forked in the same way.
+Clusters that are started by other programs (`cluster/local.sh`, ``ray start``, the command line, fault campaigns) have
+Ray's own workers, unless they are given `ray_start_environment`. Nodes with such workers lack the processes of Ray that
+no test asks anything.
 
     python warm_workers.py SOCKET        until standard input ends
 """
@@ -24,19 +25,20 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 
 # What a worker and `avss` import, but ray: it reads its configuration from the environment as soon as it is imported.
 MODULES = (
     "accelerate",
-    "aiohttp",
+    "aiohttp_cors",
     "avss_dist.cli",
+    "avss_dist.distillation.trainer",
     "avss_dist.measure.kernels.cpu",
     "avss_dist.measure.shard",
     "avss_dist.models.causal_lm",
@@ -45,7 +47,13 @@ MODULES = (
     "avss_dist.tasks.cells",
     "avss_dist.warehouse.encoding",
     "deepspeed",
+    "grpc.aio",
     "jsonschema",
+    "opencensus.stats.stats_recorder",
+    "opentelemetry.exporter.prometheus",
+    "opentelemetry.proto.collector.metrics.v1.metrics_service_pb2",
+    "opentelemetry.sdk.metrics",
+    "opentelemetry.sdk.trace",
     "pandas",
     "pyarrow.dataset",
     "requests",
@@ -55,19 +63,11 @@ MODULES = (
 READY = b"ready\n"
 
 
-def fork_workers(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Give the clusters that this process starts such workers, and none of the processes that no test asks anything."""
-    from ray._private import ray_constants
-    from ray._private.node import Node
-
-    set_attribute(ray_constants, "SETUP_WORKER_FILENAME", str(Path(__file__).with_name("launch_worker.py")))
-    for start in ("start_monitor", "start_log_monitor", "start_api_server"):  # see `sitecustomize`
-        set_attribute(Node, start, lambda *_, **__: None)
-
-
 @contextmanager
 def forking_workers() -> Iterator[None]:
     """Clusters that this process starts meanwhile have such workers."""
+    from support.launch_worker import ASKS_BY_PIPE, fork_workers
+
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder) / "socket"
         command = [sys.executable, __file__, str(path)]
@@ -76,6 +76,7 @@ def forking_workers() -> Iterator[None]:
         while (line := server.stdout.readline()) != READY:  # libraries may print before
             assert line, "it ended"
         patch.setenv("AVSS_TEST_WORKERS", str(path))
+        patch.setenv(ASKS_BY_PIPE, "1")
         fork_workers(patch.setattr)
         yield
         server.stdin.close()
@@ -97,9 +98,12 @@ def ray_start_environment() -> dict[str, str]:
 
     ``avss`` is forked so too where it has this environment, that of the node's own jobs included.
     """
+    from support.launch_worker import ASKS_BY_PIPE
+
     folder = Path(__file__).with_name("ray_start")
     return {
         "AVSS_TEST_WORKERS": os.environ["AVSS_TEST_WORKERS"],
+        ASKS_BY_PIPE: "1",
         "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
 
@@ -214,8 +218,19 @@ def become(
         sys.argv = [program, *arguments]
         runpy.run_module("avss_dist", run_name="__main__", alter_sys=True)
     elif program == "python":
+        from launch_worker import fork_workers
+
         fork_workers()
         sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+    elif program == "rank":
+        *place, path = json.loads(arguments[0])
+        sys.path[:] = path
+        from support.rank_processes import member
+
+        member(*place)
+    elif program == "ray agent":
+        sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).parent)
         runpy.run_path(arguments[0], run_name="__main__")
     else:
         become_ray_worker(arguments)

@@ -23,12 +23,10 @@ if "AVSS_TEST_WORKERS" in os.environ and len(sys.orig_argv) > 1:
     arguments = sys.orig_argv[2:]
     scripted = program == "-c" and arguments[0].startswith("from avss_dist")
     if program == "ray" or scripted:
-        from ray._private import ray_constants
-        from ray._private.node import Node
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from launch_worker import fork_workers
 
-        ray_constants.SETUP_WORKER_FILENAME = str(Path(__file__).parents[1] / "launch_worker.py")
-        for start in ("start_monitor", "start_log_monitor", *(["start_api_server"] if scripted else [])):
-            setattr(Node, start, lambda *_, **__: None)
+        fork_workers(jobs=not scripted)
     elif program == "avss" or (program, *arguments[:1]) == ("-m", "avss_dist"):
         hand_over("avss", arguments if program == "avss" else arguments[1:])
     elif Path(sys.orig_argv[1]).parent.name == "benchmarks":
