@@ -25,6 +25,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: in ti
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no test uses)
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (at Ray's 15, workers wait while other tests compute)
 
+LONGEST = (  # files, the longest first: in processes that take one after the other, none is left alone with one
+    *("executors/test_ray", "partition/test_partitions", "executors/test_gangs", "executors/test_elastic"),
+    *("runs/test_submit", "report/test_report_browser", "cluster/test_cluster_local", "distillation/test_resume"),
+    *("test_benchmarks", "warehouse/test_s3", "distillation/test_ranks", "docs/test_commands", "cli/test_cli"),
+    *("estimate/test_estimate", "evaluation/test_shrink_distill", "evaluation/test_shrink", "executors/test_liveness"),
+    *("pruning/test_repair", "partition/test_language_models", "partition/test_streaming", "cli/test_errors"),
+    *("evaluation/test_repairs", "warehouse/test_compaction", "executors/test_cells", "cluster/test_manifests"),
+    *("cli/test_hostile_names", "evaluation/test_sensitivity", "models/test_families", "cli/test_streams"),
+)
+
 hypothesis.settings.register_profile(  # a loaded machine fails no test
     "untimed", max_examples=40, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -38,16 +48,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out exhaustive cases, unless they are asked for; files with slow tests come first.
-
-    Where several processes take files, none is left alone with slow ones at the end.
-    """
+    """Leave out exhaustive cases, unless they are asked for; long files come first, then those with slow tests."""
     if not config.getoption("--exhaustive") and not any("::" in argument for argument in config.args):
         further = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=further)
         items[:] = [item for item in items if item not in further]
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    tests = Path(__file__).parent
+    place = {tests / f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (place.get(item.path, len(place)), -slow[item.path]))
 
 
 def pytest_collection_finish() -> None:

@@ -36,7 +36,7 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.requests import DistillRequest
 from avss_dist.system import devices
 
-STEPS = 20
+STEPS = 12
 SMALL: dict[str, Any] = {
     "sequence_length": 32,
     "tokens": STEPS * 4 * 32,
@@ -234,7 +234,7 @@ def cluster(warm_workers: None) -> Iterator[None]:
 def test_a_killed_rank_ends_the_training_which_then_goes_on(
     pair_of: Callable[[str], dict[str, Any]], by_one: Callable[..., tuple[Path, DistillRecord]], tmp_path: Path
 ) -> None:
-    """Rank 1 is killed after the checkpoint of step 10. The driver hears of every step, once."""
+    """A rank is killed after the checkpoint in the middle. The driver hears of every step, once."""
     options = {**pair_of("llama"), "evaluations": 2, "patience": None, "output": tmp_path / "out", "ranks": 2}
     events: list[Any] = []
     before = ray_processes()
@@ -257,9 +257,8 @@ def test_a_killed_rank_ends_the_training_which_then_goes_on(
     assert_near(tmp_path / "out", by_one("llama")[0])
     tokens = [event.tokens for event in resumed if isinstance(event, TrainingAdvanced)]
     assert tokens == [128 * step for step in range(STEPS // 2 + 1, STEPS + 1)]
-    assert [event.tokens for event in events if isinstance(event, TrainingAdvanced)][:10] == [
-        128 * step for step in range(1, 11)
-    ]
+    heard = [event.tokens for event in events if isinstance(event, TrainingAdvanced)]
+    assert heard[: STEPS // 2] == [128 * step for step in range(1, STEPS // 2 + 1)]
     assert not (tmp_path / "out.part").exists()
 
 

@@ -30,7 +30,6 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 CACHED_MOMENTS: dict[str, Callable[[Path], bool]] = {
     "the first predictions are stored": lambda part: bool([*part.parent.glob("warehouse/predictions/*/*.parquet")]),
     "some predictions are stored": lambda part: len([*part.parent.glob("warehouse/cells/*/*.parquet")]) > 2,
-    "a checkpoint is being written": MOMENTS["a checkpoint is being written"],
     "a checkpoint is complete": MOMENTS["a checkpoint is complete"],
 }
 ARGUMENTS = ["--sequence-length", 32, "--tokens", STEPS * 128, "--held-out", 4, "--evaluations", 4, "--warmup", 2]

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from support import quick_benchmark
 from support.checkpoints import VOCABULARY, llama, save_tokenizer
 from support.ggufs import write_gguf
 from support.pairs import write_pairs
@@ -129,11 +131,14 @@ print(max(analyze_shard(replica, shard, settings).peak_memory_bytes for shard in
 
 
 @pytest.mark.slow
-def test_peak_memory_is_within_15_percent(tmp_path: Path, save_checkpoint: Save) -> None:
+def test_peak_memory_is_within_15_percent(
+    tmp_path: Path, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A random Llama of 400 MB: more than the libraries, and the activations of rows that are real.
 
     While a model is opened, pages of its weight files may be resident beside their copies, or not, as the system likes.
     """
+    monkeypatch.setattr(avss_dist.estimation.benchmark, "_prepare_process", quick_benchmark.prepare)
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
     folder = save_checkpoint(llama(**sizes, num_key_value_heads=4, max_position_embeddings=256), tmp_path / "model")
     settings = Settings(max_sequences=4, sequence_length=128, batch_size=4, device="cpu")
@@ -396,13 +401,9 @@ def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
 
 
 def test_a_benchmark_that_is_killed_is_an_error(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.estimation.benchmark, "_prepare_process", _end_at_once)
+    monkeypatch.setattr(avss_dist.estimation.benchmark, "_prepare_process", partial(os._exit, 9))
     with pytest.raises(RunFailed, match="ended without a result"):
         estimated(str(header_only), "builtin:pydoc", SETTINGS)
-
-
-def _end_at_once() -> None:
-    os._exit(9)
 
 
 def test_a_short_model_keeps_what_belongs_to_its_layers() -> None:

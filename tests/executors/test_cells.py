@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -20,12 +20,12 @@ import pytest
 import ray
 import torch
 from support.causal_lm import SMALL, opened, random_shard
+from support.commands import Command
 
 from avss_dist import sparsify
 from avss_dist.core.errors import AvssError, BatchTooLarge, ModelError, RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.evaluation.events import CellDone, Event
 from avss_dist.executors.base import Executor
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray import queue
@@ -271,12 +271,17 @@ def test_a_cell_beats_whenever_a_layer_begins_and_leaves_no_trace(tiny_llama: Pa
     assert model.settings.batch_size == 2
 
 
-class Death:
-    """Kills the driver of an allocation after its first cell."""
+KILLED = """
+import json, os, signal, sys
+from avss_dist import sparsify
+from avss_dist.evaluation.events import CellDone
 
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, CellDone):
-            os.kill(os.getpid(), signal.SIGKILL)
+def die(event):
+    if isinstance(event, CellDone):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sparsify(0.6, on_event=die, **json.loads(sys.argv[1]))
+"""
 
 
 @pytest.mark.usefixtures("cluster")
@@ -286,14 +291,11 @@ def test_two_workers_allocate_sparsity_as_one_process_does_also_after_a_kill(tin
     score(tiny_llama, corpus="builtin:pydoc", warehouse=alone, sites=("inputs",), **options)
     shutil.copytree(alone, shared)
     sparsify(0.6, warehouse=alone, method="teal", **options).write(tmp_path / "alone.yaml")
-    on_workers = {**options, "warehouse": shared, "method": "teal", "executor": "ray", "replicas": 2}
+    on_workers = {**options, "warehouse": str(shared), "method": "teal", "executor": "ray", "replicas": 2}
     address = ray.get_runtime_context().gcs_address
-    killed = multiprocessing.get_context("spawn").Process(
-        target=sparsify, args=(0.6,), kwargs={**on_workers, "on_event": Death(), "address": address}
-    )
-    killed.start()
-    killed.join()
-    assert killed.exitcode == -signal.SIGKILL
+    (tmp_path / "killed.py").write_text(KILLED)
+    driver = Command(tmp_path / "killed.py", json.dumps({**on_workers, "address": address}), program="python")
+    assert driver.wait()[0] == -signal.SIGKILL
     kept = list((shared / "cells").rglob("*.parquet"))
     assert len(kept) == 1
     times = {path: path.stat().st_mtime_ns for path in kept}

@@ -260,8 +260,8 @@ FSDP = (*DENSE, *OTHERS, "qwen2", "phi3", "gpt_neox", "gemma3", "gpt_oss", "deep
                 *product(("fsdp", "zero3"), (4,), ("llama", "gpt2", "gemma3", "qwen3_moe", "mixtral")),
             ],
             [
-                *(("fsdp", 2, family) for family in ("gemma3", "bert", "mamba", "deepseek_v3")),
-                *(("zero3", 2, family) for family in ("gpt2", "bert", "mamba", "qwen3_moe")),
+                *(("fsdp", 2, family) for family in ("gemma3", "bert", "mamba")),
+                *(("zero3", 2, family) for family in ("gpt2", "mamba", "qwen3_moe")),
             ],
         ),
     ],
@@ -297,7 +297,9 @@ def ask_all(
 ) -> list[Asked | Exception]:
     """Of each model, what this rank of a replica answers, whether that counts, and how many batches it had."""
     return [
-        _asked(partition, folder, (*skip, *unanswered(partition, folder.name), *composed(folder.name)), tasks)
+        _asked(
+            partition, folder, (*skip, *unanswered(partition, folder.name), *composed(folder.name, partition)), tasks
+        )
         for folder in folders
     ]
 
@@ -318,9 +320,11 @@ def _asked(partition: str, folder: Path, skip: tuple[str, ...], tasks: Sequence[
         replica.close()
 
 
-def expected_of(folder: Path, skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()) -> dict[str, list[Row]]:
+def expected_of(
+    folder: Path, partition: str, skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()
+) -> dict[str, list[Row]]:
     model = open_whole(resolve(str(folder)), SETTINGS)
-    return answers(model, (*skip, *composed(folder.name))) | {
+    return answers(model, (*skip, *composed(folder.name, partition))) | {
         f"task {i}": task(model, NO_INTERVENTION.without(1)) for i, task in enumerate(tasks)
     }
 
@@ -353,7 +357,7 @@ def test_ranks_that_share_batches_answer_as_one_process_does(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
 ) -> None:
     """Ranks share three batches, so that one has a dummy; all have all answers, to the bit, gradients too."""
-    expected = expected_of(folder_of(family))
+    expected = expected_of(folder_of(family), partition)
     found, counts, batches = zip(
         *(asked for (asked,) in gang(world).run(ask_all, partition, [folder_of(family)])), strict=True
     )
@@ -388,7 +392,7 @@ def test_ranks_that_split_matrices_answer_as_one_process_does(
         *(asked for (asked,) in gang(world).run(ask_all, partition, [folder_of(family)])), strict=True
     )
     assert counts == (True, *[False] * (world - 1))
-    expected = expected_of(folder_of(family), unanswered(partition, family))
+    expected = expected_of(folder_of(family), partition, unanswered(partition, family))
     for answers_of_rank in found:
         assert_same(answers_of_rank, expected, rtol=1e-4)
 
@@ -416,7 +420,7 @@ def test_gangs_answer_the_harness_as_one_process_does(
     grouped_llama().save_pretrained(folder)
     skip, tasks = ("",), harness_task(write_questions(tmp_path)).parts
     ((found, _, _),), _ = gang(2).run(ask_all, partition, [folder], skip, tasks)
-    assert_same(found, expected_of(folder, skip, tasks), rtol=1e-6)
+    assert_same(found, expected_of(folder, partition, skip, tasks), rtol=1e-6)
 
 
 def fit_and_ask(
@@ -517,7 +521,8 @@ def generate_all(partition: str, folders: Sequence[Path]) -> list[tuple[list[int
 def test_gangs_generate_with_a_cache_as_one_process_does(
     partition: str, gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
 ) -> None:
-    folders = [folder_of(family) for family in ("llama", "gemma3")]
+    """One family with windows as well, which is the same to every partition."""
+    folders = [folder_of(family) for family in ("llama", *(["gemma3"] if partition == "fsdp" else []))]
     models = [open_whole(resolve(str(folder)), SETTINGS) for folder in folders]
     expected = [(generated(model)[0].tolist(), []) for model in models]
     assert gang(2).run(generate_all, partition, folders) == [expected, expected]

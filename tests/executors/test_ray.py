@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import ray
 from support.commands import Command
+from support.exhaustive import further
 from support.pairs import write_pairs
 from support.processes import FreezesAtStart, Harming, ray_processes, wait_until
 from support.ray_cluster import TWENTY_SHARDS
@@ -129,11 +130,11 @@ def test_a_worker_that_freezes_before_it_reports_is_replaced(
 
 
 @shared_cluster
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), *further((signal.SIGINT, 130))])
 def test_a_stopped_driver_is_resumed(
     number: signal.Signals, expected: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """By Ctrl-C or SIGTERM: the partials are kept, the same command finishes what is missing."""
+    """The partials are kept, the same command finishes what is missing; `test_liveness` presses Ctrl-C."""
     arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
     address = ray.get_runtime_context().gcs_address
     place = ("-w", tmp_path, "--address", address, "--replicas", 2)

@@ -155,10 +155,7 @@ def close(actual: list[Any], expected: list[Any], digits: int = 4) -> None:
     assert actual == pytest.approx(expected, rel=6 * 0.1**digits, nan_ok=True)
 
 
-CHOICES = (
-    *(("block", "pooled", 1), ("block", "unit", 5), ("update", "element", 7)),
-    *(("neuron", "pooled", 0), ("mlp", "element", 6)),
-)
+CHOICES = (("block", "unit", 5), ("update", "element", 7), ("neuron", "pooled", 0))
 
 
 def test_site_recipe_and_threshold_drive_every_chart_and_the_table(

@@ -49,12 +49,12 @@ COMPOSED = (
     "shapley",
     "rounded maps of",
 )  # of what the other questions need of a model, in the order of `LanguageModel`: no family has its own way with them
-WHOLLY_ASKED = ("llama", "gemma3", "qwen3_moe", "mixtral")  # families: plain, beside an image tower, of experts
+WHOLLY_ASKED = "llama"  # the family of which every partition is asked everything
 
 
-def composed(family: str) -> tuple[str, ...]:
-    """What a family need not be asked, for others are."""
-    return () if family in WHOLLY_ASKED else COMPOSED
+def composed(family: str, partition: str = "") -> tuple[str, ...]:
+    """Return the questions that a family need not be asked, for another one is; spread experts are those of Qwen3."""
+    return () if family == ("qwen3_moe" if partition == "expert_parallel" else WHOLLY_ASKED) else COMPOSED
 
 
 def write_questions(folder: Path) -> str:
@@ -78,7 +78,7 @@ def questions() -> dict[str, Any]:
         "sublayers, each": (LeaveOneOut(shard, sublayers=True), ()),
         "sublayers, each of the rest": (LeaveOneOut(shard, sublayers=True), (0, *sublayers_of([1])[:1])),
         "gradients without an attention": (Gradients(shard), tuple(sublayers_of([1])[:1])),
-        "shapley": (Shapley(shards=(shard,), seeds=(0, 1), truncation=False), ()),
+        "shapley": (Shapley(shards=(shard,), seeds=(0,), truncation=False), ()),
         "gradients": (Gradients(shard), ()),
         "gradients without the last layer": (Gradients(shard), (2,)),
         "propagated": (Damage(shard=shard, draws=None), ()),
