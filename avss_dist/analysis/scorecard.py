@@ -48,6 +48,7 @@ _TEXTS = ("run_id", "model", "score", "site", "recipe", "threshold_kind", "task"
 _OF_LOSS = ("ceiling", "share_of_ceiling", "misranked", "spearman_sets", "sets")
 _OTHER_TYPES = {"sets": pa.int64(), "same_text": pa.bool_()}
 MEASURED_ROUNDED = "rounded:"  # before a number format: the score that is the measured effect of another format
+LEFT_OUT = "left_out:"  # before a measurement or estimate of layers that are left out, among those of rounded weights
 SCHEMA = pa.schema(
     [
         (name, pa.string() if name in _TEXTS else _OTHER_TYPES.get(name, pa.float64()))
@@ -172,7 +173,7 @@ def _rounding_cards(
         others = {f"{MEASURED_ROUNDED}{other}": known for other, known in rounded.items() if other != name}
         named = {score: known.by_layer(number) for score, known in (estimates | others).items()}
         same = {score: known.text == truth.text for score, known in (estimates | others).items()}
-        cards = [(_identity(run, choice), values) for choice, values in scores]
+        cards = [(_identity(run, choice) | {"score": _rounding_name(choice.by)}, values) for choice, values in scores]
         cards += [({"run_id": run["run_id"], "model": run["model"], "score": n}, values) for n, values in named.items()]
         for identity, values in cards:
             reached = spearman(values, measured)
@@ -185,6 +186,11 @@ def _rounding_cards(
                 "misranked": misranked(values, measured),
                 "sets": 0,
             }
+
+
+def _rounding_name(score: str) -> str:
+    """Return the name of a score among estimates for rounded weights, of which some have the same name."""
+    return f"{LEFT_OUT}{score}" if SCORES[score].task in (SCORES[LOSS].task, DAMAGE_TASK) else score
 
 
 def _finite(rho: float) -> float | None:
@@ -211,11 +217,12 @@ def describe_score(card: Mapping[str, Any]) -> str:
     name: str = card["score"]
     if name.startswith(MEASURED_ROUNDED):
         return f"loss, rounded to {name.removeprefix(MEASURED_ROUNDED)}"
-    if name in ROUNDING_ESTIMATES:
+    if name.startswith(LEFT_OUT):
+        return f"{SCORES[name.removeprefix(LEFT_OUT)].title}, without the layer"
+    if card["format"] and name in ROUNDING_ESTIMATES:
         return ROUNDING_ESTIMATES[name].title
     if name != "avss":
-        without = card["format"] and SCORES[name].task in (SCORES[LOSS].task, DAMAGE_TASK)
-        return f"{SCORES[name].title}{', without the layer' if without else ''}"
+        return SCORES[name].title
     threshold = describe_threshold(card["threshold"], card["threshold_kind"])
     return f"avss  {card['site']} / {card['recipe']} / {threshold}"
 
