@@ -123,7 +123,8 @@ def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
     cards = score_cards(store, store.runs().to_pylist())
     rows = [row for row in best_readings(cards).to_pylist() if row["format"] == "int4"]
     scores = {row["score"]: row for row in rows}
-    assert {"avss", "block_influence", "left_out:loss", "last", "predicted", "predicted_joint", "output_error"} <= {*scores}
+    expected = {"avss", "block_influence", "left_out:loss", "last", "predicted", "predicted_joint", "output_error"}
+    assert expected <= {*scores}
     assert scores["rounded:q4_0"]["same_text"] is True
     assert scores["predicted"]["same_text"] is False
     assert scores["block_influence"]["same_text"] is None
