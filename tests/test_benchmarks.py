@@ -93,6 +93,19 @@ def test_estimates_are_compared_with_what_is_measured(run: Run, tiny_llama: Path
     assert re.search(r"single +memory \d+\.\d+ +seconds \d+\.\d+", printed)
 
 
+@pytest.mark.usefixtures("warm_workers")
+def test_partitions_of_several_ranks_are_compared(wide: Path) -> None:
+    """Both of two ranks hold half of the layers' weights, and gather them with as many calls."""
+    options = ("--rows", 2, "--length", 16, "--rounds", 1)
+    script = Command(TESTS / "benchmarks/sharded.py", wide, *options, program="python", OMP_NUM_THREADS="1")
+    code, printed, errors = script.wait()
+    assert code == 0, errors[-2000:]
+    rows = dict(re.findall(r"^(fsdp|zero3) +(\d.*)$", printed, re.MULTILINE))
+    costs = {name: row.split() for name, row in rows.items()}
+    assert costs.keys() == {"fsdp", "zero3"}
+    assert costs["fsdp"][0] == costs["zero3"][0] and all(int(cost[3]) > 0 for cost in costs.values())
+
+
 def test_a_family_is_tried_without_a_change_of_the_table(run: Run) -> None:
     table = (TESTS / "support/families.csv").read_bytes()
     assert run("benchmarks/families.py", "causal", "llama").startswith("causal     llama ")

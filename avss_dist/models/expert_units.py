@@ -85,7 +85,10 @@ class DownProjections:
         """
         rows, chosen = self.as_rows(self.module.get_parameter(self.WEIGHT)), self.units(args, kwargs)
         gated = chosen.units.float() * chosen.gates.unsqueeze(-1).float()
-        from_units = torch.einsum("tku,tkuo->to", gated, rows[chosen.index].float())
+        from_units = gated.new_zeros(len(gated), rows.shape[-1])
+        for token, experts in enumerate(chosen.index.tolist()):  # one matrix at a time in float32
+            for units, expert in zip(gated[token], experts, strict=True):
+                from_units[token] += units @ rows[expert].float()
         with self._replaced(torch.zeros_like(rows[0]), keep_bias=True):
             from_bias = self._call(args, kwargs, {}).float()
         difference = from_units + from_bias - output.reshape(from_units.shape).float()
