@@ -213,7 +213,7 @@ class _GroupSums:
         total, number = (values[name][:, a, b].sum() for values in (self._sums, self._counts))
         sums, counts = (self._of_models(values[name], a, b) for values in (self._sums, self._counts))
         with np.errstate(invalid="ignore", divide="ignore"):
-            mean = np.float64(total) / number
+            mean = np.asarray(np.float64(total) / number)
             without = (total - sums[counts > 0]) / (number - counts[counts > 0])
         low, high = jackknife_interval(mean, without)
         ends = {name: mean, f"{name}_low": low, f"{name}_high": high}
