@@ -36,7 +36,7 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.requests import DistillRequest
 from avss_dist.system import devices
 
-STEPS = 12
+STEPS = 20
 SMALL: dict[str, Any] = {
     "sequence_length": 32,
     "tokens": STEPS * 4 * 32,
