@@ -369,7 +369,7 @@ def test_too_little_text_is_refused_before_anything_is_scored(deep: Path, tmp_pa
     ("model", "told"),
     [
         ("tiny_bert", "has no head that predicts the next token"),
-        ("mixtral", "No layer of .* has an MLP that ends in one linear map of its own"),
+        ("dbrx", "No layer of .* has an MLP that ends in one linear map, or in those of its routed experts"),
         ("fp8", "as F8_E4M3, quantized or fused: nothing can be added to it"),
         ("linked", "is a link to .*, outside of the checkpoint"),
     ],
@@ -385,8 +385,8 @@ def test_what_cannot_be_shrunk_is_refused_before_anything_is_scored(
     folder = tmp_path / model
     if model == "tiny_bert":
         folder = tiny_bert
-    elif model == "mixtral":
-        save_checkpoint(tiny_model("causal", "mixtral"), folder)
+    elif model == "dbrx":
+        save_checkpoint(tiny_model("causal", "dbrx"), folder)
     elif model == "fp8":
         block_fp8(tiny_llama, folder, ["lm_head"])
     else:
