@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from avss_dist.models.experts import routing_of
+from avss_dist.models.experts import Routing, routing_of
 from avss_dist.models.patching import replaced_parameters
 
 
@@ -53,14 +53,19 @@ class DownProjections:
         """Return the stacked parameter, or its values, as [experts, units, outputs]."""
         return weight if self.transposed else weight.transpose(1, 2)
 
+    def routing(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routing:
+        """Return the routing among the arguments of a call of the experts."""
+        routing = routing_of([value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)])
+        assert routing is not None
+        return routing
+
     def units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ChosenUnits:
         """Return the units of the experts that each token is sent to.
 
         Args:
             args, kwargs: arguments of a call of the experts.
         """
-        routing = routing_of([value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)])
-        assert routing is not None
+        routing = self.routing(args, kwargs)
         tokens, chosen = routing.index.shape
         weight = self.module.get_parameter(self.WEIGHT)
         _, width, outputs = self.as_rows(weight).shape

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support import quick_benchmark
 from support.checkpoints import VOCABULARY, llama, save_tokenizer
 from support.ggufs import write_gguf
 from support.pairs import write_pairs
@@ -131,14 +130,11 @@ print(max(analyze_shard(replica, shard, settings).peak_memory_bytes for shard in
 
 
 @pytest.mark.slow
-def test_peak_memory_is_within_15_percent(
-    tmp_path: Path, save_checkpoint: Save, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_peak_memory_is_within_15_percent(tmp_path: Path, save_checkpoint: Save) -> None:
     """A random Llama of 400 MB: more than the libraries, and the activations of rows that are real.
 
     While a model is opened, pages of its weight files may be resident beside their copies, or not, as the system likes.
     """
-    monkeypatch.setattr(avss_dist.estimation.benchmark, "_prepare_process", quick_benchmark.prepare)
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
     folder = save_checkpoint(llama(**sizes, num_key_value_heads=4, max_position_embeddings=256), tmp_path / "model")
     settings = Settings(max_sequences=4, sequence_length=128, batch_size=4, device="cpu")

@@ -177,12 +177,9 @@ class RepairFitter:
         value = self._source.value(projection.layer.index, projection.weight)
         *_, inputs, outputs = shape = projection.matrix(value.to("meta")).shape
         method = REPAIRS[repair]
-        tokens_needed = {
-            name: round(other.tokens_needed(inputs, outputs) / projection.reading(other.features).chances)
-            for name, other in REPAIRS.items()
-        }
-        needed = tokens_needed[repair]
-        fewer = [name for name, tokens in tokens_needed.items() if tokens < needed]
+        sizes = inputs, outputs, projection.chances
+        needed = method.tokens_needed(*sizes)
+        fewer = [name for name, other in REPAIRS.items() if other.tokens_needed(*sizes) < needed]
         instead = f"choose a `repair` of fewer unknowns ({', '.join(reversed(fewer))})" if fewer else ""
         num_tokens = sum(int(split.fitted.sum()) for split in self._splits)
         if num_tokens < needed:

@@ -71,7 +71,7 @@ def fit_steps(method: RepairMethod, projection: OutputProjection) -> list[FitSte
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What one matrix of a step is fitted from.
+    """Features of one fitted matrix, of the tokens of a batch that reach it.
 
     Attributes:
         x: float32[n, inputs].

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -52,6 +52,9 @@ class OutputProjection:
     offset: float = 0.0
     eps: float = 0.0
 
+    WEIGHT: ClassVar[str] = "weight"
+    BIAS: ClassVar[str] = "bias"
+
     @property
     def last(self) -> str:
         """Path of the module whose output is added."""
@@ -60,16 +63,16 @@ class OutputProjection:
     @property
     def weight(self) -> str:
         """Path of the weight, below the layer."""
-        return f"{self.linear}.weight"
+        return f"{self.linear}.{self.WEIGHT}"
 
     @property
     def bias(self) -> str:
         """Path of the bias, which the layer may not have."""
-        return f"{self.linear}.bias"
+        return f"{self.linear}.{self.BIAS}"
 
     @property
     def chances(self) -> float:
-        """Share of the tokens that a fit can expect."""
+        """Share of the tokens that reach one of the linear maps."""
         return 1.0
 
     def reading(self, features: Literal["inputs", "output"]) -> OutputProjection:
@@ -114,15 +117,8 @@ class ExpertsProjection(OutputProjection):
     chosen: int = field(kw_only=True)
     output_only: bool = False
 
-    @property
-    def weight(self) -> str:
-        """See `OutputProjection`."""
-        return f"{self.linear}.{DownProjections.WEIGHT}"
-
-    @property
-    def bias(self) -> str:
-        """See `OutputProjection`."""
-        return f"{self.linear}.{DownProjections.BIAS}"
+    WEIGHT: ClassVar[str] = DownProjections.WEIGHT
+    BIAS: ClassVar[str] = DownProjections.BIAS
 
     def reading(self, features: Literal["inputs", "output"]) -> OutputProjection:
         """See `OutputProjection`."""
@@ -135,7 +131,7 @@ class ExpertsProjection(OutputProjection):
     @property
     def chances(self) -> float:
         """See `OutputProjection`."""
-        return 1.0 if self.output_only else self.chosen / len(self.remaining)
+        return self.chosen / len(self.remaining)
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """See `OutputProjection`: [remaining, inputs, outputs]."""
@@ -209,7 +205,7 @@ def _experts_projection(
     def check(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal chosen
         linear.append(down.is_linear(args, kwargs, output, _TOLERANCE))
-        chosen = down.units(args, kwargs).index.shape[1]
+        chosen = down.routing(args, kwargs).index.shape[1]
 
     handle = experts.module.register_forward_hook(check, with_kwargs=True)
     try:

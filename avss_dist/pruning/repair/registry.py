@@ -45,9 +45,15 @@ class RepairMethod:
             return 1
         return inputs if self.features == "inputs" else outputs
 
-    def tokens_needed(self, inputs: int, outputs: int) -> int:
-        """Return the minimum number of tokens to fit to. See `unknowns` for the arguments."""
-        return TOKENS_PER_UNKNOWN * self.unknowns(inputs, outputs)
+    def tokens_needed(self, inputs: int, outputs: int, chances: float = 1.0) -> int:
+        """Return the minimum number of tokens to fit to.
+
+        Args:
+            inputs, outputs: see `unknowns`.
+            chances: share of the tokens that reach one of several linear maps, whose ``output`` all tokens have.
+        """
+        needed = TOKENS_PER_UNKNOWN * self.unknowns(inputs, outputs)
+        return round(needed / chances) if self.features == "inputs" else needed
 
     @property
     def text_rank(self) -> int:

@@ -57,11 +57,8 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
         )
     plan = Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,))
     _require_plain(checkpoint, plan, [(layer, weight.path) for layer, weight in changed.items()], settings)
-    method, inputs_read = REPAIRS[repair], REPAIRS[repair].features == "inputs"
-    return min(
-        round(method.tokens_needed(weight.inputs, weight.outputs) / (weight.chances if inputs_read else 1.0))
-        for weight in changed.values()
-    )
+    method = REPAIRS[repair]
+    return min(method.tokens_needed(weight.inputs, weight.outputs, weight.chances) for weight in changed.values())
 
 
 class _ChangedWeight(NamedTuple):
