@@ -36,6 +36,13 @@ def _hook() -> object:
     return add_hook_to_module(Identity(), ModelHook())._hf_hook
 
 
+def _old_forward() -> object:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+    from torch.nn import Identity
+
+    return add_hook_to_module(Identity(), ModelHook())._old_forward
+
+
 def _attention() -> object:
     from transformers import PreTrainedConfig
 
@@ -59,6 +66,7 @@ PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
     "_content": ("requests", _response_content),
     "__compatible_ops__": ("deepspeed", _at("deepspeed.ops:__compatible_ops__")),
     "_hf_hook": ("accelerate", _hook),
+    "_old_forward": ("accelerate", _old_forward),
     "_reset_state": ("accelerate", _at("accelerate.state:AcceleratorState._reset_state")),
     "_model_mapping": ("transformers", _at("transformers:AutoModelForCausalLM._model_mapping")),
     "_attn_implementation": ("transformers", _attention),
