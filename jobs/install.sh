@@ -2,6 +2,7 @@
 # Usage: source jobs/install.sh [EXTRAS], from the project's root. Sets VENV. Quick when nothing has changed.
 
 VENV="$PWD/.venv"
+unset PYTHONDONTWRITEBYTECODE  # which some container images set: every process would compile the package anew
 extras="${1:-}"
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

@@ -15,7 +15,12 @@ _COLUMNS = ("run_id", "model", "status", "error", "created_at")
 
 
 def choose_runs(
-    warehouse: Warehouse, names: Sequence[str], *, every: bool = False, failed: bool = False
+    warehouse: Warehouse,
+    names: Sequence[str],
+    *,
+    every: bool = False,
+    failed: bool = False,
+    columns: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the ``runs`` rows of the named runs, in the order of the names.
 
@@ -24,6 +29,7 @@ def choose_runs(
             unique parts of an id. A model or a glob selects every run that matches. Parts and globs ignore case.
         every: if there are no names, select every run, ordered by id, instead of the newest one.
         failed: include failed runs, which have no scores.
+        columns: columns of the returned rows, by default all.
 
     Raises:
         QueryError: if a name or a glob matches no run (the message suggests the nearest), a part matches several runs,
@@ -44,7 +50,8 @@ def choose_runs(
         if name in errors:
             raise QueryError(f"Run '{name}' failed: {errors[name]}", "Fix that, then run avss score again.")
         chosen |= dict.fromkeys(_matching(name, valid))
-    return list(table.take([index[run_id] for run_id in chosen]).to_pylist(maps_as_pydicts="lossy"))
+    selected = table.take([index[run_id] for run_id in chosen]).select(list(columns or table.column_names))
+    return list(selected.to_pylist(maps_as_pydicts="lossy"))
 
 
 def one_run(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:

@@ -125,10 +125,10 @@ def findings(
 
 
 def _finished(warehouse: Warehouse, run_ids: Sequence[str] | None) -> list[Row]:
-    """Return the rows of ``runs`` of finished runs, by default of all."""
-    wanted = None if run_ids is None else set(run_ids)
-    runs = [row for row in warehouse.runs().to_pylist(maps_as_pydicts="lossy") if row["status"] == "done"]
-    return [row for row in runs if wanted is None or row["run_id"] in wanted]
+    """Return the columns `OF_RUNS` of the ``runs`` rows of finished runs, by default of all."""
+    done = pc.field("status") == "done"
+    runs = warehouse.runs().filter(done if run_ids is None else done & pc.field("run_id").isin(list(run_ids)))
+    return list(runs.select(OF_RUNS).to_pylist())
 
 
 def _in_order(findings: Iterable[Row], run_ids: Sequence[str]) -> list[Row]:
@@ -180,6 +180,13 @@ SCORES = (
     "avss_high",
     "lowest_set_probability",
 )
+
+
+OF_RUNS = [
+    *("run_id", "model", "revision", "num_shards", "num_sequences"),
+    *("corpus_fingerprint", "shuffle_seed", "sequence_length", "dtype", "device", "settings"),
+]
+"""Columns of ``runs`` that findings depend on."""
 
 
 Reading = tuple[str, str, str]  # run, site and recipe

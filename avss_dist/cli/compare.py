@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.cli.choose import MOST_NAMED, choose_runs, choose_threshold, open_warehouse
+from avss_dist.cli.choose import MOST_NAMED, choose_run_ids, choose_runs, choose_threshold, open_warehouse
 from avss_dist.cli.options import FORMATS, takes
 from avss_dist.core.errors import QueryError
 from avss_dist.core.text import describe_threshold
@@ -39,7 +39,7 @@ def _follow(request: CompareRequest, format: str) -> None:
     from avss_dist.report.terminal.tables import rendered
 
     opened = open_warehouse(str(request.warehouse))
-    curves = follow_runs(opened, [row["run_id"] for row in choose_runs(opened, request.run, every=True)], request)
+    curves = follow_runs(opened, choose_run_ids(opened, request.run), request)
     _say_reasons(curves.left_out)
     if request.output is not None:
         say(f"Ranks along {request.along}: {request.output}")
@@ -59,7 +59,7 @@ def _compare_pairs(request: CompareRequest, format: str) -> None:
     from avss_dist.report.terminal.compare import comparison_tables, findings_list
 
     opened, by, score = open_warehouse(str(request.warehouse)), request.by, request.score
-    names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
+    names = choose_run_ids(opened, request.run)
     at = choose_threshold(request.threshold)
     comparison = compare_runs(opened, names, request, max_listed=MAX_PAIRS if format != FORMATS[0] else MAX_TABLED)
     _say_left_out(comparison)
@@ -118,7 +118,7 @@ def findings(format: str, **values: Any) -> None:
 
     request = FindingsAtRequest(**values)
     opened = open_warehouse(str(request.warehouse))
-    names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
+    names = choose_run_ids(opened, request.run)
     table = find(
         opened,
         names if request.run else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from avss_dist.cli.choose import choose_runs, open_warehouse
+from avss_dist.cli.choose import choose_run_ids, open_warehouse
 from avss_dist.cli.options import takes
 from avss_dist.read_requests import ReportRequest
 from avss_dist.system.streams import emit
@@ -18,6 +18,6 @@ def report(**values: Any) -> None:
 
     request = ReportRequest(**values)
     opened = open_warehouse(str(request.warehouse))
-    run_ids = {row["run_id"] for row in choose_runs(opened, request.run, failed=True)} if request.run else None
+    run_ids = set(choose_run_ids(opened, request.run, failed=True)) if request.run else None
     save_report(opened, Path(request.output), run_ids)
     emit(request.output)

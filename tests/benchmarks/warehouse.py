@@ -219,6 +219,7 @@ def measure(warehouse: str, arguments: list[str], folder: Path, log: Path) -> Ro
     command = [sys.executable, "-m", "avss_dist", *arguments]
     command += [] if arguments == ["--version"] else ["-w", warehouse]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder.resolve() / "cache")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # bytecode is stored, as when pip installs the package
     before = _requests(log)
     with open(folder / "output", "wb") as output:
         start = time.perf_counter()
