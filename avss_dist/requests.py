@@ -510,7 +510,7 @@ class DistillRequest(Request):
     lora_rank: Annotated[Positive, Option(panel=TRAINING)] = 16
     """Rank of the LoRA adapter."""
     learning_rate: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Option(panel=TRAINING)] = None
-    """Highest learning rate; by default 2e-4 for all weights, 3e-4 near cuts, 1e-3 for LoRA."""
+    """Highest learning rate; by default in proportion to the size of the weights."""
     warmup: Annotated[Count, Option(panel=TRAINING)] = 20
     """Steps in which the learning rate rises; then it falls to a tenth, along a cosine."""
     batch_size: Annotated[Positive, Option(panel=TRAINING)] = 4

@@ -38,28 +38,31 @@ def _say_damaged(runs: Mapping[str, str]) -> None:
 
 
 def choose_runs(
-    warehouse: Warehouse,
-    names: Sequence[str],
-    *,
-    every: bool = False,
-    failed: bool = False,
-    columns: Sequence[str] | None = None,
+    warehouse: Warehouse, names: Sequence[str], *, every: bool = False, failed: bool = False
 ) -> list[dict[str, Any]]:
     """Return runs as `chosen.choose_runs`. If a part of an id was given, the run is printed."""
     from avss_dist.analysis.chosen import choose_runs as choose
 
-    runs = choose(warehouse, names, every=every, failed=failed, columns=columns)
-    if len(names) == len(runs) == 1 and names[0] not in (runs[0]["model"], basename(runs[0]["model"])):
-        run_id = runs[0]["run_id"]
-        if names[0] != run_id and not set(names[0]) & set("*?["):
-            say(f"Run {run_id} is the one with '{names[0]}' in its id.")
+    runs = choose(warehouse, names, every=every, failed=failed)
+    _say_chosen(names, runs)
     return runs
 
 
 def choose_run_ids(warehouse: Warehouse, names: Sequence[str], *, failed: bool = False) -> list[str]:
     """Return the ids of the named runs, or of all finished runs without names, as `choose_runs`."""
-    rows = choose_runs(warehouse, names, every=True, failed=failed, columns=("run_id", "model"))
-    return [row["run_id"] for row in rows]
+    from avss_dist.analysis.chosen import choose_runs as choose
+
+    runs = choose(warehouse, names, every=True, failed=failed, columns=("run_id", "model"))
+    _say_chosen(names, runs)
+    return [run["run_id"] for run in runs]
+
+
+def _say_chosen(names: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> None:
+    """Print the run that a part of an id chose."""
+    if len(names) == len(runs) == 1 and names[0] not in (runs[0]["model"], basename(runs[0]["model"])):
+        run_id = runs[0]["run_id"]
+        if names[0] != run_id and not set(names[0]) & set("*?["):
+            say(f"Run {run_id} is the one with '{names[0]}' in its id.")
 
 
 def choose_run(warehouse: Warehouse, name: str | None) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from avss_dist.distillation.record import (
     recorded_settings,
 )
 from avss_dist.distillation.texts import DistillText, draw_rows
-from avss_dist.distillation.trained import LEARNING_RATES, LORA, choose_trained
+from avss_dist.distillation.trained import LORA, choose_trained, default_learning_rate
 from avss_dist.models.loading import load_model, quiet
 from avss_dist.models.safetensors import weight_files
 from avss_dist.partition.group import rank_and_size, share
@@ -317,6 +317,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     history = trainer.read_history(trainer.last_checkpoint(folder))
     if ending(history, schedule.steps, schedule.patience) is None:
         more = _tracking(request.execution.tracker, Path(request.output).name)
+        on_event(Preparing(f"training, at a learning rate of {schedule.learning_rate:g}"))
         with _explained(folder), sharding_options(request, models) as options:
             history = trainer.train(
                 lambda: _open_student(request, models, heartbeat),
@@ -422,7 +423,7 @@ def _schedule(request: DistillRequest, models: ModelPair) -> Schedule:
         step_tokens=step_tokens,
         evaluations=request.evaluations,
         patience=request.patience,
-        learning_rate=request.learning_rate or LEARNING_RATES[request.train],
+        learning_rate=request.learning_rate or default_learning_rate(models.student, request.train),
         warmup=request.warmup,
         seed=request.seed,
         batch_size=request.batch_size,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch import nn
@@ -12,12 +14,15 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import TRAINED, Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import without_head
+from avss_dist.models.safetensors import DTYPES, StoredTensor, read_tensor, tensors_of, weight_files
 from avss_dist.models.size import find_layers, token_embeddings
 from avss_dist.pruning.model_card import removed_layers
 
 ALL, NEAR, LORA = TRAINED
-LEARNING_RATES = {ALL: 2e-4, NEAR: 3e-4, LORA: 1e-3}
-"""Learning rate by the weights that are trained."""
+STEP_SIZES = {ALL: 1e-3, NEAR: 1.5e-3, LORA: 5e-3}
+"""Default learning rate by what is trained, divided by the size of the student's weights."""
+LEAST_WEIGHT = 1e-3  # size of weights, of which the learning rate is a share: Adafactor's epsilon_2
+_ROWS_READ = 256  # of each matrix, to tell the size of its weights
 
 
 def require_trainable(student: Checkpoint, train: str) -> None:
@@ -30,6 +35,32 @@ def require_trainable(student: Checkpoint, train: str) -> None:
             f"(README.md) that avss prune and avss shrink write, in {Path(student.folder)}.",
             "Copy the model card into the folder, or set `train` all.",
         )
+
+
+def default_learning_rate(student: Checkpoint, train: str) -> float:
+    """Return a learning rate in proportion to the size of the student's weights, with two significant digits.
+
+    A step of Adam changes every weight by about the learning rate, however small the gradient is, and the weights of
+    one model may be twelve times as large as another's. Adafactor scales the steps of each tensor by its root mean
+    square (Shazeer and Stern 2018, arXiv 1804.04235, section 8). Here, one rate for all follows from the median over
+    the matrices, of the first rows of each as stored.
+
+    Args:
+        train: one of `core.settings.TRAINED`.
+    """
+    sizes = [
+        read_tensor(_first_rows(stored)).float().square().mean().sqrt().item()
+        for file in weight_files(Path(student.folder))
+        for stored in tensors_of(file)
+        if len(stored.shape) > 1 and stored.size and DTYPES[stored.dtype].is_floating_point
+    ]
+    return float(f"{STEP_SIZES[train] * max(median(sizes), LEAST_WEIGHT):.1e}")
+
+
+def _first_rows(stored: StoredTensor) -> StoredTensor:
+    """Return the first rows of a tensor as a tensor."""
+    rows = min(stored.shape[0], _ROWS_READ)
+    return replace(stored, shape=(rows, *stored.shape[1:]), size=stored.size // stored.shape[0] * rows)
 
 
 def near_cuts(removed: tuple[int, ...], num_layers: int) -> tuple[int, ...]:

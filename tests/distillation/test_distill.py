@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.checkpoints import llama
 from support.command_line import avss, files
 
@@ -22,6 +23,8 @@ from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced
 from avss_dist.distillation.loss import distillation_loss
 from avss_dist.distillation.record import read_record
+from avss_dist.distillation.trained import default_learning_rate
+from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 
@@ -60,6 +63,22 @@ def changed(before: Path, after: Path) -> set[str]:
 
 
 # The result
+
+
+def test_the_default_learning_rate_is_in_proportion_to_the_weights(
+    distill: Callable[..., Distilled], student: Path, tmp_path: Path
+) -> None:
+    sizes = [w[:256].square().mean().sqrt().item() for w in weights_of(student).values() if w.ndim > 1]
+    rate = default_learning_rate(resolve(str(student)), "all")
+    assert rate == pytest.approx(1e-3 * float(np.median(sizes)), rel=0.05)
+
+    larger = tmp_path / "larger"
+    shutil.copytree(student, larger)
+    save_file({n: w * 8 for n, w in weights_of(student).items()}, larger / "model.safetensors", {"format": "pt"})
+    assert default_learning_rate(resolve(str(larger)), "all") == pytest.approx(8 * rate, rel=0.05)
+    assert default_learning_rate(resolve(str(larger)), "lora") == pytest.approx(40 * rate, rel=0.05)
+
+    assert distill(learning_rate=None).record.learning_rate == rate
 
 
 def test_a_student_comes_closer_to_its_teacher(
