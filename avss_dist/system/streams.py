@@ -49,34 +49,43 @@ def prepare() -> None:
 
 @contextmanager
 def complete_output() -> Iterator[None]:
-    """Flush standard output at the end of the block.
+    """Flush standard output at the end of the block, also if the block ends by an exit with code 0.
 
     Raises:
         SystemExit: it cannot be written: code 1 after a message, or code 0 if the reader has closed the pipe.
     """
     try:
-        yield
+        try:
+            yield
+        except SystemExit as end:
+            if not end.code:
+                sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except BrokenPipeError:
-        _discard_output()
         raise SystemExit(0) from None
     except SystemExit as end:  # the framework that prints help turns a broken pipe into an exit of its own
         if not isinstance(end.__context__, BrokenPipeError):
             raise
-        _discard_output()
         raise SystemExit(0) from None
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITABLE:
             raise
-        _discard_output()
         reason = "it is closed" if error.errno == errno.EBADF else error.strerror
         complain(f"Error: standard output cannot be written: {reason}.")
         raise SystemExit(1) from None
+    finally:
+        _discard_unwritable(sys.stdout)
+        _discard_unwritable(sys.stderr)
 
 
-def _discard_output() -> None:
-    """Discard the output that is not flushed yet."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _discard_unwritable(stream: TextIO) -> None:
+    """Discard the output of a stream if it cannot be written. Python would try again, and exit with code 120."""
+    with suppress(OSError, ValueError):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def emit(text: object, *, end: str = "\n", flush: bool = False) -> None:

@@ -28,6 +28,12 @@ COMMAND = [sys.executable, "-m", "avss_dist"]
 CROSS_JOIN = "SELECT count(*) FROM range(10000000) a, range(10000000) b, range(100) c WHERE a.range + b.range = c.range"
 
 
+@pytest.fixture(autouse=True)
+def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the streams buffered, as Python does unless it is told otherwise, which some container images do."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
 def shell(line: str, **env: str) -> subprocess.CompletedProcess[bytes]:
     line = line.replace("AVSS", f"{sys.executable} -m avss_dist")
     return subprocess.run(["bash", "-c", line], capture_output=True, env={**os.environ, **env}, check=False)
