@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from support.warm_workers import forking_workers
 
 from avss_dist.__main__ import YOUNG_OBJECTS
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background of a script ignore it
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: in tiny models, threads wait for each other
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no test uses)

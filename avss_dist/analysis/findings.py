@@ -127,7 +127,9 @@ def findings(
 def _finished(warehouse: Warehouse, run_ids: Sequence[str] | None) -> list[Row]:
     """Return the columns `OF_RUNS` of the ``runs`` rows of finished runs, by default of all."""
     done = pc.field("status") == "done"
-    runs = warehouse.runs().filter(done if run_ids is None else done & pc.field("run_id").isin(list(run_ids)))
+    runs = warehouse.runs().filter(
+        done if run_ids is None else done & pc.field("run_id").isin(pa.array(run_ids, pa.string()))
+    )
     return list(runs.select(OF_RUNS).to_pylist())
 
 
