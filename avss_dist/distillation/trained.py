@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ ALL, NEAR, LORA = TRAINED
 STEP_SIZES = {ALL: 1e-3, NEAR: 1.5e-3, LORA: 5e-3}
 """Default learning rate by what is trained, divided by the size of the student's weights."""
 LEAST_WEIGHT = 1e-3  # size of weights, of which the learning rate is a share: Adafactor's epsilon_2
-_ROWS_READ = 256  # of each matrix, to tell the size of its weights
+_VALUES_READ = 1 << 18  # of each matrix, in whole rows, to tell the size of its weights
 
 
 def require_trainable(student: Checkpoint, train: str) -> None:
@@ -52,15 +53,16 @@ def default_learning_rate(student: Checkpoint, train: str) -> float:
         read_tensor(_first_rows(stored)).float().square().mean().sqrt().item()
         for file in weight_files(Path(student.folder))
         for stored in tensors_of(file)
-        if len(stored.shape) > 1 and stored.size and DTYPES[stored.dtype].is_floating_point
+        if len(stored.shape) > 1 and stored.size and (dtype := DTYPES.get(stored.dtype)) and dtype.is_floating_point
     ]
     return float(f"{STEP_SIZES[train] * max(median(sizes), LEAST_WEIGHT):.1e}")
 
 
 def _first_rows(stored: StoredTensor) -> StoredTensor:
-    """Return the first rows of a tensor as a tensor."""
-    rows = min(stored.shape[0], _ROWS_READ)
-    return replace(stored, shape=(rows, *stored.shape[1:]), size=stored.size // stored.shape[0] * rows)
+    """Return the first rows of a tensor, or the first expert of several, as a tensor."""
+    rows, *of_row = stored.shape
+    first = min(rows, max(1, _VALUES_READ // math.prod(of_row)))
+    return replace(stored, shape=(first, *of_row), size=stored.size // rows * first)
 
 
 def near_cuts(removed: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
