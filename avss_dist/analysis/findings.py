@@ -107,19 +107,24 @@ def findings(
         where &= pc.field("site") == site
     if recipe is not None and rankings_alone:  # what else there is compares recipes
         where &= pc.field("recipe") == recipe
-    readings = _by_reading(warehouse.table("scores", run_ids=names, columns=SCORES, where=where))
-    rows = _of_scores(readings, names, threshold)
-    if rankings_alone:
-        rows += _in_order(nonfinite_layers(warehouse.digests(names, NONFINITE)), names)
-    else:
-        rows += _in_order(of_digests(warehouse.digests(names), threshold, site), names)
+    rows: list[Row] = []
+    readings: dict[Reading, Columns] = {}
+    cut = _with_first_tokens_cut(runs)
+    for group in _groups(names):
+        read = _by_reading(warehouse.table("scores", run_ids=group, columns=SCORES, where=where))
+        rows += _of_scores(read, group, threshold)
+        if rankings_alone:
+            rows += _in_order(nonfinite_layers(warehouse.digests(group, NONFINITE)), group)
+        else:
+            rows += _in_order(of_digests(warehouse.digests(group), threshold, site), group)
+            readings |= _variances(read, cut)
+    if not rankings_alone:
         rows += [{"run_id": name, **row} for name, row in expert_findings(warehouse, names)]
         rows += [{"run_id": run["run_id"], **row} for run in runs for row in _no_interval(run)]
         rows += _first_tokens(runs, readings)
         rows += _row_starts(warehouse, runs)
         rows += _unreadable(warehouse.damaged, run_ids)
-    for column, place in (("site", site), ("recipe", recipe)):
-        rows = [row for row in rows if place is None or row.get(column) in (None, place)]
+    rows = [row for row in rows if _is_at(row, site, recipe)]
     rows.sort(key=_urgency)
     return pa.Table.from_pylist(rows, SCHEMA)
 
@@ -131,6 +136,12 @@ def _finished(warehouse: Warehouse, run_ids: Sequence[str] | None) -> list[Row]:
         done if run_ids is None else done & pc.field("run_id").isin(pa.array(run_ids, pa.string()))
     )
     return list(runs.select(OF_RUNS).to_pylist())
+
+
+def _groups(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield `RUNS_AT_ONCE` names at once."""
+    for start in range(0, len(names), RUNS_AT_ONCE):
+        yield names[start : start + RUNS_AT_ONCE]
 
 
 def _in_order(findings: Iterable[Row], run_ids: Sequence[str]) -> list[Row]:
@@ -156,6 +167,11 @@ def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> It
     for run_id, reason in damaged.items():
         if run_ids is None or run_id in run_ids:
             yield {"run_id": run_id, **finding("unreadable", "warning", np.nan, f"This run cannot be read: {reason}.")}
+
+
+def _is_at(row: Row, site: str | None, recipe: str | None) -> bool:
+    """Whether a finding is about a site and a recipe, None for any, or about all of them."""
+    return all(place is None or row.get(name) in (None, place) for name, place in (("site", site), ("recipe", recipe)))
 
 
 def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
@@ -189,6 +205,9 @@ OF_RUNS = [
     *("corpus_fingerprint", "shuffle_seed", "sequence_length", "dtype", "device", "settings"),
 ]
 """Columns of ``runs`` that findings depend on."""
+
+
+RUNS_AT_ONCE = 2048  # runs whose scores and digests are in memory together: 0.3 GB for 80 layers
 
 
 Reading = tuple[str, str, str]  # run, site and recipe
@@ -315,23 +334,40 @@ def _recipes_disagree(rho: float, a: str, b: str) -> Row:
     )
 
 
+def _with_first_tokens_cut(runs: Rows) -> set[str]:
+    """Return the ids of runs that differ from another one only in ``skip_first_tokens``."""
+    return {row["run_id"] for whole, cut in _pairs_of_first_tokens(runs) for row in (whole, cut)}
+
+
+def _pairs_of_first_tokens(runs: Rows) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Yield each run of whole rows with each that differs from it only in leaving out first tokens, fewest first."""
+    text = ("corpus_fingerprint", "shuffle_seed", "sequence_length", "num_sequences")
+    for alike in grouped(runs, "model", "revision", *text, "dtype", "device").values():
+        whole = [run for run in alike if not _skipped(run)]
+        yield from product(whole, sorted((run for run in alike if _skipped(run)), key=_skipped))
+
+
+def _skipped(run: Mapping[str, Any]) -> int:
+    return int(settings_of(run).get("skip_first_tokens") or 0)
+
+
+def _variances(readings: Mapping[Reading, Columns], run_ids: set[str]) -> dict[Reading, Columns]:
+    """Return the variances by layer of some runs, copied from the table that they are part of."""
+    return {
+        reading: {name: columns[name].copy() for name in ("layer", "variance")}
+        for reading, columns in readings.items()
+        if reading[0] in run_ids
+    }
+
+
 def _first_tokens(runs: Rows, readings: Mapping[Reading, Columns]) -> Iterator[Row]:
     """Yield findings on the variance in the first tokens, from runs that differ only in ``skip_first_tokens``."""
-
-    def skipped(run: Mapping[str, Any]) -> int:
-        return int(settings_of(run).get("skip_first_tokens") or 0)
-
-    text = ("corpus_fingerprint", "shuffle_seed", "sequence_length", "num_sequences")
-    same = ("model", "revision", *text, "dtype", "device")
-    for alike in grouped(runs, *same).values():
-        whole = [run for run in alike if not skipped(run)]
-        for run in whole:
-            for cut in sorted((run for run in alike if skipped(run)), key=skipped):
-                for place in product(EVERY_SITE, RECIPES):
-                    with_first, without = (readings.get((row["run_id"], *place)) for row in (run, cut))
-                    if with_first and without:
-                        found = _first_token_finding(with_first, without, skipped(cut))
-                        yield from (row | dict(zip(PLACE, (run["run_id"], *place), strict=True)) for row in found)
+    for run, cut in _pairs_of_first_tokens(runs):
+        for place in product(EVERY_SITE, RECIPES):
+            with_first, without = (readings.get((row["run_id"], *place)) for row in (run, cut))
+            if with_first and without:
+                for row in _first_token_finding(with_first, without, _skipped(cut)):
+                    yield row | dict(zip(PLACE, (run["run_id"], *place), strict=True))
 
 
 def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:

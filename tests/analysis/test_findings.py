@@ -86,6 +86,22 @@ def test_the_first_token_that_carries_the_variance(tmp_path: Path, size: float) 
     assert "in 8 of 8 layers" in element["message"]
 
 
+def test_runs_that_are_read_one_by_one_have_the_same_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = activations(scales=np.sort(SCALES))
+    x[..., 0, :] *= 50
+    write_measured(tmp_path, "whole", stats_of(x), 8, model="org/tiny", revision="main")
+    cut = {"model": "org/tiny", "revision": "main", "skip_first_tokens": 1}
+    write_measured(tmp_path, "cut", stats_of(x[..., 1:, :]), 8, **cut)
+    write_measured(tmp_path, "other", stats_of(activations()), 8)
+    together = found(tmp_path)
+    assert {row["run_id"] for row in together} >= {"whole", "cut"} and {"first_token", "tracks_depth"} <= {
+        row["kind"] for row in together
+    }
+    monkeypatch.setattr("avss_dist.analysis.findings.RUNS_AT_ONCE", 1)
+    assert found(tmp_path) == together
+    assert found(tmp_path, rankings_alone=True)
+
+
 def test_the_first_token_needs_two_runs_that_differ_in_nothing_else(tmp_path: Path) -> None:
     x = activations()
     x[..., 0, :] *= 50
