@@ -109,7 +109,8 @@ def findings(
         where &= pc.field("recipe") == recipe
     rows: list[Row] = []
     readings: dict[Reading, Columns] = {}
-    cut = _with_first_tokens_cut(runs)
+    pairs = [] if rankings_alone else list(_pairs_of_first_tokens(runs))
+    paired = {row["run_id"] for pair in pairs for row in pair}
     for group in _groups(names):
         read = _by_reading(warehouse.table("scores", run_ids=group, columns=SCORES, where=where))
         rows += _of_scores(read, group, threshold)
@@ -117,11 +118,11 @@ def findings(
             rows += _in_order(nonfinite_layers(warehouse.digests(group, NONFINITE)), group)
         else:
             rows += _in_order(of_digests(warehouse.digests(group), threshold, site), group)
-            readings |= _variances(read, cut)
+            readings |= _variances(read, paired)
     if not rankings_alone:
         rows += [{"run_id": name, **row} for name, row in expert_findings(warehouse, names)]
-        rows += [{"run_id": run["run_id"], **row} for run in runs for row in _no_interval(run)]
-        rows += _first_tokens(runs, readings)
+        rows += _no_intervals(runs)
+        rows += _first_tokens(pairs, readings)
         rows += _row_starts(warehouse, runs)
         rows += _unreadable(warehouse.damaged, run_ids)
     rows = [row for row in rows if _is_at(row, site, recipe)]
@@ -156,11 +157,12 @@ def of_rankings(table: pa.Table, score: str) -> pa.Table:
     return table.filter(pc.field("kind").isin(kinds))
 
 
-def _no_interval(run: Row) -> Iterator[Row]:
-    """Yield a finding if a run has too few shards for intervals."""
-    shards = run["num_shards"]
-    if shards and (message := why_no_interval(shards)):
-        yield finding("no_interval", "note", shards, message)
+def _no_intervals(runs: Rows) -> Iterator[Row]:
+    """Yield a finding for each run that has too few shards for intervals."""
+    for run in runs:
+        shards = run["num_shards"]
+        if shards and (message := why_no_interval(shards)):
+            yield {"run_id": run["run_id"], **finding("no_interval", "note", shards, message)}
 
 
 def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> Iterator[Row]:
@@ -200,16 +202,17 @@ SCORES = (
 )
 
 
-OF_RUNS = [
-    *("run_id", "model", "revision", "num_shards", "num_sequences"),
-    *("corpus_fingerprint", "shuffle_seed", "sequence_length", "dtype", "device", "settings"),
-]
+ALIKE = (
+    *("model", "revision", "corpus_fingerprint", "shuffle_seed", "sequence_length", "num_sequences"),
+    *("dtype", "device"),
+)
+"""Columns in which runs that are compared for their first tokens are equal."""
+OF_RUNS = ["run_id", "num_shards", "settings", *ALIKE]
 """Columns of ``runs`` that findings depend on."""
+RUNS_AT_ONCE = 2048  # runs whose scores and digests are in memory together: 0.4 GB for 80 layers
 
-
-RUNS_AT_ONCE = 2048  # runs whose scores and digests are in memory together: 0.3 GB for 80 layers
-
-
+Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""A run of whole rows, and one that leaves out first tokens."""
 Reading = tuple[str, str, str]  # run, site and recipe
 PLACE = ("run_id", "site", "recipe")
 """Columns of a reading."""
@@ -334,15 +337,9 @@ def _recipes_disagree(rho: float, a: str, b: str) -> Row:
     )
 
 
-def _with_first_tokens_cut(runs: Rows) -> set[str]:
-    """Return the ids of runs that differ from another one only in ``skip_first_tokens``."""
-    return {row["run_id"] for whole, cut in _pairs_of_first_tokens(runs) for row in (whole, cut)}
-
-
-def _pairs_of_first_tokens(runs: Rows) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def _pairs_of_first_tokens(runs: Rows) -> Iterator[Pair]:
     """Yield each run of whole rows with each that differs from it only in leaving out first tokens, fewest first."""
-    text = ("corpus_fingerprint", "shuffle_seed", "sequence_length", "num_sequences")
-    for alike in grouped(runs, "model", "revision", *text, "dtype", "device").values():
+    for alike in grouped(runs, *ALIKE).values():
         whole = [run for run in alike if not _skipped(run)]
         yield from product(whole, sorted((run for run in alike if _skipped(run)), key=_skipped))
 
@@ -360,9 +357,9 @@ def _variances(readings: Mapping[Reading, Columns], run_ids: set[str]) -> dict[R
     }
 
 
-def _first_tokens(runs: Rows, readings: Mapping[Reading, Columns]) -> Iterator[Row]:
+def _first_tokens(pairs: Sequence[Pair], readings: Mapping[Reading, Columns]) -> Iterator[Row]:
     """Yield findings on the variance in the first tokens, from runs that differ only in ``skip_first_tokens``."""
-    for run, cut in _pairs_of_first_tokens(runs):
+    for run, cut in pairs:
         for place in product(EVERY_SITE, RECIPES):
             with_first, without = (readings.get((row["run_id"], *place)) for row in (run, cut))
             if with_first and without:

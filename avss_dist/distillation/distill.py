@@ -382,7 +382,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
 
 def _drawn_rows(request: DistillRequest, models: ModelPair, texts: Sequence[DistillText]) -> list[NDArray[np.int64]]:
     """Return the rows of each trained text that the training draws."""
-    texts_of_rows, rows = draw_rows(texts, _schedule(request, models).rows, request.seed)
+    texts_of_rows, rows = draw_rows(texts, _steps(request, models) * request.batch_size, request.seed)
     return [np.unique(rows[texts_of_rows == number]) for number in range(sum(bool(t.trained) for t in texts))]
 
 
@@ -416,11 +416,15 @@ def _further_losses(request: DistillRequest, models: ModelPair, teacher: Any) ->
     return FurtherLosses(text=request.text_loss, hidden=request.hidden_loss, cut_states=cut_states)
 
 
+def _steps(request: DistillRequest, models: ModelPair) -> int:
+    """Return the number of optimizer steps."""
+    return max(1, math.ceil(request.tokens / (request.batch_size * models.settings.sequence_length)))
+
+
 def _schedule(request: DistillRequest, models: ModelPair) -> Schedule:
-    step_tokens = request.batch_size * models.settings.sequence_length
     return Schedule(
-        steps=max(1, math.ceil(request.tokens / step_tokens)),
-        step_tokens=step_tokens,
+        steps=_steps(request, models),
+        step_tokens=request.batch_size * models.settings.sequence_length,
         evaluations=request.evaluations,
         patience=request.patience,
         learning_rate=request.learning_rate or default_learning_rate(models.student, request.train),

@@ -25,6 +25,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Removal, experts_by_layer
 from avss_dist.core.text import count_of
 from avss_dist.models.layers import Layer, first_tensor
+from avss_dist.models.patching import forward_name
 from avss_dist.models.skipping import replace_tensor
 from avss_dist.models.sublayers import without_sublayers
 from avss_dist.system.context import bound
@@ -267,7 +268,7 @@ def without_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> It
 @contextmanager
 def _choosing(router: nn.Module, number: int) -> Iterator[None]:
     """Have a router heed `_REMOVED` inside the context. Contexts of several passes may overlap in any order."""
-    name = "_old_forward" if hasattr(router, "_hf_hook") else "forward"  # accelerate's: it loads weights around it
+    name = forward_name(router)
     installed = vars(router).get(name)
     if not isinstance(installed, _Choice):
         installed = _Choice(router, number, getattr(router, name), installed)

@@ -95,11 +95,16 @@ def changed_when_called(changes: Mapping[nn.Module, Callable[[], AbstractContext
 
     with ExitStack() as stack:
         for module, change in changes.items():
-            name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # Accelerate's loads the weight first
+            name = forward_name(module)
             original, forward = vars(module).get(name), getattr(module, name)
             setattr(module, name, partial(call, change, forward))
             stack.callback(_restore, module, name, original)
         yield
+
+
+def forward_name(module: nn.Module) -> str:
+    """Return the attribute with a module's own forward; Accelerate's wrapper of it loads the weights first."""
+    return "_old_forward" if hasattr(module, "_old_forward") else "forward"
 
 
 def _restore(module: nn.Module, name: str, original: Any) -> None:
