@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from support.checkpoints import LAYERS, VOCABULARY, llama, save_tokenizer
 from support.disks import SmallDisk
 from support.warm_workers import forking_workers
+from xdist.scheduler import LoadGroupScheduling
 
 from avss_dist.__main__ import YOUNG_OBJECTS
 
@@ -37,6 +39,9 @@ LONGEST = (  # files, the longest first: in processes that take one after the ot
     *("cli/test_hostile_names", "evaluation/test_sensitivity", "models/test_families", "cli/test_streams"),
 )
 
+SHARED = {"shared_ray", "two_ranks"}  # fixtures that one process makes, and runs all tests with
+WHOLLY_NIGHTLY = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.nightly\b", re.MULTILINE)
+
 hypothesis.settings.register_profile(  # a loaded machine fails no test
     "untimed", max_examples=40, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -46,19 +51,49 @@ imported = 0  # modules, when objects were frozen for the last time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="also the cases that are marked exhaustive")
+    parser.addoption("--nightly", action="store_true", help="run the tests of the nightly tier, too")
+
+
+def names_tests(config: pytest.Config) -> bool:
+    """Whether the command line names single tests (``FILE::TEST``), which run whatever their tier is."""
+    return any("::" in argument for argument in config.args)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import files that are wholly of the nightly tier."""
+    if collection_path.suffix != ".py" or config.getoption("--nightly") or names_tests(config):
+        return None
+    return True if WHOLLY_NIGHTLY.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out exhaustive cases, unless they are asked for; long files come first, then those with slow tests."""
-    if not config.getoption("--exhaustive") and not any("::" in argument for argument in config.args):
-        further = [item for item in items if item.get_closest_marker("exhaustive")]
-        config.hook.pytest_deselected(items=further)
-        items[:] = [item for item in items if item not in further]
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    """Leave out the nightly tier unless it is asked for. Long files come first, then those with nightly tests."""
+    if not config.getoption("--nightly") and not names_tests(config):
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            for fixture in SHARED & {*getattr(item, "fixturenames", ())}:
+                item.add_marker(pytest.mark.xdist_group(fixture))
+    nightly_tests = Counter(item.path for item in items if item.get_closest_marker("nightly"))
     tests = Path(__file__).parent
     place = {tests / f"{name}.py": number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: (place.get(item.path, len(place)), -slow[item.path]))
+    items.sort(key=lambda item: (place.get(item.path, len(place)), -nightly_tests[item.path]))
+
+
+class FilesAndGroups(LoadGroupScheduling):
+    """Scheduler that keeps the tests of a file in one process, and those that share an expensive fixture, too."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        scope: str = super()._split_scope(nodeid)
+        return scope.split("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndGroups | None:
+    """Give ``--dist loadgroup`` the scheduler above."""
+    return FilesAndGroups(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
 def pytest_collection_finish() -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold: style, types, architecture, tests. Installs what it needs into .venv.
-# Options are those of pytest; --exhaustive tries further combinations of families, partitions and ranks, too.
+# Options are those of pytest; --nightly runs the nightly tier, too: what is slow by nature.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/install.sh '[test,docs]'
@@ -22,4 +22,4 @@ trap 'kill "$types" 2>/dev/null || true' EXIT
 PYTHONPATH="tests${PYTHONPATH:+:$PYTHONPATH}" "$VENV/bin/python" -c "from support.warm_workers import load_kernels; load_kernels()"
 wait "$types"
 trap - EXIT
-"$VENV/bin/python" -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
+"$VENV/bin/python" -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder "$@"

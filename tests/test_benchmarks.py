@@ -112,7 +112,7 @@ def test_a_family_is_tried_without_a_change_of_the_table(run: Run) -> None:
     assert (TESTS / "support/families.csv").read_bytes() == table
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("name", ALONE)
 def test_a_script_with_ray_runs(name: str) -> None:

@@ -15,8 +15,11 @@ filter left out, `None` returned, a call left out whose result is not used, `bre
 their like. Not changed: texts, errors, annotations, defaults, and what runs on import.
 
 Prints each survivor, then a line for each module. A survivor has no test, or is equivalent: no input tells it from the
-original. Tests that start processes see no mutant there; those marked slow, and those that take more CPU time than
-`--slowest` seconds, are left out. A mutant that takes 10 times as long as its tests did counts as killed.
+original. Tests that start processes see no mutant there. Tests of the nightly tier, and those that take more CPU time
+than `--slowest` seconds, are left out. A mutant that takes 10 times as long as its tests did counts as killed.
+
+`--survivors FILE` writes the survivors into a file, one a line, and `--only FILE` tries just those of such a file: the
+quick tests on all mutants first, then more tests (`--nightly`) on what the quick ones leave.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ import pytest  # noqa: E402
 
 PYTEST = (
     *("-qq", "-s", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler"),
-    *("-o", "timeout=0", "-m", "not slow and not gpu"),
+    *("-o", "timeout=0", "-m", "not nightly and not gpu"),
 )
 TIMES_AS_LONG, AT_LEAST_SECONDS = 10, 5
 REVERSED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {

@@ -21,7 +21,7 @@ from support.warm_workers import ray_start_environment
 import avss_dist
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "local.sh"
 SIZES: dict[str, Any] = {"max_sequences": 160, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}

@@ -248,7 +248,7 @@ def alone(*command: str, env: dict[str, str]) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_slurm_node_starts_ray_runs_the_job_and_stops(tiny_llama: Path, tmp_path: Path) -> None:
     """The script of a node, as the only one of its allocation: a real ``ray symmetric-run`` of a real job file."""
     if not shutil.which("unshare") or alone("true", env=dict(os.environ)).returncode:

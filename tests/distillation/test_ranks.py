@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import one_thread
 from support.commands import Command
-from support.exhaustive import all_of, further
+from support.tiers import all_of, nightly
 from support.families import lively, tiny_model
 from support.processes import ray_processes, wait_until
 from support.rank_processes import Gang
@@ -167,7 +167,7 @@ ALWAYS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("family", "sharding", "train"), all_of(CASES, ALWAYS))
 def test_two_ranks_give_the_weights_of_one_process(
     ranks: Gang,
@@ -205,8 +205,8 @@ def test_two_ranks_give_the_weights_of_one_process(
         assert weights == pytest.approx(memory.weights - copy, rel=0.03)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["fsdp", "zero3", *further("ddp", "zero1", "zero2")])
+@pytest.mark.nightly
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3", *nightly("ddp", "zero1", "zero2")])
 def test_ranks_add_the_error_of_the_hidden_states(
     ranks: Gang, pair_of: Callable[[str], dict[str, Any]], tmp_path: Path, sharding: str
 ) -> None:
@@ -229,7 +229,7 @@ def cluster(warm_workers: None) -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_rank_ends_the_training_which_then_goes_on(
     pair_of: Callable[[str], dict[str, Any]], by_one: Callable[..., tuple[Path, DistillRecord]], tmp_path: Path
@@ -262,7 +262,7 @@ def test_a_killed_rank_ends_the_training_which_then_goes_on(
     assert not (tmp_path / "out.part").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("cluster")
 def test_ranks_read_the_cache_of_the_teacher(pair_of: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
     """Measured by a worker or in this process, it gives the student of one process; no rank loads the teacher."""
@@ -277,7 +277,7 @@ def test_ranks_read_the_cache_of_the_teacher(pair_of: Callable[[str], dict[str, 
     assert_same_curve(again.record, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_a_signal_ends_all_ranks(pair_of: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
     """Ctrl-C, in the middle of the training."""

@@ -129,7 +129,7 @@ print(max(analyze_shard(replica, shard, settings).peak_memory_bytes for shard in
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_peak_memory_is_within_15_percent(tmp_path: Path, save_checkpoint: Save) -> None:
     """A random Llama of 400 MB: more than the libraries, and the activations of rows that are real.
 

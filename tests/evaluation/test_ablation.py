@@ -395,7 +395,7 @@ def test_what_was_measured_is_not_measured_again(tiny_llama: Path, tmp_path: Pat
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -> None:
     found = {}

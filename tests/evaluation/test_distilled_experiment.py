@@ -142,7 +142,7 @@ def test_nothing_is_made_twice(done: tuple[Path, list[dict[str, Any]]], monkeypa
     assert {file: file.stat().st_mtime_ns for file in (job.parent / "w" / "cells").rglob("*.parquet")} == cells
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_killed_it_goes_on_and_has_the_same_values(
     done: tuple[Path, list[dict[str, Any]]], deep: Path, corpus: Path, tmp_path: Path

@@ -123,7 +123,7 @@ def test_skipped_layers_are_those_of_the_pruned_checkpoint(tiny_llama: Path, tmp
     assert np.array_equal(skipped.samples, cut.samples)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -> None:
     found = {}

@@ -169,7 +169,7 @@ def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(
     assert json.dumps(shown[0]) == json.dumps(shown[1])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_a_killed_experiment_goes_on_where_it_was(done: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     whole, rows = done

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from support.checkpoints import llama, one_thread
 from support.command_line import avss
 from support.commands import Command
-from support.exhaustive import further
+from support.tiers import nightly
 from support.experiments import experiment_of, run_job_in
 from support.families import lively, tiny_model
 from support.processes import wait_until
@@ -114,7 +114,7 @@ def losses_of(folder: Path) -> dict[str, float]:
     ("family", "partition"),
     [
         *(("llama", partition) for partition in ("single", "device_map", "streaming")),
-        *further(("gemma3_text", "streaming"), ("gpt2", "single"), ("opt", "device_map"), ("olmo2", "single")),
+        *nightly(("gemma3_text", "streaming"), ("gpt2", "single"), ("opt", "device_map"), ("olmo2", "single")),
     ],
 )
 def test_a_patch_in_place_is_the_repaired_checkpoint(
@@ -180,7 +180,7 @@ def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
 # Shared by copies of the model
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_copies_share_the_text_of_a_fit(deep: Path, tmp_path: Path) -> None:
     """Two workers, each with a part of the text, find what one does; no more than the text has batches are taken."""
@@ -339,7 +339,7 @@ def test_a_checkpoint_takes_the_fit_of_an_experiment(
     assert "the repaired weights (largest difference 0)" in kept.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_workers_fit_the_repair_of_a_checkpoint_and_keep_it(deep: Path, tmp_path: Path) -> None:
     """Two of them; a mistake comes before the fit, and a second checkpoint costs none."""
@@ -414,7 +414,7 @@ def shown(rows: list[dict[str, Any]]) -> str:
     return json.dumps([{k: v for k, v in row.items() if k != "created_at"} for row in rows])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_a_killed_experiment_goes_on_and_workers_are_sent_the_patches(
     done: tuple[Path, list[dict[str, Any]]], tmp_path: Path

@@ -154,7 +154,7 @@ def test_what_is_lost_is_measured_again(scored: tuple[Path, Mapping[str, Any]]) 
     assert all(at == times[path] for path, at in cell_times(scored[0]).items() if path in {*times} - {*lost})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_a_killed_search_goes_on_where_it_was(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
     warehouse, plan = scored[0], tmp_path / "plan.yaml"
@@ -173,7 +173,7 @@ def test_a_killed_search_goes_on_where_it_was(scored: tuple[Path, Mapping[str, A
     assert plan.read_text() == resumed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_workers_find_what_one_process_finds(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
     """Round after round on the same workers, whose models stay open."""

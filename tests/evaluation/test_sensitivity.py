@@ -207,7 +207,7 @@ def test_results_have_one_table(model: Path, tmp_path: Path) -> None:
     assert [json.loads(line)["format"] for line in done.stdout.splitlines()] == ["fp8"] * 4 * 8
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_workers_give_what_one_process_gives(model: Path, tmp_path: Path) -> None:
     found = {}

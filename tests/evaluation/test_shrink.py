@@ -15,7 +15,7 @@ import ray
 from support.checkpoints import block_fp8, llama, one_thread
 from support.command_line import avss
 from support.commands import Command
-from support.exhaustive import further
+from support.tiers import nightly
 from support.families import lively, tiny_model
 from support.processes import wait_until
 from tasks.test_truthfulqa import QUESTIONS
@@ -175,8 +175,8 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
     assert split == TextSplit(scored=SCORED, evaluated=20, rows=160)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["patches", *further("scores", "evaluations")])
+@pytest.mark.nightly
+@pytest.mark.parametrize("when", ["patches", *nightly("scores", "evaluations")])
 @pytest.mark.usefixtures("warm_workers")
 def test_killed_it_goes_on_and_writes_the_same_bytes(when: str, done: Shrunk, deep: Path, tmp_path: Path) -> None:
     """By SIGKILL as soon as there is a first file of a table."""
@@ -193,7 +193,7 @@ def test_killed_it_goes_on_and_writes_the_same_bytes(when: str, done: Shrunk, de
     assert again.best.kept == done.best.kept
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_two_workers_do_what_one_process_does(
     done: Shrunk, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -256,7 +256,7 @@ def test_as_many_layers_go_as_can(deep: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "repaired"), [("damage", True), ("avss", False), *further(("loss", True), ("last", True))]
+    ("by", "repaired"), [("damage", True), ("avss", False), *nightly(("loss", True), ("last", True))]
 )
 def test_what_layers_are_chosen_by(by: str, repaired: bool, deep: Path, tmp_path: Path) -> None:
     """Where no layer stands before those that go, nothing is repaired, and that is no mistake."""

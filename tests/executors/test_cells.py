@@ -40,7 +40,7 @@ from avss_dist.system.progress_bar import tracked
 from avss_dist.tasks.base import Measure, Row, TextLoss
 from avss_dist.tasks.cells import Cell, measure_cell
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
 
 PARTS = 6
 SETTINGS = Settings(**SMALL)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from support.exhaustive import further
+from support.tiers import nightly
 from support.noting import OPENS, noting
 from support.processes import wait_until
 from support.ray_cluster import NODES, TWENTY_SHARDS, Cluster
@@ -31,7 +31,7 @@ from avss_dist.partition.base import Placement
 from avss_dist.system.devices import Devices
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
 
 SHARDS = 20
 
@@ -228,7 +228,7 @@ def test_a_node_that_drains_finishes_its_shard_and_takes_no_other(
     assert sorted(int(note.what) for note in notes.shards) == list(range(SHARDS)), "each once"
 
 
-@pytest.mark.parametrize("partition", ["zero3", *further("fsdp", "tensor_parallel")])
+@pytest.mark.parametrize("partition", ["zero3", *nightly("fsdp", "tensor_parallel")])
 def test_a_gang_finishes_its_round_when_one_of_its_nodes_drains(
     partition: str,
     cluster: Cluster,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.causal_lm import open_whole, random_shard
 from support.checkpoints import llama, save_tokenizer
-from support.exhaustive import all_of
+from support.tiers import all_of
 from support.families import lively, tiny_config, tiny_model
 from support.oracle import assert_close
 from support.quantized import block_fp8, mxfp4
@@ -584,7 +584,7 @@ def single_stats(folder: Path, shards: Sequence[Shard]) -> Mapping[LayerKey, Lay
     return single(folder, shards)[0][0].stats
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_ranks_hold_half_of_smollm2_each(gang: Callable[[int], Gang], smollm2: Path) -> None:
     settings, shards = replace(SETTINGS, dtype="bfloat16"), make_shards(2, rows=(1,))
     per_rank = gang(2).run(measure, "zero3", smollm2, shards, settings)

@@ -76,7 +76,7 @@ def score(model: Path, out: Path, executor: str, *options: str, forked: bool = F
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_a_raylet_that_dies_while_devices_are_counted_ends_a_command(tiny_llama: Path, tmp_path: Path) -> None:
     """A worker counts them; it is stopped, so that it is still at it."""
@@ -126,7 +126,7 @@ def test_ctrl_c_is_not_lost_where_nothing_can_be_raised(what: str, printed: str)
     assert ("ValueError: a bug" in done.stderr) == (what == "bug") and "KeyboardInterrupt" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("executor", ["ray", "local"])
 def test_ctrl_c_that_goes_on_and_on_ends_a_command_in_order(executor: str, tiny_llama: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_ctrl_c_that_goes_on_and_on_ends_a_command_in_order(executor: str, tiny_
     assert "Traceback" not in said and "Error" not in said and "Exception" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("executor", ["ray", "local"])
 def test_a_terminated_command_says_what_is_kept_and_the_run_is_listed(

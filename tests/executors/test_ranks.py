@@ -21,7 +21,7 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.partition.base import Placement
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import ray
 from support.commands import Command
-from support.exhaustive import further
+from support.tiers import nightly
 from support.pairs import write_pairs
 from support.processes import FreezesAtStart, Harming, ray_processes, wait_until
 from support.ray_cluster import TWENTY_SHARDS
@@ -51,7 +51,7 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.sharing import Receipt, shared
 from avss_dist.warehouse.store import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_a_worker_that_freezes_before_it_reports_is_replaced(
 
 
 @shared_cluster
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), *further((signal.SIGINT, 130))])
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), *nightly((signal.SIGINT, 130))])
 def test_a_stopped_driver_is_resumed(
     number: signal.Signals, expected: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -245,7 +245,7 @@ def has_nvrtc() -> bool:
     return installed(NVRTC)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC (nvidia-cuda-nvrtc, of the test extra)")
 def test_nvrtc_compiles_for_every_architecture_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
     cases = [*((architecture, torch.bfloat16) for architecture in ARCHITECTURES), ("sm_90", torch.float32)]

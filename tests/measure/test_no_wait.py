@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import llama
-from support.exhaustive import further
+from support.tiers import nightly
 from support.waiting import NoWaiting
 from transformers import masking_utils
 
@@ -53,7 +53,7 @@ class Launches:
     ("backend", "dtype", "pairing"),
     [
         *product(("torch", "cuda"), (torch.float32, torch.bfloat16), (None,)),
-        *further(*product(("torch", "cuda"), (torch.float16,), (None,))),
+        *nightly(*product(("torch", "cuda"), (torch.float16,), (None,))),
         ("torch", torch.float32, PAIRED),
         ("cuda", torch.bfloat16, PAIRED),
     ],

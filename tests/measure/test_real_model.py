@@ -22,7 +22,7 @@ from avss_dist.partition.base import no_observation
 from avss_dist.partition.single import SingleReplica
 from avss_dist.stats.scores import score_run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 CORPUS = os.environ.get("AVSS_TEST_CORPUS", "builtin:pydoc")
 MODULES = {"attention": "self_attn", "mlp": "mlp", "neuron": "mlp.down_proj"}

@@ -1,6 +1,6 @@
 """Text families that transformers knows: a tiny random model of each is built, observed and scored again.
 
-With ``--exhaustive``, of all of them; otherwise of the common ones and of every third.
+With ``--nightly``, of all of them; otherwise of the common ones and of every third.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from avss_dist.core.settings import SITES
 from avss_dist.models.loading import open_module, quiet
 from avss_dist.models.sites import find_down_projection
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 of_this_transformers = pytest.mark.skipif(
     not transformers.__version__.startswith(VERSION), reason=f"the table is of transformers {VERSION}"
 )
@@ -33,7 +33,7 @@ def table() -> dict[tuple[str, str], Row]:
 def outcomes(request: pytest.FixtureRequest) -> dict[tuple[str, str], Outcome]:
     torch.manual_seed(0)
     every, common = model_types("causal", "masked"), {*CAUSAL, *ENCODERS}
-    step = 1 if request.config.getoption("--exhaustive") else 3
+    step = 1 if request.config.getoption("--nightly") else 3
     with quiet():
         return {key: try_scoring(*key) for i, key in enumerate(every) if i % step == 0 or key[1] in common}
 

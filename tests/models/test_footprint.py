@@ -220,7 +220,7 @@ def real(name: str) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["smollm2", "gemma3", "minilm"])
 def test_real_checkpoints(name: str) -> None:
     size: Footprint = footprint(str(real(name)), SETTINGS)

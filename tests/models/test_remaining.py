@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.causal_lm import opened
-from support.exhaustive import all_of
+from support.tiers import all_of
 from support.families import lively, tiny_config, tiny_model
 
 from avss_dist.core.errors import ModelError

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import llama
-from support.exhaustive import all_of
+from support.tiers import all_of
 from support.families import tiny_model
 from support.ggufs import write_gguf
 

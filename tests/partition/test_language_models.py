@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.causal_lm import random_shard
 from support.checkpoints import one_thread
-from support.exhaustive import all_of
+from support.tiers import all_of
 from support.families import tiny_model
 from support.questions import WHOLLY_ASKED, answers, assert_same, composed, generated, write_questions
 

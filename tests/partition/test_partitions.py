@@ -13,7 +13,7 @@ import pytest
 import ray
 import torch
 from support.checkpoints import host_limit
-from support.exhaustive import further
+from support.tiers import nightly
 from support.families import tiny_model
 from support.pairs import write_pairs
 from support.processes import FreezesAtStart, Harming, wait_until
@@ -25,7 +25,7 @@ from avss_dist.core.errors import ConfigError, RunFailed
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
 
 FAMILIES = ("llama", "gemma3_text", "gpt2")  # more in test_gangs, test_device_map and test_streaming
 OPTIONS: dict[str, Any] = {"max_sequences": 26, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 4}
@@ -151,7 +151,7 @@ def single_asked(models: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
-@pytest.mark.parametrize("partition", ["fsdp", "tensor_parallel", *further("streaming")])
+@pytest.mark.parametrize("partition", ["fsdp", "tensor_parallel", *nightly("streaming")])
 def test_every_partition_evaluates(partition: str, models: list[str], single_asked: Path, tmp_path: Path) -> None:
     """By workers: the rows of `single`, and of ranks that split matrices values that are near."""
     ranks = {} if partition == "streaming" else {"ranks": 2}
@@ -173,7 +173,7 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["task"], row["metric"], tuple(row["drop"]), row["layer"]
 
 
-@pytest.mark.parametrize("partition", ["fsdp", *further("zero3", "tensor_parallel", "expert_parallel")])
+@pytest.mark.parametrize("partition", ["fsdp", *nightly("zero3", "tensor_parallel", "expert_parallel")])
 def test_a_gang_that_loses_ranks_is_replaced_as_one(
     partition: str, models: list[str], mixture: str, single: Path, tmp_path: Path
 ) -> None:

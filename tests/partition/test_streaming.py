@@ -627,7 +627,7 @@ def test_closing_gives_the_layers_their_classes_back(tiny: Path) -> None:
     assert {type(module) for module in modules} == kinds and not hasattr(replica, "layers")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_smollm2(smollm2: Path) -> None:
     settings = Settings(max_sequences=2, batch_size=1, sequence_length=16, device="cpu", dtype="bfloat16")
     one = tokenize_corpus("builtin:pydoc", load_tokenizer(resolve(str(smollm2))), settings).shards[0]

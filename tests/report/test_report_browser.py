@@ -30,7 +30,7 @@ from avss_dist.warehouse.store import Store
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'avss_dist[test]'")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium (or google-chrome)"),
 ]
 ARGUMENTS = (

@@ -32,7 +32,7 @@ from avss_dist.runs.job_file import read_job
 from avss_dist.runs.submission import Cluster, _local_files
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 LOCAL_CLUSTER = Path(__file__).parents[2] / "cluster" / "local.sh"
 SETTINGS = {"max_sequences": 24, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}

@@ -30,7 +30,7 @@ from avss_dist.runs.job_file import read_job
 from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_workers")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
 
 SETTINGS = {"max_sequences": 48, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
 SHARDS = 6

@@ -111,7 +111,7 @@ def test_a_tracker_that_cannot_be_told_is_refused(monkeypatch: pytest.MonkeyPatc
         avss.ablate("m", corpus="builtin:pydoc", tracker="wandb")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("tracker", TRACKERS)
 def test_a_real_tracker_is_told(
     tracker: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

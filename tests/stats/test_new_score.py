@@ -52,7 +52,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_new_score_is_known_everywhere(tiny_llama: Path, tmp_path: Path) -> None:
     """In a process of its own, which registers it before anything reads the registry, as an entry there would."""
     (tmp_path / "use.py").write_text(USE)

@@ -74,7 +74,7 @@ def test_a_check_that_hangs_ends_with_the_processes_it_started() -> None:
     ] == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_this_machine() -> None:
     """All that is checked works where these tests run."""
     found = list(check_machine())

@@ -112,7 +112,7 @@ def test_a_cell_with_samples_that_are_no_numbers_is_left_out_and_noted(store: St
     assert store.cells(RUN.run_id).num_rows == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_requests_do_not_grow_with_the_cells_of_other_evaluations(tmp_path: Path) -> None:
     """As `tests/benchmarks/cells.py` counts them, in an object store."""
     from benchmarks import cells

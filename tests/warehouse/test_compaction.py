@@ -352,7 +352,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Se
     server.close()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_file_of_a_bucket_is_requested_once_and_a_part_in_place_of_many(
     bucket: tuple[Server, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import TABLES
 from avss_dist.warehouse.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 SIZES: dict[str, Any] = {"max_sequences": 64, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
 OPTIONS = [part for name, value in SIZES.items() for part in (f"--{name.replace('_', '-')}", str(value))]

@@ -17,7 +17,7 @@ def test_the_benchmark_of_many_runs_measures_commands(tmp_path: Path, capsys: py
     assert all(int(line[28:].split()[4].replace(",", "")) > 500 for line in lines[2:]), "each has printed its table"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_benchmark_counts_requests(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
