@@ -1,15 +1,18 @@
-"""What answers at the address of a job server: another program, another version, text that a terminal would obey."""
+"""Jobs and the server at their address: requests, refusals, answers of other programs, and servers that say nothing."""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray  # noqa: F401  (before a test sets a token: Ray looks for it when it is imported)
 from support.command_line import avss
 from support.job_server import JOB, SILENCE, VERSION_ANSWER, Answer, JobServer, job_server
 
@@ -19,12 +22,120 @@ from avss_dist.runs.job_file import read_job
 from avss_dist.runs.submission import Cluster
 
 HOSTILE = "\x1b]0;owned\x07\x1b[31m\u202e"
+NOBODY = "http://127.0.0.1:9"
+JOBS = "/api/jobs"
 
 
 @pytest.fixture
 def server() -> Iterator[JobServer]:
     with job_server() as made:
+        made.answers = {"/api/version": VERSION_ANSWER}
         yield made
+
+
+def write_job(**keys: Any) -> str:
+    """Write a job file into the working directory."""
+    job = {"warehouse": "/w", "models": ["/m"], "corpora": ["builtin:pydoc"], **keys}
+    Path("job.yaml").write_text(json.dumps(job))
+    return "job.yaml"
+
+
+def refused(done: Any, *says: str) -> None:
+    assert done.exit_code == 2, done.stderr
+    assert done.stderr.startswith("Error: ") and "Traceback" not in done.stderr
+    for part in says:
+        assert part in done.stderr
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+# What is sent, and what is refused before.
+
+
+def test_what_is_sent_is_a_command_without_a_key(server: JobServer) -> None:
+    """The text that the job names is uploaded with it."""
+    server.answers |= {"*": [Answer(status=404), b"{}"], JOBS: b'{"job_id": "avss-a", "submission_id": "avss-a"}'}
+    Path("a.txt").write_text("text")
+    job = write_job(warehouse="s3://SOMEKEY:SOMESECRET@bucket/w", corpora=["a.txt"])
+    done = avss("jobs", "submit", job, "--replicas", 2, "--address", server.address)
+    assert (done.exit_code, done.stdout) == (0, "avss-a\n"), done.stderr
+    sent = json.loads(server.received[JOBS])
+    assert sent["entrypoint"] == "avss run job.yaml --replicas=2"
+    assert sent["metadata"]["avss_warehouse"] == "s3://bucket/w" and sent["metadata"]["avss_runs"] == "1"
+    assert "SOMESECRET" not in json.dumps(sent)
+    (package,) = (body for path, body in server.received.items() if path.startswith("/api/packages"))
+    assert b"a.txt" in package and b"job.yaml" in package
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "says"),
+    [
+        ({}, [], [f"No job server answers at {NOBODY}"]),
+        ({}, ["--address", "127.0.0.1:9"], ["Write http://HEAD:8265"]),
+        ({}, ["--replicas", 0], ["--replicas must be at least 1, not 0."]),
+        ({"settings": {"dtype": "half"}, "corpora": [1, [2]]}, [], ["job.yaml has 2 problems", "job.yaml:1: "]),
+    ],
+)
+def test_a_mistake_is_told_before_a_job_is_sent(keys: dict[str, Any], options: list[Any], says: list[str]) -> None:
+    refused(avss("jobs", "submit", write_job(**keys), "--address", NOBODY, *options), *says)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (
+            {"warehouse": "w", "models": ["here", "other/step-*"]},
+            [
+                "the warehouse 'w' would be lost",
+                "line 1: the model 'here' is a relative path",
+                "'other/step-*' is a relative path",
+            ],
+        ),
+        ({"corpora": ["texts/a.cvs"]}, ["'texts/a.cvs' is not a corpus source"]),
+    ],
+)
+def test_a_job_that_means_this_machine_is_refused(keys: dict[str, Any], says: list[str], server: JobServer) -> None:
+    Path("here").mkdir()
+    refused(avss("jobs", "submit", write_job(**keys), "--address", server.address), *says)
+    assert not server.received
+
+
+@pytest.mark.parametrize("command", [["list"], ["logs"], ["logs", "--follow"], ["stop"]], ids=" ".join)
+def test_an_unknown_job_is_named(command: list[str], server: JobServer) -> None:
+    server.answers["*"] = Answer(status=404, body=b"Job avss-expired does not exist")
+    done = avss("jobs", *command, "avss-expired", "--address", server.address)
+    refused(done, f"{server.address} has no job 'avss-expired'", f"avss jobs list --address {server.address} lists")
+
+
+def test_a_refused_token_is_told_and_not_shown(
+    server: JobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.answers = {"*": Answer(status=403, body=b"Forbidden")}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    refused(avss("jobs", "list", "--address", server.address), "requires a token", "RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    done = avss("jobs", "list", "--address", server.address)
+    refused(done, "refuses this token")
+    assert "0" * 64 not in done.stderr
+
+
+def test_a_refused_address_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads of this process read it, too."""
+    given = {"RAY_ADDRESS": "127.0.0.1:7", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8", "RAY_AUTH_TOKEN": "0" * 64}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(ConfigError, match="No job server answers"):
+        Cluster(NOBODY)
+    assert {name: os.environ.get(name) for name in given} == given and "RAY_AUTH_MODE" not in os.environ
+
+
+# What answers.
 
 
 @pytest.mark.parametrize(
@@ -32,12 +143,12 @@ def server() -> Iterator[JobServer]:
     [
         {"*": b"[]"},
         {"*": b"<html>a router</html>"},
-        {"/api/version": VERSION_ANSWER, "/api/jobs": b'{"jobs": 3}'},
-        {"/api/version": VERSION_ANSWER, "/api/jobs": b'[{"status": "DANCING"}]'},
+        {"/api/version": VERSION_ANSWER, JOBS: b'{"jobs": 3}'},
+        {"/api/version": VERSION_ANSWER, JOBS: b'[{"status": "DANCING"}]'},
     ],
     ids=["list", "html", "other", "status"],
 )
-def test_another_server_is_an_error_without_a_traceback(answers: dict[str, bytes], server: JobServer) -> None:
+def test_another_server_is_an_error_without_a_traceback(answers: dict[str, Any], server: JobServer) -> None:
     server.answers = answers
     done = avss("jobs", "list", "--address", server.address)
     assert done.exit_code in (1, 2)
@@ -46,7 +157,7 @@ def test_another_server_is_an_error_without_a_traceback(answers: dict[str, bytes
 
 def test_a_terminal_obeys_no_job(server: JobServer) -> None:
     job = {"type": "SUBMISSION", "submission_id": f"avss-{HOSTILE}", "status": "SUCCEEDED", "entrypoint": f"x{HOSTILE}"}
-    server.answers = {"/api/version": VERSION_ANSWER, "/api/jobs": json.dumps([job]).encode()}
+    server.answers[JOBS] = json.dumps([job]).encode()
     done = avss("jobs", "list", "--address", server.address)
     assert (done.exit_code, done.stderr) == (0, "")
     assert "owned" in done.stdout and not set(HOSTILE) & {"\x1b", "\x07", "\u202e"} & set(done.stdout)
@@ -72,32 +183,33 @@ def test_a_failed_job_is_listed_with_the_first_error_of_its_log(
     says = f"Job entrypoint command failed with exit code 2, last available logs\n{message}"
     times = {"start_time": 1_000_000, "end_time": 1_042_400}
     job = {**JOB, "status": "FAILED", "message": says, "driver_exit_code": 2, **times}
-    server.answers = {"/api/version": VERSION_ANSWER, "/api/jobs": json.dumps([job]).encode()}
-    server.answers["/api/jobs/avss-a/logs"] = json.dumps({"logs": log}).encode()
+    server.answers |= {JOBS: json.dumps([job]).encode(), f"{JOBS}/avss-a/logs": json.dumps({"logs": log}).encode()}
     done = avss("jobs", "list", "--address", server.address, "--format", "json")
     listed = json.loads(done.stdout)
     assert (listed["message"], listed["seconds"]) == (shown, 42)
 
 
-@pytest.fixture
-def silent() -> Iterator[str]:
-    """The address of a server that accepts connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+@pytest.mark.parametrize("redirected", ["/api/version", JOBS])
+def test_a_redirect_is_not_followed(redirected: str, server: JobServer) -> None:
+    server.answers[redirected] = f"{NOBODY}/login".encode()
+    with pytest.raises(ConfigError, match=f"redirects to another address: {NOBODY}/login"):
+        Cluster(server.address).jobs()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["jobs", "list"], ["jobs", "logs", "a"], ["jobs", "logs", "a", "--follow"], ["jobs", "stop", "a"]],
-    ids=" ".join,
-)
-def test_a_server_that_never_answers_ends_a_command(command: list[str], silent: str) -> None:
-    done = avss(*command, "--address", silent, "--answer-seconds", "0.2")
-    assert done.exit_code == 1
-    assert done.stderr.startswith(
-        f"Error: The job server at {silent} closed the connection or did not answer in time.\n"
-    )
-    assert "larger --connect-seconds or --answer-seconds" in done.stderr
+def test_an_answer_of_any_length_is_not_taken(server: JobServer) -> None:
+    server.answers["*"] = Answer(body=bytes(1 << 20), repeat=10**6)
+    with pytest.raises(RunFailed, match="failed: an answer is longer than 67"):
+        Cluster(server.address).jobs()
+
+
+def test_a_job_that_does_not_stop_is_reported(server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = json.dumps(JOB).encode()
+    server.answers |= {f"{JOBS}/avss-a/stop": b'{"stopped": true}', f"{JOBS}/avss-a": running}
+    monkeypatch.setattr(submission, "STOP_SECONDS", 0.1)
+    assert Cluster(server.address).stop("avss-a") == "it was signalled, and has not ended."
+
+
+# A server that says nothing.
 
 
 @pytest.fixture
@@ -108,7 +220,7 @@ def dripping() -> Iterator[str]:
     def drip(client: socket.socket) -> None:
         with client, suppress(OSError):
             client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n")
-            while not over.wait(0.05):
+            while not over.wait(0.02):
                 client.sendall(b"[")
 
     def accept() -> None:
@@ -122,54 +234,29 @@ def dripping() -> Iterator[str]:
         over.set()
 
 
-@pytest.mark.parametrize("command", [["jobs", "list"], ["jobs", "logs", "a"], ["jobs", "stop", "a"]], ids=" ".join)
-def test_an_answer_must_be_whole_in_time(command: list[str], dripping: str) -> None:
+def test_an_answer_must_be_whole_in_time(dripping: str) -> None:
     """Each byte comes sooner than the limit."""
-    done = avss(*command, "--address", dripping, "--connect-seconds", "0.3", "--answer-seconds", "0.3")
+    limits = ["--connect-seconds", "0.1", "--answer-seconds", "0.1"]
+    done = avss("jobs", "list", "--address", dripping, *limits)
     assert done.exit_code == 1
-    assert done.stderr.startswith(
-        f"Error: The job server at {dripping} closed the connection or did not answer in time.\n"
-    )
+    says = f"Error: The job server at {dripping} closed the connection or did not answer in time.\n"
+    assert done.stderr.startswith(says) and "larger --connect-seconds or --answer-seconds" in done.stderr
 
 
 @pytest.mark.parametrize("call", ["jobs", "job", "logs", "follow", "stop", "submit"])
-def test_every_request_has_a_limit(call: str, server: JobServer, tmp_path: Path) -> None:
-    """The server answered first, and is silent from then on."""
-    server.answers = {"/api/version": VERSION_ANSWER, "*": SILENCE}
-    cluster = Cluster(server.address, answer_seconds=0.2)
-    (tmp_path / "job.yaml").write_text("warehouse: /w\nmodels: [/m]\ncorpora: ['builtin:pydoc']\n")
-    arguments = {"jobs": (), "submit": (read_job(tmp_path / "job.yaml", expand=False),)}
+def test_every_request_has_a_limit(call: str, server: JobServer) -> None:
+    """The server answers the first request, and is silent from then on."""
+    server.answers["*"] = SILENCE
+    arguments = {"jobs": (), "submit": (read_job(write_job(), expand=False),)}
     with pytest.raises(RunFailed, match="did not answer in time"):
+        cluster = Cluster(server.address, answer_seconds=0.2)
         list(getattr(cluster, call)(*arguments.get(call, ("avss-a",))))
 
 
 def test_a_log_that_says_nothing_ends_with_its_job(server: JobServer) -> None:
-    """The log's connection was lost without a word; the job has ended meanwhile."""
-    jobs = "/api/jobs/avss-a"
-    running = json.dumps(JOB).encode()
-    server.answers = {"/api/version": VERSION_ANSWER, jobs: running, f"{jobs}/logs/tail": SILENCE}
-    cluster = Cluster(server.address, answer_seconds=0.2)
-    log = cluster.follow("avss-a")
-    threading.Timer(0.5, server.answers.update, [{jobs: json.dumps({**JOB, "status": "SUCCEEDED"}).encode()}]).start()
-    assert list(log) == []
-
-
-def test_a_job_that_does_not_stop_is_reported(server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = "/api/jobs/avss-a"
-    server.answers = {"/api/version": VERSION_ANSWER, f"{jobs}/stop": b'{"stopped": true}'}
-    server.answers[jobs] = json.dumps(JOB).encode()
-    monkeypatch.setattr(submission, "STOP_SECONDS", 0.5)
-    assert Cluster(server.address).stop("avss-a") == "it was signalled, and has not ended."
-
-
-@pytest.mark.parametrize("redirected", ["/api/version", "/api/jobs"])
-def test_a_redirect_is_not_followed(redirected: str, server: JobServer, silent: str) -> None:
-    server.answers = {"/api/version": VERSION_ANSWER, redirected: f"{silent}/login".encode()}
-    with pytest.raises(ConfigError, match=f"redirects to another address: {silent}/login"):
-        Cluster(server.address).jobs()
-
-
-def test_an_answer_of_any_length_is_not_taken(server: JobServer) -> None:
-    server.answers = {"/api/version": VERSION_ANSWER, "*": Answer(body=bytes(1 << 20), repeat=10**6)}
-    with pytest.raises(RunFailed, match="failed: an answer is longer than 67"):
-        Cluster(server.address).jobs()
+    """The connection of the log was lost without a word, and the job has ended meanwhile."""
+    states: list[bytes | Answer]
+    states = [json.dumps({**JOB, "status": status}).encode() for status in ("RUNNING", "SUCCEEDED")]
+    server.answers |= {f"{JOBS}/avss-a": states, f"{JOBS}/avss-a/logs/tail": SILENCE}
+    assert list(Cluster(server.address, answer_seconds=1.0).follow("avss-a")) == []
+    assert len(states) == 1

@@ -7,7 +7,6 @@ import json
 import pickle
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +16,24 @@ import jsonschema
 import pytest
 import yaml
 from support import command_line
+from support.checkpoints import llama
 from support.tables import assert_same_tables
 
 import avss_dist
 from avss_dist.core.settings import Replicas, Settings
+from avss_dist.estimation import preview as previews
 from avss_dist.estimation.preview import preview_job
+from avss_dist.executors.local import LocalExecutor
 from avss_dist.models.size import footprint
 from avss_dist.report.terminal.progress import ProgressLines
+from avss_dist.runs import planner
 from avss_dist.runs.api import run_job
 from avss_dist.runs.events import RunEnded, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.job_file import JobError, JobFile, job_schema, read_job
 from avss_dist.runs.run import Run
 from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SHIPPED = sorted(JOBS.glob("*.yaml"))
@@ -92,24 +96,23 @@ execution:
     ]
 
 
+NO_JOB = " is not a job file: expected a mapping with keys."
+GIVEN = "warehouse: w\ncorpora: [builtin:pydoc]\n"
+RANKS = "ranks applies to fsdp, zero3, tensor_parallel and expert_parallel, not to partition auto. Leave it out."
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", [" is not a job file: expected a mapping with keys."]),
-        ("- a\n", [" is not a job file: expected a mapping with keys."]),
+        ("", [NO_JOB]),
+        ("- a\n", [NO_JOB]),
         ("models: [a]\n", ["1: corpora is missing.", "1: warehouse is missing."]),
-        (
-            "warehouse: w\nmodels: []\ncorpora: [builtin:pydoc]\n",
-            ["2: models must not be empty."],
-        ),
         ("warehouse: [w]\nmodels: [a]\ncorpora: [builtin:pydoc]\n", ["1: warehouse must be a text, not ['w']."]),
+        (GIVEN + "models: []\n", ["3: models must not be empty."]),
+        (GIVEN + "models: [a]\nmodels: [b]\n", ["4: the key 'models' is repeated; the first is in line 3"]),
         (
-            "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\nmodels: [b]\n",
-            ["4: the key 'models' is repeated; the first is in line 2"],
-        ),
-        (
-            "warehouse: w\nmodels:\n- a\n- b\n- model: a\ncorpora: [builtin:pydoc]\n",
-            ["5: 'a' is named twice with the same settings, first in line 3"],
+            GIVEN + "models:\n- a\n- b\n- model: a\n",
+            ["6: 'a' is named twice with the same settings, first in line 4"],
         ),
         (
             "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydok, absent.txt]\n",
@@ -119,34 +122,37 @@ execution:
             ],
         ),
         (
-            "warehouse: w\ncorpora: [builtin:pydoc]\n"
-            "models:\n- {model: a, max_memory: {cpu: much}, trust_remote_code: 'perhaps'}\n",
+            GIVEN + "models:\n- {model: a, max_memory: {cpu: much}, trust_remote_code: 'perhaps'}\n",
             [
                 "4: max_memory: 'much' is not a size. Write 200MB (10^6 bytes), or 20GiB (2^30 bytes).",
                 "4: trust_remote_code must be true or false, not 'perhaps'.",
             ],
         ),
+        (GIVEN + "models: [{model: a, device: cpu}]\n", ["3: Unknown key 'device'. Did"]),
         (
-            "warehouse: w\nmodels:\n- {model: a, device: cpu}\ncorpora: [builtin:pydoc]\n",
-            ["3: Unknown key 'device'. Did"],
-        ),
-        (
-            "warehouse: w\nmodels:\n- {model: /tmp, revisions: [a]}\ncorpora: [builtin:pydoc]\n",
+            GIVEN + "models: [{model: /tmp, revisions: [a]}]\n",
             ["3: '/tmp' is a folder or a file; only a hub id has revisions"],
         ),
         (
-            "warehouse: w\nmodels:\n- {model: a, revisions: {from: 0, to: 1000000000}}\ncorpora: [builtin:pydoc]\n",
+            GIVEN + "models: [{model: a, revisions: {from: 0, to: 1000000000}}]\n",
             ["3: revisions: invalid range: expected 'from' up to 'to' in at most 10,000 steps."],
         ),
+        (GIVEN + "models:\n- model: a\n  ranks: 2\n", [f"5: {RANKS}"]),
+        (GIVEN + "models: [{model: a, dtype: null}]\n", ["3: dtype must be a text, not nothing."]),
         (
-            "warehouse: w\nmodels:\n- model: a\n  ranks: 2\ncorpora: [builtin:pydoc]\n",
-            [
-                "4: ranks applies to fsdp, zero3, tensor_parallel and expert_parallel, not to partition auto. "
-                "Leave it out."
-            ],
+            GIVEN + "models: [{model: a, skip_first_tokens: 300}]\nsettings: {sequence_length: 512, dtype: float}\n",
+            ["4: Unknown dtype 'float'."],
+        ),
+        (
+            GIVEN + "models: [a]\nsettings:\n  skip_first_tokens: 300\n  sequence_length: 200\n",
+            ["5: skip_first_tokens 300 leaves nothing of 200 tokens."],
+        ),
+        (
+            GIVEN + "models:\n" + "".join(f"- {{model: m{n}, revisions: {{from: 0, to: 9999}}}}\n" for n in range(100)),
+            ["1: more than 10,000 runs; split them into several jobs"],
         ),
     ],
-    ids=lambda value: value.replace("\n", " ")[:40] if isinstance(value, str) else "",
+    ids=lambda value: value.removeprefix(GIVEN).replace("\n", " ")[:40] if isinstance(value, str) else "",
 )
 def test_mistakes(text: str, says: list[str], tmp_path: Path) -> None:
     found = problems(tmp_path, text)
@@ -155,20 +161,11 @@ def test_mistakes(text: str, says: list[str], tmp_path: Path) -> None:
         assert line.startswith(said)
 
 
-@pytest.mark.parametrize("text", ["a: [1\n", "a: b: c\n", "a: !!python/object:os.system {}\n"])
-def test_what_is_no_plain_yaml_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"job.yaml:?\d?"):
-        read(tmp_path, text)
-    with pytest.raises(JobError, match="cannot be read: No such file"):
-        read_job(tmp_path / "absent.yaml")
-
-
-HEAD = "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\n"
-
-
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("a: [1\n", r"job.yaml:\d"),
+        ("a: b: c\n", r"job.yaml:\d"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
         ("a: " + "[" * 30 + "]" * 30, r"job.yaml:1: nested too deeply"),
         ("a: &a [*a]\n", r"job.yaml:1: nested too deeply"),
@@ -177,28 +174,15 @@ HEAD = "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\n"
             + "".join(f"a{n}: &a{n} [{', '.join(f'*a{n - 1}' for _ in range(10))}]\n" for n in range(1, 9)),
             r"job.yaml:\d: more than 100,000 values",
         ),
-        (HEAD + "# " + "x" * 1_000_000, "at most 1,000,000 bytes"),
+        (GIVEN + "# " + "x" * 1_000_000, "at most 1,000,000 bytes"),
         ("a: !!python/object/apply:os.getcwd []\n", "the tag !!python/object/apply:os.getcwd is not plain YAML"),
         ('a: 1\n"\\ud800": 1\n', "job.yaml:2: a text has half of a surrogate pair"),
     ],
-    ids=["deep", "nested", "recursive", "aliases", "large", "tag", "surrogate"],
+    ids=["open", "two colons", "deep", "nested", "recursive", "aliases", "large", "tag", "surrogate"],
 )
-def test_a_hostile_file_is_refused_at_once(text: str, says: str, tmp_path: Path) -> None:
+def test_what_is_no_plain_yaml_is_refused(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=says):
         read(tmp_path, text)
-
-
-def test_too_many_runs_are_refused_before_they_are_made(tmp_path: Path) -> None:
-    """10,000 revisions of each of 100 models."""
-    models = "".join(f"- {{model: org/m{n}, revisions: {{from: 0, to: 9999}}}}\n" for n in range(100))
-    (problem,) = problems(tmp_path, f"warehouse: w\ncorpora: [builtin:pydoc]\nmodels:\n{models}")
-    assert problem == "1: more than 10,000 runs; split them into several jobs"
-
-
-def test_options_of_submit_are_checked_here(tmp_path: Path) -> None:
-    job = job_file(tmp_path, "warehouse: /w\nmodels: [org/a]\ncorpora: [builtin:pydoc]\n")
-    code, output = avss("jobs", "submit", job, "--address", "http://127.0.0.1:9", "--replicas", 0)
-    assert code == 2 and "--replicas must be at least 1, not 0." in output
 
 
 def test_a_device_without_end_is_no_job_file() -> None:
@@ -207,18 +191,10 @@ def test_a_device_without_end_is_no_job_file() -> None:
 
 
 def test_aliases_and_texts_stay_what_the_file_says(tmp_path: Path) -> None:
-    text = "models: [{model: no, max_memory: &sizes {0: 1kB}}, {model: 1e5, max_memory: *sizes, dtype: null}]\n"
-    (problem,) = problems(tmp_path, "warehouse: 2026-11-25\ncorpora: [builtin:pydoc]\n" + text)
-    assert problem == "3: dtype must be a text, not nothing."
-    job = read(tmp_path, "warehouse: 2026-11-25\ncorpora: [builtin:pydoc]\n" + text.replace(", dtype: null", ""))
+    text = "models: [{model: no, max_memory: &sizes {0: 1kB}}, {model: 1e5, max_memory: *sizes}]\n"
+    job = read(tmp_path, "warehouse: 2026-11-25\ncorpora: [builtin:pydoc]\n" + text)
     assert (job.warehouse, [*job.models]) == ("2026-11-25", ["no", "1e5"])
     assert [spec.execution.max_memory for spec in job.specs] == [{"0": 1000}] * 2
-
-
-def test_wrong_settings_do_not_make_models_wrong(tmp_path: Path) -> None:
-    text = "warehouse: w\ncorpora: [builtin:pydoc]\nmodels: [{model: a, skip_first_tokens: 300}]\n"
-    (problem,) = problems(tmp_path, text + "settings: {sequence_length: 512, dtype: float}\n")
-    assert problem.startswith("4: Unknown dtype 'float'.")
 
 
 def test_settings_of_an_entry_are_checked_with_those_of_the_job(tmp_path: Path) -> None:
@@ -265,18 +241,18 @@ experiment:
 
 def test_the_shipped_schema_is_that_of_job_files() -> None:
     code, output = avss("run", "--schema")
-    assert code == 0 and json.loads(output) == json.loads((JOBS / "job.schema.json").read_text())
+    schema = json.loads((JOBS / "job.schema.json").read_text())
+    assert code == 0 and json.loads(output) == schema == json.loads(json.dumps(job_schema()))
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_shipped_jobs_name_the_schema_and_meet_it(file: Path) -> None:
+def test_shipped_jobs_are_valid_and_name_the_schema(file: Path) -> None:
     text = file.read_text()
     assert "# yaml-language-server: $schema=job.schema.json\n" in text
     jsonschema.validate(yaml.safe_load(text.replace("1e-5", "0.00001")), job_schema())
-
-
-def test_the_shipped_schema_is_that_of_this_version() -> None:
-    assert json.loads((JOBS / "job.schema.json").read_text()) == json.loads(json.dumps(job_schema()))
+    job = read_job(file)
+    assert len(job.specs) >= 3
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w-]+)?", spec.model) for spec in job.specs)
 
 
 @pytest.mark.parametrize(
@@ -298,15 +274,6 @@ def test_the_schema_refuses_what_reading_refuses(change: dict[str, Any], tmp_pat
         jsonschema.validate(job | change, job_schema())
     with pytest.raises(JobError):
         read(tmp_path, json.dumps(job | change))
-
-
-def test_settings_are_checked_together(tmp_path: Path) -> None:
-    """300 skipped tokens are too many for the default length, and fine for the one that stands beside it."""
-    job = "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc]\n"
-    together = read(tmp_path, job + "settings:\n  skip_first_tokens: 300\n  sequence_length: 512\n")
-    assert together.settings == Settings(skip_first_tokens=300, sequence_length=512)
-    (said,) = problems(tmp_path, job + "settings:\n  skip_first_tokens: 300\n  sequence_length: 200\n")
-    assert said.startswith("5: skip_first_tokens 300 leaves nothing of 200 tokens.")
 
 
 def test_keys_of_addresses_are_kept_to_open_them_and_shown_nowhere(tmp_path: Path) -> None:
@@ -362,16 +329,7 @@ execution:
     assert elsewhere.specs[0].model == f"{tmp_path}/step-*"
 
 
-# The jobs that the project ships.
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_shipped_jobs_are_valid(file: Path) -> None:
-    job = read_job(file)
-    assert len(job.specs) >= 3
-    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w-]+)?", spec.model) for spec in job.specs)
-
-
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["family_comparison", "training_checkpoints", "dtype_audit"])
 def test_shipped_jobs_can_be_run(name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a network: their models are replaced by folders, their rows by fewer and shorter ones."""
@@ -429,29 +387,17 @@ def test_runs_that_differ_in_a_setting_have_names_of_their_own(tiny_llama: Path,
     assert {preview.model for preview in preview_job(read_job(file))} == names
 
 
-def test_a_model_that_is_named_twice_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_mistake_ends_a_command_with_two(tiny_llama: Path, tmp_path: Path) -> None:
+    code, output = avss("run", job_file(tmp_path, "warehouse: w\nmodel: a\n"))
+    assert code == 2 and "Did you mean 'models'?" in output
     code, output = avss("score", tiny_llama, tiny_llama, "--corpus", "builtin:pydoc", "-w", tmp_path / "w")
     assert code == 2 and "is named twice." in output and not (tmp_path / "w").exists()
-
-
-def test_the_plan_says_what_is_partial(tiny_llama: Path, tmp_path: Path) -> None:
-    text = f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + SETTINGS + LOCAL
-    job = read(tmp_path, text)
-    (run,) = run_job(job)
-    assert (run.status, run.num_shards) == ("done", 3)
-    (tmp_path / "w" / "runs" / f"run_id={run.run_id}" / "run.parquet").unlink()
-    next((tmp_path / "w" / "shard_stats").rglob("shard-00001.parquet")).unlink()
-    code, output = avss("run", tmp_path / "job.yaml", "--dry-run")
-    assert code == 0
-    assert "partial 2/3" in output
-    (run,) = run_job(job)
-    assert (run.status, run.resumed_shards) == ("done", 2)
 
 
 def test_the_plan_runs_no_model_and_takes_the_speed_of_a_run_like_it(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of what no run has shown, the time follows from the number of operations; neither opens a replica."""
+    """Without such a run, the time follows from the number of operations."""
     text = f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + SETTINGS + LOCAL
     longer = text.replace("max_sequences: 12", "max_sequences: 120")
     first, second = read(tmp_path, text), read(tmp_path, longer)
@@ -470,49 +416,63 @@ def test_the_plan_runs_no_model_and_takes_the_speed_of_a_run_like_it(
     assert preview.seconds == pytest.approx(preview.num_tokens / speed)
     code, output = avss("run", tmp_path / "job.yaml", "--dry-run")
     assert code == 0 and "of measuring (as earlier runs)." in output
+    (tmp_path / "w" / "runs" / f"run_id={run.run_id}" / "run.parquet").unlink()
+    next((tmp_path / "w" / "shard_stats").rglob("shard-00001.parquet")).unlink()
+    code, output = avss("run", job_file(tmp_path, text), "--dry-run")
+    assert code == 0 and "partial 2/3" in output
+    (run,) = run_job(first)
+    assert (run.status, run.resumed_shards) == ("done", 2)
 
 
 def test_the_plan_warns_of_a_model_that_does_not_fit(tiny_llama: Path, tmp_path: Path) -> None:
-    from avss_dist.estimation import preview
-
     job = read(tmp_path, f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + LOCAL)
     (spec,) = job.specs
     size = footprint(spec.model, spec.settings)
     small = replace(devices_here("cpu"), device_bytes=size.weight_bytes)
-    assert "it may not fit here: " in preview._missing_memory(size, spec.settings, small)
-    assert not preview._missing_memory(size, spec.settings, devices_here("cpu"))
+    assert "it may not fit here: " in previews._missing_memory(size, spec.settings, small)
+    assert not previews._missing_memory(size, spec.settings, devices_here("cpu"))
 
 
-def test_one_text_under_two_names_is_planned_and_measured_once(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_tokenizer_reads_a_text_once_whatever_their_names(
+    tmp_path: Path, save_checkpoint: Callable[[Any, Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from avss_dist.runs import planner
-
-    planned: list[str] = []
-
-    def plan(source: str, *args: Any, **options: Any) -> Any:
-        planned.append(source)
-        return tokenize(source, *args, **options)
-
+    """The same checkpoint or the same text under another name is the same run."""
+    sources: list[str] = []
     tokenize = planner.tokenize_corpus
-    monkeypatch.setattr(planner, "tokenize_corpus", plan)
-    text = "One word after the other, and another one. " * 200
-    for name in ("a.txt", "b.txt", "c.txt"):
-        (tmp_path / name).write_text(text if name != "c.txt" else text[::-1])
-    corpora = ", ".join(f"{tmp_path}/{name}" for name in ("a.txt", "b.txt", "c.txt"))
-    file = job_file(
-        tmp_path, f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [{corpora}]\n{SETTINGS}{LOCAL}"
-    )
-    first, second, _ = (spec.name for spec in read_job(file).specs)
-    said = f"{second} is the same model, text and settings as {first}; measured once."
+
+    def spy(source: str, *args: Any) -> Any:
+        sources.append(source)
+        return tokenize(source, *args)
+
+    monkeypatch.setattr(planner, "tokenize_corpus", spy)
+    first, second = (save_checkpoint(llama(seed), tmp_path / f"seed-{seed}") for seed in (1, 2))
+    other = shutil.copytree(second, tmp_path / "other-tokens")
+    (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text() + " ")
+    models = ", ".join(map(str, [first, second, other, shutil.copytree(first, tmp_path / "copy" / first.name)]))
+    words = "One word after the other, and another one. " * 200
+    texts = {tmp_path / "a.txt": words, tmp_path / "b.txt": words, tmp_path / "c.txt": words[::-1]}
+    for file, text in texts.items():
+        file.write_text(text)
+    corpora = ", ".join(map(str, texts))
+    job = read(tmp_path, f"warehouse: w\nmodels: [{models}]\ncorpora: [{corpora}]\n{SETTINGS}")
+    planning = planner.Planner(LocalExecutor(Settings()), Store(tmp_path / "w"))
+    ids = [planning.prepare(spec).run.run_id for spec in job.specs]
+    assert sources == [str(tmp_path / name) for name in ("a.txt", "c.txt", "a.txt", "c.txt")]
+    assert ids[0::3] == ids[1::3] and ids[:3] == ids[9:] and len(set(ids)) == 6
+
+
+def test_a_repeated_run_is_told_and_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("One word after the other, and another one. " * 200)
+    corpora = f"corpora: [{tmp_path}/a.txt, {tmp_path}/b.txt]\n"
+    file = job_file(tmp_path, f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\n{corpora}{SETTINGS}{LOCAL}")
+    first, second = (spec.name for spec in read_job(file).specs)
     code, output = avss("run", file, "--dry-run")
-    assert code == 0 and said in " ".join(output.split()) and "2 missing, 1 repeated." in output
-    assert planned == [f"{tmp_path}/a.txt", f"{tmp_path}/c.txt"]
-    planned.clear()
+    said = f"{second} is the same model, text and settings as {first}; measured once."
+    assert code == 0 and said in " ".join(output.split()) and "1 missing, 1 repeated." in output
     code, output = avss("run", file)
     assert code == 0 and f"{second}: the same model, text and settings as {first}; measured once." in output
-    assert "3 runs: 2 done, 1 skipped." in output
-    assert planned == [f"{tmp_path}/a.txt", f"{tmp_path}/c.txt"]
+    assert "2 runs: 1 done, 1 skipped." in output and Warehouse(tmp_path / "w").runs().num_rows == 1
 
 
 @pytest.mark.parametrize("text", ["models: [a]\nsetings: {}\n", None, b"\xff"])
@@ -524,42 +484,6 @@ def test_a_mistake_names_a_page_that_exists(tmp_path: Path, text: str | bytes | 
         read_job(file)
     (page,) = re.findall(r"\S+\.md", str(caught.value.hint))
     assert Path(page.rstrip(".")).read_text().startswith("# ")
-
-
-def test_one_tokenizer_is_run_once_over_a_corpus(
-    tiny_llama: Path, tmp_path: Path, save_checkpoint: Callable[[Any, Path], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from support.checkpoints import llama
-
-    from avss_dist.runs import planner
-
-    planned: list[str] = []
-    plan = planner.tokenize_corpus
-
-    def counted(source: str, *args: Any) -> Any:
-        planned.append(source)
-        return plan(source, *args)
-
-    monkeypatch.setattr(planner, "tokenize_corpus", counted)
-    (tmp_path / "text.txt").write_text("In the beginning was the word. " * 100)
-    for seed in (1, 2):
-        save_checkpoint(llama(seed), tmp_path / f"seed-{seed}")
-    other = shutil.copytree(tmp_path / "seed-2", tmp_path / "other-tokens")
-    (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text() + " ")
-    text = f"warehouse: {tmp_path}/w\nmodels: [{tmp_path}/seed-*, {other}]\n"
-    text += f"corpora: [builtin:pydoc, {tmp_path}/text.txt]\n"
-    runs = run_job(read(tmp_path, text + SETTINGS + LOCAL))
-    assert [run.status for run in runs] == ["done"] * 6
-    assert planned == ["builtin:pydoc", f"{tmp_path}/text.txt"] * 2
-
-
-def test_the_same_checkpoint_by_two_names_is_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_llama, tmp_path / "copy" / tiny_llama.name)
-    text = f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}, {tmp_path}/copy/{tiny_llama.name}]\n"
-    runs = run_job(read(tmp_path, text + "corpora: [builtin:pydoc]\n" + SETTINGS + LOCAL))
-    assert [run.status for run in runs] == ["done", "skipped"]
-    assert runs[0].run_id == runs[1].run_id
-    assert Warehouse(tmp_path / "w").runs().num_rows == 1
 
 
 def test_a_log_has_a_line_for_each_run_and_now_and_then_one_between() -> None:
@@ -593,11 +517,3 @@ def test_a_log_says_how_long_it_will_take_once_the_pace_is_steady(monkeypatch: p
     lines = [line.partition(" ")[2] for line in file.getvalue().splitlines()]
     assert lines[:4] == [f"one: {share} of 1,000 tokens" for share in ("10%", "20%", "30%", "40%")]
     assert lines[4:] == ["one: 50% of 1,000 tokens, 50 tokens/s, 10 s left"]
-
-
-def test_mistakes_in_a_job_end_with_two_and_load_nothing_heavy(
-    tmp_path: Path, run_avss: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    done = run_avss("run", job_file(tmp_path, "warehouse: w\nmodel: a\n"))
-    assert done.returncode == 2
-    assert "Did you mean 'models'?" in done.stderr and "Traceback" not in done.stderr

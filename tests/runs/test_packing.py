@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import avss
 
 from avss_dist.core.errors import ConfigError, CorpusError
 from avss_dist.corpus.sources import documents, local_files
@@ -85,12 +84,14 @@ def test_tasks_know_their_files() -> None:
 def test_names_that_lead_out_of_the_folder_mean_the_same_in_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = job("jobs/job.yaml", ("texts/a.csv", "../other/*.txt"), tasks=["truthfulqa:questions.jsonl"])
+    repair = {"repairs": ["map"], "repair_corpora": ["texts/b.jsonl.gz"]}
+    made = job("jobs/job.yaml", ("texts/a.csv", "../other/*.txt"), tasks=["truthfulqa:questions.jsonl"], **repair)
     directory, name = _pack(made, tmp_path / "package")
     assert _entrypoint(directory, name, ["--replicas=2"]) == "cd project && exec avss run job.yaml --replicas=2"
     monkeypatch.chdir(tmp_path / "package" / directory)
     assert [*documents("../other/*.txt"), *documents("texts/a.csv")] == ["beside", "one"]
-    assert _local_files(read_job(name, expand=False)) == ["../other/u.txt", "questions.jsonl", "texts/a.csv"]
+    files = ["../other/u.txt", "questions.jsonl", "texts/a.csv", "texts/b.jsonl.gz"]
+    assert _local_files(read_job(name, expand=False)) == files
 
 
 def test_a_name_that_goes_above_the_root_stays_in_the_package(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_a_job_file_with_a_hyphen_is_no_option(tmp_path: Path) -> None:
 
 
 def test_files_that_are_missing_are_named_before_anything_is_sent() -> None:
-    """All of them at once; the address is one where nobody listens."""
+    """They are named together."""
     made = job(corpora=("absent.txt", "texts/a.csv", "../other/absent-*.csv"), tasks=["perplexity:gone.txt", "no.yaml"])
     with pytest.raises(ConfigError) as caught:
         _local_files(made)
@@ -135,9 +136,3 @@ def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("avss_dist.runs.submission.MOST_BYTES", 10)
     with pytest.raises(ConfigError, match=r"The files of job.yaml have \d+ bytes; at most 10 can be sent with a job"):
         _local_files(job(corpora=("texts/a.csv", "texts/b.jsonl.gz")))
-
-
-def test_a_mistake_of_a_source_is_told_by_submit() -> None:
-    job(corpora=("texts/a.cvs",))
-    done = avss("jobs", "submit", "job.yaml", "--address", "http://127.0.0.1:9")
-    assert done.exit_code == 2 and "Traceback" not in done.stderr

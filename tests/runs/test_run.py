@@ -1,4 +1,4 @@
-"""The driver: exactly once, the same bytes however the work is done, nothing lost, golden scores."""
+"""The driver: every shard counts once, the same bytes however the work is done, nothing lost, golden scores."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.planning import plan, run_spec
 from support.tables import assert_same_tables, measured_files
 
 import avss_dist
 from avss_dist.analysis.chosen import choose_runs
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.settings import Settings
 from avss_dist.evaluation.events import ignore
 from avss_dist.executors import base
 from avss_dist.executors.base import Outcome, RunShards
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.runs.driver import Driver
-from avss_dist.runs.job_file import RunSpec
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
@@ -49,21 +49,12 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def drive(model: Path, out: Path, executor: Any, **changes: Any) -> avss_dist.Run:
-    """A run with an executor of the test's own."""
-    options = {k: v for k, v in {**SMALL, **changes}.items() if k in Settings.__dataclass_fields__}
+def drive(model: Path, out: Path, executor: Any) -> avss_dist.Run:
+    """Return a run with an executor of the test."""
     store = Store(out)
     store.create()
-    spec = RunSpec(
-        model=str(model),
-        corpus=SMALL["corpus"],
-        settings=Settings(**options),
-        execution=Execution(),
-        title=str(model),
-        name=str(model),
-    )
     with closing(executor):
-        ((_, ending),) = Driver(store, executor, ignore).run([spec])
+        ((_, ending),) = Driver(store, executor, ignore).run([run_spec(model, **SMALL)])
     assert isinstance(ending, avss_dist.Run), ending
     return ending
 
@@ -85,7 +76,7 @@ def test_a_model_with_a_long_name_is_scored_and_found(tiny_llama: Path, tmp_path
 
 
 class Interfering(LocalExecutor):
-    """Real results, delivered in a strange way."""
+    """An executor whose results are real, and arrive in an unusual way."""
 
     def __init__(self, how: str) -> None:
         super().__init__(Settings())
@@ -180,29 +171,28 @@ def test_all_measured_but_not_committed_needs_no_model(
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_changes_a_number_is_another_run(
-    change: dict[str, Any], tiny_llama: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    run = score(tiny_llama, tmp_path, **change)
-    assert run.run_id not in {row["run_id"] for row in Warehouse(undisturbed).runs().to_pylist()}
+def test_what_changes_a_number_is_another_run(change: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    usual, changed = (plan(tiny_llama, tmp_path, **{**SMALL, **options}) for options in ({}, change))
+    assert usual.run.run_id != changed.run.run_id
 
 
 def test_what_cannot_change_a_number_is_the_same_run(
-    tiny_llama: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert score(tiny_llama, undisturbed, dtype="float32", device="cpu").status == "skipped"
-    assert score(tiny_llama, undisturbed, executor="auto", replicas=1).status == "skipped"
     monkeypatch.chdir(tiny_llama.parent)
-    assert score(Path(tiny_llama.name), undisturbed).status == "skipped"
-
-
-def test_the_same_tokens_from_another_file_name_are_the_same_run(tiny_llama: Path, tmp_path: Path) -> None:
-    text = "In the beginning was the word. " * 200
-    for name in ("one.txt", "two.txt"):
-        (tmp_path / name).write_text(text)
-    out = tmp_path / "warehouse"
-    assert score(tiny_llama, out, corpus=str(tmp_path / "one.txt")).status == "done"
-    assert score(tiny_llama, out, corpus=str(tmp_path / "two.txt")).status == "skipped"
+    usual = plan(tiny_llama, tmp_path, **SMALL).run.run_id
+    for change in (
+        {"dtype": "float32", "device": "cpu"},
+        {"replicas": 1, "executor": "auto"},
+        {"partition": "streaming"},
+    ):
+        assert plan(tiny_llama, tmp_path, **{**SMALL, **change}).run.run_id == usual
+    assert plan(Path(tiny_llama.name), tmp_path, **SMALL).run.run_id == usual
+    files = [tmp_path / name for name in ("one.txt", "two.txt")]
+    for file in files:
+        file.write_text("In the beginning was the word. " * 200)
+    same = {plan(tiny_llama, tmp_path, **{**SMALL, "corpus": str(file)}).run.run_id for file in files}
+    assert len(same) == 1 and usual not in same
 
 
 def test_shards_are_merged_in_blocks_when_there_are_many(
@@ -244,19 +234,6 @@ def test_the_run_row_says_what_ran(tiny_llama: Path, undisturbed: Path) -> None:
     assert row["versions"]["avss_dist"] == avss_dist.__version__ and row["versions"]["torch"]
     assert row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 1e8 and row["threads"] >= 1
     assert row["fingerprint"].startswith(row["run_id"][-10:])
-
-
-def test_several_models_share_one_call_and_failures_do_not_spread(
-    tiny_llama: Path, tiny_bert: Path, tmp_path: Path
-) -> None:
-    models = [str(tiny_llama), str(tmp_path / "missing"), str(tiny_bert)]
-    options = {k: v for k, v in SMALL.items() if k != "corpus"}
-    runs = avss_dist.score_all(models, corpus=SMALL["corpus"], warehouse=tmp_path / "w", **options)
-    assert [run.status for run in runs] == ["done", "failed", "done"]
-    warehouse = Warehouse(tmp_path / "w")
-    assert warehouse.sql("SELECT count(DISTINCT run_id) AS n FROM scores").to_pylist() == [{"n": 2}]
-    (failed,) = warehouse.sql("SELECT model, error FROM runs WHERE status = 'failed'").to_pylist()
-    assert failed["model"] == models[1] and "no folder" in failed["error"]
 
 
 def test_a_mistake_that_concerns_all_models_stops_at_once(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:

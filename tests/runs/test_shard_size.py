@@ -1,21 +1,22 @@
-"""The size of shards that nobody named: from the model, the kind of device and the text alone."""
+"""The default size of shards: from the model, the kind of device and the text alone."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.checkpoints import llama
+from support.planning import plan, run_spec
 
-import avss_dist
 from avss_dist.core.settings import Settings
+from avss_dist.executors.local import LocalExecutor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.size import Footprint, footprint
+from avss_dist.runs import planner, shard_size
 from avss_dist.runs.shard_size import FEWEST_SHARDS, FLOPS_OF_A_GPU, FLOPS_OF_A_THREAD, MOST_SECONDS, rows_per_shard
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
 
 OPTIONS: dict[str, Any] = {"corpus": "builtin:pydoc", "sequence_length": 64, "batch_size": 2, "partition": "single"}
 
@@ -44,7 +45,7 @@ def model(billions: float) -> Footprint:
 @pytest.mark.parametrize("length", [256, 2048])
 @pytest.mark.parametrize("billions", [0.1, 0.5, 1.5, 8, 70])
 def test_a_shard_is_about_a_minute_of_a_usual_device(billions: float, length: int, device: str) -> None:
-    """Or a batch, where that is longer; or what waits in four GiB, where that is shorter."""
+    """It is a batch if that is longer, and has hidden states of at most four GiB."""
     settings, size = Settings(sequence_length=length, device=device), model(billions)
     rows = rows_per_shard(size, settings, 1 << 30)
     speed = (FLOPS_OF_A_GPU if device == "cuda" else FLOPS_OF_A_THREAD)[2]
@@ -66,38 +67,31 @@ def test_a_text_gives_enough_shards_for_intervals(num_sequences: int, batch_size
 
 
 def test_a_run_keeps_its_shards_however_it_is_made(tiny_llama: Path, tmp_path: Path) -> None:
-    """Of any number of workers and any partition, and named by hand: one run, which is done once."""
-    run = avss_dist.score(tiny_llama, warehouse=tmp_path, executor="local", max_sequences=100, **OPTIONS)
-    (row,) = Warehouse(tmp_path).runs().to_pylist()
-    assert (run.num_shards, json.loads(row["settings"])["sequences_per_shard"]) == (25, 4)
+    """The partition does not matter, nor whether the size is given."""
+    options = {**OPTIONS, "max_sequences": 100}
+    planned = plan(tiny_llama, tmp_path, **options)
+    assert (planned.run.num_shards, planned.replica_spec.settings.sequences_per_shard) == (25, 4)
     for changes in ({"partition": "streaming"}, {"sequences_per_shard": 4}, {"partition": "auto"}):
-        again = avss_dist.score(
-            tiny_llama, warehouse=tmp_path, executor="local", max_sequences=100, **{**OPTIONS, **changes}
-        )
-        assert (again.status, again.run_id) == ("skipped", run.run_id)
-    named = avss_dist.score(
-        tiny_llama, warehouse=tmp_path, executor="local", max_sequences=100, sequences_per_shard=32, **OPTIONS
-    )
-    assert (named.status, named.num_shards) == ("done", 4) and named.run_id != run.run_id
+        assert plan(tiny_llama, tmp_path, **{**options, **changes}).run.run_id == planned.run.run_id
+    other = plan(tiny_llama, tmp_path, **options, sequences_per_shard=32).run
+    assert other.num_shards == 4 and other.run_id != planned.run.run_id
 
 
 def test_models_of_one_tokenizer_share_the_tokens_and_not_the_shards(
     tiny_llama: Path, save_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from avss_dist.runs import planner, shard_size
-
     wide = save_checkpoint(llama(hidden_size=64, intermediate_size=512), tmp_path / "wide")
     small = Settings(sequence_length=64, batch_size=2, device="cpu")
     flops = footprint(resolve(str(tiny_llama)), small).forward_flops(9, 64)
     monkeypatch.setattr(shard_size, "FLOPS_OF_A_THREAD", {4: flops / MOST_SECONDS})  # nine rows of the small model
     read: list[str] = []
-    own = planner.tokenize_corpus
+    tokenize = planner.tokenize_corpus
 
     def spy(source: str, *arguments: Any) -> Any:
         read.append(source)
-        return own(source, *arguments)
+        return tokenize(source, *arguments)
 
     monkeypatch.setattr(planner, "tokenize_corpus", spy)
-    options = {**OPTIONS, "executor": "local", "max_sequences": 320}
-    runs = avss_dist.score_all([str(tiny_llama), str(wide)], warehouse=tmp_path / "w", **options)
-    assert [run.num_shards for run in runs] == [40, 160] and read == ["builtin:pydoc"]
+    planning = planner.Planner(LocalExecutor(small), Store(tmp_path))
+    specs = [run_spec(model, **OPTIONS, max_sequences=320) for model in (tiny_llama, wide)]
+    assert [planning.prepare(spec).run.num_shards for spec in specs] == [40, 160] and read == ["builtin:pydoc"]

@@ -1,8 +1,7 @@
-"""Jobs on a real Ray cluster with token authentication: submitted, followed, stopped, refused."""
+"""Jobs on a real Ray cluster with token authentication. `test_job_server` has the requests and refusals."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,10 +24,8 @@ from support.tables import assert_same_tables
 from support.warm_workers import own_workers, ray_start_environment
 
 import avss_dist
-from avss_dist.core.errors import ConfigError
 from avss_dist.runs.api import run_job
 from avss_dist.runs.job_file import read_job
-from avss_dist.runs.submission import Cluster, _local_files
 from avss_dist.warehouse.reader import Warehouse
 
 pytestmark = pytest.mark.nightly
@@ -93,10 +89,10 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
 
 
-def job_file(folder: Path, models: list[Any], corpus: str = "builtin:pydoc", warehouse: str = "{}/w") -> str:
-    lines = [f"warehouse: {warehouse.format(folder)}", f"corpora: [{corpus}]", "models:", *(f"- {m}" for m in models)]
+def job_file(folder: Path, models: list[Any], corpus: str = "builtin:pydoc") -> str:
+    lines = [f"warehouse: {folder}/w", f"corpora: [{corpus}]", "models:", *(f"- {m}" for m in models)]
     lines += ["settings:", *(f"  {name}: {value}" for name, value in SETTINGS.items())]
-    (folder / "job.yaml").write_text("\n".join(lines))
+    Path("job.yaml").write_text("\n".join(lines))
     return "job.yaml"
 
 
@@ -108,15 +104,16 @@ def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
 
 
 def test_a_submitted_job_gives_the_tables_of_one_by_one(
-    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
+    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A text with a relative path travels with it; a model that does not exist fails alone; twice is skipped once."""
+    """A text beside the working directory travels with it. A model that does not exist fails alone."""
     import torch
 
-    (tmp_path / "texts").mkdir()
-    text = tmp_path / "texts" / "mine.txt"
+    text = tmp_path / "mine.txt"
     text.write_text("In the beginning was the word, and the word was with the tokenizer. " * 200)
-    job = job_file(tmp_path, [*models, "/absent"], corpus="texts/mine.txt")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    job = job_file(tmp_path, [*models, "/absent"], corpus="../mine.txt")
     done = run_avss("jobs", "submit", job, "--follow", "--replicas", "1", env=cluster)
     assert done.returncode == 1, done.stderr
     assert "3 runs: 2 done, 1 failed." in done.stdout and "There is no folder '/absent'" in done.stdout
@@ -129,7 +126,7 @@ def test_a_submitted_job_gives_the_tables_of_one_by_one(
     assert_same_tables(tmp_path / "w", tmp_path / "alone")
     assert {row["status"] for row in Warehouse(tmp_path / "w").runs().to_pylist()} == {"done", "failed"}
 
-    job = job_file(tmp_path, models, corpus="texts/mine.txt")
+    job = job_file(tmp_path, models, corpus="../mine.txt")
     again = run_avss("jobs", "submit", job, env=cluster)
     assert again.returncode == 0
     job_id = again.stdout.strip()
@@ -141,6 +138,7 @@ def test_a_submitted_job_gives_the_tables_of_one_by_one(
     assert listed.count("avss-job-") == 2 and "SUCCEEDED" in listed and "FAILED" in listed
     stopped = run_avss("jobs", "stop", job_id, env=cluster)
     assert (stopped.returncode, stopped.stdout) == (0, f"{job_id}: it has ended already (succeeded).\n")
+    refused(run_avss("jobs", "stop", "avss-expired-000000", env=cluster), "has no job 'avss-expired-000000'")
 
 
 def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
@@ -180,24 +178,6 @@ def metrics(cluster: dict[str, str]) -> str:
     return text
 
 
-def test_a_submitted_job_takes_along_what_lies_beside_its_folder(
-    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And a packed table; the job file has a name that looks like options."""
-    words = "In the beginning was the word, and the word was with the tokenizer. " * 200
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "there" / "u.txt").write_text(words)
-    (tmp_path / "here" / "t.csv.gz").write_bytes(gzip.compress(f'text\n"{words[::-1]}"\n'.encode()))
-    text = Path(job_file(tmp_path, models[:1], corpus="../there/u.txt, t.csv.gz")).read_text()
-    monkeypatch.chdir(tmp_path / "here")
-    Path("-x.yaml").write_text(text)
-    done = run_avss("jobs", "submit", "--follow", "--", "-x.yaml", env=cluster, cwd=tmp_path / "here")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 runs: 2 done." in done.stdout
-    assert {run["corpus"] for run in Warehouse(tmp_path / "w").runs().to_pylist()} == {"../there/u.txt", "t.csv.gz"}
-
-
 EXPERIMENT = """
 experiment:
   tasks: ["perplexity:texts/held_out.txt", tasks/capitals.yaml]
@@ -213,7 +193,7 @@ experiment:
 def test_a_submitted_experiment_takes_its_files_along(
     cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
 ) -> None:
-    """Texts, a task file, what that includes, and its data; nothing else of the folder."""
+    """These are texts, a task file, the file that it includes, and its data."""
     for name in ("texts", "tasks", "more"):
         (tmp_path / name).mkdir()
     (tmp_path / "texts" / "held_out.txt").write_text("It was the best of times, it was the worst of times. " * 100)
@@ -222,43 +202,18 @@ def test_a_submitted_experiment_takes_its_files_along(
     )
     data = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
     (tmp_path / "more" / "questions.jsonl").write_text("\n".join([json.dumps(data)] * 4))
-    (tmp_path / "more" / "private.txt").write_text("private")
     task = {"include": "common.yaml", "task": "capitals", "doc_to_text": "{{question}}", "doc_to_choice": "choices"}
     task |= {"doc_to_target": "answer", "dataset_kwargs": {"data_files": {"test": "more/questions.jsonl"}}}
     (tmp_path / "tasks" / "capitals.yaml").write_text(json.dumps(task))
     job = job_file(tmp_path, models[:1])
     with (tmp_path / job).open("a") as file:
         file.write(EXPERIMENT)
-    travelling = ["more/questions.jsonl", "tasks/capitals.yaml", "tasks/common.yaml", "texts/held_out.txt"]
-    read = read_job(job)
-    assert read.experiment is not None
-    assert [str(file) for file in _local_files(read)] == travelling
-    repaired = replace(
-        read, experiment=replace(read.experiment, repairs=("map",), repair_corpora=("more/private.txt",))
-    )
-    assert {str(file) for file in _local_files(repaired)} == {*travelling, "more/private.txt"}
     done = run_avss("jobs", "submit", job, "--follow", env=cluster)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = Warehouse(tmp_path / "w").table("experiments").to_pylist()
     assert {row["method"] for row in rows} == {"whole model", "block influence", "last", "random 0"}
     assert {row["task"] for row in rows} == {"perplexity:texts/held_out.txt", "tasks/capitals.yaml"}
     assert "block influence" in done.stdout
-    (tmp_path / "more" / "questions.jsonl").unlink()
-    refused(run_avss("jobs", "submit", job, env=cluster), "The data of task 'capitals' do not exist")
-
-
-def test_what_the_job_server_remembers_names_no_key(
-    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
-) -> None:
-    job = job_file(tmp_path, models, warehouse="s3://SOMEKEY:SOMESECRET@bucket/w")
-    done = run_avss("jobs", "submit", job, env=cluster)
-    assert done.returncode == 0, done.stderr
-    token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
-    url = f"{cluster['RAY_API_SERVER_ADDRESS']}/api/jobs/{done.stdout.strip()}"
-    with urlopen(Request(url, headers={"Authorization": f"Bearer {token}"})) as response:
-        details = json.load(response)
-    assert details["metadata"]["avss_warehouse"] == "s3://bucket/w"
-    assert "SOMESECRET" not in json.dumps(details)
 
 
 def test_a_job_tells_no_key_and_no_token(
@@ -276,13 +231,8 @@ def test_a_job_tells_no_key_and_no_token(
             assert says in done.stdout, done.stderr
             (job_id,) = set(re.findall(r"avss-job-[0-9a-f]{6}", done.stderr))
             told += [done.stdout, done.stderr]
-            others = (
-                [["jobs", "logs", job_id, "--follow"], ["jobs", "list"], ["jobs", "list", job_id]]
-                if name == "absent.txt"
-                else []
-            )
-            for command in (["jobs", "logs", job_id], *others):
-                shown = run_avss(*command, env=cluster)
+            for command in (["logs", job_id], ["logs", job_id, "--follow"], ["list"], ["list", job_id]):
+                shown = run_avss("jobs", *command, env=cluster)
                 told += [shown.stdout, shown.stderr]
     token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
     url = f"{cluster['RAY_API_SERVER_ADDRESS']}/api/jobs/"
@@ -293,15 +243,6 @@ def test_a_job_tells_no_key_and_no_token(
         assert not any(secret in text for text in told), secret
 
 
-@pytest.mark.parametrize(
-    "command", [["jobs", "list"], ["jobs", "logs"], ["jobs", "logs", "--follow"], ["jobs", "stop"]], ids=" ".join
-)
-def test_an_unknown_job_is_named(command: list[str], cluster: dict[str, str], run_avss: Avss) -> None:
-    done = run_avss(*command, "avss-expired-000000", env=cluster)
-    address = cluster["RAY_API_SERVER_ADDRESS"]
-    refused(done, f"{address} has no job 'avss-expired-000000'", f"avss jobs list --address {address} lists")
-
-
 def test_a_wrong_token_is_refused(cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
     job, wrong = job_file(tmp_path, models), tmp_path / "token"
     wrong.write_text("0" * 64)
@@ -310,44 +251,6 @@ def test_a_wrong_token_is_refused(cluster: dict[str, str], models: list[Path], r
     assert "0" * 64 not in done.stderr
     without = {k: v for k, v in cluster.items() if k == "RAY_API_SERVER_ADDRESS"} | {"HOME": str(tmp_path)}
     refused(run_avss("jobs", "list", env={**without, "RAY_AUTH_TOKEN_PATH": ""}), "requires a token")
-
-
-def test_an_unreachable_address_is_named(models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
-    job = job_file(tmp_path, models)
-    refused(
-        run_avss("jobs", "submit", job, "--address", "http://127.0.0.1:9"),
-        "No job server answers at http://127.0.0.1:9",
-    )
-    refused(run_avss("jobs", "submit", job, "--address", "127.0.0.1:9"), "Write http://HEAD:8265")
-    refused(run_avss("run", job, "--address", "127.0.0.1:9"), "Ray at 127.0.0.1:9 cannot be reached")
-
-
-def test_a_refused_address_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What others of this process read there is not the job client's to change."""
-    given = {"RAY_ADDRESS": "127.0.0.1:7", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8", "RAY_AUTH_TOKEN": "0" * 64}
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    with pytest.raises(ConfigError, match="No job server answers"):
-        Cluster("http://127.0.0.1:9")
-    assert {name: os.environ.get(name) for name in given} == given and "RAY_AUTH_MODE" not in os.environ
-
-
-def test_a_job_that_means_this_machine_is_refused(
-    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
-) -> None:
-    (tmp_path / "here").mkdir()
-    done = run_avss("jobs", "submit", job_file(tmp_path, ["here", "other/step-*"], warehouse="w"), env=cluster)
-    refused(done, "the warehouse 'w' would be lost", "'here' is a relative path", "'other/step-*' is a relative path")
-
-
-def test_problems_are_reported_before_a_job_is_sent(models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
-    job = job_file(tmp_path, models)
-    (tmp_path / job).write_text(
-        "warehouse: w\nmodel: a\ncorpora: [1, [2], 1]\nsettings: {dtype: half}\nexecution: no\n"
-    )
-    done = run_avss("jobs", "submit", job, "--address", "http://127.0.0.1:9")
-    refused(done, "job.yaml has 5 problems", *(f"job.yaml:{line}: " for line in (2, 3, 4, 5)))
 
 
 def test_workers_without_the_package_are_told_of(

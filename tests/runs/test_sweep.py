@@ -1,12 +1,9 @@
-"""Many checkpoints over one pool of Ray workers: the tables of one by one, whatever dies or dawdles on the way."""
+"""Many checkpoints over one pool of Ray workers give the tables of one after the other."""
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,30 +11,25 @@ from typing import Any
 import pytest
 import ray
 from support.checkpoints import llama
-from support.commands import Command
 from support.processes import wait_until
 from support.tables import assert_same_tables, measured_files
 
 import avss_dist
 from avss_dist.core.errors import ModelError
 from avss_dist.executors.prefetch import Prefetcher
-from avss_dist.executors.ray import gang, queue
 from avss_dist.executors.ray.executor import RayExecutor
-from avss_dist.executors.ray.worker import ShardAssignment, Worker, resolve_on_node
+from avss_dist.executors.ray.worker import resolve_on_node
 from avss_dist.runs.api import run_job
-from avss_dist.runs.events import RunEnded, RunEvent, RunReading, ShardMeasured
+from avss_dist.runs.events import RunEnded, RunEvent, RunReading
 from avss_dist.runs.job_file import read_job
 from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
-
 SETTINGS = {"max_sequences": 48, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
-SHARDS = 6
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(warm_workers: None) -> Iterator[None]:
     """One private Ray whose CPUs one replica can fill."""
     cpus = devices_here("cpu").cpus
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -74,39 +66,21 @@ def job_file(folder: Path, models: list[Any], **execution: Any) -> Path:
     return file
 
 
-class Watching:
-    """Notes what happens."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[str, str]] = []
-
-    @property
-    def arrived(self) -> int:
-        return sum(what == "advanced" for what, _ in self.told)
-
-    def __call__(self, event: RunEvent) -> None:
-        words = {RunReading: "planning", ShardMeasured: "advanced", RunEnded: "finished"}
-        if type(event) in words:
-            self.told.append((words[type(event)], event.name))
-
-
+@pytest.mark.nightly
 @pytest.mark.usefixtures("cluster")
 def test_a_sweep_gives_the_tables_of_one_by_one_with_two_processes(
     models: list[Path], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that does not exist and one that cannot be opened are recorded; the workers outlive them."""
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in models[0].iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
+    broken = shutil.copytree(models[0], tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-400])
     hired: list[Any] = []
     hire = RayExecutor._new_gang
     monkeypatch.setattr(RayExecutor, "_new_gang", lambda *args: hired.append(args) or hire(*args))
-    watching = Watching()
+    events: list[RunEvent] = []
     every = [models[0], tmp_path / "absent", models[1], broken, *models[2:]]
-    runs = run_job(read_job(job_file(tmp_path, every)), on_event=watching)
+    runs = run_job(read_job(job_file(tmp_path, every)), on_event=events.append)
     assert [run.status for run in runs] == ["done", "failed", "done", "failed", "done", "done"]
     assert [run.model for run in runs] == [str(model) for model in every]
     assert_same_tables(tmp_path / "w", alone)
@@ -114,50 +88,13 @@ def test_a_sweep_gives_the_tables_of_one_by_one_with_two_processes(
     failed = Warehouse(tmp_path / "w").sql("SELECT model, error FROM runs WHERE status = 'failed'").to_pylist()
     errors = {Path(row["model"]).name: row["error"] for row in failed}
     assert "There is no folder" in errors["absent"] and "are damaged" in errors["broken"]
-    told = watching.told
-    assert told.index(("planning", str(models[1]))) < told.index(("finished", str(models[0])))
+    order = [(type(event), event.name) for event in events if isinstance(event, (RunReading, RunEnded))]
+    assert order.index((RunReading, str(models[1]))) < order.index((RunEnded, str(models[0])))
     again = run_job(read_job(job_file(tmp_path, models)))
     assert [run.status for run in again] == ["skipped"] * 4
 
 
-class DawdlesOnShardFour(Worker):
-    """Whoever measures that shard first does not get to its end."""
-
-    def measure(self, assignment: ShardAssignment) -> Any:
-        if assignment.shard and assignment.shard.shard_id == 4:
-            try:
-                os.close(os.open(MARK[0], os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                pass
-            else:
-                time.sleep(3600)
-        return super().measure(assignment)
-
-
-MARK: list[Path] = []  # travels to the worker with the class above
-
-
-@pytest.mark.usefixtures("cluster")
-def test_the_last_shards_of_a_slow_worker_are_issued_twice_and_count_once(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ray import cloudpickle
-
-    MARK[:] = [tmp_path / "mark"]
-    monkeypatch.setattr(gang, "Worker", DawdlesOnShardFour)
-    monkeypatch.setattr(queue, "LATE_SECONDS", 1.0)
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    watching = Watching()
-    try:
-        (run,) = run_job(read_job(job_file(tmp_path, models[:1])), on_event=watching)
-    finally:
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    assert MARK[0].exists()
-    assert (run.status, watching.arrived) == ("done", SHARDS)
-    avss_dist.score(models[0], corpus="builtin:pydoc", warehouse=tmp_path / "alone", executor="local", **SETTINGS)
-    assert_same_tables(tmp_path / "w", tmp_path / "alone")
-
-
+@pytest.mark.nightly
 @pytest.mark.usefixtures("cluster")
 def test_gangs_and_single_workers_take_turns(models: list[Path], alone: Path, tmp_path: Path) -> None:
     """Each is stopped for the room that the other needs, and the next begins when it is there."""
@@ -169,45 +106,30 @@ def test_gangs_and_single_workers_take_turns(models: list[Path], alone: Path, tm
     assert len(got) == 6 and got == {path: wanted[path] for path in got}
 
 
-@pytest.mark.usefixtures("cluster")
-def test_a_driver_that_is_killed_in_a_sweep_is_resumed(models: list[Path], alone: Path, tmp_path: Path) -> None:
-    """The same command finishes what is missing, with the same tables."""
-    file = job_file(tmp_path, models)
-    address = ray.get_runtime_context().gcs_address
-    driver = Command("run", file, RAY_ADDRESS=address)
-    partials = tmp_path / "w" / "shard_stats"
-    wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= SHARDS + 2 or not driver.running())
-    driver.kill()
-    kept = len(list(partials.rglob("*.parquet")))
-    assert SHARDS + 2 <= kept < 4 * SHARDS
-    runs = run_job(read_job(file), executor="local", replicas=1)
-    assert {run.status for run in runs} <= {"done", "skipped"}
-    assert sum(run.resumed_shards for run in runs if run.status == "done") > 0
-    assert_same_tables(tmp_path / "w", alone)
-
-
 def test_prefetcher_prepares_one_item_while_another_is_used() -> None:
-    made: list[int] = []
+    ahead: list[int] = []
+    requested = 0
 
     def items() -> Iterator[int]:
         for number in range(5):
-            made.append(number)
+            ahead.append(number - requested)
             yield number
         raise KeyError("the end")
 
     prefetcher = Prefetcher(items())
-    assert prefetcher.next(wait=True) == 0
-    wait_until(lambda: len(made) >= 3)
-    time.sleep(0.05)
-    assert made == [0, 1, 2]  # one is ready, one waits for its place
-    assert [prefetcher.next(wait=True) for _ in range(4)] == [1, 2, 3, 4]
+    for number in range(5):
+        requested += 1
+        assert prefetcher.next(wait=True) == number
+        if number == 0:
+            wait_until(lambda: len(ahead) == 3)
+    assert max(ahead) == 1  # of the items after the one in use, one is ready and one waits for its place
     with pytest.raises(KeyError, match="the end"):
         prefetcher.next(wait=True)
     assert prefetcher.exhausted and prefetcher.next(wait=True) is None
 
 
 def test_a_node_fetches_what_only_the_head_has(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hub checkpoint is found in the node's own cache; a folder must be on a disk that the node sees."""
     from huggingface_hub import constants
@@ -216,7 +138,7 @@ def test_a_node_fetches_what_only_the_head_has(
 
     revision = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "hub" / "models--org--tiny" / "snapshots" / revision
-    shutil.copytree(models[0], cached)
+    shutil.copytree(tiny_llama, cached)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     of_the_head = Checkpoint(name="org/tiny", source="hub", path="/head/cache/org--tiny", revision=revision)
     here = resolve_on_node(of_the_head)

@@ -39,10 +39,17 @@ class Answer:
 
 @dataclass
 class JobServer:
-    """Its address, and its answers by path; ``*`` answers all others."""
+    """A job server in this process.
+
+    Attributes:
+        answers: answers by path; ``*`` answers all other requests. A list has an answer for each request, and the last
+            of them for all later ones.
+        received: the bodies of requests by path.
+    """
 
     port: int
-    answers: dict[str, bytes | Answer] = field(default_factory=dict)
+    answers: dict[str, bytes | Answer | list[bytes | Answer]] = field(default_factory=dict)
+    received: dict[str, bytes] = field(default_factory=dict)
     over: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -53,6 +60,8 @@ class JobServer:
     def answer(self, path: str) -> Answer:
         """The answer to a request."""
         given = self.answers.get(path.rstrip("/"), self.answers.get("*", b"{}"))
+        if isinstance(given, list):
+            given = given.pop(0) if len(given) > 1 else given[0]
         return given if isinstance(given, Answer) else Answer(body=given)
 
 
@@ -66,7 +75,7 @@ def job_server() -> Iterator[JobServer]:
                 self._answer(server.answer(self.path))
 
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            server.received[self.path.rstrip("/")] = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.do_GET()
 
         def do_PUT(self) -> None:
