@@ -12,16 +12,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 from support.checkpoints import LAYERS, VOCABULARY, llama, save_tokenizer
 from support.disks import SmallDisk
 from support.warm_workers import forking_workers
+from support.warm_workers import warm_server as start_warm_server
 from xdist.scheduler import LoadGroupScheduling
 
 from avss_dist.__main__ import YOUNG_OBJECTS
+
+if TYPE_CHECKING:
+    from support.rank_processes import Gang
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background of a script ignore it
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
@@ -121,10 +125,30 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def warm_workers() -> Iterator[None]:
-    """Ray that this process starts has workers that need not import everything; see `support.warm_workers`."""
+def warm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process for the whole run that has imported everything, and forks others; see `support.warm_workers`."""
+    folder, process = tmp_path_factory.getbasetemp(), os.getpid()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder, process = folder.parent, os.getppid()
+    with start_warm_server(folder, process):
+        yield
+
+
+@pytest.fixture(scope="session")
+def warm_workers(warm_server: None) -> Iterator[None]:
+    """Ray that this process starts has workers that need not import everything."""
     with forking_workers():
         yield
+
+
+@pytest.fixture(scope="session")
+def two_ranks(warm_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
+    """Two processes in one torch.distributed group over gloo, for all tests. Not to be harmed."""
+    from support.rank_processes import Gang
+
+    gang = Gang(2, tmp_path_factory.mktemp("ranks"))
+    yield gang
+    gang.stop()
 
 
 @pytest.fixture(scope="session")

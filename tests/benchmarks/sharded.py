@@ -12,6 +12,7 @@ with the bytes of their tensors in float32.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from support.rank_processes import Gang
+from support.warm_workers import warm_server
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--partition", nargs="+", choices=SHARED, default=["fsdp", "zero3"])
     options = parser.parse_args()
     print(f"{'partition':16} {'weights MB':>11} {'peak MB':>8} {'seconds':>8} {'calls':>6} {'exchanged MB':>13}")
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, warm_server(Path(name), os.getpid()):
         gang = Gang(options.ranks, Path(name))
         try:
             for partition in options.partition:

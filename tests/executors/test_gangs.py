@@ -1,4 +1,8 @@
-"""Partitions of several ranks, in real processes over gloo: the same statistics as one process, or a refusal."""
+"""Partitions of several ranks, in real processes over gloo: the numbers of one process, or a refusal.
+
+By default the two ranks that all tests share are asked, with a family of each class of structure. Other families and
+larger groups are of the nightly tier.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,16 +19,16 @@ import numpy as np
 import pytest
 import torch
 from support.causal_lm import open_whole, random_shard
-from support.checkpoints import llama, save_tokenizer
-from support.tiers import all_of
+from support.checkpoints import llama, one_thread, save_tokenizer
 from support.families import lively, tiny_config, tiny_model
-from support.oracle import assert_close
+from support.oracle import assert_close, assert_same_result
 from support.quantized import block_fp8, mxfp4
 from support.questions import answers, assert_same, composed, generated, write_questions
 from support.rank_processes import SECONDS, Gang, free_port
+from support.tiers import nightly
 from torch.distributed.tensor import DTensor
 
-from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Expert, Removal
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
@@ -50,12 +54,24 @@ from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
 
 SETTINGS = Settings(batch_size=2, dtype="float32", device="cpu")
 CONFIGS = Path(__file__).parents[2] / "cluster" / "deepspeed"
+SHARING, SPLITTING = ("fsdp", "zero3"), ("tensor_parallel", "expert_parallel")
+
+
+def cases(
+    default: Mapping[str, Sequence[str]], others: Mapping[str, Sequence[str]], larger: Sequence[tuple[str, int, str]]
+) -> list[Any]:
+    """Return rows (partition, ranks, family): two ranks and the default families; the others are nightly."""
+
+    def of_two(families_of: Mapping[str, Sequence[str]]) -> list[tuple[str, int, str]]:
+        return [(partition, 2, family) for partition, families in families_of.items() for family in families]
+
+    return [*of_two(default), *nightly(*of_two(others), *larger)]
 
 
 @pytest.fixture(scope="module")
-def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Gang]]:
-    """The gang of so many ranks, started when it is first asked for."""
-    gangs: dict[int, Gang] = {}
+def gang(two_ranks: Gang, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Gang]]:
+    """Return the gang of a number of ranks; the gang of two is the one that all tests share."""
+    gangs = {2: two_ranks}
 
     def of(world: int) -> Gang:
         if world not in gangs:
@@ -63,20 +79,26 @@ def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], G
         return gangs[world]
 
     yield of
-    for started in gangs.values():
-        started.stop()
+    for world in gangs.keys() - {2}:
+        gangs[world].stop()
+
+
+@pytest.fixture
+def own_gang(warm_server: None, tmp_path: Path) -> Iterator[Gang]:
+    """Two ranks that a test may harm."""
+    gang = Gang(2, tmp_path)
+    yield gang
+    gang.stop()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the ranks have: sums are then added up in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def same_sums() -> Iterator[None]:
+    """Compute with one thread, as the ranks do: sums are then added up in the same order."""
+    with one_thread():
+        yield
 
 
-# What the ranks do.
+# Functions that ranks run.
 
 
 def opened(partition: str, folder: Path, settings: Settings, *, head: bool = False) -> Any:
@@ -87,7 +109,7 @@ def opened(partition: str, folder: Path, settings: Settings, *, head: bool = Fal
 def measure(
     partition: str, folder: Path, shards: Sequence[Shard], settings: Settings
 ) -> tuple[list[ShardResult], Mapping[str, Any], int]:
-    """The results of this rank's shards, what the replica says of itself, and the parameter bytes that it keeps."""
+    """Return the results of this rank's shards, the replica's description, and the parameter bytes that it keeps."""
     replica = opened(partition, folder, settings)
     rank, step = (
         (torch.distributed.get_rank(), torch.distributed.get_world_size())
@@ -109,24 +131,103 @@ def measure(
 
 
 def module_of(replica: Any) -> torch.nn.Module:
-    """The whole model of a replica, of which this process has a part."""
+    """Return the whole model of a replica, of which this process has a part."""
     module: torch.nn.Module = replica._module if isinstance(replica, Zero3Replica) else replica._backbone.model
     return module
 
 
 def resident_parameter_bytes(module: torch.nn.Module) -> int:
-    """Bytes of parameters that this process holds now: its part, and what is gathered."""
+    """Return the bytes of parameters that this process holds now: its part, and what is gathered."""
     here = [p.to_local() if isinstance(p, DTensor) else p.data for p in module.parameters()]
     held = [*here, *(getattr(p, "ds_tensor", None) for p in module.parameters())]
     return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
 
-def bytes_after_close(folder: Path) -> tuple[int, int]:
+def measure_alone_after_zero3(folder: Path, shard: Shard) -> tuple[int, int, ShardResult]:
+    """Return the parameter bytes of an open and of a closed replica, and what this process measures alone then."""
     replica = opened("zero3", folder, SETTINGS)
     module = module_of(replica)
     before = resident_parameter_bytes(module)
     replica.close()
-    return before, resident_parameter_bytes(module)
+    assert torch.nn.functional.linear is torch._C._nn.linear
+    return before, resident_parameter_bytes(module), single(folder, [shard])[0][0]
+
+
+def floating_buffers(folder: Path, settings: Settings) -> list[torch.Tensor]:
+    replica = opened("tensor_parallel", folder, settings)
+    found = [buffer.clone() for buffer in module_of(replica).buffers() if buffer.is_floating_point()]
+    replica.close()
+    return found
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Answers of one rank.
+
+    Attributes:
+        reports: whether the answers of this rank count.
+        batches: number of batches with tokens that this rank ran.
+    """
+
+    rows: dict[str, list[Row]]
+    reports: bool
+    batches: int
+
+
+def ask(partition: str, folder: Path, skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()) -> Asked:
+    """Ask the language model of this rank everything but the questions of some names."""
+    replica = opened(partition, folder, SETTINGS, head=True)
+    model = replica.language_model
+    batches, losses = [], model.losses
+
+    def counted(batch: Any) -> Any:
+        if batch.observed.any():
+            batches.append(batch)
+        return losses(batch)
+
+    model.losses = counted
+    try:
+        return Asked(reply(model, skip, tasks), model.reports, len(batches))
+    finally:
+        replica.close()
+
+
+def reply(model: LanguageModel, skip: tuple[str, ...], tasks: Sequence[Measure]) -> dict[str, list[Row]]:
+    without = NO_INTERVENTION.without(1)
+    return answers(model, skip) | {f"task {i}": task(model, without) for i, task in enumerate(tasks)}
+
+
+def generate(partition: str, folder: Path) -> tuple[list[int], list[str]]:
+    """Return the tokens that this rank generates without a layer, with a cache and without one, and its notes."""
+    replica = opened(partition, folder, SETTINGS, head=True)
+    model = replica.language_model
+    found = generated(model)[0].tolist(), [*model.notes]
+    replica.close()
+    return found
+
+
+def fit_and_ask(
+    partition: str, folder: Path, fit: FitRepair, removed: Sequence[Removal]
+) -> tuple[Patch, Any, list[list[float]]]:
+    replica = opened(partition, folder, fit.repair.settings, head=True)
+    return fitted_by(replica.language_model, fit, removed)
+
+
+def fitted_by(model: LanguageModel, fit: FitRepair, removed: Sequence[Removal]) -> tuple[Patch, Any, list[list[float]]]:
+    """Return weights and cuts of the repair of a model without some parts; losses before, with it, and after."""
+    without = NO_INTERVENTION.without(*removed)
+    (row,) = fit(model, without)
+    assert row.patch is not None
+    patch, about = decode_patch(row.patch)
+    before = losses_of(model, removed)
+    with model.patched(patch):
+        repaired = losses_of(model, removed)
+    return patch, json.loads(about)["record"]["cuts"], [before, repaired, losses_of(model, removed)]
+
+
+def losses_of(model: LanguageModel, removed: Sequence[Removal]) -> list[float]:
+    rows = TextLoss(random_shard())(model, NO_INTERVENTION.without(*removed))
+    return [float(value) for row in rows for value in row.samples]
 
 
 def rejoin(port: int, seconds: float = SECONDS) -> None:
@@ -140,7 +241,7 @@ def rejoin(port: int, seconds: float = SECONDS) -> None:
 
 
 def make_shards(number: int, rows: Sequence[int] = (4,)) -> list[Shard]:
-    """Shards of 16 tokens a row, some of them padding; ``rows`` are repeated."""
+    """Return shards of 16 tokens a row, some of them padding; ``rows`` are repeated."""
     random = np.random.default_rng(0)
     shards = []
     for index in range(number):
@@ -157,37 +258,47 @@ def make_shards(number: int, rows: Sequence[int] = (4,)) -> list[Shard]:
     return shards
 
 
+def changed(family: str, **values: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(family)
+    config.update(values)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
 def grouped_llama() -> Any:
     """Three key/value heads for six heads, and 50 units: neither two nor three ranks share them evenly."""
     return llama(hidden_size=48, intermediate_size=50, num_attention_heads=6, num_key_value_heads=3, head_dim=8)
 
 
-def three_headed_mixture() -> Any:
-    """Four experts, which two ranks share, and three heads, which they do not."""
-    from transformers import AutoModelForCausalLM
-
-    config = tiny_config("qwen3_moe")
-    config.update({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8})
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config)
+ODD: dict[str, Callable[[], Any]] = {
+    "grouped llama": grouped_llama,
+    "one-headed llama": lambda: llama(num_key_value_heads=1),
+    "three-headed mixture": lambda: changed("qwen3_moe", num_attention_heads=6, num_key_value_heads=3, head_dim=8),
+    "one expert": lambda: changed("mixtral", num_local_experts=1, num_experts_per_tok=1),
+    "three experts": lambda: changed("mixtral", num_local_experts=3),
+}
+STORED: dict[str, Callable[[Path, Path], Path]] = {"FP8": block_fp8, "MXFP4": mxfp4}
 
 
 def build(family: str) -> Any:
-    if family == "grouped llama":
-        return grouped_llama()
-    if family == "three-headed mixture":
-        return three_headed_mixture()
+    if family in ODD:
+        return ODD[family]()
     return tiny_model({"bert": "masked", "gemma3": "image-text"}.get(family, "causal"), family)
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a family's tiny checkpoint."""
+    """Return the folder of a family's tiny checkpoint; after `` in ``, a family's name has a form of storage."""
     parent = tmp_path_factory.mktemp("families")
 
     def saved(family: str) -> Path:
         folder = parent / family.replace(" ", "-")
-        if not folder.exists():
+        whole, _, form = family.partition(" in ")
+        if not folder.exists() and form:
+            STORED[form](saved(whole), folder)
+        elif not folder.exists():
             build(family).save_pretrained(folder)
         return folder
 
@@ -202,16 +313,11 @@ def single(folder: Path, shards: Sequence[Shard], settings: Settings = SETTINGS)
     return results, model
 
 
-def merged(per_rank: Sequence[tuple[list[ShardResult], Any, int]]) -> list[ShardResult]:
-    return sorted((r for results, _, _ in per_rank for r in results), key=lambda result: result.shard_id)
-
-
-def assert_equal(actual: Sequence[ShardResult], expected: Sequence[ShardResult]) -> None:
-    """Equal to the last bit."""
-    assert [r.shard_id for r in actual] == [r.shard_id for r in expected]
-    for got, want in zip(actual, expected, strict=True):
-        assert (got.layers, got.num_tokens, got.stats.keys()) == (want.layers, want.num_tokens, want.stats.keys())
-        assert all(got.stats[key].equals(want.stats[key]) for key in want.stats)
+def assert_equal(per_rank: Sequence[tuple[list[ShardResult], Any, int]], expected: Sequence[ShardResult]) -> None:
+    """The results of all ranks, in the order of the shards, are equal to the bit."""
+    results = sorted((r for results, _, _ in per_rank for r in results), key=lambda result: result.shard_id)
+    for actual, wanted in zip(results, expected, strict=True):
+        assert_same_result(actual, wanted)
 
 
 def assert_near(actual: Mapping[LayerKey, LayerStats], expected: Mapping[LayerKey, LayerStats], rtol: float) -> None:
@@ -236,35 +342,30 @@ def assert_near(actual: Mapping[LayerKey, LayerStats], expected: Mapping[LayerKe
 
 
 def partitioned(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What a replica says of itself that must not depend on the partition."""
+    """Return what a replica says of itself that must not depend on the partition."""
     return {k: v for k, v in model.items() if k not in ("partition", "data", "reports_stats")}
 
 
-# Ranks that share shards: FSDP2 and ZeRO-3.
+# Statistics.
 
-DENSE = ("gpt2", "opt", "gemma3_text", "bloom", "falcon", "bert")
-OTHERS = ("mixtral", "qwen3_moe", "mamba")
-MORE_MIXTURES = ("qwen2_moe", "llama4_text", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "phimoe", "minimax")
-FSDP = (*DENSE, *OTHERS, "qwen2", "phi3", "gpt_neox", "gemma3", "gpt_oss", "deepseek_v3", "glm4_moe", "olmoe")
+MIXTURES = ("qwen2_moe", "llama4_text", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "phimoe", "minimax")
+FSDP = ("gpt2", "opt", "gemma3_text", "bloom", "falcon", "mixtral", "qwen3_moe", "qwen2", "phi3", "gpt_neox", "gpt_oss")
 
 
 @pytest.mark.parametrize(
     ("partition", "world", "family"),
-    [
-        *(("zero3", 3, family) for family in ("grouped llama", "mixtral")),
-        *(("fsdp", 3, family) for family in ("grouped llama", "gpt_oss")),
-        *all_of(
-            [
-                *(("fsdp", 2, family) for family in (*FSDP, *MORE_MIXTURES)),
-                *(("zero3", 2, family) for family in DENSE + OTHERS),
-                *product(("fsdp", "zero3"), (4,), ("llama", "gpt2", "gemma3", "qwen3_moe", "mixtral")),
-            ],
-            [
-                *(("fsdp", 2, family) for family in ("gemma3", "bert", "mamba")),
-                *(("zero3", 2, family) for family in ("gpt2", "mamba", "qwen3_moe")),
-            ],
-        ),
-    ],
+    cases(
+        {"fsdp": ("gemma3", "bert", "mamba"), "zero3": ("gpt2", "mamba", "qwen3_moe")},
+        {
+            "fsdp": (*FSDP, "deepseek_v3", "glm4_moe", "olmoe", *MIXTURES),
+            "zero3": ("opt", "gemma3_text", "bloom", "falcon", "bert", "mixtral"),
+        },
+        [
+            *product(("zero3",), (3,), ("grouped llama", "mixtral")),
+            *product(("fsdp",), (3,), ("grouped llama", "gpt_oss")),
+            *product(SHARING, (4,), ("gemma3", "qwen3_moe")),
+        ],
+    ),
 )
 def test_ranks_that_share_shards_give_the_bytes_of_one_process(
     gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
@@ -274,7 +375,7 @@ def test_ranks_that_share_shards_give_the_bytes_of_one_process(
     folder, shards = folder_of(family), make_shards(number, rows=(4, 1, 3))
     per_rank = gang(world).run(measure, partition, folder, shards, SETTINGS)
     expected, model = single(folder, shards)
-    assert_equal(merged(per_rank), expected)
+    assert_equal(per_rank, expected)
     for rank, (results, of_rank, held) in enumerate(per_rank):
         assert [r.shard_id for r in results] == list(range(rank, number, world))
         assert (of_rank["data"], of_rank["reports_stats"], of_rank["partition"]) == ((rank, world), True, partition)
@@ -283,347 +384,26 @@ def test_ranks_that_share_shards_give_the_bytes_of_one_process(
         assert held <= 4 * sum(parts)
 
 
-def test_fsdp_needs_an_expert_for_every_rank(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
-    for error in gang(3).outcomes(measure, "fsdp", folder_of("mixtral"), make_shards(1), SETTINGS):
-        assert isinstance(error, ConfigError)
-        assert "one of 3 ranks without any of the 4 experts of a layer" in error.message
-
-
-Asked = tuple[dict[str, list[Row]], bool, int]
-
-
-def ask_all(
-    partition: str, folders: Sequence[Path], skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()
-) -> list[Asked | Exception]:
-    """Of each model, what this rank of a replica answers, whether that counts, and how many batches it had."""
-    return [
-        _asked(
-            partition, folder, (*skip, *unanswered(partition, folder.name), *composed(folder.name, partition)), tasks
-        )
-        for folder in folders
-    ]
-
-
-def _asked(partition: str, folder: Path, skip: tuple[str, ...], tasks: Sequence[Measure]) -> Asked | Exception:
-    replica = opened(partition, folder, SETTINGS, head=True)
-    model = replica.language_model
-    batches, losses = [], model.losses
-    model.losses = lambda batch: (batches.append(batch) if batch.observed.any() else None, losses(batch))[1]
-    try:
-        found = answers(model, skip) | {
-            f"task {i}": task(model, NO_INTERVENTION.without(1)) for i, task in enumerate(tasks)
-        }
-        return found, model.reports, len(batches)
-    except ModelError as error:
-        return error
-    finally:
-        replica.close()
-
-
-def expected_of(
-    folder: Path, partition: str, skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()
-) -> dict[str, list[Row]]:
-    model = open_whole(resolve(str(folder)), SETTINGS)
-    return answers(model, (*skip, *composed(folder.name, partition))) | {
-        f"task {i}": task(model, NO_INTERVENTION.without(1)) for i, task in enumerate(tasks)
-    }
-
-
-SHARED = ("llama", "gemma3", "gpt_neox", "gpt2", "mamba", "qwen3_moe")  # the statistics of others are measured above
-SPLIT = ("llama", "gemma3", "gpt_neox", "mixtral", "opt")  # and below; opt by AutoTP
-MIXTURES = ("qwen3_moe", "gpt_oss")
-ASKED = {"fsdp": SHARED, "zero3": SHARED, "tensor_parallel": SPLIT, "expert_parallel": MIXTURES}
-
-
-def unanswered(partition: str, family: str) -> tuple[str, ...]:
-    """Questions that a family is not asked."""
-    if not PARTITIONS[partition].splits_matrices:
-        return ()
-    rounded = ("rounded", "gradients of rounded")
-    return (*rounded, "gradients") if (partition, family) == ("tensor_parallel", "opt") else rounded
-
-
-@pytest.mark.parametrize(
-    ("partition", "world", "family"),
-    all_of(
-        [*product(("fsdp", "zero3"), (2,), SHARED), *product(("fsdp", "zero3"), (4,), ("llama", "qwen3_moe"))],
-        [
-            *(("fsdp", 2, family) for family in ("llama", "gemma3")),
-            *(("zero3", 2, family) for family in ("llama", "mamba", "qwen3_moe")),
-        ],
-    ),
-)
-def test_ranks_that_share_batches_answer_as_one_process_does(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
-) -> None:
-    """Ranks share three batches, so that one has a dummy; all have all answers, to the bit, gradients too."""
-    expected = expected_of(folder_of(family), partition)
-    found, counts, batches = zip(
-        *(asked for (asked,) in gang(world).run(ask_all, partition, [folder_of(family)])), strict=True
-    )
-    assert counts == (True, *[False] * (world - 1))
-    for answers_of_rank in found:
-        assert_same(answers_of_rank, expected)
-    share = batches[0] // (2 if world == 2 else 1)
-    assert batches == ((2 * share, share) if world == 2 else (share, share, share, 0))
-
-
-@pytest.mark.parametrize(
-    ("partition", "world", "family"),
-    all_of(
-        [
-            *(
-                (partition, 2, family)
-                for partition in ("tensor_parallel", "expert_parallel")
-                for family in ASKED[partition]
-            ),
-            *(("tensor_parallel", 4, "gpt_neox"), ("expert_parallel", 4, "qwen3_moe")),
-        ],
-        [
-            *(("tensor_parallel", 2, family) for family in ("llama", "mixtral", "opt")),
-            ("expert_parallel", 2, "qwen3_moe"),
-        ],
-    ),
-)
-def test_ranks_that_split_matrices_answer_as_one_process_does(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
-) -> None:
-    found, counts, _ = zip(
-        *(asked for (asked,) in gang(world).run(ask_all, partition, [folder_of(family)])), strict=True
-    )
-    assert counts == (True, *[False] * (world - 1))
-    expected = expected_of(folder_of(family), partition, unanswered(partition, family))
-    for answers_of_rank in found:
-        assert_same(answers_of_rank, expected, rtol=1e-4)
-
-
-def test_split_weights_are_not_rounded(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
-    for measure in (RoundedLosses(random_shard(), "int4"), RoundingDamage(shard=random_shard(), formats=("int4",))):
-        for (error,) in gang(2).run(ask_all, "tensor_parallel", [folder_of("llama")], ("",), (measure,)):
-            assert isinstance(error, ModelError)
-            assert "Each rank has a part of each weight" in error.message
-
-
-def test_autotp_has_no_gradients(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
-    """Two ranks do not divide three heads, so that DeepSpeed splits the model."""
-    skip = ("loss", "leave", "sublayers", "shapley", "propagated")
-    for (error,) in gang(2).run(ask_all, "tensor_parallel", [folder_of("grouped llama")], skip):
-        assert isinstance(error, ModelError)
-        assert "tensor_parallel has no gradients of a llama model" in error.message
-
-
-@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel"])
-def test_gangs_answer_the_harness_as_one_process_does(
-    partition: str, gang: Callable[[int], Gang], tmp_path: Path
-) -> None:
-    folder = save_tokenizer(tmp_path / "model")
-    grouped_llama().save_pretrained(folder)
-    skip, tasks = ("",), harness_task(write_questions(tmp_path)).parts
-    ((found, _, _),), _ = gang(2).run(ask_all, partition, [folder], skip, tasks)
-    assert_same(found, expected_of(folder, partition, skip, tasks), rtol=1e-6)
-
-
-def fit_and_ask(
-    partition: str, folder: Path, fit: FitRepair, removed: Sequence[Removal]
-) -> tuple[Patch, Any, list[list[float]]]:
-    replica = opened(partition, folder, fit.repair.settings, head=True)
-    return fitted_by(replica.language_model, fit, removed)
-
-
-def fitted_by(model: LanguageModel, fit: FitRepair, removed: Sequence[Removal]) -> tuple[Patch, Any, list[list[float]]]:
-    """Weights and cuts of the repair of a model without some parts; losses before, with it, and after."""
-    without = NO_INTERVENTION.without(*removed)
-    (row,) = fit(model, without)
-    assert row.patch is not None
-    patch, about = decode_patch(row.patch)
-    measure = TextLoss(random_shard())
-
-    def ask() -> list[float]:
-        return [float(value) for row in measure(model, without) for value in row.samples]
-
-    before = ask()
-    with model.patched(patch):
-        repaired = ask()
-    return patch, json.loads(about)["record"]["cuts"], [before, repaired, ask()]
-
-
-@pytest.mark.parametrize(
-    ("partition", "by", "ranks"),
-    all_of(
-        [*product(("fsdp", "zero3"), ("channel", "map", "refit", "refit_all"), (2, 3))],
-        [("fsdp", "refit_all", 2), ("fsdp", "map", 3), ("zero3", "refit", 2)],
-    ),
-)
-def test_ranks_that_share_batches_fit_the_repair_of_one_process(
-    partition: str, by: str, ranks: int, gang: Callable[[int], Gang], tmp_path: Path
-) -> None:
-    """Of five batches, so that one rank has none left; equal but for the order of sums, and in place to the bit."""
-    lively(llama(num_hidden_layers=5)).save_pretrained(tmp_path)
-    save_tokenizer(tmp_path)
-    of_ranks, cuts = repaired_by_ranks(partition, by, gang(ranks), tmp_path, [2])
-    assert len(cuts) == (3 if by == "refit_all" else 1)
-    assert all(before == after != repaired for before, repaired, after in of_ranks)
-
-
-@pytest.mark.parametrize("partition", ["fsdp", "zero3"])
-def test_ranks_that_share_batches_fit_the_remaining_experts(
-    partition: str, gang: Callable[[int], Gang], tmp_path: Path
-) -> None:
-    lively(build("qwen3_moe")).save_pretrained(tmp_path)
-    save_tokenizer(tmp_path)
-    _, cuts = repaired_by_ranks(partition, "map", gang(2), tmp_path, [Expert(1, 0), Expert(2, 1)])
-    assert [cut["experts"] for cut in cuts] == [[0], [1]]
-
-
-def repaired_by_ranks(
-    partition: str, by: str, gang: Gang, folder: Path, removed: Sequence[Removal]
-) -> tuple[list[list[list[float]]], list[dict[str, Any]]]:
-    """Losses of each rank and cuts of a repair, whose weights are compared with those of one process."""
-    settings = replace(SETTINGS, max_sequences=20, sequence_length=32, batch_size=4)
-    checkpoint = resolve(str(folder))
-    text = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings)
-    repair = Repair(by=by, corpora=("builtin:pydoc",), settings=settings)
-    fit = FitRepair(repair=repair, layers="layers", texts=(text,))
-    patch, cuts, _ = fitted_by(open_whole(checkpoint, settings), fit, removed)
-    of_ranks = gang.run(fit_and_ask, partition, folder, fit, removed)
-    assert all(cut["error_after"] < cut["error_before"] for cut in cuts)
-    for found, found_cuts, (_, repaired, _) in of_ranks:
-        for ours, theirs in zip(found_cuts, cuts, strict=True):
-            assert ours["ridges"] == theirs["ridges"]
-            assert ours["error_before"] == pytest.approx(theirs["error_before"], rel=1e-5)
-            assert ours["error_after"] == pytest.approx(theirs["error_after"], rel=1e-4)
-        assert found.keys() == patch.keys()
-        for name, weights in patch.items():
-            torch.testing.assert_close(found[name], weights, rtol=1e-3, atol=1e-5)
-        assert repaired == losses_with(checkpoint, settings, found, removed)
-    return [losses for _, _, losses in of_ranks], cuts
-
-
-def losses_with(checkpoint: Checkpoint, settings: Settings, patch: Patch, removed: Sequence[Removal]) -> list[float]:
-    model = open_whole(checkpoint, settings)
-    with model.patched(patch):
-        rows = TextLoss(random_shard())(model, NO_INTERVENTION.without(*removed))
-    return [float(value) for row in rows for value in row.samples]
-
-
-def generate_all(partition: str, folders: Sequence[Path]) -> list[tuple[list[int], list[str]]]:
-    """Of each model, the tokens that this rank generates without a layer, with a cache and without one; its notes."""
-    results = []
-    for folder in folders:
-        replica = opened(partition, folder, SETTINGS, head=True)
-        model = replica.language_model
-        results.append((generated(model)[0].tolist(), [*model.notes]))
-        replica.close()
-    return results
-
-
-@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel"])
-def test_gangs_generate_with_a_cache_as_one_process_does(
-    partition: str, gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
-) -> None:
-    """One family with windows as well, which is the same to every partition."""
-    folders = [folder_of(family) for family in ("llama", *(["gemma3"] if partition == "fsdp" else []))]
-    models = [open_whole(resolve(str(folder)), SETTINGS) for folder in folders]
-    expected = [(generated(model)[0].tolist(), []) for model in models]
-    assert gang(2).run(generate_all, partition, folders) == [expected, expected]
-
-
-def test_zero3_in_bfloat16(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
-    settings, shards = replace(SETTINGS, dtype="bfloat16"), make_shards(3)
-    for family in ("grouped llama", "gemma3_text", "mixtral"):
-        folder = folder_of(family)
-        per_rank = gang(2).run(measure, "zero3", folder, shards, settings)
-        expected, model = single(folder, shards, settings)
-        assert_equal(merged(per_rank), expected)
-        assert per_rank[0][1]["dtype"] == model["dtype"] == "bfloat16"
-
-
-def test_zero3_frees_its_part(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
-    for before, after in gang(2).run(bytes_after_close, folder_of("gpt2")):
-        assert before > 0
-        assert after == 0
-
-
-def test_other_partitions_are_not_disturbed(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
-    """A process that has left ZeRO-3 loads the next model whole."""
-    folder, shards = folder_of("grouped llama"), make_shards(1)
-    gang(2).run(measure, "zero3", folder, shards, SETTINGS)
-    expected, _ = single(folder, shards)
-    for results in gang(2).run(single_stats, folder, shards):
-        assert all(results[key].equals(expected[0].stats[key]) for key in expected[0].stats)
-
-
-@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel"])
-def test_a_lost_rank_is_no_mistake_of_the_user(
-    tmp_path: Path, folder_of: Callable[[str], Path], partition: str
-) -> None:
-    """The other one fails, instead of waiting for ever, in a way that can be tried again."""
-    gang = Gang(2, tmp_path)
-    gang.run(os.getpid)
-    gang.lose(1)
-    (error,) = gang.outcomes(measure, partition, folder_of("grouped llama"), make_shards(1), SETTINGS)
-    gang.stop()
-    assert isinstance(error, RuntimeError)
-    assert "gloo/" in str(error)
-
-
-def test_a_frozen_rank_is_waited_for_no_longer_than_said(tmp_path: Path, folder_of: Callable[[str], Path]) -> None:
-    """The first failure names the time; later ones only say that gloo gave up, and are no mistakes either."""
-    gang = Gang(2, tmp_path)
-    gang.run(rejoin, free_port(), 10.0)
-    gang.freeze(1)
-    for message in ("Timed out waiting 10000ms", "pair closure"):
-        (error,) = gang.outcomes(measure, "tensor_parallel", folder_of("grouped llama"), make_shards(1), SETTINGS)
-        assert isinstance(error, RuntimeError)
-        assert message in str(error)
-    gang.stop()
-
-
-def single_stats(folder: Path, shards: Sequence[Shard]) -> Mapping[LayerKey, LayerStats]:
-    assert torch.nn.functional.linear is torch._C._nn.linear
-    return single(folder, shards)[0][0].stats
-
-
-@pytest.mark.nightly
-def test_two_ranks_hold_half_of_smollm2_each(gang: Callable[[int], Gang], smollm2: Path) -> None:
-    settings, shards = replace(SETTINGS, dtype="bfloat16"), make_shards(2, rows=(1,))
-    per_rank = gang(2).run(measure, "zero3", smollm2, shards, settings)
-    expected, model = single(smollm2, shards, settings)
-    for _, of_rank, held in per_rank:
-        assert of_rank["num_parameters"] == model["num_parameters"]
-        assert 0.5 <= held / (2 * model["num_parameters"]) <= 0.55
-    assert_equal(merged(per_rank), expected)
-
-
-@pytest.mark.parametrize("partition", ["fsdp", "zero3"])
-def test_a_gguf_file_is_not_opened_in_parts(partition: str) -> None:
-    checkpoint = Checkpoint(name="tiny.gguf", source="gguf", path="/tiny.gguf", revision="0")
-    with pytest.raises(ConfigError, match=rf"'tiny.gguf' is a .gguf file.*every process, so that {partition} would"):
-        open_replica(checkpoint, SETTINGS, Placement(partition=partition, ranks=2))
-
-
-# Tensor parallel.
-
-BY_AUTOTP = ("grouped llama", "bert")  # three heads, and a family without a plan
-BY_PLAN = ("llama", "qwen2", "gemma3_text", "gpt_neox", "phi", "phi3", "cohere", "gptj", "starcoder2", "olmo2")
-MIXED = ("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "olmoe", "granitemoe", *MORE_MIXTURES)
-SPREAD = (*(family for family in MIXED if family != "llama4_text"), "gpt_oss", "three-headed mixture")  # it has no plan
+BY_PLAN = ("llama", "qwen2", "gemma3_text", "gpt_neox", "phi", "cohere", "gptj", "starcoder2", "olmo2")
+MIXED = ("qwen3_moe", "glm4_moe", "olmoe", "granitemoe", *MIXTURES)
+SPREAD = ("mixtral", "deepseek_v3", *(family for family in MIXED if family != "llama4_text"))  # it has no plan
 EXPERT_SUMS = ("gate_sum", "gated_norm_sum", "output_sum", "output_sum_sq", "router_entropy_sum")
 
 
 @pytest.mark.parametrize(
     ("partition", "world", "family"),
-    all_of(
+    cases(
+        {
+            "tensor_parallel": ("bert", "phi3", "mixtral", "deepseek_v3"),  # bert by AutoTP
+            "expert_parallel": ("gpt_oss",),
+        },
+        {
+            "tensor_parallel": ("grouped llama", *BY_PLAN, *MIXED),
+            "expert_parallel": ("three-headed mixture", *SPREAD),
+        },
         [
-            *(("tensor_parallel", 2, family) for family in (*BY_AUTOTP, *BY_PLAN, *MIXED)),
-            *(("tensor_parallel", 4, family) for family in ("gpt_neox", "gptj", "olmoe", "opt")),
-            *(("expert_parallel", 2, family) for family in SPREAD),
-            *(("expert_parallel", 4, family) for family in ("qwen3_moe", "gpt_oss", "olmoe", "three-headed mixture")),
-        ],
-        [
-            *(("tensor_parallel", 2, family) for family in (*BY_AUTOTP, "llama", "gemma3_text", "phi3", "olmo2")),
-            *(("tensor_parallel", 2, family) for family in ("mixtral", "deepseek_v3")),
-            *(("expert_parallel", 2, family) for family in ("qwen3_moe", "gpt_oss", "three-headed mixture")),
+            *product(("tensor_parallel",), (4,), ("gpt_neox", "olmoe", "opt")),
+            *product(("expert_parallel",), (4,), ("gpt_oss", "three-headed mixture")),
         ],
     ),
 )
@@ -648,6 +428,7 @@ def test_ranks_that_split_matrices_give_the_numbers_of_one_process(
     assert partitioned(first[1]) == partitioned(model)
 
 
+@pytest.mark.nightly
 def test_three_ranks_share_fifty_units(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
     """17, 17 and 16 units of the site ``neuron``: gathered, they are all there."""
     folder, shards = folder_of("grouped llama"), make_shards(1)
@@ -659,15 +440,13 @@ def test_three_ranks_share_fifty_units(gang: Callable[[int], Gang], folder_of: C
     assert all(bytes_held < 4 * model["num_parameters"] for bytes_held in (held, *(h for _, _, h in others)))
 
 
-def test_tensor_parallel_ranks_share_strata_and_rows(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
-) -> None:
+def test_tensor_parallel_ranks_share_strata_and_rows(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:
     """Of paired text: each measures the answers of its rows, and the first one has all, in their order."""
-    folder, (shard,) = folder_of("grouped llama"), make_shards(1)
+    folder, (shard,) = folder_of("llama"), make_shards(1)
     strata = ("good", "bad", "good", "bad")
     pairing = Pairing(rows=np.arange(7, 11), pairs=np.arange(4) // 2, strata=strata, starts=np.zeros(4, np.int32))
     paired = [replace(shard, pairing=pairing)]
-    (((got,), _, _), _) = gang(2).run(measure, "tensor_parallel", folder, paired, SETTINGS)
+    (((got,), _, _), _) = two_ranks.run(measure, "tensor_parallel", folder, paired, SETTINGS)
     (want,), _ = single(folder, paired)
     assert_near(got.stats, want.stats, rtol=1e-4)
     assert {key: one.count for key, one in got.strata.items()} == {key: one.count for key, one in want.strata.items()}
@@ -677,119 +456,306 @@ def test_tensor_parallel_ranks_share_strata_and_rows(
             np.testing.assert_allclose(getattr(got.rows.stats[key], name), getattr(rows, name), rtol=1e-4)
 
 
-def test_tensor_parallel_in_bfloat16(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
+def test_zero3_in_bfloat16(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:
+    settings, shards, folder = replace(SETTINGS, dtype="bfloat16"), make_shards(3), folder_of("mixtral")
+    per_rank = two_ranks.run(measure, "zero3", folder, shards, settings)
+    expected, model = single(folder, shards, settings)
+    assert_equal(per_rank, expected)
+    assert per_rank[0][1]["dtype"] == model["dtype"] == "bfloat16"
+
+
+def test_tensor_parallel_in_bfloat16(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:
     """Sums of 8 significant bits; but rotary frequencies stay in float32, for positions far apart need more."""
-    settings, shards = replace(SETTINGS, dtype="bfloat16"), make_shards(1)
-    folder = folder_of("grouped llama")
-    (((result,), _, _), _) = gang(2).run(measure, "tensor_parallel", folder, shards, settings)
+    settings, shards, folder = replace(SETTINGS, dtype="bfloat16"), make_shards(1), folder_of("llama")
+    (((result,), _, _), _) = two_ranks.run(measure, "tensor_parallel", folder, shards, settings)
     (want,), _ = single(folder, shards, settings)
     assert result.stats.keys() == want.stats.keys()
     for key, stats in want.stats.items():
         assert result.stats[key].count == stats.count
         assert result.stats[key].rms == pytest.approx(stats.rms, rel=0.02)
-    buffers = [b for b in build("grouped llama").buffers() if b.is_floating_point()]
-    for found in gang(2).run(floating_buffers, folder, settings):
+    buffers = [b for b in build("llama").buffers() if b.is_floating_point()]
+    for found in two_ranks.run(floating_buffers, folder, settings):
         assert len(found) == len(buffers) > 0
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, buffers, strict=True))
 
 
-def floating_buffers(folder: Path, settings: Settings) -> list[torch.Tensor]:
-    replica = opened("tensor_parallel", folder, settings)
-    found = [buffer.clone() for buffer in module_of(replica).buffers() if buffer.is_floating_point()]
-    replica.close()
-    return found
-
-
-def test_a_family_that_is_cut_wrongly_is_refused(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
-    """DeepSpeed takes Persimmon, whose keys, queries and values lie head by head, and mixes them up."""
-    outcomes = gang(2).outcomes(measure, "tensor_parallel", folder_of("persimmon"), make_shards(1), SETTINGS)
-    for error in outcomes:
-        assert isinstance(error, ModelError)
-        assert "cannot split a persimmon model (PersimmonForCausalLM)" in error.message
-        assert "of layer 0 is off by 0." in error.message
-        assert "zero3" in str(error.hint)
-
-
-def test_a_family_that_deepspeed_does_not_know_is_refused(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
-) -> None:
-    for error in gang(2).outcomes(measure, "tensor_parallel", folder_of("gpt2"), make_shards(1), SETTINGS):
-        assert isinstance(error, ModelError)
-        assert "cannot split a gpt2 model" in error.message
-
-
-def test_more_ranks_than_heads_are_refused(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
-    for error in gang(3).outcomes(measure, "tensor_parallel", folder_of("llama"), make_shards(1), SETTINGS):
-        assert isinstance(error, ConfigError)
-        assert error.message == "3 ranks cannot share 2 heads (num_key_value_heads of the llama configuration)."
-        assert error.hint == "Set `ranks` to 2 at most. Use `partition` single, device_map, fsdp, zero3 or streaming."
-
-
-def test_experts_that_ranks_cannot_share_are_refused(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path]
-) -> None:
-    refusals = {
-        "mixtral": "3 ranks do not divide the 4 experts of a layer of MixtralForCausalLM.",
-        "llama": "transformers has no plan that spreads experts of LlamaForCausalLM over ranks.",
-    }
-    for family, message in refusals.items():
-        for error in gang(3).outcomes(measure, "expert_parallel", folder_of(family), make_shards(1), SETTINGS):
-            assert isinstance(error, ConfigError) and error.message == message
-
-
-@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel", "expert_parallel"])
-def test_unpacked_weights(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], tmp_path: Path, partition: str
-) -> None:
+@pytest.mark.parametrize("partition", [*SHARING, *SPLITTING])
+def test_unpacked_weights(two_ranks: Gang, folder_of: Callable[[str], Path], partition: str) -> None:
     """Block FP8 of which every rank reads whole blocks, or all: the numbers of one process that unpacks it."""
-    folder, settings = block_fp8(folder_of("qwen3_moe"), tmp_path / "fp8"), replace(SETTINGS, dequantize=True)
+    folder, settings = folder_of("qwen3_moe in FP8"), replace(SETTINGS, dequantize=True)
     shards = make_shards(2, rows=(4, 4))
-    per_rank = gang(2).run(measure, partition, folder, shards, settings)
+    per_rank = two_ranks.run(measure, partition, folder, shards, settings)
     expected, _ = single(folder, shards, settings)
-    if PARTITIONS[partition].splits_data:
-        assert_equal(merged(per_rank), expected)
+    if partition in SHARING:
+        assert_equal(per_rank, expected)
         return
     for found, wanted in zip(per_rank[0][0], expected, strict=True):
         assert_near(found.stats, wanted.stats, rtol=1e-4)
 
 
+@pytest.mark.nightly
+def test_two_ranks_hold_half_of_smollm2_each(two_ranks: Gang, smollm2: Path) -> None:
+    settings, shards = replace(SETTINGS, dtype="bfloat16"), make_shards(2, rows=(1,))
+    per_rank = two_ranks.run(measure, "zero3", smollm2, shards, settings)
+    expected, model = single(smollm2, shards, settings)
+    for _, of_rank, held in per_rank:
+        assert of_rank["num_parameters"] == model["num_parameters"]
+        assert 0.5 <= held / (2 * model["num_parameters"]) <= 0.55
+    assert_equal(per_rank, expected)
+
+
+# Answers.
+
+
+def unanswered(partition: str, family: str) -> tuple[str, ...]:
+    """Return the names of questions that a family is not asked."""
+    skip = composed(family, partition)
+    if partition in SPLITTING:
+        skip = (*skip, "rounded", "gradients of rounded")
+    return (*skip, "gradients") if (partition, family) == ("tensor_parallel", "opt") else skip
+
+
 @pytest.mark.parametrize(
-    ("partition", "quantize", "family", "dequantize", "said"),
+    ("partition", "world", "family"),
+    cases(
+        {
+            "fsdp": ("gemma3",),
+            "zero3": ("mamba",),
+            "tensor_parallel": ("mixtral", "opt"),  # opt by AutoTP
+            "expert_parallel": ("gpt_oss",),
+        },
+        {
+            "fsdp": ("llama", "gpt_neox", "gpt2", "mamba", "qwen3_moe"),
+            "zero3": ("llama", "gemma3", "gpt_neox", "gpt2", "qwen3_moe"),
+            "tensor_parallel": ("llama", "gemma3", "gpt_neox"),
+            "expert_parallel": ("qwen3_moe",),
+        },
+        [
+            *(("fsdp", 4, "llama"), ("zero3", 4, "qwen3_moe")),
+            *(("tensor_parallel", 4, "gpt_neox"), ("expert_parallel", 4, "qwen3_moe")),
+        ],
+    ),
+)
+def test_ranks_answer_as_one_process_does(
+    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str, world: int, family: str
+) -> None:
+    """Ranks that share batches give the same bits; of three batches, one has a dummy. All ranks have all answers."""
+    skip = unanswered(partition, family)
+    asked = gang(world).run(ask, partition, folder_of(family), skip)
+    expected = reply(open_whole(resolve(str(folder_of(family))), SETTINGS), skip, ())
+    assert [of_rank.reports for of_rank in asked] == [True, *[False] * (world - 1)]
+    for of_rank in asked:
+        assert_same(of_rank.rows, expected, rtol=0.0 if partition in SHARING else 1e-4)
+    if partition in SHARING:
+        share = asked[0].batches // (2 if world == 2 else 1)
+        assert [of_rank.batches for of_rank in asked] == (
+            [2 * share, share] if world == 2 else [share, share, share, 0]
+        )
+
+
+@pytest.mark.parametrize("partition", [*nightly("fsdp"), "zero3", "tensor_parallel"])
+def test_ranks_answer_the_harness_as_one_process_does(partition: str, two_ranks: Gang, tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "model")
+    llama().save_pretrained(folder)
+    tasks = harness_task(write_questions(tmp_path)).parts
+    found, _ = two_ranks.run(ask, partition, folder, ("",), tasks)
+    assert_same(found.rows, reply(open_whole(resolve(str(folder)), SETTINGS), ("",), tasks), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("partition", "family"), [("fsdp", "gemma3"), ("zero3", "llama"), ("tensor_parallel", "llama")]
+)
+def test_ranks_generate_with_a_cache_as_one_process_does(
+    partition: str, family: str, two_ranks: Gang, folder_of: Callable[[str], Path]
+) -> None:
+    """One family with windows as well, which is the same to every partition."""
+    expected = generated(open_whole(resolve(str(folder_of(family))), SETTINGS))[0].tolist()
+    assert two_ranks.run(generate, partition, folder_of(family)) == [(expected, []), (expected, [])]
+
+
+@pytest.mark.parametrize(
+    ("partition", "by", "world"),
     [
-        ("fsdp", block_fp8, "grouped llama", True, "2 ranks do not divide the"),
-        ("fsdp", mxfp4, "gpt_oss", False, "ranks of fsdp cannot gather them"),
-        ("zero3", mxfp4, "gpt_oss", False, "ranks of zero3 cannot gather them"),
-        ("tensor_parallel", mxfp4, "gpt_oss", False, "takes none that stay quantized"),
+        *(("fsdp", "refit_all", 2), ("zero3", "refit", 2)),
+        *nightly(*product(("fsdp",), ("channel", "map", "refit"), (2,)), ("fsdp", "map", 3)),
+        *nightly(*product(("zero3",), ("channel", "map", "refit_all"), (2,)), ("zero3", "refit_all", 3)),
     ],
 )
-def test_quantized_weights_that_ranks_cannot_share_are_refused(
-    gang: Callable[[int], Gang],
-    folder_of: Callable[[str], Path],
-    tmp_path: Path,
-    partition: str,
-    quantize: Callable[[Path, Path], Path],
-    family: str,
-    dequantize: bool,
-    said: str,
+def test_ranks_that_share_batches_fit_the_repair_of_one_process(
+    partition: str, by: str, world: int, gang: Callable[[int], Gang], tmp_path: Path
 ) -> None:
-    folder, settings = quantize(folder_of(family), tmp_path / "quantized"), replace(SETTINGS, dequantize=dequantize)
-    for error in gang(2).outcomes(measure, partition, folder, make_shards(1), settings):
-        assert isinstance(error, ConfigError) and said in error.message and error.hint
+    """Of five batches, so that one rank has none left; equal but for the order of sums, and in place to the bit."""
+    lively(llama(num_hidden_layers=5)).save_pretrained(tmp_path)
+    of_ranks, cuts = repaired_by_ranks(partition, by, gang(world), tmp_path, [2])
+    assert len(cuts) == (3 if by == "refit_all" else 1)
+    assert all(before == after != repaired for before, repaired, after in of_ranks)
+
+
+@pytest.mark.parametrize("partition", [*nightly("fsdp"), "zero3"])
+def test_ranks_that_share_batches_fit_the_remaining_experts(partition: str, two_ranks: Gang, tmp_path: Path) -> None:
+    lively(build("qwen3_moe")).save_pretrained(tmp_path)
+    _, cuts = repaired_by_ranks(partition, "map", two_ranks, tmp_path, [Expert(1, 0), Expert(2, 1)])
+    assert [cut["experts"] for cut in cuts] == [[0], [1]]
+
+
+def repaired_by_ranks(
+    partition: str, by: str, gang: Gang, folder: Path, removed: Sequence[Removal]
+) -> tuple[list[list[list[float]]], list[dict[str, Any]]]:
+    """Return losses of each rank and cuts of a repair, after its weights are compared with those of one process."""
+    save_tokenizer(folder)
+    settings = replace(SETTINGS, max_sequences=20, sequence_length=32, batch_size=4)
+    checkpoint = resolve(str(folder))
+    text = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings)
+    repair = Repair(by=by, corpora=("builtin:pydoc",), settings=settings)
+    fit = FitRepair(repair=repair, layers="layers", texts=(text,))
+    patch, cuts, _ = fitted_by(open_whole(checkpoint, settings), fit, removed)
+    of_ranks = gang.run(fit_and_ask, partition, folder, fit, removed)
+    assert all(cut["error_after"] < cut["error_before"] for cut in cuts)
+    for found, found_cuts, (_, repaired, _) in of_ranks:
+        for ours, theirs in zip(found_cuts, cuts, strict=True):
+            assert ours["ridges"] == theirs["ridges"]
+            assert ours["error_before"] == pytest.approx(theirs["error_before"], rel=1e-5)
+            assert ours["error_after"] == pytest.approx(theirs["error_after"], rel=1e-4)
+        assert found.keys() == patch.keys()
+        for name, weights in patch.items():
+            torch.testing.assert_close(found[name], weights, rtol=1e-3, atol=1e-5)
+        whole = open_whole(checkpoint, settings)
+        with whole.patched(found):
+            assert repaired == losses_of(whole, removed)
+    return [losses for _, _, losses in of_ranks], cuts
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("partition", "family", "change", "kind", "message", "hint"),
+    [
+        ("fsdp", "one expert", {}, ConfigError, "one of 2 ranks without any of the 1 experts of a layer", "zero3"),
+        ("fsdp", "grouped llama in FP8", {"dequantize": True}, ConfigError, "2 ranks do not divide the", "`ranks`"),
+        ("fsdp", "gpt_oss in MXFP4", {}, ConfigError, "ranks of fsdp cannot gather them", ""),
+        ("zero3", "gpt_oss in MXFP4", {}, ConfigError, "ranks of zero3 cannot gather them", ""),
+        ("tensor_parallel", "gpt_oss in MXFP4", {}, ConfigError, "takes none that stay quantized", ""),
+        ("tensor_parallel", "one-headed llama", {}, ConfigError, "2 ranks cannot share 1 heads (num_key_value", "Use"),
+        ("tensor_parallel", "bert", {"attention": "flash_attention_2"}, ConfigError, "", "Set `attention` to sdpa."),
+        ("tensor_parallel", "gpt2", {}, ModelError, "cannot split a gpt2 model", ""),
+        # DeepSpeed takes Persimmon, whose keys, queries and values lie head by head, and mixes them up.
+        ("tensor_parallel", "persimmon", {}, ModelError, "cannot split a persimmon model (Persimmon", "zero3"),
+        ("tensor_parallel", "persimmon", {}, ModelError, "of layer 0 is off by 0.", ""),
+        ("expert_parallel", "three experts", {}, ConfigError, "2 ranks do not divide the 3 experts of a layer", ""),
+        ("expert_parallel", "llama", {}, ConfigError, "no plan that spreads experts of LlamaForCausalLM", ""),
+    ],
+)
+def test_models_that_ranks_cannot_share_are_refused(
+    two_ranks: Gang,
+    folder_of: Callable[[str], Path],
+    partition: str,
+    family: str,
+    change: dict[str, Any],
+    kind: type[AvssError],
+    message: str,
+    hint: str,
+) -> None:
+    outcomes = two_ranks.outcomes(measure, partition, folder_of(family), make_shards(1), replace(SETTINGS, **change))
+    for error in outcomes:
+        assert isinstance(error, kind)
+        assert message in error.message and hint in str(error.hint)
+
+
+ALL_BUT_GRADIENTS = ("loss", "leave", "sublayers", "shapley", "propagated")
+
+
+@pytest.mark.parametrize(
+    ("family", "skip", "tasks", "message"),
+    [
+        ("llama", ("",), [RoundedLosses(random_shard(), "int4")], "Each rank has a part of each weight"),
+        (
+            "llama",
+            ("",),
+            [RoundingDamage(shard=random_shard(), formats=("int4",))],
+            "Each rank has a part of each weight",
+        ),
+        ("opt", ALL_BUT_GRADIENTS, [], "tensor_parallel has no gradients of a opt model"),  # DeepSpeed splits it
+    ],
+)
+def test_ranks_that_split_matrices_refuse_questions(
+    two_ranks: Gang,
+    folder_of: Callable[[str], Path],
+    family: str,
+    skip: tuple[str, ...],
+    tasks: list[Measure],
+    message: str,
+) -> None:
+    for error in two_ranks.outcomes(ask, "tensor_parallel", folder_of(family), skip, tasks):
+        assert isinstance(error, ModelError) and message in error.message
+
+
+@pytest.mark.parametrize("partition", SHARING)
+def test_a_gguf_file_is_not_opened_in_parts(partition: str) -> None:
+    checkpoint = Checkpoint(name="tiny.gguf", source="gguf", path="/tiny.gguf", revision="0")
+    with pytest.raises(ConfigError, match=rf"'tiny.gguf' is a .gguf file.*every process, so that {partition} would"):
+        open_replica(checkpoint, SETTINGS, Placement(partition=partition, ranks=2))
+
+
+def test_one_rank_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(ConfigError, match="`partition` zero3 with one rank spreads nothing"):
+        open_replica(resolve(str(tiny_llama)), SETTINGS, Placement(partition="zero3"))
 
 
 def test_heads_are_counted_by_what_the_configuration_calls_them() -> None:
     for family, heads in {"gpt2": 4, "falcon": 2, "llama": 2}.items():
         config = build(family).config
         require_heads(config, heads)
-        with pytest.raises(ConfigError, match=f"{heads + 1} ranks cannot share"):
+        with pytest.raises(ConfigError, match=f"{heads + 1} ranks cannot share") as refused:
             require_heads(config, heads + 1)
+        assert f"Set `ranks` to {heads} at most. Use `partition` single," in str(refused.value.hint)
 
 
-def test_autotp_cannot_check_flash_attention(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
-    settings = replace(SETTINGS, attention="flash_attention_2")
-    for error in gang(2).outcomes(measure, "tensor_parallel", folder_of("grouped llama"), make_shards(1), settings):
-        assert isinstance(error, ConfigError)
-        assert error.hint == "Set `attention` to sdpa."
+# Groups.
+
+
+def test_a_process_that_has_left_zero3_measures_alone(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:
+    """It holds nothing of the last model, and loads the next one whole."""
+    folder, (shard,) = folder_of("gpt2"), make_shards(1)
+    (expected,), _ = single(folder, [shard])
+    for before, after, result in two_ranks.run(measure_alone_after_zero3, folder, shard):
+        assert before > 0 and after == 0
+        assert_same_result(result, expected)
+
+
+def test_a_process_can_join_another_group(own_gang: Gang, folder_of: Callable[[str], Path]) -> None:
+    """Nothing is printed on stdout meanwhile, by DeepSpeed for example, also where it refuses a model."""
+    folder, shards = folder_of("llama"), make_shards(2)
+    own_gang.outcomes(measure, "tensor_parallel", folder_of("gpt2"), shards, SETTINGS)
+    own_gang.run(rejoin, free_port())
+    expected, _ = single(folder, shards)
+    assert_equal(own_gang.run(measure, "zero3", folder, shards, SETTINGS), expected)
+    first, _ = own_gang.run(measure, "tensor_parallel", folder, shards, SETTINGS)
+    assert_near(first[0][1].stats, expected[1].stats, rtol=1e-4)
+    own_gang.run(measure, "fsdp", folder, shards, SETTINGS)
+    assert [path.read_text() for path in own_gang.stdout] == ["", ""]
+
+
+@pytest.mark.parametrize("partition", ["fsdp", *nightly("zero3", "tensor_parallel")])
+def test_a_lost_rank_is_no_mistake_of_the_user(
+    own_gang: Gang, folder_of: Callable[[str], Path], partition: str
+) -> None:
+    """The other one fails, instead of waiting for ever, in a way that can be tried again."""
+    own_gang.run(os.getpid)
+    own_gang.lose(1)
+    (error,) = own_gang.outcomes(measure, partition, folder_of("llama"), make_shards(1), SETTINGS)
+    assert isinstance(error, RuntimeError) and "gloo/" in str(error)
+
+
+@pytest.mark.nightly
+def test_a_frozen_rank_is_waited_for_no_longer_than_said(own_gang: Gang, folder_of: Callable[[str], Path]) -> None:
+    """The first failure names the time; later ones only say that gloo gave up, and are no mistakes either."""
+    own_gang.run(rejoin, free_port(), 10.0)
+    own_gang.freeze(1)
+    for message in ("Timed out waiting 10000ms", "pair closure"):
+        (error,) = own_gang.outcomes(measure, "tensor_parallel", folder_of("llama"), make_shards(1), SETTINGS)
+        assert isinstance(error, RuntimeError)
+        assert message in str(error)
 
 
 def test_difference_is_of_the_median_token() -> None:
@@ -801,38 +767,6 @@ def test_difference_is_of_the_median_token() -> None:
     one_token_elsewhere[3] = -7.0
     assert difference(expected, one_token_elsewhere) == 0.0
     assert difference(torch.full((2, 2), torch.nan), torch.zeros(2, 2)) == 0.0
-
-
-# Both.
-
-
-def test_a_process_can_join_another_group(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
-    folder, shards = folder_of("grouped llama"), make_shards(2)
-    gang(2).run(measure, "tensor_parallel", folder, shards, SETTINGS)
-    gang(2).run(rejoin, free_port())
-    expected, _ = single(folder, shards)
-    assert_equal(merged(gang(2).run(measure, "zero3", folder, shards, SETTINGS)), expected)
-    first, _ = gang(2).run(measure, "tensor_parallel", folder, shards, SETTINGS)
-    assert_near(first[0][1].stats, expected[1].stats, rtol=1e-4)
-
-
-@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel"])
-def test_nothing_is_printed_on_stdout(
-    gang: Callable[[int], Gang], folder_of: Callable[[str], Path], partition: str
-) -> None:
-    """Joining the group, which starts the gang, is part of it."""
-    gang(2).run(measure, partition, folder_of("grouped llama"), make_shards(1), SETTINGS)
-    gang(2).outcomes(measure, "tensor_parallel", folder_of("gpt2"), make_shards(1), SETTINGS)
-    assert [path.read_text() for path in gang(2).stdout] == ["", ""]
-
-
-@pytest.mark.parametrize("partition", ["fsdp", "zero3", "tensor_parallel"])
-def test_the_group_must_be_there(folder_of: Callable[[str], Path], partition: str) -> None:
-    checkpoint = resolve(str(folder_of("llama")))
-    with pytest.raises(ConfigError, match=f"`partition` {partition} needs a group of 2 processes; this is one of 1"):
-        open_replica(checkpoint, SETTINGS, Placement(partition=partition, ranks=2))
-    with pytest.raises(ConfigError, match=f"`partition` {partition} with one rank spreads nothing"):
-        open_replica(checkpoint, SETTINGS, Placement(partition=partition))
 
 
 def test_the_documented_configurations_are_those_in_use() -> None:

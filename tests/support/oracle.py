@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avss_dist.stats.histogram import HISTOGRAM_BINS
-from avss_dist.stats.layer_stats import LayerStats
+from avss_dist.stats.layer_stats import LayerStats, ShardResult
 
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
@@ -139,3 +139,11 @@ def assert_close(actual: LayerStats, expected: LayerStats, rtol: float = 1e-12, 
             slack[name] = 1e-14 * roots[name] * np.sqrt(max(expected.count, expected.input_count, 1))
         assert got.shape == want.shape, name
         assert (np.abs(got - want) <= rtol * np.abs(want) + slack.get(name, 0.0)).all(), (name, got, want)
+
+
+def assert_same_result(actual: ShardResult, expected: ShardResult) -> None:
+    """Every statistic is equal to the bit, and so is what is said of the model, but for its partition."""
+    assert (actual.shard_id, actual.num_tokens) == (expected.shard_id, expected.num_tokens)
+    assert actual.layers == expected.layers and actual.stats.keys() == expected.stats.keys()
+    assert [key for key, stats in expected.stats.items() if not actual.stats[key].equals(stats)] == []
+    assert {**actual.model, "partition": ""} == {**expected.model, "partition": ""}

@@ -1,12 +1,13 @@
-"""Ranks without Ray: processes in one torch.distributed group, over gloo, that live as long as a file's tests."""
+"""Ranks without Ray: processes in one torch.distributed group, over gloo, which `warm_workers` forks."""
 
 from __future__ import annotations
 
-import gc
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -17,29 +18,30 @@ import pytest
 import torch
 
 from avss_dist.partition.group import join
-from support import warm_workers
+from support.launch_worker import ask, returncode
 
 SECONDS = 180.0
 
 
 class Gang:
-    """Processes in one torch.distributed group, which run functions of a test together."""
+    """Processes in one torch.distributed group, which run functions of a test together, while `warm_server` is on.
+
+    Attributes:
+        stdout: the files of what they print, by rank.
+    """
 
     def __init__(self, world: int, folder: Path) -> None:
         self.stdout = [folder / f"stdout-{world}-{rank}" for rank in range(world)]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            [*warm_workers.MODULES, "support.families", "support.oracle", "support.questions"]
-        )
-        pipes = [context.Pipe() for _ in range(world)]
-        self._pipes: list[Connection] = [ours for ours, _ in pipes]
-        port = free_port()
-        self._processes = [
-            context.Process(target=member, args=(rank, world, port, theirs, self.stdout[rank]), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in self._processes:
-            process.start()
+        self._pipes: list[Connection] = []
+        self._processes: list[tuple[int, socket.socket]] = []
+        shared = [bytes(multiprocessing.current_process().authkey).hex(), str(world), str(free_port())]
+        for rank, path in enumerate(self.stdout):
+            ours, theirs = multiprocessing.Pipe()
+            arguments = [json.dumps(sys.path), str(rank), *shared]
+            with path.open("wb") as stdout, theirs:
+                files = theirs.fileno(), stdout.fileno(), 2
+                self._processes.append(ask("rank", arguments, dict(os.environ), files))
+            self._pipes.append(ours)
 
     def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What the function returned on each rank, or the exception that it raised there."""
@@ -68,33 +70,36 @@ class Gang:
 
     def lose(self, rank: int) -> None:
         """Kill the process of a rank; the other ranks go on."""
-        self._processes[rank].kill()
-        self._processes[rank].join()
+        process, server = self._processes[rank]
+        os.kill(process, signal.SIGKILL)
+        returncode(server)
         del self._pipes[rank]
 
     def freeze(self, rank: int) -> None:
         """Stop the process of a rank where it is; the other ranks go on."""
-        os.kill(self._processes[rank].pid, signal.SIGSTOP)
+        os.kill(self._processes[rank][0], signal.SIGSTOP)
         del self._pipes[rank]
 
     def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
+        """Kill all processes."""
+        for _, server in self._processes:
+            server.close()
 
 
 def free_port() -> int:
+    """Return a port at which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
-def member(rank: int, world: int, port: int, pipe: Connection, stdout: Path) -> None:
-    """The main function of a gang's process."""
-    os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
+def member(rank: str, key: str, world: str, port: str) -> None:
+    """Run functions that come through standard input, until this process is killed."""
+    multiprocessing.current_process().authkey = bytes.fromhex(key)  # tensors are sent through shared memory
+    pipe = Connection(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     torch.set_num_threads(1)
-    gc.freeze()  # as in `warm_workers`
-    join(rank, world, "127.0.0.1", port, device=torch.device("cpu"), timeout_seconds=SECONDS)
+    join(int(rank), int(world), "127.0.0.1", int(port), device=torch.device("cpu"), timeout_seconds=SECONDS)
     while True:
         function, args = pipe.recv()
         try:

@@ -1,16 +1,18 @@
-"""Ray workers that need not import torch and transformers, which costs more than most of what they do in tests.
+"""Ray workers and torch ranks that need not import torch and transformers, which costs more than most tests do.
 
-A process that has imported them forks a worker when a raylet asks. The child runs Ray's ``default_worker.py`` with the
-arguments, the environment and the files that the raylet gave. Clusters that are started by other programs
-(`cluster/local.sh`, ``ray start``, the command line, fault campaigns) have Ray's own workers, unless they are given
-`ray_start_environment`. Nodes with such workers lack the processes of Ray that no test asks anything.
+One process for a run of tests has imported them. It forks a Ray worker when a raylet asks, and a rank when
+`rank_processes` asks. A worker runs Ray's ``default_worker.py`` with the arguments, the environment and the files that
+the raylet gave. Clusters that are started by other programs (`cluster/local.sh`, ``ray start``, the command line, fault
+campaigns) have Ray's own workers, unless they are given `ray_start_environment`. Nodes with such workers lack the
+processes of Ray that no test asks anything.
 
-    python warm_workers.py SOCKET        until standard input ends
+    python warm_workers.py SOCKET PROCESS        until that process ends
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import gc
 import importlib
 import json
@@ -27,7 +29,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import pytest
@@ -66,20 +67,34 @@ def fork_workers(set_attribute: Callable[[Any, str, Any], None] = setattr) -> No
 
 
 @contextmanager
-def forking_workers() -> Iterator[None]:
-    """Clusters that this process starts meanwhile have such workers."""
-    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        path = Path(folder) / "socket"
-        command = [sys.executable, __file__, str(path)]
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        assert server.stdin is not None and server.stdout is not None
-        while (line := server.stdout.readline()) != READY:  # libraries may print before
-            assert line, "it ended"
+def warm_server(folder: Path, process: int) -> Iterator[None]:
+    """Let this process ask the server of a folder, which is started unless another process has done so.
+
+    Args:
+        folder: folder that all processes of a run of tests share.
+        process: number of the process with which the server ends.
+    """
+    path = folder / "workers"
+    with (folder / "workers.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            command = [sys.executable, __file__, str(path), str(process)]
+            server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+            assert server.stdout is not None
+            with server.stdout as said:
+                while (line := said.readline()) != READY:  # libraries may print before
+                    assert line, "the server ended"
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AVSS_TEST_WORKERS", str(path))
+        yield
+
+
+@contextmanager
+def forking_workers() -> Iterator[None]:
+    """Clusters that this process starts meanwhile have workers that `warm_server` forks."""
+    with pytest.MonkeyPatch.context() as patch:
         fork_workers(patch.setattr)
         yield
-        server.stdin.close()
-        server.wait()
 
 
 @contextmanager
@@ -93,7 +108,7 @@ def own_workers() -> Iterator[None]:
 
 
 def ray_start_environment() -> dict[str, str]:
-    """What ``ray start`` must be given for a node with such workers, while `forking_workers` is on.
+    """What ``ray start`` must be given for a node with such workers, while `warm_server` is on.
 
     ``avss`` is forked so too where it has this environment, that of the node's own jobs included.
     """
@@ -104,8 +119,9 @@ def ray_start_environment() -> dict[str, str]:
     }
 
 
-def serve(path: str) -> None:
-    """Fork a process for each connection, until standard input ends."""
+def serve(path: str, process: int) -> None:
+    """Fork a process for each connection, until another process ends."""
+    ended = os.pidfd_open(process)
     gc.disable()
     for module in MODULES:
         importlib.import_module(module)
@@ -117,9 +133,10 @@ def serve(path: str) -> None:
         listener.bind(path)
         listener.listen()
         selector.register(listener, selectors.EVENT_READ)
-        selector.register(sys.stdin, selectors.EVENT_READ)
-        print(READY.decode(), end="", flush=True)
-        while (key := selector.select()[0][0]).fileobj is not sys.stdin:
+        selector.register(ended, selectors.EVENT_READ)
+        os.write(1, READY)
+        os.dup2(2, 1)  # who reads the former one may end first
+        while (key := selector.select()[0][0]).fileobj != ended:
             if key.fileobj is not listener:
                 key.data()
                 continue
@@ -213,6 +230,9 @@ def become(
     if program == "avss":
         sys.argv = [program, *arguments]
         runpy.run_module("avss_dist", run_name="__main__", alter_sys=True)
+    elif program == "rank":
+        sys.path[:] = json.loads(arguments[0])
+        importlib.import_module("support.rank_processes").member(*arguments[1:])
     elif program == "python":
         fork_workers()
         sys.argv = arguments
@@ -237,4 +257,4 @@ def become_ray_worker(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], int(sys.argv[2]))
