@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import combinations
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from scipy import stats
@@ -22,7 +20,6 @@ from support.command_line import avss
 from support.warehouses import (
     Terminal,
     activations,
-    rewrite_file,
     run_row,
     stats_of,
     write_measured,
@@ -39,7 +36,6 @@ from avss_dist.report.terminal.compare import comparison_tables, summary
 from avss_dist.stats.rankings import align, count_lowest, rank_biased_overlap, spearman
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
 
 AT = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
@@ -75,13 +71,6 @@ def test_correlations_of_hand_made_rankings() -> None:
     assert (mixed["k"], mixed["shared"], mixed["jaccard"]) == (2, 1, 1 / 3)
 
 
-def test_ties_are_what_scipy_makes_of_them() -> None:
-    tied = [1.0, 1.0, 2.0, 2.0, 3.0, 1.0, 5.0, 2.0]
-    found = correlate(layers(UP), layers(tied))
-    assert found["kendall"] == pytest.approx(stats.kendalltau(UP, tied, variant="b").statistic)
-    assert found["spearman"] == pytest.approx(stats.spearmanr(UP, tied).statistic)
-
-
 @pytest.mark.parametrize(("n", "k"), [(8, 2), (6, 3), (5, 5), (4, 1)])
 def test_chance_is_that_of_two_random_sets(n: int, k: int) -> None:
     rng = np.random.default_rng(n)
@@ -89,13 +78,6 @@ def test_chance_is_that_of_two_random_sets(n: int, k: int) -> None:
     shared = [len(set(range(k)) & set(other)) for other in combinations(range(n), k)]
     assert found["jaccard_by_chance"] == pytest.approx(np.mean([s / (2 * k - s) for s in shared]))
     assert found["p_by_chance"] == pytest.approx(np.mean([s >= found["shared"] for s in shared]))
-
-
-def test_a_constant_score_or_two_layers_have_no_correlation() -> None:
-    for a, b in (([1.0] * 8, UP), ([1.0, 2.0], [2.0, 1.0])):
-        found = correlate(layers(a), layers(b))
-        assert np.isnan([found["spearman"], found["kendall"], found["rbo"]]).all()
-        assert 0 <= found["jaccard"] <= 1
 
 
 def test_a_curve_agrees_with_itself_at_another_resolution() -> None:
@@ -171,10 +153,10 @@ def test_runs_under_the_same_conditions(root: Path) -> None:
     ("columns", "text"),
     [
         ({"dtype": "bfloat16"}, r"dtype \(bfloat16, float32\)"),
-        ({"corpus": "b.txt"}, r"corpus \(b.txt, text.txt\)"),
         ({"sequence_length": 16}, r"sequence_length \(16, 8\)"),
         ({"skip_first_tokens": 1}, r"skip_first_tokens \(0, 1\)"),
         ({"layout": "padded"}, r"layout \(packed, padded\)"),
+        ({"corpus": "b.txt", "dtype": "bfloat16"}, r"corpus \(b.txt, text.txt\); dtype \(bfloat16, float32\)"),
     ],
 )
 def test_what_is_not_comparable_is_refused_by_name(tmp_path: Path, columns: dict[str, Any], text: str) -> None:
@@ -193,12 +175,6 @@ def test_of_many_pairs_the_most_and_the_least_alike_are_listed(root: Path, monke
     listed = pairs(root, allow_mismatch=True, max_listed=5)
     assert len(every) == 6
     assert [row["spearman"] for row in listed] == [every[0]["spearman"], every[-1]["spearman"]]
-
-
-def test_every_difference_is_named(root: Path) -> None:
-    with pytest.raises(QueryError, match=r"corpus \(other.txt, text.txt\); dtype \(bfloat16, float32\)"):
-        pairs(root, "llama-2", "llama-3")
-    assert len(pairs(root, allow_mismatch=True)) == 6
 
 
 def test_what_is_comparable_is_compared_and_the_rest_is_named(root: Path) -> None:
@@ -231,17 +207,15 @@ def test_alike_runs_are_compared_within_each_group(tmp_path: Path) -> None:
     assert (comparison.conditions, comparison.left_out) == (("dtype",), {})
 
 
-def test_the_same_name_of_other_text_is_said(tmp_path: Path) -> None:
+def test_texts_are_known_by_their_content(tmp_path: Path) -> None:
+    """The same name of other text is said; the same text under another name is comparable."""
     for name, fingerprint in (("a", "1"), ("b", "1"), ("c", "2")):
         write_scores(tmp_path, name, UP, corpus_fingerprint=fingerprint)
     comparison = compare(Warehouse(tmp_path), ["a", "b", "c"], threshold=AT)
     assert comparison.left_out == {"c": "corpus text.txt of other content"}
-
-
-def test_the_same_text_under_another_name_is_comparable(tmp_path: Path) -> None:
-    write_scores(tmp_path, "a", UP, corpus="a.txt", corpus_fingerprint="same")
-    write_scores(tmp_path, "b", UP, corpus="copy of a.txt", corpus_fingerprint="same")
-    assert pairs(tmp_path)[0]["spearman"] == pytest.approx(1)
+    write_scores(tmp_path, "d", UP, corpus="copy of text.txt", corpus_fingerprint="2")
+    (pair,) = pairs(tmp_path, "c", "d")
+    assert pair["spearman"] == pytest.approx(1)
 
 
 def test_corpora_and_dtypes_are_compared_for_the_same_model(root: Path) -> None:
@@ -334,6 +308,7 @@ def test_a_comparison_tells_only_the_findings_that_concern_it(tmp_path: Path) ->
 def test_the_command_says_what_it_left_out(root: Path, by: str) -> None:
     result = avss("compare", "-w", root, "--by", by, "--format", "csv")
     assert (result.exit_code, len(result.stdout.splitlines())) == (0, 2)
+    assert result.stdout.splitlines()[0] == ",".join(SCHEMA.names)
     assert result.stderr == (
         "Only runs with the same corpus, dtype are compared with each other; --allow-mismatch compares all.\n"
         "Left out: llama-2: dtype bfloat16 instead of float32.\n"
@@ -371,15 +346,11 @@ def test_a_median_is_between_the_middle_two_and_zero_has_no_sign() -> None:
     assert "-0.0" not in output.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["csv", "json"])
-def test_pairs_as_data(root: Path, kind: str) -> None:
-    result = avss("compare", "-w", root, "--by", "dtype", "--format", kind)
+def test_pairs_as_data(root: Path) -> None:
+    result = avss("compare", "-w", root, "--by", "dtype", "--format", "json")
     assert result.exit_code == 0
-    if kind == "json":
-        (row,) = map(json.loads, result.stdout.splitlines())
-        assert row.keys() == set(SCHEMA.names)
-    else:
-        assert result.stdout.splitlines()[0] == ",".join(SCHEMA.names)
+    (row,) = map(json.loads, result.stdout.splitlines())
+    assert row.keys() == set(SCHEMA.names)
 
 
 @pytest.mark.parametrize(
@@ -387,18 +358,14 @@ def test_pairs_as_data(root: Path, kind: str) -> None:
     [
         (["--run", "llama-2", "--run", "llama-3"], "not comparable: they differ in corpus"),
         (["--run", "lama-1"], "Unknown run 'lama-1'.\nDid you mean 'llama-1'?"),
-        (["--run", "gpt*"], "No run matches 'gpt*'."),
         (["--by", "dtyp"], "Unknown --by 'dtyp'.\nDid you mean 'dtype'?"),
         (["--site", "blok"], "Unknown --site 'blok'.\nDid you mean 'block'?"),
-        (["--recipe", "pool"], "Unknown --recipe 'pool'.\nDid you mean 'pooled'?"),
         (["--threshold", "x"], "'x' is not a threshold."),
-        (["--format", "xls"], "Unknown --format 'xls'."),
     ],
 )
 def test_mistakes(root: Path, args: list[str], text: str) -> None:
     result = avss("compare", "-w", root, *args)
-    assert result.exit_code == 2
-    assert result.stdout == ""
+    assert (result.exit_code, result.stdout) == (2, "")
     assert text in result.stderr
 
 
@@ -410,63 +377,6 @@ def test_a_warehouse_without_finished_runs(tmp_path: Path, command: str) -> None
     assert (result.exit_code, result.stdout) == (2, "")
     assert "has no finished run" in result.stderr
     assert "Run 'broken' failed: no memory" in avss(command, "-w", tmp_path, "--run", "broken").stderr
-
-
-def test_a_half_written_run_is_not_compared(root: Path) -> None:
-    (root / "runs/run_id=llama-1/run.parquet").unlink()
-    result = avss("compare", "-w", root, "--run", "llama-1", "--run", "bert-1")
-    assert result.exit_code == 2
-    assert "Unknown run 'llama-1'" in result.stderr
-
-
-def rewrite(path: Path, version: int = SCHEMA_VERSION, drop: Sequence[str] = ()) -> None:
-    """A file as another version of this package would have written it."""
-    rewrite_file(path, pq.ParquetFile(path).read().drop_columns([*drop]), version)
-
-
-COMMANDS = [
-    ["compare", "--by", "recipe"],
-    ["findings", "--all"],
-    ["show", "--threshold", "0.05rms"],
-    ["quantiles"],
-    ["show", "--format", "csv"],
-]
-
-
-@pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
-def test_columns_of_an_older_version_may_lack_and_a_newer_schema_is_refused(tmp_path: Path, args: list[str]) -> None:
-    write_measured(tmp_path, "tiny-1", stats_of(activations()), 8)
-    older = {
-        "scores": ["quality", "avss_low", "lowest_set_probability", "update_variance_ratio"],
-        "layer_stats": ["unit_sum", "unit_sum_sq", "relative_magnitude_sum", "input_m2", "zero_count"],
-        "runs": ["notes", "threads", "tokens_fingerprint"],
-    }
-    for name, columns in older.items():
-        for path in (tmp_path / name).rglob("*.parquet"):
-            rewrite(path, drop=columns)
-    result = avss(*args, "-w", tmp_path)
-    assert (result.exit_code, result.stderr) == (0, "")
-    for path in (tmp_path / "runs").rglob("*.parquet"):
-        rewrite(path, 99)
-    result = avss(*args, "-w", tmp_path)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "Written by a newer avss_dist: schema 99" in result.stderr
-
-
-def test_nothing_heavy_is_loaded(tmp_path: Path) -> None:
-    write_measured(tmp_path, "tiny-1", stats_of(activations()), 8)
-    program = f"""
-import sys
-from avss_dist.cli import app
-for args in (["compare", "--by", "recipe"], ["findings"], ["show", "--threshold", "0.05rms"], ["quantiles"],
-             ["show", "--format", "latex"], ["query", "--schema"]):
-    app([*args, "-w", {str(tmp_path)!r}], standalone_mode=False)
-print(*sys.modules)
-"""
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    assert not {"torch", "ray", "transformers", "deepspeed", "altair"} & set(done.stdout.splitlines()[-1].split())
 
 
 def test_a_threshold_that_no_run_counted(tmp_path: Path) -> None:

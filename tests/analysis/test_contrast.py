@@ -14,7 +14,6 @@ from support.warehouses import run_row
 from avss_dist.analysis.contrast import contrast
 from avss_dist.core.errors import QueryError
 from avss_dist.core.names import AFTER_ANOTHER
-from avss_dist.stats import contrast as contrast_stats
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.rows import AnswerRows, RowStats
 from avss_dist.warehouse.reader import Warehouse
@@ -104,20 +103,6 @@ def test_controls_take_away_what_they_should(changes: dict[str, Any], words: str
     found = contrast(Warehouse(tmp_path), row, threshold=1e-2)
     assert words in found.findings
     assert "Left after every control: none." in found.findings
-
-
-def test_auroc_and_holm_are_those_of_their_definitions() -> None:
-    rng = np.random.default_rng(0)
-    scores, positive = rng.integers(0, 5, 40).astype(float), rng.random(40) < 0.4
-    up, down = scores[positive][:, None], scores[~positive]
-    assert contrast_stats.auroc(scores, positive, np.ones((1, 40)))[0] == pytest.approx(
-        ((up > down) + (up == down) / 2).mean()
-    )
-    twice = np.where(np.arange(40) < 5, 2.0, 1.0)
-    drawn = np.repeat(np.arange(40), twice.astype(int))
-    again = contrast_stats.auroc(scores[drawn], positive[drawn], np.ones((1, len(drawn))))
-    assert contrast_stats.auroc(scores, positive, twice[None])[0] == pytest.approx(again[0])
-    np.testing.assert_allclose(contrast_stats.holm(np.array([0.04, 0.01, np.nan, 0.03])), [0.06, 0.03, np.nan, 0.06])
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from avss_dist.read_requests import ALONG
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
+pytestmark = pytest.mark.nightly
+
 AT = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
 EARLY, LATE = [1.0, 2, 3, 4, 5, 6, 7, 8], [8.0, 7, 6, 5, 4, 3, 2, 1]
 SERIES = {"series": "org/a@step*", "model": "org/a"}

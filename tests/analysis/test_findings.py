@@ -30,55 +30,44 @@ def of(tmp_path: Path, x: Float64, kind: str | None = None, before: Float64 | No
     return found(tmp_path, kind)
 
 
-def test_a_healthy_run_has_none(tmp_path: Path) -> None:
-    assert of(tmp_path, activations()) == []
-
-
-def test_a_score_that_rises_with_depth(tmp_path: Path) -> None:
-    rows = of(tmp_path, activations(scales=np.sort(SCALES)))
+@pytest.mark.parametrize(
+    ("order", "words"), [(1, "rises with depth (Spearman 1.000 over 8 layers)"), (-1, "falls with")]
+)
+def test_a_score_that_follows_depth(tmp_path: Path, order: int, words: str) -> None:
+    rows = of(tmp_path, activations(scales=np.sort(SCALES)[::order].copy()))
     assert {(r["kind"], r["severity"], r["site"]) for r in rows} == {("tracks_depth", "warning", "block")}
-    assert {r["recipe"]: r["value"] for r in rows} == pytest.approx({"pooled": 1.0, "element": 1.0, "unit": 1.0})
-    assert "AVSS rises with depth (Spearman 1.000 over 8 layers)" in rows[0]["message"]
-
-
-def test_a_score_that_falls_with_depth(tmp_path: Path) -> None:
-    (row, *_) = of(tmp_path, activations(scales=np.sort(SCALES)[::-1].copy()), "tracks_depth")
-    assert row["value"] == pytest.approx(-1.0)
-    assert "falls with depth" in row["message"]
+    assert {r["recipe"]: r["value"] for r in rows} == pytest.approx(dict.fromkeys(("pooled", "element", "unit"), order))
+    assert f"AVSS {words}" in rows[0]["message"]
 
 
 def test_one_unit_that_carries_the_variance(tmp_path: Path) -> None:
+    """Of few layers it is a note, of most a warning."""
     x = activations()
     x[:, [1, 4], ..., 5] += 60.0
-    rows = of(tmp_path, x, "dominant_unit")
-    assert {r["recipe"] for r in rows} == {"pooled", "element", "unit"}
+    rows = of(tmp_path / "two", x, "dominant_unit")
+    assert {(r["recipe"], r["severity"]) for r in rows} == {(name, "note") for name in ("pooled", "element", "unit")}
     units = x.swapaxes(0, 1).reshape(8, -1, 24)
     deviations = ((units - units.mean((1, 2), keepdims=True)) ** 2).sum(1)
     share = (deviations / deviations.sum(1, keepdims=True)).max()
     assert next(r["value"] for r in rows if r["recipe"] == "element") == pytest.approx(share)
     assert "in 2 of 8 layers (unit 5 carries 9" in rows[0]["message"]
-    assert rows[0]["severity"] == "note"
+    x[:, [0, 2, 3], ..., 5] += 60.0
+    assert {r["severity"] for r in of(tmp_path / "five", x, "dominant_unit")} == {"warning"}
 
 
-def test_one_unit_in_most_layers_is_a_warning(tmp_path: Path) -> None:
-    x = activations()
-    x[:, :5, ..., 5] += 60.0
-    assert {r["severity"] for r in of(tmp_path, x, "dominant_unit")} == {"warning"}
-
-
-@pytest.mark.parametrize("size", [1.0, 50.0])
-def test_the_first_token_that_carries_the_variance(tmp_path: Path, size: float) -> None:
+@pytest.mark.parametrize(("size", "dtype"), [(1.0, "float32"), (50.0, "float32"), (50.0, "bfloat16")])
+def test_the_first_token_that_carries_the_variance(tmp_path: Path, size: float, dtype: str) -> None:
+    """It takes two runs that differ in nothing else."""
     x = activations()
     x[..., 0, :] *= size
     shared = {"model": "org/tiny", "revision": "main"}
     write_measured(tmp_path, "whole", stats_of(x), 8, **shared)
-    write_measured(tmp_path, "cut", stats_of(x[..., 1:, :]), 8, skip_first_tokens=1, **shared)
+    write_measured(tmp_path, "cut", stats_of(x[..., 1:, :]), 8, skip_first_tokens=1, dtype=dtype, **shared)
     rows = found(tmp_path, "first_token")
-    if size == 1:
+    if size == 1 or dtype != "float32":
         assert rows == []
         return
-    assert {r["run_id"] for r in rows} == {"whole"}
-    assert {r["severity"] for r in rows} == {"warning"}
+    assert {(r["run_id"], r["severity"]) for r in rows} == {("whole", "warning")}
     (element,) = (r for r in rows if r["recipe"] == "element")
     shares = [1 - x[:, i, :, 1:].var() / x[:, i].var() for i in range(8)]
     assert element["value"] == pytest.approx(max(shares))
@@ -104,42 +93,31 @@ def test_runs_that_are_read_one_by_one_have_the_same_findings(tmp_path: Path, mo
     assert found(tmp_path, rankings_alone=True) == rankings
 
 
-def test_the_first_token_needs_two_runs_that_differ_in_nothing_else(tmp_path: Path) -> None:
-    x = activations()
-    x[..., 0, :] *= 50
-    write_measured(tmp_path, "whole", stats_of(x), 8, model="org/tiny", dtype="float32")
-    write_measured(tmp_path, "cut", stats_of(x[..., 1:, :]), 8, model="org/tiny", dtype="bfloat16", skip_first_tokens=1)
-    assert found(tmp_path, "first_token") == []
-
-
 def test_sparsity_that_is_noise(tmp_path: Path) -> None:
+    """Of one layer it is a note, of most a warning."""
     x = activations()
     x[np.abs(x) < 1e-5] = 0.5
     x[:, 2:, 0, 0, 0] = 1e-7
-    rows = of(tmp_path, x, "noisy_sparsity")
+    rows = of(tmp_path / "all", x, "noisy_sparsity")
     assert {(r["recipe"], r["severity"], r["value"]) for r in rows} == {
         (r, "warning", 1.0) for r in ("pooled", "element")
     }
     assert "8 of 8 layers have fewer than 100 elements with |x| < 1e-05 (0 to 8 in a layer)" in rows[0]["message"]
-
-
-def test_one_layer_of_noise_is_a_note(tmp_path: Path) -> None:
     x = activations()
     x[:, 3][np.abs(x[:, 3]) < 1e-5] = 0.5
-    assert {(r["severity"], r["value"]) for r in of(tmp_path, x, "noisy_sparsity")} == {("note", 1 / 8)}
+    assert {(r["severity"], r["value"]) for r in of(tmp_path / "one", x, "noisy_sparsity")} == {("note", 1 / 8)}
 
 
-@pytest.mark.parametrize("tiny", [0.0, 1e-7])
 @pytest.mark.parametrize("site", ["block", "neuron"])
-def test_exact_zeros(tmp_path: Path, tiny: float, site: str) -> None:
+def test_exact_zeros(tmp_path: Path, site: str) -> None:
     x = activations()
-    x[np.abs(x) < 1e-5] = tiny
-    write_measured(tmp_path, "tiny-1", stats_of(x, site), 8)
+    for tiny in (0.0, 1e-7):
+        x[np.abs(x) < 1e-5] = tiny
+        write_measured(tmp_path, f"tiny-{tiny}", stats_of(x, site), 8)
     rows = found(tmp_path, "exact_zeros")
-    if tiny:
-        assert rows == []
-        return
-    assert {(r["recipe"], r["value"]) for r in rows} == {("pooled", 1.0), ("element", 1.0)}
+    assert {(r["run_id"], r["recipe"], r["value"]) for r in rows} == {
+        ("tiny-0.0", recipe, 1.0) for recipe in ("pooled", "element")
+    }
     assert {r["severity"] for r in rows} == {"warning" if site == "block" else "note"}
     assert ("rounding" if site == "block" else "activation function") in rows[0]["message"]
 
@@ -184,7 +162,7 @@ def test_recipes_that_disagree(tmp_path: Path) -> None:
 def test_layers_that_give_out_what_they_take_in(tmp_path: Path) -> None:
     x = activations()
     before = 0.8 * x
-    assert of(tmp_path, x, "identity_layer", before) == []
+    assert of(tmp_path, x, before=before) == [], "a healthy run has no finding"
     before[:, [2, 3, 6]] = x[:, [2, 3, 6]]
     (row,) = of(tmp_path, x, "identity_layer", before)
     assert (row["severity"], row["site"], row["value"]) == ("warning", None, 0.0)
@@ -228,24 +206,21 @@ def test_a_place_has_its_findings_and_those_of_all_places(tmp_path: Path) -> Non
         assert found(tmp_path, site=site, recipe=recipe, rankings_alone=True) == of_rankings
 
 
-def test_the_same_finding_of_several_runs_is_told_once(tmp_path: Path) -> None:
+def test_the_same_finding_of_several_runs_is_told_once_and_others_are_counted(tmp_path: Path) -> None:
     for run_id in ("a", "b"):
-        write_measured(tmp_path, run_id, stats_of(activations(scales=np.sort(SCALES))), 8)
-    text = in_words(tmp_path)
-    assert text.count("tracks depth") == 1
-    assert "pooled, element, unit" in text
-
-
-@pytest.mark.parametrize("runs", [3, 5])
-def test_findings_that_differ_only_in_their_run_are_told_of_few_and_counted_of_many(tmp_path: Path, runs: int) -> None:
-    for i in range(1, runs + 1):
+        write_measured(tmp_path / "same", run_id, stats_of(activations(scales=np.sort(SCALES))), 8)
+    text = in_words(tmp_path / "same")
+    assert text.count("tracks depth") == 1 and "pooled, element, unit" in text
+    for i in range(1, 6):
         rising = list(range(8, 22))
         rising[:i] = reversed(rising[:i])  # and the correlation with depth is another one of each
-        write_scores(tmp_path, f"run-{i}", rising)
-    text = in_words(tmp_path)
-    assert len({row["message"] for row in found(tmp_path, "tracks_depth")}) == runs
-    assert text.count("tracks depth") == (3 if runs == 3 else 1)
-    assert ("and 2 more" in text) == ("--format csv" in text) == (runs == 5)
+        write_scores(tmp_path / "other", f"run-{i}", rising)
+        if i not in (3, 5):
+            continue
+        text = in_words(tmp_path / "other")
+        assert len({row["message"] for row in found(tmp_path / "other", "tracks_depth")}) == i
+        assert text.count("tracks depth") == (3 if i == 3 else 1)
+        assert ("and 2 more" in text) == ("--format csv" in text) == (i == 5)
 
 
 def in_words(root: Path) -> str:

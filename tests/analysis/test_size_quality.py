@@ -15,6 +15,8 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
+pytestmark = pytest.mark.nightly
+
 ABOUT = {"model": "org/a", "revision": "r", "family": "llama"}
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 RUN = {**ABOUT, "run_id": "a-0", "num_layers": 4, "projections": None, "status": "done", "created_at": NOW}

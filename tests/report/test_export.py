@@ -36,8 +36,11 @@ def exported(root: Path, kind: str, *args: object) -> str:
 
 
 @pytest.mark.parametrize("kind", ["csv", "json"])
-def test_data_is_the_scores_as_they_are(root: Path, kind: str) -> None:
-    text = exported(root, kind, "--run", "tiny-*", "--recipe", "element", "--threshold", "1e-2")
+def test_data_is_the_scores_as_they_are(root: Path, kind: str, tmp_path: Path) -> None:
+    options = ["--run", "tiny-*", "--recipe", "element", "--threshold", "1e-2"]
+    text = exported(root, kind, *options)
+    assert exported(root, kind, *options, "-o", tmp_path / "table").split() == [str(tmp_path / "table")]
+    assert (tmp_path / "table").read_text(encoding="utf-8") == text
     scores = (
         Warehouse(root).scores(site="block", recipe="element", threshold=0.01, threshold_kind="absolute").to_pylist()
     )
@@ -68,9 +71,9 @@ def test_latex(root: Path) -> None:
 def test_small_numbers_are_powers_of_ten_in_latex(tmp_path: Path) -> None:
     write_scores(tmp_path, "a", [1.234e-7, 2.0, 3.0, 4.0], rivals={"block_influence": [-1.5, 0.1, 0.2, 0.3]})
     text = exported(tmp_path, "latex")
-    assert r"$1.23 \times 10^{-7}$" in text
-    assert "$-1.5$" in text
-    assert " -- & " in text
+    assert all(part in text for part in (r"$1.23 \times 10^{-7}$", "$-1.5$", " -- & "))
+    assert escape_latex("a\nb_c") == r"a b\_c"
+    assert escape_markdown("a\n|b|") == r"a \|b\|"
 
 
 def test_markdown(root: Path) -> None:
@@ -82,18 +85,10 @@ def test_markdown(root: Path) -> None:
     assert sum("**" in line for line in table) == 2
 
 
-@pytest.mark.parametrize("kind", ["csv", "json", "latex", "markdown"])
-def test_to_a_file(root: Path, kind: str, tmp_path: Path) -> None:
-    file = tmp_path / "table.txt"
-    assert exported(root, kind, "-o", file, "--run", "tiny-1").split() == [str(file)]
-    assert file.read_text(encoding="utf-8") == exported(root, kind, "--run", "tiny-1")
-
-
 @pytest.mark.parametrize(
     ("args", "text"),
     [
         (["--format", "latx"], "Unknown --format 'latx'.\nDid you mean 'latex'?"),
-        (["--format", "csv", "--run", "tiny-9"], "Unknown run 'tiny-9'.\nDid you mean 'tiny-2'?"),
         (["--format", "csv", "--run", "x*"], "No run matches 'x*'."),
         (["--format", "csv", "-o", "/nowhere/x.csv"], "/nowhere/x.csv cannot be written"),
     ],
@@ -105,9 +100,14 @@ def test_mistakes(root: Path, args: list[str], text: str) -> None:
 
 
 def test_names_are_no_formulas_in_a_spreadsheet(tmp_path: Path) -> None:
+    """Neither as they are nor indented."""
     write_scores(tmp_path, "a", [1.0, 2.0, 3.0, 4.0], model="=HYPERLINK(0)", family="@x", revision="-1+1")
-    (first, *_) = csv.DictReader(io.StringIO(exported(tmp_path, "csv")))
+    write_scores(tmp_path, "b", [1.0, 2.0, 3.0, 4.0], model=" =1+1", family="\n=1+1", revision="\x1b=1")
+    texts = [exported(tmp_path, "csv", "--run", run) for run in ("a", "b")]
+    first, indented = (next(csv.DictReader(io.StringIO(text))) for text in texts)
     assert (first["model"], first["family"], first["revision"]) == ("'=HYPERLINK(0)", "'@x", "'-1+1")
+    assert (indented["model"], indented["family"]) == ("' =1+1", "'\n=1+1") and "\ufffd=1" in texts[1]
+    assert json.loads(exported(tmp_path, "json", "--run", "b").splitlines()[0])["model"] == " =1+1"
 
 
 def test_an_old_file_outlives_a_write_that_fails(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,11 +127,6 @@ def test_an_old_file_outlives_a_write_that_fails(root: Path, tmp_path: Path, mon
         result = avss(*args, "-o", file, "--run", "tiny-1")
         assert result.exit_code == 1 and "cannot be written: No space left on device" in result.stderr
         assert file.read_text() == "old" and list(tmp_path.glob(".*")) == []
-
-
-def test_escapes() -> None:
-    assert escape_latex("a\nb_c") == r"a b\_c"
-    assert escape_markdown("a\n|b|") == r"a \|b\|"
 
 
 @pytest.mark.parametrize("layers", [2, 3, 6])

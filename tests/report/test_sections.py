@@ -94,6 +94,7 @@ def sizes(name: str) -> SizeQuality:
     return SizeQuality(task=f"perplexity:{name}.txt", plans=plans, has_sizes=False)
 
 
+@pytest.mark.nightly
 def test_the_best_plans_by_size_are_named() -> None:
     section = size_quality_section("1. a", [sizes("predicted")])
     assert section.sentences == [
@@ -113,6 +114,7 @@ def roundings(path: str) -> MapRounding:
     return MapRounding(damage=rises, bits=bits, weights=dict.fromkeys(places, 64), run_id="e", task="t")
 
 
+@pytest.mark.nightly
 def test_the_map_that_needs_its_bits_is_named() -> None:
     section = sensitivity_section("1. a", roundings("mlp.up_proj"))
     assert section.sentences == ["Of 2 linear maps, mlp.up_proj of layer 0 loses the most: 0.2 nats per token in int4."]
@@ -190,6 +192,7 @@ def test_every_chart_of_a_section_can_be_drawn() -> None:
         *("precision-1-1", "precision-1-2", "size-quality-1-1"),
     ]
     for chart in charts:
+        json.dumps(list(chart.rows), allow_nan=False)
         spec = section_chart(chart) | {"datasets": {"rows": list(chart.rows)}, "width": 400}
         svg = vl_convert.vegalite_to_svg(spec)
         assert svg.count("<path") > len(chart.rows), chart.name
@@ -235,9 +238,3 @@ def test_a_narrow_terminal_leaves_out_what_matters_least(width: int) -> None:
     assert max(map(len, lines)) <= width
     assert any("81.9%" in line for line in lines)
     assert ("No room for: dropped, text.txt perplexity" in " ".join(lines)) == (width == 60)
-
-
-def test_the_rows_of_charts_are_json() -> None:
-    for section in sections():
-        for chart in section.charts:
-            json.dumps(list(chart.rows), allow_nan=False)

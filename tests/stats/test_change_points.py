@@ -7,6 +7,8 @@ import pytest
 
 from avss_dist.stats.change_points import MIN_SEGMENT, change_points
 
+pytestmark = pytest.mark.nightly
+
 
 def steps(*segments: tuple[int, float], noise: float, seed: int = 0, width: int = 6) -> np.ndarray:
     """Return a sequence whose mean is that of a random direction times the level of each segment."""

@@ -6,6 +6,7 @@ import pytest
 from benchmarks.interval_coverage import METHODS, main
 
 
+@pytest.mark.nightly
 def test_the_benchmark_prints_the_coverage_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--draws", "2", "--sizes", "8", "--population", "lognormal 1"])
     first, _, *rows = capsys.readouterr().out.splitlines()

@@ -15,11 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from support.command_line import avss
-from support.s3_server import Server
 from support.warehouses import Terminal, activations, stats_of, write_measured, write_scores
 
 from avss_dist.analysis.findings import findings
-from avss_dist.core.errors import WarehouseError
 from avss_dist.warehouse import compaction, reader
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import TABLES
@@ -33,14 +31,21 @@ def of_parts(monkeypatch: pytest.MonkeyPatch, minimum: int, maximum: int) -> Non
     monkeypatch.setattr(compaction, "MAX_RUNS", maximum)
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten runs. Not to be changed."""
+    root = tmp_path_factory.mktemp("template") / "many"
+    for i in range(10):
+        write_scores(root, f"run-{i}", [1.0 + i, 2.0, 3.0, 4.0])
+    return root
+
+
 @pytest.fixture
-def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def many(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Ten runs, copied in parts of three, at least two."""
     of_parts(monkeypatch, 2, 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for i in range(10):
-        write_scores(tmp_path / "many", f"run-{i}", [1.0 + i, 2.0, 3.0, 4.0])
-    return tmp_path / "many"
+    return shutil.copytree(template, tmp_path / "many")
 
 
 SUMS = "SELECT count(*), count(DISTINCT run_id), sum(avss_smoothed) FROM scores JOIN runs USING (run_id)"
@@ -55,81 +60,10 @@ def parts(root: Path) -> list[Path]:
     return sorted((root.parent / "cache").rglob("*.parquet"))
 
 
-def compacted(root: Path) -> list[Path]:
-    return sorted((root / "compacted").rglob("*.parquet"))
-
-
-def test_copies_hold_the_same_rows(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = sums(many)
-    assert first == (40, 10, 45 + 10 + 90) == sums(many)
-    assert len(parts(many)) == 2 * 3  # of runs and of scores: 3 + 3 + 3, and one run that is read where it is
-    copied = {name: Warehouse(many).table(name).sort_by("run_id") for name in TABLES}
-    of_parts(monkeypatch, 1000, 1000)
-    for name, table in copied.items():
-        order = [("run_id", "ascending"), *([("layer", "ascending")] if "layer" in table.column_names else [])]
-        assert table.sort_by(order).equals(Warehouse(many).table(name).sort_by(order)), name
-
-
-def test_copying_is_shown_where_somebody_looks(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    for shown in (True, False):  # what is copied is not copied again
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", terminal := Terminal())
-            sums(many)
-        assert ("Copying the scores of 10 runs, once" in terminal.getvalue()) == shown
-        assert shown or not terminal.getvalue()
-
-
-def test_a_copy_spares_reading_the_files(many: Path) -> None:
-    before = sums(many)
-    for file in many.glob("scores/run_id=run-[0-8]/*.parquet"):
-        stat = file.stat()
-        file.write_bytes(b"x" * stat.st_size)
-        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert sums(many) == before
-
-
-def test_runs_that_come_change_and_go_are_seen(many: Path) -> None:
-    sums(many)
-    write_scores(many, "run-1", [100.0, 2.0, 3.0, 4.0])
-    assert sums(many) == (40, 10, 45 + 10 + 90 + 98)
-    write_scores(many, "run-x", [1.0] * 4)
-    assert sums(many) == (44, 11, 45 + 10 + 90 + 98 + 4)
+def delete_run(root: Path, run_id: str) -> None:
     for name in ("runs", "scores"):
-        for file in (many / name / "run_id=run-5").iterdir():
+        for file in (root / name / f"run_id={run_id}").iterdir():
             file.unlink()
-    assert sums(many) == (40, 10, 45 + 10 + 90 + 98 + 4 - 15)
-    assert sums(many) == (40, 10, 45 + 10 + 90 + 98 + 4 - 15)
-
-
-def test_a_half_written_run_is_in_no_copy(many: Path) -> None:
-    (many / "runs/run_id=run-3/run.parquet").unlink()
-    assert sums(many)[:2] == (36, 9)
-
-
-def test_a_damaged_copy_is_made_again(many: Path) -> None:
-    before = sums(many)
-    for part in parts(many):
-        part.write_bytes(b"damaged")
-    assert sums(many) == before == sums(many)
-
-
-def test_without_a_cache_it_works_all_the_same(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert sums(many) == (40, 10, 145)
-
-
-def test_a_newer_run_among_many_is_refused(many: Path) -> None:
-    path = many / "runs/run_id=run-7/run.parquet"
-    table = pq.ParquetFile(path).read()
-    pq.write_table(table.replace_schema_metadata({b"avss_schema_version": b"99"}), path)
-    for _ in range(2):
-        with pytest.raises(WarehouseError, match="newer avss_dist: schema 99"):
-            sums(many)
-
-
-# Parts in the warehouse itself.
 
 
 def without_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -146,6 +80,54 @@ def with_garbage(files: Iterator[Path]) -> None:
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def compacted(root: Path) -> list[Path]:
+    return sorted((root / "compacted").rglob("*.parquet"))
+
+
+def test_copies_hold_the_same_rows_and_spare_reading_the_files(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sums(many)
+    assert first == (40, 10, 45 + 10 + 90) == sums(many)
+    assert len(parts(many)) == 2 * 3  # of runs and of scores: 3 + 3 + 3, and one run that is read where it is
+    copied = {name: Warehouse(many).table(name).sort_by("run_id") for name in TABLES}
+    with monkeypatch.context() as patch:
+        of_parts(patch, 1000, 1000)
+        for name, table in copied.items():
+            order = [("run_id", "ascending"), *([("layer", "ascending")] if "layer" in table.column_names else [])]
+            assert table.sort_by(order).equals(Warehouse(many).table(name).sort_by(order)), name
+    with_garbage(many.glob("scores/run_id=run-[0-8]/*.parquet"))
+    assert sums(many) == first
+
+
+def test_copying_is_shown_where_somebody_looks(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for shown in (True, False):  # what is copied is not copied again
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal := Terminal())
+            sums(many)
+        assert ("Copying the scores of 10 runs, once" in terminal.getvalue()) == shown
+        assert shown or not terminal.getvalue()
+
+
+def test_a_half_written_run_is_in_no_copy(many: Path) -> None:
+    (many / "runs/run_id=run-3/run.parquet").unlink()
+    assert sums(many)[:2] == (36, 9)
+
+
+def test_a_damaged_copy_is_made_again(many: Path) -> None:
+    before = sums(many)
+    for part in parts(many):
+        part.write_bytes(b"damaged")
+    assert sums(many) == before == sums(many)
+
+
+def test_without_a_cache_it_works_all_the_same(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_cache(monkeypatch, tmp_path)
+    assert sums(many) == (40, 10, 145)
+
+
+# Parts in the warehouse itself.
+
+
 def test_a_compacted_warehouse_is_read_from_its_parts_by_everybody(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,37 +137,34 @@ def test_a_compacted_warehouse_is_read_from_its_parts_by_everybody(
     assert len(compacted(many)) == 2 * 4
     assert "every finished run was compacted before" in avss("compact", "-w", many).stdout
     without_cache(monkeypatch, tmp_path)
+    for file in compacted(many):
+        file.rename(file.with_suffix(".aside"))
+    assert sums(many) == before, "the files stay valid without the parts"
+    for file in (many / "compacted").rglob("*.aside"):
+        file.rename(file.with_suffix(".parquet"))
     with_garbage(many.glob("scores/*/*.parquet"))
     assert sums(many) == before
-    for file in compacted(many):
-        file.unlink()
-    assert sums(many)[0] == 0, "the files are read again"
 
 
-def test_the_files_stay_valid_without_the_parts(many: Path) -> None:
-    before = sums(many)
-    Warehouse(many).compact()
-    for file in compacted(many):
-        file.unlink()
-    assert sums(many) == before
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_runs_that_come_change_and_go_after_compaction(
-    again: bool, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("compactions", [0, 1, 2])
+def test_runs_that_come_change_and_go_are_seen(
+    compactions: int, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without_cache(monkeypatch, tmp_path)
-    Warehouse(many).compact()
+    """With a cache, after a compaction, and after another one."""
+    if compactions:
+        without_cache(monkeypatch, tmp_path)
+        Warehouse(many).compact()
+    else:
+        sums(many)
     write_scores(many, "run-1", [100.0, 2.0, 3.0, 4.0])
     write_scores(many, "run-x", [1.0] * 4)
-    for name in ("runs", "scores"):
-        for file in (many / name / "run_id=run-5").iterdir():
-            file.unlink()
-    if again:
+    delete_run(many, "run-5")
+    if compactions == 2:
         assert Warehouse(many).compact()["scores"] == 2 + 2 + 2, "the changed and the new run, and those beside them"
         with_garbage(many.glob("scores/*/*.parquet"))
-    assert sums(many) == (40, 10, 45 + 10 + 90 + 98 + 4 - 15)
-    assert not again or len(compacted(many)) == 2 * 4, "parts that are out of date are gone"
+        assert len(compacted(many)) == 2 * 4, "parts that are out of date are gone"
+    expected = (40, 10, 45 + 10 + 90 + 98 + 4 - 15)
+    assert sums(many) == expected == sums(many)
 
 
 def test_a_damaged_part_is_left_out(many: Path) -> None:
@@ -227,18 +206,28 @@ def before_each_change(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], Non
     return changes
 
 
-@pytest.fixture
-def changed(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A compacted warehouse with a changed run, three new ones and one less, whose readers have no cache."""
-    without_cache(monkeypatch, tmp_path)
-    Warehouse(many).compact()
-    write_scores(many, "run-1", [100.0, 2.0, 3.0, 4.0])
+@pytest.fixture(scope="module")
+def changed_template(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compacted warehouse with a changed run, three new ones and one less. Not to be changed."""
+    folder = tmp_path_factory.mktemp("changed")
+    root = shutil.copytree(template, folder / "many")
+    with pytest.MonkeyPatch.context() as patch:
+        of_parts(patch, 2, 3)
+        without_cache(patch, folder)
+        Warehouse(root).compact()
+    write_scores(root, "run-1", [100.0, 2.0, 3.0, 4.0])
     for name in ("x", "y", "z"):
-        write_scores(many, f"run-{name}", [1.0] * 4)
-    for name in ("runs", "scores"):
-        for file in (many / name / "run_id=run-5").iterdir():
-            file.unlink()
-    return many
+        write_scores(root, f"run-{name}", [1.0] * 4)
+    delete_run(root, "run-5")
+    return root
+
+
+@pytest.fixture
+def changed(changed_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, whose readers have no cache."""
+    of_parts(monkeypatch, 2, 3)
+    without_cache(monkeypatch, tmp_path)
+    return shutil.copytree(changed_template, tmp_path / "many")
 
 
 CHANGED = (48, 12, 45 + 10 + 90 + 98 + 12 - 15)
@@ -336,49 +325,3 @@ def test_digests_from_parts_and_from_files_give_the_same_findings(
     order = [(name, "ascending") for name in ("run_id", "site", "layer")]
     assert copied.sort_by(order).equals(digests.sort_by(order))
     assert {path.parent.name for path in parts(root)} == {"runs", "scores", "digests"}
-
-
-# In an object store.
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Server, Path]]:
-    """A server, and the file in which it notes its requests."""
-    server = Server(log := tmp_path / "requests")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    yield server, log
-    server.close()
-
-
-@pytest.mark.nightly
-def test_a_file_of_a_bucket_is_requested_once_and_a_part_in_place_of_many(
-    bucket: tuple[Server, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server, log = bucket
-    uri = server.uri("many")
-
-    def read(cache: str) -> tuple[int, int]:
-        """Return the number of files that are fetched, and of other requests. (pyarrow asks for their sizes, too.)"""
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
-        before = len(log.read_text().splitlines())
-        warehouse = Warehouse(uri, snapshot=True)
-        table = warehouse.table("scores")
-        assert (table.num_rows, pc.sum(table["avss_smoothed"]).as_py()) == expected
-        lines = [line for line in log.read_text().splitlines()[before:] if "HTTP/1.1" in line]
-        files = [line for line in lines if ".parquet HTTP" in line]
-        return sum("GET" in line for line in files), len(lines) - len(files)
-
-    for i in range(6):
-        write_scores(uri, f"run-{i}", [1.0 + i, 2.0, 3.0, 4.0])  # type: ignore[arg-type]
-    expected = (24, 21 + 54.0)
-    first, listings = read("one")
-    assert first == 6 + 6, "runs and scores, each file once"
-    assert read("one") == (0, listings - 1), "nothing has changed, and parts of the warehouse are not looked for"
-    write_scores(uri, "run-6", [7.0, 2.0, 3.0, 4.0])  # type: ignore[arg-type]
-    expected = (28, 28 + 63.0)
-    assert read("one")[0] == 2, "the new run"
-    assert Warehouse(uri).compact()["scores"] == 7
-    assert read("two")[0] == 2, "a part of runs, and a part of scores"
-    assert read("two")[0] == 0

@@ -8,19 +8,17 @@ from urllib.parse import parse_qs, urlsplit
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from support.hub import serving_hub
 from support.warehouses import activations, run_row, stats_of, write_measured
 
-from avss_dist.core.errors import ConfigError, DamagedFile, RunFailed, WarehouseError
+from avss_dist.core.errors import ConfigError, RunFailed, WarehouseError
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.evaluation.continuations import Continuation, write_continuations
 from avss_dist.warehouse.publish import PAGE, QUERIES, SCORES, publish
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
 
 
@@ -51,6 +49,7 @@ def test_what_is_published_is_what_the_warehouse_says(tmp_path: Path) -> None:
     assert [config["data_files"] for config in card["configs"]] == [f"data/{name}.parquet" for name in rows]
 
 
+@pytest.mark.nightly
 def test_texts_are_not_published(tmp_path: Path) -> None:
     warehouse = measured(tmp_path / "warehouse")
     (run_id,) = warehouse.runs()["run_id"].to_pylist()
@@ -61,6 +60,7 @@ def test_texts_are_not_published(tmp_path: Path) -> None:
     assert not list((tmp_path / "published").rglob("continuations*"))
 
 
+@pytest.mark.nightly
 def test_what_cannot_be_published_to(tmp_path: Path) -> None:
     root = tmp_path / "warehouse"
     Store(root).write_run(run_row("broken", status="failed"))
@@ -75,6 +75,7 @@ def measured(root: Path) -> Warehouse:
     return Warehouse(root)
 
 
+@pytest.mark.nightly
 def test_a_data_set_of_the_hub_gets_the_same_files_in_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warehouse, folder = measured(tmp_path / "warehouse"), tmp_path / "published"
     with serving_hub(monkeypatch) as hub:
@@ -99,6 +100,7 @@ def write_site(folder: Path) -> None:
     (folder / SCORES).write_bytes(b"PAR1")
 
 
+@pytest.mark.nightly
 def test_the_page_goes_to_a_space_that_the_card_links_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warehouse = measured(tmp_path / "warehouse")
     with serving_hub(monkeypatch) as hub:
@@ -117,6 +119,7 @@ def test_the_page_goes_to_a_space_that_the_card_links_to(tmp_path: Path, monkeyp
         publish(warehouse, str(tmp_path / "x"), space="lab")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("question", QUERIES)
 def test_ready_queries_have_rows(question: str, tmp_path: Path) -> None:
     publish(measured(tmp_path / "warehouse"), str(tmp_path / "published"))
@@ -126,6 +129,7 @@ def test_ready_queries_have_rows(question: str, tmp_path: Path) -> None:
     assert QUERIES[question] in (tmp_path / "published/README.md").read_text()
 
 
+@pytest.mark.nightly
 def test_what_the_hub_would_not_take_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,12 +149,3 @@ def test_what_the_hub_would_not_take_is_refused_before_any_work(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         publish(warehouse, "hf://datasets/lab/scores")
-
-
-def test_what_an_object_store_says_is_a_line_and_no_damage(tmp_path: Path) -> None:
-    """Azure's own library, where there are no keys."""
-    said = "Unknown error: Listing 'c' failed: N5Azure4Core11Credentials23AuthenticationExceptionE: No token.\nSee ..."
-    with pytest.raises(WarehouseError) as caught, Storage(tmp_path).reading("abfss://c@a/x"):
-        raise pa.ArrowException(said)
-    assert not isinstance(caught.value, DamagedFile)
-    assert caught.value.message == "Cannot read abfss://c@a/x: Listing 'c' failed: No token"

@@ -72,13 +72,6 @@ def test_every_column_has_its_values(root: Path, name: str) -> None:
     assert digests == expected["columns"]
 
 
-@pytest.mark.parametrize("name", EXPECTED["values"])
-def test_values_are_read(root: Path, name: str) -> None:
-    columns, expected = EXPECTED["values"][name]["columns"], EXPECTED["values"][name]["rows"]
-    values = [[row[column] for column in columns] for row in read_rows(root, name)]
-    assert expected and [value for value in values if value in expected] == expected
-
-
 def test_sublayers_are_read_by_name(root: Path) -> None:
     rows = Warehouse(root).sql(
         "SELECT removals(drop) AS removed FROM evaluations WHERE task LIKE 'sublayers:%' AND metric = 'loss'"

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from benchmarks.warehouse import main
 
+pytestmark = pytest.mark.nightly
+
 
 def test_the_benchmark_of_many_runs_measures_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["ls", "compare --by family", "query @drift"]
@@ -17,7 +19,6 @@ def test_the_benchmark_of_many_runs_measures_commands(tmp_path: Path, capsys: py
     assert all(int(line[28:].split()[4].replace(",", "")) > 500 for line in lines[2:]), "each has printed its table"
 
 
-@pytest.mark.nightly
 def test_the_benchmark_counts_requests(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
