@@ -1,10 +1,10 @@
-"""Ablation: resumed passes against whole ones, Shapley values against every subset, what is kept."""
+"""Ablation: resumed passes against whole ones, Shapley values against every subset, plans and tables."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from io import StringIO
 from itertools import combinations, permutations
 from pathlib import Path
@@ -15,9 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 from support.causal_lm import SMALL, opened, random_shard
-from support.checkpoints import VOCABULARY, llama, one_thread
-from support.command_line import avss
+from support.checkpoints import VOCABULARY, llama
+from support.command_line import as_words, avss
 from support.families import tiny_model
+from support.tiers import all_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from avss_dist import ablate, evaluate
@@ -39,17 +40,8 @@ from avss_dist.warehouse.reader import Warehouse
 Save = Callable[[Any, Path], Path]
 RESUMED = ("llama", "gemma3_text", "qwen3", "qwen2_moe", "gpt2", "opt", "mamba", "olmo2")
 NOT_RESUMED = ("falcon", "gemma3n_text", "bamba")
+EACH_LAYER = ((), (0,), (1,), (2,))
 TEXT = "builtin:pydoc"
-
-
-@pytest.fixture(autouse=True)
-def same_bytes() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-def family(name: str, save: Save, folder: Path, **changes: Any) -> LanguageModel:
-    return opened(save(tiny_model("causal", name), folder / name), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -79,74 +71,89 @@ def text_shards(model: LanguageModel) -> tuple[Shard, ...]:
     return plan_text(model.checkpoint, TEXT, Settings(**SMALL | {"sequences_per_shard": 6})).shards
 
 
-def same_rows(found: list[Row], expected: list[Row], drops: list[tuple[int, ...]]) -> None:
-    assert [row.removed for row in found] == drops
-    for one, other in zip(found, expected, strict=True):
-        assert (one.metric, one.layer) == (other.metric, other.layer)
-        assert np.array_equal(one.samples, other.samples)
-        assert np.array_equal(one.weights, other.weights)
+def losses_without(model: LanguageModel, shard: Shard, drops: Sequence[tuple[int, ...]] = EACH_LAYER) -> list[Row]:
+    """Return the losses without each set of layers, each by a pass of its own."""
+    return [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in drops]
 
 
-@pytest.mark.parametrize("name", RESUMED + NOT_RESUMED)
+def assert_same_rows(found: list[Row], expected: list[Row], drops: Sequence[tuple[int, ...]] = EACH_LAYER) -> None:
+    assert [row.removed for row in found] == [*drops]
+    for row, other in zip(found, expected, strict=True):
+        assert (row.metric, row.layer) == (other.metric, other.layer)
+        assert np.array_equal(row.samples, other.samples)
+        assert np.array_equal(row.weights, other.weights)
+
+
+@pytest.mark.parametrize("name", all_of(RESUMED + NOT_RESUMED, default=["llama", "gemma3_text", "mamba", "falcon"]))
 def test_each_loss_is_that_of_the_plan(name: str, save_checkpoint: Save, tmp_path: Path) -> None:
-    model, shard = family(name, save_checkpoint, tmp_path), random_shard()
+    model, shard = opened(save_checkpoint(tiny_model("causal", name), tmp_path / name)), random_shard()
     try:
-        expected = [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in ((), (0,), (1,), (2,))]
+        expected = losses_without(model, shard)
     except Exception as error:  # a family that cannot be run without a layer
         with pytest.raises(type(error)):
             LeaveOneOut(shard)(model)
         assert name in NOT_RESUMED
         return
-    same_rows(LeaveOneOut(shard)(model), expected, [(), (0,), (1,), (2,)])
+    assert_same_rows(LeaveOneOut(shard)(model), expected)
     assert model.resumes == (name in RESUMED)
     assert not math.isclose(expected[0].samples[0], expected[1].samples[0], rel_tol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_resumes_too(dtype: str, tiny_llama: Path) -> None:
-    model, shard = opened(tiny_llama, dtype=dtype), random_shard()
-    expected = [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in ((), (0,), (1,), (2,))]
-    same_rows(LeaveOneOut(shard)(model), expected, [(), (0,), (1,), (2,)])
+def test_half_precision_resumes_too(tiny_llama: Path) -> None:
+    model, shard = opened(tiny_llama, dtype="bfloat16"), random_shard()
+    assert_same_rows(LeaveOneOut(shard)(model), losses_without(model, shard))
     assert model.resumes
 
 
 def test_one_more_layer_left_out(four_layers: Path) -> None:
     model, shard = opened(four_layers), random_shard()
     drops = [(1,), (0, 1), (1, 2), (1, 3)]
-    expected = [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in drops]
-    same_rows(LeaveOneOut(shard)(model, NO_INTERVENTION.without(1)), expected, drops)
+    found = LeaveOneOut(shard)(model, NO_INTERVENTION.without(1))
+    assert_same_rows(found, losses_without(model, shard, drops), drops)
+
+
+def count_layer_passes(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that grows by a layer's module with every pass through a layer."""
+    passes: list[Any] = []
+    kind = type(model.layers[0].module)
+    forward = kind.forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        passes.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    return passes
 
 
 def test_half_of_the_layers_run(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, shard, calls = opened(four_layers), random_shard(rows=2), []
+    model, shard = opened(four_layers), random_shard(rows=2)
     assert model.resumes  # which tries every layer
-    own = type(model.layers[0].module).forward
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(self)
-        return own(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(model.layers[0].module), "forward", counted)
+    passes = count_layer_passes(model, monkeypatch)
     LeaveOneOut(shard)(model)
-    assert len(calls) == 4 + 3 + 2 + 1  # the whole model, and what follows each layer
+    assert len(passes) == 4 + 3 + 2 + 1  # the whole model, and what follows each layer
 
 
-def test_a_family_that_hands_more_than_hidden_states_on_falls_back(tiny_llama: Path, monkeypatch: Any) -> None:
-    """A layer that reads what an earlier one left elsewhere: a resumed pass would read nothing, or something stale."""
+@pytest.mark.parametrize("resumes", [True, False], ids=["changes its input", "reads what an earlier one left"])
+def test_a_layer_may_change_its_input_but_not_hand_more_than_hidden_states_on(
+    resumes: bool, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed pass would not have what an earlier layer left elsewhere, or something stale."""
     model, shard = opened(tiny_llama), random_shard()
     kind = type(model.layers[0].module)
-    own, left = kind.forward, {}
+    forward, left = kind.forward, {}
 
-    def shares(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def changed(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if resumes:
+            return hidden_states.add_(forward(self, hidden_states, *args, **kwargs))
         layer = next(layer.index for layer in model.layers if layer.module is self)
         left[layer] = hidden_states.mean()
-        output = own(self, hidden_states, *args, **kwargs)
+        output = forward(self, hidden_states, *args, **kwargs)
         return output + left.pop(0, 0.5) if layer == 2 else output
 
-    monkeypatch.setattr(kind, "forward", shares)
-    expected = [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in ((), (0,), (1,), (2,))]
-    same_rows(LeaveOneOut(shard)(model), expected, [(), (0,), (1,), (2,)])
-    assert not model.resumes
+    monkeypatch.setattr(kind, "forward", changed)
+    assert_same_rows(LeaveOneOut(shard)(model), losses_without(model, shard))
+    assert model.resumes == resumes
 
 
 def test_of_many_layers_some_of_each_kind_are_tried(
@@ -162,20 +169,6 @@ def test_of_many_layers_some_of_each_kind_are_tried(
     many = opened(save_checkpoint(Qwen3ForCausalLM(config), tmp_path / "many"))
     tried = [layer.index for layer in representatives(many.layers)]
     assert tried == [0, 6, 11, 17, 22, 28, 30, 33, 39]
-
-
-def test_a_layer_may_change_its_input(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, shard = opened(tiny_llama), random_shard()
-    kind = type(model.layers[0].module)
-    own = kind.forward
-
-    def in_place(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return hidden_states.add_(own(self, hidden_states, *args, **kwargs))
-
-    monkeypatch.setattr(kind, "forward", in_place)
-    expected = [TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0] for drop in ((), (0,), (1,), (2,))]
-    same_rows(LeaveOneOut(shard)(model), expected, [(), (0,), (1,), (2,)])
-    assert model.resumes
 
 
 def test_resuming_leaves_no_trace_and_frees_what_it_used(tiny_llama: Path) -> None:
@@ -317,39 +310,36 @@ def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> No
 
 
 def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = opened(four_layers), []
+    model = opened(four_layers)
     assert model.resumes
-    own = type(model.layers[0].module).forward
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(self)
-        return own(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(model.layers[0].module), "forward", counted)
+    passes = count_layer_passes(model, monkeypatch)
     measure = Shapley(shards=(random_shard(), random_shard(rows=3)), seeds=(0, 1, 2), truncation=False)
-    resumed, ran = measure(model), len(calls)
-    calls.clear()
+    resumed, number = measure(model), len(passes)
+    passes.clear()
     monkeypatch.setattr(ablation, "MAX_RECORDED_BYTES", 0)
-    for one, other in zip(resumed, measure(model), strict=True):
-        assert one.layer == other.layer
-        assert np.array_equal(one.samples, other.samples)
-    assert ran < 0.7 * len(calls)
+    for row, other in zip(resumed, measure(model), strict=True):
+        assert row.layer == other.layer
+        assert np.array_equal(row.samples, other.samples)
+    assert number < 0.7 * len(passes)
     (without, *_) = measure(model, NO_INTERVENTION.without(0))
     assert without.layer == 1
 
 
-# What is kept
+# Plans
 
 
-def test_the_ablation_and_an_evaluated_plan_agree(tiny_llama: Path, tmp_path: Path) -> None:
+def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
     run = score(tiny_llama, corpus=TEXT, warehouse=warehouse, **SMALL)
+    refused = avss("plan", "-w", warehouse, "--by", "shapley", "-o", plan)
+    assert refused.exit_code == 2
+    assert f"avss ablate {tiny_llama} --corpus {TEXT} --warehouse {warehouse}" in refused.stderr
     text = {"corpus": TEXT, "warehouse": warehouse, "skip_sequences": 6, **SMALL}
     found = ablate(tiny_llama, gradients=True, shapley=2, **text)
     assert found.whole is not None
-    for by in ("loss", "shapley", "taylor"):
+    for by, task in (("loss", "ablation"), ("shapley", "shapley"), ("taylor", "gradients")):
         done = avss("plan", "-w", warehouse, "--run", run.run_id, "--by", by, "--count", 1, "-o", plan)
-        assert done.exit_code == 0, done.stderr
+        assert done.exit_code == 0 and f"task: {task}:{TEXT}" in plan.read_text(), done.stderr
         (evaluated,) = evaluate(
             [str(plan)], tasks=[f"perplexity:{TEXT}"], warehouse=warehouse, skip_sequences=6, **SMALL
         )
@@ -366,33 +356,9 @@ def test_the_ablation_and_an_evaluated_plan_agree(tiny_llama: Path, tmp_path: Pa
     assert layer.increase.value == pytest.approx(layer.loss.value - found.whole.value)
     difference = layer.loss.samples / layer.loss.weights - found.whole.samples / found.whole.weights
     assert layer.increase.stderr == pytest.approx(difference.std(ddof=1) / math.sqrt(len(difference)))
-    tasks = {row["task"] for row in Warehouse(warehouse).table("evaluations").to_pylist()}
-    assert {f"ablation:{TEXT}", f"shapley:{TEXT}", f"gradients:{TEXT}"} <= tasks
-
-
-def test_what_was_measured_is_not_measured_again(tiny_llama: Path, tmp_path: Path) -> None:
-    warehouse = tmp_path / "w"
-    options = {"corpus": TEXT, "warehouse": warehouse, "shapley": 6, "gradients": True, **SMALL}
-
-    def samples() -> list[Any]:
-        rows = Warehouse(warehouse).table("cells").to_pylist()
-        names = ("run_id", "task", "metric", "drop", "layer", "part", "samples", "weights")
-        return sorted([str(row[name]) for name in names] for row in rows)
-
-    first = ablate(tiny_llama, **options)
-    kept = samples()
-    files = {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")}
-    assert len(files) == 2 + 2 + 2  # shards, shards, chunks of permutations
-    lost = sorted(files)[::2]
-    for path in lost:
-        path.unlink()
-    again = ablate(tiny_llama, **options)
-    assert samples() == kept
-    after = {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")}
-    assert {path for path in files if after[path] == files[path]} == set(files) - set(lost)
-    assert [layer.loss.value for layer in first.layers if layer.loss] == [
-        layer.loss.value for layer in again.layers if layer.loss
-    ]
+    rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["task"] == f"gradients:{TEXT}"]
+    assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
+    assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {6}
 
 
 @pytest.mark.nightly
@@ -403,7 +369,7 @@ def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -
         done = avss(
             *("ablate", tiny_llama, "--corpus", TEXT, "--warehouse", tmp_path / name, "--max-sequences", 6),
             *("--sequence-length", 32, "--sequences-per-shard", 2, "--shapley", 8, "--gradients"),
-            *("--format", "csv", *options),
+            *("--quantize", "int4", "--quantize", "q8_0", "--format", "csv", *options),
         )
         assert done.exit_code == 0, done.stderr
         found[name] = done.stdout
@@ -416,8 +382,7 @@ def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -
 def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path) -> None:
     sizes = {"max_sequences": 4, "sequence_length": 32}
     text = {"corpus": TEXT, "warehouse": tmp_path / "w", "shapley": 8, **sizes}
-    options = [word for name, value in text.items() for word in (f"--{name.replace('_', '-')}", value)]
-    done = avss("ablate", tiny_llama, *options)
+    done = avss("ablate", tiny_llama, *as_words(text))
     assert done.exit_code == 0, done.stderr
     assert "order the layers as this one does to" in " ".join(done.stdout.split())
     for words in ("loss without", "increase", "Shapley", "95% interval", "Loss of the whole model"):
@@ -464,29 +429,6 @@ def test_numbers_that_cannot_be_had_are_shown(tiny_llama: Path, tmp_path: Path) 
         console.print(ablation_table(found))
     assert "nan" not in shown.get()
     assert found.table().to_pylist()[0]["shapley_low"] is None
-
-
-def test_a_plan_is_made_by_gradients(tiny_llama: Path, tmp_path: Path) -> None:
-    warehouse, plan = tmp_path / "w", tmp_path / "plan.yaml"
-    sizes = ("--max-sequences", 4, "--sequence-length", 32)
-    for command in (("score",), ("ablate", "--no-leave-one-out", "--gradients")):
-        done = avss(*command, tiny_llama, "--corpus", TEXT, "-w", warehouse, *sizes)
-        assert done.exit_code == 0, done.stderr
-    rows = Warehouse(warehouse).table("evaluations").to_pylist()
-    assert {row["metric"] for row in rows} == {"taylor", "gradient_l1", "gradient_l2", "weight_frobenius"}
-    assert {row["num_samples"] for row in rows if row["metric"] == "taylor"} == {4}
-    done = avss("plan", "-w", warehouse, "--by", "taylor", "--count", 2, "--contiguous", "-o", plan)
-    assert done.exit_code == 0, done.stderr
-    assert f"task: gradients:{TEXT}" in plan.read_text()
-
-
-def test_a_plan_by_what_was_not_measured_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    warehouse = tmp_path / "w"
-    score(tiny_llama, corpus=TEXT, warehouse=warehouse, **SMALL)
-    done = avss("plan", "-w", warehouse, "--by", "shapley", "-o", tmp_path / "plan.yaml")
-    assert done.exit_code == 2
-    assert f"avss ablate {tiny_llama} --corpus {TEXT} --warehouse {warehouse}" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_mistakes(tiny_llama: Path, tmp_path: Path) -> None:

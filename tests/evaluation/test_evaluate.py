@@ -1,45 +1,24 @@
-"""Evaluation: losses against plain transformers, cells once each, held-out text, retention."""
+"""Evaluation: padding, plans beside their whole model, cells once each, and what is refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import yaml
-from support.causal_lm import open_whole
-from support.checkpoints import host_limit, one_thread
+from support.checkpoints import host_limit
 from support.command_line import avss, files
+from support.experiments import cell_times
 from support.tables import assert_same_evaluations
 
 from avss_dist import ablate, evaluate
 from avss_dist.core.errors import ConfigError, CorpusError
-from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import resolve
 from avss_dist.runs.api import score
-from avss_dist.tasks.base import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 
 TEXT = "perplexity:builtin:pydoc"
 SMALL = {"max_sequences": 12, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 6, "device": "cpu"}
-
-
-def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
-    from avss_dist.evaluation.tasks import plan_text
-
-    settings = Settings(**SMALL)
-    checkpoint = resolve(str(tiny_llama))
-    model = open_whole(checkpoint, settings)
-    for shard in plan_text(checkpoint, "builtin:pydoc", settings).shards:
-        (row,) = TextLoss(shard)(model)
-        ids = torch.from_numpy(shard.input_ids).long()
-        for sample, weight, one in zip(row.samples, row.weights, ids, strict=True):
-            with torch.no_grad():
-                loss = model.module(input_ids=one[None], labels=one[None]).loss.item()
-            assert weight == 31
-            assert sample / weight == pytest.approx(loss, rel=1e-6)
 
 
 def test_padding_counts_for_nothing(tiny_llama: Path, tmp_path: Path) -> None:
@@ -63,13 +42,12 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     warehouse = tmp_path / "w"
-    with one_thread():
-        score(tiny_llama, corpus="builtin:pydoc", warehouse=warehouse, **SMALL)
-        plan = tmp_path / "plan.yaml"
-        assert avss("plan", "-w", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
-        with pytest.raises(ConfigError, match="`skip_sequences` 12"):
-            evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, **SMALL)
-        (found,) = evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
+    score(tiny_llama, corpus="builtin:pydoc", warehouse=warehouse, **SMALL)
+    plan = tmp_path / "plan.yaml"
+    assert avss("plan", "-w", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
+    with pytest.raises(ConfigError, match="`skip_sequences` 12"):
+        evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, **SMALL)
+    (found,) = evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
     assert found.retained is not None
     store = Warehouse(warehouse)
     rows = [row for row in store.table("evaluations").to_pylist() if row["task"] == TEXT]
@@ -79,63 +57,31 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
     value = {(row["metric"], len(row["drop"])): row["value"] for row in rows}
     assert found.retained.value == pytest.approx(value["perplexity", 0] / value["perplexity", 1])
     assert found.retained.low <= found.retained.value <= found.retained.high
-    before = {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")}
+    before = cell_times(warehouse)
     assert len(before) == 5  # two shards, whole and without a layer; and the first rows with another start
     evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
-    assert {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")} == before
+    assert cell_times(warehouse) == before
 
 
-def test_a_plan_that_contradicts_its_model_or_itself_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_layers", 30, "the key 'num_layers' is 30, and {model} has 3 layers"),
+        ("layers", "h", "the key 'layers' is 'h', and the layers of {model} are 'layers'"),
+        ("layers", None, "layers must be a text, not nothing"),
+    ],
+)
+def test_a_plan_that_contradicts_its_model_is_refused(
+    key: str, value: Any, message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
     """With the key of the file, whatever an option of the command is called."""
-    plan, whole = tmp_path / "plan.yaml", {"model": str(tiny_llama), "num_layers": 3, "layers": "layers", "drop": [1]}
-    map_ = {"layer": 0, "map": "mlp.down_proj", "site": "neuron", "outputs": 32, "inputs": 48, "sparsity": 0.5}
-    sparse = {"model": str(tiny_llama), "num_layers": 3, "sparsity": 0.5}
-    sparse |= {"projections": [map_ | {"by": "top_k", "value": 0.5}]}
-    for text, message in (
-        (yaml.safe_dump(whole | {"num_layers": 30}), f"the key 'num_layers' is 30, and {tiny_llama} has 3 layers"),
-        (yaml.safe_dump(whole | {"layers": "h"}), f"the key 'layers' is 'h', and the layers of {tiny_llama} are 'laye"),
-        (yaml.safe_dump({**whole, "layers": None}), "layers must be a text, not nothing"),
-        (yaml.safe_dump({key: whole[key] for key in whole if key != "layers"}), "layers is missing"),
-        (yaml.safe_dump(whole) + "drop: [2]\n", "the key 'drop' is repeated"),
-        (yaml.safe_dump(sparse | {"num_layers": 40}), f"the key 'num_layers' is 40, and {tiny_llama} has 3 layers"),
-        (
-            yaml.safe_dump(sparse | {"sparsity": 0.9}),
-            "sparsity is 0.9, and the maps of projections have 0.",
-        ),
-    ):
-        plan.write_text(text)
-        result = avss("evaluate", plan, "--task", TEXT, "-w", tmp_path / "w", "--executor", "local")
-        said = result.stderr.replace("\n", " ")
-        assert (result.exit_code, f"Error: {plan}" in said, message in said) == (2, True, True), said
-        assert "`" not in said and "layers-path is missing" not in said
+    plan, keys = tmp_path / "plan.yaml", {"model": str(tiny_llama), "num_layers": 3, "layers": "layers", "drop": [1]}
+    plan.write_text(yaml.safe_dump({**keys, key: value}))
+    result = avss("evaluate", plan, "--task", TEXT, "-w", tmp_path / "w", "--executor", "local")
+    said = result.stderr.replace("\n", " ")
+    assert result.exit_code == 2 and f"Error: {plan}" in said and message.format(model=tiny_llama) in said
+    assert "`" not in said and "layers-path is missing" not in said
     assert not [file for file in files(tmp_path) if file.startswith("w/cells")]
-
-
-def test_skipped_layers_are_those_of_the_pruned_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
-    warehouse, plan, pruned = tmp_path / "w", tmp_path / "plan.yaml", tmp_path / "pruned"
-    score(tiny_llama, corpus="builtin:pydoc", warehouse=warehouse, **SMALL)
-    assert avss("plan", "-w", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
-    assert avss("prune", tiny_llama, plan, "-o", pruned).exit_code == 0
-    skipped, cut = (
-        evaluate([str(subject)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)[0].result
-        for subject in (plan, pruned)
-    )
-    assert np.array_equal(skipped.samples, cut.samples)
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("warm_workers")
-def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -> None:
-    found = {}
-    with one_thread():
-        for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
-            done = avss(
-                *("evaluate", tiny_llama, "--task", TEXT, "--warehouse", tmp_path / name, "--max-sequences", 12),
-                *("--sequence-length", 32, "--sequences-per-shard", 3, "--format", "csv", *options),
-            )
-            assert done.exit_code == 0, done.stderr
-            found[name] = done.stdout
-    assert found["one"] == found["two"]
 
 
 @pytest.mark.parametrize("command", [("evaluate", "--task", TEXT), ("ablate", "--corpus", "builtin:pydoc")])
@@ -186,14 +132,11 @@ def test_partitions_refuse_what_they_would_not_honour(
 def test_streaming_evaluates_what_has_no_room(tiny_llama: Path, tmp_path: Path) -> None:
     """The same rows as of a whole model; `auto` chooses it where memory is limited."""
     limited = {"max_memory": {"cpu": host_limit(tiny_llama, 200_000, **SMALL)}}
-    folders: dict[str, Any] = {"whole": {}, "streamed": {"partition": "streaming", **limited}, "chosen": limited}
-    with one_thread():
-        for name, options in folders.items():
-            common = {**SMALL, **options, "executor": "local", "warehouse": tmp_path / name}
-            evaluate([str(tiny_llama)], tasks=[TEXT], **common)
-            ablate(tiny_llama, corpus="builtin:pydoc", shapley=1, gradients=True, **common)
+    for name, options in {"whole": {}, "streamed": limited}.items():
+        common: dict[str, Any] = {**SMALL, **options, "executor": "local", "warehouse": tmp_path / name}
+        evaluate([str(tiny_llama)], tasks=[TEXT], **common)
+        ablate(tiny_llama, corpus="builtin:pydoc", shapley=1, gradients=True, **common)
     assert_same_evaluations(tmp_path / "streamed", tmp_path / "whole")
-    assert_same_evaluations(tmp_path / "chosen", tmp_path / "whole")
 
 
 def test_rows_without_a_token_to_predict_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

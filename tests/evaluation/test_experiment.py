@@ -1,4 +1,4 @@
-"""The experiment: methods and controls, each cell once, the verdict in words, the score card."""
+"""The experiment: methods and controls, each cell once, the score card, and the options of a section."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.checkpoints import VOCABULARY, one_thread
+from support.checkpoints import VOCABULARY, llama
 from support.command_line import avss
-from support.commands import Command
-from support.experiments import experiment_of, run_job_in
-from support.processes import wait_until
+from support.experiments import cell_times, comparable, experiment_of, run_job_in
 
 from avss_dist import ablate
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.reliability import MIN_SETS
 from avss_dist.analysis.scorecard import best_readings, score_cards
-from avss_dist.analysis.verdict import judgement, verdicts
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import encode_removals
 from avss_dist.evaluation.search import search
-from avss_dist.pruning.methods import Experiment, Method, methods, parse_score
+from avss_dist.pruning.methods import Experiment, methods, parse_score
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest
@@ -33,6 +30,7 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
+Done = tuple[Path, list[dict[str, Any]]]
 TASK = "perplexity:builtin:pydoc"
 JOB = """
 warehouse: {warehouse}
@@ -53,18 +51,16 @@ experiment:
 
 @pytest.fixture(scope="module")
 def deep_llama(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
-    from support.checkpoints import llama
-
     return save_checkpoint(llama(num_hidden_layers=6), tmp_path_factory.mktemp("models") / "deep-llama")
 
 
 @pytest.fixture(scope="module")
-def done(deep_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def done(deep_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """A warehouse, and the rows of its experiment."""
     return run_job_in(tmp_path_factory.mktemp("experiment"), JOB, deep_llama)
 
 
-def test_every_method_is_compared_with_the_whole_model(done: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_every_method_is_compared_with_the_whole_model(done: Done) -> None:
     _, rows = done
     (guess,) = (row for row in rows if row["metric"] == "chance")
     assert guess["value"] == pytest.approx(np.log(VOCABULARY)) and guess["drop"] == []
@@ -88,7 +84,7 @@ def test_every_method_is_compared_with_the_whole_model(done: tuple[Path, list[di
     assert up | down == set(range(6))
 
 
-def test_the_reading_of_avss_has_columns_of_its_own(done: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_the_reading_of_avss_has_columns_of_its_own(done: Done) -> None:
     job, _ = done
     rows = Warehouse(read_job(job).warehouse).table("experiments").to_pylist()
     readings = {
@@ -98,9 +94,7 @@ def test_the_reading_of_avss_has_columns_of_its_own(done: tuple[Path, list[dict[
     assert {reading[1:] for reading in readings if reading[0] != "avss"} == {(None, None, None, None)}
 
 
-def test_leave_one_out_drops_the_layers_without_which_the_loss_is_least(
-    done: tuple[Path, list[dict[str, Any]]],
-) -> None:
+def test_leave_one_out_drops_the_layers_without_which_the_loss_is_least(done: Done) -> None:
     job, rows = done
     store = Warehouse(read_job(job).warehouse)
     losses = {
@@ -112,22 +106,21 @@ def test_leave_one_out_drops_the_layers_without_which_the_loss_is_least(
     assert set(row["drop"]) == set(sorted(losses, key=lambda layer: losses[layer])[:3])
 
 
-def test_a_search_finds_what_a_plan_finds(done: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_search_finds_what_a_plan_finds(done: Done) -> None:
     """And measures nothing for it: their losses are the same."""
     job, rows = done
     warehouse = read_job(job).warehouse
     (run,) = Warehouse(warehouse).runs().to_pylist()
-    cells = sorted((Path(warehouse) / "cells").rglob("*.parquet"))
+    cells = cell_times(warehouse)
     sizes = {"sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu", "max_sequences": 8}
     for by in ("greedy", "evolve"):
         for ends in (0, 1):
             request = PlanRequest(warehouse=warehouse, search=by, corpus=run["corpus"], budget=24, **sizes)
-            with one_thread():
-                found = search(request, run, Choice(by=by, share=0.5, first=ends, last=ends))
+            found = search(request, run, Choice(by=by, share=0.5, first=ends, last=ends))
             name = f"{by} search, ends kept" if ends else f"{by} search"
             (row,) = (row for row in rows if (row["method"], row["share"]) == (name, 0.5))
             assert tuple(row["drop"]) == found.plan.drop
-    assert sorted((Path(warehouse) / "cells").rglob("*.parquet")) == cells
+    assert cell_times(warehouse) == cells
 
 
 def test_sets_are_chosen_by_interactions(deep_llama: Path, tmp_path: Path) -> None:
@@ -139,8 +132,7 @@ def test_sets_are_chosen_by_interactions(deep_llama: Path, tmp_path: Path) -> No
     assert "avss ablate" in str(refused.value) and "--damage" in str(refused.value)
     warehouse = tmp_path / "w"
     sizes = {"sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu", "max_sequences": 12}
-    with one_thread():
-        ablate(deep_llama, corpus="builtin:pydoc", warehouse=warehouse, leave_one_out=False, damage=True, **sizes)
+    ablate(deep_llama, corpus="builtin:pydoc", warehouse=warehouse, leave_one_out=False, damage=True, **sizes)
     _, rows = run_job_in(tmp_path, job.replace("random: 2", "random: 0"), deep_llama)
     (run,) = Warehouse(warehouse).runs().to_pylist()
     for share, first in ((0.25, 0), (0.5, 1)):
@@ -151,48 +143,21 @@ def test_sets_are_chosen_by_interactions(deep_llama: Path, tmp_path: Path) -> No
     assert not [row for row in rows if row["method"] == "interactions, reversed"]
 
 
-def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(
-    done: tuple[Path, list[dict[str, Any]]],
-) -> None:
+def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(done: Done) -> None:
     job, rows = done
-    cells = Path(read_job(job).warehouse) / "cells"
-    files = sorted(cells.rglob("*.parquet"))
-    times = {file: file.stat().st_mtime_ns for file in files}
-    lost = files[:: len(files) // 3]
+    warehouse = read_job(job).warehouse
+    times = cell_times(warehouse)
+    lost = sorted(times)[:: len(times) // 3]
     for file in lost:
         file.unlink()
-    with one_thread():
-        _, again = experiment_of(job)
-    assert sorted(cells.rglob("*.parquet")) == files
-    assert {file for file in files if file.stat().st_mtime_ns != times[file]} == set(lost)
-    shown = [[{k: v for k, v in row.items() if k != "created_at"} for row in some] for some in (rows, again)]
-    assert json.dumps(shown[0]) == json.dumps(shown[1])
+    _, again = experiment_of(job)
+    now = cell_times(warehouse)
+    assert now.keys() == times.keys()
+    assert {file for file in times if now[file] != times[file]} == set(lost)
+    assert comparable(again) == comparable(rows)
 
 
-@pytest.mark.nightly
-@pytest.mark.usefixtures("warm_workers")
-def test_a_killed_experiment_goes_on_where_it_was(done: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
-    whole, rows = done
-    job = tmp_path / "job.yaml"
-    job.write_text(whole.read_text().replace(read_job(whole).warehouse, str(tmp_path / "w")))
-    killed = Command("run", job)
-    cells = tmp_path / "w" / "cells"
-    wait_until(lambda: len(list(cells.rglob("*.parquet"))) >= 8 or not killed.running())
-    killed.kill()
-    before = {file: file.stat().st_mtime_ns for file in cells.rglob("*.parquet")}
-    assert len(before) >= 8
-    with one_thread():
-        _, resumed = experiment_of(job)
-    after = {file: file.stat().st_mtime_ns for file in cells.rglob("*.parquet")}
-    assert len(after) == len(list((Path(read_job(whole).warehouse) / "cells").rglob("*.parquet"))) > len(before)
-    assert {file: after[file] for file in before} == before
-    shown = [[{k: v for k, v in row.items() if k != "created_at"} for row in some] for some in (rows, resumed)]
-    assert json.dumps(shown[0]) == json.dumps(shown[1])
-
-
-def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(
-    done: tuple[Path, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_sets_with_sublayers_are_beside_the_point_of_a_score_card(done: Done, tmp_path: Path) -> None:
     """Scores are of layers: the same card, with such a set in the very evaluation that it reads."""
     store = Warehouse(read_job(done[0]).warehouse)
     (run,) = store.runs().to_pylist()
@@ -213,7 +178,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("run_id", "model", "revision", "family")}
 
 
-def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_the_score_card_has_the_truth_and_what_was_kept(done: Done) -> None:
     job, rows = done
     store = Warehouse(read_job(job).warehouse)
     cards = score_cards(store, store.runs().to_pylist())
@@ -241,7 +206,7 @@ def test_the_score_card_has_the_truth_and_what_was_kept(done: tuple[Path, list[d
         assert [row["spearman_loss"] for row in best if row["site"] == site] == [max(mine)]
 
 
-def test_the_command_line_tells_the_verdict(done: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_the_command_line_tells_the_verdict(done: Done) -> None:
     job, _ = done
     told = avss("run", job)
     assert told.exit_code == 0, told.stderr
@@ -250,56 +215,6 @@ def test_the_command_line_tells_the_verdict(done: tuple[Path, list[dict[str, Any
     assert "Of 2 random choices" in words
     card = avss("scorecard", "-w", read_job(job).warehouse, "--format", "csv")
     assert card.exit_code == 0 and "spearman_loss" in card.stdout
-
-
-def test_calibration_text_is_refused(done: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
-    job, _ = done
-    same = tmp_path / "same.yaml"
-    same.write_text(job.read_text().replace("skip_sequences: 12", "skip_sequences: 0"))
-    with pytest.raises(ConfigError, match="`skip_sequences` 12"):
-        experiment_of(same)
-
-
-def row(method: str, retention: float, low: float, high: float, **more: Any) -> dict[str, Any]:
-    score = more.pop("score", method.replace(" ", "_"))
-    common = {"task": "t", "metric": "acc", "share": 0.25, "drop": [1], "value": 0.5, "control": None}
-    interval = {"retention": retention, "retention_low": low, "retention_high": high}
-    return {**common, "method": method, "score": score, **interval, **more}
-
-
-def test_the_claim_holds_or_not_or_is_undecided() -> None:
-    assert judgement(row("avss", 0.95, 0.92, 0.99)) == "the claim holds"
-    assert judgement(row("avss", 0.5, 0.4, 0.6)) == "the claim does not hold"
-    assert "undecided" in judgement(row("avss", 0.9, 0.8, 1.0))
-    assert "undecided, for there is no interval" in judgement(row("avss", 0.95, float("nan"), float("nan")))
-
-
-def test_a_verdict_speaks_of_chance_and_of_rivals() -> None:
-    rows = [
-        row("whole model", 1.0, 1.0, 1.0, share=0.0, value=0.8, score=None),
-        row("avss", 0.95, 0.92, 0.99),
-        row("random 0", 0.97, 0.9, 1.0, score="random"),
-        row("random 1", 0.6, 0.5, 0.7, score="random"),
-        row("block influence", 0.98, 0.9, 1.0),
-        row("avss, reversed", 0.3, 0.2, 0.4, score="avss", control="reversed"),
-    ]
-    (text,) = verdicts(rows)
-    assert "the claim holds" in text
-    assert "Of 2 random choices of as many layers, 1 keeps as much or more (the best 97.0%)." in text
-    assert "Block influence keeps 98.0%." in text and "The reverse, the highest AVSS, keeps 30.0%." in text
-    assert verdicts([r for r in rows if r["method"] != "avss"]) == []
-    (text,) = verdicts([r for r in rows if r["method"] != "random 0"])
-    assert "A random choice of as many layers keeps 60.0%." in text
-
-
-@pytest.mark.parametrize(
-    ("chance", "told"), [(0.5, "the claim holds. A guess keeps 62.5%."), (0.76, "cannot tell, for a guess keeps 95.0%")]
-)
-def test_a_verdict_knows_what_a_guess_keeps(chance: float, told: str) -> None:
-    of_choice = row("whole model", 1.0, 1.0, 1.0, share=0.0, value=0.8, score=None)
-    guess = {**of_choice, "metric": "chance", "value": chance}
-    (text,) = verdicts([of_choice, guess, row("avss", 0.95, 0.92, 0.99)])
-    assert told in text
 
 
 def test_methods_of_every_reading() -> None:
@@ -313,15 +228,6 @@ def test_methods_of_every_reading() -> None:
     assert parse_score("avss:update:unit:0.1rms")[1] == ("update", "unit", 0.1, "rms")
 
 
-def test_random_choices_are_seeded_and_differ() -> None:
-    scores = [{"layer": layer} for layer in range(12)]
-    drops = [
-        choice.drop(choice.scores(scores, {}))
-        for choice in [Method(score="random", seed=seed).choice(0.25) for seed in (0, 0, 1)]
-    ]
-    assert drops[0] == drops[1] != drops[2]
-
-
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -332,6 +238,12 @@ def test_random_choices_are_seeded_and_differ() -> None:
         ("{tasks: [x], scores: ['avss:blok:pooled:1e-5']}", "Did you mean 'block'"),
         ("{tasks: [x], randoms: 3}", "Did you mean 'random'"),
         ("{tasks: [x], random: many}", "random must be a whole number"),
+        ("{tasks: [x], search: [evolve]}", "Set `?search_budget"),
+        ("{tasks: [x], search: [greed]}", "Unknown `?search`? 'greed'"),
+        ("{tasks: [x], repairs: [map]}", "repairs map needs text to be fitted on"),
+        ("{tasks: [x], repairs: []}", "repairs must not be empty"),
+        ("{tasks: [x], repairs: [mapp], repair_corpora: [x]}", "Did you mean 'map'"),
+        ("{tasks: [x], repair_corpora: [x]}", "repair_corpora has no effect"),
     ],
 )
 def test_mistakes_in_a_section_are_told_with_their_line(tmp_path: Path, section: str, message: str) -> None:
@@ -351,66 +263,30 @@ def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path) -> None:
     assert told.exit_code == 2 and "--allow-overlap applies to an experiment" in told.stderr
 
 
-PUBLISHED = {"site": "block", "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}
-
-
-def test_a_verdict_finds_rows_by_columns_whatever_they_are_called() -> None:
-    """And by the label where an older file has no columns of the reading."""
-    elsewhere = row("AVSS", 0.1, 0.0, 0.2, score="avss", **PUBLISHED | {"site": "mlp"})
-    published = row("AVSS as published", 0.95, 0.92, 0.99, score="avss", **PUBLISHED)
-    assert "the claim holds" in verdicts([elsewhere, published])[0]
-    assert verdicts([elsewhere]) == []
-    older = [
-        row("avss (mlp, pooled, 1e-05)", 0.1, 0.0, 0.2, score="avss"),
-        row("avss", 0.95, 0.92, 0.99, score="avss"),
-    ]
-    assert "the claim holds" in verdicts(older)[0]
-    assert verdicts(older[:1]) == []
-
-
 @pytest.mark.parametrize(
-    ("perplexity", "message"), [(1000.0, "cannot tell, for a guess keeps 100.0%"), (20.0, "the claim holds")]
+    ("number", "options", "told"),
+    [
+        ("100000", [], "makes up to 400,047 evaluations (models: 1, sets of layers to drop: 400,046, repairs: 1"),
+        ("100000000", ["--yes"], "400,000,047 evaluations are more than one command"),
+    ],
 )
-def test_a_perplexity_as_large_as_the_vocabulary_is_a_guess_too(perplexity: float, message: str) -> None:
-    common = {"share": 0.0, "score": None}
-    rows = [
-        {**row("whole model", 1.0, 1.0, 1.0, **common), "metric": "loss", "value": np.log(perplexity)},
-        {**row("whole model", 1.0, 1.0, 1.0, **common), "metric": "chance", "value": np.log(1000.0)},
-        {**row("avss", 0.99, 0.98, 1.0), "metric": "loss", "value": np.log(perplexity)},
-    ]
-    (text,) = verdicts(rows)
-    assert message in text
-    assert ("A guess keeps 2.0%." in text) == (perplexity == 20.0)
-
-
-def test_a_huge_experiment_says_its_size_first(tmp_path: Path) -> None:
+def test_a_huge_experiment_says_its_size_first(number: str, options: list[str], told: str, tmp_path: Path) -> None:
     """The choices are neither made nor counted one by one; scoring has not begun."""
     job = tmp_path / "job.yaml"
-    text = JOB.format(warehouse=tmp_path / "w", model="nowhere").replace("random: 2", "random: 100000")
-    job.write_text(text)
-    done = avss("run", job)
-    assert done.exit_code == 2
-    assert "makes up to 400,047 evaluations (models: 1, sets of layers to drop: 400,046, repairs: 1" in done.stderr
-    assert "Lower `random`" in done.stderr and "More than 10,000 need --yes." in done.stderr
+    text = JOB.format(warehouse=tmp_path / "w", model="nowhere")
+    job.write_text(text.replace("random: 2", f"random: {number}"))
+    done = avss("run", job, *options)
+    assert done.exit_code == 2 and told in done.stderr
+    assert options or ("Lower `random`" in done.stderr and "More than 10,000 need --yes." in done.stderr)
     assert not (tmp_path / "w").exists()
-    job.write_text(text.replace("100000", "3000") + "  allow_many: true\n")
+
+
+def test_a_large_experiment_is_run_if_it_is_wanted(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    text = JOB.format(warehouse=tmp_path / "w", model="nowhere")
+    job.write_text(text.replace("random: 2", "random: 3000") + "  allow_many: true\n")
     runs, rows = experiment_of(job)
     assert [run.status for run in runs] == ["failed"] and not rows
-
-
-def test_evolution_needs_a_budget() -> None:
-    with pytest.raises(ConfigError, match="Set `search_budget`"):
-        Experiment(tasks=(TASK,), search=("evolve",))
-    with pytest.raises(ConfigError, match="Unknown `search` 'greed'"):
-        Experiment(tasks=(TASK,), search=("greed",))
-
-
-def test_more_evaluations_than_can_be_listed_are_refused(tmp_path: Path) -> None:
-    job = tmp_path / "job.yaml"
-    job.write_text(JOB.format(warehouse=tmp_path / "w", model="nowhere").replace("random: 2", "random: 100000000"))
-    done = avss("run", job, "--yes")
-    assert done.exit_code == 2 and done.stderr.startswith("Error: 400,000,047 evaluations are more than one command")
-    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("scores", [("avss", "block_influence"), ("avss:all",), ("avss:all", "avss")])

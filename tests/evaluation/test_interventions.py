@@ -20,6 +20,8 @@ from avss_dist.pruning.methods import Experiment, parse_score
 from avss_dist.runs.job_file import read_job
 from avss_dist.warehouse.reader import Warehouse
 
+pytestmark = pytest.mark.nightly
+
 JOB = """
 warehouse: {warehouse}
 models: [{model}]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import VOCABULARY, llama
-from support.command_line import avss
+from support.command_line import as_words, avss
+from support.tiers import nightly
 
 from avss_dist import evaluate
 from avss_dist.analysis.findings import findings
@@ -57,8 +58,13 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("added", ["$A", "<bos> $A", "<bos> $A <eos>"])
-@pytest.mark.parametrize("build", [llama, gemma3])
+@pytest.mark.parametrize(
+    ("build", "added"),
+    [
+        *((llama, added) for added in ("$A", "<bos> $A", "<bos> $A <eos>")),
+        *nightly(*((gemma3, added) for added in ("$A", "<bos> $A", "<bos> $A <eos>"))),
+    ],
+)
 def test_the_perplexity_of_a_text_is_that_of_transformers(build: Any, added: str, text: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,12 +131,11 @@ def test_a_tokenizer_that_does_not_add_the_bos_that_its_model_expects_is_found_o
     rows = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
     losses = {row["metric"]: row["value"] for row in rows if row["task"] == f"{ROW_START}{text}"}
     assert losses["loss_other_start"] == pytest.approx(np.log(WORDS), rel=1e-3)
-    again = avss(
-        "evaluate", folder, "--task", task, "-w", tmp_path / "w", "--max-sequences", 12, "--sequence-length", 16
-    )
+    again = avss("evaluate", folder, "--task", task, "-w", tmp_path / "w", *as_words(SMALL))
     assert again.exit_code == 0 and "which it seems to expect" in again.output
 
 
+@pytest.mark.nightly
 def test_the_benchmark_runs(text: Path, tmp_path: Path) -> None:
     folder = save(tmp_path / "model", llama(), "<bos> $A")
     command = [sys.executable, str(BENCHMARK), str(folder), "--corpus", str(text), "--rows", "4", "--length", "16"]

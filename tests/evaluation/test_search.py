@@ -1,10 +1,10 @@
-"""Searching sets of layers of a model: against sets measured one by one, killed, resumed, on workers, as a command."""
+"""Searching sets of layers of a model: against sets measured one by one, continued, on workers, as a command."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 from support.causal_lm import SMALL, opened
-from support.checkpoints import llama, one_thread
-from support.command_line import avss
-from support.commands import Command
-from support.processes import wait_until
+from support.checkpoints import llama
+from support.command_line import as_words, avss
+from support.experiments import cell_times
 
 from avss_dist import ablate
 from avss_dist.core.intervention import (
@@ -39,13 +38,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 TEXT = "builtin:pydoc"
 LAYERS = 6
-OPTIONS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-@pytest.fixture(autouse=True)
-def same_bytes() -> Iterator[None]:
-    with one_thread():
-        yield
+OPTIONS = as_words(SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +68,6 @@ def found_by(by: str, scored: tuple[Path, Mapping[str, Any]], **options: Any) ->
     warehouse, run = scored
     request = PlanRequest(warehouse=warehouse, search=by, corpus=TEXT, skip_sequences=6, **SMALL | options)
     return search(request, run, Choice(by=by, count=3, last=1))
-
-
-def cell_times(warehouse: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in (warehouse / "cells").rglob("*.parquet")}
 
 
 class Truth:
@@ -144,60 +133,15 @@ def test_searches_share_what_they_measure(scored: tuple[Path, Mapping[str, Any]]
     assert not cell_times(scored[0]).items() >= last.items()
 
 
-def test_what_is_lost_is_measured_again(scored: tuple[Path, Mapping[str, Any]]) -> None:
-    first = found_by("beam", scored)
-    times = cell_times(scored[0])
-    lost = sorted(times)[::2]
-    for path in lost:
-        path.unlink()
-    assert found_by("beam", scored).plan == first.plan
-    assert all(at == times[path] for path, at in cell_times(scored[0]).items() if path in {*times} - {*lost})
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("warm_workers")
-def test_a_killed_search_goes_on_where_it_was(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
-    warehouse, plan = scored[0], tmp_path / "plan.yaml"
-    command = ["plan", "-w", str(warehouse), "--search", "evolve", "--budget", "60", "--count", "3", "--corpus", TEXT]
-    command += ["-o", str(plan), *OPTIONS]
-    killed = Command(*command)
-    wait_until(lambda: len(cell_times(warehouse)) >= 3 or not killed.running())
-    killed.kill()
-    assert not plan.exists()
-    kept = cell_times(warehouse)
-    assert len(kept) >= 3
-    assert avss(*command).exit_code == 0
-    assert kept.items() < cell_times(warehouse).items()
-    resumed = plan.read_text()
-    assert avss(*command, "--fresh").exit_code == 0
-    assert plan.read_text() == resumed
-
-
 @pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_workers_find_what_one_process_finds(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
     """Round after round on the same workers, whose models stay open."""
     found = {}
+    command = ["plan", "-w", scored[0], "--search", "evolve", "--budget", 40, "--count", 3, "--corpus", TEXT, *OPTIONS]
     for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
         plan = tmp_path / f"{name}.yaml"
-        done = avss(
-            *(
-                "plan",
-                "-w",
-                scored[0],
-                "--search",
-                "evolve",
-                "--budget",
-                40,
-                "--count",
-                3,
-                "--corpus",
-                TEXT,
-                "-o",
-                plan,
-            ),
-            *(*OPTIONS, "--fresh", *options),
-        )
+        done = avss(*command, "-o", plan, "--fresh", *options)
         assert done.exit_code == 0, done.stderr
         found[name] = plan.read_text(), done.stdout.replace(f"{name}.yaml", "")
     assert found["one"] == found["two"]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.causal_lm import SMALL
-from support.checkpoints import llama, one_thread
+from support.checkpoints import llama
 from support.command_line import avss
+from support.experiments import cell_times
 from support.quantized import block_fp8
 
 from avss_dist import ablate, score
@@ -25,12 +26,6 @@ from avss_dist.warehouse.reader import Warehouse
 TEXT = "builtin:pydoc"
 Save = Callable[[Any, Path], Path]
 SIZES = ("--max-sequences", 6, "--sequence-length", 32, "--sequences-per-shard", 3, "--dtype", "float32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_bytes() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +58,9 @@ def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path
     told = " ".join(done.stdout.split())
     for words in ("int4, 4.", "q4_0, 4.5 bits: increase", "predicted", "mlp.down_proj", "order the layers as this"):
         assert words in told, told
+    times = cell_times(tmp_path)
     table = avss(*options, "--rounded-maps", "--format", "csv")
+    assert len(times) == 2 + 2 + 2 * 2 and cell_times(tmp_path) == times  # of 2 shards: predicted, followed, measured
     rows = [*csv.DictReader(io.StringIO(table.stdout))]
     assert len(rows) == 2 * 4 * (1 + 7)
     for name in ("int4", "q4_0"):
@@ -99,23 +96,6 @@ def test_rows_of_the_warehouse_name_what_is_rounded(measured: Path) -> None:
         AND p.rounding LIKE 'int4@%'"""
     )
     assert joined.num_rows == 2 * 4  # two texts
-
-
-def test_formats_are_measured_once(model: Path, tmp_path: Path) -> None:
-    def files() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.parquet")}
-
-    assert avss(*options_of(model, tmp_path, "int4")).exit_code == 0
-    first = files()
-    assert len(first) == 2 + 2 + 2  # shards: predicted, followed, measured
-    again = avss(*options_of(model, tmp_path, "int4"), "--format", "csv")
-    assert files() == first
-    (lost, *_) = sorted(first)
-    lost.unlink()
-    assert avss(*options_of(model, tmp_path, "int4"), "--format", "csv").stdout == again.stdout
-    assert {path for path, time in files().items() if first.get(path) == time} == {*first} - {lost}
-    assert avss(*options_of(model, tmp_path, "int4", "q4_0")).exit_code == 0
-    assert len(files()) == 6 + 2 + 2 + 2  # what is measured of int4 is not measured again
 
 
 def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
@@ -205,14 +185,3 @@ def test_results_have_one_table(model: Path, tmp_path: Path) -> None:
     assert len(rows) == 4 * 8 and rows[0]["increase"] is None and rows[0]["predicted"] is not None
     done = avss(*options_of(model, tmp_path / "w", "fp8"), "--no-rounded-layers", "--format", "json")
     assert [json.loads(line)["format"] for line in done.stdout.splitlines()] == ["fp8"] * 4 * 8
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("warm_workers")
-def test_workers_give_what_one_process_gives(model: Path, tmp_path: Path) -> None:
-    found = {}
-    for name, more in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
-        done = avss(*options_of(model, tmp_path / name, "int4", "q8_0"), "--format", "csv", *more)
-        assert done.exit_code == 0, done.stderr
-        found[name] = done.stdout
-    assert found["one"] == found["two"]

@@ -26,10 +26,20 @@ WITHOUT = NO_INTERVENTION.without(1)
 
 
 class Events(list[Event]):
-    """Events of a session, in their order."""
+    """Events of a session, in their order.
+
+    Args:
+        stop_after: number of measured cells after which the session is interrupted.
+    """
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        super().__init__()
+        self._stop_after = stop_after
 
     def __call__(self, event: Event) -> None:
         self.append(event)
+        if self._stop_after == sum(isinstance(event, CellDone) for event in self):
+            raise KeyboardInterrupt
 
     def counts(self) -> list[tuple[int, int, int]]:
         """Cells, cells that were known, and cells that were measured, of each round."""
@@ -42,8 +52,10 @@ class Events(list[Event]):
         return rounds
 
 
-def session_of(folder: Path, executor: LocalExecutor, **execution: Any) -> tuple[EvaluationSession, Events]:
-    events, store = Events(), Store(folder)
+def session_of(
+    folder: Path, executor: LocalExecutor, events: Events | None = None, **execution: Any
+) -> tuple[EvaluationSession, Events]:
+    events, store = Events() if events is None else events, Store(folder)
     store.create()
     return EvaluationSession(store, executor, Execution(**execution), events), events
 
@@ -69,6 +81,29 @@ def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path) -> None:
         (one,), (two,), (three,) = (results_under(results, intervention.key) for results in (first, again, more))
         assert one.samples.tolist() == two.samples.tolist() == three.samples.tolist() and len(one.samples) == 8
     assert len(more) == 3
+
+
+def test_a_session_that_was_stopped_goes_on_and_what_is_lost_is_measured_again(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """After each of four cells: only the others are measured, and the results are those of a session of its own."""
+    results, interventions = [], [NO_INTERVENTION, WITHOUT]
+    with closing(LocalExecutor(SETTINGS)) as executor:
+        for number in (1, 2, 3, 4):
+            stopped, _ = session_of(tmp_path / str(number), executor, Events(stop_after=number))
+            task = task_of(stopped, tiny_llama)
+            with pytest.raises(KeyboardInterrupt):
+                stopped.measure([(task, interventions)])
+            later, events = session_of(tmp_path / str(number), executor)
+            results.append(later.measure([(task, interventions)])[task])
+            assert events.counts() == [(4, number, 4 - number)]
+        lost = min((tmp_path / "4").rglob("cells/**/*.parquet"))
+        lost.unlink()
+        later, events = session_of(tmp_path / "4", executor)
+        results.append(later.measure([(task, interventions)])[task])
+        assert events.counts() == [(4, 3, 1)]
+    samples = [[result.samples.tolist() for result in found] for found in results]
+    assert all(found == samples[0] for found in samples)
 
 
 def test_a_fresh_session_measures_what_was_there_once(tiny_llama: Path, tmp_path: Path) -> None:

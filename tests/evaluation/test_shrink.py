@@ -1,4 +1,7 @@
-"""`avss shrink`: a model, scored, cut, repaired, evaluated and written in one go; stopped, it goes on."""
+"""`avss shrink`: a model, scored, cut, repaired, evaluated and written in one go; stopped, it goes on.
+
+Tests that need no scores of their own measure in a copy of the warehouse of `done`, which has those of the model.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,24 @@ from typing import Any
 
 import pytest
 import ray
-from support.checkpoints import block_fp8, llama, one_thread
-from support.command_line import avss
+from support.checkpoints import block_fp8
+from support.command_line import as_words, avss
 from support.commands import Command
-from support.tiers import nightly
-from support.families import lively, tiny_model
+from support.experiments import cell_times
+from support.families import tiny_model
 from support.processes import wait_until
+from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 
 import avss_dist
 from avss_dist import evaluate
-from avss_dist.core.errors import ConfigError, CorpusError, ModelError
+from avss_dist.core.errors import ConfigError, CorpusError, ModelError, RunFailed
 from avss_dist.core.registry import BLOCK_DISTANCE, INTERACTIONS, SCORES
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI
+from avss_dist.distillation import memory, trainer
+from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced
+from avss_dist.distillation.record import read_record
 from avss_dist.evaluation.repairs import copies_of
 from avss_dist.evaluation.shrink import SCORED, CandidateResult, Shrunk, TextSplit, split_rows
 from avss_dist.evaluation.tasks import plan_text
@@ -46,17 +53,12 @@ TASK = f"perplexity:{TEXT}"
 ROWS = {"max_sequences": 80, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4}
 READ: dict[str, Any] = {**ROWS, "dtype": "float32", "device": "cpu"}
 CONTINUED: dict[str, Any] = {"continuation_tokens": 6}
-OPTIONS = [word for name, value in (READ | CONTINUED).items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
-    return save_checkpoint(lively(llama(num_hidden_layers=8)), tmp_path_factory.mktemp("models") / "deep")
+OPTIONS = as_words(READ | CONTINUED)
+TOKENS = 24 * 4 * 32
 
 
 def shrunk(model: Path, out: Path, **options: Any) -> Shrunk:
-    with one_thread():
-        return avss_dist.shrink(model, corpus=TEXT, output=out, **READ | CONTINUED | options)
+    return avss_dist.shrink(model, output=out, **{"corpus": TEXT, **READ, **CONTINUED, **options})
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,12 @@ def content(folder: str | Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(folder).iterdir()}
 
 
+@pytest.fixture
+def warehouse(done: Shrunk, tmp_path: Path) -> Path:
+    """A copy of the warehouse of `done`, to change."""
+    return Path(shutil.copytree(f"{done.folder}-warehouse", tmp_path / "w"))
+
+
 def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     """What is said of the written checkpoint is what evaluating it gives, to the bit."""
     plan, (task,) = done.best.plan, done.best.tasks
@@ -78,10 +86,9 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     assert done.best.kept == task.of(task.repaired).value > task.of(task.pruned).value
     assert [len(one.plan.drop) for one in done.curve] == [2]
     read = {**READ, "max_sequences": 10}
-    with one_thread():
-        again = evaluate(
-            [str(deep), done.folder], tasks=[TASK], warehouse=f"{done.folder}-again", skip_sequences=10, **read
-        )
+    again = evaluate(
+        [str(deep), done.folder], tasks=[TASK], warehouse=f"{done.folder}-again", skip_sequences=10, **read
+    )
     assert [one.result.value for one in again] == [task.whole.value, task.repaired.value]
     assert read_repairs(Path(done.folder)) == [done.record]
     card = (Path(done.folder) / "README.md").read_text()
@@ -126,18 +133,21 @@ def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, 
     assert {row["run_id"] for row in stored} == {plan.run_id}
 
 
-def test_prompts_are_continued_once_and_shown_as_text(done: Shrunk, deep: Path, tmp_path: Path) -> None:
+@pytest.mark.nightly
+def test_prompts_are_continued_once_and_shown_as_text(
+    done: Shrunk, warehouse: Path, deep: Path, tmp_path: Path
+) -> None:
     """Markup in a prompt is text to the terminal and to the page; its cells are not measured again."""
-    warehouse, prompt = f"{done.folder}-warehouse", "[red]A </td><script>alert(1)</script>\nlist"
+    prompt = "[red]A </td><script>alert(1)</script>\nlist"
     how = ["--corpus", TEXT, "-w", warehouse, "--prompt", prompt, "--prompt", "A class", *OPTIONS]
     told = avss("shrink", deep, "-o", tmp_path / "out", *how)
     assert told.exit_code == 0, told.stderr
     words = " ".join(told.stdout.split())
     assert "Greedy continuation of: [red]A </td><script>alert(1)</script> list" in words
     assert content(tmp_path / "out") == content(done.folder)
-    cells = {file: file.stat().st_mtime_ns for file in Path(warehouse, "cells").rglob("*.parquet")}
+    times = cell_times(warehouse)
     values = json.loads(avss("shrink", deep, "-o", tmp_path / "again", *how, "--format", "json").stdout)
-    assert {file: file.stat().st_mtime_ns for file in Path(warehouse, "cells").rglob("*.parquet")} == cells
+    assert cell_times(warehouse) == times
     assert [(one["prompt"], one["model"]) for one in values["continuations"]] == [
         (p, model) for model in MODELS for p in (prompt, "A class")
     ]
@@ -147,18 +157,18 @@ def test_prompts_are_continued_once_and_shown_as_text(done: Shrunk, deep: Path, 
 
 
 def test_a_model_that_generates_no_text_is_shrunk_all_the_same(
-    done: Shrunk, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: Shrunk, warehouse: Path, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("no generation here")
 
     monkeypatch.setattr(LanguageModel, "generate", refuse)
-    made = shrunk(deep, tmp_path / "out", warehouse=f"{done.folder}-warehouse", prompts=("Once",))
+    made = shrunk(deep, tmp_path / "out", warehouse=warehouse, prompts=("Once",))
     assert not made.continuations and content(made.folder) == content(done.folder)
     assert any("generates no text: no generation here" in note for note in made.notes)
 
 
-def test_whatever_layers_are_chosen_by_is_measured() -> None:
+def test_every_criterion_has_a_measurement() -> None:
     assert {*RANKED_BY, INTERACTIONS, BLOCK_DISTANCE} == {*SCORES}
 
 
@@ -176,20 +186,19 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("when", ["patches", *nightly("scores", "evaluations")])
 @pytest.mark.usefixtures("warm_workers")
-def test_killed_it_goes_on_and_writes_the_same_bytes(when: str, done: Shrunk, deep: Path, tmp_path: Path) -> None:
-    """By SIGKILL as soon as there is a first file of a table."""
+def test_killed_it_goes_on_and_writes_the_same_bytes(done: Shrunk, deep: Path, tmp_path: Path) -> None:
+    """By SIGKILL as soon as a repair is stored."""
     out = tmp_path / "out"
     killed = Command("shrink", deep, "--corpus", TEXT, "-o", out, *OPTIONS)
-    kept = tmp_path / "out-warehouse" / when
+    kept = tmp_path / "out-warehouse" / "patches"
     wait_until(lambda: any(kept.rglob("*.*")) or not killed.running())
     killed.kill()
     assert not out.exists()
-    cells = {file: file.stat().st_mtime_ns for file in (tmp_path / "out-warehouse" / "cells").rglob("*.parquet")}
+    times = cell_times(tmp_path / "out-warehouse")
     again = shrunk(deep, out)
     assert content(out) == content(done.folder)
-    assert {file: file.stat().st_mtime_ns for file in cells} == cells
+    assert times.items() <= cell_times(tmp_path / "out-warehouse").items()
     assert again.best.kept == done.best.kept
 
 
@@ -233,19 +242,19 @@ def test_all_workers_that_there_is_room_for_share_the_fit() -> None:
     assert copies_of(one, Settings(), LocalExecutor(Settings(device="cpu"))) == 1
 
 
-def test_as_many_layers_go_as_can(deep: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("repair", ["none", *nightly("map")])
+def test_as_many_layers_go_as_can(repair: str, warehouse: Path, deep: Path, tmp_path: Path) -> None:
     """By bisection: with one more, less is kept than was asked for. What was tried is not tried again."""
-    warehouse = tmp_path / "w"
-    tight = shrunk(deep, tmp_path / "tight", keep=0.9, repair="map", warehouse=warehouse)
-    files = {file: file.stat().st_mtime_ns for file in (warehouse / "cells").rglob("*.parquet")}
-    loose = shrunk(deep, tmp_path / "loose", keep=0.3, repair="map", warehouse=warehouse)
-    assert {file: file.stat().st_mtime_ns for file in files} == files
+    tight = shrunk(deep, tmp_path / "tight", keep=0.9, repair=repair, warehouse=warehouse)
+    times = cell_times(warehouse)
+    loose = shrunk(deep, tmp_path / "loose", keep=0.3, repair=repair, warehouse=warehouse)
+    assert times.items() <= cell_times(warehouse).items()
 
     def gone(attempt: CandidateResult) -> int:
         return len(attempt.plan.drop)
 
     for made, keep in ((tight, 0.9), (loose, 0.3)):
-        kept = {gone(one): one.kept for one in made.curve}
+        kept = {gone(attempt): attempt.kept for attempt in made.curve}
         assert list(kept) == sorted(kept) and kept[gone(made.best)] >= keep
         assert all(share < keep for count, share in kept.items() if count > gone(made.best))
         assert gone(made.best) + 1 in kept or gone(made.best) == 7
@@ -256,17 +265,20 @@ def test_as_many_layers_go_as_can(deep: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "repaired"), [("damage", True), ("avss", False), *nightly(("loss", True), ("last", True))]
+    ("by", "repaired"), [("avss", False), *nightly(("damage", True), ("loss", True), ("last", True))]
 )
-def test_what_layers_are_chosen_by(by: str, repaired: bool, deep: Path, tmp_path: Path) -> None:
-    """Where no layer stands before those that go, nothing is repaired, and that is no mistake."""
+def test_layers_are_chosen_by_a_score_and_repaired_if_others_stand_before_them(
+    by: str, repaired: bool, warehouse: Path, deep: Path, tmp_path: Path
+) -> None:
+    """Where none does, nothing is repaired, and that is no mistake."""
     how = {"last": 6} if by == "avss" else {}
-    made = shrunk(deep, tmp_path / "out", by=by, repair="channel", **how)
+    made = shrunk(deep, tmp_path / "out", by=by, repair="channel", warehouse=warehouse, **how)
     assert made.best.plan.why["by"] == by
     assert (made.record is not None) == repaired == (made.best.tasks[0].repaired is not None)
     assert repaired or made.best.plan.drop == (0, 1)
 
 
+@pytest.mark.nightly
 def test_a_search_repairs_on_enough_text(deep: Path, tmp_path: Path) -> None:
     """Where the rows that scores use are too few for the equations."""
     made = shrunk(deep, tmp_path / "out", by="greedy", repair="map", max_sequences=24)
@@ -276,44 +288,44 @@ def test_a_search_repairs_on_enough_text(deep: Path, tmp_path: Path) -> None:
     assert len(rows) == 2 and min(rows) > 3 and max(rows) == 18
 
 
-def test_greedy_goes_by_what_is_lost_after_the_repair(deep: Path, tmp_path: Path) -> None:
+def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     """Every set that it tries is repaired, on text that it is not measured on."""
-    made = shrunk(deep, tmp_path / "out", by="greedy", repair="channel")
-    why, warehouse = made.best.plan.why, Warehouse(tmp_path / "out-warehouse")
-    rows = [row for row in warehouse.table("evaluations").to_pylist() if row["run_id"] == why["evaluation"]]
+    made = shrunk(deep, tmp_path / "out", by="greedy", repair="channel", warehouse=warehouse)
+    why = made.best.plan.why
+    rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["run_id"] == why["evaluation"]]
     losses = {tuple(row["drop"]): row["value"] for row in rows if row["metric"] == "loss"}
     repaired = {tuple(row["drop"]) for row in rows if row["patch"]}
     assert len(losses) == why["sets"] == 4 + 3 and repaired == {drop for drop in losses if drop != (0,)}
     first = min((drop for drop in losses if len(drop) == 1), key=losses.__getitem__)
     pairs = [drop for drop in losses if len(drop) == 2]
+    best = min(pairs, key=losses.__getitem__)
     assert all({*first} < {*drop} for drop in pairs)
-    assert made.best.plan.drop == min(pairs, key=losses.__getitem__) and why["loss"] == round(
-        min(map(losses.get, pairs)), 6
-    )
+    assert made.best.plan.drop == best and why["loss"] == round(losses[best], 6)
     assert made.record is not None and made.record.removed == made.best.plan.drop
-    again = shrunk(deep, tmp_path / "again", by="greedy", repair="channel", warehouse=tmp_path / "out-warehouse")
-    assert content(again.folder) == content(made.folder)
+    times = cell_times(warehouse)
+    again = shrunk(deep, tmp_path / "again", by="greedy", repair="channel", warehouse=warehouse)
+    assert content(again.folder) == content(made.folder) and cell_times(warehouse) == times
 
 
-def test_every_domain_is_evaluated(deep: Path, tmp_path: Path) -> None:
+def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(f"On day {i} the {i * 7919 % 613} ships of {i * 31 % 97} sailed." for i in range(700)))
     out = tmp_path / "out"
-    corpora = ("--repair-corpus", TEXT, "--repair-corpus", other)
-    told = avss("shrink", deep, "--corpus", TEXT, "-o", out, *corpora, "--repair", "map", *OPTIONS)
+    command = ("shrink", deep, "--corpus", TEXT, "-w", warehouse, *OPTIONS)
+    told = avss(*command, "-o", out, "--repair-corpus", TEXT, "--repair-corpus", other, "--repair", "map")
     assert told.exit_code == 0, told.stderr
     words = " ".join(told.stdout.split())
     for text in ("whole model", "2 layers dropped", "repaired by map", "other.txt", "6 of 8 layers", "kept", "%"):
         assert text in words, text
     (record,) = read_repairs(out)
     assert [text.corpus for text in record.texts] == [TEXT, str(other)]
-    only = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "only", "--task", f"perplexity:{other}", *OPTIONS)
+    only = avss(*command, "-o", tmp_path / "only", "--task", f"perplexity:{other}")
     assert only.exit_code == 0, only.stderr
     assert "other.txt" in only.stdout and "perplexity:builtin" not in only.stdout
 
 
-def test_the_command_prints_the_curve(deep: Path, tmp_path: Path) -> None:
-    options = ("--keep", "0.4", "--repair", "none", "--protect", "first=1,last=1")
+def test_the_command_prints_the_curve(warehouse: Path, deep: Path, tmp_path: Path) -> None:
+    options = ("--keep", "0.4", "--repair", "none", "--protect", "first=1,last=1", "-w", warehouse)
     told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
     assert told.exit_code == 0, told.stderr
     assert "layers dropped" in told.stdout and "█" in told.stdout and "repaired" not in told.stdout
@@ -331,6 +343,9 @@ def test_the_command_prints_the_curve(deep: Path, tmp_path: Path) -> None:
         ({"partition": "tensor_parallel"}, "weights where they cannot be changed"),
         ({"max_sequences": 7}, "rows; a part to score on"),
         ({"nonsense": 1}, "Unknown option 'nonsense'"),
+        ({"distill_tokens": 0}, "`distill_tokens` must be"),
+        ({"distill_tokens": TOKENS, "repair_corpora": ("x.txt", "x.txt=2")}, "names a text twice"),
+        ({"distill_tokens": TOKENS, "dtype": "float16"}, "float16 cannot be trained in"),
     ],
 )
 def test_mistakes(options: dict[str, Any], told: str, deep: Path, tmp_path: Path) -> None:
@@ -339,15 +354,27 @@ def test_mistakes(options: dict[str, Any], told: str, deep: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_text_that_is_repaired_on_is_not_evaluated_on(deep: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "is text that the repair is fitted on"),
+        (
+            {"distill_tokens": TOKENS, "repair": "none", "by": "last"},
+            "is text that the smaller model is distilled on",
+        ),
+    ],
+)
+def test_text_that_is_fitted_on_is_not_evaluated_on(
+    options: dict[str, Any], told: str, deep: Path, tmp_path: Path
+) -> None:
     """Under another name too, where rows are long enough to hold a window that begins elsewhere."""
     sentences = [f"Line {i}: {i * 7919 % 6131} and {i * 104729 % 7001} make a pair of numbers." for i in range(900)]
     text, same = tmp_path / "text.txt", tmp_path / "same.txt"
     text.write_text("\n\n".join(sentences))
     same.write_text("\n\n".join(sentences[40:]))
-    rows = ("--max-sequences", "40", "--sequence-length", "128", "--device", "cpu")
-    told = avss("shrink", deep, "--corpus", text, "-o", tmp_path / "out", "--task", f"perplexity:{same}", *rows)
-    assert told.exit_code == 2 and "is text that the repair is fitted on" in told.stderr, told.stderr
+    rows = {"max_sequences": 40, "sequence_length": 128, "tasks": [f"perplexity:{same}"]}
+    with pytest.raises(ConfigError, match=told):
+        shrunk(deep, tmp_path / "out", corpus=text, **rows, **options)
 
 
 def test_too_little_text_is_refused_before_anything_is_scored(deep: Path, tmp_path: Path) -> None:
@@ -412,3 +439,140 @@ def test_a_folder_that_is_not_empty_is_refused_first(deep: Path, tmp_path: Path)
     with pytest.raises(PlanError, match="not empty"):
         shrunk(deep, tmp_path / "out")
     assert not (tmp_path / "out-warehouse").exists()
+
+
+# With a distillation after the repair
+
+
+@pytest.fixture(scope="module")
+def distilled(done: Shrunk, deep: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Shrunk, list[Any]]:
+    """The same with a distillation, in a copy of the warehouse, and its events."""
+    out, events = tmp_path_factory.mktemp("distilled") / "out", list[Any]()
+    shutil.copytree(f"{done.folder}-warehouse", f"{out}-warehouse")
+    return shrunk(deep, out, distill_tokens=TOKENS, on_event=events.append), events
+
+
+def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
+    distilled: tuple[Shrunk, list[Any]], deep: Path, tmp_path: Path
+) -> None:
+    """Evaluating it again gives the reported values, to the bit. Rows of each use are apart.
+
+    Takes more than 5 seconds, because the first test of this part waits for the one training of the default tier.
+    """
+    made, events = distilled
+    (task,), record, folder = made.best.tasks, made.distillation, Path(made.folder)
+    assert record is not None and record == read_record(folder) and record.after.tokens <= TOKENS
+    assert task.distilled is not None and task.repaired is not None
+    assert record.after.loss < record.before.loss
+    assert made.best.kept == task.of(task.distilled).value != made.curve[0].kept == task.of(task.repaired).value
+    assert {path.name for path in folder.parent.iterdir()} == {"out", "out-warehouse"}
+    assert made.record is not None and read_repairs(folder) == [made.record]
+    again = evaluate(
+        [made.folder], tasks=[TASK], warehouse=tmp_path, skip_sequences=10, base=deep, **READ | {"max_sequences": 10}
+    )
+    assert [one.result.value for one in again] == [task.distilled.value]
+    assert {TrainingAdvanced, HeldOutMeasured} <= {type(event) for event in events}
+    evaluated = Warehouse(f"{folder}-warehouse").table("evaluations").to_pylist()
+    assert {row["model"] for row in evaluated} == {str(deep), made.folder}
+    assert (made.record.skip_sequences, made.record.texts[0].rows) == (30, 50)
+    text, own = record.texts
+    assert (record.skip_sequences, text.held_out_rows, text.trained_rows) == (20, 10, 50)
+    assert own.corpus == "self" and own.trained_rows > 0
+
+
+def test_the_distilled_model_continues_the_prompts_of_the_others(distilled: tuple[Shrunk, list[Any]]) -> None:
+    made, _ = distilled
+    assert made.distillation is not None
+    last = f"2 layers dropped, distilled on {made.distillation.after.tokens:,} tokens"
+    prompts = list(dict.fromkeys(one.prompt for one in made.continuations))
+    assert [(one.variant, one.prompt) for one in made.continuations] == [
+        (m, p) for m in (*MODELS, last) for p in prompts
+    ]
+    stored = Warehouse(f"{made.folder}-warehouse").table("continuations").to_pylist()
+    assert {tuple(row["drop"]) for row in stored if row["variant"] == last} == {made.best.plan.drop}
+
+
+def test_the_table_the_summary_and_the_card_have_the_verdict(distilled: tuple[Shrunk, list[Any]]) -> None:
+    made, _ = distilled
+    (row,) = made.table().to_pylist()
+    assert row["distilled"] == made.best.kept and row["kept"] == made.curve[0].kept
+    assert "distilled on " in made.summary()
+    card = (Path(made.folder) / "README.md").read_text()
+    for words in ("Repaired by refit", "Distilled from", " distilled, ", "Kept of the whole model on", "% distilled"):
+        assert words in card, words
+
+
+class Stopped(Exception):
+    """A training that is stopped after a step."""
+
+
+@pytest.mark.nightly
+def test_stopped_in_the_training_it_goes_on_and_writes_the_same_bytes(
+    distilled: tuple[Shrunk, list[Any]], warehouse: Path, deep: Path, tmp_path: Path
+) -> None:
+    """After its first checkpoint. Without a terminal, there are lines and no bars."""
+
+    def stop(event: Any) -> None:
+        if isinstance(event, TrainingAdvanced) and [*tmp_path.glob("out.part/*/out.part/checkpoints/*/avss_complete")]:
+            raise Stopped
+
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        shrunk(deep, out, warehouse=warehouse, distill_tokens=TOKENS, on_event=stop)
+    assert not out.exists()
+    told = avss("shrink", deep, "--corpus", TEXT, "-o", out, "-w", warehouse, *OPTIONS, "--distill-tokens", TOKENS)
+    assert told.exit_code == 0, told.stderr
+    for words in ("repaired by refit", "distilled on 3,072 tokens", "Distilled from"):
+        assert words in " ".join(told.stdout.split()), words
+    assert "evaluating" not in told.stdout and "━" not in told.stderr
+    same, other = content(distilled[0].folder), content(out)
+    assert same.keys() == other.keys()
+    assert {name for name in same if same[name] != other[name]} <= {"avss_distill.json"}  # it names the folder
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "w"}
+
+
+@pytest.mark.nightly
+def test_without_a_repair_the_pruned_model_is_distilled(warehouse: Path, deep: Path, tmp_path: Path) -> None:
+    """Results as JSON. Files of the user in the folder of the work remain."""
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "mine").touch()
+    options = ["--repair", "none", "-w", warehouse, "--distill-tokens", 640, "--format", "json"]
+    told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
+    assert told.exit_code == 0, told.stderr
+    values = json.loads(told.stdout)
+    (kept,) = values["distilled"]
+    assert kept["kept"] == values["kept"] != values["curve"][0]["kept"]
+    assert kept["low"] < kept["kept"] < kept["high"]
+    assert [path.name for path in (tmp_path / "out.part").iterdir()] == ["mine"]
+
+
+def test_without_the_option_nothing_is_distilled(warehouse: Path, deep: Path, tmp_path: Path) -> None:
+    options = ["--repair", "none", "-w", warehouse, "--format", "json"]
+    told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
+    values = json.loads(told.stdout)
+    assert [*values] == ["output", "bytes", "drop", "kept", "tasks", "curve", "difference", "notes", "continuations"]
+    assert "avss_distill.json" not in content(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "w"}
+
+
+def test_a_failed_training_leaves_the_repaired_checkpoint(
+    warehouse: Path, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RunFailed("Training diverged.")
+
+    monkeypatch.setattr(trainer, "train", fail)
+    with pytest.raises(RunFailed, match=r"checkpoint before distillation is in .*student") as raised:
+        shrunk(deep, tmp_path / "out", warehouse=warehouse, distill_tokens=TOKENS)
+    assert "avss distill" in str(raised.value.hint)
+    assert read_repairs(tmp_path / "out.part" / "student") and not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_is_refused_before_any_work(
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: memory.LIBRARIES)
+    with pytest.raises(ConfigError, match=r"needs about .* of memory") as raised:
+        shrunk(deep, tmp_path / "out", distill_tokens=TOKENS)
+    assert "avss distill" in str(raised.value.hint)
+    assert not [*tmp_path.iterdir()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from avss_dist.cli import app, reference
 def commands() -> dict[str, Any]:
     """Return every command by the words that call it, built once per process: that takes 0.2 seconds."""
     return reference.commands()
+
+
+def as_words(options: Mapping[str, object]) -> list[str]:
+    """Return options of the Python interface as words of a command line: ``batch_size=4`` is ``--batch-size 4``."""
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def avss(*args: object) -> Any:

@@ -1,7 +1,9 @@
-"""Experiments of tests: a job file in a folder, run."""
+"""Experiments of tests: a job file in a folder, run, and what they leave in a warehouse."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +27,13 @@ def run_job_in(folder: Path, job: str, model: Path) -> tuple[Path, list[dict[str
     with one_thread():
         _, rows = experiment_of(path)
     return path, rows
+
+
+def comparable(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows as text that is equal for equal rows, whenever they were written; NaN equals NaN."""
+    return json.dumps([{name: value for name, value in row.items() if name != "created_at"} for row in rows])
+
+
+def cell_times(warehouse: str | Path) -> dict[Path, int]:
+    """Return when each cell of a warehouse was written, by its file."""
+    return {file: file.stat().st_mtime_ns for file in Path(warehouse, "cells").rglob("*.parquet")}
