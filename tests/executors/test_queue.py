@@ -6,38 +6,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from support.causal_lm import SMALL, random_shard
+from support.causal_lm import random_shard
+from support.units import SETTINGS, cell_queue, shard_queue
 
 from avss_dist.core.errors import ModelError, RunFailed
-from avss_dist.core.intervention import Intervention
-from avss_dist.core.settings import Settings
-from avss_dist.executors.base import ReplicaSpec, RunShards
 from avss_dist.executors.ray import object_store
 from avss_dist.executors.ray import queue as queue_module
 from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
-from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, CellQueue, ShardQueue, shape
-from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, ShardQueue, shape
 from avss_dist.partition.base import Placement
-from avss_dist.tasks.base import TextLoss
-from avss_dist.tasks.cells import Cell
-
-SETTINGS = Settings(**SMALL)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_llama: Path) -> Checkpoint:
-    return resolve(str(tiny_llama))
-
-
-def shard_queue(checkpoint: Checkpoint, number: int = 5, **placement: Any) -> tuple[ShardQueue, RunShards]:
-    spec = ReplicaSpec(checkpoint=checkpoint, settings=SETTINGS, placement=Placement(**placement))
-    run = RunShards(run_id="r", replica_spec=spec, shards=[random_shard(1 + i % 5) for i in range(number)])
-    return ShardQueue(run), run
 
 
 @pytest.fixture(autouse=True)
@@ -61,21 +42,8 @@ class Patch:
         return self.key.encode()
 
 
-def cell_queue(
-    checkpoint: Checkpoint, tasks: Sequence[str], patch: Any = None, underway: Any = None, **placement: Any
-) -> tuple[CellQueue, list[Cell]]:
-    shared: dict[str, Any] = {"run_id": "e", "checkpoint": checkpoint, "settings": SETTINGS}
-    measure = TextLoss(random_shard())
-    cells = [
-        Cell(**shared, task=task, part=i, measure=measure, intervention=Intervention(patch=patch))
-        for i, task in enumerate(tasks)
-    ]
-    spec = ReplicaSpec(checkpoint=checkpoint, settings=SETTINGS, placement=Placement(**placement), head=True)
-    return CellQueue(spec, cells, underway), cells
-
-
-def test_a_result_counts_once(checkpoint: Checkpoint) -> None:
-    queue, run = shard_queue(checkpoint, 2)
+def test_a_result_counts_once() -> None:
+    queue, run = shard_queue(2)
     (first,) = queue.next_units()
     queue.speculate([first])
     assert list(queue.pending) == [0, 1]
@@ -85,16 +53,16 @@ def test_a_result_counts_once(checkpoint: Checkpoint) -> None:
     assert queue.unfinished == {1}
 
 
-def test_a_result_costs_the_same_however_many_units_are_pending(checkpoint: Checkpoint) -> None:
-    queue, _ = shard_queue(checkpoint, 3)
+def test_a_result_costs_the_same_however_many_units_are_pending() -> None:
+    queue, _ = shard_queue(3)
     pending = queue.pending
     queue.finish(*queue.next_units(), "a result")
     assert queue.pending is pending, "it was built anew"
     assert list(pending) == [1, 2]
 
 
-def test_units_of_a_lost_gang_come_first_and_fail_after_some_attempts(checkpoint: Checkpoint) -> None:
-    queue, run = shard_queue(checkpoint, 3)
+def test_units_of_a_lost_gang_come_first_and_fail_after_some_attempts() -> None:
+    queue, run = shard_queue(3)
     for _ in range(ATTEMPTS - 1):
         assert queue.next_units() == [0]
         assert queue.put_back([0], "it died") == []
@@ -106,8 +74,8 @@ def test_units_of_a_lost_gang_come_first_and_fail_after_some_attempts(checkpoint
     assert queue.fail([], ModelError("later")) == []
 
 
-def test_a_cell_fails_alone_and_a_model_with_all_of_its_cells(checkpoint: Checkpoint) -> None:
-    queue, cells = cell_queue(checkpoint, ["loss"] * 4)
+def test_a_cell_fails_alone_and_a_model_with_all_of_its_cells() -> None:
+    queue, cells = cell_queue(["loss"] * 4)
     error = ModelError("no such layer")
     assert queue.fail(queue.next_units(), error) == [(cells[0], error)]
     queue.finish(2, "a result")
@@ -119,9 +87,9 @@ def test_a_cell_fails_alone_and_a_model_with_all_of_its_cells(checkpoint: Checkp
     assert not queue.is_active
 
 
-def test_gangs_that_open_a_model_at_once_fail_at_once(checkpoint: Checkpoint) -> None:
+def test_gangs_that_open_a_model_at_once_fail_at_once() -> None:
     """Half of the nodes may be lost while all of them open it; what counts is how often one after the other failed."""
-    queue, run = shard_queue(checkpoint, 3)
+    queue, run = shard_queue(3)
     together = time.monotonic()
     for _ in range(5):
         assert queue.put_back([], "its node was lost", together) == []
@@ -134,13 +102,10 @@ def test_gangs_that_open_a_model_at_once_fail_at_once(checkpoint: Checkpoint) ->
     assert source is run and "Opening the model failed 3 times; the last time: it died" in str(error)
 
 
-def test_a_unit_that_fails_is_no_model_that_cannot_be_opened(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_unit_that_fails_is_no_model_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does it hide failures to open the model that began before it; those that began at a failure are new ones."""
-    now = 10.0
-    monkeypatch.setattr(queue_module.time, "monotonic", lambda: now)
-    queue, _ = shard_queue(checkpoint, 3)
+    queue, _ = shard_queue(3)
+    queue.clock = lambda: 10.0
     assert queue.put_back(queue.next_units(), "it died") == []
     for begun in (5.0, 10.0):
         assert queue.put_back([], "out of reach", begun) == []
@@ -149,18 +114,18 @@ def test_a_unit_that_fails_is_no_model_that_cannot_be_opened(
     assert "Opening the model failed 3 times" in str(outcome[1])
 
 
-def test_what_was_measured_meanwhile_is_not_put_back(checkpoint: Checkpoint) -> None:
-    queue, _ = shard_queue(checkpoint, 4)
+def test_what_was_measured_meanwhile_is_not_put_back() -> None:
+    queue, _ = shard_queue(4)
     queue.note_duration([0], 0.01)
     assert queue.next_units() == [0] and queue.next_units() == [1]
     queue.finish(0, "a result")
     assert queue.put_back([0, 1], None) == []
     assert list(queue.pending) == [1, 2, 3] and queue.unfinished == {1, 2, 3}
-    assert shard_queue(checkpoint, 1)[0].next_units() == [0]
+    assert shard_queue(1)[0].next_units() == [0]
 
 
-def test_a_cell_that_fails_again_and_again_ends_alone_by_its_name(checkpoint: Checkpoint) -> None:
-    queue, cells = cell_queue(checkpoint, ["loss", "shapley"])
+def test_a_cell_that_fails_again_and_again_ends_alone_by_its_name() -> None:
+    queue, cells = cell_queue(["loss", "shapley"])
     for _ in range(ATTEMPTS - 1):
         assert queue.put_back([1], "it died") == []
     ((cell, error),) = queue.put_back([1], "it died")
@@ -169,50 +134,50 @@ def test_a_cell_that_fails_again_and_again_ends_alone_by_its_name(checkpoint: Ch
     assert queue.finish(0, "a result") == [(cells[0], "a result")]
 
 
-def test_progress_is_told_of_the_cell(checkpoint: Checkpoint) -> None:
+def test_progress_is_told_of_the_cell() -> None:
     heard: list[Any] = []
-    queue, cells = cell_queue(checkpoint, ["loss", "shapley"], underway=lambda *what: heard.append(what))
+    queue, cells = cell_queue(["loss", "shapley"], underway=lambda *what: heard.append(what))
     queue.note_progress([1], "reading", 0.5)
     assert heard == [(cells[1], "reading", 0.5)]
-    cell_queue(checkpoint, ["loss"])[0].note_progress([0], "reading", 0.5)
-    shard_queue(checkpoint)[0].note_progress([0], "reading", 0.5)
+    cell_queue(["loss"])[0].note_progress([0], "reading", 0.5)
+    shard_queue()[0].note_progress([0], "reading", 0.5)
 
 
-def test_every_rank_takes_the_cell_with_its_patch(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_takes_the_cell_with_its_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "PatchSharer", lambda: PatchSharer(lambda data: data))
-    queue, cells = cell_queue(checkpoint, ["loss"], partition="tensor_parallel", ranks=2)
+    queue, cells = cell_queue(["loss"], partition="tensor_parallel", ranks=2)
     parts = [assignment for some, _ in queue.parts([0]) for assignment in some]
     assert [(one.cell, one.rows) for one in parts] == [(cells[0], SETTINGS.batch_size)] * 2
-    queue, cells = cell_queue(checkpoint, ["loss", "loss"], Patch("k"))
+    queue, cells = cell_queue(["loss", "loss"], Patch("k"))
     (((assignment,), blocks),) = queue.parts([1])
     assert assignment.resolved(blocks) is assignment
     assert assignment.cell.part == 1 and assignment.cell.intervention.patch.data == b"k"
     assert cells[1].intervention.patch == Patch("k")
 
 
-def test_gangs_are_shaped_by_ranks_and_gpus(checkpoint: Checkpoint) -> None:
+def test_gangs_are_shaped_by_ranks_and_gpus() -> None:
     placement = {"partition": "zero3", "ranks": 3, "gpus": 2}
-    assert shape(Placement(**placement)) == shard_queue(checkpoint, **placement)[0].shape == (3, 2)
+    assert shape(Placement(**placement)) == shard_queue(**placement)[0].shape == (3, 2)
 
 
-def test_ranks_that_take_different_shards_take_as_long_as_one(checkpoint: Checkpoint) -> None:
+def test_ranks_that_take_different_shards_take_as_long_as_one() -> None:
     """And are never late: nobody measures their shards beside them."""
-    queue, _ = shard_queue(checkpoint, 9, partition="zero3", ranks=2)
+    queue, _ = shard_queue(9, partition="zero3", ranks=2)
     queue.note_duration(queue.next_units(), 3.0)
     assert queue.usual_seconds(0) == 3.0
     assert not queue.is_late(queue.next_units(), 1e9)
 
 
-def test_gangs_of_ranks_that_share_shards_take_one_after_the_other(checkpoint: Checkpoint) -> None:
-    queue, _ = shard_queue(checkpoint, 100, partition="tensor_parallel", ranks=2)
+def test_gangs_of_ranks_that_share_shards_take_one_after_the_other() -> None:
+    queue, _ = shard_queue(100, partition="tensor_parallel", ranks=2)
     queue.note_duration(queue.next_units(), 0.01)
     assert queue.next_units() == [1]
     assert [part.forwards for part in assignments(queue, [4])] == [2, 2]  # 5 rows, 4 in a batch
-    assert [part.forwards for part in assignments(shard_queue(checkpoint)[0], [4])] == [0], "it waits for nobody"
+    assert [part.forwards for part in assignments(shard_queue()[0], [4])] == [0], "it waits for nobody"
 
 
-def test_only_units_of_one_kind_say_what_is_late(checkpoint: Checkpoint) -> None:
-    queue, _ = cell_queue(checkpoint, ["loss", "loss", "shapley"])
+def test_only_units_of_one_kind_say_what_is_late() -> None:
+    queue, _ = cell_queue(["loss", "loss", "shapley"])
     assert not queue.is_late([1], 1e9), "nothing to compare it with"
     queue.note_duration([0], 1.0)
     assert queue.is_late([1], 3.0) and not queue.is_late([1], LATE_SECONDS)
@@ -222,9 +187,9 @@ def test_only_units_of_one_kind_say_what_is_late(checkpoint: Checkpoint) -> None
     assert not queue.is_late([1], 1e9), "no third time"
 
 
-def test_ranks_share_a_shard_or_take_one_each(checkpoint: Checkpoint) -> None:
+def test_ranks_share_a_shard_or_take_one_each() -> None:
     """ZeRO-3 ranks take different shards, and run equal numbers of forward passes; tensor-parallel ones share."""
-    queue, run = shard_queue(checkpoint, 5, partition="zero3", ranks=3)
+    queue, run = shard_queue(5, partition="zero3", ranks=3)
     assert queue.pending_rounds == 2
     queue.next_units()
     last = queue.next_units()
@@ -232,26 +197,26 @@ def test_ranks_share_a_shard_or_take_one_each(checkpoint: Checkpoint) -> None:
     parts = assignments(queue, last)
     assert [part.shard for part in parts] == [run.shards[3], run.shards[4], None]
     assert {part.forwards for part in parts} == {2}  # 5 rows, 4 in a batch
-    queue, run = shard_queue(checkpoint, 2, partition="tensor_parallel", ranks=2)
+    queue, run = shard_queue(2, partition="tensor_parallel", ranks=2)
     assert queue.by_rank(queue.next_units()) == [[0], [0]]
     assert [part.shard for part in assignments(queue, [1])] == [run.shards[1]] * 2
 
 
-def test_a_gang_has_its_next_round_beforehand_while_there_are_enough(checkpoint: Checkpoint) -> None:
-    queue, _ = shard_queue(checkpoint, 5)
+def test_a_gang_has_its_next_round_beforehand_while_there_are_enough() -> None:
+    queue, _ = shard_queue(5)
     queue.next_units()
     assert queue.runs_ahead(3) and not queue.runs_ahead(4), "others would have none"
     queue.put_back([0], None)
     assert not queue.runs_ahead(3), "what is measured again is measured alone"
     queue.finish(*queue.next_units(), "a result")
     assert queue.runs_ahead(3)
-    assert not shard_queue(checkpoint, 5, partition="zero3", ranks=2)[0].runs_ahead(1), "ranks keep one order"
-    assert not cell_queue(checkpoint, ["loss"] * 5)[0].runs_ahead(1), "cells take very different times"
+    assert not shard_queue(5, partition="zero3", ranks=2)[0].runs_ahead(1), "ranks keep one order"
+    assert not cell_queue(["loss"] * 5)[0].runs_ahead(1), "cells take very different times"
 
 
-def test_short_shards_share_a_round_until_one_of_them_fails(checkpoint: Checkpoint) -> None:
+def test_short_shards_share_a_round_until_one_of_them_fails() -> None:
     """As many as take a second, and a sixteenth of a gang's part of what is left; who may be to blame goes alone."""
-    queue, run = shard_queue(checkpoint, 100)
+    queue, run = shard_queue(100)
     assert queue.next_units(2) == [0], "how long they take is not known"
     queue.note_duration([0], 0.01)
     assert queue.next_units(2) == [1, 2, 3]
@@ -265,7 +230,7 @@ def test_short_shards_share_a_round_until_one_of_them_fails(checkpoint: Checkpoi
     assert [queue.next_units(2), queue.next_units(2), queue.next_units(2)] == [[4], [5], [6, 7]]
     assert queue.put_back([4], "it died") == queue.put_back([4], "it died") == []
     ((source, error),) = queue.put_back([4], "it died")
-    assert source is run and "Shard 0 failed 3 times" in str(error), "the id that all of these have"
+    assert source is run and "Shard 4 failed 3 times" in str(error)
 
 
 def test_blocks_of_shards_are_shared_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,8 +261,8 @@ def test_blocks_of_shards_are_shared_once_and_let_go(monkeypatch: pytest.MonkeyP
     assert ShardSharer(shards, is_full).share([1]) == ([(0, 1)], [tuple(shards[:BLOCK_SHARDS])]), "sent with the call"
 
 
-def test_a_dropped_run_has_nothing_left(checkpoint: Checkpoint) -> None:
-    queue, run = shard_queue(checkpoint)
+def test_a_dropped_run_has_nothing_left() -> None:
+    queue, run = shard_queue()
     run.dropped = True
     assert not queue.is_active and not queue.pending
 

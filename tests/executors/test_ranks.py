@@ -1,12 +1,9 @@
-"""Tasks of several ranks on Ray: the first rank's result and events, and the error of the rank that failed first."""
+"""Tasks of several ranks: the first rank's result and events, and the error of the rank that failed first."""
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +12,102 @@ import pytest
 from ray import cloudpickle
 from ray.util import placement_group_table
 from support.processes import ray_processes, wait_until
+from support.simulated_cluster import Dies, SimulatedCluster
+from torch.distributed import DistNetworkError
 
-from avss_dist.core.errors import ModelError, RunFailed
+from avss_dist.core.errors import AvssError, ConfigError, ModelError, RunFailed
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.executors.ray.ranks import RankedRun
 from avss_dist.partition.base import Placement
 
-pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
+HANG_SECONDS, PLACEMENT_SECONDS = 30.0, 60.0
+
+
+def run_on(cluster: SimulatedCluster, task: Callable[[int], Any], ranks: int = 2) -> tuple[Any, list[Any]]:
+    """Return what a task of simulated ranks gives, and its events."""
+    events: list[Any] = []
+    run = RankedRun(
+        cluster.new_gang(Placement(ranks=ranks)),  # type: ignore[arg-type]
+        cluster,  # type: ignore[arg-type]
+        placement_seconds=PLACEMENT_SECONDS,
+        hang_seconds=HANG_SECONDS,
+        shortage=lambda: "Nothing is free.",
+        on_event=events.append,
+    )
+    try:
+        return run.result(task), events  # type: ignore[arg-type]
+    finally:
+        assert not cluster.working, "the ranks are stopped in any case"
+
+
+def test_the_first_rank_is_heard() -> None:
+    cluster = SimulatedCluster()
+    cluster.told = {"g0.0": ["begun"], "g0.1": ["not heard"]}
+    assert run_on(cluster, lambda rank: 10 + rank) == (10, ["begun"])
+
+
+def raises(error: Exception) -> Callable[[int], Any]:
+    def task(rank: int) -> None:
+        if rank == 1:
+            raise error
+
+    return task
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (Dies("its node was lost"), RunFailed, "Rank 1 was lost: .*its node was lost"),
+        (KeyError("nothing there"), RunFailed, "Rank 1 failed: KeyError: 'nothing there'"),
+        (ModelError("The model is odd."), ModelError, "The model is odd"),
+        (Dies("No module named 'avss_dist'"), ConfigError, "cannot import avss_dist"),
+    ],
+)
+def test_the_rank_that_fails_is_named(error: Exception, kind: type[AvssError], words: str) -> None:
+    with pytest.raises(kind, match=f"(?s){words}"):
+        run_on(SimulatedCluster(), raises(error))
+
+
+def test_the_rank_that_failed_first_is_named_and_not_the_one_that_lost_its_connection() -> None:
+    """Ray tells of a lost process some seconds later than the other ranks of their connection."""
+    cluster = SimulatedCluster()
+
+    def task(rank: int) -> None:
+        cluster.at(5.0, lambda: cluster.gangs[0].kill(1, "out of memory"))
+        raise DistNetworkError("Connection closed by peer")
+
+    cluster.at(0.5, lambda: cluster.gangs[0]._calls[1][0].delay(100.0))
+    with pytest.raises(RunFailed, match=r"(?s)Rank 1 was lost: .*out of memory"):
+        run_on(cluster, task)
+
+
+def test_a_rank_that_hangs_is_named() -> None:
+    cluster = SimulatedCluster()
+    cluster.at(0.5, lambda: cluster.gangs[0].freeze())
+    with pytest.raises(RunFailed, match=r"^Rank 0 made no progress in 3\d seconds"):
+        run_on(cluster, lambda rank: rank)
+    assert cluster.gangs[0].killed_by_signal
+
+
+def test_ranks_without_a_place_are_not_waited_for_forever() -> None:
+    cluster = SimulatedCluster(1, slots=1)
+    with pytest.raises(RunFailed, match=r"not placed in 60 seconds\. Nothing is free"):
+        run_on(cluster, lambda rank: rank)
+    assert PLACEMENT_SECONDS < cluster.clock < PLACEMENT_SECONDS + 10
+
+
+def test_a_lost_cluster_ends_the_task() -> None:
+    cluster = SimulatedCluster(1, slots=1)
+    cluster.lost = RunFailed("The Ray cluster is lost.", "Start it again.")
+    with pytest.raises(RunFailed, match="The Ray cluster is lost"):
+        run_on(cluster, lambda rank: rank)
 
 
 @dataclass(frozen=True)
 class Sum:
-    """Sums the ranks' numbers, after an event for each; ``harm`` is done on rank 1 first."""
+    """Sums the ranks' numbers, after an event of each."""
 
-    harm: str = ""
     device: str = "cpu"
 
     def run(self, heartbeat: Callable[[], None], on_event: Callable[[Any], None]) -> Any:
@@ -38,81 +117,30 @@ class Sum:
         rank = distributed.get_rank()
         heartbeat()
         on_event(f"rank {rank} begins")
-        if rank == 1:
-            self._harm()
         number = torch.tensor([float(10 + rank)])
         distributed.all_reduce(number)
         on_event(number.item())
         return rank, number.item()
 
-    def _harm(self) -> None:
-        match self.harm:
-            case "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "raises":
-                raise KeyError("nothing there")
-            case "refuses":
-                raise ModelError("The model is odd.", "Take another.")
-            case "hangs":
-                time.sleep(600)
 
-
-@pytest.fixture(scope="module")
-def executor() -> Iterator[RayExecutor]:
+@pytest.mark.nightly
+@pytest.mark.usefixtures("warm_workers")
+def test_ranks_on_a_real_cluster() -> None:
+    """The first rank is heard. Ranks that divide a shard are kept on one node that has room, and none is left."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
-    with closing(RayExecutor(Execution(hang_seconds=3.0, placement_seconds=8.0), Settings(device="cpu"))) as started:
-        yield started
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
-def run(executor: RayExecutor, task: Any, ranks: int = 2) -> tuple[Any, list[Any]]:
     events: list[Any] = []
-    try:
-        return executor.run_ranks(task, ranks, threads=1, on_event=events.append), events
-    finally:
+    with closing(RayExecutor(Execution(placement_seconds=8.0), Settings(device="cpu"))) as executor:
+        assert executor.run_ranks(Sum(), 2, threads=1, on_event=events.append) == (0, 21.0)
+        assert events == ["rank 0 begins", 21.0]
+        with pytest.raises(RunFailed, match=r"not placed in 8 seconds.*needs 50 workers of 1 CPUs"):
+            executor.run_ranks(Sum(), 50, threads=1, on_event=events.append)
+        for partition, threads, strategy in (
+            ("tensor_parallel", 1, "STRICT_PACK"),
+            ("tensor_parallel", 2048, "PACK"),
+            ("fsdp", 1, "PACK"),
+        ):
+            gang = executor._new_gang(Placement(partition=partition, ranks=2), threads=threads)
+            assert placement_group_table(gang._group)["strategy"] == strategy
+            gang.stop()
         wait_until(lambda: not ray_processes())
-
-
-@pytest.mark.parametrize(
-    ("partition", "ranks", "strategy"),
-    [("tensor_parallel", 2, "STRICT_PACK"), ("tensor_parallel", 4096, "PACK"), ("fsdp", 2, "PACK")],
-)
-def test_ranks_that_divide_a_shard_are_kept_on_one_node_that_has_room(
-    executor: RayExecutor, partition: str, ranks: int, strategy: str
-) -> None:
-    executor.connect()
-    placement = Placement(partition=partition, ranks=min(ranks, 2))
-    gang = executor._new_gang(placement, threads=max(1, ranks // 2))
-    assert placement_group_table(gang._group)["strategy"] == strategy
-    gang.stop()
-    wait_until(lambda: not ray_processes())
-
-
-def test_the_first_rank_is_heard(executor: RayExecutor) -> None:
-    assert run(executor, Sum()) == ((0, 21.0), ["rank 0 begins", 21.0])
-
-
-@pytest.mark.parametrize(
-    ("harm", "words"),
-    [
-        ("killed", "Rank 1 was lost"),
-        ("raises", "Rank 1 failed: KeyError: 'nothing there'"),
-        ("hangs", r"Rank [01] made no progress in \d+ seconds"),
-    ],
-)
-def test_the_rank_that_fails_is_named(executor: RayExecutor, harm: str, words: str) -> None:
-    """And no process of the others is left."""
-    with pytest.raises(RunFailed, match=words) as caught:
-        run(executor, Sum(harm))
-    assert caught.value.exit_code == 1
-
-
-def test_a_mistake_that_a_rank_finds_is_that_of_the_user(executor: RayExecutor) -> None:
-    with pytest.raises(ModelError, match="The model is odd") as caught:
-        run(executor, Sum("refuses"))
-    assert caught.value.exit_code == 2
-
-
-def test_ranks_without_a_place_are_not_waited_for_forever(executor: RayExecutor) -> None:
-    with pytest.raises(RunFailed, match=r"not placed in 8 seconds.*needs 50 workers of 1 CPUs"):
-        run(executor, Sum(), ranks=50)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

@@ -20,6 +20,7 @@ from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.base import Outcome, RankTask, RunShards, Underway, by_model
 from avss_dist.executors.prefetch import Prefetcher
+from avss_dist.executors.ray.cluster import RayCluster
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.liveness import (
@@ -124,7 +125,7 @@ class RayExecutor:
             new_gang=self._new_gang,
             replicas=self.replicas,
             minimum=self._execution.replicas.minimum if self._execution.replicas else 1,
-            monitor=self._monitor,
+            cluster=RayCluster(self._monitor),
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
             shortage=lambda placement: _shortage(placement, self._settings.threads, self._labels),
@@ -150,7 +151,7 @@ class RayExecutor:
         placement = Placement(ranks=ranks, gpus=ranks if task.device == "cuda" else 0)
         run = RankedRun(
             self._new_gang(placement, threads),
-            self._monitor,
+            RayCluster(self._monitor),
             placement_seconds=self._execution.placement_seconds,
             hang_seconds=self._execution.hang_seconds,
             shortage=lambda: _shortage(placement, threads, self._labels),

@@ -101,10 +101,10 @@ class Gang:
         """Do a task on all ranks together. Returns a reference for each rank.
 
         Args:
-            task: reference to an `executors.base.RankTask`.
+            task: an `executors.base.RankTask`.
         """
-        ranks = len(self._workers)
-        return [worker.run.remote(task, rank, ranks, self.placed) for rank, worker in enumerate(self._workers)]
+        ranks, shared = len(self._workers), ray.put(task)
+        return [worker.run.remote(shared, rank, ranks, self.placed) for rank, worker in enumerate(self._workers)]
 
     def measure(self, parts: Sequence[tuple[Sequence[Assignment], Sequence[Any]]]) -> list[Any]:
         """Give each rank its assignments in a round and its blocks of shards. Returns a reference for each rank."""

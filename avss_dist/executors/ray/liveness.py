@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Set
 
 import grpc
 import ray
@@ -87,15 +86,6 @@ def node_lost() -> RunFailed:
         "The Ray node of this process has died: its raylet or its dashboard agent crashed, or was killed.",
         f"See raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs. {KEPT}",
     )
-
-
-def draining_nodes() -> Set[str]:
-    """Return the ids of draining nodes, which are given no new work and end when idle.
-
-    A preemption notice, the autoscaler or ``ray drain-node`` drains a node. This is Ray's only interface that reports
-    it without a dashboard. Ray Train uses it too.
-    """
-    return ray._private.state.state.get_draining_nodes().keys()
 
 
 def require_node() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import ray
-
+from avss_dist.executors.ray.cluster import RayCluster
 from avss_dist.executors.ray.queue import UnitQueue
 from avss_dist.system.streams import say
 
@@ -22,30 +20,31 @@ class _Loss:
 
     queue: UnitQueue[Any]
     node: str
+    since: float
     units: set[int] = field(default_factory=set)
-    since: float = field(default_factory=time.monotonic)
 
 
 class Losses:
     """Workers that a pool has lost, until it is known whether their nodes are lost too."""
 
-    def __init__(self) -> None:
+    def __init__(self, cluster: RayCluster) -> None:
+        self._cluster = cluster
         self._losses: dict[tuple[int, str], _Loss] = {}
 
     def add(self, queue: UnitQueue[Any], nodes: Iterable[str], units: Sequence[int]) -> None:
         """Note that workers on these nodes were lost while they had units of a queue, or opened its model."""
         for node in nodes:
-            loss = self._losses.setdefault((id(queue), node), _Loss(queue, node))
+            loss = self._losses.setdefault((id(queue), node), _Loss(queue, node, self._cluster.now()))
             loss.units.update(units)
 
     def tell(self) -> None:
         """Report the losses whose node is known to be dead, and those that have waited for `NOTICE_SECONDS`."""
         if not self._losses:
             return
-        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        nodes = self._cluster.nodes()
         for key, loss in list(self._losses.items()):
             node = nodes.get(loss.node, {})
-            waited = time.monotonic() - loss.since > NOTICE_SECONDS
+            waited = self._cluster.now() - loss.since > NOTICE_SECONDS
             if not node.get("Alive") or waited or not loss.queue.is_active:
                 del self._losses[key]
                 text = _text(loss, node)

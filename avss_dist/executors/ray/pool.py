@@ -10,18 +10,16 @@ measured again.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import ray
 from ray.exceptions import RayError, RayTaskError
 
 from avss_dist.core.errors import AvssError, BatchTooLarge, RunFailed
 from avss_dist.executors.prefetch import Prefetcher
+from avss_dist.executors.ray.cluster import RayCluster
 from avss_dist.executors.ray.gang import Gang, missing_package
-from avss_dist.executors.ray.liveness import draining_nodes, require_node
 from avss_dist.executors.ray.losses import Losses
 from avss_dist.executors.ray.metrics import Metrics
 from avss_dist.executors.ray.queue import UnitQueue
@@ -40,7 +38,7 @@ class Pool:
         new_gang: starts a gang for a placement.
         replicas: returns how many gangs of a placement may work at once.
         minimum: gangs that the first queue waits for, if it has units for as many.
-        monitor: the `HeartbeatMonitor` actor.
+        cluster: the Ray cluster of the gangs.
         placement_seconds: how long to wait for a gang to be placed, while none works, or fewer than are waited for.
         hang_seconds: how long a rank may begin no layer before its gang is stopped.
         shortage: describes the resources that a placement needs and the cluster lacks.
@@ -53,23 +51,23 @@ class Pool:
         new_gang: Callable[[Placement], Gang],
         replicas: Callable[[Placement], int],
         minimum: int,
-        monitor: Any,
+        cluster: RayCluster,
         placement_seconds: float,
         hang_seconds: float,
         shortage: Callable[[Placement], str],
     ) -> None:
         self._coming = queues
         self._new_gang, self._replicas, self._shortage = new_gang, replicas, shortage
-        self._watch = Watch(monitor, hang_seconds)
+        self._cluster, self._watch = cluster, Watch(cluster, hang_seconds)
         self._minimum, self._begun = minimum, minimum == 1
         self._placement_seconds, self._poll = placement_seconds, min(POLL_SECONDS, hang_seconds / 4)
         self._queues: list[UnitQueue[Any]] = []  # in the order in which they came
-        self._rounds = Rounds()
+        self._rounds = Rounds(cluster.now)
         self._idle: list[Gang] = []
         self._outcomes: list[tuple[Any, Any]] = []
         self._metrics = Metrics()
-        self._losses = Losses()
-        self._moved = self._polled = time.monotonic()
+        self._losses = Losses(cluster)
+        self._moved = self._polled = cluster.now()
 
     def outcomes(self) -> Iterator[tuple[Any, Any]]:
         """Yield the outcomes of every queue as units are finished.
@@ -113,8 +111,9 @@ class Pool:
             queue = self._coming.next(wait=not self._queues)
             if queue is None:
                 break
+            queue.clock = self._cluster.now
             self._queues.append(queue)
-            self._moved = time.monotonic()
+            self._moved = self._cluster.now()
         return bool(self._queues)
 
     def _assign(self) -> None:
@@ -177,7 +176,7 @@ class Pool:
 
     def _speculate(self, gang: Gang) -> None:
         """Let an idle gang take a round that was not begun, or repeat the slowest units. First results count."""
-        now, alike = time.monotonic(), [r for r in self._rounds if r.queue.shape == gang.shape]
+        now, alike = self._cluster.now(), [r for r in self._rounds if r.queue.shape == gang.shape]
         if waiting := [r for r in alike if self._rounds.waits(r)]:
             self._recall(waiting[0])
             self._idle.remove(gang)
@@ -218,21 +217,23 @@ class Pool:
             self._dispatch(gang, first.queue)
 
     def _begin(self, gang: Gang, queue: UnitQueue[Any], units: Sequence[int], awaited: Awaited) -> None:
-        self._rounds.begin(Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows))
+        begun = self._cluster.now()
+        self._rounds.begin(Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows, begun=begun))
 
     def _wait(self) -> None:
         """Wait for results and take those that have come. Check on gangs from time to time."""
-        soon = SOON_SECONDS if self._begun and self._idle and not self._coming.exhausted else self._poll
+        takes_next = not (self._coming.exhausted or any(queue.pending for queue in self._queues))
+        soon = SOON_SECONDS if self._begun and self._idle and takes_next else self._poll
         if not (references := self._rounds.references):
             return
-        if not ray.wait(references, num_returns=1, timeout=soon)[0]:
+        if not self._cluster.wait(references, number=1, seconds=soon):
             self._require_placement()
-        for reference in ray.wait(references, num_returns=len(references), timeout=0)[0]:
-            self._moved = time.monotonic()
+        for reference in self._cluster.wait(references, number=len(references), seconds=0):
+            self._moved = self._cluster.now()
             self._finish(reference)
-        if time.monotonic() - self._polled > self._poll:
-            self._polled = time.monotonic()
-            require_node()
+        if self._cluster.now() - self._polled > self._poll:
+            self._polled = self._cluster.now()
+            self._cluster.require_node()
             self._look_after()
             self._let_go()
             self._metrics.replicas(self._placed())
@@ -243,14 +244,14 @@ class Pool:
             return  # its gang was stopped
         queue = round_.queue
         try:
-            result = ray.get(reference)
+            result = self._cluster.get(reference)
         except RayTaskError as error:
             self._fail(round_, error.cause)
             return
         except RayError as error:  # the worker, its node or the result was lost
             if missing := missing_package(error):
                 self._record(queue, queue.fail([], missing))
-            require_node()
+            self._cluster.require_node()
             self._losses.add(queue, round_.gang.nodes, [unit for unit in round_.units if unit in queue.unfinished])
             self._stop(round_.gang, why=None if self._is_excused(round_) else str(error).splitlines()[0])
             return
@@ -258,7 +259,7 @@ class Pool:
             self._record(queue, queue.finish(unit, unit_result))
         if not round_.awaited:
             if round_.units:
-                queue.note_duration(round_.units, time.monotonic() - round_.begun)
+                queue.note_duration(round_.units, self._cluster.now() - round_.begun)
                 queue.put_back(round_.units, None)  # units without a result
             elif reference != round_.gang.placed:
                 round_.gang.spec = queue.spec
@@ -307,7 +308,7 @@ class Pool:
     def _require_placement(self) -> None:
         """End a queue if the cluster has had no room for its gangs for too long."""
         placed, needed = self._placed(), self._needed()
-        if placed >= needed or time.monotonic() - self._moved <= self._placement_seconds:
+        if placed >= needed or self._cluster.now() - self._moved <= self._placement_seconds:
             return
         queue = self._queues[0]
         who = f"Only {placed} of {needed} replicas were" if placed else "No worker was"
@@ -316,7 +317,7 @@ class Pool:
         self._record(queue, queue.fail([], RunFailed(why, hint)))
         for gang in {r.gang for r in self._rounds if r.queue is queue}:
             self._stop(gang)
-        self._moved = time.monotonic()
+        self._moved = self._cluster.now()
 
     def _look_after(self) -> None:
         """Replace gangs with a rank that has begun no layer for too long, and note the progress of the others."""
@@ -329,9 +330,9 @@ class Pool:
 
     def _let_go(self) -> None:
         """Stop gangs on draining nodes: at once if idle, otherwise when their round is done."""
-        if not (draining := draining_nodes()):
+        if not (draining := self._cluster.draining()):
             return
-        self._watch.leave(draining)
+        self._cluster.leave(draining)
         for gang in self._gangs():
             gang.leaves = gang.leaves or bool(gang.nodes & draining)
         for gang in [gang for gang in self._idle if gang.leaves]:

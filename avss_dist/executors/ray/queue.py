@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -52,6 +52,7 @@ class UnitQueue(ABC, Generic[Unit]):
         pending: units that no gang has, in order.
         unfinished: units without a result.
         rows: rows in a batch; halved when a batch did not fit in memory.
+        clock: returns the monotonic time in seconds; that of the pool.
     """
 
     def __init__(self, spec: ReplicaSpec, units: Sequence[Unit]) -> None:
@@ -61,6 +62,7 @@ class UnitQueue(ABC, Generic[Unit]):
         self.pending: deque[int] = deque(range(len(units)))
         self.unfinished: set[int] = set(self.pending)
         self.rows = spec.settings.batch_size
+        self.clock: Callable[[], float] = time.monotonic
         self._seconds: dict[str, list[float]] = {}  # seconds of finished rounds, ascending, by kind of unit
         self._speculated: set[int] = set()
         self._again: set[int] = set()  # units that became pending again: only these can be finished while pending
@@ -201,7 +203,7 @@ class UnitQueue(ABC, Generic[Unit]):
     def _count_failure(self, unit: int | None, why: str) -> list[tuple[Any, AvssError]]:
         """Count a failure of a unit, or of opening the model (None), and return the outcomes if it is final."""
         if unit is None:
-            self._failed_to_open = time.monotonic()
+            self._failed_to_open = self.clock()
         self._failures[unit] += 1
         if self._failures[unit] < ATTEMPTS:
             return []

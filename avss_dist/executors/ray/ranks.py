@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
-import ray
 from ray.exceptions import RayError, RayTaskError
 
 from avss_dist.core.errors import AvssError, RunFailed
 from avss_dist.executors.base import RankTask
+from avss_dist.executors.ray.cluster import RayCluster
 from avss_dist.executors.ray.gang import Gang, missing_package
-from avss_dist.executors.ray.liveness import require_node
 from avss_dist.executors.ray.watch import Watch
 from avss_dist.partition.group import lost_rank
 
@@ -25,7 +23,7 @@ class RankedRun:
     """A task that the ranks of a gang do together.
 
     Args:
-        monitor: the `HeartbeatMonitor` actor.
+        cluster: the Ray cluster of the gang.
         placement_seconds: how long to wait for a place for all ranks.
         hang_seconds: how long a rank may begin no layer.
         shortage: describes the resources that the cluster lacks.
@@ -35,16 +33,16 @@ class RankedRun:
     def __init__(
         self,
         gang: Gang,
-        monitor: Any,
+        cluster: RayCluster,
         *,
         placement_seconds: float,
         hang_seconds: float,
         shortage: Callable[[], str],
         on_event: Callable[[Any], None],
     ) -> None:
-        self._gang, self._monitor, self._on_event = gang, monitor, on_event
+        self._gang, self._cluster, self._on_event = gang, cluster, on_event
         self._placement_seconds, self._shortage = placement_seconds, shortage
-        self._watch = Watch(monitor, hang_seconds)
+        self._watch = Watch(cluster, hang_seconds)
         self._check_seconds = min(CHECK_SECONDS, hang_seconds / 4)
         self._begun: float | None = None  # when all ranks were placed
         self._hangs = False
@@ -62,39 +60,35 @@ class RankedRun:
             self._gang.stop(hangs=self._hangs)
 
     def _run(self, task: RankTask) -> Any:
-        waiting = {reference: rank for rank, reference in enumerate(self._gang.run(ray.put(task)))}
+        waiting = {reference: rank for rank, reference in enumerate(self._gang.run(task))}
         results: dict[int, Any] = {}
-        asked = checked = time.monotonic()
+        asked = checked = self._cluster.now()
         while waiting:
-            ready, _ = ray.wait([*waiting], num_returns=1, timeout=POLL_SECONDS)
+            ready = self._cluster.wait([*waiting], number=1, seconds=POLL_SECONDS)
             self._pass_events()
             for reference in ready:
                 try:
-                    results[waiting[reference]] = ray.get(reference)
+                    results[waiting[reference]] = self._cluster.get(reference)
                 except RayError as error:
                     raise self._cause(waiting, reference, error) from error
                 del waiting[reference]
-            if time.monotonic() - checked > self._check_seconds:
-                checked = time.monotonic()
+            if self._cluster.now() - checked > self._check_seconds:
+                checked = self._cluster.now()
                 self._check(asked)
         return results[0]
 
     def _pass_events(self) -> None:
         """Pass on the events of the first rank."""
-        try:
-            events = ray.get(self._monitor.take_events.remote(self._gang.names[0]))
-        except RayError:  # it is restarted elsewhere
-            return
-        for event in events:
+        for event in self._cluster.events(self._gang.names[0]):
             self._on_event(event)
 
     def _check(self, asked: float) -> None:
         """Raise RunFailed if a node is lost, the ranks have waited too long for their places, or one hangs."""
-        require_node()
+        self._cluster.require_node()
         if self._begun is None and self._gang.is_placed:
-            self._begun = time.monotonic()
+            self._begun = self._cluster.now()
         if self._begun is None:
-            if time.monotonic() - asked > self._placement_seconds:
+            if self._cluster.now() - asked > self._placement_seconds:
                 raise RunFailed(
                     f"The ranks were not placed in {self._placement_seconds:.0f} seconds. {self._shortage()}",
                     "Free some of it, lower `ranks`, or use another cluster.",
@@ -108,22 +102,21 @@ class RankedRun:
         """Return the error of the rank that failed first. The other ranks only lose their connection to it."""
         rank = waiting.pop(reference)
         if waiting and isinstance(error, RayTaskError) and lost_rank(error.cause):
-            ready, _ = ray.wait([*waiting], num_returns=1, timeout=NOTICE_SECONDS)
+            ready = self._cluster.wait([*waiting], number=1, seconds=NOTICE_SECONDS)
             for other in ready:
                 try:
-                    ray.get(other)
+                    self._cluster.get(other)
                 except RayError as first:
-                    return _described(waiting[other], first)
-        return _described(rank, error)
+                    return self._described(waiting[other], first)
+        return self._described(rank, error)
 
-
-def _described(rank: int, error: RayError) -> AvssError:
-    if missing := missing_package(error):
-        return missing
-    if not isinstance(error, RayTaskError):
-        require_node()
-        return RunFailed(f"Rank {rank} was lost: {str(error).splitlines()[0]}", "Run the same command again.")
-    cause = error.cause
-    if isinstance(cause, AvssError):
-        return cause
-    return RunFailed(f"Rank {rank} failed: {type(cause).__name__}: {cause}", "Its traceback is shown with `-v`.")
+    def _described(self, rank: int, error: RayError) -> AvssError:
+        if missing := missing_package(error):
+            return missing
+        if not isinstance(error, RayTaskError):
+            self._cluster.require_node()
+            return RunFailed(f"Rank {rank} was lost: {str(error).splitlines()[0]}", "Run the same command again.")
+        cause = error.cause
+        if isinstance(cause, AvssError):
+            return cause
+        return RunFailed(f"Rank {rank} failed: {type(cause).__name__}: {cause}", "Its traceback is shown with `-v`.")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from avss_dist.executors.ray.gang import Gang
@@ -29,7 +28,7 @@ class Round:
     units: Sequence[int]
     awaited: Awaited
     rows: int
-    begun: float = field(default_factory=time.monotonic)
+    begun: float
 
     @property
     def is_coming(self) -> bool:
@@ -38,9 +37,14 @@ class Round:
 
 
 class Rounds:
-    """Rounds that are under way. A gang has one, or two of which the second waits for the first."""
+    """Rounds that are under way. A gang has one, or two of which the second waits for the first.
 
-    def __init__(self) -> None:
+    Args:
+        clock: returns the monotonic time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._by_reference: dict[Any, Round] = {}
         self._by_gang: dict[Gang, list[Round]] = {}
 
@@ -86,7 +90,7 @@ class Rounds:
         if round_ is not first:
             self._by_gang[round_.gang] = [first]
         elif later:
-            later[0].begun = time.monotonic()
+            later[0].begun = self._clock()
             self._by_gang[round_.gang] = later
 
     def clear(self) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Mapping, Set
-from typing import Any
+from collections.abc import Collection, Mapping
 
-import ray
-from ray.exceptions import RayError
-
+from avss_dist.executors.ray.cluster import RayCluster
 from avss_dist.executors.ray.gang import Gang
 from avss_dist.executors.ray.heartbeats import Doing, Sign
 
-ANSWER_SECONDS = 2.0  # for the monitor to answer
 START_SECONDS = 60.0  # at least, for a process to report for the first time
 
 
@@ -20,36 +15,29 @@ class Watch:
     """Latest reports of the ranks, and their times.
 
     Args:
-        monitor: the `HeartbeatMonitor` actor.
+        cluster: source of the reports.
         hang_seconds: how long a rank may begin no layer.
     """
 
-    def __init__(self, monitor: Any, hang_seconds: float) -> None:
-        self._monitor, self._hang_seconds = monitor, hang_seconds
-        self._signs: dict[str, Sign] = {}
+    def __init__(self, cluster: RayCluster, hang_seconds: float) -> None:
+        self._cluster, self._hang_seconds = cluster, hang_seconds
+        self._signs: Mapping[str, Sign] = {}
         self._heard = 0.0  # when the signs came
         self._alive: dict[str, float] = {}  # when each rank last made progress, or was seen to have a process
 
     def listen(self) -> bool:
         """Query the monitor. Returns False if it was lost with its node; Ray then restarts it elsewhere."""
-        try:
-            ready, _ = ray.wait([self._monitor.signs.remote()], timeout=ANSWER_SECONDS)
-            self._signs = ray.get(ready[0]) if ready else {}
-        except RayError:
+        signs = self._cluster.signs()
+        if signs is None:
             return False
-        self._heard = time.monotonic()
+        self._signs = signs
+        self._heard = self._cluster.now()
         self._alive |= {name: self._heard - sign.silence for name, sign in self._signs.items()}
         return True
 
-    def leave(self, draining: Set[str]) -> None:
-        """Move the monitor off a draining node, which cannot end while it has an actor."""
-        known = ray._private.state.actors(self._monitor._actor_id.hex())
-        if known.get("Address", {}).get("NodeID") in draining:
-            ray.kill(self._monitor, no_restart=False)
-
     def complaint(self, gang: Gang, begun: float) -> str:
         """Return why a gang counts as hanging in its round; empty if it does not hang."""
-        now = time.monotonic()
+        now = self._cluster.now()
         for name in gang.find_processes():
             self._alive.setdefault(name, now)
         silence = {name: now - self._alive[name] for name in gang.names if name in self._alive}
