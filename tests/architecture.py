@@ -1,13 +1,12 @@
 """Prints the package graph and what breaks these rules: ``python tests/architecture.py``.
 
-There must be no import circle between packages, nor between modules inside one, imports under TYPE_CHECKING included;
-no function of a cyclomatic complexity over 15; no six lines that stand twice. Exit code 1 if there is. Imports that the
-contracts in pyproject.toml ignore are left out here, too.
+There must be no import circle among modules, imports under TYPE_CHECKING included; no function of a cyclomatic
+complexity over 15; no six lines that stand twice. Exit code 1 if there is. Circles among packages break contracts in
+pyproject.toml. Imports that the contracts ignore are left out here, too.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import sys
 import tomllib
@@ -28,11 +27,8 @@ SOURCES = (".py", ".sql", ".js", ".css")  # of these, only Python is made of mod
 Arrows = dict[str, Counter[str]]  # importer -> imported -> number of imports
 
 
-def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parent.parent, help="folder of a project")
-    root = parser.parse_args().root.resolve()
+def main(root: Path) -> int:
+    """Check the project in a folder and return the exit code."""
     contracts = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     package = contracts["root_package"]
     sys.path.insert(0, str(root))
@@ -40,7 +36,7 @@ def main() -> int:
     remove_ignored(graph, contracts["contracts"])
     layers = next(contract["layers"] for contract in contracts["contracts"] if contract["type"] == "layers")
     print("\n".join(picture(siblings(graph, package), layers)), flush=True)
-    problems = [*circles(graph, package), *code_problems(root / package)]
+    problems = [*circles(graph), *code_problems(root / package)]
     print("\n".join(problems or ["No problem."]), file=sys.stderr if problems else sys.stdout)
     return 1 if problems else 0
 
@@ -82,19 +78,14 @@ def picture(arrows: Arrows, layers: Iterable[str]) -> Iterator[str]:
     )
 
 
-def circles(graph: grimp.ImportGraph, package: str) -> Iterator[str]:
-    """A circle among the children of each package, and one among all modules, if there are any."""
-    for parent in sorted({package, *(module.rpartition(".")[0] for module in graph.find_descendants(package))}):
-        yield from _circle(siblings(graph, parent), f"{parent}: ")
-    modules = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
-    yield from _circle(modules, "")
-
-
-def _circle(graph: Mapping[str, Iterable[str]], where: str) -> Iterator[str]:
+def circles(graph: grimp.ImportGraph) -> Iterator[str]:
+    """Yield a message for a circle among modules, if there is one."""
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter(
+            {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+        ).prepare()
     except CycleError as error:
-        yield f"import circle: {where}{' -> '.join(reversed(error.args[1]))}"
+        yield f"import circle: {' -> '.join(reversed(error.args[1]))}"
 
 
 def code_problems(folder: Path) -> Iterator[str]:
@@ -153,4 +144,4 @@ def _moved(place: tuple[str, int], by: int) -> tuple[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(__file__).resolve().parent.parent))

@@ -64,16 +64,27 @@ def test_every_script_is_run_by_a_test() -> None:
     assert not missing
 
 
-def test_leave_one_out_is_compared_with_full_passes(run: Run, tiny_llama: Path) -> None:
-    printed = run("benchmarks/ablation.py", tiny_llama, "--sequences", 2, "--rounds", 1)
-    assert re.search(r"3 full forwards .* leave one out .* ratio \d", printed)
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("script", "options", "printed"),
+    [
+        ("benchmarks/ablation.py", "WIDE --sequences 2 --rounds 1", r"3 full forwards .* leave one out .* ratio \d"),
+        ("benchmarks/damage.py", "WIDE --sequences 2 --draws 1", "damage"),
+        ("benchmarks/throughput.py", "WIDE --rounds 1 --sequences 4", r"(?s)AVSS authors' recipe.*peak memory beyond"),
+        (
+            "benchmarks/estimate.py",
+            "WIDE --max-sequences 8 --rounds 1 --partition single",
+            r"single +memory \d+\.\d+ +seconds \d+\.\d+",
+        ),
+        ("gpu/first.py", "kernels --dry", r"(?s)\A(?!.*FAILED)."),
+        ("gpu/first.py", "models --dry", r"(?s)\A(?!.*FAILED)."),
+    ],
+)
+def test_a_script_prints_what_it_compares(script: str, options: str, printed: str, run: Run, wide: Path) -> None:
+    assert re.search(printed, run(script, *(wide if word == "WIDE" else word for word in options.split())))
 
 
-def test_damage_is_compared_with_the_loss(run: Run, wide: Path) -> None:
-    printed = run("benchmarks/damage.py", wide, "builtin:pydoc", "--sequences", 2, "--draws", 1)
-    assert "damage" in printed
-
-
+@pytest.mark.nightly
 def test_streaming_is_compared_with_one_process(run: Run, wide: Path, tmp_path: Path) -> None:
     assert "streaming / single: median" in run("benchmarks/streaming.py", "compare", wide, "--rounds", 1)
     assert "peak RssAnon" in run("benchmarks/streaming.py", "measure", wide)
@@ -83,16 +94,7 @@ def test_streaming_is_compared_with_one_process(run: Run, wide: Path, tmp_path: 
     assert 0.1e9 < sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors")) < 0.6e9
 
 
-def test_observation_is_compared_with_the_bare_model(run: Run, tiny_llama: Path) -> None:
-    printed = run("benchmarks/throughput.py", tiny_llama, "--rounds", 1, "--sequences", 4)
-    assert "AVSS authors' recipe" in printed and "peak memory beyond" in printed
-
-
-def test_estimates_are_compared_with_what_is_measured(run: Run, tiny_llama: Path) -> None:
-    printed = run("benchmarks/estimate.py", tiny_llama, "--max-sequences", 8, "--rounds", 1, "--partition", "single")
-    assert re.search(r"single +memory \d+\.\d+ +seconds \d+\.\d+", printed)
-
-
+@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_partitions_of_several_ranks_are_compared(wide: Path) -> None:
     """Both of two ranks hold half of the layers' weights, and gather them with as many calls."""
@@ -106,6 +108,7 @@ def test_partitions_of_several_ranks_are_compared(wide: Path) -> None:
     assert costs["fsdp"][0] == costs["zero3"][0] and all(int(cost[3]) > 0 for cost in costs.values())
 
 
+@pytest.mark.nightly
 def test_a_family_is_tried_without_a_change_of_the_table(run: Run) -> None:
     table = (TESTS / "support/families.csv").read_bytes()
     assert run("benchmarks/families.py", "causal", "llama").startswith("causal     llama ")
@@ -121,9 +124,3 @@ def test_a_script_with_ray_runs(name: str) -> None:
     code, printed, errors = script.wait()
     assert code == 0, errors[-2000:]
     assert re.search(r"\d", printed)
-
-
-@pytest.mark.parametrize("command", ["kernels", "models"])
-def test_the_first_minutes_with_a_gpu_are_gone_through_on_a_cpu(run: Run, command: str) -> None:
-    printed = run("gpu/first.py", command, "--dry")
-    assert "FAILED" not in printed

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent / "benchmarks" / "mutation.py"
 CODE = '''
 LIMIT = 5
@@ -64,6 +66,7 @@ def test_mutants_change_what_runs_and_nothing_that_is_read() -> None:
     assert sorted(found) == sorted(EXPECTED.strip().splitlines())
 
 
+@pytest.mark.nightly
 def test_survivors_are_those_that_no_test_notices() -> None:
     """The tests that are chosen know nothing of the loss."""
     options = ["--tests", "tests/stats/test_retention.py", "-k", "less_is_better"]

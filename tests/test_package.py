@@ -14,6 +14,8 @@ from support.pages import write_run
 
 from avss_dist.warehouse.reader import Warehouse
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).parents[1]
 
 

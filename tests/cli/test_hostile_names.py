@@ -151,6 +151,7 @@ def test_no_command_that_reads_steers(command: str, args: list[str], place: Path
     assert run(command, args, place, tmp_path)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("command", WORKS)
 def test_no_command_that_works_steers(
     command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

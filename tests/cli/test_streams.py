@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 from rich.table import Table
 from rich.text import Text
 from support.command_line import avss
+from support.processes import wait_until
+from support.tiers import nightly
 from support.warehouses import write_scores
 
 import avss_dist
@@ -25,56 +26,65 @@ from avss_dist.core.text import printable
 from avss_dist.system import streams
 
 COMMAND = [sys.executable, "-m", "avss_dist"]
+FULL = "Error: standard output cannot be written: No space left on device.\n"
+CLOSED = "Error: standard output cannot be written: it is closed.\n"
+NOT_UTF8 = "Error: --warehouse: the name is not UTF-8 text.\nRename the folder.\n"
+MISSING = "Error: There is no folder '/no/such/model'.\nCheck the path, or name a hub id like org/name.\n"
+SCORE = "AVSS score /no/such/model --corpus builtin:pydoc -w new --executor local"
 CROSS_JOIN = "SELECT count(*) FROM range(10000000) a, range(10000000) b, range(100) c WHERE a.range + b.range = c.range"
 
 
-@pytest.fixture(autouse=True)
-def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the streams buffered, as Python does unless it is told otherwise, which some container images do."""
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a warehouse. Streams are buffered, which some container images switch off."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-
-
-def shell(line: str, **env: str) -> subprocess.CompletedProcess[bytes]:
-    line = line.replace("AVSS", f"{sys.executable} -m avss_dist")
-    return subprocess.run(["bash", "-c", line], capture_output=True, env={**os.environ, **env}, check=False)
-
-
-def test_a_full_output_is_an_error_without_a_traceback() -> None:
-    done = shell("AVSS query --schema > /dev/full")
-    assert done.returncode == 1
-    assert done.stderr == b"Error: standard output cannot be written: No space left on device.\n"
-
-
-@pytest.mark.parametrize("command", ["--help", "--version", "run --schema", "show --help"])
-def test_what_ends_before_a_command_runs_needs_an_output_too(command: str) -> None:
-    done = shell(f"AVSS {command} > /dev/full")
-    assert done.returncode == 1
-    assert done.stderr == b"Error: standard output cannot be written: No space left on device.\n"
-
-
-def test_a_closed_output_is_an_error_where_something_is_to_be_written() -> None:
-    done = shell("AVSS query --schema >&-")
-    assert (done.returncode, done.stderr) == (1, b"Error: standard output cannot be written: it is closed.\n")
-    assert shell("AVSS query --schema >&- 2>&- <&-").returncode == 1
-    assert shell("AVSS show -w '' >&- 2>&-").returncode == 2
-
-
-def test_errors_that_cannot_be_written_change_no_exit_code() -> None:
-    assert shell("AVSS show -w '' 2>/dev/full").returncode == 2
-    assert shell("AVSS query --schema | true; exit ${PIPESTATUS[0]}").returncode == 0
-
-
-@pytest.mark.parametrize("command", ["--help", "score --help", "--version", "run --schema", "show -w W"])
-def test_a_reader_that_has_had_enough_is_no_error(command: str, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     write_scores(tmp_path / "w", "a-0123456789", [1.0, 2.0, 3.0])
-    command = command.replace("W", f"{tmp_path}/w")
-    reading, writing = os.pipe()
-    os.close(reading)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("line", "code", "errors"),
+    [
+        ("AVSS query --schema >/dev/full", 1, FULL),
+        ("AVSS --help >/dev/full", 1, FULL),
+        ("AVSS query --schema >&-", 1, CLOSED),
+        *nightly(("AVSS query --schema >&- 2>&- <&-", 1, ""), ("AVSS show -w '' >&- 2>&-", 2, "")),
+        ("AVSS show -w '' 2>/dev/full", 2, ""),
+        ("AVSS show -w $'a\\xffb'", 2, NOT_UTF8),
+        (f"{SCORE} >out; code=$?; [ -s out ] || exit $code", 2, MISSING),
+        ("AVSS query -w w 'FROM scores, range(9999)' --format csv | head -1 >out; exit ${PIPESTATUS[0]}", 0, ""),
+        *nightly(
+            ("AVSS --help | true; exit ${PIPESTATUS[0]}", 0, ""),
+            ("AVSS show -w w | true; exit ${PIPESTATUS[0]}", 0, ""),
+        ),
+        ("PYTHONIOENCODING=ascii AVSS show -w w | grep -q '?'", 0, ""),
+    ],
+)
+def test_the_streams_of_a_process(line: str, code: int, errors: str) -> None:
+    """Full, closed, of another encoding, or with a reader that has had enough."""
+    words = line.replace("AVSS", f"{sys.executable} -m avss_dist")
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, errors)
+
+
+def test_ctrl_c_ends_a_query_at_once(folder: Path) -> None:
+    """A command takes a second of a processor before the query begins, and uses more only while the query runs."""
+    process = subprocess.Popen(
+        [*COMMAND, "query", "-w", str(folder / "w"), CROSS_JOIN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     try:
-        done = subprocess.run([*COMMAND, *command.split()], stdout=writing, stderr=subprocess.PIPE, check=False)
+        wait_until(lambda: sum(psutil.Process(process.pid).cpu_times()[:2]) > 4 or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate()
     finally:
-        os.close(writing)
-    assert (done.returncode, done.stderr) == (0, b"")
+        process.kill()
+    assert (process.returncode, output, errors) == (130, "", "Stopped.\n")
 
 
 def test_one_place_writes_what_people_see() -> None:
@@ -88,42 +98,6 @@ def test_one_place_writes_what_people_see() -> None:
     }
     # `group` sends what libraries log to standard error; `__main__` speaks while nothing is imported.
     assert found == {"system/streams.py", "partition/group.py", "__main__.py"}
-
-
-@pytest.mark.parametrize(("encoding", "command"), [("ascii", "show"), ("latin-1", "query \"SELECT 'é─█' AS a\"")])
-def test_what_an_encoding_lacks_is_replaced(encoding: str, command: str, tmp_path: Path) -> None:
-    write_scores(tmp_path / "w", "a-0123456789", [1.0, 2.0, 3.0])
-    done = shell(f"AVSS {command} -w {tmp_path}/w", PYTHONIOENCODING=encoding)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"?" in done.stdout
-
-
-def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
-    folder = os.fsencode(tmp_path) + b"/a\xffb"
-    os.mkdir(folder)
-    done = subprocess.run([*COMMAND, "show", "-w", folder], capture_output=True, check=False)
-    expected = b"Error: --warehouse: the name is not UTF-8 text.\nRename the folder.\n"
-    assert (done.returncode, done.stderr) == (2, expected)
-
-
-def test_ctrl_c_ends_a_query_at_once(tmp_path: Path) -> None:
-    write_scores(tmp_path / "w", "a-0123456789", [1.0, 2.0, 3.0])
-    process = subprocess.Popen(
-        [*COMMAND, "query", "-w", str(tmp_path / "w"), CROSS_JOIN],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )
-    while "duckdb" not in Path(f"/proc/{process.pid}/maps").read_text():
-        time.sleep(0.1)
-    time.sleep(2)  # the query itself has no sign that it has begun
-    process.send_signal(signal.SIGINT)
-    try:
-        output, errors = process.communicate()
-    finally:
-        process.kill()
-    assert (process.returncode, output, errors) == (130, "", "Stopped.\n")
 
 
 def test_no_warehouse_has_an_empty_name() -> None:

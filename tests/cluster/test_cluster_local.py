@@ -15,17 +15,15 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
+from support.checkpoints import one_thread
 from support.tables import assert_same_tables
 from support.warm_workers import ray_start_environment
 
 import avss_dist
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = pytest.mark.nightly
-
 SCRIPT = Path(__file__).parents[2] / "cluster" / "local.sh"
 SIZES: dict[str, Any] = {"max_sequences": 160, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
-OPTIONS = [part for name, value in SIZES.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 class Cluster:
@@ -75,28 +73,11 @@ def cluster(
 @pytest.fixture(scope="module")
 def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process without Ray measures, with one thread."""
-    import torch
-
-    out, threads = tmp_path_factory.mktemp("undisturbed"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    run = avss_dist.score(
-        tiny_llama, warehouse=out, corpus="builtin:pydoc", executor="local", partition="single", **SIZES
-    )
-    torch.set_num_threads(threads)
+    out, common = tmp_path_factory.mktemp("undisturbed"), {"executor": "local", "partition": "single", **SIZES}
+    with one_thread():
+        run = avss_dist.score(tiny_llama, warehouse=out, corpus="builtin:pydoc", **common)
     assert run.status == "done"
     return out
-
-
-def test_two_nodes_measure_the_same_bytes_as_one_process(
-    cluster: tuple[Cluster, dict[str, str]], tiny_llama: Path, undisturbed: Path, tmp_path: Path, run_avss: Callable
-) -> None:
-    _, client = cluster
-    arguments = ["score", tiny_llama, "--corpus", "builtin:pydoc", "-w", tmp_path, "--replicas", 2, *OPTIONS]
-    done = run_avss(*arguments, "--partition", "single", "--address", client["RAY_ADDRESS"], env=client)
-    assert done.returncode == 0, done.stderr
-    assert_same_tables(tmp_path, undisturbed)
-    (row,) = Warehouse(tmp_path).runs().to_pylist()
-    assert (row["status"], row["replicas"], row["threads"]) == ("done", 2, 1)
 
 
 LOSES_A_NODE = """
@@ -120,6 +101,7 @@ print(run.status, run.resumed_shards, harming.arrived)
 """
 
 
+@pytest.mark.nightly
 def test_a_lost_node_changes_no_number(
     cluster: tuple[Cluster, dict[str, str]], tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +113,8 @@ def test_a_lost_node_changes_no_number(
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-3:] == ["done", "0", "20"]
     assert_same_tables(tmp_path, undisturbed)
+    (row,) = Warehouse(tmp_path).runs().to_pylist()
+    assert (row["status"], row["replicas"], row["threads"]) == ("done", 2, 1)
     assert local.script("kill-node", 2).returncode == 2, "it is gone already"
 
 
@@ -144,6 +128,7 @@ def answer(url: str, token: str | None) -> int:
         return error.code
 
 
+@pytest.mark.nightly
 def test_who_has_no_token_or_a_wrong_one_is_refused(
     cluster: tuple[Cluster, dict[str, str]], tiny_llama: Path, tmp_path: Path, run_avss: Callable
 ) -> None:
@@ -161,6 +146,7 @@ def test_who_has_no_token_or_a_wrong_one_is_refused(
         assert "Traceback" not in done.stderr and token.read_text() not in done.stdout + done.stderr
 
 
+@pytest.mark.nightly
 def test_started_again_it_says_the_same_and_never_becomes_another(cluster: tuple[Cluster, dict[str, str]]) -> None:
     local, client = cluster
     again = local.start(2)
@@ -169,6 +155,7 @@ def test_started_again_it_says_the_same_and_never_becomes_another(cluster: tuple
     assert other.returncode == 2 and "local.sh stop" in other.stderr
 
 
+@pytest.mark.nightly
 def test_stop_ends_one_cluster_and_no_other(cluster: tuple[Cluster, dict[str, str]], tmp_path: Path) -> None:
     _, client = cluster
     other = Cluster(tmp_path)

@@ -142,6 +142,7 @@ def test_the_manifests_name_the_ray_of_the_image() -> None:
         assert spec.get("rayClusterSpec", spec)["rayVersion"] == version
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("path", RAY_UP, ids=lambda p: p.parent.name)
 def test_ray_up_takes_the_configuration(path: Path) -> None:
     """Ray's own defaults, schema and checks."""

@@ -100,6 +100,28 @@ def test_every_problem_of_the_settings_is_reported_at_once() -> None:
     assert len(caught.value.problems) == 2 and "--" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_sequences": 0}, "`max_sequences` must be at least 1, not 0."),
+        ({"sequence_length": 0}, "`sequence_length` must be at least 1, not 0."),
+        ({"skip_first_tokens": -1}, "`skip_first_tokens` must be at least 0, not -1."),
+        ({"skip_first_tokens": 32, "sequence_length": 32}, "`skip_first_tokens` 32 leaves nothing of 32 tokens."),
+        ({"dtype": "bfloat"}, "Unknown `dtype` 'bfloat'. Did you mean 'bfloat16'?"),
+        ({"layout": "pack"}, "Unknown `layout` 'pack'. Did you mean 'packed'?"),
+        ({"attention": "eagr"}, "Unknown `attention` 'eagr'. Did you mean 'eager'?"),
+        ({"device": "cuda:0"}, "Unknown `device` 'cuda:0'. Did you mean 'cuda'?"),
+        ({"executor": "rey"}, "Unknown `executor` 'rey'. Did you mean 'ray'?"),
+        ({"executor": "local", "replicas": 2}, "`executor` local is one replica"),
+        ({"executor": "local", "address": "auto"}, "`executor` local is one replica"),
+    ],
+)
+def test_a_wrong_value_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        split_options(values)
+    assert str(caught.value).replace("\n", " ").startswith(message)
+
+
 def test_lists_and_sizes_in_words_make_the_same_settings() -> None:
     assert Settings(sites=["mlp", "block"], thresholds=[1e-3, 1]) == Settings(
         sites=("block", "mlp"), thresholds=(1e-3, 1.0)
@@ -144,8 +166,6 @@ def test_replicas_that_nobody_can_mean_are_refused(written: Any, message: str) -
     with pytest.raises(ConfigError) as caught:
         Execution(replicas=written)
     assert str(caught.value).replace("\n", " ").startswith(message)
-    with pytest.raises(ConfigError, match="`executor` local is one replica"):
-        Execution(executor="local", replicas="1..2")
 
 
 def test_a_fingerprint_of_settings_is_what_it_was() -> None:

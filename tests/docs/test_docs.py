@@ -43,20 +43,6 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert anchor in anchors(read(there)), target
 
 
-@each_page
-def test_every_command_and_option_exists(page: Path) -> None:
-    for words in commands(read(page)):
-        name, *rest = words
-        if name == "jobs":
-            name, *rest = f"{name} {rest[0]}", *rest[1:]
-        if name in ("--help", "--version", "--install-completion"):
-            continue
-        assert name in OPTIONS, words
-        for word in rest:
-            if word.startswith("-") and not re.match(r"-\d", word):
-                assert word.partition("=")[0] in OPTIONS[name], (name, word)
-
-
 @pytest.mark.parametrize("page", OWN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_option_in_a_sentence_exists(page: Path) -> None:
     known = set().union(*OPTIONS.values()) | {"--install-completion", "--help", "--version"}

@@ -14,6 +14,8 @@ from support.documentation import DOCS, ROOT, read
 
 pytest.importorskip("material", reason="no mkdocs-material: pip install 'avss_dist[docs]'")
 
+pytestmark = pytest.mark.nightly
+
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 """Attributes of elements that a browser fetches without a click."""
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")

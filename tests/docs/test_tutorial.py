@@ -12,6 +12,8 @@ from support.documentation import ROOT, read
 
 from avss_dist.core.results import TabularResult
 
+pytestmark = pytest.mark.nightly
+
 NOTEBOOK = json.loads(read(ROOT / "jobs" / "tutorial.ipynb"))
 
 

@@ -17,6 +17,8 @@ from support.warehouses import activations, stats_of, write_measured
 from avss_dist.core.registry import FROM_ACTIVATIONS, RECIPES
 from avss_dist.core.settings import SITES
 
+pytestmark = pytest.mark.nightly
+
 COMMANDS = commands()
 SAFE = [text for text in HOSTILE if "\x00" not in text and "\ud800" not in text]  # what a shell can hand over
 CLUSTERS = {"address", "gpus_per_replica", "replicas", "executor", "placement_seconds"}  # they start or look for one

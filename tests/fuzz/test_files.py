@@ -1,4 +1,4 @@
-"""Plans, job files, and the headers of weight files: mutated real ones are read, or refused in order."""
+"""Job files, configurations, and the headers of weight files: mutated real ones are read, or refused in order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,11 @@ from support.fuzzing import damaged_bytes, fuzzed, hold, hold_with_one_error, mu
 from support.ggufs import write_gguf
 
 from avss_dist.core.errors import AvssError
-from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import locate
-from avss_dist.models.size import footprint
 from avss_dist.models.stored import stored_tensors
-from avss_dist.pruning.plan import read_plan
 
-PLAN: dict[str, Any] = {
-    "model": "/no/such/model",
-    "revision": "0" * 40,
-    "num_layers": 8,
-    "layers": "model.layers",
-    "why": {"by": "avss", "share": 0.25, "site": "block", "recipe": "pooled", "threshold": 1e-5},
-    "run_id": "tiny-0123456789",
-    "drop": [2, 5],
-    "keep": [0, 1, 3, 4, 6, 7],
-    "findings": ["AVSS rises with depth."],
-    "evaluated": [],
-}
+pytestmark = pytest.mark.nightly
+
 JOB: dict[str, Any] = {
     "warehouse": "w",
     "models": [
@@ -56,19 +42,6 @@ def dumped(draw: Any, value: Any) -> bytes:
     """A value as YAML, now and then with its bytes damaged."""
     data = yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "surrogatepass")
     return damaged_bytes(draw, data) if draw(st.integers(0, 3)) == 0 else data
-
-
-@fuzzed(40)
-@given(data=st.data())
-def test_a_plan_is_read_or_refused(data: Any, tmp_path: Path) -> None:
-    file = tmp_path / "plan.yaml"
-    file.write_bytes(dumped(data.draw, data.draw(mutated(PLAN))))
-    try:
-        read_plan(file).describe()
-    except AvssError as error:
-        assert str(file) in str(error).splitlines()[0]
-    assert hold("prune", "/no/such/model", file, "-o", tmp_path / "out")[0] == 2
-    assert sorted(files(tmp_path)) == ["plan.yaml"]
 
 
 @fuzzed(40)
@@ -127,17 +100,6 @@ def test_an_index_is_read_or_refused(data: Any, checkpoints: Path, tmp_path: Pat
     value = data.draw(mutated(json.loads((checkpoints / "several" / index.name).read_text())))
     index.write_text(json.dumps(value, default=str))
     headers_are_read_or_refused(tmp_path)
-
-
-@fuzzed(15)
-@given(data=st.data())
-def test_a_configuration_is_read_or_refused(data: Any, checkpoints: Path, tmp_path: Path) -> None:
-    value = data.draw(mutated(json.loads((checkpoints / "one" / "config.json").read_text())))
-    (tmp_path / "config.json").write_text(json.dumps(value, default=str))
-    (tmp_path / "model.safetensors").write_bytes((checkpoints / "one" / "model.safetensors").read_bytes())
-    headers_are_read_or_refused(tmp_path)
-    with suppress(AvssError):
-        footprint(str(tmp_path), Settings())
 
 
 FAMILIES = ("llama", "gpt2", "mixtral", "gemma3_text")

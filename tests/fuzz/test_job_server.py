@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from support.fuzzing import HOSTILE, damaged_bytes, fuzzed, hold_with_one_error, mutated, values
 from support.job_server import JOB, VERSION, VERSION_ANSWER, Answer, JobServer, job_server
 
+pytestmark = pytest.mark.nightly
+
 TIMES = {"start_time": 1_700_000_000_000, "end_time": 1_700_000_001_000}
 ENDED = {**JOB, **TIMES, "status": "FAILED", "driver_exit_code": 1}
 JOBS = "/api/jobs"

@@ -28,7 +28,9 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.tasks.harness import harness_task
 
-LAYERS, WIDTH = 3, 32
+pytestmark = pytest.mark.nightly
+
+LAYERS = 3
 SIZES = {"self_attn.o_proj": (32, 32), "mlp.down_proj": (32, 48)}  # outputs and inputs
 SMALL = {"sequence_length": 32, "max_sequences": 4, "device": "cpu", "dtype": "float32", "batch_size": 4}
 WEIRD = (

@@ -17,6 +17,8 @@ from support.warehouses import activations, stats_of, write_measured, write_scor
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
+pytestmark = pytest.mark.nightly
+
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 

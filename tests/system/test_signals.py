@@ -3,36 +3,72 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.command_line import avss
 from support.commands import Command
 from support.processes import wait_until
 
 from avss_dist.pruning.plan import Plan
+from avss_dist.system import signals
 from avss_dist.system.signals import Terminated, preserve_sigterm_handler, raise_on_sigterm
 
 
 @pytest.fixture
-def default_sigterm() -> Iterator[None]:
+def default_sigterm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(signals, "_terminated", False)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.fixture
+def plan(tiny_llama: Path, tmp_path: Path) -> Path:
+    plan = Plan(model=str(tiny_llama), revision=None, num_layers=3, layers="layers", drop=(1,), why={})
+    plan.write(tmp_path / "plan.yaml")
+    return tmp_path / "plan.yaml"
+
+
+@pytest.mark.usefixtures("default_sigterm")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_this_process_while_a_checkpoint_is_written_leaves_nothing(
+    number: signal.Signals, code: int, plan: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sent twice, as `timeout` does: while files are copied, and during the cleanup."""
+    remove = shutil.rmtree
+
+    def interrupted_copy(_checkpoint: Any, _plan: Any, staged: Path, _settings: Any) -> None:
+        assert any(staged.iterdir()) and not (plan.parent / "out").exists()
+        signal.raise_signal(number)
+
+    def interrupted_remove(*args: Any, **options: Any) -> None:
+        if number is signal.SIGTERM:
+            signal.raise_signal(number)
+        remove(*args, **options)
+
+    monkeypatch.setattr("avss_dist.pruning.checkpoint._copy_files", interrupted_copy)
+    monkeypatch.setattr("avss_dist.system.staging.shutil.rmtree", interrupted_remove)
+    raise_on_sigterm()
+    done = avss("prune", tiny_llama, plan, "-o", plan.parent / "out")
+    assert done.exit_code == code and "Stopped." in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in plan.parent.iterdir()] == ["plan.yaml"]
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.usefixtures("warm_workers")
 def test_a_signal_while_a_checkpoint_is_written_leaves_nothing(
-    number: signal.Signals, code: int, tiny_llama: Path, tmp_path: Path
+    number: signal.Signals, code: int, plan: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
     """It is sent twice, as `timeout` does."""
-    plan = Plan(model=str(tiny_llama), revision=None, num_layers=3, layers="layers", drop=(1,), why={})
-    plan.write(tmp_path / "plan.yaml")
-    command = Command("prune", tiny_llama, tmp_path / "plan.yaml", "-o", tmp_path / "out")
+    command = Command("prune", tiny_llama, plan, "-o", tmp_path / "out")
     wait_until(lambda: any(tmp_path.glob(".out.*.tmp/*")) or not command.running())
     command.send(signal.SIGSTOP)
     assert any(tmp_path.glob(".out.*.tmp")) and not (tmp_path / "out").exists()
