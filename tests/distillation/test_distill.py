@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import llama
 from support.command_line import avss, files
+from support.pairs import write_pairs
 
 import avss_dist
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
@@ -27,16 +28,19 @@ from avss_dist.distillation.trained import default_learning_rate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
+from avss_dist.system import devices
 
+TOKENS = 4 * 32  # of a step
 SMALL: dict[str, Any] = {
     "sequence_length": 32,
-    "tokens": 20 * 4 * 32,
+    "tokens": 10 * TOKENS,
     "self_texts": 0,
     "held_out": 4,
     "learning_rate": 3e-3,
     "warmup": 2,
-    "evaluations": 4,
+    "evaluations": 2,
     "device": "cpu",
+    "dtype": "float32",  # with auto, processors that compute fast in bfloat16 do
 }
 
 
@@ -51,11 +55,29 @@ def distill(student: Path, teacher: Path, corpus: Path, tmp_path: Path) -> Calla
     return run
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+@pytest.fixture(scope="module")
+def distilled(
+    student: Path, teacher: Path, corpus: Path, other_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Distilled, list[Any]]:
+    """One distillation on a text and on the teacher's own, with another text watched; and its events."""
+    events: list[Any] = []
+    done = avss_dist.distill(
+        student=student,
+        teacher=teacher,
+        corpora=[f"{corpus}=3"],
+        watch=[other_corpus],
+        output=tmp_path_factory.mktemp("distilled") / "out",
+        on_event=events.append,
+        **SMALL | {"self_texts": 40},
+    )
+    return done, events
 
 
-def changed(before: Path, after: Path) -> set[str]:
+def weights_of(folder: Path | str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def changed(before: Path, after: Path | str) -> set[str]:
     """Names of the tensors that differ between two checkpoints."""
     old, new = weights_of(before), weights_of(after)
     assert old.keys() == new.keys()
@@ -78,20 +100,17 @@ def test_the_default_learning_rate_is_in_proportion_to_the_weights(
     assert default_learning_rate(resolve(str(larger)), "all") == pytest.approx(8 * rate, rel=0.05)
     assert default_learning_rate(resolve(str(larger)), "lora") == pytest.approx(40 * rate, rel=0.05)
 
-    assert distill(learning_rate=None).record.learning_rate == rate
+    assert distill(learning_rate=None, tokens=4 * TOKENS).record.learning_rate == rate
 
 
-def test_a_student_comes_closer_to_its_teacher(
-    distill: Callable[..., Distilled], student: Path, corpus: Path, other_corpus: Path, tmp_path: Path
-) -> None:
-    events: list[Any] = []
-    done = distill(corpora=[f"{corpus}=3"], watch=[other_corpus], self_texts=40, evaluations=5, on_event=events.append)
-    record = done.record
-    assert record.after.loss < 0.9 * record.before.loss
+def test_a_student_comes_closer_to_its_teacher(distilled: tuple[Distilled, list[Any]], student: Path) -> None:
+    done, events = distilled
+    record, folder = done.record, Path(done.folder)
+    assert record.after.loss < 0.95 * record.before.loss
     assert [text.label for text in record.texts] == ["trained.txt", "self", "other.txt"]
     assert [text.weight for text in record.texts] == [3, 1, 0]
     assert [text.trained_rows > 0 for text in record.texts] == [True, True, False]
-    assert [point.step for point in record.curve] == [0, 4, 8, 12, 16, 20, 20]
+    assert [point.step for point in record.curve] == [0, 5, 10, 10]
     assert record.before.train_loss is None and record.curve[1].train_loss is not None
     for text in record.texts:
         assert record.after.kept[text.label] == pytest.approx(
@@ -99,25 +118,26 @@ def test_a_student_comes_closer_to_its_teacher(
         )
     weighted = 0.75 * record.after.divergence["trained.txt"] + 0.25 * record.after.divergence["self"]
     assert record.after.loss == pytest.approx(weighted)
-    assert read_record(tmp_path / "out") == record
+    assert read_record(folder) == record
     assert done.table().num_rows == len(record.curve) * 3
-    assert [event.tokens for event in events if isinstance(event, TrainingAdvanced)] == [128 * i for i in range(1, 21)]
-    assert len([event for event in events if isinstance(event, HeldOutMeasured)]) == 6
-    assert not (tmp_path / "out.part").exists()
+    advanced = [event.tokens for event in events if isinstance(event, TrainingAdvanced)]
+    assert advanced == [TOKENS * step for step in range(1, 11)]
+    assert len([event for event in events if isinstance(event, HeldOutMeasured)]) == 3
+    assert not folder.with_name("out.part").exists()
     assert done.notes == ()
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (folder / "README.md").read_text()
     assert card.startswith((student / "README.md").read_text()[:200]) and "Distilled from" in card
-    assert {"config.json", "tokenizer.json", "avss_distill.json"} <= files(tmp_path / "out").keys()
-    assert (tmp_path / "out" / "config.json").read_bytes() == (student / "config.json").read_bytes()
+    assert {"config.json", "tokenizer.json", "avss_distill.json"} <= files(folder).keys()
+    assert (folder / "config.json").read_bytes() == (student / "config.json").read_bytes()
 
 
 def test_the_written_checkpoint_is_what_the_last_point_measured(
-    distill: Callable[..., Distilled], teacher: Path, other_corpus: Path, tmp_path: Path
+    distilled: tuple[Distilled, list[Any]], teacher: Path, other_corpus: Path
 ) -> None:
     """Plain transformers opens it, and finds the divergence from the teacher that the record has."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    done = distill(watch=[other_corpus])
+    done, _ = distilled
     student, whole = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (done.folder, teacher))
     tokenizer = AutoTokenizer.from_pretrained(done.folder)
     ids = torch.tensor(tokenizer(other_corpus.read_text(), add_special_tokens=False)["input_ids"])
@@ -128,17 +148,27 @@ def test_the_written_checkpoint_is_what_the_last_point_measured(
     assert done.record.after.kept["other.txt"] == pytest.approx(math.exp(losses[1] - losses[0]), rel=1e-4)
 
 
-def test_what_is_trained(distill: Callable[..., Distilled], student: Path, tmp_path: Path) -> None:
+def test_what_is_trained_and_the_memory_that_it_takes(
+    distill: Callable[..., Distilled], distilled: tuple[Distilled, list[Any]], student: Path, tmp_path: Path
+) -> None:
     """The tied embedding stays as it is; of a model without layer 2, the layers near the cut are 1 and 2."""
     layers = {name for name in weights_of(student) if ".layers." in name}
-    distill(output=tmp_path / "all")
-    assert changed(student, tmp_path / "all") == layers | {"model.norm.weight"}
-    distill(output=tmp_path / "near", train="near", tokens=1024)
-    assert changed(student, tmp_path / "near") == {name for name in layers if ".layers.0." not in name}
-    done = distill(output=tmp_path / "lora", train="lora", lora_rank=4)
-    assert changed(student, tmp_path / "lora") == {name for name in layers if "_proj." in name}
-    assert done.record.lora_rank == 4 and done.record.after.loss < done.record.before.loss
+    done = {
+        train: distill(train=train, lora_rank=4, tokens=4 * TOKENS, output=tmp_path / train)
+        for train in ("near", "lora")
+    }
+    done["all"] = distilled[0]
+    assert changed(student, done["all"].folder) == layers | {"model.norm.weight"}
+    assert changed(student, done["near"].folder) == {name for name in layers if ".layers.0." not in name}
+    assert changed(student, done["lora"].folder) == {name for name in layers if "_proj." in name}
+    record = done["lora"].record
+    assert record.lora_rank == 4 and record.after.loss < record.before.loss
     assert not list((tmp_path / "lora").glob("adapter*"))
+    parts = {train: result.memory for train, result in done.items()}
+    assert parts["all"].trained > parts["near"].trained > parts["lora"].trained
+    for part in parts.values():
+        assert part.gradients == 4 * part.trained and part.moments == 8 * part.trained
+    assert parts["all"].weights == sum(4 * t.numel() for t in weights_of(done["all"].folder).values())
 
 
 def test_weights_are_written_in_the_dtype_of_the_student(
@@ -157,9 +187,10 @@ def test_weights_are_written_in_the_dtype_of_the_student(
 def test_text_of_the_teacher_is_written_once(
     distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    first = distill(corpora=(), self_texts=30, seed=7, tokens=256)
+    options = {"corpora": (), "self_texts": 30, "seed": 7, "tokens": 2 * TOKENS}
+    first = distill(**options)
     monkeypatch.setattr(teacher_text, "sample", None)
-    second = distill(corpora=(), self_texts=30, seed=7, tokens=256, output=tmp_path / "again")
+    second = distill(**options, output=tmp_path / "again")
     assert files(tmp_path / "out") == files(tmp_path / "again")
     assert [text.corpus for text in second.record.texts] == ["self"] and first.record == second.record
 
@@ -174,6 +205,7 @@ def test_documents_are_trained_on_padded(distill: Callable[..., Distilled], corp
 # Endings
 
 
+@pytest.mark.nightly
 def test_a_training_ends_when_held_out_loss_no_longer_falls(distill: Callable[..., Distilled], tmp_path: Path) -> None:
     """With few rows, which are learned by heart, the best checkpoint is an early one, and is written."""
     done = distill(max_sequences=7, tokens=200 * 128, evaluations=50, patience=2, learning_rate=2e-3)
@@ -186,20 +218,20 @@ def test_a_training_ends_when_held_out_loss_no_longer_falls(distill: Callable[..
 def test_a_training_that_diverges_writes_its_best_checkpoint(
     distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """From step 13 the loss is not a number; the checkpoints before are those of steps 5 and 10."""
+    """From step 8 the loss is not a number; the checkpoint before is that of step 5."""
     steps = []
 
     def fail(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         total, diverged = distillation_loss(*arguments)
         steps.append(diverged)
-        return (total * torch.nan, diverged * torch.nan) if len(steps) >= 13 else (total, diverged)
+        return (total * torch.nan, diverged * torch.nan) if len(steps) >= 8 else (total, diverged)
 
     monkeypatch.setattr(trainer, "distillation_loss", fail)
-    with pytest.raises(RunFailed, match=r"diverged.*best checkpoint.*of 1,280 tokens.*out") as caught:
+    with pytest.raises(RunFailed, match=r"diverged.*best checkpoint.*of 640 tokens.*out") as caught:
         distill()
-    assert caught.value.exit_code == 1 and len(steps) == 13
+    assert caught.value.exit_code == 1 and len(steps) == 8
     record = read_record(tmp_path / "out")
-    assert record is not None and record.ended == "diverged" and record.steps == 10
+    assert record is not None and record.ended == "diverged" and record.steps == 5
     assert record.after.loss < record.before.loss
     assert not (tmp_path / "out.part").exists()
 
@@ -211,14 +243,15 @@ def test_a_training_that_gains_nothing_writes_nothing(distill: Callable[..., Dis
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_keeps_what_is_complete(
+def test_a_full_disk_keeps_what_is_complete_and_the_same_request_resumes(
     distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """The same bytes as of a training that nothing interrupts."""
     written = []
     save = trainer.DistillationTrainer.save_model
 
     def fill(self: Any, folder: str, *args: Any, **options: Any) -> None:
-        if len(written) == 2:
+        if written:
             raise OSError(28, "No space left on device", folder)
         written.append(folder)
         save(self, folder, *args, **options)
@@ -228,8 +261,12 @@ def test_a_full_disk_keeps_what_is_complete(
         with pytest.raises(AvssError, match="no space left") as caught:
             distill()
     assert caught.value.exit_code == 1
-    assert trainer.last_checkpoint(tmp_path / "out.part" / "checkpoints").name == "checkpoint-10"  # type: ignore[union-attr]
-    distill()
+    complete = trainer.last_checkpoint(tmp_path / "out.part" / "checkpoints")
+    assert complete is not None and complete.name == "checkpoint-5"
+    resumed: list[Any] = []
+    distill(on_event=resumed.append)
+    advanced = [event.tokens for event in resumed if isinstance(event, TrainingAdvanced)]
+    assert advanced == [TOKENS * step for step in range(6, 11)]
     distill(output=tmp_path / "whole")
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
@@ -243,52 +280,57 @@ def refused(distill: Callable[..., Distilled], match: str, **options: Any) -> No
     assert caught.value.exit_code == 2
 
 
-def test_other_vocabularies_are_refused(
-    distill: Callable[..., Distilled], save_checkpoint: Callable[[Any, Path], Path], tmp_path: Path
+def test_requests_that_cannot_be_are_refused(
+    distill: Callable[..., Distilled],
+    student: Path,
+    corpus: Path,
+    save_checkpoint: Callable[[Any, Path], Path],
+    tmp_path: Path,
 ) -> None:
-    wider = save_checkpoint(llama(vocab_size=384), tmp_path / "wider")
+    wider, no_card = save_checkpoint(llama(vocab_size=384), tmp_path / "wider"), tmp_path / "no-card"
+    shutil.copytree(student, no_card)
+    (no_card / "README.md").unlink()
     refused(distill, "different vocabularies: 320 and 384 logits", teacher=wider)
     assert not (tmp_path / "out.part").exists()
+    refused(distill, "no text to train on", corpora=())
+    refused(distill, "names a text twice", corpora=[corpus, f"{corpus}=2"])
+    refused(distill, "which layers were removed", student=no_card, train="near")
 
 
 def test_too_little_memory_is_refused_before_loading(
     distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Memory of a rank counts for all ranks of this machine."""
     monkeypatch.setattr(memory, "available_memory", lambda: 10_000_000)
     refused(distill, r"`train` all needs about .* of memory: .*optimizer")
+    monkeypatch.setattr(devices, "available_memory", lambda: 600_000_000)
+    refused(distill, r"needs about .* of memory.*exchange.*There are 300 MB", ranks=2)
     assert not (tmp_path / "out.part").exists()
 
 
-def test_memory_follows_what_is_trained(distill: Callable[..., Distilled], tmp_path: Path) -> None:
-    trained = {
-        train: distill(train=train, lora_rank=2, tokens=512, learning_rate=1e-2, output=tmp_path / train).memory
-        for train in ("all", "near", "lora")
-    }
-    assert trained["all"].trained > trained["near"].trained > trained["lora"].trained
-    for parts in trained.values():
-        assert parts.gradients == 4 * parts.trained and parts.moments == 8 * parts.trained
-    assert trained["all"].weights == sum(4 * t.numel() for t in weights_of(tmp_path / "all").values())
-
-
-def test_no_text_is_refused(distill: Callable[..., Distilled]) -> None:
-    refused(distill, "no text to train on", corpora=())
-
-
-def test_a_text_named_twice_is_refused(distill: Callable[..., Distilled], corpus: Path) -> None:
-    refused(distill, "names a text twice", corpora=[corpus, f"{corpus}=2"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ranks": 3}, "`batch_size` 4 cannot be divided among 3 `ranks`.*such as 6"),
+        ({"sharding": "zero3"}, "`sharding` zero3 divides nothing with one rank"),
+        ({"address": "127.0.0.1:6379"}, "`address` has no effect with one rank"),
+        ({"ranks": 512, "batch_size": 512}, "`ranks` 512 need 512 CPUs; there are"),
+        ({"ranks": 2, "sharding": "zero"}, "zero1"),
+        ({"ranks": 2, "sharding": "fsdp", "dtype": "bfloat16"}, "`sharding` fsdp computes in float32 on CPUs"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(
+    distill: Callable[..., Distilled], tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    refused(distill, f"(?s){words}", **options)
+    assert not (tmp_path / "out.part").exists()
 
 
 def test_paired_text_can_only_be_watched(distill: Callable[..., Distilled], tmp_path: Path) -> None:
-    pairs = tmp_path / "pairs.jsonl"
-    labels = {"true": "It is {}.", "false": "It is not {}."}
-    lines = [
-        json.dumps({"q": f"What is {i} and {i}?", "a": answer.format(2 * i), "label": label})
-        for i in range(20)
-        for label, answer in labels.items()
-    ]
-    pairs.write_text("\n".join(lines))
-    refused(distill, "paired text", corpora=[f"{pairs}:q+a"])
-    assert distill(watch=[f"{pairs}:q+a"], tokens=1024, held_out=8).record.texts[1].held_out_rows == 8
+    pairs = write_pairs(tmp_path, 20)
+    refused(distill, "paired text", corpora=[pairs])
+    done = distill(watch=[pairs], sequence_length=48, held_out=8)
+    assert done.record.texts[1].held_out_rows == 8
 
 
 def test_a_short_text_is_refused(distill: Callable[..., Distilled], tmp_path: Path) -> None:
@@ -300,30 +342,18 @@ def test_a_short_text_is_refused(distill: Callable[..., Distilled], tmp_path: Pa
 def test_watched_text_that_is_trained_on_is_refused(
     distill: Callable[..., Distilled], corpus: Path, tmp_path: Path
 ) -> None:
-    lines = corpus.read_text().split("\n")
-    (tmp_path / "same.txt").write_text("\n".join(reversed(lines[100:])))
-    refused(
-        distill,
-        r"of the held-out rows of .*same.txt is text that is trained on",
-        watch=[tmp_path / "same.txt"],
-        held_out=16,
-    )
-    assert (
-        distill(watch=[tmp_path / "same.txt"], held_out=16, allow_overlap=True, tokens=256).record.texts[1].label
-        == "same.txt"
-    )
-
-
-def test_near_needs_to_know_the_cuts(distill: Callable[..., Distilled], student: Path, tmp_path: Path) -> None:
-    shutil.copytree(student, tmp_path / "no-card")
-    (tmp_path / "no-card" / "README.md").unlink()
-    refused(distill, "which layers were removed", student=tmp_path / "no-card", train="near")
+    lines, same = corpus.read_text().split("\n"), tmp_path / "same.txt"
+    same.write_text("\n".join(reversed(lines[100:])))
+    told = r"of the held-out rows of .*same.txt is text that is trained on"
+    refused(distill, told, watch=[same], held_out=16)
+    done = distill(watch=[same], held_out=16, allow_overlap=True, tokens=2 * TOKENS)
+    assert done.record.texts[1].label == "same.txt"
 
 
 def test_a_student_without_a_common_ancestor_is_distilled_and_noted(
     distill: Callable[..., Distilled], tiny_llama: Path
 ) -> None:
-    done = distill(student=tiny_llama, tokens=512)
+    done = distill(student=tiny_llama, tokens=4 * TOKENS)
     assert "Nothing says that" in done.notes[0]
 
 
@@ -348,10 +378,10 @@ def test_text_that_has_changed_is_not_resumed(
 
 
 def test_trained_text_is_not_held_out_from_an_evaluation(
-    distill: Callable[..., Distilled], corpus: Path, other_corpus: Path, tmp_path: Path
+    distilled: tuple[Distilled, list[Any]], corpus: Path, other_corpus: Path, tmp_path: Path
 ) -> None:
-    distill()
-    evaluate = ["evaluate", tmp_path / "out", "-w", tmp_path / "warehouse", "--sequence-length", 32, "--device", "cpu"]
+    folder = distilled[0].folder
+    evaluate = ["evaluate", folder, "-w", tmp_path / "warehouse", "--sequence-length", 32, "--device", "cpu"]
     trained = avss(*evaluate, "--task", f"perplexity:{corpus}", "--skip-sequences", 8)
     assert trained.exit_code == 2 and "was distilled on" in trained.stderr
     assert avss(*evaluate, "--task", f"perplexity:{other_corpus}").exit_code == 0
@@ -361,7 +391,7 @@ def test_the_command_prints_a_table_or_json(
     student: Path, teacher: Path, corpus: Path, other_corpus: Path, tmp_path: Path
 ) -> None:
     arguments = ["distill", student, "--teacher", teacher, "--corpus", corpus, "--watch", other_corpus]
-    arguments += ["--sequence-length", 32, "--tokens", "1e3", "--self-texts", 0, "--held-out", 4, "--device", "cpu"]
+    arguments += ["--sequence-length", 32, "--tokens", "5e2", "--self-texts", 0, "--held-out", 4, "--device", "cpu"]
     picture = tmp_path / "kept.svg"
     refused = avss(*arguments, "-o", tmp_path / "table", "--picture", "kept.pgn")
     assert refused.exit_code == 2 and "Did you mean '.png'?" in refused.stderr and not [*tmp_path.iterdir()]

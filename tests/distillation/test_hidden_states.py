@@ -17,6 +17,8 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.distillation.hidden_states import CutStates, matching_layers
 
+pytestmark = pytest.mark.nightly
+
 SMALL: dict[str, Any] = {
     "sequence_length": 32,
     "tokens": 4 * 4 * 32,
@@ -25,6 +27,7 @@ SMALL: dict[str, Any] = {
     "learning_rate": 3e-3,
     "evaluations": 1,
     "device": "cpu",
+    "dtype": "float32",  # with auto, processors that compute fast in bfloat16 do
 }
 
 

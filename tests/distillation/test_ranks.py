@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import one_thread
 from support.commands import Command
-from support.tiers import all_of, nightly
 from support.families import lively, tiny_model
 from support.processes import ray_processes, wait_until
 from support.rank_processes import Gang
@@ -34,9 +33,10 @@ from avss_dist.partition.group import rank_and_size
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.requests import DistillRequest
-from avss_dist.system import devices
 
-STEPS = 20
+pytestmark = pytest.mark.nightly
+
+STEPS = 10
 SMALL: dict[str, Any] = {
     "sequence_length": 32,
     "tokens": STEPS * 4 * 32,
@@ -46,9 +46,8 @@ SMALL: dict[str, Any] = {
     "warmup": 2,
     "evaluations": 1,
     "device": "cpu",
+    "dtype": "float32",  # with auto, processors that compute fast in bfloat16 do
 }
-FAMILIES = {"llama": "layers", "qwen3": "layers", "gemma3_text": "layers", "gpt2": "h", "mixtral": "layers"}
-SHARDED = ("zero3", "fsdp")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +58,7 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
+def ranks(warm_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
     gang = Gang(2, tmp_path_factory.mktemp("ranks"))
     yield gang
     gang.stop()
@@ -76,11 +75,8 @@ def pair_of(
         teacher, student = parent / f"{family}-teacher", parent / f"{family}-student"
         if not teacher.exists():
             model = lively(tiny_model("causal", family))
-            for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):  # each rank draws its own
-                if hasattr(model.config, name):
-                    setattr(model.config, name, 0.0)
             save_checkpoint(model, teacher)
-            prune(str(teacher), Plan(model=str(teacher), num_layers=3, layers=FAMILIES[family], drop=(1,)), student)
+            prune(str(teacher), Plan(model=str(teacher), num_layers=3, layers="layers", drop=(1,)), student)
         return {"student": student, "teacher": teacher, "corpora": [corpus], **SMALL}
 
     return pair
@@ -156,19 +152,13 @@ def assert_same_curve(record: DistillRecord | None, expected: DistillRecord) -> 
         assert point.kept == pytest.approx(other.kept, rel=1e-4)
 
 
-CASES = [
-    *((family, sharding, "all") for family in FAMILIES for sharding in SHARDED),
-    *(("llama", sharding, "all") for sharding in ("ddp", "zero1", "zero2")),
-    *(("llama", "ddp", train) for train in ("near", "lora")),
-]
-ALWAYS = [
-    *(("llama", "zero3", "all"), ("llama", "fsdp", "all"), ("gemma3_text", "fsdp", "all"), ("mixtral", "zero3", "all")),
-    *(("llama", "zero1", "all"), ("llama", "ddp", "lora")),
-]
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(("family", "sharding", "train"), all_of(CASES, ALWAYS))
+@pytest.mark.parametrize(
+    ("family", "sharding", "train"),
+    [
+        *(("llama", "zero3", "all"), ("llama", "fsdp", "all"), ("gemma3_text", "fsdp", "all")),
+        *(("mixtral", "zero3", "all"), ("llama", "zero1", "all"), ("llama", "ddp", "lora")),
+    ],
+)
 def test_two_ranks_give_the_weights_of_one_process(
     ranks: Gang,
     pair_of: Callable[[str], dict[str, Any]],
@@ -205,8 +195,7 @@ def test_two_ranks_give_the_weights_of_one_process(
         assert weights == pytest.approx(memory.weights - copy, rel=0.03)
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("sharding", ["fsdp", "zero3", *nightly("ddp", "zero1", "zero2")])
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
 def test_ranks_add_the_error_of_the_hidden_states(
     ranks: Gang, pair_of: Callable[[str], dict[str, Any]], tmp_path: Path, sharding: str
 ) -> None:
@@ -229,7 +218,6 @@ def cluster(warm_workers: None) -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.nightly
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_rank_ends_the_training_which_then_goes_on(
     pair_of: Callable[[str], dict[str, Any]], by_one: Callable[..., tuple[Path, DistillRecord]], tmp_path: Path
@@ -262,7 +250,6 @@ def test_a_killed_rank_ends_the_training_which_then_goes_on(
     assert not (tmp_path / "out.part").exists()
 
 
-@pytest.mark.nightly
 @pytest.mark.usefixtures("cluster")
 def test_ranks_read_the_cache_of_the_teacher(pair_of: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
     """Measured by a worker or in this process, it gives the student of one process; no rank loads the teacher."""
@@ -277,7 +264,6 @@ def test_ranks_read_the_cache_of_the_teacher(pair_of: Callable[[str], dict[str, 
     assert_same_curve(again.record, expected)
 
 
-@pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
 def test_a_signal_ends_all_ranks(pair_of: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
     """Ctrl-C, in the middle of the training."""
@@ -312,33 +298,3 @@ def test_an_error_of_a_rank_is_that_of_the_command(pair_of: Callable[[str], dict
     with pytest.raises(RunFailed, match=r"the student no better.*Nothing was written"):
         avss_dist.distill(**{**pair_of("llama"), "learning_rate": 1e4, "warmup": 0}, ranks=2, output=tmp_path / "out")
     wait_until(lambda: all(process in before for process in ray_processes()))
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"ranks": 3}, "`batch_size` 4 cannot be divided among 3 `ranks`.*such as 6"),
-        ({"sharding": "zero3"}, "`sharding` zero3 divides nothing with one rank"),
-        ({"address": "127.0.0.1:6379"}, "`address` has no effect with one rank"),
-        ({"ranks": 512, "batch_size": 512}, "`ranks` 512 need 512 CPUs; there are"),
-        ({"ranks": 2, "sharding": "zero"}, "zero1"),
-        ({"ranks": 2, "sharding": "fsdp", "dtype": "bfloat16"}, "`sharding` fsdp computes in float32 on CPUs"),
-    ],
-)
-def test_ranks_that_cannot_be_are_refused(
-    pair_of: Callable[[str], dict[str, Any]], tmp_path: Path, options: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(ConfigError, match=f"(?s){words}") as caught:
-        avss_dist.distill(**{**pair_of("llama"), **options}, output=tmp_path / "out")
-    assert caught.value.exit_code == 2 and not (tmp_path / "out.part").exists()
-
-
-def test_memory_of_a_rank_counts_for_all_ranks_of_this_machine(
-    pair_of: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(devices, "available_memory", lambda: 600_000_000)
-    with pytest.raises(ConfigError, match=r"needs about .* of memory.*exchange.*There are 300 MB"):
-        avss_dist.distill(**pair_of("llama"), ranks=2, output=tmp_path / "out")

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from benchmarks.teacher_cache import main
 
+pytestmark = pytest.mark.nightly
+
 
 def test_the_benchmark_prints_a_row_for_the_teacher_and_for_each_cache(
     student: Path, teacher: Path, corpus: Path, capsys: pytest.CaptureFixture[str]

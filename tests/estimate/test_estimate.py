@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,12 +22,12 @@ from support.ggufs import write_gguf
 from support.pairs import write_pairs
 from support.quantized import block_fp8
 
-import avss_dist.estimation.benchmark
 import avss_dist.estimation.estimate
 import avss_dist.partition.cost
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError, ModelError, RunFailed
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
+from avss_dist.estimation import benchmark
 from avss_dist.estimation.benchmark import LOADS
 from avss_dist.estimation.estimate import Estimate, Row, estimate, partition_costs, row
 from avss_dist.estimation.small_models import shortened
@@ -62,7 +63,11 @@ def estimated(model: str, corpus: str, settings: Settings, max_memory: Mapping[s
 
 @pytest.fixture(scope="module")
 def guess(header_only: Path) -> Estimate:
-    return estimated(str(header_only), "builtin:pydoc", SETTINGS)
+    """The estimate of a checkpoint without weights, by a short benchmark in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "SECONDS", 0.1)
+        patch.setattr(benchmark, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers))
+        return estimated(str(header_only), "builtin:pydoc", SETTINGS)
 
 
 def test_no_weight_is_read(guess: Estimate) -> None:
@@ -332,11 +337,6 @@ def test_while_zero3_opens_a_model_on_a_cpu_its_files_are_in_memory_too(tiny_lla
     assert on_gpu[1].device_bytes - on_gpu[0].device_bytes == 2 * GB
 
 
-def test_ranks_are_those_that_were_asked_for(tiny_llama: Path) -> None:
-    execution = Execution(partition="zero3", ranks=3)
-    assert rows(tiny_llama, Machine("cpu", 0, GB, GB), execution)["zero3"].ranks == 3
-
-
 def test_the_simplest_that_is_about_as_fast_as_the_fastest_is_the_best(guess: Estimate) -> None:
     single, device_map, streaming, *others = (replace(row, seconds=10.0) for row in guess.rows)
     equal = replace(guess, rows=(single, device_map, streaming, *others))
@@ -350,23 +350,17 @@ def test_the_simplest_that_is_about_as_fast_as_the_fastest_is_the_best(guess: Es
     assert none.best is None and summary(none).endswith("fits no partition here.")
 
 
-def test_free_memory_is_looked_up(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.partition.cost, "available_memory", lambda: 50_000_000)
-    monkeypatch.setattr(avss_dist.estimation.estimate, "calibrate", lambda *_: CALIBRATION)
-    found = estimated(str(header_only), "builtin:pydoc", SETTINGS)
-    assert found.host_free_bytes == 50_000_000 and found.best is None
-
-
-def test_no_more_than_allowed_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_looked_up_and_no_more_than_allowed_is_free(
+    header_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit that no process keeps fits nothing."""
     monkeypatch.setattr(avss_dist.partition.cost, "available_memory", lambda: 50_000_000)
     assert Machine.look("cpu", {"cpu": 20_000_000}) == Machine("cpu", 0, 20_000_000, 20_000_000)
     assert Machine.look("cpu", {"cpu": 90_000_000, "0": 1}).host_free == 50_000_000
-
-
-def test_a_limit_that_no_process_keeps_fits_nothing(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avss_dist.estimation.estimate, "calibrate", lambda *_: CALIBRATION)
-    found = estimated(str(header_only), "builtin:pydoc", SETTINGS, {"cpu": "20MB"})
-    assert found.host_free_bytes == 20_000_000 and found.best is None
+    for limits, free in (({}, 50_000_000), ({"cpu": "20MB"}, 20_000_000)):
+        found = estimated(str(header_only), "builtin:pydoc", SETTINGS, limits)
+        assert found.host_free_bytes == free and found.best is None
 
 
 def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
@@ -397,7 +391,7 @@ def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
 
 
 def test_a_benchmark_that_is_killed_is_an_error(header_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avss_dist.estimation.benchmark, "_prepare_process", partial(os._exit, 9))
+    monkeypatch.setattr(benchmark, "_prepare_process", partial(os._exit, 9))
     with pytest.raises(RunFailed, match="ended without a result"):
         estimated(str(header_only), "builtin:pydoc", SETTINGS)
 
@@ -411,6 +405,7 @@ def test_a_short_model_keeps_what_belongs_to_its_layers() -> None:
     assert short.layer_types == whole.layer_types[:3] and whole.num_hidden_layers == 12 == len(whole.layer_types)
 
 
+@pytest.mark.nightly
 def test_mistakes_of_the_plan_come_from_another_process_as_what_they_are(header_only: Path) -> None:
     with pytest.raises(CorpusError, match=r"nowhere\.txt"):
         estimated(str(header_only), "nowhere.txt", SETTINGS)

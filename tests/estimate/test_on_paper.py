@@ -30,6 +30,8 @@ from avss_dist.models.size import footprint
 from avss_dist.partition.choose import batch_bytes, choose
 from avss_dist.partition.cost import Machine
 
+pytestmark = pytest.mark.nightly
+
 PUBLISHED = Path(__file__).parents[1] / "support" / "published"
 QWEN, OSS, LLAMA405, DEEPSEEK, LLAMA70 = (
     *("qwen3-235b-a22b-fp8", "gpt-oss-120b", "llama-3.1-405b-fp8", "deepseek-v3"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from support.checkpoints import llama
 from support.command_line import avss, files
 from support.families import tiny_model
 from support.hub import serving_hub
-from transformers import AutoConfig
+from support.tiers import all_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import avss_dist
 from avss_dist.core.settings import Settings
 from avss_dist.models.auto import auto_classes
-from avss_dist.models.layers import Layer, first_tensor
+from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, open_module, quiet
 from avss_dist.models.skipping import skipping
 from avss_dist.pruning import configuration
@@ -32,12 +33,20 @@ from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.warehouse.reader import Warehouse
 
-Save = Callable[[Any, Path], Path]
 IDS = torch.arange(16).reshape(2, 8) + 3
-FAMILIES = (
+CAUSAL = (
     *("llama", "gemma3_text", "qwen3", "mixtral", "gpt2", "opt", "phi3", "olmo2", "granite", "deepseek_v3", "mamba"),
     *("gpt_neox", "cohere2", "exaone4"),
 )
+FAMILIES = [
+    *(("causal", family) for family in CAUSAL),
+    *(("masked", family) for family in ("bert", "distilbert", "roberta", "modernbert")),
+    *(("image-text", family) for family in ("gemma3", "qwen2_vl")),
+]
+DEFAULT_FAMILIES = [
+    *(("causal", family) for family in ("llama", "gemma3_text", "gpt2", "opt", "deepseek_v3", "mamba")),
+    *(("masked", "bert"), ("image-text", "gemma3")),
+]
 
 
 def plan_of(folder: Path, *drop: int, number: int = 3, layers: str = "layers", **fields: Any) -> Plan:
@@ -66,71 +75,54 @@ def test_skipped_layers_leave_no_trace() -> None:
 # Pruned checkpoints
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_pruned_checkpoint_computes_what_skipping_does(family: str, tmp_path: Path) -> None:
-    """Reloaded by transformers: logits equal to the original's with the layer skipped; generates with a cache."""
-    from transformers import AutoModelForCausalLM
-
-    whole, layers, drop, difference = prune_a_layer("causal", family, tmp_path)
-    assert difference == 0
-    less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
-    assert less.config.get_text_config().num_hidden_layers == len(layers) - 1
-    with torch.no_grad(), skipping(layers, {drop}):
-        expected = whole(IDS, use_cache=False).logits
-    with torch.no_grad():
-        assert torch.equal(less(IDS, use_cache=False).logits, expected)
-    generated = less.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert generated.shape == (2, 11)
+TASK_SETTINGS = ("id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "architectures")
 
 
-def prune_a_layer(kind: str, family: str, folder: Path) -> tuple[Any, Sequence[Layer], int, float | None]:
-    """Write a tiny model of a family to ``whole``, and to ``less`` without a layer; it has three labels."""
+@pytest.mark.parametrize(("kind", "family"), all_of(FAMILIES, DEFAULT_FAMILIES))
+def test_a_pruned_checkpoint_of_a_family(kind: str, family: str, tmp_path: Path) -> None:
+    """Every class that opens the original opens the pruned checkpoint, with the same labels and task settings.
+
+    What the files lack for a class's head, both lack. Logits of a causal model are those of the original with the layer
+    skipped, and it generates with a cache.
+    """
     whole = tiny_model(kind, family).eval()
     whole.config.id2label = {0: "negative", 1: "neutral", 2: "positive"}
     whole.config.label2id = {"negative": 0, "neutral": 1, "positive": 2}
     whole.config.problem_type = "single_label_classification"
     whole.config.task_specific_params = {"1": {"prefix": "1: "}}
-    whole.save_pretrained(folder / "whole")
+    whole.save_pretrained(tmp_path / "whole")
     layers = open_module(whole).structure.layers
     path = layers[0].name.rpartition(".")[0]
     drop = len(layers) - 1 if family == "deepseek_v3" else 1
-    made = plan_of(folder, drop, number=len(layers), layers=path)
-    return whole, layers, drop, prune(str(folder / "whole"), made, folder / "less")["difference"]
-
-
-TASK_SETTINGS = ("id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "architectures")
-
-
-@pytest.mark.parametrize(
-    ("kind", "family"),
-    [
-        *(("causal", family) for family in FAMILIES),
-        *(("masked", family) for family in ("bert", "distilbert", "roberta", "modernbert")),
-        *(("image-text", family) for family in ("gemma3", "qwen2_vl")),
-    ],
-)
-def test_every_class_that_opens_the_original_opens_the_pruned_checkpoint(
-    kind: str, family: str, tmp_path: Path
-) -> None:
-    """With the same labels and task settings; what the files lack for a class's head, both lack."""
-    prune_a_layer(kind, family, tmp_path)
+    plan = plan_of(tmp_path, drop, number=len(layers), layers=path)
+    done = prune(str(tmp_path / "whole"), plan, tmp_path / "less")
     opened = []
     for auto in auto_classes(AutoConfig.from_pretrained(tmp_path / "whole")):
         with quiet():
             try:
-                whole, before = auto.from_pretrained(tmp_path / "whole", output_loading_info=True)
+                original, before = auto.from_pretrained(tmp_path / "whole", output_loading_info=True)
             except Exception:
                 continue
             less, after = auto.from_pretrained(tmp_path / "less", output_loading_info=True)
         opened.append(type(less).__name__)
         for name in TASK_SETTINGS:
-            assert getattr(less.config, name, None) == getattr(whole.config, name, None), name
+            assert getattr(less.config, name, None) == getattr(original.config, name, None), name
         for names in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             assert without_numbers(after[names]) == without_numbers(before[names]), names
-        assert whole.num_parameters() > less.num_parameters()
+        assert original.num_parameters() > less.num_parameters()
     assert len(opened) == len(set(opened)) > 1
     ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("less", "whole"))
     assert ours.keys() == theirs.keys()
+    if kind == "causal":
+        assert done["difference"] == 0
+        less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
+        assert less.config.get_text_config().num_hidden_layers == len(layers) - 1
+        with torch.no_grad(), skipping(layers, {drop}):
+            expected = whole(IDS, use_cache=False).logits
+        with torch.no_grad():
+            assert torch.equal(less(IDS, use_cache=False).logits, expected)
+        generated = less.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+        assert generated.shape == (2, 11)
 
 
 def without_numbers(names: Iterable[Any]) -> set[str]:
@@ -151,18 +143,27 @@ def test_a_classifier_keeps_its_labels(tmp_path: Path) -> None:
     assert less.config.id2label == labels and torch.equal(less.score.weight, whole.score.weight)
 
 
-def test_a_key_that_the_original_lacks_is_added_where_layers_would_change(tmp_path: Path) -> None:
-    """An old Gemma 3 says which layers attend to all tokens by a pattern; without a layer, the pattern is another."""
+def test_settings_by_layer_are_cut_or_added_where_layers_would_change(tmp_path: Path) -> None:
+    """A layer keeps its kind of attention, and the embedding stays tied.
+
+    An old Gemma 3 says which layers attend to all tokens by a pattern; without a layer, the pattern is another.
+    """
     whole = tiny_model("causal", "gemma3_text")
     whole.save_pretrained(tmp_path / "whole")
     file = tmp_path / "whole" / "config.json"
-    config = {name: value for name, value in json.loads(file.read_text()).items() if name != "layer_types"}
+    config = json.loads(file.read_text())
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    file.write_text(json.dumps({**config, "layer_types": kinds}))
+    prune(str(tmp_path / "whole"), plan_of(tmp_path, 0), tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["layer_types"] == kinds[1:]
+    assert "lm_head.weight" not in load_file(tmp_path / "cut" / "model.safetensors")
+
+    del config["layer_types"]
     config["sliding_window_pattern"] = 2
     file.write_text(json.dumps(config))
-    kinds = AutoConfig.from_pretrained(tmp_path / "whole").layer_types
-    assert kinds == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert AutoConfig.from_pretrained(tmp_path / "whole").layer_types == kinds
     for drop, added in ((2, {}), (1, {"layer_types": ["sliding_attention"] * 2})):
-        prune(str(tmp_path / "whole"), plan_of(tmp_path, drop, number=3), tmp_path / f"less-{drop}")
+        prune(str(tmp_path / "whole"), plan_of(tmp_path, drop), tmp_path / f"less-{drop}")
         written = json.loads((tmp_path / f"less-{drop}" / "config.json").read_text())
         assert written == {**config, "num_hidden_layers": 2, **added}
 
@@ -197,16 +198,6 @@ def test_families_that_are_refused(family: str, drop: int, told: str, tmp_path: 
     assert not (tmp_path / "less").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_settings_by_layer_are_cut(tmp_path: Path) -> None:
-    """A layer keeps its kind of attention; the embedding stays tied."""
-    model = tiny_model("causal", "gemma3_text")
-    kinds = model.config.layer_types
-    model.save_pretrained(tmp_path / "whole")
-    prune(str(tmp_path / "whole"), plan_of(tmp_path, 0, number=len(kinds)), tmp_path / "less")
-    assert json.loads((tmp_path / "less" / "config.json").read_text())["layer_types"] == kinds[1:]
-    assert "lm_head.weight" not in load_file(tmp_path / "less" / "model.safetensors")
-
-
 def test_sharded_weights_and_everything_beside(tiny_llama: Path, tmp_path: Path) -> None:
     """Files keep their names, those that hold only dropped layers are gone, and the index tells what there is."""
     whole, less = tmp_path / "whole", tmp_path / "less"
@@ -239,11 +230,23 @@ def test_the_model_card_says_what_and_why(tiny_llama: Path) -> None:
     assert yaml.safe_load(card.split("---")[1])["base_model"] == tiny_llama.name
 
 
-def test_folders_that_hold_something_are_left_alone(tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
+def test_folders_that_hold_something_are_left_alone(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even one with the name of a checkpoint that is being written; and the current folder is not replaced."""
+    part, here = tmp_path / ".less.part", tmp_path / "here"
+    part.mkdir()
+    (part / "notes.txt").write_text("mine")
     with pytest.raises(PlanError, match="not empty"):
-        prune(str(tiny_llama), plan_of(tiny_llama, 1), tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+        prune(str(tiny_llama), plan_of(tiny_llama, 1), part)
+    prune(str(tiny_llama), plan_of(tiny_llama, 1), tmp_path / "less")
+    assert [file.name for file in part.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".less.part", "less"]
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for out in (".", "../here", here):
+        with pytest.raises(PlanError, match="the folder that you are in"):
+            prune(str(tiny_llama), plan_of(tiny_llama, 1), out)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.json", "model.safetensors"])

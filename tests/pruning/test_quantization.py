@@ -24,7 +24,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load, load_model, quiet
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.model_card import source_license
+from avss_dist.pruning.model_card import model_card, source_license
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import LayerNames, renumber_quantization, require_same_modules
 from avss_dist.pruning.selection import PlanError
@@ -246,7 +246,7 @@ def test_what_cannot_be_compared_here_is_pruned_and_says_so(tiny_llama: Path, tm
     assert "could not be seen here" in done["notes"][0] and "Outputs could not be compared" in done["notes"][1]
 
 
-# The folder, and the card in it
+# The card
 
 
 @pytest.mark.parametrize(
@@ -271,25 +271,5 @@ def test_the_license_is_kept(card: str | None, config: Any, expected: Any, tiny_
     given = json.loads((whole / "config.json").read_text()) | config
     (whole / "config.json").write_text(json.dumps(given))
     assert source_license(whole) == expected
-    prune(str(whole), PLAN, tmp_path / "less")
-    kept = yaml.safe_load((tmp_path / "less" / "README.md").read_text().split("---")[1])
+    kept = yaml.safe_load(model_card(resolve(str(whole)), PLAN).split("---")[1])
     assert {key: value for key, value in kept.items() if key.startswith("license")} == expected
-
-
-def test_what_is_not_ours_is_not_deleted(tiny_llama: Path, tmp_path: Path) -> None:
-    mine = tmp_path / ".less.part"
-    mine.mkdir()
-    (mine / "notes.txt").write_text("mine")
-    prune(str(tiny_llama), PLAN, tmp_path / "less")
-    assert (mine / "notes.txt").read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".less.part", "less"]
-
-
-def test_the_folder_that_one_stands_in_is_refused(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for out in (".", "../here", tmp_path / "here"):
-        with pytest.raises(PlanError, match="the folder that you are in"):
-            prune(str(tiny_llama), PLAN, out)

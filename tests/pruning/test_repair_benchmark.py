@@ -23,6 +23,8 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.projection import captured
 from avss_dist.pruning.repair.registry import REPAIRS
 
+pytestmark = pytest.mark.nightly
+
 Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"
 SETTINGS = Settings(sequence_length=32, batch_size=4, dtype="float32", device="cpu", max_sequences=120)

@@ -29,6 +29,12 @@ def rows_of(reading: tuple[Any, ...], values: list[float | None], **more: Any) -
         ({"by": "avss", "share": 0.5, "mass": 0.5}, "`share` and `mass` are mutually exclusive"),
         ({"by": "avss", "count": 1, "mass": 0.5}, "`count` and `mass` are mutually exclusive"),
         ({"by": "avss", "share": 0.5, "count": 1, "mass": 0.5}, "`share` and `count` and `mass` are mutually excl"),
+        ({"by": "avs"}, "Did you mean 'avss'"),
+        ({"by": "avss", "share": 1.0}, "`share` must be less than 1"),
+        ({"by": "avss", "share": 0.5, "count": 2}, "`share` and `count` are mutually exclusive"),
+        ({"by": "avss", "count": 0}, "`count` must be at least 1"),
+        ({"by": "avss", "first": -1}, "`first` must be at least 0"),
+        ({"by": "avss", "seed": -1, "count": 0}, "2 problems"),
         ({"by": BLOCK_DISTANCE}, "is a measure of neighbours"),
         *(({"by": by, "mass": 0.5}, "`mass` is a share of a score") for by in (LAST, RANDOM)),
         *(({"by": "avss", "mass": 0.5, x: True}, "`mass` is a share of a score") for x in ("contiguous", "highest")),
@@ -164,6 +170,8 @@ def test_how_many_are_dropped() -> None:
     assert Choice(by="avss", count=2, first=1, last=1).number(4) == 2
     with pytest.raises(PlanError, match="3 layers would be dropped, but only 2 of 4"):
         Choice(by="avss", count=3, first=1, last=1).number(4)
+    with pytest.raises(PlanError, match="only 0 of 8 are not protected"):
+        Choice(by="avss", first=10**20).number(8)
     assert Choice(by="avss", first=1, last=2).unprotected(6) == range(1, 4)
     assert len(Choice(by="avss", first=3, last=2).unprotected(4)) == 0
 

@@ -161,11 +161,6 @@ def test_samples_of_multiple_choice_are_those_of_plain_transformers(whole: Langu
     assert rows["brier_score"].samples == pytest.approx([brier], rel=1e-5)  # of all documents: one sample
 
 
-def test_a_limit_asks_the_first_questions(whole: LanguageModel, tmp_path: Path) -> None:
-    task = write_task(tmp_path, CHOICE, QUESTIONS)
-    assert np.array_equal(ask(task, whole, limit=5)["acc"].samples, ask(task, whole)["acc"].samples[:5])
-
-
 def test_layers_left_out_are_those_that_a_pruned_checkpoint_lacks(
     whole: LanguageModel, pruned: LanguageModel, tmp_path: Path
 ) -> None:
@@ -193,12 +188,14 @@ def test_generation_without_layers_is_that_of_a_pruned_checkpoint_with_its_cache
     assert ask(task, whole)["exact_match"].samples.sum() < len(QUESTIONS) / 2
 
 
-def test_examples_are_asked_for_and_the_same_each_time(whole: LanguageModel, tmp_path: Path) -> None:
+def test_a_limit_asks_the_first_questions_and_examples_are_the_same_each_time(
+    whole: LanguageModel, tmp_path: Path
+) -> None:
     task = write_task(tmp_path, CHOICE, QUESTIONS)
-    none, two, again = (
-        ask(task, whole, prompting=PromptOptions(num_fewshot=n))["brier_score"].samples for n in (0, 2, 2)
-    )
-    assert none != two
+    none, limited = ask(task, whole), ask(task, whole, limit=5)
+    assert np.array_equal(limited["acc"].samples, none["acc"].samples[:5])
+    two, again = (ask(task, whole, prompting=PromptOptions(num_fewshot=2))["brier_score"].samples for _ in range(2))
+    assert none["brier_score"].samples != two
     assert two == again
 
 
@@ -281,6 +278,7 @@ def brier_scores(warehouse: Path) -> tuple[float, float]:
     return found[0], found[1]
 
 
+@pytest.mark.nightly
 def test_the_command_says_nothing_but_results_and_needs_no_network(folder: Path, tmp_path: Path) -> None:
     task = write_task(tmp_path, CHOICE, QUESTIONS)
     script = (
@@ -294,18 +292,8 @@ def test_the_command_says_nothing_but_results_and_needs_no_network(folder: Path,
     )
     done = subprocess.run(
         [
-            *(sys.executable, "-c", script, "evaluate", str(folder), "--task", str(task)),
-            *(
-                "--warehouse",
-                str(tmp_path / "w"),
-                "--executor",
-                "local",
-                "--sequence-length",
-                "64",
-                "--format",
-                "csv",
-                "-q",
-            ),
+            *(sys.executable, "-c", script, "evaluate", str(folder), "--task", str(task), "--format", "csv", "-q"),
+            *("--warehouse", str(tmp_path / "w"), "--executor", "local", "--sequence-length", "64"),
         ],
         env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
@@ -314,13 +302,8 @@ def test_the_command_says_nothing_but_results_and_needs_no_network(folder: Path,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert [line.split(",")[3] for line in done.stdout.splitlines()] == [
-        "metric",
-        "acc",
-        "acc_norm",
-        "brier_score",
-        "chance",
-    ]
+    metrics = [line.split(",")[3] for line in done.stdout.splitlines()]
+    assert metrics == ["metric", "acc", "acc_norm", "brier_score", "chance"]
 
 
 def test_the_example_of_the_documentation_can_be_asked(whole: LanguageModel, tmp_path: Path) -> None:
@@ -353,6 +336,7 @@ def test_data_that_cannot_be_had() -> None:
         harness_task("arc_easy")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -415,6 +399,7 @@ def test_task_files_with_mistakes(changes: dict[str, Any], told: str, tmp_path: 
     assert "capitals" in str(caught.value) and caught.value.exit_code == 2
 
 
+@pytest.mark.nightly
 def test_a_key_of_a_task_file_is_not_repeated(tmp_path: Path) -> None:
     """Not in one mapping; a file may change what it includes, and a mapping what it merges."""
     task = write_task(tmp_path, CHOICE, QUESTIONS)
@@ -462,6 +447,7 @@ def test_what_is_no_task_file(tmp_path: Path) -> None:
         harness_task(str(tmp_path / "date.yaml"))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("text", "told"),
     [

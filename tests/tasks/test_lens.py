@@ -25,6 +25,8 @@ from avss_dist.stats.power_law import ks_exponent
 from avss_dist.tasks.lens import GAIN, KURTOSIS, LARGEST, LARGEST_FIRST, RANK, SETTLES, Lens
 from avss_dist.tasks.spectra import ALPHA, Spectra
 
+pytestmark = pytest.mark.nightly
+
 SETTINGS = Settings(sequence_length=24, batch_size=4, dtype="float32", device="cpu", max_sequences=6)
 Save = Callable[[Any, Path], Path]
 
