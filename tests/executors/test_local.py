@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from support.tables import assert_same_tables
+from support.tiers import nightly
 
 import avss_dist
 from avss_dist.core.errors import AvssError
@@ -72,7 +73,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     return seen
 
 
-@pytest.mark.parametrize("at_once", [2, 3])
+@pytest.mark.parametrize("at_once", [*nightly(2), 3])
 def test_any_number_of_shards_at_once_gives_the_same_bytes(
     at_once: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,12 +92,13 @@ def test_any_number_of_shards_at_once_gives_the_same_bytes(
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(("cores_free", "threads"), [(1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("cores_free", "threads"), [(2, 1), (4, 2)])
 def test_every_shard_computes_with_the_threads_of_the_settings(
     cores_free: int,
     threads: int,
     seen: list[tuple[int, str]],
     tiny_llama: Path,
+    undisturbed: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -106,13 +108,12 @@ def test_every_shard_computes_with_the_threads_of_the_settings(
     assert len({name for _, name in seen}) <= cores_free // threads
     (row,) = Warehouse(tmp_path).runs().to_pylist()
     assert (row["run_id"], row["threads"]) == (run.run_id, threads)
+    (other,) = Warehouse(undisturbed).runs().to_pylist()
+    assert (other["run_id"] == run.run_id) == (threads == 1), "threads are part of a run"
     assert torch.get_num_threads() == 2, "the caller's number is as it was"
 
 
-def test_the_threads_are_part_of_a_run(tiny_llama: Path, tmp_path: Path) -> None:
-    assert score(tiny_llama, tmp_path, threads=2).run_id != score(tiny_llama, tmp_path).run_id
-
-
+@pytest.mark.nightly
 def test_the_environment_changes_no_byte(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path, run_avss: Callable[..., Any]
 ) -> None:
@@ -125,6 +126,7 @@ def test_the_environment_changes_no_byte(
     assert_same_tables(tmp_path, undisturbed)
 
 
+@pytest.mark.nightly
 def test_ray_workers_compute_with_the_threads_of_the_settings(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

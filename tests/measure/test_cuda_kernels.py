@@ -37,6 +37,7 @@ SCHEDULES = ((3, 64, 0), (1, 32, 5), (7, 128, 9))  # blocks, threads, seed of th
 NAN = float("nan")
 
 pytestmark = [
+    pytest.mark.nightly,
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
@@ -245,7 +246,6 @@ def has_nvrtc() -> bool:
     return installed(NVRTC)
 
 
-@pytest.mark.nightly
 @pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC (nvidia-cuda-nvrtc, of the test extra)")
 def test_nvrtc_compiles_for_every_architecture_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
     cases = [*((architecture, torch.bfloat16) for architecture in ARCHITECTURES), ("sm_90", torch.float32)]

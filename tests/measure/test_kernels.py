@@ -1,4 +1,4 @@
-"""The fused reductions: every backend, three dtypes, against plain float64 numpy. CUDA is emulated on the CPU."""
+"""The fused reductions: every backend, three dtypes, against plain float64 numpy. CUDA is emulated, nightly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numba import njit
 from numba.core.caching import CompileResultCacheImpl
 from support.emulated_cuda import COMPILER, Emulator
-from support.oracle import FLOAT_FIELDS, Float64, assert_close, counted_by, oracle_stats
+from support.oracle import Float64, assert_close, counted_by, oracle_stats
 from support.waiting import NoWaiting
 
 from avss_dist.core.settings import THRESHOLDS
@@ -50,11 +50,16 @@ def emulated() -> Kernels:
     return CudaKernels(Emulator(), chunk=3)
 
 
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-BACKENDS = [CpuKernels, TorchKernels, *([emulated] if COMPILER else [])]
+BACKENDS = [
+    CpuKernels,
+    TorchKernels,
+    pytest.param(
+        emulated, marks=[pytest.mark.nightly, pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")]
+    ),
+]
 
 
-@pytest.fixture(params=[CpuKernels, TorchKernels, pytest.param(emulated, marks=needs_compiler)])
+@pytest.fixture(params=BACKENDS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return request.param()
 
@@ -134,41 +139,28 @@ def plain_batch(x: torch.Tensor, seed: int = 0) -> Batch:
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), shapes, st.sampled_from(DTYPES), st.sampled_from(MASKS), st.sampled_from([0, 0.02, 0.5]))
 def test_every_backend_equals_the_oracle_on_anything(
-    seed: int, shape: tuple[int, int, int], dtype: torch.dtype, mask: str, oddities: float
+    backend: Callable[[], Kernels],
+    seed: int,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    mask: str,
+    oddities: float,
 ) -> None:
     batch = any_batch(seed, shape, dtype, mask, oddities)
-    for backend in BACKENDS:
-        assert_close(measured(backend(), batch), expected(batch), angle_atol=1e-8)
+    assert_close(measured(backend(), batch), expected(batch), angle_atol=1e-8)
 
 
-@pytest.mark.parametrize("shape", [(2, 64, 96), (5, 1, 257), (1, 33, 1), (3, 7, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 64, 96), (5, 1, 257), (1, 33, 1)], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 def test_fixed_shapes_equal_the_oracle(
     kernels: Kernels, dtype: torch.dtype, shape: tuple[int, int, int], mask: str
 ) -> None:
     batch = any_batch(1, shape, dtype, mask, oddities=0.002)
     assert_close(measured(kernels, batch), expected(batch), angle_atol=1e-8)
-
-
-def test_the_two_backends_agree(dtype: torch.dtype) -> None:
-    batch = any_batch(2, (4, 16, 64), dtype, oddities=0.001)
-    assert_close(measured(CpuKernels(), batch), measured(TorchKernels(), batch))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_nonfinite_element_is_left_out_with_its_token_and_sequence(
-    kernels: Kernels, dtype: torch.dtype, value: float
-) -> None:
-    x = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 3, 8))).to(dtype)
-    before = x * 0.5
-    x[0, 1, 2] = value
-    stats = measured(kernels, Batch(x, before, torch.ones(2, 3, dtype=torch.bool)))
-    assert (stats.count, stats.nonfinite_count) == (47, 1)
-    assert (stats.sequence_count, stats.unit_count, stats.token_count, stats.input_count) == (1, 5, 5, 40)
-    assert all(np.isfinite(getattr(stats, name)).all() for name in FLOAT_FIELDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -217,17 +209,16 @@ def test_parallel_tokens_have_an_angle_whatever_rounds(kernels: Kernels, dtype: 
     assert stats.angular_sum == pytest.approx(0 if factor > 0 else 200, abs=200 * 1e-8)
 
 
-@pytest.mark.parametrize("spread", [math.sqrt(0.03), math.sqrt(40_000)], ids=["first layers", "last layers"])
-def test_massive_activations_keep_their_digits(kernels: Kernels, dtype: torch.dtype, spread: float) -> None:
+@pytest.mark.parametrize(
+    ("spread", "outliers"),
+    [(math.sqrt(0.03), 1e4), (math.sqrt(40_000), 1e4), (1e-2, -1e4)],
+    ids=["first layers", "last layers", "small values"],
+)
+def test_massive_activations_keep_their_digits(
+    kernels: Kernels, dtype: torch.dtype, spread: float, outliers: float
+) -> None:
     values = np.random.default_rng(3).normal(0, spread, (2, 48, 96))
-    values[:, ::16, 5] = 1e4
-    batch = plain_batch(torch.from_numpy(values).to(dtype))
-    assert_close(measured(kernels, batch), expected(batch))
-
-
-def test_outliers_among_small_values_keep_their_digits(kernels: Kernels, dtype: torch.dtype) -> None:
-    values = np.random.default_rng(4).normal(0, 1e-2, (2, 48, 96))
-    values[0, 0, :3] = (1e4, -1e4, 1e4)
+    values[:, ::16, 5] = outliers
     batch = plain_batch(torch.from_numpy(values).to(dtype))
     assert_close(measured(kernels, batch), expected(batch))
 
@@ -274,14 +265,6 @@ def test_zeros_of_both_signs_and_subnormals(kernels: Kernels, dtype: torch.dtype
     assert (stats.zero_count, stats.count) == (2, 5)
     assert stats.m2 == pytest.approx(((x.double() - x.double().mean()) ** 2).sum().item(), rel=1e-12)
     assert stats.m2 > 0
-
-
-def test_one_element(kernels: Kernels, dtype: torch.dtype) -> None:
-    x = torch.full((1, 1, 1), -0.5, dtype=dtype)
-    stats = measured(kernels, Batch(x, -x, torch.ones(1, 1, dtype=torch.bool)))
-    assert (stats.count, stats.mean, stats.m2, stats.min, stats.max, stats.max_abs) == (1, -0.5, 0.0, -0.5, -0.5, 0.5)
-    assert (stats.sequence_count, stats.pooled_variance_sum) == (1, 0.0)
-    assert (stats.cosine_sum, stats.angular_sum, stats.relative_magnitude_sum) == (-1.0, 1.0, 2.0)
 
 
 def test_several_batches_equal_one(kernels: Kernels, dtype: torch.dtype) -> None:

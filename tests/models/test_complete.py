@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.causal_lm import open_whole
 from support.checkpoints import llama
-from support.command_line import avss
 from support.families import tiny_model
 
 from avss_dist.core.errors import ModelError
@@ -39,23 +38,14 @@ def change(folder: Path, tensors: Callable[[Tensors], Mapping[str, torch.Tensor]
     return folder
 
 
-def open_single(folder: Path) -> None:
-    open_replica(resolve(str(folder)), SETTINGS, Placement())
+def open_as(way: str, folder: Path) -> None:
+    if way == "evaluated":
+        open_whole(resolve(str(folder)), SETTINGS)
+    else:
+        open_replica(resolve(str(folder)), SETTINGS, Placement(partition=way))
 
 
-def open_streaming(folder: Path) -> None:
-    open_replica(resolve(str(folder)), SETTINGS, Placement(partition="streaming"))
-
-
-def open_device_map(folder: Path) -> None:
-    open_replica(resolve(str(folder)), SETTINGS, Placement(partition="device_map"))
-
-
-def open_to_evaluate(folder: Path) -> None:
-    open_whole(resolve(str(folder)), SETTINGS)
-
-
-EVERY_WAY = [open_single, open_streaming, open_device_map, open_to_evaluate]
+WAYS = ("single", "streaming", "device_map", "evaluated")
 
 
 def without(pattern: str) -> Callable[[Tensors], Tensors]:
@@ -73,7 +63,7 @@ def packed(tensors: Tensors) -> Tensors:
     }
 
 
-@pytest.mark.parametrize("way", EVERY_WAY)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
@@ -88,7 +78,7 @@ def packed(tensors: Tensors) -> Tensors:
     ids=["no tensors", "prefix", "no layer", "no matrix", "too few layers", "too many layers", "packed"],
 )
 def test_files_that_do_not_fit_their_configuration_are_refused(
-    way: Callable[[Path], None],
+    way: str,
     tensors: Callable[[Tensors], Tensors],
     config: dict[str, Any],
     message: str,
@@ -97,7 +87,7 @@ def test_files_that_do_not_fit_their_configuration_are_refused(
 ) -> None:
     folder = change(Path(shutil.copytree(tiny_llama, tmp_path / "copy")), tensors, **config)
     with pytest.raises(ModelError) as caught:
-        way(folder)
+        open_as(way, folder)
     assert re.search(message, caught.value.message, re.DOTALL), caught.value.message
     assert caught.value.hint
 
@@ -107,39 +97,30 @@ def test_a_matrix_of_integers_without_a_quantization_config_is_refused(tiny_llam
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "copy"))
     change(folder, lambda tensors: tensors | {name: tensors[name].to(torch.int8)})
     with pytest.raises(ModelError, match=rf"stores '{name}' as I8, and its config.json has no quantization_config"):
-        open_single(folder)
+        open_as("single", folder)
 
 
 def test_a_head_is_needed_to_evaluate_and_not_to_score(tmp_path: Path, save_checkpoint: Save) -> None:
     folder = save_checkpoint(llama(tie_word_embeddings=False), tmp_path / "model")
     change(folder, without("lm_head"))
-    open_single(folder)
-    open_streaming(folder)
+    open_as("single", folder)
+    open_as("streaming", folder)
     with pytest.raises(ModelError, match=r"lack weights of the LlamaForCausalLM .*: lm_head\.weight\."):
-        open_to_evaluate(folder)
+        open_as("evaluated", folder)
 
 
 def test_a_head_that_is_tied_need_not_be_stored(tmp_path: Path, save_checkpoint: Save) -> None:
     folder = save_checkpoint(llama(tie_word_embeddings=True), tmp_path / "model")
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    for way in EVERY_WAY:
-        way(folder)
+    for way in WAYS:
+        open_as(way, folder)
 
 
 def test_a_pooler_need_not_be_stored_and_other_heads_are_left_alone(tmp_path: Path, save_checkpoint: Save) -> None:
     folder = save_checkpoint(tiny_model("masked", "bert"), tmp_path / "bert")
     assert any(name.startswith("cls.") for name in load_file(folder / "model.safetensors"))
-    open_single(folder)
-    open_streaming(folder)
-
-
-def test_a_command_that_cannot_trust_the_weights_fails(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = change(Path(shutil.copytree(tiny_llama, tmp_path / "copy")), without(r"layers\.1\."))
-    small = ("--sequence-length", "16", "--max-sequences", "4", "--sequences-per-shard", "4")
-    out = tmp_path / "warehouse"
-    done = avss("score", folder, "--corpus", "builtin:pydoc", "-w", out, *small, "--executor", "local")
-    assert done.exit_code != 0 and "lack weights" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+    open_as("single", folder)
+    open_as("streaming", folder)
 
 
 def _mixed(tensors: Tensors) -> Tensors:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from benchmarks.generation import main
 
+pytestmark = pytest.mark.nightly
+
 
 def test_the_benchmark_prints_both_times_of_the_same_tokens(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str]

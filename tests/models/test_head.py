@@ -12,6 +12,7 @@ import torch
 from support.causal_lm import opened, random_shard
 from support.families import tiny_model
 from support.questions import COMPOSED, answers, assert_same, write_questions
+from support.tiers import all_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avss_dist.models import causal_lm
@@ -61,7 +62,7 @@ def model_of(family: str, save_checkpoint: Save, folder: Path) -> LanguageModel:
     return opened(save_checkpoint(model, folder), dtype="float32")
 
 
-@pytest.mark.parametrize("family", DIFFERENT)
+@pytest.mark.parametrize("family", all_of(DIFFERENT, ["gemma2", "cohere", "gpt2"]))
 def test_pieces_give_what_the_whole_gives(
     family: str, save_checkpoint: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,12 +15,13 @@ import pytest
 import torch
 import transformers
 from support.checkpoints import LAYERS, llama
+from support.families import tiny_model
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import INPUT_SITES, Settings
 from avss_dist.models import content
 from avss_dist.models.checkpoints import resolve, slug
-from avss_dist.models.loading import Backbone, forward_function, load, load_tokenizer, open_module
+from avss_dist.models.loading import forward_function, load, load_tokenizer, open_module
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -46,19 +47,12 @@ def hub(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     return repository
 
 
-def test_a_folder_is_found_and_hashed(folder: Path) -> None:
-    checkpoint = resolve(str(folder))
-    assert (checkpoint.name, checkpoint.source, checkpoint.path) == (str(folder), "folder", str(folder))
-    assert len(checkpoint.revision) == 64
-    assert checkpoint.folder == folder
-    assert checkpoint.gguf == {}
-
-
-def test_a_folder_is_found_by_a_relative_path_and_by_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_found_by_any_path_and_hashed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
     absolute = resolve(str(folder))
-    for spec in ("copy", "./copy", "copy/", "~/copy"):
+    assert (absolute.source, absolute.folder, absolute.gguf, len(absolute.revision)) == ("folder", folder, {}, 64)
+    for spec in (str(folder), "copy", "./copy", "copy/", "~/copy"):
         checkpoint = resolve(spec)
         assert (checkpoint.name, checkpoint.path) == (spec, str(folder))
         assert (checkpoint.revision, checkpoint.slug) == (absolute.revision, "copy")
@@ -233,90 +227,58 @@ def test_the_dtype_is_the_checkpoints_unless_asked(
     assert {p.dtype for p in backbone.module.parameters()} == {getattr(torch, computed)}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_attention_implementation_is_the_one_asked_for(tiny_llama: Path, attention: str) -> None:
-    backbone = load(resolve(str(tiny_llama)), Settings(attention=attention), CPU)
-    assert backbone.attention_implementation == attention
-
-
-def test_the_head_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama()
-    monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("the head ran"))
-    backbone = open_module(model)
-    output = forward_function(backbone.module)(torch.arange(24).reshape(2, 12), None)
-    assert output[0].shape == (2, 12, 32)
-    assert "lm_head" not in dict(backbone.module.named_modules())
+def test_the_attention_implementation_is_the_one_asked_for(tiny_llama: Path) -> None:
+    assert load(resolve(str(tiny_llama)), Settings(attention="eager"), CPU).attention_implementation == "eager"
 
 
 @pytest.mark.parametrize("rows_padded", [False, True])
-def test_no_cache_is_kept(rows_padded: bool) -> None:
-    backbone = open_module(llama())
+def test_a_pass_keeps_no_cache_and_leaves_out_the_head(rows_padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("the head ran"))
+    backbone = open_module(model)
     mask = torch.ones(2, 12, dtype=torch.int64) if rows_padded else None
     output = forward_function(backbone.module)(torch.arange(24).reshape(2, 12), mask)
-    assert output.past_key_values is None
+    assert output[0].shape == (2, 12, 32) and output.past_key_values is None
+    assert "lm_head" not in dict(backbone.module.named_modules())
 
 
 def test_opening_a_module_leaves_no_hook_and_changes_no_weight() -> None:
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    open_module(model)
+    assert open_module(model).num_parameters == sum(p.numel() for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_the_parameters_are_those_of_the_whole_checkpoint() -> None:
-    model = llama()
-    assert open_module(model).num_parameters == sum(p.numel() for p in model.parameters())
-
-
-_T = transformers
-SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-FAMILIES: dict[str, tuple[Callable[[Any], Any], Any]] = {
-    "llama": (_T.LlamaForCausalLM, lambda: _T.LlamaConfig(**SIZES, intermediate_size=48)),
-    "gpt2": (_T.GPT2LMHeadModel, lambda: _T.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64)),
-    "bert": (_T.BertModel, lambda: _T.BertConfig(**SIZES, intermediate_size=48)),
-    "opt": (_T.OPTForCausalLM, lambda: _T.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32)),
-    "mixtral": (
-        _T.MixtralForCausalLM,
-        lambda: _T.MixtralConfig(**SIZES, num_key_value_heads=2, intermediate_size=48, num_local_experts=2),
-    ),
-    "mamba": (_T.MambaForCausalLM, lambda: _T.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
-}
-
-
-def _open(family: str) -> Backbone:
-    torch.manual_seed(0)
-    build, config = FAMILIES[family]
-    return open_module(build(config()).eval())
-
-
 @pytest.mark.parametrize(
-    ("family", "layers", "attention", "mlp", "neuron"),
+    ("family", "layers", "points"),
     [
-        ("llama", "layers", "self_attn.output", "mlp.output", "mlp.down_proj.input"),
-        ("gpt2", "h", "attn.output", "mlp.output", "mlp.c_proj.input"),
+        ("llama", "layers", ("self_attn.output", "mlp.output", "mlp.down_proj.input")),
+        ("gpt2", "h", ("attn.output", "mlp.output", "mlp.c_proj.input")),
         # These add the residual inside the sublayer, so what it adds is its last linear map's output.
-        ("bert", "encoder.layer", "attention.output.dense.output", "output.dense.output", "output.dense.input"),
-        ("opt", "decoder.layers", "self_attn.output", "fc2.output", "fc2.input"),
-        ("mixtral", "layers", "self_attn.output", "mlp.output", None),
-        ("mamba", "layers", "mixer.output", None, None),
+        ("bert", "encoder.layer", ("attention.output.dense.output", "output.dense.output", "output.dense.input")),
+        ("opt", "decoder.layers", ("self_attn.output", "fc2.output", "fc2.input")),
+        ("mixtral", "layers", ("self_attn.output", "mlp.output", None)),
+        ("mamba", "layers", ("mixer.output", None, None)),
     ],
 )
-def test_the_sites_of_a_family(
-    family: str, layers: str, attention: str | None, mlp: str | None, neuron: str | None
-) -> None:
-    backbone = _open(family)
+def test_the_sites_of_a_family(family: str, layers: str, points: tuple[str | None, ...]) -> None:
+    """A site that a family lacks is noted."""
+    backbone = open_module(tiny_model("masked" if family == "bert" else "causal", family))
     names = {module: name for name, module in backbone.module.named_modules()}
-    assert [layer.name for layer in backbone.structure.layers] == [f"{layers}.0", f"{layers}.1"]
+    wanted = dict(zip(("attention", "mlp", "neuron"), points, strict=True))
+    assert [layer.name for layer in backbone.structure.layers] == [f"{layers}.{i}" for i in range(LAYERS)]
     for index, layer in enumerate(backbone.structure.layers):
         assert (layer.index, names[layer.module], layer.call) == (index, layer.name, 0)
         taps = {site: tap for site, tap in layer.taps.items() if site not in INPUT_SITES}
         found = {site: f"{names[p.module].removeprefix(layer.name)[1:]}.{p.reads}" for site, p in taps.items()}
-        wanted = {"attention": attention, "mlp": mlp, "neuron": neuron}
         assert found == {site: point for site, point in wanted.items() if point}
+    notes = backbone.structure.notes
+    assert [note.split("'")[1] for note in notes] == [site for site, point in wanted.items() if not point]
+    assert all("is absent" in note for note in notes)
 
 
-GROUPED = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (32, 32), "self_attn.v_proj": (32, 32)}
+QUERIES = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64)}
 
 
 @pytest.mark.parametrize(
@@ -325,41 +287,35 @@ GROUPED = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (32, 32), "self_att
         (
             "llama",
             {
-                "query_input": GROUPED,
-                "output_input": {"self_attn.o_proj": (32, 32)},
-                "up_input": {"mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32)},
-                "neuron": {"mlp.down_proj": (32, 48)},
+                "query_input": QUERIES,
+                "output_input": {"self_attn.o_proj": (64, 64)},
+                "up_input": {"mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64)},
+                "neuron": {"mlp.down_proj": (64, 128)},
             },
         ),
         (
             "gpt2",
             {
-                "query_input": {"attn.c_attn": (96, 32)},
-                "output_input": {"attn.c_proj": (32, 32)},
-                "up_input": {"mlp.c_fc": (128, 32)},
-                "neuron": {"mlp.c_proj": (32, 128)},
+                "query_input": {"attn.c_attn": (192, 64)},
+                "output_input": {"attn.c_proj": (64, 64)},
+                "up_input": {"mlp.c_fc": (128, 64)},
+                "neuron": {"mlp.c_proj": (64, 128)},
             },
         ),
         (
             "opt",
             {
-                "query_input": {f"self_attn.{name}_proj": (32, 32) for name in "qkv"},
-                "output_input": {"self_attn.out_proj": (32, 32)},
-                "up_input": {"fc1": (48, 32)},
-                "neuron": {"fc2": (32, 48)},
+                "query_input": {f"self_attn.{name}_proj": (64, 64) for name in "qkv"},
+                "output_input": {"self_attn.out_proj": (64, 64)},
+                "up_input": {"fc1": (128, 64)},
+                "neuron": {"fc2": (64, 128)},
             },
         ),
-        (
-            "mixtral",  # whose experts are fused
-            {
-                "query_input": GROUPED,
-                "output_input": {"self_attn.o_proj": (32, 32)},
-            },
-        ),
+        ("mixtral", {"query_input": QUERIES, "output_input": {"self_attn.o_proj": (64, 64)}}),  # its experts are fused
     ],
 )
 def test_the_linear_maps_of_a_family_and_what_they_read(family: str, wanted: dict[str, Any]) -> None:
-    for layer in _open(family).structure.layers:
+    for layer in open_module(tiny_model("masked" if family == "bert" else "causal", family)).structure.layers:
         found: dict[str, Any] = {}
         for one in layer.projections:
             assert layer.module.get_submodule(one.path) is one.module
@@ -373,25 +329,8 @@ def test_the_linear_maps_of_a_family_and_what_they_read(family: str, wanted: dic
             assert any(layer.module.get_submodule(path) is tap.module for path in maps)
 
 
-@pytest.mark.parametrize(
-    ("family", "absent"), [("llama", []), ("gpt2", []), ("mixtral", ["neuron"]), ("mamba", ["mlp", "neuron"])]
-)
-def test_a_site_that_a_family_lacks_is_noted(family: str, absent: list[str]) -> None:
-    notes = _open(family).structure.notes
-    assert [note.split("'")[1] for note in notes] == absent
-    assert all("is absent" in note for note in notes)
-
-
 def test_each_call_of_a_shared_layer_is_a_layer() -> None:
-    config = transformers.AlbertConfig(
-        vocab_size=64,
-        embedding_size=16,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=48,
-    )
-    structure = open_module(transformers.AlbertModel(config).eval()).structure
+    structure = open_module(tiny_model("masked", "albert")).structure
     name = "encoder.albert_layer_groups.0"
     assert [layer.name for layer in structure.layers] == [name, f"{name}#1", f"{name}#2"]
     assert [layer.call for layer in structure.layers] == [0, 1, 2]
@@ -399,20 +338,15 @@ def test_each_call_of_a_shared_layer_is_a_layer() -> None:
     assert structure.notes == ("layers share modules: 3 calls of 1 modules, each call is a layer",)
 
 
-def test_a_named_layer_list_is_taken() -> None:
-    backbone = open_module(llama(), layers="layers")
-    assert [layer.name for layer in backbone.structure.layers] == ["layers.0", "layers.1", "layers.2"]
-
-
 def test_a_named_layer_list_is_taken_where_none_is_found() -> None:
-    torch.manual_seed(0)
-    model = transformers.XLMModel(transformers.XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=2)).eval()
+    model = tiny_model("causal", "xlm")
     with pytest.raises(ModelError, match="could not be found") as caught:
         open_module(model)
     assert caught.value.hint is not None
-    assert "attentions (2 x MultiHeadAttention), ffns (2 x TransformerFFN)" in caught.value.hint
+    assert "attentions (3 x MultiHeadAttention), ffns (3 x TransformerFFN)" in caught.value.hint
     assert "`layers`" in caught.value.hint
-    assert [layer.name for layer in open_module(model, layers="ffns").structure.layers] == ["ffns.0", "ffns.1"]
+    layers = open_module(model, layers="ffns").structure.layers
+    assert [layer.name for layer in layers] == ["ffns.0", "ffns.1", "ffns.2"]
 
 
 @pytest.mark.parametrize("wrong", ["layer", "Layers", "model.layers"])

@@ -1,11 +1,9 @@
-"""Number formats, bit for bit: against the storage of the library that defines each, and formulas in plain numpy."""
+"""Number formats, bit for bit: against the storage of the library that defines each."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +26,6 @@ from avss_dist.models.number_formats import (
     number_format,
 )
 
-Array = np.ndarray[Any, np.dtype[np.float32]]
-FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 COMPRESSED = [known for known in FORMATS.values() if isinstance(known, CompressedTensorsFormat)]
 GGUF = [known for known in FORMATS.values() if isinstance(known, GgufFormat)]
 
@@ -108,106 +104,14 @@ def test_numbers_and_bits_are_those_of_the_storage_of_gguf(known: GgufFormat, we
     assert known.bits(24, 512) == 8 * size / block == 8 * stored.nbytes / weight.numel()
 
 
-# In plain numpy
-
-
-def integers(rows: Array, bits: int) -> Array:
-    """Symmetric: the scale puts the largest size at the end of the range."""
+@pytest.mark.parametrize(("name", "bits", "group"), [("int8", 8, 512), ("int4-g128", 4, 128), ("int4-g32", 4, 32)])
+def test_integers_are_those_of_the_formula(name: str, bits: int, group: int, weight: torch.Tensor) -> None:
+    """Symmetric: the scale of a group puts its largest size at the end of the range."""
+    rows = weight.numpy().reshape(-1, group)
     scale = np.abs(rows).max(-1, keepdims=True) / np.float32((2**bits - 1) / 2)
-    safe = np.where(scale == 0, np.float32(1), scale)
-    return np.clip(np.round(rows / safe), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.float32) * scale
-
-
-def nearest_of(grid: Array, x: Array) -> Array:
-    """The nearest number of a grid with its negatives; of two that are equally near, the one of even index."""
-    size = np.abs(x)[..., None]
-    distance = np.abs(size - grid)
-    best = distance.argmin(-1)
-    after = np.minimum(best + 1, len(grid) - 1)
-    tied = np.take_along_axis(distance, after[..., None], -1)[..., 0] == distance.min(-1)
-    return np.copysign(grid[np.where(tied & (best % 2 == 1), after, best)], x)
-
-
-def fp8(rows: Array) -> Array:
-    scale = np.abs(rows).max(-1, keepdims=True) / np.float32(448)
-    x = np.clip(rows / np.where(scale == 0, np.float32(1), scale), -448, 448)
-    exponent = np.clip(np.floor(np.log2(np.where(x == 0, 1, np.abs(x)))), -6, 8)
-    step = np.exp2(exponent - 3)
-    return (np.round(x / step) * step).astype(np.float32) * scale
-
-
-def mxfp4(rows: Array) -> Array:
-    largest = np.abs(rows).max(-1, keepdims=True).astype(np.float64)
-    mantissa, exponent = np.frexp(largest)  # mantissa 0.5 to 1: from 0.875 on, 7 / 4 rounds to the next power of two
-    power = np.where(mantissa >= 0.875, exponent, exponent - 1) - 2
-    scale = np.exp2(power).astype(np.float32)
-    return nearest_of(FP4, np.clip(rows / scale, -6, 6)) * scale
-
-
-def nvfp4(rows: Array, whole: np.float32) -> Array:
-    fp8_scale = torch.from_numpy(whole * (np.abs(rows).max(-1, keepdims=True) / np.float32(6)))
-    stored = fp8_scale.clamp(-448, 448).to(torch.float8_e4m3fn).float().numpy()
-    scale = np.where(stored == 0, np.float32(0.125), stored) / whole
-    return nearest_of(FP4, np.clip(rows / scale, -6, 6)) * scale
-
-
-def q4_0(rows: Array) -> Array:
-    """The number of the largest size becomes -8 times the scale."""
-    extreme = np.take_along_axis(rows, np.abs(rows).argmax(-1, keepdims=True), -1)
-    d = extreme / -8
-    inverse = np.divide(1, d, where=d != 0, out=np.zeros_like(d))
-    codes = np.clip(np.trunc(rows * inverse + np.float32(8.5)), 0, 15) - 8
-    return codes * d.astype(np.float16).astype(np.float32)
-
-
-def q4_1(rows: Array) -> Array:
-    least = rows.min(-1, keepdims=True)
-    d = (rows.max(-1, keepdims=True) - least) / 15
-    inverse = np.divide(1, d, where=d != 0, out=np.zeros_like(d))
-    codes = np.clip(np.trunc((rows - least) * inverse + np.float32(0.5)), 0, 15)
-    return codes * d.astype(np.float16).astype(np.float32) + least.astype(np.float16).astype(np.float32)
-
-
-def q8_0(rows: Array) -> Array:
-    d = np.abs(rows).max(-1, keepdims=True) / 127
-    inverse = np.divide(1, d, where=d != 0, out=np.zeros_like(d))
-    x = rows * inverse
-    codes = np.copysign(np.floor(np.abs(x) + np.float32(0.5)), x)
-    return codes * d.astype(np.float16).astype(np.float32)
-
-
-def tq2_0(rows: Array) -> Array:
-    d = np.abs(rows).max(-1, keepdims=True)
-    x = np.divide(rows, d, where=d != 0, out=np.zeros_like(rows))
-    return np.sign(x) * (np.abs(x) >= 0.5) * d.astype(np.float16).astype(np.float32)
-
-
-def bf16(rows: Array) -> Array:
-    return torch.from_numpy(rows).bfloat16().float().numpy()
-
-
-FORMULAS: dict[str, Callable[[Array], Array]] = {
-    **{name: lambda rows: integers(rows, 8) for name in ("int8", "int8-g128")},
-    **{name: lambda rows: integers(rows, 4) for name in ("int4", "int4-g128", "int4-g64", "int4-g32")},
-    "fp8": fp8,
-    "mxfp4": mxfp4,
-    "q4_0": q4_0,
-    "q4_1": q4_1,
-    "q8_0": q8_0,
-    "tq2_0": tq2_0,
-    "tq1_0": tq2_0,
-    "bf16": bf16,
-}
-
-
-@pytest.mark.parametrize("name", [*FORMULAS, "nvfp4"])
-def test_numbers_are_those_of_the_formula(name: str, weight: torch.Tensor) -> None:
-    known, values = FORMATS[name], weight.numpy()
-    rows = values.reshape(len(values), -1, known.group or values.shape[1])
-    with np.errstate(divide="ignore"):
-        whole = np.float32(448 * 6) / np.abs(values).max()
-        expected = nvfp4(rows, whole) if name == "nvfp4" else FORMULAS[name](rows)
-    assert np.array_equal(known.round(weight).numpy(), expected.reshape(values.shape))
+    numbers = np.round(rows / np.where(scale == 0, np.float32(1), scale))
+    expected = np.clip(numbers, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.float32) * scale
+    assert np.array_equal(FORMATS[name].round(weight).numpy(), expected.reshape(weight.shape))
 
 
 def test_scales_count_as_bits() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.causal_lm import opened
-from support.tiers import all_of
 from support.families import lively, tiny_config, tiny_model
+from support.tiers import all_of
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import (
@@ -25,7 +25,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.remaining import without_modules
 
 CACHED = ("llama", "gemma3_text", "gemma3", "qwen3", "qwen2", "gpt2", "opt", "mixtral", "qwen3_moe", "mamba", "lfm2")
-OF_EACH_KIND = ("llama", "gemma3", "gpt2", "qwen3_moe", "mamba", "lfm2")  # of cache: whole, windows, states, and both
+OF_EACH_KIND = ("llama", "gemma3", "qwen3_moe", "mamba", "lfm2")  # of cache: whole, windows, states, and both
 UNCACHED = ("gemma3n_text", "jamba")  # families whose layers depend on their place
 REMOVED: tuple[tuple[Removal, ...], ...] = ((0,), (1,), (0, 2), (1, Sublayer(2, "attention")))
 NEW_TOKENS = 20  # more than a sliding window

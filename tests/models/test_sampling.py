@@ -20,6 +20,8 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.sampling import sample
 
+pytestmark = pytest.mark.nightly
+
 SHORT = ["--sequence-length", 12, "--batch-size", 4, "--device", "cpu"]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.causal_lm import opened, random_shard
 from support.families import lively, tiny_model
+from support.tiers import all_of, nightly
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, joined, layer_of, sublayers_of
@@ -38,7 +39,7 @@ def nothing(_module: Any, _args: Any, output: Any) -> Any:
     return torch.zeros_like(added) if output is added else (torch.zeros_like(added), *output[1:])
 
 
-@pytest.mark.parametrize("family", SEQUENTIAL)
+@pytest.mark.parametrize("family", all_of(SEQUENTIAL, ["llama", "gemma3_text", "opt", "qwen3_moe", "bloom"]))
 def test_the_branch_adds_nothing(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
     """As if its last module gave zeros, to the bit; both are the whole layer; and no trace is left."""
     model, shard = opened(save_checkpoint(lively(tiny_model("causal", family)), tmp_path / family)), random_shard()
@@ -54,7 +55,7 @@ def test_the_branch_adds_nothing(family: str, tmp_path: Path, save_checkpoint: S
     assert (both == without_layer).all() and (TextLoss(shard)(model)[0].samples == whole).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "bloom", *nightly("gemma2")])
 def test_each_in_turn_is_what_leaving_it_out_is(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
     """From kept hidden states, where the family has no more than them, and beside others that are left out."""
     model, shard = opened(save_checkpoint(tiny_model("causal", family), tmp_path / family)), random_shard()
@@ -74,11 +75,8 @@ def test_each_in_turn_is_what_leaving_it_out_is(family: str, tmp_path: Path, sav
 @pytest.mark.parametrize(
     ("family", "why"),
     [
-        ("gptj", "side by side"),
-        ("falcon", "side by side"),
-        ("phi", "side by side"),
-        ("gpt_neox", "side by side"),
-        ("cohere2", "side by side"),
+        *(("falcon", "side by side"), ("gpt_neox", "side by side")),
+        *nightly(*((family, "side by side") for family in ("gptj", "phi", "cohere2"))),
         ("mamba", "no module of the layer is its mlp"),
         ("gemma3n_text", "what layers give on|would still change what it is given"),
     ],

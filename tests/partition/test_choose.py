@@ -212,6 +212,11 @@ def test_ranks_without_room_for_the_layer_that_they_gather_are_refused(partition
         choose(size, SETTINGS, execution, cpus(of_eight - 8))
 
 
+def test_gpus_of_a_replica_may_be_asked_for() -> None:
+    placement = choose(llama_like(8), SETTINGS, Execution(gpus_per_replica=4), gpus(8, 80 * GB))
+    assert (placement.partition, placement.gpus) == ("device_map", 4)
+
+
 def test_a_limit_of_a_gpu_covers_activations_too() -> None:
     size = llama_like(8)
     execution = Execution(partition="device_map", max_memory={"0": 10 * GB, "1": 20 * GB})
@@ -220,11 +225,6 @@ def test_a_limit_of_a_gpu_covers_activations_too() -> None:
         "0": 10 * GB - batch,
         "1": 20 * GB - batch,
     }
-
-
-def test_gpus_of_a_replica_may_be_asked_for() -> None:
-    placement = choose(llama_like(8), SETTINGS, Execution(gpus_per_replica=4), gpus(8, 80 * GB))
-    assert (placement.partition, placement.gpus) == ("device_map", 4)
 
 
 @pytest.mark.parametrize(
@@ -286,8 +286,6 @@ def test_contradictions_are_refused(options: dict[str, Any], devices: Devices, m
     ("options", "message"),
     [
         ({"partition": "zero"}, "Did you mean 'zero3'"),
-        ({"ranks": 2}, "`ranks` applies to fsdp, zero3, tensor_parallel and expert_parallel"),
-        ({"partition": "zero3", "executor": "local"}, "several processes"),
         ({"partition": "zero3", "ranks": 0}, "`ranks` must be at least 1"),
         ({"max_memory": {"gpu0": 1}}, "'gpu0' is not a device"),
         ({"hang_seconds": 0}, "`hang_seconds` must be greater than 0"),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from support.causal_lm import random_shard
 from support.checkpoints import one_thread
-from support.tiers import all_of
 from support.families import tiny_model
 from support.questions import WHOLLY_ASKED, answers, assert_same, composed, generated, write_questions
+from support.tiers import all_of
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION
@@ -67,7 +67,7 @@ def room(folder: Path, layers: int) -> dict[str, int]:
     return {"cpu": size.weight_bytes - sum(size.layer_bytes) + layers * (max(size.layer_bytes) + 512)}
 
 
-@pytest.mark.parametrize("family", all_of([*FAMILIES, *OTHERS], ["llama", "qwen3_moe", "mamba", "gemma3", "falcon"]))
+@pytest.mark.parametrize("family", all_of([*FAMILIES, *OTHERS], ["llama", "mamba", "gemma3", "falcon"]))
 def test_streaming_answers_as_one_device_does(family: str, folder_of: Callable[[str], Path]) -> None:
     """With room for no hidden state, so that those that wait are in files; one family also without limit."""
     single = opened(folder_of(family), "single")
@@ -85,7 +85,7 @@ def test_streaming_answers_as_one_device_does(family: str, folder_of: Callable[[
     single.close()
 
 
-@pytest.mark.parametrize("family", all_of([*FAMILIES, *OTHERS], ["llama", "qwen3_moe", "blip-2", "gpt2", "bloom"]))
+@pytest.mark.parametrize("family", all_of([*FAMILIES, *OTHERS], ["qwen3_moe", "gpt2", "bloom"]))
 def test_device_map_answers_as_one_device_does(family: str, folder_of: Callable[[str], Path]) -> None:
     """Two layers are on disk; then nothing is, and there are gradients, which is tried of one family."""
     single = opened(folder_of(family), "single")

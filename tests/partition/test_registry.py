@@ -18,16 +18,12 @@ from avss_dist.partition.open import open_replica, replica_class
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_every_partition_has_a_class_that_opens_replicas(partition: str) -> None:
+def test_every_partition_has_a_class_that_opens_replicas_and_a_line_in_the_docs(partition: str) -> None:
     opened = replica_class(partition)
     assert list(inspect.signature(opened.forward).parameters) == ["self", "batches", "context"]
     taken = [name.removeprefix("_") for name in inspect.signature(opened).parameters]
     assert taken == ["checkpoint", "settings", "placement", "head"]
     assert callable(opened.close) and opened.__doc__ and issubclass(opened.cost, PartitionCost)
-
-
-@pytest.mark.parametrize("partition", PARTITIONS)
-def test_every_partition_is_documented(partition: str) -> None:
     page = Path(avss_dist.__file__).parent / "docs" / "reference" / "partitions.md"
     assert f"\n| `{partition}` | " in page.read_text(encoding="utf-8")
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.nightly
+
 SIXTH = '''
 from avss_dist.partition.single import SingleReplica
 
@@ -71,7 +73,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.nightly
 def test_a_sixth_partition_works_everywhere(tiny_llama: Path, tmp_path: Path) -> None:
     """In a process of its own, which registers it before anything reads the registry, as a line there would."""
     (tmp_path / "sixth.py").write_text(SIXTH)
