@@ -16,6 +16,7 @@ from support.checkpoints import host_limit
 from support.families import tiny_model
 from support.pairs import write_pairs
 from support.processes import FreezesAtStart, Harming, wait_until
+from support.ray_cluster import Cluster
 from support.tables import assert_same_evaluations, assert_same_tables, measured_files
 
 import avss_dist
@@ -24,16 +25,14 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
-
 FAMILIES = ("llama", "gemma3_text", "gpt2")  # more in test_gangs, test_device_map and test_streaming
 OPTIONS: dict[str, Any] = {"max_sequences": 26, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 4}
 SHARDS = 7
 MOMENTS = ("mean", "m2", "pooled_variance_sum", "unit_sum_sq", "cosine_sum", "relative_magnitude_sum", "input_m2")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def cluster(warm_workers: None) -> Iterator[None]:
     """A private Ray with four CPUs, whatever this machine has: gangs of two and three, and two gangs of two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -73,6 +72,23 @@ def score(models: list[str], out: Path, **options: Any) -> list[avss_dist.Run]:
     return runs
 
 
+def test_a_zero3_gang_gives_the_same_bytes(shared_ray: Cluster, tiny_llama: Path, tmp_path: Path) -> None:
+    """Seven shards over two ranks: the end is uneven."""
+    score([str(tiny_llama)], tmp_path / "single", partition="single", executor="local")
+    score([str(tiny_llama)], tmp_path / "zero3", partition="zero3", ranks=2)
+    got, wanted = measured_files(tmp_path / "zero3"), measured_files(tmp_path / "single")
+    assert got == {path: wanted[path] for path in got} and len(got) == 2
+    (run,) = Warehouse(tmp_path / "zero3").runs().to_pylist()
+    assert (run["partition"], run["num_shards"]) == ("zero3", SHARDS)
+
+
+def on_four_cpus(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test of the nightly tier, with a cluster of its own."""
+    marked: Callable[..., None] = pytest.mark.nightly(pytest.mark.usefixtures("cluster")(test))
+    return marked
+
+
+@on_four_cpus
 @pytest.mark.parametrize(("partition", "limit", "replicas"), [("device_map", 200_000, 1), ("streaming", 250_000, 2)])
 def test_offloaded_partitions_give_the_same_bytes(
     partition: str, limit: int, replicas: int, models: list[str], single: Path, tmp_path: Path
@@ -85,6 +101,7 @@ def test_offloaded_partitions_give_the_same_bytes(
     assert set(Warehouse(tmp_path).runs()["partition"].to_pylist()) == {partition}
 
 
+@on_four_cpus
 @pytest.mark.parametrize(("partition", "ranks", "replicas"), [("fsdp", 3, 1), ("zero3", 2, 2)])
 def test_ranks_that_share_shards_give_the_same_numbers(
     partition: str, ranks: int, replicas: int, models: list[str], single: Path, tmp_path: Path
@@ -96,6 +113,7 @@ def test_ranks_that_share_shards_give_the_same_numbers(
     assert set(Warehouse(tmp_path).runs()["replicas"].to_pylist()) == {replicas}
 
 
+@on_four_cpus
 def test_zero3_measures_paired_text(models: list[str], tmp_path: Path) -> None:
     options = {**OPTIONS, "max_sequences": None, "sequence_length": 64, "corpus": write_pairs(tmp_path, 6)}
     avss_dist.score(models[0], warehouse=tmp_path / "single", partition="single", executor="local", **options)
@@ -104,6 +122,7 @@ def test_zero3_measures_paired_text(models: list[str], tmp_path: Path) -> None:
     assert_same_tables(tmp_path / "zero3", tmp_path / "single")
 
 
+@on_four_cpus
 def test_tensor_parallel_gives_the_same_numbers(models: list[str], single: Path, tmp_path: Path) -> None:
     """To 1e-4: the sums of a split linear map are added up in another order. Families that cannot be split say so."""
     options = {**OPTIONS, "partition": "tensor_parallel", "ranks": 2}
@@ -142,6 +161,7 @@ def single_asked(models: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+@on_four_cpus
 @pytest.mark.parametrize("partition", ["fsdp", "tensor_parallel"])
 def test_ranks_evaluate(partition: str, models: list[str], single_asked: Path, tmp_path: Path) -> None:
     """The rows of `single`, and of ranks that split matrices values that are near."""
@@ -163,6 +183,7 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["task"], row["metric"], tuple(row["drop"]), row["layer"]
 
 
+@on_four_cpus
 @pytest.mark.parametrize("partition", ["fsdp", "tensor_parallel"])
 def test_a_gang_that_loses_ranks_is_replaced_as_one(
     partition: str, models: list[str], single: Path, tmp_path: Path
@@ -181,6 +202,7 @@ def test_a_gang_that_loses_ranks_is_replaced_as_one(
     wait_until(lambda: not any(victim.is_running() for victim in harming.victims))
 
 
+@on_four_cpus
 def test_a_gang_of_which_a_rank_freezes_before_it_reports_is_replaced(
     models: list[str], single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +215,7 @@ def test_a_gang_of_which_a_rank_freezes_before_it_reports_is_replaced(
     assert got == {path: wanted[path] for path in got}
 
 
+@on_four_cpus
 def test_more_ranks_than_devices_are_refused(
     models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
