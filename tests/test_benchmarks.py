@@ -69,7 +69,7 @@ def test_every_script_is_run_by_a_test() -> None:
     ("script", "options", "printed"),
     [
         ("benchmarks/ablation.py", "WIDE --sequences 2 --rounds 1", r"3 full forwards .* leave one out .* ratio \d"),
-        ("benchmarks/damage.py", "WIDE --sequences 2 --draws 1", "damage"),
+        ("benchmarks/damage.py", "WIDE builtin:pydoc --sequences 2 --draws 1", "damage"),
         ("benchmarks/throughput.py", "WIDE --rounds 1 --sequences 4", r"(?s)AVSS authors' recipe.*peak memory beyond"),
         (
             "benchmarks/estimate.py",
