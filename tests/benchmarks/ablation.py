@@ -9,25 +9,22 @@ its head and its losses. The first round of leave-one-out also finds out whether
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
+
 import torch
+from support.benchmarking import timed
+from support.causal_lm import open_whole
 
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import forward_function, load_tokenizer, without_head
 from avss_dist.models.skipping import recording
-from avss_dist.partition.single import SingleReplica
 from avss_dist.tasks.layer_removal import LeaveOneOut
-
-
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -42,8 +39,7 @@ def main() -> None:
     checkpoint = resolve(options.model)
     (shard,) = tokenize_corpus(options.corpus, load_tokenizer(checkpoint), settings).shards
     batches = list(shard.batches(settings.batch_size))
-    model = SingleReplica(checkpoint, settings, head=True).language_model
-    assert model is not None
+    model = open_whole(checkpoint, settings)
     layers = len(model.layers)
     measure = LeaveOneOut(shard)
 
@@ -54,8 +50,8 @@ def main() -> None:
     full()
     print(f"{Path(options.model).name}: {layers} layers, {shard.input_ids.shape}, {torch.get_num_threads()} threads")
     for _ in range(options.rounds):
-        plain = timed(lambda: [full() for _ in range(layers)])
-        ours = timed(lambda: measure(model))
+        _, plain = timed(lambda: [full() for _ in range(layers)])
+        _, ours = timed(lambda: measure(model))
         print(f"{layers} full forwards {plain:.1f} s; leave one out {ours:.1f} s; ratio {ours / plain:.3f}")
 
     backbone = forward_function(without_head(model.module))
@@ -73,7 +69,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"full": [], "recorded": [], "below the head": []}
     for _ in range(3):
         for name, run in zip(times, (full, recorded, without_head_), strict=True):
-            times[name].append(timed(run))
+            times[name].append(timed(run)[1])
     least = {name: min(found) for name, found in times.items()}
     share = least["below the head"] / least["full"]
     print(f"the layers' share of a full forward {share:.2f}: no ratio below {1 - share / 2:.2f} is possible")

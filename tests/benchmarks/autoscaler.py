@@ -18,23 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of nodes and workers
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"}
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "TQDM_DISABLE": "1"}
-os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
-import ray  # noqa: E402
-from support.autoscaler import AutoscaledCluster  # noqa: E402
-from support.checkpoints import llama, save_tokenizer  # noqa: E402
-from support.noting import noting  # noqa: E402
-from support.tables import assert_same_tables  # noqa: E402
+from support.benchmark_cluster import SIZES, write_model  # isort: skip  (before Ray)
+import ray
+from support.autoscaler import AutoscaledCluster
+from support.noting import noting
+from support.tables import assert_same_tables
 
-import avss_dist  # noqa: E402
-
-MODEL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
-SIZES: dict[str, Any] = {"sequence_length": 128, "batch_size": 4, "sequences_per_shard": 8, "partition": "single"}
+import avss_dist
 
 
 class Watch(threading.Thread):
@@ -73,8 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, AutoscaledCluster(3) as cluster:
         folder = Path(temporary)
-        model = save_tokenizer(folder / "model")
-        llama(7, **MODEL).save_pretrained(model)
+        model = write_model(folder)
         options = {**SIZES, "max_sequences": arguments.rows, "corpus": "builtin:pydoc"}
         (folder / "notes").mkdir()
         ray.init(cluster.address, log_to_driver=False)

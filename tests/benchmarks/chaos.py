@@ -30,22 +30,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of drivers and workers
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_prestart_worker_first_driver": "0"}
-os.environ |= {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
-    "TQDM_DISABLE": "1",
-}
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "20"  # noqa: SIM112
 
-from support.checkpoints import llama, save_tokenizer  # noqa: E402
-from support.disks import SmallDisk  # noqa: E402
-from support.faults import FAULTS, GANGS, Scene  # noqa: E402
-from support.ray_cluster import Cluster  # noqa: E402
-from support.tables import assert_same_evaluations, assert_same_tables, unit_times  # noqa: E402
+import support.benchmark_cluster  # noqa: F401  # isort: skip  (before Ray)
+from support.checkpoints import llama, save_tokenizer
+from support.disks import SmallDisk
+from support.faults import FAULTS, GANGS, Scene
+from support.ray_cluster import Cluster
+from support.tables import assert_same_evaluations, assert_same_tables, unit_times
 
 ENDED_BY = {-signal.SIGKILL: "driver killed", 130: "driver interrupted"}
 COMMAND_SECONDS = 240.0  # before a command is taken to hang

@@ -1,4 +1,4 @@
-"""What `avss ablate --damage` costs and tells: forwards, and its correlation with the loss without each layer.
+"""Cost and accuracy of `avss ablate --damage`: forwards, and its correlation with the loss without each layer.
 
     python tests/benchmarks/damage.py MODEL CORPUS [--sequences 8] [--draws 2]
 
@@ -9,30 +9,27 @@ that of the loss of the same rows, in one process.
 from __future__ import annotations
 
 import argparse
-import time
+import sys
+from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
+
 import numpy as np
+from support.benchmarking import cpu_timed, open_checkpoint
+from support.causal_lm import open_whole
 
 from avss_dist.analysis.reliability import misranked, reliability
 from avss_dist.core.registry import metrics_of
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
-from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load_tokenizer, text_config
-from avss_dist.models.pinning import pin
-from avss_dist.partition.single import SingleReplica
+from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.ground_truth import mean_ranks
 from avss_dist.stats.rankings import spearman
-from avss_dist.tasks.base import Measure, Row, TextLoss
+from avss_dist.tasks.base import TextLoss
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.layer_removal import LeaveOneOut
-
-
-def timed(measure: Measure, model: LanguageModel) -> tuple[list[Row], float]:
-    start = time.process_time()
-    return measure(model), time.process_time() - start
 
 
 def main() -> None:
@@ -42,17 +39,15 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--draws", type=int, default=2)
     args = parser.parse_args()
-    checkpoint = resolve(args.model if not Path(args.model).exists() else str(Path(args.model).resolve()))
     rows = args.sequences
     wanted = Settings(max_sequences=2 * rows, sequences_per_shard=rows, batch_size=min(8, rows))
-    settings = pin(wanted, checkpoint, text_config(checkpoint, trust_remote_code=False), "cpu")
+    checkpoint, settings = open_checkpoint(args.model, wanted)
     text, other = tokenize_corpus(args.corpus, load_tokenizer(checkpoint, trust_remote_code=False), settings).shards
-    model = SingleReplica(checkpoint, settings, head=True).language_model
-    assert model is not None
-    _, once = timed(TextLoss(text), model)
-    forward, cost = timed(Damage(shard=text, draws=None), model)
+    model = open_whole(checkpoint, settings)
+    _, once = cpu_timed(partial(TextLoss(text), model))
+    forward, cost = cpu_timed(partial(Damage(shard=text, draws=None), model))
     print(f"forward alone: {cost / once:.1f} forwards, {len(forward)} rows")
-    found, cost = timed(Damage(shard=text, draws=args.draws), model)
+    found, cost = cpu_timed(partial(Damage(shard=text, draws=args.draws), model))
     print(f"with gradients and {args.draws} draws: {cost / once:.1f} forwards")
     whole, *without = LeaveOneOut(other)(model)
     samples = np.stack([row.samples - whole.samples for row in without], axis=1)

@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)  # beside this file is a coverage.py, which numba would import
 
 import torch
+from support.benchmarking import TrainingClock
 from support.checkpoints import llama, save_tokenizer
 from support.texts import sentences
 
 import avss_dist
 from avss_dist.core.registry import SHARDINGS
-from avss_dist.distillation.events import TrainingAdvanced
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 
@@ -52,12 +51,7 @@ def write_models(folder: Path, layers: int, width: int) -> None:
 
 def distilled(folder: Path, name: str, **options: Any) -> tuple[float, list[float]]:
     """Distil the student, and return tokens/s and the loss of each step."""
-    steps: list[tuple[float, TrainingAdvanced]] = []
-
-    def listen(event: Any) -> None:
-        if isinstance(event, TrainingAdvanced):
-            steps.append((time.perf_counter(), event))
-
+    clock = TrainingClock()
     avss_dist.distill(
         folder / "student",
         teacher=folder / "teacher",
@@ -69,11 +63,10 @@ def distilled(folder: Path, name: str, **options: Any) -> tuple[float, list[floa
         warmup=2,
         dtype="float32",
         device="cpu",
-        on_event=listen,
+        on_event=clock,
         **options,
     )
-    (began, first), (ended, last) = steps[0], steps[-1]
-    return (last.tokens - first.tokens) / (ended - began), [event.loss for _, event in steps]
+    return clock.speed, [event.loss for _, event in clock.steps]
 
 
 def main() -> None:

@@ -9,32 +9,23 @@ and left, when, and how many shards were begun by then; compares the tables with
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of workers
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_prestart_worker_first_driver": "0"}
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "TQDM_DISABLE": "1"}
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import ray  # noqa: E402
-from support.checkpoints import llama, save_tokenizer  # noqa: E402
-from support.noting import Notes, noting  # noqa: E402
-from support.processes import wait_until  # noqa: E402
-from support.ray_cluster import Cluster  # noqa: E402
-from support.tables import assert_same_tables  # noqa: E402
+from support.benchmark_cluster import SIZES, write_model  # isort: skip  (before Ray)
+import ray
+from support.noting import Notes, noting
+from support.processes import wait_until
+from support.ray_cluster import Cluster
+from support.tables import assert_same_tables
 
-import avss_dist  # noqa: E402
-
-MODEL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
-SIZES: dict[str, Any] = {"sequence_length": 128, "batch_size": 4, "sequences_per_shard": 8, "partition": "single"}
+import avss_dist
 
 
 class Weather(threading.Thread):
@@ -96,8 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, Cluster() as cluster:
         folder = Path(arguments.keep or temporary)
-        model = save_tokenizer(folder / "model")
-        llama(7, **MODEL).save_pretrained(model)
+        model = write_model(folder)
         options = {**SIZES, "max_sequences": arguments.rows, "corpus": "builtin:pydoc", "address": cluster.address}
         (folder / "notes").mkdir()
         with noting(folder / "notes") as notes:

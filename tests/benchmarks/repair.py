@@ -22,27 +22,28 @@ They are fitted without the first token of each row, and applied by hooks: no we
 from __future__ import annotations
 
 import argparse
-import time
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 import numpy as np
 import torch
+from support.benchmarking import cpu_timed, open_checkpoint
+from support.causal_lm import open_whole
 from torch import nn
 
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import DTYPES, Settings
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import first_tensor
-from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.patching import Patch
-from avss_dist.models.pinning import pin
 from avss_dist.models.skipping import replace_tensor
-from avss_dist.partition.single import SingleReplica
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import RepairCut, find_cuts
 from avss_dist.pruning.repair.hidden_states import hidden_states_of
@@ -53,8 +54,6 @@ from avss_dist.pruning.repair.splits import FitSplit, split_texts
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.system.cores import use_threads
 from avss_dist.tasks.base import TextLoss
-
-T = TypeVar("T")
 
 
 def hadamard(size: int) -> torch.Tensor:
@@ -153,12 +152,6 @@ def fit_baseline(
     return fitter.matrices
 
 
-def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """Return a result and the CPU seconds that it took."""
-    start = time.process_time()
-    return work(), time.process_time() - start
-
-
 def perplexity(model: LanguageModel, text: CorpusPlan, drop: tuple[int, ...] = (), patch: Patch | None = None) -> float:
     """Return the perplexity of a text without some layers and with other weights."""
     with model.patched(patch or {}):
@@ -179,24 +172,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repair", action="append", choices=(*REPAIRS, *BASELINES), help="repeatable; all by default")
     args = parser.parse_args(arguments)
     use_threads(1)
-    checkpoint = resolve(args.model if not Path(args.model).exists() else str(Path(args.model).resolve()))
-    config = text_config(checkpoint, trust_remote_code=False)
     given = Settings(max_sequences=args.rows, sequence_length=args.sequence_length, dtype=args.dtype, device="cpu")
-    settings = pin(given, checkpoint, config, "cpu")
+    checkpoint, settings = open_checkpoint(args.model, given)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=False)
     held_out = tokenize_corpus(
         args.corpus, tokenizer, Settings(max_sequences=args.held_out, sequence_length=args.sequence_length)
     )
     text = tokenize_corpus(args.corpus, tokenizer, settings, skip_sequences=args.held_out)
-    model = SingleReplica(checkpoint, settings, head=True).language_model
-    assert model is not None
+    model = open_whole(checkpoint, settings)
     layers = len(model.layers)
     drop = tuple(int(layer) for layer in args.drop.split(",")) if args.drop else tuple(range(3, layers, 4))
     path = model.layers[0].name.rpartition(".")[0]
     plan = Plan(model=checkpoint.name, num_layers=layers, layers=path, drop=drop)
     stored = StoredWeights.of_checkpoint(checkpoint, plan, settings).read
     whole, pruned = perplexity(model, held_out), perplexity(model, held_out, drop)
-    _, once = timed(lambda: perplexity(model, text))
+    _, once = cpu_timed(lambda: perplexity(model, text))
     print(f"{checkpoint.name} without {len(drop)} of {layers} layers, fitted on {args.rows} rows")
     print(f"{'whole model':14s} perplexity {whole:10.2f}")
     print(f"{'without them':14s} perplexity {pruned:10.2f}, kept {whole / pruned:6.1%}")
@@ -204,11 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def fit(name: str) -> tuple[float, float]:
         """Return the perplexity with a repair, and the CPU seconds of its fit."""
         if name in BASELINES:
-            matrices, cost = timed(lambda: fit_baseline(name, model, plan, text, settings.batch_size))
+            matrices, cost = cpu_timed(lambda: fit_baseline(name, model, plan, text, settings.batch_size))
             with applied(matrices):
                 return perplexity(model, held_out, drop), cost
         repair = Repair(by=name, corpora=(args.corpus,), settings=settings)
-        repaired, cost = timed(lambda: fit_repair(checkpoint, hidden_states_of(model), plan, repair, [text], stored))
+        source = hidden_states_of(model)
+        repaired, cost = cpu_timed(lambda: fit_repair(checkpoint, source, plan, repair, [text], stored))
         return perplexity(model, held_out, drop, repaired.tensors), cost
 
     names: Collection[str] = args.repair or (*REPAIRS, *BASELINES)

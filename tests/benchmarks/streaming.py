@@ -1,4 +1,4 @@
-"""What the partition `streaming` costs: memory and bytes read for a checkpoint of any size, speed against `single`.
+"""Cost of the partition `streaming`: memory and bytes read for a checkpoint of any size, speed against `single`.
 
     python tests/benchmarks/streaming.py write FOLDER [--gigabytes 6]     a random Llama-shaped checkpoint, bfloat16
     python tests/benchmarks/streaming.py run FOLDER                       a shard of it, in a process of its own
@@ -22,15 +22,18 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
+
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from support.benchmarking import PeakMemory
 
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import CorpusPlan, Shard
@@ -51,6 +54,8 @@ from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
 VOCABULARY, HIDDEN, MLP, HEADS, KEYS = 32_000, 2048, 8192, 16, 4
 ALLOWANCE = 600_000_000
 SHARD_ROWS = 32
+WITHIN = {name: f"{name}-here" for name in ("ablate", "round", "repair")}
+"""Commands with a limit of memory, and what they run in a process of its own."""
 ROUNDED: dict[str, Callable[..., Measure]] = {
     "each layer in int8": partial(RoundedLosses, format="int8"),
     "predicted, two formats": partial(RoundingDamage, formats=("int4", "int8")),
@@ -118,35 +123,10 @@ def opened(folder: Path) -> Checkpoint:
     return Checkpoint(name=str(folder), source="folder", path=str(folder), revision="")
 
 
-def status(field: str) -> int:
-    """A size in bytes from the system's account of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
-class PeakAnonymous:
-    """The highest RssAnon inside a ``with`` block, sampled every 5 ms, in bytes."""
-
-    def __enter__(self) -> PeakAnonymous:
-        self._on, self.peak = True, 0
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while self._on:
-            self.peak = max(self.peak, status("RssAnon"))
-            time.sleep(0.005)
-
-    def __exit__(self, *_: object) -> None:
-        self._on = False
-        self._thread.join()
-
-
 def measure(folder: Path) -> None:
     """`run`, in this process."""
     settings = Settings(device="cpu")
-    with PeakAnonymous() as memory:
+    with PeakMemory("RssAnon") as memory:
         replica = StreamingReplica(opened(folder), settings, Placement(partition="streaming"))
         config = json.loads((folder / "config.json").read_text())
         shard = random_shard(settings, config["vocab_size"])
@@ -176,7 +156,7 @@ def ablate(folder: Path, memory_bytes: int, work: Mapping[str, Callable[..., Mea
     seconds: dict[str, float] = {}
     read: dict[str, int] = {}
     rows: dict[str, int] = {}
-    with PeakAnonymous() as memory:
+    with PeakMemory("RssAnon") as memory:
         replica = StreamingReplica(opened(folder), settings, placement, head=True)
         model = replica.language_model
         config = json.loads((folder / "config.json").read_text())
@@ -220,7 +200,7 @@ def repair(folder: Path, memory_bytes: int) -> None:
     plan = Plan(model=folder.name, num_layers=number, layers="layers", drop=tuple(range(3, number, 4)))
     wanted = Repair(by="channel", corpora=("random",), settings=settings)
     placement = Placement(partition="streaming", max_memory={"cpu": memory_bytes})
-    with PeakAnonymous() as memory:
+    with PeakMemory("RssAnon") as memory:
         replica = StreamingReplica(checkpoint, settings, placement, head=True)
         model = replica.language_model
         assert model is not None
@@ -263,29 +243,25 @@ def in_turn(replicas: dict[str, SingleReplica | StreamingReplica], round_: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    within_memory = [f"{name}{here}" for name in ("ablate", "round", "repair") for here in ("", "-here")]
-    parser.add_argument("command", choices=("write", "run", "measure", *within_memory, "compare"))
+    parser.add_argument("command", choices=("write", "run", "measure", "compare", *WITHIN, *WITHIN.values()))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=6.0)
     parser.add_argument("--memory", type=float, default=2e9, help="bytes that weights may take")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    if options.command == "write":
-        write(options.folder, options.gigabytes)
-    elif options.command == "run":
-        subprocess.run([sys.executable, __file__, "measure", str(options.folder)], check=True)
-    elif options.command == "measure":
-        measure(options.folder)
-    elif options.command in ("ablate", "round", "repair"):
-        subprocess.run([sys.executable, __file__, f"{options.command}-here", *sys.argv[2:]], check=True)
-    elif options.command == "ablate-here":
-        ablate(options.folder, int(options.memory), {"without each layer": LeaveOneOut})
-    elif options.command == "round-here":
-        ablate(options.folder, int(options.memory), ROUNDED)
-    elif options.command == "repair-here":
-        repair(options.folder, int(options.memory))
-    else:
-        compare(options.folder, options.rounds)
+    folder, memory = options.folder, int(options.memory)
+    if own := {"run": "measure", **WITHIN}.get(options.command):
+        subprocess.run([sys.executable, __file__, own, *sys.argv[2:]], check=True)
+        return
+    commands: dict[str, Callable[[], None]] = {
+        "write": lambda: write(folder, options.gigabytes),
+        "measure": lambda: measure(folder),
+        "ablate-here": lambda: ablate(folder, memory, {"without each layer": LeaveOneOut}),
+        "round-here": lambda: ablate(folder, memory, ROUNDED),
+        "repair-here": lambda: repair(folder, memory),
+        "compare": lambda: compare(folder, options.rounds),
+    }
+    commands[options.command]()
 
 
 if __name__ == "__main__":

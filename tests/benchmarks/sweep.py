@@ -70,11 +70,7 @@ def main() -> None:
         rows = Warehouse(out).runs().to_pylist()
         ends = sorted(row["created_at"].timestamp() for row in rows)
         one = (ends[-1] - ends[0]) / (len(ends) - 1)
-        shards = [
-            shard.seconds
-            for row in rows
-            for shard in Warehouse(out).read_shards(row["run_id"], hashes(out, row["run_id"]))
-        ]
+        shards = [shard.seconds for row in rows for shard in Warehouse(out).read_partials(row)]
         compute = sum(shards) / len(rows)
         opening = open_seconds(models)
     print(
@@ -82,14 +78,6 @@ def main() -> None:
     )
     print(f"opening {opening:.2f} s, measuring {compute:.2f} s ({len(shards) // len(rows)} shards)")
     print(f"overhead: {one - opening - compute / arguments.replicas:.2f} s a run")
-
-
-def hashes(out: Path, run_id: str) -> dict[int, str]:
-    """The content hash of every shard of a run."""
-    from avss_dist.warehouse.reader import Warehouse
-
-    query = f"SELECT DISTINCT shard_id, content_hash FROM shard_stats WHERE run_id = '{run_id}' ORDER BY shard_id"
-    return {row["shard_id"]: row["content_hash"] for row in Warehouse(out).sql(query).to_pylist()}
 
 
 if __name__ == "__main__":

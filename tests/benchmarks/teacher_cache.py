@@ -11,49 +11,28 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
+
+from support.benchmarking import TrainingClock
+
 import avss_dist
 from avss_dist.distillation.distill import Distilled
-from avss_dist.distillation.events import Event, HeldOutMeasured, TrainingAdvanced
 from avss_dist.warehouse.reader import Warehouse
 
 TOPS = (8, 64, 512)
 
 
-class Clock:
-    """Callback that keeps when evaluations ended, and when steps did.
-
-    Attributes:
-        measured: when each evaluation ended.
-        steps: when each training step ended, and the tokens so far.
-    """
-
-    def __init__(self) -> None:
-        self.measured: list[float] = []
-        self.steps: list[tuple[float, int]] = []
-
-    def __call__(self, event: Event) -> None:
-        """Note the time of an event."""
-        if isinstance(event, HeldOutMeasured):
-            self.measured.append(time.perf_counter())
-        elif isinstance(event, TrainingAdvanced):
-            self.steps.append((time.perf_counter(), event.tokens))
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second, from the end of the first step to the end of the last one."""
-        (start, before), (end, after) = self.steps[0], self.steps[-1]
-        return (after - before) / (end - start)
-
-
-def trained(output: Path, options: dict[str, Any]) -> tuple[Distilled, Clock, float]:
+def trained(output: Path, options: dict[str, Any]) -> tuple[Distilled, TrainingClock, float]:
     """Return the result of a distillation, its clock, and the seconds until the evaluation before training ended."""
-    clock, start = Clock(), time.perf_counter()
+    clock, start = TrainingClock(), time.perf_counter()
     done = avss_dist.distill(output=output, on_event=clock, **options)
     return done, clock, clock.measured[0] - start
 

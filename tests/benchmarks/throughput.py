@@ -14,14 +14,15 @@ import argparse
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
+
 import torch
+from support.benchmarking import PeakMemory, timed
 from transformers import AutoModelForCausalLM
 
 from avss_dist.core.settings import SITES, Settings
@@ -33,25 +34,6 @@ from avss_dist.partition.base import no_observation
 from avss_dist.partition.single import SingleReplica
 
 BARE, PLAIN, AUTHORS = "bare backbone forward", "plain CausalLM forward", "AVSS authors' recipe"
-
-
-class PeakMemory:
-    """The process's highest resident memory inside a ``with`` block, sampled every 2 ms, in bytes."""
-
-    def __enter__(self) -> PeakMemory:
-        self._process, self._on, self.peak = psutil.Process(), True, 0
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while self._on:
-            self.peak = max(self.peak, self._process.memory_info().rss)
-            time.sleep(0.002)
-
-    def __exit__(self, *_: object) -> None:
-        self._on = False
-        self._thread.join()
 
 
 def authors_recipe(model: torch.nn.Module, layers: list[torch.nn.Module], input_ids: torch.Tensor) -> None:
@@ -128,9 +110,7 @@ def main() -> None:
         for name, run in variants.items():
             if name == AUTHORS and round_ >= 2:
                 continue  # it takes longer than all the others together
-            start = time.perf_counter()
-            run()
-            seconds[name].append((time.perf_counter() - start) / (1 if name == AUTHORS else len(batches)))
+            seconds[name].append(timed(run)[1] / (1 if name == AUTHORS else len(batches)))
 
     tokens = inputs[0].numel()
     shape = f"{len(batches)} x {tuple(inputs[0].shape)}"
@@ -158,7 +138,7 @@ def print_peak_memory(model: str, corpus: str, sequences: int, what: str) -> Non
     checkpoint = resolve(model)
     shard = tokenize_corpus(corpus, load_tokenizer(checkpoint), settings).shards[0]
     replica = SingleReplica(checkpoint, settings)
-    with PeakMemory() as memory:
+    with PeakMemory("VmRSS") as memory:
         if what == "observed":
             analyze_shard(replica, shard, settings)
         else:
