@@ -23,36 +23,10 @@ def _at(path: str) -> Callable[[], object]:
     return get
 
 
-def _response_content() -> object:
-    from requests import Response
-
-    return Response().__dict__["_content"]
-
-
-def _hook() -> object:
-    from accelerate.hooks import ModelHook, add_hook_to_module
-    from torch.nn import Identity
-
-    return add_hook_to_module(Identity(), ModelHook())._hf_hook
-
-
-def _old_forward() -> object:
-    from accelerate.hooks import ModelHook, add_hook_to_module
-    from torch.nn import Identity
-
-    return add_hook_to_module(Identity(), ModelHook())._old_forward
-
-
-def _attention() -> object:
-    from transformers import PreTrainedConfig
-
-    return PreTrainedConfig()._attn_implementation
-
-
-def _parameters() -> object:
-    from torch.nn import Module
-
-    return Module()._parameters
+def _hooked() -> Any:
+    """Return a module that has a hook of accelerate."""
+    hooks = import_module("accelerate.hooks")
+    return hooks.add_hook_to_module(import_module("torch.nn").Identity(), hooks.ModelHook())
 
 
 PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
@@ -63,13 +37,16 @@ PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
     "_private.state.state": ("ray", _at("ray._private.state:state.get_draining_nodes")),
     "_actor_id": ("ray", _at("ray.actor:ActorHandle._actor_id")),
     "_do_request": ("ray", _at("ray.job_submission:JobSubmissionClient._do_request")),
-    "_content": ("requests", _response_content),
+    "_content": ("requests", lambda: vars(import_module("requests").Response())["_content"]),
     "__compatible_ops__": ("deepspeed", _at("deepspeed.ops:__compatible_ops__")),
-    "_hf_hook": ("accelerate", _hook),
-    "_old_forward": ("accelerate", _old_forward),
+    "_hf_hook": ("accelerate", lambda: _hooked()._hf_hook),
+    "_old_forward": ("accelerate", lambda: _hooked()._old_forward),
     "_reset_state": ("accelerate", _at("accelerate.state:AcceleratorState._reset_state")),
     "_model_mapping": ("transformers", _at("transformers:AutoModelForCausalLM._model_mapping")),
-    "_attn_implementation": ("transformers", _attention),
+    "_attn_implementation": (
+        "transformers",
+        lambda: import_module("transformers").PreTrainedConfig()._attn_implementation,
+    ),
     "_keep_in_fp32_modules": ("transformers", _at("transformers:PreTrainedModel._keep_in_fp32_modules")),
     "_dequantize_one": ("transformers", _at("transformers.integrations.finegrained_fp8:Fp8Dequantize._dequantize_one")),
     "_allgather_base": ("torch", _at("torch.distributed:ProcessGroup._allgather_base")),
@@ -77,6 +54,6 @@ PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
     "_cdata": ("torch", _at("torch:UntypedStorage._cdata")),
     "_is_mkldnn_bf16_supported": ("torch", _at("torch:ops.mkldnn._is_mkldnn_bf16_supported")),
     "_KERNEL_MODULE_MAPPING": ("transformers", _at("transformers.integrations.hub_kernels:_KERNEL_MODULE_MAPPING")),
-    "_parameters": ("torch", _parameters),
+    "_parameters": ("torch", lambda: import_module("torch.nn").Module()._parameters),
 }
 """By the name as the code writes it: the package, and a check that raises where the name is gone."""

@@ -18,7 +18,6 @@ from avss_dist.core.results import Table
 from avss_dist.core.text import RedactedURI
 from avss_dist.options import SHARED
 from avss_dist.requests import ScoreRequest
-from avss_dist.runs.events import LogRuns, RunEnded, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.run import Run
 from avss_dist.warehouse.reader import Warehouse
 
@@ -119,16 +118,6 @@ def test_runs_and_thresholds_have_names(root: str) -> None:
     assert scores.num_rows and scores == Warehouse(root).scores(model="alpha") == Warehouse(root).scores(
         model="org/alpha"
     )
-
-
-def test_runs_tell_logging(caplog: pytest.LogCaptureFixture) -> None:
-    log, run = LogRuns(), Run(run_id="r", model="m", warehouse="w", status="failed", error="no memory")
-    with caplog.at_level("INFO", "avss_dist"):
-        log(RunReading("m"))
-        log(RunStarted("m", 10, 0))
-        log(ShardMeasured("m", 5))  # too soon for a line
-        log(RunEnded("m", run))
-    assert [record.getMessage() for record in caplog.records] == ["m: reading", "m: no memory"]
 
 
 def test_a_result_is_a_table_a_line_and_a_page() -> None:

@@ -282,13 +282,6 @@ def test_a_wrong_question_is_refused(
     assert files(tmp_path) == before
 
 
-def test_a_folder_that_is_no_warehouse_is_named_and_left_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    for args in (["show"], ["query", "FROM runs"], ["plot", "-o", "a.png"]):
-        refused(folder, *args, "-w", folder, says=[f"{folder} is not a warehouse", "avss score makes one"])
-        assert not folder.exists()
-
-
 def test_nothing_is_written_beside_a_newer_schema(tiny_llama: Path, warehouse: Path) -> None:
     (file,) = (warehouse / "runs").rglob("*.parquet")
     table = pq.read_table(file, partitioning=None)

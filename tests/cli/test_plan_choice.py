@@ -1,4 +1,4 @@
-"""Which run a plan is for where none is named, and names of searches given as scores."""
+"""The run that a plan is for where none is named."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 from support.command_line import avss
 
 from avss_dist import ablate, plan, score
-from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.registry import SEARCHES
+from avss_dist.core.errors import QueryError
 
 TEXT = "builtin:pydoc"
 SIZES: dict[str, Any] = {"max_sequences": 2, "device": "cpu", "executor": "local"}
@@ -40,11 +39,3 @@ def test_the_newest_run_that_can_be_planned_for_is_taken(runs: tuple[Path, str, 
         plan(warehouse=warehouse, run=newer)
     with pytest.raises(QueryError, match=r"no measurement 'taylor' of the layers of .*tiny-bert"):
         plan(warehouse=warehouse, by="taylor")
-
-
-@pytest.mark.parametrize("name", SEARCHES)
-def test_a_search_is_no_score(name: str, runs: tuple[Path, str, str], tmp_path: Path) -> None:
-    done = avss("plan", "-w", runs[0], "--by", name, "-o", tmp_path / "plan.yaml")
-    assert done.exit_code == 2 and f"--search {name}" in done.stderr and "predicted" not in done.stderr
-    with pytest.raises(ConfigError, match=f"`search` {name}, with its text in `corpus`"):
-        plan(warehouse=runs[0], by=name)

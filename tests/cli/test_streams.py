@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import psutil
 import pytest
-from rich.table import Table
-from rich.text import Text
 from support.command_line import avss
 from support.processes import wait_until
 from support.tiers import nightly
 from support.warehouses import write_scores
 
 import avss_dist
-from avss_dist.__main__ import main
 from avss_dist.core.text import printable
-from avss_dist.system import streams
 
 COMMAND = [sys.executable, "-m", "avss_dist"]
 FULL = "Error: standard output cannot be written: No space left on device.\n"
@@ -105,33 +98,6 @@ def test_no_warehouse_has_an_empty_name() -> None:
         assert done.exit_code == 2 and " is empty.\nName a folder" in done.stderr
 
 
-def test_a_terminal_obeys_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    hostile = "m\x1b]0;owned\x07\x1b[31m\u202eabc\n"
-    assert (
-        printable(hostile)
-        == "m\N{REPLACEMENT CHARACTER}]0;owned" + "\N{REPLACEMENT CHARACTER}" * 2 + "[31m\N{REPLACEMENT CHARACTER}abc\n"
-    )
-    file = io.StringIO()
-    console = streams.console()
-    console.file = file
-    table = Table(title=Text(hostile))
-    table.add_column(Text(hostile))
-    table.add_row(Text(hostile))
-    console.print(table)
-    assert not set("\x1b\x07\u202e") & set(file.getvalue()) and "owned" in file.getvalue()
-
-
-class Interrupted(ModuleType):
-    """A module during whose import Ctrl-C comes."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise KeyboardInterrupt
-
-
-def test_ctrl_c_before_there_are_commands_is_no_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "avss_dist.cli", Interrupted("avss_dist.cli"))
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert (end.value.code, capsys.readouterr().err) == (130, "Stopped.\n")
+def test_a_terminal_obeys_no_text() -> None:
+    shown = printable("m\x1b]0;owned\x07\x1b[31m\u202eabc\n, é漢\t")
+    assert shown == "m\ufffd]0;owned\ufffd\ufffd[31m\ufffdabc\n, é漢\t"

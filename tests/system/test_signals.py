@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from support.command_line import avss
 from support.commands import Command
 from support.processes import wait_until
 
+from avss_dist.__main__ import main
 from avss_dist.pruning.plan import Plan
 from avss_dist.system import signals
 from avss_dist.system.signals import Terminated, preserve_sigterm_handler, raise_on_sigterm
@@ -81,20 +82,24 @@ def test_a_signal_while_a_checkpoint_is_written_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
 
 
-def test_sigterm_while_commands_are_imported_is_no_traceback() -> None:
-    script = (
-        "import os, signal, sys, time, types\n"
-        "class Slow(types.ModuleType):\n"
-        "    def __getattr__(self, name):\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "        while True:\n"  # another thread may get the signal; the handler runs in this one soon after
-        "            time.sleep(0.01)\n"
-        "sys.modules['avss_dist.cli'] = Slow('avss_dist.cli')\n"
-        "from avss_dist.__main__ import main\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (143, "Stopped.\n")
+class Interrupted(ModuleType):
+    """A module during whose import this process gets a signal."""
+
+    def __getattr__(self, _name: str) -> Any:
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.usefixtures("default_sigterm")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_commands_are_imported_is_no_traceback(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = Interrupted("avss_dist.cli")
+    module.__dict__["number"] = number
+    monkeypatch.setitem(sys.modules, "avss_dist.cli", module)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, capsys.readouterr().err) == (code, "Stopped.\n")
 
 
 @pytest.mark.usefixtures("default_sigterm")
