@@ -147,6 +147,7 @@ def test_all_pairs_are_summarized_when_few_are_listed(tmp_path: Path) -> None:
         assert (rounded.median, rounded.lowest, rounded.highest) == pytest.approx(ends, abs=2e-5)
 
 
+@pytest.mark.nightly
 def test_families_agree_as_scipy_says_over_all_pairs_of_fifty_runs(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     runs = [(f"{family}-{i}", family) for family in ("bert", "gemma", "llama", "mistral", "qwen") for i in range(10)]

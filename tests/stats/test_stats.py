@@ -192,11 +192,11 @@ def test_histogram_below_is_exact_at_every_edge_and_nothing_is_below_what_is_not
         assert histogram_below(random_histogram(2, 3), threshold).shape == (2, 3)
 
 
-@pytest.mark.parametrize("position", [0, 7, 8, 1016, 2038])
+@pytest.mark.parametrize("position", [0, 7, 8, 1016, 2038, 2039])
 def test_histogram_below_is_linear_inside_a_bin_or_takes_a_given_share(position: int) -> None:
     histogram = random_histogram()
     low, high = HISTOGRAM_EDGES[position : position + 2]
-    for share in (0.125, 0.5, 0.75):
+    for share in (0.125, 0.5, 0.75) if np.isfinite(high) else ():
         expected = histogram[:position].sum() + share * histogram[position]
         assert histogram_below(histogram, low + share * (high - low)) == pytest.approx(expected, rel=1e-12)
     inside = np.nextafter(low, np.inf) * 1.01
