@@ -60,7 +60,9 @@ def test_ablate_shows_what_is_measured_and_predicted(model: Path, tmp_path: Path
         assert words in told, told
     times = cell_times(tmp_path)
     table = avss(*options, "--rounded-maps", "--format", "csv")
-    assert len(times) == 2 + 2 + 2 * 2 and cell_times(tmp_path) == times  # of 2 shards: predicted, followed, measured
+    assert (
+        len(times) == 2 * 2 * 3 and cell_times(tmp_path) == times
+    )  # by format and shard: predicted, followed, measured
     rows = [*csv.DictReader(io.StringIO(table.stdout))]
     assert len(rows) == 2 * 4 * (1 + 7)
     for name in ("int4", "q4_0"):

@@ -1,9 +1,8 @@
-"""Allocation: budgets against brute force, damage against autograd, greedy paths against plain runs of a block."""
+"""What sparsities are chosen by: damage against autograd, greedy paths against plain runs, plans of every method."""
 
 from __future__ import annotations
 
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from support.causal_lm import opened, random_shard
-from support.command_line import avss, files
+from support.command_line import as_words, avss
+from support.experiments import cell_times
+from support.tiers import nightly
 
 from avss_dist import evaluate, sparsify
 from avss_dist.analysis.sparsity_plans import MeasuredMaps
@@ -19,7 +20,6 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.api import score
-from avss_dist.sparsity.allocate import heavy_tail_ratios, interpolate_path, knapsack, proportional
 from avss_dist.sparsity.plan import read_sparsity_plan
 from avss_dist.stats.power_law import hill_exponent, ks_exponent
 from avss_dist.stats.value_counts import EDGES, mode_of, share_within, size_of_share
@@ -30,34 +30,6 @@ from avss_dist.warehouse.reader import Warehouse
 
 TEXT = "builtin:pydoc"
 SMALL = {"max_sequences": 2, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 2, "device": "cpu"}
-
-
-def test_no_sparsities_on_the_grid_have_less_damage_than_those_of_the_knapsack() -> None:
-    rng = np.random.default_rng(0)
-    levels, sizes = np.array([0.25, 0.5, 0.75]), np.array([1.0, 2.0, 4.0])
-    for _ in range(20):
-        damage = np.sort(rng.random((3, 3)), axis=1)
-        found = knapsack(damage, levels, sizes, 0.5)
-        assert found @ sizes / sizes.sum() == pytest.approx(0.5)
-        grid, at = np.append(0.0, levels), np.column_stack([np.zeros(3), damage])
-        reached = sum(np.interp(s, grid, row) for s, row in zip(found, at, strict=True))
-        for choice in product(range(4), repeat=3):
-            if grid[list(choice)] @ sizes / sizes.sum() >= 0.5:
-                part = max(row.max() for row in at)  # of the one step that is taken in part, at most
-                assert sum(row[i] for row, i in zip(at, choice, strict=True)) >= reached - part
-
-
-def test_budgets_are_met_exactly_also_where_some_are_cut_off() -> None:
-    ratios, sizes = np.array([0.7, 1.0, 1.3]), np.array([3.0, 1.0, 2.0])
-    for target in (0.3, 0.8, 0.95):
-        found = proportional(ratios, sizes, target, maximum=0.96)
-        assert found @ sizes / sizes.sum() == pytest.approx(target)
-        assert found.max() <= 0.96 + 1e-12 and list(found) == sorted(found)
-    assert heavy_tail_ratios(np.array([2.0, 3.0, 4.0])) == pytest.approx([0.7, 1.0, 1.3])
-    path = np.array([[0.0, 0.0], [0.4, 0.0], [0.4, 0.2], [0.8, 0.2]])
-    found = interpolate_path(path, np.array([1.0, 2.0]), 0.2)
-    assert found @ [1.0, 2.0] / 3 == pytest.approx(0.2)
-    assert found == pytest.approx([0.4, 0.1])
 
 
 def test_counts_at_edges_know_shares_sizes_and_where_values_are_densest() -> None:
@@ -190,27 +162,25 @@ def scored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", ["loss", "teal", "acttail"])
-def test_every_method_meets_the_budget_and_streaming_makes_the_same_plan(
-    scored: Path, tmp_path: Path, method: str
-) -> None:
-    plans = []
-    for partition in ("single", "streaming"):
-        out = tmp_path / f"{partition}.yaml"
-        options = ["--max-sequences", 2, "--sequence-length", 32, "--batch-size", 2, "--device", "cpu", "--fresh"]
-        result = avss("sparsify", 0.6, "-w", scored, "--method", method, "--partition", partition, *options, "-o", out)
-        assert result.exit_code == 0, result.stderr
-        plans.append(out.read_bytes())
-    assert plans[0] == plans[1]
-    made = read_sparsity_plan(tmp_path / "single.yaml")
+def test_every_method_meets_the_budget(scored: Path, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "sparse.yaml"
+    options = {**SMALL, "warehouse": scored, "method": method}
+    result = avss("sparsify", 0.6, *as_words(options), "-o", out)
+    assert result.exit_code == 0, result.stderr
+    made = read_sparsity_plan(out)
     assert made.sparsity == pytest.approx(0.6, abs=0.03)
     assert len({round(one.sparsity, 3) for one in made.projections}) > 3
     assert made.why["by"] == method and str(made.why["evaluation"]).startswith("tiny-llama-")
-    before = files(scored / "cells")
-    again = sparsify(
-        0.3, warehouse=scored, method=method, max_sequences=2, sequence_length=32, batch_size=2, device="cpu"
-    )
-    assert again.sparsity == pytest.approx(0.3, abs=0.03)
-    assert files(scored / "cells") == before  # another target measures nothing
+    times = cell_times(scored)
+    assert sparsify(0.3, **options).sparsity == pytest.approx(0.3, abs=0.03)
+    assert cell_times(scored) == times  # another target measures nothing
+
+
+@pytest.mark.parametrize("method", ["loss", *nightly("teal", "acttail")])
+def test_streaming_makes_the_same_plan(scored: Path, method: str) -> None:
+    options = {**SMALL, "warehouse": scored, "method": method, "fresh": True}
+    plans = [sparsify(0.6, partition=partition, **options) for partition in ("single", "streaming")]
+    assert plans[0] == plans[1]
 
 
 def test_corrected_thresholds_leave_the_sparsity_that_is_planned_in_the_sparse_stream(

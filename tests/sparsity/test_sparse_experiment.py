@@ -16,6 +16,8 @@ from avss_dist.analysis.sparsity_curves import Curve, Point, sparsity_curves
 from avss_dist.core.errors import AvssError
 from avss_dist.warehouse.reader import Warehouse
 
+pytestmark = pytest.mark.nightly
+
 JOB = """
 warehouse: {warehouse}
 models: [{model}]

@@ -15,6 +15,7 @@ import yaml
 from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.command_line import avss
+from support.tiers import nightly
 
 from avss_dist import evaluate
 from avss_dist.analysis.sparsity_plans import MeasuredMaps
@@ -31,7 +32,7 @@ TEXT = "builtin:pydoc"
 SMALL = {"max_sequences": 8, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu"}
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+@pytest.fixture(scope="module", params=["bfloat16", *nightly("float32")])
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
