@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ from avss_dist.__main__ import YOUNG_OBJECTS
 
 if TYPE_CHECKING:
     from support.rank_processes import Gang
+    from support.ray_cluster import Cluster
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background of a script ignore it
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
@@ -43,7 +45,7 @@ LONGEST = (  # files, the longest first: in processes that take one after the ot
     *("cli/test_hostile_names", "evaluation/test_sensitivity", "models/test_families", "cli/test_streams"),
 )
 
-SHARED = {"shared_ray", "two_ranks"}  # fixtures that one process makes, and runs all tests with
+SHARED = {"ray_cluster", "two_ranks"}  # fixtures that one process makes, and runs all tests with
 WHOLLY_NIGHTLY = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.nightly\b", re.MULTILINE)
 
 hypothesis.settings.register_profile(  # a loaded machine fails no test
@@ -149,6 +151,26 @@ def two_ranks(warm_server: None, tmp_path_factory: pytest.TempPathFactory) -> It
     gang = Gang(2, tmp_path_factory.mktemp("ranks"))
     yield gang
     gang.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(warm_workers: None) -> Iterator[Cluster]:
+    """A Ray cluster of three nodes of one CPU, for all tests."""
+    from support.ray_cluster import Cluster
+
+    with Cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def shared_ray(ray_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster with its three nodes, to which this process is connected during the test."""
+    import ray
+
+    ray_cluster.restore()
+    ray.init(address=ray_cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield ray_cluster
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -4,22 +4,29 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/install.sh '[test,docs]'
-# The report's page is tested in a browser. Without one, and without the means to install it, those tests skip.
-if ! command -v chromium chromium-browser google-chrome >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+# The nightly tier tests the report's page in a browser. Without one, and without the means to install it, those tests skip.
+if [[ " $* " == *" --nightly "* ]] && ! command -v chromium chromium-browser google-chrome >/dev/null &&
+  command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
   echo "Installing chromium ..." >&2
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
     >/dev/null || echo "No chromium: the tests in a browser skip." >&2
 fi
 
-# mypy takes one core as long as the other checks. The kernels are compiled once, not by each process of the tests.
-"$VENV/bin/mypy" &
+# Types are checked while the tests run: alone, mypy keeps one core busy for a minute.
+said="$(mktemp)"
+"$VENV/bin/mypy" >"$said" 2>&1 &
 types=$!
-trap 'kill "$types" 2>/dev/null || true' EXIT
+trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/lint-imports"
 "$VENV/bin/python" tests/architecture.py
+# The kernels are compiled once, not by each process of the tests.
 PYTHONPATH="tests${PYTHONPATH:+:$PYTHONPATH}" "$VENV/bin/python" -c "from support.warm_workers import load_kernels; load_kernels()"
-wait "$types"
-trap - EXIT
-"$VENV/bin/python" -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder "$@"
+cores="$("$VENV/bin/python" -c 'import os; print(len(os.sched_getaffinity(0)))')"
+processes=$((cores < 7 ? cores + 1 : 8)) # one more than cores: some tests wait for other processes
+status=0
+"$VENV/bin/python" -m pytest --numprocesses "$processes" --dist loadgroup --no-loadscope-reorder --durations=25 "$@" || status=$?
+wait "$types" || status=1
+cat "$said"
+exit "$status"

@@ -1,7 +1,7 @@
 """Mutation score of modules: change one operator, number or condition at a time, and count what tests notice.
 
     python tests/benchmarks/mutation.py avss_dist/stats/power_law.py [MODULE ...] [--tests tests/stats ...]
-        [--sample 50] [--lines 20-40] [--slowest 5] [-k EXPRESSION]
+        [--sample 50] [--lines 20-40] [--slowest 5] [--nightly] [--survivors FILE] [--only FILE] [-k EXPRESSION]
 
 Tests of a module are by default those of the folder in `tests/` that is named after its package. They are collected
 once, and run once as the code is: this tells which test calls which function. Each mutant then runs in a forked
@@ -50,7 +50,7 @@ import pytest  # noqa: E402
 
 PYTEST = (
     *("-qq", "-s", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler"),
-    *("-o", "timeout=0", "-m", "not nightly and not gpu"),
+    *("-o", "timeout=0", "-m", "not gpu"),
 )
 TIMES_AS_LONG, AT_LEAST_SECONDS = 10, 5
 REVERSED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
@@ -252,6 +252,11 @@ class Module:
         return found
 
 
+def place(module: Module, mutant: Mutant) -> str:
+    """Return where a mutant is and what it changes, as a line."""
+    return f"{module.path}:{mutant.line}: {mutant.function.name}: {mutant}"
+
+
 def first_line(function: Function) -> int:
     """Return the line that the code of a function begins at: that of its first decorator."""
     return min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
@@ -339,6 +344,9 @@ class Mutation:
     def _run_mutants(self, session: pytest.Session, module: Module) -> None:
         low, _, high = self.options.lines.partition("-")
         mutants = [m for m in mutants_below(module.tree) if int(low) <= m.line <= int(high or low)]
+        if self.options.only:
+            chosen = self.options.only.read_text().splitlines()
+            mutants = [mutant for mutant in mutants if place(module, mutant) in chosen]
         if self.options.sample and self.options.sample < len(mutants):
             mutants = random.Random(self.options.seed).sample(mutants, self.options.sample)
         killed = survived = uncalled = 0
@@ -347,11 +355,13 @@ class Mutation:
             killer = self._killer(session, module, mutant, tests) if tests else None
             killed, survived = killed + (killer is not None), survived + (killer is None)
             uncalled += not tests
-            place = f"{module.path}:{mutant.line}: {mutant.function.name}: {mutant}"
             if killer is None:
-                print(f"{place}{'' if tests else ' (no test calls this function)'}", flush=True)
+                print(f"{place(module, mutant)}{'' if tests else ' (no test calls this function)'}", flush=True)
+                if self.options.survivors:
+                    with self.options.survivors.open("a") as file:
+                        print(place(module, mutant), file=file)
             elif self.options.verbose:
-                print(f"{place}: killed by {killer}", flush=True)
+                print(f"{place(module, mutant)}: killed by {killer}", flush=True)
         self.scores[module.path] = [len(mutants), killed, survived, uncalled]
 
     def _killer(self, session: pytest.Session, module: Module, mutant: Mutant, tests: list[pytest.Item]) -> str | None:
@@ -397,6 +407,9 @@ def main() -> None:
     parser.add_argument("--lines", default="0-1000000", help="mutants of these lines only, such as 20-40")
     parser.add_argument("--slowest", type=float, default=5, help="seconds of CPU time that a test may take")
     parser.add_argument("--examples", type=int, default=10, help="of each property, at most")
+    parser.add_argument("--nightly", action="store_true", help="run the nightly tier, too")
+    parser.add_argument("--survivors", type=Path, metavar="FILE", help="append the survivors to a file, one a line")
+    parser.add_argument("--only", type=Path, metavar="FILE", help="try only the mutants that a file of survivors lists")
     parser.add_argument("-k", default="", help="pytest's selection of tests by name")
     parser.add_argument("-v", "--verbose", action="store_true", help="print the killed mutants as well")
     options = parser.parse_args()
@@ -405,7 +418,8 @@ def main() -> None:
     paths = [path.resolve().relative_to(ROOT) for path in options.modules]
     tests = options.tests or sorted({f"tests/{path.parts[1]}" for path in paths})
     mutation = Mutation(paths, options)
-    code = pytest.main([*PYTEST, "-k", options.k, *tests], [mutation])
+    nightly = ["--nightly"] if options.nightly else []
+    code = pytest.main([*PYTEST, *nightly, "-k", options.k, *tests], [mutation])
     print(f"{'module':40} {'mutants':>8} {'killed':>8} {'survived':>8} {'uncalled':>8} {'score':>6}")
     for module, (number, killed, survived, uncalled) in mutation.scores.items():
         print(f"{module!s:40} {number:8} {killed:8} {survived:8} {uncalled:8} {killed / max(number, 1):6.1%}")

@@ -5,53 +5,39 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from support.tiers import nightly
-from support.noting import OPENS, noting
+from support.noting import noting
 from support.processes import wait_until
 from support.ray_cluster import NODES, TWENTY_SHARDS, Cluster
 from support.tables import assert_same_tables
 
 import avss_dist
 from avss_dist.core.errors import ConfigError, RunFailed
-from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import Execution, Settings
-from avss_dist.executors.ray import pool, queue
-from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.executors.ray import queue
+from avss_dist.executors.ray.cluster import RayCluster
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
-from avss_dist.executors.ray.queue import ATTEMPTS
-from avss_dist.executors.ray.watch import Watch
-from avss_dist.partition.base import Placement
-from avss_dist.system.devices import Devices
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
+pytestmark = pytest.mark.nightly
 
 SHARDS = 20
 
 
-@pytest.fixture(scope="module")
-def lasting_cluster() -> Iterator[Cluster]:
-    ray.shutdown()
-    with Cluster() as cluster:
-        yield cluster
-
-
 @pytest.fixture
-def cluster(lasting_cluster: Cluster) -> Cluster:
+def cluster(ray_cluster: Cluster) -> Cluster:
     """Three nodes, whatever the last test has left."""
-    going = lasting_cluster.draining()
-    for i, node in enumerate(lasting_cluster.nodes):
-        if i >= NODES or node.node_id in going:
-            lasting_cluster.kill_node(node)
-    lasting_cluster.restore()
-    return lasting_cluster
+    draining = ray_cluster.draining()
+    for i, node in enumerate(ray_cluster.nodes):
+        if i >= NODES or node.node_id in draining:
+            ray_cluster.kill_node(node)
+    ray_cluster.restore()
+    return ray_cluster
 
 
 @pytest.fixture
@@ -73,27 +59,6 @@ def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
     return avss_dist.score(model, warehouse=out, corpus="builtin:pydoc", **{**TWENTY_SHARDS, **changes})
 
 
-def test_a_cluster_may_get_more_gpus_and_a_machine_does_not() -> None:
-    gpus = Devices(
-        kind="cuda",
-        count=4,
-        count_of_largest_node=4,
-        device_bytes=80 << 30,
-        host_bytes=80 << 30,
-        cpus=8,
-        cpus_of_largest_node=8,
-    )
-    pair = Placement(partition="zero3", ranks=2, gpus=2)
-    for replicas, address, number in ((None, None, 2), (None, "auto", 2), ("4..64", "auto", 64), (2, None, 2)):
-        executor = RayExecutor(Execution(executor="ray", replicas=replicas, address=address), Settings())
-        executor.devices = gpus
-        assert executor.replicas(pair) == number
-    executor = RayExecutor(Execution(executor="ray", replicas="2..3"), Settings())
-    executor.devices = gpus
-    with pytest.raises(ConfigError, match=r"3 replicas of 2 GPUs need 6 GPUs; there are 4\."):
-        executor.replicas(pair)
-
-
 def monitor_on(node: Any) -> Any:
     """A raylet that has not heard of the node yet would start it elsewhere."""
     there = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
@@ -111,12 +76,12 @@ def test_the_monitor_leaves_a_node_that_drains(cluster: Cluster) -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         leaving = cluster.nodes[1]
-        watch = Watch(monitor_on(leaving), 60.0)
+        connection = RayCluster(monitor_on(leaving))
         cluster.drain(leaving)
         assert cluster.draining() == {leaving.node_id}
-        watch.leave(cluster.draining())
+        connection.leave(cluster.draining())
         wait_until(lambda: not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == leaving.node_id))
-        wait_until(watch.listen)
+        wait_until(lambda: connection.signs() is not None)
     finally:
         ray.shutdown()
 
@@ -189,13 +154,13 @@ def test_three_nodes_grow_to_five_and_lose_two_in_one_run(
 
 def overheard(patch: pytest.MonkeyPatch) -> list[Any]:
     """What the pool hears of nodes that drain, as it asks."""
-    asked, answers = pool.draining_nodes, []
+    asked, answers = RayCluster.draining, []
 
-    def draining_nodes() -> Any:
-        answers.append(asked())
+    def draining(self: RayCluster) -> Any:
+        answers.append(asked(self))
         return answers[-1]
 
-    patch.setattr(pool, "draining_nodes", draining_nodes)
+    patch.setattr(RayCluster, "draining", draining)
     return answers
 
 
@@ -226,42 +191,6 @@ def test_a_node_that_drains_finishes_its_shard_and_takes_no_other(
     assert_same_tables(tmp_path / "w", undisturbed)
     assert begun and [note.what for note in notes.shards if note.node == victim] == begun
     assert sorted(int(note.what) for note in notes.shards) == list(range(SHARDS)), "each once"
-
-
-@pytest.mark.parametrize("partition", ["zero3", *nightly("fsdp", "tensor_parallel")])
-def test_a_gang_finishes_its_round_when_one_of_its_nodes_drains(
-    partition: str,
-    cluster: Cluster,
-    folder: Path,
-    tiny_llama: Path,
-    undisturbed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The next one is on the nodes that stay. Every rank of those that split matrices has each shard."""
-    options = {"partition": partition, "ranks": 2, "replicas": 1, "executor": "ray", "address": cluster.address}
-    shares = PARTITIONS[partition].splits_data
-    if not shares:
-        undisturbed = tmp_path / "undisturbed"
-        score(tiny_llama, undisturbed, **options)
-    answers = overheard(monkeypatch)
-    victims: list[str] = []
-    with noting(folder, {0: "noticed"}) as notes:
-
-        def happens() -> None:
-            wait_until(lambda: len(notes.shards) == 2)
-            (node, *_) = [n for n in cluster.nodes[1:] if n.node_id in {note.node for note in notes.shards}]
-            victims.append(node.node_id)
-            cluster.drain(node)
-            wait_until(lambda: sum(node.node_id in nodes for nodes in answers) >= 2)
-            notes.open("noticed")
-
-        with Meanwhile(happens):
-            run = score(tiny_llama, tmp_path / "w", **options)
-    assert run.status == "done"
-    assert_same_tables(tmp_path / "w", undisturbed)
-    assert sorted(int(note.what) for note in notes.shards) == sorted([*range(SHARDS)] * (1 if shares else 2))
-    assert [note.what in ("0", "1") for note in notes.shards if note.node in victims] == [True]
 
 
 def test_a_run_begins_when_there_are_as_many_as_it_waits_for(
@@ -305,39 +234,3 @@ def test_work_goes_to_nodes_with_the_labels(
     few = r"3 seconds\. A worker needs 1 CPUs; \d of 2 CPUs are free on nodes with zone=a"
     with pytest.raises(RunFailed, match=few):
         score(tiny_llama, tmp_path / "few", **where, replicas="3..3", placement_seconds=3)
-
-
-def test_a_node_on_which_no_model_can_be_opened_ends_no_run(
-    cluster: Cluster, folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    """As long as others have it open."""
-    bad = cluster.nodes[1].node_id
-    with noting(folder, {0: "tried"}, deadly=bad) as notes:
-
-        def happens() -> None:
-            wait_until(lambda: sum(note.node == bad for note in notes.opens) > ATTEMPTS)
-            notes.open("tried")
-
-        with Meanwhile(happens):
-            run = score(tiny_llama, tmp_path / "w", executor="ray", address=cluster.address, replicas=3)
-    assert run.status == "done"
-    assert_same_tables(tmp_path / "w", undisturbed)
-
-
-def test_nodes_that_are_lost_while_models_are_opened_are_no_fault_of_the_model(
-    cluster: Cluster, folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    for _ in range(2):
-        cluster.grow()
-    with noting(folder, {OPENS: "all"}) as notes:
-
-        def happens() -> None:
-            wait_until(lambda: len(notes.opens) == 5)
-            for node in cluster.nodes[1:4]:
-                cluster.kill_node(node)
-            notes.open("all")
-
-        with Meanwhile(happens):
-            run = score(tiny_llama, tmp_path / "w", executor="ray", address=cluster.address, replicas=5)
-    assert run.status == "done"
-    assert_same_tables(tmp_path / "w", undisturbed)

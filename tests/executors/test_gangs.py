@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from support.causal_lm import open_whole, random_shard
-from support.checkpoints import llama, one_thread, save_tokenizer
+from support.checkpoints import VOCABULARY, llama, one_thread, save_tokenizer
 from support.families import lively, tiny_config, tiny_model
 from support.oracle import assert_close, assert_same_result
 from support.quantized import block_fp8, mxfp4
@@ -165,17 +165,21 @@ class Asked:
     """Answers of one rank.
 
     Attributes:
+        tokens: tokens that the model generates without a layer, with a cache and without one.
+        notes: notes of the model.
         reports: whether the answers of this rank count.
         batches: number of batches with tokens that this rank ran.
     """
 
     rows: dict[str, list[Row]]
+    tokens: list[int]
+    notes: list[str]
     reports: bool
     batches: int
 
 
 def ask(partition: str, folder: Path, skip: tuple[str, ...] = (), tasks: Sequence[Measure] = ()) -> Asked:
-    """Ask the language model of this rank everything but the questions of some names."""
+    """Ask the language model of this rank everything but the questions of some names; generate where it has tasks."""
     replica = opened(partition, folder, SETTINGS, head=True)
     model = replica.language_model
     batches, losses = [], model.losses
@@ -187,7 +191,9 @@ def ask(partition: str, folder: Path, skip: tuple[str, ...] = (), tasks: Sequenc
 
     model.losses = counted
     try:
-        return Asked(reply(model, skip, tasks), model.reports, len(batches))
+        rows = reply(model, skip, tasks)
+        tokens = generated(model)[0].tolist() if tasks else []
+        return Asked(rows, tokens, [*model.notes], model.reports, len(batches))
     finally:
         replica.close()
 
@@ -195,15 +201,6 @@ def ask(partition: str, folder: Path, skip: tuple[str, ...] = (), tasks: Sequenc
 def reply(model: LanguageModel, skip: tuple[str, ...], tasks: Sequence[Measure]) -> dict[str, list[Row]]:
     without = NO_INTERVENTION.without(1)
     return answers(model, skip) | {f"task {i}": task(model, without) for i, task in enumerate(tasks)}
-
-
-def generate(partition: str, folder: Path) -> tuple[list[int], list[str]]:
-    """Return the tokens that this rank generates without a layer, with a cache and without one, and its notes."""
-    replica = opened(partition, folder, SETTINGS, head=True)
-    model = replica.language_model
-    found = generated(model)[0].tolist(), [*model.notes]
-    replica.close()
-    return found
 
 
 def fit_and_ask(
@@ -402,6 +399,7 @@ EXPERT_SUMS = ("gate_sum", "gated_norm_sum", "output_sum", "output_sum_sq", "rou
             "expert_parallel": ("three-headed mixture", *SPREAD),
         },
         [
+            ("tensor_parallel", 3, "grouped llama"),  # 17, 17 and 16 of 50 units
             *product(("tensor_parallel",), (4,), ("gpt_neox", "olmoe", "opt")),
             *product(("expert_parallel",), (4,), ("gpt_oss", "three-headed mixture")),
         ],
@@ -426,18 +424,6 @@ def test_ranks_that_split_matrices_give_the_numbers_of_one_process(
     assert [of_rank["reports_stats"] for _, of_rank, _ in (first, *others)] == [True, *[False] * (world - 1)]
     assert all(of_rank["data"] == (0, 1) for _, of_rank, _ in (first, *others))
     assert partitioned(first[1]) == partitioned(model)
-
-
-@pytest.mark.nightly
-def test_three_ranks_share_fifty_units(gang: Callable[[int], Gang], folder_of: Callable[[str], Path]) -> None:
-    """17, 17 and 16 units of the site ``neuron``: gathered, they are all there."""
-    folder, shards = folder_of("grouped llama"), make_shards(1)
-    per_rank = gang(3).run(measure, "tensor_parallel", folder, shards, SETTINGS)
-    expected, model = single(folder, shards)
-    ((result,), _, held), *others = per_rank
-    assert_near(result.stats, expected[0].stats, rtol=1e-4)
-    assert result.stats[0, "neuron"].count == 50 * shards[0].num_tokens
-    assert all(bytes_held < 4 * model["num_parameters"] for bytes_held in (held, *(h for _, _, h in others)))
 
 
 def test_tensor_parallel_ranks_share_strata_and_rows(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:
@@ -553,65 +539,53 @@ def test_ranks_answer_as_one_process_does(
         )
 
 
-@pytest.mark.parametrize("partition", [*nightly("fsdp"), "zero3", "tensor_parallel"])
-def test_ranks_answer_the_harness_as_one_process_does(partition: str, two_ranks: Gang, tmp_path: Path) -> None:
-    folder = save_tokenizer(tmp_path / "model")
-    llama().save_pretrained(folder)
-    tasks = harness_task(write_questions(tmp_path)).parts
-    found, _ = two_ranks.run(ask, partition, folder, ("",), tasks)
-    assert_same(found.rows, reply(open_whole(resolve(str(folder)), SETTINGS), ("",), tasks), rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("partition", "family"), [("fsdp", "gemma3"), ("zero3", "llama"), ("tensor_parallel", "llama")]
 )
-def test_ranks_generate_with_a_cache_as_one_process_does(
-    partition: str, family: str, two_ranks: Gang, folder_of: Callable[[str], Path]
+def test_ranks_answer_the_harness_and_generate_as_one_process_does(
+    partition: str, family: str, two_ranks: Gang, tmp_path: Path
 ) -> None:
-    """One family with windows as well, which is the same to every partition."""
-    expected = generated(open_whole(resolve(str(folder_of(family))), SETTINGS))[0].tolist()
-    assert two_ranks.run(generate, partition, folder_of(family)) == [(expected, []), (expected, [])]
+    """One family with windows in its cache."""
+    folder = save_tokenizer(tmp_path / "model")
+    model = build(family)
+    model.resize_token_embeddings(VOCABULARY)
+    model.save_pretrained(folder)
+    tasks, whole = harness_task(write_questions(tmp_path)).parts, open_whole(resolve(str(folder)), SETTINGS)
+    expected, tokens = reply(whole, ("",), tasks), generated(whole)[0].tolist()
+    for found in two_ranks.run(ask, partition, folder, ("",), tasks):
+        assert_same(found.rows, expected, rtol=1e-6)
+        assert (found.tokens, found.notes) == (tokens, [])
+
+
+LAYER, EXPERTS = [2], [Expert(1, 0), Expert(2, 1)]
 
 
 @pytest.mark.parametrize(
-    ("partition", "by", "world"),
+    ("partition", "world", "by", "removed"),
     [
-        *(("fsdp", "refit_all", 2), ("zero3", "refit", 2)),
-        *nightly(*product(("fsdp",), ("channel", "map", "refit"), (2,)), ("fsdp", "map", 3)),
-        *nightly(*product(("zero3",), ("channel", "map", "refit_all"), (2,)), ("zero3", "refit_all", 3)),
+        *(("fsdp", 2, "refit_all", LAYER), ("zero3", 2, "map", EXPERTS)),
+        *nightly(*product(("fsdp",), (2,), ("channel", "map", "refit"), (LAYER,)), ("fsdp", 2, "map", EXPERTS)),
+        *nightly(*product(("zero3",), (2,), ("channel", "map", "refit", "refit_all"), (LAYER,))),
+        *nightly(("fsdp", 3, "map", LAYER), ("zero3", 3, "refit_all", LAYER)),
     ],
 )
 def test_ranks_that_share_batches_fit_the_repair_of_one_process(
-    partition: str, by: str, world: int, gang: Callable[[int], Gang], tmp_path: Path
+    partition: str, world: int, by: str, removed: list[Removal], gang: Callable[[int], Gang], tmp_path: Path
 ) -> None:
     """Of five batches, so that one rank has none left; equal but for the order of sums, and in place to the bit."""
-    lively(llama(num_hidden_layers=5)).save_pretrained(tmp_path)
-    of_ranks, cuts = repaired_by_ranks(partition, by, gang(world), tmp_path, [2])
-    assert len(cuts) == (3 if by == "refit_all" else 1)
-    assert all(before == after != repaired for before, repaired, after in of_ranks)
-
-
-@pytest.mark.parametrize("partition", [*nightly("fsdp"), "zero3"])
-def test_ranks_that_share_batches_fit_the_remaining_experts(partition: str, two_ranks: Gang, tmp_path: Path) -> None:
-    lively(build("qwen3_moe")).save_pretrained(tmp_path)
-    _, cuts = repaired_by_ranks(partition, "map", two_ranks, tmp_path, [Expert(1, 0), Expert(2, 1)])
-    assert [cut["experts"] for cut in cuts] == [[0], [1]]
-
-
-def repaired_by_ranks(
-    partition: str, by: str, gang: Gang, folder: Path, removed: Sequence[Removal]
-) -> tuple[list[list[list[float]]], list[dict[str, Any]]]:
-    """Return losses of each rank and cuts of a repair, after its weights are compared with those of one process."""
-    save_tokenizer(folder)
+    lively(build("qwen3_moe") if removed == EXPERTS else llama(num_hidden_layers=5)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
     settings = replace(SETTINGS, max_sequences=20, sequence_length=32, batch_size=4)
-    checkpoint = resolve(str(folder))
+    checkpoint = resolve(str(tmp_path))
     text = tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings)
     repair = Repair(by=by, corpora=("builtin:pydoc",), settings=settings)
     fit = FitRepair(repair=repair, layers="layers", texts=(text,))
     patch, cuts, _ = fitted_by(open_whole(checkpoint, settings), fit, removed)
-    of_ranks = gang.run(fit_and_ask, partition, folder, fit, removed)
+    assert len(cuts) == (3 if by == "refit_all" else len(removed))
     assert all(cut["error_after"] < cut["error_before"] for cut in cuts)
-    for found, found_cuts, (_, repaired, _) in of_ranks:
+    if removed == EXPERTS:
+        assert [cut["experts"] for cut in cuts] == [[0], [1]]
+    for found, found_cuts, (before, repaired, after) in gang(world).run(fit_and_ask, partition, tmp_path, fit, removed):
         for ours, theirs in zip(found_cuts, cuts, strict=True):
             assert ours["ridges"] == theirs["ridges"]
             assert ours["error_before"] == pytest.approx(theirs["error_before"], rel=1e-5)
@@ -622,7 +596,7 @@ def repaired_by_ranks(
         whole = open_whole(checkpoint, settings)
         with whole.patched(found):
             assert repaired == losses_of(whole, removed)
-    return [losses for _, _, losses in of_ranks], cuts
+        assert before == after != repaired
 
 
 # Refusals.

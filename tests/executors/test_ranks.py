@@ -1,4 +1,7 @@
-"""Tasks of several ranks: the first rank's result and events, and the error of the rank that failed first."""
+"""Tasks of several ranks: the first rank's result and events, and the error of the rank that failed first.
+
+And how many replicas there is room for.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.ranks import RankedRun
 from avss_dist.partition.base import Placement
+from avss_dist.system.devices import Devices
 
 HANG_SECONDS, PLACEMENT_SECONDS = 30.0, 60.0
 
@@ -102,6 +106,27 @@ def test_a_lost_cluster_ends_the_task() -> None:
     cluster.lost = RunFailed("The Ray cluster is lost.", "Start it again.")
     with pytest.raises(RunFailed, match="The Ray cluster is lost"):
         run_on(cluster, lambda rank: rank)
+
+
+def test_a_cluster_may_get_more_gpus_and_a_machine_does_not() -> None:
+    gpus = Devices(
+        kind="cuda",
+        count=4,
+        count_of_largest_node=4,
+        device_bytes=80 << 30,
+        host_bytes=80 << 30,
+        cpus=8,
+        cpus_of_largest_node=8,
+    )
+    pair = Placement(partition="zero3", ranks=2, gpus=2)
+    for replicas, address, number in ((None, None, 2), (None, "auto", 2), ("4..64", "auto", 64), (2, None, 2)):
+        executor = RayExecutor(Execution(executor="ray", replicas=replicas, address=address), Settings())
+        executor.devices = gpus
+        assert executor.replicas(pair) == number
+    executor = RayExecutor(Execution(executor="ray", replicas="2..3"), Settings())
+    executor.devices = gpus
+    with pytest.raises(ConfigError, match=r"3 replicas of 2 GPUs need 6 GPUs; there are 4\."):
+        executor.replicas(pair)
 
 
 @dataclass(frozen=True)

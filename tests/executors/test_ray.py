@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import pickle
 import re
@@ -16,29 +14,32 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from support.causal_lm import SMALL, random_shard
 from support.commands import Command
-from support.tiers import nightly
+from support.noting import noting
 from support.pairs import write_pairs
-from support.processes import FreezesAtStart, Harming, ray_processes, wait_until
-from support.ray_cluster import TWENTY_SHARDS
+from support.processes import Harming, ray_processes, wait_until
+from support.ray_cluster import TWENTY_SHARDS, Cluster
 from support.tables import assert_same_tables, measured_files
 
 import avss_dist
 from avss_dist.core.errors import BatchTooLarge, RunFailed
-from avss_dist.core.settings import Settings, split_options
-from avss_dist.executors.base import ReplicaSpec
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.settings import Execution, Settings, split_options
+from avss_dist.executors.base import Executor, ReplicaSpec
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.open import open_executor
 from avss_dist.executors.ray import gang, liveness, object_store
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
 from avss_dist.runs import partials
@@ -47,22 +48,11 @@ from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import RunInProgress
 from avss_dist.stats import spill
+from avss_dist.tasks.base import Row, TextLoss
+from avss_dist.tasks.cells import Cell
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.sharing import Receipt, shared
 from avss_dist.warehouse.store import Store
-
-pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """One private Ray for the tests that do not start or lose their own."""
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    yield
-    ray.shutdown()
-
-
-shared_cluster = pytest.mark.usefixtures("cluster")
 
 
 def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
@@ -76,12 +66,13 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-@shared_cluster
+@pytest.mark.usefixtures("shared_ray")
+@pytest.mark.parametrize("sent_bytes", [0, object_store.SENT_BYTES])
 def test_any_number_of_workers_gives_the_same_bytes(
-    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sent_bytes: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two here, with tokens from the object store as of large shards; one, three and five in other tests."""
-    monkeypatch.setattr(object_store, "SENT_BYTES", 0)
+    """Tokens of large shards come from the object store, those of small ones with the call."""
+    monkeypatch.setattr(object_store, "SENT_BYTES", sent_bytes)
     run = score(tiny_llama, tmp_path, executor="ray", replicas=2)
     assert run.status == "done"
     assert_same_tables(tmp_path, undisturbed)
@@ -89,21 +80,87 @@ def test_any_number_of_workers_gives_the_same_bytes(
     assert (row["replicas"], row["threads"]) == (2, 1)
 
 
-@shared_cluster
-@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+@pytest.mark.usefixtures("shared_ray")
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
     harm: signal.Signals, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Killed, or stopped, which the watchdog sees: it begins no layer."""
+    """Takes over 8 seconds for a stopped worker: it begins no layer for as long, and is then killed."""
     harming = Harming({3: harm})
     run = score(tiny_llama, tmp_path, executor="ray", replicas=2, hang_seconds=8, on_event=harming)
     assert len(harming.victims) == 1 and run.status == "done"
     assert harming.arrived == 20
     assert_same_tables(tmp_path, undisturbed)
-    wait_until(lambda: not harming.victims[0].is_running())  # one that hangs is killed, not left behind
+    wait_until(lambda: not harming.victims[0].is_running())
 
 
-@shared_cluster
+def test_a_lost_node_is_told_of_and_its_shard_is_measured_again(
+    shared_ray: Cluster, tiny_llama: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line on standard error and among the notes of the run says which node had which shard."""
+    lost: dict[str, str] = {}
+    arrived = 0
+    (tmp_path / "notes").mkdir()
+
+    def lose(event: RunEvent) -> None:
+        nonlocal arrived
+        arrived += isinstance(event, ShardMeasured)
+        if arrived < 12 or lost:
+            return
+        wait_until(lambda: len({note.node for note in notes.shards if int(note.what) >= 12}) == 3)
+        victim = shared_ray.nodes[1]
+        lost.update({note.node[:8]: note.what for note in notes.shards if note.node == victim.node_id})
+        shared_ray.kill_node(victim)
+        notes.open("lost")
+
+    with noting(tmp_path / "notes", {12: "lost"}) as notes:
+        run = score(tiny_llama, tmp_path / "w", address=shared_ray.address, replicas=3, on_event=lose)
+    assert run.status == "done"
+    assert_same_tables(tmp_path / "w", undisturbed)
+    told = re.compile(r"he node [\d.]+ \((\w{8})\) was lost; shard (\d+) is measured again")
+    row = Warehouse(tmp_path / "w").run(run.run_id)
+    assert row is not None and dict(told.findall("\n".join(row["notes"]))) == lost
+    assert dict(told.findall(capsys.readouterr().err)) == lost
+
+
+@dataclass(frozen=True, eq=False)
+class DisturbedOnce(TextLoss):
+    """A loss whose first worker kills itself."""
+
+    mark: Path = Path()
+
+    @property
+    def key(self) -> str:
+        return "loss"
+
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        with suppress(FileExistsError):
+            os.close(os.open(self.mark, os.O_CREAT | os.O_EXCL))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(model, intervention)
+
+
+@pytest.mark.usefixtures("shared_ray", "this_module_travels")
+def test_cells_give_what_one_process_gives_whoever_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = Settings(**SMALL)
+    shared: dict[str, Any] = {"run_id": "e", "checkpoint": resolve(str(tiny_llama)), "settings": settings}
+    cells = [
+        Cell(**shared, task="loss", part=i, measure=DisturbedOnce(random_shard(1 + i % 5), mark=tmp_path / str(i)))
+        for i in range(6)
+    ]
+    for cell in cells[:4]:
+        cell.measure.mark.touch()  # type: ignore[attr-defined]
+
+    def samples(executor: Executor) -> dict[int, bytes]:
+        with closing(executor):
+            return {cell.part: rows.rows[0].samples.tobytes() for cell, rows in executor.run_cells(iter([cells]))}  # type: ignore
+
+    on_ray = samples(RayExecutor(Execution(executor="ray", replicas=2), settings))
+    assert len(list(tmp_path.iterdir())) == 6 and on_ray == samples(LocalExecutor(settings))
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("shared_ray")
 def test_paired_text_is_counted_once_where_a_worker_is_killed(tiny_llama: Path, tmp_path: Path) -> None:
     options = {**TWENTY_SHARDS, "sequences_per_shard": 4, "corpus": write_pairs(tmp_path, 12)}
     avss_dist.score(tiny_llama, warehouse=tmp_path / "local", executor="local", **options)
@@ -117,33 +174,16 @@ def test_paired_text_is_counted_once_where_a_worker_is_killed(tiny_llama: Path, 
     assert len(set(rows["row"].to_pylist())) == 48
 
 
-@shared_cluster
-def test_a_worker_that_freezes_before_it_reports_is_replaced(
-    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is waited for no longer than `hang_seconds`, and not as long as for a place in the cluster."""
-    frozen = FreezesAtStart(1, monkeypatch)
-    run = score(tiny_llama, tmp_path, executor="ray", replicas=1, hang_seconds=4, placement_seconds=3600)
-    frozen.join()
-    assert frozen.were_starting and run.status == "done"
-    assert_same_tables(tmp_path, undisturbed)
-
-
-@shared_cluster
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), *nightly((signal.SIGINT, 130))])
-def test_a_stopped_driver_is_resumed(
-    number: signal.Signals, expected: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_driver_is_resumed(shared_ray: Cluster, tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The partials are kept, the same command finishes what is missing; `test_liveness` presses Ctrl-C."""
     arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
-    address = ray.get_runtime_context().gcs_address
-    place = ("-w", tmp_path, "--address", address, "--replicas", 2)
+    place = ("-w", tmp_path, "--address", shared_ray.address, "--replicas", 2)
     driver = Command("score", tiny_llama, "--corpus", "builtin:pydoc", *place, *arguments)
     partials = tmp_path / "shard_stats"
     wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 1 or not driver.running())
-    driver.send(number)
+    driver.send(signal.SIGTERM)
     code, _, said = driver.wait()
-    assert code == expected, said
+    assert code == 143, said
     assert "run the same command again" in said and "Traceback" not in said
     kept = len(list(partials.rglob("*.parquet")))
     assert 1 <= kept < 20 and not list((tmp_path / "scores").rglob("*.parquet"))
@@ -152,7 +192,7 @@ def test_a_stopped_driver_is_resumed(
     assert_same_tables(tmp_path, undisturbed)
 
 
-@shared_cluster
+@pytest.mark.usefixtures("shared_ray")
 def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """A partial goes to the warehouse from where it is measured; the driver hears a receipt of it."""
     settings, execution = split_options({**TWENTY_SHARDS, "executor": "ray", "replicas": 1})
@@ -176,7 +216,8 @@ def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_p
     assert_same_tables(tmp_path, undisturbed)
 
 
-@shared_cluster
+@pytest.mark.nightly
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
 def test_a_warehouse_that_workers_do_not_see_is_written_by_the_driver(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path
@@ -195,7 +236,8 @@ def test_a_warehouse_that_workers_do_not_see_is_written_by_the_driver(
     assert measured_files(tmp_path / "copy") == measured_files(undisturbed)
 
 
-@shared_cluster
+@pytest.mark.nightly
+@pytest.mark.usefixtures("shared_ray")
 def test_tasks_merge_to_the_same_bytes(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +289,8 @@ class Damaging:
             file.write_bytes(data)
 
 
-@shared_cluster
+@pytest.mark.nightly
+@pytest.mark.usefixtures("shared_ray")
 def test_a_partial_that_is_damaged_after_its_receipt_is_measured_again(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -256,15 +299,6 @@ def test_a_partial_that_is_damaged_after_its_receipt_is_measured_again(
     run = score(tiny_llama, tmp_path, executor="ray", replicas=2)
     assert (run.status, run.resumed_shards) == ("done", 19)
     assert_same_tables(tmp_path, undisturbed)
-
-
-class DiesOnShardTwo(Worker):
-    """A poisonous shard: whoever measures it dies."""
-
-    def measure(self, assignment: ShardAssignment) -> Any:
-        if assignment.shard and assignment.shard.shard_id == 2:
-            os._exit(1)
-        return super().measure(assignment)
 
 
 MARKS: list[Path] = []  # a folder; travels to the worker with the class below
@@ -327,22 +361,8 @@ def this_module_travels() -> Iterator[None]:
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-@pytest.mark.usefixtures("cluster", "this_module_travels")
-def test_a_shard_that_kills_its_workers_fails_the_run_and_keeps_the_rest(
-    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gang, "Worker", DiesOnShardTwo)
-    with pytest.raises(RunFailed, match="Shard 2 failed 3 times"):
-        score(tiny_llama, tmp_path, executor="ray", replicas=1)
-    (row,) = Warehouse(tmp_path).runs().to_pylist()
-    assert row["status"] == "failed" and "Shard 2" in row["error"]
-    monkeypatch.undo()
-    run = score(tiny_llama, tmp_path, executor="local")
-    assert run.status == "done" and run.resumed_shards == 2
-    assert_same_tables(tmp_path, undisturbed)
-
-
-@pytest.mark.usefixtures("cluster", "this_module_travels")
+@pytest.mark.nightly
+@pytest.mark.usefixtures("shared_ray", "this_module_travels")
 def test_passing_faults_are_retried(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,7 +415,8 @@ class WaitsForItsTurn(Worker):
         self._computing: Any = PatientLock(folder)
 
 
-@pytest.mark.usefixtures("cluster", "this_module_travels")
+@pytest.mark.nightly
+@pytest.mark.usefixtures("shared_ray", "this_module_travels")
 def test_a_round_that_is_cancelled_while_it_waits_for_its_turn_is_not_measured(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -415,7 +436,8 @@ def test_a_round_that_is_cancelled_while_it_waits_for_its_turn_is_not_measured(
     ray.kill(worker)
 
 
-@pytest.mark.usefixtures("cluster", "this_module_travels")
+@pytest.mark.nightly
+@pytest.mark.usefixtures("shared_ray", "this_module_travels")
 def test_batches_are_halved_for_all_ranks_until_they_fit(
     tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,36 +452,17 @@ def test_batches_are_halved_for_all_ranks_until_they_fit(
         score(tiny_llama, tmp_path / "none", executor="ray", replicas=1)
 
 
-@shared_cluster
-def test_a_raylet_that_does_not_answer_is_a_lost_node(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As Ray says it where the raylet of this process was killed."""
-
-    def wait(*_: object, **__: object) -> None:
-        monkeypatch.undo()
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-    monkeypatch.setattr(ray, "wait", wait)
-    with pytest.raises(RunFailed, match=r"(?s)The Ray node of this process has died.*Run the same command again"):
-        score(tiny_llama, tmp_path, executor="ray", replicas=1)
-
-
-@shared_cluster
-def test_a_model_that_cannot_be_opened_fails_with_its_reason(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(avss_dist.core.errors.AvssError, match=r"no layer list 'model\.layer'"):
-        score(tiny_llama, tmp_path, executor="ray", replicas=1, layers="model.layer")
-
-
+@pytest.mark.nightly
+@pytest.mark.usefixtures("warm_workers")
 def test_models_share_the_workers_and_no_process_is_left(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
-    ray.shutdown()
     options = {**TWENTY_SHARDS, "max_sequences": 32, "executor": "ray", "replicas": 1}
     runs = avss_dist.score_all([str(tiny_llama), str(tiny_bert)], corpus="builtin:pydoc", warehouse=tmp_path, **options)
     assert [run.status for run in runs] == ["done", "done"]
     wait_until(lambda: not ray_processes())
 
 
-@pytest.mark.usefixtures("this_module_travels")
+@pytest.mark.nightly
+@pytest.mark.usefixtures("warm_workers", "this_module_travels")
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -477,7 +480,6 @@ def test_a_run_ends_with_its_cluster_and_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Without its dashboard agent, Ray takes a node down; without the GCS, it would end this process after a minute."""
-    ray.shutdown()
     monkeypatch.setattr(liveness, "HEAD_SECONDS", 1.0)
     monkeypatch.setattr(gang, "Worker", WaitsBeforeShardTen)
 
