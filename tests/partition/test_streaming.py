@@ -25,7 +25,6 @@ from support.tiers import nightly
 from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.intervention import Intervention
 from avss_dist.core.settings import SITES, Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure.shard import analyze_shard
@@ -526,22 +525,6 @@ def test_weights_are_unpacked_a_few_at_a_time(
     replica, _ = assert_same(folder, DEQUANTIZED)
     sizes = sorted({len(group) for group in replica._parts[0].groups})
     assert sizes == [2, 2 * 4, 2 * 2 * 4]  # a matrix and its scales; four experts down; gate and up
-
-
-def test_losses_of_a_quantized_model(tmp_path: Path, tiny: Path) -> None:
-    """With the head, layers left out."""
-    folder = block_fp8(tiny, tmp_path / "fp8")
-    checkpoint, batches = resolve(str(folder)), list(shard().batches(2))
-    placement = Placement(partition="streaming")
-    losses = []
-    for replica in (
-        StreamingReplica(checkpoint, DEQUANTIZED, placement, head=True),
-        SingleReplica(checkpoint, DEQUANTIZED, head=True),
-    ):
-        model = replica.language_model
-        assert model is not None
-        losses.append(model.losses_under(batches, [Intervention(), Intervention(removed=(1,))]))
-    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*losses, strict=True))
 
 
 def test_the_memory_that_unpacking_takes_is_no_room_for_hidden_states(tmp_path: Path, tiny: Path) -> None:

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -94,16 +95,17 @@ def free_port() -> int:
 
 
 def member(rank: str, key: str, world: str, port: str) -> None:
-    """Run functions that come through standard input, until this process is killed."""
+    """Run functions that come through standard input, until it ends."""
     multiprocessing.current_process().authkey = bytes.fromhex(key)  # tensors are sent through shared memory
     pipe = Connection(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     torch.set_num_threads(1)
     join(int(rank), int(world), "127.0.0.1", int(port), device=torch.device("cpu"), timeout_seconds=SECONDS)
-    while True:
-        function, args = pipe.recv()
-        try:
-            answer = function(*args)
-        except Exception as error:
-            answer = error
-        pipe.send(answer)
+    with suppress(EOFError):
+        while True:
+            function, args = pipe.recv()
+            try:
+                answer = function(*args)
+            except Exception as error:
+                answer = error
+            pipe.send(answer)
