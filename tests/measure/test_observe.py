@@ -155,6 +155,7 @@ def test_a_fully_masked_batch_and_passes_outside_add_nothing() -> None:
             run(token_ids(1), None)
         with observer.batch(full.numpy()):
             run(token_ids(), full.long())
+            backbone.structure.layers[0].taps["mlp"].module(torch.ones(ROWS, TOKENS, 32))
         run(token_ids(3), None)
     assert all(once[key].equals(stats) for key, stats in observer.result().items())
     assert observed(backbone, [(token_ids(), empty)]) == {}
@@ -285,7 +286,8 @@ class Misbehaving(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         if self.how == "in place":
             x.add_(1)
-        return {"pads": torch.cat([x, x], 1), "nothing": "text"}.get(self.how, x + 1)
+        changed = {"pads": torch.cat([x, x], 1), "widens": torch.cat([x, x], 2), "nothing": "text"}
+        return changed.get(self.how, x + 1)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +310,15 @@ def test_a_layer_that_cannot_be_counted_is_named(how: str, said: str) -> None:
         model(torch.ones(2, 3, dtype=torch.long))
     assert "layers.0" in str(raised.value)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_layer_that_widens_its_input_has_no_update() -> None:
+    model = Tampering("widens")
+    layer = Layer(0, "layers.0", model.layers[0], 0, "rows", {})
+    with observe([layer], SITES, THRESHOLDS) as observer, observer.batch(np.ones((2, 3), bool)):
+        model(torch.ones(2, 3, dtype=torch.long))
+    ((key, stats),) = observer.result().items()
+    assert (key, stats.count, stats.token_count) == ((0, "block"), 2 * 3 * 8, 0)
 
 
 def test_nonfinite_activations_are_counted_apart() -> None:
