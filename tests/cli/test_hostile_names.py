@@ -49,18 +49,7 @@ READS = {
     "scorecard": [[*W], [*W, "--format", "csv"]],
     "contrast": [[*W], [*W, "--run", EVIL]],
 }
-SMALL_TRAINING = [
-    "--tokens",
-    "64",
-    "--self-texts",
-    "0",
-    "--held-out",
-    "2",
-    "--sequence-length",
-    "16",
-    "--max-sequences",
-    "8",
-]
+SMALL_TRAINING = "--tokens 64 --self-texts 0 --held-out 2 --sequence-length 16 --max-sequences 8"
 WORKS = {
     "score": [["M", *TEXT, "-w", "O/w"], ["M", *TEXT, "--corpus", f"{EVIL}.txt", "-w", "O/w"]],
     "estimate": [[EVIL, "--corpus", "text.txt"]],
@@ -73,8 +62,8 @@ WORKS = {
     "prune": [["M", "P", "-o", "O/pruned"], ["M", f"{EVIL}.yaml", "-o", "O/p"]],
     "shrink": [["M", *TEXT, "-o", "O/s"], ["M", *TEXT, "-o", "O/s", "--task", EVIL]],
     "distill": [
-        ["M", "--teacher", "M", "--corpus", "text.txt", *SMALL_TRAINING, "-o", "O/d"],
-        ["M", "--teacher", EVIL, "--corpus", f"{EVIL}.txt", *SMALL_TRAINING, "-o", "O/d2"],
+        ["M", "--teacher", "M", "--corpus", "text.txt", *SMALL_TRAINING.split(), "-o", "O/d"],
+        ["M", "--teacher", EVIL, "--corpus", f"{EVIL}.txt", *SMALL_TRAINING.split(), "-o", "O/d2"],
     ],
     "sample": [["M", "-o", "O/own.jsonl", "--count", "2", "--sequence-length", "8", "--prompt", EVIL]],
     "jobs submit": [["J", "--address", f"http://127.0.0.1:9/{EVIL}"]],
