@@ -76,6 +76,13 @@ def test_every_script_is_run_by_a_test() -> None:
             "WIDE --max-sequences 8 --rounds 1 --partition single",
             r"single +memory \d+\.\d+ +seconds \d+\.\d+",
         ),
+        ("benchmarks/streaming.py", "compare WIDE --rounds 1", "streaming / single: median"),
+        ("benchmarks/streaming.py", "measure WIDE", "peak RssAnon"),
+        (
+            "benchmarks/streaming.py",
+            "round-here WIDE",
+            r"(?s)each layer in int8 .* passes, 4 rows.*predicted, two formats",
+        ),
         ("gpu/first.py", "kernels --dry", r"(?s)\A(?!.*FAILED)."),
         ("gpu/first.py", "models --dry", r"(?s)\A(?!.*FAILED)."),
     ],
@@ -85,11 +92,7 @@ def test_a_script_prints_what_it_compares(script: str, options: str, printed: st
 
 
 @pytest.mark.nightly
-def test_streaming_is_compared_with_one_process(run: Run, wide: Path, tmp_path: Path) -> None:
-    assert "streaming / single: median" in run("benchmarks/streaming.py", "compare", wide, "--rounds", 1)
-    assert "peak RssAnon" in run("benchmarks/streaming.py", "measure", wide)
-    printed = run("benchmarks/streaming.py", "round-here", wide)
-    assert re.search(r"each layer in int8 .* passes, 4 rows", printed) and "predicted, two formats" in printed
+def test_a_model_of_a_size_is_written(run: Run, tmp_path: Path) -> None:
     run("benchmarks/streaming.py", "write", tmp_path / "model", "--gigabytes", 0.2)
     assert 0.1e9 < sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors")) < 0.6e9
 

