@@ -74,4 +74,3 @@ def test_the_command_tells_it_where_a_teacher_is_named(student: Path, tiny_llama
     assert {row["train"] for row in told["distillation"]} == {"all", "near", "lora"}
     shown = avss(*command, "--teacher", tiny_llama).stdout
     assert "one process" in shown and "fsdp" in shown
-    assert "distillation" not in json.loads(avss(*command, "--format", "json").stdout)

@@ -98,6 +98,7 @@ def test_it_is_json(guess: Estimate) -> None:
         "shard_seconds": guess.rows[0].seconds / 2,
         "why": "175 kB of weights stay in memory",
     }
+    assert "distillation" not in read  # of a teacher, which is not named here
 
 
 def test_the_table_has_every_partition(guess: Estimate) -> None:

@@ -18,9 +18,10 @@ from support.warehouses import run_row, write_scores
 
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.core.errors import QueryError
-from avss_dist.core.intervention import Sublayer, sublayers_of
+from avss_dist.core.intervention import Expert, Sublayer, sublayers_of
 from avss_dist.core.registry import SCORES
 from avss_dist.pruning.formats import llama_cpp_command, mergekit_slices
+from avss_dist.pruning.ground_truth import Interactions
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, make_plan, read_plan
 from avss_dist.pruning.selection import PUBLISHED, Choice, PlanError
@@ -93,6 +94,28 @@ def test_random_plans_differ_by_seed() -> None:
     run = {"model": "m", "revision": "r", "run_id": "m-1"}
     plans = [make_plan(rows, run, Choice(by="random", seed=seed)) for seed in (0, 0, 1)]
     assert plans[0] == plans[1] and plans[0].drop != plans[2].drop and len(plans[0].drop) == 8
+    assert plans[2].why == {"by": "random", "seed": 1, "share": 0.25}
+
+
+def test_a_plan_has_its_reading_or_its_measurement_as_a_reason() -> None:
+    rows, run = score_rows(LAYERS[:4]), {"model": "m", "revision": "r", "run_id": "m-1"}
+    place = dict(zip(("site", "recipe", "threshold", "threshold_kind"), PUBLISHED, strict=True))
+    assert make_plan(rows, run, Choice(by="avss", count=1, seed=3, reading=PUBLISHED)).why == {
+        "by": "avss",
+        "count": 1,
+        **place,
+    }
+    pairs = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0.5]])
+    truth = Interactions(b=np.array([0.1, 0.1, 0.5, 0.5]), h=pairs, run_id="m-2", task="damage:x")
+    plan = make_plan(rows, run, Choice(by="interactions", count=2), truth)
+    assert plan.drop == (0, 2)
+    assert plan.why == {
+        "by": "interactions",
+        "count": 2,
+        "evaluation": "m-2",
+        "task": "damage:x",
+        "predicted_increase": pytest.approx(0.6),
+    }
 
 
 def test_layers_that_are_not_one_list() -> None:
@@ -122,6 +145,8 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
     assert read_plan(tmp_path / "plan.yaml") == plan
     assert "drop: [1, 4]\nkeep: [0, 2, 3, 5]\n" in (tmp_path / "plan.yaml").read_text()
     assert plan.keep == (0, 2, 3, 5)
+    chosen = "Chosen by loss (rise of the loss without the layer, measured): share 0.25, contiguous True."
+    assert chosen in plan.describe()
     assert "attention" not in (tmp_path / "plan.yaml").read_text()
     slices = yaml.safe_load(mergekit_slices(plan))["slices"]
     assert [part["sources"][0]["layer_range"] for part in slices] == [[0, 1], [2, 4], [5, 6]]
@@ -153,12 +178,14 @@ def test_a_plan_names_sublayers(keys: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"drops attention\.2, attention\.5, mlp\.4 alone\. A mergekit"):
         mergekit_slices(plan)
     assert Plan(model="m", num_layers=1, layers="layers", drop=("mlp.0",)).keep == (0,)
+    experts = Plan(model="m", num_layers=3, layers="layers", drop=(Expert(1, 0), Expert(1, 2)))
+    assert experts.describe()[0] == "Drops 2 experts in 1 of 3 layers: expert.1.0, expert.1.2."
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"drop": ["attention.7"]}, "no layer 7: the model has 6, from 0"),
+        ({"drop": ["attention.6"]}, "no layer 6: the model has 6, from 0"),
         ({"mlp": [2, 2]}, "drop has mlp.2 twice"),
         ({"mlp": [True]}, "yaml:4: mlp must be a list of layers"),
         ({"attention": ["1"]}, "attention must be a list of layers"),

@@ -170,14 +170,17 @@ def test_a_repair_on_workers_is_stored_and_says_what_it_is_for(tmp_path: Path, s
     file, warehouse = tmp_path / "plan.yaml", tmp_path / "w"
     plan = plan_of(folder, whole, experts_of(whole, 1))
     plan.write(file)
-    read = [v for name, value in READ.items() for v in (f"--{name.replace('_', '-')}", value)]
+    rows = 30
+    read = [
+        v for name, value in (READ | {"max_sequences": rows}).items() for v in (f"--{name.replace('_', '-')}", value)
+    ]
     repair = ("--repair", "refit", "--repair-corpus", TEXT, *read)
     done = avss("prune", folder, file, "-o", tmp_path / "less", "-w", warehouse, "--executor", "local", *repair)
     assert done.exit_code == 0, done.stderr
     assert "without experts 1 of layer 0: error" in " ".join(done.stdout.split())
     assert len(list((warehouse / "patches").iterdir())) == 1
     with one_thread():
-        prune(str(folder), plan, tmp_path / "here", repair=repair_of("refit"))
+        prune(str(folder), plan, tmp_path / "here", repair=repair_of("refit", max_sequences=rows))
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("less", "here")]
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)

@@ -125,20 +125,6 @@ def test_orders_are_those_of_autograd_token_by_token(name: str, seen: tuple[Lang
     assert all(row.weights.tolist() == weights for (metric, _), row in found.items() if "order" in metric)
 
 
-def test_the_first_order_is_the_gradient_of_the_weight(grouped: Path) -> None:
-    model, shard = opened(grouped, dtype="float32"), random_shard(rows=2)  # without padding
-    found = by_place(RoundingDamage(shard=shard, formats=("mxfp4",), draws=1)(model))
-    (batch,) = shard.batches(2)
-    ids = torch.from_numpy(batch.input_ids).long()
-    weight = model.layers[1].module.self_attn.o_proj.weight
-    with torch.enable_grad():
-        logits = model.module(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, [weight])
-    expected = (gradient * (FORMATS["mxfp4"].round(weight) - weight.detach())).sum().item()
-    assert found["first_order", "mxfp4@1.self_attn.o_proj"].samples.sum() == pytest.approx(expected, rel=1e-3)
-
-
 def test_errors_of_outputs_and_sizes(seen: tuple[LanguageModel, Found, list[Batch]]) -> None:
     model, found, batches = seen
     module = model.layers[2].module.mlp.down_proj
