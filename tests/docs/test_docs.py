@@ -119,13 +119,6 @@ def test_code_that_is_named_is_there(page: Path) -> None:
         _resolve(name)
 
 
-@each_page
-def test_tests_that_are_named_are_there(page: Path) -> None:
-    sources = "\n".join(read(file) for file in sorted((ROOT / "tests").rglob("test_*.py")))
-    for name in re.findall(r"`(test_\w+)`", read(page)):
-        assert f"\ndef {name}(" in sources, name
-
-
 def _resolve(name: str) -> Any:
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
