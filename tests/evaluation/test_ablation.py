@@ -369,7 +369,7 @@ def test_workers_give_what_one_process_gives(tiny_llama: Path, tmp_path: Path) -
         done = avss(
             *("ablate", tiny_llama, "--corpus", TEXT, "--warehouse", tmp_path / name, "--max-sequences", 6),
             *("--sequence-length", 32, "--sequences-per-shard", 2, "--shapley", 8, "--gradients"),
-            *("--quantize", "int4", "--quantize", "q8_0", "--format", "csv", *options),
+            *("--quantize", "int4", "--quantize", "int8", "--format", "csv", *options),
         )
         assert done.exit_code == 0, done.stderr
         found[name] = done.stdout

@@ -313,14 +313,14 @@ def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) 
     other.write_text("\n\n".join(f"On day {i} the {i * 7919 % 613} ships of {i * 31 % 97} sailed." for i in range(700)))
     out = tmp_path / "out"
     command = ("shrink", deep, "--corpus", TEXT, "-w", warehouse, *SILENT)
-    told = avss(*command, "-o", out, "--repair-corpus", TEXT, "--repair-corpus", other, "--repair", "map")
+    told = avss(*command, "-o", out, "--repair-corpus", TEXT, "--repair-corpus", other, "--repair", "channel")
     assert told.exit_code == 0, told.stderr
     words = " ".join(told.stdout.split())
-    for text in ("whole model", "2 layers dropped", "repaired by map", "other.txt", "6 of 8 layers", "kept", "%"):
+    for text in ("whole model", "2 layers dropped", "repaired by channel", "other.txt", "6 of 8 layers", "kept", "%"):
         assert text in words, text
     (record,) = read_repairs(out)
     assert [text.corpus for text in record.texts] == [TEXT, str(other)]
-    only = avss(*command, "-o", tmp_path / "only", "--task", f"perplexity:{other}")
+    only = avss(*command, "-o", tmp_path / "only", "--task", f"perplexity:{other}", "--repair", "none")
     assert only.exit_code == 0, only.stderr
     assert "other.txt" in only.stdout and "perplexity:builtin" not in only.stdout
 
