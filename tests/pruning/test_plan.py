@@ -133,7 +133,7 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
     plan = Plan(
         model="m",
         revision="r",
-        num_layers=6,
+        num_layers=7,
         layers="layers",
         drop=(1, 4),
         why={"by": "loss", "share": 0.25, "contiguous": True},
@@ -143,16 +143,18 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
     )
     plan.write(tmp_path / "plan.yaml")
     assert read_plan(tmp_path / "plan.yaml") == plan
-    assert "drop: [1, 4]\nkeep: [0, 2, 3, 5]\n" in (tmp_path / "plan.yaml").read_text()
-    assert plan.keep == (0, 2, 3, 5)
+    assert "drop: [1, 4]\nkeep: [0, 2, 3, 5, 6]\n" in (tmp_path / "plan.yaml").read_text()
+    assert plan.keep == (0, 2, 3, 5, 6)
     chosen = "Chosen by loss (rise of the loss without the layer, measured): share 0.25, contiguous True."
     assert chosen in plan.describe()
     assert "attention" not in (tmp_path / "plan.yaml").read_text()
     slices = yaml.safe_load(mergekit_slices(plan))["slices"]
-    assert [part["sources"][0]["layer_range"] for part in slices] == [[0, 1], [2, 4], [5, 6]]
+    assert [part["sources"][0]["layer_range"] for part in slices] == [[0, 1], [2, 4], [5, 7]]
     assert llama_cpp_command(plan) == "llama-quantize --prune-layers 1,4 m.gguf m-pruned.gguf COPY\n"
     done = avss("plan", "--format", "llm-compressor", "-o", tmp_path / "recipe.yaml", "-w", tmp_path)
     assert done.exit_code == 2 and "none removes a layer" in done.stderr and "avss prune" in done.stderr
+    done = avss("plan", "--format", "mergekitt", "-o", tmp_path / "recipe.yaml", "-w", tmp_path)
+    assert done.exit_code == 2 and "Did you mean 'mergekit'" in done.stderr
 
 
 SUBLAYERS = ["mlp.4", "attention.5", "attention.2", 1, "attention.3", "mlp.3"]

@@ -13,6 +13,7 @@ from support.checkpoints import LAYERS
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
+from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_model
 from avss_dist.models.size import Footprint, footprint
@@ -35,6 +36,7 @@ def test_what_is_said_to_be_saved_is_missing_in_the_files(size: Footprint, tiny_
     assert saved.parameters == sum(t.numel() for t in before.values()) - sum(t.numel() for t in after.values())
     assert saved.weight_bytes == sum(t.nbytes for t in before.values()) - done["bytes"]
     assert f"Saves 2 of 3 layers, {saved.parameters:,} of" in saved.describe()
+    assert f" parameters ({saved.weight_bytes / size.weight_bytes:.1%}), " in saved.describe()
 
 
 def test_keys_and_values_take_what_a_cache_takes(size: Footprint, tiny_llama: Path) -> None:
@@ -64,7 +66,8 @@ def test_any_layers_of_that_number_keep_the_budget(budget: dict[str, Any], count
 def test_a_budget_that_is_kept_or_cannot_be(size: Footprint) -> None:
     with pytest.raises(PlanError, match="as it is, which meets `memory`"):
         Budget(memory=size.weight_bytes).count(size)
-    with pytest.raises(PlanError, match="cannot be met: with one layer left"):
+    least = describe_bytes(size.weight_bytes - size.layer_bytes[0] - size.layer_bytes[1])
+    with pytest.raises(PlanError, match=f"cannot be met: with one layer left, {least} of"):
         Budget(parameters=1).count(size)
     with pytest.raises(ConfigError, match="`parameters` and `memory` are mutually exclusive"):
         Budget(parameters=1e6, memory=10)
