@@ -24,16 +24,10 @@ SMALL = {"max_sequences": 12, "sequence_length": 32, "batch_size": 4, "sequences
 def test_padding_counts_for_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "two.jsonl"
     text.write_text('{"text": "a rather long line of words, and more words"}\n{"text": "short one"}\n')
-    padded = {"layout": "padded", "sequence_length": 64}
-    together = evaluate([str(tiny_llama)], tasks=[f"perplexity:{text}"], warehouse=tmp_path / "w", **padded)
+    padded = {"tasks": [f"perplexity:{text}"], "layout": "padded", "sequence_length": 64}
+    together = evaluate([str(tiny_llama)], warehouse=tmp_path / "w", **padded)
     rows = Warehouse(tmp_path / "w").table("cells").to_pylist()
-    alone = evaluate(
-        [str(tiny_llama)],
-        tasks=[f"perplexity:{text}"],
-        warehouse=tmp_path / "v",
-        **padded,
-        skip_sequences=1,
-    )
+    alone = evaluate([str(tiny_llama)], warehouse=tmp_path / "v", skip_sequences=1, **padded)
     assert together[0].result.samples[1] == pytest.approx(alone[0].result.samples[0], rel=1e-6)
     assert rows[0]["weights"][1] < rows[0]["weights"][0]
 

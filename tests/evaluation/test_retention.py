@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -55,13 +54,9 @@ def test_what_has_no_logarithm_has_no_interval(after: Float64) -> None:
     assert not Retention.of(result(np.ones(40), "acc"), result(after, "acc")).has_interval
 
 
-def row(value: float, low: float, high: float) -> dict[str, Any]:
-    kept = Retention(value=value, low=low, high=high)
-    return {"score": "avss", "retention": kept.value, "retention_low": kept.low, "retention_high": kept.high}
-
-
 def test_without_an_interval_the_claim_is_undecided() -> None:
-    none, known = row(0.95, math.nan, math.nan), row(0.95, 0.93, 0.97)
+    none = {"score": "avss", "retention": 0.95, "retention_low": math.nan, "retention_high": math.nan}
+    known = none | {"retention_low": 0.93, "retention_high": 0.97}
     assert "undecided" in judgement(none) and "8 samples differ" in judgement(none) and lacks_interval([none])
     assert judgement(known) == "the claim holds" and not lacks_interval([known])
-    assert "nothing is kept" in judgement(row(0.0, math.nan, math.nan))
+    assert "nothing is kept" in judgement(none | {"retention": 0.0})
