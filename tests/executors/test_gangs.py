@@ -426,16 +426,19 @@ def test_ranks_that_split_matrices_give_the_numbers_of_one_process(
     assert partitioned(first[1]) == partitioned(model)
 
 
-def test_tensor_parallel_ranks_share_strata_and_rows(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:
-    """Of paired text: each measures the answers of its rows, and the first one has all, in their order."""
+def test_ranks_measure_paired_text(two_ranks: Gang, folder_of: Callable[[str], Path]) -> None:
+    """Ranks that split matrices measure the answers of some rows each, and the first one has all, in their order."""
     folder, (shard,) = folder_of("llama"), make_shards(1)
     strata = ("good", "bad", "good", "bad")
     pairing = Pairing(rows=np.arange(7, 11), pairs=np.arange(4) // 2, strata=strata, starts=np.zeros(4, np.int32))
     paired = [replace(shard, pairing=pairing)]
     (((got,), _, _), _) = two_ranks.run(measure, "tensor_parallel", folder, paired, SETTINGS)
+    (((alone,), _, _), _) = two_ranks.run(measure, "zero3", folder, paired, SETTINGS)
     (want,), _ = single(folder, paired)
     assert_near(got.stats, want.stats, rtol=1e-4)
     assert {key: one.count for key, one in got.strata.items()} == {key: one.count for key, one in want.strata.items()}
+    assert alone.strata.keys() == want.strata.keys()
+    assert all(alone.strata[key].equals(stats) for key, stats in want.strata.items())
     assert got.rows and want.rows and got.rows.row.tolist() == [7, 8, 9, 10]
     for key, rows in want.rows.stats.items():
         for name in ("count", "norm", "m2", "pooled_variance"):

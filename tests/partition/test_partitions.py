@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 import torch
 from support.checkpoints import host_limit
 from support.families import tiny_model
-from support.pairs import write_pairs
 from support.processes import FreezesAtStart, Harming, wait_until
 from support.ray_cluster import Cluster
 from support.tables import assert_same_evaluations, assert_same_tables, measured_files
@@ -25,10 +23,9 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.warehouse.reader import Warehouse
 
-FAMILIES = ("llama", "gemma3_text", "gpt2")  # more in test_gangs, test_device_map and test_streaming
+FAMILIES = ("llama", "gemma3_text")  # more in test_gangs, test_device_map and test_streaming
 OPTIONS: dict[str, Any] = {"max_sequences": 26, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 4}
 SHARDS = 7
-MOMENTS = ("mean", "m2", "pooled_variance_sum", "unit_sum_sq", "cosine_sum", "relative_magnitude_sum", "input_m2")
 
 
 @pytest.fixture(scope="module")
@@ -89,61 +86,19 @@ def on_four_cpus(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @on_four_cpus
-@pytest.mark.parametrize(("partition", "limit", "replicas"), [("device_map", 200_000, 1), ("streaming", 250_000, 2)])
-def test_offloaded_partitions_give_the_same_bytes(
-    partition: str, limit: int, replicas: int, models: list[str], single: Path, tmp_path: Path
+@pytest.mark.parametrize(("partition", "ranks", "replicas"), [("fsdp", 3, 1), ("zero3", 2, 2), ("streaming", None, 2)])
+def test_replicas_give_the_same_bytes(
+    partition: str, ranks: int | None, replicas: int, models: list[str], single: Path, tmp_path: Path
 ) -> None:
-    """Most of the weights are on disk; streaming has room for one layer and for no hidden state."""
-    limits = {"cpu": max(host_limit(model, limit, head=False, **OPTIONS) for model in models[:2])}
-    score(models[:2], tmp_path, partition=partition, executor="ray", replicas=replicas, max_memory=limits)
-    got, wanted = measured_files(tmp_path), measured_files(single)
-    assert got == {path: wanted[path] for path in got} and len(got) == 4
-    assert set(Warehouse(tmp_path).runs()["partition"].to_pylist()) == {partition}
-
-
-@on_four_cpus
-@pytest.mark.parametrize(("partition", "ranks", "replicas"), [("fsdp", 3, 1), ("zero3", 2, 2)])
-def test_ranks_that_share_shards_give_the_same_numbers(
-    partition: str, ranks: int, replicas: int, models: list[str], single: Path, tmp_path: Path
-) -> None:
-    """Seven shards over three ranks, and over two gangs of two: the ends are uneven."""
-    score(models[:replicas], tmp_path, partition=partition, ranks=ranks, replicas=replicas)
+    """Seven shards over three ranks, and over two gangs of two; streaming has room for a layer and no hidden state."""
+    limit = {"cpu": max(host_limit(model, 250_000, head=False, **OPTIONS) for model in models)}
+    max_memory = limit if partition == "streaming" else {}
+    chosen = models[:replicas]
+    score(chosen, tmp_path, executor="ray", partition=partition, ranks=ranks, replicas=replicas, max_memory=max_memory)
     got, wanted = measured_files(tmp_path), measured_files(single)
     assert got == {path: wanted[path] for path in got} and len(got) == 2 * replicas
-    assert set(Warehouse(tmp_path).runs()["replicas"].to_pylist()) == {replicas}
-
-
-@on_four_cpus
-def test_zero3_measures_paired_text(models: list[str], tmp_path: Path) -> None:
-    options = {**OPTIONS, "max_sequences": None, "sequence_length": 64, "corpus": write_pairs(tmp_path, 6)}
-    avss_dist.score(models[0], warehouse=tmp_path / "single", partition="single", executor="local", **options)
-    run = avss_dist.score(models[0], warehouse=tmp_path / "zero3", partition="zero3", ranks=2, **options)
-    assert run.status == "done"
-    assert_same_tables(tmp_path / "zero3", tmp_path / "single")
-
-
-@on_four_cpus
-def test_tensor_parallel_gives_the_same_numbers(models: list[str], single: Path, tmp_path: Path) -> None:
-    """To 1e-4: the sums of a split linear map are added up in another order. Families that cannot be split say so."""
-    options = {**OPTIONS, "partition": "tensor_parallel", "ranks": 2}
-    runs = avss_dist.score_all(models, corpus="builtin:pydoc", warehouse=tmp_path, **options)
-    done = [run for run in runs if run.status == "done"]
-    assert all(run.error and "cannot split" in run.error for run in runs if run.status != "done")
-    assert len(done) >= 2, [run.error for run in runs]
-    rows = {(r["model"], r["layer"], r["site"]): r for r in Warehouse(tmp_path).layer_stats().to_pylist()}
-    wanted = {(r["model"], r["layer"], r["site"]): r for r in Warehouse(single).layer_stats().to_pylist()}
-    assert {key[0] for key in rows} == {run.model for run in done}
-    for key, row in rows.items():
-        for name in ("count", "sequence_count", "token_count", "unit_count", "nonfinite_count"):
-            assert row[name] == wanted[key][name], (key, name)
-        near = np.abs(np.subtract(row["near_zero"], wanted[key]["near_zero"]))
-        assert near.max() <= 2 + 1e-4 * row["count"], key
-        for name in MOMENTS:
-            if row[name] is not None:
-                size = float(np.max(np.abs(wanted[key][name]), initial=0.0))
-                np.testing.assert_allclose(
-                    row[name], wanted[key][name], rtol=1e-4, atol=1e-4 * size + 1e-9, err_msg=f"{key} {name}"
-                )
+    runs = Warehouse(tmp_path).runs()
+    assert set(runs["partition"].to_pylist()) == {partition} and set(runs["replicas"].to_pylist()) == {replicas}
 
 
 def ask(model: str, out: Path, **options: Any) -> None:
