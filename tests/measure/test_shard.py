@@ -42,6 +42,15 @@ def test_layers_without_experts_are_noted(tmp_path: Path) -> None:
     assert "layers 0 have no routed experts" in result.model["notes"]
 
 
+def test_every_token_of_padded_rows_counts_once_and_only_what_is_asked_is_told(tiny_llama: Path) -> None:
+    shard = random_shard()
+    result = analyze_shard(SingleReplica(resolve(str(tiny_llama)), SETTINGS), shard, SETTINGS)
+    tokens = int(shard.lengths.sum())
+    assert {stats.count for key, stats in result.stats.items() if key[1] == "block"} == {tokens * 32}
+    assert result.num_tokens == tokens and result.rows is None and result.experts is None
+    assert "projections" not in result.model
+
+
 def test_rows_of_answers_have_the_tokens_of_prompts_and_answers(tiny_llama: Path) -> None:
     """An answer that begins where its row ends has no token, and one that would begin after it neither."""
     shard = random_shard()
