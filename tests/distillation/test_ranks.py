@@ -36,7 +36,7 @@ from avss_dist.requests import DistillRequest
 
 pytestmark = pytest.mark.nightly
 
-STEPS = 10
+STEPS = 20
 SMALL: dict[str, Any] = {
     "sequence_length": 32,
     "tokens": STEPS * 4 * 32,
