@@ -264,10 +264,11 @@ def signature(planned: CorpusPlan) -> tuple[Any, ...]:
 
 def test_plans_are_deterministic_and_independent_of_grouping(jsonl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     limited = replace(SMALL, max_sequences=2)
-    whole, part = (
-        signature(tokenize_corpus(jsonl, TOKENIZER, SMALL)),
-        signature(tokenize_corpus(jsonl, TOKENIZER, limited)),
-    )
+    plans = [tokenize_corpus(jsonl, TOKENIZER, settings) for settings in (SMALL, limited)]
+    assert {plan.corpus_fingerprint for plan in plans} == {corpus_fingerprint(jsonl)}
+    assert len({plan.shards[0].content_hash for plan in plans}) == 1
+    assert len({plan.tokens_fingerprint for plan in plans}) == 2
+    whole, part = map(signature, plans)
     assert signature(tokenize_corpus(jsonl, TOKENIZER, SMALL)) == whole
     for documents_, characters in [(1, 1 << 20), (2, 1 << 20), (64, 1), (64, 9)]:
         monkeypatch.setattr(tokens, "GROUP_DOCUMENTS", documents_)
@@ -491,8 +492,6 @@ def test_hf_errors(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fails(lambda: list(documents(f"hf:{hub}::dev")), "Bad split: dev", "'train'", "Check the name")
     fails(lambda: list(documents(f"hf:{hub}:nope")), "'nope' not found. Available: ['default']")
     fails(lambda: list(documents(f"hf:{hub}:::txt")), "row 1: no field 'txt'.", "Did you mean 'text'?")
-    fails(lambda: list(documents("hf:")), "'hf:' is not a corpus source.")
-    fails(lambda: list(documents("hf:a:b:c:d:e")), "'hf:a:b:c:d:e' is not a corpus source.")
     write_jsonl(Path(hub) / "train.jsonl", [5])  # type: ignore[list-item]
     fails(lambda: list(documents(f"hf:{hub}")), "row 1: 'text' is not text but 5.")
 
@@ -525,16 +524,6 @@ def test_fingerprint_knows_where_files_end(tmp_path: Path) -> None:
             (tmp_path / f"{i}.txt").write_text(text)
         prints.add(corpus_fingerprint(f"{tmp_path}/*.txt"))
     assert len(prints) == 3
-
-
-def test_fingerprints_and_limits(jsonl: str) -> None:
-    whole, part = (
-        tokenize_corpus(jsonl, TOKENIZER, SMALL),
-        tokenize_corpus(jsonl, TOKENIZER, replace(SMALL, max_sequences=2)),
-    )
-    assert whole.corpus_fingerprint == part.corpus_fingerprint == corpus_fingerprint(jsonl)
-    assert whole.tokens_fingerprint != part.tokens_fingerprint
-    assert whole.shards[0].content_hash == part.shards[0].content_hash
 
 
 def test_remote_fingerprint_is_path_size_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -672,18 +661,17 @@ def test_bad_parquet(tmp_path: Path) -> None:
         ("missing.jsonl", ["missing.jsonl: no such file.", "working directory"]),
         ("missing/*.jsonl:body", ["missing/*.jsonl: no such file."]),
         ("file:///missing.txt", ["file:///missing.txt: no such file."]),
+        ("folder.parquet", ["folder.parquet is a directory.", "folder.parquet/*.parquet'"]),
+        ("c.txt:body", ["'c.txt:body': a text file has no field.", "Write c.txt alone."]),
+        ("hf:", ["'hf:' is not a corpus source."]),
+        ("hf:a:b:c:d:e", ["'hf:a:b:c:d:e' is not a corpus source."]),
     ],
 )
 def test_unknown_sources(source: str, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("folder.parquet").mkdir()
     for call in (documents, corpus_fingerprint, lambda s: tokenize_corpus(s, TOKENIZER, SMALL)):
         fails(lambda call=call: call(source), *parts)  # type: ignore[misc]
-
-
-def test_a_directory_and_a_field_of_a_text(tmp_path: Path) -> None:
-    (tmp_path / "c.parquet").mkdir()
-    fails(lambda: documents(f"{tmp_path}/c.parquet"), "c.parquet is a directory.", "c.parquet/*.parquet'")
-    fails(lambda: documents("c.txt:body"), "'c.txt:body': a text file has no field.", "Write c.txt alone.")
 
 
 def test_a_file_that_cannot_be_read(jsonl: str) -> None:

@@ -108,6 +108,10 @@ RANKS = "ranks applies to fsdp, zero3, tensor_parallel and expert_parallel, not 
         ("- a\n", [NO_JOB]),
         ("models: [a]\n", ["1: corpora is missing.", "1: warehouse is missing."]),
         ("warehouse: [w]\nmodels: [a]\ncorpora: [builtin:pydoc]\n", ["1: warehouse must be a text, not ['w']."]),
+        (
+            "warehouse: w\nmodels: [a]\ncorpora: [builtin:pydoc, builtin:pydoc]\n",
+            ["3: 'builtin:pydoc' is named twice"],
+        ),
         (GIVEN + "models: []\n", ["3: models must not be empty."]),
         (GIVEN + "models: [a]\nmodels: [b]\n", ["4: the key 'models' is repeated; the first is in line 3"]),
         (
@@ -134,7 +138,7 @@ RANKS = "ranks applies to fsdp, zero3, tensor_parallel and expert_parallel, not 
             ["3: '/tmp' is a folder or a file; only a hub id has revisions"],
         ),
         (
-            GIVEN + "models: [{model: a, revisions: {from: 0, to: 1000000000}}]\n",
+            GIVEN + "models: [{model: a, revisions: {from: 1, to: 10001}}]\n",
             ["3: revisions: invalid range: expected 'from' up to 'to' in at most 10,000 steps."],
         ),
         (GIVEN + "models:\n- model: a\n  ranks: 2\n", [f"5: {RANKS}"]),
@@ -148,7 +152,9 @@ RANKS = "ranks applies to fsdp, zero3, tensor_parallel and expert_parallel, not 
             ["5: skip_first_tokens 300 leaves nothing of 200 tokens."],
         ),
         (
-            GIVEN + "models:\n" + "".join(f"- {{model: m{n}, revisions: {{from: 0, to: 9999}}}}\n" for n in range(100)),
+            GIVEN
+            + "models:\n"
+            + "".join(f"- {{model: m{n}, revisions: {{from: 1, to: 30000, step: 3}}}}\n" for n in range(3)),
             ["1: more than 10,000 runs; split them into several jobs"],
         ),
     ],
@@ -195,6 +201,7 @@ def test_aliases_and_texts_stay_what_the_file_says(tmp_path: Path) -> None:
     job = read(tmp_path, "warehouse: 2026-11-25\ncorpora: [builtin:pydoc]\n" + text)
     assert (job.warehouse, [*job.models]) == ("2026-11-25", ["no", "1e5"])
     assert [spec.execution.max_memory for spec in job.specs] == [{"0": 1000}] * 2
+    assert [spec.name for spec in job.specs] == ["no", "1e5"]
 
 
 def test_settings_of_an_entry_are_checked_with_those_of_the_job(tmp_path: Path) -> None:
@@ -300,7 +307,7 @@ warehouse: w
 models:
   - {tmp_path}/step-*
   - model: org/name
-    revisions: [main, {{prefix: step, from: 0, to: 7, step: 3}}]
+    revisions: [main, {{prefix: step, from: 0, to: 7, step: 3}}, {{prefix: end, from: 1, to: 2}}]
     partition: streaming
     max_memory: {{cpu: 2GB}}
     dtype: bfloat16
@@ -315,7 +322,7 @@ execution:
 """
     job = read(tmp_path, text)
     specs = job.specs[::2]
-    revisions = ["main", "step0", "step3", "step6"]
+    revisions = ["main", "step0", "step3", "step6", "end1", "end2"]
     folders = [f"{tmp_path}/{name}" for name in ("step-1", "step-10", "step-2")]
     assert [spec.model for spec in specs] == [*folders, *(f"org/name@{r}" for r in revisions)]
     assert [spec.corpus for spec in job.specs[:2]] == ["builtin:pydoc", f"{tmp_path}/text.txt"]
