@@ -23,6 +23,7 @@ from avss_dist.executors import base
 from avss_dist.executors.base import Outcome, RunShards
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.runs.driver import Driver
+from avss_dist.runs.events import OnRunEvent, RunEvent, ShardMeasured
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
@@ -49,12 +50,12 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def drive(model: Path, out: Path, executor: Any) -> avss_dist.Run:
+def drive(model: Path, out: Path, executor: Any, on_event: OnRunEvent = ignore) -> avss_dist.Run:
     """Return a run with an executor of the test."""
     store = Store(out)
     store.create()
     with closing(executor):
-        ((_, ending),) = Driver(store, executor, ignore).run([run_spec(model, **SMALL)])
+        ((_, ending),) = Driver(store, executor, on_event).run([run_spec(model, **SMALL)])
     assert isinstance(ending, avss_dist.Run), ending
     return ending
 
@@ -106,8 +107,10 @@ class Interfering(LocalExecutor):
 
 @pytest.mark.parametrize("how", ["backwards", "twice"])
 def test_order_and_duplicates_do_not_matter(how: str, tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
-    drive(tiny_llama, tmp_path, Interfering(how))
+    events: list[RunEvent] = []
+    drive(tiny_llama, tmp_path, Interfering(how), events.append)
     assert_same_tables(tmp_path, undisturbed)
+    assert sum(isinstance(event, ShardMeasured) for event in events) == 6
 
 
 @pytest.mark.parametrize(
