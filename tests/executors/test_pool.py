@@ -181,6 +181,15 @@ def test_a_shard_that_fails_again_and_again_fails_its_run_alone(error: Exception
     assert len([o for o in received if o[0] is bad_run]) == 3, "two shards, and the failure"
 
 
+def test_a_gang_that_dies_with_a_round_in_advance_blames_none_of_its_shards() -> None:
+    """They are measured one by one then, which shows the one that kills."""
+    cluster = SimulatedCluster(limit=1)
+    queue, _ = shard_queue(20)
+    cluster.on_measure = failing(3, Dies("the process died"))
+    assert "Shard 3 failed" in str(outcomes(pool_of(cluster, queue))[-1][1])
+    assert len(cluster.gangs) == 1 + ATTEMPTS
+
+
 @pytest.mark.parametrize("error", [Dies("the process died"), OSError("a passing fault")])
 def test_passing_faults_are_retried(error: Exception) -> None:
     cluster = SimulatedCluster(limit=2)
@@ -320,21 +329,22 @@ def test_a_draining_node_finishes_its_round_and_takes_no_other() -> None:
 
 @pytest.mark.parametrize("state", ["idle", "opening"])
 def test_a_draining_node_with_nothing_to_finish_is_left_at_once(state: str) -> None:
-    cluster = SimulatedCluster(2, slots=1, limit=2)
-    first, _ = shard_queue(1)
-    second, _ = shard_queue(4, "other")
-    pool = pool_of(cluster, first, second, planned=(0.0, 40.0))
+    """While the other gang measures on."""
+    cluster = SimulatedCluster(3, limit=2)
+    queue, _ = shard_queue(4, partition="zero3", ranks=2)  # gangs repeat no late shards of each other
+    cluster.at(1.5, lambda: cluster.gangs[1].slow_down(60))
 
     def drain() -> None:
+        assert (not cluster.gangs[0].measured) == (state == "opening")
         cluster.alive[0].draining = True
         if state == "opening":
-            cluster.gangs[0].slow_down(100)
+            cluster.gangs[0].slow_down(1000)
 
-    cluster.at(0.5 if state == "opening" else 20.0, drain)
-    received = outcomes(pool)
-    assert len(received) == 5 and not [result for _, result in received if isinstance(result, AvssError)]
-    assert "node0" in {node.name for node in cluster.dead_nodes}
-    assert cluster.gangs[0].stopped and len(cluster.gangs[0].measured) == (state == "idle")
+    cluster.at(0.5 if state == "opening" else 10.0, drain)
+    left: list[float] = []
+    cluster.on_wait = lambda: left.append(cluster.clock) if cluster.dead_nodes else None
+    assert shard_ids(outcomes(pool_of(cluster, queue))) == [*range(4)]
+    assert left[0] < (6 if state == "opening" else 16)
 
 
 def test_an_idle_gang_repeats_late_shards_and_the_first_result_counts() -> None:
@@ -348,9 +358,10 @@ def test_an_idle_gang_repeats_late_shards_and_the_first_result_counts() -> None:
 def test_an_idle_gang_takes_the_round_that_another_has_in_advance() -> None:
     cluster = SimulatedCluster(limit=2)
     queue, _ = shard_queue(7)
-    cluster.on_wait = lambda: cluster.gangs[0].slow_down(3) if cluster.clock == 3 else None
+    cluster.at(1.5, lambda: cluster.gangs[0].slow_down(4))
     assert shard_ids(outcomes(pool_of(cluster, queue))) == [*range(7)]
     assert set(times_measured(cluster).values()) == {1}, "taken back, and not measured twice"
+    assert len(cluster.gangs[0].measured) < len(cluster.gangs[1].measured) and cluster.clock < 9
 
 
 def test_a_run_begins_when_as_many_gangs_are_placed_as_it_waits_for() -> None:
