@@ -261,7 +261,7 @@ def test_too_little_memory_is_refused_before_loading(
 
 def test_memory_follows_what_is_trained(distill: Callable[..., Distilled], tmp_path: Path) -> None:
     trained = {
-        train: distill(train=train, lora_rank=2, tokens=512, learning_rate=1e-2, output=tmp_path / train).memory
+        train: distill(train=train, lora_rank=2, tokens=1024, learning_rate=1e-2, output=tmp_path / train).memory
         for train in ("all", "near", "lora")
     }
     assert trained["all"].trained > trained["near"].trained > trained["lora"].trained
