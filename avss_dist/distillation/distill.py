@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, unwritable
+from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, first_line, unwritable
 from avss_dist.core.results import TabularResult
 from avss_dist.distillation.checkpoint import autocast, load_trained, round_to_stored_dtype, write_distilled
 from avss_dist.distillation.curve import DIVERGED, Evaluation, Schedule, best, ending, evaluations, is_better
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
 _REQUEST = "request.json"
 PROJECT = "avss"  # of a tracker, by default
+UNWRITTEN = ("File too large", "iostream error", "failed writing", "I/O error")  # of torch and safetensors
 LEAST_FREE_BYTES = 64 << 20  # with less free space, a failed write is taken to be for lack of it
 
 
@@ -279,7 +280,8 @@ class DistillTask:
         """Train the student, and write it; the first rank writes."""
         record, model = _trained(self, on_event, heartbeat)
         if rank_and_size()[0] == 0:
-            write_distilled(self.models.student, model, self.output, record)
+            with _explained(self.work):
+                write_distilled(self.models.student, model, self.output, record)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -492,20 +494,28 @@ def _tracking(tracker: str | None, name: str) -> dict[str, Any]:
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Convert errors of a full disk, which libraries report in several ways.
+    """Convert errors of libraries that could not write a checkpoint, which they report in several ways.
 
     Raises:
-        StorageFull: a checkpoint could not be written.
+        StorageFull: there is no space left.
+        RunFailed: a file could not be written for another reason, such as a limit of its size.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if "No space left" not in str(error) and shutil.disk_usage(folder).free >= LEAST_FREE_BYTES:
-            raise
-        raise StorageFull(
-            f"There is no space left for checkpoints in {folder}: {str(error).splitlines()[0]}",
-            "Free some space and run the same command again; it goes on from the last complete checkpoint.",
-        ) from error
+        texts = " ".join(map(str, (error, error.__context__)))
+        if "No space left" in texts or shutil.disk_usage(folder).free < LEAST_FREE_BYTES:
+            raise StorageFull(
+                f"There is no space left for checkpoints in {folder}: {first_line(error)}",
+                "Free some space and run the same command again; it goes on from the last complete checkpoint.",
+            ) from error
+        if any(words in texts for words in UNWRITTEN):
+            raise RunFailed(
+                f"A checkpoint in {folder} cannot be written: {first_line(error)}",
+                "Look for a limit on the size of files (ulimit -f) and run the same command again; it goes on from the "
+                "last complete checkpoint.",
+            ) from error
+        raise
 
 
 def _no_better(points: Sequence[Evaluation], ended: str, rate: float, work: Path) -> RunFailed:

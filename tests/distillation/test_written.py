@@ -151,3 +151,17 @@ def test_the_best_evaluation_keeps_some_text(
     before, *_ = curve = [*points(*values)]
     lowest = best(curve)
     assert lowest is not None and lowest.step == chosen and is_better(lowest, before) is better
+
+
+def test_a_limit_on_the_size_of_files_is_told(
+    student: Path, teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch reports it as an error of its stream, without a number; see ``ulimit -f``."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr("torch.save", fail)
+    with pytest.raises(RunFailed, match="cannot be written: basic_ios") as told:
+        avss_dist.distill(student, teacher=teacher, corpora=[corpus], output=tmp_path / "out", **SMALL)
+    assert "ulimit -f" in str(told.value)

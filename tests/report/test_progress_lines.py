@@ -17,6 +17,7 @@ from avss_dist.report.terminal.pace import Pace
 from avss_dist.report.terminal.progress import CellProgress, describe_pace
 from avss_dist.report.terminal.shrink import ShrinkProgress
 from avss_dist.runs.events import RunStarted, ShardMeasured
+from avss_dist.system.streams import USUAL, set_verbosity
 
 CELL: Any = SimpleNamespace(
     checkpoint=SimpleNamespace(name="org/a"), intervention=NO_INTERVENTION, task="perplexity:a.txt"
@@ -25,7 +26,8 @@ CELL: Any = SimpleNamespace(
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A minute passes between two looks at the clock."""
+    """A minute passes between two looks at the clock. An earlier command may have been quiet."""
+    set_verbosity(USUAL)
     times = iter(range(0, 10_000_000, 60))
     monkeypatch.setattr("time.monotonic", lambda: float(next(times)))
 

@@ -47,7 +47,8 @@ class DistillProgress:
                 self._begin(step)
                 self._progress.update(self._bar, total=1.0, completed=share)
                 self._step_pace.reach(share)
-                self._log(f"{step}, {share:.0%}{self._step_pace.describe()}")
+                if share:
+                    self._log(f"{step}, {share:.0%}{self._step_pace.describe()}")
             case TrainingAdvanced():
                 self._advance(event)
             case HeldOutMeasured(tokens=tokens, kept=kept):
