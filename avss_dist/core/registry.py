@@ -379,6 +379,8 @@ FROM_ACTIVATIONS = tuple(name for name, info in SCORES.items() if info.column)
 """Scores that every run has: AVSS, then `BASELINES`."""
 BASELINES = FROM_ACTIVATIONS[1:]
 """Scores that AVSS is compared with; each has the name of its column."""
+MEASURED_ONLY = "measured"
+"""Status of a row like those of ``runs`` for a checkpoint that was measured and not scored; no table has it."""
 GROUND_TRUTH = tuple(name for name, info in SCORES.items() if info.ground_truth)
 """Scores that say what leaving out a layer does to the loss."""
 MEASURED = tuple(name for name, info in SCORES.items() if info.task and not info.of_sets)

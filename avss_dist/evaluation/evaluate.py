@@ -430,7 +430,8 @@ def _read_subject(name: str, settings: Settings) -> Subject:
     plan = read_plan(name)
     checkpoint = _planned_checkpoint(plan.model, plan.revision, name, trust_remote_code=trust_remote_code)
     _require_same_layers(checkpoint, name, plan.num_layers, plan.layers, settings)
-    search = str(plan.why.get("evaluation", "")) if plan.why.get("by") in SEARCHES else None
+    searched = plan.why.get("by") in SEARCHES or plan.run_id is None
+    search = str(plan.why.get("evaluation", "")) if searched else None
     return Subject(checkpoint=checkpoint, label=name, intervention=plan.intervention, run_id=plan.run_id, search=search)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import RoundedPlace
-from avss_dist.core.registry import PRECISION_ESTIMATES, SECOND_ORDER
+from avss_dist.core.registry import MEASURED_ONLY, PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.core.text import describe_bytes
 from avss_dist.precision.allocate import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
 from avss_dist.precision.plan import MapPrecision, PrecisionPlan
@@ -65,10 +65,10 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
     return PrecisionPlan(
         model=run["model"],
         revision=run["revision"],
-        num_layers=run["num_layers"],
+        num_layers=run["num_layers"] or 1 + max(layer for layer, _ in maps),
         bits=float(total(bits, chosen) / weights.sum()),
         why=why,
-        run_id=run["run_id"],
+        run_id=None if run.get("status") == MEASURED_ONLY else run["run_id"],
         evaluation=measured.run_id,
         findings=tuple(_findings(by, damage, chosen, formats)),
         rounded=tuple(rounded),
