@@ -36,7 +36,8 @@ ARGUMENTS += ["--device", "cpu", "--learning-rate", "3e-3", "-q"]
 
 @pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize(
-    ("moments", "options"), [(MOMENTS, ["--self-texts", 300]), (CACHED_MOMENTS, ["--self-texts", 0, "--teacher-top", 8])]
+    ("moments", "options"),
+    [(MOMENTS, ["--self-texts", 300]), (CACHED_MOMENTS, ["--self-texts", 0, "--teacher-top", 8])],
 )
 def test_a_killed_distillation_writes_the_same_bytes(
     student: Path,
