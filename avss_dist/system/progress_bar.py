@@ -42,6 +42,12 @@ def underway(items: Sequence[Item], what: str) -> Iterable[Item]:
     return items if _CALLBACK.get() is None else tracked(items, what)
 
 
+def report(what: str, share: float) -> None:
+    """Pass the share of an activity that is done to the callback of `progress_to`, if there is one."""
+    if (callback := _CALLBACK.get()) is not None:
+        callback(what, share)
+
+
 def _reported(items: Sequence[Item], what: str, callback: ProgressCallback) -> Iterator[Item]:
     for number, item in enumerate(items):
         callback(what, number / len(items))

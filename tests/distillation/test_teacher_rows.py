@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 from avss_dist.core.settings import Settings
 from avss_dist.distillation import teacher_text as module
 from avss_dist.distillation.teacher_text import ROWS, rows_at_once, teacher_text
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
+from avss_dist.models.sampling import sample
+from avss_dist.system.progress_bar import progress_to
 
 SETTINGS = Settings(sequence_length=16, dtype="float32", device="cpu")
 
@@ -19,6 +23,15 @@ SETTINGS = Settings(sequence_length=16, dtype="float32", device="cpu")
 def test_rows_follow_the_memory(free: int, rows: int, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda _: free)
     assert rows_at_once(resolve(str(teacher)), SETTINGS) == rows
+
+
+def test_progress_is_told_after_each_token_and_each_batch(teacher: Path) -> None:
+    shares: list[float] = []
+    with progress_to(lambda _, share: shares.append(share)):
+        (first, second) = sample(resolve(str(teacher)), replace(SETTINGS, batch_size=8), count=16)
+        assert LanguageModel.each(Any, len, ["a", "bc"]) == [1, 2]  # type: ignore[arg-type, list-item]
+    assert len(first) + len(second) == 16
+    assert len(shares) > 20 and shares[:-2] == sorted(shares[:-2]) and shares[-2:] == [0.0, 0.5]
 
 
 def test_what_was_begun_goes_on_in_batches_of_the_same_size(
