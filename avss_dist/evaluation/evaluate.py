@@ -43,7 +43,7 @@ from avss_dist.pruning.plan import read_plan, read_plan_file
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
 from avss_dist.runs.corpora import corpus_problems
-from avss_dist.sparsity.plan import PROJECTIONS, SparsityPlan, read_sparsity_plan
+from avss_dist.sparsity.plan import PROJECTIONS, MapPlan, SparsityPlan, read_sparsity_plan
 from avss_dist.sparsity.realized import RealizedSparsity
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.tasks.base import Result
@@ -498,7 +498,8 @@ def _require_same_maps(
     lists = [modules for modules in _layer_lists(checkpoint, settings).values() if len(modules) == plan.num_layers]
     if len(lists) != 1:
         return
-    key, maps = (PROJECTIONS, plan.projections) if isinstance(plan, SparsityPlan) else (ROUNDED, plan.rounded)
+    key = PROJECTIONS if isinstance(plan, SparsityPlan) else ROUNDED
+    maps: Sequence[MapPlan | MapPrecision] = plan.projections if isinstance(plan, SparsityPlan) else plan.rounded
     for number, entry in enumerate(maps, start=1):
         where = f"{file}: map {number} of the key '{key}', '{entry.map}' of layer {entry.layer},"
         try:

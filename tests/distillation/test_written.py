@@ -18,6 +18,7 @@ import avss_dist
 from avss_dist.core.errors import ConfigError, ModelError, RunFailed
 from avss_dist.distillation import trainer
 from avss_dist.distillation.curve import KEPT, Evaluation, best, is_better
+from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.events import TrainingAdvanced
 
 SMALL: dict[str, Any] = {
@@ -31,6 +32,11 @@ SMALL: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
 }
+
+
+def distilled(**options: Any) -> Distilled:
+    """Distill with the small options."""
+    return avss_dist.distill(**SMALL | options)
 
 
 def changed_copy(folder: Path, to: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
@@ -49,9 +55,7 @@ def test_the_record_is_of_the_file_as_it_is_loaded(
     stored = changed_copy(student, tmp_path / "stored", lambda _, value: value.to(getattr(torch, dtype)))
     config = json.loads((stored / "config.json").read_text())
     (stored / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
-    done = avss_dist.distill(
-        stored, teacher=teacher, corpora=[corpus], watch=[other_corpus], output=tmp_path / "out", **SMALL
-    )
+    done = distilled(student=stored, teacher=teacher, corpora=[corpus], watch=[other_corpus], output=tmp_path / "out")
     assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {
         getattr(torch, dtype)
     }
@@ -65,7 +69,7 @@ def test_the_record_is_of_the_file_as_it_is_loaded(
 
 def test_a_student_that_is_its_teacher_is_refused_at_once(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="are the same checkpoint"):
-        avss_dist.distill(teacher, teacher=teacher, corpora=[corpus], output=tmp_path / "out", **SMALL)
+        distilled(student=teacher, teacher=teacher, corpora=[corpus], output=tmp_path / "out")
     assert not [*tmp_path.iterdir()]
 
 
@@ -78,7 +82,7 @@ def test_a_student_that_predicts_what_its_teacher_does_is_refused(teacher: Path,
     config = json.loads((same / "config.json").read_text())
     (same / "config.json").write_text(json.dumps(config | {"bos_token_id": 3}))  # another revision
     with pytest.raises(ConfigError, match=r"predicts what the teacher does.*before training"):
-        avss_dist.distill(same, teacher=teacher, corpora=[corpus], output=tmp_path / "out", on_event=no_steps, **SMALL)
+        distilled(student=same, teacher=teacher, corpora=[corpus], output=tmp_path / "out", on_event=no_steps)
 
 
 @pytest.mark.parametrize(("broken", "message"), [("student", "The student predicts NaN"), ("teacher", "the teacher")])
@@ -90,7 +94,7 @@ def test_a_model_with_nan_is_refused_before_training(
         models[broken], tmp_path / "nan", lambda name, value: value * math.nan if name == "model.norm.weight" else value
     )
     with pytest.raises(ModelError, match=message):
-        avss_dist.distill(**models, corpora=[corpus], output=tmp_path / "out", on_event=no_steps, **SMALL)
+        distilled(**models, corpora=[corpus], output=tmp_path / "out", on_event=no_steps)
 
 
 def test_a_checkpoint_that_keeps_less_of_every_text_is_not_written(
@@ -107,7 +111,7 @@ def test_a_checkpoint_that_keeps_less_of_every_text_is_not_written(
     with pytest.raises(
         RunFailed, match=r"no better.*Kept of the teacher's perplexity before training and after"
     ) as told:
-        avss_dist.distill(student, teacher=teacher, corpora=[corpus], output=tmp_path / "out", **SMALL)
+        distilled(student=student, teacher=teacher, corpora=[corpus], output=tmp_path / "out")
     assert "of trained.txt. Nothing was written." in told.value.message
     assert not (tmp_path / "out").exists() and [*(tmp_path / "out.part" / "checkpoints").glob("checkpoint-*")]
 
@@ -124,7 +128,7 @@ def test_the_written_dtype_must_be_better_too(
 
     monkeypatch.setattr(trainer, "held_out_metrics", worse_at_last)
     with pytest.raises(RunFailed, match="Nothing was written"):
-        avss_dist.distill(student, teacher=teacher, corpora=[corpus], output=tmp_path / "out", **SMALL)
+        distilled(student=student, teacher=teacher, corpora=[corpus], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -163,5 +167,5 @@ def test_a_limit_on_the_size_of_files_is_told(
 
     monkeypatch.setattr("torch.save", fail)
     with pytest.raises(RunFailed, match="cannot be written: basic_ios") as told:
-        avss_dist.distill(student, teacher=teacher, corpora=[corpus], output=tmp_path / "out", **SMALL)
+        distilled(student=student, teacher=teacher, corpora=[corpus], output=tmp_path / "out")
     assert "ulimit -f" in str(told.value)

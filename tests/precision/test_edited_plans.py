@@ -65,7 +65,9 @@ def test_sizes_that_the_model_does_not_have_are_refused(
 ) -> None:
     plan_of(wide, rounded_map("int8", layer=1), replace(rounded_map("int8"), **change)).write(tmp_path / "plan.yaml")
     with pytest.raises(PlanError, match=f"plan.yaml: map 2 of the key 'rounded', .*{message}"):
-        avss_dist.evaluate([tmp_path / "plan.yaml"], tasks=["perplexity:builtin:pydoc"], warehouse=tmp_path / "w")
+        avss_dist.evaluate(
+            (str(tmp_path / "plan.yaml"),), tasks=("perplexity:builtin:pydoc",), warehouse=tmp_path / "w"
+        )
 
 
 def test_formats_are_chosen_by_the_second_order_unless_another_estimate_is_named() -> None:
