@@ -17,6 +17,7 @@ from avss_dist.core.registry import (
     PRECISION_METHODS,
     SCORES,
     SEARCHES,
+    SECOND_ORDER,
     SHARDINGS,
     SPARSITY_METHODS,
     searches_instead,
@@ -400,8 +401,8 @@ class SparsifyRequest(RunRequest):
 class PrecisionRequest(RunRequest):
     """Choose the number format of each linear map under a budget of bits."""
 
-    by: Annotated[str, OneOf(tuple(PRECISION_METHODS))] = "predicted"
-    """Method that chooses the formats: predicted loss, or a control."""
+    by: Annotated[str, OneOf(tuple(PRECISION_METHODS))] = SECOND_ORDER
+    """Method that chooses the formats: an estimate of the damage, or a control."""
     bits: Annotated[Annotated[float, Field(gt=0, le=32, allow_inf_nan=False)] | None, Option(panel=HOW_MUCH)] = None
     """Mean bits per weight of the linear maps, scales included: 4.5."""
     memory: Annotated[Bytes | None, Option(panel=HOW_MUCH)] = None

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import reduce
+from operator import or_
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from avss_dist.core.errors import QueryError, nearest, require_known
+from avss_dist.core.names import ROUNDING_TASK
+from avss_dist.core.registry import MEASURED_ONLY, SCORES
 from avss_dist.core.text import basename
 from avss_dist.warehouse.reader import Warehouse
 
+ABLATION_TASKS = sorted({info.task for info in SCORES.values() if info.task} | {ROUNDING_TASK})
 _COLUMNS = ("run_id", "model", "status", "error", "created_at")
 
 
@@ -20,6 +29,7 @@ def choose_runs(
     *,
     every: bool = False,
     failed: bool = False,
+    measured: bool = False,
     columns: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the ``runs`` rows of the named runs, in the order of the names.
@@ -29,6 +39,7 @@ def choose_runs(
             unique parts of an id. A model or a glob selects every run that matches. Parts and globs ignore case.
         every: if there are no names, select every run, ordered by id, instead of the newest one.
         failed: include failed runs, which have no scores.
+        measured: include the rows of `measured_checkpoints`.
         columns: columns of the returned rows, by default all.
 
     Raises:
@@ -36,13 +47,16 @@ def choose_runs(
             or a named run failed.
     """
     table = warehouse.runs()
+    if measured:
+        table = pa.concat_tables([table, measured_checkpoints(warehouse, table)])
     rows = table.select(_COLUMNS).to_pylist()  # a row of all columns is 20 times as large
     index = {row["run_id"]: number for number, row in enumerate(rows)}
     rows.sort(key=lambda row: row["run_id"])
-    valid = {row["run_id"]: row for row in rows if failed or row["status"] == "done"}
+    valid = {row["run_id"]: row for row in rows if failed or row["status"] in ("done", MEASURED_ONLY)}
     errors = {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
     if not valid and not errors.keys() & set(names):
-        raise QueryError(f"{warehouse.root} has no finished run.", "avss score makes one.")
+        without_run = ", and avss ablate measures layers without one" if measured else ""
+        raise QueryError(f"{warehouse.root} has no finished run.", f"avss score makes one{without_run}.")
     chosen: dict[str, None] = {}
     if not names:
         chosen = dict.fromkeys(valid if every else [max(valid, key=lambda run_id: str(valid[run_id]["created_at"]))])
@@ -52,6 +66,31 @@ def choose_runs(
         chosen |= dict.fromkeys(_matching(name, valid))
     selected = table.take([index[run_id] for run_id in chosen]).select(list(columns or table.column_names))
     return list(selected.to_pylist(maps_as_pydicts="lossy"))
+
+
+def measured_checkpoints(warehouse: Warehouse, runs: pa.Table) -> pa.Table:
+    """Return a row like those of ``runs`` for each checkpoint whose layers `avss ablate` measured, and that has no run.
+
+    It has the id, time, settings and text of the newest evaluation, and the status `MEASURED_ONLY`.
+    """
+    where = reduce(or_, (pc.starts_with(pc.field("task"), task) for task in ABLATION_TASKS))
+    columns = ["run_id", "model", "revision", "family", "task", "settings", "created_at"]
+    scored = {*runs.filter(pc.equal(runs["status"], "done"))["revision"].to_pylist()}
+    rows = warehouse.table("evaluations", where=where, columns=columns).group_by(columns).aggregate([]).to_pylist()
+    newest = {row["revision"]: row for row in sorted(rows, key=lambda row: str(row["created_at"]))}
+    return pa.Table.from_pylist(
+        [
+            {
+                **row,
+                "status": MEASURED_ONLY,
+                "corpus": row["task"].partition(":")[2],
+                "dtype": json.loads(row["settings"]).get("dtype"),
+            }
+            for revision, row in newest.items()
+            if revision not in scored
+        ],
+        schema=runs.schema,
+    )
 
 
 def one_run(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:

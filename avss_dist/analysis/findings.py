@@ -290,7 +290,7 @@ def describe_depth(score: str, rho: float, layers: int) -> str | None:
 
 
 def _tracks_depth(group: Columns, rho: float) -> Check:
-    if message := describe_depth("AVSS", rho, len(group["layer"])):
+    if message := describe_depth("Smoothed AVSS", rho, len(group["layer"])):
         yield "tracks_depth", "warning", rho, message
 
 

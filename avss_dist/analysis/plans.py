@@ -15,7 +15,8 @@ from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_va
 from avss_dist.core.errors import ModelError, QueryError
 from avss_dist.core.intervention import Removals, decode_removals
 from avss_dist.core.names import LOSS, SEARCH
-from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, INTERACTIONS, MEASURED, SCORES
+from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, INTERACTIONS, MEASURED, MEASURED_ONLY, SCORES
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (
     ablate_command,
@@ -29,7 +30,7 @@ from avss_dist.pruning.plan import Plan, make_plan, plan_of
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, ExpertChoice, Reading, Rows, reading_of
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.stats.scores import Threshold
-from avss_dist.warehouse.checks import has_head
+from avss_dist.warehouse.checks import has_head, settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 MAX_TRIED = 20  # runs, the newest first
@@ -53,6 +54,8 @@ def plan_layers(
     """
     choice = Choice(by=by or default_score(warehouse, run), reading=reading if by == "avss" else None, **options)
     rows = warehouse.table("scores", run_ids=[run["run_id"]]).to_pylist()
+    if run.get("status") == MEASURED_ONLY:
+        rows = _unscored_layers(run, choice.by)
     if choice.by == "avss":
         rows = _of_reading(rows, reading)
     against: Iterator[str] = iter(())
@@ -70,6 +73,28 @@ def plan_layers(
         findings=tuple(against),
         evaluated=evaluated_lines(warehouse, run, plan.drop),
     )
+
+
+def _unscored_layers(run: Mapping[str, Any], by: str) -> Rows:
+    """Return the indices and names of the layers of a checkpoint that was not scored, by its configuration.
+
+    Raises:
+        QueryError: the layers are chosen by a score of activations, or are not known without scores.
+    """
+    from avss_dist.models.layers import layer_lists
+    from avss_dist.models.loading import without_head
+    from avss_dist.models.size import load_skeleton
+
+    if by in FROM_ACTIVATIONS:
+        raise QueryError(f"{run['model']} was not scored, and `by` {by} is a score.", "Do: avss score.")
+    settings = Settings(layers=settings_of(run).get("layers"))
+    _, model, _ = load_skeleton(run["model"], settings)
+    number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = layer_lists(without_head(model), number, settings.layers)
+    if len(lists) != 1:
+        raise QueryError(f"{run['model']} was not scored, and its layers are not known without it.", "Do: avss score.")
+    ((path, modules),) = lists.items()
+    return [{"layer": index, "layer_name": f"{path}.{index}"} for index in range(len(modules))]
 
 
 def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], choice: ExpertChoice) -> Plan:
@@ -119,7 +144,9 @@ def plannable_run(warehouse: Warehouse, by: str | None, *, experts: bool = False
     Raises:
         QueryError: if there is no finished run.
     """
-    runs = sorted(choose_runs(warehouse, (), every=True), key=lambda run: str(run["created_at"]), reverse=True)
+    runs = sorted(
+        choose_runs(warehouse, (), every=True, measured=True), key=lambda run: str(run["created_at"]), reverse=True
+    )
     passed: list[str] = []
     for run in runs[:MAX_TRIED]:
         try:

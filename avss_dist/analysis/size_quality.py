@@ -2,7 +2,8 @@
 
 A plan drops layers, makes inputs of linear maps zero, or rounds their weights. Its size is what a token meets of the
 weights of the linear maps: a dropped layer has none, an input that is zero meets none, and a rounded weight has the
-bits of its format. It is a share of the whole model's in 16 bits.
+bits of its format. It is a share of the whole model's in 16 bits. Embeddings and norms, which plans leave as they are,
+count in the share of the model alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class SizedPlan:
     Attributes:
         kind: changes that it makes: ``layers``, ``sparsity``, ``bits``, or several of them.
         description: the changes, for people.
-        size: share of the bits of the whole model's linear maps.
+        size: share of the bits of the whole model's linear maps, or of its layers if the maps are not known.
+        share_of_model: share of the bits of all parameters of the whole model; None if it is not known.
         perplexity: perplexity of the text under the plan.
         retention: perplexity of the whole model over that of the plan.
         is_best: whether no other plan of the same text keeps more at the same size or a smaller one.
@@ -45,6 +47,7 @@ class SizedPlan:
     size: float
     perplexity: float
     retention: float
+    share_of_model: float | None = None
     is_best: bool = False
 
 
@@ -91,6 +94,7 @@ class _Sizes:
 
     def __init__(self, store: Warehouse, run: _Row, of_checkpoint: pc.Expression) -> None:
         self.num_layers: int = run["num_layers"]
+        self.num_parameters: int | None = run.get("num_parameters")
         self.bits: defaultdict[str, dict[_Map, float]] = defaultdict(dict)  # by key of the rounding
         self.zeros: defaultdict[str, dict[_Map, float]] = defaultdict(dict)  # by key of the sparsity
         self.descriptions: dict[str, str] = {}
@@ -132,6 +136,12 @@ class _Sizes:
         )
         return remaining / (BITS * sum(self.weights.values()))
 
+    def share_of_model(self, key: InterventionKey) -> float | None:
+        """Return the size of a model under an intervention, as a share of all parameters; None if it is not known."""
+        if not self.weights or not self.num_parameters:
+            return None
+        return 1 - (1 - self.share(key)) * sum(self.weights.values()) / self.num_parameters
+
     def describe(self, key: InterventionKey) -> str:
         """Return the changes of an intervention, for people."""
         changes = [f"{count_removed(key.removed)} dropped"] if key.removed else []
@@ -155,6 +165,7 @@ def _plans(losses: Mapping[InterventionKey, float], sizes: _Sizes) -> Iterator[S
                 size=sizes.share(key),
                 perplexity=readable_value(LOSS, loss),
                 retention=exp(whole - loss),
+                share_of_model=sizes.share_of_model(key),
             )
 
 

@@ -50,7 +50,7 @@ def plan(request: PlanRequest) -> Plan:
     """
     opened = Warehouse(request.warehouse)
     if request.run is not None or request.search:
-        row = named_run(opened, request.run)
+        row = named_run(opened, request.run, measured=not request.search)
     else:
         row, _ = plannable_run(opened, request.by, experts=request.experts is not None)
     return choose_layers(opened, row, request, request.on_event)[0]
@@ -110,7 +110,7 @@ def quantize(request: PrecisionRequest) -> PrecisionPlan:
     from avss_dist.precision.choose import plan_precision
 
     store = Warehouse(request.warehouse)
-    return plan_precision(request, store, named_run(store, request.run))
+    return plan_precision(request, store, named_run(store, request.run, measured=True))
 
 
 @keywords(ShrinkRequest)

@@ -16,9 +16,9 @@ def named_runs(opened: Warehouse, names: Sequence[str]) -> list[dict[str, Any]]:
     return choose_runs(opened, names, every=True)
 
 
-def named_run(opened: Warehouse, name: str | None) -> dict[str, Any]:
-    """Return the row of the one run with this name, or of the newest run."""
-    return one_run(choose_runs(opened, [] if name is None else [name]), str(name))
+def named_run(opened: Warehouse, name: str | None, *, measured: bool = False) -> dict[str, Any]:
+    """Return the row of the one run with this name, or of the newest run; see `chosen.choose_runs` for ``measured``."""
+    return one_run(choose_runs(opened, [] if name is None else [name], measured=measured), str(name))
 
 
 def named_threshold(value: str | float) -> Threshold:

@@ -38,12 +38,12 @@ def _say_damaged(runs: Mapping[str, str]) -> None:
 
 
 def choose_runs(
-    warehouse: Warehouse, names: Sequence[str], *, every: bool = False, failed: bool = False
+    warehouse: Warehouse, names: Sequence[str], *, every: bool = False, failed: bool = False, measured: bool = False
 ) -> list[dict[str, Any]]:
     """Return runs as `chosen.choose_runs`. If a part of an id was given, the run is printed."""
     from avss_dist.analysis.chosen import choose_runs as choose
 
-    runs = choose(warehouse, names, every=every, failed=failed)
+    runs = choose(warehouse, names, every=every, failed=failed, measured=measured)
     _say_chosen(names, runs)
     return runs
 
@@ -65,11 +65,11 @@ def _say_chosen(names: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> None
             say(f"Run {run_id} is the one with '{names[0]}' in its id.")
 
 
-def choose_run(warehouse: Warehouse, name: str | None) -> dict[str, Any]:
-    """Return a run as `chosen.one_run`."""
+def choose_run(warehouse: Warehouse, name: str | None, *, measured: bool = False) -> dict[str, Any]:
+    """Return a run as `chosen.one_run`, or with ``measured`` a checkpoint without one as `chosen.choose_runs`."""
     from avss_dist.analysis.chosen import one_run
 
-    return one_run(choose_runs(warehouse, [name] if name else []), str(name))
+    return one_run(choose_runs(warehouse, [name] if name else [], measured=measured), str(name))
 
 
 def newest_of(warehouse: Warehouse, name: str | None) -> list[str]:

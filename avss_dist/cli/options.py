@@ -90,7 +90,9 @@ def takes(request: Any, formats: Sequence[str] = ()) -> Callable[[Callable[..., 
             given = {parameter.name: values.pop(parameter.name) for parameter in parameters}
             if protects:
                 given |= dict(zip(ENDS, protected(given.pop("protect")), strict=True))
-            return command(**values, **_read(given, request.replaces))
+            fields = _read(given, request.replaces)
+            request(**fields)  # refuses mistakes before the command imports what works
+            return command(**values, **fields)
 
         decorated = _with_parameters(command, run, before=parameters, after=printed)
         decorated.request = request  # type: ignore[attr-defined]

@@ -68,7 +68,7 @@ def evaluation_hint(opened: Warehouse, row: Mapping[str, Any], output: Path) -> 
 def _run(opened: Warehouse, request: PlanRequest) -> tuple[dict[str, Any], list[str]]:
     """Return the run to plan for, by default the newest suitable one, and lines about this choice."""
     if request.run or request.search:
-        row = choose_run(opened, request.run)
+        row = choose_run(opened, request.run, measured=not request.search)
         return row, newest_of(opened, request.run)
     from avss_dist.analysis.plans import plannable_run
 

@@ -36,7 +36,7 @@ def quantize(
     require_known("`format`", format, FORMATS)
     request = PrecisionRequest(**values)
     opened = open_warehouse(str(request.warehouse))
-    row = choose_run(opened, request.run)
+    row = choose_run(opened, request.run, measured=True)
     plan = plan_precision(request, opened, row)
     if format == FORMATS[0]:
         plan.write(output)

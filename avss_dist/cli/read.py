@@ -13,6 +13,7 @@ from avss_dist.cli.base import interruptible
 from avss_dist.cli.choose import choose_runs, choose_scores, open_warehouse, score_rows
 from avss_dist.cli.options import FORMATS, takes
 from avss_dist.core.errors import QueryError, WarehouseError
+from avss_dist.core.names import REPAIR, ROW_START
 from avss_dist.read_requests import ListRequest, PlotRequest, QueryRequest, ShowRequest
 from avss_dist.system.streams import console, emit, say
 
@@ -26,10 +27,20 @@ QUERY_FORMATS = (*FORMATS, "markdown", "parquet")
 LISTED = {
     "plans": """SELECT model, removals(drop) AS drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at
         FROM evaluations WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL ORDER BY evaluated_at DESC""",
-    "evaluations": """SELECT model, removals(drop) AS drop, rounding, task, metric, value, stderr, created_at
-        FROM evaluations WHERE layer IS NULL ORDER BY created_at DESC""",
+    "evaluations": f"""WITH results AS (FROM evaluations WHERE NOT starts_with(task, '{ROW_START}')
+            AND NOT starts_with(task, '{REPAIR}'))
+        SELECT model, removals(drop) AS drop, rounding, task, metric, NULL AS layers, value, stderr, created_at
+        FROM results WHERE layer IS NULL
+        UNION ALL
+        SELECT model, [], split_part(rounding, '@', 1), task, regexp_replace(metric, '(:.*|_[0-9]+)$', ''),
+            count(DISTINCT layer), NULL, NULL, max(created_at)
+        FROM results WHERE layer IS NOT NULL GROUP BY run_id, 1, 2, 3, 4, 5
+        ORDER BY created_at DESC, task, metric, drop, rounding""",
 }
-"""SQL query of the lists of `avss ls` other than that of runs, newest first."""
+"""SQL query of the lists of `avss ls` other than that of runs, newest first.
+
+Measurements of single layers are a row for each task and metric. The machine's own tasks are left out.
+"""
 RUNS = ("run_id", "model", "status", "corpus", "num_tokens", "dtype", "created_at", "kept_shards", "num_shards")
 """Columns of the list of runs."""
 UNFINISHED = "unfinished"  # the status of a run that has begun and has no row

@@ -82,6 +82,10 @@ class CorpusError(AvssError):
     """The calibration text cannot be read, or is too short."""
 
 
+class NoRows(CorpusError):
+    """The calibration text can be read, and is too short for a row."""
+
+
 class ModelError(AvssError):
     """The checkpoint cannot be opened or observed."""
 

@@ -207,9 +207,12 @@ ROUNDING_ESTIMATES = {
     "propagated_2": ScoreInfo(title="propagated, two layers on", meaning="the same two layers later"),
 }
 """Estimates of a layer's sensitivity to rounded weights by metric; high is sensitive."""
+SECOND_ORDER = "second_order"
+"""Estimate that the number format of each linear map is chosen by, unless another one is named. It holds on other text
+than that of the estimate, where the first order does not."""
 PRECISION_ESTIMATES = {
     "predicted": "where the loss that avss ablate --quantize predicts rises the least",
-    "second_order": "where its second order, which is never negative, rises the least",
+    SECOND_ORDER: "where its second order, which is never negative, rises the least",
     "output_error": "where the outputs of linear maps change the least",
 }
 """Estimates that the number format of each linear map is chosen by, with their meanings."""
@@ -326,8 +329,8 @@ SCORES = {
         ablate=_DAMAGE,
     ),
     "avss": ScoreInfo(
-        title="AVSS",
-        meaning="variance of the activations over their sparsity, as published",
+        title="smoothed AVSS",
+        meaning="variance of the activations over their sparsity, smoothed",
         column="avss_smoothed",
         definition="as avss, with sparsity (near_zero_count + 0.5) / (count + 1); rank is of it",
         caption="Activation variance over sparsity, each as a share of its sum over layers; low is unimportant. The "
@@ -376,6 +379,8 @@ FROM_ACTIVATIONS = tuple(name for name, info in SCORES.items() if info.column)
 """Scores that every run has: AVSS, then `BASELINES`."""
 BASELINES = FROM_ACTIVATIONS[1:]
 """Scores that AVSS is compared with; each has the name of its column."""
+MEASURED_ONLY = "measured"
+"""Status of a row like those of ``runs`` for a checkpoint that was measured and not scored; no table has it."""
 GROUND_TRUTH = tuple(name for name, info in SCORES.items() if info.ground_truth)
 """Scores that say what leaving out a layer does to the loss."""
 MEASURED = tuple(name for name, info in SCORES.items() if info.task and not info.of_sets)

@@ -97,6 +97,7 @@ class Document:
             if problem.message.endswith(" is missing.") and get_close_matches(str(location[-1]), misspelled, 1, 0.6):
                 continue  # the key is there, misspelled
             around = [(*place, *location) for place in places or ((),)]
+            around.sort(key=lambda key: key[: len(key) - len(location) + 1] not in self.lines)  # with the field first
             named = [(*key, name) for key in around for name in named_fields(problem.message)]
             self.report(next((key for key in (*named, *around) if key in self.lines), around[0]), problem)
         return None

@@ -94,20 +94,30 @@ def with_space(prompt: str, text: str) -> str:
 def _answer(prompt: str, text: str, label: str, where: str) -> Answer:
     if not text.strip():
         raise CorpusError(f"{where}: the answer is empty.", "Write one, or leave the line out.")
-    if not label or label.endswith(AFTER_ANOTHER):
+    kind = label.strip()
+    if not kind or kind.endswith(AFTER_ANOTHER):
         raise CorpusError(f"{where}: invalid label '{label}'.", "Expected a word, such as hallucinated or truthful.")
-    return Answer(prompt, with_space(prompt, text), label, where)
+    return Answer(prompt, with_space(prompt, text), kind, where)
 
 
 def group_by_prompt(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
-    """Return answers grouped by prompt, in the order in which prompts first occur.
+    """Return answers grouped by prompt, in the order in which prompts first occur. A repeated answer counts once.
 
     Raises:
-        CorpusError: there are no answers, or all answers, or all answers to one prompt, have the same label.
+        CorpusError: there are no answers, all answers, or all answers to one prompt, have the same label, or one answer
+            to a prompt has two labels.
     """
     pairs: dict[str, list[Answer]] = {}
+    first: dict[tuple[str, str], Answer] = {}
     for answer in answers:
-        pairs.setdefault(answer.prompt, []).append(answer)
+        same = first.setdefault((answer.prompt, answer.text), answer)
+        if same.label != answer.label:
+            raise CorpusError(
+                f"{answer.where}: this answer is labelled '{answer.label}', and '{same.label}' at {same.where}.",
+                "Give different answers to the labels of a prompt, or leave both lines out.",
+            )
+        if same is answer:
+            pairs.setdefault(answer.prompt, []).append(answer)
     if not pairs:
         raise CorpusError(f"{source} holds no text (documents read: 0).", "Name one that holds some.")
     labels = sorted({answer.label for pair in pairs.values() for answer in pair})

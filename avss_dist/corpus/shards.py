@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from avss_dist.core.errors import CorpusError, without_secrets
+from avss_dist.core.errors import CorpusError, NoRows, without_secrets
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.answers import truthfulqa_choices
 from avss_dist.corpus.chats import chat_template
@@ -282,22 +282,22 @@ def _fingerprint(shards: Sequence[Shard], sequence_length: int) -> str:
 def _require_enough(
     source: str, num_sequences: int, num_tokens: int, counts: ReadCounts, settings: Settings, length: int
 ) -> None:
-    """Raise CorpusError unless there is a row with a token that counts.
+    """Raise NoRows unless there is a row with a token that counts.
 
     Args:
         length: tokens of text in a full row.
     """
     skip = settings.skip_first_tokens
     if not counts.has_text:
-        raise CorpusError(f"{source} holds no text (documents read: {counts.documents}).", "Name one that holds some.")
+        raise NoRows(f"{source} holds no text (documents read: {counts.documents}).", "Name one that holds some.")
     if not num_sequences and counts.tokens >= length:
         message = f"{source} has no sequence left after those that are skipped."
-        raise CorpusError(message, "Lower `skip_sequences`, or name a longer text.")
+        raise NoRows(message, "Lower `skip_sequences`, or name a longer text.")
     if not num_sequences and settings.layout == "packed":
         message = f"{source} is {counts.tokens} tokens long, too short for one sequence of {settings.sequence_length}."
-        raise CorpusError(message, "Choose a smaller `sequence_length`, or `layout` padded.")
+        raise NoRows(message, "Choose a smaller `sequence_length`, or `layout` padded.")
     if not num_tokens:
         message = (
             f"No document of {source} is longer than `skip_first_tokens`, {skip} (tokens in all: {counts.tokens})."
         )
-        raise CorpusError(message, "Lower `skip_first_tokens`, or choose `layout` packed.")
+        raise NoRows(message, "Lower `skip_first_tokens`, or choose `layout` packed.")

@@ -33,9 +33,17 @@ def load_trained(models: ModelPair, folder: Path, train: str) -> Any:
     return load_model(checkpoint, models.settings, head=True)
 
 
-def in_stored_dtype(model: Any, student: Checkpoint) -> Any:
-    """Return a model in the dtype of the student's files."""
-    return model.to(floating_dtype(stored_tensors(student)))
+def round_to_stored_dtype(model: Any, student: Checkpoint) -> torch.dtype:
+    """Round all that a checkpoint of a model holds to the dtype of the student's files, and return this dtype.
+
+    The model keeps its own dtype, and its non-persistent buffers (rotary frequencies) their values, so that it computes
+    what the written files give once they are loaded in that dtype.
+    """
+    dtype = floating_dtype(stored_tensors(student))
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
+    return dtype
 
 
 def autocast(predict: Predict, models: ModelPair) -> Predict:

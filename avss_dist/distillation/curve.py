@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from avss_dist.core.errors import ConfigError, ModelError
 
 COMPLETE, NO_IMPROVEMENT, DIVERGED = "complete", "no improvement", "diverged"
 """Reasons why a training ended."""
+SAME_PREDICTIONS = 1e-6  # nats per token: a smaller divergence is rounding
 DIVERGENCE_FACTOR = 2.0  # of the held-out loss before training: beyond it, training has diverged
 
 LOSS, KEPT, PERPLEXITY = "eval_loss", "eval_kept/", "eval_perplexity/"
@@ -114,9 +118,46 @@ def _evaluation(entry: Mapping[str, Any], train_loss: float | None) -> Evaluatio
 
 
 def best(points: Sequence[Evaluation]) -> Evaluation | None:
-    """Return the trained evaluation with the lowest held-out loss; None without one that is finite."""
+    """Return the trained evaluation with the lowest held-out loss; None without one that is finite.
+
+    Evaluations that keep less of every text than the first one come last.
+    """
     trained = [point for point in points if point.step and math.isfinite(point.loss)]
-    return min(trained, key=lambda point: (point.loss, point.step), default=None)
+    return min(trained, key=lambda point: (_keeps_less(point, points[0]), point.loss, point.step), default=None)
+
+
+def is_better(point: Evaluation, before: Evaluation) -> bool:
+    """Whether a student is closer to the teacher than before training, and does not keep less of every text."""
+    return point.loss < before.loss and not _keeps_less(point, before)
+
+
+def _keeps_less(point: Evaluation, before: Evaluation) -> bool:
+    """Whether less of every text is kept. A perplexity below the teacher's counts as the teacher's."""
+    return all(min(point.kept[label], 1.0) < min(kept, 1.0) for label, kept in before.kept.items())
+
+
+def require_distance(point: Evaluation, work: Path) -> None:
+    """Refuse a student that there is nothing to train of.
+
+    Args:
+        point: evaluation before training.
+        work: folder of the work so far.
+
+    Raises:
+        ModelError: the student predicts NaN or infinities.
+        ConfigError: the student predicts what the teacher does.
+    """
+    if not math.isfinite(point.loss):
+        raise ModelError(
+            "The student predicts NaN or infinities on held-out text, before any training.",
+            f"Check its weights, and write the checkpoint again; first delete {work}.",
+        )
+    if point.loss < SAME_PREDICTIONS:
+        raise ConfigError(
+            f"The student predicts what the teacher does: before training, the divergence on held-out text is "
+            f"{point.loss:.2g} nats per token.",
+            f"Name a student that differs from the teacher; first delete {work}.",
+        )
 
 
 def ending(history: History, steps: int, patience: int | None) -> str | None:

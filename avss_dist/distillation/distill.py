@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from avss_dist.core.errors import ConfigError, RunFailed, StorageFull, unwritable
+from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, first_line, unwritable
 from avss_dist.core.results import TabularResult
-from avss_dist.distillation.checkpoint import autocast, in_stored_dtype, load_trained, write_distilled
-from avss_dist.distillation.curve import DIVERGED, Evaluation, Schedule, best, ending, evaluations
+from avss_dist.distillation.checkpoint import autocast, load_trained, round_to_stored_dtype, write_distilled
+from avss_dist.distillation.curve import DIVERGED, Evaluation, Schedule, best, ending, evaluations, is_better
 from avss_dist.distillation.events import OnEvent, Preparing, ignore
 from avss_dist.distillation.loss import Predict, TextLoss, logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
-from avss_dist.distillation.pair import ModelPair, ancestry, require_cuts, resolve_pair
+from avss_dist.distillation.pair import ModelPair, ancestry, require_cuts, require_two_models, resolve_pair
 from avss_dist.distillation.ranks import (
     Ranks,
     call_at_layers,
@@ -48,6 +48,7 @@ from avss_dist.distillation.record import (
 )
 from avss_dist.distillation.texts import DistillText, draw_rows
 from avss_dist.distillation.trained import LORA, choose_trained, default_learning_rate
+from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_model, quiet
 from avss_dist.models.safetensors import weight_files
 from avss_dist.partition.group import rank_and_size, share
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 
 _REQUEST = "request.json"
 PROJECT = "avss"  # of a tracker, by default
+UNWRITTEN = ("File too large", "iostream error", "failed writing", "I/O error")  # of torch and safetensors
 LEAST_FREE_BYTES = 64 << 20  # with less free space, a failed write is taken to be for lack of it
 
 
@@ -123,6 +125,7 @@ def distill(request: DistillRequest, measure_teacher: MeasureTeacher) -> Distill
     Raises:
         ConfigError: the models have different vocabularies, there is too little memory, held-out text is trained on, or
             the folder beside the output is of another request.
+        ModelError: a model predicts NaN or infinities.
         RunFailed: training diverged, or made the student no better.
         StorageFull: there is no space left.
     """
@@ -139,6 +142,7 @@ def _distill(
     if not is_written:
         require_free(output)
     models = resolve_pair(request, ranks.device if ranks else None)
+    require_two_models(models)
     if request.hidden_loss:
         require_cuts(models)
     memory = estimate_memory(
@@ -276,7 +280,8 @@ class DistillTask:
         """Train the student, and write it; the first rank writes."""
         record, model = _trained(self, on_event, heartbeat)
         if rank_and_size()[0] == 0:
-            write_distilled(self.models.student, model, self.output, record)
+            with _explained(self.work):
+                write_distilled(self.models.student, model, self.output, record)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +316,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     schedule = _schedule(request, models)
     teacher = _open_teacher(task, on_event, heartbeat)
     expected = teacher.losses
+    _require_finite(models.teacher, texts, expected, task.work)
     folder = task.work / "checkpoints"
     folder.mkdir(exist_ok=True)
     share(trainer.delete_incomplete, [folder], idle=lambda: None)
@@ -336,13 +342,13 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     assert ended is not None
     points = evaluations(history)
     lowest = best(points)
-    if lowest is None or not lowest.loss < points[0].loss:
+    if lowest is None or not is_better(lowest, points[0]):
         raise _no_better(points, ended, schedule.learning_rate, task.work)
     on_event(Preparing("writing"))
     model = load_trained(models, trainer.checkpoint_folder(folder, lowest.step), request.train)
-    model = in_stored_dtype(model, models.student)
+    dtype = round_to_stored_dtype(model, models.student)
     written = trainer.held_out_metrics(
-        autocast(logits_of(model.to(models.device).float()), models),
+        autocast(logits_of(model.to(models.device)), models),
         teacher.predict,
         texts,
         expected,
@@ -353,6 +359,8 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         *(point for point in points if point.step <= lowest.step),
         *evaluations([{"step": lowest.step, **written}]),
     ]
+    if not is_better(curve[-1], points[0]):
+        raise _no_better([points[0], curve[-1]], ended, schedule.learning_rate, task.work)
     record = DistillRecord(
         student=models.student.name,
         student_revision=models.student.revision,
@@ -377,7 +385,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         text_loss=request.text_loss or None,
         hidden_loss=request.hidden_loss or None,
     )
-    return record, in_stored_dtype(model, models.student)
+    return record, model.to(dtype)
 
 
 def _drawn_rows(request: DistillRequest, models: ModelPair, texts: Sequence[DistillText]) -> list[NDArray[np.int64]]:
@@ -458,6 +466,16 @@ def _teacher_losses(
     return losses
 
 
+def _require_finite(teacher: Checkpoint, texts: Sequence[DistillText], losses: Sequence[TextLoss], work: Path) -> None:
+    """Raise ModelError if the predictions of the teacher are not finite."""
+    for text, loss in zip(texts, losses, strict=True):
+        if not math.isfinite(loss.surprise):
+            raise ModelError(
+                f"'{teacher.name}', the teacher, predicts NaN or infinities on {text.name}.",
+                f"Check its weights, or name another `teacher`; first delete {work}.",
+            )
+
+
 def _tracking(tracker: str | None, name: str) -> dict[str, Any]:
     """Return the arguments of the Trainer for a tracker: ``wandb``, or ``wandb:PROJECT``.
 
@@ -476,29 +494,43 @@ def _tracking(tracker: str | None, name: str) -> dict[str, Any]:
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Convert errors of a full disk, which libraries report in several ways.
+    """Convert errors of libraries that could not write a checkpoint, which they report in several ways.
 
     Raises:
-        StorageFull: a checkpoint could not be written.
+        StorageFull: there is no space left.
+        RunFailed: a file could not be written for another reason, such as a limit of its size.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if "No space left" not in str(error) and shutil.disk_usage(folder).free >= LEAST_FREE_BYTES:
-            raise
-        raise StorageFull(
-            f"There is no space left for checkpoints in {folder}: {str(error).splitlines()[0]}",
-            "Free some space and run the same command again; it goes on from the last complete checkpoint.",
-        ) from error
+        texts = " ".join(map(str, (error, error.__context__)))
+        if "No space left" in texts or shutil.disk_usage(folder).free < LEAST_FREE_BYTES:
+            raise StorageFull(
+                f"There is no space left for checkpoints in {folder}: {first_line(error)}",
+                "Free some space and run the same command again; it goes on from the last complete checkpoint.",
+            ) from error
+        if any(words in texts for words in UNWRITTEN):
+            raise RunFailed(
+                f"A checkpoint in {folder} cannot be written: {first_line(error)}",
+                "Look for a limit on the size of files (ulimit -f) and run the same command again; it goes on from the "
+                "last complete checkpoint.",
+            ) from error
+        raise
 
 
 def _no_better(points: Sequence[Evaluation], ended: str, rate: float, work: Path) -> RunFailed:
     """Return the error of a training after which the student is no better than before."""
     measured = ", ".join(f"{point.loss:.4g} after {point.step} steps" for point in points)
     what = "Training diverged" if ended == DIVERGED else "Training made the student no better"
+    if after := best(points):
+        shares = ", ".join(
+            f"{share:.2%} and {after.kept[label]:.2%} of {label}" for label, share in points[0].kept.items()
+        )
+        measured += f". Kept of the teacher's perplexity before training and after {after.step} steps: {shares}"
     return RunFailed(
-        f"{what}: the divergence from the teacher on held-out text is {measured or 'unknown'}. Nothing was written.",
-        f"Lower `learning_rate`, which was {rate:g}, or name more text; delete {work} first.",
+        f"{what}: the divergence from the teacher on held-out text is {measured}. Nothing was written.",
+        f"Lower `learning_rate`, which was {rate:g}, or name more text; first delete {work}, which holds the trained "
+        "checkpoints.",
     )
 
 

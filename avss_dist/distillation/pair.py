@@ -96,6 +96,15 @@ def _require_same_vocabulary(student: Checkpoint, teacher: Checkpoint, configs: 
     )
 
 
+def require_two_models(models: ModelPair) -> None:
+    """Raise ConfigError if the student is the teacher."""
+    if models.student.revision == models.teacher.revision:
+        raise ConfigError(
+            f"'{models.student.name}' and '{models.teacher.name}' are the same checkpoint, with nothing to distill.",
+            "Name the checkpoint to train as the student, and the model that it was made of with `teacher`.",
+        )
+
+
 def require_cuts(models: ModelPair) -> None:
     """Raise ConfigError if the student is not known to be the teacher without some layers behind its first one."""
     base, removed = pruned_from(models.student.folder), removed_layers(models.student.folder)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.distillation.events import OnEvent, Preparing
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.sampling import sample
+from avss_dist.models.size import footprint
+from avss_dist.system.devices import free_memory, pick_device
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.journal import Journal
 from avss_dist.system.progress_bar import ProgressCallback, progress_to
 from avss_dist.system.staging import staged_file
 
-ROWS = 32  # texts that are sampled at once
+ROWS = (128, 32)  # texts that are sampled at once, if there is memory for them, and otherwise
+SPARE_SHARE = 0.8  # of the memory that is free
+FLOAT32 = 4  # bytes
 
 
 def teacher_text(
@@ -34,19 +39,23 @@ def teacher_text(
         ModelError: the teacher has no start token or predicts no next token.
         ConfigError: it wrote no text.
     """
-    settings = Settings(
-        sequence_length=settings.sequence_length,
-        batch_size=ROWS,
-        dtype=settings.dtype,
-        device=settings.device,
-        attention=settings.attention,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    identity = {"teacher": teacher.revision, "count": count, "seed": seed, **settings.as_dict()}
-    file = cache_folder("teacher_texts", f"{fingerprint(**identity)[:32]}.jsonl")
+    names = ("sequence_length", "dtype", "device", "attention", "trust_remote_code")
+    common = {name: getattr(settings, name) for name in names}
+
+    def batched(rows: int) -> tuple[dict[str, Any], Path, Path]:
+        """Return the identity of the texts if so many are sampled at once, their file, and that of unfinished ones."""
+        values = Settings(batch_size=rows, **common).as_dict()
+        identity = {"teacher": teacher.revision, "count": count, "seed": seed, **values}
+        file = cache_folder("teacher_texts", f"{fingerprint(**identity)[:32]}.jsonl")
+        return identity, file, work / f"self-{rows}.part"
+
+    begun = (rows for rows in ROWS if any(path.is_file() for path in batched(rows)[1:]))
+    rows = next(begun, None) or rows_at_once(teacher, settings)
+    identity, file, unfinished = batched(rows)
     if file.is_file():
         return file
-    with Journal(work / "self.part", identity) as journal, progress_to(_reported(on_event)):
+    settings = Settings(batch_size=rows, **common)
+    with Journal(unfinished, identity) as journal, progress_to(_reported(on_event)):
         for batch in sample(teacher, settings, count=count, seed=seed, first=len(journal.batches)):
             journal.add(batch)
         texts = list(chain.from_iterable(journal.batches))
@@ -58,6 +67,14 @@ def teacher_text(
             staged.write_text("".join(lines), encoding="utf-8")
         journal.remove()
     return file
+
+
+def rows_at_once(teacher: Checkpoint, settings: Settings) -> int:
+    """Return the number of texts to sample at once: as many as there is memory for, of `ROWS`."""
+    size = footprint(teacher, settings)
+    free = SPARE_SHARE * free_memory(pick_device(settings.device)) - size.weight_bytes
+    text = settings.sequence_length * sum(size.cache_bytes) + 4 * FLOAT32 * size.vocabulary  # keys, values and logits
+    return next((rows for rows in ROWS if rows * text <= free), ROWS[-1])
 
 
 def _reported(on_event: OnEvent) -> ProgressCallback:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from avss_dist.core.errors import ConfigError, CorpusError
+from avss_dist.core.errors import ConfigError, NoRows
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
 from avss_dist.corpus.overlap import MAX_SHARED, shared_text
@@ -87,8 +87,8 @@ def read_trained(
         rows = tokenize_corpus(
             corpus, tokenizer, replace(settings, max_sequences=maximum), skip_sequences=skip + measured.num_sequences
         )
-    except CorpusError as error:
-        raise CorpusError(
+    except NoRows as error:
+        raise NoRows(
             f"{name} has no row to train on after {skip + measured.num_sequences} skipped and held-out rows: "
             f"{error.message}",
             "Name a longer text, or lower `held_out`.",

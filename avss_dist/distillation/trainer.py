@@ -28,6 +28,7 @@ from avss_dist.distillation.curve import (
     best,
     ending,
     evaluations,
+    require_distance,
 )
 from avss_dist.distillation.events import HeldOutMeasured, OnEvent, TrainingAdvanced
 from avss_dist.distillation.hidden_states import CutStates
@@ -246,6 +247,8 @@ class ScheduleCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Report an evaluation, and end the training if a rule says so."""
         point = evaluations(state.log_history)[-1]
+        if not point.step:
+            require_distance(point, self._folder.parent)
         self._on_event(HeldOutMeasured(tokens=point.step * self._schedule.step_tokens, kept=point.kept))
         if ending(state.log_history, self._schedule.steps, self._schedule.patience):
             control.should_training_stop = True

@@ -37,13 +37,13 @@ from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
 from avss_dist.options import PromptOptions
-from avss_dist.precision.plan import ROUNDED, PrecisionPlan, read_precision_plan
+from avss_dist.precision.plan import ROUNDED, MapPrecision, PrecisionPlan, read_precision_plan
 from avss_dist.pruning.model_card import pruned_from
 from avss_dist.pruning.plan import read_plan, read_plan_file
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
 from avss_dist.runs.corpora import corpus_problems
-from avss_dist.sparsity.plan import PROJECTIONS, SparsityPlan, read_sparsity_plan
+from avss_dist.sparsity.plan import PROJECTIONS, MapPlan, SparsityPlan, read_sparsity_plan
 from avss_dist.sparsity.realized import RealizedSparsity
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.tasks.base import Result
@@ -419,6 +419,7 @@ def _read_subject(name: str, settings: Settings) -> Subject:
         precision = read_precision_plan(name)
         checkpoint = _planned_checkpoint(precision.model, precision.revision, name, trust_remote_code=trust_remote_code)
         _require_same_layers(checkpoint, name, precision.num_layers, None, settings)
+        _require_same_maps(checkpoint, name, precision, settings)
         return Subject(
             checkpoint=checkpoint,
             label=name,
@@ -429,7 +430,8 @@ def _read_subject(name: str, settings: Settings) -> Subject:
     plan = read_plan(name)
     checkpoint = _planned_checkpoint(plan.model, plan.revision, name, trust_remote_code=trust_remote_code)
     _require_same_layers(checkpoint, name, plan.num_layers, plan.layers, settings)
-    search = str(plan.why.get("evaluation", "")) if plan.why.get("by") in SEARCHES else None
+    searched = plan.why.get("by") in SEARCHES or plan.run_id is None
+    search = str(plan.why.get("evaluation", "")) if searched else None
     return Subject(checkpoint=checkpoint, label=name, intervention=plan.intervention, run_id=plan.run_id, search=search)
 
 
@@ -482,33 +484,42 @@ def _require_same_layers(
         )
 
 
-def _require_same_maps(checkpoint: Checkpoint, file: str, plan: SparsityPlan, settings: Settings) -> None:
-    """Refuse the sparsity plan of a file whose linear maps are not those of its model.
+def _require_same_maps(
+    checkpoint: Checkpoint, file: str, plan: SparsityPlan | PrecisionPlan, settings: Settings
+) -> None:
+    """Refuse the plan of a file whose linear maps are not those of its model.
 
     Two kinds of models are not checked here: a model that cannot be built without its weights, which refuses maps that
     it does not have, and a model with several module lists that may be its layers.
 
     Raises:
-        PlanError: the message names the first map that differs, with its shape in the plan and in the model.
+        PlanError: the message names the first map that differs, with its size in the plan and in the model.
     """
     lists = [modules for modules in _layer_lists(checkpoint, settings).values() if len(modules) == plan.num_layers]
     if len(lists) != 1:
         return
-    for index, projection in enumerate(plan.projections):
-        where = f"{file}: map {index + 1} of the key 'projections', '{projection.map}' of layer {projection.layer},"
+    key = PROJECTIONS if isinstance(plan, SparsityPlan) else ROUNDED
+    maps: Sequence[MapPlan | MapPrecision] = plan.projections if isinstance(plan, SparsityPlan) else plan.rounded
+    for number, entry in enumerate(maps, start=1):
+        where = f"{file}: map {number} of the key '{key}', '{entry.map}' of layer {entry.layer},"
         try:
-            module = lists[0][projection.layer].get_submodule(projection.map)
+            module = lists[0][entry.layer].get_submodule(entry.map)
         except AttributeError:
             raise PlanError(f"{where} is not in {checkpoint.name}.", _ANOTHER_MODEL) from None
         if not is_linear(module):  # an activation that gates the MLP
             continue
         inputs, outputs = linear_sizes(module)
-        if (inputs, outputs) != (projection.inputs, projection.outputs):
-            raise PlanError(
-                f"{where} has {projection.inputs} inputs and {projection.outputs} outputs, and in {checkpoint.name} "
-                f"{inputs} and {outputs}.",
-                _ANOTHER_MODEL,
-            )
+        if isinstance(entry, MapPrecision):
+            problem = entry.contradiction((outputs, inputs))
+            if entry.weights != outputs * inputs:
+                problem = f"has {entry.weights:,} weights, and in {checkpoint.name} {outputs * inputs:,}"
+        elif (inputs, outputs) != (entry.inputs, entry.outputs):
+            sizes = f"{entry.inputs} inputs and {entry.outputs} outputs"
+            problem = f"has {sizes}, and in {checkpoint.name} {inputs} and {outputs}"
+        else:
+            problem = None
+        if problem:
+            raise PlanError(f"{where} {problem}.", _ANOTHER_MODEL)
 
 
 @lru_cache(maxsize=16)

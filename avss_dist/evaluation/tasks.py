@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError
-from avss_dist.core.names import PERPLEXITY, ROUNDING_TASK, ROW_START, SEARCH, TRUTHFULQA
+from avss_dist.core.names import PERPLEXITY, ROW_START, TRUTHFULQA
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.chats import chat_template
@@ -223,14 +223,14 @@ def texts_of_run(
 
 
 def texts_of_search(store: Warehouse, evaluation: str | None, checkpoint: Checkpoint) -> Iterator[SeenText]:
-    """Yield the text that a plan was searched or predicted on, or nothing if the warehouse lacks the evaluation."""
+    """Yield the text that a plan was searched, predicted or measured on, or nothing without the evaluation."""
     rows = store.table("evaluations", run_ids=[evaluation]).to_pylist() if evaluation else []
     if not rows:
         return
-    options, corpus = settings_of(rows[0]), rows[0]["task"].removeprefix(SEARCH).removeprefix(ROUNDING_TASK)
-    skipped = options.pop("skip_sequences")
-    options.pop("text", None)  # its hash, beside a prediction
-    source = _Source(checkpoint, corpus, Settings(**_OLD_ROWS | options), skipped)
+    options, corpus = settings_of(rows[0]), rows[0]["task"].partition(":")[2]
+    skipped = options.pop("skip_sequences", 0)
+    known = {name: options[name] for name in Settings().as_dict() if name in options}  # without those of the task
+    source = _Source(checkpoint, corpus, Settings(**_OLD_ROWS | known), skipped)
     yield SeenText(
         use="a plan was searched or predicted on",
         rows=skipped + max(row["num_samples"] for row in rows),

@@ -49,6 +49,7 @@ from avss_dist.models.sublayers import find_obstacles, require_sublayers
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.predictions import TopPredictions
 from avss_dist.system.devices import to_device
+from avss_dist.system.progress_bar import underway
 
 PROBE_TOKENS = 16
 CHECKED_TOKENS = 3  # tokens that are generated to check the key-value cache
@@ -336,7 +337,7 @@ class LanguageModel:
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
         """Return the result of a function for every batch. Its passes may run on another rank, or interleaved."""
-        return [function(batch) for batch in batches]
+        return [function(batch) for batch in underway(batches, "Reading text")]
 
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """Return the results of functions that run the model. Their passes may run on another rank, or interleaved."""
@@ -504,7 +505,7 @@ class LanguageModel:
         Raises:
             ModelError: this replica computes no gradients.
         """
-        for batch, watcher in zip(batches, watchers, strict=True):
+        for batch, watcher in underway(list(zip(batches, watchers, strict=True)), "Computing gradients"):
             with watcher.watch(), torch.enable_grad():
                 hidden = self.hidden_states(batch)
                 for number, gradient in enumerate(self.loss_gradients(hidden.detach(), batch, draws, seed)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_model, load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.system.devices import pick_device
-from avss_dist.system.progress_bar import tracked
+from avss_dist.system.progress_bar import report, tracked
 
 
 def sample(
@@ -45,6 +46,7 @@ def sample(
     sizes = [min(settings.batch_size, count - done) for done in range(0, count, settings.batch_size)]
     for number in tracked(range(first, len(sizes)), "Sampling"):
         prompts = torch.tensor([start] * sizes[number], device=device)
+        reporting = partial(_report, first=len(start), batch=number, batches=len(sizes), settings=settings)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
             torch.manual_seed((_APART * seed + number) % 2**32)  # all that the generator of CPUs takes
             generated = model.generate(
@@ -52,10 +54,19 @@ def sample(
                 attention_mask=torch.ones_like(prompts),
                 max_new_tokens=settings.sequence_length,
                 pad_token_id=end,
+                stopping_criteria=[reporting],
                 **_AS_PREDICTED,
             )
         texts = tokenizer.batch_decode(generated[:, len(start) :], skip_special_tokens=True)
         yield [text for text in texts if text.strip()]
+
+
+def _report(
+    ids: torch.Tensor, _scores: Any, *, first: int, batch: int, batches: int, settings: Settings, **_: Any
+) -> torch.Tensor:
+    """Report the progress of a batch after each token, as a stopping criterion that stops no text."""
+    report("Sampling", (batch + (ids.shape[1] - first) / settings.sequence_length) / batches)
+    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 _APART = 1_000_003  # seeds of batches, from one seed to the next

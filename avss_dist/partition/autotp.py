@@ -30,6 +30,9 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 In SmolLM2-135M it is 2e-6, 5e-3 and 5e-2. Persimmon, which AutoTP splits wrongly, is off by 0.7.
 """
 
+UNSUPPORTED = ("deberta", "flaubert", "fsmt", "gpt2", "led", "longformer", "xlm", "xlnet")
+"""Families that ``deepspeed.module_inject.auto_tp.AutoTP.supported`` refuses."""
+
 _REFUSALS = (AssertionError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 _ELSEWHERE = "Use `partition` single, device_map, fsdp, zero3 or streaming."
 
@@ -94,6 +97,16 @@ def require_heads(config: Any, world: int) -> None:
             f"{world} ranks cannot share {heads} heads ({name} of the {config.model_type} configuration).",
             f"Set `ranks` to {heads} at most. {_ELSEWHERE}" if heads > 1 else _ELSEWHERE,
         )
+
+
+def require_supported(config: Any) -> None:
+    """Refuse a family that DeepSpeed refuses, whose ranks would load it first.
+
+    Raises:
+        ConfigError: the family is one of `UNSUPPORTED`.
+    """
+    if config.model_type in UNSUPPORTED:
+        raise ConfigError(f"Neither transformers nor DeepSpeed can split a {config.model_type} model.", _ELSEWHERE)
 
 
 def apply_autotp(model: Any, world: int, device: torch.device) -> None:

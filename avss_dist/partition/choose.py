@@ -26,7 +26,19 @@ def place(
 ) -> Placement:
     """Return the placement of a checkpoint; its headers are read if the choice depends on its size."""
     size = size_of(checkpoint, settings) if needs_size(execution) else None
-    return choose(size, settings, execution, devices, head=head)
+    placement = choose(size, settings, execution, devices, head=head)
+    require_ranks(checkpoint, settings, placement)
+    return placement
+
+
+def require_ranks(checkpoint: Checkpoint | str, settings: Settings, placement: Placement) -> None:
+    """Refuse a model that the ranks of a placement cannot divide, before they start.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    with suppress(ModelError):  # a model that cannot be built without weights is opened, and says what is wrong with it
+        replica_class(placement.partition).cost.require_ranks(checkpoint, settings, placement.ranks)
 
 
 def size_of(checkpoint: Checkpoint | str, settings: Settings) -> Footprint | None:

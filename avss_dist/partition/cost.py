@@ -226,6 +226,14 @@ class PartitionCost:
         """Return the bytes of weights that each rank must hold at once, where ranks gather them; otherwise 0."""
         return 0
 
+    @staticmethod
+    def require_ranks(weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """Refuse a model that so many ranks cannot divide, by its configuration.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+
     @property
     def obstacle(self) -> str | None:
         """Reason for which the partition does not run the model with these settings; None if it does."""

@@ -13,7 +13,6 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import Backbone
 from avss_dist.models.size import load_skeleton
-from avss_dist.partition.cost import refusal
 from avss_dist.partition.native import (
     Split,
     attention_plan,
@@ -35,10 +34,15 @@ class ExpertParallelCost(TensorParallelCost):
 
     plan_obstacle = None
 
+    @staticmethod
+    def require_ranks(weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """See `PartitionCost`."""
+        require_experts(weights, settings, ranks)
+
     @property
     def obstacle(self) -> str | None:
         """See `PartitionCost`."""
-        return version_obstacle() or refusal(require_experts, self.weights, self.settings, self.ranks)
+        return version_obstacle() or super().obstacle
 
     @cached_property
     def split(self) -> Split:

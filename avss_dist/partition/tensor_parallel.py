@@ -24,7 +24,7 @@ from avss_dist.models.loading import Backbone, forward_function
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import SparsityCounts
-from avss_dist.partition.autotp import open_by_autotp, require_heads
+from avss_dist.partition.autotp import open_by_autotp, require_heads, require_supported
 from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.cost import Calibration, PartitionCost, Usage, refusal
@@ -52,15 +52,19 @@ class TensorParallelCost(PartitionCost):
         """Reason why DeepSpeed AutoTP splits the model instead of transformers; None if transformers does."""
         return tensor_plan_obstacle(self.weights, self.settings, self.ranks)
 
+    @staticmethod
+    def require_ranks(weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """See `PartitionCost`."""
+        require_split(weights, settings, ranks)
+        if tensor_plan_obstacle(weights, settings, ranks):
+            _, model, _ = load_skeleton(weights, replace(settings, attention=None))
+            require_supported(model.config.get_text_config())
+            require_heads(model.config.get_text_config(), ranks)
+
     @property
     def obstacle(self) -> str | None:
         """See `PartitionCost`."""
-        if reason := refusal(require_split, self.weights, self.settings, self.ranks):
-            return reason
-        if not self.plan_obstacle:
-            return None
-        _, model, _ = load_skeleton(self.weights, replace(self.settings, attention=None))
-        return refusal(require_heads, model.config.get_text_config(), self.ranks)
+        return refusal(self.require_ranks, self.weights, self.settings, self.ranks)
 
     @cached_property
     def split(self) -> Split:

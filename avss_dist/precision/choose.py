@@ -10,8 +10,7 @@ import numpy as np
 
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import RoundedPlace
-from avss_dist.core.names import PREDICTED_RISE
-from avss_dist.core.registry import PRECISION_ESTIMATES
+from avss_dist.core.registry import MEASURED_ONLY, PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.core.text import describe_bytes
 from avss_dist.precision.allocate import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
 from avss_dist.precision.plan import MapPrecision, PrecisionPlan
@@ -36,7 +35,7 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         QueryError: the effect of a format was not predicted. The hint is the command that does.
         PlanError: the budget is below the smallest formats.
     """
-    by = request.by if request.by in PRECISION_ESTIMATES else PREDICTED_RISE
+    by = request.by if request.by in PRECISION_ESTIMATES else SECOND_ORDER
     measured = _measured(store, run, request.formats, by)
     formats = [name for name in measured.formats if name in (request.formats or measured.formats)]
     maps = sorted({(place.layer, place.path or "") for place in measured.weights})
@@ -66,10 +65,10 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
     return PrecisionPlan(
         model=run["model"],
         revision=run["revision"],
-        num_layers=run["num_layers"],
+        num_layers=run["num_layers"] or 1 + max(layer for layer, _ in maps),
         bits=float(total(bits, chosen) / weights.sum()),
         why=why,
-        run_id=run["run_id"],
+        run_id=None if run.get("status") == MEASURED_ONLY else run["run_id"],
         evaluation=measured.run_id,
         findings=tuple(_findings(by, damage, chosen, formats)),
         rounded=tuple(rounded),
@@ -87,7 +86,7 @@ def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) 
     if (fall := -total(np.minimum(damage, 0.0), chosen)) > MAX_FALL:
         yield (
             f"Some linear maps are predicted to lower the loss when they are rounded, by {fall:.2g} nats per token "
-            "together. That is so on the text of the prediction: for other text, choose `by` second_order."
+            "together. That is so on the text of the prediction: for other text, choose `by` {SECOND_ORDER}."
         )
 
 
@@ -159,7 +158,7 @@ def _choose(request: PrecisionRequest, maps: Sequence[_Map], damage: Float64, bi
         return least_damage(damage, bits, budget)
     if request.by == "uniform":
         if bits.sum(axis=0).min() > budget * (1 + ROUNDING_ERROR):
-            raise ConfigError("No single format is within the budget.", "Raise it, or use `by` predicted.")
+            raise ConfigError("No single format is within the budget.", f"Raise it, or use `by` {SECOND_ORDER}.")
         return same_format(bits, budget)
     last = max(layer for layer, _ in maps)
     sizes = bits.max(axis=1)

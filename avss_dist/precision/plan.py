@@ -33,7 +33,8 @@ from avss_dist.pruning.plan import (
 from avss_dist.pruning.selection import PlanError
 
 ROUNDED = "rounded"
-TOLERANCE = 1e-3  # of a plan's bits per weight, which are written with six digits
+TOLERANCE = 1e-3  # of a plan's bits per weight
+MAP_TOLERANCE = 1e-5  # of a map's bits per weight, which are written with six digits
 
 
 @checked
@@ -54,6 +55,14 @@ class MapPrecision:
     """Number of weights."""
     bits: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Bits per weight in the format, with its share of scales."""
+
+    def contradiction(self, *shapes: tuple[int, int]) -> str | None:
+        """Return how the bits contradict the format of a map of one of these shapes (outputs, inputs), or None."""
+        possible = [FORMATS[self.format].bits(*shape) for shape in shapes]
+        if min(possible) - MAP_TOLERANCE <= self.bits <= max(possible) + MAP_TOLERANCE:
+            return None
+        expected = " to ".join(f"{bits:.6g}" for bits in sorted({min(possible), max(possible)}))
+        return f"has `bits` {self.bits:g}, and {self.format} has {expected} bits per weight"
 
 
 @checked
@@ -86,6 +95,14 @@ class PrecisionPlan:
     def __post_init__(self) -> None:
         named = [(entry.layer, entry.map) for entry in self.rounded]
         problems = problems_of_maps(ROUNDED, named, self.num_layers)
+        wrong = [
+            f"Map {number} of `{ROUNDED}`, '{entry.map}' of layer {entry.layer}, {problem}"
+            for number, entry in enumerate(self.rounded, start=1)
+            if (problem := entry.contradiction((1, entry.weights), (entry.weights, 1)))  # extremes of all shapes
+        ]
+        if wrong:
+            others = f", and {count_of(len(wrong) - 1, 'other map')} alike" if len(wrong) > 1 else ""
+            problems.append(PlanError(f"{wrong[0]}{others}.", "Write the bits of the formats, or use avss quantize."))
         if abs(self.bits - (mean := self.size / self.weights)) > TOLERANCE:
             problems.append(
                 PlanError(

@@ -37,7 +37,7 @@ from avss_dist.core.intervention import (
     removal_names,
     whole_layers,
 )
-from avss_dist.core.registry import EXPERT_SCORES, LOWEST_SHARE, SCORES, SEARCHES
+from avss_dist.core.registry import EXPERT_SCORES, LOWEST_SHARE, MEASURED_ONLY, SCORES, SEARCHES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import printable
 from avss_dist.core.validation import Check, checked
@@ -213,7 +213,7 @@ class Plan(TabularResult):
 def describe_origin(model: str, revision: str | None, run_id: str | None) -> str:
     """Return sentences that name the checkpoint and the run of a plan."""
     at = f" at {revision[:12]}" if revision else ""
-    return f"Model: {model}{at}. " + (f"Run: {run_id}." if run_id else "By hand, of no run.")
+    return f"Model: {model}{at}. " + (f"Run: {run_id}." if run_id else "Of no run.")
 
 
 MEANINGS = EXPERT_SCORES | {name: info.meaning for name, info in SCORES.items()} | SEARCHES
@@ -280,7 +280,7 @@ def plan_of(rows: Rows, run: Mapping[str, Any], removed: Removals, why: Mapping[
         layers=path,
         drop=removed,
         why=why,
-        run_id=run["run_id"],
+        run_id=None if run.get("status") == MEASURED_ONLY else run["run_id"],
     )
 
 

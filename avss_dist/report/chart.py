@@ -37,7 +37,7 @@ ROWS = alt.NamedData(name="rows")  # the data of the charts of a page
 
 
 def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Any:
-    """Return a chart of AVSS with its interval, and of each baseline, by layer (by depth for several runs).
+    """Return a chart of smoothed AVSS with its interval, and of each baseline, by layer (by depth for several runs).
 
     Triangles mark the lowest 25% of the layers by each score.
 
@@ -69,7 +69,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     title = alt.TitleParams(
         f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
         subtitle=[
-            f"AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
+            f"Smoothed AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
             f"{describe_count(runs[0]['num_tokens'])} tokens of {', '.join(corpora)}, {runs[0]['dtype']}. "
             f"Triangles: the 25% of layers that are lowest in each picture. {_band(runs)}",
             *_depth_warning(runs, scores),
@@ -107,7 +107,7 @@ def _depth_warning(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[s
     if len(runs) > 1:
         return []
     values = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
-    warning = describe_depth("AVSS", depth_correlation(values), len(values))
+    warning = describe_depth("Smoothed AVSS", depth_correlation(values), len(values))
     return [warning] if warning else []
 
 
@@ -167,8 +167,7 @@ def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) 
     title = SCORES[name].title
     log = name == "avss" or all(row[name] is None or row[name] > 0 for row in rows)
     scale: Any = "log" if log else "linear"
-    y_title = "AVSS (smoothed, log)" if name == "avss" else depth_title(title, scale)
-    axis = {"title": y_title, "scale": alt.Scale(type=scale)}
+    axis = {"title": depth_title(title, scale), "scale": alt.Scale(type=scale)}
     marked: Any = color  # of several runs, points have the color of their run
     if not isinstance(color, alt.Color):
         marked = alt.when(f"datum.lowest_{name}").then(alt.value(LOWEST_COLOR)).otherwise(color)

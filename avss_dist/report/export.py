@@ -15,7 +15,7 @@ from avss_dist.stats.rankings import count_lowest
 DIGITS = 3
 COLUMNS = {
     "layer": "Layer",
-    "avss_smoothed": "AVSS",
+    "avss_smoothed": "Smoothed AVSS",
     "avss_low": "2.5%",
     "avss_high": "97.5%",
     "rank": "Rank",
@@ -88,7 +88,7 @@ def caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> str:
     corpus = f"{describe_count(run['num_tokens'])} tokens of {short_name(str(run['corpus']))}, {run['dtype']}"
     return printable(
         f"Layer scores of {short_name(run['model'])} ({what}; {corpus}). Layers count from 0; rank 1 is the least "
-        f"important; bold: the {LOWEST_SHARE:.0%} with the lowest AVSS. "
+        f"important; bold: the {LOWEST_SHARE:.0%} with the lowest smoothed AVSS. "
         + (why_no_interval(run["num_shards"] or 0) or f"95% interval over {run['num_shards']} shards.")
     )
 

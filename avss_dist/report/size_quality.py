@@ -12,12 +12,17 @@ from avss_dist.core.text import count_of
 from avss_dist.report.section import GRAY, Chart, Section, page_number
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, percent
 
+LINEAR_MAPS = "Linear maps: the bits of their weights that a token meets, as a share of the whole model's in 16 bits. "
+LAYERS = "Layers: the share that remains. How many parameters they have is not known here. "
 CAPTION = (
-    "Size: the bits of the weights of linear maps that a token meets, as a share of the whole model's in 16 bits. "
     "Kept: the whole model's perplexity over that of the plan, without its interval, which avss evaluate prints. Best: "
     "no other of these plans keeps more at the same size or a smaller one."
 )
-EQUAL_LAYERS = "The sizes of the linear maps are not known here, and every layer counts the same."
+
+
+def _measure(result: SizeQuality) -> str:
+    """Return what the size of the plans is a share of."""
+    return "linear maps" if result.has_sizes else "layers"
 
 
 def size_quality_section(label: str, results: Sequence[SizeQuality]) -> Section:
@@ -33,24 +38,29 @@ def size_quality_section(label: str, results: Sequence[SizeQuality]) -> Section:
 
 def _sentence(result: SizeQuality) -> str:
     best = [plan for plan in result.plans if plan.is_best]
-    named = "; ".join(f"{plan.retention:.1%} at {plan.size:.1%} by {plan.description}" for plan in best)
+    named = "; ".join(
+        f"{plan.retention:.1%} at {plan.size:.1%} of the {_measure(result)} by {plan.description}" for plan in best
+    )
     return f"{describe_task(result.task)}: of {count_of(len(result.plans), 'plan')}, the best keep {named}."
 
 
 def _table(name: str, result: SizeQuality) -> ReportTable:
     plans = result.plans
+    of_model = [plan.share_of_model for plan in plans]
+    shares = [ReportColumn("all parameters", of_model, percent(1), priority=3)] if any(of_model) else []
     return ReportTable(
         name=name,
         title=f"Each plan, {describe_task(result.task)}",
         columns=[
             ReportColumn("changes", [plan.kind for plan in plans], number=False, priority=1),
             ReportColumn("plan", [plan.description for plan in plans], number=False, wraps=True),
-            ReportColumn("size", [plan.size for plan in plans], percent(1)),
+            ReportColumn(_measure(result), [plan.size for plan in plans], percent(1)),
+            *shares,
             ReportColumn("perplexity", [plan.perplexity for plan in plans], decimals(2), priority=2),
             ReportColumn("kept", [plan.retention for plan in plans], percent(1)),
             ReportColumn("best", ["best" if plan.is_best else None for plan in plans], number=False),
         ],
-        caption=CAPTION if result.has_sizes else f"{CAPTION} {EQUAL_LAYERS}",
+        caption=(LINEAR_MAPS if result.has_sizes else LAYERS) + CAPTION,
     )
 
 
@@ -68,21 +78,22 @@ def _chart(name: str, result: SizeQuality) -> Chart:
     return Chart(
         name=name,
         title=describe_task(result.task),
-        meaning="What each plan keeps of the perplexity, by its size. The line joins the best.",
+        meaning=f"What each plan keeps of the perplexity, by its share of the {_measure(result)}. The line: the best.",
         rows=rows,
-        draw=partial(_drawing, max([1.0, *(plan.retention for plan in result.plans)])),
+        draw=partial(_drawing, _measure(result), max([1.0, *(plan.retention for plan in result.plans)])),
     )
 
 
-def _drawing(largest: float) -> Any:
+def _drawing(measure: str, largest: float) -> Any:
     """Return the chart of retention by size: a dot for each plan, and a line through the best.
 
     Args:
+        measure: what the size is a share of.
         largest: upper end of the axis of retentions.
     """
     import altair as alt
 
-    x = alt.X("size:Q", title="size", scale=alt.Scale(domain=[0, 1])).axis(format="%", grid=False, tickCount=5)
+    x = alt.X("size:Q", title=measure, scale=alt.Scale(domain=[0, 1])).axis(format="%", grid=False, tickCount=5)
     y = alt.Y("kept:Q", title="retention", scale=alt.Scale(domain=[0, largest])).axis(format="%")
     color = alt.Color("changes:N", title=None, scale=alt.Scale(scheme="tableau10"))
     legend = color.legend(orient="bottom", columns=2, symbolOpacity=1)

@@ -52,6 +52,7 @@ class Driver:
         self._run_ids: dict[str, str] = {}  # names of the first specs, by run id
         self._ended: deque[Ending] = deque()
         self._full = False
+        self._done = 0
         self._shared: SharedWarehouse | None = None
         self._room = threading.BoundedSemaphore(UNCOMMITTED)
 
@@ -73,17 +74,21 @@ class Driver:
                         self._receive(shards, as_failure(error))
                     raise as_failure(error) from error
         except KeyboardInterrupt as stop:
-            self._add_note(stop)
+            self._add_note(stop, len(specs))
             raise
         yield from self._endings()
 
-    def _add_note(self, stop: KeyboardInterrupt) -> None:
-        """Add a note to an interrupt: how many shards of the runs in progress are stored."""
+    def _add_note(self, stop: KeyboardInterrupt, specs: int) -> None:
+        """Add a note to an interrupt: how many of several runs are done, and how many shards of others are stored."""
+        several = specs > 1
+        notes = [f"{self._done} of {specs} runs are done"] if several else []
         runs = [running.run for _, running in self._in_progress.values()]
         if total := sum(run.num_shards for run in runs):
             with suppress(AvssError):
                 stored = sum(self._store.num_partials(run.run_id) for run in runs)
-                stop.add_note(f"{stored} of {total} shards are kept")
+                notes.append(f"{stored} of {total} shards {'of the runs in progress ' if several else ''}are kept")
+        if notes:
+            stop.add_note(" and ".join(notes))
 
     def _endings(self) -> Iterator[Ending]:
         while self._ended:
@@ -178,6 +183,7 @@ class Driver:
         self._ended.append((spec, error))
 
     def _end(self, spec: RunSpec, run: Run) -> None:
+        self._done += 1
         self._on_event(RunEnded(spec.name, run))
         self._ended.append((spec, run))
 

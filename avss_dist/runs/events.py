@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 E = TypeVar("E")
 LOGGER = logging.getLogger("avss_dist")
 LOGGER.addHandler(logging.NullHandler())
-LOG_SECONDS = 10.0  # between two lines about one run, at least
+LOG_SECONDS = 30.0  # between two lines about one run, at least
 
 
 @dataclass(frozen=True)

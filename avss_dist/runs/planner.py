@@ -19,7 +19,7 @@ from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.models.size import Footprint
 from avss_dist.partition.base import Placement, fingerprint_part
-from avss_dist.partition.choose import choose, needs_size, size_of
+from avss_dist.partition.choose import choose, needs_size, require_ranks, size_of
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run
 from avss_dist.runs.shard_size import split_into_shards
@@ -85,6 +85,7 @@ class Planner:
             matters = settings.sequences_per_shard is None or needs_size(spec.execution)
             size = self.size(spec, checkpoint, settings) if matters else None
             placement = choose(size, settings, spec.execution, self.executor.devices)
+            require_ranks(named or checkpoint, settings, placement)
             self.executor.replicas(placement)  # refuses more than there is before anything is loaded
             self._opened = key, (checkpoint, config, settings, placement, size)
         opened: tuple[Checkpoint, Any, Settings, Placement, Footprint | None] = self._opened[1]

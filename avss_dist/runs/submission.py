@@ -104,15 +104,25 @@ class Cluster:
         job_id = f"avss-{_slug(job.path.stem)}-{secrets.token_hex(3)}"
         with tempfile.TemporaryDirectory() as folder:
             directory, name = _pack(job, Path(folder))
-            with self._explained():
-                return str(
-                    self._client.submit_job(
-                        entrypoint=_entrypoint(directory, name, options),
-                        submission_id=job_id,
-                        runtime_env={"working_dir": folder, "excludes": SEND_ALL},
-                        metadata={"avss_warehouse": without_secrets(job.warehouse), "avss_runs": str(len(job.specs))},
+            try:
+                with self._explained():
+                    return str(
+                        self._client.submit_job(
+                            entrypoint=_entrypoint(directory, name, options),
+                            submission_id=job_id,
+                            runtime_env={"working_dir": folder, "excludes": SEND_ALL},
+                            metadata={
+                                "avss_warehouse": without_secrets(job.warehouse),
+                                "avss_runs": str(len(job.specs)),
+                            },
+                        )
                     )
-                )
+            except RunFailed as error:  # the server may have the request, and its answer was lost
+                raise RunFailed(
+                    error.message,
+                    f"The job may have started as {job_id}. Before you submit it again: avss jobs list --address "
+                    f"{self.address}",
+                ) from error
 
     def job(self, job_id: str) -> Submitted:
         """Return a job."""

@@ -37,6 +37,17 @@ def tracked(items: Sequence[Item], what: str) -> Iterable[Item]:
     return track(items, what, console=console(stderr=True), transient=True)
 
 
+def underway(items: Sequence[Item], what: str) -> Iterable[Item]:
+    """Return the items as `tracked` does, without a bar where no callback shows the progress."""
+    return items if _CALLBACK.get() is None else tracked(items, what)
+
+
+def report(what: str, share: float) -> None:
+    """Pass the share of an activity that is done to the callback of `progress_to`, if there is one."""
+    if (callback := _CALLBACK.get()) is not None:
+        callback(what, share)
+
+
 def _reported(items: Sequence[Item], what: str, callback: ProgressCallback) -> Iterator[Item]:
     for number, item in enumerate(items):
         callback(what, number / len(items))

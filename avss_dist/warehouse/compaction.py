@@ -19,7 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +29,7 @@ from avss_dist.system.folders import cache_folder
 from avss_dist.system.progress_bar import tracked
 from avss_dist.system.staging import remove_leftovers, staged_file
 from avss_dist.warehouse.digest import DIGEST, DIGEST_VERSION, SOURCE, digest
-from avss_dist.warehouse.encoding import conform
+from avss_dist.warehouse.encoding import UNSIGNED_METADATA, conform, signed, verify_footer
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS
 from avss_dist.warehouse.storage import COMPACTED, Storage
 
@@ -99,6 +98,9 @@ class TableParts:
         name: name of the table, a key of `SORTED_BY`.
         read: reads the rows of a run from its file; for digests, the rows that they are made of. It raises ArrowInvalid
             for a file that cannot be read.
+
+    Attributes:
+        left_out: reasons, by run id, for copying no rows of a run.
     """
 
     def __init__(self, storage: Storage, name: str, read: Callable[[str], pa.Table]) -> None:
@@ -110,6 +112,7 @@ class TableParts:
         self._used: Sequence[Part] = ()
         self._known: dict[Path, Part] = {}
         self._unreadable: set[Path] = set()
+        self.left_out: dict[str, str] = {}
 
     @property
     def run_ids(self) -> set[str]:
@@ -140,7 +143,7 @@ class TableParts:
             remove_leftovers(self._cached)
             for copied, rows in self._merged(stamps, missing, coverage, replaced, minimum):
                 with staged_file(self._cached / f"{_stem(self._name, copied)}.parquet") as staged:
-                    _write_part(self._name, rows, copied, staged, "lz4")
+                    staged.write_bytes(_to_part(self._name, rows, copied, "lz4"))
         except OSError:  # the cache cannot be written
             return coverage.parts
         for part in replaced:
@@ -166,9 +169,8 @@ class TableParts:
         small = [part for part in coverage.parts if part.is_small]
         replaced = [*coverage.spare, *(small if missing or len(small) > MAX_SMALL else ())]
         for copied, rows in self._merged(stamps, missing, coverage, replaced, 1):
-            sink = pa.BufferOutputStream()
-            _write_part(self._name, rows, copied, sink, "zstd")
-            self._storage.write(self._storage.compacted_path(self._name, _stem(self._name, copied)), sink.getvalue())
+            path = self._storage.compacted_path(self._name, _stem(self._name, copied))
+            self._storage.write(path, _to_part(self._name, rows, copied, "zstd"))
             number += len(copied.keys() & missing)
         for part in replaced:
             self._storage.delete(self._storage.compacted_path(self._name, part.path.stem))
@@ -182,10 +184,11 @@ class TableParts:
         before = len(self._unreadable)
         for part in self._used:
             try:
+                verify_footer(part.path)
                 pq.ParquetFile(part.path, page_checksum_verification=True).read()
             except (OSError, pa.ArrowException):
                 self._unreadable.add(part.path)
-                if not part.shared:
+                if not (part.shared and self._storage.is_local):
                     part.path.unlink(missing_ok=True)
         return len(self._unreadable) > before
 
@@ -215,6 +218,7 @@ class TableParts:
         for path in sorted(set(folder.glob("*.parquet")) - self._unreadable):
             with suppress(OSError, pa.ArrowException, KeyError, ValueError, TypeError):
                 if path not in self._known:  # a part is never changed
+                    verify_footer(path)
                     metadata = pq.read_metadata(path).metadata or {}
                     if metadata[_COLUMNS] != _columns(self._name):
                         continue
@@ -272,15 +276,18 @@ class TableParts:
         for part in dict.fromkeys(source[run_id] for run_id in run_ids):
             ids = pa.array([run_id for run_id in run_ids if source[run_id] is part], pa.string())
             with suppress(OSError, pa.ArrowException):
-                rows = pq.ParquetFile(part.path, read_dictionary=texts).read()
+                file = pq.ParquetFile(part.path, read_dictionary=texts, page_checksum_verification=True)
+                rows = file.read()
                 yield rows.filter(pc.is_in(rows["run_id"].cast(pa.string()), ids))
 
     def _rows_of_files(self, run_ids: Sequence[str]) -> list[pa.Table]:
         """Return the rows of runs from their files, or their digests. Files that cannot be read are left out."""
         tables = []
         for run_id in run_ids:
-            with suppress(pa.ArrowInvalid):
+            try:
                 tables.append(self._read(run_id))
+            except pa.ArrowInvalid as error:
+                self.left_out[run_id] = str(error)
         if self._name == DIGESTS:
             return [digest(stats) for stats in _conformed(tables, SOURCE)]
         return list(_conformed(tables, encoded_schema(self._name)))
@@ -321,8 +328,8 @@ def _stem(name: str, stamps: Stamps) -> str:
     return hashlib.sha256(_columns(name) + json.dumps(dict(stamps), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _write_part(name: str, rows: pa.Table, stamps: Stamps, sink: Any, compression: str) -> None:
-    """Write a part. Rows with equal values in the columns `SORTED_BY` are a row group."""
+def _to_part(name: str, rows: pa.Table, stamps: Stamps, compression: str) -> pa.Buffer:
+    """Return the bytes of a part. Rows with equal values in the columns `SORTED_BY` are a row group."""
     table = rows.unify_dictionaries().combine_chunks()
     codes = np.zeros(len(table), np.int64)
     for by in SORTED_BY[name]:
@@ -333,9 +340,10 @@ def _write_part(name: str, rows: pa.Table, stamps: Stamps, sink: Any, compressio
         order = np.argsort(codes, kind="stable")
         table, codes = table.take(pa.array(order)), codes[order]
     metadata = {_STAMPS: json.dumps(dict(stamps)).encode(), _COLUMNS: _columns(name)}
-    metadata |= {b"avss_schema_version": str(SCHEMA_VERSION).encode()}
+    metadata |= {b"avss_schema_version": str(SCHEMA_VERSION).encode(), **UNSIGNED_METADATA}
     texts = [field.name for field in table_schema(name) if pa.types.is_string(field.type)]
     bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(table)]
+    sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink,
         table.schema,
@@ -348,3 +356,4 @@ def _write_part(name: str, rows: pa.Table, stamps: Stamps, sink: Any, compressio
         for start, stop in pairwise(bounds):
             writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
         writer.add_key_value_metadata(metadata)
+    return signed(sink.getvalue(), footer_alone=True)

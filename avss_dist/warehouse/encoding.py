@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError
@@ -29,6 +33,8 @@ _VERSION, _HEADER, _CHECKSUM = b"avss_schema_version", b"avss_header", b"avss_ch
 _OLDEST = 3  # schema version that is still read; earlier ones were never released
 _PREFIX = b"sha256:"
 _UNSIGNED = _PREFIX + b"0" * 64
+_SIGNATURE = re.compile(_CHECKSUM + rb"..(" + _PREFIX + rb"[0-9a-f]{64})", re.DOTALL)  # in a footer
+UNSIGNED_METADATA = {_CHECKSUM: _UNSIGNED}
 _STATE = [f.name for f in fields(LayerStats) if f.name != "histogram"]
 _OF_SHARD = [f.name for f in fields(ShardResult) if f.name not in ("stats", "strata", "rows", "experts")]
 _STATS_TABLES = ("layer_stats", "shard_stats", "stratum_stats")
@@ -57,7 +63,7 @@ def encode(
         shard: header of a partial, beside its rows.
         groups: number of rows of each row group; by default there is one.
     """
-    header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), _CHECKSUM: _UNSIGNED}
+    header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), **UNSIGNED_METADATA}
     schema = SCHEMAS[name].remove(0).with_metadata(header)
     table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
     return to_file(table, groups, **(_STATS_OPTIONS if name in _STATS_TABLES else {}))
@@ -71,14 +77,25 @@ def to_file(table: pa.Table, groups: Sequence[int] = (), **options: Any) -> pa.B
         options: options of ``pyarrow.parquet.ParquetWriter``.
     """
     sink = pa.BufferOutputStream()
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _CHECKSUM: _UNSIGNED})
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **UNSIGNED_METADATA})
     with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True, **options) as writer:
         for start, rows in zip(np.cumsum([0, *groups]).tolist(), groups or [len(table)], strict=False):
             writer.write_table(table.slice(start, rows), row_group_size=1_000_000)
-    data = bytearray(sink.getvalue())
-    at = data.rindex(_UNSIGNED)
-    data[at : at + len(_UNSIGNED)] = _PREFIX + hashlib.sha256(data).hexdigest().encode()
-    return pa.py_buffer(data)
+    return signed(sink.getvalue())
+
+
+def signed(data: pa.Buffer, *, footer_alone: bool = False) -> pa.Buffer:
+    """Return a file whose metadata has `UNSIGNED_METADATA`, with its checksum in that place.
+
+    Args:
+        footer_alone: the checksum is of the footer, as `verify_footer` reads it.
+    """
+    view = memoryview(data)
+    start = _footer(view) if footer_alone else 0
+    match = _SIGNATURE.search(view, _footer(view))
+    assert match is not None
+    checksum = _PREFIX + hashlib.sha256(view[start:]).hexdigest().encode()
+    return pa.py_buffer(b"".join((view[: match.start(1)], checksum, view[match.end(1) :])))
 
 
 def require_readable(dataset: ds.Dataset) -> None:
@@ -116,21 +133,14 @@ def parse(data: pa.Buffer) -> pa.Table:
         WarehouseError: a newer avss_dist wrote it.
         OSError, pa.ArrowException: it is damaged, or its schema is too old.
     """
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-    except UnicodeDecodeError as error:
-        raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
-    metadata = file.metadata.metadata or {}  # as stored; that of the Arrow schema is a second copy
-    if (checksum := metadata.get(_CHECKSUM)) is not None:
-        _verify(data, checksum)
-    _require_version(metadata.get(_VERSION))
-    if checksum is None:
-        raise pa.ArrowInvalid("it has no checksum")
+    verify(data)
+    file = pq.ParquetFile(pa.BufferReader(data))
+    _require_version((file.metadata.metadata or {}).get(_VERSION))
     return file.read(use_threads=False)
 
 
 def read_rows(data: pa.Buffer, schema: pa.Schema, run_id: str) -> pa.Table:
-    """Return rows of a file, unverified: the columns of a schema that it has, of the types that it has, and ``run_id``.
+    """Return rows of a file: the columns of a schema that it has, of the types that it has, and ``run_id``.
 
     Args:
         schema: columns to read. Those whose type is a dictionary are read as dictionaries.
@@ -139,12 +149,10 @@ def read_rows(data: pa.Buffer, schema: pa.Schema, run_id: str) -> pa.Table:
         WarehouseError: a newer avss_dist wrote it.
         OSError, pa.ArrowException: it is damaged, or its schema is too old.
     """
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        metadata = file.metadata
-        stored = {metadata.schema.column(i).path.partition(".")[0] for i in range(len(metadata.schema))}
-    except UnicodeDecodeError as error:
-        raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
+    verify(data)
+    file = pq.ParquetFile(pa.BufferReader(data))
+    metadata = file.metadata
+    stored = {metadata.schema.column(i).path.partition(".")[0] for i in range(len(metadata.schema))}
     _require_version((metadata.metadata or {}).get(_VERSION))
     names = [field.name for field in schema if field.name in stored - {"run_id"}]
     texts = [name for name in names if pa.types.is_dictionary(schema.field(name).type)]
@@ -168,13 +176,62 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _verify(data: pa.Buffer, checksum: bytes) -> None:
-    """Raise ArrowInvalid if a file does not match its checksum, computed with zeros in the checksum's place."""
-    unsigned = bytearray(data)
-    at = unsigned.rfind(checksum)
-    unsigned[at : at + len(checksum)] = _UNSIGNED
-    if at < 0 or checksum != _PREFIX + hashlib.sha256(unsigned).hexdigest().encode():
+def verify(data: pa.Buffer) -> None:
+    """Check the content of a file against its checksum, which was computed with zeros in the checksum's place.
+
+    Raises:
+        WarehouseError: it has no checksum, and a newer avss_dist wrote it.
+        OSError, pa.ArrowException: it does not match, or has no checksum.
+    """
+    view = memoryview(data)
+    match = _SIGNATURE.search(view, _footer(view))
+    if match is None:
+        _refuse_unsigned(data)
+    _require_match(view, match)
+
+
+def verify_footer(path: Path) -> None:
+    """Check the footer of a file against its checksum. Files without one are accepted: version 0.2.0 wrote none.
+
+    Raises:
+        OSError, pa.ArrowInvalid: it does not match.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        file.seek(max(0, size - 8 - int.from_bytes(file.read(4), "little")))
+        footer = memoryview(file.read())
+    if match := _SIGNATURE.search(footer):
+        _require_match(footer, match)
+
+
+def _footer(view: memoryview) -> int:
+    """Return the place of the footer in a file."""
+    return max(0, len(view) - 8 - int.from_bytes(view[-8:-4], "little"))
+
+
+def _require_match(view: memoryview, match: re.Match[bytes]) -> None:
+    digest = hashlib.sha256(view[: match.start(1)])
+    digest.update(_UNSIGNED)
+    digest.update(view[match.end(1) :])
+    if match[1] != _PREFIX + digest.hexdigest().encode():
         raise pa.ArrowInvalid("its content does not match its checksum")
+
+
+def _refuse_unsigned(data: pa.Buffer) -> NoReturn:
+    """Raise the reason why a file has no checksum."""
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
+    _require_version(metadata.get(_VERSION))
+    raise pa.ArrowInvalid("it has no checksum")
+
+
+def verify_file(filesystem: pafs.FileSystem, path: str) -> None:
+    """Check the content of a file as `verify`."""
+    with filesystem.open_input_file(path) as file:
+        verify(file.read_buffer())
 
 
 class EncodedStats(Mapping[LayerKey, LayerStats]):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from avss_dist.core.errors import DamagedFile
 from avss_dist.core.text import RedactedURI
 from avss_dist.stats.predictions import TopPredictions
-from avss_dist.warehouse.encoding import encode
+from avss_dist.warehouse.encoding import encode, verify_file
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.storage import Storage
 
@@ -42,8 +42,9 @@ def _lists(values: np.ndarray) -> pa.Array:
 
 
 def is_readable(storage: Storage, path: str, rows: int) -> bool:
-    """Whether a file is there whole, with a number of rows of tokens. Its content is checked when it is read."""
+    """Whether a file is there undamaged, with a number of rows of tokens."""
     try:
+        verify_file(storage.filesystem, path)
         with storage.filesystem.open_input_file(path) as source:
             return bool(pq.ParquetFile(source).num_row_groups == rows)
     except (OSError, pa.ArrowException):

@@ -19,7 +19,7 @@ from avss_dist.core.text import RedactedURI, describe_count
 from avss_dist.system.hub import require_access, upload
 from avss_dist.system.staging import staged_folder
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import SCHEMAS, TABLES
+from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES
 from avss_dist.warehouse.storage import Storage
 
 PARTS = ("shard_stats", "cells", "predictions", "row_stats", "shard_expert_stats")  # what others were made of
@@ -58,6 +58,8 @@ def publish(
 ) -> dict[str, int]:
     """Write the tables of the finished runs of a warehouse, with a catalog and a card, to a folder or to the hub.
 
+    Runs that are damaged in any table are left out, and noted in `Warehouse.damaged`.
+
     Args:
         write_page: writes `PAGE` and `SCORES` into a folder. The result is a site that any static host serves.
         space: ``ORG/NAME`` of a static space of the hub that the page is also published to.
@@ -81,9 +83,7 @@ def publish(
     dataset = _dataset(target) if target.startswith("hf:") else None
     with _staged_target(target, dataset, f"Layer scores of {describe_count(len(run_ids))} runs") as folder:
         (folder / DATA).mkdir()
-        names = [name for name in TABLES if name not in (*PARTS, *TEXTS)]
-        rows = {name: _write_table(warehouse, name, run_ids, folder / DATA) for name in names}
-        rows = {name: number for name, number in rows.items() if number}
+        rows, run_ids = _write_tables(warehouse, run_ids, folder / DATA)
         _write_catalog(folder, list(rows))
         if write_page:
             write_page(folder)
@@ -163,6 +163,26 @@ def _copy(folder: Path, storage: Storage) -> None:
     for file in sorted(files, key=lambda file: (file.parent == folder, file)):
         with pa.memory_map(str(file)) as mapped:
             storage.write(f"{storage.base}/{file.relative_to(folder).as_posix()}", mapped.read_buffer())
+
+
+def _write_tables(warehouse: Warehouse, run_ids: Sequence[str], folder: Path) -> tuple[dict[str, int], Sequence[str]]:
+    """Write the tables of runs, without those that turn out to be damaged.
+
+    Returns:
+        The number of rows by table, for tables that have any, and the ids of the written runs.
+
+    Raises:
+        WarehouseError: all runs are damaged.
+    """
+    while True:
+        names = [name for name in TABLES if name not in (*PARTS, *TEXTS)]
+        rows = {name: _write_table(warehouse, name, run_ids, folder) for name in names}
+        readable = [run_id for run_id in run_ids if run_id not in warehouse.damaged]
+        if not readable:
+            raise WarehouseError(f"{warehouse.root} has no finished run that can be read.", DAMAGED)
+        if len(readable) == len(run_ids):
+            return {name: number for name, number in rows.items() if number}, run_ids
+        run_ids = readable
 
 
 def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder: Path) -> int:

@@ -27,7 +27,16 @@ from avss_dist.warehouse.compaction import (
     table_schema,
 )
 from avss_dist.warehouse.digest import DIGEST, SOURCE, digest
-from avss_dist.warehouse.encoding import conform, decode_shard, parse, read_rows, require_readable, to_stats, to_strata
+from avss_dist.warehouse.encoding import (
+    conform,
+    decode_shard,
+    parse,
+    read_rows,
+    require_readable,
+    to_stats,
+    to_strata,
+    verify_file,
+)
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS, Selection
 from avss_dist.warehouse.storage import FILE_NAMES, PLAN, Storage
 
@@ -37,6 +46,9 @@ Files = Mapping[str, str]
 
 RUN_FOLDER = "run_id="  # before a run's id: the name of its folder in a table
 AT_ONCE = 8  # partials that are read together
+_VERIFIED_PAGES = ds.ParquetFileFormat(
+    default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+)
 
 
 class Warehouse:
@@ -230,6 +242,7 @@ class Warehouse:
         """Copy the rows of finished runs into few large files, which readers use in place of the small ones.
 
         The small files stay valid. The large ones are in the folder ``compacted``, and may be deleted at any time.
+        Files that cannot be read are not copied, and noted in `damaged`.
 
         Returns:
             The number of newly copied runs or evaluations by table.
@@ -237,11 +250,13 @@ class Warehouse:
         Raises:
             StorageFull, WarehouseError: a file cannot be written, or the warehouse cannot be read.
         """
-        _, done = self._runs()
+        _, done = self._read([], lambda _: self._runs())
         counts = {}
         for name in SORTED_BY:
-            files = self._files(name, done)
-            counts[name] = self._table_parts(name).compact(self._stamps(files)) if files else 0
+            files, parts = self._files(name, done), self._table_parts(name)
+            counts[name] = parts.compact(self._stamps(files)) if files else 0
+            for run_id, reason in parts.left_out.items():
+                self._note(run_id, f"{_stored(name)}: {reason}")
         return counts
 
     def num_partials(self, run_id: str) -> int:
@@ -252,12 +267,17 @@ class Warehouse:
         """Read the undamaged partials of a run, in the order of ``expected`` (content hash by shard id)."""
 
         def read(shard_id: int) -> ShardResult | None:
-            data = self.storage.read(self._shard_path(run_id, shard_id))
-            shard = data and decode_shard(data, run_id)
-            return shard if shard and (shard.shard_id, shard.content_hash) == (shard_id, expected[shard_id]) else None
+            shard = self._read_shard(run_id, shard_id)
+            return shard if shard and shard.content_hash == expected[shard_id] else None
 
         with ThreadPoolExecutor() as pool:
             return [shard for shard in pool.map(read, expected) if shard]
+
+    def _read_shard(self, run_id: str, shard_id: int) -> ShardResult | None:
+        """Read a partial, or return None if it is missing or damaged."""
+        data = self.storage.read(self._shard_path(run_id, shard_id))
+        shard = data and decode_shard(data, run_id)
+        return shard if shard and shard.shard_id == shard_id else None
 
     def each_shard(self, run_id: str, expected: Mapping[int, str]) -> Iterator[ShardResult]:
         """Yield the partials of `read_shards` in the order of their ids, with a few in memory at a time."""
@@ -266,12 +286,16 @@ class Warehouse:
             yield from self.read_shards(run_id, {k: expected[k] for k in ids[i : i + AT_ONCE]})
 
     def read_partials(self, run: Mapping[str, Any]) -> list[ShardResult]:
-        """Read all partials of a row of ``runs``, in order. Empty if some are missing."""
-        columns = ["shard_id", "content_hash"]
-        stored = self.table("shard_stats", run_ids=[run["run_id"]], columns=columns).to_pylist()
-        expected = {row["shard_id"]: row["content_hash"] for row in sorted(stored, key=lambda row: row["shard_id"])}
-        shards = self.read_shards(run["run_id"], expected)
-        return shards if [shard.shard_id for shard in shards] == list(range(run["num_shards"] or 0)) else []
+        """Read all partials of a row of ``runs``, in order. Empty if one is missing or damaged.
+
+        A damaged one is noted in `damaged`.
+        """
+        run_id, number = run["run_id"], run["num_shards"] or 0
+        with ThreadPoolExecutor() as pool:
+            shards = [shard for shard in pool.map(lambda k: self._read_shard(run_id, k), range(number)) if shard]
+        if len(shards) < number <= self.num_partials(run_id):
+            self._note(run_id, "shard_stats: a partial is damaged")
+        return shards if len(shards) == number else []
 
     def sql(self, query: str) -> pa.Table:
         """Return the result of one DuckDB query over the views of `TABLES`.
@@ -372,7 +396,8 @@ class Warehouse:
         parts = self._table_parts(name).covering(stamps, run_ids) if has_parts else ()
         remaining = run_ids - {run_id for part in parts for run_id in part.stamps}
         uncopied = self._of_runs(files, remaining)
-        datasets = [ds.dataset([str(part.path) for part in parts], table_schema(name), "parquet")] if parts else []
+        paths = [str(part.path) for part in parts]
+        datasets = [ds.dataset(paths, table_schema(name), _VERIFIED_PAGES)] if paths else []
         if uncopied:
             datasets.append(self._digested(uncopied) if name == DIGESTS else self._open(name, uncopied))
         return ds.dataset(datasets) if len(datasets) > 1 else next(iter(datasets), None)
@@ -449,7 +474,7 @@ class Warehouse:
                 for (path, stamp), reason in zip(files.items(), reasons, strict=True):
                     if reason:
                         self._unreadable[path, stamp] = reason
-                        self._note(self.storage.run_id(path), reason)
+                        self._note(self.storage.run_id(path), f"{name}: {reason}")
         return len(self._unreadable) > before
 
     def _why_unreadable(self, name: str, path: str) -> str | None:
@@ -474,9 +499,17 @@ class Warehouse:
         self._damaged.setdefault(run_id, reason)
 
     def _open(self, name: str, files: Files) -> ds.Dataset:
-        """Return the rows of some files of a table. ``files`` holds size and time by path."""
+        """Return the rows of some files of a table, whose content is verified now, and whose pages when they are read.
+
+        Args:
+            files: size and time by path.
+        """
         hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
-        return ds.dataset(sorted(files), SCHEMAS[name], "parquet", self.storage.filesystem, hive)
+        filesystem = self.storage.filesystem
+        with ThreadPoolExecutor(self.storage.readers) as pool:
+            for _ in pool.map(lambda path: verify_file(filesystem, path), files):
+                pass
+        return ds.dataset(sorted(files), SCHEMAS[name], _VERIFIED_PAGES, filesystem, hive)
 
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:
         return self.storage.path(table, run_id, f"shard-{shard_id:05d}")

@@ -144,3 +144,13 @@ def test_a_plan_that_is_hardly_smaller_and_keeps_less_is_not_one_of_the_best(tmp
 def test_there_is_nothing_to_compare(name: str, rows: list[dict[str, Any]], tmp_path: Path) -> None:
     written(tmp_path / "w", rows)
     assert size_quality(Warehouse(tmp_path / "w"), RUN) == []
+
+
+def test_the_share_of_all_parameters_counts_those_that_plans_leave(tmp_path: Path) -> None:
+    """Four layers of 400 weights, and 1,200 parameters of embeddings and norms."""
+    plans = kept_by_size(tmp_path, loss(2.0), loss(2.1, drop=[1]), loss(2.05, rounding="bits"))
+    assert {plan.share_of_model for plan in plans.values()} == {None}
+    rows = size_quality(Warehouse(tmp_path / "w"), RUN | {"num_parameters": 2800})[0].plans
+    shares = {plan.description: plan.share_of_model for plan in rows}
+    assert shares["1 layer dropped"] == pytest.approx(2400 / 2800)
+    assert shares["5.00 bits by predicted"] == pytest.approx((1200 * 16 + 1600 * 5) / (2800 * 16))

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -39,6 +38,7 @@ from support.s3_server import Server
 from avss_dist.core.registry import RECIPES
 from avss_dist.core.settings import THRESHOLDS
 from avss_dist.stats.scores import RELATIVE_THRESHOLDS
+from avss_dist.warehouse.encoding import to_file
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS
 
 FAMILIES = ("llama", "gemma3_text", "qwen3", "bert", "mistral")
@@ -83,7 +83,7 @@ def _write(root: Path, name: str, run_id: str, columns: dict[str, object]) -> No
     table = pa.Table.from_arrays([array(field) for field in schema], schema=schema)
     path = root / name / f"run_id={run_id}" / ("run.parquet" if name == "runs" else f"{name}.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", row_group_size=1_000_000, write_page_checksum=True)
+    path.write_bytes(to_file(table))
 
 
 def _run(run_id: str, identity: dict[str, object], layers: int) -> dict[str, object]:

@@ -64,7 +64,7 @@ def test_a_table_has_the_fingerprint_of_its_lines_and_labels_count(tmp_path: Pat
 
 
 def test_whole_pairs_are_read_up_to_the_most_rows(tmp_path: Path) -> None:
-    lines = [{"q": f"w{i}", "a": "w1", "label": label} for i in range(9) for label in "ab"]
+    lines = [{"q": f"w{i}", "a": f"w1{label}", "label": label} for i in range(9) for label in "ab"]
     source = write(tmp_path / "p.jsonl", lines)
     made = tokenize_corpus(source, TOKENIZER, Settings(sequence_length=8, max_sequences=15))
     assert made.num_sequences == 12

@@ -196,7 +196,7 @@ def assert_chosen(page: Any, every: list[dict[str, Any]], site: str, recipe: str
     for row in mine:
         if row["sparsity"] > 0:
             close([scatter[row["layer"]][n] for n in ("sparsity", "variance")], [row["sparsity"], row["variance"]])
-    close([float(row["AVSS"]) for row in table(page)], [row["avss_smoothed"] for row in mine])
+    close([float(row["smoothed AVSS"]) for row in table(page)], [row["avss_smoothed"] for row in mine])
     assert written in page.locator("#table caption").inner_text()
     with_order = [r["correlation"] for r in drawn(page, "correlation") if r["run"] == r["other"] == ALPHA]
     close(with_order, [depth_correlation([row["avss_smoothed"] for row in mine])], 3)
@@ -245,15 +245,15 @@ def test_another_run_and_two_runs_side_by_side(visit: Callable[..., Any], file: 
 
 def test_a_heading_sorts_up_and_down_with_the_keyboard(visit: Callable[..., Any], file: Path) -> None:
     page = visit(file)
-    heading = page.locator("#table thead th", has_text="AVSS")
+    heading = page.locator("#table thead th", has_text="smoothed AVSS")
     heading.locator("button").focus()
     for order in ("ascending", "descending"):
         page.keyboard.press("Enter")
         assert heading.get_attribute("aria-sort") == order
-        values = [float(row["AVSS"]) for row in table(page)]
+        values = [float(row["smoothed AVSS"]) for row in table(page)]
         assert values == sorted(values, reverse=order == "descending")
     choose(page, threshold=4)  # the order outlives a change
-    values = [float(row["AVSS"]) for row in table(page)]
+    values = [float(row["smoothed AVSS"]) for row in table(page)]
     assert values == sorted(values, reverse=True)
     assert page.locator("#table [aria-sort]").count() == 1
 

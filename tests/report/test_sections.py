@@ -83,27 +83,29 @@ def sections(name: str = "avss") -> list[Section]:
     ]
 
 
-def sizes(name: str) -> SizeQuality:
+def sizes(name: str, *, has_sizes: bool = True) -> SizeQuality:
     """Three plans on a text, of which two are the best at their sizes."""
-    common = {"kind": "bits", "perplexity": 20.0}
+    common = {"kind": "bits", "perplexity": 20.0, "share_of_model": 0.4 if has_sizes else None}
     plans = (
         SizedPlan(description=f"4.25 bits by {name}", size=0.266, retention=0.8, is_best=True, **common),
         SizedPlan(description="4.25 bits by random", size=0.266, retention=0.7, **common),
         SizedPlan(description="5.00 bits by predicted", size=0.3125, retention=0.95, is_best=True, **common),
     )
-    return SizeQuality(task=f"perplexity:{name}.txt", plans=plans, has_sizes=False)
+    return SizeQuality(task=f"perplexity:{name}.txt", plans=plans, has_sizes=has_sizes)
 
 
 @pytest.mark.nightly
 def test_the_best_plans_by_size_are_named() -> None:
     section = size_quality_section("1. a", [sizes("predicted")])
     assert section.sentences == [
-        "perplexity: predicted.txt: of 3 plans, the best keep 80.0% at 26.6% by 4.25 bits by predicted; 95.0% at 31.2% "
-        "by 5.00 bits by predicted."
+        "perplexity: predicted.txt: of 3 plans, the best keep 80.0% at 26.6% of the linear maps by 4.25 bits by "
+        "predicted; 95.0% at 31.2% of the linear maps by 5.00 bits by predicted."
     ]
     (table,) = page_tables(tuple(section.tables))
-    assert table[1] == ["bits", "4.25 bits by predicted", "26.6%", "20.00", "80.0%", "best"]
-    assert "every layer counts the same" in section.tables[0].caption
+    assert table[0] == ["changes", "plan", "linear maps", "all parameters", "perplexity", "kept", "best"]
+    assert table[1] == ["bits", "4.25 bits by predicted", "26.6%", "40.0%", "20.00", "80.0%", "best"]
+    (table,) = page_tables(tuple(size_quality_section("1. a", [sizes("predicted", has_sizes=False)]).tables))
+    assert table[0] == ["changes", "plan", "layers", "perplexity", "kept", "best"]
 
 
 def roundings(path: str) -> MapRounding:

@@ -474,7 +474,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(WarehouseError, match=f"Did you mean '{RUN.run_id}'"):
         store.read_layer_stats("tiny-0123456780")
     damage_truncate(tmp_path / "runs" / f"run_id={RUN.run_id}" / "run.parquet")
-    with pytest.raises(WarehouseError, match=r"Cannot read .*run\.parquet"):
+    with pytest.raises(WarehouseError, match=r"Cannot read run .*: runs: its content"):
         store.table("runs")
 
 

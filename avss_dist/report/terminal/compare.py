@@ -22,6 +22,8 @@ from avss_dist.report.terminal.tables import FittedTable
 MAX_PAIRS = 40  # shown on a terminal
 WIDEST_LABELS = 36  # beside each other; longer ones are one below the other
 FEW = 3  # runs that a finding names, and messages of one kind, before they are only counted
+NEARLY_SAME, ALIKE, RELATED = 0.9, 0.7, 0.3  # correlations above which rankings are called so
+DUE_TO_DEPTH = 0.2  # difference to the correlation given depth, above which depth is named as a reason
 COLOR = {"warning": "yellow", "note": "dim"}
 
 
@@ -106,15 +108,11 @@ def _agreement_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
 
 
 def summary(comparison: RankingComparison) -> str:
-    """Return lines on the correlations of all pairs, those given depth, and shared lowest layers if all are listed."""
+    """Return a line on the correlations of all pairs, and one on shared lowest layers if all are listed."""
     rho, pairs = comparison.spearman, comparison.pairs
     layers, k, shared = (pairs[name].to_numpy() for name in ("layers", "k", "shared"))
     count = f"{comparison.number:,} pairs" if comparison.number > 1 else "One pair"
-    correlation = "no Spearman correlation is defined."
-    if rho.count:
-        span = f", from {rho.lowest:z.3f} to {rho.highest:z.3f}" if rho.count > 1 else ""
-        correlation = f"Spearman {_median(rho)}{span}: {_strength(rho)}."
-    lines = [f"{count}: {correlation}", _given_depth(comparison.given_depth)]
+    lines = [f"{count}: {_correlations(rho, comparison.given_depth)}."]
     if len(pairs) == comparison.number:
         lines.append(
             f"{shared.sum() / k.sum():.0%} of the lowest layers of one are the lowest of the other; by chance it would "
@@ -123,25 +121,42 @@ def summary(comparison: RankingComparison) -> str:
     return "\n".join(lines)
 
 
-def _given_depth(given_depth: CorrelationSummary) -> str:
-    """Return a sentence on the correlations given depth."""
-    if not given_depth.count:
-        return "Given depth, nothing is left to compare: one of each pair is the order of the layers."
-    return f"Given depth (a partial correlation), {_median(given_depth)}: {_strength(given_depth)}."
+def _correlations(rho: CorrelationSummary, given_depth: CorrelationSummary) -> str:
+    """Return the correlations of pairs, those given depth, and one verdict on both."""
+    if not rho.count:
+        return "no Spearman correlation is defined"
+    span = f", from {rho.lowest:z.3f} to {rho.highest:z.3f}" if rho.count > 1 else ""
+    text = f"Spearman {_median(rho)}{span}"
+    given = "nothing is left, as one of each pair is the order of the layers"
+    if given_depth.count:
+        given = f"(a partial correlation) {_median(given_depth)}"
+    return f"{text}; given depth {given}: {_verdict(rho, given_depth)}"
 
 
 def _median(rho: CorrelationSummary) -> str:
     return f"{rho.median:z.3f}{' at the median' if rho.count > 1 else ''}"
 
 
+def _verdict(rho: CorrelationSummary, given_depth: CorrelationSummary) -> str:
+    """Return one verdict on the correlations of rankings and those given depth."""
+    beyond_depth = given_depth.median if given_depth.count else 0.0
+    if rho.median > ALIKE and beyond_depth <= RELATED:
+        return "the rankings agree only because both follow depth"
+    if rho.median > RELATED and rho.median - beyond_depth > DUE_TO_DEPTH:
+        return f"{_strength(rho)}, in part because both follow depth"
+    if rho.median <= RELATED and beyond_depth > ALIKE:
+        return "the rankings differ only in how they follow depth"
+    return _strength(rho)
+
+
 def _strength(rho: CorrelationSummary) -> str:
-    if rho.lowest > 0.9:
+    if rho.lowest > NEARLY_SAME:
         return "the rankings are nearly the same"
-    if rho.median > 0.7:
+    if rho.median > ALIKE:
         return "the rankings are alike" + ("" if rho.lowest > 0.5 else ", but not in every pair")
-    if rho.median > 0.3:
+    if rho.median > RELATED:
         return "the rankings have something in common"
-    return "the rankings have little in common" if rho.median > -0.3 else "the rankings are the other way round"
+    return "the rankings have little in common" if rho.median > -RELATED else "the rankings are the other way round"
 
 
 def findings_list(findings: pa.Table) -> RenderableType:

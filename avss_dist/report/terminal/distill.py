@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,8 +13,7 @@ from avss_dist.distillation.record import record_values
 from avss_dist.report.table import ReportColumn, ReportTable, percent, significant
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.pace import Pace
-from avss_dist.report.terminal.progress import bars, log
-from avss_dist.runs.events import LOG_SECONDS
+from avss_dist.report.terminal.progress import LogLines, StepPace, bars, log
 
 if TYPE_CHECKING:
     from avss_dist.distillation.distill import Distilled
@@ -32,7 +30,8 @@ class DistillProgress:
         self._progress = progress or bars(rich_progress.TaskProgressColumn())
         self._bar = self._progress.add_task("reading", total=None) if bar is None else bar
         self._pace: Pace | None = None
-        self._tokens, self._step, self._logged_at = 0, "", time.monotonic()
+        self._log, self._step_pace = LogLines(self._progress), StepPace()
+        self._tokens, self._step = 0, ""
 
     def __enter__(self) -> Self:
         self._progress.__enter__()
@@ -47,6 +46,9 @@ class DistillProgress:
             case Preparing(step, share):
                 self._begin(step)
                 self._progress.update(self._bar, total=1.0, completed=share)
+                self._step_pace.reach(share)
+                if share:
+                    self._log(f"{step}, {share:.0%}{self._step_pace.describe()}")
             case TrainingAdvanced():
                 self._advance(event)
             case HeldOutMeasured(tokens=tokens, kept=kept):
@@ -55,7 +57,7 @@ class DistillProgress:
 
     def _begin(self, step: str) -> None:
         if step != self._step:
-            self._step = step
+            self._step, self._step_pace = step, StepPace()
             self._progress.reset(self._bar, total=None, description=step)
             if self._progress.disable:
                 log(step)
@@ -70,10 +72,8 @@ class DistillProgress:
         speed, left = self._pace.rate(), self._pace.seconds_left(event.total - event.tokens)
         what = f"training, loss {event.loss:.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
         self._progress.update(self._bar, description=what, total=event.total, completed=event.tokens)
-        if self._progress.disable and time.monotonic() - self._logged_at > LOG_SECONDS:
-            self._logged_at = time.monotonic()
-            ending = f", {describe_seconds(left)} left" if left is not None else ""
-            log(f"{event.tokens:,} of {event.total:,} tokens: {what}{ending}")
+        ending = f", {describe_seconds(left)} left" if left is not None else ""
+        self._log(f"{event.tokens:,} of {event.total:,} tokens: {what}{ending}")
 
     def _print(self, line: str) -> None:
         if self._progress.disable:

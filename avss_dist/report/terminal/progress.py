@@ -89,6 +89,59 @@ def log(what: str, file: TextIO | None = None) -> None:
     say(f"{datetime.now(UTC):%H:%M:%S} {what}", file)
 
 
+def describe_pace(pace: Pace, remaining: float, unit: str = "") -> str:
+    """Return the rate and the time that is left, after a comma each; empty while the pace is not steady.
+
+    Args:
+        remaining: amount of work that is left.
+        unit: what is counted, a plural; the rate is left out without it.
+    """
+    rate, seconds = pace.rate(), pace.seconds_left(remaining)
+    if not rate or seconds is None:
+        return ""
+    speed = f", {rate:,.0f} {unit}/s" if rate >= 1 else f", {60 * rate:.2g} {unit}/min"
+    return f"{speed if unit else ''}, {describe_seconds(seconds)} left"
+
+
+class LogLines:
+    """Log lines where no bar is shown, one every `LOG_SECONDS` at most.
+
+    Args:
+        progress: display of the bar. Nothing is logged unless it is disabled.
+    """
+
+    def __init__(self, progress: rich_progress.Progress) -> None:
+        self._progress, self._logged_at = progress, time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        """Log a line if the last one is long ago."""
+        if self._progress.disable and time.monotonic() - self._logged_at > LOG_SECONDS:
+            self._logged_at = time.monotonic()
+            log(what)
+
+
+class StepPace:
+    """Pace of a step, and its work so far.
+
+    Args:
+        total, done: amount of its work, and of what was done before.
+        unit: see `describe_pace`.
+    """
+
+    def __init__(self, total: float = 1.0, done: float = 0.0, unit: str = "") -> None:
+        self._pace, self._total, self._done, self._unit = Pace(), total, done, unit
+
+    def reach(self, done: float) -> None:
+        """Count the work up to ``done``."""
+        if done > self._done:
+            self._pace.advance(done - self._done)
+            self._done = done
+
+    def describe(self) -> str:
+        """Return the result of `describe_pace`."""
+        return describe_pace(self._pace, self._total - self._done, self._unit)
+
+
 class Progress:
     """Callback for the events of runs: a bar for each run, with tokens/s and the time that is left."""
 
@@ -151,7 +204,9 @@ class CellProgress:
     def __init__(self) -> None:
         self._progress = bars(rich_progress.MofNCompleteColumn())
         self._task: rich_progress.TaskID | None = None
-        self._logged_at, self._done, self._cells = time.monotonic(), 0, 0
+        self._log = LogLines(self._progress)
+        self._done, self._cells, self._step = 0, 0, ""
+        self._pace = self._step_pace = StepPace()
         self._notes: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -169,13 +224,15 @@ class CellProgress:
             case CellUnderway(cell, step, share):
                 assert self._task is not None
                 self._progress.update(self._task, description=f"{describe_cell(cell)}: {step}, {share:.0%}")
-                self._log(cell, f"{step}, {share:.0%}")
+                self._log_step(cell, step, share)
             case CellDone(cell, notes):
                 assert self._task is not None
                 self._print_notes(notes)
                 self._progress.update(self._task, advance=1, description=describe_cell(cell))
                 self._done += 1
-                self._log(cell, f"{self._done} of {self._cells} evaluated")
+                self._step = ""
+                self._pace.reach(self._done)
+                self._log(self._describe(cell))
             case SearchStep(best=best, sets=sets) if self._progress.console.is_terminal:
                 loss = f"loss {best.value:.4f} without {describe_removed(best.removed)}"
                 self._progress.console.print(f"{sets} sets: {loss}", markup=False, highlight=False)
@@ -192,12 +249,20 @@ class CellProgress:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task("evaluating", total=cells, completed=done)
         self._done, self._cells = done, cells
+        self._pace = StepPace(cells, done, "evaluations")
 
-    def _log(self, cell: Cell, what: str) -> None:
-        """Log a line at intervals, if there is no bar."""
-        if self._progress.disable and time.monotonic() - self._logged_at > LOG_SECONDS:
-            self._logged_at = time.monotonic()
-            log(f"{_short(cell.checkpoint.name)}: {what}")
+    def _describe(self, cell: Cell) -> str:
+        """Return how many cells are evaluated, with the pace."""
+        return f"{_short(cell.checkpoint.name)}: {self._done} of {self._cells} evaluated{self._pace.describe()}"
+
+    def _log_step(self, cell: Cell, step: str, share: float) -> None:
+        """Log the progress of a long cell. The time left is that of its step, until that of all cells is known."""
+        if step != self._step:
+            self._step, self._step_pace = step, StepPace()
+        self._step_pace.reach(share)
+        pace = self._pace.describe() or self._step_pace.describe()
+        name, cells = _short(cell.checkpoint.name), f"{self._done} of {self._cells} evaluated"
+        self._log(f"{name}: {step}, {share:.0%}; {cells}{pace}")
 
 
 def describe_cell(cell: Cell) -> str:
@@ -262,10 +327,7 @@ class ProgressLines:
             if time.monotonic() - self._logged_at < self._seconds:
                 return
             self._logged_at = time.monotonic()
-        what = f"{name}: {done / total:.0%} of {total:,} tokens"
-        if (speed := pace.rate()) and (remaining := pace.seconds_left(total - done)) is not None:
-            what += f", {speed:,.0f} tokens/s, {describe_seconds(remaining)} left"
-        self._print(what)
+        self._print(f"{name}: {done / total:.0%} of {total:,} tokens{describe_pace(pace, total - done, 'tokens')}")
 
     def _end(self, name: str, run: Run) -> None:
         with self._lock:

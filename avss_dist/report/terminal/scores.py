@@ -10,7 +10,7 @@ from rich.text import Text
 
 from avss_dist.analysis.findings import TRACKS_DEPTH
 from avss_dist.analysis.thresholds import INTERPOLATED
-from avss_dist.core.registry import LOWEST_SHARE
+from avss_dist.core.registry import LOWEST_SHARE, SCORES
 from avss_dist.core.text import describe_count, describe_layers, describe_threshold
 from avss_dist.report.table import BarColumn, Interval, ReportColumn, ReportTable, known_interval, percent, significant
 from avss_dist.report.terminal.tables import FittedTable
@@ -22,7 +22,7 @@ OF_SHARDS = ("95% interval", "lowest 25%")  # columns that a run of too few shar
 
 
 def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Return a table with a row for each layer: AVSS as bar and number, its rank and certainty, block influence.
+    """Return a table with a row for each layer: smoothed AVSS, its rank and certainty, block influence.
 
     Args:
         run: a row of ``runs``.
@@ -52,7 +52,7 @@ def _layer_columns(
     columns: list[ReportColumn | BarColumn] = [
         column("layer", "layer", str),
         BarColumn(values=[s["avss_smoothed"] for s in scores], marked=lowest),
-        column("AVSS", "avss_smoothed", number),
+        column(SCORES["avss"].title, "avss_smoothed", number),
         ReportColumn("95% interval", intervals, _interval, priority=4),
         column("rank", "rank", str),
         column("lowest 25%", "lowest_set_probability", percent(0), 3),
@@ -80,7 +80,7 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
     text = (
         f"{run['run_id']}: {describe_count(run['num_tokens'])} tokens of {run['corpus']}, "
         f"{run['dtype']} on {run['device']}.\n{_quantization(run)}"
-        f"* the {'layer' if lowest == 1 else f'{lowest} layers'} with the lowest AVSS, "
+        f"* the {'layer' if lowest == 1 else f'{lowest} layers'} with the lowest {SCORES['avss'].title}, "
         f"{LOWEST_SHARE:.0%} of {len(scores)}"
     )
     resampled = "; 'lowest 25%' is the share of resamples of the shards in which a layer is among them."

@@ -22,7 +22,7 @@ from avss_dist.evaluation.events import (
 from avss_dist.report.continuations import continuation_tables
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
 from avss_dist.report.terminal.distill import DistillProgress
-from avss_dist.report.terminal.progress import CellProgress, bars, describe_without, log
+from avss_dist.report.terminal.progress import CellProgress, LogLines, StepPace, bars, describe_without, log
 from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.runs.events import RunStarted, ShardMeasured
 from avss_dist.stats.retention import NO_INTERVAL
@@ -41,32 +41,46 @@ class ShrinkProgress(CellProgress):
         self._progress = bars(rich_progress.TaskProgressColumn())
         self._bar = self._progress.add_task("reading", total=None)
         self._distilling = DistillProgress(self._progress, self._bar)
+        self._log = LogLines(self._progress)
+        self._begin_step("reading", 1, 1)
         self._notes: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
         match event:
             case RunStarted(_, num_tokens, done_tokens):
-                self._begin_step("scoring layers", num_tokens, done_tokens)
+                self._begin_step("scoring layers", num_tokens, done_tokens, "tokens")
             case ShardMeasured(_, num_tokens):
-                self._progress.update(self._bar, advance=num_tokens)
+                self._advance(num_tokens)
             case CellsStarted(cells, done) if cells:
-                self._begin_step(_step(cells[0]), len(cells), done)
+                self._begin_step(_step(cells[0]), len(cells), done, "evaluations")
             case CellUnderway(_, step, share):
-                self._progress.update(self._bar, description=f"{step[0].lower()}{step[1:]}, {share:.0%}")
+                what = f"{step[0].lower()}{step[1:]}, {share:.0%}"
+                self._progress.update(self._bar, description=what)
+                self._log(f"{what}{self._pace.describe()}")
             case CellDone(cell, notes):
                 self._print_notes(notes)
-                self._progress.update(self._bar, advance=1, description=_step(cell))
+                self._progress.update(self._bar, description=_step(cell))
+                self._advance(1)
             case WeightsWritten():
                 self._progress.update(self._bar, description="writing", total=None, completed=0)
             case Preparing() | TrainingAdvanced() | HeldOutMeasured():
                 self._distilling(event)
 
-    def _begin_step(self, what: str, total: int, done: int) -> None:
+    def _begin_step(self, what: str, total: int, done: int, unit: str = "") -> None:
         """Begin a step of ``total`` units, of which ``done`` are done."""
         self._progress.reset(self._bar, total=total, completed=done, description=what)
+        self._done, self._cells, self._step = done, total, what
+        self._pace = StepPace(total, done, unit)
         if self._progress.disable and done != total:
             log(what)
+
+    def _advance(self, amount: int) -> None:
+        """Count finished units of a step."""
+        self._progress.update(self._bar, advance=amount)
+        self._done += amount
+        self._pace.reach(self._done)
+        self._log(f"{self._step}: {self._done / self._cells:.0%}{self._pace.describe()}")
 
 
 def _step(cell: Cell) -> str:

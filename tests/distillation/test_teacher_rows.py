@@ -1,0 +1,64 @@
+"""How many texts a teacher writes at once: as many as there is memory for, and the same after an interruption."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avss_dist.core.settings import Settings
+from avss_dist.distillation import teacher_text as module
+from avss_dist.distillation.teacher_text import ROWS, rows_at_once, teacher_text
+from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.sampling import sample
+from avss_dist.system.progress_bar import progress_to
+
+SETTINGS = Settings(sequence_length=16, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize(("free", "rows"), [(1 << 30, ROWS[0]), (1 << 20, ROWS[-1])])
+def test_rows_follow_the_memory(free: int, rows: int, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda _: free)
+    assert rows_at_once(resolve(str(teacher)), SETTINGS) == rows
+
+
+def test_progress_is_told_after_each_token_and_each_batch(teacher: Path) -> None:
+    shares: list[float] = []
+    with progress_to(lambda _, share: shares.append(share)):
+        (first, second) = sample(resolve(str(teacher)), replace(SETTINGS, batch_size=8), count=16)
+        assert LanguageModel.each(Any, len, ["a", "bc"]) == [1, 2]  # type: ignore[arg-type, list-item]
+    assert len(first) + len(second) == 16
+    assert len(shares) > 20 and shares[:-2] == sorted(shares[:-2]) and shares[-2:] == [0.0, 0.5]
+
+
+def test_what_was_begun_goes_on_in_batches_of_the_same_size(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less memory than before changes neither the texts nor their file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "free_memory", lambda _: 1 << 30)
+    options: dict[str, Any] = {"count": 300, "seed": 0, "work": tmp_path, "on_event": lambda _: None}
+    sampled = module.sample
+
+    def stopped(*arguments: Any, **more: Any) -> Any:
+        for number, batch in enumerate(sampled(*arguments, **more)):
+            if number == 1:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(module, "sample", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        teacher_text(resolve(str(teacher)), SETTINGS, **options)
+    monkeypatch.setattr(module, "sample", sampled)
+    monkeypatch.setattr(module, "free_memory", lambda _: 1 << 20)
+    file = teacher_text(resolve(str(teacher)), SETTINGS, **options)
+    assert teacher_text(resolve(str(teacher)), SETTINGS, **options) == file
+    assert not [*tmp_path.glob("*.part")]
+    (tmp_path / "whole").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    monkeypatch.setattr(module, "free_memory", lambda _: 1 << 30)
+    whole = teacher_text(resolve(str(teacher)), SETTINGS, **options | {"work": tmp_path / "whole"})
+    assert whole.read_bytes() == file.read_bytes()
