@@ -83,11 +83,11 @@ def publish(
     dataset = _dataset(target) if target.startswith("hf:") else None
     with _staged_target(target, dataset, f"Layer scores of {describe_count(len(run_ids))} runs") as folder:
         (folder / DATA).mkdir()
-        rows, run_ids = _write_tables(warehouse, run_ids, folder / DATA)
+        rows, published = _write_tables(warehouse, run_ids, folder / DATA)
         _write_catalog(folder, list(rows))
         if write_page:
             write_page(folder)
-        card = _card(rows, len(run_ids), page=write_page is not None, dataset=dataset, space=space)
+        card = _card(rows, len(published), page=write_page is not None, dataset=dataset, space=space)
         (folder / CARD).write_text(card, encoding="utf-8")
         if space is not None:
             _publish_space(folder, space, dataset)
