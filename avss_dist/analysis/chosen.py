@@ -51,21 +51,25 @@ def choose_runs(
         table = pa.concat_tables([table, measured_checkpoints(warehouse, table)])
     rows = table.select(_COLUMNS).to_pylist()  # a row of all columns is 20 times as large
     index = {row["run_id"]: number for number, row in enumerate(rows)}
-    rows.sort(key=lambda row: row["run_id"])
-    valid = {row["run_id"]: row for row in rows if failed or row["status"] in ("done", MEASURED_ONLY)}
-    errors = {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
+    valid, errors = _valid_and_failed(rows, failed)
     if not valid and not errors.keys() & set(names):
         without_run = ", and avss ablate measures layers without one" if measured else ""
         raise QueryError(f"{warehouse.root} has no finished run.", f"avss score makes one{without_run}.")
-    chosen: dict[str, None] = {}
-    if not names:
-        chosen = dict.fromkeys(valid if every else [max(valid, key=lambda run_id: str(valid[run_id]["created_at"]))])
+    newest = max(valid, key=lambda run_id: str(valid[run_id]["created_at"]), default="")
+    chosen = {} if names else dict.fromkeys(valid if every else [newest])
     for name in names:
         if name in errors:
             raise QueryError(f"Run '{name}' failed: {errors[name]}", "Fix that, then run avss score again.")
         chosen |= dict.fromkeys(_matching(name, valid))
     selected = table.take([index[run_id] for run_id in chosen]).select(list(columns or table.column_names))
     return list(selected.to_pylist(maps_as_pydicts="lossy"))
+
+
+def _valid_and_failed(rows: Sequence[dict[str, Any]], failed: bool) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the rows of runs that may be chosen by id, ordered by id, and the errors of the others."""
+    rows = sorted(rows, key=lambda row: str(row["run_id"]))
+    valid = {row["run_id"]: row for row in rows if failed or row["status"] in ("done", MEASURED_ONLY)}
+    return valid, {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
 
 
 def measured_checkpoints(warehouse: Warehouse, runs: pa.Table) -> pa.Table:

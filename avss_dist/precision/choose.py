@@ -54,25 +54,28 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         )
         for number, ((layer, path), index) in enumerate(zip(maps, chosen.tolist(), strict=True))
     ]
-    why: dict[str, Any] = {
-        "by": request.by,
-        "formats": ", ".join(formats),
-        f"sum_of_{by}": round(total(damage, chosen), 6),
-    }
-    why |= {"bits": request.bits} if request.bits else {"memory": describe_bytes(request.memory or 0)}
-    if request.by == "random":
-        why["seed"] = request.seed
     return PrecisionPlan(
         model=run["model"],
         revision=run["revision"],
         num_layers=run["num_layers"] or 1 + max(layer for layer, _ in maps),
         bits=float(total(bits, chosen) / weights.sum()),
-        why=why,
+        why={
+            "by": request.by,
+            "formats": ", ".join(formats),
+            f"sum_of_{by}": round(total(damage, chosen), 6),
+            **_budget_and_seed(request),
+        },
         run_id=None if run.get("status") == MEASURED_ONLY else run["run_id"],
         evaluation=measured.run_id,
         findings=tuple(_findings(by, damage, chosen, formats)),
         rounded=tuple(rounded),
     )
+
+
+def _budget_and_seed(request: PrecisionRequest) -> dict[str, Any]:
+    """Return the budget of a plan, and the seed of a random one, as the plan states them."""
+    why: dict[str, Any] = {"bits": request.bits} if request.bits else {"memory": describe_bytes(request.memory or 0)}
+    return {**why, "seed": request.seed} if request.by == "random" else why
 
 
 def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) -> Iterator[str]:
@@ -86,7 +89,7 @@ def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) 
     if (fall := -total(np.minimum(damage, 0.0), chosen)) > MAX_FALL:
         yield (
             f"Some linear maps are predicted to lower the loss when they are rounded, by {fall:.2g} nats per token "
-            "together. That is so on the text of the prediction: for other text, choose `by` {SECOND_ORDER}."
+            f"together. That is so on the text of the prediction: for other text, choose `by` {SECOND_ORDER}."
         )
 
 
