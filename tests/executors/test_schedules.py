@@ -251,12 +251,11 @@ class AssignsOnce(Pool):
         self._idle += idle[1:]
 
 
-class HiresNobody(Pool):
-    """A pool that starts one gang, and no other."""
+class HiresOne(Pool):
+    """A pool that has one gang at a time, whatever there is room for."""
 
-    def _hire(self) -> None:
-        if not self._gangs():
-            super()._hire()
+    def __init__(self, *args: Any, replicas: Callable[[Any], int], **options: Any) -> None:
+        super().__init__(*args, replicas=lambda placement: min(1, replicas(placement)), **options)
 
 
 class IsPatient(Pool):
@@ -283,7 +282,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "a result counts twice": ({}, "a result counts twice"),
     "units are lost": ({"pool_class": LosesUnits}, "a unit is lost|the scheduler spins"),
     "gangs are idle": ({"pool_class": AssignsOnce}, "a gang is idle"),
-    "places are empty": ({"pool_class": HiresNobody}, "a place is left empty"),
+    "places are empty": ({"pool_class": HiresOne}, "a place is left empty"),
     "arrival decides": ({"merge": staticmethod(in_order_of_arrival)}, "depend on the schedule"),
     "hangs are waited for": ({"pool_class": IsPatient}, "does not end"),
     "gangs are left": ({"pool_class": ForgetsOneGang}, "assert not"),
