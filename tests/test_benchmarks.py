@@ -127,3 +127,25 @@ def test_a_script_with_ray_runs(name: str) -> None:
     code, printed, errors = script.wait()
     assert code == 0, errors[-2000:]
     assert re.search(r"\d", printed)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("warm_workers")
+def test_the_same_numbers_are_made_twice_and_a_changed_one_is_found(tmp_path: Path) -> None:
+    """Everything but SmolLM2 and Ray. The second run differs from the first in the line that was changed alone."""
+
+    def made(*options: object) -> tuple[int, list[str]]:
+        script = Command(TESTS / "benchmarks/same_numbers.py", "--quick", *options, program="python")
+        code, printed, errors = script.wait()
+        assert printed, errors[-2000:]
+        return code, printed.splitlines()
+
+    code, lines = made()
+    assert code == 0 and lines == sorted(lines) and not any(line.startswith("#") for line in lines)
+    assert {line.partition(".")[0] for line in lines} >= {"local", "streaming", "contrast", "ablation", "repair"}
+    name, number, _ = lines[7].split()
+    changed = [*lines[:7], f"{name} {number} 0123456789abcdef", *lines[8:]]
+    (tmp_path / "before.txt").write_text("\n".join(changed))
+    code, again = made("--compare", tmp_path / "before.txt")
+    assert code == 1 and again[:-1] == lines
+    assert again[-1].startswith(f"# differs: {name}: {number} 0123456789abcdef before, {number} ")

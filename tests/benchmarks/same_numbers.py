@@ -1,325 +1,466 @@
-"""Compare the values of two warehouses: table by table, run by run, column by column.
+"""Make the values that this package computes, and print a digest of each class of them: a change must not move them.
 
-    python tests/benchmarks/same_numbers.py BEFORE AFTER
+    python tests/benchmarks/same_numbers.py > before.txt                    # minutes
+    python tests/benchmarks/same_numbers.py --compare before.txt            # exit code 1 if anything differs
+    python tests/benchmarks/same_numbers.py --quick --compare before.txt    # without SmolLM2 and Ray: a minute
+    python tests/benchmarks/same_numbers.py --only zero3 contrast
 
-BEFORE and AFTER are folders. Their Parquet files are compared as they are stored, so a column that one version does not
-write is listed and not filled in. Integers and texts must be equal, and floats equal to the bit. NaN equals NaN, and
-null equals null. Runs are matched by run id; where the ids differ, by model, corpus, task and settings.
+A line has the name of a class (case, model, table, column), the number of its values, and the start of the SHA-256 of
+them as JSON, in which each float is written so that it can be read back to the bit. Rows are in the order of their
+keys. Times, folders and ids of runs are left out. The lines are those of one machine: another processor adds up in
+another order. Columns without a value have no line, so a column that nothing writes can go unnoticed.
 
-Exit code 1: a column of both sides differs, a matched run has rows that the other side lacks, or no row was compared.
+A comparison covers the cases that were made this time.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import logging
+import os
+import re
+import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+if __name__ == "__main__":  # the package beside this file, whichever is installed
+    sys.path[:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the order of its sums depends on it
+
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import llama, save_tokenizer
+from support.command_line import avss
+from support.families import lively, tiny_model
+from support.pairs import write_pairs
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-IGNORED = {
-    "created_at": "date of writing",
-    "seconds": "measured time",
-    "wall_seconds": "measured time",
-    "tokens_per_second": "measured time",
-    "peak_memory_bytes": "measured memory of the machine",
-    "device": "name of the machine's device",
-    "versions": "versions of packages",
-    "schema_version": "version of the tables",
-    "run_id": "rows are matched by it; it is listed where it differs",
-    "fingerprint": "the run id is the start of it",
+import avss_dist
+from avss_dist import Warehouse
+
+REPOSITORY = Path(__file__).parents[2]
+TEXT = "builtin:pydoc"
+CPU: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
+LOCAL: dict[str, Any] = {"executor": "local", "partition": "single"}
+ROWS: dict[str, Any] = {"max_sequences": 26, "sequence_length": 32, "batch_size": 2, **CPU}
+SHARDS: dict[str, Any] = {**ROWS, "sequences_per_shard": 3}
+"""Nine shards, the last of them shorter: intervals need eight."""
+FEW: dict[str, Any] = {**ROWS, "max_sequences": 8}
+
+KEYS: dict[str, Sequence[str]] = {
+    "scores": ("site", "recipe", "threshold_kind", "threshold", "layer"),
+    "layer_stats": ("site", "layer"),
+    "stratum_stats": ("stratum", "site", "layer"),
+    "row_stats": ("row", "site", "layer"),
+    "expert_stats": ("layer", "expert"),
 }
-"""Columns that may differ between two measurements of one thing, with the reason."""
-KEYS = (
-    *("layer", "site", "recipe", "threshold_kind", "threshold", "shard_id", "stratum", "row", "expert", "task", "part"),
-    *(
-        "position",
-        "metric",
-        "drop",
-        "patch",
-        "factor",
-        "sparsity_plan",
-        "method",
-        "share",
-        "sparsity",
-        "seed",
-        "repair",
-        "map",
-    ),
+"""Columns that order the rows of a model in a table."""
+OF_ROWS = {*chain(*KEYS.values()), "depth", "pair", "prompt_tokens", "answer_tokens"}
+NO_VALUES = {"run_id", "model", "revision", "family", "layer_name", "a_run_id", "b_run_id"}
+"""Columns that tell whose a row is."""
+STATISTICS = {
+    "counts": "thresholds near_zero count zero_count nonfinite_count token_count unit_count sequence_count",
+    "moments": "mean m2 min max max_abs pooled_variance_sum unit_sum unit_sum_sq",
+    "updates": "cosine_sum angular_sum relative_magnitude_sum",
+    "input": "input_count input_mean input_m2",
+    "first": "first_count first_mean first_m2",
+    "quantile": "abs_value abs_value_count abs_value_cut",
+    "histogram": "histogram_bin histogram_count",
+}
+CLASSES: dict[str, Mapping[str, str]] = {
+    "scores": {
+        "avss": "nav nas avss avss_smoothed avss_normalized avss_cumulative rank",
+        "counts": "count near_zero_count variance sparsity quality",
+        "interval": "avss_low avss_high lowest_set_probability",
+    },
+    "layer_stats": STATISTICS,
+    "stratum_stats": STATISTICS,
+    "row_stats": {"statistics": "count near_zero mean m2 pooled_variance norm relative_magnitude"},
+    "expert_stats": {
+        "counts": "routed_tokens output_count token_count",
+        "sums": "gate_sum gated_norm_sum output_sum output_sum_sq router_entropy_sum",
+    },
+}
+"""Columns of a table that have a line together. Every other column has a line of its own, so that one that the package
+no longer writes changes no other line."""
+RUN_ID = re.compile(r"-[0-9a-f]{10}\b")
+
+
+def count_values(value: Any) -> int:
+    """Return the number of values in nested lists and mappings that are not null."""
+    if isinstance(value, Mapping):
+        return sum(map(count_values, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(count_values, value))
+    return value is not None
+
+
+class Goldens:
+    """The lines of a case, and the folder in which all cases are made.
+
+    Attributes:
+        lines: number of values and digest, by name.
+    """
+
+    def __init__(self, folder: Path, case: str) -> None:
+        self._root, self._case, self.lines = folder, case, dict[str, str]()
+
+    def add(self, name: str, values: Any) -> None:
+        """Add the line of a class, unless it has no values."""
+        text = json.dumps(values, sort_keys=True, default=str).replace(str(self._root), "")
+        name = f"{self._case}.{name}"
+        assert name not in self.lines, name
+        if number := count_values(values):
+            digest = hashlib.sha256(RUN_ID.sub("", text).encode()).hexdigest()
+            self.lines[name] = f"{number} {digest[:16]}"
+
+    def add_table(self, name: str, table: pa.Table) -> None:
+        """Add the line of a table, whose rows are in a stable order."""
+        columns = [column for column in with_values(table) if column not in NO_VALUES]
+        self.add(name, {column: table[column].to_pylist() for column in columns})
+
+    def add_warehouse(self, warehouse: Path) -> None:
+        """Add the lines of all tables of measurements and evaluations, for each model."""
+        opened = Warehouse(warehouse)
+        for table, keys in KEYS.items():
+            for model, rows in by_model(opened.table(table)).items():
+                ordered = rows.sort_by([(key, "ascending") for key in keys])
+                for kind, names in classes_of(table, with_values(rows)).items():
+                    self.add_table(f"{model}.{table}.{kind}", ordered.select(names))
+        for model, rows in by_model(opened.table("evaluations")).items():
+            self._add_evaluations(model, rows.to_pylist())
+
+    def _add_evaluations(self, model: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add a line for each metric of each kind of task. Metrics of single maps are one: ``name:map``.
+
+        The hash of a patch is left out: its file names the folder of the model.
+        """
+        values = defaultdict[str, list[Any]](list)
+        for row in rows:
+            about = [row.get(name) for name in ("drop", "layer", "factor", "rounding", "sparsity_plan")]
+            task, metric = row["task"].partition(":")[0], row["metric"].partition(":")[0]
+            value = [row["metric"], about, row["value"], row["stderr"], row["num_samples"]]
+            values[f"{task}.{metric}"].append(value)
+        for name, metric_values in values.items():
+            self.add(f"{model}.{name}", sorted(metric_values, key=json.dumps))
+
+    def add_checkpoint(self, name: str, folder: Path) -> None:
+        """Add a line for the weights of a checkpoint, as numbers of 8 bits."""
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            tensors |= load_file(file)
+        self.add(name, {key: tensor.view(torch.uint8).tolist() for key, tensor in tensors.items()})
+
+    def model(self, name: str) -> str:
+        """Return the folder of a tiny checkpoint, which is written when it is first asked for."""
+        folder = self._root / "models" / name
+        if not folder.exists():
+            model = MODELS[name]()
+            model.save_pretrained(folder)
+            save_tokenizer(folder)
+        return str(folder)
+
+
+def with_values(table: pa.Table) -> list[str]:
+    """Return the names of the columns that are not null everywhere, in alphabetical order."""
+    return [name for name in sorted(table.column_names) if table[name].null_count < len(table)]
+
+
+def classes_of(table: str, columns: Iterable[str]) -> dict[str, list[str]]:
+    """Return the columns of a table that have a line together, by the name of their class."""
+    classes = defaultdict[str, list[str]](list)
+    for column in columns:
+        together = (kind for kind, names in CLASSES[table].items() if column in names.split())
+        classes["rows" if column in OF_ROWS else next(together, column)].append(column)
+    return {kind: columns for kind, columns in classes.items() if not NO_VALUES.issuperset(columns)}
+
+
+def by_model(table: pa.Table) -> dict[str, pa.Table]:
+    """Return the rows of each model by the last part of its name."""
+    names = table["model"].to_pylist() if len(table) else []
+    return {Path(name).name: table.filter(pa.array([other == name for other in names])) for name in sorted(set(names))}
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: lively(llama(num_hidden_layers=5)),
+    "deep": lambda: llama(num_hidden_layers=12, initializer_range=0.3),
+    "deep-other": lambda: llama(seed=1, num_hidden_layers=12, initializer_range=0.3),
+    "llama-wide": lambda: llama(hidden_size=64, intermediate_size=128, num_hidden_layers=4, initializer_range=0.3),
+    "mixture": lambda: lively(tiny_model("causal", "qwen3_moe")),
+    "gpt2": lambda: lively(tiny_model("causal", "gpt2")),
+    "bert": lambda: lively(tiny_model("masked", "bert")),
+}
+
+
+Case = Callable[[Goldens, Path], None]
+"""A function that adds lines, and the folder that it may fill."""
+Outcomes = dict[str, str]
+
+
+class NotMadeError(Exception):
+    """The reason why a case cannot be made on this machine."""
+
+
+def smollm2(goldens: Goldens, folder: Path) -> None:
+    """Score SmolLM2 at five sites."""
+    script = REPOSITORY / "jobs" / "fetch_smollm2.py"
+    fetched = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    if fetched.returncode:
+        raise NotMadeError(f"there is no checkpoint: {fetched.stderr.strip()[-200:]}")
+    model = fetched.stdout.strip().splitlines()[-1]
+    rows = {"max_sequences": 16, "sequence_length": 128, "batch_size": 2, "sequences_per_shard": 2, **CPU}
+    avss_dist.score(model, corpus=TEXT, warehouse=folder, **rows, **LOCAL)
+    goldens.add_warehouse(folder)
+
+
+def measure(goldens: Goldens, folder: Path, *models: str, **place: Any) -> None:
+    """Score models, and ask the first one for losses without layers, Shapley values and gradients."""
+    names, options = [goldens.model(name) for name in models], {**SHARDS, **place, "experts": "mixture" in models}
+    for run in avss_dist.score_all(names, corpus=TEXT, warehouse=folder, **options):
+        assert run.status == "done", run.error
+    options = {**FEW, "sequences_per_shard": 3, **place}
+    avss_dist.ablate(names[0], corpus=TEXT, warehouse=folder, shapley=1, gradients=True, **options)
+    goldens.add_warehouse(folder)
+
+
+def evaluate(warehouse: Path, *subjects: str | Path) -> avss_dist.Evaluations:
+    """Evaluate models and plans on text that nothing was scored on."""
+    names, tasks = [str(subject) for subject in subjects], [f"perplexity:{TEXT}"]
+    return avss_dist.evaluate(names, tasks=tasks, warehouse=warehouse, skip_sequences=30, **FEW, **LOCAL)
+
+
+def local(goldens: Goldens, folder: Path) -> None:
+    """Measure models of four families in this process."""
+    measure(goldens, folder, "llama", "mixture", "gpt2", "bert", **LOCAL)
+
+
+def streaming(goldens: Goldens, folder: Path) -> None:
+    """Measure models of which a few layers are in memory at a time."""
+    measure(goldens, folder, "llama", "mixture", executor="local", partition="streaming")
+
+
+def contrast(goldens: Goldens, folder: Path) -> None:
+    """Contrast two labels of paired text, in each reading."""
+    pairs, warehouse = write_pairs(folder, 12), folder / "w"
+    options = {**SHARDS, "max_sequences": None, "sequence_length": 64, "sequences_per_shard": 4}
+    avss_dist.score(goldens.model("llama"), corpus=pairs, warehouse=warehouse, **options, **LOCAL)
+    goldens.add_warehouse(warehouse)
+    labels = ("--hallucinated", "bad", "--truthful", "good", "--format", "json")
+    for recipe in ("pooled", "element", "unit"):
+        for what, option in (("layers", []), ("predictions", ["--predictions"])):
+            done = avss("contrast", "-w", warehouse, "--recipe", recipe, "--threshold", "1e-2", *labels, *option)
+            assert done.exit_code == 0, done.stderr
+            if rows := [json.loads(line) for line in done.stdout.splitlines()]:
+                goldens.add_table(f"{recipe}.{what}", pa.Table.from_pylist(rows))
+
+
+def ablation(goldens: Goldens, folder: Path) -> None:
+    """Ablate each layer and sublayer, with Shapley values, gradients and damage; choose layers by them."""
+    model = goldens.model("llama")
+    avss_dist.score(model, corpus=TEXT, warehouse=folder, **SHARDS, **LOCAL)
+    measured = {"sublayers": True, "shapley": 4, "gradients": True, "damage": True}
+    done = avss_dist.ablate(model, corpus=TEXT, warehouse=folder, **measured, **FEW, **LOCAL)
+    goldens.add_table("table", done.table())
+    goldens.add_warehouse(folder)
+    for score in ("avss", "block_influence", "loss", "shapley", "damage"):
+        goldens.add(f"plan.{score}", [str(drop) for drop in avss_dist.plan(warehouse=folder, by=score, count=2).drop])
+    for search in ("greedy", "beam"):
+        found = avss_dist.plan(warehouse=folder, search=search, count=2, corpus=TEXT, **FEW, **LOCAL)
+        goldens.add(f"plan.{search}", [str(drop) for drop in found.drop])
+
+
+def sparsity(goldens: Goldens, folder: Path) -> None:
+    """Make sparsity plans by four methods, and evaluate two of them."""
+    model, warehouse = goldens.model("llama"), folder / "w"
+    avss_dist.score(model, corpus=TEXT, warehouse=warehouse, sites=("block", "inputs"), **SHARDS, **LOCAL)
+    for method in ("loss", "teal", "acttail", "wina"):
+        plan = avss_dist.sparsify(0.5, warehouse=warehouse, method=method, **FEW, **LOCAL)
+        columns = ("layer", "map", "site", "by", "value", "sparsity")
+        maps = [{name: getattr(entry, name) for name in columns} for entry in plan.projections]
+        goldens.add_table(method, pa.Table.from_pylist(maps))
+        plan.write(folder / f"{method}.yaml")
+    done = evaluate(warehouse, folder / "teal.yaml", folder / "wina.yaml")
+    goldens.add_table("table", done.table())
+    goldens.add_warehouse(warehouse)
+
+
+def repair(goldens: Goldens, folder: Path) -> None:
+    """Prune a layer, repair the rest in two ways, and evaluate what is left."""
+    model, warehouse = goldens.model("llama-wide"), folder / "w"
+    plan = avss_dist.Plan(model=model, num_layers=4, layers="layers", drop=(2,))
+    written = []
+    for name in ("none", "map", "refit"):
+        texts = {} if name == "none" else {"repair_corpora": [TEXT], "warehouse": warehouse, **ROWS, **LOCAL}
+        done = avss_dist.prune(model, plan, folder / f"pruned-{name}", repair=name, **texts)
+        goldens.add_checkpoint(f"weights.{name}", Path(done.folder))
+        written.append(done.folder)
+    evaluate(warehouse, model, *written)
+    goldens.add_warehouse(warehouse)
+
+
+def distillation(goldens: Goldens, folder: Path) -> None:
+    """Distill a pruned model in eight steps."""
+    teacher, student = goldens.model("llama-wide"), folder / "student"
+    plan = avss_dist.Plan(model=teacher, num_layers=4, layers="layers", drop=(2,))
+    avss_dist.prune(teacher, plan, student)
+    options = {"tokens": 8 * 4 * 32, "sequence_length": 32, "batch_size": 4, "max_sequences": 64, "held_out": 4}
+    options |= {"self_texts": 0, "learning_rate": 3e-4, "warmup": 2, "evaluations": 2, **CPU}
+    for train in ("all", "lora"):
+        out = folder / train
+        done = avss_dist.distill(student, teacher=teacher, corpora=[TEXT], output=out, train=train, **options)
+        goldens.add_checkpoint(f"weights.{train}", out)
+        goldens.add_table(train, done.table())
+
+
+def precision(goldens: Goldens, folder: Path) -> None:
+    """Predict the losses of rounded weights, choose formats under a budget, and evaluate the choice."""
+    model, warehouse = goldens.model("llama-wide"), folder / "w"
+    avss_dist.score(model, corpus=TEXT, warehouse=warehouse, **SHARDS, **LOCAL)
+    formats = ("int4-g32", "int8")
+    avss_dist.ablate(model, corpus=TEXT, warehouse=warehouse, quantize=formats, **FEW, **LOCAL)
+    plan = avss_dist.quantize(bits=5.5, warehouse=warehouse, quantize=formats)
+    maps = [{name: getattr(entry, name) for name in ("layer", "map", "format", "bits")} for entry in plan.rounded]
+    goldens.add_table("plan", pa.Table.from_pylist(maps))
+    plan.write(folder / "plan.yaml")
+    evaluate(warehouse, folder / "plan.yaml")
+    goldens.add_warehouse(warehouse)
+
+
+def experts(goldens: Goldens, folder: Path) -> None:
+    """Choose routed experts to remove, and write the mixture without them."""
+    model, warehouse = goldens.model("mixture"), folder / "w"
+    avss_dist.score(model, corpus=TEXT, warehouse=warehouse, experts=True, **SHARDS, **LOCAL)
+    for score in ("reap", "tokens", "gate"):
+        plan = avss_dist.plan(warehouse=warehouse, by=score, experts=0.25)
+        goldens.add(f"plan.{score}", [str(drop) for drop in plan.drop])
+        done = avss_dist.prune(model, plan, folder / score, repair="refit", repair_corpora=[TEXT], **ROWS, **LOCAL)
+        goldens.add_checkpoint(f"weights.{score}", Path(done.folder))
+
+
+def compare(goldens: Goldens, folder: Path) -> None:
+    """Compare the rankings of several models, and list the findings against them."""
+    names = [goldens.model(name) for name in ("deep", "deep-other", "gpt2", "bert")]
+    avss_dist.score_all(names, corpus=TEXT, warehouse=folder, **SHARDS, **LOCAL)
+    for recipe in ("pooled", "unit"):
+        pairs = avss_dist.compare(warehouse=folder, recipe=recipe, threshold=1e-2).table()
+        rows = sorted(pairs.to_pylist(), key=lambda row: RUN_ID.sub("", json.dumps(row, sort_keys=True, default=str)))
+        for column in (column for column in with_values(pairs) if column not in NO_VALUES):
+            goldens.add(f"{recipe}.{column}", [row[column] for row in rows])
+    found = avss_dist.findings(warehouse=folder).table()
+    for kind in sorted(set(found["kind"].to_pylist())):
+        goldens.add_table(f"findings.{kind}", found.filter(pc.equal(found["kind"], kind)))
+
+
+def start_ray() -> None:
+    """Start a private Ray of four CPUs, unless it runs. It ends with this process."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    logs = {"log_to_driver": False, "logging_level": logging.ERROR}
+    os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no case uses)
+    os.environ["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    ray.init(address="local", num_cpus=4, include_dashboard=False, **logs)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+
+def on_ray(models: Sequence[str], **place: Any) -> Case:
+    """Return a case that measures models on Ray."""
+
+    def make(goldens: Goldens, folder: Path) -> None:
+        start_ray()
+        measure(goldens, folder, *models, executor="ray", **place)
+
+    return make
+
+
+ON_RAY = {
+    "ray": on_ray(["llama", "mixture"], partition="single", replicas=2),
+    "zero3": on_ray(["llama"], partition="zero3", ranks=2),
+    "fsdp": on_ray(["llama"], partition="fsdp", ranks=2),
+    "tensor_parallel": on_ray(["llama"], partition="tensor_parallel", ranks=2),
+    "expert_parallel": on_ray(["mixture"], partition="expert_parallel", ranks=2),
+}
+IN_PROCESS = (
+    *(smollm2, local, streaming, contrast, ablation, sparsity),
+    *(repair, distillation, precision, experts, compare),
 )
-"""Columns that tell the rows of a run apart."""
-MEASURED = {"scores": {"sparsity"}, "sparsity": {"sparsity"}}
-"""Columns of a table that have the name of a key, and are measurements there."""
-
-Mask = NDArray[np.bool_]
+CASES: dict[str, Case] = {case.__name__: case for case in IN_PROCESS} | ON_RAY
+SLOW = {"smollm2", *ON_RAY}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunIdentity:
-    """The facts that tell runs apart where their ids differ.
+def make(names: Sequence[str]) -> tuple[Outcomes, Outcomes, Outcomes]:
+    """Make cases, one after the other. A failure ends its case alone.
 
-    Attributes:
-        settings: by name, as stored.
+    Returns:
+        The lines by class, the reasons of cases that cannot be made here, and the errors of those that failed.
     """
-
-    model: str | None
-    corpus: str | None
-    task: str | None
-    settings: Mapping[str, Any]
-
-    def matches(self, other: RunIdentity) -> bool:
-        """Whether the other run measures the same: settings that only one version has do not count."""
-        shared = self.settings.keys() & other.settings.keys()
-        return (self.model, self.corpus, self.task) == (other.model, other.corpus, other.task) and all(
-            self.settings[name] == other.settings[name] for name in shared
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Difference of a column.
-
-    Attributes:
-        rows: number of rows whose values differ.
-        relative: largest relative difference of two numbers; None where the values are no numbers, or where one side
-            has none.
-    """
-
-    rows: int
-    relative: float | None
-
-    def __str__(self) -> str:
-        rows = f"{self.rows:,} row{'s' if self.rows > 1 else ''}"
-        return rows if self.relative is None else f"{rows}, {self.relative:.1e}"
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    set_verbosity_error()
+    lines, absent, failed = Outcomes(), Outcomes(), Outcomes()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            began, goldens, own = time.monotonic(), Goldens(Path(folder), name), Path(folder, name)
+            own.mkdir()
+            try:
+                CASES[name](goldens, own)
+            except NotMadeError as reason:
+                absent[name] = str(reason)
+            except Exception as error:
+                traceback.print_exc()
+                failed[name] = f"{type(error).__name__}: {error}"
+            lines |= goldens.lines
+            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return lines, absent, failed
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableComparison:
-    """Comparison of the rows that two warehouses have in one table, for the runs that both have.
-
-    Attributes:
-        rows: number of rows that both have.
-        equal: names of the columns whose values are equal.
-        different: by column.
-        only_before, only_after: columns of one side.
-        rows_before, rows_after: number of rows of one side.
-    """
-
-    rows: int
-    equal: Sequence[str]
-    different: Mapping[str, Difference]
-    only_before: Sequence[str]
-    only_after: Sequence[str]
-    rows_before: int
-    rows_after: int
-
-    @property
-    def same(self) -> bool:
-        """Whether no shared column differs, and no row is on one side alone."""
-        return not (self.different or self.rows_before or self.rows_after)
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return a line for each class that differs, or that one side lacks."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    absent = "no values"
+    return [f"# differs: {name}: {before.get(name, absent)} before, {now.get(name, absent)} now" for name in names]
 
 
-def read_tables(root: Path) -> dict[str, pa.Table]:
-    """Read every table of a warehouse by name, with the columns that its files have and ``run_id``."""
-    files: dict[str, list[pa.Table]] = defaultdict(list)
-    for path in sorted(root.glob("*/run_id=*/*.parquet")):
-        table = pq.ParquetFile(path).read().replace_schema_metadata(None)
-        run_id = pa.array([path.parent.name.removeprefix("run_id=")] * len(table), pa.string())
-        files[path.parent.parent.name].append(table.append_column("run_id", run_id))
-    return {name: pa.concat_tables(parts, promote_options="permissive") for name, parts in files.items()}
+def read_lines(file: Path) -> dict[str, str]:
+    """Read the lines of an earlier run by name."""
+    lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return {name: f"{number} {digest}" for name, number, digest in lines}
 
 
-def identities(tables: Mapping[str, pa.Table]) -> dict[str, RunIdentity]:
-    """Return the identity of every run and evaluation by its id."""
-    runs: dict[str, RunIdentity] = {}
-    for name in ("runs", "evaluations", "cells"):
-        if (table := tables.get(name)) is None:
-            continue
-        columns = {"run_id", "model", "corpus", "task", "settings"} & set(table.column_names)
-        for row in table.select(sorted(columns)).to_pylist():
-            facts = {fact: row.get(fact) for fact in ("model", "corpus", "task")}
-            settings = json.loads(row.get("settings") or "{}")
-            runs.setdefault(row["run_id"], RunIdentity(**facts, settings=settings))
-    return runs
-
-
-def match_runs(before: Mapping[str, pa.Table], after: Mapping[str, pa.Table]) -> dict[str, str]:
-    """Return the id of a run after by its id before; a run that could be several others is left out."""
-    ids, other_ids = run_ids(before), run_ids(after)
-    runs, others = identities(before), identities(after)
-    matched = {run_id: run_id for run_id in ids & other_ids}
-    candidates = {
-        run_id: [other for other in sorted(other_ids - ids) if other in others and runs[run_id].matches(others[other])]
-        for run_id in sorted(ids - other_ids)
-        if run_id in runs
-    }
-    claims = [other for choices in candidates.values() for other in choices]
-    return matched | {
-        run_id: choices[0]
-        for run_id, choices in candidates.items()
-        if len(choices) == 1 and claims.count(choices[0]) == 1
-    }
-
-
-def run_ids(tables: Mapping[str, pa.Table]) -> set[str]:
-    """Return the ids of the runs and evaluations in any table."""
-    return {run_id for table in tables.values() for run_id in pc.unique(table["run_id"]).to_pylist()}
-
-
-def compare_tables(name: str, before: pa.Table, after: pa.Table, matched: Mapping[str, str]) -> TableComparison:
-    """Compare a table of both sides over the matched runs."""
-    before = before.filter(pc.is_in(before["run_id"], pa.array(matched.keys(), pa.string())))
-    after = after.filter(pc.is_in(after["run_id"], pa.array(matched.values(), pa.string())))
-    shared = [column for column in before.column_names if column in after.column_names]
-    keys = [column for column in KEYS if column in shared and column not in MEASURED.get(name, ())]
-    places = row_places(before, keys, shared, matched)
-    other_places = row_places(after, keys, shared, {run_id: run_id for run_id in matched.values()})
-    both = [key for key in places if key in other_places]
-    before = before.take(pa.array((places[key] for key in both), pa.int64()))
-    after = after.take(pa.array((other_places[key] for key in both), pa.int64()))
-    equal, different = [], {}
-    for column in (column for column in shared if column not in IGNORED):
-        mask, relative = differing(before[column].combine_chunks(), after[column].combine_chunks())
-        if mask.any():
-            different[column] = Difference(rows=int(mask.sum()), relative=relative)
-        else:
-            equal.append(column)
-    return TableComparison(
-        rows=len(both),
-        equal=equal,
-        different=different,
-        only_before=[column for column in before.column_names if column not in shared],
-        only_after=[column for column in after.column_names if column not in shared],
-        rows_before=len(places) - len(both),
-        rows_after=len(other_places) - len(both),
-    )
-
-
-def row_places(
-    table: pa.Table, keys: Sequence[str], columns: Iterable[str], run_ids: Mapping[str, str]
-) -> dict[tuple[str, int], int]:
-    """Return the index of each row by its run and its keys; rows alike in these are numbered in order of their values.
-
-    Args:
-        run_ids: id of the run on the other side by its id in the table.
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for place, row in enumerate(table.select(["run_id", *keys]).to_pylist()):
-        row["run_id"] = run_ids[row["run_id"]]
-        groups[json.dumps(row, default=str)].append(place)
-    compared = sorted(column for column in columns if column not in IGNORED)
-    for places in groups.values():
-        if len(places) > 1:
-            values = dict(zip(places, map(str, table.select(compared).take(places).to_pylist()), strict=True))
-            places.sort(key=values.__getitem__)
-    return {(key, number): place for key, places in groups.items() for number, place in enumerate(places)}
-
-
-def differing(before: pa.Array, after: pa.Array) -> tuple[Mask, float | None]:
-    """Return a mask of the rows whose values differ, and the largest relative difference of two numbers."""
-    if before.type != after.type:
-        before, after = (cast(column, other.type) for column, other in ((before, after), (after, before)))
-    if pa.types.is_list(before.type) and pa.types.is_list(after.type):
-        return differing_lists(before, after)
-    if before.type != after.type or pa.types.is_map(before.type):
-        pairs = zip(before.to_pylist(), after.to_pylist(), strict=True)
-        return np.array([a != b for a, b in pairs], bool), None
-    null, other_null = (column.is_null().to_numpy(zero_copy_only=False) for column in (before, after))
-    mask = np.asarray(null != other_null)
-    if not (pa.types.is_floating(before.type) or pa.types.is_integer(before.type)):
-        return mask | pc.fill_null(pc.not_equal(before, after), False).to_numpy(zero_copy_only=False), None
-    a, b = (pc.fill_null(column, pa.scalar(0, column.type)).to_numpy() for column in (before, after))
-    if pa.types.is_floating(before.type):
-        bits = np.dtype(f"i{a.dtype.itemsize}")
-        wrong = (a.view(bits) != b.view(bits)) & ~(np.isnan(a) & np.isnan(b))
-    else:
-        wrong = a != b
-    numbers = wrong & ~mask
-    return mask | wrong, relative_difference(a[numbers], b[numbers])
-
-
-def cast(column: pa.Array, other: pa.DataType) -> pa.Array:
-    """Return numbers in the type that holds those of both columns; other values as they are."""
-    if pa.types.is_integer(column.type) and pa.types.is_integer(other):
-        return column.cast(pa.int64())
-    if all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (column.type, other)):
-        return column.cast(pa.float64())
-    if pa.types.is_null(column.type):
-        return column.cast(other)
-    return column
-
-
-def differing_lists(before: pa.Array, after: pa.Array) -> tuple[Mask, float | None]:
-    """Return as `differing` for columns of lists: a row differs if its lists differ in length or in a value."""
-    lengths, other_lengths = (
-        pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False) for column in (before, after)
-    )
-    mask = np.asarray(lengths != other_lengths)
-    comparable = np.flatnonzero(~mask)
-    before, after = before.take(pa.array(comparable)), after.take(pa.array(comparable))
-    inside, relative = differing(pc.list_flatten(before), pc.list_flatten(after))
-    mask[comparable[pc.list_parent_indices(before).to_numpy()[inside]]] = True
-    return mask, relative
-
-
-def relative_difference(before: NDArray[Any], after: NDArray[Any]) -> float | None:
-    """Return the largest relative difference of numbers that differ; infinity where one of the two is not finite."""
-    if not len(before):
-        return None
-    a, b = before.astype(float), after.astype(float)
-    with np.errstate(all="ignore"):
-        relative = np.abs(a - b) / np.maximum(np.abs(a), np.abs(b))
-    relative[~(np.isfinite(a) & np.isfinite(b))] = np.inf
-    return float(np.nan_to_num(relative, nan=0.0, posinf=np.inf).max())  # 0 and -0 differ by nothing
-
-
-def report_lines(compared: Mapping[str, TableComparison]) -> list[str]:
-    """Return the comparison as a Markdown table, and a line for the rows that only one side has."""
-    lines = ["| table | rows compared | columns equal | columns that differ | only before | only after |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    unmatched = []
-    for name, table in compared.items():
-        different = "; ".join(f"{column} ({difference})" for column, difference in table.different.items())
-        sides = [", ".join(columns) for columns in (table.only_before, table.only_after)]
-        cells = [name, f"{table.rows:,}", str(len(table.equal)), *(cell or "-" for cell in (different, *sides))]
-        lines.append(f"| {' | '.join(cells)} |")
-        if table.rows_before or table.rows_after:
-            unmatched.append(f"{name}: rows only before: {table.rows_before:,}, only after: {table.rows_after:,}.")
-    return [*lines, *unmatched]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main() -> int:
+    """Print the lines, and the differences from an earlier run; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="folder of a warehouse")
-    parser.add_argument("after", type=Path, help="folder of the warehouse to compare it with")
-    options = parser.parse_args(arguments)
-    before, after = read_tables(options.before), read_tables(options.after)
-    for folder, tables in ((options.before, before), (options.after, after)):
-        if not tables:
-            parser.error(f"{folder} has no table: expected the folder of a warehouse")
-    matched = match_runs(before, after)
-    compared = {name: compare_tables(name, before[name], after[name], matched) for name in before if name in after}
-    print("\n".join(report_lines(compared)))
-    for side, tables, other in (("before", before, after), ("after", after, before)):
-        if names := [name for name in tables if name not in other]:
-            print(f"Tables only {side}: {', '.join(names)}.")
-        known = matched if side == "before" else matched.values()
-        if alone := sorted(run_ids(tables) - set(known)):
-            print(f"Runs only {side}: {', '.join(alone)}.")
-    if renamed := [f"{run_id} is {other}" for run_id, other in matched.items() if run_id != other]:
-        print(f"Runs with another id: {', '.join(renamed)}.")
-    print(f"Columns not compared: {', '.join(IGNORED)}.")
-    return 0 if any(table.rows for table in compared.values()) and all(t.same for t in compared.values()) else 1
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="lines of an earlier run")
+    parser.add_argument("--quick", action="store_true", help="leave out SmolLM2 and everything on Ray")
+    parser.add_argument("--only", nargs="+", choices=CASES, metavar="NAME", help=", ".join(CASES))
+    options = parser.parse_args()
+    before = read_lines(options.compare) if options.compare else {}
+    chosen = set(options.only or CASES) - (SLOW if options.quick else set())
+    names = [name for name in CASES if name in chosen]
+    lines, absent, failed = make(names)
+    print(*(f"{name:<56} {lines[name]}" for name in sorted(lines)), sep="\n")
+    notes = [f"# not made: {name}: {' '.join(reason.split())}" for name, reason in absent.items()]
+    notes += [f"# failed: {name}: {' '.join(reason.split())}" for name, reason in failed.items()]
+    different = []
+    if options.compare:
+        made = set(names) - absent.keys()
+        before = {name: line for name, line in before.items() if name.partition(".")[0] in made}
+        different = differences(before, lines)
+    for note in (*notes, *different):
+        print(note)
+    return 1 if different or failed else 0
 
 
 if __name__ == "__main__":
