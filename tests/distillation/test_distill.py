@@ -100,7 +100,7 @@ def test_the_default_learning_rate_is_in_proportion_to_the_weights(
     assert default_learning_rate(resolve(str(larger)), "all") == pytest.approx(8 * rate, rel=0.05)
     assert default_learning_rate(resolve(str(larger)), "lora") == pytest.approx(40 * rate, rel=0.05)
 
-    assert distill(learning_rate=None, tokens=4 * TOKENS).record.learning_rate == rate
+    assert distill(learning_rate=None).record.learning_rate == rate
 
 
 def test_a_student_comes_closer_to_its_teacher(distilled: tuple[Distilled, list[Any]], student: Path) -> None:
@@ -154,7 +154,7 @@ def test_what_is_trained_and_the_memory_that_it_takes(
     """The tied embedding stays as it is; of a model without layer 2, the layers near the cut are 1 and 2."""
     layers = {name for name in weights_of(student) if ".layers." in name}
     done = {
-        train: distill(train=train, lora_rank=4, tokens=4 * TOKENS, output=tmp_path / train)
+        train: distill(train=train, lora_rank=4, tokens=8 * TOKENS, learning_rate=1e-2, output=tmp_path / train)
         for train in ("near", "lora")
     }
     done["all"] = distilled[0]

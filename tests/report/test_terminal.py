@@ -26,6 +26,7 @@ from avss_dist.report.terminal.progress import TimeColumn
 from avss_dist.report.terminal.scores import layer_table
 from avss_dist.report.terminal.tables import plain_table
 from avss_dist.stats.scores import Threshold
+from avss_dist.warehouse.encoding import to_file
 from avss_dist.warehouse.reader import Warehouse
 
 RUNS = [f"SmolLM2-{size}M-Instruct-0123456789" for size in (135, 360)]
@@ -153,14 +154,15 @@ def test_no_name_aborts_a_picture(hostile: Path, ending: str) -> None:
 
 
 def test_scores_that_are_not_a_number_are_shown_as_none(tmp_path: Path) -> None:
-    """This version writes null for them; another tool's file may not."""
+    """This version writes null for them; an older one may not have."""
     import pyarrow.parquet as pq
 
     write_scores(tmp_path, "a", [1.0, 2.0, 3.0, 4.0])
     (file,) = (tmp_path / "scores").rglob("*.parquet")
     table = pq.ParquetFile(file).read()
     values = pa.array(np.array([np.nan, 2.0, 3.0, 4.0]))
-    pq.write_table(table.set_column(table.schema.get_field_index("avss_smoothed"), "avss_smoothed", values), file)
+    table = table.set_column(table.schema.get_field_index("avss_smoothed"), "avss_smoothed", values)
+    file.write_bytes(to_file(table))
     done = avss("show", "-w", tmp_path)
     assert done.exit_code == 0 and "nan" not in done.stdout
     assert avss("plot", "-w", tmp_path, "-o", tmp_path / "a.svg").exit_code == 0
