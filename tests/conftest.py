@@ -39,7 +39,7 @@ LONGEST = (  # files, the longest first: in processes that take one after the ot
     *("executors/test_ray", "partition/test_partitions", "executors/test_gangs", "executors/test_elastic"),
     *("runs/test_submit", "report/test_report_browser", "cluster/test_cluster_local", "distillation/test_resume"),
     *("test_benchmarks", "warehouse/test_s3", "distillation/test_ranks", "docs/test_commands", "cli/test_cli"),
-    *("estimate/test_estimate", "evaluation/test_shrink_distill", "evaluation/test_shrink", "executors/test_liveness"),
+    *("estimate/test_estimate", "evaluation/test_shrink", "executors/test_liveness"),
     *("pruning/test_repair", "partition/test_language_models", "partition/test_streaming", "cli/test_errors"),
     *("evaluation/test_repairs", "warehouse/test_compaction", "executors/test_cells", "cluster/test_manifests"),
     *("cli/test_hostile_names", "evaluation/test_sensitivity", "models/test_families", "cli/test_streams"),

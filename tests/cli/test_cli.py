@@ -101,6 +101,7 @@ def run_ids(warehouse: Path) -> dict[str, str]:
 
 
 def test_nothing_that_is_refused_is_recommended_to_an_encoder(scored: Path, tmp_path: Path) -> None:
+    """Takes over 5 seconds where it draws the first page of its process, which imports what draws."""
     plan, run = tmp_path / "plan.yaml", ("--run", run_ids(scored)["bert"])
     told = avss("plan", "-w", scored, *run, "-o", plan)
     assert told.exit_code == 2 and "predicts no next token" in told.stderr and "block_influence:" in told.stderr

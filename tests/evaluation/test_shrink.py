@@ -290,7 +290,10 @@ def test_a_search_repairs_on_enough_text(deep: Path, tmp_path: Path) -> None:
 
 
 def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Path, tmp_path: Path) -> None:
-    """Every set that it tries is repaired, on text that it is not measured on."""
+    """Every set that it tries is repaired, on text that it is not measured on.
+
+    Takes over 5 seconds: a search repairs and measures each of its sets.
+    """
     made = shrunk(deep, tmp_path / "out", by="greedy", repair="channel", warehouse=warehouse)
     why = made.best.plan.why
     rows = [row for row in Warehouse(warehouse).table("evaluations").to_pylist() if row["run_id"] == why["evaluation"]]
@@ -309,6 +312,7 @@ def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Pat
 
 
 def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) -> None:
+    """Takes over 5 seconds: two whole shrinks by the command line."""
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(f"On day {i} the {i * 7919 % 613} ships of {i * 31 % 97} sailed." for i in range(700)))
     out = tmp_path / "out"

@@ -1,4 +1,8 @@
-"""A real Ray cluster on this machine: the same bytes as in one process, whatever dies on the way."""
+"""A real Ray cluster on this machine: the same bytes as in one process, whatever dies on the way.
+
+Tests of the default tier take 5 to 10 seconds each where workers start anew; the first one waits 15 to 30 seconds for
+the cluster. `test_pool` has the same faults on a simulated cluster.
+"""
 
 from __future__ import annotations
 

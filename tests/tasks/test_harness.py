@@ -326,6 +326,7 @@ def test_the_example_of_the_documentation_can_be_asked(whole: LanguageModel, tmp
     ],
 )
 def test_unknown_tasks(name: str, told: str) -> None:
+    """Takes over 5 seconds where lm-eval lists its thousands of tasks for the first time in a process."""
     with pytest.raises(TaskError, match=told) as caught:
         harness_task(name)
     assert caught.value.exit_code == 2

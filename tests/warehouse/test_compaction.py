@@ -246,7 +246,10 @@ def run_ids(part: Path) -> list[str]:
 
 
 def test_compaction_that_is_killed_at_any_write_harms_nothing(changed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each write or deletion: readers see all runs, and the next compaction ends as if nothing had happened."""
+    """At each write or deletion: readers see all runs, and the next compaction ends as if nothing had happened.
+
+    Takes over 5 seconds: it is the only proof that none of a compaction's steps can lose a row.
+    """
     for last in count():
 
         def kill(number: int, last: int = last) -> None:
@@ -268,7 +271,10 @@ def test_compaction_that_is_killed_at_any_write_harms_nothing(changed: Path, mon
 
 
 def test_two_compactions_at_once_and_readers_during_both(changed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second compaction runs from start to end before a change of the first, which then goes on; at each change."""
+    """A second compaction runs from start to end before a change of the first, which then goes on; at each change.
+
+    Takes over 5 seconds: it is the only proof that no interleaving loses a row.
+    """
     for step in count():
         root = shutil.copytree(changed, changed.with_name(f"both-{step}"))
         before = Warehouse(root)
