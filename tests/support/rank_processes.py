@@ -22,6 +22,7 @@ from avss_dist.partition.group import join
 from support.launch_worker import ask, returncode
 
 SECONDS = 180.0
+TURNS = 10  # functions that the same processes run: each model leaves threads of gloo behind, which use the cores
 
 
 class Gang:
@@ -33,19 +34,30 @@ class Gang:
 
     def __init__(self, world: int, folder: Path) -> None:
         self.stdout = [folder / f"stdout-{world}-{rank}" for rank in range(world)]
-        self._pipes: list[Connection] = []
         self._processes: list[tuple[int, socket.socket]] = []
-        shared = [bytes(multiprocessing.current_process().authkey).hex(), str(world), str(free_port())]
+        self._start()
+
+    def _start(self) -> None:
+        """Start processes in the place of those that were there."""
+        self.stop()
+        self._turns = 0
+        self._pipes: list[Connection] = []
+        self._processes = []
+        world = str(len(self.stdout))
+        shared = [bytes(multiprocessing.current_process().authkey).hex(), world, str(free_port())]
         for rank, path in enumerate(self.stdout):
             ours, theirs = multiprocessing.Pipe()
             arguments = [json.dumps(sys.path), str(rank), *shared]
-            with path.open("wb") as stdout, theirs:
+            with path.open("ab") as stdout, theirs:
                 files = theirs.fileno(), stdout.fileno(), 2
                 self._processes.append(ask("rank", arguments, dict(os.environ), files))
             self._pipes.append(ours)
 
     def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What the function returned on each rank, or the exception that it raised there."""
+        if self._turns == TURNS:
+            self._start()
+        self._turns += 1
         for pipe in self._pipes:
             pipe.send((function, args))
         deadline = time.monotonic() + SECONDS
