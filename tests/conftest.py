@@ -128,11 +128,8 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def warm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process for the whole run that has imported everything, and forks others; see `support.warm_workers`."""
-    folder, process = tmp_path_factory.getbasetemp(), os.getpid()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder, process = folder.parent, os.getppid()
-    with start_warm_server(folder, process):
+    """A process that has imported everything, and forks others, which are this process's own to harm."""
+    with start_warm_server(tmp_path_factory.getbasetemp()):
         yield
 
 

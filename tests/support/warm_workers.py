@@ -12,7 +12,6 @@ processes of Ray that no test asks anything.
 from __future__ import annotations
 
 import atexit
-import fcntl
 import gc
 import importlib
 import json
@@ -67,23 +66,15 @@ def fork_workers(set_attribute: Callable[[Any, str, Any], None] = setattr) -> No
 
 
 @contextmanager
-def warm_server(folder: Path, process: int) -> Iterator[None]:
-    """Let this process ask the server of a folder, which is started unless another process has done so.
-
-    Args:
-        folder: folder that all processes of a run of tests share.
-        process: number of the process with which the server ends.
-    """
+def warm_server(folder: Path) -> Iterator[None]:
+    """Let this process ask a server of its own, whose socket is in a folder. It ends with this process."""
     path = folder / "workers"
-    with (folder / "workers.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            command = [sys.executable, __file__, str(path), str(process)]
-            server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
-            assert server.stdout is not None
-            with server.stdout as said:
-                while (line := said.readline()) != READY:  # libraries may print before
-                    assert line, "the server ended"
+    command = [sys.executable, __file__, str(path), str(os.getpid())]
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+    assert server.stdout is not None
+    with server.stdout as said:
+        while (line := said.readline()) != READY:  # libraries may print before
+            assert line, "the server ended"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AVSS_TEST_WORKERS", str(path))
         yield
