@@ -12,7 +12,6 @@ with the bytes of their tensors in float32.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -107,7 +106,7 @@ def main() -> None:
     parser.add_argument("--partition", nargs="+", choices=SHARED, default=["fsdp", "zero3"])
     options = parser.parse_args()
     print(f"{'partition':16} {'weights MB':>11} {'peak MB':>8} {'seconds':>8} {'calls':>6} {'exchanged MB':>13}")
-    with tempfile.TemporaryDirectory() as name, warm_server(Path(name), os.getpid()):
+    with tempfile.TemporaryDirectory() as name, warm_server(Path(name)):
         gang = Gang(options.ranks, Path(name))
         try:
             for partition in options.partition:

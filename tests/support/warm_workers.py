@@ -1,6 +1,6 @@
 """Ray workers and torch ranks that need not import torch and transformers, which costs more than most tests do.
 
-One process for a run of tests has imported them. It forks a Ray worker when a raylet asks, and a rank when
+A process for each process of tests has imported them. It forks a Ray worker when a raylet asks, and a rank when
 `rank_processes` asks. A worker runs Ray's ``default_worker.py`` with the arguments, the environment and the files that
 the raylet gave. Clusters that are started by other programs (`cluster/local.sh`, ``ray start``, the command line, fault
 campaigns) have Ray's own workers, unless they are given `ray_start_environment`. Nodes with such workers lack the
