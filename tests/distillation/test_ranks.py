@@ -234,7 +234,7 @@ def test_a_killed_rank_ends_the_training_which_then_goes_on(
             started = [process for process in ray_processes() if process not in before]
             max(started, key=lambda process: process.create_time()).send_signal(signal.SIGKILL)
 
-    with pytest.raises(RunFailed, match=r"Rank [01] was lost") as caught:
+    with pytest.raises(RunFailed, match=r"Rank [01] (was lost|failed)") as caught:  # on a loaded machine Ray tells late
         avss_dist.distill(**options, sharding="zero2", on_event=kill)
     assert caught.value.exit_code == 1
     wait_until(lambda: all(process in before for process in ray_processes()))
