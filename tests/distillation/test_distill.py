@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import llama
 from support.command_line import avss, files
+from support.distilling import SMALL
 from support.pairs import write_pairs
 
 import avss_dist
@@ -31,17 +32,7 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.system import devices
 
 TOKENS = 4 * 32  # of a step
-SMALL: dict[str, Any] = {
-    "sequence_length": 32,
-    "tokens": 10 * TOKENS,
-    "self_texts": 0,
-    "held_out": 4,
-    "learning_rate": 3e-3,
-    "warmup": 2,
-    "evaluations": 2,
-    "device": "cpu",
-    "dtype": "float32",  # with auto, processors that compute fast in bfloat16 do
-}
+OPTIONS: dict[str, Any] = {**SMALL, "tokens": 10 * TOKENS}
 
 
 @pytest.fixture
@@ -49,7 +40,7 @@ def distill(student: Path, teacher: Path, corpus: Path, tmp_path: Path) -> Calla
     """Distill the tiny student into ``tmp_path / "out"``, with options in place of the small ones."""
 
     def run(**options: Any) -> Distilled:
-        given = {"student": student, "teacher": teacher, "corpora": [corpus], "output": tmp_path / "out", **SMALL}
+        given = {"student": student, "teacher": teacher, "corpora": [corpus], "output": tmp_path / "out", **OPTIONS}
         return avss_dist.distill(**given | options)
 
     return run
@@ -68,7 +59,7 @@ def distilled(
         watch=[other_corpus],
         output=tmp_path_factory.mktemp("distilled") / "out",
         on_event=events.append,
-        **SMALL | {"self_texts": 40},
+        **OPTIONS | {"self_texts": 40},
     )
     return done, events
 

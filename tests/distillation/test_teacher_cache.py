@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.command_line import avss, files
+from support.distilling import SMALL
 
 import avss_dist
 from avss_dist.core.errors import ConfigError
@@ -23,17 +24,6 @@ from avss_dist.warehouse.reader import Warehouse
 pytestmark = pytest.mark.nightly
 
 VOCABULARY = 512  # of the tiny models
-SMALL: dict[str, Any] = {
-    "sequence_length": 32,
-    "tokens": 8 * 4 * 32,
-    "self_texts": 0,
-    "held_out": 4,
-    "learning_rate": 3e-3,
-    "warmup": 2,
-    "evaluations": 2,
-    "device": "cpu",
-    "dtype": "float32",  # with auto, processors that compute fast in bfloat16 do
-}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.distilling import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import avss_dist
@@ -20,18 +21,6 @@ from avss_dist.distillation import trainer
 from avss_dist.distillation.curve import KEPT, Evaluation, best, is_better
 from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.events import TrainingAdvanced
-
-SMALL: dict[str, Any] = {
-    "sequence_length": 32,
-    "tokens": 8 * 4 * 32,
-    "self_texts": 0,
-    "held_out": 4,
-    "learning_rate": 3e-3,
-    "warmup": 2,
-    "evaluations": 2,
-    "device": "cpu",
-    "dtype": "float32",
-}
 
 
 def distilled(**options: Any) -> Distilled:
