@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
-from avss_dist.cli.commands import COMMANDS, MOVED, READ, epilog
+from avss_dist.cli.commands import COMMANDS, READ, REMOVED, epilog
 from avss_dist.core.errors import AvssError, RunFailed, is_full, nearest, spell_fields, unwritable
 from avss_dist.core.text import printable
 from avss_dist.system.signals import arm, exit_code, stop_signal
@@ -37,7 +37,9 @@ class Group(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
-            ctx.fail(f"There is no command '{args[0]}'. {nearest(args[0], self.commands)}")
+            instead = REMOVED.get(args[0])
+            advice = f"It was removed: {instead}" if instead else nearest(args[0], self.commands)
+            ctx.fail(f"There is no command '{args[0]}'. {advice}")
         name, command, arguments = super().resolve_command(ctx, args)
         _spelling.set(spelling(command))
         return name, command, arguments
@@ -125,8 +127,8 @@ def _printable_mistakes() -> Iterator[None]:
         if "unexpected extra argument" in error.message and "warehouse" in (_spelling.get() or {}):
             error.message += ". The warehouse is an option: -w."
         command, option = getattr(error.ctx, "info_name", ""), getattr(error, "option_name", "")
-        if instead := MOVED.get(str(command), {}).get(option):
-            error.message += f". It is an option of another command: {instead}"
+        if instead := REMOVED.get(f"{command} {option}"):
+            error.message += f". It was removed: {instead}"
             error.possibilities = []
         raise
 

@@ -178,20 +178,11 @@ EXAMPLES = {
 }
 """Examples by command. A test checks that every option in them exists."""
 
-_SPARSIFY = "avss sparsify 0.5 -o sparse.yaml"
-MOVED = {
-    "score": {"--gradients": "avss ablate ORG/NAME --corpus CORPUS --gradients"},
-    "plan": {
-        "--sparsify": _SPARSIFY,
-        "--sparsity": _SPARSIFY,
-        "--sparse": _SPARSIFY,
-        "--method": f"{_SPARSIFY} --method loss",
-        "--rule": f"{_SPARSIFY} --rule last-half",
-        "--pattern": f"{_SPARSIFY} --pattern 2:4",
-        "--corrections": f"{_SPARSIFY} --corrections 1",
-    },
+REMOVED: dict[str, str] = {
+    "score --gradients": "`avss ablate ORG/NAME --corpus CORPUS --gradients`",
+    "plan --sparsify": "`avss sparsify 0.5 -o sparse.yaml`",
 }
-"""Command line to use instead of an option that a command does not have, by command and option."""
+"""What to type instead of commands and options of version 0.2, by their names: ``"plot"``, ``"estimate --hardware"``."""
 
 
 def epilog(command: str) -> str:

@@ -22,7 +22,7 @@ from support.warehouses import write_scores
 
 import avss_dist
 from avss_dist.cli.commands import COMMANDS as LISTED
-from avss_dist.cli.commands import MOVED
+from avss_dist.cli.commands import REMOVED
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.registry import FROM_ACTIVATIONS, RECIPES
 from avss_dist.core.settings import (
@@ -163,16 +163,20 @@ def test_every_command_has_help_and_the_defaults_of_the_settings(name: str) -> N
     assert {"--quiet", "--verbose"} <= set(_parameters(name))
 
 
-@pytest.mark.parametrize(("command", "option"), [(name, option) for name in MOVED for option in MOVED[name]])
-def test_an_option_that_moved_names_the_command_that_has_it(command: str, option: str) -> None:
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_removed_command_or_option_says_what_to_type(name: str) -> None:
+    """The command lines in the advice, between backticks, have only options that exist."""
+    command, _, option = name.partition(" --")
     required = {"score": ("m", "--corpus", "c"), "plan": ("-o", "plan.yaml")}
-    result = avss(command, *required[command], f"{option}=1")
+    result = avss(command, *(required.get(command, ()) if option else ()), *([f"--{option}=1"] if option else ()))
     assert result.exit_code == 2
     message = " ".join(result.stderr.replace("│", " ").split())
-    assert f"No such option: {option}. It is an option of another command: {MOVED[command][option]}" in message
-    _, other, *words = MOVED[command][option].split()
-    opts = {spelling for parameter in commands()[other].params for spelling in parameter.opts}
-    assert {word for word in words if word.startswith("-")} <= opts
+    assert f"It was removed: {REMOVED[name]}" in message
+    for line in re.findall(r"`avss ([^`]+)`", REMOVED[name]):
+        words = line.split()
+        name = " ".join(words[: 2 if words[0] == "jobs" else 1])
+        opts = {spelling for parameter in commands()[name].params for spelling in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= opts
 
 
 def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
