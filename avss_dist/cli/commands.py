@@ -182,7 +182,7 @@ REMOVED: dict[str, str] = {
     "score --gradients": "`avss ablate ORG/NAME --corpus CORPUS --gradients`",
     "plan --sparsify": "`avss sparsify 0.5 -o sparse.yaml`",
 }
-"""What to type instead of commands and options of version 0.2, by their names: ``"plot"``, ``"estimate --hardware"``."""
+"""What to type instead of commands and options of version 0.2, by name: ``"plot"``, ``"estimate --hardware"``."""
 
 
 def epilog(command: str) -> str:
