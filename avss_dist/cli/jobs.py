@@ -11,6 +11,7 @@ import typer
 from avss_dist.cli.base import HELP, Group
 from avss_dist.cli.commands import epilog
 from avss_dist.cli.options import FORMATS, TEXT_FORMATS, takes, takes_output
+from avss_dist.core.errors import RunFailed
 from avss_dist.requests import ClusterRequest, JobIdRequest, ListJobsRequest, LogsRequest, SubmitRequest
 from avss_dist.system.signals import exit_code
 from avss_dist.system.streams import console, emit, emit_json, say
@@ -99,6 +100,12 @@ def _follow(cluster: Cluster, job_id: str) -> int:
     except KeyboardInterrupt as stop:
         say(f"The job continues. Stop it: avss jobs stop {job_id} --address {cluster.address}")
         return exit_code(stop)
+    except RunFailed as error:
+        raise RunFailed(
+            error.message,
+            f"If the server is slow, the job continues: avss jobs logs {job_id} --address {cluster.address} --follow\n"
+            "If the cluster is lost, so is the job, not what it has stored: submit it again to resume.",
+        ) from error
     say(f"{job_id}: {job.status.lower()}." + (f" {job.hint}" if job.hint else ""))
     return int(job.exit_code or 0)
 

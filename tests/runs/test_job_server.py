@@ -260,3 +260,12 @@ def test_a_log_that_says_nothing_ends_with_its_job(server: JobServer) -> None:
     server.answers |= {f"{JOBS}/avss-a": states, f"{JOBS}/avss-a/logs/tail": SILENCE}
     assert list(Cluster(server.address, answer_seconds=1.0).follow("avss-a")) == []
     assert len(states) == 1
+
+
+def test_a_server_that_is_lost_while_a_log_is_followed_leaves_what_to_do(server: JobServer) -> None:
+    server.answers |= {f"{JOBS}/avss-a": [json.dumps(JOB).encode(), SILENCE], f"{JOBS}/avss-a/logs/tail": SILENCE}
+    limits = ["--connect-seconds", "0.1", "--answer-seconds", "0.1"]
+    done = avss("jobs", "logs", "avss-a", "--address", server.address, "--follow", *limits)
+    assert done.exit_code == 1 and "did not answer in time" in done.stderr
+    assert f"avss jobs logs avss-a --address {server.address} --follow" in done.stderr
+    assert "not what it has stored: submit it again to resume" in done.stderr
