@@ -155,10 +155,6 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     """Estimate the effect of leaving layers out, at the cost of about 8 passes."""
     draws: Annotated[Positive, Option(panel=LEFT_OUT)] = DRAWS
     """Draws of labels for `damage`."""
-    lens: Annotated[bool, Option(panel=LEFT_OUT)] = False
-    """Measure what the logit lens predicts after each layer, and the shape of the hidden states before it."""
-    spectra: Annotated[bool, Option(panel=LEFT_OUT)] = False
-    """Fit the power law of the eigenvalues of each layer's weights."""
     quantize: Annotated[Texts, Option(names=("--quantize",), metavar="FORMAT", panel=ROUNDED)] = ()
     """Predict the change of the loss if weights are rounded to this format: int4, int4-g64, fp8, nvfp4, q4_0, ..."""
     rounded_layers: Annotated[bool, Option(panel=ROUNDED)] = True
@@ -177,7 +173,7 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
             number_format(name).require_package()
         if self.rounded_maps and not self.quantize:
             raise ConfigError("`rounded_maps` has no effect without a number format.", "Name one with `quantize`.")
-        measures = ("leave_one_out", "sublayers", "shapley", "gradients", "damage", "lens", "spectra", "quantize")
+        measures = ("leave_one_out", "sublayers", "shapley", "gradients", "damage", "quantize")
         if not any(getattr(self, name) for name in measures):
             named = ", ".join(f"`{name}`" for name in measures[:-1])
             raise ConfigError("Nothing would be measured.", f"Choose {named} or `{measures[-1]}`.")

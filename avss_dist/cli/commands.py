@@ -179,6 +179,8 @@ EXAMPLES = {
 """Examples by command. A test checks that every option in them exists."""
 
 REMOVED: dict[str, str] = {
+    "ablate --lens": "`avss ablate ORG/NAME --corpus CORPUS --damage`",
+    "ablate --spectra": "`avss ablate ORG/NAME --corpus CORPUS --damage`",
     "score --gradients": "`avss ablate ORG/NAME --corpus CORPUS --gradients`",
     "plan --sparsify": "`avss sparsify 0.5 -o sparse.yaml`",
 }

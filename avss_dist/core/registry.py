@@ -232,9 +232,7 @@ DRAWS = 2
 LAST, RANDOM = "last", "random"  # controls
 BLOCK_DISTANCE, INTERACTIONS = "block_distance", "interactions"  # scores of sets of layers
 DAMAGE_TASK = "damage:"
-LENS_TASK = "lens:"
 _DAMAGE = {"leave_one_out": False, "damage": True}
-_LENS = {"leave_one_out": False, "lens": True}
 
 SCORES = {
     "loss": ScoreInfo(
@@ -277,42 +275,6 @@ SCORES = {
         task=DAMAGE_TASK,
         lookahead=2,
         ablate=_DAMAGE,
-    ),
-    "lens_gain": ScoreInfo(
-        title="lens gain",
-        meaning="fall of the loss of the logit lens over the layer",
-        task=LENS_TASK,
-        ablate=_LENS,
-    ),
-    "lens_settles": ScoreInfo(
-        title="lens settles",
-        meaning="share of tokens whose prediction by the logit lens is final from the layer on",
-        task=LENS_TASK,
-        ablate=_LENS,
-    ),
-    "effective_rank": ScoreInfo(
-        title="effective rank",
-        meaning="effective rank of the hidden states before the layer",
-        task=LENS_TASK,
-        ablate=_LENS,
-    ),
-    "kurtosis": ScoreInfo(
-        title="kurtosis",
-        meaning="kurtosis over the units of the hidden states before the layer",
-        task=LENS_TASK,
-        ablate=_LENS,
-    ),
-    "largest_unit": ScoreInfo(
-        title="largest unit",
-        meaning="largest unit of the hidden states before the layer, over their root mean square",
-        task=LENS_TASK,
-        ablate=_LENS,
-    ),
-    "spectral_alpha": ScoreInfo(
-        title="spectral alpha",
-        meaning="1 - exponent of the power law of the eigenvalues of the layer's weights",
-        task="spectra:",
-        ablate={"leave_one_out": False, "spectra": True},
     ),
     BLOCK_DISTANCE: ScoreInfo(
         title="block distance",

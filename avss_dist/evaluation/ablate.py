@@ -12,7 +12,7 @@ import pyarrow as pa
 from avss_dist.analysis.reliability import reliability
 from avss_dist.core.intervention import NO_INTERVENTION, PARTS, Removals, Sublayer, layer_of
 from avss_dist.core.names import LOSS, SUBLAYER_LOSS
-from avss_dist.core.registry import DAMAGE_TASK, LENS_TASK, SCORES, metrics_of
+from avss_dist.core.registry import DAMAGE_TASK, SCORES, metrics_of
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
@@ -36,13 +36,10 @@ from avss_dist.tasks.base import Result, Task
 from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.gradients import Gradients
 from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
-from avss_dist.tasks.lens import METRICS as LENS
-from avss_dist.tasks.lens import Lens
-from avss_dist.tasks.spectra import ALPHA, Spectra
 
 MOST_PASSES = 100_000  # passes of a batch through a model that an ablation makes without `allow_many`
 PERMUTATIONS_PER_CELL = 4
-ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"), *LENS, ALPHA)
+ESTIMATED = ("taylor", "gradient_l1", "gradient_l2", "weight_frobenius", *metrics_of("damage"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +92,7 @@ class Ablation(TabularResult):
     reliability: float = float("nan")
     sensitivity: Sensitivity | None = None
 
-    _bars = ("increase", "damage", "shapley", "taylor", "lens_gain", "spectral_alpha")
+    _bars = ("increase", "damage", "shapley", "taylor")
 
     @property
     def permutations(self) -> tuple[int, int]:
@@ -147,11 +144,6 @@ def ablate(request: AblateRequest, on_event: OnEvent | None = None) -> Ablation:
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
     """
-    if request.lens:
-        in_memory = "does not hold the layers of a replica in one process, which the logit lens needs."
-        require_partition(
-            request.execution.partition, lambda partition: partition.whole or partition.several_gpus, in_memory
-        )
     if request.formats:
         problem = "has a part of each weight in a process, and a rounded weight needs scales of the whole."
         require_partition(request.execution.partition, lambda partition: not partition.splits_matrices, problem)
@@ -204,10 +196,6 @@ def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Ite
     if request.damage:
         estimates = tuple(Damage(shard=shard, draws=request.draws) for shard in text.shards)
         yield Task(name=f"{DAMAGE_TASK}{corpus}", parts=estimates)
-    if request.lens:
-        yield Task(name=f"{LENS_TASK}{corpus}", parts=tuple(map(Lens, text.shards)))
-    if request.spectra:
-        yield Task(name=f"{SCORES[ALPHA].task}{corpus}", parts=(Spectra(),))
     yield from rounding_tasks(request, corpus, text)
 
 

@@ -25,7 +25,7 @@ from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.value_counts import mode_of, size_of_share
 from avss_dist.tasks.base import Measure, Task
-from avss_dist.tasks.block_search import GREEDY, HILL, KS, GreedyBlock, Spectra
+from avss_dist.tasks.block_search import GREEDY, HILL, GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import SECOND, MapDamage
 from avss_dist.tasks.map_inputs import COUNTS, MapInputs
 from avss_dist.warehouse.reader import Warehouse
@@ -308,11 +308,9 @@ def _by_paths(measured: MeasuredMaps, target: float, rows: Rows) -> tuple[Float6
 
 def _by_tails(measured: MeasuredMaps, target: float, rows: Rows) -> tuple[Float64, dict[str, Any]]:
     """Return sparsities in proportion to ratios that depend on the heavy tail of each weight's spectrum."""
-    exponents, distances = (
-        np.array([rows[map_.layer, f"{metric}{map_.path}"][0] for map_ in measured.maps]) for metric in (HILL, KS)
-    )
+    exponents = np.array([rows[map_.layer, f"{HILL}{map_.path}"][0] for map_ in measured.maps])
     reading = "the mapping of AlphaPruning, which is read as ActTail's: its paper's is not at hand"
-    reasons = {"reading": reading, "exponents": "Hill, upper half", "ks_median": round(float(np.median(distances)), 4)}
+    reasons = {"reading": reading, "exponents": "Hill, upper half"}
     return proportional(heavy_tail_ratios(exponents), measured.sizes, target, MAX_SPARSITY), reasons
 
 

@@ -368,20 +368,8 @@ class LanguageModel:
         """Return `losses` and the entropy of the predictions, summed over the same tokens, float64[2, rows] in nats."""
         return self._sums(batch, [_surprise, _entropy])
 
-    def losses_and_top_tokens(self, batch: Batch) -> Float64:
-        """Return the loss in nats and the most probable token of each prediction, float64[2, rows, tokens - 1].
-
-        Predictions that are not counted are 0.
-        """
-        return self._by_token(batch, [_surprise, _top_token])
-
     def _sums(self, batch: Batch, measures: Sequence[_TokenMeasure]) -> Float64:
         """Return measures of tokens, summed over each row's counted tokens, float64[measures, rows]."""
-        sums: Float64 = self._by_token(batch, measures).sum(axis=2)
-        return sums
-
-    def _by_token(self, batch: Batch, measures: Sequence[_TokenMeasure]) -> Float64:
-        """Return measures of counted predictions, float64[measures, rows, tokens - 1]; others are 0."""
         counted = torch.from_numpy(predicted(batch))
         by_token = torch.zeros((len(measures), *counted.shape), dtype=torch.float64)
         with torch.no_grad():
@@ -391,7 +379,8 @@ class LanguageModel:
                 for values, measure in zip(measured, measures, strict=True):
                     values[piece] = measure(logits, labels[piece]).double()
         by_token[:, counted] = measured.cpu()
-        return by_token.numpy()
+        sums: Float64 = by_token.numpy().sum(axis=2)
+        return sums
 
     def top_predictions(self, batch: Batch, top: int, draws: int = 0) -> tuple[Float64, TopPredictions]:
         """Return `losses`, and the most probable tokens at each counted prediction of a batch.
@@ -441,39 +430,24 @@ class LanguageModel:
         The interventions differ only in what they remove and round. One that leaves the first layers as the first
         intervention does is cheaper: its passes begin where the two differ.
         """
-        by_batch = self.each(lambda batch: self.measured_under(interventions, batch, self.losses)[0], batches)
+        by_batch = self.each(partial(self._losses_under, interventions), batches)
         return [np.concatenate(losses) for losses in zip(*by_batch, strict=True)]
 
-    def measured_under(
-        self,
-        interventions: Sequence[Intervention],
-        batch: Batch,
-        measure: Callable[[Batch], T],
-        layers: Collection[int] = (),
-    ) -> tuple[list[T], Recorded]:
-        """Return the results of a measure of one batch under interventions that differ as in `losses_under`.
-
-        Args:
-            measure: runs the model on the batch.
-            layers: layers whose inputs are recorded in the first pass, beside those from which others begin.
-
-        Returns:
-            The results, and the record of the first pass.
-        """
+    def _losses_under(self, interventions: Sequence[Intervention], batch: Batch) -> list[Float64]:
         first, branches = interventions[0], self.branches(interventions)
-        watched = [self.layers[layer] for layer in {*branches.values(), *layers}]
+        watched = [self.layers[layer] for layer in set(branches.values())]
         with self.applying(first), recording(watched) as recorded:
-            results = [measure(batch)]
+            results = [self.losses(batch)]
         for intervention in interventions[1:]:
             with self.applying(intervention):
                 if intervention not in branches:
-                    results.append(measure(batch))
+                    results.append(self.losses(batch))
                     continue
                 layer = branches[intervention]
                 behind = begins_behind(intervention, layer)
                 with resuming(self.layers, behind, Recorded({behind: recorded.inputs[layer]}, self.forms)):
-                    results.append(measure(batch))
-        return results, recorded
+                    results.append(self.losses(batch))
+        return results
 
     def branches(self, interventions: Sequence[Intervention]) -> dict[Intervention, int]:
         """Return the interventions whose passes can begin from the first one's, and the layer where they differ."""
@@ -541,10 +515,6 @@ def _surprise(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _entropy(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
     logs = logits.log_softmax(dim=-1)
     return -(logs.exp() * logs).sum(dim=-1)
-
-
-def _top_token(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
-    return logits.argmax(dim=-1)
 
 
 def begins_behind(intervention: Intervention, layer: int) -> int:

@@ -20,12 +20,12 @@ from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.sparsifying import weight_of
-from avss_dist.stats.power_law import hill_exponent, ks_exponent
+from avss_dist.stats.power_law import hill_exponent
 from avss_dist.system.context import bound
 from avss_dist.tasks.base import Row
 
 GREEDY, GREEDY_ERROR = "greedy:", "greedy_error"
-HILL, KS = "hill:", "ks:"  # before the path of a map: the exponent of its spectrum
+HILL = "hill:"  # before the path of a map: the exponent of its spectrum
 JUDGED = 4  # the error is measured on the last 1 / 4 of a row's tokens, as in TEAL
 ENOUGH = 0.9  # sparsity of the block at which it ends: TEAL's
 
@@ -174,7 +174,7 @@ def _zeroing_inputs(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Spectra:
-    """Power-law exponents of the eigenvalues of W^T W for each linear map W of a layer: rows `HILL` and `KS`."""
+    """Power-law exponent of the eigenvalues of W^T W for each linear map W of a layer."""
 
     layer: int
 
@@ -189,9 +189,6 @@ class Spectra:
         with model.running(layer):
             for projection in layer.projections:
                 eigenvalues = torch.linalg.svdvals(weight_of(projection.module).double()).square().cpu().numpy()
-                for name, fit in ((HILL, hill_exponent), (KS, ks_exponent)):
-                    value = np.array([fit(eigenvalues)])
-                    rows.append(
-                        Row(metric=f"{name}{projection.path}", samples=value, weights=np.ones(1), layer=self.layer)
-                    )
+                value = np.array([hill_exponent(eigenvalues)])
+                rows.append(Row(metric=f"{HILL}{projection.path}", samples=value, weights=np.ones(1), layer=self.layer))
         return rows

@@ -33,13 +33,6 @@ _FORMATS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
     ),
     ("propagated", PROPAGATED, 2, lambda row: f"{row[PROPAGATED]:.4g}"),
     ("Taylor", "taylor", 2, lambda row: f"{row['taylor']:z.4g}"),
-    ("lens gain", "lens_gain", 1, lambda row: f"{row['lens_gain']:z.4f}"),
-    ("settles", "lens_settles", 1, lambda row: f"{row['lens_settles']:.1%}"),
-    ("effective rank", "effective_rank", 3, lambda row: f"{row['effective_rank']:.4g}"),
-    ("kurtosis", "kurtosis", 3, lambda row: f"{row['kurtosis']:.4g}"),
-    ("largest unit", "largest_unit", 3, lambda row: f"{row['largest_unit']:.4g}"),
-    ("of first tokens", "largest_unit_first", 4, lambda row: f"{row['largest_unit_first']:.4g}"),
-    ("spectral alpha", "spectral_alpha", 3, lambda row: f"{row['spectral_alpha']:z.3f}"),
     ("gradient L1", "gradient_l1", 6, lambda row: f"{row['gradient_l1']:z.4g}"),
     ("gradient L2", "gradient_l2", 7, lambda row: f"{row['gradient_l2']:z.4g}"),
     ("weight norm", "weight_frobenius", 8, lambda row: f"{row['weight_frobenius']:z.4g}"),
@@ -50,7 +43,7 @@ _FORMATS: Sequence[tuple[str, str, int, Callable[[dict[str, Any]], str]]] = (
 def ablation_table(ablation: Ablation) -> FittedTable:
     """Return a table of the layers, with a bar of the first available measure. The least important are marked."""
     rows = ablation.table().to_pylist()
-    drawn = ("increase", "shapley", "attention", "damage", "taylor", "lens_gain", "spectral_alpha")
+    drawn = ("increase", "shapley", "attention", "damage", "taylor")
     first = next(name for name in drawn if rows[0][name] is not None)
     lowest = sorted(rows, key=lambda row: row[first])[: count_lowest(len(rows))]
     marked = [row in lowest for row in rows]
