@@ -138,6 +138,8 @@ class FindingsAtRequest(PlaceRequest, FindingsRequest):
 
     every: Annotated[bool, Option(names=("--all",))] = False
     """Show findings of every site and recipe."""
+    truth: bool = False
+    """Show how far each score agrees with the measured ground truth instead: which finds the layers that can go."""
 
 
 @request
@@ -167,37 +169,13 @@ class ShowRequest(PlaceRequest, NewestRunsRequest):
     """Show scores by layer."""
 
     output: OptionalOutput = None
-    """File to write to instead of standard output."""
+    """File to write to instead of standard output. FILE.png, .svg or .html draws the scores by depth."""
     experts: bool = False
     """Show routed experts instead of layers."""
-
-
-@request
-class PlotRequest(PlaceRequest, NewestRunsRequest):
-    """Draw scores by depth."""
-
-    output: Output
-    """Picture or page to write: FILE.png, .svg or .html."""
-
-
-@request
-class QuantilesRequest(NewestRunsRequest):
-    """Show the size of activations by layer."""
-
-    q: Shares = ()
-    """Quantile of |x|, 0 to 1."""
+    quantiles: bool = False
+    """Show the size of activations instead: the values that half, 90% and 99% of the elements do not exceed."""
     sparsity: Shares = ()
-    """The threshold below which this share of the elements is."""
-    site: Site = SITES[0]
-    """Site in a layer whose activations are read."""
-
-
-@request
-class ScorecardRequest(RunsRequest):
-    """Compare every score with the ground truth."""
-
-    every: Annotated[bool, Option(names=("--all",))] = False
-    """Show every reading of AVSS, not only the best of each site."""
+    """Show the threshold below which this share of the elements is, 0 to 1, instead."""
 
 
 @request

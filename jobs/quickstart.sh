@@ -13,7 +13,7 @@ echo "Scoring its layers on 65,536 tokens of Python's help texts, with $cpus Ray
 "$VENV/bin/avss" score "$model" --corpus builtin:pydoc --max-sequences 256 --dtype float32 \
  -w warehouse --executor ray --replicas "$cpus"
 "$VENV/bin/avss" show -w warehouse
-"$VENV/bin/avss" plot -w warehouse -o layers.png
+"$VENV/bin/avss" show -w warehouse -o layers.png
 
 cat <<NEXT
 

@@ -36,7 +36,7 @@ avss --help >/dev/null
 # The main command of the quickstart, on less text; then what reads its Parquet.
 avss score "$model" --corpus builtin:pydoc --max-sequences 32 --dtype float32 -w warehouse --executor ray --replicas 2
 avss show -w warehouse
-avss plot -w warehouse -o layers.png
+avss show -w warehouse -o layers.png
 avss report -w warehouse -o report.html
 avss query -w warehouse "FROM runs SELECT run_id, num_layers, num_tokens"
 avss query -w warehouse @cost

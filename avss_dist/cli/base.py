@@ -124,10 +124,11 @@ def _printable_mistakes() -> Iterator[None]:
         yield
     except _UsageError as error:
         error.message = printable(error.message)
-        if "unexpected extra argument" in error.message and "warehouse" in (_spelling.get() or {}):
+        known = _spelling.get() or {}
+        if "unexpected extra argument" in error.message and "warehouse" in known:
             error.message += ". The warehouse is an option: -w."
         command, option = getattr(error.ctx, "info_name", ""), getattr(error, "option_name", "")
-        if instead := REMOVED.get(f"{command} {option}"):
+        if instead := REMOVED.get(f"{command} {option}") or ("format" in known and REMOVED.get(option)):
             error.message += f". It was removed: {instead}"
             error.possibilities = []
         raise

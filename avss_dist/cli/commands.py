@@ -51,11 +51,10 @@ COMMANDS = {
         "read",
         "List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first.",
     ),
-    "show": Command(READ, "read", "Show scores by layer, at any threshold; the lowest 25% of layers are marked."),
-    "quantiles": Command(
+    "show": Command(
         READ,
-        "compare",
-        "Show the size of activations by layer: quantiles of |x|, or the threshold for a given sparsity.",
+        "read",
+        "Show scores by layer, at any threshold, or draw them; the lowest 25% of layers are marked.",
     ),
     "compare": Command(
         READ,
@@ -72,10 +71,6 @@ COMMANDS = {
         "compare",
         "List findings that speak against scores: they track depth, noise, rounding, single units, and so on.",
     ),
-    "scorecard": Command(
-        READ, "compare", "Compare every score with the ground truth: which one finds the layers that can go."
-    ),
-    "plot": Command(READ, "read", "Draw AVSS and its baselines by depth, as a picture or page."),
     "report": Command(
         READ,
         "report",
@@ -142,13 +137,11 @@ EXAMPLES = {
     "show": (
         "avss show --run smollm2 --site update --threshold 0.1rms",
         "avss show --run 'smollm2-*' --format latex -o scores.tex",
+        "avss show -o layers.png",
     ),
-    "quantiles": ("avss quantiles --q 0.99 --sparsity 0.5",),
     "compare": ("avss compare --by family", "avss compare --along step -o ranks.png"),
     "contrast": ("avss contrast -w paired --format csv",),
-    "findings": ("avss findings --all",),
-    "scorecard": ("avss scorecard --run smollm2",),
-    "plot": ("avss plot --run smollm2 -o layers.png",),
+    "findings": ("avss findings --all", "avss findings --run smollm2 --truth"),
     "report": ("avss report -o report.html",),
     "publish": ("avss publish published",),
     "compact": ("avss compact -w s3://bucket/warehouse",),
@@ -170,9 +163,9 @@ EXAMPLES = {
         "avss distill smaller --teacher org/name --corpus your.txt --tokens 1e6 -o distilled",
         "avss distill smaller --teacher org/name --corpus your.txt=3 --watch other.txt --train near -o distilled",
     ),
-    "doctor": ("avss doctor --json",),
+    "doctor": ("avss doctor --format json",),
     "jobs submit": ("avss jobs submit JOB.yaml --address http://HEAD:8265 --follow",),
-    "jobs list": ("avss jobs list --address http://HEAD:8265 --json",),
+    "jobs list": ("avss jobs list --address http://HEAD:8265 --format json",),
     "jobs logs": ("avss jobs logs JOB_ID --address http://HEAD:8265 --follow",),
     "jobs stop": ("avss jobs stop JOB_ID --address http://HEAD:8265",),
 }
@@ -181,10 +174,17 @@ EXAMPLES = {
 REMOVED: dict[str, str] = {
     "ablate --lens": "`avss ablate ORG/NAME --corpus CORPUS --damage`",
     "ablate --spectra": "`avss ablate ORG/NAME --corpus CORPUS --damage`",
+    "--json": "`--format json`",
+    "plan --json": "the file that the command writes has all that it printed",
+    "sparsify --json": "the file that the command writes has all that it printed",
+    "quantize --json": "the file that the command writes has all that it printed",
+    "plot": "`avss show -o layers.png`",
+    "quantiles": "`avss show --quantiles`, or `avss show --sparsity 0.5`",
+    "scorecard": "`avss findings --truth`",
     "score --gradients": "`avss ablate ORG/NAME --corpus CORPUS --gradients`",
     "plan --sparsify": "`avss sparsify 0.5 -o sparse.yaml`",
 }
-"""What to type instead of commands and options of version 0.2, by name: ``"plot"``, ``"estimate --hardware"``."""
+"""What to type instead of commands and options of version 0.2, by name: ``"plot"``, ``"plan --json"``, ``"--json"``."""
 
 
 def epilog(command: str) -> str:

@@ -1,4 +1,4 @@
-"""`avss compare`, `findings`, `quantiles` and `scorecard`: analyses of the runs of a warehouse."""
+"""`avss compare` and `findings`: analyses of the runs of a warehouse."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from avss_dist.cli.choose import MOST_NAMED, choose_run_ids, choose_runs, choose_threshold, open_warehouse
 from avss_dist.cli.options import FORMATS, takes
-from avss_dist.core.errors import QueryError
 from avss_dist.core.text import describe_threshold
-from avss_dist.read_requests import CompareRequest, FindingsAtRequest, QuantilesRequest, ScorecardRequest
+from avss_dist.read_requests import CompareRequest, FindingsAtRequest
 from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:
     from avss_dist.analysis.compare import RankingComparison
+    from avss_dist.warehouse.reader import Warehouse
 
 
 MAX_TABLED = 20_000  # pairs of which all are compared in full for a table on a terminal
-
-DEFAULT_QUANTILES = (0.5, 0.9, 0.99)
 
 
 @takes(CompareRequest, FORMATS)
@@ -118,6 +116,8 @@ def findings(format: str, **values: Any) -> None:
 
     request = FindingsAtRequest(**values)
     opened = open_warehouse(str(request.warehouse))
+    if request.truth:
+        return _compare_with_truth(opened, request, format)
     names = choose_run_ids(opened, request.run)
     table = find(
         opened,
@@ -134,43 +134,16 @@ def findings(format: str, **values: Any) -> None:
     return None
 
 
-@takes(QuantilesRequest, FORMATS)
-def quantiles(format: str, **values: Any) -> None:
-    """Show the size of activations by layer: quantiles of |x|, or the threshold for a given sparsity."""
-    from avss_dist.analysis.stats_findings import grouped
-    from avss_dist.analysis.thresholds import quantiles as find
-    from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.compare import quantiles_table
-
-    request = QuantilesRequest(**values)
-    opened = open_warehouse(str(request.warehouse))
-    runs = choose_runs(opened, request.run)
-    shares = (*request.q, *request.sparsity) or DEFAULT_QUANTILES
-    table = find(opened, runs, shares, [request.site])
-    if not table.num_rows:
-        raise QueryError(
-            f"No statistics of site '{request.site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'"
-        )
-    if format != FORMATS[0]:
-        return write_table(table, format, console())
-    for rows in grouped(table.to_pylist(), "run_id").values():
-        console().print(quantiles_table(rows))
-    return None
-
-
-@takes(ScorecardRequest, FORMATS)
-def scorecard(format: str, **values: Any) -> None:
-    """Compare every score with the ground truth: which one finds the layers that can go."""
+def _compare_with_truth(opened: Warehouse, request: FindingsAtRequest, format: str) -> None:
+    """Print how far each score of a run agrees with the ground truth."""
     from avss_dist.analysis.scorecard import best_readings, score_cards
     from avss_dist.report.output import write_table
     from avss_dist.report.scorecards import scorecard_sections
     from avss_dist.report.terminal.tables import rendered
 
-    request = ScorecardRequest(**values)
-    opened = open_warehouse(str(request.warehouse))
     cards = score_cards(opened, choose_runs(opened, request.run, every=True))
-    selected = cards if request.every else best_readings(cards)
-    if format == "table":
-        console().print(rendered(*scorecard_sections(selected)))
-    else:
-        write_table(selected, format, console())
+    cards = cards if request.every else best_readings(cards)
+    if format != FORMATS[0]:
+        return write_table(cards, format, console())
+    console().print(rendered(*scorecard_sections(cards)))
+    return None

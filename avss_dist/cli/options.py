@@ -102,37 +102,28 @@ def takes(request: Any, formats: Sequence[str] = ()) -> Callable[[Callable[..., 
 
 
 def takes_output(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a command with the common options: ``-q``, ``-v``, and ``--json`` if its ``--format`` has it."""
-    formats = inspect.signature(command, eval_str=True).parameters.get("format")
-    names = get_args(formats.annotation)[1].autocompletion("") if formats else ()
-    added = [_flag("_quiet", "-q", "Print only the result and errors.", QUIET)]
-    added += [_flag("_verbose", "-v", "Show library messages, and the traceback of an error.", VERBOSE)]
-    has_json = "json" in names
-    if has_json:
-        added.insert(0, _flag("as_json", None, "Short for --format json."))
+    """Decorate a command with the common options: ``-q`` and ``-v``."""
+    added = [_flag("quiet", "Print only the result and errors.", QUIET)]
+    added += [_flag("verbose", "Show library messages, and the traceback of an error.", VERBOSE)]
 
     @wraps(command)
     def run(**values: Any) -> Any:
-        if has_json and values.pop("as_json"):
-            values["format"] = "json"
         values.pop("_quiet"), values.pop("_verbose")
         return command(**values)
 
     return _with_parameters(command, run, after=added)
 
 
-def _flag(name: str, short: str | None, help: str, verbosity: int | None = None) -> inspect.Parameter:
-    """Return a flag of all commands, which may set the verbosity."""
+def _flag(name: str, help: str, verbosity: int) -> inspect.Parameter:
+    """Return a flag of all commands that sets the verbosity."""
 
     def act(wanted: bool) -> bool:
-        if wanted and verbosity is not None:
+        if wanted:
             set_verbosity(verbosity)
         return wanted
 
-    long = f"--{name.removeprefix('as').removeprefix('_')}"
-    spelling = (long, short) if short else (long,)
-    option = typer.Option(*spelling, help=help, callback=act, rich_help_panel="Output")
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+    option = typer.Option(f"--{name}", f"-{name[0]}", help=help, callback=act, rich_help_panel="Output")
+    return _keyword(f"_{name}", Annotated[bool, option], False)
 
 
 def _with_parameters(

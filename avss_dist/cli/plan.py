@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from avss_dist.cli.choose import choose_run, newest_of, open_warehouse
 from avss_dist.cli.options import (
     named_format,
@@ -15,7 +13,7 @@ from avss_dist.cli.options import (
     takes,
 )
 from avss_dist.requests import PlanRequest
-from avss_dist.system.streams import console, emit, emit_json
+from avss_dist.system.streams import console, emit
 
 if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
@@ -28,7 +26,6 @@ FORMATS = ("plan", "mergekit", "llama-cpp")  # the others are formats of other t
 def plan(
     output: Annotated[Path, output_option("The plan to write, PLAN.yaml.")],
     format: Annotated[str, named_format(FORMATS, "Format of the file.")] = FORMATS[0],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.", rich_help_panel="Output")] = False,
     **values: Any,
 ) -> None:
     """Choose the layers or routed experts to drop, and write a plan with the reason and what speaks against it."""
@@ -47,9 +44,6 @@ def plan(
         write_text(output, OTHERS[format](chosen))
     else:
         chosen.write(output)
-    if as_json:
-        emit_json({"output": str(output), **chosen.values()})
-        return
     emit("\n  ".join([f"{output}:", *chosen.describe(), *hints]))
     if format == FORMATS[0] and not chosen.evaluated:
         emit(f"  {evaluation_hint(opened, row, output)}")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
-
-import typer
 
 from avss_dist.cli.choose import choose_run, newest_of, open_warehouse
 from avss_dist.cli.options import named_format, output_option, takes
 from avss_dist.cli.plan import evaluation_hint
 from avss_dist.core.errors import require_known
 from avss_dist.requests import PrecisionRequest
-from avss_dist.system.streams import emit, emit_json
+from avss_dist.system.streams import emit
 
 FORMATS = ("plan", "llama-cpp", "llm-compressor", "auto-round", "bitsandbytes", "torchao")
 
@@ -22,7 +19,6 @@ FORMATS = ("plan", "llama-cpp", "llm-compressor", "auto-round", "bitsandbytes", 
 def quantize(
     output: Annotated[Path, output_option("The precision plan to write, BITS.yaml, or the file of another program.")],
     format: Annotated[str, named_format(FORMATS, "Format of the file.")] = FORMATS[0],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.", rich_help_panel="Output")] = False,
     **values: Any,
 ) -> None:
     """Choose the number format of each linear map, and write a precision plan with the reason.
@@ -42,9 +38,6 @@ def quantize(
         plan.write(output)
     else:
         write_text(output, EXPORTS[format](plan))
-    if as_json:
-        emit_json({"output": str(output), **asdict(plan)})
-        return
     emit("\n  ".join([f"{output}:", *plan.describe(), *newest_of(opened, request.run)]))
     if format == FORMATS[0]:
         emit(f"  {evaluation_hint(opened, row, output)}")

@@ -1,4 +1,4 @@
-"""`avss ls`, `show`, `plot` and `query`: reading a warehouse."""
+"""`avss ls`, `show` and `query`: reading a warehouse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from avss_dist.cli.choose import choose_runs, choose_scores, open_warehouse, sco
 from avss_dist.cli.options import FORMATS, takes
 from avss_dist.core.errors import QueryError, WarehouseError
 from avss_dist.core.names import REPAIR, ROW_START
-from avss_dist.read_requests import ListRequest, PlotRequest, QueryRequest, ShowRequest
+from avss_dist.read_requests import ListRequest, QueryRequest, ShowRequest
 from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ Measurements of single layers are a row for each task and metric. The machine's 
 """
 RUNS = ("run_id", "model", "status", "corpus", "num_tokens", "dtype", "created_at", "kept_shards", "num_shards")
 """Columns of the list of runs."""
+DEFAULT_QUANTILES = (0.5, 0.9, 0.99)
 UNFINISHED = "unfinished"  # the status of a run that has begun and has no row
 
 
@@ -93,77 +94,106 @@ def _with_kept_shards(table: pa.Table) -> pa.Table:
 
 @takes(ShowRequest, SHOW_FORMATS)
 def show(format: str, **values: Any) -> None:
-    """Show scores by layer, at any threshold; the lowest 25% of layers are marked."""
-    from avss_dist.report.export import export_text
-    from avss_dist.report.output import printed_to, write_table
+    """Show scores by layer, at any threshold, or draw them; the lowest 25% of layers are marked."""
+    from avss_dist.report.output import PICTURES, printed_to
 
     request = ShowRequest(**values)
     output = None if request.output is None else Path(request.output)
     opened = open_warehouse(str(request.warehouse))
     runs = choose_runs(opened, request.run)
-    if request.experts:
+    shares = request.sparsity or (DEFAULT_QUANTILES if request.quantiles else ())
+    if output and output.suffix.lower() in PICTURES and format == FORMATS[0] and not (request.experts or shares):
+        _draw_scores(opened, runs, request, output)
+    else:
         with printed_to(output):
-            _show_experts(opened, runs, format)
-        return
-    scores = choose_scores(opened, runs, request.site, request.recipe, request.threshold)
-    with printed_to(output):
-        if format == FORMATS[0]:
-            _show(runs, scores)
-        elif format in FORMATS:
-            write_table(scores, format, console())
-        else:
-            emit(export_text(runs, score_rows(scores), format), end="")
+            if request.experts:
+                _show_experts(opened, runs, format)
+            elif shares:
+                _show_quantiles(opened, runs, shares, request.site, format)
+            else:
+                _show_scores(opened, runs, request, format)
     others = opened.runs().num_rows - 1
     if others and not request.run and format == FORMATS[0]:
         emit(f"{others} more in {opened.root}: avss ls -w {opened.root}")
+
+
+def _scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: ShowRequest) -> pa.Table:
+    return choose_scores(opened, [*runs], request.site, request.recipe, request.threshold)
+
+
+def _show_scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: ShowRequest, format: str) -> None:
+    """Print a table of each run, and how far its counts are known."""
+    from avss_dist.analysis.stats_findings import grouped
+    from avss_dist.report.export import export_text
+    from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.scores import describe_exactness, layer_table
+
+    scores = _scores(opened, runs, request)
+    if format not in FORMATS:
+        emit(export_text(runs, score_rows(scores), format), end="")
+    elif format != FORMATS[0]:
+        write_table(scores, format, console())
+    else:
+        by_run = grouped(score_rows(scores), "run_id")
+        for row in runs:
+            if layers := by_run.get((row["run_id"],)):
+                console().print(layer_table(row, layers))
+                if note := describe_exactness(layers):
+                    emit(note)
+
+
+def _draw_scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: ShowRequest, output: Path) -> None:
+    """Draw AVSS and its baselines by depth, as a picture or page."""
+    from avss_dist.report.chart import MAX_RUNS, layers_chart, save_chart
+
+    if len(runs) > MAX_RUNS:
+        raise QueryError(
+            f"{len(runs):,} runs are too many for one chart: the maximum is {MAX_RUNS}.",
+            "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
+        )
+    save_chart(layers_chart(runs, score_rows(_scores(opened, runs, request))), output)
+    emit(output)
 
 
 def _show_experts(opened: Warehouse, runs: Sequence[Mapping[str, Any]], format: str) -> None:
     """Print a table of each run's experts, or their rows."""
     from avss_dist.analysis.experts import require_experts
     from avss_dist.report.experts import experts_section
-    from avss_dist.report.output import write_table
     from avss_dist.report.terminal.tables import rendered
 
     experts = [(row, require_experts(opened, row["run_id"])) for row in runs]
     if format != FORMATS[0]:
-        write_table(opened.table("expert_stats", run_ids=[row["run_id"] for row in runs]), format, console())
-        return
+        return _write_rows(opened.table("expert_stats", run_ids=[row["run_id"] for row in runs]), format)
     for row, layers in experts:
         console().print(rendered(experts_section(f"{row['model']}  ({row['run_id']})", row, layers)))
+    return None
 
 
-def _show(runs: Sequence[Mapping[str, Any]], scores: pa.Table) -> None:
-    """Print a table of each run, and how far its counts are known."""
+def _show_quantiles(
+    opened: Warehouse, runs: Sequence[Mapping[str, Any]], shares: Sequence[float], site: str, format: str
+) -> None:
+    """Print the sizes of activations that given shares of the elements do not exceed."""
     from avss_dist.analysis.stats_findings import grouped
-    from avss_dist.report.terminal.scores import describe_exactness, layer_table
+    from avss_dist.analysis.thresholds import quantiles
+    from avss_dist.report.terminal.compare import quantiles_table
 
-    by_run = grouped(score_rows(scores), "run_id")
-    for row in runs:
-        if layers := by_run.get((row["run_id"],)):
-            console().print(layer_table(row, layers))
-            if note := describe_exactness(layers):
-                emit(note)
+    table = quantiles(opened, runs, shares, [site])
+    if not table.num_rows:
+        raise QueryError(f"No statistics of site '{site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'")
+    if format != FORMATS[0]:
+        return _write_rows(table, format)
+    for rows in grouped(table.to_pylist(), "run_id").values():
+        console().print(quantiles_table(rows))
+    return None
 
 
-@takes(PlotRequest)
-def plot(**values: Any) -> None:
-    """Draw AVSS and its baselines by depth, as a picture or page."""
-    from avss_dist.report.chart import MAX_RUNS, layers_chart, save_chart
+def _write_rows(table: pa.Table, format: str) -> None:
+    """Write rows that are not scores."""
+    from avss_dist.report.output import write_table
 
-    request = PlotRequest(**values)
-    opened = open_warehouse(str(request.warehouse))
-    runs = choose_runs(opened, request.run)
-    if not request.run and opened.runs().num_rows > 1:
-        say(f"The newest run, {runs[0]['run_id']}; --run names others, --run '*' all.")
-    if len(runs) > MAX_RUNS:
-        raise QueryError(
-            f"{len(runs):,} runs are too many for one chart: the maximum is {MAX_RUNS}.",
-            "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
-        )
-    scores = choose_scores(opened, runs, request.site, request.recipe, request.threshold)
-    save_chart(layers_chart(runs, score_rows(scores)), Path(request.output))
-    emit(request.output)
+    if format == "latex":
+        raise QueryError("`format` latex is that of scores by layer.", "Use csv, json or markdown.")
+    write_table(table, format, console())
 
 
 @takes(QueryRequest, QUERY_FORMATS)

@@ -13,7 +13,7 @@ from avss_dist.cli.options import SPELLING
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import escape_markdown
 
-COMMON = ("--json", "--quiet", "--verbose")  # of every command
+COMMON = ("--quiet", "--verbose")  # of every command
 NOT_IN_JOBS = ("address", "fresh")  # options of the command line only
 
 

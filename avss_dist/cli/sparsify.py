@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
 
 from avss_dist.cli.choose import choose_run, newest_of, open_warehouse
 from avss_dist.cli.options import named_format, output_option, takes
 from avss_dist.cli.plan import evaluation_hint
 from avss_dist.core.errors import require_known
 from avss_dist.requests import SparsifyRequest
-from avss_dist.system.streams import console, emit, emit_json
+from avss_dist.system.streams import console, emit
 
 if TYPE_CHECKING:
     from avss_dist.sparsity.plan import SparsityPlan
@@ -25,7 +22,6 @@ FORMATS = ("plan", "thresholds", "teal")
 def sparsify(
     output: Annotated[Path, output_option("The sparsity plan to write, SPARSE.yaml.")],
     format: Annotated[str, named_format(FORMATS, "Format of the file.")] = FORMATS[0],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.", rich_help_panel="Output")] = False,
     **values: Any,
 ) -> None:
     """Choose the activations that become zero, and write a sparsity plan with the reason.
@@ -44,9 +40,6 @@ def sparsify(
     with CellProgress() as progress:
         plan = choose(request, row, progress)
     _write(plan, output, format)
-    if as_json:
-        emit_json({"output": str(output), **asdict(plan)})
-        return
     console().print(FittedTable(thresholds_table(plan)))
     emit("\n  ".join([f"{output}:", *plan.describe(), *newest_of(opened, request.run)]))
     if format == FORMATS[0]:

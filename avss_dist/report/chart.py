@@ -19,13 +19,12 @@ from avss_dist.analysis.findings import describe_depth
 from avss_dist.core.errors import AvssError, nearest
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, printable
-from avss_dist.report.output import map_leaves, write_file
+from avss_dist.report.output import PICTURES, map_leaves, write_file
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.staging import staged_file
 
-ENDINGS = (".png", ".svg", ".html")
 MAX_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
 MAX_LABELED = 60  # rows of a similarity map with a name beside each
 TITLE_OF_MAP = "Agreement of layer rankings"
@@ -237,8 +236,8 @@ def similarity_chart(comparison: RankingComparison) -> Any:
 
 def require_drawable(path: Path) -> None:
     """Raise AvssError unless the name of a file has the ending of a picture."""
-    if path.suffix.lower() not in ENDINGS:
-        raise AvssError(f"'{path}' does not say what to draw.", nearest(path.suffix.lower(), ENDINGS))
+    if path.suffix.lower() not in PICTURES:
+        raise AvssError(f"'{path}' does not say what to draw.", nearest(path.suffix.lower(), PICTURES))
 
 
 def save_chart(chart: Any, path: Path) -> None:

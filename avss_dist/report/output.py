@@ -23,6 +23,7 @@ from avss_dist.system.streams import binary_output, emit, emit_json
 if TYPE_CHECKING:
     from rich.console import Console
 
+PICTURES = (".png", ".svg", ".html")  # endings of files that charts are written to
 ROWS_AT_ONCE = 10_000  # of a table, as Python objects
 MAX_ROWS = 40  # of a table on a terminal
 _ENCODED = (pa.types.is_string, pa.types.is_integer, pa.types.is_float64, pa.types.is_boolean, pa.types.is_timestamp)

@@ -370,7 +370,7 @@ def test_mistakes(root: Path, args: list[str], text: str) -> None:
     assert text in result.stderr
 
 
-@pytest.mark.parametrize("command", ["compare", "findings", "show", "quantiles"])
+@pytest.mark.parametrize("command", ["compare", "findings", "show"])
 def test_a_warehouse_without_finished_runs(tmp_path: Path, command: str) -> None:
     assert "is not a warehouse" in avss(command, "-w", tmp_path).stderr
     Store(tmp_path).write_run({**run_row("broken"), "status": "failed", "error": "no memory"})

@@ -177,7 +177,7 @@ def test_quantiles_of_16_bit_activations_are_exact(narrow: Warehouse, coarse: Fl
     for row in quantiles(narrow, rows_of(narrow), [0.01, 0.1, 0.5, 0.77, 1.0]).to_pylist():
         true = np.quantile(np.abs(coarse[:, row["layer"]]), row["share"], method="inverted_cdf")
         assert row["value"] == row["low"] == row["high"] == true
-    assert "Every one is exact: each value was counted." in avss("quantiles", "-w", narrow.root).stdout
+    assert "Every one is exact: each value was counted." in avss("show", "--quantiles", "-w", narrow.root).stdout
 
 
 SHARES = (0.0, 0.1, 0.5, 0.9, 0.999, 1.0)
@@ -230,12 +230,12 @@ def test_scores_command(root: Path) -> None:
 
 @pytest.mark.nightly
 def test_quantiles_command(root: Path) -> None:
-    result = avss("quantiles", "-w", root, "--run", "tiny-*", "--q", 0.5, "--sparsity", 0.9)
+    result = avss("show", "-w", root, "--run", "tiny-*", "--sparsity", 0.5, "--sparsity", 0.9)
     assert (result.exit_code, result.stderr) == (0, "")
     assert "tiny-1  block" in result.stdout and "tiny-2  block" in result.stdout
     assert "The truth lies close by" in result.stdout
     assert "|x| below which 0.5" in result.stdout and "|x| below which 0.9" in result.stdout
-    text = avss("quantiles", "-w", root, "--run", "tiny-1", "--format", "csv").stdout
+    text = avss("show", "--quantiles", "-w", root, "--run", "tiny-1", "--format", "csv").stdout
     assert len(list(csv.DictReader(io.StringIO(text)))) == 4 * 3
 
 
@@ -246,8 +246,9 @@ def test_quantiles_command(root: Path) -> None:
         (["show", "--site", "mlp"], "No scores of site 'mlp'"),
         (["show", "--recipe", "units"], "Unknown --recipe 'units'.\nDid you mean 'unit'?"),
         *nightly(
-            (["quantiles", "--q", "1.5"], "--q must be at most 1, not 1.5."),
-            (["quantiles", "--site", "mlp"], "No statistics of site 'mlp'."),
+            (["show", "--sparsity", "1.5"], "--sparsity must be at most 1, not 1.5."),
+            (["show", "--quantiles", "--format", "latex"], "--format latex is that of scores by layer."),
+            (["show", "--quantiles", "--site", "mlp"], "No statistics of site 'mlp'."),
         ),
     ],
 )

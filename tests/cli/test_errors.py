@@ -257,13 +257,12 @@ def test_cuda_without_a_gpu_is_refused(tiny_llama: Path, warehouse: Path) -> Non
         (["show", "--site", "mpl"], ["Unknown --site 'mpl'", "Did you mean 'mlp'?"]),
         (["show", "--recipe", "pool"], ["Unknown --recipe 'pool'", "Did you mean 'pooled'?"]),
         (["show", "--recipe", "unit", "--site", "mlp"], ["No scores of site 'mlp' with recipe 'unit'", "Scored: "]),
-        (["plot", "-o", "a.pdf"], ["'a.pdf' does not say what to draw", ".png, .svg, .html"]),
-        (["plot", "-o", "/no/such/folder/a.svg"], ["/no/such/folder/a.svg cannot be written", "output"]),
+        (["show", "-o", "/no/such/folder/a.svg"], ["/no/such/folder/a.svg cannot be written", "output"]),
         (["query", "COPY scores TO 'a.csv'"], ["COPY is not allowed in a query"]),
         (["query", "SELEC 1"], ['syntax error at or near "SELEC"', "Tables: runs, scores"]),
         (["query", "FROM runs", "--format", "jsn"], ["Unknown --format 'jsn'", "Did you mean 'json'?"]),
     ],
-    ids=lambda value: " ".join(value) if value[0] in ("show", "plot", "query") else "",
+    ids=lambda value: " ".join(value) if value[0] in ("show", "query") else "",
 )
 def test_a_wrong_question_is_refused(
     args: list[str], says: list[str], warehouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

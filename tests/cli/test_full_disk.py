@@ -26,7 +26,7 @@ COMMANDS = [
     ["plan", "-w", "w", "--by", "avss", "-o", "disk/plan.yaml"],
     ["report", "-w", "w", "-o", "disk/page.html"],
     ["show", "-w", "w", "--format", "csv", "-o", "disk/table.csv"],
-    ["plot", "-w", "w", "-o", "disk/picture.svg"],
+    ["show", "-w", "w", "-o", "disk/picture.svg"],
 ]
 
 

@@ -28,8 +28,9 @@ READS = {
         [*W, "x", EVIL],
         [*W, f"--{EVIL}"],
         [*W, "--site", EVIL],
+        *([*W, "-o", "O/x.svg"], [*W, "-o", "O/x.html", "--run", "*"]),
+        *([*W, "--quantiles"], [*W, "--quantiles", "--format", "csv"]),
     ],
-    "plot": [[*W, "-o", "O/x.svg"], [*W, "-o", "O/x.html", "--run", "*"]],
     "query": [
         *([*W, "FROM runs", "--format", kind] for kind in ("table", "csv", "json", "markdown")),
         [*W, f"SELECT '{EVIL}' AS \"{EVIL}\", ['{EVIL}'] AS l, {{'{EVIL}': 1}} AS s"],
@@ -37,8 +38,7 @@ READS = {
         [*W, f"SELECT {EVIL}"],
     ],
     "compare": [[*W], [*W, "--format", "csv"]],
-    "findings": [[*W, "--all"], [*W, "--format", "csv"]],
-    "quantiles": [[*W], [*W, "--format", "csv"]],
+    "findings": [[*W, "--all"], [*W, "--format", "csv"], [*W, "--truth"], [*W, "--truth", "--format", "csv"]],
     "ls": [[*W], ["plans", *W], ["evaluations", *W, "--format", "csv"]],
     "publish": [["O/x", *W], [f"O/{EVIL}", *W], [f"hf://{EVIL}", *W]],
     "compact": [[*W]],
@@ -46,7 +46,6 @@ READS = {
     "plan": [[*W, "-o", "O/x.yaml", "--by", "avss"], [*W, "-o", f"O/{EVIL}.yaml", "--by", "avss"]],
     "sparsify": [["0.5", *W, "-o", "O/x.yaml"], ["0.5", *W, "--run", EVIL, "-o", f"O/{EVIL}.yaml"]],
     "quantize": [["--bits", "5", *W, "-o", "O/x.yaml"], ["--bits", "5", *W, "--run", EVIL, "-o", f"O/{EVIL}.yaml"]],
-    "scorecard": [[*W], [*W, "--format", "csv"]],
     "contrast": [[*W], [*W, "--run", EVIL]],
 }
 SMALL_TRAINING = "--tokens 64 --self-texts 0 --held-out 2 --sequence-length 16 --max-sequences 8"

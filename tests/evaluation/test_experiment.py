@@ -213,7 +213,7 @@ def test_the_command_line_tells_the_verdict(done: Done) -> None:
     words = " ".join(told.stdout.split())
     assert "without the 2 layers of the lowest AVSS (25%)" in words
     assert "Of 2 random choices" in words
-    card = avss("scorecard", "-w", read_job(job).warehouse, "--format", "csv")
+    card = avss("findings", "--truth", "-w", read_job(job).warehouse, "--format", "csv")
     assert card.exit_code == 0 and "spearman_loss" in card.stdout
 
 

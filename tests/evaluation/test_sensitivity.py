@@ -118,7 +118,7 @@ def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
         losses = {row["rounding"]: row["value"] for row in of_format}
         ranks.append(np.argsort(np.argsort([losses[f"{name}@{layer}"] for layer in range(4)])))
     assert scores["rounded:q4_0"]["spearman_loss"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    done = avss("scorecard", "-w", measured)
+    done = avss("findings", "--truth", "-w", measured)
     assert done.exit_code == 0, done.stderr
     told = " ".join(done.stdout.split())
     for words in (

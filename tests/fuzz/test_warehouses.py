@@ -54,7 +54,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COMMANDS: list[list[str]] = [
     ["show", "-w", "W"],
     ["show", "-w", "W", "--run", "alpha"],
-    ["plot", "-w", "W", "-o", "O.svg", "--run", "*"],
+    ["show", "-w", "W", "-o", "O.svg", "--run", "*"],
     ["query", "-w", "W", "FROM runs"],
     ["query", "-w", "W", "FROM scores", "--format", "csv"],
     ["query", "-w", "W", "FROM evaluations", "--format", "json"],
@@ -69,13 +69,13 @@ COMMANDS: list[list[str]] = [
     ["compare", "-w", "W", "--by", "recipe", "--allow-mismatch"],
     ["findings", "-w", "W", "--all"],
     ["show", "-w", "W", "--threshold", "0.1rms"],
-    ["quantiles", "-w", "W"],
+    ["show", "--quantiles", "-w", "W"],
     *(["show", "-w", "W", "--format", kind] for kind in ("csv", "json", "latex", "markdown")),
     ["report", "-w", "W", "-o", "O.html"],
     ["plan", "-w", "W", "-o", "O.yaml"],
     ["plan", "-w", "W", "-o", "O.yaml", "--by", "avss", "--run", "alpha"],
     ["plan", "-w", "W", "-o", "O.yaml", "--by", "loss", "--run", "alpha"],
-    ["scorecard", "-w", "W", "--run", "alpha"],
+    ["findings", "--truth", "-w", "W", "--run", "alpha"],
 ]
 
 

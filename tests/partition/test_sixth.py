@@ -61,7 +61,7 @@ if __name__ == "__main__":
     sixth = avss_dist.score(model, warehouse=f"{folder}/sixth", partition="sixth", **options)
     single = avss_dist.score(model, warehouse=f"{folder}/single", partition="single", **options)
     with contextlib.redirect_stdout(io.StringIO()) as dry:
-        app(["run", job, "--dry-run", "--json"], standalone_mode=False)
+        app(["run", job, "--dry-run", "--format", "json"], standalone_mode=False)
     print(json.dumps({
         "command": '"sixth"' in dry.getvalue(),
         "placed": [placement.partition, automatic.partition, with_copies(placement, 3).ranks],

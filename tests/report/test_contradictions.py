@@ -65,7 +65,7 @@ def test_what_is_shown_is_named_as_smoothed(root: Path, options: tuple[str, ...]
 
 
 def test_the_picture_names_it_too(root: Path, tmp_path: Path) -> None:
-    drawn = avss("plot", "-w", root, "-o", tmp_path / "layers.svg")
+    drawn = avss("show", "-w", root, "-o", tmp_path / "layers.svg")
     assert drawn.exit_code == 0, drawn.stderr
     text = (tmp_path / "layers.svg").read_text().lower()
     assert "smoothed avss (log)" in text and ">avss" not in text

@@ -120,7 +120,7 @@ def test_an_old_file_outlives_a_write_that_fails(root: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(Path, "write_bytes", full)
     monkeypatch.setattr(Path, "write_text", lambda path, text, **_: full(path, text.encode()))
-    for name, args in (("old.html", ["report", "-w", root]), ("old.svg", ["plot", "-w", root])):
+    for name, args in (("old.html", ["report", "-w", root]), ("old.svg", ["show", "-w", root])):
         file = tmp_path / name
         with file.open("w") as stream:
             stream.write("old")
@@ -132,7 +132,7 @@ def test_an_old_file_outlives_a_write_that_fails(root: Path, tmp_path: Path, mon
 @pytest.mark.parametrize("layers", [2, 3, 6])
 def test_layers_have_whole_numbers_in_a_picture(tmp_path: Path, layers: int) -> None:
     write_scores(tmp_path / "w", "few", [float(i + 1) for i in range(layers)])
-    result = avss("plot", "-w", tmp_path / "w", "-o", tmp_path / "chart.svg")
+    result = avss("show", "-w", tmp_path / "w", "-o", tmp_path / "chart.svg")
     assert result.exit_code == 0, result.stderr
     first = (tmp_path / "chart.svg").read_text().partition("X-axis titled 'layer (from 0)'")[2].partition("</g></g>")[0]
     labels = re.findall(r"<text[^>]*>([^<]*)</text>", first.partition("role-axis-title")[0])
@@ -142,6 +142,6 @@ def test_layers_have_whole_numbers_in_a_picture(tmp_path: Path, layers: int) -> 
 def test_a_chart_of_very_many_runs_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 10,000 runs, the library that draws takes all memory and ends the process."""
     monkeypatch.setattr("avss_dist.report.chart.MAX_RUNS", 1)
-    result = avss("plot", "-w", root, "--run", "*", "-o", root / "chart.svg")
+    result = avss("show", "-w", root, "--run", "*", "-o", root / "chart.svg")
     assert result.exit_code == 2 and "are too many for one chart: the maximum is 1" in result.stderr
     assert "Name fewer with --run" in result.stderr and not (root / "chart.svg").exists()

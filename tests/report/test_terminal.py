@@ -146,7 +146,7 @@ def test_no_name_steers_a_terminal_or_turns_the_text_of_a_page(hostile: Path) ->
 @pytest.mark.parametrize("ending", all_of(["svg", "png", "html"], default=["svg"]))
 def test_no_name_aborts_a_picture(hostile: Path, ending: str) -> None:
     file = hostile / f"layers.{ending}"
-    done = avss("plot", "-w", hostile, "--run", "hostile", "--run", "other", "-o", file)
+    done = avss("show", "-w", hostile, "--run", "hostile", "--run", "other", "-o", file)
     assert (done.exit_code, done.stderr) == (0, "")
     assert file.stat().st_size > 1000
     if ending == "svg":
@@ -165,7 +165,7 @@ def test_scores_that_are_not_a_number_are_shown_as_none(tmp_path: Path) -> None:
     file.write_bytes(to_file(table))
     done = avss("show", "-w", tmp_path)
     assert done.exit_code == 0 and "nan" not in done.stdout
-    assert avss("plot", "-w", tmp_path, "-o", tmp_path / "a.svg").exit_code == 0
+    assert avss("show", "-w", tmp_path, "-o", tmp_path / "a.svg").exit_code == 0
 
 
 def test_a_bar_says_how_long_it_has_taken_and_how_long_it_will() -> None:

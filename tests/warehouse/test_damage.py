@@ -106,7 +106,7 @@ def test_every_command_names_what_it_left_out(table: str, root: Path, tmp_path: 
     truncate(file_of(root, table))
     for args in (
         ["show", "-w", root, "--run", "alpha"] if table == "runs" else ["show", "-w", root, "--run", "beta"],
-        ["plot", "-w", root, "-o", tmp_path / "x.svg", "--run", "*"],
+        ["show", "-w", root, "-o", tmp_path / "x.svg", "--run", "*"],
         ["query", "-w", root, f"SELECT DISTINCT run_id FROM {table}"],
         ["compare", "-w", root, "--allow-mismatch"],
         ["findings", "-w", root],
@@ -121,7 +121,7 @@ def test_every_command_names_what_it_left_out(table: str, root: Path, tmp_path: 
 
 def test_statistics_that_are_damaged_leave_the_others_to_be_scored(root: Path) -> None:
     changed("histogram_bin", [5000])(file_of(root, "layer_stats"))
-    for command in (["show", "-w", root, "--threshold", "0.2"], ["quantiles", "-w", root]):
+    for command in (["show", "-w", root, "--threshold", "0.2"], ["show", "--quantiles", "-w", root]):
         done = avss(*command, "--run", "*", "--format", "csv")
         assert done.exit_code == 0 and "1 run cannot be read: beta-2 (" in done.stderr
         assert "alpha-1," in done.stdout and "gamma-3," in done.stdout and "beta-2," not in done.stdout
@@ -182,7 +182,7 @@ def test_every_column_may_be_null_where_it_is_not_required_and_a_newer_schema_is
     assert Warehouse(tmp_path).runs().schema.equals(SCHEMAS["runs"])
     commands: list[list[object]] = [
         ["show"],
-        ["plot", "-o", tmp_path / "x.svg"],
+        ["show", "-o", tmp_path / "x.svg"],
         ["findings", "--all"],
         ["compare", "--by", "recipe"],
         ["show", "--threshold", "0.2"],

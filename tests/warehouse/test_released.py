@@ -51,8 +51,8 @@ def read_rows(root: Path, name: str) -> list[dict[str, Any]]:
 
 
 def json_lines(*command: object) -> list[dict[str, Any]]:
-    """Return the objects that a command prints with ``--json``, one for each line."""
-    return list(map(json.loads, avss(*command, "--json").stdout.splitlines()))
+    """Return the objects that a command prints with ``--format json``, one for each line."""
+    return list(map(json.loads, avss(*command, "--format", "json").stdout.splitlines()))
 
 
 def test_every_table_was_written() -> None:

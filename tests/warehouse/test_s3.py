@@ -79,7 +79,7 @@ def test_scores_in_a_bucket_are_the_same_bytes_and_every_command_reads_them(
     assert shown.exit_code == 0 and "tiny-llama" in shown.stdout, shown.stderr
     asked = avss("query", "-w", uri, "SELECT count(DISTINCT layer) AS layers FROM scores", "--format", "csv")
     assert asked.stdout.split() == ["layers", "3"], asked.stderr
-    drawn = avss("plot", "-w", uri, "-o", tmp_path / "layers.svg")
+    drawn = avss("show", "-w", uri, "-o", tmp_path / "layers.svg")
     assert drawn.exit_code == 0 and (tmp_path / "layers.svg").read_text().startswith("<svg"), drawn.stderr
 
     published = [avss("publish", target, "-w", uri) for target in (tmp_path / "out", *2 * [server.uri("out")])]
@@ -221,7 +221,7 @@ def test_keys_of_a_corpus_reach_no_table_and_no_screen(
         ["evaluate", plan, *task, "--warehouse", there, "--allow-overlap", *options],
         ["prune", tiny_llama, plan, "-o", tmp_path / "pruned"],
         ["report", "-w", there, "-o", tmp_path / "there.html"],
-        ["plot", "-w", there, "-o", tmp_path / "there.svg"],
+        ["show", "-w", there, "-o", tmp_path / "there.svg"],
         ["show", "-w", there, "--format", "latex", "-o", tmp_path / "there.tex"],
     ]
     with server.asking_for_keys():
