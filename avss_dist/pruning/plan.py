@@ -19,7 +19,7 @@ import pyarrow as pa
 import yaml
 from pydantic import Field, WithJsonSchema
 
-from avss_dist.core.errors import ConfigError, named_fields, unwritable
+from avss_dist.core.errors import ConfigError, unwritable
 from avss_dist.core.intervention import (
     MAX_LAYERS,
     PARTS,
@@ -27,7 +27,6 @@ from avss_dist.core.intervention import (
     Intervention,
     Removal,
     Removals,
-    Sublayer,
     count_removed,
     describe_removed,
     experts_by_layer,
@@ -321,31 +320,13 @@ def read_plan(path: str | Path) -> Plan:
         PlanError: the file cannot be read, or is not a plan. The message has every problem with its line and key.
     """
     document = read_plan_file(path)
-    values, former_problems = _with_former_keys(document.value)
+    values = dict(document.value)
     keep = values.pop("keep", None)
-    for problem in former_problems:
-        document.report((named_fields(problem.message)[0],), problem)
     plan = document.parse(Plan, values)
     if plan and keep not in (None, list(plan.keep)):
         hint = f"Write keep: {list(plan.keep)}, or leave it out."
         document.report(("keep",), ConfigError("`keep` must list the layers that `drop` leaves.", hint))
     return document.require_valid(plan)
-
-
-def _with_former_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigError]]:
-    """Return the values of a file, with the sublayers of its keys `attention` and `mlp` in `drop`, and its problems.
-
-    Earlier versions wrote a list of layers for each kind of sublayer.
-    """
-    drop, problems = values.get("drop", []), []
-    for part in PARTS:
-        layers = values.get(part, [])
-        if not isinstance(layers, list) or any(type(layer) is not int or layer < 0 for layer in layers):
-            problems.append(ConfigError(f"`{part}` must be a list of layers, from 0.", f"Or write drop: [{part}.7]."))
-        elif layers and isinstance(drop, list):
-            drop = [*drop, *(Sublayer(layer, part) for layer in layers)]
-    others = {name: value for name, value in values.items() if name not in PARTS}
-    return {**others, "drop": drop}, problems
 
 
 def read_checked_plan(cls: type[T], path: str | Path) -> T:

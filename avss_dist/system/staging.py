@@ -16,9 +16,7 @@ from pathlib import Path
 
 LEFTOVER_SECONDS = 3600.0  # nobody writes one file for so long
 LEFTOVER_FOLDER_SECONDS = 7 * 24 * 3600.0  # nor a checkpoint, with nothing new in its folder
-_STAGED = re.compile(
-    r"\..+\.(avss|\d+)(-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+))?-[0-9a-f]{8}\.tmp"
-)  # older versions named no owner, or a process id in place of "avss"
+_STAGED = re.compile(r"\..+\.avss-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.tmp")
 _UNKNOWN = "00000000"  # a machine whose processes cannot be told apart
 
 
@@ -79,8 +77,8 @@ def staged_folder(path: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path) -> None:
     """Delete the staged files and folders that writers left in a folder when they were killed.
 
-    Whether a writer of this machine has ended is known. One of another machine, or of an older version, is taken to
-    have ended after an hour without a change to its file, or a week without a change in its folder.
+    Whether a writer of this machine has ended is known. One of another machine is taken to have ended after
+    an hour without a change to its file, or a week without a change in its folder.
     """
     for path in folder.glob(".*.tmp"):
         name = _STAGED.fullmatch(path.name)
@@ -126,7 +124,7 @@ def _start(pid: int) -> int | None:
 
 def _has_ended(name: re.Match[str]) -> bool | None:
     """Whether the writer of a staged path has ended; None if its process is not visible here."""
-    if name["machine"] in (None, _UNKNOWN) or name["machine"] != _machine():
+    if name["machine"] == _UNKNOWN or name["machine"] != _machine():
         return None
     pid = int(name["pid"])
     try:

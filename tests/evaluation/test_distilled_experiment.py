@@ -182,7 +182,6 @@ def test_too_little_text_is_refused_before_training(deep: Path, corpus: Path, tm
     ("options", "told"),
     [
         ({"repairs": ("refit+destill",), "distill_tokens": 1e3}, r"refit\+destill(?s:.*)Did you mean 'refit\+distill'"),
-        ({"repairs": ("rotated+distill",), "distill_tokens": 1e3}, "the repair 'rotated' no longer exists"),
         ({"repairs": ("refit+distill",)}, "`repairs` refit[+]distill needs a number of tokens"),
         ({"repairs": ("refit",), "distill_tokens": 1e3}, "`distill_tokens` has no effect"),
         ({"repairs": ("refit",), "distill_train": "near"}, "`distill_train` has no effect"),

@@ -1,4 +1,4 @@
-"""The registry of repairs: what each needs, and what is said of those that no longer exist."""
+"""The registry of repairs: what each needs, and records of those that no longer exist."""
 
 from __future__ import annotations
 
@@ -6,21 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from support.command_line import avss
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.pruning.methods import Experiment
-from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.record import FILE, read_repairs
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
     NO_REPAIR,
-    REMOVED_REPAIRS,
     REPAIRS,
     searched_repair,
 )
-from avss_dist.pruning.repair.repair import Repair
-from avss_dist.requests import ShrinkRequest
 
 DOCS = Path(__file__).parents[2] / "avss_dist" / "docs"
 
@@ -37,31 +30,6 @@ def test_a_search_fits_no_repair_that_needs_more_text_than_a_map() -> None:
     searched = {name: searched_repair(name) for name in (NO_REPAIR, *REPAIRS)}
     assert searched == {n: n for n in ("none", "scale", "channel", "map")} | {"refit": "map", "refit_all": "map"}
     assert DEFAULT_REPAIR in REPAIRS
-
-
-@pytest.mark.parametrize("name", REMOVED_REPAIRS)
-def test_a_repair_that_no_longer_exists_is_refused_with_its_successor(
-    name: str, tiny_llama: Path, tmp_path: Path
-) -> None:
-    """By requests, in Python and on the command line; not in place of the usual refusal of an unknown name."""
-    assert name not in REPAIRS and REMOVED_REPAIRS[name] in REPAIRS
-    expected = f"the repair '{name}' no longer exists. Use {REMOVED_REPAIRS[name]} instead."
-    for ask in (
-        lambda: Repair(by=name, corpora=("a.txt",)),
-        lambda: ShrinkRequest("model", output="out", corpus="a.txt", repair=name),
-        lambda: Experiment(tasks=("perplexity:a.txt",), repairs=(name,), repair_corpora=("a.txt",)),
-    ):
-        with pytest.raises(ConfigError) as refused:
-            ask()
-        assert expected in " ".join(str(refused.value).split())
-    plan = tmp_path / "plan.yaml"
-    Plan(model="m", num_layers=3, layers="layers", drop=(1,)).write(plan)
-    for command in (("prune", tiny_llama, plan), ("shrink", tiny_llama, "--corpus", "builtin:pydoc")):
-        corpus = ("--repair-corpus", "builtin:pydoc")
-        done = avss(*command, "-o", tmp_path / "out", "--repair", name, *corpus)
-        assert done.exit_code == 2 and " ".join(done.stderr.split()).count(expected) == 1, done.stderr
-    with pytest.raises(ConfigError, match="Did you mean 'map'"):
-        Repair(by="mapp", corpora=("a.txt",))
 
 
 def test_a_record_of_a_repair_that_no_longer_exists_is_read(tmp_path: Path) -> None:

@@ -91,12 +91,12 @@ def test_a_folder_with_files_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_writers_are_deleted_and_nothing_else(tmp_path: Path) -> None:
-    ours = [".run.parquet.avss-0123abcd.tmp", ".run.parquet.4711-0123abcd.tmp"]
-    others = [".notes.tmp", "run.parquet.avss-0123abcd.tmp", ".run.parquet.avss-0123abcd.tmp.gz"]
-    for name in (*ours, *others):
+    end = ".avss-89abcdef-4711-12-0123abcd.tmp"
+    others = [".notes.tmp", f"run.parquet{end}", f".run.parquet{end}.gz"]
+    for name in (f".run.parquet{end}", *others):
         (tmp_path / name).write_text("x")
         os.utime(tmp_path / name, (0, 0))
-    fresh = tmp_path / ".fresh.parquet.avss-0123abcd.tmp"
+    fresh = tmp_path / f".fresh.parquet{end}"
     fresh.write_text("x")
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*others, fresh.name}
@@ -145,10 +145,10 @@ def test_a_process_of_the_same_number_is_not_the_writer(tmp_path: Path) -> None:
         assert staged.is_dir() and not left.exists()
 
 
-@pytest.mark.parametrize("owner", ["", "89abcdef-4711-12-", f"{staging._UNKNOWN}-4711-12-"])
-def test_the_folder_of_a_writer_on_another_machine_is_kept_for_a_week(owner: str, tmp_path: Path) -> None:
-    """Since the last change to anything in it. Versions before named no owner."""
-    left = tmp_path / f".out.avss-{owner}0123abcd.tmp"
+@pytest.mark.parametrize("machine", ["89abcdef", staging._UNKNOWN])
+def test_the_folder_of_a_writer_on_another_machine_is_kept_for_a_week(machine: str, tmp_path: Path) -> None:
+    """Since the last change to anything in it."""
+    left = tmp_path / f".out.avss-{machine}-4711-12-0123abcd.tmp"
     (left / "sub").mkdir(parents=True)
     (left / "sub" / "weights").write_text("x")
     for path in (left / "sub", left):

@@ -18,7 +18,7 @@ from support.command_line import avss
 from support.warehouses import unpack_released
 
 from avss_dist.core.intervention import InterventionKey
-from avss_dist.pruning.repair.registry import REMOVED_REPAIRS
+from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import TABLES
@@ -105,7 +105,7 @@ def test_commands_read_it(root: Path, tmp_path: Path) -> None:
         assert [row["avss_smoothed"] for row in scores] == expected
     (pair,) = json_lines("compare", "-w", root, "--run", paired, "--run", plain, "--allow-mismatch")
     assert {pair["a_run_id"], pair["b_run_id"]} == {paired, plain}
-    assert "rotated" in REMOVED_REPAIRS
+    assert "rotated" not in REPAIRS
     assert avss("report", "-w", root, "-o", tmp_path / "report.html").exit_code == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(text in page for text in (*runs, "rotated"))

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.validation import Check, OneOf
+from avss_dist.core.validation import OneOf
 
 NO_REPAIR = "none"
 DEFAULT_REPAIR = "refit"  # recovers the most, on text of other domains too, and needs the most text
@@ -79,33 +78,16 @@ REPAIRS: Mapping[str, RepairMethod] = {
 }
 """Repairs by name, from the fewest unknowns to the most."""
 
-REMOVED_REPAIRS: Mapping[str, str] = {
-    "rotated": "channel",
-    "refit_around": "refit_all",
-    "refit_full": "refit_all",
-    "replace_me": "map",
-    "prune_comp": "map",
-    "linear_patch": "map",
-}
-"""Successors of the repairs that existed in earlier versions. Files that name one are still read."""
-
-
 DISTILL = "+distill"
 """End of the name of a repair in an experiment that is followed by distillation."""
 
 
-def _require_present(name: str) -> str:
-    if (repair := name.removesuffix(DISTILL)) in REMOVED_REPAIRS:
-        raise ConfigError(f"the repair '{repair}' no longer exists.", f"Use {REMOVED_REPAIRS[repair]} instead.")
-    return name
-
-
-RepairName = Annotated[str, Check(_require_present), OneOf(tuple(REPAIRS))]
+RepairName = Annotated[str, OneOf(tuple(REPAIRS))]
 """Type of a checked field that names a repair."""
-OptionalRepairName = Annotated[str, Check(_require_present), OneOf((NO_REPAIR, *REPAIRS))]
+OptionalRepairName = Annotated[str, OneOf((NO_REPAIR, *REPAIRS))]
 """Type of a checked field that names a repair or `NO_REPAIR`."""
 _WITHOUT = (NO_REPAIR, *REPAIRS)
-RecoveryName = Annotated[str, Check(_require_present), OneOf((*_WITHOUT, *(f"{name}{DISTILL}" for name in _WITHOUT)))]
+RecoveryName = Annotated[str, OneOf((*_WITHOUT, *(f"{name}{DISTILL}" for name in _WITHOUT)))]
 """Type of a checked field that names a repair or `NO_REPAIR`, with or without distillation after it."""
 
 
