@@ -1,8 +1,7 @@
-"""Workers that write down what they begin, and may be held up there: tests and benchmarks know who had which shard."""
+"""Workers that write down what they begin, and may be held up there: tests know who had which shard."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +15,6 @@ from ray import cloudpickle
 from avss_dist.executors.base import ReplicaSpec
 from avss_dist.executors.ray import gang
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
-
-OPENS = -1  # the place of a gate before a model is opened; others are shards
 
 
 class Note(NamedTuple):
@@ -35,23 +32,19 @@ class NotingWorker(Worker):
     Attributes:
         folder: of the notes and the gates; it travels to the workers with the class.
         gates: the names of gates, by the first shard that waits there.
-        deadly: the id of a node on which no model can be opened.
     """
 
     folder: Path
     gates: Mapping[int, str]
-    deadly: str
 
     def open(self, spec: ReplicaSpec, rank: int, first: Any) -> None:
-        self._begin("opens", self.gates.get(OPENS))
-        if ray.get_runtime_context().get_node_id() == self.deadly:
-            os._exit(1)
+        self._begin("opens", None)
         super().open(spec, rank, first)
 
     def measure(self, assignment: ShardAssignment) -> Any:
         if assignment.shard is not None:  # else this rank runs along with others
             shard = assignment.shard.shard_id
-            gate = max((first for first in self.gates if OPENS < first <= shard), default=None)
+            gate = max((first for first in self.gates if first <= shard), default=None)
             self._begin(str(shard), None if gate is None else self.gates[gate])
         return super().measure(assignment)
 
@@ -89,10 +82,10 @@ class Notes:
 
 
 @contextmanager
-def noting(folder: Path, gates: Mapping[int, str] | None = None, *, deadly: str = "") -> Iterator[Notes]:
+def noting(folder: Path, gates: Mapping[int, str]) -> Iterator[Notes]:
     """All workers that are started meanwhile take notes."""
     module = __import__(__name__, fromlist=["NotingWorker"])
-    NotingWorker.folder, NotingWorker.gates, NotingWorker.deadly = folder, gates or {}, deadly
+    NotingWorker.folder, NotingWorker.gates = folder, gates
     cloudpickle.register_pickle_by_value(module)  # workers cannot import it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gang, "Worker", NotingWorker)

@@ -108,15 +108,3 @@ def test_a_damaged_cell_is_left_out_and_noted(store: Store, tmp_path: Path) -> N
     assert "samples" in store.damaged[OTHER.run_id]
     store.write_cell(OTHER, IDS[0], [row(samples=[float("nan")])])
     assert store.cells(OTHER.run_id).num_rows == 0
-
-
-@pytest.mark.nightly
-def test_requests_do_not_grow_with_the_cells_of_other_evaluations(tmp_path: Path) -> None:
-    """As `tests/benchmarks/cells.py` counts them, in an object store."""
-    from benchmarks import cells
-
-    few, many = (cells.measure(number, 2, shrinking=False) for number in (2, 40))
-    assert {step: requests for step, (requests, _) in few.items()} == {
-        step: requests for step, (requests, _) in many.items()
-    }
-    assert all(requests["LIST"] for requests, _ in few.values())
