@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import signal
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from support.causal_lm import SMALL, opened, random_shard
-from support.commands import Command
-from support.ray_cluster import Cluster
 
-from avss_dist import sparsify
 from avss_dist.core.errors import AvssError, BatchTooLarge, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Settings
@@ -24,7 +17,6 @@ from avss_dist.executors.base import Executor
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.runs.api import score
 from avss_dist.tasks.base import Measure, Row, TextLoss
 from avss_dist.tasks.cells import Cell, measure_cell
 
@@ -114,39 +106,3 @@ def test_a_cell_beats_whenever_a_layer_begins_and_leaves_no_trace(tiny_llama: Pa
     assert with_beat.rows[0].samples.tobytes() == without.rows[0].samples.tobytes()
     assert not any(layer.module._forward_pre_hooks for layer in model.layers)
     assert model.settings.batch_size == 2
-
-
-KILLED = """
-import json, os, signal, sys
-from avss_dist import sparsify
-from avss_dist.evaluation.events import CellDone
-
-def die(event):
-    if isinstance(event, CellDone):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-sparsify(0.6, on_event=die, **json.loads(sys.argv[1]))
-"""
-
-
-@pytest.mark.nightly
-def test_two_workers_allocate_sparsity_as_one_process_does_also_after_a_kill(
-    shared_ray: Cluster, tiny_llama: Path, tmp_path: Path
-) -> None:
-    options = {"max_sequences": 2, "sequence_length": 16, "batch_size": 2, "device": "cpu"}
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    score(tiny_llama, corpus="builtin:pydoc", warehouse=alone, sites=("inputs",), **options)
-    shutil.copytree(alone, shared)
-    sparsify(0.6, warehouse=alone, method="teal", **options).write(tmp_path / "alone.yaml")
-    on_workers = {**options, "warehouse": str(shared), "method": "teal", "executor": "ray", "replicas": 2}
-    address = shared_ray.address
-    (tmp_path / "killed.py").write_text(KILLED)
-    driver = Command(tmp_path / "killed.py", json.dumps({**on_workers, "address": address}), program="python")
-    assert driver.wait()[0] == -signal.SIGKILL
-    kept = list((shared / "cells").rglob("*.parquet"))
-    assert len(kept) == 1
-    times = {path: path.stat().st_mtime_ns for path in kept}
-    sparsify(0.6, **on_workers).write(tmp_path / "shared.yaml")
-    assert (tmp_path / "shared.yaml").read_bytes() == (tmp_path / "alone.yaml").read_bytes()
-    assert len(list((shared / "cells").rglob("*.parquet"))) == 3
-    assert {path: path.stat().st_mtime_ns for path in kept} == times

@@ -147,13 +147,10 @@ def test_ctrl_c_that_goes_on_and_on_ends_a_command_in_order(executor: str, tiny_
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("warm_workers")
-@pytest.mark.parametrize("executor", ["ray", "local"])
-def test_a_terminated_command_says_what_is_kept_and_the_run_is_listed(
-    executor: str, tiny_llama: Path, tmp_path: Path
-) -> None:
-    """SIGTERM, as a cluster stops a job: no stack trace, not even Ray's."""
+def test_a_terminated_command_says_what_is_kept_and_the_run_is_listed(tiny_llama: Path, tmp_path: Path) -> None:
+    """SIGTERM, as a cluster stops a job: no stack trace. `test_ray` stops a driver of workers."""
     many = ["--max-sequences", "800", "--sequence-length", "64", "--sequences-per-shard", "4"]
-    driver = score(tiny_llama, tmp_path, executor, *many, forked=executor == "local")
+    driver = score(tiny_llama, tmp_path, "local", *many, forked=True)
     wait_until(lambda: len([*(tmp_path / "shard_stats").rglob("*.parquet")]) >= 2 or driver.poll() is not None)
     driver.send_signal(signal.SIGTERM)
     printed, said = driver.communicate()

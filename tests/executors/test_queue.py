@@ -17,8 +17,7 @@ from avss_dist.core.errors import ModelError, RunFailed
 from avss_dist.executors.ray import object_store
 from avss_dist.executors.ray import queue as queue_module
 from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
-from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, ShardQueue, shape
-from avss_dist.partition.base import Placement
+from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, ShardQueue
 
 
 @pytest.fixture(autouse=True)
@@ -124,25 +123,6 @@ def test_what_was_measured_meanwhile_is_not_put_back() -> None:
     assert shard_queue(1)[0].next_units() == [0]
 
 
-def test_a_cell_that_fails_again_and_again_ends_alone_by_its_name() -> None:
-    queue, cells = cell_queue(["loss", "shapley"])
-    for _ in range(ATTEMPTS - 1):
-        assert queue.put_back([1], "it died") == []
-    ((cell, error),) = queue.put_back([1], "it died")
-    assert cell is cells[1] and f"Part 1 of shapley failed {ATTEMPTS} times" in str(error)
-    assert queue.unfinished == {0} and queue.is_active
-    assert queue.finish(0, "a result") == [(cells[0], "a result")]
-
-
-def test_progress_is_told_of_the_cell() -> None:
-    heard: list[Any] = []
-    queue, cells = cell_queue(["loss", "shapley"], underway=lambda *what: heard.append(what))
-    queue.note_progress([1], "reading", 0.5)
-    assert heard == [(cells[1], "reading", 0.5)]
-    cell_queue(["loss"])[0].note_progress([0], "reading", 0.5)
-    shard_queue()[0].note_progress([0], "reading", 0.5)
-
-
 def test_every_rank_takes_the_cell_with_its_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "PatchSharer", lambda: PatchSharer(lambda data: data))
     queue, cells = cell_queue(["loss"], partition="tensor_parallel", ranks=2)
@@ -153,11 +133,6 @@ def test_every_rank_takes_the_cell_with_its_patch(monkeypatch: pytest.MonkeyPatc
     assert assignment.resolved(blocks) is assignment
     assert assignment.cell.part == 1 and assignment.cell.intervention.patch.data == b"k"
     assert cells[1].intervention.patch == Patch("k")
-
-
-def test_gangs_are_shaped_by_ranks_and_gpus() -> None:
-    placement = {"partition": "zero3", "ranks": 3, "gpus": 2}
-    assert shape(Placement(**placement)) == shard_queue(**placement)[0].shape == (3, 2)
 
 
 def test_ranks_that_take_different_shards_take_as_long_as_one() -> None:
@@ -259,12 +234,6 @@ def test_blocks_of_shards_are_shared_once_and_let_go(monkeypatch: pytest.MonkeyP
         raise ray.exceptions.OutOfDiskError
 
     assert ShardSharer(shards, is_full).share([1]) == ([(0, 1)], [tuple(shards[:BLOCK_SHARDS])]), "sent with the call"
-
-
-def test_a_dropped_run_has_nothing_left() -> None:
-    queue, run = shard_queue()
-    run.dropped = True
-    assert not queue.is_active and not queue.pending
 
 
 def test_a_patch_is_shared_once_for_all_of_its_cells() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -127,6 +127,9 @@ def test_a_cluster_may_get_more_gpus_and_a_machine_does_not() -> None:
     executor.devices = gpus
     with pytest.raises(ConfigError, match=r"3 replicas of 2 GPUs need 6 GPUs; there are 4\."):
         executor.replicas(pair)
+    executor.devices = replace(gpus, kind="cpu")
+    with pytest.raises(ConfigError, match=r"3 replicas of 16 ranks need 48 CPUs; there are 8\."):
+        executor.replicas(Placement(partition="zero3", ranks=16))
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,12 @@ import ray
 from support.causal_lm import SMALL, random_shard
 from support.commands import Command
 from support.noting import noting
-from support.pairs import write_pairs
 from support.processes import Harming, ray_processes, wait_until
 from support.ray_cluster import TWENTY_SHARDS, Cluster
 from support.tables import assert_same_tables, measured_files
 
 import avss_dist
-from avss_dist.core.errors import BatchTooLarge, RunFailed
+from avss_dist.core.errors import RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Execution, Settings, split_options
 from avss_dist.executors.base import Executor, ReplicaSpec
@@ -163,21 +162,6 @@ def test_cells_give_what_one_process_gives_whoever_is_lost(tiny_llama: Path, tmp
     assert len(list(tmp_path.iterdir())) == 6 and on_ray == samples(LocalExecutor(settings))
 
 
-@pytest.mark.nightly
-@pytest.mark.usefixtures("shared_ray")
-def test_paired_text_is_counted_once_where_a_worker_is_killed(tiny_llama: Path, tmp_path: Path) -> None:
-    options = {**TWENTY_SHARDS, "sequences_per_shard": 4, "corpus": write_pairs(tmp_path, 12)}
-    avss_dist.score(tiny_llama, warehouse=tmp_path / "local", executor="local", **options)
-    harming = Harming({2: signal.SIGKILL})
-    run = avss_dist.score(
-        tiny_llama, warehouse=tmp_path / "ray", executor="ray", replicas=2, on_event=harming, **options
-    )
-    assert (len(harming.victims), harming.arrived, run.num_shards) == (1, 12, 12)
-    assert_same_tables(tmp_path / "ray", tmp_path / "local")
-    assert (rows := Warehouse(tmp_path / "ray").table("row_stats")).num_rows == 48 * 3 * 5
-    assert len(set(rows["row"].to_pylist())) == 48
-
-
 def test_a_stopped_driver_is_resumed(shared_ray: Cluster, tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The partials are kept, the same command finishes what is missing; `test_liveness` presses Ctrl-C."""
     arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
@@ -293,18 +277,6 @@ class Damaging:
             file.write_bytes(data)
 
 
-@pytest.mark.nightly
-@pytest.mark.usefixtures("shared_ray")
-def test_a_partial_that_is_damaged_after_its_receipt_is_measured_again(
-    tiny_llama: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(RunFailed, match=r"partial of shard \d+ is damaged or missing(?s:.*)same command again"):
-        score(tiny_llama, tmp_path, executor="ray", replicas=2, on_event=Damaging(tmp_path))
-    run = score(tiny_llama, tmp_path, executor="ray", replicas=2)
-    assert (run.status, run.resumed_shards) == ("done", 19)
-    assert_same_tables(tmp_path, undisturbed)
-
-
 MARKS: list[Path] = []  # a folder; travels to the worker with the class below
 
 
@@ -337,22 +309,6 @@ class WaitsBeforeShardTen(Worker):
         if assignment.shard and assignment.shard.shard_id >= 10:
             time.sleep(3600)
         return super().measure(assignment)
-
-
-class HasRoomForOneRow(Worker):
-    """A rank that cannot halve a batch alone says so; all ranks then take fewer rows."""
-
-    def measure(self, assignment: ShardAssignment) -> Any:
-        if assignment.rows > 1:
-            raise BatchTooLarge("2 x 64 tokens do not fit in memory")
-        return super().measure(assignment)
-
-
-class HasRoomForNone(Worker):
-    """Not even one row fits."""
-
-    def measure(self, assignment: ShardAssignment) -> Any:
-        raise BatchTooLarge(f"{assignment.rows} x 64 tokens do not fit in memory")
 
 
 @pytest.fixture
@@ -438,31 +394,6 @@ def test_a_round_that_is_cancelled_while_it_waits_for_its_turn_is_not_measured(
         ray.get(second)
     assert not (tmp_path / "second").exists()
     ray.kill(worker)
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("shared_ray", "this_module_travels")
-def test_batches_are_halved_for_all_ranks_until_they_fit(
-    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gang, "Worker", HasRoomForOneRow)
-    score(tiny_llama, tmp_path / "one", executor="ray", replicas=1)
-    sql = "SELECT layer, site, count, nonfinite_count, sequence_count FROM layer_stats ORDER BY layer, site"
-    assert Warehouse(tmp_path / "one").sql(sql).equals(Warehouse(undisturbed).sql(sql))
-    (row,) = Warehouse(tmp_path / "one").runs().to_pylist()
-    assert row["notes"] == ["2 rows did not fit in memory at once; some batches had 1"]
-    monkeypatch.setattr(gang, "Worker", HasRoomForNone)
-    with pytest.raises(BatchTooLarge, match="1 x 64 tokens"):
-        score(tiny_llama, tmp_path / "none", executor="ray", replicas=1)
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("warm_workers")
-def test_models_share_the_workers_and_no_process_is_left(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
-    options = {**TWENTY_SHARDS, "max_sequences": 32, "executor": "ray", "replicas": 1}
-    runs = avss_dist.score_all([str(tiny_llama), str(tiny_bert)], corpus="builtin:pydoc", warehouse=tmp_path, **options)
-    assert [run.status for run in runs] == ["done", "done"]
-    wait_until(lambda: not ray_processes())
 
 
 @pytest.mark.nightly

@@ -421,20 +421,6 @@ def test_a_file_that_changes(harm: str, told: str, tiny: Path) -> None:
     assert_same_result(analyze_shard(replica, shard(), SETTINGS), analyze_shard(single(tiny), shard(), SETTINGS))
 
 
-def test_a_batch_that_is_too_large_is_halved(tiny: Path) -> None:
-    replica, wanted = streaming(tiny), single(tiny)
-
-    def refuse(_module: Any, args: Any, kwargs: Any) -> None:
-        if len(next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))) > 1:
-            raise torch.OutOfMemoryError("on purpose")
-
-    replica.layers[1].module.register_forward_pre_hook(refuse, with_kwargs=True)
-    got = analyze_shard(replica, shard(), SETTINGS)
-    assert got.model["notes"] and not wanted.model["notes"]
-    for key, stats in analyze_shard(wanted, shard(), SETTINGS, rows=1).stats.items():
-        assert got.stats[key].equals(stats), key
-
-
 def test_what_cannot_be_streamed(tiny: Path) -> None:
     tensors = load_file(tiny / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
