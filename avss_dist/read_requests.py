@@ -10,7 +10,7 @@ from pydantic import Field
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES
 from avss_dist.core.settings import DEFAULT_WAREHOUSE, EVERY_SITE, PUBLISHED_THRESHOLD, SITES
-from avss_dist.core.validation import Check, OneOf, PathOrText, Positive, Text
+from avss_dist.core.validation import Check, OneOf, PathOrText, Positive
 from avss_dist.options import Option, Request, request
 
 LISTINGS = ("runs", "plans", "evaluations")
@@ -190,10 +190,12 @@ class ReportRequest(RunsRequest):
 class PublishRequest(WarehouseRequest):
     """Write the finished runs of a warehouse for others to read."""
 
-    target: Annotated[Text, Option(argument=True, metavar="TARGET")] = field(kw_only=False)
-    """A new folder or s3://, gs://, abfss:// URI, or hf://datasets/ORG/NAME."""
-    space: str | None = None
-    """Also publish the page as this static space of the hub: ORG/NAME."""
+    folder: Annotated[PathOrText, Option(argument=True, metavar="FOLDER")] = field(kw_only=False)
+    """A new or empty folder."""
+
+    def __post_init__(self) -> None:
+        if "://" in str(self.folder):
+            raise ConfigError("`folder` is a URI: expected a folder of this machine.", "Write one, and upload that.")
 
 
 @request

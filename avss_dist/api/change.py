@@ -182,7 +182,7 @@ def prune(request: PruneRequest) -> Pruned:
     if wanted is None or warehouse is None:
         _refuse_workers(request)
     if push:
-        require_access(push, "model")
+        require_access(push)
     fitted: Repair | Repaired | None = wanted
     if wanted is not None and warehouse is not None:
         from avss_dist.evaluation.repairs import stored_repair
@@ -197,7 +197,7 @@ def prune(request: PruneRequest) -> Pruned:
         what = f"{Path(plan.model).name} without {_described(plan)}"
         hint = f"The checkpoint is complete in {output}. Upload it: hf upload {push} {output}"
         replaced = ["*.safetensors", "*.json"]
-        done = {**done, "pushed": upload(output, push, "model", message=what, replaced=replaced, hint=hint)}
+        done = {**done, "pushed": upload(output, push, message=what, replaced=replaced, hint=hint)}
     return Pruned(plan, done)
 
 

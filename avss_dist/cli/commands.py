@@ -79,7 +79,7 @@ COMMANDS = {
     "publish": Command(
         READ,
         "publish",
-        "Write the finished runs as a site: a page, a few Parquet files, a DuckDB catalog and a dataset card.",
+        "Write the finished runs for others: the page, a Parquet file for each table, and a dataset card.",
     ),
     "compact": Command(
         READ, "compact", "Copy many finished runs into few large files, so that every reader opens them in a moment."
@@ -178,6 +178,7 @@ REMOVED: dict[str, str] = {
     "plan --json": "the file that the command writes has all that it printed",
     "sparsify --json": "the file that the command writes has all that it printed",
     "quantize --json": "the file that the command writes has all that it printed",
+    "publish --space": "`avss publish published`, and upload that folder",
     "plot": "`avss show -o layers.png`",
     "quantiles": "`avss show --quantiles`, or `avss show --sparsity 0.5`",
     "scorecard": "`avss findings --truth`",

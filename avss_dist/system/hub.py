@@ -9,12 +9,11 @@ from typing import Any
 from avss_dist.core.errors import ConfigError, RunFailed, first_line
 
 
-def require_access(name: str, kind: str) -> None:
-    """Raise ConfigError, before any work, if nothing can be uploaded. The hub is not queried.
+def require_access(name: str) -> None:
+    """Raise ConfigError, before any work, if no model can be uploaded. The hub is not queried.
 
     Args:
         name: ``ORG/NAME``.
-        kind: ``model``, ``dataset`` or ``space``.
 
     Raises:
         ConfigError: the name is not one of the hub, the hub is offline, or there is no token.
@@ -29,7 +28,7 @@ def require_access(name: str, kind: str) -> None:
     except HFValidationError:
         named = False
     if not named:
-        raise ConfigError(f"'{name}' is not the name of a {kind} on the hub: expected ORG/NAME.", "Write ORG/NAME.")
+        raise ConfigError(f"'{name}' is not the name of a model on the hub: expected ORG/NAME.", "Write ORG/NAME.")
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(
             f"{name} cannot be uploaded to the hub: HF_HUB_OFFLINE is set.", "Unset it, or leave the upload out."
@@ -49,11 +48,11 @@ def client_errors() -> tuple[type[Exception], ...]:
     return (HfHubHTTPError, *bases, OSError)
 
 
-def upload(folder: Path, name: str, kind: str, *, message: str, replaced: Sequence[str], hint: str) -> str:
-    """Upload a folder in one commit. A repository that does not exist is created, and private.
+def upload(folder: Path, name: str, *, message: str, replaced: Sequence[str], hint: str) -> str:
+    """Upload a model in one commit. A repository that does not exist is created, and private.
 
     Args:
-        name, kind: as for `require_access`. A new space is a static one.
+        name: as for `require_access`.
         message: message of the commit.
         replaced: patterns of files to delete from the repository unless the folder has them.
         hint: hint of the error if the upload fails.
@@ -68,15 +67,8 @@ def upload(folder: Path, name: str, kind: str, *, message: str, replaced: Sequen
 
     api = HfApi()
     try:
-        sdk = "static" if kind == "space" else None
-        url = api.create_repo(name, repo_type=kind, private=True, exist_ok=True, space_sdk=sdk)
-        api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            repo_type=kind,
-            commit_message=message,
-            delete_patterns=list(replaced),
-        )
+        url = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns=list(replaced))
     except client_errors() as error:
         raise RunFailed(f"{name} could not be uploaded to the hub: {first_line(error)}", hint) from error
     return str(url)

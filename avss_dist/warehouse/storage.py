@@ -177,14 +177,6 @@ class Storage:
         with suppress(OSError, pa.ArrowException):
             self.filesystem.delete_file(path)
 
-    def has_anything(self) -> bool:
-        """Whether there is a file, or a folder that is not empty."""
-        selector = pafs.FileSelector(self.base, allow_not_found=True)
-        with self.reading(self.root):
-            if self.filesystem.get_file_info(self.base).type == pafs.FileType.File:
-                return True
-            return bool(self.filesystem.get_file_info(selector))
-
     def has_folder(self, name: str) -> bool:
         """Whether a folder of a table exists."""
         return bool(self.filesystem.get_file_info(f"{self.base}/{name}").type == pafs.FileType.Directory)

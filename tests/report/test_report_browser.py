@@ -617,7 +617,7 @@ def test_a_published_site_works_on_a_static_host(browser: Any, store: Warehouse,
         page.wait_for_selector("#status:not(:empty)", state="attached")
         assert len({row["layer"] for row in drawn(page, "avss")}) in (8, 12)
         assert set(asked) == {address}, "the page loads nothing else"
-        scores = page.request.get(f"{address}scores.parquet").body()
+        scores = page.request.get(f"{address}data/scores.parquet").body()
         assert len({row["run_id"] for row in pq.read_table(io.BytesIO(scores)).to_pylist()}) == 3
         page.close()
         server.shutdown()

@@ -14,10 +14,10 @@ import pytest
 from support.command_line import avss
 from support.warehouses import activations, stats_of, write_measured
 
+from avss_dist.report.publish import publish
 from avss_dist.stats.predictions import TopPredictions
 from avss_dist.warehouse import compaction, reader
 from avss_dist.warehouse.predictions import encode_predictions, is_readable
-from avss_dist.warehouse.publish import publish
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.storage import Storage
@@ -111,7 +111,7 @@ def test_compaction_copies_no_damaged_run_and_names_it(table: str, copied: Path)
 @pytest.mark.parametrize("table", TABLES)
 def test_a_damaged_run_is_not_published(table: str, root: Path, tmp_path: Path) -> None:
     next(flips(file_of(root, table), 2))
-    publish(warehouse := Warehouse(root), str(tmp_path / "site"))
+    publish(warehouse := Warehouse(root), tmp_path / "site")
     assert list(warehouse.damaged) == ["beta-2"]
     for file in (tmp_path / "site" / "data").glob("*.parquet"):
         assert set(pq.read_table(file)["run_id"].to_pylist()) == {"alpha-1"}, file.name

@@ -59,23 +59,18 @@ _NUMBERS = ("num_tokens", "num_layers", "tokens_per_second")
 _FORMATS = {**dict.fromkeys(_NUMBERS, "{:,.0f}".format), "model": basename, "corpus": basename}
 
 
-def save_report(
-    warehouse: Warehouse, path: Path, run_ids: Collection[str] | None = None, *, scores: Path | None = None
-) -> None:
-    """Write the page of `report_page` to a file, and the published scores of its runs to another one.
-
-    Args:
-        scores: file of the scores, in the folder of the page; by default one named as the page, if it has a matrix.
+def save_report(warehouse: Warehouse, path: Path, run_ids: Collection[str] | None = None) -> None:
+    """Write the page of `report_page` to a file, and the published scores of its runs beside it if it has a matrix.
 
     Raises:
         AvssError: a file cannot be written.
         WarehouseError: as `Store.table`.
     """
-    file = scores or path.with_suffix(".parquet")
+    file = path.with_suffix(".parquet")
     page, published = _page_and_scores(warehouse, run_ids, file.name)
     write_file(path, page.encode())
-    if published is not None or scores is not None:
-        save_scores(published or published_scores(warehouse, run_ids), file)
+    if published is not None:
+        save_scores(published, file)
 
 
 def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) -> str:

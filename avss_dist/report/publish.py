@@ -1,0 +1,93 @@
+"""Publication of a warehouse: a Parquet file for each table of its finished runs, the page, and a dataset card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from avss_dist.core.errors import WarehouseError, unwritable
+from avss_dist.core.text import describe_count
+from avss_dist.report.page.page import save_report
+from avss_dist.system.staging import staged_folder
+from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES
+
+NOT_PUBLISHED = (
+    *("shard_stats", "cells", "predictions", "row_stats", "shard_expert_stats"),  # what others were made of
+    "continuations",  # they quote corpora, which may not be public
+)
+PAGE, CARD, DATA = "index.html", "README.md", "data"
+
+
+def publish(warehouse: Warehouse, folder: Path) -> dict[str, int]:
+    """Write the tables of the finished runs of a warehouse, the page of all runs, and a dataset card to a new folder.
+
+    Runs that are damaged in any table are left out, and noted in `Warehouse.damaged`.
+
+    Returns:
+        The number of rows by table, for tables that have any.
+
+    Raises:
+        WarehouseError: there is no finished run, or the folder cannot be written or has files.
+        StorageFull: there is no space left.
+    """
+    done = [row for row in warehouse.runs().to_pylist() if row["status"] == "done"]
+    run_ids = [row["run_id"] for row in sorted(done, key=lambda row: (row["model"], row["run_id"]))]
+    try:
+        with staged_folder(folder) as staged:
+            (staged / DATA).mkdir()
+            rows = _write_tables(warehouse, run_ids, staged / DATA)
+            save_report(warehouse, staged / PAGE)
+            (staged / CARD).write_text(_card(rows), encoding="utf-8")
+    except OSError as error:
+        raise unwritable(folder, error, "Name a new folder.", WarehouseError) from error
+    return rows
+
+
+def _write_tables(warehouse: Warehouse, run_ids: Sequence[str], folder: Path) -> dict[str, int]:
+    """Write the tables of runs, again without those that turn out to be damaged, and return the number of rows."""
+    while run_ids:
+        rows = {name: _write_table(warehouse, name, run_ids, folder) for name in TABLES if name not in NOT_PUBLISHED}
+        readable = [run_id for run_id in run_ids if run_id not in warehouse.damaged]
+        if len(readable) == len(run_ids):
+            return {name: number for name, number in rows.items() if number}
+        run_ids = readable
+    raise WarehouseError(f"{warehouse.root} has no finished run that can be read.", DAMAGED)
+
+
+def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder: Path) -> int:
+    """Write the rows of a table with a row group for each run, and return their number. An empty file is deleted."""
+    file, rows = folder / f"{name}.parquet", 0
+    with pq.ParquetWriter(file, SCHEMAS[name], compression="zstd") as writer:
+        for table in _tables(warehouse, name, run_ids):
+            writer.write_table(table.cast(SCHEMAS[name]))
+            rows += len(table)
+    if not rows:
+        file.unlink()
+    return rows
+
+
+def _tables(warehouse: Warehouse, name: str, run_ids: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield the rows of each run. Evaluations, which have run ids of their own, are one table."""
+    if name == "evaluations":
+        yield warehouse.table(name)
+        return
+    for run_id in run_ids:
+        if table := warehouse.table(name, run_ids=[run_id]):
+            yield table
+
+
+def _card(rows: Mapping[str, int]) -> str:
+    """Return the card of a dataset on the hub, with its tables."""
+    configs = "".join(f"- config_name: {name}\n  data_files: {DATA}/{name}.parquet\n" for name in rows)
+    tables = "".join(f"| `{name}` | {describe_count(n)} | {TABLES[name].meaning} |\n" for name, n in rows.items())
+    return (
+        f"---\npretty_name: Layer scores\ntags: [layer-importance, pruning, avss]\nconfigs:\n{configs}---\n\n"
+        f"# Layer scores of {describe_count(rows['runs'])} runs\n\nStatistics and scores of the layers of language "
+        "models, by avss_dist. Layers count from 0; rank 1 is the least important layer. "
+        f"`{PAGE}` shows all runs; any static host serves it.\n\n"
+        f"| table | rows | a row is |\n|---|---|---|\n{tables}"
+    )
