@@ -58,10 +58,9 @@ REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh", "tra
 """Fields of `Execution` that options of avss run replace."""
 SEARCHED, HOW_MANY, HOW_MUCH = "Search", "Number of layers", "Budget"  # panels of the help
 LEFT_OUT, ROUNDED = "Removals", "Rounded weights"
-MIX, TRAINING, RANKED, CACHE = "Text", "Training", "Several GPUs", "Cache of the teacher's predictions"
-MEASURED_TEACHER = ("replicas", "fresh", "partition", "gpus_per_replica", "max_memory")
-"""Fields of `Execution` that only the measurement of a teacher's predictions has a use for."""
+MIX, TRAINING, RANKED = "Text", "Training", "Several GPUs"
 PROMPTS = "Prompts of lm-evaluation-harness"
+_TRAINED_INSTEAD = {"near": "It was removed: `train` all keeps up to two points more, and lora takes less memory."}
 _SEARCHES_INSTEAD = {name: searches_instead(name) for name in SEARCHES}
 
 Follow = Annotated[bool, Option(names=("--follow", "-f"))]
@@ -70,7 +69,6 @@ JobPath = Annotated[Any, Option(argument=True, metavar="JOB.yaml")]
 JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
 Timeout = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
 Tokens = Annotated[float, Field(ge=1, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @request
@@ -502,8 +500,8 @@ class DistillRequest(Request):
     """Allow held-out text that the student is trained on, or was repaired on."""
     tokens: Annotated[Tokens, Option(panel=TRAINING)] = 1e6
     """Tokens to train on."""
-    train: Annotated[Annotated[str, OneOf(TRAINED)], Option(panel=TRAINING)] = TRAINED[0]
-    """Weights that are trained: all but tied embeddings, layers near a cut, or a LoRA adapter that is then merged."""
+    train: Annotated[Annotated[str, OneOf(TRAINED, _TRAINED_INSTEAD)], Option(panel=TRAINING)] = TRAINED[0]
+    """Weights that are trained: all but tied embeddings, or a LoRA adapter that is then merged."""
     lora_rank: Annotated[Positive, Option(panel=TRAINING)] = 16
     """Rank of the LoRA adapter."""
     learning_rate: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Option(panel=TRAINING)] = None
@@ -514,40 +512,22 @@ class DistillRequest(Request):
     """Rows in a training step."""
     evaluations: Annotated[Positive, Option(panel=TRAINING)] = 8
     """Number of evaluations on held-out text during training."""
-    patience: Annotated[Positive | None, Option(panel=TRAINING)] = 3
-    """End after this many evaluations in a row that are no better than the best."""
     seed: Annotated[Count, Option(panel=TRAINING)] = 0
     """Seed of the order of the text, and of the teacher's own text."""
     ranks: Annotated[Positive, Option(panel=RANKED)] = 1
     """Processes that share each training step, started by Ray, each with a GPU where there are GPUs."""
     sharding: Annotated[Annotated[str, OneOf(tuple(SHARDINGS))], Option(panel=RANKED)] = next(iter(SHARDINGS))
     """Parts that are divided among ranks: none (ddp), optimizer (zero1), also gradients (zero2), all (zero3, fsdp)."""
-    text_loss: Annotated[Weight, Option(panel=TRAINING)] = 0.0
-    """Weight of the cross entropy of the text, which is added to the divergence."""
-    hidden_loss: Annotated[Weight, Option(panel=TRAINING)] = 0.0
-    """Weight of the squared error of the hidden states behind each cut, relative to the teacher's."""
-    teacher_top: Annotated[Positive | None, Option(panel=CACHE)] = None
-    """Learn from this many of the teacher's most probable tokens at each position, and the probability of all others.
-    They are measured once and kept in a warehouse; the teacher is not loaded in training."""
-    warehouse: Annotated[
-        PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE", panel=CACHE)
-    ] = None
-    """Warehouse for the teacher's predictions; OUTPUT-warehouse by default."""
     picture: PathOrText | None = None
     """Picture to draw of what is kept by tokens, for each text: FILE.png, .svg or .html."""
 
     shared = (
         *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
         *("dtype", "layers", "attention", "device", "trust_remote_code", "tracker"),
-        *("address", "node_labels", "placement_seconds", "hang_seconds", "executor", *MEASURED_TEACHER),
+        *("address", "node_labels", "placement_seconds", "hang_seconds"),
     )
 
     def __post_init__(self) -> None:
-        if self.teacher_top and self.hidden_loss:
-            raise ConfigError(
-                "`hidden_loss` needs the teacher's hidden states, which no cache holds.",
-                "Leave out `teacher_top` or `hidden_loss`.",
-            )
         require_divisible(self.batch_size, self.ranks)
         if self.ranks == 1 and SHARDINGS[self.sharding].moments:
             raise ConfigError(f"`sharding` {self.sharding} divides nothing with one rank.", "Set `ranks` to 2 or more.")

@@ -235,7 +235,7 @@ def distill(request: DistillRequest) -> Distilled:
 
     The work so far is kept in a folder beside the output, from which the same call resumes after an interruption.
     """
-    from avss_dist.evaluation.distill import distill as run
+    from avss_dist.distillation.distill import distill as run
 
     if request.picture is None:
         return run(request)

@@ -161,7 +161,7 @@ EXAMPLES = {
     "sample": ("avss sample org/name --count 256 -o own.jsonl",),
     "distill": (
         "avss distill smaller --teacher org/name --corpus your.txt --tokens 1e6 -o distilled",
-        "avss distill smaller --teacher org/name --corpus your.txt=3 --watch other.txt --train near -o distilled",
+        "avss distill smaller --teacher org/name --corpus your.txt=3 --watch other.txt --train lora -o distilled",
     ),
     "doctor": ("avss doctor --format json",),
     "jobs submit": ("avss jobs submit JOB.yaml --address http://HEAD:8265 --follow",),
@@ -184,6 +184,10 @@ REMOVED: dict[str, str] = {
     "scorecard": "`avss findings --truth`",
     "score --gradients": "`avss ablate ORG/NAME --corpus CORPUS --gradients`",
     "plan --sparsify": "`avss sparsify 0.5 -o sparse.yaml`",
+    "distill --hidden-loss": "leave it out, the divergence is the loss.",
+    "distill --patience": "leave it out, three evaluations without a lower divergence end a training.",
+    "distill --teacher-top": "leave it out, the teacher runs beside the student.",
+    "distill --text-loss": "leave it out, the divergence is the loss.",
 }
 """What to type instead of commands and options of version 0.2, by name: ``"plot"``, ``"plan --json"``, ``"--json"``."""
 

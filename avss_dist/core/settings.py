@@ -32,7 +32,7 @@ ROW_STARTS = ("auto", "none")
 _OF_TEXT = ("max_sequences", "shuffle_seed", "chat_template", "layout", "row_start")  # how text becomes rows
 _NO_NUMBERS = (*_OF_TEXT, "trust_remote_code", "allow_pickle")
 _OF_STATISTICS = ("sites", "thresholds", "experts", "sequences_per_shard")
-TRAINED = ("all", "near", "lora")
+TRAINED = ("all", "lora")
 """Weights that distillation trains: see `distillation.trained`."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")

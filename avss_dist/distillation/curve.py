@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ COMPLETE, NO_IMPROVEMENT, DIVERGED = "complete", "no improvement", "diverged"
 """Reasons why a training ended."""
 SAME_PREDICTIONS = 1e-6  # nats per token: a smaller divergence is rounding
 DIVERGENCE_FACTOR = 2.0  # of the held-out loss before training: beyond it, training has diverged
+PATIENCE = 3  # evaluations in a row without a lower held-out loss, which end a training
 
-LOSS, KEPT, PERPLEXITY = "eval_loss", "eval_kept/", "eval_perplexity/"
-DIVERGENCE, MISSED = "eval_divergence/", "eval_missed/"
+LOSS, KEPT, PERPLEXITY, DIVERGENCE = "eval_loss", "eval_kept/", "eval_perplexity/", "eval_divergence/"
 """Names of metrics in a trainer's history; all but the first are followed by the label of a text."""
 
 MOST_LOGGED = 2000  # losses of a training that are logged
@@ -33,7 +33,6 @@ class Schedule:
         steps: number of optimizer steps.
         step_tokens: tokens of a step.
         evaluations: number of evaluations after the start.
-        patience: see `ending`.
         learning_rate, warmup, seed: of the optimizer.
         batch_size: rows in a step.
         bfloat16: whether passes are computed in bfloat16 (autocast); weights are float32.
@@ -42,7 +41,6 @@ class Schedule:
     steps: int
     step_tokens: int
     evaluations: int
-    patience: int | None
     learning_rate: float
     warmup: int
     seed: int
@@ -74,7 +72,6 @@ class Evaluation:
         loss: divergence from the teacher on held-out rows of the trained texts, by their weights, in nats per token.
         perplexity, kept: perplexity of the student, and that of the teacher over it, by text.
         divergence: divergence from the teacher, by trained text.
-        missed: what the divergence misses, by trained text; empty unless the teacher's predictions are from a cache.
         train_loss: mean divergence in the training steps since the evaluation before; None before training.
     """
 
@@ -83,7 +80,6 @@ class Evaluation:
     perplexity: Mapping[str, float]
     kept: Mapping[str, float]
     divergence: Mapping[str, float]
-    missed: Mapping[str, float] = field(default_factory=dict)
     train_loss: float | None = None
 
 
@@ -112,7 +108,6 @@ def _evaluation(entry: Mapping[str, Any], train_loss: float | None) -> Evaluatio
         perplexity=by_text(PERPLEXITY),
         kept=by_text(KEPT),
         divergence=by_text(DIVERGENCE),
-        missed=by_text(MISSED),
         train_loss=train_loss,
     )
 
@@ -160,18 +155,17 @@ def require_distance(point: Evaluation, work: Path) -> None:
         )
 
 
-def ending(history: History, steps: int, patience: int | None) -> str | None:
+def ending(history: History, steps: int) -> str | None:
     """Return why a training has ended, or None if it goes on.
 
     Args:
         steps: number of steps of the whole training.
-        patience: number of evaluations in a row without a lower held-out loss that end it; None for any number.
     """
     points = evaluations(history)
     if any(not math.isfinite(entry["loss"]) for entry in history if "loss" in entry) or _diverged(points):
         return DIVERGED
     lowest = best(points)
-    if patience is not None and lowest and sum(point.step > lowest.step for point in points) >= patience:
+    if lowest and sum(point.step > lowest.step for point in points) >= PATIENCE:
         return NO_IMPROVEMENT
     return COMPLETE if points and points[-1].step >= steps else None
 

@@ -10,15 +10,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, first_line, unwritable
@@ -28,7 +25,7 @@ from avss_dist.distillation.curve import DIVERGED, Evaluation, Schedule, best, e
 from avss_dist.distillation.events import OnEvent, Preparing, ignore
 from avss_dist.distillation.loss import Predict, TextLoss, logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
-from avss_dist.distillation.pair import ModelPair, ancestry, require_cuts, require_two_models, resolve_pair
+from avss_dist.distillation.pair import ModelPair, ancestry, require_two_models, resolve_pair
 from avss_dist.distillation.ranks import (
     Ranks,
     call_at_layers,
@@ -46,20 +43,18 @@ from avss_dist.distillation.record import (
     read_record,
     recorded_settings,
 )
-from avss_dist.distillation.texts import DistillText, draw_rows
+from avss_dist.distillation.texts import DistillText
 from avss_dist.distillation.trained import LORA, choose_trained, default_learning_rate
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_model, quiet
 from avss_dist.models.safetensors import weight_files
 from avss_dist.partition.group import rank_and_size, share
 from avss_dist.pruning.checkpoint import require_free
-from avss_dist.pruning.model_card import removed_layers
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.system.devices import free_device
 from avss_dist.system.staging import staged_file
 
 if TYPE_CHECKING:
-    from avss_dist.distillation.trainer import FurtherLosses
     from avss_dist.requests import DistillRequest
 
 
@@ -107,20 +102,10 @@ class Distilled(TabularResult):
         return f"{self.folder}, {self.record.after.tokens:,} tokens"
 
 
-MeasureTeacher = Callable[
-    ["DistillRequest", ModelPair, Sequence[DistillText], Sequence[NDArray[np.int64]]],
-    tuple[list[DistillText], list[TextLoss]],
-]
-"""Function that measures a teacher's predictions, or reads them from a warehouse; see `evaluation.teacher_cache`."""
-
-
-def distill(request: DistillRequest, measure_teacher: MeasureTeacher) -> Distilled:
+def distill(request: DistillRequest) -> Distilled:
     """Train a student on the predictions of a teacher, and write it as a checkpoint; see `requests.DistillRequest`.
 
     The work so far is kept in a folder beside the output, from which the same request resumes.
-
-    Args:
-        measure_teacher: called if the teacher's predictions come from a cache.
 
     Raises:
         ConfigError: the models have different vocabularies, there is too little memory, held-out text is trained on, or
@@ -131,20 +116,16 @@ def distill(request: DistillRequest, measure_teacher: MeasureTeacher) -> Distill
     """
     with quiet(), warnings.catch_warnings(), open_ranks(request) as ranks:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
-        return _distill(request, ranks, Path(request.output), request.on_event or ignore, measure_teacher)
+        return _distill(request, ranks, Path(request.output), request.on_event or ignore)
 
 
-def _distill(
-    request: DistillRequest, ranks: Ranks | None, output: Path, on_event: OnEvent, measure_teacher: MeasureTeacher
-) -> Distilled:
+def _distill(request: DistillRequest, ranks: Ranks | None, output: Path, on_event: OnEvent) -> Distilled:
     work = output.with_name(output.name + ".part")
     is_written = (work / _REQUEST).is_file() and (output / FILE).is_file()  # stopped after its last step
     if not is_written:
         require_free(output)
     models = resolve_pair(request, ranks.device if ranks else None)
     require_two_models(models)
-    if request.hidden_loss:
-        require_cuts(models)
     memory = estimate_memory(
         models.student,
         models.teacher,
@@ -153,7 +134,6 @@ def _distill(
         **_what_is_trained(request),
         sharding=request.sharding,
         ranks=request.ranks,
-        top=request.teacher_top,
     )
     if ranks:
         ranks.require_room(memory, models)
@@ -166,10 +146,7 @@ def _distill(
         if not is_written:
             texts = read_texts(request, models, work, on_event)
             _require_same_texts(work, texts)
-            losses = None
-            if request.teacher_top:
-                texts, losses = measure_teacher(request, models, texts, _drawn_rows(request, models, texts))
-            task = DistillTask(request, models, texts, work, output, losses)
+            task = DistillTask(request, models, texts, work, output)
             if ranks:
                 on_event(Preparing("starting the ranks"))
                 ranks.run(replace(task, work=work.absolute(), output=output.absolute()), on_event)
@@ -196,12 +173,10 @@ def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
     """Return all that determines the result, to tell whether work in a folder can be resumed."""
     names = (
         *("corpora", "watch", "tokens", "train", "lora_rank", "learning_rate", "warmup", "held_out", "self_texts"),
-        *("evaluations", "patience", "seed", "skip_sequences"),
+        *("evaluations", "seed", "skip_sequences"),
     )
     values = {name: getattr(request, name) for name in names}
     values["corpora"], values["watch"] = ([str(split_weight(c)[0]) for c in values[n]] for n in ("corpora", "watch"))
-    further = ("teacher_top", "text_loss", "hidden_loss")
-    values |= {name: value for name in further if (value := getattr(request, name))}
     values["weights"] = [split_weight(corpus)[1] for corpus in request.corpora]
     if request.ranks > 1:
         values |= {"ranks": request.ranks, "sharding": request.sharding}
@@ -249,7 +224,6 @@ class DistillTask:
     Attributes:
         work: folder of the work so far. All ranks reach it.
         output: folder of the result.
-        losses: loss of the teacher on the held-out rows of each text, if its predictions come with the texts.
     """
 
     request: DistillRequest
@@ -257,7 +231,6 @@ class DistillTask:
     texts: Sequence[DistillText]
     work: Path
     output: Path
-    losses: Sequence[TextLoss] | None = None
 
     @property
     def device(self) -> str:
@@ -284,24 +257,6 @@ class DistillTask:
                 write_distilled(self.models.student, model, self.output, record)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Teacher:
-    """The teacher of a training: loaded, or its predictions of the texts.
-
-    Attributes:
-        model: the model; None if its predictions come with the texts.
-        losses: its loss on the held-out rows of each text.
-    """
-
-    model: Any
-    losses: Sequence[TextLoss]
-
-    @property
-    def predict(self) -> Predict | None:
-        """Its predictions; None if they come with the texts."""
-        return None if self.model is None else logits_of(self.model)
-
-
 def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None] | None) -> tuple[DistillRecord, Any]:
     """Return the record of the training, and the model at its best in the dtype of the student's files.
 
@@ -314,20 +269,19 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
 
     request, models, texts = task.request, task.models, task.texts
     schedule = _schedule(request, models)
-    teacher = _open_teacher(task, on_event, heartbeat)
-    expected = teacher.losses
+    teacher, expected = _open_teacher(task, on_event, heartbeat)
     _require_finite(models.teacher, texts, expected, task.work)
     folder = task.work / "checkpoints"
     folder.mkdir(exist_ok=True)
     share(trainer.delete_incomplete, [folder], idle=lambda: None)
     history = trainer.read_history(trainer.last_checkpoint(folder))
-    if ending(history, schedule.steps, schedule.patience) is None:
+    if ending(history, schedule.steps) is None:
         more = _tracking(request.execution.tracker, Path(request.output).name)
         on_event(Preparing(f"training, at a learning rate of {schedule.learning_rate:g}"))
         with _explained(folder), sharding_options(request, models) as options:
             history = trainer.train(
                 lambda: _open_student(request, models, heartbeat),
-                teacher.predict,
+                teacher,
                 texts,
                 expected,
                 schedule,
@@ -335,10 +289,9 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
                 models.device,
                 on_event,
                 {**more, **options},
-                _further_losses(request, models, teacher.model),
             )
         free_device(models.device)
-    ended = ending(history, schedule.steps, schedule.patience)
+    ended = ending(history, schedule.steps)
     assert ended is not None
     points = evaluations(history)
     lowest = best(points)
@@ -349,7 +302,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     dtype = round_to_stored_dtype(model, models.student)
     written = trainer.held_out_metrics(
         autocast(logits_of(model.to(models.device)), models),
-        teacher.predict,
+        teacher,
         texts,
         expected,
         request.rows,
@@ -381,27 +334,19 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         computed="bfloat16" if models.bfloat16 else "float32",
         texts=tuple(map(_recorded, texts, expected)),
         curve=tuple(_point(point, schedule.step_tokens) for point in curve),
-        teacher_top=request.teacher_top,
-        text_loss=request.text_loss or None,
-        hidden_loss=request.hidden_loss or None,
     )
     return record, model.to(dtype)
 
 
-def _drawn_rows(request: DistillRequest, models: ModelPair, texts: Sequence[DistillText]) -> list[NDArray[np.int64]]:
-    """Return the rows of each trained text that the training draws."""
-    texts_of_rows, rows = draw_rows(texts, _steps(request, models) * request.batch_size, request.seed)
-    return [np.unique(rows[texts_of_rows == number]) for number in range(sum(bool(t.trained) for t in texts))]
-
-
-def _open_teacher(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None] | None) -> _Teacher:
-    """Load the teacher and measure it, unless its predictions and losses come with the texts."""
+def _open_teacher(
+    task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None] | None
+) -> tuple[Predict, list[TextLoss]]:
+    """Load the teacher, and return its predictions and its loss on the held-out rows of each text."""
     models = task.models
-    if task.losses is not None:
-        return _Teacher(model=None, losses=task.losses)
     model = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
     call_at_layers(model, models.teacher_settings, heartbeat)
-    return _Teacher(model=model, losses=_teacher_losses(logits_of(model), task.texts, models, task.work, on_event))
+    predict = logits_of(model)
+    return predict, _teacher_losses(predict, task.texts, models, task.work, on_event)
 
 
 def _open_student(request: DistillRequest, models: ModelPair, heartbeat: Callable[[], None] | None) -> Any:
@@ -409,19 +354,7 @@ def _open_student(request: DistillRequest, models: ModelPair, heartbeat: Callabl
     student = load_model(models.student, models.settings, head=True)
     call_at_layers(student, models.settings, heartbeat)
     torch.manual_seed(request.seed)  # of a new adapter, which is the same on all ranks
-    return choose_trained(student, models.student, settings=models.settings, **_what_is_trained(request))
-
-
-def _further_losses(request: DistillRequest, models: ModelPair, teacher: Any) -> FurtherLosses:
-    """Return the losses that are added to the divergence."""
-    from avss_dist.distillation.hidden_states import CutStates
-    from avss_dist.distillation.trainer import FurtherLosses
-
-    if not request.hidden_loss:
-        return FurtherLosses(text=request.text_loss)
-    removed = removed_layers(models.student.folder)
-    cut_states = partial(CutStates, teacher=teacher, removed=removed, settings=models.settings)
-    return FurtherLosses(text=request.text_loss, hidden=request.hidden_loss, cut_states=cut_states)
+    return choose_trained(student, **_what_is_trained(request))
 
 
 def _steps(request: DistillRequest, models: ModelPair) -> int:
@@ -434,7 +367,6 @@ def _schedule(request: DistillRequest, models: ModelPair) -> Schedule:
         steps=_steps(request, models),
         step_tokens=request.batch_size * models.settings.sequence_length,
         evaluations=request.evaluations,
-        patience=request.patience,
         learning_rate=request.learning_rate or default_learning_rate(models.student, request.train),
         warmup=request.warmup,
         seed=request.seed,
@@ -543,7 +475,6 @@ def _recorded(text: DistillText, expected: TextLoss) -> RecordedText:
         trained_rows=text.trained.num_sequences if text.trained else 0,
         held_out_rows=text.held_out.num_sequences,
         teacher_perplexity=math.exp(expected.surprise / expected.tokens),
-        others=expected.others / expected.tokens if text.held_out_predictions else None,
     )
 
 
@@ -554,7 +485,6 @@ def _point(point: Evaluation, step_tokens: int) -> CurvePoint:
         train_loss=point.train_loss,
         loss=point.loss,
         divergence=point.divergence,
-        missed=point.missed or None,
         perplexity=point.perplexity,
         kept=point.kept,
     )

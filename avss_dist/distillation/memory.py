@@ -8,7 +8,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import SHARDINGS, ShardingInfo
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
-from avss_dist.distillation.trained import LORA, NEAR, choose_trained
+from avss_dist.distillation.trained import LORA, choose_trained
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint, load_skeleton
 from avss_dist.partition.sharding import BUCKET
@@ -79,7 +79,6 @@ def estimate_memory(
     rank: int,
     sharding: str = next(iter(SHARDINGS)),
     ranks: int = 1,
-    top: int | None = None,
 ) -> Memory:
     """Estimate the memory of a distillation on each rank from configurations and headers alone.
 
@@ -89,13 +88,12 @@ def estimate_memory(
         teacher_settings: of the teacher, with its compute dtype.
         train, rank: see `choose_trained`.
         sharding: a name of `registry.SHARDINGS`.
-        top: number of tokens of each prediction that come from a cache instead of the teacher.
 
     Raises:
         ModelError: a checkpoint cannot be read or built.
     """
     _, skeleton, _ = load_skeleton(student, settings)
-    model = choose_trained(skeleton, student, train, rank, settings)
+    model = choose_trained(skeleton, train, rank)
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     size, info = footprint(student, settings), SHARDINGS[sharding]
@@ -111,7 +109,7 @@ def estimate_memory(
         moments=part(2 * FLOAT32 * trained, info.moments),
         exchange=0 if ranks == 1 else _exchange(info, FLOAT32 * trained, size),
         written=whole,
-        teacher=0 if top else footprint(teacher, teacher_settings).weight_bytes,
+        teacher=footprint(teacher, teacher_settings).weight_bytes,
         activations=_activations(size, settings.batch_size, settings.sequence_length),
         logits=2 * FLOAT32 * settings.batch_size * settings.sequence_length * size.vocabulary,
         trained=trained,
@@ -171,9 +169,8 @@ def require_memory(memory: Memory, device: str, train: str, hint: str = "", free
         free = available_memory() if device == "cpu" else devices_here(device).device_bytes
     if needed <= free:
         return
-    others = [name for name in (NEAR, LORA) if name != train]
     raise ConfigError(
         f"Distillation with `train` {train} needs about {describe_bytes(needed)} of memory: {memory.describe()}. There "
         f"are {describe_bytes(free)}.",
-        hint or f"Lower `batch_size` or `sequence_length`, or set `train` {' or '.join(others)}.",
+        hint or f"Lower `batch_size` or `sequence_length`{'' if train == LORA else ', or set `train` lora'}.",
     )

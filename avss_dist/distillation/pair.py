@@ -11,14 +11,13 @@ import torch
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import count_of
-from avss_dist.distillation.hidden_states import matching_layers
 from avss_dist.distillation.trained import require_trainable
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.models.quantization import quantization_method
-from avss_dist.pruning.model_card import pruned_from, removed_layers
+from avss_dist.pruning.model_card import pruned_from
 from avss_dist.system.devices import has_fast_bfloat16, pick_device
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def resolve_pair(request: DistillRequest, kind: str | None = None) -> ModelPair:
             f"'{student.name}' is quantized; distillation trains weights in float32.",
             "Name the checkpoint in safetensors that it was made of.",
         )
-    require_trainable(student, request.train)
+    require_trainable(request.train)
     _require_same_vocabulary(student, teacher, configs, code)
     device = torch.device(kind) if kind else pick_device(request.settings.device)
     if request.settings.dtype == "float16":
@@ -102,22 +101,6 @@ def require_two_models(models: ModelPair) -> None:
         raise ConfigError(
             f"'{models.student.name}' and '{models.teacher.name}' are the same checkpoint, with nothing to distill.",
             "Name the checkpoint to train as the student, and the model that it was made of with `teacher`.",
-        )
-
-
-def require_cuts(models: ModelPair) -> None:
-    """Raise ConfigError if the student is not known to be the teacher without some layers behind its first one."""
-    base, removed = pruned_from(models.student.folder), removed_layers(models.student.folder)
-    if not base or base[1] != models.teacher.revision:
-        raise ConfigError(
-            f"`hidden_loss` compares hidden states behind each cut, and nothing says that '{models.student.name}' is "
-            f"'{models.teacher.name}' without some of its layers.",
-            "Name the model of the student's model card with `teacher`, or leave `hidden_loss` out.",
-        )
-    if not matching_layers(removed):
-        raise ConfigError(
-            f"`hidden_loss` has no cut to compare behind: '{models.student.name}' lacks only the first layers.",
-            "Leave it out.",
         )
 
 

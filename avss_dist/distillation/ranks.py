@@ -35,9 +35,8 @@ def open_ranks(request: DistillRequest) -> Iterator[Ranks | None]:
     """
     if request.ranks == 1:
         hint = "Set `ranks` to 2 or more, or leave it out."
-        if not request.teacher_top:  # which is measured on workers
-            names = ("address", "node_labels", "placement_seconds", "hang_seconds")
-            refuse_unused({name: getattr(request.execution, name) for name in names}, "with one rank", hint)
+        names = ("address", "node_labels", "placement_seconds", "hang_seconds")
+        refuse_unused({name: getattr(request.execution, name) for name in names}, "with one rank", hint)
         yield None
         return
     from avss_dist.executors.ray.executor import RayExecutor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,8 +42,6 @@ class RecordedText:
     """Rows that were measured and never trained on."""
     teacher_perplexity: Number
     """Perplexity of the teacher on the held-out rows."""
-    others: Number | None = None
-    """Mean probability, on the held-out rows, of the teacher's tokens that are not in the cache; None without one."""
 
     def describe(self) -> str:
         """Return a few words for people."""
@@ -68,9 +66,6 @@ class CurvePoint:
     """Perplexity, by text."""
     kept: ByText
     """Perplexity of the teacher over that of the student, by text."""
-    missed: ByText | None = None
-    """With a cache, the divergence among the tokens that are not in it, by trained text: an estimate of what
-    `divergence` misses; None without one."""
 
 
 @checked
@@ -104,13 +99,6 @@ class DistillRecord:
     texts: Annotated[tuple[RecordedText, ...], Field(strict=False)]
     curve: Annotated[tuple[CurvePoint, ...], Field(strict=False)]
     """Evaluations in order. The last one is that of the written checkpoint, in its dtype."""
-    teacher_top: Positive | None = None
-    """Tokens of each prediction that were cached. With a cache every divergence is that of these tokens and of all
-    others as one outcome, a lower bound. None: the teacher predicted during training."""
-    text_loss: Number | None = None
-    """Weight of the text's own loss."""
-    hidden_loss: Number | None = None
-    """Weight of the error of the hidden states."""
 
     @property
     def settings(self) -> Settings:
@@ -144,18 +132,7 @@ class DistillRecord:
                 f"Perplexity kept of the teacher's {text.teacher_perplexity:.4g} on {text.corpus} "
                 f"({rows}): {before:.1%} before, {after:.1%} after."
             )
-        return [*lines, *self._describe_cache()]
-
-    def _describe_cache(self) -> Iterator[str]:
-        """Yield a line on the error of a cache for each trained text."""
-        for text in self.texts:
-            if text.others is not None and self.before.missed and self.after.missed:
-                before, after = (point.missed[text.label] for point in (self.before, self.after) if point.missed)
-                yield (
-                    f"On {text.corpus}, the teacher's tokens beyond its {self.teacher_top} most probable ones have "
-                    f"{text.others:.2%} of the probability. The divergence takes them as one, and misses about "
-                    f"{before:.3g} nats per token before and {after:.3g} after."
-                )
+        return lines
 
 
 _READING = ("sequence_length", "layout", "row_start", "max_sequences", "shuffle_seed", "chat_template", "dtype")
@@ -166,22 +143,12 @@ def recorded_settings(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in _READING}
 
 
-_OPTIONAL = ("others", "missed", "teacher_top", "text_loss", "hidden_loss")
-
-
-def record_values(record: DistillRecord) -> dict[str, Any]:
-    """Return a record as plain values, without those of options that were not used."""
-    values = asdict(record)
-    for part in (values, *values["texts"], *values["curve"]):
-        for name in _OPTIONAL:
-            if name in part and part[name] is None:
-                del part[name]
-    return values
+_REMOVED = ("others", "missed", "teacher_top", "text_loss", "hidden_loss")  # fields of version 0.2
 
 
 def write_record(folder: Path, record: DistillRecord) -> None:
     """Write the record of a checkpoint."""
-    text = json.dumps(record_values(record), indent=2)
+    text = json.dumps(asdict(record), indent=2)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -196,6 +163,9 @@ def read_record(folder: Path) -> DistillRecord | None:
         return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        for part in (values, *values["texts"], *values["curve"]):
+            for name in _REMOVED:
+                part.pop(name, None)
         texts = tuple(RecordedText(**text) for text in values.pop("texts"))
         curve = tuple(CurvePoint(**point) for point in values.pop("curve"))
         return DistillRecord(**values, texts=texts, curve=curve)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +20,8 @@ from avss_dist.corpus.sources import open_source
 from avss_dist.distillation.loss import NOT_COUNTED
 from avss_dist.distillation.record import SELF
 from avss_dist.models.causal_lm import predicted
-from avss_dist.stats.predictions import TopPredictions
 
 Example = dict[str, torch.Tensor]
-
-
-class Predictions(Protocol):
-    """Predictions of the teacher for the rows of a text, such as `warehouse.predictions.StoredPredictions`."""
-
-    def row(self, index: int) -> TopPredictions:
-        """Read those of a row."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,8 +34,6 @@ class DistillText:
         weight: share of the mix relative to other texts; 0 for a text that is only watched.
         trained: rows to train on; None for a text that is only watched.
         held_out: rows that are only measured.
-        trained_predictions, held_out_predictions: predictions of the teacher for the rows; None if it makes them during
-            training.
     """
 
     name: str
@@ -51,8 +41,6 @@ class DistillText:
     weight: float
     trained: CorpusPlan | None
     held_out: CorpusPlan
-    trained_predictions: Predictions | None = None
-    held_out_predictions: Predictions | None = None
 
     @property
     def is_watched(self) -> bool:
@@ -179,7 +167,6 @@ class Mix(Dataset[Example]):
 
     def __init__(self, texts: Sequence[DistillText], count: int, seed: int) -> None:
         self._texts = [_all_rows(text.trained) for text in texts if text.trained]
-        self._predictions = [text.trained_predictions for text in texts if text.trained]
         self._text, self._row = draw_rows(texts, count, seed)
 
     def __len__(self) -> int:
@@ -187,15 +174,9 @@ class Mix(Dataset[Example]):
         return len(self._text)
 
     def __getitem__(self, index: int) -> Example:
-        """Return a drawn row: ``input_ids``, ``attention_mask`` and ``labels``, int64[tokens] each.
-
-        Predictions of the teacher come with it, if there are any, by the names of the fields of `loss.TopTokens`.
-        """
+        """Return a drawn row: ``input_ids``, ``attention_mask`` and ``labels``, int64[tokens] each."""
         text, row = self._text[index], self._row[index]
-        example = {name: values[row] for name, values in self._texts[text].items()}
-        if (predictions := self._predictions[text]) is not None:
-            example |= _as_tensors(predictions.row(int(row)), len(example["labels"]))
-        return example
+        return {name: values[row] for name, values in self._texts[text].items()}
 
 
 def _all_rows(text: CorpusPlan) -> Example:
@@ -216,34 +197,6 @@ def as_examples(batch: Batch) -> Example:
 
 
 def held_out_batches(text: DistillText, batch_size: int) -> Iterator[Example]:
-    """Yield the held-out rows of a text, with the teacher's predictions if there are any."""
-    first = 0
+    """Yield the held-out rows of a text."""
     for shard in text.held_out.shards:
-        for example in map(as_examples, shard.batches(batch_size)):
-            rows, tokens = example["labels"].shape
-            if text.held_out_predictions is not None:
-                read = [text.held_out_predictions.row(first + row) for row in range(rows)]
-                by_row = [_as_tensors(predictions, tokens) for predictions in read]
-                example |= {name: torch.stack([tensors[name] for tensors in by_row]) for name in by_row[0]}
-            yield example
-            first += rows
-
-
-def _as_tensors(predictions: TopPredictions, tokens: int) -> Example:
-    """Return the predictions for a row by the names of the fields of `loss.TopTokens`, [tokens, ...] each.
-
-    Tokens that do not count have zeros.
-    """
-    columns: dict[str, NDArray[Any]] = {
-        "ids": predictions.token_ids.astype(np.int64),
-        "log_probs": predictions.log_probs,
-        "others": predictions.others,
-        "drawn_ids": predictions.drawn_ids.astype(np.int64),
-        "drawn_log_probs": predictions.drawn_log_probs,
-    }
-    result = {}
-    for name, values in columns.items():
-        filled = np.zeros((tokens, *values.shape[1:]), values.dtype)
-        filled[predictions.position] = values
-        result[name] = torch.from_numpy(filled)
-    return result
+        yield from map(as_examples, shard.batches(batch_size))

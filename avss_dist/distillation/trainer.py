@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from avss_dist.distillation.curve import (
     DIVERGENCE,
     KEPT,
     LOSS,
-    MISSED,
     PERPLEXITY,
     History,
     Schedule,
@@ -31,13 +29,11 @@ from avss_dist.distillation.curve import (
     require_distance,
 )
 from avss_dist.distillation.events import HeldOutMeasured, OnEvent, TrainingAdvanced
-from avss_dist.distillation.hidden_states import CutStates
 from avss_dist.distillation.loss import (
     NOT_COUNTED,
     Predict,
     TextLoss,
     distillation_loss,
-    expected_predictions,
     logits_of,
     next_labels,
     predictions,
@@ -98,44 +94,25 @@ def arguments(schedule: Schedule, folder: Path, device: torch.device, more: Mapp
     return _Arguments(**options)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FurtherLosses:
-    """Losses that are added to the divergence.
-
-    Attributes:
-        text: weight of the cross entropy of the text.
-        hidden: weight of the error of the hidden states.
-        cut_states: opens the hidden states of both models, given the student; needed with that loss alone.
-    """
-
-    text: float = 0.0
-    hidden: float = 0.0
-    cut_states: Callable[[Any], CutStates] | None = None
-
-
 class DistillationTrainer(Trainer):
     """Trainer whose loss is the divergence from a teacher, evaluated on held-out text.
 
     Args:
-        teacher: predictions of the teacher; None if they come with the texts.
+        teacher: predictions of the teacher.
         texts: texts with held-out rows.
         teacher_losses: loss of the teacher on the held-out rows of each text.
-        further: losses that are added to the divergence.
         options: arguments of `transformers.Trainer`.
     """
 
     def __init__(
         self,
         *,
-        teacher: Predict | None,
+        teacher: Predict,
         texts: Sequence[DistillText],
         teacher_losses: Sequence[TextLoss],
-        further: FurtherLosses,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._further = further
-        self._cut_states = further.cut_states(self.model) if further.cut_states else None
         self._teacher, self._texts, self._teacher_losses = teacher, texts, teacher_losses
         self.model_accepts_loss_kwargs = True  # has it count the labels of all ranks and accumulated batches
         self.remove_callback(PrinterCallback)
@@ -143,15 +120,11 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Return the mean loss over the counted tokens of a batch, with the divergence alone as its value."""
+        """Return the mean divergence over the counted tokens of a batch."""
         ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], next_labels(inputs["labels"])
-        expected, further = expected_predictions(self._teacher, inputs), self._further
-        assert expected is not None
-        total, diverged = distillation_loss(predictions(logits_of(model), ids, mask), expected, labels, further.text)
-        if self._cut_states is not None:
-            total = total + further.hidden * self._cut_states.error(labels != NOT_COUNTED)
-        if further.text or further.hidden:
-            total = diverged + (total - total.detach())
+        with torch.no_grad():
+            expected = predictions(self._teacher, ids, mask)
+        total = distillation_loss(predictions(logits_of(model), ids, mask), expected, labels)
         if num_items_in_batch is None:
             return total / (labels != NOT_COUNTED).sum()
         return total * self.accelerator.num_processes / num_items_in_batch
@@ -174,7 +147,7 @@ class DistillationTrainer(Trainer):
 
 def held_out_metrics(
     student: Predict,
-    teacher: Predict | None,
+    teacher: Predict,
     texts: Sequence[DistillText],
     teacher_losses: Sequence[TextLoss],
     batch_size: int,
@@ -184,15 +157,11 @@ def held_out_metrics(
     metrics, weighted = {LOSS: 0.0}, sum(text.weight for text in texts)
     for text, expected in zip(texts, teacher_losses, strict=True):
         measured = measure(student, None if text.is_watched else teacher, text, batch_size, device)
-        surprise, diverged, missed = (
-            value / measured.tokens for value in (measured.surprise, measured.divergence, measured.missed)
-        )
+        surprise, diverged = measured.surprise / measured.tokens, measured.divergence / measured.tokens
         metrics[f"{PERPLEXITY}{text.label}"] = _exp(surprise)
         metrics[f"{KEPT}{text.label}"] = _exp(expected.surprise / expected.tokens - surprise)
         if not text.is_watched:
             metrics[f"{DIVERGENCE}{text.label}"] = diverged
-            if text.held_out_predictions is not None:
-                metrics[f"{MISSED}{text.label}"] = missed
             metrics[LOSS] += diverged * text.weight / weighted
     return metrics
 
@@ -250,7 +219,7 @@ class ScheduleCallback(TrainerCallback):
         if not point.step:
             require_distance(point, self._folder.parent)
         self._on_event(HeldOutMeasured(tokens=point.step * self._schedule.step_tokens, kept=point.kept))
-        if ending(state.log_history, self._schedule.steps, self._schedule.patience):
+        if ending(state.log_history, self._schedule.steps):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -322,7 +291,7 @@ def read_history(checkpoint: Path | None) -> History:
 
 def train(
     open_student: Callable[[], Any],
-    teacher: Predict | None,
+    teacher: Predict,
     texts: Sequence[DistillText],
     teacher_losses: Sequence[TextLoss],
     schedule: Schedule,
@@ -330,7 +299,6 @@ def train(
     device: torch.device,
     on_event: OnEvent,
     more: Mapping[str, Any],
-    further: FurtherLosses,
 ) -> History:
     """Train a model, from the last checkpoint in a folder if there is one, and return the whole history.
 
@@ -340,14 +308,12 @@ def train(
         open_student: loads the student on any device; its trained weights require gradients.
         folder: folder of the checkpoints. The best and the last one stay in it.
         more: see `arguments`.
-        further: losses that are added to the divergence.
     """
     last = last_checkpoint(folder)
     trainer = DistillationTrainer(
         teacher=teacher,
         texts=texts,
         teacher_losses=teacher_losses,
-        further=further,
         args=arguments(schedule, folder, device, {**more, "eval_on_start": last is None}),
         model=open_student(),
         train_dataset=Mix(texts, schedule.rows, schedule.seed),

@@ -11,10 +11,9 @@ from avss_dist.core.settings import TRAINED, Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.memory import LIBRARIES, Memory, estimate_memory
 from avss_dist.distillation.pair import computes_in_bfloat16
-from avss_dist.distillation.trained import LORA, NEAR
+from avss_dist.distillation.trained import LORA
 from avss_dist.models.checkpoints import Checkpoint, locate
 from avss_dist.partition.cost import Machine
-from avss_dist.pruning.model_card import removed_layers
 from avss_dist.requests import DistillRequest, EstimateRequest, require_divisible
 
 
@@ -60,8 +59,6 @@ def distillation_rows(
     dtype = "bfloat16" if computes_in_bfloat16(request.settings, settings.device) else "float32"
     for train in TRAINED:
         if train == LORA and find_spec("peft") is None:
-            continue
-        if train == NEAR and not (isinstance(student, Checkpoint) and removed_layers(student.folder)):
             continue
         for sharding, processes in (("", 1), *((name, ranks) for name in SHARDINGS)):
             rows = replace(settings, batch_size=settings.batch_size // processes)

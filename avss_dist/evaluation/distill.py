@@ -1,4 +1,4 @@
-"""Distillation with the teacher or from a cache, and as the last step of shrinking, with the work beside the output."""
+"""Distillation as the last step of shrinking, with the work beside the output."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.distillation.curve import DIVERGED
-from avss_dist.distillation.distill import Distilled
-from avss_dist.distillation.distill import distill as train
+from avss_dist.distillation.distill import distill
 from avss_dist.distillation.events import OnEvent
 from avss_dist.distillation.memory import estimate_memory, require_memory, without_layers
 from avss_dist.distillation.pair import resolve_pair
 from avss_dist.distillation.record import DistillRecord, read_record, write_card
-from avss_dist.evaluation.teacher_cache import measure_teacher
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.size import footprint
-from avss_dist.options import SHARED, refuse_unused
-from avss_dist.requests import MEASURED_TEACHER, DistillRequest, ShrinkRequest
+from avss_dist.options import SHARED
+from avss_dist.requests import DistillRequest, ShrinkRequest
 from avss_dist.stats.rankings import count_lowest
 
 STUDENT = "student"  # folder of the repaired checkpoint, in that of the work
@@ -35,18 +33,6 @@ PART = 8  # one of this many rows is watched
 def count_watched(rows: int) -> int:
     """Return the number of rows, of a text with ``rows`` rows, on which the best checkpoint is chosen."""
     return min(rows // PART, WATCHED)
-
-
-def distill(request: DistillRequest) -> Distilled:
-    """Train a student; see `distillation.distill.distill`.
-
-    Raises:
-        ConfigError: options of the cache are given without it.
-    """
-    if not request.teacher_top:
-        given = {name: getattr(request.execution, name) for name in MEASURED_TEACHER}
-        refuse_unused(given, "without a cache of the teacher's predictions", "Leave it out, or set `teacher_top`.")
-    return train(request, measure_teacher)
 
 
 def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:

@@ -14,10 +14,11 @@ from avss_dist.core.errors import ConfigError, RunFailed
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.core.text import RedactedURI, basename
 from avss_dist.distillation.curve import DIVERGED
+from avss_dist.distillation.distill import distill
 from avss_dist.distillation.events import OnEvent
 from avss_dist.distillation.pair import resolve_pair
 from avss_dist.distillation.record import read_record
-from avss_dist.evaluation.distill import STUDENT, distill
+from avss_dist.evaluation.distill import STUDENT
 from avss_dist.evaluation.repairs import read_repaired
 from avss_dist.evaluation.session import StoredPatch
 from avss_dist.models.checkpoints import Checkpoint, resolve

@@ -224,19 +224,16 @@ class EvaluationSession:
         self,
         cells: Iterable[Cell],
         on_result: Callable[[Cell, CellResult], None] | None = None,
-        *,
-        again: bool = False,
     ) -> None:
         """Measure cells that are not known yet, without writing results.
 
         Args:
             on_result: receives the result of each measured cell.
-            again: measure known cells, too.
 
         Raises:
             AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
         """
-        if failed := self._run(cells, on_result, again=again):
+        if failed := self._run(cells, on_result):
             raise failure(failed)
 
     def fit(self, work: Work) -> dict[tuple[str, Removals], StoredPatch]:
@@ -411,10 +408,6 @@ class _Workers:
                 patches = Patches(self._store.storage)
                 keys = [None if row.patch is None else patches.write(row.patch) for row in outcome.rows]
                 identity = _identity(cell, cell.run_id, outcome.family)
-                for row in outcome.rows:
-                    if row.predictions is not None:
-                        rows = len(row.samples)
-                        self._store.write_predictions(identity, cell.cell_id, cell.part, rows, row.predictions)
                 self._store.write_cell(identity, cell.cell_id, _rows(cell, outcome, keys))
             self._on_event(CellDone(cell, notes))
             yield cell, outcome

@@ -26,7 +26,6 @@ from avss_dist.models.labels import (
     float32_pieces,
     loss_gradient,
     pieces,
-    top_tokens,
     uniform_numbers,
 )
 from avss_dist.models.layers import Layer, probe_tokens
@@ -47,7 +46,6 @@ from avss_dist.models.skipping import (
 from avss_dist.models.sparsifying import SparsityCounts, dense, sparsified, uncounted
 from avss_dist.models.sublayers import find_obstacles, require_sublayers
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.predictions import TopPredictions
 from avss_dist.system.devices import to_device
 from avss_dist.system.progress_bar import underway
 
@@ -381,38 +379,6 @@ class LanguageModel:
         by_token[:, counted] = measured.cpu()
         sums: Float64 = by_token.numpy().sum(axis=2)
         return sums
-
-    def top_predictions(self, batch: Batch, top: int, draws: int = 0) -> tuple[Float64, TopPredictions]:
-        """Return `losses`, and the most probable tokens at each counted prediction of a batch.
-
-        Args:
-            top: number of tokens; at most the vocabulary.
-            draws: number of tokens that are drawn from the others. They depend on a row's tokens and not on its batch.
-        """
-        rows, before = predicted(batch).nonzero()
-        losses = np.zeros(predicted(batch).shape)
-        uniform = to_device(uniform_numbers(batch, draws, 0)[:, rows, before], self.device)
-        parts = []
-        with torch.no_grad():
-            positions, labels = self._predicted(batch)
-            surprises = torch.empty(len(labels), dtype=torch.float64, device=self.device)
-            for piece, logits in self.logits(self.hidden_states(batch).flatten(0, 1).index_select(0, positions)):
-                surprises[piece] = _surprise(logits, labels[piece]).double()
-                parts.append([values.cpu() for values in top_tokens(logits, top, uniform[:, piece])])
-        losses[rows, before] = surprises.cpu().numpy()
-        shapes = (0, top), (0, top), (0,), (0, draws), (0, draws)
-        columns = zip(*parts, strict=True) if parts else ([torch.zeros(shape)] for shape in shapes)
-        token_ids, log_probs, others, drawn_ids, drawn_log_probs = (torch.cat(list(c)).numpy() for c in columns)
-        predictions = TopPredictions(
-            token_ids=token_ids.astype(np.int32),
-            log_probs=log_probs,
-            others=others,
-            drawn_ids=drawn_ids.astype(np.int32),
-            drawn_log_probs=drawn_log_probs,
-            row=rows.astype(np.int32),
-            position=before.astype(np.int32),
-        )
-        return losses.sum(axis=1), predictions
 
     def _predicted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (positions, labels) of the counted predictions of a batch, int64[n] each, on the model's device.

@@ -56,25 +56,6 @@ def draw_labels(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return drawn_labels
 
 
-def top_tokens(logits: torch.Tensor, top: int, uniform: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the most probable tokens of logits, float32[tokens, vocabulary], and what the others are together.
-
-    Args:
-        top: number of tokens.
-        uniform: uniform numbers in [0, 1), float64[draws, tokens], for the tokens drawn from the others.
-
-    Returns:
-        The tokens of `stats.predictions.TopPredictions`: ids and log-probabilities, [tokens, top] each, the
-        log-probability of the others, [tokens], ids and log-probabilities of drawn tokens, [tokens, draws] each.
-    """
-    whole = logits.logsumexp(dim=-1, keepdim=True)
-    values, ids = logits.topk(top, dim=-1)
-    without = logits.scatter(1, ids, -torch.inf)
-    drawn = draw_labels(without, uniform).T
-    others = without.logsumexp(dim=-1) - whole[:, 0]
-    return ids, values - whole, others, drawn, logits.gather(1, drawn) - whole
-
-
 def uniform_numbers(batch: Batch, draws: int, seed: int) -> Float64:
     """Return uniform numbers in [0, 1), float64[draws, rows, tokens - 1]; a row's depend on its tokens and the seed."""
     rows, tokens = batch.input_ids.shape

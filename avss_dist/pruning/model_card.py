@@ -17,7 +17,6 @@ from avss_dist.pruning.plan import Plan, describe_reason
 from avss_dist.pruning.repair.record import RepairRecord
 
 _BASE = re.compile(r"Base model at (\w+)\.")
-_REMOVED = re.compile(r"^Removed, counted from 0: ([0-9, ]+)\.", re.MULTILINE)
 TAGS = ("layer-pruning", "expert-pruning")
 LICENSE = ("license", "license_name", "license_link")
 
@@ -51,7 +50,7 @@ def model_card(
 
 
 def _describe_changes(plan: Plan, repair: RepairRecord | None) -> str:
-    """Return sentences with the removed layers and experts, and the changed weights. See `removed_layers`."""
+    """Return sentences with the removed layers and experts, and the changed weights."""
     sentences = []
     if plan.dropped_layers:
         sentences.append(f"Removed, counted from 0: {', '.join(map(str, plan.dropped_layers))}.")
@@ -77,16 +76,6 @@ def pruned_from(folder: Path) -> tuple[str, str] | None:
         return None
     name = values.get("base_model")
     return (name, revision[1]) if isinstance(name, str) and name else None
-
-
-def removed_layers(folder: Path) -> tuple[int, ...]:
-    """Return the layers that the card of a pruned checkpoint lists as removed; empty for other checkpoints."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ()
-    listed = _REMOVED.search(text)
-    return tuple(map(int, listed[1].split(", "))) if listed else ()
 
 
 def source_license(folder: Path) -> dict[str, Any]:

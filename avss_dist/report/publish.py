@@ -16,7 +16,7 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES
 
 NOT_PUBLISHED = (
-    *("shard_stats", "cells", "predictions", "row_stats", "shard_expert_stats"),  # what others were made of
+    *("shard_stats", "cells", "row_stats", "shard_expert_stats"),  # what others were made of
     "continuations",  # they quote corpora, which may not be public
 )
 PAGE, CARD, DATA = "index.html", "README.md", "data"

@@ -18,7 +18,6 @@ from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.predictions import TopPredictions
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,7 +32,6 @@ class Row:
         rounding: key of the `intervention.Rounding` that the metric describes; None means that of the cell.
         layer: index of the layer that the metric describes; None for the whole model.
         patch: fitted weights, encoded by `patching.encode_patch`; None if nothing was fitted.
-        predictions: predictions of the part's rows, which are stored beside the cell; None if there are none.
     """
 
     metric: str
@@ -43,7 +41,6 @@ class Row:
     rounding: str | None = None
     layer: int | None = None
     patch: bytes | None = field(default=None, repr=False)
-    predictions: TopPredictions | None = field(default=None, repr=False)
 
 
 class Measure(Protocol):

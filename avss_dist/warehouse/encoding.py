@@ -54,33 +54,28 @@ _STATS_OPTIONS = {
 }
 
 
-def encode(
-    name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[str, Any] = {}, groups: Sequence[int] = ()
-) -> pa.Buffer:
+def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[str, Any] = {}) -> pa.Buffer:
     """Return a file of a table as bytes.
 
     Args:
         shard: header of a partial, beside its rows.
-        groups: number of rows of each row group; by default there is one.
     """
     header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), **UNSIGNED_METADATA}
     schema = SCHEMAS[name].remove(0).with_metadata(header)
     table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
-    return to_file(table, groups, **(_STATS_OPTIONS if name in _STATS_TABLES else {}))
+    return to_file(table, **(_STATS_OPTIONS if name in _STATS_TABLES else {}))
 
 
-def to_file(table: pa.Table, groups: Sequence[int] = (), **options: Any) -> pa.Buffer:
+def to_file(table: pa.Table, **options: Any) -> pa.Buffer:
     """Return a table as the bytes of a Parquet file with a checksum, in place of any checksum in its metadata.
 
     Args:
-        groups: number of rows of each row group; by default there is one.
         options: options of ``pyarrow.parquet.ParquetWriter``.
     """
     sink = pa.BufferOutputStream()
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **UNSIGNED_METADATA})
     with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True, **options) as writer:
-        for start, rows in zip(np.cumsum([0, *groups]).tolist(), groups or [len(table)], strict=False):
-            writer.write_table(table.slice(start, rows), row_group_size=1_000_000)
+        writer.write_table(table, row_group_size=1_000_000)
     return signed(sink.getvalue())
 
 

@@ -366,34 +366,6 @@ TABLES: dict[str, TableInfo] = {
         ),
         _names("task metric drop part samples weights"),
     ),
-    "predictions": TableInfo(
-        "one row for each position of a text that a teacher predicted: its most probable next tokens",
-        (
-            _EVALUATION_ID,
-            *_MODEL,
-            Column("part", INT32, "which part of the text, from 0", bounds=INDEX),
-            Column("row", INT32, "which row of tokens of the part, from 0", bounds=COUNT),
-            Column("position", INT32, "index in the row of the token whose successor is predicted", bounds=COUNT),
-            Column("token_ids", INT32_LIST, "the most probable next tokens, the first one first", bounds=COUNT),
-            Column(
-                "log_probs",
-                FLOAT32_LIST,
-                "logarithms of the probabilities of token_ids",
-                "nats",
-                as_long_as="token_ids",
-            ),
-            Column("others", FLOAT32, "logarithm of the probability of all other tokens together", "nats"),
-            Column("drawn_ids", INT32_LIST, "tokens drawn from the others by their probabilities", bounds=COUNT),
-            Column(
-                "drawn_log_probs",
-                FLOAT32_LIST,
-                "logarithms of the probabilities of drawn_ids",
-                "nats",
-                as_long_as="drawn_ids",
-            ),
-        ),
-        _names("part row position token_ids log_probs others drawn_ids drawn_log_probs"),
-    ),
     "experiments": TableInfo(
         "one row for each metric of a model without the layers that a method chose",
         (

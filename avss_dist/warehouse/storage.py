@@ -25,7 +25,7 @@ PLAN = ".plan-"  # before the id of an unfinished run: the name of a file
 COMPACTED = "compacted"  # folder of copies of many files, beside the tables: see `compaction`
 MARK_SECONDS = 7 * 86_400.0  # that a driver may run at most, for its workers to find its mark
 LOCAL_READERS, REMOTE_READERS = 2, 16
-_ONE_FILE = r"[0-9a-f]{20}"  # a part of the fingerprint of a cell, its predictions, an experiment and so on
+_ONE_FILE = r"[0-9a-f]{20}"  # a part of the fingerprint of a cell, an experiment and so on
 FILE_NAMES = {
     "runs": "run",
     "scores": "scores",
@@ -33,7 +33,6 @@ FILE_NAMES = {
     "shard_stats": r"shard-\d{5,}",
     "evaluations": "evaluations",
     "cells": _ONE_FILE,
-    "predictions": _ONE_FILE,
     "experiments": _ONE_FILE,
     "continuations": _ONE_FILE,
     "sparsity": _ONE_FILE,

@@ -14,7 +14,6 @@ import pyarrow as pa
 from avss_dist.core.errors import DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
 from avss_dist.stats.experts import ExpertStats, merge_experts
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
-from avss_dist.stats.predictions import TopPredictions
 from avss_dist.warehouse.checks import checked_rows
 from avss_dist.warehouse.encoding import (
     encode,
@@ -25,8 +24,6 @@ from avss_dist.warehouse.encoding import (
     to_columns,
     to_experts,
 )
-from avss_dist.warehouse.predictions import TABLE as PREDICTIONS
-from avss_dist.warehouse.predictions import encode_predictions
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, RunIdentity
 
@@ -122,13 +119,6 @@ class Store(Warehouse):
         with suppress(pa.ArrowInvalid):  # `cells` notes the cell as damaged
             self._cell_rows[run.run_id, cell_id] = checked_rows("cells", run.run_id, parse(data))
         self._cell_ids.get(run.run_id, set()).add(cell_id)
-
-    def write_predictions(
-        self, run: RunIdentity, cell_id: str, part: int, rows: int, predictions: TopPredictions
-    ) -> None:
-        """Write the predictions of a cell, before the cell; see `predictions.encode_predictions`."""
-        data = encode_predictions(run, part, rows, predictions)
-        self.storage.write(self.storage.path(PREDICTIONS, run.run_id, cell_id), data)
 
     def cell_ids(self, run_id: str) -> Set[str]:
         """Return the ids of the measured cells of an evaluation.

@@ -42,11 +42,11 @@ def test_each_way_has_a_row(student: Path, tiny_llama: Path) -> None:
     """What is divided is less with more ranks; on a CPU all ranks need their memory on one host."""
     machine = Machine("cpu", 0, 2 * LIBRARIES, 2 * LIBRARIES)
     rows = {(row.train, row.sharding): row for row in rows_of(student, tiny_llama, machine)}
-    assert list(rows) == [(train, name) for train in ("all", "near", "lora") for name in ("", *SHARDINGS)]
+    assert list(rows) == [(train, name) for train in ("all", "lora") for name in ("", *SHARDINGS)]
     assert all(
         row.ranks == (2 if sharding else 1) and row.fits != bool(sharding) for (_, sharding), row in rows.items()
     )
-    trained = [rows[train, ""].trained for train in ("all", "near")]
+    trained = [rows[train, ""].trained for train in ("all", "lora")]
     assert trained[0] > trained[1] > 0
     eight = {row.sharding: row for row in rows_of(student, tiny_llama, machine, ranks=8) if row.train == "all"}
     assert eight["zero3"].device_bytes < eight["zero2"].device_bytes < eight["zero1"].device_bytes
@@ -71,6 +71,6 @@ def test_the_command_tells_it_where_a_teacher_is_named(student: Path, tiny_llama
     command = ["estimate", student, "--corpus", "builtin:pydoc", "--max-sequences", 4, "--sequence-length", 32]
     command += ["--device", "cpu"]
     told = json.loads(avss(*command, "--teacher", tiny_llama, "--format", "json").stdout)
-    assert {row["train"] for row in told["distillation"]} == {"all", "near", "lora"}
+    assert {row["train"] for row in told["distillation"]} == {"all", "lora"}
     shown = avss(*command, "--teacher", tiny_llama).stdout
     assert "one process" in shown and "fsdp" in shown

@@ -15,12 +15,8 @@ from support.command_line import avss
 from support.warehouses import activations, stats_of, write_measured
 
 from avss_dist.report.publish import publish
-from avss_dist.stats.predictions import TopPredictions
 from avss_dist.warehouse import compaction, reader
-from avss_dist.warehouse.predictions import encode_predictions, is_readable
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.storage import Storage
 
 TABLES = ("runs", "scores", "layer_stats")
 SUM = "SELECT count(*), bit_xor(hash(t)) FROM {} AS t"  # of all cells, in any order of rows
@@ -115,26 +111,6 @@ def test_a_damaged_run_is_not_published(table: str, root: Path, tmp_path: Path) 
     assert list(warehouse.damaged) == ["beta-2"]
     for file in (tmp_path / "site" / "data").glob("*.parquet"):
         assert set(pq.read_table(file)["run_id"].to_pylist()) == {"alpha-1"}, file.name
-
-
-def test_predictions_with_a_flipped_byte_are_measured_again(tmp_path: Path) -> None:
-    storage = Storage(tmp_path)
-    rng = np.random.default_rng(0)
-    predictions = TopPredictions(
-        row=np.repeat(np.arange(2, dtype=np.int32), 4),
-        position=np.tile(np.arange(4, dtype=np.int32), 2),
-        token_ids=rng.integers(0, 99, (8, 3)).astype(np.int32),
-        log_probs=-rng.random((8, 3)).astype(np.float32),
-        others=np.zeros(8, np.float32),
-        drawn_ids=np.zeros((8, 0), np.int32),
-        drawn_log_probs=np.zeros((8, 0), np.float32),
-    )
-    run = RunIdentity(run_id="r", model="m", revision="main", family="llama")
-    file = tmp_path / "predictions.parquet"
-    file.write_bytes(encode_predictions(run, 0, 2, predictions))
-    assert is_readable(storage, str(file), 2)
-    for offset in flips(file, 40):
-        assert not is_readable(storage, str(file), 2), offset
 
 
 @pytest.mark.nightly

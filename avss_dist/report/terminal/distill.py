@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
 from rich import progress as rich_progress
 
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.events import Event, HeldOutMeasured, Preparing, TrainingAdvanced
-from avss_dist.distillation.record import record_values
 from avss_dist.report.table import ReportColumn, ReportTable, percent, significant
 from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.pace import Pace
@@ -97,9 +97,6 @@ def distilled_table(done: Distilled) -> ReportTable:
         columns.append(ReportColumn("perplexity", perplexity, significant(4), group=group, priority=1))
     caption = "On rows that are not trained on; kept: the teacher's perplexity over the student's; divergence: from "
     caption += "the teacher, in nats per token of trained texts. The last row is the written checkpoint."
-    if record.teacher_top:
-        caption += f" Tokens beyond the teacher's {record.teacher_top} most probable ones are one outcome of the "
-        caption += "divergence, which is a lower bound."
     title = f"{record.student}, distilled from {record.teacher}"
     return ReportTable(columns=columns, title=title, caption=caption)
 
@@ -113,4 +110,4 @@ def distilled_lines(done: Distilled) -> Iterator[str]:
 
 def distilled_values(done: Distilled) -> dict[str, Any]:
     """Return the result as plain values, for programs."""
-    return {"output": done.folder, "bytes": done.bytes, "notes": [*done.notes], **record_values(done.record)}
+    return {"output": done.folder, "bytes": done.bytes, "notes": [*done.notes], **asdict(done.record)}
