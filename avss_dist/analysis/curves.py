@@ -1,4 +1,4 @@
-"""Layer scores along an axis, such as training steps or model size: how ranks move, and where the ranking changes."""
+"""Layer scores along an axis, such as training steps or model size: how ranks move."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.registry import FROM_ACTIVATIONS
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename, count_of, describe_count, printable
-from avss_dist.stats.change_points import change_points
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import MIN_VALUES, average_ranks, count_lowest, rank_lowest, spearman_rows
 from avss_dist.stats.scores import Threshold
@@ -31,7 +30,6 @@ SCHEMA = pa.schema(
         ("point", pa.string()),
         ("value", pa.float64()),
         ("run_id", pa.string()),
-        ("segment", pa.int64()),
         ("layer", pa.int64()),
         ("depth", pa.float64()),
         ("score", pa.float64()),
@@ -41,8 +39,8 @@ SCHEMA = pa.schema(
 )
 """Columns of a layer at a point of a curve.
 
-``value`` is the place on a numeric axis. ``segment`` counts the parts between breakpoints from 0. ``rank`` is 1 for the
-lowest score, and the mean rank of tied ones. ``is_lowest`` layers are among the lowest 25%.
+``value`` is the place on a numeric axis. ``rank`` is 1 for the lowest score, and the mean rank of tied ones.
+``is_lowest`` layers are among the lowest 25%.
 """
 
 
@@ -85,7 +83,6 @@ class Curve:
         layers: numbers of the layers, of the model with the fewest.
         depth: their relative depth, float64[layers].
         values: the score, float64[points, layers].
-        breaks: indices of the points at which the ranking has changed, see `change_points`.
     """
 
     along: str
@@ -94,7 +91,6 @@ class Curve:
     layers: Sequence[int]
     depth: Float64
     values: Float64
-    breaks: Sequence[int]
 
     @property
     def points(self) -> list[str]:
@@ -105,11 +101,6 @@ class Curve:
     def ranks(self) -> Float64:
         """Ranks of the layers at each point, float64[points, layers]: 1 for the lowest, tied ones get their mean."""
         return average_ranks(self.values)
-
-    @property
-    def segments(self) -> list[int]:
-        """Number of the segment of each point, from 0."""
-        return [sum(index <= point for index in self.breaks) for point in range(len(self.runs))]
 
     @property
     def is_lowest(self) -> Any:
@@ -140,7 +131,7 @@ class Curve:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield a row of `SCHEMA` for each point and layer."""
         numeric, lowest = AXES[self.along].is_numeric, self.is_lowest
-        for point, (run, text, segment) in enumerate(zip(self.runs, self.points, self.segments, strict=True)):
+        for point, (run, text) in enumerate(zip(self.runs, self.points, strict=True)):
             for place, (layer, depth) in enumerate(zip(self.layers, self.depth.tolist(), strict=True)):
                 yield {
                     "along": self.along,
@@ -148,7 +139,6 @@ class Curve:
                     "point": text,
                     "value": float(run[AXES[self.along].column]) if numeric else None,
                     "run_id": run["run_id"],
-                    "segment": segment,
                     "layer": layer,
                     "depth": depth,
                     "score": self.values[point, place],
@@ -303,5 +293,4 @@ def _curve(along: str, name: str, group: Sequence[Profile]) -> Curve:
         layers=np.rint(depth * number - 0.5).astype(int).tolist(),
         depth=depth,
         values=values,
-        breaks=change_points(average_ranks(values)) if axis.is_numeric else [],
     )

@@ -1,4 +1,4 @@
-"""Agreement of the layer rankings of groups of models, from all of their pairs, with intervals over models."""
+"""Agreement of the layer rankings of groups of models, from all of their pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from avss_dist.analysis.agreement import CorrelationSummary
 from avss_dist.analysis.rank_matrix import Indices, RankMatrix
-from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.progress_bar import tracked
 
@@ -23,13 +22,13 @@ RESOLUTION = 1e-5  # of the median of many correlations
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("by", "a", "b")),
-        *((name, pa.int64()) for name in ("pairs", "models")),
-        *((f"{name}{end}", pa.float64()) for name in ("spearman", "given_depth") for end in ("", "_low", "_high")),
+        ("pairs", pa.int64()),
+        *((name, pa.float64()) for name in ("spearman", "given_depth")),
     ]
 )
-"""Columns of a pair of groups: the mean correlation of their pairs, with its 95% interval over models.
+"""Columns of a pair of groups: the mean correlation of their pairs.
 
-``a`` equals ``b`` for the agreement within a group. The interval is null for fewer than eight models.
+``a`` equals ``b`` for the agreement within a group.
 """
 STATISTICS = ("spearman", "given_depth")
 
@@ -41,7 +40,7 @@ class Member:
     Attributes:
         stratum: only scores of equal strata are compared.
         value: value in which the two scores of a pair differ.
-        model: independent unit of the intervals.
+        model: name of the model.
         group: label of the group.
     """
 
@@ -167,17 +166,17 @@ def _largest(values: Float64, most: int) -> Indices:
 
 
 class _GroupSums:
-    """Sums of the correlations of every model with every group, from which means and jackknife values follow."""
+    """Sums of the correlations within and between groups, of which the means follow."""
 
     def __init__(self, members: Sequence[Member], *, across_models: bool) -> None:
         self._across_models = across_models
         self._groups = list(dict.fromkeys(member.group for member in members))
         self._models = _codes([member.model for member in members])
-        self._group = np.array([self._groups.index(member.group) for member in members], np.int64)
-        shape = int(self._models.max(initial=-1)) + 1, len(self._groups), len(self._groups)
         self._useful = 1 < len(self._groups) <= MAX_GROUPS
-        self._sums = {name: np.zeros(shape if self._useful else 0) for name in STATISTICS}
-        self._counts = {name: np.zeros(shape if self._useful else 0) for name in STATISTICS}
+        self._membership = np.eye(len(self._groups))[_codes([member.group for member in members])]
+        shape = len(self._groups), len(self._groups)
+        self._sums = {name: np.zeros(shape) for name in STATISTICS}
+        self._counts = {name: np.zeros(shape) for name in STATISTICS}
 
     def add(self, correlations: dict[str, Float64], rows: Indices, columns: Indices) -> None:
         """Add a block of correlations; each pair is met twice, once from each side."""
@@ -185,36 +184,24 @@ class _GroupSums:
             return
         same_model = self._models[rows][:, None] == self._models[columns]
         wanted = ~same_model if self._across_models else same_model & (rows[:, None] != columns)
-        membership = np.zeros((len(columns), len(self._groups)))
-        membership[np.arange(len(columns)), self._group[columns]] = 1
+        of_rows, of_columns = self._membership[rows].T, self._membership[columns]
         for name, values in correlations.items():
             defined = wanted & np.isfinite(values)
-            at = self._models[rows], self._group[rows]
-            np.add.at(self._sums[name], at, np.where(defined, values, 0.0) @ membership)
-            np.add.at(self._counts[name], at, defined @ membership)
+            self._sums[name] += of_rows @ np.where(defined, values, 0.0) @ of_columns
+            self._counts[name] += of_rows @ defined @ of_columns
 
     def table(self, by: str) -> pa.Table:
         """Return the means of all pairs of groups that have pairs, as rows of `SCHEMA`."""
         rows: list[dict[str, Any]] = []
         for a, first in enumerate(self._groups if self._useful else ()):
             for b in range(a, len(self._groups)):
-                if pairs := self._counts["spearman"][:, a, b].sum():
-                    row = {"by": by, "a": first, "b": self._groups[b], "pairs": round(pairs / 2 if a == b else pairs)}
-                    row["models"] = int((self._of_models(self._counts["spearman"], a, b) > 0).sum())
-                    rows.append(row | self._mean("spearman", a, b) | self._mean("given_depth", a, b))
+                if pairs := self._counts["spearman"][a, b]:
+                    means = {name: self._mean(name, a, b) for name in STATISTICS}
+                    number = round(pairs / 2 if a == b else pairs)
+                    rows.append({"by": by, "a": first, "b": self._groups[b], "pairs": number, **means})
         return pa.Table.from_pylist(rows, SCHEMA)
 
-    def _of_models(self, values: Float64, a: int, b: int) -> Float64:
-        """Return the sums or counts over the pairs of two groups that each model is in, float64[models]."""
-        return values[:, a, b] + values[:, b, a] if self._across_models else values[:, a, b]
-
-    def _mean(self, name: str, a: int, b: int) -> dict[str, float | None]:
-        """Return the mean of a correlation over the pairs of two groups, and its interval, by column."""
-        total, number = (values[name][:, a, b].sum() for values in (self._sums, self._counts))
-        sums, counts = (self._of_models(values[name], a, b) for values in (self._sums, self._counts))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean = np.asarray(np.float64(total) / number)
-            without = (total - sums[counts > 0]) / (number - counts[counts > 0])
-        low, high = jackknife_interval(mean, without)
-        ends = {name: mean, f"{name}_low": low, f"{name}_high": high}
-        return {column: None if np.isnan(value) else float(value) for column, value in ends.items()}
+    def _mean(self, name: str, a: int, b: int) -> float | None:
+        """Return the mean of a correlation over the pairs of two groups, or None if none is defined."""
+        number = self._counts[name][a, b]
+        return float(self._sums[name][a, b] / number) if number else None

@@ -1,17 +1,15 @@
-"""Sections on layer scores along an axis: how ranks move, and where the ranking changes."""
+"""Sections on layer scores along an axis: how ranks move."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from avss_dist.analysis.curves import AXES, MIN_TREND, Curve
-from avss_dist.core.text import count_of
-from avss_dist.report.section import GRAY, Chart, Section
+from avss_dist.report.section import Chart, Section
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, percent
 
 MAX_DRAWN = 12  # curves in a picture
@@ -41,24 +39,13 @@ def curve_section(curve: Curve, name: str) -> Section:
 
 
 def _sentences(curve: Curve) -> list[str]:
-    """Return where the ranking changes, and from where on the lowest layers are those of the last point."""
-    numeric, points = AXES[curve.along].is_numeric, curve.points
-    sentences = []
-    if curve.breaks:
-        places = ", ".join(points[index] for index in curve.breaks)
-        sentences.append(f"The ranking changes at {places} ({count_of(len(curve.breaks), 'breakpoint')}, p < 0.05).")
-    elif numeric:
-        sentences.append(
-            "No breakpoint: random orders of these points split as well."
-            if len(points) >= 8
-            else f"No breakpoint can be told from {len(points)} points; it takes eight."
-        )
-    if numeric:
-        lowest = [row.tobytes() for row in curve.is_lowest]
-        differing = [index for index, layers in enumerate(lowest) if layers != lowest[-1]]
-        first = differing[-1] + 1 if differing else 0
-        sentences.append(f"The lowest 25% are those of the last point from {points[first]} on.")
-    return sentences
+    """Return from where on the lowest layers are those of the last point."""
+    if not AXES[curve.along].is_numeric:
+        return []
+    lowest = [row.tobytes() for row in curve.is_lowest]
+    differing = [index for index, layers in enumerate(lowest) if layers != lowest[-1]]
+    first = differing[-1] + 1 if differing else 0
+    return [f"The lowest 25% are those of the last point from {curve.points[first]} on."]
 
 
 def _points_table(curve: Curve, name: str) -> ReportTable:
@@ -71,14 +58,12 @@ def _points_table(curve: Curve, name: str) -> ReportTable:
         ReportColumn("with the one before", curve.with_previous.tolist(), decimals(3), group="Spearman"),
         ReportColumn("with the last", curve.with_last.tolist(), decimals(3), group="Spearman"),
     ]
-    if curve.breaks:
-        columns.append(ReportColumn("segment", [number + 1 for number in curve.segments], priority=1))
     columns.append(ReportColumn("lowest 25%", lowest, number=False, priority=2, wraps=True))
     return ReportTable(name=name, title="Points", columns=columns)
 
 
 def _layers_table(curve: Curve, name: str) -> ReportTable:
-    """Return a table with a row for each layer: its rank at both ends and in each segment."""
+    """Return a table with a row for each layer: its rank at both ends."""
     ranks, lowest = curve.ranks, curve.is_lowest.mean(axis=0).tolist()
     columns = [
         ReportColumn("layer", curve.layers),
@@ -88,18 +73,6 @@ def _layers_table(curve: Curve, name: str) -> ReportTable:
         ReportColumn("lowest", ranks.min(axis=0).tolist(), "{:g}".format, group="rank", priority=3),
         ReportColumn("highest", ranks.max(axis=0).tolist(), "{:g}".format, group="rank", priority=3),
     ]
-    ends = [0, *curve.breaks, len(curve.runs)]
-    if curve.breaks:
-        columns += [
-            ReportColumn(
-                f"from {curve.points[start]}",
-                ranks[start:end].mean(axis=0).tolist(),
-                decimals(1),
-                group="mean rank",
-                priority=2,
-            )
-            for start, end in pairwise(ends)
-        ]
     if len(curve.runs) >= MIN_TREND and AXES[curve.along].is_numeric:
         columns.append(ReportColumn("trend", curve.trend.tolist(), decimals(2), priority=1))
     columns.append(ReportColumn("among the lowest", lowest, percent(0), priority=1))
@@ -115,7 +88,6 @@ def _layers_table(curve: Curve, name: str) -> ReportTable:
 def _chart(curve: Curve, name: str) -> Chart:
     number = len(curve.depth)
     shares = (curve.ranks - 1) / (number - 1)
-    breaks = set(curve.breaks)
     labels = _distinct(curve.points)
     rows = [
         {
@@ -124,7 +96,6 @@ def _chart(curve: Curve, name: str) -> Chart:
             "share": round(float(shares[point, place]), 4),
             "rank": float(curve.ranks[point, place]),
             "run": run["run_id"],
-            "begins": point in breaks,
         }
         for point, (label, run) in enumerate(zip(labels, curve.runs, strict=True))
         for place, layer in enumerate(curve.layers)
@@ -132,8 +103,7 @@ def _chart(curve: Curve, name: str) -> Chart:
     return Chart(
         name=name,
         title=f"Ranks along {AXIS_TITLES[curve.along]}",
-        meaning="A column for each point, a cell for each layer; dark layers are the least important. "
-        "A line marks a breakpoint.",
+        meaning="A column for each point, a cell for each layer; dark layers are the least important.",
         rows=rows,
         draw=partial(_drawing, curve.along, number),
     )
@@ -159,7 +129,7 @@ def curves_chart(curves: Sequence[Curve]) -> Any:
 
 
 def _drawing(along: str, number: int) -> Any:
-    """Return the heat map of ranks by point and layer, with a line at each breakpoint.
+    """Return the heat map of ranks by point and layer.
 
     Args:
         number: number of layers.
@@ -168,16 +138,14 @@ def _drawing(along: str, number: int) -> Any:
 
     legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
     labels = alt.Axis(labelAngle=-45, labelOverlap="greedy", labelLimit=120, grid=False)
-    base = alt.Chart().encode(x=alt.X("point:N", sort=None, title=AXIS_TITLES[along], axis=labels))
-    cells = base.mark_rect().encode(
-        y=alt.Y("layer:O", sort="descending", title="layer").axis(labelOverlap="greedy"),
-        color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
-        tooltip=["point:N", "run:N", "layer:Q", alt.Tooltip("rank:Q", format=".1f")],
-    )
-    rules = (
+    cells = (
         alt.Chart()
-        .mark_rule(color=GRAY, strokeWidth=2.5, strokeDash=[4, 3])
-        .transform_filter("datum.begins")
-        .encode(x=alt.X("point:N", sort=None, bandPosition=0))
+        .mark_rect()
+        .encode(
+            x=alt.X("point:N", sort=None, title=AXIS_TITLES[along], axis=labels),
+            y=alt.Y("layer:O", sort="descending", title="layer").axis(labelOverlap="greedy"),
+            color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
+            tooltip=["point:N", "run:N", "layer:Q", alt.Tooltip("rank:Q", format=".1f")],
+        )
     )
-    return alt.layer(cells, rules).properties(height=max(120, 11 * number))
+    return cells.properties(height=max(120, 11 * number))

@@ -1,4 +1,4 @@
-"""Layer scores along an axis: points, segments, what is left out; and the command with its picture."""
+"""Layer scores along an axis: points, what is left out; and the command with its picture."""
 
 from __future__ import annotations
 
@@ -47,13 +47,12 @@ def test_the_axes_are_those_of_the_request() -> None:
     assert tuple(AXES) == ALONG
 
 
-def test_a_turn_of_the_ranking_is_a_breakpoint(training: Path) -> None:
+def test_a_training_is_followed_in_its_order(training: Path) -> None:
     write_scores(training, "b", EARLY, model="org/b")
     result = follow(training, "step")
     (curve,) = result.curves
     assert [run["training_step"] for run in curve.runs] == [1000 * step for step in range(12)]
     assert curve.points[3] == "3,000" and curve.name == "org/a@step*"
-    assert list(curve.breaks) == [6] and curve.segments == [0] * 6 + [1] * 6
     assert result.left_out == {"b": "its step is not known"}
     expected = [stats.spearmanr(row, curve.values[-1]).statistic for row in curve.values]
     assert curve.with_last == pytest.approx(expected)
@@ -95,7 +94,7 @@ def test_other_conditions_make_other_curves_and_the_newest_run_of_a_place_counts
     assert set(by_length.left_out) == {"x-256"}
     by_corpus = follow(tmp_path, "corpus")
     assert [curve.points for curve in by_corpus.curves] == [["x.txt", "y.txt"]] * 2
-    assert all(np.isnan(curve.trend).all() and not curve.breaks for curve in by_corpus.curves), "texts have no order"
+    assert all(np.isnan(curve.trend).all() for curve in by_corpus.curves), "texts have no order"
 
 
 def test_scores_of_other_sites_and_layers_without_a_score(tmp_path: Path) -> None:
@@ -113,12 +112,11 @@ def test_the_command_prints_draws_and_exports(training: Path, tmp_path: Path) ->
     picture = tmp_path / "ranks.svg"
     result = avss("compare", "-w", training, "--along", "step", "-o", picture)
     assert result.exit_code == 0, result.stderr
-    assert "The ranking changes at 6,000 (1 breakpoint, p < 0.05)." in result.stdout
     assert "The lowest 25% are those of the last point from" in result.stdout
     assert "Ranks along training step" not in result.stdout and "training step" in picture.read_text(encoding="utf-8")
     lines = avss("compare", "-w", training, "--along", "step", "--format", "csv").stdout
     rows = list(csv.DictReader(io.StringIO(lines)))
-    assert len(rows) == 96 and rows[-1]["point"] == "11,000" and rows[-1]["segment"] == "1"
+    assert len(rows) == 96 and rows[-1]["point"] == "11,000"
     curves = avss_dist.compare(warehouse=training, along="step")
     assert isinstance(curves, RankingCurves) and curves.table().num_rows == 96
 

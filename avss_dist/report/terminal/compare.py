@@ -16,7 +16,7 @@ from avss_dist.analysis.agreement import CorrelationSummary
 from avss_dist.analysis.compare import MAX_PAIRS as MAX_LISTED
 from avss_dist.analysis.compare import RankingComparison
 from avss_dist.core.text import basename
-from avss_dist.report.table import ReportColumn, ReportTable, decimals, interval, known_interval, significant
+from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
 from avss_dist.report.terminal.tables import FittedTable
 
 MAX_PAIRS = 40  # shown on a terminal
@@ -52,17 +52,11 @@ def groups_table(groups: pa.Table) -> RenderableType:
     columns = [
         ReportColumn(f"a {rows[0]['by']}", [row["a"] for row in rows], number=False),
         ReportColumn("and", [row["b"] if row["b"] != row["a"] else "itself" for row in rows], number=False),
-        ReportColumn("models", [row["models"] for row in rows], priority=2),
-        ReportColumn("pairs", [row["pairs"] for row in rows], "{:,}".format, priority=3),
+        ReportColumn("pairs", [row["pairs"] for row in rows], "{:,}".format, priority=2),
+        ReportColumn("Spearman", [row["spearman"] for row in rows], decimals(3)),
+        ReportColumn("given depth", [row["given_depth"] for row in rows], decimals(3), priority=1),
     ]
-    for heading, name, priority in (("Spearman", "spearman", 0), ("given depth", "given_depth", 1)):
-        ends = [known_interval(row[f"{name}_low"], row[f"{name}_high"]) for row in rows]
-        columns += [
-            ReportColumn(heading, [row[name] for row in rows], decimals(3), priority=priority),
-            ReportColumn("95% interval", ends, interval(decimals(3)), priority=priority + 1),
-        ]
-    title = f"Mean correlation of models by {rows[0]['by']}, with its 95% interval over models"
-    return FittedTable(ReportTable(columns=columns, title=title))
+    return FittedTable(ReportTable(columns=columns, title=f"Mean correlation of models by {rows[0]['by']}"))
 
 
 def _label_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
