@@ -122,6 +122,7 @@ _HOMES = {
     "warehouse.reader": ("Warehouse",),
 }
 """Public names by the module that defines them."""
+_RUN = ("api.change", "api.measure", "runs.api")  # modules of functions that need the extra `run`
 
 
 def __getattr__(name: str) -> Any:
@@ -130,6 +131,10 @@ def __getattr__(name: str) -> Any:
 
     for home, names in _HOMES.items():
         if name in names:
+            if home in _RUN:
+                from avss_dist.core.extras import require_package
+
+                require_package("torch", f"avss_dist.{name}")
             value = globals()[name] = getattr(import_module(f"avss_dist.{home}"), name)
             return value
     raise AttributeError(f"module 'avss_dist' has no attribute {name!r}")

@@ -8,17 +8,31 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
 from private_names import PRIVATE_NAMES
+
+from avss_dist.core.extras import EXTRAS
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = [ast.parse(path.read_text(), str(path)) for path in sorted((ROOT / "avss_dist").rglob("*.py"))]
 PUBLIC = {"_make"}  # of named tuples: documented
 WHERE_INSTALLED = {"polars"}  # imported for a caller who asks for a Polars table, and so has it
+BROUGHT = {
+    "fsspec": "torch",
+    "grpc": "ray",
+    "huggingface_hub": "transformers",
+    "markupsafe": "jinja2",
+    "pydantic_core": "pydantic",
+    "requests": "ray",
+    "safetensors": "transformers",
+    "tqdm": "transformers",
+    "vl_convert": "altair",  # by its extra `save`
+}
+"""Modules that are imported and not declared, and the declared package that requires them."""
 BOUNDED = {"ray": "minor", "deepspeed": "minor", "transformers": "major", "accelerate": "major"}
 
 
@@ -54,20 +68,36 @@ def distributions(module: str) -> set[str]:
 
 
 def test_every_import_is_declared() -> None:
-    known = {*declared("hf", "eval", "trackio", "wandb", "mlflow", "lora", "quantization")}
-    missing = {module for module in imported() - WHERE_INSTALLED if not distributions(module) & known}
+    known = {*declared(*(set(PROJECT["optional-dependencies"]) - {"docs", "test"}))}
+    missing = {module for module in imported() - WHERE_INSTALLED - {*BROUGHT} if not distributions(module) & known}
     assert not missing
+
+
+@pytest.mark.parametrize(("module", "package"), BROUGHT.items())
+def test_a_package_that_another_brings_is_required_by_it(module: str, package: str) -> None:
+    brought = {canonical(re.match(r"[\w.-]+", line)[0]) for line in requires(package) or ()}  # type: ignore[index]
+    assert module in imported() and distributions(module) & brought
 
 
 def test_every_dependency_is_imported() -> None:
     used = {name for module in imported() for name in distributions(module)}
-    assert set(declared()) <= used
+    assert set(declared("run")) <= used
+    assert len(declared()) <= 10 and len(declared("run")) <= 18
+
+
+def test_every_module_of_an_extra_is_known() -> None:
+    """A command that lacks one says what to type."""
+    reading = {name for module in imported() for name in distributions(module) & {*declared()}}
+    assert reading == {*declared()}
+    brought = {module for module, package in BROUGHT.items() if package in declared()}
+    other = imported() - WHERE_INSTALLED - brought - {m for m in imported() if distributions(m) & {*declared()}}
+    assert other <= {module for modules in EXTRAS.values() for module in modules}
 
 
 @pytest.mark.parametrize(("package", "part"), BOUNDED.items())
 def test_packages_whose_private_names_are_used_have_an_upper_bound(package: str, part: str) -> None:
-    bound = re.search(r"<(\d+)(?:\.(\d+))?$", declared()[package])
-    assert bound and (bound[2] is not None) == (part == "minor"), declared()[package]
+    bound = re.search(r"<(\d+)(?:\.(\d+))?$", declared("run")[package])
+    assert bound and (bound[2] is not None) == (part == "minor"), declared("run")[package]
 
 
 def private_names() -> Iterator[tuple[str, str]]:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The wheel in a bare environment: built, installed with what it depends on and nothing else, used from an empty folder.
+# The wheel in two bare environments: with what reading needs alone, and with the extra `run`.
 #
 #     bash tests/wheel.sh [MODEL]
 #
-# MODEL is SmolLM2-135M-Instruct by default; the new environment fetches and converts it. Run by hand: it takes minutes, a
-# network and 3 GB of disk, in a folder that it removes.
+# MODEL is SmolLM2-135M-Instruct by default; the new environment fetches and converts it. It takes minutes, a network and
+# 4 GB of disk, in a folder that it removes.
 set -euo pipefail
 source="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 model="${1:+$(realpath "$1")}"
@@ -12,33 +12,39 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 unset PYTHONPATH AVSS_WAREHOUSE VIRTUAL_ENV
 say() { echo "== $*" >&2; }
+install() {  # ENVIRONMENT REQUIREMENT
+  say "Installing $(basename "$2") into $1"
+  "${PYTHON:-python3}" -m venv "$work/$1"
+  local started=$SECONDS
+  "$work/$1/bin/python" -m pip install --quiet --disable-pip-version-check "$2"
+  "$work/$1/bin/python" -m pip check >&2
+  say "$1: $((SECONDS - started)) s, $(du -sm "$work/$1" | cut -f1) MB"
+}
+avss() {  # ENVIRONMENT ARGUMENTS
+  say "avss ${*:2}"
+  "$work/$1/bin/avss" "${@:2}"
+}
 
-say "Building it, as the source distribution and from that the wheel"
+say "Building the source distribution, and the wheel from it"
 "${PYTHON:-python3}" -m venv "$work/builder"
 "$work/builder/bin/python" -m pip install --quiet --disable-pip-version-check build
 "$work/builder/bin/python" -m build --outdir "$work/dist" "$source" >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
-ls -l "$work/dist" >&2
-
-say "Installing the wheel, and what it depends on"
-"${PYTHON:-python3}" -m venv "$work/bare"
-"$work/bare/bin/python" -m pip install --quiet --disable-pip-version-check "$work"/dist/*.whl
-"$work/bare/bin/python" -m pip check >&2
-[ -n "$model" ] || model="$("$work/bare/bin/python" "$source/jobs/fetch_smollm2.py" --to "$work/SmolLM2-135M-Instruct")"
-
+wheel="$(echo "$work"/dist/*.whl)"
+install run "$wheel[run]"
+[ -n "$model" ] || model="$("$work/run/bin/python" "$source/jobs/fetch_smollm2.py" --to "$work/SmolLM2-135M-Instruct")"
 mkdir "$work/empty"
 cd "$work/empty"
-avss() {
-  say "avss $*"
-  "$work/bare/bin/avss" "$@"
-}
-avss --help >/dev/null
-"$work/bare/bin/python" -c 'import avss_dist, sys; print(avss_dist.__version__, avss_dist.__file__, sys.version.split()[0])'
-# The main command of the quickstart, on less text; then what reads its Parquet.
-avss score "$model" --corpus builtin:pydoc --max-sequences 32 --dtype float32 -w warehouse --executor ray --replicas 2
-avss show -w warehouse
-avss show -w warehouse -o layers.png
-avss report -w warehouse -o report.html
-avss query -w warehouse "FROM runs SELECT run_id, num_layers, num_tokens"
-avss query -w warehouse @cost
-say "Left in the folder"
+avss run score "$model" --corpus builtin:pydoc --max-sequences 32 --dtype float32 -w warehouse --executor ray --replicas 2
+avss run show -w warehouse
+say "Measured"
+
+install read "$wheel"
+if "$work/read/bin/python" -c 'import torch' 2>/dev/null; then exit 1; fi
+avss read ls -w warehouse
+avss read show -w warehouse -o layers.png
+avss read report -w warehouse -o report.html
+avss read query -w warehouse "FROM runs SELECT run_id, num_layers, num_tokens"
+"$work/read/bin/python" -c 'import avss_dist; print(avss_dist.Warehouse("warehouse").sql("FROM scores").num_rows, avss_dist.__file__)'
+if avss read score "$model" --corpus builtin:pydoc; then exit 1; fi
+say "Reading works without torch"
 du -ah --max-depth=1 . >&2

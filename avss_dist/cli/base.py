@@ -19,7 +19,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
 from avss_dist.cli.commands import COMMANDS, READ, REMOVED, epilog
-from avss_dist.core.errors import AvssError, RunFailed, is_full, nearest, spell_fields, unwritable
+from avss_dist.core.errors import AvssError, ConfigError, RunFailed, is_full, nearest, spell_fields, unwritable
+from avss_dist.core.extras import EXTRAS, install_hint
 from avss_dist.core.text import printable
 from avss_dist.system.signals import arm, exit_code, stop_signal
 from avss_dist.system.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
@@ -85,6 +86,12 @@ class Commands(Group):
         except AvssError as error:
             code = error.exit_code
             _complain(spelled(str(error)), error)
+        except ModuleNotFoundError as error:
+            module = (error.name or "").partition(".")[0]
+            if not any(module in modules for modules in EXTRAS.values()):
+                raise
+            code = ConfigError.exit_code
+            _complain(f"The command needs {module}, which is not installed.\n{install_hint(module)}", error)
         except OSError as error:
             if not is_full(error):
                 raise

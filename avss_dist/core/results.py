@@ -7,6 +7,7 @@ from html import escape
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from avss_dist.core.extras import require_package
 from avss_dist.core.text import printable
 
 if TYPE_CHECKING:
@@ -25,11 +26,21 @@ class TabularResult:
         raise NotImplementedError
 
     def to_pandas(self) -> Any:
-        """Return the table as a pandas data frame. pandas has to be installed."""
+        """Return the table as a pandas data frame.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        require_package("pandas", "`to_pandas`")
         return self.table().to_pandas()
 
     def to_polars(self) -> Any:
-        """Return the table as a Polars data frame. polars has to be installed."""
+        """Return the table as a Polars data frame.
+
+        Raises:
+            ConfigError: polars is not installed.
+        """
+        require_package("polars", "`to_polars`")
         import polars
 
         return polars.from_arrow(self.table())

@@ -7,8 +7,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from humanize import naturalsize
-
 from avss_dist.core.errors import ConfigError, without_secrets
 
 
@@ -74,7 +72,12 @@ def escape_markdown(text: object) -> str:
 
 def describe_bytes(size: float) -> str:
     """Return a size as text: ``269 MB``."""
-    return naturalsize(size, format="%.3g")
+    if size < 1000:
+        return "1 Byte" if int(size) == 1 else f"{int(size)} Bytes"
+    power = 1
+    while size >= 999.5 * 1000**power and power < 6:
+        power += 1
+    return f"{size / 1000**power:.3g} {' kMGTPE'[power]}B"
 
 
 def describe_count(number: int | None) -> str:

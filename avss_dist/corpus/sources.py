@@ -26,6 +26,7 @@ from urllib.parse import unquote
 from pyarrow import ArrowException, fs, parquet
 
 from avss_dist.core.errors import CorpusError, nearest, require_known
+from avss_dist.core.extras import require_package
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.answers import (
@@ -370,11 +371,9 @@ def _hub(source: str) -> Source:
         raise CorpusError(f"'{source}' is not a corpus source.", f"Sources: {FORMS}.")
     named, config, split, column = (p or d for p, d in zip_longest(parts, ("", "", "train", "text")))
     name, _, revision = (named, "", "") if os.path.exists(named) else named.partition("@")
-    try:
-        from datasets import load_dataset_builder
-    except ImportError as error:
-        hint = "In a clone of avss_dist: pip install -e '.[hf]'"
-        raise CorpusError(f"{source} needs the package datasets.", hint) from error
+    require_package("datasets", source)
+    from datasets import load_dataset_builder
+
     with _explaining(source, (Exception,), _HUB_HINT):
         builder = load_dataset_builder(name, config or None, revision=revision or None)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from torch import nn
 
-from avss_dist.core.errors import ConfigError
+from avss_dist.core.extras import require_package
 from avss_dist.core.settings import TRAINED
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.safetensors import DTYPES, StoredTensor, read_tensor, tensors_of, weight_files
@@ -26,8 +25,8 @@ _VALUES_READ = 1 << 18  # of each matrix, in whole rows, to tell the size of its
 
 def require_trainable(train: str) -> None:
     """Raise ConfigError without the package that an adapter needs."""
-    if train == LORA and find_spec("peft") is None:
-        raise ConfigError("`train` lora needs peft, which is not installed.", "pip install 'avss_dist[lora]'")
+    if train == LORA:
+        require_package("peft", "`train` lora")
 
 
 def default_learning_rate(student: Checkpoint, train: str) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import ModelError, is_full, unwritable
+from avss_dist.core.extras import require_package
 from avss_dist.models.content import content_hash
 from avss_dist.models.pickled import PICKLED, convert, converted_folder
 from avss_dist.models.pickled import WEIGHTS as PICKLED_WEIGHTS
@@ -106,6 +107,7 @@ def locate(spec: str, *, trust_remote_code: bool = False, weights: bool = True) 
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"There is no file '{spec}'.", "Check the path of the .gguf file.")
+        require_package("gguf", f"'{spec}'")
         return Checkpoint(name=spec, source="gguf", path=str(path.resolve()), revision="")
     if path.is_dir():
         path = path if weight_files(path) else converted_folder(path) or path

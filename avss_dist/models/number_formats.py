@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.core.errors import ConfigError, require_known
+from avss_dist.core.errors import require_known
+from avss_dist.core.extras import require_package
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +43,8 @@ class NumberFormat:
     scale_bits: int
     tensor_bits: int = 0
 
-    package = ""
-    """Distribution that has to be installed."""
-    extra = ""
-    """Optional dependencies of avss_dist that install it; empty if it is always installed."""
-    _module = ""
+    module = ""
+    """Module that has to be installed; empty for none."""
 
     def bits(self, outputs: int, inputs: int) -> float:
         """Return the bits per weight of a map, with all scales."""
@@ -77,11 +74,8 @@ class NumberFormat:
         Raises:
             ConfigError: the hint is the command that installs it.
         """
-        if find_spec(self._module) is None:
-            raise ConfigError(
-                f"The number format {self.name} needs {self.package}, which is not installed.",
-                f"pip install 'avss_dist[{self.extra}]'" if self.extra else f"pip install {self.package}",
-            )
+        if self.module:
+            require_package(self.module, f"The number format {self.name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +88,7 @@ class CompressedTensorsFormat(NumberFormat):
 
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    package = "compressed-tensors"
-    extra = "quantization"
-    _module = "compressed_tensors"
+    module = "compressed_tensors"
 
     @property
     def strategy(self) -> str:
@@ -129,8 +121,7 @@ class GgufFormat(NumberFormat):
 
     type: str
 
-    package = "gguf"
-    _module = "gguf"
+    module = "gguf"
 
     def _round(self, weight: torch.Tensor) -> torch.Tensor:
         import torch

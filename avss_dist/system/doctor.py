@@ -18,12 +18,14 @@ from platform import platform, python_version
 import numpy as np
 import psutil
 
+from avss_dist.core.extras import install_hint
 from avss_dist.core.text import describe_bytes
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.versions import PACKAGES, installed_version
 
-EXTRAS = {"datasets": "hf", "lm_eval": "eval"}  # optional packages, and the extra that installs each
-NEEDED = (*(name for name in PACKAGES if name not in EXTRAS), "duckdb", "altair", "vl-convert-python")
+OPTIONAL = {name: name.replace("-", "_") for name in ("datasets", "lm_eval", "gguf", "compressed-tensors", "peft")}
+"""Modules of optional packages."""
+NEEDED = (*(name for name in PACKAGES if name not in OPTIONAL), "duckdb", "altair", "vl-convert-python")
 TIMEOUT_SECONDS = 180.0
 LEAST_SHARED_BYTES = 1 << 30  # a container has 64 MiB by default
 
@@ -51,9 +53,8 @@ def check_machine() -> Iterator[CheckResult]:
     for name in NEEDED:
         version = installed_version(name)
         yield CheckResult(name, version is not None, version or "not installed")
-    for name, extra in EXTRAS.items():
-        missing = f"not installed; in a clone, pip install -e '.[{extra}]' installs it"
-        yield CheckResult(name, True, installed_version(name) or missing)
+    for name, module in OPTIONAL.items():
+        yield CheckResult(name, True, installed_version(name) or f"not installed: {install_hint(module)}")
     yield _try("cache folder", _cache_folder)
     yield _try("shared memory", _shared_memory)
     with ThreadPoolExecutor(len(CHECKS)) as threads:

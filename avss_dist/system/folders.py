@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-
-import platformdirs
 
 
 def cache_folder(*parts: str) -> Path:
     """Return a folder in the user's cache, such as ``~/.cache/avss_dist/tables``. It may not exist."""
-    return platformdirs.user_cache_path("avss_dist").joinpath(*parts)
+    return Path(os.environ.get("XDG_CACHE_HOME", "").strip() or Path.home() / ".cache").joinpath("avss_dist", *parts)

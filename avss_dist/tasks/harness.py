@@ -24,6 +24,7 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from avss_dist.core.errors import AvssError, ConfigError, TaskError, first_line
+from avss_dist.core.extras import require_package
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.names import CHANCE
 from avss_dist.core.settings import fingerprint
@@ -108,15 +109,9 @@ def harness_task(
         trust_remote_code: run Python code that a task file names.
 
     Raises:
-        TaskError: the task does not exist, runs code, or has no data, or the harness is not installed.
+        TaskError: the task does not exist, runs code, or has no data, or the ConfigError: the harness is not installed.
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise TaskError(
-            f"Task '{name}' is for lm-evaluation-harness, which is not installed.",
-            "pip install -e '.[eval]' in a clone",
-        ) from error
+    require_package("lm_eval", f"Task '{name}' is for lm-evaluation-harness and")
     if limit is not None and limit < 1:
         raise ConfigError(f"`limit` must be at least 1, not {limit}.")
     with _silence(), _bad_task(name):

@@ -172,7 +172,7 @@ def test_a_quantized_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avss_dist.models.number_formats.find_spec", lambda _name: None)
+    monkeypatch.setattr("avss_dist.core.extras.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match="int4 needs compressed-tensors") as caught:
         ablate(model, corpus=TEXT, warehouse=tmp_path / "w", quantize=["int4"], **SMALL)
     assert "avss_dist[quantization]" in str(caught.value.hint)

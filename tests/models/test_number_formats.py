@@ -149,8 +149,8 @@ def test_an_unknown_format_is_refused_with_the_nearest() -> None:
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avss_dist.models.number_formats.find_spec", lambda _name: None)
-    with pytest.raises(ConfigError, match="nvfp4 needs compressed-tensors, which is not installed") as caught:
+    monkeypatch.setattr("avss_dist.core.extras.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match="nvfp4 needs compressed_tensors, which is not installed") as caught:
         FORMATS["nvfp4"].round(torch.zeros(16, 16))
     assert caught.value.hint == "pip install 'avss_dist[quantization]'"
     assert importlib.util.find_spec("compressed_tensors") is not None

@@ -14,8 +14,8 @@ import pytest
 
 from avss_dist.system.doctor import (
     CHECKS,
-    EXTRAS,
     NEEDED,
+    OPTIONAL,
     CheckResult,
     check_machine,
     matching_interfaces,
@@ -77,7 +77,14 @@ def test_this_machine() -> None:
 
     found = list(check_machine())
     checks = [what for group in CHECKS for what in group]
-    assert [finding.what for finding in found] == ["Python", *NEEDED, *EXTRAS, "cache folder", "shared memory", *checks]
+    assert [finding.what for finding in found] == [
+        "Python",
+        *NEEDED,
+        *OPTIONAL,
+        "cache folder",
+        "shared memory",
+        *checks,
+    ]
     assert [finding for finding in found if not finding.works] == []
     details = {finding.what: finding.detail for finding in found}
     assert details["CPU kernels compile"] == "yes" and "gloo" in details["torch.distributed"]
