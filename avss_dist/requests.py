@@ -13,14 +13,12 @@ from avss_dist.core.intervention import SPARSITY_RULES
 from avss_dist.core.registry import (
     DRAWS,
     EXPERT_SCORES,
-    INTERACTIONS,
+    GREEDY,
     PRECISION_METHODS,
     SCORES,
-    SEARCHES,
     SECOND_ORDER,
     SHARDINGS,
     SPARSITY_METHODS,
-    searches_instead,
 )
 from avss_dist.core.settings import (
     ANSWER_SECONDS,
@@ -51,7 +49,6 @@ SCORED = tuple(SHARED)
 EVALUATED = tuple(name for name in SHARED if name not in (*_OF_STATISTICS, "allow_pickle", "tracker"))
 """Shared fields of commands that measure nothing inside of layers."""
 ESTIMATED = tuple(name for name, cls in SHARED.items() if cls is Settings and name not in _NO_MEMORY)
-GREEDY = "greedy"  # the search of `registry.SEARCHES` that shrinking can use, with a repair fitted to every set
 RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 """Scores of single layers, by which shrinking can rank them."""
 REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh", "tracker")
@@ -61,7 +58,6 @@ LEFT_OUT, ROUNDED = "Removals", "Rounded weights"
 MIX, TRAINING, RANKED = "Text", "Training", "Several GPUs"
 PROMPTS = "Prompts of lm-evaluation-harness"
 _TRAINED_INSTEAD = {"near": "It was removed: `train` all keeps up to two points more, and lora takes less memory."}
-_SEARCHES_INSTEAD = {name: searches_instead(name) for name in SEARCHES}
 
 Follow = Annotated[bool, Option(names=("--follow", "-f"))]
 Model = Annotated[PathOrText, Option(argument=True, metavar="MODEL")]
@@ -236,7 +232,7 @@ class ShrinkRequest(ModelRequest):
     """Drop this share of the layers; 0.25 by default."""
     keep: Share | None = None
     """Drop as many layers as possible while every task keeps this share, such as 0.9."""
-    by: Annotated[str, OneOf((*RANKED_BY, INTERACTIONS, GREEDY))] = "damage"
+    by: Annotated[str, OneOf((*RANKED_BY, GREEDY))] = "damage"
     """Criterion to choose the layers: a measurement of avss ablate, a score, random, or greedy (the repaired loss)."""
     repair: OptionalRepairName = DEFAULT_REPAIR
     """Repair to fit at each cut to make up for the removed layers."""
@@ -304,15 +300,9 @@ class PlanRequest(PlaceRequest, RunRequest):
     run: RunName = None
     """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'; by default the newest that can be
     planned for."""
-    by: (
-        Annotated[
-            str,
-            OneOf(tuple(SCORES | EXPERT_SCORES), _SEARCHES_INSTEAD),
-        ]
-        | None
-    ) = None
-    """Criterion to choose the layers: a measurement of avss ablate, a score, or random; loss or damage by default. Of
-    `experts`: reap, tokens, gate or random."""
+    by: Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES))] | None = None
+    """Criterion to choose the layers: a measurement of avss ablate, a score, random, or greedy (the loss on `corpus`);
+    loss or damage by default. Of `experts`: reap, tokens, gate or random."""
     first: Count = 0
     """Layers at the start that are never dropped."""
     last: Count = 0
@@ -321,38 +311,22 @@ class PlanRequest(PlaceRequest, RunRequest):
     """Drop this share of the layers; 0.25 by default."""
     count: Annotated[Positive | None, Option(panel=HOW_MANY)] = None
     """Drop this many layers."""
-    mass: Annotated[Share | None, Option(panel=HOW_MANY)] = None
-    """Drop the lowest layers that hold this share of the score."""
-    parameters: Annotated[Annotated[float, Field(ge=1, allow_inf_nan=False)] | None, Option(panel=HOW_MANY)] = None
-    """Drop layers until this many parameters are left: 6e9."""
     memory: Annotated[Bytes | None, Option(panel=HOW_MANY)] = None
     """Drop layers until this much weight memory is left: 12GB."""
-    share_of_parameters: Annotated[Share | None, Option(panel=HOW_MANY)] = None
-    """Drop layers that hold this share of the parameters."""
     experts: Annotated[Share | None, Option(panel=HOW_MANY)] = None  # type: ignore[assignment]  # score has a flag
     """Drop this share of the routed experts of each layer, instead of layers."""
-    contiguous: Annotated[bool, Option(panel=HOW_MANY)] = False
-    """Drop a block of neighbours."""
-    search: Annotated[Annotated[str, OneOf(tuple(SEARCHES))] | None, Option(panel=SEARCHED)] = None
-    """Search for the set by its loss on `corpus`; evolve can start from `by`."""
     corpus: Annotated[Text | None, Option(panel=SEARCHED)] = None
-    """Text on which a search measures the loss."""
-    budget: Annotated[Positive | None, Option(panel=SEARCHED)] = None
-    """Maximum number of sets that a search measures."""
-    sublayers: Annotated[bool, Option(panel=SEARCHED)] = False
-    """Also consider sublayers: attention or MLP alone, half a layer each."""
-    width: Annotated[Positive | None, Option(panel=SEARCHED)] = None
-    """Sets that beam and evolve continue from at each step; 3 by default."""
-    seed: Count = 0
-    """Seed for the choice by random, and for the search evolve."""
-    skip_sequences: Count = 0
+    """Text on which greedy measures the loss."""
+    skip_sequences: Annotated[Count, Option(panel=SEARCHED)] = 0
     """Skip this many rows at the start of the corpus."""
+    seed: Count = 0
+    """Seed for the choice by random."""
 
     shared = EVALUATED
 
     def __post_init__(self) -> None:
-        if self.search is not None and self.corpus is None:
-            raise ConfigError("`search` needs text to measure losses on.", "Name it with `corpus`.")
+        if self.by == GREEDY and self.corpus is None:
+            raise ConfigError("`by` greedy needs text to measure losses on.", "Name it with `corpus`.")
         if self.experts is not None:
             self._require_experts_alone()
         elif self.by is not None and self.by not in SCORES:
@@ -364,8 +338,7 @@ class PlanRequest(PlaceRequest, RunRequest):
             choices = "\n".join(f"  {name}: {meaning}" for name, meaning in EXPERT_SCORES.items())
             raise ConfigError("`experts` needs a score to choose by.", f"Name it with `by`:\n{choices}")
         require_known("`by` of `experts`", self.by, EXPERT_SCORES)
-        others = ("search", "share", "count", "mass", "parameters", "memory", "share_of_parameters", "contiguous")
-        unused = (*others, "first", "last", "corpus", "budget", "sublayers", "width", "skip_sequences")
+        unused = ("share", "count", "memory", "first", "last", "corpus", "skip_sequences")
         refuse_unused({name: getattr(self, name) for name in unused}, "on routed experts", "Leave it out.")
 
 

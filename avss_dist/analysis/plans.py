@@ -15,7 +15,7 @@ from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_va
 from avss_dist.core.errors import ModelError, QueryError
 from avss_dist.core.intervention import Removals, decode_removals
 from avss_dist.core.names import LOSS, SEARCH
-from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, INTERACTIONS, MEASURED, MEASURED_ONLY, SCORES
+from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, MEASURED, MEASURED_ONLY, SCORES
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (
@@ -23,7 +23,6 @@ from avss_dist.pruning.ground_truth import (
     block_distances,
     describe_headless,
     find_layer_truth,
-    interactions,
     layer_truth,
 )
 from avss_dist.pruning.plan import Plan, make_plan, plan_of
@@ -45,7 +44,7 @@ def plan_layers(
         run: a row of ``runs``.
         by: a name of ``registry.SCORES``. None selects `default_score`.
         reading: site, recipe, threshold and threshold kind of AVSS.
-        options: the other fields of `Choice`: ``share``, ``count``, ``mass``, ``first``, ``last``, and so on.
+        options: the other fields of `Choice`: ``share``, ``count``, ``first``, ``last``, and so on.
 
     Raises:
         QueryError: if no score was named and there is no default, or the warehouse lacks the named score.
@@ -61,8 +60,6 @@ def plan_layers(
     against: Iterator[str] = iter(())
     if choice.by == BLOCK_DISTANCE:
         plan = make_plan(rows, run, choice, block_distances(warehouse, run))
-    elif choice.by == INTERACTIONS:
-        plan = make_plan(rows, run, choice, interactions(warehouse, run))
     else:
         truth = layer_truth(warehouse, run, choice.by) if choice.by in MEASURED else None
         plan = make_plan(rows, run, choice, truth)
@@ -169,8 +166,6 @@ def _require_score(warehouse: Warehouse, run: Mapping[str, Any], by: str | None)
         layer_truth(warehouse, run, by)
     elif by == BLOCK_DISTANCE:
         block_distances(warehouse, run)
-    elif by == INTERACTIONS:
-        interactions(warehouse, run)
 
 
 def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:

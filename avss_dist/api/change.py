@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,13 @@ from avss_dist.analysis.plans import evaluated_lines, plan_experts, plan_layers,
 from avss_dist.api.names import named_run
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import count_removed, removal_names
+from avss_dist.core.registry import GREEDY
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Execution
 from avss_dist.core.text import parse_threshold
 from avss_dist.options import field_values, keywords, refuse_unused
 from avss_dist.pruning.plan import Plan, read_plan
-from avss_dist.pruning.savings import Budget, run_size
-from avss_dist.pruning.search import Effort
+from avss_dist.pruning.savings import count_for_memory, run_size
 from avss_dist.pruning.selection import Choice, ExpertChoice
 from avss_dist.requests import (
     DistillRequest,
@@ -49,8 +48,8 @@ def plan(request: PlanRequest) -> Plan:
     `Plan.write` writes the plan to a file. Without `run`, the plan is for the newest run that can be planned for.
     """
     opened = Warehouse(request.warehouse)
-    if request.run is not None or request.search:
-        row = named_run(opened, request.run, measured=not request.search)
+    if request.run is not None or request.by == GREEDY:
+        row = named_run(opened, request.run, measured=request.by != GREEDY)
     else:
         row, _ = plannable_run(opened, request.by, experts=request.experts is not None)
     return choose_layers(opened, row, request, request.on_event)[0]
@@ -65,29 +64,19 @@ def choose_layers(
         return plan_experts(opened, run, ExpertChoice(**field_values(ExpertChoice, request))), None
     reading = (request.site, request.recipe, *parse_threshold(request.threshold))
     constraints = field_values(Choice, request)
-    del constraints["by"], constraints["sublayers"]
-    budget = Budget(**field_values(Budget, request))
-    if budget.fields_with_value:
-        constraints["count"] = _count(run, budget, constraints)
-    ranked = partial(plan_layers, opened, run, by=request.by, reading=reading, **constraints)
-    if request.search is None:
-        unused = {"corpus": request.corpus, "skip_sequences": request.skip_sequences, "sublayers": request.sublayers}
-        unused |= field_values(Effort, request) | request.given
-        refuse_unused(unused, "without a search", "Leave it out, or name a `search`.")
-        return ranked(), None
-    starts = () if request.by is None else [ranked().dropped_layers]
-    from avss_dist.evaluation.search import search
+    del constraints["by"]
+    if request.memory is not None:
+        if given := [name for name in ("share", "count") if constraints[name] is not None]:
+            raise ConfigError(f"`memory` and `{given[0]}` are mutually exclusive.", "Keep one.")
+        constraints["count"] = count_for_memory(run_size(run), request.memory)
+    if request.by == GREEDY:
+        from avss_dist.evaluation.search import search
 
-    choice = Choice(by=request.search, sublayers=request.sublayers, **constraints)
-    result = search(request, run, choice, starts, on_event)
-    return result.plan, result
-
-
-def _count(run: Mapping[str, Any], budget: Budget, constraints: Mapping[str, Any]) -> int:
-    """Return the number of layers to drop to meet a budget."""
-    if given := [name for name in ("share", "count", "mass") if constraints.get(name) is not None]:
-        raise ConfigError(f"{budget.fields_with_value[0]} and `{given[0]}` are mutually exclusive.", "Keep one.")
-    return budget.count(run_size(run))
+        result = search(request, run, Choice(by=GREEDY, **constraints), on_event)
+        return result.plan, result
+    unused = {"corpus": request.corpus, "skip_sequences": request.skip_sequences, **request.given}
+    refuse_unused(unused, "without a search", "Leave it out, or choose `by` greedy.")
+    return plan_layers(opened, run, by=request.by, reading=reading, **constraints), None
 
 
 @keywords(SparsifyRequest)

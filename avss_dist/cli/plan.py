@@ -12,6 +12,7 @@ from avss_dist.cli.options import (
     output_option,
     takes,
 )
+from avss_dist.core.registry import GREEDY
 from avss_dist.requests import PlanRequest
 from avss_dist.system.streams import console, emit
 
@@ -38,7 +39,7 @@ def plan(
     row, hints = _run(opened, request)
     chosen = _choose(opened, row, request)
     hints = [*_saved(row, chosen), *hints]
-    if request.by is None and request.search is None:
+    if request.by is None:
         hints.append(f"No --by was given: {chosen.why['by']} is measured in {opened.root}.")
     if format in OTHERS:
         write_text(output, OTHERS[format](chosen))
@@ -61,8 +62,8 @@ def evaluation_hint(opened: Warehouse, row: Mapping[str, Any], output: Path) -> 
 
 def _run(opened: Warehouse, request: PlanRequest) -> tuple[dict[str, Any], list[str]]:
     """Return the run to plan for, by default the newest suitable one, and lines about this choice."""
-    if request.run or request.search:
-        row = choose_run(opened, request.run, measured=not request.search)
+    if request.run or request.by == GREEDY:
+        row = choose_run(opened, request.run, measured=request.by != GREEDY)
         return row, newest_of(opened, request.run)
     from avss_dist.analysis.plans import plannable_run
 

@@ -230,7 +230,7 @@ LOWEST_SHARE = 0.25
 DRAWS = 2
 """Default number of labels that are drawn from the model's predictions for each token, for the score `damage`."""
 LAST, RANDOM = "last", "random"  # controls
-BLOCK_DISTANCE, INTERACTIONS = "block_distance", "interactions"  # scores of sets of layers
+BLOCK_DISTANCE, GREEDY = "block_distance", "greedy"  # scores of sets of layers
 DAMAGE_TASK = "damage:"
 _DAMAGE = {"leave_one_out": False, "damage": True}
 
@@ -283,12 +283,10 @@ SCORES = {
         of_sets=True,
         ablate=_DAMAGE,
     ),
-    INTERACTIONS: ScoreInfo(
-        title="interactions",
-        meaning="rise of the loss without the set, predicted from gradients of layers and of pairs of layers",
-        task=DAMAGE_TASK,
+    GREEDY: ScoreInfo(
+        title="greedy search",
+        meaning="a search: removes the layer without which the loss is least, again and again",
         of_sets=True,
-        ablate=_DAMAGE,
     ),
     "avss": ScoreInfo(
         title="smoothed AVSS",
@@ -356,19 +354,8 @@ EXPERT_SCORES = {
     RANDOM: SCORES[RANDOM].meaning,
 }
 """Scores of routed experts by the name of the option `by`, with their meaning. Low is unimportant."""
-SEARCHES = {
-    "greedy": "removes the layer without which the loss is least, again and again",
-    "beam": "the same, over several sets side by side",
-    "evolve": "exchanges layers of the best sets, as long as the budget lasts",
-}
-"""Searches among sets of layers by their loss on text, with their meaning."""
 SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "scap", "cats", "topp")
 """Methods that allocate sparsity over linear maps: see `sparsity.plan.METHODS`."""
-
-
-def searches_instead(name: str) -> str:
-    """Return the hint for a search that was named as a score."""
-    return f"It is not a score but a search: use `search` {name}, with its text in `corpus`."
 
 
 def metrics_of(score: str) -> tuple[str, ...]:

@@ -16,8 +16,7 @@ from torch import nn
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
 from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.names import PERPLEXITY, REALIZED, ROW_START, TRUTHFULQA
-from avss_dist.core.registry import SEARCHES
+from avss_dist.core.names import PERPLEXITY, REALIZED, ROW_START, SEARCH, TRUTHFULQA
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
@@ -430,7 +429,7 @@ def _read_subject(name: str, settings: Settings) -> Subject:
     plan = read_plan(name)
     checkpoint = _planned_checkpoint(plan.model, plan.revision, name, trust_remote_code=trust_remote_code)
     _require_same_layers(checkpoint, name, plan.num_layers, plan.layers, settings)
-    searched = plan.why.get("by") in SEARCHES or plan.run_id is None
+    searched = str(plan.why.get("task")).startswith(SEARCH) or plan.run_id is None
     search = str(plan.why.get("evaluation", "")) if searched else None
     return Subject(checkpoint=checkpoint, label=name, intervention=plan.intervention, run_id=plan.run_id, search=search)
 

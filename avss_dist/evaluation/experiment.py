@@ -22,7 +22,7 @@ from avss_dist.analysis.verdict import WHOLE, shown_method
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals, whole_layers
 from avss_dist.core.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN, PERPLEXITY, SPARSITY
-from avss_dist.core.registry import INTERACTIONS, MEASURED, RECIPES, SCORES, SEARCHES
+from avss_dist.core.registry import GREEDY, MEASURED, RECIPES, SCORES
 from avss_dist.core.settings import INPUTS, Settings, fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
@@ -38,7 +38,7 @@ from avss_dist.evaluation.distilled import Distilling
 from avss_dist.evaluation.evaluate import realized_sparsity, require_effect
 from avss_dist.evaluation.events import OnEvent, ignore
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
-from avss_dist.evaluation.search import removal_losses, run_search, search_task
+from avss_dist.evaluation.search import greedy_search, removal_losses, search_task
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
@@ -68,14 +68,12 @@ from avss_dist.evaluation.tasks import (
 )
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
-from avss_dist.pruning.ground_truth import Interactions, interactions, layer_truth
-from avss_dist.pruning.interactions import quadratic
+from avss_dist.pruning.ground_truth import layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, Method, methods
 from avss_dist.pruning.plan import Plan, layer_list
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.pruning.repair.registry import NO_REPAIR, is_distilled, repair_before
 from avss_dist.pruning.repair.repair import Repair
-from avss_dist.pruning.search import Effort, search_for
 from avss_dist.pruning.selection import Reading, count_layers
 from avss_dist.requests import JobRequest
 from avss_dist.runs.api import executor_for, overridden, run_job
@@ -207,7 +205,6 @@ class Trial:
         model: checkpoint of the run.
         rows: rows of the table ``scores``.
         truth: measurements of the layers, float64[layers], by a name of ``registry.MEASURED``.
-        interactions: interactions of the layers, if sets are chosen by them.
         searched: layers that a search chose, by method and share.
         contrasts: contrasts of the layers on paired text, float64[layers], by reading.
         planned: tasks by name.
@@ -225,7 +222,6 @@ class Trial:
     rows: Sequence[Mapping[str, Any]]
     corpus: str
     truth: dict[str, Float64] = field(default_factory=dict)
-    interactions: Interactions | None = None
     searched: dict[tuple[Method, float], Layers] = field(default_factory=dict)
     contrasts: dict[Reading, Float64] = field(default_factory=dict)
     planned: dict[str, PlannedTask] = field(default_factory=dict)
@@ -282,10 +278,6 @@ class Trial:
         if (method, share) in self.searched:
             return self.searched[method, share]
         choice = method.choice(share)
-        if method.score == INTERACTIONS:
-            assert self.interactions is not None
-            number = choice.number(self.num_layers)
-            return quadratic(self.interactions.b, self.interactions.h, number, choice.first, choice.last)
         if method.score == CONTRAST and method.reading is not None:
             return choice.drop(-self.contrasts[method.reading])
         return choice.drop(choice.scores(self.rows, self.truth))
@@ -616,7 +608,6 @@ def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: W
     for trial in trials:
         run = trial.stored_run(warehouse)
         trial.truth |= {by: layer_truth(warehouse, run, by).by_layer(trial.num_layers) for by in measured}
-        trial.interactions = interactions(warehouse, run) if INTERACTIONS in scores else None
         readings = {method.reading for method in methods(experiment, trial.rows) if method.score == CONTRAST}
         trial.contrasts = {reading: _contrast(trial, warehouse, reading) for reading in readings if reading}
 
@@ -696,16 +687,16 @@ def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
 
 def _search(trials: Sequence[Trial], experiment: Experiment, session: EvaluationSession) -> None:
     """Search sets of layers of every trial, on the text that its scores were measured on."""
-    effort = Effort(budget=experiment.search_budget)
-    for trial in trials if experiment.search else ():
+    for trial in trials if GREEDY in experiment.scores else ():
         model = trial.reading(experiment.search_max_sequences)
         planned = model.plan(search_task(trial.checkpoint, trial.corpus, model.settings))
         losses = removal_losses(session, planned)
-        searches = [method for method in methods(experiment, trial.rows) if method.score in SEARCHES]
+        searches = [method for method in methods(experiment, trial.rows) if method.score == GREEDY]
         with session.keeping_workers():
             for method, share in product(searches, experiment.shares):
-                removed, _ = run_search(search_for(method.choice(share), effort, trial.num_layers), losses)
-                trial.searched[method, share] = whole_layers(removed)
+                choice, layers = method.choice(share), trial.num_layers
+                removed, _ = greedy_search(choice.unprotected(layers), choice.number(layers), losses)
+                trial.searched[method, share] = removed
         session.results(planned)
 
 

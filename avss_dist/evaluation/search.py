@@ -1,15 +1,19 @@
-"""Search of the set of layers to drop by the loss without it, with or without a repair of each set."""
+"""Greedy search of the set of layers to drop by the loss without it, with or without a repair of each set.
+
+See SLEB, Song et al., arXiv 2402.09025.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf, isnan
 from typing import Any
 
 from avss_dist.analysis.plans import evaluated_lines
-from avss_dist.core.intervention import Intervention, InterventionKey, Removals, encode_removals, whole_layers
+from avss_dist.core.intervention import Intervention, InterventionKey, Removals, encode_removals
 from avss_dist.core.names import LOSS, SEARCH
+from avss_dist.core.registry import GREEDY
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.corpus.shards import CorpusPlan
@@ -19,13 +23,11 @@ from avss_dist.evaluation.session import EvaluationSession, PlacedModel, Planned
 from avss_dist.evaluation.tasks import plan_text, text_task
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import text_config
-from avss_dist.options import field_values
 from avss_dist.pruning.plan import Plan, layer_list, plan_of, reasons
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.splits import HELD_BACK, SINK_TOKENS
-from avss_dist.pruning.search import Effort, Expansion, Search, best_sets, search_for
 from avss_dist.pruning.selection import Choice
-from avss_dist.requests import GREEDY, PlanRequest, ShrinkRequest
+from avss_dist.requests import PlanRequest, ShrinkRequest
 from avss_dist.tasks.base import Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellResult
 from avss_dist.tasks.layer_removal import LeaveOneOut
@@ -33,6 +35,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 POOL = 2  # candidates of the greedy search after repairs, in multiples of the number of layers to drop
 SETS_PER_CELL = 10  # more sets cost less each, and occupy fewer workers
+Layers = tuple[int, ...]
 CHOSEN_HERE = "The set was chosen for its loss on this very text: on other text, its loss will be higher."
 
 
@@ -57,25 +60,24 @@ def search(
     request: PlanRequest,
     run: Mapping[str, Any],
     choice: Choice,
-    starts: Sequence[tuple[int, ...]] = (),
     on_event: OnEvent | None = None,
 ) -> SearchResult:
     """Search the set of layers to drop by the loss without it. Losses that the warehouse has are not measured again.
 
-    A search that was stopped, or one with a larger budget, continues from the stored losses.
+    A search that was stopped continues from the stored losses.
 
     Args:
         run: row of ``runs`` whose checkpoint is searched.
-        choice: number of layers to drop and constraints, by one of `registry.SEARCHES`.
-        starts: sets of layers that the search begins with; see `search_for`.
+        choice: number of layers to drop, and protected layers.
 
     Raises:
         AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
     """
     assert request.corpus is not None  # which the request checks
-    settings, corpus, effort = request.settings, RedactedURI(request.corpus), Effort(**field_values(Effort, request))
+    settings, corpus = request.settings, RedactedURI(request.corpus)
     scores = Warehouse(request.warehouse).table("scores", run_ids=[run["run_id"]]).to_pylist()
-    generator = search_for(choice, effort, layer_list(scores, str(run["model"]))[1], starts)
+    layers = layer_list(scores, str(run["model"]))[1]
+    count = choice.number(layers)
     checkpoint = checkpoint_of_run(run, trust_remote_code=settings.trust_remote_code)
     with EvaluationSession.open(request.warehouse, settings, request.execution, on_event) as session:
         model = session.place(checkpoint, settings)
@@ -83,14 +85,12 @@ def search(
         planned = model.plan(task)
         losses = removal_losses(session, planned)
         with session.keeping_workers():
-            removed, steps = run_search(generator, losses, session.on_event)
+            removed, steps = greedy_search(choice.unprotected(layers), count, losses, session.on_event)
             measured = losses([Expansion(()), Expansion(removed)])
         session.results(planned)
     whole, chosen = measured[()], measured[removed]
-    given = {"budget": effort.budget, "width": effort.width, "starts": len(starts)}
     why = {
         **reasons(choice),
-        **{name: value for name, value in given.items() if value},
         "text": str(corpus),
         "sequences": len(whole.samples),
         "skip_sequences": request.skip_sequences,
@@ -119,35 +119,51 @@ def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip
     return Task(name=f"{SEARCH}{corpus}", parts=parts, options={"skip_sequences": skip_sequences})
 
 
-Losses = Callable[[Sequence[Expansion]], dict[Removals, Result]]
+@dataclass(frozen=True)
+class Expansion:
+    """Sets whose loss is requested: ``base`` with each of ``layers`` added, or ``base`` itself without any."""
+
+    base: Layers
+    layers: Layers = ()
+
+    @property
+    def sets(self) -> list[Layers]:
+        """The sets, each in ascending order."""
+        return [tuple(sorted([*self.base, layer])) for layer in self.layers] or [self.base]
+
+
+Losses = Callable[[Sequence[Expansion]], dict[Layers, Result]]
 """Function that returns the loss without every set of several expansions.
 
 It raises AvssError if a cell fails. Other cells remain in the warehouse.
 """
 
 
-def run_search(
-    generator: Search, losses: Losses, on_step: Callable[[SearchStep], None] | None = None
-) -> tuple[Removals, list[SearchStep]]:
-    """Run a search, measure the losses that it requests, and return the chosen set and the rounds.
+def greedy_search(
+    candidates: Iterable[int], count: int, losses: Losses, on_step: Callable[[SearchStep], None] | None = None
+) -> tuple[Layers, list[SearchStep]]:
+    """Remove the layer without which the loss is least, again and again; return the removed layers and the rounds.
 
     Args:
+        candidates: layers that may be removed.
+        count: number of layers to remove.
         on_step: receives each round.
     """
+    chosen: Layers = ()
     steps: list[SearchStep] = []
-    known: set[Removals] = set()
-    expansions = next(generator)
-    while True:
-        results = losses(expansions)
-        known |= {*results}
-        values = {removed: result.value for removed, result in results.items()}
-        steps.append(SearchStep(best=results[best_sets(values, 1)[0]], sets=len(known)))
+    while len(chosen) < count:
+        free = tuple(layer for layer in candidates if layer not in chosen)
+        results = losses([Expansion(chosen, free)])
+        chosen = min(results, key=lambda removed: (_comparable(results[removed].value), removed))
+        known = steps[-1].sets if steps else 0
+        steps.append(SearchStep(best=results[chosen], sets=known + len(results)))
         if on_step is not None:
             on_step(steps[-1])
-        try:
-            expansions = generator.send(values)
-        except StopIteration as chosen:
-            return chosen.value, steps
+    return chosen, steps
+
+
+def _comparable(loss: float) -> float:
+    return inf if isnan(loss) else loss
 
 
 def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
@@ -179,7 +195,7 @@ def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
                 chunk = tuple(layers[start : start + SETS_PER_CELL])
                 yield planned.cell(part, replace(measure, layers=chunk), base)
 
-    def losses(expansions: Sequence[Expansion]) -> dict[Removals, Result]:
+    def losses(expansions: Sequence[Expansion]) -> dict[Layers, Result]:
         if missing := [cell for expansion in expansions for cell in cells(expansion)]:
             session.run(missing, add_cell)
         parts = len(planned.task.parts)
@@ -201,8 +217,8 @@ def repaired_losses(session: EvaluationSession, text: PlannedTask, fit: PlannedT
         fit: the task of fitting the repair; None for no repair.
     """
 
-    def losses(expansions: Sequence[Expansion]) -> dict[Removals, Result]:
-        drops = [whole_layers(removed) for expansion in expansions for removed in expansion.sets]
+    def losses(expansions: Sequence[Expansion]) -> dict[Layers, Result]:
+        drops = [removed for expansion in expansions for removed in expansion.sets]
         patches = fit_repairs(session, [(fit, drops)]) if fit else {}
         run_id = fit.run_id() if fit else ""
         repaired = {drop: Intervention(removed=drop, patch=patches.get((run_id, drop))) for drop in drops}
@@ -269,8 +285,8 @@ def searched_plan(
     choice = Choice(by=GREEDY, first=request.first, last=request.last, **size)
     layers = make_plan(count=1).num_layers
     pool = make_plan(count=min(POOL * choice.number(layers), len(choice.unprotected(layers)), layers - 1))
-    generator = search_for(choice, Effort(), layers, pool=pool.dropped_layers)
-    removed, steps = run_search(generator, repaired_losses(session, text, fit))
+    losses = repaired_losses(session, text, fit)
+    removed, steps = greedy_search(pool.dropped_layers, choice.number(layers), losses)
     outcome = {
         "among": describe_layers(pool.dropped_layers),
         "repair": request.searched_repair,

@@ -24,7 +24,7 @@ from avss_dist.analysis.verdict import WHOLE, primary_metric
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, InterventionKey, count_removed
 from avss_dist.core.names import PERPLEXITY
-from avss_dist.core.registry import LOWEST_SHARE, SCORES
+from avss_dist.core.registry import GREEDY, LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
@@ -73,7 +73,7 @@ from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.repair.requirements import tokens_needed
 from avss_dist.pruning.repair.splits import HELD_BACK, count_fitted, split_texts
 from avss_dist.pruning.selection import PlanError
-from avss_dist.requests import GREEDY, AblateRequest, ShrinkRequest
+from avss_dist.requests import AblateRequest, ShrinkRequest
 from avss_dist.runs.api import score
 from avss_dist.tasks.base import Result
 from avss_dist.warehouse.reader import Warehouse

@@ -25,7 +25,6 @@ from avss_dist.core.names import (
 from avss_dist.core.registry import (
     BLOCK_DISTANCE,
     DAMAGE_TASK,
-    INTERACTIONS,
     ROUNDING_ESTIMATES,
     SCORES,
     metrics_of,
@@ -36,11 +35,6 @@ from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.checks import has_head, settings_of
 from avss_dist.warehouse.reader import Warehouse
 
-FIRST_ORDER, SECOND_ORDER, PAIRS = (
-    "taylor_signed_1",
-    "fisher_1",
-    "interaction",
-)  # metrics from which interactions are computed
 _REPEATED = ("max_sequences", "shuffle_seed", "sequence_length", "batch_size", "layout", "row_start", "dtype")
 
 
@@ -229,46 +223,6 @@ def block_distances(store: Warehouse, run: Mapping[str, Any]) -> BlockDistances:
         values = {tuple(row["drop"]): row["value"] for row in evaluation}
         return BlockDistances(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])
     raise nothing_measured(store, run, BLOCK_DISTANCE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interactions:
-    """Effect of leaving out several layers: ``b^T x + 1/2 x^T H x`` nats per token, without the layers where x is 1.
-
-    Attributes:
-        b, h: float64[layers], float64[layers, layers].
-        run_id, task: the evaluation.
-    """
-
-    b: Float64
-    h: Float64
-    run_id: str
-    task: str
-
-
-def interactions(store: Warehouse, run: Mapping[str, Any]) -> Interactions:
-    """Return the interactions of the layers of a run's checkpoint, from the newest evaluation with them.
-
-    ``b`` is the first-order term by true labels. ``H`` is the Fisher information of gates on the layers, token by
-    token, averaged over sampled labels. `tasks.damage.Damage` measures both.
-
-    Raises:
-        QueryError: there is no such evaluation. The hint is the command that measures them.
-    """
-    for rows in _newest_first(store, run, DAMAGE_TASK, [FIRST_ORDER, SECOND_ORDER, PAIRS]):
-        first, second = (
-            {row["layer"]: row["value"] for row in rows if row["metric"] == name}
-            for name in (FIRST_ORDER, SECOND_ORDER)
-        )
-        pairs = {tuple(row["drop"]): row["value"] for row in rows if row["metric"] == PAIRS}
-        number = len(first)
-        if sorted(first) == sorted(second) == [*range(number)] and len(pairs) == number * (number - 1) // 2:
-            h = np.diag([2 * second[layer] for layer in range(number)])
-            for (i, j), value in pairs.items():
-                h[i, j] = h[j, i] = value
-            b = np.array([first[layer] for layer in range(number)])
-            return Interactions(b=b, h=h, run_id=rows[0]["run_id"], task=rows[0]["task"])
-    raise nothing_measured(store, run, INTERACTIONS)
 
 
 def _newest_first(

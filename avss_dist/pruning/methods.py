@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -11,7 +11,7 @@ from pydantic import Field
 from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.core.intervention import SPARSITY_RULES
 from avss_dist.core.names import CONTRAST, PERPLEXITY
-from avss_dist.core.registry import FROM_ACTIVATIONS, INTERACTIONS, MEASURED, RECIPES, SEARCHES, SPARSITY_METHODS
+from avss_dist.core.registry import FROM_ACTIVATIONS, GREEDY, MEASURED, RECIPES, SPARSITY_METHODS
 from avss_dist.core.settings import EVERY_SITE, TRAINED
 from avss_dist.core.text import describe_threshold, parse_threshold
 from avss_dist.core.validation import Check, OneOf, checked
@@ -51,8 +51,9 @@ class Experiment:
     """Tasks to evaluate, as for avss evaluate --task."""
     scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = FROM_ACTIVATIONS
     """Scores that layers are chosen by: a score of the run; another reading of AVSS, such as avss:update:unit:0.1rms
-    (site, recipe, threshold) or avss:all; a measurement of avss ablate, if the warehouse has it; on paired text also
-    contrast or contrast:update:unit:0.1rms, which drops the highest first."""
+    (site, recipe, threshold) or avss:all; a measurement of avss ablate, if the warehouse has it; greedy, which searches
+    by the loss on the text of the run; on paired text also contrast or contrast:update:unit:0.1rms, which drops the
+    highest first."""
     factors: Annotated[tuple[Factor, ...], Field(strict=False, min_length=1)] = (0.0,)
     """Residual scales of the chosen layers: 0 leaves a layer out, 0.5 halves what it adds to its input."""
     shares: Annotated[tuple[Share, ...], Field(strict=False)] = (0.25,)
@@ -77,12 +78,8 @@ class Experiment:
     """Drop the last layers before the final one too (arXiv 2411.15558)."""
     leave_one_out: bool = True
     """Choose by the loss without each layer, on the text of the run."""
-    search: Annotated[tuple[Annotated[str, OneOf(tuple(SEARCHES))], ...], Field(strict=False)] = ()
-    """Search sets of layers by their loss, on the text of the run."""
-    search_budget: AtLeastOne | None = None
-    """Maximum number of sets that a search measures; required for evolve."""
     search_max_sequences: AtLeastOne | None = None
-    """Maximum number of rows of the run's text on which searches measure the loss."""
+    """Maximum number of rows of the run's text on which greedy measures the loss."""
     repairs: Annotated[tuple[RecoveryName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
     """Repairs of the pruned models; every choice is evaluated with each. NAME+distill (refit+distill, none+distill)
     distills the repaired model from the whole one."""
@@ -130,8 +127,6 @@ class Experiment:
         self._require_repairs()
         self._require_distillation()
         self._require_prompts()
-        if "evolve" in self.search and self.search_budget is None:
-            raise ConfigError("The search evolve needs a budget.", "Set `search_budget`.")
 
     def _require_repairs(self) -> None:
         """Refuse repairs without text, text without repairs, and repairs of layers that are scaled."""
@@ -181,7 +176,7 @@ class Experiment:
         several = EVERY_READING in self.scores
         scores = len(self.scores) - several + self.leave_one_out
         methods = scores * (1 + controls) + several * (readings + controls)
-        methods += (self.random + len(self.search)) * (1 + bool(self.keep_ends))
+        methods += self.random * (1 + bool(self.keep_ends))
         return (methods + self.last) * len(self.shares) * len(self.factors)
 
     @property
@@ -205,8 +200,7 @@ class Method:
     """One way to choose layers.
 
     Attributes:
-        score: one of ``registry.SCORES`` or ``registry.SEARCHES``; or ``interactions``, ``contrast``, ``random``
-            or ``last``.
+        score: one of ``registry.SCORES``, or ``contrast``.
         reading: reading of AVSS or the contrast.
         control: `REVERSED`, `ENDS_KEPT` or None.
         seed: seed of ``random``.
@@ -228,7 +222,7 @@ class Method:
             name += f" ({site}, {recipe}, {describe_threshold(threshold, kind)})"
         if self.seed is not None:
             name += f" {self.seed}"
-        if self.score in SEARCHES:
+        if self.score == GREEDY:
             name += " search"
         return f"{name}, {self.control}" if self.control else name
 
@@ -252,7 +246,7 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
         ConfigError: the text names no score.
     """
     name, *parts = text.split(":")
-    require_known("score", name, (*FROM_ACTIVATIONS, *MEASURED, INTERACTIONS, CONTRAST))
+    require_known("score", name, (*FROM_ACTIVATIONS, *MEASURED, GREEDY, CONTRAST))
     if name not in ("avss", CONTRAST):
         if parts:
             raise ConfigError(f"'{text}': only avss and {CONTRAST} are read in several ways.", f"Write {name}.")
@@ -271,17 +265,16 @@ def methods(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterat
     for score, reading in _scored(experiment, rows):
         yield Method(score=score, reading=reading)
         if reading in (None, PUBLISHED):
-            if experiment.reversed and score != INTERACTIONS:
+            if experiment.reversed and score != GREEDY:
                 yield Method(score=score, reading=reading, control=REVERSED)
             if experiment.keep_ends:
                 yield Method(score=score, reading=reading, control=ENDS_KEPT, ends=experiment.keep_ends)
     if experiment.last:
         yield Method(score=LAST)
-    searches = [Method(score=search) for search in dict.fromkeys(experiment.search)]
-    for method in (*searches, *(Method(score=RANDOM, seed=seed) for seed in range(experiment.random))):
-        yield method
+    for seed in range(experiment.random):
+        yield Method(score=RANDOM, seed=seed)
         if experiment.keep_ends:
-            yield replace(method, control=ENDS_KEPT, ends=experiment.keep_ends)
+            yield Method(score=RANDOM, seed=seed, control=ENDS_KEPT, ends=experiment.keep_ends)
 
 
 def _scored(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Reading | None]]:

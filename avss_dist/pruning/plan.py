@@ -36,13 +36,12 @@ from avss_dist.core.intervention import (
     removal_names,
     whole_layers,
 )
-from avss_dist.core.registry import EXPERT_SCORES, LOWEST_SHARE, MEASURED_ONLY, SCORES, SEARCHES
+from avss_dist.core.registry import EXPERT_SCORES, LOWEST_SHARE, MEASURED_ONLY, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import printable
 from avss_dist.core.validation import Check, checked
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
-from avss_dist.pruning.ground_truth import BlockDistances, Interactions, LayerTruth
-from avss_dist.pruning.interactions import predicted, quadratic
+from avss_dist.pruning.ground_truth import BlockDistances, LayerTruth
 from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
 from avss_dist.system.staging import staged_file
 
@@ -215,7 +214,7 @@ def describe_origin(model: str, revision: str | None, run_id: str | None) -> str
     return f"Model: {model}{at}. " + (f"Run: {run_id}." if run_id else "Of no run.")
 
 
-MEANINGS = EXPERT_SCORES | {name: info.meaning for name, info in SCORES.items()} | SEARCHES
+MEANINGS = EXPERT_SCORES | {name: info.meaning for name, info in SCORES.items()}
 """Meaning of every criterion that layers or experts are chosen by."""
 
 
@@ -237,7 +236,7 @@ def make_plan(
     rows: Rows,
     run: Mapping[str, Any],
     choice: Choice,
-    truth: LayerTruth | BlockDistances | Interactions | None = None,
+    truth: LayerTruth | BlockDistances | None = None,
     *,
     findings: Sequence[str] = (),
     evaluated: Sequence[str] = (),
@@ -254,13 +253,9 @@ def make_plan(
     _, number = layer_list(rows, str(run["model"]))
     if isinstance(truth, BlockDistances):
         drop = choice.drop_block(truth.values, number)
-    elif isinstance(truth, Interactions):
-        drop = quadratic(truth.b, truth.h, choice.number(number), choice.first, choice.last)
     else:
         drop = choice.drop(choice.scores(rows, {choice.by: truth.by_layer(number)} if truth else {}))
     measured: dict[str, Any] = {"evaluation": truth.run_id, "task": truth.task} if truth else {}
-    if isinstance(truth, Interactions):
-        measured["predicted_increase"] = round(predicted(truth.b, truth.h, drop), 6)
     plan = plan_of(rows, run, drop, reasons(choice) | measured)
     return replace(plan, findings=tuple(findings), evaluated=tuple(evaluated))
 
@@ -304,9 +299,9 @@ def reasons(choice: Choice) -> dict[str, Any]:
     values = asdict(choice)
     reading, seed = values.pop("reading"), values.pop("seed")
     why = {name: value for name, value in values.items() if value not in (None, False, 0)}
-    if choice.by in (RANDOM, "evolve"):
+    if choice.by == RANDOM:
         why["seed"] = seed
-    if not {"share", "count", "mass"} & set(why):
+    if not {"share", "count"} & set(why):
         why["share"] = LOWEST_SHARE
     if choice.by == "avss" and reading is not None:
         why |= dict(zip(("site", "recipe", "threshold", "threshold_kind"), reading, strict=True))

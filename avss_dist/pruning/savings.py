@@ -1,4 +1,4 @@
-"""Sizes of checkpoints from their headers: savings of a plan, and the number of layers that meets a budget."""
+"""Sizes of checkpoints from their headers: savings of a plan, and the number of layers that fits in memory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from avss_dist.core.errors import AvssError, ConfigError
-from avss_dist.core.settings import Bytes, Settings
+from avss_dist.core.errors import AvssError
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes, describe_count
-from avss_dist.core.validation import checked
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.warehouse.checks import settings_of
@@ -49,61 +46,24 @@ def local_run_size(run: Mapping[str, Any]) -> Footprint | None:
         return None
 
 
-@checked
-class Budget:
-    """Budget of a pruned model, by one of three measures.
+def count_for_memory(size: Footprint, memory: float) -> int:
+    """Return the minimum number of layers to drop so that any choice of them leaves at most these bytes of weights.
 
     Raises:
-        ConfigError: a value is out of its range, or several are given.
+        PlanError: the whole model has no more, or no number of layers is enough.
     """
-
-    parameters: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
-    """Maximum number of remaining parameters: 6e9."""
-    memory: Bytes | None = None
-    """Maximum bytes of remaining weights: 12GB."""
-    share_of_parameters: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Minimum share of the parameters to drop."""
-
-    def __post_init__(self) -> None:
-        if len(named := self.fields_with_value) > 1:
-            raise ConfigError(f"{' and '.join(named)} are mutually exclusive.", "Keep one of them.")
-
-    @property
-    def fields_with_value(self) -> list[str]:
-        """Names of the fields that have a value."""
-        fields = ("parameters", "memory", "share_of_parameters")
-        return [f"`{name}`" for name in fields if getattr(self, name) is not None]
-
-    def count(self, size: Footprint) -> int:
-        """Return the minimum number of layers to drop so that any choice of them meets the budget.
-
-        Raises:
-            PlanError: the whole model meets it, or no number of layers is enough.
-        """
-        excess = self._excess(size)
-        if excess <= 0:
-            raise PlanError(
-                f"The model has {_describe(size)} as it is, which meets {self.fields_with_value[0]} already.",
-                "Lower it.",
-            )
-        removed = list(accumulate(sorted(size.layer_bytes)))[:-1]
-        if not removed or removed[-1] < excess:
-            minimum = size.weight_bytes - (removed[-1] if removed else 0)
-            raise PlanError(
-                f"{self.fields_with_value[0]} cannot be met: with one layer left, {describe_bytes(minimum)} of "
-                f"{describe_bytes(size.weight_bytes)} stay.",
-                "Quantize the remaining layers instead.",
-            )
-        return 1 + sum(bytes_ < excess for bytes_ in removed)
-
-    def _excess(self, size: Footprint) -> float:
-        """Return the number of bytes to drop."""
-        if self.memory is not None:
-            return size.weight_bytes - self.memory
-        if self.parameters is not None:
-            return size.weight_bytes * (1 - self.parameters / size.num_parameters)
-        assert self.share_of_parameters is not None
-        return size.weight_bytes * self.share_of_parameters
+    excess = size.weight_bytes - memory
+    if excess <= 0:
+        raise PlanError(f"The model has {_describe(size)} as it is, which meets `memory` already.", "Lower it.")
+    removed = list(accumulate(sorted(size.layer_bytes)))[:-1]
+    if not removed or removed[-1] < excess:
+        minimum = size.weight_bytes - (removed[-1] if removed else 0)
+        raise PlanError(
+            f"`memory` cannot be met: with one layer left, {describe_bytes(minimum)} of "
+            f"{describe_bytes(size.weight_bytes)} stay.",
+            "Quantize the remaining layers instead.",
+        )
+    return 1 + sum(bytes_ < excess for bytes_ in removed)
 
 
 def _describe(size: Footprint) -> str:

@@ -14,21 +14,19 @@ from avss_dist.core.names import CONTRAST
 from avss_dist.core.registry import (
     BLOCK_DISTANCE,
     EXPERT_SCORES,
-    INTERACTIONS,
+    GREEDY,
     LAST,
     LOWEST_SHARE,
     MEASURED,
     RANDOM,
     RECIPES,
     SCORES,
-    SEARCHES,
 )
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.validation import OneOf, checked
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 
-SUBLAYER_SEARCHES = ("greedy", "beam")
 Reading = tuple[str, str, float, str]  # of AVSS: site, recipe, threshold and its kind
 PUBLISHED: Reading = (SITES[0], RECIPES[0], PUBLISHED_THRESHOLD, "absolute")
 Rows = Sequence[Mapping[str, Any]]
@@ -48,51 +46,28 @@ class Choice:
         ConfigError: values out of their range, or that exclude each other.
     """
 
-    by: Annotated[str, OneOf((*SCORES, CONTRAST, *SEARCHES))]
-    """The score, or the search. There is no default: which one to trust is the user's decision."""
+    by: Annotated[str, OneOf((*SCORES, CONTRAST))]
+    """The score. There is no default: which one to trust is the user's decision."""
     reading: Reading | None = None
     """Reading of AVSS: site, recipe, threshold and its kind; the first stored one by default."""
     share: Share | None = None
     """Drop the lowest share of the layers; a quarter by default."""
     count: Annotated[int, Field(ge=1)] | None = None
     """Number of layers to drop, in place of a share."""
-    mass: Share | None = None
-    """Drop the lowest layers that hold at most this share of the summed score, in place of a share."""
     first: Ends = 0
     """Layers at the start that are never dropped."""
     last: Ends = 0
     """Layers at the end that are never dropped."""
-    contiguous: bool = False
-    """Drop the block of neighbours with the lowest sum of scores."""
     highest: bool = False
     """Drop the highest instead of the lowest."""
     seed: Ends = 0
     """Seed of a random choice."""
-    sublayers: bool = False
-    """Let a search also leave out the attention or the MLP of a layer alone; each counts as half of a layer."""
 
     def __post_init__(self) -> None:
-        given = [f"`{name}`" for name in ("share", "count", "mass") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} are mutually exclusive.", "Keep one of them.")
-        if self.by == BLOCK_DISTANCE and not self.contiguous:
-            raise ConfigError(f"`by` {BLOCK_DISTANCE} is a measure of neighbours.", "Set `contiguous`.")
-        if self.mass is not None and (self.contiguous or self.highest or self.by in (LAST, RANDOM)):
-            raise ConfigError(
-                "`mass` is a share of a score that is summed from the lowest on.", "Use `share` or `count` here."
-            )
-        self._require_searchable()
-
-    def _require_searchable(self) -> None:
-        if self.by in (*SEARCHES, INTERACTIONS) and (self.mass is not None or self.contiguous or self.highest):
-            raise ConfigError(
-                f"`by` {self.by} chooses among sets of any layers by their loss.", "Use `share` or `count` here."
-            )
-
-        if self.sublayers and self.by not in SUBLAYER_SEARCHES:
-            raise ConfigError(
-                f"`by` {self.by} chooses whole layers.", f"Search `sublayers` by {' or '.join(SUBLAYER_SEARCHES)}."
-            )
+        if self.share is not None and self.count is not None:
+            raise ConfigError("`share` and `count` are mutually exclusive.", "Keep one of them.")
+        if self.highest and self.by in (BLOCK_DISTANCE, GREEDY):
+            raise ConfigError(f"`by` {self.by} chooses among sets of layers.", "Leave out `highest`.")
 
     def scores(self, rows: Rows, truth: Mapping[str, Float64]) -> Float64:
         """Return the score of every layer, float64[layers], NaN for layers without one.
@@ -140,13 +115,8 @@ class Choice:
             missing = ", ".join(map(str, np.flatnonzero(~np.isfinite(values))))
             raise PlanError(f"Layers {missing} have no score '{self.by}'.", "Choose by another score or recipe.")
         candidates = np.array(self.unprotected(len(values)), np.intp)
-        number = self.number(len(values)) if self.mass is None else self._number_by_mass(values, candidates, self.mass)
-        if self.contiguous:
-            sums = np.convolve(values[candidates], np.ones(number), "valid")
-            start = int(candidates[0]) + int(np.argmin(sums))
-            return tuple(range(start, start + number))
         ranks = rank_lowest(values[candidates])
-        return tuple(int(layer) for layer in candidates[ranks <= number])
+        return tuple(int(layer) for layer in candidates[ranks <= self.number(len(values))])
 
     def unprotected(self, layers: int) -> range:
         """Return the indices of the layers that may be dropped.
@@ -166,10 +136,6 @@ class Choice:
             PlanError: no layer would remain, or too many are protected.
         """
         number = self.count or count_lowest(layers, LOWEST_SHARE if self.share is None else self.share)
-        self._require_droppable(number, layers)
-        return number
-
-    def _require_droppable(self, number: int, layers: int) -> None:
         if number >= layers:
             raise PlanError(f"{number} of {layers} layers would be dropped.", "Keep at least one.")
         if number > (free := len(self.unprotected(layers))):
@@ -177,17 +143,6 @@ class Choice:
                 f"{number} layers would be dropped, but only {free} of {layers} are not protected.",
                 "Protect fewer, or drop fewer.",
             )
-
-    def _number_by_mass(self, values: Float64, candidates: np.ndarray, mass: float) -> int:
-        self._require_droppable(1, len(values))
-        held = np.cumsum(np.sort(values[candidates])) / values.sum()
-        number = int(np.searchsorted(held, mass, "right"))
-        if not number:
-            raise PlanError(
-                f"No layer holds as little as {mass:g} of the summed score: the minimum is {held[0]:.3g}.",
-                "Set a larger `mass`, or use `share` or `count`.",
-            )
-        self._require_droppable(number, len(values))
         return number
 
 

@@ -34,10 +34,9 @@ from avss_dist.tasks.gradients import trainable
 from avss_dist.tasks.watching import WATCHED, Watched
 
 LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers
-TOGETHER = 1  # layers later: where products of two layers chose the best sets, of 0 to 3
 PROPAGATED, PROPAGATED_COSINE = "propagated", "propagated_cosine"
-TAYLOR, SIGNED, FISHER, PREDICTED, GATE = "taylor", "taylor_signed", "fisher", "predicted", "gate"
-INTERACTION, BLOCK_COSINE = "interaction", "block_cosine"
+TAYLOR, SIGNED, FISHER, PREDICTED = "taylor", "taylor_signed", "fisher", "predicted"
+BLOCK_COSINE = "block_cosine"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,16 +54,12 @@ class Damage:
     - ``fisher_m``: half the sum over tokens of ``<g, d>^2`` with the gradients of labels drawn from the model's own
       prediction, a mean over draws: the second order, by the Fisher information (Michel et al., arXiv 1905.10650).
     - ``predicted_m``: ``taylor_signed_m + fisher_m``, the predicted increase of the loss in nats per predicted token.
-    - ``gate_m``: the sum over tokens of ``<g, d>``, a sample for each sequence and draw.
-
-    Every pair of layers (``drop``) has ``interaction``: the sum over tokens of the product of their ``<g, d>`` at ``m``
-    = `TOGETHER`, a mean over draws, per predicted token. A layer's interaction with itself would be twice ``fisher_m``.
 
     Every block of layers (``drop``) has ``block_distance`` and ``block_cosine``: the means over tokens of
     ``acos(cos) / pi`` and of ``1 - cos`` between its input and its output (Gromov et al., arXiv 2403.17887, section 3).
 
     With ``formats``, each layer is not removed, and its weights are rounded to each of them instead. There are no rows
-    of pairs and blocks then.
+    of blocks then.
 
     Attributes:
         lookahead: number of later layers after which the effect is measured.
@@ -128,7 +123,7 @@ class _Pass(Watched):
         order: indices of the layers that run.
         draws: number of draws of labels; None without gradients.
         formats: number formats to which layers are rounded, by name; empty to remove layers.
-        sums: float64[rows], or float64[rows, draws] for gates, by metric, change and block.
+        sums: float64[rows] by metric, change and block.
     """
 
     observed: torch.Tensor
@@ -142,9 +137,6 @@ class _Pass(Watched):
     _changed: dict[Change, torch.Tensor] = field(default_factory=dict)  # hidden states of the model with a change
     _streams: list[torch.Tensor] = field(default_factory=list)  # [rows, tokens, units] before each layer, and the last
     _displaced: dict[int, list[_Displacement]] = field(default_factory=dict)  # by the layer after which it is seen
-    _products: dict[int, list[torch.Tensor]] = field(
-        default_factory=dict
-    )  # [rows, tokens] of each draw, by removed layer
     _gradients: Counter[int] = field(default_factory=Counter)  # that came to a layer
 
     @staticmethod
@@ -271,37 +263,19 @@ class _Pass(Watched):
             products = (g * displacement.difference.float()).sum(dim=-1).double().where(self.real.to(g.device), 0)
             for m in displacement.distances:
                 self._project(displacement.change, m, number, products)
-        if self._products and number == self.draws and layer.index == self.order[0]:
-            self._measure_interactions()
 
     def _project(self, change: Change, m: int, number: int, products: torch.Tensor) -> None:
         """Add the products <g, d> of all tokens, [rows, tokens], for one set of labels."""
-        total = products.sum(dim=1)
         if number == 0:
             self.sums[f"{TAYLOR}_{m}", change, None] = products.abs().sum(dim=1)
             for metric in (SIGNED, PREDICTED):
-                self.sums[f"{metric}_{m}", change, None] = total.clone()
+                self.sums[f"{metric}_{m}", change, None] = products.sum(dim=1)
             return
         assert self.draws is not None
         second = products.square().sum(dim=1) / (2 * self.draws)
-        fisher, gate = (f"{FISHER}_{m}", change, None), (f"{GATE}_{m}", change, None)
+        fisher = f"{FISHER}_{m}", change, None
         self.sums[fisher] = self.sums[fisher] + second if number > 1 else second
         self.sums[f"{PREDICTED}_{m}", change, None] += second
-        if m == min(TOGETHER, self.lookahead) and not self.formats:
-            self._products.setdefault(change.layer, []).append(products)
-        if number == 1:
-            self.sums[gate] = total.new_zeros((len(total), self.draws))
-        self.sums[gate][:, number - 1] = total
-
-    def _measure_interactions(self) -> None:
-        """Compute the interactions of all pairs of layers, once all draws have reached the first layer."""
-        by_layer = [torch.cat(self._products[layer], dim=1).to(self.real.device) for layer in self.order]
-        values = torch.stack(by_layer, dim=1)  # [rows, layers, draws x tokens]
-        products = values @ values.transpose(1, 2) / len(self._products[self.order[0]])
-        for i, first in enumerate(self.order):
-            for j, second in enumerate(self.order[i + 1 :], i + 1):
-                self.sums[INTERACTION, Change(first), (first, second)] = products[:, i, j]
-        self._products = {}
 
     def _rows(self, layer: Layer, tensor: torch.Tensor) -> torch.Tensor:
         """Return a layer's input, output or gradient as [rows, tokens, units]."""
@@ -366,9 +340,6 @@ def _rows(passes: Sequence[_Pass], predicted: Float64) -> Iterator[Row]:
     for key in sorted(passes[0].sums, key=lambda key: (key[1].layer, key[1].format or "", key[2] or (), key[0])):
         metric, change, block = key
         samples = torch.cat([batch.sums[key].flatten().cpu() for batch in passes]).numpy()
-        if metric.startswith(GATE):
-            weights = np.ones(len(samples))
-        else:
-            weights = observed if metric.startswith((PROPAGATED, BLOCK_DISTANCE, BLOCK_COSINE)) else predicted
+        weights = observed if metric.startswith((PROPAGATED, BLOCK_DISTANCE, BLOCK_COSINE)) else predicted
         rounding = round_place(change.format, change.layer).key if change.format else None
         yield Row(metric=metric, samples=samples, weights=weights, layer=change.layer, removed=block, rounding=rounding)

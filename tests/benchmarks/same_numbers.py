@@ -275,9 +275,8 @@ def ablation(goldens: Goldens, folder: Path) -> None:
     goldens.add_warehouse(folder)
     for score in ("avss", "block_influence", "loss", "shapley", "damage"):
         goldens.add(f"plan.{score}", [str(drop) for drop in avss_dist.plan(warehouse=folder, by=score, count=2).drop])
-    for search in ("greedy", "beam"):
-        found = avss_dist.plan(warehouse=folder, search=search, count=2, corpus=TEXT, **FEW, **LOCAL)
-        goldens.add(f"plan.{search}", [str(drop) for drop in found.drop])
+    found = avss_dist.plan(warehouse=folder, by="greedy", count=2, corpus=TEXT, **FEW, **LOCAL)
+    goldens.add("plan.greedy", [str(drop) for drop in found.drop])
 
 
 def sparsity(goldens: Goldens, folder: Path) -> None:

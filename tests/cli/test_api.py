@@ -63,10 +63,10 @@ def test_the_docstring_explains_every_keyword_of_the_request(command: str) -> No
 
 def test_mistakes_of_a_request_and_of_its_settings_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        avss.plan(by="greedy", coutn=2, share=2.0, sequence_length=0)
+        avss.plan(by="gredy", coutn=2, share=2.0, sequence_length=0)
     assert [str(problem).replace("\n", " ").partition(" Valid")[0] for problem in caught.value.problems] == [
         "Unknown option 'coutn'. Did you mean 'count'?",
-        "Unknown `by` 'greedy'. It is not a score but a search: use `search` greedy, with its text in `corpus`.",
+        "Unknown `by` 'gredy'. Did you mean 'greedy'?",
         "`share` must be less than 1, not 2.0.",
         "`sequence_length` must be at least 1, not 0.",
     ]

@@ -124,8 +124,6 @@ def place(
 def small(words: tuple[str, ...]) -> list[str]:
     """Return a command with names that exist in the folder, and with little work."""
     kept = [PLACES.get(word, word) for word in words]
-    if "--sublayers" in kept:  # no checkpoint can be pruned by that plan
-        kept = ["sublayers.yaml" if word == "plan.yaml" else word for word in kept]
     options = {option for p in registered()[words[0]].params for option in p.opts}
     reads = words[0] not in ("plan", "sparsify", "prune") or {"--corpus", "--repair-corpus"}.intersection(words)
     for name, value in SMALLER.items():

@@ -394,7 +394,7 @@ def test_ablate_shows_a_table(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_damage_is_kept_and_shown(tiny_llama: Path, tmp_path: Path) -> None:
-    """Through the command line and the warehouse: every metric, blocks, interactions' samples."""
+    """Through the command line and the warehouse: every metric, and blocks."""
     warehouse = tmp_path / "w"
     sizes = ("--max-sequences", 4, "--sequence-length", 32, "--sequences-per-shard", 2)
     options = (tiny_llama, "--corpus", TEXT, "--warehouse", warehouse, *sizes, "--no-leave-one-out", "--damage")
@@ -410,7 +410,6 @@ def test_damage_is_kept_and_shown(tiny_llama: Path, tmp_path: Path) -> None:
         *((0,), (1,), (2,)),
         *((0, 1), (1, 2), (0, 1, 2)),
     }
-    assert layers["gate_0", 1]["num_samples"] == 4 * 3
     assert layers["predicted_3", 1]["stderr"] > 0
     table = avss("ablate", *options, "--draws", 3, "--format", "json")
     shown = [json.loads(line) for line in table.stdout.splitlines()]

@@ -14,11 +14,9 @@ from support.checkpoints import VOCABULARY, llama
 from support.command_line import avss
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 
-from avss_dist import ablate
-from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.reliability import MIN_SETS
 from avss_dist.analysis.scorecard import best_readings, score_cards
-from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import encode_removals
 from avss_dist.evaluation.search import search
 from avss_dist.pruning.methods import Experiment, methods, parse_score
@@ -41,8 +39,7 @@ experiment:
   tasks: ["perplexity:builtin:pydoc"]
   shares: [0.25, 0.5]
   random: 2
-  search: [greedy, evolve]
-  search_budget: 24
+  scores: [avss, block_influence, angular_distance, relative_magnitude, update_variance_ratio, greedy]
   search_max_sequences: 8
   max_sequences: 12
   skip_sequences: 12
@@ -68,7 +65,7 @@ def test_every_method_is_compared_with_the_whole_model(done: Done) -> None:
     whole = of["whole model", 0.0]
     assert whole["metric"] == "loss" and whole["retention"] == 1.0
     expected = {"avss", "block influence", "angular distance", "relative magnitude", "update variance ratio"}
-    searches = {f"{by} search{control}" for by in ("greedy", "evolve") for control in ("", ", ends kept")}
+    searches = {"greedy search", "greedy search, ends kept"}
     expected |= {"leave one out"}
     controls = {f"{name}, {control}" for name in expected for control in ("reversed", "ends kept")}
     chances = {f"random {seed}{control}" for seed in (0, 1) for control in ("", ", ends kept")}
@@ -113,34 +110,13 @@ def test_a_search_finds_what_a_plan_finds(done: Done) -> None:
     (run,) = Warehouse(warehouse).runs().to_pylist()
     cells = cell_times(warehouse)
     sizes = {"sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu", "max_sequences": 8}
-    for by in ("greedy", "evolve"):
-        for ends in (0, 1):
-            request = PlanRequest(warehouse=warehouse, search=by, corpus=run["corpus"], budget=24, **sizes)
-            found = search(request, run, Choice(by=by, share=0.5, first=ends, last=ends))
-            name = f"{by} search, ends kept" if ends else f"{by} search"
-            (row,) = (row for row in rows if (row["method"], row["share"]) == (name, 0.5))
-            assert tuple(row["drop"]) == found.plan.drop
+    for ends in (0, 1):
+        request = PlanRequest(warehouse=warehouse, by="greedy", corpus=run["corpus"], **sizes)
+        found = search(request, run, Choice(by="greedy", share=0.5, first=ends, last=ends))
+        name = "greedy search, ends kept" if ends else "greedy search"
+        (row,) = (row for row in rows if (row["method"], row["share"]) == (name, 0.5))
+        assert tuple(row["drop"]) == found.plan.drop
     assert cell_times(warehouse) == cells
-
-
-def test_sets_are_chosen_by_interactions(deep_llama: Path, tmp_path: Path) -> None:
-    """As a plan chooses them; where they are not measured, the command that measures them is said first."""
-    scores = "scores: [interactions, damage]\n  leave_one_out: false"
-    job = JOB.replace("search: [greedy, evolve]\n  search_budget: 24\n  search_max_sequences: 8", scores)
-    with pytest.raises(QueryError, match=r"has no measurement '(interactions|damage)'") as refused:
-        run_job_in(tmp_path, job.replace("random: 2", "random: 0"), deep_llama)
-    assert "avss ablate" in str(refused.value) and "--damage" in str(refused.value)
-    warehouse = tmp_path / "w"
-    sizes = {"sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4, "device": "cpu", "max_sequences": 12}
-    ablate(deep_llama, corpus="builtin:pydoc", warehouse=warehouse, leave_one_out=False, damage=True, **sizes)
-    _, rows = run_job_in(tmp_path, job.replace("random: 2", "random: 0"), deep_llama)
-    (run,) = Warehouse(warehouse).runs().to_pylist()
-    for share, first in ((0.25, 0), (0.5, 1)):
-        name = "interactions, ends kept" if first else "interactions"
-        (row,) = (row for row in rows if (row["method"], row["share"]) == (name, share))
-        planned = plan_layers(Warehouse(warehouse), run, by="interactions", share=share, first=first, last=first)
-        assert tuple(row["drop"]) == planned.drop
-    assert not [row for row in rows if row["method"] == "interactions, reversed"]
 
 
 def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(done: Done) -> None:
@@ -238,8 +214,7 @@ def test_methods_of_every_reading() -> None:
         ("{tasks: [x], scores: ['avss:blok:pooled:1e-5']}", "Did you mean 'block'"),
         ("{tasks: [x], randoms: 3}", "Did you mean 'random'"),
         ("{tasks: [x], random: many}", "random must be a whole number"),
-        ("{tasks: [x], search: [evolve]}", "Set `?search_budget"),
-        ("{tasks: [x], search: [greed]}", "Unknown `?search`? 'greed'"),
+        ("{tasks: [x], scores: [greed]}", "Unknown score 'greed'"),
         ("{tasks: [x], repairs: [map]}", "repairs map needs text to be fitted on"),
         ("{tasks: [x], repairs: []}", "repairs must not be empty"),
         ("{tasks: [x], repairs: [mapp], repair_corpora: [x]}", "Did you mean 'map'"),
@@ -266,8 +241,8 @@ def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "options", "told"),
     [
-        ("100000", [], "makes up to 400,047 evaluations (models: 1, sets of layers to drop: 400,046, repairs: 1"),
-        ("100000000", ["--yes"], "400,000,047 evaluations are more than one command"),
+        ("100000", [], "makes up to 400,045 evaluations (models: 1, sets of layers to drop: 400,044, repairs: 1"),
+        ("100000000", ["--yes"], "400,000,045 evaluations are more than one command"),
     ],
 )
 def test_a_huge_experiment_says_its_size_first(number: str, options: list[str], told: str, tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,13 @@ from avss_dist.core.intervention import (
     Removals,
     decode_removals,
     encode_removals,
-    size_removed,
     sublayers_of,
 )
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.search import SearchResult, search
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.pruning.plan import read_plan
+from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.selection import Choice, PlanError
 from avss_dist.requests import PlanRequest
 from avss_dist.runs.api import score
@@ -64,10 +61,10 @@ def scored(warehouse: Path, tmp_path: Path) -> tuple[Path, Mapping[str, Any]]:
     return folder, row
 
 
-def found_by(by: str, scored: tuple[Path, Mapping[str, Any]], **options: Any) -> SearchResult:
+def found_in(scored: tuple[Path, Mapping[str, Any]], **options: Any) -> SearchResult:
     warehouse, run = scored
-    request = PlanRequest(warehouse=warehouse, search=by, corpus=TEXT, skip_sequences=6, **SMALL | options)
-    return search(request, run, Choice(by=by, count=3, last=1))
+    request = PlanRequest(warehouse=warehouse, by="greedy", corpus=TEXT, skip_sequences=6, **SMALL | options)
+    return search(request, run, Choice(by="greedy", count=3, last=1))
 
 
 class Truth:
@@ -84,7 +81,7 @@ class Truth:
 
 def test_greedy_drops_what_costs_least_at_each_step(scored: tuple[Path, Mapping[str, Any]], model: Path) -> None:
     truth = Truth(opened(model, batch_size=4))
-    found = found_by("greedy", scored)
+    found = found_in(scored)
     drop: Removals = ()
     assert len(found.steps) == 3
     for number, step in enumerate(found.steps):
@@ -100,10 +97,10 @@ def test_greedy_drops_what_costs_least_at_each_step(scored: tuple[Path, Mapping[
 
 
 def test_the_plan_says_how_it_was_made(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
-    found = found_by("evolve", scored, budget=20, width=2)
+    found = found_in(scored)
     found.plan.write(tmp_path / "plan.yaml")
     why = read_plan(tmp_path / "plan.yaml").why
-    expected = {"by": "evolve", "count": 3, "last": 1, "seed": 0, "budget": 20, "width": 2, "text": TEXT}
+    expected = {"by": "greedy", "count": 3, "last": 1, "text": TEXT}
     expected |= {"sequences": 6, "skip_sequences": 6, "sets": found.steps[-1].sets, "task": f"search:{TEXT}"}
     assert why.items() >= expected.items()
     assert why["loss"] == pytest.approx(found.chosen.value, abs=1e-6)
@@ -115,22 +112,14 @@ def test_the_plan_says_how_it_was_made(scored: tuple[Path, Mapping[str, Any]], t
     )
 
 
-def test_searches_share_what_they_measure(scored: tuple[Path, Mapping[str, Any]]) -> None:
-    """A larger budget goes on; another search of the same text measures only what is new."""
-    less = found_by("greedy", scored, budget=6)
+def test_a_search_measures_what_it_does_not_know(scored: tuple[Path, Mapping[str, Any]]) -> None:
+    """Again, nothing; from the start, everything."""
+    found = found_in(scored)
     before = cell_times(scored[0])
-    more = found_by("greedy", scored)
-    after = cell_times(scored[0])
-    assert before.items() < after.items()
-    assert more.steps[0].best.value == less.steps[0].best.value
-    evolved = found_by("evolve", scored, budget=24)
-    last = cell_times(scored[0])
-    assert after.items() < last.items()
-    assert evolved.chosen.value <= more.chosen.value
-    assert found_by("evolve", scored, budget=24).plan == evolved.plan
-    assert cell_times(scored[0]) == last
-    found_by("greedy", scored, fresh=True)
-    assert not cell_times(scored[0]).items() >= last.items()
+    assert found_in(scored).plan == found.plan
+    assert cell_times(scored[0]) == before
+    assert found_in(scored, fresh=True).plan.drop == found.plan.drop
+    assert not cell_times(scored[0]).items() >= before.items()
 
 
 @pytest.mark.nightly
@@ -138,7 +127,7 @@ def test_searches_share_what_they_measure(scored: tuple[Path, Mapping[str, Any]]
 def test_workers_find_what_one_process_finds(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
     """Round after round on the same workers, whose models stay open."""
     found = {}
-    command = ["plan", "-w", scored[0], "--search", "evolve", "--budget", 40, "--count", 3, "--corpus", TEXT, *OPTIONS]
+    command = ["plan", "-w", scored[0], "--by", "greedy", "--count", 3, "--corpus", TEXT, *OPTIONS]
     for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
         plan = tmp_path / f"{name}.yaml"
         done = avss(*command, "-o", plan, "--fresh", *options)
@@ -149,7 +138,7 @@ def test_workers_find_what_one_process_finds(scored: tuple[Path, Mapping[str, An
 
 def test_the_text_of_a_search_is_no_text_to_evaluate_on(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
-    found_by("greedy", scored).plan.write(plan)
+    found_in(scored).plan.write(plan)
     command = ["evaluate", plan, "--task", f"perplexity:{TEXT}", "--warehouse", scored[0], *OPTIONS]
     for skip in (0, 6):  # that of the scores, and that of the search
         refused = avss(*command, "--skip-sequences", skip)
@@ -164,7 +153,7 @@ def test_another_checkpoint_is_refused(
 ) -> None:
     changed = {**scored[1], "revision": "0" * 64}
     with pytest.raises(PlanError, match="now"):
-        found_by("greedy", (scored[0], changed))
+        found_in((scored[0], changed))
 
 
 # The command line
@@ -174,56 +163,19 @@ def test_a_search_shows_its_steps_and_its_plan_prunes(
     scored: tuple[Path, Mapping[str, Any]], model: Path, tmp_path: Path
 ) -> None:
     plan = tmp_path / "plan.yaml"
-    done = avss("plan", "-w", scored[0], "--search", "beam", "--count", 2, "--corpus", TEXT, "-o", plan, *OPTIONS)
+    done = avss("plan", "-w", scored[0], "--by", "greedy", "--count", 2, "--corpus", TEXT, "-o", plan, *OPTIONS)
     assert done.exit_code == 0, done.stderr
-    for words in ("dropped", "perplexity", "sets", "Chosen by beam (the same, over several sets side by side)"):
+    for words in ("dropped", "perplexity", "sets", "Chosen by greedy (a search: removes the layer"):
         assert words in done.stdout
     assert "Finding: The set was chosen for its loss on this very text" in done.stdout
     assert avss("prune", model, plan, "-o", tmp_path / "pruned").exit_code == 0
     assert len(opened(tmp_path / "pruned").layers) == LAYERS - 2
 
 
-def test_evolve_begins_with_a_score(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
-    command = ["plan", "-w", scored[0], "--search", "evolve", "--budget", 30, "--count", 3, "--corpus", TEXT, *OPTIONS]
-    done = avss(*command, "--by", "block_influence", "-o", tmp_path / "plan.yaml")
-    assert done.exit_code == 0, done.stderr
-    assert read_plan(tmp_path / "plan.yaml").why["starts"] == 1
-    by = avss("plan", "-w", scored[0], "--by", "block_influence", "--count", 3, "-o", tmp_path / "by.yaml")
-    assert by.exit_code == 0
-    drop = read_plan(tmp_path / "by.yaml").drop
-    cells = Warehouse(scored[0]).table("cells").to_pylist()
-    assert drop in {tuple(row["drop"]) for row in cells if row["task"] == f"search:{TEXT}"}
-
-
-def test_interactions_choose_the_set_of_least_predicted_loss(
+def test_sublayers_are_measured_evaluated_and_not_pruned(
     scored: tuple[Path, Mapping[str, Any]], model: Path, tmp_path: Path
 ) -> None:
-    choice = ("--by", "interactions", "--count", 3, "--protect", "last=1")
-    command = ("plan", "-w", scored[0], *choice, "-o", tmp_path / "p.yaml")
-    missing = avss(*command)
-    assert missing.exit_code == 2 and "--no-leave-one-out --damage" in missing.stderr
-    text = {"corpus": TEXT, "warehouse": scored[0], "leave_one_out": False, "damage": True}
-    ablate(model, **text, draws=3, **SMALL)
-    done = avss(*command)
-    assert done.exit_code == 0, done.stderr
-    made = read_plan(tmp_path / "p.yaml")
-    rows = Warehouse(scored[0]).table("evaluations", run_ids=[str(made.why["evaluation"])]).to_pylist()
-    values = {(row["metric"], tuple(row["drop"]) or (row["layer"],)): row["value"] for row in rows}
-
-    def increase(drop: Removals) -> float:
-        alone = sum(values["taylor_signed_1", (layer,)] + values["fisher_1", (layer,)] for layer in drop)
-        return alone + sum(values["interaction", pair] for pair in combinations(drop, 2))
-
-    best = min(combinations(range(LAYERS - 1), 3), key=increase)
-    assert made.drop == best
-    assert made.why["predicted_increase"] == pytest.approx(increase(best), abs=1e-6)
-    assert avss(*command, "--contiguous").exit_code == 2
-
-
-def test_sublayers_are_measured_searched_evaluated_and_not_pruned(
-    scored: tuple[Path, Mapping[str, Any]], model: Path, tmp_path: Path
-) -> None:
-    """One layer's worth: no worse than any layer. A checkpoint cannot be without it, an evaluation can."""
+    """A checkpoint cannot be without them, an evaluation can."""
     warehouse, plan, truth = scored[0], tmp_path / "plan.yaml", Truth(opened(model, batch_size=4))
     text = ("--corpus", TEXT, "--skip-sequences", 6, *OPTIONS)
     shown = avss("ablate", model, *text, "--warehouse", warehouse, "--no-leave-one-out", "--sublayers")
@@ -232,14 +184,7 @@ def test_sublayers_are_measured_searched_evaluated_and_not_pruned(
     for layer in read.layers:
         for removed, found in zip(sublayers_of([layer.layer]), layer.sublayers.values(), strict=True):
             assert found.value == pytest.approx(truth((removed,)) - truth(()), abs=1e-9)
-    words = ("--search", "greedy", "--sublayers", "--count", 1, "--protect", "last=1", *text)
-    made = avss("plan", "-w", warehouse, "-o", plan, *words)
-    assert made.exit_code == 0, made.stderr
-    chosen = read_plan(plan)
-    assert size_removed(chosen.drop) == 1 and chosen.why["sublayers"] is True
-    assert chosen.why["loss"] == pytest.approx(truth(chosen.drop), abs=1e-5)
-    assert chosen.why["loss"] <= min(truth((layer,)) for layer in range(LAYERS - 1)) + 1e-6
-    written = replace(chosen, drop=("attention.2", "mlp.0"))
+    written = Plan(model=str(model), num_layers=LAYERS, layers="layers", drop=("attention.2", "mlp.0"))
     written.write(plan)
     task = ("--task", f"perplexity:{TEXT}", "--skip-sequences", 12, "--warehouse", warehouse, *OPTIONS)
     evaluated = avss("evaluate", plan, *task, "--format", "json")
@@ -265,15 +210,9 @@ def rows_of(warehouse: Path, task: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--search", "evolve", "--corpus", TEXT, "--sublayers"], "Search --sublayers by greedy or beam"),
-        (["--by", "block_influence", "--sublayers"], "--sublayers has no effect without a search"),
-        (["--search", "greedy"], "--search needs text to measure losses on"),
-        (["--search", "gredy", "--corpus", TEXT], "greedy"),
-        (["--search", "greedy", "--corpus", TEXT, "--budget", 5], "--budget 5 does not suffice"),
-        (["--search", "greedy", "--corpus", TEXT, "--by", "block_influence"], "begins with the whole model"),
-        (["--search", "greedy", "--corpus", TEXT, "--contiguous"], "among sets of any layers"),
+        (["--by", "greedy"], "--by greedy needs text to measure losses on"),
+        (["--by", "gredy", "--corpus", TEXT], "greedy"),
         (["--by", "block_influence", "--corpus", TEXT], "--corpus has no effect without a search"),
-        (["--by", "block_influence", "--budget", 9], "--budget has no effect without a search"),
         (["--by", "block_influence", "--replicas", 2], "--replicas has no effect without a search"),
         (["--by", "block_influence", "--max-sequences", 2], "--max-sequences has no effect without a search"),
     ],

@@ -27,7 +27,7 @@ from tasks.test_truthfulqa import QUESTIONS
 import avss_dist
 from avss_dist import evaluate
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError, RunFailed
-from avss_dist.core.registry import BLOCK_DISTANCE, INTERACTIONS, SCORES
+from avss_dist.core.registry import BLOCK_DISTANCE, GREEDY, SCORES
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.distillation import memory
@@ -170,7 +170,7 @@ def test_a_model_that_generates_no_text_is_shrunk_all_the_same(
 
 
 def test_every_criterion_has_a_measurement() -> None:
-    assert {*RANKED_BY, INTERACTIONS, BLOCK_DISTANCE} == {*SCORES}
+    assert {*RANKED_BY, GREEDY, BLOCK_DISTANCE} == {*SCORES}
 
 
 def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:

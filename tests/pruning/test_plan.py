@@ -21,7 +21,6 @@ from avss_dist.core.errors import QueryError
 from avss_dist.core.intervention import Expert, Sublayer, sublayers_of
 from avss_dist.core.registry import SCORES
 from avss_dist.pruning.formats import llama_cpp_command, mergekit_slices
-from avss_dist.pruning.ground_truth import Interactions
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, make_plan, read_plan
 from avss_dist.pruning.selection import PUBLISHED, Choice, PlanError
@@ -105,17 +104,6 @@ def test_a_plan_has_its_reading_or_its_measurement_as_a_reason() -> None:
         "count": 1,
         **place,
     }
-    pairs = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0.5]])
-    truth = Interactions(b=np.array([0.1, 0.1, 0.5, 0.5]), h=pairs, run_id="m-2", task="damage:x")
-    plan = make_plan(rows, run, Choice(by="interactions", count=2), truth)
-    assert plan.drop == (0, 2)
-    assert plan.why == {
-        "by": "interactions",
-        "count": 2,
-        "evaluation": "m-2",
-        "task": "damage:x",
-        "predicted_increase": pytest.approx(0.6),
-    }
 
 
 def test_layers_that_are_not_one_list() -> None:
@@ -136,7 +124,7 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
         num_layers=7,
         layers="layers",
         drop=(1, 4),
-        why={"by": "loss", "share": 0.25, "contiguous": True},
+        why={"by": "loss", "share": 0.25, "first": 1},
         run_id="r-1",
         findings=("it rises: with depth", "#2"),
         evaluated=("perplexity 3.2",),
@@ -145,7 +133,7 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
     assert read_plan(tmp_path / "plan.yaml") == plan
     assert "drop: [1, 4]\nkeep: [0, 2, 3, 5, 6]\n" in (tmp_path / "plan.yaml").read_text()
     assert plan.keep == (0, 2, 3, 5, 6)
-    chosen = "Chosen by loss (rise of the loss without the layer, measured): share 0.25, contiguous True."
+    chosen = "Chosen by loss (rise of the loss without the layer, measured): share 0.25, first 1."
     assert chosen in plan.describe()
     assert "attention" not in (tmp_path / "plan.yaml").read_text()
     slices = yaml.safe_load(mergekit_slices(plan))["slices"]
@@ -359,17 +347,15 @@ def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: 
 
 def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path) -> None:
     options = ("plan", "-w", scored.root, "--run", "b-1", "--by", "block_distance", "-o", tmp_path / "plan.yaml")
-    result = avss(*options, "--contiguous", "--count", 2)
+    result = avss(*options, "--count", 2)
     assert (result.exit_code, "--no-leave-one-out --damage" in result.stderr) == (2, True)
     write_damage(scored, "b-1", [1.0] * 8, [1.0] * 8)
-    result = avss(*options, "--contiguous", "--count", 2)
+    result = avss(*options, "--count", 2)
     assert result.exit_code == 0, result.stderr
     assert read_plan(tmp_path / "plan.yaml").drop == (4, 5)
-    result = avss(*options, "--contiguous", "--count", 2, "--protect", "first=1,last=3")
+    result = avss(*options, "--count", 2, "--protect", "first=1,last=3")
     assert read_plan(tmp_path / "plan.yaml").drop == (1, 2)
-    result = avss(*options, "--count", 2)
-    assert (result.exit_code, "Set --contiguous" in result.stderr) == (2, True)
-    result = avss(*options, "--contiguous", "--count", 7, "--protect", "first=1,last=1")
+    result = avss(*options, "--count", 7, "--protect", "first=1,last=1")
     assert (result.exit_code, "6 of 8 are not protected" in result.stderr) == (2, True)
 
 

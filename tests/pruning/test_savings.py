@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import LAYERS
 
-from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import resolve
@@ -19,7 +17,7 @@ from avss_dist.models.loading import load_model
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.savings import Budget, Savings
+from avss_dist.pruning.savings import Savings, count_for_memory
 from avss_dist.pruning.selection import PlanError
 
 
@@ -47,27 +45,15 @@ def test_keys_and_values_take_what_a_cache_takes(size: Footprint, tiny_llama: Pa
     assert [7 * of_token for of_token in size.cache_bytes] == held
 
 
-@pytest.mark.parametrize(
-    ("budget", "count"),
-    [
-        ({"memory": 91}, 1),
-        ({"memory": "90B"}, 2),  # the smallest layer is not enough
-        ({"memory": 70}, 2),
-        ({"memory": 69}, 3),
-        ({"parameters": 35}, 2),
-        ({"share_of_parameters": 0.25}, 2),
-    ],
-)
-def test_any_layers_of_that_number_keep_the_budget(budget: dict[str, Any], count: int, size: Footprint) -> None:
+@pytest.mark.parametrize(("memory", "count"), [(91, 1), (90, 2), (70, 2), (69, 3)])  # 90: the smallest is not enough
+def test_any_layers_of_that_number_leave_so_much(memory: int, count: int, size: Footprint) -> None:
     uneven = replace(size, weight_bytes=101, num_parameters=50, layer_bytes=(30, 10, 21, 30), num_layers=4)
-    assert Budget(**budget).count(uneven) == count
+    assert count_for_memory(uneven, memory) == count
 
 
-def test_a_budget_that_is_kept_or_cannot_be(size: Footprint) -> None:
+def test_memory_that_suffices_or_cannot(size: Footprint) -> None:
     with pytest.raises(PlanError, match="as it is, which meets `memory`"):
-        Budget(memory=size.weight_bytes).count(size)
+        count_for_memory(size, size.weight_bytes)
     least = describe_bytes(size.weight_bytes - size.layer_bytes[0] - size.layer_bytes[1])
     with pytest.raises(PlanError, match=f"cannot be met: with one layer left, {least} of"):
-        Budget(parameters=1).count(size)
-    with pytest.raises(ConfigError, match="`parameters` and `memory` are mutually exclusive"):
-        Budget(parameters=1e6, memory=10)
+        count_for_memory(size, 1)

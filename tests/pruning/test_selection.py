@@ -10,7 +10,7 @@ import pytest
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.names import CONTRAST
-from avss_dist.core.registry import BLOCK_DISTANCE, INTERACTIONS, SEARCHES
+from avss_dist.core.registry import BLOCK_DISTANCE, GREEDY
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, PlanError, count_layers
 
 PLACE = ("site", "recipe", "threshold", "threshold_kind")
@@ -26,23 +26,13 @@ def rows_of(reading: tuple[Any, ...], values: list[float | None], **more: Any) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "avss", "share": 0.5, "mass": 0.5}, "`share` and `mass` are mutually exclusive"),
-        ({"by": "avss", "count": 1, "mass": 0.5}, "`count` and `mass` are mutually exclusive"),
-        ({"by": "avss", "share": 0.5, "count": 1, "mass": 0.5}, "`share` and `count` and `mass` are mutually excl"),
         ({"by": "avs"}, "Did you mean 'avss'"),
         ({"by": "avss", "share": 1.0}, "`share` must be less than 1"),
         ({"by": "avss", "share": 0.5, "count": 2}, "`share` and `count` are mutually exclusive"),
         ({"by": "avss", "count": 0}, "`count` must be at least 1"),
         ({"by": "avss", "first": -1}, "`first` must be at least 0"),
         ({"by": "avss", "seed": -1, "count": 0}, "2 problems"),
-        ({"by": BLOCK_DISTANCE}, "is a measure of neighbours"),
-        *(({"by": by, "mass": 0.5}, "`mass` is a share of a score") for by in (LAST, RANDOM)),
-        *(({"by": "avss", "mass": 0.5, x: True}, "`mass` is a share of a score") for x in ("contiguous", "highest")),
-        *(({"by": by, "highest": True}, "chooses among sets") for by in (*SEARCHES, INTERACTIONS)),
-        *(({"by": by, "contiguous": True}, "chooses among sets") for by in (*SEARCHES, INTERACTIONS)),
-        *(({"by": by, "mass": 0.5}, "chooses among sets") for by in (*SEARCHES, INTERACTIONS)),
-        ({"by": "avss", "sublayers": True}, "`by` avss chooses whole layers"),
-        ({"by": INTERACTIONS, "sublayers": True}, "chooses whole layers"),
+        *(({"by": by, "highest": True}, "chooses among sets") for by in (BLOCK_DISTANCE, GREEDY)),
     ],
 )  # fmt: skip
 def test_combinations_that_say_nothing_are_refused(options: dict[str, Any], message: str) -> None:
@@ -52,13 +42,10 @@ def test_combinations_that_say_nothing_are_refused(options: dict[str, Any], mess
 
 def test_other_combinations_are_not() -> None:
     for options in (
-        {"by": BLOCK_DISTANCE, "contiguous": True, "share": 0.5},
+        {"by": BLOCK_DISTANCE, "share": 0.5},
         {"by": RANDOM, "count": 1},
         {"by": LAST, "highest": True},
-        {"by": "avss", "mass": 0.5},
-        {"by": "greedy", "sublayers": True, "share": 0.5},
-        {"by": "beam", "sublayers": True, "count": 2},
-        *({"by": by, "count": 2} for by in (*SEARCHES, INTERACTIONS)),
+        {"by": GREEDY, "count": 2},
     ):
         assert Choice(**options).by == options["by"]
 
@@ -93,23 +80,6 @@ def test_controls_and_the_truth_need_no_scores() -> None:
 @pytest.mark.parametrize(
     ("options", "dropped"),
     [
-        ({}, (2, 3)),
-        ({"highest": True}, (3, 4)),
-        ({"first": 2}, (2, 3)),
-        ({"first": 3}, (4, 5)),
-        ({"last": 2}, (2, 3)),
-        ({"first": 1, "last": 3}, (1, 2)),
-        ({"first": 4}, (4, 5)),
-    ],
-)
-def test_neighbours_with_the_least_sum(options: dict[str, Any], dropped: tuple[int, ...]) -> None:
-    choice = Choice(by="avss", count=2, contiguous=True, **options)
-    assert choice.drop([5.0, 4.0, 1.0, 1.5, 9.0, -6.0]) == dropped
-
-
-@pytest.mark.parametrize(
-    ("options", "dropped"),
-    [
         ({"count": 2}, (3, 4)),
         ({"count": 2, "first": 4}, (4, 5)),
         ({"count": 2, "last": 3}, (1, 2)),
@@ -124,7 +94,7 @@ def test_the_block_with_the_least_distance(options: dict[str, Any], dropped: tup
     distances = {
         tuple(range(a, b)): float(costs[a:b].sum()) + 3 * (b == 6 and b - a == 2) for a, b in combinations(range(7), 2)
     }
-    choice = Choice(by=BLOCK_DISTANCE, contiguous=True, **options)
+    choice = Choice(by=BLOCK_DISTANCE, **options)
     assert choice.drop_block(distances, 6) == dropped
     flat = dict.fromkeys(distances, 1.0)
     assert choice.drop_block(flat, 6)[0] == choice.first
@@ -137,31 +107,8 @@ def test_a_block_without_a_distance_is_named(gap: float | None) -> None:
     if gap is not None:
         distances[3, 4] = gap
     with pytest.raises(PlanError, match=f"Layers 3 to 4 have no measurement '{BLOCK_DISTANCE}'"):
-        Choice(by=BLOCK_DISTANCE, contiguous=True, count=2).drop_block(distances, 6)
-    assert Choice(by=BLOCK_DISTANCE, contiguous=True, count=2, last=2).drop_block(distances, 6) == (0, 1)
-
-
-@pytest.mark.parametrize(
-    ("mass", "dropped"),
-    [(0.0625, (2,)), (0.1874, (2,)), (0.1875, (0, 2)), (0.49, (0, 2)), (0.5, (0, 1, 2)), (0.99, (0, 1, 2))],
-)
-def test_the_lowest_that_hold_at_most_a_mass(mass: float, dropped: tuple[int, ...]) -> None:
-    """Exactly so much is not too much."""
-    assert Choice(by="avss", mass=mass).drop([2.0, 5.0, 1.0, 8.0]) == dropped
-
-
-def test_a_mass_is_of_all_layers_and_drops_those_that_are_not_protected() -> None:
-    assert Choice(by="avss", mass=0.5, first=1).drop([2.0, 5.0, 1.0, 8.0]) == (1, 2)
-    with pytest.raises(
-        PlanError, match=r"No layer holds as little as 0\.06 of the summed score: the minimum is 0\.0625"
-    ):
-        Choice(by="avss", mass=0.06).drop([2.0, 5.0, 1.0, 8.0])
-    with pytest.raises(PlanError, match="1 layers would be dropped, but only 0 of 4"):
-        Choice(by="avss", mass=0.5, first=4).drop([2.0, 5.0, 1.0, 8.0])
-    with pytest.raises(PlanError, match="1 of 1 layers would be dropped"):
-        Choice(by="avss", mass=0.5).drop([2.0])
-    with pytest.raises(PlanError, match="10 of 10 layers would be dropped"):
-        Choice(by="avss", mass=np.nextafter(1.0, 0.0)).drop([0.1] * 10)  # they add up to as little, one by one
+        Choice(by=BLOCK_DISTANCE, count=2).drop_block(distances, 6)
+    assert Choice(by=BLOCK_DISTANCE, count=2, last=2).drop_block(distances, 6) == (0, 1)
 
 
 def test_how_many_are_dropped() -> None:

@@ -101,7 +101,6 @@ def test_projections_are_those_of_autograd(seen: tuple[LanguageModel, Found, lis
             changed = without(model, batch)
         last, whole = traced(model, batch)
         seeds = model.loss_gradients(last.detach(), batch, draws=3, seed=5)
-        together: dict[int, torch.Tensor] = {}
         gradients = [torch.autograd.grad(last, whole, seed, retain_graph=True) for seed in seeds]
         for layer in range(3):
             for m in (0, 1):
@@ -119,16 +118,6 @@ def test_projections_are_those_of_autograd(seen: tuple[LanguageModel, Found, lis
                     one = found[f"{metric}_{m}", layer, None]
                     assert one.samples[row] == pytest.approx(value, rel=1e-3, abs=1e-3 * size)
                     assert one.weights[row] == predicted(batch).sum()
-                if m == 1:
-                    together[layer] = torch.stack(products[1:])
-                gates = found[f"gate_{m}", layer, None].samples.reshape(len(batches), 3)[row]
-                assert gates == pytest.approx([product.sum().item() for product in products[1:]], abs=1e-3 * size)
-
-        for pair in combinations(range(3), 2):
-            one, other = (together[layer] for layer in pair)
-            size = (one.abs() * other.abs()).sum().item() / 3
-            product = found["interaction", pair[0], pair].samples[row]
-            assert product == pytest.approx((one * other).sum().item() / 3, abs=2e-3 * size)
 
 
 def test_the_gradients_are_those_of_the_loss(tiny_llama: Path) -> None:

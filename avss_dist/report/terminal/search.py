@@ -6,7 +6,7 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from avss_dist.analysis.verdict import metric_format, readable_value
-from avss_dist.core.intervention import describe_removed, size_removed
+from avss_dist.core.intervention import describe_removed
 from avss_dist.core.names import LOSS
 from avss_dist.core.text import describe_count
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
@@ -17,21 +17,15 @@ if TYPE_CHECKING:
 
 
 def search_table(result: SearchResult) -> FittedTable:
-    """Return a table of the best set of each round: its loss and perplexity, and the number of sets known by then.
-
-    Among rounds over sets of one size, as in evolve, only rounds that improve on the best set have a row.
-    """
-    rows = [("-", 0.0, result.whole, 0)]
-    for step in result.steps:
-        dropped = size_removed(step.best.removed)
-        if dropped != rows[-1][1] or step.best.value < rows[-1][2].value:
-            rows.append((describe_removed(step.best.removed), dropped, step.best, step.sets))
+    """Return a table of the best set of each round: its loss and perplexity, and the number of sets known by then."""
+    rows = [("-", 0, result.whole, 0)]
+    rows += [(describe_removed(x.best.removed), len(x.best.removed), x.best, x.sets) for x in result.steps]
     losses = [loss for *_, loss, _ in rows]
     errors = [loss.stderr if isfinite(loss.stderr) else None for loss in losses]
     return FittedTable(
         ReportTable(
             columns=[
-                ReportColumn("dropped", [dropped for _, dropped, _, _ in rows], lambda size: f"{size:g}"),
+                ReportColumn("dropped", [dropped for _, dropped, _, _ in rows]),
                 ReportColumn("layers", [layers for layers, *_ in rows], number=False, wraps=True),
                 ReportColumn("loss", [loss.value for loss in losses], decimals(4)),
                 ReportColumn("+/-", errors, significant(2), priority=1),
