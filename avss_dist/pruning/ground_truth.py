@@ -17,7 +17,6 @@ from avss_dist.core.names import (
     BITS_PER_WEIGHT,
     LOSS,
     NUM_WEIGHTS,
-    PREDICTED_RISE,
     ROUNDED_LOSS,
     ROUNDING_AHEAD,
     ROUNDING_TASK,
@@ -162,7 +161,7 @@ class MapRounding:
         return sorted(sizes, key=lambda name: sizes[name])
 
 
-def map_roundings(store: Warehouse, run: Mapping[str, Any], by: str = PREDICTED_RISE) -> Iterator[MapRounding]:
+def map_roundings(store: Warehouse, run: Mapping[str, Any], by: str) -> Iterator[MapRounding]:
     """Yield the estimated damage of rounding each linear map of a run's checkpoint, newest evaluation first.
 
     Args:

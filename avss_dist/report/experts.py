@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from avss_dist.analysis.experts import LayerExperts
 from avss_dist.core.text import describe_count
-from avss_dist.report.section import Chart, Section, page_number
+from avss_dist.report.section import Section
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, decimals
 
 NUM_NAMED = 3  # experts of the lowest saliency that are named
-LARGEST_SHOWN = 4.0  # times an even share, where the color ends
 
 
 def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerExperts]) -> Section:
@@ -23,13 +21,11 @@ def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerEx
     Args:
         run: a row of ``runs``.
     """
-    name = f"experts-{page_number(label)}"
     return Section(
         label=label,
         about=f"{describe_count(run['num_tokens'])} tokens of {run['corpus']}.",
         sentences=[_summary(layers)],
-        charts=[_chart(name, layers)],
-        tables=[_table(name, layers)],
+        tables=[_table(layers)],
     )
 
 
@@ -42,10 +38,10 @@ def _summary(layers: Sequence[LayerExperts]) -> str:
     )
 
 
-def _table(name: str, layers: Sequence[LayerExperts]) -> ReportTable:
+def _table(layers: Sequence[LayerExperts]) -> ReportTable:
     balance = [one.balance for one in layers]
     return ReportTable(
-        name=name,
+        name="experts",
         title="Routed experts by layer",
         columns=[
             ReportColumn("layer", [one.layer for one in layers]),
@@ -99,42 +95,3 @@ def _numbered_share(expert: tuple[int, float]) -> str:
 def _lowest_saliency(layer: LayerExperts) -> str:
     order = np.argsort(layer.saliency, kind="stable")[:NUM_NAMED]
     return ", ".join(map(str, order.tolist()))
-
-
-def _chart(name: str, layers: Sequence[LayerExperts]) -> Chart:
-    rows = [
-        {
-            "layer": experts.layer,
-            "expert": expert,
-            "share": float(share),
-            "times": min(float(share * len(experts.load)), LARGEST_SHOWN),
-        }
-        for experts in layers
-        for expert, share in enumerate(experts.load)
-    ]
-    return Chart(
-        name=name,
-        title="Share of tokens",
-        meaning="A row for each layer, a cell for each expert; dark ones were chosen seldom or never.",
-        rows=rows,
-        draw=partial(_drawing, len(layers)),
-    )
-
-
-def _drawing(number: int) -> Any:
-    """Return the heat map of layers and experts, colored by the share of tokens over an even share."""
-    import altair as alt
-
-    legend = alt.Legend(title="share of tokens / even share", orient="top", direction="horizontal", titleLimit=240)
-    scale = alt.Scale(domain=[0, LARGEST_SHOWN], scheme="viridis")
-    return (
-        alt.Chart()
-        .mark_rect()
-        .encode(
-            x=alt.X("expert:O").axis(labelOverlap="greedy", labelAngle=0),
-            y=alt.Y("layer:O", sort="descending"),
-            color=alt.Color("times:Q", scale=scale, legend=legend),
-            tooltip=["layer:Q", "expert:Q", alt.Tooltip("share:Q", format=".1%")],
-        )
-        .properties(height=14 * number)
-    )

@@ -60,25 +60,3 @@ def interval_ends(interval: Interval | None) -> dict[str, float | None]:
     """Return the columns ``low`` and ``high`` of a chart's row."""
     low, high = interval or (None, None)
     return {"low": low, "high": high}
-
-
-def maps_drawing(order: Sequence[str], color: Any, tooltip: Any) -> Any:
-    """Return a heat map with a column for each layer and a row for each linear map.
-
-    Args:
-        order: names of the linear maps, from the top.
-        color, tooltip: encodings of the value.
-    """
-    import altair as alt
-
-    return (
-        alt.Chart()
-        .mark_rect()
-        .encode(
-            alt.X("layer:O", title="layer (from 0)").axis(labelAngle=0, labelOverlap="greedy"),
-            alt.Y("map:N", sort=list(order), title=None).axis(labelLimit=alt.ExprRef("room")),
-            color,
-            tooltip=["layer:Q", "map:N", tooltip],
-        )
-        .properties(height=18 * len(order))
-    )

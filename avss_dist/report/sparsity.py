@@ -8,7 +8,7 @@ from typing import Any
 
 from avss_dist.analysis.sparsity_curves import ENOUGH, Curve, Point
 from avss_dist.analysis.verdict import describe_metric, describe_task, metric_format, readable_value
-from avss_dist.report.section import GRAY, Chart, Section, interval_ends, maps_drawing, page_number
+from avss_dist.report.section import GRAY, Chart, Section, interval_ends, page_number
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, decimals, interval, percent, significant
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.retention import NO_INTERVAL
@@ -158,7 +158,18 @@ def _map_chart(name: str, maps: Sequence[Row]) -> Chart:
 
 
 def _map_drawing(order: Sequence[str]) -> Any:
+    """Return a heat map with a column for each layer and a row for each linear map, from the top."""
     import altair as alt
 
     legend = alt.Legend(format="%", orient="top", direction="horizontal")
-    return maps_drawing(order, alt.Color("sparsity:Q", legend=legend), alt.Tooltip("sparsity:Q", format=".1%"))
+    return (
+        alt.Chart()
+        .mark_rect()
+        .encode(
+            alt.X("layer:O", title="layer (from 0)").axis(labelAngle=0, labelOverlap="greedy"),
+            alt.Y("map:N", sort=list(order), title=None).axis(labelLimit=alt.ExprRef("room")),
+            alt.Color("sparsity:Q", legend=legend),
+            tooltip=["layer:Q", "map:N", alt.Tooltip("sparsity:Q", format=".1%")],
+        )
+        .properties(height=18 * len(order))
+    )

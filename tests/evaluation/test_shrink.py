@@ -43,7 +43,6 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.pruning.selection import PlanError
-from avss_dist.report.page.page import report_page
 from avss_dist.requests import RANKED_BY
 from avss_dist.system.devices import Devices
 from avss_dist.warehouse.reader import Warehouse
@@ -138,7 +137,7 @@ def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, 
 def test_prompts_are_continued_once_and_shown_as_text(
     done: Shrunk, warehouse: Path, deep: Path, tmp_path: Path
 ) -> None:
-    """Markup in a prompt is text to the terminal and to the page; its cells are not measured again."""
+    """Markup in a prompt is text to the terminal; its cells are not measured again."""
     prompt = "[red]A </td><script>alert(1)</script>\nlist"
     how = ["--corpus", TEXT, "-w", warehouse, "--prompt", prompt, "--prompt", "A class", *OPTIONS]
     told = avss("shrink", deep, "-o", tmp_path / "out", *how)
@@ -152,9 +151,6 @@ def test_prompts_are_continued_once_and_shown_as_text(
     assert [(one["prompt"], one["model"]) for one in values["continuations"]] == [
         (p, model) for model in MODELS for p in (prompt, "A class")
     ]
-    page = report_page(Warehouse(warehouse))
-    assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; list" in page
-    assert page.count("Greedy continuation of: ") >= 5
 
 
 def test_a_model_that_generates_no_text_is_shrunk_all_the_same(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import avss_dist
-from avss_dist.analysis.size_quality import size_quality
 from avss_dist.cli.quantize import FORMATS as OFFERED
 from avss_dist.core.errors import AvssError, QueryError
 from avss_dist.models.number_formats import FORMATS
@@ -146,12 +144,6 @@ def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, t
     )
     assert losses[str(plans[0])] == pytest.approx(whole, rel=1e-6)
     assert losses[str(plans[0])] != losses[str(plans[1])]
-    store = Warehouse(predicted)
-    (result,) = size_quality(store, store.table("runs").to_pylist()[0])
-    sized = {plan.description: plan for plan in result.plans}
-    assert {*sized} == {"4.99 bits by predicted", "4.50 bits by uniform"} and result.has_sizes
-    assert sized["4.50 bits by uniform"].size == 4.5 / 16
-    assert sized["4.99 bits by predicted"].perplexity == pytest.approx(math.exp(whole), rel=1e-6)
 
 
 def test_the_text_of_the_prediction_is_not_held_out(predicted: Path, tmp_path: Path) -> None:

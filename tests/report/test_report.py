@@ -155,7 +155,7 @@ def test_charts_are_vega_lite_with_names_for_people(page: Page) -> None:
         assert spec["$schema"].startswith("https://vega.github.io/schema/vega-lite/")
         assert "config" not in spec, name
         alt.TopLevelSpec.validate(spec)
-    pictures = ["scorecard-2", "size-quality-2-1"]
+    pictures = ["scorecard-2"]
     assert list(page.data["pictures"]) == pictures
     for picture in page.data["pictures"].values():
         assert "config" not in picture["spec"] and picture["rows"]

@@ -19,13 +19,10 @@ from support.command_line import avss
 from support.pages import write_failed, write_removals, write_run
 from support.warehouses import unpack_released
 
-from avss_dist.core.intervention import Intervention
 from avss_dist.core.text import describe_threshold
-from avss_dist.evaluation.continuations import Continuation, write_continuations
 from avss_dist.report.page.page import save_report
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import Store
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'avss_dist[test]'")
@@ -57,19 +54,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Warehouse:
     store = Warehouse(tmp_path_factory.mktemp("warehouse"))
     write_removals(store, write_run(store, "alpha", layers=8, revision="r1"), "r1", layers=8)
     write_run(store, "beta", layers=12, seed=1, family="gemma")
-    write_texts(store, write_run(store, "noise", layers=8, seed=2))
+    write_run(store, "noise", layers=8, seed=2)
     write_failed(store, "gone", "out of memory")
     return store
-
-
-def write_texts(store: Warehouse, run_id: str) -> None:
-    """Two prompts that two models of a run continue."""
-    rows = [
-        Continuation(variant=model, prompt=f"{HOSTILE} {n}", text=" and so on" * 20, key=Intervention(removed=drop).key)
-        for n in (1, 2)
-        for model, drop in (("whole model", ()), ("2 layers dropped, distilled on 1,000,000 tokens", (1, 2)))
-    ]
-    write_continuations(Store(store.root), run_id, rows)
 
 
 @pytest.fixture(scope="module")
@@ -378,20 +365,6 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(visit: Callable[...,
         assert box["width"] > 280
 
 
-def test_continuations_are_read_without_scrolling_sideways(visit: Callable[..., Any], file: Path) -> None:
-    """All of a text is seen, beside the name of its model."""
-    for width in (1400, 390):
-        page = visit(file, width)
-        tables = page.locator("#continuations table")
-        assert tables.count() == 2
-        assert f"{HOSTILE} 1" in " ".join(tables.first.inner_text().split())
-        for table in (tables.nth(0), tables.nth(1)):
-            cells = table.locator("td.continuation > span")
-            assert [text.split() for text in cells.all_inner_texts()] == [["and", "so", "on"] * 20] * 2
-            assert all(cells.nth(i).evaluate("one => one.scrollWidth <= one.clientWidth") for i in range(2))
-            assert table.evaluate("one => one.scrollWidth <= one.closest('.scroll').clientWidth")
-
-
 @pytest.mark.parametrize(
     ("report", "subject", "width"), [("file", "scorecard", 1280), ("experiments", "experiment", 360)]
 )
@@ -523,7 +496,7 @@ def test_without_scripts_findings_and_runs_are_there(visit: Callable[..., Any], 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of ten runs of two families, one of which has a hostile name, beside its Parquet file."""
+    """A page of ten runs of two families, one of which has a hostile name."""
     store = Warehouse(tmp_path_factory.mktemp("many"))
     for number in range(9):
         family = "llama" if number % 2 else "gemma"
@@ -543,44 +516,14 @@ def matrix_at(page: Any, row: int, depth: float) -> str:
     return str(page.inner_text("#matrix-at"))
 
 
-def test_the_matrix_shows_groups_and_finds_every_run_and_its_address_can_be_linked(
-    visit: Callable[..., Any], many: Path
-) -> None:
+def test_a_cell_of_the_matrix_tells_the_run_and_the_layer(visit: Callable[..., Any], many: Path) -> None:
     page = visit(many)
-    assert page.inner_text("#matrix-said") == "10 of 10 runs."
     assert page.locator("main > section").first.get_attribute("id") == "matrix"
-    page.fill("#matrix-find", "llama")
-    page.select_option("#matrix-group", "layers")
-    page.select_option("#matrix-score", "block_influence")
-    assert page.inner_text("#matrix-said") == "4 of 10 runs in 3 groups."
-    assert page.evaluate("location.hash") == "#matrix?find=llama&group=layers&score=block_influence"
-    page.reload()
-    page.wait_for_selector("#matrix-said:not(:empty)", state="attached")
-    assert page.inner_text("#matrix-said") == "4 of 10 runs in 3 groups."
-    assert page.input_value("#matrix-find") == "llama"
-    assert page.locator("#matrix").evaluate("section => Math.abs(section.getBoundingClientRect().top)") < 300
-    page.locator("nav a[href='#findings']").evaluate("link => link.click()")
-    page.wait_for_function("location.hash === '#findings?find=llama&group=layers&score=block_influence'")
-    page.fill("#matrix-find", "nothing is called this")
-    assert page.inner_text("#matrix-said") == "0 of 10 runs."
-    page.fill("#matrix-find", "script")
-    assert page.inner_text("#matrix-said") == "1 of 10 runs in 1 group."
+    row = next(row for row in range(10) if "m5" in matrix_at(page, row, 0.1))
+    places = [matrix_at(page, row, (layer + 0.5) / 6).partition(": ")[2] for layer in range(6)]
+    assert [place.partition(" of 6, ")[0] for place in places] == [f"layer {layer}" for layer in range(6)]
+    assert sum("the least important" in place for place in places) == 1
     assert page.evaluate("window.hacked") is None
-
-
-def test_a_cell_of_the_matrix_tells_what_the_file_beside_the_page_has(visit: Callable[..., Any], many: Path) -> None:
-    page = visit(many)
-    rows = pq.read_table(many.with_suffix(".parquet")).to_pylist()
-    assert len({row["run_id"] for row in rows}) == 10
-    assert {(row["site"], row["recipe"], row["threshold"]) for row in rows} == {("block", "pooled", 1e-5)}
-    page.fill("#matrix-find", "m5")
-    scored = sorted((row for row in rows if row["model"].endswith("m5")), key=lambda row: row["layer"])
-    lowest = min(scored, key=lambda row: row["avss_smoothed"])["layer"]
-    number = len(scored)
-    assert f"layer {lowest} of {number}, the least important." in matrix_at(page, 0, (lowest + 0.5) / number)
-    page.locator("#matrix-view").click(position={"x": 20, "y": 9})
-    assert "m5" in page.locator("#run option:checked").inner_text()
-    assert page.inner_text("#matrix-at").startswith("The charts below show")
 
 
 def test_the_matrix_fits_a_narrow_page_and_draws_something(visit: Callable[..., Any], many: Path) -> None:
@@ -596,7 +539,7 @@ def test_the_matrix_fits_a_narrow_page_and_draws_something(visit: Callable[..., 
 
 
 def test_few_runs_have_no_matrix(visit: Callable[..., Any], file: Path) -> None:
-    assert visit(file).locator("#matrix").count() == 0 and not file.with_suffix(".parquet").exists()
+    assert visit(file).locator("#matrix").count() == 0
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -18,17 +18,12 @@ from support.warehouses import unpack_released
 
 from avss_dist.analysis.experiments import experiment_results
 from avss_dist.analysis.experts import LayerExperts
-from avss_dist.analysis.size_quality import SizedPlan, SizeQuality
 from avss_dist.analysis.sparsity_curves import sparsity_curves
-from avss_dist.core.intervention import RoundedPlace
-from avss_dist.pruning.ground_truth import MapRounding
 from avss_dist.report.experiments import experiment_section
 from avss_dist.report.experts import experts_section
 from avss_dist.report.page.charts import section_chart
 from avss_dist.report.page.page import html_table, report_page
 from avss_dist.report.section import Section
-from avss_dist.report.sensitivity import sensitivity_section
-from avss_dist.report.size_quality import size_quality_section
 from avss_dist.report.sparsity import sparsity_section
 from avss_dist.report.table import (
     BarColumn,
@@ -65,7 +60,7 @@ def experiment(method: str = "avss") -> list[dict[str, Any]]:
 
 
 def sections(name: str = "avss") -> list[Section]:
-    """An experiment, sparse activations with a plan, routed experts, rounded weights, and plans by size."""
+    """An experiment, sparse activations with a plan, and routed experts."""
     results = experiment_results(experiment(name))
     assert results
     sparse = [row(name, None, 3.01, sparsity=0.3), row(name, None, 3.1, sparsity=0.6)]
@@ -78,55 +73,7 @@ def sections(name: str = "avss") -> list[Section]:
         experiment_section("1. a", results),
         sparsity_section("1. a", sparsity_curves(sparse), maps),
         experts_section("1. a", {"num_tokens": 64, "corpus": name}, layers),
-        sensitivity_section("1. a", roundings(name)),
-        size_quality_section("1. a", [sizes(name)]),
     ]
-
-
-def sizes(name: str, *, has_sizes: bool = True) -> SizeQuality:
-    """Three plans on a text, of which two are the best at their sizes."""
-    common = {"kind": "bits", "perplexity": 20.0, "share_of_model": 0.4 if has_sizes else None}
-    plans = (
-        SizedPlan(description=f"4.25 bits by {name}", size=0.266, retention=0.8, is_best=True, **common),
-        SizedPlan(description="4.25 bits by random", size=0.266, retention=0.7, **common),
-        SizedPlan(description="5.00 bits by predicted", size=0.3125, retention=0.95, is_best=True, **common),
-    )
-    return SizeQuality(task=f"perplexity:{name}.txt", plans=plans, has_sizes=has_sizes)
-
-
-@pytest.mark.nightly
-def test_the_best_plans_by_size_are_named() -> None:
-    section = size_quality_section("1. a", [sizes("predicted")])
-    assert section.sentences == [
-        "perplexity: predicted.txt: of 3 plans, the best keep 80.0% at 26.6% of the linear maps by 4.25 bits by "
-        "predicted; 95.0% at 31.2% of the linear maps by 5.00 bits by predicted."
-    ]
-    (table,) = page_tables(tuple(section.tables))
-    assert table[0] == ["changes", "plan", "linear maps", "all parameters", "perplexity", "kept", "best"]
-    assert table[1] == ["bits", "4.25 bits by predicted", "26.6%", "40.0%", "20.00", "80.0%", "best"]
-    (table,) = page_tables(tuple(size_quality_section("1. a", [sizes("predicted", has_sizes=False)]).tables))
-    assert table[0] == ["changes", "plan", "layers", "perplexity", "kept", "best"]
-
-
-def roundings(path: str) -> MapRounding:
-    """Two formats of one linear map of two layers."""
-    places = [RoundedPlace(layer=i, path=path, format=name) for i in range(2) for name in ("int8", "int4")]
-    rises = dict(zip(places, (0.001, 0.2, 0.002, 0.1), strict=True))
-    bits = {place: float(place.format[-1]) for place in places}
-    return MapRounding(damage=rises, bits=bits, weights=dict.fromkeys(places, 64), run_id="e", task="t")
-
-
-@pytest.mark.nightly
-def test_the_map_that_needs_its_bits_is_named() -> None:
-    section = sensitivity_section("1. a", roundings("mlp.up_proj"))
-    assert section.sentences == ["Of 2 linear maps, mlp.up_proj of layer 0 loses the most: 0.2 nats per token in int4."]
-    assert [chart.title for chart in section.charts] == ["Rounded to int4", "Rounded to int8"]
-    assert next(chart.rows for chart in section.charts) == [
-        {"layer": 0, "map": "mlp.up_proj", "rise": 0.2},
-        {"layer": 1, "map": "mlp.up_proj", "rise": 0.1},
-    ]
-    (table,) = page_tables(tuple(section.tables))
-    assert table[1:] == [["0", "mlp.up_proj", "0.2", "0.001"], ["1", "mlp.up_proj", "0.1", "0.002"]]
 
 
 class Tables(HTMLParser):
@@ -167,7 +114,7 @@ def printed(renderable: Any, width: int = 400) -> str:
 
 def test_a_terminal_and_a_page_show_the_same_texts() -> None:
     tables = tuple(table for section in sections() for table in section.tables)
-    assert len(tables) == 6
+    assert len(tables) == 4
     for table, (headings, *rows) in zip(tables, page_tables(tables), strict=True):
         lines = [re.split(" *[│┃] *", line)[1:-1] for line in printed(FittedTable(table)).splitlines() if "│" in line]
         bars = [i for i, column in enumerate(table.columns) if isinstance(column, BarColumn)]
@@ -190,8 +137,7 @@ def test_a_table_of_an_experiment_names_sublayers_and_says_why_an_interval_is_mi
 def test_every_chart_of_a_section_can_be_drawn() -> None:
     charts = [chart for section in sections() for chart in section.charts]
     assert [chart.name for chart in charts] == [
-        *("experiment-1-1", "experiment-1-2", "sparsity-1-curves-1", "sparsity-1-maps", "experts-1"),
-        *("precision-1-1", "precision-1-2", "size-quality-1-1"),
+        *("experiment-1-1", "experiment-1-2", "sparsity-1-curves-1", "sparsity-1-maps"),
     ]
     for chart in charts:
         json.dumps(list(chart.rows), allow_nan=False)

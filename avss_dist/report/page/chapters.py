@@ -1,4 +1,4 @@
-"""The chapters of the page: curves, experiments, continuations, score cards, plans, contrasts, experts."""
+"""The chapters of the page: curves, experiments, score cards, sparsity plans, contrasts."""
 
 from __future__ import annotations
 
@@ -13,24 +13,16 @@ from avss_dist.analysis.compare import profiles, with_conditions
 from avss_dist.analysis.contrast import contrast
 from avss_dist.analysis.curves import AXES, Curve, curves_of
 from avss_dist.analysis.experiments import experiment_results
-from avss_dist.analysis.experts import layer_experts
 from avss_dist.analysis.scorecard import best_readings, score_cards
-from avss_dist.analysis.size_quality import size_quality
 from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.core.errors import QueryError
-from avss_dist.core.names import PERPLEXITY, ROUNDING_TASK
 from avss_dist.core.registry import GROUND_TRUTH, SCORES
-from avss_dist.pruning.ground_truth import map_roundings
 from avss_dist.pruning.selection import PUBLISHED
-from avss_dist.report.continuations import continuations_section
 from avss_dist.report.contrasts import contrast_section
 from avss_dist.report.curves import curve_section
 from avss_dist.report.experiments import experiment_section
-from avss_dist.report.experts import experts_section
 from avss_dist.report.scorecards import page_section
 from avss_dist.report.section import Section
-from avss_dist.report.sensitivity import sensitivity_section
-from avss_dist.report.size_quality import size_quality_section
 from avss_dist.report.sparsity import sparsity_section
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
@@ -75,8 +67,7 @@ def chapters(
             title="Along an axis",
             heading="Along training, size and settings",
             lead="How the ranks of layers by AVSS as published move along the steps of a training, the sizes of a "
-            "family, or lengths, dtypes and texts, and where the ranking changes: avss compare --along shows other "
-            "scores.",
+            "family, or lengths, dtypes and texts: avss compare --along shows other scores.",
             sections=[
                 curve_section(curve, f"curve-{number}")
                 for number, curve in enumerate(_curves(warehouse, runs), start=1)
@@ -96,13 +87,6 @@ def chapters(
             ],
         ),
         Chapter(
-            name="continuations",
-            title="Continuations",
-            heading="Continuations",
-            lead="What the whole model and smaller ones write after the same prompt, token by token the likeliest.",
-            sections=list(_continuations(warehouse, labels)),
-        ),
-        Chapter(
             name="scorecard",
             title="Score card",
             heading="Score card",
@@ -120,22 +104,6 @@ def chapters(
             sections=list(_sparsities(warehouse, labels, by_run)),
         ),
         Chapter(
-            name="precision",
-            title="Rounded weights",
-            heading="Rounded weights",
-            lead="How much the loss is predicted to rise with the weights of each linear map rounded to a number "
-            "format. Red maps need their bits; blue ones are predicted to lose nothing on this text.",
-            sections=list(_roundings(warehouse, runs, labels)),
-        ),
-        Chapter(
-            name="size-quality",
-            title="Size and quality",
-            heading="Quality by size",
-            lead="What every evaluated plan keeps of a text's perplexity, by its size: dropped layers, sparse "
-            "activations and rounded weights in one picture.",
-            sections=list(_sizes(warehouse, runs, labels)),
-        ),
-        Chapter(
             name="contrasts",
             title="Contrasts",
             heading="Hallucinated and truthful answers",
@@ -143,18 +111,6 @@ def chapters(
             "outside of the gray band differ more than random halves of the truthful answers do; what is the same "
             "after another prompt is about words, not about truth.",
             sections=list(_contrasts(warehouse, runs, labels)),
-        ),
-        Chapter(
-            name="experts",
-            title="Experts",
-            heading="Routed experts",
-            lead="How often the router chose each expert: a row for each layer, a cell for each expert; dark ones were "
-            "chosen seldom or never.",
-            sections=[
-                experts_section(labels[run["run_id"]], run, layers)
-                for run in runs
-                if (layers := layer_experts(warehouse, run["run_id"]))
-            ],
         ),
     ]
     return [chapter for chapter in every if chapter.sections]
@@ -170,15 +126,6 @@ def _curves(warehouse: Warehouse, runs: Sequence[Row]) -> list[Curve]:
         if len(curve.runs) >= MIN_CURVE:
             by_runs.setdefault(tuple(run["run_id"] for run in curve.runs), curve)
     return sorted(by_runs.values(), key=lambda curve: -len(curve.runs))[:MAX_CURVES]
-
-
-def _continuations(warehouse: Warehouse, labels: Mapping[str, str]) -> Iterator[Section]:
-    """Yield the continuations of each run that has some."""
-    rows = warehouse.table("continuations", run_ids=list(labels)).to_pylist()
-    for run_id, label in labels.items():
-        of_run = [row for row in rows if row["run_id"] == run_id]
-        if of_run:
-            yield continuations_section(label, sorted(of_run, key=lambda row: str(row["created_at"])))
 
 
 def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
@@ -213,23 +160,6 @@ def _sparsities(
         curves = sparsity_curves(_newest(by_run[run_id]))
         if curves or newest:
             yield sparsity_section(label, curves, newest)
-
-
-def _roundings(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
-    """Yield the newest prediction for rounded weights of each run's checkpoint."""
-    for run in _evaluated(warehouse, runs, ROUNDING_TASK):
-        if measured := next(map_roundings(warehouse, run), None):
-            yield sensitivity_section(labels[run["run_id"]], measured)
-
-
-def _sizes(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
-    """Yield the evaluated plans of each checkpoint, below the first of its runs."""
-    first: dict[str, Row] = {}
-    for run in _evaluated(warehouse, runs, PERPLEXITY):
-        first.setdefault(run["revision"], run)
-    for run in first.values():
-        if results := size_quality(warehouse, run):
-            yield size_quality_section(labels[run["run_id"]], results)
 
 
 def _newest(rows: Sequence[Row]) -> list[Row]:

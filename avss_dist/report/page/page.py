@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow as pa
-import pyarrow.compute as pc
 from markupsafe import Markup
 
 from avss_dist import __version__
@@ -32,7 +30,7 @@ from avss_dist.report.output import map_leaves, write_file
 from avss_dist.report.page.chapters import Chapter, chapters
 from avss_dist.report.page.charts import page_charts, section_chart
 from avss_dist.report.page.data import page_data, run_labels
-from avss_dist.report.page.matrix import MIN_RUNS, matrix_data, published_scores, save_scores
+from avss_dist.report.page.matrix import MIN_RUNS, matrix_data
 from avss_dist.report.page.summary import in_short, is_published
 from avss_dist.report.section import page_number
 from avss_dist.report.table import ReportColumn, ReportTable
@@ -60,17 +58,13 @@ _FORMATS = {**dict.fromkeys(_NUMBERS, "{:,.0f}".format), "model": basename, "cor
 
 
 def save_report(warehouse: Warehouse, path: Path, run_ids: Collection[str] | None = None) -> None:
-    """Write the page of `report_page` to a file, and the published scores of its runs beside it if it has a matrix.
+    """Write `report_page` to a file.
 
     Raises:
-        AvssError: a file cannot be written.
+        AvssError: the file cannot be written.
         WarehouseError: as `Store.table`.
     """
-    file = path.with_suffix(".parquet")
-    page, published = _page_and_scores(warehouse, run_ids, file.name)
-    write_file(path, page.encode())
-    if published is not None:
-        save_scores(published, file)
+    write_file(path, report_page(warehouse, run_ids).encode())
 
 
 def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) -> str:
@@ -78,17 +72,6 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
 
     Names are text to it: the template escapes them, its data is base64 of compressed JSON, its script only sets
     texts. A policy in the page forbids every connection and every script but its own, by their hashes.
-    """
-    return _page_and_scores(warehouse, run_ids, "")[0]
-
-
-def _page_and_scores(
-    warehouse: Warehouse, run_ids: Collection[str] | None, scores_file: str
-) -> tuple[str, pa.Table | None]:
-    """Return the page, and the published scores of the matrix that many runs have.
-
-    Args:
-        scores_file: name of the file of these scores, beside the page.
     """
     rows = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
     rows = sorted((r for r in rows if run_ids is None or r["run_id"] in run_ids), key=_by_model)
@@ -104,11 +87,11 @@ def _page_and_scores(
     named = [{**row, "task": describe_task(row["task"])} for row in reversed(experiments)]
     about_runs = chapters(warehouse, drawn, of_run, experiments)
     pictures = _pictures(about_runs)
-    matrix, published = _matrix(warehouse, done, drawn)
+    matrix = matrix_data(warehouse, done, run_labels(done)) if len(done) >= MIN_RUNS else None
     has_scores, has_charts = bool(data["choices"]), bool(data["choices"] or pictures or matrix)
     style, script = _part("page.css"), _part("matrix.js") + _part("page.js")
     library = Markup(drawing_library() if has_charts else "")
-    page = _template("page.html").render(
+    return _template("page.html").render(
         html_table=html_table,
         policy=_policy(style, script, library),
         style=style,
@@ -117,7 +100,6 @@ def _page_and_scores(
         has_scores=has_scores,
         data=_packed({**data, "charts": page_charts(), "pictures": pictures, "matrix": matrix}) if has_charts else "",
         matrix=bool(matrix),
-        scores_file=scores_file,
         has=_known_charts(data),
         scores={name: SCORES[name] for name in FROM_ACTIVATIONS},
         version=__version__,
@@ -132,22 +114,6 @@ def _page_and_scores(
         not_drawn=len(done) - len(drawn),
         differing=differing([with_conditions(run) for run in drawn]),
     )
-    return page, published
-
-
-def _matrix(
-    warehouse: Warehouse, done: Sequence[Mapping[str, Any]], drawn: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, Any] | None, pa.Table | None]:
-    """Return the data of the matrix of all finished runs, and their published scores; None for few runs."""
-    if len(done) < MIN_RUNS:
-        return None, None
-    published = published_scores(warehouse, [run["run_id"] for run in done])
-    scored = set(pc.unique(published["run_id"]).to_pylist())
-    runs = [run for run in done if run["run_id"] in scored]
-    if not runs:
-        return None, None
-    positions = {run["run_id"]: position for position, run in enumerate(drawn)}
-    return matrix_data(runs, run_labels(runs), published, positions), published
 
 
 def _known_charts(data: Mapping[str, Any]) -> dict[str, bool]:

@@ -19,7 +19,6 @@ from avss_dist.evaluation.events import (
     Event,
     WeightsWritten,
 )
-from avss_dist.report.continuations import continuation_tables
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
 from avss_dist.report.terminal.distill import DistillProgress
 from avss_dist.report.terminal.progress import CellProgress, LogLines, StepPace, bars, describe_without, log
@@ -28,10 +27,12 @@ from avss_dist.runs.events import RunStarted, ShardMeasured
 from avss_dist.stats.retention import NO_INTERVAL
 
 if TYPE_CHECKING:
+    from avss_dist.evaluation.continuations import Continuation
     from avss_dist.evaluation.shrink import Shrunk, TaskRetention
     from avss_dist.tasks.cells import Cell
 
 BAR = 40  # cells of what keeps all
+LONGEST_PROMPT = 240  # characters in a title
 
 
 class ShrinkProgress(CellProgress):
@@ -102,8 +103,24 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
         caption=_caption(tasks),
     )
     more = [_curve(done)] if len(done.curve) > 1 else []
-    more += continuation_tables([one.row() for one in done.continuations])
+    more += _continuations(done.continuations)
     return Group(FittedTable(table), *map(FittedTable, more))
+
+
+def _continuations(continuations: Sequence[Continuation]) -> Iterator[ReportTable]:
+    """Yield a table for each prompt, with a row for each model."""
+    by_prompt: dict[str, dict[str, str]] = {}
+    for continuation in continuations:
+        by_prompt.setdefault(continuation.prompt, {})[continuation.variant] = " ".join(continuation.text.split())
+    for prompt, texts in by_prompt.items():
+        line = " ".join(prompt.split())
+        yield ReportTable(
+            title=f"Greedy continuation of: {'... ' * (len(line) > LONGEST_PROMPT)}{line[-LONGEST_PROMPT:]}",
+            columns=[
+                ReportColumn("model", list(texts), number=False, wraps=True),
+                ReportColumn("continuation", list(texts.values()), number=False, wraps=True),
+            ],
+        )
 
 
 def _caption(tasks: Sequence[TaskRetention]) -> str:
