@@ -167,16 +167,6 @@ def test_runs_that_come_change_and_go_are_seen(
     assert sums(many) == expected == sums(many)
 
 
-def test_a_damaged_part_is_left_out(many: Path) -> None:
-    before = sums(many)
-    Warehouse(many).compact()
-    for file in (*compacted(many)[::2], *parts(many)):
-        data = bytearray(file.read_bytes())
-        data[4:-2000] = bytes(len(data[4:-2000]))
-        file.write_bytes(data)
-    assert sums(many) == before == sums(many)
-
-
 def test_parts_of_a_version_with_other_columns_are_ignored(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(compaction, "_columns", lambda name: b"other")

@@ -166,7 +166,7 @@ def test_storage_that_fails_is_no_damage(root: Path, monkeypatch: pytest.MonkeyP
     assert caught.value.hint == "Check the address, and who may read there."
 
 
-def test_every_column_may_be_null_where_it_is_not_required_and_a_newer_schema_is_refused(tmp_path: Path) -> None:
+def test_every_column_may_be_null_where_it_is_not_required(tmp_path: Path) -> None:
     """Rows of earlier versions lack columns; commands show what there is."""
     write_measured(tmp_path, "old", stats_of(activations()), 8, created_at=datetime(2026, 1, 1, tzinfo=UTC))
     missing = {
@@ -193,8 +193,3 @@ def test_every_column_may_be_null_where_it_is_not_required_and_a_newer_schema_is
     for args in commands:
         done = avss(*args, "-w", tmp_path)
         assert (done.exit_code, done.stderr) == (0, ""), args
-    rewrite_file(run, table, 99)
-    for args in commands:
-        done = avss(*args, "-w", tmp_path)
-        assert (done.exit_code, done.stdout) == (2, ""), args
-        assert "Written by a newer avss_dist: schema 99" in done.stderr, args

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -111,15 +111,3 @@ def test_a_damaged_run_is_not_published(table: str, root: Path, tmp_path: Path) 
     assert list(warehouse.damaged) == ["beta-2"]
     for file in (tmp_path / "site" / "data").glob("*.parquet"):
         assert set(pq.read_table(file)["run_id"].to_pylist()) == {"alpha-1"}, file.name
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("flip", [lambda byte: byte ^ 0x01, lambda byte: byte ^ 0x80, lambda byte: 255 - byte])
-def test_no_byte_of_a_file_can_change_unseen(flip: Callable[[int], int], table: str, root: Path) -> None:
-    file = file_of(root, table)
-    data = file.read_bytes()
-    warehouse = Warehouse(root)
-    for offset in range(0, len(data), 7):
-        file.write_bytes(data[:offset] + bytes([flip(data[offset])]) + data[offset + 1 :])
-        assert warehouse._why_unreadable(table, str(file)), offset

@@ -1,13 +1,10 @@
-"""The warehouse in an object store: a real S3 server on the loopback, cut connections, keys that stay secret."""
+"""The warehouse in an object store: a real S3 server on the loopback, and keys that stay secret."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -81,61 +78,6 @@ def test_scores_in_a_bucket_are_the_same_bytes_and_every_command_reads_them(
     assert asked.stdout.split() == ["layers", "3"], asked.stderr
     drawn = avss("show", "-w", uri, "-o", tmp_path / "layers.svg")
     assert drawn.exit_code == 0 and (tmp_path / "layers.svg").read_text().startswith("<svg"), drawn.stderr
-
-
-class CuttingProxy:
-    """Passes bytes on to a server; ends a connection when ``share`` of an upload is through whose path has ``cut``."""
-
-    def __init__(self, port: int, cut: bytes, share: float) -> None:
-        self._to, self.cut, self._share, self.cuts = port, cut, share, 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                upstream = socket.create_connection(("127.0.0.1", self._to))
-                threading.Thread(target=self._pass_on, args=(upstream, client, False), daemon=True).start()
-                threading.Thread(target=self._pass_on, args=(client, upstream, True), daemon=True).start()
-
-    def _pass_on(self, source: socket.socket, sink: socket.socket, is_request: bool) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                line = data.split(b"\r\n", 1)[0]
-                if is_request and self.cut and line.startswith((b"PUT ", b"POST ")) and self.cut in line:
-                    self.cuts += 1
-                    sink.sendall(data[: int(len(data) * self._share)])
-                    break
-                sink.sendall(data)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._listener.close()
-
-
-@pytest.mark.parametrize(("table", "share"), [("shard_stats", 0.9), ("runs/run_id", 0.0)])
-def test_a_connection_cut_during_an_upload_leaves_no_half_run(
-    table: str, share: float, server: Server, tiny_llama: Path, local: dict[str, bytes]
-) -> None:
-    """Readers see nothing of the run, and the next attempt makes it whole, also where a server keeps part of a file."""
-    folder = f"cut-{table[:4]}-{share}"
-    proxy = CuttingProxy(server.port, f"/{table}".encode(), share)
-    uri = server.uri(folder, port=proxy.port)
-    with pytest.raises(WarehouseError, match="Cannot write s3://lab/"):
-        score(tiny_llama, uri)
-    assert proxy.cuts >= 1
-    with suppress(WarehouseError):  # it may have no runs at all
-        assert Warehouse(uri).runs()["status"].to_pylist() == ["failed"]
-        assert Warehouse(uri).sql("SELECT 1 FROM scores, layer_stats, shard_stats").num_rows == 0
-    proxy.cut = b""
-    run = score(tiny_llama, uri)
-    assert (run.status, run.resumed_shards) == ("done", 0 if table == "shard_stats" else 8)
-    assert measured(server.objects(folder)) == local
-    proxy.close()
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -22,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.warehouses import rewrite_file
 
-from avss_dist.core.errors import StorageFull, WarehouseError
+from avss_dist.core.errors import WarehouseError
 from avss_dist.core.settings import SITES
 from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
@@ -498,35 +496,6 @@ def test_folders_and_file_uris_are_the_same_place_also_of_a_pickled_store(tmp_pa
     whole_run(Store(root.as_uri()))
     assert root.is_dir()
     assert pickle.loads(pickle.dumps(Store(str(root)))).table("scores").num_rows == 3
-
-
-def can_mount() -> bool:
-    if os.getuid() != 0:
-        return False
-    cap_sys_admin = 21
-    return bool(ctypes.CDLL(None).prctl(23, cap_sys_admin, 0, 0, 0) == 1)  # 23: PR_CAPBSET_READ
-
-
-@pytest.mark.skipif(not can_mount(), reason="mounting a full disk takes root with CAP_SYS_ADMIN")
-def test_a_full_disk_keeps_what_is_done(small_disk: Path) -> None:
-    store = Store(small_disk)
-    store.create()
-    store.write_shard(RUN, make_shard(0))
-    store.write_shard(RUN, make_shard(1))
-    with pytest.raises(OSError, match="No space"):
-        (small_disk / "filler").write_bytes(b"0" * 2**20)
-    text = f"No space left on {small_disk}.\nFree some and run the same command again: 2 shards are kept."
-    with pytest.raises(StorageFull) as caught:
-        store.write_shard(RUN, make_shard(2, units=2000))
-    assert str(caught.value) == text
-    with pytest.raises(StorageFull, match="No space left"):
-        store.create()
-    assert temporaries(small_disk) == []
-    (small_disk / "filler").unlink()
-    store.write_shard(RUN, make_shard(2))
-    back = store.read_shards(RUN.run_id, {i: f"hash{i}" for i in range(3)})
-    for i in range(3):
-        assert_same(back[i], make_shard(i))
 
 
 def test_two_drivers_write_the_same_run(tmp_path: Path) -> None:
