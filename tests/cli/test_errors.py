@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-import transformers
 import yaml
 from support import command_line
 from support.checkpoints import llama
@@ -174,48 +173,6 @@ def test_a_damaged_gguf_file_is_named(warehouse: Path, tmp_path: Path) -> None:
     refused(warehouse, "score", file, *SCORE, "-w", warehouse, says=[str(file), "Is the download complete?"])
 
 
-def test_a_model_without_a_layer_list_is_told_what_was_seen(
-    warehouse: Path, tmp_path: Path, save_checkpoint: Save
-) -> None:
-    torch.manual_seed(0)
-    config = transformers.XLMConfig(vocab_size=320, emb_dim=32, n_layers=2, n_heads=2)
-    folder = save_checkpoint(transformers.XLMModel(config), tmp_path / "xlm")
-    says = ["The 2 layers of XLMModel could not be found", "attentions (2 x MultiHeadAttention)", "--layers-path"]
-    refused(warehouse, "score", folder, *SCORE, "-w", warehouse, says=says, failed_row=True)
-
-
-def test_a_site_that_no_layer_has_is_told(warehouse: Path, tmp_path: Path, save_checkpoint: Save) -> None:
-    torch.manual_seed(0)
-    config = transformers.MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2)
-    folder = save_checkpoint(transformers.MambaForCausalLM(config), tmp_path / "mamba")
-    says = ["The model has none of the sites mlp", "site 'mlp' is absent"]
-    refused(warehouse, "score", folder, *SCORE, "--site", "mlp", "-w", warehouse, says=says, failed_row=True)
-    assert avss("score", folder, *SCORE, "-w", warehouse)[0] == 0
-    shown = ["show", "-w", warehouse, "--site", "mlp"]
-    refused(warehouse, *shown, says=["No scores of site 'mlp' with recipe 'pooled'", "Scored: attention element,"])
-
-
-# Text.
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ([], ["too short for one sequence of 32", "smaller --sequence-length"]),
-        (
-            ["--layout", "padded", "--skip-first-tokens", "20"],
-            ["No document of ", "is longer than --skip-first-tokens, 20", "Lower --skip-first-tokens"],
-        ),
-    ],
-)
-def test_too_little_text_is_refused(
-    options: list[str], says: list[str], tiny_llama: Path, warehouse: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "short.txt").write_text("Hello.")
-    corpus = ["--corpus", tmp_path / "short.txt"]
-    refused(warehouse, "score", tiny_llama, *SCORE, *corpus, *options, "-w", warehouse, says=says)
-
-
 # Options.
 
 
@@ -358,18 +315,6 @@ def test_a_full_disk_ends_a_sweep_and_the_same_command_finishes(
     code, output = avss("run", job(out))
     assert code == 0 and "5 done" in output
     assert_same_tables(out, whole)
-
-
-@pytest.mark.parametrize("size", [0, -1])
-def test_a_truncated_partial_is_measured_again(size: int, tiny_llama: Path, warehouse: Path, undisturbed: Path) -> None:
-    """A crash left no run's row, and a shard's file that is not whole."""
-    shutil.rmtree(warehouse / "runs")
-    partials = sorted((warehouse / "shard_stats").rglob("*.parquet"))
-    os.truncate(partials[1], size if size >= 0 else partials[1].stat().st_size - 1)
-    code, output = avss("score", tiny_llama, *SCORE, "-w", warehouse)
-    assert code == 0
-    assert "2 of 3 shards from before" in output
-    assert_same_tables(warehouse, undisturbed)
 
 
 def test_two_drivers_on_one_warehouse_agree(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:

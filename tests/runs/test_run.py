@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from support.planning import plan, run_spec
 from support.tables import assert_same_tables, measured_files
@@ -25,7 +24,6 @@ from avss_dist.executors.local import LocalExecutor
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import OnRunEvent, RunEvent, ShardMeasured
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
 
 SMALL: dict[str, Any] = {
@@ -136,13 +134,6 @@ def test_a_done_run_is_not_repeated(tiny_llama: Path, undisturbed: Path) -> None
     executor = Interfering("plain")
     assert drive(tiny_llama, undisturbed, executor).status == "skipped"
     assert executor.asked == [] and measured_files(undisturbed) == before
-
-
-def test_fresh_measures_everything_again(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
-    score(tiny_llama, tmp_path)
-    run = score(tiny_llama, tmp_path, fresh=True)
-    assert (run.status, run.resumed_shards) == ("done", 0)
-    assert_same_tables(tmp_path, undisturbed)
 
 
 def test_all_measured_but_not_committed_needs_no_model(
@@ -291,8 +282,3 @@ def test_pooled_scores_follow_the_formula(undisturbed: Path) -> None:
     ).to_pydict()
     np.testing.assert_allclose(rows["avss"], expected, rtol=1e-12)
     assert rows["rank"] == [1, 2, 3]
-
-
-def test_files_carry_their_schema_version(undisturbed: Path) -> None:
-    for file in undisturbed.rglob("*.parquet"):
-        assert pq.read_metadata(file).metadata[b"avss_schema_version"] == str(SCHEMA_VERSION).encode()

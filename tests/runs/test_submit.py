@@ -178,44 +178,6 @@ def metrics(cluster: dict[str, str]) -> str:
     return text
 
 
-EXPERIMENT = """
-experiment:
-  tasks: ["perplexity:texts/held_out.txt", tasks/capitals.yaml]
-  scores: [block_influence]
-  shares: [0.34]
-  random: 1
-  reversed: false
-  keep_ends: 0
-  leave_one_out: false
-"""
-
-
-def test_a_submitted_experiment_takes_its_files_along(
-    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
-) -> None:
-    """These are texts, a task file, the file that it includes, and its data."""
-    for name in ("texts", "tasks", "more"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "texts" / "held_out.txt").write_text("It was the best of times, it was the worst of times. " * 100)
-    (tmp_path / "tasks" / "common.yaml").write_text(
-        "dataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
-    )
-    data = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
-    (tmp_path / "more" / "questions.jsonl").write_text("\n".join([json.dumps(data)] * 4))
-    task = {"include": "common.yaml", "task": "capitals", "doc_to_text": "{{question}}", "doc_to_choice": "choices"}
-    task |= {"doc_to_target": "answer", "dataset_kwargs": {"data_files": {"test": "more/questions.jsonl"}}}
-    (tmp_path / "tasks" / "capitals.yaml").write_text(json.dumps(task))
-    job = job_file(tmp_path, models[:1])
-    with (tmp_path / job).open("a") as file:
-        file.write(EXPERIMENT)
-    done = run_avss("jobs", "submit", job, "--follow", env=cluster)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = Warehouse(tmp_path / "w").table("experiments").to_pylist()
-    assert {row["method"] for row in rows} == {"whole model", "block influence", "last", "random 0"}
-    assert {row["task"] for row in rows} == {"perplexity:texts/held_out.txt", "tasks/capitals.yaml"}
-    assert "block influence" in done.stdout
-
-
 def test_a_job_tells_no_key_and_no_token(
     cluster: dict[str, str], server: Server, models: list[Path], run_avss: Avss, tmp_path: Path
 ) -> None:
@@ -241,16 +203,6 @@ def test_a_job_tells_no_key_and_no_token(
     assert job_id in told[-1]
     for secret in (server.key, server.secret, quote(server.secret, safe=""), token, *PLANTED.values()):
         assert not any(secret in text for text in told), secret
-
-
-def test_a_wrong_token_is_refused(cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path) -> None:
-    job, wrong = job_file(tmp_path, models), tmp_path / "token"
-    wrong.write_text("0" * 64)
-    done = run_avss("jobs", "submit", job, env={**cluster, "RAY_AUTH_TOKEN_PATH": str(wrong)})
-    refused(done, "refuses this token", "RAY_AUTH_TOKEN")
-    assert "0" * 64 not in done.stderr
-    without = {k: v for k, v in cluster.items() if k == "RAY_API_SERVER_ADDRESS"} | {"HOME": str(tmp_path)}
-    refused(run_avss("jobs", "list", env={**without, "RAY_AUTH_TOKEN_PATH": ""}), "requires a token")
 
 
 def test_workers_without_the_package_are_told_of(

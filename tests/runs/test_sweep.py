@@ -12,7 +12,7 @@ import pytest
 import ray
 from support.checkpoints import llama
 from support.processes import wait_until
-from support.tables import assert_same_tables, measured_files
+from support.tables import assert_same_tables
 
 import avss_dist
 from avss_dist.core.errors import ModelError
@@ -55,13 +55,12 @@ def alone(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def job_file(folder: Path, models: list[Any], **execution: Any) -> Path:
+def job_file(folder: Path, models: list[Any]) -> Path:
     """A job of these models with two replicas."""
-    options = {"executor": "ray", "replicas": 2, **execution}
     file = folder / "job.yaml"
     lines = [f"warehouse: {folder}/w", "corpora: [builtin:pydoc]", "models:", *(f"- {model}" for model in models)]
     lines += ["settings:", *(f"  {name}: {value}" for name, value in SETTINGS.items())]
-    lines += ["execution:", *(f"  {name}: {value}" for name, value in options.items())]
+    lines += ["execution: {executor: ray, replicas: 2}"]
     file.write_text("\n".join(lines))
     return file
 
@@ -92,18 +91,6 @@ def test_a_sweep_gives_the_tables_of_one_by_one_with_two_processes(
     assert order.index((RunReading, str(models[1]))) < order.index((RunEnded, str(models[0])))
     again = run_job(read_job(job_file(tmp_path, models)))
     assert [run.status for run in again] == ["skipped"] * 4
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("cluster")
-def test_gangs_and_single_workers_take_turns(models: list[Path], alone: Path, tmp_path: Path) -> None:
-    """Each is stopped for the room that the other needs, and the next begins when it is there."""
-    gang_of_two = f"{{model: {models[1]}, partition: zero3, ranks: 2}}"
-    file = job_file(tmp_path, [models[0], gang_of_two, models[2]], replicas=1, partition="single")
-    runs = run_job(read_job(file))
-    assert [run.status for run in runs] == ["done"] * 3
-    got, wanted = measured_files(tmp_path / "w"), measured_files(alone)
-    assert len(got) == 6 and got == {path: wanted[path] for path in got}
 
 
 def test_prefetcher_prepares_one_item_while_another_is_used() -> None:
