@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu import first
 from support.checkpoints import llama
 from support.emulated_cuda import COMPILER, SHARED, Emulator, Libraries, libraries
 from support.observing import observe
@@ -416,8 +415,3 @@ def test_without_a_compiler_torch_counts_and_says_so_once() -> None:
     assert len(warned) == 1
     expected = counted(TorchKernels(), batch)
     assert all(got[name].tobytes() == expected[name].tobytes() for name in expected)
-
-
-@pytest.mark.parametrize("command", ["kernels", "models"])
-def test_the_first_call_on_a_gpu_goes_through_without_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert first.main([command, "--dry"]) == 0, capsys.readouterr().out

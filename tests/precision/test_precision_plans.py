@@ -13,7 +13,6 @@ import torch
 import yaml
 from support.checkpoints import llama
 from support.command_line import as_words, avss
-from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import avss_dist
@@ -283,58 +282,6 @@ def test_what_a_program_lacks_is_refused(
     done = avss("quantize", "--bits", 8.1, "-w", predicted, *options, "--format", name, "-o", tmp_path / "x")
     assert done.exit_code == 2 and (message in " ".join(done.stderr.split()) or name == "awq")
     assert not (tmp_path / "x").exists()
-
-
-# The programs themselves, where they are installed.
-
-
-@pytest.mark.nightly
-def test_torchao_rounds_these_modules(predicted: Path, tmp_path: Path) -> None:
-    torchao = pytest.importorskip("torchao.quantization")
-    plan, file = exported(predicted, tmp_path, "torchao", 5, *PAIR)
-    names, model = json.loads(file.read_text()), AutoModelForCausalLM.from_pretrained(plan.model)
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda _, name: name in names["int8"])
-    rounded = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and type(m.weight) is not nn.Parameter}
-    assert rounded == modules_of(plan, "int8")
-
-
-@pytest.mark.nightly
-def test_bitsandbytes_rounds_the_other_modules(predicted: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    plan, file = exported(predicted, tmp_path, "bitsandbytes", 8, "int4-g32", "bf16")
-    config = BitsAndBytesConfig(**json.loads(file.read_text()))
-    model = AutoModelForCausalLM.from_pretrained(plan.model, quantization_config=config, device_map="cpu")
-    rounded = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
-    assert rounded == modules_of(plan, "int4-g32")
-
-
-@pytest.mark.nightly
-def test_llm_compressor_follows_the_recipe(predicted: Path, tmp_path: Path) -> None:
-    llmcompressor = pytest.importorskip("llmcompressor")
-    plan, file = exported(predicted, tmp_path, "llm-compressor", 5, *PAIR)
-    model: Any = AutoModelForCausalLM.from_pretrained(plan.model)
-    llmcompressor.oneshot(model=model, recipe=str(file))
-    for entry in plan.rounded:
-        module = model.model.layers[entry.layer].get_submodule(entry.map)
-        assert module.quantization_scheme.weights.num_bits == FORMATS[entry.format].element_bits
-
-
-@pytest.mark.nightly
-def test_auto_round_follows_the_configuration(predicted: Path, tmp_path: Path) -> None:
-    auto_round = pytest.importorskip("auto_round")
-    from transformers import AutoTokenizer
-
-    plan, file = exported(predicted, tmp_path, "auto-round", 5, *PAIR)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(plan.model), AutoTokenizer.from_pretrained(plan.model)
-    options: dict[str, Any] = {"iters": 0, "disable_opt_rtn": True, "device_map": "cpu"}
-    rounding = auto_round.AutoRound(
-        model, tokenizer, scheme="W4A16", layer_config=json.loads(file.read_text()), **options
-    )
-    rounded, _ = rounding.quantize()
-    for entry in plan.rounded:
-        module = rounded.model.layers[entry.layer].get_submodule(entry.map)
-        known = FORMATS[entry.format]
-        assert (module.bits, module.group_size) == (known.element_bits, known.group or -1)
 
 
 def test_every_export_is_an_option() -> None:

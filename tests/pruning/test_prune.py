@@ -129,20 +129,6 @@ def without_numbers(names: Iterable[Any]) -> set[str]:
     return {re.sub(r"\d+", "N", str(name)) for name in names}
 
 
-def test_a_classifier_keeps_its_labels(tmp_path: Path) -> None:
-    """As many labels as layers; they are no setting by layer."""
-    from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
-
-    labels = {0: "negative", 1: "neutral", 2: "positive"}
-    config = llama().config
-    config.id2label, config.label2id = labels, {name: number for number, name in labels.items()}
-    whole = LlamaForSequenceClassification(config).eval()
-    whole.save_pretrained(tmp_path / "whole")
-    prune(str(tmp_path / "whole"), plan_of(tmp_path, 1), tmp_path / "less")
-    less = AutoModelForSequenceClassification.from_pretrained(tmp_path / "less").eval()
-    assert less.config.id2label == labels and torch.equal(less.score.weight, whole.score.weight)
-
-
 def test_settings_by_layer_are_cut_or_added_where_layers_would_change(tmp_path: Path) -> None:
     """A layer keeps its kind of attention, and the embedding stays tied.
 

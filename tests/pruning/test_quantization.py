@@ -228,15 +228,6 @@ def test_what_cannot_be_computed_with_is_refused(
         load_model(resolve(str(folder)), settings)
 
 
-def test_settings_that_nobody_knows_are_not_renumbered(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "quantized"
-    shutil.copytree(tiny_llama, folder)
-    change_quantization(folder, quant_method="shrinkwrap")
-    with pytest.raises(ModelError, match="quantized by 'shrinkwrap', which transformers does not know"):
-        prune(str(folder), PLAN, tmp_path / "less")
-    assert not (tmp_path / "less").exists()
-
-
 def test_what_cannot_be_compared_here_is_pruned_and_says_so(tiny_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "quantized"
     shutil.copytree(tiny_llama, folder)

@@ -271,13 +271,6 @@ def test_streaming_writes_the_same_bytes(tmp_path: Path, save_checkpoint: Save) 
     assert len(assert_streaming_writes_the_same_bytes(folder, plan, "refit_all", tmp_path).cuts) == 3
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "cohere2"])
-def test_streaming_a_family_writes_the_same_bytes(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
-    folder, plan = whole_of(lively(tiny_model("causal", family)), tmp_path / "whole", save_checkpoint)
-    assert len(assert_streaming_writes_the_same_bytes(folder, plan, "refit", tmp_path).cuts) == 1
-
-
 def test_a_gang_repairs_nothing_here(tiny_llama: Path, tmp_path: Path) -> None:
     plan = Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(1,))
     with pytest.raises(ConfigError, match="In this process a repair is not fitted in `partition` zero3"):
@@ -464,7 +457,6 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
         (["--repair", "map"], "--repair map needs text to be fitted on"),
         (["--repair", "mapp", "--repair-corpus", TEXT], "Did you mean 'map'"),
         (["--repair", "none", "--repair-corpus", TEXT], "--repair-corpus has no effect"),
-        (["--repair", "linear_patch", "--repair-corpus", TEXT], "'linear_patch' no longer exists.\nUse map instead."),
         (["--sequence-length", 9], "--sequence-length has no effect"),
     ):
         refused = avss("prune", tiny_llama, plan, "-o", tmp_path / "no", *arguments)

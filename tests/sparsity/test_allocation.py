@@ -48,12 +48,6 @@ def test_counts_at_edges_know_shares_sizes_and_where_values_are_densest() -> Non
         assert count_upto(cast).tolist() == expected.tolist()
 
 
-def test_the_exponent_of_a_power_law_is_found() -> None:
-    uniform = (np.arange(4000) + 0.5) / 4000
-    values = (1 - uniform) ** (-1 / 1.5)  # of exponent 2.5
-    assert hill_exponent(values) == pytest.approx(2.5, abs=0.05)
-
-
 @pytest.fixture(scope="module")
 def model(tiny_llama: Path) -> LanguageModel:
     return opened(tiny_llama, dtype="float32")
