@@ -21,6 +21,6 @@ Parquet is in warehouse/, the picture is layers.png. Next:
   source .venv/bin/activate
   avss show --site update                     # what each layer adds, instead of the residual stream
   avss show --threshold 0.1rms                # near zero relative to the layer's own size
-  avss query "SELECT layer, rank, block_influence FROM scores WHERE site = 'block' AND recipe = 'pooled' AND threshold = 1e-5 ORDER BY rank"
+  avss query "SELECT layer, rank, block_influence FROM published ORDER BY rank"
   avss score MODEL --corpus your.txt    # a hub id, a folder or a .gguf file
 NEXT

@@ -24,7 +24,7 @@ from avss_dist.stats.histogram import HISTOGRAM_BINS
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.stats.merging import merge_strata
 from avss_dist.stats.rows import ROW_FIELDS, AnswerRows
-from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds  # which brings pandas, where that is installed: too much for every worker
@@ -61,7 +61,7 @@ def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[st
         shard: header of a partial, beside its rows.
     """
     header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), **UNSIGNED_METADATA}
-    schema = SCHEMAS[name].remove(0).with_metadata(header)
+    schema = (SCHEMAS[name] if shard else TABLES[name].described_schema).remove(0).with_metadata(header)
     table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
     return to_file(table, **(_STATS_OPTIONS if name in _STATS_TABLES else {}))
 

@@ -26,6 +26,14 @@ _SEALED: dict[str, str | bool | int | float | list[str]] = {
 }
 _READ_LAYER_STATS = {"sparsity_at", "scores_at"}
 _READS = "A query only reads: SELECT, WITH, FROM, VALUES, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN of one of them."
+VIEWS = {
+    "published": "the usual reading of scores, one row for each layer of a run: block, pooled, threshold 1e-5",
+    "latest": "the newest finished run of each model, revision and text, as in runs",
+    "layers": "published scores of the latest runs, with the columns of runs",
+}
+"""Views of SQL in addition to the tables, with their rows."""
+_BEHIND = {"published": ("scores",), "latest": ("runs",), "layers": ("scores", "runs")}
+"""Tables that a view reads."""
 FUNCTIONS = {
     "sparsity_at(value, kind := 'absolute')": "near-zero counts of layer_stats at any threshold; kind 'rms' takes "
     "a multiple of the root mean square of the layer and site",
@@ -53,7 +61,7 @@ def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
         )
         return result
     except duckdb.Error as error:
-        hint = f"Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
+        hint = f"Views: {', '.join(VIEWS)}. Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
         raise QueryError(str(error).strip(), hint) from None
 
 
@@ -67,8 +75,9 @@ def ready_queries() -> dict[str, str]:
 
 
 @cache
-def _functions() -> str:
-    return (files("avss_dist.warehouse") / "sql" / "functions.sql").read_text(encoding="utf-8")
+def _definitions() -> str:
+    folder = files("avss_dist.warehouse") / "sql"
+    return "\n".join((folder / f"{name}.sql").read_text(encoding="utf-8") for name in ("functions", "views"))
 
 
 def _readable_tables(query: str) -> Collection[str]:
@@ -77,6 +86,7 @@ def _readable_tables(query: str) -> Collection[str]:
     DuckDB's own `get_table_names` refuses ``JOIN ... USING`` and the functions of SQL that are defined here.
     """
     words = set(re.findall(r"\w+", query.lower()))
+    words |= {table for view in VIEWS if view in words for table in _BEHIND[view]}
     if words & {"query", "query_table"}:
         return TABLES
     return [name for name in TABLES if name in words or (name == "layer_stats" and words & _READ_LAYER_STATS)]
@@ -88,7 +98,7 @@ def _answer(query: str, rows: Mapping[str, ds.Dataset | None]) -> pa.Table:
         for name, schema in SCHEMAS.items():
             opened = rows.get(name)
             connection.register(name, schema.empty_table() if opened is None else opened)
-        connection.execute(_functions())
+        connection.execute(_definitions())
         return _fetch(connection, query)
 
 

@@ -55,6 +55,11 @@ class Column:
     choices: tuple[str, ...] = ()
     as_long_as: str = ""
 
+    @property
+    def description(self) -> str:
+        """The meaning, with the unit in brackets."""
+        return f"{self.meaning} [{self.unit}]" if self.unit else self.meaning
+
 
 @dataclass(frozen=True)
 class TableInfo:
@@ -74,6 +79,11 @@ class TableInfo:
     def schema(self) -> pa.Schema:
         """Schema of its rows. For a file, ``run_id`` is in the path alone."""
         return pa.schema([(column.name, column.type) for column in self.columns])
+
+    @property
+    def described_schema(self) -> pa.Schema:
+        """The schema with the description of each column in its metadata, as files have it."""
+        return pa.schema([pa.field(c.name, c.type, metadata={"description": c.description}) for c in self.columns])
 
 
 DAMAGED = "avss score --fresh replaces a damaged file."

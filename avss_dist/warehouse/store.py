@@ -25,6 +25,7 @@ from avss_dist.warehouse.encoding import (
     to_experts,
 )
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.readme import TITLE, readme
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, RunIdentity
 
 LayersStats = Mapping[LayerKey, LayerStats]
@@ -46,8 +47,15 @@ class Store(Warehouse):
         self._cell_rows: dict[tuple[str, str], pa.Table] = {}  # written or read by this store, by run id and cell id
 
     def create(self) -> None:
-        """Create the warehouse, and check with a small file that it can be written."""
+        """Create the warehouse with its README.md, and check with a small file that it can be written.
+
+        A README.md that is not by this package stays.
+        """
         self.storage.create()
+        path, text = f"{self.storage.base}/README.md", readme().encode()
+        stored = self.storage.read(path)
+        if stored is None or (stored.to_pybytes() != text and stored.to_pybytes().startswith(TITLE.encode())):
+            self.storage.write(path, text)
 
     def write_shard(self, run: RunIdentity, result: ShardResult) -> None:
         """Write a shard's result, lossless to the last bit, to resume from. The files beside its partial come first."""

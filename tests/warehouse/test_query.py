@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.command_line import avss
 from support.warehouses import activations, stats_of, write_measured
@@ -18,7 +23,7 @@ from support.warehouses import activations, stats_of, write_measured
 import avss_dist
 from avss_dist.core.errors import QueryError
 from avss_dist.report.terminal.schema import schema_markdown
-from avss_dist.warehouse.query import FUNCTIONS, ready_queries
+from avss_dist.warehouse.query import FUNCTIONS, VIEWS, ready_queries
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, TABLES, RunIdentity
 from avss_dist.warehouse.storage import Storage
@@ -86,7 +91,7 @@ def test_looks_around(warehouse: Warehouse, query: str) -> None:
 
 
 def test_views_are_the_tables(warehouse: Warehouse) -> None:
-    assert sorted(warehouse.sql("SHOW TABLES").column(0).to_pylist()) == sorted(TABLES)
+    assert sorted(warehouse.sql("SHOW TABLES").column(0).to_pylist()) == sorted([*TABLES, *VIEWS])
     for name in TABLES:
         assert warehouse.sql(f"FROM {name} LIMIT 0").schema.names == SCHEMAS[name].names
 
@@ -162,7 +167,9 @@ def test_python_variables_are_out_of_reach(warehouse: Warehouse) -> None:
 def test_a_mistake_shows_the_databases_own_message(warehouse: Warehouse, query: str, text: str) -> None:
     with pytest.raises(QueryError, match=text) as caught:
         warehouse.sql(query)
-    assert caught.value.hint == f"Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."
+    tables = ", ".join(TABLES)
+    hint = f"Views: published, latest, layers. Tables: {tables}. 'DESCRIBE scores' lists the columns of one."
+    assert caught.value.hint == hint
     assert caught.value.__suppress_context__
 
 
@@ -245,6 +252,58 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_measured(root, f"llama-{seed}", stats_of(x), 8, **columns)
     write_measured(root, "bert-0", stats_of(activations(9)[:, :4]), 4, family="bert")
     return root
+
+
+def test_views_have_one_row_for_each_layer_and_the_newest_runs(scored: Path, warehouse: Warehouse) -> None:
+    for seed, name in ((7, "llama-again"), (8, "llama-text")):
+        columns = {"model": "org/llama", "revision": "0" * 40, "corpus": "other.txt" if seed == 8 else None}
+        columns["created_at"] = datetime(2100, 1, seed, tzinfo=UTC)
+        write_measured(scored.parent / "more", name, stats_of(activations(seed)), 8, **columns)
+    reader = Warehouse(scored)
+    layers = (
+        "SELECT run_id, count(*), count(DISTINCT layer), min(threshold), max(recipe), max(site) FROM {} GROUP BY ALL"
+    )
+    rows = reader.sql(layers.format("published") + " ORDER BY run_id").to_pylist()
+    expected = [("bert-0", 4), *((f"llama-{seed}", 8) for seed in range(3))]
+    assert [tuple(row.values()) for row in rows] == [(name, n, n, 1e-5, "pooled", "block") for name, n in expected]
+    assert reader.sql("SELECT count(*) FROM latest").to_pylist() == [{"count_star()": 4}]
+    assert reader.sql("SELECT DISTINCT run_id, training_step FROM layers ORDER BY 1").num_rows == 4
+    more = Warehouse(scored.parent / "more")
+    assert more.sql("SELECT run_id FROM latest ORDER BY 1")["run_id"].to_pylist() == ["llama-again", "llama-text"]
+    assert warehouse.sql("FROM layers").num_rows == warehouse.sql("FROM published JOIN latest USING (run_id)").num_rows
+
+
+def test_the_readme_of_a_warehouse_shows_queries_that_run(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written once; a README.md of other people stays."""
+    store = Store(scored)
+    store.create()
+    text = (scored / "README.md").read_text()
+    assert all(f"| `{column.name}` | {column.type} | " in text for info in TABLES.values() for column in info.columns)
+    monkeypatch.chdir(scored)
+    (command,) = re.findall(r"```bash\navss (\w+) -w (\S+) \"(.*)\"\n", text)
+    assert avss(command[0], "-w", command[1], command[2]).exit_code == 0
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        shown = io.StringIO()
+        with redirect_stdout(shown):
+            exec(example, {})
+        assert "org/llama" in shown.getvalue()
+    (scored / "README.md").write_text(text.replace("rank", "place"))
+    store.create()
+    assert (scored / "README.md").read_text() == text
+    (scored / "README.md").write_text("# My runs")
+    store.create()
+    assert (scored / "README.md").read_text() == "# My runs"
+
+
+@pytest.mark.parametrize("table", ["runs", "scores", "layer_stats"])
+def test_files_say_what_their_columns_are(scored: Path, table: str) -> None:
+    schema = pq.read_schema(
+        scored / table / "run_id=bert-0" / ("run.parquet" if table == "runs" else f"{table}.parquet")
+    )
+    described = {field.name: field.metadata[b"description"].decode() for field in schema}
+    assert described == {c.name: c.description for c in TABLES[table].columns if c.name != "run_id"}
 
 
 def test_the_ready_queries_are_these() -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from avss_dist.core.text import escape_markdown
-from avss_dist.warehouse.query import FUNCTIONS, ready_queries
+from avss_dist.warehouse.query import FUNCTIONS, VIEWS, ready_queries
 from avss_dist.warehouse.schema import SCHEMAS, TABLES
 
 
@@ -34,6 +34,7 @@ def schema_page() -> RenderableType:
     parts: list[RenderableType] = []
     for name, rows in _by_table().items():
         parts += [_titled(name, TABLES[name].meaning), _grid((r["column"], r["type"], _meaning(r)) for r in rows), ""]
+    parts += [_titled("views", "what most questions are about"), _grid(VIEWS.items()), ""]
     parts += [_titled("functions", "of SQL, beside DuckDB's own"), _grid(FUNCTIONS.items()), ""]
     answers = [(f"@{name}", query.splitlines()[0].removeprefix("-- ")) for name, query in ready_queries().items()]
     parts += [_titled("ready queries", "avss query -w WAREHOUSE @name"), _grid(answers)]

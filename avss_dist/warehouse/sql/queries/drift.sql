@@ -22,9 +22,8 @@ SELECT
     s.rank,
     s.rank - lag(s.rank) OVER training AS rank_change,
     s.avss_smoothed / lag(s.avss_smoothed) OVER training AS score_ratio
-FROM scores AS s
+FROM published AS s
 JOIN checkpoints AS c USING (run_id)
-WHERE s.site = 'block' AND s.recipe = 'pooled' AND s.threshold = 1e-5 AND s.threshold_kind = 'absolute'
 WINDOW training AS (
     PARTITION BY c.series, c.dtype, c.corpus, c.sequence_length, s.layer
     ORDER BY c.training_step, c.training_tokens, c.created_at, run_id

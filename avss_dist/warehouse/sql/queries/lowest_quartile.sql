@@ -2,8 +2,7 @@
 -- AVSS as published (block site, pooled recipe, 1e-5), runs that are done; early, middle and late are thirds of the depth.
 WITH ranked AS (
     SELECT run_id, family, depth, rank, count(*) OVER (PARTITION BY run_id) AS layers
-    FROM scores
-    WHERE site = 'block' AND recipe = 'pooled' AND threshold = 1e-5 AND threshold_kind = 'absolute'
+    FROM published
 )
 SELECT
     family,

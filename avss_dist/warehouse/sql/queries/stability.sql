@@ -3,8 +3,7 @@
 WITH ranked AS (
     SELECT run_id, model, layer, rank, lowest_set_probability AS p, (avss_high - avss_low) / avss_smoothed AS width,
         count(*) OVER (PARTITION BY run_id) AS layers
-    FROM scores
-    WHERE site = 'block' AND recipe = 'pooled' AND threshold = 1e-5 AND threshold_kind = 'absolute'
+    FROM published
 )
 SELECT
     run_id,
