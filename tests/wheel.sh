@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # The wheel in two bare environments: with what reading needs alone, and with the extra `run`.
 #
-#     bash tests/wheel.sh [MODEL]
+#     bash tests/wheel.sh MODEL
 #
-# MODEL is SmolLM2-135M-Instruct by default; the new environment fetches and converts it. It takes minutes, a network and
-# 4 GB of disk, in a folder that it removes.
+# MODEL is a folder. It takes minutes, a network and 4 GB of disk, in a folder that it removes.
 set -euo pipefail
 source="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-model="${1:+$(realpath "$1")}"
+model="$(realpath "${1:?MODEL is missing}")"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 unset PYTHONPATH AVSS_WAREHOUSE VIRTUAL_ENV
@@ -31,7 +30,6 @@ say "Building the source distribution, and the wheel from it"
 "$work/builder/bin/python" -m build --outdir "$work/dist" "$source" >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
 wheel="$(echo "$work"/dist/*.whl)"
 install run "$wheel[run]"
-[ -n "$model" ] || model="$("$work/run/bin/python" "$source/jobs/fetch_smollm2.py" --to "$work/SmolLM2-135M-Instruct")"
 mkdir "$work/empty"
 cd "$work/empty"
 avss run score "$model" --corpus builtin:pydoc --max-sequences 32 --dtype float32 -w warehouse --executor ray --replicas 2
