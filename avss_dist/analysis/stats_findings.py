@@ -202,19 +202,18 @@ def _still(layers: Columns) -> NDArray[np.bool_]:
 
 
 def _identity_layers(layers: Columns) -> Iterator[Row]:
-    """Yield a finding on the layers that `_still` is about."""
+    """Yield a finding on the layers that `_still` marks, which are one or more."""
     still = set(layers["layer"][layers["is_still"]].tolist())
-    if still:
-        magnitudes = _magnitudes(layers)
-        known = np.isfinite(magnitudes)
-        moved = dict(zip(layers["layer"][known].tolist(), magnitudes[known].tolist(), strict=True))
-        value = max((moved.get(name, 0.0) for name in still), default=0.0)
-        are = "gives out what it takes" if len(still) == 1 else "give out what they take"
-        yield finding(
-            *("identity_layer", "warning", value),
-            f"{layers_in_words(sorted(still)).capitalize()} {are} in (|out - in| / |in| is at most {value:.1g}): "
-            "removing them would change nothing.",
-        )
+    magnitudes = _magnitudes(layers)
+    known = np.isfinite(magnitudes)
+    moved = dict(zip(layers["layer"][known].tolist(), magnitudes[known].tolist(), strict=True))
+    value = max(moved.get(name, 0.0) for name in still)
+    are = "gives out what it takes" if len(still) == 1 else "give out what they take"
+    yield finding(
+        *("identity_layer", "warning", value),
+        f"{layers_in_words(sorted(still)).capitalize()} {are} in (|out - in| / |in| is at most {value:.1g}): "
+        "removing them would change nothing.",
+    )
 
 
 def describe(threshold: Threshold) -> str:

@@ -53,6 +53,9 @@ def test_one_unit_that_carries_the_variance(tmp_path: Path) -> None:
     assert "in 2 of 8 layers (unit 5 carries 9" in rows[0]["message"]
     x[:, [0, 2, 3], ..., 5] += 60.0
     assert {r["severity"] for r in of(tmp_path / "five", x, "dominant_unit")} == {"warning"}
+    x = activations()
+    x[:, 1, ..., ::2, 5], x[:, 1, ..., 1::2, 5] = 60.0, -60.0  # its mean is that of others
+    assert {r["recipe"] for r in of(tmp_path / "without a mean", x, "dominant_unit")} == {"element"}
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(1.0, "float32"), (50.0, "float32"), (50.0, "bfloat16")])
@@ -111,9 +114,12 @@ def test_sparsity_that_is_noise(tmp_path: Path) -> None:
 @pytest.mark.parametrize("site", ["block", "neuron"])
 def test_exact_zeros(tmp_path: Path, site: str) -> None:
     x = activations()
+    small = np.abs(x) < 1e-5
     for tiny in (0.0, 1e-7):
-        x[np.abs(x) < 1e-5] = tiny
+        x[small] = tiny
         write_measured(tmp_path, f"tiny-{tiny}", stats_of(x, site), 8)
+    x[small & (np.arange(24) % 3 == 0)] = 0.0
+    write_measured(tmp_path, "third", stats_of(x, site), 8)
     rows = found(tmp_path, "exact_zeros")
     assert {(r["run_id"], r["recipe"], r["value"]) for r in rows} == {
         ("tiny-0.0", recipe, 1.0) for recipe in ("pooled", "element")
@@ -145,6 +151,9 @@ def test_a_ranking_that_resampling_changes(tmp_path: Path) -> None:
     assert row["value"] == pytest.approx(1 - np.mean(chosen))
     assert row["severity"] == ("warning" if row["value"] > 0.25 else "note")
     assert "may or may not be among them" in row["message"]
+    last, first = (next(s for s in scores if s["rank"] == rank) for rank in (2, 3))
+    assert last["avss_high"] > first["avss_low"]
+    assert f"(the intervals of layers {last['layer']} and {first['layer']} overlap)" in row["message"]
 
 
 def test_recipes_that_disagree(tmp_path: Path) -> None:
@@ -164,9 +173,12 @@ def test_layers_that_give_out_what_they_take_in(tmp_path: Path) -> None:
     before = 0.8 * x
     assert of(tmp_path, x, before=before) == [], "a healthy run has no finding"
     before[:, [2, 3, 6]] = x[:, [2, 3, 6]]
-    (row,) = of(tmp_path, x, "identity_layer", before)
-    assert (row["severity"], row["site"], row["value"]) == ("warning", None, 0.0)
-    assert row["message"].startswith("Layers 2-3, 6 give out what they take in")
+    for largest in (0.0, 1e-5):
+        before[:, 6] = x[:, 6] / (1 + largest)
+        (row,) = of(tmp_path, x, "identity_layer", before)
+        assert (row["severity"], row["site"]) == ("warning", None)
+        assert row["value"] == pytest.approx(largest, rel=1e-3)
+        assert row["message"].startswith("Layers 2-3, 6 give out what they take in")
 
 
 def test_the_threshold_and_the_runs_are_chosen(tmp_path: Path) -> None:
