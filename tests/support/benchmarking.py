@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from avss_dist.core.settings import Settings
-from avss_dist.distillation.events import Event, HeldOutMeasured, TrainingAdvanced
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.models.pinning import pin
@@ -58,32 +57,6 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-
-
-class TrainingClock:
-    """Callback that keeps when the evaluations and steps of a distillation ended.
-
-    Attributes:
-        measured: time of each evaluation.
-        steps: time and event of each training step.
-    """
-
-    def __init__(self) -> None:
-        self.measured: list[float] = []
-        self.steps: list[tuple[float, TrainingAdvanced]] = []
-
-    def __call__(self, event: Event) -> None:
-        """Keep the time of an event."""
-        if isinstance(event, HeldOutMeasured):
-            self.measured.append(time.perf_counter())
-        elif isinstance(event, TrainingAdvanced):
-            self.steps.append((time.perf_counter(), event))
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second, from the end of the first step to the end of the last one."""
-        (start, first), (end, last) = self.steps[0], self.steps[-1]
-        return (last.tokens - first.tokens) / (end - start)
 
 
 def open_checkpoint(model: str, settings: Settings) -> tuple[Checkpoint, Settings]:
