@@ -237,7 +237,7 @@ class ShrinkRequest(ModelRequest):
     repair: OptionalRepairName = DEFAULT_REPAIR
     """Repair to fit at each cut to make up for the removed layers."""
     repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
-    """Text to fit the repair on instead of the corpus: CORPUS or CORPUS=WEIGHT."""
+    """Text to fit the repair on instead of the corpus: CORPUS or CORPUS=WEIGHT; self is text that the model writes."""
     tasks: Annotated[Texts, Option(names=("--task",))] = ()
     """Tasks, as for avss evaluate. By default, part of every text."""
     first: Count = 0
@@ -252,10 +252,6 @@ class ShrinkRequest(ModelRequest):
     """Allow evaluation on text that scores or repairs were made on."""
     distill_tokens: Tokens | None = None
     """Distill the repaired model from the whole one on this many tokens, such as 1e6."""
-    prompts: Annotated[Texts, Option(names=("--prompt",))] = ()
-    """Text that every model continues, to compare; by default the start of three held-out rows."""
-    continuation_tokens: Count = 48
-    """Length of each continuation in tokens; 0 shows none."""
 
     shared = EVALUATED
 
@@ -264,8 +260,6 @@ class ShrinkRequest(ModelRequest):
             raise ConfigError("`share` and `keep` are mutually exclusive.", "Keep one of them.")
         if self.repair == NO_REPAIR and self.repair_corpora:
             raise ConfigError("`repair_corpora` has no effect without a repair.", "Leave it out, or name a `repair`.")
-        if self.prompts and not self.continuation_tokens:
-            raise ConfigError("`prompts` have no effect if `continuation_tokens` is 0.", "Leave one of them out.")
 
     @property
     def ranked_by(self) -> str:
@@ -402,7 +396,7 @@ class PruneRequest(ModelRequest):
     repair: OptionalRepairName | None = None
     """Repair to fit at each cut to make up for the removed layers or experts; refit by default if there is text."""
     repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
-    """Text to fit the repair on: CORPUS or CORPUS=WEIGHT."""
+    """Text to fit the repair on: CORPUS or CORPUS=WEIGHT; self is text that the model writes."""
     skip_sequences: Count = 0
     """Skip this many rows at the start of each text."""
     warehouse: Annotated[PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")] = None
@@ -422,22 +416,6 @@ class PruneRequest(ModelRequest):
         """Repair that is fitted; None without one."""
         name = self.repair or (DEFAULT_REPAIR if self.repair_corpora else NO_REPAIR)
         return None if name == NO_REPAIR else name
-
-
-@request
-class SampleRequest(ModelRequest):
-    """Let a causal language model write texts."""
-
-    output: Output
-    """JSON lines file with a field text; read it as FILE.jsonl:text."""
-    count: Positive = 512
-    """Number of texts."""
-    prompt: str | None = None
-    """Start of each text; by default the model's start token."""
-    seed: Count = 0
-    """Seed of the draws."""
-
-    shared = ("sequence_length", "batch_size", "dtype", "attention", "device", "trust_remote_code")
 
 
 def require_divisible(batch_size: int, ranks: int) -> None:

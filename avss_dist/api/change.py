@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.events import OnEvent
     from avss_dist.evaluation.search import SearchResult
     from avss_dist.evaluation.shrink import Shrunk
+    from avss_dist.models.checkpoints import Checkpoint
     from avss_dist.precision.plan import PrecisionPlan
     from avss_dist.pruning.repair.repair import Repair, Repaired
     from avss_dist.sparsity.plan import SparsityPlan
@@ -167,18 +168,18 @@ def prune(request: PruneRequest) -> Pruned:
     model, output, warehouse, push = str(request.model), Path(request.output), request.warehouse, request.push
     execution, code = request.execution, request.settings.trust_remote_code
     plan = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
-    wanted = _repair(request)
-    if wanted is None or warehouse is None:
+    if request.fitted is None or warehouse is None:
         _refuse_workers(request)
     if push:
         require_access(push)
+    checkpoint = resolve(model, trust_remote_code=code)
+    wanted = _repair(request, checkpoint)
     fitted: Repair | Repaired | None = wanted
     if wanted is not None and warehouse is not None:
         from avss_dist.evaluation.repairs import stored_repair
 
         fitted = stored_repair(request, plan, wanted, warehouse, request.on_event)
     if warehouse is not None:
-        checkpoint = resolve(model, trust_remote_code=code)
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
         plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
     done = write(model, plan, output, repair=fitted, execution=execution, trust_remote_code=code)
@@ -205,12 +206,15 @@ def _refuse_workers(request: PruneRequest) -> None:
     refuse_unused(given | {"threads": request.settings.threads}, reason, hint)
 
 
-def _repair(request: PruneRequest) -> Repair | None:
+def _repair(request: PruneRequest, checkpoint: Checkpoint) -> Repair | None:
     """Return the repair of a request, or None. Raises ConfigError for options of a repair without one."""
     from avss_dist.pruning.repair.repair import Repair
 
     settings, skipped, corpora = request.settings, request.skip_sequences, request.repair_corpora
     if request.fitted:
+        from avss_dist.distillation.teacher_text import with_own_text
+
+        corpora = with_own_text(corpora, checkpoint, settings, request.on_event)
         return Repair(by=request.fitted, corpora=corpora, skip_sequences=skipped, settings=settings)
     given = {**settings.as_dict(), "skip_sequences": skipped, "repair_corpora": corpora}
     del given["trust_remote_code"]  # which a checkpoint without a repair uses, too

@@ -101,11 +101,6 @@ COMMANDS = {
         "prune",
         "Write a checkpoint without the layers or experts of a plan, repaired on request; needs little memory.",
     ),
-    "sample": Command(
-        CHANGE,
-        "sample",
-        "Let a causal language model write texts to fit a repair on, if no text of its domain is available.",
-    ),
     "distill": Command(
         CHANGE,
         "distill",
@@ -158,7 +153,6 @@ EXAMPLES = {
     "sparsify": ("avss sparsify 0.5 -o sparse.yaml", "avss sparsify 0.5 --method loss -o sparse.yaml"),
     "quantize": ("avss quantize --bits 4.5 -o bits.yaml", "avss quantize --memory 2.5GB --by uniform -o bits.yaml"),
     "prune": ("avss prune org/name plan.yaml --repair-corpus your.txt -o pruned",),
-    "sample": ("avss sample org/name --count 256 -o own.jsonl",),
     "distill": (
         "avss distill smaller --teacher org/name --corpus your.txt --tokens 1e6 -o distilled",
         "avss distill smaller --teacher org/name --corpus your.txt=3 --watch other.txt --train lora -o distilled",
@@ -192,6 +186,9 @@ REMOVED: dict[str, str] = {
     "plan --share-of-parameters": "`avss plan --memory 12GB -o plan.yaml`",
     "plan --contiguous": "`avss plan --by block_distance -o plan.yaml` drops a block of neighbours",
     "plan --sparsify": "`avss sparsify 0.5 -o sparse.yaml`",
+    "sample": "`avss prune ORG/NAME PLAN.yaml --repair-corpus self -o OUTPUT` fits a repair on text of the model.",
+    "shrink --continuation-tokens": "leave it out, 48 tokens are shown.",
+    "shrink --prompt": "leave it out, the starts of three held-out rows are continued.",
     "distill --hidden-loss": "leave it out, the divergence is the loss.",
     "distill --patience": "leave it out, three evaluations without a lower divergence end a training.",
     "distill --teacher-top": "leave it out, the teacher runs beside the student.",

@@ -1,18 +1,22 @@
-"""Text that the teacher writes, sampled from its predictions once and kept in the user's cache."""
+"""Text that a model writes, sampled from its predictions once and kept in the user's cache."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings, fingerprint
-from avss_dist.distillation.events import OnEvent, Preparing
+from avss_dist.distillation.events import OnEvent, Preparing, ignore
+from avss_dist.distillation.record import SELF
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.sampling import sample
 from avss_dist.models.size import footprint
+from avss_dist.pruning.repair.record import split_weight
 from avss_dist.system.devices import free_memory, pick_device
 from avss_dist.system.folders import cache_folder
 from avss_dist.system.journal import Journal
@@ -22,6 +26,8 @@ from avss_dist.system.staging import staged_file
 ROWS = (128, 32)  # texts that are sampled at once, if there is memory for them, and otherwise
 SPARE_SHARE = 0.8  # of the memory that is free
 FLOAT32 = 4  # bytes
+_FOLDER = "teacher_texts"  # in the cache
+OWN_TEXTS = 256  # that a model writes for a repair of itself
 
 
 def teacher_text(
@@ -46,7 +52,7 @@ def teacher_text(
         """Return the identity of the texts if so many are sampled at once, their file, and that of unfinished ones."""
         values = Settings(batch_size=rows, **common).as_dict()
         identity = {"teacher": teacher.revision, "count": count, "seed": seed, **values}
-        file = cache_folder("teacher_texts", f"{fingerprint(**identity)[:32]}.jsonl")
+        file = cache_folder(_FOLDER, f"{fingerprint(**identity)[:32]}.jsonl")
         return identity, file, work / f"self-{rows}.part"
 
     begun = (rows for rows in ROWS if any(path.is_file() for path in batched(rows)[1:]))
@@ -80,3 +86,23 @@ def rows_at_once(teacher: Checkpoint, settings: Settings) -> int:
 def _reported(on_event: OnEvent) -> ProgressCallback:
     """Return a progress callback that passes events on."""
     return lambda _what, share: on_event(Preparing("the teacher writes text", share))
+
+
+def with_own_text(
+    corpora: Sequence[str], model: Checkpoint, settings: Settings, on_event: OnEvent | None = None
+) -> tuple[str, ...]:
+    """Return the texts of a repair, with a file of text that the whole model writes in place of `SELF`."""
+    if SELF not in [split_weight(corpus)[0] for corpus in corpora]:
+        return tuple(corpora)
+    work = cache_folder(_FOLDER, model.revision)
+    work.mkdir(parents=True, exist_ok=True)
+    here = replace(settings, device=pick_device(settings.device).type)
+    file = teacher_text(model, here, count=OWN_TEXTS, seed=0, work=work, on_event=on_event or ignore)
+    return tuple(
+        f"{file}:text{corpus.removeprefix(SELF)}" if split_weight(corpus)[0] == SELF else corpus for corpus in corpora
+    )
+
+
+def has_own_text(corpora: Sequence[str]) -> bool:
+    """Whether some of the texts are of `with_own_text`."""
+    return any(str(corpus).startswith(str(cache_folder(_FOLDER))) for corpus in corpora)

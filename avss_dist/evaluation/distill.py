@@ -19,6 +19,7 @@ from avss_dist.distillation.events import OnEvent
 from avss_dist.distillation.memory import estimate_memory, require_memory, without_layers
 from avss_dist.distillation.pair import resolve_pair
 from avss_dist.distillation.record import DistillRecord, read_record, write_card
+from avss_dist.distillation.teacher_text import has_own_text
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.size import footprint
 from avss_dist.options import SHARED
@@ -148,6 +149,8 @@ def _distill_request(
     request: ShrinkRequest, student: str | Path, output: Path, options: dict[str, Any]
 ) -> DistillRequest:
     assert request.distill_tokens is not None
+    if has_own_text(request.repair_corpora):
+        options = {**options, "self_texts": 0}  # its rows are divided as those of other texts
     return DistillRequest(
         str(student),
         teacher=request.model,

@@ -18,21 +18,14 @@ import numpy as np
 
 from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.analysis.strata import Strata
-from avss_dist.analysis.verdict import WHOLE, shown_method
-from avss_dist.core.errors import ConfigError, CorpusError, ModelError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals, whole_layers
-from avss_dist.core.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN, PERPLEXITY, SPARSITY
+from avss_dist.analysis.verdict import WHOLE
+from avss_dist.core.errors import ConfigError, CorpusError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
+from avss_dist.core.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN, SPARSITY
 from avss_dist.core.registry import GREEDY, MEASURED, RECIPES, SCORES
 from avss_dist.core.settings import INPUTS, Settings, fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.evaluation.continuations import (
-    Variant,
-    measure_continuations,
-    plan_continuations,
-    plan_prompts,
-    write_continuations,
-)
 from avss_dist.evaluation.distill import PART, count_watched
 from avss_dist.evaluation.distilled import Distilling
 from avss_dist.evaluation.evaluate import realized_sparsity, require_effect
@@ -89,10 +82,7 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
-_LATER = (
-    *("distill_tokens", "distill_train", "distill_learning_rate", "distill_self_texts"),
-    *("prompts", "continuation_tokens"),
-)
+_LATER = ("distill_tokens", "distill_train", "distill_learning_rate", "distill_self_texts")
 """Options that earlier versions did not have. At their defaults they do not change the name of an experiment."""
 MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
 Layers = tuple[int, ...]
@@ -371,8 +361,6 @@ def run_experiment(
         _plan_work(trials, experiment, tasks, warehouse, allow_overlap=request.allow_overlap)
         measured = _measure(trials, experiment, warehouse, session, allow_overlap=request.allow_overlap)
         rows = _write(trials, experiment, tasks, measured, store)
-        if experiment.continuation_tokens:
-            _continue(trials, experiment, session)
     return runs, rows
 
 
@@ -456,45 +444,6 @@ def _distill(
             model = session.place(checkpoint, trial.spec.settings, trial.spec.execution)
             tasks = {task: _plan(model, task, experiment) for task in trial.planned}
             trial.distilled[repair, drop] = DistilledModel(model=model, tasks=tasks)
-
-
-def _continue(trials: Sequence[Trial], experiment: Experiment, session: EvaluationSession) -> None:
-    """Have all models of every trial continue the prompts of the experiment, and write the continuations.
-
-    Raises:
-        ModelError: a model does not generate text.
-    """
-    texts = [
-        task.full.removeprefix(PERPLEXITY) for task in map(RedactedURI, experiment.tasks) if task.startswith(PERPLEXITY)
-    ]
-    for trial in trials:
-        prompts, problem = plan_prompts(
-            trial.model, experiment.prompts, texts, skip_sequences=experiment.skip_sequences
-        )
-        variants = []
-        for candidate in [*trial.pruned_candidates(experiment), *trial.sparse_candidates()]:
-            if candidate.intervention is None:
-                continue
-            row = candidate.row(LOSS, None)
-            removed = whole_layers(candidate.intervention.removed)
-            distilled = trial.distilled.get((candidate.repair or NO_REPAIR, removed))
-            model = distilled.model if distilled else trial.model
-            size = f", {candidate.share:.0%} dropped" if candidate.share else ""
-            sparsity = f", {candidate.sparsity:.0%} sparse" if candidate.sparsity else ""
-            variants.append(
-                Variant(
-                    label=f"{shown_method(row)}{size}{sparsity}",
-                    task=plan_continuations(model, prompts, experiment.continuation_tokens),
-                    intervention=NO_INTERVENTION if distilled else candidate.intervention,
-                    described=candidate.intervention.key,
-                )
-            )
-        if not problem:
-            continuations, problem = measure_continuations(session, variants)
-        if problem:
-            hint = "Everything else is in the warehouse. Name `prompts`, or set `continuation_tokens` to 0."
-            raise ModelError(problem, hint)
-        write_continuations(session.store, trial.run.run_id, continuations)
 
 
 def describe_size(job: JobFile) -> str:

@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from itertools import chain
 from math import ceil
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pyarrow as pa
 
@@ -29,16 +29,9 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.distillation.record import DistillRecord
+from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.ablate import ablate
-from avss_dist.evaluation.continuations import (
-    Continuation,
-    Prompt,
-    Variant,
-    measure_continuations,
-    plan_continuations,
-    plan_prompts,
-    write_continuations,
-)
+from avss_dist.evaluation.continuations import Continuation, Prompt, continue_prompts, held_out_prompts
 from avss_dist.evaluation.distill import StagedDistillation, count_watched, require_distillable
 from avss_dist.evaluation.events import OnEvent, WeightsWritten, ignore
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
@@ -64,7 +57,7 @@ from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.models.safetensors import weight_files
-from avss_dist.options import PromptOptions
+from avss_dist.options import PromptOptions, request_values
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.record import RepairRecord
@@ -250,6 +243,8 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
     require_copyable(checkpoint)
     if request.distill_tokens is not None:
         require_distillable(request, checkpoint)
+    texts = {"repair_corpora": with_own_text(request.repair_corpora, checkpoint, settings, on_event)}
+    request = ShrinkRequest(**request_values(request) | request.given | texts)
     needed = 0 if request.repair == NO_REPAIR else tokens_needed(checkpoint, request.repair, settings)
     split = split_rows(checkpoint, request.texts, settings, distilled=request.distill_tokens is not None)
     _require_tokens(checkpoint, request, split, needed)
@@ -268,8 +263,8 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
         else:
             maximum = min(example.num_layers - 1, example.num_layers - request.first - request.last)
             best, curve = _bisect(evaluator, make_plan, maximum, request.keep)
-        continuing = _Continuing.of_plan(evaluator.model, request, split, best)
-        continuing.measure(session)
+        prompts = held_out_prompts(evaluator.model, request.texts, skip_sequences=split.scored)
+        continuations, unread = continue_prompts(session, evaluator.model, prompts, _variants(request, best))
     plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
     best = replace(best, plan=plan)
     write = partial(
@@ -281,7 +276,8 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
         copied=lambda size: on_event(WeightsWritten(size)),
     )
     if request.distill_tokens is not None:
-        return _distill(request, split, best, curve, write, continuing, on_event)
+        done = _distill(request, split, best, curve, write, prompts if continuations else [], on_event)
+        return replace(done, notes=[*done.notes, *unread], continuations=[*continuations, *done.continuations])
     written = write(output)
     return Shrunk(
         folder=written["folder"],
@@ -290,9 +286,20 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
         curve=curve,
         record=written["repair"],
         difference=written["difference"],
-        notes=[*written["notes"], *continuing.notes],
-        continuations=continuing.texts,
+        notes=[*written["notes"], *unread],
+        continuations=continuations,
     )
+
+
+def _variants(request: ShrinkRequest, best: CandidateResult) -> dict[str, Intervention]:
+    """Return the whole, the pruned and the repaired model, as interventions by their names for people."""
+    pruned = best.plan.intervention
+    variants = {WHOLE: NO_INTERVENTION, f"{count_removed(best.plan.drop)} dropped": pruned}
+    if best.patch:
+        variants[f"{count_removed(best.plan.drop)} dropped, repaired by {request.repair}"] = replace(
+            pruned, patch=best.patch
+        )
+    return variants
 
 
 def _open_session(request: ShrinkRequest, on_event: OnEvent) -> AbstractContextManager[EvaluationSession]:
@@ -306,13 +313,14 @@ def _distill(
     best: CandidateResult,
     curve: Sequence[CandidateResult],
     write: Callable[[Path], dict[str, Any]],
-    continuing: _Continuing,
+    prompts: Sequence[Prompt],
     on_event: OnEvent,
 ) -> Shrunk:
     """Write a plan's checkpoint into a folder beside the output, distill it, evaluate it, and move it to the output.
 
     Args:
         write: writes the pruned and repaired checkpoint into a folder, see `pruning.checkpoint.prune`.
+        prompts: prompts that the distilled model continues.
     """
     output = Path(request.output)
     staging = StagedDistillation(output)
@@ -326,8 +334,8 @@ def _distill(
         model = session.place(replace(checkpoint, name=str(output)), request.settings)
         planned = [_plan_task(model, name, request, split) for name in _task_names(request)]
         results = session.measure([(task, [NO_INTERVENTION]) for task in planned])
-        continuing.add(model, f"distilled on {record.after.tokens:,} tokens")
-        continuing.measure(session)
+        label = f"{count_removed(best.plan.drop)} dropped, distilled on {record.after.tokens:,} tokens"
+        continuations, unread = continue_prompts(session, model, prompts, {label: NO_INTERVENTION})
     tasks = [
         replace(before, distilled=_primary(results[task])[NO_INTERVENTION.key])
         for before, task in zip(best.tasks, planned, strict=True)
@@ -340,69 +348,10 @@ def _distill(
         curve=curve,
         record=written["repair"],
         difference=written["difference"],
-        notes=[*written["notes"], *continuing.notes],
+        notes=[*written["notes"], *unread],
         distillation=record,
-        continuations=continuing.texts,
+        continuations=continuations,
     )
-
-
-@dataclass
-class _Continuing:
-    """Continuations of the same prompts by the models of a plan.
-
-    Attributes:
-        plan: plan whose layers are dropped.
-        prompts: prompts to continue, none if no text is shown.
-        max_tokens: see `ShrinkRequest.continuation_tokens`.
-        notes: reasons for missing continuations.
-        variants: models that continue them.
-        texts: continuations so far.
-    """
-
-    plan: Plan
-    prompts: Sequence[Prompt]
-    max_tokens: int
-    notes: list[str]
-    variants: list[Variant] = field(default_factory=list)
-    texts: Sequence[Continuation] = ()
-
-    @classmethod
-    def of_plan(cls, model: PlacedModel, request: ShrinkRequest, split: TextSplit, best: CandidateResult) -> Self:
-        """Return the continuations by the whole, the pruned and the repaired model, which are not measured yet."""
-        prompts, note = (
-            plan_prompts(model, request.prompts, request.texts, skip_sequences=split.scored)
-            if request.continuation_tokens
-            else ([], None)
-        )
-        continuing = cls(best.plan, prompts, request.continuation_tokens, [note] if note else [])
-        continuing.add(model, WHOLE)
-        continuing.add(model, "", best.plan.intervention)
-        if best.patch:
-            repaired = replace(best.plan.intervention, patch=best.patch)
-            continuing.add(model, f"repaired by {request.repair}", repaired)
-        return continuing
-
-    def add(self, model: PlacedModel, step: str, intervention: Intervention = NO_INTERVENTION) -> None:
-        """Add a model.
-
-        Args:
-            step: last step by which the model was made, or `WHOLE`.
-        """
-        task = plan_continuations(model, self.prompts, self.max_tokens)
-        label = step if step == WHOLE else ", ".join(filter(None, [f"{count_removed(self.plan.drop)} dropped", step]))
-        key = intervention.key if intervention or step == WHOLE else self.plan.intervention.key
-        self.variants.append(Variant(label=label, task=task, intervention=intervention, described=key))
-
-    def measure(self, session: EvaluationSession) -> None:
-        """Generate the missing continuations, and write all of them into the warehouse."""
-        if not self.prompts:
-            return
-        texts, note = measure_continuations(session, self.variants)
-        self.notes += [note] if note else []
-        if texts:
-            self.texts = texts
-            assert self.plan.run_id is not None
-            write_continuations(session.store, self.plan.run_id, texts)
 
 
 def split_rows(

@@ -20,7 +20,7 @@ from avss_dist.system.progress_bar import report, tracked
 
 
 def sample(
-    checkpoint: Checkpoint, settings: Settings, *, count: int, prompt: str | None = None, seed: int = 0, first: int = 0
+    checkpoint: Checkpoint, settings: Settings, *, count: int, seed: int = 0, first: int = 0
 ) -> Iterator[list[str]]:
     """Yield batches of sampled texts of at most ``sequence_length`` tokens, at temperature 1 without truncation.
 
@@ -28,7 +28,6 @@ def sample(
 
     Args:
         count: number of texts to sample; empty ones are left out of the result.
-        prompt: text that precedes each sample and is not part of it; by default the tokenizer's start token.
         first: index of the first batch to sample.
 
     Raises:
@@ -38,7 +37,7 @@ def sample(
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     settings = pin(settings, checkpoint, config, device.type)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    start = _start(checkpoint, tokenizer, prompt)
+    start = _start(checkpoint, tokenizer)
     model = load_model(checkpoint, replace(settings, layers=None), head=True).to(device)
     if not model.can_generate():
         raise ModelError(f"'{checkpoint.name}' predicts no next token.", "Name a causal language model.")
@@ -81,16 +80,14 @@ _AS_PREDICTED: dict[str, Any] = {  # whatever the checkpoint's own generation_co
 }
 
 
-def _start(checkpoint: Checkpoint, tokenizer: Any, prompt: str | None) -> list[int]:
-    """Return the tokens that every text begins with: the tokenizer's prefix and the prompt's.
+def _start(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
+    """Return the tokens that every text begins with: the tokenizer's prefix, or BOS, or EOS.
 
-    Without either they are BOS, or EOS, which stands between texts of models that have no BOS.
+    EOS stands between texts of models that have no BOS.
     """
     start = special_tokens_around(tokenizer).prefix.tolist()
-    if prompt is not None:
-        start += tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    elif not start:
+    if not start:
         start = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
     if not start:
-        raise ModelError(f"The tokenizer of '{checkpoint.name}' has no token to begin with.", "Give a `prompt`.")
+        raise ModelError(f"The tokenizer of '{checkpoint.name}' has no token to begin with.", "Name other text.")
     return list(start)

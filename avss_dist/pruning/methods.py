@@ -10,7 +10,7 @@ from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.core.intervention import SPARSITY_RULES
-from avss_dist.core.names import CONTRAST, PERPLEXITY
+from avss_dist.core.names import CONTRAST
 from avss_dist.core.registry import FROM_ACTIVATIONS, GREEDY, MEASURED, RECIPES, SPARSITY_METHODS
 from avss_dist.core.settings import EVERY_SITE, TRAINED
 from avss_dist.core.text import describe_threshold, parse_threshold
@@ -97,10 +97,6 @@ class Experiment:
     """Highest learning rate, as for avss distill."""
     distill_self_texts: Count = 256
     """Number of texts that the whole model writes to train on; 0 for none."""
-    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
-    """Text that every model continues, to compare; by default the start of three rows of the evaluation texts."""
-    continuation_tokens: Count = 0
-    """Length of each continuation in tokens; 0 makes none."""
     max_sequences: AtLeastOne | None = None
     """Maximum number of rows of each evaluation text."""
     skip_sequences: Count = 0
@@ -126,7 +122,6 @@ class Experiment:
             raise ConfigError("`shares` and `sparsities` are both empty.", "Set at least one of them.")
         self._require_repairs()
         self._require_distillation()
-        self._require_prompts()
 
     def _require_repairs(self) -> None:
         """Refuse repairs without text, text without repairs, and repairs of layers that are scaled."""
@@ -141,13 +136,6 @@ class Experiment:
                 "they are mutually exclusive.",
                 "Make two experiments.",
             )
-
-    def _require_prompts(self) -> None:
-        """Refuse continuations without text to continue, and prompts without continuations."""
-        if self.continuation_tokens and not (self.prompts or any(task.startswith(PERPLEXITY) for task in self.tasks)):
-            raise ConfigError("`continuation_tokens` needs text to continue.", "Name it with `prompts`.")
-        if self.prompts and not self.continuation_tokens:
-            raise ConfigError("`prompts` have no effect without `continuation_tokens`.", "Set it, for example to 48.")
 
     def _require_distillation(self) -> None:
         """Refuse repairs that end in +distill without a number of tokens, and options of distillation without any."""

@@ -15,10 +15,7 @@ from avss_dist.system.staging import staged_folder
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES
 
-NOT_PUBLISHED = (
-    *("shard_stats", "cells", "row_stats", "shard_expert_stats"),  # what others were made of
-    "continuations",  # they quote corpora, which may not be public
-)
+NOT_PUBLISHED = ("shard_stats", "cells", "row_stats", "shard_expert_stats")  # what others were made of
 PAGE, CARD, DATA = "index.html", "README.md", "data"
 
 

@@ -404,7 +404,7 @@ class Warehouse:
 
     def _files(self, name: str, done: Collection[str] | None) -> Files:
         """Return the readable files of a table. A table of whole runs has files of the runs ``done`` alone."""
-        of_all = ("runs", "evaluations", "cells", "precision", "experiments", "continuations")
+        of_all = ("runs", "evaluations", "cells", "precision", "experiments")
         chosen = None if name in of_all else done
         return {
             path: stamp

@@ -419,23 +419,6 @@ TABLES: dict[str, TableInfo] = {
         ),
         _names("method share task metric drop"),
     ),
-    "continuations": TableInfo(
-        "one row for each prompt and model: what the whole model or a smaller one wrote after the prompt",
-        (
-            Column("run_id", STRING, "the run whose scores chose the layers"),
-            *_MODEL,
-            Column("variant", STRING, "the model for people: whole model, 8 layers dropped, ..."),
-            Column("prompt", STRING, "the text that was continued"),
-            Column("text", STRING, "the continuation, token by token the likeliest"),
-            _DROP,
-            _FACTOR,
-            _ROUNDING,
-            _PATCH,
-            _SPARSITY_PLAN,
-            Column("created_at", TIME, "when it was written", "UTC", bounds=_TIMES),
-        ),
-        _names("variant prompt text drop"),
-    ),
     "sparsity": TableInfo(
         "one row for each linear map of a sparsity plan: which of its inputs become zero",
         (

@@ -34,7 +34,6 @@ FILE_NAMES = {
     "evaluations": "evaluations",
     "cells": _ONE_FILE,
     "experiments": _ONE_FILE,
-    "continuations": _ONE_FILE,
     "sparsity": _ONE_FILE,
     "precision": _ONE_FILE,
     "stratum_stats": "stratum_stats",

@@ -177,10 +177,6 @@ class Store(Warehouse):
         """Write the results of an experiment on a run. Rows lack the columns of RunIdentity."""
         self._write_rows("experiments", run.run_id, run.identified(rows), name)
 
-    def write_continuations(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write continuations by models that were made of a run. Rows lack the columns of RunIdentity."""
-        self._write_rows("continuations", run.run_id, run.identified(rows), name)
-
     def write_sparsity(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a sparsity plan that was made of a run. Rows lack the columns of RunIdentity."""
         self._write_rows("sparsity", run.run_id, run.identified(rows), name)

@@ -64,7 +64,6 @@ WORKS = {
         ["M", "--teacher", "M", "--corpus", "text.txt", *SMALL_TRAINING.split(), "-o", "O/d"],
         ["M", "--teacher", EVIL, "--corpus", f"{EVIL}.txt", *SMALL_TRAINING.split(), "-o", "O/d2"],
     ],
-    "sample": [["M", "-o", "O/own.jsonl", "--count", "2", "--sequence-length", "8", "--prompt", EVIL]],
     "jobs submit": [["J", "--address", f"http://127.0.0.1:9/{EVIL}"]],
     "jobs list": [["--address", f"http://127.0.0.1:9/{EVIL}"]],
     "jobs logs": [[EVIL, "--address", "http://127.0.0.1:9"]],

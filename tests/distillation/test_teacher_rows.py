@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+import avss_dist
 from avss_dist.core.settings import Settings
 from avss_dist.distillation import teacher_text as module
-from avss_dist.distillation.teacher_text import ROWS, rows_at_once, teacher_text
+from avss_dist.distillation.teacher_text import ROWS, has_own_text, rows_at_once, teacher_text, with_own_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.sampling import sample
+from avss_dist.pruning.plan import Plan
 from avss_dist.system.progress_bar import progress_to
 
 SETTINGS = Settings(sequence_length=16, dtype="float32", device="cpu")
@@ -62,3 +64,18 @@ def test_what_was_begun_goes_on_in_batches_of_the_same_size(
     monkeypatch.setattr(module, "free_memory", lambda _: 1 << 30)
     whole = teacher_text(resolve(str(teacher)), SETTINGS, **options | {"work": tmp_path / "whole"})
     assert whole.read_bytes() == file.read_bytes()
+
+
+def test_a_repair_is_fitted_on_text_of_the_model(
+    teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its weight, once for all repairs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    texts = with_own_text([str(corpus), "self=0.5"], resolve(str(teacher)), SETTINGS)
+    assert texts[0] == str(corpus) and texts[1].endswith(".jsonl:text=0.5")
+    assert has_own_text(texts) and not has_own_text([str(corpus)])
+    plan = Plan(model=str(teacher), num_layers=4, layers="layers", drop=(2,))
+    monkeypatch.delattr(module, "sample")
+    options: dict[str, Any] = {"sequence_length": 16, "dtype": "float32", "device": "cpu", "repair": "channel"}
+    done = avss_dist.prune(str(teacher), plan, output=tmp_path / "out", repair_corpora=["self"], **options)
+    assert done.repair.texts[0].corpus == texts[1].removesuffix("=0.5") and done.repair.texts[0].rows > 100

@@ -50,7 +50,6 @@ experiment:
   distill_self_texts: 0
   max_sequences: 12
   skip_sequences: 12
-  continuation_tokens: 4
 """
 REPAIRS = (None, "refit", "refit+distill", "none+distill")
 
@@ -121,14 +120,6 @@ def test_the_checkpoints_are_kept_with_the_rows_that_they_were_trained_on(
     assert sorted(len(read_repairs(folder)) for folder in folders) == [0, 1]
 
 
-def test_all_models_continue_the_same_prompts(done: tuple[Path, list[dict[str, Any]]]) -> None:
-    job, _ = done
-    rows = Warehouse(job.parent / "w").table("continuations").to_pylist()
-    names = [f"block influence{' + ' if repair else ''}{repair or ''}, 25% dropped" for repair in REPAIRS]
-    assert list(dict.fromkeys(row["variant"] for row in rows)) == ["whole model", *names]
-    assert len(rows) == 3 * 5
-
-
 def test_nothing_is_made_twice(done: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
     job, rows = done
     cells = {file: file.stat().st_mtime_ns for file in (job.parent / "w" / "cells").rglob("*.parquet")}
@@ -187,7 +178,6 @@ def test_too_little_text_is_refused_before_training(deep: Path, corpus: Path, tm
         ({"repairs": ("refit",), "distill_train": "near"}, "`distill_train` has no effect"),
         ({"repairs": ("none+distill",), "distill_tokens": 1e3, "repair_corpora": ()}, "needs text to be fitted on"),
         ({"prompts": ("Once",)}, "`prompts` have no effect without"),
-        ({"tasks": ("hellaswag",), "continuation_tokens": 8}, "needs text to continue"),
     ],
 )
 def test_mistakes(options: dict[str, Any], told: str) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from rich.console import Console
 from support.checkpoints import block_fp8
 from support.command_line import as_words, avss
 from support.commands import Command
@@ -33,6 +35,8 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.distillation import memory
 from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced
 from avss_dist.distillation.record import read_record
+from avss_dist.evaluation import continuations
+from avss_dist.evaluation.continuations import Continuation
 from avss_dist.evaluation.repairs import copies_of
 from avss_dist.evaluation.shrink import SCORED, CandidateResult, Shrunk, TextSplit, split_rows
 from avss_dist.evaluation.tasks import plan_text
@@ -43,6 +47,8 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.base import Placement
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.pruning.selection import PlanError
+from avss_dist.report.terminal.shrink import continuation_tables
+from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.requests import RANKED_BY
 from avss_dist.system.devices import Devices
 from avss_dist.warehouse.reader import Warehouse
@@ -51,20 +57,25 @@ TEXT = "builtin:pydoc"
 TASK = f"perplexity:{TEXT}"
 ROWS = {"max_sequences": 80, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4}
 READ: dict[str, Any] = {**ROWS, "dtype": "float32", "device": "cpu"}
-CONTINUED: dict[str, Any] = {"continuation_tokens": 6}
-OPTIONS = as_words(READ | CONTINUED)
-SILENT = as_words(READ | {"continuation_tokens": 0})
+OPTIONS = as_words(READ)
 TOKENS = 12 * 4 * 32
 
 
 def shrunk(model: Path, out: Path, **options: Any) -> Shrunk:
-    return avss_dist.shrink(model, output=out, **{"corpus": TEXT, "continuation_tokens": 0, **READ, **options})
+    return avss_dist.shrink(model, output=out, **{"corpus": TEXT, **READ, **options})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_texts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(continuations, "NEW_TOKENS", 6)
+        yield
 
 
 @pytest.fixture(scope="module")
 def done(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Shrunk:
     """A quarter of the layers less, by what are the defaults."""
-    return shrunk(deep, tmp_path_factory.mktemp("shrunk") / "out", **CONTINUED)
+    return shrunk(deep, tmp_path_factory.mktemp("shrunk") / "out")
 
 
 def content(folder: str | Path) -> dict[str, str]:
@@ -123,34 +134,14 @@ def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, 
         assert texts[prompt, MODELS[0]] == greedy(deep, prompt, 6)
         assert texts[prompt, MODELS[2]] == greedy(done.folder, prompt, 6)
     assert len(set(texts.values())) > len(prompts)
-    stored = Warehouse(f"{done.folder}-warehouse").table("continuations").to_pylist()
-    assert [(row["prompt"], row["variant"], row["text"]) for row in stored] == [
-        (one.prompt, one.variant, one.text) for one in done.continuations
-    ]
-    keys = {row["variant"]: (tuple(row["drop"]), row["patch"] is not None) for row in stored}
-    plan = done.best.plan
-    assert keys == dict(zip(MODELS, [((), False), (plan.drop, False), (plan.drop, True)], strict=True))
-    assert {row["run_id"] for row in stored} == {plan.run_id}
 
 
-@pytest.mark.nightly
-def test_prompts_are_continued_once_and_shown_as_text(
-    done: Shrunk, warehouse: Path, deep: Path, tmp_path: Path
-) -> None:
-    """Markup in a prompt is text to the terminal; its cells are not measured again."""
-    prompt = "[red]A </td><script>alert(1)</script>\nlist"
-    how = ["--corpus", TEXT, "-w", warehouse, "--prompt", prompt, "--prompt", "A class", *OPTIONS]
-    told = avss("shrink", deep, "-o", tmp_path / "out", *how)
-    assert told.exit_code == 0, told.stderr
-    words = " ".join(told.stdout.split())
-    assert "Greedy continuation of: [red]A </td><script>alert(1)</script> list" in words
-    assert content(tmp_path / "out") == content(done.folder)
-    times = cell_times(warehouse)
-    values = json.loads(avss("shrink", deep, "-o", tmp_path / "again", *how, "--format", "json").stdout)
-    assert cell_times(warehouse) == times
-    assert [(one["prompt"], one["model"]) for one in values["continuations"]] == [
-        (p, model) for model in MODELS for p in (prompt, "A class")
-    ]
+def test_markup_in_a_text_is_shown_as_text() -> None:
+    (table,) = continuation_tables([Continuation(variant="whole", prompt="[red]A\nlist", text="[/red] b")])
+    console = Console(file=StringIO(), width=80)
+    console.print(FittedTable(table))
+    shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "Greedy continuation of: [red]A list" in shown and "[/red] b" in shown
 
 
 def test_a_model_that_generates_no_text_is_shrunk_all_the_same(
@@ -159,8 +150,9 @@ def test_a_model_that_generates_no_text_is_shrunk_all_the_same(
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("no generation here")
 
+    monkeypatch.setattr(continuations, "NEW_TOKENS", 5)  # which are not in the warehouse
     monkeypatch.setattr(LanguageModel, "generate", refuse)
-    made = shrunk(deep, tmp_path / "out", warehouse=warehouse, prompts=("Once",), **CONTINUED)
+    made = shrunk(deep, tmp_path / "out", warehouse=warehouse)
     assert not made.continuations and content(made.folder) == content(done.folder)
     assert any("generates no text: no generation here" in note for note in made.notes)
 
@@ -312,7 +304,7 @@ def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) 
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(f"On day {i} the {i * 7919 % 613} ships of {i * 31 % 97} sailed." for i in range(700)))
     out = tmp_path / "out"
-    command = ("shrink", deep, "--corpus", TEXT, "-w", warehouse, *SILENT)
+    command = ("shrink", deep, "--corpus", TEXT, "-w", warehouse, *OPTIONS)
     told = avss(*command, "-o", out, "--repair-corpus", TEXT, "--repair-corpus", other, "--repair", "channel")
     assert told.exit_code == 0, told.stderr
     words = " ".join(told.stdout.split())
@@ -327,7 +319,7 @@ def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) 
 
 def test_the_command_prints_the_curve(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     options = ("--keep", "0.4", "--repair", "none", "--protect", "first=1,last=1", "-w", warehouse)
-    told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *SILENT)
+    told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
     assert told.exit_code == 0, told.stderr
     assert "layers dropped" in told.stdout and "█" in told.stdout and "repaired" not in told.stdout
 
@@ -339,7 +331,6 @@ def test_the_command_prints_the_curve(warehouse: Path, deep: Path, tmp_path: Pat
         ({"share": 1.5}, "`share` must be less than 1"),
         ({"by": "avs"}, "Did you mean 'avss'"),
         ({"repair": "none", "repair_corpora": (TEXT,)}, "`repair_corpora` has no effect"),
-        ({"prompts": ("Once",)}, "`prompts` have no effect"),
         ({"sites": ("block",)}, "`sites` has no effect|Unknown|tasks measure nothing"),
         ({"partition": "tensor_parallel"}, "weights where they cannot be changed"),
         ({"max_sequences": 7}, "rows; a part to score on"),
@@ -450,7 +441,7 @@ def distilled(done: Shrunk, deep: Path, tmp_path_factory: pytest.TempPathFactory
     """The same with a distillation, in a copy of the warehouse, and its events."""
     out, events = tmp_path_factory.mktemp("distilled") / "out", list[Any]()
     shutil.copytree(f"{done.folder}-warehouse", f"{out}-warehouse")
-    return shrunk(deep, out, distill_tokens=TOKENS, on_event=events.append, **CONTINUED), events
+    return shrunk(deep, out, distill_tokens=TOKENS, on_event=events.append), events
 
 
 def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
@@ -489,8 +480,6 @@ def test_the_distilled_model_continues_the_prompts_of_the_others(distilled: tupl
     assert [(one.variant, one.prompt) for one in made.continuations] == [
         (m, p) for m in (*MODELS, last) for p in prompts
     ]
-    stored = Warehouse(f"{made.folder}-warehouse").table("continuations").to_pylist()
-    assert {tuple(row["drop"]) for row in stored if row["variant"] == last} == {made.best.plan.drop}
 
 
 def test_the_table_the_summary_and_the_card_have_the_verdict(distilled: tuple[Shrunk, list[Any]]) -> None:

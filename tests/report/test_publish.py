@@ -12,8 +12,6 @@ from support.command_line import avss
 from support.warehouses import activations, run_row, stats_of, write_measured
 
 from avss_dist.core.errors import WarehouseError
-from avss_dist.core.intervention import NO_INTERVENTION
-from avss_dist.evaluation.continuations import Continuation, write_continuations
 from avss_dist.report.publish import publish
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
@@ -35,17 +33,6 @@ def test_what_is_published_is_what_the_warehouse_says(tmp_path: Path) -> None:
     card = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     assert [config["data_files"] for config in card["configs"]] == [f"data/{name}.parquet" for name in rows]
     assert (folder / "index.html").read_text().startswith("<!doctype html>")
-
-
-@pytest.mark.nightly
-def test_texts_are_not_published(tmp_path: Path) -> None:
-    warehouse = measured(tmp_path / "warehouse")
-    (run_id,) = warehouse.runs()["run_id"].to_pylist()
-    text = Continuation(variant="whole model", prompt="a secret", text="is told", key=NO_INTERVENTION.key)
-    write_continuations(Store(warehouse.root), run_id, [text])
-    assert Warehouse(warehouse.root).table("continuations").num_rows == 1
-    assert "continuations" not in publish(Warehouse(warehouse.root), tmp_path / "published")
-    assert not list((tmp_path / "published").rglob("continuations*"))
 
 
 @pytest.mark.nightly

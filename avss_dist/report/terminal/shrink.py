@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from avss_dist.tasks.cells import Cell
 
 BAR = 40  # cells of what keeps all
-LONGEST_PROMPT = 240  # characters in a title
 
 
 class ShrinkProgress(CellProgress):
@@ -103,22 +102,20 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
         caption=_caption(tasks),
     )
     more = [_curve(done)] if len(done.curve) > 1 else []
-    more += _continuations(done.continuations)
+    more += [*continuation_tables(done.continuations)]
     return Group(FittedTable(table), *map(FittedTable, more))
 
 
-def _continuations(continuations: Sequence[Continuation]) -> Iterator[ReportTable]:
+def continuation_tables(continuations: Sequence[Continuation]) -> Iterator[ReportTable]:
     """Yield a table for each prompt, with a row for each model."""
-    by_prompt: dict[str, dict[str, str]] = {}
-    for continuation in continuations:
-        by_prompt.setdefault(continuation.prompt, {})[continuation.variant] = " ".join(continuation.text.split())
-    for prompt, texts in by_prompt.items():
-        line = " ".join(prompt.split())
+    for prompt in dict.fromkeys(one.prompt for one in continuations):
+        of_prompt = [one for one in continuations if one.prompt == prompt]
+        texts = [" ".join(one.text.split()) for one in of_prompt]
         yield ReportTable(
-            title=f"Greedy continuation of: {'... ' * (len(line) > LONGEST_PROMPT)}{line[-LONGEST_PROMPT:]}",
+            title=f"Greedy continuation of: {' '.join(prompt.split())}",
             columns=[
-                ReportColumn("model", list(texts), number=False, wraps=True),
-                ReportColumn("continuation", list(texts.values()), number=False, wraps=True),
+                ReportColumn("model", [one.variant for one in of_prompt], number=False, wraps=True),
+                ReportColumn("continuation", texts, number=False, wraps=True),
             ],
         )
 
