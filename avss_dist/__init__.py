@@ -5,7 +5,7 @@ Packages, from the top down. Imports only go down::
     cli          the command line: parse, call, print
     api          the same from Python
     report       terminal tables, the page, pictures, exports
-    estimation   memory and time before anything is loaded
+    estimation   memory before anything is loaded
     evaluation   evaluation of models and plans: evaluate, ablate, experiment, shrink
     distillation training of a smaller model on the predictions of the whole one
     runs         from a request to the warehouse: job files, planning, driving, submission

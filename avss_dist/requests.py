@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, require_known
-from avss_dist.core.hardware import Hardware, parse_hardware
 from avss_dist.core.intervention import SPARSITY_RULES
 from avss_dist.core.registry import (
     DRAWS,
@@ -26,11 +25,10 @@ from avss_dist.core.settings import (
     TRAINED,
     Bytes,
     Execution,
-    Settings,
     Sizes,
 )
 from avss_dist.core.text import RedactedURI
-from avss_dist.core.validation import Check, Count, OneOf, PathOrText, Positive, Share, Text, Texts
+from avss_dist.core.validation import Count, OneOf, PathOrText, Positive, Share, Text, Texts
 from avss_dist.models.number_formats import number_format
 from avss_dist.options import SHARED, Option, PromptOptions, Request, field_values, refuse_unused, request
 from avss_dist.pruning.repair.record import split_weight
@@ -44,11 +42,14 @@ from avss_dist.read_requests import (
 )
 
 _OF_STATISTICS = ("skip_first_tokens", "sites", "thresholds", "experts")
-_NO_MEMORY = ("skip_first_tokens", "thresholds", "experts", "allow_pickle")  # an estimate does not depend on these
 SCORED = tuple(SHARED)
 EVALUATED = tuple(name for name in SHARED if name not in (*_OF_STATISTICS, "allow_pickle", "tracker"))
 """Shared fields of commands that measure nothing inside of layers."""
-ESTIMATED = tuple(name for name, cls in SHARED.items() if cls is Settings and name not in _NO_MEMORY)
+ESTIMATED = (
+    *("max_sequences", "sequence_length", "batch_size", "sequences_per_shard", "dtype", "dequantize"),
+    *("layers", "attention", "device", "trust_remote_code"),
+)
+"""Shared fields on which memory depends."""
 RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 """Scores of single layers, by which shrinking can rank them."""
 REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh", "tracker")
@@ -103,30 +104,16 @@ class ScoreAllRequest(WarehouseRequest, CorpusRequest):
 
 @request
 class EstimateRequest(ModelRequest):
-    """Estimate the memory and time of a run with every partition."""
+    """Estimate the memory of a run with every partition."""
 
-    corpus: Text | None = None
-    """Text, named as for avss score; without one, `hardware` takes `max_sequences` rows, or 32,768."""
-    hardware: Annotated[Hardware | None, Check(parse_hardware, before=True), Option(metavar="[NODESx]GPUSxNAME")] = None
-    """GPUs to estimate for instead of this machine's, by published peak numbers: 8xH100, or 4x8xH100 for four nodes."""
     ranks: Positive | None = None
-    """Processes of one replica, for partitions of several, and of a distillation; by default one for each GPU, or 2."""
+    """Processes of a replica, where a partition has several, and of a distillation; by default as few as have room."""
     teacher: Annotated[PathOrText | None, Option(metavar="MODEL")] = None
     """Also estimate the memory of distilling MODEL from this model; `batch_size` is then that of a training step."""
     max_memory: Sizes = field(default_factory=dict)
     """Maximum memory of a replica on a device: cpu=20GB, 0=40GB, ..."""
 
     shared = ESTIMATED
-
-    def __post_init__(self) -> None:
-        if self.hardware is None and self.corpus is None:
-            raise ConfigError("`corpus` is missing.", "Name a text, or `hardware` that is not at hand (8xH100).")
-        if self.hardware is not None:
-            refuse_unused(
-                {"teacher": self.teacher},
-                "with `hardware`",
-                "Leave it out: the memory of a distillation is estimated for this machine.",
-            )
 
 
 @request

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,19 +210,6 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callabl
         max_position_embeddings=128,
     )
     return save_checkpoint(BertModel(config), tmp_path_factory.mktemp("models") / "tiny-bert")
-
-
-@pytest.fixture
-def benchmark_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of an estimate is short, and need not import everything first."""
-    from avss_dist.estimation import benchmark
-
-    class Executor(ThreadPoolExecutor):
-        def __init__(self, workers: int, *_: object, **__: object) -> None:
-            super().__init__(workers)
-
-    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Executor)
-    monkeypatch.setattr(benchmark, "SECONDS", 0.1)
 
 
 @pytest.fixture

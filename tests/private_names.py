@@ -49,7 +49,6 @@ PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
     ),
     "_keep_in_fp32_modules": ("transformers", _at("transformers:PreTrainedModel._keep_in_fp32_modules")),
     "_dequantize_one": ("transformers", _at("transformers.integrations.finegrained_fp8:Fp8Dequantize._dequantize_one")),
-    "_allgather_base": ("torch", _at("torch.distributed:ProcessGroup._allgather_base")),
     "_apply": ("torch", _at("torch.nn:Module._apply")),
     "_cdata": ("torch", _at("torch:UntypedStorage._cdata")),
     "_is_mkldnn_bf16_supported": ("torch", _at("torch:ops.mkldnn._is_mkldnn_bf16_supported")),

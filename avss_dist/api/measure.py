@@ -20,7 +20,7 @@ from avss_dist.runs.run import Run
 
 @keywords(EstimateRequest)
 def estimate(request: EstimateRequest) -> estimating.Estimate:
-    """Estimate the memory and time of a run with every partition on this machine, before any weight is loaded."""
+    """Estimate the memory of a run with every partition on this machine, before any weight is loaded."""
     return estimating.estimate(request)
 
 

@@ -44,7 +44,7 @@ COMMANDS = {
         MEASURE, "run", "Run a job file, its experiment included: finished runs are skipped, interrupted ones resumed."
     ),
     "estimate": Command(
-        MEASURE, "score", "Estimate the memory and time of a run with every partition, before loading any weights."
+        MEASURE, "score", "Estimate the memory of a run with every partition, before loading any weights."
     ),
     "ls": Command(
         READ,
@@ -125,8 +125,8 @@ EXAMPLES = {
     ),
     "run": ("avss run jobs/paper_claim.yaml --dry-run", "avss run jobs/paper_claim.yaml"),
     "estimate": (
-        "avss estimate org/name --corpus your.txt --max-memory cpu=16GB",
-        "avss estimate org/name --hardware 4x8xH100",
+        "avss estimate org/name --max-memory cpu=16GB",
+        "avss estimate org/name --ranks 8",
     ),
     "ls": ("avss ls", "avss ls evaluations -w s3://bucket/warehouse"),
     "show": (
@@ -176,6 +176,8 @@ REMOVED: dict[str, str] = {
     "plot": "`avss show -o layers.png`",
     "quantiles": "`avss show --quantiles`, or `avss show --sparsity 0.5`",
     "scorecard": "`avss findings --truth`",
+    "estimate --corpus": "`avss estimate ORG/NAME` (memory does not depend on the text)",
+    "estimate --hardware": "`avss estimate ORG/NAME --ranks 8` (the memory of each of 8 ranks)",
     "score --gradients": "`avss ablate ORG/NAME --corpus CORPUS --gradients`",
     "plan --search": "`avss plan --by greedy --corpus your.txt -o plan.yaml`",
     "plan --sublayers": "`avss ablate ORG/NAME --corpus CORPUS --sublayers`",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +10,7 @@ import typer
 from avss_dist.cli.base import spelled
 from avss_dist.cli.options import TEXT_FORMATS, TextFormatOption, format_option, takes
 from avss_dist.requests import EstimateRequest, ScoreAllRequest
-from avss_dist.system.streams import console, emit, emit_json, say
+from avss_dist.system.streams import console, emit, emit_json
 
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run
@@ -54,17 +52,11 @@ def score(
 
 @takes(EstimateRequest)
 def estimate(format: Annotated[str, format_option("table", "json")] = "table", **values: Any) -> None:
-    """Estimate the memory and time of a run with every partition, before loading any weights."""
+    """Estimate the memory of a run with every partition, before loading any weights."""
     from avss_dist.api.measure import estimate as estimate_run
     from avss_dist.report.terminal.estimate import estimate_table
 
-    message = "Measuring a few layers on this device ..."
-    if values.get("hardware"):
-        message = "Computing from the configuration ..."
-    if not sys.stdout.isatty():
-        say(message)
-    with console().status(message) if sys.stdout.isatty() else nullcontext():
-        result = estimate_run(**values)
+    result = estimate_run(**values)
     if format == "json":
         emit_json(result.as_dict(), indent=2)
     else:

@@ -19,7 +19,7 @@ class PartitionInfo:
 
     Attributes:
         opens: ``module:class`` of the replica; the class takes (checkpoint, settings, placement). See
-            `partition.base.Replica`. Its memory and time are those of `Replica.cost`.
+            `partition.base.Replica`. Its memory is that of `Replica.memory`.
         summary: description in a few words.
         whole: one process has the whole model on one device. Such a replica can measure several shards at once, and
             copies of it can share a task. The first such partition is chosen if the model fits.

@@ -123,3 +123,16 @@ def describe_layers(layers: Sequence[int]) -> str:
         else:
             spans.append([layer])
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return a duration as text: ``12 s``, ``3 min 20 s`` or ``5 h 10 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(whole / 60)
+    return f"{minutes // 60} h {minutes % 60} min"

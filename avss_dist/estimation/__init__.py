@@ -1,1 +1,1 @@
-"""Memory and time of a run, before anything is loaded."""
+"""Memory of a run before anything is loaded, and the preview of a job."""

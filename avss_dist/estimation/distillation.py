@@ -13,8 +13,8 @@ from avss_dist.distillation.memory import LIBRARIES, Memory, estimate_memory
 from avss_dist.distillation.pair import computes_in_bfloat16
 from avss_dist.distillation.trained import LORA
 from avss_dist.models.checkpoints import Checkpoint, locate
-from avss_dist.partition.cost import Machine
 from avss_dist.requests import DistillRequest, EstimateRequest, require_divisible
+from avss_dist.system.devices import Devices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class DistillRow:
         ranks: number of processes.
         trained: number of trained parameters.
         device_bytes: peak memory of each GPU or, on a CPU, of each process.
-        fits: whether this memory is free here.
+        fits: whether this memory is here.
         why: components of the memory.
     """
 
@@ -41,7 +41,7 @@ class DistillRow:
 
 
 def distillation_rows(
-    student: Checkpoint | str, request: EstimateRequest, settings: Settings, machine: Machine
+    student: Checkpoint | str, request: EstimateRequest, settings: Settings, devices: Devices
 ) -> Iterator[DistillRow]:
     """Yield the memory of each way to distill a model that is possible here.
 
@@ -54,7 +54,7 @@ def distillation_rows(
     """
     trust = settings.trust_remote_code
     teacher = locate(str(request.teacher), trust_remote_code=trust) or str(request.teacher)
-    ranks = request.ranks or max(2, machine.gpus)
+    ranks = request.ranks or max(2, devices.count)
     require_divisible(settings.batch_size, ranks)
     dtype = "bfloat16" if computes_in_bfloat16(request.settings, settings.device) else "float32"
     for train in TRAINED:
@@ -72,13 +72,13 @@ def distillation_rows(
                 sharding=sharding or next(iter(SHARDINGS)),
                 ranks=processes,
             )
-            yield _row(train, sharding, processes, memory, machine)
+            yield _row(train, sharding, processes, memory, devices)
 
 
-def _row(train: str, sharding: str, ranks: int, memory: Memory, machine: Machine) -> DistillRow:
-    on_gpu = machine.device == "cuda"
+def _row(train: str, sharding: str, ranks: int, memory: Memory, devices: Devices) -> DistillRow:
+    on_gpu = devices.kind == "cuda"
     needed = memory.total + (0 if on_gpu else LIBRARIES)
-    fits = needed <= machine.device_free and ranks <= machine.gpus if on_gpu else ranks * needed <= machine.host_free
+    fits = needed <= devices.device_bytes and ranks <= devices.count if on_gpu else ranks * needed <= devices.host_bytes
     parts = {**memory.parts, **({} if on_gpu else {"libraries": LIBRARIES})}
     return DistillRow(
         train=train,

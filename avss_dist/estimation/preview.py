@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,11 +10,9 @@ from typing import Any
 
 from avss_dist.core.errors import WarehouseError, as_failure
 from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
-from avss_dist.estimation.speed import COLUMNS, multiplication_speed, run_seconds, speed_of_similar_run
 from avss_dist.models.size import Footprint
-from avss_dist.partition.choose import batch_bytes
+from avss_dist.partition.memory import batch_bytes
 from avss_dist.runs.api import executor_for, overridden
 from avss_dist.runs.events import OnRunEvent, RunReading, RunRepeated
 from avss_dist.runs.job_file import JobFile, RunSpec
@@ -21,6 +20,10 @@ from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import PlannedRun
 from avss_dist.system.devices import Devices
 from avss_dist.warehouse.store import Store
+
+ALIKE = ("num_layers", "hidden_size", "num_parameters", "dtype", "partition")
+COLUMNS = (*ALIKE, "run_id", "status", "device", "replicas", "tokens_per_second", "created_at")
+"""Columns of ``runs`` that `speed_of_similar_run` reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +38,10 @@ class Preview:
             which warning names), or ``refused`` (error says why).
         weight_bytes: bytes of the model in memory; None if unknown.
         num_tokens, num_shards, kept_shards: tokens and shards of the plan, and shards that are measured already.
-        seconds: estimated time of the missing shards, with all replicas; None if there are none, or the time cannot be
-            estimated.
-        reference_run: id of the run whose speed the time is estimated from; empty if the time is estimated from the
-            number of operations.
-        warning: why the time cannot be estimated, that the model may not fit here, or that the run is not measured;
-            else empty.
+        seconds: estimated time of the missing shards, with all replicas; None if there are none, or no run of the same
+            shape is finished.
+        reference_run: id of the run whose speed the time is estimated from; else empty.
+        warning: that the model may not fit here, or that the run is not measured; else empty.
     """
 
     model: str
@@ -61,8 +62,7 @@ class Preview:
 def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any) -> list[Preview]:
     """Return what `run_job` would do, from configurations, headers and texts; nothing is written, no model is run.
 
-    Times are estimates: from the newest finished run of the warehouse with a model of the same shape, or else from the
-    arithmetic of the model and the speed at which this machine multiplies. `estimate` measures a model instead.
+    Times are those of the newest finished run of the warehouse with a model of the same shape.
 
     Args:
         on_event: receives an event of each run as its planning begins.
@@ -80,11 +80,10 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
 
 @dataclass
 class _Previewer:
-    """Previews runs. The machine's speed of multiplication is measured once for models of the same shape."""
+    """Previews runs."""
 
     planner: Planner
     store: Store
-    _speeds: dict[Any, float] = field(default_factory=dict)
     _names: dict[str, str] = field(default_factory=dict)  # of the first specs, by run id
 
     def preview(self, spec: RunSpec, on_event: OnRunEvent | None) -> Preview:
@@ -101,7 +100,10 @@ class _Previewer:
         first = self._names.get(planned.run.run_id)
         self._names.setdefault(planned.run.run_id, spec.name)
         share = 0.0 if num_kept is None or first else 1 - num_kept / len(shards)
-        seconds, reference, warning = self._time(planned, size, share) if share and size else (None, "", "")
+        seconds, reference, warning = None, "", ""
+        if share and size:
+            seconds, reference = self._time(planned, size, share)
+            warning = _missing_memory(planned, size, self.planner.executor.devices)
         if first:
             warning = f"{spec.name} is {RunRepeated(spec.name, first).describe()}"
         return Preview(
@@ -119,26 +121,13 @@ class _Previewer:
             warning=warning,
         )
 
-    def _time(self, planned: PlannedRun, size: Footprint, share: float) -> tuple[float | None, str, str]:
-        """Return the seconds for a share of a run, the run they are estimated from, and a warning."""
-        settings, placement = planned.replica_spec.settings, planned.replica_spec.placement
-        devices = self.planner.executor.devices
-        replicas = planned.replicas
+    def _time(self, planned: PlannedRun, size: Footprint, share: float) -> tuple[float | None, str]:
+        """Return the seconds for a share of a run, and the run they are estimated from; None without one."""
+        devices, replicas = self.planner.executor.devices, planned.replicas
         if devices.kind == "cpu":
-            replicas = min(replicas, max(1, devices.cpus // settings.threads))
-        if like := speed_of_similar_run(self._runs, size, placement.partition, devices.kind):
-            return share * planned.corpus.num_tokens / like[0] / replicas, like[1], ""
-        if not PARTITIONS[placement.partition].whole:
-            return (
-                None,
-                "",
-                f"the time with the partition {placement.partition} is unknown; avss estimate measures it",
-            )
-        key = size.hidden_size, size.mlp_width, size.dtype, settings
-        if key not in self._speeds:
-            self._speeds[key] = multiplication_speed(size, settings)
-        seconds = run_seconds(size, settings, self._speeds[key], planned.corpus.num_sequences)
-        return share * seconds / replicas, "", _missing_memory(size, settings, devices)
+            replicas = min(replicas, max(1, devices.cpus // planned.replica_spec.settings.threads))
+        like = speed_of_similar_run(self._runs, size, planned.replica_spec.placement.partition, devices.kind)
+        return (share * planned.corpus.num_tokens / like[0] / replicas, like[1]) if like else (None, "")
 
     @cached_property
     def _runs(self) -> list[dict[str, Any]]:
@@ -149,10 +138,27 @@ class _Previewer:
             return []
 
 
-def _missing_memory(size: Footprint, settings: Settings, devices: Devices) -> str:
-    """Return a warning if the weights and the activations of a batch are larger than the memory of a device here."""
-    needed = size.weight_bytes + batch_bytes(size, settings)
-    if needed <= devices.device_bytes:
+def speed_of_similar_run(
+    runs: Sequence[Mapping[str, Any]], size: Footprint, partition: str, device: str
+) -> tuple[float, str] | None:
+    """Return the tokens per second of each replica in the newest finished run of the same shape, and its run id.
+
+    Args:
+        runs: rows of ``runs`` with the `COLUMNS`.
+        device: ``cpu`` or ``cuda``.
+    """
+    wanted = (size.num_layers, size.hidden_size, size.num_parameters, size.dtype, partition)
+    for run in sorted(runs, key=lambda run: run["created_at"], reverse=True):
+        alike = tuple(run[name] for name in ALIKE) == wanted and (run["device"] == "cpu") == (device == "cpu")
+        if alike and run["status"] == "done" and run["tokens_per_second"]:
+            return run["tokens_per_second"] / (run["replicas"] or 1), run["run_id"]
+    return None
+
+
+def _missing_memory(planned: PlannedRun, size: Footprint, devices: Devices) -> str:
+    """Return a warning if the whole weights and the activations of a batch are larger than the memory of a device."""
+    needed = size.weight_bytes + batch_bytes(size, planned.replica_spec.settings)
+    if needed <= devices.device_bytes or not PARTITIONS[planned.replica_spec.placement.partition].whole:
         return ""
     return (
         f"it may not fit here: {describe_bytes(needed)} of weights and activations, and "

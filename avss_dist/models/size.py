@@ -25,7 +25,7 @@ from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import skeleton, text_config, without_head
 from avss_dist.models.pinning import compute_dtype
 from avss_dist.models.quantization import can_unpack, packed, quantization_method, unpacking_bytes
-from avss_dist.models.safetensors import DTYPES, TensorInfo
+from avss_dist.models.safetensors import TensorInfo
 from avss_dist.models.stored import hub_tensors, stored_tensors
 from avss_dist.system.context import bound
 
@@ -59,7 +59,6 @@ class Footprint:
         expert_bytes: bytes of the routed experts of the largest layer; 0 if it has none.
         embedding_bytes: bytes of the table of token embeddings, of which only the rows of occurring tokens are read.
         cache_bytes: bytes of keys and values for each token, by layer.
-        zero_copy: whether the stored dtype is the compute dtype, so that on a CPU the weights stay in the mapped file.
         quantized: whether the loaded weights stay quantized.
         can_unpack: whether they could be unpacked.
         unpacking_bytes: bytes that unpacking a quantized weight takes beside the weights; 0 if none is unpacked.
@@ -83,7 +82,6 @@ class Footprint:
     vocabulary: int = 0
     expert_bytes: int = 0
     embedding_bytes: int = 0
-    zero_copy: bool = False
     cache_bytes: tuple[int, ...] = ()
     quantized: bool = False
     can_unpack: bool = True
@@ -134,7 +132,7 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     layers = find_layers(without_head(model), text, settings)
     stored = sum(tensor.size for tensor in tensors)
     width = _attention_width(text)
-    chosen = chosen_experts(text)
+    chosen = _chosen_experts(text)
     share = stored / _bytes(model) if tensors else _packed_share(resolved, model, settings)
     return Footprint(
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -146,12 +144,11 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
         num_heads=_number(text, "num_attention_heads"),
         attention_width=width,
         attention_layers=sum(_attends(layer) for layer in layers) if width else 0,
-        matmul_parameters=sum(int(size) for layer in layers for _, size in multiplied(layer, chosen)),
+        matmul_parameters=sum(_matmul_parameters(layer, chosen) for layer in layers),
         mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
         vocabulary=_number(text, "vocab_size"),
         embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
         cache_bytes=tuple(_cache_bytes(text, i, _attends(layer), dtype.itemsize) for i, layer in enumerate(layers)),
-        zero_copy=not resolved.gguf and {DTYPES.get(tensor.dtype) for tensor in tensors} == {dtype},
         **_unpacking(resolved, model, settings, layers, share),
     )
 
@@ -380,7 +377,7 @@ def _attends(layer: nn.Module) -> bool:
     return any(_ATTENTION.search(name.rpartition(".")[2]) for name, _ in layer.named_modules())
 
 
-def chosen_experts(config: Any) -> float:
+def _chosen_experts(config: Any) -> float:
     """Return the share of a layer's experts that a token is routed to; 1 without experts."""
     experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     chosen = _number(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
@@ -395,14 +392,9 @@ def _maps(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], int]]:
             yield name, tuple(parameter.shape), parameter.numel()
 
 
-def multiplied(layer: nn.Module, chosen: float) -> Iterator[tuple[str, float]]:
-    """Yield (name, number) of the parameters of each weight of a layer that multiply a token.
-
-    Args:
-        chosen: see `chosen_experts`.
-    """
-    for name, _, size in _maps(layer):
-        yield name, size * (chosen if _EXPERT.search(name.rpartition(".")[0]) else 1)
+def _matmul_parameters(layer: nn.Module, chosen: float) -> int:
+    """Return the number of parameters of a layer that multiply a token; experts count by their share."""
+    return sum(int(size * (chosen if _EXPERT.search(name.rpartition(".")[0]) else 1)) for name, _, size in _maps(layer))
 
 
 def _mlp_width(layer: nn.Module, chosen: float) -> int:

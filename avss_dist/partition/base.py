@@ -14,7 +14,7 @@ from avss_dist.core.registry import PARTITIONS
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer
-from avss_dist.partition.cost import PartitionCost
+from avss_dist.partition.memory import PartitionMemory
 
 T = TypeVar("T")
 BatchContext = Callable[[Batch], AbstractContextManager[None]]
@@ -87,7 +87,7 @@ class Replica(Protocol):
         split: rows of a batch that this rank counts.
         reports_stats: whether this rank returns the statistics, which the other ranks send to it.
         language_model: model with its head; None unless the replica was opened with the head.
-        cost: memory and time of a run with this partition, for estimates.
+        memory: memory of a replica with this partition, for its choice and for estimates.
     """
 
     layers: tuple[Layer, ...]
@@ -96,7 +96,7 @@ class Replica(Protocol):
     split: RowSplit
     reports_stats: bool
     language_model: LanguageModel | None
-    cost: ClassVar[type[PartitionCost]]
+    memory: ClassVar[type[PartitionMemory]]
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
         """Run the backbone over every batch, for hooks that observe it.

@@ -12,7 +12,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import Backbone, Forward
 from avss_dist.models.quantization import describe_computing
 from avss_dist.partition.base import BatchContext, RowSplit
-from avss_dist.partition.cost import PartitionCost
+from avss_dist.partition.memory import PartitionMemory
 from avss_dist.system.devices import to_device
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class BatchwiseReplica:
     split = RowSplit()
     reports_stats = True
     language_model: LanguageModel | None = None
-    cost: ClassVar[type[PartitionCost]] = PartitionCost
+    memory: ClassVar[type[PartitionMemory]] = PartitionMemory
     _run: Forward
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:

@@ -13,12 +13,12 @@ from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import Placement
+from avss_dist.partition.memory import PROCESS_BYTES, batch_bytes, bytes_beside_weights
 from avss_dist.partition.native import version_obstacle
 from avss_dist.partition.open import replica_class
 from avss_dist.system.devices import Devices
 
 SPARE_SHARE = 0.9  # of the memory that is free
-PROCESS_BYTES = 1 << 30  # interpreter, libraries and counters of a process, beside weights and activations
 
 
 def place(
@@ -38,7 +38,7 @@ def require_ranks(checkpoint: Checkpoint | str, settings: Settings, placement: P
         ConfigError: they cannot.
     """
     with suppress(ModelError):  # a model that cannot be built without weights is opened, and says what is wrong with it
-        replica_class(placement.partition).cost.require_ranks(checkpoint, settings, placement.ranks)
+        replica_class(placement.partition).memory.require_ranks(checkpoint, settings, placement.ranks)
 
 
 def size_of(checkpoint: Checkpoint | str, settings: Settings) -> Footprint | None:
@@ -138,20 +138,9 @@ def weight_limits(
     return remaining
 
 
-def batch_bytes(size: Footprint, settings: Settings, *, head: bool = False) -> int:
-    """Return the bytes of the activations of one batch."""
-    shape = settings.batch_size, settings.sequence_length
-    return size.activation_bytes(*shape) + (size.logit_bytes(*shape) if head else 0)
-
-
-def bytes_beside_weights(size: Footprint | None, settings: Settings, kind: str, *, head: bool = False) -> int:
-    """Return the bytes of host memory of a process without weights; on a CPU, with the activations of one batch."""
-    return PROCESS_BYTES + (batch_bytes(size, settings, head=head) if size and kind == "cpu" else 0)
-
-
 def least_host_bytes(partition: str, size: Footprint, settings: Settings, kind: str, *, head: bool = False) -> int:
     """Return the minimum bytes of host memory of a replica: `bytes_beside_weights`, and the weights held at once."""
-    weights = replica_class(partition).cost.minimum_host_weights(size, kind, head=head)
+    weights = replica_class(partition).memory.minimum_host_weights(size, kind, head=head)
     return bytes_beside_weights(size, settings, kind, head=head) + int(weights)
 
 
@@ -195,7 +184,7 @@ def _require_room_to_gather(
     partition: str, ranks: int, size: Footprint, settings: Settings, devices: Devices, *, head: bool
 ) -> None:
     """Refuse ranks that have no room for the largest layer, which each of them gathers, beside their parts."""
-    weights = replica_class(partition).cost.minimum_rank_weights(size, ranks)
+    weights = replica_class(partition).memory.minimum_rank_weights(size, ranks)
     beside, room, memory = batch_bytes(size, settings, head=head), devices.device_bytes, "GPU memory"
     if devices.kind == "cpu":
         room, memory = devices.host_bytes // _on_one_node(ranks, settings, devices), "host memory"

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ConfigError, ModelError, nearest
-from avss_dist.core.registry import WHOLE
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.corpus.shards import Batch
@@ -29,12 +28,10 @@ from avss_dist.models.size import (
     load_skeleton,
     load_stored_skeleton,
     parameter_bytes,
-    token_embeddings,
 )
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
-from avss_dist.partition.choose import bytes_beside_weights
-from avss_dist.partition.cost import Calibration, PartitionCost, Usage
+from avss_dist.partition.memory import PartitionMemory, Usage, bytes_beside_weights
 from avss_dist.partition.offload import OffloadFolder
 from avss_dist.system.devices import available_memory, free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
@@ -44,25 +41,24 @@ SPARE_SHARE = 0.9  # of free memory that weights may take where there is no limi
 Device = int | str  # a GPU's index, "cpu" or "disk"
 
 
-class DeviceMapCost(PartitionCost):
-    """Memory and time of a run with layers over GPUs, host memory and disk."""
-
-    timed_limits = {"cpu": 1}  # noqa: RUF012  (no weight stays in memory: layers on disk are timed)
+class DeviceMapMemory(PartitionMemory):
+    """Memory of a replica with layers over GPUs, host memory and disk."""
 
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """See `PartitionCost`."""
+        """See `PartitionMemory`."""
         return max(size.layer_bytes, default=0) if kind == "cpu" else 0
 
     @cached_property
     def spread(self) -> Spread:
         """Distribution of the weights by a device map on this machine."""
         batch = self.size.activation_bytes(self.settings.batch_size, self.settings.sequence_length)
-        machine = self.machine
-        free: dict[Device, int] = {**dict.fromkeys(range(machine.gpus_per_node), machine.device_free)}
-        free["cpu"] = machine.host_free
+        devices = self.devices
+        count = devices.count_of_largest_node if self.on_gpu else 0
+        free: dict[Device, int] = dict.fromkeys(range(count), devices.device_bytes)
+        free["cpu"] = devices.host_bytes
         limits = {name: max(0, int(room * SPARE_SHARE) - batch) for name, room in free.items()}
-        beside = {"cpu": bytes_beside_weights(self.size, self.settings, machine.device)}
+        beside = {"cpu": bytes_beside_weights(self.size, self.settings, devices.kind)}
         limits |= {
             name if name == "cpu" else int(name): max(0, limit - beside.get(name, batch))
             for name, limit in self.max_memory.items()
@@ -71,39 +67,22 @@ class DeviceMapCost(PartitionCost):
 
     @property
     def gpus(self) -> int:
-        """See `PartitionCost`."""
+        """See `PartitionMemory`."""
         return max(int(self.on_gpu), sum(isinstance(name, int) for name in self.spread.held))
 
-    def is_timed(self) -> bool:
-        """See `PartitionCost`. Layers in memory take as long as those of a whole model."""
-        return self.spread.layers_on_disk > 0
-
-    def usage(self, measured: Calibration, counters: int) -> Usage:
-        """See `PartitionCost`."""
+    def usage(self) -> Usage:
+        """See `PartitionMemory`."""
         on_host, on_disk = self.spread.held.get("cpu", 0), self.spread.layers_on_disk
-        seconds = self.seconds(measured, measured.costs[WHOLE], self.size.num_layers - on_disk)
-        if on_disk:
-            seconds += self.seconds(measured, replace(measured.costs[self.partition], other=0.0), on_disk)
-        if on_host and self.machine.gpus:  # copied to a GPU for every batch
-            seconds += measured.num_batches * on_host / measured.copy_bytes_per_second
-        size = self.size
-        rows, batches = measured.rows_per_shard, measured.batches_per_shard(self.settings.batch_size)
-        offloaded = self.spread.held.get("disk", 0) + on_host * bool(self.machine.gpus)
-        moved = max(0, self.gpus - 1) * size.hidden_bytes(rows, self.settings.sequence_length)
-        exchanged = (moved + batches * offloaded) // size.num_layers
-        layer = max(size.layer_bytes)
-        if self.on_gpu:
-            held = {gpu: weights for gpu, weights in self.spread.held.items() if isinstance(gpu, int)}
-            if on_host or on_disk:  # layers come to the first GPU, one at a time
-                held[0] = held.get(0, 0) + layer
-            device, host = self.memory(measured, counters, max(held.values()), host_weights=on_host)
-        else:
-            resident = self.resident(measured, on_host, table=self.spread.table == "cpu")
-            device, host = self.memory(measured, counters, resident, more=layer if on_disk else 0)
+        size, layer = self.size, max(self.size.layer_bytes)
         why = f"{on_disk} of {size.num_layers} layers on disk, read for every batch" if on_disk else "all in memory"
-        if on_host and self.machine.gpus:
+        if not self.on_gpu:
+            return self.process_usage(on_host + (layer if on_disk else 0), why)
+        held = {gpu: weights for gpu, weights in self.spread.held.items() if isinstance(gpu, int)}
+        if on_host or on_disk:  # layers come to the first GPU, one at a time
+            held[0] = held.get(0, 0) + layer
+        if on_host:
             why = f"{describe_bytes(on_host)} in host memory, copied for every batch" + (f"; {why}" if on_disk else "")
-        return Usage(device_bytes=device, host_bytes=host, seconds=seconds, why=why, exchanged_bytes=exchanged)
+        return self.process_usage(max(held.values()), why, host_weights=on_host)
 
 
 class DeviceMapReplica(BatchwiseReplica):
@@ -113,7 +92,7 @@ class DeviceMapReplica(BatchwiseReplica):
     checkpoint's own files if these have the compute dtype and layout, else from the offload folder.
     """
 
-    cost = DeviceMapCost
+    memory = DeviceMapMemory
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         self.device = pick_device(settings.device)
@@ -242,12 +221,10 @@ class Spread:
     Attributes:
         held: bytes of weights by device: a GPU's index, ``cpu``, ``disk``.
         layers_on_disk: number of layers with a weight on disk.
-        table: device of the token embeddings; None if transformers does not know them.
     """
 
     held: Mapping[Device, int]
     layers_on_disk: int
-    table: Device | None
 
 
 def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]) -> Spread:
@@ -262,9 +239,7 @@ def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Dev
         held["cpu" if place is None else place] += parameter_bytes([parameter])
     layers = find_layers(without_head(model), model.config.get_text_config(), settings)
     on_disk = sum(any(places[id(p)] == "disk" for p in layer.parameters()) for layer in layers)
-    embeddings = token_embeddings(model)
-    table = places.get(id(embeddings.weight)) if embeddings else None
-    return Spread(held=held, layers_on_disk=on_disk, table=table)
+    return Spread(held=held, layers_on_disk=on_disk)
 
 
 def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None:

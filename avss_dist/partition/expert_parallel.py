@@ -5,7 +5,6 @@ Attention, dense matrices and the head are split as with ``tensor_parallel``, if
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 from avss_dist.core.errors import ConfigError
@@ -14,55 +13,53 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import Backbone
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.native import (
-    Split,
     attention_plan,
     generic_name,
     layer_plan,
     open_by_plan,
+    part_bytes,
     scale_obstacle,
-    split_by_plan,
     tensor_plan_obstacle,
     version_obstacle,
 )
-from avss_dist.partition.tensor_parallel import TensorParallelCost, TensorParallelReplica
+from avss_dist.partition.tensor_parallel import TensorParallelMemory, TensorParallelReplica
 
 _ELSEWHERE = "Use `partition` fsdp, zero3, device_map or streaming."
 
 
-class ExpertParallelCost(TensorParallelCost):
-    """Memory and time of a run with ranks that divide experts; see `tensor_parallel.TensorParallelCost`."""
+class ExpertParallelMemory(TensorParallelMemory):
+    """Memory of a replica with ranks that divide experts; see `tensor_parallel.TensorParallelMemory`."""
 
     plan_obstacle = None
 
     @staticmethod
     def require_ranks(weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
-        """See `PartitionCost`."""
+        """See `PartitionMemory`."""
         require_experts(weights, settings, ranks)
 
     @property
     def obstacle(self) -> str | None:
-        """See `PartitionCost`."""
+        """See `PartitionMemory`."""
         return version_obstacle() or super().obstacle
 
-    @cached_property
-    def split(self) -> Split:
-        """Division by transformers' plans; if they do not spread the experts, that of ``tensor_parallel``."""
+    def part_bytes(self) -> int:
+        """See `TensorParallelMemory`. If no plan spreads the experts, it is that of ``tensor_parallel``."""
         try:
             options = expert_options(self.weights, self.settings, self.ranks)
         except ConfigError:
             options = {"tp_size": self.ranks}
-        return split_by_plan(self.weights, self.settings, options)
+        return part_bytes(self.weights, self.settings, options)
 
     @property
     def summary(self) -> str:
-        """See `TensorParallelCost`."""
+        """See `TensorParallelMemory`."""
         return "every rank loads and keeps some of the experts of each layer"
 
 
 class ExpertParallelReplica(TensorParallelReplica):
     """One rank of a mixture of experts; see `tensor_parallel.TensorParallelReplica`."""
 
-    cost = ExpertParallelCost
+    memory = ExpertParallelMemory
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> tuple[Backbone, bool]:
         """See `TensorParallelReplica`. transformers exchanges tokens in passes with gradients, and sums in others."""

@@ -22,9 +22,9 @@ from avss_dist.models.loading import forward_function, load_model, open_module, 
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
-from avss_dist.partition.cost import refusal
 from avss_dist.partition.device_map import unstored
 from avss_dist.partition.group import require_group, reraise_lost_ranks
+from avss_dist.partition.memory import refusal
 from avss_dist.partition.native import (
     distributed_config,
     generic_name,
@@ -32,19 +32,19 @@ from avss_dist.partition.native import (
     scale_obstacle,
     version_obstacle,
 )
-from avss_dist.partition.sharded import ShardedCost, ShardedLanguageModel, refuse_gguf, refuse_mxfp4
+from avss_dist.partition.sharded import ShardedLanguageModel, ShardedMemory, refuse_gguf, refuse_mxfp4
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
 _RELEASED = "free_full_weight"  # transformers' name for modules whose weights are gathered while they run
 
 
-class FsdpCost(ShardedCost):
-    """Memory and time of a run with FSDP2; see `sharded.ShardedCost`."""
+class FsdpMemory(ShardedMemory):
+    """Memory of a replica with FSDP2; see `sharded.ShardedMemory`."""
 
     @property
     def obstacle(self) -> str | None:
-        """See `PartitionCost`."""
+        """See `PartitionMemory`."""
         _, model, tensors = load_skeleton(self.weights, self.settings)
         converted = unstored(model, [tensor.name for tensor in tensors])
         return (
@@ -65,7 +65,7 @@ class FsdpReplica(BatchwiseReplica):
         ModelError: the model cannot be opened or observed.
     """
 
-    cost = FsdpCost
+    memory = FsdpMemory
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         refuse_gguf(checkpoint, placement.partition)

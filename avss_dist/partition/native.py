@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,13 +18,12 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Projection, Tap, as_rows, is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import Backbone, forward_function, load_model, open_module, quiet, without_head
 from avss_dist.models.quantization import scale_block
-from avss_dist.models.size import chosen_experts, find_layers, load_skeleton, load_stored_skeleton, multiplied
+from avss_dist.models.size import load_skeleton, load_stored_skeleton
 from avss_dist.partition.splitting import Probe, exchange_for, head_count, probe
 
 FIRST_VERSION = "5.23"  # of transformers, with every option that is used here
 _ATTENTION = re.compile(r"attn|attention")
 _DIVIDED = re.compile(r"^(packed_)?(colwise|rowwise)|^grouped_gemm|^embedding_")  # styles that divide a parameter
-_SUMMED = re.compile(r"^rowwise|^moe_tp_experts$|^ep_dispatch_experts$|^all_reduce$")  # of modules: outputs are summed
 
 
 def version_obstacle() -> str | None:
@@ -100,23 +99,8 @@ def layer_plan(model: Any, plan: dict[str, str], layers: str | None) -> dict[str
     return {name: style for name, style in plan.items() if name.startswith(prefixes)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Division of a model over ranks by transformers' plans.
-
-    Attributes:
-        part_bytes: bytes of the weights that each rank holds.
-        divided_share: share of a token's multiplications in the layers that the ranks divide among them.
-        sums: number of times that the ranks sum hidden states in a pass through all layers.
-    """
-
-    part_bytes: int
-    divided_share: float
-    sums: int
-
-
-def split_by_plan(checkpoint: Checkpoint | str, settings: Settings, options: Mapping[str, Any]) -> Split:
-    """Return the division of a model over ranks, from its configuration and headers.
+def part_bytes(checkpoint: Checkpoint | str, settings: Settings, options: Mapping[str, Any]) -> int:
+    """Return the bytes of the weights that each rank holds, from the configuration and headers of a model.
 
     Args:
         options: fields of transformers' ``DistributedConfig``: see `open_by_plan`.
@@ -131,15 +115,7 @@ def split_by_plan(checkpoint: Checkpoint | str, settings: Settings, options: Map
     for name, parameter in load_stored_skeleton(checkpoint, settings).named_parameters():
         size = parameter.numel() * parameter.element_size()
         part += -(-size // ranks) if _is_divided(name, plan) else size
-    backbone, text = without_head(model), model.config.get_text_config()
-    names = {module: generic_name(path) for path, module in model.named_modules()}
-    sums, divided, whole = 0, 0.0, 0.0
-    for layer in find_layers(backbone, text, settings):
-        sums += sum(bool(_SUMMED.match(plan.get(names[module], ""))) for module in layer.modules())
-        for name, number in multiplied(layer, chosen_experts(text)):
-            whole += number
-            divided += number * _is_divided(f"{names[layer]}.{name}", plan)
-    return Split(part_bytes=part, divided_share=divided / whole if whole else 0.0, sums=sums)
+    return part
 
 
 def applied_plan(model: Any, options: Mapping[str, Any]) -> dict[str, str]:

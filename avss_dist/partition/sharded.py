@@ -15,7 +15,6 @@ import torch
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import Rounding
-from avss_dist.core.registry import WHOLE
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher
@@ -26,30 +25,30 @@ from avss_dist.models.rounding import rounded_maps, rounded_when_called
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import uncounted
 from avss_dist.partition.base import RowSplit, dummy_batch
-from avss_dist.partition.cost import DEEPSPEED_BYTES, Calibration, PartitionCost, Usage, refusal
 from avss_dist.partition.group import DividedWork, all_gather, rank_and_size, share, sum_over_ranks
+from avss_dist.partition.memory import PartitionMemory, Usage, refusal
 
 S = TypeVar("S")
 T = TypeVar("T")
 PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside the arithmetic; DeepSpeed's own default
 
 
-class ShardedCost(PartitionCost):
-    """Memory and time of a run whose ranks hold parts of the parameters and gather one layer at a time."""
+class ShardedMemory(PartitionMemory):
+    """Memory of a replica whose ranks hold parts of the parameters and gather one layer at a time."""
 
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """See `PartitionCost`. ``max_memory`` has no effect."""
+        """See `PartitionMemory`. ``max_memory`` has no effect."""
         return 0
 
     @staticmethod
     def minimum_rank_weights(size: Footprint, ranks: int) -> int:
-        """See `PartitionCost`. A gathered module is there twice: as it comes, and put together."""
+        """See `PartitionMemory`. A gathered module is there twice: as it comes, and put together."""
         return -(-size.weight_bytes // ranks) + 2 * max(*size.layer_bytes, size.embedding_bytes)
 
     @property
     def obstacle(self) -> str | None:
-        """See `PartitionCost`."""
+        """See `PartitionMemory`."""
         checkpoint, model, _ = load_skeleton(self.weights, self.settings)
         return refusal(refuse_gguf, checkpoint, self.partition) or refusal(
             refuse_mxfp4, checkpoint, model.config, self.settings, self.partition
@@ -59,27 +58,14 @@ class ShardedCost(PartitionCost):
         """Return the bytes of weights that each process holds in host memory while the model is opened on a GPU."""
         return 0
 
-    def usage(self, measured: Calibration, counters: int) -> Usage:
-        """See `PartitionCost`. Ranks share the shards; on CPUs they also share the cores, which gains nothing."""
-        ranks, on_gpu, size = self.ranks, self.on_gpu, self.size
-        gathered = sum(size.layer_bytes) + size.other_bytes
-        part, weights = -(-size.weight_bytes // ranks), self.minimum_rank_weights(size, ranks)
-        ahead = PREFETCHED * size.element_bytes if on_gpu else 0
-        more = {"more": min(ahead, gathered), "host_weights": self.host_weights()}
-        device, host = self.memory(measured, counters, weights, **more)
-        if not on_gpu:  # while the model is opened, pages of its files, which the system can have back, are there too
-            device = max(device, measured.library_bytes + DEEPSPEED_BYTES + part + size.weight_bytes)
-        work = self.seconds(measured, measured.costs[WHOLE])
-        others = measured.batches_per_shard(self.settings.batch_size) * (ranks - 1) / ranks  # received of each byte
-        if on_gpu:
-            rounds = -(-measured.num_shards // ranks)
-            seconds = rounds * (work / measured.num_shards + others * gathered / self.link(measured))
-        else:
-            seconds = work + -(-measured.num_batches // ranks) * gathered / measured.gather_bytes_per_second
+    def usage(self) -> Usage:
+        """See `PartitionMemory`."""
+        weights = self.minimum_rank_weights(self.size, self.ranks)
+        if self.on_gpu:
+            gathered = sum(self.size.layer_bytes) + self.size.other_bytes
+            weights += min(PREFETCHED * self.size.element_bytes, gathered)
         why = "every rank holds a part and gathers one layer at a time"
-        why += "; the exchange is modelled, not measured" * on_gpu
-        exchanged = int(others * sum(size.layer_bytes) / size.num_layers)
-        return Usage(device_bytes=device, host_bytes=host, seconds=seconds, why=why, exchanged_bytes=exchanged)
+        return self.process_usage(weights, why, host_weights=self.host_weights())
 
 
 class ShardedLanguageModel(DividedWork, LanguageModel):

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, TypeVar
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import THRESHOLD, Sparsity
-from avss_dist.core.registry import WHOLE
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher
@@ -27,24 +26,21 @@ from avss_dist.models.sparsifying import SparsityCounts
 from avss_dist.partition.autotp import open_by_autotp, require_heads, require_supported
 from avss_dist.partition.base import Placement, RowSplit
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
-from avss_dist.partition.cost import Calibration, PartitionCost, Usage, refusal
 from avss_dist.partition.group import gather, require_group, reraise_lost_ranks, sum_over_ranks
-from avss_dist.partition.native import Split, open_by_plan, scale_obstacle, split_by_plan, tensor_plan_obstacle
+from avss_dist.partition.memory import PartitionMemory, Usage, refusal
+from avss_dist.partition.native import open_by_plan, part_bytes, scale_obstacle, tensor_plan_obstacle
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
 T = TypeVar("T")
 
 
-class TensorParallelCost(PartitionCost):
-    """Memory and time of a run with ranks that divide attention and MLP.
-
-    Each rank computes all norms, residuals and statistics; on CPUs, with its share of the cores.
-    """
+class TensorParallelMemory(PartitionMemory):
+    """Memory of a replica with ranks that divide attention and MLP."""
 
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """See `PartitionCost`. ``max_memory`` has no effect."""
+        """See `PartitionMemory`. ``max_memory`` has no effect."""
         return 0
 
     @cached_property
@@ -54,7 +50,7 @@ class TensorParallelCost(PartitionCost):
 
     @staticmethod
     def require_ranks(weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
-        """See `PartitionCost`."""
+        """See `PartitionMemory`."""
         require_split(weights, settings, ranks)
         if tensor_plan_obstacle(weights, settings, ranks):
             _, model, _ = load_skeleton(weights, replace(settings, attention=None))
@@ -63,40 +59,19 @@ class TensorParallelCost(PartitionCost):
 
     @property
     def obstacle(self) -> str | None:
-        """See `PartitionCost`."""
+        """See `PartitionMemory`."""
         return refusal(self.require_ranks, self.weights, self.settings, self.ranks)
 
-    @cached_property
-    def split(self) -> Split:
-        """Division by transformers' plan; with AutoTP, of the layers alone."""
+    def part_bytes(self) -> int:
+        """Return the bytes of weights that each rank keeps. AutoTP divides the layers alone."""
         if not self.plan_obstacle:
-            return split_by_plan(self.weights, self.settings, {"tp_size": self.ranks})
-        size = self.size
-        part = size.other_bytes + sum(size.layer_bytes) // self.ranks
-        return Split(part_bytes=part, divided_share=1.0, sums=2 * size.num_layers)
+            return part_bytes(self.weights, self.settings, {"tp_size": self.ranks})
+        return self.size.other_bytes + sum(self.size.layer_bytes) // self.ranks
 
-    def usage(self, measured: Calibration, counters: int) -> Usage:
-        """See `PartitionCost`."""
-        ranks, on_gpu, size = self.ranks, self.on_gpu, self.size
-        split = self.split
-        divided = measured.sublayer_share * split.divided_share
-        work = (
-            self.seconds(measured, measured.costs[WHOLE]) * (divided / ranks + 1 - divided) * (1 if on_gpu else ranks)
-        )
-        hidden = size.hidden_bytes(measured.rows_per_shard, self.settings.sequence_length)
-        received = split.sums * 2 * hidden * (ranks - 1) / ranks  # of a shard: parts are summed, and then gathered
-        if on_gpu:
-            exchange = received * measured.num_sequences / measured.rows_per_shard / self.link(measured)
-        else:
-            exchange = split.sums * measured.num_batches * measured.sum_seconds * (ranks - 1)
-        whole = size.weight_bytes if self.plan_obstacle else 0  # by AutoTP, while the model is opened
-        if on_gpu:
-            device, host = self.memory(measured, counters, split.part_bytes, host_weights=whole)
-        else:
-            device, host = self.memory(measured, counters, whole + split.part_bytes)
-        why = self.summary + "; the exchange is modelled, not measured" * on_gpu
-        exchanged = int(received / size.num_layers)
-        return Usage(device_bytes=device, host_bytes=host, seconds=work + exchange, why=why, exchanged_bytes=exchanged)
+    def usage(self) -> Usage:
+        """See `PartitionMemory`."""
+        whole = self.size.weight_bytes if self.plan_obstacle else 0  # by AutoTP, while the model is opened
+        return self.process_usage(self.part_bytes(), self.summary, host_weights=whole)
 
     @property
     def summary(self) -> str:
@@ -114,7 +89,7 @@ class TensorParallelReplica(BatchwiseReplica):
         ModelError: the model cannot be opened or observed, or not be split correctly.
     """
 
-    cost: ClassVar[type[PartitionCost]] = TensorParallelCost
+    memory: ClassVar[type[PartitionMemory]] = TensorParallelMemory
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         self.split = RowSplit(*require_group(placement))

@@ -21,16 +21,16 @@ from avss_dist.models.size import load_skeleton
 from avss_dist.partition.base import Placement
 from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.group import quiet_deepspeed, require_group, reraise_lost_ranks
-from avss_dist.partition.sharded import PREFETCHED, ShardedCost, ShardedLanguageModel, refuse_gguf, refuse_mxfp4
+from avss_dist.partition.sharded import PREFETCHED, ShardedLanguageModel, ShardedMemory, refuse_gguf, refuse_mxfp4
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
 
-class Zero3Cost(ShardedCost):
-    """Memory and time of a run with ZeRO-3; see `sharded.ShardedCost`."""
+class Zero3Memory(ShardedMemory):
+    """Memory of a replica with ZeRO-3; see `sharded.ShardedMemory`."""
 
     def host_weights(self) -> int:
-        """See `ShardedCost`. transformers loads quantized weights whole, unpacked or not, before ranks keep parts."""
+        """See `ShardedMemory`. transformers loads quantized weights whole, unpacked or not, before ranks keep parts."""
         _, model, _ = load_skeleton(self.weights, self.settings)
         return self.size.weight_bytes if self.on_gpu and quantization_method(model.config) else 0
 
@@ -43,7 +43,7 @@ class Zero3Replica(BatchwiseReplica):
         ModelError: the model cannot be opened or observed.
     """
 
-    cost = Zero3Cost
+    memory = Zero3Memory
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         refuse_gguf(checkpoint, placement.partition)

@@ -1,4 +1,4 @@
-"""Memory of this process, and of mapped files."""
+"""Memory of this process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _MADV_POPULATE_READ = 22  # of madvise(2)
 KEPT_BYTES = 256 << 20
-PROBES = 32
 MAPPED_BYTES = 32 << 20  # the most that glibc takes
 
 
@@ -60,33 +57,10 @@ def _madvise() -> Any:
     return madvise
 
 
-def mapped_around_a_byte(file: Path) -> int:
-    """Return how many bytes of a mapped file become resident when one is read, on average over ``PROBES`` places.
-
-    By default Linux reads 64 KiB, or the whole of a larger piece that the page cache holds.
-    """
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        before = psutil.Process().memory_info().shared
-        for place in range(0, len(mapped), max(1, len(mapped) // PROBES)):
-            mapped[place]
-        return max(mmap.PAGESIZE, (psutil.Process().memory_info().shared - before) // PROBES)
-
-
-def resident_memory() -> int:
-    """Return the resident memory of this process, in bytes."""
-    return int(psutil.Process().memory_info().rss)
-
-
 def peak_memory() -> int:
-    """Return the peak memory of this process since its start or `reset_peak_memory`, in bytes.
+    """Return the peak memory of this process since its start, in bytes.
 
     The ru_maxrss of getrusage(2) is not used: it starts at the value of the parent process. psutil does not report it.
     """
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def reset_peak_memory() -> None:
-    """Reset `peak_memory`, if the system allows it."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -161,9 +161,7 @@ RUN = {page for page, words in documented() if page != HELP and words[0] not in 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("page", sorted(RUN))
-def test_every_command_runs(
-    page: str, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, benchmark_in_this_process: None
-) -> None:
+def test_every_command_runs(page: str, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the commands of a page in their order, in a copy of the folder."""
     shutil.copytree(measured, tmp_path / "here", symlinks=True)
     monkeypatch.chdir(tmp_path / "here")

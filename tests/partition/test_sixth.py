@@ -25,7 +25,6 @@ class SixthReplica(SingleReplica):
 '''
 USE = """
 import contextlib, io, json, sys
-from concurrent.futures import ThreadPoolExecutor
 from avss_dist.core.registry import PARTITIONS, PartitionInfo
 
 PARTITIONS["sixth"] = PartitionInfo(opens="sixth:SixthReplica", summary="like single", whole=True)
@@ -33,7 +32,6 @@ PARTITIONS["sixth"] = PartitionInfo(opens="sixth:SixthReplica", summary="like si
 if __name__ == "__main__":
     import avss_dist
     from avss_dist.cli import app
-    from avss_dist.estimation import benchmark
     from avss_dist.estimation.preview import preview_job
     from avss_dist.executors.local import LocalExecutor, shards_at_once
     from avss_dist.partition.choose import choose, least_host_bytes
@@ -43,14 +41,12 @@ if __name__ == "__main__":
     from avss_dist.core.settings import Execution, Settings
     from avss_dist.system.devices import devices_here
 
-    benchmark.SECONDS = 0.1
-    benchmark.ProcessPoolExecutor = lambda workers, *_, **__: ThreadPoolExecutor(workers)
     model, folder = sys.argv[1:]
     sizes = {"sequence_length": 32, "max_sequences": 4, "sequences_per_shard": 2, "device": "cpu"}
     settings, execution = Settings(**sizes), Execution(partition="sixth")
     placement = choose(None, settings, execution, devices_here("cpu"))
     automatic = choose(None, settings, Execution(), devices_here("cpu"))
-    estimate = avss_dist.estimate(model, corpus="builtin:pydoc", **sizes)
+    estimate = avss_dist.estimate(model, **sizes)
     row = {row.partition: row for row in estimate.rows}["sixth"]
     job = f"{folder}/job.yaml"
     with open(job, "w") as file:
@@ -65,7 +61,7 @@ if __name__ == "__main__":
     print(json.dumps({
         "command": '"sixth"' in dry.getvalue(),
         "placed": [placement.partition, automatic.partition, with_copies(placement, 3).ranks],
-        "estimated": [row.ranks, row.seconds > 0, row.device_bytes > estimate.weight_bytes],
+        "estimated": [row.ranks, row.device_bytes > estimate.weight_bytes],
         "preview": [preview.status, preview.partition, preview.error],
         "same": sixth.run_id == single.run_id,
         "equal": sixth.table().equals(single.table()),
@@ -85,7 +81,7 @@ def test_a_sixth_partition_works_everywhere(tiny_llama: Path, tmp_path: Path) ->
     assert said == {
         "command": True,
         "placed": ["sixth", "single", 3],
-        "estimated": [1, True, True],
+        "estimated": [1, True],
         "preview": ["missing", "sixth", None],
         "same": True,
         "equal": True,

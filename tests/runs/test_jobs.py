@@ -8,7 +8,6 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,12 @@ from avss_dist.core.settings import Replicas, Settings
 from avss_dist.estimation import preview as previews
 from avss_dist.estimation.preview import preview_job
 from avss_dist.executors.local import LocalExecutor
-from avss_dist.models.size import footprint
 from avss_dist.report.terminal.progress import ProgressLines
 from avss_dist.runs import planner
 from avss_dist.runs.api import run_job
 from avss_dist.runs.events import RunEnded, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.job_file import JobError, JobFile, job_schema, read_job
 from avss_dist.runs.run import Run
-from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
@@ -404,25 +401,25 @@ def test_a_mistake_ends_a_command_with_two(tiny_llama: Path, tmp_path: Path) -> 
 def test_the_plan_runs_no_model_and_takes_the_speed_of_a_run_like_it(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without such a run, the time follows from the number of operations."""
+    """Without such a run, the time is unknown."""
     text = f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + SETTINGS + LOCAL
     longer = text.replace("max_sequences: 12", "max_sequences: 120")
     first, second = read(tmp_path, text), read(tmp_path, longer)
     with monkeypatch.context() as patch:
-        for module in ("avss_dist.partition.open", "avss_dist.estimation.benchmark", "avss_dist.executors.base"):
+        for module in ("avss_dist.partition.open", "avss_dist.executors.base"):
             patch.setattr(f"{module}.open_replica", lambda *_, **__: pytest.fail("a model was opened"))
         (preview,) = preview_job(first)
     assert (preview.status, preview.reference_run, preview.warning) == ("missing", "", "")
-    assert preview.seconds is not None and preview.seconds > 0
+    assert preview.seconds is None
     code, output = avss("run", tmp_path / "job.yaml", "--dry-run")
-    assert code == 0 and "a rough estimate from the number of operations; avss estimate measures" in output
+    assert code == 0 and "1 run of unknown time: no finished run has the shape of the model" in output
     (run,) = run_job(first)
     (preview,) = preview_job(second)
     speed = Warehouse(tmp_path / "w").runs()["tokens_per_second"][0].as_py()
     assert preview.reference_run == run.run_id
     assert preview.seconds == pytest.approx(preview.num_tokens / speed)
     code, output = avss("run", tmp_path / "job.yaml", "--dry-run")
-    assert code == 0 and "of measuring (as earlier runs)." in output
+    assert code == 0 and "of measuring, at the speed of earlier runs." in output
     (tmp_path / "w" / "runs" / f"run_id={run.run_id}" / "run.parquet").unlink()
     next((tmp_path / "w" / "shard_stats").rglob("shard-00001.parquet")).unlink()
     code, output = avss("run", job_file(tmp_path, text), "--dry-run")
@@ -431,13 +428,17 @@ def test_the_plan_runs_no_model_and_takes_the_speed_of_a_run_like_it(
     assert (run.status, run.resumed_shards) == ("done", 2)
 
 
-def test_the_plan_warns_of_a_model_that_does_not_fit(tiny_llama: Path, tmp_path: Path) -> None:
-    job = read(tmp_path, f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + LOCAL)
-    (spec,) = job.specs
-    size = footprint(spec.model, spec.settings)
-    small = replace(devices_here("cpu"), device_bytes=size.weight_bytes)
-    assert "it may not fit here: " in previews._missing_memory(size, spec.settings, small)
-    assert not previews._missing_memory(size, spec.settings, devices_here("cpu"))
+def test_the_plan_warns_of_a_model_that_does_not_fit(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be opened whole, as was asked for."""
+    whole = "execution: {executor: local, partition: single}\n"
+    job = read(
+        tmp_path, f"warehouse: {tmp_path}/w\nmodels: [{tiny_llama}]\ncorpora: [builtin:pydoc]\n" + SETTINGS + whole
+    )
+    assert not preview_job(job)[0].warning
+    monkeypatch.setattr(previews, "batch_bytes", lambda *_: 1 << 60)
+    assert "it may not fit here: " in preview_job(job)[0].warning
 
 
 def test_one_tokenizer_reads_a_text_once_whatever_their_names(

@@ -23,7 +23,7 @@ from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.base import BatchContext, Placement, RowSplit
 from avss_dist.partition.batchwise import describe, run_batch
 from avss_dist.partition.choose import require_room_for_a_layer
-from avss_dist.partition.cost import Calibration, PartitionCost, Usage
+from avss_dist.partition.memory import PartitionMemory, Usage
 from avss_dist.partition.streaming.buffers import buffer_bytes
 from avss_dist.partition.streaming.language_model import StreamingLanguageModel
 from avss_dist.partition.streaming.passes import Passes
@@ -35,54 +35,42 @@ SPARE_SHARE = 0.9  # of what a GPU has free
 T = TypeVar("T")
 
 
-class StreamingCost(PartitionCost):
-    """Memory and time of a run with one or two layers and the waiting hidden states in memory."""
+class StreamingMemory(PartitionMemory):
+    """Memory of a replica with one or two layers and the waiting hidden states in memory."""
 
     unpacks = True
 
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """See `PartitionCost`."""
+        """See `PartitionMemory`."""
         outside = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
         largest = max(size.layer_bytes, default=0)
         return largest + size.unpacking_bytes + outside if kind == "cpu" else int(largest * size.stored_share)
 
     @property
     def obstacle(self) -> str | None:
-        """See `PartitionCost`."""
+        """See `PartitionMemory`."""
         if not self.stored.quantized:
             return None
         if not self.stored.can_unpack:
             return "computes with unpacked weights, and transformers cannot unpack these while it loads them"
         return "needs the setting dequantize, which unpacks the weights"
 
-    def usage(self, measured: Calibration, counters: int) -> Usage:
-        """See `PartitionCost`."""
-        size = self.size
-        waiting = size.hidden_bytes(measured.rows_per_shard, self.settings.sequence_length)
-        # A mapped layer lies in its file, and the system reads the next one ahead. An unpacked one does not.
-        resident_layers = 2 if self.on_gpu or not (size.zero_copy or size.unpacking_bytes) else 1
-        layers = sum(sorted(size.layer_bytes)[-resident_layers:])
-        host_layers = int(layers * size.stored_share)
-        beside = {"host_weights": host_layers + waiting} if self.on_gpu else {"more": waiting}
-        device, host = self.memory(measured, counters, size.other_bytes + layers + size.unpacking_bytes, **beside)
-        unpacked = ""
+    def usage(self) -> Usage:
+        """See `PartitionMemory`. Under a limit, the next layer and hidden states take what it leaves."""
+        size, layers = self.size, sum(sorted(self.size.layer_bytes)[-2:])
+        host = self.minimum_host_weights(size, self.devices.kind, head=False)
+        why = "layers are read for each shard"
         if size.unpacking_bytes:
-            unpacked = f", and unpacked in {describe_bytes(size.unpacking_bytes)}"
-        return Usage(
-            device_bytes=device,
-            host_bytes=host,
-            seconds=self.seconds(measured, measured.costs[self.partition]) + self._unpacking_seconds(measured),
-            exchanged_bytes=int(sum(size.layer_bytes) * size.stored_share / size.num_layers),
-            why=f"{'two layers' if resident_layers == 2 else 'a layer'} and {describe_bytes(waiting)} "
-            f"of waiting hidden states in memory; the layers' weights are read {measured.num_shards}x{unpacked}",
-        )
-
-    def _unpacking_seconds(self, measured: Calibration) -> float:
-        """Return the seconds of unpacking all layers for each shard."""
-        if not self.size.unpacking_bytes:
-            return 0.0
-        return measured.num_shards * sum(self.size.layer_bytes) / measured.unpacked_bytes_per_second
+            why += f", and unpacked in {describe_bytes(size.unpacking_bytes)}"
+        if "cpu" not in self.max_memory:
+            rows = self.settings.sequences_per_shard or self.settings.batch_size
+            waiting = size.hidden_bytes(rows, self.settings.sequence_length)
+            host += waiting + int((layers - max(size.layer_bytes)) * size.stored_share)
+            why += f"; {describe_bytes(waiting)} of hidden states wait"
+        if not self.on_gpu:
+            return self.process_usage(host, why)
+        return self.process_usage(size.other_bytes + layers + size.unpacking_bytes, why, host_weights=host)
 
 
 class StreamingReplica:
@@ -100,7 +88,7 @@ class StreamingReplica:
     split = RowSplit()
     reports_stats = True
     language_model: StreamingLanguageModel | None = None
-    cost: ClassVar[type[PartitionCost]] = StreamingCost
+    memory: ClassVar[type[PartitionMemory]] = StreamingMemory
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         self.device = pick_device(settings.device)

@@ -221,16 +221,6 @@ class StreamedWeights:
             if not weight.stored:
                 weight.assign(_require_numbers(weight).detach().to(device))
 
-    def convert_zeros(self, part: Part, device: torch.device) -> None:
-        """Convert a part's weights as `load` does, of zeros in place of the numbers in the files, which are not read.
-
-        Raises:
-            ModelError: transformers cannot convert them.
-        """
-        for group in part.groups:
-            zeros = {stored.name: torch.zeros(stored.shape, dtype=DTYPES[stored.dtype]) for stored in group}
-            self._conversion.convert(zeros, device)
-
     def _read(self, stored: Sequence[StoredTensor], buffer: AnyBuffer | None) -> Iterator[torch.Tensor]:
         self.bytes_read += sum(tensor.size for tensor in stored)
         if buffer:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich import progress as rich_progress
 
-from avss_dist.core.text import describe_bytes
+from avss_dist.core.text import describe_bytes, describe_seconds
 from avss_dist.distillation.events import Event, HeldOutMeasured, Preparing, TrainingAdvanced
 from avss_dist.report.table import ReportColumn, ReportTable, percent, significant
-from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.pace import Pace
 from avss_dist.report.terminal.progress import LogLines, StepPace, bars, log
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from avss_dist.core.text import count_of, describe_bytes, describe_count
+from avss_dist.core.text import count_of, describe_bytes, describe_count, describe_seconds
 from avss_dist.report.table import ReportColumn, ReportTable
-from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.tables import FittedTable
 
 if TYPE_CHECKING:
@@ -56,11 +55,9 @@ def summary(previews: Sequence[Preview]) -> str:
     parts = [f"{number} {status}" for status, number in count.items() if number]
     text = f"{', '.join(parts)}."
     if known:
-        guessed = any(p.seconds and not p.reference_run for p in previews)
-        basis = (
-            "a rough estimate from the number of operations; avss estimate measures" if guessed else "as earlier runs"
-        )
-        text += f" About {describe_seconds(sum(known))} of measuring ({basis})."
+        text += f" About {describe_seconds(sum(known))} of measuring, at the speed of earlier runs."
+    if unknown := sum(p.seconds is None for p in previews if p.status in ("partial", "missing")):
+        text += f" {count_of(unknown, 'run')} of unknown time: no finished run has the shape of the model."
     if count["refused"]:
         text += " The refused ones will be recorded as failed; the others run."
     return text

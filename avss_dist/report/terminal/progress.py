@@ -15,9 +15,8 @@ from rich.text import Text
 
 from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.registry import WHOLE
-from avss_dist.core.text import basename
+from avss_dist.core.text import basename, describe_seconds
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, SearchStep
-from avss_dist.report.terminal.estimate import describe_seconds
 from avss_dist.report.terminal.pace import Pace
 from avss_dist.runs.events import (
     LOG_SECONDS,
