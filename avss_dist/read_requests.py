@@ -95,7 +95,7 @@ class PlaceRequest(Request):
     site: Site = SITES[0]
     """Site in a layer whose activations are read."""
     recipe: Recipe = RECIPES[0]
-    """Definition of AVSS."""
+    """Reading of AVSS: pooled as released, element by element, or unit by unit."""
     threshold: Threshold = PUBLISHED_THRESHOLD
     """Near zero means below this: 1e-5 (absolute) or 0.1rms (relative)."""
 

@@ -127,7 +127,7 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     shapley: Annotated[Count, Option(panel=LEFT_OUT)] = 0
     """Permutations to sample for layer Shapley values."""
     truncation: Annotated[bool, Option(panel=LEFT_OUT)] = True
-    """End a permutation once the model only guesses."""
+    """End a permutation once the loss is that of uniform guessing: what follows adds nothing."""
     seed: Annotated[Count, Option(panel=LEFT_OUT)] = 0
     """Seed for the permutations."""
     gradients: Annotated[bool, Option(panel=LEFT_OUT)] = False
@@ -135,7 +135,7 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     damage: Annotated[bool, Option(panel=LEFT_OUT)] = False
     """Estimate the effect of leaving layers out, at the cost of about 8 passes."""
     draws: Annotated[Positive, Option(panel=LEFT_OUT)] = DRAWS
-    """Draws of labels for `damage`."""
+    """Labels to draw from the model's own predictions for each token of `damage`: more of them, less noise."""
     quantize: Annotated[Texts, Option(names=("--quantize",), metavar="FORMAT", panel=ROUNDED)] = ()
     """Predict the change of the loss if weights are rounded to this format: int4, int4-g64, fp8, nvfp4, q4_0, ..."""
     rounded_layers: Annotated[bool, Option(panel=ROUNDED)] = True
@@ -145,7 +145,7 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     skip_sequences: Count = 0
     """Skip this many rows at the start of the corpus."""
     allow_many: Annotated[bool, Option(names=("--yes",))] = False
-    """Continue even if it is a great deal of work."""
+    """Continue even if it takes more than 100,000 passes of a batch, which is refused otherwise."""
 
     shared = EVALUATED
 
@@ -498,7 +498,7 @@ class RunJobRequest(JobFileRequest):
     allow_overlap: bool = False
     """Allow evaluation on text that scores or repairs were made on."""
     allow_many: Annotated[bool, Option(names=("--yes",))] = False
-    """Continue even if it is a great deal of work."""
+    """Continue even if it takes more than 10,000 evaluations, which is refused otherwise."""
 
     shared = REPLACEABLE
 

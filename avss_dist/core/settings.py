@@ -196,15 +196,15 @@ class Settings:
     thresholds: Thresholds = THRESHOLDS
     """Absolute near-zero thresholds; the published 1e-5 is always included."""
     experts: bool = False
-    """Also measure routed experts: their tokens, gates and outputs. Their work is done twice."""
+    """Also measure routed experts: their tokens, gates and outputs, which computes each expert twice."""
     layers: str | None = None
     """Module path of the layer list, if it is not found automatically."""
     attention: Annotated[str, OneOf(ATTENTIONS)] | None = None
     """Attention implementation; by default transformers chooses."""
     device: Annotated[str, OneOf(DEVICES)] = "auto"
-    """Kind of device; auto is cuda where available."""
+    """Device that computes: cpu, cuda, or auto, which is cuda where there is one."""
     threads: Positive = 1
-    """CPU threads for a shard, or a part of a task. Free cores measure other shards; parts need more replicas."""
+    """CPU threads that compute one shard or one part of a task. Remaining cores compute others at the same time."""
     allow_pickle: bool = False
     """Accept pickled weights (pytorch_model*.bin): load tensors only, and cache them as safetensors."""
     trust_remote_code: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
+from inspect import cleandoc
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
@@ -116,7 +117,19 @@ def checked(cls: type[T]) -> type[T]:
             raise ConfigError.combine([problem for _, problem in located_problems(checked_class, error)]) from None
 
     checked_class.__init__ = initialize_or_explain
+    if fields := _documented_fields(checked_class):
+        checked_class.__doc__ = f"{cleandoc(cls.__doc__ or '')}\n\nAttributes:\n{fields}"
     return checked_class
+
+
+def _documented_fields(cls: Any) -> str:
+    """Return the lines of a class's docstring about its own fields: descriptions and valid names."""
+    lines = []
+    for name, info in cls.__pydantic_fields__.items():
+        names = next((item.names for item in info.metadata if isinstance(item, OneOf)), ())
+        valid = f" One of: {', '.join(names)}." if names else ""
+        lines += [f"    {name}: {info.description}{valid}"] if info.description else []
+    return "\n".join(lines)
 
 
 def _schema_that_accepts_mappings(cls: Any, source: Any, handler: Any) -> Any:
