@@ -333,12 +333,8 @@ class SparsifyRequest(RunRequest):
     """Method that allocates the sparsity over the model."""
     rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
     """Tokens at which activations become zero."""
-    pattern: str | None = None
-    """Pattern such as 2:4: keep the 2 largest of every 4 units."""
-    corrections: Count = 0
-    """Passes that correct the thresholds, each with the plan applied."""
     corpus: Text | None = None
-    """Text that loss, teal and corrections read; the text of the run by default."""
+    """Text that loss and teal read; the text of the run by default."""
     skip_sequences: Count = 0
     """Skip this many rows at the start of the corpus."""
 

@@ -54,13 +54,11 @@ class Curve:
 
     Attributes:
         points: results by ascending sparsity.
-        unreached: sparsities that the method cannot reach.
     """
 
     task: str
     method: str
     points: tuple[Point, ...]
-    unreached: tuple[float, ...] = ()
 
     def critical(self, enough: float) -> float:
         """Return the largest sparsity up to which the retention is at least ``enough``.
@@ -77,16 +75,13 @@ class Curve:
     def sentence(self) -> str:
         """Sentence with the critical sparsities."""
         task = describe_task(self.task)
-        beyond = f"{self.method} cannot reach {', '.join(f'{sparsity:.0%}' for sparsity in self.unreached)}."
-        if not self.points:
-            return f"{task}: {beyond}"
         last = self.points[-1].target
         texts = []
         for enough in ENOUGH:
             sparsity = self.critical(enough)
             at_least = "at least " if sparsity == last else ""
             texts.append(f"{enough:.0%} at a sparsity of {at_least}{sparsity:.1%}")
-        return f"{task}: {self.method} keeps {', and '.join(texts)}.{f' {beyond}' if self.unreached else ''}"
+        return f"{task}: {self.method} keeps {', and '.join(texts)}."
 
 
 def is_sparse(row: Row) -> bool:
@@ -110,9 +105,8 @@ def _curves(task: str, rows: Sequence[Row]) -> Iterator[Curve]:
             measured, within, farthest = (values.get((*series, name)) for name in (SPARSITY, MAPS_WITHIN, FARTHEST_MAP))
             points[row["method"]].append(Point(row=row, measured=measured, within=within, farthest=farthest))
     for method, of_method in points.items():
-        unreached = sorted(level for (series, level, _), value in values.items() if series == method and value is None)
-        if of_method or unreached:
-            yield Curve(task=task, method=method, points=tuple(of_method), unreached=tuple(unreached))
+        if of_method:
+            yield Curve(task=task, method=method, points=tuple(of_method))
 
 
 def _has_retention(row: Row) -> bool:

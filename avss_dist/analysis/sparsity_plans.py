@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.core.errors import ConfigError, QueryError
-from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K, TOP_P
+from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K
 from avss_dist.sparsity.plan import MapPlan, SparsityPlan
 from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.warehouse.reader import Warehouse
@@ -93,43 +93,14 @@ def require_target(target: float) -> None:
         )
 
 
-def plan_uniform(measured: MeasuredMaps, target: float, method: str = "uniform", **fields: Any) -> SparsityPlan:
+def plan_uniform(measured: MeasuredMaps, target: float, method: str, *, rule: str) -> SparsityPlan:
     """Return a plan with the same sparsity in every linear map.
 
-    ``method`` decides which inputs stay: those above a threshold, the largest of each token (``wina``), or those that
-    make up a share of the token's sum (``topp``).
-
-    Raises:
-        ConfigError: if the target or a pattern is invalid.
+    ``method`` decides which inputs stay: those above a threshold, or the largest of each token (``wina``).
     """
-    require_target(target)
-    pattern = fields.get("pattern")
-    if pattern is not None:
-        return _plan_pattern(measured, target, method, **fields)
-    by = {"wina": TOP_K, "topp": TOP_P}.get(method, THRESHOLD)
+    wina, why = method == "wina", {"by": method, "target": target}
     sparsities = np.full(len(measured.maps), target)
-    return make_plan(measured, sparsities, by, {"by": method, "target": target}, weighted=method == "wina", **fields)
-
-
-def _plan_pattern(measured: MeasuredMaps, target: float, method: str, pattern: str, **fields: Any) -> SparsityPlan:
-    """Return a plan in which a pattern, such as 2:4, alone decides which inputs are zero.
-
-    Raises:
-        ConfigError: if the pattern is invalid, or contradicts the target or the method.
-    """
-    largest, _, group = pattern.partition(":")
-    if method not in ("uniform", "wina"):
-        raise ConfigError(f"`pattern` and `method` {method} are mutually exclusive.", "Use `method` uniform or wina.")
-    if not (largest.isdecimal() and group.isdecimal() and 0 < int(largest) < int(group)):
-        raise ConfigError(
-            f"invalid `pattern` '{pattern}': expected N:M.", "2:4 keeps the 2 largest of 4 units in a row."
-        )
-    if abs(target - (1 - int(largest) / int(group))) > 1e-6:
-        share = 1 - int(largest) / int(group)
-        raise ConfigError(f"`pattern` {pattern} makes {share:g} zero, not {target:g}.", f"Set `target` to {share:g}.")
-    plan = make_plan(measured, np.zeros(len(measured.maps)), THRESHOLD, {"by": method, "target": target}, **fields)
-    maps = tuple(replace(one, sparsity=target, value=0.0) for one in plan.projections)
-    return replace(plan, projections=maps, sparsity=target, pattern=pattern, weighted=method == "wina")
+    return make_plan(measured, sparsities, TOP_K if wina else THRESHOLD, why, rule=rule, weighted=wina)
 
 
 def make_plan(
@@ -139,18 +110,17 @@ def make_plan(
     why: Mapping[str, Any],
     *,
     rule: str = SPARSITY_RULES[0],
-    pattern: str | None = None,
     weighted: bool = False,
 ) -> SparsityPlan:
     """Return a plan with a sparsity for each map.
 
     Args:
         sparsities: float64[maps].
-        by: one of the `THRESHOLD`, `TOP_K` and `TOP_P` rules.
+        by: `THRESHOLD` or `TOP_K`.
         why: record of the method and its target, stored in the plan.
 
     Raises:
-        PlanError: if a top-k keeps no unit, or a pattern does not divide the units.
+        PlanError: if a top-k keeps no unit.
     """
     maps = tuple(_planned(one, float(s), by) for one, s in zip(measured.maps, sparsities, strict=True))
     expected = np.array([one.sparsity for one in maps])
@@ -162,7 +132,6 @@ def make_plan(
         sparsity=float(expected @ measured.sizes / measured.sizes.sum()),
         rule=rule,
         weighted=weighted,
-        pattern=pattern,
         why=why,
         run_id=run["run_id"],
         findings=tuple(_findings(measured)),
@@ -175,11 +144,10 @@ def _planned(linear_map: LinearMap, sparsity: float, by: str) -> MapPlan:
         value, expected = sparsity, int(sparsity * linear_map.inputs) / linear_map.inputs
     else:
         threshold = float(linear_map.thresholds([sparsity])[0])
-        below, mass = _shares_up_to(linear_map.read, threshold)
-        value, expected = (threshold, below) if by == THRESHOLD else (1 - mass, sparsity)
-        if linear_map.read.abs_value_cut and by == THRESHOLD:
+        value, expected = threshold, _share_up_to(linear_map.read, threshold)
+        if linear_map.read.abs_value_cut:
             expected = sparsity
-        if sparsity == 0 and by == THRESHOLD:
+        if sparsity == 0:
             value, expected = 0.0, linear_map.read.zero_count / max(1, linear_map.read.count)
     return MapPlan(
         layer=linear_map.layer,
@@ -193,12 +161,10 @@ def _planned(linear_map: LinearMap, sparsity: float, by: str) -> MapPlan:
     )
 
 
-def _shares_up_to(read: LayerStats, threshold: float) -> tuple[float, float]:
-    """Return the share of elements with abs(x) up to a threshold, and their share of the sum of abs(x)."""
-    values, counts = read.abs_value.astype(np.float64), read.abs_value_count
-    is_below = values <= threshold
-    total, mass = float(counts.sum()), float((values * counts).sum())
-    return float(counts[is_below].sum()) / max(total, 1.0), float((values * counts)[is_below].sum()) / max(mass, 1e-300)
+def _share_up_to(read: LayerStats, threshold: float) -> float:
+    """Return the share of elements with abs(x) up to a threshold."""
+    counts = read.abs_value_count
+    return float(counts[read.abs_value.astype(np.float64) <= threshold].sum()) / max(float(counts.sum()), 1.0)
 
 
 def _findings(measured: MeasuredMaps) -> Iterator[str]:

@@ -187,6 +187,8 @@ REMOVED: dict[str, str] = {
     "plan --parameters": "`avss plan --memory 12GB -o plan.yaml`",
     "plan --share-of-parameters": "`avss plan --memory 12GB -o plan.yaml`",
     "plan --contiguous": "`avss plan --by block_distance -o plan.yaml` drops a block of neighbours",
+    "sparsify --corrections": "`avss sparsify 0.5 --method loss -o sparse.yaml` keeps more",
+    "sparsify --pattern": "`avss sparsify 0.5 --method wina -o sparse.yaml`",
     "plan --sparsify": "`avss sparsify 0.5 -o sparse.yaml`",
     "sample": "`avss prune ORG/NAME PLAN.yaml --repair-corpus self -o OUTPUT` fits a repair on text of the model.",
     "shrink --continuation-tokens": "leave it out, 48 tokens are shown.",

@@ -17,9 +17,9 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import count_of, describe_layers
 
-THRESHOLD, TOP_K, TOP_P = "threshold", "top_k", "top_p"
+THRESHOLD, TOP_K = "threshold", "top_k"
 """Criteria by which inputs of a linear map become zero: see `MapSparsity`."""
-SPARSITY_RULES = ("all", "dense-prefill", "last-half", "not-first-token")
+SPARSITY_RULES = ("all", "last-half")
 """Tokens at which activations are sparse: all; decoded tokens; decoded tokens and the last half of a prompt (as TEAL
 evaluates); all but the first of a prompt."""
 PARTS = ("attention", "mlp")
@@ -216,13 +216,9 @@ class MapSparsity:
         layer, path: the map: its layer, and its module path below the layer.
         outputs, inputs: shape of the whole map.
         by: rule: `THRESHOLD` zeroes inputs up to size ``value``; `TOP_K` the smallest share ``value`` of each token's
-            inputs; `TOP_P` all but the smallest set with a share ``value`` of the token's summed sizes.
-        center: value that is subtracted from inputs to get their size, and that small ones become (SCAP, arXiv
-            2412.07174): the map of a constant is one.
+            inputs.
         weighted: the size of an input is its absolute value times the norm of the column of the weight that it meets
             (WINA, arXiv 2505.19427); otherwise its absolute value.
-        kept, group: N:M sparsity: in each group of ``group`` neighbouring units, at most the ``kept`` largest stay;
-            ``group`` 0 is no limit.
     """
 
     layer: int
@@ -231,10 +227,7 @@ class MapSparsity:
     inputs: int
     by: str
     value: float
-    center: float = 0.0
     weighted: bool = False
-    kept: int = 0
-    group: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +240,8 @@ class Sparsity:
     @cached_property
     def key(self) -> str:
         """SHA-256 of the rules, in hex."""
-        return fingerprint(cuts=[asdict(rule) for rule in self.maps], rule=self.rule)
+        constant = {"center": 0.0, "kept": 0, "group": 0}  # fields of version 0.2, so that its keys stay the same
+        return fingerprint(cuts=[asdict(rule) | constant for rule in self.maps], rule=self.rule)
 
 
 @dataclass(frozen=True, kw_only=True)

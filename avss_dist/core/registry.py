@@ -354,7 +354,7 @@ EXPERT_SCORES = {
     RANDOM: SCORES[RANDOM].meaning,
 }
 """Scores of routed experts by the name of the option `by`, with their meaning. Low is unimportant."""
-SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina", "scap", "cats", "topp")
+SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina")
 """Methods that allocate sparsity over linear maps: see `sparsity.plan.METHODS`."""
 
 

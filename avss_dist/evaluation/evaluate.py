@@ -171,9 +171,6 @@ def evaluate(request: EvaluateRequest, on_event: OnEvent | None = None) -> Evalu
     _require_readable(request.tasks, settings)
     tasks = [RedactedURI(task) for task in request.tasks]
     subjects = _read_subjects(request.subjects, request.sparse, settings)
-    for subject, task in product(subjects, tasks):
-        sparsity = subject.intervention.sparsity
-        require_effect(sparsity.rule if sparsity else None, task, f"{subject.label}: ")
     subjects, missing_bases = _with_bases(subjects, request.base, trust_remote_code=settings.trust_remote_code)
     with EvaluationSession.open(request.warehouse, settings, request.execution, on_event) as session:
         planned = _plan(session, subjects, tasks, request)
@@ -286,19 +283,6 @@ def _refuse_overlaps(subjects: Sequence[Subject], planned: Mapping[_Key, Planned
         variants = (subject for subject in subjects if subject.checkpoint.revision == checkpoint.revision)
         seen = (text for subject in variants for text in subject.seen_texts(warehouse))
         refuse_overlap(tasks, chain(texts_of_repair(checkpoint), seen))
-
-
-def require_effect(rule: str | None, task: str, where: str = "") -> None:
-    """Raise ConfigError for a text as a task under a rule that leaves prompts dense, since a text is one prompt.
-
-    Args:
-        where: start of the message, which names the file of the rule.
-    """
-    if rule == "dense-prefill" and task.startswith(PERPLEXITY):
-        raise ConfigError(
-            f"{where}{RedactedURI(task)} is one prompt, and the rule dense-prefill leaves prompts dense.",
-            "Evaluate a task that generates, or make the plan with another rule.",
-        )
 
 
 def _compare(subject: Subject, task: str, results: Mapping[_Key, Sequence[Result]]) -> Iterator[Evaluation]:

@@ -21,14 +21,14 @@ from avss_dist.analysis.strata import Strata
 from avss_dist.analysis.verdict import WHOLE
 from avss_dist.core.errors import ConfigError, CorpusError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
-from avss_dist.core.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN, SPARSITY
+from avss_dist.core.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN
 from avss_dist.core.registry import GREEDY, MEASURED, RECIPES, SCORES
 from avss_dist.core.settings import INPUTS, Settings, fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.distill import PART, count_watched
 from avss_dist.evaluation.distilled import Distilling
-from avss_dist.evaluation.evaluate import realized_sparsity, require_effect
+from avss_dist.evaluation.evaluate import realized_sparsity
 from avss_dist.evaluation.events import OnEvent, ignore
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.evaluation.search import greedy_search, removal_losses, search_task
@@ -43,9 +43,7 @@ from avss_dist.evaluation.session import (
     results_under,
 )
 from avss_dist.evaluation.sparsify import (
-    CHOSEN_BY_TOKEN,
     CalibrationText,
-    Unreachable,
     allocate,
     require_whole_weights,
     store_plan,
@@ -95,7 +93,7 @@ class Candidate:
 
     Attributes:
         method: name of the method for people.
-        intervention: change of the model; None if the method cannot reach the sparsity.
+        intervention: change of the model.
         share: share of the layers that are removed.
         sparsity: level of a sparsity plan.
         plan: the sparsity plan.
@@ -105,7 +103,7 @@ class Candidate:
     """
 
     method: str
-    intervention: Intervention | None
+    intervention: Intervention
     share: float = 0.0
     sparsity: float | None = None
     plan: SparsityPlan | None = None
@@ -151,15 +149,10 @@ class Candidate:
     def rows(self, results: Sequence[Result], distilled: Sequence[Result] = ()) -> Iterator[dict[str, Any]]:
         """Yield the row of every metric of a task, and the realized sparsity of a sparsity plan.
 
-        A sparsity that the method cannot reach has one row, without a value.
-
         Args:
             results: results of the task, those of the whole model included.
             distilled: results of the distilled model, if the candidate is one.
         """
-        if self.intervention is None:
-            yield self.row(SPARSITY, None)
-            return
         whole = {result.metric: result for result in results_under(results)}
         own = results_under(distilled) if self.distilled else results_under(results, self.intervention.key)
         for result in own:
@@ -199,7 +192,7 @@ class Trial:
         contrasts: contrasts of the layers on paired text, float64[layers], by reading.
         planned: tasks by name.
         choices: method, share of layers, and layers that the method drops at this share.
-        sparsity_plans: plan by method of allocation and level; None if the method cannot reach the level.
+        sparsity_plans: plan by method of allocation and level.
         fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
         patches: fitted patches, by the fit's id and the dropped layers.
         distilling: distillation of its models; None without one.
@@ -216,7 +209,7 @@ class Trial:
     contrasts: dict[Reading, Float64] = field(default_factory=dict)
     planned: dict[str, PlannedTask] = field(default_factory=dict)
     choices: list[tuple[Method, float, Layers]] = field(default_factory=list)
-    sparsity_plans: dict[tuple[str, float], SparsityPlan | None] = field(default_factory=dict)
+    sparsity_plans: dict[tuple[str, float], SparsityPlan] = field(default_factory=dict)
     fits: dict[str, PlannedTask] = field(default_factory=dict)
     patches: Mapping[tuple[str, Removals], StoredPatch] = field(default_factory=dict)
     distilling: Distilling | None = None
@@ -298,8 +291,7 @@ class Trial:
     def sparse_candidates(self) -> Iterator[Candidate]:
         """Yield the model with each sparsity plan."""
         for (method, level), plan in self.sparsity_plans.items():
-            intervention = plan.intervention if plan else None
-            yield Candidate(method=method, score=method, sparsity=level, plan=plan, intervention=intervention)
+            yield Candidate(method=method, score=method, sparsity=level, plan=plan, intervention=plan.intervention)
 
     def result_rows(
         self, experiment: Experiment, measured: Mapping[PlannedTask, Sequence[Result]]
@@ -404,7 +396,7 @@ def _measure(
     work: list[tuple[PlannedTask, Sequence[Intervention]]] = []
     for trial in trials:
         candidates = [*trial.pruned_candidates(experiment), *trial.sparse_candidates()]
-        applied = [one.intervention for one in candidates if one.intervention is not None and not one.distilled]
+        applied = [one.intervention for one in candidates if not one.distilled]
         work += [(planned, applied) for planned in trial.planned.values()]
         work += [(planned, [NO_INTERVENTION]) for one in candidates for planned in one.distilled.values()]
     return session.measure(work)
@@ -598,27 +590,19 @@ def _require_inputs(specs: Sequence[RunSpec], experiment: Experiment) -> None:
                 f"`sparsities` need what linear maps read, and {spec.model} is scored without {', '.join(missing)}.",
                 "Add inputs to `sites` in the settings of the job.",
             )
-    for task in experiment.tasks:
-        require_effect(experiment.sparsity_rule, task)
 
 
 def _plan_sparsities(
     trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse, session: EvaluationSession
 ) -> None:
-    """Make a sparsity plan for every trial, method and level; None if a method cannot reach the level."""
+    """Make a sparsity plan for every trial, method and level."""
     for trial in trials if experiment.sparsities else ():
         run, model = trial.stored_run(warehouse), trial.reading(experiment.sparsity_max_sequences)
         text = plan_text(trial.checkpoint, trial.corpus, model.settings)
         source = CalibrationText(model=model, corpus=RedactedURI(trial.corpus), text=text)
         plan = partial(allocate, session, source, MeasuredMaps.of_run(warehouse, run), rule=experiment.sparsity_rule)
         for method, level in product(experiment.sparsity_methods, experiment.sparsities):
-            corrections = 0 if method in CHOSEN_BY_TOKEN else experiment.sparsity_corrections
-            try:
-                allocated = plan(level, method, corrections=corrections)
-            except Unreachable:
-                trial.sparsity_plans[method, level] = None
-            else:
-                trial.sparsity_plans[method, level] = store_plan(allocated, session.store, run)
+            trial.sparsity_plans[method, level] = store_plan(plan(level, method), session.store, run)
 
 
 def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:

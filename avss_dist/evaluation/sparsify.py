@@ -1,50 +1,41 @@
-"""Sparsity plans of a run: measurements for a method, allocation, correction, and storage."""
+"""Sparsity plans of a run: measurements for a method, allocation, and storage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
 from avss_dist.analysis.sparsity_plans import LinearMap, MeasuredMaps, make_plan, plan_uniform, require_target
-from avss_dist.core.errors import ConfigError
-from avss_dist.core.intervention import NO_INTERVENTION, THRESHOLD, TOP_K, Intervention
-from avss_dist.core.names import REALIZED, SPARSITY_TASK
+from avss_dist.core.intervention import NO_INTERVENTION, THRESHOLD, TOP_K
+from avss_dist.core.names import SPARSITY_TASK
 from avss_dist.core.text import RedactedURI
-from avss_dist.corpus.shards import CorpusPlan, Shard
+from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, checkpoint_of_run, require_partition
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import SparsifyRequest
 from avss_dist.sparsity.allocate import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
 from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.value_counts import mode_of, size_of_share
 from avss_dist.tasks.base import Measure, Task
 from avss_dist.tasks.block_search import GREEDY, HILL, GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import SECOND, MapDamage
-from avss_dist.tasks.map_inputs import COUNTS, MapInputs
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 LEVELS = np.append(np.arange(1, 20) / 20, 0.98)  # sparsities at which `loss` measures the damage
-COUNTED = ("uniform", "wina", "topp")  # methods that need only the counts of the run
-CHOSEN_BY_TOKEN = ("acttail", "wina", "topp")  # methods without thresholds
-READ_TEXT = ("loss", "teal", "scap", "cats")
+COUNTED = ("uniform", "wina")  # methods that need only the counts of the run
+READ_TEXT = ("loss", "teal")
 NEED_WEIGHTS = ("loss", "teal", "acttail")  # methods that need whole weights in one process
 BASE = 0.05  # TEAL's step for the largest map of a block
 
 Rows = Mapping[tuple[int, str], Float64]
 """Samples by layer and metric, summed over the parts of a task."""
-
-
-class Unreachable(PlanError):
-    """Error of a method that cannot reach a sparsity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,32 +51,13 @@ class CalibrationText:
     corpus: RedactedURI
     text: CorpusPlan | None
 
-    @property
-    def shards(self) -> Sequence[Shard]:
-        """Shards of the text."""
-        assert self.text is not None
-        return self.text.shards
-
-    def rows(
-        self,
-        session: EvaluationSession,
-        name: str,
-        parts: tuple[Measure, ...],
-        intervention: Intervention = NO_INTERVENTION,
-    ) -> tuple[Rows, str]:
+    def rows(self, session: EvaluationSession, name: str, parts: tuple[Measure, ...]) -> tuple[Rows, str]:
         """Measure the parts of a task, and return their samples and the id of the evaluation."""
         suffix = f":{self.corpus}" if self.text else ""
         planned = self.model.plan(Task(name=f"{SPARSITY_TASK}{name}{suffix}", parts=parts))
-        session.run(planned.cells([intervention]))
-        run_id = planned.run_id(intervention)
+        session.run(planned.cells([NO_INTERVENTION]))
+        run_id = planned.run_id(NO_INTERVENTION)
         return _summed(session.rows(run_id)), run_id
-
-    def counts(
-        self, session: EvaluationSession, rule: str, intervention: Intervention = NO_INTERVENTION
-    ) -> tuple[Rows, str]:
-        """Measure the distribution of the inputs of linear maps, and return it as `rows` does."""
-        parts = tuple(MapInputs(shard=shard, rule=rule) for shard in self.shards)
-        return self.rows(session, "inputs", parts, intervention)
 
 
 def _summed(cells: Iterable[Mapping[str, Any]]) -> Rows:
@@ -109,20 +81,19 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any], on_event: OnEvent
     """
     target, method, rule = request.target, request.method, request.rule
     require_target(target)
-    _require_correctable(request)
     store, measured = Store(request.warehouse), MeasuredMaps.of_run(Warehouse(request.warehouse), run)
-    if not request.corrections and (request.pattern is not None or method in COUNTED):
-        return store_plan(plan_uniform(measured, target, method, rule=rule, pattern=request.pattern), store, run)
+    if method in COUNTED:
+        return store_plan(plan_uniform(measured, target, method, rule=rule), store, run)
     settings = request.settings
     require_whole_weights(request.execution.partition, method)
     checkpoint = checkpoint_of_run(run, trust_remote_code=settings.trust_remote_code)
     corpus = RedactedURI(request.corpus or run["corpus"])
     with EvaluationSession.open(request.warehouse, settings, request.execution, on_event) as session:
         model, text = session.place(checkpoint, settings), None
-        if request.corrections or method in READ_TEXT:
+        if method in READ_TEXT:
             text = plan_text(checkpoint, corpus.full, model.settings, skip_sequences=request.skip_sequences)
         source = CalibrationText(model=model, corpus=corpus, text=text)
-        plan = allocate(session, source, measured, target, method, rule=rule, corrections=request.corrections)
+        plan = allocate(session, source, measured, target, method, rule=rule)
     return store_plan(plan, store, run)
 
 
@@ -136,26 +107,11 @@ def store_plan(plan: SparsityPlan, store: Store, run: Mapping[str, Any]) -> Spar
         "method": plan.why["by"],
         "target": plan.why["target"],
         "rule": plan.rule,
-        "pattern": plan.pattern,
         "weighted": plan.weighted,
         "created_at": datetime.now(UTC),
     }
     store.write_sparsity(identity, key[:20], [common | asdict(projection) for projection in plan.projections])
     return plan
-
-
-def _require_correctable(request: SparsifyRequest) -> None:
-    """Refuse corrections of plans without thresholds, or with a rule that leaves prompts dense."""
-    pattern, method = request.pattern, request.method
-    if not request.corrections:
-        return
-    if pattern is not None or method in CHOSEN_BY_TOKEN:
-        option = f"`pattern` {pattern}" if pattern else f"`method` {method}"
-        raise ConfigError(f"{option} has no threshold that `corrections` could correct.", "Leave them out.")
-    if request.rule == "dense-prefill":
-        raise ConfigError(
-            "`corrections` read prompts, and `rule` dense-prefill leaves prompts dense.", "Choose another `rule`."
-        )
 
 
 def allocate(
@@ -166,97 +122,19 @@ def allocate(
     method: str,
     *,
     rule: str,
-    corrections: int = 0,
 ) -> SparsityPlan:
-    """Return the plan of a method, with thresholds of the dense model that are corrected ``corrections`` times.
+    """Return the plan of a method.
 
     Raises:
         AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
     """
     require_whole_weights(source.model.placement.partition, method)
-    return _corrected(session, source, _allocated(session, source, measured, target, method, rule), corrections)
-
-
-def _allocated(
-    session: EvaluationSession, source: CalibrationText, measured: MeasuredMaps, target: float, method: str, rule: str
-) -> SparsityPlan:
     if method in COUNTED:
         return plan_uniform(measured, target, method, rule=rule)
-    if method in _BY_COUNTS:
-        counts, evaluation = source.counts(session, "all" if rule == "dense-prefill" else rule)
-        why = {"by": method, "target": target, "evaluation": evaluation}
-        return _BY_COUNTS[method](measured, target, counts, why=why, rule=rule)
     rows, evaluation = source.rows(session, method, _PARTS[method](measured, source.text))
     sparsities, reasons = _ALLOCATIONS[method](measured, target, rows)
     why = {"by": method, "target": target, "evaluation": evaluation, **reasons}
     return make_plan(measured, sparsities, TOP_K if method == "acttail" else THRESHOLD, why, rule=rule)
-
-
-def _centered(measured: MeasuredMaps, target: float, counts: Rows, **fields: Any) -> SparsityPlan:
-    """Return a plan with the same sparsity for every map, where the inputs closest to their mode become zero."""
-    plan = make_plan(measured, np.full(len(measured.maps), target), THRESHOLD, **fields)
-    projections = []
-    for projection in plan.projections:
-        inputs = counts[projection.layer, f"{COUNTS}{projection.map}"]
-        center = mode_of(inputs)
-        value = size_of_share(inputs, target, center)
-        projections.append(replace(projection, sparsity=target, value=value, center=center))
-    return replace(plan, sparsity=target, projections=tuple(projections))
-
-
-def _gated(measured: MeasuredMaps, target: float, counts: Rows, **fields: Any) -> SparsityPlan:
-    """Return a plan with the same sparsity for the gate of every MLP, which spares up and down; others stay dense.
-
-    Raises:
-        Unreachable: no MLP has a known gate, or the gated MLPs have too few weights.
-    """
-    plan = make_plan(measured, np.zeros(len(measured.maps)), THRESHOLD, **fields)
-    maps = {(dense.layer, dense.map): replace(dense, value=0.0, sparsity=0.0) for dense in plan.projections}
-    known = set(maps)
-    for layer, metric in counts:
-        if (key := (layer, metric.removeprefix(COUNTS))) not in known:
-            of_layer = [projection for projection in plan.projections if projection.layer == layer]
-            up = [projection for projection in of_layer if projection.site == "up_input"][-1]
-            down = next(projection for projection in of_layer if projection.site == "neuron")
-            del maps[layer, up.map], maps[layer, down.map]
-            maps[key] = replace(down, map=key[1], outputs=up.inputs + down.outputs, sparsity=0.0, value=0.0)
-    gated = maps.keys() - known
-    able = sum(maps[key].outputs * maps[key].inputs for key in gated) / plan.weights
-    if target > MAX_SPARSITY * able:
-        limit = f"`method` cats makes {able:.1%} of the weights sparse, at most" if able else "No MLP has a gate: cats"
-        raise Unreachable(f"{limit}, and {target:.0%} of all are wanted.", "Lower `target`, or take another method.")
-    share = target / able
-    for key in gated:
-        size = size_of_share(counts[key[0], f"{COUNTS}{key[1]}"], share)
-        maps[key] = replace(maps[key], sparsity=share, value=size)
-    return replace(plan, sparsity=target, projections=tuple(maps[key] for key in sorted(maps)))
-
-
-_BY_COUNTS: Mapping[str, Callable[..., SparsityPlan]] = {"scap": _centered, "cats": _gated}
-
-
-def _corrected(
-    session: EvaluationSession, source: CalibrationText, plan: SparsityPlan, corrections: int
-) -> SparsityPlan:
-    """Return a plan with thresholds corrected by passes with the plan applied. A last pass measures the error."""
-    if not corrections:
-        return plan
-    for number in range(corrections + 1):
-        counts, _ = source.counts(session, plan.rule, plan.intervention)
-        projections, errors = [], []
-        for projection in plan.projections:
-            inputs = counts[projection.layer, f"{COUNTS}{projection.map}"]
-            realized = counts[projection.layer, f"{REALIZED}{projection.map}"][0] / inputs[-1]
-            errors.append(abs(realized - projection.sparsity))
-            value = size_of_share(inputs, projection.sparsity, projection.center)
-            projections.append(replace(projection, value=value))
-        if number < corrections:
-            plan = replace(plan, projections=tuple(projections))
-    finding = (
-        f"After {corrections} correction{'s' * (corrections > 1)}, on their own text, every map is within "
-        f"{max(errors):.2%} of its sparsity."
-    )
-    return replace(plan, why={**plan.why, "corrections": corrections}, findings=(*plan.findings, finding))
 
 
 def _damage_parts(measured: MeasuredMaps, text: CorpusPlan) -> tuple[Measure, ...]:

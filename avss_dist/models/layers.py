@@ -46,8 +46,6 @@ class Projection:
         site: name of its input; several maps may share one.
         outputs, inputs: units of the output and of the input of the whole map.
         axes: order of the axes of its input; see `axes_of`.
-        gates: whether it is the activation function that gates an MLP, whose output is made sparse. A zero unit then
-            spares a row of one map and a column of another, ``outputs`` weights in all (CATS, arXiv 2404.08763).
     """
 
     path: str
@@ -56,7 +54,6 @@ class Projection:
     outputs: int
     inputs: int
     axes: str
-    gates: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,7 @@ class Layer:
     axes: str
     taps: Mapping[str, Tap]
     projections: tuple[Projection, ...] = ()
-    gate: Projection | None = None
     experts: Experts | None = None
-
-    @property
-    def maps(self) -> tuple[Projection, ...]:
-        """Modules that can be made sparse: the linear maps, and the gate of the MLP."""
-        return (*self.projections, *([self.gate] if self.gate else []))
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,10 @@ class Call:
 
 @dataclass(frozen=True)
 class LayerSites:
-    """Sites of a layer, the linear maps whose inputs are sites, the gate of its MLP, and its routed experts."""
+    """Sites of a layer, the linear maps whose inputs are sites, and its routed experts."""
 
     taps: dict[str, Tap]
     projections: tuple[Projection, ...]
-    gate: Projection | None
     experts: Experts | None
 
 
@@ -70,8 +69,8 @@ def find_sites(calls: Sequence[Call], layer_class: str) -> LayerSites:
     for site, call in readers:
         taps.setdefault(site, _tap(call, "input"))
     projections = tuple(_projection(site, call) for site, call in readers)
-    gate, experts = _gate(in_mlp, readers), find_experts(calls)
-    return LayerSites({site: tap for site in EVERY_SITE if (tap := taps.get(site))}, projections, gate, experts)
+    found = {site: tap for site in EVERY_SITE if (tap := taps.get(site))}
+    return LayerSites(found, projections, find_experts(calls))
 
 
 def find_down_projection(layer: nn.Module, width: int) -> tuple[str, nn.Module] | None:
@@ -120,22 +119,6 @@ def _readers_in_mlp(calls: Sequence[Call], down: nn.Module) -> list[tuple[str, C
     first = [call for call in linears if call.module is not down]
     alike = [call for call in first if _share_input(call, first[0])]
     return [*(("up_input", call) for call in alike), *(("neuron", call) for call in last)]
-
-
-def _gate(calls: Sequence[Call], readers: Sequence[tuple[str, Call]]) -> Projection | None:
-    """Return the activation function that gates an MLP of two input projections, or None if no module does that."""
-    up, down = ([call for site, call in readers if site == name] for name in ("up_input", "neuron"))
-    if len(up) != 2 or not down:
-        return None
-    units, outputs = down[0].inputs[0].shape[-1], up[0].inputs[0].shape[-1] + down[0].output.shape[-1]
-    for call in calls:
-        reads = call.inputs[0] if call.inputs and not is_linear(call.module) else None
-        if reads is not None and any(
-            reads.shape == reader.output.shape and torch.equal(reads, reader.output) for reader in up
-        ):
-            axes = axes_of(call.output.shape, *PROBE_SHAPE)
-            return Projection(call.path, call.module, "neuron", outputs, units, axes, gates=True)
-    return None
 
 
 def _linears(calls: Sequence[Call]) -> list[Call]:

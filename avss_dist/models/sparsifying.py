@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import THRESHOLD, TOP_K, TOP_P, MapSparsity, Sparsity
+from avss_dist.core.intervention import THRESHOLD, MapSparsity, Sparsity
 from avss_dist.models.layers import Layer, Projection
 from avss_dist.system.context import bound
 
@@ -50,11 +50,6 @@ def uncounted() -> Iterator[None]:
         yield
 
 
-def is_counted() -> bool:
-    """Whether zeros are counted here, outside of `uncounted`."""
-    return not _UNCOUNTED.get()
-
-
 @contextmanager
 def dense() -> Iterator[None]:
     """Leave the inputs of linear maps unchanged in passes inside the context."""
@@ -70,7 +65,7 @@ class SparsityCounts:
 
     def add(self, number: int, sparsified_input: _SparsifiedInput) -> None:
         """Add the counts of one input of a map."""
-        if is_counted():
+        if not _UNCOUNTED.get():
             counts = torch.stack([sparsified_input.zeros, sparsified_input.count])
             before = self.by_map[number]
             self.by_map[number] = counts if before is None else before + counts
@@ -99,7 +94,7 @@ def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) ->
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for number, (cut, projection) in enumerate(zip(sparsity.maps, projections, strict=True)):
             sparsify = partial(_sparsify, cut, projection.axes, norms, partial(counts.add, number))
-            stack.callback(changing(projection, sparsify).remove)
+            stack.callback(_changing(projection.module, sparsify).remove)
         yield counts
 
 
@@ -113,7 +108,7 @@ def find_projection(layers: Sequence[Layer], cut: MapSparsity) -> Projection:
     if cut.layer >= len(layers):
         raise ModelError(f"There is no layer {cut.layer}: the model has {len(layers)}, from 0.", hint)
     layer = layers[cut.layer]
-    known = {projection.path: projection for projection in layer.maps}
+    known = {projection.path: projection for projection in layer.projections}
     if cut.path not in known:
         raise ModelError(
             f"Layer {layer.index} has no linear map '{cut.path}' whose input is seen.",
@@ -151,21 +146,11 @@ def sparse_tokens(
         return real
     real = torch.ones((rows, tokens), dtype=torch.bool, device=device) if real is None else real
     place, length = real.cumsum(dim=1), real.sum(dim=1, keepdim=True)  # from 1
-    if rule == "dense-prefill":
-        return torch.zeros_like(real)
-    return real & (place > (length // 2 if rule == "last-half" else 1))
+    return real & (place > length // 2)
 
 
-Change = Callable[[nn.Module, torch.Tensor], torch.Tensor]
-"""Function of a module and its input (of a gate, its output) that returns the replacement."""
-
-
-def changing(projection: Projection, change: Change, *, first: bool = False) -> Any:
-    """Register a hook that replaces the input of a map, or the output of a gate; return its handle.
-
-    Args:
-        first: run it before the hooks that are registered already, so that it sees the unchanged tensor.
-    """
+def _changing(module: nn.Module, change: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> Any:
+    """Register a hook that replaces the input of a linear map; return its handle."""
 
     def reads(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
@@ -175,12 +160,7 @@ def changing(projection: Projection, change: Change, *, first: bool = False) -> 
             {name: replacement if value is x else value for name, value in kwargs.items()},
         )
 
-    def gives(module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        return change(module, output)
-
-    if projection.gates:
-        return projection.module.register_forward_hook(gives, prepend=first)
-    return projection.module.register_forward_pre_hook(reads, with_kwargs=True, prepend=first)
+    return module.register_forward_pre_hook(reads, with_kwargs=True)
 
 
 def _sparsify(
@@ -195,7 +175,7 @@ def _sparsify(
     if _DENSE.get():
         return x
     current = _TOKENS.get()
-    how = (cut.by, cut.value, cut.center, cut.kept, cut.group)
+    how = cut.by, cut.value
     if (
         current is not None
         and current.last is not None
@@ -206,31 +186,24 @@ def _sparsify(
         result = current.last[2]  # maps that read one tensor often have one cut
     else:
         keep = keep_mask(cut, x.detach(), column_norms(module, norms) if cut.weighted else None)
-        result = _applied(x, keep, cut.center, None if current is None else current.sparse, axes)
+        result = _applied(x, keep, None if current is None else current.sparse, axes)
         if current is not None:
             current.last = (x, how, result)
     count(result)
     return result.x
 
 
-def _applied(
-    x: torch.Tensor, keep: torch.Tensor, center: float, sparse: torch.Tensor | None, axes: str
-) -> _SparsifiedInput:
-    replacement = x.new_full((), center)
+def _applied(x: torch.Tensor, keep: torch.Tensor, sparse: torch.Tensor | None, axes: str) -> _SparsifiedInput:
+    replacement = x.new_zeros(())
     if sparse is None:
         return _SparsifiedInput(
             torch.where(keep, x, replacement), (~keep).sum(), torch.tensor(x.numel(), device=x.device)
         )
-    where = over_tokens(sparse, x, axes).unsqueeze(-1)
+    by_token = (sparse.T if axes == "tokens first" else sparse).to(x.device)
+    where = by_token.reshape(x.shape[:-1]).unsqueeze(-1)
     count = where.sum() * x.shape[-1]
     removed = ~keep & where
     return _SparsifiedInput(torch.where(removed, replacement, x), removed.sum(), count)
-
-
-def over_tokens(sparse: torch.Tensor, x: torch.Tensor, axes: str) -> torch.Tensor:
-    """Return a mask of tokens, bool[rows, tokens], in the axes of a map's input: bool[x.shape[:-1]]."""
-    where = (sparse.T if axes == "tokens first" else sparse).to(x.device)
-    return where.reshape(x.shape[:-1])
 
 
 def keep_mask(cut: MapSparsity, x: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:
@@ -240,35 +213,14 @@ def keep_mask(cut: MapSparsity, x: torch.Tensor, norms: torch.Tensor | None = No
         x: input of the map, [..., units].
         norms: norms of the columns of its weight, [units], if sizes are weighted by them.
     """
-    sizes = (x - cut.center).abs() if cut.center else x.abs()
+    sizes = x.abs()
     if norms is not None:
         sizes = sizes * norms.to(x.dtype)
     if cut.by == THRESHOLD:
-        stays = ~(sizes <= cut.value)
-    elif cut.by == TOP_K:
-        number = sizes.shape[-1] - int(cut.value * sizes.shape[-1])
-        stays = _largest(sizes, number)
-    else:
-        assert cut.by == TOP_P
-        stays = _covering(sizes, cut.value)
-    if cut.group:
-        grouped = sizes.reshape(*sizes.shape[:-1], -1, cut.group)
-        stays = stays & _largest(grouped, cut.kept).reshape(sizes.shape)
-    return stays
-
-
-def _largest(sizes: torch.Tensor, number: int) -> torch.Tensor:
-    """Return a mask of the ``number`` largest elements along the last axis."""
+        return ~(sizes <= cut.value)
+    number = sizes.shape[-1] - int(cut.value * sizes.shape[-1])
     chosen = torch.zeros_like(sizes, dtype=torch.bool)
     return chosen.scatter_(-1, sizes.topk(number, dim=-1, sorted=False).indices, True)
-
-
-def _covering(sizes: torch.Tensor, share: float) -> torch.Tensor:
-    """Return a mask of the fewest elements along the last axis whose sum is this share of the whole sum."""
-    ordered, order = sizes.float().sort(dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    needed = before < share * ordered.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(sizes, dtype=torch.bool).scatter_(-1, order, needed)
 
 
 def column_norms(module: nn.Module, known: dict[nn.Module, torch.Tensor]) -> torch.Tensor:

@@ -115,8 +115,7 @@ def _structure(layer_calls: list[_LayerCall], names: Mapping[nn.Module, str]) ->
         call = uses.get(module, 0)
         uses[module] = call + 1
         name = names[module] if call == 0 else f"{names[module]}#{call}"
-        parts = sites.projections, sites.gate, sites.experts
-        layers.append(Layer(index, name, module, call, axes, sites.taps, *parts))
+        layers.append(Layer(index, name, module, call, axes, sites.taps, sites.projections, sites.experts))
     return Structure(tuple(layers), tuple(_notes(layers)))
 
 

@@ -199,7 +199,7 @@ def _whole_layers(layers: Sequence[Layer], seen: Probe) -> Iterator[Layer]:
     for layer in layers:
         taps = {site: _exchanging(tap, seen[layer.index, site]) for site, tap in layer.taps.items()}
         maps = tuple(_whole_map(projection) for projection in layer.projections)
-        yield replace(layer, taps=taps, projections=maps, gate=_whole_gate(layer.gate, maps))
+        yield replace(layer, taps=taps, projections=maps)
 
 
 def _exchanging(tap: Tap, tensor: torch.Tensor) -> Tap:
@@ -217,11 +217,3 @@ def _whole_map(projection: Projection) -> Projection:
     """Return a linear map with the sizes of its weight, of which the ranks have parts."""
     inputs, outputs = linear_sizes(projection.module)
     return replace(projection, inputs=inputs, outputs=outputs)
-
-
-def _whole_gate(gate: Projection | None, maps: Sequence[Projection]) -> Projection | None:
-    """Return the gate of an MLP with sizes like those of its linear maps; see `layers.Projection`."""
-    if gate is None:
-        return None
-    up, down = (next(m for m in maps if m.site == site) for site in ("up_input", "neuron"))
-    return replace(gate, inputs=down.inputs, outputs=up.outputs + down.outputs)

@@ -173,7 +173,7 @@ class TensorParallelLanguageModel(LanguageModel):
     @contextmanager
     def sparsified(self, sparsity: Sparsity) -> Iterator[SparsityCounts]:
         """See `causal_lm.LanguageModel`. A rank has some of a token's units, and cannot choose the largest of all."""
-        if any(cut.by != THRESHOLD or cut.weighted or cut.group for cut in sparsity.maps):
+        if any(cut.by != THRESHOLD or cut.weighted for cut in sparsity.maps):
             raise ModelError(
                 "Each rank has some of a token's units, and cannot choose the largest of all.",
                 "Use single, device_map, streaming, fsdp or zero3, or a plan of thresholds.",

@@ -66,8 +66,6 @@ class Experiment:
     """Maximum number of rows that methods read; values are counted in all of the text."""
     sparsity_rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
     """Tokens at which activations are sparse."""
-    sparsity_corrections: Count = 0
-    """Passes with each plan applied that correct its thresholds."""
     random: Count = 5
     """Number of random choices for each share."""
     reversed: bool = True

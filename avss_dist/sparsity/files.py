@@ -22,9 +22,8 @@ def thresholds_json(plan: SparsityPlan) -> str:
     """Return a plan as JSON for other programs. ``layers[i][path]`` has the criterion of a map's zero inputs."""
     layers: dict[int, dict[str, Any]] = {}
     for entry in plan.projections:
-        centered = {"center": entry.center} if entry.center else {}
-        layers.setdefault(entry.layer, {})[entry.map] = {entry.by: entry.value, "sparsity": entry.sparsity, **centered}
-    about = {name: getattr(plan, name) for name in ("model", "revision", "rule", "weighted", "pattern", "sparsity")}
+        layers.setdefault(entry.layer, {})[entry.map] = {entry.by: entry.value, "sparsity": entry.sparsity}
+    about = {name: getattr(plan, name) for name in ("model", "revision", "rule", "weighted", "sparsity")}
     return json.dumps(about | {"layers": layers}, indent=1) + "\n"
 
 
@@ -40,7 +39,7 @@ def write_teal(plan: SparsityPlan, folder: Path) -> None:
             written.
         StorageFull: there is no space left.
     """
-    if any(entry.by != THRESHOLD or entry.center for entry in plan.projections) or plan.pattern:
+    if any(entry.by != THRESHOLD for entry in plan.projections):
         raise PlanError(
             "TEAL's files are of thresholds of sizes, and this plan has others.", "Use uniform, loss or teal."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -15,7 +15,6 @@ from avss_dist.core.intervention import (
     SPARSITY_RULES,
     THRESHOLD,
     TOP_K,
-    TOP_P,
     Intervention,
     MapSparsity,
     Sparsity,
@@ -41,9 +40,6 @@ METHODS = {
     "teal": "greedily inside of each block, by what its output changes (TEAL, arXiv 2408.14690)",
     "acttail": "by the heavy tail of each weight's spectrum, the largest of each token (ActTail, arXiv 2603.12272)",
     "wina": "the same everywhere, the largest of each token, weighted by columns (WINA, arXiv 2505.19427)",
-    "scap": "the same everywhere, by distance from where inputs are densest (SCAP, arXiv 2412.07174)",
-    "cats": "the same of every MLP's gate, which spares up and down (CATS, arXiv 2404.08763)",
-    "topp": "the fewest of each token that have a share of its sum of sizes",
 }
 """Methods of allocating a sparsity over linear maps, with their meanings."""
 PROJECTIONS = "projections"
@@ -72,20 +68,15 @@ class MapPlan:
     """Number of input units."""
     sparsity: Share
     """Expected share of zeros among its inputs."""
-    by: Annotated[str, OneOf((THRESHOLD, TOP_K, TOP_P))]
-    """Criterion of zeros: inputs up to a size, a share of each token's inputs, or all but the fewest that have a share
-    of the token's sum."""
+    by: Annotated[str, OneOf((THRESHOLD, TOP_K))]
+    """Criterion of zeros: inputs up to a size, or a share of each token's inputs."""
     value: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Size or share of the criterion."""
-    center: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    """Value that is subtracted from inputs before sizes are compared, and that replaces them."""
 
     def __post_init__(self) -> None:
         if self.by == TOP_K and self.inputs - int(self.value * self.inputs) < 1:
             message = f"`value` {self.value:g} leaves none of the {self.inputs} units of a token."
             raise PlanError(message, "Keep one at least.")
-        if self.by == TOP_P and self.value > 1:
-            raise PlanError(f"`value` {self.value:g} is not a share of a sum.", "Expected a number from 0 to 1.")
 
 
 @checked
@@ -109,8 +100,6 @@ class SparsityPlan:
     """Rule for the tokens that are made sparse."""
     weighted: bool = False
     """Weight sizes by the norms of the columns that the inputs meet."""
-    pattern: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}:[1-9]\d{0,5}$")] | None = None
-    """N:M: of M consecutive units, at most the N largest stay."""
     why: Mapping[str, Reason] = Field(default_factory=dict)
     """Method and inputs by which the plan was chosen."""
     run_id: Name | None = None
@@ -132,26 +121,12 @@ class SparsityPlan:
                     f"Write sparsity: {planned:.6g}, or change the maps.",
                 )
             )
-        if self.pattern:
-            stay, group = self.group
-            if stay >= group:
-                problems.append(PlanError(f"`pattern` {self.pattern} makes nothing zero.", "Write 2:4: 2 of 4 stay."))
-            elif wrong := [entry for entry in self.projections if entry.inputs % group]:
-                message = f"`pattern` {self.pattern} does not divide the {wrong[0].inputs} inputs of {wrong[0].map}."
-                problems.append(PlanError(message))
         if problems:
             raise ConfigError.combine(problems)
 
     @property
-    def group(self) -> tuple[int, int]:
-        """N and M of the pattern, zero without a pattern."""
-        stay, _, group = (self.pattern or "0:0").partition(":")
-        return int(stay), int(group)
-
-    @property
     def intervention(self) -> Intervention:
         """Intervention that applies the plan to its model."""
-        stay, group = self.group
         maps = [
             MapSparsity(
                 layer=entry.layer,
@@ -160,10 +135,7 @@ class SparsityPlan:
                 inputs=entry.inputs,
                 by=entry.by,
                 value=entry.value,
-                center=entry.center,
                 weighted=self.weighted,
-                kept=stay,
-                group=group,
             )
             for entry in self.projections
         ]
@@ -180,15 +152,14 @@ class SparsityPlan:
         values["why"] = dict(self.why)
         values["findings"] = list(self.findings)
         maps = values.pop(PROJECTIONS)
-        lines = to_yaml({PROJECTIONS: [_rounded(entry) for entry in maps]}, flow=True)
+        lines = to_yaml({PROJECTIONS: [entry | {"sparsity": round(entry["sparsity"], 6)} for entry in maps]}, flow=True)
         write_text(path, f"# Sparsity of activations. Layers count from 0.\n{to_yaml(values)}{lines}")
 
     def describe(self) -> list[str]:
         """Return lines for people that describe the plan and its reason."""
         saved = self.saved_weights
         return [
-            f"{self.sparsity:.1%} of the weights of {len(self.projections)} linear maps meet a zero, rule {self.rule}"
-            f"{f', pattern {self.pattern}' if self.pattern else ''}.",
+            f"{self.sparsity:.1%} of the weights of {len(self.projections)} linear maps meet a zero, rule {self.rule}.",
             describe_origin(self.model, self.revision, self.run_id),
             f"Chosen {describe_reason(self.why, METHODS)}.",
             f"Per token {2 * saved:,} FLOP of {2 * self.weights:,} are saved, and {saved:,} weights need not be read: "
@@ -215,12 +186,6 @@ class SparsityPlan:
             zero, total = sums.get(entry.site, [0.0, 0.0])
             sums[entry.site] = [zero + entry.sparsity * size, total + size]
         return {site: zero / size for site, (zero, size) in sums.items()}
-
-
-def _rounded(entry: Mapping[str, Any]) -> dict[str, Any]:
-    centered = {} if entry["center"] else {"center": None}
-    rounded = {**entry, "sparsity": round(entry["sparsity"], 6)} | centered
-    return {name: value for name, value in rounded.items() if value is not None}
 
 
 def read_sparsity_plan(path: str | Path) -> SparsityPlan:

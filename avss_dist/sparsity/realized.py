@@ -64,8 +64,4 @@ def _probable_cause(plan: SparsityPlan) -> str:
     """Return the probable cause of deviations from a plan, for people."""
     if any(entry.by != THRESHOLD for entry in plan.projections):
         return "Their share is right on average of the text that was counted alone."
-    if plan.why.get("corrections"):
-        return "Thresholds are of other text."
-    return (
-        "Thresholds are of other text, and of the dense model: maps after sparse ones read less. Corrections fit that."
-    )
+    return "Thresholds are of other text, and of the dense model: maps after sparse ones read less."

@@ -167,7 +167,12 @@ def test_every_command_has_help_and_the_defaults_of_the_settings(name: str) -> N
 def test_a_removed_command_or_option_says_what_to_type(name: str) -> None:
     """The command lines in the advice, between backticks, have only options that exist."""
     command, _, option = name.partition(" --") if name != "--json" else ("ls", "", "json")
-    required = {"score": ("m", "--corpus", "c"), "ablate": ("m", "--corpus", "c"), "plan": ("-o", "plan.yaml")}
+    required = {
+        "score": ("m", "--corpus", "c"),
+        "ablate": ("m", "--corpus", "c"),
+        "plan": ("-o", "plan.yaml"),
+        "sparsify": ("0.5", "-o", "s.yaml"),
+    }
     result = avss(command, *(required.get(command, ()) if option else ()), *([f"--{option}=1"] if option else ()))
     assert result.exit_code == 2
     message = " ".join(result.stderr.replace("│", " ").split())

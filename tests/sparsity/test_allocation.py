@@ -14,38 +14,17 @@ from support.command_line import as_words, avss
 from support.experiments import cell_times
 from support.tiers import nightly
 
-from avss_dist import evaluate, sparsify
-from avss_dist.analysis.sparsity_plans import MeasuredMaps
+from avss_dist import sparsify
 from avss_dist.core.errors import ConfigError
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.api import score
 from avss_dist.sparsity.plan import read_sparsity_plan
 from avss_dist.stats.power_law import hill_exponent
-from avss_dist.stats.value_counts import EDGES, mode_of, share_within, size_of_share
 from avss_dist.tasks.block_search import GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import MapDamage
-from avss_dist.tasks.map_inputs import count_upto
-from avss_dist.warehouse.reader import Warehouse
 
 TEXT = "builtin:pydoc"
 SMALL = {"max_sequences": 2, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 2, "device": "cpu"}
-
-
-def test_counts_at_edges_know_shares_sizes_and_where_values_are_densest() -> None:
-    values = np.random.default_rng(0).normal(0.3, 0.1, 100_000)
-    counts = np.searchsorted(np.sort(values), EDGES, side="right").astype(np.float64)
-    for center, share in ((0.0, 0.2), (0.3, 0.5), (-0.1, 0.9)):
-        exact = np.quantile(abs(values - center), share)
-        size = size_of_share(counts, share, center)
-        assert size == pytest.approx(exact, rel=0.02)
-        assert share_within(counts, size, center) == pytest.approx(share, abs=1e-9)
-    assert mode_of(counts) == pytest.approx(0.3, abs=0.03)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        cast = torch.from_numpy(np.append(values, [0.0, 1e6, np.nan, -np.inf])).to(dtype)
-        known = np.sort(cast.float().numpy()[~torch.isnan(cast).numpy()])
-        expected = np.searchsorted(known, EDGES.astype(np.float32), side="right")
-        assert count_upto(cast).tolist() == expected.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -171,44 +150,6 @@ def test_streaming_makes_the_same_plan(scored: Path, method: str) -> None:
     options = {**SMALL, "warehouse": scored, "method": method, "fresh": True}
     plans = [sparsify(0.6, partition=partition, **options) for partition in ("single", "streaming")]
     assert plans[0] == plans[1]
-
-
-def test_corrected_thresholds_leave_the_sparsity_that_is_planned_in_the_sparse_stream(
-    scored: Path, tmp_path: Path
-) -> None:
-    farthest: list[float] = []
-    for corrections in (0, 2):
-        path, options = tmp_path / f"{corrections}.yaml", {**SMALL, "dtype": "bfloat16", "max_sequences": 8}
-        made = sparsify(0.8, warehouse=scored, method="scap", corrections=corrections, **options)
-        made.write(path)
-        assert read_sparsity_plan(path).projections[0].center == made.projections[0].center != 0
-        found = evaluate(
-            [str(path)], tasks=[f"perplexity:{TEXT}"], warehouse=tmp_path / "w", allow_overlap=True, **options
-        )
-        rows = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
-        realized = {(row["layer"], row["metric"]): row["value"] for row in rows
-                    if row["sparsity_plan"] == made.intervention.key.sparsity}  # fmt: skip
-        off = [realized[one.layer, f"realized:{one.map}"] - one.sparsity for one in made.projections]
-        farthest.append(max(map(abs, off)))
-        within = np.mean(np.abs(off) <= 0.01)
-        said = "Every linear map is" if within == 1 else f"{within:.0%} of the linear maps are"
-        assert f": {said} within a point of " in found.findings[0]
-        assert f"{100 * farthest[-1]:.2g} points" in found.findings[0]
-    assert farthest[1] < 0.01 and farthest[1] < farthest[0]
-    assert f"within {farthest[1]:.2%} of its sparsity" in made.findings[-1]
-
-
-def test_gates_have_the_whole_budget_and_no_more_than_they_can_bear(scored: Path) -> None:
-    run = Warehouse(scored).runs().to_pylist()[0]
-    options = {**SMALL, "warehouse": scored, "method": "cats", "dtype": "bfloat16"}
-    plans = [sparsify(0.3, partition=name, fresh=True, **options) for name in ("single", "streaming")]
-    assert plans[0] == plans[1] and plans[0].weights == sum(
-        one.weights for one in MeasuredMaps.of_run(Warehouse(scored), run).maps
-    )
-    assert {round(one.sparsity, 9) for one in plans[0].projections if one.map == "mlp.act_fn"} == {0.75}
-    assert plans[0].saved_weights == pytest.approx(0.3 * plans[0].weights)
-    with pytest.raises(PlanError, match=r"cats makes 40\.0% of the weights sparse, at most, and 50% of all are wanted"):
-        sparsify(0.5, **options)
 
 
 def test_a_partition_without_whole_weights_is_refused(scored: Path) -> None:

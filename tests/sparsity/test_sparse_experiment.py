@@ -27,8 +27,7 @@ experiment:
   tasks: ["perplexity:builtin:pydoc"]
   shares: []
   sparsities: [0.3, 0.7]
-  sparsity_methods: [uniform, wina, cats]
-  sparsity_corrections: 1
+  sparsity_methods: [uniform, wina]
   max_sequences: 8
   skip_sequences: 8
 """
@@ -37,13 +36,12 @@ experiment:
 def test_every_method_at_every_level_is_compared_with_the_dense_model(tiny_llama: Path, tmp_path: Path) -> None:
     path, rows = run_job_in(tmp_path, JOB, tiny_llama)
     losses = {(row["method"], row["sparsity"]): row for row in rows if row["metric"] == "loss"}
-    levels = [*product(("uniform", "wina"), (0.3, 0.7)), ("cats", 0.3)]  # gates have 40% of the weights
+    levels = [*product(("uniform", "wina"), (0.3, 0.7))]
     assert list(losses) == [("whole model", None), *levels]
-    assert len({row["value"] for row in losses.values()}) == 6
+    assert len({row["value"] for row in losses.values()}) == 5
     assert all(losses[of]["retention_low"] <= losses[of]["retention_high"] for of in levels)
     evaluations = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
-    assert {curve.method: curve.unreached for curve in sparsity_curves(rows)} == {
-        "uniform": (), "wina": (), "cats": (0.7,)}  # fmt: skip
+    assert [curve.method for curve in sparsity_curves(rows)] == ["uniform", "wina"]
     planned = Warehouse(tmp_path / "w").table("sparsity").to_pylist()
     for curve in sparsity_curves(rows):
         for point in curve.points:
@@ -61,16 +59,15 @@ def test_every_method_at_every_level_is_compared_with_the_dense_model(tiny_llama
     before = files(tmp_path / "w" / "cells")
     shown = avss("run", path)
     assert shown.exit_code == 0 and "uniform keeps 99% at a sparsity of" in shown.stdout
-    assert "cats cannot reach 70%." in " ".join(shown.stdout.split())
     assert files(tmp_path / "w" / "cells") == before
     assert avss("report", "-w", tmp_path / "w", "-o", tmp_path / "r.html").exit_code == 0
     page = (tmp_path / "r.html").read_text()
-    assert page.count("wina keeps 99%") == 1 and "The plan that was made last: cats, 30% of the weights" in page
+    assert page.count("wina keeps 99%") == 1 and "The plan that was made last: wina, 70% of the weights" in page
 
 
 def test_methods_read_as_many_rows_as_are_said(tiny_llama: Path, tmp_path: Path) -> None:
     """Thresholds are quantiles of the whole text of the run all the same."""
-    alike = JOB.replace("[uniform, wina, cats]", "[loss]").replace("  sparsity_corrections: 1\n", "")
+    alike = JOB.replace("[uniform, wina]", "[loss]")
     counts = []
     for folder, more in ((tmp_path / "all", ""), (tmp_path / "some", "  sparsity_max_sequences: 2\n")):
         folder.mkdir()
@@ -97,7 +94,7 @@ def test_the_critical_sparsity_is_where_the_curve_crosses() -> None:
     ("changes", "message"),
     [
         ({"sites: [inputs]": "sites: [block]"}, "is scored without query_input, output_input, up_input, neuron"),
-        ({"[uniform, wina, cats]": "[unifrom]"}, "Did you mean"),
+        ({"[uniform, wina]": "[unifrom]"}, "Did you mean"),
         ({"sparsities: [0.3, 0.7]": "sparsities: [1.0]"}, "less than 1"),
         ({"sparsities: [0.3, 0.7]": "sparsities: []"}, "shares and sparsities are both empty."),
         (
