@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from support.ray_cluster import Cluster
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background of a script ignore it
+os.environ.pop("COLUMNS", None)  # the width of some terminal
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: in tiny models, threads wait for each other
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no test uses)

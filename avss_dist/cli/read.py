@@ -56,7 +56,7 @@ def ls(format: str, **values: Any) -> None:
     opened = open_warehouse(str(request.warehouse))
     table = _listed_runs(opened) if request.what == "runs" else opened.sql(LISTED[request.what])
     if request.what == "runs" and format == FORMATS[0]:
-        table = _with_kept_shards(table)
+        table = _narrowed(_with_kept_shards(table), console().width)
     write_table(table, format, console(), newest_first=True)
 
 
@@ -90,6 +90,24 @@ def _with_kept_shards(table: pa.Table) -> pa.Table:
         texts.append(f"{row['status']}{stored}")
     table = table.set_column(table.schema.get_field_index("status"), "status", pa.array(texts, pa.string()))
     return table.drop_columns(["kept_shards", "num_shards"])
+
+
+def _narrowed(table: pa.Table, width: int) -> pa.Table:
+    """Return a table of runs without the columns that say least, so that a row fits into a line of ``width`` cells."""
+    from avss_dist.report.terminal.tables import describe_value
+
+    columns = {name: [name, *map(describe_value, table[name].to_pylist())] for name in table.column_names}
+    widths = {name: max(map(len, texts)) for name, texts in columns.items()}
+    left_out = []
+    for name in ("model", "status", "dtype", "created_at"):  # a run's id begins with its model
+        if sum(widths.values()) + 3 * len(widths) + 1 > width and (
+            name != "status" or {*columns[name][1:]} == {"done"}
+        ):
+            left_out.append(name)
+            del widths[name]
+    if left_out:
+        say(f"Not shown, as lines would be too long: {', '.join(left_out)}. All columns: --format csv.")
+    return table.select(list(widths))
 
 
 @takes(ShowRequest, SHOW_FORMATS)

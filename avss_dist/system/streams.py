@@ -148,4 +148,5 @@ def console(*, stderr: bool = False) -> Console:
 
     quiet = stderr and _verbosity == QUIET
     terminal = Output(highlight=False, stderr=stderr, quiet=quiet)
-    return terminal if terminal.is_terminal else Output(highlight=False, stderr=stderr, width=WIDTH, quiet=quiet)
+    width = int(columns) if (columns := os.environ.get("COLUMNS", "")).isdigit() else WIDTH
+    return terminal if terminal.is_terminal else Output(highlight=False, stderr=stderr, width=width, quiet=quiet)

@@ -494,3 +494,19 @@ def test_events_tell_how_far_each_model_is(tiny_llama: Path, tmp_path: Path) -> 
 def test_an_unknown_attribute_of_the_package_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="scoer"):
         _ = avss_dist.scoer  # type: ignore[attr-defined]
+
+
+def test_a_list_of_runs_fits_into_the_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns that say least go first. The other formats have all."""
+    write_scores(tmp_path, "a-long-name-of-a-checkpoint-0123456789", [1.0, 2.0, 3.0])
+    headings = {}
+    for width in (200, 90, 70):
+        monkeypatch.setenv("COLUMNS", str(width))
+        done = avss("ls", "-w", tmp_path)
+        headings[width] = re.findall(r"\w+", done.stdout.splitlines()[1])
+        assert ("Not shown" in done.stderr) is (width < 200)
+        assert max(map(len, done.stdout.splitlines())) <= width
+    assert headings[200] == ["run_id", "model", "status", "corpus", "num_tokens", "dtype", "created_at"]
+    assert headings[70] == ["run_id", "corpus", "num_tokens"]
+    assert set(headings[70]) < set(headings[90]) < set(headings[200])
+    assert len(avss("ls", "-w", tmp_path, "--format", "csv").stdout.splitlines()[0].split(",")) == 9
