@@ -244,13 +244,6 @@ def test_show_draws_the_newest_run(scored: Path) -> None:
     assert "1 more in" in result.stdout
 
 
-@pytest.mark.parametrize(("site", "threshold"), [("block", "1e-5"), ("attention", "0.1"), ("neuron", "0.1rms")])
-def test_show_takes_site_and_threshold(scored: Path, site: str, threshold: str) -> None:
-    result = avss("show", "-w", scored, "--site", site, "--threshold", threshold, "--recipe", "element")
-    assert result.exit_code == 0
-    assert f"{site} / element / |x| < " in " ".join(result.stdout.split())
-
-
 def test_a_query_without_an_answer_says_so(scored: Path) -> None:
     result = avss("query", "-w", scored, "@drift")
     assert result.exit_code == 0 and "No row. @drift: How does" in result.stderr

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.command_line import avss
 from support.processes import wait_until
 from support.tiers import nightly
 from support.warehouses import write_scores
@@ -90,12 +89,6 @@ def test_one_place_writes_what_people_see() -> None:
     }
     # `group` sends what libraries log to standard error; `__main__` speaks while nothing is imported.
     assert found == {"system/streams.py", "partition/group.py", "__main__.py"}
-
-
-def test_no_warehouse_has_an_empty_name() -> None:
-    for args in (["show", "-w", ""], ["score", "m", "--corpus", "builtin:pydoc", "-w", ""]):
-        done = avss(*args)
-        assert done.exit_code == 2 and " is empty.\nName a folder" in done.stderr
 
 
 def test_a_terminal_obeys_no_text() -> None:

@@ -328,17 +328,6 @@ def test_nothing_is_fitted_twice_and_what_is_lost_is_fitted_again(done: Done) ->
     assert comparable(again) == comparable(rows)
 
 
-@pytest.mark.nightly
-@pytest.mark.usefixtures("warm_workers")
-def test_workers_are_sent_the_patches(done: Done, tmp_path: Path) -> None:
-    """Two of them: the same rows as one process gives."""
-    whole, rows = done
-    job = tmp_path / "job.yaml"
-    job.write_text(whole.read_text().replace(read_job(whole).warehouse, str(tmp_path / "w")))
-    _, again = experiment_of(job, executor="ray", replicas=2)
-    assert comparable(again) == comparable(rows)
-
-
 def test_a_patch_that_is_damaged_is_no_patch(tmp_path: Path) -> None:
     patches = Patches(Storage(tmp_path))
     key = patches.write(b"weights")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from avss_dist.core.names import ROW_START
 from avss_dist.runs.api import score
 from avss_dist.warehouse.reader import Warehouse
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "perplexity.py"
 SMALL = {"max_sequences": 12, "sequence_length": 16, "device": "cpu"}
 WORDS = 100
 
@@ -133,13 +130,3 @@ def test_a_tokenizer_that_does_not_add_the_bos_that_its_model_expects_is_found_o
     assert losses["loss_other_start"] == pytest.approx(np.log(WORDS), rel=1e-3)
     again = avss("evaluate", folder, "--task", task, "-w", tmp_path / "w", *as_words(SMALL))
     assert again.exit_code == 0 and "which it seems to expect" in again.output
-
-
-@pytest.mark.nightly
-def test_the_benchmark_runs(text: Path, tmp_path: Path) -> None:
-    folder = save(tmp_path / "model", llama(), "<bos> $A")
-    command = [sys.executable, str(BENCHMARK), str(folder), "--corpus", str(text), "--rows", "4", "--length", "16"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    _, compared, ours, theirs, bare = done.stdout.splitlines()[-1].split(", ")
-    assert compared == "4 of 4"
-    assert float(ours) == pytest.approx(float(theirs), rel=1e-4) and float(bare) > 0

@@ -122,20 +122,6 @@ def test_a_search_measures_what_it_does_not_know(scored: tuple[Path, Mapping[str
     assert not cell_times(scored[0]).items() >= before.items()
 
 
-@pytest.mark.nightly
-@pytest.mark.usefixtures("warm_workers")
-def test_workers_find_what_one_process_finds(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
-    """Round after round on the same workers, whose models stay open."""
-    found = {}
-    command = ["plan", "-w", scored[0], "--by", "greedy", "--count", 3, "--corpus", TEXT, *OPTIONS]
-    for name, options in {"one": ["--executor", "local"], "two": ["--replicas", "2"]}.items():
-        plan = tmp_path / f"{name}.yaml"
-        done = avss(*command, "-o", plan, "--fresh", *options)
-        assert done.exit_code == 0, done.stderr
-        found[name] = plan.read_text(), done.stdout.replace(f"{name}.yaml", "")
-    assert found["one"] == found["two"]
-
-
 def test_the_text_of_a_search_is_no_text_to_evaluate_on(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     found_in(scored).plan.write(plan)

@@ -19,10 +19,8 @@ import ray
 from rich.console import Console
 from support.checkpoints import block_fp8
 from support.command_line import as_words, avss
-from support.commands import Command
 from support.experiments import cell_times
 from support.families import tiny_model
-from support.processes import wait_until
 from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 
@@ -172,23 +170,6 @@ def test_the_parts_of_the_text_are_apart(done: Shrunk, deep: Path) -> None:
     read = Settings(max_sequences=160, sequence_length=32)
     split = split_rows(resolve(str(deep)), [RedactedURI(TEXT)], read)
     assert split == TextSplit(scored=SCORED, evaluated=20, rows=160)
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("warm_workers")
-def test_killed_it_goes_on_and_writes_the_same_bytes(done: Shrunk, deep: Path, tmp_path: Path) -> None:
-    """By SIGKILL as soon as a repair is stored."""
-    out = tmp_path / "out"
-    killed = Command("shrink", deep, "--corpus", TEXT, "-o", out, *OPTIONS)
-    kept = tmp_path / "out-warehouse" / "patches"
-    wait_until(lambda: any(kept.rglob("*.*")) or not killed.running())
-    killed.kill()
-    assert not out.exists()
-    times = cell_times(tmp_path / "out-warehouse")
-    again = shrunk(deep, out)
-    assert content(out) == content(done.folder)
-    assert times.items() <= cell_times(tmp_path / "out-warehouse").items()
-    assert again.best.kept == done.best.kept
 
 
 @pytest.mark.nightly

@@ -1,4 +1,4 @@
-"""LayerStats: the merge laws, the histogram, counts of 16-bit patterns, and blocks of shards."""
+"""LayerStats: merges, the histogram, counts of 16-bit patterns, and blocks of shards."""
 
 from __future__ import annotations
 
@@ -82,18 +82,6 @@ def test_zero_is_the_identity_to_the_last_bit(stats: LayerStats) -> None:
     assert stats.merge(zero).equals(stats)
     assert zero.merge(stats).equals(stats)
     assert zero.merge(zero).equals(zero)
-
-
-@laws
-@given(any_stats, any_stats)
-def test_merge_is_commutative(a: LayerStats, b: LayerStats) -> None:
-    assert_close(a.merge(b), b.merge(a))
-
-
-@laws
-@given(any_stats, any_stats, any_stats)
-def test_merge_is_associative(a: LayerStats, b: LayerStats, c: LayerStats) -> None:
-    assert_close(a.merge(b).merge(c), a.merge(b.merge(c)))
 
 
 @laws
@@ -203,20 +191,6 @@ def test_histogram_below_is_linear_inside_a_bin_or_takes_a_given_share(position:
     assert bin_edges(inside) == bin_edges(low if position else 0.0) == (low, high)
     assert histogram_below(histogram, inside, 0.25) == histogram[:position].sum() + 0.25 * histogram[position]
     assert histogram_below(histogram, np.inf, 0.25) == histogram.sum()
-
-
-def test_histogram_below_takes_arrays_of_histograms() -> None:
-    histograms = random_histogram(2, 3)
-    below = histogram_below(histograms, 0.3)
-    assert below.shape == (2, 3)
-    assert below[1, 2] == histogram_below(histograms[1, 2], 0.3) != below[0, 0]
-
-
-def test_near_zero_below_an_edge_is_the_count_on_the_data() -> None:
-    sample = Sample(5, sequences=40)
-    sizes = np.abs(sample.x[sample.mask].astype(np.float64))
-    for threshold in (2.0**-20, 2.0**-7 * 1.125, 1.0, np.inf):
-        assert histogram_below(sample.stats().histogram, threshold) == (sizes < threshold).sum()
 
 
 def of_values(values: Float64, by: By, thresholds: Float64 = GRID) -> LayerStats:
