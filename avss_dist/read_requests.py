@@ -10,11 +10,11 @@ from pydantic import Field
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES
 from avss_dist.core.settings import DEFAULT_WAREHOUSE, EVERY_SITE, PUBLISHED_THRESHOLD, SITES
-from avss_dist.core.validation import Check, OneOf, PathOrText, Positive
+from avss_dist.core.validation import Check, OneOf, PathOrText
 from avss_dist.options import Option, Request, request
 
 LISTINGS = ("runs", "plans", "evaluations")
-ALONG = ("step", "tokens", "size", "sequence_length", "dtype", "corpus")
+ALONG = ("step", "tokens", "size", "sequence_length")
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 
 
@@ -110,8 +110,6 @@ class CompareRequest(PlaceRequest, RunsRequest):
     """Follow each layer's rank along this property instead, and find where the ranking changes."""
     score: Annotated[str, OneOf(FROM_ACTIVATIONS)] = "avss"
     """Score that ranks the layers."""
-    k: Annotated[Positive | None, Option(names=("--k",))] = None
-    """Number of lowest layers to compare."""
     share: Annotated[float, Field(ge=0, le=1)] = LOWEST_SHARE
     """Number of lowest layers to compare, as a share of the layers."""
     allow_mismatch: bool = False

@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import (
-    MIN_VALUES,
     align,
     count_lowest,
     given_depth,
-    rank_biased_overlap,
     spearman,
     spearman_rows,
 )
@@ -26,31 +24,22 @@ from avss_dist.system.progress_bar import tracked
 
 Scores = tuple[Float64, Float64]  # depth and values of layers, float64[layers] each, ascending in depth
 Indices = NDArray[np.int64]
-Signs = NDArray[np.int8]
 COLUMNS = (
     "layers",
     "interpolated",
     "spearman",
     "given_depth",
-    "kendall",
-    "rbo",
     "k",
     "shared",
     "jaccard",
     "jaccard_by_chance",
     "p_by_chance",
 )
-AT_ONCE = 1024  # pairs, whose signs are a few MB
-
-
-def correlate(a: Scores, b: Scores, *, k: int | None = None, share: float = LOWEST_SHARE) -> dict[str, Any]:
-    """Return the agreement of two scores as a value for each of `COLUMNS`. See `correlate_pairs`."""
-    columns = correlate_pairs([a, b], np.array([0]), np.array([1]), k=k, share=share)
-    return {name: column[0].item() for name, column in columns.items()}
+AT_ONCE = 1024  # pairs
 
 
 def correlate_pairs(
-    scores: Sequence[Scores], a: Indices, b: Indices, *, k: int | None = None, share: float = LOWEST_SHARE
+    scores: Sequence[Scores], a: Indices, b: Indices, *, share: float = LOWEST_SHARE
 ) -> Mapping[str, NDArray[Any]]:
     """Return the agreement of each pair of scores.
 
@@ -58,17 +47,16 @@ def correlate_pairs(
 
     Args:
         a, b: int64[pairs], the indices in ``scores`` of the two scores of each pair.
-        k: number of lowest layers to compare. By default, ``share`` of the layers.
+        share: number of lowest layers to compare, as a share of the layers.
 
     Returns:
         An array [pairs] for each of `COLUMNS`. ``spearman`` is Spearman's rho with average ranks over the layers at
         which both scores are finite. ``given_depth`` is its partial correlation given depth, NaN if one of the scores
-        is the order of depth itself. ``kendall`` is Kendall's tau-b. ``rbo`` is the rank-biased overlap from the
-        lowest layer up (`rank_biased_overlap`). Correlations are NaN for fewer than three layers or a constant score.
+        is the order of depth itself. Correlations are NaN for fewer than three layers or a constant score.
     """
     columns = {name: np.full(len(a), np.nan) for name in COLUMNS}
     for chunk in tracked(list(_chunks(scores, a, b)), f"Comparing {len(a):,} pairs"):
-        for name, values in _agreement(scores, a[chunk], b[chunk], k, share).items():
+        for name, values in _agreement(scores, a[chunk], b[chunk], share).items():
             columns[name][chunk] = values
     kinds = {"layers": np.int64, "k": np.int64, "shared": np.int64, "interpolated": np.bool_}
     return {name: values.astype(kinds.get(name, np.float64)) for name, values in columns.items()}
@@ -114,12 +102,6 @@ def summarize(correlations: Float64) -> CorrelationSummary:
     return CorrelationSummary(count=defined.size, median=median, lowest=lowest, highest=highest)
 
 
-def signs(values: Float64) -> Signs:
-    """Return sign(value[i] - value[j]) for every pair of layers: int8[pairs, layers, layers]."""
-    row, column = values[:, :, None], values[:, None, :]
-    return (row > column).astype(np.int8) - (row < column).astype(np.int8)
-
-
 def _chunks(scores: Sequence[Scores], a: Indices, b: Indices) -> Iterator[Indices]:
     """Yield the indices of at most `AT_ONCE` pairs that are compared at the same number of layers."""
     sizes = np.array([len(values) for _, values in scores])
@@ -129,17 +111,13 @@ def _chunks(scores: Sequence[Scores], a: Indices, b: Indices) -> Iterator[Indice
         yield from (members[start : start + AT_ONCE] for start in range(0, len(members), AT_ONCE))
 
 
-def _agreement(
-    scores: Sequence[Scores], a: Indices, b: Indices, k: int | None, share: float
-) -> Mapping[str, NDArray[Any]]:
+def _agreement(scores: Sequence[Scores], a: Indices, b: Indices, share: float) -> Mapping[str, NDArray[Any]]:
     x, y, interpolated = _aligned(scores, a, b)
     n = x.shape[1]
-    size = min(k or count_lowest(n, share), n)
+    size = min(count_lowest(n, share), n)
     order_x, order_y = (np.argsort(values, axis=1, kind="stable") for values in (x, y))  # ties: the earlier layer
     shared = ((np.argsort(order_x) < size) & (np.argsort(order_y) < size)).sum(axis=1)
     by_chance, at_least = _expected_overlap(n, size)
-    signs_x, signs_y = signs(x), signs(y)
-    defined = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0) & (n >= MIN_VALUES)
     rho = spearman_rows(x, y)
     return {
         "layers": np.full(len(x), n),
@@ -148,8 +126,6 @@ def _agreement(
         "shared": shared,
         "spearman": rho,
         "given_depth": _given_depth(rho, x, y),
-        "kendall": np.where(defined, _kendall(signs_x, signs_y), np.nan),
-        "rbo": np.where(defined, rank_biased_overlap(order_x, order_y), np.nan),
         "jaccard": shared / (2 * size - shared),
         "jaccard_by_chance": np.full(len(x), by_chance),
         "p_by_chance": at_least[shared],
@@ -170,14 +146,6 @@ def _given_depth(rho: Float64, x: Float64, y: Float64) -> Float64:
         both = np.isfinite(x[row]) & np.isfinite(y[row])
         of_x[row], of_y[row] = (spearman(values[row][both], depth[row][both]) for values in (x, y))
     return given_depth(rho, of_x, of_y)
-
-
-def _kendall(signs_x: Signs, signs_y: Signs) -> Float64:
-    """Return Kendall's tau-b: concordant minus discordant pairs of layers, normalized for ties."""
-    agree = (signs_x * signs_y).sum(axis=(1, 2), dtype=np.int64)
-    ordered = (np.abs(signs_x).sum(axis=(1, 2), dtype=np.int64), np.abs(signs_y).sum(axis=(1, 2), dtype=np.int64))
-    with np.errstate(invalid="ignore"):
-        return agree / np.sqrt(ordered[0] * ordered[1].astype(np.float64))
 
 
 @cache

@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
         *((name, pa.string()) for name in ("by", "a", "b", "a_run_id", "b_run_id")),
         ("layers", pa.int64()),
         ("interpolated", pa.bool_()),
-        *((name, pa.float64()) for name in ("spearman", "given_depth", "kendall", "rbo")),
+        *((name, pa.float64()) for name in ("spearman", "given_depth")),
         *((name, pa.int64()) for name in ("k", "shared")),
         *((name, pa.float64()) for name in ("jaccard", "jaccard_by_chance", "p_by_chance")),
     ]
@@ -142,7 +142,6 @@ def compare(
     recipe: str = "pooled",
     threshold: Threshold,
     score: str = "avss",
-    k: int | None = None,
     share: float = LOWEST_SHARE,
     allow_mismatch: bool = False,
     max_listed: int = MAX_PAIRS,
@@ -160,7 +159,7 @@ def compare(
             same conditions. ``corpus`` and ``dtype`` compare runs of the same model. ``recipe``, ``threshold`` and
             ``site`` compare readings of one run, and ``score`` compares AVSS with each baseline score.
         site, recipe, threshold, score: selection of profiles. The one that ``by`` names is ignored.
-        k: number of lowest layers to compare. By default, ``share`` of the layers.
+        share: number of lowest layers to compare, as a share of the layers.
         allow_mismatch: also compare runs under different conditions.
         max_listed: number of pairs up to which all are listed. Of more, the `EXTREMES` are.
         mapped: also make a similarity map. It shows runs, so ``by`` is a property of runs.
@@ -183,7 +182,7 @@ def compare(
         indices = np.array(sorted(_pairs(selected, by, allow_mismatch)), np.int64).reshape(-1, 2).T
     if not indices.size:
         raise _no_pair(selected, by, allow_mismatch)
-    pairs = _table(selected, indices, by, k, share)
+    pairs = _table(selected, indices, by, share)
     return RankingComparison(
         pairs=pairs,
         number=survey.number if survey else len(pairs),
@@ -257,13 +256,13 @@ def _scored(selected: Sequence[Profile]) -> list[Mapping[str, Any]]:
     return list({profile.run["run_id"]: profile.run for profile in selected}.values())
 
 
-def _table(selected: Sequence[Profile], pairs: NDArray[np.int64], by: str, k: int | None, share: float) -> pa.Table:
+def _table(selected: Sequence[Profile], pairs: NDArray[np.int64], by: str, share: float) -> pa.Table:
     """Return the agreement of pairs of profiles as a table of `SCHEMA`, most alike first.
 
     Args:
         pairs: int64[2, pairs], the indices in ``selected``.
     """
-    agreement = correlate_pairs([profile.scores for profile in selected], *pairs, k=k, share=share)
+    agreement = correlate_pairs([profile.scores for profile in selected], *pairs, share=share)
     labels = pa.array([profile.label(by) for profile in selected], pa.string())
     run_ids = pa.array([profile.run["run_id"] for profile in selected], pa.string())
     columns = {

@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
 )
 """Columns of a layer at a point of a curve.
 
-``value`` is the place on a numeric axis. ``rank`` is 1 for the lowest score, and the mean rank of tied ones.
+``value`` is the place on the axis. ``rank`` is 1 for the lowest score, and the mean rank of tied ones.
 ``is_lowest`` layers are among the lowest 25%.
 """
 
@@ -49,24 +49,19 @@ class Axis:
     """A property of runs along which layer scores are followed.
 
     Attributes:
-        column: column of ``runs`` with the place on the axis.
+        column: column of ``runs`` with the place on the axis, a number.
         same: columns of ``runs`` in which the runs of a curve are equal, besides the conditions of a comparison.
-        is_numeric: whether places are numbers, in the order of which runs are followed.
     """
 
     column: str
     same: tuple[str, ...]
-    is_numeric: bool = True
 
 
-_CHECKPOINT = ("model", "revision")
 AXES: Mapping[str, Axis] = {
     "step": Axis(column="training_step", same=("series",)),
     "tokens": Axis(column="training_tokens", same=("series",)),
     "size": Axis(column="num_parameters", same=("family",)),
-    "sequence_length": Axis(column="sequence_length", same=_CHECKPOINT),
-    "dtype": Axis(column="dtype", same=_CHECKPOINT, is_numeric=False),
-    "corpus": Axis(column="corpus", same=_CHECKPOINT, is_numeric=False),
+    "sequence_length": Axis(column="sequence_length", same=("model", "revision")),
 }
 
 
@@ -95,7 +90,7 @@ class Curve:
     @property
     def points(self) -> list[str]:
         """Name of each point, such as ``1,000``."""
-        return [_place_text(self.along, run) for run in self.runs]
+        return [describe_count(run[AXES[self.along].column]) for run in self.runs]
 
     @cached_property
     def ranks(self) -> Float64:
@@ -121,23 +116,23 @@ class Curve:
     def trend(self) -> Float64:
         """Spearman's rho of the rank of each layer with the axis, float64[layers].
 
-        NaN for fewer than `MIN_TREND` points, and on axes without an order.
+        NaN for fewer than `MIN_TREND` points.
         """
-        if len(self.runs) < MIN_TREND or not AXES[self.along].is_numeric:
+        if len(self.runs) < MIN_TREND:
             return np.full(len(self.depth), np.nan)
         order = np.arange(len(self.runs), dtype=np.float64)
         return spearman_rows(self.ranks.T, np.broadcast_to(order, self.ranks.T.shape))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield a row of `SCHEMA` for each point and layer."""
-        numeric, lowest = AXES[self.along].is_numeric, self.is_lowest
+        column, lowest = AXES[self.along].column, self.is_lowest
         for point, (run, text) in enumerate(zip(self.runs, self.points, strict=True)):
             for place, (layer, depth) in enumerate(zip(self.layers, self.depth.tolist(), strict=True)):
                 yield {
                     "along": self.along,
                     "curve": self.name,
                     "point": text,
-                    "value": float(run[AXES[self.along].column]) if numeric else None,
+                    "value": float(run[column]),
                     "run_id": run["run_id"],
                     "layer": layer,
                     "depth": depth,
@@ -216,7 +211,7 @@ def curves_of(scored: Sequence[Profile], along: str, *, allow_mismatch: bool = F
     for profile in sorted(scored, key=lambda profile: str(profile.run["created_at"])):
         if _is_placed(profile.run, along) and len(profile.depth) >= MIN_VALUES and np.isfinite(profile.values).all():
             key = (*_same(profile.run, along), *(condition(profile.run, name) for name in equal))
-            groups.setdefault(key, {})[_place(along, profile.run)] = profile
+            groups.setdefault(key, {})[profile.run[AXES[along].column]] = profile
     members = [list(group.values()) for group in groups.values() if len(group) >= MIN_POINTS]
     names = _names(along, [group[0].run for group in members])
     curves = [_curve(along, name, group) for name, group in zip(names, members, strict=True)]
@@ -248,20 +243,6 @@ def _same(run: Mapping[str, Any], along: str) -> tuple[Any, ...]:
     return tuple(run[name] for name in AXES[along].same)
 
 
-def _place(along: str, run: Mapping[str, Any]) -> Any:
-    """Return the place of a run on an axis: a number, or what identifies a category."""
-    column = AXES[along].column
-    return condition(run, column) if column in CONDITIONS else run[column]
-
-
-def _place_text(along: str, run: Mapping[str, Any]) -> str:
-    axis = AXES[along]
-    value = run[axis.column]
-    if not axis.is_numeric:
-        return printable(basename(str(value)))
-    return describe_count(value)
-
-
 def _conditions(along: str) -> tuple[str, ...]:
     """Return the conditions of a comparison that are equal along a curve."""
     return tuple(name for name in CONDITIONS if name != AXES[along].column)
@@ -281,8 +262,7 @@ def _names(along: str, firsts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _curve(along: str, name: str, group: Sequence[Profile]) -> Curve:
     """Return the curve of the profiles at different places of an axis."""
-    axis = AXES[along]
-    ordered = sorted(group, key=lambda p: p.run[axis.column] if axis.is_numeric else _place_text(along, p.run))
+    ordered = sorted(group, key=lambda profile: profile.run[AXES[along].column])
     shallowest = min(ordered, key=lambda profile: len(profile.depth))
     depth, number = shallowest.depth, shallowest.run["num_layers"] or len(shallowest.depth)
     values = np.array([np.interp(depth, profile.depth, profile.values) for profile in ordered])

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow.compute as pc
 
-from avss_dist.analysis.agreement import signs
 from avss_dist.core.intervention import InterventionKey
 from avss_dist.core.names import LOSS
 from avss_dist.pruning.ground_truth import LayerTruth
@@ -68,7 +67,8 @@ def misranked(score: Float64, truth: Float64) -> float | None:
         score, truth: float64[layers]. Layers with NaN in either are left out.
     """
     both = np.isfinite(score) & np.isfinite(truth)
-    product = signs(score[None, both]) * signs(truth[None, both])  # every pair twice
+    x, y = score[both], truth[both]
+    product = np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))  # every pair twice
     ordered = int(np.count_nonzero(product))
     return int(np.count_nonzero(product < 0)) / ordered if ordered else None
 

@@ -172,6 +172,7 @@ REMOVED: dict[str, str] = {
     "plan --json": "the file that the command writes has all that it printed",
     "sparsify --json": "the file that the command writes has all that it printed",
     "quantize --json": "the file that the command writes has all that it printed",
+    "compare --k": "`avss compare --share 0.1`",
     "publish --space": "`avss publish published`, and upload that folder",
     "plot": "`avss show -o layers.png`",
     "quantiles": "`avss show --quantiles`, or `avss show --sparsity 0.5`",

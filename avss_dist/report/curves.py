@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.curves import AXES, MIN_TREND, Curve
+from avss_dist.analysis.curves import MIN_TREND, Curve
 from avss_dist.report.section import Chart, Section
 from avss_dist.report.table import ReportColumn, ReportTable, decimals, percent
 
@@ -19,8 +19,6 @@ AXIS_TITLES = {
     "tokens": "tokens trained on",
     "size": "parameters",
     "sequence_length": "tokens in a row",
-    "dtype": "dtype",
-    "corpus": "corpus",
 }
 
 
@@ -32,33 +30,30 @@ def curve_section(curve: Curve, name: str) -> Section:
     """
     return Section(
         label=f"{curve.name} along {AXIS_TITLES[curve.along]}",
-        sentences=list(_sentences(curve)),
+        sentences=[_sentence(curve)],
         charts=[_chart(curve, name)],
         tables=[_points_table(curve, f"{name}-points"), _layers_table(curve, name)],
     )
 
 
-def _sentences(curve: Curve) -> list[str]:
-    """Return from where on the lowest layers are those of the last point."""
-    if not AXES[curve.along].is_numeric:
-        return []
+def _sentence(curve: Curve) -> str:
+    """Return a sentence that says where the lowest layers become those of the last point."""
     lowest = [row.tobytes() for row in curve.is_lowest]
     differing = [index for index, layers in enumerate(lowest) if layers != lowest[-1]]
     first = differing[-1] + 1 if differing else 0
-    return [f"The lowest 25% are those of the last point from {curve.points[first]} on."]
+    return f"The lowest 25% are those of the last point from {curve.points[first]} on."
 
 
 def _points_table(curve: Curve, name: str) -> ReportTable:
     """Return a table with a row for each point."""
-    numeric = AXES[curve.along].is_numeric
     lowest = [", ".join(str(curve.layers[place]) for place in np.flatnonzero(row).tolist()) for row in curve.is_lowest]
     columns = [
-        ReportColumn(AXIS_TITLES[curve.along], curve.points, number=numeric),
+        ReportColumn(AXIS_TITLES[curve.along], curve.points),
         ReportColumn("run", [run["run_id"] for run in curve.runs], number=False, priority=5),
         ReportColumn("with the one before", curve.with_previous.tolist(), decimals(3), group="Spearman"),
         ReportColumn("with the last", curve.with_last.tolist(), decimals(3), group="Spearman"),
+        ReportColumn("lowest 25%", lowest, number=False, priority=2, wraps=True),
     ]
-    columns.append(ReportColumn("lowest 25%", lowest, number=False, priority=2, wraps=True))
     return ReportTable(name=name, title="Points", columns=columns)
 
 
@@ -73,7 +68,7 @@ def _layers_table(curve: Curve, name: str) -> ReportTable:
         ReportColumn("lowest", ranks.min(axis=0).tolist(), "{:g}".format, group="rank", priority=3),
         ReportColumn("highest", ranks.max(axis=0).tolist(), "{:g}".format, group="rank", priority=3),
     ]
-    if len(curve.runs) >= MIN_TREND and AXES[curve.along].is_numeric:
+    if len(curve.runs) >= MIN_TREND:
         columns.append(ReportColumn("trend", curve.trend.tolist(), decimals(2), priority=1))
     columns.append(ReportColumn("among the lowest", lowest, percent(0), priority=1))
     return ReportTable(

@@ -16,7 +16,6 @@ from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 
 Ints = NDArray[np.integer[Any]]
-PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks have 86% of the weight
 MIN_VALUES = 3  # values that a correlation needs
 ALL_DEPTH = 1e-9  # share of the variance of ranks, beside depth, that is rounding alone
 TWO_SIDED_95 = 1.959964  # the quantile 0.975 of the normal distribution
@@ -114,23 +113,6 @@ def depth_correlation(scores: Sequence[float | None]) -> float:
     """Return Spearman's rho of scores, in layer order, with depth. None and NaN mark layers without a score."""
     values = np.array(scores, np.float64)
     return spearman(values, np.arange(len(values), dtype=np.float64))
-
-
-def rank_biased_overlap(a: Ints, b: Ints, p: float = PERSISTENCE) -> Float64:
-    """Return the extrapolated rank-biased overlap of orders of the same items, from 0 (reversed, long) to 1 (equal).
-
-    Webber, Moffat and Zobel, A similarity measure for indefinite rankings, 2010, equation 32.
-
-    Args:
-        a, b: int[..., items], the items in the order of their ranks.
-        p: persistence, the weight of each rank relative to the one before.
-    """
-    items = a.shape[-1]
-    depth = np.arange(1, items + 1)
-    weights = np.cumsum((p**depth / depth)[::-1])[::-1]  # of an overlap from a depth to the last
-    later = np.maximum(np.argsort(a, axis=-1), np.argsort(b, axis=-1))  # from where on an item is in both
-    overlap: Float64 = p**items + (1 - p) / p * weights[later].sum(axis=-1)
-    return overlap
 
 
 def align(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> tuple[Float64, Float64, bool]:

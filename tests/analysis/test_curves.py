@@ -92,9 +92,6 @@ def test_other_conditions_make_other_curves_and_the_newest_run_of_a_place_counts
     assert [curve.name.rpartition(", ")[2] for curve in by_length.curves] == ["corpus x.txt", "corpus y.txt"]
     assert [run["run_id"] for run in by_length.curves[0].runs] == ["x-128", "x-again"]
     assert set(by_length.left_out) == {"x-256"}
-    by_corpus = follow(tmp_path, "corpus")
-    assert [curve.points for curve in by_corpus.curves] == [["x.txt", "y.txt"]] * 2
-    assert all(np.isnan(curve.trend).all() for curve in by_corpus.curves), "texts have no order"
 
 
 def test_scores_of_other_sites_and_layers_without_a_score(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from avss_dist.requests import ScoreRequest
 from avss_dist.runs.run import Run
 from avss_dist.warehouse.reader import Warehouse
 
-PRINTED = {"format", "as_json", "_quiet", "_verbose", "_schema", "dry_run"}  # of what is printed
+PRINTED = {"format", "_quiet", "_verbose", "_schema", "dry_run"}  # of what is printed
 OTHERWISE: dict[str, set[str]] = {
     "score": {"models", "label_field"},  # score_all; a corpus FILE:prompt+answer:label
     "plan": {"output", "protect"},  # Plan.write; first, last

@@ -21,7 +21,6 @@ from avss_dist.stats.rankings import (
     average_ranks,
     depth_correlation,
     given_depth,
-    rank_biased_overlap,
     spearman,
     spearman_interval,
 )
@@ -97,22 +96,6 @@ def test_compare_and_findings_and_show_agree_about_ties(tmp_path: Path) -> None:
     (pair,) = compare(store, ["apart"], by="recipe", threshold=AT).table().to_pylist()
     (row,) = (row for row in found if row["kind"] == "recipes_disagree")
     assert row["value"] == pytest.approx(pair["spearman"]) == pytest.approx(-0.577, abs=1e-3)
-
-
-def slow_rbo(a: Sequence[int], b: Sequence[int], p: float) -> float:
-    """Webber, Moffat and Zobel 2010, equation 32, from sets."""
-    shares = [len(set(a[:d]) & set(b[:d])) / d for d in range(1, len(a) + 1)]
-    return shares[-1] * p ** len(a) + (1 - p) / p * sum(x * p**d for d, x in enumerate(shares, 1))
-
-
-@pytest.mark.parametrize("p", [0.5, 0.9])
-@pytest.mark.parametrize("n", [1, 2, 7, 30])
-def test_rank_biased_overlap_is_the_papers(n: int, p: float) -> None:
-    rng = np.random.default_rng(n)
-    for _ in range(5):
-        a, b = rng.permutation(n), rng.permutation(n)
-        assert rank_biased_overlap(a, b, p) == pytest.approx(slow_rbo(list(a), list(b), p), rel=1e-12)
-    assert rank_biased_overlap(a, a, p) == pytest.approx(1)
 
 
 def test_models_of_other_depth_meet_at_relative_depths() -> None:

@@ -67,7 +67,7 @@ def chapters(
             title="Along an axis",
             heading="Along training, size and settings",
             lead="How the ranks of layers by AVSS as published move along the steps of a training, the sizes of a "
-            "family, or lengths, dtypes and texts: avss compare --along shows other scores.",
+            "family, or lengths: avss compare --along shows other scores.",
             sections=[
                 curve_section(curve, f"curve-{number}")
                 for number, curve in enumerate(_curves(warehouse, runs), start=1)

@@ -92,8 +92,6 @@ def _agreement_columns(rows: Sequence[Mapping[str, Any]]) -> list[ReportColumn]:
         ReportColumn("layers", layers, priority=5),
         column("Spearman", "spearman", decimals(3), 0),
         column("given depth", "given_depth", decimals(3), 1),
-        column("Kendall", "kendall", decimals(3), 4),
-        column("RBO", "rbo", decimals(3), 6),
         ReportColumn("shared lowest", shared, priority=1),
         column("Jaccard", "jaccard", decimals(2), 3),
         column("by chance", "jaccard_by_chance", decimals(2), 7),
