@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, product
-from typing import Any
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +11,12 @@ import pyarrow.compute as pc
 
 from avss_dist.analysis.experts import expert_findings
 from avss_dist.analysis.stats_findings import (
-    DOMINANT,
     NONFINITE,
     Columns,
     Row,
     Rows,
     describe,
     finding,
-    grouped,
     layers_in_words,
     nonfinite_layers,
     of_digests,
@@ -108,21 +105,16 @@ def findings(
     if recipe is not None and rankings_alone:  # what else there is compares recipes
         where &= pc.field("recipe") == recipe
     rows: list[Row] = []
-    readings: dict[Reading, Columns] = {}
-    pairs = [] if rankings_alone else list(_pairs_of_first_tokens(runs))
-    paired = {row["run_id"] for pair in pairs for row in pair}
     for group in _groups(names):
-        read = _by_reading(warehouse.table("scores", run_ids=group, columns=SCORES, where=where))
-        rows += _of_scores(read, group, threshold)
+        readings = _by_reading(warehouse.table("scores", run_ids=group, columns=SCORES, where=where))
+        rows += _of_scores(readings, group, threshold)
         if rankings_alone:
             rows += _in_order(nonfinite_layers(warehouse.digests(group, NONFINITE)), group)
         else:
             rows += _in_order(of_digests(warehouse.digests(group), threshold, site), group)
-            readings |= _variances(read, paired)
     if not rankings_alone:
         rows += [{"run_id": name, **row} for name, row in expert_findings(warehouse, names)]
         rows += _no_intervals(runs)
-        rows += _first_tokens(pairs, readings)
         rows += _row_starts(warehouse, runs)
         rows += _unreadable(warehouse.damaged, run_ids)
     rows = [row for row in rows if _is_at(row, site, recipe)]
@@ -193,7 +185,6 @@ SCORES = (
     "threshold_kind",
     "depth",
     "near_zero_count",
-    "variance",
     "avss_smoothed",
     "rank",
     "avss_low",
@@ -202,17 +193,10 @@ SCORES = (
 )
 
 
-ALIKE = (
-    *("model", "revision", "corpus_fingerprint", "shuffle_seed", "sequence_length", "num_sequences"),
-    *("dtype", "device"),
-)
-"""Columns in which runs that are compared for their first tokens are equal."""
-OF_RUNS = ["run_id", "num_shards", "settings", *ALIKE]
+OF_RUNS = ["run_id", "model", "revision", "num_shards", "settings"]
 """Columns of ``runs`` that findings depend on."""
 RUNS_AT_ONCE = 2048  # runs whose scores and digests are in memory together: 0.4 GB for 80 layers
 
-Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
-"""A run of whole rows, and one that leaves out first tokens."""
 Reading = tuple[str, str, str]  # run, site and recipe
 PLACE = ("run_id", "site", "recipe")
 """Columns of a reading."""
@@ -337,36 +321,6 @@ def _recipes_disagree(rho: float, a: str, b: str) -> Row:
     )
 
 
-def _pairs_of_first_tokens(runs: Rows) -> Iterator[Pair]:
-    """Yield each run of whole rows with each that differs from it only in leaving out first tokens, fewest first."""
-    for alike in grouped(runs, *ALIKE).values():
-        whole = [run for run in alike if not _skipped(run)]
-        yield from product(whole, sorted((run for run in alike if _skipped(run)), key=_skipped))
-
-
-def _skipped(run: Mapping[str, Any]) -> int:
-    return int(settings_of(run).get("skip_first_tokens") or 0)
-
-
-def _variances(readings: Mapping[Reading, Columns], run_ids: set[str]) -> dict[Reading, Columns]:
-    """Return the variances by layer of some runs, copied from the table that they are part of."""
-    return {
-        reading: {name: columns[name].copy() for name in ("layer", "variance")}
-        for reading, columns in readings.items()
-        if reading[0] in run_ids
-    }
-
-
-def _first_tokens(pairs: Sequence[Pair], readings: Mapping[Reading, Columns]) -> Iterator[Row]:
-    """Yield findings on the variance in the first tokens, from runs that differ only in ``skip_first_tokens``."""
-    for run, cut in pairs:
-        for place in product(EVERY_SITE, RECIPES):
-            with_first, without = (readings.get((row["run_id"], *place)) for row in (run, cut))
-            if with_first and without:
-                for row in _first_token_finding(with_first, without, _skipped(cut)):
-                    yield row | dict(zip(PLACE, (run["run_id"], *place), strict=True))
-
-
 def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
     """Yield a finding for each run whose model expects another start of its rows.
 
@@ -387,21 +341,3 @@ def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
             starts = RowStarts.of_losses(by_metric)
             if starts and (sentence := starts.describe(run["model"], task.removeprefix(ROW_START))):
                 yield {"run_id": run["run_id"], **finding("row_start", "warning", starts.ratio, sentence)}
-
-
-def _first_token_finding(whole: Columns, cut: Columns, tokens: int) -> Iterator[Row]:
-    """Yield a finding if the first ``tokens`` tokens, which ``cut`` leaves out, carry most of a layer's variance."""
-    without = dict(zip(cut["layer"].tolist(), cut["variance"].tolist(), strict=True))
-    pairs = [
-        (value, without.get(layer)) for layer, value in zip(whole["layer"].tolist(), whole["variance"], strict=True)
-    ]
-    shares = np.array([1 - rest / value for value, rest in pairs if value and rest is not None])
-    shares = shares[~np.isnan(shares)]
-    if not shares.size or (largest := shares.max()) <= DOMINANT:
-        return
-    over, which = int((shares > DOMINANT).sum()), "the first token" if tokens == 1 else f"the first {tokens} tokens"
-    yield finding(
-        *("first_token", "warning" if over > len(shares) / 2 else "note", largest),
-        f"Without {which} of each sequence, the variance falls by more than half in {over} of {len(shares)} "
-        f"layers (by {largest:.1%} at most, median {np.median(shares):.0%}): it is the attention sink's.",
-    )

@@ -131,7 +131,7 @@ EXAMPLES = {
     "ls": ("avss ls", "avss ls evaluations -w s3://bucket/warehouse"),
     "show": (
         "avss show --run smollm2 --site update --threshold 0.1rms",
-        "avss show --run 'smollm2-*' --format latex -o scores.tex",
+        "avss show --run 'smollm2-*' --format csv -o scores.csv",
         "avss show -o layers.png",
     ),
     "compare": ("avss compare --by family", "avss compare --along step -o ranks.png"),

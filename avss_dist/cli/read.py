@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from avss_dist.warehouse.reader import Warehouse
 
-SHOW_FORMATS = (*FORMATS, "markdown", "latex")
 QUERY_FORMATS = (*FORMATS, "markdown", "parquet")
 LISTED = {
     "plans": """SELECT model, removals(drop) AS drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at
@@ -110,7 +109,7 @@ def _narrowed(table: pa.Table, width: int) -> pa.Table:
     return table.select(list(widths))
 
 
-@takes(ShowRequest, SHOW_FORMATS)
+@takes(ShowRequest, FORMATS)
 def show(format: str, **values: Any) -> None:
     """Show scores by layer, at any threshold, or draw them; the lowest 25% of layers are marked."""
     from avss_dist.report.output import PICTURES, printed_to
@@ -142,22 +141,19 @@ def _scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: ShowRequ
 def _show_scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: ShowRequest, format: str) -> None:
     """Print a table of each run, and how far its counts are known."""
     from avss_dist.analysis.stats_findings import grouped
-    from avss_dist.report.export import export_text
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.scores import describe_exactness, layer_table
 
     scores = _scores(opened, runs, request)
-    if format not in FORMATS:
-        emit(export_text(runs, score_rows(scores), format), end="")
-    elif format != FORMATS[0]:
-        write_table(scores, format, console())
-    else:
-        by_run = grouped(score_rows(scores), "run_id")
-        for row in runs:
-            if layers := by_run.get((row["run_id"],)):
-                console().print(layer_table(row, layers))
-                if note := describe_exactness(layers):
-                    emit(note)
+    if format != FORMATS[0]:
+        return write_table(scores, format, console())
+    by_run = grouped(score_rows(scores), "run_id")
+    for row in runs:
+        if layers := by_run.get((row["run_id"],)):
+            console().print(layer_table(row, layers))
+            if note := describe_exactness(layers):
+                emit(note)
+    return None
 
 
 def _draw_scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: ShowRequest, output: Path) -> None:
@@ -177,11 +173,12 @@ def _show_experts(opened: Warehouse, runs: Sequence[Mapping[str, Any]], format: 
     """Print a table of each run's experts, or their rows."""
     from avss_dist.analysis.experts import require_experts
     from avss_dist.report.experts import experts_section
+    from avss_dist.report.output import write_table
     from avss_dist.report.terminal.tables import rendered
 
     experts = [(row, require_experts(opened, row["run_id"])) for row in runs]
     if format != FORMATS[0]:
-        return _write_rows(opened.table("expert_stats", run_ids=[row["run_id"] for row in runs]), format)
+        return write_table(opened.table("expert_stats", run_ids=[row["run_id"] for row in runs]), format, console())
     for row, layers in experts:
         console().print(rendered(experts_section(f"{row['model']}  ({row['run_id']})", row, layers)))
     return None
@@ -193,25 +190,17 @@ def _show_quantiles(
     """Print the sizes of activations that given shares of the elements do not exceed."""
     from avss_dist.analysis.stats_findings import grouped
     from avss_dist.analysis.thresholds import quantiles
+    from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import quantiles_table
 
     table = quantiles(opened, runs, shares, [site])
     if not table.num_rows:
         raise QueryError(f"No statistics of site '{site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'")
     if format != FORMATS[0]:
-        return _write_rows(table, format)
+        return write_table(table, format, console())
     for rows in grouped(table.to_pylist(), "run_id").values():
         console().print(quantiles_table(rows))
     return None
-
-
-def _write_rows(table: pa.Table, format: str) -> None:
-    """Write rows that are not scores."""
-    from avss_dist.report.output import write_table
-
-    if format == "latex":
-        raise QueryError("`format` latex is that of scores by layer.", "Use csv, json or markdown.")
-    write_table(table, format, console())
 
 
 @takes(QueryRequest, QUERY_FORMATS)

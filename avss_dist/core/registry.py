@@ -149,7 +149,6 @@ class ScoreInfo:
         definition: formula, for the description of that column.
         unit: unit of that column.
         caption: the caption of its chart on the page of a report.
-        exported: whether tables for a paper have it.
         task: prefix of the task that measures it, before a corpus; empty if none does.
         ground_truth: whether it is the loss without layers itself, or its linearization; else an estimate.
         lookahead: how many layers later hidden states are compared, for a metric of `tasks.damage.Damage`.
@@ -164,7 +163,6 @@ class ScoreInfo:
     definition: str = ""
     unit: str = ""
     caption: str = ""
-    exported: bool = False
     task: str = ""
     ground_truth: bool = False
     lookahead: int | None = None
@@ -296,7 +294,6 @@ SCORES = {
         caption="Activation variance over sparsity, each as a share of its sum over layers; low is unimportant. The "
         "band is the 95% interval over shards, from eight shards and five elements near zero on. Triangles mark the "
         "25% of layers with the lowest score of each chart.",
-        exported=True,
     ),
     "block_influence": ScoreInfo(
         title="block influence",
@@ -304,7 +301,6 @@ SCORES = {
         column="block_influence",
         definition="1 - mean cosine of the block's input and output (ShortGPT)",
         caption="1 minus the cosine between a layer's input and output.",
-        exported=True,
     ),
     "angular_distance": ScoreInfo(
         title="angular distance",
@@ -320,7 +316,6 @@ SCORES = {
         column="relative_magnitude",
         definition="mean |output - input| / |input|",
         caption="The length of a layer's update, relative to its input.",
-        exported=True,
     ),
     "update_variance_ratio": ScoreInfo(
         title="update / input variance",

@@ -247,7 +247,6 @@ def test_quantiles_command(root: Path) -> None:
         (["show", "--recipe", "units"], "Unknown --recipe 'units'.\nDid you mean 'unit'?"),
         *nightly(
             (["show", "--sparsity", "1.5"], "--sparsity must be at most 1, not 1.5."),
-            (["show", "--quantiles", "--format", "latex"], "--format latex is that of scores by layer."),
             (["show", "--quantiles", "--site", "mlp"], "No statistics of site 'mlp'."),
         ),
     ],

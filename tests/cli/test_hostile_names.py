@@ -23,7 +23,7 @@ TEXT = ["--corpus", "text.txt", "--max-sequences", "4", "--sequence-length", "16
 W = ("-w", "W")
 READS = {
     "show": [
-        *([*W, "--format", kind, "--threshold", "0.2"] for kind in ("table", "csv", "json", "latex", "markdown")),
+        *([*W, "--format", kind, "--threshold", "0.2"] for kind in ("table", "csv", "json")),
         [*W, "--run", "a"],
         [*W, "x", EVIL],
         [*W, f"--{EVIL}"],

@@ -70,7 +70,7 @@ COMMANDS: list[list[str]] = [
     ["findings", "-w", "W", "--all"],
     ["show", "-w", "W", "--threshold", "0.1rms"],
     ["show", "--quantiles", "-w", "W"],
-    *(["show", "-w", "W", "--format", kind] for kind in ("csv", "json", "latex", "markdown")),
+    *(["show", "-w", "W", "--format", kind] for kind in ("csv", "json")),
     ["report", "-w", "W", "-o", "O.html"],
     ["plan", "-w", "W", "-o", "O.yaml"],
     ["plan", "-w", "W", "-o", "O.yaml", "--by", "avss", "--run", "alpha"],

@@ -1,4 +1,4 @@
-"""Tables for papers."""
+"""Scores as data and as pictures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import pytest
 from support.command_line import avss
 from support.warehouses import activations, stats_of, write_measured, write_scores
 
-from avss_dist.core.text import escape_markdown
-from avss_dist.report.export import COLUMNS, escape_latex
 from avss_dist.warehouse.reader import Warehouse
 
 HOSTILE = r"org/a_b&c%$#{}~^\ <b>|`x`*"
@@ -54,41 +52,10 @@ def test_data_is_the_scores_as_they_are(root: Path, kind: str, tmp_path: Path) -
         assert float(row["near_zero_low"]) == float(row["near_zero_high"]) == stored["near_zero_count"]
 
 
-def test_latex(root: Path) -> None:
-    text = exported(root, "latex", "--run", "tiny-*")
-    assert text.count(r"\begin{tabular}{rrrrrrrrrr}") == text.count(r"\end{tabular}") == 2
-    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert len(rows) == 2 * 9
-    assert all(row.count(" & ") == len(COLUMNS) - 1 for row in rows)
-    assert sum(row.startswith(r"\textbf{") for row in rows) == 4
-    assert (
-        r"org/a\_b\&c\%\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{} \textless{}b\textgreater{}" in text
-    )
-    assert "Layer scores of tiny (" in text and "/home/me" not in text
-    assert r"P(lowest)" in text and r"2.5\%" in text
-
-
-def test_small_numbers_are_powers_of_ten_in_latex(tmp_path: Path) -> None:
-    write_scores(tmp_path, "a", [1.234e-7, 2.0, 3.0, 4.0], rivals={"block_influence": [-1.5, 0.1, 0.2, 0.3]})
-    text = exported(tmp_path, "latex")
-    assert all(part in text for part in (r"$1.23 \times 10^{-7}$", "$-1.5$", " -- & "))
-    assert escape_latex("a\nb_c") == r"a b\_c"
-    assert escape_markdown("a\n|b|") == r"a \|b\|"
-
-
-def test_markdown(root: Path) -> None:
-    text = exported(root, "markdown", "--run", "tiny-1")
-    assert text.startswith(r"Layer scores of org/a\_b\&c%$\#\{\}\~^\\ \<b\>\|\`x\`\*")
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 8
-    assert all(line.count("|") == len(COLUMNS) + 1 for line in table)
-    assert sum("**" in line for line in table) == 2
-
-
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["--format", "latx"], "Unknown --format 'latx'.\nDid you mean 'latex'?"),
+        (["--format", "latex"], "Unknown --format 'latex'."),
         (["--format", "csv", "--run", "x*"], "No run matches 'x*'."),
         (["--format", "csv", "-o", "/nowhere/x.csv"], "/nowhere/x.csv cannot be written"),
     ],

@@ -131,7 +131,7 @@ def test_no_name_steers_a_terminal_or_turns_the_text_of_a_page(hostile: Path) ->
         ["findings", "-w", hostile],
         ["compare", "-w", hostile, "--allow-mismatch"],
         ["show", "-w", hostile, "--format", "csv"],
-        ["show", "-w", hostile, "--format", "markdown"],
+        ["show", "-w", hostile],
         ["show", "-w", hostile, "--run", STEERING],
     ):
         done = avss(*args)

@@ -186,7 +186,7 @@ def test_every_column_may_be_null_where_it_is_not_required(tmp_path: Path) -> No
         ["findings", "--all"],
         ["compare", "--by", "recipe"],
         ["show", "--threshold", "0.2"],
-        ["show", "--format", "latex"],
+        ["show", "--format", "csv"],
         ["report", "-o", tmp_path / "x.html"],
         ["plan", "--by", "avss", "-o", tmp_path / "plan.yaml"],
     ]
