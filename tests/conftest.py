@@ -41,7 +41,7 @@ LONGEST = (  # files, the longest first: in processes that take one after the ot
     *("test_benchmarks", "warehouse/test_s3", "distillation/test_ranks", "docs/test_commands", "cli/test_cli"),
     *("estimate/test_estimate", "evaluation/test_shrink", "executors/test_liveness"),
     *("pruning/test_repair", "partition/test_language_models", "partition/test_streaming", "cli/test_errors"),
-    *("evaluation/test_repairs", "warehouse/test_compaction", "executors/test_cells", "cluster/test_manifests"),
+    *("evaluation/test_repairs", "warehouse/test_compaction", "cluster/test_manifests"),
     *("cli/test_hostile_names", "evaluation/test_sensitivity", "models/test_families", "cli/test_streams"),
 )
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import ray
 from rich.console import Console
-from support.checkpoints import block_fp8
 from support.command_line import as_words, avss
 from support.experiments import cell_times
 from support.families import tiny_model
+from support.quantized import block_fp8
 from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 
@@ -388,7 +388,7 @@ def test_what_cannot_be_shrunk_is_refused_before_anything_is_scored(
     elif model == "dbrx":
         save_checkpoint(tiny_model("causal", "dbrx"), folder)
     elif model == "fp8":
-        block_fp8(tiny_llama, folder, ["lm_head"])
+        block_fp8(tiny_llama, folder)
     else:
         shutil.copytree(tiny_llama, folder)
         (folder / "notes.txt").symlink_to("/etc/hostname")

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import VOCABULARY, block_fp8
+from support.checkpoints import VOCABULARY
 from support.command_line import avss
 from support.families import tiny_config, tiny_model
+from support.quantized import block_fp8
 from support.tiers import all_of
 from transformers import AutoModelForCausalLM
 
@@ -154,9 +155,7 @@ def test_experts_of_a_quantized_checkpoint_are_copied_as_they_are_stored(tmp_pat
     """Each in tensors of its own, with a scale for each matrix."""
     whole = mixture("qwen3_moe")
     whole.save_pretrained(tmp_path / "whole")
-    fp8 = block_fp8(
-        tmp_path / "whole", tmp_path / "fp8", [*(f"model.layers.{i}.mlp.gate" for i in range(3)), "lm_head"]
-    )
+    fp8 = block_fp8(tmp_path / "whole", tmp_path / "fp8", 128)
     done = prune(str(fp8), plan_of(fp8, whole, experts_of(whole, 1)), tmp_path / "less")
     less, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "less", fp8))
     for name in ("down_proj.weight", "down_proj.weight_scale_inv", "up_proj.weight"):

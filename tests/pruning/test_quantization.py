@@ -14,9 +14,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from support.checkpoints import LAYERS, block_fp8
+from support.checkpoints import LAYERS
 from support.command_line import avss
 from support.families import tiny_model
+from support.quantized import block_fp8
 from transformers import AutoModelForCausalLM
 
 from avss_dist.core.errors import ModelError
@@ -37,7 +38,7 @@ PLAN = Plan(model="m", num_layers=LAYERS, layers="layers", drop=(1,))
 def fp8(tiny_llama: Path, tmp_path: Path) -> Path:
     """Layers 0 and 2 keep one matrix in float32."""
     skipped = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn", "model.layers.2.mlp.down_proj", "lm_head")
-    return block_fp8(tiny_llama, tmp_path / "fp8", skipped)
+    return block_fp8(tiny_llama, tmp_path / "fp8", 128, skipped)
 
 
 def test_a_skip_list_is_renumbered_and_every_module_is_quantized_as_it_was(fp8: Path, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import block_fp8, llama
+from support.checkpoints import llama
 from support.families import lively
+from support.quantized import block_fp8
 
 from avss_dist.core.settings import Settings
 from avss_dist.pruning.checkpoint import prune
@@ -65,7 +66,7 @@ def test_quantized_weights_are_refused_before_a_text_is_seen(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the layer before a cut: where it keeps its down projection in plain numbers, others may be quantized."""
-    folder = block_fp8(tiny_llama, tmp_path / "fp8", ["model.layers.0.mlp.down_proj", "lm_head"])
+    folder = block_fp8(tiny_llama, tmp_path / "fp8", skipped=["model.layers.0.mlp.down_proj", "lm_head"])
     repair = repair_of("map", "builtin:pydoc", dequantize=True)
     done = prune(str(folder), PLAN, tmp_path / "less", repair=repair)
     assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -77,28 +75,6 @@ def llama(seed: int = 0, **changes: Any) -> Any:
         "eos_token_id": 2,
     }
     return LlamaForCausalLM(LlamaConfig(**sizes | changes))
-
-
-def block_fp8(whole: Path, folder: Path, skipped: Sequence[str]) -> Path:
-    """A copy in block FP8, as DeepSeek and Qwen are published, but for some modules, which a list names."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(whole, folder)
-    tensors = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        module = name.removesuffix(".weight")
-        if tensor.dim() != 2 or "layers" not in name or any(module.startswith(path) for path in skipped):
-            tensors[name] = tensor
-            continue
-        scale = tensor.abs().max() / 448
-        tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": [*skipped]}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    return folder
 
 
 def host_limit(folder: object, weights: int, *, head: bool = True, **settings: Any) -> int:

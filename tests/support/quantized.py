@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,19 @@ def block_scales(tensor: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.
     return quantized.clone(), scale
 
 
-def block_fp8(whole: Path, folder: Path, block: int = BLOCK) -> Path:
-    """Write a checkpoint in block FP8, as DeepSeek and Qwen publish theirs."""
+def block_fp8(whole: Path, folder: Path, block: int = BLOCK, skipped: Sequence[str] = ()) -> Path:
+    """Write a checkpoint in block FP8, as DeepSeek and Qwen publish theirs, but for some modules."""
 
     def quantize(name: str, tensor: torch.Tensor) -> Named:
+        if any(name.startswith(module) for module in skipped):
+            yield name, tensor
+            return
         quantized, scale = block_scales(tensor, block)
         yield name, quantized
         yield f"{name}_scale_inv", scale
 
-    return rewrite(whole, folder, quantize, {"quant_method": "fp8", "weight_block_size": [block, block]})
+    settings = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    return rewrite(whole, folder, quantize, settings | ({"modules_to_not_convert": [*skipped]} if skipped else {}))
 
 
 def mxfp4(whole: Path, folder: Path) -> Path:
