@@ -10,14 +10,12 @@ import os
 import pickle
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,6 @@ import pytest
 import ray
 from support.causal_lm import SMALL, random_shard
 from support.commands import Command
-from support.noting import noting
 from support.processes import Harming, ray_processes, wait_until
 from support.ray_cluster import TWENTY_SHARDS, Cluster
 from support.tables import assert_same_tables, measured_files
@@ -50,7 +47,6 @@ from avss_dist.runs.events import RunEvent, ShardMeasured
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import RunInProgress
-from avss_dist.stats import spill
 from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.cells import Cell
 from avss_dist.warehouse.reader import Warehouse
@@ -95,35 +91,6 @@ def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
     assert harming.arrived == 20
     assert_same_tables(tmp_path, undisturbed)
     wait_until(lambda: not harming.victims[0].is_running())
-
-
-def test_a_lost_node_is_told_of_and_its_shard_is_measured_again(
-    shared_ray: Cluster, tiny_llama: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A line on standard error and among the notes of the run says which node had which shard."""
-    lost: dict[str, str] = {}
-    arrived = 0
-    (tmp_path / "notes").mkdir()
-
-    def lose(event: RunEvent) -> None:
-        nonlocal arrived
-        arrived += isinstance(event, ShardMeasured)
-        if arrived < 12 or lost:
-            return
-        wait_until(lambda: len({note.node for note in notes.shards if int(note.what) >= 12}) == 3)
-        victim = shared_ray.nodes[1]
-        lost.update({note.node[:8]: note.what for note in notes.shards if note.node == victim.node_id})
-        shared_ray.kill_node(victim)
-        notes.open("lost")
-
-    with noting(tmp_path / "notes", {12: "lost"}) as notes:
-        run = score(tiny_llama, tmp_path / "w", address=shared_ray.address, replicas=3, on_event=lose)
-    assert run.status == "done"
-    assert_same_tables(tmp_path / "w", undisturbed)
-    told = re.compile(r"he node [\d.]+ \((\w{8})\) was lost; shard (\d+) is measured again")
-    row = Warehouse(tmp_path / "w").run(run.run_id)
-    assert row is not None and dict(told.findall("\n".join(row["notes"]))) == lost
-    assert dict(told.findall(capsys.readouterr().err)) == lost
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,22 +213,6 @@ def test_tasks_merge_to_the_same_bytes(
         score(tiny_llama, tmp_path / "damaged", executor="ray", on_event=Damaging(tmp_path / "damaged"))
 
 
-def test_any_number_of_mergers_gives_the_same_bytes(
-    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each partial a block of its own, and every block in a file."""
-    monkeypatch.setattr(partials, "MERGED_HERE", 0)
-    monkeypatch.setattr(spill, "KEPT_BYTES", 0)
-    for mergers in (1, 8, 64):
-        with ThreadPoolExecutor(mergers) as pool:
-            monkeypatch.setattr(LocalExecutor, "apply", lambda _, *arguments, pool=pool: pool.map(*arguments))
-            out = tmp_path / str(mergers)
-            shutil.copytree(undisturbed / "shard_stats", out / "shard_stats")
-            run = score(tiny_llama, out, executor="local")
-        assert (run.status, run.resumed_shards) == ("done", 20)
-        assert_same_tables(out, undisturbed)
-
-
 class Damaging:
     """Flips a bit of a partial after its receipt has come."""
 
@@ -275,31 +226,6 @@ class Damaging:
             data = bytearray(file.read_bytes())
             data[len(data) // 2] ^= 1
             file.write_bytes(data)
-
-
-MARKS: list[Path] = []  # a folder; travels to the worker with the class below
-
-
-class HasPassingFaults(Worker):
-    """The first attempt at shard 5 raises; the first partial of shard 2 is there, and no receipt comes."""
-
-    def measure(self, assignment: ShardAssignment) -> Any:
-        shard = assignment.shard and assignment.shard.shard_id
-        if shard == 5 and is_first("raised"):
-            raise OSError("a passing fault")
-        done = super().measure(assignment)
-        if shard == 2 and isinstance(done, Receipt) and is_first("died"):
-            os._exit(1)
-        return done
-
-
-def is_first(mark: str) -> bool:
-    """Whether no worker was here before."""
-    try:
-        (MARKS[0] / mark).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 class WaitsBeforeShardTen(Worker):
@@ -319,18 +245,6 @@ def this_module_travels() -> Iterator[None]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("shared_ray", "this_module_travels")
-def test_passing_faults_are_retried(
-    tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    MARKS[:] = [tmp_path]
-    monkeypatch.setattr(gang, "Worker", HasPassingFaults)
-    assert score(tiny_llama, tmp_path / "w", executor="ray", replicas=1).status == "done"
-    assert (tmp_path / "raised").exists() and (tmp_path / "died").exists()
-    assert_same_tables(tmp_path / "w", undisturbed)
 
 
 @dataclass(frozen=True)
