@@ -140,8 +140,6 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     """Predict the change of the loss if weights are rounded to this format: int4, int4-g64, fp8, nvfp4, q4_0, ..."""
     rounded_layers: Annotated[bool, Option(panel=ROUNDED)] = True
     """Measure the loss with the weights of each layer rounded to each format of `quantize`, too."""
-    rounded_maps: Annotated[bool, Option(panel=ROUNDED)] = False
-    """Measure the loss with each single linear map rounded, too."""
     skip_sequences: Count = 0
     """Skip this many rows at the start of the corpus."""
     allow_many: Annotated[bool, Option(names=("--yes",))] = False
@@ -152,8 +150,6 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     def __post_init__(self) -> None:
         for name in self.quantize:
             number_format(name).require_package()
-        if self.rounded_maps and not self.quantize:
-            raise ConfigError("`rounded_maps` has no effect without a number format.", "Name one with `quantize`.")
         measures = ("leave_one_out", "sublayers", "shapley", "gradients", "damage", "quantize")
         if not any(getattr(self, name) for name in measures):
             named = ", ".join(f"`{name}`" for name in measures[:-1])

@@ -179,6 +179,7 @@ REMOVED: dict[str, str] = {
     "scorecard": "`avss findings --truth`",
     "estimate --corpus": "`avss estimate ORG/NAME` (memory does not depend on the text)",
     "estimate --hardware": "`avss estimate ORG/NAME --ranks 8` (the memory of each of 8 ranks)",
+    "ablate --rounded-maps": "`avss ablate ORG/NAME --corpus CORPUS --quantize int4` predicts it for every map",
     "score --gradients": "`avss ablate ORG/NAME --corpus CORPUS --gradients`",
     "plan --search": "`avss plan --by greedy --corpus your.txt -o plan.yaml`",
     "plan --sublayers": "`avss ablate ORG/NAME --corpus CORPUS --sublayers`",

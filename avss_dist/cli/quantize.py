@@ -12,7 +12,7 @@ from avss_dist.core.errors import require_known
 from avss_dist.requests import PrecisionRequest
 from avss_dist.system.streams import emit
 
-FORMATS = ("plan", "llama-cpp", "llm-compressor", "auto-round", "bitsandbytes", "torchao")
+FORMATS = ("plan", "llama-cpp", "llm-compressor")
 
 
 @takes(PrecisionRequest)

@@ -181,28 +181,10 @@ ROUNDING_ESTIMATES = {
         meaning="the same, from gradients of drawn labels, summed over the linear maps of the layer",
     ),
     "predicted": ScoreInfo(title="first + second order", meaning="first_order + second_order"),
-    "second_order_joint": ScoreInfo(
-        title="second order, maps together",
-        meaning="as second_order, with products of different linear maps of the layer",
-    ),
-    "predicted_joint": ScoreInfo(
-        title="first + second order, maps together", meaning="first_order + second_order_joint"
-    ),
-    "second_order_sequence": ScoreInfo(
-        title="second order, of sequences",
-        meaning="as second_order_joint, with products of different tokens of a sequence",
-    ),
-    "predicted_sequence": ScoreInfo(
-        title="first + second order, of sequences", meaning="first_order + second_order_sequence"
-    ),
     "output_error": ScoreInfo(
         title="error of outputs",
         meaning="relative squared change of the outputs of linear maps with rounded weights, without gradients",
     ),
-    "propagated_0": ScoreInfo(
-        title="propagated", meaning="relative distance of the hidden states after the layer, without gradients"
-    ),
-    "propagated_2": ScoreInfo(title="propagated, two layers on", meaning="the same two layers later"),
 }
 """Estimates of a layer's sensitivity to rounded weights by metric; high is sensitive."""
 SECOND_ORDER = "second_order"
@@ -217,8 +199,6 @@ PRECISION_ESTIMATES = {
 PRECISION_METHODS = PRECISION_ESTIMATES | {
     "uniform": "one format for all linear maps",
     "random": "linear maps in random order",
-    "ends": "the layers nearest to the first and the last one keep the most bits",
-    "largest": "the linear maps with the most weights lose bits first",
 }
 """Methods of choosing the number format of each linear map, with their meanings."""
 RECIPES = ("pooled", "element", "unit")

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from avss_dist.analysis.reliability import reliability
 from avss_dist.core.intervention import RoundedPlace, parse_rounded
-from avss_dist.core.names import LOSS, ROUNDED_LOSS, ROUNDED_MAP_LOSS, ROUNDING_AHEAD, ROUNDING_TASK
+from avss_dist.core.names import LOSS, ROUNDED_LOSS, ROUNDING_TASK
 from avss_dist.core.registry import ROUNDING_ESTIMATES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import fingerprint
@@ -19,15 +19,12 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.requests import AblateRequest
 from avss_dist.tasks.base import Result, Task
-from avss_dist.tasks.damage import Damage
 from avss_dist.tasks.rounding import (
     BITS,
     NUM_WEIGHTS,
     RoundedLosses,
     RoundingDamage,
 )
-
-MAPS_PER_LAYER = 7  # of a gated MLP and attention, for the amount of work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +33,7 @@ class PlaceSensitivity:
 
     Attributes:
         place: what is rounded, and to which format.
-        estimates: results of `rounding.RoundingDamage`, and of `damage.Damage` for layers, by metric.
+        estimates: results of `rounding.RoundingDamage` by metric.
         loss: measured loss, in nats per token; None if it was not measured.
         increase: its increase over that of the whole model, paired by sequence.
     """
@@ -96,7 +93,7 @@ def _with_error(name: str, result: Result | None) -> dict[str, float | None]:
     return {name: None if result is None else result.value, f"{name}_stderr": stderr}
 
 
-_TASKS = (ROUNDING_TASK, ROUNDING_AHEAD, ROUNDED_LOSS, ROUNDED_MAP_LOSS)
+_TASKS = (ROUNDING_TASK, ROUNDED_LOSS)
 
 
 def is_of_rounding(task: Task) -> bool:
@@ -112,20 +109,14 @@ def rounding_tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan
     damage = tuple(RoundingDamage(shard=s, formats=request.formats, draws=request.draws) for s in text.shards)
     reading = {**read, "skip_sequences": request.skip_sequences}  # for the text that a plan was predicted on
     yield Task(name=f"{ROUNDING_TASK}{corpus}", parts=damage, options=reading)
-    ahead = tuple(Damage(shard=shard, draws=None, formats=request.formats) for shard in text.shards)
-    yield Task(name=f"{ROUNDING_AHEAD}{corpus}", parts=ahead, options=read)
-    for name in request.formats:
-        if request.rounded_layers:
-            layers = tuple(RoundedLosses(shard, name) for shard in text.shards)
-            yield Task(name=f"{ROUNDED_LOSS}{name}:{corpus}", parts=layers, options=read)
-        if request.rounded_maps:
-            maps = tuple(RoundedLosses(shard, name, maps=True) for shard in text.shards)
-            yield Task(name=f"{ROUNDED_MAP_LOSS}{name}:{corpus}", parts=maps, options=read)
+    for name in request.formats if request.rounded_layers else ():
+        layers = tuple(RoundedLosses(shard, name) for shard in text.shards)
+        yield Task(name=f"{ROUNDED_LOSS}{name}:{corpus}", parts=layers, options=read)
 
 
 def count_roundings(request: AblateRequest) -> int:
-    """Return how many times each layer is rounded alone, about."""
-    return len(request.formats) * (request.rounded_layers + MAPS_PER_LAYER * request.rounded_maps)
+    """Return how many times each layer is rounded alone."""
+    return len(request.formats) * request.rounded_layers
 
 
 def sensitivity(

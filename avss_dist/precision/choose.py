@@ -43,7 +43,7 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
     weights = np.array([measured.weights[_place(one, formats[0])] for one in maps], np.float64)
     bits *= weights[:, None]
     budget = _budget(request, run, weights, bits)
-    chosen = _choose(request, maps, damage, bits, budget)
+    chosen = _choose(request, damage, bits, budget)
     rounded = [
         MapPrecision(
             layer=layer,
@@ -151,7 +151,7 @@ def _budget(request: PrecisionRequest, run: Mapping[str, Any], weights: Float64,
     return float((request.memory - others) * 8)
 
 
-def _choose(request: PrecisionRequest, maps: Sequence[_Map], damage: Float64, bits: Float64, budget: float) -> Choice:
+def _choose(request: PrecisionRequest, damage: Float64, bits: Float64, budget: float) -> Choice:
     """Return the format of each map by the method of a request.
 
     Raises:
@@ -163,11 +163,5 @@ def _choose(request: PrecisionRequest, maps: Sequence[_Map], damage: Float64, bi
         if bits.sum(axis=0).min() > budget * (1 + ROUNDING_ERROR):
             raise ConfigError("No single format is within the budget.", f"Raise it, or use `by` {SECOND_ORDER}.")
         return same_format(bits, budget)
-    last = max(layer for layer, _ in maps)
-    sizes = bits.max(axis=1)
-    orders = {
-        "random": lambda: np.random.default_rng(request.seed).permutation(len(maps)).tolist(),
-        "ends": lambda: sorted(range(len(maps)), key=lambda i: (min(maps[i][0], last - maps[i][0]), i)),
-        "largest": lambda: sorted(range(len(maps)), key=lambda i: (sizes[i], i)),
-    }
-    return in_order(orders[request.by](), damage, bits, budget)
+    order = np.random.default_rng(request.seed).permutation(len(bits)).tolist()
+    return in_order(order, damage, bits, budget)

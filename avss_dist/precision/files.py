@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +13,6 @@ from avss_dist.precision.plan import MapPrecision, PrecisionPlan
 from avss_dist.pruning.plan import to_yaml
 from avss_dist.pruning.selection import PlanError
 
-UNROUNDED = "bf16"
 Names = Mapping[tuple[int, str], str]
 """Names of the linear maps in the checkpoint, by layer and path below it: ``model.layers.7.mlp.up_proj``."""
 
@@ -91,49 +89,6 @@ def _scheme(known: CompressedTensorsFormat) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def auto_round(plan: PrecisionPlan) -> str:
-    """Return a plan as JSON for auto-round's ``layer_config``: bits, group size and type of each module.
-
-    Raises:
-        PlanError: the plan has other formats than integers with a scale for each channel or group.
-    """
-    formats = _known(plan, CompressedTensorsFormat, "auto-round", "int4-g128 and int8")
-    if others := sorted(name for name, known in formats.items() if known.options["type"] != "int"):
-        raise PlanError(f"This file for auto-round has integers, and the plan has {', '.join(others)}.")
-    layers = {
-        name: {
-            "bits": formats[entry.format].options["num_bits"],
-            "group_size": formats[entry.format].group or -1,
-            "sym": True,
-            "data_type": "int",
-        }
-        for entry, name in _named(plan)
-    }
-    return json.dumps(layers, indent=1) + "\n"
-
-
-def bitsandbytes(plan: PrecisionPlan) -> str:
-    """Return a plan as JSON for ``BitsAndBytesConfig``: the modules that stay unrounded.
-
-    Raises:
-        PlanError: the plan rounds to several formats, and bitsandbytes to one.
-    """
-    rounded = sorted({entry.format for entry in plan.rounded} - {UNROUNDED})
-    if len(rounded) != 1 or FORMATS[rounded[0]].element_bits not in (4, 8):
-        raise PlanError(
-            f"bitsandbytes rounds to one format of 4 or 8 bits, and the plan has {', '.join(rounded) or 'none'}.",
-            f"Choose from {UNROUNDED} and one format of 4 or 8 bits.",
-        )
-    skipped = [name for entry, name in _named(plan) if entry.format == UNROUNDED]
-    loads = {"load_in_4bit" if FORMATS[rounded[0]].element_bits == 4 else "load_in_8bit": True}
-    return json.dumps({**loads, "llm_int8_skip_modules": [*skipped, "lm_head"]}, indent=1) + "\n"
-
-
-def torchao(plan: PrecisionPlan) -> str:
-    """Return a plan as JSON of module names by format, for the ``filter_fn`` of torchao's ``quantize_``."""
-    return json.dumps(_by_format(plan), indent=1) + "\n"
-
-
 def _named(plan: PrecisionPlan) -> list[tuple[MapPrecision, str]]:
     names = module_names(plan)
     return [(entry, names[entry.layer, entry.map]) for entry in plan.rounded]
@@ -163,8 +118,5 @@ def _known(plan: PrecisionPlan, kind: type[Any], program: str, examples: str) ->
 EXPORTS: Mapping[str, Callable[[PrecisionPlan], str]] = {
     "llama-cpp": llama_cpp,
     "llm-compressor": llm_compressor,
-    "auto-round": auto_round,
-    "bitsandbytes": bitsandbytes,
-    "torchao": torchao,
 }
 """Functions that write a plan for other programs, by the name of the format."""

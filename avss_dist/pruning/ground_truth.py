@@ -18,7 +18,6 @@ from avss_dist.core.names import (
     LOSS,
     NUM_WEIGHTS,
     ROUNDED_LOSS,
-    ROUNDING_AHEAD,
     ROUNDING_TASK,
 )
 from avss_dist.core.registry import (
@@ -121,19 +120,18 @@ def rounding_estimates(store: Warehouse, run: Mapping[str, Any], truth: LayerTru
     Each is of the newest evaluation of another text than that of the truth, or else of the newest one.
     """
     estimates: dict[str, LayerTruth] = {}
-    for task in (ROUNDING_TASK, ROUNDING_AHEAD):
-        of_other_text: set[str] = set()
-        for rows in _newest_first(store, run, task, [*ROUNDING_ESTIMATES]):
-            for metric in {row["metric"] for row in rows} - of_other_text:
-                by_format = _by_format([row for row in rows if row["metric"] == metric])
-                if truth.format not in by_format:
-                    continue
-                estimate = _rounded_truth(rows[0], truth.format, by_format[truth.format])
-                if estimate.text != truth.text:
-                    estimates[metric] = estimate
-                    of_other_text.add(metric)
-                else:
-                    estimates.setdefault(metric, estimate)
+    of_other_text: set[str] = set()
+    for rows in _newest_first(store, run, ROUNDING_TASK, [*ROUNDING_ESTIMATES]):
+        for metric in {row["metric"] for row in rows} - of_other_text:
+            by_format = _by_format([row for row in rows if row["metric"] == metric])
+            if truth.format not in by_format:
+                continue
+            estimate = _rounded_truth(rows[0], truth.format, by_format[truth.format])
+            if estimate.text != truth.text:
+                estimates[metric] = estimate
+                of_other_text.add(metric)
+            else:
+                estimates.setdefault(metric, estimate)
     return {metric: estimates[metric] for metric in ROUNDING_ESTIMATES if metric in estimates}
 
 

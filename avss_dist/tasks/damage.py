@@ -1,32 +1,29 @@
-"""Effect of changing each layer on the hidden states a few layers later and, by their gradients, on the loss.
+"""Effect of removing each layer on the hidden states a few layers later and, by their gradients, on the loss.
 
-A layer is removed, or its weights are rounded. One pass measures all layers: each layer runs on the hidden states of
-the whole model and on those of the models with a change of one of the layers before it. Each of these models is
-followed for ``lookahead`` layers.
+One pass measures all layers: each layer runs on the hidden states of the whole model and on those of the models without
+one of the layers before it. Each of these models is followed for ``lookahead`` layers.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, round_place
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.registry import BLOCK_DISTANCE, DRAWS, SCORES
 from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
-from avss_dist.models.number_formats import NumberFormat, number_format
-from avss_dist.models.rounding import rounding_weights
 from avss_dist.models.skipping import replaced_forwards
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
@@ -58,60 +55,34 @@ class Damage:
     Every block of layers (``drop``) has ``block_distance`` and ``block_cosine``: the means over tokens of
     ``acos(cos) / pi`` and of ``1 - cos`` between its input and its output (Gromov et al., arXiv 2403.17887, section 3).
 
-    With ``formats``, each layer is not removed, and its weights are rounded to each of them instead. There are no rows
-    of blocks then.
-
     Attributes:
         lookahead: number of later layers after which the effect is measured.
-        draws: number of draws of labels; None computes no gradients, and has only the rows that need none.
+        draws: number of draws of labels.
         seed: seed of the draws.
-        formats: names of number formats.
     """
 
     shard: Shard
     lookahead: int = LOOKAHEAD
-    draws: int | None = DRAWS
+    draws: int = DRAWS
     seed: int = 0
-    formats: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """See `tasks.base.Measure`."""
-        options: dict[str, Any] = {
-            "lookahead": self.lookahead,
-            "draws": self.draws,
-            "seed": self.seed if self.draws else 0,
-        }
-        options |= {"formats": list(self.formats)} if self.formats else {}
+        options = {"lookahead": self.lookahead, "draws": self.draws, "seed": self.seed}
         return fingerprint(measure="damage", shard=self.shard.content_hash, **options)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`. Removed layers have no rows, and layers without linear maps none of formats."""
+        """See `tasks.base.Measure`. Removed layers have no rows."""
         layers = [layer for layer in model.layers if layer.index not in intervention.removed]
-        formats = {known.name: known for known in map(number_format, self.formats)}
-        if formats:
-            model.require_roundable(layers, formats.values())
         batches = list(self.shard.batches(model.settings.batch_size))
-
-        def begin(batch: Batch) -> _Pass:
-            return _Pass.start(batch, layers, self.lookahead, self.draws, model.device, formats)
-
+        passes = [_Pass.start(batch, layers, self.lookahead, self.draws, model.device) for batch in batches]
         with model.applying(intervention), trainable(model.module, ()), _watched(layers):
-            if self.draws is None:
-                passes = model.each(lambda batch: begin(batch).forward(model, batch), batches)
-            else:
-                passes = model.backpropagate(batches, list(map(begin, batches)), draws=self.draws, seed=self.seed)
+            passes = model.backpropagate(batches, passes, draws=self.draws, seed=self.seed)
         return list(_rows(passes, predicted_tokens(self.shard, model)))
 
 
-class Change(NamedTuple):
-    """A layer that is removed, or whose weights are rounded to a number format."""
-
-    layer: int
-    format: str | None = None
-
-
-Key = tuple[str, Change, tuple[int, ...] | None]  # metric, change, and the layers of a block that begins with its layer
+Key = tuple[str, int, tuple[int, ...] | None]  # metric, removed layer, and the layers of a block that begins with it
 
 
 @dataclass
@@ -121,20 +92,18 @@ class _Pass(Watched):
     Attributes:
         observed, real: bool[rows, tokens]; tokens that are counted, and tokens without padding.
         order: indices of the layers that run.
-        draws: number of draws of labels; None without gradients.
-        formats: number formats to which layers are rounded, by name; empty to remove layers.
-        sums: float64[rows] by metric, change and block.
+        draws: number of draws of labels.
+        sums: float64[rows] by metric, removed layer and block.
     """
 
     observed: torch.Tensor
     real: torch.Tensor
     order: Sequence[int]
     lookahead: int
-    draws: int | None
-    formats: Mapping[str, NumberFormat] = field(default_factory=dict)
+    draws: int
     sums: dict[Key, torch.Tensor] = field(default_factory=dict)
     _calls: Counter[int] = field(default_factory=Counter)  # of modules, by the first layer that each is
-    _changed: dict[Change, torch.Tensor] = field(default_factory=dict)  # hidden states of the model with a change
+    _changed: dict[int, torch.Tensor] = field(default_factory=dict)  # hidden states without a layer, by its index
     _streams: list[torch.Tensor] = field(default_factory=list)  # [rows, tokens, units] before each layer, and the last
     _displaced: dict[int, list[_Displacement]] = field(default_factory=dict)  # by the layer after which it is seen
     _gradients: Counter[int] = field(default_factory=Counter)  # that came to a layer
@@ -144,26 +113,19 @@ class _Pass(Watched):
         batch: Batch,
         layers: Sequence[Layer],
         lookahead: int,
-        draws: int | None,
+        draws: int,
         device: torch.device,
-        formats: Mapping[str, NumberFormat],
     ) -> _Pass:
         observed, real = (torch.from_numpy(mask).to(device) for mask in (batch.observed, batch.attention_mask))
-        return _Pass(observed, real, [layer.index for layer in layers], lookahead, draws, formats)
+        return _Pass(observed, real, [layer.index for layer in layers], lookahead, draws)
 
     @property
     def keeps(self) -> int:
         """See `causal_lm.Watching`."""
         return self.lookahead + 2
 
-    def forward(self, model: LanguageModel, batch: Batch) -> _Pass:
-        """Run the batch without gradients, and return this pass."""
-        with self.watch(), torch.no_grad():
-            model.hidden_states(batch)
-        return self
-
     def call(self, uses: Sequence[Layer], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a layer on the whole model's hidden states and on those of the models with a change of an earlier layer.
+        """Run a layer on the whole model's hidden states and on those of the models without an earlier layer.
 
         When a layer runs again for its gradients, it runs on the whole model's hidden states alone.
         """
@@ -175,7 +137,7 @@ class _Pass(Watched):
                 call = LayerCall(args, kwargs)
                 given = call.hidden.detach().clone()  # which a layer may change
                 models = {key: _advanced(layer, call, hidden, forward) for key, hidden in self._changed.items()}
-                models |= self._begun(layer, call, given, forward)
+                models[layer.index] = given
             output = forward(*args, **kwargs)
             with torch.no_grad():
                 self._compare(layer, models, given, _hidden(layer, output, given))
@@ -189,53 +151,36 @@ class _Pass(Watched):
             out.register_hook(partial(self._receive, layer))
         return output
 
-    def _begun(
-        self, layer: Layer, call: LayerCall, given: torch.Tensor, forward: Callable[..., Any]
-    ) -> dict[Change, torch.Tensor]:
-        """Return the hidden states after a layer that is removed, or that is rounded to each format."""
-        if not self.formats:
-            return {Change(layer.index): given}
-        begun = {}
-        for name, known in self.formats.items() if layer.projections else ():
-            with rounding_weights({projection.module: known for projection in layer.projections}):
-                begun[Change(layer.index, name)] = _advanced(layer, call, given.clone(), forward)
-        return begun
-
-    def _compare(
-        self, layer: Layer, models: dict[Change, torch.Tensor], given: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Compare the models with a change with the whole model after a layer, of which ``given`` is the input."""
+    def _compare(self, layer: Layer, models: dict[int, torch.Tensor], given: torch.Tensor, out: torch.Tensor) -> None:
+        """Compare the models without a layer with the whole model after a layer, of which ``given`` is the input."""
         whole = self._rows(layer, out)
-        if not self.formats:
-            self._streams += [] if self._streams else [self._rows(layer, given)]
-            self._streams.append(whole.clone())  # which the next layer may change
+        self._streams += [] if self._streams else [self._rows(layer, given)]
+        self._streams.append(whole.clone())  # which the next layer may change
         position, last = self.order.index(layer.index), layer.index == self.order[-1]
         self._changed = {}
-        for change, hidden in models.items():
-            distance = position - self.order.index(change.layer)
+        for removed, hidden in models.items():
+            distance = position - self.order.index(removed)
             distances = range(distance, self.lookahead + 1) if last else (distance,)
             displaced = self._rows(layer, hidden.to(out.device))
-            self._measure_distance(change, distances, displaced, whole)
-            if self.draws is not None:
-                displacement = _Displacement(change, distances, (displaced.float() - whole.float()).to(whole.dtype))
-                self._displaced.setdefault(layer.index, []).append(displacement)
+            self._measure_distance(removed, distances, displaced, whole)
+            displacement = _Displacement(removed, distances, (displaced.float() - whole.float()).to(whole.dtype))
+            self._displaced.setdefault(layer.index, []).append(displacement)
             if distance < self.lookahead:
-                self._changed[change] = hidden
+                self._changed[removed] = hidden
         if last:
             self._changed = {}
-            if not self.formats:
-                self._measure_blocks()
+            self._measure_blocks()
 
     def _measure_distance(
-        self, changed_by: Change, distances: Sequence[int], displaced: torch.Tensor, whole: torch.Tensor
+        self, removed: int, distances: Sequence[int], displaced: torch.Tensor, whole: torch.Tensor
     ) -> None:
         changed, reference = displaced.float(), whole.float()
         size = torch.linalg.vector_norm(reference, dim=-1).clamp_min_(torch.finfo(torch.float32).tiny)
         relative = torch.linalg.vector_norm(changed - reference, dim=-1) / size
         cosine = 1 - torch.cosine_similarity(changed, reference, dim=-1)
         for m in distances:
-            self.sums[f"{PROPAGATED}_{m}", changed_by, None] = self._sum(relative)
-            self.sums[f"{PROPAGATED_COSINE}_{m}", changed_by, None] = self._sum(cosine)
+            self.sums[f"{PROPAGATED}_{m}", removed, None] = self._sum(relative)
+            self.sums[f"{PROPAGATED_COSINE}_{m}", removed, None] = self._sum(cosine)
 
     def _measure_blocks(self) -> None:
         device = self._streams[-1].device
@@ -247,14 +192,13 @@ class _Pass(Watched):
         for start, layer in enumerate(self.order):
             for end in range(start + 1, len(self.order) + 1):
                 block = tuple(self.order[start:end])
-                self.sums[BLOCK_DISTANCE, Change(layer), block] = self._sum(distances[..., start, end])
-                self.sums[BLOCK_COSINE, Change(layer), block] = self._sum(1 - cosines[..., start, end])
+                self.sums[BLOCK_DISTANCE, layer, block] = self._sum(distances[..., start, end])
+                self.sums[BLOCK_COSINE, layer, block] = self._sum(1 - cosines[..., start, end])
 
     def _receive(self, layer: Layer, gradient: torch.Tensor) -> None:
         """Add a gradient at the output of a layer: first that of the text's labels, then those of the draws."""
         number = self._gradients[layer.index]
         self._gradients[layer.index] += 1
-        assert self.draws is not None
         g = self._rows(layer, gradient.detach()).float()
         displacements = self._displaced.get(layer.index, [])
         if number == self.draws:
@@ -262,20 +206,19 @@ class _Pass(Watched):
         for displacement in displacements:
             products = (g * displacement.difference.float()).sum(dim=-1).double().where(self.real.to(g.device), 0)
             for m in displacement.distances:
-                self._project(displacement.change, m, number, products)
+                self._project(displacement.removed, m, number, products)
 
-    def _project(self, change: Change, m: int, number: int, products: torch.Tensor) -> None:
+    def _project(self, removed: int, m: int, number: int, products: torch.Tensor) -> None:
         """Add the products <g, d> of all tokens, [rows, tokens], for one set of labels."""
         if number == 0:
-            self.sums[f"{TAYLOR}_{m}", change, None] = products.abs().sum(dim=1)
+            self.sums[f"{TAYLOR}_{m}", removed, None] = products.abs().sum(dim=1)
             for metric in (SIGNED, PREDICTED):
-                self.sums[f"{metric}_{m}", change, None] = products.sum(dim=1)
+                self.sums[f"{metric}_{m}", removed, None] = products.sum(dim=1)
             return
-        assert self.draws is not None
         second = products.square().sum(dim=1) / (2 * self.draws)
-        fisher = f"{FISHER}_{m}", change, None
+        fisher = f"{FISHER}_{m}", removed, None
         self.sums[fisher] = self.sums[fisher] + second if number > 1 else second
-        self.sums[f"{PREDICTED}_{m}", change, None] += second
+        self.sums[f"{PREDICTED}_{m}", removed, None] += second
 
     def _rows(self, layer: Layer, tensor: torch.Tensor) -> torch.Tensor:
         """Return a layer's input, output or gradient as [rows, tokens, units]."""
@@ -291,15 +234,15 @@ class _Pass(Watched):
 
 @dataclass(frozen=True)
 class _Displacement:
-    """Difference of the hidden states with a change of a layer.
+    """Difference of the hidden states without a layer.
 
     Attributes:
-        change: that change.
+        removed: that layer.
         distances: values of ``m`` of `Damage` for which it is the difference; several after the last layer.
         difference: [rows, tokens, units].
     """
 
-    change: Change
+    removed: int
     distances: Sequence[int]
     difference: torch.Tensor
 
@@ -337,9 +280,8 @@ def _watched(layers: Sequence[Layer]) -> Iterator[None]:
 
 def _rows(passes: Sequence[_Pass], predicted: Float64) -> Iterator[Row]:
     observed = np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
-    for key in sorted(passes[0].sums, key=lambda key: (key[1].layer, key[1].format or "", key[2] or (), key[0])):
-        metric, change, block = key
+    for key in sorted(passes[0].sums, key=lambda key: (key[1], key[2] or (), key[0])):
+        metric, layer, block = key
         samples = torch.cat([batch.sums[key].flatten().cpu() for batch in passes]).numpy()
         weights = observed if metric.startswith((PROPAGATED, BLOCK_DISTANCE, BLOCK_COSINE)) else predicted
-        rounding = round_place(change.format, change.layer).key if change.format else None
-        yield Row(metric=metric, samples=samples, weights=weights, layer=change.layer, removed=block, rounding=rounding)
+        yield Row(metric=metric, samples=samples, weights=weights, layer=layer, removed=block)

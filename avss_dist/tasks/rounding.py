@@ -29,8 +29,6 @@ from avss_dist.tasks.gradients import trainable
 from avss_dist.tasks.watching import Watched, watched_maps
 
 FIRST, SECOND, PREDICTED, OUTPUT_ERROR = "first_order", "second_order", PREDICTED_RISE, "output_error"
-SECOND_JOINT, PREDICTED_JOINT = "second_order_joint", "predicted_joint"
-SECOND_SEQUENCE, PREDICTED_SEQUENCE = "second_order_sequence", "predicted_sequence"
 BITS = BITS_PER_WEIGHT
 MAX_KEPT_BYTES = 2 << 30  # of changes of outputs that wait for the gradients of drawn labels
 
@@ -44,27 +42,20 @@ class RoundedLosses:
 
     Attributes:
         format: name of the format.
-        maps: round every linear map alone instead of every layer.
     """
 
     shard: Shard
     format: str
-    maps: bool = False
 
     @property
     def key(self) -> str:
         """See `tasks.base.Measure`."""
-        options = {"maps": True} if self.maps else {}
-        return fingerprint(measure="rounded losses", shard=self.shard.content_hash, format=self.format, **options)
+        return fingerprint(measure="rounded losses", shard=self.shard.content_hash, format=self.format)
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.base.Measure`. Removed layers are not rounded."""
         layers = _layers(model, intervention, [number_format(self.format)])
-        roundings = [
-            round_place(self.format, layer.index, path)
-            for layer in layers
-            for path in ([p.path for p in layer.projections] if self.maps else [None])
-        ]
+        roundings = [round_place(self.format, layer.index) for layer in layers]
         interventions = [intervention, *map(intervention.rounded, roundings)]
         losses = model.losses_under(list(self.shard.batches(model.settings.batch_size)), interventions)
         weights = predicted_tokens(self.shard, model)
@@ -85,20 +76,12 @@ class RoundingDamage:
     - ``second_order``: half the sum over tokens of ``<g_t, d_t>^2`` with the gradients of labels drawn from the model's
       own prediction, a mean over draws: the Fisher information token by token, as ``fisher_0`` of `damage.Damage`.
     - ``predicted``: their sum, the predicted increase of the loss. All are in nats per predicted token.
-    - ``second_order_sequence``: half the square of the sum over the tokens of a sequence of ``<g_t, d_t>``, a mean over
-      draws. It has the products of different tokens, which the Fisher information has and ``second_order`` lacks; its
-      error is larger, because a sequence is one sample.
-    - ``predicted_sequence``: ``first_order + second_order_sequence``.
     - ``output_error``: the sum over tokens of ``|d_t|^2 / |W x|^2``, per token, with bias, without gradients.
 
     - ``num_weights``, ``bits_per_weight``: the size of the weight, and the bits of a number with its share of scales.
 
-    A layer has the sums of these over its maps (of bits, the mean), as if its maps did not interact;
-    ``second_order_joint`` and ``predicted_joint`` square the sum over its maps of ``<g_t, d_t>`` instead, token by
-    token, and ``second_order_sequence`` that over its maps and the tokens of a sequence.
-
-    The gradient at a map's output has the effect of all later layers on a small change, so that none are looked ahead.
-    `damage.Damage` follows the hidden states of a model with a rounded layer, without gradients.
+    A layer has the sums of these over its maps (of bits, the mean), as if its maps did not interact. The
+    gradient at a map's output has the effect of all later layers on a small change, so that none are looked ahead.
 
     All formats share one forward pass and ``1 + draws`` backward passes. A weight is rounded once for each batch and
     format (20 to 40 ns for a number; 100 to 300 for FP4), and one product gives d_t: about as much as the forward pass,
@@ -127,7 +110,7 @@ class RoundingDamage:
         formats = [number_format(name) for name in self.formats]
         layers = _layers(model, intervention, formats)
         batches = list(self.shard.batches(model.settings.batch_size))
-        passes = [_Pass.start(batch, layers, formats, self.draws, model.device) for batch in batches]
+        passes = [_Pass.start(batch, formats, self.draws, model.device) for batch in batches]
         maps = [(layer, projection) for layer in layers for projection in layer.projections]
         with model.applying(intervention), trainable(model.module, ()), watched_maps(maps):
             passes = model.backpropagate(batches, passes, draws=self.draws, seed=self.seed)
@@ -155,13 +138,11 @@ class _Pass(Watched):
 
     Attributes:
         observed, real: bool[rows, tokens]; tokens that are counted, and tokens without padding.
-        maps: number of linear maps of each layer.
         sums: float64[rows], by metric and place.
     """
 
     observed: torch.Tensor
     real: torch.Tensor
-    maps: dict[int, int]
     formats: Sequence[NumberFormat]
     draws: int
     keeps: int = 2
@@ -169,16 +150,11 @@ class _Pass(Watched):
     _gradients: Counter[tuple[int, str]] = field(default_factory=Counter)  # that came to a map
     _changes: dict[tuple[int, str], list[torch.Tensor]] = field(default_factory=dict)  # of outputs, by format
     _kept_bytes: int = 0
-    _joint: dict[tuple[int, int], list[list[torch.Tensor]]] = field(
-        default_factory=dict
-    )  # by layer and labels, of maps
 
     @staticmethod
-    def start(
-        batch: Batch, layers: Sequence[Layer], formats: Sequence[NumberFormat], draws: int, device: torch.device
-    ) -> _Pass:
+    def start(batch: Batch, formats: Sequence[NumberFormat], draws: int, device: torch.device) -> _Pass:
         observed, real = (torch.from_numpy(mask).to(device) for mask in (batch.observed, batch.attention_mask))
-        return _Pass(observed, real, {layer.index: len(layer.projections) for layer in layers}, formats, draws)
+        return _Pass(observed, real, formats, draws)
 
     def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
         """Register the input of a linear map that has run, and a hook for the gradient of its output."""
@@ -194,19 +170,15 @@ class _Pass(Watched):
         key = layer.index, projection.path
         number = self._gradients[key]
         self._gradients[key] += 1
-        g, products = gradient.detach().float(), []
-        for place, change in zip(self._places(*key), self._output_changes(key, projection, x), strict=True):
+        g = gradient.detach().float()
+        places = [RoundedPlace(layer=layer.index, path=projection.path, format=known.name) for known in self.formats]
+        for place, change in zip(places, self._output_changes(key, projection, x), strict=True):
             if number == 0:
                 error = self._by_token(projection, change.float().square().sum(dim=-1) / size)
                 self._add(OUTPUT_ERROR, place, error.where(self.observed.to(error.device), 0).sum(dim=1))
-            products.append(self._by_token(projection, (g * change.float()).sum(dim=-1)))
-            self._project(place, number, products[-1])
+            self._project(place, number, self._by_token(projection, (g * change.float()).sum(dim=-1)))
         if number == self.draws:
             self._kept_bytes -= sum(change.nbytes for change in self._changes.pop(key, ()))
-        self._join(layer.index, number, products)
-
-    def _places(self, layer: int, path: str | None = None) -> list[RoundedPlace]:
-        return [RoundedPlace(layer=layer, path=path, format=known.name) for known in self.formats]
 
     def _output_changes(
         self, key: tuple[int, str], projection: Projection, x: torch.Tensor
@@ -231,37 +203,12 @@ class _Pass(Watched):
         else:
             for metric in (SECOND, PREDICTED):
                 self._add(metric, place, products.square().sum(dim=1) / (2 * self.draws))
-        self._project_sequence(place, number, products)
-
-    def _project_sequence(self, place: RoundedPlace, number: int, products: torch.Tensor) -> None:
-        """Add the sums of products over the tokens of each sequence, for one set of labels."""
-        total = products.sum(dim=1)
-        values = total.square() / (2 * self.draws) if number else total
-        for metric in (SECOND_SEQUENCE, PREDICTED_SEQUENCE) if number else (PREDICTED_SEQUENCE,):
-            self._add_to(metric, place, values)
 
     def _add(self, metric: str, place: RoundedPlace, values: torch.Tensor) -> None:
         """Add values of a map, float64[rows], to its sum and to that of its layer."""
-        self._add_to(metric, place, values)
-        self._add_to(metric, RoundedPlace(layer=place.layer, format=place.format), values)
-
-    def _add_to(self, metric: str, place: RoundedPlace, values: torch.Tensor) -> None:
-        known = self.sums.get((metric, place))
-        self.sums[metric, place] = values.clone() if known is None else known + values.to(known.device)
-
-    def _join(self, layer: int, number: int, products: list[torch.Tensor]) -> None:
-        """Add the products of a map, by format, to those of its layer; once all maps have some, square their sums."""
-        by_map = self._joint.setdefault((layer, number), [])
-        by_map.append(products)
-        if len(by_map) < self.maps[layer]:
-            return
-        del self._joint[layer, number]
-        for place, of_format in zip(self._places(layer), zip(*by_map, strict=True), strict=True):
-            total = torch.stack([values.to(of_format[0].device) for values in of_format]).sum(dim=0)
-            values = total.square().sum(dim=1) / (2 * self.draws) if number else total.sum(dim=1)
-            for metric in (SECOND_JOINT, PREDICTED_JOINT) if number else (PREDICTED_JOINT,):
-                self._add_to(metric, place, values)
-            self._project_sequence(place, number, total)
+        for summed in (place, RoundedPlace(layer=place.layer, format=place.format)):
+            known = self.sums.get((metric, summed))
+            self.sums[metric, summed] = values.clone() if known is None else known + values.to(known.device)
 
     def _by_token(self, projection: Projection, values: torch.Tensor) -> torch.Tensor:
         """Return values of the tokens of a map's output as float64[rows, tokens], 0 for padding."""

@@ -45,8 +45,6 @@ def main() -> None:
     text, other = tokenize_corpus(args.corpus, load_tokenizer(checkpoint, trust_remote_code=False), settings).shards
     model = open_whole(checkpoint, settings)
     _, once = cpu_timed(partial(TextLoss(text), model))
-    forward, cost = cpu_timed(partial(Damage(shard=text, draws=None), model))
-    print(f"forward alone: {cost / once:.1f} forwards, {len(forward)} rows")
     found, cost = cpu_timed(partial(Damage(shard=text, draws=args.draws), model))
     print(f"with gradients and {args.draws} draws: {cost / once:.1f} forwards")
     whole, *without = LeaveOneOut(other)(model)
@@ -61,7 +59,7 @@ def main() -> None:
     measured = [(name, layer, value) for name, values in scores.items() for layer, value in values.items()]
     scores["damage"] = mean_ranks("damage", measured)
     for name, values in sorted(scores.items()):
-        if not values or name.startswith("gate"):
+        if not values:
             continue
         score = np.array([values[layer] for layer in sorted(values)])
         rho = spearman(score, truth)

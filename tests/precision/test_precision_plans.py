@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import yaml
 from support.checkpoints import llama
 from support.command_line import as_words, avss
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 import avss_dist
 from avss_dist.cli.quantize import FORMATS as OFFERED
@@ -54,7 +53,7 @@ def second_order(plan: PrecisionPlan) -> float:
     return float(str(plan.why["sum_of_second_order"]))
 
 
-@pytest.mark.parametrize("by", ["second_order", "random", "ends", "largest", "uniform"])
+@pytest.mark.parametrize("by", ["second_order", "random", "uniform"])
 def test_every_method_keeps_the_budget_and_none_predicts_less(by: str, predicted: Path) -> None:
     plan, best = chosen(predicted, by=by), chosen(predicted)
     assert len(plan.rounded) == 21 and plan.weights == 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
@@ -90,14 +89,9 @@ def test_gains_on_the_text_of_the_prediction_are_a_finding(predicted: Path) -> N
     assert not any("lower the loss" in finding for finding in chosen(predicted).findings)
 
 
-def test_controls_spare_what_they_say(predicted: Path) -> None:
-    def spared(by: str, **options: Any) -> list[tuple[int, str]]:
-        plan = chosen(predicted, by=by, **options)
-        return [(entry.layer, entry.map) for entry in plan.rounded if entry.format == "int8"]
-
-    assert {layer for layer, _ in spared("ends")} <= {0, 2}
-    assert {name for _, name in spared("largest")} <= {"self_attn.k_proj", "self_attn.v_proj"}
-    assert spared("random", seed=1) == spared("random", seed=1) != spared("random", seed=2)
+def test_a_random_choice_is_that_of_its_seed(predicted: Path) -> None:
+    first, again, other = (chosen(predicted, by="random", seed=seed).rounded for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_memory_is_that_of_the_whole_model(predicted: Path, wide: Path) -> None:
@@ -246,32 +240,11 @@ def test_a_recipe_has_a_scheme_for_each_format(predicted: Path, tmp_path: Path) 
     assert {name for name, args in weights.items() if args.num_bits == 8} == modules_of(plan, "int8")
 
 
-@pytest.mark.parametrize("name", ["auto-round", "torchao"])
-def test_modules_have_their_formats(name: str, predicted: Path, tmp_path: Path) -> None:
-    plan, file = exported(predicted, tmp_path, name, 5, *PAIR)
-    found = json.loads(file.read_text())
-    if name == "auto-round":
-        shapes = {module: (options["bits"], options["group_size"]) for module, options in found.items()}
-        known = {"int4-g32": (4, 32), "int8": (8, -1)}
-        found = {format_: [module for module in shapes if shapes[module] == known[format_]] for format_ in known}
-    assert {format_: {*modules} for format_, modules in found.items()} == {
-        format_: modules_of(plan, format_) for format_ in PAIR
-    }
-
-
-def test_bitsandbytes_skips_what_stays(predicted: Path, tmp_path: Path) -> None:
-    plan, file = exported(predicted, tmp_path, "bitsandbytes", 8, "int4-g32", "bf16")
-    config = BitsAndBytesConfig(**json.loads(file.read_text()))
-    assert config.load_in_4bit and {*config.llm_int8_skip_modules} == {*modules_of(plan, "bf16"), "lm_head"}
-
-
 @pytest.mark.parametrize(
     ("name", "formats", "message"),
     [
         ("llama-cpp", PAIR, "llama.cpp does not have int4-g32, int8"),
         ("llm-compressor", ("q4_0", "bf16"), "llm-compressor does not have"),
-        ("auto-round", ("q4_0", "int8"), "auto-round does not have q4_0"),
-        ("bitsandbytes", PAIR, "bitsandbytes rounds to one format of 4 or 8 bits, and the plan has int4-g32, int8"),
         ("awq", PAIR, "Did you mean"),
     ],
 )

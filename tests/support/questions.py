@@ -81,12 +81,10 @@ def questions() -> dict[str, Any]:
         "shapley": (Shapley(shards=(shard,), seeds=(0,), truncation=False), ()),
         "gradients": (Gradients(shard), ()),
         "gradients without the last layer": (Gradients(shard), (2,)),
-        "propagated": (Damage(shard=shard, draws=None), ()),
         "gradients of what propagates": (Damage(shard=shard, lookahead=1), ()),
         "gradients of what propagates in the rest": (Damage(shard=shard), (1,)),
         "rounded layers": (RoundedLosses(shard, "int4"), ()),
-        "rounded maps of the rest": (RoundedLosses(shard, "fp8", maps=True), (1,)),
-        "rounded layers, and what propagates": (Damage(shard=shard, draws=None, formats=("int4",)), ()),
+        "rounded layers of the rest": (RoundedLosses(shard, "fp8"), (1,)),
         "gradients of rounded weights": (RoundingDamage(shard=shard, formats=("int4", "fp8")), ()),
     }
 

@@ -43,12 +43,11 @@ def test_any_family_and_no_trace(name: str, save_checkpoint: Callable[[Any, Path
     weights = {key: value.clone() for key, value in model.module.state_dict().items()}
     before = TextLoss(shard)(model)[0].samples
     layers = len(model.layers)
-    blocks, pairs = layers * (layers + 1) // 2, layers * (layers - 1) // 2
+    blocks = layers * (layers + 1) // 2
     rounded = [layer for layer in model.layers if layer.projections]
     places = len(rounded) + sum(len(layer.projections) for layer in rounded)
     for measure, number in (
-        (Damage(shard=shard, lookahead=2, draws=None), layers * 3 * 2 + 2 * blocks),
-        (Damage(shard=shard, lookahead=2, draws=1), layers * 3 * 7 + 2 * blocks + pairs),
+        (Damage(shard=shard, lookahead=2, draws=1), layers * 3 * 6 + 2 * blocks),
         (Gradients(shard), 4 * layers),
         (RoundedLosses(shard, "int4"), 1 + len(rounded)),
     ):
