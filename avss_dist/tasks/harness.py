@@ -33,9 +33,7 @@ from avss_dist.models.loading import quiet
 from avss_dist.options import DEFAULT_PROMPT, PromptOptions
 from avss_dist.system.out_of_memory import is_out_of_memory
 from avss_dist.tasks.base import Row, Task
-from avss_dist.tasks.harness_checks import require_answerable, require_data, require_valid
 from avss_dist.tasks.harness_files import (
-    TaskFile,
     code_entries,
     has_local_data,
     is_task_file,
@@ -115,45 +113,54 @@ def harness_task(
     if limit is not None and limit < 1:
         raise ConfigError(f"`limit` must be at least 1, not {limit}.")
     with _silence(), _bad_task(name):
-        resolved_name, config, file = _find(name, trust_remote_code=trust_remote_code)
+        resolved_name, config = _find(name, trust_remote_code=trust_remote_code)
         part = HarnessPart(name=resolved_name, config=config, limit=limit, prompting=prompting)
         loaded = _load(part)
-        if file:
+        if is_task_file(name):
             for task in loaded["tasks"].values():
-                require_answerable(file, task, limit)
+                _require_meaning(name, task, limit)
         part = replace(part, key=_key(part, loaded, template))
     options = {**asdict(prompting), **({"harness_chat_template": template} if template else {})}
     return Task(name=name, parts=(part,), options={"limit": limit, **options})
 
 
-def _find(name: str, *, trust_remote_code: bool) -> tuple[str, str | None, TaskFile | None]:
-    """Return ``name`` and ``config`` of a `HarnessPart`, and the checked task file, if there is one."""
+def _find(name: str, *, trust_remote_code: bool) -> tuple[str, str | None]:
+    """Return ``name`` and ``config`` of a `HarnessPart`."""
     if not is_task_file(name):
         if name not in _catalogue().task_index:
             raise TaskError(f"There is no task '{name}'.", _nearest(name))
-        return name, None, None
-    file = read_task_file(Path(name))
-    named = code_entries(file.config)
+        return name, None
+    config = read_task_file(Path(name))
+    named = code_entries(config)
     if named and not trust_remote_code:
         raise TaskError(
             f"{name} runs code: {', '.join(named)}.", "Read that code, then set `trust_remote_code` to run it."
         )
-    require_valid(file)
     path = Path(name).absolute()
     # With functions, the harness reads the file itself, and finds data where the process is.
-    config = resolve_data_files(file.config, Path.cwd(), *([] if named else [path.parent]))
-    if "class" not in config and config.get("custom_dataset") is None:
-        require_data(file, _data(config))
-    return (str(path), None, file) if named else (name, yaml.safe_dump(config, sort_keys=False), file)
+    config = resolve_data_files(config, Path.cwd(), *([] if named else [path.parent]))
+    return (str(path), None) if named else (name, yaml.safe_dump(config, sort_keys=False))
 
 
-def _data(config: Mapping[str, Any]) -> Any:
-    """Return the rows of a task file by split, as the harness loads them."""
-    import datasets
+def _require_meaning(name: str, task: Any, limit: int | None) -> None:
+    """Refuse mistakes of a task file with which the harness would measure something else without a word.
 
-    options = {key: value for key, value in (config.get("dataset_kwargs") or {}).items() if key != "trust_remote_code"}
-    with _offline(config):
-        return datasets.load_dataset(path=config["dataset_path"], name=config.get("dataset_name"), **options)
+    Args:
+        task: the task of the harness, with its data.
+        limit: number of questions that are asked; None for all.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    if not isinstance(task, ConfigurableTask):  # Python code, with rules of its own
+        return
+    text, columns = task.config.doc_to_text, list(task.features)
+    match = difflib.get_close_matches(text, columns, n=1, cutoff=0.7) if isinstance(text, str) else ()
+    if match and text not in columns and "{" not in text:
+        raise TaskError(f"{name}: doc_to_text is '{text}', which is not a column.", f"Did you mean '{match[0]}'?")
+    if task.OUTPUT_TYPE == "multiple_choice":
+        labels = (task.doc_to_target(dict(row)) for row in islice(task.eval_docs, limit))
+        if any(isinstance(label, int) and label < 0 for label in labels):
+            raise TaskError(f"{name}: doc_to_target gives a negative label.", "Labels are counted from 0.")
 
 
 @contextmanager
@@ -245,7 +252,7 @@ def _load(part: HarnessPart) -> Any:
     if part.config is not None:
         spec = config = yaml.safe_load(part.config)
     elif is_task_file(part.name):
-        config = read_task_file(Path(part.name)).config
+        config = read_task_file(Path(part.name))
     manager = TaskManager(include_defaults=False) if config else _catalogue()
     with _offline(config):
         loaded = manager.load([spec])

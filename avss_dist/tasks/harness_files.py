@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +25,24 @@ _KIND = YamlKind(
 )
 
 
-@dataclass(frozen=True)
-class TaskFile:
-    """A task file merged with the files that it includes.
-
-    Attributes:
-        config: keys and values.
-        places: ``file:line`` of each key.
-    """
-
-    path: Path
-    config: dict[Any, Any]
-    places: Mapping[Any, str]
-
-    def mistake(self, key: Any, what: str, hint: str | None = None) -> TaskError:
-        """Return an error about a key, with its file and line."""
-        return TaskError(f"{self.places.get(key, self.path)}: key '{key}' {what}", hint)
-
-
 def is_task_file(name: str) -> bool:
     """Whether a task is given by its file."""
     return name.endswith((".yaml", ".yml"))
 
 
-def read_task_file(path: Path) -> TaskFile:
-    """Read a task file, and the files that it includes.
+def read_task_file(path: Path) -> dict[Any, Any]:
+    """Return the keys and values of a task file, merged with those of the files that it includes.
 
     Raises:
         TaskError: a file cannot be read or repeats a key, or the task file is a group.
     """
-    file = _read(path, ())
-    if not isinstance(file.config.get("task"), str):
+    config = _read(path, ())
+    if not isinstance(config.get("task"), str):
         raise TaskError(f"{path} names no single task.", "Write `task: NAME`; give the tasks of a group one by one.")
-    return file
+    return config
 
 
-def _read(path: Path, including: tuple[Path, ...]) -> TaskFile:
+def _read(path: Path, including: tuple[Path, ...]) -> dict[Any, Any]:
     if path.exists() and not path.is_file():
         raise TaskError(f"{path} is not a file.", "Name a task file, which ends in .yaml.")
     if not path.exists():
@@ -69,7 +50,6 @@ def _read(path: Path, including: tuple[Path, ...]) -> TaskFile:
     document = read_yaml(path, _KIND)
     values = document.require_valid(document.value)
     config: dict[Any, Any] = {}
-    places: dict[Any, str] = {}
     for name in _included(values, path):
         included = path.parent / name
         if not included.is_file():
@@ -80,12 +60,8 @@ def _read(path: Path, including: tuple[Path, ...]) -> TaskFile:
             )
         if included.resolve() in including:
             raise TaskError(f"{included} includes itself.", f"Take it out of the key 'include' of {path}.")
-        inner = _read(included, (*including, path.resolve()))
-        config |= inner.config
-        places |= inner.places
-    config |= {key: value for key, value in values.items() if key != "include"}
-    places |= {key: f"{path}:{document.line((key,))}" for key in values}
-    return TaskFile(path, config, places)
+        config |= _read(included, (*including, path.resolve()))
+    return config | {key: value for key, value in values.items() if key != "include"}
 
 
 def files_of(path: Path) -> list[Path]:
@@ -96,7 +72,7 @@ def files_of(path: Path) -> list[Path]:
     Raises:
         TaskError: as `read_task_file` and `resolve_data_files`.
     """
-    config = resolve_data_files(read_task_file(path).config, Path(), path.parent)
+    config = resolve_data_files(read_task_file(path), Path(), path.parent)
     data = config.get("dataset_kwargs") or {}
     names = [name for _, name in _walk(data.get("data_files")) if isinstance(name, str) and "://" not in name]
     files = [Path(match) for name in names for match in sorted(glob.glob(glob.escape(name)) or glob.glob(name))]
@@ -154,7 +130,7 @@ def resolve_data_files(config: Mapping[str, Any], *folders: Path) -> dict[str, A
     """
     options = config.get("dataset_kwargs") or {}
     if not isinstance(options, Mapping):
-        return dict(config)  # which is refused where it is checked
+        return dict(config)  # which the harness refuses
     options = dict(options)
     if "data_files" in options:
         options["data_files"] = _resolve_paths(options["data_files"], folders, str(config["task"]))

@@ -337,62 +337,29 @@ def test_data_that_cannot_be_had() -> None:
         harness_task("arc_easy")
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"dataset_kwargs": {"data_files": {"test": "others.jsonl"}}}, r"task 'capitals' do not exist: .*others.jsonl"),
-        ({"test_split": "tset"}, "'test_split' is 'tset', and the data have no such split.\nDid you mean 'test'"),
-        ({"test_split": None}, "'test_split' is missing"),
-        ({"test_splitt": "test"}, "'test_splitt' is unknown.\nDid you mean 'test_split'"),
-        ({"doc_to_text": "{{quesion}}"}, "'doc_to_text' fails.*'quesion' is undefined\n.*Did you mean 'question'"),
-        ({"doc_to_text": "quesion"}, "'doc_to_text' is 'quesion', which is not a column.*\nDid you mean 'question'"),
-        ({"doc_to_text": "{{question"}, "'doc_to_text' is not a valid template, in its line 1: unexpected end"),
-        ({"doc_to_text": "{{ range(10**7) | list }}"}, "'doc_to_text' fails for question 1: Range too big"),
-        ({"doc_to_text": "{{ 1 / 0 }}"}, "'doc_to_text' fails for question 1: division by zero"),
-        ({"doc_to_text": "{{ 1 / (answer - 3) }}"}, "'doc_to_text' fails for question 4: division by zero"),
-        ({"doc_to_text": None}, "'doc_to_text' is missing"),
-        ({"doc_to_text": True}, "'doc_to_text' must be a text or a whole number, not True"),
-        ({"doc_to_text": "choices"}, "'doc_to_text' gives .*, not a text, for question 1"),
-        ({"metric_list": [{"metric": "accc"}]}, "unknown metric 'accc'.*\nDid you mean 'acc'"),
-        ({"metric_list": [{}]}, "'metric_list' has an entry whose `metric` must be a name, not None"),
-        ({"metric_list": "acc"}, "'metric_list' must be a list, not 'acc'"),
-        ({"metric_list": ["acc"]}, "'metric_list' must have a list of mappings, not 'acc'"),
-        ({"metric_list": [{"metric": "acc", "aggregation": "meen"}]}, "unknown aggregation 'meen'.\n.*mean 'mean'"),
-        ({"metric_list": [{"metric": "acc", "agregation": "mean"}]}, "unknown key 'agregation'.\n.*mean 'aggregation'"),
-        ({"metric_list": [{"metric": "acc"}, {"metric": "acc"}]}, "has the metric 'acc' twice"),
-        ({"metric_list": [{"metric": "bleu"}]}, "has the metric 'bleu', which output_type multiple_choice does not"),
-        (
-            {"filter_list": [{"name": "x", "filter": [{"function": "take_frist"}]}]},
-            "unknown filter 'take_frist'.\n.*mean 'take_first'",
-        ),
-        ({"filter_list": [{"name": "x", "filter": [{"function": "regex", "patern": "x"}]}]}, "'regex', which refuses"),
-        ({"filter_list": [{"name": "x", "filter": "regex"}]}, "must have a list of mappings, not 'regex'"),
+        ({"test_split": None}, "could not be made: .*must have valid or test docs"),
+        ({"test_splitt": "test"}, "could not be made: .*unexpected keyword argument 'test_splitt'"),
+        ({"doc_to_text": "{{quesion}}"}, "could not be made: 'quesion' is undefined"),
+        ({"doc_to_text": "{{ range(10**7) | list }}"}, "could not be made: .*Range too big"),
+        ({"output_type": "guess"}, "could not be made: .*invalid output_type 'guess'"),
+        ({"dataset_kwargs": "questions.jsonl"}, "could not be made: AttributeError"),
+        ({"doc_to_text": "quesion"}, "doc_to_text is 'quesion', which is not a column.*\nDid you mean 'question'"),
+        ({"doc_to_target": -1}, "doc_to_target gives a negative label"),
         ({"task": ["a", "b"], "group": "both"}, "names no single task"),
         ({"include": "capitals.yaml"}, "includes itself"),
+        ({"include": "nowhere.yaml"}, r"capitals.yaml:\d+: key 'include' names .*nowhere.yaml, which is not a file"),
         ({"include": 5}, "'include' must be the name of a file"),
-        ({"dataset_kwargs": "questions.jsonl"}, "'dataset_kwargs' must be a mapping"),
-        ({"output_type": "guess"}, "unknown 'guess'.\nValid: loglikelihood, multiple_choice"),
-        ({"output_type": "multiple_choices"}, "Did you mean 'multiple_choice'"),
-        ({"target_delimiter": None}, "'target_delimiter' must be a text, not None"),
-        ({"num_fewshot": -1}, "'num_fewshot' must be at least 0, not -1"),
-        ({"generation_kwargs": {"do_smaple": True}}, "unknown key 'do_smaple'.\nDid you mean 'do_sample'"),
-        ({"doc_to_choice": 7}, "'doc_to_choice' must be a text or a list or a mapping, not 7"),
-        ({"doc_to_choice": "question"}, "'doc_to_choice' gives 'What is .*', not a list of texts"),
-        ({"doc_to_choice": "choises"}, "'doc_to_choice' fails .*: it gives no list.\n.*Did you mean 'choices'"),
-        ({"doc_to_choice": [True, False]}, "gives the choice True, not a text, for question 1.\nQuote words"),
-        ({"doc_to_target": 7}, "gives the label 7, which is outside of the choices, for question 1.\nThere are 4 .*3"),
-        ({"doc_to_target": -1}, "gives the label -1, which is outside of the choices"),
-        ({"doc_to_target": "{{answer + 1}}"}, "gives the label 4, which is outside of the choices, for question 4"),
-        ({"doc_to_target": "nothin"}, "gives 'nothin', which is not among the choices.*\nDid you mean 'nothing'"),
-        ({"doc_to_target": [0, 9]}, "gives the label 9, which is outside"),
-        ({"doc_to_target": [0.5]}, "gives the list .*, not one of indices"),
         ({"unsafe_code": True}, "runs the code that a model writes"),
-        ({"doc_to_text": "{{''.__class__.__mro__}}"}, "'doc_to_text' fails .*: access to attribute '__class__'"),
+        ({"doc_to_text": "{{''.__class__.__mro__}}"}, "could not be made: access to attribute '__class__'"),
         ({"dataset_kwargs": {"trust_remote_code": True}}, "runs code: trust_remote_code: True.\n.*`trust_remote_code`"),
     ],
 )
 def test_task_files_with_mistakes(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    """The harness's own words, after the name of the file; ours where it would measure something else."""
     write_task(tmp_path, CHOICE, QUESTIONS)
     (tmp_path / "capitals.yaml").write_text(yaml.safe_dump(CHOICE | changes))
     with pytest.raises(TaskError, match=told) as caught:
@@ -455,7 +422,7 @@ def test_what_is_no_task_file(tmp_path: Path) -> None:
         ("", "The data of task 'capitals' are empty: .*questions.jsonl"),
         ("\n", "The data|could not be made"),
         ('{"question": "what?"}\n{"questi', "The data of task '.*' could not be loaded: .*JSON"),
-        ('{"question": "what?"}\n', "'doc_to_choice' fails .*: it gives no list.\n.*Columns: question"),
+        ('{"question": "what?"}\n', "could not be made: "),
     ],
 )
 def test_data_files_that_are_broken(text: str, told: str, tmp_path: Path) -> None:
