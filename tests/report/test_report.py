@@ -35,7 +35,7 @@ from avss_dist.warehouse.reader import Warehouse
 HOSTILE = "org/\"'><script>window.hacked = 1; alert(1)</script><img src=x onerror=alert(2)>{{ 7919 * 7907 }}&amp;"
 EVERY_CHART = {
     *("avss", "block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio"),
-    *("heat", "lowest", "profiles", "correlation", "scatter", "blocks", "kept"),
+    *("heat", "lowest", "correlation", "blocks", "kept"),
 }
 
 

@@ -37,7 +37,7 @@ ARGUMENTS = (
 HOSTILE = "org/<script>window.hacked = 1; alert(1)</script>\"'><img src=x onerror='window.hacked=1'>=cmd&amp;"
 CHARTS = (
     *("avss", "block_influence", "angular_distance", "relative_magnitude", "update_variance_ratio"),
-    *("heat", "lowest", "profiles", "correlation", "scatter"),
+    *("heat", "lowest", "correlation"),
 )
 WITHOUT = ("blocks", "kept")
 IDLE = "html:not([data-drawing])"
@@ -179,10 +179,7 @@ def assert_chosen(page: Any, every: list[dict[str, Any]], site: str, recipe: str
     heat = drawn(page, "heat")
     assert len(heat) == 8 + 12 + 8
     close([r["share"] for r in heat if r["run"] == ALPHA], [(row["rank"] - 1) / 7 for row in mine])
-    scatter = {row["layer"]: row for row in drawn(page, "scatter") if row["run"] == ALPHA}
-    for row in mine:
-        if row["sparsity"] > 0:
-            close([scatter[row["layer"]][n] for n in ("sparsity", "variance")], [row["sparsity"], row["variance"]])
+    close([float(row["variance"]) for row in table(page)], [row["variance"] for row in mine])
     close([float(row["smoothed AVSS"]) for row in table(page)], [row["avss_smoothed"] for row in mine])
     assert written in page.locator("#table caption").inner_text()
     with_order = [r["correlation"] for r in drawn(page, "correlation") if r["run"] == r["other"] == ALPHA]
@@ -221,7 +218,6 @@ def test_another_run_and_two_runs_side_by_side(visit: Callable[..., Any], file: 
     heat = [row for row in drawn(page, "heat") if row["run"] == BETA]
     assert heat[0]["value"] == heat[0]["block_influence"]
     assert [row["rank"] for row in sorted(heat, key=lambda row: row["value"])] == [*range(1, 13)]
-    assert {row["which"] for row in drawn(page, "profiles")} == {0, 1, 2}
     places = drawn(page, "lowest")
     lowest = {
         run: sum(row["lowest"] for row in drawn(page, "heat") if row["run"] == run) for run in (ALPHA, BETA, NOISE)

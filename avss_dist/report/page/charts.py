@@ -12,7 +12,7 @@ from avss_dist.report.chart import LOWEST_COLOR, ROWS, depth_chart, depth_title
 from avss_dist.report.section import GRAY, Chart
 
 TITLE = alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds")
-HEIGHTS = {"avss": 280, "scatter": 340, "blocks": 340, "kept": 280, "profiles": 280, "lowest": 280}
+HEIGHTS = {"avss": 280, "blocks": 340, "kept": 280, "lowest": 280}
 RIVAL_HEIGHT = 170
 STRONG = 0.6  # a cell of such a correlation is dark enough for light numbers
 ROOM = alt.param(name="room", value=180)  # for the labels of runs, in pixels
@@ -39,9 +39,8 @@ def page_charts() -> dict[str, dict[str, Any]]:
         for axis in ("layer", "depth")
         for scale in ("log", "linear")
     }
-    charts |= {f"profiles:{scale}": _profiles(scale) for scale in ("log", "linear")}
     charts |= {"heat": _heat(), "lowest": _lowest(), "correlation": _correlation()}
-    charts |= {"scatter": _scatter(), "blocks": _blocks(), "kept": _best_sets()}
+    charts |= {"blocks": _blocks(), "kept": _best_sets()}
     return {name: _finished(chart) for name, chart in charts.items()}
 
 
@@ -84,31 +83,6 @@ def _tooltip(name: str, title: str) -> list[Any]:
         alt.Tooltip(f"{name}:Q", title=title, format=".4g"),
         alt.Tooltip("rank:Q"),
     ]
-
-
-def _scatter() -> Any:
-    """Return a scatter chart of the layers of all runs. Layers of the shown run are larger and colored by depth."""
-    legend = alt.Legend(title="relative depth", orient="top", direction="horizontal")
-    depth = alt.Color("depth:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend)
-    return (
-        alt.Chart(ROWS)
-        .mark_point(filled=True)
-        .encode(
-            x=alt.X("sparsity:Q", title="sparsity (log)", scale=alt.Scale(type="log")).axis(format="~e"),
-            y=alt.Y("variance:Q", title="variance (log)", scale=alt.Scale(type="log")).axis(format="~g"),
-            color=alt.when("datum.shown").then(depth).otherwise(alt.value(GRAY)),
-            size=alt.when("datum.shown").then(alt.value(70)).otherwise(alt.value(22)),
-            opacity=alt.when("datum.shown").then(alt.value(1)).otherwise(alt.value(0.4)),
-            tooltip=[
-                alt.Tooltip("run:N"),
-                alt.Tooltip("layer:Q"),
-                alt.Tooltip("sparsity:Q", format=".4g"),
-                alt.Tooltip("variance:Q", format=".4g"),
-                alt.Tooltip("rank:Q", title="AVSS rank"),
-            ],
-        )
-        .properties(height=HEIGHTS["scatter"])
-    )
 
 
 def _blocks() -> Any:
@@ -186,28 +160,6 @@ def _heat() -> Any:
             tooltip=_OF_LAYER,
         )
         .add_params(ROOM)
-    )
-
-
-def _profiles(scale: str) -> Any:
-    """Return a chart with a line for each run: colored for the chosen and the compared run, gray for others."""
-    y_scale: Any = alt.Scale(type="log") if scale == "log" else alt.Scale(zero=False)
-    y_title = "score (log)" if scale == "log" else "score"
-    chosen = alt.when("datum.which < 2")
-    return (
-        alt.Chart(ROWS)
-        .mark_line()
-        .encode(
-            x=alt.X("depth:Q", title="relative depth").scale(domain=[0, 1]),
-            y=alt.Y("value:Q", title=y_title, scale=y_scale).axis(grid=False, tickCount=6),
-            detail="run:N",
-            color=chosen.then(color_of_runs()).otherwise(alt.value(GRAY)),
-            opacity=chosen.then(alt.value(1)).otherwise(alt.value(0.45)),
-            strokeWidth=chosen.then(alt.value(2.5)).otherwise(alt.value(1)),
-            tooltip=[alt.Tooltip("run:N")],
-        )
-        .add_params(*OF_RUNS)
-        .properties(height=HEIGHTS["profiles"])
     )
 
 

@@ -106,10 +106,8 @@ for (const button of document.querySelectorAll("[data-csv]")) {
 const CHOSEN = ["site", "recipe", "threshold"];
 const CSV = {
   heat: ["run", "score", "layer", "layer_name", "from", "to", "value", "rank", "share", "lowest"],
-  profiles: ["run", "score", "layer", "layer_name", "depth", "value"],
   lowest: ["score", "place", "from", "to", "share", "chance"],
   correlation: ["run", "other", "score", "kind", "correlation"],
-  scatter: ["run", "layer", "layer_name", "depth", "sparsity", "variance", "rank"],
   blocks: ["run", "start", "length", "distance"],
   kept: ["run", "series", "dropped", "size", "share", "kept"],
 };
@@ -313,15 +311,6 @@ async function drawHeat(scored) {
   await draw("heat", "heat", scored.flat(), signalsOfRows(), `${there} of ${data.runs.length} runs have scores at this choice.`);
 }
 
-async function drawProfiles(scored) {
-  const which = (i) => (i === run() ? 0 : i === other() ? 1 : 2);
-  const rows = scored.flatMap((layers, i) => layers.map((row) => ({ ...row, which: which(i) }))).sort((a, b) => b.which - a.which);
-  const scale = rows.every((row) => row.value > 0) ? "log" : "linear";
-  const names = [data.runs[run()].label, other() === null ? "" : data.runs[other()].label];
-  const signals = { ...signalsAcross(), names, which: other() === null ? [0] : [0, 1] };
-  await draw("profiles", `profiles:${scale}`, rows, signals, "");
-}
-
 const depths = (from, to) => `depth ${from.toFixed(2)} to ${to.toFixed(2)}`;
 
 /** Of every place, the share of runs that have it in their lowest 25%: a place is a layer of the shallowest model. */
@@ -364,14 +353,6 @@ async function drawCorrelation() {
     run: data.runs[i].label, other: data.runs[j].label, column: String(j + 1), score: across(), ...cell(i, j), written,
   })));
   await draw("correlation", "correlation", rows, signalsOfRows(), summary, "It takes two runs with scores of three layers.");
-}
-
-async function drawScatter(every) {
-  const rows = every.flatMap((layers, i) => layers.map((row) => ({ ...row, shown: i === run() })));
-  rows.sort((a, b) => a.shown - b.shown);
-  const placed = rows.filter((row) => row.sparsity > 0 && row.variance > 0);
-  const left = rows.length - placed.length;
-  await draw("scatter", "scatter", placed, {}, `${placed.length} layers${left ? `; ${left} without a near-zero activation or variance are left out` : ""}.`);
 }
 
 /** What is known of the run without some of its layers, whatever is chosen of AVSS. */
@@ -494,9 +475,7 @@ async function refresh() {
       const scored = scoredAcross(every);
       await drawHeat(scored);
       if (figures.lowest) await drawLowest(scored);
-      if (figures.profiles) await drawProfiles(scored);
       await drawCorrelation();
-      await drawScatter(every);
       await drawWithout();
     }
     drawPictures();
