@@ -27,7 +27,6 @@ SIZES: dict[str, Any] = {"max_sequences": 12, "sequence_length": 32, "sequences_
 SCORE = ["--corpus", "builtin:pydoc", "--executor", "local"]
 SCORE += [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-Save = Callable[[Any, Path], Path]
 
 
 def avss(*args: object) -> tuple[int, str]:

@@ -120,14 +120,6 @@ def test_a_lost_gang_is_replaced_and_its_shards_are_measured_again(what: str) ->
     assert re.fullmatch(rf"{re.escape(lost)}; shards? [\d, ]+ (is|are) measured again", note)
 
 
-def test_all_ranks_of_a_gang_are_replaced_when_one_is_lost() -> None:
-    cluster = SimulatedCluster(3, slots=1, limit=1)
-    queue, _ = shard_queue(6, partition="zero3", ranks=2)
-    received = outcomes(pool_of(cluster, queue), {2: lambda: cluster.gangs[0].kill(1)})
-    assert shard_ids(received) == [*range(6)]
-    assert cluster.gangs[0].stopped and len(cluster.gangs) == 2
-
-
 @pytest.mark.parametrize("reports", [True, False])
 def test_a_frozen_gang_is_killed_by_a_signal_and_replaced(reports: bool) -> None:
     """One that never reported may be starting, which takes longer."""
@@ -414,13 +406,6 @@ def test_gangs_without_a_place_wait_while_others_work_and_go_when_no_shard_is_le
     assert max(number for _, number in waiting) == 4
     assert {number for unfinished, number in waiting if 0 < unfinished <= 2} == {0}
     assert cluster.clock < PLACEMENT_SECONDS
-
-
-def test_more_gangs_work_when_nodes_come() -> None:
-    cluster = SimulatedCluster(1, limit=6)
-    queue, _ = shard_queue(40)
-    assert shard_ids(outcomes(pool_of(cluster, queue), {4: cluster.add_node})) == [*range(40)]
-    assert len([gang for gang in cluster.gangs if gang.measured]) == 4
 
 
 def test_models_share_the_gangs_and_other_shapes_get_their_resources() -> None:
