@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from avss_dist.analysis.sparsity_curves import is_sparse
 from avss_dist.analysis.verdict import (
     WHOLE,
     describe_task,
@@ -102,7 +101,7 @@ def experiment_results(rows: Sequence[Row]) -> ExperimentResults | None:
     """
     newest: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        if not is_sparse(row):
+        if row["score"] is None or (row["share"] and not row.get("factor")):  # not those of sparsities, of version 0.2
             newest[shown_method(row), row["share"], row["task"], row["metric"]] = row
     by_task: dict[str, list[Row]] = {}
     for row in newest.values():

@@ -171,9 +171,8 @@ def _before_and_after(row: Row, rows: Sequence[Row]) -> str:
 
 
 def shown_method(row: Row) -> str:
-    """Return the display name of a method: its choice of layers, residual scale, and repair."""
-    scaled = f" x {row['factor']:g}" if row.get("factor") else ""
-    return f"{row['method']}{scaled} + {row['repair']}" if row.get("repair") else f"{row['method']}{scaled}"
+    """Return the display name of a method: its choice of layers, and repair."""
+    return f"{row['method']} + {row['repair']}" if row.get("repair") else str(row["method"])
 
 
 def shown_value(row: Row) -> str:

@@ -319,12 +319,11 @@ class InterventionKey(NamedTuple):
     """Key of an intervention, as stored in rows of ``cells``, ``evaluations`` and ``experiments``.
 
     Attributes:
-        removed, residual_scale: as for `Intervention`.
+        removed: as for `Intervention`.
         patch, sparsity, rounding: their keys; None without one.
     """
 
     removed: Removals = ()
-    residual_scale: float = 0.0
     patch: str | None = None
     sparsity: str | None = None
     rounding: str | None = None
@@ -334,7 +333,6 @@ class InterventionKey(NamedTuple):
         """Return the key of a stored row. Columns that older files do not have are null."""
         return cls(
             removed=decode_removals(row["drop"]),
-            residual_scale=row.get("factor") or 0.0,
             patch=row.get("patch"),
             sparsity=row.get("sparsity_plan"),
             rounding=row.get("rounding"),
@@ -346,7 +344,6 @@ class InterventionKey(NamedTuple):
             "drop": encode_removals(self.removed),
             "patch": self.patch,
             "sparsity_plan": self.sparsity,
-            "factor": self.residual_scale or None,
             "rounding": self.rounding,
         }
 
@@ -357,15 +354,12 @@ class Intervention:
 
     Attributes:
         removed: layers, sublayers and routed experts that the model computes without.
-        residual_scale: factor of the output that a removed layer adds to the residual stream. 0 removes the layer.
-            Sublayers and experts are always removed.
         patch: weights that replace the model's own.
         sparsity: rules by which activations become zero.
         rounding: weights, of those after the patch, that are rounded to number formats.
     """
 
     removed: Removals = ()
-    residual_scale: float = 0.0
     patch: EncodedPatch | None = None
     sparsity: Sparsity | None = None
     rounding: Rounding | None = None
@@ -379,11 +373,11 @@ class Intervention:
         patch = None if self.patch is None else self.patch.key
         sparsity = None if self.sparsity is None else self.sparsity.key
         rounding = None if self.rounding is None else self.rounding.key
-        return InterventionKey(self.removed, self.residual_scale, patch, sparsity, rounding)
+        return InterventionKey(self.removed, patch, sparsity, rounding)
 
     def split(self) -> tuple[Intervention, Intervention]:
         """Return the changes of weights and activations, and the removals, as two interventions."""
-        changes = replace(self, removed=(), residual_scale=0.0)
+        changes = replace(self, removed=())
         return changes, replace(self, patch=None, sparsity=None, rounding=None)
 
     def rounded(self, rounding: Rounding) -> Intervention:

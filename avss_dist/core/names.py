@@ -22,5 +22,3 @@ NUM_WEIGHTS, BITS_PER_WEIGHT, PREDICTED_RISE = "num_weights", "bits_per_weight",
 ROUNDED_LOSS = "rounded:"  # before a number format and a corpus: the task of the loss with each layer rounded
 REALIZED = "realized:"  # before the path of a linear map: a metric, the share of its inputs that were zero
 SPARSITY = "sparsity"  # a metric of a model: the share of the weights of its linear maps that met a zero
-MAPS_WITHIN = "maps_within_a_point"  # of a sparsity plan: the share of its linear maps that come so near to it
-FARTHEST_MAP = "farthest_map"  # how far the farthest is off

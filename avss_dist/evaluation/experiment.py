@@ -1,4 +1,4 @@
-"""Experiments: retention of models without the layers that methods choose, and with sparsity plans.
+"""Experiments: retention of models without the layers that methods choose.
 
 Every method of `pruning.methods.methods` chooses layers of every run of a job. Each distinct set of layers is evaluated
 once on every task and compared with the whole model on the same samples.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, product
@@ -16,19 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.analysis.strata import Strata
 from avss_dist.analysis.verdict import WHOLE
-from avss_dist.core.errors import ConfigError, CorpusError
+from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
-from avss_dist.core.names import CHANCE, CONTRAST, FARTHEST_MAP, LOSS, MAPS_WITHIN
+from avss_dist.core.names import CHANCE, CONTRAST, LOSS
 from avss_dist.core.registry import GREEDY, MEASURED, RECIPES, SCORES
-from avss_dist.core.settings import INPUTS, Settings, fingerprint
+from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.core.text import RedactedURI
-from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.evaluation.distill import PART, count_watched
-from avss_dist.evaluation.distilled import Distilling
-from avss_dist.evaluation.evaluate import realized_sparsity
 from avss_dist.evaluation.events import OnEvent, ignore
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.evaluation.search import greedy_search, removal_losses, search_task
@@ -41,12 +36,6 @@ from avss_dist.evaluation.session import (
     require_intended,
     require_listable,
     results_under,
-)
-from avss_dist.evaluation.sparsify import (
-    CalibrationText,
-    allocate,
-    require_whole_weights,
-    store_plan,
 )
 from avss_dist.evaluation.tasks import (
     as_task,
@@ -61,16 +50,14 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, Method, methods
-from avss_dist.pruning.plan import Plan, layer_list
-from avss_dist.pruning.repair.record import split_weight
-from avss_dist.pruning.repair.registry import NO_REPAIR, is_distilled, repair_before
+from avss_dist.pruning.plan import layer_list
+from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.selection import Reading, count_layers
 from avss_dist.requests import JobRequest
 from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.run import Run
-from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold
@@ -80,8 +67,6 @@ from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
-_LATER = ("distill_tokens", "distill_train", "distill_learning_rate", "distill_self_texts")
-"""Options that earlier versions did not have. At their defaults they do not change the name of an experiment."""
 MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
 Layers = tuple[int, ...]
 _READING = ("site", "recipe", "threshold", "threshold_kind")
@@ -95,29 +80,23 @@ class Candidate:
         method: name of the method for people.
         intervention: change of the model.
         share: share of the layers that are removed.
-        sparsity: level of a sparsity plan.
-        plan: the sparsity plan.
         score, reading, control, seed: see `pruning.methods.Method`.
-        repair: name of the repair, and of distillation after it; None without either.
-        distilled: tasks of the distilled model, by name; empty without distillation.
+        repair: name of the repair; None without one.
     """
 
     method: str
     intervention: Intervention
     share: float = 0.0
-    sparsity: float | None = None
-    plan: SparsityPlan | None = None
     score: str | None = None
     reading: Reading | None = None
     control: str | None = None
     seed: int | None = None
     repair: str | None = None
-    distilled: Mapping[str, PlannedTask] = field(default_factory=dict, repr=False)
 
     def row(
         self,
         metric: str,
-        value: float | None,
+        value: float,
         stderr: float | None = None,
         retention: tuple[float | None, float | None, float | None] = (None, None, None),
     ) -> dict[str, Any]:
@@ -129,11 +108,10 @@ class Candidate:
         reading: Sequence[Any] = self.reading or [None] * len(_READING)
         retained, low, high = retention
         return {
-            **(self.intervention or NO_INTERVENTION).key.row(),
+            **self.intervention.key.row(),
             "metric": metric,
             "value": value,
             "stderr": stderr,
-            "sparsity": self.sparsity,
             "method": self.method,
             "share": self.share,
             "score": self.score,
@@ -146,20 +124,15 @@ class Candidate:
             "retention": retained,
         }
 
-    def rows(self, results: Sequence[Result], distilled: Sequence[Result] = ()) -> Iterator[dict[str, Any]]:
-        """Yield the row of every metric of a task, and the realized sparsity of a sparsity plan.
+    def rows(self, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+        """Yield the row of every metric of a task.
 
         Args:
             results: results of the task, those of the whole model included.
-            distilled: results of the distilled model, if the candidate is one.
         """
         whole = {result.metric: result for result in results_under(results)}
-        own = results_under(distilled) if self.distilled else results_under(results, self.intervention.key)
-        for result in own:
+        for result in results_under(results, self.intervention.key):
             yield self.row(result.metric, result.value, result.stderr, self._retention(whole, result))
-        if self.plan and (realized := realized_sparsity(self.plan, results, self.intervention)):
-            yield self.row(MAPS_WITHIN, realized.within)
-            yield self.row(FARTHEST_MAP, realized.farthest)
 
     def _retention(
         self, whole: Mapping[str, Result], result: Result
@@ -170,14 +143,6 @@ class Candidate:
             return None, None, None
         retention = Retention.of(whole[result.metric], result)
         return retention.value, retention.low, retention.high
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistilledModel:
-    """A distilled checkpoint, placed, and the tasks that it is evaluated on, by name."""
-
-    model: PlacedModel
-    tasks: Mapping[str, PlannedTask]
 
 
 @dataclass
@@ -192,11 +157,8 @@ class Trial:
         contrasts: contrasts of the layers on paired text, float64[layers], by reading.
         planned: tasks by name.
         choices: method, share of layers, and layers that the method drops at this share.
-        sparsity_plans: plan by method of allocation and level.
         fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
         patches: fitted patches, by the fit's id and the dropped layers.
-        distilling: distillation of its models; None without one.
-        distilled: distilled models, by repair and dropped layers.
     """
 
     run: Run
@@ -209,11 +171,8 @@ class Trial:
     contrasts: dict[Reading, Float64] = field(default_factory=dict)
     planned: dict[str, PlannedTask] = field(default_factory=dict)
     choices: list[tuple[Method, float, Layers]] = field(default_factory=list)
-    sparsity_plans: dict[tuple[str, float], SparsityPlan] = field(default_factory=dict)
     fits: dict[str, PlannedTask] = field(default_factory=dict)
     patches: Mapping[tuple[str, Removals], StoredPatch] = field(default_factory=dict)
-    distilling: Distilling | None = None
-    distilled: dict[tuple[str, Layers], DistilledModel] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -265,16 +224,15 @@ class Trial:
             return choice.drop(-self.contrasts[method.reading])
         return choice.drop(choice.scores(self.rows, self.truth))
 
-    def pruned_candidates(self, experiment: Experiment) -> Iterator[Candidate]:
-        """Yield the whole model, and the model without each choice of layers, by residual scale and repair."""
+    def candidates(self, experiment: Experiment) -> Iterator[Candidate]:
+        """Yield the whole model, and the model without each choice of layers, by repair."""
         yield Candidate(method=WHOLE, intervention=NO_INTERVENTION)
-        for factor, (method, share, drop), repair in product(experiment.factors, self.choices, experiment.repairs):
-            patch = self.patch(repair, drop)
-            model = self.distilled.get((repair, drop))
+        for (method, share, drop), repair in product(self.choices, experiment.repairs):
+            fit = self.fits.get(repair)
+            patch = self.patches.get((fit.run_id(), drop)) if fit else None
             yield Candidate(
                 method=method.label,
-                distilled=model.tasks if model else {},
-                intervention=Intervention(removed=drop, residual_scale=factor, patch=patch),
+                intervention=Intervention(removed=drop, patch=patch),
                 share=share,
                 score=method.score,
                 reading=method.reading,
@@ -283,29 +241,17 @@ class Trial:
                 repair=None if repair == NO_REPAIR else repair,
             )
 
-    def patch(self, repair: str, drop: Layers) -> StoredPatch | None:
-        """Return the patch of a repair, with or without distillation after it; None if nothing was fitted."""
-        fit = self.fits.get(repair_before(repair))
-        return self.patches.get((fit.run_id(), drop)) if fit else None
-
-    def sparse_candidates(self) -> Iterator[Candidate]:
-        """Yield the model with each sparsity plan."""
-        for (method, level), plan in self.sparsity_plans.items():
-            yield Candidate(method=method, score=method, sparsity=level, plan=plan, intervention=plan.intervention)
-
     def result_rows(
         self, experiment: Experiment, measured: Mapping[PlannedTask, Sequence[Result]]
     ) -> Iterator[dict[str, Any]]:
         """Yield the rows of ``experiments``, without the columns of RunIdentity."""
         guess = self._guessed_loss()
-        for candidates in ([*self.pruned_candidates(experiment)], [*self.sparse_candidates()]):
-            for (task, planned), candidate in product(self.planned.items(), candidates):
-                distilled = measured[candidate.distilled[task]] if candidate.distilled else ()
-                rows = list(candidate.rows(measured[planned], distilled))
-                if candidate.method == WHOLE and guess is not None and any(row["metric"] == LOSS for row in rows):
-                    rows.append(candidate.row(CHANCE, guess, retention=(1.0, None, None)))
-                for row in rows:
-                    yield {"task": task, "created_at": datetime.now(UTC), **row}
+        for (task, planned), candidate in product(self.planned.items(), self.candidates(experiment)):
+            rows = list(candidate.rows(measured[planned]))
+            if candidate.method == WHOLE and guess is not None and any(row["metric"] == LOSS for row in rows):
+                rows.append(candidate.row(CHANCE, guess, retention=(1.0, None, None)))
+            for row in rows:
+                yield {"task": task, "created_at": datetime.now(UTC), **row}
 
     def _guessed_loss(self) -> float | None:
         """Return the loss of a guess among all tokens, in nats per token; None for a vocabulary of unknown size."""
@@ -334,11 +280,8 @@ def run_experiment(
         raise ConfigError(f"{job.path} has no section 'experiment'.", "`run_job` runs what it asks for.")
     specs, execution = overridden(job, request.given)
     _require_intended(specs, experiment, allow_many=request.allow_many or experiment.allow_many)
-    _require_inputs(specs, experiment)
     for spec in specs if _fitted(experiment) else ():
         require_changeable(spec.execution.partition)
-    if experiment.distills:
-        _require_distillable(specs, experiment, job.warehouse)
     runs = run_job(job, on_event or ignore, **request.given)
     tasks = [RedactedURI(task) for task in experiment.tasks]
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
@@ -351,7 +294,7 @@ def run_experiment(
         ]
         _read_measured(trials, experiment, warehouse)
         _plan_work(trials, experiment, tasks, warehouse, allow_overlap=request.allow_overlap)
-        measured = _measure(trials, experiment, warehouse, session, allow_overlap=request.allow_overlap)
+        measured = _measure(trials, experiment, session)
         rows = _write(trials, experiment, tasks, measured, store)
     return runs, rows
 
@@ -365,8 +308,6 @@ def _write(
 ) -> list[dict[str, Any]]:
     """Write the rows of ``experiments``, and return them with the id and the model of their runs."""
     numbers = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
-    defaults = {f.name: f.default for f in fields(experiment) if f.name in _LATER}
-    numbers = {key: value for key, value in numbers.items() if key not in defaults or value != defaults[key]}
     name = fingerprint(**numbers | {"tasks": tasks})[:20]
     rows = []
     for trial in trials:
@@ -377,65 +318,20 @@ def _write(
 
 
 def _measure(
-    trials: Sequence[Trial],
-    experiment: Experiment,
-    warehouse: Warehouse,
-    session: EvaluationSession,
-    *,
-    allow_overlap: bool,
+    trials: Sequence[Trial], experiment: Experiment, session: EvaluationSession
 ) -> dict[PlannedTask, list[Result]]:
-    """Choose layers, fit repairs, distill, and measure every task of every trial with all candidates."""
-    _plan_sparsities(trials, experiment, warehouse, session)
-    if experiment.chooses_by_loss:
+    """Choose layers, fit repairs, and measure every task of every trial with all candidates."""
+    if experiment.leave_one_out:
         _leave_one_out(trials, session)
     _search(trials, experiment, session)
     for trial in trials:
         trial.choose(experiment)
     _fit_repairs(trials, session)
-    _distill(trials, experiment, session, allow_overlap=allow_overlap)
     work: list[tuple[PlannedTask, Sequence[Intervention]]] = []
     for trial in trials:
-        candidates = [*trial.pruned_candidates(experiment), *trial.sparse_candidates()]
-        applied = [one.intervention for one in candidates if not one.distilled]
+        applied = [candidate.intervention for candidate in trial.candidates(experiment)]
         work += [(planned, applied) for planned in trial.planned.values()]
-        work += [(planned, [NO_INTERVENTION]) for one in candidates for planned in one.distilled.values()]
     return session.measure(work)
-
-
-def _require_distillable(specs: Sequence[RunSpec], experiment: Experiment, warehouse: str) -> None:
-    """Refuse a warehouse or models that allow no distillation, before anything is scored."""
-    for spec in specs:
-        checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code)
-        how: dict[str, Any] = {"settings": spec.settings, "experiment": experiment, "held_out": 1}
-        Distilling(model=spec.model, teacher=checkpoint, **how).require(Store(warehouse).storage)
-
-
-def _distill(
-    trials: Sequence[Trial], experiment: Experiment, session: EvaluationSession, *, allow_overlap: bool
-) -> None:
-    """Distill every model of every trial that is to be distilled; see `Distilling.checkpoint`."""
-    repairs = [repair for repair in dict.fromkeys(experiment.repairs) if is_distilled(repair)]
-    for trial, repair in product(trials, repairs):
-        layers, number = layer_list(trial.rows, trial.checkpoint.name)
-        for drop in trial.drops:
-            assert trial.distilling is not None
-            plan = Plan(
-                model=trial.checkpoint.name,
-                revision=trial.checkpoint.revision,
-                num_layers=number,
-                layers=layers,
-                drop=drop,
-            )
-            checkpoint = trial.distilling.checkpoint(
-                session.store.storage,
-                plan,
-                trial.patch(repair, drop),
-                allow_overlap=allow_overlap,
-                on_event=session.on_event,
-            )
-            model = session.place(checkpoint, trial.spec.settings, trial.spec.execution)
-            tasks = {task: _plan(model, task, experiment) for task in trial.planned}
-            trial.distilled[repair, drop] = DistilledModel(model=model, tasks=tasks)
 
 
 def describe_size(job: JobFile) -> str:
@@ -449,7 +345,7 @@ def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
     """Return the maximum number of evaluations, and a sentence with a place for it."""
     tasks, repairs = len(experiment.tasks), len(experiment.repairs)
     choices = [experiment.count_choices(_count_readings(spec.settings)) for spec in specs]
-    return sum(1 + choice * repairs + experiment.count_sparse for choice in choices) * tasks, (
+    return sum(1 + choice * repairs for choice in choices) * tasks, (
         f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
         f"{max(choices, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})"
     )
@@ -458,7 +354,7 @@ def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
 def _require_intended(specs: Sequence[RunSpec], experiment: Experiment, *, allow_many: bool) -> None:
     """Refuse more than `MOST_EVALUATIONS` evaluations unless ``allow_many`` is set, before anything is scored."""
     number, text = _size(specs, experiment)
-    fewer = "Lower `random`, or name fewer `scores`, `shares`, `sparsities`, `repairs` or `tasks`."
+    fewer = "Lower `random`, or name fewer `scores`, `shares`, `repairs` or `tasks`."
     require_listable(number, "evaluations", fewer)
     require_intended(number, MOST_EVALUATIONS, text, fewer, allow_many=allow_many)
 
@@ -474,14 +370,6 @@ def _plan_work(
     """Plan evaluations and fits; refuse texts of both and of a trial's scores that overlap."""
     for trial in trials:
         trial.planned = {name: _plan(trial.model, name, experiment) for name in tasks}
-        if experiment.distills:
-            trial.distilling = Distilling(
-                model=trial.spec.model,
-                teacher=trial.checkpoint,
-                settings=trial.spec.settings,
-                experiment=experiment,
-                held_out=_count_watched(trial, experiment),
-            )
         if repairs := _fitted(experiment):
             trial.fits = _plan_fits(trial, experiment, repairs)
         if not allow_overlap:
@@ -490,52 +378,23 @@ def _plan_work(
 
 def _plan_fits(trial: Trial, experiment: Experiment, repairs: Sequence[str]) -> dict[str, PlannedTask]:
     layers, _ = layer_list(trial.rows, trial.checkpoint.name)
-    watched, maximum = trial.distilling.held_out if trial.distilling else 0, experiment.repair_max_sequences
-    settings = replace(trial.settings, max_sequences=maximum and maximum - watched)
-    texts, skip = experiment.repair_corpora, experiment.repair_skip_sequences + watched
+    settings = replace(trial.settings, max_sequences=experiment.repair_max_sequences)
+    texts, skip = experiment.repair_corpora, experiment.repair_skip_sequences
     wanted = [Repair(by=by, corpora=texts, skip_sequences=skip, settings=settings) for by in repairs]
     return plan_fits(trial.model, layers, wanted)
 
 
-def _count_watched(trial: Trial, experiment: Experiment) -> int:
-    """Return the number of rows at the start of each text of the repairs on which distillation is watched.
-
-    Raises:
-        CorpusError: a text is too short.
-    """
-    fewest = min(text.num_sequences for text in _recovery_texts(trial, experiment))
-    if not (watched := count_watched(fewest)):
-        raise CorpusError(
-            f"A text of `repair_corpora` has {fewest} rows; one to watch and others to distill on take {PART}.",
-            "Name a longer text, lower `sequence_length`, or raise `repair_max_sequences`.",
-        )
-    return watched
-
-
-def _recovery_texts(trial: Trial, experiment: Experiment) -> list[CorpusPlan]:
-    """Return the texts of repairs and of distillation, with all rows that they use."""
-    settings = replace(trial.settings, max_sequences=experiment.repair_max_sequences)
-    return [
-        plan_text(
-            trial.checkpoint, split_weight(corpus)[0].full, settings, skip_sequences=experiment.repair_skip_sequences
-        )
-        for corpus in experiment.repair_corpora
-    ]
-
-
 def _fitted(experiment: Experiment) -> list[str]:
-    """Return the repairs that are fitted, each once, those before a distillation included."""
-    return [repair for repair in dict.fromkeys(map(repair_before, experiment.repairs)) if repair != NO_REPAIR]
+    """Return the repairs that are fitted, each once."""
+    return [repair for repair in dict.fromkeys(experiment.repairs) if repair != NO_REPAIR]
 
 
 def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse) -> None:
     """Refuse tasks on text that was scored on or is fitted on, and fits on text that was scored on."""
     checkpoint, run_id, skipped = trial.checkpoint, trial.run.run_id, experiment.repair_skip_sequences
-    texts, use = [text for fit in [*trial.fits.values()][:1] for text in fit_of(fit).texts], "the repair is fitted on"
-    if experiment.distills:
-        texts, use = _recovery_texts(trial, experiment), "models are repaired and distilled on"
+    texts = [text for fit in [*trial.fits.values()][:1] for text in fit_of(fit).texts]
     code = trial.settings.trust_remote_code
-    fitted = (text_of_fit(text, skipped, checkpoint, trust_remote_code=code, use=use) for text in texts)
+    fitted = (text_of_fit(text, skipped, checkpoint, trust_remote_code=code) for text in texts)
     scored = partial(texts_of_run, warehouse, run_id, checkpoint, corpus=trial.corpus)
     tasks = [planned.task for planned in trial.planned.values()]
     refuse_overlap(tasks, chain(texts_of_repair(checkpoint), scored(), fitted))
@@ -572,37 +431,6 @@ def _plan(model: PlacedModel, name: str, experiment: Experiment) -> PlannedTask:
         prompting=experiment.prompting,
     )
     return model.plan(task)
-
-
-def _require_inputs(specs: Sequence[RunSpec], experiment: Experiment) -> None:
-    """Refuse runs that would not measure the inputs of sparsity plans, before anything is scored.
-
-    Raises:
-        ConfigError: the message names the setting.
-    """
-    if not experiment.sparsities:
-        return
-    for spec in specs:
-        for method in experiment.sparsity_methods:
-            require_whole_weights(spec.execution.partition, method)
-        if missing := [site for site in INPUTS if site not in spec.settings.sites]:
-            raise ConfigError(
-                f"`sparsities` need what linear maps read, and {spec.model} is scored without {', '.join(missing)}.",
-                "Add inputs to `sites` in the settings of the job.",
-            )
-
-
-def _plan_sparsities(
-    trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse, session: EvaluationSession
-) -> None:
-    """Make a sparsity plan for every trial, method and level."""
-    for trial in trials if experiment.sparsities else ():
-        run, model = trial.stored_run(warehouse), trial.reading(experiment.sparsity_max_sequences)
-        text = plan_text(trial.checkpoint, trial.corpus, model.settings)
-        source = CalibrationText(model=model, corpus=RedactedURI(trial.corpus), text=text)
-        plan = partial(allocate, session, source, MeasuredMaps.of_run(warehouse, run), rule=experiment.sparsity_rule)
-        for method, level in product(experiment.sparsity_methods, experiment.sparsities):
-            trial.sparsity_plans[method, level] = store_plan(plan(level, method), session.store, run)
 
 
 def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:

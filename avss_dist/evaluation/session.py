@@ -91,23 +91,20 @@ class PlannedTask:
         }
 
     @cached_property
-    def _run_ids(self) -> dict[tuple[str | None, float], str]:
-        """Ids of evaluations by sparsity and residual scale, each hashed once."""
+    def _run_ids(self) -> dict[str | None, str]:
+        """Ids of evaluations by sparsity, each hashed once."""
         return {}
 
     def run_id(self, intervention: Intervention = NO_INTERVENTION) -> str:
         """Return the id of the evaluation that results under an intervention belong to.
 
-        Sparsity and residual scale make another evaluation. Removals, a patch and a rounding make other cells of the
-        same one.
+        Sparsity makes another evaluation. Removals, a patch and a rounding make other cells of the same one.
         """
-        key = intervention.key
-        changes = key.sparsity, key.residual_scale
-        if changes not in self._run_ids:
-            named = {"sparsity": key.sparsity, "factor": key.residual_scale}
-            digest = fingerprint(**self._fingerprinted, **{name: value for name, value in named.items() if value})
-            self._run_ids[changes] = f"{self.checkpoint.slug}-{digest[:10]}"
-        return self._run_ids[changes]
+        sparsity = intervention.key.sparsity
+        if sparsity not in self._run_ids:
+            digest = fingerprint(**self._fingerprinted, **({"sparsity": sparsity} if sparsity else {}))
+            self._run_ids[sparsity] = f"{self.checkpoint.slug}-{digest[:10]}"
+        return self._run_ids[sparsity]
 
     def cells(self, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Cell]:
         """Return a cell for each part of the task under each distinct intervention."""

@@ -189,7 +189,7 @@ class LanguageModel:
                 stack.enter_context(self.rounded(intervention.rounding))
             counts = stack.enter_context(self.sparsified(intervention.sparsity)) if intervention.sparsity else None
             if intervention.removed:
-                stack.enter_context(self.without(intervention.removed, intervention.residual_scale))
+                stack.enter_context(self.without(intervention.removed))
             yield counts
 
     def require_layers(self, removed: Collection[Removal]) -> None:
@@ -222,10 +222,10 @@ class LanguageModel:
                 require_fit(self.layers, layer, projection, known)
 
     @contextmanager
-    def without(self, removed: Collection[Removal], residual_scale: float = 0.0) -> Iterator[None]:
+    def without(self, removed: Collection[Removal]) -> Iterator[None]:
         """Have the model compute without layers, sublayers and experts inside the context; see `Intervention`."""
         self.require_layers(removed)
-        skipped = skipping(self.layers, whole_layers(removed), self.forms, residual_scale)
+        skipped = skipping(self.layers, whole_layers(removed), self.forms)
         with skipped, without_parts(self.layers, removed), explaining(self.checkpoint.name, removed):
             yield
 
@@ -418,7 +418,7 @@ class LanguageModel:
     def branches(self, interventions: Sequence[Intervention]) -> dict[Intervention, int]:
         """Return the interventions whose passes can begin from the first one's, and the layer where they differ."""
         first = set(interventions[0].removed)
-        if len(interventions) == 1 or interventions[0].residual_scale or not self.resumes:
+        if len(interventions) == 1 or not self.resumes:
             return {}
         differ = {
             intervention: min(interventions[0].differing_layers(intervention), default=-1)

@@ -22,10 +22,8 @@ MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind
 
 
 @contextmanager
-def skipping(
-    layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int, type] = {}, residual_scale: float = 0.0
-) -> Iterator[None]:
-    """Have layers add nothing, or a share of their own addition, to the residual stream inside the context.
+def skipping(layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int, type] = {}) -> Iterator[None]:
+    """Have layers add nothing to the residual stream inside the context.
 
     Run the model without a key-value cache, or only with its remaining layers (see `remaining`): a skipped layer has no
     entry in the cache, and the model would take the cache for an empty one.
@@ -33,14 +31,13 @@ def skipping(
     Args:
         drop: indices of the layers.
         forms: see `Recorded`; a layer without a form runs once, which shows its form.
-        residual_scale: share of a layer's addition that stays; if it is not 0, layers run.
 
     Raises:
         ModelError: a layer is used more than once in a pass, or (from the forward pass) does not keep the shape.
     """
     skipped = require_skippable(layers, drop)
     with replaced_forwards(
-        {layer.module: Skip(layer, layer.module.forward, forms.get(layer.index), residual_scale) for layer in skipped}
+        {layer.module: Skip(layer, layer.module.forward, forms.get(layer.index)) for layer in skipped}
     ):
         yield
 
@@ -60,11 +57,8 @@ def require_skippable(layers: Sequence[Layer], drop: Collection[int]) -> list[La
 
 
 def skipped_layers(layers: Sequence[Layer]) -> frozenset[int]:
-    """Return the indices of the layers that `skipping` leaves out now, without a share of their addition."""
-    forwards = {layer.index: vars(layer.module).get("forward") for layer in layers}
-    return frozenset(
-        index for index, forward in forwards.items() if isinstance(forward, Skip) and not forward.residual_scale
-    )
+    """Return the indices of the layers that `skipping` leaves out now."""
+    return frozenset(layer.index for layer in layers if isinstance(vars(layer.module).get("forward"), Skip))
 
 
 @contextmanager
@@ -194,14 +188,10 @@ class Skip:
     Args:
         forward: the layer's own ``forward``.
         form: see `Recorded`.
-        residual_scale: see `skipping`.
     """
 
-    def __init__(
-        self, layer: Layer, forward: Callable[..., Any], form: type | None, residual_scale: float = 0.0
-    ) -> None:
-        self._layer, self._forward, self.residual_scale = layer, forward, residual_scale
-        self.form = None if residual_scale else form
+    def __init__(self, layer: Layer, forward: Callable[..., Any], form: type | None) -> None:
+        self._layer, self._forward, self.form = layer, forward, form
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = input_tensor(args, kwargs)
@@ -214,8 +204,6 @@ class Skip:
         after = first_tensor(output)
         if after is None or after.shape != before.shape:
             raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) does not keep the shape of its input.")
-        if self.residual_scale:
-            return replace_tensor(output, after, torch.lerp(before, after, self.residual_scale))
         if _is_alone(output):
             self.form = type(output)
         return replace_tensor(output, after, before)

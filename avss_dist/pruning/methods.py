@@ -9,14 +9,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, require_known
-from avss_dist.core.intervention import SPARSITY_RULES
 from avss_dist.core.names import CONTRAST
-from avss_dist.core.registry import FROM_ACTIVATIONS, GREEDY, MEASURED, RECIPES, SPARSITY_METHODS
-from avss_dist.core.settings import EVERY_SITE, TRAINED
+from avss_dist.core.registry import FROM_ACTIVATIONS, GREEDY, MEASURED, RECIPES
+from avss_dist.core.settings import EVERY_SITE
 from avss_dist.core.text import describe_threshold, parse_threshold
-from avss_dist.core.validation import Check, OneOf, checked
+from avss_dist.core.validation import Check, checked
 from avss_dist.options import PromptOptions
-from avss_dist.pruning.repair.registry import NO_REPAIR, RecoveryName, is_distilled
+from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 
 LEAVE_ONE_OUT = "loss"
@@ -33,10 +32,7 @@ def _known_score(text: str) -> str:
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Score = Annotated[str, Check(_known_score)]
-
-SparsityMethod = Annotated[str, OneOf(SPARSITY_METHODS)]
 
 
 @checked
@@ -54,18 +50,8 @@ class Experiment:
     (site, recipe, threshold) or avss:all; a measurement of avss ablate, if the warehouse has it; greedy, which searches
     by the loss on the text of the run; on paired text also contrast or contrast:update:unit:0.1rms, which drops the
     highest first."""
-    factors: Annotated[tuple[Factor, ...], Field(strict=False, min_length=1)] = (0.0,)
-    """Residual scales of the chosen layers: 0 leaves a layer out, 0.5 halves what it adds to its input."""
-    shares: Annotated[tuple[Share, ...], Field(strict=False)] = (0.25,)
-    """Shares of the layers to drop; empty, [], if only sparsities are evaluated."""
-    sparsities: Annotated[tuple[Share, ...], Field(strict=False)] = ()
-    """Shares of the weights that meet a zero activation; these drop no layer."""
-    sparsity_methods: Annotated[tuple[SparsityMethod, ...], Field(strict=False, min_length=1)] = ("uniform", "loss")
-    """Methods that allocate sparsity, as for avss sparsify --method; they read the text of the run."""
-    sparsity_max_sequences: AtLeastOne | None = None
-    """Maximum number of rows that methods read; values are counted in all of the text."""
-    sparsity_rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
-    """Tokens at which activations are sparse."""
+    shares: Annotated[tuple[Share, ...], Field(strict=False, min_length=1)] = (0.25,)
+    """Shares of the layers to drop."""
     random: Count = 5
     """Number of random choices for each share."""
     reversed: bool = True
@@ -78,23 +64,14 @@ class Experiment:
     """Choose by the loss without each layer, on the text of the run."""
     search_max_sequences: AtLeastOne | None = None
     """Maximum number of rows of the run's text on which greedy measures the loss."""
-    repairs: Annotated[tuple[RecoveryName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
-    """Repairs of the pruned models; every choice is evaluated with each. NAME+distill (refit+distill, none+distill)
-    distills the repaired model from the whole one."""
+    repairs: Annotated[tuple[OptionalRepairName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
+    """Repairs of the pruned models; every choice is evaluated with each."""
     repair_corpora: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Texts that repairs are fitted on, with equal weight whatever their length, or a weight each: CORPUS=0.5."""
     repair_max_sequences: AtLeastOne | None = None
     """Maximum number of rows of each text that repairs are fitted on."""
     repair_skip_sequences: Count = 0
     """Skip this many rows at the start of each text."""
-    distill_tokens: Annotated[float, Field(strict=False, ge=1, allow_inf_nan=False)] | None = None
-    """Tokens to train on for NAME+distill; the text is that of the repairs, and what the whole model writes."""
-    distill_train: Annotated[str, OneOf(TRAINED)] = TRAINED[0]
-    """Weights that are trained, as for avss distill --train."""
-    distill_learning_rate: Annotated[float, Field(strict=False, gt=0, allow_inf_nan=False)] | None = None
-    """Highest learning rate, as for avss distill."""
-    distill_self_texts: Count = 256
-    """Number of texts that the whole model writes to train on; 0 for none."""
     max_sequences: AtLeastOne | None = None
     """Maximum number of rows of each evaluation text."""
     skip_sequences: Count = 0
@@ -116,41 +93,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         assert self.prompting  # which refuses options without effect
-        if not self.shares and not self.sparsities:
-            raise ConfigError("`shares` and `sparsities` are both empty.", "Set at least one of them.")
-        self._require_repairs()
-        self._require_distillation()
-
-    def _require_repairs(self) -> None:
-        """Refuse repairs without text, text without repairs, and repairs of layers that are scaled."""
         fitted = [repair for repair in self.repairs if repair != NO_REPAIR]
         if fitted and not self.repair_corpora:
             raise ConfigError(f"`repairs` {fitted[0]} needs text to be fitted on.", "Name it with `repair_corpora`.")
         if self.repair_corpora and not fitted:
             raise ConfigError("`repair_corpora` has no effect without a repair.", "Name some in `repairs`.")
-        if fitted and any(self.factors):
-            raise ConfigError(
-                f"`factors` {max(self.factors):g} scales layers and `repairs` {fitted[0]} repairs their removal: "
-                "they are mutually exclusive.",
-                "Make two experiments.",
-            )
-
-    def _require_distillation(self) -> None:
-        """Refuse repairs that end in +distill without a number of tokens, and options of distillation without any."""
-        distilled = next(filter(is_distilled, self.repairs), None)
-        if distilled and self.distill_tokens is None:
-            raise ConfigError(f"`repairs` {distilled} needs a number of tokens to train on.", "Set `distill_tokens`.")
-        defaults = {field.name: field.default for field in fields(self) if field.name.startswith("distill_")}
-        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
-        if changed and not distilled:
-            raise ConfigError(
-                f"`{changed[0]}` has no effect if nothing is distilled.", "Name a repair such as refit+distill."
-            )
-
-    @property
-    def distills(self) -> bool:
-        """Whether models are distilled."""
-        return any(map(is_distilled, self.repairs))
 
     def count_choices(self, readings: int) -> int:
         """Return the maximum number of choices of layers for a model.
@@ -163,22 +110,12 @@ class Experiment:
         scores = len(self.scores) - several + self.leave_one_out
         methods = scores * (1 + controls) + several * (readings + controls)
         methods += self.random * (1 + bool(self.keep_ends))
-        return (methods + self.last) * len(self.shares) * len(self.factors)
+        return (methods + self.last) * len(self.shares)
 
     @property
     def prompting(self) -> PromptOptions:
         """Options of the prompts of harness tasks."""
         return PromptOptions(**{f.name: getattr(self, f.name) for f in fields(PromptOptions)})
-
-    @property
-    def chooses_by_loss(self) -> bool:
-        """Whether layers are chosen by the loss without each."""
-        return self.leave_one_out and bool(self.shares)
-
-    @property
-    def count_sparse(self) -> int:
-        """Number of sparsity plans of a model."""
-        return len(self.sparsities) * len(self.sparsity_methods)
 
 
 @dataclass(frozen=True, kw_only=True)

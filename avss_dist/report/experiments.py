@@ -1,4 +1,4 @@
-"""Sections on experiments: retention without the layers that each method chose, and with sparse activations."""
+"""Sections on experiments: retention without the layers that each method chose."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from functools import partial
 from typing import Any
 
 from avss_dist.analysis.experiments import ExperimentResults, TaskMetric, experiment_results
-from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.analysis.verdict import CLAIMED_KEPT, describe_metric, describe_task, metric_format, readable_value
 from avss_dist.core.intervention import describe_removed
 from avss_dist.core.names import PERPLEXITY
 from avss_dist.core.text import basename
 from avss_dist.report.section import BLUE, GRAY, Chart, Section, interval_ends, page_number
-from avss_dist.report.sparsity import sparsity_section
 from avss_dist.report.table import ReportColumn, ReportTable, interval, percent
 from avss_dist.stats.retention import NO_INTERVAL
 
@@ -22,7 +20,7 @@ Row = Mapping[str, Any]  # of the table `experiments`
 
 
 def experiment_sections(rows: Sequence[Row]) -> list[Section]:
-    """Return the results of each run: without layers, then with sparse activations.
+    """Return the results of each run.
 
     Args:
         rows: rows of the table ``experiments``, the newest last.
@@ -33,8 +31,6 @@ def experiment_sections(rows: Sequence[Row]) -> list[Section]:
         label = f"{of_run[0]['model']}  ({run_id})"
         if results := experiment_results(of_run):
             sections.append(experiment_section(label, results))
-        if curves := sparsity_curves(of_run):
-            sections.append(sparsity_section(label, curves))
     return sections
 
 

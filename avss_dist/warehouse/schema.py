@@ -208,7 +208,7 @@ _DROP = Column(
 )
 _PATCH = Column("patch", STRING, "the weights that repair the model: SHA-256, which names a file of patches; or null")
 _SPARSITY_PLAN = Column("sparsity_plan", STRING, "what was zero of activations: SHA-256 of a plan's numbers; or null")
-_FACTOR = Column("factor", FLOAT64, "what is left of what the layers of drop add: null is nothing, they were left out")
+_FACTOR = Column("factor", FLOAT64, "of earlier versions: what was left of what the layers of drop add; or null")
 _ROUNDING = Column(
     "rounding",
     STRING,
@@ -396,7 +396,6 @@ TABLES: dict[str, TableInfo] = {
             Column("threshold_kind", STRING, "kind of that threshold: absolute or rms", choices=THRESHOLD_KINDS),
             Column("control", STRING, "reversed (drops the highest), ends kept (the first and last stay), or null"),
             Column("share", FLOAT64, "share of the layers that was dropped", bounds=SHARE),
-            Column("sparsity", FLOAT64, "share of weights to meet a zero, or null; no value where it is out of reach"),
             _SPARSITY_PLAN,
             Column("seed", INT32, "of a random choice"),
             _DROP,

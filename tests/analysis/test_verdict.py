@@ -198,9 +198,7 @@ def test_values_and_methods_as_people_read_them() -> None:
     assert shown_value({"metric": "loss", "value": 900.0}) == f"{exp(700):,.4g}"
     assert shown_value({"metric": "acc", "value": 0.12345}) == "0.123"
     assert shown_method({"method": "avss"}) == "avss"
-    assert shown_method({"method": "avss", "factor": 0.5, "repair": None}) == "avss x 0.5"
-    assert shown_method({"method": "avss", "factor": None, "repair": "refit"}) == "avss + refit"
-    assert shown_method({"method": "avss", "factor": 0.5, "repair": "refit"}) == "avss x 0.5 + refit"
+    assert shown_method({"method": "avss", "repair": "refit"}) == "avss + refit"
     rows = [whole(log(20.0), metric="loss"), row("avss", 0.001, metric="loss", value=log(20000.0))]
     (text,) = verdicts(rows)
     assert text.startswith(f"{START}, 0.1% (under 0.1% to 3.1%) is kept (perplexity 20, then 2e+04)")

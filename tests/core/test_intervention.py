@@ -117,7 +117,6 @@ def test_no_removal(value: object) -> None:
 def test_the_key_of_an_intervention_is_that_of_its_rows() -> None:
     intervention = Intervention(
         removed=(1, Sublayer(2, "mlp")),
-        residual_scale=0.5,
         patch=Patch("p"),
         sparsity=SPARSITY,
         rounding=round_place("int4", 3),
@@ -127,7 +126,6 @@ def test_the_key_of_an_intervention_is_that_of_its_rows() -> None:
         "drop": [1, 20_002],
         "patch": "p",
         "sparsity_plan": SPARSITY.key,
-        "factor": 0.5,
         "rounding": "int4@3",
     }
     assert InterventionKey.of_row(row) == intervention.key
@@ -136,23 +134,23 @@ def test_the_key_of_an_intervention_is_that_of_its_rows() -> None:
         replace(intervention, patch=Patch("p"))
     )
     changes, removals = intervention.split()
-    assert (changes.removed, changes.residual_scale, removals.patch, removals.sparsity) == ((), 0.0, None, None)
+    assert (changes.removed, removals.patch, removals.sparsity) == ((), None, None)
     assert removals.rounding is None
-    assert (removals.key[:2], changes.key[2:]) == (intervention.key[:2], intervention.key[2:])
+    assert (removals.key[:1], changes.key[1:]) == (intervention.key[:1], intervention.key[1:])
     assert intervention and not NO_INTERVENTION and Intervention(sparsity=SPARSITY)
 
 
 def test_evaluations_and_cells_have_the_ids_that_warehouses_know(checkpoint: Checkpoint) -> None:
-    """Sparsity and residual scale make another evaluation, removals and a patch another cell; by these very values."""
+    """Sparsity makes another evaluation, removals and a patch another cell; by these very values."""
     settings, task = Settings(), Task(name="t", parts=(Measure(),))
     planned = PlannedTask(checkpoint=checkpoint, settings=settings, task=task, placement=Placement())
     whole = {"schema": SCHEMA_VERSION, "checkpoint": checkpoint.revision, "task": task.key}
     whole["settings"] = settings.numbers(statistics=False)
     cuts = [{"layer": 0, "path": "mlp.up_proj", "outputs": 4, "inputs": 2, "by": "threshold", "value": 0.5}]
     cuts[0] |= {"center": 0.0, "weighted": False, "kept": 0, "group": 0}
-    changed = {"sparsity": fingerprint(cuts=cuts, rule="all"), "factor": 0.25}
+    changed = {"sparsity": fingerprint(cuts=cuts, rule="all")}
     removed = Intervention(removed=(1, Sublayer(2, "attention")), patch=Patch("p"))
-    both = replace(removed, sparsity=SPARSITY, residual_scale=0.25)
+    both = replace(removed, sparsity=SPARSITY)
     for intervention, more in ((NO_INTERVENTION, {}), (removed, {}), (both, changed)):
         assert planned.run_id(intervention) == f"{checkpoint.slug}-{fingerprint(**whole, **more)[:10]}"
     cells = planned.cells([NO_INTERVENTION, removed, removed, both])
@@ -166,7 +164,7 @@ def test_evaluations_and_cells_have_the_ids_that_warehouses_know(checkpoint: Che
 
 
 def test_an_evaluation_is_hashed_once(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all parts of a task and all removals, and once more for another residual scale."""
+    """For all parts of a task and all removals, and once more for a sparsity."""
     task = Task(name="t", parts=(Measure(),) * 5)
     planned = PlannedTask(checkpoint=checkpoint, settings=Settings(), task=task, placement=Placement())
     hashed: list[dict[str, Any]] = []
@@ -177,7 +175,7 @@ def test_an_evaluation_is_hashed_once(checkpoint: Checkpoint, monkeypatch: pytes
 
     monkeypatch.setattr("avss_dist.evaluation.session.fingerprint", counted)
     without = NO_INTERVENTION.without(1)
-    cells = planned.cells([NO_INTERVENTION, without, replace(without, residual_scale=0.5)])
+    cells = planned.cells([NO_INTERVENTION, without, replace(without, sparsity=SPARSITY)])
     assert (len(cells), len({cell.run_id for cell in cells}), len(hashed)) == (15, 2, 2)
 
 

@@ -1,4 +1,4 @@
-"""What layers that a contrast names do to multiple choice: left out, and scaled, beside as many others."""
+"""What layers that a contrast names do to multiple choice, beside as many others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from support.checkpoints import one_thread
 from support.command_line import avss
 from support.experiments import experiment_of, run_job_in
@@ -16,7 +15,7 @@ from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.contrast import contrast
 from avss_dist.core.errors import ConfigError
-from avss_dist.pruning.methods import Experiment, parse_score
+from avss_dist.pruning.methods import parse_score
 from avss_dist.runs.job_file import read_job
 from avss_dist.warehouse.reader import Warehouse
 
@@ -30,7 +29,6 @@ settings: {{max_sequences: 8, sequence_length: 48, batch_size: 4, sequences_per_
 experiment:
   tasks: ["truthfulqa:{text}"]
   scores: [avss, contrast]
-  factors: [0, 0.5]
   shares: [0.34]
   random: 2
   reversed: false
@@ -61,42 +59,14 @@ def test_named_layers_are_beside_as_many_others(done: tuple[Path, list[dict[str,
     job, rows = done
     warehouse = Warehouse(read_job(job).warehouse)
     (run,) = warehouse.runs().to_pylist()
-    by = {(row["method"], row["factor"], row["metric"]): row for row in rows}
-    assert {key[:2] for key in by} == {("whole model", None), *((m, f) for m in METHODS for f in (None, 0.5))}
-    assert {metric for *_, metric in by} == {"mc1", "mc2", "chance"}
+    by = {(row["method"], row["metric"]): row for row in rows}
+    assert {method for method, _ in by} == {"whole model", *METHODS}
+    assert {metric for _, metric in by} == {"mc1", "mc2", "chance"}
     assert {len(row["drop"]) for row in rows if row["share"]} == {1}
     ranks = contrast(warehouse, run).layers.to_pylist()
     (named,) = (row["layer"] for row in ranks if row["rank"] == 1)
-    assert by["contrast", 0.5, "mc2"]["drop"] == by["contrast", None, "mc2"]["drop"] == [named]
-    assert by["whole model", None, "chance"]["value"] == pytest.approx(np.mean([2 / 3, 1 / 3, 2 / 4]))
-    stored = warehouse.table("evaluations").to_pylist()
-    assert {(row["factor"], bool(row["drop"])) for row in stored} == {(None, False), (None, True), (0.5, True)}
-
-
-def test_a_scaled_layer_adds_so_much_less(done: tuple[Path, list[dict[str, Any]]], tiny_llama: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
-    (row,) = (row for row in done[1] if (row["method"], row["factor"], row["metric"]) == ("contrast", 0.5, "mc2"))
-
-    def halve(_module: Any, args: Any, output: Any) -> Any:
-        after = output if isinstance(output, torch.Tensor) else output[0]
-        halved = args[0] + (after - args[0]) / 2
-        return halved if isinstance(output, torch.Tensor) else (halved, *output[1:])
-
-    def likelihood(question: str, answer: str) -> float:
-        prompt, text = (tokenizer(t).input_ids for t in (f"Q: {question}\nA:", f" {answer}"))
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + text])).logits[0].double().log_softmax(-1)
-        return sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(text))
-
-    model.model.layers[row["drop"][0]].register_forward_hook(halve)
-    found = []
-    for one in QUESTIONS:
-        right = {one["best_answer"], *one["correct_answers"]}
-        chance = {answer: np.exp(likelihood(one["question"], answer)) for answer in (*right, *one["incorrect_answers"])}
-        found.append(sum(chance[answer] for answer in right) / sum(chance.values()))
-    assert row["value"] == pytest.approx(np.mean(found), rel=1e-4)
+    assert by["contrast", "mc2"]["drop"] == [named]
+    assert by["whole model", "chance"]["value"] == pytest.approx(np.mean([2 / 3, 1 / 3, 2 / 4]))
 
 
 def test_nothing_is_measured_twice_and_questions_that_were_contrasted_are_refused(
@@ -132,7 +102,7 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
     assert "Ask others: with --skip-questions 2" in refused.stderr
     with one_thread():
         shown = avss("evaluate", plan, "--task", task, "--skip-questions", 2, "--format", "json", *options)
-    (same,) = (row for row in rows if (row["method"], row["factor"], row["metric"]) == ("avss", None, "mc2"))
+    (same,) = (row for row in rows if (row["method"], row["metric"]) == ("avss", "mc2"))
     found = {(one["subject"], one["metric"]): one["value"] for one in map(json.loads, shown.stdout.splitlines())}
     assert found[str(plan), "mc2"] == same["value"]
     no_use = avss("evaluate", plan, "--task", "perplexity:builtin:pydoc", "--skip-questions", 2, *options)
@@ -140,10 +110,6 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ConfigError, match=r"`factors` 0.5 scales layers and `repairs` map repairs"):
-        Experiment(tasks=("t",), factors=(0.5,), repairs=("map",), repair_corpora=("builtin:pydoc",))
-    with pytest.raises(ConfigError, match="factors"):
-        Experiment(tasks=("t",), factors=(-1,))
     with pytest.raises(ConfigError, match="not a reading of AVSS") as caught:
         parse_score("contrast:block")
     assert "contrast:SITE:RECIPE:THRESHOLD" in str(caught.value.hint)

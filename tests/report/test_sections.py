@@ -18,13 +18,11 @@ from support.warehouses import unpack_released
 
 from avss_dist.analysis.experiments import experiment_results
 from avss_dist.analysis.experts import LayerExperts
-from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.report.experiments import experiment_section
 from avss_dist.report.experts import experts_section
 from avss_dist.report.page.charts import section_chart
 from avss_dist.report.page.page import html_table, report_page
 from avss_dist.report.section import Section
-from avss_dist.report.sparsity import sparsity_section
 from avss_dist.report.table import (
     BarColumn,
     ReportColumn,
@@ -43,7 +41,7 @@ HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m"
 
 def row(method: str, share: float | None, value: float, **other: Any) -> dict[str, Any]:
     """A row of ``experiments`` on the loss of a text; the whole model's loss is 3."""
-    columns = dict.fromkeys(("control", "repair", "patch", "factor", "sparsity", "site", "recipe", "threshold"))
+    columns = dict.fromkeys(("control", "repair", "patch", "factor", "site", "recipe", "threshold"))
     about = {"run_id": "a-1", "model": "org/a", "task": "perplexity:x/text.txt", "metric": "loss", "drop": []}
     retention = float(np.exp(3 - value))
     ends = {"retention_low": retention - 0.01, "retention_high": retention + 0.01}
@@ -60,18 +58,13 @@ def experiment(method: str = "avss") -> list[dict[str, Any]]:
 
 
 def sections(name: str = "avss") -> list[Section]:
-    """An experiment, sparse activations with a plan, and routed experts."""
+    """An experiment, and routed experts."""
     results = experiment_results(experiment(name))
     assert results
-    sparse = [row(name, None, 3.01, sparsity=0.3), row(name, None, 3.1, sparsity=0.6)]
-    sparse.append({**sparse[1], "metric": "sparsity", "value": 0.59, "retention": None})
-    plan = {"method": "teal", "target": 0.3, "rule": "all", "site": "mlp", "by": "threshold", "value": 0.12}
-    maps = [{**plan, "layer": layer, "map": name, "sparsity": 0.25 * layer} for layer in range(3)]
     load = np.array([0.5, 0.5, 0.0])
     layers = [LayerExperts(1, load, load, load, load, 0.6, float("nan"), 1)]
     return [
         experiment_section("1. a", results),
-        sparsity_section("1. a", sparsity_curves(sparse), maps),
         experts_section("1. a", {"num_tokens": 64, "corpus": name}, layers),
     ]
 
@@ -114,7 +107,7 @@ def printed(renderable: Any, width: int = 400) -> str:
 
 def test_a_terminal_and_a_page_show_the_same_texts() -> None:
     tables = tuple(table for section in sections() for table in section.tables)
-    assert len(tables) == 4
+    assert len(tables) == 2
     for table, (headings, *rows) in zip(tables, page_tables(tables), strict=True):
         lines = [re.split(" *[│┃] *", line)[1:-1] for line in printed(FittedTable(table)).splitlines() if "│" in line]
         bars = [i for i, column in enumerate(table.columns) if isinstance(column, BarColumn)]
@@ -137,7 +130,7 @@ def test_a_table_of_an_experiment_names_sublayers_and_says_why_an_interval_is_mi
 def test_every_chart_of_a_section_can_be_drawn() -> None:
     charts = [chart for section in sections() for chart in section.charts]
     assert [chart.name for chart in charts] == [
-        *("experiment-1-1", "experiment-1-2", "sparsity-1-curves-1", "sparsity-1-maps"),
+        *("experiment-1-1", "experiment-1-2"),
     ]
     for chart in charts:
         json.dumps(list(chart.rows), allow_nan=False)

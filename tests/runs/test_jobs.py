@@ -220,7 +220,6 @@ models:
   hang_second: 5
 experiment:
   tasks: [builtin:pydoc]
-  shares: []
   limits: 3
 """
     assert [line.partition(" Valid")[0] for line in problems(tmp_path, text)] == [
@@ -230,13 +229,13 @@ experiment:
         "11: Unknown key 'modle'. Did you mean 'model'?",
         "13: Unknown dtype 'float'. Did you mean 'float32'?",
         "14: Unknown key 'hang_second'.",
-        "18: Unknown key 'limits'. Did you mean 'limit'?",
+        "17: Unknown key 'limits'. Did you mean 'limit'?",
     ]
     text = text.replace("hang_seconds: -1", "hang_seconds: 1").replace("  limits: 3\n", "").partition("- model: c")
     experiment = "experiment:\n  tasks: [builtin:pydoc]\n  shares: []\n"
     assert problems(tmp_path, text[0] + experiment) == [
         "7: ranks applies to fsdp, zero3, tensor_parallel and expert_parallel, not to partition single. Leave it out.",
-        "10: shares and sparsities are both empty. Set at least one of them.",
+        "10: shares must not be empty.",
     ]
 
 

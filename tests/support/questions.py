@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avss_dist.core.intervention import NO_INTERVENTION, Expert, Intervention, Removals, sublayers_of
+from avss_dist.core.intervention import Expert, Intervention, Removals, sublayers_of
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
@@ -41,7 +41,6 @@ QUESTIONS = [
 
 
 COMPOSED = (
-    "loss with half",
     "leave one out of",
     "sublayers, each of",
     "gradients without",
@@ -71,7 +70,6 @@ def questions() -> dict[str, Any]:
     return {
         "loss": (TextLoss(shard), ()),
         "loss without a layer": (TextLoss(shard), (1,)),
-        "loss with half of a layer": (WithHalf(shard), (1,)),
         "loss and entropy of answers without a layer": (TextLoss(_paired(shard)), (1,)),
         "leave one out": (LeaveOneOut(shard), ()),
         "leave one out of the rest": (LeaveOneOut(shard), (2,)),
@@ -87,13 +85,6 @@ def questions() -> dict[str, Any]:
         "rounded layers of the rest": (RoundedLosses(shard, "fp8"), (1,)),
         "gradients of rounded weights": (RoundingDamage(shard=shard, formats=("int4", "fp8")), ()),
     }
-
-
-class WithHalf(TextLoss):
-    """The loss, with half of what the layers add that are left out."""
-
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        return super().__call__(model, replace(intervention, residual_scale=0.5))
 
 
 def _paired(shard: Shard) -> Shard:

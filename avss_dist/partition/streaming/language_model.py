@@ -55,12 +55,12 @@ class StreamingLanguageModel(LanguageModel):
         return (range(start, min(start + step, len(batches))) for start in range(0, len(batches), step))
 
     @contextmanager
-    def without(self, removed: Collection[Removal], residual_scale: float = 0.0) -> Iterator[None]:
+    def without(self, removed: Collection[Removal]) -> Iterator[None]:
         """See `causal_lm.LanguageModel`."""
         self.require_layers(removed)
         call = self._ready.call
         skips = {
-            layer.module: Skip(layer, partial(call, layer.module), self.forms.get(layer.index), residual_scale)
+            layer.module: Skip(layer, partial(call, layer.module), self.forms.get(layer.index))
             for layer in require_skippable(self.layers, whole_layers(removed))
         }
         plan = replace(PASS_PLAN.get(), skips={**PASS_PLAN.get().skips, **skips})
@@ -116,9 +116,7 @@ class StreamingLanguageModel(LanguageModel):
     def skipped(self) -> frozenset[int]:
         """See `causal_lm.LanguageModel`."""
         skips = PASS_PLAN.get().skips
-        return frozenset(
-            layer.index for layer in self.layers if layer.module in skips and not skips[layer.module].residual_scale
-        )
+        return frozenset(layer.index for layer in self.layers if layer.module in skips)
 
     def generate(self, **kwargs: Any) -> Any:
         """See `causal_lm.LanguageModel`. The weights are read for every token."""

@@ -78,27 +78,10 @@ REPAIRS: Mapping[str, RepairMethod] = {
 }
 """Repairs by name, from the fewest unknowns to the most."""
 
-DISTILL = "+distill"
-"""End of the name of a repair in an experiment that is followed by distillation."""
-
-
 RepairName = Annotated[str, OneOf(tuple(REPAIRS))]
 """Type of a checked field that names a repair."""
 OptionalRepairName = Annotated[str, OneOf((NO_REPAIR, *REPAIRS))]
 """Type of a checked field that names a repair or `NO_REPAIR`."""
-_WITHOUT = (NO_REPAIR, *REPAIRS)
-RecoveryName = Annotated[str, OneOf((*_WITHOUT, *(f"{name}{DISTILL}" for name in _WITHOUT)))]
-"""Type of a checked field that names a repair or `NO_REPAIR`, with or without distillation after it."""
-
-
-def repair_before(recovery: str) -> str:
-    """Return the repair of a `RecoveryName`, which may be `NO_REPAIR`."""
-    return recovery.removesuffix(DISTILL)
-
-
-def is_distilled(recovery: str) -> bool:
-    """Whether a `RecoveryName` names distillation."""
-    return recovery.endswith(DISTILL)
 
 
 def searched_repair(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The chapters of the page: curves, experiments, score cards, sparsity plans, contrasts."""
+"""The chapters of the page: curves, experiments, score cards, contrasts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from avss_dist.analysis.contrast import contrast
 from avss_dist.analysis.curves import AXES, Curve, curves_of
 from avss_dist.analysis.experiments import experiment_results
 from avss_dist.analysis.scorecard import best_readings, score_cards
-from avss_dist.analysis.sparsity_curves import sparsity_curves
 from avss_dist.core.errors import QueryError
 from avss_dist.core.registry import GROUND_TRUTH, SCORES
 from avss_dist.pruning.selection import PUBLISHED
@@ -23,7 +22,6 @@ from avss_dist.report.curves import curve_section
 from avss_dist.report.experiments import experiment_section
 from avss_dist.report.scorecards import page_section
 from avss_dist.report.section import Section
-from avss_dist.report.sparsity import sparsity_section
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
@@ -96,14 +94,6 @@ def chapters(
             sections=list(_scorecards(warehouse, runs, labels)),
         ),
         Chapter(
-            name="sparse",
-            title="Sparse activations",
-            heading="Sparse activations",
-            lead="What models keep where inputs of their linear maps are zero. Sparsity is the share of the weights of "
-            "these maps that meet a zero; dashed: 99% and 95% are kept.",
-            sections=list(_sparsities(warehouse, labels, by_run)),
-        ),
-        Chapter(
             name="contrasts",
             title="Contrasts",
             heading="Hallucinated and truthful answers",
@@ -147,25 +137,6 @@ def _evaluated(warehouse: Warehouse, runs: Sequence[Row], *tasks: str) -> list[R
     rows = warehouse.table("evaluations", where=pc.field("revision").isin(revisions), columns=["revision", "task"])
     known = {row["revision"] for row in rows.to_pylist() if row["task"].startswith(tasks)}
     return [run for run in runs if run["revision"] in known]
-
-
-def _sparsities(
-    warehouse: Warehouse, labels: Mapping[str, str], by_run: Mapping[str, Sequence[Row]]
-) -> Iterator[Section]:
-    """Yield a section for each run: retention with sparse activations, and the newest plan."""
-    plans = warehouse.table("sparsity", run_ids=list(labels)).sort_by("created_at").to_pylist()
-    for run_id, label in labels.items():
-        maps = [row for row in plans if row["run_id"] == run_id]
-        newest = [row for row in maps if row["sparsity_plan"] == maps[-1]["sparsity_plan"]]
-        curves = sparsity_curves(_newest(by_run[run_id]))
-        if curves or newest:
-            yield sparsity_section(label, curves, newest)
-
-
-def _newest(rows: Sequence[Row]) -> list[Row]:
-    """Return the last row for each combination of method, share, sparsity, task, metric and repair."""
-    names = ("method", "share", "sparsity", "task", "metric", "repair")
-    return list({tuple(row[name] for name in names): row for row in rows}.values())
 
 
 def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
