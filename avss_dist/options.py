@@ -26,39 +26,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """Options of the prompts of lm-evaluation-harness; by default those of the task, as plain text.
-
-    Attributes:
-        num_fewshot: number of examples before each question, unless the task has none; None leaves it to the task.
-        apply_chat_template: put the question in the tokenizer's chat template, as the user's message.
-        system_instruction: text before the prompt, or the system message of a chat.
-        fewshot_as_multiturn: make each example a turn; otherwise they are one turn with the question.
-
-    Raises:
-        ConfigError: turns without a chat, or a negative number of examples.
-    """
-
-    num_fewshot: int | None = None
-    apply_chat_template: bool = False
-    system_instruction: str | None = None
-    fewshot_as_multiturn: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ConfigError(f"`num_fewshot` must be at least 0, not {self.num_fewshot}.")
-        if self.fewshot_as_multiturn and not self.apply_chat_template:
-            raise ConfigError("`fewshot_as_multiturn` requires a chat template.", "Set `apply_chat_template` too.")
-
-    def changes(self) -> dict[str, Any]:
-        """Return the options that differ from the task's defaults."""
-        return {name: value for name, value in asdict(self).items() if value is not None and value is not False}
-
-
-DEFAULT_PROMPT = PromptOptions()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Option:
     """Metadata of a field that says how the command line spells it: ``Annotated[str, Option(names=("--task",))]``.
 

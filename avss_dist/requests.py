@@ -10,7 +10,6 @@ from pydantic import Field
 from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.core.intervention import SPARSITY_RULES
 from avss_dist.core.registry import (
-    DRAWS,
     EXPERT_SCORES,
     GREEDY,
     PRECISION_METHODS,
@@ -30,7 +29,7 @@ from avss_dist.core.settings import (
 from avss_dist.core.text import RedactedURI
 from avss_dist.core.validation import Count, OneOf, PathOrText, Positive, Share, Text, Texts
 from avss_dist.models.number_formats import number_format
-from avss_dist.options import SHARED, Option, PromptOptions, Request, field_values, refuse_unused, request
+from avss_dist.options import SHARED, Option, Request, refuse_unused, request
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
 from avss_dist.read_requests import (
@@ -57,7 +56,6 @@ REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh", "tra
 SEARCHED, HOW_MANY, HOW_MUCH = "Search", "Number of layers", "Budget"  # panels of the help
 LEFT_OUT, ROUNDED = "Removals", "Rounded weights"
 MIX, TRAINING, RANKED = "Text", "Training", "Several GPUs"
-PROMPTS = "Prompts of lm-evaluation-harness"
 _TRAINED_INSTEAD = {"near": "It was removed: `train` all keeps up to two points more, and lora takes less memory."}
 
 Follow = Annotated[bool, Option(names=("--follow", "-f"))]
@@ -134,8 +132,6 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     """Run a backward pass: first-order estimates of removal, and norms."""
     damage: Annotated[bool, Option(panel=LEFT_OUT)] = False
     """Estimate the effect of leaving layers out, at the cost of about 8 passes."""
-    draws: Annotated[Positive, Option(panel=LEFT_OUT)] = DRAWS
-    """Labels to draw from the model's own predictions for each token of `damage`: more of them, less noise."""
     quantize: Annotated[Texts, Option(names=("--quantize",), metavar="FORMAT", panel=ROUNDED)] = ()
     """Predict the change of the loss if weights are rounded to this format: int4, int4-g64, fp8, nvfp4, q4_0, ..."""
     rounded_layers: Annotated[bool, Option(panel=ROUNDED)] = True
@@ -175,14 +171,8 @@ class EvaluateRequest(WarehouseRequest):
     """Skip this many questions at the start of TruthfulQA."""
     limit: Positive | None = None
     """Maximum number of questions per task."""
-    num_fewshot: Annotated[Count | None, Option(panel=PROMPTS)] = None
+    num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
-    apply_chat_template: Annotated[bool, Option(panel=PROMPTS)] = False
-    """Format harness questions with the model's chat template."""
-    system_instruction: Annotated[str | None, Option(panel=PROMPTS)] = None
-    """System prompt of harness tasks."""
-    fewshot_as_multiturn: Annotated[bool, Option(panel=PROMPTS)] = False
-    """Make each few-shot example a turn of the chat."""
     sparse: PathOrText | None = None
     """A sparsity plan, SPARSE.yaml, to evaluate every subject with as well."""
     base: Annotated[PathOrText | None, Option(metavar="MODEL")] = None
@@ -191,14 +181,6 @@ class EvaluateRequest(WarehouseRequest):
     """Allow evaluation on text that scores or repairs were made on."""
 
     shared = EVALUATED
-
-    def __post_init__(self) -> None:
-        _ = self.prompting  # which refuses options without effect
-
-    @property
-    def prompting(self) -> PromptOptions:
-        """Options of the prompts of harness tasks."""
-        return PromptOptions(**field_values(PromptOptions, self))
 
 
 @request
@@ -229,8 +211,6 @@ class ShrinkRequest(ModelRequest):
     """Layers at the end that are never dropped."""
     limit: Positive | None = None
     """Maximum number of questions per task."""
-    num_fewshot: Count | None = None
-    """Examples before each question of a harness task."""
     allow_overlap: bool = False
     """Allow evaluation on text that scores or repairs were made on."""
     distill_tokens: Tokens | None = None
@@ -241,8 +221,6 @@ class ShrinkRequest(ModelRequest):
     def __post_init__(self) -> None:
         if self.share is not None and self.keep is not None:
             raise ConfigError("`share` and `keep` are mutually exclusive.", "Keep one of them.")
-        if self.repair == NO_REPAIR and self.repair_corpora:
-            raise ConfigError("`repair_corpora` has no effect without a repair.", "Leave it out, or name a `repair`.")
 
     @property
     def ranked_by(self) -> str:
@@ -381,8 +359,6 @@ class PruneRequest(ModelRequest):
     warehouse: Annotated[PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")] = None
     """Warehouse with the plan's evaluations, for the model card; the fit is kept in it. Without it, the repair is
     fitted in this process."""
-    push: str | None = None
-    """Also upload it to the hub as ORG/NAME; a new model there is private."""
 
     shared = tuple(name for name in EVALUATED if name != "layers")
 
@@ -448,9 +424,6 @@ class DistillRequest(Request):
     """Processes that share each training step, started by Ray, each with a GPU where there are GPUs."""
     sharding: Annotated[Annotated[str, OneOf(tuple(SHARDINGS))], Option(panel=RANKED)] = next(iter(SHARDINGS))
     """Parts that are divided among ranks: none (ddp), optimizer (zero1), also gradients (zero2), all (zero3, fsdp)."""
-    picture: PathOrText | None = None
-    """Picture to draw of what is kept by tokens, for each text: FILE.png, .svg or .html."""
-
     shared = (
         *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
         *("dtype", "layers", "attention", "device", "trust_remote_code", "tracker"),

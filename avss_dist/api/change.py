@@ -15,7 +15,6 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import count_removed, removal_names
 from avss_dist.core.registry import GREEDY
 from avss_dist.core.results import TabularResult
-from avss_dist.core.settings import Execution
 from avss_dist.core.text import parse_threshold
 from avss_dist.options import field_values, keywords, refuse_unused
 from avss_dist.pruning.plan import Plan, read_plan
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.events import OnEvent
     from avss_dist.evaluation.search import SearchResult
     from avss_dist.evaluation.shrink import Shrunk
-    from avss_dist.models.checkpoints import Checkpoint
     from avss_dist.precision.plan import PrecisionPlan
     from avss_dist.pruning.repair.repair import Repair, Repaired
     from avss_dist.sparsity.plan import SparsityPlan
@@ -120,14 +118,12 @@ class Pruned(TabularResult):
     Attributes:
         plan: the plan, with its evaluations.
         folder, bytes, difference, notes, repair: values that `pruning.checkpoint.prune` returns.
-        pushed: address on the hub; None if it was not pushed.
     """
 
     def __init__(self, plan: Plan, done: Mapping[str, Any]) -> None:
         self.plan = plan
         self.folder, self.bytes, self.difference = str(done["folder"]), int(done["bytes"]), done["difference"]
         self.notes, self.repair = done["notes"], done["repair"]
-        self.pushed: str | None = done.get("pushed")
 
     def table(self) -> pa.Table:
         """Return a table of one row."""
@@ -139,7 +135,7 @@ class Pruned(TabularResult):
         }
         if self.plan.experts:
             values["experts"] = removal_names(self.plan.drop[len(self.plan.dropped_layers) :])
-        values |= {"notes": self.notes, "repair": self.repair and self.repair.repair, "pushed": self.pushed}
+        values |= {"notes": self.notes, "repair": self.repair and self.repair.repair}
         return pa.Table.from_pylist([values])
 
     def summary(self) -> str:
@@ -158,68 +154,31 @@ def describe_remaining(plan: Plan) -> str:
 def prune(request: PruneRequest) -> Pruned:
     """Write a checkpoint without the layers and routed experts that a plan drops, repaired on request.
 
-    With a warehouse, a repair is fitted on workers and stored there, or read if it is stored already. A checkpoint that
-    cannot be pushed remains in its folder.
+    With a warehouse, a repair is fitted on workers and stored there, or read if it is stored already.
     """
     from avss_dist.models.checkpoints import resolve
     from avss_dist.pruning.checkpoint import prune as write
-    from avss_dist.system.hub import require_access, upload
 
-    model, output, warehouse, push = str(request.model), Path(request.output), request.warehouse, request.push
+    model, output, warehouse = str(request.model), Path(request.output), request.warehouse
     execution, code = request.execution, request.settings.trust_remote_code
     plan = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
-    if request.fitted is None or warehouse is None:
-        _refuse_workers(request)
-    if push:
-        require_access(push)
     checkpoint = resolve(model, trust_remote_code=code)
-    wanted = _repair(request, checkpoint)
-    fitted: Repair | Repaired | None = wanted
-    if wanted is not None and warehouse is not None:
+    fitted: Repair | Repaired | None = None
+    if request.fitted:
+        from avss_dist.distillation.teacher_text import with_own_text
         from avss_dist.evaluation.repairs import stored_repair
+        from avss_dist.pruning.repair.repair import Repair
 
-        fitted = stored_repair(request, plan, wanted, warehouse, request.on_event)
+        corpora = with_own_text(request.repair_corpora, checkpoint, request.settings, request.on_event)
+        skipped = request.skip_sequences
+        wanted = Repair(by=request.fitted, corpora=corpora, skip_sequences=skipped, settings=request.settings)
+        stored = warehouse is not None and stored_repair(request, plan, wanted, warehouse, request.on_event)
+        fitted = stored or wanted
     if warehouse is not None:
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
         plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
     done = write(model, plan, output, repair=fitted, execution=execution, trust_remote_code=code)
-    if push:
-        what = f"{Path(plan.model).name} without {_described(plan)}"
-        hint = f"The checkpoint is complete in {output}. Upload it: hf upload {push} {output}"
-        replaced = ["*.safetensors", "*.json"]
-        done = {**done, "pushed": upload(output, push, message=what, replaced=replaced, hint=hint)}
     return Pruned(plan, done)
-
-
-def _described(plan: Plan) -> str:
-    """Return what a plan drops, for the message of a commit on the hub."""
-    return count_removed(plan.drop) if plan.experts else f"{len(plan.drop)} of its layers"
-
-
-def _refuse_workers(request: PruneRequest) -> None:
-    """Raise ConfigError for options of workers if nothing is fitted on workers."""
-    execution = request.execution
-    used = {"partition", "max_memory", "offload_folder"} | ({"executor"} if execution.executor == "local" else set())
-    given = {name: getattr(execution, name) for name in Execution.__dataclass_fields__ if name not in used}
-    reason = "without workers, which fit a repair into a warehouse"
-    hint = "Leave it out, or name a `repair` and a `warehouse`."
-    refuse_unused(given | {"threads": request.settings.threads}, reason, hint)
-
-
-def _repair(request: PruneRequest, checkpoint: Checkpoint) -> Repair | None:
-    """Return the repair of a request, or None. Raises ConfigError for options of a repair without one."""
-    from avss_dist.pruning.repair.repair import Repair
-
-    settings, skipped, corpora = request.settings, request.skip_sequences, request.repair_corpora
-    if request.fitted:
-        from avss_dist.distillation.teacher_text import with_own_text
-
-        corpora = with_own_text(corpora, checkpoint, settings, request.on_event)
-        return Repair(by=request.fitted, corpora=corpora, skip_sequences=skipped, settings=settings)
-    given = {**settings.as_dict(), "skip_sequences": skipped, "repair_corpora": corpora}
-    del given["trust_remote_code"]  # which a checkpoint without a repair uses, too
-    refuse_unused(given, "without a repair", "Leave it out, or name a `repair`.")
-    return None
 
 
 @keywords(DistillRequest)
@@ -230,13 +189,4 @@ def distill(request: DistillRequest) -> Distilled:
     """
     from avss_dist.distillation.distill import distill as run
 
-    if request.picture is None:
-        return run(request)
-    from avss_dist.report.chart import require_drawable, save_chart
-    from avss_dist.report.distillation import distillation_chart
-
-    picture = Path(request.picture)
-    require_drawable(picture)  # before hours of training
-    done = run(request)
-    save_chart(distillation_chart(done.record), picture)
-    return done
+    return run(request)

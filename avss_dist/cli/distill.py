@@ -27,5 +27,3 @@ def distill(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
     console().print(FittedTable(distilled_table(done)))
     for line in distilled_lines(done):
         emit(line)
-    if values.get("picture") is not None:
-        emit(f"What is kept by tokens: {values['picture']}")

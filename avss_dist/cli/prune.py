@@ -51,5 +51,3 @@ def _print(done: Pruned) -> None:
         emit(f"Outputs are those of the original with {masked}{repaired} (largest difference {done.difference:g}).")
     for note in done.notes:
         emit(note)
-    if done.pushed:
-        emit(f"Uploaded to {done.pushed}")

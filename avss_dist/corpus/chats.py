@@ -65,7 +65,7 @@ def chat_template(tokenizer: ChatTokenizer) -> str:
         name = getattr(tokenizer, "name_or_path", "") or "the model"
         raise CorpusError(
             f"The tokenizer of {name} has no chat template of its own.",
-            "Leave `chat_template` and `apply_chat_template` out, or name a model that was tuned to chat.",
+            "Leave `chat_template` out, or name a model that was tuned to chat.",
         ) from error
     return hashlib.sha256(template.encode()).hexdigest()
 

@@ -25,7 +25,7 @@ from avss_dist.distillation.curve import DIVERGED, Evaluation, Schedule, best, e
 from avss_dist.distillation.events import OnEvent, Preparing, ignore
 from avss_dist.distillation.loss import Predict, TextLoss, logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
-from avss_dist.distillation.pair import ModelPair, ancestry, require_two_models, resolve_pair
+from avss_dist.distillation.pair import ModelPair, ancestry, resolve_pair
 from avss_dist.distillation.ranks import (
     Ranks,
     call_at_layers,
@@ -125,7 +125,6 @@ def _distill(request: DistillRequest, ranks: Ranks | None, output: Path, on_even
     if not is_written:
         require_free(output)
     models = resolve_pair(request, ranks.device if ranks else None)
-    require_two_models(models)
     memory = estimate_memory(
         models.student,
         models.teacher,

@@ -95,15 +95,6 @@ def _require_same_vocabulary(student: Checkpoint, teacher: Checkpoint, configs: 
     )
 
 
-def require_two_models(models: ModelPair) -> None:
-    """Raise ConfigError if the student is the teacher."""
-    if models.student.revision == models.teacher.revision:
-        raise ConfigError(
-            f"'{models.student.name}' and '{models.teacher.name}' are the same checkpoint, with nothing to distill.",
-            "Name the checkpoint to train as the student, and the model that it was made of with `teacher`.",
-        )
-
-
 def ancestry(models: ModelPair) -> list[str]:
     """Return a note if nothing says that the student was made of the teacher."""
     base = pruned_from(models.student.folder)

@@ -194,7 +194,7 @@ def _tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan) -> Ite
         without_sublayers = tuple(LeaveOneOut(shard, sublayers=True) for shard in text.shards)
         yield Task(name=f"{SUBLAYER_LOSS}{corpus}", parts=without_sublayers)
     if request.damage:
-        estimates = tuple(Damage(shard=shard, draws=request.draws) for shard in text.shards)
+        estimates = tuple(Damage(shard=shard) for shard in text.shards)
         yield Task(name=f"{DAMAGE_TASK}{corpus}", parts=estimates)
     yield from rounding_tasks(request, corpus, text)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, product, zip_longest
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 from avss_dist.analysis.verdict import kept_by_guess, primary_metric
 from avss_dist.core.errors import AvssError, ConfigError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.names import PERPLEXITY, REALIZED, ROW_START, SEARCH, TRUTHFULQA
+from avss_dist.core.names import PERPLEXITY, REALIZED, ROW_START, SEARCH
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
@@ -35,27 +35,17 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
-from avss_dist.options import PromptOptions
 from avss_dist.precision.plan import ROUNDED, MapPrecision, PrecisionPlan, read_precision_plan
 from avss_dist.pruning.model_card import pruned_from
 from avss_dist.pruning.plan import read_plan, read_plan_file
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
-from avss_dist.runs.corpora import corpus_problems
 from avss_dist.sparsity.plan import PROJECTIONS, MapPlan, SparsityPlan, read_sparsity_plan
 from avss_dist.sparsity.realized import RealizedSparsity
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.tasks.base import Result
 from avss_dist.warehouse.reader import Warehouse
 
-HARNESS = ""
-_TAKEN_BY = {
-    **dict.fromkeys(("shuffle_seed", "chat_template"), (PERPLEXITY,)),
-    "skip_questions": (TRUTHFULQA,),
-    "limit": (TRUTHFULQA, HARNESS),
-    **{field.name: (HARNESS,) for field in fields(PromptOptions)},
-}
-"""Kinds of tasks that take an option, by the option."""
 COLUMNS = (
     "subject",
     "dropped",
@@ -167,8 +157,6 @@ def evaluate(request: EvaluateRequest, on_event: OnEvent | None = None) -> Evalu
         AvssError: a mistake, or a cell that failed (`RunFailed`). Measured cells remain in the warehouse.
     """
     settings = request.settings
-    _require_used(request)
-    _require_readable(request.tasks, settings)
     tasks = [RedactedURI(task) for task in request.tasks]
     subjects = _read_subjects(request.subjects, request.sparse, settings)
     subjects, missing_bases = _with_bases(subjects, request.base, trust_remote_code=settings.trust_remote_code)
@@ -198,24 +186,6 @@ def evaluate(request: EvaluateRequest, on_event: OnEvent | None = None) -> Evalu
     return Evaluations(evaluations, findings=findings)
 
 
-def _require_used(request: EvaluateRequest) -> None:
-    """Refuse options that no task takes."""
-    tasks = request.tasks
-    kinds = {next((kind for kind in (PERPLEXITY, TRUTHFULQA) if task.startswith(kind)), HARNESS) for task in tasks}
-    given = {"skip_questions": request.skip_questions or None, "limit": request.limit, **request.prompting.changes()}
-    given |= {"shuffle_seed": request.settings.shuffle_seed, "chat_template": request.settings.chat_template or None}
-    for name, value in given.items():
-        if value is not None and not kinds & set(_TAKEN_BY[name]):
-            raise ConfigError(f"`{name}` has no effect on {', '.join(map(RedactedURI, tasks))}.", "Leave it out.")
-
-
-def _require_readable(tasks: Sequence[str], settings: Settings) -> None:
-    """Refuse texts that cannot be read with the settings."""
-    texts = [RedactedURI(task).full.removeprefix(PERPLEXITY) for task in tasks if task.startswith(PERPLEXITY)]
-    for _, problem in corpus_problems(texts, {settings.chat_template}):
-        raise problem
-
-
 def _plan(
     session: EvaluationSession, subjects: Sequence[Subject], tasks: Sequence[str], request: EvaluateRequest
 ) -> dict[_Key, PlannedTask]:
@@ -231,7 +201,7 @@ def _plan(
                 skip_sequences=request.skip_sequences,
                 skip_questions=request.skip_questions,
                 limit=request.limit,
-                prompting=request.prompting,
+                num_fewshot=request.num_fewshot,
             )
             planned[checkpoint.revision, name] = model.plan(task)
     return planned

@@ -428,7 +428,7 @@ def _plan(model: PlacedModel, name: str, experiment: Experiment) -> PlannedTask:
         skip_sequences=experiment.skip_sequences,
         skip_questions=experiment.skip_questions,
         limit=experiment.limit,
-        prompting=experiment.prompting,
+        num_fewshot=experiment.num_fewshot,
     )
     return model.plan(task)
 

@@ -106,7 +106,7 @@ def rounding_tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan
     if not request.formats:
         return
     read = {"text": fingerprint(shards=[shard.content_hash for shard in text.shards])}
-    damage = tuple(RoundingDamage(shard=s, formats=request.formats, draws=request.draws) for s in text.shards)
+    damage = tuple(RoundingDamage(shard=s, formats=request.formats) for s in text.shards)
     reading = {**read, "skip_sequences": request.skip_sequences}  # for the text that a plan was predicted on
     yield Task(name=f"{ROUNDING_TASK}{corpus}", parts=damage, options=reading)
     for name in request.formats if request.rounded_layers else ():

@@ -57,7 +57,7 @@ from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.models.safetensors import weight_files
-from avss_dist.options import PromptOptions, request_values
+from avss_dist.options import request_values
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.record import RepairRecord
@@ -531,7 +531,6 @@ def _plan_task(model: PlacedModel, name: str, request: ShrinkRequest, split: Tex
         model.settings,
         skip_sequences=split.scored,
         limit=request.limit,
-        prompting=PromptOptions(num_fewshot=request.num_fewshot),
     )
     return model.plan(task)
 

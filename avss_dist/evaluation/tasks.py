@@ -18,7 +18,6 @@ from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_choices, tokeniz
 from avss_dist.distillation.record import SELF, read_record
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.options import DEFAULT_PROMPT, PromptOptions
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.tasks.base import Task, TextLoss
 from avss_dist.tasks.row_start import RowStartLoss
@@ -39,7 +38,7 @@ def make_task(
     skip_sequences: int = 0,
     skip_questions: int = 0,
     limit: int | None = None,
-    prompting: PromptOptions = DEFAULT_PROMPT,
+    num_fewshot: int | None = None,
 ) -> Task:
     """Return the task with a name.
 
@@ -55,9 +54,9 @@ def make_task(
     from avss_dist.tasks.harness import harness_task
 
     code, template = settings.trust_remote_code, None
-    if prompting.apply_chat_template:
+    if settings.chat_template:
         template = chat_template(load_tokenizer(checkpoint, trust_remote_code=code))
-    return harness_task(name, limit=limit, prompting=prompting, template=template, trust_remote_code=code)
+    return harness_task(name, limit=limit, num_fewshot=num_fewshot, template=template, trust_remote_code=code)
 
 
 def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> CorpusPlan:

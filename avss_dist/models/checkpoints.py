@@ -18,7 +18,6 @@ from avss_dist.models.content import content_hash
 from avss_dist.models.pickled import PICKLED, convert, converted_folder
 from avss_dist.models.pickled import WEIGHTS as PICKLED_WEIGHTS
 from avss_dist.models.safetensors import WEIGHTS, weight_files
-from avss_dist.system.hub import client_errors
 
 _FETCHED = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub checkpoint, beside its weights
 _READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
@@ -184,7 +183,7 @@ def explain_hub_errors(spec: str) -> Iterator[None]:
             f"There is no model '{name}', neither as a folder here nor on the hub.",
             "Check the name; a private model needs `hf auth login`.",
         ) from error
-    except client_errors() as error:
+    except _client_errors() as error:
         if isinstance(error, OSError) and is_full(error):
             raise unwritable(f"The hub's cache on this machine, with '{spec}',", error, "Free some space.") from error
         raise ModelError(
@@ -249,3 +248,11 @@ def _known(model_type: Any) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that the hub's client raises for a failed request, with any HTTP library."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    bases: Any = HfHubHTTPError.__bases__  # of that library, and OSError
+    return (HfHubHTTPError, *bases, OSError)

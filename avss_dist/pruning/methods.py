@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -14,7 +14,6 @@ from avss_dist.core.registry import FROM_ACTIVATIONS, GREEDY, MEASURED, RECIPES
 from avss_dist.core.settings import EVERY_SITE
 from avss_dist.core.text import describe_threshold, parse_threshold
 from avss_dist.core.validation import Check, checked
-from avss_dist.options import PromptOptions
 from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 
@@ -82,22 +81,13 @@ class Experiment:
     """Maximum number of questions per task."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""
-    apply_chat_template: bool = False
-    """Put questions of harness tasks in the tokenizer's chat template."""
-    system_instruction: str | None = None
-    """System prompt before each question of a harness task."""
-    fewshot_as_multiturn: bool = False
-    """Make each few-shot example a turn of the chat."""
     allow_many: bool = False
     """Allow more than 10,000 evaluations."""
 
     def __post_init__(self) -> None:
-        assert self.prompting  # which refuses options without effect
         fitted = [repair for repair in self.repairs if repair != NO_REPAIR]
         if fitted and not self.repair_corpora:
             raise ConfigError(f"`repairs` {fitted[0]} needs text to be fitted on.", "Name it with `repair_corpora`.")
-        if self.repair_corpora and not fitted:
-            raise ConfigError("`repair_corpora` has no effect without a repair.", "Name some in `repairs`.")
 
     def count_choices(self, readings: int) -> int:
         """Return the maximum number of choices of layers for a model.
@@ -111,11 +101,6 @@ class Experiment:
         methods = scores * (1 + controls) + several * (readings + controls)
         methods += self.random * (1 + bool(self.keep_ends))
         return (methods + self.last) * len(self.shares)
-
-    @property
-    def prompting(self) -> PromptOptions:
-        """Options of the prompts of harness tasks."""
-        return PromptOptions(**{f.name: getattr(self, f.name) for f in fields(PromptOptions)})
 
 
 @dataclass(frozen=True, kw_only=True)

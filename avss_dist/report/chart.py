@@ -234,20 +234,15 @@ def similarity_chart(comparison: RankingComparison) -> Any:
     )
 
 
-def require_drawable(path: Path) -> None:
-    """Raise AvssError unless the name of a file has the ending of a picture."""
-    if path.suffix.lower() not in PICTURES:
-        raise AvssError(f"'{path}' does not say what to draw.", nearest(path.suffix.lower(), PICTURES))
-
-
 def save_chart(chart: Any, path: Path) -> None:
     """Write a chart as ``.png`` (twice the screen's resolution), ``.svg``, or ``.html`` that needs no network.
 
     Raises:
         AvssError: the file has another ending, or cannot be written.
     """
-    require_drawable(path)
     kind = path.suffix.lower()
+    if kind not in PICTURES:
+        raise AvssError(f"'{path}' does not say what to draw.", nearest(kind, PICTURES))
     spec = specification(chart)
     if kind == ".png":
         data = vl_convert.vegalite_to_png(spec, scale=2)

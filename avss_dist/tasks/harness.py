@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import islice
@@ -30,7 +30,6 @@ from avss_dist.core.names import CHANCE
 from avss_dist.core.settings import fingerprint
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import quiet
-from avss_dist.options import DEFAULT_PROMPT, PromptOptions
 from avss_dist.system.out_of_memory import is_out_of_memory
 from avss_dist.tasks.base import Row, Task
 from avss_dist.tasks.harness_files import (
@@ -54,14 +53,16 @@ class HarnessPart:
         config: the task file as YAML, with absolute paths of its data. None for a task that the harness knows by its
             name, and for a file with functions, which the worker reads.
         limit: maximum number of questions of each task.
-        prompting: prompt options of the questions.
+        num_fewshot: number of examples before each question; None leaves it to the task.
+        template: SHA-256, in hex, of the chat template that questions are put in; None for plain text.
         key: see `tasks.base.Measure`.
     """
 
     name: str
     config: str | None = None
     limit: int | None = None
-    prompting: PromptOptions = DEFAULT_PROMPT
+    num_fewshot: int | None = None
+    template: str | None = None
     key: str = ""
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
@@ -71,7 +72,7 @@ class HarnessPart:
 
         with _silence(), model.applying(intervention):
             failures: list[Exception] = []
-            chat = self.prompting.apply_chat_template
+            chat = self.template is not None
             wrapped = harness_model(model, chat=chat, failures=failures)
             _seed(loaded["tasks"].values())
             with _bad_scoring(self.name, failures):
@@ -81,9 +82,7 @@ class HarnessPart:
                     limit=self.limit,
                     bootstrap_iters=0,
                     log_samples=True,
-                    system_instruction=self.prompting.system_instruction,
-                    apply_chat_template=self.prompting.apply_chat_template,
-                    fewshot_as_multiturn=self.prompting.fewshot_as_multiturn,
+                    apply_chat_template=chat,
                 )
                 return list(_rows(results, loaded))
 
@@ -92,7 +91,7 @@ def harness_task(
     name: str,
     *,
     limit: int | None = None,
-    prompting: PromptOptions = DEFAULT_PROMPT,
+    num_fewshot: int | None = None,
     template: str | None = None,
     trust_remote_code: bool = False,
 ) -> Task:
@@ -102,7 +101,7 @@ def harness_task(
 
     Args:
         limit: maximum number of questions of each task.
-        prompting: prompt options of the questions.
+        num_fewshot: number of examples before each question; None leaves it to the task.
         template: SHA-256, in hex, of the model's chat template, if questions are formatted with it.
         trust_remote_code: run Python code that a task file names.
 
@@ -114,13 +113,13 @@ def harness_task(
         raise ConfigError(f"`limit` must be at least 1, not {limit}.")
     with _silence(), _bad_task(name):
         resolved_name, config = _find(name, trust_remote_code=trust_remote_code)
-        part = HarnessPart(name=resolved_name, config=config, limit=limit, prompting=prompting)
+        part = HarnessPart(name=resolved_name, config=config, limit=limit, num_fewshot=num_fewshot, template=template)
         loaded = _load(part)
         if is_task_file(name):
             for task in loaded["tasks"].values():
                 _require_meaning(name, task, limit)
-        part = replace(part, key=_key(part, loaded, template))
-    options = {**asdict(prompting), **({"harness_chat_template": template} if template else {})}
+        part = replace(part, key=_key(part, loaded))
+    options = {"num_fewshot": num_fewshot, **({"harness_chat_template": template} if template else {})}
     return Task(name=name, parts=(part,), options={"limit": limit, **options})
 
 
@@ -262,7 +261,7 @@ def _load(part: HarnessPart) -> Any:
         if getattr(task, "MULTIMODAL", False):
             raise TaskError(f"Task '{name}' has images or sounds; only text is evaluated.")
         task_shots = task.get_config("num_fewshot")
-        requested_shots = part.prompting.num_fewshot
+        requested_shots = part.num_fewshot
         if task_shots is None or (requested_shots is not None and task_shots != 0):
             task.set_config("num_fewshot", requested_shots or 0)
     return loaded
@@ -276,7 +275,7 @@ def _seed(tasks: Iterable[Any]) -> None:
         task.set_fewshot_seed(OTHER_SEED)
 
 
-def _key(part: HarnessPart, loaded: Any, template: str | None) -> str:
+def _key(part: HarnessPart, loaded: Any) -> str:
     """Return the SHA-256, in hex, of the loaded tasks, their documents and their prompt options."""
     described = {}
     for name, task in loaded["tasks"].items():
@@ -294,8 +293,7 @@ def _key(part: HarnessPart, loaded: Any, template: str | None) -> str:
         seeds=[SEED, OTHER_SEED],
         limit=part.limit,
         tasks=described,
-        **{name: value for name, value in part.prompting.changes().items() if name != "num_fewshot"},
-        **({"template": template} if template else {}),
+        **({"apply_chat_template": True, "template": part.template} if part.template else {}),
     )
 
 

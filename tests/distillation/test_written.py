@@ -56,12 +56,6 @@ def test_the_record_is_of_the_file_as_it_is_loaded(
     assert done.record.after.perplexity["other.txt"] == pytest.approx(math.exp(loss), rel=2e-6)
 
 
-def test_a_student_that_is_its_teacher_is_refused_at_once(teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="are the same checkpoint"):
-        distilled(student=teacher, teacher=teacher, corpora=[corpus], output=tmp_path / "out")
-    assert not [*tmp_path.iterdir()]
-
-
 def no_steps(event: object) -> None:
     assert not isinstance(event, TrainingAdvanced)
 

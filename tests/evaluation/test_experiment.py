@@ -218,7 +218,6 @@ def test_methods_of_every_reading() -> None:
         ("{tasks: [x], repairs: [map]}", "repairs map needs text to be fitted on"),
         ("{tasks: [x], repairs: []}", "repairs must not be empty"),
         ("{tasks: [x], repairs: [mapp], repair_corpora: [x]}", "Did you mean 'map'"),
-        ("{tasks: [x], repair_corpora: [x]}", "repair_corpora has no effect"),
     ],
 )
 def test_mistakes_in_a_section_are_told_with_their_line(tmp_path: Path, section: str, message: str) -> None:

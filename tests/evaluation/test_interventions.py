@@ -105,8 +105,6 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
     (same,) = (row for row in rows if (row["method"], row["metric"]) == ("avss", "mc2"))
     found = {(one["subject"], one["metric"]): one["value"] for one in map(json.loads, shown.stdout.splitlines())}
     assert found[str(plan), "mc2"] == same["value"]
-    no_use = avss("evaluate", plan, "--task", "perplexity:builtin:pydoc", "--skip-questions", 2, *options)
-    assert no_use.exit_code == 2 and "--skip-questions has no effect on perplexity:builtin:pydoc" in no_use.stderr
 
 
 def test_mistakes() -> None:

@@ -311,7 +311,6 @@ def test_the_command_prints_the_curve(warehouse: Path, deep: Path, tmp_path: Pat
         ({"share": 0.25, "keep": 0.9}, "`share` and `keep` are mutually exclusive"),
         ({"share": 1.5}, "`share` must be less than 1"),
         ({"by": "avs"}, "Did you mean 'avss'"),
-        ({"repair": "none", "repair_corpora": (TEXT,)}, "`repair_corpora` has no effect"),
         ({"sites": ("block",)}, "`sites` has no effect|Unknown|tasks measure nothing"),
         ({"partition": "tensor_parallel"}, "weights where they cannot be changed"),
         ({"max_sequences": 7}, "rows; a part to score on"),

@@ -14,9 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.checkpoints import llama
-from support.command_line import avss, files
+from support.command_line import avss
 from support.families import tiny_model
-from support.hub import serving_hub
 from support.tiers import all_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -264,28 +263,6 @@ def test_links_inside_the_checkpoint_and_the_cache_of_the_hub_are_followed(tiny_
     assert not any(file.is_symlink() for file in written.values())
     for name in ("tokenizer.json", "vocabulary.json"):
         assert written[name].read_bytes() == (tiny_llama / "tokenizer.json").read_bytes()
-
-
-def test_a_checkpoint_is_pushed_as_it_is_written(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan, out = plan_of(tiny_llama, 1), tmp_path / "less"
-    plan.write(tmp_path / "plan.yaml")
-    command = ["prune", tiny_llama, tmp_path / "plan.yaml", "-o", out, "--push", "lab/less"]
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    refused = avss(*command)
-    assert refused.exit_code == 2 and "hf auth login" in refused.stderr and not out.exists()
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_planted")
-    with serving_hub(monkeypatch) as hub:
-        done = avss(*command)
-        assert done.exit_code == 0 and f"Uploaded to {hub.endpoint}/lab/less" in done.stdout, done.stderr
-        assert hub.files["models/lab/less"] == files(out)
-        hub.refuses = True
-        failed = avss(*command[:3], "-o", tmp_path / "again", "--push", "lab/less")
-    assert failed.exit_code == 1 and f"The checkpoint is complete in {tmp_path}/again" in failed.stderr
-    assert files(tmp_path / "again").keys() == files(out).keys()
 
 
 def test_a_plan_of_another_model(tiny_llama: Path, tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
-from avss_dist.options import PromptOptions
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.tasks import harness
@@ -194,7 +193,7 @@ def test_a_limit_asks_the_first_questions_and_examples_are_the_same_each_time(
     task = write_task(tmp_path, CHOICE, QUESTIONS)
     none, limited = ask(task, whole), ask(task, whole, limit=5)
     assert np.array_equal(limited["acc"].samples, none["acc"].samples[:5])
-    two, again = (ask(task, whole, prompting=PromptOptions(num_fewshot=2))["brier_score"].samples for _ in range(2))
+    two, again = (ask(task, whole, num_fewshot=2)["brier_score"].samples for _ in range(2))
     assert none["brier_score"].samples != two
     assert two == again
 
@@ -206,9 +205,7 @@ def test_the_key_tells_what_is_asked(tmp_path: Path) -> None:
     same = key()
     assert key(place="b") == same
     keys = [
-        *(same, key(limit=3), key(prompting=PromptOptions(num_fewshot=2))),
-        *(key(prompting=PromptOptions(system_instruction=text)) for text in ("Be brief.", "Be exact.")),
-        *(key(prompting=PromptOptions(apply_chat_template=True), template=of) for of in ("0", "1")),
+        *(same, key(limit=3), key(num_fewshot=2), key(template="0"), key(template="1")),
         key(CHOICE | {"doc_to_text": "{{question}}"}),
         key(documents=[*QUESTIONS[:-1], {**QUESTIONS[-1], "answer": 0}]),
     ]
@@ -465,10 +462,6 @@ def test_prompts_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`limit` must be at least") as caught:
         harness_task(str(write_task(tmp_path, CHOICE, QUESTIONS)), limit=0)
     assert isinstance(caught.value, AvssError)
-    with pytest.raises(ConfigError, match="`num_fewshot` must be at least"):
-        PromptOptions(num_fewshot=-1)
-    with pytest.raises(ConfigError, match="requires a chat template"):
-        PromptOptions(fewshot_as_multiturn=True)
 
 
 def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> None:
@@ -483,26 +476,19 @@ def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> N
     )
     tokenizer.save_pretrained(chatty)
     model, task = open_model(chatty), write_task(tmp_path / "task", CHOICE, QUESTIONS[:4], fewshot_split="test")
-    said = {"system_instruction": "Be brief.", "apply_chat_template": True}
-    found = ask(task, model, prompting=PromptOptions(**said))["acc"].samples
+    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    found = ask(task, model, template=template)["acc"].samples
     right = []
     for document in QUESTIONS[:4]:
-        prompt = f"2024[system]Be brief.[user]Question: {document['question']}\nAnswer:[assistant]"
+        prompt = f"2024[user]Question: {document['question']}\nAnswer:[assistant]"
         scores = [likelihood(model, prompt, choice) for choice in document["choices"]]
         right.append(float(np.argmax(scores) == document["answer"]))
     assert found.tolist() == right
-    turns, turn = (
-        ask(task, model, prompting=PromptOptions(num_fewshot=2, fewshot_as_multiturn=multiturn, **said))["brier_score"]
-        for multiturn in (True, False)
-    )
-    assert turns.samples != turn.samples
     out = tmp_path / "w"
-    options = ["--apply-chat-template", "--system-instruction", said["system_instruction"]]
-    options += ["--sequence-length", 64, "--executor", "local", "-w", out]
+    options = ["--chat-template", "--sequence-length", 64, "--executor", "local", "-w", out]
     done = avss("evaluate", chatty, "--task", task, *options)
     assert done.exit_code == 0, done.stderr
     (settings,) = {row["settings"] for row in Warehouse(out).table("evaluations").to_pylist()}
-    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
-    assert json.loads(settings).items() >= {**said, "harness_chat_template": template}.items()
+    assert json.loads(settings)["harness_chat_template"] == template
     plain = avss("evaluate", folder, "--task", task, *options)
     assert plain.exit_code == 2 and "has no chat template of its own" in plain.stderr, plain.stderr

@@ -11,7 +11,7 @@ import torch
 from support.checkpoints import one_thread
 
 from avss_dist import evaluate
-from avss_dist.core.errors import ConfigError, CorpusError
+from avss_dist.core.errors import CorpusError
 
 ANSWERS = {
     "What is 2?": ("a number", ["a number", "two"], ["no"]),
@@ -74,9 +74,3 @@ def test_a_row_that_is_too_long_is_refused(tiny_llama: Path, tmp_path: Path) -> 
     (tmp_path / "t.jsonl").write_text(f"{json.dumps(QUESTIONS[0])}\n", encoding="utf-8")
     with pytest.raises(CorpusError, match=r"t.jsonl, line 1: prompt and answer are \d+ tokens; a row has 8"):
         evaluate([str(tiny_llama)], tasks=[f"truthfulqa:{tmp_path}/t.jsonl"], warehouse=tmp_path, sequence_length=8)
-
-
-def test_options_that_no_task_takes_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    for task, option in (("truthfulqa:t.jsonl", "num_fewshot"), ("perplexity:t.txt", "limit")):
-        with pytest.raises(ConfigError, match=f"`{option}` has no effect on {task}"):
-            evaluate([str(tiny_llama)], tasks=[task], warehouse=tmp_path, **{option: 5})
