@@ -2,7 +2,7 @@
 
 One method serves every statistic: the delete-one jackknife estimates the standard error and the skewness, Student's t
 gives the multiple, Hall's transformation corrects it for skewness, and ratios and probabilities are treated on the log
-and logit scales. ``docs/results/intervals.md`` has its coverage.
+and logit scales. ``docs/results/cost.md`` has its coverage.
 """
 
 from __future__ import annotations
