@@ -60,4 +60,4 @@ def test_a_record_of_a_repair_that_no_longer_exists_is_read(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", REPAIRS)
 def test_the_docs_name_every_repair(name: str) -> None:
-    assert f"`{name}`" in (DOCS / "reference" / "repairs.md").read_text(encoding="utf-8")
+    assert f"`{name}`" in (DOCS / "explanations" / "repair.md").read_text(encoding="utf-8")
