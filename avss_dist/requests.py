@@ -21,6 +21,7 @@ from avss_dist.core.registry import (
 from avss_dist.core.settings import (
     ANSWER_SECONDS,
     CONNECT_SECONDS,
+    TRACKERS,
     TRAINED,
     Bytes,
     Execution,
@@ -42,7 +43,7 @@ from avss_dist.read_requests import (
 
 _OF_STATISTICS = ("skip_first_tokens", "sites", "thresholds", "experts")
 SCORED = tuple(SHARED)
-EVALUATED = tuple(name for name in SHARED if name not in (*_OF_STATISTICS, "allow_pickle", "tracker"))
+EVALUATED = tuple(name for name in SHARED if name not in (*_OF_STATISTICS, "allow_pickle"))
 """Shared fields of commands that measure nothing inside of layers."""
 ESTIMATED = (
     *("max_sequences", "sequence_length", "batch_size", "sequences_per_shard", "dtype", "dequantize"),
@@ -51,7 +52,7 @@ ESTIMATED = (
 """Shared fields on which memory depends."""
 RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 """Scores of single layers, by which shrinking can rank them."""
-REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh", "tracker")
+REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh")
 """Fields of `Execution` that options of avss run replace."""
 SEARCHED, HOW_MANY, HOW_MUCH = "Search", "Number of layers", "Budget"  # panels of the help
 LEFT_OUT, ROUNDED = "Removals", "Rounded weights"
@@ -424,9 +425,12 @@ class DistillRequest(Request):
     """Processes that share each training step, started by Ray, each with a GPU where there are GPUs."""
     sharding: Annotated[Annotated[str, OneOf(tuple(SHARDINGS))], Option(panel=RANKED)] = next(iter(SHARDINGS))
     """Parts that are divided among ranks: none (ddp), optimizer (zero1), also gradients (zero2), all (zero3, fsdp)."""
+    report_to: Annotated[Annotated[str, OneOf(TRACKERS)] | None, Option(panel=TRAINING)] = None
+    """Experiment tracker to which the Trainer reports; its environment variables name the project."""
+
     shared = (
         *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
-        *("dtype", "layers", "attention", "device", "trust_remote_code", "tracker"),
+        *("dtype", "layers", "attention", "device", "trust_remote_code"),
         *("address", "node_labels", "placement_seconds", "hang_seconds"),
     )
 

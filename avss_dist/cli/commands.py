@@ -166,6 +166,9 @@ EXAMPLES = {
 """Examples by command. A test checks that every option in them exists."""
 
 REMOVED: dict[str, str] = {
+    "score --tracker": "leave it out, the warehouse has settings and scores.",
+    "run --tracker": "leave it out, the warehouse has settings and scores.",
+    "distill --tracker": "`--report-to wandb`",
     "ablate --lens": "`avss ablate ORG/NAME --corpus CORPUS --damage`",
     "ablate --spectra": "`avss ablate ORG/NAME --corpus CORPUS --damage`",
     "--json": "`--format json`",

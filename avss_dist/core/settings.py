@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
-from avss_dist.core.errors import ConfigError, nearest, require_known
+from avss_dist.core.errors import ConfigError, nearest
 from avss_dist.core.registry import GANGS, PARTITIONS
 from avss_dist.core.text import parse_bytes
 from avss_dist.core.validation import Check, OneOf, Positive, checked
@@ -39,7 +39,7 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 EXECUTORS = ("auto", "local", "ray")
 PARTITION_CHOICES = ("auto", *PARTITIONS)
 DEVICES = ("auto", "cpu", "cuda")
-TRACKERS = ("trackio", "wandb", "mlflow")  # of experiments, to which runs can be reported
+TRACKERS = ("trackio", "wandb", "mlflow")  # to which the Trainer reports
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # for a cluster's job server to accept a connection, and to answer
 
 PUBLISHED_THRESHOLD = 1e-5
@@ -109,14 +109,6 @@ def _replicas(value: Any) -> Any:
     return replicas
 
 
-def _tracker(value: str) -> str:
-    name, colon, project = value.partition(":")
-    require_known("tracker", name, TRACKERS)
-    if colon and not project.strip():
-        raise ConfigError(f"'{value}' names no project.", f"Write {name}, or {name}:PROJECT.")
-    return value
-
-
 def _node_label(value: str) -> str:
     name, _, wanted = value.partition("=")
     if not name or not _LABEL_VALUE.fullmatch(wanted):
@@ -152,13 +144,6 @@ ReplicaRange = Annotated[
 ]
 Sizes = Mapping[Annotated[str, Check(_device_name)], Bytes]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-TrackerName = Annotated[
-    str,
-    Check(_tracker),
-    WithJsonSchema(
-        {"type": "string", "pattern": rf"^({'|'.join(TRACKERS)})(:.+)?$", "examples": ["trackio", "wandb:pruning"]}
-    ),
-]
 
 
 @checked
@@ -263,8 +248,6 @@ class Execution:
     """Seconds to wait for room on the cluster for the minimum number of replicas."""
     hang_seconds: Seconds = 600.0
     """Seconds without a new layer after which a worker counts as hung and is replaced."""
-    tracker: TrackerName | None = None
-    """Also report runs to an experiment tracker: trackio, wandb or mlflow; wandb:PROJECT names a project."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
 
 
 _REQUEST = "request.json"
-PROJECT = "avss"  # of a tracker, by default
 UNWRITTEN = ("File too large", "iostream error", "failed writing", "I/O error")  # of torch and safetensors
 LEAST_FREE_BYTES = 64 << 20  # with less free space, a failed write is taken to be for lack of it
 
@@ -275,7 +273,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     share(trainer.delete_incomplete, [folder], idle=lambda: None)
     history = trainer.read_history(trainer.last_checkpoint(folder))
     if ending(history, schedule.steps) is None:
-        more = _tracking(request.execution.tracker, Path(request.output).name)
+        more = _reporting(request.report_to, Path(request.output).name)
         on_event(Preparing(f"training, at a learning rate of {schedule.learning_rate:g}"))
         with _explained(folder), sharding_options(request, models) as options:
             history = trainer.train(
@@ -407,20 +405,17 @@ def _require_finite(teacher: Checkpoint, texts: Sequence[DistillText], losses: S
             )
 
 
-def _tracking(tracker: str | None, name: str) -> dict[str, Any]:
-    """Return the arguments of the Trainer for a tracker: ``wandb``, or ``wandb:PROJECT``.
+def _reporting(tracker: str | None, name: str) -> dict[str, Any]:
+    """Return the arguments of the Trainer that report to a tracker.
 
     Raises:
         ConfigError: the tracker is not installed.
     """
     if tracker is None:
         return {}
-    library, _, project = tracker.partition(":")
-    if find_spec(library) is None:
-        raise ConfigError(f"`tracker` {library} is not installed.", f"pip install {library}")
-    for variable in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
-        os.environ[variable] = project or os.environ.get(variable) or PROJECT
-    return {"report_to": library, "run_name": name, "project": project or PROJECT}
+    if find_spec(tracker) is None:
+        raise ConfigError(f"`report_to` {tracker} is not installed.", f"pip install {tracker}")
+    return {"report_to": tracker, "run_name": name}
 
 
 @contextmanager

@@ -164,5 +164,5 @@ def _distill_request(
 
 def _reading(request: ShrinkRequest) -> dict[str, Any]:
     """Return the settings that distillation takes too; its batch is a training step, not that of the evaluation."""
-    taken = [name for name in DistillRequest.shared if SHARED[name] is Settings or name == "tracker"]
+    taken = [name for name in DistillRequest.shared if SHARED[name] is Settings]
     return {name: value for name, value in request.given.items() if name in taken}

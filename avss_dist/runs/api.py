@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,9 @@ from avss_dist.options import keywords
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.corpora import corpus_problems
 from avss_dist.runs.driver import Driver, Ending, record_failure
-from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded, both
+from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.run import Run
-from avss_dist.runs.trackers import Tracker
 from avss_dist.warehouse.store import Store
 
 __all__ = ["Run", "run_job", "score", "score_all"]
@@ -94,11 +93,8 @@ def _drive(
     specs: Sequence[RunSpec], store: Store, settings: Settings, execution: Execution, on_event: OnRunEvent
 ) -> Iterator[Ending]:
     """Create the warehouse and the executor, whose errors come before any work, and yield each run as it ends."""
-    with ExitStack() as stack:
-        if execution.tracker:
-            on_event = both(on_event, stack.enter_context(closing(Tracker(execution.tracker))))
-        store.create()
-        executor = stack.enter_context(closing(executor_for(specs, settings, execution)))
+    store.create()
+    with closing(executor_for(specs, settings, execution)) as executor:
         yield from Driver(store, executor, on_event, fresh=execution.fresh).run(specs)
 
 

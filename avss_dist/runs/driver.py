@@ -21,7 +21,6 @@ from avss_dist.runs.events import (
     OnRunEvent,
     RunEnded,
     RunPlaced,
-    RunPlanned,
     RunReading,
     RunRepeated,
     RunStarted,
@@ -111,7 +110,6 @@ class Driver:
                     self._ended.append((spec, self._not_begun(run)))
                     continue
                 self._run_ids[run.run_id] = spec.name
-                self._on_event(RunPlanned(spec.name, planned))
                 self._on_event(RunPlaced(spec.name, planned.replica_spec.placement))
                 running = RunInProgress(planned, self._store, fresh=self._fresh, shared=self._shared)
             except Exception as error:

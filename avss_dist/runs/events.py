@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from avss_dist.partition.base import Placement
-    from avss_dist.runs.run import PlannedRun, Run
+    from avss_dist.runs.run import Run
 
 
 E = TypeVar("E")
@@ -44,13 +44,6 @@ class RunRepeated(RunEvent):
     def describe(self, first: str = "") -> str:
         """Return a sentence that says which run it repeats, by another name if one is given."""
         return f"the same model, text and settings as {first or self.first}; measured once."
-
-
-@dataclass(frozen=True)
-class RunPlanned(RunEvent):
-    """A run of which all but the results is known, before it is measured."""
-
-    planned: PlannedRun
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from avss_dist.core.text import printable
@@ -96,13 +96,6 @@ def emit(text: object, *, end: str = "\n", flush: bool = False) -> None:
 def emit_json(value: Any, *, indent: int | None = None) -> None:
     """Print a value as JSON. Characters that are not ASCII, and control characters, are escaped."""
     emit(json.dumps(value, default=str, indent=indent).replace("\x7f", "\\u007f"))
-
-
-@contextmanager
-def prints_to_stderr() -> Iterator[None]:
-    """Redirect what a library prints to standard error. Standard output is for results."""
-    with redirect_stdout(sys.stderr):
-        yield
 
 
 def binary_output() -> IO[bytes]:
