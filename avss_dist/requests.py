@@ -19,8 +19,6 @@ from avss_dist.core.registry import (
     SPARSITY_METHODS,
 )
 from avss_dist.core.settings import (
-    ANSWER_SECONDS,
-    CONNECT_SECONDS,
     TRACKERS,
     TRAINED,
     Bytes,
@@ -63,7 +61,6 @@ Follow = Annotated[bool, Option(names=("--follow", "-f"))]
 Model = Annotated[PathOrText, Option(argument=True, metavar="MODEL")]
 JobPath = Annotated[Any, Option(argument=True, metavar="JOB.yaml")]
 JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
-Timeout = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]
 Tokens = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
@@ -488,10 +485,6 @@ class ClusterRequest(Request):
 
     address: Annotated[str, Option(environment="RAY_API_SERVER_ADDRESS")]
     """The cluster's job server: http://HEAD:8265."""
-    connect_seconds: Timeout = CONNECT_SECONDS
-    """Seconds to wait for a connection to the job server."""
-    answer_seconds: Timeout = ANSWER_SECONDS
-    """Seconds to wait for its answer."""
 
 
 @request

@@ -134,7 +134,8 @@ def _printable_mistakes() -> Iterator[None]:
         known = _spelling.get() or {}
         if "unexpected extra argument" in error.message and "warehouse" in known:
             error.message += ". The warehouse is an option: -w."
-        command, option = getattr(error.ctx, "info_name", ""), getattr(error, "option_name", "")
+        command = getattr(error.ctx, "command_path", "").partition(" ")[2]
+        option = getattr(error, "option_name", "")
         if instead := REMOVED.get(f"{command} {option}") or ("format" in known and REMOVED.get(option)):
             error.message += f". It was removed: {instead}"
             error.possibilities = []

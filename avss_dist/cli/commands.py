@@ -166,6 +166,11 @@ EXAMPLES = {
 """Examples by command. A test checks that every option in them exists."""
 
 REMOVED: dict[str, str] = {
+    **{
+        f"jobs {command} --{name}-seconds": f"set the variable AVSS_{name.upper()}_SECONDS"
+        for command in ("submit", "list", "logs", "stop")
+        for name in ("connect", "answer")
+    },
     "score --tracker": "leave it out, the warehouse has settings and scores.",
     "run --tracker": "leave it out, the warehouse has settings and scores.",
     "distill --tracker": "`--report-to wandb`",

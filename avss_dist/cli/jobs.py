@@ -87,8 +87,7 @@ def _cluster(request: ClusterRequest) -> Cluster:
     """Connect to the cluster of a request."""
     from avss_dist.runs.submission import Cluster
 
-    connect, answer = request.connect_seconds, request.answer_seconds
-    return Cluster(request.address, connect_seconds=connect, answer_seconds=answer)
+    return Cluster(request.address)
 
 
 def _follow(cluster: Cluster, job_id: str) -> int:
@@ -96,7 +95,7 @@ def _follow(cluster: Cluster, job_id: str) -> int:
     try:
         for text in cluster.follow(job_id):
             emit(text, end="", flush=True)
-        job = cluster.wait(job_id)
+        job = cluster.job(job_id)
     except KeyboardInterrupt as stop:
         say(f"The job continues. Stop it: avss jobs stop {job_id} --address {cluster.address}")
         return exit_code(stop)

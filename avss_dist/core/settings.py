@@ -40,7 +40,6 @@ EXECUTORS = ("auto", "local", "ray")
 PARTITION_CHOICES = ("auto", *PARTITIONS)
 DEVICES = ("auto", "cpu", "cuda")
 TRACKERS = ("trackio", "wandb", "mlflow")  # to which the Trainer reports
-CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # for a cluster's job server to accept a connection, and to answer
 
 PUBLISHED_THRESHOLD = 1e-5
 THRESHOLDS = (1e-6, PUBLISHED_THRESHOLD, 1e-4, 1e-3, 1e-2, 1e-1)

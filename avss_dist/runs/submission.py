@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import math
 import os
 import re
 import secrets
@@ -13,14 +11,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, without_secrets
-from avss_dist.core.settings import ANSWER_SECONDS, CONNECT_SECONDS
 from avss_dist.corpus.sources import local_files
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.runs.job_file import JobFile
@@ -31,6 +28,8 @@ TOKEN_HINT = (
     "Give this machine the cluster's token: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token; "
     "`ray get-auth-token` on the head prints it."
 )
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # for a job server to accept a connection, and to answer
+POLL_SECONDS = 1.0  # between two requests for a state or a log
 STOP_SECONDS = 60.0  # for a job to end after it was stopped: Ray kills it after a few
 MOST_BYTES = 50_000_000  # of local files that travel with a job
 SEND_ALL = ["!*"]  # Ray leaves out folders named venv, .git and the like; these are only the files that a job names
@@ -70,17 +69,13 @@ class Cluster:
 
     Args:
         address: ``http://HEAD:8265``.
-        connect_seconds: timeout of a connection.
-        answer_seconds: timeout of each piece of an answer.
 
     Raises:
-        ConfigError: no server answers, it redirects to another address, or it refuses the token. Methods raise it too.
+        ConfigError: no server answers, or it refuses the token. Methods raise it too.
         RunFailed: the server does not answer in time. Methods raise it too.
     """
 
-    def __init__(
-        self, address: str, *, connect_seconds: float = CONNECT_SECONDS, answer_seconds: float = ANSWER_SECONDS
-    ) -> None:
+    def __init__(self, address: str) -> None:
         if not address.startswith(("http://", "https://")):
             raise ConfigError(f"'{address}' is not the address of a job server.", "Write http://HEAD:8265.")
         with _environment_of_client():
@@ -88,9 +83,9 @@ class Cluster:
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray")]:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.address = address
-        self._answer_seconds = answer_seconds
+        limits = _seconds("AVSS_CONNECT_SECONDS", CONNECT_SECONDS), _seconds("AVSS_ANSWER_SECONDS", ANSWER_SECONDS)
         with self._explained(), _environment_of_client():
-            self._client = Client(address, (connect_seconds, answer_seconds))
+            self._client = Client(address, limits)
 
     def submit(self, job: JobFile, options: Sequence[str] = ()) -> str:
         """Start ``avss run`` on the cluster with a copy of the job file, and return the job id.
@@ -127,24 +122,13 @@ class Cluster:
     def job(self, job_id: str) -> Submitted:
         """Return a job."""
         with self._explained(job_id):
-            return self._with_reason(self._client.get_job_info(job_id))
+            return _submitted(self._client.get_job_info(job_id))
 
     def jobs(self) -> list[Submitted]:
         """Return every job that was submitted, the oldest first."""
         with self._explained():
-            jobs = [self._with_reason(details) for details in self._client.list_jobs() if details.submission_id]
+            jobs = [_submitted(details) for details in self._client.list_jobs() if details.submission_id]
         return sorted(jobs, key=lambda job: job.started or datetime.now(UTC))
-
-    def _with_reason(self, details: Any) -> Submitted:
-        """Return a job. The message of a failed command is the first error in its log."""
-        job = _submitted(details)
-        if job.status != "FAILED" or getattr(details, "driver_exit_code", None) is None:
-            return job
-        reason = _first_error(details.message or "")
-        if not reason:  # the message has the last lines of the log only
-            with suppress(RuntimeError):  # the log is gone with the node that had it
-                reason = _first_error(str(self._client.get_job_logs(job.job_id)))
-        return replace(job, message=reason or job.message)
 
     def logs(self, job_id: str) -> str:
         """Return the log of a job."""
@@ -153,53 +137,38 @@ class Cluster:
 
     def follow(self, job_id: str) -> Iterator[str]:
         """Yield the output of a job as it is printed, until the job ends."""
-        with self._explained(job_id):
-            self._client.get_job_info(job_id)
-            texts = self._client.tail_job_logs(job_id)
-            with asyncio.Runner() as runner:
-                awaited = runner.get_loop().create_task(_next(texts))
-                while True:
-                    runner.run(asyncio.wait([awaited], timeout=self._answer_seconds))
-                    if awaited.done():
-                        if (text := awaited.result()) is None:
-                            return
-                        yield text
-                        awaited = runner.get_loop().create_task(_next(texts))
-                    elif self.job(job_id).exit_code is not None:  # a job may print nothing for hours
-                        return
-
-    def wait(self, job_id: str, seconds: float = math.inf) -> Submitted:
-        """Wait until a job ends, or for ``seconds``, and return the job."""
-        end = time.monotonic() + seconds
-        while (job := self.job(job_id)).exit_code is None and time.monotonic() < end:
-            time.sleep(0.5)
-        return job
+        printed = 0
+        while True:
+            job, log = self.job(job_id), self.logs(job_id)
+            yield log[printed:]
+            printed = len(log)
+            if job.exit_code is not None:
+                return
+            time.sleep(POLL_SECONDS)
 
     def stop(self, job_id: str) -> str:
         """Stop a job, wait for its end for up to a minute, and return its state as a sentence."""
         with self._explained(job_id):
             if self._client.stop_job(job_id):
-                job = self.wait(job_id, STOP_SECONDS)
+                end = time.monotonic() + STOP_SECONDS
+                while (job := self.job(job_id)).exit_code is None and time.monotonic() < end:
+                    time.sleep(POLL_SECONDS)
                 return f"{job.status.lower()}." if job.exit_code is not None else "it was signalled, and has not ended."
             return f"it has ended already ({self.job(job_id).status.lower()})."
 
     @contextmanager
     def _explained(self, job_id: str = "") -> Iterator[None]:
         """Convert Ray's exceptions in the block to an AvssError with a hint."""
-        from avss_dist.runs.job_client import NO_ANSWER, AuthenticationError, Redirected
+        from avss_dist.runs.job_client import NO_ANSWER, AuthenticationError
 
         try:
             yield
         except AvssError:
             raise
-        except Redirected as error:
-            raise ConfigError(
-                f"{self.address} redirects to another address: {error}", "Use that address, if it is your cluster's."
-            ) from error
         except NO_ANSWER as error:
             raise RunFailed(
                 f"The job server at {self.address} closed the connection or did not answer in time.",
-                "Check the address. A slow server needs larger `connect_seconds` or `answer_seconds`.",
+                "Check the address. A slow server needs larger AVSS_CONNECT_SECONDS or AVSS_ANSWER_SECONDS.",
             ) from error
         except AuthenticationError as error:
             refused = "refuses this token" if _has_token() else "requires a token"
@@ -240,10 +209,13 @@ def _environment_of_client() -> Iterator[None]:
                 os.environ.pop(name, None)
 
 
-async def _next(texts: Any) -> str | None:
-    async for text in texts:
-        return str(text)
-    return None
+def _seconds(variable: str, default: float) -> float:
+    """Return the number of seconds in an environment variable."""
+    text = os.environ.get(variable, "")
+    try:
+        return float(text or default)
+    except ValueError as error:
+        raise ConfigError(f"{variable} is '{text}': expected a number of seconds.") from error
 
 
 def _has_token() -> bool:
@@ -252,9 +224,9 @@ def _has_token() -> bool:
 
 
 def _first_error(log: str) -> str:
-    """Return the first line of a log that tells of an error, or of a run that failed; empty if there is none."""
+    """Return the first line of a message that tells of an error, or of a run that failed, or else its first line."""
     match = re.search(r"^Error: (.*)$", log, re.MULTILINE) or re.search(r"^(\S+: failed\. .*)$", log, re.MULTILINE)
-    return match[1].strip() if match else ""
+    return (match[1] if match else log.strip().partition("\n")[0]).strip()
 
 
 def _submitted(details: Any) -> Submitted:
@@ -271,7 +243,7 @@ def _submitted(details: Any) -> Submitted:
         started=datetime.fromtimestamp(start, UTC) if start else None,
         seconds=(end or time.time()) - start if start else 0.0,
         entrypoint=details.entrypoint,
-        message=(details.message or "").strip().splitlines()[0] if details.message else "",
+        message=_first_error(details.message or ""),
         exit_code=None if not ended else 0 if details.status.value == "SUCCEEDED" else failed,
         hint=no_command if code == _NOT_FOUND else "",
     )

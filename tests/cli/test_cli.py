@@ -173,7 +173,9 @@ def test_a_removed_command_or_option_says_what_to_type(name: str) -> None:
         "plan": ("-o", "plan.yaml"),
         "sparsify": ("0.5", "-o", "s.yaml"),
     }
-    result = avss(command, *(required.get(command, ()) if option else ()), *([f"--{option}=1"] if option else ()))
+    result = avss(
+        *command.split(), *(required.get(command, ()) if option else ()), *([f"--{option}=1"] if option else ())
+    )
     assert result.exit_code == 2
     message = " ".join(result.stderr.replace("│", " ").split())
     assert f"It was removed: {REMOVED[name]}" in message

@@ -13,11 +13,14 @@ from avss_dist.runs.submission import Cluster
 
 
 @pytest.mark.parametrize("answer", [SILENCE, Answer(body=b"the head is restarting", status=502)])
-def test_a_job_whose_submission_got_no_answer_is_named(answer: bytes | Answer, tmp_path: Path) -> None:
+def test_a_job_whose_submission_got_no_answer_is_named(
+    answer: bytes | Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AVSS_ANSWER_SECONDS", "0.2")
     (tmp_path / "job.yaml").write_text("warehouse: /w\nmodels: [/m]\ncorpora: ['builtin:pydoc']\n")
     with job_server() as server:
         server.answers = {"/api/version": VERSION_ANSWER, "*": b"{}", "/api/jobs": answer}
-        cluster = Cluster(server.address, answer_seconds=0.2)
+        cluster = Cluster(server.address)
         with pytest.raises(RunFailed) as caught:
             cluster.submit(read_job(tmp_path / "job.yaml", expand=False))
     assert caught.value.hint and "The job may have started as avss-job-" in caught.value.hint

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -25,7 +23,6 @@ class Answer:
     Attributes:
         body: sent as it is; a web address is a redirect, `SILENCE` is none.
         length: what the header says of the body; None is the truth.
-        frames: sent after the handshake of a WebSocket; None has none.
         repeat: how often the body is sent.
     """
 
@@ -33,7 +30,6 @@ class Answer:
     status: int = 200
     kind: str = "application/json"
     length: int | None = None
-    frames: bytes | None = None
     repeat: int = 1
 
 
@@ -85,10 +81,6 @@ def job_server() -> Iterator[JobServer]:
             if answer.body is SILENCE:
                 server.over.wait()
                 return
-            if answer.frames is not None and "Sec-WebSocket-Key" in self.headers:
-                self._shake_hands()
-                self.wfile.write(answer.frames)
-                return
             leads_elsewhere = answer.body.startswith(b"http")
             self.send_response(302 if leads_elsewhere else answer.status)
             if leads_elsewhere:
@@ -99,14 +91,6 @@ def job_server() -> Iterator[JobServer]:
             self.end_headers()
             for _ in range(answer.repeat):
                 self.wfile.write(answer.body)
-
-        def _shake_hands(self) -> None:
-            key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
-            self.send_response(101)
-            self.send_header("Upgrade", "websocket")
-            self.send_header("Connection", "Upgrade")
-            self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
-            self.end_headers()
 
         def log_message(self, *_: Any) -> None: ...
 
