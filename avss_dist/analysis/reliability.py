@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pyarrow.compute as pc
 
@@ -15,7 +13,6 @@ from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
 
 SPLITS, SEED = 200, 0
-MIN_SETS = 10  # for a correlation over sets of layers: chance alone exceeds +-0.65 in one case of 20
 
 
 def increases(store: Warehouse, truth: LayerTruth) -> Float64:
@@ -71,20 +68,3 @@ def misranked(score: Float64, truth: Float64) -> float | None:
     product = np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))  # every pair twice
     ordered = int(np.count_nonzero(product))
     return int(np.count_nonzero(product < 0)) / ordered if ordered else None
-
-
-def sets_correlation(score: Float64, sets: Mapping[tuple[int, ...], float]) -> float:
-    """Return Spearman's correlation over sets of layers of the summed score with the rise of the loss without the set.
-
-    Args:
-        score: float64[layers].
-        sets: rise of the loss without each set of layers, in nats per token.
-
-    Returns:
-        The correlation, NaN for fewer than `MIN_SETS` sets. With three sets, chance alone gives 1 or -1 in one case
-        of three.
-    """
-    if len(sets) < MIN_SETS:
-        return np.nan
-    sums = np.array([score[list(layers)].sum() for layers in sets])
-    return spearman(sums, np.array([*sets.values()]))

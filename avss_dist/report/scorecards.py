@@ -8,8 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from avss_dist.analysis.reliability import MIN_SETS
-from avss_dist.analysis.scorecard import RETENTION, SPEARMAN, describe_score, is_published
+from avss_dist.analysis.scorecard import SPEARMAN, describe_score, is_published
 from avss_dist.core.registry import MEASURED, ROUNDING_ESTIMATES
 from avss_dist.pruning.selection import LAST
 from avss_dist.report.section import AMBER, BLUE, GRAY, Chart, Section, interval_ends, page_number
@@ -67,8 +66,6 @@ def _table(name: str, rows: Sequence[Row]) -> ReportTable:
         *((f"with {truth}", column, decimals(2), i) for i, (truth, column) in enumerate(SPEARMAN.items())),
         ("of the ceiling", "share_of_ceiling", percent(1), 1),
         ("misranked", "misranked", percent(1), 3),
-        ("over sets", "spearman_sets", decimals(2), 2),
-        *((f"kept without {share:.0%}", column, percent(1), 1) for share, column in RETENTION.items()),
     ]
     known = [column for column in columns if any(row[column[1]] is not None for row in rows)]
     if known:
@@ -104,15 +101,7 @@ def _caption(rows: Sequence[Row]) -> str:
     if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
         text += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. Misranked: "
         text += "pairs of layers in the wrong order."
-    text += _text_of_estimates(rows)
-    if any(row["spearman_sets"] is not None for row in rows):
-        text += f" Over {rows[0]['sets']} sets: of the score's sum with what leaving the set out does."
-    elif rows[0]["sets"] and not name:
-        text += f" A correlation over sets of several layers takes {MIN_SETS} of them; {rows[0]['sets']} "
-        text += f"{'is' if rows[0]['sets'] == 1 else 'are'} evaluated."
-    if any(row[column] is not None for row in rows for column in RETENTION.values()):
-        text += f" Kept: the perplexity of {rows[0]['task']} without those layers, under it."
-    return text
+    return text + _text_of_estimates(rows)
 
 
 def _text_of_estimates(rows: Sequence[Row]) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from avss_dist.analysis.reliability import MIN_SETS, increases, misranked, reliability, sets_correlation
+from avss_dist.analysis.reliability import increases, misranked, reliability
 from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
@@ -108,12 +107,3 @@ def test_pairs_in_the_wrong_order_are_counted() -> None:
     assert misranked(np.array([1.0, 1.0, 1.0, 1.0, 0.0]), truth) is None
     assert misranked(np.array([2.0, 1.0, np.nan, 4.0, 0.0]), truth) == pytest.approx(1 / 3)
     assert misranked(np.array([2.0, 1.0, 3.0, np.inf, 0.0]), truth) == pytest.approx(1 / 3)
-
-
-def test_sets_are_ordered_by_their_sums() -> None:
-    score = np.array([0.0, 1.0, 2.0, 4.0, 8.0])
-    sets = {pair: float(score[list(pair)].sum()) ** 3 for pair in combinations(range(5), 2)}
-    assert sets_correlation(score, sets) == pytest.approx(1.0)
-    assert sets_correlation(-score, sets) == pytest.approx(-1.0)
-    few = dict(list(sets.items())[: MIN_SETS - 1])
-    assert np.isnan(sets_correlation(score, few)) and np.isnan(sets_correlation(score, {(0, 1): 0.1}))

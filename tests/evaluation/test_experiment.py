@@ -14,7 +14,6 @@ from support.checkpoints import VOCABULARY, llama
 from support.command_line import avss
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 
-from avss_dist.analysis.reliability import MIN_SETS
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import encode_removals
@@ -154,8 +153,8 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("run_id", "model", "revision", "family")}
 
 
-def test_the_score_card_has_the_truth_and_what_was_kept(done: Done) -> None:
-    job, rows = done
+def test_the_score_card_has_the_truth(done: Done) -> None:
+    job, _ = done
     store = Warehouse(read_job(job).warehouse)
     cards = score_cards(store, store.runs().to_pylist())
     (own,) = (row for row in cards.to_pylist() if row["score"] == "loss")
@@ -166,16 +165,6 @@ def test_the_score_card_has_the_truth_and_what_was_kept(done: Done) -> None:
         if row["spearman_loss"] is not None and row["ceiling"] is not None:
             assert row["share_of_ceiling"] == pytest.approx(row["spearman_loss"] / row["ceiling"])
             assert 0 <= row["misranked"] <= 1
-        assert row["sets"] == len({tuple(one["drop"]) for one in rows if len(one["drop"]) > 1 and not one["repair"]})
-        assert row["spearman_sets"] is None or row["sets"] >= MIN_SETS
-    (published,) = (
-        row
-        for row in cards.to_pylist()
-        if (row["score"], row["site"], row["recipe"], row["threshold"]) == ("avss", "block", "pooled", 1e-5)
-    )
-    (tried,) = (row for row in rows if row["method"] == "avss" and row["share"] == 0.25)
-    assert published["retention_25"] == pytest.approx(tried["retention"])
-    assert published["task"] == TASK
     best = best_readings(cards).to_pylist()
     for site in ("update", "mlp"):
         mine = [row["spearman_loss"] for row in cards.to_pylist() if row["site"] == site and row["spearman_loss"]]

@@ -41,8 +41,7 @@ def matrix_data(
     scores = warehouse.table("scores", run_ids=[run["run_id"] for run in runs], columns=columns, where=where)
     scores = scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
     values = scores["avss_smoothed"].to_numpy()
-    rows = [(key["run_id"], values[start:stop]) for key, start, stop in slices_by(scores, ["run_id"])]
-    places = dict(zip((run_id for run_id, _ in rows), _places([scored for _, scored in rows]), strict=True))
+    places = {key["run_id"]: _places(values[start:stop]) for key, start, stop in slices_by(scores, ["run_id"])}
     described = [
         {"label": label, "about": _properties(run), "places": places[run["run_id"]]}
         for run, label in zip(runs, labels, strict=True)
@@ -55,20 +54,10 @@ def _properties(run: Mapping[str, Any]) -> str:
     return printable(f"{run['family']}, {run['dtype']}, {basename(str(run['corpus']))}")
 
 
-def _places(scores: Sequence[Float64]) -> list[list[int]]:
-    """Return the place of each layer of runs from 0 to `STEPS`; `UNRANKED` for NaN, and where one layer has a score.
-
-    Args:
-        scores: by run, float64[layers]. Runs with as many layers with a score are ranked at once.
-    """
-    known = [np.flatnonzero(~np.isnan(values)) for values in scores]
-    sizes = np.array([len(layers) for layers in known])
-    places = [[UNRANKED] * len(values) for values in scores]
-    for size in np.unique(sizes[sizes > 1]):
-        members = np.flatnonzero(sizes == size).tolist()
-        ranks = average_ranks(np.array([scores[index][known[index]] for index in members]))
-        steps = np.rint((ranks - 1) / (size - 1) * STEPS).astype(np.int64)
-        for index, row in zip(members, steps.tolist(), strict=True):
-            for layer, step in zip(known[index].tolist(), row, strict=True):
-                places[index][layer] = step
-    return places
+def _places(scores: Float64) -> list[int]:
+    """Return the place of each layer from 0 to `STEPS`; `UNRANKED` for NaN, and where one layer has a score."""
+    places = np.full(len(scores), UNRANKED)
+    known = ~np.isnan(scores)
+    if known.sum() > 1:
+        places[known] = np.rint((average_ranks(scores[known]) - 1) / (known.sum() - 1) * STEPS)
+    return list(places.tolist())
