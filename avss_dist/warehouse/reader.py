@@ -114,10 +114,6 @@ class Warehouse:
 
         return self._whole(name, self._read([name], rows, wanted=run_ids)).select(wanted)
 
-    def dataset(self, name: str) -> ds.Dataset | None:
-        """Return the rows of `table` as a dataset that is not read yet, or None if the table has no file."""
-        return self._read([name], lambda datasets: datasets[name])
-
     def run(self, run_id: str) -> dict[str, Any] | None:
         """Read the ``runs`` row of a run by column, ``versions`` as a dict, or None if it has no row."""
         if (data := self.storage.read(path := self.storage.path("runs", run_id, "run"))) is None:
@@ -191,10 +187,6 @@ class Warehouse:
         known = pc.unique(self.table("scores", columns=[column])[column]).to_pylist() if missing else []
         for value in missing if known else ():
             require_known(column, value, sorted(name for name in known if name is not None), QueryError)
-
-    def layer_stats(self) -> pa.Table:
-        """Read merged statistics of whole runs: a row for each (layer, site), in ``SCHEMAS["layer_stats"]``."""
-        return self.table("layer_stats")
 
     def read_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """Read the merged statistics of a run by (layer, site).

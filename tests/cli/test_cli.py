@@ -442,7 +442,7 @@ def test_the_api_scores_and_reads(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse = avss_dist.Warehouse(tmp_path)
     assert warehouse.runs()["run_id"].to_pylist() == [run.run_id]
     assert warehouse.scores(run_id=run.run_id).num_rows == warehouse.scores().num_rows > block.num_rows
-    assert warehouse.layer_stats().num_rows == LAYERS * len(SITES)
+    assert warehouse.table("layer_stats").num_rows == LAYERS * len(SITES)
     assert warehouse.sql("SELECT count(*) AS n FROM scores WHERE site = 'block'").to_pylist()[0]["n"] > LAYERS
     with pytest.raises(QueryError, match="Did you mean 'block'"):
         run.scores(site="blok")

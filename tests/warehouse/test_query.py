@@ -175,7 +175,7 @@ def test_a_mistake_shows_the_databases_own_message(warehouse: Warehouse, query: 
 
 def test_scores_by_column(warehouse: Warehouse) -> None:
     assert warehouse.runs().num_rows == 3
-    assert warehouse.layer_stats().num_rows == 0
+    assert warehouse.table("layer_stats").num_rows == 0
     assert warehouse.scores().num_rows == 12
     assert warehouse.scores(site="block", run_id="tiny-1").num_rows == 3
     assert warehouse.scores(layer=[0, 2], threshold=1e-5, avss=None).num_rows == 8
