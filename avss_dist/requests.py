@@ -299,7 +299,7 @@ class PlanRequest(PlaceRequest, RunRequest):
 class SparsifyRequest(RunRequest):
     """Choose the activations that become zero."""
 
-    target: Annotated[float, Option(argument=True, metavar="SHARE")] = field(kw_only=False)
+    target: Annotated[Share, Option(argument=True, metavar="SHARE")] = field(kw_only=False)
     """Share of the weights of all linear maps that meet a zero activation: above 0 and below 1."""
     method: Annotated[str, OneOf(SPARSITY_METHODS)] = SPARSITY_METHODS[0]
     """Method that allocates the sparsity over the model."""

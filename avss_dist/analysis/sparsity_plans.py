@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.thresholds import quantiles_of
-from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.errors import QueryError
 from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K
 from avss_dist.sparsity.plan import MapPlan, SparsityPlan
 from avss_dist.stats.layer_stats import Float64, LayerStats
@@ -83,14 +83,6 @@ def _not_measured(warehouse: Warehouse, run: Mapping[str, Any]) -> QueryError:
     return QueryError(
         f"Run {run['run_id']} did not measure what linear maps read.", f"Do: {shlex.join(map(str, command))}"
     )
-
-
-def require_target(target: float) -> None:
-    """Raise ConfigError unless a target sparsity is above 0 and below 1."""
-    if not 0 < target < 1:
-        raise ConfigError(
-            f"`target` must be above 0 and below 1, not {target:g}.", "0.5 makes half of the inputs zero."
-        )
 
 
 def plan_uniform(measured: MeasuredMaps, target: float, method: str, *, rule: str) -> SparsityPlan:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from avss_dist.cli.choose import choose_run, newest_of, open_warehouse
 from avss_dist.cli.options import (
-    named_format,
     output_option,
     takes,
 )
@@ -20,20 +19,13 @@ if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
     from avss_dist.warehouse.reader import Warehouse
 
-FORMATS = ("plan", "mergekit", "llama-cpp")  # the others are formats of other tools
-
 
 @takes(PlanRequest)
 def plan(
     output: Annotated[Path, output_option("The plan to write, PLAN.yaml.")],
-    format: Annotated[str, named_format(FORMATS, "Format of the file.")] = FORMATS[0],
     **values: Any,
 ) -> None:
     """Choose the layers or routed experts to drop, and write a plan with the reason and what speaks against it."""
-    from avss_dist.pruning.formats import OTHERS, require_format
-    from avss_dist.pruning.plan import write_text
-
-    require_format(format, FORMATS)
     request = PlanRequest(**values)
     opened = open_warehouse(str(request.warehouse))
     row, hints = _run(opened, request)
@@ -41,12 +33,9 @@ def plan(
     hints = [*_saved(row, chosen), *hints]
     if request.by is None:
         hints.append(f"No --by was given: {chosen.why['by']} is measured in {opened.root}.")
-    if format in OTHERS:
-        write_text(output, OTHERS[format](chosen))
-    else:
-        chosen.write(output)
+    chosen.write(output)
     emit("\n  ".join([f"{output}:", *chosen.describe(), *hints]))
-    if format == FORMATS[0] and not chosen.evaluated:
+    if not chosen.evaluated:
         emit(f"  {evaluation_hint(opened, row, output)}")
 
 

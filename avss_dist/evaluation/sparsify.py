@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.sparsity_plans import LinearMap, MeasuredMaps, make_plan, plan_uniform, require_target
+from avss_dist.analysis.sparsity_plans import LinearMap, MeasuredMaps, make_plan, plan_uniform
 from avss_dist.core.intervention import NO_INTERVENTION, THRESHOLD, TOP_K
 from avss_dist.core.names import SPARSITY_TASK
 from avss_dist.core.text import RedactedURI
@@ -80,7 +80,6 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any], on_event: OnEvent
         AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
     """
     target, method, rule = request.target, request.method, request.rule
-    require_target(target)
     store, measured = Store(request.warehouse), MeasuredMaps.of_run(Warehouse(request.warehouse), run)
     if method in COUNTED:
         return store_plan(plan_uniform(measured, target, method, rule=rule), store, run)

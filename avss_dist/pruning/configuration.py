@@ -42,7 +42,7 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
         PlanError: no configuration does that, or the plan is for another number of layers.
     """
     why = "No configuration has layers without one, and zeros in its weights would remove nothing"
-    plan.require_whole_layers(why, experts=True)
+    plan.require_no_sublayers(why)
     whole = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     text = whole.get_text_config()
     _refuse(text, plan)

@@ -161,15 +161,13 @@ class Plan(TabularResult):
         """Indices of the routed experts that are dropped from each layer that loses some."""
         return experts_by_layer(self.drop)
 
-    def require_whole_layers(self, why: str, *, experts: bool = False) -> None:
-        """Raise PlanError if the plan drops sublayers or experts.
+    def require_no_sublayers(self, why: str) -> None:
+        """Raise PlanError if the plan drops sublayers.
 
         Args:
             why: sentence that says why they cannot be dropped, for the message.
-            experts: whether experts are allowed.
         """
-        allowed = (int, Expert) if experts else int
-        if others := [removal for removal in self.drop if not isinstance(removal, allowed)]:
+        if others := [removal for removal in self.drop if not isinstance(removal, (int, Expert))]:
             raise PlanError(
                 f"The plan drops {describe_removed(others)} alone. {why}.",
                 "Evaluate the plan as it is, or make one that drops whole layers.",

@@ -7,15 +7,12 @@ ties by layer. A correlation must keep ties, so `spearman` gives tied values the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from avss_dist.core.registry import LOWEST_SHARE
 from avss_dist.stats.layer_stats import Float64
 
-Ints = NDArray[np.integer[Any]]
 MIN_VALUES = 3  # values that a correlation needs
 ALL_DEPTH = 1e-9  # share of the variance of ranks, beside depth, that is rounding alone
 TWO_SIDED_95 = 1.959964  # the quantile 0.975 of the normal distribution

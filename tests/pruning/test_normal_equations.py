@@ -73,14 +73,12 @@ def test_numpy_finds_the_same(sizes: tuple[int, int, int, int], ridge: float) ->
 
 
 @given(st.integers(2, 40), st.integers(1, 5), st.integers(0, 2**31))
-def test_diagonal_forms(tokens: int, width: int, seed: int) -> None:
-    """Each channel by itself, and all by one number, as numpy fits them."""
+def test_the_diagonal_form(tokens: int, width: int, seed: int) -> None:
+    """Each channel by itself, as numpy fits it."""
     x, y = data(tokens, width, width, seed)
     sums = NormalEquations.from_tokens(x, y)
     each = [np.linalg.lstsq(x[:, i : i + 1].numpy(), y[:, i].numpy())[0].item() for i in range(width)]
     np.testing.assert_allclose(sums.solve("channel", 0.0).numpy(), np.diag(each), atol=1e-9)
-    one = np.linalg.lstsq(x.reshape(-1, 1).numpy(), y.reshape(-1).numpy())[0].item()
-    np.testing.assert_allclose(sums.solve("scale", 0.0).numpy(), one * np.eye(width), atol=1e-9)
 
 
 def test_the_ridge_is_the_one_that_unseen_tokens_like() -> None:
@@ -128,7 +126,7 @@ def test_weaker_ridges_are_tried_as_long_as_they_help(noise: float, monkeypatch:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-@pytest.mark.parametrize("form", ["scale", "channel", "full"])
+@pytest.mark.parametrize("form", ["channel", "full"])
 def test_equations_without_a_solution(value: float, form: str) -> None:
     x = torch.full((8, 3), value)
     with pytest.raises(FitError, match="NaN or infinite" if value else "inputs of the fit are zero"):

@@ -20,7 +20,6 @@ from avss_dist.analysis.plans import plan_layers
 from avss_dist.core.errors import QueryError
 from avss_dist.core.intervention import Expert, Sublayer, sublayers_of
 from avss_dist.core.registry import SCORES
-from avss_dist.pruning.formats import llama_cpp_command, mergekit_slices
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, make_plan, read_plan
 from avss_dist.pruning.selection import PUBLISHED, Choice, PlanError
@@ -136,13 +135,6 @@ def test_a_plan_through_its_file(tmp_path: Path) -> None:
     chosen = "Chosen by loss (rise of the loss without the layer, measured): share 0.25, first 1."
     assert chosen in plan.describe()
     assert "attention" not in (tmp_path / "plan.yaml").read_text()
-    slices = yaml.safe_load(mergekit_slices(plan))["slices"]
-    assert [part["sources"][0]["layer_range"] for part in slices] == [[0, 1], [2, 4], [5, 7]]
-    assert llama_cpp_command(plan) == "llama-quantize --prune-layers 1,4 m.gguf m-pruned.gguf COPY\n"
-    done = avss("plan", "--format", "llm-compressor", "-o", tmp_path / "recipe.yaml", "-w", tmp_path)
-    assert done.exit_code == 2 and "none removes a layer" in done.stderr and "avss prune" in done.stderr
-    done = avss("plan", "--format", "mergekitt", "-o", tmp_path / "recipe.yaml", "-w", tmp_path)
-    assert done.exit_code == 2 and "Did you mean 'mergekit'" in done.stderr
 
 
 SUBLAYERS = ["mlp.4", "attention.5", "attention.2", 1, "attention.3", "mlp.3"]
@@ -160,8 +152,6 @@ def test_a_plan_names_sublayers(tmp_path: Path) -> None:
     assert "\ndrop: [1, 3, attention.2, attention.5, mlp.4]\nkeep: [0, 2, 4, 5]\n" in file.read_text()
     assert "\nattention" not in file.read_text() and read_plan(file) == plan
     assert plan.describe()[0] == "Drops 2 layers, 3 sublayers of 6: 1, 3, attention.2, attention.5, mlp.4."
-    with pytest.raises(PlanError, match=r"drops attention\.2, attention\.5, mlp\.4 alone\. A mergekit"):
-        mergekit_slices(plan)
     assert Plan(model="m", num_layers=1, layers="layers", drop=("mlp.0",)).keep == (0,)
     experts = Plan(model="m", num_layers=3, layers="layers", drop=(Expert(1, 0), Expert(1, 2)))
     assert experts.describe()[0] == "Drops 2 experts in 1 of 3 layers: expert.1.0, expert.1.2."

@@ -26,7 +26,6 @@ from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.model_card import pruned_from
 from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.selection import ExpertChoice, PlanError
-from avss_dist.warehouse.reader import Warehouse
 
 Save = Callable[[Any, Path], Path]
 IDS = torch.arange(16).reshape(2, 8) + 3
@@ -324,7 +323,7 @@ def test_mistakes(options: Sequence[object], told: str, planted: tuple[Path, Pat
     assert not (tmp_path / "plan.yaml").exists()
 
 
-def test_a_model_without_experts_and_an_export(planted: tuple[Path, Path], tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_model_without_experts(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse = tmp_path / "w"
     assert avss("score", tiny_llama, "--corpus", "builtin:pydoc", "-w", warehouse, *SMALL).exit_code == 0
     refused = avss("plan", "-w", warehouse, "--experts", 0.25, "--by", "reap", "-o", tmp_path / "plan.yaml")
@@ -333,8 +332,3 @@ def test_a_model_without_experts_and_an_export(planted: tuple[Path, Path], tiny_
     task = ("--task", "perplexity:builtin:pydoc", "-w", warehouse, "--allow-overlap")
     evaluated = avss("evaluate", tmp_path / "hand.yaml", *task, *SMALL)
     assert evaluated.exit_code != 0 and "has no routed experts" in evaluated.stderr
-    plan = tmp_path / "reap.yaml"
-    planned(planted[1], plan, "reap", 0.25)
-    exported = avss("plan", "-w", planted[1], "--experts", 0.25, "--by", "reap", "--format", "mergekit", "-o", plan)
-    assert exported.exit_code == 2 and "slices of whole layers" in exported.stderr
-    assert len(Warehouse(str(planted[1])).table("expert_stats")) == 16  # nothing of it was changed

@@ -115,7 +115,7 @@ def test_more_freedom_leaves_less_error(tmp_path: Path, save_checkpoint: Save) -
     for by in REPAIRS:
         done = prune(str(folder), plan, tmp_path / by, repair=repair_of(by))
         errors[by] = done["repair"].cuts[0].error_after
-    assert all(error <= errors["scale"] for error in errors.values())
+    assert all(error <= errors["channel"] for error in errors.values())
 
 
 # What is fitted, and folded
@@ -355,7 +355,7 @@ def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="map of this model needs at least 128 tokens to fit to, not 124"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("map", **few))
     with pytest.raises(CorpusError, match="has no token to fit to"):
-        prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("scale", max_sequences=1))
+        prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("channel", max_sequences=1))
     with pytest.raises(ConfigError, match="`corpora` must not be empty"):
         Repair(corpora=())
 

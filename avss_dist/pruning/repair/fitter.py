@@ -63,7 +63,7 @@ def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
         RepairError: there is no cut.
         PlanError: the plan drops sublayers.
     """
-    plan.require_whole_layers("A repair makes up for whole layers and for experts", experts=True)
+    plan.require_no_sublayers("A repair makes up for whole layers and for experts")
     first = min([*(layer - 1 for layer in plan.dropped_layers), *plan.experts])
     remaining = [layer for layer in plan.keep if layer >= first]
     ends = [*remaining[1:], plan.num_layers]
@@ -306,7 +306,7 @@ PLAIN_HINT = (
 )
 
 
-_MEASURING = FitStep("output", "linear", "scale")
+_MEASURING = FitStep("output", "linear", "channel")
 """A step of which only the error before it is read."""
 
 

@@ -6,7 +6,6 @@ states, all of them row vectors:
 ========  ==============  =============  ================
 repair    fitted          R is about     folded
 ========  ==============  =============  ================
-scale     a number s      s m            A (1 + s)
 channel   a vector s      m diag(s)      A (I + diag(s))
 map       a matrix W      m W            A (I + W)
 refit     a matrix D      a D            A + D
@@ -14,8 +13,8 @@ refit     a matrix D      a D            A + D
 
 ``refit_all`` is ``refit`` at the last layer before each cut and at every layer behind the first one.
 
-Where an RMS norm with gain g stands between A and the hidden states, ``p = m diag(g) / rms(m)`` is added. Scale and
-channel change g, which is exact. The others are fitted with the rms of every token as it was: ``q = p (I + W)``, or
+Where an RMS norm with gain g stands between A and the hidden states, ``p = m diag(g) / rms(m)`` is added.
+`channel` changes g, which is exact. The others are fitted with the rms of every token as it was: ``q = p (I + W)``, or
 ``q = (a / rms(m)) (A diag(g) + D)``, is wanted. The norm gives ``q / rms(q / g')`` for the new gain g', so g' is the
 root mean square of q over tokens, by channel, for which the mean of ``rms(q / g')^2`` is 1. What is still missing is
 fitted by channel once more.
@@ -56,7 +55,7 @@ class FitStep:
 
     features: Literal["inputs", "output"]
     target: Literal["linear", "norm"]
-    form: Literal["scale", "channel", "full"]
+    form: Literal["channel", "full"]
 
 
 def fit_steps(method: RepairMethod, projection: OutputProjection) -> list[FitStep]:
@@ -64,8 +63,8 @@ def fit_steps(method: RepairMethod, projection: OutputProjection) -> list[FitSte
     if projection.norm is None:
         rounds = ROUNDS if isinstance(projection, ExpertsProjection) and method.features == "inputs" else 1
         return [FitStep(method.features, "linear", method.form)] * rounds
-    if method.form in ("scale", "channel"):
-        return [FitStep("output", "norm", method.form)]
+    if method.form == "channel":
+        return [FitStep("output", "norm", "channel")]
     return [FitStep(method.features, "linear", method.form), FitStep("output", "norm", "channel")]
 
 

@@ -15,8 +15,8 @@ import torch
 
 from avss_dist.core.errors import AvssError
 
-FORMS = ("scale", "channel", "full")
-"""Forms of W: a multiple of the identity, a diagonal, any matrix."""
+FORMS = ("channel", "full")
+"""Forms of W: a diagonal, any matrix."""
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # multiples of the mean diagonal of G
 _SOLVING_COPIES = 3  # the sums of a batch, and the factor and the solution with a ridge
 
@@ -79,7 +79,7 @@ class NormalEquations:
         """Return the W of least error, float64[inputs, outputs].
 
         Args:
-            form: one of `FORMS`; all but ``full`` need as many outputs as inputs.
+            form: one of `FORMS`; ``channel`` needs as many outputs as inputs.
             ridge: multiple of the mean diagonal of G, or for ``channel`` of each input's own entry.
 
         Raises:
@@ -94,10 +94,7 @@ class NormalEquations:
             raise FitError(f"Nothing can be fitted: the inputs of the fit are zero (tokens: {self.count:,}).")
         if form == "full":
             return self._solve_full(ridge * diagonal.mean())
-        gram, cross = diagonal, self.cross.diagonal()
-        if form == "scale":
-            gram, cross = gram.mean().expand_as(gram), cross.mean().expand_as(cross)
-        return torch.diag(torch.where(gram > 0, cross / (gram * (1 + ridge)), 0.0))
+        return torch.diag(torch.where(diagonal > 0, self.cross.diagonal() / (diagonal * (1 + ridge)), 0.0))
 
     def _solve_full(self, added: torch.Tensor) -> torch.Tensor:
         dead = (self.gram.diagonal() == 0).double()  # inputs that are always zero get a weight of zero

@@ -31,7 +31,7 @@ class RepairMethod:
 
     meaning: str
     features: Literal["inputs", "output"]
-    form: Literal["scale", "channel", "full"]
+    form: Literal["channel", "full"]
     every_layer: bool = False
 
     def unknowns(self, inputs: int, outputs: int) -> int:
@@ -63,7 +63,6 @@ class RepairMethod:
 
 
 REPAIRS: Mapping[str, RepairMethod] = {
-    "scale": RepairMethod(meaning="one factor for the output of the MLP", features="output", form="scale"),
     "channel": RepairMethod(
         meaning="one factor for each channel of the output of the MLP", features="output", form="channel"
     ),
