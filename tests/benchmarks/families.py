@@ -1,7 +1,7 @@
 """Every family of transformers that a small random configuration can build: scored, evaluated, pruned. A line for each.
 
 The rows are kept in tests/support/families.csv, which tests check. At the end they are printed as
-docs/reference/families.md has them.
+docs/reference/inputs.md has them.
 Run by hand: python tests/benchmarks/families.py [KIND [FAMILY ...]]
 """
 

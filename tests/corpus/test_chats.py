@@ -122,7 +122,7 @@ def test_short_names_are_data_sets_at_a_commit(monkeypatch: pytest.MonkeyPatch) 
         assert list(documents(name)) == list(documents(f"{name}:test")) == ["text"]
         where = [named.repository, named.config or None, named.revision]
         assert asked[-2:] == [[*where, named.split], [*where, "test"]] and len(named.revision) == 40
-    page = (DOCS / "reference/corpora.md").read_text(encoding="utf-8")
+    page = (DOCS / "reference/inputs.md").read_text(encoding="utf-8")
     for name, named in NAMED.items():
         config = f"`{named.config}`" if named.config else ""
         row = f"| `{name}` | {named.repository} | {config} | `{named.split}` | `{named.column}` | `{named.revision}` |"

@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from support.capabilities import AGAIN, VERSION, YES, Row, read_table, try_scoring
-from support.documentation import DOCS, read
 from support.families import model_types, tiny_model
 from support.tiers import all_of
 
@@ -50,8 +49,6 @@ def test_most_causal_families_are_scored(table: dict[tuple[str, str], Row]) -> N
     """At least 95% of those that a small config can build."""
     causal = [row.scored for row in table.values() if row.kind == "causal" and row.built == YES]
     assert causal.count(YES) >= 0.95 * len(causal) and len(causal) >= 148
-    number = f"{causal.count(YES)} of the {len(causal)} causal families"
-    assert number in " ".join(read(DOCS / "reference/models.md").split())
 
 
 @pytest.mark.parametrize(

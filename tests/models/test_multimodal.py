@@ -39,5 +39,5 @@ def test_what_the_table_says_of_a_family(family: str, table: dict[tuple[str, str
 
 
 def test_the_documentation_has_the_table_and_its_numbers(table: dict[tuple[str, str], Row]) -> None:
-    assert families_markdown(table.values()) in read(DOCS / "reference/families.md"), AGAIN
+    assert families_markdown(table.values()) in read(DOCS / "reference/inputs.md"), AGAIN
     assert in_words(table.values()) in " ".join(read(ROOT / "README.md").split()), AGAIN

@@ -30,7 +30,7 @@ from support.observing import observe
 TABLE = Path(__file__).parent / "families.csv"
 YES = "yes"
 VERSION = "5.24"  # of transformers, whose families the table has
-AGAIN = "Run tests/benchmarks/families.py, and put what it prints into docs/reference/families.md."
+AGAIN = "Run tests/benchmarks/families.py, and put what it prints into docs/reference/inputs.md."
 
 
 @dataclass(frozen=True)
@@ -84,29 +84,26 @@ def in_words(rows: Iterable[Row]) -> str:
 
 
 def families_markdown(rows: Iterable[Row]) -> str:
-    """The numbers of families, and a line for each refusal."""
+    """The numbers of families, and the names of those without a capability."""
     rows = list(rows)
     number = counts(rows)
+    kinds = dict.fromkeys(row.kind for row in rows)
     lines = ["| kind | in transformers | built small | scored | evaluated | pruned |", "|---|---|---|---|---|---|"]
-    for kind in dict.fromkeys(row.kind for row in rows):
+    for kind in kinds:
         of_kind = (str(number[kind, name]) for name in ("known", "built", *CAPABILITIES))
         lines.append(f"| {kind} | {' | '.join(of_kind)} |")
-    lines += ["", "| kind | family | not | why |", "|---|---|---|---|"]
-    for row in rows:
-        for why, names in _refusals(row).items():
-            shown = " ".join(why.split()).replace("|", "\\|").replace("<", "\\<")
-            lines.append(f"| {row.kind} | {row.family} | {', '.join(names)} | {shown} |")
+    lines += ["", "| kind | not | families |", "|---|---|---|"]
+    for kind in kinds:
+        for name in ("built", *CAPABILITIES):
+            families = ", ".join(row.family for row in rows if row.kind == kind and _is_refused(row, name))
+            lines += [f"| {kind} | {name} | {families} |"] if families else []
     return "\n".join(lines) + "\n"
 
 
-def _refusals(row: Row) -> dict[str, list[str]]:
-    """What cannot be done with a family, by reason. That masked models predict no next token goes without saying."""
-    found: dict[str, list[str]] = {}
-    for name in ("built", *CAPABILITIES):
-        why = getattr(row, name)
-        if why and why != YES and not (row.kind == "masked" and name == "evaluated" and row.scored == YES):
-            found.setdefault(why, []).append(name)
-    return found
+def _is_refused(row: Row, name: str) -> bool:
+    """Whether a family lacks a capability that others of its kind have, and is built and scored where that is asked."""
+    earlier = {"built": YES, "scored": row.built}.get(name, row.scored)
+    return earlier == YES and getattr(row, name) != YES and (row.kind, name) != ("masked", "evaluated")
 
 
 @dataclass(frozen=True)
