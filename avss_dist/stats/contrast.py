@@ -1,7 +1,7 @@
 """Contrasts of layers between hallucinated and truthful answers, with their noise. Pure numpy.
 
 EAVSS (arXiv 2411.10069) names HSAV and HSS, a layer's variance and sparsity on hallucinated text; its equations are not
-public. This module implements a reading of it in the form of AVSS: see ``docs/explanations/contrast.md``.
+public. This module implements a reading of it in the form of AVSS: see ``docs/guides/hallucination.md``.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def prone_probability(resamples: Float64) -> Float64:
 def contrast_columns(
     sides: tuple[Parts, Parts], resampled: tuple[Parts, Parts], left_out: tuple[Parts, Parts]
 ) -> dict[str, Float64]:
-    """Return the scores of layers, float64[layers] each, and their intervals: see ``docs/explanations/contrast.md``.
+    """Return the scores of layers, float64[layers] each, and their intervals: see ``docs/guides/hallucination.md``.
 
     Args:
         sides: parts of AVSS of hallucinated and of truthful answers, float64[layers] each.
