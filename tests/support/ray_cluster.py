@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 from ray._raylet import GcsClient
-from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.cluster_utils import Cluster as RayCluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -85,11 +84,6 @@ class Cluster:
         """The ids of the nodes that were given notice, and live."""
         gcs: Any = GcsClient(address=self.address)
         return gcs.get_draining_nodes().keys()
-
-    def wanted(self) -> int:
-        """Actors and groups that wait for a place, as an autoscaler sees them."""
-        state = get_cluster_resource_state(GcsClient(address=self.address))
-        return sum(one.count for one in state.pending_resource_requests) + len(state.pending_gang_resource_requests)
 
     @property
     def has_head(self) -> bool:
