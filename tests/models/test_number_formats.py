@@ -123,8 +123,9 @@ def test_scales_count_as_bits() -> None:
 
 
 def test_the_page_lists_every_format() -> None:
-    page = files("avss_dist").joinpath("docs/reference/number-formats.md").read_text(encoding="utf-8")
-    cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    page = files("avss_dist").joinpath("docs/reference/plans.md").read_text(encoding="utf-8")
+    table = page.partition("| format | bits |")[2].partition("\n\n")[0]
+    cells = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
     listed = {name.strip("| `"): (bits, group) for name, bits, group, _ in cells}
     for name, known in FORMATS.items():
         scales = " + 16 / inputs" if known.group is None else ""
