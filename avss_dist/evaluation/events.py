@@ -56,14 +56,7 @@ class SearchStep:
     sets: int
 
 
-@dataclass(frozen=True)
-class WeightsWritten:
-    """The progress of writing a checkpoint, as the number of further bytes."""
-
-    num_bytes: int
-
-
-Event = CellsStarted | CellUnderway | CellDone | SearchStep | WeightsWritten | RunEvent | DistillEvent
+Event = CellsStarted | CellUnderway | CellDone | SearchStep | RunEvent | DistillEvent
 OnEvent = Callable[[Event], None]
 
 

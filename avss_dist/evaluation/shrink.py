@@ -7,13 +7,11 @@ All measurements are stored in a warehouse, so that a command that was stopped c
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +26,13 @@ from avss_dist.core.registry import GREEDY, LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
+from avss_dist.distillation.events import Preparing
 from avss_dist.distillation.record import DistillRecord
 from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.continuations import Continuation, Prompt, continue_prompts, held_out_prompts
 from avss_dist.evaluation.distill import StagedDistillation, count_watched, require_distillable
-from avss_dist.evaluation.events import OnEvent, WeightsWritten, ignore
+from avss_dist.evaluation.events import OnEvent, ignore
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
 from avss_dist.evaluation.search import plan_repaired_search, searched_plan
 from avss_dist.evaluation.session import (
@@ -64,7 +63,7 @@ from avss_dist.pruning.repair.record import RepairRecord
 from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.repair.requirements import tokens_needed
-from avss_dist.pruning.repair.splits import HELD_BACK, count_fitted, split_texts
+from avss_dist.pruning.repair.splits import count_fitted, split_texts
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import AblateRequest, ShrinkRequest
 from avss_dist.runs.api import score
@@ -247,7 +246,8 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
     request = ShrinkRequest(**request_values(request) | request.given | texts)
     needed = 0 if request.repair == NO_REPAIR else tokens_needed(checkpoint, request.repair, settings)
     split = split_rows(checkpoint, request.texts, settings, distilled=request.distill_tokens is not None)
-    _require_tokens(checkpoint, request, split, needed)
+    if needed:
+        _require_tokens(checkpoint, request, split, needed)
     with _open_session(request, on_event) as session:
         session.executor.connect()  # because scores are measured by executors of their own
         make_plan = _measure_scores(request, session, split)
@@ -273,8 +273,8 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
         plan,
         repair=read_repaired(best.patch) if best.patch else None,
         trust_remote_code=settings.trust_remote_code,
-        copied=lambda size: on_event(WeightsWritten(size)),
     )
+    on_event(Preparing("writing"))
     if request.distill_tokens is not None:
         done = _distill(request, split, best, curve, write, prompts if continuations else [], on_event)
         return replace(done, notes=[*done.notes, *unread], continuations=[*continuations, *done.continuations])
@@ -391,41 +391,16 @@ def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextS
         needed: minimum number of tokens to fit the repair to.
 
     Raises:
-        CorpusError: there are fewer tokens. The hint says how many rows suffice, if the texts have them.
+        CorpusError: there are fewer tokens.
     """
-    if not needed:
-        return
-    given, rows = _fitted_tokens(checkpoint, request, split)
-    if given >= needed:
-        return
-    distilled = request.distill_tokens is not None
-    enough = next(
-        number
-        for number in itertools.count(split.rows + 1)
-        if _fitted_rows(number, distilled=distilled) * len(request.repair_texts) * given >= needed * rows
-    )
-    settings = replace(request.settings, max_sequences=enough)
-    larger = split_rows(checkpoint, request.texts, settings, distilled=distilled)
-    suffices = _fitted_tokens(checkpoint, request, larger)[0] >= needed
-    longer = f"Set `max_sequences` to {enough} or more" if suffices else "Give longer texts"
-    raise CorpusError(
-        f"The repair {request.repair} of this model needs {needed:,} tokens to fit to at least; {given:,} are given.",
-        f"{longer}, or choose a `repair` of fewer unknowns (channel, scale).",
-    )
-
-
-def _fitted_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit) -> tuple[int, int]:
-    """Return the number of tokens and of rows that the repair is fitted to."""
     read = replace(request.settings, max_sequences=split.rows - split.held_out)
     texts = [plan_text(checkpoint, text, read, skip_sequences=split.held_out) for text in request.repair_texts]
-    tokens = sum(count_fitted(split_texts(texts, request.settings.batch_size), len(texts)))
-    return tokens, sum(text.num_sequences - ceil(text.num_sequences / HELD_BACK) for text in texts)
-
-
-def _fitted_rows(rows: int, *, distilled: bool) -> int:
-    """Return the number of rows that the repair is fitted to, of a text with ``rows`` rows."""
-    repaired = rows - TextSplit.of_rows(rows, rows, distilled=distilled).held_out
-    return repaired - ceil(repaired / HELD_BACK)
+    given = sum(count_fitted(split_texts(texts, request.settings.batch_size), len(texts)))
+    if given < needed:
+        raise CorpusError(
+            f"The repair {request.repair} of this model needs at least {needed:,} tokens to fit to; there are {given:,}.",
+            "Raise `max_sequences`, give longer texts, or choose a `repair` of fewer unknowns (channel, scale).",
+        )
 
 
 def _measure_scores(request: ShrinkRequest, session: EvaluationSession, split: TextSplit) -> Callable[..., Plan]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -166,20 +166,13 @@ def overwrite_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
         os.fsync(file.fileno())
 
 
-def copy_tensors(
-    source: Path,
-    target: Path,
-    names: Mapping[str, str],
-    copied: Callable[[int], None],
-    rows: Mapping[str, Sequence[int]] = {},
-) -> int:
+def copy_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Mapping[str, Sequence[int]] = {}) -> int:
     """Copy some tensors of a safetensors file to a new one under new names; return their number of bytes.
 
     The operating system moves the bytes if it can, without going through memory.
 
     Args:
         names: new names by old ones.
-        copied: called with the number of bytes of every piece.
         rows: ascending indices of the rows to copy, by old name; all rows by default.
 
     Raises:
@@ -209,7 +202,6 @@ def copy_tensors(
                 size = min(COPIED_AT_ONCE, last - start)
                 if not _copy(file.fileno(), out.fileno(), start, size):
                     raise ModelError(f"{source} ends before its tensors do.", "Copy it again.")
-                copied(size)
         os.fsync(out.fileno())
     return end
 

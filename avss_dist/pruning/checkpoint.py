@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,7 +42,6 @@ def prune(
     repair: Repair | Repaired | None = None,
     execution: Execution | None = None,
     trust_remote_code: bool = False,
-    copied: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write a checkpoint without the plan's layers and experts, and verify it against the original.
 
@@ -53,7 +51,6 @@ def prune(
         repair: repair to fit to the remaining layers, or a fitted repair; none by default.
         execution: ``partition`` (single or streaming) and memory limits for the repair and the comparison; chosen by
             default.
-        copied: called with the number of bytes of weights copied since the last call.
 
     Returns:
         ``folder``; ``bytes`` of weights; ``difference``: largest difference between the outputs of the last layer, in
@@ -84,7 +81,7 @@ def prune(
                 repaired = repair
             notes += repaired.notes if repaired else []
             replaced = repaired.tensors if repaired else {}
-            size = copy_weights(checkpoint, weights, replaced, staged, copied)
+            size = copy_weights(checkpoint, weights, replaced, staged)
             _copy_files(checkpoint, plan, staged, settings)
             difference, seen = _compare(checkpoint, plan, replaced, staged, settings, execution or Execution())
             notes += seen

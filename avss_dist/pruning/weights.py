@@ -296,18 +296,11 @@ def _ambiguous_layers(checkpoint: Checkpoint, plan: Plan, prefixes: list[str]) -
     )
 
 
-def copy_weights(
-    checkpoint: Checkpoint,
-    weights: StoredWeights,
-    replaced: Patch,
-    folder: Path,
-    copied: Callable[[int], None],
-) -> int:
+def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch, folder: Path) -> int:
     """Write the remaining weights, and return their number of bytes.
 
     Args:
         replaced: values in place of the checkpoint's, of the same shapes and dtypes, removed experts included.
-        copied: called with the number of bytes of weights copied since the last call.
     """
     values = weights.replacements(replaced)
     places: dict[str, str] = {}
@@ -317,7 +310,7 @@ def copy_weights(
         if names:
             place = file.relative_to(checkpoint.folder)
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            size += copy_tensors(file, folder / place, names, copied, weights.rows)
+            size += copy_tensors(file, folder / place, names, weights.rows)
             places |= dict.fromkeys(names.values(), place.as_posix())
             for tensor in tensors_of(folder / place):
                 if tensor.name in values:

@@ -17,7 +17,6 @@ from avss_dist.evaluation.events import (
     CellsStarted,
     CellUnderway,
     Event,
-    WeightsWritten,
 )
 from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
 from avss_dist.report.terminal.distill import DistillProgress
@@ -62,8 +61,6 @@ class ShrinkProgress(CellProgress):
                 self._print_notes(notes)
                 self._progress.update(self._bar, description=_step(cell))
                 self._advance(1)
-            case WeightsWritten():
-                self._progress.update(self._bar, description="writing", total=None, completed=0)
             case Preparing() | TrainingAdvanced() | HeldOutMeasured():
                 self._distilling(event)
 
