@@ -21,6 +21,7 @@ from support.warehouses import write_scores
 import avss_dist
 from avss_dist.core.errors import ModelError, QueryError
 from avss_dist.models.checkpoints import resolve
+from avss_dist.models.loading import text_config
 from avss_dist.warehouse import query as sql_query
 from avss_dist.warehouse.reader import Warehouse
 
@@ -198,5 +199,5 @@ def test_no_code_of_a_checkpoint_runs_unless_asked(
         done = avss("score", model, "--corpus", "builtin:pydoc", "-w", "w", *SMALL)
         assert done.exit_code == (2 if "model_type" in changes else 0), done.stderr
         assert not Path("ran").exists()
-    with pytest.raises(ModelError, match="needs Python code of its own"):
-        resolve(str(model))
+    with pytest.raises(ModelError, match="contains custom code"):
+        text_config(resolve(str(model)))

@@ -28,7 +28,7 @@ def load_trained(models: ModelPair, folder: Path, train: str) -> Any:
 
         student = load_model(models.student, models.settings, head=True)
         return PeftModel.from_pretrained(student, folder).merge_and_unload()
-    checkpoint = locate(str(folder), trust_remote_code=models.settings.trust_remote_code)
+    checkpoint = locate(str(folder))
     assert checkpoint is not None
     return load_model(checkpoint, models.settings, head=True)
 

@@ -52,8 +52,7 @@ def distillation_rows(
         ConfigError: the rows of a training step cannot be divided among the ranks.
         ModelError: a model cannot be read or built.
     """
-    trust = settings.trust_remote_code
-    teacher = locate(str(request.teacher), trust_remote_code=trust) or str(request.teacher)
+    teacher = locate(str(request.teacher)) or str(request.teacher)
     ranks = request.ranks or max(2, devices.count)
     require_divisible(settings.batch_size, ranks)
     dtype = "bfloat16" if computes_in_bfloat16(request.settings, settings.device) else "float32"

@@ -105,7 +105,7 @@ def estimate(request: EstimateRequest) -> Estimate:
 
 def _estimate(request: EstimateRequest) -> Estimate:
     settings, model = request.settings, str(request.model)
-    weights = locate(model, trust_remote_code=settings.trust_remote_code, weights=False) or model
+    weights = locate(model, weights=False) or model
     settings = replace(settings, device=pick_device(settings.device).type)
     size = footprint(weights, settings)
     rows = settings.sequences_per_shard or rows_per_shard(size, settings, settings.max_sequences or ENOUGH_ROWS)

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
     Raises:
         ModelError: the checkpoint does not exist or cannot be opened; the message says what to do.
     """
-    local = locate(spec, trust_remote_code=trust_remote_code)
+    local = locate(spec)
     if local is None:
         return _fetch(spec, trust_remote_code)
     suffixes = _READ | {".py"} if trust_remote_code else _READ
@@ -93,7 +92,7 @@ def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
     return replace(local, revision=content_hash(path, {*files, *weight_files(path)}))
 
 
-def locate(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint | None:
+def locate(spec: str, *, weights: bool = True) -> Checkpoint | None:
     """Return a checkpoint on this machine with an empty revision, or None if ``spec`` is a hub id.
 
     Args:
@@ -110,7 +109,7 @@ def locate(spec: str, *, trust_remote_code: bool = False, weights: bool = True) 
         return Checkpoint(name=spec, source="gguf", path=str(path.resolve()), revision="")
     if path.is_dir():
         path = path if weight_files(path) else converted_folder(path) or path
-        _check_folder(path, spec, trust_remote_code, weights=weights)
+        _check_folder(path, spec, weights=weights)
         return Checkpoint(name=spec, source="folder", path=str(path.resolve()), revision="")
     if path.exists():
         raise ModelError(
@@ -126,7 +125,7 @@ def _fetch(spec: str, trust_remote_code: bool) -> Checkpoint:
     checkpoint = fetch_files(spec, [*_FETCHED, WEIGHTS, *code])
     if not weight_files(checkpoint.folder) and (converted := converted_folder(checkpoint.folder)):
         checkpoint = replace(checkpoint, path=str(converted))
-    _check_folder(checkpoint.folder, spec, trust_remote_code)
+    _check_folder(checkpoint.folder, spec)
     return checkpoint
 
 
@@ -165,40 +164,24 @@ def fetch_files(spec: str, patterns: list[str]) -> Checkpoint:
 @contextmanager
 def explain_hub_errors(spec: str) -> Iterator[None]:
     """Convert the hub's errors to ModelError with a hint."""
-    from huggingface_hub import errors
-
-    name, _, revision = spec.partition("@")
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"'{name}' is gated.", "Ask for access on its page, then log in with `hf auth login`."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(
-            f"'{name}' has no revision '{revision}'.", "Look at its branches and tags on the hub."
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise ModelError(
-            f"There is no model '{name}', neither as a folder here nor on the hub.",
-            "Check the name; a private model needs `hf auth login`.",
-        ) from error
     except _client_errors() as error:
         if isinstance(error, OSError) and is_full(error):
             raise unwritable(f"The hub's cache on this machine, with '{spec}',", error, "Free some space.") from error
         raise ModelError(
-            f"'{spec}' is no folder here, is not in the local hub cache, and the hub cannot be reached.",
-            "Check the name and the network, or give the path of a downloaded folder.",
+            f"'{spec}' is no folder here, and cannot be fetched from the hub: {' '.join(str(error).split())}",
+            "Check the name, the revision and the network; a private or gated model needs `hf auth login`.",
         ) from error
 
 
-def _check_folder(folder: Path, spec: str, trust_remote_code: bool, *, weights: bool = True) -> None:
+def _check_folder(folder: Path, spec: str, *, weights: bool = True) -> None:
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"'{spec}' is an adapter, or has one beside its weights.",
             "Merge it into its base model (peft's merge_and_unload), save that, and name that folder.",
         )
-    config = read_config(folder, spec)
+    read_config(folder, spec)
     files = weight_files(folder)
     if missing := [file for file in files if not file.is_file()]:
         raise ModelError(f"'{spec}' lacks the file {missing[0].relative_to(folder)}.", "Is the download complete?")
@@ -210,20 +193,6 @@ def _check_folder(folder: Path, spec: str, trust_remote_code: bool, *, weights: 
                 "avss score --allow-pickle opens them as tensors alone, and keeps them as safetensors.",
             )
         raise ModelError(f"'{spec}' has no weights (*.safetensors).", "Is the download complete?")
-    model_type = config.get("model_type")
-    if _known(model_type) or (config.get("auto_map") and trust_remote_code):
-        return
-    if config.get("auto_map"):
-        raise ModelError(
-            f"'{spec}' needs Python code of its own (model_type '{model_type}').",
-            "Read that code, then set `trust_remote_code`.",
-        )
-    if not isinstance(model_type, str):
-        raise ModelError(f"'{spec}' has a config.json without a model_type.", "Add the family's name: llama, say.")
-    raise ModelError(
-        f"'{spec}' is of model_type '{model_type}', which transformers {version('transformers')} does not know.",
-        "A newer model needs a newer transformers: pip install -U transformers.",
-    )
 
 
 def read_config(folder: Path, spec: str) -> dict[str, Any]:
@@ -244,15 +213,9 @@ def read_config(folder: Path, spec: str) -> dict[str, Any]:
     return config
 
 
-def _known(model_type: Any) -> bool:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
-
-
 def _client_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that the hub's client raises for a failed request, with any HTTP library."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     bases: Any = HfHubHTTPError.__bases__  # of that library, and OSError
-    return (HfHubHTTPError, *bases, OSError)
+    return (HFValidationError, HfHubHTTPError, *bases, OSError)

@@ -102,7 +102,8 @@ def text_config(
         except _REFUSALS as error:
             raise ModelError(
                 f"The configuration of '{checkpoint.name}' cannot be read: {_first_line(error)}",
-                "Is the download complete? A newer model needs a newer transformers: pip install -U transformers.",
+                "Is the download complete? A newer model needs a newer transformers (pip install -U transformers); one "
+                "with Python code of its own needs `trust_remote_code`, once you have read that code.",
             ) from error
 
 

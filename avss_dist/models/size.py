@@ -413,7 +413,7 @@ def _open(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint,
     """Return a checkpoint whose configuration is on this machine, and the tensors that its headers list."""
     if isinstance(checkpoint, str):
         spec, code = checkpoint, settings.trust_remote_code
-        local = locate(spec, trust_remote_code=code)
+        local = locate(spec)
         if local is None:
             fetched = fetch_files(spec, ["config.json", *(["*.py"] if code else [])])
             return fetched, list(hub_tensors(spec, fetched))

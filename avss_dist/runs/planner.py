@@ -94,7 +94,7 @@ class Planner:
     @staticmethod
     def _find(model: str, code: bool) -> Checkpoint:
         """Return a checkpoint with its revision, without downloading weights from the hub."""
-        if locate(model, trust_remote_code=code):
+        if locate(model):
             return resolve(model, trust_remote_code=code)
         return fetch_files(model, ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if code else [])])
 

@@ -156,7 +156,7 @@ def test_shards_are_those_of_the_index(tiny_llama: Path, tmp_path: Path) -> None
 
 
 def test_a_hub_checkpoint_that_cannot_be_reached() -> None:
-    with pytest.raises(ModelError, match="the hub cannot be reached"):
+    with pytest.raises(ModelError, match="cannot be fetched from the hub"):
         footprint("nobody/nothing-at-all", SETTINGS)
 
 

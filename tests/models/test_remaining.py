@@ -162,17 +162,6 @@ def test_decoded_tokens_are_sparse_and_half_of_the_prompt(
     assert not model.notes
 
 
-def test_half_of_a_layer_is_cached_as_a_whole_one_is(
-    model_of: Callable[[str], LanguageModel], calls: list[int]
-) -> None:
-    model = model_of("llama")
-    with model.without((1,), 0.5):
-        expected = generate(model, use_cache=False)
-        with counting(model, calls):
-            assert torch.equal(generate(model), expected)
-    assert calls[1] == 1
-
-
 def test_everything_is_restored_after_an_exception(model_of: Callable[[str], LanguageModel]) -> None:
     model = model_of("gemma3_text")
     before, whole = described(model), generate(model)
