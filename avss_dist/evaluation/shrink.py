@@ -398,8 +398,8 @@ def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextS
     given = sum(count_fitted(split_texts(texts, request.settings.batch_size), len(texts)))
     if given < needed:
         raise CorpusError(
-            f"The repair {request.repair} of this model needs at least {needed:,} tokens to fit to; there are {given:,}.",
-            "Raise `max_sequences`, give longer texts, or choose a `repair` of fewer unknowns (channel, scale).",
+            f"The repair {request.repair} of this model needs at least {needed:,} tokens to fit to, not {given:,}.",
+            "Raise `max_sequences`, give longer texts, or choose a `repair` of fewer unknowns (channel).",
         )
 
 
