@@ -194,7 +194,7 @@ def not_paired(run_id: str) -> QueryError:
     """Return the error for a run whose text has no labelled answers."""
     return QueryError(
         f"The text of run '{run_id}' is not paired.",
-        "Score on prompts with labelled answers: avss score --corpus file.jsonl:prompt+answer --label-field LABEL.",
+        "Score on prompts with labelled answers: avss score --corpus file.jsonl:prompt+answer:LABEL.",
     )
 
 

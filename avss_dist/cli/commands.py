@@ -171,6 +171,7 @@ REMOVED: dict[str, str] = {
         for command in ("submit", "list", "logs", "stop")
         for name in ("connect", "answer")
     },
+    "score --label-field": "`avss score ORG/NAME --corpus FILE.jsonl:prompt+answer:LABEL`",
     "score --tracker": "leave it out, the warehouse has settings and scores.",
     "run --tracker": "leave it out, the warehouse has settings and scores.",
     "distill --tracker": "`--report-to wandb`",

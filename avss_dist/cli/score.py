@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from avss_dist.cli.base import spelled
 from avss_dist.cli.options import TEXT_FORMATS, TextFormatOption, format_option, takes
 from avss_dist.requests import EstimateRequest, ScoreAllRequest
@@ -17,21 +15,13 @@ if TYPE_CHECKING:
 
 
 @takes(ScoreAllRequest)
-def score(
-    label_field: Annotated[
-        str | None, typer.Option(help="Field with the labels of paired text (file.jsonl:prompt+answer).")
-    ] = None,
-    format: TextFormatOption = TEXT_FORMATS[0],
-    **values: Any,
-) -> int:
+def score(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> int:
     """Score every layer of one or more models on a corpus, and keep the result as Parquet."""
     from avss_dist.report.terminal.progress import run_progress
     from avss_dist.runs.api import score as score_one
     from avss_dist.runs.api import score_all
 
     models = values.pop("models")
-    if label_field:
-        values["corpus"] += f":{label_field}"
     with run_progress(len(models), ends=False) as progress:
         if len(models) == 1:
             runs = [score_one(models[0], on_event=progress, **values)]

@@ -23,7 +23,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 PRINTED = {"format", "_quiet", "_verbose", "_schema", "dry_run"}  # of what is printed
 OTHERWISE: dict[str, set[str]] = {
-    "score": {"models", "label_field"},  # score_all; a corpus FILE:prompt+answer:label
+    "score": {"models"},  # score_all
     "plan": {"output", "protect"},  # Plan.write; first, last
     "sparsify": {"output"},  # SparsityPlan.write
     "quantize": {"output"},  # PrecisionPlan.write

@@ -21,7 +21,6 @@ from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.cluster import RayCluster
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.executors.ray.losses import Losses
-from avss_dist.executors.ray.metrics import Metrics
 from avss_dist.executors.ray.queue import UnitQueue
 from avss_dist.executors.ray.rounds import Awaited, Round, Rounds
 from avss_dist.executors.ray.watch import Watch
@@ -65,7 +64,6 @@ class Pool:
         self._rounds = Rounds(cluster.now)
         self._idle: list[Gang] = []
         self._outcomes: list[tuple[Any, Any]] = []
-        self._metrics = Metrics()
         self._losses = Losses(cluster)
         self._moved = self._polled = cluster.now()
 
@@ -193,7 +191,7 @@ class Pool:
         """Take back a round that its gang has not begun. If it begins at this moment, the units are measured twice."""
         round_.gang.cancel(round_.awaited)
         self._rounds.end(round_)
-        self._record(round_.queue, round_.queue.put_back(round_.units, None))
+        self._outcomes += round_.queue.put_back(round_.units, None)
 
     def _dispatch(self, gang: Gang, queue: UnitQueue[Any]) -> None:
         """Begin a round: open the queue's model, or measure the next of its units."""
@@ -236,7 +234,6 @@ class Pool:
             self._cluster.require_node()
             self._look_after()
             self._let_go()
-            self._metrics.replicas(self._placed())
 
     def _finish(self, reference: Any) -> None:
         round_ = self._rounds.find(reference)
@@ -250,13 +247,13 @@ class Pool:
             return
         except RayError as error:  # the worker, its node or the result was lost
             if missing := missing_package(error):
-                self._record(queue, queue.fail([], missing))
+                self._outcomes += queue.fail([], missing)
             self._cluster.require_node()
             self._losses.add(queue, round_.gang.nodes, [unit for unit in round_.units if unit in queue.unfinished])
             self._stop(round_.gang, why=None if self._is_excused(round_) else str(error).splitlines()[0])
             return
         for unit, unit_result in zip(self._rounds.receive(reference), result or (), strict=False):
-            self._record(queue, queue.finish(unit, unit_result))
+            self._outcomes += queue.finish(unit, unit_result)
         if not round_.awaited:
             if round_.units:
                 queue.note_duration(round_.units, self._cluster.now() - round_.begun)
@@ -270,11 +267,6 @@ class Pool:
         """Whether a loss does not count as a failure: the node is draining, or other gangs have opened the model."""
         opened = any(gang.spec == round_.queue.spec for gang in self._gangs())
         return round_.gang.leaves or (opened and not round_.units)
-
-    def _record(self, queue: UnitQueue[Any], outcomes: Sequence[tuple[Any, Any]]) -> None:
-        for source, result in outcomes:
-            self._metrics.count(source, result, is_last=not queue.unfinished)
-        self._outcomes += outcomes
 
     def _free(self, round_: Round) -> None:
         """Give a gang that has finished a round its next one, or make it idle."""
@@ -297,7 +289,7 @@ class Pool:
         elif not isinstance(error, AvssError):
             self._stop(round_.gang, why=f"{type(error).__name__}: {error}", failed=round_)
         else:
-            self._record(round_.queue, round_.queue.fail(round_.units, error))
+            self._outcomes += round_.queue.fail(round_.units, error)
             if len(round_.gang.names) > 1:  # the other ranks may wait for this one
                 self._stop(round_.gang)
                 return
@@ -314,7 +306,7 @@ class Pool:
         who = f"Only {placed} of {needed} replicas were" if placed else "No worker was"
         why = f"{who} placed in {self._placement_seconds:.0f} seconds. {self._shortage(queue.spec.placement)}"
         hint = "Free some of it, lower `replicas`, `ranks` or `gpus_per_replica`, or use another cluster."
-        self._record(queue, queue.fail([], RunFailed(why, hint)))
+        self._outcomes += queue.fail([], RunFailed(why, hint))
         for gang in {r.gang for r in self._rounds if r.queue is queue}:
             self._stop(gang)
         self._moved = self._cluster.now()
@@ -357,4 +349,4 @@ class Pool:
         for round_ in reversed(rounds):
             self._rounds.end(round_)
             reason = why if round_ is failed or len(rounds) == 1 else None
-            self._record(round_.queue, round_.queue.put_back(round_.units, reason, round_.begun))
+            self._outcomes += round_.queue.put_back(round_.units, reason, round_.begun)
