@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -28,6 +29,7 @@ from avss_dist.stats.merging import merge_stats
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
+from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
 
 RUN = RunIdentity(run_id="tiny-0123456789", model="org/tiny", revision=None, family="llama")
@@ -488,6 +490,17 @@ def test_opening_touches_nothing_and_an_unwritable_place_is_refused_before_work(
     for place in (tmp_path / "file", tmp_path / "file/below", Path("/proc/avss")):
         with pytest.raises(WarehouseError, match="Cannot write"):
             Store(place).create()
+
+
+def test_what_drivers_left_long_ago_is_deleted_and_marks_of_others_stay(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    old, new = storage.write_mark(), storage.write_mark()
+    leftover = tmp_path / ".compacted.avss-89abcdef-4711-12-0123abcd.tmp"
+    leftover.write_bytes(b"half")
+    for file in (tmp_path / "runs" / old, leftover):
+        os.utime(file, (0, 0))
+    storage.create()
+    assert (storage.has_mark(old), storage.has_mark(new), leftover.exists()) == (False, True, False)
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "percent%20", "é"])
