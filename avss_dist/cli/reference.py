@@ -1,9 +1,10 @@
-"""Reference page of options: by command, with Python keyword, key in a job file, and default."""
+"""Reference tables of options: by command, with default, and of settings with the key in a job file."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import typer
@@ -15,6 +16,8 @@ from avss_dist.core.text import escape_markdown
 
 COMMON = ("--quiet", "--verbose")  # of every command
 NOT_IN_JOBS = ("address", "fresh")  # options of the command line only
+SEVERAL = 2  # commands that have an option in common, from which on it is listed once
+_SECTIONS: tuple[tuple[Any, str], ...] = ((Settings, "settings"), (Execution, "execution"))
 
 
 def functions() -> dict[str, Callable[..., Any]]:
@@ -45,45 +48,71 @@ def option_of(parameter: Any) -> str:
 
 
 def reference_markdown() -> str:
-    """Return the page: the options of settings, which many commands share, then those of each command."""
-    lines = ["### Settings, which commands share", "", *_settings(), ""]
+    """Return the tables of options: of settings, of several commands, and of each command."""
+    by_command = {
+        name: {option_of(p): _row_of(p, name) for p in _own_parameters(command)} for name, command in commands().items()
+    }
+    shared = _shared_rows(by_command.values())
+    lines = ["### Settings", "", *_settings(), "", "### Options of several commands", ""]
+    lines += [*_table("option", "default", "meaning"), *sorted(shared.values()), ""]
     for name, command in commands().items():
-        lines += [f"### avss {name}", "", escape_markdown(command.help), "", *_options_of(name, command), ""]
+        rows = by_command[name]
+        own = [row for option, row in rows.items() if shared.get(option) != row]
+        also = [f"`{option}`" for option, row in rows.items() if shared.get(option) == row]
+        lines += [f"### avss {name}", "", escape_markdown(command.help), ""]
+        lines += [*_table("option", "default", "meaning"), *own, ""] if own else []
+        sentences = [f"Also {', '.join(also)}."] if also else []
+        sentences += _settings_of(command)
+        lines += [" ".join(sentences), ""] if sentences else []
     return "\n".join(lines).rstrip()
 
 
+def _shared_rows(tables: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Return, by option, the row that most commands have, if several have it."""
+    usage = Counter(item for table in tables for item in table.items())
+    return {option: row for (option, row), count in reversed(usage.most_common()) if count >= SEVERAL}
+
+
 def _settings() -> Iterator[str]:
-    yield from _table("option", "Python keyword", "job-file key", "default", "what")
-    classes: tuple[tuple[Any, str], ...] = ((Settings, "settings"), (Execution, "execution"))
-    for cls, section in classes:
+    yield from _table("option", "key", "default", "meaning")
+    for cls, section in _SECTIONS:
         fields: Mapping[str, Any] = cls.__pydantic_fields__
         for name, field in fields.items():
-            option = SPELLING.get(name, f"--{name.replace('_', '-')}")
-            default = getattr(cls(), name)
-            key = "" if name in NOT_IN_JOBS else f"`{section}.{name}`"
-            yield _row(f"`{option}`", f"`{name}`", key, _format_default(default), escape_markdown(field.description))
+            default = _format_default(getattr(cls(), name))
+            key = f"`{name}`" if name in NOT_IN_JOBS else f"`{section}.{name}`"
+            yield _row(f"`{_setting_option(name)}`", key, default, escape_markdown(field.description))
 
 
-def _options_of(name: str, command: Any) -> Iterator[str]:
-    """Yield a table of the parameters of a command that are not settings."""
-    function = functions().get(name)
-    keywords = inspect.signature(function).parameters if function else {}
+def _setting_option(name: str) -> str:
+    return SPELLING.get(name, f"--{name.replace('_', '-')}")
+
+
+def _settings_of(command: Any) -> Iterator[str]:
+    """Yield a sentence with the settings that a command takes, or with those that it does not take."""
     shared = command.callback.request.shared
     taken = [f"`{option_of(p)}`" for p in command.params if p.name in shared]
-    yield from _table("option", "Python keyword", "default", "what")
-    for parameter in command.params:
-        if parameter.name not in shared and option_of(parameter) not in (*COMMON, "--help"):
-            known = f"`{parameter.name}`" if parameter.name in keywords else ""
-            row = (
-                f"`{option_of(parameter)}`",
-                known,
-                _format_default(parameter.default),
-                escape_markdown(parameter.help),
-            )
-            yield _row(*row)
-    if taken:
-        yield ""
-        yield f"And of the settings: {', '.join(taken)}."
+    every = [f"`{_setting_option(name)}`" for cls, _ in _SECTIONS for name in cls.__pydantic_fields__]
+    missing = [option for option in every if option not in taken]
+    if taken and len(missing) < len(taken):
+        yield f"All settings but {', '.join(missing)}." if missing else "All settings."
+    elif taken:
+        yield f"Settings: {', '.join(taken)}."
+
+
+def _own_parameters(command: Any) -> Iterator[Any]:
+    """Yield the parameters of a command that are neither settings nor of every command."""
+    shared = command.callback.request.shared
+    yield from (p for p in command.params if p.name not in shared and option_of(p) not in (*COMMON, "--help"))
+
+
+def _row_of(parameter: Any, command: str) -> str:
+    """Return the row of an option, with the Python keyword where that is spelled differently."""
+    option = option_of(parameter)
+    function = functions().get(command)
+    keywords = inspect.signature(function).parameters if function else {}
+    differs = parameter.name in keywords and parameter.name != option.lstrip("-").replace("-", "_")
+    spelled = f"`{option}` (`{parameter.name}`)" if differs else f"`{option}`"
+    return _row(spelled, _format_default(parameter.default), escape_markdown(parameter.help))
 
 
 def _table(*names: str) -> Iterator[str]:
@@ -96,7 +125,7 @@ def _row(*cells: str) -> str:
 
 
 def _format_default(default: Any) -> str:
-    if default in (None, (), [], {}) or callable(default):
+    if default in (None, "", (), [], {}) or callable(default):
         return ""
     if isinstance(default, tuple):
         return f"`{' '.join(map(str, default))}`"

@@ -51,7 +51,7 @@ def parse_bytes(text: str) -> int:
 
 
 def docs_page(name: str) -> str:
-    """Return the path of a page of the packaged documentation: ``docs_page("reference/job-files")``."""
+    """Return the path of a page of the packaged documentation: ``docs_page("reference/commands")``."""
     return str(Path(__file__).parents[1] / "docs" / f"{name}.md")
 
 

@@ -39,7 +39,7 @@ class JobError(ConfigError):
     """A job file has problems. The message has a line for each."""
 
 
-_HINT = f"The keys are explained in {docs_page('reference/job-files')}."
+_HINT = f"The keys are explained in {docs_page('reference/commands')}."
 _KIND = YamlKind(noun="job file", hint=_HINT, error=JobError, typed=False)
 
 

@@ -60,7 +60,7 @@ def test_every_command_is_documented(command: str) -> None:
 
 
 def test_every_option_is_documented() -> None:
-    assert reference_markdown() in read(DOCS / "reference" / "options.md")
+    assert reference_markdown() in read(DOCS / "reference" / "commands.md")
 
 
 def test_every_page_is_in_the_index() -> None:
@@ -73,7 +73,7 @@ def test_every_page_that_the_sources_name_is_there() -> None:
     texts = [read(path) for path in sources if path.suffix in (".ipynb", ".md", ".py", ".sh", ".yaml")]
     named = {name for text in texts for name in re.findall(r"(?<![\w.])(?:avss_dist/)?docs/([\w/-]+\.md)", text)}
     named |= {f"{name}.md" for text in texts for name in re.findall(r"""docs_page\(["']([\w/-]+)["']\)""", text)}
-    assert "reference/job-files.md" in named
+    assert "reference/commands.md" in named
     assert not [name for name in sorted(named) if not (DOCS / name).is_file()]
 
 
