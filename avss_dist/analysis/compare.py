@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from avss_dist.analysis.agreement import CorrelationSummary, Scores, correlate_pairs, summarize
 from avss_dist.analysis.groups import SCHEMA as GROUPS
 from avss_dist.analysis.groups import Member, PairSurvey, survey_pairs
+from avss_dist.analysis.labels import run_labels
 from avss_dist.analysis.rank_matrix import RankMatrix
 from avss_dist.analysis.similarity import SimilarityMap, similarity_map
 from avss_dist.analysis.thresholds import scores_at
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
-from avss_dist.core.text import count_of, describe_threshold
+from avss_dist.core.text import basename, count_of, describe_threshold
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import settings_of
@@ -113,6 +114,8 @@ class RankingComparison(TabularResult):
         conditions: the `CONDITIONS` in which the given runs differ. Empty unless they restrict the pairs.
         left_out: the reason why a run is in no pair, by run id.
         similarity: map of the correlations of all runs under the most frequent conditions; None unless asked for.
+        odd: the run that agrees least with the others of its model or family, and in what it differs, as a sentence;
+            empty with fewer than three such runs, or if not all pairs are listed.
     """
 
     pairs: pa.Table
@@ -123,6 +126,7 @@ class RankingComparison(TabularResult):
     conditions: tuple[str, ...] = ()
     left_out: Mapping[str, str]
     similarity: SimilarityMap | None = None
+    odd: str = ""
 
     def table(self) -> pa.Table:
         """Return the pairs as a table of `SCHEMA`."""
@@ -192,6 +196,53 @@ def compare(
         conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(_scored(selected))),
         left_out=_left_out(runs, selected, _compared(selected, by, allow_mismatch), by),
         similarity=_map(selected, by, allow_mismatch) if mapped else None,
+        odd=find_odd(pairs, _scored(selected)) if survey is not None and survey.number == len(pairs) else "",
+    )
+
+
+def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence on the run whose mean correlation with the others of its model, or else family, is lowest.
+
+    Args:
+        pairs: a table of `SCHEMA`, of pairs of runs.
+        runs: rows of ``runs``, extended by `with_conditions`.
+
+    Returns:
+        The sentence. Empty if no model and no family has three runs.
+    """
+    by_id = {run["run_id"]: run for run in runs}
+    for group in ("model", "family"):
+        rho: dict[Any, dict[str, list[float]]] = {}
+        for row in pairs.select(["a_run_id", "b_run_id", "spearman"]).to_pylist():
+            ends = row["a_run_id"], row["b_run_id"]
+            same = {by_id[run_id][group] for run_id in ends}
+            for run_id in ends if len(same) == 1 and row["spearman"] is not None else ():
+                rho.setdefault(by_id[run_id][group], {}).setdefault(run_id, []).append(row["spearman"])
+        groups = [{run_id: float(np.mean(values)) for run_id, values in group.items()} for group in rho.values()]
+        if groups := [means for means in groups if len(means) > 2]:
+            means = min(groups, key=lambda means: min(means.values()))
+            return _describe_odd(means, by_id, group)
+    return ""
+
+
+def _describe_odd(means: Mapping[str, float], by_id: Mapping[str, Mapping[str, Any]], group: str) -> str:
+    """Return the sentence of `find_odd`.
+
+    Args:
+        means: mean correlation of each run with the others of its group.
+    """
+    odd = min(means, key=lambda run_id: (means[run_id], run_id))
+    others = [run_id for run_id in means if run_id != odd]
+    label = dict(zip(means, run_labels([by_id[run_id] for run_id in means]), strict=True))[odd]
+    differences = []
+    for name in ("model", "revision", *CONDITIONS):
+        (usual, number), *_ = Counter(str(by_id[run_id][name]) for run_id in others).most_common(1)
+        if number > len(others) / 2 and str(by_id[odd][name]) != usual:
+            differences.append(f"{name} ({basename(by_id[odd][name])}, not {basename(usual)})")
+    reason = f"It differs in {', '.join(differences)}." if differences else "Its settings are those of the others."
+    return (
+        f"{label} ({odd}) agrees least with the other runs of its {group}: Spearman {means[odd]:z.3f} on average, "
+        f"that of the others {np.mean([means[run_id] for run_id in others]):z.3f}. {reason}"
     )
 
 
@@ -210,7 +261,7 @@ def _map(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Similari
     shown.sort(key=lambda profile: str(profile.run["created_at"]))
     return similarity_map(
         RankMatrix([profile.scores for profile in shown]),
-        [profile.run["run_id"] for profile in shown],
+        run_labels([profile.run for profile in shown]),
         [profile.label(by if by != "run" else "family") for profile in shown],
     )
 

@@ -412,3 +412,17 @@ def test_many_pairs_are_shown_from_both_ends(tmp_path: Path) -> None:
     result = avss("compare", "-w", tmp_path)
     assert "26 pairs between the most and the least alike are not shown" in result.stdout
     assert len(avss("compare", "-w", tmp_path, "--format", "csv").stdout.splitlines()) == 67
+
+
+def test_the_run_that_agrees_least_with_its_like_is_named_with_what_it_differs_in(tmp_path: Path) -> None:
+    """Runs of other families have no part in it. With two runs alike, neither is odd."""
+    for i in range(4):
+        scores = [1.0, 2.0, 3.0, 4.0] if i < 3 else [4.0, 3.0, 2.0, 1.0]
+        write_scores(tmp_path, f"a-{i}", scores, model="org/a", dtype="float32" if i < 3 else "bfloat16")
+    write_scores(tmp_path, "b-0", [2.0, 4.0, 1.0, 3.0], model="org/b", family="bert")
+    shown = avss("compare", "-w", tmp_path, "--allow-mismatch").stdout
+    text = " ".join(shown.split())
+    assert "a · bfloat16 (a-3) agrees least with the other runs of its model: Spearman -1.000 on average" in text
+    assert "that of the others 0.333. It differs in dtype (bfloat16, not float32)." in text
+    two = avss("compare", "-w", tmp_path, "--run", "a-0", "--run", "a-1", "--run", "b-0").stdout
+    assert "agrees least" not in two

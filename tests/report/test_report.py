@@ -22,10 +22,11 @@ from avss_dist.analysis.across import run_agreement
 from avss_dist.analysis.agreement import rank_correlations
 from avss_dist.analysis.compare import compare
 from avss_dist.analysis.findings import findings
+from avss_dist.analysis.labels import run_labels
 from avss_dist.analysis.removal import WithoutLayers
 from avss_dist.analysis.scorecard import score_cards
 from avss_dist.core.text import describe_threshold
-from avss_dist.report.page.data import packed_agreement, page_data, run_labels
+from avss_dist.report.page.data import packed_agreement, page_data
 from avss_dist.report.page.page import report_page
 from avss_dist.report.page.summary import is_published
 from avss_dist.report.terminal.compare import summary

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -12,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 
 from avss_dist.analysis.across import RunAgreement, run_agreement
+from avss_dist.analysis.labels import run_labels
 from avss_dist.analysis.removal import WithoutLayers
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
-from avss_dist.core.text import basename, describe_threshold, printable
+from avss_dist.core.text import describe_threshold, printable
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest
-from avss_dist.warehouse.checks import has_head, settings_of
+from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 
 DIGITS = 4  # significant ones, as many as the page shows
@@ -39,7 +40,6 @@ COLUMNS = {
 }
 """Columns of ``scores`` by their names on the page. Sparsity is near_zero / count."""
 EXACT_POWER = 15  # of ten, which doubles hold exactly, as they do its product with the digits of a rounded value
-_TELLING = ("dtype", "corpus", "revision")  # what tells runs of one model apart, before settings
 
 
 def page_data(
@@ -126,35 +126,6 @@ def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[
         by_layer = {name: rounded(rows[name]) for name in ("layer_name", *BASELINES)}
         described.append({"label": f"{i + 1}. {label}", "has_head": has_head(run), **by_layer})
     return described
-
-
-def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return short names that differ: the model's, with as few details as tell runs of one model apart."""
-    labels = [basename(run["model"] or run["run_id"]) for run in runs]
-    for detail in _details(runs):
-        labels = _distinct_labels(labels, detail)
-    return [printable(label) for label in labels]
-
-
-def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
-    """Yield one detail after the other, by run: dtype, corpus, revision, each setting, last the run's own number."""
-    for name in _TELLING:
-        yield [None if run[name] is None else basename(run.get(f"{name}_name") or run[name]) for run in runs]
-    settings = [settings_of(run) for run in runs]
-    for key in dict.fromkeys(key for one in settings for key in one if key not in _TELLING):
-        yield [f"{key}={one[key]}" if one.get(key) else None for one in settings]
-    yield [run["run_id"][-10:] for run in runs]
-
-
-def _distinct_labels(labels: Sequence[str], detail: Sequence[str | None]) -> list[str]:
-    """Return labels with the detail appended to equal labels that differ in it."""
-    values: dict[str, set[str | None]] = {}
-    for label, value in zip(labels, detail, strict=True):
-        values.setdefault(label, set()).add(value)
-    return [
-        f"{label} · {value}" if value is not None and len(values[label]) > 1 else label
-        for label, value in zip(labels, detail, strict=True)
-    ]
 
 
 def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:

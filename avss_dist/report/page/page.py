@@ -21,6 +21,7 @@ from avss_dist import __version__
 from avss_dist.analysis.across import in_training
 from avss_dist.analysis.compare import differing, with_conditions
 from avss_dist.analysis.findings import findings
+from avss_dist.analysis.labels import run_labels
 from avss_dist.analysis.removal import without_layers
 from avss_dist.analysis.verdict import describe_task
 from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
@@ -29,7 +30,7 @@ from avss_dist.report.chart import drawing_library
 from avss_dist.report.output import map_leaves, write_file
 from avss_dist.report.page.chapters import Chapter, chapters
 from avss_dist.report.page.charts import page_charts, section_chart
-from avss_dist.report.page.data import page_data, run_labels
+from avss_dist.report.page.data import page_data
 from avss_dist.report.page.matrix import MIN_RUNS, matrix_data
 from avss_dist.report.page.summary import in_short, is_published
 from avss_dist.report.section import page_number

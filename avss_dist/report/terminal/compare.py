@@ -42,6 +42,8 @@ def comparison_tables(comparison: RankingComparison, title: str) -> RenderableTy
         notes.append(Text(f"{hidden:,} pairs between the most and the least alike are not shown{listed}."))
     if pc.any(pairs["interpolated"]).as_py():
         notes.append(Text("~ models of different depth, compared at the relative depths of the one with fewer layers."))
+    if comparison.odd:
+        notes.append(Text(comparison.odd))
     groups = [groups_table(comparison.groups)] if len(comparison.groups) > 1 else []
     return Group(table, *notes, *groups)
 
