@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import duckdb
@@ -42,14 +43,24 @@ def schema_page() -> RenderableType:
 
 
 def schema_markdown() -> str:
-    """Return the descriptions of columns as Markdown, with a heading for each table, for the documentation."""
-    lines: list[str] = []
-    for name, rows in _by_table().items():
+    """Return the descriptions of columns as Markdown for the documentation: those of several tables, then by table."""
+    by_table = {name: {row["column"]: _markdown_row(row) for row in rows} for name, rows in _by_table().items()}
+    usage = Counter(item for rows in by_table.values() for item in rows.items())
+    frequent = {column: row for (column, row), count in reversed(usage.most_common()) if count > 1}
+    shared = {column: row for column, row in usage if frequent.get(column) == row}
+    header = ["| Column | Type | Meaning |", "|---|---|---|"]
+    lines = ["### Columns of several tables", "", *header, *shared.values(), ""]
+    for name, rows in by_table.items():
+        own = [row for column, row in rows.items() if shared.get(column) != row]
+        also = [f"`{column}`" for column, row in rows.items() if shared.get(column) == row]
         lines += [f"### `{name}`", "", f"{TABLES[name].meaning.capitalize()}.", ""]
-        lines += ["| Column | Type | Meaning |", "|---|---|---|"]
-        lines += [f"| `{r['column']}` | {r['type']} | {escape_markdown(_meaning(r))} |" for r in rows]
-        lines.append("")
+        lines += [*header, *own, ""] if own else []
+        lines += [f"Also {', '.join(also)}.", ""] if also else []
     return "\n".join(lines)
+
+
+def _markdown_row(row: dict[str, str]) -> str:
+    return f"| `{row['column']}` | {row['type']} | {escape_markdown(_meaning(row))} |"
 
 
 def _by_table() -> dict[str, list[dict[str, str]]]:
