@@ -1,15 +1,18 @@
-"""Jobs of several runs: what a stop tells, and the line of a mistake that every run shares."""
+"""Several runs: what a stop and the log tell, and the line of a mistake that every run of a job shares."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from avss_dist.runs import events
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.job_file import JobError, read_job
+from avss_dist.runs.run import Run
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,27 @@ def test_a_stop_counts_all_runs(specs: int, note: str) -> None:
     stop = KeyboardInterrupt()
     driver._add_note(stop, specs)
     assert stop.__notes__ == [note]
+
+
+def test_the_log_of_runs_has_a_line_for_each_step_and_one_in_half_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, run = SimpleNamespace(now=100.0), Run(run_id="r", model="m", warehouse="w", status="done")
+    seen: list[events.RunEvent] = []
+    monkeypatch.setattr(events, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    placement: Any = SimpleNamespace(partition="single", why="it fits")
+    tell = events.both(seen.append, events.LogRuns())
+    with caplog.at_level("INFO", "avss_dist"):
+        for event in (events.RunReading("m"), events.RunRepeated("n", "m"), events.RunPlaced("m", placement)):
+            tell(event)
+        tell(events.RunStarted("m", 10, 1))
+        for clock.now, tokens in ((129.0, 2), (130.0, 3), (159.0, 1), (160.0, 1)):
+            tell(events.ShardMeasured("m", tokens))
+        tell(events.RunEnded("n", run))
+        tell(events.RunEnded("m", replace(run, status="failed", error="no memory")))
+    lines = ["m: reading", "n: the same model, text and settings as m; measured once.", "m: single; it fits"]
+    lines += ["m: 6 of 10 tokens", "m: 8 of 10 tokens", "n: done", "m: no memory"]
+    assert [record.getMessage() for record in caplog.records] == lines and len(seen) == 10
 
 
 def test_a_wrong_limit_is_reported_once_at_its_line(tmp_path: Path) -> None:
