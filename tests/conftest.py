@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,6 +212,15 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callabl
         max_position_embeddings=128,
     )
     return save_checkpoint(BertModel(config), tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture
+def offload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files."""
+    folder = tmp_path / "offload"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 @pytest.fixture

@@ -166,6 +166,10 @@ EXAMPLES = {
 """Examples by command. A test checks that every option in them exists."""
 
 REMOVED: dict[str, str] = {
+    **dict.fromkeys(
+        (f"{command} --offload-folder" for command in ("score", "ablate", "evaluate", "shrink")),
+        "set the variable TMPDIR where the model runs",
+    ),
     **{
         f"jobs {command} --{name}-seconds": f"set the variable AVSS_{name.upper()}_SECONDS"
         for command in ("submit", "list", "logs", "stop")

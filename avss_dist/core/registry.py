@@ -27,8 +27,7 @@ class PartitionInfo:
             fits.
         gang: a replica is several processes, each a rank with one GPU, or on a CPU.
         several_gpus: one process uses several GPUs. The first such partition is chosen if the model fits on a host's.
-        offloads: weights or hidden states may leave the devices: ``max_memory`` limits the memory on devices, and
-            ``offload_folder`` is the folder on disk.
+        offloads: weights or hidden states may leave the devices: ``max_memory`` limits the memory on devices.
         splits_data: ranks take different shards; otherwise all take the same shard, and rank 0 reports.
         changes_numbers: sums have another order than on one device, so the number of ranks is fingerprinted.
         changes_weights: a weight of an open replica can be changed, so that repairs are fitted and evaluated in place.

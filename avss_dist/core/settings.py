@@ -239,8 +239,6 @@ class Execution:
     """GPUs per replica; by default one, or what the partition needs."""
     max_memory: Sizes = field(default_factory=dict)
     """Maximum memory of a replica on a device: cpu=20GB (with interpreter and activations), 0=40GB, ..."""
-    offload_folder: str | None = None
-    """Folder for weights and hidden states that do not fit into memory; a temporary one by default."""
     node_labels: NodeLabels = ()
     """Label that a node of the cluster must have to take work: KEY=VALUE, such as ray.io/accelerator-type=H100."""
     placement_seconds: Seconds = 300.0

@@ -42,7 +42,6 @@ class Placement:
         gpus: GPUs of the replica, over all its ranks; 0 on a CPU.
         max_memory: bytes that weights and waiting hidden states may take, by device: ``cpu``, ``0``, ``1``, ... With
             ``streaming``, those of a GPU include activations.
-        offload_folder: folder for weights and hidden states that do not fit in memory; None is a temporary folder.
         why: the reason for the choice, for people.
     """
 
@@ -50,7 +49,6 @@ class Placement:
     ranks: int = 1
     gpus: int = 0
     max_memory: Mapping[str, int] = field(default_factory=dict)
-    offload_folder: str | None = None
     why: str = "it was requested"
 
     @property

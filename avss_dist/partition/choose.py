@@ -85,7 +85,6 @@ def choose(
         ranks=ranks,
         gpus=gpus,
         max_memory=weight_limits(partition, size, settings, execution.max_memory, devices.kind, head=head),
-        offload_folder=execution.offload_folder,
         why=why,
     )
 
@@ -209,15 +208,12 @@ def _on_one_node(processes: int, settings: Settings, devices: Devices) -> int:
 
 def _require_effect(execution: Execution) -> None:
     """Refuse limits that have no effect on the requested partition."""
-    if PARTITIONS[execution.partition].offloads:
-        return
-    for name in ("max_memory", "offload_folder"):
-        if getattr(execution, name):
-            offloading = " or ".join(partition for partition, info in PARTITIONS.items() if info.offloads)
-            raise ConfigError(
-                f"`{name}` has no effect on `partition` {execution.partition}, which keeps all weights on its devices.",
-                f"Leave it out, or use {offloading}.",
-            )
+    if execution.max_memory and not PARTITIONS[execution.partition].offloads:
+        offloading = " or ".join(partition for partition, info in PARTITIONS.items() if info.offloads)
+        raise ConfigError(
+            f"`max_memory` has no effect on `partition` {execution.partition}, which keeps all weights on its devices.",
+            f"Leave it out, or use {offloading}.",
+        )
 
 
 def _requested(execution: Execution, devices: Devices) -> tuple[str, int, str]:

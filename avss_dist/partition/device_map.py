@@ -104,7 +104,7 @@ class DeviceMapReplica(BatchwiseReplica):
         if checkpoint.gguf:
             _refuse_disk(model, self.device_map)
         rewritten = [p for name, p in unstored(model, stored).items() if _place(name, self.device_map)[1] == "disk"]
-        self._folder = OffloadFolder(placement.offload_folder, parameter_bytes(rewritten))
+        self._folder = OffloadFolder(parameter_bytes(rewritten))
         try:
             with _quiet_accelerate():
                 placing = {"device_map": self.device_map, "offload_folder": self._folder.path}

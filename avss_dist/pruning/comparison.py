@@ -87,7 +87,7 @@ def _streamed_output(
 ) -> torch.Tensor | None:
     kind = pick_device(settings.device).type
     limits = weight_limits(LAYERWISE, size_of(checkpoint, settings), settings, execution.max_memory, kind, head=True)
-    placement = Placement(partition=LAYERWISE, max_memory=limits, offload_folder=execution.offload_folder)
+    placement = Placement(partition=LAYERWISE, max_memory=limits)
     with closing(open_replica(checkpoint, settings, placement, head=True)) as replica:
         model = replica.language_model
         assert model is not None

@@ -15,7 +15,7 @@ from avss_dist.pruning.methods import Experiment
 MAX_REVISIONS = 10_000
 OVERRIDES: dict[str, type] = {
     **{f.name: Settings for f in fields(Settings) if f.name != "device"},
-    **dict.fromkeys(("partition", "ranks", "gpus_per_replica", "max_memory", "offload_folder"), Execution),
+    **dict.fromkeys(("partition", "ranks", "gpus_per_replica", "max_memory"), Execution),
 }
 """Class of each field that an entry of ``models`` can override, by the field's name."""
 OPTIONS_ONLY = {"address": "Use avss run --address.", "fresh": "Use avss run --fresh."}

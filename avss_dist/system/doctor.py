@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import combinations
 from multiprocessing import get_context
 from platform import platform, python_version
 
@@ -143,33 +142,6 @@ def _backends() -> str:
     return ", ".join(name for name, there in available.items() if there)
 
 
-def _nccl() -> str:
-    """Describe what the environment tells NCCL, and whether the GPUs of this machine reach each other directly."""
-    given = {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")}
-    told = "".join(f"; {name}={value}" for name, value in given.items())
-    there = sorted(psutil.net_if_addrs())
-    if (pattern := given.get("NCCL_SOCKET_IFNAME")) and not matching_interfaces(pattern, there):
-        raise ValueError(f"NCCL_SOCKET_IFNAME={pattern} matches no interface of this machine: {', '.join(there)}")
-    cuda = import_module("torch").cuda
-    if (gpus := cuda.device_count()) < 2:
-        return f"not tried: there {'is one GPU' if gpus else 'are no GPUs'}{told}"
-    pairs = [f"{a} and {b}" for a, b in combinations(range(gpus), 2) if not cuda.can_device_access_peer(a, b)]
-    apart = f"; no direct access between GPUs {', '.join(pairs[:3])}{' and more' if len(pairs) > 3 else ''}"
-    return f"{'.'.join(map(str, cuda.nccl.version()))}, {gpus} GPUs{apart if pairs else ''}{told}"
-
-
-def matching_interfaces(pattern: str, names: Sequence[str]) -> list[str]:
-    """Return the network interfaces that NCCL_SOCKET_IFNAME selects.
-
-    It lists prefixes of names; ``=`` before the list makes them whole names, ``^`` those to leave out (NCCL user guide,
-    environment variables).
-    """
-    excluded = pattern.startswith("^")
-    exact = pattern.removeprefix("^").startswith("=")
-    parts = tuple(part for part in pattern.removeprefix("^").removeprefix("=").split(",") if part)
-    return [name for name in names if (name in parts if exact else name.startswith(parts)) != excluded]
-
-
 def _deepspeed() -> str:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if import_module("torch").cuda.is_available() else "cpu")
     return f"yes, {import_module('deepspeed').__version__}"
@@ -219,7 +191,6 @@ CHECKS: tuple[Mapping[str, Check], ...] = (  # those of a group share a process;
         "CUDA devices": _cuda_devices,
         "CUDA kernels compile": _cuda_kernels,
         "torch.distributed": _backends,
-        "NCCL": _nccl,
         "DeepSpeed imports": _deepspeed,
     },
     {"CPU kernels compile": _kernels, "pictures": _pictures},

@@ -107,7 +107,6 @@ def test_what_would_be_ignored_is_refused(name: str, tmp_path: Path) -> None:
     ("option", "says"),
     [
         ({"partition": "zero3", "ranks": 2, "max_memory": {"cpu": 10**9}}, "`max_memory` has no effect"),
-        ({"partition": "single", "offload_folder": "x"}, "`offload_folder` has no effect"),
         ({"partition": "streaming", "max_memory": {"cpu": 1000}}, "`max_memory` allows 1 kB of host memory"),
         ({"gpus_per_replica": 2}, "`gpus_per_replica` needs GPUs"),
     ],

@@ -257,11 +257,6 @@ def test_what_was_asked_for_is_taken(options: dict[str, Any], devices: Devices, 
             "`max_memory` has no effect on `partition` single",
         ),
         (
-            {"partition": "zero3", "offload_folder": "x"},
-            cpus(GB),
-            "`offload_folder` has no effect on `partition` zero3",
-        ),
-        (
             {"partition": "streaming", "max_memory": {"cpu": 1}},
             cpus(GB),
             r"allows 1 Byte .* streaming .* needs 2.52 GB: 1.07 GB for the interpreter, libraries and counters, "

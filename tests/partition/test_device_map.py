@@ -58,11 +58,9 @@ def shard_of(checkpoint: Checkpoint, settings: Settings) -> Shard:
     return tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings).shards[0]
 
 
-def placed(checkpoint: Checkpoint, cpu: int, folder: Path | None = None, settings: Settings = SETTINGS) -> Any:
+def placed(checkpoint: Checkpoint, cpu: int, settings: Settings = SETTINGS) -> Any:
     """A replica whose weights may take ``cpu`` bytes of memory."""
-    placement = Placement(
-        partition="device_map", max_memory={"cpu": cpu}, offload_folder=str(folder) if folder else None
-    )
+    placement = Placement(partition="device_map", max_memory={"cpu": cpu})
     return open_replica(checkpoint, settings, placement)
 
 
@@ -85,7 +83,7 @@ def on_disk(replica: Any) -> list[bool]:
 
 @pytest.mark.parametrize(("kind", "family"), [*CLASSES, *nightly(*OTHERS)])
 def test_statistics_are_those_of_single(
-    kind: str, family: str, family_folder: Callable[[str, str], Path], tmp_path: Path
+    kind: str, family: str, family_folder: Callable[[str, str], Path], offload: Path
 ) -> None:
     """A packed and a padded shard through the same replica; of Llama also where all is in memory."""
     checkpoint = resolve(str(family_folder(kind, family)))
@@ -94,12 +92,12 @@ def test_statistics_are_those_of_single(
     expected = [analyze_shard(single, shard, SETTINGS) for shard in shards]
     limits = [(room_for(checkpoint), False, True), (1, True, True)]
     for cpu, first, last in (*limits, *([(1 << 40, False, False)] if family == "llama" else [])):
-        replica = placed(checkpoint, cpu, tmp_path)
+        replica = placed(checkpoint, cpu)
         assert (on_disk(replica)[0], on_disk(replica)[-1]) == (first, last)
         for shard, wanted in zip(shards, expected, strict=True):
             assert_same_result(analyze_shard(replica, shard, SETTINGS), wanted)
         replica.close()
-    assert list(tmp_path.iterdir()) == []
+    assert list(offload.iterdir()) == []
 
 
 def test_bfloat16_and_a_dtype_that_is_not_stored(tiny_llama: Path) -> None:
@@ -133,16 +131,16 @@ def test_weights_on_disk_stay_there_and_activations_do_not(tiny_llama: Path) -> 
 
 
 def test_what_must_be_rewritten_is_and_is_removed(
-    family_folder: Callable[[str, str], Path], tmp_path: Path, tiny_llama: Path
+    family_folder: Callable[[str, str], Path], offload: Path, tiny_llama: Path
 ) -> None:
     """Experts that are fused when they are loaded go into a folder of the replica's own; Llama needs none."""
-    replica = placed(resolve(str(family_folder("causal", "mixtral"))), 1, tmp_path)
-    written = [file.name for file in tmp_path.rglob("*.safetensors")]
+    replica = placed(resolve(str(family_folder("causal", "mixtral"))), 1)
+    written = [file.name for file in offload.rglob("*.safetensors")]
     assert written and all("experts" in name for name in written)
     replica.close()
-    assert list(tmp_path.iterdir()) == []
-    replica = placed(resolve(str(tiny_llama)), 1, tmp_path)
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert list(offload.iterdir()) == []
+    replica = placed(resolve(str(tiny_llama)), 1)
+    assert not list(offload.rglob("*.safetensors"))
     replica.close()
 
 
@@ -159,13 +157,13 @@ def test_close_frees_the_weights(tiny_llama: Path) -> None:
     assert module() is None
 
 
-def test_a_model_that_does_not_open_leaves_nothing(tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_model_that_does_not_open_leaves_nothing(tmp_path: Path, offload: Path, tiny_llama: Path) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "broken")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-200])
     with pytest.raises(ModelError):
-        placed(resolve(str(folder)), 1, tmp_path / "offload")
-    assert list((tmp_path / "offload").iterdir()) == []
+        placed(resolve(str(folder)), 1)
+    assert list(offload.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -184,16 +182,16 @@ def test_a_device_that_is_not_here_is_refused(name: str, said: str, hint: str, t
 
 
 def test_a_full_offload_folder_is_refused(
-    family_folder: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family_folder: Callable[[str, str], Path], offload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is said to be nearly full; the fused experts of Mixtral need more than that."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2000, 1000, 1000))
     checkpoint = resolve(str(family_folder("causal", "mixtral")))
     with pytest.raises(ConfigError, match=r"needs 1\.18 MB and has 1 kB free: 1\.18 MB of weights have no place"):
-        placed(checkpoint, 1, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    placed(checkpoint, 1 << 40, tmp_path).close()  # all in memory: the disk does not matter
+        placed(checkpoint, 1)
+    assert list(offload.iterdir()) == []
+    placed(checkpoint, 1 << 40).close()  # all in memory: the disk does not matter
 
 
 def test_a_gguf_file_stays_in_memory(tiny_llama: Path, tmp_path: Path) -> None:
@@ -202,14 +200,13 @@ def test_a_gguf_file_stays_in_memory(tiny_llama: Path, tmp_path: Path) -> None:
     expected = measured(SingleReplica(checkpoint, SETTINGS), shard)
     assert_same_result(measured(placed(checkpoint, 1 << 40), shard), expected)
     with pytest.raises(ConfigError, match=r"134 kB of weights have no place: those of a \.gguf file"):
-        placed(checkpoint, 1, tmp_path / "offload")
-    assert not (tmp_path / "offload").exists()
+        placed(checkpoint, 1)
 
 
-def test_an_offload_folder_that_cannot_be_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_a_folder_that_cannot_be_written_is_refused(offload: Path, tiny_llama: Path) -> None:
+    offload.rmdir()
     with pytest.raises(ConfigError, match="cannot be written"):
-        placed(resolve(str(tiny_llama)), 1, tmp_path / "file" / "folder")
+        placed(resolve(str(tiny_llama)), 1)
 
 
 @pytest.mark.parametrize(("kind", "family"), [("causal", "llama"), *nightly(("image-text", "gemma3"))])

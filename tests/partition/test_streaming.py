@@ -325,25 +325,24 @@ def test_each_batch_runs_in_its_own_context(tiny: Path) -> None:
     ],
 )
 def test_hidden_states_wait_in_files(
-    family: str, limit: str, tmp_path: Path, save_family: Callable[[str, str], Path]
+    family: str, limit: str, offload: Path, save_family: Callable[[str, str], Path]
 ) -> None:
     """What has no room beside the weights is written, and nothing stays."""
     folder = save_family("causal", family)
     most = weights_of_two_layers(folder) + (5000 if limit == "some of them" else 0)
-    replica, _ = assert_same(folder, offload_folder=str(tmp_path / "offload"), max_memory={"cpu": most})
+    replica, _ = assert_same(folder, max_memory={"cpu": most})
     most_files: list[int] = []
     for layer in replica.layers:
-        layer.module.register_forward_hook(lambda *_: most_files.append(len(list(tmp_path.rglob("avss-offload-*/*")))))
+        layer.module.register_forward_hook(lambda *_: most_files.append(len(list(offload.rglob("avss-offload-*/*")))))
     replica.forward(list(shard().batches(1)), no_observation)
     assert max(most_files) >= (ROWS - 1 if limit == "none of them" else 1)
-    assert list((tmp_path / "offload").iterdir()) == []
+    assert list(offload.iterdir()) == []
 
 
-def test_hidden_states_stay_on_a_gpu_while_it_has_room(tmp_path: Path) -> None:
+def test_hidden_states_stay_on_a_gpu_while_it_has_room() -> None:
     """Two fit, and wait where they are, layer after layer; the others go. (The tensors are the CPU's.)"""
     tensors = [torch.arange(1000.0) + batch for batch in range(4)]
-    folder = str(tmp_path / "offload")
-    with HiddenStateOffloader(torch.device("cuda"), 8000, 0, folder) as offloader:
+    with HiddenStateOffloader(torch.device("cuda"), 8000, 0) as offloader:
         for _ in range(2):
             for batch, tensor in enumerate(tensors):
                 offloader.offload(batch, [tensor])
@@ -358,12 +357,10 @@ def test_a_limit_without_room_for_a_layer_is_refused(tiny: Path) -> None:
         streaming(tiny, max_memory={"cpu": 1})
 
 
-def test_a_folder_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    replica = streaming(
-        tiny, offload_folder=str(tmp_path / "file" / "below"), max_memory={"cpu": weights_of_two_layers(tiny)}
-    )
-    with pytest.raises(ConfigError, match="`offload_folder`"):
+def test_a_folder_that_cannot_be_written(tiny: Path, offload: Path) -> None:
+    replica = streaming(tiny, max_memory={"cpu": weights_of_two_layers(tiny)})
+    offload.rmdir()
+    with pytest.raises(ConfigError, match=r"temporary folder .* cannot be written.*\n.*TMPDIR"):
         replica.forward(list(shard().batches(2)), no_observation)
     assert all(map(without_numbers, replica.layers))
 
@@ -373,10 +370,10 @@ def test_a_folder_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
     [(ModelError("on purpose"), (0, 0)), (torch.OutOfMemoryError("on purpose"), (1, 1)), (KeyboardInterrupt(), (2, 2))],
 )
 def test_after_an_error_the_replica_is_as_before(
-    error: BaseException, place: tuple[int, int], tiny: Path, tmp_path: Path
+    error: BaseException, place: tuple[int, int], tiny: Path, offload: Path
 ) -> None:
     """In whatever layer of whatever batch: batches are unwound, and no thread, file, weight or hook stays."""
-    replica = streaming(tiny, offload_folder=str(tmp_path / "offload"), max_memory={"cpu": weights_of_two_layers(tiny)})
+    replica = streaming(tiny, max_memory={"cpu": weights_of_two_layers(tiny)})
     calls: list[None] = []
     left: list[int] = []
 
@@ -397,7 +394,7 @@ def test_after_an_error_the_replica_is_as_before(
         replica.forward(list(shard().batches(2)), context)
     handle.remove()
     assert sorted(left) == [1, 2, 2]
-    assert list((tmp_path / "offload").iterdir()) == []
+    assert list(offload.iterdir()) == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("avss-weights")]
     assert all(map(without_numbers, replica.layers)) and torch.is_grad_enabled()
     assert greenlet.getcurrent().parent is None

@@ -18,7 +18,6 @@ from avss_dist.system.doctor import (
     OPTIONAL,
     CheckResult,
     check_machine,
-    matching_interfaces,
     run_checks,
 )
 
@@ -96,27 +95,3 @@ def test_a_machine_without_a_home_for_the_cache(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
     found = next(finding for finding in check_machine() if finding.what == "cache folder")
     assert not found.works and "/proc/nothing" in found.detail
-
-
-@pytest.mark.parametrize(
-    ("pattern", "selected"),
-    [
-        ("eth", ["eth0", "eth1"]),
-        ("=eth", []),
-        ("=eth0,lo", ["eth0", "lo"]),
-        ("^lo,docker", ["eth0", "eth1"]),
-        ("^=eth0", ["docker0", "eth1", "lo"]),
-        ("ib", []),
-    ],
-)
-def test_the_interfaces_of_nccl(pattern: str, selected: list[str]) -> None:
-    assert matching_interfaces(pattern, ["docker0", "eth0", "eth1", "lo"]) == selected
-
-
-def test_an_interface_that_is_not_there_is_no_way_for_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = CHECKS[0]["NCCL"]
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nowhere")
-    with pytest.raises(ValueError, match="NCCL_SOCKET_IFNAME=nowhere matches no interface of this machine: "):
-        check()
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^nowhere")
-    assert check().endswith("; NCCL_SOCKET_IFNAME=^nowhere")

@@ -53,11 +53,10 @@ class HiddenStateOffloader:
         device: device of the tensors.
         device_bytes: GPU memory that all tensors may take together; 0 on a CPU.
         host_bytes: host memory that the others may take; None is no limit.
-        folder: folder of the files of the remaining tensors; None is a temporary folder.
     """
 
-    def __init__(self, device: torch.device, device_bytes: int, host_bytes: int | None, folder: str | None) -> None:
-        self._device, self._parent = device, folder
+    def __init__(self, device: torch.device, device_bytes: int, host_bytes: int | None) -> None:
+        self._device = device
         self._on_device, self._on_host = _ByteBudget(device_bytes), _ByteBudget(host_bytes)
         self._idle = device.type == "cpu" and host_bytes is None
         self._folder: OffloadFolder | None = None
@@ -113,7 +112,7 @@ class HiddenStateOffloader:
         return offloaded
 
     def _write(self, storage: torch.UntypedStorage) -> Path:
-        self._folder = self._folder or OffloadFolder(self._parent, storage.nbytes())
+        self._folder = self._folder or OffloadFolder(storage.nbytes())
         file = Path(self._folder.path) / str(next(self._numbers))
         try:
             with file.open("wb", buffering=0) as stream:
@@ -124,7 +123,7 @@ class HiddenStateOffloader:
         except OSError as error:
             raise RunFailed(
                 f"Hidden states cannot be written to {file.parent.parent}: {error.strerror}.",
-                "Set `offload_folder` to a larger folder, allow more `max_memory`, or use fewer `sequences_per_shard`.",
+                "Set the variable TMPDIR to a larger folder, allow more `max_memory`, or lower `sequences_per_shard`.",
             ) from error
         return file
 

@@ -154,7 +154,7 @@ class Passes:
         modules: the layers.
         parts: their weights, in the same order.
         order: indices of the layers in the order of a pass.
-        device_bytes, host_bytes, folder: see `HiddenStateOffloader`.
+        device_bytes, host_bytes: see `HiddenStateOffloader`.
     """
 
     def __init__(
@@ -166,10 +166,9 @@ class Passes:
         device: torch.device,
         device_bytes: int,
         host_bytes: int | None,
-        folder: str | None,
     ) -> None:
         self._weights, self._parts, self._order, self._device = weights, parts, order, device
-        self._device_bytes, self.host_bytes, self._folder = device_bytes, host_bytes, folder
+        self._device_bytes, self.host_bytes = device_bytes, host_bytes
         self._buffers: list[AnyBuffer] = []
         self._modules = list(modules)
         self._pausing = [_PausingLayer(module, index) for index, module in enumerate(modules)]
@@ -187,7 +186,7 @@ class Passes:
             results[i] = functions[i]()
 
         if functions:
-            offloader = HiddenStateOffloader(self._device, self._device_bytes, self.host_bytes, self._folder)
+            offloader = HiddenStateOffloader(self._device, self._device_bytes, self.host_bytes)
             with self.window() as window, offloader as hidden:
                 _Schedule(window, hidden).run([partial(run, i) for i in range(len(functions))])
         return [results[i] for i in range(len(functions))]

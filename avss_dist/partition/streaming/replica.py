@@ -77,7 +77,7 @@ class StreamingReplica:
     """Model whose layers are loaded one at a time; see `partition.base.Replica`.
 
     ``placement.max_memory["cpu"]`` limits weights and waiting hidden states in host memory. Weights take up to two
-    layers of it; hidden states that do not fit beside them wait in files in ``placement.offload_folder``. On a GPU they
+    layers of it; hidden states that do not fit beside them wait in temporary files. On a GPU they
     first wait in the memory that layers and batches leave.
 
     Raises:
@@ -113,9 +113,7 @@ class StreamingReplica:
         order = [index for index, _ in groupby(modules.index(layer.module) for layer in self.layers)]
         host_bytes = self._host_bytes_for_hidden_states(placement.max_memory.get("cpu"))
         device_bytes = self._device_bytes_for_hidden_states(checkpoint, settings, placement.max_memory.get("0"))
-        self._passes = Passes(
-            modules, self._weights, self._parts, order, self.device, device_bytes, host_bytes, placement.offload_folder
-        )
+        self._passes = Passes(modules, self._weights, self._parts, order, self.device, device_bytes, host_bytes)
         if self.language_model:
             self.language_model.passes = self._passes
 
