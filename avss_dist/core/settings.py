@@ -164,7 +164,7 @@ class Settings:
     shuffle_seed: Annotated[int, Field(ge=0)] | None = None
     """Read the whole corpus and take its rows in a random order with this seed; by default they keep their order."""
     chat_template: bool = False
-    """Format conversations (columns of messages) with the tokenizer's chat template."""
+    """Format conversations (columns of messages), and questions of tasks, with the tokenizer's chat template."""
     layout: Annotated[str, OneOf(LAYOUTS)] = "packed"
     """Rows of equal length without padding (packed), or one document per row (padded)."""
     row_start: Annotated[str, OneOf(ROW_STARTS)] = "auto"
