@@ -19,9 +19,8 @@ from avss_dist.core.validation import Location, located_problems
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_VALUES = 100_000  # with aliases, a few lines can stand for any number of values
-TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "merge", "value")
+TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "value")
 _PREFIX = "tag:yaml.org,2002:"
-_MERGE = f"{_PREFIX}merge"
 _HALF = re.compile("[\ud800-\udfff]")
 
 T = TypeVar("T")
@@ -35,8 +34,8 @@ class YamlKind:
         noun: the kind, for messages: ``job file``.
         hint: hint of errors.
         error: the type of errors.
-        typed: scalars become values by the rules of YAML 1.1, as ``yaml.safe_load`` has them, and merge keys are
-            applied. Otherwise scalars are the texts of the file, and a merge key is a key like any other.
+        typed: scalars become values by the rules of YAML 1.1, as ``yaml.safe_load`` has them. Otherwise they are
+            the texts of the file. There are no merge keys.
         tags: constructors, by tag, from the text of a scalar that has the tag.
     """
 
@@ -188,7 +187,6 @@ class _Values:
 
     def _mapping(self, node: Any, location: Location) -> dict[Any, Any]:
         kind, lines = self.document.kind, self.document.lines
-        merged: dict[Any, Any] = {}
         values: dict[Any, Any] = {}
         first: dict[Any, int] = {}
         for key, value in node.value:
@@ -196,34 +194,15 @@ class _Values:
             if not isinstance(key, yaml.ScalarNode):
                 where = f"{self.document.path}:{_line(key)}"
                 raise kind.error(f"{where}: a key must be a text, not a {_name(key.tag)}.", kind.hint)
-            is_merge = kind.typed and key.tag == _MERGE
-            name = "<<" if is_merge else self._scalar(key) if kind.typed else str(key.value)
+            name = self._scalar(key) if kind.typed else str(key.value)
             if name in first:
                 what = f"the key '{key.value}' is repeated; the first is in line {first[name]}."
                 self.document.problems.add((_line(key), what))
                 continue
             first[name] = _line(key)
-            if is_merge:
-                merged = self._merged(value, (*location, "<<"))
-                continue
             lines[(*location, name)] = _line(key)
             values[name] = self.plain(value, (*location, name))
-        for name in merged:
-            lines.setdefault((*location, name), lines.get((*location, "<<", name), _line(node)))
-        return merged | values
-
-    def _merged(self, node: Any, location: Location) -> dict[Any, Any]:
-        """Return the union of the mappings that a merge key names; of equal keys the first counts."""
-        self._require_plain(node, location)
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        merged: dict[Any, Any] = {}
-        for part in parts:
-            if not isinstance(part, yaml.MappingNode):
-                where = f"{self.document.path}:{_line(part)}"
-                raise self.document.kind.error(f"{where}: `<<` must name a mapping, or a list of mappings.")
-            self._require_plain(part, location)
-            merged = self._mapping(part, location) | merged
-        return merged
+        return values
 
     def _require_plain(self, node: Any, location: Location) -> None:
         self.count += 1

@@ -76,13 +76,13 @@ def rows(model: LanguageModel, place: Path) -> torch.Tensor:
 
 @st.composite
 def documents(draw: Any, base: Mapping[str, str], pools: Mapping[str, Sequence[str]]) -> str:
-    """A YAML mapping: some keys with other values, repeated, left out, renamed, merged, or in another order."""
+    """A YAML mapping: some keys with other values, repeated, left out, renamed, or in another order."""
     entries = list(base.items())
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 2, 3]))):
         key = draw(st.sampled_from(sorted(pools)))
         value = draw(st.sampled_from(WEIRD if draw(st.integers(0, 5)) == 0 else pools[key]))
         at = draw(st.integers(0, len(entries)))
-        kind = draw(st.sampled_from([*["change"] * 8, "repeat", "drop", "odd", "merge", "merge", "alias"]))
+        kind = draw(st.sampled_from([*["change"] * 8, "repeat", "drop", "odd", "alias"]))
         if kind == "change":
             entries = [(k, v) for k, v in entries if k != key]
         if kind in ("change", "repeat"):
@@ -91,8 +91,6 @@ def documents(draw: Any, base: Mapping[str, str], pools: Mapping[str, Sequence[s
             entries = [(k, v) for k, v in entries if k != key]
         elif kind == "odd":
             entries.insert(at, (draw(st.sampled_from(ODD_KEYS)), value))
-        elif kind == "merge":
-            entries.insert(at, ("<<", f"{{{key}: {value}}}"))
         else:
             entries = [(k, f"&a{at} {v}" if k == key else v) for k, v in entries]
             entries.append((draw(st.sampled_from(sorted(pools))), f"*a{at}"))
@@ -227,7 +225,6 @@ MAPS = [
     *(a_map(**change) for change in ({"map": "mlp.up"}, {"value": ".nan"}, {"value": "1e-2"}, {"outputs": 10**30})),
     a_map().replace("by: top_k", "by: top_k, by: threshold"),
     a_map().replace("layer: 0", "layer: 0, \u0142ayer: 1"),
-    "{<<: &b " + a_map() + ", layer: 2}",
 ]
 SPARSE_POOLS = {
     "model": ("m", "absent"),

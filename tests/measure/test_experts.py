@@ -162,7 +162,7 @@ def test_the_warehouse_has_a_row_for_each_expert_and_the_sums_of_its_shards(scor
         assert one.idle == [0] and 0 < one.router_entropy < 1
 
 
-def test_experts_are_shown_found_and_drawn(scored: Path, tmp_path: Path) -> None:
+def test_experts_are_shown_and_found(scored: Path) -> None:
     shown = avss("show", "-w", scored, "--experts")
     assert shown.exit_code == 0 and "least salient" in shown.stdout, shown.stderr
     kinds = {row["kind"]: row["message"] for row in findings(Warehouse(str(scored))).to_pylist()}
@@ -171,9 +171,6 @@ def test_experts_are_shown_found_and_drawn(scored: Path, tmp_path: Path) -> None
         "more than half of what all experts add, in layer 2 (expert 1 gives 100% in layer 2)"
         in kinds["dominant_expert"]
     )
-    page = tmp_path / "report.html"
-    assert avss("report", "-w", scored, "-o", page).exit_code == 0
-    assert "Routed experts" in page.read_text() and "2 of 8 experts got no token" in page.read_text()
 
 
 def test_a_run_without_experts_says_how_to_get_them(tiny_llama: Path, tmp_path: Path) -> None:

@@ -81,8 +81,8 @@ def test_a_folder_goes_before_a_hub_id(hub: Path, folder: Path, monkeypatch: pyt
         ("/missing/folder", "There is no folder '/missing/folder'"),
         ("./missing", "There is no folder './missing'"),
         ("two words", "There is no folder 'two words'"),
-        ("org/absent", "'org/absent' is no folder here, is not in the local hub cache"),
-        ("org/tiny@v2", "'org/tiny@v2' is no folder here, is not in the local hub cache"),
+        ("org/absent", "'org/absent' is no folder here, and cannot be fetched from the hub"),
+        ("org/tiny@v2", "'org/tiny@v2' is no folder here, and cannot be fetched from the hub"),
     ],
 )
 def test_what_is_missing_is_named(hub: Path, spec: str, message: str) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support.capabilities import AGAIN, VERSION, YES, Row, families_markdown, in_words, read_table, try_family
-from support.documentation import DOCS, ROOT, read
+from support.capabilities import AGAIN, VERSION, YES, Row, families_markdown, read_table, try_family
+from support.documentation import DOCS, read
 from support.families import model_types
 from support.tiers import all_of
 
@@ -40,4 +40,3 @@ def test_what_the_table_says_of_a_family(family: str, table: dict[tuple[str, str
 
 def test_the_documentation_has_the_table_and_its_numbers(table: dict[tuple[str, str], Row]) -> None:
     assert families_markdown(table.values()) in read(DOCS / "reference/inputs.md"), AGAIN
-    assert in_words(table.values()) in " ".join(read(ROOT / "README.md").split()), AGAIN

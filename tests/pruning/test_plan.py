@@ -18,7 +18,7 @@ from support.warehouses import run_row, write_scores
 
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.core.errors import QueryError
-from avss_dist.core.intervention import Expert, Sublayer, sublayers_of
+from avss_dist.core.intervention import Expert, sublayers_of
 from avss_dist.core.registry import SCORES
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, make_plan, read_plan
@@ -211,16 +211,6 @@ def test_files_that_are_no_plans(text: str, message: str, tmp_path: Path) -> Non
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(PlanError, match=message):
         read_plan(tmp_path / "plan.yaml")
-
-
-def test_merged_keys_are_those_of_yaml(tmp_path: Path) -> None:
-    """A mapping's own keys count before merged ones, and of merged ones the first."""
-    file = tmp_path / "plan.yaml"
-    text = "why: {by: hand}\n<<: [{num_layers: 6, layers: x}, {num_layers: 7, drop: [mlp.2]}]\nmodel: m\nlayers: z\n"
-    file.write_text(text)
-    plan = read_plan(file)
-    assert (plan.model, plan.drop, plan.why) == ("m", (Sublayer(2, "mlp"),), {"by": "hand"})
-    assert (plan.layers, plan.num_layers) == ("z", 6)
 
 
 def test_paths_that_are_no_plans(tmp_path: Path) -> None:

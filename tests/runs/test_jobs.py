@@ -179,9 +179,10 @@ def test_mistakes(text: str, says: list[str], tmp_path: Path) -> None:
         ),
         (GIVEN + "# " + "x" * 1_000_000, "at most 1,000,000 bytes"),
         ("a: !!python/object/apply:os.getcwd []\n", "the tag !!python/object/apply:os.getcwd is not plain YAML"),
+        ("a: &a {b: 1}\nc: {<<: *a}\n", "job.yaml:2: the tag !!merge is not plain YAML"),
         ('a: 1\n"\\ud800": 1\n', "job.yaml:2: a text has half of a surrogate pair"),
     ],
-    ids=["open", "two colons", "deep", "nested", "recursive", "aliases", "large", "tag", "surrogate"],
+    ids=["open", "two colons", "deep", "nested", "recursive", "aliases", "large", "tag", "merge", "surrogate"],
 )
 def test_what_is_no_plain_yaml_is_refused(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=says):

@@ -73,16 +73,6 @@ def counts(rows: Iterable[Row]) -> Counter[tuple[str, str]]:
     )
 
 
-def in_words(rows: Iterable[Row]) -> str:
-    """The numbers of families in a clause for each kind; that encoders predict no next token goes without saying."""
-    number = counts(rows)
-    names = {"causal": CAPABILITIES, "masked": ("scored", "pruned"), "image-text": CAPABILITIES}
-    return "; ".join(
-        f"of {number[kind, 'built']} {kind} ones, " + " and ".join(f"{number[kind, name]} {name}" for name in can)
-        for kind, can in names.items()
-    )
-
-
 def families_markdown(rows: Iterable[Row]) -> str:
     """The numbers of families, and the names of those without a capability."""
     rows = list(rows)

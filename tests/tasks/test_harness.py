@@ -366,7 +366,7 @@ def test_task_files_with_mistakes(changes: dict[str, Any], told: str, tmp_path: 
 
 @pytest.mark.nightly
 def test_a_key_of_a_task_file_is_not_repeated(tmp_path: Path) -> None:
-    """Not in one mapping; a file may change what it includes, and a mapping what it merges."""
+    """Not in one file; a file may change what it includes."""
     task = write_task(tmp_path, CHOICE, QUESTIONS)
     whole = harness_task(str(task)).key
     task.write_text(task.read_text() + "doc_to_target: 0\n")
@@ -376,8 +376,6 @@ def test_a_key_of_a_task_file_is_not_repeated(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(CHOICE | {"doc_to_target": 0}))
     task.write_text("include: base.yaml\ndoc_to_target: answer\n")
     assert harness_task(str(task)).key == whole
-    task.write_text("include: base.yaml\nmetadata: {<<: {version: 1}, version: 2}\ndoc_to_target: answer\n")
-    assert harness_task(str(task)).key != whole
 
 
 def test_what_the_harness_cannot_score_is_a_mistake_and_what_fails_in_the_model_is_none(
