@@ -207,30 +207,6 @@ def enumerated(model: LanguageModel, shard: Shard) -> tuple[dict[frozenset[int],
     return losses, values
 
 
-def test_sampled_values_are_those_of_all_subsets(four_layers: Path, tmp_path: Path) -> None:
-    found = ablate(
-        four_layers,
-        corpus=TEXT,
-        warehouse=tmp_path / "w",
-        leave_one_out=False,
-        shapley=40,
-        truncation=False,
-        **SMALL | {"sequences_per_shard": 6},
-    )
-    model = opened(four_layers, batch_size=4)
-    settings = Settings(**SMALL | {"sequences_per_shard": 6})
-    (shard,) = plan_text(model.checkpoint, TEXT, settings).shards
-    losses, values = enumerated(model, shard)
-    assert len({round(value, 3) for value in values}) == 4
-    for layer, value in zip(found.layers, values, strict=True):
-        assert layer.shapley is not None
-        low, high = layer.shapley_interval() or (math.nan, math.nan)
-        assert low <= value <= high
-        assert high - low < 4 * np.ptp(list(losses.values()))
-    sums = sum(layer.shapley.samples for layer in found.layers if layer.shapley)
-    assert sums == pytest.approx(np.full(40, losses[frozenset(range(4))] - losses[frozenset()]), abs=1e-12)
-
-
 def test_a_permutation_stops_where_the_model_only_guesses(trained: Path) -> None:
     """The layers that are left share the rest of the loss, so that contributions add up as they do without."""
     model = opened(trained)

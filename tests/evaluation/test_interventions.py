@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.checkpoints import one_thread
 from support.command_line import avss
-from support.experiments import experiment_of, run_job_in
+from support.experiments import run_job_in
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist.analysis.contrast import contrast
@@ -67,25 +67,6 @@ def test_named_layers_are_beside_as_many_others(done: tuple[Path, list[dict[str,
     (named,) = (row["layer"] for row in ranks if row["rank"] == 1)
     assert by["contrast", "mc2"]["drop"] == [named]
     assert by["whole model", "chance"]["value"] == pytest.approx(np.mean([2 / 3, 1 / 3, 2 / 4]))
-
-
-def test_nothing_is_measured_twice_and_questions_that_were_contrasted_are_refused(
-    done: tuple[Path, list[dict[str, Any]]], tiny_llama: Path, text: Path, tmp_path: Path
-) -> None:
-    job, rows = done
-    cells = sorted((Path(read_job(job).warehouse) / "cells").rglob("*.parquet"))
-    times = [cell.stat().st_mtime_ns for cell in cells]
-    with one_thread():
-        _, again = experiment_of(job)
-    assert [cell.stat().st_mtime_ns for cell in cells] == times
-    shown = [[{k: v for k, v in row.items() if k != "created_at"} for row in some] for some in (rows, again)]
-    assert json.dumps(shown[0]) == json.dumps(shown[1])
-    same = job.read_text().replace("skip_questions: 2", "skip_questions: 1")
-    other = tmp_path / "job.yaml"
-    other.write_text(same, encoding="utf-8")
-    with one_thread(), pytest.raises(ConfigError, match=r"1 of the 4 questions of truthfulqa:.* are prompts") as caught:
-        experiment_of(other)
-    assert "`skip_questions` 2" in str(caught.value.hint)
 
 
 def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(

@@ -25,7 +25,7 @@ from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist import evaluate
-from avss_dist.core.errors import AvssError, ConfigError, CorpusError, DamagedFile
+from avss_dist.core.errors import AvssError, ConfigError, DamagedFile
 from avss_dist.core.intervention import NO_INTERVENTION, InterventionKey
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.events import CellUnderway, Event
@@ -43,7 +43,6 @@ from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import MAX_COPIES, with_copies
 from avss_dist.partition.open import open_replica
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.methods import Experiment, Method, methods
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.record import read_repairs
 from avss_dist.pruning.repair.repair import Repair
@@ -359,16 +358,6 @@ def test_the_three_texts_are_apart(
     assert hint in str(refused.value)
 
 
-def test_too_little_text_for_a_repair(done: Done, tmp_path: Path) -> None:
-    job, _ = done
-    little = tmp_path / "little.yaml"
-    less = job.read_text().replace("repair_max_sequences: 60", "repair_max_sequences: 2")
-    little.write_text(less.replace(read_job(job).warehouse, str(tmp_path / "w")))
-    with pytest.raises(CorpusError, match="The repair map of this model needs"):
-        experiment_of(little)
-    assert not (tmp_path / "w" / "patches").exists()  # nothing was fitted before that is refused
-
-
 def test_a_partition_whose_weights_cannot_be_changed_is_refused_first(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(JOB.format(warehouse=tmp_path / "w", model="nowhere") + "execution: {partition: tensor_parallel}\n")
@@ -392,15 +381,3 @@ def test_the_table_and_the_verdict_tell_of_repairs(done: Done) -> None:
     made = avss("report", "-w", read_job(job).warehouse, "-o", report)
     assert made.exit_code == 0, made.stderr
     assert "last + map" in report.read_text() and "repaired by map" in report.read_text()
-
-
-def test_the_last_layers_go_before_the_final_one() -> None:
-    scores = [{"layer": layer} for layer in range(8)]
-    choice = Method(score="last").choice(0.25)
-    assert choice.drop(choice.scores(scores, {})) == (5, 6)
-    most = Method(score="last").choice(0.85)
-    assert most.drop(most.scores(scores, {})) == (0, 1, 2, 3, 4, 5, 6)
-    wanted = {"tasks": (TASK,), "scores": ("block_influence",), "random": 0, "leave_one_out": False}
-    rows = [{"site": "block", "recipe": "pooled", "threshold": 1e-5, "threshold_kind": "absolute"}]
-    for last in (True, False):
-        assert (Method(score="last") in methods(Experiment(**wanted, last=last), rows)) == last

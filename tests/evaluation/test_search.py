@@ -26,7 +26,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.evaluation.search import SearchResult, search
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.pruning.plan import Plan, read_plan
+from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import Choice, PlanError
 from avss_dist.requests import PlanRequest
 from avss_dist.runs.api import score
@@ -94,22 +94,6 @@ def test_greedy_drops_what_costs_least_at_each_step(scored: tuple[Path, Mapping[
         assert step.sets == [5, 9, 12][number]
     assert found.plan.drop == drop and found.chosen.value == truth(drop) and found.whole.value == truth(())
     assert found.plan.why["by"] == "greedy" and found.plan.why["sets"] == 12
-
-
-def test_the_plan_says_how_it_was_made(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
-    found = found_in(scored)
-    found.plan.write(tmp_path / "plan.yaml")
-    why = read_plan(tmp_path / "plan.yaml").why
-    expected = {"by": "greedy", "count": 3, "last": 1, "text": TEXT}
-    expected |= {"sequences": 6, "skip_sequences": 6, "sets": found.steps[-1].sets, "task": f"search:{TEXT}"}
-    assert why.items() >= expected.items()
-    assert why["loss"] == pytest.approx(found.chosen.value, abs=1e-6)
-    assert why["whole_model"] == pytest.approx(found.whole.value, abs=1e-6)
-    assert read_plan(tmp_path / "plan.yaml").run_id == scored[1]["run_id"]
-    rows = Warehouse(scored[0]).table("evaluations", run_ids=[str(why["evaluation"])]).to_pylist()
-    assert {tuple(row["drop"]): row["value"] for row in rows if row["metric"] == "loss"}[found.plan.drop] == (
-        found.chosen.value
-    )
 
 
 def test_a_search_measures_what_it_does_not_know(scored: tuple[Path, Mapping[str, Any]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from support.quantized import block_fp8
 
 from avss_dist import ablate, score
 from avss_dist.analysis.scorecard import best_readings, score_cards
-from avss_dist.core.errors import ConfigError
 from avss_dist.report.page.chapters import _scorecards
 from avss_dist.warehouse.reader import Warehouse
 
@@ -166,21 +164,3 @@ def test_a_quantized_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
         done = avss(*options_of(folder, tmp_path / "w", "int4"), *more)
         assert done.exit_code == 2
         assert "is quantized already (fp8" in done.stderr and "Name the checkpoint that it was made of" in done.stderr
-
-
-def test_a_missing_package_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avss_dist.core.extras.find_spec", lambda _name: None)
-    with pytest.raises(ConfigError, match="int4 needs compressed-tensors") as caught:
-        ablate(model, corpus=TEXT, warehouse=tmp_path / "w", quantize=["int4"], **SMALL)
-    assert "avss_dist[quantization]" in str(caught.value.hint)
-
-
-def test_results_have_one_table(model: Path, tmp_path: Path) -> None:
-    found = ablate(model, corpus=TEXT, warehouse=tmp_path / "w", quantize=["fp8"], rounded_layers=False, **SMALL)
-    assert found.sensitivity is not None
-    assert len(found.layers) == 4 and found.layers[0].loss is not None
-    assert {name for layer in found.layers for name in layer.estimates} == set()
-    rows = found.sensitivity.table().to_pylist()
-    assert len(rows) == 4 * 8 and rows[0]["increase"] is None and rows[0]["predicted"] is not None
-    done = avss(*options_of(model, tmp_path / "w", "fp8"), "--no-rounded-layers", "--format", "json")
-    assert [json.loads(line)["format"] for line in done.stdout.splitlines()] == ["fp8"] * 4 * 8
