@@ -59,6 +59,7 @@ def test_every_script_is_run_by_a_test() -> None:
     ("script", "options", "printed"),
     [
         ("benchmarks/damage.py", "WIDE builtin:pydoc --sequences 2 --draws 1", "damage"),
+        ("benchmarks/repair.py", "WIDE builtin:pydoc --drop 1 --rows 40 --sequence-length 32", "linear_patch"),
         ("benchmarks/throughput.py", "WIDE --rounds 1 --sequences 4", r"(?s)AVSS authors' recipe.*peak memory beyond"),
         ("gpu/first.py", "kernels --dry", r"(?s)\A(?!.*FAILED)."),
         ("gpu/first.py", "models --dry", r"(?s)\A(?!.*FAILED)."),

@@ -32,21 +32,6 @@ from avss_dist.warehouse.store import Store
 LAYERS = [5.0, 1.0, 4.0, 2.0, 3.0, 0.5, 6.0, 7.0]
 
 
-@pytest.mark.parametrize(
-    ("options", "dropped"),
-    [
-        ({}, (1, 5)),
-        ({"share": 0.5}, (1, 3, 4, 5)),
-        ({"count": 1}, (5,)),
-        ({"count": 3, "first": 2}, (3, 4, 5)),
-        ({"count": 2, "last": 3}, (1, 3)),
-        ({"highest": True}, (6, 7)),
-    ],
-)
-def test_what_is_dropped(options: dict[str, Any], dropped: tuple[int, ...]) -> None:
-    assert Choice(by="avss", **options).drop(LAYERS) == dropped
-
-
 @given(
     strategies.lists(strategies.integers(0, 9).map(float), min_size=2, max_size=40),
     strategies.floats(0.01, 0.99),

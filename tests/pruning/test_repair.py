@@ -109,15 +109,6 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     assert tied == [family in TIED] * 2
 
 
-def test_more_freedom_leaves_less_error(tmp_path: Path, save_checkpoint: Save) -> None:
-    folder, plan = whole_of(lively(llama()), tmp_path / "whole", save_checkpoint)
-    errors = {}
-    for by in REPAIRS:
-        done = prune(str(folder), plan, tmp_path / by, repair=repair_of(by))
-        errors[by] = done["repair"].cuts[0].error_after
-    assert all(error <= errors["channel"] for error in errors.values())
-
-
 # What is fitted, and folded
 
 DATA = np.random.default_rng(0)

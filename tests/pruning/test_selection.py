@@ -40,16 +40,6 @@ def test_combinations_that_say_nothing_are_refused(options: dict[str, Any], mess
         Choice(**options)
 
 
-def test_other_combinations_are_not() -> None:
-    for options in (
-        {"by": BLOCK_DISTANCE, "share": 0.5},
-        {"by": RANDOM, "count": 1},
-        {"by": LAST, "highest": True},
-        {"by": GREEDY, "count": 2},
-    ):
-        assert Choice(**options).by == options["by"]
-
-
 def test_scores_are_those_of_one_reading_in_the_order_of_layers() -> None:
     other = ("mlp", *PUBLISHED[1:])
     rows = [*rows_of(PUBLISHED, [3.0, None, 1.0, 2.0]), *rows_of(other, [7.0, 8.0, 9.0, 6.0])]
