@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Sequence
 from itertools import combinations
@@ -261,12 +260,6 @@ def test_nothing_to_compare(root: Path) -> None:
         pairs(root, score="block")
 
 
-def test_layers_without_a_score_are_left_out(tmp_path: Path) -> None:
-    write_scores(tmp_path, "a", [1.0, float("nan"), 3.0, 4.0])
-    write_scores(tmp_path, "b", [1.0, 2.0, 3.0, 4.0])
-    assert pairs(tmp_path)[0]["layers"] == 3
-
-
 @pytest.mark.parametrize(("options", "k"), [({}, 2), ({"share": 0.5}, 4), ({"share": 1.0}, 8)])
 def test_the_size_of_the_lowest_set(tmp_path: Path, options: dict[str, Any], k: int) -> None:
     write_scores(tmp_path, "a", UP)
@@ -344,13 +337,6 @@ def test_a_median_is_between_the_middle_two_and_zero_has_no_sign() -> None:
     console.print(comparison_tables(comparison, "title"))
     assert "0.000 at the median, from 0.000 to 0.000" in output.getvalue()
     assert "-0.0" not in output.getvalue()
-
-
-def test_pairs_as_data(root: Path) -> None:
-    result = avss("compare", "-w", root, "--by", "dtype", "--format", "json")
-    assert result.exit_code == 0
-    (row,) = map(json.loads, result.stdout.splitlines())
-    assert row.keys() == set(SCHEMA.names)
 
 
 @pytest.mark.parametrize(

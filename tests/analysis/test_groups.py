@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 from support.warehouses import write_scores
 
 from avss_dist.analysis import groups
@@ -124,39 +123,6 @@ def test_models_of_a_family_agree_more_than_those_of_two(tmp_path: Path) -> None
     assert (within["pairs"], between["pairs"]) == (45, 100)
     assert within["given_depth"] < within["spearman"], "depth is most of it"
     assert compared.number == len(compared.pairs) == 100
-
-
-def test_all_pairs_are_summarized_when_few_are_listed(tmp_path: Path) -> None:
-    warehouse = write_models(tmp_path)
-    whole, part = comparison(warehouse, "run"), comparison(warehouse, "run", max_listed=10)
-    assert whole.groups.equals(part.groups)
-    assert part.number == whole.number == 190
-    for name in ("spearman", "given_depth"):
-        exact, rounded = getattr(whole, name), getattr(part, name)
-        assert rounded.count == exact.count
-        ends = exact.median, exact.lowest, exact.highest
-        assert (rounded.median, rounded.lowest, rounded.highest) == pytest.approx(ends, abs=2e-5)
-
-
-@pytest.mark.nightly
-def test_families_agree_as_scipy_says_over_all_pairs_of_fifty_runs(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    runs = [(f"{family}-{i}", family) for family in ("bert", "gemma", "llama", "mistral", "qwen") for i in range(10)]
-    shared = {family: rng.normal(0, 1, 24) for _, family in runs}
-    scores = {run: shared[family] + rng.normal(0, 1, 24) for run, family in runs}
-    for run, family in runs:
-        write_scores(tmp_path, run, scores[run], family=family)
-    expected: dict[frozenset[str], list[float]] = {}
-    for (run, family), (other, other_family) in combinations(runs, 2):
-        rho = stats.spearmanr(scores[run], scores[other]).statistic
-        expected.setdefault(frozenset((family, other_family)), []).append(rho)
-    rows = comparison(Warehouse(tmp_path), "family").groups.to_pylist()
-    assert sum(row["pairs"] for row in rows) == 50 * 49 / 2
-    for row in rows:
-        correlations = expected.pop(frozenset((row["a"], row["b"])))
-        assert row["pairs"] == len(correlations)
-        assert row["spearman"] == pytest.approx(np.mean(correlations), abs=1e-12)
-    assert not expected
 
 
 def test_models_are_grouped_by_size(tmp_path: Path) -> None:

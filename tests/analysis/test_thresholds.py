@@ -228,17 +228,6 @@ def test_scores_command(root: Path) -> None:
     assert len(list(csv.DictReader(io.StringIO(text)))) == 4
 
 
-@pytest.mark.nightly
-def test_quantiles_command(root: Path) -> None:
-    result = avss("show", "-w", root, "--run", "tiny-*", "--sparsity", 0.5, "--sparsity", 0.9)
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert "tiny-1  block" in result.stdout and "tiny-2  block" in result.stdout
-    assert "The truth lies close by" in result.stdout
-    assert "|x| below which 0.5" in result.stdout and "|x| below which 0.9" in result.stdout
-    text = avss("show", "--quantiles", "-w", root, "--run", "tiny-1", "--format", "csv").stdout
-    assert len(list(csv.DictReader(io.StringIO(text)))) == 4 * 3
-
-
 @pytest.mark.parametrize(
     ("args", "text"),
     [

@@ -328,16 +328,6 @@ def said(page: Any, chart: str) -> str:
     return text
 
 
-def test_every_table_downloads(visit: Callable[..., Any], file: Path, tmp_path: Path) -> None:
-    page = visit(file)
-    for name, number, column, first in (("runs", 4, "model", "org/beta"), ("scores", 12, "layer", "0")):
-        with page.expect_download() as waiting:
-            page.locator(f"[data-csv={name}]").click()
-        waiting.value.save_as(tmp_path / "saved.csv")
-        rows = list(csv.DictReader((tmp_path / "saved.csv").open(encoding="utf-8")))
-        assert (len(rows), rows[0][column]) == (number, first)
-
-
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
 def test_axe_finds_nothing_serious(visit: Callable[..., Any], file: Path, scheme: str, width: int) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()

@@ -17,9 +17,7 @@ from support.tiers import all_of
 from support.warehouses import activations, stats_of, write_measured, write_scores
 
 from avss_dist.analysis.compare import compare
-from avss_dist.core.text import printable
 from avss_dist.report.output import write_table
-from avss_dist.report.page.page import report_page
 from avss_dist.report.terminal.compare import comparison_tables
 from avss_dist.report.terminal.pace import Pace
 from avss_dist.report.terminal.progress import TimeColumn
@@ -121,26 +119,6 @@ def hostile(tmp_path: Path) -> Path:
 
 def steers(text: str) -> bool:
     return any(c in text for c in STEERING if not c.isascii() or not c.isprintable())
-
-
-def test_no_name_steers_a_terminal_or_turns_the_text_of_a_page(hostile: Path) -> None:
-    for args in (
-        ["show", "-w", hostile, "--run", "hostile"],
-        ["query", "-w", hostile, "FROM runs"],
-        ["show", "-w", hostile, "--run", "hostile", "--threshold", "1e-5"],
-        ["findings", "-w", hostile],
-        ["compare", "-w", hostile, "--allow-mismatch"],
-        ["show", "-w", hostile, "--format", "csv"],
-        ["show", "-w", hostile],
-        ["show", "-w", hostile, "--run", STEERING],
-    ):
-        done = avss(*args)
-        assert not steers(done.stdout + done.stderr), args
-    assert "\ufffd[31m\ufffd\ufffdevil" in avss("show", "-w", hostile, "--run", "hostile").stdout
-    shown = re.sub(r"<script.*?</script>", "", report_page(Warehouse(hostile)), flags=re.DOTALL)
-    assert not steers(shown) and "\ufffdevil" in shown
-    assert printable("naïve 模型 🙂 a\tb\nc · עברית") == "naïve 模型 🙂 a\tb\nc · עברית"
-    assert printable("a\ud800b\udcff") == "a\ufffdb\udcff"  # half of a character; a byte of a path
 
 
 @pytest.mark.parametrize("ending", all_of(["svg", "png", "html"], default=["svg"]))
