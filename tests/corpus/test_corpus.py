@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,9 @@ from transformers import PreTrainedTokenizerFast
 
 from avss_dist.core.errors import ConfigError, CorpusError
 from avss_dist.core.settings import Settings
-from avss_dist.corpus import shards as corpus
 from avss_dist.corpus import sources, tokens
-from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_corpus
-from avss_dist.corpus.sources import Source, documents, open_source
+from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
+from avss_dist.corpus.sources import documents, open_source
 
 WORDS = [f"w{i}" for i in range(20)]
 EOS, PAD, BOS = 1, 2, 3
@@ -97,15 +95,6 @@ def jsonl(tmp_path: Path) -> str:
 
 
 # Layouts
-
-
-def test_packed_rows_equal_the_oracle(jsonl: str) -> None:
-    planned = tokenize_corpus(jsonl, TOKENIZER, SMALL)
-    assert rows_of(planned) == packed_oracle(TEXTS, 4)
-    assert [s.shard_id for s in planned.shards] == list(range(len(planned.shards)))
-    assert (planned.num_sequences, planned.num_tokens) == (4, 16)
-    assert {len(s.lengths) for s in planned.shards} == {2}
-    assert all(s.input_ids.dtype == s.lengths.dtype == np.int32 for s in planned.shards)
 
 
 texts_lists = st.lists(st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join), min_size=1, max_size=12)
@@ -566,21 +555,6 @@ def test_a_bad_tail_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     fails(lambda: tokenize_corpus(str(path), TOKENIZER, replace(SMALL, max_sequences=5)), f"{path}, line 5 is not JSON")
 
 
-def test_reading_stops_when_there_are_rows_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = 0
-
-    def endless() -> Iterator[str]:
-        nonlocal read
-        while True:
-            read += 1
-            yield "w0 w1 w2"
-
-    monkeypatch.setattr(corpus, "open_source", lambda _: Source(endless, lambda: "f"))
-    planned = tokenize_corpus("endless.txt", TOKENIZER, Settings(sequence_length=8, max_sequences=100))
-    assert planned.num_sequences == 100
-    assert read <= 200 + tokens.GROUP_DOCUMENTS
-
-
 @pytest.mark.nightly
 def test_memory_stays_bounded(tmp_path: Path) -> None:
     """200 MB of text are streamed and fingerprinted in a process that may grow by less than a third of it."""
@@ -702,12 +676,6 @@ def test_a_file_that_cannot_be_read(jsonl: str) -> None:
 def test_too_little_text(texts: list[str], options: dict[str, Any], says: list[str], tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", texts)
     fails(lambda: tokenize_corpus(source, TOKENIZER, Settings(sequence_length=6, **options)), *says)
-
-
-def test_a_shard_of_rows_within_the_skip_counts_nothing() -> None:
-    ids, lengths = np.zeros((2, 4), np.int32), np.array([1, 4], np.int32)
-    shard = Shard(shard_id=0, input_ids=ids, lengths=lengths, skip_first_tokens=2, content_hash="")
-    assert (shard.num_tokens, shard.num_sequences) == (2, 2)
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.txt", "c.parquet"])

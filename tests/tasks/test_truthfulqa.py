@@ -11,7 +11,6 @@ import torch
 from support.checkpoints import one_thread
 
 from avss_dist import evaluate
-from avss_dist.core.errors import CorpusError
 
 ANSWERS = {
     "What is 2?": ("a number", ["a number", "two"], ["no"]),
@@ -68,9 +67,3 @@ def test_choices_and_entropies_are_those_of_transformers(tiny_llama: Path, tmp_p
         assert rows["entropy"].weights[4 * i] == len(text)
     assert {len(one.result.samples) for one in few} == {1}
     np.testing.assert_allclose(results["mc2"].samples, mc2, rtol=1e-4)
-
-
-def test_a_row_that_is_too_long_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text(f"{json.dumps(QUESTIONS[0])}\n", encoding="utf-8")
-    with pytest.raises(CorpusError, match=r"t.jsonl, line 1: prompt and answer are \d+ tokens; a row has 8"):
-        evaluate([str(tiny_llama)], tasks=[f"truthfulqa:{tmp_path}/t.jsonl"], warehouse=tmp_path, sequence_length=8)
