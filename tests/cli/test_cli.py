@@ -23,7 +23,7 @@ from support.warehouses import write_scores
 import avss_dist
 from avss_dist.cli.commands import COMMANDS as LISTED
 from avss_dist.cli.commands import REMOVED
-from avss_dist.core.errors import ConfigError, QueryError
+from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import FROM_ACTIVATIONS, RECIPES
 from avss_dist.core.settings import (
     ATTENTIONS,
@@ -421,31 +421,6 @@ def test_doctor_says_what_works(works: bool, shown: str, monkeypatch: pytest.Mon
 
 
 # The Python API.
-
-
-def test_the_api_scores_and_reads(tiny_llama: Path, tmp_path: Path) -> None:
-    run = avss_dist.score(
-        tiny_llama,
-        corpus="builtin:pydoc",
-        warehouse=tmp_path,
-        max_sequences=8,
-        sequence_length=32,
-        sequences_per_shard=4,
-        executor="local",
-    )
-    assert isinstance(run, avss_dist.Run)
-    assert (run.status, run.num_shards, run.num_tokens, run.error) == ("done", 2, 256, None)
-    assert (run.model, run.warehouse) == (str(tiny_llama), str(tmp_path))
-    block = run.scores(site="block", recipe="pooled", threshold=1e-5, threshold_kind="absolute")
-    assert sorted(block["layer"].to_pylist()) == [0, 1, 2]
-    assert sorted(block["rank"].to_pylist()) == [1, 2, 3]
-    warehouse = avss_dist.Warehouse(tmp_path)
-    assert warehouse.runs()["run_id"].to_pylist() == [run.run_id]
-    assert warehouse.scores(run_id=run.run_id).num_rows == warehouse.scores().num_rows > block.num_rows
-    assert warehouse.table("layer_stats").num_rows == LAYERS * len(SITES)
-    assert warehouse.sql("SELECT count(*) AS n FROM scores WHERE site = 'block'").to_pylist()[0]["n"] > LAYERS
-    with pytest.raises(QueryError, match="Did you mean 'block'"):
-        run.scores(site="blok")
 
 
 @pytest.mark.parametrize(("function", "models"), [(avss_dist.score, "any"), (avss_dist.score_all, ["any"])])

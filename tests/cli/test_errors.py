@@ -149,29 +149,6 @@ def test_a_broken_model_is_refused(
     refused(warehouse, "score", model, *SCORE, "-w", warehouse, says=[str(model), *says], failed_row=failed_row)
 
 
-@pytest.mark.parametrize(
-    ("spec", "says"),
-    [
-        ("/no/such/model", ["There is no folder '/no/such/model'", "Check the path"]),
-        ("org/absent", ["'org/absent' is no folder here", "cannot be fetched from the hub", "Check the name"]),
-        ("absent.gguf", ["There is no file 'absent.gguf'", "Check the path"]),
-        (__file__, ["is a file", "Name the checkpoint's folder"]),
-    ],
-)
-def test_a_missing_model_is_named(
-    spec: str, says: list[str], warehouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    refused(warehouse, "score", spec, *SCORE, "-w", warehouse, says=says)
-
-
-def test_a_damaged_gguf_file_is_named(warehouse: Path, tmp_path: Path) -> None:
-    file = tmp_path / "damaged.gguf"
-    file.write_bytes(b"GGUF and then nothing")
-    refused(warehouse, "score", file, *SCORE, "-w", warehouse, says=[str(file), "Is the download complete?"])
-
-
 # Options.
 
 

@@ -83,13 +83,15 @@ def test_a_folder_goes_before_a_hub_id(hub: Path, folder: Path, monkeypatch: pyt
         ("two words", "There is no folder 'two words'"),
         ("org/absent", "'org/absent' is no folder here, and cannot be fetched from the hub"),
         ("org/tiny@v2", "'org/tiny@v2' is no folder here, and cannot be fetched from the hub"),
+        (__file__, f"'{__file__}' is a file"),
     ],
 )
 def test_what_is_missing_is_named(hub: Path, spec: str, message: str) -> None:
     with pytest.raises(ModelError) as caught:
         resolve(spec)
     assert caught.value.message.startswith(message)
-    assert caught.value.hint and caught.value.hint.startswith("Check the")
+    hint = "Name the checkpoint's folder" if spec == __file__ else "Check the"
+    assert caught.value.hint and caught.value.hint.startswith(hint)
 
 
 def _change_weights(folder: Path) -> None:

@@ -86,9 +86,3 @@ def test_families_that_are_refused(family: str, why: str, tmp_path: Path, save_c
     for removed, named in ((ATTENTION, r"attention\.1"), (MLP, r"mlp\.1")):
         with pytest.raises(ModelError, match=f"{named} cannot be left out alone: .*({why})"):
             TextLoss(random_shard())(model, NO_INTERVENTION.without(removed))
-
-
-def test_a_layer_that_is_not_there(tmp_path: Path, save_checkpoint: Save) -> None:
-    model = opened(save_checkpoint(tiny_model("causal", "llama"), tmp_path / "llama"))
-    with pytest.raises(ModelError, match="There is no layer 3: "):
-        TextLoss(random_shard())(model, NO_INTERVENTION.without(sublayers_of([3])[0]))
