@@ -27,8 +27,6 @@ from avss_dist.distillation.loss import distillation_loss
 from avss_dist.distillation.record import read_record
 from avss_dist.distillation.trained import default_learning_rate
 from avss_dist.models.checkpoints import resolve
-from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.plan import Plan
 from avss_dist.system import devices
 
 TOKENS = 4 * 32  # of a step
@@ -156,19 +154,6 @@ def test_what_is_trained_and_the_memory_that_it_takes(
     for part in parts.values():
         assert part.gradients == 4 * part.trained and part.moments == 8 * part.trained
     assert parts["all"].weights == sum(4 * t.numel() for t in weights_of(done["all"].folder).values())
-
-
-def test_weights_are_written_in_the_dtype_of_the_student(
-    distill: Callable[..., Distilled],
-    save_checkpoint: Callable[[Any, Path], Path],
-    tmp_path: Path,
-) -> None:
-    half = save_checkpoint(llama(seed=5, num_hidden_layers=4, initializer_range=0.3).bfloat16(), tmp_path / "half")
-    prune(str(half), Plan(model=str(half), num_layers=4, layers="layers", drop=(1,)), tmp_path / "student")
-    done = distill(student=tmp_path / "student", teacher=half)
-    assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {torch.bfloat16}
-    assert done.record.curve[-1].loss == pytest.approx(done.record.curve[-2].loss, rel=0.05)
-    assert done.record.curve[-1].loss != done.record.curve[-2].loss
 
 
 def test_text_of_the_teacher_is_written_once(
@@ -314,12 +299,6 @@ def test_paired_text_can_only_be_watched(distill: Callable[..., Distilled], tmp_
     refused(distill, "paired text", corpora=[pairs])
     done = distill(watch=[pairs], sequence_length=48, held_out=8)
     assert done.record.texts[1].held_out_rows == 8
-
-
-def test_a_short_text_is_refused(distill: Callable[..., Distilled], tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("A few words only, and no more than that. " * 4)
-    with pytest.raises(AvssError, match=r"no row to train on after .* held-out rows"):
-        distill(corpora=[tmp_path / "short.txt"])
 
 
 def test_watched_text_that_is_trained_on_is_refused(

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.checkpoints import VOCABULARY, llama
+from support.checkpoints import llama
 from support.devices import devices_of
 from support.ggufs import write_gguf
 
 import avss_dist.estimation.estimate
-from avss_dist.core.errors import AvssError, ConfigError, ModelError
+from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_seconds
@@ -257,28 +257,3 @@ def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
         execution = Execution(max_memory={"cpu": limit})
         assert rows(tiny_llama, devices_of("cpu", limit), max_memory={"cpu": limit})["single"].fits == fits
         assert (choose(size, SETTINGS, execution, devices).partition == "single") == fits
-
-
-@pytest.mark.parametrize(
-    ("model", "settings", "error", "said"),
-    [
-        ("./nowhere", SETTINGS, ModelError, "There is no folder"),
-        ("", replace(SETTINGS, layers="nowhere"), ModelError, "no layer list 'nowhere'"),
-        ("", replace(SETTINGS, device="cuda"), ConfigError, "torch sees no GPU here"),
-    ],
-)
-def test_mistakes_are_told(
-    model: str, settings: Settings, error: type[AvssError], said: str, header_only: Path
-) -> None:
-    with pytest.raises(error, match=said):
-        estimated(model or header_only, settings)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "mamba", "bert"])
-def test_other_families(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
-    from support.families import tiny_model
-
-    model = tiny_model("masked" if family == "bert" else "causal", family)
-    model.resize_token_embeddings(VOCABULARY)
-    found = estimated(save_checkpoint(model, tmp_path / family), replace(SETTINGS, sequence_length=48))
-    assert found.num_layers == 3 and [row.partition for row in found.rows] == list(PARTITIONS)

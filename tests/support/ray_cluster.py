@@ -59,14 +59,6 @@ class Cluster:
             self._ray.add_node(**HEAD, _system_config=objects)
         for node in [node for node in self.nodes[1:] if not _has_agent(node)]:
             self.kill_node(node)
-        self.replace_nodes()
-
-    def replace_nodes(self) -> None:
-        """Replace the nodes whose raylet has ended, while the head lives."""
-        if not self.has_head:
-            return
-        for node in [node for node in self.nodes[1:] if not _running(node, "raylet")]:
-            self.kill_node(node)
         for _ in range(self._nodes - len(self.nodes)):
             self._ray.add_node(**SIZE)
 
