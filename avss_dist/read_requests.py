@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.own_scores import is_own
 from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES
 from avss_dist.core.settings import DEFAULT_WAREHOUSE, EVERY_SITE, PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.validation import Check, OneOf, PathOrText
@@ -138,6 +139,12 @@ class FindingsAtRequest(PlaceRequest, FindingsRequest):
     """Show findings of every site and recipe."""
     truth: bool = False
     """Show how far each score agrees with the measured ground truth instead: which finds the layers that can go."""
+    by: Annotated[tuple[Annotated[str, OneOf((), accepts=is_own)], ...], Option(metavar="FILE:COLUMN")] = ()
+    """A score of your own to compare with the truth as well, FILE.csv:COLUMN."""
+
+    def __post_init__(self) -> None:
+        if self.by and not self.truth:
+            raise ConfigError("`by` has no effect without `truth`.", "Add `truth`.")
 
 
 @request

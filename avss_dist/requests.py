@@ -9,6 +9,7 @@ from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.core.intervention import SPARSITY_RULES
+from avss_dist.core.own_scores import is_own, name_values
 from avss_dist.core.registry import (
     EXPERT_SCORES,
     GREEDY,
@@ -26,7 +27,7 @@ from avss_dist.core.settings import (
     Sizes,
 )
 from avss_dist.core.text import RedactedURI
-from avss_dist.core.validation import Count, OneOf, PathOrText, Positive, Share, Text, Texts
+from avss_dist.core.validation import Check, Count, OneOf, PathOrText, Positive, Share, Text, Texts
 from avss_dist.models.number_formats import number_format
 from avss_dist.options import SHARED, Option, Request, refuse_unused, request
 from avss_dist.pruning.repair.record import split_weight
@@ -253,9 +254,11 @@ class PlanRequest(PlaceRequest, RunRequest):
     run: RunName = None
     """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'; by default the newest that can be
     planned for."""
-    by: Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES))] | None = None
-    """Criterion to choose the layers: a measurement of avss ablate, a score, random, or greedy (the loss on `corpus`);
-    loss or damage by default. Of `experts`: reap, tokens, gate or random."""
+    by: Annotated[
+        Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own)] | None, Check(name_values, before=True)
+    ] = None
+    """Criterion to choose the layers: a measurement of avss ablate, a score, random, greedy (the loss on `corpus`), or
+    a score of your own, FILE.csv:COLUMN; loss or damage by default. Of `experts`: reap, tokens, gate or random."""
     first: Count = 0
     """Layers at the start that are never dropped."""
     last: Count = 0
@@ -282,7 +285,7 @@ class PlanRequest(PlaceRequest, RunRequest):
             raise ConfigError("`by` greedy needs text to measure losses on.", "Name it with `corpus`.")
         if self.experts is not None:
             self._require_experts_alone()
-        elif self.by is not None and self.by not in SCORES:
+        elif self.by in EXPERT_SCORES.keys() - SCORES.keys():
             raise ConfigError(f"`by` {self.by} is a score of routed experts.", "Set `experts` to the share to drop.")
 
     def _require_experts_alone(self) -> None:

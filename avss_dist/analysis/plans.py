@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from avss_dist.analysis.chosen import choose_runs
 from avss_dist.analysis.experts import expert_findings, require_experts
 from avss_dist.analysis.findings import describe_depth, findings
+from avss_dist.analysis.own_scores import own_scores
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
 from avss_dist.core.errors import ModelError, QueryError
 from avss_dist.core.intervention import Removals, decode_removals
@@ -19,6 +20,7 @@ from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, MEASURED, 
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (
+    LayerTruth,
     ablate_command,
     block_distances,
     describe_headless,
@@ -42,7 +44,8 @@ def plan_layers(
 
     Args:
         run: a row of ``runs``.
-        by: a name of ``registry.SCORES``. None selects `default_score`.
+        by: a name of ``registry.SCORES``, or of a score that people bring, see `own_scores`. None selects
+            `default_score`.
         reading: site, recipe, threshold and threshold kind of AVSS.
         options: the other fields of `Choice`: ``share``, ``count``, ``first``, ``last``, and so on.
 
@@ -62,6 +65,8 @@ def plan_layers(
         plan = make_plan(rows, run, choice, block_distances(warehouse, run))
     else:
         truth = layer_truth(warehouse, run, choice.by) if choice.by in MEASURED else None
+        if choice.by not in SCORES:
+            truth = LayerTruth(values=own_scores(choice.by, warehouse, run), run_id="", task="")
         plan = make_plan(rows, run, choice, truth)
         values = choice.scores(rows, {choice.by: truth.by_layer(plan.num_layers)} if truth else {})
         against = _findings(warehouse, run, choice, values.tolist())
@@ -227,7 +232,7 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
         return
     if depth := describe_depth(choice.by, depth_correlation(values), len(values)):
         yield depth
-    if choice.by in MEASURED:
+    if choice.by in MEASURED or choice.by not in SCORES:
         return
     site, recipe, value, kind = choice.reading or PUBLISHED
     places = {(None, None), (site, None), (None, recipe), (site, recipe)} if choice.by == "avss" else {(None, None)}

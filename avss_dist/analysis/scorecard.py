@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from avss_dist.analysis.own_scores import own_scores
 from avss_dist.analysis.reliability import increases, misranked, reliability
 from avss_dist.core.errors import QueryError
 from avss_dist.core.names import LOSS
@@ -51,7 +52,7 @@ SCHEMA = pa.schema(
 )
 
 
-def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table:
+def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequence[str] = ()) -> pa.Table:
     """Return one row for each score and reading, of the runs whose ground truth is measured.
 
     Rows with a ``format`` compare with the loss with rounded weights, in the column of the loss; others with the loss
@@ -59,6 +60,7 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table
 
     Args:
         runs: rows of ``runs``.
+        own: names of scores that people bring, see `own_scores`.
 
     Raises:
         QueryError: if no run has a measured ground truth. The message has the command that measures it.
@@ -69,7 +71,7 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table
         truths = {name: truth for name in MEASURED if (truth := find_layer_truth(store, run, name))}
         rounded = rounded_truths(store, run)
         if truths.keys() & GROUND_TRUTH:
-            rows += _cards(store, run, truths)
+            rows += _cards(store, run, truths, own)
         rows += _rounding_cards(store, run, truths, rounded)
         if not truths.keys() & GROUND_TRUTH and not rounded:
             missing = missing or nothing_measured(store, run, LOSS)
@@ -78,9 +80,14 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]]) -> pa.Table
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def _cards(store: Warehouse, run: Mapping[str, Any], truths: Mapping[str, LayerTruth]) -> Iterator[dict[str, Any]]:
+def _cards(
+    store: Warehouse, run: Mapping[str, Any], truths: Mapping[str, LayerTruth], own: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
-    truth = {name: one.by_layer(run["num_layers"]) for name, one in truths.items()}
+    number = run["num_layers"]
+    truth = {name: one.by_layer(number) for name, one in truths.items()}
+    for name in own:
+        truth[name] = LayerTruth(values=own_scores(name, store, run), run_id="", task="").by_layer(number)
     ceiling = reliability(increases(store, truths[LOSS])) if LOSS in truths else np.nan
     for choice, values in _scores(scored, truth):
         card = _identity(run, choice)

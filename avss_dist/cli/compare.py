@@ -141,7 +141,7 @@ def _compare_with_truth(opened: Warehouse, request: FindingsAtRequest, format: s
     from avss_dist.report.scorecards import scorecard_sections
     from avss_dist.report.terminal.tables import rendered
 
-    cards = score_cards(opened, choose_runs(opened, request.run, every=True))
+    cards = score_cards(opened, choose_runs(opened, request.run, every=True), request.by)
     cards = cards if request.every else best_readings(cards)
     if format != FORMATS[0]:
         return write_table(cards, format, console())

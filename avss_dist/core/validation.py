@@ -55,13 +55,15 @@ class OneOf:
     Args:
         names: the valid values.
         elsewhere: hints by name, for names that are valid for another option.
+        accepts: whether another name is valid, too.
     """
 
     names: tuple[str, ...]
     elsewhere: Mapping[str, str] = field(default_factory=dict, hash=False)
+    accepts: Callable[[str], bool] | None = None
 
     def _run(self, value: str) -> str:
-        if value not in self.names:
+        if value not in self.names and not (self.accepts and self.accepts(value)):
             hint = self.elsewhere.get(value) or nearest(value, self.names)
             raise PydanticCustomError("unknown_name", "{value}", {"value": value, "hint": hint})
         return value
@@ -70,7 +72,7 @@ class OneOf:
         return core_schema.no_info_after_validator_function(self._run, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
-        return {**handler(schema), "enum": list(self.names)}
+        return {**handler(schema), **({} if self.accepts else {"enum": list(self.names)})}
 
 
 class _AsText:

@@ -42,7 +42,7 @@ class LayerTruth:
 
     Attributes:
         values: by layer; low is unimportant.
-        run_id, task: the evaluation.
+        run_id, task: the evaluation; empty for a score that people bring.
         format: number format that the weights of each layer are rounded to; None if layers are left out.
         text: hash of the text; None if the evaluation has none.
     """

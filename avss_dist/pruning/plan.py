@@ -242,7 +242,7 @@ def make_plan(
     """Make a plan from the rows of ``scores`` of one run.
 
     Args:
-        truth: measurement of `avss ablate` that layers are chosen by, if they are.
+        truth: measurement of `avss ablate`, or score that people bring, that layers are chosen by, if they are.
         findings, evaluated: as for `Plan`.
 
     Raises:
@@ -253,7 +253,7 @@ def make_plan(
         drop = choice.drop_block(truth.values, number)
     else:
         drop = choice.drop(choice.scores(rows, {choice.by: truth.by_layer(number)} if truth else {}))
-    measured: dict[str, Any] = {"evaluation": truth.run_id, "task": truth.task} if truth else {}
+    measured: dict[str, Any] = {"evaluation": truth.run_id, "task": truth.task} if truth and truth.run_id else {}
     plan = plan_of(rows, run, drop, reasons(choice) | measured)
     return replace(plan, findings=tuple(findings), evaluated=tuple(evaluated))
 

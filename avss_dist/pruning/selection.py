@@ -11,6 +11,7 @@ from pydantic import Field
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import Expert
 from avss_dist.core.names import CONTRAST
+from avss_dist.core.own_scores import is_own
 from avss_dist.core.registry import (
     BLOCK_DISTANCE,
     EXPERT_SCORES,
@@ -46,7 +47,7 @@ class Choice:
         ConfigError: values out of their range, or that exclude each other.
     """
 
-    by: Annotated[str, OneOf((*SCORES, CONTRAST))]
+    by: Annotated[str, OneOf((*SCORES, CONTRAST), accepts=is_own)]
     """The score. There is no default: which one to trust is the user's decision."""
     reading: Reading | None = None
     """Reading of AVSS: site, recipe, threshold and its kind; the first stored one by default."""
@@ -74,13 +75,14 @@ class Choice:
 
         Args:
             rows: rows of ``scores`` of one run.
-            truth: values of every layer, float64[layers], by a name of ``registry.MEASURED`` or the contrast.
+            truth: values of every layer, float64[layers], by a name of ``registry.MEASURED``, the contrast or a score
+                that people bring.
         """
         if self.by == RANDOM:
             return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
         if self.by == LAST:
             return _from_the_end(count_layers(rows))
-        if self.by in (*MEASURED, CONTRAST):
+        if self.by in MEASURED or self.by not in SCORES:
             return truth[self.by]
         column = SCORES[self.by].column
         reading = self.reading or reading_of(rows[0])
