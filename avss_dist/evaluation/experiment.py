@@ -77,20 +77,15 @@ class Candidate:
     """A model that an experiment evaluates, and the method by which it was made.
 
     Attributes:
-        method: name of the method for people.
+        method: choice of the layers; None for the whole model.
         intervention: change of the model.
         share: share of the layers that are removed.
-        score, reading, control, seed: see `pruning.methods.Method`.
         repair: name of the repair; None without one.
     """
 
-    method: str
-    intervention: Intervention
+    method: Method | None = None
+    intervention: Intervention = NO_INTERVENTION
     share: float = 0.0
-    score: str | None = None
-    reading: Reading | None = None
-    control: str | None = None
-    seed: int | None = None
     repair: str | None = None
 
     def row(
@@ -105,19 +100,20 @@ class Candidate:
         Args:
             retention: the retention, and the lower and upper end of its interval.
         """
-        reading: Sequence[Any] = self.reading or [None] * len(_READING)
+        method = self.method
+        reading: Sequence[Any] = (method and method.reading) or [None] * len(_READING)
         retained, low, high = retention
         return {
             **self.intervention.key.row(),
             "metric": metric,
             "value": value,
             "stderr": stderr,
-            "method": self.method,
+            "method": method.label if method else WHOLE,
             "share": self.share,
-            "score": self.score,
+            "score": method and method.score,
             **dict(zip(_READING, reading, strict=True)),
-            "control": self.control,
-            "seed": self.seed,
+            "control": method and method.control,
+            "seed": method and method.seed,
             "repair": self.repair,
             "retention_low": low,
             "retention_high": high,
@@ -137,7 +133,7 @@ class Candidate:
     def _retention(
         self, whole: Mapping[str, Result], result: Result
     ) -> tuple[float | None, float | None, float | None]:
-        if self.method == WHOLE:
+        if self.method is None:
             return 1.0, None, None
         if result.metric not in whole:
             return None, None, None
@@ -226,20 +222,12 @@ class Trial:
 
     def candidates(self, experiment: Experiment) -> Iterator[Candidate]:
         """Yield the whole model, and the model without each choice of layers, by repair."""
-        yield Candidate(method=WHOLE, intervention=NO_INTERVENTION)
+        yield Candidate()
         for (method, share, drop), repair in product(self.choices, experiment.repairs):
             fit = self.fits.get(repair)
             patch = self.patches.get((fit.run_id(), drop)) if fit else None
-            yield Candidate(
-                method=method.label,
-                intervention=Intervention(removed=drop, patch=patch),
-                share=share,
-                score=method.score,
-                reading=method.reading,
-                control=method.control,
-                seed=method.seed,
-                repair=None if repair == NO_REPAIR else repair,
-            )
+            intervention, name = Intervention(removed=drop, patch=patch), None if repair == NO_REPAIR else repair
+            yield Candidate(method=method, intervention=intervention, share=share, repair=name)
 
     def result_rows(
         self, experiment: Experiment, measured: Mapping[PlannedTask, Sequence[Result]]
@@ -248,7 +236,7 @@ class Trial:
         guess = self._guessed_loss()
         for (task, planned), candidate in product(self.planned.items(), self.candidates(experiment)):
             rows = list(candidate.rows(measured[planned]))
-            if candidate.method == WHOLE and guess is not None and any(row["metric"] == LOSS for row in rows):
+            if candidate.method is None and guess is not None and any(row["metric"] == LOSS for row in rows):
                 rows.append(candidate.row(CHANCE, guess, retention=(1.0, None, None)))
             for row in rows:
                 yield {"task": task, "created_at": datetime.now(UTC), **row}
