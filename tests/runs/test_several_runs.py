@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from avss_dist.core.errors import StorageFull
+from avss_dist.executors.base import RunShards
 from avss_dist.runs import events
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.job_file import JobError, read_job
@@ -29,6 +31,27 @@ def test_a_stop_counts_all_runs(specs: int, note: str) -> None:
     stop = KeyboardInterrupt()
     driver._add_note(stop, specs)
     assert stop.__notes__ == [note]
+
+
+def test_no_run_begins_where_storage_is_full_and_what_comes_late_of_a_failed_run_is_left() -> None:
+    store: Any = SimpleNamespace(root="w", run=lambda _: None)
+    nothing: Any = SimpleNamespace()
+    driver, failure = Driver(store, nothing, lambda _: None), StorageFull("No space left on w.")
+    shards = RunShards(run_id="a", replica_spec=nothing, shards=[])
+    failing: Any = (SimpleNamespace(name="org/a"), SimpleNamespace(fail=lambda _: None))
+    driver._in_progress[shards] = failing
+    driver._fail(shards, failure)
+    driver._keep(shards, None)
+    driver._finish(shards)
+    driver._fail(shards, failure)
+    run = Run(run_id="b", model="org/b", warehouse="w", status="failed")
+    planner: Any = SimpleNamespace(prepare=lambda _: SimpleNamespace(run=run))
+    driver._planner = planner
+    following: Any = [SimpleNamespace(name="org/b")]
+    assert list(driver._plan_runs(following)) == []
+    (_, first), (_, second) = driver._ended
+    assert first is failure and isinstance(second, StorageFull)
+    assert (second.message, second.run_id) == ("Not begun: no space left on w.", "b")
 
 
 def test_the_log_of_runs_has_a_line_for_each_step_and_one_in_half_a_minute(
