@@ -358,14 +358,6 @@ def test_the_three_texts_are_apart(
     assert hint in str(refused.value)
 
 
-def test_a_partition_whose_weights_cannot_be_changed_is_refused_first(tmp_path: Path) -> None:
-    job = tmp_path / "job.yaml"
-    job.write_text(JOB.format(warehouse=tmp_path / "w", model="nowhere") + "execution: {partition: tensor_parallel}\n")
-    with pytest.raises(ConfigError, match="weights where they cannot be changed") as refused:
-        experiment_of(job)
-    assert "single, device_map" in str(refused.value) and not (tmp_path / "w").exists()
-
-
 # What it says
 
 

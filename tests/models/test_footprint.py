@@ -155,11 +155,6 @@ def test_shards_are_those_of_the_index(tiny_llama: Path, tmp_path: Path) -> None
     assert footprint(str(tmp_path), SETTINGS) == footprint(str(tiny_llama), SETTINGS)
 
 
-def test_a_hub_checkpoint_that_cannot_be_reached() -> None:
-    with pytest.raises(ModelError, match="cannot be fetched from the hub"):
-        footprint("nobody/nothing-at-all", SETTINGS)
-
-
 def test_a_hub_checkpoint_is_its_configuration_and_headers(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,8 +111,3 @@ def test_how_many_are_dropped() -> None:
         Choice(by="avss", first=10**20).number(8)
     assert Choice(by="avss", first=1, last=2).unprotected(6) == range(1, 4)
     assert len(Choice(by="avss", first=3, last=2).unprotected(4)) == 0
-
-
-def test_every_layer_without_a_score_is_named() -> None:
-    with pytest.raises(PlanError, match="Layers 1, 3 have no score 'avss'"):
-        Choice(by="avss").drop([1.0, np.nan, 2.0, np.inf])

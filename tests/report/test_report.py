@@ -354,19 +354,3 @@ def test_the_command_writes_the_runs_that_are_named(store: Warehouse, tmp_path: 
     page = Page(file.read_text(encoding="utf-8"))
     assert [len(run["layer_name"]) for run in page.data["runs"]] == [6, 6]
     assert "2 runs and 1 that failed" in " ".join(page.words)
-
-
-def refused(*args: object) -> str:
-    """What the command says on standard error when it refuses."""
-    result = avss("report", *args)
-    assert (result.exit_code, result.stdout) == (2, "")
-    return result.stderr
-
-
-def test_the_command_refuses_what_is_not_there(store: Warehouse, tmp_path: Path) -> None:
-    unknown = refused("-w", store.root, "-o", tmp_path / "page.html", "--run", "alfa-0123456789")
-    assert unknown.startswith("Error: Unknown run 'alfa-0123456789'.\nDid you mean 'alpha-0123456789'?")
-    assert "is not a warehouse" in refused("-w", tmp_path / "nothing")
-    (tmp_path / "runs").mkdir()
-    assert "has no runs yet" in refused("-w", tmp_path)
-    assert "cannot be written" in refused("-w", store.root, "-o", tmp_path / "no" / "page.html")

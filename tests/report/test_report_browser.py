@@ -6,16 +6,11 @@ import csv
 import io
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from support.command_line import avss
 from support.pages import write_failed, write_removals, write_run
 from support.warehouses import unpack_released
 
@@ -526,27 +521,3 @@ def test_the_matrix_fits_a_narrow_page_and_draws_something(visit: Callable[..., 
 
 def test_few_runs_have_no_matrix(visit: Callable[..., Any], file: Path) -> None:
     assert visit(file).locator("#matrix").count() == 0
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def test_a_published_site_works_on_a_static_host(browser: Any, store: Warehouse, tmp_path: Path) -> None:
-    assert avss("publish", tmp_path / "site", "-w", store.root.full).exit_code == 0
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path / "site"))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/"
-        page = browser.new_page()
-        page.set_default_timeout(240_000)
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(address)
-        page.wait_for_selector("#status:not(:empty)", state="attached")
-        assert len({row["layer"] for row in drawn(page, "avss")}) in (8, 12)
-        assert set(asked) == {address}, "the page loads nothing else"
-        scores = page.request.get(f"{address}data/scores.parquet").body()
-        assert len({row["run_id"] for row in pq.read_table(io.BytesIO(scores)).to_pylist()}) == 3
-        page.close()
-        server.shutdown()
