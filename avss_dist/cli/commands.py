@@ -232,6 +232,11 @@ REMOVED: dict[str, str] = {
 """What to type instead of commands and options of version 0.2, by name: ``"plot"``, ``"plan --json"``, ``"--json"``."""
 
 
+_WITH_RARE = ("ablate", "evaluate", "shrink", "plan", "sparsify", "prune", "distill", "estimate")
+
+
 def epilog(command: str) -> str:
     """Return the examples of a command, each as a paragraph, so that none is wrapped into the next."""
-    return "\n\n".join(("Examples:", *(f"  {line}" for line in EXAMPLES[command])))
+    rare = ["Rare options of models and clusters are in avss score --help, and hold here."]
+    lines = (f"  {line}" for line in EXAMPLES[command])
+    return "\n\n".join(("Examples:", *lines, *(rare if command in _WITH_RARE else [])))

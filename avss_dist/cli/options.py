@@ -26,6 +26,8 @@ SPELLING = {
     "attention": "--attn-implementation",
 }
 """Options by field, if their names differ from the field's."""
+RARE = ("layers", "attention", "threads", "gpus_per_replica", "placement_seconds", "hang_seconds")
+"""Fields that only the helps of commands that score show. Others take them, too."""
 PANELS = {Settings: "Measurement", Execution: "Execution"}
 LONGEST = 22  # characters of a list of names beside an option
 ENDS = ("first", "last")
@@ -81,7 +83,9 @@ def takes(request: Any, formats: Sequence[str] = ()) -> Callable[[Callable[..., 
     if protects:
         option = typer.Option("--protect", help="Layers to keep at both ends: first=1,last=1.")
         parameters.append(_keyword("protect", Annotated[str, option], ""))
-    parameters += [_parameter(SHARED[name], name, replaces=request.replaces) for name in request.shared]
+    for name in request.shared:
+        hidden = name in RARE and "sites" not in request.shared
+        parameters.append(_parameter(SHARED[name], name, replaces=request.replaces, hidden=hidden))
     printed = [_keyword("format", Annotated[str, format_option(*formats)], formats[0])] if formats else []
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,11 +150,12 @@ def _with_parameters(
     return run
 
 
-def _parameter(cls: Any, name: str, replaces: bool = False) -> inspect.Parameter:
+def _parameter(cls: Any, name: str, replaces: bool = False, hidden: bool = False) -> inspect.Parameter:
     """Return the parameter of a command for a field of a checked class.
 
     Args:
         replaces: the value replaces that of a file, so it has no default.
+        hidden: the help does not show it.
     """
     hints, annotations = _hints(cls)
     option = next(iter(_metadata(annotations[name], Option)), Option())
@@ -164,7 +169,7 @@ def _parameter(cls: Any, name: str, replaces: bool = False) -> inspect.Parameter
     info = {"help": help, "metavar": option.metavar} | (_of_names(names, help) if names else {})
     if names and option.argument:
         info |= {"help": help, "metavar": _listed(names)}
-    info |= {"rich_help_panel": option.panel or PANELS.get(cls), "envvar": option.environment}
+    info |= {"rich_help_panel": option.panel or PANELS.get(cls), "envvar": option.environment, "hidden": hidden}
     annotation: Any = list[str] if several else kind
     annotation = annotation | None if default is None else annotation
     return _keyword(

@@ -151,8 +151,13 @@ def test_every_command_has_help_and_the_defaults_of_the_settings(name: str) -> N
     assert shown.exit_code == 0 and "Examples:" in shown.stdout
     if name in LISTED:
         assert command.help.partition("\n\n")[0].replace("\n", " ") == LISTED[name].summary
+    hidden = {option for option, parameter in _parameters(name).items() if getattr(parameter, "hidden", False)}
+    assert bool(hidden) == ("Rare options" in shown.stdout)
     for option, parameter in _parameters(name).items():
-        assert option in shown.stdout or str(parameter.metavar) in shown.stdout
+        if option in hidden:
+            assert option not in shown.stdout
+        else:
+            assert option in shown.stdout or str(parameter.metavar) in shown.stdout
         assert parameter.help
         if parameter.name in request.shared:
             default = DEFAULTS[parameter.name]
