@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from avss_dist.core.errors import ConfigError
@@ -93,7 +94,7 @@ def estimate_memory(
         ModelError: a checkpoint cannot be read or built.
     """
     _, skeleton, _ = load_skeleton(student, settings)
-    model = choose_trained(skeleton, train, rank)
+    model = choose_trained(deepcopy(skeleton), train, rank)  # it may be shared, and an adapter changes it
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     size, info = footprint(student, settings), SHARDINGS[sharding]

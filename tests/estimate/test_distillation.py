@@ -17,6 +17,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.distillation.memory import LIBRARIES
 from avss_dist.estimation.distillation import DistillRow, distillation_rows
 from avss_dist.models.checkpoints import locate
+from avss_dist.models.size import sharing_skeletons
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.requests import EstimateRequest
@@ -53,6 +54,13 @@ def test_each_way_has_a_row(student: Path, tiny_llama: Path) -> None:
     assert eight["zero3"].device_bytes < eight["zero2"].device_bytes < eight["zero1"].device_bytes
     assert eight["fsdp"].device_bytes < eight["ddp"].device_bytes < rows["all", "ddp"].device_bytes
     assert "exchange" in eight["fsdp"].why and "exchange" not in eight[""].why
+
+
+def test_an_adapter_is_not_left_in_a_shared_skeleton(student: Path, tiny_llama: Path) -> None:
+    devices = devices_of("cpu", 2**40)
+    apart = rows_of(student, tiny_llama, devices)
+    with sharing_skeletons():
+        assert [rows_of(student, tiny_llama, devices) for _ in range(2)] == [apart] * 2
 
 
 def test_a_gpu_has_no_libraries_and_each_rank_needs_one(student: Path, tiny_llama: Path) -> None:
