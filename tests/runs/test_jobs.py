@@ -139,6 +139,14 @@ RANKS = "ranks applies to fsdp, zero3, tensor_parallel and expert_parallel, not 
             ["3: revisions: invalid range: expected 'from' up to 'to' in at most 10,000 steps."],
         ),
         (GIVEN + "models:\n- model: a\n  ranks: 2\n", [f"5: {RANKS}"]),
+        (GIVEN + "models: [[a], {model: b, ranks: 2}]\n", ["3: models must be a mapping, not ['a'].", f"3: {RANKS}"]),
+        (
+            "warehouse: w\ncorpora:\n- builtin:pydoc\n- absent.txt\nmodels: [a]\nsettings: {chat_template: true}\n",
+            [
+                "2: chat_template has no effect: there are no conversations in builtin:pydoc and absent.txt.",
+                "4: absent.txt: no such file.",
+            ],
+        ),
         (GIVEN + "models: [{model: a, dtype: null}]\n", ["3: dtype must be a text, not nothing."]),
         (
             GIVEN + "models: [{model: a, skip_first_tokens: 300}]\nsettings: {sequence_length: 512, dtype: float}\n",
@@ -302,7 +310,7 @@ def test_models_by_corpora_with_their_own_settings(tmp_path: Path) -> None:
     text = f"""\
 warehouse: w
 models:
-  - {tmp_path}/step-*
+  - {tmp_path}/**/step-*
   - model: org/name
     revisions: [main, {{prefix: step, from: 0, to: 7, step: 3}}, {{prefix: end, from: 1, to: 2}}]
     partition: streaming
@@ -330,7 +338,7 @@ execution:
     assert (last.settings.dtype, last.settings.thresholds) == ("bfloat16", (1e-5, 1e-3))
     assert (last.execution.partition, last.execution.max_memory) == ("streaming", {"cpu": 2_000_000_000})
     elsewhere = read(tmp_path, text, expand=False)
-    assert elsewhere.specs[0].model == f"{tmp_path}/step-*"
+    assert elsewhere.specs[0].model == f"{tmp_path}/**/step-*"
 
 
 @pytest.mark.nightly
