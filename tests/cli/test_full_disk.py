@@ -22,7 +22,7 @@ COMMANDS = [
     ["evaluate", "MODEL", "--task", "perplexity:text.txt", *TEXT[2:], "--warehouse", "disk/w"],
     ["run", "job.yaml"],
     ["prune", "MODEL", "plan.yaml", "-o", "disk/pruned"],
-    ["shrink", "MODEL", *TEXT[:2], *TEXT[4:], "--repair", "scale", "--warehouse", "disk/w", "-o", "disk/shrunk"],
+    ["shrink", "MODEL", *TEXT[:2], *TEXT[4:], "--repair", "channel", "--warehouse", "disk/w", "-o", "disk/shrunk"],
     ["plan", "-w", "w", "--by", "avss", "-o", "disk/plan.yaml"],
     ["report", "-w", "w", "-o", "disk/page.html"],
     ["show", "-w", "w", "--format", "csv", "-o", "disk/table.csv"],

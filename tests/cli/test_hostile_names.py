@@ -108,9 +108,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     (root / "plan.yaml").write_text(yaml.safe_dump({**plan, "why": {"by": EVIL}, "findings": [EVIL]}))
     job = {"warehouse": str(root / f"j{EVIL}"), "models": [str(root / f"model{EVIL}")], "corpora": ["text.txt"]}
     job |= {"settings": {"max_sequences": 4, "sequence_length": 16}, "execution": {"executor": "local"}}
-    job |= {
-        "experiment": {"shares": [0.34], "methods": ["random"], "random_repeats": 1, "tasks": ["perplexity:text.txt"]}
-    }
+    job |= {"experiment": {"shares": [0.34], "scores": ["avss"], "random": 1, "tasks": ["perplexity:text.txt"]}}
     (root / f"job{EVIL}.yaml").write_text(yaml.safe_dump(job))
     return root
 

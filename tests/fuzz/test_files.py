@@ -34,7 +34,7 @@ JOB: dict[str, Any] = {
     "corpora": ["builtin:pydoc"],
     "settings": {"max_sequences": 4, "sequence_length": 32, "sites": ["block"], "thresholds": [1e-4]},
     "execution": {"replicas": 1, "executor": "local", "max_memory": {"cpu": "1GB"}},
-    "experiment": {"shares": [0.25], "methods": ["avss", "random"], "tasks": ["perplexity:builtin:pydoc"]},
+    "experiment": {"shares": [0.25], "scores": ["avss"], "random": 1, "tasks": ["perplexity:builtin:pydoc"]},
 }
 
 
