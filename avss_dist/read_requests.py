@@ -139,7 +139,9 @@ class FindingsAtRequest(PlaceRequest, FindingsRequest):
     """Show findings of every site and recipe."""
     truth: bool = False
     """Show how far each score agrees with the measured ground truth instead: which finds the layers that can go."""
-    by: Annotated[tuple[Annotated[str, OneOf((), accepts=is_own)], ...], Option(metavar="FILE:COLUMN")] = ()
+    by: Annotated[
+        tuple[Annotated[str, OneOf((), accepts=is_own)], ...], Field(strict=False), Option(metavar="FILE:COLUMN")
+    ] = ()
     """A score of your own to compare with the truth as well, FILE.csv:COLUMN."""
 
     def __post_init__(self) -> None:

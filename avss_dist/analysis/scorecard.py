@@ -176,7 +176,7 @@ def describe_score(card: Mapping[str, Any]) -> str:
     if card["format"] and name in ROUNDING_ESTIMATES:
         return ROUNDING_ESTIMATES[name].title
     if name != "avss":
-        return SCORES[name].title
+        return SCORES[name].title if name in SCORES else name
     threshold = describe_threshold(card["threshold"], card["threshold_kind"])
     return f"avss  {card['site']} / {card['recipe']} / {threshold}"
 

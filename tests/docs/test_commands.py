@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import VOCABULARY, llama
+from support.checkpoints import LAYERS, VOCABULARY, llama
 from support.command_line import avss
 from support.command_line import commands as registered
 from support.documentation import PAGES, ROOT, commands, read
@@ -109,6 +109,7 @@ def place(
             for answer, kind in ANSWERS
         )
     )
+    (folder / "scores.csv").write_text("layer,mine\n" + "".join(f"{layer},{layer}\n" for layer in range(LAYERS)))
     (folder / "org").mkdir()
     save_checkpoint(llama(intermediate_size=64), folder / "org/name")
     mixture = tiny_model("causal", "qwen3_moe")
@@ -125,7 +126,9 @@ def small(words: tuple[str, ...]) -> list[str]:
     """Return a command with names that exist in the folder, and with little work."""
     kept = [PLACES.get(word, word) for word in words]
     options = {option for p in registered()[words[0]].params for option in p.opts}
-    reads = words[0] not in ("plan", "sparsify", "prune") or {"--corpus", "--repair-corpus"}.intersection(words)
+    reads = words[0] not in ("plan", "sparsify", "prune") or {"--corpus", "--repair-corpus", "--method"}.intersection(
+        words
+    )
     for name, value in SMALLER.items():
         if name in kept:
             kept[kept.index(name) + 1] = value
