@@ -28,7 +28,7 @@ OTHERWISE: dict[str, set[str]] = {
     "sparsify": {"output"},  # SparsityPlan.write
     "quantize": {"output"},  # PrecisionPlan.write
     "shrink": {"protect"},  # first, last
-    "findings": {"site", "recipe", "every", "truth"},  # a filter of the table
+    "findings": {"site", "recipe", "every", "truth", "by"},  # a filter of the table
 }
 """Options that are no keywords of the function, and what is."""
 
