@@ -47,11 +47,11 @@ class Store(Warehouse):
         self._cell_rows: dict[tuple[str, str], pa.Table] = {}  # written or read by this store, by run id and cell id
 
     def create(self) -> None:
-        """Create the warehouse with its README.md, and check with a small file that it can be written.
-
-        A README.md that is not by this package stays.
-        """
+        """Create the warehouse, and check with a small file that it can be written."""
         self.storage.create()
+
+    def _write_readme(self) -> None:
+        """Write the README.md of the warehouse, unless it is there. One that is not by this package stays."""
         path, text = f"{self.storage.base}/README.md", readme().encode()
         stored = self.storage.read(path)
         if stored is None or (stored.to_pybytes() != text and stored.to_pybytes().startswith(TITLE.encode())):
@@ -118,6 +118,7 @@ class Store(Warehouse):
         if row["status"] == "failed" and (self.run(row["run_id"]) or {}).get("status") == "done":
             return
         clean = {name: without_secrets(value) if isinstance(value, str) else value for name, value in row.items()}
+        self._write_readme()
         self._write_rows("runs", row["run_id"], [{**clean, "schema_version": SCHEMA_VERSION}], "run")
 
     def write_cell(self, run: RunIdentity, cell_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -171,6 +172,7 @@ class Store(Warehouse):
 
     def write_evaluations(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the combined results of an evaluation. Rows lack the columns of RunIdentity."""
+        self._write_readme()
         self._write_rows("evaluations", run.run_id, run.identified(rows))
 
     def write_experiment(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
