@@ -196,8 +196,13 @@ def compare(
         conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(_scored(selected))),
         left_out=_left_out(runs, selected, _compared(selected, by, allow_mismatch), by),
         similarity=_map(selected, by, allow_mismatch) if mapped else None,
-        odd=find_odd(pairs, _scored(selected)) if survey is not None and survey.number == len(pairs) else "",
+        odd=_odd(pairs, survey, selected),
     )
+
+
+def _odd(pairs: pa.Table, survey: PairSurvey | None, selected: Sequence[Profile]) -> str:
+    """Return the sentence of `find_odd` if all pairs of runs are listed, otherwise nothing."""
+    return find_odd(pairs, _scored(selected)) if survey is not None and survey.number == len(pairs) else ""
 
 
 def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:

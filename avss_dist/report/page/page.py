@@ -88,7 +88,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     named = [{**row, "task": describe_task(row["task"])} for row in reversed(experiments)]
     about_runs = chapters(warehouse, drawn, of_run, experiments)
     pictures = _pictures(about_runs)
-    matrix = matrix_data(warehouse, done, run_labels(done)) if len(done) >= MIN_RUNS else None
+    matrix = _matrix(warehouse, done)
     has_scores, has_charts = bool(data["choices"]), bool(data["choices"] or pictures or matrix)
     style, script = _part("page.css"), _part("matrix.js") + _part("page.js")
     library = Markup(drawing_library() if has_charts else "")
@@ -115,6 +115,11 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         not_drawn=len(done) - len(drawn),
         differing=differing([with_conditions(run) for run in drawn]),
     )
+
+
+def _matrix(warehouse: Warehouse, done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return the data of the matrix of many runs; None for few."""
+    return matrix_data(warehouse, done, run_labels(done)) if len(done) >= MIN_RUNS else None
 
 
 def _known_charts(data: Mapping[str, Any]) -> dict[str, bool]:

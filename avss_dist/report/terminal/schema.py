@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import duckdb
 import pyarrow as pa
@@ -45,9 +45,7 @@ def schema_page() -> RenderableType:
 def schema_markdown() -> str:
     """Return the descriptions of columns as Markdown for the documentation: those of several tables, then by table."""
     by_table = {name: {row["column"]: _markdown_row(row) for row in rows} for name, rows in _by_table().items()}
-    usage = Counter(item for rows in by_table.values() for item in rows.items())
-    frequent = {column: row for (column, row), count in reversed(usage.most_common()) if count > 1}
-    shared = {column: row for column, row in usage if frequent.get(column) == row}
+    shared = _shared_rows(by_table.values())
     header = ["| Column | Type | Meaning |", "|---|---|---|"]
     lines = ["### Columns of several tables", "", *header, *shared.values(), ""]
     for name, rows in by_table.items():
@@ -57,6 +55,13 @@ def schema_markdown() -> str:
         lines += [*header, *own, ""] if own else []
         lines += [f"Also {', '.join(also)}.", ""] if also else []
     return "\n".join(lines)
+
+
+def _shared_rows(tables: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Return, by column, the row that most tables have, if several have it."""
+    usage = Counter(item for rows in tables for item in rows.items())
+    frequent = {column: row for (column, row), count in reversed(usage.most_common()) if count > 1}
+    return {column: row for column, row in usage if frequent.get(column) == row}
 
 
 def _markdown_row(row: dict[str, str]) -> str:
