@@ -37,7 +37,6 @@ PRIVATE_NAMES: dict[str, tuple[str, Callable[[], object]]] = {
     "_private.state.state": ("ray", _at("ray._private.state:state.get_draining_nodes")),
     "_actor_id": ("ray", _at("ray.actor:ActorHandle._actor_id")),
     "_do_request": ("ray", _at("ray.job_submission:JobSubmissionClient._do_request")),
-    "_content": ("requests", lambda: vars(import_module("requests").Response())["_content"]),
     "__compatible_ops__": ("deepspeed", _at("deepspeed.ops:__compatible_ops__")),
     "_hf_hook": ("accelerate", lambda: _hooked()._hf_hook),
     "_old_forward": ("accelerate", lambda: _hooked()._old_forward),
