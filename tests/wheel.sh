@@ -32,7 +32,7 @@ wheel="$(echo "$work"/dist/*.whl)"
 install run "$wheel[run]"
 mkdir "$work/empty"
 cd "$work/empty"
-avss run score "$model" --corpus builtin:pydoc --max-sequences 32 --dtype float32 -w warehouse --executor ray --replicas 2
+avss run score "$model" --corpus builtin:pydoc --max-sequences 32 --sequence-length 128 --dtype float32 -w warehouse --executor ray --replicas 2
 avss run show -w warehouse
 say "Measured"
 

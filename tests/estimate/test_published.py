@@ -206,7 +206,7 @@ GPU_GB = {
     # single, device_map, streaming, fsdp, zero3, tensor_parallel, expert_parallel
     QWEN: (237, 70, 18, 65, 65, 60, 60),
     OSS: (66, 66, 23, 37, 37, 33, 34),
-    LLAMA405: (488, 69, 25, 75, 75, 62, 62),
+    LLAMA405: (488, 69, 25, 75, 75, 62, 245),  # by two ranks, as it has no experts
     DEEPSEEK: (674, 70, 79, 66, 66, 54, 54),
     LLAMA70: (142, 71, 6, 75, 75, 71, 71),
 }
