@@ -73,6 +73,7 @@ def test_reading_needs_none_of_the_packages_that_measure(tmp_path: Path) -> None
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)  # a slow network, and two installations
 def test_fresh_environments_read_and_measure(tiny_llama: Path) -> None:
     """`tests/wheel.sh` has the commands. pip fetches the packages."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "AVSS_WAREHOUSE")}
