@@ -229,7 +229,10 @@ REMOVED: dict[str, str] = {
     "distill --teacher-top": "leave it out, the teacher runs beside the student.",
     "distill --text-loss": "leave it out, the divergence is the loss.",
 }
-"""What to type instead of commands and options of version 0.2, by name: ``"plot"``, ``"plan --json"``, ``"--json"``."""
+"""Advice for commands and options of version 0.2 that were removed: the command line, or the reason to leave them out.
+
+Keys are a command (``plot``), an option of a command (``plan --json``), or an option of every command (``--json``).
+"""
 
 
 _WITH_RARE = ("ablate", "evaluate", "shrink", "plan", "sparsify", "prune", "distill", "estimate")

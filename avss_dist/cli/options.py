@@ -173,7 +173,7 @@ def _parameter(cls: Any, name: str, replaces: bool = False, hidden: bool = False
     annotation: Any = list[str] if several else kind
     annotation = annotation | None if default is None else annotation
     return _keyword(
-        name, Annotated[annotation, _typer_parameter(option, _spelling(name, is_on=default is True), info)], default
+        name, Annotated[annotation, _typer_parameter(option, option_name(name, is_on=default is True), info)], default
     )
 
 
@@ -185,14 +185,14 @@ def _typer_parameter(option: Option, spelling: str, info: Mapping[str, Any]) -> 
 def _help(cls: Any, name: str, more: str) -> str:
     """Return the description of a field, with the fields that it names spelled as options."""
     text = " ".join(descriptions(cls)[name].split()) + more
-    return spell_fields(text, {field: _spelling(field) for field in named_fields(text)})
+    return spell_fields(text, {field: option_name(field) for field in named_fields(text)})
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _spelling(name: str, *, is_on: bool = False) -> str:
+def option_name(name: str, *, is_on: bool = False) -> str:
     """Return the option of a field whose metadata does not name one; a flag that is on can be turned off."""
     option = SPELLING.get(name, f"--{name.replace('_', '-')}")
     return f"{option}/--no-{option.removeprefix('--')}" if is_on else option

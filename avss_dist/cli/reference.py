@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import typer
 
 from avss_dist.cli.base import app
-from avss_dist.cli.options import SPELLING
+from avss_dist.cli.options import option_name
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import escape_markdown
+from avss_dist.report.terminal.schema import shared_rows
 
 COMMON = ("--quiet", "--verbose")  # of every command
 NOT_IN_JOBS = ("address", "fresh")  # options of the command line only
-SEVERAL = 2  # commands that have an option in common, from which on it is listed once
 _SECTIONS: tuple[tuple[Any, str], ...] = ((Settings, "settings"), (Execution, "execution"))
 
 
@@ -52,7 +51,7 @@ def reference_markdown() -> str:
     by_command = {
         name: {option_of(p): _row_of(p, name) for p in _own_parameters(command)} for name, command in commands().items()
     }
-    shared = _shared_rows(by_command.values())
+    shared = shared_rows(by_command.values())
     lines = ["### Settings", "", *_settings(), "", "### Options of several commands", ""]
     lines += [*_table("option", "default", "meaning"), *sorted(shared.values()), ""]
     for name, command in commands().items():
@@ -67,12 +66,6 @@ def reference_markdown() -> str:
     return "\n".join(lines).rstrip()
 
 
-def _shared_rows(tables: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Return, by option, the row that most commands have, if several have it."""
-    usage = Counter(item for table in tables for item in table.items())
-    return {option: row for (option, row), count in reversed(usage.most_common()) if count >= SEVERAL}
-
-
 def _settings() -> Iterator[str]:
     yield from _table("option", "key", "default", "meaning")
     for cls, section in _SECTIONS:
@@ -80,18 +73,14 @@ def _settings() -> Iterator[str]:
         for name, field in fields.items():
             default = _format_default(getattr(cls(), name))
             key = f"`{name}`" if name in NOT_IN_JOBS else f"`{section}.{name}`"
-            yield _row(f"`{_setting_option(name)}`", key, default, escape_markdown(field.description))
-
-
-def _setting_option(name: str) -> str:
-    return SPELLING.get(name, f"--{name.replace('_', '-')}")
+            yield _row(f"`{option_name(name)}`", key, default, escape_markdown(field.description))
 
 
 def _settings_of(command: Any) -> Iterator[str]:
     """Yield a sentence with the settings that a command takes, or with those that it does not take."""
     shared = command.callback.request.shared
     taken = [f"`{option_of(p)}`" for p in command.params if p.name in shared]
-    every = [f"`{_setting_option(name)}`" for cls, _ in _SECTIONS for name in cls.__pydantic_fields__]
+    every = [f"`{option_name(name)}`" for cls, _ in _SECTIONS for name in cls.__pydantic_fields__]
     missing = [option for option in every if option not in taken]
     if taken and len(missing) < len(taken):
         yield f"All settings but {', '.join(missing)}." if missing else "All settings."

@@ -34,7 +34,7 @@ def schema_page() -> RenderableType:
     """Return the descriptions of columns, functions and ready queries for the terminal."""
     parts: list[RenderableType] = []
     for name, rows in _by_table().items():
-        parts += [_titled(name, TABLES[name].meaning), _grid((r["column"], r["type"], _meaning(r)) for r in rows), ""]
+        parts += [_titled(name, TABLES[name].meaning), _grid(rows), ""]
     parts += [_titled("views", "what most questions are about"), _grid(VIEWS.items()), ""]
     parts += [_titled("functions", "of SQL, beside DuckDB's own"), _grid(FUNCTIONS.items()), ""]
     answers = [(f"@{name}", query.splitlines()[0].removeprefix("-- ")) for name, query in ready_queries().items()]
@@ -44,8 +44,8 @@ def schema_page() -> RenderableType:
 
 def schema_markdown() -> str:
     """Return the descriptions of columns as Markdown for the documentation: those of several tables, then by table."""
-    by_table = {name: {row["column"]: _markdown_row(row) for row in rows} for name, rows in _by_table().items()}
-    shared = _shared_rows(by_table.values())
+    by_table = {name: {row[0]: _markdown_row(*row) for row in rows} for name, rows in _by_table().items()}
+    shared = shared_rows(by_table.values())
     header = ["| Column | Type | Meaning |", "|---|---|---|"]
     lines = ["### Columns of several tables", "", *header, *shared.values(), ""]
     for name, rows in by_table.items():
@@ -57,24 +57,24 @@ def schema_markdown() -> str:
     return "\n".join(lines)
 
 
-def _shared_rows(tables: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Return, by column, the row that most tables have, if several have it."""
+def shared_rows(tables: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Return the row that most tables have under a key, if several have it, by key."""
     usage = Counter(item for rows in tables for item in rows.items())
-    frequent = {column: row for (column, row), count in reversed(usage.most_common()) if count > 1}
-    return {column: row for column, row in usage if frequent.get(column) == row}
+    frequent = {key: row for (key, row), count in reversed(usage.most_common()) if count > 1}
+    return {key: row for key, row in usage if frequent.get(key) == row}
 
 
-def _markdown_row(row: dict[str, str]) -> str:
-    return f"| `{row['column']}` | {row['type']} | {escape_markdown(_meaning(row))} |"
+def _markdown_row(column: str, kind: str, description: str) -> str:
+    return f"| `{column}` | {kind} | {escape_markdown(description)} |"
 
 
-def _by_table() -> dict[str, list[dict[str, str]]]:
-    rows = schema_table().to_pylist()
-    return {name: [row for row in rows if row["table"] == name] for name in TABLES}
-
-
-def _meaning(row: dict[str, str]) -> str:
-    return f"{row['meaning']} [{row['unit']}]" if row["unit"] else row["meaning"]
+def _by_table() -> dict[str, list[tuple[str, str, str]]]:
+    """Return name, type in SQL and description of each column, by table."""
+    types = {(row["table"], row["column"]): row["type"] for row in schema_table().to_pylist()}
+    return {
+        name: [(column.name, types[name, column.name], column.description) for column in table.columns]
+        for name, table in TABLES.items()
+    }
 
 
 def _titled(name: str, meaning: str) -> Text:
