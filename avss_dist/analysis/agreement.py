@@ -20,7 +20,7 @@ from avss_dist.stats.rankings import (
     spearman,
     spearman_rows,
 )
-from avss_dist.system.progress_bar import tracked
+from avss_dist.system.streams import tracked
 
 Scores = tuple[Float64, Float64]  # depth and values of layers, float64[layers] each, ascending in depth
 Indices = NDArray[np.int64]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from avss_dist.analysis.agreement import CorrelationSummary
 from avss_dist.analysis.rank_matrix import Indices, RankMatrix
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.progress_bar import tracked
+from avss_dist.system.streams import tracked
 
 AT_ONCE = 512  # rows of a block of pairs: with 20,000 runs, a block is 80 MB
 MAX_GROUPS = 50  # with more, the table of all pairs of groups tells nobody anything

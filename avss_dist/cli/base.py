@@ -22,7 +22,7 @@ from avss_dist.cli.commands import COMMANDS, READ, REMOVED, epilog
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, is_full, nearest, spell_fields, unwritable
 from avss_dist.core.extras import EXTRAS, install_hint
 from avss_dist.core.text import printable
-from avss_dist.system.signals import arm, exit_code, stop_signal
+from avss_dist.system.process import arm, exit_code, stop_signal
 from avss_dist.system.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from avss_dist.cli.commands import epilog
 from avss_dist.cli.options import FORMATS, TEXT_FORMATS, takes, takes_output
 from avss_dist.core.errors import RunFailed
 from avss_dist.requests import ClusterRequest, JobIdRequest, ListJobsRequest, LogsRequest, SubmitRequest
-from avss_dist.system.signals import exit_code
+from avss_dist.system.process import exit_code
 from avss_dist.system.streams import console, emit, emit_json, say
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from avss_dist.corpus.tokens import (
     shuffled,
     special_tokens_of_rows,
 )
-from avss_dist.system.spool import Spool
+from avss_dist.system.files import Spool
 
 Mask = NDArray[np.bool_]
 

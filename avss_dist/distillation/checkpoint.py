@@ -16,7 +16,7 @@ from avss_dist.models.checkpoints import Checkpoint, locate
 from avss_dist.models.loading import load_model
 from avss_dist.models.safetensors import weight_files
 from avss_dist.models.stored import floating_dtype, stored_tensors
-from avss_dist.system.staging import staged_folder
+from avss_dist.system.files import staged_folder
 
 _NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "README.md", "COMPLETE", ".*")
 

@@ -18,10 +18,8 @@ from avss_dist.models.sampling import sample
 from avss_dist.models.size import footprint
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.system.devices import free_memory, pick_device
-from avss_dist.system.folders import cache_folder
-from avss_dist.system.journal import Journal
-from avss_dist.system.progress_bar import ProgressCallback, progress_to
-from avss_dist.system.staging import staged_file
+from avss_dist.system.files import Journal, cache_folder, staged_file
+from avss_dist.system.streams import ProgressCallback, progress_to
 
 ROWS = (128, 32)  # texts that are sampled at once, if there is memory for them, and otherwise
 SPARE_SHARE = 0.8  # of the memory that is free

@@ -22,9 +22,8 @@ from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.size import footprint
 from avss_dist.partition.base import Placement, Replica
 from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.system.cores import computing_threads, free_cores
-from avss_dist.system.devices import available_memory, devices_here, pick_device
-from avss_dist.system.progress_bar import progress_to
+from avss_dist.system.devices import available_memory, computing_threads, devices_here, free_cores, pick_device
+from avss_dist.system.streams import progress_to
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, measure_cell
 
 S = TypeVar("S")

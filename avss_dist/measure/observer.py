@@ -31,8 +31,8 @@ from avss_dist.partition.base import RowSplit
 from avss_dist.stats.experts import ExpertStats
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_strata
-from avss_dist.system.context import bound
 from avss_dist.system.devices import to_device, to_host
+from avss_dist.system.process import bound
 
 ALL_ROWS = RowSplit()
 UNIT_SITES = ("block", "update", *INPUT_SITES)

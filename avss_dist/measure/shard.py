@@ -25,10 +25,8 @@ from avss_dist.partition.base import Replica, dummy_batch, no_observation
 from avss_dist.stats.layer_stats import LayerKey, ShardResult
 from avss_dist.stats.merging import merge_stats, merge_strata
 from avss_dist.stats.rows import AnswerRows
-from avss_dist.system.cores import use_threads
-from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory
-from avss_dist.system.memory import peak_memory
-from avss_dist.system.out_of_memory import halve_until_it_fits
+from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory, use_threads
+from avss_dist.system.memory import halve_until_it_fits, peak_memory
 
 Heartbeat = Callable[[], None]
 

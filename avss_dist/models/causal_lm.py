@@ -47,7 +47,7 @@ from avss_dist.models.sparsifying import SparsityCounts, dense, sparsified, unco
 from avss_dist.models.sublayers import find_obstacles, require_sublayers
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import to_device
-from avss_dist.system.progress_bar import underway
+from avss_dist.system.streams import underway
 
 PROBE_TOKENS = 16
 CHECKED_TOKENS = 3  # tokens that are generated to check the key-value cache

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from avss_dist.core.errors import ModelError
-from avss_dist.system.folders import cache_folder
-from avss_dist.system.staging import staged_file
+from avss_dist.system.files import cache_folder, staged_file
 
 
 def content_hash(folder: Path, files: Iterable[Path]) -> str:

@@ -28,7 +28,7 @@ from avss_dist.models.layers import Layer, first_tensor
 from avss_dist.models.patching import forward_name
 from avss_dist.models.skipping import replace_tensor
 from avss_dist.models.sublayers import without_sublayers
-from avss_dist.system.context import bound
+from avss_dist.system.process import bound
 
 COUNT = "num_experts"
 """Attribute of routers and of fused experts with the number of experts."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from avss_dist.models.layers import PROBE_SHAPE, Layer, probe_tokens
 from avss_dist.models.skipping import replaced_forwards
-from avss_dist.system.context import bound
+from avss_dist.system.process import bound
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Maximum difference between the logits of pieces and of all tokens, relative to the largest logit, by dtype."""

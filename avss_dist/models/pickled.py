@@ -15,8 +15,7 @@ import torch
 from avss_dist.core.errors import ModelError, first_line, unwritable
 from avss_dist.models.content import content_hash
 from avss_dist.models.safetensors import INDEX
-from avss_dist.system.folders import cache_folder
-from avss_dist.system.staging import staged_folder
+from avss_dist.system.files import cache_folder, staged_folder
 
 WEIGHTS = "pytorch_model*.bin"  # what transformers calls them; others hold optimizers and arguments
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -16,7 +16,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_model, load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.system.devices import pick_device
-from avss_dist.system.progress_bar import report, tracked
+from avss_dist.system.streams import report, tracked
 
 
 def sample(

@@ -27,7 +27,7 @@ from avss_dist.models.pinning import compute_dtype
 from avss_dist.models.quantization import can_unpack, packed, quantization_method, unpacking_bytes
 from avss_dist.models.safetensors import TensorInfo
 from avss_dist.models.stored import hub_tensors, stored_tensors
-from avss_dist.system.context import bound
+from avss_dist.system.process import bound
 
 T = TypeVar("T")
 _SKELETONS: ContextVar[dict[Any, Any] | None] = ContextVar("skeletons", default=None)

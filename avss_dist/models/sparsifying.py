@@ -18,7 +18,7 @@ from torch import nn
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import THRESHOLD, MapSparsity, Sparsity
 from avss_dist.models.layers import Layer, Projection
-from avss_dist.system.context import bound
+from avss_dist.system.process import bound
 
 
 @dataclass

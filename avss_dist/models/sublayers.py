@@ -20,7 +20,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import PARTS, Removal, layers_by_part, sublayers_of
 from avss_dist.models.layers import Layer, first_tensor, input_tensor
 from avss_dist.models.skipping import Skip, replace_tensor, replaced_forwards
-from avss_dist.system.context import bound
+from avss_dist.system.process import bound
 
 _LEFT_OUT: ContextVar[frozenset[object]] = ContextVar("left out", default=frozenset())
 

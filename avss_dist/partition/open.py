@@ -9,7 +9,7 @@ from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.base import Placement, Replica
-from avss_dist.system.cores import use_threads
+from avss_dist.system.devices import use_threads
 
 
 def replica_class(partition: str) -> Any:

@@ -43,7 +43,7 @@ from avss_dist.core.validation import Check, checked
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.pruning.ground_truth import BlockDistances, LayerTruth
 from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
-from avss_dist.system.staging import staged_file
+from avss_dist.system.files import staged_file
 
 T = TypeVar("T")
 _HINT = "avss plan makes one."

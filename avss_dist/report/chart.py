@@ -22,8 +22,7 @@ from avss_dist.core.text import basename, count_of, describe_count, describe_thr
 from avss_dist.report.output import PICTURES, map_leaves, write_file
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
-from avss_dist.system.folders import cache_folder
-from avss_dist.system.staging import staged_file
+from avss_dist.system.files import cache_folder, staged_file
 
 MAX_RUNS = 100  # in a chart: its ten colors repeat long before, and the library that draws holds every point
 MAX_LABELED = 60  # rows of a similarity map with a name beside each

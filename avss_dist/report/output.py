@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from avss_dist.core.errors import QueryError, unwritable
 from avss_dist.core.text import escape_markdown, printable
-from avss_dist.system.staging import staged_file
+from avss_dist.system.files import staged_file
 from avss_dist.system.streams import binary_output, emit, emit_json
 
 if TYPE_CHECKING:

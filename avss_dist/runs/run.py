@@ -23,7 +23,7 @@ from avss_dist.models.series import training_point
 from avss_dist.runs.partials import Apply, merge_partials
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import score_run
-from avss_dist.system.versions import package_versions
+from avss_dist.system.process import package_versions
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.sharing import Receipt, SharedWarehouse

@@ -1,11 +1,13 @@
-"""Devices that models compute on, and transfers to and from them."""
+"""Devices and cores that models compute on, and transfers to and from devices."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -13,7 +15,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.system.cgroups import memory_left
+from avss_dist.system.memory import memory_left
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, and before; the older one still works
 CONTEXT_BYTES = 1 << 30  # of a GPU, at most, that a process's CUDA context and the kernels of its libraries take
@@ -164,3 +166,41 @@ def pick_device(name: str) -> torch.device:
     if use_cuda and not any(os.environ.get(variable) for variable in ALLOCATOR):
         os.environ[ALLOCATOR[-1]] = ",".join(allocator_options(torch.__version__))
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+SAMPLE_SECONDS = 0.2  # in which the load of others is measured
+
+
+def use_threads(threads: int) -> None:
+    """Set the number of threads with which torch computes in this Python thread, whatever the environment says.
+
+    OpenMP keeps the number for each Python thread, MKL and torch for the process. Every thread that computes must call
+    this with the same number.
+    """
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def computing_threads(threads: int) -> Iterator[None]:
+    """Apply `use_threads` inside the block, and restore the previous number after it."""
+    before = torch.get_num_threads()
+    use_threads(threads)
+    try:
+        yield
+    finally:
+        use_threads(before)
+
+
+def free_cores() -> int:
+    """Return the number of cores that are idle now, within this process's affinity and control group; at least 1."""
+    usable = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):
+        quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            usable = min(usable, int(quota) // int(period))
+    if usable <= 1:
+        return 1
+    total = psutil.cpu_count() or usable
+    busy = total * psutil.cpu_percent(interval=SAMPLE_SECONDS) / 100
+    return max(1, min(usable, round(total - busy)))

@@ -1,15 +1,22 @@
-"""Memory of this process."""
+"""Memory of this process, limits of control groups, and retries of batches that do not fit."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+import torch
+
+from avss_dist.core.errors import BatchTooLarge
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _MADV_POPULATE_READ = 22  # of madvise(2)
@@ -44,17 +51,11 @@ def populate(address: int, size: int) -> None:
         OSError: the file cannot be read, or has become shorter.
     """
     start = address - address % mmap.PAGESIZE
-    failed = size and _madvise()(start, address + size - start, _MADV_POPULATE_READ)
+    pages = ctypes.c_void_p(start), ctypes.c_size_t(address + size - start)
+    # Unlike mmap.madvise, this releases Python's global interpreter lock.
+    failed = size and ctypes.CDLL(None, use_errno=True).madvise(*pages, _MADV_POPULATE_READ)
     if failed and (number := ctypes.get_errno()) != errno.EINVAL:
         raise OSError(number, os.strerror(number))
-
-
-@lru_cache(maxsize=1)
-def _madvise() -> Any:
-    """Return madvise(2). Unlike `mmap.madvise`, it releases Python's global interpreter lock."""
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
 
 
 def peak_memory() -> int:
@@ -64,3 +65,93 @@ def peak_memory() -> int:
     """
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+_ROOT, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_FILES = (  # limit, usage, and the field of memory.stat with file cache that the kernel drops first; versions 2 and 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def memory_left(root: Path = _ROOT, membership: Path = _MEMBERSHIP) -> int | None:
+    """Return the bytes that the control groups of this process still allow; None without a limit.
+
+    Args:
+        root: mount point of control groups.
+        membership: file with the groups of this process, a line for each hierarchy: ``number:controllers:path``.
+    """
+    sizes = []
+    for group, (limit, usage, cache) in product(_groups(root, membership), _FILES):
+        try:
+            maximum, used = ((group / name).read_text(encoding="ascii").strip() for name in (limit, usage))
+            fields = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        except OSError:
+            continue
+        if maximum != "max":
+            sizes.append(max(0, int(maximum) - int(used) + int(fields.get(cache, 0))))
+    return min(sizes, default=None)
+
+
+def _groups(root: Path, membership: Path) -> Iterator[Path]:
+    """Yield the folders of this process's memory groups and of their parents. Each has a limit of its own."""
+    yield from (root, root / "memory")  # inside a container, its own group is the root
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        base = root / "memory" if "memory" in controllers.split(",") else root
+        if base != root or not controllers:
+            group = base / path.lstrip("/")
+            while group != base:
+                yield group
+                group = group.parent
+
+
+T = TypeVar("T")
+
+OUT_OF_MEMORY = (
+    "out of memory",  # "CUDA error: out of memory", "HIP out of memory"; of NCCL "Cuda failure 2 'out of memory'"
+    "_STATUS_ALLOC_FAILED",  # CUBLAS, CUSOLVER, CUSPARSE, CUDNN
+    "not enough memory",  # torch's allocator on a CPU
+    "can't allocate memory",
+)
+
+
+def halve_until_it_fits(
+    measure: Callable[[int], T], rows: int, too_large: Callable[[int], BatchTooLarge], *, least: int = 1
+) -> tuple[T, int]:
+    """Call ``measure(rows)``, with half the rows again and again while they do not fit in memory.
+
+    Args:
+        measure: must leave no state behind when it fails.
+        too_large: returns the error for a number of rows that does not fit.
+        least: minimum number of rows.
+
+    Returns:
+        The result, and the number of rows that fitted.
+
+    Raises:
+        BatchTooLarge: ``least`` rows do not fit.
+    """
+    while True:
+        try:
+            return measure(rows), rows
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if rows <= least:
+                raise too_large(rows) from None
+        rows = (rows + 1) // 2
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: by its type, or by a text of CUDA, ROCm, NCCL, cuBLAS or the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""Output to the standard streams: their encodings, control characters of terminals, and errors of writing.
+"""Output to the standard streams, and progress bars.
 
 The rest of this package returns texts. `emit` and `console` write to standard output, `say` and `complain` to standard
 error. `set_verbosity` selects how many of the messages that are neither results nor errors are printed.
@@ -13,11 +13,13 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import ContextVar
+from typing import IO, TYPE_CHECKING, Any, TextIO, TypeVar
 
 from avss_dist.core.text import printable
+from avss_dist.system.process import bound
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,3 +145,42 @@ def console(*, stderr: bool = False) -> Console:
     terminal = Output(highlight=False, stderr=stderr, quiet=quiet)
     width = int(columns) if (columns := os.environ.get("COLUMNS", "")).isdigit() else WIDTH
     return terminal if terminal.is_terminal else Output(highlight=False, stderr=stderr, width=width, quiet=quiet)
+
+
+Item = TypeVar("Item")
+ProgressCallback = Callable[[str, float], None]
+"""Receives the current activity, and the share of it that is done (0 to 1)."""
+_CALLBACK: ContextVar[ProgressCallback | None] = ContextVar("progress_callback", default=None)
+
+
+def progress_to(callback: ProgressCallback) -> AbstractContextManager[None]:
+    """Make `tracked` call a callback inside the block instead of showing a bar."""
+    return bound(_CALLBACK, callback)
+
+
+def tracked(items: Sequence[Item], what: str) -> Iterable[Item]:
+    """Return the items with a progress bar on standard error, if it is a terminal. The bar disappears at the end."""
+    if (callback := _CALLBACK.get()) is not None:
+        return _reported(items, what, callback)
+    if not items or not sys.stderr.isatty():
+        return items
+    from rich.progress import track
+
+    return track(items, what, console=console(stderr=True), transient=True)
+
+
+def underway(items: Sequence[Item], what: str) -> Iterable[Item]:
+    """Return the items as `tracked` does, without a bar where no callback shows the progress."""
+    return items if _CALLBACK.get() is None else tracked(items, what)
+
+
+def report(what: str, share: float) -> None:
+    """Pass the share of an activity that is done to the callback of `progress_to`, if there is one."""
+    if (callback := _CALLBACK.get()) is not None:
+        callback(what, share)
+
+
+def _reported(items: Sequence[Item], what: str, callback: ProgressCallback) -> Iterator[Item]:
+    for number, item in enumerate(items):
+        callback(what, number / len(items))
+        yield item

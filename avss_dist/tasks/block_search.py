@@ -21,7 +21,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.power_law import hill_exponent
-from avss_dist.system.context import bound
+from avss_dist.system.process import bound
 from avss_dist.tasks.base import Row
 
 GREEDY, GREEDY_ERROR = "greedy:", "greedy_error"

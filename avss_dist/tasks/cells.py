@@ -17,8 +17,8 @@ from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.base import Placement
-from avss_dist.system.cores import use_threads
-from avss_dist.system.out_of_memory import halve_until_it_fits
+from avss_dist.system.devices import use_threads
+from avss_dist.system.memory import halve_until_it_fits
 from avss_dist.tasks.base import Measure, Row
 
 Heartbeat = Callable[[], None]

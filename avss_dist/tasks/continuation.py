@@ -12,7 +12,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import fingerprint
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import quiet
-from avss_dist.system.out_of_memory import is_out_of_memory
+from avss_dist.system.memory import is_out_of_memory
 from avss_dist.tasks.base import Row
 
 TOKEN = "token"  # metric of a continuation: ids of its tokens

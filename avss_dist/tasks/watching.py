@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from avss_dist.models.layers import Layer, Projection
-from avss_dist.system.context import bound
+from avss_dist.system.process import bound
 
 
 class Watched:

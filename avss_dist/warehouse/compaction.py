@@ -25,9 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from avss_dist.system.folders import cache_folder
-from avss_dist.system.progress_bar import tracked
-from avss_dist.system.staging import remove_leftovers, staged_file
+from avss_dist.system.files import cache_folder, remove_leftovers, staged_file
+from avss_dist.system.streams import tracked
 from avss_dist.warehouse.digest import DIGEST, DIGEST_VERSION, SOURCE, digest
 from avss_dist.warehouse.encoding import UNSIGNED_METADATA, conform, signed, verify_footer
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS

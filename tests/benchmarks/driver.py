@@ -44,7 +44,7 @@ from avss_dist.runs.driver import Driver
 from avss_dist.runs.run import PlannedRun, Run, RunInProgress
 from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
 from avss_dist.stats.layer_stats import LayerStats, ShardResult
-from avss_dist.system.spool import Spool
+from avss_dist.system.files import Spool
 from avss_dist.warehouse.encoding import EncodedStats, encode_shard
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.sharing import Receipt

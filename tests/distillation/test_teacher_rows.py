@@ -16,7 +16,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.sampling import sample
 from avss_dist.pruning.plan import Plan
-from avss_dist.system.progress_bar import progress_to
+from avss_dist.system.streams import progress_to
 
 SETTINGS = Settings(sequence_length=16, dtype="float32", device="cpu")
 

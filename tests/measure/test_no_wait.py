@@ -27,7 +27,7 @@ from avss_dist.models.experts import Experts, Routing
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.partition.batchwise import run_batch
 from avss_dist.system import devices
-from avss_dist.system.out_of_memory import halve_until_it_fits
+from avss_dist.system.memory import halve_until_it_fits
 
 META = torch.device("meta")
 PAIRED = Pairing(rows=np.arange(3), pairs=np.arange(3), strata=("good", "bad", "good"), starts=np.zeros(3, np.int32))

@@ -16,13 +16,13 @@ from support.command_line import avss
 
 from avss_dist.__main__ import main
 from avss_dist.pruning.plan import Plan
-from avss_dist.system import signals
-from avss_dist.system.signals import Terminated, preserve_sigterm_handler, raise_on_sigterm
+from avss_dist.system import process
+from avss_dist.system.process import Terminated, preserve_sigterm_handler, raise_on_sigterm
 
 
 @pytest.fixture
 def default_sigterm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(signals, "_terminated", False)
+    monkeypatch.setattr(process, "_terminated", False)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -53,7 +53,7 @@ def test_a_signal_while_a_checkpoint_is_written_leaves_nothing(
         remove(*args, **options)
 
     monkeypatch.setattr("avss_dist.pruning.checkpoint._copy_files", interrupted_copy)
-    monkeypatch.setattr("avss_dist.system.staging.shutil.rmtree", interrupted_remove)
+    monkeypatch.setattr("avss_dist.system.files.shutil.rmtree", interrupted_remove)
     raise_on_sigterm()
     done = avss("prune", tiny_llama, plan, "-o", plan.parent / "out")
     assert done.exit_code == code and "Stopped." in done.stderr and "Traceback" not in done.stderr

@@ -34,7 +34,7 @@ from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQ
 from avss_dist.executors.ray.ranks import RankedRun
 from avss_dist.partition.base import Placement
 from avss_dist.system.devices import Devices, devices_here, pick_device
-from avss_dist.system.signals import preserve_sigterm_handler
+from avss_dist.system.process import preserve_sigterm_handler
 from avss_dist.tasks.cells import Cell, CellOutcome
 
 S = TypeVar("S")

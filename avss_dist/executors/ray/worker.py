@@ -22,9 +22,8 @@ from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, convert_pickles, resolve
 from avss_dist.partition.base import Replica
 from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.system.cores import use_threads
-from avss_dist.system.devices import pick_device
-from avss_dist.system.progress_bar import progress_to
+from avss_dist.system.devices import pick_device, use_threads
+from avss_dist.system.streams import progress_to
 from avss_dist.tasks.cells import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity

@@ -28,7 +28,7 @@ from avss_dist.partition.streaming.buffers import AnyBuffer
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
 from avss_dist.partition.streaming.weights import Part, StreamedWeights
 from avss_dist.partition.streaming.window import Window
-from avss_dist.system.context import bound
+from avss_dist.system.process import bound
 
 T = TypeVar("T")
 Fork = Callable[[torch.Tensor], object]

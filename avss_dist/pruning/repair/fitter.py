@@ -28,7 +28,7 @@ from avss_dist.pruning.repair.record import RepairedCut
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.splits import FitSplit
 from avss_dist.system.devices import free_memory
-from avss_dist.system.progress_bar import tracked
+from avss_dist.system.streams import tracked
 
 ReadStored = Callable[[Parameter], torch.Tensor | None]
 """Returns a parameter as the checkpoint's files hold it; None if they do not."""

@@ -19,7 +19,7 @@ from avss_dist.models.expert_units import ChosenUnits, DownProjections, find_dow
 from avss_dist.models.experts import Experts
 from avss_dist.models.layers import PROBE_SHAPE, Layer, as_rows, first_tensor, input_tensor
 from avss_dist.pruning.selection import PlanError
-from avss_dist.system.context import bound
+from avss_dist.system.process import bound
 
 PUSHES = (1.0, 4.0)  # multiples of the size of the layer's output; an output that is added is added at any size
 _PLAIN_KINDS = ("Conv1D", "FalconLinear")  # GPT-2's and Falcon's names for an ordinary linear map

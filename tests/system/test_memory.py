@@ -8,8 +8,8 @@ import psutil
 import pytest
 
 from avss_dist.system import devices
-from avss_dist.system.cgroups import memory_left
 from avss_dist.system.devices import available_memory
+from avss_dist.system.memory import memory_left
 
 MB = 10**6
 UNLIMITED_1 = 9223372036854771712  # what version 1 writes for no limit

@@ -1,4 +1,4 @@
-"""SIGTERM as an exception, so that a command that a scheduler ends can clean up as after Ctrl-C."""
+"""This process: SIGTERM as an exception, context variables for as long as a block runs, and versions of packages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+from typing import Any, TypeVar
 
 _terminated = False  # whether SIGTERM has been received: Ray turns `Terminated` into a plain KeyboardInterrupt
 
@@ -64,3 +67,46 @@ def preserve_sigterm_handler() -> Iterator[None]:
     finally:
         if handler is not None and handler is not signal.SIG_DFL:
             signal.signal(signal.SIGTERM, handler)
+
+
+T = TypeVar("T")
+
+
+@contextmanager
+def bound(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Set a context variable inside the block, and restore its value after it."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+PACKAGES = (
+    "avss_dist",
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "ray",
+    "numpy",
+    "pyarrow",
+    "numba",
+    "gguf",
+    "compressed-tensors",
+    "lm_eval",
+)
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that can change a number or a file."""
+    versions = {name: installed_version(name) for name in PACKAGES}
+    return {"python": python_version()} | {name: number for name, number in versions.items() if number}

@@ -1,17 +1,19 @@
-"""Files and folders appear whole, or not at all."""
+"""Files and folders appear whole, or not at all, and arrays grow in memory or in a file."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from avss_dist.system import staging
-from avss_dist.system.staging import remove_leftovers, staged_file, staged_folder
+from avss_dist.system import files
+from avss_dist.system.files import remove_leftovers, staged_file, staged_folder
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
@@ -100,13 +102,13 @@ def test_leftovers_of_killed_writers_are_deleted_and_nothing_else(tmp_path: Path
     fresh.write_text("x")
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*others, fresh.name}
-    assert staging._STAGED.fullmatch(staging._fresh("run.parquet"))
+    assert files._STAGED.fullmatch(files._fresh("run.parquet"))
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from avss_dist.system.staging import staged_folder
+from avss_dist.system.files import staged_folder
 with staged_folder(Path(sys.argv[1])) as staged:
     (staged / "weights").write_text("x")
     print(staged.name, flush=True)
@@ -138,14 +140,14 @@ def test_the_folder_of_a_killed_writer_is_deleted_and_that_of_a_live_one_is_not(
 
 def test_a_process_of_the_same_number_is_not_the_writer(tmp_path: Path) -> None:
     """As in a container that was started again, where the command has the same number each time."""
-    left = tmp_path / f".out.avss-{staging._machine()}-{os.getpid()}-1-0123abcd.tmp"
+    left = tmp_path / f".out.avss-{files._machine()}-{os.getpid()}-1-0123abcd.tmp"
     left.mkdir()
     with staged_folder(tmp_path / "new") as staged:
         remove_leftovers(tmp_path)
         assert staged.is_dir() and not left.exists()
 
 
-@pytest.mark.parametrize("machine", ["89abcdef", staging._UNKNOWN])
+@pytest.mark.parametrize("machine", ["89abcdef", files._UNKNOWN])
 def test_the_folder_of_a_writer_on_another_machine_is_kept_for_a_week(machine: str, tmp_path: Path) -> None:
     """Since the last change to anything in it."""
     left = tmp_path / f".out.avss-{machine}-4711-12-0123abcd.tmp"
@@ -162,7 +164,33 @@ def test_the_folder_of_a_writer_on_another_machine_is_kept_for_a_week(machine: s
 
 def test_a_link_in_place_of_a_leftover_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    link = tmp_path / f".out.avss-{staging._machine()}-{os.getpid()}-1-0123abcd.tmp"
+    link = tmp_path / f".out.avss-{files._machine()}-{os.getpid()}-1-0123abcd.tmp"
     link.symlink_to(tmp_path / "mine")
     remove_leftovers(tmp_path)
     assert link.is_symlink() and (tmp_path / "mine").is_dir()
+
+
+PIECES = np.split(np.arange(400_000, dtype=np.int32).reshape(-1, 4), [0, 1, 5_000, 60_000])
+
+
+def spooled(kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    monkeypatch.setattr(files, "KEPT_BYTES", kept_bytes)
+    growing = files.Spool(4)
+    for piece in PIECES:
+        growing.add(piece)
+    return growing.array()
+
+
+@pytest.mark.parametrize("kept_bytes", [1 << 30, 100_000, 0])
+def test_rows_come_back_from_memory_or_from_a_file(kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = spooled(kept_bytes, monkeypatch)
+    assert np.array_equal(rows, np.concatenate(PIECES)) and rows.dtype == np.int32
+    assert rows.flags.writeable == (kept_bytes == 1 << 30), "a file is mapped, and read only"
+    assert files.Spool(4).array().shape == (0, 4)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
+def test_where_the_disk_is_full_the_rest_stays_in_memory(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    rows = spooled(100_000, monkeypatch)
+    assert np.array_equal(rows, np.concatenate(PIECES))

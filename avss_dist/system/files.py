@@ -1,0 +1,239 @@
+"""Files: atomic writes, the cache folder, arrays that grow on disk, and journals of long commands."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from avss_dist.core.errors import ConfigError
+
+LEFTOVER_SECONDS = 3600.0  # nobody writes one file for so long
+LEFTOVER_FOLDER_SECONDS = 7 * 24 * 3600.0  # nor a checkpoint, with nothing new in its folder
+_STAGED = re.compile(r"\..+\.avss-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.tmp")
+_UNKNOWN = "00000000"  # a machine whose processes cannot be told apart
+
+
+@contextmanager
+def staged_file(path: Path, *, folder: Path | None = None, durable: bool = False) -> Iterator[Path]:
+    """Yield a fresh path to write to. It replaces ``path`` if the block ends without error, and is deleted otherwise.
+
+    A symbolic link stays one: what it points to is replaced. A pipe or a device is written to as it is.
+
+    Args:
+        folder: folder of the fresh path, on the file system of ``path``; the same folder by default.
+        durable: make the content reach the disk before the rename.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    target = path.resolve()
+    staged = (folder or target.parent) / _fresh(target.name)
+    try:
+        yield staged
+        if durable:
+            with staged.open("rb") as file:
+                os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, staged)
+        staged.replace(target)
+    finally:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """Yield a fresh, empty folder. It becomes ``path`` if the block ends without an error, and is deleted otherwise.
+
+    Parents are created. ``path`` may be an empty folder. Leftovers of killed writers beside it are deleted.
+
+    Raises:
+        OSError: the folder cannot be written, or ``path`` exists and is not an empty folder.
+    """
+    target = path.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent)
+    staged = target.with_name(_fresh(target.name))
+    staged.mkdir()
+    try:
+        yield staged
+        staged.rename(target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the staged files and folders that writers left in a folder when they were killed.
+
+    Whether a writer of this machine has ended is known. One of another machine is taken to have ended after
+    an hour without a change to its file, or a week without a change in its folder.
+    """
+    for path in folder.glob(".*.tmp"):
+        name = _STAGED.fullmatch(path.name)
+        if not name or path.is_symlink():
+            continue
+        with suppress(OSError):
+            if path.is_dir() and _is_left(name, LEFTOVER_FOLDER_SECONDS, path, *path.rglob("*")):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_file() and _is_left(name, LEFTOVER_SECONDS, path):
+                path.unlink()
+
+
+def _is_left(name: re.Match[str], seconds: float, *paths: Path) -> bool:
+    """Whether the writer of these paths has ended, or has not changed them for so long that it must have."""
+    pid = int(name["pid"])
+    if name["machine"] == _machine() != _UNKNOWN:
+        if not psutil.pid_exists(pid):
+            return True
+        if start := _start(pid):
+            return start != int(name["start"])
+    return time.time() - max(path.lstat().st_mtime for path in paths) > seconds
+
+
+def _fresh(name: str) -> str:
+    owner = f"{_machine()}-{os.getpid()}-{_start(os.getpid()) or 0}"
+    return f".{name[:40]}.avss-{owner}-{secrets.token_hex(4)}.tmp"
+
+
+def _machine() -> str:
+    """Return eight hexadecimal digits for this boot of this machine, and for the container that processes count in."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        known = [boot, os.readlink("/proc/self/ns/pid"), socket.gethostname()]
+    except OSError:
+        return _UNKNOWN
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]
+
+
+def _start(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since the boot; None if that cannot be read."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def cache_folder(*parts: str) -> Path:
+    """Return a folder in the user's cache, such as ``~/.cache/avss_dist/tables``. It may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "").strip() or Path.home() / ".cache").joinpath("avss_dist", *parts)
+
+
+KEPT_BYTES = 64 << 20  # in memory
+
+
+class Spool:
+    """Growing array, int32[rows, width].
+
+    The file has no name, so it is deleted with the process. If it cannot be written, the rows stay in memory.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._waiting = [np.zeros((0, width), np.int32)]
+        self._max_waiting_bytes: float = KEPT_BYTES
+        self._rows_written = 0
+
+    def add(self, rows: NDArray[np.int32]) -> None:
+        """Append rows."""
+        self._waiting.append(rows)
+        if sum(waiting.nbytes for waiting in self._waiting) > self._max_waiting_bytes:
+            self._write()
+
+    def array(self) -> NDArray[np.int32]:
+        """Return all rows. Rows in a file are read-only."""
+        if self._rows_written:
+            self._write()
+        waiting = np.concatenate(self._waiting)
+        if not self._rows_written:
+            return waiting
+        written = np.asarray(np.memmap(self._file, np.int32, "r", shape=(self._rows_written, self._width)))
+        return np.concatenate([written, waiting]) if len(waiting) else written
+
+    def _write(self) -> None:
+        rows = np.concatenate(self._waiting)
+        try:
+            if not self._rows_written:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the array)
+            self._file.seek(4 * self._width * self._rows_written)
+            self._file.write(rows.tobytes())
+            self._file.flush()
+        except OSError:
+            self._max_waiting_bytes = math.inf
+            return
+        self._rows_written += len(rows)
+        self._waiting = self._waiting[:1]
+
+
+class Journal:
+    """File of batches of texts, a line of JSON each. Used as a context manager.
+
+    Args:
+        path: the file. Its first line is the identity.
+        identity: all options that determine the texts.
+
+    Attributes:
+        batches: recorded batches, in order.
+
+    Raises:
+        ConfigError: the file was written with another identity.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self._path = path
+        self._identity = json.dumps(identity, sort_keys=True, default=str)
+        self.batches: list[list[str]] = []
+
+    def __enter__(self) -> Journal:
+        self._file = self._path.open("ab+")
+        self._file.seek(0)
+        identity, *batches = [line for line in self._file if line.endswith(b"\n")] or [b""]  # a kill cuts lines off
+        if identity and identity != f"{self._identity}\n".encode():
+            raise ConfigError(
+                f"{self._path} was begun with another model or other options.",
+                "Use the same ones to continue, delete the file, or name another `output`.",
+            )
+        self._file.truncate(len(identity) + sum(map(len, batches)))
+        self.batches = [json.loads(line) for line in batches]
+        if not identity:
+            self._write(self._identity)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if not self.batches:
+            self.remove()
+
+    def add(self, batch: list[str]) -> None:
+        """Record a batch."""
+        self._write(json.dumps(batch, ensure_ascii=False))
+        self.batches.append(batch)
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self._path.unlink()
+
+    def _write(self, line: str) -> None:
+        self._file.write(f"{line}\n".encode())
+        self._file.flush()
