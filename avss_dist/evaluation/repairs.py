@@ -39,9 +39,8 @@ from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import with_copies
 from avss_dist.pruning.checkpoint import require_free, require_prunable
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fitter import DataParallel, find_cuts
-from avss_dist.pruning.repair.hidden_states import hidden_states_of
-from avss_dist.pruning.repair.record import parse_record
+from avss_dist.pruning.repair.fitter import find_cuts
+from avss_dist.pruning.repair.record import RepairRecord
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
 from avss_dist.pruning.selection import PlanError
@@ -56,7 +55,7 @@ def read_repaired(patch: StoredPatch) -> Repaired:
     """Return a fitted repair: its weights, record and notes."""
     tensors, about = decode_patch(patch.read())
     values = json.loads(about)
-    return Repaired(tensors, parse_record(values["record"]), values["notes"])
+    return Repaired(tensors, RepairRecord(**values["record"]), values["notes"])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -93,8 +92,7 @@ class FitRepair:
         )
         weights = StoredWeights.of_checkpoint(checkpoint, plan, settings).read
         repair = replace(self.repair, settings=settings)
-        parallel = DataParallel(model.local_indices, model.all_reduce, model.lockstep)
-        repaired = fit_repair(checkpoint, hidden_states_of(model), plan, repair, self.texts, weights, parallel)
+        repaired = fit_repair(checkpoint, plan, repair, self.texts, weights, model.backbone, model.device, model)
         about = json.dumps({"record": asdict(repaired.record), "notes": list(repaired.notes)})
         errors = np.array([cut.error_after for cut in repaired.record.cuts])
         patch = encode_patch(repaired.tensors, about)

@@ -45,12 +45,11 @@ from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.patching import Patch
 from avss_dist.models.skipping import replace_tensor
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fitter import RepairCut, find_cuts
-from avss_dist.pruning.repair.hidden_states import hidden_states_of
+from avss_dist.pruning.repair.fitter import FitSplit, RepairCut, find_cuts, split_texts
+from avss_dist.pruning.repair.hidden_states import HiddenStateSource
 from avss_dist.pruning.repair.projection import OutputProjection, captured
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, fit_repair
-from avss_dist.pruning.repair.splits import FitSplit, split_texts
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.system.devices import use_threads
 from avss_dist.tasks.base import TextLoss
@@ -144,7 +143,7 @@ def fit_baseline(
 ) -> dict[nn.Module, torch.Tensor]:
     """Return the matrices of a baseline, by the module whose output each multiplies."""
     splits, cuts = split_texts([text], batch_size), find_cuts(plan)
-    source = hidden_states_of(model)([split.batch for split in splits], plan.drop, [])
+    source = HiddenStateSource(model.backbone, model.device, [split.batch for split in splits], plan.drop, [], model)
     fitter = BaselineFitter(model, splits, plan.drop)
     with torch.no_grad():
         for cut in cuts:
@@ -198,8 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with applied(matrices):
                 return perplexity(model, held_out, drop), cost
         repair = Repair(by=name, corpora=(args.corpus,), settings=settings)
-        source = hidden_states_of(model)
-        repaired, cost = cpu_timed(lambda: fit_repair(checkpoint, source, plan, repair, [text], stored))
+        opened = model.backbone, model.device, model
+        repaired, cost = cpu_timed(lambda: fit_repair(checkpoint, plan, repair, [text], stored, *opened))
         return perplexity(model, held_out, drop, repaired.tensors), cost
 
     names: Collection[str] = args.repair or (*REPAIRS, *BASELINES)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avss_dist.pruning.repair.normal_equations import RIDGES, FitError, NormalEquations, fit_ridge
+from avss_dist.pruning.repair.fits import RIDGES, FitError, NormalEquations, fit_ridge
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**31))
 

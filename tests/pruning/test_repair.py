@@ -30,10 +30,9 @@ from avss_dist.models.skipping import skipping
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.model_card import model_card
 from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.fits import FitStep, NormalEquations, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.fitter import find_cuts
-from avss_dist.pruning.repair.fold import FitStep, ProjectionWeights, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import MEMORY_SHARE
-from avss_dist.pruning.repair.normal_equations import NormalEquations, fit_ridge
 from avss_dist.pruning.repair.projection import OutputProjection, RepairError
 from avss_dist.pruning.repair.record import FILE, RepairRecord, read_repairs, split_weight
 from avss_dist.pruning.repair.registry import REPAIRS
@@ -133,9 +132,9 @@ def test_an_exact_map_is_recovered(by: str, factor: float) -> None:
     read = factor * (hidden if by == "refit" else added)
     sums = NormalEquations.from_tokens(read, factor * added @ missing)
     fitted = fit_ridge(sums, sums, "full", [1e-12])
-    weights = ProjectionWeights(linear, bias if by == "map" else None, None)
+    weights = {"linear": linear} | ({"bias": bias} if by == "map" else {})
     new = fold(step, weights, fitted.weights, sums.gram / sums.count, factor)
-    again = hidden @ new.linear + (0 if new.bias is None else new.bias)
+    again = hidden @ new["linear"] + new.get("bias", 0)
     torch.testing.assert_close(again, added + added @ missing)
 
 
@@ -154,12 +153,11 @@ def test_behind_a_norm_every_token_gets_its_direction(by: str) -> None:
     read = factor * (scaled if by == "refit" else norm(m, gain))
     fitted = 0.3 * normal(read.shape[1], 6)
     wanted = norm(m, gain) + read @ fitted / factor
-    new = fold(first, ProjectionWeights(linear, None, gain), fitted, read.T @ read / len(read), factor)
-    assert new.gain is not None
-    given = norm(hidden @ new.linear, new.gain)
+    new = fold(first, {"linear": linear, "gain": gain}, fitted, read.T @ read / len(read), factor)
+    given = norm(hidden @ new["linear"], new["gain"])
     cosines = torch.nn.functional.cosine_similarity(given, wanted)
     torch.testing.assert_close(cosines, torch.ones_like(cosines))
-    assert float((wanted / new.gain).square().mean()) == pytest.approx(1.0)
+    assert float((wanted / new["gain"]).square().mean()) == pytest.approx(1.0)
 
 
 def test_cuts_are_runs_of_removed_layers_and_on_request_all_layers_behind_the_first() -> None:

@@ -17,8 +17,8 @@ from support.quantized import block_fp8
 from avss_dist.core.settings import Settings
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.fits import FitError
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
-from avss_dist.pruning.repair.normal_equations import FitError
 from avss_dist.pruning.repair.projection import RepairError
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair
@@ -70,7 +70,7 @@ def test_quantized_weights_are_refused_before_a_text_is_seen(
     repair = repair_of("map", "builtin:pydoc", dequantize=True)
     done = prune(str(folder), PLAN, tmp_path / "less", repair=repair)
     assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
-    monkeypatch.setattr(HiddenStateSource, "visit", lambda *_: pytest.fail("text was read"))
+    monkeypatch.setattr(HiddenStateSource, "visit", lambda *_, **__: pytest.fail("text was read"))
     with pytest.raises(RepairError, match=r"'mlp.down_proj.weight' of layer 1 as float8_e4m3fn, quantized") as refused:
         prune(str(folder), replace(PLAN, drop=(2,)), tmp_path / "no", repair=repair)
     assert "Repair the checkpoint that it was quantized from" in str(refused.value)

@@ -23,11 +23,10 @@ from avss_dist.models.expert_removal import find_routed_experts
 from avss_dist.models.expert_units import ChosenUnits, find_down_projections
 from avss_dist.models.loading import open_module
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.repair.fold import FitStep, features_of
-from avss_dist.pruning.repair.projection import CapturedCall, ExpertsProjection, RepairError
+from avss_dist.pruning.repair.fits import FitStep, features_of
+from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, RepairError
 from avss_dist.pruning.repair.record import read_repairs
-from avss_dist.pruning.repair.repair import Repair
-from avss_dist.pruning.repair.requirements import tokens_needed
+from avss_dist.pruning.repair.repair import Repair, tokens_needed
 
 Save = Callable[[Any, Path], Path]
 
@@ -128,14 +127,13 @@ def test_fits_of_experts_average_to_what_experts_give() -> None:
     matrices = torch.randn(4, 5, 3)
     layer = open_module(mixture("qwen3_moe")).structure.layers[1]
     down = find_down_projections(layer.experts.module)
-    projection = ExpertsProjection(layer, "mlp.experts", None, 1.0, down=down, remaining=(0, 1, 2, 3), chosen=2)
+    projection = OutputProjection(layer, "mlp.experts", None, 1.0, down=down, remaining=(0, 1, 2, 3), chosen=2)
     call = CapturedCall(torch.zeros(9, 1), torch.zeros(9, 1), chosen)
     given, shares = torch.zeros(9, 3), torch.zeros(9, 1)
-    for matrix, part in zip(
-        matrices, features_of(FitStep("inputs", "linear", "full"), projection, call, call), strict=True
-    ):
-        given[part.tokens] += part.weight * (part.x @ matrix)
-        shares[part.tokens] += part.weight
+    parts = features_of(FitStep("inputs", "linear", "full"), projection, call, call)
+    for matrix, (x, tokens, weight) in zip(matrices, parts, strict=True):
+        given[tokens] += weight * (x @ matrix)
+        shares[tokens] += weight
     expected = torch.einsum("tk,tku,tkuo->to", chosen.gates, chosen.units, matrices[chosen.index])
     torch.testing.assert_close(given, expected)
     torch.testing.assert_close(shares, torch.ones(9, 1))

@@ -1,37 +1,41 @@
-"""Fits a repair to the cuts of an open model, one after the other; see `repair`."""
+"""Fits a repair to the cuts of an open model, one after the other, see `repair`, on batches of calibration text.
+
+Some tokens of the text are fitted to, and held-back tokens judge the fit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, product
 from math import prod
 
+import numpy as np
 import torch
 
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.text import describe_bytes, describe_layers
+from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.patching import Parameter
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fold import (
-    Features,
-    FitStep,
-    ProjectionWeights,
-    features_of,
-    fit_steps,
-    fold,
-    parameter_paths,
-)
+from avss_dist.pruning.repair.fits import FitStep, NormalEquations, RidgeFit, features_of, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import CutStates, HiddenStateSource
-from avss_dist.pruning.repair.normal_equations import NormalEquations, RidgeFit, fit_ridge
 from avss_dist.pruning.repair.projection import OutputProjection, RepairError
 from avss_dist.pruning.repair.record import RepairedCut
 from avss_dist.pruning.repair.registry import REPAIRS
-from avss_dist.pruning.repair.splits import FitSplit
 from avss_dist.system.devices import free_memory
 from avss_dist.system.streams import tracked
 
+HELD_BACK = 10  # one row of this many is held back, the last ones of each text
+SINK_TOKENS = 1  # leading tokens of every row: attention sinks, whose hidden states are unlike all others
 ReadStored = Callable[[Parameter], torch.Tensor | None]
 """Returns a parameter as the checkpoint's files hold it; None if they do not."""
+PLAIN_HINT = (
+    "Repair the checkpoint that it was quantized from, and quantize the result; or save it again with transformers' "
+    "save_pretrained, if it is not quantized."
+)
+_MEASURING = FitStep("output", "linear", "channel")  # of which only the error before it is read
 
 
 @dataclass(frozen=True)
@@ -80,19 +84,83 @@ def find_cuts(plan: Plan, *, every_layer: bool = False) -> list[RepairCut]:
     return cuts
 
 
-@dataclass(frozen=True)
-class DataParallel:
-    """The share of this process in a fit over the batches of several model copies, or of ranks that hold one together.
+@dataclass(frozen=True, eq=False)
+class FitSplit:
+    """A batch of calibration text, split into tokens to fit to and held-back tokens.
 
     Attributes:
-        local_indices: returns the indices of this copy's batches among a number of batches.
-        all_reduce: replaces each tensor by its sum over all copies, in place.
-        multiple: number of which the number of batches must be a multiple.
+        text: index of the text.
+        batch: its tokens.
+        fitted, held_back: bool[rows, width], disjoint; without the sink tokens.
+        weight: weight of each token, by which a text counts by its own weight whatever its length.
     """
 
-    local_indices: Callable[[int], Sequence[int]] = range
-    all_reduce: Callable[[Sequence[torch.Tensor]], None] = lambda _tensors: None
-    multiple: int = 1
+    text: int
+    batch: Batch
+    fitted: Mask
+    held_back: Mask
+    weight: float
+
+    def uncounted(self) -> FitSplit:
+        """Return the same batch with no token that counts, for a rank whose partners have more batches."""
+        none = np.zeros_like(self.fitted)
+        return replace(self, fitted=none, held_back=none)
+
+    def with_sinks(self) -> tuple[Mask, Mask]:
+        """Return the masks ``fitted`` and ``held_back``, each with the sink tokens of its rows."""
+        first = self.batch.observed.copy()
+        first[:, SINK_TOKENS:] = False
+        fitted, held_back = (mask | (first & mask.any(1, keepdims=True)) for mask in (self.fitted, self.held_back))
+        return fitted, held_back
+
+    def sink_scale(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return factors, [rows, width, 1], that give sink tokens the mean length of the other tokens of their rows.
+
+        Args:
+            hidden: float32[rows, width, units], hidden states.
+        """
+        lengths = hidden.norm(dim=-1)
+        others = torch.from_numpy(self.fitted | self.held_back).to(hidden.device)
+        mean = (lengths * others).sum(-1) / others.sum(-1).clamp_min(1)
+        scale = torch.ones_like(lengths)
+        scale[:, :SINK_TOKENS] = mean[:, None] / lengths[:, :SINK_TOKENS].clamp_min(torch.finfo(lengths.dtype).tiny)
+        return scale[..., None]
+
+
+def split_texts(texts: Sequence[CorpusPlan], batch_size: int, weights: Sequence[float] | None = None) -> list[FitSplit]:
+    """Return the batches of texts, in order.
+
+    Args:
+        weights: relative weight of each text; equal by default.
+
+    Raises:
+        CorpusError: a text has only one row, or no token to fit to.
+    """
+    splits = []
+    for number, text in enumerate(texts):
+        first_held_back = text.num_sequences - -(-text.num_sequences // HELD_BACK)
+        row = 0
+        for batch in chain.from_iterable(shard.batches(batch_size) for shard in text.shards):
+            counted = batch.observed.copy()
+            counted[:, :SINK_TOKENS] = False
+            held = np.arange(row, row + len(counted))[:, None] >= first_held_back
+            splits.append(FitSplit(number, batch, counted & ~held, counted & held, 1.0))
+            row += len(counted)
+    counts = count_fitted(splits, len(texts))
+    for text, count in zip(texts, counts, strict=True):
+        if not count:
+            raise CorpusError(
+                f"{text.source} has no token to fit to after the first of each row (rows: {text.num_sequences}).",
+                "Name a longer text, or raise `max_sequences`.",
+            )
+    mean, weights = sum(counts) / len(counts), weights or [1.0] * len(texts)
+    shares = [weight * len(weights) / sum(weights) for weight in weights]
+    return [replace(split, weight=mean / counts[split.text] * shares[split.text]) for split in splits]
+
+
+def count_fitted(splits: Sequence[FitSplit], texts: int) -> list[int]:
+    """Return the number of tokens to fit to of each text."""
+    return [sum(int(split.fitted.sum()) for split in splits if split.text == text) for text in range(texts)]
 
 
 class RepairFitter:
@@ -102,18 +170,22 @@ class RepairFitter:
         source: hidden states of both models.
         stored: reads parameters from the checkpoint's files.
         splits: calibration text.
-        parallel: the share of this process in the fit.
+        model: several copies of it, or ranks that hold it together, share the batches; None if this process has all.
 
     Attributes:
         tensors: changed parameters, in the dtypes of the checkpoint's files.
     """
 
     def __init__(
-        self, source: HiddenStateSource, stored: ReadStored, splits: Sequence[FitSplit], parallel: DataParallel
+        self,
+        source: HiddenStateSource,
+        stored: ReadStored,
+        splits: Sequence[FitSplit],
+        model: LanguageModel | None = None,
     ) -> None:
         self.tensors: dict[Parameter, torch.Tensor] = {}
-        self._source, self._stored, self._splits = source, stored, splits
-        self._indices, self._parallel = parallel.local_indices(len(splits)), parallel
+        self._source, self._stored, self._splits, self._model = source, stored, splits, model
+        self._indices = model.local_indices(len(splits)) if model else range(len(splits))
 
     def fit_all(self, cuts: Sequence[RepairCut], repair: str) -> list[RepairedCut]:
         """Fit a repair to cuts, in order. Cuts that cannot be fitted are refused before the first fit.
@@ -128,7 +200,14 @@ class RepairFitter:
         projections = [self._source.output_projection(cut.after) for cut in cuts]
         for projection in projections:
             self._require_enough(projection, repair)
-            self._require_plain(projection.layer.index, projection.weight)
+            layer, path = projection.layer.index, projection.paths["linear"]
+            stored = self._stored((layer, path))
+            if stored is None or not stored.is_floating_point() or stored.dtype.itemsize == 1:
+                form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
+                raise RepairError(
+                    f"The files hold '{path}' of layer {layer} {form}, quantized or fused: nothing can be added to it.",
+                    PLAIN_HINT,
+                )
         return [
             self.fit(cut, projection, repair, f"Repairing cut {number} of {len(cuts)}")
             for number, (cut, projection) in enumerate(zip(cuts, projections, strict=True), 1)
@@ -143,14 +222,14 @@ class RepairFitter:
             description: text of the progress bar.
         """
         fits: list[list[RidgeFit]] = []
-        old = {path: self._parameter(projection.layer.index, path) for path in self._paths(projection).values()}
+        old = {path: self._parameter(projection.layer.index, path) for path in projection.paths.values()}
         for step in fit_steps(REPAIRS[repair], projection):
             sums, size, moment = self._sums(cut, projection, step, description)
-            fits.append([_fit(step, *equations) for equations in sums])
+            fits.append([fit_ridge(fitted, held_back, step.form) for fitted, held_back in sums])
             if any(fit.ridge is not None for fit in fits[-1]):
                 self._fold(projection, step, fits[-1], moment)
         before, after = sum(fit.before for fit in fits[0]), sum(fit.after for fit in fits[-1])
-        ridges = tuple(fit.ridge for of_step in fits for fit in of_step)
+        ridges = tuple(fit.ridge for fit in chain.from_iterable(fits))
         if len(fits[-1]) > 1:  # each alone: what they give together is less than the sum of their errors
             (((_, held_back),), _, _) = self._sums(cut, projection, _MEASURING, description)
             after = float(held_back.target)
@@ -174,8 +253,8 @@ class RepairFitter:
             CorpusError: there are too few tokens.
             RepairError: there is too little memory.
         """
-        value = self._source.value(projection.layer.index, projection.weight)
-        *_, inputs, outputs = shape = projection.matrix(value.to("meta")).shape
+        value = self._source.value(projection.layer.index, projection.paths["linear"])
+        *_, inputs, outputs = shape = projection.values("linear", value.to("meta")).shape
         method = REPAIRS[repair]
         sizes = inputs, outputs, projection.chances
         needed = method.tokens_needed(*sizes)
@@ -197,16 +276,6 @@ class RepairFitter:
                 f"Use a machine with more memory, or {instead}." if instead else "Use a machine with more memory.",
             )
 
-    def _require_plain(self, layer: int, path: str) -> None:
-        """Raise RepairError if the files hold a weight in a form into which no repair can be written."""
-        stored = self._stored((layer, path))
-        if stored is None or not stored.is_floating_point() or stored.dtype.itemsize == 1:
-            form = "under other names" if stored is None else f"as {str(stored.dtype).removeprefix('torch.')}"
-            raise RepairError(
-                f"The files hold '{path}' of layer {layer} {form}, quantized or fused: nothing can be added to it.",
-                PLAIN_HINT,
-            )
-
     def _sums(
         self, cut: RepairCut, projection: OutputProjection, step: FitStep, description: str
     ) -> tuple[list[tuple[NormalEquations, NormalEquations]], float, torch.Tensor]:
@@ -217,67 +286,61 @@ class RepairFitter:
             over the held-back tokens, where Y are the whole model's hidden states; the mean of x^T x over the tokens
             to fit to, for the first matrix.
         """
-        sums: list[list[NormalEquations]] = []
-        size = counted = 0.0
+        sums: list[NormalEquations] = []  # of each matrix in turn, over the tokens to fit to and the held-back ones
+        numbers = torch.zeros(2, dtype=torch.float64)
 
         def add(number: int, whole: torch.Tensor, states: CutStates) -> None:
-            nonlocal sums, size, counted
             split, target = self._splits[number], whole.to(states.hidden.device).float()
             scale = split.sink_scale(target)
             masks = [torch.from_numpy(mask).to(target.device) for mask in split.with_sinks()]
-            missing = scale * (target - states.hidden.float())
-            tokens = _Tokens(scale.flatten(0, 1), missing.flatten(0, 1), [m.flatten() for m in masks], split.weight)
+            missing = (scale * (target - states.hidden.float())).flatten(0, 1)
             features = features_of(step, projection, states.linear, states.last)
-            sums = [tokens.added(part, *old) for part, old in zip(features, sums or [[]] * len(features), strict=True)]
-            counted += split.weight * float(scale[masks[0]].double().square().sum())
-            size += split.weight * float((scale * target)[masks[1]].double().square().sum())
+            if not sums:
+                sizes = [(x.shape[1], missing.shape[1]) for x, *_ in features for _ in masks]
+                sums.extend(NormalEquations.empty(*size, target.device) for size in sizes)
+            for (i, (x, tokens, weights)), (j, mask) in product(enumerate(features), enumerate(masks)):
+                if (counted := mask.flatten()[tokens]).any():
+                    x, y, weight = scale.flatten(0, 1)[tokens] * x, missing[tokens], split.weight * weights
+                    weight = weight if isinstance(weight, float) else weight[counted]
+                    sums[2 * i + j] += NormalEquations.from_tokens(x[counted], y[counted], weight)
+            numbers[0] += split.weight * float(scale[masks[0]].double().square().sum())
+            numbers[1] += split.weight * float((scale * target)[masks[1]].double().square().sum())
 
-        read = projection.reading(step.features)
-        self._source.visit(read, cut.last, add, tracked(self._indices, description))
-        reduced, (size, counted) = self._all_reduce([equations for part in sums for equations in part], size, counted)
-        pairs = list(zip(reduced[::2], reduced[1::2], strict=True))
-        return pairs, size, pairs[0][0].gram / counted
-
-    def _all_reduce(
-        self, sums: Sequence[NormalEquations], *numbers: float
-    ) -> tuple[list[NormalEquations], list[float]]:
-        """Return equations and numbers, each summed over the copies that share the batches."""
-        floats = torch.tensor(numbers, dtype=torch.float64, device=sums[0].gram.device)
-        counts = torch.tensor([part.count for part in sums], device=floats.device)
-        self._parallel.all_reduce([floats, counts, *(t for part in sums for t in (part.gram, part.cross, part.target))])
-        return [replace(part, count=n) for part, n in zip(sums, counts.tolist(), strict=True)], floats.tolist()
+        indices = tracked(self._indices, description)
+        self._source.visit(projection, cut.last, add, indices, units=step.features == "inputs")
+        if self._model:
+            counts = torch.tensor([part.count for part in sums], device=sums[0].gram.device)
+            numbers = numbers.to(counts.device)
+            parts = [tensor for part in sums for tensor in (part.gram, part.cross, part.target)]
+            self._model.all_reduce([numbers, counts, *parts])
+            sums = [replace(part, count=count) for part, count in zip(sums, counts.tolist(), strict=True)]
+        counted, size = numbers.tolist()
+        return list(zip(sums[::2], sums[1::2], strict=True)), size, sums[0].gram / counted
 
     def _fold(
         self, projection: OutputProjection, step: FitStep, fits: Sequence[RidgeFit], moment: torch.Tensor
     ) -> None:
-        """Fold fits into the weights of a projection. ``moment`` is that of `fold`."""
+        """Fold fits into the weights of a projection. ``moment`` is that of `fold`.
+
+        Raises:
+            RepairError: values do not fit into the dtype in which the files hold the parameter.
+        """
         fitted = fits[0].weights if len(fits) == 1 else torch.stack([fit.weights for fit in fits])
         layer = projection.layer.index
-        paths = self._paths(projection)
-        old = {field: self._parameter(layer, path) for field, path in paths.items()}
-        device = fitted.device
-        values = {field: tensor.to(device, torch.float64) for field, tensor in old.items()}
-        bias = projection.biases(values["bias"]) if "bias" in values else None
-        gain = values["gain"] + projection.offset if "gain" in values else None
-        weights = ProjectionWeights(projection.matrix(values["linear"]), bias, gain)
-        new = fold(step, weights, fitted, moment, projection.factor)
-        folded = {
-            "linear": projection.from_matrix(new.linear, values["linear"]),
-            "bias": None if new.bias is None else projection.from_biases(new.bias, values["bias"]),
-            "gain": None if new.gain is None else new.gain - projection.offset,
-        }
-        for field, path in paths.items():
-            value = folded[field]
-            assert value is not None
-            self._change(layer, path, _as_stored(value, old[field], layer))
+        stored = {field: self._parameter(layer, path) for field, path in projection.paths.items()}
+        old = {field: tensor.to(fitted.device, torch.float64) for field, tensor in stored.items()}
+        weights = {field: projection.values(field, tensor) for field, tensor in old.items()}
+        for field, value in fold(step, weights, fitted, moment, projection.factor).items():
+            new = projection.stored(field, value, old[field]).to(stored[field].dtype).cpu().contiguous()
+            if not torch.isfinite(new).all():
+                raise RepairError(
+                    f"The repair of layer {layer} does not fit into {new.dtype}.", "Use another `repair`."
+                )
+            self._change(layer, projection.paths[field], new)
 
     def _change(self, layer: int, path: str, value: torch.Tensor) -> None:
         self.tensors[layer, path] = value
         self._source.change(layer, path, value)
-
-    def _paths(self, projection: OutputProjection) -> Mapping[str, str]:
-        """Return the paths of a projection's parameters. See `fold.parameter_paths`."""
-        return parameter_paths(projection, bias=self._source.has(projection.layer.index, projection.bias))
 
     def _parameter(self, layer: int, path: str) -> torch.Tensor:
         """Return a parameter with the changes so far, as it would be written.
@@ -298,62 +361,3 @@ class RepairFitter:
                 f"The files hold '{path}' of layer {layer} in another form than the model does.", PLAIN_HINT
             )
         return stored
-
-
-PLAIN_HINT = (
-    "Repair the checkpoint that it was quantized from, and quantize the result; or save it again with transformers' "
-    "save_pretrained, if it is not quantized."
-)
-
-
-_MEASURING = FitStep("output", "linear", "channel")
-"""A step of which only the error before it is read."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Tokens:
-    """The tokens of a batch.
-
-    Attributes:
-        scale: float32[tokens, 1], see `FitSplit.sink_scale`.
-        missing: float32[tokens, units], what is missing in the hidden states, scaled.
-        masks: bool[tokens], the tokens to fit to, and the held-back tokens.
-        weight: weight of each token.
-    """
-
-    scale: torch.Tensor
-    missing: torch.Tensor
-    masks: Sequence[torch.Tensor]
-    weight: float
-
-    def added(self, features: Features, *sums: NormalEquations) -> list[NormalEquations]:
-        """Return equations, one for each mask, with those of the batch added. There are no ``sums`` at first."""
-        reached = slice(None) if features.tokens is None else features.tokens
-        x, y = self.scale[reached] * features.x, self.missing[reached]
-        weight = self.weight if features.weight is None else self.weight * features.weight
-        sums = sums or tuple(NormalEquations.empty(x.shape[1], y.shape[1], x.device) for _ in self.masks)
-        return [
-            total + NormalEquations.from_tokens(x[m], y[m], weight if isinstance(weight, float) else weight[m])
-            if m.any()
-            else total
-            for total, m in zip(sums, (mask[reached] for mask in self.masks), strict=True)
-        ]
-
-
-def _fit(step: FitStep, fitted: NormalEquations, held_back: NormalEquations) -> RidgeFit:
-    """Fit a matrix of a step. It stays zero for an expert that got no token."""
-    if not fitted.count:
-        return RidgeFit(torch.zeros_like(fitted.cross), None, float(held_back.target), float(held_back.target))
-    return fit_ridge(fitted, held_back, step.form)
-
-
-def _as_stored(value: torch.Tensor, old: torch.Tensor, layer: int) -> torch.Tensor:
-    """Return a parameter in the dtype in which the files hold it.
-
-    Raises:
-        RepairError: its values do not fit into that dtype.
-    """
-    written = value.to(old.dtype).cpu().contiguous()
-    if not torch.isfinite(written).all():
-        raise RepairError(f"The repair of layer {layer} does not fit into {written.dtype}.", "Use another `repair`.")
-    return written

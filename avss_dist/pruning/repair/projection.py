@@ -6,11 +6,12 @@ the layer's output by a multiple of the push if, and only if, the module's outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,16 +34,19 @@ class RepairError(PlanError):
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """The last linear map of a layer's MLP, and the norm after it if there is one.
+    """The last linear map of a layer's MLP, and the norm after it if there is one; or those of its routed experts.
 
     The layer adds ``factor`` times the output of ``norm``, or of ``linear`` without a norm, to the hidden states.
 
     Attributes:
-        linear: path of the linear map, below the layer.
+        linear: path of the linear map, or of the fused experts, below the layer.
         norm: path of the RMS norm between that map and the hidden states, or None.
         factor: multiple of the output that is added.
         offset: number that is added to the norm's weight to give its gain: 0, or 1 in some families.
         eps: number that the norm adds to the mean square.
+        down: down projections of the routed experts; None for a linear map.
+        remaining: indices of the remaining experts.
+        chosen: number of experts that a token is sent to.
     """
 
     layer: Layer
@@ -51,9 +55,9 @@ class OutputProjection:
     factor: float
     offset: float = 0.0
     eps: float = 0.0
-
-    WEIGHT: ClassVar[str] = "weight"
-    BIAS: ClassVar[str] = "bias"
+    down: DownProjections | None = None
+    remaining: tuple[int, ...] = ()
+    chosen: int = 0
 
     @property
     def last(self) -> str:
@@ -61,123 +65,72 @@ class OutputProjection:
         return self.norm or self.linear
 
     @property
-    def weight(self) -> str:
-        """Path of the weight, below the layer."""
-        return f"{self.linear}.{self.WEIGHT}"
-
-    @property
-    def bias(self) -> str:
-        """Path of the bias, which the layer may not have."""
-        return f"{self.linear}.{self.BIAS}"
+    def paths(self) -> dict[str, str]:
+        """Paths of the parameters below the layer: ``linear``, ``bias`` if the layer has it, and ``gain`` of a norm."""
+        names = (DownProjections.WEIGHT, DownProjections.BIAS) if self.down else ("weight", "bias")
+        paths = {"linear": f"{self.linear}.{names[0]}", "bias": f"{self.linear}.{names[1]}"}
+        if self.norm is not None:
+            paths["gain"] = f"{self.norm}.weight"
+        parameters = {name for name, _ in self.layer.module.named_parameters()}
+        return {field: path for field, path in paths.items() if field != "bias" or path in parameters}
 
     @property
     def chances(self) -> float:
         """Share of the tokens that reach one of the linear maps."""
-        return 1.0
+        return self.chosen / len(self.remaining) if self.down else 1.0
 
-    def reading(self, features: Literal["inputs", "output"]) -> OutputProjection:
-        """Return the projection, of which these features are read. See `RepairMethod.features`."""
-        return self
+    def values(self, field: str, stored: torch.Tensor) -> torch.Tensor:
+        """Return a parameter as `fits.fold` takes it, without removed experts.
 
-    def read_units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ChosenUnits | None:
-        """Return the units of routed experts from the arguments of a call; None if they are not fitted."""
-        return None
+        Args:
+            field: its key in `paths`.
+        """
+        if field == "gain":
+            return stored + self.offset
+        values = self._as_rows(stored) if field == "linear" else stored
+        return values[list(self.remaining)] if self.down else values
 
-    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weight as [..., inputs, outputs]."""
+    def stored(self, field: str, values: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        """Return the parameter that `values` turns into ``values``. Removed experts have the values of ``old``."""
+        if field == "gain":
+            return values - self.offset
+        if self.down:
+            rows = (self._as_rows(old) if field == "linear" else old).to(values, copy=True)
+            rows[list(self.remaining)] = values
+            values = rows
+        return self._as_rows(values) if field == "linear" else values
+
+    def _as_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight as [..., inputs, outputs], or such a matrix as the weight."""
+        if self.down:
+            return self.down.as_rows(weight)
         return weight if is_transposed(self.layer.module.get_submodule(self.linear)) else weight.T
-
-    def from_matrix(self, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weight, in the layout of ``weight``, that `matrix` turns into ``matrix``."""
-        return self.matrix(matrix)
-
-    def biases(self, bias: torch.Tensor) -> torch.Tensor:
-        """Return the bias as [..., outputs]."""
-        return bias
-
-    def from_biases(self, biases: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Return the bias, in the layout of ``bias``, that `biases` turns into ``biases``."""
-        return biases
-
-
-@dataclass(frozen=True)
-class ExpertsProjection(OutputProjection):
-    """The down projections of a layer's remaining routed experts.
-
-    Attributes:
-        linear: path of the fused experts, below the layer.
-        down: their down projections.
-        remaining: indices of the remaining experts.
-        chosen: number of experts that a token is sent to.
-        output_only: whether no units are read.
-    """
-
-    down: DownProjections = field(kw_only=True)
-    remaining: tuple[int, ...] = field(kw_only=True)
-    chosen: int = field(kw_only=True)
-    output_only: bool = False
-
-    WEIGHT: ClassVar[str] = DownProjections.WEIGHT
-    BIAS: ClassVar[str] = DownProjections.BIAS
-
-    def reading(self, features: Literal["inputs", "output"]) -> OutputProjection:
-        """See `OutputProjection`."""
-        return replace(self, output_only=features == "output")
-
-    def read_units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ChosenUnits | None:
-        """See `OutputProjection`."""
-        return None if self.output_only else self.down.units(args, kwargs)
-
-    @property
-    def chances(self) -> float:
-        """See `OutputProjection`."""
-        return self.chosen / len(self.remaining)
-
-    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """See `OutputProjection`: [remaining, inputs, outputs]."""
-        return self.down.as_rows(weight)[list(self.remaining)]
-
-    def from_matrix(self, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See `OutputProjection`. Removed experts have the values of ``weight``."""
-        rows = self.down.as_rows(weight).to(matrix, copy=True)
-        rows[list(self.remaining)] = matrix
-        return self.down.as_rows(rows)
-
-    def biases(self, bias: torch.Tensor) -> torch.Tensor:
-        """See `OutputProjection`."""
-        return bias[list(self.remaining)]
-
-    def from_biases(self, biases: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """See `OutputProjection`."""
-        values = bias.to(biases, copy=True)
-        values[list(self.remaining)] = biases
-        return values
 
 
 def find_output_projection(
     layer: Layer,
     run: Callable[[], Any],
     value: Callable[[str], torch.Tensor],
-    removed_experts: Collection[int] = (),
+    removed: Collection[int] = (),
 ) -> OutputProjection:
     """Find the output projection of a layer's MLP with a few forward passes.
 
     Args:
         run: runs a forward pass of the model over the same ``PROBE_SHAPE`` tokens each time.
         value: returns a parameter of the layer by its path.
+        removed: indices of the removed routed experts.
 
     Raises:
         RepairError: there is none, or its weights cannot be changed; the message says why.
     """
     paths = {module: path for path, module in layer.module.named_modules()}
     if layer.experts is not None:
-        return _experts_projection(layer, layer.experts, paths[layer.experts.module], run, removed_experts)
-    tap = layer.taps.get("neuron")
-    if tap is None:
+        return _experts_projection(layer, layer.experts, paths[layer.experts.module], run, removed)
+    if (tap := layer.taps.get("neuron")) is None:
         raise _refusal(layer, "has no MLP that ends in one linear map of its own")
-    linear = tap.module
-    weight = getattr(linear, "weight", None)
-    if not _is_plain(linear) or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+    linear, weight = tap.module, getattr(tap.module, "weight", None)
+    is_plain = type(linear) is nn.Linear or type(linear).__name__ in _PLAIN_KINDS
+    if not is_plain or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         raise _refusal(
             layer,
             f"ends its MLP in a {type(linear).__name__}, whose weights are not plain numbers",
@@ -197,28 +150,22 @@ def _experts_projection(
     layer: Layer, experts: Experts, path: str, run: Callable[[], Any], removed: Collection[int]
 ) -> OutputProjection:
     """Return the projection of the remaining routed experts of a layer; see `find_output_projection`."""
-    down = find_down_projections(experts.module)
-    if down is None:
+    if (down := find_down_projections(experts.module)) is None:
         raise _refusal(layer, f"has no plain '{DownProjections.WEIGHT}' of its routed experts")
-    linear, chosen = [], 0
+    calls: list[tuple[bool, int]] = []
 
     def check(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        nonlocal chosen
-        linear.append(down.is_linear(args, kwargs, output, _TOLERANCE))
-        chosen = down.routing(args, kwargs).index.shape[1]
+        is_linear = down.is_linear(args, kwargs, output, _TOLERANCE)
+        calls.append((is_linear, down.routing(args, kwargs).index.shape[1]))
 
-    handle = experts.module.register_forward_hook(check, with_kwargs=True)
-    try:
+    with experts.module.register_forward_hook(check, with_kwargs=True):
         unmoved = _output(layer, run)
-    finally:
-        handle.remove()
-    if not linear or not all(linear):
+    if not calls or not all(is_linear for is_linear, _ in calls):
         raise _refusal(layer, "computes with its routed experts in an unknown way")
-    factor = _residual_multiple(layer, experts.module, run, unmoved)
-    if factor is None:
+    if (factor := _residual_multiple(layer, experts.module, run, unmoved)) is None:
         raise _refusal(layer, "does not simply add what its routed experts give to the residual stream")
     remaining = tuple(expert for expert in range(experts.number) if expert not in removed)
-    return ExpertsProjection(layer, path, None, factor, down=down, remaining=remaining, chosen=chosen)
+    return OutputProjection(layer, path, None, factor, down=down, remaining=remaining, chosen=calls[-1][1])
 
 
 def is_transposed(linear: nn.Module) -> bool:
@@ -229,11 +176,6 @@ def is_transposed(linear: nn.Module) -> bool:
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Return the factor by which an RMS norm multiplies each token, float32[..., 1]."""
     return (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is a linear map whose weights are plain numbers."""
-    return type(module) is nn.Linear or type(module).__name__ in _PLAIN_KINDS
 
 
 def _refusal(layer: Layer, why: str, hint: str = "Drop other layers, or prune with `repair` none.") -> RepairError:
@@ -251,7 +193,7 @@ def _residual_multiple(layer: Layer, module: nn.Module, run: Callable[[], Any], 
     for number, size in enumerate(PUSHES):
         push = torch.randn(unmoved.shape, generator=torch.Generator().manual_seed(number)).to(unmoved.device)
         push *= size * unmoved.square().mean().sqrt()
-        with _displaced(module, push):
+        with module.register_forward_hook(partial(_displace, push)):
             move = _output(layer, run) - unmoved
         factors.append(float((move * push).sum() / push.square().sum()))
         if not float((move - factors[-1] * push).norm()) < _TOLERANCE * float(move.norm()):
@@ -262,14 +204,8 @@ def _residual_multiple(layer: Layer, module: nn.Module, run: Callable[[], Any], 
     return 1.0 if abs(last - 1) < _ONE else last
 
 
-@contextmanager
-def _displaced(module: nn.Module, push: torch.Tensor) -> Iterator[None]:
-    def move(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output + push.reshape(output.shape).to(output.dtype) if output.numel() == push.numel() else output
-
-    with ExitStack() as stack:
-        stack.callback(module.register_forward_hook(move).remove)
-        yield
+def _displace(push: torch.Tensor, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output + push.reshape(output.shape).to(output.dtype) if output.numel() == push.numel() else output
 
 
 def _output(layer: Layer, run: Callable[[], Any]) -> torch.Tensor:
@@ -318,37 +254,30 @@ class CapturedCall:
     units: ChosenUnits | None = None
 
 
-ReadUnits = Callable[[Sequence[Any], Mapping[str, Any]], ChosenUnits | None]
-"""Returns the units of routed experts from the arguments of a call."""
-
-
 @contextmanager
 def captured(
-    modules: Mapping[Any, nn.Module], read_units: Mapping[Any, ReadUnits] | None = None
+    modules: Mapping[Any, nn.Module], units: Mapping[Any, DownProjections] = {}
 ) -> Iterator[dict[Any, CapturedCall]]:
     """Record the last call of each module, under the key that it has in ``modules``.
 
     Among interleaved passes, it records the calls of the pass that entered it.
 
     Args:
-        read_units: functions that read the units of routed experts, by key.
+        units: down projections of the routed experts whose units are read, by key.
     """
     calls: dict[Any, CapturedCall] = {}
 
-    def record(key: Any) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if _CAPTURING.get() is not calls:
-                return
-            input_, output_ = input_tensor(args, kwargs), first_tensor(output)
-            if input_ is not None and output_ is not None:
-                units = read_units[key](args, kwargs) if read_units and key in read_units else None
-                calls[key] = CapturedCall(input_.clone(), output_.clone(), units)  # which later modules may change
-
-        return hook
+    def record(key: Any, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if _CAPTURING.get() is not calls:
+            return
+        input_, output_ = input_tensor(args, kwargs), first_tensor(output)
+        if input_ is not None and output_ is not None:
+            read = units[key].units(args, kwargs) if key in units else None
+            calls[key] = CapturedCall(input_.clone(), output_.clone(), read)  # which later modules may change
 
     with ExitStack() as stack:
         for key, module in modules.items():
-            stack.callback(module.register_forward_hook(record(key), with_kwargs=True).remove)
+            stack.enter_context(module.register_forward_hook(partial(record, key), with_kwargs=True))
         stack.enter_context(bound(_CAPTURING, calls))
         yield calls
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.core.validation import OneOf, checked
 
 FILE = "avss_repair.json"
+READING = ("sequence_length", "layout", "row_start", "max_sequences", "shuffle_seed", "chat_template", "dtype")
+"""Settings by which the texts of a repair are read."""
 MOST_RIDGES = 2  # that are named one by one
 _WEIGHTED = re.compile(
     r"([^?]+)=([0-9]*\.?[0-9]+)"
@@ -142,8 +144,7 @@ class RepairRecord:
 
     def reading(self) -> Settings:
         """Return the settings that read the same texts again."""
-        names = ("sequence_length", "layout", "row_start", "max_sequences", "shuffle_seed", "chat_template", "dtype")
-        return Settings(**{name: getattr(self, name) for name in names})
+        return Settings(**{name: getattr(self, name) for name in READING})
 
     def describe(self) -> list[str]:
         """Return lines for people."""
@@ -170,19 +171,7 @@ def read_repairs(folder: Path) -> list[RepairRecord]:
     if not file.is_file():
         return []
     try:
-        return [parse_record(values) for values in json.loads(file.read_text(encoding="utf-8"))["repairs"]]
+        return [RepairRecord(**values) for values in json.loads(file.read_text(encoding="utf-8"))["repairs"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         why = error.message if isinstance(error, ConfigError) else str(error)
         raise ModelError(f"{file} is not a valid record of a repair: {why}", "Copy the checkpoint again.") from error
-
-
-def parse_record(values: Mapping[str, Any]) -> RepairRecord:
-    """Return a record from its fields, as ``dataclasses.asdict`` gives them.
-
-    Raises:
-        KeyError, TypeError, ConfigError: the fields are not those of a record.
-    """
-    values = dict(values)
-    texts = tuple(RepairText(**text) for text in values.pop("texts"))
-    cuts = tuple(RepairedCut(**cut) for cut in values.pop("cuts"))
-    return RepairRecord(**values, texts=texts, cuts=cuts)

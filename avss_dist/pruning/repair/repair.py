@@ -16,26 +16,42 @@ that does not help is undone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
+import torch
 from pydantic import Field
+from torch import nn
 
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.registry import LAYERWISE, PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.core.validation import checked
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import load_tokenizer, text_config
+from avss_dist.models.expert_removal import find_routed_experts
+from avss_dist.models.expert_units import find_down_projections
+from avss_dist.models.layers import layer_lists, linear_sizes
+from avss_dist.models.loading import Backbone, load, load_tokenizer, text_config, without_head
 from avss_dist.models.patching import Patch
 from avss_dist.models.pinning import pin
+from avss_dist.models.safetensors import DTYPES
+from avss_dist.models.sites import find_down_projection
+from avss_dist.models.size import load_skeleton
+from avss_dist.partition.choose import place
+from avss_dist.partition.open import open_replica
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fitter import DataParallel, ReadStored, RepairFitter, find_cuts
-from avss_dist.pruning.repair.hidden_states import OpenHiddenStates, opened_hidden_states
-from avss_dist.pruning.repair.record import RepairedCut, RepairRecord, RepairText, split_weight
+from avss_dist.pruning.repair.fitter import PLAIN_HINT, ReadStored, RepairFitter, count_fitted, find_cuts, split_texts
+from avss_dist.pruning.repair.hidden_states import HiddenStateSource
+from avss_dist.pruning.repair.projection import RepairError
+from avss_dist.pruning.repair.record import READING, RepairRecord, RepairText, split_weight
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, REPAIRS, RepairName
-from avss_dist.pruning.repair.splits import FitSplit, count_fitted, split_texts
-from avss_dist.system.devices import pick_device
+from avss_dist.pruning.weights import StoredWeights
+from avss_dist.system.devices import devices_here, free_device, pick_device
 
 
 @checked
@@ -107,47 +123,54 @@ def repair_layers(
     texts = [
         tokenize_corpus(corpus, tokenizer, settings, skip_sequences=repair.skip_sequences) for corpus in repair.texts
     ]
-    with opened_hidden_states(checkpoint, settings, device, execution or Execution()) as open_hidden_states:
-        return fit_repair(checkpoint, open_hidden_states, plan, replace(repair, settings=settings), texts, stored)
+    execution = execution or Execution()
+    able = [name for name, info in PARTITIONS.items() if info.whole or info.layerwise]
+    if execution.partition not in ("auto", *able):
+        raise ConfigError(
+            f"In this process a repair is not fitted in `partition` {execution.partition}.",
+            f"Use {' or '.join(able)}, or name a `warehouse`: workers fit it then.",
+        )
+    placement = place(checkpoint, settings, execution, devices_here(device.type), head=True)
+    fit = partial(fit_repair, checkpoint, plan, replace(repair, settings=settings), texts, stored)
+    if PARTITIONS[placement.partition].whole:
+        repaired = fit(load(checkpoint, settings, device), device)
+    else:
+        streamed = replace(placement, partition=LAYERWISE)
+        with closing(open_replica(checkpoint, settings, streamed, head=True)) as replica:
+            model = replica.language_model
+            assert model is not None
+            repaired = fit(model.backbone, model.device, model)
+    free_device(device)
+    return repaired
 
 
 def fit_repair(
     checkpoint: Checkpoint,
-    open_hidden_states: OpenHiddenStates,
     plan: Plan,
     repair: Repair,
     texts: Sequence[CorpusPlan],
     stored: ReadStored,
-    parallel: DataParallel | None = None,
+    backbone: Backbone,
+    device: torch.device,
+    model: LanguageModel | None = None,
 ) -> Repaired:
     """Fit a repair on an open model and tokenized texts. See `repair_layers`.
 
     Args:
         repair: its settings are pinned.
-        parallel: share of this process in the fit; all of it by default.
+        backbone, device: the model, and the device of its token ids.
+        model: the backbone with its head, where that is how it computes; see `HiddenStateSource`.
     """
-    cuts = find_cuts(plan, every_layer=REPAIRS[repair.by].every_layer)
-    parallel = parallel or DataParallel()
-    splits = split_texts(texts, repair.settings.batch_size, repair.weights)
-    splits += [splits[0].uncounted()] * (-len(splits) % parallel.multiple)
+    every_layer, settings = REPAIRS[repair.by].every_layer, repair.settings
+    cuts = find_cuts(plan, every_layer=every_layer)
+    splits = split_texts(texts, settings.batch_size, repair.weights)
+    splits += [splits[0].uncounted()] * (-len(splits) % (model.lockstep if model else 1))
     starts = [cut.last for cut in cuts if cut.last + 1 < plan.num_layers]
-    source = open_hidden_states([split.batch for split in splits], plan.drop, starts)
-    fitter = RepairFitter(source, stored, splits, parallel)
+    source = HiddenStateSource(backbone, device, [split.batch for split in splits], plan.drop, starts, model)
+    fitter = RepairFitter(source, stored, splits, model)
     repaired_cuts = fitter.fit_all(cuts, repair.by)
-    record = _record(checkpoint, plan, repair, texts, splits, repaired_cuts)
-    return Repaired(fitter.tensors, record, _notes(plan, repair.by))
-
-
-def _record(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    repair: Repair,
-    texts: Sequence[CorpusPlan],
-    splits: Sequence[FitSplit],
-    cuts: Sequence[RepairedCut],
-) -> RepairRecord:
-    settings = repair.settings
-    return RepairRecord(
+    counts = count_fitted(splits, len(texts))
+    record = RepairRecord(
         repair=repair.by,
         model=checkpoint.name,
         revision=checkpoint.revision,
@@ -160,22 +183,77 @@ def _record(
                 tokens=count,
                 weight=weight,
             )
-            for text, count, weight in zip(texts, count_fitted(splits, len(texts)), repair.weights, strict=True)
+            for text, count, weight in zip(texts, counts, repair.weights, strict=True)
         ),
-        cuts=tuple(cuts),
-        sequence_length=settings.sequence_length,
-        layout=settings.layout,
-        row_start=settings.row_start,
+        cuts=tuple(repaired_cuts),
         skip_sequences=repair.skip_sequences,
-        max_sequences=settings.max_sequences,
-        shuffle_seed=settings.shuffle_seed,
-        chat_template=settings.chat_template,
-        dtype=settings.dtype,
+        **{name: getattr(settings, name) for name in READING},
     )
+    notes = []
+    if 0 in plan.dropped_layers and not every_layer:
+        first = describe_layers([layer for layer in plan.dropped_layers if layer < plan.keep[0]])
+        notes.append(f"Nothing stands before layers {first}: what they did is not given back.")
+    return Repaired(fitter.tensors, record, notes)
 
 
-def _notes(plan: Plan, repair: str) -> list[str]:
-    if 0 not in plan.dropped_layers or REPAIRS[repair].every_layer:
-        return []
-    first = describe_layers([layer for layer in plan.dropped_layers if set(range(layer)) <= set(plan.dropped_layers)])
-    return [f"Nothing stands before layers {first}: what they did is not given back."]
+def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> int:
+    """Return the minimum number of tokens to fit a repair to, at the layer that needs the fewest.
+
+    Args:
+        repair: one of `pruning.repair.registry.REPAIRS`.
+
+    Returns:
+        0 if only a pass over tokens can tell which modules are the layers.
+
+    Raises:
+        RepairError: no layer can hold the repair; the message says why.
+        ModelError: the checkpoint cannot be read, or its model cannot be built.
+    """
+    _, model, _ = load_skeleton(checkpoint, settings)
+    text = model.config.get_text_config()
+    lists = layer_lists(without_head(model), text.num_hidden_layers, settings.layers)
+    if len(lists) != 1:
+        return 0
+    ((path, layers),) = lists.items()
+    changed = {i: weight for i, layer in enumerate(layers) if (weight := _changed_weight(layer, text.hidden_size))}
+    if not changed:
+        raise RepairError(
+            f"No layer of '{checkpoint.name}' has an MLP that ends in one linear map, or in those of its routed "
+            "experts: what is missing after it cannot be given back.",
+            "Set `repair` to none.",
+        )
+    plan = Plan(model=checkpoint.name, num_layers=len(layers), layers=path, drop=(0,))
+    weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
+    stored = {tensor.name: tensor.dtype for tensors in weights.files.values() for tensor in tensors.values()}
+    names = [weights.names((layer, path))[0] for layer, (path, *_) in changed.items()]
+    dtypes = [DTYPES[stored[name]] for name in names if stored.get(name) in DTYPES]
+    if not any(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
+        form = f"as {stored[names[0]]}" if names[0] in stored else "under other names"
+        raise RepairError(
+            f"The files of '{checkpoint.name}' hold '{names[0]}' {form}, quantized or fused: "
+            "nothing can be added to it.",
+            PLAIN_HINT,
+        )
+    needed = REPAIRS[repair].tokens_needed
+    return min(needed(inputs, outputs, chances) for _, inputs, outputs, chances in changed.values())
+
+
+def _changed_weight(layer: nn.Module, width: int) -> tuple[str, int, int, float] | None:
+    """Return the weight of a layer that a repair changes, or None if it has none.
+
+    Args:
+        layer: the module, which may be on the meta device.
+        width: units of the residual stream.
+
+    Returns:
+        Path below the layer, inputs and outputs of the linear map, and the share of the tokens that reach it.
+    """
+    with suppress(ModelError):
+        routed = find_routed_experts(layer)
+        if routed and (down := find_down_projections(layer.get_submodule(routed.experts))):
+            experts, units, outputs = down.as_rows(down.module.get_parameter(down.WEIGHT)).shape
+            return f"{routed.experts}.{down.WEIGHT}", units, outputs, routed.top_k / experts
+    if linear := find_down_projection(layer, width):
+        path, module = linear
+        return f"{path}.weight", *linear_sizes(module), 1.0
+    return None

@@ -1,0 +1,258 @@
+"""The fits of a repair, and how each becomes weights of the layer before a cut.
+
+Let ``a`` be the inputs of the MLP's last linear map A, ``m = a A`` its output, and R what is missing in the hidden
+states, all of them row vectors:
+
+========  ==============  =============  ================
+repair    fitted          R is about     folded
+========  ==============  =============  ================
+channel   a vector s      m diag(s)      A (I + diag(s))
+map       a matrix W      m W            A (I + W)
+refit     a matrix D      a D            A + D
+========  ==============  =============  ================
+
+``refit_all`` is ``refit`` at the last layer before each cut and at every layer behind the first one.
+
+Where an RMS norm with gain g stands between A and the hidden states, ``p = m diag(g) / rms(m)`` is added.
+`channel` changes g, which is exact. The others are fitted with the rms of every token as it was: ``q = p (I + W)``, or
+``q = (a / rms(m)) (A diag(g) + D)``, is wanted. The norm gives ``q / rms(q / g')`` for the new gain g', so g' is the
+root mean square of q over tokens, by channel, for which the mean of ``rms(q / g')^2`` is 1. What is still missing is
+fitted by channel once more.
+
+Of routed experts e with units ``a_e``, gates ``g_e`` and down projections ``A_e``, ``m`` is the sum over a token's
+experts of ``g_e a_e A_e``. `refit` fits each remaining expert alone, on the tokens that it gets, to all that is missing
+there: the minimum over ``D_e`` of ``sum_t (g_e / s) |R - s a_e D_e|^2``, where s is the sum of the token's gates. By
+Jensen's inequality, the sum of these errors over experts is at least the error of all ``D_e`` together, and equal at
+``D_e = 0``, so that the fits do not make it worse. They need products of the units of one expert at a time, where joint
+least squares would need those of all units of all experts, to which a few rounds come close.
+
+Least squares are solved from sums over tokens, in float64, merged by addition. Products of one batch are computed in
+the dtype of its data, float32 at least: half the time of float64 on a CPU. The minimum over W of
+``sum_t |y_t - x_t W|^2 + ridge |W|^2`` is ``W = (G + ridge I)^-1 C``, with ``G = sum x_t^T x_t`` and
+``C = sum x_t^T y_t``. The error of any W is ``sum |y_t|^2 - 2 tr(W^T C) + tr(W^T G W)``, whatever made the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+
+from avss_dist.core.errors import AvssError
+from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, inverse_rms
+from avss_dist.pruning.repair.registry import RepairMethod
+
+ROUNDS = 2  # of fits of experts
+_MINIMUM_GAIN = 1e-4  # of the mean gain: a channel that is always zero has none, and is divided by it
+FORMS = ("channel", "full")
+"""Forms of W: a diagonal, any matrix."""
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # multiples of the mean diagonal of G
+_SOLVING_COPIES = 3  # the sums of a batch, and the factor and the solution with a ridge
+
+
+class FitError(AvssError):
+    """The equations of a least-squares fit have no solution."""
+
+
+@dataclass(frozen=True, eq=False)
+class NormalEquations:
+    """Sums over tokens.
+
+    Attributes:
+        gram: float64[inputs, inputs], the sum of x^T x.
+        cross: float64[inputs, outputs], the sum of x^T y.
+        target: float64[], the sum of |y|^2.
+        count: tokens.
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    target: torch.Tensor
+    count: int
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int, device: torch.device | None = None) -> NormalEquations:
+        """Return the sums over no token."""
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        return cls(zeros(inputs, inputs), zeros(inputs, outputs), zeros(()), 0)
+
+    @staticmethod
+    def peak_bytes(inputs: int, outputs: int, fits: int = 1) -> int:
+        """Return the most bytes that the sums of some fits over two sets of tokens take, and the solution of one."""
+        return (2 * fits + _SOLVING_COPIES) * 8 * inputs * (inputs + outputs)
+
+    @classmethod
+    def from_tokens(cls, x: torch.Tensor, y: torch.Tensor, weight: float | torch.Tensor = 1.0) -> NormalEquations:
+        """Return the sums over some tokens. Each counts ``weight`` times in the sums, and once in ``count``.
+
+        Args:
+            x: [tokens, inputs], of any dtype; y: [tokens, outputs].
+            weight: of all tokens, or [tokens, 1].
+        """
+        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        x, y = x.to(dtype), y.to(dtype)
+        counted = (weight * x).T
+        target = (weight * y.double().square().sum(dim=1, keepdim=True)).sum()
+        return cls((counted @ x).double(), (counted @ y).double(), target, len(x))
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        """Return the sums over the tokens of both operands."""
+        return NormalEquations(
+            self.gram + other.gram, self.cross + other.cross, self.target + other.target, self.count + other.count
+        )
+
+    def solve(self, form: str, ridge: float) -> torch.Tensor:
+        """Return the W of least error, float64[inputs, outputs].
+
+        Args:
+            form: one of `FORMS`; ``channel`` needs as many outputs as inputs.
+            ridge: multiple of the mean diagonal of G, or for ``channel`` of each input's own entry.
+
+        Raises:
+            FitError: sums are not finite, or all inputs are zero.
+        """
+        diagonal = self.gram.diagonal()
+        if not all(torch.isfinite(sums).all() for sums in (self.gram, self.cross, self.target)):
+            raise FitError(
+                "Hidden states hold NaN or infinite values; nothing can be fitted to them.", "Try `dtype` float32."
+            )
+        if not float(diagonal.sum()) > 0:
+            raise FitError(f"Nothing can be fitted: the inputs of the fit are zero (tokens: {self.count:,}).")
+        if form == "channel":
+            return torch.diag(torch.where(diagonal > 0, self.cross.diagonal() / (diagonal * (1 + ridge)), 0.0))
+        dead = (diagonal == 0).double()  # inputs that are always zero get a weight of zero
+        ridged = self.gram + torch.diag(ridge * diagonal.mean() + dead)
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+        explained = factor.diagonal().square() / ridged.diagonal()  # by no input before it, of each input
+        if failed or explained.min() <= len(explained) * torch.finfo(torch.float64).eps:
+            raise FitError(f"The equations of the fit are singular (tokens: {self.count:,}).", "Fit on more text.")
+        return torch.cholesky_solve(self.cross, factor)
+
+    def error(self, weights: torch.Tensor) -> float:
+        """Return the sum of |y - x W|^2 over the tokens for any W, float64[inputs, outputs]."""
+        fitted = 2 * (weights * self.cross).sum() - (weights * (self.gram @ weights)).sum()
+        return max(0.0, float(self.target - fitted))
+
+
+@dataclass(frozen=True, eq=False)
+class RidgeFit:
+    """A fitted matrix and its errors on tokens that it was not fitted to.
+
+    Attributes:
+        weights: float64[inputs, outputs].
+        ridge: the best ridge that was tried; None if even the strongest does not help, and ``weights`` are zero.
+        before, after: sums of squares on the held-back tokens, without the matrix and with it.
+    """
+
+    weights: torch.Tensor
+    ridge: float | None
+    before: float
+    after: float
+
+
+def fit_ridge(
+    fitted: NormalEquations, held_back: NormalEquations, form: str, ridges: Sequence[float] = RIDGES
+) -> RidgeFit:
+    """Fit a matrix to some tokens with the ridge that gives the least error on others.
+
+    Ridges are tried from the strongest to weaker ones as long as the error decreases; still weaker ones fit noise. The
+    matrix is zero if there is no token to fit to.
+
+    Raises:
+        FitError: as `NormalEquations.solve`.
+    """
+    before = float(held_back.target)
+    best = RidgeFit(torch.zeros_like(fitted.cross), None, before, before)
+    for ridge in sorted(ridges if fitted.count else (), reverse=True):
+        weights = fitted.solve(form, ridge)
+        after = held_back.error(weights)
+        if after >= best.after:
+            break
+        best = RidgeFit(weights, ridge, before, after)
+    return best
+
+
+@dataclass(frozen=True)
+class FitStep:
+    """One least-squares fit of a repair.
+
+    Attributes:
+        features: what R is fitted from, as in `RepairMethod.features`.
+        target: the module that the fit is folded into: the ``linear`` map or the ``norm``.
+        form: form of the fitted matrix, one of `FORMS`.
+    """
+
+    features: Literal["inputs", "output"]
+    target: Literal["linear", "norm"]
+    form: Literal["channel", "full"]
+
+
+def fit_steps(method: RepairMethod, projection: OutputProjection) -> list[FitStep]:
+    """Return the fits of a repair at a projection, in order. Each sees the changes of those before it."""
+    if projection.norm is None:
+        rounds = ROUNDS if projection.down and method.features == "inputs" else 1
+        return [FitStep(method.features, "linear", method.form)] * rounds
+    if method.form == "channel":
+        return [FitStep("output", "norm", "channel")]
+    return [FitStep(method.features, "linear", method.form), FitStep("output", "norm", "channel")]
+
+
+Features = tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor | float]
+"""Features float32[n, inputs] of the tokens of a batch that reach a matrix, those tokens, and their weights [n, 1]."""
+
+
+def features_of(
+    step: FitStep, projection: OutputProjection, linear: CapturedCall, last: CapturedCall
+) -> list[Features]:
+    """Return the features of each matrix of a fit: of each remaining expert, or of one linear map.
+
+    Those of an expert are its units times the sum of the gates of each token that it gets.
+
+    Args:
+        linear, last: calls of the projection's linear map and of its last module.
+    """
+    factor = projection.factor
+    if (chosen := linear.units) is not None:
+        gates = chosen.gates.float()
+        total, parts = gates.sum(dim=1), list[Features]()
+        for expert in projection.remaining:
+            tokens, slots = torch.where((chosen.index == expert) & (gates > 0))
+            x = (factor * total[tokens])[:, None] * chosen.units[tokens, slots].float()
+            parts.append((x, tokens, (gates[tokens, slots] / total[tokens])[:, None]))
+        return parts
+    hidden = factor * (last.output if step.features == "output" else linear.input).float()
+    if step.features == "inputs" and projection.norm is not None:
+        hidden = hidden * inverse_rms(linear.output, projection.eps)
+    return [(hidden.flatten(0, 1), slice(None), 1.0)]
+
+
+def fold(
+    step: FitStep, weights: Mapping[str, torch.Tensor], fitted: torch.Tensor, moment: torch.Tensor, factor: float
+) -> dict[str, torch.Tensor]:
+    """Return the weights of an output projection with a fit folded into them.
+
+    Args:
+        weights: ``linear`` float64[..., inputs, outputs], of routed experts a matrix each; if there is one, ``bias``
+            [..., outputs]; behind a norm, its ``gain`` [outputs].
+        fitted: float64[..., inputs, outputs].
+        moment: float64[inputs, inputs], the mean of x^T x over tokens, where x are the features of the step.
+        factor: `OutputProjection.factor`.
+    """
+    gain = weights.get("gain")
+    if step.target == "norm":
+        assert gain is not None
+        return {**weights, "gain": gain * (1 + fitted.diagonal())}
+    added = {name: value if gain is None else value * gain for name, value in weights.items() if name != "gain"}
+    if step.features == "inputs":
+        added["linear"] = reads = added["linear"] + fitted
+    else:
+        reads = torch.eye(len(fitted), dtype=fitted.dtype, device=fitted.device) + fitted
+        added = {name: value @ reads for name, value in added.items()}
+    if gain is None:
+        return added
+    sizes = ((moment @ reads) * reads).sum(0).clamp(min=0).sqrt() / abs(factor)
+    sizes = sizes.clamp(min=_MINIMUM_GAIN * float(sizes.mean()))
+    return {name: value / sizes for name, value in added.items()} | {"gain": sizes}
