@@ -304,7 +304,7 @@ class SparsifyRequest(RunRequest):
 
     target: Annotated[Share, Option(argument=True, metavar="SHARE")] = field(kw_only=False)
     """Share of the weights of all linear maps that meet a zero activation: above 0 and below 1."""
-    method: Annotated[str, OneOf(SPARSITY_METHODS)] = SPARSITY_METHODS[0]
+    method: Annotated[str, OneOf(tuple(SPARSITY_METHODS))] = "uniform"
     """Method that allocates the sparsity over the model."""
     rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
     """Tokens at which activations become zero."""

@@ -14,7 +14,7 @@ import numpy as np
 from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.core.errors import QueryError
 from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K
-from avss_dist.sparsity.plan import MapPlan, SparsityPlan
+from avss_dist.map_plans.plans import MapPlan, SparsityPlan
 from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.warehouse.reader import Warehouse
 

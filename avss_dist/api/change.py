@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.events import OnEvent
     from avss_dist.evaluation.search import SearchResult
     from avss_dist.evaluation.shrink import Shrunk
-    from avss_dist.precision.plan import PrecisionPlan
+    from avss_dist.map_plans.plans import PrecisionPlan, SparsityPlan
     from avss_dist.pruning.repair.repair import Repair, Repaired
-    from avss_dist.sparsity.plan import SparsityPlan
 
 
 @keywords(PlanRequest)
@@ -93,9 +92,9 @@ def sparsify(request: SparsifyRequest) -> SparsityPlan:
 def quantize(request: PrecisionRequest) -> PrecisionPlan:
     """Choose the number format of each linear map of a run's model under a budget of bits.
 
-    ``ablate(..., quantize=[...])`` must have predicted the losses; see `precision.choose.plan_precision`.
+    ``ablate(..., quantize=[...])`` must have predicted the losses; see `map_plans.quantize.plan_precision`.
     """
-    from avss_dist.precision.choose import plan_precision
+    from avss_dist.map_plans.quantize import plan_precision
 
     store = Warehouse(request.warehouse)
     return plan_precision(request, store, named_run(store, request.run, measured=True))

@@ -25,8 +25,8 @@ def quantize(
 
     avss ablate --quantize FORMAT... must have predicted the losses.
     """
-    from avss_dist.precision.choose import plan_precision
-    from avss_dist.precision.files import EXPORTS
+    from avss_dist.map_plans.exports import EXPORTS
+    from avss_dist.map_plans.quantize import plan_precision
     from avss_dist.pruning.plan import write_text
 
     require_known("`format`", format, FORMATS)

@@ -328,8 +328,14 @@ EXPERT_SCORES = {
     RANDOM: SCORES[RANDOM].meaning,
 }
 """Scores of routed experts by the name of the option `by`, with their meaning. Low is unimportant."""
-SPARSITY_METHODS = ("uniform", "loss", "teal", "acttail", "wina")
-"""Methods that allocate sparsity over linear maps: see `sparsity.plan.METHODS`."""
+SPARSITY_METHODS = {
+    "uniform": "the same sparsity everywhere, by thresholds",
+    "loss": "where the predicted loss rises the least, by one backward pass",
+    "teal": "greedily inside of each block, by what its output changes (TEAL, arXiv 2408.14690)",
+    "acttail": "by the heavy tail of each weight's spectrum, the largest of each token (ActTail, arXiv 2603.12272)",
+    "wina": "the same everywhere, the largest of each token, weighted by columns (WINA, arXiv 2505.19427)",
+}
+"""Methods of allocating a sparsity over linear maps, with their meanings."""
 
 
 def metrics_of(score: str) -> tuple[str, ...]:

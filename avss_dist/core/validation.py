@@ -110,6 +110,9 @@ def checked(cls: type[T]) -> type[T]:
     if "__post_init__" in vars(cls):
         checks.__post_init__ = _collectable(checks.__post_init__)
     checked_class: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
+    for name, info in checked_class.__pydantic_fields__.items():  # for subclasses, whose own docstrings pydantic reads
+        described = Annotated[info.rebuild_annotation(), Field(description=info.description)]
+        checked_class.__dataclass_fields__[name].type = described
     initialize = checked_class.__init__
 
     def initialize_or_explain(self: Any, *positional: Any, **values: Any) -> None:
@@ -153,13 +156,8 @@ def _collectable(check: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def descriptions(cls: Any) -> dict[str, str]:
-    """Return the docstring of every field of a checked class, by name; a subclass has those of its bases."""
-    return {
-        name: info.description
-        for base in reversed(cls.__mro__)
-        for name, info in vars(base).get("__pydantic_fields__", {}).items()
-        if info.description
-    }
+    """Return the docstring of every field of a checked class, by name."""
+    return {name: info.description for name, info in cls.__pydantic_fields__.items() if info.description}
 
 
 _EXPECTED = {

@@ -23,7 +23,6 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.session import EvaluationSession, PlannedTask, Retention, metrics, results_under
 from avss_dist.evaluation.tasks import (
-    SeenText,
     make_task,
     refuse_overlap,
     row_start_task,
@@ -31,17 +30,15 @@ from avss_dist.evaluation.tasks import (
     texts_of_run,
     texts_of_search,
 )
+from avss_dist.map_plans.plans import PrecisionPlan, SparsityPlan
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
-from avss_dist.precision.plan import ROUNDED, MapPrecision, PrecisionPlan, read_precision_plan
 from avss_dist.pruning.model_card import pruned_from
-from avss_dist.pruning.plan import read_plan, read_plan_file
+from avss_dist.pruning.plan import Plan, read_checked_plan, read_plan, read_plan_file
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
-from avss_dist.sparsity.plan import PROJECTIONS, MapPlan, SparsityPlan, read_sparsity_plan
-from avss_dist.sparsity.realized import RealizedSparsity
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.tasks.base import Result
 from avss_dist.warehouse.reader import Warehouse
@@ -89,11 +86,6 @@ class Subject:
     def whole(self) -> Checkpoint:
         """Checkpoint of the whole model that the subject is compared with."""
         return self.base or self.checkpoint
-
-    def seen_texts(self, store: Warehouse) -> Iterator[SeenText]:
-        """Yield the texts that its plans have seen, which are not held out."""
-        yield from texts_of_run(store, self.run_id, self.checkpoint)
-        yield from texts_of_search(store, self.search, self.checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,9 +242,12 @@ def _refuse_overlaps(subjects: Sequence[Subject], planned: Mapping[_Key, Planned
     """Refuse text that layers were scored or searched on, or that a repaired checkpoint was fitted on."""
     for checkpoint in {task.checkpoint.revision: task.checkpoint for task in planned.values()}.values():
         tasks = [task.task for (revision, _), task in planned.items() if revision == checkpoint.revision]
-        variants = (subject for subject in subjects if subject.checkpoint.revision == checkpoint.revision)
-        seen = (text for subject in variants for text in subject.seen_texts(warehouse))
-        refuse_overlap(tasks, chain(texts_of_repair(checkpoint), seen))
+        texts = [texts_of_repair(checkpoint)]
+        for subject in subjects:
+            if subject.checkpoint.revision == checkpoint.revision:
+                texts.append(texts_of_run(warehouse, subject.run_id, checkpoint))
+                texts.append(texts_of_search(warehouse, subject.search, checkpoint))
+        refuse_overlap(tasks, chain.from_iterable(texts))
 
 
 def _compare(subject: Subject, task: str, results: Mapping[_Key, Sequence[Result]]) -> Iterator[Evaluation]:
@@ -271,21 +266,15 @@ def _sparsity_findings(
     """Yield a sentence on the realized sparsity of each sparsity plan on each task."""
     for subject, name in product(subjects, tasks):
         if plan := subject.sparsity_plan:
-            realized = realized_sparsity(plan, results[subject.checkpoint.revision, name], subject.intervention)
-            if realized:
-                yield f"{subject.label}, {name}: {realized.finding}"
-
-
-def realized_sparsity(
-    plan: SparsityPlan, results: Iterable[Result], intervention: Intervention
-) -> RealizedSparsity | None:
-    """Return planned and realized sparsity of a plan's linear maps, compared under an intervention that applies it."""
-    measured = {
-        (result.layer, result.metric.removeprefix(REALIZED)): result.value
-        for result in results
-        if result.layer is not None and result.intervention == intervention.key and result.metric.startswith(REALIZED)
-    }
-    return RealizedSparsity.compare(plan, measured)
+            measured = {
+                (result.layer, result.metric.removeprefix(REALIZED)): result.value
+                for result in results[subject.checkpoint.revision, name]
+                if result.layer is not None
+                and result.intervention == subject.intervention.key
+                and result.metric.startswith(REALIZED)
+            }
+            if sentence := plan.describe_realized(measured):
+                yield f"{subject.label}, {name}: {sentence}"
 
 
 def _guess_findings(evaluations: Iterable[Evaluation]) -> Iterator[str]:
@@ -352,127 +341,73 @@ def _read_subject(name: str, settings: Settings) -> Subject:
     Raises:
         AvssError: there is no such model or file, or the plan does not fit the current state of its model.
     """
-    trust_remote_code = settings.trust_remote_code
+    code = settings.trust_remote_code
     if not name.endswith((".yaml", ".yml")):
-        return Subject(checkpoint=resolve(name, trust_remote_code=trust_remote_code), label=name)
+        return Subject(checkpoint=resolve(name, trust_remote_code=code), label=name)
     keys = read_plan_file(name).value
-    if PROJECTIONS in keys:
-        sparse = read_sparsity_plan(name)
-        checkpoint = _planned_checkpoint(sparse.model, sparse.revision, name, trust_remote_code=trust_remote_code)
-        _require_same_layers(checkpoint, name, sparse.num_layers, None, settings)
-        _require_same_maps(checkpoint, name, sparse, settings)
-        return Subject(
-            checkpoint=checkpoint,
-            label=name,
-            intervention=sparse.intervention,
-            run_id=sparse.run_id,
-            sparsity_plan=sparse,
-        )
-    if ROUNDED in keys:
-        precision = read_precision_plan(name)
-        checkpoint = _planned_checkpoint(precision.model, precision.revision, name, trust_remote_code=trust_remote_code)
-        _require_same_layers(checkpoint, name, precision.num_layers, None, settings)
-        _require_same_maps(checkpoint, name, precision, settings)
-        return Subject(
-            checkpoint=checkpoint,
-            label=name,
-            intervention=precision.intervention,
-            search=precision.evaluation,
-            precision_plan=precision,
-        )
-    plan = read_plan(name)
-    checkpoint = _planned_checkpoint(plan.model, plan.revision, name, trust_remote_code=trust_remote_code)
-    _require_same_layers(checkpoint, name, plan.num_layers, plan.layers, settings)
-    searched = str(plan.why.get("task")).startswith(SEARCH) or plan.run_id is None
-    search = str(plan.why.get("evaluation", "")) if searched else None
-    return Subject(checkpoint=checkpoint, label=name, intervention=plan.intervention, run_id=plan.run_id, search=search)
-
-
-def _planned_checkpoint(model: str, revision: str | None, file: str, *, trust_remote_code: bool) -> Checkpoint:
-    """Return the checkpoint that a plan's file is for.
-
-    Raises:
-        AvssError: the checkpoint does not exist, or has changed.
-    """
+    kinds: tuple[type[SparsityPlan | PrecisionPlan], ...] = (SparsityPlan, PrecisionPlan)
+    kind = next((kind for kind in kinds if kind.key in keys), None)
+    plan: Plan | SparsityPlan | PrecisionPlan = read_checked_plan(kind, name) if kind else read_plan(name)
     try:
-        checkpoint = resolve(model, trust_remote_code=trust_remote_code)
+        checkpoint = resolve(plan.model, trust_remote_code=code)
     except ModelError as error:
-        raise ModelError(f"{file}: the key 'model' names no checkpoint: {error.message}", error.hint) from error
-    if revision is not None and revision != checkpoint.revision:
+        raise ModelError(f"{name}: the key 'model' names no checkpoint: {error.message}", error.hint) from error
+    if plan.revision is not None and plan.revision != checkpoint.revision:
         raise PlanError(
-            f"{file} is for {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
+            f"{name} is for {plan.model} at {plan.revision[:12]}; it is at {checkpoint.revision[:12]} now.",
             "Score it again, and make a plan of its own.",
         )
-    return checkpoint
+    _require_same_layers(checkpoint, name, plan, settings)
+    subject = Subject(checkpoint=checkpoint, label=name, intervention=plan.intervention)
+    if isinstance(plan, SparsityPlan):
+        return replace(subject, run_id=plan.run_id, sparsity_plan=plan)
+    if isinstance(plan, PrecisionPlan):
+        return replace(subject, search=plan.evaluation, precision_plan=plan)
+    searched = str(plan.why.get("task")).startswith(SEARCH) or plan.run_id is None
+    return replace(subject, run_id=plan.run_id, search=str(plan.why.get("evaluation", "")) if searched else None)
 
 
 def _require_same_layers(
-    checkpoint: Checkpoint, file: str, num_layers: int, layers: str | None, settings: Settings
+    checkpoint: Checkpoint, file: str, plan: Plan | SparsityPlan | PrecisionPlan, settings: Settings
 ) -> None:
-    """Refuse the plan of a file whose layers are not those of its model.
+    """Refuse the plan of a file whose layers or linear maps are not those of its model.
 
-    A model that cannot be built without its weights is not checked here. It refuses layers that it does not have.
-
-    Args:
-        num_layers, layers: values of the file; ``layers`` is None if the file does not have the key.
+    A model that cannot be built without its weights is not checked here. It refuses what it does not have. The linear
+    maps of a model with several module lists that may be its layers are not checked, either.
 
     Raises:
-        PlanError: the layers differ. The message has those of the plan and of the model.
+        PlanError: the layers differ, or a linear map. The message has the values of the plan and of the model.
     """
-    known = {path: len(modules) for path, modules in _layer_lists(checkpoint, settings).items()}
-    if not known:
+    lists = _layer_lists(checkpoint, settings)
+    if not lists:
         return
-    if layers is not None and layers not in known:
-        paths = " or ".join(f"'{path}'" for path in known)
+    if isinstance(plan, Plan):
+        if plan.layers not in lists:
+            paths = " or ".join(f"'{path}'" for path in lists)
+            raise PlanError(
+                f"{file}: the key 'layers' is '{plan.layers}', and the layers of {checkpoint.name} are {paths}.",
+                "Write that in the file; or, if the plan means another list of modules, name it with `layers`.",
+            )
+        lists = {plan.layers: lists[plan.layers]}
+    fitting = [modules for modules in lists.values() if len(modules) == plan.num_layers]
+    if not fitting:
+        numbers = " or ".join(map(str, sorted({len(modules) for modules in lists.values()})))
         raise PlanError(
-            f"{file}: the key 'layers' is '{layers}', and the layers of {checkpoint.name} are {paths}.",
-            "Write that in the file; or, if the plan means another list of modules, name it with `layers`.",
-        )
-    numbers = {known[layers]} if layers is not None else {*known.values()}
-    if num_layers not in numbers:
-        raise PlanError(
-            f"{file}: the key 'num_layers' is {num_layers}, and {checkpoint.name} has "
-            f"{' or '.join(map(str, sorted(numbers)))} layers.",
+            f"{file}: the key 'num_layers' is {plan.num_layers}, and {checkpoint.name} has {numbers} layers.",
             _ANOTHER_MODEL,
         )
-
-
-def _require_same_maps(
-    checkpoint: Checkpoint, file: str, plan: SparsityPlan | PrecisionPlan, settings: Settings
-) -> None:
-    """Refuse the plan of a file whose linear maps are not those of its model.
-
-    Two kinds of models are not checked here: a model that cannot be built without its weights, which refuses maps that
-    it does not have, and a model with several module lists that may be its layers.
-
-    Raises:
-        PlanError: the message names the first map that differs, with its size in the plan and in the model.
-    """
-    lists = [modules for modules in _layer_lists(checkpoint, settings).values() if len(modules) == plan.num_layers]
-    if len(lists) != 1:
+    if isinstance(plan, Plan) or len(fitting) > 1:
         return
-    key = PROJECTIONS if isinstance(plan, SparsityPlan) else ROUNDED
-    maps: Sequence[MapPlan | MapPrecision] = plan.projections if isinstance(plan, SparsityPlan) else plan.rounded
-    for number, entry in enumerate(maps, start=1):
-        where = f"{file}: map {number} of the key '{key}', '{entry.map}' of layer {entry.layer},"
+    for number, entry in enumerate(plan.maps, start=1):
+        where = f"{file}: map {number} of the key '{plan.key}', '{entry.map}' of layer {entry.layer},"
         try:
-            module = lists[0][entry.layer].get_submodule(entry.map)
+            module = fitting[0][entry.layer].get_submodule(entry.map)
         except AttributeError:
             raise PlanError(f"{where} is not in {checkpoint.name}.", _ANOTHER_MODEL) from None
-        if not is_linear(module):  # an activation that gates the MLP
-            continue
-        inputs, outputs = linear_sizes(module)
-        if isinstance(entry, MapPrecision):
-            problem = entry.contradiction((outputs, inputs))
-            if entry.weights != outputs * inputs:
-                problem = f"has {entry.weights:,} weights, and in {checkpoint.name} {outputs * inputs:,}"
-        elif (inputs, outputs) != (entry.inputs, entry.outputs):
-            sizes = f"{entry.inputs} inputs and {entry.outputs} outputs"
-            problem = f"has {sizes}, and in {checkpoint.name} {inputs} and {outputs}"
-        else:
-            problem = None
-        if problem:
-            raise PlanError(f"{where} {problem}.", _ANOTHER_MODEL)
+        if is_linear(module):  # unlike an activation that gates the MLP
+            inputs, outputs = linear_sizes(module)
+            if problem := entry.contradiction(checkpoint.name, outputs, inputs):
+                raise PlanError(f"{where} {problem}.", _ANOTHER_MODEL)
 
 
 @lru_cache(maxsize=16)

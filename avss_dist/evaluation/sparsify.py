@@ -17,9 +17,9 @@ from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, checkpoint_of_run, require_partition
 from avss_dist.evaluation.tasks import plan_text
+from avss_dist.map_plans.budget import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
+from avss_dist.map_plans.plans import SparsityPlan
 from avss_dist.requests import SparsifyRequest
-from avss_dist.sparsity.allocate import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
-from avss_dist.sparsity.plan import SparsityPlan
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Measure, Task
 from avss_dist.tasks.block_search import GREEDY, HILL, GreedyBlock, Spectra

@@ -75,8 +75,8 @@ Reason = Annotated[Any, Check(_reason)]
 
 
 @checked
-class Plan(TabularResult):
-    """Layers, sublayers and routed experts to drop from a model.
+class ModelPlan:
+    """Plan of a change of a model.
 
     Raises:
         ConfigError: values that do not make a plan. The message has every problem.
@@ -88,16 +88,35 @@ class Plan(TabularResult):
     """The hub's commit, or the hash of the checkpoint's content; any by default."""
     num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     """Layers of the whole model."""
+    why: Mapping[str, Reason] = Field(default_factory=dict)
+    """Criterion and options by which it was chosen."""
+    run_id: Annotated[str, Check(_run_id)] | None = None
+    """Run whose measurements were read; none for a plan by hand."""
+    findings: Lines = ()
+    """Findings that speak against the choice."""
+
+    def values(self) -> dict[str, Any]:
+        """Return the fields as plain values, as files and JSON have them."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)} | {"why": dict(self.why)}
+        return {name: plain[name] for name in sorted(plain, key=lambda name: _AT_THE_END.get(name, 0))}
+
+
+_AT_THE_END = {name: place for place, name in enumerate(("why", "run_id", "evaluation", "findings", "evaluated"), 1)}
+"""Fields that are the last ones of a plan's file, in their order."""
+
+
+@checked
+class Plan(ModelPlan, TabularResult):
+    """Layers, sublayers and routed experts to drop from a model.
+
+    Raises:
+        ConfigError: values that do not make a plan. The message has every problem.
+    """
+
     layers: Name
     """Module path of the layer list, below the model's head."""
     drop: Annotated[tuple[FileRemoval, ...], Field(strict=False)] = ()
     """Layers to drop, from 0, sublayers, and routed experts: 3, attention.7, mlp.9, expert.8.12."""
-    why: Mapping[str, Reason] = Field(default_factory=dict)
-    """Criterion and options by which they were chosen."""
-    run_id: Annotated[str, Check(_run_id)] | None = None
-    """Run whose scores were read; none for a plan by hand."""
-    findings: Lines = ()
-    """Findings that speak against the choice."""
     evaluated: Lines = ()
     """Evaluations of the model without these layers that the warehouse had when the plan was made."""
 
@@ -175,8 +194,7 @@ class Plan(TabularResult):
 
     def values(self) -> dict[str, Any]:
         """Return the fields as plain values, as files and JSON have them."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        return plain | {"drop": removal_names(self.drop), "why": dict(self.why)}
+        return super().values() | {"drop": removal_names(self.drop)}
 
     def write(self, path: str | Path) -> None:
         """Write the YAML file.
@@ -333,21 +351,6 @@ def read_checked_plan(cls: type[T], path: str | Path) -> T:
     """
     document = read_plan_file(path)
     return document.require_valid(document.parse(cls, document.value))
-
-
-def problems_of_maps(key: str, maps: Sequence[tuple[int, str]], num_layers: int) -> list[PlanError]:
-    """Return the problems of the linear maps that a plan names: a map twice, or a layer that the model lacks.
-
-    Args:
-        key: key of the file that names the maps.
-        maps: layer, and path below it.
-    """
-    problems = []
-    if len({*maps}) != len(maps):
-        problems.append(PlanError(f"`{key}` names a linear map twice."))
-    if (last := max(layer for layer, _ in maps)) >= num_layers:
-        problems.append(PlanError(f"There is no layer {last}: the model has {num_layers}, from 0."))
-    return problems
 
 
 def read_plan_file(path: str | Path) -> Document:

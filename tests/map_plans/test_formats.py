@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from avss_dist.precision.allocate import in_order, least_damage, same_format, smallest
+from avss_dist.map_plans.budget import in_order, least_damage, same_format, smallest
 
 
 def random_maps(seed: int, maps: int = 6, formats: int = 3) -> tuple[np.ndarray, np.ndarray]:

@@ -16,9 +16,10 @@ from support.tiers import nightly
 
 from avss_dist import sparsify
 from avss_dist.core.errors import ConfigError
+from avss_dist.map_plans.plans import SparsityPlan
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.pruning.plan import read_checked_plan
 from avss_dist.runs.api import score
-from avss_dist.sparsity.plan import read_sparsity_plan
 from avss_dist.stats.power_law import hill_exponent
 from avss_dist.tasks.block_search import GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import MapDamage
@@ -136,7 +137,7 @@ def test_every_method_meets_the_budget(scored: Path, tmp_path: Path, method: str
     options = {**SMALL, "warehouse": scored, "method": method}
     result = avss("sparsify", 0.6, *as_words(options), "-o", out)
     assert result.exit_code == 0, result.stderr
-    made = read_sparsity_plan(out)
+    made = read_checked_plan(SparsityPlan, out)
     assert made.sparsity == pytest.approx(0.6, abs=0.03)
     assert len({round(one.sparsity, 3) for one in made.projections}) > 3
     assert made.why["by"] == method and str(made.why["evaluation"]).startswith("tiny-llama-")

@@ -12,8 +12,9 @@ from support.checkpoints import llama
 
 import avss_dist
 from avss_dist.core.errors import ConfigError
+from avss_dist.map_plans.plans import MapPrecision, PrecisionPlan
 from avss_dist.models.number_formats import FORMATS
-from avss_dist.precision.plan import MapPrecision, PrecisionPlan, read_precision_plan
+from avss_dist.pruning.plan import read_checked_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest
 
@@ -37,7 +38,7 @@ def rounded_map(format: str, layer: int = 0, outputs: int = 128, inputs: int = 6
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_has_the_bits_of_any_shape(name: str) -> None:
     for shape in ((1, 256), (256, 256), (1000, 4096)):
-        assert rounded_map(name, outputs=shape[0], inputs=shape[1]).contradiction(shape) is None
+        assert rounded_map(name, outputs=shape[0], inputs=shape[1]).wrong_bits(shape) is None
         plan_of(Path("org/a"), rounded_map(name, outputs=shape[0], inputs=shape[1]))
 
 
@@ -48,7 +49,7 @@ def test_bits_that_the_format_does_not_have_are_refused(format: str, bits: str, 
     text = (tmp_path / "plan.yaml").read_text()
     (tmp_path / "plan.yaml").write_text(text.replace("int4-g32", format))
     with pytest.raises(PlanError, match=bits) as told:
-        read_precision_plan(tmp_path / "plan.yaml")
+        read_checked_plan(PrecisionPlan, tmp_path / "plan.yaml")
     assert "'mlp.up_proj' of layer 0, has bits 4.5" in told.value.message and "and 1 other map" in told.value.message
 
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 import avss_dist
 from avss_dist.cli.quantize import FORMATS as OFFERED
 from avss_dist.core.errors import AvssError, QueryError
+from avss_dist.map_plans.exports import EXPORTS
+from avss_dist.map_plans.plans import PrecisionPlan
 from avss_dist.models.number_formats import FORMATS
-from avss_dist.precision.files import EXPORTS
-from avss_dist.precision.plan import PrecisionPlan, read_precision_plan
+from avss_dist.pruning.plan import read_checked_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.warehouse.reader import Warehouse
 
@@ -57,7 +58,7 @@ def second_order(plan: PrecisionPlan) -> float:
 def test_every_method_keeps_the_budget_and_none_predicts_less(by: str, predicted: Path) -> None:
     plan, best = chosen(predicted, by=by), chosen(predicted)
     assert len(plan.rounded) == 21 and plan.weights == 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
-    assert plan.bits <= 5.0 and plan.bits == pytest.approx(plan.size / plan.weights)
+    assert plan.bits <= 5.0 and plan.bits == pytest.approx(plan.total / plan.weights)
     assert second_order(plan) >= second_order(best)
     assert {entry.format for entry in plan.rounded} == ({"int4-g32"} if by == "uniform" else {*PAIR})
     for entry in plan.rounded:
@@ -98,14 +99,14 @@ def test_memory_is_that_of_the_whole_model(predicted: Path, wide: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(wide)
     others = sum(p.numel() for p in whole.parameters()) - chosen(predicted).weights
     plan = chosen(predicted, bits=None, memory=4 * others + 70_000)
-    assert plan.size / 8 <= 70_000 < plan.size / 8 + 8 * 128 * 64
+    assert plan.total / 8 <= 70_000 < plan.total / 8 + 8 * 128 * 64
     assert plan.why["memory"] == "236 kB"
 
 
 def test_a_plan_is_read_as_it_was_written(predicted: Path, tmp_path: Path) -> None:
     plan = chosen(predicted, quantize=())
     plan.write(tmp_path / "bits.yaml")
-    again = read_precision_plan(tmp_path / "bits.yaml")
+    again = read_checked_plan(PrecisionPlan, tmp_path / "bits.yaml")
     assert again.rounded == plan.rounded and again.evaluation == plan.evaluation
     assert again.intervention.key == plan.intervention.key
     assert again.why["formats"] == "int4-g32, q4_0, int8, bf16"
@@ -122,7 +123,7 @@ def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, t
     assert any("4.986 bits per weight of 21 linear maps" in finding for finding in found.findings)
     model = AutoModelForCausalLM.from_pretrained(wide)
     with torch.no_grad():
-        for entry in read_precision_plan(plans[0]).rounded:
+        for entry in read_checked_plan(PrecisionPlan, plans[0]).rounded:
             weight = model.model.layers[entry.layer].get_submodule(entry.map).weight
             weight.copy_(FORMATS[entry.format].round(weight))
     model.save_pretrained(tmp_path / "rounded")
@@ -200,7 +201,7 @@ def exported(folder: Path, tmp_path: Path, name: str, bits: float, *formats: str
     for kind in ("plan", name):
         done = avss(*words, "--format", kind, "-o", tmp_path / kind)
         assert done.exit_code == 0, done.stderr
-    return read_precision_plan(tmp_path / "plan"), tmp_path / name
+    return read_checked_plan(PrecisionPlan, tmp_path / "plan"), tmp_path / name
 
 
 def modules_of(plan: PrecisionPlan, *formats: str) -> set[str]:

@@ -12,8 +12,8 @@ from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import RoundedPlace
 from avss_dist.core.registry import MEASURED_ONLY, PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.core.text import describe_bytes
-from avss_dist.precision.allocate import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
-from avss_dist.precision.plan import MapPrecision, PrecisionPlan
+from avss_dist.map_plans.budget import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
+from avss_dist.map_plans.plans import MapPrecision, PrecisionPlan
 from avss_dist.pruning.ground_truth import MapRounding, map_roundings
 from avss_dist.pruning.savings import run_size
 from avss_dist.pruning.selection import PlanError
@@ -22,7 +22,6 @@ from avss_dist.warehouse.reader import Warehouse
 
 MAX_FALL = 0.01  # nats per token that maps of a plan may gain together: other text does not have them
 MAX_RISE = 0.5  # nats per token of all maps in one format, above which predictions of it mean little
-_Map = tuple[int, str]  # layer, and path below it
 
 
 def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str, Any]) -> PrecisionPlan:
@@ -39,11 +38,14 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
     measured = _measured(store, run, request.formats, by)
     formats = [name for name in measured.formats if name in (request.formats or measured.formats)]
     maps = sorted({(place.layer, place.path or "") for place in measured.weights})
-    damage, bits = (_matrix(values, maps, formats) for values in (measured.damage, measured.bits))
-    weights = np.array([measured.weights[_place(one, formats[0])] for one in maps], np.float64)
+    places = [[RoundedPlace(layer=layer, path=path, format=name) for name in formats] for layer, path in maps]
+    damage, bits = (
+        np.array([[values[place] for place in row] for row in places], np.float64)
+        for values in (measured.damage, measured.bits)
+    )
+    weights = np.array([measured.weights[row[0]] for row in places], np.float64)
     bits *= weights[:, None]
-    budget = _budget(request, run, weights, bits)
-    chosen = _choose(request, damage, bits, budget)
+    chosen = _choose(request, damage, bits, _budget(request, run, weights, bits))
     rounded = [
         MapPrecision(
             layer=layer,
@@ -63,19 +65,14 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
             "by": request.by,
             "formats": ", ".join(formats),
             f"sum_of_{by}": round(total(damage, chosen), 6),
-            **_budget_and_seed(request),
+            **({"bits": request.bits} if request.bits else {"memory": describe_bytes(request.memory or 0)}),
+            **({"seed": request.seed} if request.by == "random" else {}),
         },
         run_id=None if run.get("status") == MEASURED_ONLY else run["run_id"],
         evaluation=measured.run_id,
         findings=tuple(_findings(by, damage, chosen, formats)),
         rounded=tuple(rounded),
     )
-
-
-def _budget_and_seed(request: PrecisionRequest) -> dict[str, Any]:
-    """Return the budget of a plan, and the seed of a random one, as the plan states them."""
-    why: dict[str, Any] = {"bits": request.bits} if request.bits else {"memory": describe_bytes(request.memory or 0)}
-    return {**why, "seed": request.seed} if request.by == "random" else why
 
 
 def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) -> Iterator[str]:
@@ -99,28 +96,18 @@ def _measured(store: Warehouse, run: Mapping[str, Any], formats: Sequence[str], 
     Raises:
         QueryError: there is none.
     """
-    known: set[str] = set()
-    for measured in map_roundings(store, run, by):
+    predictions = [*map_roundings(store, run, by)]
+    for measured in predictions:
         if set(formats) <= {*measured.formats}:
             return measured
-        known |= {*measured.formats}
     wanted = formats or ("int4-g64", "int8")
     options = [word for name in wanted for word in ("--quantize", name)]
     command = ["avss", "ablate", run["model"], "--corpus", str(run["corpus"]), *options, "-w", str(store.root)]
-    what = f"one prediction of {', '.join(wanted)}" if known else "a prediction of rounded weights"
+    what = f"one prediction of {', '.join(wanted)}" if predictions else "a prediction of rounded weights"
     raise QueryError(
         f"{store.root} lacks {what} for the linear maps of {run['model']}.",
         f"Do: {shlex.join(map(str, command))}",
     )
-
-
-def _place(one: _Map, name: str) -> RoundedPlace:
-    return RoundedPlace(layer=one[0], path=one[1], format=name)
-
-
-def _matrix(values: Mapping[RoundedPlace, float], maps: Sequence[_Map], formats: Sequence[str]) -> Float64:
-    """Return values as float64[maps, formats]."""
-    return np.array([[values[_place(one, name)] for name in formats] for one in maps], np.float64)
 
 
 def _budget(request: PrecisionRequest, run: Mapping[str, Any], weights: Float64, bits: Float64) -> float:

@@ -19,11 +19,12 @@ from avss_dist import evaluate
 from avss_dist.analysis.sparsity_plans import MeasuredMaps
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
+from avss_dist.map_plans.plans import SparsityPlan
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.pruning.plan import read_checked_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.api import score
-from avss_dist.sparsity.plan import read_sparsity_plan
 from avss_dist.warehouse.reader import Warehouse
 
 TEXT = "builtin:pydoc"
@@ -67,7 +68,7 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
     path = tmp_path / "sparse.yaml"
     result = avss("sparsify", target, "-w", scored, "-o", path)
     assert result.exit_code == 0, result.stderr
-    made, read = read_sparsity_plan(path), captured(tiny_llama, dtype)
+    made, read = read_checked_plan(SparsityPlan, path), captured(tiny_llama, dtype)
     assert len(made.projections) == 21
     assert (made.why["by"], made.rule) == ("uniform", "all")
     for one in made.projections:
@@ -152,7 +153,7 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
         assert not list((tmp_path / "w").rglob("*.parquet"))
     broken.write_text(f"{out.read_text()}rule: last-half\n")
     with pytest.raises(PlanError, match=r"yaml:\d+: the key 'rule' is repeated; the first is in line \d\."):
-        read_sparsity_plan(broken)
+        read_checked_plan(SparsityPlan, broken)
     other = save_checkpoint(llama(seed=3), tmp_path / "other")
     result = avss("evaluate", other, "--sparse", out, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
     assert "is another model" in result.stderr

@@ -1,0 +1,314 @@
+"""Plans over the linear maps of a model, as YAML files: inputs that become zero, or number formats of weights.
+
+Layers count from 0.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from avss_dist.core.errors import ConfigError
+from avss_dist.core.intervention import (
+    SPARSITY_RULES,
+    THRESHOLD,
+    TOP_K,
+    Intervention,
+    MapSparsity,
+    RoundedPlace,
+    Rounding,
+    Sparsity,
+)
+from avss_dist.core.registry import PRECISION_METHODS, SPARSITY_METHODS
+from avss_dist.core.text import count_of, describe_bytes
+from avss_dist.core.validation import OneOf, checked
+from avss_dist.models.number_formats import FORMATS
+from avss_dist.pruning.plan import ModelPlan, Name, describe_origin, describe_reason, to_yaml, write_text
+from avss_dist.pruning.selection import PlanError
+
+MAX_UNITS = 10**9
+TOLERANCE = 1e-3  # of the mean of a plan, as its maps are written with six decimals
+MAP_TOLERANCE = 1e-5  # of a map's bits per weight, which are written with six digits
+POINT = 0.01
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@checked
+class PlannedMap:
+    """A linear map of a plan.
+
+    Raises:
+        ConfigError: values are invalid; every problem is named.
+    """
+
+    layer: Annotated[int, Field(ge=0)]
+    """Index of the layer, from 0."""
+    map: Name
+    """Module path of the map below the layer."""
+
+
+@checked
+class MapPlan(PlannedMap):
+    """Criterion for the inputs of one linear map that become zero."""
+
+    site: Name
+    """Site that is its input."""
+    outputs: Annotated[int, Field(ge=1, le=MAX_UNITS)]
+    """Number of output units."""
+    inputs: Annotated[int, Field(ge=1, le=MAX_UNITS)]
+    """Number of input units."""
+    sparsity: Share
+    """Expected share of zeros among its inputs."""
+    by: Annotated[str, OneOf((THRESHOLD, TOP_K))]
+    """Criterion of zeros: inputs up to a size, or a share of each token's inputs."""
+    value: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Size or share of the criterion."""
+
+    def __post_init__(self) -> None:
+        if self.by == TOP_K and self.inputs - int(self.value * self.inputs) < 1:
+            message = f"`value` {self.value:g} leaves none of the {self.inputs} units of a token."
+            raise PlanError(message, "Keep one at least.")
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.outputs * self.inputs
+
+    def contradiction(self, model: str, outputs: int, inputs: int) -> str | None:
+        """Return how the entry contradicts the shape that the map has in a model, or None."""
+        if (inputs, outputs) == (self.inputs, self.outputs):
+            return None
+        return f"has {self.inputs} inputs and {self.outputs} outputs, and in {model} {inputs} and {outputs}"
+
+
+@checked
+class MapPrecision(PlannedMap):
+    """Number format of the weight of one linear map."""
+
+    format: Annotated[str, OneOf(tuple(FORMATS))]
+    """Number format."""
+    weights: Annotated[int, Field(ge=1)]
+    """Number of weights."""
+    bits: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Bits per weight in the format, with its share of scales."""
+
+    def wrong_bits(self, *shapes: tuple[int, int]) -> str | None:
+        """Return how the bits contradict the format of a map of one of these shapes (outputs, inputs), or None."""
+        possible = [FORMATS[self.format].bits(*shape) for shape in shapes]
+        if min(possible) - MAP_TOLERANCE <= self.bits <= max(possible) + MAP_TOLERANCE:
+            return None
+        expected = " to ".join(f"{bits:.6g}" for bits in sorted({min(possible), max(possible)}))
+        return f"has `bits` {self.bits:g}, and {self.format} has {expected} bits per weight"
+
+    def contradiction(self, model: str, outputs: int, inputs: int) -> str | None:
+        """Return how the entry contradicts the shape that the map has in a model, or None."""
+        if self.weights != outputs * inputs:
+            return f"has {self.weights:,} weights, and in {model} {outputs * inputs:,}"
+        return self.wrong_bits((outputs, inputs))
+
+
+@checked
+class LinearMapPlan(ModelPlan):
+    """Plan over the linear maps of a model. A field and a field of every map have the name of its budget.
+
+    Attributes:
+        key: field that holds the linear maps.
+        budget: field of the mean over all maps, weighted by their numbers of weights.
+        comment: first line of the file.
+    """
+
+    key: ClassVar[str]
+    budget: ClassVar[str]
+    comment: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        places = [(entry.layer, entry.map) for entry in self.maps]
+        planned, mean = getattr(self, self.budget), self.total / self.weights
+        problems = [*self._problems()]
+        if len({*places}) != len(places):
+            problems.append(PlanError(f"`{self.key}` names a linear map twice."))
+        if (last := max(layer for layer, _ in places)) >= self.num_layers:
+            problems.append(PlanError(f"There is no layer {last}: the model has {self.num_layers}, from 0."))
+        if abs(planned - mean) > TOLERANCE:
+            unit = " bits per weight" if self.budget == "bits" else ""
+            problems.append(
+                PlanError(
+                    f"`{self.budget}` is {planned:g}, and the maps of `{self.key}` have {mean:.6g}{unit} on average, "
+                    "each by the number of its weights.",
+                    f"Write {self.budget}: {mean:.6g}, or change the maps.",
+                )
+            )
+        if problems:
+            raise ConfigError.combine(problems)
+
+    @property
+    def maps(self) -> Sequence[MapPlan | MapPrecision]:
+        """The linear maps."""
+        maps: Sequence[MapPlan | MapPrecision] = getattr(self, self.key)
+        return maps
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of the linear maps."""
+        return sum(entry.weights for entry in self.maps)
+
+    @property
+    def total(self) -> float:
+        """Sum of the budget over all weights, such as the bits of the linear maps."""
+        return float(sum(getattr(entry, self.budget) * entry.weights for entry in self.maps))
+
+    def _problems(self) -> Sequence[PlanError]:
+        """Return further problems of a kind of plan."""
+        return ()
+
+    def write(self, path: str | Path) -> None:
+        """Write the YAML file.
+
+        Raises:
+            PlanError: the file cannot be written.
+            StorageFull: there is no space left.
+        """
+        budget, mean = self.budget, round(getattr(self, self.budget), 6)
+        values = {**self.values(), "findings": list(self.findings), budget: mean}
+        maps = [asdict(entry) | {budget: round(getattr(entry, budget), 6)} for entry in values.pop(self.key)]
+        given = {name: value for name, value in values.items() if value is not None and value is not False}
+        lines = to_yaml({self.key: maps}, flow=True)
+        write_text(path, f"# {self.comment} Layers count from 0.\n{to_yaml(given)}{lines}")
+
+    def _describe(self, methods: Mapping[str, str], first: str, *lines: str) -> list[str]:
+        """Return lines for people: a headline, the origin and the reason of the plan, other lines, and findings."""
+        origin = describe_origin(self.model, self.revision, self.run_id)
+        findings = [f"Finding: {line}" for line in self.findings]
+        return [first, origin, f"Chosen {describe_reason(self.why, methods)}.", *lines, *findings]
+
+
+@checked
+class SparsityPlan(LinearMapPlan):
+    """Plan of the activations of a model that become zero.
+
+    Raises:
+        ConfigError: values are invalid; every problem is named.
+    """
+
+    sparsity: Share
+    """Expected share of the weights of all linear maps of the plan that meet a zero, per sparse token. It must be the
+    mean of the sparsities of `projections`, weighted by their numbers of weights."""
+    rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
+    """Rule for the tokens that are made sparse."""
+    weighted: bool = False
+    """Weight sizes by the norms of the columns that the inputs meet."""
+    projections: Annotated[tuple[MapPlan, ...], Field(strict=False, min_length=1)]
+    """The linear maps."""
+
+    key, budget, comment = "projections", "sparsity", "Sparsity of activations."
+
+    @property
+    def intervention(self) -> Intervention:
+        """Intervention that applies the plan to its model."""
+        maps = [
+            MapSparsity(
+                layer=entry.layer,
+                path=entry.map,
+                outputs=entry.outputs,
+                inputs=entry.inputs,
+                by=entry.by,
+                value=entry.value,
+                weighted=self.weighted,
+            )
+            for entry in self.projections
+        ]
+        return Intervention(sparsity=Sparsity(maps=tuple(maps), rule=self.rule))
+
+    def describe(self) -> list[str]:
+        """Return lines for people that describe the plan and its reason."""
+        saved, zeros, sizes = round(self.total), defaultdict[str, float](float), Counter[str]()
+        for entry in self.projections:
+            zeros[entry.site] += entry.sparsity * entry.weights
+            sizes[entry.site] += entry.weights
+        return self._describe(
+            SPARSITY_METHODS,
+            f"{self.sparsity:.1%} of the weights of {len(self.projections)} linear maps meet a zero, rule {self.rule}.",
+            f"Per token {2 * saved:,} FLOP of {2 * self.weights:,} are saved, and {saved:,} weights need not be read: "
+            f"{describe_bytes(2 * saved)} of {describe_bytes(2 * self.weights)} in 16 bits.",
+            *(f"{site}: {zeros[site] / size:.3f} on average." for site, size in sizes.items()),
+        )
+
+    def describe_realized(self, measured: Mapping[tuple[int, str], float]) -> str | None:
+        """Return a sentence that compares the plan with measured shares of zeros, by layer and path of a map.
+
+        Returns:
+            None if no map of the plan was measured.
+        """
+        deviations = {
+            (entry.layer, entry.map): abs(measured[entry.layer, entry.map] - entry.sparsity)
+            for entry in self.projections
+            if (entry.layer, entry.map) in measured
+        }
+        if not deviations:
+            return None
+        within = sum(value <= POINT for value in deviations.values()) / len(deviations)
+        layer, path = farthest = max(deviations, key=lambda place: deviations[place])
+        place, points = f"the farthest, {path} of layer {layer},", f"{100 * deviations[farthest]:.2g} points"
+        if within == 1:
+            return f"Every linear map is within a point of its sparsity; {place} by {points}."
+        cause = (
+            "Their share is right on average of the text that was counted alone."
+            if any(entry.by != THRESHOLD for entry in self.projections)
+            else "Thresholds are of other text, and of the dense model: maps after sparse ones read less."
+        )
+        return (
+            f"{within:.0%} of the linear maps are within a point of their sparsity; {place} is off by {points}. {cause}"
+        )
+
+
+@checked
+class PrecisionPlan(LinearMapPlan):
+    """Plan of the number formats of a model's weights.
+
+    Raises:
+        ConfigError: values are invalid; every problem is named.
+    """
+
+    bits: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Bits per weight, a mean over the weights of `rounded`."""
+    evaluation: Name | None = None
+    """Evaluation whose predicted losses chose the plan. Its text is not held out."""
+    rounded: Annotated[tuple[MapPrecision, ...], Field(strict=False, min_length=1)]
+    """The linear maps. All other weights stay as they are."""
+
+    key, budget, comment = "rounded", "bits", "Number formats of weights."
+
+    def _problems(self) -> Sequence[PlanError]:
+        """Return the problem of maps whose bits contradict their formats."""
+        wrong = [
+            f"Map {number} of `{self.key}`, '{entry.map}' of layer {entry.layer}, {problem}"
+            for number, entry in enumerate(self.rounded, start=1)
+            if (problem := entry.wrong_bits((1, entry.weights), (entry.weights, 1)))  # extremes of all shapes
+        ]
+        others = f", and {count_of(len(wrong) - 1, 'other map')} alike" if len(wrong) > 1 else ""
+        hint = "Write the bits of the formats, or use avss quantize."
+        return [PlanError(f"{text}{others}.", hint) for text in wrong[:1]]
+
+    @property
+    def intervention(self) -> Intervention:
+        """Intervention that applies the plan to its model."""
+        places = [RoundedPlace(layer=entry.layer, path=entry.map, format=entry.format) for entry in self.rounded]
+        return Intervention(rounding=Rounding(tuple(places)))
+
+    def describe(self) -> list[str]:
+        """Return lines for people that describe the plan and its reason."""
+        by_format: Counter[str] = Counter()
+        for entry in self.rounded:
+            by_format[entry.format] += entry.weights
+        shares = ", ".join(f"{weights / self.weights:.1%} {name}" for name, weights in by_format.most_common())
+        return self._describe(
+            PRECISION_METHODS,
+            f"{self.bits:.3f} bits per weight of {count_of(len(self.rounded), 'linear map')}: "
+            f"{describe_bytes(self.total / 8)} of {describe_bytes(2 * self.weights)} in 16 bits.",
+            f"Of the weights, {shares}.",
+        )

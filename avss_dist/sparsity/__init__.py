@@ -1,1 +1,0 @@
-"""Activation sparsity: plans, and the allocation of a budget over linear maps."""
