@@ -111,7 +111,7 @@ def checked(cls: type[T]) -> type[T]:
         checks.__post_init__ = _collectable(checks.__post_init__)
     checked_class: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
     for name, info in checked_class.__pydantic_fields__.items():  # for subclasses, whose own docstrings pydantic reads
-        described = Annotated[info.rebuild_annotation(), Field(description=info.description)]
+        described: Any = Annotated[info.rebuild_annotation(), Field(description=info.description)]
         checked_class.__dataclass_fields__[name].type = described
     initialize = checked_class.__init__
 
