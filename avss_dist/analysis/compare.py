@@ -28,8 +28,7 @@ from avss_dist.core.text import basename, count_of, describe_threshold
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.checks import settings_of
-from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.slices import slices_by
+from avss_dist.warehouse.reader import Warehouse, slices_by
 
 CONDITIONS = ("corpus", "dtype", "sequence_length", "layout", "row_start", "skip_first_tokens", "schema_version")
 """Properties besides the model that two runs must share for their scores to be comparable."""

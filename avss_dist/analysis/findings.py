@@ -30,8 +30,7 @@ from avss_dist.stats.rankings import count_lowest, spearman_rows
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.stats.scores import MINIMUM_NEAR_ZERO, NOISY_BELOW, Threshold
 from avss_dist.warehouse.checks import settings_of
-from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.slices import slices_by
+from avss_dist.warehouse.reader import Warehouse, slices_by
 
 SCHEMA = pa.schema(
     [

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from avss_dist.core.text import describe_layers, describe_threshold
 from avss_dist.stats.layer_stats import share_of_m2
 from avss_dist.stats.scores import NOISY_BELOW, Threshold
-from avss_dist.warehouse.slices import slices_by
+from avss_dist.warehouse.reader import slices_by
 
 DOMINANT = 0.5  # share of the variance that one unit, or the first tokens, carry
 EXACT = 0.5  # share of exact zeros among near zeros

@@ -17,8 +17,7 @@ from avss_dist.core.registry import GREEDY
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import parse_threshold
 from avss_dist.options import field_values, keywords, refuse_unused
-from avss_dist.pruning.plan import Plan, read_plan
-from avss_dist.pruning.savings import count_for_memory, run_size
+from avss_dist.pruning.plan import Plan, count_for_memory, read_plan, run_size
 from avss_dist.pruning.selection import Choice, ExpertChoice
 from avss_dist.requests import (
     DistillRequest,

@@ -79,7 +79,7 @@ def _choose(opened: Warehouse, row: Mapping[str, Any], request: PlanRequest) -> 
 
 def _saved(run: Mapping[str, Any], plan: Plan) -> list[str]:
     """Return a line on what a plan saves, if the checkpoint is on this machine."""
-    from avss_dist.pruning.savings import Savings, local_run_size
+    from avss_dist.pruning.plan import Savings, local_run_size
 
     size = local_run_size(run) if plan.dropped_layers else None
     return [Savings.of_plan(plan, size).describe()] if size else []

@@ -17,7 +17,7 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer, text_config
 from avss_dist.models.pinning import pin
 from avss_dist.models.quantization import quantization_method
-from avss_dist.pruning.model_card import pruned_from
+from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.system.devices import has_fast_bfloat16, pick_device
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
-from avss_dist.pruning.model_card import pruned_from
+from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.pruning.plan import Plan, read_checked_plan, read_plan, read_plan_file
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest

@@ -46,8 +46,8 @@ from avss_dist.stats.retention import retention_of
 from avss_dist.system.process import package_versions
 from avss_dist.tasks.base import Measure, Result, Row, Task, combine
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
-from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
+from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
 
 MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
@@ -133,16 +133,16 @@ class StoredPatch:
     """A patch in a warehouse; see `intervention.EncodedPatch`."""
 
     key: str
-    patches: Patches = field(compare=False, repr=False)
+    storage: Storage = field(compare=False, repr=False)
 
     def read(self) -> bytes:
         """Return the content of the patch; see `intervention.EncodedPatch`. The last patch that was read is cached."""
-        return _read(self.patches, self.key)
+        return _read(self.storage, self.key)
 
 
 @lru_cache(maxsize=1)
-def _read(patches: Patches, key: str) -> bytes:
-    return patches.read(key)
+def _read(storage: Storage, key: str) -> bytes:
+    return storage.read_patch(key)
 
 
 Work = Iterable[tuple[PlannedTask, Iterable[Intervention]]]
@@ -246,8 +246,8 @@ class EvaluationSession:
         """
         work = list(work)
         cells = [cell for planned, interventions in work for cell in planned.cells(interventions)]
-        patches, run_ids = Patches(self.store.storage), [planned.run_id() for planned, _ in work]
-        known = self._fitted(run_ids, patches)
+        run_ids = [planned.run_id() for planned, _ in work]
+        known = self._fitted(run_ids)
         missing = [
             cell
             for cell in cells
@@ -258,11 +258,11 @@ class EvaluationSession:
             self.results(planned)
         if failed:
             raise failure(failed)
-        return {key: StoredPatch(patch, patches) for key, patch in self._fitted(run_ids, patches).items()}
+        return {key: StoredPatch(patch, self.store.storage) for key, patch in self._fitted(run_ids).items()}
 
-    def _fitted(self, run_ids: Sequence[str], patches: Patches) -> dict[tuple[str, Removals], str]:
+    def _fitted(self, run_ids: Sequence[str]) -> dict[tuple[str, Removals], str]:
         """Return the keys of the stored patches that cells of these evaluations have fitted."""
-        stored = patches.keys()
+        stored = self.store.storage.patch_keys()
         return {
             (row["run_id"], decode_removals(row["drop"])): row["patch"]
             for run_id in (dict.fromkeys(run_ids) if stored else ())
@@ -402,8 +402,8 @@ class _Workers:
             notes: Sequence[str] = ()
             if not isinstance(outcome, AvssError):
                 notes = outcome.notes
-                patches = Patches(self._store.storage)
-                keys = [None if row.patch is None else patches.write(row.patch) for row in outcome.rows]
+                write = self._store.storage.write_patch
+                keys = [None if row.patch is None else write(row.patch) for row in outcome.rows]
                 identity = _identity(cell, cell.run_id, outcome.family)
                 self._store.write_cell(identity, cell.cell_id, _rows(cell, outcome, keys))
             self._on_event(CellDone(cell, notes))

@@ -15,7 +15,7 @@ from avss_dist.partition.open import open_replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import Devices
 from avss_dist.tasks.cells import Cell, CellOutcome
-from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
+from avss_dist.warehouse.store import Receipt, SharedWarehouse
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from avss_dist.core.text import describe_bytes
 from avss_dist.map_plans.budget import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
 from avss_dist.map_plans.plans import MapPrecision, PrecisionPlan
 from avss_dist.pruning.ground_truth import MapRounding, map_roundings
-from avss_dist.pruning.savings import run_size
+from avss_dist.pruning.plan import run_size
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest
 from avss_dist.warehouse.reader import Warehouse

@@ -1,34 +1,50 @@
 """Pruned checkpoints: a folder like the original's, without some layers or routed experts. No model is loaded for that.
 
 Skeletons of both models prove that the remaining layers have the same modules, shapes and settings as before, but for
-the number of experts, and outputs are compared (`comparison`).
+the number of experts, and the outputs of both are compared (`largest_difference`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+import yaml
+
 from avss_dist.core.errors import ModelError, unwritable
+from avss_dist.core.intervention import Removals, count_removed, whole_layers
+from avss_dist.core.registry import LAYERWISE
 from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.text import describe_layers, escape_markdown, printable
+from avss_dist.models.auto import has_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.loading import quiet, text_config
-from avss_dist.models.patching import Patch
+from avss_dist.models.expert_removal import require_experts, without_parts
+from avss_dist.models.layers import first_tensor
+from avss_dist.models.loading import forward_function, load_model, open_module, quiet, text_config
+from avss_dist.models.patching import Patch, patched
 from avss_dist.models.pickled import PICKLED
 from avss_dist.models.quantization import quantization_method, runnable_settings
 from avss_dist.models.safetensors import WEIGHTS, weight_files
-from avss_dist.pruning.comparison import largest_difference
+from avss_dist.models.size import footprint
+from avss_dist.models.skipping import skipping
+from avss_dist.partition.base import Placement
+from avss_dist.partition.choose import size_of, weight_limits
+from avss_dist.partition.open import open_replica
 from avss_dist.pruning.configuration import write_config
-from avss_dist.pruning.model_card import model_card
-from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.plan import Plan, describe_reason
 from avss_dist.pruning.quantization import FILES, LayerNames, renumber_quantization, require_same_modules
-from avss_dist.pruning.repair.record import read_repairs, write_repairs
+from avss_dist.pruning.repair.record import RepairRecord, read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repair, Repaired, repair_layers
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights, copy_weights
+from avss_dist.system.devices import available_memory, pick_device
 from avss_dist.system.files import staged_folder
 
 _NOT_COPIED = (WEIGHTS, *PICKLED, "*.gguf", "*.safetensors.index.json", "*.bin.index.json", "config.json", "README.md")
@@ -189,3 +205,158 @@ def _write_card(checkpoint: Checkpoint, plan: Plan, folder: Path, notes: list[st
     (folder / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
     if record:
         write_repairs(folder, [*read_repairs(checkpoint.folder), record])
+
+
+TOLERANCE = 1e-5  # of the largest output, in float32
+CHECKED_SHAPE = (2, 12)  # rows and tokens
+
+
+def largest_difference(
+    checkpoint: Checkpoint, plan: Plan, replaced: Patch, folder: Path, settings: Settings, execution: Execution
+) -> float | None:
+    """Return the largest difference between the outputs of both backbones' last layers on some tokens.
+
+    Args:
+        plan: its layers are skipped in the original, and its experts masked.
+        replaced: weights of the original to replace.
+        folder: folder of the pruned checkpoint.
+        settings: settings with which both compute.
+        execution: memory limits for streaming, which is used if the models do not fit in memory twice, or on request.
+
+    Returns:
+        None if the models do not fit in memory and have no head, without which they cannot be streamed.
+
+    Raises:
+        PlanError: the outputs differ.
+        ModelError: one of them cannot be opened, or returns no hidden states.
+    """
+    fits = 2 * footprint(checkpoint, settings).weight_bytes <= available_memory() // 2
+    pruned = resolve(str(folder), trust_remote_code=settings.trust_remote_code)
+    pruned = replace(pruned, name=f"{checkpoint.name} without these {'experts' if plan.experts else 'layers'}")
+    settings, outputs = replace(settings, layers=plan.layers), []
+    for tested, drop, patch in ((checkpoint, plan.drop, replaced), (pruned, (), {})):
+        if fits and execution.partition != LAYERWISE:
+            output = _output(tested, settings, drop, patch)
+        elif has_head(text_config(tested, trust_remote_code=settings.trust_remote_code)):
+            output = _streamed_output(tested, settings, drop, patch, execution)
+        else:
+            return None
+        if output is None:
+            raise ModelError(f"'{tested.name}' returns no hidden states.")
+        outputs.append(output)
+    difference = float((outputs[0] - outputs[1]).abs().max())
+    if not difference <= TOLERANCE * float(outputs[0].abs().max()):
+        raise PlanError(
+            f"The pruned checkpoint would compute something else than '{checkpoint.name}' with these "
+            f"{'experts masked' if plan.experts else 'layers skipped'}: outputs differ by {difference:.3g}.",
+            "Layers of this family depend on each other; evaluate the plan without a checkpoint.",
+        )
+    return difference
+
+
+def _output(checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: Patch) -> torch.Tensor | None:
+    backbone = open_module(load_model(checkpoint, settings), layers=settings.layers)
+    layers = backbone.structure.layers
+    require_experts(layers, drop)
+    with torch.no_grad(), patched(layers, patch), skipping(layers, whole_layers(drop)), without_parts(layers, drop):
+        return first_tensor(forward_function(backbone.module)(_checked_tokens(), None))
+
+
+def _streamed_output(
+    checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: Patch, execution: Execution
+) -> torch.Tensor | None:
+    kind = pick_device(settings.device).type
+    limits = weight_limits(LAYERWISE, size_of(checkpoint, settings), settings, execution.max_memory, kind, head=True)
+    placement = Placement(partition=LAYERWISE, max_memory=limits)
+    with closing(open_replica(checkpoint, settings, placement, head=True)) as replica:
+        model = replica.language_model
+        assert model is not None
+        forward = forward_function(model.backbone.module)
+        with model.without(drop), model.patched(patch):
+            (output,) = model.together([lambda: first_tensor(forward(_checked_tokens(), None))])
+        return output
+
+
+def _checked_tokens() -> torch.Tensor:
+    return torch.arange(CHECKED_SHAPE[0] * CHECKED_SHAPE[1]).reshape(CHECKED_SHAPE) + 5
+
+
+_BASE = re.compile(r"Base model at (\w+)\.")
+TAGS = ("layer-pruning", "expert-pruning")
+LICENSE = ("license", "license_name", "license_link")
+
+
+def model_card(
+    checkpoint: Checkpoint, plan: Plan, notes: list[str] | None = None, repair: RepairRecord | None = None
+) -> str:
+    """Return a model card with the removed layers and experts and the reason, the repair, and the license."""
+    name = checkpoint.name if checkpoint.source == "hub" else Path(checkpoint.path).name
+    fields = {
+        "base_model": name,
+        "base_model_relation": "finetune",  # the nearest of the relations that the hub knows
+        **source_license(checkpoint.folder),
+        "library_name": "transformers",
+        "tags": [
+            "pruned",
+            *(tag for tag, dropped in zip(TAGS, (plan.dropped_layers, plan.experts), strict=True) if dropped),
+        ],
+    }
+    head = printable("\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()))
+    source = f", of run {plan.run_id}" if plan.run_id else ""
+    known = [*(f"Finding: {line}" for line in plan.findings), *(notes or []), *(repair.describe() if repair else [])]
+    known.append(f"Evaluated: {' '.join(plan.evaluated) or 'not when it was planned.'}")
+    without = count_removed(plan.drop) if plan.experts else f"{len(plan.drop)} of its {plan.num_layers} layers"
+    return (
+        f"---\n{head}\n---\n\n# {escape_markdown(name)} without {without}\n\n{_describe_changes(plan, repair)}\n\n"
+        f"Chosen {escape_markdown(describe_reason(plan.why))}{source}. Base model at {checkpoint.revision}.\n\n"
+        + "".join(f"- {escape_markdown(line)}\n" for line in known)
+        + "\nWritten by avss_dist.\n"
+    )
+
+
+def _describe_changes(plan: Plan, repair: RepairRecord | None) -> str:
+    """Return sentences with the removed layers and experts, and the changed weights."""
+    sentences = []
+    if plan.dropped_layers:
+        sentences.append(f"Removed, counted from 0: {', '.join(map(str, plan.dropped_layers))}.")
+    if plan.experts:
+        experts = (f"layer {layer}: {', '.join(map(str, indices))}" for layer, indices in plan.experts.items())
+        sentences.append(f"Removed routed experts, both counted from 0: {'; '.join(experts)}.")
+    changed = [cut.after for cut in repair.cuts if cut.changed] if repair else []
+    if changed:
+        sentences.append(f"Of the others, the MLP's last map is changed in {describe_layers(changed)}.")
+    else:
+        sentences.append("The others are unchanged.")
+    return " ".join(sentences)
+
+
+def pruned_from(folder: Path) -> tuple[str, str] | None:
+    """Return base model and revision from the card of a pruned checkpoint, or None for another checkpoint."""
+    try:
+        values, text = _front_matter(folder), (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    revision = _BASE.search(text)
+    if not isinstance(values, dict) or not {*TAGS}.intersection(values.get("tags") or ()) or not revision:
+        return None
+    name = values.get("base_model")
+    return (name, revision[1]) if isinstance(name, str) and name else None
+
+
+def source_license(folder: Path) -> dict[str, Any]:
+    """Return the license that a checkpoint's model card names, else its configuration. Empty if neither does."""
+    for read in (_front_matter, _config):
+        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+            values = read(folder)
+            if isinstance(values, dict) and values.get("license"):
+                return {key: str(values[key]) for key in LICENSE if values.get(key)}
+    return {}
+
+
+def _front_matter(folder: Path) -> Any:
+    begin, head, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return None if begin.strip() else yaml.safe_load(head)
+
+
+def _config(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -29,8 +29,7 @@ from avss_dist.runs.events import (
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import Run, RunInProgress
-from avss_dist.warehouse.sharing import SharedWarehouse, shared
-from avss_dist.warehouse.store import Store
+from avss_dist.warehouse.store import SharedWarehouse, Store, shared
 
 UNCOMMITTED = 8  # results that may wait for storage before workers wait, too
 

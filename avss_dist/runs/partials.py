@@ -11,8 +11,7 @@ from avss_dist.core.errors import RunFailed
 from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.merging import Block, Merged, combine_blocks, merge_block, split_into_blocks
-from avss_dist.warehouse.sharing import SharedWarehouse
-from avss_dist.warehouse.store import Store
+from avss_dist.warehouse.store import SharedWarehouse, Store
 
 MERGED_HERE = 400  # shards; merging more is distributed to workers
 

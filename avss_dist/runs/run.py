@@ -26,8 +26,7 @@ from avss_dist.stats.scores import score_run
 from avss_dist.system.process import package_versions
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
-from avss_dist.warehouse.store import Store
+from avss_dist.warehouse.store import Receipt, SharedWarehouse, Store
 
 SHOWN = ("layer", "depth", "avss_smoothed", "avss_low", "avss_high", "rank", "variance", "sparsity", *BASELINES)
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Unpack
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -19,14 +20,16 @@ from avss_dist.core.text import RedactedURI, basename, count_of
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.warehouse.checks import RUN_COLUMNS, checked_rows, damaged_runs
 from avss_dist.warehouse.compaction import (
+    DIGEST,
     DIGESTS,
     MIN_RUNS,
     SORTED_BY,
+    SOURCE,
     TableParts,
+    digest,
     encoded_schema,
     table_schema,
 )
-from avss_dist.warehouse.digest import DIGEST, SOURCE, digest
 from avss_dist.warehouse.encoding import (
     conform,
     decode_shard,
@@ -515,3 +518,19 @@ def _stored(name: str) -> str:
 def _ids(names: Iterable[str], prefix: str) -> set[str]:
     """Return the run ids in the names of files or folders that begin with a prefix."""
     return {match[1] for name in names if (match := re.fullmatch(rf"{re.escape(prefix)}([\w.-]+)", name))}
+
+
+def slices_by(table: pa.Table, names: Sequence[str]) -> list[tuple[dict[str, Any], int, int]]:
+    """Return the key, the first row and the row after the last of each group of rows with equal values in some columns.
+
+    Args:
+        table: sorted by these columns.
+        names: names of the columns.
+    """
+    if not len(table):
+        return []
+    columns = (table[name].combine_chunks().dictionary_encode() for name in names)
+    codes = [column.indices.to_numpy() for column in columns]
+    starts = np.flatnonzero(np.any([np.diff(code, prepend=-1) != 0 for code in codes], axis=0))
+    keys = table.select(list(names)).take(starts).to_pylist()
+    return list(zip(keys, starts.tolist(), [*starts[1:].tolist(), len(table)], strict=True))

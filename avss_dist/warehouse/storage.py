@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import time
@@ -23,6 +24,7 @@ _OPEN_HINT = "Give a folder, or an s3://, gs://, hdfs:// or file:// URI."
 _ADDRESS_HINT = "Check the address, and who may {} there."
 PLAN = ".plan-"  # before the id of an unfinished run: the name of a file
 COMPACTED = "compacted"  # folder of copies of many files, beside the tables: see `compaction`
+PATCHES = "patches"  # folder of the weights that repair models
 MARK_SECONDS = 7 * 86_400.0  # that a driver may run at most, for its workers to find its mark
 LOCAL_READERS, REMOTE_READERS = 2, 16
 _ONE_FILE = r"[0-9a-f]{20}"  # a part of the fingerprint of a cell, an experiment and so on
@@ -207,6 +209,36 @@ class Storage:
         stored = sum(f"/shard_stats/{path.split('/')[-2]}/" in file for file in self.files("shard_stats"))
         hint = f"Free some and run the same command again: {stored} shard{'s are' if stored != 1 else ' is'} kept."
         return StorageFull(f"No space left on {self.root}.", hint)
+
+    def write_patch(self, data: bytes) -> str:
+        """Write weights that repair a model, in safetensors, and return their key: their SHA-256, in hex."""
+        key = hashlib.sha256(data).hexdigest()
+        self.write(self._patch_path(key), data)
+        return key
+
+    def patch_keys(self) -> set[str]:
+        """Return the keys of all patches."""
+        folder = f"{self.base}/{PATCHES}"
+        with self.reading(folder):
+            infos = self.filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+        return {match[1] for info in infos if (match := re.fullmatch(r"([0-9a-f]{64})\.safetensors", info.base_name))}
+
+    def read_patch(self, key: str) -> bytes:
+        """Read a patch.
+
+        Raises:
+            DamagedFile: it is missing, or its content does not match the key.
+        """
+        data = self.read(path := self._patch_path(key))
+        if data is None or hashlib.sha256(data).hexdigest() != key:
+            raise DamagedFile(
+                f"Cannot read {path}: it is {'gone' if data is None else 'not what was written'}.",
+                "Delete it, and run the same command again: it is fitted again.",
+            )
+        return bytes(data)
+
+    def _patch_path(self, key: str) -> str:
+        return f"{self.base}/{PATCHES}/{key}.safetensors"
 
     def run_id(self, path: str) -> str:
         """Return the run id of a file."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from avss_dist.core.errors import DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
+from avss_dist.core.errors import AvssError, DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
+from avss_dist.core.text import RedactedURI, escape_markdown
 from avss_dist.stats.experts import ExpertStats, merge_experts
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
 from avss_dist.warehouse.checks import checked_rows
@@ -25,8 +28,7 @@ from avss_dist.warehouse.encoding import (
     to_experts,
 )
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.readme import TITLE, readme
-from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, RunIdentity
+from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
 
 LayersStats = Mapping[LayerKey, LayerStats]
 StrataStats = Mapping[StratumKey, LayerStats]
@@ -200,3 +202,122 @@ class Store(Warehouse):
         data = encode(table, run_id, columns)
         self.storage.write(self.storage.path(table, run_id, name or table), data)
         return data
+
+
+@dataclass(frozen=True)
+class SharedWarehouse:
+    """Reference to a driver's warehouse, pickled for its workers.
+
+    Attributes:
+        root: address of the warehouse for any process.
+        mark: name of a file in it that the driver has written.
+    """
+
+    root: RedactedURI
+    mark: str
+
+    def store(self) -> Store | None:
+        """Open the warehouse, or return None if this process does not find the driver's mark in it."""
+        return _store_with_mark(self)
+
+
+@lru_cache(maxsize=8)
+def _store_with_mark(shared: SharedWarehouse) -> Store | None:
+    try:
+        store = Store(shared.root)
+        return store if store.storage.has_mark(shared.mark) else None
+    except AvssError:
+        return None
+
+
+@contextmanager
+def shared(store: Store) -> Iterator[SharedWarehouse | None]:
+    """Let workers write the warehouse inside the block. Yield None if no mark can be written, as on a full disk."""
+    try:
+        mark = store.storage.write_mark()
+    except AvssError:
+        yield None
+        return
+    try:
+        yield SharedWarehouse(store.storage.address, mark)
+    finally:
+        store.storage.remove_mark(mark)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """A worker's message that it has written the partial of a shard. It is short, as one driver serves many workers.
+
+    Attributes:
+        shard_id, content_hash, num_tokens, seconds: see `ShardResult`.
+        size: size of the partial in bytes.
+    """
+
+    shard_id: int
+    content_hash: str
+    num_tokens: int
+    seconds: float
+    size: int
+
+    @staticmethod
+    def of_result(result: ShardResult, size: int) -> Receipt:
+        """Return the receipt of a result."""
+        return Receipt(
+            shard_id=result.shard_id,
+            content_hash=result.content_hash,
+            num_tokens=result.num_tokens,
+            seconds=result.seconds,
+            size=size,
+        )
+
+
+TITLE = "# Layer scores, measured by avss_dist"
+_QUERIES = """
+Parquet files of runs, in folders `TABLE/run_id=RUN/`. Layers count from 0; rank 1 is the least important layer. A run
+is finished if it has a row in `runs` whose `status` is `done`. The commands of avss_dist read this folder:
+
+```bash
+avss query -w . "SELECT model, layer, rank, avss FROM published ORDER BY model, rank"
+```
+
+There, the view `published` has the usual reading of the scores, one row for each layer of each run, `latest` has the
+newest run of each model, revision and text, and `layers` has both together. The same with other programs:
+
+```python
+import duckdb
+
+duckdb.sql(\"\"\"
+    SELECT model, layer, rank, avss
+    FROM read_parquet('scores/*/*.parquet', hive_partitioning = true)
+    WHERE site = 'block' AND recipe = 'pooled' AND threshold_kind = 'absolute' AND threshold = 1e-5
+    ORDER BY model, rank
+\"\"\").show()
+```
+
+```python
+import pandas as pd
+
+scores = pd.read_parquet("scores")
+usual = scores.query("site == 'block' and recipe == 'pooled' and threshold_kind == 'absolute' and threshold == 1e-5")
+print(usual.sort_values(["model", "rank"])[["model", "layer", "rank", "avss"]])
+```
+
+```python
+import polars as pl
+
+usual = pl.scan_parquet("scores/*/*.parquet").filter(
+    site="block", recipe="pooled", threshold_kind="absolute", threshold=1e-5
+)
+print(usual.select("model", "layer", "rank", "avss").sort("model", "rank").collect())
+```
+"""
+
+
+def readme() -> str:
+    """Return the text of the file, with the tables in the order of `TABLES`."""
+    parts = [TITLE, _QUERIES]
+    for name, table in TABLES.items():
+        parts += [f"## `{name}`\n\n{table.meaning.capitalize()}.\n\n| column | type | meaning |\n|---|---|---|"]
+        parts += [f"| `{c.name}` | {c.type} | {escape_markdown(c.description)} |" for c in table.columns]
+        parts.append("")
+    return "\n".join(parts)

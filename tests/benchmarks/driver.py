@@ -47,8 +47,7 @@ from avss_dist.stats.layer_stats import LayerStats, ShardResult
 from avss_dist.system.files import Spool
 from avss_dist.warehouse.encoding import EncodedStats, encode_shard
 from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.sharing import Receipt
-from avss_dist.warehouse.store import Store
+from avss_dist.warehouse.store import Receipt, Store
 
 ROWS, LENGTH = 32, 2048
 MADE = 32  # results that are made beforehand

@@ -87,9 +87,9 @@ def test_one_place_writes_what_people_see() -> None:
         for file in package.rglob("*.py")
         if any(writes.search(line.partition("#")[0]) for line in file.read_text().splitlines() if '"""' not in line)
     }
-    # `group` sends what libraries log to standard error; `__main__` speaks while nothing is imported; `readme` has
+    # `group` sends what libraries log to standard error; `__main__` speaks while nothing is imported; `store` has
     # examples for others.
-    assert found == {"system/streams.py", "partition/group.py", "__main__.py", "warehouse/readme.py"}
+    assert found == {"system/streams.py", "partition/group.py", "__main__.py", "warehouse/store.py"}
 
 
 def test_a_terminal_obeys_no_text() -> None:

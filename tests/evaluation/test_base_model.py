@@ -14,8 +14,7 @@ from support.checkpoints import llama
 
 from avss_dist import evaluate
 from avss_dist.core.errors import AvssError, ConfigError
-from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.model_card import pruned_from
+from avss_dist.pruning.checkpoint import prune, pruned_from
 from avss_dist.pruning.plan import Plan
 from avss_dist.warehouse.reader import Warehouse
 

@@ -50,7 +50,6 @@ from avss_dist.report.terminal import progress as avss_progress
 from avss_dist.report.terminal.progress import CellProgress
 from avss_dist.runs.job_file import read_job
 from avss_dist.tasks.cells import Cell
-from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
@@ -277,7 +276,7 @@ def test_a_row_is_what_the_pruned_checkpoint_gives(repair: str, done: Done, deep
     read = {**READ, "skip_sequences": 72, "max_sequences": 8, "dtype": "float32"}
     (found,) = evaluate([str(here)], tasks=[TASK], warehouse=tmp_path / "w", **read)
     assert (found.result.value, found.result.stderr) == (row["value"], row["stderr"])
-    tensors, _ = decode_patch(Patches(Storage(warehouse)).read(row["patch"]))
+    tensors, _ = decode_patch(Storage(warehouse).read_patch(row["patch"]))
     assert {layer for layer, _ in tensors} == {4}
     times = cell_times(warehouse)
     done_again = pruned(deep, plan, kept, repair, "-w", warehouse, "--replicas", 1)
@@ -327,12 +326,12 @@ def test_nothing_is_fitted_twice_and_what_is_lost_is_fitted_again(done: Done) ->
 
 
 def test_a_patch_that_is_damaged_is_no_patch(tmp_path: Path) -> None:
-    patches = Patches(Storage(tmp_path))
-    key = patches.write(b"weights")
-    assert patches.keys() == {key} and patches.read(key) == b"weights"
+    storage = Storage(tmp_path)
+    key = storage.write_patch(b"weights")
+    assert storage.patch_keys() == {key} and storage.read_patch(key) == b"weights"
     (tmp_path / "patches" / f"{key}.safetensors").write_bytes(b"other")
     with pytest.raises(DamagedFile, match="not what was written"):
-        patches.read(key)
+        storage.read_patch(key)
 
 
 # What is refused

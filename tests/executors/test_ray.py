@@ -50,8 +50,7 @@ from avss_dist.runs.run import RunInProgress
 from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.cells import Cell
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.sharing import Receipt, shared
-from avss_dist.warehouse.store import Store
+from avss_dist.warehouse.store import Receipt, Store, shared
 
 
 def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:

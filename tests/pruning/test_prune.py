@@ -26,8 +26,7 @@ from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, open_module, quiet
 from avss_dist.models.skipping import skipping
 from avss_dist.pruning import configuration
-from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.model_card import model_card
+from avss_dist.pruning.checkpoint import model_card, prune
 from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.warehouse.reader import Warehouse

@@ -24,8 +24,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load, load_model, quiet
-from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.model_card import model_card, source_license
+from avss_dist.pruning.checkpoint import model_card, prune, source_license
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import LayerNames, renumber_quantization, require_same_modules
 from avss_dist.pruning.selection import PlanError

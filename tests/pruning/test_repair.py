@@ -27,8 +27,7 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer, open_module
 from avss_dist.models.size import footprint
 from avss_dist.models.skipping import skipping
-from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.model_card import model_card
+from avss_dist.pruning.checkpoint import model_card, prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fits import FitStep, NormalEquations, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.fitter import find_cuts

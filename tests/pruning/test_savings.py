@@ -16,8 +16,7 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_model
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.pruning.checkpoint import prune
-from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.savings import Savings, count_for_memory
+from avss_dist.pruning.plan import Plan, Savings, count_for_memory
 from avss_dist.pruning.selection import PlanError
 
 

@@ -17,8 +17,7 @@ from avss_dist.runs.partials import ShardSummary, merge_partials
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.merging import Merged, merge_blocks
 from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.sharing import shared
-from avss_dist.warehouse.store import Store
+from avss_dist.warehouse.store import Store, shared
 
 RUN = RunIdentity(run_id="r", model="m", revision="main", family="llama")
 NUMBER = 5

@@ -19,7 +19,6 @@ from support.warehouses import unpack_released
 
 from avss_dist.core.intervention import InterventionKey
 from avss_dist.pruning.repair.registry import REPAIRS
-from avss_dist.warehouse.patches import Patches
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import TABLES
 from avss_dist.warehouse.store import Store
@@ -87,9 +86,8 @@ def test_statistics_partials_cells_and_patches_are_read(root: Path) -> None:
         assert len(store.read_layer_stats(run["run_id"])) == run["num_layers"] * len(run["sites"])
         assert len(store.read_partials(run)) == run["num_shards"]
     cells = store.table("cells", columns=["patch"])["patch"].drop_null().unique().to_pylist()
-    patches = Patches(store.storage)
-    assert set(cells) == patches.keys() and len(cells) == 3
-    assert all(patches.read(key) for key in cells)
+    assert set(cells) == store.storage.patch_keys() and len(cells) == 3
+    assert all(store.storage.read_patch(key) for key in cells)
 
 
 def test_commands_read_it(root: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from avss_dist.system.streams import progress_to
 from avss_dist.tasks.cells import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
-from avss_dist.warehouse.sharing import Receipt, SharedWarehouse
+from avss_dist.warehouse.store import Receipt, SharedWarehouse
 
 BEAT_SECONDS = 1.0
 UnitResult = ShardResult | Receipt | CellResult

@@ -13,8 +13,7 @@ from avss_dist.core.text import basename, printable
 from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
-from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.slices import slices_by
+from avss_dist.warehouse.reader import Warehouse, slices_by
 
 MIN_RUNS = 8  # of fewer, the charts show each
 UNRANKED = -1  # in place of the rank of a layer without a score
