@@ -312,7 +312,7 @@ class EncodedPatch(Protocol):
         """SHA-256 of the bytes, in hex."""
 
     def read(self) -> bytes:
-        """Return the weights as `models.patching.encode_patch` encodes them."""
+        """Return the weights as `models.interventions.encode_patch` encodes them."""
 
 
 class InterventionKey(NamedTuple):

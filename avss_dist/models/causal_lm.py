@@ -20,6 +20,18 @@ from avss_dist.models.auto import no_head, predictor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.expert_removal import require_experts, without_parts
 from avss_dist.models.head import Head, find_head
+from avss_dist.models.interventions import (
+    Patch,
+    decode_patch,
+    explaining,
+    find_obstacles,
+    patched,
+    recording,
+    representatives,
+    resuming,
+    skip_of,
+    skipping,
+)
 from avss_dist.models.labels import (
     LOGIT_BYTES,
     draw_labels,
@@ -31,20 +43,9 @@ from avss_dist.models.labels import (
 from avss_dist.models.layers import Layer, probe_tokens
 from avss_dist.models.loading import Backbone, quiet
 from avss_dist.models.number_formats import NumberFormat
-from avss_dist.models.patching import Patch, decode_patch, patched
 from avss_dist.models.remaining import without_modules
 from avss_dist.models.rounding import require_alone, require_fit, rounded
-from avss_dist.models.skipping import (
-    Recorded,
-    explaining,
-    recording,
-    representatives,
-    resuming,
-    skipped_layers,
-    skipping,
-)
 from avss_dist.models.sparsifying import SparsityCounts, dense, sparsified, uncounted
-from avss_dist.models.sublayers import find_obstacles, require_sublayers
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import to_device
 from avss_dist.system.streams import underway
@@ -87,13 +88,15 @@ class LanguageModel:
         backbone: the model as it was opened.
         head: maps the hidden states after the last layer to logits.
         layers: transformer blocks, in order.
-        forms: how each layer returns hidden states (see `skipping.Recorded`), so that it need not run to be skipped.
+        forms: how each layer returns hidden states (see `interventions.Recorded`): then it need not run to be skipped.
         family: ``model_type`` of the configuration.
         device: device of token ids and results.
         reports: whether the results of this process count; one of several ranks with equal results reports.
         notes: remarks for people on how the model computes, collected while it does.
-        keeps_hidden_states: whether `skipping.recording` and `resuming` work on its layers and save time. Otherwise
-            the passes of `together` share one reading of the weights.
+        keeps_hidden_states: whether `interventions.recording` and `resuming` work on its layers and save time.
+            Otherwise the passes of `together` share one reading of the weights.
+        weights_stay: whether weights are in memory, and whole, from pass to pass. Otherwise they are patched and
+            rounded while their layer runs, and backward passes use the unchanged ones.
         whole_weights: whether this process has every weight of a layer whole while the layer runs.
         lockstep: number of ranks that must run equally many passes, each over its own batches.
 
@@ -103,6 +106,7 @@ class LanguageModel:
 
     reports = True
     keeps_hidden_states = True
+    weights_stay = True
     whole_weights = True
     lockstep = 1
 
@@ -137,7 +141,7 @@ class LanguageModel:
 
     @cached_property
     def obstacles(self) -> dict[int, str]:
-        """Reasons why the sublayers of a layer cannot be left out alone, by layer; see `sublayers.find_obstacles`."""
+        """Reasons, by layer, why its sublayers cannot be left out alone; see `interventions.find_obstacles`."""
         try:
             return find_obstacles(self.layers, self._probe)
         except Exception:  # as below
@@ -147,7 +151,7 @@ class LanguageModel:
     def resumes(self) -> bool:
         """Whether a pass resumed from recorded hidden states equals, bit by bit, a pass that skips the layer.
 
-        Tried on a few tokens, with `skipping.representatives` of the layers.
+        Tried on a few tokens, with `interventions.representatives` of the layers.
         """
         try:
             with torch.no_grad():
@@ -162,10 +166,10 @@ class LanguageModel:
         batch = Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
         with recording(self.layers) as recorded:
             self.hidden_states(batch)
-        for layer in representatives(self.layers):  # left out as this class does it: a subclass may not be ready to
-            with resuming(self.layers, layer.index, recorded):
+        for layer in representatives(self.layers):
+            with self.beginning(layer.index, recorded.inputs.pop(layer.index)):
                 resumed = self.hidden_states(batch)
-            with LanguageModel.without(self, (layer.index,)):
+            with self.without((layer.index,)):
                 if not torch.equal(resumed, self.hidden_states(batch)):
                     return False
         return True
@@ -200,8 +204,12 @@ class LanguageModel:
         """
         if wrong := [layer for layer in map(layer_of, removed) if layer >= len(self.layers)]:
             raise ModelError(f"There is no layer {wrong[0]}: '{self.checkpoint.name}' has {len(self.layers)}, from 0.")
-        if any(isinstance(removal, Sublayer) for removal in removed):
-            require_sublayers(self.obstacles, removed)
+        for part in (removal for removal in removed if isinstance(removal, Sublayer)):
+            if part.layer in self.obstacles:
+                raise ModelError(
+                    f"{part} cannot be left out alone: {self.obstacles[part.layer]}.",
+                    "Leave out whole layers of this model.",
+                )
         require_experts(self.layers, removed)
 
     def require_roundable(self, layers: Iterable[Layer], formats: Iterable[NumberFormat]) -> None:
@@ -231,21 +239,21 @@ class LanguageModel:
 
     @contextmanager
     def patched(self, patch: Patch) -> Iterator[None]:
-        """Have the model compute with a patch inside the context; see `patching.patched`."""
-        with patched(self.layers, patch):
+        """Have the model compute with a patch inside the context; see `interventions.patched`."""
+        with patched(self.layers, patch, when_called=not self.weights_stay):
             yield
 
     @contextmanager
     def rounded(self, rounding: Rounding) -> Iterator[None]:
         """Have the model compute with rounded weights inside the context; see `rounding.rounded`."""
         self.require_roundable((), ())
-        with rounded(self.layers, rounding):
+        with rounded(self.layers, rounding, when_called=not self.weights_stay):
             yield
 
     @contextmanager
     def beginning(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
         """Have passes start with the output of a layer inside the context; allowed if `resumes`."""
-        with resuming(self.layers, layer, Recorded({layer: hidden}, self.forms)):
+        with resuming(self.layers, layer, hidden, self.forms):
             yield
 
     def value(self, layer: int, path: str) -> torch.Tensor:
@@ -281,7 +289,7 @@ class LanguageModel:
     @property
     def skipped(self) -> frozenset[int]:
         """Indices of the layers that `without` leaves out now."""
-        return skipped_layers(self.layers)
+        return frozenset(layer.index for layer in self.layers if skip_of(layer.module))
 
     def generate(self, **kwargs: Any) -> Any:
         """Call the module's ``generate``.
@@ -411,7 +419,7 @@ class LanguageModel:
                     continue
                 layer = branches[intervention]
                 behind = begins_behind(intervention, layer)
-                with resuming(self.layers, behind, Recorded({behind: recorded.inputs[layer]}, self.forms)):
+                with self.beginning(behind, recorded.inputs[layer]):
                     results.append(self.losses(batch))
         return results
 

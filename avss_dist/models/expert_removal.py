@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -24,10 +24,8 @@ from torch.distributed.tensor import DTensor
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Removal, experts_by_layer
 from avss_dist.core.text import count_of
+from avss_dist.models.interventions import around, replace_tensor, without_sublayers
 from avss_dist.models.layers import Layer, first_tensor
-from avss_dist.models.patching import forward_name
-from avss_dist.models.skipping import replace_tensor
-from avss_dist.models.sublayers import without_sublayers
 from avss_dist.system.process import bound
 
 COUNT = "num_experts"
@@ -254,77 +252,33 @@ def without_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> It
     """
     before = _REMOVED.get()
     routers = dict(before)
-    with ExitStack() as stack:
-        for index, experts in experts_by_layer(removed).items():
-            routed = find_routed_experts(layers[index].module)
-            assert routed is not None
-            router = layers[index].module.get_submodule(routed.router)
-            routers[router] = before.get(router, frozenset()) | {*experts}
-            stack.enter_context(_choosing(router, routed.number))
-        stack.enter_context(bound(_REMOVED, routers))
+    choices = {}
+    for index, experts in experts_by_layer(removed).items():
+        routed = find_routed_experts(layers[index].module)
+        assert routed is not None
+        router = layers[index].module.get_submodule(routed.router)
+        routers[router] = before.get(router, frozenset()) | {*experts}
+        if router not in before:
+            choices[router] = partial(_choose, router, routed.number)
+    with around(choices, weights=True), bound(_REMOVED, routers):
         yield
 
 
-@contextmanager
-def _choosing(router: nn.Module, number: int) -> Iterator[None]:
-    """Have a router heed `_REMOVED` inside the context. Contexts of several passes may overlap in any order."""
-    name = forward_name(router)
-    installed = vars(router).get(name)
-    if not isinstance(installed, _Choice):
-        installed = _Choice(router, number, getattr(router, name), installed)
-        vars(router)[name] = installed
-    installed.users += 1
-    try:
-        yield
-    finally:
-        installed.users -= 1
-        if not installed.users and installed.original is None:
-            del vars(router)[name]
-        elif not installed.users:
-            vars(router)[name] = installed.original
-
-
-@dataclass(eq=False)
-class _Choice:
-    """Replacement ``forward`` of a router that chooses among the remaining experts of the current context.
-
-    Attributes:
-        forward: the router's own ``forward``.
-        original: the router's instance attribute of that name; None if the class has it.
-        users: number of open contexts.
-    """
-
-    router: nn.Module
-    number: int
-    forward: Callable[..., Any]
-    original: Any
-    users: int = 0
-    _remaining: dict[tuple[frozenset[int], torch.device], torch.Tensor] = field(default_factory=dict)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        removed = _REMOVED.get().get(self.router)
-        if not removed:
-            return self.forward(*args, **kwargs)
-        keep = self._indices(removed, self.router.weight.device)  # type: ignore[arg-type]
-        shorten = partial(_shortened_argument, self.number, keep)
-        with _shortened(self.router, keep):
-            output = self.forward(*map(shorten, args), **{name: shorten(value) for name, value in kwargs.items()})
-        logits = first_tensor(output)
-        if logits is None or logits.shape[-1] != len(keep):
-            raise ModelError(f"A {type(self.router).__name__} returns no logits of its experts.", _ELSEWHERE)
-        whole = logits.new_full((*logits.shape[:-1], self.number), -torch.inf).index_copy(-1, keep, logits)
-        index = next((t for t in output if isinstance(t, torch.Tensor) and not t.is_floating_point()), None)
-        if index is None:
-            raise ModelError(f"A {type(self.router).__name__} does not choose experts itself.", _ELSEWHERE)
-        return replace_tensor(replace_tensor(output, logits, whole), index, keep[index].to(index.dtype))
-
-    def _indices(self, removed: frozenset[int], device: torch.device) -> torch.Tensor:
-        """Return the indices of the remaining experts, int64[remaining]."""
-        key = removed, device
-        if key not in self._remaining:
-            remaining = [expert for expert in range(self.number) if expert not in removed]
-            self._remaining[key] = torch.tensor(remaining, device=device)
-        return self._remaining[key]
+def _choose(router: nn.Module, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a router of ``number`` experts, as an action of `around`, so that it chooses among the remaining ones."""
+    weight: Any = router.weight
+    keep = torch.tensor([e for e in range(number) if e not in _REMOVED.get()[router]], device=weight.device)
+    shorten = partial(_shortened_argument, number, keep)
+    with _shortened(router, keep):
+        output = forward(*map(shorten, args), **{name: shorten(value) for name, value in kwargs.items()})
+    logits = first_tensor(output)
+    if logits is None or logits.shape[-1] != len(keep):
+        raise ModelError(f"A {type(router).__name__} returns no logits of its experts.", _ELSEWHERE)
+    whole = logits.new_full((*logits.shape[:-1], number), -torch.inf).index_copy(-1, keep, logits)
+    index = next((t for t in output if isinstance(t, torch.Tensor) and not t.is_floating_point()), None)
+    if index is None:
+        raise ModelError(f"A {type(router).__name__} does not choose experts itself.", _ELSEWHERE)
+    return replace_tensor(replace_tensor(output, logits, whole), index, keep[index].to(index.dtype))
 
 
 def _shortened_argument(number: int, keep: torch.Tensor, value: Any) -> Any:

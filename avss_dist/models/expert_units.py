@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from avss_dist.models.experts import Routing, routing_of
-from avss_dist.models.patching import forward_name, replaced_parameters
+from avss_dist.models.interventions import replaced_parameters
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class DownProjections:
         self, args: Sequence[Any], kwargs: Mapping[str, Any], replaced: Mapping[int, torch.Tensor]
     ) -> torch.Tensor:
         """Return the output, [tokens, outputs], of the experts without hooks, with other arguments, by their id."""
-        forward = getattr(self.module, forward_name(self.module))  # a wrapper would load weights anew
+        forward = getattr(self.module, "_old_forward", self.module.forward)  # Accelerate's would load weights anew
         positional = [replaced.get(id(value), value) for value in args]
         output = forward(*positional, **{name: replaced.get(id(value), value) for name, value in kwargs.items()})
         return output.reshape(-1, output.shape[-1])

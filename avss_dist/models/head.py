@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from avss_dist.models.interventions import around
 from avss_dist.models.layers import PROBE_SHAPE, Layer, probe_tokens
-from avss_dist.models.skipping import replaced_forwards
 from avss_dist.system.process import bound
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -111,7 +111,7 @@ class SplitHead:
         """See `Head`."""
         with (
             bound(_MODE, _HeadMode(replacement=hidden[None])),
-            replaced_forwards({self._body: lambda *_, **__: self._output}),
+            around({self._body: lambda *_, **__: self._output}),
         ):
             logits: torch.Tensor = self._module(input_ids=self._input_ids, use_cache=False).logits
         return logits.squeeze(0)

@@ -6,7 +6,7 @@ Whole weights in memory are rounded once, and replaced in place. Weights that ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,9 +15,9 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError, nearest
 from avss_dist.core.intervention import Rounding
+from avss_dist.models.interventions import around, replaced_parameters, with_parameters
 from avss_dist.models.layers import Layer, Projection
 from avss_dist.models.number_formats import NumberFormat, fitting, number_format
-from avss_dist.models.patching import changed_when_called, replaced_parameters
 from avss_dist.models.sparsifying import weight_of
 
 GROUP, MOST_DISTINCT = 32, 16  # neighbours that are looked at together, and values of 4 bits
@@ -115,35 +115,26 @@ def _distinct(projection: Projection) -> int:
 
 
 @contextmanager
-def rounded(layers: Sequence[Layer], rounding: Rounding) -> Iterator[None]:
+def rounded(layers: Sequence[Layer], rounding: Rounding, *, when_called: bool = False) -> Iterator[None]:
     """Have layers compute with rounded weights inside the context, and restore the weights exactly.
+
+    Args:
+        when_called: weights are in memory, or whole, only while their layer runs.
 
     Raises:
         ModelError: see `rounded_maps`.
     """
-    with rounding_weights({projection.module: known for projection, known in rounded_maps(layers, rounding).items()}):
-        yield
+    maps = {projection.module: known for projection, known in rounded_maps(layers, rounding).items()}
 
+    def current(module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
+        return {_weight(module): stored_weight(module, maps[module])}
 
-@contextmanager
-def rounding_weights(maps: Mapping[nn.Module, NumberFormat]) -> Iterator[None]:
-    """Have linear maps compute with rounded weights inside the context, in memory or offloaded."""
-    absent = {module: known for module, known in maps.items() if _weight(module).is_meta}
-    with rounded_in_place({m: maps[m] for m in maps if m not in absent}), rounded_when_called(absent):
-        yield
-
-
-@contextmanager
-def rounded_in_place(maps: Mapping[nn.Module, NumberFormat]) -> Iterator[None]:
-    """Replace the weights of linear maps, which are in memory, by rounded ones inside the context."""
-    with replaced_parameters({_weight(module): stored_weight(module, known) for module, known in maps.items()}):
-        yield
-
-
-@contextmanager
-def rounded_when_called(maps: Mapping[nn.Module, NumberFormat]) -> Iterator[None]:
-    """Round the weights of linear maps inside the context whenever these run, while their weights are in memory."""
-    with changed_when_called({module: partial(rounded_in_place, {module: known}) for module, known in maps.items()}):
+    absent = [module for module in maps if when_called or _weight(module).is_meta]
+    present = [current(module) for module in maps if module not in absent]
+    with (
+        replaced_parameters({weight: value for values in present for weight, value in values.items()}),
+        around({module: partial(with_parameters, partial(current, module)) for module in absent}, weights=True),
+    ):
         yield
 
 

@@ -6,22 +6,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.intervention import Rounding
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.patching import Patch, patched_when_called
 from avss_dist.models.quantization import quantization_method
-from avss_dist.models.rounding import rounded_maps, rounded_when_called
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import uncounted
 from avss_dist.partition.base import RowSplit, dummy_batch
@@ -74,24 +70,13 @@ class ShardedLanguageModel(DividedWork, LanguageModel):
     A rank without a batch runs a dummy while others have one, because collectives wait for all.
     """
 
+    weights_stay = False
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._split = RowSplit(*rank_and_size())
         self.reports, self.lockstep = self._split.rank == 0, self._split.ranks
         self._dummy = dummy_batch()
-
-    @contextmanager
-    def patched(self, patch: Patch) -> Iterator[None]:
-        """See `causal_lm.LanguageModel`. Weights are whole while their layer runs; see `patched_when_called`."""
-        with patched_when_called(self.layers, patch):
-            yield
-
-    @contextmanager
-    def rounded(self, rounding: Rounding) -> Iterator[None]:
-        """See `causal_lm.LanguageModel`. Weights are whole while their layer runs."""
-        maps = rounded_maps(self.layers, rounding)
-        with rounded_when_called({projection.module: known for projection, known in maps.items()}):
-            yield
 
     def pieces(self, number: int) -> list[slice]:
         """See `causal_lm.LanguageModel`. Equally many on all ranks, because each gathers the head; some are empty."""

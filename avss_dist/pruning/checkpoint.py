@@ -26,14 +26,13 @@ from avss_dist.core.text import describe_layers, escape_markdown, printable
 from avss_dist.models.auto import has_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.expert_removal import require_experts, without_parts
+from avss_dist.models.interventions import Patch, patched, skipping
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, text_config
-from avss_dist.models.patching import Patch, patched
 from avss_dist.models.pickled import PICKLED
 from avss_dist.models.quantization import quantization_method, runnable_settings
 from avss_dist.models.safetensors import WEIGHTS, weight_files
 from avss_dist.models.size import footprint
-from avss_dist.models.skipping import skipping
 from avss_dist.partition.base import Placement
 from avss_dist.partition.choose import size_of, weight_limits
 from avss_dist.partition.open import open_replica

@@ -23,8 +23,8 @@ from avss_dist.core.registry import BLOCK_DISTANCE, DRAWS, SCORES
 from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.interventions import around
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
-from avss_dist.models.skipping import replaced_forwards
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 from avss_dist.tasks.gradients import trainable
@@ -272,9 +272,7 @@ def _watched(layers: Sequence[Layer]) -> Iterator[None]:
         current = WATCHED.get()
         return forward(*args, **kwargs) if current is None else current.call(layers_of_module, forward, args, kwargs)
 
-    with replaced_forwards(
-        {module: partial(call, layers_of_module, module.forward) for module, layers_of_module in uses.items()}
-    ):
+    with around({module: partial(call, layers_of_module) for module, layers_of_module in uses.items()}):
         yield
 
 

@@ -22,7 +22,7 @@ from avss_dist.core.names import LOSS
 from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.models.skipping import Recorded, recording, resuming
+from avss_dist.models.interventions import Recorded, recording
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.tasks.base import Row, predicted_tokens
 
@@ -176,7 +176,7 @@ class _Text:
 
     def _resumed(self, recorded: Mapping[int, Recorded], layer: int, batch: Batch) -> Float64:
         layers, states = self._model.layers, recorded[id(batch)]
-        with resuming(layers, layer, states), recording(layers[layer + 1 :]) as later:
+        with self._model.beginning(layer, states.inputs.pop(layer)), recording(layers[layer + 1 :]) as later:
             losses = self._model.losses(batch)
         states.inputs.update(later.inputs)
         return losses

@@ -36,8 +36,8 @@ from avss_dist.executors.base import Executor
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.checkpoints import resolve
+from avss_dist.models.interventions import decode_patch, encode_patch, patched
 from avss_dist.models.loading import open_module
-from avss_dist.models.patching import decode_patch, encode_patch, patched
 from avss_dist.partition import copies as avss_copies
 from avss_dist.partition.base import Placement
 from avss_dist.partition.copies import MAX_COPIES, with_copies

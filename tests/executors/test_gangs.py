@@ -38,8 +38,8 @@ from avss_dist.evaluation.repairs import FitRepair
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.interventions import Patch, decode_patch
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.models.patching import Patch, decode_patch
 from avss_dist.partition.autotp import difference, inference_config, require_heads
 from avss_dist.partition.base import Placement
 from avss_dist.partition.group import join, leave

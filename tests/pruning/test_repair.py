@@ -24,9 +24,9 @@ from avss_dist.core.errors import ConfigError, CorpusError, ModelError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.checkpoints import resolve
+from avss_dist.models.interventions import skipping
 from avss_dist.models.loading import load_tokenizer, open_module
 from avss_dist.models.size import footprint
-from avss_dist.models.skipping import skipping
 from avss_dist.pruning.checkpoint import model_card, prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fits import FitStep, NormalEquations, fit_ridge, fit_steps, fold

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,16 +12,14 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.core.intervention import Intervention, Removal, Rounding, whole_layers
+from avss_dist.core.intervention import Intervention
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
-from avss_dist.models.expert_removal import without_parts
+from avss_dist.models.interventions import skip_of
 from avss_dist.models.layers import Layer
-from avss_dist.models.patching import Patch
-from avss_dist.models.rounding import rounded_maps
-from avss_dist.models.skipping import Skip, explaining, require_skippable
-from avss_dist.partition.streaming.passes import PASS_PLAN, Passes, PassStart, Record, following
+from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.system.process import bound
 
 MAX_WAITING_BYTES = 2 << 30  # of hidden states of all waiting passes, without a limit by the user
 
@@ -36,6 +33,7 @@ class StreamingLanguageModel(LanguageModel):
     """
 
     keeps_hidden_states = False
+    weights_stay = False
     passes: Passes | None = None
 
     def __init__(self, *args: Any) -> None:
@@ -55,47 +53,6 @@ class StreamingLanguageModel(LanguageModel):
         return (range(start, min(start + step, len(batches))) for start in range(0, len(batches), step))
 
     @contextmanager
-    def without(self, removed: Collection[Removal]) -> Iterator[None]:
-        """See `causal_lm.LanguageModel`."""
-        self.require_layers(removed)
-        call = self._ready.call
-        skips = {
-            layer.module: Skip(layer, partial(call, layer.module), self.forms.get(layer.index))
-            for layer in require_skippable(self.layers, whole_layers(removed))
-        }
-        plan = replace(PASS_PLAN.get(), skips={**PASS_PLAN.get().skips, **skips})
-        with following(plan), without_parts(self.layers, removed), explaining(self.checkpoint.name, removed):
-            yield
-
-    @contextmanager
-    def beginning(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
-        """See `causal_lm.LanguageModel`."""
-        forms = {known.module: self.forms[known.index] for known in self.layers}
-        with following(replace(PASS_PLAN.get(), begins=PassStart(layer, hidden, forms))):
-            yield
-
-    @contextmanager
-    def patched(self, patch: Patch) -> Iterator[None]:
-        """See `causal_lm.LanguageModel`. Backward passes use the unpatched weights."""
-        changes: dict[nn.Module, dict[str, torch.Tensor]] = {}
-        for (layer, path), value in patch.items():
-            changes.setdefault(self.layers[layer].module, {})[path] = value
-        with following(replace(PASS_PLAN.get(), changes=changes)):
-            yield
-
-    @contextmanager
-    def rounded(self, rounding: Rounding) -> Iterator[None]:
-        """See `causal_lm.LanguageModel`. Weights are rounded whenever their layer runs."""
-        formats = rounded_maps(self.layers, rounding)
-        rounded = {
-            layer.module: {maps.module: formats[maps] for maps in layer.projections if maps in formats}
-            for layer in self.layers
-            if layer.index in rounding.layers
-        }
-        with following(replace(PASS_PLAN.get(), rounded=rounded)):
-            yield
-
-    @contextmanager
     def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
         """See `causal_lm.LanguageModel`."""
         with self._ready.window() as window:
@@ -111,12 +68,6 @@ class StreamingLanguageModel(LanguageModel):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """See `causal_lm.LanguageModel`."""
         return self._alone(partial(super().call, *args, **kwargs))
-
-    @property
-    def skipped(self) -> frozenset[int]:
-        """See `causal_lm.LanguageModel`."""
-        skips = PASS_PLAN.get().skips
-        return frozenset(layer.index for layer in self.layers if layer.module in skips)
 
     def generate(self, **kwargs: Any) -> Any:
         """See `causal_lm.LanguageModel`. The weights are read for every token."""
@@ -143,20 +94,20 @@ class StreamingLanguageModel(LanguageModel):
         first, branches = interventions[0], self.branches(interventions)
         losses: dict[tuple[Intervention, int], Float64] = {}
 
-        def ask(intervention: Intervention, i: int) -> None:
+        def ask(intervention: Intervention, i: int, hidden: torch.Tensor | None = None) -> None:
             with self.applying(intervention):
-                losses[intervention, i] = self.losses(batches[i])
-
-        def fork(intervention: Intervention, i: int, hidden: torch.Tensor) -> None:
-            with self.beginning(begins_behind(intervention, branches[intervention]), hidden):
-                ask(intervention, i)
+                if hidden is None:
+                    losses[intervention, i] = self.losses(batches[i])
+                    return
+                with self.beginning(begins_behind(intervention, branches[intervention]), hidden):
+                    losses[intervention, i] = self.losses(batches[i])
 
         def ask_first(i: int) -> None:
-            forks = {
-                self.layers[layer].module: [partial(fork, branch, i) for branch, at in branches.items() if at == layer]
+            forks: dict[nn.Module, Sequence[Fork]] = {
+                self.layers[layer].module: [partial(ask, branch, i) for branch, at in branches.items() if at == layer]
                 for layer in set(branches.values())
             }
-            with following(replace(PASS_PLAN.get(), forks=forks)):
+            with bound(FORKS, forks):
                 ask(first, i)
 
         others = [other for other in dict.fromkeys(interventions[1:]) if other not in branches and other != first]
@@ -182,14 +133,14 @@ class StreamingLanguageModel(LanguageModel):
         return list(watchers)
 
     def _backpropagate(self, batches: Sequence[Batch], watchers: Sequence[Watcher], draws: int, seed: int) -> None:
-        layers = [layer for layer in self.layers if layer.module not in PASS_PLAN.get().skips]
+        layers = [layer for layer in self.layers if not skip_of(layer.module)]
         records = [Record(layers[-1].module, self.forms[layers[-1].index]) for _ in batches]
 
         def forward(batch: Batch, record: Record, watcher: Watcher) -> list[torch.Tensor]:
             """Return the gradients of the last layer's output, for the text's labels and for each draw."""
             leaf_gradients = []
             try:
-                with following(replace(PASS_PLAN.get(), record=record)), watcher.watch():
+                with bound(RECORD, record), watcher.watch():
                     hidden = self.hidden_states(batch)
                 leaf = record.leaf.pop()
                 for number, gradient in enumerate(self.loss_gradients(hidden.detach(), batch, draws, seed)):

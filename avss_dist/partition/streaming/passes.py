@@ -9,45 +9,27 @@ from __future__ import annotations
 import contextvars
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
+from avss_dist.models.interventions import in_form, skip_of
 from avss_dist.models.layers import LayerCall, first_tensor, input_tensor
-from avss_dist.models.number_formats import NumberFormat
-from avss_dist.models.patching import replaced_parameters
-from avss_dist.models.rounding import rounded_in_place
-from avss_dist.models.skipping import Skip, identity_forward
 from avss_dist.partition.streaming.buffers import AnyBuffer
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
 from avss_dist.partition.streaming.weights import Part, StreamedWeights
 from avss_dist.partition.streaming.window import Window
-from avss_dist.system.process import bound
 
 T = TypeVar("T")
 Fork = Callable[[torch.Tensor], object]
 """Function that runs another pass from given hidden states."""
-
-
-@dataclass(frozen=True)
-class PassStart:
-    """Start of a pass behind its first layers, which do not run.
-
-    Attributes:
-        call: index of the layer call, from 0, whose output is ``hidden``.
-        hidden: hidden states after that call.
-        forms: types of the layers' outputs; see `skipping.Recorded`.
-    """
-
-    call: int
-    hidden: torch.Tensor
-    forms: Mapping[nn.Module, type]
 
 
 @dataclass(frozen=True)
@@ -56,7 +38,7 @@ class Record:
 
     Attributes:
         last: the last layer that runs. Gradients are enabled after it.
-        form: type of its output; see `skipping.Recorded`.
+        form: type of its output; see `interventions.Recorded`.
         calls: arguments of the call of every layer that runs.
         leaf: the last layer's output, as the only item.
     """
@@ -77,36 +59,13 @@ class Record:
         assert hidden is not None
         self.leaf.append(hidden.detach().requires_grad_())
         torch.set_grad_enabled(True)  # no pass is paused any more until this one has ended
-        return identity_forward(self.form, self.leaf[0])
+        return in_form(self.leaf[0], self.form)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PassPlan:
-    """Behaviour of all passes in a context at each layer.
-
-    Attributes:
-        skips: layers that are skipped.
-        begins: start of the pass; None for the first layer.
-        forks: passes that start when this one reaches a layer, from a copy of the layer's input.
-        record: record for a backward pass; None to record nothing.
-        changes: replacement values of a layer's parameters, by path.
-        rounded: number formats of a layer's linear maps whose weights, after the replacement, are rounded.
-    """
-
-    skips: Mapping[nn.Module, Skip] = field(default_factory=dict)
-    begins: PassStart | None = None
-    forks: Mapping[nn.Module, Sequence[Fork]] = field(default_factory=dict)
-    record: Record | None = None
-    changes: Mapping[nn.Module, Mapping[str, torch.Tensor]] = field(default_factory=dict)
-    rounded: Mapping[nn.Module, Mapping[nn.Module, NumberFormat]] = field(default_factory=dict)
-
-
-PASS_PLAN: ContextVar[PassPlan] = ContextVar("plan", default=PassPlan())  # noqa: B039  (it is frozen)
-
-
-def following(plan: PassPlan) -> AbstractContextManager[None]:
-    """Have passes follow a plan inside the context."""
-    return bound(PASS_PLAN, plan)
+FORKS: ContextVar[Mapping[nn.Module, Sequence[Fork]]] = ContextVar("forks", default=MappingProxyType({}))
+"""Passes that start when one of this context reaches a layer, from a copy of the layer's input."""
+RECORD: ContextVar[Record | None] = ContextVar("record", default=None)
+"""Record of the passes of this context for their backward passes."""
 
 
 @dataclass
@@ -272,32 +231,22 @@ class _PausingLayer:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer itself, whose weights are loaded."""
-        plan = PASS_PLAN.get()
-        changes, formats = plan.changes.get(self._layer, {}), plan.rounded.get(self._layer, {})
-        values = {self._layer.get_parameter(path): value for path, value in changes.items()}
-        with replaced_parameters(values), rounded_in_place(formats):
-            return self._kind.__call__(self._layer, *args, **kwargs)
+        return self._kind.__call__(self._layer, *args, **kwargs)
 
     def _arrive(self, *args: Any, **kwargs: Any) -> Any:
-        current, plan, layer = _PASS.get(), PASS_PLAN.get(), self._layer
+        current, record, skip = _PASS.get(), RECORD.get(), skip_of(self._layer)
         assert current is not None, "a layer was called outside of Passes.run"
         current.calls += 1
         hidden = input_tensor(args, kwargs)
         current.note(hidden)
-        begins = plan.begins
-        if begins is not None and current.calls <= begins.call + 1:
-            return identity_forward(begins.forms[layer], begins.hidden if current.calls == begins.call + 1 else hidden)
-        skip = plan.skips.get(layer)
         if skip is not None and skip.form is not None:
-            return skip(*args, **kwargs)
-        self._pause(current, hidden, plan.forks.get(layer, ()))
-        if skip is not None:
-            return skip(*args, **kwargs)
-        if plan.record is None:
+            return skip(self.call, *args, **kwargs)
+        self._pause(current, hidden, FORKS.get().get(self._layer, ()))
+        if skip is not None or record is None:
             return self.call(*args, **kwargs)
-        plan.record.keep(layer, args, kwargs)
+        record.keep(self._layer, args, kwargs)
         output = self.call(*args, **kwargs)
-        return plan.record.cut(output) if layer is plan.record.last else output
+        return record.cut(output) if self._layer is record.last else output
 
     def _pause(self, current: _Pass, hidden: torch.Tensor | None, forks: Sequence[Fork]) -> None:
         """Switch to the scheduler, which resumes this pass when the layer's weights are loaded."""

@@ -17,7 +17,7 @@ from avss_dist.core.errors import CorpusError
 from avss_dist.core.text import describe_bytes, describe_layers
 from avss_dist.corpus.shards import Batch, CorpusPlan, Mask
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.patching import Parameter
+from avss_dist.models.interventions import Parameter
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fits import FitStep, NormalEquations, RidgeFit, features_of, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import CutStates, HiddenStateSource

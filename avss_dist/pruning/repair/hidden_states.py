@@ -14,10 +14,9 @@ from avss_dist.core.intervention import Removal, experts_by_layer, layer_of, who
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.expert_removal import require_experts, without_experts
+from avss_dist.models.interventions import Parameter, Recorded, patched, recording, resuming, skipping
 from avss_dist.models.layers import as_rows, first_tensor, probe_tokens
 from avss_dist.models.loading import Backbone, forward_function
-from avss_dist.models.patching import Parameter, patched
-from avss_dist.models.skipping import Recorded, recording, resuming, skipping
 from avss_dist.pruning.repair.projection import (
     CapturedCall,
     OutputProjection,
@@ -218,7 +217,7 @@ class HiddenStateSource:
         if start is None:
             return nullcontext()
         layer, hidden = start
-        return resuming(self._layers, layer, Recorded({layer: hidden.to(self._device)}, self._forms))
+        return resuming(self._layers, layer, hidden.to(self._device), self._forms)
 
     def _probe(self) -> Any:
         return self._forward(probe_tokens(self._device), None)

@@ -35,9 +35,9 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.expert_removal import find_routed_experts
 from avss_dist.models.expert_units import find_down_projections
+from avss_dist.models.interventions import Patch
 from avss_dist.models.layers import layer_lists, linear_sizes
 from avss_dist.models.loading import Backbone, load, load_tokenizer, text_config, without_head
-from avss_dist.models.patching import Patch
 from avss_dist.models.pinning import pin
 from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.sites import find_down_projection

@@ -1,0 +1,413 @@
+"""Interventions in an open model: layers that are skipped, sublayers that add nothing, and replaced parameters.
+
+Modules run through actions (`around`), which hold for the passes of a context alone: interleaved passes may differ. A
+pass without one layer equals that of the whole model up to the layer, so it can be resumed from recorded states.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from avss_dist.core.errors import ModelError, first_line
+from avss_dist.core.intervention import PARTS, Removal, describe_removed, layers_by_part, sublayers_of
+from avss_dist.models.layers import Layer, first_tensor, input_tensor
+from avss_dist.system.process import bound
+
+MAX_REPRESENTATIVES = 8  # layers, beside the ends of each kind
+
+Action = Callable[..., Any]
+"""Function of a module's ``forward`` and the arguments of a call; its result is that of the call."""
+Parameter = tuple[int, str]
+"""Index of a layer in the whole model, and path of a parameter below it."""
+Patch = Mapping[Parameter, torch.Tensor]
+
+_ABOUT = "avss"
+_ACTIONS: ContextVar[Mapping[tuple[nn.Module, str], tuple[Action, ...]]] = ContextVar(
+    "actions", default=MappingProxyType({})
+)
+_LEFT_OUT: ContextVar[frozenset[object]] = ContextVar("left out", default=frozenset())
+
+
+@contextmanager
+def around(actions: Mapping[nn.Module, Action], *, weights: bool = False) -> Iterator[None]:
+    """Have modules run through actions inside the context.
+
+    The action of an inner context runs those of outer ones. Actions on weights run in the order of their contexts.
+
+    Args:
+        weights: the actions need the weights of their modules, which Accelerate loads in a wrapper of ``forward``.
+    """
+    before = _ACTIONS.get()
+    merged = dict(before)
+    with ExitStack() as stack:
+        for module, action in actions.items():
+            place = module, "_old_forward" if weights and hasattr(module, "_old_forward") else "forward"
+            earlier = before.get(place, ())
+            merged[place] = (action, *earlier) if weights else (*earlier, action)
+            stack.enter_context(_acting(*place))
+        stack.enter_context(bound(_ACTIONS, merged))
+        yield
+
+
+@contextmanager
+def _acting(module: nn.Module, name: str) -> Iterator[None]:
+    """Have a module heed `_ACTIONS` inside the context. Contexts of several passes may overlap in any order."""
+    installed = vars(module).get(name)
+    if not isinstance(installed, _Acting):
+        installed = vars(module)[name] = _Acting(module, name)
+    installed.users += 1
+    try:
+        yield
+    finally:
+        installed.users -= 1
+        if not installed.users:
+            del vars(module)[name]
+            vars(module).update(installed.original)
+
+
+class _Acting:
+    """Replacement ``forward`` of a module that runs the actions of the current context."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._place, self._forward = (module, name), getattr(module, name)
+        self.original = {name: vars(module)[name]} if name in vars(module) else {}
+        self.users = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = self._forward
+        for action in _ACTIONS.get().get(self._place, ()):
+            run = partial(action, run)
+        return run(*args, **kwargs)
+
+
+@contextmanager
+def skipping(layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int, type] = {}) -> Iterator[None]:
+    """Have layers add nothing to the residual stream inside the context.
+
+    Run the model without a key-value cache, or only with its remaining layers (see `remaining`): a skipped layer has no
+    entry in the cache, and the model would take the cache for an empty one.
+
+    Args:
+        drop: indices of the layers.
+        forms: see `Recorded`; a layer without a form runs once, which shows its form.
+
+    Raises:
+        ModelError: a layer is used more than once in a pass, or (from the forward pass) does not keep the shape.
+    """
+    uses = [layer.module for layer in layers]
+    skipped = [layer for layer in layers if layer.index in drop]
+    for layer in skipped:
+        if uses.count(layer.module) > 1:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be left out.")
+    with around({layer.module: Skip(layer, forms.get(layer.index)) for layer in skipped}):
+        yield
+
+
+def skip_of(layer: nn.Module) -> Skip | None:
+    """Return the action by which a layer is skipped in the current context, or None."""
+    actions = reversed(_ACTIONS.get().get((layer, "forward"), ()))
+    return next((action for action in actions if isinstance(action, Skip)), None)
+
+
+@contextmanager
+def explaining(model: str, removed: Collection[Removal]) -> Iterator[None]:
+    """Explain exceptions of a model's own code that computes without layers and sublayers inside the context.
+
+    Raises:
+        ModelError: the model fails, for example because a later layer reads keys and values of a removed one.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        if not removed:
+            raise
+        raise ModelError(
+            f"'{model}' does not run with these layers left out: {describe_removed(removed)}. "
+            f"{type(error).__name__}: {first_line(error)}",
+            "A layer behind may need what one of them computes. Leave out others.",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Record of a forward pass, of the layers that return only hidden states, of their input's shape.
+
+    Attributes:
+        inputs: copies of the layers' input hidden states, by index.
+        forms: types of the layers' outputs, by index: ``torch.Tensor``, or the type of a tuple of one.
+    """
+
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    forms: dict[int, type] = field(default_factory=dict)
+
+
+@contextmanager
+def recording(layers: Sequence[Layer]) -> Iterator[Recorded]:
+    """Record a forward pass of layers inside the context."""
+    recorded = Recorded()
+    modules = [layer.module for layer in layers]
+
+    def enter(layer: Layer, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = input_tensor(args, kwargs)
+        if hidden is not None:
+            recorded.inputs[layer.index] = hidden.detach().clone()  # which layers may change
+
+    def leave(layer: Layer, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        before, after = recorded.inputs.get(layer.index), first_tensor(output)
+        if before is not None and after is not None and after.shape == before.shape and _is_alone(output):
+            recorded.forms[layer.index] = type(output)
+        else:
+            recorded.inputs.pop(layer.index, None)
+
+    with ExitStack() as stack:
+        for layer in layers:
+            if modules.count(layer.module) == 1:
+                stack.callback(layer.module.register_forward_pre_hook(partial(enter, layer), with_kwargs=True).remove)
+                stack.callback(layer.module.register_forward_hook(partial(leave, layer), with_kwargs=True).remove)
+        yield recorded
+
+
+@contextmanager
+def resuming(layers: Sequence[Layer], index: int, hidden: torch.Tensor, forms: Mapping[int, type]) -> Iterator[None]:
+    """Have a pass begin behind the layer ``index`` inside the context, without running the layers up to it.
+
+    These layers must pass nothing but hidden states to the later ones.
+
+    Args:
+        hidden: output of the layer ``index``, of which a copy is used.
+        forms: see `Recorded`.
+    """
+    skips = {layer.module: Skip(layer, forms[layer.index]) for layer in layers[:index]}
+    with around({**skips, layers[index].module: Skip(layers[index], forms[index], hidden.clone())}):
+        yield
+
+
+def representatives(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers on which to try something that takes passes for each: all of them, or a sample of many.
+
+    The sample is the first and the last layer of each kind, and others at equal distances. Layers are of one kind if
+    their modules have equal classes, flags and names, which tell apart sliding attention or shared keys and values.
+    """
+    if len(layers) <= MAX_REPRESENTATIVES:
+        return list(layers)
+    kinds: dict[Hashable, list[int]] = {}
+    for place, layer in enumerate(layers):
+        kinds.setdefault(_kind(layer.module), []).append(place)
+    ends = {place for places in kinds.values() for place in (places[0], places[-1])}
+    step = (len(layers) - 1) / (MAX_REPRESENTATIVES - 1)
+    return [layers[place] for place in sorted(ends | {round(step * number) for number in range(MAX_REPRESENTATIVES)})]
+
+
+def _kind(module: nn.Module) -> Hashable:
+    parts = [(path, type(part), vars(part)) for path, part in module.named_modules()]
+    flags = [
+        (path, name, value)
+        for path, _, attributes in parts
+        for name, value in attributes.items()
+        if type(value) in (bool, str)
+    ]
+    return tuple((path, kind) for path, kind, _ in parts), tuple(flags)
+
+
+@dataclass
+class Skip:
+    """Action of a skipped layer, which returns its input. Without a known ``form``, the layer runs once to find it.
+
+    Attributes:
+        form: see `Recorded`.
+        replacement: hidden states to return instead of the input.
+    """
+
+    layer: Layer
+    form: type | None
+    replacement: torch.Tensor | None = None
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        hidden = input_tensor(args, kwargs) if self.replacement is None else self.replacement
+        if hidden is None:
+            raise ModelError(f"Layer {self.layer.index} ({self.layer.name}) is called without hidden states.")
+        if self.form is not None:
+            return in_form(hidden, self.form)
+        before = hidden.clone()  # which a layer may change
+        output = forward(*args, **kwargs)
+        after = first_tensor(output)
+        if after is None or after.shape != before.shape:
+            raise ModelError(f"Layer {self.layer.index} ({self.layer.name}) does not keep the shape of its input.")
+        if _is_alone(output):
+            self.form = type(output)
+        return replace_tensor(output, after, before)
+
+
+def in_form(hidden: torch.Tensor, form: type) -> Any:
+    """Return hidden states in the form of a layer's output; see `Recorded`."""
+    return hidden if form is torch.Tensor else (hidden,)
+
+
+def _is_alone(output: Any) -> bool:
+    """Whether a layer's output is hidden states alone."""
+    return isinstance(output, torch.Tensor) or (isinstance(output, tuple) and len(output) == 1)
+
+
+def replace_tensor(output: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
+    """Return a module's output with one tensor in it replaced."""
+    if output is old:
+        return new
+    if isinstance(output, Mapping):
+        return type(output)(**{name: new if value is old else value for name, value in output.items()})
+    values = [new if value is old else value for value in output]
+    return output._make(values) if hasattr(output, "_make") else type(output)(values)
+
+
+def encode_patch(patch: Patch, about: str) -> bytes:
+    """Return a patch as the bytes of a safetensors file, equal for equal patches, with ``about`` in its header."""
+    tensors = {f"{layer}.{path}": tensor.contiguous() for (layer, path), tensor in patch.items()}
+    return save(tensors, {_ABOUT: about})
+
+
+def decode_patch(data: bytes) -> tuple[dict[Parameter, torch.Tensor], str]:
+    """Return the patch that `encode_patch` encoded, and its ``about``."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    names = ((name.partition("."), tensor) for name, tensor in load(data).items())
+    return {(int(layer), path): tensor for (layer, _, path), tensor in names}, header["__metadata__"][_ABOUT]
+
+
+@contextmanager
+def patched(layers: Sequence[Layer], patch: Patch, *, when_called: bool = False) -> Iterator[None]:
+    """Have layers compute with the values of a patch inside the context, in the parameters' dtypes and devices.
+
+    Args:
+        when_called: weights are in memory, or whole, only while their layer runs. Backward passes use the unpatched
+            weights then.
+
+    Raises:
+        ModelError: a parameter is offloaded or partitioned, so that it is not whole where the layer is.
+    """
+    if when_called:
+        values: dict[nn.Module, dict[str, torch.Tensor]] = {}
+        for (layer, path), value in patch.items():
+            owner, _, name = path.rpartition(".")
+            values.setdefault(layers[layer].module.get_submodule(owner), {})[name] = value
+
+        def current(module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
+            return {module.get_parameter(name): value for name, value in values[module].items()}
+
+        with around({module: partial(with_parameters, partial(current, module)) for module in values}, weights=True):
+            yield
+        return
+    changed = {layers[layer].module.get_parameter(path): value for (layer, path), value in patch.items()}
+    if any(parameter.is_meta or parameter.shape != value.shape for parameter, value in changed.items()):
+        raise ModelError(
+            "The weights of a repaired layer are offloaded or partitioned, and cannot be changed in place.",
+            "Use `partition` single, or device_map with more `max_memory`.",
+        )
+    with replaced_parameters(changed):
+        yield
+
+
+@contextmanager
+def replaced_parameters(values: Mapping[nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """Replace the values of parameters inside the context, in the parameters' dtypes and devices."""
+    originals = {parameter: parameter.data for parameter in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for parameter, original in originals.items():
+            parameter.data = original
+
+
+def with_parameters(
+    values: Callable[[], Mapping[nn.Parameter, torch.Tensor]], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Run a module with replaced parameters, as an action of `around`."""
+    with replaced_parameters(values()):
+        return forward(*args, **kwargs)
+
+
+@contextmanager
+def without_sublayers(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
+    """Have the sublayers in ``removed`` run and add nothing inside the context; interleaved passes are not affected."""
+    token = object()
+    with ExitStack() as stack:
+        for kind, indices in layers_by_part(removed).items():
+            for index in indices:
+                module = layers[index].taps[kind].module
+                stack.callback(module.register_forward_hook(partial(_nothing, token)).remove)
+        stack.enter_context(bound(_LEFT_OUT, _LEFT_OUT.get() | {token}))
+        yield
+
+
+def _nothing(token: object, _module: nn.Module, _args: Any, output: Any) -> Any:
+    added = first_tensor(output)
+    if token not in _LEFT_OUT.get() or added is None:
+        return None
+    return replace_tensor(output, added, torch.zeros_like(added))
+
+
+def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int, str]:
+    """Return the reasons why sublayers of a layer cannot be left out alone, by layer; other layers are absent.
+
+    Two passes are compared in which every layer returns its input, so that all have equal inputs: in the first pass
+    layers are skipped, in the second both of their sublayers are removed.
+
+    Args:
+        run: runs a forward pass over a few tokens.
+    """
+    obstacles = {layer.index: why for layer in layers if (why := _lacks(layer, layers))}
+    candidates = [layer for layer in layers if layer.index not in obstacles]
+    skips = {layer.module: Skip(layer, None) for layer in layers}
+    with around(skips), _watched(candidates) as running:
+        run()
+    removed = sublayers_of(layer.index for layer in candidates)
+    others = {layer.module: skips[layer.module] for layer in layers if layer not in candidates}
+    with around(others), without_sublayers(layers, removed), _watched(candidates) as without:
+        run()
+    for layer in candidates:
+        mlp, given, output = (without[layer.index, name] for name in ("mlp", "input", "output"))
+        if not torch.equal(output, given):
+            obstacles[layer.index] = "without both of its sublayers, the layer would still change what it is given"
+        elif torch.equal(mlp, running[layer.index, "mlp"]):
+            obstacles[layer.index] = "its attention and its MLP stand side by side (a parallel block)"
+    return obstacles
+
+
+def _lacks(layer: Layer, layers: Sequence[Layer]) -> str | None:
+    if sum(other.module is layer.module for other in layers) > 1:
+        return "the layer is used more than once"
+    missing = [kind for kind in PARTS if kind not in layer.taps or layer.taps[kind].reads != "output"]
+    return f"no module of the layer is its {' or its '.join(missing)}" if missing else None
+
+
+@contextmanager
+def _watched(layers: Sequence[Layer]) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
+    """Record the inputs of layers and of their MLPs, and the outputs of layers, in a pass inside the context."""
+    places = [(layer.index, name) for layer in layers for name in ("input", "mlp", "output")]
+    records = {place: torch.empty(0) for place in places}
+
+    def enter(place: tuple[int, str], _module: nn.Module, args: Any, kwargs: Any) -> None:
+        if (hidden := input_tensor(args, kwargs)) is not None:
+            records[place] = hidden.detach().clone()
+
+    def leave(index: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        if (hidden := first_tensor(output)) is not None:
+            records[index, "output"] = hidden
+
+    with ExitStack() as stack:
+        for layer in layers:
+            for module, name in ((layer.module, "input"), (layer.taps["mlp"].module, "mlp")):
+                hook = partial(enter, (layer.index, name))
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.callback(layer.module.register_forward_hook(partial(leave, layer.index)).remove)
+        yield records
