@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.core.errors import QueryError
 from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K
 from avss_dist.map_plans.plans import MapPlan, SparsityPlan
+from avss_dist.pruning.ground_truth import repeated_command
 from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.warehouse.reader import Warehouse
 
@@ -72,17 +72,13 @@ class MeasuredMaps:
 
 
 def _not_measured(warehouse: Warehouse, run: Mapping[str, Any]) -> QueryError:
-    command = ["avss", "score", run["model"], "--corpus", run["corpus"], "--site", "inputs", "-w", warehouse.root]
-    if run["num_sequences"]:
-        command += ["--max-sequences", run["num_sequences"]]
     if run.get("projections") == "[]":
         return QueryError(
             f"No input of a linear map of {run['model']} can be seen: its maps are fused.",
             "No sparsity can be planned for it.",
         )
-    return QueryError(
-        f"Run {run['run_id']} did not measure what linear maps read.", f"Do: {shlex.join(map(str, command))}"
-    )
+    command = repeated_command("score", warehouse, run, "--site inputs")
+    return QueryError(f"Run {run['run_id']} did not measure what linear maps read.", f"Do: {command}")
 
 
 def plan_uniform(measured: MeasuredMaps, target: float, method: str, *, rule: str) -> SparsityPlan:

@@ -85,7 +85,7 @@ def _compare_pairs(request: CompareRequest, format: str) -> None:
         rankings_alone=True,
     )
     console().print(findings_list(of_rankings(bearing, score if by != "score" else "avss")))
-    emit(f"avss findings -w {opened.root} lists what else speaks against each of these runs.")
+    say(f"avss findings -w {opened.root} lists what else speaks against each of these runs.")
     return None
 
 

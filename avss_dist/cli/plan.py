@@ -13,7 +13,7 @@ from avss_dist.cli.options import (
 )
 from avss_dist.core.registry import GREEDY
 from avss_dist.requests import PlanRequest
-from avss_dist.system.streams import console, emit
+from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:
     from avss_dist.pruning.plan import Plan
@@ -36,17 +36,18 @@ def plan(
     chosen.write(output)
     emit("\n  ".join([f"{output}:", *chosen.describe(), *hints]))
     if not chosen.evaluated:
-        emit(f"  {evaluation_hint(opened, row, output)}")
+        say(f"  {evaluation_hint(opened, row, output)}")
 
 
 def evaluation_hint(opened: Warehouse, row: Mapping[str, Any], output: Path) -> str:
     """Return the command that evaluates a plan for a run, or why there is none."""
-    from avss_dist.pruning.ground_truth import describe_headless
+    from avss_dist.pruning.ground_truth import describe_headless, repeated_options
     from avss_dist.warehouse.checks import has_head
 
     if not has_head(row):
         return describe_headless(row)
-    return f"Evaluate it: avss evaluate {output} --task perplexity:CORPUS -w {opened.root}"
+    words = ["avss", "evaluate", str(output), "--task", "perplexity:CORPUS", "-w", opened.root, *repeated_options(row)]
+    return f"Evaluate it: {' '.join(words)}"
 
 
 def _run(opened: Warehouse, request: PlanRequest) -> tuple[dict[str, Any], list[str]]:

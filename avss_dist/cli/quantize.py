@@ -10,7 +10,7 @@ from avss_dist.cli.options import named_format, output_option, takes
 from avss_dist.cli.plan import evaluation_hint
 from avss_dist.core.errors import require_known
 from avss_dist.requests import PrecisionRequest
-from avss_dist.system.streams import emit
+from avss_dist.system.streams import emit, say
 
 FORMATS = ("plan", "llama-cpp", "llm-compressor")
 
@@ -40,4 +40,4 @@ def quantize(
         write_text(output, EXPORTS[format](plan))
     emit("\n  ".join([f"{output}:", *plan.describe(), *newest_of(opened, request.run)]))
     if format == FORMATS[0]:
-        emit(f"  {evaluation_hint(opened, row, output)}")
+        say(f"  {evaluation_hint(opened, row, output)}")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from avss_dist.cli.base import spelled
 from avss_dist.cli.options import TEXT_FORMATS, TextFormatOption, format_option, takes
+from avss_dist.core.settings import SITES, Settings
 from avss_dist.requests import EstimateRequest, ScoreAllRequest
-from avss_dist.system.streams import console, emit, emit_json
+from avss_dist.system.streams import console, emit, emit_json, say
 
 if TYPE_CHECKING:
     from avss_dist.runs.api import Run
@@ -34,9 +35,11 @@ def score(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> int:
             emit(_outcome(run))
     done = [run for run in runs if run.status != "failed"]
     if done and format != "json":
-        emit(f"Look at it: avss show -w {done[-1].warehouse} --run {done[-1].run_id}")
+        sites = Settings(sites=values["sites"]).sites if values.get("sites") else SITES
+        site = "" if SITES[0] in sites else f" --site {sites[0]}"
+        say(f"Look at it: avss show -w {done[-1].warehouse} --run {done[-1].run_id}{site}")
         if len(done) > 1:
-            emit(f"Compare them: avss compare -w {done[-1].warehouse}")
+            say(f"Compare them: avss compare -w {done[-1].warehouse}{site}")
     return 0 if len(done) == len(runs) else 1
 
 

@@ -9,7 +9,7 @@ from avss_dist.cli.choose import choose_run, newest_of, open_warehouse
 from avss_dist.cli.options import output_option, takes
 from avss_dist.cli.plan import evaluation_hint
 from avss_dist.requests import SparsifyRequest
-from avss_dist.system.streams import console, emit
+from avss_dist.system.streams import console, emit, say
 
 
 @takes(SparsifyRequest)
@@ -34,4 +34,4 @@ def sparsify(
     plan.write(output)
     console().print(FittedTable(thresholds_table(plan)))
     emit("\n  ".join([f"{output}:", *plan.describe(), *newest_of(opened, request.run)]))
-    emit(f"  {evaluation_hint(opened, row, output)}")
+    say(f"  {evaluation_hint(opened, row, output)}")

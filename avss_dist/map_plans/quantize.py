@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from avss_dist.core.registry import MEASURED_ONLY, PRECISION_ESTIMATES, SECOND_O
 from avss_dist.core.text import describe_bytes
 from avss_dist.map_plans.budget import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
 from avss_dist.map_plans.plans import MapPrecision, PrecisionPlan
-from avss_dist.pruning.ground_truth import MapRounding, map_roundings
+from avss_dist.pruning.ground_truth import MapRounding, map_roundings, repeated_command
 from avss_dist.pruning.plan import run_size
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest
@@ -101,12 +100,11 @@ def _measured(store: Warehouse, run: Mapping[str, Any], formats: Sequence[str], 
         if set(formats) <= {*measured.formats}:
             return measured
     wanted = formats or ("int4-g64", "int8")
-    options = [word for name in wanted for word in ("--quantize", name)]
-    command = ["avss", "ablate", run["model"], "--corpus", str(run["corpus"]), *options, "-w", str(store.root)]
     what = f"one prediction of {', '.join(wanted)}" if predictions else "a prediction of rounded weights"
+    options = ["--no-leave-one-out", "--no-rounded-layers", *(f"--quantize {name}" for name in wanted)]
     raise QueryError(
         f"{store.root} lacks {what} for the linear maps of {run['model']}.",
-        f"Do: {shlex.join(map(str, command))}",
+        f"Do: {repeated_command('ablate', store, run, *options)}",
     )
 
 

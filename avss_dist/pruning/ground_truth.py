@@ -264,16 +264,29 @@ def mean_ranks(score: str, measured: Iterable[tuple[str, int, float]]) -> dict[i
 
 def ablate_command(store: Warehouse, run: Mapping[str, Any], by: str = "loss") -> str:
     """Return the command that measures a score for a run's checkpoint, on the run's text."""
+    return repeated_command("ablate", store, run, *_measuring_options(by))
+
+
+def repeated_command(verb: str, store: Warehouse, run: Mapping[str, Any], *options: str) -> str:
+    """Return the `avss` command of a verb that measures more of a run's checkpoint, on the run's rows and in its dtype.
+
+    Args:
+        options: what to measure, as words of the command line.
+    """
     hub_commit = len(run["revision"] or "") == 40
     model = f"{run['model']}@{run['revision']}" if hub_commit else run["model"]
+    words = [model, "--corpus", run["corpus"], "--warehouse", store.root]
+    return " ".join(["avss", verb, *map(shlex.quote, words), *repeated_options(run), *options])
+
+
+def repeated_options(run: Mapping[str, Any]) -> list[str]:
+    """Return the options of the command line that read rows as a run did, without those at their defaults."""
     settings, defaults = settings_of(run), Settings().as_dict()
-    changed = [
+    return [
         f"--{name.replace('_', '-')} {settings[name]}"
         for name in _REPEATED
         if settings.get(name) not in (None, defaults[name])
     ]
-    words = ["avss ablate", model, "--corpus", run["corpus"], "--warehouse", store.root]
-    return " ".join([words[0], *map(shlex.quote, words[1:]), *changed, *_measuring_options(by)])
 
 
 def _measuring_options(score: str) -> Iterator[str]:
