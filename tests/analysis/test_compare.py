@@ -289,7 +289,7 @@ def test_a_comparison_tells_only_the_findings_that_concern_it(tmp_path: Path) ->
     assert {"dominant_unit", "tracks_depth"} <= {row["kind"] for row in every}
     result = avss("compare", "-w", tmp_path)
     assert "tracks depth" in result.stdout and "dominant unit" not in result.stdout
-    assert f"avss findings -w {tmp_path} lists what else" in " ".join(result.stdout.split())
+    assert f"avss findings -w {tmp_path} lists what else" in " ".join(result.output.split())
     table = findings(Warehouse(tmp_path))
     kinds = [set(of_rankings(table, score)["kind"].to_pylist()) for score in ("avss", "block_influence")]
     assert kinds[0] == {row["kind"] for row in every} & set(OF_RANKINGS)

@@ -109,9 +109,9 @@ def test_nothing_that_is_refused_is_recommended_to_an_encoder(scored: Path, tmp_
     told = avss("plan", "-w", scored, *run, "--by", "damage", "-o", plan)
     assert told.exit_code == 2 and "predicts no next token" in told.stderr and "--damage" not in told.stderr
     told = avss("plan", "-w", scored, *run, "--by", "block_influence", "-o", plan)
-    assert told.exit_code == 0 and "predicts no next token" in told.stdout and "Evaluate it" not in told.stdout
+    assert told.exit_code == 0 and "predicts no next token" in told.output and "Evaluate it" not in told.output
     llama = avss("plan", "-w", scored, "--by", "block_influence", "-o", plan)
-    assert "Evaluate it: avss evaluate" in llama.stdout and "predicts no next token" not in llama.stdout
+    assert "Evaluate it: avss evaluate" in llama.output and "predicts no next token" not in llama.output
     told = avss("report", "-w", scored, "-o", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert told.exit_code == 0 and page.count(summary.NOTHING) == 1 and page.count(summary.HEADLESS) == 1
