@@ -1,10 +1,10 @@
-"""Selection of runs by id, model, glob, or part of an id."""
+"""Selection of runs by id, model, glob, or part of an id, and short names of runs."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import reduce
 from operator import or_
@@ -16,10 +16,12 @@ import pyarrow.compute as pc
 from avss_dist.core.errors import QueryError, nearest, require_known
 from avss_dist.core.names import ROUNDING_TASK
 from avss_dist.core.registry import MEASURED_ONLY, SCORES
-from avss_dist.core.text import basename
+from avss_dist.core.text import basename, printable
+from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 ABLATION_TASKS = sorted({info.task for info in SCORES.values() if info.task} | {ROUNDING_TASK})
+_TELLING = ("dtype", "corpus", "revision")  # what tells runs of one model apart, before settings
 _COLUMNS = ("run_id", "model", "status", "error", "created_at")
 
 
@@ -51,7 +53,9 @@ def choose_runs(
         table = pa.concat_tables([table, measured_checkpoints(warehouse, table)])
     rows = table.select(_COLUMNS).to_pylist()  # a row of all columns is 20 times as large
     index = {row["run_id"]: number for number, row in enumerate(rows)}
-    valid, errors = _valid_and_failed(rows, failed)
+    rows.sort(key=lambda row: str(row["run_id"]))
+    valid = {row["run_id"]: row for row in rows if failed or row["status"] in ("done", MEASURED_ONLY)}
+    errors = {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
     if not valid and not errors.keys() & set(names):
         without_run = ", and avss ablate measures layers without one" if measured else ""
         raise QueryError(f"{warehouse.root} has no finished run.", f"avss score makes one{without_run}.")
@@ -63,13 +67,6 @@ def choose_runs(
         chosen |= dict.fromkeys(_matching(name, valid))
     selected = table.take([index[run_id] for run_id in chosen]).select(list(columns or table.column_names))
     return list(selected.to_pylist(maps_as_pydicts="lossy"))
-
-
-def _valid_and_failed(rows: Sequence[dict[str, Any]], failed: bool) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the rows of runs that may be chosen by id, ordered by id, and the errors of the others."""
-    rows = sorted(rows, key=lambda row: str(row["run_id"]))
-    valid = {row["run_id"]: row for row in rows if failed or row["status"] in ("done", MEASURED_ONLY)}
-    return valid, {row["run_id"]: row["error"] for row in rows if row["run_id"] not in valid}
 
 
 def measured_checkpoints(warehouse: Warehouse, runs: pa.Table) -> pa.Table:
@@ -110,7 +107,11 @@ def one_run(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the ids of the runs that a name matches."""
+    """Return the ids of the runs that a name matches: as an id, a model, a glob, or the begin of a word of one id.
+
+    Raises:
+        QueryError: if no run matches, or words of several ids do.
+    """
     if name in runs:
         return [name]
     models = {run_id: (str(run["model"]), basename(run["model"])) for run_id, run in runs.items()}
@@ -122,15 +123,6 @@ def _matching(name: str, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
         ]:
             return matches
         raise QueryError(f"No run matches '{name}'.", nearest(name, runs))
-    return _match_word(name, runs)
-
-
-def _match_word(name: str, runs: Iterable[str]) -> list[str]:
-    """Return the only id with a word that starts with ``name``.
-
-    Raises:
-        QueryError: if no id or several have one.
-    """
     begins_a_word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}", re.IGNORECASE)
     parts = [run_id for run_id in runs if name and begins_a_word.search(run_id)]
     if len(parts) > 1:
@@ -138,3 +130,27 @@ def _match_word(name: str, runs: Iterable[str]) -> list[str]:
     if not parts:
         require_known("run", name, runs, QueryError)
     return parts
+
+
+def run_labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return short names that differ: the model's, with as few details as tell runs of one model apart."""
+    labels = [basename(run["model"] or run["run_id"]) for run in runs]
+    for detail in _details(runs):
+        values: dict[str, set[str | None]] = {}
+        for label, value in zip(labels, detail, strict=True):
+            values.setdefault(label, set()).add(value)
+        labels = [
+            f"{label} · {value}" if value is not None and len(values[label]) > 1 else label
+            for label, value in zip(labels, detail, strict=True)
+        ]
+    return [printable(label) for label in labels]
+
+
+def _details(runs: Sequence[Mapping[str, Any]]) -> Iterator[list[str | None]]:
+    """Yield one detail after the other, by run: dtype, corpus, revision, each setting, last the run's own number."""
+    for name in _TELLING:
+        yield [None if run[name] is None else basename(run.get(f"{name}_name") or run[name]) for run in runs]
+    settings = [settings_of(run) for run in runs]
+    for key in dict.fromkeys(key for one in settings for key in one if key not in _TELLING):
+        yield [f"{key}={one[key]}" if one.get(key) else None for one in settings]
+    yield [run["run_id"][-10:] for run in runs]

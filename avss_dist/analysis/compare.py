@@ -12,14 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from avss_dist.analysis.agreement import CorrelationSummary, Scores, correlate_pairs, summarize
+from avss_dist.analysis.agreement import CorrelationSummary, RankMatrix, correlate_pairs, summarize
+from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.groups import SCHEMA as GROUPS
-from avss_dist.analysis.groups import Member, PairSurvey, survey_pairs
-from avss_dist.analysis.labels import run_labels
-from avss_dist.analysis.rank_matrix import RankMatrix
-from avss_dist.analysis.similarity import SimilarityMap, similarity_map
+from avss_dist.analysis.groups import SimilarityMap, similarity_map, survey_pairs
 from avss_dist.analysis.thresholds import scores_at
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, SCORES
@@ -75,11 +72,6 @@ class Profile:
     score: str
     depth: Float64
     values: Float64
-
-    @property
-    def scores(self) -> Scores:
-        """Depth and values, as `agreement` takes them."""
-        return self.depth, self.values
 
     def label(self, by: str) -> str:
         """Return the label of this profile in a comparison by ``by``."""
@@ -178,30 +170,50 @@ def compare(
     runs = runs_with_conditions(warehouse, run_ids)
     fixed: dict[str, Any] = {"site": site, "recipe": recipe, "threshold": threshold, "score": score}
     selected = profiles(warehouse, runs, **{name: None if name == by else value for name, value in fixed.items()})
-    survey = _survey(selected, by, allow_mismatch) if by in BETWEEN else None
+    scores = [(profile.depth, profile.values) for profile in selected]
+    survey = None
+    if by in BETWEEN:
+        members = {
+            "stratum": [_shared(profile, by, allow_mismatch) for profile in selected],
+            "value": [_value(profile, by) for profile in selected],
+            "model": [str(profile.run["model"]) for profile in selected],
+            "group": ["all runs" if by == "run" else profile.label(by) for profile in selected],
+        }
+        across_models = by in ("run", "family", "size")
+        survey = survey_pairs(RankMatrix(scores), members, by=by, across_models=across_models, most=EXTREMES)
     if survey is not None and survey.number > max_listed:
         indices = survey.extremes
     else:
         indices = np.array(sorted(_pairs(selected, by, allow_mismatch)), np.int64).reshape(-1, 2).T
     if not indices.size:
         raise _no_pair(selected, by, allow_mismatch)
-    pairs = _table(selected, indices, by, share)
+    agreement = correlate_pairs(scores, *indices, share=share)
+    names = {"": [profile.label(by) for profile in selected], "_run_id": [p.run["run_id"] for p in selected]}
+    columns = {
+        "by": pa.repeat(by, indices.shape[1]),
+        **{
+            f"{side}{kind}": pa.array(texts, pa.string()).take(pa.array(index))
+            for kind, texts in names.items()
+            for side, index in zip("ab", indices, strict=True)
+        },
+        **agreement,
+    }
+    order = np.argsort(-np.nan_to_num(agreement["spearman"], nan=-2.0), kind="stable")
+    pairs = pa.table({name: columns[name] for name in SCHEMA.names}, SCHEMA).take(pa.array(order))
+    scored = list({profile.run["run_id"]: profile.run for profile in selected}.values())
+    all_listed = survey is None or survey.number == len(pairs)
+    compared = {selected[index].run["run_id"] for members in _strata(selected, by, allow_mismatch) for index in members}
     return RankingComparison(
         pairs=pairs,
         number=survey.number if survey else len(pairs),
-        spearman=_summary(pairs, survey, "spearman"),
-        given_depth=_summary(pairs, survey, "given_depth"),
+        spearman=survey.spearman if survey and not all_listed else summarize(pairs["spearman"].to_numpy()),
+        given_depth=survey.given_depth if survey and not all_listed else summarize(pairs["given_depth"].to_numpy()),
         groups=survey.groups if survey else GROUPS.empty_table(),
-        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(_scored(selected))),
-        left_out=_left_out(runs, selected, _compared(selected, by, allow_mismatch), by),
+        conditions=() if allow_mismatch or by not in ACROSS_MODELS else tuple(differing(scored)),
+        left_out=_left_out(runs, {run["run_id"] for run in scored}, compared, by),
         similarity=_map(selected, by, allow_mismatch) if mapped else None,
-        odd=_odd(pairs, survey, selected),
+        odd=find_odd(pairs, scored) if survey and all_listed else "",
     )
-
-
-def _odd(pairs: pa.Table, survey: PairSurvey | None, selected: Sequence[Profile]) -> str:
-    """Return the sentence of `find_odd` if all pairs of runs are listed, otherwise nothing."""
-    return find_odd(pairs, _scored(selected)) if survey is not None and survey.number == len(pairs) else ""
 
 
 def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
@@ -225,16 +237,9 @@ def find_odd(pairs: pa.Table, runs: Sequence[Mapping[str, Any]]) -> str:
         groups = [{run_id: float(np.mean(values)) for run_id, values in group.items()} for group in rho.values()]
         if groups := [means for means in groups if len(means) > 2]:
             means = min(groups, key=lambda means: min(means.values()))
-            return _describe_odd(means, by_id, group)
-    return ""
-
-
-def _describe_odd(means: Mapping[str, float], by_id: Mapping[str, Mapping[str, Any]], group: str) -> str:
-    """Return the sentence of `find_odd`.
-
-    Args:
-        means: mean correlation of each run with the others of its group.
-    """
+            break
+    else:
+        return ""
     odd = min(means, key=lambda run_id: (means[run_id], run_id))
     others = [run_id for run_id in means if run_id != odd]
     label = dict(zip(means, run_labels([by_id[run_id] for run_id in means]), strict=True))[odd]
@@ -253,8 +258,18 @@ def _describe_odd(means: Mapping[str, float], by_id: Mapping[str, Mapping[str, A
 def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> QueryError:
     """Return the error for profiles of which no two are comparable."""
     if by in ACROSS_MODELS and not allow_mismatch and next(_pairs(selected, by, True), None):
-        return _not_comparable([profile.run for profile in selected])
-    return QueryError(f"No two profiles differ in {by} alone.", _available_readings(selected, by))
+        runs, texts = [profile.run for profile in selected], []
+        for name in differing(runs):
+            values = {condition(run, name): str(run[name]) for run in runs}
+            texts.append(f"{name} ({', '.join(sorted(values.values()))})")
+        return QueryError(
+            f"These runs are not comparable: they differ in {'; '.join(texts)}.",
+            "Choose alike ones, name what they differ in (`by` corpus, `by` dtype), or pass `allow_mismatch`.",
+        )
+    labels = sorted({profile.label(by) for profile in selected})
+    available = f"There is: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}."
+    nothing = "There are no scores of that site, recipe and threshold: avss query -w WAREHOUSE 'SUMMARIZE scores'."
+    return QueryError(f"No two profiles differ in {by} alone.", available if labels else nothing)
 
 
 def _map(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> SimilarityMap:
@@ -264,70 +279,10 @@ def _map(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Similari
     shown = [profile for profile, key in zip(selected, conditions, strict=True) if key == most_frequent]
     shown.sort(key=lambda profile: str(profile.run["created_at"]))
     return similarity_map(
-        RankMatrix([profile.scores for profile in shown]),
+        RankMatrix([(profile.depth, profile.values) for profile in shown]),
         run_labels([profile.run for profile in shown]),
         [profile.label(by if by != "run" else "family") for profile in shown],
     )
-
-
-def _summary(pairs: pa.Table, survey: PairSurvey | None, name: str) -> CorrelationSummary:
-    """Summarize a correlation of all pairs: exactly if all are listed."""
-    if survey is None or survey.number == len(pairs):
-        return summarize(pairs[name].to_numpy())
-    return survey.summary(name)
-
-
-def _survey(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> PairSurvey:
-    """Correlate all pairs of profiles of different runs, by matrix products."""
-    members = [
-        Member(
-            stratum=_shared(profile, by, allow_mismatch),
-            value=_value(profile, by),
-            model=str(profile.run["model"]),
-            group="all runs" if by == "run" else profile.label(by),
-        )
-        for profile in selected
-    ]
-    matrix = RankMatrix([profile.scores for profile in selected])
-    across_models = by in ("run", "family", "size")
-    return survey_pairs(matrix, members, by=by, across_models=across_models, most=EXTREMES)
-
-
-def _compared(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> set[str]:
-    """Return the ids of the runs that are in a pair."""
-    strata: dict[Hashable, list[Profile]] = {}
-    for profile in selected:
-        strata.setdefault(_shared(profile, by, allow_mismatch), []).append(profile)
-    return {
-        profile.run["run_id"]
-        for members in strata.values()
-        if len({_value(profile, by) for profile in members}) > 1
-        for profile in members
-    }
-
-
-def _scored(selected: Sequence[Profile]) -> list[Mapping[str, Any]]:
-    """Return the runs of the profiles, each once."""
-    return list({profile.run["run_id"]: profile.run for profile in selected}.values())
-
-
-def _table(selected: Sequence[Profile], pairs: NDArray[np.int64], by: str, share: float) -> pa.Table:
-    """Return the agreement of pairs of profiles as a table of `SCHEMA`, most alike first.
-
-    Args:
-        pairs: int64[2, pairs], the indices in ``selected``.
-    """
-    agreement = correlate_pairs([profile.scores for profile in selected], *pairs, share=share)
-    labels = pa.array([profile.label(by) for profile in selected], pa.string())
-    run_ids = pa.array([profile.run["run_id"] for profile in selected], pa.string())
-    columns = {
-        "by": pa.repeat(by, pairs.shape[1]),
-        **{side: labels.take(pa.array(index)) for side, index in zip("ab", pairs, strict=True)},
-        **{f"{side}_run_id": run_ids.take(pa.array(index)) for side, index in zip("ab", pairs, strict=True)},
-        **agreement,
-    }
-    order = np.argsort(-np.nan_to_num(agreement["spearman"], nan=-2.0), kind="stable")
-    return pa.table({name: columns[name] for name in SCHEMA.names}, SCHEMA).take(pa.array(order))
 
 
 def profiles(
@@ -347,14 +302,23 @@ def profiles(
         runs: rows of ``runs``.
         site, recipe, threshold, score: selection of profiles. None selects every value.
     """
-    table = _score_table(warehouse, runs, site, recipe, threshold)
-    run_ids = pa.array([run["run_id"] for run in runs], pa.string())
+    columns = ["run_id", *READING, "depth", "avss_smoothed", *BASELINES]
+    where = at = pc.scalar(True)
+    if threshold is not None:
+        at = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
+    for name, value in (("site", site), ("recipe", recipe)):
+        where = where if value is None else where & (pc.field(name) == value)
+    of_runs = {"run_ids": [run["run_id"] for run in runs]}
+    table = warehouse.table("scores", **of_runs, columns=columns, where=where & at)
+    if threshold is not None and not (table or warehouse.table("scores", **of_runs, columns=["layer"], where=at)):
+        table = scores_at(warehouse, runs, threshold, sites=site and [site]).select(columns).filter(where)
+    run_ids = pa.array(of_runs["run_ids"], pa.string())
     position = pa.table({"run_id": run_ids, "position": pa.array(range(len(runs)), pa.int64())})
     table = table.join(position, "run_id").sort_by([(name, "ascending") for name in ("position", *READING, "depth")])
     names = FROM_ACTIVATIONS if score is None else (score,)
     depth = table["depth"].to_numpy()
-    columns = {name: table[SCORES[name].column] for name in names}
-    scored = {name: (cells.is_valid().to_numpy(), cells.to_numpy()) for name, cells in columns.items()}
+    cells = {name: table[SCORES[name].column] for name in names}
+    scored = {name: (column.is_valid().to_numpy(), column.to_numpy()) for name, column in cells.items()}
     return [
         Profile(
             run=runs[key["position"]],
@@ -369,28 +333,6 @@ def profiles(
         for name, (valid, values) in scored.items()
         if valid[start:stop].any()
     ]
-
-
-def _score_table(
-    warehouse: Warehouse,
-    runs: Sequence[Mapping[str, Any]],
-    site: str | None,
-    recipe: str | None,
-    threshold: Threshold | None,
-) -> pa.Table:
-    """Return the ``scores`` rows of runs. None selects every value. A threshold that was not scored is computed."""
-    names = [run["run_id"] for run in runs]
-    columns = ["run_id", *READING, "depth", "avss_smoothed", *BASELINES]
-    where = at = pc.scalar(True)
-    if threshold is not None:
-        at = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
-    for name, value in (("site", site), ("recipe", recipe)):
-        where = where if value is None else where & (pc.field(name) == value)
-    table = warehouse.table("scores", run_ids=names, columns=columns, where=where & at)
-    scored = table.num_rows or warehouse.table("scores", run_ids=names, columns=["layer"], where=at).num_rows
-    if threshold is not None and not scored:
-        table = scores_at(warehouse, runs, threshold, sites=site and [site]).select(columns).filter(where)
-    return table
 
 
 def runs_with_conditions(warehouse: Warehouse, run_ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -418,17 +360,21 @@ def condition(run: Mapping[str, Any], name: str) -> Any:
     return (run["corpus_fingerprint"] or run["corpus"]) if name == "corpus" else run[name]
 
 
+def _strata(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> list[list[int]]:
+    """Return the indices of the profiles of each stratum in which ``by`` has several values."""
+    strata: dict[Hashable, list[int]] = {}
+    for index, profile in enumerate(selected):
+        strata.setdefault(_shared(profile, by, allow_mismatch), []).append(index)
+    return [members for members in strata.values() if len({_value(selected[index], by) for index in members}) > 1]
+
+
 def _pairs(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Iterator[tuple[int, int]]:
     """Yield the indices of every two profiles that differ in ``by`` and otherwise at most in the model."""
-    groups: dict[Hashable, list[int]] = {}
-    for index, profile in enumerate(selected):
-        groups.setdefault(_shared(profile, by, allow_mismatch), []).append(index)
-    for members in groups.values():
+    for members in _strata(selected, by, allow_mismatch):
         values = [_value(selected[index], by) for index in members]
-        if len(set(values)) > 1:
-            for (a, first), (b, second) in combinations(zip(members, values, strict=True), 2):
-                if first != second and (by != "score" or FROM_ACTIVATIONS[0] in (first, second)):
-                    yield a, b
+        for (a, first), (b, second) in combinations(zip(members, values, strict=True), 2):
+            if first != second and (by != "score" or FROM_ACTIVATIONS[0] in (first, second)):
+                yield a, b
 
 
 def _shared(profile: Profile, by: str, allow_mismatch: bool) -> Hashable:
@@ -449,17 +395,6 @@ def _value(profile: Profile, by: str) -> Any:
     return profile.run["run_id"] if by == "run" else condition(profile.run, by)
 
 
-def _not_comparable(runs: Sequence[Mapping[str, Any]]) -> QueryError:
-    texts = []
-    for name in differing(runs):
-        values = {condition(run, name): str(run[name]) for run in runs}
-        texts.append(f"{name} ({', '.join(sorted(values.values()))})")
-    return QueryError(
-        f"These runs are not comparable: they differ in {'; '.join(texts)}.",
-        "Choose alike ones, name what they differ in (`by` corpus, `by` dtype), or pass `allow_mismatch`.",
-    )
-
-
 def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIONS) -> list[str]:
     """Return the names of the conditions that differ among runs.
 
@@ -469,37 +404,27 @@ def differing(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = CONDITIO
     return [name for name in names if len({repr(condition(run, name)) for run in runs}) > 1]
 
 
-def _left_out(
-    runs: Sequence[Mapping[str, Any]], selected: Sequence[Profile], compared: Set[str], by: str
-) -> dict[str, str]:
-    """Return the reason why a run is in no pair, by run id."""
-    scored = {run["run_id"] for run in _scored(selected)}
+def _left_out(runs: Sequence[Mapping[str, Any]], scored: Set[str], compared: Set[str], by: str) -> dict[str, str]:
+    """Return the reason why a run is in no pair, by run id: its differences from the most similar run that is in one.
+
+    Args:
+        scored, compared: ids of the runs that have scores, and that are in a pair.
+    """
+    conditions = () if by in WITHIN else [name for name in CONDITIONS if name != by]
     partners = [run for run in runs if run["run_id"] in compared]
     reasons = {}
-    for run in runs:
-        if run["run_id"] not in scored:
-            reasons[run["run_id"]] = "no scores at this site, recipe and threshold"
-        elif run["run_id"] not in compared:
-            reasons[run["run_id"]] = _reason(run, partners, by)
+    for run in (run for run in runs if run["run_id"] not in compared):
+        any_model = by not in ("revision", "corpus", "dtype")
+        differences = (
+            (differing([run, other], conditions), other)
+            for other in partners
+            if any_model or other["model"] == run["model"]
+        )
+        names, nearest = min(differences, key=lambda difference: len(difference[0]), default=([], run))
+        texts = []
+        for name in names:
+            here, there = str(run[name]), str(nearest[name])
+            texts.append(f"{name} {here} instead of {there}" if here != there else f"{name} {here} of other content")
+        reason = "; ".join(texts) or f"nothing comparable that differs in {by} alone"
+        reasons[run["run_id"]] = reason if run["run_id"] in scored else "no scores at this site, recipe and threshold"
     return reasons
-
-
-def _reason(run: Mapping[str, Any], partners: Sequence[Mapping[str, Any]], by: str) -> str:
-    """Return the reason why a run is in no pair: its differences from the most similar run that is in one."""
-    if by in ("revision", "corpus", "dtype"):
-        partners = [other for other in partners if other["model"] == run["model"]]
-    conditions = () if by in WITHIN else [name for name in CONDITIONS if name != by]
-    differences = ((differing([run, other], conditions), other) for other in partners)
-    names, nearest = min(differences, key=lambda difference: len(difference[0]), default=([], run))
-    texts = []
-    for name in names:
-        here, there = str(run[name]), str(nearest[name])
-        texts.append(f"{name} {here} instead of {there}" if here != there else f"{name} {here} of other content")
-    return "; ".join(texts) or f"nothing comparable that differs in {by} alone"
-
-
-def _available_readings(selected: Sequence[Profile], by: str) -> str:
-    if not selected:
-        return "There are no scores of that site, recipe and threshold: avss query -w WAREHOUSE 'SUMMARIZE scores'."
-    labels = sorted({profile.label(by) for profile in selected})
-    return f"There is: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}."

@@ -1,26 +1,38 @@
-"""Contrast of hallucinated and truthful answers in a run on paired text, with controls and findings in words."""
+"""Contrast of hallucinated and truthful answers in a run on paired text, with controls and findings in words.
+
+Single answers are contrasted where the run kept their statistics. For any other recipe or threshold, `Strata` contrasts
+blocks of shards.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avss_dist.analysis.strata import Strata, not_paired, stratum_columns, which_labels
 from avss_dist.core.errors import DamagedFile, QueryError, require_known
-from avss_dist.core.names import AFTER_ANOTHER, ENTROPY, LOSS, PERPLEXITY
+from avss_dist.core.names import AFTER_ANOTHER, ENTROPY, INCORRECT, LOSS, PERPLEXITY, TRUTHFUL
 from avss_dist.core.registry import RECIPES
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import describe_threshold
 from avss_dist.stats import contrast as contrast_stats
-from avss_dist.stats.intervals import INTERVAL, bootstrap_weights, jackknife_interval, left_out_weights
-from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.intervals import (
+    BOOTSTRAP_BLOCKS,
+    BOOTSTRAP_SEED,
+    INTERVAL,
+    bootstrap_weights,
+    jackknife_interval,
+    left_out_weights,
+)
+from avss_dist.stats.layer_stats import Float64, LayerStats, StratumKey
+from avss_dist.stats.merging import merge_stats, split_into_blocks
 from avss_dist.stats.rankings import depth_correlation
-from avss_dist.stats.scores import Threshold
+from avss_dist.stats.scores import Parts, SiteTable, Threshold
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import DAMAGED
 
@@ -29,8 +41,11 @@ MATCHED = 0.1  # lengths of the answers of a pair differ by a tenth at most
 FOLLOWS_DEPTH = 0.9
 MIN_PAIRS = 10  # that a matched subset is tested on
 FEATURES = {"variance": "variance", "sparsity": "sparsity", "norm": "norm", "relative_magnitude": "update ratio"}
+"""Statistics of answers that classifiers are trained on, with their names in reports."""
 BASELINES = {LOSS: "log_likelihood", ENTROPY: "token_entropy"}
 """Name of each baseline that is a prediction of the whole model, by metric."""
+HALLUCINATED_NAMES = (INCORRECT, "hallucinated", "hallucination", "false", "wrong")
+"""Lower-case labels that are recognized as those of hallucinated answers."""
 _MATCHED = tuple(f"{kind}_matched{what}" for kind in ("length", "position") for what in ("", "_p", "_pairs"))
 _ARRAYS = ("pooled_variance", "count", "mean", "m2", "norm", "relative_magnitude")
 
@@ -100,9 +115,8 @@ def contrast(
     layers = layer_table(own_prompt, other_prompt, recipe)
     predictions = _predictions(own_prompt, other_prompt, _evaluated(warehouse, run, rows, labels))
     reading |= {"hallucinated": labels[0], "truthful": labels[1], "pairs": len(own_prompt.pairs)}
-    return Contrast(
-        reading=reading, layers=layers, predictions=predictions, findings=tuple(_findings(layers, predictions))
-    )
+    sentences = (*_about_layers(layers.to_pylist()), *_about_prediction(predictions.to_pylist()))
+    return Contrast(reading=reading, layers=layers, predictions=predictions, findings=sentences)
 
 
 def answer_rows(warehouse: Warehouse, run: Mapping[str, Any], site: str) -> pa.Table:
@@ -172,7 +186,13 @@ def layer_table(own_prompt: contrast_stats.Answers, other_prompt: contrast_stats
         contrast_stats.weighted_deviation(a, recipe, own_prompt.pairs, left_out) for a in (own_prompt, other_prompt)
     )
     columns |= contrast_stats.change_columns(columns["deviation"], columns["after_another"], with_own - with_other)
-    columns["stands"] = _withstands_controls(columns)
+    deviation = columns["deviation"]
+    with np.errstate(invalid="ignore"):
+        by_label = (columns["p_holm"] < LEVEL) & (np.abs(deviation) > columns["noise_floor"])
+        by_length = columns["length_matched_p"] < LEVEL
+        by_length &= np.sign(deviation) == np.sign(columns["length_matched"])
+        by_prompt = np.where(deviation > 0, columns["own_minus_another_low"] > 0, columns["own_minus_another_high"] < 0)
+    columns["stands"] = by_label & by_length & by_prompt
     return _table(columns)
 
 
@@ -185,17 +205,6 @@ def _table(columns: dict[str, Any]) -> pa.Table:
             nothing = pa.nulls(len(table), pa.bool_() if name == "stands" else pa.float64())
             table = table.append_column(name, nothing)
     return table
-
-
-def _withstands_controls(columns: Mapping[str, Any]) -> np.ndarray:
-    """Return bool[layers]: whether the difference withstands every control (labels, lengths, noise, prompt)."""
-    deviation, matched = columns["deviation"], columns["length_matched"]
-    with np.errstate(invalid="ignore"):
-        by_label = (columns["p_holm"] < LEVEL) & (np.abs(deviation) > columns["noise_floor"])
-        by_length = (columns["length_matched_p"] < LEVEL) & (np.sign(deviation) == np.sign(matched))
-        low, high = columns["own_minus_another_low"], columns["own_minus_another_high"]
-        by_prompt = np.where(deviation > 0, low > 0, high < 0)
-    return np.asarray(by_label & by_length & by_prompt)
 
 
 def _evaluated(
@@ -225,7 +234,7 @@ def _predictions(
     a: contrast_stats.Answers, other: contrast_stats.Answers, evaluated: Mapping[str, Float64]
 ) -> pa.Table:
     """Return the out-of-fold AUROC of one-dimensional classifiers on layers and on baselines. Folds are of pairs."""
-    features, elsewhere = _features(a), _features(other)
+    features, elsewhere = map(_features, (a, other))
     weights = left_out_weights(len(a.pairs))[:, np.searchsorted(a.pairs, a.pair)]
     baselines = {"length": a.tokens.astype(np.float64), **evaluated}
     classifiers: list[tuple[int | None, str, float, Float64]] = []
@@ -245,7 +254,8 @@ def _predictions(
         least_gain, _ = jackknife_interval(np.array(gain), left_out - best[3], confidence=corrected)
         beats = layer is not None and bool(least_gain > 0)
         row = {"layer": layer, "statistic": name, "auroc": value, "auroc_low": low, "auroc_high": high}
-        row["after_another"] = None if layer is None else _auroc_of(other, elsewhere[name][:, layer])
+        once = np.ones((1, len(other.pair)))
+        row["after_another"] = None if layer is None else _auroc(other, elsewhere[name][:, layer], once)[0]
         rows.append(row | {"gain": gain if layer is not None else None, "beats_baselines": beats})
     return pa.Table.from_pylist(rows)
 
@@ -258,45 +268,34 @@ def _features(a: contrast_stats.Answers) -> dict[str, Float64]:
 
 
 def _auroc(a: contrast_stats.Answers, values: Float64, weights: Float64) -> tuple[float, Float64]:
+    """Return the out-of-fold AUROC of a classifier of one value, and that under each of several weights."""
     scores = contrast_stats.out_of_fold(a, values)
     whole, resampled = (contrast_stats.auroc(scores, a.hallucinated, w) for w in (np.ones((1, len(scores))), weights))
     return whole.item(), resampled
 
 
-def _auroc_of(a: contrast_stats.Answers, values: Float64) -> float:
-    return contrast_stats.auroc(contrast_stats.out_of_fold(a, values), a.hallucinated, np.ones((1, len(values)))).item()
-
-
-def _findings(layers: pa.Table, predictions: pa.Table) -> list[str]:
-    return [*_about_layers(layers.to_pylist()), *_about_prediction(predictions.to_pylist())]
-
-
 def _about_layers(rows: list[dict[str, Any]]) -> list[str]:
+    """Return sentences on the layers that differ by label, and on those that also do by length and by prompt."""
     differ = [row for row in rows if row["p_holm"] is not None and row["p_holm"] < LEVEL]
-    where = "inside pairs" if rows[0]["length_matched_pairs"] is not None else "of whole shards"
-    none = f"No layer differs between hallucinated and truthful answers more than with labels exchanged {where}."
-    words = _about_differences(differ, where) if differ else [none]
-    if rows[0]["length_matched_pairs"] is None:
+    number, rho = rows[0]["length_matched_pairs"], rows[0]["depth_correlation"]
+    where = "inside pairs" if number is not None else "of whole shards"
+    words = [f"No layer differs between hallucinated and truthful answers more than with labels exchanged {where}."]
+    if differ:
+        layers = _listed([row["layer"] for row in differ])
+        words = [f"Layers that differ more than with labels exchanged {where} (Holm, {LEVEL:.0%}): {layers}."]
+        if number is not None:
+            matched = _listed([row["layer"] for row in differ if (row["length_matched_p"] or 1) < LEVEL])
+            matched = "too few pairs to tell" if number < MIN_PAIRS else matched
+            words.append(f"With lengths matched ({number} pairs): {matched}.")
+        prompt = _listed([row["layer"] for row in differ if _excludes_zero(row)])
+        words.append(f"Otherwise than for the same answers after another prompt: {prompt}.")
+    if number is None:
         words.append("Lengths are not controlled: that takes pooled or element, and a threshold that the run counted.")
     else:
         words.append(f"Left after every control: {_listed([row['layer'] for row in rows if row['stands']])}.")
-    rho = rows[0]["depth_correlation"]
     if rho is not None and abs(rho) > FOLLOWS_DEPTH:
         words.append(f"The contrast follows depth (Spearman {rho:z.2f}), and says little more than a layer's number.")
     return words
-
-
-def _about_differences(rows: list[dict[str, Any]], where: str) -> list[str]:
-    """Return sentences on the layers that differ by label, and on those that also do by length and by prompt."""
-    number = rows[0]["length_matched_pairs"]
-    matched = _listed([row["layer"] for row in rows if (row["length_matched_p"] or 1) < LEVEL])
-    prompt = _listed([row["layer"] for row in rows if _excludes_zero(row)])
-    differ = _listed([row["layer"] for row in rows])
-    words = [f"Layers that differ more than with labels exchanged {where} (Holm, {LEVEL:.0%}): {differ}."]
-    if number is not None:
-        few = number < MIN_PAIRS
-        words.append(f"With lengths matched ({number} pairs): {'too few pairs to tell' if few else matched}.")
-    return [*words, f"Otherwise than for the same answers after another prompt: {prompt}."]
 
 
 def _about_prediction(rows: list[dict[str, Any]]) -> list[str]:
@@ -322,3 +321,176 @@ def _excludes_zero(row: Mapping[str, Any]) -> bool:
 
 def _listed(layers: list[int]) -> str:
     return ", ".join(map(str, layers)) or "none"
+
+
+@dataclass(frozen=True)
+class Strata:
+    """Statistics of one site of a run, by stratum.
+
+    Attributes:
+        labels: labels of the hallucinated and of the truthful answers.
+        layers: indices of the layers that have the site.
+        merged: LayerStats by label and layer, of the answers after their own prompts.
+        blocks: LayerStats by stratum, block of consecutive shards, and layer.
+    """
+
+    labels: tuple[str, str]
+    layers: tuple[int, ...]
+    merged: Mapping[str, list[LayerStats]]
+    blocks: Mapping[str, list[list[LayerStats]]]
+
+    @staticmethod
+    def of_run(
+        warehouse: Warehouse,
+        run: Mapping[str, Any],
+        site: str,
+        hallucinated: str | None = None,
+        truthful: str | None = None,
+    ) -> Strata:
+        """Read the strata of a row of ``runs``.
+
+        Raises:
+            QueryError: if its text is not paired, or it lacks a label or the site.
+        """
+        require_known("site", site, run["sites"], QueryError)
+        merged = {key: stats for key, stats in warehouse.read_stratum_stats(run["run_id"]).items() if key[1] == site}
+        if not merged:
+            raise not_paired(run["run_id"])
+        labels = which_labels({stratum for _, _, stratum in merged}, hallucinated, truthful)
+        layers = tuple(sorted({layer for layer, _, _ in merged}))
+        zero = LayerStats.zero(next(iter(merged.values())).thresholds)
+
+        def by_layer(stats: Mapping[StratumKey, LayerStats], stratum: str) -> list[LayerStats]:
+            return [stats.get((layer, site, stratum), zero) for layer in layers]
+
+        strata = [label + after for label in labels for after in ("", AFTER_ANOTHER)]
+        partials = [shard.strata for shard in warehouse.read_partials(run)]
+        parts = split_into_blocks(len(partials), BOOTSTRAP_BLOCKS)
+        blocks = [merge_stats([partials[i] for i in part]) for part in parts] or [merged]
+        return Strata(
+            labels,
+            layers,
+            {label: by_layer(merged, label) for label in labels},
+            {stratum: [by_layer(block, stratum) for block in blocks] for stratum in strata},
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of shard blocks. A block holds whole pairs and is the unit of resampling."""
+        return len(self.blocks[self.labels[0]])
+
+    def both_sides(
+        self,
+        recipe: str,
+        threshold: Threshold,
+        weights: Float64 | None = None,
+        exchanged: Float64 | None = None,
+        after: str = "",
+    ) -> tuple[Parts, Parts]:
+        """Return the parts of AVSS of hallucinated and of truthful answers, float64[n, layers] each.
+
+        Args:
+            threshold: near-zero threshold. A relative one is a multiple of the RMS of both strata together.
+            weights: float64[n, blocks], the weight of each block, 1 by default.
+            exchanged: float64[n, blocks], 1 if the labels of a block are exchanged, 0 by default.
+            after: `AFTER_ANOTHER` for answers after another prompt, or empty for answers after their own.
+        """
+        swapped = np.zeros((1, self.num_blocks)) if exchanged is None else exchanged
+        ours, theirs = ((1 if weights is None else weights) * part for part in (1 - swapped, swapped))
+        first, second = (self.blocks[label + after] for label in self.labels)
+        return _both([*first, *second], recipe, threshold, np.hstack([ours, theirs]), np.hstack([theirs, ours]))
+
+    def halves(self, recipe: str, threshold: Threshold, first: Float64) -> tuple[Parts, Parts]:
+        """Return the parts of AVSS of two groups of truthful answers, float64[n, layers] each.
+
+        Args:
+            first: float64[n, blocks], 1 for blocks of the first group, 0 for those of the second.
+        """
+        return _both(self.blocks[self.labels[1]], recipe, threshold, first, 1 - first)
+
+
+def _both(
+    blocks: Sequence[Sequence[LayerStats]], recipe: str, threshold: Threshold, first: Float64, second: Float64
+) -> tuple[Parts, Parts]:
+    """Return the parts of AVSS of blocks under each of two weights, float64[n, blocks].
+
+    Raises:
+        QueryError: if the site has no statistics for the recipe.
+    """
+    merged = [reduce(LayerStats.merge, of_layer) for of_layer in zip(*blocks, strict=True)]
+    table = SiteTable(merged, blocks, [threshold], np.vstack([first, second]))
+    if recipe not in table.recipes():
+        raise QueryError(f"The site has no statistics for the recipe '{recipe}'.", "Use block or update.")
+    parts = table.weighted_parts(recipe, threshold)
+    assert parts is not None  # the table has weights
+    (a, b, c), (x, y, z) = ([part[side] for part in parts] for side in (slice(len(first)), slice(len(first), None)))
+    return (a, b, c), (x, y, z)
+
+
+def stratum_columns(strata: Strata, recipe: str, threshold: Threshold) -> dict[str, Any]:
+    """Return the scores of layers, their intervals, and the controls that need no single answers.
+
+    Instead of pairs, blocks of shards are resampled, left out, and exchange their labels.
+
+    Raises:
+        QueryError: if there are fewer than two blocks, or the site has no statistics for the recipe.
+    """
+    n, layers = strata.num_blocks, len(strata.layers)
+    if n < 2:
+        raise QueryError(
+            "The run has one shard, and shards exchange their labels.", "Make `sequences_per_shard` smaller."
+        )
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    own_prompt = partial(strata.both_sides, recipe, threshold)
+    other_prompt = partial(own_prompt, after=AFTER_ANOTHER)
+    left_out = left_out_weights(n)
+    columns: dict[str, Any] = {"layer": np.array(strata.layers)}
+    without = own_prompt(left_out)
+    hallucinated, truthful = ((variance[0], near_zero[0], count[0]) for variance, near_zero, count in own_prompt())
+    columns |= contrast_stats.contrast_columns((hallucinated, truthful), own_prompt(bootstrap_weights(n)), without)
+    exchanged = rng.integers(0, 2, (contrast_stats.num_permutations(layers), n)).astype(np.float64)
+    p = contrast_stats.p_values(columns["deviation"], _deviation(own_prompt(exchanged=exchanged)))
+    halves = rng.permuted(np.tile(np.arange(n) < n // 2, (contrast_stats.PERMUTATIONS, 1)), axis=1).astype(np.float64)
+    columns |= {"p": p, "p_holm": contrast_stats.holm(p)}
+    columns["noise_floor"] = contrast_stats.floor_of(_deviation(strata.halves(recipe, threshold, halves)))
+    (columns["after_another"],) = _deviation(other_prompt())
+    columns |= contrast_stats.change_columns(
+        columns["deviation"], columns["after_another"], _deviation(without) - _deviation(other_prompt(left_out))
+    )
+    return columns
+
+
+def _deviation(sides: tuple[Parts, Parts]) -> Float64:
+    return contrast_stats.from_median(contrast_stats.contrast(*sides))
+
+
+def which_labels(strata: Collection[str], hallucinated: str | None, truthful: str | None) -> tuple[str, str]:
+    """Return the labels of hallucinated and of truthful answers. Labels that were not given are recognized by name.
+
+    Raises:
+        QueryError: if a given label is unknown, or a missing one is not recognized unambiguously.
+    """
+    known = sorted(stratum for stratum in strata if not stratum.endswith(AFTER_ANOTHER))
+    for label in filter(None, (hallucinated, truthful)):
+        require_known("label", label, known, QueryError)
+    hallucinated = hallucinated or _only([label for label in known if label.lower() in HALLUCINATED_NAMES])
+    others = [label for label in known if label != hallucinated]
+    truthful = truthful or (TRUTHFUL if TRUTHFUL in others else _only(others))
+    if not hallucinated or not truthful or hallucinated == truthful:
+        raise QueryError(
+            f"Which answers are hallucinated, and which truthful? Labels: {', '.join(known)}.",
+            "Name one label as `hallucinated` and another as `truthful`.",
+        )
+    return hallucinated, truthful
+
+
+def not_paired(run_id: str) -> QueryError:
+    """Return the error for a run whose text has no labelled answers."""
+    return QueryError(
+        f"The text of run '{run_id}' is not paired.",
+        "Score on prompts with labelled answers: avss score --corpus file.jsonl:prompt+answer:LABEL.",
+    )
+
+
+def _only(labels: list[str]) -> str | None:
+    return labels[0] if len(labels) == 1 else None

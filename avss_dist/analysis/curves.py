@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,25 +44,15 @@ SCHEMA = pa.schema(
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """A property of runs along which layer scores are followed.
-
-    Attributes:
-        column: column of ``runs`` with the place on the axis, a number.
-        same: columns of ``runs`` in which the runs of a curve are equal, besides the conditions of a comparison.
-    """
-
-    column: str
-    same: tuple[str, ...]
-
-
-AXES: Mapping[str, Axis] = {
-    "step": Axis(column="training_step", same=("series",)),
-    "tokens": Axis(column="training_tokens", same=("series",)),
-    "size": Axis(column="num_parameters", same=("family",)),
-    "sequence_length": Axis(column="sequence_length", same=("model", "revision")),
+AXES = {
+    "step": "training_step",
+    "tokens": "training_tokens",
+    "size": "num_parameters",
+    "sequence_length": "sequence_length",
 }
+"""Axes along which layer scores are followed, each with the column of ``runs`` that has the place on it, a number."""
+SAME = {"step": ("series",), "tokens": ("series",), "size": ("family",), "sequence_length": ("model", "revision")}
+"""Columns of ``runs`` in which the runs of a curve are equal by axis, besides the conditions of a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,7 +80,7 @@ class Curve:
     @property
     def points(self) -> list[str]:
         """Name of each point, such as ``1,000``."""
-        return [describe_count(run[AXES[self.along].column]) for run in self.runs]
+        return [describe_count(run[AXES[self.along]]) for run in self.runs]
 
     @cached_property
     def ranks(self) -> Float64:
@@ -101,16 +91,6 @@ class Curve:
     def is_lowest(self) -> Any:
         """Whether each layer is among the lowest 25% at each point, bool[points, layers]."""
         return rank_lowest(self.values) <= count_lowest(len(self.depth))
-
-    @property
-    def with_last(self) -> Float64:
-        """Spearman's rho of the ranking of each point with that of the last, float64[points]."""
-        return spearman_rows(self.values, np.broadcast_to(self.values[-1], self.values.shape))
-
-    @property
-    def with_previous(self) -> Float64:
-        """Spearman's rho of the ranking of each point with that of the one before it; NaN for the first."""
-        return np.concatenate([[np.nan], spearman_rows(self.values[1:], self.values[:-1])])
 
     @property
     def trend(self) -> Float64:
@@ -125,7 +105,7 @@ class Curve:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield a row of `SCHEMA` for each point and layer."""
-        column, lowest = AXES[self.along].column, self.is_lowest
+        column, lowest = AXES[self.along], self.is_lowest
         for point, (run, text) in enumerate(zip(self.runs, self.points, strict=True)):
             for place, (layer, depth) in enumerate(zip(self.layers, self.depth.tolist(), strict=True)):
                 yield {
@@ -197,80 +177,52 @@ def ranking_curves(
     curves = curves_of(scored, along, allow_mismatch=allow_mismatch)
     followed = {run["run_id"] for curve in curves for run in curve.runs}
     with_scores = {profile.run["run_id"] for profile in scored}
-    left_out = {run["run_id"]: _reason(run, along, with_scores) for run in runs if run["run_id"] not in followed}
+    left_out = {}
+    for run in (run for run in runs if run["run_id"] not in followed):
+        reason = f"no other run differs from it in {along} alone, or a newer one is at its place"
+        if None in _place(run, along):
+            reason = f"its {along} is not known"
+        elif run["run_id"] not in with_scores:
+            reason = "it has no such scores"
+        left_out[run["run_id"]] = reason
     if not curves:
         why = "; ".join(dict.fromkeys(left_out.values())) or "there are no runs"
-        raise QueryError(f"No two runs are along {along}: {why}.", _advice(along, allow_mismatch))
+        mismatch = "" if allow_mismatch else ", or set `allow_mismatch` if it is their text or settings that differ"
+        same = " and ".join(SAME[along])
+        advice = f"Score runs of the same {same} that differ in {along}{mismatch}. Axes: {', '.join(AXES)}."
+        raise QueryError(f"No two runs are along {along}: {why}.", advice)
     return RankingCurves(curves=curves, left_out=left_out)
 
 
 def curves_of(scored: Sequence[Profile], along: str, *, allow_mismatch: bool = False) -> list[Curve]:
     """Return the curves of profiles along an axis, those with the most points first; see `ranking_curves`."""
     groups: dict[tuple[Any, ...], dict[Any, Profile]] = {}
-    equal = () if allow_mismatch else _conditions(along)
+    conditions = [name for name in CONDITIONS if name != AXES[along]]
+    equal = () if allow_mismatch else conditions
     for profile in sorted(scored, key=lambda profile: str(profile.run["created_at"])):
-        if _is_placed(profile.run, along) and len(profile.depth) >= MIN_VALUES and np.isfinite(profile.values).all():
-            key = (*_same(profile.run, along), *(condition(profile.run, name) for name in equal))
-            groups.setdefault(key, {})[profile.run[AXES[along].column]] = profile
-    members = [list(group.values()) for group in groups.values() if len(group) >= MIN_POINTS]
-    names = _names(along, [group[0].run for group in members])
-    curves = [_curve(along, name, group) for name, group in zip(names, members, strict=True)]
+        place, *same = _place(profile.run, along)
+        if None not in (place, *same) and len(profile.depth) >= MIN_VALUES and np.isfinite(profile.values).all():
+            groups.setdefault((*same, *(condition(profile.run, name) for name in equal)), {})[place] = profile
+    members = [[group[place] for place in sorted(group)] for group in groups.values() if len(group) >= MIN_POINTS]
+    oldest = [next(iter(group.values())).run for group in groups.values() if len(group) >= MIN_POINTS]
+    subject, *others = SAME[along]
+    telling, curves = differing(oldest, (*others, *conditions)), []
+    for first, group in zip(oldest, members, strict=True):
+        details = [f"{name} {basename(str(first.get(f'{name}_name') or first[name]))}" for name in telling]
+        shallowest = min(group, key=lambda profile: len(profile.depth))
+        depth, number = shallowest.depth, shallowest.run["num_layers"] or len(shallowest.depth)
+        curve = Curve(
+            along=along,
+            name=printable(", ".join([str(first[subject]), *details])),
+            runs=[profile.run for profile in group],
+            layers=np.rint(depth * number - 0.5).astype(int).tolist(),
+            depth=depth,
+            values=np.array([np.interp(depth, profile.depth, profile.values) for profile in group]),
+        )
+        curves.append(curve)
     return sorted(curves, key=lambda curve: (-len(curve.runs), curve.name))
 
 
-def _is_placed(run: Mapping[str, Any], along: str) -> bool:
-    """Whether it is known where a run is on an axis, and on which curve."""
-    return run[AXES[along].column] is not None and None not in _same(run, along)
-
-
-def _reason(run: Mapping[str, Any], along: str, with_scores: Set[str]) -> str:
-    """Return why a run is on no curve."""
-    if not _is_placed(run, along):
-        return f"its {along} is not known"
-    if run["run_id"] not in with_scores:
-        return "it has no such scores"
-    return f"no other run differs from it in {along} alone, or a newer one is at its place"
-
-
-def _advice(along: str, allow_mismatch: bool) -> str:
-    """Return what a user can do if there is no curve along an axis."""
-    same = " and ".join(AXES[along].same)
-    mismatch = "" if allow_mismatch else ", or set `allow_mismatch` if it is their text or settings that differ"
-    return f"Score runs of the same {same} that differ in {along}{mismatch}. Axes: {', '.join(AXES)}."
-
-
-def _same(run: Mapping[str, Any], along: str) -> tuple[Any, ...]:
-    return tuple(run[name] for name in AXES[along].same)
-
-
-def _conditions(along: str) -> tuple[str, ...]:
-    """Return the conditions of a comparison that are equal along a curve."""
-    return tuple(name for name in CONDITIONS if name != AXES[along].column)
-
-
-def _names(along: str, firsts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the name of each curve, given its first run: the model or training, and what tells curves apart."""
-    subject, *others = AXES[along].same
-    telling = differing(firsts, (*others, *_conditions(along)))
-
-    def described(run: Mapping[str, Any]) -> str:
-        details = [f"{name} {basename(str(run.get(f'{name}_name') or run[name]))}" for name in telling]
-        return printable(", ".join([str(run[subject]), *details]))
-
-    return [described(run) for run in firsts]
-
-
-def _curve(along: str, name: str, group: Sequence[Profile]) -> Curve:
-    """Return the curve of the profiles at different places of an axis."""
-    ordered = sorted(group, key=lambda profile: profile.run[AXES[along].column])
-    shallowest = min(ordered, key=lambda profile: len(profile.depth))
-    depth, number = shallowest.depth, shallowest.run["num_layers"] or len(shallowest.depth)
-    values = np.array([np.interp(depth, profile.depth, profile.values) for profile in ordered])
-    return Curve(
-        along=along,
-        name=name,
-        runs=[profile.run for profile in ordered],
-        layers=np.rint(depth * number - 0.5).astype(int).tolist(),
-        depth=depth,
-        values=values,
-    )
+def _place(run: Mapping[str, Any], along: str) -> tuple[Any, ...]:
+    """Return the place of a run on an axis, and what runs of its curve have in common; None where it is not known."""
+    return tuple(run[name] for name in (AXES[along], *SAME[along]))

@@ -1,31 +1,23 @@
-"""Findings: warnings and notes about the scores of runs, as data and in words."""
+"""Findings: warnings and notes about the scores, statistics and experts of runs, as data and in words."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from avss_dist.analysis.experts import expert_findings
-from avss_dist.analysis.stats_findings import (
-    NONFINITE,
-    Columns,
-    Row,
-    Rows,
-    describe,
-    finding,
-    layers_in_words,
-    nonfinite_layers,
-    of_digests,
-)
+from avss_dist.analysis.experts import LayerExperts, experts_by_layer
 from avss_dist.core.names import ROW_START
 from avss_dist.core.registry import RECIPES
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
+from avss_dist.core.text import describe_layers, describe_threshold
 from avss_dist.stats.intervals import why_no_interval
-from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.layer_stats import Float64, share_of_m2
 from avss_dist.stats.rankings import count_lowest, spearman_rows
 from avss_dist.stats.row_start import RowStarts
 from avss_dist.stats.scores import MINIMUM_NEAR_ZERO, NOISY_BELOW, Threshold
@@ -47,11 +39,44 @@ TRACKS_DEPTH = 0.9  # absolute Spearman correlation with depth above which a sco
 CHANGING = (0.1, 0.25)  # share of the lowest set that resampling changes: worth a note, a warning
 DISAGREE = 0.5  # Spearman correlation of two recipes below which they tell different stories
 
+DOMINANT = 0.5  # share of the variance that one unit, or the first tokens, carry, or of what experts add
+EXACT = 0.5  # share of exact zeros among near zeros
+IDENTITY = 1e-4  # mean |out - in| / |in| of a layer that does nothing
+MAX_NAMED = 4  # layers whose experts a finding names
+NONFINITE = ("run_id", "site", "layer", "count", "nonfinite_count")
+"""Columns of a digest that tell of NaN and infinite elements."""
+SCORES = (
+    "run_id",
+    "layer",
+    "site",
+    "recipe",
+    "threshold",
+    "threshold_kind",
+    "depth",
+    "near_zero_count",
+    "avss_smoothed",
+    "rank",
+    "avss_low",
+    "avss_high",
+    "lowest_set_probability",
+)
+_BY_LAYER = [(name, "ascending") for name in ("run_id", "site", "layer")]
+OF_RUNS = ["run_id", "model", "revision", "num_shards", "settings"]
+"""Columns of ``runs`` that findings depend on."""
+RUNS_AT_ONCE = 2048  # runs whose scores and digests are in memory together: 0.4 GB for 80 layers
+PLACE = ("run_id", "site", "recipe")
+"""Columns of a reading."""
 _EVALUATED = ("run_id", "revision", "task", "metric", "value", "settings", "drop")
 _OLD_ROWS = (
     "This run was measured before packed rows started with the tokenizer's special tokens. If its tokenizer adds any "
     "(BOS, CLS), score the model again; else nothing has changed."
 )
+
+Row = dict[str, Any]
+Rows = Sequence[Mapping[str, Any]]
+Columns = Mapping[str, NDArray[Any]]
+"""Values of each layer by column; missing numbers are NaN."""
+Reading = tuple[str, str, str]  # run, site and recipe
 
 KINDS = (
     "unreadable",
@@ -96,44 +121,46 @@ def findings(
         A table of `SCHEMA`: warnings before notes, the default site and recipe before others, then ordered by `KINDS`.
     """
     threshold = threshold or Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
-    runs = _finished(warehouse, run_ids)
+    done = pc.field("status") == "done"
+    if run_ids is not None:
+        done &= pc.field("run_id").isin(pa.array(run_ids, pa.string()))
+    runs = warehouse.runs().filter(done).select(OF_RUNS).to_pylist()
     names = [run["run_id"] for run in runs]
     where = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
     if site is not None:
         where &= pc.field("site") == site
     if recipe is not None and rankings_alone:  # what else there is compares recipes
         where &= pc.field("recipe") == recipe
+    at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
     rows: list[Row] = []
-    for group in _groups(names):
-        readings = _by_reading(warehouse.table("scores", run_ids=group, columns=SCORES, where=where))
-        rows += _of_scores(readings, group, threshold)
+    for start in range(0, len(names), RUNS_AT_ONCE):
+        group = names[start : start + RUNS_AT_ONCE]
+        scores = warehouse.table("scores", run_ids=group, columns=SCORES, where=where)
+        scores = scores.sort_by([(name, "ascending") for name in (*PLACE, "layer")])
+        columns = {name: scores[name].to_numpy() for name in scores.column_names if name not in PLACE}
+        readings = {
+            (key["run_id"], key["site"], key["recipe"]): {name: cells[begin:end] for name, cells in columns.items()}
+            for key, begin, end in slices_by(scores, PLACE)
+        }
+        rows += [row | at for row in _in_order([*_of_readings(readings, threshold), *_of_recipes(readings)], group)]
         if rankings_alone:
             rows += _in_order(nonfinite_layers(warehouse.digests(group, NONFINITE)), group)
         else:
             rows += _in_order(of_digests(warehouse.digests(group), threshold, site), group)
     if not rankings_alone:
         rows += [{"run_id": name, **row} for name, row in expert_findings(warehouse, names)]
-        rows += _no_intervals(runs)
+        for run in runs:
+            if (shards := run["num_shards"]) and (message := why_no_interval(shards)):
+                rows.append({"run_id": run["run_id"], **finding("no_interval", "note", shards, message)})
         rows += _row_starts(warehouse, runs)
-        rows += _unreadable(warehouse.damaged, run_ids)
-    rows = [row for row in rows if _is_at(row, site, recipe)]
+        for run_id, reason in warehouse.damaged.items():
+            if run_ids is None or run_id in run_ids:
+                message = f"This run cannot be read: {reason}."
+                rows.append({"run_id": run_id, **finding("unreadable", "warning", np.nan, message)})
+    place = (("site", site), ("recipe", recipe))
+    rows = [row for row in rows if all(value is None or row.get(name) in (None, value) for name, value in place)]
     rows.sort(key=_urgency)
     return pa.Table.from_pylist(rows, SCHEMA)
-
-
-def _finished(warehouse: Warehouse, run_ids: Sequence[str] | None) -> list[Row]:
-    """Return the columns `OF_RUNS` of the ``runs`` rows of finished runs, by default of all."""
-    done = pc.field("status") == "done"
-    runs = warehouse.runs().filter(
-        done if run_ids is None else done & pc.field("run_id").isin(pa.array(run_ids, pa.string()))
-    )
-    return list(runs.select(OF_RUNS).to_pylist())
-
-
-def _groups(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield `RUNS_AT_ONCE` names at once."""
-    for start in range(0, len(names), RUNS_AT_ONCE):
-        yield names[start : start + RUNS_AT_ONCE]
 
 
 def _in_order(findings: Iterable[Row], run_ids: Sequence[str]) -> list[Row]:
@@ -148,25 +175,6 @@ def of_rankings(table: pa.Table, score: str) -> pa.Table:
     return table.filter(pc.field("kind").isin(kinds))
 
 
-def _no_intervals(runs: Rows) -> Iterator[Row]:
-    """Yield a finding for each run that has too few shards for intervals."""
-    for run in runs:
-        shards = run["num_shards"]
-        if shards and (message := why_no_interval(shards)):
-            yield {"run_id": run["run_id"], **finding("no_interval", "note", shards, message)}
-
-
-def _unreadable(damaged: Mapping[str, str], run_ids: Sequence[str] | None) -> Iterator[Row]:
-    for run_id, reason in damaged.items():
-        if run_ids is None or run_id in run_ids:
-            yield {"run_id": run_id, **finding("unreadable", "warning", np.nan, f"This run cannot be read: {reason}.")}
-
-
-def _is_at(row: Row, site: str | None, recipe: str | None) -> bool:
-    """Whether a finding is about a site and a recipe, None for any, or about all of them."""
-    return all(place is None or row.get(name) in (None, place) for name, place in (("site", site), ("recipe", recipe)))
-
-
 def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
     """Return the sort key of a finding: warnings first, then the default site and recipe, then the order of `KINDS`."""
     site, recipe = row.get("site") or SITES[0], row.get("recipe") or RECIPES[0]
@@ -175,47 +183,15 @@ def _urgency(row: Row) -> tuple[bool, bool, int, int, int]:
     return row["severity"] == "note", elsewhere, kind, EVERY_SITE.index(site), RECIPES.index(recipe)
 
 
-SCORES = (
-    "run_id",
-    "layer",
-    "site",
-    "recipe",
-    "threshold",
-    "threshold_kind",
-    "depth",
-    "near_zero_count",
-    "avss_smoothed",
-    "rank",
-    "avss_low",
-    "avss_high",
-    "lowest_set_probability",
-)
-
-
-OF_RUNS = ["run_id", "model", "revision", "num_shards", "settings"]
-"""Columns of ``runs`` that findings depend on."""
-RUNS_AT_ONCE = 2048  # runs whose scores and digests are in memory together: 0.4 GB for 80 layers
-
-Reading = tuple[str, str, str]  # run, site and recipe
-PLACE = ("run_id", "site", "recipe")
-"""Columns of a reading."""
-
-
-def _of_scores(readings: Mapping[Reading, Columns], run_ids: Sequence[str], threshold: Threshold) -> list[Row]:
-    """Return the findings that follow from the scores of runs at one threshold, in the order of the runs."""
-    at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
-    found = [*_of_readings(readings, threshold), *_of_recipes(readings)]
-    return [row | at for row in _in_order(found, run_ids)]
-
-
 def _of_readings(readings: Mapping[Reading, Columns], threshold: Threshold) -> Iterator[Row]:
     """Yield the findings about the scores of a run at one site with one recipe."""
     with_depth = _correlations([(columns["avss_smoothed"], columns["depth"]) for columns in readings.values()])
     for ((run_id, site, recipe), columns), rho in zip(readings.items(), with_depth, strict=True):
         place = {"run_id": run_id, "site": site, "recipe": recipe}
-        checks = _tracks_depth(columns, rho), _noisy_sparsity(columns, recipe, threshold), _unstable_ranking(columns)
-        for kind, severity, value, message in chain.from_iterable(checks):
-            yield finding(kind, severity, value, message) | place
+        if message := describe_depth("Smoothed AVSS", rho, len(columns["layer"])):
+            yield finding("tracks_depth", "warning", rho, message, **place)
+        for row in chain(_noisy_sparsity(columns, recipe, threshold), _unstable_ranking(columns)):
+            yield row | place
 
 
 def _of_recipes(readings: Mapping[Reading, Columns]) -> Iterator[Row]:
@@ -235,17 +211,10 @@ def _of_recipes(readings: Mapping[Reading, Columns]) -> Iterator[Row]:
         if rho < DISAGREE:
             worst[run_id, site] = min(worst.get((run_id, site), (rho, a, b)), (rho, a, b))
     for (run_id, site), (rho, a, b) in worst.items():
-        yield _recipes_disagree(rho, a, b) | {"run_id": run_id, "site": site}
-
-
-def _by_reading(scores: pa.Table) -> dict[Reading, Columns]:
-    """Return the columns of scores by run, site and recipe, ordered by layer."""
-    scores = scores.sort_by([(name, "ascending") for name in (*PLACE, "layer")])
-    columns = {name: scores[name].to_numpy() for name in scores.column_names if name not in PLACE}
-    return {
-        (key["run_id"], key["site"], key["recipe"]): {name: cells[start:stop] for name, cells in columns.items()}
-        for key, start, stop in slices_by(scores, PLACE)
-    }
+        message = f"The recipes '{a}' and '{b}' rank the layers differently (Spearman {rho:z.2f}): "
+        message += "which layers matter depends on how AVSS is read."
+        severity = "warning" if rho < 0 else "note"
+        yield finding("recipes_disagree", severity, rho, message, run_id=run_id, site=site)
 
 
 def _correlations(pairs: Sequence[tuple[Float64, ...]]) -> list[float]:
@@ -259,9 +228,6 @@ def _correlations(pairs: Sequence[tuple[Float64, ...]]) -> list[float]:
     return rho.tolist()
 
 
-Check = Iterator[tuple[str, str, float, str]]
-
-
 def describe_depth(score: str, rho: float, layers: int) -> str | None:
     """Return a sentence on the correlation of a score with depth if it exceeds `TRACKS_DEPTH`, else None."""
     if not abs(rho) > TRACKS_DEPTH:
@@ -272,26 +238,21 @@ def describe_depth(score: str, rho: float, layers: int) -> str | None:
     )
 
 
-def _tracks_depth(group: Columns, rho: float) -> Check:
-    if message := describe_depth("Smoothed AVSS", rho, len(group["layer"])):
-        yield "tracks_depth", "warning", rho, message
-
-
-def _noisy_sparsity(group: Columns, recipe: str, threshold: Threshold) -> Check:
+def _noisy_sparsity(group: Columns, recipe: str, threshold: Threshold) -> Iterator[Row]:
     counts = group["near_zero_count"]
     layers, noisy = len(counts), int((counts < NOISY_BELOW).sum())
     if recipe == "unit" or not noisy:  # it counts units, of which there are few
         return
     fewest, most = np.nanmin(counts), np.nanmax(counts)
     no_interval = f" No interval below {MINIMUM_NEAR_ZERO}." if fewest < MINIMUM_NEAR_ZERO else ""
-    yield (
+    yield finding(
         *("noisy_sparsity", "warning" if noisy > layers / 2 else "note", noisy / layers),
         f"{noisy} of {layers} layers have fewer than {NOISY_BELOW} elements with |x| < {describe(threshold)} "
         f"({fewest:,.0f} to {most:,.0f} in a layer): their sparsity is noise.{no_interval}",
     )
 
 
-def _unstable_ranking(group: Columns) -> Check:
+def _unstable_ranking(group: Columns) -> Iterator[Row]:
     layer, rank, probability = (group[name] for name in ("layer", "rank", "lowest_set_probability"))
     ranked = np.argsort(rank, kind="stable")[: int(np.isfinite(rank).sum())]
     size = count_lowest(len(layer))
@@ -304,19 +265,11 @@ def _unstable_ranking(group: Columns) -> Check:
     unsure = layer[(probability > 0.05) & (probability < 0.95)].tolist()
     last, first = chosen[-1], others[0]
     overlap = group["avss_high"][last] > group["avss_low"][first]
-    yield (
+    yield finding(
         *("unstable_ranking", "warning" if changed > CHANGING[1] else "note", changed),
         f"Resampling the shards changes {changed:.0%} of the {size} lowest layers on average; "
         f"{layers_in_words(unsure)} may or may not be among them"
         + (f" (the intervals of layers {layer[last]} and {layer[first]} overlap)." if overlap else "."),
-    )
-
-
-def _recipes_disagree(rho: float, a: str, b: str) -> Row:
-    return finding(
-        *("recipes_disagree", "warning" if rho < 0 else "note", rho),
-        f"The recipes '{a}' and '{b}' rank the layers differently (Spearman {rho:z.2f}): "
-        "which layers matter depends on how AVSS is read.",
     )
 
 
@@ -340,3 +293,222 @@ def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
             starts = RowStarts.of_losses(by_metric)
             if starts and (sentence := starts.describe(run["model"], task.removeprefix(ROW_START))):
                 yield {"run_id": run["run_id"], **finding("row_start", "warning", starts.ratio, sentence)}
+
+
+def _numbers(table: pa.Table) -> dict[str, NDArray[Any]]:
+    """Return the columns of numbers of a table."""
+    numbers = [f.name for f in table.schema if pa.types.is_integer(f.type) or pa.types.is_floating(f.type)]
+    return {name: table[name].to_numpy() for name in numbers}
+
+
+def finding(kind: str, severity: str, value: float, message: str, **place: Any) -> Row:
+    """Return a finding without its run. ``place`` is where it holds."""
+    return {"kind": kind, "severity": severity, "value": float(value), "message": message, **place}
+
+
+def of_digests(digests: pa.Table, threshold: Threshold, site: str | None = None) -> Iterator[Row]:
+    """Yield the findings that follow from the statistics of runs, in the order of run ids and sites.
+
+    Args:
+        digests: rows of `digest.DIGEST`.
+        threshold: a threshold that was counted.
+        site: where to look, by default everywhere. Layers that do nothing are reported in any case.
+    """
+    table = digests.sort_by(_BY_LAYER)
+    is_update = pc.equal(table["site"], "update").to_numpy()
+    columns = _numbers(table) | {"near_zero": _near_zero(table, threshold), "is_update": is_update}
+    columns["first_share"] = _first_shares(columns)
+    shares = ("mean_unit_share", "element_unit_share", "first_share")
+    notable = (columns["nonfinite_count"] > 0) | np.any([columns[name] > DOMINANT for name in shares], axis=0)
+    groups = [group for group in slices_by(table, ["run_id", "site"]) if site in (None, group[0]["site"])]
+    for key, start, stop in groups:
+        zeros, near_zero = (int(np.nansum(columns[name][start:stop])) for name in ("zero_count", "near_zero"))
+        yield from (key | row for row in _exact_zeros(key["site"], zeros, near_zero, threshold))
+    for key, layers in _with_any(groups, notable, columns):
+        checks = _nonfinite(layers), _dominant_units(layers), _first_token(layers)
+        yield from (key | row for row in chain.from_iterable(checks))
+    still = _still(columns)
+    for key, layers in _with_any(slices_by(table, ["run_id"]), still, columns | {"is_still": still}):
+        yield from (key | row for row in _identity_layers(layers))
+
+
+def _with_any(
+    groups: Sequence[tuple[Row, int, int]], mask: NDArray[np.bool_], columns: Columns
+) -> Iterator[tuple[Row, Columns]]:
+    """Yield key and columns of the groups of rows that have a row of a mask."""
+    for key, start, stop in groups:
+        if mask[start:stop].any():
+            yield key, {name: values[start:stop] for name, values in columns.items()}
+
+
+def nonfinite_layers(digests: pa.Table) -> Iterator[Row]:
+    """Yield the findings on NaN and infinite elements of runs, in the order of run ids and sites.
+
+    Args:
+        digests: the columns `NONFINITE` of `digest.DIGEST`.
+    """
+    table = digests.filter(pc.field("nonfinite_count") > 0).sort_by(_BY_LAYER)
+    columns = _numbers(table)
+    for key, start, stop in slices_by(table, ["run_id", "site"]):
+        yield from (key | row for row in _nonfinite({name: cells[start:stop] for name, cells in columns.items()}))
+
+
+def _near_zero(table: pa.Table, threshold: Threshold) -> NDArray[np.int64]:
+    """Return the number of near-zero elements of each row at a threshold; 0 if it was not counted."""
+    thresholds, counts = table["thresholds"].combine_chunks(), table["near_zero"].combine_chunks()
+    at = pc.list_flatten(thresholds).to_numpy() == threshold.value
+    row_of_count = pc.list_parent_indices(counts).to_numpy()
+    return np.bincount(row_of_count[at], pc.list_flatten(counts).to_numpy()[at], len(table)).astype(np.int64)
+
+
+def _nonfinite(layers: Columns) -> Iterator[Row]:
+    """Yield a finding on layers with NaN or infinite elements, which every other statistic leaves out."""
+    affected = layers["nonfinite_count"] > 0
+    if affected.any():
+        nonfinite, count = layers["nonfinite_count"][affected], layers["count"][affected]
+        largest = (nonfinite / (count + nonfinite)).max()
+        names = layers["layer"][affected].tolist()
+        have = "has" if len(names) == 1 else "have"
+        yield finding(
+            "nonfinite",
+            "warning",
+            largest,
+            f"{layers_in_words(names).capitalize()} {have} NaN or infinite activations (up to {largest:.2g} of "
+            "the elements): AVSS ranks no such layer. Is the dtype wide enough?",
+        )
+
+
+def _exact_zeros(site: str, zeros: int, near_zero: int, threshold: Threshold) -> Iterator[Row]:
+    """Yield a finding if most near-zero elements of a site are zeros."""
+    if threshold.kind != "absolute" or near_zero < NOISY_BELOW or zeros <= EXACT * near_zero:
+        return
+    share, is_neuron = zeros / near_zero, site == "neuron"
+    cut_off = "the activation function cuts them off, and the threshold hardly matters."
+    reason = cut_off if is_neuron else "the count reflects rounding in this dtype, not the layer."
+    message = f"{share:.0%} of the elements with |x| < {describe(threshold)} are exactly zero: {reason}"
+    severity = "note" if is_neuron else "warning"
+    at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
+    yield from (finding("exact_zeros", severity, share, message, recipe=r, **at) for r in ("pooled", "element"))
+
+
+def _dominant_units(layers: Columns) -> Iterator[Row]:
+    """Yield findings on layers in which one unit carries more than half of the variance.
+
+    The variance is over elements, (x - mean)^2, or over unit means, (unit mean - mean)^2, depending on the recipe.
+    """
+    for recipe, name in (("pooled", "mean_unit"), ("element", "element_unit"), ("unit", "mean_unit")):
+        shares = layers[f"{name}_share"]
+        dominated = np.flatnonzero(shares > DOMINANT)
+        if not dominated.size:
+            continue
+        columns = (shares, layers[name], layers["layer"])
+        share, unit, layer = max(zip(*(values[dominated].tolist() for values in columns), strict=True))
+        units = sorted({int(number) for number in layers[name][dominated]})
+        defined = int(np.isfinite(shares).sum())
+        message = (
+            f"One unit carries more than half of the variance in {len(dominated)} of {defined} layers "
+            f"(unit {int(unit)} carries {share:.0%} in layer {layer}"
+            + (
+                f"; units {', '.join(map(str, units[:5]))}{', ...' if len(units) > 5 else ''})"
+                if len(units) > 1
+                else ")"
+            )
+            + ": the score is that unit's."
+        )
+        severity = "warning" if len(dominated) > defined / 2 else "note"
+        yield finding("dominant_unit", severity, share, message, recipe=recipe)
+
+
+def _first_shares(layers: Columns) -> NDArray[np.float64]:
+    """Return the share of the variance over elements that the first token of each row carries, NaN if not known."""
+    names = ("first_count", "first_mean", "first_m2", "mean", "m2")
+    count, first_mean, first_m2, mean, m2 = (layers[name] for name in names)
+    shares = share_of_m2((count, first_mean, first_m2), mean, m2)
+    return np.where((m2 > 0) & (layers["count"] > count), shares, np.nan)
+
+
+def _first_token(layers: Columns) -> Iterator[Row]:
+    """Yield a finding if the first token of each row carries more than half of the variance over elements."""
+    shares = layers["first_share"]
+    known, dominated = int(np.isfinite(shares).sum()), np.flatnonzero(shares > DOMINANT)
+    if dominated.size:
+        largest = dominated[shares[dominated].argmax()]
+        yield finding(
+            "first_token",
+            "warning" if len(dominated) > known / 2 else "note",
+            shares[largest],
+            f"The first token that counts in each row carries more than half of the variance in {len(dominated)} of "
+            f"{known} layers ({shares[largest]:.1%} in layer {layers['layer'][largest]}): it is an "
+            "attention sink. To see the other tokens, leave it out with `skip_first_tokens`.",
+            recipe="element",
+        )
+
+
+def _magnitudes(layers: Columns) -> NDArray[np.float64]:
+    """Return the mean of |out - in| / |in| over the tokens of each row, NaN if not known."""
+    tokens, magnitude = layers["token_count"], layers["relative_magnitude_sum"]
+    return np.divide(magnitude, tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
+
+
+def _still(layers: Columns) -> NDArray[np.bool_]:
+    """Return a mask of the rows whose layer has a zero update, or one that is negligible relative to its input."""
+    unmoved = layers["is_update"] & (layers["count"] > 0) & (layers["max_abs"] == 0)
+    return unmoved | (_magnitudes(layers) < IDENTITY)
+
+
+def _identity_layers(layers: Columns) -> Iterator[Row]:
+    """Yield a finding on the layers that `_still` marks, which are one or more."""
+    still = set(layers["layer"][layers["is_still"]].tolist())
+    magnitudes = _magnitudes(layers)
+    known = np.isfinite(magnitudes)
+    moved = dict(zip(layers["layer"][known].tolist(), magnitudes[known].tolist(), strict=True))
+    value = max(moved.get(name, 0.0) for name in still)
+    are = "gives out what it takes" if len(still) == 1 else "give out what they take"
+    yield finding(
+        *("identity_layer", "warning", value),
+        f"{layers_in_words(sorted(still)).capitalize()} {are} in (|out - in| / |in| is at most {value:.1g}): "
+        "removing them would change nothing.",
+    )
+
+
+def describe(threshold: Threshold) -> str:
+    return describe_threshold(threshold.value, threshold.kind)
+
+
+def layers_in_words(layers: Sequence[int]) -> str:
+    """Return layers in words, such as ``layers 0-3, 7``."""
+    return f"layer{'s' if len(layers) != 1 else ''} {describe_layers(layers)}"
+
+
+def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """Yield (run id, finding) for the runs whose experts were measured."""
+    rows = warehouse.table("expert_stats", run_ids=run_ids)
+    for run_id in dict.fromkeys(rows["run_id"].to_pylist()):
+        layers = experts_by_layer(rows.filter(pc.field("run_id") == run_id))
+        yield from ((run_id, one) for one in (*_idle(layers), *_carrying(layers)))
+
+
+def _idle(layers: Sequence[LayerExperts]) -> Iterator[Row]:
+    if not (affected := [one for one in layers if one.idle]):
+        return
+    idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
+    named = "; ".join(f"layer {one.layer}: {', '.join(map(str, one.idle[:8]))}" for one in affected[:MAX_NAMED])
+    more = "; ..." if len(affected) > MAX_NAMED else ""
+    message = (
+        f"{idle} of {number} experts got no token of this text, in {layers_in_words([o.layer for o in affected])} "
+        f"({named}{more}): nothing is known of them but that."
+    )
+    yield finding("idle_experts", "warning" if idle > number / 4 else "note", idle / number, message)
+
+
+def _carrying(layers: Sequence[LayerExperts]) -> Iterator[Row]:
+    affected = [one for one in layers if len(one.carried) > 1 and one.carried.max() > DOMINANT]
+    if not affected:
+        return
+    extreme = max(affected, key=lambda one: float(one.carried.max()))
+    share = float(extreme.carried.max())
+    message = (
+        f"One expert gives more than half of what all experts add, in {layers_in_words([o.layer for o in affected])} "
+        f"(expert {int(extreme.carried.argmax())} gives {share:.0%} in layer {extreme.layer})."
+    )
+    yield finding("dominant_expert", "warning" if len(affected) > len(layers) / 2 else "note", share, message)

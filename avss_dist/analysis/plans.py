@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyarrow.compute as pc
 
 from avss_dist.analysis.chosen import choose_runs
-from avss_dist.analysis.experts import expert_findings, require_experts
-from avss_dist.analysis.findings import describe_depth, findings
-from avss_dist.analysis.own_scores import own_scores
+from avss_dist.analysis.experts import require_experts
+from avss_dist.analysis.findings import describe_depth, expert_findings, findings
+from avss_dist.analysis.scorecard import own_score
 from avss_dist.analysis.verdict import describe_metric, primary_metric, shown_value, verdicts
 from avss_dist.core.errors import ModelError, QueryError
 from avss_dist.core.intervention import Removals, decode_removals
@@ -20,7 +20,6 @@ from avss_dist.core.registry import BLOCK_DISTANCE, FROM_ACTIVATIONS, MEASURED, 
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (
-    LayerTruth,
     ablate_command,
     block_distances,
     describe_headless,
@@ -44,7 +43,7 @@ def plan_layers(
 
     Args:
         run: a row of ``runs``.
-        by: a name of ``registry.SCORES``, or of a score that people bring, see `own_scores`. None selects
+        by: a name of ``registry.SCORES``, or of a score that people bring, see `own_score`. None selects
             `default_score`.
         reading: site, recipe, threshold and threshold kind of AVSS.
         options: the other fields of `Choice`: ``share``, ``count``, ``first``, ``last``, and so on.
@@ -59,22 +58,19 @@ def plan_layers(
     if run.get("status") == MEASURED_ONLY:
         rows = _unscored_layers(run, choice.by)
     if choice.by == "avss":
-        rows = _of_reading(rows, reading)
-    against: Iterator[str] = iter(())
+        scored = sorted({_describe(reading_of(row)) for row in rows})
+        rows = [row for row in rows if reading_of(row) == reading]
+        if not rows:
+            raise QueryError(f"No scores of {_describe(reading)}.", f"There are: {'; '.join(scored) or 'none'}.")
     if choice.by == BLOCK_DISTANCE:
-        plan = make_plan(rows, run, choice, block_distances(warehouse, run))
+        plan, against = make_plan(rows, run, choice, block_distances(warehouse, run)), []
     else:
         truth = layer_truth(warehouse, run, choice.by) if choice.by in MEASURED else None
-        if choice.by not in SCORES:
-            truth = LayerTruth(values=own_scores(choice.by, warehouse, run), run_id="", task="")
+        truth = truth if choice.by in SCORES else own_score(choice.by, warehouse, run)
         plan = make_plan(rows, run, choice, truth)
         values = choice.scores(rows, {choice.by: truth.by_layer(plan.num_layers)} if truth else {})
-        against = _findings(warehouse, run, choice, values.tolist())
-    return replace(
-        plan,
-        findings=tuple(against),
-        evaluated=evaluated_lines(warehouse, run, plan.drop),
-    )
+        against = [*_findings(warehouse, run, choice, values.tolist())]
+    return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
 
 
 def _unscored_layers(run: Mapping[str, Any], by: str) -> Rows:
@@ -154,23 +150,17 @@ def plannable_run(warehouse: Warehouse, by: str | None, *, experts: bool = False
         try:
             if experts:
                 require_experts(warehouse, run["run_id"])
-            else:
-                _require_score(warehouse, run, by)
+            elif by is None:
+                default_score(warehouse, run)
+            elif by in MEASURED:
+                layer_truth(warehouse, run, by)
+            elif by == BLOCK_DISTANCE:
+                block_distances(warehouse, run)
         except QueryError as error:
             passed.append(f"Run {run['run_id']} is newer and was passed over: {error.message}")
         else:
             return run, passed
     return runs[0], []
-
-
-def _require_score(warehouse: Warehouse, run: Mapping[str, Any], by: str | None) -> None:
-    """Raise QueryError if a score is not measured for the layers of a run."""
-    if by is None:
-        default_score(warehouse, run)
-    elif by in MEASURED:
-        layer_truth(warehouse, run, by)
-    elif by == BLOCK_DISTANCE:
-        block_distances(warehouse, run)
 
 
 def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
@@ -184,10 +174,12 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
     for name in (LOSS, "damage"):
         if find_layer_truth(warehouse, run, name):
             return name
+    meanings = {name: f"  {name}: {info.meaning}" for name, info in SCORES.items()}
     if not has_head(run):
+        available = [meanings[name] for name in (*FROM_ACTIVATIONS, LAST, RANDOM)]
         raise QueryError(
             f"No score was named. {describe_headless(run)}",
-            "\n".join(["Name the score to choose by with `by`:", *_meanings((*FROM_ACTIVATIONS, LAST, RANDOM))]),
+            "\n".join(["Name the score to choose by with `by`:", *available]),
         )
     raise QueryError(
         f"No score was named, and neither the damage of the layers of {run['model']} nor the loss without each is "
@@ -197,28 +189,10 @@ def default_score(warehouse: Warehouse, run: Mapping[str, Any]) -> str:
                 f"Measure the damage, for about 8 passes: {ablate_command(warehouse, run, 'damage')}",
                 f"Or the loss: {ablate_command(warehouse, run)}",
                 "Or name the score to choose by with `by`, and evaluate the plan before you believe it:",
-                *_meanings(SCORES),
+                *meanings.values(),
             ]
         ),
     )
-
-
-def _meanings(names: Iterable[str]) -> list[str]:
-    """Return a line with the meaning of each score."""
-    return [f"  {name}: {SCORES[name].meaning}" for name in names]
-
-
-def _of_reading(rows: Rows, reading: Reading) -> Rows:
-    """Return the rows of ``scores`` of one reading of AVSS.
-
-    Raises:
-        QueryError: if there are none. The message lists the available readings.
-    """
-    wanted = [row for row in rows if reading_of(row) == reading]
-    if not wanted:
-        scored = sorted({_describe(reading_of(row)) for row in rows})
-        raise QueryError(f"No scores of {_describe(reading)}.", f"There are: {'; '.join(scored) or 'none'}.")
-    return wanted
 
 
 def _describe(reading: Reading) -> str:
@@ -245,20 +219,17 @@ def _findings(warehouse: Warehouse, run: Mapping[str, Any], choice: Choice, valu
 
 def evaluated_lines(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> tuple[str, ...]:
     """Return a line for each task that the model was evaluated on without these layers, beside the whole model."""
-    return tuple(dict.fromkeys(_evaluated(warehouse, run, removed)))
-
-
-def _is_of_layers_alone(row: Mapping[str, Any]) -> bool:
-    """Whether a row of ``evaluations`` is of a model that is changed only by the removal of layers."""
-    return all(row[name] is None for name in ("layer", "patch", "sparsity_plan", "factor", "rounding"))
-
-
-def _evaluated(warehouse: Warehouse, run: Mapping[str, Any], removed: Removals) -> Iterator[str]:
     rows = warehouse.table("evaluations", where=pc.field("revision") == run["revision"]).to_pylist()
-    rows = [row for row in rows if _is_of_layers_alone(row) and not row["task"].startswith(SEARCH)]
-    for key in dict.fromkeys((row["run_id"], row["task"]) for row in rows if decode_removals(row["drop"]) == removed):
-        group = [row for row in rows if (row["run_id"], row["task"]) == key]
+    other_changes = ("layer", "patch", "sparsity_plan", "factor", "rounding")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if all(row[name] is None for name in other_changes) and not row["task"].startswith(SEARCH):
+            groups.setdefault((row["run_id"], row["task"]), []).append(row)
+    lines = []
+    for (_, task), group in groups.items():
         metric = primary_metric(group)
         values = {decode_removals(row["drop"]): shown_value(row) for row in group if row["metric"] == metric}
-        whole = f", {values[()]} of the whole model" if () in values else ""
-        yield f"{key[1]}: {describe_metric(metric)} {values[removed]}{whole}."
+        if removed in values:
+            whole = f", {values[()]} of the whole model" if () in values else ""
+            lines.append(f"{task}: {describe_metric(metric)} {values[removed]}{whole}.")
+    return tuple(dict.fromkeys(lines))

@@ -11,16 +11,21 @@ estimates of `tasks.rounding.RoundingDamage` are correlated with the loss with t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
 
-from avss_dist.analysis.own_scores import own_scores
-from avss_dist.analysis.reliability import increases, misranked, reliability
-from avss_dist.core.errors import QueryError
+from avss_dist.core.errors import QueryError, require_known
+from avss_dist.core.intervention import InterventionKey
 from avss_dist.core.names import LOSS
+from avss_dist.core.own_scores import VALUES, score_functions
 from avss_dist.core.registry import BASELINES, DAMAGE_TASK, GROUND_TRUTH, MEASURED, ROUNDING_ESTIMATES, SCORES
 from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (
@@ -35,6 +40,7 @@ from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import spearman
 from avss_dist.warehouse.reader import Warehouse
 
+SPLITS, SEED = 200, 0  # of sequences into halves
 _PLACE = ("site", "recipe", "threshold", "threshold_kind")
 SPEARMAN = {name: f"spearman_{name}" for name in GROUND_TRUTH}
 _TEXTS = ("run_id", "model", "score", "site", "recipe", "threshold_kind", "format")
@@ -60,7 +66,7 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequen
 
     Args:
         runs: rows of ``runs``.
-        own: names of scores that people bring, see `own_scores`.
+        own: names of scores that people bring, see `own_score`.
 
     Raises:
         QueryError: if no run has a measured ground truth. The message has the command that measures it.
@@ -70,29 +76,26 @@ def score_cards(store: Warehouse, runs: Sequence[Mapping[str, Any]], own: Sequen
     for run in runs:
         truths = {name: truth for name in MEASURED if (truth := find_layer_truth(store, run, name))}
         rounded = rounded_truths(store, run)
-        if truths.keys() & GROUND_TRUTH:
-            rows += _cards(store, run, truths, own)
-        rows += _rounding_cards(store, run, truths, rounded)
         if not truths.keys() & GROUND_TRUTH and not rounded:
             missing = missing or nothing_measured(store, run, LOSS)
+            continue
+        scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
+        values = {name: truth.by_layer(run["num_layers"]) for name, truth in truths.items()}
+        if truths.keys() & GROUND_TRUTH:
+            for name in own:
+                values[name] = own_score(name, store, run).by_layer(run["num_layers"])
+            ceiling = reliability(increases(store, truths[LOSS])) if LOSS in truths else np.nan
+            for choice, score in _scores(scored, values):
+                card = _identity(run, choice)
+                card |= {SPEARMAN[n]: _finite(spearman(score, values[n])) for n in SPEARMAN.keys() & values.keys()}
+                compared = _agreement(score, values[LOSS], ceiling) if LOSS in values and choice.by != LOSS else {}
+                rows.append(card | compared)
+        if rounded:
+            scores = _scores(scored, {name: values[name] for name in truths})
+            rows += _rounding_cards(store, run, [*scores], rounded)
     if not rows and missing:
         raise missing
     return pa.Table.from_pylist(rows, SCHEMA)
-
-
-def _cards(
-    store: Warehouse, run: Mapping[str, Any], truths: Mapping[str, LayerTruth], own: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
-    number = run["num_layers"]
-    truth = {name: one.by_layer(number) for name, one in truths.items()}
-    for name in own:
-        truth[name] = LayerTruth(values=own_scores(name, store, run), run_id="", task="").by_layer(number)
-    ceiling = reliability(increases(store, truths[LOSS])) if LOSS in truths else np.nan
-    for choice, values in _scores(scored, truth):
-        card = _identity(run, choice)
-        card |= {SPEARMAN[name]: _finite(spearman(values, truth[name])) for name in SPEARMAN.keys() & truth.keys()}
-        yield card | (_agreement(values, truth[LOSS], ceiling) if LOSS in truth and choice.by != LOSS else {})
 
 
 def _agreement(values: Float64, measured: Float64, ceiling: float) -> dict[str, Any]:
@@ -129,37 +132,31 @@ def _identity(run: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
 def _rounding_cards(
     store: Warehouse,
     run: Mapping[str, Any],
-    truths: Mapping[str, LayerTruth],
+    scores: Sequence[tuple[Choice, Float64]],
     rounded: Mapping[str, LayerTruth],
 ) -> Iterator[dict[str, Any]]:
     """Yield the score cards of a run for the loss with rounded weights, format by format.
 
     Args:
-        truths: measurements of layers that are left out, by name.
+        scores: see `_scores`. Measurements of layers that are left out may have the name of an estimate of rounding.
         rounded: measurements of layers that are rounded, by number format.
     """
-    if not rounded:
-        return
     number = run["num_layers"]
-    scored = store.table("scores", run_ids=[run["run_id"]]).to_pylist()
-    scores = [*_scores(scored, {name: one.by_layer(number) for name, one in truths.items()})]
     for name, truth in sorted(rounded.items()):
         measured, ceiling = truth.by_layer(number), reliability(increases(store, truth))
-        estimates = rounding_estimates(store, run, truth)
-        others = {f"{MEASURED_ROUNDED}{other}": known for other, known in rounded.items() if other != name}
-        named = {score: known.by_layer(number) for score, known in (estimates | others).items()}
-        same = {score: known.text == truth.text for score, known in (estimates | others).items()}
-        cards = [(_identity(run, choice) | {"score": _rounding_name(choice.by)}, values) for choice, values in scores]
-        cards += [({"run_id": run["run_id"], "model": run["model"], "score": n}, values) for n, values in named.items()]
-        for identity, values in cards:
-            card: dict[str, Any] = {"format": name, "same_text": same.get(identity["score"])}
-            card[SPEARMAN[LOSS]] = _finite(spearman(values, measured))
-            yield identity | card | _agreement(values, measured, ceiling)
-
-
-def _rounding_name(score: str) -> str:
-    """Return the name of a score among estimates for rounded weights, of which some have the same name."""
-    return f"{LEFT_OUT}{score}" if SCORES[score].task in (SCORES[LOSS].task, DAMAGE_TASK) else score
+        others = {f"{MEASURED_ROUNDED}{other}": values for other, values in rounded.items() if other != name}
+        beside = rounding_estimates(store, run, truth) | others
+        same = {score: estimate.text == truth.text for score, estimate in beside.items()}
+        cards: list[tuple[dict[str, Any], Float64]] = []
+        for choice, values in scores:
+            left_out = LEFT_OUT if SCORES[choice.by].task in (SCORES[LOSS].task, DAMAGE_TASK) else ""
+            cards.append((_identity(run, choice) | {"score": f"{left_out}{choice.by}"}, values))
+        for score, estimate in beside.items():
+            identity = {"run_id": run["run_id"], "model": run["model"], "score": score}
+            cards.append((identity, estimate.by_layer(number)))
+        for card, values in cards:
+            card |= {"format": name, "same_text": same.get(card["score"])}
+            yield card | {SPEARMAN[LOSS]: _finite(spearman(values, measured))} | _agreement(values, measured, ceiling)
 
 
 def _finite(rho: float) -> float | None:
@@ -198,3 +195,95 @@ def best_readings(cards: pa.Table) -> pa.Table:
     chosen = {-i for _, i in best.values()}
     keep = [i for i, row in enumerate(rows) if row["score"] != "avss" or i in chosen or is_published(row)]
     return cards.take(pa.array(keep, pa.int64()))
+
+
+def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerTruth:
+    """Return a score of the layers of a run that people bring; low is unimportant.
+
+    Args:
+        name: ``FILE.csv:COLUMN`` or ``FILE.parquet:COLUMN``, a table with a column ``layer``, of which the rows of this
+            run or model count where it has a column ``run_id`` or ``model``; or the name of an entry point of the group
+            `own_scores.GROUP`: a function of the run's statistics, ``dict[LayerKey, LayerStats]``, that returns a
+            mapping from layer to value.
+
+    Raises:
+        QueryError: the file or the column does not exist, or a layer has more than one value.
+    """
+    if name.startswith(VALUES):
+        return _truth(json.loads(name.removeprefix(VALUES)))
+    if name in (functions := score_functions()):
+        return _truth(functions[name].load()(warehouse.read_layer_stats(run["run_id"])))
+    file, _, column = name.rpartition(":")
+    try:
+        table = pq.read_table(file) if Path(file).suffix != ".csv" else csv.read_csv(file)
+    except (OSError, pa.ArrowException) as error:
+        expected = "Expected FILE.csv:COLUMN or FILE.parquet:COLUMN."
+        raise QueryError(f"{file} cannot be read: {error}", expected) from error
+    for required in ("layer", column):
+        require_known(f"column of {file}", required, table.column_names, QueryError)
+    for key in ("run_id", "model"):
+        if key in table.column_names:
+            table = table.filter(pc.equal(table[key], run[key]))
+    layers = table["layer"].to_pylist()
+    if len(set(layers)) < len(layers):
+        raise QueryError(f"{file} has more than one row for a layer.", "Keep one, or name each row's run_id or model.")
+    return _truth(dict(zip(layers, table[column].cast(pa.float64()).to_numpy(), strict=True)))
+
+
+def _truth(values: Mapping[Any, float]) -> LayerTruth:
+    return LayerTruth(values={int(layer): float(value) for layer, value in values.items()}, run_id="", task="")
+
+
+def increases(store: Warehouse, truth: LayerTruth) -> Float64:
+    """Return the rise of each sequence's loss by the truth's change of each layer, float64[sequences, layers], in nats.
+
+    The array has no sequences if the warehouse lacks the cells of the evaluation.
+    """
+    where = (pc.field("run_id") == truth.run_id) & (pc.field("task") == truth.task) & (pc.field("metric") == LOSS)
+    rows = store.table("cells", where=where).to_pylist()
+    by_key: dict[InterventionKey, dict[int, list[float]]] = {}
+    for row in rows:
+        by_key.setdefault(InterventionKey.of_row(row), {})[row["part"]] = row["samples"]
+    samples = {key: np.concatenate([parts[part] for part in sorted(parts)]) for key, parts in by_key.items()}
+    layers, whole = sorted(truth.values), InterventionKey()
+    if samples.keys() != {whole, *map(truth.key, layers)} or len({len(one) for one in samples.values()}) > 1:
+        return np.zeros((0, len(layers)))
+    return np.stack([samples[truth.key(layer)] - samples[whole] for layer in layers], axis=1)
+
+
+def reliability(samples: Float64) -> float:
+    """Return the expected correlation of a measurement with a second one on other text of the same size.
+
+    This is Spearman's correlation of two random halves of the sequences, averaged over splits and extrapolated to the
+    whole by the formula of Spearman and Brown (1910): ``2 r / (1 + r)``. The splits are seeded.
+
+    Args:
+        samples: float64[sequences, layers].
+
+    Returns:
+        The correlation. NaN for fewer than four sequences, or if the halves do not correlate positively.
+    """
+    number = len(samples)
+    if number < 4:
+        return np.nan
+    rng = np.random.default_rng(SEED)
+    correlations = []
+    for _ in range(SPLITS):
+        order = rng.permutation(number)
+        half, other = samples[order[: number // 2]].sum(axis=0), samples[order[number // 2 :]].sum(axis=0)
+        correlations.append(spearman(half, other))
+    r = float(np.mean(correlations))
+    return 2 * r / (1 + r) if r > 0 else np.nan
+
+
+def misranked(score: Float64, truth: Float64) -> float | None:
+    """Return the share of untied pairs of layers that a score puts in the opposite order, or None if all are tied.
+
+    Args:
+        score, truth: float64[layers]. Layers with NaN in either are left out.
+    """
+    both = np.isfinite(score) & np.isfinite(truth)
+    x, y = score[both], truth[both]
+    product = np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))  # every pair twice
+    ordered = int(np.count_nonzero(product))
+    return int(np.count_nonzero(product < 0)) / ordered if ordered else None

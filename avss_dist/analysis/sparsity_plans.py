@@ -55,10 +55,8 @@ class MeasuredMaps:
             QueryError: if some or all inputs were not measured. The message has the command that measures them.
         """
         described = json.loads(run["projections"] or "[]")
-        if not described:
-            raise _not_measured(warehouse, run)
-        stats = warehouse.read_layer_stats(run["run_id"])
-        if any((layer, site) not in stats for layer, _, site, _, _ in described):
+        stats = warehouse.read_layer_stats(run["run_id"]) if described else {}
+        if not described or any((layer, site) not in stats for layer, _, site, _, _ in described):
             raise _not_measured(warehouse, run)
         maps = [
             LinearMap(layer, path, site, out, given, stats[layer, site]) for layer, path, site, out, given in described

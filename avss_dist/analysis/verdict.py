@@ -1,27 +1,36 @@
-"""Verdicts on the published claim in words, beside random choices, the reverse choice, and baselines.
+"""Evaluations of models without layers: verdicts on the published claim, and the best removed set of each size.
 
 The claim (arXiv 2411.02117, abstract): without the lowest 25% of layers by AVSS, over 90% of the performance is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import exp, isfinite
 from typing import Any
 
-from avss_dist.core.intervention import count_removed, decode_removals
-from avss_dist.core.names import CHANCE, LOSS
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from avss_dist.core.intervention import count_removed, decode_removals, describe_removed, size_removed
+from avss_dist.core.names import CHANCE, LOSS, REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
+from avss_dist.core.registry import BLOCK_DISTANCE, MEASURED, SCORES
 from avss_dist.core.text import basename
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
 from avss_dist.stats.intervals import MINIMUM_UNITS
+from avss_dist.stats.retention import retention_of
+from avss_dist.warehouse.reader import Warehouse
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9
 MENTIONED = 0.01  # a guess that keeps less is not worth a word
 PRIMARY = (LOSS, "mc2", "acc_norm", "acc", "exact_match", "f1")  # of a task's metrics, the first that it has
 WHOLE = "whole model"
+OF_EVERY_LAYER = tuple({*(SCORES[name].task for name in MEASURED), SUBLAYER_LOSS, SEARCH})
+"""Tasks that measure single layers, or candidate sets of a search, rather than a pruned model."""
 
-Row = Mapping[str, Any]  # of the table `experiments`
+Row = Mapping[str, Any]  # of the table `experiments`, or `evaluations`
 
 
 def primary_metric(rows: Sequence[Row]) -> str:
@@ -33,7 +42,20 @@ def primary_metric(rows: Sequence[Row]) -> str:
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """Return a paragraph for each task and repair of one run on which the claim was tested."""
-    paragraphs = []
+    return [f"{task}: {' '.join(_sentences(claim, same, guess))}" for task, claim, same, guess in _claims(rows)]
+
+
+def claim_in_short(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each task: the retention without the layers of lowest AVSS, and the verdict on the claim."""
+    return [
+        f"{task}: {_percent(claim['retention'])} by the lowest AVSS: {judgement(claim, guess)}."
+        for task, claim, _, guess in _claims(rows)
+        if not claim.get("repair")
+    ]
+
+
+def _claims(rows: Sequence[Row]) -> Iterator[tuple[str, Row, Sequence[Row], float | None]]:
+    """Yield task, row of the claim, all rows of its repair, and `kept_by_guess`, for each task and repair."""
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         metric = primary_metric(of_task)
@@ -41,23 +63,8 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         of_task = [row for row in of_task if row["metric"] == metric and _is_of_claim(row)]
         for repair in dict.fromkeys(row.get("repair") for row in of_task if not _is_whole(row)):
             same_repair = [row for row in of_task if _is_whole(row) or row.get("repair") == repair]
-            claim = _published_row(same_repair, "avss")
-            if claim is not None:
-                paragraphs.append(f"{task}: {' '.join(_sentences(claim, same_repair, guess))}")
-    return paragraphs
-
-
-def claim_in_short(rows: Sequence[Row]) -> list[str]:
-    """Return a line for each task: the retention without the layers of lowest AVSS, and the verdict on the claim."""
-    lines = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        of_task = [row for row in rows if row["task"] == task]
-        metric = primary_metric(of_task)
-        of_claim = [row for row in of_task if row["metric"] == metric and _is_of_claim(row) and not row.get("repair")]
-        if claim := _published_row(of_claim, "avss"):
-            verdict = judgement(claim, kept_by_guess(of_task, metric))
-            lines.append(f"{task}: {_percent(claim['retention'])} by the lowest AVSS: {verdict}.")
-    return lines
+            if claim := _published_row(same_repair, "avss"):
+                yield task, claim, same_repair, guess
 
 
 def _is_of_claim(row: Row) -> bool:
@@ -81,15 +88,26 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
     repaired = f", repaired by {claim['repair']}" if claim.get("repair") else ""
     of_claim = repaired if not repaired or claim.get("patch") else f"{repaired} (nothing: no layer stands before them)"
     removed = count_removed(decode_removals(claim["drop"]))
+    ends, whole = retention_interval(claim), next(filter(_is_whole, rows), None)
+    span = f" ({_percent(ends[0])} to {_percent(ends[1])})" if ends else ""
+    change = f" ({describe_metric(claim['metric'])} {shown_value(whole)}, then {shown_value(claim)})" if whole else ""
     sentences = [
         f"without the {removed} of the lowest AVSS ({CLAIMED_SHARE:.0%}){of_claim}, "
-        f"{_describe_retention(claim)}{_before_and_after(claim, rows)}: {judgement(claim, guess)}."
+        f"{_percent(claim['retention'])}{span} is kept{change}: {judgement(claim, guess)}."
     ]
     if guess is not None and MENTIONED <= guess <= CLAIMED_KEPT:
         sentences.append(f"A guess keeps {_percent(guess)}.")
     chances = [row["retention"] for row in rows if row["score"] == RANDOM and not row["control"]]
-    if chances:
-        sentences.append(_beside_chance(claim["retention"], chances, repaired))
+    if len(chances) == 1:
+        sentences.append(
+            f"A random choice of as many layers{repaired}{',' * bool(repaired)} keeps {_percent(chances[0])}."
+        )
+    elif chances:
+        better = sum(chance >= claim["retention"] for chance in chances)
+        sentences.append(
+            f"Of {len(chances)} random choices of as many layers{repaired}, {better or 'none'} "
+            f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(max(chances))})."
+        )
     others = {
         "The reverse, the highest AVSS,": _published_row(rows, "avss", REVERSED),
         "AVSS with the ends kept": _published_row(rows, "avss", ENDS_KEPT),
@@ -97,19 +115,7 @@ def _sentences(claim: Row, rows: Sequence[Row], guess: float | None) -> list[str
         "Leaving out by the loss without each layer": _published_row(rows, LEAVE_ONE_OUT),
         "Leaving out the last before the final one": _published_row(rows, LAST),
     }
-    sentences += [f"{name} keeps {_percent(row['retention'])}." for name, row in others.items() if row is not None]
-    return sentences
-
-
-def _beside_chance(retention: float, chances: Sequence[float], repaired: str) -> str:
-    """Return a sentence on the retention of random choices of as many layers, beside that of the lowest AVSS."""
-    if len(chances) == 1:
-        return f"A random choice of as many layers{repaired}{',' * bool(repaired)} keeps {_percent(chances[0])}."
-    better = sum(chance >= retention for chance in chances)
-    return (
-        f"Of {len(chances)} random choices of as many layers{repaired}, {better or 'none'} "
-        f"keep{'s' if better == 1 else ''} as much or more (the best {_percent(max(chances))})."
-    )
+    return [*sentences, *(f"{name} keeps {_percent(row['retention'])}." for name, row in others.items() if row)]
 
 
 def judgement(row: Row, guess: float | None = None) -> str:
@@ -131,25 +137,20 @@ def judgement(row: Row, guess: float | None = None) -> str:
 
 
 def _published_row(rows: Sequence[Row], score: str, control: str | None = None) -> Row | None:
-    """Return the row of a score in its published reading, with the given control, or None if there is none."""
-    wanted = (row for row in rows if (row["score"], row["control"]) == (score, control) and _is_published(row))
-    return next(wanted, None)
+    """Return the row of a score in its published reading, with the given control, or None if there is none.
 
-
-def _is_published(row: Row) -> bool:
-    """Whether a row has the published reading of AVSS, or another score. Schema 2 has the reading only in the label."""
-    reading = tuple(row.get(name) for name in ("site", "recipe", "threshold", "threshold_kind"))
-    return "(" not in row["method"] if None in reading else reading == PUBLISHED
+    Schema 2 has the reading of AVSS only in the label of the method.
+    """
+    for row in rows:
+        reading = tuple(row.get(name) for name in ("site", "recipe", "threshold", "threshold_kind"))
+        is_published = "(" not in row["method"] if None in reading else reading == PUBLISHED
+        if (row["score"], row["control"]) == (score, control) and is_published:
+            return row
+    return None
 
 
 def _is_whole(row: Row) -> bool:
     return row["score"] is None
-
-
-def _describe_retention(row: Row) -> str:
-    ends = retention_interval(row)
-    interval = f" ({_percent(ends[0])} to {_percent(ends[1])})" if ends else ""
-    return f"{_percent(row['retention'])}{interval} is kept"
 
 
 def retention_interval(row: Row) -> tuple[float, float] | None:
@@ -161,13 +162,6 @@ def retention_interval(row: Row) -> tuple[float, float] | None:
 def lacks_interval(rows: Sequence[Row]) -> bool:
     """Whether some row other than the whole model's has no retention interval."""
     return any(not _is_whole(row) and retention_interval(row) is None for row in rows)
-
-
-def _before_and_after(row: Row, rows: Sequence[Row]) -> str:
-    whole = next(filter(_is_whole, rows), None)
-    if whole is None:
-        return ""
-    return f" ({describe_metric(row['metric'])} {shown_value(whole)}, then {shown_value(row)})"
 
 
 def shown_method(row: Row) -> str:
@@ -203,3 +197,71 @@ def describe_task(task: str) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else "under 0.1%"
+
+
+def without_layers(warehouse: Warehouse, runs: Sequence[Row]) -> list[dict[str, list[dict[str, Any]]]]:
+    """Return the measurements of each run's checkpoint without some of its layers.
+
+    Args:
+        runs: rows of ``runs``.
+
+    Returns:
+        By run, ``blocks``: ``start``, ``length`` and ``distance`` of each block of consecutive layers, the mean angle
+        between the hidden states before and after it, in units of pi radians. And ``sets``: the best removed set of
+        each size, for every task and repair: ``series`` names both, ``dropped`` is the set in words, ``size`` the
+        number of layers, of which a sublayer is a half, and ``kept`` the retention of the task's primary metric.
+    """
+    revisions = {run["revision"] for run in runs} - {None}
+    where = pc.field("revision").isin(pa.array(sorted(revisions), pa.string()))
+    by_revision: dict[str, list[Row]] = {revision: [] for revision in revisions}
+    for row in warehouse.table("evaluations", where=where).to_pylist() if revisions else ():
+        by_revision[row["revision"]].append(row)
+    measured = {
+        revision: {"blocks": _blocks(rows), "sets": list(_best_sets(rows))} for revision, rows in by_revision.items()
+    }
+    return [measured.get(run["revision"], {"blocks": [], "sets": []}) for run in runs]
+
+
+def _blocks(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the distances of blocks that the newest run measured, ordered by first layer and length."""
+    measured = [row for row in rows if row["metric"] == BLOCK_DISTANCE and isfinite(row["value"])]
+    newest = max(((row["created_at"], row["run_id"]) for row in measured), default=None)
+    by_block = {(row["drop"][0], len(row["drop"])): row for row in measured if newest and row["run_id"] == newest[1]}
+    return [
+        {"start": start, "length": length, "distance": row["value"]}
+        for (start, length), row in sorted(by_block.items())
+    ]
+
+
+def _best_sets(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Yield the best removed set of each size, for every task and repair."""
+    repairs = {
+        row["patch"]: row["task"].split(":")[1] for row in rows if row["patch"] and row["task"].startswith(REPAIR)
+    }
+    by_task: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        changed_otherwise = row["factor"] or any(row[k] is not None for k in ("layer", "sparsity_plan", "rounding"))
+        if not changed_otherwise and not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START)):
+            by_task.setdefault(row["task"], {}).setdefault(row["run_id"], []).append(row)
+    for task, evaluations in by_task.items():
+        sets = sorted(_sets(task, max(evaluations.values(), key=len), repairs), key=lambda removed: removed["kept"])
+        best = {(removed["series"], removed["size"]): removed for removed in sets}
+        yield from (best[key] for key in sorted(best))
+
+
+def _sets(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield every set of layers that was removed in one evaluation."""
+    metric = primary_metric(rows)
+    rows = [row for row in rows if row["metric"] == metric]
+    for whole in (row["value"] for row in rows if not row["drop"]):
+        for row in (row for row in rows if row["drop"]):
+            share = float(retention_of(metric, np.array(whole), np.array(row["value"])))
+            if isfinite(share):
+                removed = decode_removals(row["drop"])
+                repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
+                yield {
+                    "series": f"{describe_task(task)}{repair}",
+                    "dropped": describe_removed(removed),
+                    "size": size_removed(removed),
+                    "kept": share,
+                }

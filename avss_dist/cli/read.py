@@ -140,16 +140,15 @@ def _scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: ShowRequ
 
 def _show_scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: ShowRequest, format: str) -> None:
     """Print a table of each run, and how far its counts are known."""
-    from avss_dist.analysis.stats_findings import grouped
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.scores import describe_exactness, layer_table
 
     scores = _scores(opened, runs, request)
     if format != FORMATS[0]:
         return write_table(scores, format, console())
-    by_run = grouped(score_rows(scores), "run_id")
+    scored = score_rows(scores)
     for row in runs:
-        if layers := by_run.get((row["run_id"],)):
+        if layers := [layer for layer in scored if layer["run_id"] == row["run_id"]]:
             console().print(layer_table(row, layers))
             if note := describe_exactness(layers):
                 emit(note)
@@ -188,7 +187,8 @@ def _show_quantiles(
     opened: Warehouse, runs: Sequence[Mapping[str, Any]], shares: Sequence[float], site: str, format: str
 ) -> None:
     """Print the sizes of activations that given shares of the elements do not exceed."""
-    from avss_dist.analysis.stats_findings import grouped
+    import pyarrow.compute as pc
+
     from avss_dist.analysis.thresholds import quantiles
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.compare import quantiles_table
@@ -198,8 +198,9 @@ def _show_quantiles(
         raise QueryError(f"No statistics of site '{site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'")
     if format != FORMATS[0]:
         return write_table(table, format, console())
-    for rows in grouped(table.to_pylist(), "run_id").values():
-        console().print(quantiles_table(rows))
+    for row in runs:
+        if rows := table.filter(pc.field("run_id") == row["run_id"]).to_pylist():
+            console().print(quantiles_table(rows))
     return None
 
 

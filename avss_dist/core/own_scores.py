@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 GROUP = "avss_dist.scores"
-"""Group of entry points of functions that score the layers of a run. See `analysis.own_scores`."""
+"""Group of entry points of functions that score the layers of a run. See `analysis.scorecard.own_score`."""
 VALUES = "values:"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.analysis.reliability import reliability
+from avss_dist.analysis.scorecard import reliability
 from avss_dist.core.intervention import NO_INTERVENTION, PARTS, Removals, Sublayer, layer_of
 from avss_dist.core.names import LOSS, SUBLAYER_LOSS
 from avss_dist.core.registry import DAMAGE_TASK, SCORES, metrics_of

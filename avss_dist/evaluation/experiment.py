@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.strata import Strata
+from avss_dist.analysis.contrast import Strata
 from avss_dist.analysis.verdict import WHOLE
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.analysis.reliability import reliability
+from avss_dist.analysis.scorecard import reliability
 from avss_dist.core.intervention import RoundedPlace, parse_rounded
 from avss_dist.core.names import LOSS, ROUNDED_LOSS, ROUNDING_TASK
 from avss_dist.core.registry import ROUNDING_ESTIMATES

@@ -6,15 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from avss_dist.analysis.contrast import FEATURES, LEVEL, Contrast
-from avss_dist.report.section import AMBER, BLUE, GRAY, Chart, Section, page_number
-from avss_dist.report.table import (
+from avss_dist.report.section import (
+    AMBER,
+    BLUE,
+    GRAY,
     BarColumn,
+    Chart,
     ReportColumn,
     ReportTable,
+    Section,
     decimals,
     interval,
     known_interval,
     p_value,
+    page_number,
     percent,
     yes,
 )
@@ -31,16 +36,28 @@ SERIES = {
 
 def contrast_section(label: str, result: Contrast) -> Section:
     """Return the contrast of one run."""
-    name = f"contrast-{page_number(label)}"
-    rows, reading = result.layers.to_pylist(), result.reading
+    name, reading, rows = f"contrast-{page_number(label)}", result.reading, result.layers.to_pylist()
     about = f"{reading['hallucinated']} against {reading['truthful']} answers"
     about += f", {reading['pairs']} pairs" if reading["pairs"] else ""
+    drawn = [
+        {"layer": row["layer"], "answers": title, "deviation": row[source], "noise": row["noise_floor"]}
+        for row in rows
+        for source, title in SERIES.items()
+        if row[source] is not None
+    ]
+    chart = Chart(
+        name=name,
+        title="Deviation from the median layer",
+        meaning="How far each layer's contrast is from that of the median layer, beside the controls.",
+        rows=drawn,
+        draw=_drawing,
+    )
     predictions = [_predictions_table(name, result.predictions.to_pylist())] if len(result.predictions) else []
     return Section(
         label=label,
         about=f"{about}; {reading['site']}, {reading['recipe']}, below {reading['threshold']}.",
         sentences=result.findings,
-        charts=[_chart(name, rows)],
+        charts=[chart],
         tables=[_layers_table(name, rows, reading), *predictions],
     )
 
@@ -52,6 +69,20 @@ def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) ->
     number = decimals(3)
     intervals = [known_interval(row["eavss_contrast_low"], row["eavss_contrast_high"]) for row in rows]
     sizes = [abs(row["deviation"] or 0.0) for row in rows]
+    beyond_noise = [
+        (row["p_holm"] or 1) < LEVEL and size > (row["noise_floor"] or 0.0)
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+    pairs, truthful = reading["pairs"], reading["truthful"]
+    matched = f", the {rows[0]['length_matched_pairs']} pairs of about equal length" if pairs else ""
+    caption = (
+        f"Contrast: log(AVSS on {reading['hallucinated']} / on {truthful} answers). The tests are of its deviation "
+        f"from the median layer: p by exchange of labels inside {'pairs' if pairs else 'shards'} (Holm), noise "
+        f"between random halves of {truthful} answers{matched}, and the same answers after another prompt."
+    )
+    if rows[0]["eavss_contrast_low"] is None:
+        units = "pairs" if pairs else "shards"
+        caption += f" No interval: fewer than {MINIMUM_UNITS} {units}, or a contrast that is not defined."
     return ReportTable(
         name=name,
         title="Each layer",
@@ -62,7 +93,7 @@ def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) ->
             column("rank", "rank", decimals(0), 3),
             column("in top 25%", "prone_probability", percent(0), 4),
             column("deviation", "deviation", number),
-            BarColumn(values=sizes, marked=[_is_beyond_noise(row) for row in rows]),
+            BarColumn(values=sizes, marked=beyond_noise),
             column("p", "p_holm", p_value),
             column("noise", "noise_floor", number, 1),
             column("length-matched", "length_matched", number, 1),
@@ -70,69 +101,29 @@ def _layers_table(name: str, rows: Sequence[Row], reading: Mapping[str, Any]) ->
             column("other prompt", "after_another", number, 1),
             ReportColumn("left", [bool(row["stands"]) for row in rows], yes),
         ],
-        caption=_caption(rows, reading),
+        caption=caption,
     )
-
-
-def _is_beyond_noise(row: Row) -> bool:
-    """Whether a layer deviates more than noise by both labels and splits."""
-    return (row["p_holm"] or 1) < LEVEL and abs(row["deviation"] or 0.0) > (row["noise_floor"] or 0.0)
-
-
-def _caption(rows: Sequence[Row], reading: Mapping[str, Any]) -> str:
-    pairs, truthful = reading["pairs"], reading["truthful"]
-    matched = f", the {rows[0]['length_matched_pairs']} pairs of about equal length" if pairs else ""
-    text = (
-        f"Contrast: log(AVSS on {reading['hallucinated']} / on {truthful} answers). The tests are of its deviation "
-        f"from the median layer: p by exchange of labels inside {'pairs' if pairs else 'shards'} (Holm), noise "
-        f"between random halves of {truthful} answers{matched}, and the same answers after another prompt."
-    )
-    if rows[0]["eavss_contrast_low"] is None:
-        units = "pairs" if pairs else "shards"
-        text += f" No interval: fewer than {MINIMUM_UNITS} {units}, or a contrast that is not defined."
-    return text
 
 
 def _predictions_table(name: str, rows: Sequence[Row]) -> ReportTable:
     """Return the baselines, and the best layer of each statistic."""
-    best = [row for row in rows if row["layer"] is None]
-    for statistic in FEATURES:
+    best = {str(row["statistic"]).replace("_", "-"): row for row in rows if row["layer"] is None}
+    for statistic, title in FEATURES.items():
         of_layers = [row for row in rows if row["statistic"] == statistic and row["layer"] is not None]
-        best += [max(of_layers, key=lambda row: row["auroc"])] if of_layers else []
-    intervals = [known_interval(row["auroc_low"], row["auroc_high"]) for row in best]
+        if row := max(of_layers, key=lambda row: row["auroc"], default=None):
+            best[f"{title}, layer {row['layer']}"] = row
+    intervals = [known_interval(row["auroc_low"], row["auroc_high"]) for row in best.values()]
     return ReportTable(
         name=f"{name}-predictions",
         title="Does it predict",
         columns=[
-            ReportColumn("predicts by", [_predictor_label(row) for row in best], number=False),
-            ReportColumn("AUROC", [row["auroc"] for row in best], decimals(3)),
+            ReportColumn("predicts by", list(best), number=False),
+            ReportColumn("AUROC", [row["auroc"] for row in best.values()], decimals(3)),
             ReportColumn("95%", intervals, interval(decimals(3))),
-            ReportColumn("other prompt", [row["after_another"] for row in best], decimals(3), priority=1),
-            ReportColumn("beats", [bool(row["beats_baselines"]) for row in best], yes),
+            ReportColumn("other prompt", [row["after_another"] for row in best.values()], decimals(3), priority=1),
+            ReportColumn("beats", [bool(row["beats_baselines"]) for row in best.values()], yes),
         ],
         caption="Folds over prompts; of each statistic, its best layer.",
-    )
-
-
-def _predictor_label(row: Row) -> str:
-    if row["layer"] is None:
-        return str(row["statistic"]).replace("_", "-")
-    return f"{FEATURES[row['statistic']]}, layer {row['layer']}"
-
-
-def _chart(name: str, rows: Sequence[Row]) -> Chart:
-    points = [
-        {"layer": row["layer"], "answers": title, "deviation": row[source], "noise": row["noise_floor"]}
-        for row in rows
-        for source, title in SERIES.items()
-        if row[source] is not None
-    ]
-    return Chart(
-        name=name,
-        title="Deviation from the median layer",
-        meaning="How far each layer's contrast is from that of the median layer, beside the controls.",
-        rows=points,
-        draw=_drawing,
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.curves import MIN_TREND, Curve
-from avss_dist.report.section import Chart, Section
-from avss_dist.report.table import ReportColumn, ReportTable, decimals, percent
+from avss_dist.report.section import Chart, ReportColumn, ReportTable, Section, decimals, percent
+from avss_dist.stats.rankings import spearman_rows
 
 MAX_DRAWN = 12  # curves in a picture
 
@@ -23,90 +23,66 @@ AXIS_TITLES = {
 
 
 def curve_section(curve: Curve, name: str) -> Section:
-    """Return the section of a curve.
+    """Return the section of a curve: where its lowest layers settle, a heat map, and tables of points and layers.
 
     Args:
         name: base name of its files.
     """
-    return Section(
-        label=f"{curve.name} along {AXIS_TITLES[curve.along]}",
-        sentences=[_sentence(curve)],
-        charts=[_chart(curve, name)],
-        tables=[_points_table(curve, f"{name}-points"), _layers_table(curve, name)],
-    )
-
-
-def _sentence(curve: Curve) -> str:
-    """Return a sentence that says where the lowest layers become those of the last point."""
-    lowest = [row.tobytes() for row in curve.is_lowest]
-    differing = [index for index, layers in enumerate(lowest) if layers != lowest[-1]]
-    first = differing[-1] + 1 if differing else 0
-    return f"The lowest 25% are those of the last point from {curve.points[first]} on."
-
-
-def _points_table(curve: Curve, name: str) -> ReportTable:
-    """Return a table with a row for each point."""
-    lowest = [", ".join(str(curve.layers[place]) for place in np.flatnonzero(row).tolist()) for row in curve.is_lowest]
-    columns = [
-        ReportColumn(AXIS_TITLES[curve.along], curve.points),
+    axis, points, values = AXIS_TITLES[curve.along], curve.points, curve.values
+    is_lowest = curve.is_lowest
+    lowest = [", ".join(str(curve.layers[place]) for place in np.flatnonzero(row).tolist()) for row in is_lowest]
+    settled = max((index for index, layers in enumerate(lowest) if layers != lowest[-1]), default=-1) + 1
+    with_previous = [np.nan, *spearman_rows(values[1:], values[:-1]).tolist()]
+    with_last = spearman_rows(values, np.broadcast_to(values[-1], values.shape)).tolist()
+    of_points = [
+        ReportColumn(axis, points),
         ReportColumn("run", [run["run_id"] for run in curve.runs], number=False, priority=5),
-        ReportColumn("with the one before", curve.with_previous.tolist(), decimals(3), group="Spearman"),
-        ReportColumn("with the last", curve.with_last.tolist(), decimals(3), group="Spearman"),
+        ReportColumn("with the one before", with_previous, decimals(3), group="Spearman"),
+        ReportColumn("with the last", with_last, decimals(3), group="Spearman"),
         ReportColumn("lowest 25%", lowest, number=False, priority=2, wraps=True),
     ]
-    return ReportTable(name=name, title="Points", columns=columns)
-
-
-def _layers_table(curve: Curve, name: str) -> ReportTable:
-    """Return a table with a row for each layer: its rank at both ends."""
-    ranks, lowest = curve.ranks, curve.is_lowest.mean(axis=0).tolist()
-    columns = [
+    ranks, trend = curve.ranks, curve.trend.tolist()
+    of_layers = [
         ReportColumn("layer", curve.layers),
         ReportColumn("depth", curve.depth.tolist(), decimals(2), priority=4),
         ReportColumn("first", ranks[0].tolist(), "{:g}".format, group="rank"),
         ReportColumn("last", ranks[-1].tolist(), "{:g}".format, group="rank"),
         ReportColumn("lowest", ranks.min(axis=0).tolist(), "{:g}".format, group="rank", priority=3),
         ReportColumn("highest", ranks.max(axis=0).tolist(), "{:g}".format, group="rank", priority=3),
+        *([ReportColumn("trend", trend, decimals(2), priority=1)] if len(curve.runs) >= MIN_TREND else []),
+        ReportColumn("among the lowest", is_lowest.mean(axis=0).tolist(), percent(0), priority=1),
     ]
-    if len(curve.runs) >= MIN_TREND:
-        columns.append(ReportColumn("trend", curve.trend.tolist(), decimals(2), priority=1))
-    columns.append(ReportColumn("among the lowest", lowest, percent(0), priority=1))
-    return ReportTable(
-        name=name,
-        title="Layers",
-        columns=columns,
-        caption="Rank 1 is the lowest score. Trend: Spearman's correlation of the rank with the axis. Among the "
-        "lowest: the share of points at which the layer is in the lowest 25%.",
-    )
-
-
-def _chart(curve: Curve, name: str) -> Chart:
+    caption = "Rank 1 is the lowest score. Trend: Spearman's correlation of the rank with the axis. Among the "
+    caption += "lowest: the share of points at which the layer is in the lowest 25%."
     number = len(curve.depth)
-    shares = (curve.ranks - 1) / (number - 1)
-    labels = _distinct(curve.points)
-    rows = [
+    distinct = [text if points.count(text) == 1 else f"{text} ({n})" for n, text in enumerate(points, start=1)]
+    cells = [
         {
             "point": label,
             "layer": layer,
-            "share": round(float(shares[point, place]), 4),
-            "rank": float(curve.ranks[point, place]),
             "run": run["run_id"],
+            "rank": float(rank),
+            "share": round(float((rank - 1) / (number - 1)), 4),
         }
-        for point, (label, run) in enumerate(zip(labels, curve.runs, strict=True))
-        for place, layer in enumerate(curve.layers)
+        for label, run, of_point in zip(distinct, curve.runs, ranks, strict=True)
+        for layer, rank in zip(curve.layers, of_point, strict=True)
     ]
-    return Chart(
+    chart = Chart(
         name=name,
-        title=f"Ranks along {AXIS_TITLES[curve.along]}",
+        title=f"Ranks along {axis}",
         meaning="A column for each point, a cell for each layer; dark layers are the least important.",
-        rows=rows,
+        rows=cells,
         draw=partial(_drawing, curve.along, number),
     )
-
-
-def _distinct(labels: Sequence[str]) -> list[str]:
-    """Return labels of points that differ, numbered where two are the same."""
-    return [label if labels.count(label) == 1 else f"{label} ({n})" for n, label in enumerate(labels, start=1)]
+    return Section(
+        label=f"{curve.name} along {axis}",
+        sentences=[f"The lowest 25% are those of the last point from {points[settled]} on."],
+        charts=[chart],
+        tables=[
+            ReportTable(name=f"{name}-points", title="Points", columns=of_points),
+            ReportTable(name=name, title="Layers", columns=of_layers, caption=caption),
+        ],
+    )
 
 
 def curves_chart(curves: Sequence[Curve]) -> Any:
@@ -133,14 +109,10 @@ def _drawing(along: str, number: int) -> Any:
 
     legend = alt.Legend(title="rank: 0 least, 1 most important", orient="top", direction="horizontal", titleLimit=240)
     labels = alt.Axis(labelAngle=-45, labelOverlap="greedy", labelLimit=120, grid=False)
-    cells = (
-        alt.Chart()
-        .mark_rect()
-        .encode(
-            x=alt.X("point:N", sort=None, title=AXIS_TITLES[along], axis=labels),
-            y=alt.Y("layer:O", sort="descending", title="layer").axis(labelOverlap="greedy"),
-            color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
-            tooltip=["point:N", "run:N", "layer:Q", alt.Tooltip("rank:Q", format=".1f")],
-        )
+    cells = alt.Chart().mark_rect()
+    return cells.properties(height=max(120, 11 * number)).encode(
+        x=alt.X("point:N", sort=None, title=AXIS_TITLES[along], axis=labels),
+        y=alt.Y("layer:O", sort="descending", title="layer").axis(labelOverlap="greedy"),
+        color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], scheme="viridis"), legend=legend),
+        tooltip=["point:N", "run:N", "layer:Q", alt.Tooltip("rank:Q", format=".1f")],
     )
-    return cells.properties(height=max(120, 11 * number))

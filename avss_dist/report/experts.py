@@ -9,8 +9,7 @@ import numpy as np
 
 from avss_dist.analysis.experts import LayerExperts
 from avss_dist.core.text import describe_count
-from avss_dist.report.section import Section
-from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, decimals
+from avss_dist.report.section import BarColumn, ReportColumn, ReportTable, Section, decimals
 
 NUM_NAMED = 3  # experts of the lowest saliency that are named
 
@@ -21,25 +20,23 @@ def experts_section(label: str, run: Mapping[str, Any], layers: Sequence[LayerEx
     Args:
         run: a row of ``runs``.
     """
+    idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
+    uneven = min(layers, key=lambda one: one.balance)
+    summary = (
+        f"{idle} of {number} experts got no token. The spread is least even in layer {uneven.layer}: "
+        f"balance {uneven.balance:.3f}, where 1 is even; its busiest expert got {uneven.load.max():.0%} of the tokens."
+    )
     return Section(
         label=label,
         about=f"{describe_count(run['num_tokens'])} tokens of {run['corpus']}.",
-        sentences=[_summary(layers)],
+        sentences=[summary],
         tables=[_table(layers)],
-    )
-
-
-def _summary(layers: Sequence[LayerExperts]) -> str:
-    idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
-    uneven = min(layers, key=lambda one: one.balance)
-    return (
-        f"{idle} of {number} experts got no token. The spread is least even in layer {uneven.layer}: "
-        f"balance {uneven.balance:.3f}, where 1 is even; its busiest expert got {uneven.load.max():.0%} of the tokens."
     )
 
 
 def _table(layers: Sequence[LayerExperts]) -> ReportTable:
     balance = [one.balance for one in layers]
+    least_salient = [np.argsort(one.saliency, kind="stable")[:NUM_NAMED].tolist() for one in layers]
     return ReportTable(
         name="experts",
         title="Routed experts by layer",
@@ -61,7 +58,6 @@ def _table(layers: Sequence[LayerExperts]) -> ReportTable:
             ReportColumn(
                 "busiest",
                 [_largest(one.load) for one in layers],
-                _numbered_share,
                 meaning="share of the routed tokens",
                 priority=2,
                 number=False,
@@ -69,14 +65,13 @@ def _table(layers: Sequence[LayerExperts]) -> ReportTable:
             ReportColumn(
                 "carries most",
                 [_largest(one.carried) for one in layers],
-                _numbered_share,
                 meaning="share of the sum of gate x |output|",
                 priority=2,
                 number=False,
             ),
             ReportColumn(
                 "least salient",
-                [_lowest_saliency(one) for one in layers],
+                [", ".join(map(str, experts)) for experts in least_salient],
                 meaning="the lowest means of gate x |output| (REAP), idle experts first",
                 number=False,
             ),
@@ -84,14 +79,5 @@ def _table(layers: Sequence[LayerExperts]) -> ReportTable:
     )
 
 
-def _largest(shares: np.ndarray) -> tuple[int, float]:
-    return int(shares.argmax()), float(shares.max())
-
-
-def _numbered_share(expert: tuple[int, float]) -> str:
-    return f"{expert[0]} ({expert[1]:.0%})"
-
-
-def _lowest_saliency(layer: LayerExperts) -> str:
-    order = np.argsort(layer.saliency, kind="stable")[:NUM_NAMED]
-    return ", ".join(map(str, order.tolist()))
+def _largest(shares: np.ndarray) -> str:
+    return f"{shares.argmax()} ({shares.max():.0%})"

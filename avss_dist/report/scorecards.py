@@ -11,8 +11,18 @@ import pyarrow as pa
 from avss_dist.analysis.scorecard import SPEARMAN, describe_score, is_published
 from avss_dist.core.registry import MEASURED, ROUNDING_ESTIMATES
 from avss_dist.pruning.selection import LAST
-from avss_dist.report.section import AMBER, BLUE, GRAY, Chart, Section, interval_ends, page_number
-from avss_dist.report.table import ReportColumn, ReportTable, decimals, known_interval, percent
+from avss_dist.report.section import (
+    AMBER,
+    BLUE,
+    GRAY,
+    Chart,
+    ReportColumn,
+    ReportTable,
+    Section,
+    decimals,
+    page_number,
+    percent,
+)
 from avss_dist.stats.rankings import spearman_interval
 
 GOOD = 0.7  # a correlation that stands out
@@ -44,21 +54,41 @@ def page_section(label: str, cards: Sequence[Row], layers: int, readings: int) -
         layers: number of layers.
         readings: number of the readings of AVSS, of which ``cards`` has the best.
     """
-    truth = next((name for name in TRUTHS if any(row[SPEARMAN[name]] is not None for row in cards)), None)
-    if truth is None:
-        return None
-    column = SPEARMAN[truth]
-    compared = [row for row in cards if row["score"] != truth and row[column] is not None]
+    truth = next((name for name in TRUTHS if any(row[SPEARMAN[name]] is not None for row in cards)), "")
+    column = SPEARMAN.get(truth, "")
+    compared = [row for row in cards if row["score"] != truth and row.get(column) is not None]
     if not compared:
         return None
     compared.sort(key=lambda row: -float(row[column]))
-    name = f"scorecard-{page_number(label)}"
-    return Section(
-        label=label,
-        sentences=[_sentence(compared, column, truth, readings)],
-        charts=[_chart(name, compared, column, truth, layers)],
-        tables=[_table(name, cards)],
+    name, best = f"scorecard-{page_number(label)}", compared[0]
+    text = f"Closest to {TRUTHS[truth]}: {_name(best)}, {best[column]:z.2f}"
+    if best["ceiling"] is not None:
+        text += f" of at most {best['ceiling']:z.2f}, which the same measurement on other text would reach"
+    for row in compared:
+        if is_published(row):
+            text += f". AVSS as published: {row[column]:z.2f}"
+        elif row["score"] == LAST:
+            text += f". The place alone: {row[column]:z.2f}"
+    kinds = list(KINDS)
+    drawn = [
+        {
+            "score": _name(row),
+            "kind": kinds[2 if row["score"] == LAST else 1 if row["score"] in MEASURED else 0],
+            "correlation": row[column],
+            "ceiling": row["ceiling"],
+            **dict(zip(("low", "high"), spearman_interval(row[column], layers), strict=True)),
+        }
+        for row in compared
+    ]
+    chart = Chart(
+        name=name,
+        title=f"Correlation with {TRUTHS[truth]}",
+        meaning="The correlation of each score with what leaving layers out does, and its 95% interval.",
+        rows=drawn,
+        draw=partial(_drawing, min(0.0, *(row["correlation"] for row in drawn)), len(drawn)),
     )
+    readings_note = f"Of {readings} readings of AVSS, the best of each site is shown; on other text, expect less of it."
+    return Section(label=label, sentences=[f"{text}. {readings_note}"], charts=[chart], tables=[_table(name, cards)])
 
 
 def _table(name: str, rows: Sequence[Row]) -> ReportTable:
@@ -70,6 +100,18 @@ def _table(name: str, rows: Sequence[Row]) -> ReportTable:
     known = [column for column in columns if any(row[column[1]] is not None for row in rows)]
     if known:
         rows = sorted(rows, key=lambda row: -2.0 if row[known[0][1]] is None else row[known[0][1]], reverse=True)
+    rounded_to = rows[0]["format"]
+    change = f"rounding their weights to {rounded_to}" if rounded_to else "leaving them out"
+    caption = f"Spearman's correlation of each score, over layers, with what {change} does."
+    if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
+        caption += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. "
+        caption += "Misranked: pairs of layers in the wrong order."
+    estimates = {row["same_text"] for row in rows if row["score"] in ROUNDING_ESTIMATES}
+    if True in estimates:
+        caption += " Estimates are of the same text, and share the chance of its selection: expect less of them "
+        caption += "elsewhere."
+    elif estimates:
+        caption += " Estimates are of other text than that."
     return ReportTable(
         name=name,
         title="Each score",
@@ -86,7 +128,7 @@ def _table(name: str, rows: Sequence[Row]) -> ReportTable:
                 for heading, column, format_, priority in known
             ),
         ],
-        caption=_caption(rows),
+        caption=caption,
     )
 
 
@@ -94,67 +136,8 @@ def _bold_if_good(correlation: float | None) -> str:
     return "bold" if correlation is not None and correlation > GOOD else ""
 
 
-def _caption(rows: Sequence[Row]) -> str:
-    name = rows[0]["format"]
-    change = f"rounding their weights to {name}" if name else "leaving them out"
-    text = f"Spearman's correlation of each score, over layers, with what {change} does."
-    if ceiling := next((row["ceiling"] for row in rows if row["ceiling"] is not None), None):
-        text += f" Its ceiling, which the loss of other text of the same size would reach: {ceiling:z.2f}. Misranked: "
-        text += "pairs of layers in the wrong order."
-    return text + _text_of_estimates(rows)
-
-
-def _text_of_estimates(rows: Sequence[Row]) -> str:
-    """Return a sentence on the text of the estimates of rounding; empty without estimates."""
-    estimates = {row["same_text"] for row in rows if row["score"] in ROUNDING_ESTIMATES}
-    if True in estimates:
-        return " Estimates are of the same text, and share the chance of its selection: expect less of them elsewhere."
-    return " Estimates are of other text than that." if estimates else ""
-
-
-def _sentence(cards: Sequence[Row], column: str, truth: str, readings: int) -> str:
-    best = cards[0]
-    text = f"Closest to {TRUTHS[truth]}: {_name(best)}, {_two_digits(best[column])}"
-    if best["ceiling"] is not None:
-        text += f" of at most {_two_digits(best['ceiling'])}, which the same measurement on other text would reach"
-    for row in cards:
-        if is_published(row):
-            text += f". AVSS as published: {_two_digits(row[column])}"
-        elif row["score"] == LAST:
-            text += f". The place alone: {_two_digits(row[column])}"
-    return f"{text}. Of {readings} readings of AVSS, the best of each site is shown; on other text, expect less of it."
-
-
-_two_digits = decimals(2)
-
-
 def _name(card: Row) -> str:
     return "AVSS as published" if is_published(card) else describe_score(card).replace("avss  ", "AVSS ")
-
-
-def _kind(card: Row) -> str:
-    place = 2 if card["score"] == LAST else 1 if card["score"] in MEASURED else 0
-    return list(KINDS)[place]
-
-
-def _chart(name: str, cards: Sequence[Row], column: str, truth: str, layers: int) -> Chart:
-    rows = [
-        {
-            "score": _name(row),
-            "kind": _kind(row),
-            "correlation": row[column],
-            "ceiling": row["ceiling"],
-            **interval_ends(known_interval(*spearman_interval(row[column], layers))),
-        }
-        for row in cards
-    ]
-    return Chart(
-        name=name,
-        title=f"Correlation with {TRUTHS[truth]}",
-        meaning="The correlation of each score with what leaving layers out does, and its 95% interval.",
-        rows=rows,
-        draw=partial(_drawing, min(0.0, *(row["correlation"] for row in rows)), len(rows)),
-    )
 
 
 def _drawing(lowest: float, number: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from avss_dist.map_plans.plans import SparsityPlan
-from avss_dist.report.table import ReportColumn, ReportTable
+from avss_dist.report.section import ReportColumn, ReportTable
 
 
 def thresholds_table(plan: SparsityPlan) -> ReportTable:

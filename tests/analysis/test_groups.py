@@ -11,10 +11,9 @@ import pytest
 from support.warehouses import write_scores
 
 from avss_dist.analysis import groups
-from avss_dist.analysis.agreement import Scores, rank_correlations
+from avss_dist.analysis.agreement import RankMatrix, Scores, rank_correlations
 from avss_dist.analysis.compare import RankingComparison, compare, size_label
-from avss_dist.analysis.groups import Member, survey_pairs
-from avss_dist.analysis.rank_matrix import RankMatrix
+from avss_dist.analysis.groups import survey_pairs
 from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
@@ -57,15 +56,11 @@ def test_products_are_what_pair_by_pair_gives() -> None:
 def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "AT_ONCE", 7)
     scores = draw_scores(60)
-    members = [
-        Member(
-            stratum=index % 2 if across_models else (index % 2, index // 4),
-            value=("x", "y")[index % 4 // 2],
-            model=str(index // 4),
-            group=("x", "y")[index % 4 // 2] if not across_models else ("x", "y")[index // 4 % 2],
-        )
-        for index in range(60)
-    ]
+    strata = [index % 2 if across_models else (index % 2, index // 4) for index in range(60)]
+    labels = ["xy"[index % 4 // 2] for index in range(60)]
+    models = [str(index // 4) for index in range(60)]
+    families = ["xy"[index // 4 % 2] for index in range(60)] if across_models else labels
+    members = {"stratum": strata, "value": labels, "model": models, "group": families}
     rho, _ = RankMatrix(scores).correlations(np.arange(60), np.arange(60))
     survey = survey_pairs(RankMatrix(scores), members, by="family", across_models=across_models, most=3)
 
@@ -73,9 +68,9 @@ def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatc
         chosen = [
             rho[i, j]
             for i, j in combinations(range(60), 2)
-            if members[i].stratum == members[j].stratum
-            and {members[i].group, members[j].group} == {first, second}
-            and (members[i].model != members[j].model) == across_models
+            if strata[i] == strata[j]
+            and {families[i], families[j]} == {first, second}
+            and (models[i] != models[j]) == across_models
         ]
         return np.array([value for value in chosen if np.isfinite(value)])
 
@@ -84,14 +79,10 @@ def test_groups_are_what_a_loop_over_pairs_gives(across_models: bool, monkeypatc
     for (first, second), row in rows.items():
         every = values(first, second)
         assert (row["pairs"], row["spearman"]) == (len(every), pytest.approx(every.mean()))
-    wanted = [
-        rho[i, j]
-        for i, j in combinations(range(60), 2)
-        if members[i].stratum == members[j].stratum and members[i].value != members[j].value
-    ]
+    wanted = [rho[i, j] for i, j in combinations(range(60), 2) if strata[i] == strata[j] and labels[i] != labels[j]]
     defined = np.sort([value for value in wanted if np.isfinite(value)])
     assert survey.number == len(wanted)
-    summary = survey.summary("spearman")
+    summary = survey.spearman
     assert summary.count == len(defined)
     expected = np.median(defined), defined[0], defined[-1]
     assert (summary.median, summary.lowest, summary.highest) == pytest.approx(expected, abs=2e-5)

@@ -20,8 +20,7 @@ from support.checkpoints import llama, one_thread
 from support.command_line import avss
 
 import avss_dist
-from avss_dist.analysis.contrast import answer_rows, contrast, layer_table, read_answers
-from avss_dist.analysis.strata import Strata
+from avss_dist.analysis.contrast import Strata, answer_rows, contrast, layer_table, read_answers
 from avss_dist.core.errors import QueryError
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.report.contrasts import contrast_section

@@ -9,9 +9,9 @@ import pytest
 from support.command_line import avss
 from support.warehouses import write_scores
 
-from avss_dist.analysis import similarity
-from avss_dist.analysis.rank_matrix import RankMatrix
-from avss_dist.analysis.similarity import similarity_map
+from avss_dist.analysis import groups
+from avss_dist.analysis.agreement import RankMatrix
+from avss_dist.analysis.groups import similarity_map
 
 
 def draw(number: int, seed: int = 0) -> tuple[RankMatrix, list[str]]:
@@ -38,14 +38,14 @@ def test_alike_rankings_stand_beside_each_other() -> None:
 def test_of_many_rankings_a_cell_is_the_mean_of_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, labels = draw(30)
     every = similarity_map(matrix, labels, labels)
-    monkeypatch.setattr(similarity, "CELLS", 10)
+    monkeypatch.setattr(groups, "CELLS", 10)
     few = similarity_map(matrix, labels, labels)
     np.testing.assert_allclose(few.rho, every.rho.reshape(10, 3, 10, 3).mean(axis=(1, 3)))
     assert (few.scores, few.left_out, few.labels[0]) == (30, 0, f"{every.labels[0]} and 2 more")
 
 
 def test_the_oldest_are_left_out_of_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "MAX_SCORES", 12)
+    monkeypatch.setattr(groups, "MAX_SCORES", 12)
     matrix, labels = draw(30)
     shown = similarity_map(matrix, labels, labels)
     assert (shown.scores, shown.left_out) == (12, 18)

@@ -20,7 +20,7 @@ import numpy as np
 from support.benchmarking import cpu_timed, open_checkpoint
 from support.causal_lm import open_whole
 
-from avss_dist.analysis.reliability import misranked, reliability
+from avss_dist.analysis.scorecard import misranked, reliability
 from avss_dist.core.registry import metrics_of
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus

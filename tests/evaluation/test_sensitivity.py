@@ -18,7 +18,7 @@ from support.quantized import block_fp8
 
 from avss_dist import ablate, score
 from avss_dist.analysis.scorecard import best_readings, score_cards
-from avss_dist.report.page.chapters import _scorecards
+from avss_dist.report.page.page import _scorecards
 from avss_dist.warehouse.reader import Warehouse
 
 TEXT = "builtin:pydoc"

@@ -18,15 +18,13 @@ from support.command_line import avss
 from support.pages import write_failed, write_many, write_removals, write_run
 from support.warehouses import write_scores
 
-from avss_dist.analysis.across import run_agreement
 from avss_dist.analysis.agreement import rank_correlations
+from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.compare import compare
 from avss_dist.analysis.findings import findings
-from avss_dist.analysis.labels import run_labels
-from avss_dist.analysis.removal import WithoutLayers
 from avss_dist.analysis.scorecard import score_cards
 from avss_dist.core.text import describe_threshold
-from avss_dist.report.page.data import packed_agreement, page_data
+from avss_dist.report.page.data import page_data, run_agreement
 from avss_dist.report.page.page import report_page
 from avss_dist.report.page.summary import is_published
 from avss_dist.report.terminal.compare import summary
@@ -192,7 +190,7 @@ def test_the_page_says_what_compare_says(tmp_path: Path) -> None:
         write_scores(tmp_path, name, scores)
     warehouse = Warehouse(tmp_path)
     runs = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
-    (agreement,) = page_data(warehouse, runs, [WithoutLayers()] * 4)["correlations"]
+    (agreement,) = page_data(warehouse, runs, [{"blocks": [], "sets": []}] * 4)["correlations"]
     threshold = Threshold(value=1e-5, kind="absolute")
     comparison = compare(warehouse, [run["run_id"] for run in runs], threshold=threshold)
     rho = sorted(comparison.pairs["spearman"].to_pylist())
@@ -213,7 +211,7 @@ def test_a_correlation_of_nearly_zero_has_no_sign() -> None:
     rho, _ = rank_correlations(scores, np.zeros(59, np.int64), np.arange(1, 60))
     close = int(np.argmin(np.where(rho < 0, -rho, 1))) + 1
     assert -0.0005 < rho[close - 1] < 0
-    text = packed_agreement(run_agreement({0: scores[0], 1: scores[close]}))
+    text = run_agreement({0: scores[0], 1: scores[close]})
     assert "of 1 pair is 0.000" in text["summary"] and "-0.000" not in str(text)
     assert json.dumps(text["pairs"][-1]) == "[0, 1, 0.0, 0.0]"
 

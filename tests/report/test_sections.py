@@ -16,17 +16,16 @@ import vl_convert
 from rich.console import Console
 from support.warehouses import unpack_released
 
-from avss_dist.analysis.experiments import experiment_results
 from avss_dist.analysis.experts import LayerExperts
-from avss_dist.report.experiments import experiment_section
+from avss_dist.report.experiments import experiment_sections
 from avss_dist.report.experts import experts_section
 from avss_dist.report.page.charts import section_chart
 from avss_dist.report.page.page import html_table, report_page
-from avss_dist.report.section import Section
-from avss_dist.report.table import (
+from avss_dist.report.section import (
     BarColumn,
     ReportColumn,
     ReportTable,
+    Section,
     decimals,
     interval,
     known_interval,
@@ -59,12 +58,11 @@ def experiment(method: str = "avss") -> list[dict[str, Any]]:
 
 def sections(name: str = "avss") -> list[Section]:
     """An experiment, and routed experts."""
-    results = experiment_results(experiment(name))
-    assert results
+    (experiments,) = experiment_sections(experiment(name), {"a-1": "1. a"})
     load = np.array([0.5, 0.5, 0.0])
     layers = [LayerExperts(1, load, load, load, load, 0.6, float("nan"), 1)]
     return [
-        experiment_section("1. a", results),
+        experiments,
         experts_section("1. a", {"num_tokens": 64, "corpus": name}, layers),
     ]
 
@@ -154,22 +152,21 @@ def test_the_page_has_every_chart_and_table_of_its_sections(tmp_path: Path) -> N
     named = re.findall(r'data-chart="(experiment[^"]*)"', page)
     assert named and len(set(named)) == len(named)
     rows = warehouse.table("experiments").sort_by("created_at").to_pylist()
-    results = experiment_results([one for one in rows if one["run_id"] == rows[0]["run_id"]])
-    assert results
+    (section,) = experiment_sections([one for one in rows if one["run_id"] == rows[0]["run_id"]])
     shown = next(table for table in Tables(page).tables if table[0][:1] == ["layers chosen by"])
-    assert [line[0] for line in shown[1:]] == [one.method for one in results.methods]
+    assert [line[0] for line in shown[1:]] == section.tables[0].values[0].values
 
 
 def test_columns_format_missing_values_intervals_and_booleans() -> None:
     ends = ReportColumn("x", [known_interval(0.1, 0.2), known_interval(None, 1)], interval(percent(0)))
-    assert (ends.text(0), ends.sort_key(0), ends.exported(0)) == ("10% to 20%", 0.1, "0.1 to 0.2")
-    assert (ends.text(1), ends.sort_key(1), ends.exported(1)) == ("", "", "")
+    assert (ends.text(0), ends.sort_key(0)) == ("10% to 20%", 0.1)
+    assert (ends.text(1), ends.sort_key(1)) == ("", "")
     assert known_interval(0.0, float("nan")) is None
     numbers = ReportColumn("y", [-0.0001, float("nan"), None, True], decimals(3))
     assert [numbers.text(i) for i in range(3)] == ["0.000", "", ""] and numbers.sort_key(3) == 1
     assert [p_value(p) for p in (0.0123, 0.0001)] == ["0.012", "<0.001"]
     pair = ReportColumn("z", [(2, 0.5)], lambda value: f"{value[0]} ({value[1]:.0%})", number=False)
-    assert pair.sort_key(0) == pair.exported(0) == "2 (50%)"
+    assert pair.sort_key(0) == "2 (50%)"
 
 
 @pytest.mark.parametrize("width", [40, 60, 100])

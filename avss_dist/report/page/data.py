@@ -1,26 +1,27 @@
-"""The data of the report's page: the runs and their scores, as columns of rounded numbers."""
+"""The data of the report's page: runs and scores, as columns of rounded numbers, and a matrix of many runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from avss_dist.analysis.across import RunAgreement, run_agreement
-from avss_dist.analysis.labels import run_labels
-from avss_dist.analysis.removal import WithoutLayers
+from avss_dist.analysis.agreement import RankMatrix, Scores, summarize
+from avss_dist.analysis.chosen import run_labels
+from avss_dist.analysis.compare import READING
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
-from avss_dist.core.text import describe_threshold, printable
+from avss_dist.core.text import basename, count_of, describe_threshold, printable
+from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import count_lowest
+from avss_dist.stats.rankings import MIN_VALUES, average_ranks, count_lowest, depth_correlation
 from avss_dist.warehouse.checks import has_head
-from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.reader import Warehouse, slices_by
 
 DIGITS = 4  # significant ones, as many as the page shows
 CORRELATION_DIGITS = 3  # after the point
@@ -38,12 +39,16 @@ COLUMNS = {
     "count": "count",
     "quality": "quality",
 }
+_SCORED = {"avss": "avss_smoothed", **{name: name for name in BASELINES}}
 """Columns of ``scores`` by their names on the page. Sparsity is near_zero / count."""
+MIN_RUNS = 8  # of a matrix: of fewer, the charts show each
+UNRANKED = -1  # in a matrix, in place of the rank of a layer without a score
+STEPS = 100  # of a rank in a matrix between the least and the most important layer
 EXACT_POWER = 15  # of ten, which doubles hold exactly, as they do its product with the digits of a rounded value
 
 
 def page_data(
-    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], without: Sequence[WithoutLayers]
+    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], without: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return the data of finished runs that the page draws, ready for JSON.
 
@@ -70,48 +75,58 @@ def page_data(
     for (run_id, *choice), size in sizes:
         blocks.append((positions[run_id], choices[tuple(choice)], start, start + size, count_lowest(size)))
         start += size
+    scored = {
+        "depth": table["depth"].to_numpy(),
+        **{name: table[column].to_numpy() for name, column in _SCORED.items()},
+    }
+
+    def profiles(name: str, choice: int | None = None) -> dict[int, Scores]:
+        by_run = {}
+        for run, place, start, end, _ in blocks:
+            at = np.flatnonzero(~np.isnan(scored[name][start:end])) + start
+            if len(at) and choice in (None, place):
+                by_run[run] = scored["depth"][at], scored[name][at]
+        return by_run
+
     return {
         "scores": [{"name": name, "title": SCORES[name].title} for name in FROM_ACTIVATIONS],
         "runs": _described(runs, table),
-        "choices": [_reading_label(*choice) for choice in choices],
+        "choices": [
+            {"site": site, "recipe": recipe, "threshold": describe_threshold(threshold, kind)}
+            for site, recipe, kind, threshold in choices
+        ],
         "first": choices.get((SITES[0], RECIPES[0], "absolute", PUBLISHED_THRESHOLD), 0),
         "columns": {
             name: rounded(table[column], FEWER if name in ("low", "high") else DIGITS)
             for name, column in COLUMNS.items()
         },
         "blocks": blocks,
-        **_agreement(table, blocks, len(choices)),
-        "without": [_without(known, run["num_layers"]) for run, known in zip(runs, without, strict=True)],
+        "correlations": [run_agreement(profiles("avss", choice)) for choice in choices.values()],
+        "rivals": {name: run_agreement(profiles(name)) for name in BASELINES},
+        "without": [
+            {
+                "blocks": [block | {"distance": _round(block["distance"], DIGITS)} for block in known["blocks"]],
+                "kept": [
+                    {
+                        **one,
+                        "share": _round(one["size"] / run["num_layers"], DIGITS),
+                        "kept": _round(one["kept"], DIGITS),
+                    }
+                    for one in known["sets"]
+                ],
+            }
+            for run, known in zip(runs, without, strict=True)
+        ],
     }
-
-
-def _without(known: WithoutLayers, layers: int) -> dict[str, Any]:
-    blocks = [asdict(block) | {"distance": _round(block.distance, DIGITS)} for block in known.blocks]
-    sets = [
-        {
-            "series": removed.series,
-            "dropped": removed.dropped,
-            "size": removed.size,
-            "share": _round(removed.size / layers, DIGITS),
-            "kept": _round(removed.retention, DIGITS),
-        }
-        for removed in known.sets
-    ]
-    return {"blocks": blocks, "kept": sets}
 
 
 def _order(choice: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the sort key of a choice: site, recipe, absolute before relative thresholds, value of the threshold."""
     site, recipe, kind, threshold = choice
-    return _index_or_end(site, EVERY_SITE), _index_or_end(recipe, RECIPES), kind == "rms", threshold or 0.0
-
-
-def _index_or_end(name: str, names: Sequence[str]) -> int:
-    return names.index(name) if name in names else len(names)
-
-
-def _reading_label(site: str, recipe: str, kind: str, threshold: float) -> dict[str, Any]:
-    return {"site": site, "recipe": recipe, "threshold": describe_threshold(threshold, kind)}
+    site_index, recipe_index = (
+        names.index(name) if name in names else len(names) for name, names in ((site, EVERY_SITE), (recipe, RECIPES))
+    )
+    return site_index, recipe_index, kind == "rms", threshold or 0.0
 
 
 def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[str, Any]]:
@@ -130,13 +145,9 @@ def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[
 
 def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:
     """Return the values of a column. Floats have ``digits`` significant digits; NaN and infinity are None."""
-    if pa.types.is_floating(column.type):
-        return _rounded_floats(column.to_numpy().astype(np.float64), digits)
-    return [printable(value) if isinstance(value, str) else value for value in column.to_pylist()]
-
-
-def _rounded_floats(values: Float64, digits: int) -> list[float | None]:
-    """Return values as `_round` does, float64[n]; all but very large and very small ones at once."""
+    if not pa.types.is_floating(column.type):
+        return [printable(value) if isinstance(value, str) else value for value in column.to_pylist()]
+    values = column.to_numpy().astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         shift = digits - 1 - np.floor(np.log10(np.abs(values)))  # decimal places that stay
         power = 10.0 ** np.abs(shift)
@@ -145,7 +156,7 @@ def _rounded_floats(values: Float64, digits: int) -> list[float | None]:
     rounded: list[float | None] = short.tolist()
     for index in np.flatnonzero(usual & (short == np.rint(short))).tolist():
         rounded[index] = int(short[index])
-    for index in np.flatnonzero(~usual).tolist():
+    for index in np.flatnonzero(~usual).tolist():  # very large and very small ones
         rounded[index] = _round(float(values[index]), digits)
     return rounded
 
@@ -157,30 +168,77 @@ def _round(value: float, digits: int) -> float | None:
     return int(short) if short.is_integer() and abs(short) < 2**53 else short
 
 
-def _agreement(table: pa.Table, blocks: Sequence[tuple[int, ...]], choices: int) -> dict[str, Any]:
-    """Return the rank agreement of the runs, by choice and by each baseline."""
-    depth, avss = table["depth"].to_numpy(), table["avss_smoothed"].to_numpy()
-    rivals = {name: table[name].to_numpy() for name in BASELINES}
-    by_choice: list[dict[int, Any]] = [{} for _ in range(choices)]
-    by_rival: dict[str, dict[int, Any]] = {name: {} for name in BASELINES}
-    for run, choice, start, end, _ in blocks:
-        for profiles, values in ((by_choice[choice], avss), *((by_rival[name], rivals[name]) for name in BASELINES)):
-            scored = np.flatnonzero(~np.isnan(values[start:end])) + start
-            if len(scored):
-                profiles[run] = depth[scored], values[scored]
-    return {
-        "correlations": [packed_agreement(run_agreement(profiles)) for profiles in by_choice],
-        "rivals": {name: packed_agreement(run_agreement(profiles)) for name, profiles in by_rival.items()},
-    }
+def run_agreement(profiles: Mapping[int, Scores]) -> dict[str, Any]:
+    """Return the rank correlations of every pair of runs, as `analysis.compare.compare` computes them, ready for JSON.
 
+    Args:
+        profiles: depth and score of the layers by run position: float64[layers] each, ascending in depth. Runs of
+            fewer than `MIN_VALUES` layers are left out.
 
-def packed_agreement(agreement: RunAgreement) -> dict[str, Any]:
-    """Return an agreement of runs, ready for JSON."""
-    with_depth = [[run, run, _correlation(rho), None] for run, rho in agreement.with_depth.items()]
-    columns = agreement.pairs.tolist(), agreement.spearman, agreement.given_depth
-    pairs = [[*pair, _correlation(rho), _correlation(given)] for pair, rho, given in zip(*columns, strict=True)]
-    return {"pairs": with_depth + pairs, "summary": agreement.summary}
+    Returns:
+        ``pairs``: two runs, Spearman's rho, and the same given depth; first each run with itself, with its correlation
+        with depth. ``summary``: a sentence with the median and the least similar pair, empty if none is defined; runs
+        are numbered from 1, as in labels.
+    """
+    runs = [run for run in sorted(profiles) if len(profiles[run][0]) >= MIN_VALUES]
+    positions, (first, second) = np.arange(len(runs)), np.triu_indices(len(runs), 1)
+    matrices = RankMatrix([profiles[run] for run in runs]).correlations(positions, positions)
+    rho, partial = (matrix[first, second] for matrix in matrices)
+    pairs = [[run, run, _correlation(depth_correlation(profiles[run][1].tolist())), None] for run in runs]
+    for a, b, *correlations in zip(first, second, rho, partial, strict=True):
+        pairs.append([runs[a], runs[b], *map(_correlation, correlations)])
+    whole, given_depth, text = summarize(rho), summarize(partial), ""
+    if whole.count:
+        least = np.nanargmin(rho)
+        beside_depth = f", and {given_depth.median:z.3f} given depth" if given_depth.count else ""
+        text = (
+            f"The median of {count_of(whole.count, 'pair')} is {whole.median:z.3f}{beside_depth}; least alike are runs "
+            f"{runs[first[least]] + 1} and {runs[second[least]] + 1} ({whole.lowest:z.3f})."
+        )
+    return {"pairs": pairs, "summary": text}
 
 
 def _correlation(value: float) -> float | None:
     return round(float(value), CORRELATION_DIGITS) + 0.0 if math.isfinite(value) else None  # + 0.0: no negative zero
+
+
+def matrix_data(
+    warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], labels: Sequence[str]
+) -> list[dict[str, Any]] | None:
+    """Return the rows of the matrix, ready for JSON. None if no run has a score at the published reading of AVSS.
+
+    Args:
+        runs: rows of ``runs``.
+        labels: the name of each run.
+
+    Returns:
+        For each run with scores: ``label``, ``about`` with its properties, and ``places``, that of each layer from 0
+        (least important) to `STEPS`, `UNRANKED` without a score.
+    """
+    where = pc.scalar(True)
+    for name, value in zip(READING, PUBLISHED, strict=True):
+        where = where & (pc.field(name) == value)
+    columns = ["run_id", "layer", "avss_smoothed"]
+    scores = warehouse.table("scores", run_ids=[run["run_id"] for run in runs], columns=columns, where=where)
+    scores = scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
+    values = scores["avss_smoothed"].to_numpy()
+    places = {key["run_id"]: _places(values[start:stop]) for key, start, stop in slices_by(scores, ["run_id"])}
+    described = [
+        {
+            "label": label,
+            "about": printable(f"{run['family']}, {run['dtype']}, {basename(str(run['corpus']))}"),
+            "places": places[run["run_id"]],
+        }
+        for run, label in zip(runs, labels, strict=True)
+        if run["run_id"] in places
+    ]
+    return described or None
+
+
+def _places(scores: Float64) -> list[int]:
+    """Return the place of each layer from 0 to `STEPS`; `UNRANKED` for NaN, and where one layer has a score."""
+    places = np.full(len(scores), UNRANKED)
+    known = ~np.isnan(scores)
+    if known.sum() > 1:
+        places[known] = np.rint((average_ranks(scores[known]) - 1) / (known.sum() - 1) * STEPS)
+    return list(places.tolist())

@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
@@ -15,28 +15,65 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pyarrow as pa
+import pyarrow.compute as pc
 from markupsafe import Markup
 
 from avss_dist import __version__
-from avss_dist.analysis.across import in_training
-from avss_dist.analysis.compare import differing, with_conditions
+from avss_dist.analysis.chosen import run_labels
+from avss_dist.analysis.compare import differing, profiles, with_conditions
+from avss_dist.analysis.contrast import contrast
+from avss_dist.analysis.curves import AXES, Curve, curves_of
 from avss_dist.analysis.findings import findings
-from avss_dist.analysis.labels import run_labels
-from avss_dist.analysis.removal import without_layers
-from avss_dist.analysis.verdict import describe_task
-from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
+from avss_dist.analysis.scorecard import best_readings, score_cards
+from avss_dist.analysis.verdict import describe_task, without_layers
+from avss_dist.core.errors import QueryError
+from avss_dist.core.registry import FROM_ACTIVATIONS, GROUND_TRUTH, SCORES
 from avss_dist.core.text import basename, printable
+from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.report.chart import drawing_library
+from avss_dist.report.contrasts import contrast_section
+from avss_dist.report.curves import curve_section
+from avss_dist.report.experiments import experiment_sections
 from avss_dist.report.output import map_leaves, write_file
-from avss_dist.report.page.chapters import Chapter, chapters
 from avss_dist.report.page.charts import page_charts, section_chart
-from avss_dist.report.page.data import page_data
-from avss_dist.report.page.matrix import MIN_RUNS, matrix_data
+from avss_dist.report.page.data import MIN_RUNS, matrix_data, page_data
 from avss_dist.report.page.summary import in_short, is_published
-from avss_dist.report.section import page_number
-from avss_dist.report.table import ReportColumn, ReportTable
+from avss_dist.report.scorecards import page_section
+from avss_dist.report.section import ReportColumn, ReportTable, Section, page_number
+from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
+MAX_SCORECARDS = 6  # runs
+MIN_CURVE, MAX_CURVES = 3, 12  # points of a curve, and curves
+CHAPTERS = {
+    "curves": (
+        "Along an axis",
+        "Along training, size and settings",
+        "How the ranks of layers by AVSS as published move along the steps of a training, the sizes of a family, or "
+        "lengths: avss compare --along shows other scores.",
+    ),
+    "experiments": (
+        "Experiments",
+        "Experiments",
+        "What models keep without the layers that each method chose: the metric over that of the whole model, or, of "
+        "a perplexity, the whole model's over it. Dashed: what the paper claims; dotted: what a guess keeps.",
+    ),
+    "scorecard": (
+        "Score card",
+        "Score card",
+        "How well each score orders the layers as what leaving them out does to the loss: Spearman's correlation, and "
+        "its 95% interval as if other layers had been drawn (Bonett and Wright). Dashed: the ceiling.",
+    ),
+    "contrasts": (
+        "Contrasts",
+        "Hallucinated and truthful answers",
+        "How layers differ between the two, and whether anything is left of it under the controls. Dots outside of "
+        "the gray band differ more than random halves of the truthful answers do; what is the same after another "
+        "prompt is about words, not about truth.",
+    ),
+}
+"""Title in the list of contents, heading and lead of each chapter, by its anchor on the page."""
 COMPRESSION = 6  # of gzip; 9 takes three times as long and saves little
 LINES = 40  # of a kind of finding; the others are counted
 MAX_RUNS = 40  # runs that a page draws, the newest; all are in its overview
@@ -56,6 +93,7 @@ OVERVIEW = {
 """Columns of ``runs`` that the overview shows, and their titles."""
 _NUMBERS = ("num_tokens", "num_layers", "tokens_per_second")
 _FORMATS = {**dict.fromkeys(_NUMBERS, "{:,.0f}".format), "model": basename, "corpus": basename}
+Row = Mapping[str, Any]
 
 
 def save_report(warehouse: Warehouse, path: Path, run_ids: Collection[str] | None = None) -> None:
@@ -77,7 +115,8 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     rows = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
     rows = sorted((r for r in rows if run_ids is None or r["run_id"] in run_ids), key=_by_model)
     done = [row for row in rows if row["status"] == "done"]
-    drawn = _newest(done)
+    newest = sorted((str(row["created_at"]), row["run_id"]) for row in done)[-MAX_RUNS:]
+    drawn = [row for row in done if (str(row["created_at"]), row["run_id"]) in newest]
     without = without_layers(warehouse, drawn)
     data = page_data(warehouse, drawn, without)
     labels = [run["label"] for run in data["runs"]]
@@ -86,12 +125,37 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     rows_of_findings = findings(warehouse, run_ids=list(of_run)).to_pylist()
     experiments = warehouse.table("experiments", run_ids=list(of_run)).sort_by("created_at").to_pylist()
     named = [{**row, "task": describe_task(row["task"])} for row in reversed(experiments)]
-    about_runs = chapters(warehouse, drawn, of_run, experiments)
-    pictures = _pictures(about_runs)
-    matrix = _matrix(warehouse, done)
+    chapters = {
+        "curves": [curve_section(c, f"curve-{number}") for number, c in enumerate(_curves(warehouse, drawn), start=1)],
+        "experiments": experiment_sections(experiments, of_run),
+        "scorecard": list(_scorecards(warehouse, drawn, of_run)),
+        "contrasts": list(_contrasts(warehouse, drawn, of_run)),
+    }
+    pictures = {
+        chart.name: {
+            "spec": section_chart(chart),
+            "rows": map_leaves(list(chart.rows), _finite),
+            "label": section.label,
+            "meaning": chart.meaning,
+        }
+        for sections in chapters.values()
+        for section in sections
+        for chart in section.charts
+    }
+    matrix = matrix_data(warehouse, done, run_labels(done)) if len(done) >= MIN_RUNS else None
     has_scores, has_charts = bool(data["choices"]), bool(data["choices"] or pictures or matrix)
     style, script = _part("page.css"), _part("matrix.js") + _part("page.js")
     library = Markup(drawing_library() if has_charts else "")
+    damaged = {run_id: why for run_id, why in sorted(warehouse.damaged.items()) if run_ids is None or run_id in run_ids}
+    overview = [
+        *(row for row in rows if row["run_id"] not in damaged),
+        *(
+            {**dict.fromkeys(OVERVIEW), "run_id": run_id, "status": "unreadable", "error": why}
+            for run_id, why in damaged.items()
+        ),
+    ]
+    failed = len(rows) - len(done)
+    number = f"{len(done)} run{'' if len(done) == 1 else 's'}"
     return _template("page.html").render(
         html_table=html_table,
         policy=_policy(style, script, library),
@@ -101,45 +165,20 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         has_scores=has_scores,
         data=_packed({**data, "charts": page_charts(), "pictures": pictures, "matrix": matrix}) if has_charts else "",
         matrix=bool(matrix),
-        has=_known_charts(data),
+        has={name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")},
         scores={name: SCORES[name] for name in FROM_ACTIVATIONS},
         version=__version__,
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        summary=_summary(len(done), len(rows) - len(done)),
+        summary=f"{number} and {failed} that failed" if failed else number,
         short=in_short(drawn, of_run, rows_of_findings, without, named),
         findings=_findings(rows_of_findings, of_run),
-        chapters=about_runs,
-        overview=_overview(_with_unreadable(rows, warehouse.damaged, run_ids), of_run),
+        chapters=[(name, *CHAPTERS[name], sections) for name, sections in chapters.items() if sections],
+        overview=_overview(overview, of_run),
         labels=labels,
         not_drawn=len(done) - len(drawn),
         differing=differing([with_conditions(run) for run in drawn]),
     )
-
-
-def _matrix(warehouse: Warehouse, done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-    """Return the data of the matrix of many runs; None for few."""
-    return matrix_data(warehouse, done, run_labels(done)) if len(done) >= MIN_RUNS else None
-
-
-def _known_charts(data: Mapping[str, Any]) -> dict[str, bool]:
-    """Return whether there is data for each chart that few warehouses have."""
-    return {name: any(run[name] for run in data["without"]) for name in ("blocks", "kept")}
-
-
-def _pictures(about_runs: Sequence[Chapter]) -> dict[str, Any]:
-    """Return the specification, the data and the run of each chart of a section, by the chart's name."""
-    return {
-        chart.name: {
-            "spec": section_chart(chart),
-            "rows": map_leaves(list(chart.rows), _finite),
-            "label": section.label,
-            "meaning": chart.meaning,
-        }
-        for chapter in about_runs
-        for section in chapter.sections
-        for chart in section.charts
-    }
 
 
 def _finite(value: Any) -> Any:
@@ -149,32 +188,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _with_unreadable(
-    rows: Sequence[Mapping[str, Any]], damaged: Mapping[str, str], run_ids: Collection[str] | None
-) -> list[Mapping[str, Any]]:
-    """Return the rows of the overview, followed by rows for the runs that cannot be read."""
-    reasons = {run_id: damaged[run_id] for run_id in sorted(damaged) if run_ids is None or run_id in run_ids}
-    empty = dict.fromkeys(OVERVIEW)
-    return [
-        *(row for row in rows if row["run_id"] not in reasons),
-        *({**empty, "run_id": run_id, "status": "unreadable", "error": why} for run_id, why in reasons.items()),
-    ]
-
-
-def _newest(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the newest `MAX_RUNS` runs, in the given order."""
-    newest = sorted((str(row["created_at"]), row["run_id"]) for row in runs)[-MAX_RUNS:]
-    return [row for row in runs if (str(row["created_at"]), row["run_id"]) in newest]
-
-
 def _by_model(run: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the sort key of a run: finished before failed, then family, model, and position in its training."""
-    return (run["status"] != "done", str(run["family"]), str(run["series"] or run["model"]), *in_training(run))
-
-
-def _summary(done: int, failed: int) -> str:
-    runs = f"{done} run{'' if done == 1 else 's'}"
-    return f"{runs} and {failed} that failed" if failed else runs
+    model, progress = str(run["series"] or run["model"]), (run["training_step"] or 0, run["training_tokens"] or 0)
+    return (run["status"] != "done", str(run["family"]), model, *progress, str(run["created_at"]), run["run_id"])
 
 
 def html_table(table: ReportTable, label: str) -> Markup:
@@ -188,13 +205,11 @@ def html_table(table: ReportTable, label: str) -> Markup:
 
 @cache
 def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_printable)
+    def finalize(value: Any) -> Any:  # no name changes the direction of the text after it
+        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=finalize)
     return environment.from_string(_part(name))
-
-
-def _printable(value: Any) -> Any:
-    """Return a text in printable form, so that no name changes the direction of the text after it."""
-    return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)
 
 
 @cache
@@ -221,53 +236,44 @@ def _packed(data: Mapping[str, Any]) -> str:
     return base64.b64encode(gzip.compress(text.encode(), COMPRESSION, mtime=0)).decode()
 
 
-def _overview(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> ReportTable:
+def _overview(rows: Sequence[Row], labels: Mapping[str, str]) -> ReportTable:
     """Return the table of runs, without columns in which no run has a value."""
-    known = [name for name in OVERVIEW if any(row[name] is not None for row in rows)]
     numbers = [page_number(labels.get(row["run_id"], "")) or None for row in rows]
+    columns = [
+        ReportColumn(title, [row[name] for row in rows], _FORMATS.get(name, str), number=name in _NUMBERS, name=name)
+        for name, title in OVERVIEW.items()
+        if any(row[name] is not None for row in rows)
+    ]
     return ReportTable(
         name="runs",
         title="Each run, failed ones too; its number is its name in the charts",
-        columns=[
-            ReportColumn("#", numbers),
-            *(
-                ReportColumn(
-                    OVERVIEW[name],
-                    [row[name] for row in rows],
-                    _FORMATS.get(name, str),
-                    number=name in _NUMBERS,
-                    name=name,
-                )
-                for name in known
-            ),
-        ],
+        columns=[ReportColumn("#", numbers), *columns],
         marked=[row["status"] != "done" for row in rows],
         mark="failed",
     )
 
 
-def _findings(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def _findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return findings by kind, in order; a run shows its first finding of a kind, and the other readings with it."""
-    kinds: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    kinds: dict[str, dict[str, list[Row]]] = {}
     for row in sorted(rows, key=lambda row: not is_published(row)):
         kinds.setdefault(row["kind"], {}).setdefault(row["run_id"], []).append(row)
-    return [_finding(kind, by_run, labels) for kind, by_run in kinds.items()]
+    described = []
+    for kind, by_run in kinds.items():
+        ordered, first = sorted(by_run, key=list(labels).index), next(iter(by_run.values()))[0]
+        description = {
+            "title": kind.replace("_", " ").capitalize(),
+            "severity": first["severity"],
+            "example": _line(labels[first["run_id"]], [first]),
+            "runs": f"{len(by_run)} of {len(labels)} runs" if len(labels) > 1 else "",
+            "lines": [_line(labels[run_id], by_run[run_id]) for run_id in ordered[:LINES]],
+            "more": len(ordered[LINES:]),
+        }
+        described.append(description)
+    return described
 
 
-def _finding(kind: str, by_run: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[str, str]) -> dict[str, Any]:
-    first = next(iter(by_run.values()))[0]
-    ordered = sorted(by_run, key=list(labels).index)
-    return {
-        "title": kind.replace("_", " ").capitalize(),
-        "severity": first["severity"],
-        "example": _line(labels[first["run_id"]], [first]),
-        "runs": f"{len(by_run)} of {len(labels)} runs" if len(labels) > 1 else "",
-        "lines": [_line(labels[run_id], by_run[run_id]) for run_id in ordered[:LINES]],
-        "more": len(ordered[LINES:]),
-    }
-
-
-def _line(label: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _line(label: str, rows: Sequence[Row]) -> dict[str, Any]:
     readings = [" ".join(name for name in (row["site"], row["recipe"]) if name) for row in rows]
     return {
         "label": label,
@@ -275,3 +281,47 @@ def _line(label: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "message": rows[0]["message"],
         "also": ", ".join(dict.fromkeys(readings[1:])),
     }
+
+
+def _curves(warehouse: Warehouse, runs: Sequence[Row]) -> list[Curve]:
+    """Return the longest curves of runs, each set of runs once."""
+    site, recipe, value, kind = PUBLISHED
+    threshold = Threshold(value=value, kind=kind)
+    scored = profiles(warehouse, list(map(with_conditions, runs)), site=site, recipe=recipe, threshold=threshold)
+    by_runs: dict[tuple[str, ...], Curve] = {}
+    for curve in (curve for along in AXES for curve in curves_of(scored, along)):
+        if len(curve.runs) >= MIN_CURVE:
+            by_runs.setdefault(tuple(run["run_id"] for run in curve.runs), curve)
+    return sorted(by_runs.values(), key=lambda curve: -len(curve.runs))[:MAX_CURVES]
+
+
+def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
+    """Yield the score cards of the first runs whose ground truth is known."""
+    tasks = tuple(SCORES[name].task for name in GROUND_TRUTH)
+    revisions = pa.array(sorted({run["revision"] for run in runs} - {None}), pa.string())
+    rows = warehouse.table("evaluations", where=pc.field("revision").isin(revisions), columns=["revision", "task"])
+    evaluated = {row["revision"] for row in rows.to_pylist() if row["task"].startswith(tasks)}
+    known = [run for run in runs if run["revision"] in evaluated][:MAX_SCORECARDS]
+    cards = score_cards(warehouse, known)
+    cards = cards.filter(pc.is_null(cards["format"]))
+    best = best_readings(cards)
+    for run in known:
+        is_of_run = pc.field("run_id") == run["run_id"]
+        readings = cards.filter(is_of_run & (pc.field("score") == "avss")).num_rows
+        of_run = best.filter(is_of_run).to_pylist()
+        if section := page_section(labels[run["run_id"]], of_run, run["num_layers"], readings):
+            yield section
+
+
+def _contrasts(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
+    """Yield the contrast of each run on paired text, at the published reading."""
+    strata = warehouse.table("stratum_stats", run_ids=[run["run_id"] for run in runs], columns=["run_id"])
+    paired = set(strata["run_id"].to_pylist())
+    for run in (run for run in runs if run["run_id"] in paired):
+        label = labels[run["run_id"]]
+        try:
+            result = contrast(warehouse, run, site=(run["sites"] or ["block"])[0])
+        except QueryError as error:
+            yield Section(label=label, sentences=[f"{error.message} {error.hint or ''}"])
+        else:
+            yield contrast_section(label, result)

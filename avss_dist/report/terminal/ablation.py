@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from avss_dist.core.registry import metrics_of
 from avss_dist.core.text import count_of
-from avss_dist.report.table import BarColumn, ReportColumn, ReportTable
+from avss_dist.report.section import BarColumn, ReportColumn, ReportTable
 from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.rankings import count_lowest

@@ -16,7 +16,7 @@ from avss_dist.analysis.agreement import CorrelationSummary
 from avss_dist.analysis.compare import MAX_PAIRS as MAX_LISTED
 from avss_dist.analysis.compare import RankingComparison
 from avss_dist.core.text import basename
-from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
+from avss_dist.report.section import ReportColumn, ReportTable, decimals, significant
 from avss_dist.report.terminal.tables import FittedTable
 
 MAX_PAIRS = 40  # shown on a terminal

@@ -10,7 +10,7 @@ from rich import progress as rich_progress
 
 from avss_dist.core.text import describe_bytes, describe_seconds
 from avss_dist.distillation.events import Event, HeldOutMeasured, Preparing, TrainingAdvanced
-from avss_dist.report.table import ReportColumn, ReportTable, percent, significant
+from avss_dist.report.section import ReportColumn, ReportTable, percent, significant
 from avss_dist.report.terminal.pace import Pace
 from avss_dist.report.terminal.progress import LogLines, StepPace, bars, log
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from avss_dist.core.text import describe_bytes
-from avss_dist.report.table import ReportColumn, ReportTable
+from avss_dist.report.section import ReportColumn, ReportTable
 from avss_dist.report.terminal.tables import FittedTable
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from avss_dist.core.intervention import count_removed
 from avss_dist.core.text import printable
-from avss_dist.report.table import Interval, ReportColumn, ReportTable, known_interval, percent, significant
+from avss_dist.report.section import Interval, ReportColumn, ReportTable, known_interval, percent, significant
 from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.stats.retention import NO_INTERVAL
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from avss_dist.core.text import count_of, describe_bytes, describe_count, describe_seconds
-from avss_dist.report.table import ReportColumn, ReportTable
+from avss_dist.report.section import ReportColumn, ReportTable
 from avss_dist.report.terminal.tables import FittedTable
 
 if TYPE_CHECKING:

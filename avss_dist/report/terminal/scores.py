@@ -12,7 +12,15 @@ from avss_dist.analysis.findings import TRACKS_DEPTH
 from avss_dist.analysis.thresholds import INTERPOLATED
 from avss_dist.core.registry import LOWEST_SHARE, SCORES
 from avss_dist.core.text import describe_count, describe_layers, describe_threshold
-from avss_dist.report.table import BarColumn, Interval, ReportColumn, ReportTable, known_interval, percent, significant
+from avss_dist.report.section import (
+    BarColumn,
+    Interval,
+    ReportColumn,
+    ReportTable,
+    known_interval,
+    percent,
+    significant,
+)
 from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.stats.histogram import bin_edges
 from avss_dist.stats.intervals import why_no_interval

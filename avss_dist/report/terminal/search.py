@@ -9,7 +9,7 @@ from avss_dist.analysis.verdict import metric_format, readable_value
 from avss_dist.core.intervention import describe_removed
 from avss_dist.core.names import LOSS
 from avss_dist.core.text import describe_count
-from avss_dist.report.table import ReportColumn, ReportTable, decimals, significant
+from avss_dist.report.section import ReportColumn, ReportTable, decimals, significant
 from avss_dist.report.terminal.tables import FittedTable
 
 if TYPE_CHECKING:

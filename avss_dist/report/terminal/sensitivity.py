@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.report.table import ReportColumn, ReportTable
+from avss_dist.report.section import ReportColumn, ReportTable
 from avss_dist.report.terminal.tables import FittedTable
 
 if TYPE_CHECKING:

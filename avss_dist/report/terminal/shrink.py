@@ -18,7 +18,7 @@ from avss_dist.evaluation.events import (
     CellUnderway,
     Event,
 )
-from avss_dist.report.table import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
+from avss_dist.report.section import BarColumn, ReportColumn, ReportTable, interval, known_interval, percent
 from avss_dist.report.terminal.distill import DistillProgress
 from avss_dist.report.terminal.progress import CellProgress, LogLines, StepPace, bars, describe_without, log
 from avss_dist.report.terminal.tables import FittedTable
