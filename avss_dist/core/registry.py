@@ -19,7 +19,7 @@ class PartitionInfo:
 
     Attributes:
         opens: ``module:class`` of the replica; the class takes (checkpoint, settings, placement). See
-            `partition.base.Replica`. Its memory is that of `Replica.memory`.
+            `partition.replica.Replica`. Its memory is that of `Replica.memory`.
         summary: description in a few words.
         whole: one process has the whole model on one device. Such a replica can measure several shards at once, and
             copies of it can share a task. The first such partition is chosen if the model fits.
@@ -90,7 +90,7 @@ PARTITIONS = {
         splits_matrices=True,
     ),
     "expert_parallel": PartitionInfo(
-        opens="avss_dist.partition.expert_parallel:ExpertParallelReplica",
+        opens="avss_dist.partition.tensor_parallel:ExpertParallelReplica",
         summary="each rank computes some of the routed experts of every layer, and a part of the other matrices",
         gang=True,
         changes_numbers=True,

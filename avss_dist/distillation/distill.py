@@ -216,7 +216,7 @@ def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class DistillTask:
-    """Training and writing of a student, in one process or on every rank of a group; see `executors.base.RankTask`.
+    """Training and writing of a student, in one process or on every rank; see `executors.interface.RankTask`.
 
     Attributes:
         work: folder of the work so far. All ranks reach it.

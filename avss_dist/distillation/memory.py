@@ -12,7 +12,7 @@ from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.trained import LORA, choose_trained
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint, load_skeleton
-from avss_dist.partition.sharding import BUCKET
+from avss_dist.partition.sharded import BUCKET
 from avss_dist.system.devices import available_memory, devices_here
 
 FLOAT32 = 4  # bytes of a weight that is trained, of its gradient, and of each of the optimizer's two moments

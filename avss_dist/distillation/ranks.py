@@ -21,7 +21,7 @@ from avss_dist.options import refuse_unused
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from avss_dist.executors.base import RankTask
+    from avss_dist.executors.interface import RankTask
     from avss_dist.executors.ray.executor import RayExecutor
     from avss_dist.requests import DistillRequest
 
@@ -97,7 +97,7 @@ def sharding_options(request: DistillRequest, models: ModelPair) -> AbstractCont
     """Return a context manager that gives the arguments of the Trainer for the ranks; none for one process."""
     if request.ranks == 1:
         return nullcontext({})
-    from avss_dist.partition.sharding import trainer_options
+    from avss_dist.partition.sharded import trainer_options
 
     _, skeleton, _ = load_skeleton(models.student, models.settings)
     layers = find_layers(without_head(skeleton), skeleton.config.get_text_config(), models.settings)

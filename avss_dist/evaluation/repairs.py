@@ -28,15 +28,15 @@ from avss_dist.evaluation.session import (
     require_partition,
 )
 from avss_dist.evaluation.tasks import plan_text
-from avss_dist.executors.base import Executor
+from avss_dist.executors.interface import Executor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.interventions import decode_patch, encode_patch
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
-from avss_dist.partition.base import Placement
-from avss_dist.partition.copies import with_copies
+from avss_dist.partition.replica import Placement
+from avss_dist.partition.single import with_copies
 from avss_dist.pruning.checkpoint import require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import find_cuts

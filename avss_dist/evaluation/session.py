@@ -31,15 +31,15 @@ from avss_dist.core.names import LOSS
 from avss_dist.core.registry import PARTITIONS, PartitionInfo
 from avss_dist.core.settings import Execution, Settings, fingerprint
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent, ignore
-from avss_dist.executors.base import Executor
-from avss_dist.executors.open import open_executor
+from avss_dist.executors.interface import Executor
+from avss_dist.executors.local import open_executor
 from avss_dist.map_plans.plans import PrecisionPlan
 from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import text_config
 from avss_dist.models.pinning import pin
-from avss_dist.partition.base import Placement, fingerprint_part
 from avss_dist.partition.choose import place
+from avss_dist.partition.replica import Placement, fingerprint_part
 from avss_dist.pruning.selection import PlanError
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.retention import retention_of

@@ -1,7 +1,8 @@
-"""The reference executor: one replica in this process."""
+"""The reference executor, which is this process, and the choice between it and Ray."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,15 +13,17 @@ from operator import itemgetter
 from threading import Event, Semaphore
 from typing import TypeVar
 
+import torch
+
 from avss_dist.core.errors import AvssError, ConfigError, ModelError, as_failure
-from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import Settings
+from avss_dist.core.registry import GANGS, PARTITIONS
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.corpus.shards import Shard
-from avss_dist.executors.base import Outcome, ReplicaSpec, RunShards, Underway, by_model
+from avss_dist.executors.interface import Executor, Outcome, ReplicaSpec, RunShards, Underway, by_model
 from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.size import footprint
-from avss_dist.partition.base import Placement, Replica
+from avss_dist.partition.replica import Placement, Replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import available_memory, computing_threads, devices_here, free_cores, pick_device
 from avss_dist.system.streams import progress_to
@@ -32,7 +35,7 @@ SPARE_SHARE = 0.9  # of the available memory that parallel shards may take
 
 
 class LocalExecutor:
-    """See `executors.base.Executor`. Measures shards in parallel on free cores, each with the threads of the settings.
+    """See `executors.interface.Executor`. Measures shards in parallel on free cores, each with the settings' threads.
 
     The degree of parallelism changes no number: a shard's result is a pure function of its tokens.
     """
@@ -79,7 +82,7 @@ class LocalExecutor:
     def run_cells(
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
-        """See `executors.base.Executor`."""
+        """See `executors.interface.Executor`."""
         models = (group for cells in rounds for group in by_model(cells))
         for spec, same in groupby(models, key=itemgetter(0)):
             cells = (cell for _, group in same for cell in group)
@@ -176,3 +179,28 @@ def _measure(
 
 class _Stopped(Exception):
     """Raised in the measurement of a shard whose result is no longer needed."""
+
+
+def open_executor(execution: Execution, settings: Settings) -> Executor:
+    """Open the requested executor; ``auto`` is Ray if there is a cluster, or more than one process to run.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, or its workers lack this package.
+    """
+    from avss_dist.executors.local import LocalExecutor
+
+    gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
+    replicas = execution.replicas.maximum if execution.replicas else gpus
+    distributed = execution.address or os.environ.get("RAY_ADDRESS") or replicas > 1
+    distributed = distributed or execution.partition in GANGS or bool(execution.node_labels)
+    if execution.executor == "local" or (execution.executor == "auto" and not distributed):
+        return LocalExecutor(settings)
+    from avss_dist.executors.ray.executor import RayExecutor
+
+    executor = RayExecutor(execution, settings)
+    try:
+        executor.reach()
+    except BaseException:
+        executor.close()
+        raise
+    return executor

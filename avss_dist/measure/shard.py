@@ -21,7 +21,7 @@ from avss_dist.measure.rows import PlacedRows, in_order
 from avss_dist.models.layers import describe_projections
 from avss_dist.models.size import Footprint
 from avss_dist.models.structure import absent_sites
-from avss_dist.partition.base import Replica, dummy_batch, no_observation
+from avss_dist.partition.replica import Replica, dummy_batch, no_observation
 from avss_dist.stats.layer_stats import LayerKey, ShardResult
 from avss_dist.stats.merging import merge_stats, merge_strata
 from avss_dist.stats.rows import AnswerRows

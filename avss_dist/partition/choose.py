@@ -12,10 +12,9 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint
-from avss_dist.partition.base import Placement
 from avss_dist.partition.memory import PROCESS_BYTES, batch_bytes, bytes_beside_weights
-from avss_dist.partition.native import version_obstacle
-from avss_dist.partition.open import replica_class
+from avss_dist.partition.replica import Placement, replica_class
+from avss_dist.partition.splitting import version_obstacle
 from avss_dist.system.devices import Devices
 
 SPARE_SHARE = 0.9  # of the memory that is free

@@ -29,10 +29,8 @@ from avss_dist.models.size import (
     load_stored_skeleton,
     parameter_bytes,
 )
-from avss_dist.partition.base import Placement
-from avss_dist.partition.batchwise import BatchwiseReplica, describe
-from avss_dist.partition.memory import PartitionMemory, Usage, bytes_beside_weights
-from avss_dist.partition.offload import OffloadFolder
+from avss_dist.partition.memory import OffloadFolder, PartitionMemory, Usage, bytes_beside_weights
+from avss_dist.partition.replica import BatchwiseReplica, Placement, describe
 from avss_dist.system.devices import available_memory, free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
@@ -86,7 +84,7 @@ class DeviceMapMemory(PartitionMemory):
 
 
 class DeviceMapReplica(BatchwiseReplica):
-    """Model whose modules are on the devices of a ``device_map``; see `partition.base.Replica`.
+    """Model whose modules are on the devices of a ``device_map``; see `partition.replica.Replica`.
 
     ``placement.max_memory`` limits weights; activations come on top. Weights on disk are read for every batch: from the
     checkpoint's own files if these have the compute dtype and layout, else from the offload folder.

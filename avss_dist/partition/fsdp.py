@@ -20,19 +20,18 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, probe_tokens
 from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
 from avss_dist.models.size import load_skeleton
-from avss_dist.partition.base import Placement
-from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.device_map import unstored
 from avss_dist.partition.group import require_group, reraise_lost_ranks
 from avss_dist.partition.memory import refusal
-from avss_dist.partition.native import (
+from avss_dist.partition.replica import BatchwiseReplica, Placement, describe
+from avss_dist.partition.sharded import ShardedLanguageModel, ShardedMemory, refuse_gguf, refuse_mxfp4
+from avss_dist.partition.splitting import (
     distributed_config,
     generic_name,
     layer_modules,
     scale_obstacle,
     version_obstacle,
 )
-from avss_dist.partition.sharded import ShardedLanguageModel, ShardedMemory, refuse_gguf, refuse_mxfp4
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
@@ -56,7 +55,7 @@ class FsdpMemory(ShardedMemory):
 
 
 class FsdpReplica(BatchwiseReplica):
-    """One rank of an FSDP2 model; see `partition.base.Replica`. All ranks open it in a group (`partition.group.join`).
+    """One rank of an FSDP2 model; see `partition.replica.Replica`. All ranks open it in a group (`group.join`).
 
     Each rank reads its part of every tensor from the files.
 

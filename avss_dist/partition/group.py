@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from avss_dist.core.errors import AvssError, ConfigError
-from avss_dist.partition.base import Placement, RowSplit
+from avss_dist.partition.replica import Placement, RowSplit
 
 S = TypeVar("S")
 T = TypeVar("T")

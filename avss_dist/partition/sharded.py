@@ -1,18 +1,21 @@
-"""Ranks that each hold a part of every parameter, gather a layer at a time, and share the batches.
+"""Ranks that each hold a part of every parameter: to measure, and, in the form of transformers' Trainer, to train.
 
-``zero3`` and ``fsdp`` are two implementations of it.
+``zero3`` and ``fsdp`` measure with it: ranks gather a layer at a time, and share the batches.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.registry import SHARDINGS
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher
@@ -20,9 +23,9 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import uncounted
-from avss_dist.partition.base import RowSplit, dummy_batch
-from avss_dist.partition.group import DividedWork, all_gather, rank_and_size, share, sum_over_ranks
+from avss_dist.partition.group import DividedWork, all_gather, quiet_deepspeed, rank_and_size, share, sum_over_ranks
 from avss_dist.partition.memory import PartitionMemory, Usage, refusal
+from avss_dist.partition.replica import RowSplit, dummy_batch
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -145,3 +148,66 @@ def refuse_mxfp4(checkpoint: Checkpoint, config: Any, settings: Settings, partit
             f"them, so that ranks of {partition} cannot gather them.",
             "Set `dequantize`, or use `partition` single, device_map or expert_parallel.",
         )
+
+
+BUCKET = 12_500_000  # gradients or weights that DeepSpeed exchanges at once: 50 MB in float32
+
+
+def _deepspeed_config(stage: int, rows: int, bfloat16: bool) -> dict[str, Any]:
+    """Return DeepSpeed's configuration. Weights stay in float32, and autocast is PyTorch's, as in one process."""
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    if stage == 3:
+        zero |= {
+            "stage3_gather_16bit_weights_on_model_save": True,  # in the dtype that they have
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 4 * BUCKET,
+        }
+    return {
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": "auto",
+        "zero_optimization": zero,
+        "torch_autocast": {"enabled": bfloat16, "dtype": "bfloat16"},
+    }
+
+
+@contextmanager
+def trainer_options(
+    sharding: str, kind: str, *, rows: int, bfloat16: bool, layers: Iterable[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of the Trainer for a sharding. Inside the context, Accelerate is configured for it.
+
+    On CPUs, Accelerate 1.15 ignores DeepSpeed and FSDP if it is told to use CPUs (its AcceleratorState), and has no
+    backend if it is not. So it gets a state with gloo, in which CPUs pass for GPUs where it asks for FSDP.
+
+    Args:
+        sharding: a name of `registry.SHARDINGS`.
+        kind: ``cpu`` or ``cuda``.
+        rows: rows of a training step on each rank.
+        layers: names of the classes of the model's layers, which are the units of FSDP.
+    """
+    from accelerate import DistributedType, PartialState
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    info = SHARDINGS[sharding]
+    options: dict[str, Any] = {"per_device_train_batch_size": rows}
+    if info.zero_stage:
+        options |= {"deepspeed": _deepspeed_config(info.zero_stage, rows, bfloat16), "bf16": False}
+    elif info.is_fsdp:
+        options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": sorted(layers)}}
+    try:
+        if kind == "cpu" and (info.zero_stage or info.is_fsdp):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = str(bool(info.zero_stage)).lower()
+            state = PartialState(backend="gloo")
+            if info.is_fsdp:
+                state.distributed_type = DistributedType.MULTI_GPU
+            options |= {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
+        with quiet_deepspeed():
+            yield options
+    finally:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        unset_hf_deepspeed_config()  # or models that are opened later would be partitioned
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,24 +1,57 @@
-"""Partition ``single``: a whole model on one device."""
+"""Partition ``single``: a whole model on one device, or several copies that share the text of a task."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
+
+from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
-from avss_dist.models.loading import forward_function, load
-from avss_dist.partition.base import Placement
-from avss_dist.partition.batchwise import BatchwiseReplica, describe
-from avss_dist.partition.copies import CopiedLanguageModel
+from avss_dist.models.loading import Backbone, forward_function, load
+from avss_dist.partition.group import DividedWork, require_group
+from avss_dist.partition.replica import BatchwiseReplica, Placement, RowSplit, describe
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
+MAX_COPIES = 8  # the loss of one stops all
+
+
+def with_copies(placement: Placement, copies: int) -> Placement:
+    """Return a placement of several whole copies, each a rank of one gang; unchanged if ranks hold a model together."""
+    copies = min(copies, MAX_COPIES)
+    if not PARTITIONS[placement.partition].whole or copies < 2:
+        return placement
+    return replace(placement, ranks=copies, gpus=placement.gpus * copies)
+
+
+class CopiedLanguageModel(DividedWork, LanguageModel):
+    """One of several copies of a language model. All take the same cells, and the first one reports.
+
+    Raises:
+        ConfigError: this process is not in a group of that many processes.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        backbone: Backbone,
+        device: torch.device,
+        placement: Placement,
+    ) -> None:
+        super().__init__(checkpoint, settings, backbone, device)
+        self._split = RowSplit(*require_group(placement))
+        self.reports = self._split.rank == 0
+
 
 class SingleReplica(BatchwiseReplica):
-    """Whole model on one device; see `partition.base.Replica`."""
+    """Whole model on one device; see `partition.replica.Replica`."""
 
     def __init__(
         self, checkpoint: Checkpoint, settings: Settings, placement: Placement | None = None, *, head: bool = False

@@ -1,7 +1,8 @@
-"""Partition ``tensor_parallel``: matrices are split over the ranks, which take the same data.
+"""Partitions ``tensor_parallel`` and ``expert_parallel``: matrices or experts are split over ranks with the same data.
 
 Each rank counts some rows of every batch, and rank 0 reports the counts of all. transformers splits the families that
-it has a plan for (`native`), and DeepSpeed AutoTP others (`autotp`).
+it has a plan for (`splitting`), and DeepSpeed AutoTP others (`autotp`). With ``expert_parallel``, attention, dense
+matrices and the head are split as with ``tensor_parallel``, if the ranks divide the heads.
 """
 
 from __future__ import annotations
@@ -24,11 +25,19 @@ from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import SparsityCounts
 from avss_dist.partition.autotp import open_by_autotp, require_heads, require_supported
-from avss_dist.partition.base import Placement, RowSplit
-from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.group import gather, require_group, reraise_lost_ranks, sum_over_ranks
 from avss_dist.partition.memory import PartitionMemory, Usage, refusal
-from avss_dist.partition.native import open_by_plan, part_bytes, scale_obstacle, tensor_plan_obstacle
+from avss_dist.partition.replica import BatchwiseReplica, Placement, RowSplit, describe
+from avss_dist.partition.splitting import (
+    attention_plan,
+    generic_name,
+    layer_plan,
+    open_by_plan,
+    part_bytes,
+    scale_obstacle,
+    tensor_plan_obstacle,
+    version_obstacle,
+)
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
@@ -82,7 +91,7 @@ class TensorParallelMemory(PartitionMemory):
 
 
 class TensorParallelReplica(BatchwiseReplica):
-    """One rank of a split model; see `partition.base.Replica`. All ranks open it in one group (`partition.group.join`).
+    """One rank of a split model; see `partition.replica.Replica`. All ranks open it in a group (`group.join`).
 
     Raises:
         ConfigError: there is no group, or its ranks cannot share the heads or experts of the model.
@@ -114,7 +123,7 @@ class TensorParallelReplica(BatchwiseReplica):
         return open_by_plan(checkpoint, settings, self.device, head=head, tp_size=self.split.ranks), True
 
     def collect(self, counted: T) -> list[T]:
-        """See `partition.base.Replica`."""
+        """See `partition.replica.Replica`."""
         return gather(counted)
 
     def close(self) -> None:
@@ -184,3 +193,86 @@ class TensorParallelLanguageModel(LanguageModel):
     def total(self, counts: list[list[int]]) -> list[list[int]]:
         """See `causal_lm.LanguageModel`. Whole maps are counted by every rank, which leaves their share unchanged."""
         return sum_over_ranks(counts)
+
+
+_ELSEWHERE = "Use `partition` fsdp, zero3, device_map or streaming."
+
+
+class ExpertParallelMemory(TensorParallelMemory):
+    """Memory of a replica with ranks that divide experts; see `tensor_parallel.TensorParallelMemory`."""
+
+    plan_obstacle = None
+
+    @staticmethod
+    def require_ranks(weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """See `PartitionMemory`."""
+        require_experts(weights, settings, ranks)
+
+    @property
+    def obstacle(self) -> str | None:
+        """See `PartitionMemory`."""
+        return version_obstacle() or super().obstacle
+
+    def part_bytes(self) -> int:
+        """See `TensorParallelMemory`. If no plan spreads the experts, it is that of ``tensor_parallel``."""
+        try:
+            options = expert_options(self.weights, self.settings, self.ranks)
+        except ConfigError:
+            options = {"tp_size": self.ranks}
+        return part_bytes(self.weights, self.settings, options)
+
+    @property
+    def summary(self) -> str:
+        """See `TensorParallelMemory`."""
+        return "every rank loads and keeps some of the experts of each layer"
+
+
+class ExpertParallelReplica(TensorParallelReplica):
+    """One rank of a mixture of experts; see `tensor_parallel.TensorParallelReplica`."""
+
+    memory = ExpertParallelMemory
+
+    def _open(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> tuple[Backbone, bool]:
+        """See `TensorParallelReplica`. transformers exchanges tokens in passes with gradients, and sums in others."""
+        options = require_experts(checkpoint, settings, self.split.ranks)
+        return open_by_plan(checkpoint, settings, self.device, head=head, **options), True
+
+
+def expert_options(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> dict[str, Any]:
+    """Return the fields of transformers' ``DistributedConfig`` that spread the experts of a model over ranks.
+
+    Raises:
+        ConfigError: the model has no experts that transformers can spread, or the ranks do not divide their number.
+    """
+    resolved, model, _ = load_skeleton(checkpoint, settings)
+    rules = layer_plan(model, getattr(model, "ep_plan", {}), settings.layers)
+    if resolved.gguf or not rules:
+        raise ConfigError(
+            f"transformers has no plan that spreads experts of {type(model).__name__} over ranks.", _ELSEWHERE
+        )
+    numbers = {len(stack) for path, stack in model.named_parameters() if generic_name(path) in rules}
+    if wrong := sorted(number for number in numbers if number % ranks):
+        raise ConfigError(
+            f"{ranks} ranks do not divide the {wrong[0]} experts of a layer of {type(model).__name__}.",
+            f"Set `ranks` to a divisor of {wrong[0]}. {_ELSEWHERE}",
+        )
+    options: dict[str, Any] = {"tp_size": ranks, "ep_size": ranks}
+    if tensor_plan_obstacle(checkpoint, settings, ranks):
+        attention = attention_plan(layer_plan(model, model.tp_plan, settings.layers))
+        options["tp_plan"] = dict.fromkeys(attention, "replicate") or None
+    return options
+
+
+def require_experts(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> dict[str, Any]:
+    """Return `expert_options`, with which the ranks can also split the other weights.
+
+    Raises:
+        ConfigError: see `expert_options`; or the ranks do not divide another quantized matrix into whole blocks.
+    """
+    options = expert_options(checkpoint, settings, ranks)
+    if obstacle := scale_obstacle(checkpoint, settings, options):
+        raise ConfigError(
+            f"`partition` expert_parallel cannot split the weights beside the experts: {obstacle}.",
+            "Set `ranks` to a smaller number.",
+        )
+    return options

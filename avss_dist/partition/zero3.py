@@ -18,9 +18,8 @@ from avss_dist.models.loading import forward_function, load_model, open_module, 
 from avss_dist.models.pinning import compute_dtype
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
-from avss_dist.partition.base import Placement
-from avss_dist.partition.batchwise import BatchwiseReplica, describe
 from avss_dist.partition.group import quiet_deepspeed, require_group, reraise_lost_ranks
+from avss_dist.partition.replica import BatchwiseReplica, Placement, describe
 from avss_dist.partition.sharded import PREFETCHED, ShardedLanguageModel, ShardedMemory, refuse_gguf, refuse_mxfp4
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
@@ -36,7 +35,7 @@ class Zero3Memory(ShardedMemory):
 
 
 class Zero3Replica(BatchwiseReplica):
-    """One rank of a ZeRO-3 model; see `partition.base.Replica`. All ranks open it in a group (`partition.group.join`).
+    """One rank of a ZeRO-3 model; see `partition.replica.Replica`. All ranks open it in a group (`group.join`).
 
     Raises:
         ConfigError: there is no group, or the checkpoint or the device cannot be partitioned this way.

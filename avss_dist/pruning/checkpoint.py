@@ -33,9 +33,8 @@ from avss_dist.models.pickled import PICKLED
 from avss_dist.models.quantization import quantization_method, runnable_settings
 from avss_dist.models.safetensors import WEIGHTS, weight_files
 from avss_dist.models.size import footprint
-from avss_dist.partition.base import Placement
 from avss_dist.partition.choose import size_of, weight_limits
-from avss_dist.partition.open import open_replica
+from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.pruning.configuration import write_config
 from avss_dist.pruning.plan import Plan, describe_reason
 from avss_dist.pruning.quantization import FILES, LayerNames, renumber_quantization, require_same_modules

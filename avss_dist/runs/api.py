@@ -11,8 +11,8 @@ from typing import Any
 from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.core.registry import GANGS
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.executors.base import Executor
-from avss_dist.executors.open import open_executor
+from avss_dist.executors.interface import Executor
+from avss_dist.executors.local import open_executor
 from avss_dist.options import keywords
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.corpora import corpus_problems

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from avss_dist.partition.base import Placement
+    from avss_dist.partition.replica import Placement
     from avss_dist.runs.run import Run
 
 

@@ -16,7 +16,7 @@ from avss_dist.core.registry import BASELINES, RECIPES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.executors.base import ReplicaSpec, RunShards
+from avss_dist.executors.interface import ReplicaSpec, RunShards
 from avss_dist.models.pickled import is_converted
 from avss_dist.models.quantization import describe_quantization
 from avss_dist.models.series import training_point

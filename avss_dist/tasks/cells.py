@@ -16,7 +16,7 @@ from avss_dist.core.names import REALIZED, SPARSITY
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.partition.base import Placement
+from avss_dist.partition.replica import Placement
 from avss_dist.system.devices import use_threads
 from avss_dist.system.memory import halve_until_it_fits
 from avss_dist.tasks.base import Measure, Row

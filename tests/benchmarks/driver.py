@@ -36,10 +36,10 @@ from ray import cloudpickle
 from avss_dist.core.settings import SITES, THRESHOLDS, Execution, Settings
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.evaluation.events import ignore
-from avss_dist.executors.base import RunShards
+from avss_dist.executors.interface import RunShards
 from avss_dist.executors.ray import gang, queue
 from avss_dist.executors.ray.executor import RayExecutor
-from avss_dist.partition.base import Placement
+from avss_dist.partition.replica import Placement
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.run import PlannedRun, Run, RunInProgress
 from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin

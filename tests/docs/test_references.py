@@ -127,7 +127,7 @@ def test_every_dotted_name_in_a_docstring_exists() -> None:
 @pytest.mark.parametrize(
     ("name", "exists"),
     [
-        ("avss_dist.partition.base.Replica", True),
+        ("avss_dist.partition.replica.Replica", True),
         ("base.Replica.forward", True),
         ("Placement.max_memory", True),
         ("placement.ranks", True),

@@ -15,7 +15,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import SHARDINGS
 from avss_dist.core.settings import Settings
 from avss_dist.distillation.memory import LIBRARIES
-from avss_dist.estimation.distillation import DistillRow, distillation_rows
+from avss_dist.estimation.estimate import DistillRow, distillation_rows
 from avss_dist.models.checkpoints import locate
 from avss_dist.models.size import sharing_skeletons
 from avss_dist.pruning.checkpoint import prune

@@ -32,16 +32,15 @@ from avss_dist.evaluation.events import CellUnderway, Event
 from avss_dist.evaluation.repairs import fit_repairs, plan_fits, read_repaired
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask
 from avss_dist.evaluation.tasks import text_task
-from avss_dist.executors.base import Executor
+from avss_dist.executors.interface import Executor
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.interventions import decode_patch, encode_patch, patched
 from avss_dist.models.loading import open_module
-from avss_dist.partition import copies as avss_copies
-from avss_dist.partition.base import Placement
-from avss_dist.partition.copies import MAX_COPIES, with_copies
-from avss_dist.partition.open import open_replica
+from avss_dist.partition import single
+from avss_dist.partition.replica import Placement, open_replica
+from avss_dist.partition.single import MAX_COPIES, with_copies
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.record import read_repairs
@@ -194,7 +193,7 @@ def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) 
     settings = Settings(**READ, dtype="float32")
     placement, taken = with_copies(Placement(), 3), []
     for rank in range(3):
-        monkeypatch.setattr(avss_copies, "require_group", lambda _, rank=rank: (rank, 3))
+        monkeypatch.setattr(single, "require_group", lambda _, rank=rank: (rank, 3))
         with closing(open_replica(resolve(str(deep)), settings, placement, head=True)) as replica:
             assert replica.language_model is not None
             assert replica.language_model.reports == (rank == 0)

@@ -13,7 +13,7 @@ from support.causal_lm import SMALL, opened, random_shard
 from avss_dist.core.errors import AvssError, BatchTooLarge, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Settings
-from avss_dist.executors.base import Executor
+from avss_dist.executors.interface import Executor
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve

@@ -41,9 +41,8 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.interventions import Patch, decode_patch
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.partition.autotp import difference, inference_config, require_heads
-from avss_dist.partition.base import Placement
 from avss_dist.partition.group import join, leave
-from avss_dist.partition.open import open_replica
+from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.partition.zero3 import Zero3Replica, deepspeed_config
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.stats.histogram import merge_values

@@ -25,13 +25,13 @@ from support.warm_workers import own_workers, ray_start_environment
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.executors.ray import liveness
+from avss_dist.executors.ray import cluster
 from avss_dist.executors.ray.executor import RayExecutor
 
 
 @pytest.mark.parametrize("hangs_up", [False, True])
 def test_who_listens_and_does_not_speak_grpc_is_not_waited_for(hangs_up: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(liveness, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.2", 0)) as server:
 
         def hang_up() -> None:

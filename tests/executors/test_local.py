@@ -17,10 +17,10 @@ import avss_dist
 from avss_dist.core.errors import AvssError
 from avss_dist.core.settings import Settings
 from avss_dist.executors import local
-from avss_dist.executors.base import ReplicaSpec, RunShards
+from avss_dist.executors.interface import ReplicaSpec, RunShards
 from avss_dist.measure import shard as measuring
 from avss_dist.models.checkpoints import resolve
-from avss_dist.partition.base import Placement
+from avss_dist.partition.replica import Placement
 from avss_dist.system import devices
 from avss_dist.tasks import cells
 from avss_dist.warehouse.reader import Warehouse
@@ -201,7 +201,7 @@ def test_shards_at_once_fit_into_memory(
     available: Any, expected: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from avss_dist.models.size import footprint
-    from avss_dist.partition.open import open_replica
+    from avss_dist.partition.replica import open_replica
 
     settings = Settings(device="cpu", sequence_length=64)
     spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=settings, placement=Placement())

@@ -16,10 +16,10 @@ from support.simulated_cluster import Dies, PlannedQueues, SimulatedCluster, Sim
 from support.units import cell_queue, shard_queue
 
 from avss_dist.core.errors import AvssError, BatchTooLarge, ConfigError, ModelError, RunFailed
-from avss_dist.executors.base import RunShards
+from avss_dist.executors.interface import RunShards
+from avss_dist.executors.ray.cluster import START_SECONDS
 from avss_dist.executors.ray.pool import Pool
 from avss_dist.executors.ray.queue import ATTEMPTS, UnitQueue
-from avss_dist.executors.ray.watch import START_SECONDS
 
 HANG_SECONDS, PLACEMENT_SECONDS = 30.0, 60.0
 

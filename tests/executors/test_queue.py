@@ -14,10 +14,8 @@ from support.causal_lm import random_shard
 from support.units import SETTINGS, cell_queue, shard_queue
 
 from avss_dist.core.errors import ModelError, RunFailed
-from avss_dist.executors.ray import object_store
 from avss_dist.executors.ray import queue as queue_module
-from avss_dist.executors.ray.object_store import BLOCK_SHARDS, PatchSharer, ShardSharer
-from avss_dist.executors.ray.queue import ATTEMPTS, LATE_SECONDS, ShardQueue
+from avss_dist.executors.ray.queue import ATTEMPTS, BLOCK_SHARDS, LATE_SECONDS, PatchSharer, ShardQueue, ShardSharer
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +219,7 @@ def test_blocks_of_shards_are_shared_once_and_let_go(monkeypatch: pytest.MonkeyP
     last = BLOCK_SHARDS - 1
     asked = ([0], [last, last + 1], [last + 1])
     for number, small in ((0, 1 << 20), (2, 0)):
-        monkeypatch.setattr(object_store, "SENT_BYTES", small)
+        monkeypatch.setattr(queue_module, "SENT_BYTES", small)
         for indices in asked:
             places, blocks = sharer.share(indices)
             assert [blocks[block][i] for block, i in places] == [shards[i] for i in indices]

@@ -22,7 +22,7 @@ from avss_dist.core.errors import AvssError, ConfigError, ModelError, RunFailed
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.ranks import RankedRun
-from avss_dist.partition.base import Placement
+from avss_dist.partition.replica import Placement
 from avss_dist.system.devices import Devices
 
 HANG_SECONDS, PLACEMENT_SECONDS = 30.0, 60.0

@@ -33,15 +33,14 @@ import avss_dist
 from avss_dist.core.errors import RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Execution, Settings, split_options
-from avss_dist.executors.base import Executor, ReplicaSpec
-from avss_dist.executors.local import LocalExecutor
-from avss_dist.executors.open import open_executor
-from avss_dist.executors.ray import gang, liveness, object_store
+from avss_dist.executors.interface import Executor, ReplicaSpec
+from avss_dist.executors.local import LocalExecutor, open_executor
+from avss_dist.executors.ray import cluster, gang, queue
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
-from avss_dist.partition.base import Placement
+from avss_dist.partition.replica import Placement
 from avss_dist.runs import partials
 from avss_dist.runs.events import RunEvent, ShardMeasured
 from avss_dist.runs.job_file import RunSpec
@@ -65,12 +64,12 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.usefixtures("shared_ray")
-@pytest.mark.parametrize("sent_bytes", [0, object_store.SENT_BYTES])
+@pytest.mark.parametrize("sent_bytes", [0, queue.SENT_BYTES])
 def test_any_number_of_workers_gives_the_same_bytes(
     sent_bytes: int, tiny_llama: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens of large shards come from the object store, those of small ones with the call."""
-    monkeypatch.setattr(object_store, "SENT_BYTES", sent_bytes)
+    monkeypatch.setattr(queue, "SENT_BYTES", sent_bytes)
     run = score(tiny_llama, tmp_path, executor="ray", replicas=2)
     assert run.status == "done"
     assert_same_tables(tmp_path, undisturbed)
@@ -328,7 +327,7 @@ def test_a_run_ends_with_its_cluster_and_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Without its dashboard agent, Ray takes a node down; without the GCS, it would end this process after a minute."""
-    monkeypatch.setattr(liveness, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(cluster, "HEAD_SECONDS", 1.0)
     monkeypatch.setattr(gang, "Worker", WaitsBeforeShardTen)
 
     def kill(event: RunEvent) -> None:

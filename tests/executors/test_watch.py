@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from support.simulated_cluster import SimulatedCluster
 
+from avss_dist.executors.ray.cluster import START_SECONDS, Watch, late
 from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
-from avss_dist.executors.ray.watch import START_SECONDS, Watch, late
 
 
 @pytest.mark.parametrize(

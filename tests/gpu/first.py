@@ -41,9 +41,7 @@ from avss_dist.measure.observer import Observer, attached
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import forward_function, open_module
-from avss_dist.partition.base import Placement
-from avss_dist.partition.batchwise import run_batch
-from avss_dist.partition.open import open_replica
+from avss_dist.partition.replica import Placement, open_replica, run_batch
 from avss_dist.system.devices import pick_device
 
 GRID = np.array(THRESHOLDS)

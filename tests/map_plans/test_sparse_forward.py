@@ -16,7 +16,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention, MapSparsi
 from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
-from avss_dist.partition.base import Placement
+from avss_dist.partition.replica import Placement
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.cells import Cell, measure_cell

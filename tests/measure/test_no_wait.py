@@ -25,7 +25,7 @@ from avss_dist.measure.kernels.generic import TorchKernels
 from avss_dist.measure.observer import ExpertCounter, Observer, attached
 from avss_dist.models.experts import Experts, Routing
 from avss_dist.models.loading import forward_function, open_module
-from avss_dist.partition.batchwise import run_batch
+from avss_dist.partition.replica import run_batch
 from avss_dist.system import devices
 from avss_dist.system.memory import halve_until_it_fits
 

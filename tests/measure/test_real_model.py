@@ -16,7 +16,7 @@ from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.partition.base import no_observation
+from avss_dist.partition.replica import no_observation
 from avss_dist.partition.single import SingleReplica
 from avss_dist.stats.scores import score_run
 

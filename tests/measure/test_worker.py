@@ -18,13 +18,13 @@ from support.oracle import FLOAT_FIELDS
 from avss_dist.core.errors import BatchTooLarge
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch, Shard, tokenize_corpus
-from avss_dist.executors.base import ReplicaSpec
+from avss_dist.executors.interface import ReplicaSpec
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.measure.observer import Observer
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.partition.base import BatchContext, Placement, dummy_batch
+from avss_dist.partition.replica import BatchContext, Placement, dummy_batch
 from avss_dist.partition.single import SingleReplica
 from avss_dist.stats.layer_stats import ShardResult
 

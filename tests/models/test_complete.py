@@ -21,8 +21,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load, text_config
 from avss_dist.models.pinning import pin
-from avss_dist.partition.base import Placement
-from avss_dist.partition.open import open_replica
+from avss_dist.partition.replica import Placement, open_replica
 
 SETTINGS = Settings(device="cpu")
 Save = Callable[[Any, Path], Path]

@@ -24,10 +24,9 @@ from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.size import footprint, sharing_skeletons
-from avss_dist.partition.base import Placement
 from avss_dist.partition.choose import gpus_filled
 from avss_dist.partition.device_map import DeviceMapReplica, require_complete, spread
-from avss_dist.partition.open import open_replica
+from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.partition.single import SingleReplica
 from avss_dist.stats.layer_stats import ShardResult
 

@@ -20,8 +20,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.size import footprint
-from avss_dist.partition.base import Placement, Replica
-from avss_dist.partition.open import open_replica
+from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.tasks.harness import harness_task
 from avss_dist.tasks.layer_removal import LeaveOneOut

@@ -35,8 +35,8 @@ if __name__ == "__main__":
     from avss_dist.estimation.preview import preview_job
     from avss_dist.executors.local import LocalExecutor, shards_at_once
     from avss_dist.partition.choose import choose, least_host_bytes
-    from avss_dist.partition.copies import with_copies
-    from avss_dist.partition.open import open_replica
+    from avss_dist.partition.single import with_copies
+    from avss_dist.partition.replica import open_replica
     from avss_dist.runs.job_file import read_job
     from avss_dist.core.settings import Execution, Settings
     from avss_dist.system.devices import devices_here

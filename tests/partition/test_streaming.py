@@ -30,7 +30,7 @@ from avss_dist.corpus.shards import Shard
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import Layer
-from avss_dist.partition.base import Placement, no_observation
+from avss_dist.partition.replica import Placement, no_observation
 from avss_dist.partition.single import SingleReplica
 from avss_dist.partition.streaming.buffers import AnyBuffer, ReadBuffer, ZeroCopyBuffer, buffer_bytes
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader

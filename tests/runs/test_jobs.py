@@ -414,7 +414,7 @@ def test_the_plan_runs_no_model_and_takes_the_speed_of_a_run_like_it(
     longer = text.replace("max_sequences: 12", "max_sequences: 120")
     first, second = read(tmp_path, text), read(tmp_path, longer)
     with monkeypatch.context() as patch:
-        for module in ("avss_dist.partition.open", "avss_dist.executors.base"):
+        for module in ("avss_dist.partition.replica", "avss_dist.executors.interface"):
             patch.setattr(f"{module}.open_replica", lambda *_, **__: pytest.fail("a model was opened"))
         (preview,) = preview_job(first)
     assert (preview.status, preview.reference_run, preview.warning) == ("missing", "", "")

@@ -23,8 +23,7 @@ from avss_dist.measure.rows import ObservedTokens, by_matrices, row_tensors
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.partition.base import Placement, Replica
-from avss_dist.partition.open import open_replica
+from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.merging import merge_stats
 from avss_dist.warehouse.encoding import encode_shard

@@ -18,8 +18,8 @@ from avss_dist.analysis.chosen import choose_runs
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.events import ignore
-from avss_dist.executors import base
-from avss_dist.executors.base import Outcome, RunShards
+from avss_dist.executors import interface
+from avss_dist.executors.interface import Outcome, RunShards
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import OnRunEvent, RunEvent, ShardMeasured
@@ -143,7 +143,7 @@ def test_all_measured_but_not_committed_needs_no_model(
     score(tiny_llama, tmp_path)
     for name in ("runs", "scores", "layer_stats"):
         next((tmp_path / name).rglob("*.parquet")).unlink()
-    monkeypatch.setattr(base, "open_replica", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(interface, "open_replica", lambda *_: pytest.fail("the model was opened"))
     assert score(tiny_llama, tmp_path).resumed_shards == 6
     assert_same_tables(tmp_path, undisturbed)
 

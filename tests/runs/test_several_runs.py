@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from avss_dist.core.errors import StorageFull
-from avss_dist.executors.base import RunShards
+from avss_dist.executors.interface import RunShards
 from avss_dist.runs import events
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.job_file import JobError, read_job

@@ -16,8 +16,8 @@ from support.tables import assert_same_tables
 
 import avss_dist
 from avss_dist.core.errors import ModelError
-from avss_dist.executors.prefetch import Prefetcher
 from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.executors.ray.pool import Prefetcher
 from avss_dist.executors.ray.worker import resolve_on_node
 from avss_dist.runs.api import run_job
 from avss_dist.runs.events import RunEnded, RunEvent, RunReading

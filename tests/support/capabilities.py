@@ -19,8 +19,7 @@ from avss_dist.core.settings import SITES, THRESHOLDS, Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import Backbone, forward_function, open_module, quiet
-from avss_dist.partition.base import Placement
-from avss_dist.partition.open import open_replica
+from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.stats.scores import score_run

@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from avss_dist.executors.base import ReplicaSpec
+from avss_dist.executors.interface import ReplicaSpec
 from avss_dist.executors.ray import gang
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
 

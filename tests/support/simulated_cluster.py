@@ -16,10 +16,10 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 
 from avss_dist.core.registry import PARTITIONS
-from avss_dist.executors.base import ReplicaSpec
+from avss_dist.executors.interface import ReplicaSpec
 from avss_dist.executors.ray.heartbeats import Doing, Sign
 from avss_dist.executors.ray.queue import UnitQueue, shape
-from avss_dist.partition.base import Placement
+from avss_dist.partition.replica import Placement
 
 OPEN_SECONDS, UNIT_SECONDS = 1.0, 1.0
 SPINS = 500  # of the scheduler without waiting, after which it counts as endless

@@ -40,7 +40,7 @@ MODULES = (
     "avss_dist.measure.kernels.cpu",
     "avss_dist.measure.shard",
     "avss_dist.models.causal_lm",
-    "avss_dist.partition.open",
+    "avss_dist.partition.replica",
     "avss_dist.runs.api",
     "avss_dist.tasks.cells",
     "avss_dist.warehouse.encoding",

@@ -1,16 +1,105 @@
-"""The Ray cluster as a driver uses it: results, nodes, heartbeats, and the clock."""
+"""The Ray cluster as a driver uses it: results, nodes, heartbeats and the clock, and what of it hangs or is lost."""
 
 from __future__ import annotations
 
+import os
+import socket
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
+import grpc
 import ray
 from ray.exceptions import RayError
 
-from avss_dist.executors.ray.heartbeats import Sign
-from avss_dist.executors.ray.liveness import require_node
+from avss_dist.core.errors import RunFailed
+from avss_dist.executors.ray.gang import Gang
+from avss_dist.executors.ray.heartbeats import Doing, Sign
+
+CONNECT_SECONDS = 10.0  # for the head of a cluster to accept a connection
+
+
+HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60)) / 2  # noqa: SIM112
+"""Seconds that the head may be away, as it can be restarted. Ray ends this process silently after twice that."""
+RETRY_SECONDS = 0.5
+KEPT = "Run the same command again: everything measured so far is kept."
+
+
+def require_gcs(address: str) -> None:
+    """Raise OSError soon if no gRPC server answers at ``HOST:PORT``; Ray would try to reach its head for minutes.
+
+    An address without a port, such as ``local``, is accepted, and with TLS only the connection is tried.
+    """
+    if (server := _connect(address)) and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        with grpc.insecure_channel(server, [("grpc.enable_http_proxy", 0)]) as channel:
+            try:
+                grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
+            except grpc.FutureTimeoutError:
+                raise TimeoutError(f"it did not answer as a gRPC server within {CONNECT_SECONDS:g} seconds") from None
+
+
+def _connect(address: str) -> str:
+    """Return the ``HOST:PORT`` that accepts a connection, or an empty string if the address has no port.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")  # of IPv6
+    if not host or not port.isdecimal() or "/" in host:
+        return ""
+    hosts = [host, ray.util.get_node_ip_address()] if host in ("127.0.0.1", "localhost") else [host]
+    for i, name in enumerate(hosts):  # Ray takes the loopback address for the one that others see
+        try:
+            socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS).close()
+            return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+        except OSError:
+            if i == len(hosts) - 1:
+                raise
+    return ""
+
+
+def has_head() -> bool:
+    """Whether the head of the cluster, the GCS, can be reached."""
+    try:
+        _connect(ray.get_runtime_context().gcs_address)
+    except OSError:
+        return False
+    return True
+
+
+def require_head() -> None:
+    """Wait until the head answers. Calls that need it would otherwise wait forever.
+
+    Raises:
+        RunFailed: the head did not come back in `HEAD_SECONDS`.
+    """
+    deadline = time.monotonic() + HEAD_SECONDS
+    while not has_head():
+        if time.monotonic() > deadline:
+            where = ray.get_runtime_context().gcs_address
+            raise RunFailed(
+                f"The Ray cluster is lost: its head (the GCS at {where}) has crashed or was killed.",
+                f"Start it again. {KEPT}",
+            )
+        time.sleep(RETRY_SECONDS)
+
+
+def node_lost() -> RunFailed:
+    """Return the error for the loss of this process's node, after which it cannot start workers."""
+    return RunFailed(
+        "The Ray node of this process has died: its raylet or its dashboard agent crashed, or was killed.",
+        f"See raylet.out and dashboard_agent.log in /tmp/ray/session_latest/logs. {KEPT}",
+    )
+
+
+def require_node() -> None:
+    """Raise RunFailed if the head of the cluster or the node of this process is lost."""
+    require_head()
+    nodes = {node["NodeID"]: node["Alive"] for node in ray.nodes()}
+    if not nodes.get(ray.get_runtime_context().get_node_id()):
+        raise node_lost()
+
 
 ANSWER_SECONDS = 2.0  # for the monitor to answer
 
@@ -80,3 +169,57 @@ class RayCluster:
         actor = ray._private.state.actors(self._monitor._actor_id.hex())
         if actor.get("Address", {}).get("NodeID") in draining:
             ray.kill(self._monitor, no_restart=False)
+
+
+START_SECONDS = 60.0  # at least, for a process to report for the first time
+
+
+class Watch:
+    """Latest reports of the ranks, and their times.
+
+    Args:
+        cluster: source of the reports.
+        hang_seconds: how long a rank may begin no layer.
+    """
+
+    def __init__(self, cluster: RayCluster, hang_seconds: float) -> None:
+        self._cluster, self._hang_seconds = cluster, hang_seconds
+        self._signs: Mapping[str, Sign] = {}
+        self._heard = 0.0  # when the signs came
+        self._alive: dict[str, float] = {}  # when each rank last made progress, or was seen to have a process
+
+    def listen(self) -> bool:
+        """Query the monitor. Returns False if it was lost with its node; Ray then restarts it elsewhere."""
+        signs = self._cluster.signs()
+        if signs is None:
+            return False
+        self._signs = signs
+        self._heard = self._cluster.now()
+        self._alive |= {name: self._heard - sign.silence for name, sign in self._signs.items()}
+        return True
+
+    def complaint(self, gang: Gang, begun: float) -> str:
+        """Return why a gang counts as hanging in its round; empty if it does not hang."""
+        now = self._cluster.now()
+        for name in gang.find_processes():
+            self._alive.setdefault(name, now)
+        silence = {name: now - self._alive[name] for name in gang.names if name in self._alive}
+        hanging = late(silence, self._signs, now - begun, self._hang_seconds)
+        return f"rank {hanging[0]} made no progress in {silence[hanging[0]]:.0f} seconds" if hanging else ""
+
+    def doing(self, gang: Gang, begun: float) -> Doing | None:
+        """Return the activity that the first rank of a gang has reported in its round, if any."""
+        sign = self._signs.get(gang.names[0])
+        return sign.doing if sign and self._heard - sign.age > begun else None
+
+
+def late(silence: Mapping[str, float], heard: Collection[str], elapsed: float, hang_seconds: float) -> list[str]:
+    """Return the ranks of a gang that have made no progress for too long although they had work.
+
+    Args:
+        silence: seconds since each rank with a process last made progress, or was first seen.
+        heard: the ranks that report; others may still be starting.
+        elapsed: seconds since the gang's round began.
+    """
+    limits = {name: hang_seconds if name in heard else max(hang_seconds, START_SECONDS) for name in silence}
+    return [name for name in silence if elapsed > hang_seconds and silence[name] > limits[name]]

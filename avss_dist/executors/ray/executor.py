@@ -18,21 +18,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.executors.base import Outcome, RankTask, RunShards, Underway, by_model
-from avss_dist.executors.prefetch import Prefetcher
-from avss_dist.executors.ray.cluster import RayCluster
-from avss_dist.executors.ray.gang import Gang, missing_package
-from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
-from avss_dist.executors.ray.liveness import (
+from avss_dist.executors.interface import Outcome, RankTask, RunShards, Underway, by_model
+from avss_dist.executors.ray.cluster import (
+    RayCluster,
     has_head,
     node_lost,
     require_gcs,
     require_head,
 )
-from avss_dist.executors.ray.pool import Pool
+from avss_dist.executors.ray.gang import Gang, missing_package
+from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
+from avss_dist.executors.ray.pool import Pool, Prefetcher
 from avss_dist.executors.ray.queue import ATTEMPTS, CellQueue, ShardQueue, UnitQueue
 from avss_dist.executors.ray.ranks import RankedRun
-from avss_dist.partition.base import Placement
+from avss_dist.partition.replica import Placement
 from avss_dist.system.devices import Devices, devices_here, pick_device
 from avss_dist.system.process import preserve_sigterm_handler
 from avss_dist.tasks.cells import Cell, CellOutcome
@@ -42,7 +41,7 @@ T = TypeVar("T")
 
 
 class RayExecutor:
-    """See `executors.base.Executor`. Ray starts when it is first needed, and is stopped if it was started here."""
+    """See `executors.interface.Executor`. Ray starts when it is first needed, and is stopped if it was started here."""
 
     def __init__(self, execution: Execution, settings: Settings) -> None:
         self._execution, self._settings = execution, settings
@@ -78,7 +77,7 @@ class RayExecutor:
         return self.devices.kind
 
     def replicas(self, placement: Placement) -> int:
-        """See `executors.base.Executor`. A cluster may have room for fewer now, and for more when nodes come."""
+        """See `executors.interface.Executor`. A cluster may have room for fewer now, and for more when nodes come."""
         devices = self.devices
         default = max(1, devices.count // max(1, placement.gpus)) if self.device == "cuda" else 1
         workers = self._execution.replicas.maximum if self._execution.replicas else default
@@ -111,7 +110,7 @@ class RayExecutor:
     def run_cells(
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
-        """See `executors.base.Executor`."""
+        """See `executors.interface.Executor`."""
         first = next(rounds, None)
         if first is not None:
             models = (group for cells in chain([first], rounds) for group in by_model(cells))
@@ -163,7 +162,7 @@ class RayExecutor:
             raise node_lost() from error
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-        """See `executors.base.Executor`. Tasks reserve no CPU, as workers may hold all; lost ones run here."""
+        """See `executors.interface.Executor`. Tasks reserve no CPU, as workers may hold all; lost ones run here."""
         if not ray.is_initialized():
             yield from map(function, items)
             return
@@ -185,7 +184,7 @@ class RayExecutor:
             ray.shutdown()
 
     def connect(self) -> None:
-        """See `executors.base.Executor`: start Ray, or reach the cluster, if that is not done yet."""
+        """See `executors.interface.Executor`: start Ray, or reach the cluster, if that is not done yet."""
         if not ray.is_initialized():
             try:
                 require_gcs(self._address or "local")

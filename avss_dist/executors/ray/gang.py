@@ -16,10 +16,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.executors.base import ReplicaSpec
+from avss_dist.executors.interface import ReplicaSpec
 from avss_dist.executors.ray.queue import shape
 from avss_dist.executors.ray.worker import Assignment, Worker
-from avss_dist.partition.base import Placement
+from avss_dist.partition.replica import Placement
 
 _OWN_THREADS = {"unused": 1}
 """A concurrency group makes Ray run the calls of an actor in threads of their own. A call in the main thread would
@@ -101,7 +101,7 @@ class Gang:
         """Do a task on all ranks together. Returns a reference for each rank.
 
         Args:
-            task: an `executors.base.RankTask`.
+            task: an `executors.interface.RankTask`.
         """
         ranks, shared = len(self._workers), ray.put(task)
         return [worker.run.remote(shared, rank, ranks, self.placed) for rank, worker in enumerate(self._workers)]

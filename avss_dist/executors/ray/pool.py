@@ -10,21 +10,217 @@ measured again.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from queue import Empty, Queue
+from typing import Any, Generic, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 
 from avss_dist.core.errors import AvssError, BatchTooLarge, RunFailed
-from avss_dist.executors.prefetch import Prefetcher
-from avss_dist.executors.ray.cluster import RayCluster
+from avss_dist.executors.ray.cluster import RayCluster, Watch
 from avss_dist.executors.ray.gang import Gang, missing_package
-from avss_dist.executors.ray.losses import Losses
 from avss_dist.executors.ray.queue import UnitQueue
-from avss_dist.executors.ray.rounds import Awaited, Round, Rounds
-from avss_dist.executors.ray.watch import Watch
-from avss_dist.partition.base import Placement
+from avss_dist.partition.replica import Placement
+from avss_dist.system.streams import say
+
+T = TypeVar("T")
+_END = object()
+
+
+class Prefetcher(Generic[T]):
+    """Items of an iterator, the next one prepared while the last one is used."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self.exhausted = False
+        self._queue: Queue[object] = Queue(maxsize=1)
+        self._stopped = False
+        self._items = items
+        threading.Thread(target=self._fill, daemon=True).start()
+
+    def next(self, *, wait: bool) -> T | None:
+        """Return the next item; None at the end or, without ``wait``, if no item is ready.
+
+        Raises:
+            BaseException: the error that the iterator raised.
+        """
+        if self.exhausted:
+            return None
+        try:
+            item = self._queue.get(block=wait)
+        except Empty:
+            return None
+        if isinstance(item, _Raised):
+            self.exhausted = True
+            raise item.error
+        if item is _END:
+            self.exhausted = True
+            return None
+        return item  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Stop preparing items."""
+        self._stopped = self.exhausted = True
+        with self._queue.mutex:
+            self._queue.queue.clear()
+            self._queue.not_full.notify_all()
+
+    def _fill(self) -> None:
+        try:
+            for item in self._items:
+                self._queue.put(item)
+                if self._stopped:
+                    return
+        except BaseException as error:
+            self._queue.put(_Raised(error))
+        else:
+            self._queue.put(_END)
+
+
+class _Raised:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+Awaited = dict[Any, Sequence[int]]  # units by the reference to their results
+
+
+@dataclass(eq=False, kw_only=True)
+class Round:
+    """Current work of a gang: waiting for a place, opening a model (both without units), or measuring.
+
+    Attributes:
+        queue: queue whose model is opened or measured; for a gang that waits for a place, the queue that started it.
+        awaited: units by the reference to their results.
+        rows: rows in a batch.
+        begun: monotonic time when the gang got the round, or finished the one before it.
+    """
+
+    gang: Gang
+    queue: UnitQueue[Any]
+    units: Sequence[int]
+    awaited: Awaited
+    rows: int
+    begun: float
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether its gang waits for a place."""
+        return self.gang.placed in self.awaited
+
+
+class Rounds:
+    """Rounds that are under way. A gang has one, or two of which the second waits for the first.
+
+    Args:
+        clock: returns the monotonic time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._by_reference: dict[Any, Round] = {}
+        self._by_gang: dict[Gang, list[Round]] = {}
+
+    def __iter__(self) -> Iterator[Round]:
+        return iter([round_ for rounds in self._by_gang.values() for round_ in rounds])
+
+    @property
+    def references(self) -> list[Any]:
+        """Awaited references."""
+        return list(self._by_reference)
+
+    @property
+    def gangs(self) -> Collection[Gang]:
+        """Gangs that have a round."""
+        return self._by_gang.keys()
+
+    def find(self, reference: Any) -> Round | None:
+        """Return the round that awaits a reference, or None."""
+        return self._by_reference.get(reference)
+
+    def rounds_of(self, gang: Gang) -> list[Round]:
+        """Return the rounds of a gang: the current one, then the next."""
+        return self._by_gang.get(gang, [])
+
+    def waits(self, round_: Round) -> bool:
+        """Whether a round waits for an earlier round of its gang."""
+        return self._by_gang[round_.gang][0] is not round_
+
+    def begin(self, round_: Round) -> None:
+        """Add a round to those of its gang."""
+        self._by_reference |= dict.fromkeys(round_.awaited, round_)
+        self._by_gang.setdefault(round_.gang, []).append(round_)
+
+    def receive(self, reference: Any) -> Sequence[int]:
+        """Stop awaiting a reference, and return the units that it holds the results of."""
+        return self._by_reference.pop(reference).awaited.pop(reference)
+
+    def end(self, round_: Round) -> None:
+        """Remove a round that is done or given up. The next one of its gang begins."""
+        for reference in round_.awaited:
+            self._by_reference.pop(reference, None)
+        first, *later = self._by_gang.pop(round_.gang)
+        if round_ is not first:
+            self._by_gang[round_.gang] = [first]
+        elif later:
+            later[0].begun = self._clock()
+            self._by_gang[round_.gang] = later
+
+    def clear(self) -> None:
+        """Forget all rounds."""
+        self._by_reference.clear()
+        self._by_gang.clear()
+
+
+NOTICE_SECONDS = 15.0  # until the head knows that a node is dead; its workers may be lost before that
+
+
+@dataclass(eq=False)
+class _Loss:
+    """The units of one queue that were lost with the workers of one node."""
+
+    queue: UnitQueue[Any]
+    node: str
+    since: float
+    units: set[int] = field(default_factory=set)
+
+
+class Losses:
+    """Workers that a pool has lost, until it is known whether their nodes are lost too."""
+
+    def __init__(self, cluster: RayCluster) -> None:
+        self._cluster = cluster
+        self._losses: dict[tuple[int, str], _Loss] = {}
+
+    def add(self, queue: UnitQueue[Any], nodes: Iterable[str], units: Sequence[int]) -> None:
+        """Note that workers on these nodes were lost while they had units of a queue, or opened its model."""
+        for node in nodes:
+            loss = self._losses.setdefault((id(queue), node), _Loss(queue, node, self._cluster.now()))
+            loss.units.update(units)
+
+    def tell(self) -> None:
+        """Report the losses whose node is known to be dead, and those that have waited for `NOTICE_SECONDS`."""
+        if not self._losses:
+            return
+        nodes = self._cluster.nodes()
+        for key, loss in list(self._losses.items()):
+            node = nodes.get(loss.node, {})
+            waited = self._cluster.now() - loss.since > NOTICE_SECONDS
+            if not node.get("Alive") or waited or not loss.queue.is_active:
+                del self._losses[key]
+                text = _text(loss, node)
+                say(f"{datetime.now(UTC):%H:%M:%S} {text[0].upper()}{text[1:]}.")
+                loss.queue.note(text)
+
+
+def _text(loss: _Loss, node: dict[str, Any]) -> str:
+    name = f"{node.get('NodeManagerAddress', '')} ({loss.node[:8]})".strip()
+    lost = f"a worker on the node {name} was lost" if node.get("Alive") else f"the node {name} was lost"
+    return f"{lost}; {loss.queue.describe_repeated(sorted(loss.units))}"
+
 
 POLL_SECONDS = 2.0
 SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next queue is being planned

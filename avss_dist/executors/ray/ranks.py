@@ -8,10 +8,9 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 
 from avss_dist.core.errors import AvssError, RunFailed
-from avss_dist.executors.base import RankTask
-from avss_dist.executors.ray.cluster import RayCluster
+from avss_dist.executors.interface import RankTask
+from avss_dist.executors.ray.cluster import RayCluster, Watch
 from avss_dist.executors.ray.gang import Gang, missing_package
-from avss_dist.executors.ray.watch import Watch
 from avss_dist.partition.group import lost_rank
 
 POLL_SECONDS = 0.5

@@ -16,11 +16,11 @@ from ray.util import get_node_ip_address
 
 from avss_dist.core.errors import ModelError
 from avss_dist.corpus.shards import Shard
-from avss_dist.executors.base import RankTask, ReplicaSpec
+from avss_dist.executors.interface import RankTask, ReplicaSpec
 from avss_dist.executors.ray.heartbeats import Doing
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, convert_pickles, resolve
-from avss_dist.partition.base import Replica
+from avss_dist.partition.replica import Replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import pick_device, use_threads
 from avss_dist.system.streams import progress_to
@@ -45,7 +45,7 @@ class Assignment(Protocol):
         """Return the result, or None where this rank reports none.
 
         Args:
-            model: the replica that `executors.base.ReplicaSpec.open` returned.
+            model: the replica that `executors.interface.ReplicaSpec.open` returned.
             heartbeat: to be called whenever a layer begins.
             computed: may be called when the model can be used for another unit.
         """

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from avss_dist.core.errors import RunFailed
-from avss_dist.partition.offload import OffloadFolder
+from avss_dist.partition.memory import OffloadFolder
 
 
 @dataclass

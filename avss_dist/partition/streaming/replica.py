@@ -20,10 +20,9 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
 from avss_dist.models.loading import forward_function, open_module, quiet, without_head
 from avss_dist.models.size import Footprint, footprint
-from avss_dist.partition.base import BatchContext, Placement, RowSplit
-from avss_dist.partition.batchwise import describe, run_batch
 from avss_dist.partition.choose import require_room_for_a_layer
 from avss_dist.partition.memory import PartitionMemory, Usage
+from avss_dist.partition.replica import BatchContext, Placement, RowSplit, describe, run_batch
 from avss_dist.partition.streaming.buffers import buffer_bytes
 from avss_dist.partition.streaming.language_model import StreamingLanguageModel
 from avss_dist.partition.streaming.passes import Passes
@@ -74,7 +73,7 @@ class StreamingMemory(PartitionMemory):
 
 
 class StreamingReplica:
-    """Model whose layers are loaded one at a time; see `partition.base.Replica`.
+    """Model whose layers are loaded one at a time; see `partition.replica.Replica`.
 
     ``placement.max_memory["cpu"]`` limits weights and waiting hidden states in host memory. Weights take up to two
     layers of it; hidden states that do not fit beside them wait in temporary files. On a GPU they
@@ -123,7 +122,7 @@ class StreamingReplica:
         return self._weights.bytes_read
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
-        """See `partition.base.Replica`."""
+        """See `partition.replica.Replica`."""
 
         def run(batch: Batch) -> None:
             with context(batch):
@@ -132,7 +131,7 @@ class StreamingReplica:
         self._passes.run([partial(run, batch) for batch in batches])
 
     def collect(self, counted: T) -> list[T]:
-        """See `partition.base.Replica`."""
+        """See `partition.replica.Replica`."""
         return [counted]
 
     def _host_bytes_for_hidden_states(self, maximum: int | None) -> int | None:

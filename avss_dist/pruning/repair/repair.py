@@ -43,7 +43,7 @@ from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.sites import find_down_projection
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.choose import place
-from avss_dist.partition.open import open_replica
+from avss_dist.partition.replica import open_replica
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import PLAIN_HINT, ReadStored, RepairFitter, count_fitted, find_cuts, split_texts
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource

@@ -1,20 +1,26 @@
-"""Interface of a replica: one copy of a model, placed on one or more devices."""
+"""Replicas: model copies on one or more devices, their placement, and their opening by the registry."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from importlib import import_module
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 
 from avss_dist.core.registry import PARTITIONS
+from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
+from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
+from avss_dist.models.loading import Backbone, Forward
+from avss_dist.models.quantization import describe_computing
 from avss_dist.partition.memory import PartitionMemory
+from avss_dist.system.devices import to_device, use_threads
 
 T = TypeVar("T")
 BatchContext = Callable[[Batch], AbstractContextManager[None]]
@@ -109,3 +115,70 @@ class Replica(Protocol):
 
     def close(self) -> None:
         """Free the devices."""
+
+
+def replica_class(partition: str) -> Any:
+    """Return the class of a partition's replicas; see `partition.replica.Replica`."""
+    module, _, name = PARTITIONS[partition].opens.partition(":")
+    return getattr(import_module(module), name)
+
+
+def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> Replica:
+    """Open a checkpoint as one replica, or as this process's rank of a replica of several ranks.
+
+    Every rank calls this, inside one torch.distributed group (`partition.group.join`).
+
+    Args:
+        head: open the head, too, so that the replica has a `language_model`.
+
+    Raises:
+        ModelError: the model cannot be opened or observed, or has no head that predicts the next token.
+        ConfigError: the devices of this machine do not fit the placement.
+    """
+    use_threads(settings.threads)
+    return cast(Replica, replica_class(placement.partition)(checkpoint, settings, placement, head=head))
+
+
+class BatchwiseReplica:
+    """Replica that runs batches one after the other; see `partition.replica.Replica`."""
+
+    device: torch.device
+    split = RowSplit()
+    reports_stats = True
+    language_model: LanguageModel | None = None
+    memory: ClassVar[type[PartitionMemory]] = PartitionMemory
+    _run: Forward
+
+    def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
+        """See `partition.replica.Replica`. All ranks must run equally many batches."""
+        for batch in batches:
+            with context(batch):
+                run_batch(self._run, batch, self.device)
+
+    def collect(self, counted: T) -> list[T]:
+        """See `partition.replica.Replica`."""
+        return [counted]
+
+
+def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:
+    """Run a backbone over a batch, with an attention mask only if rows are padded."""
+    input_ids = to_device(batch.input_ids, device, torch.int64)
+    mask = None if batch.attention_mask.all() else to_device(batch.attention_mask, device, torch.int64)
+    with torch.no_grad():
+        run(input_ids, mask)
+
+
+def describe(backbone: Backbone, partition: str) -> dict[str, Any]:
+    """Return the columns of the run's row that describe an opened model."""
+    return {
+        "family": backbone.family,
+        "architecture": backbone.architecture,
+        "hidden_size": backbone.hidden_size,
+        "num_parameters": backbone.num_parameters,
+        "dtype": backbone.dtype,
+        "quantized_modules": describe_computing(backbone.model),
+        "attention_implementation": backbone.attention_implementation,
+        "partition": partition,
+        "threads": torch.get_num_threads(),
+        "notes": list(backbone.structure.notes),
+    }

@@ -10,8 +10,7 @@ from avss_dist.core.errors import AvssError
 from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.partition.base import Placement, Replica
-from avss_dist.partition.open import open_replica
+from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import Devices
 from avss_dist.tasks.cells import Cell, CellOutcome
