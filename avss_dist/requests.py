@@ -20,6 +20,7 @@ from avss_dist.core.registry import (
     SPARSITY_METHODS,
 )
 from avss_dist.core.settings import (
+    TEXT_OPTIONS,
     TRACKERS,
     TRAINED,
     Bytes,
@@ -135,8 +136,6 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
     """Predict the change of the loss if weights are rounded to this format: int4, int4-g64, fp8, nvfp4, q4_0, ..."""
     rounded_layers: Annotated[bool, Option(panel=ROUNDED)] = True
     """Measure the loss with the weights of each layer rounded to each format of `quantize`, too."""
-    skip_sequences: Count = 0
-    """Skip this many rows at the start of the corpus."""
     allow_many: Annotated[bool, Option(names=("--yes",))] = False
     """Continue even if it takes more than 100,000 passes of a batch, which is refused otherwise."""
 
@@ -164,8 +163,6 @@ class EvaluateRequest(WarehouseRequest):
     """Models, or plans (PLAN.yaml)."""
     tasks: Annotated[Texts, Option(names=("--task",))]
     """perplexity:CORPUS, or a task of lm-evaluation-harness by name or YAML file."""
-    skip_sequences: Count = 0
-    """Skip this many rows at the start of each corpus."""
     skip_questions: Count = 0
     """Skip this many questions at the start of TruthfulQA."""
     limit: Positive | None = None
@@ -215,7 +212,7 @@ class ShrinkRequest(ModelRequest):
     distill_tokens: Tokens | None = None
     """Distill the repaired model from the whole one on this many tokens, such as 1e6."""
 
-    shared = EVALUATED
+    shared = tuple(name for name in EVALUATED if name != "skip_sequences")
 
     def __post_init__(self) -> None:
         if self.share is not None and self.keep is not None:
@@ -273,8 +270,6 @@ class PlanRequest(PlaceRequest, RunRequest):
     """Drop this share of the routed experts of each layer, instead of layers."""
     corpus: Annotated[Text | None, Option(panel=SEARCHED)] = None
     """Text on which greedy measures the loss."""
-    skip_sequences: Annotated[Count, Option(panel=SEARCHED)] = 0
-    """Skip this many rows at the start of the corpus."""
     seed: Count = 0
     """Seed for the choice by random."""
 
@@ -294,7 +289,7 @@ class PlanRequest(PlaceRequest, RunRequest):
             choices = "\n".join(f"  {name}: {meaning}" for name, meaning in EXPERT_SCORES.items())
             raise ConfigError("`experts` needs a score to choose by.", f"Name it with `by`:\n{choices}")
         require_known("`by` of `experts`", self.by, EXPERT_SCORES)
-        unused = ("share", "count", "memory", "first", "last", "corpus", "skip_sequences")
+        unused = ("share", "count", "memory", "first", "last", "corpus")
         refuse_unused({name: getattr(self, name) for name in unused}, "on routed experts", "Leave it out.")
 
 
@@ -310,8 +305,6 @@ class SparsifyRequest(RunRequest):
     """Tokens at which activations become zero."""
     corpus: Text | None = None
     """Text that loss and teal read; the text of the run by default."""
-    skip_sequences: Count = 0
-    """Skip this many rows at the start of the corpus."""
 
     shared = EVALUATED
 
@@ -355,8 +348,6 @@ class PruneRequest(ModelRequest):
     """Repair to fit at each cut to make up for the removed layers or experts; refit by default if there is text."""
     repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
     """Text to fit the repair on: CORPUS or CORPUS=WEIGHT; self is text that the model writes."""
-    skip_sequences: Count = 0
-    """Skip this many rows at the start of each text."""
     warehouse: Annotated[PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")] = None
     """Warehouse with the plan's evaluations, for the model card; the fit is kept in it. Without it, the repair is
     fitted in this process."""
@@ -401,8 +392,6 @@ class DistillRequest(Request):
     """Text that is measured and never trained on."""
     held_out: Annotated[Positive, Option(panel=MIX)] = 16
     """Rows at the start of each text that are measured and never trained on."""
-    skip_sequences: Annotated[Count, Option(panel=MIX)] = 0
-    """Skip this many rows at the start of each text."""
     allow_overlap: Annotated[bool, Option(panel=MIX)] = False
     """Allow held-out text that the student is trained on, or was repaired on."""
     tokens: Annotated[Tokens, Option(panel=TRAINING)] = 1e6
@@ -429,7 +418,7 @@ class DistillRequest(Request):
     """Experiment tracker to which the Trainer reports; its environment variables name the project."""
 
     shared = (
-        *("max_sequences", "sequence_length", "layout", "row_start", "chat_template", "shuffle_seed"),
+        *TEXT_OPTIONS,
         *("dtype", "layers", "attention", "device", "trust_remote_code"),
         *("address", "node_labels", "placement_seconds", "hang_seconds"),
     )

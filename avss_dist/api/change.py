@@ -71,7 +71,7 @@ def choose_layers(
 
         result = search(request, run, Choice(by=GREEDY, **constraints), on_event)
         return result.plan, result
-    unused = {"corpus": request.corpus, "skip_sequences": request.skip_sequences, **request.given}
+    unused = {"corpus": request.corpus, **request.given}
     refuse_unused(unused, "without a search", "Leave it out, or choose `by` greedy.")
     return plan_layers(opened, run, by=request.by, reading=reading, **constraints), None
 
@@ -168,8 +168,7 @@ def prune(request: PruneRequest) -> Pruned:
         from avss_dist.pruning.repair.repair import Repair
 
         corpora = with_own_text(request.repair_corpora, checkpoint, request.settings, request.on_event)
-        skipped = request.skip_sequences
-        wanted = Repair(by=request.fitted, corpora=corpora, skip_sequences=skipped, settings=request.settings)
+        wanted = Repair(by=request.fitted, corpora=corpora, settings=request.settings)
         stored = warehouse is not None and stored_repair(request, plan, wanted, warehouse, request.on_event)
         fitted = stored or wanted
     if warehouse is not None:

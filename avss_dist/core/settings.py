@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field, WithJsonSchema
 from pydantic_core import PydanticKnownError
@@ -15,7 +15,7 @@ from pydantic_core import PydanticKnownError
 from avss_dist.core.errors import ConfigError, nearest
 from avss_dist.core.registry import GANGS, PARTITIONS
 from avss_dist.core.text import parse_bytes
-from avss_dist.core.validation import Check, OneOf, Positive, checked
+from avss_dist.core.validation import Check, Count, OneOf, Positive, checked
 
 T = TypeVar("T")
 
@@ -29,8 +29,7 @@ SITE_FAMILIES = {"inputs": INPUTS}
 """Names that stand for several sites."""
 LAYOUTS = ("packed", "padded")
 ROW_STARTS = ("auto", "none")
-_OF_TEXT = ("max_sequences", "shuffle_seed", "chat_template", "layout", "row_start")  # how text becomes rows
-_NO_NUMBERS = (*_OF_TEXT, "trust_remote_code", "allow_pickle")
+_OLD_ROWS = {"row_start": "none"}  # default of what was stored before this option existed
 _OF_STATISTICS = ("sites", "thresholds", "experts", "sequences_per_shard")
 TRAINED = ("all", "lora")
 """Weights that distillation trains: see `distillation.trained`."""
@@ -146,8 +145,8 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @checked
-class Settings:
-    """Settings of a measurement. Every field can change a number, so every field is fingerprinted.
+class TextOptions:
+    """Options by which a text becomes rows of tokens.
 
     Raises:
         ConfigError: values out of their range; the message names all of them, and the nearest valid ones.
@@ -155,12 +154,10 @@ class Settings:
 
     max_sequences: Positive | None = None
     """Maximum number of rows to read; by default the whole corpus."""
+    skip_sequences: Count = 0
+    """Skip this many rows at the start of each text."""
     sequence_length: Positive = 256
     """Tokens in a row."""
-    batch_size: Positive = 8
-    """Rows in a forward pass."""
-    sequences_per_shard: Positive | None = None
-    """Rows in a shard, the unit of work, retry and resampling; by default by the model's size, 32 in evaluations."""
     shuffle_seed: Annotated[int, Field(ge=0)] | None = None
     """Read the whole corpus and take its rows in a random order with this seed; by default they keep their order."""
     chat_template: bool = False
@@ -169,6 +166,29 @@ class Settings:
     """Rows of equal length without padding (packed), or one document per row (padded)."""
     row_start: Annotated[str, OneOf(ROW_STARTS)] = "auto"
     """Put the tokenizer's own special tokens, such as BOS, around the text of each packed row (auto), or not (none)."""
+
+    @classmethod
+    def from_stored(cls, values: Mapping[str, Any]) -> Self:
+        """Make an instance from stored values by name, without names that it does not have."""
+        values = _OLD_ROWS | {**values}
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+    def text_options(self) -> dict[str, Any]:
+        """Return the values of the fields of `TextOptions` by name."""
+        return {name: getattr(self, name) for name in TEXT_OPTIONS}
+
+
+TEXT_OPTIONS = tuple(f.name for f in fields(TextOptions))
+
+
+@checked
+class Settings(TextOptions):
+    """Settings of a measurement. Every field can change a number, so every field is fingerprinted."""
+
+    batch_size: Positive = 8
+    """Rows in a forward pass."""
+    sequences_per_shard: Positive | None = None
+    """Rows in a shard, the unit of work, retry and resampling; by default by the model's size, 32 in evaluations."""
     skip_first_tokens: Annotated[int, Field(ge=0)] = 0
     """Leave this many tokens at the start of every row out of the statistics."""
     dtype: Annotated[str, OneOf(DTYPES)] = "auto"
@@ -202,8 +222,9 @@ class Settings:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON-ready values."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """Return the settings as JSON-ready values, `skip_sequences` only if rows are skipped, as it is newer."""
+        names = (f.name for f in fields(self) if f.name != "skip_sequences" or self.skip_sequences)
+        return {name: getattr(self, name) for name in names}
 
     def numbers(self, *, statistics: bool) -> dict[str, Any]:
         """Return the settings that can change a number, except those of the text, whose tokens are hashed.
@@ -211,7 +232,8 @@ class Settings:
         Args:
             statistics: include the settings of statistics inside of layers.
         """
-        without = _NO_NUMBERS if statistics else (*_NO_NUMBERS, *_OF_STATISTICS)
+        without = {*TEXT_OPTIONS, "trust_remote_code", "allow_pickle"} - {"sequence_length"}
+        without |= set() if statistics else {*_OF_STATISTICS}
         return {name: value for name, value in self.as_dict().items() if name not in without}
 
 

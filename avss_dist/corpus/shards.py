@@ -6,7 +6,7 @@ Shards depend on corpus, tokenizer and settings, never on the workers that measu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -126,15 +126,10 @@ def tokenize_corpus(
     source: str,
     tokenizer: Tokenizer,
     settings: Settings,
-    *,
-    skip_sequences: int = 0,
-    progress: Callable[[int], None] | None = None,
 ) -> CorpusPlan:
     """Read, tokenize and shard a corpus, as far as ``settings.max_sequences`` rows need, or all of it with a seed.
 
-    Args:
-        skip_sequences: number of rows at the start to leave out; with a seed, in the shuffled order.
-        progress: called after each shard with the number of rows so far.
+    Rows are skipped in the shuffled order if there is a seed.
 
     Raises:
         CorpusError: the source cannot be read, holds no text, or is too short for one row; or the tokenizer has no
@@ -143,13 +138,14 @@ def tokenize_corpus(
     template = chat_template(tokenizer) if settings.chat_template else None
     opened, counts, length = open_source(source), ReadCounts(), settings.sequence_length
     if opened.answers:
-        return _tokenize_pairs(source, opened, tokenizer, settings, skip_sequences)
+        return _tokenize_pairs(source, opened, tokenizer, settings)
     around = special_tokens_of_rows(tokenizer, settings)
     rows = rows_of(opened.documents(), tokenizer, settings, counts, around)
-    end = None if settings.max_sequences is None else skip_sequences + settings.max_sequences
+    skipped = settings.skip_sequences
+    end = None if settings.max_sequences is None else skipped + settings.max_sequences
     if settings.shuffle_seed is not None:
         rows = shuffled(rows, settings.shuffle_seed, end)
-    rows = islice(rows, skip_sequences, end)
+    rows = islice(rows, skipped, end)
     spool, lengths = Spool(length), [np.zeros(0, np.int32)]
     num_sequences = 0
     per_shard = settings.sequences_per_shard or USUAL_ROWS
@@ -158,8 +154,6 @@ def tokenize_corpus(
         spool.add(input_ids)
         lengths.append(block_lengths)
         num_sequences += len(block)
-        if progress:
-            progress(num_sequences)
     shards = _make_shards(spool.array(), np.concatenate(lengths), settings.skip_first_tokens, None, per_shard)
     num_tokens = sum(shard.num_tokens for shard in shards)
     _require_enough(source, num_sequences, num_tokens, counts, settings, length - len(around))
@@ -190,10 +184,10 @@ def with_other_start(shard: Shard, tokenizer: Tokenizer, settings: Settings, row
     return as_read, _shard(0, ids, lengths, 0)
 
 
-def _tokenize_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Settings, skip: int) -> CorpusPlan:
+def _tokenize_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Settings) -> CorpusPlan:
     """Return the shards of paired text. See `tokenize_corpus`."""
     assert opened.answers is not None
-    if skip:
+    if settings.skip_sequences:
         raise CorpusError(f"{source} is paired text.", "Leave `skip_sequences` out: its rows belong together.")
     rows, pairing = paired_rows(
         opened.answers(), source, seed=settings.shuffle_seed, **_row_options(tokenizer, settings)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError
-from avss_dist.core.settings import Settings
+from avss_dist.core.settings import TextOptions
 from avss_dist.corpus.chats import Chat, ChatTokenizer, Document, no_text, render
 
 Ids = NDArray[np.int32]
@@ -80,7 +80,7 @@ def special_tokens_around(tokenizer: Tokenizer) -> SpecialTokens:
     return SpecialTokens(np.array(probe[:start], np.int32), np.array(probe[start + len(text) :], np.int32))
 
 
-def special_tokens_of_rows(tokenizer: Tokenizer, settings: Settings) -> SpecialTokens:
+def special_tokens_of_rows(tokenizer: Tokenizer, settings: TextOptions) -> SpecialTokens:
     """Return the special tokens that each packed row has around its text.
 
     They are those of `special_tokens_around`, as the model saw them in training, without an EOS behind the text: a row
@@ -104,7 +104,7 @@ def special_tokens_of_rows(tokenizer: Tokenizer, settings: Settings) -> SpecialT
     return around
 
 
-def other_row_start(tokenizer: Tokenizer, settings: Settings) -> SpecialTokens | None:
+def other_row_start(tokenizer: Tokenizer, settings: TextOptions) -> SpecialTokens | None:
     """Return the start that packed rows could have in place of theirs, or None if there is no other.
 
     The other start of rows with special tokens is no token. The other start of rows without is the tokenizer's own
@@ -122,7 +122,11 @@ def other_row_start(tokenizer: Tokenizer, settings: Settings) -> SpecialTokens |
 
 
 def rows_of(
-    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, counts: ReadCounts, around: SpecialTokens
+    documents: Iterator[Document],
+    tokenizer: Tokenizer,
+    settings: TextOptions,
+    counts: ReadCounts,
+    around: SpecialTokens,
 ) -> Iterator[Ids]:
     """Yield rows of tokens, int32[up to sequence_length], of documents in order.
 
@@ -130,7 +134,7 @@ def rows_of(
         around: result of `special_tokens_of_rows`.
 
     Raises:
-        CorpusError: a document cannot be read, or is a conversation where `Settings.chat_template` is not set.
+        CorpusError: a document cannot be read, or is a conversation where `TextOptions.chat_template` is not set.
     """
     ids = _document_tokens(documents, tokenizer, settings, counts, around)
     if settings.layout != "packed":
@@ -157,7 +161,11 @@ def _sort_key(row: tuple[float, int, Ids]) -> tuple[float, int]:
 
 
 def _document_tokens(
-    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, counts: ReadCounts, around: SpecialTokens
+    documents: Iterator[Document],
+    tokenizer: Tokenizer,
+    settings: TextOptions,
+    counts: ReadCounts,
+    around: SpecialTokens,
 ) -> Iterator[Ids]:
     """Yield the tokens of each document: a chat in its template, a packed text with EOS at its end.
 
@@ -179,7 +187,7 @@ def _document_tokens(
 
 
 def _texts(
-    documents: Iterator[Document], tokenizer: Tokenizer, settings: Settings, counts: ReadCounts
+    documents: Iterator[Document], tokenizer: Tokenizer, settings: TextOptions, counts: ReadCounts
 ) -> Iterator[str]:
     for document in documents:
         if isinstance(document, str):

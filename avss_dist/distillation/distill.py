@@ -40,7 +40,6 @@ from avss_dist.distillation.record import (
     DistillRecord,
     RecordedText,
     read_record,
-    recorded_settings,
 )
 from avss_dist.distillation.texts import DistillText
 from avss_dist.distillation.trained import LORA, choose_trained, default_learning_rate
@@ -170,7 +169,7 @@ def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
     """Return all that determines the result, to tell whether work in a folder can be resumed."""
     names = (
         *("corpora", "watch", "tokens", "train", "lora_rank", "learning_rate", "warmup", "held_out", "self_texts"),
-        *("evaluations", "seed", "skip_sequences"),
+        *("evaluations", "seed"),
     )
     values = {name: getattr(request, name) for name in names}
     values["corpora"], values["watch"] = ([str(split_weight(c)[0]) for c in values[n]] for n in ("corpora", "watch"))
@@ -325,8 +324,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         steps=lowest.step,
         ended=ended,
         seed=request.seed,
-        reading=recorded_settings(models.settings),
-        skip_sequences=request.skip_sequences,
+        reading={**models.settings.text_options(), "dtype": models.settings.dtype},
         held_out=request.held_out,
         computed="bfloat16" if models.bfloat16 else "float32",
         texts=tuple(map(_recorded, texts, expected)),

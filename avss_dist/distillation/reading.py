@@ -41,8 +41,8 @@ def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event:
         raise ConfigError("`corpora` names a text twice.", "Name it once, with a weight: CORPUS=2.")
     how = (tokenizer, models.settings, request.held_out)
     corpora = [(corpus.full, str(corpus), weight) for corpus, weight in named if corpus != SELF]
-    texts = [read_trained(*corpus, *how, request.skip_sequences) for corpus in corpora]
-    watched = [read_watched(corpus, *how, request.skip_sequences) for corpus in request.watch]
+    texts = [read_trained(*corpus, *how) for corpus in corpora]
+    watched = [read_watched(corpus, *how) for corpus in request.watch]
     if request.self_texts:
         options: dict[str, Any] = {
             "count": request.self_texts,
@@ -52,8 +52,8 @@ def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event:
         }
         here = replace(models.teacher_settings, device=pick_device(request.settings.device).type)
         file = teacher_text(models.teacher, here, **options)
-        plain = replace(models.settings, chat_template=False, max_sequences=None)
-        texts.append(read_trained(f"{file}:text", SELF, weights.get(SELF, 1.0), tokenizer, plain, request.held_out, 0))
+        plain = replace(models.settings, chat_template=False, max_sequences=None, skip_sequences=0)
+        texts.append(read_trained(f"{file}:text", SELF, weights.get(SELF, 1.0), tokenizer, plain, request.held_out))
     if not texts:
         raise ConfigError("There is no text to train on.", "Name some with `corpora`, or set `self_texts` above 0.")
     texts = with_labels([*texts, *watched])
@@ -74,7 +74,7 @@ def _repaired_text(student: Checkpoint, tokenizer: Any) -> Iterator[SeenRows]:
     for repair in read_repairs(student.folder):
         for text in repair.texts:
             try:
-                rows = tokenize_corpus(text.corpus, tokenizer, repair.reading(), skip_sequences=repair.skip_sequences)
+                rows = tokenize_corpus(text.corpus, tokenizer, repair.reading())
             except AvssError as error:
                 raise ConfigError(
                     f"The text that the repair of '{student.name}' was fitted on cannot be read again: {error.message}",

@@ -92,7 +92,6 @@ class DistillRecord:
     seed: Count
     reading: Mapping[str, Any]
     """Settings with which the texts were read."""
-    skip_sequences: Count
     held_out: Positive
     computed: str
     """Dtype of the passes; weights were float32."""
@@ -103,7 +102,7 @@ class DistillRecord:
     @property
     def settings(self) -> Settings:
         """Settings that read the same texts again."""
-        return Settings(**self.reading)
+        return Settings.from_stored(self.reading)
 
     @property
     def before(self) -> CurvePoint:
@@ -135,14 +134,6 @@ class DistillRecord:
         return lines
 
 
-_READING = ("sequence_length", "layout", "row_start", "max_sequences", "shuffle_seed", "chat_template", "dtype")
-
-
-def recorded_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings with which texts are read."""
-    return {name: getattr(settings, name) for name in _READING}
-
-
 _REMOVED = ("others", "missed", "teacher_top", "text_loss", "hidden_loss")  # fields of version 0.2
 
 
@@ -166,6 +157,8 @@ def read_record(folder: Path) -> DistillRecord | None:
         for part in (values, *values["texts"], *values["curve"]):
             for name in _REMOVED:
                 part.pop(name, None)
+        if "skip_sequences" in values:  # where earlier versions had it
+            values["reading"]["skip_sequences"] = values.pop("skip_sequences")
         texts = tuple(RecordedText(**text) for text in values.pop("texts"))
         curve = tuple(CurvePoint(**point) for point in values.pop("curve"))
         return DistillRecord(**values, texts=texts, curve=curve)

@@ -49,9 +49,9 @@ class DistillText:
 
 
 def read_trained(
-    corpus: str, name: str, weight: float, tokenizer: Any, settings: Settings, held_out: int, skip: int
+    corpus: str, name: str, weight: float, tokenizer: Any, settings: Settings, held_out: int
 ) -> DistillText:
-    """Read a text to train on. Its first ``held_out`` rows after ``skip`` are held out.
+    """Read a text to train on. Its first ``held_out`` rows are held out.
 
     Args:
         corpus: the source.
@@ -64,39 +64,35 @@ def read_trained(
     """
     if open_source(corpus).answers:
         raise ConfigError(f"{name} is paired text, which distillation cannot train on.", "Name it with `watch`.")
-    measured = _first_rows(corpus, tokenizer, settings, held_out, skip)
+    measured = tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=held_out))
     maximum = None if settings.max_sequences is None else settings.max_sequences - held_out
     if maximum is not None and maximum < 1:
         raise ConfigError(
             f"`max_sequences` {settings.max_sequences} leaves no row to train on beside {held_out} held-out ones.",
             "Raise `max_sequences`, or lower `held_out`.",
         )
+    skipped = settings.skip_sequences + measured.num_sequences
     try:
-        rows = tokenize_corpus(
-            corpus, tokenizer, replace(settings, max_sequences=maximum), skip_sequences=skip + measured.num_sequences
-        )
+        rows = tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=maximum, skip_sequences=skipped))
     except NoRows as error:
         raise NoRows(
-            f"{name} has no row to train on after {skip + measured.num_sequences} skipped and held-out rows: "
-            f"{error.message}",
+            f"{name} has no row to train on after {skipped} skipped and held-out rows: {error.message}",
             "Name a longer text, or lower `held_out`.",
         ) from error
     return DistillText(name=name, label=name, weight=weight, trained=rows, held_out=measured)
 
 
-def read_watched(corpus: str, tokenizer: Any, settings: Settings, held_out: int, skip: int) -> DistillText:
-    """Read the first ``held_out`` rows after ``skip`` of a text that is only measured; of paired text, the first rows.
+def read_watched(corpus: str, tokenizer: Any, settings: Settings, held_out: int) -> DistillText:
+    """Read the first ``held_out`` rows of a text that is only measured; of paired text, the first rows.
 
     Raises:
         CorpusError: the text cannot be read or is too short.
     """
-    paired = open_source(corpus).answers is not None
-    rows = _first_rows(corpus, tokenizer, settings, held_out, 0 if paired else skip)
+    settings = replace(settings, max_sequences=held_out)
+    if open_source(corpus).answers:
+        settings = replace(settings, skip_sequences=0)
+    rows = tokenize_corpus(corpus, tokenizer, settings)
     return DistillText(name=str(RedactedURI(corpus)), label="", weight=0.0, trained=None, held_out=rows)
-
-
-def _first_rows(corpus: str, tokenizer: Any, settings: Settings, rows: int, skip: int) -> CorpusPlan:
-    return tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=rows), skip_sequences=skip)
 
 
 def with_labels(texts: Sequence[DistillText]) -> list[DistillText]:

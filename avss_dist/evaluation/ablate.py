@@ -154,7 +154,7 @@ def ablate(request: AblateRequest, on_event: OnEvent | None = None) -> Ablation:
         require_unquantized(checkpoint)
     with EvaluationSession.open(request.warehouse, request.settings, request.execution, on_event) as session:
         model = session.place(checkpoint, request.settings)
-        text = plan_text(checkpoint, corpus, model.settings, skip_sequences=request.skip_sequences)
+        text = plan_text(checkpoint, corpus, model.settings)
         _require_intended(request, model, text)
         results = session.measure((model.plan(task), [NO_INTERVENTION]) for task in _tasks(request, corpus, text))
     found = [(planned.task, of_task) for planned, of_task in results.items()]

@@ -48,14 +48,14 @@ def held_out_prompts(model: PlacedModel, texts: Sequence[str], *, skip_sequences
     if PARTITIONS[model.placement.partition].layerwise:
         return []
     tokens = min(PROMPT_TOKENS, model.settings.sequence_length // 2)
-    reading = model.reading(PROMPTS).settings
-    rows = [list(_rows(model, text, reading, skip_sequences)) for text in texts]
+    reading = model.reading(max_sequences=PROMPTS, skip_sequences=skip_sequences).settings
+    rows = [list(_rows(model, text, reading)) for text in texts]
     in_turn = (row for same_place in zip_longest(*rows) for row in same_place if row is not None)
     return [tuple(row[:tokens].tolist()) for row in islice(in_turn, PROMPTS)]
 
 
-def _rows(model: PlacedModel, text: str, settings: Settings, skip_sequences: int) -> Iterator[np.ndarray]:
-    for shard in plan_text(model.checkpoint, text, settings, skip_sequences=skip_sequences).shards:
+def _rows(model: PlacedModel, text: str, settings: Settings) -> Iterator[np.ndarray]:
+    for shard in plan_text(model.checkpoint, text, settings).shards:
         yield from (ids[:length] for ids, length in zip(shard.input_ids, shard.lengths, strict=True))
 
 

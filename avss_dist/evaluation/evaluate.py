@@ -190,7 +190,6 @@ def _plan(
                 checkpoint,
                 name,
                 model.settings,
-                skip_sequences=request.skip_sequences,
                 skip_questions=request.skip_questions,
                 limit=request.limit,
                 num_fewshot=request.num_fewshot,

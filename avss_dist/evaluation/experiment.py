@@ -199,7 +199,7 @@ class Trial:
     def reading(self, maximum: int | None) -> PlacedModel:
         """Return the model with at most ``maximum`` rows of a text; None keeps the limit of the run."""
         limits = [limit for limit in (self.settings.max_sequences, maximum) if limit]
-        return self.model.reading(min(limits, default=None))
+        return self.model.reading(max_sequences=min(limits, default=None))
 
     def stored_run(self, warehouse: Warehouse) -> dict[str, Any]:
         """Return the row of ``runs``."""
@@ -366,9 +366,10 @@ def _plan_work(
 
 def _plan_fits(trial: Trial, experiment: Experiment, repairs: Sequence[str]) -> dict[str, PlannedTask]:
     layers, _ = layer_list(trial.rows, trial.checkpoint.name)
-    settings = replace(trial.settings, max_sequences=experiment.repair_max_sequences)
-    texts, skip = experiment.repair_corpora, experiment.repair_skip_sequences
-    wanted = [Repair(by=by, corpora=texts, skip_sequences=skip, settings=settings) for by in repairs]
+    settings = replace(
+        trial.settings, max_sequences=experiment.repair_max_sequences, skip_sequences=experiment.repair_skip_sequences
+    )
+    wanted = [Repair(by=by, corpora=experiment.repair_corpora, settings=settings) for by in repairs]
     return plan_fits(trial.model, layers, wanted)
 
 
@@ -408,12 +409,11 @@ def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, session: EvaluationSes
 
 
 def _plan(model: PlacedModel, name: str, experiment: Experiment) -> PlannedTask:
-    model = model.reading(experiment.max_sequences)
+    model = model.reading(max_sequences=experiment.max_sequences, skip_sequences=experiment.skip_sequences)
     task = make_task(
         model.checkpoint,
         name,
         model.settings,
-        skip_sequences=experiment.skip_sequences,
         skip_questions=experiment.skip_questions,
         limit=experiment.limit,
         num_fewshot=experiment.num_fewshot,

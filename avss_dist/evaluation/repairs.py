@@ -142,10 +142,7 @@ def plan_fits(model: PlacedModel, layers: str, repairs: Iterable[Repair], copies
     planned: dict[str, PlannedTask] = {}
     texts: tuple[CorpusPlan, ...] = ()
     for repair in repairs:
-        texts = texts or tuple(
-            plan_text(checkpoint, corpus, repair.settings, skip_sequences=repair.skip_sequences)
-            for corpus in repair.texts
-        )
+        texts = texts or tuple(plan_text(checkpoint, corpus, repair.settings) for corpus in repair.texts)
         name = f"{REPAIR}{repair.by}:{','.join(RedactedURI(corpus) for corpus in repair.corpora)}"
         rows = repair.settings.batch_size
         batches = sum(-(-shard.num_sequences // rows) for text in texts for shard in text.shards)

@@ -81,7 +81,7 @@ def search(
     checkpoint = checkpoint_of_run(run, trust_remote_code=settings.trust_remote_code)
     with EvaluationSession.open(request.warehouse, settings, request.execution, on_event) as session:
         model = session.place(checkpoint, settings)
-        task = search_task(checkpoint, corpus, model.settings, skip_sequences=request.skip_sequences)
+        task = search_task(checkpoint, corpus, model.settings)
         planned = model.plan(task)
         losses = removal_losses(session, planned)
         with session.keeping_workers():
@@ -93,7 +93,7 @@ def search(
         **reasons(choice),
         "text": str(corpus),
         "sequences": len(whole.samples),
-        "skip_sequences": request.skip_sequences,
+        "skip_sequences": settings.skip_sequences,
         "sets": steps[-1].sets,
         "loss": round(chosen.value, 6),
         "whole_model": round(whole.value, 6),
@@ -105,7 +105,7 @@ def search(
     return SearchResult(plan=plan, corpus=str(corpus), whole=whole, chosen=chosen, steps=steps)
 
 
-def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> Task:
+def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Task:
     """Return the task of the loss on a corpus without sets of layers.
 
     Args:
@@ -114,9 +114,9 @@ def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip
     Raises:
         CorpusError: the corpus cannot be read, or is too short.
     """
-    text = plan_text(checkpoint, corpus, settings, skip_sequences=skip_sequences)
+    text = plan_text(checkpoint, corpus, settings)
     parts = tuple(LeaveOneOut(shard, ()) for shard in text.shards)
-    return Task(name=f"{SEARCH}{corpus}", parts=parts, options={"skip_sequences": skip_sequences})
+    return Task(name=f"{SEARCH}{corpus}", parts=parts)
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def plan_repaired_search(
     Raises:
         CorpusError: a text cannot be read, or has too few rows.
     """
-    model = model.reading(rows)
+    model = model.reading(max_sequences=rows)
     checkpoint, settings = model.checkpoint, model.settings
     task = replace(text_task(checkpoint, request.corpus, settings), name=f"{SEARCH}{RedactedURI(request.corpus)}")
     text = model.plan(task)

@@ -107,8 +107,7 @@ def rounding_tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan
         return
     read = {"text": fingerprint(shards=[shard.content_hash for shard in text.shards])}
     damage = tuple(RoundingDamage(shard=s, formats=request.formats) for s in text.shards)
-    reading = {**read, "skip_sequences": request.skip_sequences}  # for the text that a plan was predicted on
-    yield Task(name=f"{ROUNDING_TASK}{corpus}", parts=damage, options=reading)
+    yield Task(name=f"{ROUNDING_TASK}{corpus}", parts=damage, options=read)
     for name in request.formats if request.rounded_layers else ():
         layers = tuple(RoundedLosses(shard, name) for shard in text.shards)
         yield Task(name=f"{ROUNDED_LOSS}{name}:{corpus}", parts=layers, options=read)

@@ -65,9 +65,9 @@ class PlacedModel:
         """Return a task of the model, ready to be measured."""
         return PlannedTask(checkpoint=self.checkpoint, settings=self.settings, task=task, placement=self.placement)
 
-    def reading(self, max_sequences: int | None) -> PlacedModel:
-        """Return the model with another maximum number of rows of a text."""
-        return replace(self, settings=replace(self.settings, max_sequences=max_sequences))
+    def reading(self, **options: Any) -> PlacedModel:
+        """Return the model with other `TextOptions`."""
+        return replace(self, settings=replace(self.settings, **options))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

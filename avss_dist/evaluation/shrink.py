@@ -392,8 +392,8 @@ def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextS
     Raises:
         CorpusError: there are fewer tokens.
     """
-    read = replace(request.settings, max_sequences=split.rows - split.held_out)
-    texts = [plan_text(checkpoint, text, read, skip_sequences=split.held_out) for text in request.repair_texts]
+    read = replace(request.settings, max_sequences=split.rows - split.held_out, skip_sequences=split.held_out)
+    texts = [plan_text(checkpoint, text, read) for text in request.repair_texts]
     given = sum(count_fitted(split_texts(texts, request.settings.batch_size), len(texts)))
     if given < needed:
         raise CorpusError(
@@ -478,9 +478,9 @@ def _evaluator(
     tasks = {str(name): _plan_task(model, name, request, split) for name in _task_names(request)}
     fit = None
     if request.repair != NO_REPAIR:
-        skipped, corpora = split.held_out, request.weighted_repair_texts
-        read = replace(model.settings, max_sequences=split.rows - skipped)
-        repair = Repair(by=request.repair, corpora=corpora, skip_sequences=skipped, settings=read)
+        skipped = split.held_out
+        read = replace(model.settings, max_sequences=split.rows - skipped, skip_sequences=skipped)
+        repair = Repair(by=request.repair, corpora=request.weighted_repair_texts, settings=read)
         copies = copies_of(model.placement, model.settings, session.executor)
         fit = plan_fits(model, example.layers, [repair], copies)[request.repair]
     if not request.allow_overlap:
@@ -488,8 +488,8 @@ def _evaluator(
         texts, use, skipped = fit_of(fit).texts if fit else (), "the repair is fitted on", split.held_out
         if request.distill_tokens is not None:
             use, skipped = "the smaller model is distilled on", split.measured
-            read = replace(model.settings, max_sequences=split.rows - skipped)
-            texts = tuple(plan_text(checkpoint, text, read, skip_sequences=skipped) for text in request.repair_texts)
+            read = replace(model.settings, max_sequences=split.rows - skipped, skip_sequences=skipped)
+            texts = tuple(plan_text(checkpoint, text, read) for text in request.repair_texts)
         fitted = [text_of_fit(text, skipped, checkpoint, trust_remote_code=False, use=use) for text in texts]
         planned_tasks = [planned.task for planned in tasks.values()]
         refuse_overlap(planned_tasks, chain(texts_of_repair(checkpoint), scored, fitted))
@@ -498,12 +498,11 @@ def _evaluator(
 
 
 def _plan_task(model: PlacedModel, name: str, request: ShrinkRequest, split: TextSplit) -> PlannedTask:
-    model = model.reading(split.evaluated)
+    model = model.reading(max_sequences=split.evaluated, skip_sequences=split.scored)
     task = make_task(
         model.checkpoint,
         name,
         model.settings,
-        skip_sequences=split.scored,
         limit=request.limit,
     )
     return model.plan(task)

@@ -90,7 +90,7 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any], on_event: OnEvent
     with EvaluationSession.open(request.warehouse, settings, request.execution, on_event) as session:
         model, text = session.place(checkpoint, settings), None
         if method in READ_TEXT:
-            text = plan_text(checkpoint, corpus.full, model.settings, skip_sequences=request.skip_sequences)
+            text = plan_text(checkpoint, corpus.full, model.settings)
         source = CalibrationText(model=model, corpus=corpus, text=text)
         plan = allocate(session, source, measured, target, method, rule=rule)
     return store_plan(plan, store, run)

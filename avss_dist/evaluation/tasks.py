@@ -27,7 +27,6 @@ from avss_dist.warehouse.reader import Warehouse
 
 COMPARED_ROWS = 4  # rows of a text that are read with both starts
 OTHER_QUESTIONS = "Use other text there, or other questions."
-_OLD_ROWS = {"row_start": "none"}  # default of runs that were stored before this setting existed
 
 
 def make_task(
@@ -35,7 +34,6 @@ def make_task(
     name: str,
     settings: Settings,
     *,
-    skip_sequences: int = 0,
     skip_questions: int = 0,
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -47,7 +45,7 @@ def make_task(
     """
     if name.startswith(PERPLEXITY):
         corpus = RedactedURI(name).full.removeprefix(PERPLEXITY)
-        return text_task(checkpoint, corpus, settings, skip_sequences=skip_sequences)
+        return text_task(checkpoint, corpus, settings)
     if name.startswith(TRUTHFULQA):
         questions = slice(skip_questions, None if limit is None else skip_questions + limit)
         return _choices_task(checkpoint, RedactedURI(name).full.removeprefix(TRUTHFULQA), settings, questions)
@@ -59,14 +57,14 @@ def make_task(
     return harness_task(name, limit=limit, num_fewshot=num_fewshot, template=template, trust_remote_code=code)
 
 
-def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> CorpusPlan:
-    """Read the rows of a corpus after the first ``skip_sequences``, in the checkpoint's tokens.
+def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings) -> CorpusPlan:
+    """Read the rows of a corpus in the checkpoint's tokens.
 
     Raises:
         CorpusError: the corpus cannot be read, is too short, or has no token to predict.
     """
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    text = tokenize_corpus(corpus, tokenizer, settings, skip_sequences=skip_sequences)
+    text = tokenize_corpus(corpus, tokenizer, settings)
     if max(int(shard.lengths.max()) for shard in text.shards) <= max(1, settings.skip_first_tokens):
         raise CorpusError(
             f"No row of {RedactedURI(corpus)} has a token that is predicted from others before it and counts.",
@@ -75,13 +73,13 @@ def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_s
     return text
 
 
-def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings, *, skip_sequences: int = 0) -> Task:
+def text_task(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Task:
     """Return the task of the loss on a corpus, in the checkpoint's tokens.
 
     Raises:
         CorpusError: the corpus cannot be read, or is too short.
     """
-    text = plan_text(checkpoint, corpus, settings, skip_sequences=skip_sequences)
+    text = plan_text(checkpoint, corpus, settings)
     return Task(name=f"{PERPLEXITY}{RedactedURI(corpus)}", parts=tuple(TextLoss(shard) for shard in text.shards))
 
 
@@ -209,11 +207,11 @@ def texts_of_run(
     if run is None:
         return
     fingerprints = tuple(filter(None, (run["corpus_fingerprint"], run["tokens_fingerprint"])))
-    source = _Source(checkpoint, corpus or run["corpus"], Settings(**_OLD_ROWS | settings_of(run)))
+    source = _Source(checkpoint, corpus or run["corpus"], Settings.from_stored(settings_of(run)))
     yield SeenText(
         use=f"the scores of {run_id} were measured on",
         name=run["corpus"],
-        rows=run["num_sequences"],
+        rows=source.settings.skip_sequences + run["num_sequences"],
         read=partial(source.read_again, f"run {run_id}", "layers may be chosen on", fingerprints),
         load_tokenizer=source.tokenizer,
         skip_option=skip_option,
@@ -226,13 +224,11 @@ def texts_of_search(store: Warehouse, evaluation: str | None, checkpoint: Checkp
     rows = store.table("evaluations", run_ids=[evaluation]).to_pylist() if evaluation else []
     if not rows:
         return
-    options, corpus = settings_of(rows[0]), rows[0]["task"].partition(":")[2]
-    skipped = options.pop("skip_sequences", 0)
-    known = {name: options[name] for name in Settings().as_dict() if name in options}  # without those of the task
-    source = _Source(checkpoint, corpus, Settings(**_OLD_ROWS | known), skipped)
+    settings, corpus = Settings.from_stored(settings_of(rows[0])), rows[0]["task"].partition(":")[2]
+    source = _Source(checkpoint, corpus, settings)
     yield SeenText(
         use="a plan was searched or predicted on",
-        rows=skipped + max(row["num_samples"] for row in rows),
+        rows=settings.skip_sequences + max(row["num_samples"] for row in rows),
         read=partial(source.read_again, "the search of a plan", "layers may be chosen for"),
         load_tokenizer=source.tokenizer,
         questions_hint="",
@@ -249,7 +245,7 @@ def texts_of_repair(checkpoint: Checkpoint) -> Iterator[SeenText]:
     fit = f"the repair of '{checkpoint.name}'"
     for repair in read_repairs(checkpoint.folder):
         for text in repair.texts:
-            source = _Source(checkpoint, text.corpus, repair.reading(), repair.skip_sequences)
+            source = _Source(checkpoint, text.corpus, repair.reading())
             yield SeenText(
                 use=f"{fit} was fitted on ({text.corpus})",
                 rows=repair.skip_sequences + text.rows,
@@ -265,9 +261,10 @@ def _texts_of_distillation(checkpoint: Checkpoint) -> Iterator[SeenText]:
     for text in record.texts if record else ():
         if record is None or not text.trained_rows or text.corpus == SELF:
             continue
-        skipped = record.skip_sequences + text.held_out_rows
-        settings = replace(record.settings, max_sequences=text.trained_rows)
-        source = _Source(checkpoint, text.corpus, settings, skipped)
+        settings = record.settings
+        skipped = settings.skip_sequences + text.held_out_rows
+        settings = replace(settings, max_sequences=text.trained_rows, skip_sequences=skipped)
+        source = _Source(checkpoint, text.corpus, settings)
         yield SeenText(
             use=f"'{checkpoint.name}' was distilled on ({text.corpus})",
             rows=skipped + text.trained_rows,
@@ -300,12 +297,11 @@ def as_task(text: CorpusPlan) -> Task:
 
 @dataclass(frozen=True)
 class _Source:
-    """Source of the rows of a text: its name, the settings to read it with, and the number of skipped rows."""
+    """Source of the rows of a text: its name, and the settings to read it with."""
 
     checkpoint: Checkpoint
     corpus: str
     settings: Settings
-    skipped: int = 0
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.checkpoint)
@@ -319,7 +315,7 @@ class _Source:
         """
         hint = f"Put it back, or set `allow_overlap` and know that {risk} this very text."
         try:
-            text = tokenize_corpus(self.corpus, self.tokenizer(), self.settings, skip_sequences=self.skipped)
+            text = tokenize_corpus(self.corpus, self.tokenizer(), self.settings)
         except AvssError as error:
             raise ConfigError(f"The text of {user} cannot be read again: {error.message}", hint) from error
         if fingerprints and not {text.corpus_fingerprint, text.tokens_fingerprint} & {*fingerprints}:

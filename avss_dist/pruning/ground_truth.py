@@ -27,13 +27,13 @@ from avss_dist.core.registry import (
     SCORES,
     metrics_of,
 )
-from avss_dist.core.settings import Settings
+from avss_dist.core.settings import TEXT_OPTIONS, Settings
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import average_ranks
 from avss_dist.warehouse.checks import has_head, settings_of
 from avss_dist.warehouse.reader import Warehouse
 
-_REPEATED = ("max_sequences", "shuffle_seed", "sequence_length", "batch_size", "layout", "row_start", "dtype")
+_REPEATED = (*TEXT_OPTIONS, "batch_size", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,9 +281,9 @@ def repeated_command(verb: str, store: Warehouse, run: Mapping[str, Any], *optio
 
 def repeated_options(run: Mapping[str, Any]) -> list[str]:
     """Return the options of the command line that read rows as a run did, without those at their defaults."""
-    settings, defaults = settings_of(run), Settings().as_dict()
+    settings, defaults = settings_of(run), vars(Settings())
     return [
-        f"--{name.replace('_', '-')} {settings[name]}"
+        f"--{name.replace('_', '-')}{'' if settings[name] is True else f' {settings[name]}'}"
         for name in _REPEATED
         if settings.get(name) not in (None, defaults[name])
     ]

@@ -141,9 +141,8 @@ class Planner:
             files = sorted(f for f in checkpoint.folder.iterdir() if f.suffix in _TOKENIZER_FILES)
             tokenizer = content_hash(checkpoint.folder, [f for f in files if f.name not in _NO_TOKENIZER_FILES])
         family = config.model_type, getattr(config, "tokenizer_class", None)
-        cut = settings.sequence_length, settings.sequences_per_shard, settings.max_sequences, settings.shuffle_seed
-        rows = settings.chat_template, settings.layout, settings.row_start, settings.skip_first_tokens
-        return tokenizer, family, cut, rows
+        cut = settings.sequences_per_shard, settings.skip_first_tokens
+        return tokenizer, family, cut, *settings.text_options().values()
 
 
 def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settings, placement: Placement) -> str:

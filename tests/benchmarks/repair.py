@@ -22,6 +22,7 @@ They are fitted without the first token of each row, and applied by hooks: no we
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held_out = tokenize_corpus(
         args.corpus, tokenizer, Settings(max_sequences=args.held_out, sequence_length=args.sequence_length)
     )
-    text = tokenize_corpus(args.corpus, tokenizer, settings, skip_sequences=args.held_out)
+    text = tokenize_corpus(args.corpus, tokenizer, dataclasses.replace(settings, skip_sequences=args.held_out))
     model = open_whole(checkpoint, settings)
     layers = len(model.layers)
     drop = tuple(int(layer) for layer in args.drop.split(",")) if args.drop else tuple(range(3, layers, 4))

@@ -294,12 +294,6 @@ def test_a_tokenizer_left_truncating_and_padding_does_not_matter(jsonl: str, cap
     assert not caplog.records
 
 
-def test_progress_tells_the_sequences_so_far(jsonl: str) -> None:
-    told: list[int] = []
-    tokenize_corpus(jsonl, TOKENIZER, replace(SMALL, max_sequences=3), progress=told.append)
-    assert told == [2, 3]
-
-
 # Sources
 
 

@@ -41,7 +41,7 @@ def tokenizer(teacher: Path) -> Any:
 
 
 def test_rows_of_conversations_are_held_out_and_trained(chats: Callable[..., Path], tokenizer: Any) -> None:
-    text = read_trained(f"{chats(40)}:messages", "chats", 1.0, tokenizer, SETTINGS, 4, 0)
+    text = read_trained(f"{chats(40)}:messages", "chats", 1.0, tokenizer, SETTINGS, 4)
     assert text.trained is not None and text.held_out.num_sequences == 4 and text.trained.num_sequences > 20
     assert "<|u|>" in tokenizer.decode(text.held_out.shards[0].input_ids.ravel())
 
@@ -58,12 +58,12 @@ def test_a_broken_line_behind_the_held_out_rows_is_named(
     line: Any, message: str, chats: Callable[..., Path], tokenizer: Any
 ) -> None:
     with pytest.raises(CorpusError, match=message) as told:
-        read_trained(f"{chats(40, line)}:messages", "chats", 1.0, tokenizer, SETTINGS, 4, 0)
+        read_trained(f"{chats(40, line)}:messages", "chats", 1.0, tokenizer, SETTINGS, 4)
     assert "no row to train on" not in str(told.value) and "longer text" not in str(told.value)
 
 
 def test_too_few_conversations_are_told_as_such(chats: Callable[..., Path], tokenizer: Any) -> None:
     with pytest.raises(NoRows, match=r"has no row to train on after .* skipped and held-out rows"):
-        read_trained(f"{chats(2)}:messages", "chats", 1.0, tokenizer, SETTINGS, 400, 0)
+        read_trained(f"{chats(2)}:messages", "chats", 1.0, tokenizer, SETTINGS, 400)
     with pytest.raises(AvssError, match="is a conversation, and no text"):
-        read_trained(f"{chats(2)}:messages", "chats", 1.0, tokenizer, Settings(sequence_length=32), 4, 0)
+        read_trained(f"{chats(2)}:messages", "chats", 1.0, tokenizer, Settings(sequence_length=32), 4)

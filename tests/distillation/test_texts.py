@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,13 @@ SETTINGS = Settings(sequence_length=32)
 def texts(teacher: Path, corpus: Path, other_corpus: Path) -> list[DistillText]:
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     return [
-        read_trained(str(file), str(file), weight, tokenizer, SETTINGS, 4, 1)
+        read_trained(str(file), str(file), weight, tokenizer, replace(SETTINGS, skip_sequences=1), 4)
         for file, weight in ((corpus, 1.0), (other_corpus, 3.0))
     ]
 
 
 def test_held_out_rows_come_before_those_to_train_on(teacher: Path, corpus: Path, texts: list[DistillText]) -> None:
-    everything = read_watched(str(corpus), AutoTokenizer.from_pretrained(teacher), SETTINGS, 10_000, 0).held_out
+    everything = read_watched(str(corpus), AutoTokenizer.from_pretrained(teacher), SETTINGS, 10_000).held_out
     rows = np.concatenate([shard.input_ids for shard in everything.shards])
     assert texts[0].trained is not None
     parts = [
@@ -69,7 +70,7 @@ def test_padding_and_skipped_tokens_have_no_label(teacher: Path, corpus: Path) -
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     lines = corpus.with_suffix(".jsonl")
     lines.write_text("\n".join(f'{{"text": "{line[:20]}"}}' for line in corpus.read_text().split("\n")))
-    text = read_trained(f"{lines}:text", "lines", 1.0, tokenizer, settings, 4, 0)
+    text = read_trained(f"{lines}:text", "lines", 1.0, tokenizer, settings, 4)
     example = Mix([text], 1, 0)[0]
     real = int(example["attention_mask"].sum())
     assert 3 < real < 64

@@ -113,8 +113,8 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     layers = open_module(model).structure.layers[0].name.rpartition(".")[0]
     checkpoint, settings = resolve(str(folder)), Settings(**READ, max_sequences=60, dtype="float32")
     placement, repair = Placement(partition=partition), Repair(by="map", corpora=(TEXT,), settings=settings)
-    text = Settings(**READ, max_sequences=8, dtype="float32")
-    read = text_task(checkpoint, TEXT, text, skip_sequences=72)
+    text = Settings(**READ, skip_sequences=72, max_sequences=8, dtype="float32")
+    read = text_task(checkpoint, TEXT, text)
     task = PlannedTask(checkpoint=checkpoint, settings=text, task=read, placement=placement)
     with closing(LocalExecutor(settings)) as executor:
         placed = PlacedModel(checkpoint=checkpoint, settings=settings, placement=placement)
@@ -127,7 +127,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
         plan = Plan(model=str(folder), num_layers=3, layers=layers, drop=(1,))
         prune(str(folder), plan, tmp_path / "less", repair=repair)
         less = resolve(str(tmp_path / "less"))
-        read = text_task(less, TEXT, text, skip_sequences=72)
+        read = text_task(less, TEXT, text)
         pruned_task = PlannedTask(checkpoint=less, settings=text, task=read, placement=Placement())
         expected = total_losses(executor, pruned_task.cells())
         again = total_losses(executor, task.cells())

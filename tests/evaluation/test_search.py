@@ -71,7 +71,7 @@ class Truth:
     """The loss of a model without sets of layers, each measured alone."""
 
     def __init__(self, model: LanguageModel) -> None:
-        text = plan_text(model.checkpoint, TEXT, Settings(**SMALL), skip_sequences=6)
+        text = plan_text(model.checkpoint, TEXT, Settings(**SMALL, skip_sequences=6))
         self._model, self._parts = model, [TextLoss(shard) for shard in text.shards]
 
     def __call__(self, drop: Removals) -> float:

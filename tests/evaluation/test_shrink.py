@@ -123,8 +123,8 @@ def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(deep)
-    read = Settings(**ROWS | {"max_sequences": 3})
-    rows = plan_text(resolve(str(deep)), TEXT, read, skip_sequences=10).shards[0].input_ids
+    read = Settings(**ROWS | {"max_sequences": 3, "skip_sequences": 10})
+    rows = plan_text(resolve(str(deep)), TEXT, read).shards[0].input_ids
     prompts = [tokenizer.decode(row[:16]) for row in rows]
     assert [(one.prompt, one.variant) for one in done.continuations] == [(p, m) for m in MODELS for p in prompts]
     texts = {(one.prompt, one.variant): one.text for one in done.continuations}
@@ -447,7 +447,7 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
     assert {row["model"] for row in evaluated} == {str(deep), made.folder}
     assert (made.record.skip_sequences, made.record.texts[0].rows) == (30, 50)
     text, own = record.texts
-    assert (record.skip_sequences, text.held_out_rows, text.trained_rows) == (20, 10, 50)
+    assert (record.settings.skip_sequences, text.held_out_rows, text.trained_rows) == (20, 10, 50)
     assert own.corpus == "self" and own.trained_rows > 0
 
 

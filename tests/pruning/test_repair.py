@@ -176,7 +176,7 @@ def test_what_is_still_missing_is_given_back_by_later_layers(tmp_path: Path, sav
 
     whole = lively(llama(num_hidden_layers=5))
     folder = save_checkpoint(whole, tmp_path / "whole")
-    text = tokenize_corpus(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ), skip_sequences=60)
+    text = tokenize_corpus(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ, skip_sequences=60))
     ids = torch.from_numpy(np.concatenate([shard.input_ids for shard in text.shards])).long()
     for drop in ((1,), (0, 1)):
         plan, errors = Plan(model=str(folder), num_layers=5, layers="layers", drop=drop, why={}), []

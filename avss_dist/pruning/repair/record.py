@@ -12,13 +12,11 @@ from typing import Annotated
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.settings import DTYPES, LAYOUTS, ROW_STARTS, Settings
+from avss_dist.core.settings import DTYPES, ROW_STARTS, Settings, TextOptions
 from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.core.validation import OneOf, checked
 
 FILE = "avss_repair.json"
-READING = ("sequence_length", "layout", "row_start", "max_sequences", "shuffle_seed", "chat_template", "dtype")
-"""Settings by which the texts of a repair are read."""
 MOST_RIDGES = 2  # that are named one by one
 _WEIGHTED = re.compile(
     r"([^?]+)=([0-9]*\.?[0-9]+)"
@@ -118,7 +116,7 @@ class RepairedCut:
 
 
 @checked
-class RepairRecord:
+class RepairRecord(TextOptions):
     """A repair of a checkpoint: model, texts, settings and results."""
 
     repair: Annotated[str, Field(min_length=1)]
@@ -133,18 +131,12 @@ class RepairRecord:
     """Texts that the repair was fitted on."""
     cuts: Annotated[tuple[RepairedCut, ...], Field(strict=False)]
     """Results by cut."""
-    sequence_length: Annotated[int, Field(ge=1)]
-    layout: Annotated[str, OneOf(LAYOUTS)]
     row_start: Annotated[str, OneOf(ROW_STARTS)] = "none"  # records of earlier versions have no such key
-    skip_sequences: Count = 0
-    max_sequences: Annotated[int, Field(ge=1)] | None = None
-    shuffle_seed: Count | None = None
-    chat_template: bool = False
     dtype: Annotated[str, OneOf(DTYPES)]
 
     def reading(self) -> Settings:
         """Return the settings that read the same texts again."""
-        return Settings(**{name: getattr(self, name) for name in READING})
+        return Settings.from_stored(vars(self))
 
     def describe(self) -> list[str]:
         """Return lines for people."""

@@ -48,7 +48,7 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import PLAIN_HINT, ReadStored, RepairFitter, count_fitted, find_cuts, split_texts
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
 from avss_dist.pruning.repair.projection import RepairError
-from avss_dist.pruning.repair.record import READING, RepairRecord, RepairText, split_weight
+from avss_dist.pruning.repair.record import RepairRecord, RepairText, split_weight
 from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, REPAIRS, RepairName
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.system.devices import devices_here, free_device, pick_device
@@ -66,8 +66,6 @@ class Repair:
     """Name of the repair."""
     corpora: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     """Texts that it is fitted on, with equal weight whatever their length, or a weight each: CORPUS=0.5."""
-    skip_sequences: Annotated[int, Field(ge=0)] = 0
-    """Rows at the start of each text that are not read."""
     settings: Settings = Field(default_factory=Settings)
     """Settings with which texts are read and the model computes."""
 
@@ -120,9 +118,7 @@ def repair_layers(
     config = text_config(checkpoint, trust_remote_code=repair.settings.trust_remote_code)
     settings = replace(pin(repair.settings, checkpoint, config, device.type), layers=plan.layers)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    texts = [
-        tokenize_corpus(corpus, tokenizer, settings, skip_sequences=repair.skip_sequences) for corpus in repair.texts
-    ]
+    texts = [tokenize_corpus(corpus, tokenizer, settings) for corpus in repair.texts]
     execution = execution or Execution()
     able = [name for name, info in PARTITIONS.items() if info.whole or info.layerwise]
     if execution.partition not in ("auto", *able):
@@ -186,8 +182,8 @@ def fit_repair(
             for text, count, weight in zip(texts, counts, repair.weights, strict=True)
         ),
         cuts=tuple(repaired_cuts),
-        skip_sequences=repair.skip_sequences,
-        **{name: getattr(settings, name) for name in READING},
+        **settings.text_options(),
+        dtype=settings.dtype,
     )
     notes = []
     if 0 in plan.dropped_layers and not every_layer:
