@@ -12,10 +12,9 @@ from avss_dist.distillation.loss import Predict
 from avss_dist.distillation.pair import ModelPair
 from avss_dist.distillation.record import DistillRecord, write_card, write_record
 from avss_dist.distillation.trained import LORA
-from avss_dist.models.checkpoints import Checkpoint, locate
+from avss_dist.models.checkpoints import Checkpoint, locate, stored_tensors
 from avss_dist.models.loading import load_model
-from avss_dist.models.safetensors import weight_files
-from avss_dist.models.stored import floating_dtype, stored_tensors
+from avss_dist.models.safetensors import floating_dtype, weight_files
 from avss_dist.system.files import staged_folder
 
 _NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "README.md", "COMPLETE", ".*")

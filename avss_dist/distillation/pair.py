@@ -12,10 +12,8 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import count_of
 from avss_dist.distillation.trained import require_trainable
-from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.loading import load_tokenizer, text_config
-from avss_dist.models.pinning import pin
+from avss_dist.models.loading import load_tokenizer, pin, require_head, text_config
 from avss_dist.models.quantization import quantization_method
 from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.system.devices import has_fast_bfloat16, pick_device

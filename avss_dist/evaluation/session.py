@@ -34,10 +34,8 @@ from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, On
 from avss_dist.executors.interface import Executor
 from avss_dist.executors.local import open_executor
 from avss_dist.map_plans.plans import PrecisionPlan
-from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.loading import text_config
-from avss_dist.models.pinning import pin
+from avss_dist.models.loading import pin, require_head, text_config
 from avss_dist.partition.choose import place
 from avss_dist.partition.replica import Placement, fingerprint_part
 from avss_dist.pruning.selection import PlanError

@@ -52,9 +52,8 @@ from avss_dist.evaluation.tasks import (
     texts_of_repair,
     texts_of_run,
 )
-from avss_dist.models.auto import require_head
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.loading import text_config
+from avss_dist.models.loading import require_head, text_config
 from avss_dist.models.safetensors import weight_files
 from avss_dist.options import request_values
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable

@@ -25,8 +25,7 @@ from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels.base import Accumulator, Kernels, send_stats
 from avss_dist.measure.kernels.choose import kernels_for
 from avss_dist.measure.rows import ObservedTokens, PlacedRows, RowAccumulator, masks_by_stratum, row_tensors
-from avss_dist.models.experts import Experts, Routing, routing_of
-from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
+from avss_dist.models.layers import Experts, Layer, Routing, as_rows, first_tensor, input_tensor, routing_of
 from avss_dist.partition.replica import RowSplit
 from avss_dist.stats.experts import ExpertStats
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey

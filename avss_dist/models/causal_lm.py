@@ -16,10 +16,18 @@ from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.intervention import Intervention, Removal, Rounding, Sparsity, Sublayer, layer_of, whole_layers
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.auto import no_head, predictor
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.expert_removal import require_experts, without_parts
-from avss_dist.models.head import Head, find_head
+from avss_dist.models.experts import require_experts, without_parts
+from avss_dist.models.head import (
+    LOGIT_BYTES,
+    Head,
+    draw_labels,
+    find_head,
+    float32_pieces,
+    loss_gradient,
+    pieces,
+    uniform_numbers,
+)
 from avss_dist.models.interventions import (
     Patch,
     decode_patch,
@@ -32,16 +40,8 @@ from avss_dist.models.interventions import (
     skip_of,
     skipping,
 )
-from avss_dist.models.labels import (
-    LOGIT_BYTES,
-    draw_labels,
-    float32_pieces,
-    loss_gradient,
-    pieces,
-    uniform_numbers,
-)
 from avss_dist.models.layers import Layer, probe_tokens
-from avss_dist.models.loading import Backbone, quiet
+from avss_dist.models.loading import Backbone, no_head, predictor, quiet
 from avss_dist.models.number_formats import NumberFormat
 from avss_dist.models.remaining import without_modules
 from avss_dist.models.rounding import require_alone, require_fit, rounded

@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
-from collections.abc import Iterator
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from avss_dist.core.errors import ModelError, is_full, unwritable
+import torch
+
+from avss_dist.core.errors import ModelError, first_line, is_full, unwritable
 from avss_dist.core.extras import require_package
-from avss_dist.models.content import content_hash
-from avss_dist.models.pickled import PICKLED, convert, converted_folder
-from avss_dist.models.pickled import WEIGHTS as PICKLED_WEIGHTS
-from avss_dist.models.safetensors import WEIGHTS, weight_files
+from avss_dist.models.safetensors import INDEX, WEIGHTS, TensorInfo, tensors_of, weight_files
+from avss_dist.system.files import cache_folder, staged_file, staged_folder
 
 _FETCHED = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub checkpoint, beside its weights
 _READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files that can change a number
 
 SLUG_LENGTH = 237  # characters of the longest name that has room in a folder's: run_id=NAME-0123456789, 255 bytes
 SLUG_PREFIX = 80  # characters that stay of a longer one
+PICKLED_WEIGHTS = "pytorch_model*.bin"  # what transformers calls them; others hold optimizers and arguments
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_INDEX = "pytorch_model.bin.index.json"
+_NOTE = "converted_from_pickles"
+_WORDS = r"(?<![a-z])(global|train|training)?[-_]?(steps?|checkpoint|ckpt|iter|iteration)[-_]?"
+_STEP = re.compile(rf"{_WORDS}(?P<number>\d+)(?P<unit>k?)(?![a-z\d])", re.IGNORECASE)
+_TOKENS = (
+    re.compile(r"(?<![a-z])tokens?[-_]?(?P<number>\d+(\.\d+)?)(?P<unit>[kmbt]?)(?![a-z\d])", re.IGNORECASE),
+    re.compile(r"(?<![a-z\d.])(?P<number>\d+(\.\d+)?)(?P<unit>[kmbt])[-_]?tok", re.IGNORECASE),
+)
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+MAX_NAMED = 5  # revisions in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,3 +235,228 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
     bases: Any = HfHubHTTPError.__bases__  # of that library, and OSError
     return (HFValidationError, HfHubHTTPError, *bases, OSError)
+
+
+def stored_tensors(checkpoint: Checkpoint) -> Iterator[TensorInfo]:
+    """Yield the tensors of the weight files that transformers loads.
+
+    Raises:
+        ModelError: a file has no valid header.
+    """
+    if checkpoint.gguf:
+        yield from _gguf_tensors(Path(checkpoint.path))
+        return
+    for file in weight_files(checkpoint.folder):
+        yield from tensors_of(file)
+
+
+def hub_tensors(spec: str, checkpoint: Checkpoint) -> Iterator[TensorInfo]:
+    """Yield the tensors of a checkpoint on the hub, without downloading its weights.
+
+    Args:
+        spec: the hub id as the user wrote it, for messages.
+
+    Raises:
+        ModelError: the checkpoint has no weights with a header, or the hub cannot be reached.
+    """
+    from huggingface_hub import errors, get_safetensors_metadata
+
+    with explain_hub_errors(spec):
+        try:
+            metadata = get_safetensors_metadata(checkpoint.name, revision=checkpoint.revision)
+        except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
+            raise ModelError(f"'{spec}' has no weights (*.safetensors) with a header: {error}") from error
+    for file in metadata.files_metadata.values():
+        for name, tensor in file.tensors.items():
+            yield TensorInfo(name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0])
+
+
+def _gguf_tensors(file: Path) -> Iterator[TensorInfo]:
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(file).tensors
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ModelError(f"{file} has no header of a .gguf file: {error}.", "Download or copy it again.") from error
+    for tensor in tensors:
+        yield TensorInfo(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes))
+
+
+def pickled_weights(folder: Path) -> list[Path]:
+    """Return the files of pickled weights in a folder, sorted."""
+    return sorted(file for file in folder.glob(PICKLED_WEIGHTS) if file.is_file())
+
+
+def converted_folder(folder: Path) -> Path | None:
+    """Return the cache folder of a folder's converted weights, by content, or None if they were not converted yet.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    if not (files := pickled_weights(folder)):
+        return None
+    place = _place(folder, files)
+    return place if place.is_dir() else None
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether `convert` wrote a folder."""
+    return (folder / _NOTE).is_file()
+
+
+def convert(folder: Path) -> None:
+    """Convert the pickled weights of a folder to safetensors in the cache, unless that was done before.
+
+    The folder's other files are copied along.
+
+    Raises:
+        ModelError: a file holds more than tensors, or is damaged; the message says which.
+        StorageFull: there is no space left.
+    """
+    if not (files := pickled_weights(folder)) or converted_folder(folder):
+        return
+    place = _place(folder, files)
+    try:
+        with staged_folder(place) as staged:
+            for file in files:
+                _convert_file(file, staged / _renamed(file.name))
+            _copy_others(folder, staged)
+            (staged / _NOTE).write_text("\n".join(file.name for file in files) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(place, error, "Free some space, or name another cache with XDG_CACHE_HOME.") from error
+
+
+def _place(folder: Path, files: list[Path]) -> Path:
+    beside = [file for file in folder.iterdir() if file.suffix in (".json", ".model", ".txt", ".py") and file.is_file()]
+    return cache_folder("converted", content_hash(folder, [*files, *beside]))
+
+
+def _renamed(name: str) -> str:
+    return name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
+
+
+def _convert_file(file: Path, target: Path) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        tensors: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{file} holds more than tensors, or is damaged; torch does not open it: {first_line(error)}",
+            "Load it where you trust it, and save it with save_pretrained().",
+        ) from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ModelError(f"{file} is no table of tensors.", "Name the folder of a model that save_pretrained() wrote.")
+    save_file({str(name): tensor.clone().contiguous() for name, tensor in tensors.items()}, target, {"format": "pt"})
+
+
+def _copy_others(folder: Path, staged: Path) -> None:
+    """Copy all files but pickles, and the index with the new names of the weight files."""
+    for file in folder.iterdir():
+        if file.is_file() and not file.name.startswith(".") and not any(file.match(p) for p in (*PICKLED, _INDEX)):
+            shutil.copyfile(file, staged / file.name)
+    if (folder / _INDEX).is_file():
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        index["weight_map"] = {name: _renamed(file) for name, file in index["weight_map"].items()}
+        (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def content_hash(folder: Path, files: Iterable[Path]) -> str:
+    """Return the SHA-256 over the bytes of files and their paths in a folder; hashes of large files are cached.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        try:
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{_file_hash(file.resolve())}\n".encode())
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from error
+    return digest.hexdigest()
+
+
+def _file_hash(file: Path) -> str:
+    stat = file.stat()
+    state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino  # ctime: who writes cannot set it back
+    key = hashlib.sha256(f"{file}|{state}".encode()).hexdigest()
+    cache = cache_folder("sha256", key)
+    if stat.st_size > 1 << 20 and cache.is_file():
+        return cache.read_text(encoding="ascii")
+    with file.open("rb") as stream:
+        value = hashlib.file_digest(stream, "sha256").hexdigest()
+    if stat.st_size > 1 << 20:
+        _remember(cache, value)
+    return value
+
+
+def _remember(cache: Path, value: str) -> None:
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(cache) as staged:
+            staged.write_text(value, encoding="ascii")
+    except OSError:
+        return  # only a convenience: without it the file is hashed again
+
+
+@dataclass(frozen=True)
+class TrainingPoint:
+    """Point of a training at which a checkpoint was saved, from its name.
+
+    Attributes:
+        series: name of the training: the checkpoint's name with ``*`` in place of step and tokens.
+        step: the optimizer's step; None if the name has none.
+        tokens: number of tokens trained on so far; None if the name has none.
+    """
+
+    series: str
+    step: int | None
+    tokens: int | None
+
+
+def training_point(checkpoint: Checkpoint) -> TrainingPoint:
+    """Return the point of training in a checkpoint's name, its revision on the hub or the name of its folder.
+
+    ``org/name@step3000-tokens12B`` is step 3,000 after 12e9 tokens of the series ``org/name@step*-tokens*``.
+    """
+    prefix, name = checkpoint.name, checkpoint.revision_name
+    if checkpoint.source != "hub":
+        prefix, _, name = checkpoint.path.rpartition("/")
+    step = _STEP.search(name)
+    tokens = next(filter(None, (pattern.search(name) for pattern in _TOKENS)), None)
+    matches = [match for match in (step, tokens) if match]
+    if not matches:
+        return TrainingPoint(checkpoint.name, None, None)
+    for match in sorted(matches, key=lambda match: match.start(), reverse=True):
+        name = f"{name[: match.start('number')]}*{name[match.end('unit') :]}"
+    return TrainingPoint(f"{prefix}{'@' if checkpoint.source == 'hub' else '/'}{name}", _number(step), _number(tokens))
+
+
+def _number(match: re.Match[str] | None) -> int | None:
+    return round(float(match["number"]) * _THOUSANDS[match["unit"].lower()]) if match else None
+
+
+def matching_revisions(name: str, pattern: str) -> list[str]:
+    """Return the branches and tags of a hub id that match a pattern such as ``stage1-step*``, in natural order.
+
+    Raises:
+        ModelError: no revision matches, there is no such model, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with explain_hub_errors(name):
+        refs = HfApi().list_repo_refs(name)
+    known = [ref.name for ref in (*refs.branches, *refs.tags)]
+    matches = [revision for revision in dict.fromkeys(known) if fnmatchcase(revision, pattern)]
+    if not matches:
+        names = sorted(known, key=natural_key)
+        more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
+        raise ModelError(
+            f"No revision of '{name}' matches '{pattern}'.", f"There are: {', '.join(names[:MAX_NAMED])}{more}."
+        )
+    return sorted(matches, key=natural_key)
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that compares numbers in names as numbers: step9 is before step10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

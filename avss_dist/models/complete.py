@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 
 from avss_dist.core.errors import ModelError
-from avss_dist.models.checkpoints import Checkpoint, read_config
+from avss_dist.models.checkpoints import Checkpoint, read_config, stored_tensors
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.safetensors import DTYPES, TensorInfo
-from avss_dist.models.stored import stored_tensors
 
 MAX_NAMED = 3  # tensors in a message
 ALWAYS_BUILT = 200  # layers: so many are built without a look at the files

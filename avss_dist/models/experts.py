@@ -1,96 +1,420 @@
-"""The routed experts of a layer: the module that holds them all, and the router that chooses among them.
+"""Routed experts of a layer: their removal from an open model, and their units.
 
-transformers fuses the experts of a layer into one module, which is called with the tokens, the indices of the experts
-of each token, and their gates. The signature of that call identifies the module in every family.
+Inside its ``forward`` a router holds the rows of the remaining experts alone, so that it computes exactly what the
+router of a pruned checkpoint does. The indices that it returns are those of the whole model, and the logits of removed
+experts are minus infinity.
+
+Units of routed experts are the inputs of their down projections. The output of the fused experts of a layer is linear
+in their down projections: for a token, the sum over its experts of the gate times the units of the expert times its
+down projection. Units are read without knowing the family, by calling the experts with parts of the identity in place
+of the down projections, and with gates of 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import Removal, experts_by_layer
+from avss_dist.core.text import count_of
+from avss_dist.models.interventions import around, replace_tensor, replaced_parameters, without_sublayers
+from avss_dist.models.layers import Layer, Routing, first_tensor, routing_of
+from avss_dist.system.process import bound
+
+COUNT = "num_experts"
+"""Attribute of routers and of fused experts with the number of experts."""
+ROUTER_TENSORS = ("weight", "bias", "e_score_correction_bias", "expert_bias")
+"""Tensors of a router, or of the module around it, that have a row for each expert."""
+_OTHER_COUNT = re.compile(r"^(n|num)_.*experts$|^out_features$")
+_EXPERTS = re.compile(r"(^|\.)experts\b|(?<!Shared)Experts$")
+_ELSEWHERE = "Remove whole layers of this model."
+_Removed = Mapping[nn.Module, frozenset[int]]  # by router
 
 
 @dataclass(frozen=True)
-class Experts:
-    """Routed experts of a layer.
+class RoutedExperts:
+    """Modules of the routed experts of a layer, found by their attributes and shapes.
 
     Attributes:
-        module: the fused experts, called with the tensors of a `Routing`.
+        block: path, below the layer, of the module around router and experts.
+        router, experts: paths of the router and of the fused experts.
         number: number of experts.
-        router: the module whose output is [tokens, number]; None if no module has such an output.
-        normalized: whether the router's output is probabilities, not logits.
+        top_k: number of experts that a token is sent to.
+        groups: number of groups that the router divides the experts into, in their order; 1 without groups.
+        chosen_groups: number of groups that the experts of a token are chosen from.
     """
 
-    module: nn.Module
+    block: str
+    router: str
+    experts: str
     number: int
-    router: nn.Module | None
-    normalized: bool
+    top_k: int
+    groups: int = 1
+    chosen_groups: int = 1
+
+    def has_row_for_each(self, path: str) -> bool:
+        """Whether a tensor of the layer, by its path, has a row for each expert."""
+        of_router = {f"{module}.{name}".lstrip(".") for module in (self.router, self.block) for name in ROUTER_TENSORS}
+        return path.startswith(f"{self.experts}.") or path in of_router
+
+    def shape_without(self, path: str, shape: tuple[int, ...], removed: int) -> tuple[int, ...]:
+        """Return the shape of a tensor of the layer, by its path, once some experts are removed."""
+        has_rows = shape[:1] == (self.number,) and self.has_row_for_each(path)
+        return (self.number - removed, *shape[1:]) if has_rows else shape
+
+    def require_remaining(self, layer: int, removed: Collection[int]) -> None:
+        """Refuse a removal after which the router could not choose.
+
+        Args:
+            layer: index of the layer, for the message.
+            removed: indices of the removed experts.
+
+        Raises:
+            ModelError: there is no such expert, fewer than ``top_k`` remain, or groups would differ in size.
+        """
+        if wrong := [expert for expert in removed if expert >= self.number]:
+            raise ModelError(f"There is no expert {wrong[0]} in layer {layer}: it has {self.number}, from 0.")
+        remaining = self.number - len(set(removed))
+        if remaining < self.top_k:
+            raise ModelError(
+                f"{remaining} of {self.number} experts would remain in layer {layer}, and its router sends each token "
+                f"to {self.top_k}.",
+                "Remove fewer.",
+            )
+        if self.groups == 1:
+            return
+        size = self.number // self.groups
+        lost = Counter(expert // size for expert in set(removed))
+        sizes = {size - lost[group] for group in range(self.groups)}
+        if len(sizes) > 1:
+            raise ModelError(
+                f"The router of layer {layer} chooses among {self.groups} groups of {size} experts each, of which "
+                f"{min(sizes)} to {max(sizes)} would remain. Groups must have equal sizes.",
+                "Remove as many experts of each group; avss plan does so if it can read the checkpoint's config.json.",
+            )
+        if min(sizes) < 2 or min(sizes) * self.chosen_groups < self.top_k:
+            raise ModelError(
+                f"{count_of(min(sizes), 'expert')} would remain in each of the {self.groups} groups of layer {layer}. "
+                f"Its router compares two of each, and chooses {self.top_k} from {self.chosen_groups} groups.",
+                "Remove fewer.",
+            )
+
+
+def find_routed_experts(layer: nn.Module) -> RoutedExperts | None:
+    """Return the routed experts of a layer, which may be on the meta device; None if it has none.
+
+    Raises:
+        ModelError: its experts cannot be removed; the message has the reason.
+    """
+    modules = dict(layer.named_modules())
+    fused = [path for path, module in modules.items() if _is_fused(module)]
+    if not fused:
+        if unknown := [path for path, module in modules.items() if _EXPERTS.search(f"{path} {type(module).__name__}")]:
+            raise _unsupported(f"'{unknown[0]}' is not one module with a matrix for each of its `{COUNT}` experts")
+        return None
+    if len(fused) > 1:
+        raise _unsupported(f"it has {len(fused)} modules of experts: {', '.join(fused)}")
+    (path,) = fused
+    block, number = path.rpartition(".")[0], _stacked(modules[path])[0]
+    routers = [name for name, _ in modules[block].named_children() if _is_router(modules[block].get_submodule(name))]
+    if len(routers) != 1:
+        kinds = [type(module).__name__ for name, module in modules[block].named_children() if name != path]
+        raise _unsupported(
+            f"no module beside its experts has `{COUNT}`, `top_k` and one weight row for each expert", kinds
+        )
+    router = modules[block].get_submodule(routers[0])
+    if reason := _obstacle(router, modules[block], number):
+        raise _unsupported(reason)
+    groups = _groups(router, "num_group", "n_group", "num_groups")
+    return RoutedExperts(
+        block=block,
+        router=f"{block}.{routers[0]}".lstrip("."),
+        experts=path,
+        number=number,
+        top_k=int(router.top_k),
+        groups=groups,
+        chosen_groups=_groups(router, "topk_group", "topk_groups") if groups > 1 else 1,
+    )
+
+
+def _unsupported(reason: str, kinds: Sequence[str] = ()) -> ModelError:
+    among = f" (it has {', '.join(kinds)})" if kinds else ""
+    return ModelError(f"its routed experts cannot be removed: {reason}{among}", _ELSEWHERE)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module holds the weights of all experts of a layer, with one matrix for each.
+
+    Where ranks have some of the experts each, its count is that of a rank.
+    """
+    numbers, count = _stacked(module), getattr(module, COUNT, None)
+    split = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+    return bool(numbers) and type(count) is int and set(numbers) == {numbers[0] if split else count}
+
+
+def _stacked(module: nn.Module) -> list[int]:
+    """Return the number of matrices of each parameter that is a stack of them."""
+    shapes = [_shape(parameter) for parameter in module._parameters.values() if parameter is not None]
+    return [shape[0] for shape in shapes if len(shape) >= 3]
+
+
+def _is_router(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    shape = () if weight is None else _shape(weight)
+    return len(shape) == 2 and type(getattr(module, "top_k", None)) is int and shape[0] == getattr(module, COUNT, None)
+
+
+def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter, of which ZeRO-3 may hold a part here."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _obstacle(router: nn.Module, block: nn.Module, number: int) -> str | None:
+    """Return why a router cannot choose among fewer experts, or None."""
+    kind = type(router).__name__
+    if getattr(router, COUNT) != number:
+        return f"{kind} chooses among {getattr(router, COUNT)} experts, of which {number} have weights"
+    tensors = [*router.named_parameters(), *router.named_buffers()]
+    if other := [name for name, _ in tensors if name not in ROUTER_TENSORS]:
+        return f"{kind} has a tensor '{other[0]}', whose meaning for an expert is unknown"
+    counts = [name for name in vars(router) if _OTHER_COUNT.match(name) and name != COUNT]
+    if counts:
+        return f"{kind} also counts experts in `{counts[0]}`"
+    around = [name for name in (*block._parameters, *block._buffers) if name not in ROUTER_TENSORS]
+    return f"{type(block).__name__} has a tensor '{around[0]}' of its own" if around else None
+
+
+def _groups(router: nn.Module, *names: str) -> int:
+    return next((value for name in names if isinstance(value := getattr(router, name, None), int)), 1)
+
+
+def require_routed_experts(layer: nn.Module, index: int, removed: Collection[int]) -> RoutedExperts:
+    """Return the routed experts of a layer that loses some.
+
+    Args:
+        layer: the module, which may be on the meta device.
+        index: its index, for messages.
+        removed: indices of the removed experts.
+
+    Raises:
+        ModelError: an expert cannot be removed; the message has the reason.
+    """
+    try:
+        routed = find_routed_experts(layer)
+    except ModelError as error:
+        raise ModelError(f"Layer {index} ({type(layer).__name__}): {error.message}.", error.hint) from error
+    if routed is None:
+        name = type(layer).__name__
+        raise ModelError(f"Layer {index} ({name}) has no routed experts.", "Is it a plan for another model?")
+    routed.require_remaining(index, removed)
+    return routed
+
+
+def require_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> None:
+    """Refuse experts that the model does not have, or that cannot be removed.
+
+    Raises:
+        ModelError: an expert cannot be removed; the message names the layer, and has the reason.
+    """
+    for index, experts in experts_by_layer(removed).items():
+        layer = layers[index]
+        routed, seen = require_routed_experts(layer.module, index, experts), layer.experts
+        if seen is None or seen.module is not layer.module.get_submodule(routed.experts):
+            raise ModelError(
+                f"Layer {index} calls its routed experts in a way that is not seen, so none can be removed.",
+                _ELSEWHERE,
+            )
+
+
+@contextmanager
+def without_parts(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
+    """Have a model compute without the sublayers and experts in ``removed`` inside the context."""
+    with without_sublayers(layers, removed), without_experts(layers, removed):
+        yield
+
+
+_REMOVED: ContextVar[_Removed] = ContextVar("removed experts", default=MappingProxyType({}))
+
+
+@contextmanager
+def without_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
+    """Have routers choose among the remaining experts inside the context; interleaved passes are not affected.
+
+    Args:
+        layers: layers of the model, for which `require_experts` passes.
+    """
+    before = _REMOVED.get()
+    routers = dict(before)
+    choices = {}
+    for index, experts in experts_by_layer(removed).items():
+        routed = find_routed_experts(layers[index].module)
+        assert routed is not None
+        router = layers[index].module.get_submodule(routed.router)
+        routers[router] = before.get(router, frozenset()) | {*experts}
+        if router not in before:
+            choices[router] = partial(_choose, router, routed.number)
+    with around(choices, weights=True), bound(_REMOVED, routers):
+        yield
+
+
+def _choose(router: nn.Module, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a router of ``number`` experts, as an action of `around`, so that it chooses among the remaining ones."""
+    weight: Any = router.weight
+    keep = torch.tensor([e for e in range(number) if e not in _REMOVED.get()[router]], device=weight.device)
+    shorten = partial(_shortened_argument, number, keep)
+    with _shortened(router, keep):
+        output = forward(*map(shorten, args), **{name: shorten(value) for name, value in kwargs.items()})
+    logits = first_tensor(output)
+    if logits is None or logits.shape[-1] != len(keep):
+        raise ModelError(f"A {type(router).__name__} returns no logits of its experts.", _ELSEWHERE)
+    whole = logits.new_full((*logits.shape[:-1], number), -torch.inf).index_copy(-1, keep, logits)
+    index = next((t for t in output if isinstance(t, torch.Tensor) and not t.is_floating_point()), None)
+    if index is None:
+        raise ModelError(f"A {type(router).__name__} does not choose experts itself.", _ELSEWHERE)
+    return replace_tensor(replace_tensor(output, logits, whole), index, keep[index].to(index.dtype))
+
+
+def _shortened_argument(number: int, keep: torch.Tensor, value: Any) -> Any:
+    """Return an argument of a router without the removed experts, if it is a vector with an element for each."""
+    is_vector = isinstance(value, torch.Tensor) and value.shape == (number,)
+    return value.index_select(0, keep) if is_vector else value
+
+
+@contextmanager
+def _shortened(router: nn.Module, keep: torch.Tensor) -> Iterator[None]:
+    """Have a router hold the rows of some experts alone inside the context. Instance attributes hide its tensors."""
+    tensors = {name: getattr(router, name, None) for name in ROUTER_TENSORS}
+    rows = {name: t.index_select(0, keep) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    number = getattr(router, COUNT)
+    vars(router).update({**rows, COUNT: len(keep)})
+    try:
+        yield
+    finally:
+        for name in rows:
+            del vars(router)[name]
+        vars(router)[COUNT] = number
 
 
 @dataclass(frozen=True)
-class Routing:
-    """Arguments of a call of the experts.
+class ChosenUnits:
+    """Units of the experts that each token is sent to.
 
     Attributes:
-        hidden: hidden states, [tokens, units].
-        index: integer [tokens, k], the indices of each token's experts.
-        gates: floating [tokens, k], the weights of the experts' outputs.
+        units: [tokens, k, units], the inputs of their down projections.
+        index: integer [tokens, k], the indices of the experts.
+        gates: [tokens, k], the weights of their outputs.
     """
 
-    hidden: torch.Tensor
+    units: torch.Tensor
     index: torch.Tensor
     gates: torch.Tensor
 
 
-class _Call(Protocol):
-    """See `sites.Call`."""
+@dataclass(frozen=True)
+class DownProjections:
+    """Down projections of the fused experts of a layer, stacked in one parameter.
 
-    path: str
-    module: nn.Module
-    inputs: list[torch.Tensor]
-    output: torch.Tensor
-
-
-def routing_of(inputs: Sequence[torch.Tensor]) -> Routing | None:
-    """Return the input tensors of a call as a routing, or None if they do not have its shapes and dtypes."""
-    index = next((t for t in inputs if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
-    if index is None or not inputs[0].is_floating_point() or inputs[0].dim() != 2 or len(inputs[0]) != len(index):
-        return None
-    gates = next((t for t in inputs[1:] if t.is_floating_point() and t.shape == index.shape), None)
-    return None if gates is None else Routing(inputs[0], index, gates)
-
-
-def find_experts(calls: Sequence[_Call]) -> Experts | None:
-    """Return the experts of a layer from the calls of its modules, in order; None if no call has a routing."""
-    for i, call in enumerate(calls):
-        routing = routing_of(call.inputs)
-        number = _number(call.module)
-        if routing is None or number is None or call.output.numel() != routing.hidden.numel():
-            continue
-        size = len(routing.index) * number
-        routers = [
-            earlier for earlier in calls[:i] if earlier.output.shape[-1] == number and earlier.output.numel() == size
-        ]
-        if not routers:
-            return Experts(call.module, number, None, normalized=False)
-        return Experts(call.module, number, routers[-1].module, normalized=_is_normalized(routers[-1].output))
-    return None
-
-
-def _number(module: nn.Module) -> int | None:
-    """Return the number of experts of a module: its ``num_experts``, or the length of its stacked matrices.
-
-    Where ranks have some of the experts each, ``num_experts`` is the number of a rank, and the length that of all.
+    Attributes:
+        module: the fused experts.
+        transposed: whether the parameter is [experts, units, outputs], not [experts, outputs, units].
     """
-    stacked = next((len(p) for p in module.parameters() if p.dim() == 3), 0)
-    count = getattr(module, "num_experts", 0)
-    return max(count if isinstance(count, int) else 0, stacked) or None
+
+    module: nn.Module
+    transposed: bool
+
+    WEIGHT: ClassVar[str] = "down_proj"
+    BIAS: ClassVar[str] = "down_proj_bias"
+
+    def as_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the stacked parameter, or its values, as [experts, units, outputs]."""
+        return weight if self.transposed else weight.transpose(1, 2)
+
+    def routing(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routing:
+        """Return the routing among the arguments of a call of the experts."""
+        routing = routing_of([value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)])
+        assert routing is not None
+        return routing
+
+    def units(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ChosenUnits:
+        """Return the units of the experts that each token is sent to.
+
+        Args:
+            args, kwargs: arguments of a call of the experts.
+        """
+        routing = self.routing(args, kwargs)
+        tokens, chosen = routing.index.shape
+        weight = self.module.get_parameter(self.WEIGHT)
+        _, width, outputs = self.as_rows(weight).shape
+        units = routing.hidden.new_empty(tokens, chosen, width)
+        for start in range(0, width, outputs):
+            read = min(outputs, width - start)
+            part = torch.zeros(width, outputs, dtype=weight.dtype, device=weight.device)
+            part[start : start + read, :read].fill_diagonal_(1)
+            with self._replaced(part):
+                for slot in range(chosen):
+                    index, gates = (tensor[:, slot : slot + 1] for tensor in (routing.index, routing.gates))
+                    only = {id(routing.index): index, id(routing.gates): torch.ones_like(gates)}
+                    units[:, slot, start : start + read] = self._call(args, kwargs, only)[:, :read]
+        return ChosenUnits(units, routing.index, routing.gates)
+
+    def is_linear(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: torch.Tensor, tolerance: float) -> bool:
+        """Whether the output of a call is that of the down projections and their biases applied to `units`.
+
+        Args:
+            args, kwargs, output: arguments and output of a call of the experts.
+            tolerance: largest difference, relative to the norm of the output.
+        """
+        rows, chosen = self.as_rows(self.module.get_parameter(self.WEIGHT)), self.units(args, kwargs)
+        gated = chosen.units.float() * chosen.gates.unsqueeze(-1).float()
+        from_units = gated.new_zeros(len(gated), rows.shape[-1])
+        for token, experts in enumerate(chosen.index.tolist()):  # one matrix at a time in float32
+            for units, expert in zip(gated[token], experts, strict=True):
+                from_units[token] += units @ rows[expert].float()
+        with self._replaced(torch.zeros_like(rows[0]), keep_bias=True):
+            from_bias = self._call(args, kwargs, {}).float()
+        difference = from_units + from_bias - output.reshape(from_units.shape).float()
+        return bool(difference.norm() <= tolerance * output.float().norm())
+
+    def _replaced(self, rows: torch.Tensor, *, keep_bias: bool = False) -> AbstractContextManager[None]:
+        """Return a context in which every expert has the down projection ``rows``, [units, outputs], and no bias."""
+        matrix = rows if self.transposed else rows.T
+        weight = self.module.get_parameter(self.WEIGHT)
+        values = {weight: matrix.expand(weight.shape).contiguous()}
+        bias = self.module._parameters.get(self.BIAS)
+        if bias is not None and not keep_bias:
+            values[bias] = torch.zeros_like(bias)
+        return replaced_parameters(values)
+
+    def _call(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], replaced: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the output, [tokens, outputs], of the experts without hooks, with other arguments, by their id."""
+        forward = getattr(self.module, "_old_forward", self.module.forward)  # Accelerate's would load weights anew
+        positional = [replaced.get(id(value), value) for value in args]
+        output = forward(*positional, **{name: replaced.get(id(value), value) for name, value in kwargs.items()})
+        return output.reshape(-1, output.shape[-1])
 
 
-def _is_normalized(output: torch.Tensor) -> bool:
-    total = output.double().sum(dim=-1)
-    return bool((output >= 0).all() and torch.allclose(total, torch.ones_like(total), atol=1e-2))
+def find_down_projections(module: nn.Module) -> DownProjections | None:
+    """Return the down projections of fused experts, which may be on the meta device; None if they are not known.
+
+    They are known where they are plain numbers in the parameter that all families of transformers name alike.
+    """
+    weight = module._parameters.get(DownProjections.WEIGHT)
+    if weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 1:
+        return None
+    if len(getattr(weight, "ds_shape", weight.shape)) != 3:
+        return None
+    return DownProjections(module, transposed=bool(getattr(module, "is_transposed", False)))

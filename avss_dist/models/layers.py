@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from avss_dist.core.errors import ModelError, nearest
-from avss_dist.models.experts import Experts
 
 PROBE_SHAPE = (2, 12)  # rows and tokens differ, so that axes can be distinguished
 
@@ -54,6 +53,38 @@ class Projection:
     outputs: int
     inputs: int
     axes: str
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Routed experts of a layer.
+
+    Attributes:
+        module: the fused experts, called with the tensors of a `Routing`.
+        number: number of experts.
+        router: the module whose output is [tokens, number]; None if no module has such an output.
+        normalized: whether the router's output is probabilities, not logits.
+    """
+
+    module: nn.Module
+    number: int
+    router: nn.Module | None
+    normalized: bool
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Arguments of a call of the experts.
+
+    Attributes:
+        hidden: hidden states, [tokens, units].
+        index: integer [tokens, k], the indices of each token's experts.
+        gates: floating [tokens, k], the weights of the experts' outputs.
+    """
+
+    hidden: torch.Tensor
+    index: torch.Tensor
+    gates: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -186,6 +217,15 @@ def as_rows(x: torch.Tensor, axes: str, rows: int, tokens: int) -> torch.Tensor 
     if x.dim() < 3 or tuple(x.shape[:2]) != (rows, tokens):
         return None
     return x.reshape(rows, tokens, -1).contiguous()
+
+
+def routing_of(inputs: Sequence[torch.Tensor]) -> Routing | None:
+    """Return the input tensors of a call as a routing, or None if they do not have its shapes and dtypes."""
+    index = next((t for t in inputs if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
+    if index is None or not inputs[0].is_floating_point() or inputs[0].dim() != 2 or len(inputs[0]) != len(index):
+        return None
+    gates = next((t for t in inputs[1:] if t.is_floating_point() and t.shape == index.shape), None)
+    return None if gates is None else Routing(inputs[0], index, gates)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,14 +18,18 @@ from safetensors import SafetensorError
 from torch import nn
 
 from avss_dist.core.errors import ModelError, first_line
-from avss_dist.core.settings import Settings
-from avss_dist.models.auto import auto_class
-from avss_dist.models.checkpoints import Checkpoint, read_config
+from avss_dist.core.settings import DTYPES, Settings
+from avss_dist.models.checkpoints import Checkpoint, hub_tensors, read_config, stored_tensors
 from avss_dist.models.complete import require_complete, require_layers
 from avss_dist.models.layers import Structure, count_parameters
-from avss_dist.models.quantization import quantization_method, text_part, unpacked_gguf, with_quantization
-from avss_dist.models.safetensors import TensorInfo, weight_files
-from avss_dist.models.stored import stored_tensors
+from avss_dist.models.quantization import (
+    quantization_method,
+    quantization_settings,
+    text_part,
+    unpacked_gguf,
+    with_quantization,
+)
+from avss_dist.models.safetensors import TensorInfo, floating_dtype, weight_files
 from avss_dist.models.structure import find_structure
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None], Any]  # of (token ids, attention mask or None)
@@ -34,6 +39,7 @@ _REFUSALS: tuple[type[Exception], ...] = (  # what libraries raise over a bad ch
     *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError),
     *(ArithmeticError, AssertionError, struct.error, SafetensorError, StrictDataclassError),
 )
+_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -353,3 +359,184 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def auto_class(config: Any) -> Any:
+    """Return the auto class for a configuration."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if _reads_images(config):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM if _is_causal(config) else AutoModel
+
+
+def auto_classes(config: Any) -> list[Any]:
+    """Return the auto classes that know a configuration, one for each class of models that they open.
+
+    Classes that the checkpoint's own code adds are among them.
+    """
+    from transformers.models.auto import modeling_auto
+
+    custom = getattr(config, "auto_map", None) or {}
+    known: dict[Any, Any] = {}
+    for name, auto in vars(modeling_auto).items():
+        if not name.startswith("AutoModel"):
+            continue
+        if name in custom:
+            known[custom[name]] = auto
+        elif type(config) in (mapping := auto._model_mapping):
+            known.setdefault(mapping[type(config)], auto)
+    return [*known.values()]
+
+
+def has_head(config: Any) -> bool:
+    """Whether the model that `load_model` returns predicts the next token."""
+    return _is_causal(config) or _reads_images(config)
+
+
+def require_head(name: str, config: Any) -> None:
+    """Refuse a model that predicts no next token, before anything is measured.
+
+    A checkpoint with code of its own passes, because its model is not known before it is opened.
+
+    Args:
+        name: the checkpoint as the user named it.
+
+    Raises:
+        ModelError: the model has no head that predicts the next token.
+    """
+    if not has_head(config) and not getattr(config, "auto_map", None):
+        raise no_head(name, (getattr(config, "architectures", None) or [config.model_type])[0])
+
+
+def no_head(name: str, architecture: str) -> ModelError:
+    """Return the refusal of a checkpoint whose model predicts no next token."""
+    return ModelError(
+        f"'{name}' ({architecture}) has no head that predicts the next token.", "Name a causal language model."
+    )
+
+
+def predictor(model: Any) -> Any:
+    """Return the module that predicts the next token: the model, or its language tower if that has the head.
+
+    Such a tower is a complete text model, while the model around it may require images.
+    """
+    head = model.get_output_embeddings()
+    towers = (child for child in model.children() if head is not None and _head_of(child) is head)
+    return next(towers, model)
+
+
+def _reads_images(config: Any) -> bool:
+    """Whether the checkpoint is a language model with a vision tower, which reads only text here."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
+
+    known = MULTIMODAL.get(config.model_type, ())
+    classes = {known} if isinstance(known, str) else set(known)
+    return bool(classes.intersection(getattr(config, "architectures", None) or []))
+
+
+def _is_causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    architectures = getattr(config, "architectures", None) or []
+    if architectures:
+        return any(_CAUSAL.search(name) for name in architectures)
+    return config.model_type in CAUSAL and config.model_type not in MASKED
+
+
+def _head_of(module: nn.Module) -> nn.Module | None:
+    find = getattr(module, "get_output_embeddings", None)
+    return find() if find else None
+
+
+def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str, *, spec: str | None = None) -> Settings:
+    """Return settings in which every ``auto`` that can change a number is resolved.
+
+    Args:
+        config: from `text_config`.
+        spec: the hub id as the user wrote it, if the weights may not be on this machine.
+
+    Raises:
+        ModelError: ``sequence_length`` exceeds the model's maximum, or the weight files have no header.
+    """
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < settings.sequence_length:
+        raise ModelError(
+            f"'{checkpoint.name}' reads at most {longest} tokens, not the {settings.sequence_length} of "
+            "`sequence_length`.",
+            f"Make `sequence_length` {longest} or less.",
+        )
+    tensors = hub_tensors(spec, checkpoint) if spec and not weight_files(checkpoint.folder) else None
+    dtype = str(compute_dtype(checkpoint, config, settings, tensors)).removeprefix("torch.")
+    return replace(settings, device=device, dtype=dtype if dtype in DTYPES else settings.dtype)
+
+
+def compute_dtype(
+    checkpoint: Checkpoint, config: Any, settings: Settings, tensors: Iterable[TensorInfo] | None = None
+) -> torch.dtype:
+    """Return the compute dtype: that of the settings, else of the configuration, else of the weight files.
+
+    Without any of them, as for the published configuration of gpt-oss alone, quantized weights compute in bfloat16.
+
+    Args:
+        tensors: tensors of the weight files; None reads their headers if they are needed.
+    """
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    if named is not None:
+        return _known_dtype(named, checkpoint)
+    if checkpoint.gguf:
+        return torch.float32  # which transformers unpacks it to
+    stored = list(stored_tensors(checkpoint) if tensors is None else tensors)
+    return floating_dtype(stored) if stored or not quantization_settings(config) else torch.bfloat16
+
+
+def _known_dtype(named: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype that a configuration names.
+
+    Raises:
+        ModelError: torch has no dtype of that name.
+    """
+    dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(
+            f"The config.json of '{checkpoint.name}' names the dtype {named!r}, which torch does not have.",
+            "Set `dtype`, or correct config.json.",
+        )
+    return dtype
+
+
+class Naming:
+    """Mapping from the names of stored tensors to the names of a model's weights.
+
+    It uses private interfaces of transformers, which may change: expect ImportError, TypeError, AttributeError,
+    KeyError and ValueError.
+
+    Args:
+        model: a transformers model, which may be on the meta device.
+        quantizer: transformers' quantizer that unpacks the stored tensors; None if they are not quantized.
+
+    Attributes:
+        mapping: transformers' entries that rename and convert tensors.
+        state: the model's state dict, by name.
+    """
+
+    def __init__(self, model: Any, quantizer: Any = None) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self.mapping: list[Any] = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+        self.state: dict[str, Any] = model.state_dict(keep_vars=True)
+        self._renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
+        self._prefix = model.base_model_prefix
+
+    def renamed(self, stored: str) -> str:
+        """Return the name of the weight that a stored tensor becomes, or of the first one that is made of it."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, _ = rename_source_key(stored, self._renamings, self._converters, self._prefix, self.state)
+        return str(name)

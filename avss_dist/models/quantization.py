@@ -17,10 +17,9 @@ import torch
 
 from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint, read_config
+from avss_dist.models.checkpoints import Checkpoint, read_config, stored_tensors
 from avss_dist.models.complete import require_scales
 from avss_dist.models.safetensors import DTYPES
-from avss_dist.models.stored import stored_tensors
 
 # What quantizers raise where a package or a device is not here, or over settings that they cannot read.
 _REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)

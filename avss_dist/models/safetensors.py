@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -127,6 +128,16 @@ def _tensor(name: str, file: Path, data: int, entry: Any) -> StoredTensor:
     if dtype is not None and last - first != (size := math.prod(shape) * dtype.itemsize):
         raise ValueError(f"'{name}' has {last - first:,} bytes, and its shape wants {size:,}")
     return StoredTensor(name, entry["dtype"], last - first, shape, file, data + first)
+
+
+def floating_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
+    """Return the floating dtype, of 16 bits or more, that most bytes of tensors have; float32 if none has one."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        dtype = DTYPES.get(tensor.dtype)
+        if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1:
+            sizes[dtype] += tensor.size
+    return max(sizes, key=lambda dtype: (sizes[dtype], str(dtype)), default=torch.float32)
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:

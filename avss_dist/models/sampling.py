@@ -13,8 +13,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.tokens import special_tokens_around
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import load_model, load_tokenizer, text_config
-from avss_dist.models.pinning import pin
+from avss_dist.models.loading import load_model, load_tokenizer, pin, text_config
 from avss_dist.system.devices import pick_device
 from avss_dist.system.streams import report, tracked
 

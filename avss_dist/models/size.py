@@ -19,14 +19,12 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.models.checkpoints import Checkpoint, fetch_files, locate
-from avss_dist.models.labels import LOGIT_BYTES
+from avss_dist.models.checkpoints import Checkpoint, fetch_files, hub_tensors, locate, stored_tensors
+from avss_dist.models.head import LOGIT_BYTES
 from avss_dist.models.layers import layer_lists
-from avss_dist.models.loading import skeleton, text_config, without_head
-from avss_dist.models.pinning import compute_dtype
+from avss_dist.models.loading import compute_dtype, skeleton, text_config, without_head
 from avss_dist.models.quantization import can_unpack, packed, quantization_method, unpacking_bytes
 from avss_dist.models.safetensors import TensorInfo
-from avss_dist.models.stored import hub_tensors, stored_tensors
 from avss_dist.system.process import bound
 
 T = TypeVar("T")

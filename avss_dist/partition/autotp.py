@@ -16,10 +16,9 @@ from torch import nn
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.models.auto import predictor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, as_rows, probe_tokens
-from avss_dist.models.loading import Backbone, forward_function, load_model, open_module, quiet, without_head
+from avss_dist.models.loading import Backbone, forward_function, load_model, open_module, predictor, quiet, without_head
 from avss_dist.partition.group import all_gather, quiet_deepspeed
 from avss_dist.partition.replica import RowSplit
 from avss_dist.partition.splitting import Probe, exchange_for, head_count, probe

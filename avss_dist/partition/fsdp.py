@@ -15,10 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
-from avss_dist.models.auto import predictor
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, probe_tokens
-from avss_dist.models.loading import forward_function, load_model, open_module, quiet, without_head
+from avss_dist.models.loading import forward_function, load_model, open_module, predictor, quiet, without_head
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.device_map import unstored
 from avss_dist.partition.group import require_group, reraise_lost_ranks

@@ -14,8 +14,7 @@ from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer, layer_lists
-from avss_dist.models.loading import forward_function, load_model, open_module, text_config, without_head
-from avss_dist.models.pinning import compute_dtype
+from avss_dist.models.loading import compute_dtype, forward_function, load_model, open_module, text_config, without_head
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.group import quiet_deepspeed, require_group, reraise_lost_ranks

@@ -23,13 +23,11 @@ from avss_dist.core.intervention import Removals, count_removed, whole_layers
 from avss_dist.core.registry import LAYERWISE
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_layers, escape_markdown, printable
-from avss_dist.models.auto import has_head
-from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.expert_removal import require_experts, without_parts
+from avss_dist.models.checkpoints import PICKLED, Checkpoint, resolve
+from avss_dist.models.experts import require_experts, without_parts
 from avss_dist.models.interventions import Patch, patched, skipping
 from avss_dist.models.layers import first_tensor
-from avss_dist.models.loading import forward_function, load_model, open_module, quiet, text_config
-from avss_dist.models.pickled import PICKLED
+from avss_dist.models.loading import forward_function, has_head, load_model, open_module, quiet, text_config
 from avss_dist.models.quantization import quantization_method, runnable_settings
 from avss_dist.models.safetensors import WEIGHTS, weight_files
 from avss_dist.models.size import footprint

@@ -18,12 +18,11 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.models.auto import auto_classes
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.expert_removal import COUNT, RoutedExperts, find_routed_experts
-from avss_dist.models.layer_settings import NUM_LAYERS, is_own_index, settings_by_layer
-from avss_dist.models.loading import skeleton, skeleton_by, text_config, without_head
+from avss_dist.models.experts import COUNT, RoutedExperts, find_routed_experts
+from avss_dist.models.loading import auto_classes, skeleton, skeleton_by, text_config, without_head
 from avss_dist.models.quantization import KEYS, quantization_method, require_known
+from avss_dist.models.remaining import NUM_LAYERS, is_own_index, settings_by_layer
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.quantization import LayerNames, renumber_quantization
 from avss_dist.pruning.selection import PlanError

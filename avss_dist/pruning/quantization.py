@@ -19,9 +19,8 @@ import torch
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.expert_removal import RoutedExperts
-from avss_dist.models.loading import quiet, skeleton, text_config
-from avss_dist.models.naming import Naming
+from avss_dist.models.experts import RoutedExperts
+from avss_dist.models.loading import Naming, quiet, skeleton, text_config
 from avss_dist.models.quantization import describe_quantization, quantize_skeleton
 from avss_dist.models.safetensors import tensors_of, weight_files
 from avss_dist.pruning.plan import Plan

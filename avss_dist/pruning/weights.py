@@ -18,10 +18,9 @@ from torch import nn
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.expert_removal import RoutedExperts, require_routed_experts
+from avss_dist.models.experts import RoutedExperts, require_routed_experts
 from avss_dist.models.interventions import Parameter, Patch
-from avss_dist.models.loading import skeleton, text_config, without_head
-from avss_dist.models.naming import Naming
+from avss_dist.models.loading import Naming, skeleton, text_config, without_head
 from avss_dist.models.safetensors import (
     StoredTensor,
     copy_tensors,

@@ -13,10 +13,8 @@ from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
 from avss_dist.executors.interface import Executor, ReplicaSpec
-from avss_dist.models.checkpoints import Checkpoint, convert_pickles, fetch_files, locate, resolve
-from avss_dist.models.content import content_hash
-from avss_dist.models.loading import load_tokenizer, text_config
-from avss_dist.models.pinning import pin
+from avss_dist.models.checkpoints import Checkpoint, content_hash, convert_pickles, fetch_files, locate, resolve
+from avss_dist.models.loading import load_tokenizer, pin, text_config
 from avss_dist.models.size import Footprint
 from avss_dist.partition.choose import choose, needs_size, require_ranks, size_of
 from avss_dist.partition.replica import Placement, fingerprint_part

@@ -17,9 +17,8 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.executors.interface import ReplicaSpec, RunShards
-from avss_dist.models.pickled import is_converted
+from avss_dist.models.checkpoints import is_converted, training_point
 from avss_dist.models.quantization import describe_quantization
-from avss_dist.models.series import training_point
 from avss_dist.runs.partials import Apply, merge_partials
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.scores import score_run

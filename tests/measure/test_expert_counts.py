@@ -13,7 +13,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.measure.observer import ExpertCounter, Pass, RunningLayer, expert_hooks
-from avss_dist.models.experts import Experts, Routing
+from avss_dist.models.layers import Experts, Routing
 
 INDEX = torch.tensor([[0, 2], [2, 1], [2, 0]])
 GATES = torch.tensor([[0.5, 0.25], [1.0, 0.5], [0.75, 0.25]])

@@ -23,7 +23,7 @@ from avss_dist.measure.kernels.cuda.backend import CudaKernels
 from avss_dist.measure.kernels.cuda.calls import window
 from avss_dist.measure.kernels.generic import TorchKernels
 from avss_dist.measure.observer import ExpertCounter, Observer, attached
-from avss_dist.models.experts import Experts, Routing
+from avss_dist.models.layers import Experts, Routing
 from avss_dist.models.loading import forward_function, open_module
 from avss_dist.partition.replica import run_batch
 from avss_dist.system import devices

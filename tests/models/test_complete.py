@@ -19,8 +19,7 @@ from support.families import tiny_model
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
-from avss_dist.models.loading import load, text_config
-from avss_dist.models.pinning import pin
+from avss_dist.models.loading import load, pin, text_config
 from avss_dist.partition.replica import Placement, open_replica
 
 SETTINGS = Settings(device="cpu")

@@ -14,7 +14,7 @@ from support.tiers import all_of
 
 from avss_dist.core.settings import SITES
 from avss_dist.models.loading import open_module, quiet
-from avss_dist.models.sites import find_down_projection
+from avss_dist.models.structure import find_down_projection
 
 of_this_transformers = pytest.mark.skipif(
     not transformers.__version__.startswith(VERSION), reason=f"the table is of transformers {VERSION}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from avss_dist.models.layer_settings import settings_by_layer
+from avss_dist.models.remaining import settings_by_layer
 
 
 @pytest.mark.parametrize(

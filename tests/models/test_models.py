@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,8 +20,7 @@ from support.families import tiny_model
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import INPUT_SITES, Settings
-from avss_dist.models import content
-from avss_dist.models.checkpoints import resolve, slug
+from avss_dist.models.checkpoints import content_hash, resolve, slug
 from avss_dist.models.loading import forward_function, load, load_tokenizer, open_module
 
 CPU = torch.device("cpu")
@@ -129,21 +129,21 @@ def test_the_revision_does_not_change_with_the_path_or_an_unrelated_file(folder:
 
 def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    digest = content.hashlib.file_digest
-    monkeypatch.setattr(content.hashlib, "file_digest", lambda f, kind: reads.append(f.name) or digest(f, kind))
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda f, kind: reads.append(f.name) or digest(f, kind))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(2 << 20))
-    first = content.content_hash(tmp_path, [file])
-    assert content.content_hash(tmp_path, [file]) == first
+    first = content_hash(tmp_path, [file])
+    assert content_hash(tmp_path, [file]) == first
     assert reads == [str(file)]
     file.write_bytes(bytes([1]) * (2 << 20))
     os.utime(file, ns=(1, 1))
-    second = content.content_hash(tmp_path, [file])
+    second = content_hash(tmp_path, [file])
     assert second != first
     assert reads == [str(file)] * 2
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
-    assert content.content_hash(tmp_path, [file]) == second  # a cache that cannot be written costs time, nothing else
+    assert content_hash(tmp_path, [file]) == second  # a cache that cannot be written costs time, nothing else
 
 
 @pytest.mark.parametrize(

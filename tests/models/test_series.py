@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.command_line import avss
 
 from avss_dist.core.errors import ModelError
-from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.series import TrainingPoint, matching_revisions, training_point
+from avss_dist.models.checkpoints import Checkpoint, TrainingPoint, matching_revisions, training_point
 from avss_dist.runs.job_file import JobError, read_job
 from avss_dist.warehouse.reader import Warehouse
 

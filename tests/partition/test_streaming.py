@@ -34,8 +34,8 @@ from avss_dist.partition.replica import Placement, no_observation
 from avss_dist.partition.single import SingleReplica
 from avss_dist.partition.streaming.buffers import AnyBuffer, ReadBuffer, ZeroCopyBuffer, buffer_bytes
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
+from avss_dist.partition.streaming.passes import Window
 from avss_dist.partition.streaming.replica import StreamingReplica
-from avss_dist.partition.streaming.window import Window
 
 ROWS, TOKENS = 5, 12
 SETTINGS = Settings(batch_size=2, sequence_length=TOKENS, device="cpu")

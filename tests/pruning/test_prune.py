@@ -21,10 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import avss_dist
 from avss_dist.core.settings import Settings
-from avss_dist.models.auto import auto_classes
 from avss_dist.models.interventions import skipping
 from avss_dist.models.layers import first_tensor
-from avss_dist.models.loading import forward_function, open_module, quiet
+from avss_dist.models.loading import auto_classes, forward_function, open_module, quiet
 from avss_dist.pruning import configuration
 from avss_dist.pruning.checkpoint import model_card, prune
 from avss_dist.pruning.plan import Plan, read_plan

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import Expert
-from avss_dist.models.expert_removal import find_routed_experts, require_experts, without_experts
+from avss_dist.models.experts import find_routed_experts, require_experts, without_experts
 from avss_dist.models.loading import open_module
 from avss_dist.pruning.checkpoint import prune, pruned_from
 from avss_dist.pruning.plan import Plan, read_plan

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import resolve
-from avss_dist.models.expert_removal import find_routed_experts
-from avss_dist.models.expert_units import ChosenUnits, find_down_projections
+from avss_dist.models.experts import ChosenUnits, find_down_projections, find_routed_experts
 from avss_dist.models.loading import open_module
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.repair.fits import FitStep, features_of

@@ -10,8 +10,7 @@ from typing import TypeVar
 
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.loading import text_config
-from avss_dist.models.pinning import pin
+from avss_dist.models.loading import pin, text_config
 
 T = TypeVar("T")
 

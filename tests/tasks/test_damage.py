@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.models.labels import draw_labels, uniform_numbers
+from avss_dist.models.head import draw_labels, uniform_numbers
 from avss_dist.models.layers import first_tensor, input_tensor
 from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.damage import Damage

@@ -17,7 +17,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, RoundedPlace, Rounding, parse_rounded, round_place
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, predicted
-from avss_dist.models.labels import draw_labels, uniform_numbers
+from avss_dist.models.head import draw_labels, uniform_numbers
 from avss_dist.models.number_formats import FORMATS
 from avss_dist.tasks import rounding
 from avss_dist.tasks.base import Row, TextLoss

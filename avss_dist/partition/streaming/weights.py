@@ -31,8 +31,7 @@ from avss_dist.partition.streaming.buffers import (
     buffer_bytes,
     stored_in,
 )
-from avss_dist.partition.streaming.conversion import Conversion, Group
-from avss_dist.partition.streaming.gguf import GgufTensors
+from avss_dist.partition.streaming.conversion import Conversion, GgufTensors, Group
 
 RANDOM_SCALE = 0.02
 _RANDOM_BLOCK, _RANDOM_OFFSETS, _RANDOM_STEP = 1 << 20, 1 << 16, 997

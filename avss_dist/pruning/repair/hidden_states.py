@@ -13,7 +13,7 @@ import torch
 from avss_dist.core.intervention import Removal, experts_by_layer, layer_of, whole_layers
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.expert_removal import require_experts, without_experts
+from avss_dist.models.experts import require_experts, without_experts
 from avss_dist.models.interventions import Parameter, Recorded, patched, recording, resuming, skipping
 from avss_dist.models.layers import as_rows, first_tensor, probe_tokens
 from avss_dist.models.loading import Backbone, forward_function

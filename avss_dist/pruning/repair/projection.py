@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.models.expert_units import ChosenUnits, DownProjections, find_down_projections
-from avss_dist.models.experts import Experts
-from avss_dist.models.layers import PROBE_SHAPE, Layer, as_rows, first_tensor, input_tensor
+from avss_dist.models.experts import ChosenUnits, DownProjections, find_down_projections
+from avss_dist.models.layers import PROBE_SHAPE, Experts, Layer, as_rows, first_tensor, input_tensor
 from avss_dist.pruning.selection import PlanError
 from avss_dist.system.process import bound
 

@@ -6,7 +6,7 @@ output of the MLP before the cut, or from its hidden units (see `fold`). A repai
 layer behind the first cut, because what earlier fits leave missing propagates through them.
 
 A layer that loses routed experts is a cut as well, fitted to the whole model's hidden states after that layer. Its
-hidden units are those of all remaining experts times their gates (`models.expert_units`).
+hidden units are those of all remaining experts times their gates (`models.experts`).
 
 The first token of each row is an attention sink: in some models its hidden states are hundreds of times as long as
 others. It is scaled to their length. One row of ten is held back: it chooses the ridge and measures the fit, and a fit
@@ -33,15 +33,13 @@ from avss_dist.core.validation import checked
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.expert_removal import find_routed_experts
-from avss_dist.models.expert_units import find_down_projections
+from avss_dist.models.experts import find_down_projections, find_routed_experts
 from avss_dist.models.interventions import Patch
 from avss_dist.models.layers import layer_lists, linear_sizes
-from avss_dist.models.loading import Backbone, load, load_tokenizer, text_config, without_head
-from avss_dist.models.pinning import pin
+from avss_dist.models.loading import Backbone, load, load_tokenizer, pin, text_config, without_head
 from avss_dist.models.safetensors import DTYPES
-from avss_dist.models.sites import find_down_projection
 from avss_dist.models.size import load_skeleton
+from avss_dist.models.structure import find_down_projection
 from avss_dist.partition.choose import place
 from avss_dist.partition.replica import open_replica
 from avss_dist.pruning.plan import Plan
