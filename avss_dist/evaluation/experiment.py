@@ -300,7 +300,7 @@ def _write(
     rows = []
     for trial in trials:
         results = list(trial.result_rows(experiment, measured))
-        store.write_experiment(trial.identity, name, results)
+        store.write_rows("experiments", trial.identity, name, results)
         rows += [{**row, "run_id": trial.run.run_id, "model": trial.checkpoint.name} for row in results]
     return rows
 

@@ -325,7 +325,7 @@ class EvaluationSession:
             for entry in plan.rounded
         ]
         identity = _identity(planned, run_id, self.store.cells(run_id)["family"][0].as_py())
-        self.store.write_precision(identity, fingerprint(rounding=rounding)[:20], rows)
+        self.store.write_rows("precision", identity, fingerprint(rounding=rounding)[:20], rows)
 
     @contextmanager
     def keeping_workers(self) -> Iterator[None]:

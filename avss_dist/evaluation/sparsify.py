@@ -109,7 +109,7 @@ def store_plan(plan: SparsityPlan, store: Store, run: Mapping[str, Any]) -> Spar
         "weighted": plan.weighted,
         "created_at": datetime.now(UTC),
     }
-    store.write_sparsity(identity, key[:20], [common | asdict(projection) for projection in plan.projections])
+    store.write_rows("sparsity", identity, key[:20], [common | asdict(projection) for projection in plan.projections])
     return plan
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import RoutedExperts
-from avss_dist.models.loading import Naming, quiet, skeleton, text_config
+from avss_dist.models.loading import quiet, skeleton, text_config
 from avss_dist.models.quantization import describe_quantization, quantize_skeleton
 from avss_dist.models.safetensors import tensors_of, weight_files
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.pruning.weights import StoredWeights, list_path, renumbered_expert, routed_layers
+from avss_dist.pruning.weights import StoredWeights, list_path, module_names, renumbered_expert, routed_layers
 
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # beside config.json
 MAX_NAMED = 3  # maximum number of tensors in a message
@@ -94,17 +94,14 @@ class LayerNames:
         parts = name.split(".")
         for place, part in enumerate(parts):
             path = f".{'.'.join(parts[:place])}"
-            if place and part.isdecimal() and any(_is_suffix(path, f".{layers}") for layers in self.lists):
+            lists = (f".{layers}" for layers in self.lists)
+            if place and part.isdecimal() and any(path.endswith(end) or end.endswith(path) for end in lists):
                 return place
         return None
 
     def renumbered_all(self, names: Iterable[str], mark: str = "") -> list[str]:
         """Return the new names of modules and tensors, without those of dropped layers."""
         return [f"{mark}{new}" for name in names if (new := self.renumbered(name)) is not None]
-
-
-def _is_suffix(path: str, other: str) -> bool:
-    return path.endswith(other) or other.endswith(path)
 
 
 def renumber_quantization(config: Any, names: LayerNames) -> Any:
@@ -187,21 +184,8 @@ def _unmatched_tensors(checkpoint: Checkpoint, settings: Settings) -> Tensors:
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     with quiet():
         model = quantize_skeleton(checkpoint, config, skeleton(copy.deepcopy(config), settings, torch.bfloat16))
-        named = _names_in(model)
-    held = frozenset((name, tuple(value.shape)) for name, value in model.state_dict().items())
-    files = weight_files(checkpoint.folder)
-    return held ^ frozenset((named(tensor.name), tensor.shape) for file in files for tensor in tensors_of(file))
-
-
-def _names_in(model: Any) -> Callable[[str], str]:
-    """Return a function from the name of a stored tensor to its name in the model. A name of the model is unchanged."""
-    naming = Naming(model)
-
-    def named(stored: str) -> str:
-        try:
-            renamed = naming.renamed(stored)
-        except (ImportError, TypeError, AttributeError, KeyError, ValueError):  # see Naming
-            return stored
-        return renamed if renamed in naming.state else stored
-
-    return named
+        named = module_names(model)
+    held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    stored = [tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)]
+    renamed = ((new if (new := named(tensor.name)) in held else tensor.name, tensor.shape) for tensor in stored)
+    return frozenset(held.items()) ^ frozenset(renamed)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from avss_dist.models.safetensors import (
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import PlanError
 
-_NAMING_ERRORS = (ImportError, TypeError, AttributeError, KeyError, ValueError)  # see Naming
 _EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)(|\..*)")
 _FUSED = re.compile(r"(?:.*\.)?experts\.[^.]+")
 
@@ -65,31 +64,28 @@ class StoredWeights:
             ModelError: a file cannot be read.
         """
         files = {file: {tensor.name: tensor for tensor in tensors_of(file)} for file in weight_files(checkpoint.folder)}
-        names = [name for stored in files.values() for name in stored]
-        prefixes = _prefixes(plan, names)
-        if len(prefixes) != 1:
-            prefixes = _renamed_prefixes(checkpoint, plan, names, settings)
-        if len(prefixes) != 1:
-            raise _ambiguous_layers(checkpoint, plan, prefixes)
-        if not plan.experts and not any("experts." in name for name in names):
+        stored = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+        inside = re.compile(rf"((?:.*\.)?{re.escape(plan.layers)})\.(\d+)\..*")
+        matches = filter(None, map(inside.fullmatch, stored))
+        prefixes = _complete_lists(plan, ((match[1], int(match[2])) for match in matches))
+        has_experts = bool(plan.experts) or any("experts." in name for name in stored)
+        if len(prefixes) == 1 and not has_experts:
             return cls(files, prefixes[0], plan)
         config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         model = skeleton(config, settings, torch.float32)
-        tensors = list(_tensors_of_layers(files, prefixes[0], model, plan))
-        rows = _rows_of_experts(checkpoint, plan, tensors, model) if plan.experts else {}
-        return cls(files, prefixes[0], plan, rows, _names_of_experts(tensors))
-
-    def name(self, parameter: Parameter) -> str:
-        """Return the name of a layer's parameter in the files."""
-        return f"{self.prefix}.{parameter[0]}.{parameter[1]}"
-
-    def renamed(self, name: str) -> str | None:
-        """Return the name of a stored tensor in the pruned checkpoint, or None if its layer or expert is dropped."""
-        return renumbered(name, self.prefix, self.plan)
+        prefix = prefixes[0] if len(prefixes) == 1 else _renamed_prefix(checkpoint, plan, stored, model)
+        rows, fused = _find_experts(checkpoint, plan, stored, prefix, model) if has_experts else ({}, {})
+        ordered = {parameter: dict(sorted(tensors)) for parameter, tensors in fused.items()}
+        experts = {
+            parameter: tuple(names.values())
+            for parameter, names in ordered.items()  # several tensors of an expert are no parameter of it
+            if [*names] in ([-1], [*range(len(fused[parameter]))])
+        }
+        return cls(files, prefix, plan, rows, experts)
 
     def names(self, parameter: Parameter) -> tuple[str, ...]:
         """Return the names of the tensors that hold a layer's parameter: one, or one for each expert in order."""
-        return self.experts.get(parameter, (self.name(parameter),))
+        return self.experts.get(parameter, (f"{self.prefix}.{parameter[0]}.{parameter[1]}",))
 
     def read(self, parameter: Parameter) -> torch.Tensor | None:
         """Read a layer's parameter as it is stored. Return None if the files have none of its name and one dtype."""
@@ -106,18 +102,36 @@ class StoredWeights:
         for parameter, value in patch.items():
             names = self.names(parameter)
             for name, part in zip(names, [value] if len(names) == 1 else value, strict=True):
-                if (new := self.renamed(name)) is not None:
+                if (new := renumbered(name, self.prefix, self.plan)) is not None:
                     values[new] = part[list(self.rows[name])] if name in self.rows else part
         return values
 
 
-def _prefixes(plan: Plan, names: Sequence[str]) -> list[str]:
-    """Return the possible names of the layer list in the files: its path, with anything before it."""
-    inside = re.compile(rf"((?:.*\.)?{re.escape(plan.layers)})\.(\d+)\.(.*)")
+def _complete_lists(plan: Plan, places: Iterable[tuple[str, int]]) -> list[str]:
+    """Return the names, of pairs with an index, that stand with the index of every layer of a plan's model."""
     indices: dict[str, set[int]] = {}
-    for match in filter(None, map(inside.fullmatch, names)):
-        indices.setdefault(match[1], set()).add(int(match[2]))
-    return [prefix for prefix, seen in indices.items() if seen == set(range(plan.num_layers))]
+    for prefix, index in places:
+        indices.setdefault(prefix, set()).add(index)
+    return [prefix for prefix, held in indices.items() if held == set(range(plan.num_layers))]
+
+
+def _renamed_prefix(checkpoint: Checkpoint, plan: Plan, names: Collection[str], model: Any) -> str:
+    """Return the name of the layer list in the files, where transformers renames tensors on loading.
+
+    Raises:
+        PlanError: it is unclear.
+    """
+    named, target = module_names(model), re.compile(rf"{re.escape(list_path(model, plan))}\.(\d+)\.")
+    renamed = ((name, match[1]) for name in names if (match := target.match(named(name))))
+    places = ((name, place, layer) for name, layer in renamed for place in re.finditer(rf"\.{layer}\.", name))
+    prefixes = _complete_lists(plan, ((name[: place.start()], int(layer)) for name, place, layer in places))
+    if len(prefixes) != 1:
+        raise PlanError(
+            f"It is unclear which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}': "
+            f"{', '.join(prefixes) or 'no names'} would fit.",
+            "Save the checkpoint again with transformers' save_pretrained, and prune that.",
+        )
+    return prefixes[0]
 
 
 def renumbered(name: str, prefix: str, plan: Plan) -> str | None:
@@ -160,85 +174,55 @@ def routed_layers(model: Any, plan: Plan) -> dict[int, RoutedExperts]:
         raise PlanError(error.message, error.hint) from error
 
 
-@dataclass(frozen=True)
-class _LayerTensor:
-    """A stored tensor of a layer.
+def _find_experts(
+    checkpoint: Checkpoint, plan: Plan, stored: Mapping[str, StoredTensor], prefix: str, model: Any
+) -> tuple[dict[str, tuple[int, ...]], dict[Parameter, list[tuple[int, str]]]]:
+    """Find the stored tensors of routed experts.
 
-    Attributes:
-        layer: index of the layer in the whole model.
-        path: path below the layer, in the files.
-        parameter: path below the layer of the parameter that is made of it, in the model.
-    """
-
-    layer: int
-    path: str
-    parameter: str
-    stored: StoredTensor
-
-    @property
-    def expert(self) -> int | None:
-        """Index of the expert that the tensor belongs to; None if it is not one expert's."""
-        match = _EXPERT.fullmatch(self.path)
-        return int(match[2]) if match else None
-
-
-def _tensors_of_layers(
-    files: Mapping[Path, Mapping[str, StoredTensor]], prefix: str, model: Any, plan: Plan
-) -> Iterator[_LayerTensor]:
-    """Yield the stored tensors of layers."""
-    inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
-    target = re.compile(rf"{re.escape(list_path(model, plan))}\.\d+\.(.*)")
-    named = _module_names(model)
-    for tensors in files.values():
-        for name, stored in tensors.items():
-            if match := inside.fullmatch(name):
-                parameter = target.fullmatch(named(name))
-                yield _LayerTensor(int(match[1]), match[2], parameter[1] if parameter else match[2], stored)
-
-
-def _rows_of_experts(
-    checkpoint: Checkpoint, plan: Plan, tensors: Sequence[_LayerTensor], model: Any
-) -> dict[str, tuple[int, ...]]:
-    """Return `StoredWeights.rows`.
+    Returns:
+        `StoredWeights.rows`, and of each parameter that holds all experts of a layer in the model the tensors that it
+        is made of: the index of the expert, -1 for a tensor of all, and the name.
 
     Raises:
         PlanError: the stored tensors of a layer's experts are not one for each expert, nor rows of one tensor.
     """
-    routed = routed_layers(model, plan)
+    routed = routed_layers(model, plan) if plan.experts else {}
     rows: dict[str, tuple[int, ...]] = {}
+    fused: dict[Parameter, list[tuple[int, str]]] = {}
     stored_experts: dict[int, set[int]] = {layer: set() for layer in routed}
-    for tensor in tensors:
-        layer, stored = tensor.layer, tensor.stored
+    for name, layer, path, expert in _tensors_of_layers(stored, prefix, model, plan):
+        if _FUSED.fullmatch(path):
+            fused.setdefault((layer, path), []).append((-1 if expert is None else expert, name))
         if (experts := routed.get(layer)) is None:
             continue
-        if tensor.expert is not None:
-            stored_experts[layer].add(tensor.expert)
-            continue
-        if not experts.has_row_for_each(tensor.parameter):
-            continue
-        if stored.shape[:1] != (experts.number,):
-            raise _unknown_experts(f"'{stored.name}' has the shape {stored.shape}", checkpoint, layer, experts)
-        rows[stored.name] = tuple(i for i in range(experts.number) if i not in plan.experts[layer])
-        if tensor.parameter.startswith(f"{experts.experts}."):
-            stored_experts[layer] |= {*range(experts.number)}
+        if expert is not None:
+            stored_experts[layer].add(expert)
+        elif experts.has_row_for_each(path):
+            if (shape := stored[name].shape)[:1] != (experts.number,):
+                raise _unknown_experts(f"'{name}' has the shape {shape}", checkpoint, layer, experts)
+            rows[name] = tuple(i for i in range(experts.number) if i not in plan.experts[layer])
+            if path.startswith(f"{experts.experts}."):
+                stored_experts[layer] |= {*range(experts.number)}
     for layer, indices in stored_experts.items():
         if indices != {*range(routed[layer].number)}:
             raise _unknown_experts(f"{len(indices)} have known names", checkpoint, layer, routed[layer])
-    return rows
+    return rows, fused
 
 
-def _names_of_experts(tensors: Sequence[_LayerTensor]) -> dict[Parameter, tuple[str, ...]]:
-    """Return `StoredWeights.experts`, without parameters that are made of several tensors of an expert."""
-    names: dict[Parameter, list[tuple[int | None, str]]] = {}
-    for tensor in tensors:
-        if _FUSED.fullmatch(tensor.parameter):
-            names.setdefault((tensor.layer, tensor.parameter), []).append((tensor.expert, tensor.stored.name))
-    unique = {key: dict(pairs) for key, pairs in names.items() if len(dict(pairs)) == len(pairs)}
-    return {
-        key: tuple(by_expert[expert] for expert in sorted(by_expert))  # type: ignore[type-var]
-        for key, by_expert in unique.items()
-        if {*by_expert} in ({None}, {*range(len(by_expert))})
-    }
+def _tensors_of_layers(
+    stored: Iterable[str], prefix: str, model: Any, plan: Plan
+) -> Iterator[tuple[str, int, str, int | None]]:
+    """Yield the name of each stored tensor of a layer, the index of the layer, the path of its parameter, its expert.
+
+    The path is that below the layer in the model. The expert is None for a tensor that is not one expert's.
+    """
+    inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
+    target = re.compile(rf"{re.escape(list_path(model, plan))}\.\d+\.(.*)")
+    named = module_names(model)
+    for name in stored:
+        if match := inside.fullmatch(name):
+            parameter, expert = target.fullmatch(named(name)), _EXPERT.fullmatch(match[2])
+            yield name, int(match[1]), parameter[1] if parameter else match[2], int(expert[2]) if expert else None
 
 
 def _unknown_experts(what: str, checkpoint: Checkpoint, layer: int, experts: RoutedExperts) -> PlanError:
@@ -248,17 +232,18 @@ def _unknown_experts(what: str, checkpoint: Checkpoint, layer: int, experts: Rou
     )
 
 
-def _module_names(model: Any) -> Callable[[str], str]:
+def module_names(model: Any) -> Callable[[str], str]:
     """Return a function from the name of a stored tensor to its name in a model, by `Naming` where that works."""
+    errors = ImportError, TypeError, AttributeError, KeyError, ValueError  # see Naming
     try:
         naming = Naming(model)
-    except _NAMING_ERRORS:
+    except errors:
         return str
 
     def named(stored: str) -> str:
         try:
             return naming.renamed(stored)
-        except _NAMING_ERRORS:
+        except errors:
             return stored
 
     return named
@@ -268,31 +253,6 @@ def list_path(model: Any, plan: Plan) -> str:
     """Return the path of a plan's layer list in the whole model."""
     backbone = without_head(model)
     return next((f"{path}." for path, module in model.named_modules() if module is backbone and path), "") + plan.layers
-
-
-def _renamed_prefixes(checkpoint: Checkpoint, plan: Plan, names: Sequence[str], settings: Settings) -> list[str]:
-    """Return possible names of the layer list in the files, where transformers renames tensors on loading."""
-    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-    model = skeleton(config, settings, torch.float32)
-    path = list_path(model, plan)
-    indices: dict[str, set[int]] = {}
-    try:
-        naming = Naming(model)
-        for name in names:
-            if inside := re.match(rf"{re.escape(path)}\.(\d+)\.", naming.renamed(name)):
-                for place in re.finditer(rf"\.{inside[1]}\.", name):
-                    indices.setdefault(name[: place.start()], set()).add(int(inside[1]))
-    except _NAMING_ERRORS:
-        return []
-    return [prefix for prefix, seen in indices.items() if seen == set(range(plan.num_layers))]
-
-
-def _ambiguous_layers(checkpoint: Checkpoint, plan: Plan, prefixes: list[str]) -> PlanError:
-    return PlanError(
-        f"It is unclear which stored tensors of '{checkpoint.name}' are layers of '{plan.layers}': "
-        f"{', '.join(prefixes) or 'no names'} would fit.",
-        "Save the checkpoint again with transformers' save_pretrained, and prune that.",
-    )
 
 
 def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch, folder: Path) -> int:
@@ -305,7 +265,7 @@ def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch
     places: dict[str, str] = {}
     size = 0
     for file, stored in weights.files.items():
-        names = {name: new for name in stored if (new := weights.renamed(name)) is not None}
+        names = {name: new for name in stored if (new := renumbered(name, weights.prefix, weights.plan)) is not None}
         if names:
             place = file.relative_to(checkpoint.folder)
             (folder / place).parent.mkdir(parents=True, exist_ok=True)

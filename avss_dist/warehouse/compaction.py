@@ -67,29 +67,6 @@ class Part:
     stamps: Stamps
     shared: bool = False
 
-    @property
-    def is_small(self) -> bool:
-        """Whether it has less than half of the runs that a part can have."""
-        return len(self.stamps) < MAX_RUNS // 2
-
-
-@dataclass(frozen=True, eq=False)
-class Coverage:
-    """The parts of a table that copy files as they are now.
-
-    Attributes:
-        parts: parts to read. No run is in two of them.
-        spare: other readable parts, with the runs in them whose files have not changed and that no read part has.
-    """
-
-    parts: Sequence[Part]
-    spare: Mapping[Part, frozenset[str]]
-
-    @property
-    def run_ids(self) -> set[str]:
-        """Runs of the parts to read."""
-        return {run_id for part in self.parts for run_id in part.stamps}
-
 
 class TableParts:
     """The parts of one table of a warehouse.
@@ -110,7 +87,8 @@ class TableParts:
         folder = cache_folder("tables", hashlib.sha256(place.encode()).hexdigest()[:32])
         self._cached = folder / name
         self._shared = Path(storage.base) / COMPACTED / name if storage.is_local else folder / COMPACTED / name
-        self._used: Sequence[Part] = ()
+        self._schema = SOURCE if name == DIGESTS else encoded_schema(name)
+        self._used: list[Part] = []
         self._known: dict[Path, Part] = {}
         self._unreadable: set[Path] = set()
         self.left_out: dict[str, str] = {}
@@ -130,27 +108,27 @@ class TableParts:
             stamps: stamps of all files of the table.
             wanted: runs that are to be read.
         """
-        coverage = self._coverage(stamps)
-        if not coverage.run_ids.issuperset(wanted) and self._fetch_shared():
-            coverage = self._coverage(stamps)
-        missing = set(wanted) - coverage.run_ids
-        minimum = MIN_RUNS if self._storage.is_local else 1
+        spare = self._select(stamps)
+        if not self.run_ids.issuperset(wanted) and self._fetch_shared():
+            spare = self._select(stamps)
+        missing, minimum = set(wanted) - self.run_ids, MIN_RUNS if self._storage.is_local else 1
         if len(missing) < minimum:
-            return coverage.parts
-        small = [part for part in coverage.parts if part.is_small and not part.shared]
-        replaced = [*coverage.spare, *(small if len(small) > MAX_SMALL else ())]
+            return self._used
+        small = [part for part in self._used if len(part.stamps) < MAX_RUNS // 2 and not part.shared]
+        replaced = [*spare, *(small if len(small) > MAX_SMALL else ())]
         try:
             self._cached.mkdir(parents=True, exist_ok=True, mode=0o700)
             remove_leftovers(self._cached)
-            for copied, rows in self._merged(stamps, missing, coverage, replaced, minimum):
+            for copied, rows in self._merged(stamps, missing, replaced, minimum):
                 with staged_file(self._cached / f"{_stem(self._name, copied)}.parquet") as staged:
                     staged.write_bytes(_to_part(self._name, rows, copied, "lz4"))
         except OSError:  # the cache cannot be written
-            return coverage.parts
+            return self._used
         for part in replaced:
             if not part.shared:
                 part.path.unlink(missing_ok=True)
-        return self._coverage(stamps).parts
+        self._select(stamps)
+        return self._used
 
     def compact(self, stamps: Stamps) -> int:
         """Copy the runs that are in no part of the warehouse into new ones there, and return their number.
@@ -165,11 +143,11 @@ class TableParts:
             StorageFull, WarehouseError: a part cannot be written, or the warehouse cannot be read.
         """
         self._fetch_shared()
-        coverage = self._coverage(stamps, shared_alone=True)
-        missing, number = stamps.keys() - coverage.run_ids, 0
-        small = [part for part in coverage.parts if part.is_small]
-        replaced = [*coverage.spare, *(small if missing or len(small) > MAX_SMALL else ())]
-        for copied, rows in self._merged(stamps, missing, coverage, replaced, 1):
+        spare = self._select(stamps, shared_alone=True)
+        missing, number = stamps.keys() - self.run_ids, 0
+        small = [part for part in self._used if len(part.stamps) < MAX_RUNS // 2]
+        replaced = [*spare, *(small if missing or len(small) > MAX_SMALL else ())]
+        for copied, rows in self._merged(stamps, missing, replaced, 1):
             path = self._storage.compacted_path(self._name, _stem(self._name, copied))
             self._storage.write(path, _to_part(self._name, rows, copied, "zstd"))
             number += len(copied.keys() & missing)
@@ -193,26 +171,17 @@ class TableParts:
                     part.path.unlink(missing_ok=True)
         return len(self._unreadable) > before
 
-    def _coverage(self, stamps: Stamps, *, shared_alone: bool = False) -> Coverage:
-        """Return the parts whose files have not changed; of parts with the same runs, the largest."""
+    def _select(self, stamps: Stamps, *, shared_alone: bool = False) -> list[Part]:
+        """Use the parts whose files have not changed, and no run twice, the largest first. Return the others."""
         folders = [self._shared] if shared_alone else [self._shared, self._cached]
-        listed = [part for folder in folders for part in self._listed(folder)]
-        listed.sort(key=lambda part: (-len(part.stamps), part.path.name))
-        current: list[Part] = []
-        spare: dict[Part, frozenset[str]] = {}
-        covered: set[str] = set()
-        for part in listed:
-            if part.stamps.items() <= stamps.items() and covered.isdisjoint(part.stamps):
-                current.append(part)
-                covered |= part.stamps.keys()
-            else:
-                spare[part] = frozenset()
-        for part in spare:
-            unchanged = {run_id for run_id, stamp in part.stamps.items() if stamps.get(run_id) == stamp}
-            spare[part] = frozenset(unchanged - covered)
-            covered |= unchanged
-        self._used = current
-        return Coverage(current, spare)
+        spare: list[Part] = []
+        self._used = []
+        for part in sorted(
+            chain.from_iterable(map(self._listed, folders)), key=lambda part: (-len(part.stamps), part.path.name)
+        ):
+            current = part.stamps.items() <= stamps.items() and self.run_ids.isdisjoint(part.stamps)
+            (self._used if current else spare).append(part)
+        return spare
 
     def _listed(self, folder: Path) -> Iterator[Part]:
         """Yield the readable parts in a folder."""
@@ -248,50 +217,42 @@ class TableParts:
         return bool(new)
 
     def _merged(
-        self, stamps: Stamps, missing: Collection[str], coverage: Coverage, replaced: Sequence[Part], minimum: int
+        self, stamps: Stamps, missing: Collection[str], replaced: Sequence[Part], minimum: int
     ) -> Iterator[tuple[Stamps, pa.Table]]:
         """Yield the content of new parts: stamps of the copied files, and rows.
 
-        The rows of replaced parts are read from them, those of other missing runs from their files. Runs whose file
-        cannot be read are left out.
+        They hold the missing runs, and those of the replaced parts whose files have not changed. Runs whose file cannot
+        be read are left out.
         """
-        source = {run_id: part for part in replaced for run_id in coverage.spare.get(part, part.stamps)}
-        run_ids = [*source, *sorted(set(missing) - source.keys())]
+        remaining = {run_id for part in self._used if part not in replaced for run_id in part.stamps}
+        unchanged = {run_id for part in replaced for run_id, stamp in part.stamps.items() & stamps.items()}
+        run_ids = sorted((unchanged | {*missing}) - remaining)
         chunks = [run_ids[start : start + MAX_RUNS] for start in range(0, len(run_ids), MAX_RUNS)]
         chunks = [chunk for chunk in chunks if len(chunk) >= minimum]
-        schema = encoded_schema(self._name)
         for chunk in tracked(chunks, f"Copying the {self._name} of {len(run_ids):,} runs, once"):
-            from_parts = self._rows_of_parts([run_id for run_id in chunk if run_id in source], source)
-            tables = [schema.empty_table(), *_conformed(list(from_parts), schema)]
-            others = [run_id for run_id in chunk if run_id not in source]
-            batches = [others[start : start + AT_ONCE] for start in range(0, len(others), AT_ONCE)]
+            batches = [chunk[start : start + AT_ONCE] for start in range(0, len(chunk), AT_ONCE)]
             with ThreadPoolExecutor(self._storage.readers) as pool:
-                rows = pa.concat_tables([*tables, *chain.from_iterable(pool.map(self._rows_of_files, batches))])
-            copied = {run_id: stamps[run_id] for run_id in sorted(pc.unique(rows["run_id"]).to_pylist())}
-            if copied:
+                tables = chain.from_iterable(pool.map(self._rows_of_files, batches))
+                rows = pa.concat_tables([encoded_schema(self._name).empty_table(), *tables])
+            if copied := {run_id: stamps[run_id] for run_id in sorted(pc.unique(rows["run_id"]).to_pylist())}:
                 yield copied, rows
-
-    def _rows_of_parts(self, run_ids: Sequence[str], source: Mapping[str, Part]) -> Iterator[pa.Table]:
-        """Yield rows of runs from the parts that hold them. Parts that cannot be read are left out."""
-        texts = [field.name for field in encoded_schema(self._name) if pa.types.is_dictionary(field.type)]
-        for part in dict.fromkeys(source[run_id] for run_id in run_ids):
-            ids = pa.array([run_id for run_id in run_ids if source[run_id] is part], pa.string())
-            with suppress(OSError, pa.ArrowException):
-                file = pq.ParquetFile(part.path, read_dictionary=texts, page_checksum_verification=True)
-                rows = file.read()
-                yield rows.filter(pc.is_in(rows["run_id"].cast(pa.string()), ids))
 
     def _rows_of_files(self, run_ids: Sequence[str]) -> list[pa.Table]:
         """Return the rows of runs from their files, or their digests. Files that cannot be read are left out."""
-        tables = []
+        alike: dict[tuple[str, ...], list[pa.Table]] = {}  # with equal columns, which are converted together
         for run_id in run_ids:
             try:
-                tables.append(self._read(run_id))
+                rows = self._read(run_id)
             except pa.ArrowInvalid as error:
                 self.left_out[run_id] = str(error)
-        if self._name == DIGESTS:
-            return [digest(stats) for stats in _conformed(tables, SOURCE)]
-        return list(_conformed(tables, encoded_schema(self._name)))
+            else:
+                alike.setdefault(tuple(map(str, rows.schema)), []).append(rows)
+        tables = []
+        for group in alike.values():
+            with suppress(pa.ArrowException):  # columns that cannot be cast
+                rows = conform(pa.concat_tables(group), self._schema)
+                tables.append(digest(rows) if self._name == DIGESTS else rows)
+        return tables
 
 
 def table_schema(name: str) -> pa.Schema:
@@ -312,16 +273,6 @@ def encoded_schema(name: str) -> pa.Schema:
         return schema
     encoded = pa.dictionary(pa.int32(), pa.string())
     return pa.schema([(field.name, encoded if pa.types.is_string(field.type) else field.type) for field in schema])
-
-
-def _conformed(tables: Sequence[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Yield tables in a schema. Tables with equal columns are one, and those that cannot be cast are left out."""
-    alike: dict[tuple[str, ...], list[pa.Table]] = {}
-    for table in tables:
-        alike.setdefault(tuple(map(str, table.schema)), []).append(table)
-    for group in alike.values():
-        with suppress(pa.ArrowException):
-            yield conform(pa.concat_tables(group), schema)
 
 
 def _stem(name: str, stamps: Stamps) -> str:
@@ -407,12 +358,7 @@ def digest(stats: pa.Table) -> pa.Table:
     """
     damaged = damaged_runs("layer_stats", stats)
     table = (stats.filter(~pc.field("run_id").isin(list(damaged))) if damaged else stats).combine_chunks()
-    columns = {name: table[name] for name in _COPIED} | _largest_units(table)
-    return pa.table([columns[field.name] for field in DIGEST], schema=DIGEST)
-
-
-def _largest_units(table: pa.Table) -> dict[str, pa.Array]:
-    """Return the four columns on units. Layers with equally many units are computed at once."""
+    columns = {name: table[name] for name in _COPIED}
     (starts, sums), (square_starts, squares) = (_lists(table, name) for name in _UNIT_LISTS)
     sizes, counts = np.diff(starts), table["unit_count"].to_numpy()
     sizes = np.where(np.diff(square_starts) == sizes, sizes, 0)
@@ -429,12 +375,11 @@ def _largest_units(table: pa.Table) -> dict[str, pa.Array]:
             ("element_unit", shares_of_elements(unit_sums, unit_squares, tokens)),
         ):
             shares[name][rows], units[name][rows] = largest_share(values)
-    columns = {}
     for name, values in shares.items():
         undefined = ~np.isfinite(values)
         columns[name] = pa.array(units[name], pa.int64(), mask=undefined)
         columns[f"{name}_share"] = pa.array(values, pa.float64(), mask=undefined)
-    return columns
+    return pa.table([columns[field.name] for field in DIGEST], schema=DIGEST)
 
 
 def _lists(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -11,11 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError
@@ -179,10 +178,14 @@ def verify(data: pa.Buffer) -> None:
         OSError, pa.ArrowException: it does not match, or has no checksum.
     """
     view = memoryview(data)
-    match = _SIGNATURE.search(view, _footer(view))
-    if match is None:
-        _refuse_unsigned(data)
-    _require_match(view, match)
+    if match := _SIGNATURE.search(view, _footer(view)):
+        return _require_match(view, match)
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
+    _require_version(metadata.get(_VERSION))
+    raise pa.ArrowInvalid("it has no checksum")
 
 
 def verify_footer(path: Path) -> None:
@@ -211,22 +214,6 @@ def _require_match(view: memoryview, match: re.Match[bytes]) -> None:
     digest.update(view[match.end(1) :])
     if match[1] != _PREFIX + digest.hexdigest().encode():
         raise pa.ArrowInvalid("its content does not match its checksum")
-
-
-def _refuse_unsigned(data: pa.Buffer) -> NoReturn:
-    """Raise the reason why a file has no checksum."""
-    try:
-        metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
-    except UnicodeDecodeError as error:
-        raise pa.ArrowInvalid(f"a name in it is not UTF-8: {error}") from None
-    _require_version(metadata.get(_VERSION))
-    raise pa.ArrowInvalid("it has no checksum")
-
-
-def verify_file(filesystem: pafs.FileSystem, path: str) -> None:
-    """Check the content of a file as `verify`."""
-    with filesystem.open_input_file(path) as file:
-        verify(file.read_buffer())
 
 
 class EncodedStats(Mapping[LayerKey, LayerStats]):
@@ -265,7 +252,7 @@ def encode_shard(run: RunIdentity, result: ShardResult) -> EncodedStats:
     return EncodedStats(run, encode("shard_stats", run.run_id, columns, header))
 
 
-def encode_rows(run: RunIdentity, rows: AnswerRows) -> pa.Buffer:
+def _encode_rows(run: RunIdentity, rows: AnswerRows) -> pa.Buffer:
     """Return a file of ``row_stats``: the rows of a shard, for each layer and site in order."""
     keys, size = sorted(rows.stats), len(rows.row)
     columns: dict[str, Any] = {name: [value] * size * len(keys) for name, value in asdict(run).items()}
@@ -317,11 +304,26 @@ def to_stats(table: pa.Table) -> dict[LayerKey, LayerStats]:
 
 
 def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
-    """Return statistics by (layer, site, stratum). The stratum is empty if the text is not paired."""
+    """Return statistics by (layer, site, stratum). The stratum is empty if the text is not paired.
+
+    Raises:
+        pa.ArrowInvalid: the rows are not statistics.
+    """
+    stats: dict[StratumKey, LayerStats] = {}
     try:
-        return _to_strata(table)
+        cells = {
+            name: [cell.values.to_numpy() for cell in column] if pa.types.is_list(column.type) else column.to_pylist()
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        }
+        strata = cells.get("stratum", [None] * len(table))
+        for i, (layer, site, stratum) in enumerate(zip(cells["layer"], cells["site"], strata, strict=True)):
+            histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+            histogram[cells["histogram_bin"][i]] = cells["histogram_count"][i]
+            state = {name: cells[name][i] for name in _STATE if name in cells}
+            stats[layer, site, stratum or ""] = LayerStats(histogram=histogram, **state)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise pa.ArrowInvalid(f"its rows are not statistics: {error}") from error
+    return stats
 
 
 def _stats_and_strata(table: pa.Table) -> tuple[dict[LayerKey, LayerStats], dict[StratumKey, LayerStats]]:
@@ -330,21 +332,6 @@ def _stats_and_strata(table: pa.Table) -> tuple[dict[LayerKey, LayerStats], dict
     if any(stratum for _, _, stratum in strata):
         return merge_strata(strata), strata
     return {(layer, site): stats for (layer, site, _), stats in strata.items()}, {}
-
-
-def _to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
-    cells = {
-        name: [cell.values.to_numpy() for cell in column] if pa.types.is_list(column.type) else column.to_pylist()
-        for name, column in zip(table.column_names, table.columns, strict=True)
-    }
-    stats: dict[StratumKey, LayerStats] = {}
-    strata = cells.get("stratum", [None] * len(table))
-    for i, (layer, site, stratum) in enumerate(zip(cells["layer"], cells["site"], strata, strict=True)):
-        histogram = np.zeros(HISTOGRAM_BINS, np.int64)
-        histogram[cells["histogram_bin"][i]] = cells["histogram_count"][i]
-        state = {name: cells[name][i] for name in _STATE if name in cells}
-        stats[layer, site, stratum or ""] = LayerStats(histogram=histogram, **state)
-    return stats
 
 
 def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
@@ -363,7 +350,7 @@ def decode_shard(data: pa.Buffer, run_id: str) -> ShardResult | None:
 def encode_beside(run: RunIdentity, result: ShardResult) -> Iterator[tuple[str, pa.Buffer]]:
     """Yield table and content of each file that a shard has beside its partial."""
     if result.rows:
-        yield "row_stats", encode_rows(run, result.rows)
+        yield "row_stats", _encode_rows(run, result.rows)
     if result.experts is not None:
         columns = expert_columns(run, result.layers, result.experts)
         columns["shard_id"] = [result.shard_id] * len(columns["layer"])

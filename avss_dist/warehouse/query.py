@@ -74,12 +74,6 @@ def ready_queries() -> dict[str, str]:
     return {file.name.removesuffix(".sql"): file.read_text(encoding="utf-8") for file in sorted(sql_files, key=str)}
 
 
-@cache
-def _definitions() -> str:
-    folder = files("avss_dist.warehouse") / "sql"
-    return "\n".join((folder / f"{name}.sql").read_text(encoding="utf-8") for name in ("functions", "views"))
-
-
 def _readable_tables(query: str) -> Collection[str]:
     """Return the tables that a query may read: tables whose name is in it, or all if it may build a name.
 
@@ -98,15 +92,11 @@ def _answer(query: str, rows: Mapping[str, ds.Dataset | None]) -> pa.Table:
         for name, schema in SCHEMAS.items():
             opened = rows.get(name)
             connection.register(name, schema.empty_table() if opened is None else opened)
-        connection.execute(_definitions())
-        return _fetch(connection, query)
-
-
-def _fetch(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
-    """Return the result of a query by ``execute``, whose errors have a caret at the place, unlike those of ``sql``."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Arrow output on a DB-API result", UserWarning)
-        return connection.execute(query).to_arrow_table()
+        folder = files("avss_dist.warehouse") / "sql"
+        connection.execute("\n".join((folder / f"{n}.sql").read_text("utf-8") for n in ("functions", "views")))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Arrow output on a DB-API result", UserWarning)
+            return connection.execute(query).to_arrow_table()  # its errors have a caret, unlike those of ``sql``
 
 
 def _require_reading(connection: duckdb.DuckDBPyConnection, query: str) -> None:

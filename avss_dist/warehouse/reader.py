@@ -38,7 +38,7 @@ from avss_dist.warehouse.encoding import (
     require_readable,
     to_stats,
     to_strata,
-    verify_file,
+    verify,
 )
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS, Selection
 from avss_dist.warehouse.storage import FILE_NAMES, PLAN, Storage
@@ -119,13 +119,27 @@ class Warehouse:
 
     def run(self, run_id: str) -> dict[str, Any] | None:
         """Read the ``runs`` row of a run by column, ``versions`` as a dict, or None if it has no row."""
-        if (data := self.storage.read(path := self.storage.path("runs", run_id, "run"))) is None:
-            return None
-        with self.storage.reading(path):
-            stored = parse(data)
+
+        def row(stored: pa.Table) -> dict[str, Any]:
             if len(stored) != 1:
                 raise pa.ArrowInvalid(f"it has {len(stored)} rows; a run has one")
             return dict(checked_rows("runs", run_id, stored).to_pylist(maps_as_pydicts="lossy")[0])
+
+        return self._decoded("runs", run_id, "run", row)
+
+    def _decoded(self, table: str, run_id: str, name: str, decode: Callable[[pa.Table], T]) -> T | None:
+        """Read a file of a run, or return None if it does not exist.
+
+        Args:
+            decode: returns the value of the stored rows, and raises ArrowInvalid for damaged ones.
+
+        Raises:
+            DamagedFile: the file is damaged.
+        """
+        if (data := self.storage.read(path := self.storage.path(table, run_id, name))) is None:
+            return None
+        with self.storage.reading(path):
+            return decode(parse(data))
 
     def runs(self) -> pa.Table:
         """Read one row for each run, failed ones too, with the columns of ``SCHEMAS["runs"]``."""
@@ -173,7 +187,12 @@ class Warehouse:
             where &= pc.field(name).isin(pa.array(wanted[name], SCHEMAS["scores"].field(name).type))
         table = self.table("scores", where=where)
         for name, values in wanted.items():
-            self._require_names(table, name, values)
+            if not pa.types.is_string(SCHEMAS["scores"].field(name).type):
+                continue
+            missing = {value for value in values if value is not None} - set(pc.unique(table[name]).to_pylist())
+            known = pc.unique(self.table("scores", columns=[name])[name]).drop_null().to_pylist() if missing else []
+            for value in missing if known else ():  # a warehouse without scores has no names to compare with
+                require_known(name, value, sorted(known), QueryError)
         return table
 
     def _models(self, names: list[Any]) -> list[Any]:
@@ -182,28 +201,21 @@ class Warehouse:
         ends = {name: [model for model in known if model and basename(model) == name] for name in names}
         return [model for name in names for model in ([name] if name in known else ends[name] or [name])]
 
-    def _require_names(self, scores: pa.Table, column: str, values: list[Any]) -> None:
-        """Refuse a name that no score has; a warehouse without scores has no names to compare with."""
-        if not pa.types.is_string(SCHEMAS["scores"].field(column).type):
-            return
-        missing = {value for value in values if value is not None} - set(pc.unique(scores[column]).to_pylist())
-        known = pc.unique(self.table("scores", columns=[column])[column]).to_pylist() if missing else []
-        for value in missing if known else ():
-            require_known(column, value, sorted(name for name in known if name is not None), QueryError)
-
     def read_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """Read the merged statistics of a run by (layer, site).
 
         Raises:
             WarehouseError: it has none.
         """
-        if (data := self.storage.read(path := self.storage.path("layer_stats", run_id, "layer_stats"))) is None:
-            known = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
-            raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, known))
-        with self.storage.reading(path):
-            stored = parse(data)
+
+        def stats(stored: pa.Table) -> dict[LayerKey, LayerStats]:
             checked_rows("layer_stats", run_id, stored)
             return to_stats(stored)
+
+        if (read := self._decoded("layer_stats", run_id, "layer_stats", stats)) is None:
+            known = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
+            raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, known))
+        return read
 
     def readable_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """Read the merged statistics of a run. Empty if they are damaged, which `damaged` notes."""
@@ -215,10 +227,13 @@ class Warehouse:
 
     def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
         """Read the merged statistics of a run by (layer, site, stratum). Empty if its text is not paired."""
-        if (data := self.storage.read(path := self.storage.path("stratum_stats", run_id, "stratum_stats"))) is None:
-            return {}
-        with self.storage.reading(path):
-            return to_strata(checked_rows("stratum_stats", run_id, parse(data)))
+        read = self._decoded(
+            "stratum_stats",
+            run_id,
+            "stratum_stats",
+            lambda stored: to_strata(checked_rows("stratum_stats", run_id, stored)),
+        )
+        return read or {}
 
     def digests(self, run_ids: Collection[str], columns: Sequence[str] = DIGEST.names) -> pa.Table:
         """Read the digests of the merged statistics of runs: columns of `digest.DIGEST`, by default all.
@@ -323,7 +338,12 @@ class Warehouse:
         known = [require_known("table", name, [*TABLES, DIGESTS], WarehouseError) for name in names]
         while True:
             try:
-                return work(self._datasets(known, wanted))
+                runs, done = self._runs()
+                datasets = {
+                    name: runs if name == "runs" else self._dataset(name, self._files(name, done), wanted)
+                    for name in known
+                }
+                return work(datasets)
             except (OSError, pa.ArrowException, *failures) as error:
                 if not self._leave_out_unreadable({"runs", *known}):
                     if isinstance(error, failures):
@@ -331,27 +351,14 @@ class Warehouse:
                     with self.storage.reading(f"{self.root}/{known[0] if known else 'runs'}"):
                         raise
 
-    def _datasets(self, names: Sequence[str], wanted: Collection[str] | None = None) -> dict[str, ds.Dataset | None]:
-        runs, done = self._runs()
-        others = {name: self._files(name, done) for name in names if name != "runs"}
-        datasets = {name: self._dataset(name, files, wanted) for name, files in others.items()}
-        return datasets | ({"runs": runs} if "runs" in names else {})
-
     def _runs(self) -> tuple[ds.Dataset, set[str]]:
         """Return the dataset of ``runs``, and the ids of finished runs.
 
         Raises:
             WarehouseError: there is no run, or a newer avss_dist wrote one.
         """
-        if self._finished is None:
-            finished = self._read_runs()
-            if not self._snapshot:
-                return finished
-            self._finished = finished
-        return self._finished
-
-    def _read_runs(self) -> tuple[ds.Dataset, set[str]]:
-        """Return what `_runs` returns, as the files are now."""
+        if self._finished is not None:
+            return self._finished
         files = self._files("runs", None)
         runs = self._dataset("runs", files)
         if runs is None and _ids(self.storage.names("cells"), RUN_FOLDER):  # of models that were not scored
@@ -368,13 +375,16 @@ class Warehouse:
             runs, rows = runs.filter(wanted), rows.filter(wanted)
         if not rows:
             self._refuse_without_runs()
-        return runs, set(rows["run_id"].filter(pc.equal(rows["status"], "done")).to_pylist())
+        finished = runs, set(rows["run_id"].filter(pc.equal(rows["status"], "done")).to_pylist())
+        if self._snapshot:
+            self._finished = finished
+        return finished
 
     def _refuse_without_runs(self) -> NoReturn:
         for run_id, reason in self._damaged.items():
             raise WarehouseError(f"Cannot read run {run_id} of {self.root}: {reason}.", DAMAGED)
-        exists = self.storage.has_folder("runs")
-        problem = "has no runs yet" if exists else "is not a warehouse: it has no runs folder"
+        folder = self.storage.filesystem.get_file_info(f"{self.storage.base}/runs")
+        problem = "has no runs yet" if folder.type else "is not a warehouse: it has no runs folder"
         hint = "avss score makes one; a run counts once it has finished."
         if unfinished := self.unfinished().num_rows:
             problem = "has no finished run yet"
@@ -385,13 +395,13 @@ class Warehouse:
         """Return rows of files of a table: parts of it, and the files of wanted runs that are in no part."""
         stamps = self._stamps(files)
         run_ids = stamps.keys() if wanted is None else stamps.keys() & set(wanted)
-        has_parts = self._reads_parts and name in SORTED_BY
-        if wanted is not None and len(run_ids) < MIN_RUNS and self.storage.is_local:
-            has_parts = False  # a few files are read sooner than a large one
-        parts = self._table_parts(name).covering(stamps, run_ids) if has_parts else ()
-        remaining = run_ids - {run_id for part in parts for run_id in part.stamps}
-        uncopied = self._of_runs(files, remaining)
-        paths = [str(part.path) for part in parts]
+        few = wanted is not None and len(run_ids) < MIN_RUNS and self.storage.is_local  # sooner read than a large file
+        paths: list[str] = []
+        if self._reads_parts and name in SORTED_BY and not few:
+            parts = self._table_parts(name)
+            paths = [str(part.path) for part in parts.covering(stamps, run_ids)]
+            run_ids = run_ids - parts.run_ids
+        uncopied = {path: stamp for path, stamp in files.items() if self.storage.run_id(path) in run_ids}
         datasets = [ds.dataset(paths, table_schema(name), _VERIFIED_PAGES)] if paths else []
         if uncopied:
             datasets.append(self._digested(uncopied) if name == DIGESTS else self._open(name, uncopied))
@@ -406,9 +416,6 @@ class Warehouse:
             for path, (run, stamp) in self.storage.files(_stored(name)).items()
             if (chosen is None or run in chosen) and (path, stamp) not in self._unreadable
         }
-
-    def _of_runs(self, files: Files, run_ids: Collection[str]) -> Files:
-        return {path: stamp for path, stamp in files.items() if self.storage.run_id(path) in run_ids}
 
     def _stamps(self, files: Files) -> dict[str, str]:
         return {self.storage.run_id(path): stamp for path, stamp in files.items()}
@@ -501,9 +508,13 @@ class Warehouse:
         """
         hive = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
         filesystem = self.storage.filesystem
+
+        def check(path: str) -> None:
+            with filesystem.open_input_file(path) as file:
+                verify(file.read_buffer())
+
         with ThreadPoolExecutor(self.storage.readers) as pool:
-            for _ in pool.map(lambda path: verify_file(filesystem, path), files):
-                pass
+            list(pool.map(check, files))
         return ds.dataset(sorted(files), SCHEMAS[name], _VERIFIED_PAGES, filesystem, hive)
 
     def _shard_path(self, run_id: str, shard_id: int, table: str = "shard_stats") -> str:

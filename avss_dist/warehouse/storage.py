@@ -86,7 +86,10 @@ class Storage:
     def create(self) -> None:
         """Create the warehouse, and check with a small file that it can be written."""
         self.remove_mark(self.write_mark())
-        self._remove_old_marks()
+        with suppress(OSError, pa.ArrowException):  # marks of drivers that were killed
+            for info in self.filesystem.get_file_info(pafs.FileSelector(f"{self.base}/runs")):
+                if info.base_name.startswith(".mark-") and time.time() - info.mtime_ns / 1e9 > MARK_SECONDS:
+                    self.remove_mark(info.base_name)
         if self.is_local:
             remove_leftovers(Path(self.base))
 
@@ -109,13 +112,6 @@ class Storage:
     def remove_mark(self, mark: str) -> None:
         """Delete a file of `write_mark`. Errors are ignored."""
         self.delete(f"{self.base}/runs/{mark}")
-
-    def _remove_old_marks(self) -> None:
-        """Delete the marks of drivers that were killed, a week ago or more."""
-        with suppress(OSError, pa.ArrowException):
-            for info in self.filesystem.get_file_info(pafs.FileSelector(f"{self.base}/runs")):
-                if info.base_name.startswith(".mark-") and time.time() - info.mtime_ns / 1e9 > MARK_SECONDS:
-                    self.remove_mark(info.base_name)
 
     def path(self, table: str, run_id: str, name: str) -> str:
         """Return the path of a file.
@@ -177,10 +173,6 @@ class Storage:
         with suppress(OSError, pa.ArrowException):
             self.filesystem.delete_file(path)
 
-    def has_folder(self, name: str) -> bool:
-        """Whether a folder of a table exists."""
-        return bool(self.filesystem.get_file_info(f"{self.base}/{name}").type == pafs.FileType.Directory)
-
     def read(self, path: str) -> pa.Buffer | None:
         """Read a whole file, or return None if it does not exist."""
         with self.reading(path), suppress(FileNotFoundError), self.filesystem.open_input_file(path) as file:
@@ -195,8 +187,11 @@ class Storage:
             WarehouseError: it cannot be written.
         """
         try:
-            if self.is_local:
-                return _replace(Path(path), data, Path(self.base))
+            if self.is_local:  # staged in the root: Polars reads every file of a table's folder
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                with staged_file(Path(path), folder=Path(self.base), durable=True) as staged:
+                    staged.write_bytes(data)
+                return
             with self.filesystem.open_output_stream(path) as stream:
                 stream.write(data)
         except OSError as error:
@@ -279,10 +274,3 @@ def _reason(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error)
     text = re.sub(r"^.*AWS Error | \(Request ID: .*\)$", "", text, flags=re.DOTALL)
     return re.sub(r"^Unknown error: |\bN\d+Azure\w+E: |\n.*", "", text, flags=re.DOTALL).rstrip(".")
-
-
-def _replace(path: Path, data: pa.Buffer | bytes, staging: Path) -> None:
-    """Write a local file aside, in ``staging`` (Polars reads every file of a table's folder), and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with staged_file(path, folder=staging, durable=True) as staged:
-        staged.write_bytes(data)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +100,16 @@ class Store(Warehouse):
             self._write("expert_stats", run.run_id, expert_columns(run, layers, merge_experts(parts)))
 
     def _read_experts(self, run_id: str, shard_id: int) -> dict[int, ExpertStats]:
-        path = self._shard_path(run_id, shard_id, "shard_expert_stats")
-        if (data := self.storage.read(path)) is None:
+        def experts(stored: pa.Table) -> dict[int, ExpertStats]:
+            return to_experts(checked_rows("shard_expert_stats", run_id, stored))
+
+        read = self._decoded("shard_expert_stats", run_id, f"shard-{shard_id:05d}", experts)
+        if read is None:
             raise RunFailed(
                 f"The experts of shard {shard_id} were written, and are gone.",
                 "Run the same command with --fresh: it measures every shard again.",
             )
-        with self.storage.reading(path):
-            return to_experts(checked_rows("shard_expert_stats", run_id, parse(data)))
+        return read
 
     def write_scores(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the scores of a run. Rows lack the columns of RunIdentity; None, NaN and missing become null."""
@@ -162,12 +164,8 @@ class Store(Warehouse):
         return self._cell_ids[run_id]
 
     def _read_cell(self, run_id: str, cell_id: str) -> pa.Table | None:
-        path = self.storage.path("cells", run_id, cell_id)
         try:
-            if (data := self.storage.read(path)) is None:
-                return None
-            with self.storage.reading(path):
-                return checked_rows("cells", run_id, parse(data))
+            return self._decoded("cells", run_id, cell_id, partial(checked_rows, "cells", run_id))
         except DamagedFile as error:
             self._note(run_id, error.message)
             return None
@@ -177,17 +175,9 @@ class Store(Warehouse):
         self._write_readme()
         self._write_rows("evaluations", run.run_id, run.identified(rows))
 
-    def write_experiment(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the results of an experiment on a run. Rows lack the columns of RunIdentity."""
-        self._write_rows("experiments", run.run_id, run.identified(rows), name)
-
-    def write_sparsity(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a sparsity plan that was made of a run. Rows lack the columns of RunIdentity."""
-        self._write_rows("sparsity", run.run_id, run.identified(rows), name)
-
-    def write_precision(self, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a precision plan that was evaluated. Rows lack the columns of RunIdentity."""
-        self._write_rows("precision", run.run_id, run.identified(rows), name)
+    def write_rows(self, table: str, run: RunIdentity, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows of ``experiments``, ``sparsity`` or ``precision``, which lack the columns of RunIdentity."""
+        self._write_rows(table, run.run_id, run.identified(rows), name)
 
     def _write_rows(
         self, table: str, run_id: str, rows: Sequence[Mapping[str, Any]], name: str | None = None
@@ -258,17 +248,6 @@ class Receipt:
     num_tokens: int
     seconds: float
     size: int
-
-    @staticmethod
-    def of_result(result: ShardResult, size: int) -> Receipt:
-        """Return the receipt of a result."""
-        return Receipt(
-            shard_id=result.shard_id,
-            content_hash=result.content_hash,
-            num_tokens=result.num_tokens,
-            seconds=result.seconds,
-            size=size,
-        )
 
 
 TITLE = "# Layer scores, measured by avss_dist"

@@ -47,7 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {**tried, **kept, **reading, "method": "avss", "score": "avss", "drop": [1, 2]},
         {**tried, **kept, "method": "random 0", "score": "random", "seed": 0, "drop": [3, 4]},
     ]
-    store.write_experiment(run, "1" * 20, methods)
+    store.write_rows("experiments", run, "1" * 20, methods)
     return root
 
 

@@ -335,7 +335,9 @@ def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -
     identity = RunIdentity(**{name: row[name] for name in ("run_id", "model", "revision", "family")})
     common = {"task": "t", "metric": "acc", "drop": [0, 1], "created_at": CREATED, "score": "avss", "value": 0.4}
     kept = {"retention": 0.5, "retention_low": 0.4, "retention_high": 0.6}
-    Store(scored.root).write_experiment(identity, "0" * 20, [{**common, **kept, "method": "avss", "share": 0.25}])
+    Store(scored.root).write_rows(
+        "experiments", identity, "0" * 20, [{**common, **kept, "method": "avss", "share": 0.25}]
+    )
     evaluation = RunIdentity(run_id="b-1-text", model=row["model"], revision=row["revision"], family=row["family"])
     rows = [
         {"task": "perplexity:x", "metric": "loss", "drop": drop, "value": value, "created_at": CREATED}

@@ -101,7 +101,13 @@ class ShardAssignment:
         if not store:
             return result
         store.write_shard(run, result)
-        return Receipt.of_result(result, encoded.data.size)
+        return Receipt(
+            shard_id=result.shard_id,
+            content_hash=result.content_hash,
+            num_tokens=result.num_tokens,
+            seconds=result.seconds,
+            size=encoded.data.size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
