@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from avss_dist.core.errors import QueryError
-from avss_dist.stats.experts import Float64
+from avss_dist.stats.layer_stats import Float64
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 

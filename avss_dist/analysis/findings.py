@@ -18,8 +18,8 @@ from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import describe_layers, describe_threshold
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.layer_stats import Float64, share_of_m2
+from avss_dist.stats.metrics import row_start_warning
 from avss_dist.stats.rankings import count_lowest, spearman_rows
-from avss_dist.stats.row_start import RowStarts
 from avss_dist.stats.scores import MINIMUM_NEAR_ZERO, NOISY_BELOW, Threshold
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse, slices_by
@@ -290,9 +290,8 @@ def _row_starts(warehouse: Warehouse, runs: Rows) -> Iterator[Row]:
         if settings.get("layout", "packed") == "packed" and start is None:
             yield {"run_id": run["run_id"], **finding("row_start", "note", np.nan, _OLD_ROWS)}
         for task, by_metric in losses.get((run["revision"], start or ""), {}).items():
-            starts = RowStarts.of_losses(by_metric)
-            if starts and (sentence := starts.describe(run["model"], task.removeprefix(ROW_START))):
-                yield {"run_id": run["run_id"], **finding("row_start", "warning", starts.ratio, sentence)}
+            if warning := row_start_warning(by_metric, run["model"], task.removeprefix(ROW_START)):
+                yield {"run_id": run["run_id"], **finding("row_start", "warning", *warning)}
 
 
 def _numbers(table: pa.Table) -> dict[str, NDArray[Any]]:

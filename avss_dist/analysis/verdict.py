@@ -20,7 +20,7 @@ from avss_dist.core.text import basename
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
 from avss_dist.stats.intervals import MINIMUM_UNITS
-from avss_dist.stats.retention import retention_of
+from avss_dist.stats.metrics import retention_of
 from avss_dist.warehouse.reader import Warehouse
 
 CLAIMED_SHARE, CLAIMED_KEPT = 0.25, 0.9

@@ -39,7 +39,7 @@ from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.pruning.plan import Plan, read_checked_plan, read_plan, read_plan_file
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
-from avss_dist.stats.row_start import RowStarts
+from avss_dist.stats.metrics import row_start_warning
 from avss_dist.tasks.base import Result
 from avss_dist.warehouse.reader import Warehouse
 
@@ -292,10 +292,10 @@ def _guess_findings(evaluations: Iterable[Evaluation]) -> Iterator[str]:
 def _row_start_findings(compared: Iterable[tuple[PlannedTask, Sequence[Result]]]) -> Iterator[str]:
     """Yield a sentence for each text that is far likelier with another start of its rows."""
     for planned, results in compared:
-        starts = RowStarts.of_losses({result.metric: result.value for result in results if not result.removed})
+        losses = {result.metric: result.value for result in results if not result.removed}
         corpus = planned.task.name.removeprefix(ROW_START)
-        if starts and (sentence := starts.describe(planned.checkpoint.name, corpus)):
-            yield sentence
+        if warning := row_start_warning(losses, planned.checkpoint.name, corpus):
+            yield warning[1]
 
 
 def _read_subjects(names: Sequence[str], sparse: str | Path | None, settings: Settings) -> list[Subject]:

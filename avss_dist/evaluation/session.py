@@ -40,7 +40,7 @@ from avss_dist.partition.choose import place
 from avss_dist.partition.replica import Placement, fingerprint_part
 from avss_dist.pruning.selection import PlanError
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
-from avss_dist.stats.retention import retention_of
+from avss_dist.stats.metrics import retention_of
 from avss_dist.system.process import package_versions
 from avss_dist.tasks.base import Measure, Result, Row, Task, combine
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult

@@ -22,13 +22,12 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.core.settings import INPUT_SITES
 from avss_dist.corpus.pairs import Pairing
-from avss_dist.measure.kernels.base import Accumulator, Kernels, send_stats
-from avss_dist.measure.kernels.choose import kernels_for
+from avss_dist.measure.kernels import kernels_for
+from avss_dist.measure.kernels.reference import Accumulator, Kernels, send_stats
 from avss_dist.measure.rows import ObservedTokens, PlacedRows, RowAccumulator, masks_by_stratum, row_tensors
 from avss_dist.models.layers import Experts, Layer, Routing, as_rows, first_tensor, input_tensor, routing_of
 from avss_dist.partition.replica import RowSplit
-from avss_dist.stats.experts import ExpertStats
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, StratumKey
+from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, StratumKey
 from avss_dist.stats.merging import merge_strata
 from avss_dist.system.devices import to_device, to_host
 from avss_dist.system.process import bound
@@ -86,9 +85,11 @@ class Pass:
     def first_tokens_on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the flat index of each row's first counted token, int64[rows], by stratum."""
         if device not in self.first_tokens:
-            self.first_tokens[device] = {
-                name: to_device(_first_tokens(m.numpy()), device) for name, m in self.strata.items()
-            }
+            self.first_tokens[device] = {}
+            for name, mask in self.strata.items():
+                rows = np.flatnonzero(mask.numpy().any(axis=1))
+                first = rows * mask.shape[1] + mask.numpy()[rows].argmax(axis=1)
+                self.first_tokens[device][name] = to_device(first, device)
         return self.first_tokens[device]
 
     @property
@@ -100,45 +101,15 @@ class Pass:
         return self.mask & torch.tensor(after_own_prompt)[:, None]
 
 
-def _first_tokens(mask: np.ndarray) -> np.ndarray:
-    """Return the flat index of the first True of each row that has one, int64[rows].
-
-    Args:
-        mask: bool[rows, tokens].
-    """
-    rows = np.flatnonzero(mask.any(axis=1))
-    return rows * mask.shape[1] + mask[rows].argmax(axis=1)
-
-
 PASSES: ContextVar[tuple[Pass, ...]] = ContextVar("passes", default=())
 """Passes in progress in this thread or greenlet, the innermost last."""
 
 
 @dataclass
-class _ExpertSums:
-    """Expert statistics of one layer, on the device of its experts.
-
-    Attributes:
-        routed: float64[experts, 2], tokens and gates.
-        outputs: float64[experts, 4], gate * |output|, elements, their sum and sum of squares.
-        router: float64[2], tokens and entropy.
-    """
-
-    routed: torch.Tensor
-    outputs: torch.Tensor
-    router: torch.Tensor
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All sums: ``routed``, ``outputs``, ``router``."""
-        return self.routed, self.outputs, self.router
-
-
-@dataclass
 class ExpertCounter:
-    """Accumulator of expert statistics by layer, over the passes of one observer."""
+    """Accumulator of expert statistics by layer, over the passes of one observer, on the device of the experts."""
 
-    _sums: dict[int, _ExpertSums] = field(default_factory=dict)
+    _sums: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     def add(self, layer: int, experts: Experts, routing: Routing, outputs: Iterable[torch.Tensor]) -> None:
         """Add the tokens of a batch to the sums of a layer.
@@ -147,8 +118,8 @@ class ExpertCounter:
             routing: routing of the tokens that count.
             outputs: [tokens, units], the outputs of each token's k-th expert at a gate of 1, for each k.
         """
-        sums = self._sums_of(layer, experts, routing.hidden.device)
-        sums.router[0] += len(routing.index)
+        routed, sums, router = self._sums_of(layer, experts, routing.hidden.device)
+        router[0] += len(routing.index)
         for slot, output in enumerate(outputs):
             index, gates = routing.index[:, slot], routing.gates[:, slot].double()
             x = output.double()
@@ -156,10 +127,10 @@ class ExpertCounter:
             finite = torch.isfinite(squares)
             chosen = (index[:, None] == torch.arange(experts.number, device=index.device)).double()
             columns = torch.stack([torch.ones_like(gates), gates], dim=1)
-            sums.routed += chosen.T @ columns
+            routed += chosen.T @ columns
             elements = torch.full_like(gates, x.shape[1])
             columns = torch.stack([gates * squares.sqrt(), elements, total, squares], dim=1)
-            sums.outputs += chosen.T @ torch.where(finite[:, None], columns, 0)
+            sums += chosen.T @ torch.where(finite[:, None], columns, 0)
 
     def add_entropy(self, layer: int, experts: Experts, logits: torch.Tensor) -> None:
         """Add the router's entropy over the tokens that count.
@@ -169,40 +140,43 @@ class ExpertCounter:
         """
         wide = logits.double()
         shares = wide / wide.sum(dim=-1, keepdim=True) if experts.normalized else wide.softmax(dim=-1)
-        self._sums_of(layer, experts, logits.device).router[1] += torch.special.entr(shares).sum()
+        self._sums_of(layer, experts, logits.device)[2][1] += torch.special.entr(shares).sum()
 
     def send(self) -> Callable[[], dict[int, ExpertStats]]:
         """Start the transfer of the sums, and return a function that waits for it and returns statistics by layer."""
         layers = sorted(self._sums)
-        arrived = to_host([part for layer in layers for part in self._sums[layer].tensors])
+        arrived = to_host([part for layer in layers for part in self._sums[layer]])
 
         def wait() -> dict[int, ExpertStats]:
-            arrays = iter(arrived())
-            return {layer: _to_stats(next(arrays), next(arrays), next(arrays)) for layer in layers}
+            arrays, stats = iter(arrived()), {}
+            for layer in layers:
+                routed, outputs, router = (next(arrays) for _ in range(3))
+                stats[layer] = ExpertStats(
+                    routed_tokens=routed[:, 0].astype(np.int64),
+                    gate_sum=routed[:, 1].copy(),
+                    gated_norm_sum=outputs[:, 0].copy(),
+                    output_count=outputs[:, 1].astype(np.int64),
+                    output_sum=outputs[:, 2].copy(),
+                    output_sum_sq=outputs[:, 3].copy(),
+                    token_count=np.full(len(routed), int(router[0]), np.int64),
+                    router_entropy_sum=np.full(len(routed), router[1]),
+                )
+            return stats
 
         return wait
 
-    def _sums_of(self, layer: int, experts: Experts, device: torch.device) -> _ExpertSums:
+    def _sums_of(self, layer: int, experts: Experts, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Return the sums of a layer.
+
+        They are float64[experts, 2], tokens and gates; float64[experts, 4], gate * |output|, elements, their sum and
+        sum of squares; and float64[2], tokens and entropy of the router.
+        """
         if layer not in self._sums:
             zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-            router = zeros(2)
+            self._sums[layer] = zeros(experts.number, 2), zeros(experts.number, 4), zeros(2)
             if experts.router is None:
-                router[1] = torch.nan
-            self._sums[layer] = _ExpertSums(zeros(experts.number, 2), zeros(experts.number, 4), router)
+                self._sums[layer][2][1] = torch.nan
         return self._sums[layer]
-
-
-def _to_stats(routed: np.ndarray, outputs: np.ndarray, router: np.ndarray) -> ExpertStats:
-    return ExpertStats(
-        routed_tokens=routed[:, 0].astype(np.int64),
-        gate_sum=routed[:, 1].copy(),
-        gated_norm_sum=outputs[:, 0].copy(),
-        output_count=outputs[:, 1].astype(np.int64),
-        output_sum=outputs[:, 2].copy(),
-        output_sum_sq=outputs[:, 3].copy(),
-        token_count=np.full(len(routed), int(router[0]), np.int64),
-        router_entropy_sum=np.full(len(routed), router[1]),
-    )
 
 
 Current = Callable[[], Pass | None]
@@ -295,11 +269,11 @@ class Hooks:
         for site in self.sites:
             taps = [layer.taps[site] for layer in self.layers if site in layer.taps]
             for module, reads in dict.fromkeys((tap.module, tap.reads) for tap in taps):
+                read = self._reader(site, reads)
                 if reads == "input":
-                    hook = self._reader_of_input(site)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                    handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
                 else:
-                    handles.append(module.register_forward_hook(self._reader_of_output(site)))
+                    handles.append(module.register_forward_hook(read))
         if self._experts:
             handles += expert_hooks(self.layers, self._pass)
 
@@ -321,17 +295,11 @@ class Hooks:
         if (now := self._pass()) and now.entered:
             now.observer.leave(now, module, output)
 
-    def _reader_of_output(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
-        def read(module: nn.Module, _args: Any, output: Any) -> None:
+    def _reader(self, site: str, reads: str) -> Callable[[nn.Module, Any, Any], None]:
+        def read(module: nn.Module, args: Any, kwargs_or_output: Any) -> None:
             if (now := self._pass()) and now.entered:
-                now.observer.read(now, site, module, first_tensor(output))
-
-        return read
-
-    def _reader_of_input(self, site: str) -> Callable[[nn.Module, Any, Any], None]:
-        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if (now := self._pass()) and now.entered:
-                now.observer.read(now, site, module, first_tensor((*args, *kwargs.values())))
+                tensors = (*args, *kwargs_or_output.values()) if reads == "input" else kwargs_or_output
+                now.observer.read(now, site, module, first_tensor(tensors))
 
         return read
 
@@ -462,7 +430,13 @@ class Observer:
         if {"block", "update"} & set(self.hooks.sites):
             self._add_block(now, entered, output)
         self._finish()
-        self._count_pass(entered.layer)
+        index = entered.layer.index
+        self._num_observed[index] += 1
+        if self._num_observed[index] == self._passes:  # accumulators on the host become results, ten times smaller
+            keys = [key for key in self._accumulators if key[0] == index]
+            if all(self._accumulators[key].is_on_host for key in keys):
+                _, arrived = self._send(keys)
+                self._stats |= zip(keys, arrived(), strict=True)
 
     def read(self, now: Pass, site: str, module: nn.Module, tensor: torch.Tensor | None) -> None:
         """Add the statistics of a site's module inside a layer: its output after it ran, or its input before."""
@@ -472,15 +446,6 @@ class Observer:
             return
         x = self._rows(now, layer, tap.axes, tensor)
         self._add(now, layer, site, tap.exchange(x) if tap.exchange else x[now.local_rows])
-
-    def _count_pass(self, layer: Layer) -> None:
-        """Count a pass of a layer. After the last, reduce host accumulators to results, which are ten times smaller."""
-        self._num_observed[layer.index] += 1
-        if self._num_observed[layer.index] == self._passes:
-            keys = [key for key in self._accumulators if key[0] == layer.index]
-            if all(self._accumulators[key].is_on_host for key in keys):
-                _, arrived = self._send(keys)
-                self._stats |= zip(keys, arrived(), strict=True)
 
     def _add_block(self, now: Pass, entered: RunningLayer, output: Any) -> None:
         layer, before = entered.layer, entered.hidden

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from avss_dist.corpus.pairs import Pairing
-from avss_dist.measure.kernels.answers import measure_answers
-from avss_dist.measure.kernels.base import Tensors
-from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rows import ROW_FIELDS, RowStats
+from avss_dist.measure.kernels.cpu import measure_answers
+from avss_dist.measure.kernels.reference import Tensors
+from avss_dist.stats.layer_stats import ROW_FIELDS, Float64, RowStats
 from avss_dist.system.devices import to_device
 
 
@@ -47,7 +46,7 @@ class ObservedTokens:
         return x.flatten(0, 1).index_select(0, self.places)
 
     @cached_property
-    def of_row(self) -> torch.Tensor:
+    def membership(self) -> torch.Tensor:
         """Membership of tokens in rows, float64[rows, tokens], 1 or 0."""
         every = torch.arange(len(self.numbers), device=self.rows.device)
         return (every[:, None] == self.rows).double()
@@ -110,7 +109,7 @@ def by_matrices(
     Args:
         values, before: [tokens, units], the tokens that count.
     """
-    row_sums, values = tokens.of_row, values.double()
+    row_sums, values = tokens.membership, values.double()
     finite, sizes = torch.isfinite(values), values.abs()
     values_or_zero = torch.where(finite, values, 0)
     count = row_sums @ finite.sum(dim=1).double()
@@ -147,8 +146,8 @@ def _pooled(centers: torch.Tensor, tokens: ObservedTokens) -> torch.Tensor:
 def _mean(values: torch.Tensor, tokens: ObservedTokens) -> torch.Tensor:
     """Return the mean over the tokens of each row, NaN for rows without tokens or with a non-finite value."""
     finite = torch.isfinite(values)
-    total = tokens.of_row @ torch.where(finite, values, 0)
-    return torch.where(tokens.of_row @ (~finite).double() == 0, total / tokens.numbers, torch.nan)
+    total = tokens.membership @ torch.where(finite, values, 0)
+    return torch.where(tokens.membership @ (~finite).double() == 0, total / tokens.numbers, torch.nan)
 
 
 def _finite(values: torch.Tensor) -> torch.Tensor:

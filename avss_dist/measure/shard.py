@@ -15,16 +15,15 @@ from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import INPUT_SITES, Settings
 from avss_dist.core.text import describe_layers
 from avss_dist.corpus.shards import Batch, Shard
-from avss_dist.measure.kernels.base import PATTERNS
+from avss_dist.measure.kernels.reference import PATTERNS
 from avss_dist.measure.observer import UNIT_SITES, Hooks, Observer, attached
 from avss_dist.measure.rows import PlacedRows, in_order
 from avss_dist.models.layers import describe_projections
 from avss_dist.models.size import Footprint
 from avss_dist.models.structure import absent_sites
 from avss_dist.partition.replica import Replica, dummy_batch, no_observation
-from avss_dist.stats.layer_stats import LayerKey, ShardResult
+from avss_dist.stats.layer_stats import AnswerRows, LayerKey, ShardResult
 from avss_dist.stats.merging import merge_stats, merge_strata
-from avss_dist.stats.rows import AnswerRows
 from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory, use_threads
 from avss_dist.system.memory import halve_until_it_fits, peak_memory
 
@@ -73,7 +72,7 @@ def analyze_shard(
         )
     observer.send()
     rows_of_answers, experts = observer.send_rows(), observer.experts.send()
-    peak = _peak_memory_bytes(replica.device)
+    peak = peak_device_memory() if replica.device.type == "cuda" else peak_memory()
     if computed:
         computed()
     parts = replica.collect((observer.strata(), rows_of_answers()))
@@ -90,7 +89,7 @@ def analyze_shard(
         stats=stats,
         num_tokens=shard.num_tokens,
         seconds=time.perf_counter() - start,
-        device=_device_name(replica.device),
+        device=torch.cuda.get_device_name(replica.device) if replica.device.type == "cuda" else "cpu",
         model=_describe(replica, rows, settings),
         peak_memory_bytes=peak,
         strata=strata if shard.pairing else {},
@@ -132,7 +131,7 @@ def _answer_rows(shard: Shard, parts: Sequence[Mapping[LayerKey, PlacedRows]]) -
 
 
 def counter_bytes(size: Footprint, settings: Settings, strata: int = 1) -> int:
-    """Return the bytes of the accumulators of all layers, sites and strata. See `kernels.base.Accumulator`."""
+    """Return the bytes of the accumulators of all layers, sites and strata. See `kernels.reference.Accumulator`."""
     counts = PATTERNS * 4  # float32: half as many, of 8 bytes
     units = 16 * size.hidden_size * len(set(UNIT_SITES) & set(settings.sites))
     return strata * size.num_layers * (len(settings.sites) * counts + units)
@@ -152,27 +151,12 @@ def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]
     if inputs := [site for site in INPUT_SITES if site in settings.sites]:
         model["notes"] = [*model["notes"], *absent_sites(replica.layers, inputs)]
         model["projections"] = describe_projections(replica.layers)
-    if settings.experts and (without := _layers_without_experts(replica)):
-        model["notes"] = [*model["notes"], without]
+    if settings.experts and (without := [layer.index for layer in replica.layers if layer.experts is None]):
+        note = f"layers {describe_layers(without)} have no routed experts"
+        if len(without) == len(replica.layers):
+            note = "no layer has routed experts in one module, which is called with the experts and gates of each token"
+        model["notes"] = [*model["notes"], note]
     if rows < settings.batch_size:
         note = f"{settings.batch_size} rows did not fit in memory at once; some batches had {rows}"
         model["notes"] = [*model["notes"], note]
     return model
-
-
-def _layers_without_experts(replica: Replica) -> str | None:
-    """Return a note on the layers without measurable experts, or None if every layer has some."""
-    without = [layer.index for layer in replica.layers if layer.experts is None]
-    if len(without) == len(replica.layers):
-        return "no layer has routed experts in one module, which is called with the experts and gates of each token"
-    return f"layers {describe_layers(without)} have no routed experts" if without else None
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return peak_device_memory()
-    return peak_memory()

@@ -34,7 +34,7 @@ from avss_dist.report.section import (
     page_number,
     percent,
 )
-from avss_dist.stats.retention import NO_INTERVAL
+from avss_dist.stats.metrics import NO_INTERVAL
 
 LARGEST_SHOWN = 1.5  # retention that the chart has room for
 Row = Mapping[str, Any]  # of the table `experiments`

@@ -1,4 +1,7 @@
-"""LayerStats: the mergeable state from which every score is computed. Pure numpy, float64 and int64.
+"""Statistics from which every score is computed: of layers, of rows of paired text, of experts. Pure numpy.
+
+Each field is annotated with its meaning, its unit if it has one, and the operation that merges it: the columns of the
+warehouse and `LayerStats.merge` follow from these annotations.
 
 Elementwise fields cover the finite *valid elements* (tokens x units, padding excluded). Per-token fields leave out
 tokens with a non-finite element, per-sequence fields leave out sequences with one.
@@ -6,14 +9,15 @@ tokens with a non-finite element, per-sequence fields leave out sequences with o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, NamedTuple
+from functools import cache, partial
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from avss_dist.stats.experts import ExpertStats
 from avss_dist.stats.histogram import (
     HISTOGRAM_BINS,
     Values,
@@ -23,7 +27,6 @@ from avss_dist.stats.histogram import (
     merge_values,
     next_cut,
 )
-from avss_dist.stats.rows import AnswerRows
 
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -33,20 +36,31 @@ StratumKey = tuple[int, str, str]
 """Layer, site and stratum. Only paired text has strata."""
 
 
-def _empty_int() -> Int64:
-    return np.zeros(0, np.int64)
+def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> tuple[int, float, float]:
+    """Merge two (count, mean, m2) triples by Chan's pairwise update. An empty triple is the identity."""
+    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
+    if count_a == 0:
+        return b
+    if count_b == 0:
+        return a
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    mean = mean_a + delta * (count_b / count)
+    return count, mean, m2_a + m2_b + delta * delta * (count_a * (count_b / count))
 
 
-def _empty_float() -> Float64:
-    return np.zeros(0, np.float64)
+def _add_units(a: Float64, b: Float64) -> Float64:
+    if a.size == 0 or b.size == 0:
+        return a if b.size == 0 else b
+    if a.shape != b.shape:
+        raise ValueError(f"unit counts differ: {a.size} and {b.size}")
+    return a + b
 
 
-def _empty_values() -> Float32:
-    return np.zeros(0, np.float32)
-
-
-def _empty_histogram() -> Int64:
-    return np.zeros(HISTOGRAM_BINS, np.int64)
+SUM, MINIMUM, MAXIMUM, ANY, UNITS = (
+    partial(map, operation) for operation in (operator.add, min, max, operator.or_, _add_units)
+)
+MOMENTS, INPUT_MOMENTS, FIRST_MOMENTS = (partial(merge_moments) for _ in range(3))
 
 
 class NearZeroCount(NamedTuple):
@@ -75,40 +89,48 @@ class LayerStats:
     """
 
     thresholds: Annotated[Float64, "absolute near-zero thresholds, ascending"]
-    near_zero: Annotated[Int64, "elements with abs(x) < threshold, for each threshold, exact"]
-    count: Annotated[int, "finite elements (tokens x units), padding excluded"] = 0
-    mean: Annotated[float, "mean over elements"] = 0.0
-    m2: Annotated[float, "sum over elements of (x - mean)^2; m2 / count is the variance"] = 0.0
-    zero_count: Annotated[int, "elements that are exactly zero"] = 0
-    nonfinite_count: Annotated[int, "NaN and infinite elements, which no other column counts"] = 0
-    min: Annotated[float, "smallest element; inf without elements"] = np.inf
-    max: Annotated[float, "largest element; -inf without elements"] = -np.inf
-    max_abs: Annotated[float, "largest abs(x)"] = 0.0
-    histogram: Annotated[Int64, "elements by bin of abs(x)"] = field(default_factory=_empty_histogram)
-    abs_value: Annotated[Float32, "every distinct abs(x), ascending"] = field(default_factory=_empty_values)
-    abs_value_count: Annotated[Int64, "elements with each of those values"] = field(default_factory=_empty_int)
-    abs_value_cut: Annotated[bool, "whether those are float32 truncated to 16 bits: 128 values an octave"] = False
-    sequence_count: Annotated[int, "sequences in pooled_variance_sum"] = 0
+    near_zero: Annotated[Int64, "elements with abs(x) < threshold, for each threshold, exact", SUM]
+    count: Annotated[int, "finite elements (tokens x units), padding excluded", MOMENTS] = 0
+    mean: Annotated[float, "mean over elements", MOMENTS] = 0.0
+    m2: Annotated[float, "sum over elements of (x - mean)^2; m2 / count is the variance", MOMENTS] = 0.0
+    zero_count: Annotated[int, "elements that are exactly zero", SUM] = 0
+    nonfinite_count: Annotated[int, "NaN and infinite elements, which no other column counts", SUM] = 0
+    min: Annotated[float, "smallest element; inf without elements", MINIMUM] = np.inf
+    max: Annotated[float, "largest element; -inf without elements", MAXIMUM] = -np.inf
+    max_abs: Annotated[float, "largest abs(x)", MAXIMUM] = 0.0
+    histogram: Annotated[Int64, "elements by bin of abs(x)", SUM] = field(
+        default_factory=lambda: np.zeros(HISTOGRAM_BINS, np.int64)
+    )
+    abs_value: Annotated[Float32, "every distinct abs(x), ascending", merge_values] = field(
+        default_factory=lambda: np.zeros(0, np.float32)
+    )
+    abs_value_count: Annotated[Int64, "elements with each of those values", merge_values] = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )
+    abs_value_cut: Annotated[bool, "whether those are float32 truncated to 16 bits: 128 values an octave", ANY] = False
+    sequence_count: Annotated[int, "sequences in pooled_variance_sum", SUM] = 0
     pooled_variance_sum: Annotated[
-        float, "sum over sequences of the unbiased variance, over units, of the mean over tokens"
+        float, "sum over sequences of the unbiased variance, over units, of the mean over tokens", SUM
     ] = 0.0
-    unit_count: Annotated[int, "tokens in unit_sum and unit_sum_sq (block and update sites)"] = 0
-    unit_sum: Annotated[Float64, "sum over tokens, by unit (block and update sites)"] = field(
-        default_factory=_empty_float
+    unit_count: Annotated[int, "tokens in unit_sum and unit_sum_sq (block and update sites)", SUM] = 0
+    unit_sum: Annotated[Float64, "sum over tokens, by unit (block and update sites)", UNITS] = field(
+        default_factory=lambda: np.zeros(0, np.float64)
     )
-    unit_sum_sq: Annotated[Float64, "sum of squares over tokens, by unit (block and update sites)"] = field(
-        default_factory=_empty_float
+    unit_sum_sq: Annotated[Float64, "sum of squares over tokens, by unit (block and update sites)", UNITS] = field(
+        default_factory=lambda: np.zeros(0, np.float64)
     )
-    token_count: Annotated[int, "tokens in the three sums that follow (block site)"] = 0
-    cosine_sum: Annotated[float, "sum over tokens of the cosine of the block's input and output"] = 0.0
-    angular_sum: Annotated[float, "sum over tokens of the angle of the block's input and output", "pi radians"] = 0.0
-    relative_magnitude_sum: Annotated[float, "sum over tokens of |output - input| / |input|"] = 0.0
-    input_count: Annotated[int, "elements of the block's input (block site)"] = 0
-    input_mean: Annotated[float, "mean over elements of the block's input"] = 0.0
-    input_m2: Annotated[float, "sum over elements of the block's input of (x - input_mean)^2"] = 0.0
-    first_count: Annotated[int, "elements of the first token that counts in each row (block site)"] = 0
-    first_mean: Annotated[float, "mean over those elements"] = 0.0
-    first_m2: Annotated[float, "sum over those elements of (x - first_mean)^2"] = 0.0
+    token_count: Annotated[int, "tokens in the three sums that follow (block site)", SUM] = 0
+    cosine_sum: Annotated[float, "sum over tokens of the cosine of the block's input and output", SUM] = 0.0
+    angular_sum: Annotated[float, "sum over tokens of the angle of the block's input and output", "pi radians", SUM] = (
+        0.0
+    )
+    relative_magnitude_sum: Annotated[float, "sum over tokens of |output - input| / |input|", SUM] = 0.0
+    input_count: Annotated[int, "elements of the block's input (block site)", INPUT_MOMENTS] = 0
+    input_mean: Annotated[float, "mean over elements of the block's input", INPUT_MOMENTS] = 0.0
+    input_m2: Annotated[float, "sum over elements of the block's input of (x - input_mean)^2", INPUT_MOMENTS] = 0.0
+    first_count: Annotated[int, "elements of the first token that counts in each row (block site)", FIRST_MOMENTS] = 0
+    first_mean: Annotated[float, "mean over those elements", FIRST_MOMENTS] = 0.0
+    first_m2: Annotated[float, "sum over those elements of (x - first_mean)^2", FIRST_MOMENTS] = 0.0
 
     @classmethod
     def zero(cls, thresholds: Iterable[float]) -> LayerStats:
@@ -124,36 +146,10 @@ class LayerStats:
         """
         if not np.array_equal(self.thresholds, other.thresholds):
             raise ValueError(f"thresholds differ: {self.thresholds.tolist()} and {other.thresholds.tolist()}")
-        count, mean, m2 = merge_moments((self.count, self.mean, self.m2), (other.count, other.mean, other.m2))
-        input_count, input_mean, input_m2 = merge_moments(
-            (self.input_count, self.input_mean, self.input_m2), (other.input_count, other.input_mean, other.input_m2)
-        )
-        first_count, first_mean, first_m2 = merge_moments(
-            (self.first_count, self.first_mean, self.first_m2), (other.first_count, other.first_mean, other.first_m2)
-        )
-        added = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
-        abs_value, abs_value_count = merge_values(self.values, other.values)
-        return LayerStats(
-            thresholds=self.thresholds,
-            count=count,
-            mean=mean,
-            m2=m2,
-            input_count=input_count,
-            input_mean=input_mean,
-            input_m2=input_m2,
-            first_count=first_count,
-            first_mean=first_mean,
-            first_m2=first_m2,
-            min=min(self.min, other.min),
-            max=max(self.max, other.max),
-            max_abs=max(self.max_abs, other.max_abs),
-            abs_value=abs_value,
-            abs_value_count=abs_value_count,
-            abs_value_cut=self.abs_value_cut or other.abs_value_cut,
-            unit_sum=_add_units(self.unit_sum, other.unit_sum),
-            unit_sum_sq=_add_units(self.unit_sum_sq, other.unit_sum_sq),
-            **added,
-        )
+        merged: dict[str, Any] = {"thresholds": self.thresholds}
+        for operation, names in _merging_operations():
+            merged |= zip(names, operation(*([getattr(x, name) for name in names] for x in (self, other))), strict=True)
+        return LayerStats(**merged)
 
     def equals(self, other: LayerStats) -> bool:
         """Whether every field is identical to the last bit."""
@@ -204,23 +200,31 @@ class LayerStats:
         return float(np.sqrt(self.variance + self.mean**2))
 
 
-_ADDED = (
-    *("near_zero", "zero_count", "nonfinite_count", "histogram", "sequence_count", "pooled_variance_sum"),
-    *("unit_count", "token_count", "cosine_sum", "angular_sum", "relative_magnitude_sum"),
-)
+@cache
+def _merging_operations() -> list[tuple[Callable[..., Iterable[Any]], list[str]]]:
+    """Return each operation that merges fields of LayerStats, with these fields."""
+    names: dict[Any, list[str]] = {}
+    for name, (_, _, operation) in annotations_of(LayerStats).items():
+        if operation:
+            names.setdefault(operation, []).append(name)
+    return list(names.items())
 
 
-def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> tuple[int, float, float]:
-    """Merge two (count, mean, m2) triples by Chan's pairwise update. An empty triple is the identity."""
-    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
-    if count_a == 0:
-        return b
-    if count_b == 0:
-        return a
-    count = count_a + count_b
-    delta = mean_b - mean_a
-    mean = mean_a + delta * (count_b / count)
-    return count, mean, m2_a + m2_b + delta * delta * (count_a * (count_b / count))
+@cache
+def annotations_of(cls: type) -> dict[str, tuple[type, tuple[str, ...], Callable[..., Iterable[Any]] | None]]:
+    """Return the type, the texts (meaning, unit) and the merging operation of each annotated field of a class.
+
+    The operation takes the values of both operands. Fields with the same operation are merged together.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    return {
+        name: (
+            hint.__origin__,
+            tuple(text for text in hint.__metadata__ if isinstance(text, str)),
+            next((operation for operation in hint.__metadata__ if callable(operation)), None),
+        )
+        for name, hint in hints.items()
+    }
 
 
 def share_of_m2(part: tuple[ArrayLike, ArrayLike, ArrayLike], mean: ArrayLike, m2: ArrayLike) -> Float64:
@@ -230,22 +234,12 @@ def share_of_m2(part: tuple[ArrayLike, ArrayLike, ArrayLike], mean: ArrayLike, m
         part: count, mean and m2 of the part. Arrays are of several samples.
         mean, m2: mean and m2 of the whole sample.
     """
-    count, part_mean, part_m2, whole_mean, whole_m2 = np.broadcast_arrays(*map(_as_floats, (*part, mean, m2)))
+    count, part_mean, part_m2, whole_mean, whole_m2 = np.broadcast_arrays(
+        *(np.asarray(values, np.float64) for values in (*part, mean, m2))
+    )
     contributed = part_m2 + count * (part_mean - whole_mean) ** 2
     known = (count > 0) & (whole_m2 > 0)
     return np.divide(contributed, whole_m2, out=np.full(contributed.shape, np.nan), where=known)
-
-
-def _as_floats(values: ArrayLike) -> Float64:
-    return np.asarray(values, np.float64)
-
-
-def _add_units(a: Float64, b: Float64) -> Float64:
-    if a.size == 0 or b.size == 0:
-        return a if b.size == 0 else b
-    if a.shape != b.shape:
-        raise ValueError(f"unit counts differ: {a.size} and {b.size}")
-    return a + b
 
 
 def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thresholds: Float64) -> dict[str, object]:
@@ -269,7 +263,7 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
     abs_value, abs_value_count = merge_values((sizes[~negative], often[~negative]), (sizes[negative], often[negative]))
     below = np.append(0, np.cumsum(abs_value_count))
     count = int(below[-1])
-    histogram = _empty_histogram()
+    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
     np.add.at(histogram, histogram_bin(abs_value), abs_value_count)
     result: dict[str, object] = {
         "near_zero": below[np.searchsorted(abs_value.astype(np.float64), thresholds)],
@@ -290,6 +284,96 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
             "max_abs": float(abs_value[-1]),
         }
     return result
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowStats:
+    """Statistics of one layer and site, an entry for each row, over the tokens of its answer.
+
+    The sums of ``count`` and ``near_zero`` over the rows of a stratum equal those of its LayerStats.
+    """
+
+    count: Annotated[Int64, "finite elements of the answer (tokens x units)"]
+    near_zero: Annotated[Int64, "elements with abs(x) < threshold, for each threshold of the run, exact"]
+    mean: Annotated[Float64, "mean over elements"]
+    m2: Annotated[Float64, "sum over elements of (x - mean)^2; m2 / count is the variance"]
+    pooled_variance: Annotated[Float64, "unbiased variance, over units, of the mean over tokens"]
+    norm: Annotated[Float64, "mean over tokens of |x|"]
+    relative_magnitude: Annotated[Float64, "mean over tokens of |output - input| / |input| (block site)"]
+
+
+ROW_FIELDS = {name: texts[0] for name, (_, texts, _) in annotations_of(RowStats).items()}
+"""Meaning of each field of RowStats."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AnswerRows:
+    """Statistics of the rows of a shard of paired text.
+
+    Attributes:
+        row: int64[rows], the position of each row in the corpus.
+        pair: int64[rows], the index of the prompt that each answer belongs to.
+        strata: stratum of each row.
+        prompt_tokens, answer_tokens: int64[rows], the number of tokens of each prompt and answer.
+        stats: row statistics by (layer, site).
+    """
+
+    row: Int64
+    pair: Int64
+    strata: tuple[str, ...]
+    prompt_tokens: Int64
+    answer_tokens: Int64
+    stats: Mapping[LayerKey, RowStats]
+
+    def equals(self, other: AnswerRows) -> bool:
+        """Whether every field is identical to the last bit."""
+        same_keys = self.strata == other.strata and self.stats.keys() == other.stats.keys()
+        names = ("row", "pair", "prompt_tokens", "answer_tokens")
+        return (
+            same_keys
+            and all(np.array_equal(getattr(self, n), getattr(other, n)) for n in names)
+            and all(
+                np.array_equal(getattr(a, n), getattr(other.stats[key], n), equal_nan=True)
+                for key, a in self.stats.items()
+                for n in ROW_FIELDS
+            )
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ExpertStats:
+    """Sums of the experts of a layer, one entry for each expert, including those that no token reached.
+
+    ``gated_norm_sum / routed_tokens`` is the saliency of REAP (Lasby et al., arXiv 2510.13999, equation 9). The output
+    of an expert is taken at a gate of 1. Tokens with a non-finite output count only in the first two sums.
+    """
+
+    routed_tokens: Annotated[Int64, "tokens that the router gave to the expert"]
+    gate_sum: Annotated[Float64, "sum over those tokens of the gate: what the expert's output is multiplied by"]
+    gated_norm_sum: Annotated[Float64, "sum over those tokens of gate * |output|"]
+    output_count: Annotated[Int64, "elements of the expert's outputs (tokens x units)"]
+    output_sum: Annotated[Float64, "sum over those elements"]
+    output_sum_sq: Annotated[Float64, "sum of their squares"]
+    token_count: Annotated[Int64, "tokens that the router of the layer saw; the same for each of its experts"]
+    router_entropy_sum: Annotated[
+        Float64, "sum over those tokens of the entropy of the router's softmax; the same for each expert", "nats"
+    ]
+
+    def merge(self, other: ExpertStats) -> ExpertStats:
+        """Return the statistics over the tokens of both operands."""
+        return ExpertStats(**{name: getattr(self, name) + getattr(other, name) for name in EXPERT_FIELDS})
+
+
+EXPERT_FIELDS = tuple(f.name for f in fields(ExpertStats))
+
+
+def merge_experts(parts: Iterable[Mapping[int, ExpertStats]]) -> dict[int, ExpertStats]:
+    """Merge the statistics of each layer, in the order of the parts."""
+    merged: dict[int, ExpertStats] = {}
+    for part in parts:
+        for layer, stats in part.items():
+            merged[layer] = merged[layer].merge(stats) if layer in merged else stats
+    return dict(sorted(merged.items()))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -328,4 +412,4 @@ class ShardResult:
 
 def without_values(stats: LayerStats) -> LayerStats:
     """Return statistics without the counts by value, which take most of their memory."""
-    return replace(stats, abs_value=_empty_values(), abs_value_count=_empty_int())
+    return replace(stats, abs_value=np.zeros(0, np.float32), abs_value_count=np.zeros(0, np.int64))

@@ -5,35 +5,34 @@ The result depends only on the number of shards. It is the same whichever proces
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy as np
+
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.stats.histogram import Values, merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, without_values
-from avss_dist.stats.spill import Spill
+
+KEPT_BYTES = 128 << 20
+_LARGE = ("histogram", "unit_sum", "unit_sum_sq")
 
 Key = TypeVar("Key", LayerKey, StratumKey)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Merged statistics of consecutive shards. Counts by value are kept separately, since only the run stores them.
-
-    For paired text, only the statistics by stratum are filled in. `merge_strata` computes the others.
+    """Merged statistics of consecutive shards, by stratum. Unpaired text has one stratum with an empty name.
 
     Attributes:
-        stats: statistics without counts by value.
-        values: counts by value.
-        strata: statistics by stratum without counts by value.
-        stratum_values: counts by value and stratum.
+        strata: statistics without counts by value.
+        values: counts by value, which are kept separately, since only the run stores them.
     """
 
-    stats: Mapping[LayerKey, LayerStats]
-    values: Mapping[LayerKey, Values]
     strata: Mapping[StratumKey, LayerStats]
-    stratum_values: Mapping[StratumKey, Values]
+    values: Mapping[StratumKey, Values]
 
 
 @dataclass(frozen=True)
@@ -75,59 +74,69 @@ def merge_block(shards: Iterable[ShardResult], ids: range) -> Block:
     Raises:
         ValueError: if the ids of the shards are not exactly ``ids``.
     """
-    stats: dict[LayerKey, LayerStats] = {}
-    values: dict[LayerKey, Values] = {}
     strata: dict[StratumKey, LayerStats] = {}
-    stratum_values: dict[StratumKey, Values] = {}
+    values: dict[StratumKey, Values] = {}
     seen = ids.start
     for shard in shards:
         if shard.shard_id != seen:
             raise ValueError(f"shard {shard.shard_id} where shard {seen} belongs")
         seen += 1
-        if shard.strata:
-            strata = _add(strata, stratum_values, shard.strata)
-        else:
-            stats = _add(stats, values, shard.stats)
+        added = shard.strata or {(*key, ""): stats for key, stats in shard.stats.items()}
+        _add_values(values, {key: stats.values for key, stats in added.items()})
+        strata = merge_stats((strata, {key: without_values(stats) for key, stats in added.items()}))
     if seen != ids.stop:
         raise ValueError(f"{seen - ids.start} shards where {len(ids)} belong")
-    return Block(stats, values, strata, stratum_values)
+    return Block(strata, values)
 
 
-def _add(
-    merged: Mapping[Key, LayerStats], values: dict[Key, Values], shard: Mapping[Key, LayerStats]
-) -> dict[Key, LayerStats]:
-    """Return the statistics merged with those of a shard. Add the shard's counts by value to ``values``."""
-    _add_values(values, {key: one.values for key, one in shard.items()})
-    return merge_stats((merged, {key: without_values(one) for key, one in shard.items()}))
-
-
-def _add_values(values: dict[Key, Values], added: Mapping[Key, Values]) -> None:
+def _add_values(values: dict[StratumKey, Values], added: Mapping[StratumKey, Values]) -> None:
     for key, counts in added.items():
         values[key] = merge_values(values[key], counts) if key in values else counts
 
 
 def combine_blocks(blocks: Iterable[Block]) -> Merged:
-    """Merge blocks, in the order given."""
+    """Merge blocks, in the order given.
+
+    At most `KEPT_BYTES` of the large arrays of blocks stay in memory. Further ones are mapped from temporary files.
+    """
     block_stats: list[Mapping[LayerKey, LayerStats]] = []
-    stats: dict[LayerKey, LayerStats] = {}
     strata: dict[StratumKey, LayerStats] = {}
-    spill = Spill()
-    values: dict[LayerKey, Values] = {}
-    stratum_values: dict[StratumKey, Values] = {}
+    values: dict[StratumKey, Values] = {}
+    room = KEPT_BYTES
     for block in blocks:
-        block_stats.append(spill.keep(merge_strata(block.strata) if block.strata else block.stats))
-        stats, strata = merge_stats((stats, block.stats)), merge_stats((strata, block.strata))
+        stats = merge_strata(block.strata)
+        room -= sum(getattr(layer_stats, name).nbytes for layer_stats in stats.values() for name in _LARGE)
+        block_stats.append(stats if room >= 0 else _mapped(stats))
+        strata = merge_stats((strata, block.strata))
         _add_values(values, block.values)
-        _add_values(stratum_values, block.stratum_values)
-    strata = _with_values(strata, stratum_values)
-    stats = merge_strata(strata) if strata else _with_values(stats, values)
-    return Merged(stats, block_stats, strata)
-
-
-def _with_values(merged: dict[Key, LayerStats], values: Mapping[Key, Values]) -> dict[Key, LayerStats]:
     for key, (abs_value, abs_value_count) in values.items():
-        merged[key] = replace(merged[key], abs_value=abs_value, abs_value_count=abs_value_count)
-    return merged
+        strata[key] = replace(strata[key], abs_value=abs_value, abs_value_count=abs_value_count)
+    return Merged(merge_strata(strata), block_stats, strata if any(label for *_, label in strata) else {})
+
+
+def _mapped(stats: Mapping[LayerKey, LayerStats]) -> Mapping[LayerKey, LayerStats]:
+    """Return the same statistics with their large fields in one memory-mapped file, which has no name.
+
+    If the file cannot be written, they stay in memory.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            for layer_stats in stats.values():
+                for name in _LARGE:
+                    file.write(getattr(layer_stats, name).tobytes())
+            file.flush()
+            whole = np.asarray(np.memmap(file, np.uint8, "r"))
+    except (OSError, ValueError):  # numpy raises ValueError for an empty file
+        return stats
+    mapped, at = {}, 0
+    for key, layer_stats in stats.items():
+        fields = {}
+        for name in _LARGE:
+            field = getattr(layer_stats, name)
+            fields[name] = whole[at : at + field.nbytes].view(field.dtype)
+            at += field.nbytes
+        mapped[key] = replace(layer_stats, **fields)
+    return mapped
 
 
 def merge_strata(strata: Mapping[StratumKey, LayerStats]) -> dict[LayerKey, LayerStats]:

@@ -148,9 +148,8 @@ def _deepspeed() -> str:
 
 
 def _kernels() -> str:
-    merging = import_module("avss_dist.measure.kernels.merging")
     total = np.zeros(65536, np.int64)
-    merging.merge_patterns(np.full(65536, 7, np.uint32), total)
+    import_module("avss_dist.measure.kernels.cpu").merge_patterns(np.full(65536, 7, np.uint32), total)
     if not (total == 7).all():
         raise ArithmeticError("a count is wrong")
     return "yes"
@@ -160,12 +159,13 @@ def _cuda_kernels() -> str:
     torch = import_module("torch")
     if not torch.cuda.is_available():
         return "not tried: there is no GPU"
-    base, choose = (import_module(f"avss_dist.measure.kernels.{name}") for name in ("base", "choose"))
+    reference = import_module("avss_dist.measure.kernels.reference")
     x = torch.full((2, 3, 256), 7, dtype=torch.bfloat16, device="cuda")
-    kernels, into = choose.kernels_for(x.device), base.Accumulator(x, np.ones(1), units=True, geometry=True)
+    kernels = import_module("avss_dist.measure.kernels").kernels_for(x.device)
+    into = reference.Accumulator(x, np.ones(1), units=True, geometry=True)
     kernels.add(into, x, torch.ones(2, 3, dtype=torch.bool, device="cuda"), x)
     kernels.finish()
-    stats = base.to_stats({name: tensor.cpu().numpy() for name, tensor in into.tensors.items()}, x.dtype, np.ones(1))
+    stats = reference.to_stats({name: t.cpu().numpy() for name, t in into.tensors.items()}, x.dtype, np.ones(1))
     if (stats.count, stats.mean, stats.cosine_sum) != (1536, 7.0, 6.0):
         raise ArithmeticError("a count is wrong")
     return "yes" if type(kernels).__name__ == "CudaKernels" else "no: torch counts, which is slower"

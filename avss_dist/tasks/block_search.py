@@ -20,7 +20,7 @@ from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.sparsifying import weight_of
-from avss_dist.stats.power_law import hill_exponent
+from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.process import bound
 from avss_dist.tasks.base import Row
 
@@ -192,3 +192,15 @@ class Spectra:
                 value = np.array([hill_exponent(eigenvalues)])
                 rows.append(Row(metric=f"{HILL}{projection.path}", samples=value, weights=np.ones(1), layer=self.layer))
         return rows
+
+
+def hill_exponent(eigenvalues: Sequence[float] | Float64) -> float:
+    """Return the exponent of a power law by Hill's estimator over the larger half of the eigenvalues.
+
+    The estimate is ``1 + m / sum(log(x_i / x_min))`` (Clauset, Shalizi and Newman, arXiv 0706.1062, equation 3.1).
+    """
+    values = np.sort(np.asarray(eigenvalues, np.float64))
+    values = values[values > 0]
+    chosen = values[-max(2, len(values) // 2) :]
+    total = float(np.log(chosen / chosen[0]).sum())
+    return 1 + len(chosen) / total if total > 0 else np.inf

@@ -8,7 +8,7 @@ from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.stats.row_start import AS_READ, OTHER_START
+from avss_dist.stats.metrics import AS_READ, OTHER_START
 from avss_dist.tasks.base import Row, predicted_tokens
 
 

@@ -26,7 +26,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from avss_dist.stats.unit_shares import largest_share, shares_of_elements, shares_of_means
 from avss_dist.system.files import cache_folder, remove_leftovers, staged_file
 from avss_dist.system.streams import tracked
 from avss_dist.warehouse.checks import damaged_runs
@@ -370,11 +369,15 @@ def digest(stats: pa.Table) -> pa.Table:
         unit_sums = sums[starts[rows, None] + of_rows]
         unit_squares = squares[square_starts[rows, None] + of_rows]
         tokens = counts[rows, None].astype(np.float64)
+        means = unit_sums / tokens
+        mean = unit_sums.sum(axis=1, keepdims=True) / (tokens * size)
         for name, values in (
-            ("mean_unit", shares_of_means(unit_sums, tokens)),
-            ("element_unit", shares_of_elements(unit_sums, unit_squares, tokens)),
+            ("mean_unit", (means - means.mean(axis=1, keepdims=True)) ** 2),
+            ("element_unit", np.maximum(unit_squares - 2 * mean * unit_sums + tokens * mean**2, 0)),
         ):
-            shares[name][rows], units[name][rows] = largest_share(values)
+            total = values.sum(axis=1, keepdims=True)
+            parts = np.divide(values, total, out=np.full(values.shape, np.nan), where=total > 0)
+            shares[name][rows], units[name][rows] = parts.max(axis=1), parts.argmax(axis=1)
     for name, values in shares.items():
         undefined = ~np.isfinite(values)
         columns[name] = pa.array(units[name], pa.int64(), mask=undefined)

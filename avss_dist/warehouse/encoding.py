@@ -18,11 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError
-from avss_dist.stats.experts import EXPERT_COLUMNS, ExpertStats
 from avss_dist.stats.histogram import HISTOGRAM_BINS
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
+from avss_dist.stats.layer_stats import (
+    EXPERT_FIELDS,
+    ROW_FIELDS,
+    AnswerRows,
+    ExpertStats,
+    LayerKey,
+    LayerStats,
+    ShardResult,
+    StratumKey,
+)
 from avss_dist.stats.merging import merge_strata
-from avss_dist.stats.rows import ROW_FIELDS, AnswerRows
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
 
 if TYPE_CHECKING:
@@ -370,7 +377,7 @@ def expert_columns(run: RunIdentity, layers: Sequence[str], experts: Mapping[int
     columns |= {"layer": layer_of_row, "layer_name": [layers[layer] for layer in layer_of_row]}
     columns["depth"] = [(layer + 0.5) / len(layers) for layer in layer_of_row]
     columns["expert"] = [expert for size in sizes.values() for expert in range(size)]
-    for name in EXPERT_COLUMNS:
+    for name in EXPERT_FIELDS:
         parts = [getattr(experts[layer], name) for layer in sizes]
         columns[name] = pa.array(np.concatenate(parts) if parts else np.zeros(0), from_pandas=True)
     return columns
@@ -380,7 +387,7 @@ def to_experts(table: pa.Table) -> dict[int, ExpertStats]:
     """Return the statistics in rows of one run, or of one of its shards, by layer."""
     table = table.sort_by([("layer", "ascending"), ("expert", "ascending")])
     layers = table["layer"].to_numpy()
-    columns = {name: table[name].to_numpy() for name in EXPERT_COLUMNS}
+    columns = {name: table[name].to_numpy() for name in EXPERT_FIELDS}
     return {
         int(layer): ExpertStats(**{name: values[layers == layer] for name, values in columns.items()})
         for layer in np.unique(layers)

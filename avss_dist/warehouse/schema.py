@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict, get_type_hints
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,10 +15,8 @@ import pyarrow.compute as pc
 from avss_dist.core.intervention import MAX_STORED
 from avss_dist.core.registry import BASELINES, RECIPES, SCORES
 from avss_dist.core.settings import EVERY_SITE
-from avss_dist.stats.experts import EXPERT_COLUMNS
 from avss_dist.stats.histogram import HISTOGRAM_BINS
-from avss_dist.stats.layer_stats import Float32, Float64, Int64, LayerStats
-from avss_dist.stats.rows import ROW_FIELDS
+from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, Float32, Float64, Int64, LayerStats, annotations_of
 
 SCHEMA_VERSION = 3
 
@@ -140,11 +138,10 @@ def _field_column(name: str, kind: pa.DataType, meaning: str, unit: str = "") ->
 
 def _columns_of_stats() -> tuple[Column, ...]:
     """Return a column for each field of LayerStats, with two lists in place of the histogram, at the end."""
-    hints = get_type_hints(LayerStats, include_extras=True)
     return (
         *(
-            _field_column(name, _ARROW[hint.__origin__], *hint.__metadata__)
-            for name, hint in hints.items()
+            _field_column(name, _ARROW[kind], *texts)
+            for name, (kind, texts, _) in annotations_of(LayerStats).items()
             if name != "histogram"
         ),
         Column(
@@ -188,7 +185,10 @@ _SHARD = Column("shard_id", INT64, "index of the shard in the corpus", bounds=CO
 _EXPERT = (
     *_PLACE[:3],
     Column("expert", INT32, "index of the expert in its layer, from 0", bounds=COUNT),
-    *(_field_column(name, INT64 if count else FLOAT64, *said) for name, (count, *said) in EXPERT_COLUMNS.items()),
+    *(
+        _field_column(name, INT64 if kind is Int64 else FLOAT64, *texts)
+        for name, (kind, texts, _) in annotations_of(ExpertStats).items()
+    ),
 )
 _EXPERT_REQUIRED = frozenset({column.name for column in _EXPERT} - {"router_entropy_sum"})
 _STRATUM = Column("stratum", STRING, "of paired text, the label of the answers, and whether they follow another prompt")

@@ -15,8 +15,7 @@ import pyarrow as pa
 
 from avss_dist.core.errors import AvssError, DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
 from avss_dist.core.text import RedactedURI, escape_markdown
-from avss_dist.stats.experts import ExpertStats, merge_experts
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey
+from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, ShardResult, StratumKey, merge_experts
 from avss_dist.warehouse.checks import checked_rows
 from avss_dist.warehouse.encoding import (
     encode,

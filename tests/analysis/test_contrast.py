@@ -14,8 +14,7 @@ from support.warehouses import run_row
 from avss_dist.analysis.contrast import contrast
 from avss_dist.core.errors import QueryError
 from avss_dist.core.names import AFTER_ANOTHER
-from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.stats.rows import AnswerRows, RowStats
+from avss_dist.stats.layer_stats import AnswerRows, RowStats, ShardResult
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store

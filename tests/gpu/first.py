@@ -32,11 +32,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from avss_dist.core.settings import SITES, THRESHOLDS, Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure import observer as observing
-from avss_dist.measure.kernels.base import Accumulator, Kernels
-from avss_dist.measure.kernels.choose import kernels_for
+from avss_dist.measure.kernels import kernels_for
 from avss_dist.measure.kernels.cpu import CpuKernels
-from avss_dist.measure.kernels.cuda.backend import CudaKernels
-from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.measure.kernels.cuda import CudaKernels
+from avss_dist.measure.kernels.reference import Accumulator, Kernels, TorchKernels
 from avss_dist.measure.observer import Observer, attached
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve

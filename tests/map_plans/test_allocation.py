@@ -20,8 +20,7 @@ from avss_dist.map_plans.plans import SparsityPlan
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.pruning.plan import read_checked_plan
 from avss_dist.runs.api import score
-from avss_dist.stats.power_law import hill_exponent
-from avss_dist.tasks.block_search import GreedyBlock, Spectra
+from avss_dist.tasks.block_search import GreedyBlock, Spectra, hill_exponent
 from avss_dist.tasks.map_damage import MapDamage
 
 TEXT = "builtin:pydoc"

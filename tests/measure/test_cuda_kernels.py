@@ -22,13 +22,21 @@ from support.observing import observe
 
 from avss_dist.core.settings import SITES, THRESHOLDS
 from avss_dist.measure import observer as observing
-from avss_dist.measure.kernels.base import Accumulator
+from avss_dist.measure.kernels import cuda as cuda_device
 from avss_dist.measure.kernels.cpu import CpuKernels
-from avss_dist.measure.kernels.cuda import device as cuda_device
-from avss_dist.measure.kernels.cuda.backend import CudaKernels, NotCompiled
-from avss_dist.measure.kernels.cuda.calls import NUMBERS, chunk_of, layout, shared_bytes, source, window
-from avss_dist.measure.kernels.cuda.nvrtc import compile_for, library
-from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.measure.kernels.cuda import (
+    NUMBERS,
+    CudaKernels,
+    NotCompiled,
+    chunk_of,
+    compile_for,
+    layout,
+    library,
+    shared_bytes,
+    source,
+    window,
+)
+from avss_dist.measure.kernels.reference import Accumulator, TorchKernels
 from avss_dist.models.loading import forward_function, open_module
 
 GRID = np.array(THRESHOLDS)

@@ -20,7 +20,7 @@ from avss_dist.analysis.findings import findings
 from avss_dist.core.settings import THRESHOLDS
 from avss_dist.measure.observer import Observer, attached
 from avss_dist.models.loading import Backbone, forward_function, open_module
-from avss_dist.stats.experts import EXPERT_FIELDS, ExpertStats, merge_experts
+from avss_dist.stats.layer_stats import EXPERT_FIELDS, ExpertStats, merge_experts
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 

@@ -20,13 +20,10 @@ from support.oracle import Float64, assert_close, counted_by, oracle_stats
 from support.waiting import NoWaiting
 
 from avss_dist.core.settings import THRESHOLDS
-from avss_dist.measure.kernels import cpu, generic
-from avss_dist.measure.kernels.base import Accumulator, Kernels, float32_limits, to_stats
-from avss_dist.measure.kernels.choose import kernels_for
-from avss_dist.measure.kernels.compiling import compiled
-from avss_dist.measure.kernels.cpu import CpuKernels
-from avss_dist.measure.kernels.cuda.backend import CudaKernels
-from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.measure.kernels import cpu, kernels_for, reference
+from avss_dist.measure.kernels.cpu import CpuKernels, compiled
+from avss_dist.measure.kernels.cuda import CudaKernels
+from avss_dist.measure.kernels.reference import Accumulator, Kernels, TorchKernels, float32_limits, to_stats
 from avss_dist.stats.layer_stats import LayerStats
 
 GRID = np.array(THRESHOLDS)
@@ -297,7 +294,7 @@ def test_counts_move_to_64_bits_before_they_overflow(
 ) -> None:
     batches = [any_batch(seed, (3, 8, 16), dtype) for seed in (21, 22, 23)]
     whole = measured(kernels, *batches)
-    monkeypatch.setattr("avss_dist.measure.kernels.base.MOST_32_BIT", 2 * 3 * 8 * 16)
+    monkeypatch.setattr("avss_dist.measure.kernels.reference.MOST_32_BIT", 2 * 3 * 8 * 16)
     into = accumulate(kernels, batches, GRID)
     if dtype != torch.float32:
         assert into.tensors["patterns"].dtype == torch.int64
@@ -306,7 +303,7 @@ def test_counts_move_to_64_bits_before_they_overflow(
 
 def test_small_chunks_change_no_count(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     batch = any_batch(13, (3, 8, 16), dtype, oddities=0.002)
-    monkeypatch.setattr(generic, "CHUNK", 40)
+    monkeypatch.setattr(reference, "CHUNK", 40)
     assert_close(measured(TorchKernels(), batch), expected(batch))
 
 

@@ -18,10 +18,8 @@ from avss_dist.core.settings import EVERY_SITE, SITES, THRESHOLDS
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Batch
 from avss_dist.measure import observer as observing
-from avss_dist.measure.kernels.base import Accumulator, limits_on
-from avss_dist.measure.kernels.cuda.backend import CudaKernels
-from avss_dist.measure.kernels.cuda.calls import window
-from avss_dist.measure.kernels.generic import TorchKernels
+from avss_dist.measure.kernels.cuda import CudaKernels, window
+from avss_dist.measure.kernels.reference import Accumulator, TorchKernels, limits_on
 from avss_dist.measure.observer import ExpertCounter, Observer, attached
 from avss_dist.models.layers import Experts, Routing
 from avss_dist.models.loading import forward_function, open_module
@@ -34,7 +32,7 @@ PAIRED = Pairing(rows=np.arange(3), pairs=np.arange(3), strata=("good", "bad", "
 
 
 class Launches:
-    """See `cuda.backend.Launcher`: a card that is only told what to do."""
+    """See `cuda.Device`: a card that is only told what to do."""
 
     blocks, threads = 132, 1024
 

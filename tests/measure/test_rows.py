@@ -14,7 +14,7 @@ from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.observer import Pass
 from avss_dist.measure.rows import ObservedTokens, RowAccumulator, by_matrices, in_order, masks_by_stratum, row_tensors
-from avss_dist.stats.rows import ROW_FIELDS
+from avss_dist.stats.layer_stats import ROW_FIELDS
 
 GRID = np.array([0.25, 1.0])
 Measure = Callable[[torch.Tensor, ObservedTokens, torch.Tensor | None], dict[str, Any]]

@@ -14,7 +14,7 @@ from support.families import tiny_model
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import SITES, THRESHOLDS, Settings
 from avss_dist.corpus.pairs import Pairing
-from avss_dist.measure.kernels.base import Accumulator
+from avss_dist.measure.kernels.reference import Accumulator
 from avss_dist.measure.shard import UNIT_SITES, analyze_shard, counter_bytes
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.size import footprint

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,8 +12,16 @@ from support.oracle import assert_close, oracle_stats
 
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.core.settings import THRESHOLDS
+from avss_dist.stats import merging
 from avss_dist.stats.layer_stats import LayerStats, ShardResult, StratumKey, without_values
-from avss_dist.stats.merging import merge_block, merge_blocks, merge_stats, merge_strata, split_into_blocks
+from avss_dist.stats.merging import (
+    combine_blocks,
+    merge_block,
+    merge_blocks,
+    merge_stats,
+    merge_strata,
+    split_into_blocks,
+)
 
 GRID = np.array(THRESHOLDS)
 LABELS = ("right", "wrong")
@@ -52,12 +62,11 @@ def test_paired_text_is_merged_by_stratum_and_its_own_answers_by_layer() -> None
 
 def test_a_block_keeps_the_counts_by_value_apart() -> None:
     block = merge_block([paired_shard(3), paired_shard(4)], range(3, 5))
-    assert not block.stats and not block.values
-    assert block.strata.keys() == block.stratum_values.keys() == paired_shard(3).strata.keys()
+    assert block.strata.keys() == block.values.keys() == paired_shard(3).strata.keys()
     for key, stats in block.strata.items():
         whole = paired_shard(3).strata[key].merge(paired_shard(4).strata[key])
         assert stats.equals(without_values(whole))
-        for values, expected in zip(block.stratum_values[key], whole.values, strict=True):
+        for values, expected in zip(block.values[key], whole.values, strict=True):
             assert np.array_equal(values, expected)
 
 
@@ -83,3 +92,25 @@ def test_labels_are_merged_in_their_order_and_answers_after_another_prompt_left_
 )
 def test_blocks_are_as_small_as_their_number_allows(num_shards: int, most: int, expected: list[range]) -> None:
     assert split_into_blocks(num_shards, most) == expected
+
+
+BYTES = 2 * (2048 + 4 + 4) * 8  # of a block: two layers of a histogram and two sums by unit
+
+
+@pytest.mark.parametrize(("room", "fit"), [(0, 0), (BYTES - 1, 0), (BYTES, 1), (2 * BYTES - 1, 1), (3 * BYTES, 3)])
+def test_blocks_beyond_the_room_in_memory_are_mapped_and_the_same(
+    monkeypatch: pytest.MonkeyPatch, room: int, fit: int
+) -> None:
+    blocks = [merge_block([paired_shard(shard, ["right"])], range(shard, shard + 1)) for shard in range(4)]
+    expected = combine_blocks(blocks).blocks
+    monkeypatch.setattr(merging, "KEPT_BYTES", room)
+
+    def numbers_in_memory() -> list[bool]:
+        stats = combine_blocks(blocks).blocks
+        assert [list(block) for block in stats] == [list(block) for block in expected]
+        assert all(block[key].equals(other[key]) for block, other in zip(stats, expected, strict=True) for key in block)
+        return [all(one.unit_sum.flags.writeable for one in block.values()) for block in stats]
+
+    assert numbers_in_memory() == [i < fit for i in range(4)]
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=OSError(28, "No space left on device")))
+    assert all(numbers_in_memory())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from avss_dist.stats.power_law import hill_exponent
+from avss_dist.tasks.block_search import hill_exponent
 
 
 def fit(tail: Sequence[float]) -> float:

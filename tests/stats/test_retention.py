@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from avss_dist.core.names import LOSS
-from avss_dist.stats.retention import LOWER_IS_BETTER, retention_of
+from avss_dist.stats.metrics import LOWER_IS_BETTER, retention_of
 
 BEFORE, AFTER = np.array([2.0, 0.5, 0.0]), np.array([4.0, 0.25, 1.0])
 

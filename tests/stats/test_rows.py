@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from avss_dist.stats.experts import EXPERT_FIELDS, ExpertStats, merge_experts
-from avss_dist.stats.rows import ROW_FIELDS, AnswerRows, RowStats
+from avss_dist.stats.layer_stats import EXPERT_FIELDS, ROW_FIELDS, AnswerRows, ExpertStats, RowStats, merge_experts
 
 
 def row_stats(seed: int = 0) -> RowStats:

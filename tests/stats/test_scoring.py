@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.oracle import Float64, oracle_stats
 
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
-from avss_dist.stats import intervals, scores, spill
+from avss_dist.stats import intervals, merging, scores
 from avss_dist.stats.histogram import HISTOGRAM_EDGES
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, without_values
@@ -239,9 +239,9 @@ def test_lowest_set_probabilities_sum_to_the_size_of_the_set(recipe: str) -> Non
 
 def test_blocks_that_memory_has_no_room_for_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     x = activations()
-    blocks = [Block({key: without_values(one) for key, one in of.items()}, {}, {}, {}) for of in stats_of(x)]
+    blocks = [Block({(*key, ""): without_values(one) for key, one in of.items()}, {}) for of in stats_of(x)]
     expected = combine_blocks(blocks)
-    monkeypatch.setattr(spill, "KEPT_BYTES", 0)
+    monkeypatch.setattr(merging, "KEPT_BYTES", 0)
     found = combine_blocks(blocks)
     assert not any(one.unit_sum.flags.writeable for of in found.blocks for one in of.values()), "they are mapped"
     assert all(found.stats[key].equals(one) for key, one in expected.stats.items())

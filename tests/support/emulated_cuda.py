@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.measure.kernels.cuda.calls import NUMBERS, fields, source, window
+from avss_dist.measure.kernels.cuda import NUMBERS, fields, source, window
 
 HERE = Path(__file__).parent / "cuda"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -61,7 +61,7 @@ def _library(file: Path) -> Any:
 
 
 class Emulator:
-    """See `cuda.backend.Launcher`: some blocks and threads, which run in an order drawn from a seed.
+    """See `cuda.Device`: some blocks and threads, which run in an order drawn from a seed.
 
     Attributes:
         launches: the kernels that were launched, in order; traffic: bytes that they moved to and from global memory.
@@ -76,11 +76,11 @@ class Emulator:
         self._libraries, self._seed, self._mistake = of or libraries(), seed, mistake
 
     def span(self, dtype: torch.dtype) -> int:
-        """See `Launcher`."""
+        """See `cuda.Device`."""
         return window(dtype, SHARED)[1]
 
     def launch(self, dtype: torch.dtype, kernel: str, grid: int, block: int, shared: int, arguments: bytes) -> None:
-        """See `Launcher`."""
+        """See `cuda.Device`."""
         assert shared <= SHARED and len(arguments) == self._libraries[dtype].sizes(kernel == "finish")
         self.launches.append(kernel)
         self._seed += 1

@@ -142,8 +142,8 @@ def load_kernels() -> None:
     import torch
 
     from avss_dist.core.settings import THRESHOLDS
-    from avss_dist.measure.kernels.base import Accumulator
     from avss_dist.measure.kernels.cpu import CpuKernels
+    from avss_dist.measure.kernels.reference import Accumulator
 
     for dtype in (torch.float32, torch.bfloat16):
         x, mask = torch.zeros(1, 2, 4, dtype=dtype), torch.ones(1, 2, dtype=torch.bool)

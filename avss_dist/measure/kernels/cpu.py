@@ -1,94 +1,98 @@
-"""CPU kernels: compiled loops in the calling thread, sequence by sequence, with sums in a fixed order.
+"""CPU kernels: compiled loops in the calling thread, with sums in a fixed order.
 
-Concurrent shards, each in a thread of its own, use more cores, since the loops release Python's lock.
+Concurrent shards, each in a thread of its own, use more cores, since the loops release Python's lock. The loops process
+one sequence ``x[tokens, units]`` at a time, skip masked tokens, and add each sequence to the accumulator at its end. A
+tensor arrives as float32, or as the uint16 patterns of bfloat16. Sums are float64, counts are integers.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from numba import njit, types
+from numba.extending import overload
 
-from avss_dist.measure.kernels.base import PATTERNS, Accumulator, UpdateBuffer, float32_limits
-from avss_dist.measure.kernels.loops import measure_float32, measure_patterns
-from avss_dist.measure.kernels.merging import merge_elements, merge_geometry, merge_patterns, merge_units
+from avss_dist.measure.kernels.reference import PATTERNS, Accumulator, UpdateBuffer, float32_limits
+from avss_dist.stats.histogram import CUT_SHIFT
 
 MAX_ELEMENTS = 1 << 32  # that are counted in 32 bits before the counts are flushed
 
 
+def compiled(**options: Any) -> Callable[[Any], Any]:
+    """Return a decorator that compiles a function with numba, without Python's lock.
+
+    The compiled code is cached beside the module or in the user's cache. If neither can be written, each process
+    compiles for itself, which takes some seconds.
+    """
+
+    def compile_(function: Any) -> Any:
+        try:
+            return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        except RuntimeError:  # numba: no locator available
+            return njit(nogil=True, error_model="numpy", **options)(function)
+
+    return compile_
+
+
+_exact, _compiled = compiled(fastmath=False), compiled(fastmath={"reassoc", "contract"})
+# Without `fastmath`, numba gives a function the option of its caller.
+
+_ABS32 = np.uint32(0x7FFFFFFF)
+_INF32 = np.uint32(0x7F800000)
+_SHIFT = np.uint32(CUT_SHIFT)
+
+
 class CpuKernels:
-    """CPU backend, see `kernels.base.Kernels`. It reuses scratch memory between calls and is not thread-safe."""
+    """CPU backend, see `kernels.reference.Kernels`. It reuses memory between calls and is not thread-safe."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(PATTERNS, np.uint32)
-        self._scratch: dict[tuple[int, ...], _Scratch] = {}
         self._updates = UpdateBuffer()
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        """See `kernels.base.Kernels`."""
-        rows = max(1, (MAX_ELEMENTS - 1) // (x.shape[1] * x.shape[2]))
-        tensors = (x, mask) if before is None else (x, mask, before)
-        for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-            self._add(into, *parts)
+        """See `kernels.reference.Kernels`."""
+        rows = max(1, (MAX_ELEMENTS - 1) // max(1, x.shape[1] * x.shape[2]))
+        for start in range(0, len(x), rows):
+            here = slice(start, start + rows)
+            self._add(into, x[here], mask[here], x[:0] if before is None else before[here])
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
-        """See `kernels.base.Kernels`."""
+        """See `kernels.reference.Kernels`."""
         self.add(into, self._updates.subtract(after, before), mask)
 
     def finish(self) -> None:
         """Do nothing: `add` is complete when it returns."""
 
-    def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
+    def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor) -> None:
         into.reserve(x.numel())
-        totals = {name: tensor.numpy() for name, tensor in into.tensors.items()}
-        scratch = self._scratch_for(x, into)
-        values = _as_loops_read(x)
-        inputs = values if before is None else _as_loops_read(before)
-        comparison = before is not None, inputs, scratch.angles, scratch.geometry
-        summed = scratch.sums, scratch.squares, scratch.seen, scratch.pooled
+        totals = _ABSENT | {name: tensor.numpy() for name, tensor in into.tensors.items()}
+        elements, by_sequence, compared = (
+            tuple(totals.get(name) for name in names) for names in (_ELEMENTS, _BY_SEQUENCE, _COMPARED)
+        )
+        rest = _as_loops_read(before), self._counts, by_sequence, compared
+        values, masked = _as_loops_read(x), mask.contiguous().numpy()
         if x.dtype == torch.float32:
-            elements = scratch.near_zero, scratch.elements, scratch.moments
-            limits = _limits(into.thresholds.tobytes())
-            measure_float32(values, mask.contiguous().numpy(), limits, self._counts, elements, summed, comparison)
-            merge_patterns(self._counts, totals["cuts"])
-            merge_elements(*elements, *(totals[name] for name in ("near_zero", "elements", "moments", "extremes")))
+            measure_float32(values, masked, _limits(into.thresholds.tobytes()), elements, *rest)
         else:
-            measure_patterns(_patterns(x), values, mask.contiguous().numpy(), self._counts, summed, comparison)
-            merge_patterns(self._counts, totals["patterns"])
-        counted = scratch.pooled, totals["sequences"], totals["pooled"]
-        if "unit_sums" in totals:
-            merge_units(*counted, *summed[:3], totals["unit_count"], totals["unit_sums"])
-        else:
-            merge_units(*counted, *summed[:3], _NO_COUNT, _NO_SUMS)
-        if before is not None:
-            all_compared = totals["tokens"], totals["geometry"], totals["input_moments"]
-            merge_geometry(scratch.angles, scratch.geometry, *all_compared)
-
-    def _scratch_for(self, x: torch.Tensor, into: Accumulator) -> _Scratch:
-        squares = x.shape[2] if "unit_sums" in into.tensors else 0
-        key = (x.shape[0], x.shape[2], squares, len(into.thresholds))
-        if key not in self._scratch:
-            self._scratch[key] = _Scratch(*key)
-        return self._scratch[key]
+            measure_patterns(_patterns(x), values, masked, *rest)
+        merge_patterns(self._counts, totals["cuts" if x.dtype == torch.float32 else "patterns"])
 
 
-class _Scratch:
-    """Buffers for the sums of each sequence. See `loops.measure_patterns` and `loops.measure_float32`."""
-
-    def __init__(self, rows: int, units: int, squared: int, thresholds: int) -> None:
-        self.sums = np.empty((rows, units))
-        self.squares = np.empty((rows, squared))
-        self.seen = np.empty((rows, 2), np.int64)
-        self.pooled = np.empty((rows, 1))
-        self.angles = np.empty((rows, 2), np.int64)
-        self.geometry = np.empty((rows, 5))
-        self.near_zero = np.empty((rows, thresholds), np.int64)
-        self.elements = np.empty((rows, 3), np.int64)
-        self.moments = np.empty((rows, 4))
-
-
-_NO_COUNT, _NO_SUMS = np.zeros(1, np.int64), np.empty((2, 0))
+_ELEMENTS = ("near_zero", "elements", "moments", "extremes")
+_BY_SEQUENCE = ("sequences", "pooled", "unit_count", "unit_sums")
+_COMPARED = ("tokens", "geometry", "input_moments")
+_ABSENT = {
+    "unit_count": np.zeros(1, np.int64),
+    "unit_sums": np.zeros((2, 0)),
+    "tokens": np.zeros(2, np.int64),
+    "geometry": np.zeros(3),
+    "input_moments": np.zeros(2),
+}
 
 
 @lru_cache(maxsize=8)
@@ -109,3 +113,360 @@ def _as_loops_read(x: torch.Tensor) -> np.ndarray:
 def _array(x: torch.Tensor) -> np.ndarray:
     """Return a tensor's memory as an array. `torch.Tensor.numpy` would keep streaming from freeing the memory."""
     return np.from_dlpack(x)
+
+
+def value(element: Any) -> float:
+    """Return the value of an element as float64. Only callable from compiled code."""
+    raise NotImplementedError
+
+
+def pattern(element: Any) -> np.uint32:
+    """Return the float32 pattern of an element. Only callable from compiled code."""
+    raise NotImplementedError
+
+
+@overload(value, strict=False)
+def _value(element: Any) -> Callable[[Any], Any]:
+    if isinstance(element, types.Float):
+        return lambda element: np.float64(element)
+    return lambda element: np.float64(np.uint32(np.uint32(element) << 16).view(np.float32))
+
+
+@overload(pattern, strict=False)
+def _pattern(element: Any) -> Callable[[Any], Any]:
+    if isinstance(element, types.Float):
+        return lambda element: np.float32(element).view(np.uint32)
+    return lambda element: np.uint32(np.uint32(element) << 16)
+
+
+@_exact
+def merge_patterns(counts: Any, total: Any) -> None:
+    """Add uint32 ``counts`` to int32 or int64 ``total``, which may be shorter, and reset the added counts to zero."""
+    for first in range(0, total.shape[0], 64):
+        here, all_here = counts[first : first + 64], total[first : first + 64]
+        seen = np.uint32(0)
+        for i in range(64):
+            seen |= here[i]
+        if seen:
+            for i in range(64):
+                all_here[i] += here[i]
+            here[:] = 0
+
+
+@_exact
+def _add_to(total: Any, added: Any) -> None:
+    """Add float64 values to those of an accumulator, without the freedom to reorder sums that the loops have."""
+    for i in range(len(added)):
+        total[i] += added[i]
+
+
+@_exact
+def _merge_moments(total: Any, seen: int, count: int, mean: float, m2: float) -> None:
+    """Update ``total`` [mean, m2] of ``seen`` elements by ``count`` more (Chan)."""
+    if count:
+        delta = mean - total[0]
+        total[0] += delta * (count / (seen + count))
+        total[1] += m2 + delta * delta * (seen * (count / (seen + count)))
+
+
+@_compiled
+def measure_patterns(
+    raw: Any, values: Any, mask: Any, before: Any, counts: Any, by_sequence: Any, compared: Any
+) -> None:
+    """Measure the sequences of a 16-bit tensor. Compare them with a block's input.
+
+    Args:
+        raw: uint16[sequences, tokens, units], the bit patterns.
+        values: the values to sum: ``raw`` for bfloat16, float32 for float16.
+        mask: bool[sequences, tokens], true for tokens that count.
+        before: the input in the form of ``values``, or no sequences.
+        counts: uint32[65536], added to.
+        by_sequence, compared: tensors of the accumulator, added to. See `_sum_sequence` and `_compare_sequence`.
+    """
+    for b in range(raw.shape[0]):
+        nonfinite = _count_nonfinite(counts, values)
+        for t in range(raw.shape[1]):
+            if mask[b, t]:
+                _count_row(raw[b, t], counts)
+        _sum_sequence(values[b], mask[b], _count_nonfinite(counts, values) == nonfinite, by_sequence)
+        if before.shape[0]:
+            _compare_sequence(before[b], values[b], mask[b], compared)
+
+
+@_compiled
+def measure_float32(
+    x: Any, mask: Any, limits: Any, elements: Any, before: Any, counts: Any, by_sequence: Any, compared: Any
+) -> None:
+    """Measure the sequences of a float32 tensor. Compare them with a block's input.
+
+    Args:
+        x: float32[sequences, tokens, units].
+        mask: bool[sequences, tokens], true for tokens that count.
+        limits: uint32[k], the pattern of the smallest float32 that is not below each threshold.
+        elements: tensors of the accumulator, added to. See `_count_float32`.
+        counts: uint32[65536], added to, by the upper half of the pattern of abs(x).
+        before, by_sequence, compared: as in `measure_patterns`.
+    """
+    for b in range(x.shape[0]):
+        all_finite = _count_float32(x[b], mask[b], limits, counts, elements)
+        _sum_sequence(x[b], mask[b], all_finite, by_sequence)
+        if before.shape[0]:
+            _compare_sequence(before[b], x[b], mask[b], compared)
+
+
+@_compiled
+def _count_row(row: Any, counts: Any) -> None:
+    for j in range(row.shape[0]):
+        counts[row[j]] += 1
+
+
+@_compiled
+def _count_nonfinite(counts: Any, values: Any) -> int:
+    """Return the number of NaN and infinite patterns, of bfloat16 if ``values`` are patterns, else of float16."""
+    first = 0x7F80 if values.itemsize == 2 else 0x7C00
+    total = 0
+    for i in range(first, 0x8000):
+        total += counts[i] + counts[i + 0x8000]
+    return total
+
+
+@_compiled
+def _count_float32(x: Any, mask: Any, limits: Any, counts: Any, totals: Any) -> bool:
+    """Count and sum the elements of one sequence, float32[tokens, units]. Return whether all of them are finite.
+
+    Added to: counts uint32[65536] and ``totals``: near_zero int64[k]; elements int64[3] (count, zeros, nonfinite);
+    moments float64[2] (mean, m2), merged token by token (Chan); extremes float64[2].
+    """
+    near_zero, elements, moments, extremes = totals
+    count = zeros = nonfinite = 0
+    mean = m2 = 0.0
+    low, high = np.inf, -np.inf
+    units = x.shape[1]
+    for t in range(x.shape[0]):
+        if not mask[t]:
+            continue
+        row = x[t]
+        finite = 0
+        total = 0.0
+        for j in range(units):
+            size = pattern(row[j]) & _ABS32
+            if size < _INF32:
+                finite += 1
+                total += value(row[j])
+                counts[size >> _SHIFT] += 1
+                if size == 0:
+                    zeros += 1
+        nonfinite += units - finite
+        if finite == 0:
+            continue
+        center = total / finite
+        spread = 0.0
+        for j in range(units):
+            if (pattern(row[j]) & _ABS32) < _INF32:
+                x_j = value(row[j])
+                spread += (x_j - center) ** 2
+                low = min(low, x_j)
+                high = max(high, x_j)
+        for k in range(limits.shape[0]):
+            below = 0
+            for j in range(units):
+                below += (pattern(row[j]) & _ABS32) < limits[k]
+            near_zero[k] += below
+        merged = count + finite
+        delta = center - mean
+        mean += delta * (finite / merged)
+        m2 += spread + delta * delta * (count * (finite / merged))
+        count = merged
+    _merge_moments(moments, elements[0], count, mean, m2)
+    elements[0] += count
+    elements[1] += zeros
+    elements[2] += nonfinite
+    extremes[0], extremes[1] = min(extremes[0], low), max(extremes[1], high)
+    return nonfinite == 0
+
+
+@_compiled
+def _is_finite(row: Any) -> Any:
+    largest = np.uint32(0)
+    for j in range(row.shape[0]):
+        largest = max(largest, pattern(row[j]) & _ABS32)
+    return largest < _INF32
+
+
+@_compiled
+def _sum_sequence(x: Any, mask: Any, all_finite: bool, totals: Any) -> None:
+    """Sum one sequence, [tokens, units], over the tokens that are finite throughout (all of them if ``all_finite``).
+
+    Added to: pooled float64[1], the unbiased variance over units of the mean over tokens, with sequences int64[1], if
+    all tokens are finite; unit_count int64[1], finite tokens; unit_sums float64[2, units], skipped if it has no units.
+    """
+    sequences, pooled, unit_count, unit_sums = totals
+    sums, squares = np.zeros(x.shape[1]), np.zeros(unit_sums.shape[1])
+    finite = seen = 0
+    for t in range(x.shape[0]):
+        if not mask[t]:
+            continue
+        seen += 1
+        row = x[t]
+        if not (all_finite or _is_finite(row)):
+            continue
+        finite += 1
+        if squares.shape[0]:
+            for j in range(row.shape[0]):
+                x_j = value(row[j])
+                sums[j] += x_j
+                squares[j] += x_j * x_j
+        else:
+            for j in range(row.shape[0]):
+                sums[j] += value(row[j])
+    if finite and finite == seen:
+        sequences[0] += 1
+        _add_to(pooled, (_variance(sums, finite),))
+    if squares.shape[0]:
+        unit_count[0] += finite
+        _add_to(unit_sums[0], sums)
+        _add_to(unit_sums[1], squares)
+
+
+@_compiled
+def _variance(sums: Any, tokens: int) -> float:
+    """Return the unbiased variance of ``sums / tokens`` in two passes, 0 for a single unit."""
+    units = sums.shape[0]
+    if units < 2:
+        return 0.0
+    total = 0.0
+    for j in range(units):
+        total += sums[j]
+    center = total / units
+    spread = 0.0
+    for j in range(units):
+        spread += ((sums[j] - center) / tokens) ** 2
+    return spread / (units - 1)
+
+
+@_compiled
+def _compare_sequence(before: Any, after: Any, mask: Any, totals: Any) -> None:
+    """Compare one sequence of a block's input with its output, [tokens, units], token by token.
+
+    Added to: tokens int64[2], the tokens that are finite and nonzero in input and output, and the input elements of
+    tokens that are finite in both; geometry float64[3], over the former cos(in, out), acos(cos) / pi and
+    |out - in| / |in|; input_moments float64[2], mean and m2 of the latter. The difference is taken between the float64
+    values, before rounding to the dtype.
+    """
+    tokens, geometry, input_moments = totals
+    angles = count = 0
+    cosine_sum = angular_sum = relative_sum = mean = m2 = 0.0
+    units = before.shape[1]
+    for t in range(before.shape[0]):
+        if not mask[t]:
+            continue
+        old, new = before[t], after[t]
+        total = dot = old_sq = new_sq = change_sq = 0.0
+        for j in range(units):
+            a, b = value(old[j]), value(new[j])
+            total += a
+            dot += a * b
+            old_sq += a * a
+            new_sq += b * b
+            change_sq += (b - a) * (b - a)
+        if not (old_sq < math.inf and new_sq < math.inf):  # float64 sums of float32 squares do not overflow
+            continue
+        center = total / units
+        spread = 0.0
+        for j in range(units):
+            spread += (value(old[j]) - center) ** 2
+        merged = count + units
+        delta = center - mean
+        mean += delta * (units / merged)
+        m2 += spread + delta * delta * (count * (units / merged))
+        count = merged
+        if old_sq > 0 and new_sq > 0:
+            cosine = min(1.0, max(-1.0, dot / math.sqrt(old_sq * new_sq)))
+            angles += 1
+            cosine_sum += cosine
+            angular_sum += math.acos(cosine) / math.pi
+            relative_sum += math.sqrt(change_sq / old_sq)
+    _add_to(geometry, (cosine_sum, angular_sum, relative_sum))
+    _merge_moments(input_moments, tokens[1], count, mean, m2)
+    tokens[0] += angles
+    tokens[1] += count
+
+
+@_compiled
+def measure_answers(values: Any, before: Any, row: Any, thresholds: Any, counts: Any, sums: Any, centers: Any) -> None:
+    """Add the statistics of tokens to those of their rows. All outputs must be zero at first.
+
+    Args:
+        values: float32[tokens, units].
+        before: input of a block, of the shape of ``values``, or empty, float32[0, units].
+        row: int64[tokens], the row of each token.
+        thresholds: float64[k].
+        counts: int64[rows, 1 + k], output: finite elements, and elements with abs(x) below each threshold.
+        sums: float64[rows, 4], output: sums of elements, of their squared distances from the row's mean, of the tokens'
+            norms and of their relative updates. The first two leave out non-finite elements, which make the others NaN
+            or infinite.
+        centers: float64[rows, units], output: sums of elements by unit, NaN or infinite if an element is.
+    """
+    for t in range(values.shape[0]):
+        r, squares = row[t], 0.0
+        for j in range(values.shape[1]):
+            squares += np.float64(values[t, j]) * np.float64(values[t, j])
+        for j in range(values.shape[1]):
+            centers[r, j] += np.float64(values[t, j])
+        for i in range(thresholds.shape[0]):
+            near = 0
+            for j in range(values.shape[1]):
+                near += np.float64(abs(values[t, j])) < thresholds[i]
+            counts[r, 1 + i] += near
+        finite, total = _finite_sum(values[t], np.isfinite(squares))
+        counts[r, 0] += finite
+        sums[r, 0] += total
+        sums[r, 2] += np.sqrt(squares)
+        if before.shape[0]:
+            sums[r, 3] += _relative_update(before[t], values[t])
+    for t in range(values.shape[0]):
+        r = row[t]
+        if counts[r, 0]:
+            sums[r, 1] += _squared_distances(values[t], sums[r, 0] / counts[r, 0])
+
+
+@_compiled
+def _finite_sum(token: Any, is_finite: Any) -> Any:
+    """Return the number of finite elements of a token, and their sum."""
+    total = 0.0
+    if is_finite:
+        for j in range(token.shape[0]):
+            total += np.float64(token[j])
+        return token.shape[0], total
+    finite = 0
+    for j in range(token.shape[0]):
+        if np.isfinite(token[j]):
+            finite += 1
+            total += np.float64(token[j])
+    return finite, total
+
+
+@_compiled
+def _squared_distances(token: Any, mean: Any) -> Any:
+    total = 0.0
+    for j in range(token.shape[0]):
+        distance = np.float64(token[j]) - mean
+        total += distance * distance
+    if np.isfinite(total):
+        return total
+    total = 0.0
+    for j in range(token.shape[0]):
+        if np.isfinite(token[j]):
+            distance = np.float64(token[j]) - mean
+            total += distance * distance
+    return total
+
+
+@_compiled
+def _relative_update(before: Any, after: Any) -> Any:
+    change, size = 0.0, 0.0
+    for j in range(before.shape[0]):
+        step = np.float64(after[j]) - np.float64(before[j])
+        change += step * step
+        size += np.float64(before[j]) * np.float64(before[j])
+    return np.sqrt(change) / np.sqrt(size)

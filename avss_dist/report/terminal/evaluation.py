@@ -13,7 +13,7 @@ from avss_dist.core.intervention import count_removed
 from avss_dist.core.text import printable
 from avss_dist.report.section import Interval, ReportColumn, ReportTable, known_interval, percent, significant
 from avss_dist.report.terminal.tables import FittedTable
-from avss_dist.stats.retention import NO_INTERVAL
+from avss_dist.stats.metrics import NO_INTERVAL
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.evaluate import Evaluations

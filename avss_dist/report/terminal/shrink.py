@@ -23,7 +23,7 @@ from avss_dist.report.terminal.distill import DistillProgress
 from avss_dist.report.terminal.progress import CellProgress, LogLines, StepPace, bars, describe_without, log
 from avss_dist.report.terminal.tables import FittedTable
 from avss_dist.runs.events import RunStarted, ShardMeasured
-from avss_dist.stats.retention import NO_INTERVAL
+from avss_dist.stats.metrics import NO_INTERVAL
 
 if TYPE_CHECKING:
     from avss_dist.evaluation.continuations import Continuation

@@ -1,0 +1,303 @@
+"""Accumulators, the interface of the kernels that add to them, and the kernels of plain torch operations.
+
+A backend (`Kernels`) adds one batch of one (layer, site) into an `Accumulator`. `send_stats` turns accumulators into
+LayerStats, once per shard.
+
+For 16-bit floats the counts of the 65,536 bit patterns are a sufficient statistic of every elementwise field. For
+float32, the upper halves of the patterns of abs(x) are counted, and the other fields are summed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from avss_dist.stats.histogram import CUT_SHIFT, CUTS, HISTOGRAM_BINS, values_of_cuts
+from avss_dist.stats.layer_stats import Float64, LayerStats, stats_from_pattern_counts
+from avss_dist.system.devices import to_host
+
+PATTERNS = 1 << 16
+MOST_32_BIT = (1 << 31) - 1
+INT, FLOAT = torch.int64, torch.float64
+CHUNK = 1 << 24  # elements that a temporary may hold, or one sequence
+
+Tensors = dict[str, torch.Tensor]
+
+FIELDS: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {
+    "sequences": (INT, ("sequence_count",)),
+    "pooled": (FLOAT, ("pooled_variance_sum",)),
+    "elements": (INT, ("count", "zero_count", "nonfinite_count")),
+    "moments": (FLOAT, ("mean", "m2")),
+    "extremes": (FLOAT, ("min", "max")),
+    "unit_count": (INT, ("unit_count",)),
+    "unit_sums": (FLOAT, ("unit_sum", "unit_sum_sq")),
+    "tokens": (INT, ("token_count", "input_count")),
+    "geometry": (FLOAT, ("cosine_sum", "angular_sum", "relative_magnitude_sum")),
+    "input_moments": (FLOAT, ("input_mean", "input_m2")),
+    "first": (FLOAT, ("first_count", "first_mean", "first_m2")),
+}
+"""Dtype and fields of LayerStats of an accumulator's tensors. Entries of ``unit_sums`` are arrays by unit."""
+
+
+class Accumulator:
+    """Running statistics of one (layer, site) on a device.
+
+    Attributes:
+        tensors: tensors by name, all on one device: those of `FIELDS` that are measured, and counts.
+            16-bit activations: ``patterns`` int32[65536], int64 once that could overflow.
+            float32: ``cuts`` int64[32768], ``near_zero`` int64[k].
+    """
+
+    def __init__(self, like: torch.Tensor, thresholds: Float64, *, units: bool, geometry: bool) -> None:
+        self.dtype = like.dtype
+        self._elements = 0
+        self._first_tokens: list[torch.Tensor] = []
+        self.thresholds = thresholds
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        names = ["sequences", "pooled"]
+        if like.dtype == torch.float32:
+            shapes |= {"cuts": (INT, (CUTS,)), "near_zero": (INT, (len(thresholds),))}
+            names += ["elements", "moments", "extremes"]
+        else:
+            shapes["patterns"] = (torch.int32, (PATTERNS,))
+        names += ["unit_count", "unit_sums"] * units + ["tokens", "geometry", "input_moments"] * geometry
+        for name in names:
+            dtype, fields = FIELDS[name]
+            shapes[name] = dtype, (len(fields), *like.shape[-1:] * (name == "unit_sums"))
+        sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values()]
+        # Views of one buffer: a single allocation and fill on a GPU.
+        parts = torch.zeros(sum(sizes), dtype=torch.uint8, device=like.device).split(sizes)
+        self.tensors: Tensors = {
+            name: part.view(dtype).view(shape)
+            for (name, (dtype, shape)), part in zip(shapes.items(), parts, strict=True)
+        }
+        if "extremes" in self.tensors:
+            self.tensors["extremes"].fill_(torch.inf)[1].neg_()
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the tensors are in host memory."""
+        return self.tensors["sequences"].device.type == "cpu"
+
+    def add_first_tokens(self, values: torch.Tensor) -> None:
+        """Store the first tokens of rows, [rows, units], for `conclude`. A pass waits only for their copy."""
+        self._first_tokens.append(values)
+
+    def conclude(self) -> Tensors:
+        """Return ``tensors``. If first tokens were added, it has ``first`` float64[3]: their count, mean and m2."""
+        if self._first_tokens:
+            values = torch.cat(self._first_tokens).double()
+            finite = torch.isfinite(values)
+            count = finite.sum().double()
+            mean = torch.where(finite, values, 0).sum() / count.clamp_min(1)
+            m2 = torch.where(finite, values - mean, 0).square().sum()
+            self.tensors["first"] = torch.stack([count, mean, m2])
+            self._first_tokens.clear()
+        return self.tensors
+
+    def reserve(self, elements: int) -> None:
+        """Make room for ``elements`` more counts. Pattern counts are widened to 64 bits when 32 bits could overflow."""
+        self._elements += elements
+        if self._elements > MOST_32_BIT and "patterns" in self.tensors:
+            self.tensors["patterns"] = self.tensors["patterns"].to(torch.int64)
+
+
+class Kernels(Protocol):
+    """Interface of a backend. Each observer has its own, since a backend may keep memory between calls."""
+
+    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
+        """Add the elementwise statistics and pooled variances of a batch, and its sums by unit if ``into`` keeps them.
+
+        Args:
+            x: [sequences, tokens, units], contiguous, float32 or bfloat16 or float16.
+            mask: bool[sequences, tokens] on the device of ``x``, true for tokens that count.
+            before: input of a block with output ``x``, of the same shape. With it, each token's angle and relative
+                update (of the values as float64) and the moments of the input are added, too.
+        """
+
+    def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add ``after - before``, rounded to their dtype, as in `add`."""
+
+    def finish(self) -> None:
+        """Complete pending additions. Accumulators are up to date only after this call, which ends every layer."""
+
+
+class UpdateBuffer:
+    """Buffer for differences ``after - before``. It is reused across layers, because fresh pages are expensive."""
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+
+    def subtract(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Return the difference, valid until the next call. If the dtypes differ, it has the wider one."""
+        if after.dtype != before.dtype:
+            return after - before
+        if self._buffer is None or self._buffer.shape != after.shape or self._buffer.dtype != after.dtype:
+            self._buffer = torch.empty_like(after)
+        return torch.sub(after, before, out=self._buffer)
+
+
+@lru_cache(maxsize=16)
+def limits_on(thresholds: bytes, device: torch.device) -> torch.Tensor:
+    """Return the `float32_limits` of thresholds on a device, int32[k]. The result is cached.
+
+    Args:
+        thresholds: bytes of float64[k].
+    """
+    limits = float32_limits(np.frombuffer(thresholds, np.float64))
+    return torch.from_numpy(limits.view(np.int32).copy()).to(device)
+
+
+def float32_limits(thresholds: Float64) -> np.ndarray:
+    """Return the uint32 pattern of the smallest float32 >= each float64 threshold, so that x < t equals x < limit."""
+    limits = thresholds.astype(np.float32)
+    limits = np.where(limits.astype(np.float64) < thresholds, np.nextafter(limits, np.float32(np.inf)), limits)
+    return limits.view(np.uint32)
+
+
+def send_stats(accumulators: Sequence[Accumulator], thresholds: Float64) -> Callable[[], list[LayerStats]]:
+    """Start the transfer of accumulators, and return a function that waits for it and returns their statistics."""
+    concluded = [accumulator.conclude() for accumulator in accumulators]
+    like = [(one.dtype, tuple(one.tensors)) for one in accumulators]
+    arrived = to_host([tensor for tensors in concluded for tensor in tensors.values()])
+
+    def wait() -> list[LayerStats]:
+        arrays = iter(arrived())
+        return [to_stats({name: next(arrays) for name in names}, dtype, thresholds) for dtype, names in like]
+
+    return wait
+
+
+def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: Float64) -> LayerStats:
+    """Return the LayerStats of an accumulator's tensors, which were transferred to the host."""
+    fields: dict[str, Any] = {}
+    for name, values in tensors.items():
+        if name in FIELDS:
+            entries = values.tolist() if values.ndim == 1 else values.copy()
+            fields |= zip(FIELDS[name][1], entries, strict=True)
+    if "first" in tensors:
+        fields["first_count"] = int(fields["first_count"])
+    if "patterns" in tensors:
+        fields |= stats_from_pattern_counts(tensors["patterns"], _pattern_values(dtype), thresholds)
+    else:
+        abs_value, abs_value_count = values_of_cuts(tensors["cuts"])
+        fields |= {
+            "histogram": tensors["cuts"].reshape(HISTOGRAM_BINS, -1).sum(axis=1),
+            "abs_value": abs_value,
+            "abs_value_count": abs_value_count,
+            "abs_value_cut": True,
+            "near_zero": np.array(tensors["near_zero"]),
+            "max_abs": max(abs(fields["min"]), abs(fields["max"])) if fields["count"] else 0.0,
+        }
+    return LayerStats(thresholds=thresholds, **fields)
+
+
+@lru_cache(maxsize=2)
+def _pattern_values(dtype: torch.dtype) -> Float64:
+    """Return the float64 value of each of the 65,536 patterns of a 16-bit float."""
+    patterns = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16)
+    return patterns.view(dtype).double().numpy()
+
+
+class TorchKernels:
+    """Deterministic backend of torch operations without host transfers. Temporaries have up to `CHUNK` elements."""
+
+    def __init__(self) -> None:
+        self._updates = UpdateBuffer()
+
+    def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
+        """See `Kernels`."""
+        into.reserve(x.numel())
+        self._elements(into, x, mask)
+        rows = max(1, CHUNK // max(1, x.shape[1] * x.shape[2]))
+        for i in range(0, len(x), rows):
+            here = slice(i, i + rows)
+            self._units(into.tensors, x[here], mask[here])
+            if before is not None:
+                self._geometry(into.tensors, before[here], x[here], mask[here])
+
+    def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
+        """See `Kernels`."""
+        self.add(into, self._updates.subtract(after, before), mask)
+
+    def finish(self) -> None:
+        """Do nothing: `add` is complete when it returns."""
+
+    def _elements(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor) -> None:
+        for rows, tokens in _chunks(x, mask):
+            if x.dtype == torch.float32:
+                self._float32(into.tensors, into.thresholds, rows, tokens)
+            else:
+                patterns = rows.view(torch.int16).to(torch.int64) & 0xFFFF
+                _count_into(into.tensors["patterns"], patterns, tokens)
+
+    def _float32(self, into: Tensors, thresholds: Float64, x: torch.Tensor, mask: torch.Tensor) -> None:
+        sizes = x.view(torch.int32) & 0x7FFFFFFF
+        finite = (sizes < 0x7F800000) & mask[:, None]
+        _count_into(into["cuts"], (sizes >> CUT_SHIFT).to(torch.int64), finite)
+        limits = limits_on(thresholds.tobytes(), x.device)
+        into["near_zero"] += torch.stack([((sizes < limit) & finite).sum() for limit in limits])
+        count = finite.sum()
+        values = torch.where(finite, x, 0).double()
+        mean = values.sum() / count.clamp(min=1)
+        m2 = torch.where(finite, values - mean, 0).square().sum()
+        _merge_moments(into["elements"][0], into["moments"], count, mean, m2)
+        into["elements"] += torch.stack([count, ((sizes == 0) & finite).sum(), mask.sum() * x.shape[1] - count])
+        low = torch.where(finite, x, torch.inf).amin().double()
+        high = torch.where(finite, x, -torch.inf).amax().double()
+        into["extremes"].copy_(
+            torch.stack([torch.minimum(into["extremes"][0], low), torch.maximum(into["extremes"][1], high)])
+        )
+
+    def _units(self, into: Tensors, x: torch.Tensor, mask: torch.Tensor) -> None:
+        finite = mask & torch.isfinite(x).all(dim=2)
+        values = torch.where(finite[..., None], x, 0).double()
+        tokens = finite.sum(dim=1)
+        sums = values.sum(dim=1)
+        whole = (tokens > 0) & (tokens == mask.sum(dim=1))
+        into["sequences"] += whole.sum()
+        if x.shape[2] > 1:
+            variances = (sums / tokens.clamp(min=1)[:, None]).var(dim=1)
+            into["pooled"] += torch.where(whole, variances, 0).sum()
+        if "unit_sums" in into:
+            into["unit_count"] += tokens.sum()
+            into["unit_sums"] += torch.stack([sums.sum(dim=0), values.square_().sum(dim=(0, 1))])
+
+    def _geometry(self, into: Tensors, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> None:
+        finite = mask & torch.isfinite(before).all(dim=2) & torch.isfinite(after).all(dim=2)
+        old, new = (torch.where(finite[..., None], x, 0).double() for x in (before, after))
+        old_sq, new_sq, change_sq = (v.square().sum(dim=2) for v in (old, new, new - old))
+        angles = (old_sq > 0) & (new_sq > 0)
+        cosine = ((old * new).sum(dim=2) / (old_sq * new_sq).sqrt()).clamp(-1, 1)
+        per_token = torch.stack([cosine, torch.acos(cosine) / torch.pi, (change_sq / old_sq).sqrt()])
+        into["geometry"] += torch.where(angles, per_token, 0).sum(dim=(1, 2))
+        count = finite.sum() * before.shape[2]
+        mean = old.sum() / count.clamp(min=1)
+        m2 = torch.where(finite[..., None], old - mean, 0).square().sum()
+        _merge_moments(into["tokens"][1], into["input_moments"], count, mean, m2)
+        into["tokens"] += torch.stack([angles.sum(), count])
+
+
+def _chunks(x: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield rows [n, units] with their mask [n], with at most `CHUNK` elements (or one row) each."""
+    rows = max(1, CHUNK // x.shape[2])
+    yield from zip(x.flatten(0, 1).split(rows), mask.flatten().split(rows), strict=True)
+
+
+def _count_into(counts: torch.Tensor, bins: torch.Tensor, mask: torch.Tensor) -> None:
+    """Add the number of occurrences of each bin under a mask, of the shape of ``bins`` or of its rows."""
+    weight = mask.to(counts.dtype).reshape(*mask.shape, *[1] * (bins.dim() - mask.dim())).expand(bins.shape)
+    counts.scatter_add_(0, bins.reshape(-1), weight.reshape(-1))
+
+
+def _merge_moments(seen: torch.Tensor, moments: torch.Tensor, count: torch.Tensor, mean: Any, m2: Any) -> None:
+    """Update ``moments`` [mean, m2] of ``seen`` elements by ``count`` more (Chan), without a host transfer."""
+    total = (seen + count).clamp(min=1).double()
+    delta = mean - moments[0]
+    change = torch.stack([delta * (count / total), m2 + delta * delta * (seen * (count / total))])
+    moments += torch.where(count > 0, change, 0)

@@ -1,0 +1,50 @@
+"""Metrics of evaluations: their retention, and losses that reveal another start of rows than the model expects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from avss_dist.core.names import LOSS
+from avss_dist.stats.intervals import MINIMUM_UNITS
+from avss_dist.stats.layer_stats import Float64
+
+NO_INTERVAL = (
+    f"No interval where fewer than {MINIMUM_UNITS} samples differ from those of the whole model, or nothing is kept."
+)
+"""Note below tables in which a retention has no interval."""
+LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
+AS_READ, OTHER_START = "loss_as_read", "loss_other_start"  # metrics of the task `settings.ROW_START`
+FAR_WORSE = 1.5  # ratio of two perplexities
+
+
+def retention_of(metric: str, before: Float64, after: Float64) -> Float64:
+    """Return the retention of a metric. For a loss, it is the retention of the perplexity."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if metric == LOSS:
+            ratio: Float64 = np.exp(before - after)
+        elif metric.rpartition("/")[2].partition(",")[0] in LOWER_IS_BETTER:  # SUBTASK/METRIC,FILTER
+            ratio = before / after
+        else:
+            ratio = after / before
+    return ratio
+
+
+def row_start_warning(losses: Mapping[str, float], model: str, corpus: str) -> tuple[float, str] | None:
+    """Return the ratio of perplexities and a warning if a model seems to expect another start of rows, else None.
+
+    Args:
+        losses: results of an evaluation by metric: mean losses of the same text, in nats per token, with the start that
+            the rows have (`AS_READ`) and with the other one (`OTHER_START`), if they were measured.
+    """
+    if AS_READ not in losses or OTHER_START not in losses:
+        return None
+    ratio = float(np.exp(losses[AS_READ] - losses[OTHER_START]))
+    if not ratio > FAR_WORSE:
+        return None
+    return ratio, (
+        f"{model} has a perplexity of {np.exp(losses[AS_READ]):,.1f} on the first rows of {corpus}, and of "
+        f"{np.exp(losses[OTHER_START]):,.1f} on the same text with another start of each row, which it seems to "
+        "expect. Set `row_start` to auto if it is none; else see whether its tokenizer lacks `add_bos_token`."
+    )
