@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.analysis.scorecard import reliability
 from avss_dist.core.intervention import NO_INTERVENTION, PARTS, Removals, Sublayer, layer_of
 from avss_dist.core.names import LOSS, SUBLAYER_LOSS
 from avss_dist.core.registry import DAMAGE_TASK, SCORES, metrics_of
@@ -17,7 +16,7 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent
-from avss_dist.evaluation.sensitivity import Sensitivity, count_roundings, is_of_rounding, rounding_tasks, sensitivity
+from avss_dist.evaluation.sensitivity import Sensitivity, agreement_of, is_of_rounding, rounding_tasks, sensitivity
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
@@ -168,7 +167,8 @@ def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPl
     config = text_config(model.checkpoint, trust_remote_code=code).get_text_config()
     layers = getattr(config, "num_hidden_layers", None) or 1
     batches = text.num_batches(model.settings.batch_size)
-    removals = request.leave_one_out + len(PARTS) * request.sublayers + request.shapley + count_roundings(request)
+    removals = request.leave_one_out + len(PARTS) * request.sublayers + request.shapley
+    removals += len(request.formats) * request.rounded_layers
     require_intended(
         removals * layers * batches,
         MOST_PASSES,
@@ -233,10 +233,5 @@ def _ablation(model: str, corpus: str, results: Iterable[Result], rounded: Sensi
         )
         for layer, named in sorted(estimates.items())
     ]
-    agreement = _reliability(layers)
+    agreement = agreement_of(layer.increase for layer in layers)
     return Ablation(model=model, corpus=corpus, whole=whole, layers=layers, reliability=agreement, sensitivity=rounded)
-
-
-def _reliability(layers: Sequence[LayerAblation]) -> float:
-    increases = [layer.increase.samples for layer in layers if layer.increase is not None]
-    return reliability(np.stack(increases, axis=1)) if increases else float("nan")

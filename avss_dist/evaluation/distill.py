@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ from avss_dist.models.size import footprint
 from avss_dist.options import SHARED
 from avss_dist.requests import DistillRequest, ShrinkRequest
 from avss_dist.stats.rankings import count_lowest
-
-STUDENT = "student"  # folder of the repaired checkpoint, in that of the work
-WATCHED = 16  # maximum rows to watch a distillation on
-PART = 8  # one of this many rows is watched
-
-
-def count_watched(rows: int) -> int:
-    """Return the number of rows, of a text with ``rows`` rows, on which the best checkpoint is chosen."""
-    return min(rows // PART, WATCHED)
 
 
 def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:
@@ -66,83 +56,66 @@ def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:
     )
 
 
-@dataclass(frozen=True)
-class StagedDistillation:
-    """Folders of the work beside an output. They remain after an error, and the same command resumes.
+def student_folder(output: Path) -> Path:
+    """Return the folder of the checkpoint to distill, in a folder of the work beside an output.
 
-    Attributes:
-        output: folder of the result.
+    The work remains after an error, and the same command resumes.
     """
+    return output.with_name(f"{output.name}.part") / "student"
 
-    output: Path
 
-    @property
-    def root(self) -> Path:
-        """Folder of all the work."""
-        return self.output.with_name(f"{self.output.name}.part")
+def distill_student(
+    request: ShrinkRequest, student: Path, *, skip: int, held_out: int, rows: int, on_event: OnEvent
+) -> tuple[Path, DistillRecord]:
+    """Distill a student and return the folder and record of the result; one of the same request is reused.
 
-    @property
-    def student(self) -> Path:
-        """Folder of the checkpoint to distill."""
-        return self.root / STUDENT
+    Args:
+        student: its folder, see `student_folder`.
+        skip: rows of each text that distillation does not read.
+        held_out: rows after them that are only measured.
+        rows: maximum number of rows of each text, the skipped ones included.
 
-    def delete_student(self) -> None:
-        """Delete the student of an earlier attempt, which may be of another plan. Writing it again is quick."""
-        if self.student.exists():
-            shutil.rmtree(self.student)
-
-    def distill(
-        self, request: ShrinkRequest, *, skip: int, held_out: int, rows: int, on_event: OnEvent
-    ) -> tuple[Path, DistillRecord]:
-        """Distill the student and return the folder and record of the result; one of the same request is reused.
-
-        Args:
-            skip: rows of each text that distillation does not read.
-            held_out: rows after them that are only measured.
-            rows: maximum number of rows of each text, the skipped ones included.
-
-        Raises:
-            AvssError: see `distillation.distill.distill`.
-        """
-        reading = {"max_sequences": rows - skip, "skip_sequences": skip, "held_out": held_out}
-        folder = self._folder(request, reading)
-        record = read_record(folder)
-        if record is None or record.ended == DIVERGED:
-            shutil.rmtree(folder, ignore_errors=True)
-            wanted = _distill_request(request, self.student, folder, {**reading, "on_event": on_event})
-            try:
-                record = distill(wanted).record
-            except RunFailed as error:
-                raise RunFailed(
-                    f"{error.message} The checkpoint before distillation is in {self.student}.",
-                    "Leave out `distill_tokens`, or distill that checkpoint with avss distill, which has more options.",
-                ) from error
-        return folder, record
-
-    def _folder(self, request: ShrinkRequest, reading: dict[str, Any]) -> Path:
-        """Return the folder of a distilled checkpoint: all that determines it, then the output's name, for run ids."""
-        code = request.settings.trust_remote_code
-        values = {**_reading(request), "tokens": request.distill_tokens, **reading}
-        values["corpora"] = [RedactedURI(text) for text in request.weighted_repair_texts]
-        values["student"] = resolve(str(self.student), trust_remote_code=code).revision
-        return self.root / f"distilled-{fingerprint(**values)[:12]}" / self.output.name
-
-    def publish(self, folder: Path, record: DistillRecord, evaluated: Sequence[str]) -> None:
-        """Write lines on evaluations into the model card, move the checkpoint to the output, and delete the work.
-
-        Raises:
-            AvssError: a folder cannot be written.
-        """
+    Raises:
+        AvssError: see `distillation.distill.distill`.
+    """
+    reading = {"max_sequences": rows - skip, "skip_sequences": skip, "held_out": held_out}
+    values = {**_reading(request), "tokens": request.distill_tokens, **reading}
+    values["corpora"] = [RedactedURI(text) for text in request.weighted_repair_texts]
+    values["student"] = resolve(str(student), trust_remote_code=request.settings.trust_remote_code).revision
+    name = Path(request.output).name  # that of the output, for run ids
+    folder = student.with_name(f"distilled-{fingerprint(**values)[:12]}") / name
+    record = read_record(folder)
+    if record is None or record.ended == DIVERGED:
+        shutil.rmtree(folder, ignore_errors=True)
+        wanted = _distill_request(request, student, folder, {**reading, "on_event": on_event})
         try:
-            write_card(self.student, folder, record, evaluated)
-            shutil.rmtree(self.student)
-            folder.replace(self.output)
-            for path in self.root.glob("distilled-*"):
-                shutil.rmtree(path)
-        except OSError as error:
-            raise unwritable(self.output, error, "Repair that, and run the same command again.") from error
-        with suppress(OSError):  # the folder has files of the user
-            self.root.rmdir()
+            record = distill(wanted).record
+        except RunFailed as error:
+            raise RunFailed(
+                f"{error.message} The checkpoint before distillation is in {student}.",
+                "Leave out `distill_tokens`, or distill that checkpoint with avss distill, which has more options.",
+            ) from error
+    return folder, record
+
+
+def publish_distilled(
+    student: Path, folder: Path, output: Path, record: DistillRecord, evaluated: Sequence[str]
+) -> None:
+    """Write lines on evaluations into the model card, move the checkpoint to the output, and delete the work.
+
+    Raises:
+        AvssError: a folder cannot be written.
+    """
+    try:
+        write_card(student, folder, record, evaluated)
+        shutil.rmtree(student)
+        folder.replace(output)
+        for path in student.parent.glob("distilled-*"):
+            shutil.rmtree(path)
+    except OSError as error:
+        raise unwritable(output, error, "Repair that, and run the same command again.") from error
+    with suppress(OSError):  # the folder has files of the user
+        student.parent.rmdir()
 
 
 def _distill_request(

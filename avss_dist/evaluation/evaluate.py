@@ -21,9 +21,9 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.evaluation.events import OnEvent
-from avss_dist.evaluation.session import EvaluationSession, PlannedTask, Retention, metrics, results_under
+from avss_dist.evaluation.session import EvaluationSession, PlannedTask, Retention, results_under
 from avss_dist.evaluation.tasks import (
-    make_task,
+    plan_task,
     refuse_overlap,
     row_start_task,
     texts_of_repair,
@@ -103,14 +103,6 @@ class Evaluation:
     whole: Result | None
     retained: Retention | None
 
-    def metrics(self) -> list[tuple[str, float, float]]:
-        """Return name, value and standard error of the metric, and those of the perplexity of a loss."""
-        return list(metrics(self.result))
-
-    def whole_metrics(self) -> list[float]:
-        """Return the values of the whole model in the order of `metrics`; empty for the whole model itself."""
-        return [value for _, value, _ in metrics(self.whole)] if self.whole else []
-
 
 class Evaluations(list[Evaluation], TabularResult):
     """Evaluations of several subjects, in their order and that of the tasks.
@@ -133,8 +125,18 @@ class Evaluations(list[Evaluation], TabularResult):
             subject, retention = evaluation.subject, evaluation.retained
             dropped = list(map(str, subject.intervention.removed))
             interval = (retention.value, retention.low, retention.high) if retention else (None, None, None)
-            for (metric, value, stderr), whole in zip_longest(evaluation.metrics(), evaluation.whole_metrics()):
-                values = (subject.label, dropped, evaluation.task, metric, value, stderr, whole, *interval)
+            whole = evaluation.whole.metrics() if evaluation.whole else []
+            for (metric, value, stderr), before in zip_longest(evaluation.result.metrics(), whole):
+                values = (
+                    subject.label,
+                    dropped,
+                    evaluation.task,
+                    metric,
+                    value,
+                    stderr,
+                    before and before[1],
+                    *interval,
+                )
                 rows.append(dict(zip(COLUMNS, values, strict=True)))
         return pa.Table.from_pylist(rows)
 
@@ -152,12 +154,24 @@ def evaluate(request: EvaluateRequest, on_event: OnEvent | None = None) -> Evalu
     tasks = [RedactedURI(task) for task in request.tasks]
     subjects = _read_subjects(request.subjects, request.sparse, settings)
     subjects, missing_bases = _with_bases(subjects, request.base, trust_remote_code=settings.trust_remote_code)
+    checkpoints = {c.revision: c for subject in subjects for c in (subject.checkpoint, subject.base) if c}
     with EvaluationSession.open(request.warehouse, settings, request.execution, on_event) as session:
-        planned = _plan(session, subjects, tasks, request)
+        planned: dict[_Key, PlannedTask] = {}
+        for revision, model in [(key, session.place(checkpoint, settings)) for key, checkpoint in checkpoints.items()]:
+            for name in tasks:
+                planned[revision, name] = plan_task(
+                    model,
+                    name,
+                    skip_questions=request.skip_questions,
+                    limit=request.limit,
+                    num_fewshot=request.num_fewshot,
+                )
         _require_same_tokens(subjects, tasks, planned)
         if not request.allow_overlap:
             _refuse_overlaps(subjects, planned, Warehouse(request.warehouse))
-        row_starts = _plan_row_starts(planned)
+        texts = [text for (_, name), text in planned.items() if name.startswith(PERPLEXITY)]
+        compared = [(text, row_start_task(text.checkpoint, text.task, text.settings)) for text in texts]
+        row_starts = [replace(text, task=task) for text, task in compared if task]
         work = [(task, _interventions(subjects, task.checkpoint)) for task in planned.values()]
         measured = session.measure([*work, *((task, [NO_INTERVENTION]) for task in row_starts)])
         for subject, task in product(subjects, tasks):
@@ -178,48 +192,12 @@ def evaluate(request: EvaluateRequest, on_event: OnEvent | None = None) -> Evalu
     return Evaluations(evaluations, findings=findings)
 
 
-def _plan(
-    session: EvaluationSession, subjects: Sequence[Subject], tasks: Sequence[str], request: EvaluateRequest
-) -> dict[_Key, PlannedTask]:
-    """Return every task of every checkpoint, base models included."""
-    planned = {}
-    for checkpoint in _checkpoints(subjects):
-        model = session.place(checkpoint, request.settings)
-        for name in tasks:
-            task = make_task(
-                checkpoint,
-                name,
-                model.settings,
-                skip_questions=request.skip_questions,
-                limit=request.limit,
-                num_fewshot=request.num_fewshot,
-            )
-            planned[checkpoint.revision, name] = model.plan(task)
-    return planned
-
-
-def _checkpoints(subjects: Sequence[Subject]) -> list[Checkpoint]:
-    """Return the checkpoints of subjects and their base models, each once."""
-    opened = [checkpoint for subject in subjects for checkpoint in (subject.checkpoint, subject.base) if checkpoint]
-    return [*{checkpoint.revision: checkpoint for checkpoint in opened}.values()]
-
-
-def _plan_row_starts(planned: Mapping[_Key, PlannedTask]) -> list[PlannedTask]:
-    """Return the comparison of two starts of rows for each checkpoint and text whose rows have another start."""
-    texts = [text for (_, name), text in planned.items() if name.startswith(PERPLEXITY)]
-    compared = [(text, row_start_task(text.checkpoint, text.task, text.settings)) for text in texts]
-    return [replace(text, task=task) for text, task in compared if task]
-
-
 def _interventions(subjects: Sequence[Subject], checkpoint: Checkpoint) -> list[Intervention]:
     """Return the interventions in a checkpoint, the unchanged model first, grouped by their evaluation."""
     of_subjects = [subject.intervention for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
     interventions = [NO_INTERVENTION, *of_subjects]
-    groups: dict[Intervention, list[Intervention]] = {}
-    for intervention in interventions:
-        changes, _ = intervention.split()
-        groups.setdefault(changes, []).append(intervention)
-    return [*chain.from_iterable(groups.values())]
+    changes = list(dict.fromkeys(intervention.split()[0] for intervention in interventions))
+    return sorted(interventions, key=lambda intervention: changes.index(intervention.split()[0]))
 
 
 def _require_same_tokens(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,9 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
 from avss_dist.core.names import CHANCE, CONTRAST, LOSS
 from avss_dist.core.registry import GREEDY, MEASURED, RECIPES, SCORES
-from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
+from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent, ignore
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.evaluation.search import greedy_search, removal_losses, search_task
@@ -37,16 +38,8 @@ from avss_dist.evaluation.session import (
     require_listable,
     results_under,
 )
-from avss_dist.evaluation.tasks import (
-    as_task,
-    make_task,
-    plan_text,
-    refuse_overlap,
-    text_of_fit,
-    texts_of_repair,
-    texts_of_run,
-)
-from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.evaluation.tasks import plan_task, plan_text, refuse_overlaps, texts_of_run
+from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import layer_truth
 from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, Method, methods
@@ -93,9 +86,9 @@ class Candidate:
         metric: str,
         value: float,
         stderr: float | None = None,
-        retention: tuple[float | None, float | None, float | None] = (None, None, None),
+        retention: tuple[float | None, float | None, float | None] = (1.0, None, None),
     ) -> dict[str, Any]:
-        """Return a row of ``experiments``, without the task and the columns of RunIdentity.
+        """Return a row of ``experiments``, without the columns of RunIdentity.
 
         Args:
             retention: the retention, and the lower and upper end of its interval.
@@ -120,25 +113,21 @@ class Candidate:
             "retention": retained,
         }
 
-    def rows(self, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
-        """Yield the row of every metric of a task.
+    def rows(self, results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
+        """Yield the row of every metric of a task, and for the whole model that of guessing tokens.
 
         Args:
             results: results of the task, those of the whole model included.
+            guess: loss of a guess among all tokens, in nats per token; None if it is unknown.
         """
         whole = {result.metric: result for result in results_under(results)}
         for result in results_under(results, self.intervention.key):
-            yield self.row(result.metric, result.value, result.stderr, self._retention(whole, result))
-
-    def _retention(
-        self, whole: Mapping[str, Result], result: Result
-    ) -> tuple[float | None, float | None, float | None]:
-        if self.method is None:
-            return 1.0, None, None
-        if result.metric not in whole:
-            return None, None, None
-        retention = Retention.of(whole[result.metric], result)
-        return retention.value, retention.low, retention.high
+            retention: Any = (None, None, None) if self.method else (1.0, None, None)
+            if self.method and (before := whole.get(result.metric)):
+                retention = astuple(Retention.of(before, result))
+            yield self.row(result.metric, result.value, result.stderr, retention)
+        if self.method is None and guess is not None and LOSS in whole:
+            yield self.row(CHANCE, guess)
 
 
 @dataclass
@@ -154,11 +143,10 @@ class Trial:
         planned: tasks by name.
         choices: method, share of layers, and layers that the method drops at this share.
         fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
-        patches: fitted patches, by the fit's id and the dropped layers.
     """
 
+    experiment: Experiment
     run: Run
-    spec: RunSpec
     model: PlacedModel
     rows: Sequence[Mapping[str, Any]]
     corpus: str
@@ -168,17 +156,32 @@ class Trial:
     planned: dict[str, PlannedTask] = field(default_factory=dict)
     choices: list[tuple[Method, float, Layers]] = field(default_factory=list)
     fits: dict[str, PlannedTask] = field(default_factory=dict)
-    patches: Mapping[tuple[str, Removals], StoredPatch] = field(default_factory=dict)
 
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """Checkpoint of the run."""
-        return self.model.checkpoint
-
-    @property
-    def settings(self) -> Settings:
-        """Settings of the run, with every ``auto`` decided."""
-        return self.model.settings
+    @classmethod
+    def of_run(cls, run: Run, spec: RunSpec, job: JobFile, session: EvaluationSession) -> Trial:
+        """Return the trial of a run, with the measurements and contrasts by which its layers are chosen."""
+        assert job.experiment is not None
+        warehouse = Warehouse(job.warehouse)
+        checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code)
+        stored = warehouse.run(run.run_id)
+        assert stored is not None
+        trial = cls(
+            experiment=job.experiment,
+            run=run,
+            model=session.place(checkpoint, spec.settings, spec.execution),
+            rows=warehouse.table("scores", run_ids=[run.run_id]).to_pylist(),
+            corpus=spec.corpus,
+        )
+        measured = {*job.experiment.scores} & {*MEASURED}
+        for by in measured - ({LEAVE_ONE_OUT} if job.experiment.leave_one_out else set()):
+            trial.truth[by] = layer_truth(warehouse, stored, by).by_layer(trial.num_layers)
+        for reading in {method.reading for method in trial.methods if method.score == CONTRAST and method.reading}:
+            site, recipe, value, kind = reading
+            strata, values = Strata.of_run(warehouse, stored, site), np.full(trial.num_layers, np.nan)
+            sides = strata.both_sides(recipe, Threshold(value=value, kind=kind))
+            (values[[*strata.layers]],) = contrast(*sides)
+            trial.contrasts[reading] = values
+        return trial
 
     @property
     def num_layers(self) -> int:
@@ -186,33 +189,62 @@ class Trial:
         return count_layers(self.rows)
 
     @property
-    def drops(self) -> list[Layers]:
-        """Distinct sets of layers that are dropped."""
-        return list(dict.fromkeys(drop for *_, drop in self.choices))
+    def methods(self) -> Sequence[Method]:
+        """Methods of the experiment that the run has a score for."""
+        return [*methods(self.experiment, self.rows)]
 
-    @property
-    def identity(self) -> RunIdentity:
-        """Identity of the run."""
-        name, revision = self.checkpoint.name, self.checkpoint.revision
-        return RunIdentity(run_id=self.run.run_id, model=name, revision=revision, family=self.rows[0]["family"])
+    def plan(self, tasks: Sequence[str], warehouse: Warehouse, *, allow_overlap: bool) -> None:
+        """Plan evaluations and fits. Texts of both and of the scores that overlap are refused."""
+        experiment, model = self.experiment, self.model
+        skipped = experiment.repair_skip_sequences
+        evaluated = model.reading(max_sequences=experiment.max_sequences, skip_sequences=experiment.skip_sequences)
+        self.planned = {
+            name: plan_task(
+                evaluated,
+                name,
+                skip_questions=experiment.skip_questions,
+                limit=experiment.limit,
+                num_fewshot=experiment.num_fewshot,
+            )
+            for name in tasks
+        }
+        texts: Sequence[CorpusPlan] = ()
+        if repairs := experiment.fitted:
+            layers, _ = layer_list(self.rows, model.checkpoint.name)
+            read = model.reading(max_sequences=experiment.repair_max_sequences, skip_sequences=skipped)
+            fitted = [Repair(by=by, corpora=experiment.repair_corpora, settings=read.settings) for by in repairs]
+            self.fits = plan_fits(model, layers, fitted)
+            texts = fit_of(self.fits[repairs[0]]).texts
+        if not allow_overlap:
+            refuse_overlaps(
+                [planned.task for planned in self.planned.values()],
+                texts,
+                model,
+                partial(texts_of_run, warehouse, self.run.run_id, model.checkpoint, corpus=self.corpus),
+                skipped=skipped,
+                skip_option="repair_skip_sequences",
+            )
+
+    def search(self, session: EvaluationSession) -> None:
+        """Search sets of layers on the text that the scores were measured on."""
+        model, layers = self.reading(self.experiment.search_max_sequences), self.num_layers
+        planned = model.plan(search_task(model.checkpoint, self.corpus, model.settings))
+        losses = removal_losses(session, planned)
+        with session.keeping_workers():
+            for method, share in product(self.methods, self.experiment.shares):
+                if method.score == GREEDY:
+                    choice = method.choice(share)
+                    removed, _ = greedy_search(choice.unprotected(layers), choice.number(layers), losses)
+                    self.searched[method, share] = removed
+        session.results(planned)
 
     def reading(self, maximum: int | None) -> PlacedModel:
         """Return the model with at most ``maximum`` rows of a text; None keeps the limit of the run."""
-        limits = [limit for limit in (self.settings.max_sequences, maximum) if limit]
+        limits = [limit for limit in (self.model.settings.max_sequences, maximum) if limit]
         return self.model.reading(max_sequences=min(limits, default=None))
 
-    def stored_run(self, warehouse: Warehouse) -> dict[str, Any]:
-        """Return the row of ``runs``."""
-        row = warehouse.run(self.run.run_id)
-        assert row is not None
-        return row
-
-    def choose(self, experiment: Experiment) -> None:
-        """Choose the layers that every method drops at every share."""
-        chosen = product(methods(experiment, self.rows), experiment.shares)
-        self.choices = [(method, share, self._drop(method, share)) for method, share in chosen]
-
-    def _drop(self, method: Method, share: float) -> Layers:
+    def drop(self, method: Method, share: float) -> Layers:
+        """Return the layers that a method drops at a share."""
         if (method, share) in self.searched:
             return self.searched[method, share]
         choice = method.choice(share)
@@ -220,32 +252,14 @@ class Trial:
             return choice.drop(-self.contrasts[method.reading])
         return choice.drop(choice.scores(self.rows, self.truth))
 
-    def candidates(self, experiment: Experiment) -> Iterator[Candidate]:
+    def candidates(self, patches: Mapping[tuple[str, Removals], StoredPatch]) -> Iterator[Candidate]:
         """Yield the whole model, and the model without each choice of layers, by repair."""
         yield Candidate()
-        for (method, share, drop), repair in product(self.choices, experiment.repairs):
+        for (method, share, drop), repair in product(self.choices, self.experiment.repairs):
             fit = self.fits.get(repair)
-            patch = self.patches.get((fit.run_id(), drop)) if fit else None
+            patch = patches.get((fit.run_id(), drop)) if fit else None
             intervention, name = Intervention(removed=drop, patch=patch), None if repair == NO_REPAIR else repair
             yield Candidate(method=method, intervention=intervention, share=share, repair=name)
-
-    def result_rows(
-        self, experiment: Experiment, measured: Mapping[PlannedTask, Sequence[Result]]
-    ) -> Iterator[dict[str, Any]]:
-        """Yield the rows of ``experiments``, without the columns of RunIdentity."""
-        guess = self._guessed_loss()
-        for (task, planned), candidate in product(self.planned.items(), self.candidates(experiment)):
-            rows = list(candidate.rows(measured[planned]))
-            if candidate.method is None and guess is not None and any(row["metric"] == LOSS for row in rows):
-                rows.append(candidate.row(CHANCE, guess, retention=(1.0, None, None)))
-            for row in rows:
-                yield {"task": task, "created_at": datetime.now(UTC), **row}
-
-    def _guessed_loss(self) -> float | None:
-        """Return the loss of a guess among all tokens, in nats per token; None for a vocabulary of unknown size."""
-        config = text_config(self.checkpoint, trust_remote_code=self.settings.trust_remote_code)
-        size = getattr(config.get_text_config(), "vocab_size", None)
-        return float(np.log(size)) if size else None
 
 
 def run_experiment(
@@ -267,59 +281,57 @@ def run_experiment(
     if (experiment := job.experiment) is None:
         raise ConfigError(f"{job.path} has no section 'experiment'.", "`run_job` runs what it asks for.")
     specs, execution = overridden(job, request.given)
-    _require_intended(specs, experiment, allow_many=request.allow_many or experiment.allow_many)
-    for spec in specs if _fitted(experiment) else ():
+    number, text = _size(specs, experiment)
+    fewer = "Lower `random`, or name fewer `scores`, `shares`, `repairs` or `tasks`."
+    require_listable(number, "evaluations", fewer)
+    allow_many = request.allow_many or experiment.allow_many
+    require_intended(number, MOST_EVALUATIONS, text, fewer, allow_many=allow_many)
+    for spec in specs if experiment.fitted else ():
         require_changeable(spec.execution.partition)
     runs = run_job(job, on_event or ignore, **request.given)
     tasks = [RedactedURI(task) for task in experiment.tasks]
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
         session = EvaluationSession(store, executor, execution, on_event)
-        trials = [
-            _trial(run, spec, warehouse, session)
-            for run, spec in zip(runs, specs, strict=True)
-            if run.status != "failed"
+        scored = [(run, spec) for run, spec in zip(runs, specs, strict=True) if run.status != "failed"]
+        trials = [Trial.of_run(run, spec, job, session) for run, spec in scored]
+        for trial in trials:
+            trial.plan(tasks, warehouse, allow_overlap=request.allow_overlap)
+        if experiment.leave_one_out:
+            _leave_one_out(trials, session)
+        for trial in trials:
+            if GREEDY in experiment.scores:
+                trial.search(session)
+            chosen = product(trial.methods, experiment.shares)
+            trial.choices = [(method, share, trial.drop(method, share)) for method, share in chosen]
+        fits = [
+            (fit, dict.fromkeys(drop for *_, drop in trial.choices)) for trial in trials for fit in trial.fits.values()
         ]
-        _read_measured(trials, experiment, warehouse)
-        _plan_work(trials, experiment, tasks, warehouse, allow_overlap=request.allow_overlap)
-        measured = _measure(trials, experiment, session)
-        rows = _write(trials, experiment, tasks, measured, store)
-    return runs, rows
-
-
-def _write(
-    trials: Sequence[Trial],
-    experiment: Experiment,
-    tasks: Sequence[str],
-    measured: Mapping[PlannedTask, Sequence[Result]],
-    store: Store,
-) -> list[dict[str, Any]]:
-    """Write the rows of ``experiments``, and return them with the id and the model of their runs."""
+        patches = fit_repairs(session, fits) if fits else {}
+        candidates = [[*trial.candidates(patches)] for trial in trials]
+        measured = session.measure(
+            (planned, [candidate.intervention for candidate in evaluated])
+            for trial, evaluated in zip(trials, candidates, strict=True)
+            for planned in trial.planned.values()
+        )
     numbers = {key: value for key, value in asdict(experiment).items() if key != "allow_many"}
-    name = fingerprint(**numbers | {"tasks": tasks})[:20]
-    rows = []
-    for trial in trials:
-        results = list(trial.result_rows(experiment, measured))
-        store.write_rows("experiments", trial.identity, name, results)
-        rows += [{**row, "run_id": trial.run.run_id, "model": trial.checkpoint.name} for row in results]
-    return rows
-
-
-def _measure(
-    trials: Sequence[Trial], experiment: Experiment, session: EvaluationSession
-) -> dict[PlannedTask, list[Result]]:
-    """Choose layers, fit repairs, and measure every task of every trial with all candidates."""
-    if experiment.leave_one_out:
-        _leave_one_out(trials, session)
-    _search(trials, experiment, session)
-    for trial in trials:
-        trial.choose(experiment)
-    _fit_repairs(trials, session)
-    work: list[tuple[PlannedTask, Sequence[Intervention]]] = []
-    for trial in trials:
-        applied = [candidate.intervention for candidate in trial.candidates(experiment)]
-        work += [(planned, applied) for planned in trial.planned.values()]
-    return session.measure(work)
+    name, written = fingerprint(**numbers | {"tasks": tasks})[:20], []
+    for trial, evaluated in zip(trials, candidates, strict=True):
+        run_id, checkpoint = trial.run.run_id, trial.model.checkpoint
+        config = text_config(checkpoint, trust_remote_code=trial.model.settings.trust_remote_code)
+        size = getattr(config.get_text_config(), "vocab_size", None)
+        guess = float(np.log(size)) if size else None
+        rows = [
+            {"task": task, "created_at": datetime.now(UTC), **row}
+            for (task, planned), candidate in product(trial.planned.items(), evaluated)
+            for row in candidate.rows(measured[planned], guess)
+        ]
+        identity = RunIdentity(
+            run_id=run_id, model=checkpoint.name, revision=checkpoint.revision, family=trial.rows[0]["family"]
+        )
+        store.write_rows("experiments", identity, name, rows)
+        written += [{**row, "run_id": run_id, "model": checkpoint.name} for row in rows]
+    return runs, written
 
 
 def describe_size(job: JobFile) -> str:
@@ -332,136 +344,24 @@ def describe_size(job: JobFile) -> str:
 def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
     """Return the maximum number of evaluations, and a sentence with a place for it."""
     tasks, repairs = len(experiment.tasks), len(experiment.repairs)
-    choices = [experiment.count_choices(_count_readings(spec.settings)) for spec in specs]
+    choices = []
+    for settings in (spec.settings for spec in specs):
+        readings = len(settings.sites) * len(RECIPES) * (len(settings.thresholds) + len(RELATIVE_THRESHOLDS))
+        choices.append(experiment.count_choices(readings))
     return sum(1 + choice * repairs for choice in choices) * tasks, (
         f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
         f"{max(choices, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})"
     )
 
 
-def _require_intended(specs: Sequence[RunSpec], experiment: Experiment, *, allow_many: bool) -> None:
-    """Refuse more than `MOST_EVALUATIONS` evaluations unless ``allow_many`` is set, before anything is scored."""
-    number, text = _size(specs, experiment)
-    fewer = "Lower `random`, or name fewer `scores`, `shares`, `repairs` or `tasks`."
-    require_listable(number, "evaluations", fewer)
-    require_intended(number, MOST_EVALUATIONS, text, fewer, allow_many=allow_many)
-
-
-def _count_readings(settings: Settings) -> int:
-    """Return the maximum number of readings of AVSS of a run with these settings."""
-    return len(settings.sites) * len(RECIPES) * (len(settings.thresholds) + len(RELATIVE_THRESHOLDS))
-
-
-def _plan_work(
-    trials: Sequence[Trial], experiment: Experiment, tasks: Sequence[str], warehouse: Warehouse, *, allow_overlap: bool
-) -> None:
-    """Plan evaluations and fits; refuse texts of both and of a trial's scores that overlap."""
-    for trial in trials:
-        trial.planned = {name: _plan(trial.model, name, experiment) for name in tasks}
-        if repairs := _fitted(experiment):
-            trial.fits = _plan_fits(trial, experiment, repairs)
-        if not allow_overlap:
-            _refuse_overlaps(trial, experiment, warehouse)
-
-
-def _plan_fits(trial: Trial, experiment: Experiment, repairs: Sequence[str]) -> dict[str, PlannedTask]:
-    layers, _ = layer_list(trial.rows, trial.checkpoint.name)
-    settings = replace(
-        trial.settings, max_sequences=experiment.repair_max_sequences, skip_sequences=experiment.repair_skip_sequences
-    )
-    wanted = [Repair(by=by, corpora=experiment.repair_corpora, settings=settings) for by in repairs]
-    return plan_fits(trial.model, layers, wanted)
-
-
-def _fitted(experiment: Experiment) -> list[str]:
-    """Return the repairs that are fitted, each once."""
-    return [repair for repair in dict.fromkeys(experiment.repairs) if repair != NO_REPAIR]
-
-
-def _refuse_overlaps(trial: Trial, experiment: Experiment, warehouse: Warehouse) -> None:
-    """Refuse tasks on text that was scored on or is fitted on, and fits on text that was scored on."""
-    checkpoint, run_id, skipped = trial.checkpoint, trial.run.run_id, experiment.repair_skip_sequences
-    texts = [text for fit in [*trial.fits.values()][:1] for text in fit_of(fit).texts]
-    code = trial.settings.trust_remote_code
-    fitted = (text_of_fit(text, skipped, checkpoint, trust_remote_code=code) for text in texts)
-    scored = partial(texts_of_run, warehouse, run_id, checkpoint, corpus=trial.corpus)
-    tasks = [planned.task for planned in trial.planned.values()]
-    refuse_overlap(tasks, chain(texts_of_repair(checkpoint), scored(), fitted))
-    refuse_overlap(map(as_task, texts), scored(skip_option="repair_skip_sequences"))
-
-
-def _read_measured(trials: Sequence[Trial], experiment: Experiment, warehouse: Warehouse) -> None:
-    """Read the measurements of `avss ablate` and the contrasts by which layers of the trials are chosen."""
-    scores = set(experiment.scores)
-    measured = scores & set(MEASURED) - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set())
-    for trial in trials:
-        run = trial.stored_run(warehouse)
-        trial.truth |= {by: layer_truth(warehouse, run, by).by_layer(trial.num_layers) for by in measured}
-        readings = {method.reading for method in methods(experiment, trial.rows) if method.score == CONTRAST}
-        trial.contrasts = {reading: _contrast(trial, warehouse, reading) for reading in readings if reading}
-
-
-def _trial(run: Run, spec: RunSpec, warehouse: Warehouse, session: EvaluationSession) -> Trial:
-    checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code)
-    rows = warehouse.table("scores", run_ids=[run.run_id]).to_pylist()
-    model = session.place(checkpoint, spec.settings, spec.execution)
-    return Trial(run=run, spec=spec, model=model, rows=rows, corpus=spec.corpus)
-
-
-def _plan(model: PlacedModel, name: str, experiment: Experiment) -> PlannedTask:
-    model = model.reading(max_sequences=experiment.max_sequences, skip_sequences=experiment.skip_sequences)
-    task = make_task(
-        model.checkpoint,
-        name,
-        model.settings,
-        skip_questions=experiment.skip_questions,
-        limit=experiment.limit,
-        num_fewshot=experiment.num_fewshot,
-    )
-    return model.plan(task)
-
-
 def _leave_one_out(trials: Sequence[Trial], session: EvaluationSession) -> None:
     """Measure the loss of every trial without each of its layers, on the text that its scores were measured on."""
     planned = []
     for trial in trials:
-        text = plan_text(trial.checkpoint, trial.corpus, trial.settings)
+        text = plan_text(trial.model.checkpoint, trial.corpus, trial.model.settings)
         name = f"{SCORES[LEAVE_ONE_OUT].task}{trial.corpus}"
         planned.append(trial.model.plan(Task(name=name, parts=tuple(map(LeaveOneOut, text.shards)))))
     results = session.measure((task, [NO_INTERVENTION]) for task in planned)
     for trial, task in zip(trials, planned, strict=True):
         values = {result.removed: result.value for result in results[task] if result.metric == LOSS}
         trial.truth[LEAVE_ONE_OUT] = np.array([values.get((layer,), np.nan) for layer in range(trial.num_layers)])
-
-
-def _search(trials: Sequence[Trial], experiment: Experiment, session: EvaluationSession) -> None:
-    """Search sets of layers of every trial, on the text that its scores were measured on."""
-    for trial in trials if GREEDY in experiment.scores else ():
-        model = trial.reading(experiment.search_max_sequences)
-        planned = model.plan(search_task(trial.checkpoint, trial.corpus, model.settings))
-        losses = removal_losses(session, planned)
-        searches = [method for method in methods(experiment, trial.rows) if method.score == GREEDY]
-        with session.keeping_workers():
-            for method, share in product(searches, experiment.shares):
-                choice, layers = method.choice(share), trial.num_layers
-                removed, _ = greedy_search(choice.unprotected(layers), choice.number(layers), losses)
-                trial.searched[method, share] = removed
-        session.results(planned)
-
-
-def _fit_repairs(trials: Sequence[Trial], session: EvaluationSession) -> None:
-    """Fit every repair of every trial to each of its sets of layers."""
-    wanted = [(fit, trial.drops) for trial in trials for fit in trial.fits.values()]
-    if wanted:
-        patches = fit_repairs(session, wanted)
-        for trial in trials:
-            trial.patches = patches
-
-
-def _contrast(trial: Trial, warehouse: Warehouse, reading: Reading) -> Float64:
-    """Return the contrast of every layer of a run on paired text, NaN for a layer without it."""
-    site, recipe, value, kind = reading
-    strata = Strata.of_run(warehouse, trial.stored_run(warehouse), site)
-    values = np.full(trial.num_layers, np.nan)
-    (values[[*strata.layers]],) = contrast(*strata.both_sides(recipe, Threshold(value=value, kind=kind)))
-    return values

@@ -16,7 +16,6 @@ from avss_dist.core.names import LOSS, SEARCH
 from avss_dist.core.registry import GREEDY
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, describe_layers
-from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent, SearchStep
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask, checkpoint_of_run
@@ -86,7 +85,7 @@ def search(
         losses = removal_losses(session, planned)
         with session.keeping_workers():
             removed, steps = greedy_search(choice.unprotected(layers), count, losses, session.on_event)
-            measured = losses([Expansion(()), Expansion(removed)])
+            measured = losses((), ()) | losses(removed, ())
         session.results(planned)
     whole, chosen = measured[()], measured[removed]
     why = {
@@ -119,24 +118,16 @@ def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Task
     return Task(name=f"{SEARCH}{corpus}", parts=parts)
 
 
-@dataclass(frozen=True)
-class Expansion:
-    """Sets whose loss is requested: ``base`` with each of ``layers`` added, or ``base`` itself without any."""
-
-    base: Layers
-    layers: Layers = ()
-
-    @property
-    def sets(self) -> list[Layers]:
-        """The sets, each in ascending order."""
-        return [tuple(sorted([*self.base, layer])) for layer in self.layers] or [self.base]
-
-
-Losses = Callable[[Sequence[Expansion]], dict[Layers, Result]]
-"""Function that returns the loss without every set of several expansions.
+Losses = Callable[[Layers, Layers], dict[Layers, Result]]
+"""Function that returns the loss without a base set and each of some other layers, or without the base set alone.
 
 It raises AvssError if a cell fails. Other cells remain in the warehouse.
 """
+
+
+def _expand(base: Layers, layers: Layers) -> list[Layers]:
+    """Return the base set with each of the layers added, in ascending order, or the base set without any."""
+    return [tuple(sorted([*base, layer])) for layer in layers] or [base]
 
 
 def greedy_search(
@@ -153,17 +144,14 @@ def greedy_search(
     steps: list[SearchStep] = []
     while len(chosen) < count:
         free = tuple(layer for layer in candidates if layer not in chosen)
-        results = losses([Expansion(chosen, free)])
-        chosen = min(results, key=lambda removed: (_comparable(results[removed].value), removed))
+        results = losses(chosen, free)
+        values = {removed: inf if isnan(result.value) else result.value for removed, result in results.items()}
+        chosen = min(values, key=lambda removed: (values[removed], removed))
         known = steps[-1].sets if steps else 0
         steps.append(SearchStep(best=results[chosen], sets=known + len(results)))
         if on_step is not None:
             on_step(steps[-1])
     return chosen, steps
-
-
-def _comparable(loss: float) -> float:
-    return inf if isnan(loss) else loss
 
 
 def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
@@ -182,25 +170,26 @@ def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
             columns = {"drop": encode_removals(row.removed or ()), "layer": None, "metric": LOSS, "part": cell.part}
             add(columns | {"samples": row.samples, "weights": row.weights})
 
-    def cells(expansion: Expansion) -> Iterable[Cell]:
+    def cells(base: Layers, layers: Layers) -> Iterable[Cell]:
         """Yield cells of unknown losses, each of up to `SETS_PER_CELL` sets with the same base."""
-        base = Intervention(removed=expansion.base)
+        without = Intervention(removed=base)
         for part, measure in enumerate(planned.task.parts):
             assert isinstance(measure, LeaveOneOut)
-            if not expansion.layers and part not in rows.get(expansion.base, {}):
-                yield planned.cell(part, measure, base)
-            pairs = zip(expansion.layers, expansion.sets, strict=False)
-            layers = [layer for layer, removed in pairs if part not in rows.get(removed, {})]
-            for start in range(0, len(layers), SETS_PER_CELL):
-                chunk = tuple(layers[start : start + SETS_PER_CELL])
-                yield planned.cell(part, replace(measure, layers=chunk), base)
+            if not layers and part not in rows.get(base, {}):
+                yield planned.cell(part, measure, without)
+            pairs = zip(layers, _expand(base, layers), strict=False)
+            missing = [layer for layer, removed in pairs if part not in rows.get(removed, {})]
+            for start in range(0, len(missing), SETS_PER_CELL):
+                chunk = tuple(missing[start : start + SETS_PER_CELL])
+                yield planned.cell(part, replace(measure, layers=chunk), without)
 
-    def losses(expansions: Sequence[Expansion]) -> dict[Layers, Result]:
-        if missing := [cell for expansion in expansions for cell in cells(expansion)]:
+    def losses(base: Layers, layers: Layers) -> dict[Layers, Result]:
+        if missing := [*cells(base, layers)]:
             session.run(missing, add_cell)
         parts = len(planned.task.parts)
-        sets = [removed for expansion in expansions for removed in expansion.sets]
-        return {removed: result for removed in sets for result in combine(rows[removed].values(), parts)}
+        return {
+            removed: result for removed in _expand(base, layers) for result in combine(rows[removed].values(), parts)
+        }
 
     for row in [] if session.fresh else session.rows(planned.run_id()):
         add(row)
@@ -217,8 +206,8 @@ def repaired_losses(session: EvaluationSession, text: PlannedTask, fit: PlannedT
         fit: the task of fitting the repair; None for no repair.
     """
 
-    def losses(expansions: Sequence[Expansion]) -> dict[Layers, Result]:
-        drops = [removed for expansion in expansions for removed in expansion.sets]
+    def losses(base: Layers, layers: Layers) -> dict[Layers, Result]:
+        drops = _expand(base, layers)
         patches = fit_repairs(session, [(fit, drops)]) if fit else {}
         run_id = fit.run_id() if fit else ""
         repaired = {drop: Intervention(removed=drop, patch=patches.get((run_id, drop))) for drop in drops}
@@ -249,19 +238,14 @@ def plan_repaired_search(
     if fit is None:
         return text, None
     final = fit_of(fit)
-    width = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config().hidden_size
-    enough = max(rows, _rows_for(final.texts, request.searched_repair, width))
-    repair = replace(final.repair, by=request.searched_repair, settings=replace(settings, max_sequences=enough))
+    by, texts, enough = request.searched_repair, final.texts, 1
+    if REPAIRS[by].text_rank > 0:  # rows of each text that suffice for a residual stream of this width
+        width = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config().hidden_size
+        tokens = sum(text.num_tokens for text in texts) / sum(text.num_sequences for text in texts) - SINK_TOKENS
+        fitted = REPAIRS[by].tokens_needed(width, width) / max(1.0, tokens) / len(texts)
+        enough = ceil(fitted * HELD_BACK / (HELD_BACK - 1)) + 2  # because the held-back rows are rounded up
+    repair = replace(final.repair, by=by, settings=replace(settings, max_sequences=max(rows, enough)))
     return text, plan_fits(model, final.layers, [repair])[repair.by]
-
-
-def _rows_for(texts: Sequence[CorpusPlan], by: str, width: int) -> int:
-    """Return the number of rows of each text that suffice to fit a repair of a residual stream of ``width`` units."""
-    if REPAIRS[by].text_rank == 0:
-        return 1
-    tokens = sum(text.num_tokens for text in texts) / sum(text.num_sequences for text in texts) - SINK_TOKENS
-    fitted = REPAIRS[by].tokens_needed(width, width) / max(1.0, tokens) / len(texts)
-    return ceil(fitted * HELD_BACK / (HELD_BACK - 1)) + 2  # because the held-back rows are rounded up
 
 
 def searched_plan(

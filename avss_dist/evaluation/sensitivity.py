@@ -113,11 +113,6 @@ def rounding_tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan
         yield Task(name=f"{ROUNDED_LOSS}{name}:{corpus}", parts=layers, options=read)
 
 
-def count_roundings(request: AblateRequest) -> int:
-    """Return how many times each layer is rounded alone."""
-    return len(request.formats) * request.rounded_layers
-
-
 def sensitivity(
     request: AblateRequest, corpus: str, results: Iterable[tuple[Task, Sequence[Result]]]
 ) -> Sensitivity | None:
@@ -143,14 +138,14 @@ def sensitivity(
         loss = losses.get(place)
         increase = None if loss is None or whole is None else replace(loss, samples=loss.samples - whole.samples)
         places.append(PlaceSensitivity(place=place, estimates=estimates[place], loss=loss, increase=increase))
-    agreement = {name: _reliability(places, name) for name in request.formats}
+    agreement = {
+        name: agreement_of(p.increase for p in places if (p.place.format, p.place.path) == (name, None))
+        for name in request.formats
+    }
     return Sensitivity(model=str(request.model), corpus=corpus, places=places, reliability=agreement)
 
 
-def _reliability(places: Sequence[PlaceSensitivity], name: str) -> float:
-    increases = [
-        measured.increase.samples
-        for measured in places
-        if measured.increase is not None and measured.place.format == name and measured.place.path is None
-    ]
-    return reliability(np.stack(increases, axis=1)) if increases else float("nan")
+def agreement_of(increases: Iterable[Result | None]) -> float:
+    """Return the agreement of layers' increases with those on other text of the same size; NaN if none was measured."""
+    measured = [increase.samples for increase in increases if increase is not None]
+    return reliability(np.stack(measured, axis=1)) if measured else float("nan")

@@ -27,7 +27,6 @@ from avss_dist.core.intervention import (
     describe_removed,
     whole_layers,
 )
-from avss_dist.core.names import LOSS
 from avss_dist.core.registry import PARTITIONS, PartitionInfo
 from avss_dist.core.settings import Execution, Settings, fingerprint
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent, ignore
@@ -51,7 +50,7 @@ from avss_dist.warehouse.store import Store
 MOST_LISTED = 1_000_000  # evaluations, or permutations: all are listed before the first is measured
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PlacedModel:
     """A checkpoint with every setting decided, and the placement of its replicas."""
 
@@ -69,24 +68,10 @@ class PlacedModel:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PlannedTask:
+class PlannedTask(PlacedModel):
     """A task of one checkpoint, ready to be measured under any intervention; its settings are `pinned`."""
 
-    checkpoint: Checkpoint
-    settings: Settings
     task: Task
-    placement: Placement
-
-    @cached_property
-    def _fingerprinted(self) -> Mapping[str, Any]:
-        """Values that identify the evaluation of the unchanged model."""
-        return {
-            "schema": SCHEMA_VERSION,
-            "checkpoint": self.checkpoint.revision,
-            "task": self.task.key,
-            "settings": self.settings.numbers(statistics=False),
-            **fingerprint_part(self.placement),
-        }
 
     @cached_property
     def _run_ids(self) -> dict[str | None, str]:
@@ -100,7 +85,14 @@ class PlannedTask:
         """
         sparsity = intervention.key.sparsity
         if sparsity not in self._run_ids:
-            digest = fingerprint(**self._fingerprinted, **({"sparsity": sparsity} if sparsity else {}))
+            digest = fingerprint(
+                schema=SCHEMA_VERSION,
+                checkpoint=self.checkpoint.revision,
+                task=self.task.key,
+                settings=self.settings.numbers(statistics=False),
+                **fingerprint_part(self.placement),
+                **({"sparsity": sparsity} if sparsity else {}),
+            )
             self._run_ids[sparsity] = f"{self.checkpoint.slug}-{digest[:10]}"
         return self._run_ids[sparsity]
 
@@ -195,7 +187,9 @@ class EvaluationSession:
             ConfigError: the requirements of the partition are not met.
             ModelError: the checkpoint has no head, or cannot read such rows.
         """
-        fixed = pinned(settings, checkpoint, self.executor.device)
+        config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
+        require_head(checkpoint.name, config)
+        fixed = pin(settings, checkpoint, config, self.executor.device)
         placement = place(checkpoint, fixed, execution or self.execution, self.executor.devices, head=True)
         self.executor.replicas(placement)
         return PlacedModel(checkpoint=checkpoint, settings=fixed, placement=placement)
@@ -275,35 +269,48 @@ class EvaluationSession:
 
     def results(self, planned: PlannedTask, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Result]:
         """Write and return the results of the evaluations that interventions belong to, combined from all cells."""
-        return [
-            result
-            for run_id in dict.fromkeys(map(planned.run_id, interventions))
-            for result in self._write_results(planned, run_id)
-        ]
-
-    def _write_results(self, planned: PlannedTask, run_id: str) -> list[Result]:
-        """Write the results of an evaluation, with a perplexity for each loss, and return them."""
-        rows = self.rows(run_id)
-        results = combine(rows, len(planned.task.parts))
-        if results:
-            seconds: defaultdict[tuple[InterventionKey, int | None], float] = defaultdict(float)
-            for row in rows:
-                seconds[InterventionKey.of_row(row), row["layer"]] += row["seconds"] or 0.0
-            common = {
-                "task": planned.task.name,
-                "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
-                "versions": package_versions(),
-                "created_at": datetime.now(UTC),
-            }
-            self.store.write_evaluations(
-                _identity(planned, run_id, rows[0]["family"]),
-                [
-                    {**common, **row, "seconds": seconds[result.intervention, result.layer]}
-                    for result in results
-                    for row in _metric_rows(result)
-                ],
-            )
+        results = []
+        for run_id in dict.fromkeys(map(planned.run_id, interventions)):
+            rows = self.rows(run_id)
+            if combined := combine(rows, len(planned.task.parts)):
+                self._write_results(planned, run_id, rows, combined)
+            results += combined
         return results
+
+    def _write_results(
+        self, planned: PlannedTask, run_id: str, rows: Sequence[Mapping[str, Any]], results: Sequence[Result]
+    ) -> None:
+        """Write the results of an evaluation, with a perplexity for each loss.
+
+        Args:
+            rows: cells of the evaluation.
+        """
+        seconds: defaultdict[tuple[InterventionKey, int | None], float] = defaultdict(float)
+        for row in rows:
+            seconds[InterventionKey.of_row(row), row["layer"]] += row["seconds"] or 0.0
+        common = {
+            "task": planned.task.name,
+            "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
+            "versions": package_versions(),
+            "created_at": datetime.now(UTC),
+        }
+        self.store.write_evaluations(
+            _identity(planned, run_id, rows[0]["family"]),
+            [
+                {
+                    **common,
+                    **result.intervention.row(),
+                    "layer": result.layer,
+                    "num_samples": len(result.samples),
+                    "metric": metric,
+                    "value": value,
+                    "stderr": stderr,
+                    "seconds": seconds[result.intervention, result.layer],
+                }
+                for result in results
+                for metric, value, stderr in result.metrics()
+            ],
+        )
 
     def keep_precision(self, planned: PlannedTask, intervention: Intervention, plan: PrecisionPlan) -> None:
         """Write the number formats of a precision plan beside the results of a task.
@@ -386,7 +393,9 @@ class _Workers:
     def __init__(self, store: Store, executor: Executor, on_event: OnEvent) -> None:
         self._store, self._on_event = store, on_event
         self._rounds: SimpleQueue[Sequence[Cell] | None] = SimpleQueue()
-        self._outcomes = executor.run_cells(iter(self._rounds.get, None), self._on_progress)
+        self._outcomes = executor.run_cells(
+            iter(self._rounds.get, None), lambda *progress: on_event(CellUnderway(*progress))
+        )
 
     def run(self, cells: Sequence[Cell]) -> Iterator[CellOutcome]:
         """Store and yield the outcome of every cell, in any order. All must be taken before the next round.
@@ -406,9 +415,6 @@ class _Workers:
                 self._store.write_cell(identity, cell.cell_id, _rows(cell, outcome, keys))
             self._on_event(CellDone(cell, notes))
             yield cell, outcome
-
-    def _on_progress(self, cell: Cell, step: str, share: float) -> None:
-        self._on_event(CellUnderway(cell, step, share))
 
     def close(self) -> None:
         """Release the workers and their models."""
@@ -494,25 +500,6 @@ def checkpoint_of_run(run: Mapping[str, Any], *, trust_remote_code: bool) -> Che
     return checkpoint
 
 
-def pinned(settings: Settings, checkpoint: Checkpoint, device: str) -> Settings:
-    """Return settings with every ``auto`` decided.
-
-    Raises:
-        ModelError: the checkpoint has no head, or cannot read rows of this length.
-    """
-    config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-    require_head(checkpoint.name, config)
-    return pin(settings, checkpoint, config, device)
-
-
-def metrics(result: Result) -> Iterator[tuple[str, float, float]]:
-    """Yield name, value and standard error of a result, and those of the perplexity of a loss (by the delta method)."""
-    yield result.metric, result.value, result.stderr
-    if result.metric == LOSS:
-        perplexity = float(np.exp(result.value))
-        yield "perplexity", perplexity, perplexity * result.stderr
-
-
 def results_under(results: Iterable[Result], key: InterventionKey = NO_INTERVENTION.key) -> list[Result]:
     """Return the results of a model under an intervention, without those of its single layers."""
     return [result for result in results if result.layer is None and result.intervention == key]
@@ -552,12 +539,6 @@ class Retention:
     def has_interval(self) -> bool:
         """Whether both ends of the interval are known."""
         return isfinite(self.low) and isfinite(self.high)
-
-
-def _metric_rows(result: Result) -> Iterator[dict[str, Any]]:
-    row = {**result.intervention.row(), "layer": result.layer, "num_samples": len(result.samples)}
-    for metric, value, stderr in metrics(result):
-        yield {**row, "metric": metric, "value": value, "stderr": stderr}
 
 
 def _identity(work: Cell | PlannedTask, run_id: str, family: str) -> RunIdentity:

@@ -7,11 +7,10 @@ All measurements are stored in a warehouse, so that a command that was stopped c
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,19 @@ import pyarrow as pa
 from avss_dist.analysis.plans import plan_layers
 from avss_dist.analysis.verdict import WHOLE, primary_metric
 from avss_dist.core.errors import CorpusError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, InterventionKey, count_removed
+from avss_dist.core.intervention import NO_INTERVENTION, InterventionKey, count_removed
 from avss_dist.core.names import PERPLEXITY
 from avss_dist.core.registry import GREEDY, LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
+from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.events import Preparing
 from avss_dist.distillation.record import DistillRecord
 from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.continuations import Continuation, Prompt, continue_prompts, held_out_prompts
-from avss_dist.evaluation.distill import StagedDistillation, count_watched, require_distillable
+from avss_dist.evaluation.distill import distill_student, publish_distilled, require_distillable, student_folder
 from avss_dist.evaluation.events import OnEvent, ignore
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
 from avss_dist.evaluation.search import plan_repaired_search, searched_plan
@@ -41,17 +41,8 @@ from avss_dist.evaluation.session import (
     PlannedTask,
     Retention,
     StoredPatch,
-    metrics,
 )
-from avss_dist.evaluation.tasks import (
-    as_task,
-    make_task,
-    plan_text,
-    refuse_overlap,
-    text_of_fit,
-    texts_of_repair,
-    texts_of_run,
-)
+from avss_dist.evaluation.tasks import plan_task, plan_text, refuse_overlaps, texts_of_run
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import require_head, text_config
 from avss_dist.models.safetensors import weight_files
@@ -70,6 +61,8 @@ from avss_dist.warehouse.reader import Warehouse
 
 ROWS = 256  # rows of each text by default
 HELD_OUT = 8  # one of this many rows is scored on, and one is evaluated on
+WATCHED_PART = 8  # one of this many rows is watched in a distillation
+WATCHED = 16  # maximum rows to watch a distillation on
 SCORED = 16  # maximum rows to score on: more hardly improve the ranks, and the damage takes 8 passes over them
 
 
@@ -121,7 +114,7 @@ class TaskRetention:
 
 def readable_metric(result: Result) -> tuple[str, str]:
     """Return name and value of a metric for people; a loss is shown as its perplexity."""
-    *_, (name, value, _) = metrics(result)
+    *_, (name, value, _) = result.metrics()
     return name, f"{value:z,.4g}"
 
 
@@ -204,12 +197,6 @@ class TextSplit:
     rows: int
     watched: int = 0
 
-    @classmethod
-    def of_rows(cls, available: int, rows: int, *, distilled: bool) -> TextSplit:
-        """Return the split of a text with ``available`` rows."""
-        part = available // HELD_OUT
-        return cls(min(part, SCORED), part, rows, count_watched(available) if distilled else 0)
-
     @property
     def measured(self) -> int:
         """Number of rows to score on and to evaluate on."""
@@ -240,13 +227,13 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
     require_copyable(checkpoint)
     if request.distill_tokens is not None:
         require_distillable(request, checkpoint)
-    texts = {"repair_corpora": with_own_text(request.repair_corpora, checkpoint, settings, on_event)}
-    request = ShrinkRequest(**request_values(request) | request.given | texts)
-    needed = 0 if request.repair == NO_REPAIR else tokens_needed(checkpoint, request.repair, settings)
+    texts = with_own_text(request.repair_corpora, checkpoint, settings, on_event)
+    decided = {"repair_corpora": texts, "warehouse": request.warehouse or f"{request.output}-warehouse"}
+    request = ShrinkRequest(**request_values(request) | request.given | decided)
     split = split_rows(checkpoint, request.texts, settings, distilled=request.distill_tokens is not None)
-    if needed:
-        _require_tokens(checkpoint, request, split, needed)
-    with _open_session(request, on_event) as session:
+    if request.repair != NO_REPAIR:
+        _require_tokens(checkpoint, request, split)
+    with EvaluationSession.open(str(request.warehouse), request.settings, request.execution, on_event) as session:
         session.executor.connect()  # because scores are measured by executors of their own
         make_plan = _measure_scores(request, session, split)
         example = make_plan(count=1)
@@ -262,75 +249,60 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
             maximum = min(example.num_layers - 1, example.num_layers - request.first - request.last)
             best, curve = _bisect(evaluator, make_plan, maximum, request.keep)
         prompts = held_out_prompts(evaluator.model, request.texts, skip_sequences=split.scored)
-        continuations, unread = continue_prompts(session, evaluator.model, prompts, _variants(request, best))
+        pruned, without = best.plan.intervention, f"{count_removed(best.plan.drop)} dropped"
+        variants = {WHOLE: NO_INTERVENTION, without: pruned}
+        if best.patch:
+            variants[f"{without}, repaired by {request.repair}"] = replace(pruned, patch=best.patch)
+        continuations, unread = continue_prompts(session, evaluator.model, prompts, variants)
     plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
-    best = replace(best, plan=plan)
-    write = partial(
-        prune,
+    on_event(Preparing("writing"))
+    student = student_folder(output)
+    if request.distill_tokens is not None:
+        shutil.rmtree(student, ignore_errors=True)  # of an earlier attempt, and perhaps of another plan
+    written = prune(
         model,
         plan,
+        output if request.distill_tokens is None else student,
         repair=read_repaired(best.patch) if best.patch else None,
         trust_remote_code=settings.trust_remote_code,
     )
-    on_event(Preparing("writing"))
-    if request.distill_tokens is not None:
-        done = _distill(request, split, best, curve, write, prompts if continuations else [], on_event)
-        return replace(done, notes=[*done.notes, *unread], continuations=[*continuations, *done.continuations])
-    written = write(output)
-    return Shrunk(
+    done = Shrunk(
         folder=written["folder"],
         bytes=written["bytes"],
-        best=best,
+        best=replace(best, plan=plan),
         curve=curve,
         record=written["repair"],
         difference=written["difference"],
         notes=[*written["notes"], *unread],
         continuations=continuations,
     )
-
-
-def _variants(request: ShrinkRequest, best: CandidateResult) -> dict[str, Intervention]:
-    """Return the whole, the pruned and the repaired model, as interventions by their names for people."""
-    pruned = best.plan.intervention
-    variants = {WHOLE: NO_INTERVENTION, f"{count_removed(best.plan.drop)} dropped": pruned}
-    if best.patch:
-        variants[f"{count_removed(best.plan.drop)} dropped, repaired by {request.repair}"] = replace(
-            pruned, patch=best.patch
-        )
-    return variants
-
-
-def _open_session(request: ShrinkRequest, on_event: OnEvent) -> AbstractContextManager[EvaluationSession]:
-    warehouse = request.warehouse or f"{request.output}-warehouse"
-    return EvaluationSession.open(warehouse, request.settings, request.execution, on_event)
+    if request.distill_tokens is None:
+        return done
+    return _distill(request, split, student, done, prompts if continuations else [], on_event)
 
 
 def _distill(
     request: ShrinkRequest,
     split: TextSplit,
-    best: CandidateResult,
-    curve: Sequence[CandidateResult],
-    write: Callable[[Path], dict[str, Any]],
+    student: Path,
+    pruned: Shrunk,
     prompts: Sequence[Prompt],
     on_event: OnEvent,
 ) -> Shrunk:
-    """Write a plan's checkpoint into a folder beside the output, distill it, evaluate it, and move it to the output.
+    """Distill a pruned and repaired checkpoint, evaluate the result, and move it to the output.
 
     Args:
-        write: writes the pruned and repaired checkpoint into a folder, see `pruning.checkpoint.prune`.
+        student: folder of the checkpoint.
         prompts: prompts that the distilled model continues.
     """
-    output = Path(request.output)
-    staging = StagedDistillation(output)
-    staging.delete_student()
-    written = write(staging.student)
-    folder, record = staging.distill(
-        request, skip=split.measured, held_out=split.watched, rows=split.rows, on_event=on_event
+    output, best = Path(request.output), pruned.best
+    folder, record = distill_student(
+        request, student, skip=split.measured, held_out=split.watched, rows=split.rows, on_event=on_event
     )
     checkpoint = resolve(str(folder), trust_remote_code=request.settings.trust_remote_code)
-    with _open_session(request, on_event) as session:
+    with EvaluationSession.open(str(request.warehouse), request.settings, request.execution, on_event) as session:
         model = session.place(replace(checkpoint, name=str(output)), request.settings)
-        planned = [_plan_task(model, name, request, split) for name in _task_names(request)]
+        planned = _plan_tasks(model, request, split).values()
         results = session.measure([(task, [NO_INTERVENTION]) for task in planned])
         label = f"{count_removed(best.plan.drop)} dropped, distilled on {record.after.tokens:,} tokens"
         continuations, unread = continue_prompts(session, model, prompts, {label: NO_INTERVENTION})
@@ -338,17 +310,16 @@ def _distill(
         replace(before, distilled=_primary(results[task])[NO_INTERVENTION.key])
         for before, task in zip(best.tasks, planned, strict=True)
     ]
-    staging.publish(folder, record, [f"Evaluated: {task.describe()} {task.describe_kept()}" for task in tasks])
-    return Shrunk(
+    evaluated = [f"Evaluated: {task.describe()} {task.describe_kept()}" for task in tasks]
+    publish_distilled(student, folder, output, record, evaluated)
+    return replace(
+        pruned,
         folder=str(output),
         bytes=sum(file.stat().st_size for file in weight_files(output)),
         best=replace(best, tasks=tasks),
-        curve=curve,
-        record=written["repair"],
-        difference=written["difference"],
-        notes=[*written["notes"], *unread],
+        notes=[*pruned.notes, *unread],
         distillation=record,
-        continuations=continuations,
+        continuations=[*pruned.continuations, *continuations],
     )
 
 
@@ -379,18 +350,17 @@ def split_rows(
             f"{HELD_OUT} at least.",
             "Name a longer text, lower `sequence_length`, or raise `max_sequences`.",
         )
-    return TextSplit.of_rows(available, rows, distilled=distilled)
+    part, watched = available // HELD_OUT, min(available // WATCHED_PART, WATCHED) if distilled else 0
+    return TextSplit(min(part, SCORED), part, rows, watched)
 
 
-def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit, needed: int) -> None:
+def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit) -> None:
     """Refuse texts whose rows for the repair hold too few tokens to fit it to.
 
-    Args:
-        needed: minimum number of tokens to fit the repair to.
-
     Raises:
-        CorpusError: there are fewer tokens.
+        CorpusError: there are too few tokens.
     """
+    needed = tokens_needed(checkpoint, request.repair, request.settings)
     read = replace(request.settings, max_sequences=split.rows - split.held_out, skip_sequences=split.held_out)
     texts = [plan_text(checkpoint, text, read) for text in request.repair_texts]
     given = sum(count_fitted(split_texts(texts, request.settings.batch_size), len(texts)))
@@ -441,20 +411,13 @@ class _CandidateEvaluator:
             patch = patches.get((self.fit.run_id(), plan.dropped_layers))
         variants = [NO_INTERVENTION, plan.intervention, replace(plan.intervention, patch=patch)]
         results = self.session.measure([(task, variants) for task in self.tasks.values()])
-        tasks = [_retention(name, results[task], *variants) for name, task in self.tasks.items()]
+        tasks = []
+        for name, task in self.tasks.items():
+            whole, pruned, repaired = (_primary(results[task])[variant.key] for variant in variants)
+            tasks.append(
+                TaskRetention(task=name, whole=whole, pruned=pruned, repaired=repaired if patch is not None else None)
+            )
         return CandidateResult(plan=plan, patch=patch, tasks=tasks)
-
-
-def _retention(
-    task: str, results: Sequence[Result], whole: Intervention, pruned: Intervention, repaired: Intervention
-) -> TaskRetention:
-    by_key = _primary(results)
-    return TaskRetention(
-        task=task,
-        whole=by_key[whole.key],
-        pruned=by_key[pruned.key],
-        repaired=by_key[repaired.key] if repaired.patch else None,
-    )
 
 
 def _primary(results: Sequence[Result]) -> dict[InterventionKey, Result]:
@@ -463,10 +426,13 @@ def _primary(results: Sequence[Result]) -> dict[InterventionKey, Result]:
     return {result.intervention: result for result in results if result.layer is None and result.metric == metric}
 
 
-def _task_names(request: ShrinkRequest) -> list[RedactedURI]:
-    """Return the names of the tasks, each once: by default, the perplexity on every text."""
+def _plan_tasks(model: PlacedModel, request: ShrinkRequest, split: TextSplit) -> dict[str, PlannedTask]:
+    """Return the tasks by name, each once: by default, the perplexity on every text."""
     names = request.tasks or [f"{PERPLEXITY}{text.full}" for text in request.texts]
-    return list(dict.fromkeys(map(RedactedURI, names)))
+    evaluated = model.reading(max_sequences=split.evaluated, skip_sequences=split.scored)
+    return {
+        str(name): plan_task(evaluated, name, limit=request.limit) for name in dict.fromkeys(map(RedactedURI, names))
+    }
 
 
 def _evaluator(
@@ -474,37 +440,24 @@ def _evaluator(
 ) -> _CandidateEvaluator:
     """Return an evaluator of plans like the example. Texts of different uses that overlap are refused."""
     model = session.place(checkpoint, request.settings)
-    tasks = {str(name): _plan_task(model, name, request, split) for name in _task_names(request)}
-    fit = None
+    tasks = _plan_tasks(model, request, split)
+    skipped, use, fit = split.held_out, "the repair is fitted on", None
+    texts: Sequence[CorpusPlan] = ()
     if request.repair != NO_REPAIR:
-        skipped = split.held_out
-        read = replace(model.settings, max_sequences=split.rows - skipped, skip_sequences=skipped)
+        read = model.reading(max_sequences=split.rows - skipped, skip_sequences=skipped).settings
         repair = Repair(by=request.repair, corpora=request.weighted_repair_texts, settings=read)
         copies = copies_of(model.placement, model.settings, session.executor)
         fit = plan_fits(model, example.layers, [repair], copies)[request.repair]
+        texts = fit_of(fit).texts
     if not request.allow_overlap:
-        scored = [*texts_of_run(Warehouse(session.store.root.full), example.run_id, checkpoint, corpus=request.corpus)]
-        texts, use, skipped = fit_of(fit).texts if fit else (), "the repair is fitted on", split.held_out
         if request.distill_tokens is not None:
-            use, skipped = "the smaller model is distilled on", split.measured
-            read = replace(model.settings, max_sequences=split.rows - skipped, skip_sequences=skipped)
-            texts = tuple(plan_text(checkpoint, text, read) for text in request.repair_texts)
-        fitted = [text_of_fit(text, skipped, checkpoint, trust_remote_code=False, use=use) for text in texts]
-        planned_tasks = [planned.task for planned in tasks.values()]
-        refuse_overlap(planned_tasks, chain(texts_of_repair(checkpoint), scored, fitted))
-        refuse_overlap(map(as_task, texts), scored)
+            skipped, use = split.measured, "the smaller model is distilled on"
+            read = model.reading(max_sequences=split.rows - skipped, skip_sequences=skipped).settings
+            texts = [plan_text(checkpoint, text, read) for text in request.repair_texts]
+        warehouse = Warehouse(session.store.root.full)
+        scored = partial(texts_of_run, warehouse, example.run_id, checkpoint, corpus=request.corpus)
+        refuse_overlaps([planned.task for planned in tasks.values()], texts, model, scored, skipped=skipped, use=use)
     return _CandidateEvaluator(session=session, model=model, tasks=tasks, fit=fit)
-
-
-def _plan_task(model: PlacedModel, name: str, request: ShrinkRequest, split: TextSplit) -> PlannedTask:
-    model = model.reading(max_sequences=split.evaluated, skip_sequences=split.scored)
-    task = make_task(
-        model.checkpoint,
-        name,
-        model.settings,
-        limit=request.limit,
-    )
-    return model.plan(task)
 
 
 def _bisect(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from avss_dist.core.errors import AvssError, ConfigError, CorpusError
@@ -16,6 +16,7 @@ from avss_dist.corpus.chats import chat_template
 from avss_dist.corpus.overlap import MAX_SHARED, SHORTEST, plain_text, shared_text
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_choices, tokenize_corpus, with_other_start
 from avss_dist.distillation.record import SELF, read_record
+from avss_dist.evaluation.session import PlacedModel, PlannedTask
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.repair.record import read_repairs
@@ -48,13 +49,21 @@ def make_task(
         return text_task(checkpoint, corpus, settings)
     if name.startswith(TRUTHFULQA):
         questions = slice(skip_questions, None if limit is None else skip_questions + limit)
-        return _choices_task(checkpoint, RedactedURI(name).full.removeprefix(TRUTHFULQA), settings, questions)
+        path = RedactedURI(name).full.removeprefix(TRUTHFULQA)
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
+        choices = tuple(map(TruthfulChoices, tokenize_choices(path, tokenizer, settings, questions)))
+        return Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=choices)
     from avss_dist.tasks.harness import harness_task
 
     code, template = settings.trust_remote_code, None
     if settings.chat_template:
         template = chat_template(load_tokenizer(checkpoint, trust_remote_code=code))
     return harness_task(name, limit=limit, num_fewshot=num_fewshot, template=template, trust_remote_code=code)
+
+
+def plan_task(model: PlacedModel, name: str, **options: Any) -> PlannedTask:
+    """Return the task with a name for a model, ready to be measured; see `make_task`."""
+    return model.plan(make_task(model.checkpoint, name, model.settings, **options))
 
 
 def plan_text(checkpoint: Checkpoint, corpus: str, settings: Settings) -> CorpusPlan:
@@ -91,17 +100,6 @@ def row_start_task(checkpoint: Checkpoint, text: Task, settings: Settings) -> Ta
     if shards is None:
         return None
     return Task(name=f"{ROW_START}{text.name.removeprefix(PERPLEXITY)}", parts=(RowStartLoss(*shards),))
-
-
-def _choices_task(checkpoint: Checkpoint, path: str, settings: Settings, questions: slice) -> Task:
-    """Return the multiple-choice task on some questions of a file of TruthfulQA.
-
-    Raises:
-        CorpusError: the file cannot be read, or a row is too long.
-    """
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    parts = tuple(TruthfulChoices(shard) for shard in tokenize_choices(path, tokenizer, settings, questions))
-    return Task(name=f"{TRUTHFULQA}{RedactedURI(path)}", parts=parts)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -143,31 +141,27 @@ class SeenText:
             ConfigError: task and text share passages or questions, or cannot be compared, or the text cannot be read
                 again.
         """
-        if (questions := _questions(task)) and self.questions_hint:
-            self._refuse_questions(task, _prompts(questions, self.tokenizer))
-        if text := _text(task):
-            self._refuse_text(task, shared_text(self.shards, text, self.tokenizer))
-
-    def _refuse_questions(self, task: Task, questions: set[str]) -> None:
-        prompts = _prompts(self.shards, self.tokenizer)
-        if shared := len(prompts & questions):
-            raise ConfigError(
-                f"{shared} of the {len(questions)} questions of {task.name} are prompts that {self.use}.",
-                self.questions_hint.format(len(prompts)),
-            )
-
-    def _refuse_text(self, task: Task, shared: float | None) -> None:
+        if (asked := _questions(task)) and self.questions_hint:
+            prompts, questions = (_prompts(shards, self.tokenizer) for shards in (self.shards, asked))
+            if shared := len(prompts & questions):
+                raise ConfigError(
+                    f"{shared} of the {len(questions)} questions of {task.name} are prompts that {self.use}.",
+                    self.questions_hint.format(len(prompts)),
+                )
+        if not (text := _text(task)):
+            return
+        share = shared_text(self.shards, text, self.tokenizer)
         use = f"{self.use} ({self.name})" if self.name else self.use
-        if shared is None:
+        if share is None:
             raise ConfigError(
                 f"{task.name} cannot be compared with the text that {use}: one of them has no {SHORTEST} characters "
                 "in a row, without whitespace.",
                 "Read more text, or longer rows (`sequence_length`); or set `allow_overlap` and know that they may be "
                 "one.",
             )
-        if shared > MAX_SHARED:
+        if share > MAX_SHARED:
             hint = f"Use other text: another corpus, or `{self.skip_option}` {self.rows}."
-            raise ConfigError(f"{shared:.0%} of {task.name} is text that {use}.", hint)
+            raise ConfigError(f"{share:.0%} of {task.name} is text that {use}.", hint)
 
 
 def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
@@ -206,14 +200,17 @@ def texts_of_run(
     run = store.run(run_id) if run_id else None
     if run is None:
         return
-    fingerprints = tuple(filter(None, (run["corpus_fingerprint"], run["tokens_fingerprint"])))
-    source = _Source(checkpoint, corpus or run["corpus"], Settings.from_stored(settings_of(run)))
-    yield SeenText(
+    settings = Settings.from_stored(settings_of(run))
+    yield _stored_text(
+        checkpoint,
+        corpus or run["corpus"],
+        settings,
+        reader=f"run {run_id}",
+        risk="layers may be chosen on",
+        fingerprints=tuple(filter(None, (run["corpus_fingerprint"], run["tokens_fingerprint"]))),
         use=f"the scores of {run_id} were measured on",
         name=run["corpus"],
-        rows=source.settings.skip_sequences + run["num_sequences"],
-        read=partial(source.read_again, f"run {run_id}", "layers may be chosen on", fingerprints),
-        load_tokenizer=source.tokenizer,
+        rows=settings.skip_sequences + run["num_sequences"],
         skip_option=skip_option,
         questions_hint="Ask others: with `skip_questions` {}, where the run is of the first questions of the file.",
     )
@@ -225,12 +222,14 @@ def texts_of_search(store: Warehouse, evaluation: str | None, checkpoint: Checkp
     if not rows:
         return
     settings, corpus = Settings.from_stored(settings_of(rows[0])), rows[0]["task"].partition(":")[2]
-    source = _Source(checkpoint, corpus, settings)
-    yield SeenText(
+    yield _stored_text(
+        checkpoint,
+        corpus,
+        settings,
+        reader="the search of a plan",
+        risk="layers may be chosen for",
         use="a plan was searched or predicted on",
         rows=settings.skip_sequences + max(row["num_samples"] for row in rows),
-        read=partial(source.read_again, "the search of a plan", "layers may be chosen for"),
-        load_tokenizer=source.tokenizer,
         questions_hint="",
     )
 
@@ -241,86 +240,103 @@ def texts_of_repair(checkpoint: Checkpoint) -> Iterator[SeenText]:
     Raises:
         ModelError: a record is damaged.
     """
-    yield from _texts_of_distillation(checkpoint)
+    record = read_record(checkpoint.folder)
+    for distilled in record.texts if record else ():
+        if record is None or not distilled.trained_rows or distilled.corpus == SELF:  # text that the teacher wrote
+            continue
+        skipped = record.settings.skip_sequences + distilled.held_out_rows
+        yield _stored_text(
+            checkpoint,
+            distilled.corpus,
+            replace(record.settings, max_sequences=distilled.trained_rows, skip_sequences=skipped),
+            reader=f"the distillation of '{checkpoint.name}'",
+            risk="it is trained on",
+            fingerprints=(distilled.fingerprint,),
+            use=f"'{checkpoint.name}' was distilled on ({distilled.corpus})",
+            rows=skipped + distilled.trained_rows,
+        )
     fit = f"the repair of '{checkpoint.name}'"
     for repair in read_repairs(checkpoint.folder):
         for text in repair.texts:
-            source = _Source(checkpoint, text.corpus, repair.reading())
-            yield SeenText(
+            yield _stored_text(
+                checkpoint,
+                text.corpus,
+                repair.reading(),
+                reader=fit,
+                risk="it may be fitted to",
+                fingerprints=(text.fingerprint,),
                 use=f"{fit} was fitted on ({text.corpus})",
                 rows=repair.skip_sequences + text.rows,
-                read=partial(source.read_again, fit, "it may be fitted to", (text.fingerprint,)),
-                load_tokenizer=source.tokenizer,
             )
 
 
-def _texts_of_distillation(checkpoint: Checkpoint) -> Iterator[SeenText]:
-    """Yield the texts that a checkpoint was distilled on, but for text that its teacher wrote."""
-    record = read_record(checkpoint.folder)
-    training = f"the distillation of '{checkpoint.name}'"
-    for text in record.texts if record else ():
-        if record is None or not text.trained_rows or text.corpus == SELF:
-            continue
-        settings = record.settings
-        skipped = settings.skip_sequences + text.held_out_rows
-        settings = replace(settings, max_sequences=text.trained_rows, skip_sequences=skipped)
-        source = _Source(checkpoint, text.corpus, settings)
-        yield SeenText(
-            use=f"'{checkpoint.name}' was distilled on ({text.corpus})",
-            rows=skipped + text.trained_rows,
-            read=partial(source.read_again, training, "it is trained on", (text.fingerprint,)),
-            load_tokenizer=source.tokenizer,
-        )
-
-
-def text_of_fit(
-    text: CorpusPlan,
-    skipped: int,
-    checkpoint: Checkpoint,
+def refuse_overlaps(
+    tasks: Sequence[Task],
+    texts: Iterable[CorpusPlan],
+    model: PlacedModel,
+    scored: Callable[..., Iterator[SeenText]],
     *,
-    trust_remote_code: bool,
+    skipped: int,
     use: str = "the repair is fitted on",
+    skip_option: str = "skip_sequences",
+) -> None:
+    """Refuse tasks on text that a model was scored, repaired or will be fitted on, and fits on text of its scores.
+
+    Args:
+        texts: texts that the model will be fitted on, without their first ``skipped`` rows.
+        scored: yields the text of the scores, see `texts_of_run`; it takes ``skip_option``.
+        use: see `SeenText`.
+        skip_option: field that skips rows of the texts.
+
+    Raises:
+        ConfigError: see `refuse_overlap`.
+    """
+    checkpoint, code = model.checkpoint, model.settings.trust_remote_code
+    fitted = [
+        SeenText(
+            use=f"{use} ({text.source})",
+            rows=skipped + text.num_sequences,
+            read=partial(tuple, text.shards),
+            load_tokenizer=partial(load_tokenizer, checkpoint, trust_remote_code=code),
+        )
+        for text in texts
+    ]
+    refuse_overlap(tasks, chain(texts_of_repair(checkpoint), scored(), fitted))
+    read = [Task(name=text.source, parts=tuple(map(TextLoss, text.shards))) for text in texts]
+    refuse_overlap(read, scored(skip_option=skip_option))
+
+
+def _stored_text(
+    checkpoint: Checkpoint,
+    corpus: str,
+    settings: Settings,
+    *,
+    reader: str,
+    risk: str,
+    fingerprints: Collection[str] = (),
+    **about: Any,
 ) -> SeenText:
-    """Return a text that a repair will be fitted on, or that ``use`` names, without its first ``skipped`` rows."""
-    return SeenText(
-        use=f"{use} ({text.source})",
-        rows=skipped + text.num_sequences,
-        read=lambda: text.shards,
-        load_tokenizer=partial(load_tokenizer, checkpoint, trust_remote_code=trust_remote_code),
-    )
+    """Return a text that was read before, whose rows are read again when they are compared.
 
+    Args:
+        reader: noun for what has read it.
+        risk: clause of the hint that names the risk of no comparison, such as ``it may be fitted to``.
+        fingerprints: earlier fingerprints of its content or its tokens. A text with none of them has changed.
+        about: fields of `SeenText`.
+    """
+    load = partial(load_tokenizer, checkpoint)
 
-def as_task(text: CorpusPlan) -> Task:
-    """Return a text as a task, which can be compared with other texts."""
-    return Task(name=text.source, parts=tuple(map(TextLoss, text.shards)))
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Source of the rows of a text: its name, and the settings to read it with."""
-
-    checkpoint: Checkpoint
-    corpus: str
-    settings: Settings
-
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.checkpoint)
-
-    def read_again(self, user: str, risk: str, fingerprints: Collection[str] = ()) -> Sequence[Shard]:
-        """Read the rows again that ``user`` has read.
-
-        Args:
-            risk: clause of the hint that names the risk of no comparison, such as ``it may be fitted to``.
-            fingerprints: earlier fingerprints of its content or its tokens. A text with none of them has changed.
-        """
+    def read() -> Sequence[Shard]:
         hint = f"Put it back, or set `allow_overlap` and know that {risk} this very text."
         try:
-            text = tokenize_corpus(self.corpus, self.tokenizer(), self.settings)
+            text = tokenize_corpus(corpus, load(), settings)
         except AvssError as error:
-            raise ConfigError(f"The text of {user} cannot be read again: {error.message}", hint) from error
+            raise ConfigError(f"The text of {reader} cannot be read again: {error.message}", hint) from error
         if fingerprints and not {text.corpus_fingerprint, text.tokens_fingerprint} & {*fingerprints}:
-            raise ConfigError(f"The text of {user} has changed since it was read: {text.source}.", hint)
+            raise ConfigError(f"The text of {reader} has changed since it was read: {text.source}.", hint)
         return text.shards
+
+    return SeenText(read=read, load_tokenizer=load, **about)
 
 
 def _prompts(shards: Iterable[Shard], tokenizer: Any) -> set[str]:

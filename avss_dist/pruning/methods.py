@@ -85,9 +85,14 @@ class Experiment:
     """Allow more than 10,000 evaluations."""
 
     def __post_init__(self) -> None:
-        fitted = [repair for repair in self.repairs if repair != NO_REPAIR]
-        if fitted and not self.repair_corpora:
-            raise ConfigError(f"`repairs` {fitted[0]} needs text to be fitted on.", "Name it with `repair_corpora`.")
+        if self.fitted and not self.repair_corpora:
+            message = f"`repairs` {self.fitted[0]} needs text to be fitted on."
+            raise ConfigError(message, "Name it with `repair_corpora`.")
+
+    @property
+    def fitted(self) -> Sequence[str]:
+        """Repairs that are fitted, each once."""
+        return [repair for repair in dict.fromkeys(self.repairs) if repair != NO_REPAIR]
 
     def count_choices(self, readings: int) -> int:
         """Return the maximum number of choices of layers for a model.

@@ -148,6 +148,12 @@ class Result:
         residuals = self.samples - self.value * self.weights
         return float(np.sqrt(n / (n - 1) * np.square(residuals).sum()) / self.weights.sum())
 
+    def metrics(self) -> list[tuple[str, float, float]]:
+        """Return name, value and standard error, and those of the perplexity of a loss (by the delta method)."""
+        perplexity = float(np.exp(self.value)) if self.metric == LOSS else None
+        more = [] if perplexity is None else [("perplexity", perplexity, perplexity * self.stderr)]
+        return [(self.metric, self.value, self.stderr), *more]
+
 
 def combine(rows: Iterable[Mapping[str, Any]], num_parts: int) -> list[Result]:
     """Return the results of one task from rows of ``cells``. Metrics with a missing part are left out.

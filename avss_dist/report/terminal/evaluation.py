@@ -27,7 +27,7 @@ def evaluation_table(evaluations: Evaluations) -> RenderableType:
     )
     if not all(one.retained.has_interval for one in evaluations if one.retained):
         caption = f"{caption} {NO_INTERVAL}"
-    metrics = [one.metrics()[-1] for one in evaluations]
+    metrics = [one.result.metrics()[-1] for one in evaluations]
     table = ReportTable(
         columns=[
             ReportColumn("", [one.subject.label for one in evaluations], number=False, wraps=True),
@@ -53,7 +53,7 @@ def evaluation_table(evaluations: Evaluations) -> RenderableType:
 
 def _compared_columns(evaluations: Evaluations) -> Iterator[ReportColumn]:
     """Yield the columns that compare with the whole model."""
-    whole = [one.whole_metrics()[-1] if one.whole else None for one in evaluations]
+    whole = [one.whole.metrics()[-1][1] if one.whole else None for one in evaluations]
     retained = [one.retained for one in evaluations]
     intervals = [retention and known_interval(retention.low, retention.high) for retention in retained]
     yield ReportColumn("whole model", whole, significant(4), priority=2)
