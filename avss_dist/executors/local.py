@@ -93,19 +93,17 @@ class LocalExecutor:
                     yield from ((cell, as_failure(error)) for cell in cells)
                     continue
                 try:
+                    assert replica.language_model is not None
                     for cell in cells:
-                        yield cell, self._measure_cell(replica, cell, underway or _ignore)
+                        result: CellResult | AvssError
+                        try:
+                            with progress_to(partial(underway or _ignore, cell)):
+                                result = measure_cell(replica.language_model, cell)
+                        except Exception as error:
+                            result = as_failure(error)
+                        yield cell, result
                 finally:
                     replica.close()
-
-    @staticmethod
-    def _measure_cell(replica: Replica, cell: Cell, underway: Underway) -> CellResult | AvssError:
-        assert replica.language_model is not None
-        try:
-            with progress_to(partial(underway, cell)):
-                return measure_cell(replica.language_model, cell)
-        except Exception as error:
-            return as_failure(error)
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
         """Return the results of a function, item by item."""
@@ -199,7 +197,7 @@ def open_executor(execution: Execution, settings: Settings) -> Executor:
 
     executor = RayExecutor(execution, settings)
     try:
-        executor.reach()
+        _ = executor.devices  # so that errors of a cluster come before any run
     except BaseException:
         executor.close()
         raise

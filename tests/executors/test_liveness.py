@@ -46,7 +46,7 @@ def test_who_listens_and_does_not_speak_grpc_is_not_waited_for(hangs_up: bool, m
         with pytest.raises(
             ConfigError, match=f"Ray at {address} cannot be reached: it did not answer as a gRPC server"
         ):
-            executor.reach()
+            _ = executor.devices
         executor.close()
 
 

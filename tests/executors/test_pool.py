@@ -301,8 +301,8 @@ def test_workers_without_the_package_are_a_mistake_of_the_user() -> None:
     assert source is run and isinstance(error, ConfigError) and "cannot import avss_dist" in str(error)
 
 
-def test_a_draining_node_finishes_its_round_and_takes_no_other() -> None:
-    """Rounds that it has in advance are measured elsewhere, each shard once; the monitor leaves the node, too."""
+def test_a_draining_node_finishes_its_rounds_and_takes_no_other() -> None:
+    """Each shard is measured once, and the monitor leaves the node, too."""
     cluster = SimulatedCluster(3, slots=1, limit=2)
     queue, _ = shard_queue(20)
     measured_then: list[int] = []
@@ -314,7 +314,7 @@ def test_a_draining_node_finishes_its_round_and_takes_no_other() -> None:
     assert shard_ids(outcomes(pool_of(cluster, queue), {4: drain})) == [*range(20)]
     assert set(times_measured(cluster).values()) == {1}
     leaving = cluster.gangs[0]
-    assert leaving.stopped and leaving.leaves and len(leaving.measured) <= measured_then[0] + 4
+    assert leaving.stopped and leaving.leaves and len(leaving.measured) <= measured_then[0] + 5
     assert {"node0"} in cluster.left and len(cluster.gangs) == 3
     assert "node0" in {node.name for node in cluster.dead_nodes}, "nothing holds it"
 
@@ -345,15 +345,6 @@ def test_an_idle_gang_repeats_late_shards_and_the_first_result_counts() -> None:
     received = outcomes(pool_of(cluster, queue), {6: lambda: cluster.gangs[0].slow_down(1000)})
     assert shard_ids(received) == [*range(12)]
     assert cluster.clock < 100, "nobody waits for the slow one"
-
-
-def test_an_idle_gang_takes_the_round_that_another_has_in_advance() -> None:
-    cluster = SimulatedCluster(limit=2)
-    queue, _ = shard_queue(7)
-    cluster.at(1.5, lambda: cluster.gangs[0].slow_down(4))
-    assert shard_ids(outcomes(pool_of(cluster, queue))) == [*range(7)]
-    assert set(times_measured(cluster).values()) == {1}, "taken back, and not measured twice"
-    assert len(cluster.gangs[0].measured) < len(cluster.gangs[1].measured) and cluster.clock < 9
 
 
 def test_a_run_begins_when_as_many_gangs_are_placed_as_it_waits_for() -> None:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import ray
-from support.causal_lm import random_shard
 from support.units import SETTINGS, cell_queue, shard_queue
 
 from avss_dist.core.errors import ModelError, RunFailed
 from avss_dist.executors.ray import queue as queue_module
-from avss_dist.executors.ray.queue import ATTEMPTS, BLOCK_SHARDS, LATE_SECONDS, PatchSharer, ShardQueue, ShardSharer
+from avss_dist.executors.ray.queue import ATTEMPTS, BLOCK_SHARDS, LATE_SECONDS, ShardQueue
 
 
 @pytest.fixture(autouse=True)
 def no_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of shards are what would be put there."""
-    monkeypatch.setattr(queue_module, "ShardSharer", partial(ShardSharer, put=lambda shards: shards))
+    """References are what would be put there."""
+    monkeypatch.setattr(ray, "put", lambda value: value)
 
 
 def assignments(queue: ShardQueue, units: Sequence[int]) -> list[Any]:
@@ -121,8 +119,7 @@ def test_what_was_measured_meanwhile_is_not_put_back() -> None:
     assert shard_queue(1)[0].next_units() == [0]
 
 
-def test_every_rank_takes_the_cell_with_its_patch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue_module, "PatchSharer", lambda: PatchSharer(lambda data: data))
+def test_every_rank_takes_the_cell_with_its_patch() -> None:
     queue, cells = cell_queue(["loss"], partition="tensor_parallel", ranks=2)
     parts = [assignment for some, _ in queue.parts([0]) for assignment in some]
     assert [(one.cell, one.rows) for one in parts] == [(cells[0], SETTINGS.batch_size)] * 2
@@ -209,39 +206,33 @@ def test_short_shards_share_a_round_until_one_of_them_fails() -> None:
 def test_blocks_of_shards_are_shared_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shards travel with the call."""
     stored: list[Any] = []
-
-    def put(block: Any) -> Any:
-        stored.append(block[0])
-        return block
-
-    shards = [random_shard() for _ in range(3 * BLOCK_SHARDS)]
-    sharer = ShardSharer(shards, put)
+    monkeypatch.setattr(ray, "put", lambda block: stored.append(block[0]) or block)
+    queue, run = shard_queue(3 * BLOCK_SHARDS)
     last = BLOCK_SHARDS - 1
-    asked = ([0], [last, last + 1], [last + 1])
     for number, small in ((0, 1 << 20), (2, 0)):
         monkeypatch.setattr(queue_module, "SENT_BYTES", small)
-        for indices in asked:
-            places, blocks = sharer.share(indices)
-            assert [blocks[block][i] for block, i in places] == [shards[i] for i in indices]
+        for units in ([0], [last, last + 1], [last + 1]):
+            assert [part.shard for part in assignments(queue, units)] == [run.shards[unit] for unit in units]
         assert len(stored) == number
     for first in (2 * BLOCK_SHARDS, 0):
-        sharer.share([first])
-    assert stored == [shards[i] for i in (0, BLOCK_SHARDS, 2 * BLOCK_SHARDS, 0)]
+        queue.parts([first])
+    assert stored == [run.shards[i] for i in (0, BLOCK_SHARDS, 2 * BLOCK_SHARDS, 0)]
 
     def is_full(_: object) -> None:
         raise ray.exceptions.OutOfDiskError
 
-    assert ShardSharer(shards, is_full).share([1]) == ([(0, 1)], [tuple(shards[:BLOCK_SHARDS])]), "sent with the call"
+    monkeypatch.setattr(ray, "put", is_full)
+    ((_, blocks),) = shard_queue(BLOCK_SHARDS)[0].parts([1])
+    assert blocks == [tuple(run.shards[:BLOCK_SHARDS])], "sent with the call"
 
 
-def test_a_patch_is_shared_once_for_all_of_its_cells() -> None:
+def test_a_patch_is_shared_once_for_all_of_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many workers and cells use it; those that are done are let go."""
-
     stored: list[bytes] = []
-    sharer = PatchSharer(lambda data: stored.append(data) or data)
-    for key in "aabab":
-        assert sharer.share(Patch(key)).data == key.encode()
-    assert stored == [b"a", b"b"]
-    for key in "cddcab":
-        sharer.share(Patch(key))
+    monkeypatch.setattr(ray, "put", lambda data: stored.append(data) or data)
+    queue, cells = cell_queue(["loss"])
+    for key in "aababcddcab":
+        queue.units = [replace(cells[0], intervention=replace(cells[0].intervention, patch=Patch(key)))]
+        ((((assignment,), _)),) = queue.parts([0])
+        assert assignment.cell.intervention.patch.data == key.encode()
     assert stored == [b"a", b"b", b"c", b"d", b"a", b"b"]

@@ -13,7 +13,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -33,14 +32,13 @@ import avss_dist
 from avss_dist.core.errors import RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Execution, Settings, split_options
-from avss_dist.executors.interface import Executor, ReplicaSpec
+from avss_dist.executors.interface import Executor
 from avss_dist.executors.local import LocalExecutor, open_executor
 from avss_dist.executors.ray import cluster, gang, queue
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
-from avss_dist.partition.replica import Placement
 from avss_dist.runs import partials
 from avss_dist.runs.events import RunEvent, ShardMeasured
 from avss_dist.runs.job_file import RunSpec
@@ -243,69 +241,6 @@ def this_module_travels() -> Iterator[None]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
-@dataclass(frozen=True)
-class Noted:
-    """A round of one unit that writes down that it began, and ends when it may."""
-
-    folder: Path
-    name: str
-
-    def resolved(self, blocks: object) -> Noted:
-        return self
-
-    def run(self, *_: object) -> None:
-        (self.folder / self.name).touch()
-        while not (self.folder / "may end").exists():
-            time.sleep(0.01)
-
-
-class PatientLock:
-    """Who finds it taken waits until its round is cancelled, and lets the other one end."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._lock = folder, threading.Lock()
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            (self._folder / "waits").touch()
-            while not ray.get_runtime_context().is_canceled():
-                time.sleep(0.01)
-            (self._folder / "may end").touch()
-            self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
-class WaitsForItsTurn(Worker):
-    """A worker as one with a GPU is called, in two threads."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__("0", 1, None)
-        self._computing: Any = PatientLock(folder)
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("shared_ray", "this_module_travels")
-def test_a_round_that_is_cancelled_while_it_waits_for_its_turn_is_not_measured(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    worker: Any = ray.remote(WaitsForItsTurn).options(num_cpus=0, max_concurrency=2).remote(tmp_path)
-    settings = Settings(device="cpu")
-    spec = ReplicaSpec(checkpoint=resolve(str(tiny_llama)), settings=settings, placement=Placement())
-    ray.get(worker.open.remote(spec, 0, ("", 0)))
-    first = worker.measure_round.remote([Noted(tmp_path, "first")])
-    wait_until((tmp_path / "first").exists)
-    second = worker.measure_round.remote([Noted(tmp_path, "second")])
-    wait_until((tmp_path / "waits").exists)
-    ray.cancel(second)
-    assert ray.get(first) == [None]
-    with pytest.raises(ray.exceptions.TaskCancelledError):
-        ray.get(second)
-    assert not (tmp_path / "second").exists()
-    ray.kill(worker)
 
 
 @pytest.mark.nightly

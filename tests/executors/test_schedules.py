@@ -108,14 +108,14 @@ class Schedules(RuleBasedStateMachine):
 
     def check(self) -> None:
         """Check the laws that hold whenever the pool waits."""
-        rounds = [*self.pool._rounds]
+        rounds, idle = self.pool._rounds, {gang for gang, own in self.pool._gangs.items() if not own}
         for queue in self.pool._queues:
             held = {unit for round_ in rounds if round_.queue is queue for unit in round_.units}
             assert queue.unfinished <= held | {*queue.pending}, "a unit is lost"
             if not queue.pending:
                 continue
-            gangs = [g for g in self.pool._gangs() if g.shape == queue.shape and not g.leaves]
-            assert not [g for g in self.pool._idle if g in gangs], "a gang is idle while a unit is pending"
+            gangs = [g for g in self.pool._gangs if g.shape == queue.shape and not g.leaves]
+            assert not idle.intersection(gangs), "a gang is idle while a unit is pending"
             opening = [r for r in rounds if r.gang in gangs and not r.units]
             room = len(gangs) < self.cluster.limit and len(opening) < queue.pending_rounds
             assert not room, "a place is left empty while a unit is pending"
@@ -238,17 +238,17 @@ class LosesUnits(Pool):
 
     def _stop(self, gang: Gang, **_: Any) -> None:
         gang.stop()
-        for round_ in self._rounds.rounds_of(gang)[::-1]:
-            self._rounds.end(round_)
+        for round_ in self._gangs[gang][::-1]:
+            self._end(round_)
+        del self._gangs[gang]
 
 
 class AssignsOnce(Pool):
     """A pool that gives one idle gang units at a time."""
 
-    def _assign(self) -> None:
-        idle, self._idle = self._idle, self._idle[:1]
-        super()._assign()
-        self._idle += idle[1:]
+    @property
+    def _idle(self) -> list[Gang]:
+        return super()._idle[:1]
 
 
 class HiresOne(Pool):
@@ -270,7 +270,7 @@ class ForgetsOneGang(Pool):
     """A pool that does not stop its idle gangs at the end."""
 
     def close(self) -> None:
-        for gang in self._rounds.gangs:
+        for gang in (gang for gang, rounds in self._gangs.items() if rounds):
             gang.stop()
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayActorError, RayTaskError
 
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.executors.interface import ReplicaSpec
@@ -211,15 +211,6 @@ class SimulatedGang:
         for call in self._calls[rank]:
             call.reference.due, call.reference.error = self.cluster.clock, RayActorError(error_msg=why)
         self._calls[rank] = []
-
-    def cancel(self, references: Iterable[Reference]) -> None:
-        for reference in references:
-            for calls in self._calls:
-                for call in [
-                    call for call in calls if call.reference is reference and call.begins > self.cluster.clock
-                ]:
-                    calls.remove(call)
-                    reference.due, reference.error = self.cluster.clock, TaskCancelledError()
 
     def stop(self, *, hangs: bool = False) -> None:
         self.stopped, self.killed_by_signal = True, hangs

@@ -93,14 +93,6 @@ def node_lost() -> RunFailed:
     )
 
 
-def require_node() -> None:
-    """Raise RunFailed if the head of the cluster or the node of this process is lost."""
-    require_head()
-    nodes = {node["NodeID"]: node["Alive"] for node in ray.nodes()}
-    if not nodes.get(ray.get_runtime_context().get_node_id()):
-        raise node_lost()
-
-
 ANSWER_SECONDS = 2.0  # for the monitor to answer
 
 
@@ -134,7 +126,9 @@ class RayCluster:
 
     def require_node(self) -> None:
         """Raise RunFailed if the head of the cluster or the node of this process is lost."""
-        require_node()
+        require_head()
+        if not self.nodes().get(ray.get_runtime_context().get_node_id(), {}).get("Alive"):
+            raise node_lost()
 
     def nodes(self) -> dict[str, dict[str, Any]]:
         """Return the nodes of the cluster as ``ray.nodes`` describes them, by id."""

@@ -57,19 +57,15 @@ class RayExecutor:
 
     @cached_property
     def devices(self) -> Devices:
-        """Devices of the cluster, or of this machine if there is none."""
-        if not self._address:
-            return devices_here(pick_device(self._settings.device).type)
-        self.connect()
-        return _devices_of_cluster(self._settings.device, self._labels)
-
-    def reach(self) -> None:
-        """Connect to the cluster, if there is one, and query its devices, so that its errors come before any run.
+        """Devices of the cluster, or of this machine if there is none.
 
         Raises:
             ConfigError: the cluster cannot be reached, or its workers lack this package.
         """
-        _ = self.devices
+        if not self._address:
+            return devices_here(pick_device(self._settings.device).type)
+        self.connect()
+        return _devices_of_cluster(self._settings.device, self._labels)
 
     @property
     def device(self) -> str:
@@ -82,24 +78,22 @@ class RayExecutor:
         default = max(1, devices.count // max(1, placement.gpus)) if self.device == "cuda" else 1
         workers = self._execution.replicas.maximum if self._execution.replicas else default
         replicas = max(1, workers // placement.copies)
-        if not self._address:
-            self._require_room(replicas, placement)
-        return replicas
-
-    def _require_room(self, replicas: int, placement: Placement) -> None:
-        devices, cpus = self.devices, placement.ranks * self._settings.threads
+        if self._address:
+            return replicas
         if self.device == "cuda" and replicas * placement.gpus > devices.count:
             raise ConfigError(
                 f"{replicas} replicas of {placement.gpus} GPUs need {replicas * placement.gpus} GPUs; "
                 f"there are {devices.count}.",
                 "Lower `replicas`, `ranks` or `gpus_per_replica`.",
             )
+        cpus = placement.ranks * self._settings.threads
         if self.device == "cpu" and replicas * cpus > devices.cpus:
             what = f"{replicas} replicas" + (f" of {placement.ranks} ranks" if placement.ranks > 1 else "")
             raise ConfigError(
                 f"{what} need {replicas * cpus} CPUs; there are {devices.cpus}.",
                 "Lower `replicas`" + (" or `ranks`." if placement.ranks > 1 else "."),
             )
+        return replicas
 
     def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
         """Yield results as workers finish them; the next run is planned meanwhile. Runs share the workers."""
@@ -134,7 +128,7 @@ class RayExecutor:
         except OSError as error:  # the raylet does not answer
             raise node_lost() from error
         finally:
-            prefetcher.close()
+            prefetcher.exhausted = True
             with suppress(OSError):
                 if has_head():  # else the cluster ends its workers itself
                     pool.close()
@@ -174,7 +168,14 @@ class RayExecutor:
             if not running:
                 return
             item, reference = running.popleft()
-            yield _result(function, item, reference)
+            try:
+                yield ray.get(reference)
+            except RayTaskError as error:
+                if isinstance(error.cause, AvssError):
+                    raise error.cause from None
+                raise
+            except RayError:
+                yield function(item)
 
     def close(self) -> None:
         """Stop the workers, and Ray if it was started here."""
@@ -211,42 +212,24 @@ class RayExecutor:
 
     def _new_gang(self, placement: Placement, threads: int | None = None) -> Gang:
         require_head()
-        name = f"{os.getpid()}-{next(self._names)}"
         threads = threads or self._settings.threads
+        info, devices = PARTITIONS[placement.partition], self.devices
+        needed, room = placement.ranks * threads, devices.cpus_of_largest_node
+        if placement.gpus:
+            needed, room = placement.gpus, devices.count_of_largest_node
         return Gang(
-            name,
+            f"{os.getpid()}-{next(self._names)}",
             placement,
             threads=threads,
             monitor=self._monitor,
             labels=self._labels,
-            one_node=self._belongs_on_one_node(placement, threads),
+            # Ranks that divide the work of each shard exchange parts in every layer.
+            one_node=info.gang and not info.splits_data and needed <= room,
         )
-
-    def _belongs_on_one_node(self, placement: Placement, threads: int) -> bool:
-        """Whether ranks divide the work of each shard, which takes exchanges in every layer, and a node has room."""
-        info, devices = PARTITIONS[placement.partition], self.devices
-        if not info.gang or info.splits_data:
-            return False
-        if placement.gpus:
-            return placement.gpus <= devices.count_of_largest_node
-        return placement.ranks * threads <= devices.cpus_of_largest_node
 
 
 def _call(function: Callable[[S], T], item: S) -> T:
     return function(item)
-
-
-def _result(function: Callable[[S], T], item: S, reference: Any) -> T:
-    """Return the result of a task. If it was lost, the function is called here."""
-    try:
-        result: T = ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, AvssError):
-            raise error.cause from None
-        raise
-    except RayError:
-        return function(item)
-    return result
 
 
 def _shortage(placement: Placement, cpus: int, labels: Mapping[str, str]) -> str:
@@ -294,7 +277,12 @@ def _devices_of_cluster(device: str, labels: Mapping[str, str]) -> Devices:
     """
     nodes = [node["Resources"] for node in _nodes(labels)]
     if not nodes:
-        raise _no_such_node(labels)
+        every = {f"{name}={value}" for node in ray.nodes() for name, value in node["Labels"].items()}
+        shown = sorted(label for label in every if not label.startswith("ray.io/node-id="))
+        raise ConfigError(
+            f"No node of the cluster has `node_labels` {_in_words(labels)}.",
+            f"Labels of its nodes: {', '.join(shown)}." if shown else "Its nodes have no labels: ray start --labels.",
+        )
     gpus = int(_total(nodes, "GPU"))
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
     on_gpus = kind == "cuda"
@@ -308,16 +296,6 @@ def _devices_of_cluster(device: str, labels: Mapping[str, str]) -> Devices:
         host_bytes=seen.host_bytes,
         cpus=int(_total(nodes, "CPU")) or 1,
         cpus_of_largest_node=most["CPU"] or 1,
-    )
-
-
-def _no_such_node(labels: Mapping[str, str]) -> ConfigError:
-    """Return the error to show if no node of the cluster has these labels, with those that there are."""
-    there = {f"{name}={value}" for node in ray.nodes() for name, value in node["Labels"].items()}
-    known = sorted(label for label in there if not label.startswith("ray.io/node-id="))
-    return ConfigError(
-        f"No node of the cluster has `node_labels` {_in_words(labels)}.",
-        f"Labels of its nodes: {', '.join(known)}." if known else "Its nodes have no labels: ray start --labels.",
     )
 
 

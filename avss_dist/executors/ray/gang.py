@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -110,11 +110,6 @@ class Gang:
         """Give each rank its assignments in a round and its blocks of shards. Returns a reference for each rank."""
         ranks = zip(self._workers, parts, strict=True)
         return [worker.measure_round.remote(assignments, *blocks) for worker, (assignments, blocks) in ranks]
-
-    def cancel(self, references: Iterable[Any]) -> None:
-        """Cancel rounds that have not begun, of a gang of one rank."""
-        for reference in references:
-            ray.cancel(reference)
 
     def stop(self, *, hangs: bool = False) -> None:
         """Stop every worker and release the resources. Workers of a hanging gang are killed by a signal too."""

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from queue import Empty, Queue
 from typing import Any, Generic, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -28,18 +28,30 @@ from avss_dist.partition.replica import Placement
 from avss_dist.system.streams import say
 
 T = TypeVar("T")
-_END = object()
+POLL_SECONDS = 2.0
+SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next queue is being planned
+NOTICE_SECONDS = 15.0  # until the head knows that a node is dead; its workers may be lost before that
 
 
 class Prefetcher(Generic[T]):
-    """Items of an iterator, the next one prepared while the last one is used."""
+    """Items of an iterator, the next one prepared in another thread while the last one is used."""
 
     def __init__(self, items: Iterator[T]) -> None:
-        self.exhausted = False
-        self._queue: Queue[object] = Queue(maxsize=1)
-        self._stopped = False
+        self.exhausted = False  # or closed
         self._items = items
-        threading.Thread(target=self._fill, daemon=True).start()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        coming: Future[T | None] = Future()
+        self._coming = coming
+
+        def prepare() -> None:
+            try:
+                coming.set_result(next(self._items, None))
+            except BaseException as error:
+                coming.set_exception(error)
+
+        threading.Thread(target=prepare, daemon=True).start()
 
     def next(self, *, wait: bool) -> T | None:
         """Return the next item; None at the end or, without ``wait``, if no item is ready.
@@ -47,45 +59,14 @@ class Prefetcher(Generic[T]):
         Raises:
             BaseException: the error that the iterator raised.
         """
-        if self.exhausted:
+        if self.exhausted or not (wait or self._coming.done()):
             return None
-        try:
-            item = self._queue.get(block=wait)
-        except Empty:
-            return None
-        if isinstance(item, _Raised):
-            self.exhausted = True
-            raise item.error
-        if item is _END:
-            self.exhausted = True
-            return None
-        return item  # type: ignore[return-value]
-
-    def close(self) -> None:
-        """Stop preparing items."""
-        self._stopped = self.exhausted = True
-        with self._queue.mutex:
-            self._queue.queue.clear()
-            self._queue.not_full.notify_all()
-
-    def _fill(self) -> None:
-        try:
-            for item in self._items:
-                self._queue.put(item)
-                if self._stopped:
-                    return
-        except BaseException as error:
-            self._queue.put(_Raised(error))
-        else:
-            self._queue.put(_END)
-
-
-class _Raised:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-Awaited = dict[Any, Sequence[int]]  # units by the reference to their results
+        self.exhausted = True
+        item = self._coming.result()
+        if item is not None:
+            self.exhausted = False
+            self._prepare()
+        return item
 
 
 @dataclass(eq=False, kw_only=True)
@@ -102,7 +83,7 @@ class Round:
     gang: Gang
     queue: UnitQueue[Any]
     units: Sequence[int]
-    awaited: Awaited
+    awaited: dict[Any, Sequence[int]]
     rows: int
     begun: float
 
@@ -110,120 +91,6 @@ class Round:
     def is_coming(self) -> bool:
         """Whether its gang waits for a place."""
         return self.gang.placed in self.awaited
-
-
-class Rounds:
-    """Rounds that are under way. A gang has one, or two of which the second waits for the first.
-
-    Args:
-        clock: returns the monotonic time in seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._by_reference: dict[Any, Round] = {}
-        self._by_gang: dict[Gang, list[Round]] = {}
-
-    def __iter__(self) -> Iterator[Round]:
-        return iter([round_ for rounds in self._by_gang.values() for round_ in rounds])
-
-    @property
-    def references(self) -> list[Any]:
-        """Awaited references."""
-        return list(self._by_reference)
-
-    @property
-    def gangs(self) -> Collection[Gang]:
-        """Gangs that have a round."""
-        return self._by_gang.keys()
-
-    def find(self, reference: Any) -> Round | None:
-        """Return the round that awaits a reference, or None."""
-        return self._by_reference.get(reference)
-
-    def rounds_of(self, gang: Gang) -> list[Round]:
-        """Return the rounds of a gang: the current one, then the next."""
-        return self._by_gang.get(gang, [])
-
-    def waits(self, round_: Round) -> bool:
-        """Whether a round waits for an earlier round of its gang."""
-        return self._by_gang[round_.gang][0] is not round_
-
-    def begin(self, round_: Round) -> None:
-        """Add a round to those of its gang."""
-        self._by_reference |= dict.fromkeys(round_.awaited, round_)
-        self._by_gang.setdefault(round_.gang, []).append(round_)
-
-    def receive(self, reference: Any) -> Sequence[int]:
-        """Stop awaiting a reference, and return the units that it holds the results of."""
-        return self._by_reference.pop(reference).awaited.pop(reference)
-
-    def end(self, round_: Round) -> None:
-        """Remove a round that is done or given up. The next one of its gang begins."""
-        for reference in round_.awaited:
-            self._by_reference.pop(reference, None)
-        first, *later = self._by_gang.pop(round_.gang)
-        if round_ is not first:
-            self._by_gang[round_.gang] = [first]
-        elif later:
-            later[0].begun = self._clock()
-            self._by_gang[round_.gang] = later
-
-    def clear(self) -> None:
-        """Forget all rounds."""
-        self._by_reference.clear()
-        self._by_gang.clear()
-
-
-NOTICE_SECONDS = 15.0  # until the head knows that a node is dead; its workers may be lost before that
-
-
-@dataclass(eq=False)
-class _Loss:
-    """The units of one queue that were lost with the workers of one node."""
-
-    queue: UnitQueue[Any]
-    node: str
-    since: float
-    units: set[int] = field(default_factory=set)
-
-
-class Losses:
-    """Workers that a pool has lost, until it is known whether their nodes are lost too."""
-
-    def __init__(self, cluster: RayCluster) -> None:
-        self._cluster = cluster
-        self._losses: dict[tuple[int, str], _Loss] = {}
-
-    def add(self, queue: UnitQueue[Any], nodes: Iterable[str], units: Sequence[int]) -> None:
-        """Note that workers on these nodes were lost while they had units of a queue, or opened its model."""
-        for node in nodes:
-            loss = self._losses.setdefault((id(queue), node), _Loss(queue, node, self._cluster.now()))
-            loss.units.update(units)
-
-    def tell(self) -> None:
-        """Report the losses whose node is known to be dead, and those that have waited for `NOTICE_SECONDS`."""
-        if not self._losses:
-            return
-        nodes = self._cluster.nodes()
-        for key, loss in list(self._losses.items()):
-            node = nodes.get(loss.node, {})
-            waited = self._cluster.now() - loss.since > NOTICE_SECONDS
-            if not node.get("Alive") or waited or not loss.queue.is_active:
-                del self._losses[key]
-                text = _text(loss, node)
-                say(f"{datetime.now(UTC):%H:%M:%S} {text[0].upper()}{text[1:]}.")
-                loss.queue.note(text)
-
-
-def _text(loss: _Loss, node: dict[str, Any]) -> str:
-    name = f"{node.get('NodeManagerAddress', '')} ({loss.node[:8]})".strip()
-    lost = f"a worker on the node {name} was lost" if node.get("Alive") else f"the node {name} was lost"
-    return f"{lost}; {loss.queue.describe_repeated(sorted(loss.units))}"
-
-
-POLL_SECONDS = 2.0
-SOON_SECONDS = 0.02  # to look again, while a gang is idle and the next queue is being planned
 
 
 class Pool:
@@ -257,10 +124,10 @@ class Pool:
         self._minimum, self._begun = minimum, minimum == 1
         self._placement_seconds, self._poll = placement_seconds, min(POLL_SECONDS, hang_seconds / 4)
         self._queues: list[UnitQueue[Any]] = []  # in the order in which they came
-        self._rounds = Rounds(cluster.now)
-        self._idle: list[Gang] = []
+        self._gangs: dict[Gang, list[Round]] = {}  # none if it is idle, or the current one, and one that waits for it
+        self._awaited: dict[Any, Round] = {}  # by reference
         self._outcomes: list[tuple[Any, Any]] = []
-        self._losses = Losses(cluster)
+        self._losses: dict[tuple[UnitQueue[Any], str], tuple[float, set[int]]] = {}  # by queue and node
         self._moved = self._polled = cluster.now()
 
     def outcomes(self) -> Iterator[tuple[Any, Any]]:
@@ -276,7 +143,6 @@ class Pool:
             self._assign()
             self._hire()
             self._dismiss()
-            self._preempt()
             yield from self._arrived()  # now that every gang has work
             self._wait()
             if not any(queue.is_active for queue in self._queues):
@@ -285,18 +151,36 @@ class Pool:
 
     def close(self) -> None:
         """Stop every gang."""
-        for gang in self._gangs():
+        for gang in self._gangs:
             gang.stop()
-        self._rounds.clear()
-        self._idle = []
+        self._gangs, self._awaited = {}, {}
 
     def _arrived(self) -> list[tuple[Any, Any]]:
-        self._losses.tell()  # before a run ends, for its row
+        """Return the outcomes since the last call, after a report of lost nodes and of workers whose nodes are alive.
+
+        It comes before a run ends, for its row.
+        """
+        nodes = self._cluster.nodes() if self._losses else {}
+        for (queue, name), (since, units) in list(self._losses.items()):
+            node = nodes.get(name, {})
+            is_alive, waited = node.get("Alive"), self._cluster.now() - since > NOTICE_SECONDS
+            if not is_alive or waited or not queue.is_active:
+                del self._losses[queue, name]
+                where = f"{node.get('NodeManagerAddress', '')} ({name[:8]})".strip()
+                lost = f"{'a worker on ' if is_alive else ''}the node {where} was lost"
+                text = f"{lost}; {queue.describe_repeated(sorted(units))}"
+                say(f"{datetime.now(UTC):%H:%M:%S} {text[0].upper()}{text[1:]}.")
+                queue.note(text)
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
-    def _gangs(self) -> list[Gang]:
-        return [*self._idle, *self._rounds.gangs]
+    @property
+    def _rounds(self) -> list[Round]:
+        return [round_ for rounds in self._gangs.values() for round_ in rounds]
+
+    @property
+    def _idle(self) -> list[Gang]:
+        return [gang for gang, rounds in self._gangs.items() if not rounds]
 
     def _take_queues(self) -> bool:
         """Take the next queue as soon as no unit is pending. Returns False when all queues are done."""
@@ -311,25 +195,29 @@ class Pool:
         return bool(self._queues)
 
     def _assign(self) -> None:
-        """Give idle gangs units."""
-        for gang in list(self._idle):
+        """Give idle gangs units, or the slowest ones that others measure: first results count."""
+        now = self._cluster.now()
+        for gang in self._idle:
             queue = next((q for q in self._queues if q.shape == gang.shape and self._has_work(q, gang)), None)
             if queue is None:
-                self._speculate(gang)
-            else:
-                self._idle.remove(gang)
-                self._dispatch(gang, queue)
+                alike = [r for r in self._rounds if r.queue.shape == gang.shape]
+                late = [r for r in alike if r.queue.is_late(r.units, now - r.begun)]
+                if not late:
+                    continue
+                slowest = min(late, key=lambda r: r.begun)
+                queue = slowest.queue
+                queue.speculate(slowest.units)
+            self._dispatch(gang, queue)
 
     def _has_work(self, queue: UnitQueue[Any], gang: Gang) -> bool:
         """Whether a gang can take a unit, or open the model first: that need not wait until enough gangs are placed."""
-        return bool(queue.pending) and (gang.spec != queue.spec or self._has_begun())
-
-    def _has_begun(self) -> bool:
+        if not queue.pending or gang.spec != queue.spec:
+            return bool(queue.pending)
         self._begun = self._begun or self._placed() >= self._needed()
         return self._begun
 
     def _placed(self) -> int:
-        return sum(gang.is_placed for gang in self._gangs())
+        return sum(gang.is_placed for gang in self._gangs)
 
     def _needed(self) -> int:
         """Return the number of gangs that must be placed before measurement begins."""
@@ -339,55 +227,30 @@ class Pool:
         """Start gangs for pending units that no gang can take."""
         for queue in self._queues:
             placement = queue.spec.placement
-            gangs = [gang for gang in self._gangs() if gang.shape == queue.shape and not gang.leaves]
-            ready = sum(gang in gangs for gang in self._idle)
+            gangs = [gang for gang in self._gangs if gang.shape == queue.shape and not gang.leaves]
+            ready = sum(not self._gangs[gang] for gang in gangs)
             ready += sum(r.gang in gangs and not r.units and (r.is_coming or r.queue is queue) for r in self._rounds)
             for _ in range(min(queue.pending_rounds - ready, self._replicas(placement) - len(gangs))):
                 gang = self._new_gang(placement)
                 self._begin(gang, queue, [], {gang.placed: ()})
 
     def _dismiss(self) -> None:
-        """Stop unplaced gangs that have no unit left to take, so that no node is added for them."""
-        wanted: Counter[tuple[int, int]] = Counter()
+        """Stop unplaced gangs without a unit to take, so that no node is added for them, and idle gangs in their way.
+
+        An idle gang is in the way of a gang of another shape that waits for its resources.
+        """
+        rounds: Counter[tuple[int, int]] = Counter()
         for queue in self._queues:
-            wanted[queue.shape] += queue.pending_rounds
-        if not (wanted.total() or self._coming.exhausted):
-            return  # units of the next queue may come
-        for round_ in [r for r in self._rounds if not r.units]:
-            if round_.is_coming and wanted[round_.gang.shape] <= 0 and not round_.gang.is_placed:
-                self._stop(round_.gang)
-            wanted[round_.gang.shape] -= 1
-
-    def _preempt(self) -> None:
-        """Stop idle gangs if a gang of another shape waits for their resources."""
-        if not self._idle:
-            return
-        opening = {r.gang for r in self._rounds if not r.units}
-        wanted = {gang.shape for gang in opening if not gang.is_placed}
-        for gang in [gang for gang in self._idle if wanted - {gang.shape}]:
-            self._idle.remove(gang)
-            gang.stop()
-
-    def _speculate(self, gang: Gang) -> None:
-        """Let an idle gang take a round that was not begun, or repeat the slowest units. First results count."""
-        now, alike = self._cluster.now(), [r for r in self._rounds if r.queue.shape == gang.shape]
-        if waiting := [r for r in alike if self._rounds.waits(r)]:
-            self._recall(waiting[0])
-            self._idle.remove(gang)
-            self._dispatch(gang, waiting[0].queue)
-            return
-        late = [r for r in alike if r.queue.is_late(r.units, now - r.begun)]
-        if late:
-            slowest = min(late, key=lambda r: r.begun)
-            slowest.queue.speculate(slowest.units)
-            self._idle.remove(gang)
-            self._dispatch(gang, slowest.queue)
-
-    def _recall(self, round_: Round) -> None:
-        """Take back a round that its gang has not begun. If it begins at this moment, the units are measured twice."""
-        round_.gang.cancel(round_.awaited)
-        self._rounds.end(round_)
-        self._outcomes += round_.queue.put_back(round_.units, None)
+            rounds[queue.shape] += queue.pending_rounds
+        if rounds.total() or self._coming.exhausted:  # otherwise units of the next queue may come
+            for round_ in [r for r in self._rounds if not r.units]:
+                if round_.is_coming and rounds[round_.gang.shape] <= 0 and not round_.gang.is_placed:
+                    self._stop(round_.gang)
+                rounds[round_.gang.shape] -= 1
+        if idle := self._idle:
+            waiting = {r.gang.shape for r in self._rounds if not r.units and not r.gang.is_placed}
+            for gang in [gang for gang in idle if waiting - {gang.shape}]:
+                self._stop(gang)
 
     def _dispatch(self, gang: Gang, queue: UnitQueue[Any]) -> None:
         """Begin a round: open the queue's model, or measure the next of its units."""
@@ -401,41 +264,39 @@ class Pool:
 
     def _dispatch_ahead(self, gang: Gang) -> None:
         """Give a measuring gang its next round in advance, if enough units are pending."""
-        first, *later = self._rounds.rounds_of(gang)
-        if (
-            first.units
-            and not later
-            and not gang.leaves
-            and first.queue.runs_ahead(len(self._idle) + len(self._rounds.gangs))
-        ):
+        first, *later = self._gangs[gang]
+        if first.units and not later and not gang.leaves and first.queue.runs_ahead(len(self._gangs)):
             self._dispatch(gang, first.queue)
 
-    def _begin(self, gang: Gang, queue: UnitQueue[Any], units: Sequence[int], awaited: Awaited) -> None:
+    def _begin(
+        self, gang: Gang, queue: UnitQueue[Any], units: Sequence[int], awaited: dict[Any, Sequence[int]]
+    ) -> None:
         begun = self._cluster.now()
-        self._rounds.begin(Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows, begun=begun))
+        round_ = Round(gang=gang, queue=queue, units=units, awaited=awaited, rows=queue.rows, begun=begun)
+        self._gangs.setdefault(gang, []).append(round_)
+        self._awaited |= dict.fromkeys(awaited, round_)
 
     def _wait(self) -> None:
         """Wait for results and take those that have come. Check on gangs from time to time."""
-        takes_next = not (self._coming.exhausted or any(queue.pending for queue in self._queues))
-        soon = SOON_SECONDS if self._begun and self._idle and takes_next else self._poll
-        if not (references := self._rounds.references):
+        if not self._awaited:
             return
+        takes_next = not (self._coming.exhausted or any(queue.pending for queue in self._queues))
+        soon = SOON_SECONDS if self._begun and takes_next and self._idle else self._poll
+        references = list(self._awaited)
         if not self._cluster.wait(references, number=1, seconds=soon):
             self._require_placement()
         for reference in self._cluster.wait(references, number=len(references), seconds=0):
             self._moved = self._cluster.now()
-            self._finish(reference)
+            if reference in self._awaited:  # otherwise its gang was stopped
+                self._finish(reference, self._awaited[reference])
         if self._cluster.now() - self._polled > self._poll:
             self._polled = self._cluster.now()
             self._cluster.require_node()
             self._look_after()
             self._let_go()
 
-    def _finish(self, reference: Any) -> None:
-        round_ = self._rounds.find(reference)
-        if round_ is None:
-            return  # its gang was stopped
-        queue = round_.queue
+    def _finish(self, reference: Any, round_: Round) -> None:
+        gang, queue = round_.gang, round_.queue
         try:
             result = self._cluster.get(reference)
         except RayTaskError as error:
@@ -445,37 +306,44 @@ class Pool:
             if missing := missing_package(error):
                 self._outcomes += queue.fail([], missing)
             self._cluster.require_node()
-            self._losses.add(queue, round_.gang.nodes, [unit for unit in round_.units if unit in queue.unfinished])
-            self._stop(round_.gang, why=None if self._is_excused(round_) else str(error).splitlines()[0])
+            for node in gang.nodes:
+                _, units = self._losses.setdefault((queue, node), (self._cluster.now(), set()))
+                units.update(queue.unfinished.intersection(round_.units))
+            # It counts as no failure if the node is draining, or if other gangs have opened the model.
+            excused = gang.leaves or (not round_.units and any(other.spec == queue.spec for other in self._gangs))
+            self._stop(gang, why=None if excused else str(error).splitlines()[0])
             return
-        for unit, unit_result in zip(self._rounds.receive(reference), result or (), strict=False):
+        del self._awaited[reference]
+        for unit, unit_result in zip(round_.awaited.pop(reference), result or (), strict=False):
             self._outcomes += queue.finish(unit, unit_result)
         if not round_.awaited:
             if round_.units:
                 queue.note_duration(round_.units, self._cluster.now() - round_.begun)
                 queue.put_back(round_.units, None)  # units without a result
-            elif reference != round_.gang.placed:
-                round_.gang.spec = queue.spec
+            elif reference != gang.placed:
+                gang.spec = queue.spec
                 queue.note_opened()
             self._free(round_)
-
-    def _is_excused(self, round_: Round) -> bool:
-        """Whether a loss does not count as a failure: the node is draining, or other gangs have opened the model."""
-        opened = any(gang.spec == round_.queue.spec for gang in self._gangs())
-        return round_.gang.leaves or (opened and not round_.units)
 
     def _free(self, round_: Round) -> None:
         """Give a gang that has finished a round its next one, or make it idle."""
         gang, queue = round_.gang, round_.queue
-        self._rounds.end(round_)
-        if gang.leaves:
-            self._stop(gang)
-        elif self._rounds.rounds_of(gang):
+        self._end(round_)
+        if self._gangs[gang]:
             self._dispatch_ahead(gang)
+        elif gang.leaves:
+            self._stop(gang)
         elif queue.is_active and self._has_work(queue, gang):
             self._dispatch(gang, queue)
-        else:
-            self._idle.append(gang)
+
+    def _end(self, round_: Round) -> None:
+        """Remove a round that is done or given up. The next one of its gang begins."""
+        for reference in round_.awaited:
+            self._awaited.pop(reference, None)
+        first, *later = self._gangs[round_.gang]
+        if round_ is first and later:
+            later[0].begun = self._cluster.now()
+        self._gangs[round_.gang].remove(round_)
 
     def _fail(self, round_: Round, error: Exception) -> None:
         """Handle an exception that a rank raised."""
@@ -509,27 +377,21 @@ class Pool:
 
     def _look_after(self) -> None:
         """Replace gangs with a rank that has begun no layer for too long, and note the progress of the others."""
-        for gang in list(self._rounds.gangs) if self._watch.listen() else ():
-            round_, *_ = self._rounds.rounds_of(gang)
-            if why := self._watch.complaint(gang, round_.begun):
+        for gang, rounds in list(self._gangs.items()) if self._watch.listen() else ():
+            if rounds and (why := self._watch.complaint(gang, rounds[0].begun)):
                 self._stop(gang, why=why, hangs=True)
-            elif doing := self._watch.doing(gang, round_.begun):
-                round_.queue.note_progress(round_.units, *doing)
+            elif rounds and (doing := self._watch.doing(gang, rounds[0].begun)):
+                rounds[0].queue.note_progress(rounds[0].units, *doing)
 
     def _let_go(self) -> None:
-        """Stop gangs on draining nodes: at once if idle, otherwise when their round is done."""
+        """Stop gangs on draining nodes: at once if they measure nothing, otherwise when they are done."""
         if not (draining := self._cluster.draining()):
             return
         self._cluster.leave(draining)
-        for gang in self._gangs():
+        for gang, rounds in list(self._gangs.items()):
             gang.leaves = gang.leaves or bool(gang.nodes & draining)
-        for gang in [gang for gang in self._idle if gang.leaves]:
-            self._idle.remove(gang)
-            gang.stop()
-        for gang in {r.gang for r in self._rounds if r.gang.leaves and not r.units}:
-            self._stop(gang)
-        for round_ in [r for r in self._rounds if r.gang.leaves and self._rounds.waits(r)]:
-            self._recall(round_)
+            if gang.leaves and not any(round_.units for round_ in rounds):
+                self._stop(gang)
 
     def _stop(self, gang: Gang, *, why: str | None = None, failed: Round | None = None, hangs: bool = False) -> None:
         """Stop a gang and make its unfinished units pending again.
@@ -541,8 +403,9 @@ class Pool:
             hangs: whether to kill the processes by a signal.
         """
         gang.stop(hangs=hangs)
-        rounds = list(self._rounds.rounds_of(gang))
+        rounds = [*self._gangs[gang]]
         for round_ in reversed(rounds):
-            self._rounds.end(round_)
+            self._end(round_)
             reason = why if round_ is failed or len(rounds) == 1 else None
             self._outcomes += round_.queue.put_back(round_.units, reason, round_.begun)
+        del self._gangs[gang]

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -20,7 +21,6 @@ import ray
 from ray.exceptions import RayError
 
 from avss_dist.core.errors import AvssError, RunFailed
-from avss_dist.core.intervention import EncodedPatch
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.text import count_of
 from avss_dist.corpus.shards import Shard
@@ -32,6 +32,14 @@ from avss_dist.tasks.cells import Cell
 MOST_SHARED = 2  # patches, or blocks of shards, that are held at once: units that need the same one are consecutive
 BLOCK_SHARDS = 16  # consecutive shards, as one object
 SENT_BYTES = 64_000  # of tokens that travel with a call; Ray puts arguments over 100 KB into the object store
+ATTEMPTS = 3  # at a unit, and, one after the other, at opening a model, before it has failed
+LATE_FACTOR = 2.0  # times the median of units of its kind, after which an idle gang may measure the same unit
+LATE_SECONDS = 2.0  # and at least this
+ROUND_SECONDS = 1.0  # of work that a round has where units are short: a call takes as long for one as for several
+MOST_NAMED = 10  # shards that a line names one by one
+ROUND_FRACTION = 16  # at most this fraction of a gang's part of the pending shards, so that all gangs end together
+
+Unit = TypeVar("Unit", bound=Shard | Cell)
 
 
 @dataclass(frozen=True)
@@ -45,73 +53,6 @@ class SharedPatch:
         """See `intervention.EncodedPatch`. Reads the copy on the worker's node."""
         data: bytes = ray.get(self.data)
         return data
-
-
-class PatchSharer:
-    """Puts each patch into the object store once, while its cells follow each other.
-
-    Args:
-        put: stores bytes, and returns a reference to them.
-    """
-
-    def __init__(self, put: Callable[[bytes], Any] = ray.put) -> None:
-        self._put = put
-        self._shared: dict[str, SharedPatch] = {}
-
-    def share(self, patch: EncodedPatch) -> SharedPatch:
-        """Return the patch as an object that workers on any node can read."""
-        if patch.key not in self._shared:
-            self._shared[patch.key] = SharedPatch(patch.key, self._put(patch.read()))
-            for key in [*self._shared][:-MOST_SHARED]:
-                del self._shared[key]
-        return self._shared[patch.key]
-
-
-class ShardSharer:
-    """Puts blocks of consecutive shards into the object store, so that a call to a worker only names its shards.
-
-    Args:
-        put: stores a tuple of shards, and returns a reference to it.
-    """
-
-    def __init__(self, shards: Sequence[Shard], put: Callable[[tuple[Shard, ...]], Any] = ray.put) -> None:
-        self._shards, self._put = shards, put
-        self._blocks: dict[int, Any] = {}
-
-    def share(self, indices: Sequence[int]) -> tuple[list[tuple[int, int]], list[Any]]:
-        """Return the place of each shard, as (index of a returned block, index in the block), and the blocks.
-
-        Small shards form a block that travels with the call. A driver that has lost its raylet then does not touch the
-        object store, which would make Ray end it.
-        """
-        shards = tuple(self._shards[index] for index in indices)
-        if sum(shard.input_ids.nbytes for shard in shards) <= SENT_BYTES:
-            return [(0, i) for i in range(len(shards))], [shards]
-        numbers = sorted({index // BLOCK_SHARDS for index in indices})
-        places = [(numbers.index(index // BLOCK_SHARDS), index % BLOCK_SHARDS) for index in indices]
-        return places, [self._block(number) for number in numbers]
-
-    def _block(self, number: int) -> Any:
-        """Return a reference to a block, or its shards if the object store has no room. The caller keeps it alive."""
-        if number not in self._blocks:
-            shards = tuple(self._shards[number * BLOCK_SHARDS : (number + 1) * BLOCK_SHARDS])
-            try:
-                self._blocks[number] = self._put(shards)
-            except RayError:
-                return shards
-            for old in [*self._blocks][:-MOST_SHARED]:
-                del self._blocks[old]
-        return self._blocks[number]
-
-
-ATTEMPTS = 3  # at a unit, and, one after the other, at opening a model, before it has failed
-LATE_FACTOR = 2.0  # times the median of units of its kind, after which an idle gang may measure the same unit
-LATE_SECONDS = 2.0  # and at least this
-ROUND_SECONDS = 1.0  # of work that a round has where units are short: a call takes as long for one as for several
-MOST_NAMED = 10  # shards that a line names one by one
-ROUND_FRACTION = 16  # at most this fraction of a gang's part of the pending shards, so that all gangs end together
-
-Unit = TypeVar("Unit", bound=Shard | Cell)
 
 
 def shape(placement: Placement) -> tuple[int, int]:
@@ -142,6 +83,7 @@ class UnitQueue(ABC, Generic[Unit]):
         self.unfinished: set[int] = set(self.pending)
         self.rows = spec.settings.batch_size
         self.clock: Callable[[], float] = time.monotonic
+        self._shared: dict[Any, Any] = {}  # references to objects in the object store, by key
         self._seconds: dict[str, list[float]] = {}  # seconds of finished rounds, ascending, by kind of unit
         self._speculated: set[int] = set()
         self._again: set[int] = set()  # units that became pending again: only these can be finished while pending
@@ -276,21 +218,26 @@ class UnitQueue(ABC, Generic[Unit]):
             return []
         if len(units) > self.units_a_round:
             return []  # measured one by one, the failing unit shows
-        failed: list[int | None] = [*unfinished] if units else [None]
-        return [outcome for unit in failed for outcome in self._count_failure(unit, why)]
-
-    def _count_failure(self, unit: int | None, why: str) -> list[tuple[Any, AvssError]]:
-        """Count a failure of a unit, or of opening the model (None), and return the outcomes if it is final."""
-        if unit is None:
+        if not units:
             self._failed_to_open = self.clock()
-        self._failures[unit] += 1
-        if self._failures[unit] < ATTEMPTS:
-            return []
-        what = "Opening the model" if unit is None else self.describe(unit)
-        error = RunFailed(
-            f"{what} failed {ATTEMPTS} times; the last time: {why}", "Everything measured so far is kept."
-        )
-        return self.fail([] if unit is None else [unit], error)
+        outcomes: list[tuple[Any, AvssError]] = []
+        failed: list[int | None] = [*unfinished] if units else [None]
+        for unit in failed:
+            self._failures[unit] += 1
+            if self._failures[unit] >= ATTEMPTS:
+                what = "Opening the model" if unit is None else self.describe(unit)
+                message = f"{what} failed {ATTEMPTS} times; the last time: {why}"
+                error = RunFailed(message, "Everything measured so far is kept.")
+                outcomes += self.fail([] if unit is None else [unit], error)
+        return outcomes
+
+    def _share(self, key: Any, read: Callable[[], Any]) -> Any:
+        """Return a reference to an object in the object store, which is put there if it is not one of the last."""
+        if key not in self._shared:
+            self._shared[key] = ray.put(read())
+            for old in [*self._shared][:-MOST_SHARED]:
+                del self._shared[old]
+        return self._shared[key]
 
     def _remove(self, units: Sequence[int]) -> None:
         self.unfinished.difference_update(units)
@@ -303,7 +250,6 @@ class ShardQueue(UnitQueue[Shard]):
     def __init__(self, run: RunShards) -> None:
         super().__init__(run.replica_spec, run.shards)
         self._run = run
-        self._shards = ShardSharer(run.shards)
 
     @property
     def is_active(self) -> bool:
@@ -353,8 +299,24 @@ class ShardQueue(UnitQueue[Shard]):
             run_id=self._run.run_id,
             warehouse=self._run.warehouse,
         )
-        shared = [self._shards.share(indices) for indices in self.by_rank(units)]
+        shared = [self._place(indices) for indices in self.by_rank(units)]
         return [([assign(place=place) for place in places or (None,)], blocks) for places, blocks in shared]
+
+    def _place(self, units: Sequence[int]) -> tuple[list[tuple[int, int]], list[Any]]:
+        """Return the place of each shard, as (index of a returned block, index in the block), and the blocks.
+
+        Blocks of consecutive shards are in the object store if it has room. Small shards form a block that travels
+        with the call: a driver that has lost its raylet then does not touch the object store, which would make Ray end
+        it.
+        """
+        shards = tuple(self.units[unit] for unit in units)
+        if sum(shard.input_ids.nbytes for shard in shards) <= SENT_BYTES:
+            return [(0, i) for i in range(len(shards))], [shards]
+        numbers = sorted({unit // BLOCK_SHARDS for unit in units})
+        blocks: list[Any] = [tuple(self.units[n * BLOCK_SHARDS : (n + 1) * BLOCK_SHARDS]) for n in numbers]
+        with suppress(RayError):
+            blocks = [self._share(n, partial(tuple, block)) for n, block in zip(numbers, blocks, strict=True)]
+        return [(numbers.index(unit // BLOCK_SHARDS), unit % BLOCK_SHARDS) for unit in units], blocks
 
     def _outcome(self, unit: int, result: Any) -> tuple[RunShards, Any]:
         return self._run, result
@@ -373,7 +335,6 @@ class CellQueue(UnitQueue[Cell]):
     def __init__(self, spec: ReplicaSpec, units: Sequence[Cell], underway: Underway | None = None) -> None:
         super().__init__(spec, units)
         self._underway = underway
-        self._patches = PatchSharer()
 
     @property
     def units_a_round(self) -> int:
@@ -401,15 +362,11 @@ class CellQueue(UnitQueue[Cell]):
     def parts(self, units: Sequence[int]) -> list[tuple[Sequence[Assignment], Sequence[Any]]]:
         """See `UnitQueue`: the same cell for every rank, with its patch where workers reach it."""
         (unit,) = units
-        assignment = CellAssignment(cell=self._with_shared_patch(self.units[unit]), rows=self.rows)
-        return [([assignment], ())] * self.spec.placement.ranks
-
-    def _with_shared_patch(self, cell: Cell) -> Cell:
-        """Return a cell whose patch, if it has one, is in the object store."""
-        patch = cell.intervention.patch
-        if patch is None:
-            return cell
-        return replace(cell, intervention=replace(cell.intervention, patch=self._patches.share(patch)))
+        cell = self.units[unit]
+        if patch := cell.intervention.patch:
+            shared = SharedPatch(patch.key, self._share(patch.key, patch.read))
+            cell = replace(cell, intervention=replace(cell.intervention, patch=shared))
+        return [([CellAssignment(cell=cell, rows=self.rows)], ())] * self.spec.placement.ranks
 
     def _outcome(self, unit: int, result: Any) -> tuple[Cell, Any]:
         return self.units[unit], result

@@ -53,33 +53,26 @@ class RankedRun:
             AvssError: a rank raised it.
             RunFailed: a rank was lost, hangs or raised another exception, or the ranks were not placed in time.
         """
-        try:
-            return self._run(task)
-        finally:
-            self._gang.stop(hangs=self._hangs)
-
-    def _run(self, task: RankTask) -> Any:
-        waiting = {reference: rank for rank, reference in enumerate(self._gang.run(task))}
         results: dict[int, Any] = {}
         asked = checked = self._cluster.now()
-        while waiting:
-            ready = self._cluster.wait([*waiting], number=1, seconds=POLL_SECONDS)
-            self._pass_events()
-            for reference in ready:
-                try:
-                    results[waiting[reference]] = self._cluster.get(reference)
-                except RayError as error:
-                    raise self._cause(waiting, reference, error) from error
-                del waiting[reference]
-            if self._cluster.now() - checked > self._check_seconds:
-                checked = self._cluster.now()
-                self._check(asked)
+        try:
+            waiting = {reference: rank for rank, reference in enumerate(self._gang.run(task))}
+            while waiting:
+                ready = self._cluster.wait([*waiting], number=1, seconds=POLL_SECONDS)
+                for event in self._cluster.events(self._gang.names[0]):
+                    self._on_event(event)
+                for reference in ready:
+                    try:
+                        results[waiting[reference]] = self._cluster.get(reference)
+                    except RayError as error:
+                        raise self._cause(waiting, reference, error) from error
+                    del waiting[reference]
+                if self._cluster.now() - checked > self._check_seconds:
+                    checked = self._cluster.now()
+                    self._check(asked)
+        finally:
+            self._gang.stop(hangs=self._hangs)
         return results[0]
-
-    def _pass_events(self) -> None:
-        """Pass on the events of the first rank."""
-        for event in self._cluster.events(self._gang.names[0]):
-            self._on_event(event)
 
     def _check(self, asked: float) -> None:
         """Raise RunFailed if a node is lost, the ranks have waited too long for their places, or one hangs."""

@@ -238,11 +238,9 @@ class Worker:
         return results
 
     def measure(self, assignment: Assignment) -> UnitResult | None:
-        """Return the result of an assignment with the open model; None if it was cancelled while it waited."""
+        """Return the result of an assignment with the open model."""
         with ExitStack() as stack:
             stack.enter_context(self._computing)
-            if ray.get_runtime_context().is_canceled():
-                return None
             assert self._spec is not None
             self._heartbeat()
             stack.callback(setattr, self, "_doing", None)
