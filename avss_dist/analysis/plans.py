@@ -21,7 +21,6 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (
     ablate_command,
-    block_distances,
     describe_headless,
     find_layer_truth,
     layer_truth,
@@ -62,12 +61,11 @@ def plan_layers(
         rows = [row for row in rows if reading_of(row) == reading]
         if not rows:
             raise QueryError(f"No scores of {_describe(reading)}.", f"There are: {'; '.join(scored) or 'none'}.")
-    if choice.by == BLOCK_DISTANCE:
-        plan, against = make_plan(rows, run, choice, block_distances(warehouse, run)), []
-    else:
-        truth = layer_truth(warehouse, run, choice.by) if choice.by in MEASURED else None
-        truth = truth if choice.by in SCORES else own_score(choice.by, warehouse, run)
-        plan = make_plan(rows, run, choice, truth)
+    measured = choice.by in (*MEASURED, BLOCK_DISTANCE)
+    truth = layer_truth(warehouse, run, choice.by) if measured else None
+    truth = truth if choice.by in SCORES else own_score(choice.by, warehouse, run)
+    plan, against = make_plan(rows, run, choice, truth), []
+    if choice.by != BLOCK_DISTANCE:
         values = choice.scores(rows, {choice.by: truth.by_layer(plan.num_layers)} if truth else {})
         against = [*_findings(warehouse, run, choice, values.tolist())]
     return replace(plan, findings=tuple(against), evaluated=evaluated_lines(warehouse, run, plan.drop))
@@ -152,10 +150,8 @@ def plannable_run(warehouse: Warehouse, by: str | None, *, experts: bool = False
                 require_experts(warehouse, run["run_id"])
             elif by is None:
                 default_score(warehouse, run)
-            elif by in MEASURED:
+            elif by in (*MEASURED, BLOCK_DISTANCE):
                 layer_truth(warehouse, run, by)
-            elif by == BLOCK_DISTANCE:
-                block_distances(warehouse, run)
         except QueryError as error:
             passed.append(f"Run {run['run_id']} is newer and was passed over: {error.message}")
         else:

@@ -80,7 +80,7 @@ def _choose(opened: Warehouse, row: Mapping[str, Any], request: PlanRequest) -> 
 
 def _saved(run: Mapping[str, Any], plan: Plan) -> list[str]:
     """Return a line on what a plan saves, if the checkpoint is on this machine."""
-    from avss_dist.pruning.plan import Savings, local_run_size
+    from avss_dist.pruning.plan import describe_savings, local_run_size
 
     size = local_run_size(run) if plan.dropped_layers else None
-    return [Savings.of_plan(plan, size).describe()] if size else []
+    return [describe_savings(plan, size)] if size else []

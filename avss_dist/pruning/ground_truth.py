@@ -22,7 +22,6 @@ from avss_dist.core.names import (
 )
 from avss_dist.core.registry import (
     BLOCK_DISTANCE,
-    DAMAGE_TASK,
     ROUNDING_ESTIMATES,
     SCORES,
     metrics_of,
@@ -38,16 +37,16 @@ _REPEATED = (*TEXT_OPTIONS, "batch_size", "dtype")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTruth:
-    """A measurement of each layer by an evaluation.
+    """A measurement of each layer, or of each block of consecutive layers, by an evaluation.
 
     Attributes:
-        values: by layer; low is unimportant.
+        values: by layer, or by the layers of the block, ascending; low is unimportant.
         run_id, task: the evaluation; empty for a score that people bring.
         format: number format that the weights of each layer are rounded to; None if layers are left out.
         text: hash of the text; None if the evaluation has none.
     """
 
-    values: Mapping[int, float]
+    values: Mapping[Any, float]
     run_id: str
     task: str
     format: str | None = None
@@ -65,9 +64,12 @@ class LayerTruth:
 
 
 def layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth:
-    """Return a score of ``registry.MEASURED`` for the layers of a run's checkpoint, from the newest evaluation with it.
+    """Return a measured score for the layers of a run's checkpoint, from the newest evaluation with it.
 
     ``loss`` is the loss without the layer minus the loss of the whole model.
+
+    Args:
+        by: one of ``registry.MEASURED``, or the distance of the hidden states before and after a block of layers.
 
     Raises:
         QueryError: there is no such evaluation. The hint is the command that measures it.
@@ -196,32 +198,6 @@ def _rounded_truth(row: Mapping[str, Any], name: str | None, values: Mapping[int
     return LayerTruth(values=values, run_id=row["run_id"], task=row["task"], format=name, text=text)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockDistances:
-    """Distances of the hidden states before and after blocks of consecutive layers.
-
-    Attributes:
-        values: mean angle over pi, by the layers of the block, ascending.
-        run_id, task: the evaluation.
-    """
-
-    values: Mapping[tuple[int, ...], float]
-    run_id: str
-    task: str
-
-
-def block_distances(store: Warehouse, run: Mapping[str, Any]) -> BlockDistances:
-    """Return the distances over every block of consecutive layers of a run's checkpoint, from the newest evaluation.
-
-    Raises:
-        QueryError: there is no such evaluation. The hint is the command that measures them.
-    """
-    for evaluation in _newest_first(store, run, DAMAGE_TASK, [BLOCK_DISTANCE]):
-        values = {tuple(row["drop"]): row["value"] for row in evaluation}
-        return BlockDistances(values=values, run_id=evaluation[0]["run_id"], task=evaluation[0]["task"])
-    raise nothing_measured(store, run, BLOCK_DISTANCE)
-
-
 def _newest_first(
     store: Warehouse, run: Mapping[str, Any], task: str, metrics: Sequence[str]
 ) -> Iterator[list[dict[str, Any]]]:
@@ -234,9 +210,13 @@ def _newest_first(
         yield [row for row in rows if row["run_id"] == newest["run_id"]]
 
 
-def _by_layer(rows: Sequence[Mapping[str, Any]], by: str) -> dict[int, float]:
+def _by_layer(rows: Sequence[Mapping[str, Any]], by: str) -> Mapping[Any, float]:
+    """Return the values of `LayerTruth` from the rows of an evaluation; empty if it lacks one."""
+    if by == BLOCK_DISTANCE:
+        return {tuple(row["drop"]): row["value"] for row in rows}
     if by == "loss":
-        return _increases(rows)
+        whole = [row["value"] for row in rows if not row["drop"]][:1]
+        return {row["drop"][0]: row["value"] - value for value in whole for row in rows if len(row["drop"]) == 1}
     if not SCORES[by].mean_rank_of:
         return {row["layer"]: row["value"] for row in rows}
     return mean_ranks(by, [(row["metric"], row["layer"], row["value"]) for row in rows])
@@ -263,8 +243,12 @@ def mean_ranks(score: str, measured: Iterable[tuple[str, int, float]]) -> dict[i
 
 
 def ablate_command(store: Warehouse, run: Mapping[str, Any], by: str = "loss") -> str:
-    """Return the command that measures a score for a run's checkpoint, on the run's text."""
-    return repeated_command("ablate", store, run, *_measuring_options(by))
+    """Return the command that measures a score alone for a run's checkpoint, on the run's text."""
+    options = []
+    for name, value in SCORES[by].ablate.items():
+        option = name.replace("_", "-")
+        options.append(f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {value}")
+    return repeated_command("ablate", store, run, *options)
 
 
 def repeated_command(verb: str, store: Warehouse, run: Mapping[str, Any], *options: str) -> str:
@@ -287,20 +271,3 @@ def repeated_options(run: Mapping[str, Any]) -> list[str]:
         for name in _REPEATED
         if settings.get(name) not in (None, defaults[name])
     ]
-
-
-def _measuring_options(score: str) -> Iterator[str]:
-    """Yield the options of `avss ablate` that measure a score alone."""
-    for name, value in SCORES[score].ablate.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            yield f"--{option}" if value else f"--no-{option}"
-        else:
-            yield f"--{option} {value}"
-
-
-def _increases(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    whole = next((row["value"] for row in rows if not row["drop"]), None)
-    if whole is None:
-        return {}
-    return {row["drop"][0]: row["value"] - whole for row in rows if len(row["drop"]) == 1}

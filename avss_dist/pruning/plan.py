@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
@@ -37,13 +37,13 @@ from avss_dist.core.intervention import (
     removal_names,
     whole_layers,
 )
-from avss_dist.core.registry import EXPERT_SCORES, LOWEST_SHARE, MEASURED_ONLY, SCORES
+from avss_dist.core.registry import BLOCK_DISTANCE, EXPERT_SCORES, LOWEST_SHARE, MEASURED_ONLY, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes, describe_count, printable
 from avss_dist.core.validation import Check, checked
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
-from avss_dist.pruning.ground_truth import BlockDistances, LayerTruth
+from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.pruning.selection import RANDOM, Choice, PlanError, Rows
 from avss_dist.system.files import staged_file
 from avss_dist.warehouse.checks import settings_of
@@ -259,28 +259,23 @@ def make_plan(
     rows: Rows,
     run: Mapping[str, Any],
     choice: Choice,
-    truth: LayerTruth | BlockDistances | None = None,
-    *,
-    findings: Sequence[str] = (),
-    evaluated: Sequence[str] = (),
+    truth: LayerTruth | None = None,
 ) -> Plan:
     """Make a plan from the rows of ``scores`` of one run.
 
     Args:
         truth: measurement of `avss ablate`, or score that people bring, that layers are chosen by, if they are.
-        findings, evaluated: as for `Plan`.
 
     Raises:
         PlanError: as `Choice.drop`, or the run's layers are not one list of the model.
     """
     _, number = layer_list(rows, str(run["model"]))
-    if isinstance(truth, BlockDistances):
+    if truth and choice.by == BLOCK_DISTANCE:
         drop = choice.drop_block(truth.values, number)
     else:
         drop = choice.drop(choice.scores(rows, {choice.by: truth.by_layer(number)} if truth else {}))
-    measured: dict[str, Any] = {"evaluation": truth.run_id, "task": truth.task} if truth and truth.run_id else {}
-    plan = plan_of(rows, run, drop, reasons(choice) | measured)
-    return replace(plan, findings=tuple(findings), evaluated=tuple(evaluated))
+    measured = {"evaluation": truth.run_id, "task": truth.task} if truth and truth.run_id else {}
+    return plan_of(rows, run, drop, reasons(choice) | measured)
 
 
 def plan_of(rows: Rows, run: Mapping[str, Any], removed: Removals, why: Mapping[str, Any]) -> Plan:
@@ -425,7 +420,8 @@ def count_for_memory(size: Footprint, memory: float) -> int:
     """
     excess = size.weight_bytes - memory
     if excess <= 0:
-        raise PlanError(f"The model has {_describe(size)} as it is, which meets `memory` already.", "Lower it.")
+        held = f"{describe_count(size.num_parameters)} parameters in {describe_bytes(size.weight_bytes)}"
+        raise PlanError(f"The model has {held} as it is, which meets `memory` already.", "Lower it.")
     removed = list(accumulate(sorted(size.layer_bytes)))[:-1]
     if not removed or removed[-1] < excess:
         minimum = size.weight_bytes - (removed[-1] if removed else 0)
@@ -437,45 +433,19 @@ def count_for_memory(size: Footprint, memory: float) -> int:
     return 1 + sum(bytes_ < excess for bytes_ in removed)
 
 
-def _describe(size: Footprint) -> str:
-    return f"{describe_count(size.num_parameters)} parameters in {describe_bytes(size.weight_bytes)}"
+def describe_savings(plan: Plan, size: Footprint) -> str:
+    """Return a line on what a model without some layers saves. Sublayers that are left out save nothing in a file.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Savings:
-    """Difference in size between a model and the same model without some of its layers.
-
-    Attributes:
-        layers, parameters: number of dropped layers and parameters.
-        weight_bytes: bytes of their weights, in the compute dtype, or as stored if they are quantized.
-        cache_bytes: bytes of their keys and values for each cached token.
+    Args:
         size: size of the whole model.
     """
-
-    layers: int
-    parameters: int
-    weight_bytes: int
-    cache_bytes: int
-    size: Footprint
-
-    @classmethod
-    def of_plan(cls, plan: Plan, size: Footprint) -> Savings:
-        """Return the savings of a plan. Sublayers that are left out alone save nothing in a file."""
-        saved = sum(size.layer_bytes[layer] for layer in plan.dropped_layers)
-        return cls(
-            layers=len(plan.dropped_layers),
-            parameters=round(saved / size.weight_bytes * size.num_parameters),
-            weight_bytes=saved,
-            cache_bytes=sum(size.cache_bytes[layer] for layer in plan.dropped_layers),
-            size=size,
-        )
-
-    def describe(self) -> str:
-        """Return a line for people."""
-        whole, share = self.size, self.weight_bytes / self.size.weight_bytes
-        return (
-            f"Saves {self.layers} of {whole.num_layers} layers, {describe_count(self.parameters)} of "
-            f"{describe_count(whole.num_parameters)} parameters ({share:.1%}), {describe_bytes(self.weight_bytes)} of "
-            f"{describe_bytes(whole.weight_bytes)}, and {describe_count(self.cache_bytes)} of "
-            f"{describe_count(sum(whole.cache_bytes))} bytes of keys and values for each token."
-        )
+    saved = sum(size.layer_bytes[layer] for layer in plan.dropped_layers)
+    cache_bytes = sum(size.cache_bytes[layer] for layer in plan.dropped_layers)
+    share = saved / size.weight_bytes
+    return (
+        f"Saves {len(plan.dropped_layers)} of {size.num_layers} layers, "
+        f"{describe_count(round(share * size.num_parameters))} of "
+        f"{describe_count(size.num_parameters)} parameters ({share:.1%}), {describe_bytes(saved)} of "
+        f"{describe_bytes(size.weight_bytes)}, and {describe_count(cache_bytes)} of "
+        f"{describe_count(sum(size.cache_bytes))} bytes of keys and values for each token."
+    )

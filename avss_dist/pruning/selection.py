@@ -80,14 +80,16 @@ class Choice:
         """
         if self.by == RANDOM:
             return np.random.default_rng(self.seed).permutation(count_layers(rows)).astype(np.float64)
-        if self.by == LAST:
-            return _from_the_end(count_layers(rows))
+        if self.by == LAST:  # low for the last layers, except for the final one, which has the highest
+            places = np.arange(count_layers(rows), 0, -1, dtype=np.float64)
+            places[-1] = len(places) + 1
+            return places
         if self.by in MEASURED or self.by not in SCORES:
             return truth[self.by]
         column = SCORES[self.by].column
         reading = self.reading or reading_of(rows[0])
         wanted = [row for row in rows if reading_of(row) == reading]
-        values = {row["layer"]: row[column] if _is_ranked(row, self.by) else None for row in wanted}
+        values = {row["layer"]: None if self.by == "avss" and row["rank"] is None else row[column] for row in wanted}
         return np.array([value for _, value in sorted(values.items())], np.float64)  # None is NaN
 
     def drop_block(self, distances: Mapping[tuple[int, ...], float], layers: int) -> tuple[int, ...]:
@@ -174,10 +176,22 @@ class ExpertChoice:
         Raises:
             PlanError: layers have different numbers of experts, or too few experts would remain.
         """
-        number = self._require_equal(scores)
+        numbers = {len(values): layer for layer, values in sorted(scores.items(), reverse=True)}
+        if len(numbers) > 1:
+            (a, i), (b, j) = sorted(numbers.items())[:2]
+            raise PlanError(
+                f"Layer {i} has {a} routed experts and layer {j} has {b}: no share of them is one number.",
+                "List the experts in `drop` of a plan by hand.",
+            )
+        (number,) = numbers
         size = number // groups
         lost = count_lowest(size, self.experts)
-        self._require_remaining(number, number - lost * groups, top_k)
+        if (remaining := number - lost * groups) < top_k:
+            raise PlanError(
+                f"`experts` {self.experts:g} would leave {remaining} of {number} experts in each layer, and each token "
+                f"is sent to {top_k}.",
+                f"Set at most {(number - top_k) / number:.3g}.",
+            )
         if groups > 1 and size - lost < 2:
             raise PlanError(
                 f"{size - lost} of {size} experts would remain in each of the {groups} groups that a router compares "
@@ -192,41 +206,10 @@ class ExpertChoice:
             chosen += [Expert(layer, int(expert)) for expert in np.flatnonzero(ranks <= lost)]
         return tuple(chosen)
 
-    def _require_equal(self, scores: Mapping[int, Float64]) -> int:
-        """Return the number of experts of every layer."""
-        numbers = {len(values): layer for layer, values in sorted(scores.items(), reverse=True)}
-        if len(numbers) > 1:
-            (a, i), (b, j) = sorted(numbers.items())[:2]
-            raise PlanError(
-                f"Layer {i} has {a} routed experts and layer {j} has {b}: no share of them is one number.",
-                "List the experts in `drop` of a plan by hand.",
-            )
-        return next(iter(numbers))
-
-    def _require_remaining(self, number: int, remaining: int, top_k: int) -> None:
-        if remaining < top_k:
-            raise PlanError(
-                f"`experts` {self.experts:g} would leave {remaining} of {number} experts in each layer, and each token "
-                f"is sent to {top_k}.",
-                f"Set at most {(number - top_k) / number:.3g}.",
-            )
-
-
-def _from_the_end(num_layers: int) -> Float64:
-    """Return a score that is low for the last layers, except for the final one, which has the highest."""
-    places = np.arange(num_layers, 0, -1, dtype=np.float64)
-    places[-1] = num_layers + 1
-    return places
-
 
 def reading_of(row: Mapping[str, Any]) -> Reading:
     """Return site, recipe and threshold of a row of ``scores``."""
     return row["site"], row["recipe"], row["threshold"], row["threshold_kind"]
-
-
-def _is_ranked(row: Mapping[str, Any], by: str) -> bool:
-    """Whether a row has the score; AVSS has no rank if activations were NaN or infinite."""
-    return by != "avss" or row["rank"] is not None
 
 
 def count_layers(rows: Rows) -> int:
