@@ -97,10 +97,12 @@ def prune(
             _copy_files(checkpoint, plan, staged, settings)
             difference, seen = _compare(checkpoint, plan, replaced, staged, settings, execution or Execution())
             notes += seen
-            _write_card(checkpoint, plan, staged, notes, repaired)
+            record = repaired.record if repaired else None
+            (staged / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
+            if record:
+                write_repairs(staged, [*read_repairs(checkpoint.folder), record])
     except OSError as error:
         raise unwritable(output, error, "Name another folder with `output`.", PlanError) from error
-    record = repaired.record if repaired else None
     return {"folder": str(output), "bytes": size, "difference": difference, "notes": notes, "repair": record}
 
 
@@ -195,16 +197,8 @@ def _compare(
     return difference, notes
 
 
-def _write_card(checkpoint: Checkpoint, plan: Plan, folder: Path, notes: list[str], repaired: Repaired | None) -> None:
-    """Write the model card, and the records of all repairs of the checkpoint."""
-    record = repaired.record if repaired else None
-    (folder / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
-    if record:
-        write_repairs(folder, [*read_repairs(checkpoint.folder), record])
-
-
 TOLERANCE = 1e-5  # of the largest output, in float32
-CHECKED_SHAPE = (2, 12)  # rows and tokens
+CHECKED_TOKENS = torch.arange(24).reshape(2, 12) + 5
 
 
 def largest_difference(
@@ -255,7 +249,7 @@ def _output(checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: P
     layers = backbone.structure.layers
     require_experts(layers, drop)
     with torch.no_grad(), patched(layers, patch), skipping(layers, whole_layers(drop)), without_parts(layers, drop):
-        return first_tensor(forward_function(backbone.module)(_checked_tokens(), None))
+        return first_tensor(forward_function(backbone.module)(CHECKED_TOKENS, None))
 
 
 def _streamed_output(
@@ -269,12 +263,8 @@ def _streamed_output(
         assert model is not None
         forward = forward_function(model.backbone.module)
         with model.without(drop), model.patched(patch):
-            (output,) = model.together([lambda: first_tensor(forward(_checked_tokens(), None))])
+            (output,) = model.together([lambda: first_tensor(forward(CHECKED_TOKENS, None))])
         return output
-
-
-def _checked_tokens() -> torch.Tensor:
-    return torch.arange(CHECKED_SHAPE[0] * CHECKED_SHAPE[1]).reshape(CHECKED_SHAPE) + 5
 
 
 _BASE = re.compile(r"Base model at (\w+)\.")

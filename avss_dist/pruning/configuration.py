@@ -40,8 +40,7 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     Raises:
         PlanError: no configuration does that, or the plan is for another number of layers.
     """
-    why = "No configuration has layers without one, and zeros in its weights would remove nothing"
-    plan.require_no_sublayers(why)
+    plan.require_no_sublayers("No configuration has layers without one, and zeros in its weights would remove nothing")
     whole = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     text = whole.get_text_config()
     _refuse(text, plan)
@@ -67,7 +66,9 @@ def write_config(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Set
     if missing := {name: value for name, value in expected.items() if derived.get(name) != value}:
         part |= missing
         less = _write_and_read(checkpoint, whole, raw, folder, settings)
-    _require_same_settings(whole, less, {*expected, *names, *KEYS})
+    changed = {*expected, *names, *KEYS, "_name_or_path"}
+    for path, old, new in _differences(_as_json(whole.to_dict()), _as_json(less.to_dict()), changed):
+        raise _changed_model_error(whole, f"its setting `{path}` would be {new!r} for {old!r}")
     _require_same_layers(whole, less, plan, settings)
     _require_same_classes(whole, less, plan, settings)
 
@@ -132,17 +133,6 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration as its file holds it, with strings as keys."""
     values: dict[str, Any] = json.loads(json.dumps(config, default=str))
     return values
-
-
-def _require_same_settings(whole: Any, less: Any, changed: set[str]) -> None:
-    """Require that transformers reads all settings but the per-layer ones as before.
-
-    Raises:
-        PlanError: a setting differs; the message names it and both values.
-    """
-    before, after = _as_json(whole.to_dict()), _as_json(less.to_dict())
-    for path, old, new in _differences(before, after, {*changed, "_name_or_path"}):
-        raise _changed_model_error(whole, f"its setting `{path}` would be {new!r} for {old!r}")
 
 
 def _differences(before: Any, after: Any, changed: set[str], path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -223,7 +213,8 @@ def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings)
     """
     for auto in auto_classes(whole):
         before = skeleton_by(auto, whole, settings)
-        if before is None or not _has_layers(before, plan):
+        layers = before is not None and dict(before.named_modules()).get(list_path(before, plan))
+        if not isinstance(layers, nn.ModuleList) or len(layers) != plan.num_layers:
             continue
         after = skeleton_by(auto, less, settings)
         if after is None:
@@ -254,11 +245,6 @@ def _remaining_shapes(model: Any, place: str, plan: Plan) -> Iterator[tuple[str,
                 removed = len(plan.experts.get(layer, ()))
                 shape = _of_remaining(routed.get(layer), removed, match[2] or "", match[3], shape)
             yield new, shape
-
-
-def _has_layers(model: Any, plan: Plan) -> bool:
-    layers = dict(model.named_modules()).get(list_path(model, plan))
-    return isinstance(layers, nn.ModuleList) and len(layers) == plan.num_layers
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
