@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Unpack
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +40,7 @@ from avss_dist.warehouse.encoding import (
     to_strata,
     verify,
 )
-from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS, Selection
+from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, UNFINISHED_RUNS
 from avss_dist.warehouse.storage import FILE_NAMES, PLAN, Storage
 
 T = TypeVar("T")
@@ -96,26 +96,45 @@ class Warehouse:
         """Reasons, by run id, for leaving out runs with a file or a row that could not be read."""
         return self._damaged
 
-    def table(self, name: str, **selection: Unpack[Selection]) -> pa.Table:
+    def table(
+        self,
+        name: str,
+        *,
+        run_ids: Collection[str] | None = None,
+        columns: Sequence[str] | None = None,
+        where: pc.Expression | None = None,
+    ) -> pa.Table:
         """Read rows of a table: those of whole runs, or all of ``runs``, evaluations, cells, predictions, experiments.
 
         Args:
             name: one of ``TABLES``.
-            selection: ``run_ids``, ``columns`` and ``where``, see `schema.Selection`.
+            run_ids: runs to read; unknown ones add no rows.
+            columns: columns to read, in order.
+            where: condition on each row, such as ``pc.field("site") == "block"``.
         """
-        columns, run_ids, where = selection.get("columns"), selection.get("run_ids"), selection.get("where")
         schema = SCHEMAS[require_known("table", name, TABLES, WarehouseError)]
         wanted = [require_known("column", c, schema.names, WarehouseError) for c in columns or schema.names]
+        return self._whole(name, self._rows(name, schema, ["run_id", *wanted], run_ids, where)).select(wanted)
+
+    def _rows(
+        self,
+        name: str,
+        schema: pa.Schema,
+        columns: Sequence[str],
+        run_ids: Collection[str] | None,
+        where: pc.Expression | None = None,
+    ) -> pa.Table:
+        """Return columns of the rows of a table, whose arguments are those of `table`."""
         if run_ids is not None:
             chosen = pc.field("run_id").isin(pa.array(run_ids, pa.string()))
             where = chosen if where is None else chosen & where
-        read = list(dict.fromkeys(["run_id", *wanted]))
+        read = list(dict.fromkeys(columns))
 
         def rows(datasets: Mapping[str, ds.Dataset | None]) -> pa.Table:
             dataset = datasets[name]
             return schema.empty_table().select(read) if dataset is None else dataset.to_table(read, filter=where)
 
-        return self._whole(name, self._read([name], rows, wanted=run_ids)).select(wanted)
+        return self._read([name], rows, wanted=run_ids)
 
     def run(self, run_id: str) -> dict[str, Any] | None:
         """Read the ``runs`` row of a run by column, ``versions`` as a dict, or None if it has no row."""
@@ -240,13 +259,7 @@ class Warehouse:
 
         Runs whose statistics cannot be read are left out, and noted in `damaged`.
         """
-        wanted = pc.field("run_id").isin(pa.array(run_ids, pa.string()))
-
-        def rows(datasets: Mapping[str, ds.Dataset | None]) -> pa.Table:
-            dataset = datasets[DIGESTS]
-            return DIGEST.empty_table() if dataset is None else dataset.to_table(list(columns), filter=wanted)
-
-        return self._read([DIGESTS], rows, wanted=run_ids)
+        return self._rows(DIGESTS, DIGEST, columns, run_ids)
 
     def compact(self) -> dict[str, int]:
         """Copy the rows of finished runs into few large files, which readers use in place of the small ones.

@@ -5,12 +5,11 @@ The schemas of the Parquet files, ``avss query --schema`` and the tables of the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from avss_dist.core.intervention import MAX_STORED
 from avss_dist.core.registry import BASELINES, RECIPES, SCORES
@@ -107,20 +106,6 @@ class RunIdentity:
     def identified(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return rows with these columns added."""
         return [{**row, **asdict(self)} for row in rows]
-
-
-class Selection(TypedDict, total=False):
-    """A selection of rows and columns of a table.
-
-    Attributes:
-        run_ids: runs to read; unknown ones add no rows.
-        columns: columns to read, in order.
-        where: condition on each row, such as ``pc.field("site") == "block"``.
-    """
-
-    run_ids: Collection[str] | None
-    columns: Sequence[str] | None
-    where: pc.Expression | None
 
 
 _COUNTS = ("count", "zero_count", "nonfinite_count", "token_count", "unit_count", "sequence_count")
