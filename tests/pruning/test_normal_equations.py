@@ -52,10 +52,8 @@ def test_batches_in_float32_are_added_up_in_float64() -> None:
 @given(SIZES, st.integers(1, 4))
 def test_a_weight_counts_tokens_so_often(sizes: tuple[int, int, int, int], weight: int) -> None:
     x, y = data(*sizes)
-    weighted, repeated = (
-        NormalEquations.from_tokens(x, y, weight),
-        NormalEquations.from_tokens(x.repeat(weight, 1), y.repeat(weight, 1)),
-    )
+    weighted = NormalEquations.from_tokens(x, y, weight)
+    repeated = NormalEquations.from_tokens(x.repeat(weight, 1), y.repeat(weight, 1))
     assert torch.allclose(weighted.gram, repeated.gram) and torch.allclose(weighted.cross, repeated.cross)
     assert torch.allclose(weighted.target, repeated.target) and weighted.count == len(x)
 
@@ -87,16 +85,11 @@ def test_the_ridge_is_the_one_that_unseen_tokens_like() -> None:
     unseen = NormalEquations.from_tokens(*data(500, 20, 3, 1))
     noisy = fit_ridge(NormalEquations.from_tokens(x, noise), unseen, "full")
     assert noisy.ridge in (None, RIDGES[-1])
-    exact = data(20, 3, 1, 2)[0].double()
-    clean = fit_ridge(
-        NormalEquations.from_tokens(x, x @ exact),
-        NormalEquations.from_tokens(unseen_x := data(50, 20, 3, 3)[0], unseen_x @ exact),
-        "full",
-    )
+    exact, unseen_x = data(20, 3, 1, 2)[0].double(), data(50, 20, 3, 3)[0]
+    seen = NormalEquations.from_tokens(x, x @ exact)
+    clean = fit_ridge(seen, NormalEquations.from_tokens(unseen_x, unseen_x @ exact), "full")
     assert clean.ridge == RIDGES[0] and clean.after < 1e-3 * clean.before
-    opposite = fit_ridge(
-        NormalEquations.from_tokens(x, x @ exact), NormalEquations.from_tokens(unseen_x, -(unseen_x @ exact)), "full"
-    )
+    opposite = fit_ridge(seen, NormalEquations.from_tokens(unseen_x, -(unseen_x @ exact)), "full")
     assert opposite.ridge is None and not opposite.weights.any() and opposite.after == opposite.before
 
 
@@ -104,11 +97,10 @@ def test_the_ridge_is_the_one_that_unseen_tokens_like() -> None:
 def test_weaker_ridges_are_tried_as_long_as_they_help(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best of all is found, and only the one behind it is tried in vain."""
     true = data(20, 5, 1, 0)[0]
+    inputs = [data(tokens, 20, 5, seed)[0] for tokens, seed in ((60, 1), (400, 2))]
     seen, unseen = (
-        NormalEquations.from_tokens(
-            x := data(tokens, 20, 5, seed)[0], x @ true + noise * data(tokens, 5, 5, seed + 10)[0]
-        )
-        for tokens, seed in ((60, 1), (400, 2))
+        NormalEquations.from_tokens(x, x @ true + noise * data(len(x), 5, 5, seed)[0])
+        for seed, x in enumerate(inputs, 11)
     )
     errors = {ridge: unseen.error(seen.solve("full", ridge)) for ridge in RIDGES}
     solve, tried = NormalEquations.solve, list[float]()
@@ -143,10 +135,7 @@ def test_singular_equations() -> None:
     dead = data(100, 6, 1, 3)[0] * torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     found = NormalEquations.from_tokens(dead, dead).solve("full", 0.0)
     torch.testing.assert_close(found, torch.diag(torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]).double()))
-    scales = torch.logspace(
-        -9, 3, 20, dtype=torch.float64
-    )  # of units that are large and small, and no less apart for it
+    scales = torch.logspace(-9, 3, 20, dtype=torch.float64)  # of large and small units, no less apart for it
     x = data(100, 20, 1, 2)[0] * scales
-    torch.testing.assert_close(
-        NormalEquations.from_tokens(x, x).solve("full", 0.0), torch.eye(20).double(), rtol=0, atol=1e-3
-    )
+    solved = NormalEquations.from_tokens(x, x).solve("full", 0.0)
+    torch.testing.assert_close(solved, torch.eye(20).double(), rtol=0, atol=1e-3)

@@ -40,18 +40,15 @@ LAYERS = [5.0, 1.0, 4.0, 2.0, 3.0, 0.5, 6.0, 7.0]
 )
 def test_the_lowest_that_are_not_protected(scores: list[float], share: float, first: int, last: int) -> None:
     choice = Choice(by="avss", share=share, first=first, last=last)
-    try:
-        dropped = choice.drop(scores)
-    except PlanError:
-        assert (
-            max(1, round(share * len(scores))) > max(0, len(scores) - first - last)
-            or len(scores) == 1
-            or (round(share * len(scores)) >= len(scores))
-        )
+    number = max(1, round(share * len(scores)))
+    if number > max(0, len(scores) - first - last) or number >= len(scores):
+        with pytest.raises(PlanError):
+            choice.drop(scores)
         return
+    dropped = choice.drop(scores)
     free = range(first, len(scores) - last)
     kept = [scores[layer] for layer in free if layer not in dropped]
-    assert set(dropped) <= set(free) and len(dropped) == max(1, round(share * len(scores)))
+    assert set(dropped) <= set(free) and len(dropped) == number
     assert not kept or max(scores[layer] for layer in dropped) <= min(kept)
 
 
@@ -80,14 +77,11 @@ def test_random_plans_differ_by_seed() -> None:
     assert plans[2].why == {"by": "random", "seed": 1, "share": 0.25}
 
 
-def test_a_plan_has_its_reading_or_its_measurement_as_a_reason() -> None:
-    rows, run = score_rows(LAYERS[:4]), {"model": "m", "revision": "r", "run_id": "m-1"}
+def test_a_plan_has_its_reading_as_a_reason() -> None:
+    run = {"model": "m", "revision": "r", "run_id": "m-1"}
     place = dict(zip(("site", "recipe", "threshold", "threshold_kind"), PUBLISHED, strict=True))
-    assert make_plan(rows, run, Choice(by="avss", count=1, seed=3, reading=PUBLISHED)).why == {
-        "by": "avss",
-        "count": 1,
-        **place,
-    }
+    plan = make_plan(score_rows(LAYERS[:4]), run, Choice(by="avss", count=1, seed=3, reading=PUBLISHED))
+    assert plan.why == {"by": "avss", "count": 1, **place}
 
 
 def test_layers_that_are_not_one_list() -> None:
@@ -182,14 +176,11 @@ def test_plans_that_cannot_be(change: dict[Any, Any], message: str, tmp_path: Pa
     [
         ("words", "expected a mapping with keys"),
         ("drop: [1]\n# x\nmodel: m\ndrop: [2]\n", r"yaml:4: the key 'drop' is repeated; the first is in line 1\."),
-        ("why: {by: x, 'by': y}", r"yaml:1: the key 'by' is repeated; the first is in line 1\."),
         ("model: m\n1: a\n0x1: b\n", r"yaml:3: the key '0x1' is repeated; the first is in line 2\."),
-        ("drop: !!str [1]", "yaml:1: the tag !!str is not plain YAML"),
         ("num_layers: !!bool 7", "yaml:1: this is not YAML: '7' is not a !!bool"),
         ("? [a]\n: 1", "a key must be a text"),
         ("drop: [1]", "model is missing"),
         ("model: 2026-13-45", "is not YAML"),
-        ("model: \x00", "is not YAML"),
     ],
 )
 def test_files_that_are_no_plans(text: str, message: str, tmp_path: Path) -> None:
@@ -199,11 +190,9 @@ def test_files_that_are_no_plans(text: str, message: str, tmp_path: Path) -> Non
 
 
 def test_paths_that_are_no_plans(tmp_path: Path) -> None:
-    for path, message in ((tmp_path / "none.yaml", "cannot be read"), (tmp_path, "cannot be read")):
-        with pytest.raises(PlanError, match=message):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(PlanError, match="cannot be read"):
             read_plan(path)
-    with pytest.raises(PlanError, match="at most 1,000,000 bytes"):
-        read_plan("/dev/zero")
     (tmp_path / "plan.yaml").write_bytes(os.urandom(8) + b"\xff")
     with pytest.raises(PlanError, match="it is not UTF-8 text"):
         read_plan(tmp_path / "plan.yaml")
@@ -235,16 +224,16 @@ def scored(tmp_path: Path) -> Warehouse:
 
 def write_losses(store: Warehouse, run_id: str, losses: list[float], whole: float = 3.0) -> None:
     """What `avss ablate` leaves: the loss of the whole model and without each layer."""
-    row = run_row(run_id)
-    identity = {name: row[name] for name in ("model", "revision", "family")}
-    drops = [((), whole), *(((i,), loss) for i, loss in enumerate(losses))]
+    drops = [([], whole), *(([i], loss) for i, loss in enumerate(losses))]
+    common = {"task": "ablation:text.txt", "metric": "loss", "created_at": CREATED}
     Store(store.root).write_evaluations(
-        RunIdentity(run_id=f"{run_id}-loss", **identity),
-        [
-            {"task": "ablation:text.txt", "metric": "loss", "drop": list(drop), "value": loss, "created_at": CREATED}
-            for drop, loss in drops
-        ],
+        identity_of(run_id, "-loss"), [{**common, "drop": drop, "value": loss} for drop, loss in drops]
     )
+
+
+def identity_of(run_id: str, suffix: str = "") -> RunIdentity:
+    row = run_row(run_id)
+    return RunIdentity(run_id=f"{run_id}{suffix}", **{name: row[name] for name in ("model", "revision", "family")})
 
 
 CREATED = datetime(2026, 2, 1, tzinfo=UTC)
@@ -267,7 +256,6 @@ def test_no_score_is_a_default(scored: Warehouse, tmp_path: Path) -> None:
 
 def write_damage(store: Warehouse, run_id: str, propagated: list[float], predicted: list[float]) -> None:
     """What `avss ablate --damage` leaves, of what plans read."""
-    row = run_row(run_id)
     number = len(propagated)
     blocks = [(i, j) for i in range(number) for j in range(i + 1, number + 1)]
     rows: list[dict[str, Any]] = [
@@ -279,10 +267,8 @@ def write_damage(store: Warehouse, run_id: str, propagated: list[float], predict
         {"metric": "block_distance", "layer": i, "drop": list(range(i, j)), "value": 0.1 if (i, j) == (4, 6) else 0.2}
         for i, j in blocks
     ]
-    Store(store.root).write_evaluations(
-        RunIdentity(run_id=f"{run_id}-damage", **{name: row[name] for name in ("model", "revision", "family")}),
-        [{"task": "damage:text.txt", "created_at": CREATED, **one} for one in rows],
-    )
+    common = {"task": "damage:text.txt", "created_at": CREATED}
+    Store(store.root).write_evaluations(identity_of(run_id, "-damage"), [common | row for row in rows])
 
 
 def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: Warehouse, tmp_path: Path) -> None:
@@ -331,19 +317,14 @@ def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_pa
 
 def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -> None:
     """Scores that track depth, what experiments said of them, and what the model without these layers is worth."""
-    row = run_row("b-1")
-    identity = RunIdentity(**{name: row[name] for name in ("run_id", "model", "revision", "family")})
     common = {"task": "t", "metric": "acc", "drop": [0, 1], "created_at": CREATED, "score": "avss", "value": 0.4}
-    kept = {"retention": 0.5, "retention_low": 0.4, "retention_high": 0.6}
-    Store(scored.root).write_rows(
-        "experiments", identity, "0" * 20, [{**common, **kept, "method": "avss", "share": 0.25}]
-    )
-    evaluation = RunIdentity(run_id="b-1-text", model=row["model"], revision=row["revision"], family=row["family"])
+    kept = {"retention": 0.5, "retention_low": 0.4, "retention_high": 0.6, "method": "avss", "share": 0.25}
+    Store(scored.root).write_rows("experiments", identity_of("b-1"), "0" * 20, [common | kept])
     rows = [
         {"task": "perplexity:x", "metric": "loss", "drop": drop, "value": value, "created_at": CREATED}
         for drop, value in (([], np.log(20.0)), ([0, 1], np.log(49020.0)))
     ]
-    Store(scored.root).write_evaluations(evaluation, rows)
+    Store(scored.root).write_evaluations(identity_of("b-1", "-text"), rows)
     result = avss("plan", "-w", scored.root, "--run", "b-1", "--by", "avss", "-o", tmp_path / "plan.yaml")
     assert result.exit_code == 0, result.stderr
     made = read_plan(tmp_path / "plan.yaml")
@@ -365,7 +346,6 @@ def test_a_reading_that_was_not_scored_is_refused_with_what_was(scored: Warehous
 def test_of_several_runs_the_newest_is_named(scored: Warehouse, tmp_path: Path) -> None:
     result = avss("plan", "-w", scored.root, "--by", "random", "-o", tmp_path / "plan.yaml")
     assert "This is the newest of 2 runs" in result.stdout
-    result = avss(
-        "plan", "-w", scored.root, "--by", "random", "--protect", f"first={10**20}", "-o", tmp_path / "plan.yaml"
-    )
+    protect = ("--protect", f"first={10**20}")
+    result = avss("plan", "-w", scored.root, "--by", "random", *protect, "-o", tmp_path / "plan.yaml")
     assert result.exit_code == 2 and "expected a number of layers" in result.stderr
