@@ -20,7 +20,6 @@ trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/lint-imports"
-"$VENV/bin/python" tests/architecture.py
 # The kernels are compiled once, not by each process of the tests.
 PYTHONPATH="tests${PYTHONPATH:+:$PYTHONPATH}" "$VENV/bin/python" -c "from support.warm_workers import load_kernels; load_kernels()"
 cores="$("$VENV/bin/python" -c 'import os; print(len(os.sched_getaffinity(0)))')"

@@ -19,7 +19,7 @@ from avss_dist.core.extras import EXTRAS
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = [ast.parse(path.read_text(), str(path)) for path in sorted((ROOT / "avss_dist").rglob("*.py"))]
-PUBLIC = {"_make"}  # of named tuples: documented
+PUBLIC = {"_make", "_replace"}  # of named tuples: documented
 WHERE_INSTALLED = {"polars"}  # imported for a caller who asks for a Polars table, and so has it
 BROUGHT = {
     "fsspec": "torch",

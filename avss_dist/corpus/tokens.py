@@ -136,7 +136,7 @@ def rows_of(
     Raises:
         CorpusError: a document cannot be read, or is a conversation where `TextOptions.chat_template` is not set.
     """
-    ids = _document_tokens(documents, tokenizer, settings, counts, around)
+    ids = _document_tokens(documents, tokenizer, settings, around, counts)
     if settings.layout != "packed":
         return _truncate(ids, settings.sequence_length)
     return map(around.enclose, _pack(ids, settings.sequence_length - len(around)))
@@ -164,8 +164,8 @@ def _document_tokens(
     documents: Iterator[Document],
     tokenizer: Tokenizer,
     settings: TextOptions,
-    counts: ReadCounts,
     around: SpecialTokens,
+    counts: ReadCounts,
 ) -> Iterator[Ids]:
     """Yield the tokens of each document: a chat in its template, a packed text with EOS at its end.
 

@@ -11,6 +11,7 @@ loss and backward pass for each batch, then the L1 and L2 norms of the gradients
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
-from support.benchmarking import PeakMemory, timed
+from support.benchmarking import timed
 from transformers import AutoModelForCausalLM
 
 from avss_dist.core.settings import SITES, Settings
@@ -138,12 +139,11 @@ def print_peak_memory(model: str, corpus: str, sequences: int, what: str) -> Non
     checkpoint = resolve(model)
     shard = tokenize_corpus(corpus, load_tokenizer(checkpoint), settings).shards[0]
     replica = SingleReplica(checkpoint, settings)
-    with PeakMemory("VmRSS") as memory:
-        if what == "observed":
-            analyze_shard(replica, shard, settings)
-        else:
-            replica.forward(list(shard.batches(settings.batch_size)), no_observation)
-    print(memory.peak)
+    if what == "observed":
+        analyze_shard(replica, shard, settings)
+    else:
+        replica.forward(list(shard.batches(settings.batch_size)), no_observation)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
 
 
 if __name__ == "__main__":
