@@ -214,7 +214,7 @@ def _evaluated(
 
     Only evaluations on the same rows count.
     """
-    from avss_dist.tasks.base import combine  # torch with it, which pages of other runs need not wait for
+    from avss_dist.tasks.task import combine  # torch with it, which pages of other runs need not wait for
 
     where = (pc.field("task") == f"{PERPLEXITY}{run['corpus']}") & (pc.field("revision") == run["revision"])
     cells = [c for c in warehouse.table("cells", where=where).to_pylist() if not c["drop"] and c["patch"] is None]

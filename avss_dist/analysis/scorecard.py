@@ -6,7 +6,7 @@ comes with its ceiling (the correlation that the same measurement on other text 
 layers in the wrong order. One control is included: the position of a layer, counted from the end.
 
 For every number format whose effect is measured, the same scores, the measured effects of other formats, and the
-estimates of `tasks.rounding.RoundingDamage` are correlated with the loss with the weights of each layer rounded.
+estimates of `tasks.map_damage.RoundingDamage` are correlated with the loss with the weights of each layer rounded.
 """
 
 from __future__ import annotations

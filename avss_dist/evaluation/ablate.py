@@ -31,10 +31,11 @@ from avss_dist.models.quantization import require_unquantized
 from avss_dist.pruning.ground_truth import mean_ranks
 from avss_dist.requests import AblateRequest
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
-from avss_dist.tasks.base import Result, Task
+from avss_dist.tasks.backward import Gradients
 from avss_dist.tasks.damage import Damage
-from avss_dist.tasks.gradients import Gradients
-from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
+from avss_dist.tasks.shapley import SHAPLEY, SHARED, Shapley
+from avss_dist.tasks.task import Result, Task
+from avss_dist.tasks.text_loss import LeaveOneOut
 
 MOST_PASSES = 100_000  # passes of a batch through a model that an ablation makes without `allow_many`
 PERMUTATIONS_PER_CELL = 4

@@ -16,8 +16,8 @@ from avss_dist.core.settings import Settings
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.tasks.base import Task
-from avss_dist.tasks.continuation import ContinuePrompt
+from avss_dist.tasks.task import Task
+from avss_dist.tasks.text_loss import ContinuePrompt
 
 PROMPTS = 3
 PROMPT_TOKENS = 32  # at most half a row

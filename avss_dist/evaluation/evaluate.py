@@ -40,7 +40,7 @@ from avss_dist.pruning.plan import Plan, read_checked_plan, read_plan, read_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import EvaluateRequest
 from avss_dist.stats.metrics import row_start_warning
-from avss_dist.tasks.base import Result
+from avss_dist.tasks.task import Result
 from avss_dist.warehouse.reader import Warehouse
 
 COLUMNS = (

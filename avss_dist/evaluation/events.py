@@ -10,8 +10,8 @@ from avss_dist.distillation.events import Event as DistillEvent
 from avss_dist.runs.events import RunEvent
 
 if TYPE_CHECKING:
-    from avss_dist.tasks.base import Result
     from avss_dist.tasks.cells import Cell
+    from avss_dist.tasks.task import Result
 
 
 @dataclass(frozen=True)

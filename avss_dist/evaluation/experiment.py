@@ -54,8 +54,8 @@ from avss_dist.runs.run import Run
 from avss_dist.stats.contrast import contrast
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.scores import RELATIVE_THRESHOLDS, Threshold
-from avss_dist.tasks.base import Result, Task
-from avss_dist.tasks.layer_removal import LeaveOneOut
+from avss_dist.tasks.task import Result, Task
+from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store

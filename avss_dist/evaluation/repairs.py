@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
 from avss_dist.core.names import REPAIR
-from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent
@@ -46,7 +47,7 @@ from avss_dist.pruning.repair.repair import Repair, Repaired, fit_repair
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.requests import PruneRequest
-from avss_dist.tasks.base import Row, Task
+from avss_dist.tasks.task import Measure, Row, Task
 
 MISSING = "missing"  # metric of a fit: remaining error of the hidden states after each cut, on held-back text
 
@@ -59,7 +60,7 @@ def read_repaired(patch: StoredPatch) -> Repaired:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FitRepair:
+class FitRepair(Measure):
     """Measure that fits the repair of a model whose layers or experts are removed; see `pruning.repair.repair`.
 
     Attributes:
@@ -72,15 +73,14 @@ class FitRepair:
     layers: str
     texts: tuple[CorpusPlan, ...] = field(repr=False)
 
-    @property
-    def key(self) -> str:
-        """See `tasks.base.Measure`."""
+    def identity(self) -> dict[str, Any]:
+        """Return the values that the key is made of."""
         texts = [[shard.content_hash for shard in text.shards] for text in self.texts]
         weights = {"weights": self.repair.weights} if len(set(self.repair.weights)) > 1 else {}
-        return fingerprint(measure="repair 3", by=self.repair.by, texts=texts, **weights)
+        return {"measure": "repair 3", "by": self.repair.by, "texts": texts, **weights}
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`. The whole model is read; the repair is for it without what is removed."""
+        """See `tasks.task.Measure`. The whole model is read; the repair is for it without what is removed."""
         settings = replace(self.repair.settings, batch_size=model.settings.batch_size)
         checkpoint = model.checkpoint
         plan = Plan(

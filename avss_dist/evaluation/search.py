@@ -27,9 +27,9 @@ from avss_dist.pruning.repair.fitter import HELD_BACK, SINK_TOKENS
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest, ShrinkRequest
-from avss_dist.tasks.base import Result, Task, combine
 from avss_dist.tasks.cells import Cell, CellResult
-from avss_dist.tasks.layer_removal import LeaveOneOut
+from avss_dist.tasks.task import Result, Task, combine
+from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
 
 POOL = 2  # candidates of the greedy search after repairs, in multiples of the number of layers to drop

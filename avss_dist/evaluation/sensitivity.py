@@ -11,20 +11,15 @@ import pyarrow as pa
 
 from avss_dist.analysis.scorecard import reliability
 from avss_dist.core.intervention import RoundedPlace, parse_rounded
-from avss_dist.core.names import LOSS, ROUNDED_LOSS, ROUNDING_TASK
+from avss_dist.core.names import BITS_PER_WEIGHT, LOSS, NUM_WEIGHTS, ROUNDED_LOSS, ROUNDING_TASK
 from avss_dist.core.registry import ROUNDING_ESTIMATES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.requests import AblateRequest
-from avss_dist.tasks.base import Result, Task
-from avss_dist.tasks.rounding import (
-    BITS,
-    NUM_WEIGHTS,
-    RoundedLosses,
-    RoundingDamage,
-)
+from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
+from avss_dist.tasks.task import Result, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +28,7 @@ class PlaceSensitivity:
 
     Attributes:
         place: what is rounded, and to which format.
-        estimates: results of `rounding.RoundingDamage` by metric.
+        estimates: results of `map_damage.RoundingDamage` by metric.
         loss: measured loss, in nats per token; None if it was not measured.
         increase: its increase over that of the whole model, paired by sequence.
     """
@@ -72,7 +67,11 @@ class Sensitivity(TabularResult):
 
 def _row(measured: PlaceSensitivity) -> dict[str, Any]:
     place, estimates = measured.place, measured.estimates
-    values = {NUM_WEIGHTS: estimates.get(NUM_WEIGHTS), BITS: estimates.get(BITS), LOSS: measured.loss}
+    values = {
+        NUM_WEIGHTS: estimates.get(NUM_WEIGHTS),
+        BITS_PER_WEIGHT: estimates.get(BITS_PER_WEIGHT),
+        LOSS: measured.loss,
+    }
     return {
         "format": place.format,
         "layer": place.layer,

@@ -56,7 +56,7 @@ from avss_dist.pruning.repair.repair import Repair, tokens_needed
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import AblateRequest, ShrinkRequest
 from avss_dist.runs.api import score
-from avss_dist.tasks.base import Result
+from avss_dist.tasks.task import Result
 from avss_dist.warehouse.reader import Warehouse
 
 ROWS = 256  # rows of each text by default

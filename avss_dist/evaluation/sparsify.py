@@ -21,9 +21,9 @@ from avss_dist.map_plans.budget import MAX_SPARSITY, heavy_tail_ratios, interpol
 from avss_dist.map_plans.plans import SparsityPlan
 from avss_dist.requests import SparsifyRequest
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.base import Measure, Task
 from avss_dist.tasks.block_search import GREEDY, HILL, GreedyBlock, Spectra
 from avss_dist.tasks.map_damage import SECOND, MapDamage
+from avss_dist.tasks.task import Measure, Task
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
@@ -103,7 +103,7 @@ def _by_damage(measured: MeasuredMaps, target: float, text: CorpusPlan, measure:
     """Return the sparsities with the least damage."""
     thresholds = {(map_.layer, map_.path): tuple(map_.thresholds(LEVELS).tolist()) for map_ in measured.maps}
     rows = measure(tuple(MapDamage(shard=shard, thresholds=thresholds) for shard in text.shards))
-    damage = np.array([rows[map_.layer, f"{SECOND}{map_.path}"] for map_ in measured.maps])
+    damage = np.array([rows[map_.layer, f"{SECOND}:{map_.path}"] for map_ in measured.maps])
     return knapsack(damage, LEVELS, measured.sizes, target), {}
 
 

@@ -20,9 +20,8 @@ from avss_dist.evaluation.session import PlacedModel, PlannedTask
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.repair.record import read_repairs
-from avss_dist.tasks.base import Task, TextLoss
-from avss_dist.tasks.row_start import RowStartLoss
-from avss_dist.tasks.truthfulqa import TruthfulChoices
+from avss_dist.tasks.task import Task
+from avss_dist.tasks.text_loss import RowStartLoss, TextLoss, TruthfulChoices
 from avss_dist.warehouse.checks import settings_of
 from avss_dist.warehouse.reader import Warehouse
 
@@ -99,7 +98,7 @@ def row_start_task(checkpoint: Checkpoint, text: Task, settings: Settings) -> Ta
     shards = with_other_start(first, tokenizer, settings, COMPARED_ROWS)
     if shards is None:
         return None
-    return Task(name=f"{ROW_START}{text.name.removeprefix(PERPLEXITY)}", parts=(RowStartLoss(*shards),))
+    return Task(name=f"{ROW_START}{text.name.removeprefix(PERPLEXITY)}", parts=(RowStartLoss(shards),))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -15,14 +15,13 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.layers import Layer, LayerCall, as_rows, first_tensor
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.process import bound
-from avss_dist.tasks.base import Row
+from avss_dist.tasks.task import Measure, Row
 
 GREEDY, GREEDY_ERROR = "greedy:", "greedy_error"
 HILL = "hill:"  # before the path of a map: the exponent of its spectrum
@@ -33,7 +32,7 @@ _BATCH: ContextVar[int] = ContextVar("batch")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class GreedyBlock:
+class GreedyBlock(Measure):
     """Greedy search of TEAL (arXiv 2408.14690, algorithm 1): each round, one map of a block becomes a step sparser.
 
     It is the map whose step changes the block's output least, in the L2 norm over the last quarter of each row's
@@ -54,15 +53,14 @@ class GreedyBlock:
     steps: Mapping[str, float]
     sizes: Mapping[str, int]
 
-    @property
-    def key(self) -> str:
-        """See `tasks.base.Measure`."""
+    def identity(self) -> dict[str, Any]:
+        """Return the values that the key is made of."""
         maps = {name: [self.steps[name], self.sizes[name], *self.thresholds[name]] for name in sorted(self.steps)}
         shards = [shard.content_hash for shard in self.shards]
-        return fingerprint(measure="greedy block", shards=shards, layer=self.layer, maps=maps)
+        return {"measure": "greedy block", "shards": shards, "layer": self.layer, "maps": maps}
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`."""
+        """See `tasks.task.Measure`."""
         layer = model.layers[self.layer]
         batches = [batch for shard in self.shards for batch in shard.batches(model.settings.batch_size)]
         calls = dense_calls(model, layer, batches)
@@ -173,18 +171,14 @@ def _zeroing_inputs(layer: Layer, cuts: Mapping[str, float]) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Spectra:
+class Spectra(Measure):
     """Power-law exponent of the eigenvalues of W^T W for each linear map W of a layer."""
 
     layer: int
-
-    @property
-    def key(self) -> str:
-        """See `tasks.base.Measure`."""
-        return fingerprint(measure="spectra", layer=self.layer)
+    measure = "spectra"
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`."""
+        """See `tasks.task.Measure`."""
         layer, rows = model.layers[self.layer], []
         with model.running(layer):
             for projection in layer.projections:

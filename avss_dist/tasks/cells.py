@@ -19,7 +19,7 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement
 from avss_dist.system.devices import use_threads
 from avss_dist.system.memory import halve_until_it_fits
-from avss_dist.tasks.base import Measure, Row
+from avss_dist.tasks.task import Measure, Row
 
 Heartbeat = Callable[[], None]
 

@@ -31,7 +31,6 @@ from avss_dist.core.settings import fingerprint
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import quiet
 from avss_dist.system.memory import is_out_of_memory
-from avss_dist.tasks.base import Row, Task
 from avss_dist.tasks.harness_files import (
     code_entries,
     has_local_data,
@@ -40,12 +39,13 @@ from avss_dist.tasks.harness_files import (
     resolve_data_files,
 )
 from avss_dist.tasks.harness_model import harness_model
+from avss_dist.tasks.task import Measure, Row, Task
 
 SEED, OTHER_SEED = 0, 1234  # the harness's own: of `random`; of numpy, torch and the choice of examples
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarnessPart:
+class HarnessPart(Measure):
     """A task of the harness or a group of tasks, with all questions and a sample for each.
 
     Attributes:
@@ -55,7 +55,7 @@ class HarnessPart:
         limit: maximum number of questions of each task.
         num_fewshot: number of examples before each question; None leaves it to the task.
         template: SHA-256, in hex, of the chat template that questions are put in; None for plain text.
-        key: see `tasks.base.Measure`.
+        key: see `tasks.task.Measure`.
     """
 
     name: str
@@ -66,7 +66,7 @@ class HarnessPart:
     key: str = ""
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`. Likelihoods are computed in float32."""
+        """See `tasks.task.Measure`. Likelihoods are computed in float32."""
         loaded = _load_cached(self)
         from lm_eval.evaluator import evaluate
 

@@ -1,34 +1,60 @@
-"""Predicted change of the loss when small inputs of each linear map become zero, by one backward pass."""
+"""Effect of changed linear maps on the loss: of small inputs that become zero, and of rounded weights."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, RoundedPlace, Rounding, round_place
+from avss_dist.core.names import BITS_PER_WEIGHT, NUM_WEIGHTS, PREDICTED_RISE
 from avss_dist.core.registry import DRAWS
-from avss_dist.core.settings import fingerprint
-from avss_dist.corpus.shards import Shard
+from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.layers import Layer, Projection
+from avss_dist.models.layers import Layer, Projection, as_rows
+from avss_dist.models.number_formats import NumberFormat, number_format
+from avss_dist.models.rounding import rounded_before, rounded_weight
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.base import Row, predicted_tokens
-from avss_dist.tasks.gradients import trainable
-from avss_dist.tasks.watching import Watched, watched_maps
+from avss_dist.tasks.backward import CURRENT, BackwardMeasure, Pass
+from avss_dist.tasks.task import Measure, Row, losses_under
 
-FIRST, SECOND = "first_order:", "second_order:"  # before the path of a map
+FIRST, SECOND = "first_order", "second_order"  # of zeroed inputs, a colon and the path of a map follow
+PREDICTED, OUTPUT_ERROR = PREDICTED_RISE, "output_error"
+MAX_KEPT_BYTES = 2 << 30  # of changes of outputs that wait for the gradients of drawn labels
 Key = tuple[int, str]  # layer, and path of a linear map below it
 
 
+@contextmanager
+def reporting_maps(maps: Iterable[tuple[Layer, Projection]]) -> Iterator[None]:
+    """Report linear maps to the current pass inside the context, while gradients are enabled.
+
+    Its method ``see`` is called with the layer, the map, the map's input and its output whenever the map has run.
+    """
+
+    def see(layer: Layer, projection: Projection, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        current = CURRENT.get()
+        if torch.is_grad_enabled() and current is not None:
+            x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+            current.see(layer, projection, x, output)
+
+    with ExitStack() as stack:
+        for layer, projection in maps:
+            hook = partial(see, layer, projection)
+            stack.callback(projection.module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class MapDamage:
+class MapDamage(BackwardMeasure):
     """Predicted change of the summed loss, in nats, when the inputs of one linear map up to a threshold become zero.
 
     x is the input of a token, d = -x in the elements that become zero, and g = W^T (gradient of the loss at the map's
@@ -44,68 +70,231 @@ class MapDamage:
         seed: seed of the draws.
     """
 
-    shard: Shard
     thresholds: Mapping[Key, tuple[float, ...]] = field(repr=False)
     draws: int = DRAWS
     seed: int = 0
+    measure = "map damage"
 
-    @property
-    def key(self) -> str:
-        """See `tasks.base.Measure`."""
-        thresholds = [[*key, *values] for key, values in sorted(self.thresholds.items())]
-        options = {"draws": self.draws, "seed": self.seed, "thresholds": thresholds}
-        return fingerprint(measure="map damage", shard=self.shard.content_hash, **options)
+    def identity(self) -> dict[str, Any]:
+        """Return the values that the key is made of."""
+        return super().identity() | {"thresholds": [[*key, *values] for key, values in sorted(self.thresholds.items())]}
 
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`. Removed layers have no rows."""
-        layers = [layer for layer in model.layers if layer.index not in intervention.removed]
-        batches = list(self.shard.batches(model.settings.batch_size))
-        passes = [_Pass(self.draws, self.thresholds) for _ in batches]
-        maps = [(one, p) for one in layers for p in one.projections if (one.index, p.path) in self.thresholds]
-        with model.applying(intervention), trainable(model.module, ()), watched_maps(maps):
-            passes = model.backpropagate(batches, passes, draws=self.draws, seed=self.seed)
-        tokens = float(predicted_tokens(self.shard, model).sum())
-        return list(_rows(passes, tokens))
+    def start(self, batch: Batch, layers: Sequence[Layer], device: torch.device) -> _ZeroingPass:
+        """Return the pass of a batch."""
+        return _ZeroingPass(batch, device, self.draws, self.thresholds)
+
+    def hooked(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
+        """Report the linear maps with thresholds to the current pass inside the context."""
+        maps = ((layer, projection) for layer in layers for projection in layer.projections)
+        return reporting_maps([pair for pair in maps if (pair[0].index, pair[1].path) in self.thresholds])
+
+    def rows(self, layers: Sequence[Layer], passes: Sequence[_ZeroingPass], weights: Float64) -> Iterator[Row]:
+        """Yield the rows of all passes."""
+        for order, key in passes[0].sums:
+            samples: Float64 = np.sum([batch.sums[order, key].cpu().numpy() for batch in passes], axis=0)
+            tokens = np.full(len(samples), float(weights.sum()))
+            yield Row(metric=f"{order}:{key[1]}", samples=samples, weights=tokens, layer=key[0])
 
 
-@dataclass
-class _Pass(Watched):
+class _ZeroingPass(Pass):
     """Sums over one batch: float64[thresholds], by order and map."""
 
-    draws: int
-    thresholds: Mapping[Key, tuple[float, ...]]
-    keeps: int = 2
-    sums: dict[tuple[str, Key], torch.Tensor] = field(default_factory=dict)
-    _gradients: Counter[Key] = field(default_factory=Counter)
+    def __init__(
+        self, batch: Batch, device: torch.device, draws: int, thresholds: Mapping[Key, tuple[float, ...]]
+    ) -> None:
+        super().__init__(batch, device)
+        self.draws, self.thresholds = draws, thresholds
 
     def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Register the input of a linear map that has run, and a hook for its gradient."""
-        if not out.requires_grad:  # of the first layer: nothing before it has a gradient
-            out.requires_grad_()
+        """Listen to the gradient of a linear map that has run."""
         key = layer.index, projection.path
-        out.register_hook(partial(self._receive, key, projection.module, x.detach()))
+        self.listen(key, out, partial(self._project, key, projection.module, x.detach()))
 
-    def _receive(self, key: Key, module: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add a gradient at the output of a map: first that of the text's labels, then those of the draws."""
-        number = self._gradients[key]
-        self._gradients[key] += 1
-        change = -self._cumulative_products(key, x, (gradient.detach() @ weight_of(module)).to(x.dtype))
-        if number == 0:
-            self.sums[FIRST, key] = change.sum(dim=0)
-            return
-        second = change.square().sum(dim=0) / (2 * self.draws)
-        self.sums[SECOND, key] = self.sums[SECOND, key] + second if number > 1 else second
-
-    def _cumulative_products(self, key: Key, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """Return the sum of g x over the inputs up to each threshold, float64[tokens, thresholds]."""
-        x, g = x.reshape(-1, x.shape[-1]).float(), g.reshape(-1, x.shape[-1]).float()
+    def _project(self, key: Key, module: nn.Module, x: torch.Tensor, number: int, gradient: torch.Tensor) -> None:
+        """Add the products <g, d> of all tokens, or half of their squares for drawn labels."""
+        gradient = (gradient @ weight_of(module)).to(x.dtype)
+        x, g = x.reshape(-1, x.shape[-1]).float(), gradient.reshape(-1, x.shape[-1]).float()
         edges = torch.tensor(self.thresholds[key], dtype=torch.float32, device=x.device)
         at = torch.bucketize(x.abs(), edges)
         sums = torch.zeros((len(x), len(edges) + 1), device=x.device).scatter_add_(1, at, g * x)
-        return sums.double().cumsum(dim=1)[:, :-1]
+        change = -sums.double().cumsum(dim=1)[:, :-1]
+        if number == 0:
+            self.add((FIRST, key), change.sum(dim=0))
+        else:
+            self.add((SECOND, key), change.square().sum(dim=0) / (2 * self.draws))
 
 
-def _rows(passes: Sequence[_Pass], tokens: float) -> Iterator[Row]:
-    for order, key in passes[0].sums:
-        samples: Float64 = np.sum([batch.sums[order, key].cpu().numpy() for batch in passes], axis=0)
-        yield Row(metric=f"{order}{key[1]}", samples=samples, weights=np.full(len(samples), tokens), layer=key[0])
+@dataclass(frozen=True, eq=False)
+class RoundedLosses(Measure):
+    """Loss on a shard of text of the whole model, and with the weights of each layer rounded to a number format.
+
+    A pass resumes from the hidden states of the whole model's pass, as in `text_loss.LeaveOneOut`. Weights are
+    rounded again for every batch, which takes as long as a product with about 500 tokens.
+
+    Attributes:
+        format: name of the format.
+    """
+
+    shard: Shard
+    format: str
+    measure = "rounded losses"
+
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.task.Measure`. Removed layers are not rounded."""
+        layers = _roundable_layers(model, intervention, [self.format])
+        roundings = [intervention.rounded(round_place(self.format, layer.index)) for layer in layers]
+        return losses_under(model, self.shard, [intervention, *roundings])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RoundingDamage(BackwardMeasure):
+    """Predicted change of the loss if the weight of a linear map is rounded, for all maps and number formats.
+
+    W is the weight, x the input of a token t, d_t = (Q(W) - W) x the change of the output, and g_t the gradient of the
+    summed loss at the output, in nats. Every map and format has these rows, with a sample for each sequence:
+
+    - ``first_order``: the sum over tokens of ``<g_t, d_t>``, which is ``<dL/dW, Q(W) - W>``.
+    - ``second_order``: half the sum over tokens of ``<g_t, d_t>^2`` with the gradients of labels drawn from the model's
+      own prediction, a mean over draws: the Fisher information token by token, as ``fisher_0`` of `damage.Damage`.
+    - ``predicted``: their sum, the predicted increase of the loss. All are in nats per predicted token.
+    - ``output_error``: the sum over tokens of ``|d_t|^2 / |W x|^2``, per token, with bias, without gradients.
+
+    - ``num_weights``, ``bits_per_weight``: the size of the weight, and the bits of a number with its share of scales.
+
+    A layer has the sums of these over its maps (of bits, the mean), as if its maps did not interact. The
+    gradient at a map's output has the effect of all later layers on a small change, so that none are looked ahead.
+
+    All formats share one forward pass and ``1 + draws`` backward passes. A weight is rounded once for each batch and
+    format (20 to 40 ns for a number; 100 to 300 for FP4), and one product gives d_t: about as much as the forward pass,
+    for each format. Only one rounded weight is in memory at a time. The changes d_t of all maps wait for the drawn
+    labels, up to `MAX_KEPT_BYTES`; others are computed again for each draw.
+
+    Attributes:
+        formats: names of the formats.
+        draws: number of draws of labels.
+        seed: seed of the draws.
+    """
+
+    formats: tuple[str, ...]
+    draws: int = DRAWS
+    seed: int = 0
+    measure = "rounding damage"
+
+    def layers(self, model: LanguageModel, intervention: Intervention) -> list[Layer]:
+        """Return the layers that are measured."""
+        return _roundable_layers(model, intervention, self.formats)
+
+    def start(self, batch: Batch, layers: Sequence[Layer], device: torch.device) -> _RoundingPass:
+        """Return the pass of a batch."""
+        return _RoundingPass(batch, device, self.draws, [number_format(name) for name in self.formats])
+
+    def hooked(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
+        """Report all linear maps to the current pass inside the context."""
+        return reporting_maps((layer, projection) for layer in layers for projection in layer.projections)
+
+    def rows(self, layers: Sequence[Layer], passes: Sequence[_RoundingPass], weights: Float64) -> Iterator[Row]:
+        """Yield the rows of all passes, and the number of weights of every place and their bits in every format."""
+        observed = np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
+        for metric, place in sorted(passes[0].sums, key=lambda key: (key[1].layer, str(key[1]), key[0])):
+            yield Row(
+                metric=metric,
+                samples=torch.cat([batch.sums[metric, place].cpu() for batch in passes]).numpy(),
+                weights=observed if metric == OUTPUT_ERROR else weights,
+                layer=place.layer,
+                rounding=Rounding((place,)).key,
+            )
+        for layer in layers:
+            shapes = {projection.path: (projection.outputs, projection.inputs) for projection in layer.projections}
+            for path, known in product([None, *shapes], map(number_format, self.formats)):
+                maps = [shapes[path]] if path else [*shapes.values()]
+                number = sum(outputs * inputs for outputs, inputs in maps)
+                bits = sum(known.bits(*shape) * shape[0] * shape[1] for shape in maps)
+                key = round_place(known.name, layer.index, path).key
+                for metric, value, weight in ((NUM_WEIGHTS, number, 1), (BITS_PER_WEIGHT, bits, number)):
+                    samples, ones = np.array([value], np.float64), np.array([weight], np.float64)
+                    yield Row(metric=metric, samples=samples, weights=ones, layer=layer.index, rounding=key)
+
+
+def _roundable_layers(model: LanguageModel, intervention: Intervention, formats: Sequence[str]) -> list[Layer]:
+    """Return the layers that have linear maps and are not removed.
+
+    Raises:
+        ModelError: a format cannot take one of the maps, a layer is used more than once, or weights are split.
+    """
+    layers = [layer for layer in model.layers if layer.projections and layer.index not in intervention.removed]
+    if not layers:
+        raise ModelError(f"No layer of '{model.checkpoint.name}' has a linear map whose input is seen.")
+    model.require_roundable(layers, [number_format(name) for name in formats])
+    if note := rounded_before(layers):
+        model.notes[f"{note} ({model.checkpoint.name})."] = None
+    return layers
+
+
+class _RoundingPass(Pass):
+    """Sums over one batch: float64[rows], by metric and place."""
+
+    def __init__(self, batch: Batch, device: torch.device, draws: int, formats: Sequence[NumberFormat]) -> None:
+        super().__init__(batch, device)
+        self.draws, self.formats = draws, formats
+        self._changes: dict[Key, list[torch.Tensor]] = {}  # of outputs, by format
+        self._kept_bytes = 0
+
+    def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Listen to the gradient of a linear map that has run."""
+        size = out.detach().float().square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        key = layer.index, projection.path
+        self.listen(key, out, partial(self._project, key, projection, x.detach(), size))
+
+    def _project(
+        self,
+        key: Key,
+        projection: Projection,
+        x: torch.Tensor,
+        size: torch.Tensor,
+        number: int,
+        gradient: torch.Tensor,
+    ) -> None:
+        """Add the products <g, d> of all tokens of a map, or half of their squares for drawn labels."""
+        g = gradient.float()
+        for known, change in zip(self.formats, self._output_changes(key, projection, x), strict=True):
+            products = self._by_token(projection, (g * change.float()).sum(dim=-1))
+            if number == 0:
+                error = self._by_token(projection, change.float().square().sum(dim=-1) / size)
+                total = products.sum(dim=1)
+                observed = error.where(self.observed.to(error.device), 0).sum(dim=1)
+                sums = {OUTPUT_ERROR: observed, FIRST: total, PREDICTED: total}
+            else:
+                second = products.square().sum(dim=1) / (2 * self.draws)
+                sums = {SECOND: second, PREDICTED: second}
+            for path, metric in product((key[1], None), sums):  # a layer has the sums of its maps
+                self.add((metric, RoundedPlace(layer=key[0], path=path, format=known.name)), sums[metric])
+        if number == self.draws:
+            self._kept_bytes -= sum(change.nbytes for change in self._changes.pop(key, ()))
+
+    def _output_changes(
+        self, key: Key, projection: Projection, x: torch.Tensor
+    ) -> Iterator[torch.Tensor] | list[torch.Tensor]:
+        """Return the change of a map's output for each format, [..., outputs], kept ones if there is room for them."""
+        if key in self._changes:
+            return self._changes[key]
+        units = weight_of(projection.module).shape[0]
+        size = len(self.formats) * x[..., 0].numel() * units * x.element_size()
+        changes = (_output_change(projection.module, known, x) for known in self.formats)
+        if self._kept_bytes + size > MAX_KEPT_BYTES:
+            return changes
+        self._kept_bytes += size
+        self._changes[key] = list(changes)
+        return self._changes[key]
+
+    def _by_token(self, projection: Projection, values: torch.Tensor) -> torch.Tensor:
+        """Return values of the tokens of a map's output as float64[rows, tokens], 0 for padding."""
+        by_row = as_rows(values.unsqueeze(-1), projection.axes, *self.real.shape)
+        if by_row is None:
+            raise ModelError(f"The linear map '{projection.path}' does not keep rows and tokens apart.")
+        return by_row.sum(dim=-1).double().where(self.real.to(by_row.device), 0)
+
+
+def _output_change(module: nn.Module, known: NumberFormat, x: torch.Tensor) -> torch.Tensor:
+    """Return the change of a linear map's output if its weight is rounded, [..., outputs], in the dtype of x."""
+    difference = rounded_weight(module, known).float() - weight_of(module).float()
+    return x @ difference.to(x.dtype).T

@@ -27,9 +27,8 @@ from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.ground_truth import mean_ranks
 from avss_dist.stats.rankings import spearman
-from avss_dist.tasks.base import TextLoss
 from avss_dist.tasks.damage import Damage
-from avss_dist.tasks.layer_removal import LeaveOneOut
+from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, fit_repair
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.system.devices import use_threads
-from avss_dist.tasks.base import TextLoss
+from avss_dist.tasks.text_loss import TextLoss
 
 
 def hadamard(size: int) -> torch.Tensor:

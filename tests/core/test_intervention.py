@@ -37,7 +37,7 @@ from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.evaluation.session import PlannedTask
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.partition.replica import Placement
-from avss_dist.tasks.base import Task
+from avss_dist.tasks.task import Task
 from avss_dist.warehouse.schema import SCHEMA_VERSION
 
 SPARSITY = Sparsity(

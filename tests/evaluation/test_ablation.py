@@ -33,8 +33,9 @@ from avss_dist.models.interventions import recording, representatives, resuming
 from avss_dist.report.terminal.ablation import ablation_table
 from avss_dist.runs.api import score
 from avss_dist.tasks import layer_removal as ablation
-from avss_dist.tasks.base import Row, TextLoss
-from avss_dist.tasks.layer_removal import SHAPLEY, SHARED, LeaveOneOut, Shapley
+from avss_dist.tasks.shapley import SHAPLEY, SHARED, Shapley
+from avss_dist.tasks.task import Row
+from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss
 from avss_dist.warehouse.reader import Warehouse
 
 Save = Callable[[Any, Path], Path]

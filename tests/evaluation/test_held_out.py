@@ -14,7 +14,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.tasks import make_task, refuse_overlap, texts_of_run
 from avss_dist.models.checkpoints import resolve
-from avss_dist.tasks.base import Task
+from avss_dist.tasks.task import Task
 from avss_dist.warehouse.reader import Warehouse
 
 SHORT: dict[str, Any] = {"sequence_length": 16, "device": "cpu", "sequences_per_shard": 100}

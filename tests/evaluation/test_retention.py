@@ -13,7 +13,7 @@ from avss_dist.core.names import LOSS
 from avss_dist.evaluation.session import Retention
 from avss_dist.stats.intervals import jackknife_interval
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.base import Result
+from avss_dist.tasks.task import Result
 
 
 def result(samples: Float64, metric: str = LOSS, weight: float = 1.0) -> Result:

@@ -17,8 +17,9 @@ from avss_dist.executors.interface import Executor
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.tasks.base import Measure, Row, TextLoss
 from avss_dist.tasks.cells import Cell, measure_cell
+from avss_dist.tasks.task import Measure, Row
+from avss_dist.tasks.text_loss import TextLoss
 
 PARTS = 6
 SETTINGS = Settings(**SMALL)

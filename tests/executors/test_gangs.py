@@ -47,9 +47,10 @@ from avss_dist.partition.zero3 import Zero3Replica, deepspeed_config
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.stats.histogram import merge_values
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
-from avss_dist.tasks.base import Measure, Row, TextLoss
 from avss_dist.tasks.harness import harness_task
-from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
+from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
+from avss_dist.tasks.task import Measure, Row
+from avss_dist.tasks.text_loss import TextLoss
 
 SETTINGS = Settings(batch_size=2, dtype="float32", device="cpu")
 CONFIGS = Path(__file__).parents[2] / "cluster" / "deepspeed"

@@ -18,8 +18,9 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.replica import Placement
 from avss_dist.partition.streaming.replica import StreamingReplica
-from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.cells import Cell, measure_cell
+from avss_dist.tasks.task import Row
+from avss_dist.tasks.text_loss import TextLoss
 
 RULES = ("all", "last-half")
 

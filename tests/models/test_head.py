@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from avss_dist.models import causal_lm
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.head import SplitHead
-from avss_dist.tasks.base import TextLoss
 from avss_dist.tasks.harness import harness_task
+from avss_dist.tasks.text_loss import TextLoss
 
 Save = Callable[[Any, Path], Path]
 VOCABULARY = 997  # which no other axis has

@@ -15,8 +15,7 @@ from support.tiers import all_of, nightly
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, joined, layer_of, sublayers_of
 from avss_dist.models.layers import first_tensor
-from avss_dist.tasks.base import TextLoss
-from avss_dist.tasks.layer_removal import LeaveOneOut
+from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss
 
 Save = Callable[[Any, Path], Path]
 ATTENTION, MLP = sublayers_of([1])

@@ -23,7 +23,7 @@ from avss_dist.models.size import footprint
 from avss_dist.partition.replica import Placement, Replica, open_replica
 from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.tasks.harness import harness_task
-from avss_dist.tasks.layer_removal import LeaveOneOut
+from avss_dist.tasks.text_loss import LeaveOneOut
 
 SETTINGS = Settings(batch_size=2, sequence_length=24, dtype="float32", device="cpu")
 TOWERS = ("gemma3", "blip-2")  # read as text; that of blip-2 is a causal model of its own

@@ -14,11 +14,12 @@ from avss_dist.core.intervention import Expert, Intervention, Removals, sublayer
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.tasks.base import Row, TextLoss
+from avss_dist.tasks.backward import Gradients
 from avss_dist.tasks.damage import Damage
-from avss_dist.tasks.gradients import Gradients
-from avss_dist.tasks.layer_removal import LeaveOneOut, Shapley
-from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
+from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
+from avss_dist.tasks.shapley import Shapley
+from avss_dist.tasks.task import Row
+from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss
 from support.causal_lm import random_shard
 
 HARNESS = """\

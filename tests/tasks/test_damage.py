@@ -17,8 +17,9 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.head import draw_labels, uniform_numbers
 from avss_dist.models.layers import first_tensor, input_tensor
-from avss_dist.tasks.base import Row, TextLoss
 from avss_dist.tasks.damage import Damage
+from avss_dist.tasks.task import Row
+from avss_dist.tasks.text_loss import TextLoss
 
 Found = dict[tuple[Any, ...], Row]
 

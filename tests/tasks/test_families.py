@@ -13,10 +13,10 @@ from support.causal_lm import opened, random_shard
 from support.families import tiny_model
 
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.tasks.base import TextLoss
+from avss_dist.tasks.backward import Gradients
 from avss_dist.tasks.damage import Damage
-from avss_dist.tasks.gradients import Gradients
-from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
+from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
+from avss_dist.tasks.text_loss import TextLoss
 
 FAMILIES = ("llama", "gemma3_text", "qwen2_moe", "gpt2", "falcon", "opt", "mamba", "bloom")
 

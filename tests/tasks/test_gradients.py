@@ -13,9 +13,9 @@ from support.waiting import NoWaiting
 
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.tasks import gradients as gradient_pass
-from avss_dist.tasks.base import Row
-from avss_dist.tasks.gradients import Gradients, matrices
+from avss_dist.tasks import backward as gradient_pass
+from avss_dist.tasks.backward import Gradients, matrices
+from avss_dist.tasks.task import Row
 
 
 def by_metric(rows: list[Row]) -> dict[tuple[str, int | None], Row]:
@@ -76,12 +76,12 @@ def test_a_layer_left_out_has_no_rows(tiny_llama: Path) -> None:
 def test_hooks_of_both_passes_ask_no_device_for_a_value(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value for each matrix would be hundreds of waits a batch."""
     expected = [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama))]
-    for name in ("enter", "leave", "_remove", "accumulate"):
-        hook = getattr(gradient_pass._Pass, name)
+    for name in ("call", "_remove", "accumulate"):
+        hook = getattr(gradient_pass.LayerGradients, name)
 
         def guarded(*args: Any, _hook: Callable[..., Any] = hook) -> Any:
             with NoWaiting():
                 return _hook(*args)
 
-        monkeypatch.setattr(gradient_pass._Pass, name, guarded)
+        monkeypatch.setattr(gradient_pass.LayerGradients, name, guarded)
     assert [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama))] == expected

@@ -32,8 +32,8 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.tasks import harness
-from avss_dist.tasks.base import Row
 from avss_dist.tasks.harness import HarnessPart, harness_task
+from avss_dist.tasks.task import Row
 from avss_dist.warehouse.reader import Warehouse
 
 DROP = (0,)  # of which transformers asks how long its cache is

@@ -19,9 +19,10 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.head import draw_labels, uniform_numbers
 from avss_dist.models.number_formats import FORMATS
-from avss_dist.tasks import rounding
-from avss_dist.tasks.base import Row, TextLoss
-from avss_dist.tasks.rounding import RoundedLosses, RoundingDamage
+from avss_dist.tasks import map_damage
+from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
+from avss_dist.tasks.task import Row
+from avss_dist.tasks.text_loss import TextLoss
 
 Save = Callable[[Any, Path], Path]
 Found = dict[tuple[str, str | None], Row]
@@ -138,11 +139,11 @@ def test_changes_that_find_no_room_are_computed_again(grouped: Path, monkeypatch
     measure = RoundingDamage(shard=random_shard(), formats=("int4", "nvfp4"))
     expected = measure(model)
     calls: list[Any] = []
-    own = rounding._output_change
-    monkeypatch.setattr(rounding, "_output_change", lambda *args: (calls.append(args), own(*args))[1])
+    own = map_damage._output_change
+    monkeypatch.setattr(map_damage, "_output_change", lambda *args: (calls.append(args), own(*args))[1])
     for room, times in ((2 << 30, 1), (0, 3)):
         calls.clear()
-        monkeypatch.setattr(rounding, "MAX_KEPT_BYTES", room)
+        monkeypatch.setattr(map_damage, "MAX_KEPT_BYTES", room)
         found = measure(model)
         assert len(calls) == times * 3 * 2 * 21  # passes, batches, formats, maps
         assert all(np.array_equal(a.samples, b.samples) for a, b in zip(found, expected, strict=True))

@@ -1,4 +1,4 @@
-"""Ground truth of layer importance: the loss without each layer, and Shapley values."""
+"""Layer Shapley values: the ground truth of layer importance over all sets of layers."""
 
 from __future__ import annotations
 
@@ -13,64 +13,20 @@ import numpy as np
 from avss_dist.core.intervention import (
     NO_INTERVENTION,
     Intervention,
-    Removals,
-    can_be_added,
-    encode_removals,
-    sublayers_of,
 )
-from avss_dist.core.names import LOSS
-from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Batch, Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.interventions import Recorded, recording
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.base import Row, predicted_tokens
+from avss_dist.tasks.task import Measure, Row
 
 SHAPLEY = "shapley"  # nats per token; low is unimportant
 SHARED = "shapley_shared"  # 1 of a permutation that was truncated before the layer, else 0
 MAX_RECORDED_BYTES = 2 << 30  # of hidden states
 
 
-@dataclass(frozen=True, eq=False)
-class LeaveOneOut:
-    """Loss on a shard of text of the whole model, and without each layer, with rows as those of `TextLoss`.
-
-    A pass without a layer resumes from the hidden states of the whole model's pass, which saves about half of the
-    layers' computation. Families in which that would change numbers run from the first layer.
-
-    Attributes:
-        layers: layers and sublayers to remove, one at a time; all layers by default.
-        sublayers: with default ``layers``, remove all sublayers instead.
-    """
-
-    shard: Shard
-    layers: Removals | None = None
-    sublayers: bool = False
-
-    @property
-    def key(self) -> str:
-        """See `tasks.base.Measure`."""
-        options: dict[str, Any] = {} if self.layers is None else {"layers": encode_removals(self.layers)}
-        options |= {"sublayers": True} if self.sublayers else {}
-        return fingerprint(measure="leave one out", shard=self.shard.content_hash, **options)
-
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`. Layers of the intervention are absent from every pass."""
-        layers = range(len(model.layers))
-        removals = (sublayers_of(layers) if self.sublayers else layers) if self.layers is None else self.layers
-        interventions = [
-            intervention.without(removal) for removal in removals if can_be_added(removal, intervention.removed)
-        ]
-        losses = model.losses_under(list(self.shard.batches(model.settings.batch_size)), [intervention, *interventions])
-        weights = predicted_tokens(self.shard, model)
-        return [
-            Row(metric=LOSS, samples=samples, weights=weights, removed=applied.removed)
-            for applied, samples in zip([intervention, *interventions], losses, strict=True)
-        ]
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Shapley:
+class Shapley(Measure):
     """Layer Shapley values by sampled permutations: Zhang, Dong and Kawaguchi, arXiv 2409.14381, section 3.
 
     The value of a set of layers is minus the loss, in nats per token, of the model with only these layers. Layers are
@@ -90,18 +46,14 @@ class Shapley:
     shards: tuple[Shard, ...]
     seeds: tuple[int, ...]
     truncation: bool = True
+    measure = "shapley"
 
-    @property
-    def key(self) -> str:
-        """See `tasks.base.Measure`."""
-        shards = [shard.content_hash for shard in self.shards]
-        sharing = {"rest": "shared"} if self.truncation else {}  # earlier versions gave the rest to no layer
-        return fingerprint(
-            measure="shapley", shards=shards, seeds=list(self.seeds), truncation=self.truncation, **sharing
-        )
+    def identity(self) -> dict[str, Any]:
+        """Return the values that the key is made of: earlier versions gave the rest to no layer."""
+        return super().identity() | ({"rest": "shared"} if self.truncation else {})
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.base.Measure`. Removed layers have no rows."""
+        """See `tasks.task.Measure`. Removed layers have no rows."""
         players = [layer.index for layer in model.layers if layer.index not in intervention.removed]
         text = _Text(model, self.shards, intervention)
         values, shared = np.zeros((2, len(self.seeds), len(model.layers)))

@@ -7,13 +7,13 @@ paired intervals are computed afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import numpy as np
 
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, InterventionKey, Removals
-from avss_dist.core.names import ENTROPY, LOSS
+from avss_dist.core.names import LOSS
 from avss_dist.core.settings import fingerprint
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel, predicted
@@ -43,12 +43,25 @@ class Row:
     patch: bytes | None = field(default=None, repr=False)
 
 
-class Measure(Protocol):
-    """Measurement of one part of a task, which can be pickled. Measures with equal keys do equal work."""
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """Measurement of one part of a task, which can be pickled. Measures with equal keys do equal work.
+
+    Attributes:
+        measure: name of the measurement in keys.
+    """
+
+    measure: ClassVar[str]
 
     @property
     def key(self) -> str:
-        """SHA-256, in hex, of everything that can change its rows."""
+        """SHA-256, in hex, of everything that can change the rows."""
+        return fingerprint(**self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """Return the values that the key is made of: the name and the fields, shards by their content."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"measure": self.measure, **{name: _identity(value) for name, value in values.items()}}
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """Measure a model under an intervention.
@@ -57,6 +70,13 @@ class Measure(Protocol):
             intervention: the removed layers, which the measure itself applies, because it may remove others, too. The
                 patch, the sparsity and the rounding of a cell are already applied.
         """
+        raise NotImplementedError
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_identity(inner) for inner in value]
+    return value.content_hash if isinstance(value, Shard) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,34 +93,22 @@ class Task:
         return fingerprint(parts=[part.key for part in self.parts])
 
 
-@dataclass(frozen=True, eq=False)
-class TextLoss:
-    """Loss on a shard of text, a sample for each sequence, and for paired text the entropy of the predictions."""
-
-    shard: Shard
-
-    @property
-    def key(self) -> str:
-        """See `Measure`."""
-        measure = "loss and entropy" if self.shard.pairing else "loss"
-        return fingerprint(measure=measure, shard=self.shard.content_hash)
-
-    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `Measure`."""
-        batches = list(self.shard.batches(model.settings.batch_size))
-        weights = predicted_tokens(self.shard, model)
-        if not self.shard.pairing:
-            (losses,) = model.losses_under(batches, [intervention])
-            return [Row(metric=LOSS, samples=losses, weights=weights)]
-        with model.applying(intervention):
-            sums = np.concatenate(model.each(model.losses_and_entropies, batches), axis=1)
-        return [Row(metric=name, samples=x, weights=weights) for name, x in zip((LOSS, ENTROPY), sums, strict=True)]
-
-
 def predicted_tokens(shard: Shard, model: LanguageModel) -> Float64:
     """Return the number of predicted tokens of each sequence of a shard, float64[sequences]."""
     batches = shard.batches(model.settings.batch_size)
     return np.concatenate([predicted(batch).sum(axis=1) for batch in batches]).astype(np.float64)
+
+
+def losses_under(
+    model: LanguageModel, shard: Shard, interventions: Sequence[Intervention], metric: str = LOSS
+) -> list[Row]:
+    """Return the loss on a shard under each intervention: rows with a sample for each sequence."""
+    losses = model.losses_under(list(shard.batches(model.settings.batch_size)), interventions)
+    weights = predicted_tokens(shard, model)
+    return [
+        Row(metric=metric, samples=samples, weights=weights, removed=applied.removed, rounding=applied.key.rounding)
+        for applied, samples in zip(interventions, losses, strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,12 +175,9 @@ def combine(rows: Iterable[Mapping[str, Any]], num_parts: int) -> list[Result]:
     for (intervention, layer, metric), rows_by_part in parts.items():
         if len(rows_by_part) < num_parts:
             continue
+        ordered = [rows_by_part[part] for part in sorted(rows_by_part)]
         samples, weights = (
-            _joined([rows_by_part[part][name] for part in sorted(rows_by_part)]) for name in ("samples", "weights")
+            np.concatenate([np.asarray(row[name], np.float64) for row in ordered]) for name in ("samples", "weights")
         )
         results.append(Result(metric, intervention, layer, samples, weights))
     return results
-
-
-def _joined(parts: Sequence[Sequence[float]]) -> Float64:
-    return np.concatenate([np.asarray(part, np.float64) for part in parts])

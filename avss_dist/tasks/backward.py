@@ -1,0 +1,316 @@
+"""Measures of backward passes through a text's loss: their common part, and the gradients of layers."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from avss_dist.core.errors import ModelError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention
+from avss_dist.corpus.shards import Batch, Shard
+from avss_dist.models.causal_lm import LanguageModel, predicted
+from avss_dist.models.interventions import around
+from avss_dist.models.layers import Layer, as_rows, first_tensor, input_tensor
+from avss_dist.partition.splitting import whole_norms
+from avss_dist.stats.layer_stats import Float64
+from avss_dist.system.devices import to_device
+from avss_dist.system.process import bound
+from avss_dist.tasks.task import Measure, Row, predicted_tokens
+
+TAYLOR = "taylor"  # nats per predicted token; low is unimportant
+L1, L2, FROBENIUS = "gradient_l1", "gradient_l2", "weight_frobenius"
+CHUNK = 2048  # tokens whose updates exist at once
+
+CURRENT: ContextVar[Any] = ContextVar("pass", default=None)
+"""The `Pass` that hooks report to."""
+
+
+class Pass:
+    """Sums over one batch, which hooks collect in a forward pass and in all backward passes through it.
+
+    Attributes:
+        keeps: maximum number of hidden states of the batch that it keeps for each layer.
+        observed, real: bool[rows, tokens]; tokens that are counted, and tokens without padding.
+        sums: float64[any], on the devices that computed them, so that nothing waits for a device.
+    """
+
+    keeps = 2
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        self.observed, self.real = (to_device(mask, device) for mask in (batch.observed, batch.attention_mask))
+        self.sums: dict[Any, torch.Tensor] = {}
+        self._calls: Counter[int] = Counter()  # of modules, by the first layer that each is
+        self._gradients: Counter[Any] = Counter()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Make this pass current for hooks inside the context."""
+        with bound(CURRENT, self):
+            yield
+
+    def count_call(self, uses: Sequence[Layer]) -> tuple[int, Layer]:
+        """Count a call of the module that layers are, and return its number and its layer."""
+        number = self._calls[uses[0].index]
+        self._calls[uses[0].index] += 1
+        return number, uses[number % len(uses)]
+
+    def listen(self, key: Any, out: torch.Tensor, receive: Callable[[int, torch.Tensor], None]) -> None:
+        """Have a function called with the number and the gradient of an output in each backward pass.
+
+        Number 0 is the gradient for the labels of the text. Those of drawn labels follow.
+        """
+        if not out.requires_grad:  # of the first layer: nothing before it has a gradient
+            out.requires_grad_()
+        out.register_hook(partial(self._receive, key, receive))
+
+    def _receive(self, key: Any, receive: Callable[[int, torch.Tensor], None], gradient: torch.Tensor) -> None:
+        number = self._gradients[key]
+        self._gradients[key] += 1
+        receive(number, gradient.detach())
+
+    def add(self, key: Any, values: torch.Tensor) -> None:
+        """Add values to a sum."""
+        before = self.sums.get(key)
+        self.sums[key] = values.clone() if before is None else before + values.to(before.device)
+
+    def by_row(self, layer: Layer, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a layer's input, output or gradient as [rows, tokens, units]."""
+        rows = as_rows(tensor, layer.axes, *self.real.shape)
+        if rows is None:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep rows and tokens apart.")
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardMeasure(Measure):
+    """Measure of a forward pass of each batch of a shard, and of backward passes through it.
+
+    Attributes:
+        draws: number of further backward passes, with labels that are drawn from the model's own prediction.
+        seed: seed of the draws.
+        trains: whether the layers' weights have gradients, too.
+    """
+
+    shard: Shard
+    draws = 0
+    seed = 0
+    trains = False
+
+    def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
+        """See `tasks.task.Measure`. Removed layers have no rows."""
+        layers = self.layers(model, intervention)
+        batches = list(self.shard.batches(model.settings.batch_size))
+        passes = [self.start(batch, layers, model.device) for batch in batches]
+        trained = layers if self.trains else ()
+        with model.applying(intervention), trainable(model.module, trained), self.hooked(layers):
+            passes = model.backpropagate(batches, passes, draws=self.draws, seed=self.seed)
+        return list(self.rows(layers, passes, predicted_tokens(self.shard, model)))
+
+    def layers(self, model: LanguageModel, intervention: Intervention) -> list[Layer]:
+        """Return the layers that are measured."""
+        return [layer for layer in model.layers if layer.index not in intervention.removed]
+
+    def start(self, batch: Batch, layers: Sequence[Layer], device: torch.device) -> Any:
+        """Return the pass of a batch, a `Pass`."""
+        raise NotImplementedError
+
+    def hooked(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
+        """Report the layers to the current pass inside the context."""
+        return through_passes(layers)
+
+    def rows(self, layers: Sequence[Layer], passes: Sequence[Any], weights: Float64) -> Iterator[Row]:
+        """Yield the rows of all passes.
+
+        Args:
+            weights: predicted tokens of each sequence.
+        """
+        raise NotImplementedError
+
+
+@contextmanager
+def through_passes(layers: Sequence[Layer]) -> Iterator[None]:
+    """Have layers run by the method ``call`` of the current pass inside the context.
+
+    Its arguments are the layers that are the same module, ``forward`` of the module, and the arguments of that.
+    """
+
+    def call(uses: Sequence[Layer], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        current = CURRENT.get()
+        return forward(*args, **kwargs) if current is None else current.call(uses, forward, args, kwargs)
+
+    with around({uses[0].module: partial(call, uses) for uses in by_module(layers)}):
+        yield
+
+
+def by_module(layers: Iterable[Layer]) -> list[list[Layer]]:
+    """Return layers in groups that are the same module."""
+    groups: defaultdict[nn.Module, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        groups[layer.module].append(layer)
+    return [*groups.values()]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients(BackwardMeasure):
+    """Gradient measures of each layer, from a forward and a backward pass for each batch of a shard.
+
+    - ``taylor``: the sum over tokens of ``|<dL/d out, out - in>|``, where L is the summed negative log-likelihood in
+      nats, per predicted token; a sample for each sequence. It estimates, to first order, the change of the loss if the
+      layer returned its input; absolute values keep signs from cancelling (Molchanov et al., arXiv 1906.10771, 3.1).
+    - ``gradient_l1``, ``gradient_l2``: sums of the norms of the gradients of the weight matrices; a sample for each
+      batch, where L is the mean over its predicted tokens (as in the AVSS authors' script, arXiv 2411.02117).
+    - ``weight_frobenius``: sum of the norms of the weight matrices.
+    """
+
+    measure = "gradients"
+    trains = True
+
+    def start(self, batch: Batch, layers: Sequence[Layer], device: torch.device) -> LayerGradients:
+        """Return the pass of a batch."""
+        return LayerGradients(batch, device)
+
+    @contextmanager
+    def hooked(self, layers: Sequence[Layer]) -> Iterator[None]:
+        """Report layers and the gradients of their weights to the current pass inside the context.
+
+        Weights are hooked when their layer begins, because streamed weights are replaced between passes.
+        """
+        with ExitStack() as stack:
+            known = WeakIdKeyDictionary()
+
+            def hook(uses: Sequence[Layer], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                for weight in matrices(uses[0].module) if torch.is_grad_enabled() else ():
+                    if weight not in known:
+                        known[weight] = True
+                        report = partial(_accumulate, uses)
+                        stack.callback(weight.register_post_accumulate_grad_hook(report).remove)
+                return forward(*args, **kwargs)
+
+            stack.enter_context(around({uses[0].module: partial(hook, uses) for uses in by_module(layers)}))
+            stack.enter_context(super().hooked(layers))
+            yield
+
+    def rows(self, layers: Sequence[Layer], passes: Sequence[LayerGradients], weights: Float64) -> Iterator[Row]:
+        """Yield the rows of all passes."""
+        ones = np.ones(len(passes))
+        for index in (layer.index for layer in layers):
+            removal = np.concatenate([batch.sums[index].cpu().numpy() for batch in passes])
+            yield Row(metric=TAYLOR, samples=removal, weights=weights, layer=index)
+            for metric, order in ((L1, 1), (L2, 2)):
+                samples = np.array([float(batch.norms[index, order]) for batch in passes])
+                yield Row(metric=metric, samples=samples, weights=ones, layer=index)
+            size = np.array([float(next(batch.sizes[index] for batch in passes))])
+            yield Row(metric=FROBENIUS, samples=size, weights=np.ones(1), layer=index)
+
+
+def matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Return the weight matrices of a layer, including stacks of matrices (experts), without convolutions."""
+    by_id = {
+        id(parameter): parameter
+        for child in module.modules()
+        if not isinstance(child, nn.Conv1d)
+        for parameter in child.parameters(recurse=False)
+        if len(_shape(parameter)) in (2, 3) and parameter.is_floating_point()
+    }
+    return list(by_id.values())
+
+
+def _shape(parameter: nn.Parameter) -> Sequence[int]:
+    """Return the shape of the whole parameter, of which this process may have only a part with DeepSpeed ZeRO-3."""
+    shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+class _SavedTensor:
+    """Reference to a tensor that the backward pass saves anyway, so that it takes no further memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self._version = tensor, tensor._version
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the tensor was changed in place since."""
+        return self.tensor._version != self._version
+
+
+class LayerGradients(Pass):
+    """Effects of removal by layer, and norms of weights and of their gradients, from one pass."""
+
+    keeps = 1
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        super().__init__(batch, device)
+        self.norms: defaultdict[tuple[int, int], Any] = defaultdict(float)  # of gradients, by layer and order
+        self.sizes: dict[int, Any] = {}  # norms of weights
+        self._tokens = max(1.0, float(predicted(batch).sum()))
+
+    def call(self, uses: Sequence[Layer], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a layer, and listen to the gradient of its output."""
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if uses[0].index not in self.sizes:  # weights may be gone when the layer has run
+            size = sum(_norms(weight, 2) for weight in matrices(uses[0].module))
+            self.sizes |= dict.fromkeys([use.index for use in uses], size)
+        hidden = input_tensor(args, kwargs)
+        saved = None if hidden is None else _SavedTensor(hidden.detach())
+        output = forward(*args, **kwargs)
+        _, layer = self.count_call(uses)
+        out = first_tensor(output)
+        if out is None or saved is None or out.shape != saved.tensor.shape:
+            raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
+        out.register_hook(partial(self._remove, layer, saved, _SavedTensor(out.detach())))
+        return output
+
+    def _remove(
+        self, layer: Layer, saved_input: _SavedTensor, saved_output: _SavedTensor, gradient: torch.Tensor
+    ) -> None:
+        if saved_input.has_changed or saved_output.has_changed:
+            raise ModelError(f"Layer {layer.index} ({layer.name}), or one behind it, changes its input in place.")
+        tensors = gradient, saved_output.tensor, saved_input.tensor
+        chunks = (self.by_row(layer, x).flatten(0, 1).split(CHUNK) for x in tensors)
+        products = [(g.double() * (y.float() - x.float())).sum(dim=1) for g, y, x in zip(*chunks, strict=True)]
+        changes = torch.cat(products).abs().view(self.real.shape).where(self.real.to(gradient.device), 0)
+        self.sums[layer.index] = changes.sum(dim=1)
+
+    def accumulate(self, uses: Sequence[Layer], weight: torch.Tensor) -> None:
+        """Add the norms of a weight's gradient, and free the gradient."""
+        assert weight.grad is not None
+        for order in (1, 2):
+            norm = _norms(weight.grad, order) / self._tokens
+            for layer in uses:
+                self.norms[layer.index, order] += norm
+        weight.grad = None
+
+
+def _accumulate(uses: Sequence[Layer], weight: torch.Tensor) -> None:
+    CURRENT.get().accumulate(uses, weight)
+
+
+@contextmanager
+def trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
+    """Require gradients of the layers' matrices alone inside the context."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    chosen = {id(weight) for layer in layers for weight in matrices(layer.module)}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+            parameter.grad = None
+
+
+def _norms(matrix: torch.Tensor, order: int) -> torch.Tensor:
+    """Return the vector norm of a matrix's elements, summed over a stack of matrices."""
+    return whole_norms(matrix.detach(), order).sum()
