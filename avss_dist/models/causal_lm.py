@@ -13,7 +13,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from avss_dist.core.errors import ModelError, first_line
-from avss_dist.core.intervention import Intervention, Removal, Rounding, Sparsity, Sublayer, layer_of, whole_layers
+from avss_dist.core.intervention import (
+    THRESHOLD,
+    Intervention,
+    Removal,
+    Rounding,
+    Sparsity,
+    Sublayer,
+    layer_of,
+    whole_layers,
+)
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.checkpoints import Checkpoint
@@ -98,6 +107,7 @@ class LanguageModel:
         weights_stay: whether weights are in memory, and whole, from pass to pass. Otherwise they are patched and
             rounded while their layer runs, and backward passes use the unchanged ones.
         whole_weights: whether this process has every weight of a layer whole while the layer runs.
+        no_gradients: message and hint of the refusal of gradients; None if they can be computed.
         lockstep: number of ranks that must run equally many passes, each over its own batches.
 
     Raises:
@@ -108,6 +118,7 @@ class LanguageModel:
     keeps_hidden_states = True
     weights_stay = True
     whole_weights = True
+    no_gradients: tuple[str, str] | None = None
     lockstep = 1
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, backbone: Backbone, device: torch.device) -> None:
@@ -263,6 +274,11 @@ class LanguageModel:
     @contextmanager
     def sparsified(self, sparsity: Sparsity) -> Iterator[SparsityCounts]:
         """Have the model compute with sparse activations inside the context; see `sparsifying.sparsified`."""
+        if not self.whole_weights and any(cut.by != THRESHOLD or cut.weighted for cut in sparsity.maps):
+            raise ModelError(
+                "Each rank has some of a token's units, and cannot choose the largest of all.",
+                "Use single, device_map, streaming, fsdp or zero3, or a plan of thresholds.",
+            )
         with sparsified(self.module, self.layers, sparsity) as counts:
             yield counts
 
@@ -453,6 +469,8 @@ class LanguageModel:
         Raises:
             ModelError: this replica computes no gradients.
         """
+        if self.no_gradients:
+            raise ModelError(*self.no_gradients)
         for batch, watcher in underway(list(zip(batches, watchers, strict=True)), "Computing gradients"):
             with watcher.watch(), torch.enable_grad():
                 hidden = self.hidden_states(batch)

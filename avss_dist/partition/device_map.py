@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.core.errors import ConfigError, ModelError, nearest
+from avss_dist.core.errors import ConfigError, nearest
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
-from avss_dist.corpus.shards import Batch
-from avss_dist.models.causal_lm import LanguageModel, Watcher
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import forward_function, load, without_head
@@ -118,10 +117,13 @@ class DeviceMapReplica(BatchwiseReplica):
         tied_once = sum(p.numel() for p in model.parameters())
         self.model: Mapping[str, Any] = describe(self._backbone, "device_map") | {"num_parameters": tied_once}
         if head:
-            offloaded = bool({"cpu", "disk"} & set(self.device_map.values()) - {self.device.type})
-            self.language_model = DeviceMapLanguageModel(
-                checkpoint, settings, self._backbone, self.device, offloaded=offloaded
-            )
+            self.language_model = LanguageModel(checkpoint, settings, self._backbone, self.device)
+            if {"cpu", "disk"} & set(self.device_map.values()) - {self.device.type}:
+                self.language_model.no_gradients = (
+                    "`partition` device_map keeps some of the weights off the devices that compute, and has no "
+                    "gradients then.",
+                    "Use `partition` streaming, or give it more memory.",
+                )
 
     def close(self) -> None:
         """Drop the weights, Accelerate's hooks and what was written to the offload folder."""
@@ -134,26 +136,6 @@ class DeviceMapReplica(BatchwiseReplica):
         del self._backbone, self._run, self.layers, self._handles
         self._folder.remove()
         free_device(self.device)
-
-
-class DeviceMapLanguageModel(LanguageModel):
-    """Language model on a device map; see `causal_lm.LanguageModel`. Offloaded weights rule out gradients."""
-
-    def __init__(self, *args: Any, offloaded: bool) -> None:
-        super().__init__(*args)
-        self._offloaded = offloaded
-
-    def backpropagate(
-        self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
-    ) -> list[Watcher]:
-        """See `causal_lm.LanguageModel`."""
-        if self._offloaded:
-            raise ModelError(
-                "`partition` device_map keeps some of the weights off the devices that compute, and has no gradients "
-                "then.",
-                "Use `partition` streaming, or give it more memory.",
-            )
-        return super().backpropagate(batches, watchers, draws=draws, seed=seed)
 
 
 def memory_limits(

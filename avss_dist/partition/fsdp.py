@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
@@ -82,7 +81,7 @@ class FsdpReplica(BatchwiseReplica):
                 _run(predictor(model), self.device)
             self._backbone = open_module(model, layers=settings.layers, device=self.device)
             if head:
-                self.language_model = FsdpLanguageModel(checkpoint, settings, self._backbone, self.device)
+                self.language_model = ShardedLanguageModel(checkpoint, settings, self._backbone, self.device)
         self._run = forward_function(self._backbone.module)
         self.layers: tuple[Layer, ...] = self._backbone.structure.layers
         self.model: Mapping[str, Any] = describe(self._backbone, "fsdp")
@@ -92,15 +91,6 @@ class FsdpReplica(BatchwiseReplica):
         self.language_model = None
         del self._backbone, self._run, self.layers
         free_device(self.device)
-
-
-class FsdpLanguageModel(ShardedLanguageModel):
-    """Language model whose weights FSDP2 gathers; see `sharded.ShardedLanguageModel`."""
-
-    def value(self, layer: int, path: str) -> torch.Tensor:
-        """See `causal_lm.LanguageModel`. All ranks call this."""
-        value = super().value(layer, path)
-        return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def gathering_plan(model: Any, layers: str | None) -> dict[str, str]:

@@ -16,6 +16,7 @@ import torch
 from torch import distributed
 
 from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.partition.replica import Placement, RowSplit
 
 S = TypeVar("S")
@@ -132,14 +133,13 @@ def rank_and_size() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
-class DividedWork:
-    """Division of a language model's work among ranks that take different batches of one task.
+class DividedLanguageModel(LanguageModel):
+    """Language model whose ranks take different batches of one task. The first one reports."""
 
-    Attributes:
-        _split: the part of this rank.
-    """
-
-    _split: RowSplit
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._split = RowSplit(*rank_and_size())
+        self.reports = self._split.rank == 0
 
     def local_indices(self, count: int) -> range:
         """See `causal_lm.LanguageModel`. They are contiguous, and equally many if ``count`` is a multiple of ranks."""

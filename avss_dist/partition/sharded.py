@@ -13,19 +13,20 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import SHARDINGS
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Batch
-from avss_dist.models.causal_lm import LanguageModel, Watcher
+from avss_dist.models.causal_lm import Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import uncounted
-from avss_dist.partition.group import DividedWork, all_gather, quiet_deepspeed, rank_and_size, share, sum_over_ranks
+from avss_dist.partition.group import DividedLanguageModel, all_gather, quiet_deepspeed, share, sum_over_ranks
 from avss_dist.partition.memory import PartitionMemory, Usage, refusal
-from avss_dist.partition.replica import RowSplit, dummy_batch
+from avss_dist.partition.replica import dummy_batch
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class ShardedMemory(PartitionMemory):
         return self.process_usage(weights, why, host_weights=self.host_weights())
 
 
-class ShardedLanguageModel(DividedWork, LanguageModel):
+class ShardedLanguageModel(DividedLanguageModel):
     """Language model whose ranks share the batches and all return all results; see `causal_lm.LanguageModel`.
 
     A rank without a batch runs a dummy while others have one, because collectives wait for all.
@@ -77,8 +78,7 @@ class ShardedLanguageModel(DividedWork, LanguageModel):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._split = RowSplit(*rank_and_size())
-        self.reports, self.lockstep = self._split.rank == 0, self._split.ranks
+        self.lockstep = self._split.ranks
         self._dummy = dummy_batch()
 
     def pieces(self, number: int) -> list[slice]:
@@ -104,6 +104,17 @@ class ShardedLanguageModel(DividedWork, LanguageModel):
         run = partial(super().backpropagate, draws=draws, seed=seed)
         pairs = list(zip(batches, watchers, strict=True))
         return self._share(pairs, lambda pair: run([pair[0]], [pair[1]])[0], lambda: run([batches[0]], [spare]))
+
+    def value(self, layer: int, path: str) -> torch.Tensor:
+        """See `causal_lm.LanguageModel`. All ranks call this."""
+        value = super().value(layer, path)
+        if isinstance(value, DTensor):
+            return value.full_tensor()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        parameter = self.layers[layer].module.get_parameter(path)
+        with GatheredParameters([parameter]):  # of those that DeepSpeed has divided
+            return parameter.detach().clone()
 
     def total(self, counts: list[list[int]]) -> list[list[int]]:
         """See `causal_lm.LanguageModel`."""

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
-from avss_dist.models.loading import Backbone, forward_function, load
-from avss_dist.partition.group import DividedWork, require_group
-from avss_dist.partition.replica import BatchwiseReplica, Placement, RowSplit, describe
+from avss_dist.models.loading import forward_function, load
+from avss_dist.partition.group import DividedLanguageModel, require_group
+from avss_dist.partition.replica import BatchwiseReplica, Placement, describe
 from avss_dist.system.devices import free_device, pick_device
 from avss_dist.system.memory import keep_freed_memory
 
@@ -28,26 +26,6 @@ def with_copies(placement: Placement, copies: int) -> Placement:
     if not PARTITIONS[placement.partition].whole or copies < 2:
         return placement
     return replace(placement, ranks=copies, gpus=placement.gpus * copies)
-
-
-class CopiedLanguageModel(DividedWork, LanguageModel):
-    """One of several copies of a language model. All take the same cells, and the first one reports.
-
-    Raises:
-        ConfigError: this process is not in a group of that many processes.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        settings: Settings,
-        backbone: Backbone,
-        device: torch.device,
-        placement: Placement,
-    ) -> None:
-        super().__init__(checkpoint, settings, backbone, device)
-        self._split = RowSplit(*require_group(placement))
-        self.reports = self._split.rank == 0
 
 
 class SingleReplica(BatchwiseReplica):
@@ -64,7 +42,8 @@ class SingleReplica(BatchwiseReplica):
         self.model: Mapping[str, Any] = describe(self._backbone, "single")
         opened = checkpoint, settings, self._backbone, self.device
         if head and placement and placement.copies > 1:
-            self.language_model = CopiedLanguageModel(*opened, placement)
+            require_group(placement)
+            self.language_model = DividedLanguageModel(*opened)
         elif head:
             self.language_model = LanguageModel(*opened)
 

@@ -7,23 +7,19 @@ matrices and the head are split as with ``tensor_parallel``, if the ranks divide
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
-from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.intervention import THRESHOLD, Sparsity
+from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
-from avss_dist.corpus.shards import Batch
-from avss_dist.models.causal_lm import LanguageModel, Watcher
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, forward_function
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
-from avss_dist.models.sparsifying import SparsityCounts
 from avss_dist.partition.autotp import open_by_autotp, require_heads, require_supported
 from avss_dist.partition.group import gather, require_group, reraise_lost_ranks, sum_over_ranks
 from avss_dist.partition.memory import PartitionMemory, Usage, refusal
@@ -109,7 +105,14 @@ class TensorParallelReplica(BatchwiseReplica):
             self._backbone, has_gradients = self._open(checkpoint, settings, head=head)
             if head:
                 language_model = TensorParallelLanguageModel(checkpoint, settings, self._backbone, self.device)
-                language_model.reports, language_model.has_gradients = self.reports_stats, has_gradients
+                language_model.reports = self.reports_stats
+                if not has_gradients:
+                    language_model.no_gradients = (
+                        f"`partition` tensor_parallel has no gradients of a {language_model.family} model: "
+                        "transformers has no plan that splits it over these ranks, and DeepSpeed splits models for "
+                        "inference alone.",
+                        "Use `partition` fsdp, zero3, single or streaming.",
+                    )
                 self.language_model = language_model
         self._run = forward_function(self._backbone.module)
         self.layers: tuple[Layer, ...] = self._backbone.structure.layers
@@ -158,37 +161,9 @@ def require_split(checkpoint: Checkpoint | str, settings: Settings, ranks: int) 
 
 
 class TensorParallelLanguageModel(LanguageModel):
-    """Language model of which each rank computes a part of every matrix product; see `causal_lm.LanguageModel`.
+    """Language model of which each rank computes a part of every matrix product; see `causal_lm.LanguageModel`."""
 
-    Attributes:
-        has_gradients: whether it computes gradients.
-    """
-
-    has_gradients = True
     whole_weights = False
-
-    def backpropagate(
-        self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
-    ) -> list[Watcher]:
-        """See `causal_lm.LanguageModel`."""
-        if not self.has_gradients:
-            raise ModelError(
-                f"`partition` tensor_parallel has no gradients of a {self.family} model: transformers has no plan that "
-                "splits it over these ranks, and DeepSpeed splits models for inference alone.",
-                "Use `partition` fsdp, zero3, single or streaming.",
-            )
-        return super().backpropagate(batches, watchers, draws=draws, seed=seed)
-
-    @contextmanager
-    def sparsified(self, sparsity: Sparsity) -> Iterator[SparsityCounts]:
-        """See `causal_lm.LanguageModel`. A rank has some of a token's units, and cannot choose the largest of all."""
-        if any(cut.by != THRESHOLD or cut.weighted for cut in sparsity.maps):
-            raise ModelError(
-                "Each rank has some of a token's units, and cannot choose the largest of all.",
-                "Use single, device_map, streaming, fsdp or zero3, or a plan of thresholds.",
-            )
-        with super().sparsified(sparsity) as counts:
-            yield counts
 
     def total(self, counts: list[list[int]]) -> list[list[int]]:
         """See `causal_lm.LanguageModel`. Whole maps are counted by every rank, which leaves their share unchanged."""

@@ -57,7 +57,7 @@ class Zero3Replica(BatchwiseReplica):
             self._engine = _partition(model, settings, config, head=head)
             backbone = open_module(model, layers=settings.layers, device=self.device)
             if head:
-                self.language_model = Zero3LanguageModel(checkpoint, settings, backbone, self.device)
+                self.language_model = ShardedLanguageModel(checkpoint, settings, backbone, self.device)
         self._run = forward_function(backbone.module)
         self.layers: tuple[Layer, ...] = backbone.structure.layers
         self.model: Mapping[str, Any] = describe(backbone, "zero3")
@@ -75,18 +75,6 @@ class Zero3Replica(BatchwiseReplica):
         self.language_model = None
         del self._engine, self._module, self._run, self.layers
         free_device(self.device)
-
-
-class Zero3LanguageModel(ShardedLanguageModel):
-    """Language model whose weights DeepSpeed gathers; see `sharded.ShardedLanguageModel`."""
-
-    def value(self, layer: int, path: str) -> torch.Tensor:
-        """See `causal_lm.LanguageModel`. All ranks call this."""
-        from deepspeed.runtime.zero import GatheredParameters
-
-        parameter = self.layers[layer].module.get_parameter(path)
-        with GatheredParameters([parameter]):
-            return parameter.detach().clone()
 
 
 def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
