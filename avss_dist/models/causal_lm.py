@@ -31,7 +31,6 @@ from avss_dist.models.head import (
     LOGIT_BYTES,
     Head,
     draw_labels,
-    find_head,
     float32_pieces,
     loss_gradient,
     pieces,
@@ -54,7 +53,7 @@ from avss_dist.models.loading import Backbone, no_head, predictor, quiet
 from avss_dist.models.number_formats import NumberFormat
 from avss_dist.models.remaining import without_modules
 from avss_dist.models.rounding import require_alone, require_fit, rounded
-from avss_dist.models.sparsifying import SparsityCounts, dense, sparsified, uncounted
+from avss_dist.models.sparsifying import SparsityCounts, dense, sparsified
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import to_device
 from avss_dist.system.streams import underway
@@ -133,7 +132,7 @@ class LanguageModel:
         self.family = backbone.family
         try:
             with quiet(), torch.no_grad(), recording(self.layers) as recorded:
-                self.head: Head = find_head(self.module, self.layers, device)
+                self.head = Head(self.module, self.layers, device)
         except (TypeError, ValueError, AttributeError) as error:  # of the model's own code
             name = type(self.module).__name__
             raise ModelError(f"{name} cannot predict from token ids alone: {first_line(error)}") from error
@@ -327,7 +326,7 @@ class LanguageModel:
     def _find_cache_obstacle(self, skipped: frozenset[int]) -> str | None:
         """Return why the remaining layers cannot generate with a key-value cache, found on a few tokens, or None."""
         try:
-            with torch.no_grad(), quiet(), uncounted(), dense():
+            with torch.no_grad(), quiet(), dense():
                 return self._differs_without(skipped)
         except Exception as error:  # a model's own code can raise anything where layers are missing
             return f"its remaining layers do not run alone ({type(error).__name__}: {first_line(error)})"

@@ -8,8 +8,8 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,10 +27,11 @@ _READ = {".json", ".safetensors", ".model", ".txt"}  # suffixes of the files tha
 
 SLUG_LENGTH = 237  # characters of the longest name that has room in a folder's: run_id=NAME-0123456789, 255 bytes
 SLUG_PREFIX = 80  # characters that stay of a longer one
-PICKLED_WEIGHTS = "pytorch_model*.bin"  # what transformers calls them; others hold optimizers and arguments
+_PICKLED_WEIGHTS = "pytorch_model*.bin"  # what transformers calls them; others hold optimizers and arguments
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _INDEX = "pytorch_model.bin.index.json"
-_NOTE = "converted_from_pickles"
+CONVERTED = "converted_from_pickles"
+"""File in a folder that `convert_pickles` wrote."""
 _WORDS = r"(?<![a-z])(global|train|training)?[-_]?(steps?|checkpoint|ckpt|iter|iteration)[-_]?"
 _STEP = re.compile(rf"{_WORDS}(?P<number>\d+)(?P<unit>k?)(?![a-z\d])", re.IGNORECASE)
 _TOKENS = (
@@ -98,9 +99,14 @@ def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
         ModelError: the checkpoint does not exist or cannot be opened; the message says what to do.
     """
     local = locate(spec)
+    code = ["*.py"] if trust_remote_code else []
     if local is None:
-        return _fetch(spec, trust_remote_code)
-    suffixes = _READ | {".py"} if trust_remote_code else _READ
+        fetched = fetch_files(spec, [*_FETCHED, WEIGHTS, *code])
+        if not weight_files(fetched.folder) and (converted := converted_folder(fetched.folder)):
+            fetched = replace(fetched, path=str(converted))
+        _check_folder(fetched.folder, spec)
+        return fetched
+    suffixes = {*_READ, *(name.removeprefix("*") for name in code)}
     path = Path(local.path)
     if not path.is_dir():
         return replace(local, revision=content_hash(path.parent, [path]))
@@ -136,31 +142,55 @@ def locate(spec: str, *, weights: bool = True) -> Checkpoint | None:
     return None
 
 
-def _fetch(spec: str, trust_remote_code: bool) -> Checkpoint:
-    code = ["*.py"] if trust_remote_code else []
-    checkpoint = fetch_files(spec, [*_FETCHED, WEIGHTS, *code])
-    if not weight_files(checkpoint.folder) and (converted := converted_folder(checkpoint.folder)):
-        checkpoint = replace(checkpoint, path=str(converted))
-    _check_folder(checkpoint.folder, spec)
-    return checkpoint
-
-
 def convert_pickles(spec: str) -> None:
-    """Convert pickled weights to safetensors in the cache, where `resolve` finds them; skip a checkpoint that has some.
+    """Convert pickled weights to safetensors in the cache, where `resolve` finds them, unless that was done before.
+
+    The checkpoint's other files are copied along. A checkpoint that has safetensors is skipped.
 
     Args:
         spec: see `resolve`.
 
     Raises:
-        ModelError: the checkpoint does not exist, or its files hold more than tensors.
+        ModelError: the checkpoint does not exist, or its files hold more than tensors, or are damaged.
+        StorageFull: there is no space left.
     """
     folder = Path(spec).expanduser()
     if not folder.exists():
         folder = fetch_files(spec, [*_FETCHED, WEIGHTS]).folder
         if not weight_files(folder):
-            folder = fetch_files(spec, [*_FETCHED, PICKLED_WEIGHTS]).folder
-    if folder.is_dir() and not weight_files(folder):
-        convert(folder)
+            folder = fetch_files(spec, [*_FETCHED, _PICKLED_WEIGHTS]).folder
+    files = [] if not folder.is_dir() or weight_files(folder) else _pickled_weights(folder)
+    if not files or converted_folder(folder):
+        return
+    place = _place(folder, files)
+    try:
+        with staged_folder(place) as staged:
+            for file in files:
+                _convert_file(file, staged / _renamed(file.name))
+            for file in folder.iterdir():
+                if file.is_file() and file.name[0] != "." and not any(file.match(p) for p in (*PICKLED, _INDEX)):
+                    shutil.copyfile(file, staged / file.name)
+            if (folder / _INDEX).is_file():
+                index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+                index["weight_map"] = {name: _renamed(file) for name, file in index["weight_map"].items()}
+                (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (staged / CONVERTED).write_text("\n".join(file.name for file in files) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(place, error, "Free some space, or name another cache with XDG_CACHE_HOME.") from error
+
+
+def _convert_file(file: Path, target: Path) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        tensors: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        contiguous = {str(name): tensor.clone().contiguous() for name, tensor in tensors.items()}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{file} holds more than tensors, or is damaged; torch does not open it: {first_line(error)}",
+            "Load it where you trust it, and save it with save_pretrained().",
+        ) from error
+    save_file(contiguous, target, {"format": "pt"})
 
 
 def fetch_files(spec: str, patterns: list[str]) -> Checkpoint:
@@ -179,10 +209,13 @@ def fetch_files(spec: str, patterns: list[str]) -> Checkpoint:
 
 @contextmanager
 def explain_hub_errors(spec: str) -> Iterator[None]:
-    """Convert the hub's errors to ModelError with a hint."""
+    """Convert the errors of the hub's client, with any HTTP library, to ModelError with a hint."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    bases: Any = HfHubHTTPError.__bases__  # of that library, and OSError
     try:
         yield
-    except _client_errors() as error:
+    except (HFValidationError, HfHubHTTPError, *bases, OSError) as error:
         if isinstance(error, OSError) and is_full(error):
             raise unwritable(f"The hub's cache on this machine, with '{spec}',", error, "Free some space.") from error
         raise ModelError(
@@ -229,14 +262,6 @@ def read_config(folder: Path, spec: str) -> dict[str, Any]:
     return config
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions that the hub's client raises for a failed request, with any HTTP library."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    bases: Any = HfHubHTTPError.__bases__  # of that library, and OSError
-    return (HFValidationError, HfHubHTTPError, *bases, OSError)
-
-
 def stored_tensors(checkpoint: Checkpoint) -> Iterator[TensorInfo]:
     """Yield the tensors of the weight files that transformers loads.
 
@@ -244,7 +269,8 @@ def stored_tensors(checkpoint: Checkpoint) -> Iterator[TensorInfo]:
         ModelError: a file has no valid header.
     """
     if checkpoint.gguf:
-        yield from _gguf_tensors(Path(checkpoint.path))
+        for tensor in read_gguf(checkpoint).tensors:
+            yield TensorInfo(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes))
         return
     for file in weight_files(checkpoint.folder):
         yield from tensors_of(file)
@@ -271,20 +297,20 @@ def hub_tensors(spec: str, checkpoint: Checkpoint) -> Iterator[TensorInfo]:
             yield TensorInfo(name, tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0])
 
 
-def _gguf_tensors(file: Path) -> Iterator[TensorInfo]:
+def read_gguf(checkpoint: Checkpoint) -> Any:
+    """Return the gguf package's reader of a checkpoint's file.
+
+    Raises:
+        ModelError: the file has no valid header.
+    """
     from gguf import GGUFReader
 
     try:
-        tensors = GGUFReader(file).tensors
+        return GGUFReader(checkpoint.path)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ModelError(f"{file} has no header of a .gguf file: {error}.", "Download or copy it again.") from error
-    for tensor in tensors:
-        yield TensorInfo(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes))
-
-
-def pickled_weights(folder: Path) -> list[Path]:
-    """Return the files of pickled weights in a folder, sorted."""
-    return sorted(file for file in folder.glob(PICKLED_WEIGHTS) if file.is_file())
+        raise ModelError(
+            f"{checkpoint.path} has no header of a .gguf file: {error}.", "Download or copy it again."
+        ) from error
 
 
 def converted_folder(folder: Path) -> Path | None:
@@ -293,37 +319,14 @@ def converted_folder(folder: Path) -> Path | None:
     Raises:
         ModelError: a file cannot be read.
     """
-    if not (files := pickled_weights(folder)):
+    if not (files := _pickled_weights(folder)):
         return None
     place = _place(folder, files)
     return place if place.is_dir() else None
 
 
-def is_converted(folder: Path) -> bool:
-    """Whether `convert` wrote a folder."""
-    return (folder / _NOTE).is_file()
-
-
-def convert(folder: Path) -> None:
-    """Convert the pickled weights of a folder to safetensors in the cache, unless that was done before.
-
-    The folder's other files are copied along.
-
-    Raises:
-        ModelError: a file holds more than tensors, or is damaged; the message says which.
-        StorageFull: there is no space left.
-    """
-    if not (files := pickled_weights(folder)) or converted_folder(folder):
-        return
-    place = _place(folder, files)
-    try:
-        with staged_folder(place) as staged:
-            for file in files:
-                _convert_file(file, staged / _renamed(file.name))
-            _copy_others(folder, staged)
-            (staged / _NOTE).write_text("\n".join(file.name for file in files) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(place, error, "Free some space, or name another cache with XDG_CACHE_HOME.") from error
+def _pickled_weights(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob(_PICKLED_WEIGHTS) if file.is_file())
 
 
 def _place(folder: Path, files: list[Path]) -> Path:
@@ -333,32 +336,6 @@ def _place(folder: Path, files: list[Path]) -> Path:
 
 def _renamed(name: str) -> str:
     return name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
-
-
-def _convert_file(file: Path, target: Path) -> None:
-    from safetensors.torch import save_file
-
-    try:
-        tensors: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"{file} holds more than tensors, or is damaged; torch does not open it: {first_line(error)}",
-            "Load it where you trust it, and save it with save_pretrained().",
-        ) from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise ModelError(f"{file} is no table of tensors.", "Name the folder of a model that save_pretrained() wrote.")
-    save_file({str(name): tensor.clone().contiguous() for name, tensor in tensors.items()}, target, {"format": "pt"})
-
-
-def _copy_others(folder: Path, staged: Path) -> None:
-    """Copy all files but pickles, and the index with the new names of the weight files."""
-    for file in folder.iterdir():
-        if file.is_file() and not file.name.startswith(".") and not any(file.match(p) for p in (*PICKLED, _INDEX)):
-            shutil.copyfile(file, staged / file.name)
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        index["weight_map"] = {name: _renamed(file) for name, file in index["weight_map"].items()}
-        (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def content_hash(folder: Path, files: Iterable[Path]) -> str:
@@ -386,17 +363,11 @@ def _file_hash(file: Path) -> str:
     with file.open("rb") as stream:
         value = hashlib.file_digest(stream, "sha256").hexdigest()
     if stat.st_size > 1 << 20:
-        _remember(cache, value)
+        with suppress(OSError):  # only a convenience: without it the file is hashed again
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with staged_file(cache) as staged:
+                staged.write_text(value, encoding="ascii")
     return value
-
-
-def _remember(cache: Path, value: str) -> None:
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with staged_file(cache) as staged:
-            staged.write_text(value, encoding="ascii")
-    except OSError:
-        return  # only a convenience: without it the file is hashed again
 
 
 @dataclass(frozen=True)

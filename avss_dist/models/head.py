@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +20,6 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.models.interventions import around
 from avss_dist.models.layers import PROBE_SHAPE, Layer, probe_tokens
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.process import bound
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Maximum difference between the logits of pieces and of all tokens, relative to the largest logit, by dtype."""
@@ -30,126 +27,67 @@ LOGIT_BYTES = 128 << 20  # of the logits that exist at once, in float32; of 262,
 WIDENED_BYTES = 16 << 20  # of logits on a CPU: larger pieces would be taken from the system anew each time
 
 
-class Head(Protocol):
-    """Map from the hidden states before a model's head to logits.
+class Head:
+    """Map from the hidden states before a model's head to logits, found by a forward pass over `PROBE_SHAPE` tokens.
+
+    If logits of pieces would differ from those of all tokens, the head is not split: its ``hidden_states`` are the
+    logits of a batch already.
 
     Attributes:
         vocabulary: number of logits of a token.
+        body: the module that runs the layers, whose output is recorded; None if the head is not split.
     """
 
-    vocabulary: int
+    def __init__(self, module: Any, layers: Sequence[Layer], device: torch.device) -> None:
+        self._module, self._ids, self._linear = module, probe_tokens(device), module.get_output_embeddings()
+        self.body: nn.Module | None = None
+        with torch.no_grad(), _outputs(module, layers) as outputs, self._reading(runs=True) as inputs:
+            logits: torch.Tensor = module(input_ids=self._ids, use_cache=False).logits
+        self.vocabulary = logits.shape[-1]
+        if not outputs or len(inputs) != 1 or inputs[0].shape[:-1] != PROBE_SHAPE or inputs[0].dim() != 3:
+            return
+        body = min(outputs, key=lambda path: path.count("."))
+        self.body, self._output = module.get_submodule(body), outputs[body]
+        expected = logits.flatten(0, 1)
+        with torch.no_grad(), suppress(Exception):  # a model's own code can raise anything where less runs
+            actual = self.logits(inputs[0].flatten(0, 1))
+            tolerance = TOLERANCES.get(actual.dtype, 0.0) * expected.abs().max()
+            if actual.shape == expected.shape and bool(((actual - expected).abs() <= tolerance).all()):
+                return
+        self.body = None
+
+    @contextmanager
+    def _reading(self, *, runs: bool) -> Iterator[list[torch.Tensor]]:
+        """Record the inputs of the output embeddings. Unless they run, they return zeros of one logit."""
+        inputs: list[torch.Tensor] = []
+
+        def read(forward: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            inputs.append(hidden)
+            return forward(hidden, *args, **kwargs) if runs else hidden.new_zeros((*hidden.shape[:-1], 1))
+
+        with around({self._linear: read} if isinstance(self._linear, nn.Module) else {}):
+            yield inputs
 
     def hidden_states(self, run: Callable[[], Any]) -> torch.Tensor:
         """Return the input of the head in the forward pass of ``run``, [rows, tokens, units], on any device."""
+        if self.body is None:
+            logits: torch.Tensor = run().logits
+            return logits
+        with self._reading(runs=False) as inputs:
+            run()
+        return inputs[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits, [tokens, vocabulary], of hidden states, [tokens, units]."""
+        if self.body is None:
+            return hidden
 
+        def replace(forward: Callable[..., Any], _hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return forward(hidden[None], *args, **kwargs)
 
-def find_head(module: Any, layers: Sequence[Layer], device: torch.device) -> Head:
-    """Return the head of a model, found by one forward pass over ``PROBE_SHAPE`` tokens.
-
-    It is a `WholeHead`, with all logits of a batch at once, if logits of pieces would differ from those of all tokens.
-    """
-    ids = probe_tokens(device)
-    linear = module.get_output_embeddings()
-    if isinstance(linear, nn.Module):
-        linear.forward = partial(_forward, linear.forward)
-    recorded = _HeadMode()
-    with torch.no_grad(), _outputs(module, layers) as outputs, bound(_MODE, recorded):
-        logits: torch.Tensor = module(input_ids=ids, use_cache=False).logits
-    whole = WholeHead(logits.shape[-1])
-    if (
-        not outputs
-        or len(recorded.inputs) != 1
-        or recorded.inputs[0].shape[:-1] != PROBE_SHAPE
-        or recorded.inputs[0].dim() != 3
-    ):
-        return whole
-    body = min(outputs, key=lambda path: path.count("."))
-    head = SplitHead(module, module.get_submodule(body), outputs[body], ids, whole.vocabulary)
-    try:
-        with torch.no_grad():
-            actual = head.logits(recorded.inputs[0].flatten(0, 1))
-    except Exception:  # a model's own code can raise anything where less runs than it expects
-        return whole
-    expected = logits.flatten(0, 1)
-    tolerance = TOLERANCES.get(actual.dtype, 0.0) * expected.abs().max()
-    return head if actual.shape == expected.shape and bool(((actual - expected).abs() <= tolerance).all()) else whole
-
-
-class WholeHead:
-    """Head that is not split: its ``hidden_states`` are the logits already. See `Head`."""
-
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
-
-    def hidden_states(self, run: Callable[[], Any]) -> torch.Tensor:
-        """See `Head`."""
-        logits: torch.Tensor = run().logits
-        return logits
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See `Head`."""
-        return hidden
-
-
-class SplitHead:
-    """Head that computes the logits of some tokens at a time. See `Head`.
-
-    Args:
-        body: the module that runs the layers, whose ``output`` for ``input_ids`` was recorded.
-    """
-
-    def __init__(self, module: Any, body: nn.Module, output: Any, input_ids: torch.Tensor, vocabulary: int) -> None:
-        self._module, self._body, self._output, self._input_ids = module, body, output, input_ids
-        self.vocabulary = vocabulary
-
-    def hidden_states(self, run: Callable[[], Any]) -> torch.Tensor:
-        """See `Head`. The output embeddings do not run."""
-        mode = _HeadMode(runs=False)
-        with bound(_MODE, mode):
-            run()
-        (inputs,) = mode.inputs
-        return inputs
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See `Head`."""
-        with (
-            bound(_MODE, _HeadMode(replacement=hidden[None])),
-            around({self._body: lambda *_, **__: self._output}),
-        ):
-            logits: torch.Tensor = self._module(input_ids=self._input_ids, use_cache=False).logits
+        with around({self.body: lambda *_, **__: self._output, self._linear: replace}):
+            logits: torch.Tensor = self._module(input_ids=self._ids, use_cache=False).logits
         return logits.squeeze(0)
-
-
-@dataclass(frozen=True)
-class _HeadMode:
-    """Mode of the output embeddings in a pass.
-
-    Attributes:
-        inputs: list to which the input is appended.
-        runs: whether they run; otherwise they return zeros of one logit.
-        replacement: input to use instead of the given one.
-    """
-
-    inputs: list[torch.Tensor] = field(default_factory=list)
-    runs: bool = True
-    replacement: torch.Tensor | None = None
-
-
-_MODE: ContextVar[_HeadMode | None] = ContextVar("head mode", default=None)  # passes may run interleaved
-
-
-def _forward(original: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Run output embeddings in the mode of the current pass; ``original`` is their own ``forward``."""
-    mode = _MODE.get()
-    if mode is None:
-        return original(hidden, *args, **kwargs)
-    if mode.replacement is not None:
-        return original(mode.replacement, *args, **kwargs)
-    mode.inputs.append(hidden)
-    return original(hidden, *args, **kwargs) if mode.runs else hidden.new_zeros((*hidden.shape[:-1], 1))
 
 
 @contextmanager

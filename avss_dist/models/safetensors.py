@@ -208,7 +208,7 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Map
     text += b" " * (-len(text) % _ALIGNMENT)
     with source.open("rb", buffering=0) as file, target.open("xb", buffering=0) as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for first, last in _joined(ranges):
+        for first, last in ranges:
             for start in range(first, last, COPIED_AT_ONCE):
                 size = min(COPIED_AT_ONCE, last - start)
                 if not _copy(file.fileno(), out.fileno(), start, size):
@@ -217,28 +217,14 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Map
     return end
 
 
-def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return byte ranges (start, end) in their order, with adjacent ranges joined."""
-    joined: list[tuple[int, int]] = []
-    for start, end in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = joined[-1][0], end
-        else:
-            joined.append((start, end))
-    return joined
-
-
 def _copy(source: int, target: int, start: int, size: int) -> bool:
     """Append bytes of a file to another; return False if the source is too short."""
-    with suppress(OSError):  # another file system, or one that cannot: as bytes, then
-        while size and (count := os.copy_file_range(source, target, size, start)):
-            start, size = start + count, size - count
     while size:
-        block = os.pread(source, min(size, 1 << 20), start)
-        if not block:
+        count = 0
+        with suppress(OSError):  # another file system, or one that cannot
+            count = os.copy_file_range(source, target, size, start)
+        count = count or os.sendfile(target, source, start, size)
+        if not count:
             return False
-        unwritten = memoryview(block)
-        while unwritten:
-            unwritten = unwritten[os.write(target, unwritten) :]
-        start, size = start + len(block), size - len(block)
+        start, size = start + count, size - count
     return True

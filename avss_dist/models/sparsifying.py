@@ -39,20 +39,12 @@ class _SparsifiedInput:
 
 
 _TOKENS: ContextVar[_Tokens | None] = ContextVar("tokens", default=None)
-_UNCOUNTED: ContextVar[bool] = ContextVar("uncounted", default=False)
 _DENSE: ContextVar[bool] = ContextVar("dense", default=False)
 
 
 @contextmanager
-def uncounted() -> Iterator[None]:
-    """Leave passes inside the context out of the counts of zeros."""
-    with bound(_UNCOUNTED, True):
-        yield
-
-
-@contextmanager
 def dense() -> Iterator[None]:
-    """Leave the inputs of linear maps unchanged in passes inside the context."""
+    """Leave the inputs of linear maps unchanged, and count none, in passes inside the context."""
     with bound(_DENSE, True):
         yield
 
@@ -65,10 +57,9 @@ class SparsityCounts:
 
     def add(self, number: int, sparsified_input: _SparsifiedInput) -> None:
         """Add the counts of one input of a map."""
-        if not _UNCOUNTED.get():
-            counts = torch.stack([sparsified_input.zeros, sparsified_input.count])
-            before = self.by_map[number]
-            self.by_map[number] = counts if before is None else before + counts
+        counts = torch.stack([sparsified_input.zeros, sparsified_input.count])
+        before = self.by_map[number]
+        self.by_map[number] = counts if before is None else before + counts
 
     def values(self) -> list[list[int]]:
         """Return [zeros, elements] of every map."""

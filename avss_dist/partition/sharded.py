@@ -23,7 +23,7 @@ from avss_dist.models.causal_lm import Watcher
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
-from avss_dist.models.sparsifying import uncounted
+from avss_dist.models.sparsifying import dense
 from avss_dist.partition.group import DividedLanguageModel, all_gather, quiet_deepspeed, share, sum_over_ranks
 from avss_dist.partition.memory import PartitionMemory, Usage, refusal
 from avss_dist.partition.replica import dummy_batch
@@ -124,7 +124,7 @@ class ShardedLanguageModel(DividedLanguageModel):
         """Return the function's results for all items, each computed by one rank, in order. All ranks call this."""
 
         def idle() -> None:
-            with uncounted():
+            with dense():
                 dummy()
 
         return share(function, items, idle)

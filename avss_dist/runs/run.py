@@ -17,7 +17,7 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.executors.interface import ReplicaSpec, RunShards
-from avss_dist.models.checkpoints import is_converted, training_point
+from avss_dist.models.checkpoints import CONVERTED, training_point
 from avss_dist.models.quantization import describe_quantization
 from avss_dist.runs.partials import Apply, merge_partials
 from avss_dist.stats.layer_stats import ShardResult
@@ -191,7 +191,7 @@ class RunInProgress:
 
     def _remarks(self) -> list[str]:
         """Return notes on the checkpoint's files."""
-        converted = is_converted(self._planned.replica_spec.checkpoint.folder)
+        converted = (self._planned.replica_spec.checkpoint.folder / CONVERTED).is_file()
         return ["the weights were stored as pickles; they were converted to safetensors"] if converted else []
 
     def _identity(self, family: str) -> RunIdentity:

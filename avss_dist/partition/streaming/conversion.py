@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from avss_dist.core.errors import ModelError
-from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.checkpoints import Checkpoint, read_gguf
 from avss_dist.models.loading import Naming, quiet
 from avss_dist.models.safetensors import DTYPES, StoredTensor
 from avss_dist.partition.streaming.buffers import ELSEWHERE
@@ -153,15 +153,7 @@ class GgufTensors:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from gguf import GGUFReader
-
-        self._file = Path(checkpoint.path)
-        try:
-            reader = GGUFReader(self._file)
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            raise ModelError(
-                f"{self._file} has no header of a .gguf file: {error}.", "Download or copy it again."
-            ) from error
+        self._file, reader = Path(checkpoint.path), read_gguf(checkpoint)
         self._types = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
         self.stored = [self._stored(tensor) for tensor in reader.tensors]
         self._architecture = str(reader.fields["general.architecture"].contents())
