@@ -62,7 +62,6 @@ PROBE_TOKENS = 16
 CHECKED_TOKENS = 3  # tokens that are generated to check the key-value cache
 
 T = TypeVar("T")
-_TokenMeasure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits, labels) -> float32[tokens]
 
 
 class Watching(Protocol):
@@ -143,17 +142,13 @@ class LanguageModel:
         """Number of bytes of a token's hidden states between two layers."""
         return max(1, self.backbone.hidden_size) * int(self.module.dtype.itemsize)
 
-    def _probe(self) -> None:
-        """Run a forward pass over a few tokens."""
-        input_ids = probe_tokens(self.device)
-        with torch.no_grad():
-            self.module(input_ids=input_ids, use_cache=False)
-
     @cached_property
     def obstacles(self) -> dict[int, str]:
         """Reasons, by layer, why its sublayers cannot be left out alone; see `interventions.find_obstacles`."""
         try:
-            return find_obstacles(self.layers, self._probe)
+            with torch.no_grad():
+                run = partial(self.module, input_ids=probe_tokens(self.device), use_cache=False)
+                return find_obstacles(self.layers, run)
         except Exception:  # as below
             return dict.fromkeys(range(len(self.layers)), "what layers give on is not hidden states alone")
 
@@ -163,25 +158,22 @@ class LanguageModel:
 
         Tried on a few tokens, with `interventions.representatives` of the layers.
         """
-        try:
-            with torch.no_grad():
-                return self._resumes_exactly()
-        except Exception:  # a model's own code can raise anything where layers did not run
-            return False
-
-    def _resumes_exactly(self) -> bool:
         if len(self.forms) < len(self.layers):
             return False
         real = np.ones((1, PROBE_TOKENS), np.bool_)
         batch = Batch(input_ids=np.arange(PROBE_TOKENS, dtype=np.int32)[None], attention_mask=real, observed=real)
-        with recording(self.layers) as recorded:
-            self.hidden_states(batch)
-        for layer in representatives(self.layers):
-            with self.beginning(layer.index, recorded.inputs.pop(layer.index)):
-                resumed = self.hidden_states(batch)
-            with self.without((layer.index,)):
-                if not torch.equal(resumed, self.hidden_states(batch)):
-                    return False
+        try:
+            with torch.no_grad():
+                with recording(self.layers) as recorded:
+                    self.hidden_states(batch)
+                for layer in representatives(self.layers):
+                    with self.beginning(layer.index, recorded.inputs.pop(layer.index)):
+                        resumed = self.hidden_states(batch)
+                    with self.without((layer.index,)):
+                        if not torch.equal(resumed, self.hidden_states(batch)):
+                            return False
+        except Exception:  # a model's own code can raise anything where layers did not run
+            return False
         return True
 
     @contextmanager
@@ -325,32 +317,29 @@ class LanguageModel:
 
     def _find_cache_obstacle(self, skipped: frozenset[int]) -> str | None:
         """Return why the remaining layers cannot generate with a key-value cache, found on a few tokens, or None."""
-        try:
-            with torch.no_grad(), quiet(), dense():
-                return self._differs_without(skipped)
-        except Exception as error:  # a model's own code can raise anything where layers are missing
-            return f"its remaining layers do not run alone ({type(error).__name__}: {first_line(error)})"
-
-    def _differs_without(self, skipped: frozenset[int]) -> str | None:
         ids = probe_tokens(self.device)
         run = partial(self.module, use_cache=False)
-        expected = run(input_ids=ids).logits
-        with without_modules(self.module, self.layers, skipped):
-            if not torch.equal(run(input_ids=ids).logits, expected):
-                return "layers of this family depend on their place"
-            generated = self.module.generate(
-                inputs=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=CHECKED_TOKENS,
-                min_new_tokens=CHECKED_TOKENS,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-            cached = torch.stack(generated.logits, dim=1).float()
-            plain = run(input_ids=generated.sequences).logits[:, -CHECKED_TOKENS - 1 : -1].float()
+        try:
+            with torch.no_grad(), quiet(), dense():
+                expected = run(input_ids=ids).logits
+                with without_modules(self.module, self.layers, skipped):
+                    if not torch.equal(run(input_ids=ids).logits, expected):
+                        return "layers of this family depend on their place"
+                    generated = self.module.generate(
+                        inputs=ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=CHECKED_TOKENS,
+                        min_new_tokens=CHECKED_TOKENS,
+                        do_sample=False,
+                        num_beams=1,
+                        use_cache=True,
+                        output_logits=True,
+                        return_dict_in_generate=True,
+                    )
+                    cached = torch.stack(generated.logits, dim=1).float()
+                    plain = run(input_ids=generated.sequences).logits[:, -CHECKED_TOKENS - 1 : -1].float()
+        except Exception as error:  # a model's own code can raise anything where layers are missing
+            return f"its remaining layers do not run alone ({type(error).__name__}: {first_line(error)})"
         tolerance = torch.finfo(expected.dtype).eps ** 0.5
         if not (cached - plain).norm() <= tolerance * (plain - plain.mean(-1, keepdim=True)).norm():
             return "its predictions with the cache differ from those without"
@@ -383,22 +372,24 @@ class LanguageModel:
 
     def losses(self, batch: Batch) -> Float64:
         """Return each row's summed negative log-likelihood of its counted tokens, float64[rows], in nats."""
-        return self._sums(batch, [_surprise])[0]
+        return self._sums(batch)[0]
 
     def losses_and_entropies(self, batch: Batch) -> Float64:
         """Return `losses` and the entropy of the predictions, summed over the same tokens, float64[2, rows] in nats."""
-        return self._sums(batch, [_surprise, _entropy])
+        return self._sums(batch, entropies=True)
 
-    def _sums(self, batch: Batch, measures: Sequence[_TokenMeasure]) -> Float64:
-        """Return measures of tokens, summed over each row's counted tokens, float64[measures, rows]."""
+    def _sums(self, batch: Batch, *, entropies: bool = False) -> Float64:
+        """Return losses, and entropies, summed over each row's counted tokens, float64[1 or 2, rows]."""
         counted = torch.from_numpy(predicted(batch))
-        by_token = torch.zeros((len(measures), *counted.shape), dtype=torch.float64)
+        by_token = torch.zeros((1 + entropies, *counted.shape), dtype=torch.float64)
         with torch.no_grad():
             positions, labels = self._predicted(batch)
-            measured = torch.empty((len(measures), len(labels)), dtype=torch.float64, device=self.device)
+            measured = torch.empty((1 + entropies, len(labels)), dtype=torch.float64, device=self.device)
             for piece, logits in self.logits(self.hidden_states(batch).flatten(0, 1).index_select(0, positions)):
-                for values, measure in zip(measured, measures, strict=True):
-                    values[piece] = measure(logits, labels[piece]).double()
+                measured[0, piece] = cross_entropy(logits, labels[piece], reduction="none").double()
+                if entropies:
+                    logs = logits.log_softmax(dim=-1)
+                    measured[1, piece] = -(logs.exp() * logs).sum(dim=-1).double()
         by_token[:, counted] = measured.cpu()
         sums: Float64 = by_token.numpy().sum(axis=2)
         return sums
@@ -434,7 +425,7 @@ class LanguageModel:
                     continue
                 layer = branches[intervention]
                 behind = begins_behind(intervention, layer)
-                with self.beginning(behind, recorded.inputs[layer]):
+                with self.beginning(behind, recorded.inputs[layer].clone()):
                     results.append(self.losses(batch))
         return results
 
@@ -497,15 +488,6 @@ class LanguageModel:
         result = hidden.new_zeros((1 + draws, *hidden.shape))
         result.flatten(1, 2).index_copy_(1, positions, gradients)
         return result
-
-
-def _surprise(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits, labels, reduction="none")
-
-
-def _entropy(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
-    logs = logits.log_softmax(dim=-1)
-    return -(logs.exp() * logs).sum(dim=-1)
 
 
 def begins_behind(intervention: Intervention, layer: int) -> int:

@@ -185,11 +185,11 @@ def resuming(layers: Sequence[Layer], index: int, hidden: torch.Tensor, forms: M
     These layers must pass nothing but hidden states to the later ones.
 
     Args:
-        hidden: output of the layer ``index``, of which a copy is used.
+        hidden: output of the layer ``index``, which later layers may change.
         forms: see `Recorded`.
     """
     skips = {layer.module: Skip(layer, forms[layer.index]) for layer in layers[:index]}
-    with around({**skips, layers[index].module: Skip(layers[index], forms[index], hidden.clone())}):
+    with around({**skips, layers[index].module: Skip(layers[index], forms[index], hidden)}):
         yield
 
 

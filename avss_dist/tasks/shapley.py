@@ -128,7 +128,7 @@ class _Text:
 
     def _resumed(self, recorded: Mapping[int, Recorded], layer: int, batch: Batch) -> Float64:
         layers, states = self._model.layers, recorded[id(batch)]
-        with self._model.beginning(layer, states.inputs.pop(layer)), recording(layers[layer + 1 :]) as later:
+        with self._model.beginning(layer, states.inputs.pop(layer).clone()), recording(layers[layer + 1 :]) as later:
             losses = self._model.losses(batch)
         states.inputs.update(later.inputs)
         return losses

@@ -38,7 +38,7 @@ from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.interventions import decode_patch, encode_patch, patched
 from avss_dist.models.loading import open_module
-from avss_dist.partition import single
+from avss_dist.partition import group
 from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.partition.single import MAX_COPIES, with_copies
 from avss_dist.pruning.checkpoint import prune
@@ -193,7 +193,7 @@ def test_each_batch_is_of_one_copy(deep: Path, monkeypatch: pytest.MonkeyPatch) 
     settings = Settings(**READ, dtype="float32")
     placement, taken = with_copies(Placement(), 3), []
     for rank in range(3):
-        monkeypatch.setattr(single, "require_group", lambda _, rank=rank: (rank, 3))
+        monkeypatch.setattr(group, "rank_and_size", lambda rank=rank: (rank, 3))
         with closing(open_replica(resolve(str(deep)), settings, placement, head=True)) as replica:
             assert replica.language_model is not None
             assert replica.language_model.reports == (rank == 0)

@@ -183,9 +183,17 @@ RECORD: ContextVar[Record | None] = ContextVar("record", default=None)
 
 @dataclass
 class _Pass:
-    """Progress of a pass."""
+    """Progress of a pass.
 
-    calls: int = 0  # of layers, so far
+    Attributes:
+        calls: number of calls of layers so far.
+        layer: index of the layer at which it waits.
+        forks: passes that start there.
+    """
+
+    calls: int = 0
+    layer: int = -1
+    forks: list[Callable[[], object]] = field(default_factory=list)
     _seen: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
 
     def note(self, hidden: torch.Tensor | None) -> None:
@@ -197,23 +205,6 @@ class _Pass:
         """Return the hidden states that something else still refers to, such as inputs of earlier layers."""
         self._seen = [ref for ref in self._seen if ref() is not None]
         return [tensor for ref in self._seen if (tensor := ref()) is not None]
-
-
-@dataclass(frozen=True)
-class _Arrival:
-    """Arrival of a pass at a layer.
-
-    Attributes:
-        index: index of the layer.
-        calls: number of layer calls of the pass, including this one.
-        hidden: hidden states that the pass holds.
-        forks: passes that start here.
-    """
-
-    index: int
-    calls: int
-    hidden: Sequence[torch.Tensor]
-    forks: Sequence[Callable[[], object]]
 
 
 _PASS: ContextVar[_Pass | None] = ContextVar("pass", default=None)
@@ -289,7 +280,7 @@ class _Schedule:
 
     def __init__(self, window: Window, hidden: HiddenStateOffloader) -> None:
         self._window, self._hidden = window, hidden
-        self._waiting: dict[greenlet, _Arrival] = {}
+        self._waiting: dict[greenlet, _Pass] = {}
 
     def run(self, functions: Sequence[Callable[[], object]]) -> None:
         """Run functions until all have ended; if one raises, unwind the others."""
@@ -297,38 +288,40 @@ class _Schedule:
             for function in functions:
                 self._start(function)
             while self._waiting:
-                index = min(self._waiting.values(), key=lambda arrival: arrival.calls).index
+                index = min(self._waiting.values(), key=lambda current: current.calls).layer
                 self._window.load(index)
-                for waiting in [waiting for waiting, arrival in self._waiting.items() if arrival.index == index]:
+                for waiting, current in [item for item in self._waiting.items() if item[1].layer == index]:
                     del self._waiting[waiting]
                     self._hidden.restore(waiting)
-                    self._resume(waiting)
+                    self._resume(waiting, current)
         finally:
             for waiting in self._waiting:
                 waiting.throw()
 
     def _start(self, function: Callable[[], object]) -> None:
+        current = _Pass()
+
         def run() -> None:
-            _PASS.set(_Pass())
+            _PASS.set(current)
             function()
 
         started = greenlet(run)
         started.gr_context = contextvars.copy_context()
-        self._resume(started)
+        self._resume(started, current)
 
-    def _resume(self, paused: greenlet) -> None:
+    def _resume(self, paused: greenlet, current: _Pass) -> None:
         """Run a pass until its next layer, or to its end."""
-        arrival = paused.switch()
+        paused.switch()
         if paused.dead:
             return
-        self._waiting[paused] = arrival
-        self._hidden.offload(paused, arrival.hidden)
-        for fork in arrival.forks:
-            self._start(fork)
+        self._waiting[paused] = current
+        self._hidden.offload(paused, current.alive())
+        while current.forks:
+            self._start(current.forks.pop(0))
 
 
 class _PausingLayer:
-    """Extension of a layer that first switches to the scheduler's greenlet, with an `_Arrival`, when a pass calls it.
+    """Extension of a layer that first switches to the scheduler's greenlet, when a pass calls it.
 
     The layer stays the same module, with its hooks and attributes. Only the ``__call__`` of its class is extended.
     """
@@ -354,19 +347,17 @@ class _PausingLayer:
         current.note(hidden)
         if skip is not None and skip.form is not None:
             return skip(self.call, *args, **kwargs)
-        self._pause(current, hidden, FORKS.get().get(self._layer, ()))
+        forks = FORKS.get().get(self._layer, ())
+        current.layer = self._index
+        current.forks = [] if hidden is None else [partial(fork, hidden.clone()) for fork in forks]
+        scheduler = getcurrent().parent
+        assert scheduler is not None
+        scheduler.switch()  # until the layer's weights are loaded
         if skip is not None or record is None:
             return self.call(*args, **kwargs)
         record.keep(self._layer, args, kwargs)
         output = self.call(*args, **kwargs)
         return record.cut(output) if self._layer is record.last else output
-
-    def _pause(self, current: _Pass, hidden: torch.Tensor | None, forks: Sequence[Fork]) -> None:
-        """Switch to the scheduler, which resumes this pass when the layer's weights are loaded."""
-        scheduler = getcurrent().parent
-        assert scheduler is not None
-        started = [partial(fork, hidden.clone()) for fork in forks if hidden is not None]
-        scheduler.switch(_Arrival(self._index, current.calls, current.alive(), started))
 
     def remove(self) -> None:
         """Restore the layer's class."""

@@ -217,7 +217,7 @@ class HiddenStateSource:
         if start is None:
             return nullcontext()
         layer, hidden = start
-        return resuming(self._layers, layer, hidden.to(self._device), self._forms)
+        return resuming(self._layers, layer, hidden.to(self._device, copy=True), self._forms)
 
     def _probe(self) -> Any:
         return self._forward(probe_tokens(self._device), None)
