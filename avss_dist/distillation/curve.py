@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.validation import Count, checked
 
 COMPLETE, NO_IMPROVEMENT, DIVERGED = "complete", "no improvement", "diverged"
 """Reasons why a training ended."""
@@ -21,6 +24,8 @@ LOSS, KEPT, PERPLEXITY, DIVERGENCE = "eval_loss", "eval_kept/", "eval_perplexity
 
 MOST_LOGGED = 2000  # losses of a training that are logged
 
+Number = Annotated[float, Field(strict=False)]
+ByText = Mapping[str, Number]
 History = Sequence[Mapping[str, Any]]
 """Log of a trainer: a mapping for each training step and each evaluation, with its ``step``."""
 
@@ -52,67 +57,59 @@ class Schedule:
         """Number of rows of all steps."""
         return self.steps * self.batch_size
 
-    @property
-    def evaluate_every(self) -> int:
-        """Number of steps between two evaluations."""
-        return math.ceil(self.steps / self.evaluations)
 
-    @property
-    def log_every(self) -> int:
-        """Number of steps between two logged losses."""
-        return math.ceil(self.steps / MOST_LOGGED)
+@checked
+class CurvePoint:
+    """An evaluation on held-out rows."""
+
+    step: Count
+    """Training steps before it."""
+    tokens: Count = 0
+    """Tokens trained on before it."""
+    train_loss: Number | None = None
+    """Mean divergence from the teacher in the steps since the point before, in nats per token."""
+    loss: Number
+    """Divergence from the teacher on held-out rows of the trained texts, by their weights, in nats per token."""
+    divergence: ByText
+    """Divergence from the teacher, by trained text."""
+    perplexity: ByText
+    """Perplexity, by text."""
+    kept: ByText
+    """Perplexity of the teacher over that of the student, by text."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The result of an evaluation on held-out text.
+def evaluations(history: History, step_tokens: int = 0) -> list[CurvePoint]:
+    """Return the evaluations of a history, in order.
 
-    Attributes:
-        step: number of training steps before it.
-        loss: divergence from the teacher on held-out rows of the trained texts, by their weights, in nats per token.
-        perplexity, kept: perplexity of the student, and that of the teacher over it, by text.
-        divergence: divergence from the teacher, by trained text.
-        train_loss: mean divergence in the training steps since the evaluation before; None before training.
+    Args:
+        step_tokens: tokens of a training step.
     """
-
-    step: int
-    loss: float
-    perplexity: Mapping[str, float]
-    kept: Mapping[str, float]
-    divergence: Mapping[str, float]
-    train_loss: float | None = None
-
-
-def evaluations(history: History) -> list[Evaluation]:
-    """Return the evaluations of a history, in order."""
-    result: list[Evaluation] = []
+    result: list[CurvePoint] = []
     losses: list[float] = []
     for entry in history:
         if "loss" in entry:
             losses.append(float(entry["loss"]))
         if LOSS in entry:
-            mean = sum(losses) / len(losses) if losses else None
-            result.append(_evaluation(entry, mean))
+            by_text = {
+                prefix: {name.removeprefix(prefix): entry[name] for name in sorted(entry) if name.startswith(prefix)}
+                for prefix in (DIVERGENCE, PERPLEXITY, KEPT)
+            }
+            result.append(
+                CurvePoint(
+                    step=int(entry["step"]),
+                    tokens=int(entry["step"]) * step_tokens,
+                    train_loss=sum(losses) / len(losses) if losses else None,
+                    loss=entry[LOSS],
+                    divergence=by_text[DIVERGENCE],
+                    perplexity=by_text[PERPLEXITY],
+                    kept=by_text[KEPT],
+                )
+            )
             losses = []
     return result
 
 
-def _evaluation(entry: Mapping[str, Any], train_loss: float | None) -> Evaluation:
-    def by_text(prefix: str) -> dict[str, float]:
-        names = sorted(name for name in entry if name.startswith(prefix))
-        return {name.removeprefix(prefix): entry[name] for name in names}
-
-    return Evaluation(
-        step=int(entry["step"]),
-        loss=entry[LOSS],
-        perplexity=by_text(PERPLEXITY),
-        kept=by_text(KEPT),
-        divergence=by_text(DIVERGENCE),
-        train_loss=train_loss,
-    )
-
-
-def best(points: Sequence[Evaluation]) -> Evaluation | None:
+def best(points: Sequence[CurvePoint]) -> CurvePoint | None:
     """Return the trained evaluation with the lowest held-out loss; None without one that is finite.
 
     Evaluations that keep less of every text than the first one come last.
@@ -121,17 +118,17 @@ def best(points: Sequence[Evaluation]) -> Evaluation | None:
     return min(trained, key=lambda point: (_keeps_less(point, points[0]), point.loss, point.step), default=None)
 
 
-def is_better(point: Evaluation, before: Evaluation) -> bool:
+def is_better(point: CurvePoint, before: CurvePoint) -> bool:
     """Whether a student is closer to the teacher than before training, and does not keep less of every text."""
     return point.loss < before.loss and not _keeps_less(point, before)
 
 
-def _keeps_less(point: Evaluation, before: Evaluation) -> bool:
+def _keeps_less(point: CurvePoint, before: CurvePoint) -> bool:
     """Whether less of every text is kept. A perplexity below the teacher's counts as the teacher's."""
     return all(min(point.kept[label], 1.0) < min(kept, 1.0) for label, kept in before.kept.items())
 
 
-def require_distance(point: Evaluation, work: Path) -> None:
+def require_distance(point: CurvePoint, work: Path) -> None:
     """Refuse a student that there is nothing to train of.
 
     Args:
@@ -162,14 +159,11 @@ def ending(history: History, steps: int) -> str | None:
         steps: number of steps of the whole training.
     """
     points = evaluations(history)
-    if any(not math.isfinite(entry["loss"]) for entry in history if "loss" in entry) or _diverged(points):
+    if any(not math.isfinite(entry["loss"]) for entry in history if "loss" in entry):
+        return DIVERGED
+    if points and not points[-1].loss <= DIVERGENCE_FACTOR * points[0].loss:  # NaN is not
         return DIVERGED
     lowest = best(points)
     if lowest and sum(point.step > lowest.step for point in points) >= PATIENCE:
         return NO_IMPROVEMENT
     return COMPLETE if points and points[-1].step >= steps else None
-
-
-def _diverged(points: Sequence[Evaluation]) -> bool:
-    """Whether the last held-out loss is not finite, or far above that before training."""
-    return bool(points) and not points[-1].loss <= DIVERGENCE_FACTOR * points[0].loss

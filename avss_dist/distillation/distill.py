@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,30 +21,26 @@ from safetensors import SafetensorError
 from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, first_line, unwritable
 from avss_dist.core.results import TabularResult
 from avss_dist.distillation.checkpoint import autocast, load_trained, round_to_stored_dtype, write_distilled
-from avss_dist.distillation.curve import DIVERGED, Evaluation, Schedule, best, ending, evaluations, is_better
+from avss_dist.distillation.curve import DIVERGED, CurvePoint, Schedule, best, ending, evaluations, is_better
 from avss_dist.distillation.events import OnEvent, Preparing, ignore
-from avss_dist.distillation.loss import Predict, TextLoss, logits_of
+from avss_dist.distillation.loss import LossSums, Predict, logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
 from avss_dist.distillation.pair import ModelPair, ancestry, resolve_pair
 from avss_dist.distillation.ranks import (
     Ranks,
     call_at_layers,
-    models_on_node,
     open_ranks,
-    require_shared,
     sharding_options,
 )
 from avss_dist.distillation.reading import read_texts
 from avss_dist.distillation.record import (
     FILE,
-    CurvePoint,
     DistillRecord,
     RecordedText,
     read_record,
 )
 from avss_dist.distillation.texts import DistillText
 from avss_dist.distillation.trained import LORA, choose_trained, default_learning_rate
-from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_model, quiet
 from avss_dist.models.safetensors import weight_files
 from avss_dist.partition.group import rank_and_size, share
@@ -127,7 +124,8 @@ def _distill(request: DistillRequest, ranks: Ranks | None, output: Path, on_even
         models.teacher,
         models.settings,
         models.teacher_settings,
-        **_what_is_trained(request),
+        train=request.train,
+        rank=request.lora_rank,
         sharding=request.sharding,
         ranks=request.ranks,
     )
@@ -138,10 +136,21 @@ def _distill(request: DistillRequest, ranks: Ranks | None, output: Path, on_even
     notes = ancestry(models)
     try:
         work.mkdir(parents=True, exist_ok=True)
-        _require_same_request(work, _identity(request, models))
+        if [*work.iterdir()] == [work / _REQUEST]:
+            (work / _REQUEST).unlink()  # of a request that was refused
+        if differing := _differing(work / _REQUEST, _identity(request, models)):
+            raise ConfigError(
+                f"{work} was begun with other values of {', '.join(differing)}.",
+                "Use the same ones to continue, delete the folder, or name another `output`.",
+            )
         if not is_written:
             texts = read_texts(request, models, work, on_event)
-            _require_same_texts(work, texts)
+            prints = {text.label: [p.tokens_fingerprint for p in (text.trained, text.held_out) if p] for text in texts}
+            if differing := _differing(work / "texts.json", prints):
+                raise ConfigError(
+                    f"The text of {', '.join(differing)} has changed since {work} was begun.",
+                    f"Put it back to continue, or delete {work}.",
+                )
             task = DistillTask(request, models, texts, work, output)
             if ranks:
                 on_event(Preparing("starting the ranks"))
@@ -161,10 +170,6 @@ def _distill(request: DistillRequest, ranks: Ranks | None, output: Path, on_even
     return Distilled(output, record, memory, notes)
 
 
-def _what_is_trained(request: DistillRequest) -> dict[str, Any]:
-    return {"train": request.train, "rank": request.lora_rank}
-
-
 def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
     """Return all that determines the result, to tell whether work in a folder can be resumed."""
     names = (
@@ -178,28 +183,6 @@ def _identity(request: DistillRequest, models: ModelPair) -> dict[str, Any]:
         values |= {"ranks": request.ranks, "sharding": request.sharding}
     models_of = {"student": models.student.revision, "teacher": models.teacher.revision}
     return {**models_of, **values, "settings": models.settings.as_dict(), "bfloat16": models.bfloat16}
-
-
-def _require_same_request(work: Path, identity: Mapping[str, Any]) -> None:
-    """Record the request of a folder, or raise ConfigError if the folder has work of another one."""
-    file = work / _REQUEST
-    if [*work.iterdir()] == [file]:
-        file.unlink()  # of a request that was refused
-    if differing := _differing(file, identity):
-        raise ConfigError(
-            f"{work} was begun with other values of {', '.join(differing)}.",
-            "Use the same ones to continue, delete the folder, or name another `output`.",
-        )
-
-
-def _require_same_texts(work: Path, texts: Sequence[DistillText]) -> None:
-    """Record the tokens of the texts of a folder, or raise ConfigError if they are others now."""
-    prints = {text.label: [p.tokens_fingerprint for p in (text.trained, text.held_out) if p] for text in texts}
-    if differing := _differing(work / "texts.json", prints):
-        raise ConfigError(
-            f"The text of {', '.join(differing)} has changed since {work} was begun.",
-            f"Put it back to continue, or delete {work}.",
-        )
 
 
 def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
@@ -235,8 +218,19 @@ class DistillTask:
 
     def run(self, heartbeat: Callable[[], None], on_event: Callable[[Any], None]) -> None:
         """Do the part of this process's rank."""
-        models = models_on_node(self.models)
-        require_shared(self.work / _REQUEST)
+        from avss_dist.executors.ray.worker import resolve_on_node
+
+        code = self.models.settings.trust_remote_code
+        student, teacher = (
+            resolve_on_node(checkpoint, trust_remote_code=code)
+            for checkpoint in (self.models.student, self.models.teacher)
+        )
+        models = replace(self.models, student=student, teacher=teacher)
+        if not (self.work / _REQUEST).is_file():
+            raise ConfigError(
+                f"{self.work} does not exist on the worker node {socket.gethostname()}.",
+                "Name an `output` on a disk that all nodes mount under the same path.",
+            )
         on_event = ignore if rank_and_size()[0] else on_event
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -264,15 +258,36 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     from avss_dist.distillation import trainer
 
     request, models, texts = task.request, task.models, task.texts
-    schedule = _schedule(request, models)
-    teacher, expected = _open_teacher(task, on_event, heartbeat)
-    _require_finite(models.teacher, texts, expected, task.work)
+    schedule = Schedule(
+        steps=max(1, math.ceil(request.tokens / (request.batch_size * models.settings.sequence_length))),
+        step_tokens=request.batch_size * models.settings.sequence_length,
+        evaluations=request.evaluations,
+        learning_rate=request.learning_rate or default_learning_rate(models.student, request.train),
+        warmup=request.warmup,
+        seed=request.seed,
+        batch_size=request.batch_size,
+        bfloat16=models.bfloat16,
+    )
+    teacher_model = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
+    call_at_layers(teacher_model, models.teacher_settings, heartbeat)
+    teacher = logits_of(teacher_model)
+    expected = _teacher_losses(teacher, texts, models, task.work, on_event)
+    for text, loss in zip(texts, expected, strict=True):
+        if not math.isfinite(loss.surprise):
+            raise ModelError(
+                f"'{models.teacher.name}', the teacher, predicts NaN or infinities on {text.name}.",
+                f"Check its weights, or name another `teacher`; first delete {task.work}.",
+            )
     folder = task.work / "checkpoints"
     folder.mkdir(exist_ok=True)
     share(trainer.delete_incomplete, [folder], idle=lambda: None)
     history = trainer.read_history(trainer.last_checkpoint(folder))
     if ending(history, schedule.steps) is None:
-        more = _reporting(request.report_to, Path(request.output).name)
+        more: dict[str, Any] = {}
+        if tracker := request.report_to:
+            if find_spec(tracker) is None:
+                raise ConfigError(f"`report_to` {tracker} is not installed.", f"pip install {tracker}")
+            more = {"report_to": tracker, "run_name": Path(request.output).name}
         on_event(Preparing(f"training, at a learning rate of {schedule.learning_rate:g}"))
         with _explained(folder), sharding_options(request, models) as options:
             history = trainer.train(
@@ -289,7 +304,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         free_device(models.device)
     ended = ending(history, schedule.steps)
     assert ended is not None
-    points = evaluations(history)
+    points = evaluations(history, schedule.step_tokens)
     lowest = best(points)
     if lowest is None or not is_better(lowest, points[0]):
         raise _no_better(points, ended, schedule.learning_rate, task.work)
@@ -306,7 +321,7 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     )
     curve = [
         *(point for point in points if point.step <= lowest.step),
-        *evaluations([{"step": lowest.step, **written}]),
+        *evaluations([{"step": lowest.step, **written}], schedule.step_tokens),
     ]
     if not is_better(curve[-1], points[0]):
         raise _no_better([points[0], curve[-1]], ended, schedule.learning_rate, task.work)
@@ -327,21 +342,21 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         reading={**models.settings.text_options(), "dtype": models.settings.dtype},
         held_out=request.held_out,
         computed="bfloat16" if models.bfloat16 else "float32",
-        texts=tuple(map(_recorded, texts, expected)),
-        curve=tuple(_point(point, schedule.step_tokens) for point in curve),
+        texts=tuple(
+            RecordedText(
+                corpus=text.name,
+                label=text.label,
+                fingerprint=(text.trained or text.held_out).corpus_fingerprint,
+                weight=text.weight,
+                trained_rows=text.trained.num_sequences if text.trained else 0,
+                held_out_rows=text.held_out.num_sequences,
+                teacher_perplexity=math.exp(loss.surprise / loss.tokens),
+            )
+            for text, loss in zip(texts, expected, strict=True)
+        ),
+        curve=tuple(curve),
     )
     return record, model.to(dtype)
-
-
-def _open_teacher(
-    task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None] | None
-) -> tuple[Predict, list[TextLoss]]:
-    """Load the teacher, and return its predictions and its loss on the held-out rows of each text."""
-    models = task.models
-    model = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
-    call_at_layers(model, models.teacher_settings, heartbeat)
-    predict = logits_of(model)
-    return predict, _teacher_losses(predict, task.texts, models, task.work, on_event)
 
 
 def _open_student(request: DistillRequest, models: ModelPair, heartbeat: Callable[[], None] | None) -> Any:
@@ -349,30 +364,12 @@ def _open_student(request: DistillRequest, models: ModelPair, heartbeat: Callabl
     student = load_model(models.student, models.settings, head=True)
     call_at_layers(student, models.settings, heartbeat)
     torch.manual_seed(request.seed)  # of a new adapter, which is the same on all ranks
-    return choose_trained(student, **_what_is_trained(request))
-
-
-def _steps(request: DistillRequest, models: ModelPair) -> int:
-    """Return the number of optimizer steps."""
-    return max(1, math.ceil(request.tokens / (request.batch_size * models.settings.sequence_length)))
-
-
-def _schedule(request: DistillRequest, models: ModelPair) -> Schedule:
-    return Schedule(
-        steps=_steps(request, models),
-        step_tokens=request.batch_size * models.settings.sequence_length,
-        evaluations=request.evaluations,
-        learning_rate=request.learning_rate or default_learning_rate(models.student, request.train),
-        warmup=request.warmup,
-        seed=request.seed,
-        batch_size=request.batch_size,
-        bfloat16=models.bfloat16,
-    )
+    return choose_trained(student, request.train, request.lora_rank)
 
 
 def _teacher_losses(
     teacher: Predict, texts: Sequence[DistillText], models: ModelPair, work: Path, on_event: OnEvent
-) -> list[TextLoss]:
+) -> list[LossSums]:
     """Return the loss of the teacher on the held-out rows of each text, measured once."""
     from avss_dist.distillation.trainer import measure
 
@@ -381,7 +378,7 @@ def _teacher_losses(
     if file.is_file():
         stored = json.loads(file.read_text(encoding="utf-8"))
         if stored["texts"] == prints:
-            return [TextLoss(**values) for values in stored["losses"]]
+            return [LossSums(**values) for values in stored["losses"]]
     losses = []
     for number, text in enumerate(texts):
         on_event(Preparing("measuring the teacher", number / len(texts)))
@@ -391,29 +388,6 @@ def _teacher_losses(
     with staged_file(file) as staged:
         staged.write_text(json.dumps({"texts": prints, "losses": [asdict(loss) for loss in losses]}), encoding="utf-8")
     return losses
-
-
-def _require_finite(teacher: Checkpoint, texts: Sequence[DistillText], losses: Sequence[TextLoss], work: Path) -> None:
-    """Raise ModelError if the predictions of the teacher are not finite."""
-    for text, loss in zip(texts, losses, strict=True):
-        if not math.isfinite(loss.surprise):
-            raise ModelError(
-                f"'{teacher.name}', the teacher, predicts NaN or infinities on {text.name}.",
-                f"Check its weights, or name another `teacher`; first delete {work}.",
-            )
-
-
-def _reporting(tracker: str | None, name: str) -> dict[str, Any]:
-    """Return the arguments of the Trainer that report to a tracker.
-
-    Raises:
-        ConfigError: the tracker is not installed.
-    """
-    if tracker is None:
-        return {}
-    if find_spec(tracker) is None:
-        raise ConfigError(f"`report_to` {tracker} is not installed.", f"pip install {tracker}")
-    return {"report_to": tracker, "run_name": name}
 
 
 @contextmanager
@@ -442,7 +416,7 @@ def _explained(folder: Path) -> Iterator[None]:
         raise
 
 
-def _no_better(points: Sequence[Evaluation], ended: str, rate: float, work: Path) -> RunFailed:
+def _no_better(points: Sequence[CurvePoint], ended: str, rate: float, work: Path) -> RunFailed:
     """Return the error of a training after which the student is no better than before."""
     measured = ", ".join(f"{point.loss:.4g} after {point.step} steps" for point in points)
     what = "Training diverged" if ended == DIVERGED else "Training made the student no better"
@@ -455,28 +429,4 @@ def _no_better(points: Sequence[Evaluation], ended: str, rate: float, work: Path
         f"{what}: the divergence from the teacher on held-out text is {measured}. Nothing was written.",
         f"Lower `learning_rate`, which was {rate:g}, or name more text; first delete {work}, which holds the trained "
         "checkpoints.",
-    )
-
-
-def _recorded(text: DistillText, expected: TextLoss) -> RecordedText:
-    return RecordedText(
-        corpus=text.name,
-        label=text.label,
-        fingerprint=(text.trained or text.held_out).corpus_fingerprint,
-        weight=text.weight,
-        trained_rows=text.trained.num_sequences if text.trained else 0,
-        held_out_rows=text.held_out.num_sequences,
-        teacher_perplexity=math.exp(expected.surprise / expected.tokens),
-    )
-
-
-def _point(point: Evaluation, step_tokens: int) -> CurvePoint:
-    return CurvePoint(
-        step=point.step,
-        tokens=point.step * step_tokens,
-        train_loss=point.train_loss,
-        loss=point.loss,
-        divergence=point.divergence,
-        perplexity=point.perplexity,
-        kept=point.kept,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -93,7 +93,7 @@ def logits_of(model: Any) -> Predict:
 
 
 @dataclass(frozen=True)
-class TextLoss:
+class LossSums:
     """Sums over the counted tokens of a text.
 
     Attributes:
@@ -106,12 +106,12 @@ class TextLoss:
     divergence: float = 0.0
     tokens: int = 0
 
-    def __add__(self, other: TextLoss) -> TextLoss:
+    def __add__(self, other: LossSums) -> LossSums:
         """Return the sums over the tokens of both operands."""
-        return TextLoss(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return LossSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
-def text_loss(student: Predict, teacher: Predict | None, batch: dict[str, torch.Tensor]) -> TextLoss:
+def text_loss(student: Predict, teacher: Predict | None, batch: dict[str, torch.Tensor]) -> LossSums:
     """Measure a batch of text: ``input_ids``, ``attention_mask`` and ``labels``, each [rows, tokens].
 
     Args:
@@ -120,13 +120,11 @@ def text_loss(student: Predict, teacher: Predict | None, batch: dict[str, torch.
     with torch.no_grad():
         ids, mask, labels = batch["input_ids"], batch["attention_mask"], next_labels(batch["labels"])
         logits = predictions(student, ids, mask)
-        surprise, diverged = sum(_surprises(logits, labels)), 0.0
+        losses = (
+            cross_entropy(logits[piece].float(), labels[piece], ignore_index=NOT_COUNTED, reduction="sum")
+            for piece in _pieces(logits)
+        )
+        surprise, diverged = sum(loss.item() for loss in losses), 0.0
         if teacher is not None:
             diverged = distillation_loss(logits, predictions(teacher, ids, mask), labels).item()
-    return TextLoss(surprise, diverged, int((labels != NOT_COUNTED).sum()))
-
-
-def _surprises(logits: torch.Tensor, labels: torch.Tensor) -> Iterator[float]:
-    """Yield the summed negative log-likelihood of pieces of the labels."""
-    for piece in _pieces(logits):
-        yield cross_entropy(logits[piece].float(), labels[piece], ignore_index=NOT_COUNTED, reduction="sum").item()
+    return LossSums(surprise, diverged, int((labels != NOT_COUNTED).sum()))

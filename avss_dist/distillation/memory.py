@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.registry import SHARDINGS, ShardingInfo
+from avss_dist.core.registry import SHARDINGS
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.trained import LORA, choose_trained
@@ -101,42 +101,29 @@ def estimate_memory(
     whole = FLOAT32 * sum(p.numel() for p in parameters)
     copy = FLOAT32 * trained if info.zero_stage else 0  # DeepSpeed's own, which the optimizer changes
 
+    exchange, gradients = 0, FLOAT32 * trained
+    if ranks > 1:  # DDP copies gradients, DeepSpeed has buckets; of divided weights, two layers are whole at a time
+        gathered = 3 * max(*size.layer_bytes, size.other_bytes) if info.weights else 0
+        buckets = 3 * FLOAT32 * min(BUCKET, trained)
+        exchange = buckets + gathered if info.zero_stage else gathered or gradients
+    # Of a layer: 6 tensors as wide as the residual stream (its input, norms, sums), 5 as the attention (queries, keys,
+    # values, output), and half as many again as the outputs of all linear maps of the MLP.
+    width = 6 * size.hidden_size + 5 * size.attention_width + int(1.5 * size.mlp_width)
+
     def part(size: int, divided: bool) -> int:
         return -(-size // ranks) if divided else size
 
     return Memory(
         weights=part(whole, info.weights) + part(copy, True),
-        gradients=part(FLOAT32 * trained, info.gradients),
-        moments=part(2 * FLOAT32 * trained, info.moments),
-        exchange=0 if ranks == 1 else _exchange(info, FLOAT32 * trained, size),
+        gradients=part(gradients, info.gradients),
+        moments=part(2 * gradients, info.moments),
+        exchange=exchange,
         written=whole,
         teacher=footprint(teacher, teacher_settings).weight_bytes,
-        activations=_activations(size, settings.batch_size, settings.sequence_length),
+        activations=FLOAT32 * settings.batch_size * settings.sequence_length * width * size.num_layers,
         logits=2 * FLOAT32 * settings.batch_size * settings.sequence_length * size.vocabulary,
         trained=trained,
     )
-
-
-def _exchange(info: ShardingInfo, gradients: int, size: Footprint) -> int:
-    """Return the bytes of the buffers of an exchange, and of the weights and gradients that it gathers at once.
-
-    DDP has a copy of all gradients. DeepSpeed has buckets for gradients and for weights. Where weights are divided, two
-    layers are whole at a time, one of them with its gradients, or the embedding.
-    """
-    gathered = 3 * max(*size.layer_bytes, size.other_bytes) if info.weights else 0
-    if info.zero_stage:
-        return 3 * FLOAT32 * min(BUCKET, gradients // FLOAT32) + gathered
-    return gathered or gradients
-
-
-def _activations(size: Footprint, rows: int, tokens: int) -> int:
-    """Return the bytes of activations that a forward pass keeps for the backward pass.
-
-    Of a layer: 6 tensors as wide as the residual stream (its input, norms, sums), 5 as the attention (queries, keys,
-    values, output), and half as many again as the outputs of all linear maps of the MLP.
-    """
-    width = 6 * size.hidden_size + 5 * size.attention_width + int(1.5 * size.mlp_width)
-    return FLOAT32 * rows * tokens * width * size.num_layers
 
 
 def without_layers(memory: Memory, size: Footprint, count: int) -> Memory:

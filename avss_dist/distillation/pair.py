@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from avss_dist.core.errors import ConfigError
+from avss_dist.core.extras import require_package
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import count_of
-from avss_dist.distillation.trained import require_trainable
+from avss_dist.distillation.trained import LORA
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer, pin, require_head, text_config
 from avss_dist.models.quantization import quantization_method
@@ -56,8 +56,18 @@ def resolve_pair(request: DistillRequest, kind: str | None = None) -> ModelPair:
             f"'{student.name}' is quantized; distillation trains weights in float32.",
             "Name the checkpoint in safetensors that it was made of.",
         )
-    require_trainable(request.train)
-    _require_same_vocabulary(student, teacher, configs, code)
+    if request.train == LORA:
+        require_package("peft", "`train` lora")
+    sizes = [config.get_text_config().vocab_size for config in configs]
+    words = [load_tokenizer(checkpoint, trust_remote_code=code).get_vocab() for checkpoint in (student, teacher)]
+    if words[0] != words[1] or sizes[0] != sizes[1]:  # a token has not the same meaning or place among the logits
+        differing = len(set(words[0].items()) ^ set(words[1].items()))
+        raise ConfigError(
+            f"'{student.name}' and '{teacher.name}' have different vocabularies: {sizes[0]:,} and {sizes[1]:,} logits, "
+            f"{count_of(differing, 'token')} in one alone. The student learns the teacher's probability of every "
+            "token.",
+            "Name the model that the student was made of, or another one with its tokenizer, with `teacher`.",
+        )
     device = torch.device(kind) if kind else pick_device(request.settings.device)
     if request.settings.dtype == "float16":
         raise ConfigError("`dtype` float16 cannot be trained in.", "Set `dtype` bfloat16 or float32.")
@@ -77,20 +87,6 @@ def resolve_pair(request: DistillRequest, kind: str | None = None) -> ModelPair:
 def computes_in_bfloat16(settings: Settings, kind: str) -> bool:
     """Whether passes are computed in bfloat16 on a kind of device."""
     return settings.dtype == "bfloat16" or (settings.dtype == "auto" and has_fast_bfloat16(kind))
-
-
-def _require_same_vocabulary(student: Checkpoint, teacher: Checkpoint, configs: Sequence[Any], code: bool) -> None:
-    """Raise ConfigError if a token has not the same meaning, or not the same place among the logits, in both models."""
-    sizes = [config.get_text_config().vocab_size for config in configs]
-    words = [load_tokenizer(checkpoint, trust_remote_code=code).get_vocab() for checkpoint in (student, teacher)]
-    if words[0] == words[1] and sizes[0] == sizes[1]:
-        return
-    differing = len(set(words[0].items()) ^ set(words[1].items()))
-    raise ConfigError(
-        f"'{student.name}' and '{teacher.name}' have different vocabularies: {sizes[0]:,} and {sizes[1]:,} logits, "
-        f"{count_of(differing, 'token')} in one alone. The student learns the teacher's probability of every token.",
-        "Name the model that the student was made of, or another one with its tokenizer, with `teacher`.",
-    )
 
 
 def ancestry(models: ModelPair) -> list[str]:

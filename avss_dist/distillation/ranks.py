@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avss_dist.core.errors import ConfigError
@@ -115,27 +112,3 @@ def call_at_layers(model: Any, settings: Settings, heartbeat: Callable[[], None]
     if heartbeat is not None:
         for layer in find_layers(without_head(model), model.config.get_text_config(), settings):
             layer.register_forward_pre_hook(lambda *_: heartbeat())
-
-
-def models_on_node(models: ModelPair) -> ModelPair:
-    """Return both models as this node has them.
-
-    Raises:
-        ModelError: this node does not see a folder.
-    """
-    from avss_dist.executors.ray.worker import resolve_on_node
-
-    trust = models.settings.trust_remote_code
-    student, teacher = (
-        resolve_on_node(checkpoint, trust_remote_code=trust) for checkpoint in (models.student, models.teacher)
-    )
-    return replace(models, student=student, teacher=teacher)
-
-
-def require_shared(file: Path) -> None:
-    """Raise ConfigError if a file that the driver wrote is not on this node."""
-    if not file.is_file():
-        raise ConfigError(
-            f"{file.parent} does not exist on the worker node {socket.gethostname()}.",
-            "Name an `output` on a disk that all nodes mount under the same path.",
-        )

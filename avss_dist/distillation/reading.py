@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avss_dist.core.errors import AvssError, ConfigError
-from avss_dist.corpus.shards import tokenize_corpus
+from avss_dist.corpus.shards import Shard, tokenize_corpus
 from avss_dist.distillation.events import OnEvent, Preparing
 from avss_dist.distillation.pair import ModelPair
 from avss_dist.distillation.record import SELF
 from avss_dist.distillation.teacher_text import teacher_text
 from avss_dist.distillation.texts import (
     DistillText,
-    SeenRows,
     read_trained,
     read_watched,
     refuse_seen_text,
@@ -58,18 +57,16 @@ def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event:
         raise ConfigError("There is no text to train on.", "Name some with `corpora`, or set `self_texts` above 0.")
     texts = with_labels([*texts, *watched])
     if not request.allow_overlap:
-        refuse_seen_text(texts, [*_trained_text(texts), *_repaired_text(models.student, tokenizer)], tokenizer)
+        trained = [  # without those of the teacher, which may know any text by heart
+            (f"is trained on ({text.name})", text.trained.shards)
+            for text in texts
+            if text.trained and text.name != SELF
+        ]
+        refuse_seen_text(texts, [*trained, *_repaired_text(models.student, tokenizer)], tokenizer)
     return texts
 
 
-def _trained_text(texts: Sequence[DistillText]) -> Iterator[SeenRows]:
-    """Yield the rows to train on. Those of the teacher are not compared: it may know any text by heart."""
-    for text in texts:
-        if text.trained and text.name != SELF:
-            yield SeenRows(f"is trained on ({text.name})", text.trained.shards)
-
-
-def _repaired_text(student: Checkpoint, tokenizer: Any) -> Iterator[SeenRows]:
+def _repaired_text(student: Checkpoint, tokenizer: Any) -> Iterator[tuple[str, Sequence[Shard]]]:
     """Yield the rows that repairs of the student were fitted on."""
     for repair in read_repairs(student.folder):
         for text in repair.texts:
@@ -80,4 +77,4 @@ def _repaired_text(student: Checkpoint, tokenizer: Any) -> Iterator[SeenRows]:
                     f"The text that the repair of '{student.name}' was fitted on cannot be read again: {error.message}",
                     "Put it back, or set `allow_overlap` and know that held-out text may be part of it.",
                 ) from error
-            yield SeenRows(f"the repair of the student was fitted on ({text.corpus})", rows.shards)
+            yield f"the repair of the student was fitted on ({text.corpus})", rows.shards

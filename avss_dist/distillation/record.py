@@ -14,14 +14,12 @@ from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import escape_markdown
 from avss_dist.core.validation import Count, Positive, checked
-from avss_dist.distillation.curve import NO_IMPROVEMENT
+from avss_dist.distillation.curve import NO_IMPROVEMENT, CurvePoint, Number
 
 FILE = "avss_distill.json"
 SELF = "self"
 """Name of the text that the teacher writes."""
 CARD_END = "\nWritten by avss_dist.\n"
-Number = Annotated[float, Field(strict=False)]
-ByText = Mapping[str, Number]
 
 
 @checked
@@ -42,30 +40,6 @@ class RecordedText:
     """Rows that were measured and never trained on."""
     teacher_perplexity: Number
     """Perplexity of the teacher on the held-out rows."""
-
-    def describe(self) -> str:
-        """Return a few words for people."""
-        return f"{self.corpus} ({self.trained_rows:,} rows, weight {self.weight:g})"
-
-
-@checked
-class CurvePoint:
-    """An evaluation on held-out rows."""
-
-    step: Count
-    """Training steps before it."""
-    tokens: Count
-    """Tokens trained on before it."""
-    train_loss: Number | None
-    """Mean divergence from the teacher in the steps since the point before, in nats per token."""
-    loss: Number
-    """Divergence from the teacher on held-out rows of the trained texts, by their weights, in nats per token."""
-    divergence: ByText
-    """Divergence from the teacher, by trained text."""
-    perplexity: ByText
-    """Perplexity, by text."""
-    kept: ByText
-    """Perplexity of the teacher over that of the student, by text."""
 
 
 @checked
@@ -116,7 +90,11 @@ class DistillRecord:
 
     def describe(self) -> list[str]:
         """Return lines for people."""
-        trained = ", ".join(text.describe() for text in self.texts if text.trained_rows)
+        trained = ", ".join(
+            f"{text.corpus} ({text.trained_rows:,} rows, weight {text.weight:g})"
+            for text in self.texts
+            if text.trained_rows
+        )
         stopped = " and stopped early, as held-out loss no longer fell" if self.ended == NO_IMPROVEMENT else ""
         lines = [
             f"Distilled from {self.teacher}: {self.after.tokens:,} tokens{stopped}, weights trained: {self.train}, "

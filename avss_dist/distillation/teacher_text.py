@@ -19,7 +19,7 @@ from avss_dist.models.size import footprint
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.system.devices import free_memory, pick_device
 from avss_dist.system.files import Journal, cache_folder, staged_file
-from avss_dist.system.streams import ProgressCallback, progress_to
+from avss_dist.system.streams import progress_to
 
 ROWS = (128, 32)  # texts that are sampled at once, if there is memory for them, and otherwise
 SPARE_SHARE = 0.8  # of the memory that is free
@@ -59,7 +59,10 @@ def teacher_text(
     if file.is_file():
         return file
     settings = Settings(batch_size=rows, **common)
-    with Journal(unfinished, identity) as journal, progress_to(_reported(on_event)):
+    with (
+        Journal(unfinished, identity) as journal,
+        progress_to(lambda _what, share: on_event(Preparing("the teacher writes text", share))),
+    ):
         for batch in sample(teacher, settings, count=count, seed=seed, first=len(journal.batches)):
             journal.add(batch)
         texts = list(chain.from_iterable(journal.batches))
@@ -79,11 +82,6 @@ def rows_at_once(teacher: Checkpoint, settings: Settings) -> int:
     free = SPARE_SHARE * free_memory(pick_device(settings.device)) - size.weight_bytes
     text = settings.sequence_length * sum(size.cache_bytes) + 4 * FLOAT32 * size.vocabulary  # keys, values and logits
     return next((rows for rows in ROWS if rows * text <= free), ROWS[-1])
-
-
-def _reported(on_event: OnEvent) -> ProgressCallback:
-    """Return a progress callback that passes events on."""
-    return lambda _what, share: on_event(Preparing("the teacher writes text", share))
 
 
 def with_own_text(

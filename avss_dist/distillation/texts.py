@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -107,33 +108,23 @@ def with_labels(texts: Sequence[DistillText]) -> list[DistillText]:
     return [replace(text, label=label) for text, label in zip(texts, labels, strict=True)]
 
 
-@dataclass(frozen=True)
-class SeenRows:
-    """Rows that held-out text must not share.
-
-    Attributes:
-        use: end of a sentence that begins with the text: ``is trained on (FILE)``.
-    """
-
-    use: str
-    shards: Sequence[Shard]
-
-
-def refuse_seen_text(texts: Sequence[DistillText], seen: Sequence[SeenRows], tokenizer: Any) -> None:
+def refuse_seen_text(texts: Sequence[DistillText], seen: Iterable[tuple[str, Sequence[Shard]]], tokenizer: Any) -> None:
     """Refuse held-out rows that share passages with rows that were seen. Text of the teacher is not compared.
+
+    Args:
+        seen: rows, each after the end of a sentence that begins with the text: ``is trained on (FILE)``.
 
     Raises:
         ConfigError: a text shares more than `MAX_SHARED` of its passages.
     """
-    for rows in seen:
-        for text in texts:
-            shared = None if text.name == SELF else shared_text(rows.shards, text.held_out.shards, tokenizer)
-            if shared is not None and shared > MAX_SHARED:
-                raise ConfigError(
-                    f"{shared:.0%} of the held-out rows of {text.name} is text that {rows.use}.",
-                    "Use other text or other rows (`skip_sequences`), or set `allow_overlap` and know that its figures "
-                    "are not of unseen text.",
-                )
+    for (use, rows), text in product(seen, texts):
+        shared = None if text.name == SELF else shared_text(rows, text.held_out.shards, tokenizer)
+        if shared is not None and shared > MAX_SHARED:
+            raise ConfigError(
+                f"{shared:.0%} of the held-out rows of {text.name} is text that {use}.",
+                "Use other text or other rows (`skip_sequences`), or set `allow_overlap` and know that its figures "
+                "are not of unseen text.",
+            )
 
 
 def draw_rows(texts: Sequence[DistillText], count: int, seed: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from avss_dist.core.extras import require_package
 from avss_dist.core.settings import TRAINED
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.safetensors import DTYPES, StoredTensor, read_tensor, tensors_of, weight_files
@@ -21,12 +20,6 @@ STEP_SIZES = {ALL: 1e-3, LORA: 5e-3}
 """Default learning rate by what is trained, divided by the size of the student's weights."""
 LEAST_WEIGHT = 1e-3  # size of weights, of which the learning rate is a share: Adafactor's epsilon_2
 _VALUES_READ = 1 << 18  # of each matrix, in whole rows, to tell the size of its weights
-
-
-def require_trainable(train: str) -> None:
-    """Raise ConfigError without the package that an adapter needs."""
-    if train == LORA:
-        require_package("peft", "`train` lora")
 
 
 def default_learning_rate(student: Checkpoint, train: str) -> float:

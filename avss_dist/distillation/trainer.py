@@ -20,6 +20,7 @@ from avss_dist.distillation.curve import (
     DIVERGENCE,
     KEPT,
     LOSS,
+    MOST_LOGGED,
     PERPLEXITY,
     History,
     Schedule,
@@ -31,8 +32,8 @@ from avss_dist.distillation.curve import (
 from avss_dist.distillation.events import HeldOutMeasured, OnEvent, TrainingAdvanced
 from avss_dist.distillation.loss import (
     NOT_COUNTED,
+    LossSums,
     Predict,
-    TextLoss,
     distillation_loss,
     logits_of,
     next_labels,
@@ -82,7 +83,7 @@ def arguments(schedule: Schedule, folder: Path, device: torch.device, more: Mapp
         "train_sampling_strategy": "sequential",
         "dataloader_pin_memory": device.type == "cuda",
         "remove_unused_columns": False,
-        "logging_steps": schedule.log_every,
+        "logging_steps": math.ceil(schedule.steps / MOST_LOGGED),
         "logging_nan_inf_filter": False,
         "eval_strategy": "no",
         "save_strategy": "no",
@@ -109,7 +110,7 @@ class DistillationTrainer(Trainer):
         *,
         teacher: Predict,
         texts: Sequence[DistillText],
-        teacher_losses: Sequence[TextLoss],
+        teacher_losses: Sequence[LossSums],
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -149,7 +150,7 @@ def held_out_metrics(
     student: Predict,
     teacher: Predict,
     texts: Sequence[DistillText],
-    teacher_losses: Sequence[TextLoss],
+    teacher_losses: Sequence[LossSums],
     batch_size: int,
     device: torch.device,
 ) -> dict[str, float]:
@@ -172,16 +173,16 @@ def _exp(value: float) -> float:
 
 def measure(
     student: Predict, teacher: Predict | None, text: DistillText, batch_size: int, device: torch.device
-) -> TextLoss:
+) -> LossSums:
     """Return the loss of a model on the held-out rows of a text, and its divergence from a teacher.
 
     The ranks of a group share the batches, and all of them call this and return the same.
     """
 
-    def loss(batch: Example) -> TextLoss:
+    def loss(batch: Example) -> LossSums:
         return text_loss(student, teacher, {name: values.to(device) for name, values in batch.items()})
 
-    return sum(share(loss, held_out_batches(text, batch_size)), TextLoss())
+    return sum(share(loss, held_out_batches(text, batch_size)), LossSums())
 
 
 class ScheduleCallback(TrainerCallback):
@@ -198,7 +199,7 @@ class ScheduleCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Evaluate and save at regular intervals and at the end; save also at times."""
         step, schedule = state.global_step, self._schedule
-        if step % schedule.evaluate_every == 0 or step >= schedule.steps:
+        if step % math.ceil(schedule.steps / schedule.evaluations) == 0 or step >= schedule.steps:
             control.should_log = control.should_evaluate = control.should_save = True
         elif control.should_log:
             age = all_gather(time.monotonic() - self._saved, args.device)[0]  # by the clock of rank 0
@@ -215,10 +216,10 @@ class ScheduleCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Report an evaluation, and end the training if a rule says so."""
-        point = evaluations(state.log_history)[-1]
+        point = evaluations(state.log_history, self._schedule.step_tokens)[-1]
         if not point.step:
             require_distance(point, self._folder.parent)
-        self._on_event(HeldOutMeasured(tokens=point.step * self._schedule.step_tokens, kept=point.kept))
+        self._on_event(HeldOutMeasured(tokens=point.tokens, kept=point.kept))
         if ending(state.log_history, self._schedule.steps):
             control.should_training_stop = True
 
@@ -293,7 +294,7 @@ def train(
     open_student: Callable[[], Any],
     teacher: Predict,
     texts: Sequence[DistillText],
-    teacher_losses: Sequence[TextLoss],
+    teacher_losses: Sequence[LossSums],
     schedule: Schedule,
     folder: Path,
     device: torch.device,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import avss_dist
 from avss_dist.core.errors import ConfigError, ModelError, RunFailed
 from avss_dist.distillation import trainer
-from avss_dist.distillation.curve import KEPT, Evaluation, best, is_better
+from avss_dist.distillation.curve import KEPT, CurvePoint, best, is_better
 from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.events import TrainingAdvanced
 
@@ -115,11 +115,11 @@ def test_the_written_dtype_must_be_better_too(
     assert not (tmp_path / "out").exists()
 
 
-def points(*values: tuple[float, float, float]) -> Iterator[Evaluation]:
+def points(*values: tuple[float, float, float]) -> Iterator[CurvePoint]:
     """Evaluations of two texts: divergence, and what is kept of each."""
     for number, (loss, a, b) in enumerate(values):
         kept = {"a": a, "b": b}
-        yield Evaluation(step=10 * number, loss=loss, kept=kept, perplexity={}, divergence={})
+        yield CurvePoint(step=10 * number, loss=loss, kept=kept, perplexity={}, divergence={})
 
 
 @pytest.mark.parametrize(
