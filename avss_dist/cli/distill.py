@@ -16,10 +16,11 @@ def distill(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
     The work so far is kept in OUTPUT.part until it ends.
     """
     from avss_dist.api.change import distill as run
-    from avss_dist.report.terminal.distill import DistillProgress, distilled_lines, distilled_table, distilled_values
+    from avss_dist.report.terminal.progress import StepProgress
+    from avss_dist.report.terminal.shrink import distilled_lines, distilled_table, distilled_values
     from avss_dist.report.terminal.tables import FittedTable
 
-    with DistillProgress() as progress:
+    with StepProgress() as progress:
         done = run(on_event=progress, **values)
     if format == "json":
         emit_json(distilled_values(done))

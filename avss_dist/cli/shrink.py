@@ -13,10 +13,11 @@ from avss_dist.system.streams import console, emit, emit_json
 def shrink(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> None:
     """Score a model, drop layers, repair the rest, evaluate both, and write the checkpoint; resumes if stopped."""
     from avss_dist.evaluation.shrink import shrink as run
-    from avss_dist.report.terminal.shrink import ShrinkProgress, shrunk_lines, shrunk_tables, shrunk_values
+    from avss_dist.report.terminal.progress import StepProgress
+    from avss_dist.report.terminal.shrink import shrunk_lines, shrunk_tables, shrunk_values
 
     request = ShrinkRequest(**values)
-    with ShrinkProgress() as progress:
+    with StepProgress() as progress:
         done = run(request, progress)
     if format == "json":
         emit_json(shrunk_values(done))

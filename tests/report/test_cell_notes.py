@@ -9,12 +9,11 @@ import pytest
 
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.evaluation.events import CellDone, CellsStarted
-from avss_dist.report.terminal.progress import CellProgress
-from avss_dist.report.terminal.shrink import ShrinkProgress
+from avss_dist.report.terminal.progress import CellProgress, StepProgress
 
 
-@pytest.mark.parametrize("kind", [CellProgress, ShrinkProgress])
-def test_each_note_is_printed_once(kind: type[CellProgress], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", [CellProgress, StepProgress])
+def test_each_note_is_printed_once(kind: type[StepProgress], capsys: pytest.CaptureFixture[str]) -> None:
     cell: Any = SimpleNamespace(
         checkpoint=SimpleNamespace(name="org/a"), intervention=NO_INTERVENTION, task="perplexity:a.txt"
     )

@@ -12,10 +12,7 @@ from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.distillation.events import Preparing
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway
 from avss_dist.report.terminal import progress as progress_module
-from avss_dist.report.terminal.distill import DistillProgress
-from avss_dist.report.terminal.pace import Pace
-from avss_dist.report.terminal.progress import CellProgress, describe_pace
-from avss_dist.report.terminal.shrink import ShrinkProgress
+from avss_dist.report.terminal.progress import CellProgress, Pace, StepProgress
 from avss_dist.runs.events import RunStarted, ShardMeasured
 from avss_dist.system.streams import USUAL, set_verbosity
 
@@ -37,15 +34,15 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_the_rate_and_the_time_left() -> None:
-    pace = Pace(0.0)
-    assert describe_pace(pace, 10.0, "tokens") == ""
+    pace = Pace(0.0, total=1400.0, unit="tokens")
+    assert pace.describe() == ""
     for second in range(1, 9):
         pace.advance(50.0, float(second))
-    assert re.fullmatch(r", 50 tokens/s, .* left", describe_pace(pace, 1000.0, "tokens"))
-    slow = Pace(0.0)
+    assert re.fullmatch(r", 50 tokens/s, .* left", pace.describe())
+    slow = Pace(0.0, total=18.0, unit="evaluations")
     for minute in range(1, 9):
         slow.advance(1.0, 60.0 * minute)
-    assert re.match(r", 1 evaluations/min, ", describe_pace(slow, 10.0, "evaluations"))
+    assert re.match(r", 1 evaluations/min, ", slow.describe())
 
 
 def test_an_evaluation_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +57,7 @@ def test_an_evaluation_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_shrinking_tells_how_far_each_step_is(capsys: pytest.CaptureFixture[str]) -> None:
-    with ShrinkProgress() as progress:
+    with StepProgress() as progress:
         progress(RunStarted("a", 1000, 0))
         for _ in range(8):
             progress(ShardMeasured("a", 100))
@@ -73,7 +70,7 @@ def test_shrinking_tells_how_far_each_step_is(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_teachers_writing_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    with DistillProgress() as progress:
+    with StepProgress() as progress:
         for tenth in range(10):
             progress(Preparing("the teacher writes text", tenth / 10))
     said = lines(capsys)
@@ -84,7 +81,7 @@ def test_the_teachers_writing_tells_how_far_it_is(capsys: pytest.CaptureFixture[
 def test_lines_are_half_a_minute_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     times = iter(range(10_000))
     monkeypatch.setattr("time.monotonic", lambda: float(next(times)))
-    with DistillProgress() as progress:
+    with StepProgress() as progress:
         for part in range(100):
             progress(Preparing("the teacher writes text", part / 100))
     assert progress_module.LOG_SECONDS == 30 and 2 <= len(lines(capsys)) <= 10

@@ -1,4 +1,4 @@
-"""Progress of scoring and evaluation: bars on a terminal, lines in a log."""
+"""Progress of scoring, evaluation and distillation: bars on a terminal, lines in a log, and the pace of the work."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from rich import progress as rich_progress
 from rich.text import Text
 
 from avss_dist.core.intervention import count_removed, describe_removed
+from avss_dist.core.names import REPAIR
 from avss_dist.core.registry import WHOLE
 from avss_dist.core.text import basename, describe_seconds
+from avss_dist.distillation.events import HeldOutMeasured, Preparing, TrainingAdvanced
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, SearchStep
-from avss_dist.report.terminal.pace import Pace
 from avss_dist.runs.events import (
     LOG_SECONDS,
     RunEnded,
@@ -35,6 +35,81 @@ if TYPE_CHECKING:
 
 
 SHOWN_ENDED = 10  # bars of runs that are over
+MIN_UNITS = 3  # units after the warm-up
+WARM_UP_SHARE = 0.25  # of the time until the first unit: units that come so soon after it were begun with it
+STEADY_FACTOR = 1.3  # between the rates of the earlier and the later half
+REMEMBERED = 200  # units
+
+
+class Pace:
+    """The rate of units that are finished one after the other, or several at a time. It is known once it is steady.
+
+    The first unit waits for what is loaded and compiled, so the units that were begun with it do not count.
+
+    Args:
+        start: start of the work, in seconds of `time.monotonic`.
+        total, done: amount of the work, and of what was done before.
+        unit: what is counted, a plural.
+    """
+
+    def __init__(
+        self, start: float | None = None, *, total: float | None = 1.0, done: float = 0, unit: str = ""
+    ) -> None:
+        self._start = time.monotonic() if start is None else start
+        self.total, self.done, self._unit = total, done, unit
+        self._warm: tuple[float, float] | None = None  # the end of the warm-up, and the amount that was done then
+        self._settled, self._steady = 0.0, False
+        self._units: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # times, and amounts that were done then
+
+    def advance(self, amount: float, now: float | None = None) -> None:
+        """Count a finished unit.
+
+        Args:
+            amount: its part of the whole, such as its tokens.
+            now: time of its end, in seconds of `time.monotonic`.
+        """
+        now = time.monotonic() if now is None else now
+        self.done += amount
+        if self._warm is None:
+            self._settled = now + WARM_UP_SHARE * (now - self._start)
+        if self._warm is None or now <= self._settled:
+            self._warm = now, self.done
+            return
+        self._units.append((now, self.done))
+        if not self._steady and len(self._units) >= MIN_UNITS:
+            middle = self._units[len(self._units) // 2 - 1]
+            rates = _rate(self._warm, middle), _rate(middle, self._units[-1])
+            self._steady = max(rates) <= STEADY_FACTOR * min(rates)
+
+    def reach(self, done: float, now: float | None = None) -> None:
+        """Count the work up to ``done``, if it is more than before."""
+        if done > self.done:
+            self.advance(done - self.done, now)
+
+    def rate(self) -> float | None:
+        """Return the amount per second, or None while it is not steady."""
+        if not self._steady or self._warm is None:
+            return None
+        return _rate(self._warm if len(self._units) < REMEMBERED else self._units[0], self._units[-1])
+
+    def seconds_left(self, amount: float, now: float | None = None) -> float | None:
+        """Return the seconds until a further amount is done, or None while the rate is not steady."""
+        if not (rate := self.rate()):
+            return None
+        now = time.monotonic() if now is None else now
+        return max(0.0, amount / rate - (now - self._units[-1][0]))
+
+    def describe(self) -> str:
+        """Return the rate, if there is a unit, and the time that is left, after a comma each; empty until steady."""
+        rate, seconds = self.rate(), self.seconds_left((self.total or 0) - self.done)
+        if not rate or seconds is None:
+            return ""
+        speed = f", {rate:,.0f} {self._unit}/s" if rate >= 1 else f", {60 * rate:.2g} {self._unit}/min"
+        return f"{speed if self._unit else ''}, {describe_seconds(seconds)} left"
+
+
+def _rate(begin: tuple[float, float], end: tuple[float, float]) -> float:
+    return (end[1] - begin[1]) / max(end[0] - begin[0], 1e-9)
 
 
 class _Speed(rich_progress.ProgressColumn):
@@ -48,26 +123,18 @@ class TimeColumn(rich_progress.ProgressColumn):
 
     def __init__(self) -> None:
         super().__init__()
-        self._paces: dict[rich_progress.TaskID, tuple[Pace, float, float | None]] = {}
+        self._paces: dict[rich_progress.TaskID, Pace] = {}
 
     def render(self, task: rich_progress.Task) -> Text:
+        pace, now = self._paces.get(task.id), task.get_time()
+        if pace is None or task.total != pace.total or task.completed < pace.done:  # it begins
+            pace = self._paces[task.id] = Pace(now, total=task.total, done=task.completed)
+        pace.reach(task.completed, now)
+        over = task.finished or task.total is None
+        remaining = None if over else pace.seconds_left((task.total or 0) - task.completed, now)
         passed = task.finished_time if task.finished else task.elapsed
-        remaining = self._seconds_left(task)
         text = str(timedelta(seconds=int(passed or 0)))
         return Text(text if remaining is None else f"{text}, {timedelta(seconds=int(remaining))} left", style="cyan")
-
-    def _seconds_left(self, task: rich_progress.Task) -> float | None:
-        """Return the seconds until a task is finished, by its pace so far, or None if that is unknown."""
-        pace, completed, total = self._paces.get(task.id, (None, 0.0, None))
-        now = task.get_time()
-        if pace is None or task.total != total or task.completed < completed:  # it begins
-            pace = Pace(now)
-        elif task.completed > completed:
-            pace.advance(task.completed - completed, now)
-        self._paces[task.id] = pace, task.completed, task.total
-        if task.finished or task.total is None:
-            return None
-        return pace.seconds_left(task.total - task.completed, now)
 
 
 def bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
@@ -88,59 +155,6 @@ def log(what: str, file: TextIO | None = None) -> None:
     say(f"{datetime.now(UTC):%H:%M:%S} {what}", file)
 
 
-def describe_pace(pace: Pace, remaining: float, unit: str = "") -> str:
-    """Return the rate and the time that is left, after a comma each; empty while the pace is not steady.
-
-    Args:
-        remaining: amount of work that is left.
-        unit: what is counted, a plural; the rate is left out without it.
-    """
-    rate, seconds = pace.rate(), pace.seconds_left(remaining)
-    if not rate or seconds is None:
-        return ""
-    speed = f", {rate:,.0f} {unit}/s" if rate >= 1 else f", {60 * rate:.2g} {unit}/min"
-    return f"{speed if unit else ''}, {describe_seconds(seconds)} left"
-
-
-class LogLines:
-    """Log lines where no bar is shown, one every `LOG_SECONDS` at most.
-
-    Args:
-        progress: display of the bar. Nothing is logged unless it is disabled.
-    """
-
-    def __init__(self, progress: rich_progress.Progress) -> None:
-        self._progress, self._logged_at = progress, time.monotonic()
-
-    def __call__(self, what: str) -> None:
-        """Log a line if the last one is long ago."""
-        if self._progress.disable and time.monotonic() - self._logged_at > LOG_SECONDS:
-            self._logged_at = time.monotonic()
-            log(what)
-
-
-class StepPace:
-    """Pace of a step, and its work so far.
-
-    Args:
-        total, done: amount of its work, and of what was done before.
-        unit: see `describe_pace`.
-    """
-
-    def __init__(self, total: float = 1.0, done: float = 0.0, unit: str = "") -> None:
-        self._pace, self._total, self._done, self._unit = Pace(), total, done, unit
-
-    def reach(self, done: float) -> None:
-        """Count the work up to ``done``."""
-        if done > self._done:
-            self._pace.advance(done - self._done)
-            self._done = done
-
-    def describe(self) -> str:
-        """Return the result of `describe_pace`."""
-        return describe_pace(self._pace, self._total - self._done, self._unit)
-
-
 class Progress:
     """Callback for the events of runs: a bar for each run, with tokens/s and the time that is left."""
 
@@ -153,9 +167,7 @@ class Progress:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def __call__(self, event: object) -> None:
@@ -197,16 +209,14 @@ def run_progress(num_runs: int, *, ends: bool = True) -> Progress | ProgressLine
     return Progress() if console(stderr=True).is_terminal else ProgressLines(num_runs, ends=ends)
 
 
-class CellProgress:
-    """Callback for the events of an evaluation: one bar over all cells of a round, and a line for each search step."""
+class StepProgress:
+    """Callback for the events of `shrink` and `distill`: one bar over all steps. Without a terminal, lines."""
 
-    def __init__(self) -> None:
-        self._progress = bars(rich_progress.MofNCompleteColumn())
-        self._task: rich_progress.TaskID | None = None
-        self._log = LogLines(self._progress)
-        self._done, self._cells, self._step = 0, 0, ""
-        self._pace = self._step_pace = StepPace()
-        self._notes: set[str] = set()
+    def __init__(self, column: rich_progress.ProgressColumn | None = None) -> None:
+        self._progress = bars(column or rich_progress.TaskProgressColumn())
+        self._bar = self._progress.add_task("reading", total=None)
+        self._step, self._pace, self._training = "reading", Pace(), None
+        self._logged_at, self._notes = time.monotonic(), set[str]()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -218,55 +228,101 @@ class CellProgress:
     def __call__(self, event: Event) -> None:
         """Show an event."""
         match event:
-            case CellsStarted(cells, done):
-                self._begin(len(cells), done)
-            case CellUnderway(cell, step, share):
-                assert self._task is not None
-                self._progress.update(self._task, description=f"{describe_cell(cell)}: {step}, {share:.0%}")
-                self._log_step(cell, step, share)
+            case RunStarted(_, num_tokens, done_tokens):
+                self._begin("scoring layers", num_tokens, done_tokens, "tokens")
+            case CellsStarted(cells, done) if cells:
+                self._begin(_describe_step(cells[0]), len(cells), done, "evaluations")
+            case ShardMeasured(_, num_tokens):
+                self._advance(num_tokens, self._step)
+            case CellUnderway(_, step, share):
+                what = f"{step[0].lower()}{step[1:]}, {share:.0%}"
+                self._progress.update(self._bar, description=what)
+                self._log(f"{what}{self._pace.describe()}")
             case CellDone(cell, notes):
-                assert self._task is not None
                 self._print_notes(notes)
-                self._progress.update(self._task, advance=1, description=describe_cell(cell))
-                self._done += 1
-                self._step = ""
-                self._pace.reach(self._done)
-                self._log(self._describe(cell))
+                self._advance(1, _describe_step(cell))
+            case Preparing(step, share):
+                if step != self._step:
+                    self._begin(step, 1.0)
+                self._progress.update(self._bar, total=1.0, completed=share)
+                self._pace.reach(share)
+                if share:
+                    self._log(f"{step}, {share:.0%}{self._pace.describe()}")
+            case TrainingAdvanced(tokens=tokens, total=total, loss=loss):
+                pace = self._training = self._training or Pace(total=total, done=tokens)
+                pace.reach(tokens)
+                rate, seconds = pace.rate(), pace.seconds_left(total - tokens)
+                what = f"training, loss {loss:.3f}" + (f", {rate:,.0f} tokens/s" if rate else "")
+                self._progress.update(self._bar, description=what, total=total, completed=tokens)
+                ending = f", {describe_seconds(seconds)} left" if seconds is not None else ""
+                self._log(f"{tokens:,} of {total:,} tokens: {what}{ending}")
+            case HeldOutMeasured(tokens=tokens, kept=kept):
+                line = f"{tokens:,} tokens: kept {', '.join(f'{text} {share:.1%}' for text, share in kept.items())}"
+                if self._progress.disable:
+                    log(line)
+                else:
+                    self._progress.console.print(line, markup=False, highlight=False)
+
+    def _begin(self, what: str, total: float, done: float = 0, unit: str = "", *, said: bool = True) -> None:
+        """Begin a step of ``total`` units, of which ``done`` are done."""
+        self._progress.reset(self._bar, total=total, completed=done, description=what, visible=True)  # type: ignore[arg-type]
+        self._step, self._pace = what, Pace(total=total, done=done, unit=unit)
+        if said and self._progress.disable and done != total:
+            log(what)
+
+    def _advance(self, amount: int, what: str) -> None:
+        """Count finished units of a step."""
+        self._progress.update(self._bar, advance=amount, description=what)
+        self._pace.advance(amount)
+        self._log(f"{self._step}: {self._pace.done / (self._pace.total or 1):.0%}{self._pace.describe()}")
+
+    def _log(self, what: str) -> None:
+        """Log a line where no bar is shown, one every `LOG_SECONDS` at most."""
+        if self._progress.disable and time.monotonic() - self._logged_at > LOG_SECONDS:
+            self._logged_at = time.monotonic()
+            log(what)
+
+    def _print_notes(self, notes: Sequence[str]) -> None:
+        """Print each note on how cells were measured once."""
+        for note in dict.fromkeys(note for note in notes if note not in self._notes):
+            self._notes.add(note)
+            self._progress.console.print(f"Note: {note}", markup=False, highlight=False)
+
+
+class CellProgress(StepProgress):
+    """Callback for the events of an evaluation: one bar over all cells of a round, and a line for each search step."""
+
+    def __init__(self) -> None:
+        super().__init__(rich_progress.MofNCompleteColumn())
+        self._progress.update(self._bar, visible=False)  # until cells are known
+        self._part = Pace()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event. The time left of a long cell is that of its step, until that of all cells is known."""
+        match event:
+            case CellsStarted(cells, done):
+                self._begin("evaluating", len(cells), done, "evaluations", said=False)
+            case CellUnderway(cell, step, share):
+                name, what = _short(cell.checkpoint.name), f"{step}, {share:.0%}"
+                self._progress.update(self._bar, description=f"{name}{describe_without(cell)}: {what}")
+                if step != self._step:
+                    self._step, self._part = step, Pace()
+                self._part.reach(share)
+                pace = self._pace.describe() or self._part.describe()
+                self._log(f"{name}: {what}; {self._pace.done} of {self._pace.total} evaluated{pace}")
+            case CellDone(cell, notes):
+                self._print_notes(notes)
+                name, self._step = _short(cell.checkpoint.name), ""
+                self._progress.update(self._bar, advance=1, description=f"{name}{describe_without(cell)}")
+                self._pace.advance(1)
+                self._log(f"{name}: {self._pace.done} of {self._pace.total} evaluated{self._pace.describe()}")
             case SearchStep(best=best, sets=sets) if self._progress.console.is_terminal:
                 loss = f"loss {best.value:.4f} without {describe_removed(best.removed)}"
                 self._progress.console.print(f"{sets} sets: {loss}", markup=False, highlight=False)
 
-    def _print_notes(self, notes: Sequence[str]) -> None:
-        """Print each note on how cells were measured once."""
-        for note in notes:
-            if note not in self._notes:
-                self._notes.add(note)
-                self._progress.console.print(f"Note: {note}", markup=False, highlight=False)
 
-    def _begin(self, cells: int, done: int) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task("evaluating", total=cells, completed=done)
-        self._done, self._cells = done, cells
-        self._pace = StepPace(cells, done, "evaluations")
-
-    def _describe(self, cell: Cell) -> str:
-        """Return how many cells are evaluated, with the pace."""
-        return f"{_short(cell.checkpoint.name)}: {self._done} of {self._cells} evaluated{self._pace.describe()}"
-
-    def _log_step(self, cell: Cell, step: str, share: float) -> None:
-        """Log the progress of a long cell. The time left is that of its step, until that of all cells is known."""
-        if step != self._step:
-            self._step, self._step_pace = step, StepPace()
-        self._step_pace.reach(share)
-        pace = self._pace.describe() or self._step_pace.describe()
-        name, cells = _short(cell.checkpoint.name), f"{self._done} of {self._cells} evaluated"
-        self._log(f"{name}: {step}, {share:.0%}; {cells}{pace}")
-
-
-def describe_cell(cell: Cell) -> str:
-    """Return a short description of a cell: ``model without 3 layers``."""
-    return f"{_short(cell.checkpoint.name)}{describe_without(cell)}"
+def _describe_step(cell: Cell) -> str:
+    return f"{'fitting the repair' if cell.task.startswith(REPAIR) else 'evaluating'}{describe_without(cell)}"
 
 
 def describe_without(cell: Cell) -> str:
@@ -290,7 +346,6 @@ class ProgressLines:
         self._num_runs, self._seconds, self._file = num_runs, seconds, file
         self._ends, self._ended = ends, 0
         self._logged_at = time.monotonic()
-        self._tokens: dict[str, tuple[int, int]] = {}  # tokens that are measured, and in all, by run
         self._paces: dict[str, Pace] = {}
         self._lock = threading.Lock()
 
@@ -303,43 +358,28 @@ class ProgressLines:
         """Show an event. How a replica is spread is printed if it is not a single whole model."""
         match event:
             case RunRepeated(name):
-                self._print(f"{name}: {event.describe()}")
+                log(f"{name}: {event.describe()}", self._file)
             case RunPlaced(name, placement) if placement.partition != WHOLE:
-                self._print(f"{name}: {placement.partition}; {placement.why}.")
+                log(f"{name}: {placement.partition}; {placement.why}.", self._file)
             case RunStarted(name, num_tokens, done_tokens):
                 with self._lock:
-                    self._tokens[name] = done_tokens, num_tokens
-                    self._paces[name] = Pace()
+                    self._paces[name] = Pace(total=num_tokens, done=done_tokens, unit="tokens")
             case ShardMeasured(name, num_tokens):
-                self._advance(name, num_tokens)
+                with self._lock:
+                    pace = self._paces[name]
+                    pace.advance(num_tokens)
+                    if time.monotonic() - self._logged_at < self._seconds:
+                        return
+                    self._logged_at = time.monotonic()
+                share = pace.done / (pace.total or 1)
+                log(f"{name}: {share:.0%} of {pace.total:,} tokens{pace.describe()}", self._file)
             case RunEnded(name, run):
-                self._end(name, run)
-
-    def _advance(self, name: str, num_tokens: int) -> None:
-        """Count a measured shard, and print a line if the last one is long ago."""
-        with self._lock:
-            done, total = self._tokens[name]
-            done += num_tokens
-            self._tokens[name] = done, total
-            pace = self._paces[name]
-            pace.advance(num_tokens)
-            if time.monotonic() - self._logged_at < self._seconds:
-                return
-            self._logged_at = time.monotonic()
-        self._print(f"{name}: {done / total:.0%} of {total:,} tokens{describe_pace(pace, total - done, 'tokens')}")
-
-    def _end(self, name: str, run: Run) -> None:
-        with self._lock:
-            self._tokens.pop(name, None)
-            self._paces.pop(name, None)
-            self._ended += 1
-        if not self._ends:
-            return
-        error = f": {run.error.splitlines()[0]}" if run.error else ""
-        self._print(f"{self._ended} of {self._num_runs} runs: {name} {run.status}{error}")
-
-    def _print(self, what: str) -> None:
-        log(what, self._file)
+                with self._lock:
+                    self._paces.pop(name, None)
+                    self._ended += 1
+                error = f": {run.error.splitlines()[0]}" if run.error else ""
+                if self._ends:
+                    log(f"{self._ended} of {self._num_runs} runs: {name} {run.status}{error}", self._file)
 
 
 def _short(name: str) -> str:
