@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
-from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats
+from avss_dist.stats.layer_stats import Float64, LayerStats
 from avss_dist.stats.merging import merge_blocks
 from avss_dist.stats.scores import Threshold, score_run
 from avss_dist.warehouse.reader import Warehouse
@@ -60,10 +60,9 @@ def scores_at(
     rows: list[dict[str, Any]] = []
     for run in runs:
         identity = {name: run[name] for name in ("run_id", "model", "revision", "family")}
-        stats, shards = warehouse.readable_layer_stats(run["run_id"]), _blocks(warehouse, run)
-        if not stats:
-            continue
-        for row in score_run(stats, _layer_names(warehouse, run), shards, [threshold], sites):
+        stats, shards = warehouse.readable_layer_stats(run["run_id"]), warehouse.read_partials(run)
+        blocks = merge_blocks(shards, BOOTSTRAP_BLOCKS).blocks if shards else []  # as when the run was scored
+        for row in score_run(stats, _layer_names(warehouse, run), blocks, [threshold], sites) if stats else ():
             measured = stats[row["layer"], row["site"]]
             below = measured.below(threshold.at(measured))
             cut = row["recipe"] != "unit" and below.low < below.high
@@ -99,17 +98,12 @@ def layer_scores(
     unscored = {run["run_id"]: run for run in runs} | dict.fromkeys(stored["run_id"].to_pylist())
     missing = [run for run in unscored.values() if run and site in (run["sites"] or [site])]
     computed = scores_at(warehouse, missing, threshold, sites=[site])
-    scores = pa.concat_tables([_with_exactness(stored), computed.filter(pc.field("recipe") == recipe)])
-    return scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
-
-
-def _with_exactness(stored: pa.Table) -> pa.Table:
-    """Return rows of ``scores`` as a table of `SCORES`."""
-    exact = pc.equal(stored["threshold_kind"], "absolute")
-    counts = pc.if_else(exact, stored["near_zero_count"].cast(pa.float64()), None)
+    is_exact = pc.equal(stored["threshold_kind"], "absolute")
+    counts = pc.if_else(is_exact, stored["near_zero_count"].cast(pa.float64()), None)
     columns = {name: stored[name] for name in SCHEMAS["scores"].names}
-    columns |= {"exactness": pc.if_else(exact, EXACT, None), "near_zero_low": counts, "near_zero_high": counts}
-    return pa.table(columns).cast(SCORES)
+    columns |= {"exactness": pc.if_else(is_exact, EXACT, None), "near_zero_low": counts, "near_zero_high": counts}
+    scores = pa.concat_tables([pa.table(columns).cast(SCORES), computed.filter(pc.field("recipe") == recipe)])
+    return scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
 
 
 def quantiles(
@@ -131,31 +125,19 @@ def quantiles(
     """
     if wrong := [share for share in shares if not 0 <= share <= 1]:
         raise ValueError(f"a share is between 0 and 1, not {wrong[0]}")
-    return pa.Table.from_pylist([row for run in runs for row in _quantiles(warehouse, run, shares, sites)], QUANTILES)
-
-
-def _quantiles(
-    warehouse: Warehouse, run: Mapping[str, Any], shares: Sequence[float], sites: Sequence[str] | None
-) -> Iterator[dict[str, Any]]:
-    measured = warehouse.readable_layer_stats(run["run_id"])
-    names = _layer_names(warehouse, run)
-    for (layer, site), stats in measured.items():
-        if sites is not None and site not in sites:
-            continue
-        for share, value, low, high in zip(shares, *quantiles_of(stats, shares), strict=True):
-            yield {
-                "run_id": run["run_id"],
-                "model": run["model"],
-                "layer": layer,
-                "layer_name": names[layer],
-                "depth": (layer + 0.5) / len(names),
-                "site": site,
-                "share": share,
-                "value": float(value),
-                "rms_multiple": float(value / stats.rms) if stats.rms > 0 else None,
-                "low": float(low),
-                "high": float(high),
-            }
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        names = _layer_names(warehouse, run)
+        for (layer, site), stats in warehouse.readable_layer_stats(run["run_id"]).items():
+            if sites is not None and site not in sites:
+                continue
+            identity = {"run_id": run["run_id"], "model": run["model"], "layer": layer, "layer_name": names[layer]}
+            identity |= {"depth": (layer + 0.5) / len(names), "site": site}
+            for share, value, low, high in zip(shares, *quantiles_of(stats, shares), strict=True):
+                multiple = float(value / stats.rms) if stats.rms > 0 else None
+                bounds = {"low": float(low), "high": float(high)}
+                rows.append({**identity, "share": share, "value": float(value), "rms_multiple": multiple, **bounds})
+    return pa.Table.from_pylist(rows, QUANTILES)
 
 
 def quantiles_of(stats: LayerStats, shares: Sequence[float]) -> tuple[Float64, Float64, Float64]:
@@ -182,9 +164,3 @@ def _layer_names(warehouse: Warehouse, run: Mapping[str, Any]) -> list[str]:
     rows = warehouse.table("layer_stats", run_ids=[run["run_id"]], columns=["layer", "layer_name"]).to_pylist()
     names = {row["layer"]: row["layer_name"] for row in rows}
     return [names.get(i, "") for i in range(max([run["num_layers"] or 0, *(i + 1 for i in names)]))]
-
-
-def _blocks(warehouse: Warehouse, run: Mapping[str, Any]) -> list[Mapping[LayerKey, LayerStats]]:
-    """Return the blocks of shards that were resampled when the run was scored. Empty if partials are missing."""
-    shards = warehouse.read_partials(run)
-    return merge_blocks(shards, BOOTSTRAP_BLOCKS).blocks if shards else []

@@ -17,9 +17,8 @@ def ablate(format: Annotated[str, format_option("table", "json", "csv")] = "tabl
     """
     from avss_dist.evaluation.ablate import ablate as measure
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.ablation import ablation_table
+    from avss_dist.report.terminal.evaluation import ablation_table, sensitivity_tables
     from avss_dist.report.terminal.progress import CellProgress
-    from avss_dist.report.terminal.sensitivity import sensitivity_tables
 
     request = AblateRequest(**values)
     with CellProgress() as progress:

@@ -54,7 +54,7 @@ def _compare_pairs(request: CompareRequest, format: str) -> None:
     from avss_dist.analysis.findings import of_rankings
     from avss_dist.api.read import compare_runs
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.compare import comparison_tables, findings_list
+    from avss_dist.report.terminal.agreement import comparison_tables, findings_list
 
     opened, by, score = open_warehouse(str(request.warehouse)), request.by, request.score
     names = choose_run_ids(opened, request.run)
@@ -112,7 +112,7 @@ def findings(format: str, **values: Any) -> None:
     """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.findings import findings as find
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.compare import findings_list
+    from avss_dist.report.terminal.agreement import findings_list
 
     request = FindingsAtRequest(**values)
     opened = open_warehouse(str(request.warehouse))

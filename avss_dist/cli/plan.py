@@ -72,7 +72,7 @@ def _choose(opened: Warehouse, row: Mapping[str, Any], request: PlanRequest) -> 
     with CellProgress() as progress:
         chosen, result = choose_layers(opened, row, request, progress)
     if result:
-        from avss_dist.report.terminal.search import search_table
+        from avss_dist.report.terminal.evaluation import search_table
 
         console().print(search_table(result))
     return chosen

@@ -191,7 +191,7 @@ def _show_quantiles(
 
     from avss_dist.analysis.thresholds import quantiles
     from avss_dist.report.output import write_table
-    from avss_dist.report.terminal.compare import quantiles_table
+    from avss_dist.report.terminal.scores import quantiles_table
 
     table = quantiles(opened, runs, shares, [site])
     if not table.num_rows:

@@ -55,7 +55,7 @@ def run(
 
 def _preview(job: JobFile, format: str, options: dict[str, Any]) -> int:
     from avss_dist.estimation.preview import preview_job
-    from avss_dist.report.terminal.plan import plan_table
+    from avss_dist.report.terminal.previews import plan_table
 
     previews = preview_job(job, lambda event: say(f"Planning {event.name} ..."), **options)
     if format == FORMATS[0]:

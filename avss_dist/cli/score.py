@@ -47,7 +47,7 @@ def score(format: TextFormatOption = TEXT_FORMATS[0], **values: Any) -> int:
 def estimate(format: Annotated[str, format_option("table", "json")] = "table", **values: Any) -> None:
     """Estimate the memory of a run with every partition, before loading any weights."""
     from avss_dist.api.measure import estimate as estimate_run
-    from avss_dist.report.terminal.estimate import estimate_table
+    from avss_dist.report.terminal.previews import estimate_table
 
     result = estimate_run(**values)
     if format == "json":

@@ -22,7 +22,7 @@ def sparsify(
     The run must have measured the inputs of linear maps: avss score --site inputs.
     """
     from avss_dist.evaluation.sparsify import sparsify as choose
-    from avss_dist.report.sparsity import thresholds_table
+    from avss_dist.report.terminal.previews import thresholds_table
     from avss_dist.report.terminal.progress import CellProgress
     from avss_dist.report.terminal.tables import FittedTable
 

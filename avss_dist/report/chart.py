@@ -64,13 +64,16 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     color = alt.Color("run:N", title=None, scale=COLORS, legend=alt.Legend(orient="bottom", columns=2))
     paint: Any = color if several else alt.value("#1f77b4")
     panels = [_panel(base, paint, rows, name) for name in FROM_ACTIVATIONS]
+    band = why_no_interval(max(run["num_shards"] or 0 for run in runs)) or "Band: 95% interval over shards."
+    ordered = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
+    warning = None if several else describe_depth("Smoothed AVSS", depth_correlation(ordered), len(ordered))
     title = alt.TitleParams(
         f"Layer scores of {labels[runs[0]['run_id']] if not several else f'{len(runs)} runs'}",
         subtitle=[
             f"Smoothed AVSS: {first['site']} site, {first['recipe']} recipe, |x| < {threshold}; "
             f"{describe_count(runs[0]['num_tokens'])} tokens of {', '.join(corpora)}, {runs[0]['dtype']}. "
-            f"Triangles: the 25% of layers that are lowest in each picture. {_band(runs)}",
-            *_depth_warning(runs, scores),
+            f"Triangles: the 25% of layers that are lowest in each picture. {band}",
+            *([warning] if warning else []),
         ],
         anchor="start",
     )
@@ -83,11 +86,6 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     )
 
 
-def _band(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return the meaning of the band, or why all runs have too few shards for one."""
-    return why_no_interval(max(run["num_shards"] or 0 for run in runs)) or "Band: 95% interval over shards."
-
-
 def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int]]]:
     """Return (run id, layer) of the lowest 25% of the layers of each run, by the name of each score."""
     lowest: dict[str, set[tuple[str, int]]] = {}
@@ -98,24 +96,6 @@ def _lowest(scores: Sequence[Mapping[str, Any]]) -> dict[str, set[tuple[str, int
             low = [s["layer"] for s, rank in zip(of_run, ranks, strict=True) if rank <= count_lowest(len(of_run))]
             lowest.setdefault(name, set()).update((run_id, layer) for layer in low)
     return lowest
-
-
-def _depth_warning(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the warning that the AVSS of one run tracks depth, if it does. Empty for several runs."""
-    if len(runs) > 1:
-        return []
-    values = [s["avss_smoothed"] for s in sorted(scores, key=lambda s: s["layer"])]
-    warning = describe_depth("Smoothed AVSS", depth_correlation(values), len(values))
-    return [warning] if warning else []
-
-
-def _tooltip(name: str) -> list[Any]:
-    return [
-        alt.Tooltip("run:N"),
-        alt.Tooltip("layer:Q"),
-        alt.Tooltip("layer_name:N"),
-        alt.Tooltip(f"{name}:Q", format=".4g"),
-    ]
 
 
 def depth_chart(
@@ -170,7 +150,8 @@ def _panel(base: Any, color: Any, rows: Sequence[Mapping[str, Any]], name: str) 
     if not isinstance(color, alt.Color):
         marked = alt.when(f"datum.lowest_{name}").then(alt.value(LOWEST_COLOR)).otherwise(color)
     ends = ("avss_low", "avss_high") if name == "avss" else None
-    tooltip = [*_tooltip(name), *([alt.Tooltip("rank:Q")] if name == "avss" else [])]
+    tooltip = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("layer_name:N")]
+    tooltip += [alt.Tooltip(f"{name}:Q", format=".4g"), *([alt.Tooltip("rank:Q")] if name == "avss" else [])]
     chart = depth_chart(base, name, axis, color, marked, lowest=f"lowest_{name}", ends=ends, tooltip=tooltip)
     return chart.properties(title=title, **PANEL)
 
@@ -248,18 +229,28 @@ def save_chart(chart: Any, path: Path) -> None:
     elif kind == ".svg":
         data = vl_convert.vegalite_to_svg(spec).encode()
     else:
-        data = _page(spec).encode()
+        text = json.dumps(spec).replace("<", "\\u003c")  # no name in the data can end its script
+        text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        data = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Layer scores</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"></head>
+<body><div id="chart" role="img" aria-label="Layer scores by depth"></div>
+<script type="application/json" id="spec">{text}</script>
+<script>{drawing_library()}</script>
+<script>vegaEmbed("#chart", JSON.parse(document.getElementById("spec").textContent), {{renderer: "svg"}});</script>
+</body></html>
+""".encode()
     write_file(path, data)
 
 
 def specification(chart: Any) -> dict[str, Any]:
     """Return a chart as Vega-Lite with `printable` texts. The library that draws aborts the process at other texts."""
-    spec: dict[str, Any] = map_leaves(chart.to_dict(), _drawable)
+
+    def drawable(leaf: Any) -> Any:
+        return printable(leaf).encode(errors="replace").decode() if isinstance(leaf, str) else leaf
+
+    spec: dict[str, Any] = map_leaves(chart.to_dict(), drawable)
     return spec
-
-
-def _drawable(leaf: Any) -> Any:
-    return printable(leaf).encode(errors="replace").decode() if isinstance(leaf, str) else leaf
 
 
 @cache
@@ -277,17 +268,3 @@ def drawing_library() -> str:
         with staged_file(file) as staged:
             staged.write_text(library, encoding="utf-8")
     return library
-
-
-def _page(spec: Mapping[str, Any]) -> str:
-    """Return an HTML page with the chart and the code that draws it. No name in the data can end its script."""
-    data = json.dumps(spec).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Layer scores</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"></head>
-<body><div id="chart" role="img" aria-label="Layer scores by depth"></div>
-<script type="application/json" id="spec">{data}</script>
-<script>{drawing_library()}</script>
-<script>vegaEmbed("#chart", JSON.parse(document.getElementById("spec").textContent), {{renderer: "svg"}});</script>
-</body></html>
-"""

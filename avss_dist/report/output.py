@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from decimal import Decimal
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -78,19 +78,27 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
     Args:
         newest_first: the first rows matter most, so a terminal shows no others.
     """
-    table = table.rename_columns(_distinct(table.column_names))
+    from avss_dist.report.terminal.tables import describe_value
+
+    names: list[str] = []  # with numbers after repeated ones (of a join): ``model``, ``model_1``
+    for name in table.column_names:
+        numbered = (f"{name}_{count}" if count else name for count in itertools.count())
+        names.append(next(new for new in numbered if new not in names))
+    table = table.rename_columns(names)
     if kind == "table":
         _write_fitted(table, console, newest_first=newest_first)
     elif kind == "json":
         for row in _rows(table):
             emit_json(map_leaves(row, _as_json))
     elif kind == "markdown":
-        emit(_markdown(table))
+        lines = [[escape_markdown(name) for name in names], ["---"] * table.num_columns]
+        lines += [[escape_markdown(describe_value(value)) for value in row.values()] for row in _rows(table)]
+        emit("\n".join(f"| {' | '.join(line)} |" for line in lines))
     elif kind == "csv":
         import csv
 
         writer = csv.writer(SimpleNamespace(write=partial(emit, end="")), lineterminator="\n")
-        for cells in chain([table.column_names], (row.values() for row in _rows(table))):
+        for cells in itertools.chain([names], (row.values() for row in _rows(table))):
             writer.writerow(map(csv_cell, cells))
     else:
         _write_parquet(table)
@@ -158,25 +166,6 @@ def csv_cell(value: Any) -> Any:
         return value
     text = printable(value)
     return f"'{text}" if value.startswith(_FORMULA) or text.lstrip().startswith(_FORMULA) else text
-
-
-def _markdown(table: pa.Table) -> str:
-    from avss_dist.report.terminal.tables import describe_value
-
-    lines = [[escape_markdown(name) for name in table.column_names], ["---"] * table.num_columns]
-    lines += [[escape_markdown(describe_value(value)) for value in row.values()] for row in _rows(table)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """Return column names with numbers after repeated ones (of a join): ``model``, ``model_1``."""
-    given: list[str] = []
-    for name in names:
-        count = 0
-        while (new := f"{name}_{count}" if count else name) in given:
-            count += 1
-        given.append(new)
-    return given
 
 
 def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:

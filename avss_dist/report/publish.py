@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError, unwritable
@@ -56,25 +55,21 @@ def _write_tables(warehouse: Warehouse, run_ids: Sequence[str], folder: Path) ->
 
 
 def _write_table(warehouse: Warehouse, name: str, run_ids: Sequence[str], folder: Path) -> int:
-    """Write the rows of a table with a row group for each run, and return their number. An empty file is deleted."""
+    """Write the rows of a table with a row group for each run, and return their number. An empty file is deleted.
+
+    Evaluations, which have run ids of their own, are one group.
+    """
     file, rows = folder / f"{name}.parquet", 0
+    groups = [None] if name == "evaluations" else [[run_id] for run_id in run_ids]
     with pq.ParquetWriter(file, SCHEMAS[name], compression="zstd") as writer:
-        for table in _tables(warehouse, name, run_ids):
-            writer.write_table(table.cast(SCHEMAS[name]))
+        for group in groups:
+            table = warehouse.table(name, run_ids=group)
+            if table or group is None:
+                writer.write_table(table.cast(SCHEMAS[name]))
             rows += len(table)
     if not rows:
         file.unlink()
     return rows
-
-
-def _tables(warehouse: Warehouse, name: str, run_ids: Sequence[str]) -> Iterator[pa.Table]:
-    """Yield the rows of each run. Evaluations, which have run ids of their own, are one table."""
-    if name == "evaluations":
-        yield warehouse.table(name)
-        return
-    for run_id in run_ids:
-        if table := warehouse.table(name, run_ids=[run_id]):
-            yield table
 
 
 def _card(rows: Mapping[str, int]) -> str:

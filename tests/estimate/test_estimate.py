@@ -27,7 +27,7 @@ from avss_dist.estimation.estimate import Estimate, Row, _row, estimate
 from avss_dist.models.size import footprint
 from avss_dist.partition.choose import choose, least_host_bytes
 from avss_dist.partition.memory import PROCESS_BYTES, batch_bytes
-from avss_dist.report.terminal.estimate import automatic, estimate_table
+from avss_dist.report.terminal.previews import automatic, estimate_table
 from avss_dist.requests import EstimateRequest
 from avss_dist.system.devices import Devices
 

@@ -30,7 +30,7 @@ from avss_dist.evaluation.ablate import Ablation
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.interventions import recording, representatives, resuming
-from avss_dist.report.terminal.ablation import ablation_table
+from avss_dist.report.terminal.evaluation import ablation_table
 from avss_dist.runs.api import score
 from avss_dist.tasks import layer_removal as ablation
 from avss_dist.tasks.shapley import SHAPLEY, SHARED, Shapley

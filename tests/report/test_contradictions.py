@@ -13,7 +13,7 @@ from support.command_line import avss
 from support.warehouses import activations, stats_of, write_measured
 
 from avss_dist.analysis.agreement import CorrelationSummary
-from avss_dist.report.terminal.compare import summary
+from avss_dist.report.terminal.agreement import summary
 
 
 def said(rho: float, given: float, *, lowest: float | None = None) -> str:

@@ -27,7 +27,7 @@ from avss_dist.core.text import describe_threshold
 from avss_dist.report.page.data import page_data, run_agreement
 from avss_dist.report.page.page import report_page
 from avss_dist.report.page.summary import is_published
-from avss_dist.report.terminal.compare import summary
+from avss_dist.report.terminal.agreement import summary
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 

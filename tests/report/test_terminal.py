@@ -18,7 +18,7 @@ from support.warehouses import activations, stats_of, write_measured, write_scor
 
 from avss_dist.analysis.compare import compare
 from avss_dist.report.output import write_table
-from avss_dist.report.terminal.compare import comparison_tables
+from avss_dist.report.terminal.agreement import comparison_tables
 from avss_dist.report.terminal.progress import Pace, TimeColumn
 from avss_dist.report.terminal.scores import layer_table
 from avss_dist.report.terminal.tables import plain_table

@@ -44,7 +44,10 @@ def schema_page() -> RenderableType:
 
 def schema_markdown() -> str:
     """Return the descriptions of columns as Markdown for the documentation: those of several tables, then by table."""
-    by_table = {name: {row[0]: _markdown_row(*row) for row in rows} for name, rows in _by_table().items()}
+    by_table = {
+        name: {c: f"| `{c}` | {kind} | {escape_markdown(text)} |" for c, kind, text in rows}
+        for name, rows in _by_table().items()
+    }
     shared = shared_rows(by_table.values())
     header = ["| Column | Type | Meaning |", "|---|---|---|"]
     lines = ["### Columns of several tables", "", *header, *shared.values(), ""]
@@ -62,10 +65,6 @@ def shared_rows(tables: Iterable[Mapping[str, str]]) -> dict[str, str]:
     usage = Counter(item for rows in tables for item in rows.items())
     frequent = {key: row for (key, row), count in reversed(usage.most_common()) if count > 1}
     return {key: row for key, row in usage if frequent.get(key) == row}
-
-
-def _markdown_row(column: str, kind: str, description: str) -> str:
-    return f"| `{column}` | {kind} | {escape_markdown(description)} |"
 
 
 def _by_table() -> dict[str, list[tuple[str, str, str]]]:

@@ -1,8 +1,9 @@
-"""A run's layers as a table with bars, for the terminal."""
+"""The scores of a run's layers as a table with bars, and the quantiles of their values, for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isnan
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -14,7 +15,6 @@ from avss_dist.core.registry import LOWEST_SHARE, SCORES
 from avss_dist.core.text import describe_count, describe_layers, describe_threshold
 from avss_dist.report.section import (
     BarColumn,
-    Interval,
     ReportColumn,
     ReportTable,
     known_interval,
@@ -61,11 +61,11 @@ def _layer_columns(
         column("layer", "layer", str),
         BarColumn(values=[s["avss_smoothed"] for s in scores], marked=lowest),
         column(SCORES["avss"].title, "avss_smoothed", number),
-        ReportColumn("95% interval", intervals, _interval, priority=4),
+        ReportColumn("95% interval", intervals, lambda ends: "{:z.4g} .. {:z.4g}".format(*ends), priority=4),
         column("rank", "rank", str),
         column("lowest 25%", "lowest_set_probability", percent(0), 3),
         column("variance", "variance", number, 6),
-        column("near zero", "near_zero_count", lambda count: f"{count:,.0f}", 5),
+        column("near zero", "near_zero_count", "{:,.0f}".format, 5),
         column("block influence", "block_influence", number, 2),
     ]
     return [one for one in columns if has_intervals or isinstance(one, BarColumn) or one.heading not in OF_SHARDS]
@@ -84,10 +84,13 @@ def describe_exactness(scores: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest: int) -> str:
-    noisy = sum(s["quality"] != "ok" for s in scores)
+    noisy, weights = sum(s["quality"] != "ok" for s in scores), ""
+    if run.get("quantization"):
+        computed = f", computed by {run['quantized_modules']}" if run.get("quantized_modules") else ""
+        weights = f"Weights: {run['quantization']}{computed}.\n"
     text = (
         f"{run['run_id']}: {describe_count(run['num_tokens'])} tokens of {run['corpus']}, "
-        f"{run['dtype']} on {run['device']}.\n{_quantization(run)}"
+        f"{run['dtype']} on {run['device']}.\n{weights}"
         f"* the {'layer' if lowest == 1 else f'{lowest} layers'} with the lowest {SCORES['avss'].title}, "
         f"{LOWEST_SHARE:.0%} of {len(scores)}"
     )
@@ -104,13 +107,25 @@ def _caption(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], lowest
     return text
 
 
-def _quantization(run: Mapping[str, Any]) -> str:
-    """Return a line on quantized weights and what computed with them; empty if the model is not quantized."""
-    if not run.get("quantization"):
-        return ""
-    computed = run.get("quantized_modules")
-    return f"Weights: {run['quantization']}{f', computed by {computed}' if computed else ''}.\n"
+def quantiles_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Return a table of the quantiles of one run and site: a row for each layer, a column for each share."""
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    by_place = {(row["layer"], row["share"]): row for row in rows}
+    defined = {place: row for place, row in by_place.items() if row["value"] is not None and not isnan(row["value"])}
+    columns = [
+        ReportColumn(f"|x| below which {share:.4g}", [defined.get((layer, share)) for layer in layers], _quantile)
+        for share in dict.fromkeys(row["share"] for row in rows)
+    ]
+    exact = all(row["low"] == row["high"] for row in rows if row["low"] is not None)
+    inexact = "The truth lies close by: --format csv has the edges between which it is."
+    table = ReportTable(
+        title=f"{rows[0]['run_id']}  {rows[0]['site']}",
+        columns=[ReportColumn("layer", layers), *columns],
+        caption="Every one is exact: each value was counted." if exact else inexact,
+    )
+    return FittedTable(table)
 
 
-def _interval(ends: Interval) -> str:
-    return "{:z.4g} .. {:z.4g}".format(*ends)
+def _quantile(row: Mapping[str, Any]) -> str:
+    multiple = row["rms_multiple"]
+    return f"{row['value']:.4g}" + (f" ({multiple:.3g} x RMS)" if multiple else "")
