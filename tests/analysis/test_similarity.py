@@ -71,7 +71,7 @@ def test_the_command_draws_the_map(tmp_path: Path) -> None:
         write_scores(tmp_path, f"run-{index}", [float(index % 2 * 7 - layer) ** 2 for layer in range(8)])
     picture = tmp_path / "map.svg"
     result = avss("compare", "-w", tmp_path, "-o", picture)
-    assert (result.exit_code, result.stderr) == (0, f"Map of all pairs: {picture}\n")
+    assert result.exit_code == 0 and result.stderr.startswith(f"Map of all pairs: {picture}\n")
     drawn = picture.read_text()
     assert "Agreement of layer rankings" in drawn and "run-3" in drawn
     refused = avss("compare", "-w", tmp_path, "--by", "score", "-o", picture)

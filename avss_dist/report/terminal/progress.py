@@ -215,7 +215,8 @@ class StepProgress:
     def __init__(self, column: rich_progress.ProgressColumn | None = None) -> None:
         self._progress = bars(column or rich_progress.TaskProgressColumn())
         self._bar = self._progress.add_task("reading", total=None)
-        self._step, self._pace, self._training = "reading", Pace(), None
+        self._step, self._pace = "reading", Pace()
+        self._training: Pace | None = None
         self._logged_at, self._notes = time.monotonic(), set[str]()
 
     def __enter__(self) -> Self:

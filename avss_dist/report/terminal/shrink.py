@@ -50,7 +50,7 @@ def shrunk_tables(done: Shrunk) -> RenderableType:
     tables = [table]
     if len(done.curve) > 1:
         dropped, retentions = [len(one.plan.drop) for one in done.curve], [one.kept for one in done.curve]
-        columns = [
+        columns: list[ReportColumn | BarColumn] = [
             ReportColumn("layers dropped", dropped),
             ReportColumn("share", [number / plan.num_layers for number in dropped], percent(0)),
             ReportColumn("kept", retentions, percent(1)),
