@@ -43,10 +43,11 @@ def buffer_bytes(stored: Iterable[StoredTensor]) -> int:
     return sum(tensor.size + _ALIGNMENT for tensor in stored)
 
 
-def readahead(stored: StoredTensor) -> None:
-    """Ask the system to read a tensor ahead of its use; block while the disk's queue is full."""
-    with suppress(OSError), stored.file.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), stored.start, stored.size, os.POSIX_FADV_WILLNEED)
+def readahead(stored: Iterable[StoredTensor]) -> None:
+    """Ask the system to read tensors ahead of their use; block while the disk's queue is full."""
+    for tensor in stored:
+        with suppress(OSError), tensor.file.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), tensor.start, tensor.size, os.POSIX_FADV_WILLNEED)
 
 
 class ReadBuffer:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avss_dist.core.errors import ModelError
+from avss_dist.core.errors import ModelError, first_line
 from avss_dist.models.checkpoints import Checkpoint, read_gguf
 from avss_dist.models.loading import Naming, quiet
 from avss_dist.models.safetensors import DTYPES, StoredTensor
@@ -50,14 +50,10 @@ class Conversion:
         unpack: Unpack | None = None,
     ) -> None:
         self._model, self._stored, self._quantizer = model, stored, quantizer
-        self._names, self._unpack = names or {}, unpack
-        self._targets: dict[str, int] | None = None
+        self._names, self.unpack = names or {}, unpack
+        self._subject = f"The weights of {type(model).__name__}"
+        self._targets: dict[str, int] | None = None  # id of the first weight that is made of a tensor, by its name
         self._mapping: list[Any] = []
-
-    @property
-    def unpacks_on_cpu(self) -> bool:
-        """Whether quantized tensors are unpacked on the CPU."""
-        return self._unpack is not None
 
     def groups(self, keys: set[int]) -> tuple[Group, ...]:
         """Return the stored tensors from which weights, by id, are converted.
@@ -66,25 +62,24 @@ class Conversion:
             ModelError: no stored tensor belongs to these weights.
         """
         if self._targets is None:
-            with self._refusing():
-                self._targets = dict(self._match())
+            with refusing(self._subject):
+                naming = Naming(self._model, self._quantizer)
+                self._mapping, self._targets = naming.mapping, {}
+                for name in sorted(stored.name for stored in self._stored):
+                    read = self._names.get(name, name)
+                    target = naming.state.get(naming.renamed(read), naming.state.get(read))
+                    if target is not None:
+                        self._targets[name] = id(target)
         by_target: dict[int, list[StoredTensor]] = {}
         for stored in self._stored:
             if (target := self._targets.get(stored.name)) in keys:
                 by_target.setdefault(target, []).append(stored)
         if not by_target:
-            raise self._refusal("its files have other tensors than its layers")
+            raise ModelError(
+                f"{self._subject} cannot be read layer by layer: its files have other tensors than its layers.",
+                ELSEWHERE,
+            )
         return tuple(_grouped(by_target.values()))
-
-    def _match(self) -> Iterator[tuple[str, int]]:
-        """Yield (name of a stored tensor, id of the first weight that is made of it)."""
-        naming = Naming(self._model, self._quantizer)
-        self._mapping = naming.mapping
-        for name in sorted(stored.name for stored in self._stored):
-            read = self._names.get(name, name)
-            target = naming.state.get(naming.renamed(read), naming.state.get(read))
-            if target is not None:
-                yield name, id(target)
 
     def convert(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Convert the tensors of a group, by name, and set the weights in the model.
@@ -104,28 +99,31 @@ class Conversion:
             hf_quantizer=self._quantizer,
             device_map={"": device if self._quantizer else "cpu"},
         )
-        with self._refusing(), quiet(), torch.no_grad():
-            if self._unpack:
-                tensors = self._unpack(tensors)
+        with refusing(self._subject), quiet(), torch.no_grad():
+            if self.unpack:
+                tensors = self.unpack(tensors)
             elif self._quantizer:
                 tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
             info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), options)
         wrong = [*info.conversion_errors, *(name for name, *_ in info.mismatched_keys)]
         if wrong:
-            raise self._refusal(f"'{wrong[0]}' cannot be made of one layer's tensors")
+            raise ModelError(
+                f"{self._subject} cannot be read layer by layer: '{wrong[0]}' cannot be made of one layer's tensors.",
+                ELSEWHERE,
+            )
 
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Convert exceptions of transformers' private interfaces, which may change, to ModelError."""
-        try:
-            yield
-        except (ImportError, TypeError, AttributeError, KeyError, ValueError) as error:
-            raise self._refusal(f"this version of transformers converts them in another way ({error})") from error
 
-    def _refusal(self, why: str) -> ModelError:
-        return ModelError(
-            f"The weights of {type(self._model).__name__} cannot be read layer by layer: {why}.", ELSEWHERE
-        )
+@contextmanager
+def refusing(subject: str) -> Iterator[None]:
+    """Convert exceptions of transformers' private interfaces, which may change, to ModelError."""
+    try:
+        yield
+    except (ImportError, TypeError, AttributeError, KeyError, ValueError, NotImplementedError) as error:
+        raise ModelError(
+            f"{subject} cannot be read layer by layer: this version of transformers converts them in another way "
+            f"({first_line(error)}).",
+            ELSEWHERE,
+        ) from error
 
 
 def _grouped(sources: Iterable[list[StoredTensor]]) -> Iterator[Group]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -25,25 +26,6 @@ class _Offloaded:
     file: Path | None
 
 
-class _ByteBudget:
-    """Limit of the bytes that all waiting batches hold together; None is no limit."""
-
-    def __init__(self, limit: int | None) -> None:
-        self._limit = limit
-        self._held: Counter[Hashable] = Counter()
-
-    def take(self, batch: Hashable, size: int) -> bool:
-        """Reserve bytes for a batch; return False if they exceed the limit."""
-        if self._limit is not None and self._held.total() + size > self._limit:
-            return False
-        self._held[batch] += size
-        return True
-
-    def release(self, batch: Hashable) -> None:
-        """Release all bytes of a batch."""
-        self._held.pop(batch, None)
-
-
 class HiddenStateOffloader:
     """Offloader that moves the bytes of waiting tensors out of their storages and back, under live references.
 
@@ -57,7 +39,8 @@ class HiddenStateOffloader:
 
     def __init__(self, device: torch.device, device_bytes: int, host_bytes: int | None) -> None:
         self._device = device
-        self._on_device, self._on_host = _ByteBudget(device_bytes), _ByteBudget(host_bytes)
+        self._room = {"device": float(device_bytes), "host": math.inf if host_bytes is None else float(host_bytes)}
+        self._held: dict[str, Counter[Hashable]] = {place: Counter() for place in self._room}
         self._idle = device.type == "cpu" and host_bytes is None
         self._folder: OffloadFolder | None = None
         self._numbers = count()
@@ -91,25 +74,30 @@ class HiddenStateOffloader:
                 entry.file.unlink()
             elif entry.host is not None:
                 _as_tensor(entry.storage).copy_(entry.host, non_blocking=True)
-        self._on_device.release(batch)
-        self._on_host.release(batch)
+        for held in self._held.values():
+            held.pop(batch, None)
+
+    def _take(self, place: str, batch: Hashable, size: int) -> bool:
+        """Reserve bytes for a batch; return False if they exceed the room."""
+        fits = self._held[place].total() + size <= self._room[place]
+        self._held[place][batch] += size * fits
+        return fits
 
     def _offload_storage(self, batch: Hashable, storage: torch.UntypedStorage) -> _Offloaded | None:
         """Move the bytes of a storage out; return None if it stays as it is."""
         size = storage.nbytes()
-        if self._on_device.take(batch, size):
+        if self._take("device", batch, size):
             return None
-        fits = self._on_host.take(batch, size)
+        fits = self._take("host", batch, size)
         if fits and self._device.type == "cpu":
             return None
+        host = None
         if fits:
             host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             host.copy_(_as_tensor(storage), non_blocking=True)
-            offloaded = _Offloaded(storage, size, host, None)
-        else:
-            offloaded = _Offloaded(storage, size, None, self._write(storage))
+        file = None if fits else self._write(storage)
         storage.resize_(0)
-        return offloaded
+        return _Offloaded(storage, size, host, file)
 
     def _write(self, storage: torch.UntypedStorage) -> Path:
         self._folder = self._folder or OffloadFolder(storage.nbytes())

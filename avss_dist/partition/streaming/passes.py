@@ -82,17 +82,15 @@ class Window:
         if self._reading and self._reading[0] != index:
             self._release(self._reading[0], self._reading[1].result())
             self._reading = None
-        self._buffer = self._buffer_of(index)
+        if self._stream:
+            _, future = self._reading or self._start_reading(index)
+            self._buffer = future.result()
+        else:
+            self._buffer = self._read(index, None)
         self._loaded, self._reading = index, None
         if index in self._coming:
             del self._coming[: self._coming.index(index) + 1]
         self._read_ahead()
-
-    def _buffer_of(self, index: int) -> AnyBuffer | None:
-        if not self._stream:
-            return self._read(index, None)
-        _, future = self._reading or self._start_reading(index)
-        return future.result()
 
     def _unload(self) -> None:
         if self._loaded is not None:
@@ -110,20 +108,22 @@ class Window:
         if self._coming and self._stream:
             self._start_reading(self._coming[0])
         elif self._coming:
-            self._thread.submit(_readahead, self._parts[self._coming[0]])
+            self._thread.submit(readahead, self._parts[self._coming[0]].stored)
 
     def _start_reading(self, index: int) -> tuple[int, Future[AnyBuffer | None]]:
-        self._reading = (index, self._thread.submit(self._read, index, self._mark()))
+        """Start to copy a layer, after the device's current work, which may still use memory that its weights take."""
+        mark = torch.cuda.current_stream(self._device).record_event()
+        self._reading = (index, self._thread.submit(self._read, index, mark))
         return self._reading
-
-    def _mark(self) -> Any:
-        """Return an event after the device's current work, which may still use memory that the next weights take."""
-        return torch.cuda.current_stream(self._device).record_event() if self._stream else None
 
     def _read(self, index: int, mark: Any) -> AnyBuffer | None:
         """Load a layer's weights; return the buffer that holds some of them, or None."""
         part = self._parts[index]
-        buffer = self._buffers.pop() if self._buffers else self._new_buffer()
+        buffer: AnyBuffer
+        if self._buffers:
+            buffer = self._buffers.pop()
+        else:
+            buffer = ReadBuffer(self._largest, pinned=True) if self._stream else ZeroCopyBuffer()
         with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if self._stream:
                 self._stream.wait_event(mark)
@@ -135,14 +135,6 @@ class Window:
         buffer.clear()
         self._buffers.append(buffer)
         return None
-
-    def _new_buffer(self) -> AnyBuffer:
-        return ReadBuffer(self._largest, pinned=True) if self._stream else ZeroCopyBuffer()
-
-
-def _readahead(part: Part) -> None:
-    for stored in part.stored:
-        readahead(stored)
 
 
 @dataclass(frozen=True)

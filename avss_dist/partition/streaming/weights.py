@@ -8,7 +8,7 @@ ones go through transformers' own conversion, a few weights at a time.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from avss_dist.core.errors import ModelError, first_line
+from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build_model, text_config
@@ -31,7 +31,7 @@ from avss_dist.partition.streaming.buffers import (
     buffer_bytes,
     stored_in,
 )
-from avss_dist.partition.streaming.conversion import Conversion, GgufTensors, Group
+from avss_dist.partition.streaming.conversion import Conversion, GgufTensors, Group, refusing
 
 RANDOM_SCALE = 0.02
 _RANDOM_BLOCK, _RANDOM_OFFSETS, _RANDOM_STEP = 1 << 20, 1 << 16, 997
@@ -61,10 +61,6 @@ class Weight:
                 module._buffers[name] = tensor
             else:
                 module._parameters[name] = parameter
-
-    def unload(self) -> None:
-        """Replace the tensor in every place by the meta tensor."""
-        self.assign(self.meta)
 
     def current(self) -> torch.Tensor:
         """Return the tensor in its places: the loaded one if there is one, else the meta tensor."""
@@ -101,7 +97,7 @@ class Part:
     def unload(self) -> None:
         """Remove its weights from the model."""
         for weight in self.weights:
-            weight.unload()
+            weight.assign(weight.meta)
 
 
 class StreamedWeights:
@@ -134,29 +130,27 @@ class StreamedWeights:
                 "Set `dequantize`.",
             )
         quantizer = unpacking_quantizer(checkpoint, config) if method else None
-        unread = [_Unread(stored) for stored in stored_in(checkpoint.folder)]
-        self.model = build_model(
-            checkpoint, settings, lambda _: {entry.stored.name: entry for entry in unread}, head=head
-        )
+        unread = {stored.name: _Placeholder(stored.shape, stored) for stored in stored_in(checkpoint.folder)}
+        self.model = build_model(checkpoint, settings, lambda _: unread, head=head)
         self.unpacks = quantizer is not None
         self._weights = _weights(self.model, unread)
         taken = {weight.stored for weight in self._weights.values()}
-        converted = [entry.stored for entry in unread if entry.stored not in taken]
+        converted = [entry.stored for entry in unread.values() if entry.stored and entry.stored not in taken]
         self._conversion = Conversion(self.model, converted, quantizer)
 
     def _open_gguf(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> None:
         file = GgufTensors(checkpoint)
 
         def stand_ins(empty: Any) -> Mapping[str, _Placeholder]:
-            with _refusing_gguf(checkpoint):
+            with refusing(f"The weights of '{checkpoint.name}'"):
                 file.find_names(empty)
             targets = set(file.names.values())
             return {name: _Placeholder(tensor.shape) for name, tensor in empty.state_dict().items() if name in targets}
 
         self.model = build_model(checkpoint, settings, stand_ins, head=head)
         self.unpacks = True
-        self._weights = _weights(self.model, [])
-        with _refusing_gguf(checkpoint):
+        self._weights = _weights(self.model, {})
+        with refusing(f"The weights of '{checkpoint.name}'"):
             quantizer = file.quantizer(self.model)
         if quantizer:
             self._conversion = Conversion(self.model, file.stored, quantizer)
@@ -166,7 +160,7 @@ class StreamedWeights:
     @property
     def unpacks_on_cpu(self) -> bool:
         """Whether quantized tensors are unpacked on the CPU, on whatever device the model computes."""
-        return self._conversion.unpacks_on_cpu
+        return self._conversion.unpack is not None
 
     def unpacking_bytes(self, parts: Sequence[Part]) -> int:
         """Return the most bytes of memory that unpacking a weight of these parts takes beside their weights."""
@@ -235,7 +229,7 @@ class StreamedWeights:
         used = {id(tensor) for tensor in backbone.parameters()}
         for key in unclear:
             if id(self._weights[key].current()) not in used:
-                self._weights[key].unload()
+                self._weights[key].assign(self._weights[key].meta)
 
     def _unclear_ties(self) -> set[int]:
         """Return the ids of weights that the configuration ties although the files store them separately."""
@@ -260,25 +254,19 @@ class StreamedWeights:
             yield
         finally:
             for weight in weights:
-                weight.unload()
-
-
-@contextmanager
-def _refusing_gguf(checkpoint: Checkpoint) -> Iterator[None]:
-    """Convert exceptions of transformers' readers of .gguf files, which may change, to ModelError."""
-    try:
-        yield
-    except (ImportError, TypeError, AttributeError, KeyError, ValueError, NotImplementedError) as error:
-        why = f"'{checkpoint.name}' cannot be read layer by layer: {first_line(error)}"
-        raise ModelError(why, ELSEWHERE) from error
+                weight.assign(weight.meta)
 
 
 class _Placeholder:
-    """Stand-in of a tensor while transformers loads the model, which places it on the meta device."""
+    """Stand-in of a tensor while transformers loads the model, which places it on the meta device.
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
-        self.shape = torch.Size(shape)
+    Attributes:
+        stored: the stored tensor that it stands for; None if it is made of several.
+    """
+
+    def __init__(self, shape: Sequence[int], stored: StoredTensor | None = None) -> None:
+        self.shape, self.stored = torch.Size(shape), stored
+        self.dtype = DTYPES[stored.dtype] if stored else torch.float32
         self.placed: torch.Tensor | None = None
 
     def is_floating_point(self) -> bool:
@@ -291,23 +279,10 @@ class _Placeholder:
         self.placed = torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
         return self.placed
 
-    def is_whole(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor that shares the storage has its shape and strides, too."""
-        placed = self.placed
-        return placed is not None and (tensor.shape, tensor.stride()) == (placed.shape, placed.stride())
 
-
-class _Unread(_Placeholder):
-    """Stand-in of a stored tensor."""
-
-    def __init__(self, stored: StoredTensor) -> None:
-        super().__init__(stored.shape, DTYPES[stored.dtype])
-        self.stored = stored
-
-
-def _weights(model: nn.Module, unread: Iterable[_Unread]) -> dict[int, Weight]:
+def _weights(model: nn.Module, unread: Mapping[str, _Placeholder]) -> dict[int, Weight]:
     """Return the weights of a model that are on the meta device, by id of the tensor."""
-    by_storage = {entry.placed.untyped_storage()._cdata: entry for entry in unread if entry.placed is not None}
+    placed = {e.placed.untyped_storage()._cdata: (e.placed, e.stored) for e in unread.values() if e.placed is not None}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     tensors: dict[int, torch.Tensor] = {}
     for module in model.modules():
@@ -317,9 +292,9 @@ def _weights(model: nn.Module, unread: Iterable[_Unread]) -> dict[int, Weight]:
                 tensors[id(tensor)] = tensor
     weights = {}
     for key, tensor in tensors.items():
-        entry = by_storage.get(tensor.untyped_storage()._cdata)
-        stored = entry.stored if entry and entry.is_whole(tensor) else None
-        weights[key] = Weight(tensor, tuple(places[key]), stored)
+        whole, stored = placed.get(tensor.untyped_storage()._cdata, (tensor, None))
+        is_whole = (tensor.shape, tensor.stride()) == (whole.shape, whole.stride())  # not a view of a part
+        weights[key] = Weight(tensor, tuple(places[key]), stored if is_whole else None)
     return weights
 
 
