@@ -21,7 +21,7 @@ from avss_dist.core.errors import AvssError, ConfigError, RunFailed, without_sec
 from avss_dist.corpus.sources import local_files
 from avss_dist.pruning.repair.record import split_weight
 from avss_dist.runs.job_file import JobFile
-from avss_dist.tasks.local_files import task_files
+from avss_dist.tasks.harness_files import task_files
 
 COLUMNS = ("job", "status", "started", "seconds", "entrypoint", "message")  # of `Submitted.row`
 TOKEN_HINT = (

@@ -74,8 +74,12 @@ class HarnessPart(Measure):
             failures: list[Exception] = []
             chat = self.template is not None
             wrapped = harness_model(model, chat=chat, failures=failures)
-            _seed(loaded["tasks"].values())
-            with _bad_scoring(self.name, failures):
+            random.seed(SEED)
+            np.random.seed(OTHER_SEED)
+            torch.manual_seed(OTHER_SEED)
+            for task in loaded["tasks"].values():
+                task.set_fewshot_seed(OTHER_SEED)
+            with _explained(self.name, "asked or scored", failures):
                 results = evaluate(
                     wrapped,
                     loaded,
@@ -111,9 +115,23 @@ def harness_task(
     require_package("lm_eval", f"Task '{name}' is for lm-evaluation-harness and")
     if limit is not None and limit < 1:
         raise ConfigError(f"`limit` must be at least 1, not {limit}.")
-    with _silence(), _bad_task(name):
-        resolved_name, config = _find(name, trust_remote_code=trust_remote_code)
-        part = HarnessPart(name=resolved_name, config=config, limit=limit, num_fewshot=num_fewshot, template=template)
+    with _silence(), _explained(name, "made"):
+        part = HarnessPart(name=name, limit=limit, num_fewshot=num_fewshot, template=template)
+        if is_task_file(name):
+            config = read_task_file(Path(name))
+            code, path = code_entries(config), Path(name).absolute()
+            if code and not trust_remote_code:
+                hint = "Read that code, then set `trust_remote_code` to run it."
+                raise TaskError(f"{name} runs code: {', '.join(code)}.", hint)
+            # With functions, the harness reads the file itself, and finds data where the process is.
+            config = resolve_data_files(config, Path.cwd(), *([] if code else [path.parent]))
+            text = yaml.safe_dump(config, sort_keys=False) if not code else None
+            part = replace(part, name=str(path) if code else name, config=text)
+        elif name not in _catalogue().task_index:
+            names = {task: task for task in _catalogue().all_tasks} | {"perplexity": "perplexity:CORPUS"}
+            match = difflib.get_close_matches(name.partition(":")[0].lower(), names, n=1)
+            hint = f"Did you mean '{names[match[0]]}'? " if match else ""
+            raise TaskError(f"There is no task '{name}'.", f"{hint}`lm-eval ls tasks` lists those of the harness.")
         loaded = _load(part)
         if is_task_file(name):
             for task in loaded["tasks"].values():
@@ -121,24 +139,6 @@ def harness_task(
         part = replace(part, key=_key(part, loaded))
     options = {"num_fewshot": num_fewshot, **({"harness_chat_template": template} if template else {})}
     return Task(name=name, parts=(part,), options={"limit": limit, **options})
-
-
-def _find(name: str, *, trust_remote_code: bool) -> tuple[str, str | None]:
-    """Return ``name`` and ``config`` of a `HarnessPart`."""
-    if not is_task_file(name):
-        if name not in _catalogue().task_index:
-            raise TaskError(f"There is no task '{name}'.", _nearest(name))
-        return name, None
-    config = read_task_file(Path(name))
-    named = code_entries(config)
-    if named and not trust_remote_code:
-        raise TaskError(
-            f"{name} runs code: {', '.join(named)}.", "Read that code, then set `trust_remote_code` to run it."
-        )
-    path = Path(name).absolute()
-    # With functions, the harness reads the file itself, and finds data where the process is.
-    config = resolve_data_files(config, Path.cwd(), *([] if named else [path.parent]))
-    return (str(path), None) if named else (name, yaml.safe_dump(config, sort_keys=False))
 
 
 def _require_meaning(name: str, task: Any, limit: int | None) -> None:
@@ -162,23 +162,6 @@ def _require_meaning(name: str, task: Any, limit: int | None) -> None:
             raise TaskError(f"{name}: doc_to_target gives a negative label.", "Labels are counted from 0.")
 
 
-@contextmanager
-def _offline(config: Mapping[str, Any]) -> Iterator[None]:
-    """Keep `datasets` offline inside the context if all data of a task file are local files."""
-    import datasets
-
-    with ExitStack() as stack:
-        if has_local_data(config):
-            _change(stack, datasets.config, "HF_HUB_OFFLINE", True)
-        yield
-
-
-def _nearest(name: str) -> str:
-    names = {task: task for task in _catalogue().all_tasks} | {"perplexity": "perplexity:CORPUS"}
-    match = difflib.get_close_matches(name.partition(":")[0].lower(), names, n=1)
-    return (f"Did you mean '{names[match[0]]}'? " if match else "") + "`lm-eval ls tasks` lists those of the harness."
-
-
 @lru_cache(maxsize=1)
 def _catalogue() -> Any:
     """Return the tasks that the harness ships. Building them takes seconds."""
@@ -190,36 +173,20 @@ def _catalogue() -> Any:
 @lru_cache(maxsize=4)
 def _load_cached(part: HarnessPart) -> Any:
     """Return `_load`, cached, because a part runs many times."""
-    with _silence(), _bad_task(part.name):
+    with _silence(), _explained(part.name, "made"):
         return _load(part)
 
 
 @contextmanager
-def _bad_task(task: str) -> Iterator[None]:
-    """Convert exceptions of the harness and `datasets` over a bad task or missing data to `TaskError`."""
-    from datasets.exceptions import DatasetGenerationError, DatasetsError
-
-    try:
-        yield
-    except (OSError, DatasetsError) as error:
-        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        raise TaskError(
-            f"The data of task '{task}' could not be loaded: {first_line(reason or error)}",
-            "Data of a hub need a network once, and stay in HF_HOME; files must be on every node.",
-        ) from error
-    except AvssError:
-        raise
-    except Exception as error:  # a task's own templates and code can raise anything
-        raise TaskError(f"Task '{task}' could not be made: {_reason(error)}", _hint(task)) from error
-
-
-@contextmanager
-def _bad_scoring(task: str, failures: Sequence[Exception]) -> Iterator[None]:
-    """Convert exceptions of the harness while it asks and scores to `TaskError`, unless the model raised them.
+def _explained(task: str, what: str, failures: Sequence[Exception] = ()) -> Iterator[None]:
+    """Convert exceptions of the harness, of `datasets` and of a task's own templates and code to `TaskError`.
 
     Args:
+        what: participle for what the context does with the task.
         failures: exceptions of the model, which pass through.
     """
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+
     try:
         yield
     except AvssError:
@@ -227,23 +194,25 @@ def _bad_scoring(task: str, failures: Sequence[Exception]) -> Iterator[None]:
     except Exception as error:
         if any(error is failure for failure in failures) or is_out_of_memory(error):
             raise
-        raise TaskError(f"Task '{task}' could not be asked or scored: {_reason(error)}", _hint(task)) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return the message of an exception, with its type if the message alone is not clear."""
-    alone = isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError | AssertionError)
-    return f"{type(error).__name__}: {first_line(error)}" if alone and str(error) else first_line(error)
-
-
-def _hint(task: str) -> str:
-    if is_task_file(task):
-        return "Do its fields name columns of its data? Do its metrics, aggregations and filters fit its output_type?"
-    return "It is a task of lm-evaluation-harness: does it run there, with this version of it?"
+        if isinstance(error, OSError | DatasetsError):
+            reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+            raise TaskError(
+                f"The data of task '{task}' could not be loaded: {first_line(reason or error)}",
+                "Data of a hub need a network once, and stay in HF_HOME; files must be on every node.",
+            ) from error
+        unclear = isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError | AssertionError)
+        kind = f"{type(error).__name__}: " if unclear and str(error) else ""
+        hint = "It is a task of lm-evaluation-harness: does it run there, with this version of it?"
+        if is_task_file(task):
+            hint = (
+                "Do its fields name columns of its data? Do its metrics, aggregations and filters fit its output_type?"
+            )
+        raise TaskError(f"Task '{task}' could not be {what}: {kind}{first_line(error)}", hint) from error
 
 
 def _load(part: HarnessPart) -> Any:
     """Load the tasks of a part and their data: ``{"tasks": {name: ...}, "groups": {name: ...}}``."""
+    import datasets
     from lm_eval.tasks import TaskManager
 
     spec: Any = part.name
@@ -253,7 +222,9 @@ def _load(part: HarnessPart) -> Any:
     elif is_task_file(part.name):
         config = read_task_file(Path(part.name))
     manager = TaskManager(include_defaults=False) if config else _catalogue()
-    with _offline(config):
+    with ExitStack() as stack:
+        if has_local_data(config):
+            _change(stack, datasets.config, "HF_HUB_OFFLINE", True)
         loaded = manager.load([spec])
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
@@ -265,14 +236,6 @@ def _load(part: HarnessPart) -> Any:
         if task_shots is None or (requested_shots is not None and task_shots != 0):
             task.set_config("num_fewshot", requested_shots or 0)
     return loaded
-
-
-def _seed(tasks: Iterable[Any]) -> None:
-    random.seed(SEED)
-    np.random.seed(OTHER_SEED)
-    torch.manual_seed(OTHER_SEED)
-    for task in tasks:
-        task.set_fewshot_seed(OTHER_SEED)
 
 
 def _key(part: HarnessPart, loaded: Any) -> str:
@@ -321,23 +284,17 @@ def _rows(evaluated: Any, loaded: Any) -> Iterator[Row]:
         tasks = [task.task_name for task in groups[name].get_all_tasks()] if name in groups else [name]
         prefix = "" if [name] == outer else f"{name}/"
         documents = [document for task in tasks for document in evaluated["samples"][task]]
-        chosen = all(loaded["tasks"][task].OUTPUT_TYPE == "multiple_choice" for task in tasks)
-        for metric, samples in (*_metrics(results, documents), *(_chance(documents) if chosen else ())):
+        metrics = {}
+        for key, value in results.items():  # the name of a metric has its filter, unless that is ``none``
+            metric, comma, filtered = key.rpartition(",")
+            if comma and not metric.endswith("_stderr"):
+                samples = _samples(documents, metric, filtered, float(value))
+                metrics[metric if filtered == "none" else key] = samples
+        if all(loaded["tasks"][task].OUTPUT_TYPE == "multiple_choice" for task in tasks):
+            asked = [document for document in documents if document["filter"] == documents[0]["filter"]]
+            metrics[CHANCE] = 1 / np.array([_num_choices(document) for document in asked])
+        for metric, samples in metrics.items():
             yield Row(metric=f"{prefix}{metric}", samples=samples, weights=np.ones(len(samples)))
-
-
-def _metrics(results: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (metric, samples) of a task. The name of a metric has its filter, unless that is ``none``."""
-    for key, value in results.items():
-        metric, comma, filtered = key.rpartition(",")
-        if comma and not metric.endswith("_stderr"):
-            yield metric if filtered == "none" else key, _samples(documents, metric, filtered, float(value))
-
-
-def _chance(documents: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (`CHANCE`, samples): the expected accuracy of a guess at each question."""
-    first = documents[0]["filter"]
-    yield CHANCE, 1 / np.array([_num_choices(document) for document in documents if document["filter"] == first])
 
 
 def _num_choices(document: Mapping[str, Any]) -> int:

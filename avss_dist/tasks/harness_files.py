@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import TaskError
+from avss_dist.core.names import PERPLEXITY, TRUTHFULQA
 from avss_dist.core.yaml_files import YamlKind, read_yaml
+from avss_dist.corpus.sources import local_files
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # builders of `datasets` that read local files
 
@@ -36,22 +39,27 @@ def read_task_file(path: Path) -> dict[Any, Any]:
     Raises:
         TaskError: a file cannot be read or repeats a key, or the task file is a group.
     """
-    config = _read(path, ())
+    config: dict[Any, Any] = {}
+    for _, values in _read(path):
+        config |= values
     if not isinstance(config.get("task"), str):
         raise TaskError(f"{path} names no single task.", "Write `task: NAME`; give the tasks of a group one by one.")
     return config
 
 
-def _read(path: Path, including: tuple[Path, ...]) -> dict[Any, Any]:
+def _read(path: Path, including: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[Any, Any]]]:
+    """Yield the files that a task file includes and then itself, each with its keys and values."""
     if path.exists() and not path.is_file():
         raise TaskError(f"{path} is not a file.", "Name a task file, which ends in .yaml.")
     if not path.exists():
         raise TaskError(f"There is no task file {path}.", "A relative path starts in the working directory.")
     document = read_yaml(path, _KIND)
     values = document.require_valid(document.value)
-    config: dict[Any, Any] = {}
-    for name in _included(values, path):
-        included = path.parent / name
+    files = values.pop("include", [])
+    files = [files] if isinstance(files, str) else files
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise TaskError(f"{path}: key 'include' must be the name of a file, or a list of them, not {files!r}.")
+    for included in (path.parent / name for name in files):
         if not included.is_file():
             where = f"{path}:{document.line(('include',))}"
             raise TaskError(
@@ -60,56 +68,45 @@ def _read(path: Path, including: tuple[Path, ...]) -> dict[Any, Any]:
             )
         if included.resolve() in including:
             raise TaskError(f"{included} includes itself.", f"Take it out of the key 'include' of {path}.")
-        config |= _read(included, (*including, path.resolve()))
-    return config | {key: value for key, value in values.items() if key != "include"}
+        yield from _read(included, (*including, path.resolve()))
+    yield path, values
 
 
-def files_of(path: Path) -> list[Path]:
-    """Return a task file, the files it includes, the modules of its functions, and its data files and folders.
+def task_files(name: str) -> list[str]:
+    """Return the files that a task names by relative paths: texts, questions, or a task file with its data.
 
-    Each path is spelled so that it is found from the working directory. Data at a URI or on the hub are left out.
+    A task that lm-evaluation-harness knows by its name needs none. Each path is spelled so that it is found from the
+    working directory. Data at a URI or on the hub are left out.
 
     Raises:
-        TaskError: as `read_task_file` and `resolve_data_files`.
+        CorpusError: a text has an unknown format, or does not exist.
+        TaskError: a task file or its data cannot be read.
     """
+    if name.startswith((PERPLEXITY, TRUTHFULQA)):
+        return local_files(name.removeprefix(PERPLEXITY))
+    if not is_task_file(name) or os.path.isabs(os.path.expanduser(name)):
+        return []
+    path, files = Path(name), []
+    for file, values in _read(path):
+        modules = {value.rpartition(".")[0] for _, value in _walk(values) if isinstance(value, Function)}
+        files += [file, *(code for module in modules if (code := file.parent / f"{module}.py").is_file())]
     config = resolve_data_files(read_task_file(path), Path(), path.parent)
     data = config.get("dataset_kwargs") or {}
-    names = [name for _, name in _walk(data.get("data_files")) if isinstance(name, str) and "://" not in name]
-    files = [Path(match) for name in names for match in sorted(glob.glob(glob.escape(name)) or glob.glob(name))]
+    for _, place in _walk(data.get("data_files")):
+        if isinstance(place, str) and "://" not in place:
+            files += [Path(match) for match in sorted(glob.glob(glob.escape(place)) or glob.glob(place))]
     for folder in (config.get("dataset_path"), data.get("data_dir")):
         if isinstance(folder, str) and folder not in BUILDERS:
             files += [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
-    return [*_with_included(path), *files]
-
-
-def _with_included(path: Path) -> Iterator[Path]:
-    """Yield a task file, the modules of its functions, and the same of the files it includes."""
-    yield path
-    values = read_yaml(path, _KIND).value
-    for module in {value.rpartition(".")[0] for _, value in _walk(values) if isinstance(value, Function)}:
-        if (code := path.parent / f"{module}.py").is_file():
-            yield code
-    for file in _included(values, path):
-        yield from _with_included(path.parent / file)
-
-
-def _included(values: Mapping[Any, Any], path: Path) -> list[str]:
-    files = values.get("include", [])
-    files = [files] if isinstance(files, str) else files
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise TaskError(f"{path}: key 'include' must be the name of a file, or a list of them, not {files!r}.")
-    return files
+    return [str(file) for file in files if not os.path.isabs(os.path.expanduser(file))]
 
 
 def code_entries(config: Mapping[str, Any]) -> list[str]:
     """Return the entries of a task file that run Python code of its author or of a hub."""
-    named = []
-    for key, value in _walk(config):
-        if isinstance(value, Function):
-            named.append(f"!function {value}")
-        elif key in ("trust_remote_code", "hf_evaluate") and value:
-            named.append(f"{key}: {value}")
-    return named
+    entries = [*_walk(config)]
+    return [f"!function {value}" for _, value in entries if isinstance(value, Function)] + [
+        f"{key}: {value}" for key, value in entries if key in ("trust_remote_code", "hf_evaluate") and value
+    ]
 
 
 def _walk(value: Any, key: str | None = None) -> Iterator[tuple[str | None, Any]]:

@@ -32,7 +32,7 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.interventions import recording, representatives, resuming
 from avss_dist.report.terminal.evaluation import ablation_table
 from avss_dist.runs.api import score
-from avss_dist.tasks import layer_removal as ablation
+from avss_dist.tasks import shapley as ablation
 from avss_dist.tasks.shapley import SHAPLEY, SHARED, Shapley
 from avss_dist.tasks.task import Row
 from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss

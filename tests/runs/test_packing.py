@@ -13,7 +13,7 @@ from avss_dist.core.errors import ConfigError, CorpusError
 from avss_dist.corpus.sources import documents, local_files
 from avss_dist.runs.job_file import JobFile, read_job
 from avss_dist.runs.submission import _entrypoint, _local_files, _pack
-from avss_dist.tasks.local_files import task_files
+from avss_dist.tasks.harness_files import task_files
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_tasks_know_their_files() -> None:
     Path("tasks/t.yaml").write_text(f"{task}dataset_kwargs: {{data_files: {{test: ../../other/u.txt}}}}\n")
     assert task_files("perplexity:../other/u.txt") == ["../other/u.txt"]
     assert task_files("truthfulqa:questions.jsonl") == ["questions.jsonl"]
-    named = ["tasks/t.yaml", "tasks/helpers.py", "tasks/common.yaml", "tasks/../../other/u.txt"]
+    named = ["tasks/common.yaml", "tasks/t.yaml", "tasks/helpers.py", "tasks/../../other/u.txt"]
     assert task_files("tasks/t.yaml") == named
     assert task_files("hellaswag") == task_files("/shared/t.yaml") == []
 
