@@ -11,7 +11,6 @@ from avss_dist.core.registry import SHARDINGS
 from avss_dist.core.settings import Settings
 from avss_dist.distillation.memory import Memory, require_memory
 from avss_dist.distillation.pair import ModelPair
-from avss_dist.models.loading import without_head
 from avss_dist.models.size import find_layers, load_skeleton
 from avss_dist.options import refuse_unused
 
@@ -97,7 +96,7 @@ def sharding_options(request: DistillRequest, models: ModelPair) -> AbstractCont
     from avss_dist.partition.sharded import trainer_options
 
     _, skeleton, _ = load_skeleton(models.student, models.settings)
-    layers = find_layers(without_head(skeleton), skeleton.config.get_text_config(), models.settings)
+    layers = find_layers(skeleton, models.settings)
     return trainer_options(
         request.sharding,
         models.device.type,
@@ -110,5 +109,5 @@ def sharding_options(request: DistillRequest, models: ModelPair) -> AbstractCont
 def call_at_layers(model: Any, settings: Settings, heartbeat: Callable[[], None] | None) -> None:
     """Have a model call a function whenever a layer begins; None for no function."""
     if heartbeat is not None:
-        for layer in find_layers(without_head(model), model.config.get_text_config(), settings):
+        for layer in find_layers(model, settings):
             layer.register_forward_pre_hook(lambda *_: heartbeat())

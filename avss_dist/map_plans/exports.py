@@ -21,7 +21,6 @@ def _named(plan: PrecisionPlan, kind: type[Any], program: str, examples: str) ->
         ModelError: the model cannot be found or built.
         PlanError: a format is of another library than the program's, or the model lacks a map.
     """
-    from avss_dist.models.loading import without_head
     from avss_dist.models.size import find_layers, load_skeleton
 
     if foreign := sorted({e.format for e in plan.rounded if not isinstance(FORMATS[e.format], kind)}):
@@ -30,7 +29,7 @@ def _named(plan: PrecisionPlan, kind: type[Any], program: str, examples: str) ->
         )
     _, model, _ = load_skeleton(plan.model, Settings())
     names = {id(module): name for name, module in model.named_modules()}
-    layers = find_layers(without_head(model), model.config.get_text_config(), Settings())
+    layers = find_layers(model, Settings())
     named = []
     for entry in plan.rounded:
         try:

@@ -124,68 +124,62 @@ def footprint(checkpoint: Checkpoint | str, settings: Settings) -> Footprint:
     Raises:
         ModelError: the checkpoint does not exist, or cannot be read or built.
     """
-    resolved, model, loaded, tensors = _skeletons(checkpoint, settings)
-    config, dtype = model.config, compute_dtype(resolved, model.config, settings, tensors)
-    text = config.get_text_config()
-    layers = find_layers(without_head(model), text, settings)
-    stored = sum(tensor.size for tensor in tensors)
-    width = _attention_width(text)
+    resolved, model, tensors = load_skeleton(checkpoint, settings)
+    loaded = stored_skeleton(resolved, model, settings)
+    text, method = model.config.get_text_config(), quantization_method(model.config)
+    dtype = compute_dtype(resolved, model.config, settings, tensors)
+    quantized = _stays_quantized(resolved, model, settings)
+    layers, loaded_layers = find_layers(model, settings), find_layers(loaded, settings)
+    stored, size = sum(tensor.size for tensor in tensors), _bytes(loaded)
+    if quantized and loaded is model and not stored:
+        raise ModelError(
+            f"'{resolved.name}' is quantized ({method}), and its configuration alone does not tell the size of its "
+            "weights.",
+            "Name the checkpoint on the hub, or a folder with its *.safetensors.",
+        )
+    scale = stored / size if quantized and stored else 1.0
+    layer_bytes = tuple(int(_bytes(layer) * scale) for layer in loaded_layers)
+    experts = [p for name, p in max(loaded_layers, key=_bytes).named_parameters() if _is_expert(name)]
+    unpacking: dict[str, Any] = {}
+    if resolved.gguf or (method and settings.dequantize):
+        parts = [(unpacking_bytes(p), 0) for p in layers.parameters()]
+        if resolved.gguf:  # whose embeddings are quantized, too, and unpacked before there is a layer
+            parts += [(unpacking_bytes(p), max(map(_bytes, layers))) for p in model.parameters()]
+        share = stored / _bytes(model) if tensors else _packed_share(resolved, model, layers, settings)
+        unpacking = {"unpacking_bytes": max(size - beside for size, beside in parts), "stored_share": share}
+    heads = _number(text, "num_attention_heads")
+    width = heads * _number(text, "head_dim") or (_number(text, "hidden_size") if heads else 0)
     chosen = _chosen_experts(text)
-    share = stored / _bytes(model) if tensors else _packed_share(resolved, model, settings)
     return Footprint(
         num_parameters=sum(p.numel() for p in model.parameters()),
-        **_loaded_sizes(resolved, model, loaded, stored, settings),
+        weight_bytes=int(size * scale),
+        layer_bytes=layer_bytes,
+        expert_bytes=int(parameter_bytes(experts) * scale),
+        module_bytes=tuple(int(size * scale) for size in _undivided(loaded, {*loaded_layers}, set())),
+        other_bytes=int(_bytes(without_head(loaded)) * scale) - sum(layer_bytes),
+        quantized=quantized,
+        can_unpack=not quantized or can_unpack(resolved, model.config),
         num_layers=len(layers),
         hidden_size=int(getattr(text, "hidden_size", 0) or 0),
         dtype=str(dtype).removeprefix("torch."),
-        attention=str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager"),
-        num_heads=_number(text, "num_attention_heads"),
+        attention=str(getattr(text, "_attn_implementation", None) or "eager"),
+        num_heads=heads,
         attention_width=width,
         attention_layers=sum(_attends(layer) for layer in layers) if width else 0,
-        matmul_parameters=sum(_matmul_parameters(layer, chosen) for layer in layers),
+        matmul_parameters=sum(
+            int(size * (chosen if _is_expert(name) else 1)) for layer in layers for name, _, size in _maps(layer)
+        ),
         mlp_width=max(_mlp_width(layer, chosen) for layer in layers),
         vocabulary=_number(text, "vocab_size"),
         embedding_bytes=_bytes(embeddings) if (embeddings := token_embeddings(model)) else 0,
         cache_bytes=tuple(_cache_bytes(text, i, _attends(layer), dtype.itemsize) for i, layer in enumerate(layers)),
-        **_unpacking(resolved, model, settings, layers, share),
+        **unpacking,
     )
 
 
-def _loaded_sizes(checkpoint: Checkpoint, model: Any, loaded: Any, stored: int, settings: Settings) -> dict[str, Any]:
-    """Return the fields of a footprint about the weights as a device holds them.
-
-    Args:
-        loaded: the model with parameters of that size, or ``model`` itself if the layout of its weights is not known.
-        stored: bytes of the tensors in the weight files; 0 if there are none here.
-
-    Raises:
-        ModelError: the weights stay quantized in a layout that is not known, and there are no files.
-    """
-    text, quantized = model.config.get_text_config(), _stays_quantized(checkpoint, model.config, settings)
-    if quantized and loaded is model and not stored:
-        raise ModelError(
-            f"'{checkpoint.name}' is quantized ({quantization_method(model.config)}), and its configuration alone does "
-            "not tell the size of its weights.",
-            "Name the checkpoint on the hub, or a folder with its *.safetensors.",
-        )
-    size = _bytes(loaded)
-    scale = stored / size if quantized and stored else 1.0
-    layers = find_layers(without_head(loaded), text, settings)
-    layer_bytes = tuple(int(_bytes(layer) * scale) for layer in layers)
-    return {
-        "weight_bytes": int(size * scale),
-        "layer_bytes": layer_bytes,
-        "expert_bytes": int(_bytes_of_experts(max(layers, key=_bytes)) * scale),
-        "module_bytes": tuple(int(size * scale) for size in _undivided(loaded, {*layers}, set())),
-        "other_bytes": int(_bytes(without_head(loaded)) * scale) - sum(layer_bytes),
-        "quantized": quantized,
-        "can_unpack": not quantized or can_unpack(checkpoint, model.config),
-    }
-
-
-def _bytes_of_experts(layer: nn.Module) -> int:
-    experts = [p for name, p in layer.named_parameters() if _EXPERT.search(name.rpartition(".")[0])]
-    return parameter_bytes(experts)
+def _is_expert(name: str) -> bool:
+    """Whether a parameter, by its name, is in a module of experts."""
+    return bool(_EXPERT.search(name.rpartition(".")[0]))
 
 
 def _undivided(module: nn.Module, layers: Collection[nn.Module], counted: set[nn.Parameter]) -> Iterator[int]:
@@ -203,41 +197,17 @@ def _undivided(module: nn.Module, layers: Collection[nn.Module], counted: set[nn
         yield from _undivided(child, layers, counted)
 
 
-def _stays_quantized(checkpoint: Checkpoint, config: Any, settings: Settings) -> bool:
+def _stays_quantized(checkpoint: Checkpoint, model: Any, settings: Settings) -> bool:
     """Whether the loaded weights stay quantized; a .gguf file is always unpacked."""
-    return quantization_method(config) is not None and not checkpoint.gguf and not settings.dequantize
+    return quantization_method(model.config) is not None and not checkpoint.gguf and not settings.dequantize
 
 
-def _unpacking(
-    checkpoint: Checkpoint, model: Any, settings: Settings, layers: nn.ModuleList, share: float
-) -> dict[str, Any]:
-    """Return the fields of a footprint about unpacking, if quantized weights are unpacked.
-
-    Args:
-        share: see `Footprint.stored_share`.
-    """
-    if checkpoint.gguf:  # whose embeddings are quantized, too, and unpacked before there is a layer
-        layer = max(_bytes(layer) for layer in layers)
-        most = max(max(unpacking_bytes(p) - layer for p in model.parameters()), _layer_unpacking(layers))
-    elif quantization_method(model.config) and settings.dequantize:
-        most = _layer_unpacking(layers)
-    else:
-        return {}
-    return {"unpacking_bytes": most, "stored_share": share}
-
-
-def _packed_share(checkpoint: Checkpoint, model: Any, settings: Settings) -> float:
+def _packed_share(checkpoint: Checkpoint, model: Any, layers: nn.ModuleList, settings: Settings) -> float:
     """Return `Footprint.stored_share` of the layers from the configuration alone; 1 if it does not tell."""
     smaller = packed(checkpoint, model.config, copy.deepcopy(model)) if quantization_method(model.config) else None
     if smaller is None:
         return 1.0
-    text = model.config.get_text_config()
-    stored, whole = (_bytes(find_layers(without_head(each), text, settings)) for each in (smaller, model))
-    return stored / whole
-
-
-def _layer_unpacking(layers: nn.ModuleList) -> int:
-    return max(unpacking_bytes(parameter) for parameter in layers.parameters())
+    return _bytes(find_layers(smaller, settings)) / _bytes(layers)
 
 
 def load_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, Any, list[TensorInfo]]:
@@ -277,36 +247,25 @@ def _shared(key: Any, build: Callable[[], T]) -> T:
     return built[key]
 
 
-def load_stored_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> Any:
+def stored_skeleton(checkpoint: Checkpoint, model: Any, settings: Settings) -> Any:
     """Return the model of `load_skeleton` with parameters of the size in which a device holds them.
 
     Weights that stay quantized are bytes, of the layouts that `quantization.packed` knows.
+    """
+    if not _stays_quantized(checkpoint, model, settings):
+        return model
+    key = "packed", checkpoint, settings
+    return _shared(key, lambda: packed(checkpoint, model.config, copy.deepcopy(model))) or model
 
-    Args:
-        checkpoint: see `footprint`.
+
+def find_layers(model: Any, settings: Settings) -> nn.ModuleList:
+    """Return the layer list of a model, which may be a skeleton; the first candidate if there are several.
 
     Raises:
-        ModelError: see `footprint`.
+        ModelError: the model has no module list of blocks.
     """
-    return _skeletons(checkpoint, settings)[2]
-
-
-def _skeletons(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, Any, Any, list[TensorInfo]]:
-    """Return the values of `load_skeleton`, with the model of `load_stored_skeleton` beside its own."""
-    resolved, model, tensors = load_skeleton(checkpoint, settings)
-    loaded = model
-    if _stays_quantized(resolved, model.config, settings):
-        loaded = _shared(("packed", checkpoint, settings), lambda: packed(resolved, model.config, copy.deepcopy(model)))
-    return resolved, model, loaded or model, tensors
-
-
-def find_layers(backbone: nn.Module, config: Any, settings: Settings) -> nn.ModuleList:
-    """Return the layer list of a skeleton, the first candidate if there are several.
-
-    Raises:
-        ModelError: the skeleton has no module list of blocks.
-    """
-    return next(iter(layer_lists(backbone, getattr(config, "num_hidden_layers", None), settings.layers).values()))
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return next(iter(layer_lists(without_head(model), count, settings.layers).values()))
 
 
 def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
@@ -365,12 +324,6 @@ def _cache_bytes(config: Any, layer: int, attends: bool, itemsize: int) -> int:
     return 2 * (number("num_key_value_heads") or heads) * width * itemsize
 
 
-def _attention_width(config: Any) -> int:
-    """Return the units of all attention heads together."""
-    heads = _number(config, "num_attention_heads")
-    return heads * _number(config, "head_dim") or (_number(config, "hidden_size") if heads else 0)
-
-
 def _attends(layer: nn.Module) -> bool:
     return any(_ATTENTION.search(name.rpartition(".")[2]) for name, _ in layer.named_modules())
 
@@ -390,19 +343,13 @@ def _maps(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], int]]:
             yield name, tuple(parameter.shape), parameter.numel()
 
 
-def _matmul_parameters(layer: nn.Module, chosen: float) -> int:
-    """Return the number of parameters of a layer that multiply a token; experts count by their share."""
-    return sum(int(size * (chosen if _EXPERT.search(name.rpartition(".")[0]) else 1)) for name, _, size in _maps(layer))
-
-
 def _mlp_width(layer: nn.Module, chosen: float) -> int:
     """Return the larger dimension of every linear map outside of attention, summed; experts count by their share."""
     width = 0.0
     for name, shape, _ in _maps(layer):
-        path = name.rpartition(".")[0]
-        if _EXPERT.search(path):
+        if _is_expert(name):
             width += max(shape[-2:]) * chosen * (shape[0] if len(shape) == 3 else 1)
-        elif not _ATTENTION.search(path):
+        elif not _ATTENTION.search(name.rpartition(".")[0]):
             width += max(shape)
     return int(width)
 

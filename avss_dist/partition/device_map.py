@@ -19,14 +19,14 @@ from avss_dist.core.text import describe_bytes
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
-from avss_dist.models.loading import forward_function, load, without_head
+from avss_dist.models.loading import forward_function, load
 from avss_dist.models.size import (
     Footprint,
     find_layers,
     footprint,
     load_skeleton,
-    load_stored_skeleton,
     parameter_bytes,
+    stored_skeleton,
 )
 from avss_dist.partition.memory import OffloadFolder, PartitionMemory, Usage, bytes_beside_weights
 from avss_dist.partition.replica import BatchwiseReplica, Placement, describe
@@ -94,10 +94,10 @@ class DeviceMapReplica(BatchwiseReplica):
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
         self.device = pick_device(settings.device)
         keep_freed_memory()
-        _, model, tensors = load_skeleton(checkpoint, settings)
+        resolved, model, tensors = load_skeleton(checkpoint, settings)
         stored = [tensor.name for tensor in tensors]
         limits = memory_limits(self.device, checkpoint, settings, placement)
-        self.device_map = plan_map(load_stored_skeleton(checkpoint, settings), stored, limits, settings)
+        self.device_map = plan_map(stored_skeleton(resolved, model, settings), stored, limits, settings)
         if checkpoint.gguf:
             _refuse_disk(model, self.device_map)
         rewritten = [p for name, p in unstored(model, stored).items() if _place(name, self.device_map)[1] == "disk"]
@@ -181,7 +181,7 @@ def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], se
     first, room = next(iter(limits.items()))
     if parameter_bytes(model.parameters()) <= room:
         return {"": first}
-    layers = find_layers(without_head(model), model.config.get_text_config(), settings)
+    layers = find_layers(model, settings)
     whole = sorted({type(layer).__name__ for layer in layers})
     with _quiet_accelerate():
         device_map = infer_auto_device_map(model, dict(limits), no_split_module_classes=whole, clean_result=False)
@@ -209,15 +209,15 @@ class Spread:
 
 def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]) -> Spread:
     """Return the distribution of weights by `plan_map`, from headers alone; see it for ``limits``."""
-    _, _, tensors = load_skeleton(checkpoint, settings)
-    model = load_stored_skeleton(checkpoint, settings)
+    resolved, whole, tensors = load_skeleton(checkpoint, settings)
+    model = stored_skeleton(resolved, whole, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
     places = {id(p): _place(name, device_map)[1] for name, p in model.named_parameters()}
     held: Counter[Device] = Counter()
     for parameter in model.parameters():
         place = places[id(parameter)]
         held["cpu" if place is None else place] += parameter_bytes([parameter])
-    layers = find_layers(without_head(model), model.config.get_text_config(), settings)
+    layers = find_layers(model, settings)
     on_disk = sum(any(places[id(p)] == "disk" for p in layer.parameters()) for layer in layers)
     return Spread(held=held, layers_on_disk=on_disk)
 

@@ -30,7 +30,7 @@ from avss_dist.models.layers import (
 )
 from avss_dist.models.loading import Backbone, Forward, forward_function, load_model, open_module, quiet, without_head
 from avss_dist.models.quantization import scale_block
-from avss_dist.models.size import load_skeleton, load_stored_skeleton
+from avss_dist.models.size import load_skeleton, stored_skeleton
 from avss_dist.partition.group import all_gather, exchange_units_for_rows
 
 Probe = dict[tuple[int, str], torch.Tensor]
@@ -192,10 +192,10 @@ def part_bytes(checkpoint: Checkpoint | str, settings: Settings, options: Mappin
         ModelError: the model cannot be built.
     """
     settings = replace(settings, attention=None)
-    _, model, _ = load_skeleton(checkpoint, settings)
+    resolved, model, _ = load_skeleton(checkpoint, settings)
     plan, ranks = applied_plan(model, options), options["tp_size"]
     part = 0
-    for name, parameter in load_stored_skeleton(checkpoint, settings).named_parameters():
+    for name, parameter in stored_skeleton(resolved, model, settings).named_parameters():
         size = parameter.numel() * parameter.element_size()
         part += -(-size // ranks) if _is_divided(name, plan) else size
     return part
@@ -233,13 +233,13 @@ def scale_obstacle(checkpoint: Checkpoint | str, settings: Settings, options: Ma
         options: fields of transformers' ``DistributedConfig``.
     """
     settings = replace(settings, attention=None)
-    _, model, _ = load_skeleton(checkpoint, settings)
+    resolved, model, _ = load_skeleton(checkpoint, settings)
     block = scale_block(model.config)
     if block is None or (fully_sharded := "fsdp_size" in options) > settings.dequantize:
         return None  # stored parts are gathered with their scales before they are used
     ranks = options["fsdp_size"] if fully_sharded else options["tp_size"]
     plan = {} if fully_sharded else applied_plan(model, options)
-    stored = dict(load_stored_skeleton(checkpoint, replace(settings, dequantize=False)).named_parameters())
+    stored = dict(stored_skeleton(resolved, model, replace(settings, dequantize=False)).named_parameters())
     for name, parameter in model.named_parameters():
         style = "colwise" if fully_sharded and parameter.dim() == 2 else _style(name, plan)
         if stored[name].dtype != torch.uint8 or style == "grouped_gemm" or not _DIVIDED.match(style):
