@@ -96,16 +96,6 @@ class StoredWeights:
         values = [read_tensor(stored[name]) for name in self.names(parameter)]
         return values[0] if len(values) == 1 else torch.stack(values)
 
-    def replacements(self, patch: Patch) -> dict[str, torch.Tensor]:
-        """Return the values of a patch by the names of tensors in the pruned checkpoint, without removed experts."""
-        values: dict[str, torch.Tensor] = {}
-        for parameter, value in patch.items():
-            names = self.names(parameter)
-            for name, part in zip(names, [value] if len(names) == 1 else value, strict=True):
-                if (new := renumbered(name, self.prefix, self.plan)) is not None:
-                    values[new] = part[list(self.rows[name])] if name in self.rows else part
-        return values
-
 
 def _complete_lists(plan: Plan, places: Iterable[tuple[str, int]]) -> list[str]:
     """Return the names, of pairs with an index, that stand with the index of every layer of a plan's model."""
@@ -261,7 +251,12 @@ def copy_weights(checkpoint: Checkpoint, weights: StoredWeights, replaced: Patch
     Args:
         replaced: values in place of the checkpoint's, of the same shapes and dtypes, removed experts included.
     """
-    values = weights.replacements(replaced)
+    values: dict[str, torch.Tensor] = {}  # by the names of tensors in the pruned checkpoint, without removed experts
+    for parameter, value in replaced.items():
+        names_of_parts = weights.names(parameter)
+        for name, part in zip(names_of_parts, [value] if len(names_of_parts) == 1 else value, strict=True):
+            if (new := renumbered(name, weights.prefix, weights.plan)) is not None:
+                values[new] = part[list(weights.rows[name])] if name in weights.rows else part
     places: dict[str, str] = {}
     size = 0
     for file, stored in weights.files.items():

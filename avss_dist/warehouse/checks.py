@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import ConfigError, WarehouseError
 from avss_dist.core.settings import Settings
+from avss_dist.warehouse.encoding import conform
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES, Column
 
 _HEADLESS = re.compile(r"(?<!LMHead)(?<!DoubleHeads)(Model|Encoder)$")
@@ -45,10 +46,8 @@ def checked_rows(name: str, run_id: str, stored: pa.Table) -> pa.Table:
     Raises:
         pa.ArrowInvalid: one of them is damaged.
     """
-    schema = SCHEMAS[name]
-    columns = {"run_id": pa.repeat(run_id, len(stored)), **{n: stored[n] for n in stored.column_names if n != "run_id"}}
-    cells = [columns[f.name].cast(f.type) if f.name in columns else pa.nulls(len(stored), f.type) for f in schema]
-    table = pa.table(cells, schema=schema)
+    columns = {column: stored[column] for column in stored.column_names}
+    table = conform(pa.table(columns | {"run_id": pa.repeat(run_id, len(stored))}), SCHEMAS[name])
     for reason in damaged_runs(name, table).values():
         raise pa.ArrowInvalid(reason)
     return table

@@ -67,7 +67,10 @@ def encode(name: str, run_id: str, columns: Mapping[str, Any], shard: Mapping[st
         shard: header of a partial, beside its rows.
     """
     header = {_VERSION: str(SCHEMA_VERSION), _HEADER: json.dumps({"run_id": run_id, **shard}), **UNSIGNED_METADATA}
-    schema = (SCHEMAS[name] if shard else TABLES[name].described_schema).remove(0).with_metadata(header)
+    schema = SCHEMAS[name].remove(0).with_metadata(header)
+    if not shard:
+        described = [{"description": column.description} for column in TABLES[name].columns[1:]]
+        schema = pa.schema(map(pa.Field.with_metadata, schema, described), header)
     table = pa.table({f.name: columns[f.name] for f in schema}, schema=schema)
     return to_file(table, **(_STATS_OPTIONS if name in _STATS_TABLES else {}))
 
@@ -127,21 +130,8 @@ def _require_version(version: bytes | None) -> None:
         raise pa.ArrowInvalid(f"it has schema {number}, this avss_dist reads from {_OLDEST} on: measure it again")
 
 
-def parse(data: pa.Buffer) -> pa.Table:
-    """Return the rows of a file, with its metadata.
-
-    Raises:
-        WarehouseError: a newer avss_dist wrote it.
-        OSError, pa.ArrowException: it is damaged, or its schema is too old.
-    """
-    verify(data)
-    file = pq.ParquetFile(pa.BufferReader(data))
-    _require_version((file.metadata.metadata or {}).get(_VERSION))
-    return file.read(use_threads=False)
-
-
-def read_rows(data: pa.Buffer, schema: pa.Schema, run_id: str) -> pa.Table:
-    """Return rows of a file: the columns of a schema that it has, of the types that it has, and ``run_id``.
+def parse(data: pa.Buffer, schema: pa.Schema | None = None) -> pa.Table:
+    """Return the rows of a file, with its metadata, or the columns of a schema that it has, of the types that it has.
 
     Args:
         schema: columns to read. Those whose type is a dictionary are read as dictionaries.
@@ -152,16 +142,15 @@ def read_rows(data: pa.Buffer, schema: pa.Schema, run_id: str) -> pa.Table:
     """
     verify(data)
     file = pq.ParquetFile(pa.BufferReader(data))
-    metadata = file.metadata
-    stored = {metadata.schema.column(i).path.partition(".")[0] for i in range(len(metadata.schema))}
-    _require_version((metadata.metadata or {}).get(_VERSION))
-    names = [field.name for field in schema if field.name in stored - {"run_id"}]
-    texts = [name for name in names if pa.types.is_dictionary(schema.field(name).type)]
-    if texts:
-        file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts)
-    rows = file.read(names, use_threads=False).replace_schema_metadata(None)
-    ids = pa.repeat(run_id, len(rows))
-    return rows.append_column("run_id", ids.dictionary_encode() if texts else ids)
+    _require_version((file.metadata.metadata or {}).get(_VERSION))
+    if schema is None:
+        return file.read(use_threads=False)
+    columns = file.metadata.schema
+    stored = {columns.column(i).path.partition(".")[0] for i in range(len(columns))} - {"run_id"}
+    names = [field.name for field in schema if field.name in stored]
+    if texts := [name for name in names if pa.types.is_dictionary(schema.field(name).type)]:
+        file = pq.ParquetFile(pa.BufferReader(data), metadata=file.metadata, read_dictionary=texts)
+    return file.read(names, use_threads=False).replace_schema_metadata(None)
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

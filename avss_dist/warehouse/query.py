@@ -56,9 +56,8 @@ def run_query(query: str, read: Callable[..., Any]) -> pa.Table:
     try:
         with duckdb.connect(":memory:", config=_SEALED) as connection:
             _require_reading(connection, query)
-        result: pa.Table = read(
-            _readable_tables(query), partial(_answer, query), failures=(duckdb.InvalidInputException,)
-        )
+        answer = partial(_answer, query)
+        result: pa.Table = read(_readable_tables(query), answer, failures=(duckdb.InvalidInputException,))
         return result
     except duckdb.Error as error:
         hint = f"Views: {', '.join(VIEWS)}. Tables: {', '.join(TABLES)}. 'DESCRIBE scores' lists the columns of one."

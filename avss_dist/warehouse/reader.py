@@ -34,7 +34,6 @@ from avss_dist.warehouse.encoding import (
     conform,
     decode_shard,
     parse,
-    read_rows,
     require_readable,
     to_stats,
     to_strata,
@@ -449,8 +448,8 @@ class Warehouse:
         path = self.storage.path(stored, run_id, FILE_NAMES[stored])
         try:
             with self.storage.filesystem.open_input_file(path) as file:
-                data = file.read_buffer()
-            return read_rows(data, SOURCE if name == DIGESTS else encoded_schema(name), run_id)
+                rows = parse(file.read_buffer(), schema := SOURCE if name == DIGESTS else encoded_schema(name))
+            return rows.append_column("run_id", pa.repeat(run_id, len(rows)).cast(schema.field("run_id").type))
         except FileNotFoundError:
             raise pa.ArrowInvalid("it is gone") from None
         except (OSError, pa.ArrowException) as error:

@@ -72,16 +72,6 @@ class TableInfo:
     columns: tuple[Column, ...]
     required: frozenset[str]
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Schema of its rows. For a file, ``run_id`` is in the path alone."""
-        return pa.schema([(column.name, column.type) for column in self.columns])
-
-    @property
-    def described_schema(self) -> pa.Schema:
-        """The schema with the description of each column in its metadata, as files have it."""
-        return pa.schema([pa.field(c.name, c.type, metadata={"description": c.description}) for c in self.columns])
-
 
 DAMAGED = "avss score --fresh replaces a damaged file."
 _ARROW = {
@@ -121,26 +111,6 @@ def _field_column(name: str, kind: pa.DataType, meaning: str, unit: str = "") ->
     return Column(name, kind, meaning, unit, **_FIELD_CHECKS.get(name, {}))
 
 
-def _columns_of_stats() -> tuple[Column, ...]:
-    """Return a column for each field of LayerStats, with two lists in place of the histogram, at the end."""
-    return (
-        *(
-            _field_column(name, _ARROW[kind], *texts)
-            for name, (kind, texts, _) in annotations_of(LayerStats).items()
-            if name != "histogram"
-        ),
-        Column(
-            "histogram_bin",
-            INT16_LIST,
-            "bins of abs(x) that hold elements: 8 exponent and top 3 mantissa bits",
-            bounds=(0, HISTOGRAM_BINS - 1),
-        ),
-        Column(
-            "histogram_count", INT64_LIST, "elements in each of those bins", bounds=COUNT, as_long_as="histogram_bin"
-        ),
-    )
-
-
 def _score_column(name: str) -> Column:
     info = SCORES[name]
     return Column(info.column, FLOAT64, info.definition, info.unit)
@@ -165,7 +135,21 @@ _PLACE = (
     ),
 )
 _MAP = Column("map", STRING, "module path of the linear map, below the layer")
-_STATS = _columns_of_stats()
+_STATS = (
+    *(
+        _field_column(name, _ARROW[kind], *texts)
+        for name, (kind, texts, _) in annotations_of(LayerStats).items()
+        if name != "histogram"
+    ),
+    Column(
+        "histogram_bin",
+        INT16_LIST,
+        "bins of abs(x) that hold elements: 8 exponent and top 3 mantissa bits",
+        bounds=(0, HISTOGRAM_BINS - 1),
+    ),
+    Column("histogram_count", INT64_LIST, "elements in each of those bins", bounds=COUNT, as_long_as="histogram_bin"),
+)
+"""A column for each field of LayerStats, with two lists in place of the histogram, at the end."""
 _SHARD = Column("shard_id", INT64, "index of the shard in the corpus", bounds=COUNT)
 _EXPERT = (
     *_PLACE[:3],
@@ -473,7 +457,10 @@ TABLES: dict[str, TableInfo] = {
         _EXPERT_REQUIRED | {"shard_id"},
     ),
 }
-SCHEMAS: dict[str, pa.Schema] = {name: table.schema for name, table in TABLES.items()}
+SCHEMAS: dict[str, pa.Schema] = {
+    name: pa.schema([(column.name, column.type) for column in table.columns]) for name, table in TABLES.items()
+}
+"""Schemas of the rows of tables. For a file, ``run_id`` is in the path alone."""
 UNFINISHED_RUNS = pa.schema(
     {
         "run_id": pa.string(),

@@ -192,4 +192,4 @@ def test_every_column_may_be_null_where_it_is_not_required(tmp_path: Path) -> No
     ]
     for args in commands:
         done = avss(*args, "-w", tmp_path)
-        assert (done.exit_code, done.stderr) == (0, ""), args
+        assert done.exit_code == 0 and "cannot be read" not in done.stderr, args

@@ -20,8 +20,8 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.interventions import Parameter
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fits import FitStep, NormalEquations, RidgeFit, features_of, fit_ridge, fit_steps, fold
-from avss_dist.pruning.repair.hidden_states import CutStates, HiddenStateSource
-from avss_dist.pruning.repair.projection import OutputProjection, RepairError
+from avss_dist.pruning.repair.hidden_states import HiddenStateSource
+from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, RepairError
 from avss_dist.pruning.repair.record import RepairedCut
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.system.devices import free_memory
@@ -289,12 +289,14 @@ class RepairFitter:
         sums: list[NormalEquations] = []  # of each matrix in turn, over the tokens to fit to and the held-back ones
         numbers = torch.zeros(2, dtype=torch.float64)
 
-        def add(number: int, whole: torch.Tensor, states: CutStates) -> None:
-            split, target = self._splits[number], whole.to(states.hidden.device).float()
+        def add(
+            number: int, whole: torch.Tensor, pruned: torch.Tensor, linear: CapturedCall, last: CapturedCall
+        ) -> None:
+            split, target = self._splits[number], whole.to(pruned.device).float()
             scale = split.sink_scale(target)
             masks = [torch.from_numpy(mask).to(target.device) for mask in split.with_sinks()]
-            missing = (scale * (target - states.hidden.float())).flatten(0, 1)
-            features = features_of(step, projection, states.linear, states.last)
+            missing = (scale * (target - pruned.float())).flatten(0, 1)
+            features = features_of(step, projection, linear, last)
             if not sums:
                 sizes = [(x.shape[1], missing.shape[1]) for x, *_ in features for _ in masks]
                 sums.extend(NormalEquations.empty(*size, target.device) for size in sizes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,23 +26,11 @@ from avss_dist.pruning.repair.projection import (
 )
 from avss_dist.system.devices import available_memory, to_device
 
-Visit = Callable[[int, torch.Tensor, "CutStates"], None]
-"""Takes a batch's number, the whole model's hidden states [rows, tokens, units], and those of the pruned model."""
+Visit = Callable[[int, torch.Tensor, torch.Tensor, CapturedCall, CapturedCall], None]
+"""Takes a batch's number, the hidden states of the whole and of the pruned model, after the last layer before the cut,
+and the calls of the projection's linear map and of its last module, each [rows, tokens, units]."""
+States = tuple[torch.Tensor, CapturedCall, CapturedCall]
 MEMORY_SHARE = 4  # one part in this many of the free memory holds hidden states
-
-
-@dataclass(frozen=True)
-class CutStates:
-    """Hidden states of the pruned model at a cut, for one batch.
-
-    Attributes:
-        hidden: [rows, tokens, units], after the last layer before the cut.
-        linear, last: calls of the projection's linear map and of its last module, [rows, tokens, units].
-    """
-
-    hidden: torch.Tensor
-    linear: CapturedCall
-    last: CapturedCall
 
 
 class HiddenStateSource:
@@ -136,7 +124,7 @@ class HiddenStateSource:
         """
         if (model := self._shared) is None:
             for number in numbers:
-                visit(number, self._whole(number, last), self._pruned(number, projection, units=units))
+                visit(number, self._whole(number, last), *self._pruned(number, projection, units=units))
             return
         layer, behind = self._layers[last], self._after(projection.layer.index)
         skipped = behind | {removal for removal in self._drop if layer_of(removal) not in behind}
@@ -149,7 +137,7 @@ class HiddenStateSource:
         def pruned(number: int) -> None:
             with model.without(skipped), self._patched(), _captured_at(projection, units=units) as calls:
                 self._pass(number)
-            visit(number, targets.pop(number).to(self._device), self._cut_states(number, projection, calls))
+            visit(number, targets.pop(number).to(self._device), *self._states(number, projection, calls))
 
         targets = dict(enumerate(model.together([partial(whole, i) for i in range(len(self._batches))])))
         model.together([partial(pruned, number) for number in numbers])
@@ -166,7 +154,7 @@ class HiddenStateSource:
             self._store("whole", number, layer, hidden)
         return self._rows(hidden, self._layers[layer].axes, number)
 
-    def _pruned(self, number: int, projection: OutputProjection, *, units: bool) -> CutStates:
+    def _pruned(self, number: int, projection: OutputProjection, *, units: bool) -> States:
         """Return the pruned model's states at a projection, with all changes so far."""
         layer = projection.layer
         skipped = self._after(layer.index) | {*whole_layers(self._drop)}
@@ -174,7 +162,7 @@ class HiddenStateSource:
         with self._patched(), without, _captured_at(projection, units=units) as calls:
             self._run(number, skipped, self._stored.get(("pruned", number)))
         self._store("pruned", number, layer.index - 1, calls["layer"].input)
-        return self._cut_states(number, projection, calls)
+        return self._states(number, projection, calls)
 
     def _store(self, kind: str, number: int, layer: int, hidden: torch.Tensor) -> None:
         """Store the output of a layer in place of an earlier layer's if there is room, for later passes to resume."""
@@ -184,7 +172,7 @@ class HiddenStateSource:
             self._room[kind] -= hidden.nbytes
             self._stored[kind, number] = layer, hidden.cpu()
 
-    def _cut_states(self, number: int, projection: OutputProjection, calls: Mapping[Any, CapturedCall]) -> CutStates:
+    def _states(self, number: int, projection: OutputProjection, calls: Mapping[Any, CapturedCall]) -> States:
         linear, last = (
             replace(
                 calls[path],
@@ -193,7 +181,7 @@ class HiddenStateSource:
             )
             for path in (projection.linear, projection.last)
         )
-        return CutStates(self._rows(calls["layer"].output, projection.layer.axes, number), linear, last)
+        return self._rows(calls["layer"].output, projection.layer.axes, number), linear, last
 
     def _patched(self) -> AbstractContextManager[None]:
         """Return a context inside which the model computes with the changes so far."""
