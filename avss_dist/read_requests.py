@@ -52,6 +52,9 @@ RunNames = Annotated[Any, Check(_run_names, before=True), Option(names=("--run",
 Output = Annotated[PathOrText, Option(names=("--output", "-o"))]
 OptionalOutput = Annotated[PathOrText | None, Option(names=("--output", "-o"))]
 Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]
+OwnScores = Annotated[
+    tuple[Annotated[str, OneOf((), accepts=is_own)], ...], Field(strict=False), Option(metavar="FILE:COLUMN")
+]
 Threshold = str | float
 Site = Annotated[str, OneOf(EVERY_SITE)]
 Recipe = Annotated[str, OneOf(RECIPES)]
@@ -139,9 +142,7 @@ class FindingsAtRequest(PlaceRequest, FindingsRequest):
     """Show findings of every site and recipe."""
     truth: bool = False
     """Show how far each score agrees with the measured ground truth instead: which finds the layers that can go."""
-    by: Annotated[
-        tuple[Annotated[str, OneOf((), accepts=is_own)], ...], Field(strict=False), Option(metavar="FILE:COLUMN")
-    ] = ()
+    by: OwnScores = ()
     """A score of your own to compare with the truth as well, FILE.csv:COLUMN."""
 
     def __post_init__(self) -> None:
@@ -183,6 +184,8 @@ class ShowRequest(PlaceRequest, NewestRunsRequest):
     """Show the size of activations instead: the values that half, 90% and 99% of the elements do not exceed."""
     sparsity: Shares = ()
     """Show the threshold below which this share of the elements is, 0 to 1, instead."""
+    by: OwnScores = ()
+    """A score of your own to show beside AVSS, FILE.csv:COLUMN."""
 
 
 @request
@@ -191,6 +194,8 @@ class ReportRequest(RunsRequest):
 
     output: Output = "report.html"
     """The page to write."""
+    by: OwnScores = ()
+    """A score of your own to compare with the measured truth as well, FILE.csv:COLUMN."""
 
 
 @request

@@ -37,7 +37,7 @@ from avss_dist.pruning.ground_truth import (
 )
 from avss_dist.pruning.selection import LAST, PUBLISHED, Choice, Reading, reading_of
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import spearman
+from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval
 from avss_dist.warehouse.reader import Warehouse
 
 SPLITS, SEED = 200, 0  # of sequences into halves
@@ -161,6 +161,31 @@ def _rounding_cards(
 
 def _finite(rho: float) -> float | None:
     return None if np.isnan(rho) else rho
+
+
+def describe_agreement(
+    store: Warehouse, run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own: Mapping[str, LayerTruth]
+) -> Iterator[str]:
+    """Yield a line on how well AVSS, and scores that people bring, find the measured loss without each layer.
+
+    The line of AVSS says how stable its lowest layers are over the shards. There is no line without such a loss.
+
+    Args:
+        scores: rows of ``scores`` of the run at one reading of AVSS.
+    """
+    if (truth := find_layer_truth(store, run, LOSS)) is None:
+        return
+    number = run["num_layers"] or 0
+    avss = LayerTruth(values={row["layer"]: row["avss_smoothed"] for row in scores}, run_id="", task="")
+    lowest = [row for row in scores if (row["rank"] or np.inf) <= count_lowest(len(scores))]
+    kept = float(np.mean(np.array([row["lowest_set_probability"] for row in lowest], np.float64))) if lowest else np.nan
+    stable = f"; resampling the shards keeps {kept:.0%} of its lowest layers" if np.isfinite(kept) else ""
+    for name, score in {"Smoothed AVSS": avss, **own}.items():
+        rho = spearman(score.by_layer(number), truth.by_layer(number))
+        low, high = spearman_interval(rho, number)
+        if np.isfinite(low):
+            found = f"Spearman {rho:z.2f} with the loss without each layer (95% interval {low:z.2f} to {high:z.2f})"
+            yield f"{name}: {found}{stable if score is avss else ''}."
 
 
 def describe_score(card: Mapping[str, Any]) -> str:

@@ -73,6 +73,12 @@ def scores_at(
     return pa.Table.from_arrays(arrays, schema=SCORES)
 
 
+def at_reading(site: str, recipe: str, threshold: float, kind: str) -> pc.Expression:
+    """Return the condition that a row of ``scores`` is of one reading of AVSS."""
+    is_threshold = (pc.field("threshold") == threshold) & (pc.field("threshold_kind") == kind)
+    return is_threshold & (pc.field("site") == site) & (pc.field("recipe") == recipe)
+
+
 def layer_scores(
     warehouse: Warehouse, runs: Sequence[Mapping[str, Any]], threshold: Threshold, *, site: str, recipe: str
 ) -> pa.Table:
@@ -90,10 +96,7 @@ def layer_scores(
     Raises:
         WarehouseError: as `Warehouse.read_layer_stats`.
     """
-    at = {"site": site, "recipe": recipe, "threshold": threshold.value, "threshold_kind": threshold.kind}
-    where = pc.scalar(True)
-    for name, wanted in at.items():
-        where &= pc.field(name) == wanted
+    where = at_reading(site, recipe, threshold.value, threshold.kind)
     stored = warehouse.table("scores", run_ids=[run["run_id"] for run in runs], where=where)
     unscored = {run["run_id"]: run for run in runs} | dict.fromkeys(stored["run_id"].to_pylist())
     missing = [run for run in unscored.values() if run and site in (run["sites"] or [site])]

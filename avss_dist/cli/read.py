@@ -140,6 +140,7 @@ def _scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: ShowRequ
 
 def _show_scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: ShowRequest, format: str) -> None:
     """Print a table of each run, and how far its counts are known."""
+    from avss_dist.analysis.scorecard import describe_agreement, own_score
     from avss_dist.report.output import write_table
     from avss_dist.report.terminal.scores import describe_exactness, layer_table
 
@@ -149,7 +150,10 @@ def _show_scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: Sho
     scored = score_rows(scores)
     for row in runs:
         if layers := [layer for layer in scored if layer["run_id"] == row["run_id"]]:
-            console().print(layer_table(row, layers))
+            own = {name: own_score(name, opened, row) for name in request.by}
+            console().print(layer_table(row, layers, own))
+            for line in describe_agreement(opened, row, layers, own):
+                emit(line)
             if note := describe_exactness(layers):
                 emit(note)
     return None

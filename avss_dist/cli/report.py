@@ -19,5 +19,5 @@ def report(**values: Any) -> None:
     request = ReportRequest(**values)
     opened = open_warehouse(str(request.warehouse))
     run_ids = set(choose_run_ids(opened, request.run, failed=True)) if request.run else None
-    save_report(opened, Path(request.output), run_ids)
+    save_report(opened, Path(request.output), run_ids, request.by)
     emit(request.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.command_line import avss
+from support.pages import write_removals, write_run
 from support.warehouses import activations, stats_of, write_measured
 
 import avss_dist
 from avss_dist.core.errors import QueryError
+from avss_dist.warehouse.reader import Warehouse
 
 CSV = "layer,mine,run_id\n0,0.5,a-1\n1,0.1,a-1\n2,0.9,a-1\n3,0.2,a-1\n1,7,b-2\n"
 PACKAGE = """
@@ -72,6 +75,21 @@ def test_a_file_that_cannot_be_used_is_named(root: Path, by: str, says: str) -> 
     Path("few.csv").write_text("layer,mine\n0,1\n")
     with pytest.raises((QueryError, avss_dist.ConfigError), match=f"(?s){says}"):
         avss_dist.plan(warehouse=root, by=by, count=1)
+
+
+def test_showing_and_reporting_say_how_well_scores_find_the_measured_loss(tmp_path: Path) -> None:
+    """The measured loss rises with depth, and so does the own score. Shards differ, so the ranking is not sure."""
+    run_id = write_run(Warehouse(tmp_path), "alpha", 6, revision="main")
+    write_removals(Warehouse(tmp_path), run_id, "main", 6)
+    file = tmp_path / "scores.csv"
+    file.write_text("layer,mine\n" + "".join(f"{layer},{layer * layer}\n" for layer in range(6)))
+    shown = avss("show", "-w", tmp_path, "--by", f"{file}:mine").stdout
+    found = "Spearman {} with the loss without each layer (95% interval {})"
+    assert f"{file}:mine: {found.format('1.00', '1.00 to 1.00')}." in " ".join(shown.split())
+    assert re.search(r"Smoothed AVSS: Spearman 1.00 with .*; resampling the shards keeps \d+% of its", shown)
+    assert avss("report", "-w", tmp_path, "--by", f"{file}:mine", "-o", tmp_path / "page.html").exit_code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("with the loss without each layer (95% interval") == 1 and f"{file}:mine" in page
 
 
 def test_an_unknown_score_is_refused_with_the_nearest(root: Path) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from avss_dist.analysis.agreement import RankMatrix, Scores, summarize
 from avss_dist.analysis.chosen import run_labels
-from avss_dist.analysis.compare import READING
+from avss_dist.analysis.thresholds import at_reading
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, RECIPES, SCORES
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import basename, count_of, describe_threshold, printable
@@ -215,11 +214,8 @@ def matrix_data(
         For each run with scores: ``label``, ``about`` with its properties, and ``places``, that of each layer from 0
         (least important) to `STEPS`, `UNRANKED` without a score.
     """
-    where = pc.scalar(True)
-    for name, value in zip(READING, PUBLISHED, strict=True):
-        where = where & (pc.field(name) == value)
-    columns = ["run_id", "layer", "avss_smoothed"]
-    scores = warehouse.table("scores", run_ids=[run["run_id"] for run in runs], columns=columns, where=where)
+    run_ids, columns = [run["run_id"] for run in runs], ["run_id", "layer", "avss_smoothed"]
+    scores = warehouse.table("scores", run_ids=run_ids, columns=columns, where=at_reading(*PUBLISHED))
     scores = scores.sort_by([("run_id", "ascending"), ("layer", "ascending")])
     values = scores["avss_smoothed"].to_numpy()
     places = {key["run_id"]: _places(values[start:stop]) for key, start, stop in slices_by(scores, ["run_id"])}

@@ -96,17 +96,19 @@ _FORMATS = {**dict.fromkeys(_NUMBERS, "{:,.0f}".format), "model": basename, "cor
 Row = Mapping[str, Any]
 
 
-def save_report(warehouse: Warehouse, path: Path, run_ids: Collection[str] | None = None) -> None:
+def save_report(
+    warehouse: Warehouse, path: Path, run_ids: Collection[str] | None = None, own: Sequence[str] = ()
+) -> None:
     """Write `report_page` to a file.
 
     Raises:
         AvssError: the file cannot be written.
         WarehouseError: as `Store.table`.
     """
-    write_file(path, report_page(warehouse, run_ids).encode())
+    write_file(path, report_page(warehouse, run_ids, own).encode())
 
 
-def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) -> str:
+def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None, own: Sequence[str] = ()) -> str:
     """Return an HTML page of the runs (all of them by default) that contains everything it needs.
 
     Names are text to it: the template escapes them, its data is base64 of compressed JSON, its script only sets
@@ -128,7 +130,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
     chapters = {
         "curves": [curve_section(c, f"curve-{number}") for number, c in enumerate(_curves(warehouse, drawn), start=1)],
         "experiments": experiment_sections(experiments, of_run),
-        "scorecard": list(_scorecards(warehouse, drawn, of_run)),
+        "scorecard": list(_scorecards(warehouse, drawn, of_run, own)),
         "contrasts": list(_contrasts(warehouse, drawn, of_run)),
     }
     pictures = {
@@ -171,7 +173,7 @@ def report_page(warehouse: Warehouse, run_ids: Collection[str] | None = None) ->
         warehouse=warehouse.root,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=f"{number} and {failed} that failed" if failed else number,
-        short=in_short(drawn, of_run, rows_of_findings, without, named),
+        short=in_short(warehouse, drawn, of_run, rows_of_findings, without, named),
         findings=_findings(rows_of_findings, of_run),
         chapters=[(name, *CHAPTERS[name], sections) for name, sections in chapters.items() if sections],
         overview=_overview(overview, of_run),
@@ -295,14 +297,16 @@ def _curves(warehouse: Warehouse, runs: Sequence[Row]) -> list[Curve]:
     return sorted(by_runs.values(), key=lambda curve: -len(curve.runs))[:MAX_CURVES]
 
 
-def _scorecards(warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str]) -> Iterator[Section]:
+def _scorecards(
+    warehouse: Warehouse, runs: Sequence[Row], labels: Mapping[str, str], own: Sequence[str] = ()
+) -> Iterator[Section]:
     """Yield the score cards of the first runs whose ground truth is known."""
     tasks = tuple(SCORES[name].task for name in GROUND_TRUTH)
     revisions = pa.array(sorted({run["revision"] for run in runs} - {None}), pa.string())
     rows = warehouse.table("evaluations", where=pc.field("revision").isin(revisions), columns=["revision", "task"])
     evaluated = {row["revision"] for row in rows.to_pylist() if row["task"].startswith(tasks)}
     known = [run for run in runs if run["revision"] in evaluated][:MAX_SCORECARDS]
-    cards = score_cards(warehouse, known)
+    cards = score_cards(warehouse, known, own)
     cards = cards.filter(pc.is_null(cards["format"]))
     best = best_readings(cards)
     for run in known:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from avss_dist.analysis.scorecard import describe_agreement
+from avss_dist.analysis.thresholds import at_reading
 from avss_dist.analysis.verdict import CLAIMED_KEPT, CLAIMED_SHARE, claim_in_short
 from avss_dist.core.registry import RECIPES
 from avss_dist.core.settings import SITES
+from avss_dist.pruning.selection import PUBLISHED
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.warehouse.checks import has_head
+from avss_dist.warehouse.reader import Warehouse
 
 MAX_LISTED = 6  # runs, and tasks of each
 MAX_UNTRIED = 3  # runs without any evaluated removal
@@ -19,6 +23,7 @@ Row = Mapping[str, Any]
 
 
 def in_short(
+    warehouse: Warehouse,
     runs: Sequence[Row],
     labels: Mapping[str, str],
     findings: Sequence[Row],
@@ -61,8 +66,12 @@ def in_short(
             for removed in (removed for removed in of_task if removed["size"] == size):
                 of_claim.append(f"{task}: {removed['kept']:z.0%} at best, without {removed['dropped']}.")
         of_claim += claim_in_short([row for row in experiments if row["run_id"] == run["run_id"]])
+        scored = warehouse.table("scores", run_ids=[run["run_id"]], where=at_reading(*PUBLISHED)).to_pylist()
         answers = {
-            "Can AVSS be believed?": [against if kinds else "No finding warns of it."],
+            "Can AVSS be believed?": [
+                against if kinds else "No finding warns of it.",
+                *describe_agreement(warehouse, run, scored, {}),
+            ],
             f"How many layers can go at {CLAIMED_KEPT:.0%} kept?": largest or [NOTHING if has_head(run) else HEADLESS],
             f"What is kept without {CLAIMED_SHARE:.0%} of them?": of_claim or ["No such set was evaluated yet."],
         }

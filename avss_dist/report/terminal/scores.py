@@ -13,6 +13,7 @@ from avss_dist.analysis.findings import TRACKS_DEPTH
 from avss_dist.analysis.thresholds import INTERPOLATED
 from avss_dist.core.registry import LOWEST_SHARE, SCORES
 from avss_dist.core.text import describe_count, describe_layers, describe_threshold
+from avss_dist.pruning.ground_truth import LayerTruth
 from avss_dist.report.section import (
     BarColumn,
     ReportColumn,
@@ -29,18 +30,24 @@ from avss_dist.stats.rankings import count_lowest, depth_correlation
 OF_SHARDS = ("95% interval", "lowest 25%")  # columns that a run of too few shards does not have
 
 
-def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> RenderableType:
+def layer_table(
+    run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own: Mapping[str, LayerTruth] | None = None
+) -> RenderableType:
     """Return a table with a row for each layer: smoothed AVSS, its rank and certainty, block influence.
 
     Args:
         run: a row of ``runs``.
         scores: rows of ``scores`` of one site, recipe and threshold.
+        own: scores that people bring, a column each.
     """
     first, count = scores[0], count_lowest(len(scores))
     lowest = [s["rank"] is not None and s["rank"] <= count for s in scores]
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
+    columns = _layer_columns(scores, lowest, has_intervals=why_no_interval(run["num_shards"] or 0) is None)
+    for name, score in (own or {}).items():
+        columns.append(ReportColumn(name, [score.values.get(s["layer"]) for s in scores], significant(4), priority=1))
     table = ReportTable(
-        columns=_layer_columns(scores, lowest, has_intervals=why_no_interval(run["num_shards"] or 0) is None),
+        columns=columns,
         title=f"{run['model']}  {first['site']} / {first['recipe']} / |x| < {threshold}",
         caption=_caption(run, scores, count),
         marked=lowest,
