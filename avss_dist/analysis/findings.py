@@ -309,7 +309,7 @@ def of_digests(digests: pa.Table, threshold: Threshold, site: str | None = None)
     """Yield the findings that follow from the statistics of runs, in the order of run ids and sites.
 
     Args:
-        digests: rows of `digest.DIGEST`.
+        digests: rows of `compaction.DIGEST`.
         threshold: a threshold that was counted.
         site: where to look, by default everywhere. Layers that do nothing are reported in any case.
     """
@@ -344,7 +344,7 @@ def nonfinite_layers(digests: pa.Table) -> Iterator[Row]:
     """Yield the findings on NaN and infinite elements of runs, in the order of run ids and sites.
 
     Args:
-        digests: the columns `NONFINITE` of `digest.DIGEST`.
+        digests: the columns `NONFINITE` of `compaction.DIGEST`.
     """
     table = digests.filter(pc.field("nonfinite_count") > 0).sort_by(_BY_LAYER)
     columns = _numbers(table)

@@ -80,7 +80,7 @@ class Ablation(TabularResult):
     Attributes:
         whole: loss of the whole model; None if no layers were left out.
         layers: measurements of each layer, in order.
-        reliability: agreement with the order of layers on other text of the same size (`reliability.reliability`); NaN
+        reliability: agreement with the order of layers on other text of the same size (`scorecard.reliability`); NaN
             if no layers were left out, or for fewer than four sequences.
         sensitivity: effect of rounded weights; None without number formats.
     """

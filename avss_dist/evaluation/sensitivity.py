@@ -46,7 +46,7 @@ class Sensitivity(TabularResult):
     Attributes:
         places: layers, each followed by its linear maps, of each format.
         reliability: agreement of the measured order of layers with that on other text of the same size, by format
-            (`reliability.reliability`); NaN if it was not measured.
+            (`scorecard.reliability`); NaN if it was not measured.
     """
 
     model: str

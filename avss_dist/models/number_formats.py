@@ -116,7 +116,7 @@ class GgufFormat(NumberFormat):
     """A type of llama.cpp that ``gguf`` rounds to, on the CPU.
 
     Attributes:
-        type: name of the type in ``conversion.GGMLQuantizationType``.
+        type: name of the type in ``gguf.GGMLQuantizationType``.
     """
 
     type: str

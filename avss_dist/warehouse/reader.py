@@ -254,7 +254,7 @@ class Warehouse:
         return read or {}
 
     def digests(self, run_ids: Collection[str], columns: Sequence[str] = DIGEST.names) -> pa.Table:
-        """Read the digests of the merged statistics of runs: columns of `digest.DIGEST`, by default all.
+        """Read the digests of the merged statistics of runs: columns of `compaction.DIGEST`, by default all.
 
         Runs whose statistics cannot be read are left out, and noted in `damaged`.
         """

@@ -6,7 +6,7 @@ The driver is the real one: RayExecutor and its pool, the committer, the warehou
 without a CPU that hands out results made beforehand, as of bfloat16 activations: five sites, counts of some 2,400
 values, two vectors of the hidden units at `block` and `update`; tokens of 32 x 2048 in each task. ``--by`` says who
 does what: `receipts`, workers have written and send receipts (they write nothing here: it is the driver that is
-measured); `bytes`, they encode and the driver writes; `plain`, the driver encodes too. Virtual shards take no time, so
+measured); `bytes`, they encode and the driver writes. Virtual shards take no time, so
 a call carries several of them; with ``--alone`` it carries one, as it does where shards take more than half a second.
 Storage and workers share this machine: a rate is at least what is printed.
 """
@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -54,23 +53,10 @@ MADE = 32  # results that are made beforehand
 RUN = RunIdentity(run_id="virtual-0000000000", model="virtual", revision="0", family="virtual")
 
 
-@cache
-def values() -> tuple[np.ndarray, np.ndarray]:
-    """The size of each of 4 million activations with a heavy tail, as real ones have, by value in bfloat16."""
-    rng = np.random.default_rng(2)
-    return by_value(rng.standard_normal(1 << 22) * np.exp(rng.standard_normal(1 << 22)), np.ones(1 << 22))
-
-
-def by_value(sizes: np.ndarray, often: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every distinct bfloat16 of abs(x), as float32, and how many have it."""
-    patterns, which = np.unique(sizes.astype(np.float32).view(np.uint32) & 0x7FFF0000, return_inverse=True)
-    return patterns.view(np.float32), np.bincount(which, often).astype(np.int64)
-
-
 def layer_stats(rng: np.random.Generator, site: str, units: int) -> LayerStats:
     """Statistics as large as real ones; sums have float32's precision, as those of 16-bit activations about have."""
-    sizes, often = values()
-    abs_value, abs_value_count = by_value(sizes * rng.uniform(0.1, 10), 1 + rng.poisson(often))
+    patterns = np.arange(0x3000, 0x3000 + 2400, dtype=np.uint32) << 16  # of bfloat16: some 19 octaves
+    abs_value, abs_value_count = patterns.view(np.float32), 1 + rng.poisson(rng.exponential(1e4, 2400))
     histogram = np.zeros(HISTOGRAM_BINS, np.int64)
     np.add.at(histogram, histogram_bin(abs_value), abs_value_count)
     kept = units if site in ("block", "update") else 0
@@ -109,8 +95,8 @@ def shards(count: int) -> list[Shard]:
     ]
 
 
-def prepare(folder: Path, shards: Sequence[Shard], layers: int, units: int) -> tuple[ShardResult, int]:
-    """Keep the partial of every shard in a folder; returns one result as it was measured, and a partial's bytes."""
+def prepare(folder: Path, shards: Sequence[Shard], layers: int, units: int) -> int:
+    """Keep the partial of every shard in a folder, and return the bytes of a partial."""
     rng = np.random.default_rng(1)
     stats = {(layer, site): layer_stats(rng, site, units) for layer in range(layers) for site in SITES}
     for shard in shards[:MADE]:
@@ -125,9 +111,8 @@ def prepare(folder: Path, shards: Sequence[Shard], layers: int, units: int) -> t
         )
         data = encode_shard(RUN, result).data
         (folder / str(shard.shard_id)).write_bytes(data)
-    sent = result if VirtualWorker.by == "plain" else replace(result, stats={})
-    (folder / "result").write_bytes(pickle.dumps(sent))
-    return result, data.size
+    (folder / "result").write_bytes(pickle.dumps(replace(result, stats={})))
+    return data.size
 
 
 class Job(NamedTuple):
@@ -174,8 +159,6 @@ class VirtualWorker:
             )
         which: dict[str, Any] = {"shard_id": assignment.shard.shard_id, "content_hash": assignment.shard.content_hash}
         which["device"] = self._name
-        if self.by == "plain":
-            return replace(self._result, **which)
         data = pa.memory_map(str(self.folder / str(assignment.shard.shard_id % MADE))).read_buffer()
         return replace(self._result, stats=EncodedStats(RUN, data), **which)
 
@@ -265,7 +248,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="see above")
     parser.add_argument("--seconds", type=float, default=10, help="to measure, once all workers are there")
     parser.add_argument("--out", help="folder of the warehouse; a temporary one if left out")
-    parser.add_argument("--by", choices=("receipts", "bytes", "plain"), default="receipts", help="see above")
+    parser.add_argument("--by", choices=("receipts", "bytes"), default="receipts", help="see above")
     arguments = parser.parse_args()
     cloudpickle.register_pickle_by_value(__import__("__main__"))
     gang.Worker = VirtualWorker  # type: ignore[misc,assignment]
@@ -275,18 +258,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as planned, tempfile.TemporaryDirectory(dir=arguments.out) as out:
         VirtualWorker.folder, VirtualWorker.by = Path(planned), arguments.by
         work = shards(arguments.shards or (4000 if arguments.by == "receipts" else MADE))
-        result, on_disk = prepare(Path(planned), work, arguments.layers, arguments.units)
-        buffers: list[Any] = []
-        sent = result if arguments.by == "plain" else None
-        del result
-        in_transit = on_disk if sent is None else len(pickle.dumps(sent, 5, buffer_callback=buffers.append))
-        if arguments.by == "receipts":
-            in_transit = 500
-        in_transit += sum(buffer.raw().nbytes for buffer in buffers)
+        on_disk = prepare(Path(planned), work, arguments.layers, arguments.units)
         print(f"{arguments.layers} layers, {len(SITES)} sites, {arguments.units} units", end=": ")
-        print(
-            f"{in_transit / 1e6:.2f} MB a result in transit, {on_disk / 1e6:.2f} MB on disk; runs of {len(work)} shards"
-        )
+        print(f"{on_disk / 1e6:.2f} MB a result; runs of {len(work)} shards")
         print(f"{'workers':>8}{'results/s':>11}{'MB/s':>8}{'driver CPU ms/result':>22}{'peak MB':>9}{'own MB':>8}")
         for workers in arguments.workers:
             Path("/proc/self/clear_refs").write_text("5")  # of the peak memory

@@ -151,6 +151,43 @@ def test_a_command_takes_or_refuses_a_configuration(
     hold_with_one_error(*data.draw(st.sampled_from(COMMANDS)))
 
 
+A_MAP = {"layer": 0, "map": "mlp.down_proj", "site": "neuron", "outputs": 64, "inputs": 128, "sparsity": 0.5}
+PLANS: dict[str, dict[str, Any]] = {
+    "plan.yaml": {"model": "llama", "num_layers": 3, "layers": "layers", "drop": [1]},
+    "sparse.yaml": {
+        "model": "llama",
+        "num_layers": 3,
+        "sparsity": 0.5,
+        "rule": "last-half",
+        "projections": [A_MAP | {"by": "top_k", "value": 0.5}],
+    },
+}
+
+
+@pytest.mark.parametrize("file", PLANS)
+def test_a_whole_plan_is_evaluated(file: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    (tmp_path / file).write_text(json.dumps(PLANS[file]))
+    code, said = hold(*evaluated(tmp_path / file))
+    assert code == 0, said
+
+
+def evaluated(plan: Path) -> list[object]:
+    small = ("--sequence-length", "32", "--max-sequences", "4", "--executor", "local")
+    return ["evaluate", plan, "--task", "perplexity:text.txt", "-w", plan.parent / "w", *small]
+
+
+@fuzzed(20)
+@given(data=st.data())
+def test_a_plan_is_evaluated_or_refused(
+    data: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    plan = tmp_path / data.draw(st.sampled_from(sorted(PLANS)))
+    plan.write_bytes(dumped(data.draw, data.draw(mutated(PLANS[plan.name]))))
+    hold_with_one_error(*evaluated(plan))
+
+
 @fuzzed(40)
 @given(data=st.data())
 def test_a_gguf_header_is_read_or_refused(data: Any, checkpoints: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels: any schedule, planted mistakes, what NVRTC makes of them, launches and bytes of a layer.
+"""The CUDA kernels: any schedule, what NVRTC makes of them, launches and bytes of a layer.
 
 They run emulated (`support.emulated_cuda`). Only tests marked ``gpu`` run on a GPU.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import llama
-from support.emulated_cuda import COMPILER, SHARED, Emulator, Libraries, libraries
+from support.emulated_cuda import COMPILER, SHARED, Emulator, libraries
 from support.observing import observe
 
 from avss_dist.core.settings import SITES, THRESHOLDS
@@ -33,7 +33,6 @@ from avss_dist.measure.kernels.cuda import (
     layout,
     library,
     shared_bytes,
-    source,
     window,
 )
 from avss_dist.measure.kernels.reference import Accumulator, TorchKernels
@@ -174,65 +173,6 @@ def test_an_input_of_another_dtype_is_compared_by_torch() -> None:
     into = Accumulator(x, GRID, units=True, geometry=True)
     kernels.add(into, x, mask, before.float())
     assert emulator.launches == [] and into.tensors["tokens"][0] > 0
-
-
-# What stands in the source, and what stands there where the mistake is made (`{M}` is 1) or not (0).
-MISTAKES = {
-    "no barrier after clearing": ("= 0;\n    __syncthreads();", "= 0;\n    if (!{M}) __syncthreads();"),
-    "no barrier before counts are read": ("    }\n    __syncthreads();\n", "    }\n    if (!{M}) __syncthreads();\n"),
-    "zeros beyond the last unit stay": ("counters.add(ZERO, tokens *", "counters.add(ZERO, !{M} * tokens *"),
-    "rare ones are zeros, too": ("EACH_SIGN, -1u);", "EACH_SIGN, {M} ? 0u : -1u);"),
-    "a window one too long": ("largest < LOW + SPAN &&", "largest < LOW + SPAN + {M} &&"),
-    "a window that begins one too low": ("smallest >= LOW - 1)", "smallest >= LOW - 1 - {M})"),
-    "the mask of another token": ("call.mask[tile + lane])", "call.mask[tile + !{M} * lane])"),
-    "no sign": ("add_one(counter_of(size) + (pattern", "add_one(counter_of(size) + !{M} * (pattern"),
-    "a part is settled too early": ("(u32)groups_of(call) - 1) return", "(u32)groups_of(call) - 1 - {M}) return"),
-    "arrivals are not forgotten": ("call.arrived[item.part] = 0;", "if (!{M}) call.arrived[item.part] = 0;"),
-    "tokens stay bad": ("call.bad[token] = 0;", "call.bad[token] = {M};"),
-    "other warps do not hear of bad tokens": ("bad_item ? A_BAD_ITEM", "bad_item && !{M} ? A_BAD_ITEM"),
-    "half of a warp's sum": (
-        "x) {  // in lane 0\n    for (int step = WARP / 2;",
-        "x) {\n    for (int step = WARP / 2 >> {M};",
-    ),
-    "an update that is not one": ("T::value(after) - T::value(before)", "T::value(after) - !{M} * T::value(before)"),
-    "the first block is the last": ("== (u32)groups_of(call) - 1;", "== !{M} * ((u32)groups_of(call) - 1);"),
-    "no barrier before rows are added": (
-        "moments(call);\n    __syncthreads();",
-        "moments(call);\n    if (!{M}) __syncthreads();",
-    ),
-    "blocks are not forgotten": ("*call.ticket = 0;", "*call.ticket = {M};"),
-    "a run is one short": ("tokens - start : RUN;", "tokens - start : RUN - {M};"),
-}
-SMALL = (("sizes", (2, 18, 260)), ("nonfinite", (2, 20, 257)), ("edges", (2, 20, 132)))
-
-
-@pytest.fixture(scope="module")
-def mistaken() -> Libraries:
-    """Kernels that can make every mistake, all in one library."""
-    text = source()
-    for number, (right, either) in enumerate(MISTAKES.values(), 1):
-        assert right in text, right
-        text = text.replace(right, either.replace("{M}", f"(emulated::mistake == {number})"))
-    return libraries((torch.bfloat16,), text)
-
-
-def what_is_wrong(mistake: int, of: Libraries) -> bool:
-    for blocks, threads, seed in SCHEDULES[::2]:
-        for kind, shape in SMALL:
-            batch = batch_of(kind, shape, torch.bfloat16)
-            kernels = CudaKernels(Emulator(blocks, threads, seed, of, mistake), chunk=16)
-            if differences(counted(kernels, batch), counted(CpuKernels(), batch), torch.bfloat16):
-                return True
-    return False
-
-
-def test_without_a_mistake_nothing_is_wrong(mistaken: Libraries) -> None:
-    assert not what_is_wrong(0, mistaken)
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_planted_mistake_is_caught(mistake: str, mistaken: Libraries) -> None:
-    assert what_is_wrong(1 + list(MISTAKES).index(mistake), mistaken)
 
 
 ARCHITECTURES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KB of shared memory of a block

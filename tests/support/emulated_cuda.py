@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -23,15 +23,13 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 SHARED = 100 << 10  # bytes of a block's shared memory, as consumer cards have
 OPTIONS = ("-O1", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
 
-Libraries = Mapping[torch.dtype, Any]
-
 
 @lru_cache
-def libraries(dtypes: Sequence[torch.dtype] = tuple(NUMBERS), text: str | None = None) -> Libraries:
-    """A library for each dtype, of the kernels' own source or of another ``text``; kept in the temporary folder."""
+def libraries() -> Mapping[torch.dtype, Any]:
+    """Return a library of the kernels for each dtype; kept in the temporary folder."""
     assert COMPILER is not None, "needs a C++ compiler"
-    parts = '#include "emulate.h"', text or source(), '#include "entry.h"', ""
-    everything = "\n".join([*parts, *(file.read_text() for file in sorted(HERE.glob("*.h"))), *OPTIONS, str(dtypes)])
+    parts = '#include "emulate.h"', source(), '#include "entry.h"', ""
+    everything = "\n".join([*parts, *(file.read_text() for file in sorted(HERE.glob("*.h"))), *OPTIONS])
     folder = Path(tempfile.gettempdir()) / f"emulated_cuda_{hashlib.sha256(everything.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         with tempfile.TemporaryDirectory() as other:
@@ -39,10 +37,10 @@ def libraries(dtypes: Sequence[torch.dtype] = tuple(NUMBERS), text: str | None =
             made.mkdir()
             (made / "kernels.cpp").write_text("\n".join(parts), encoding="utf-8")
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(lambda dtype: _compile(made, dtype), dtypes))
+                list(pool.map(lambda dtype: _compile(made, dtype), NUMBERS))
             if not folder.is_dir():
                 shutil.copytree(made, folder, dirs_exist_ok=True)
-    return {dtype: _library(folder / f"{NUMBERS[dtype]}.so") for dtype in dtypes}
+    return {dtype: _library(folder / f"{NUMBERS[dtype]}.so") for dtype in NUMBERS}
 
 
 def _compile(folder: Path, dtype: torch.dtype) -> None:
@@ -54,7 +52,7 @@ def _compile(folder: Path, dtype: torch.dtype) -> None:
 
 def _library(file: Path) -> Any:
     library, number = ctypes.CDLL(str(file)), ctypes.c_uint
-    library.launch.argtypes = [ctypes.c_char_p, number, number, ctypes.c_ulong, number, ctypes.c_int, ctypes.c_char_p]
+    library.launch.argtypes = [ctypes.c_char_p, number, number, ctypes.c_ulong, number, ctypes.c_char_p]
     library.sizes.restype, library.take_traffic.restype = ctypes.c_ulong, ctypes.c_ulonglong
     assert library.sizes(0) == 8 * len(fields())
     return library
@@ -67,13 +65,11 @@ class Emulator:
         launches: the kernels that were launched, in order; traffic: bytes that they moved to and from global memory.
     """
 
-    def __init__(
-        self, blocks: int = 3, threads: int = 64, seed: int = 0, of: Libraries | None = None, mistake: int = 0
-    ) -> None:
+    def __init__(self, blocks: int = 3, threads: int = 64, seed: int = 0) -> None:
         self.blocks, self.threads = blocks, threads
         self.launches: list[str] = []
         self.traffic = 0
-        self._libraries, self._seed, self._mistake = of or libraries(), seed, mistake
+        self._libraries, self._seed = libraries(), seed
 
     def span(self, dtype: torch.dtype) -> int:
         """See `cuda.Device`."""
@@ -85,6 +81,6 @@ class Emulator:
         self.launches.append(kernel)
         self._seed += 1
         library = self._libraries[dtype]
-        failed = library.launch(kernel.encode(), grid, block, shared, self._seed, self._mistake, arguments)
+        failed = library.launch(kernel.encode(), grid, block, shared, self._seed, arguments)
         assert not failed, {1: "a block of a wrong size", 2: "threads wait for ever", 3: "no such kernel"}[failed]
         self.traffic += library.take_traffic()

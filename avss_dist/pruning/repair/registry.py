@@ -1,6 +1,6 @@
 """The registry of repairs: what each fits, at which layers, and how much text it needs.
 
-A new repair is one entry of `REPAIRS`. A fit of another form than those of `normal_equations.FORMS` also needs that
+A new repair is one entry of `REPAIRS`. A fit of another form than those of `fits.FORMS` also needs that
 form there, and the way in which it becomes weights in `fold`. Nothing here imports torch.
 """
 
@@ -25,7 +25,7 @@ class RepairMethod:
         meaning: what is fitted, in a few words.
         features: what the missing part of the hidden states is fitted from: the ``output`` of the MLP, or the
             ``inputs`` of its last linear map.
-        form: form of the fitted matrix, one of `normal_equations.FORMS`.
+        form: form of the fitted matrix, one of `fits.FORMS`.
         every_layer: fit every remaining layer behind the first cut, not only the last one before each cut.
     """
 

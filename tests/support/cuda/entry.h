@@ -1,7 +1,6 @@
 // What Python calls: a kernel by its name, and what it moved to and from global memory since it was last asked.
-extern "C" int launch(const char *name, unsigned grid, unsigned block, unsigned long shared, unsigned seed, int mistake,
+extern "C" int launch(const char *name, unsigned grid, unsigned block, unsigned long shared, unsigned seed,
                       const void *arguments) {
-    emulated::mistake = mistake;
     const Call &call = *(const Call *)arguments;
     const Calls &calls = *(const Calls *)arguments;
 #define CASE(kernel, argument) \
