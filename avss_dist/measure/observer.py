@@ -434,7 +434,7 @@ class Observer:
         self._num_observed[index] += 1
         if self._num_observed[index] == self._passes:  # accumulators on the host become results, ten times smaller
             keys = [key for key in self._accumulators if key[0] == index]
-            if all(self._accumulators[key].is_on_host for key in keys):
+            if all(self._accumulators[key].device.type == "cpu" for key in keys):
                 _, arrived = self._send(keys)
                 self._stats |= zip(keys, arrived(), strict=True)
 

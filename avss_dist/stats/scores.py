@@ -96,7 +96,9 @@ def score_run(
     for site in dict.fromkeys(site for _, site in stats if sites is None or site in sites):
         present = [layer for layer, s in stats if s == site]
         merged = [stats[layer, site] for layer in present]
-        table = SiteTable(merged, _site_shards(shards, merged, present, site), thresholds)
+        zero = LayerStats.zero(merged[0].thresholds)
+        by_shard = [[shard.get((layer, site), zero) for layer in present] for shard in shards]
+        table = SiteTable(merged, by_shard, thresholds)
         for recipe in table.recipes():
             for threshold in table.thresholds:
                 columns = table.score(recipe, threshold)
@@ -115,13 +117,6 @@ def score_run(
                         }
                     )
     return rows
-
-
-def _site_shards(
-    shards: Sequence[Mapping[LayerKey, LayerStats]], merged: Sequence[LayerStats], present: Sequence[int], site: str
-) -> list[list[LayerStats]]:
-    zero = LayerStats.zero(merged[0].thresholds)
-    return [[shard.get((layer, site), zero) for layer in present] for shard in shards]
 
 
 def layer_baselines(stats: Mapping[LayerKey, LayerStats], layer: int) -> dict[str, float]:
@@ -211,7 +206,9 @@ class SiteTable:
             "count": [int(c) for c in count],
             "near_zero_count": near_zero.tolist(),
             "rank": [None if np.isnan(r) else int(r) for r in rank_lowest(np.where(finite, score, np.nan))],
-            "quality": [_quality(k) for k in near_zero],
+            "quality": np.select(
+                [near_zero == 0, near_zero < NOISY_BELOW], ["zero_sparsity", "noisy_sparsity"], "ok"
+            ).tolist(),
             **{name: column.tolist() for name, column in columns.items()},
         }
 
@@ -280,12 +277,6 @@ class _Units:
         sizes = np.abs(means)
         near_zero = {threshold: (sizes < value).sum(axis=-1).astype(float) for threshold, value in at.items()}
         return _Units(means.var(axis=-1), np.isfinite(means).sum(axis=-1).astype(float), near_zero)
-
-
-def _quality(near_zero: float) -> str:
-    if near_zero == 0:
-        return "zero_sparsity"
-    return "noisy_sparsity" if near_zero < NOISY_BELOW else "ok"
 
 
 def _ratio(numerator: Float64, denominator: Float64) -> Float64:

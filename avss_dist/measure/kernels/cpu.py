@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from numba import njit, types
 from numba.extending import overload
 
-from avss_dist.measure.kernels.reference import PATTERNS, Accumulator, UpdateBuffer, float32_limits
+from avss_dist.measure.kernels.reference import PATTERNS, Accumulator, Kernels, limits_on
 from avss_dist.stats.histogram import CUT_SHIFT
 
 MAX_ELEMENTS = 1 << 32  # that are counted in 32 bits before the counts are flushed
@@ -47,12 +46,11 @@ _INF32 = np.uint32(0x7F800000)
 _SHIFT = np.uint32(CUT_SHIFT)
 
 
-class CpuKernels:
+class CpuKernels(Kernels):
     """CPU backend, see `kernels.reference.Kernels`. It reuses memory between calls and is not thread-safe."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(PATTERNS, np.uint32)
-        self._updates = UpdateBuffer()
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """See `kernels.reference.Kernels`."""
@@ -60,13 +58,6 @@ class CpuKernels:
         for start in range(0, len(x), rows):
             here = slice(start, start + rows)
             self._add(into, x[here], mask[here], x[:0] if before is None else before[here])
-
-    def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
-        """See `kernels.reference.Kernels`."""
-        self.add(into, self._updates.subtract(after, before), mask)
-
-    def finish(self) -> None:
-        """Do nothing: `add` is complete when it returns."""
 
     def _add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor) -> None:
         into.reserve(x.numel())
@@ -77,7 +68,9 @@ class CpuKernels:
         rest = _as_loops_read(before), self._counts, by_sequence, compared
         values, masked = _as_loops_read(x), mask.contiguous().numpy()
         if x.dtype == torch.float32:
-            measure_float32(values, masked, _limits(into.thresholds.tobytes()), elements, *rest)
+            measure_float32(
+                values, masked, limits_on(into.thresholds.tobytes(), x.device).numpy().view(np.uint32), elements, *rest
+            )
         else:
             measure_patterns(_patterns(x), values, masked, *rest)
         merge_patterns(self._counts, totals["cuts" if x.dtype == torch.float32 else "patterns"])
@@ -93,11 +86,6 @@ _ABSENT = {
     "geometry": np.zeros(3),
     "input_moments": np.zeros(2),
 }
-
-
-@lru_cache(maxsize=8)
-def _limits(thresholds: bytes) -> np.ndarray:
-    return float32_limits(np.frombuffer(thresholds, np.float64))
 
 
 def _patterns(x: torch.Tensor) -> np.ndarray:

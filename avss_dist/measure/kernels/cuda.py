@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from avss_dist.measure.kernels.reference import Accumulator, TorchKernels, limits_on
+from avss_dist.measure.kernels.reference import Accumulator, Kernels, TorchKernels, limits_on
 
 UNITS_A_WARP, STRIP, RUN = 128, 32, 8  # as in common.cu
 MAX_CALLS = 8
@@ -44,7 +44,7 @@ class NotCompiled(Exception):
     """Failure to compile the kernels for a device."""
 
 
-class CudaKernels:
+class CudaKernels(Kernels):
     """CUDA backend, see `kernels.reference.Kernels`. Accumulators are up to date after `finish`."""
 
     def __init__(self, launcher: Device, *, chunk: int | None = None) -> None:

@@ -10,9 +10,9 @@ float32, the upper halves of the patterns of abs(x) are counted, and the other f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class Accumulator:
     """
 
     def __init__(self, like: torch.Tensor, thresholds: Float64, *, units: bool, geometry: bool) -> None:
-        self.dtype = like.dtype
+        self.dtype, self.device = like.dtype, like.device
         self._elements = 0
         self._first_tokens: list[torch.Tensor] = []
         self.thresholds = thresholds
@@ -79,11 +79,6 @@ class Accumulator:
         if "extremes" in self.tensors:
             self.tensors["extremes"].fill_(torch.inf)[1].neg_()
 
-    @property
-    def is_on_host(self) -> bool:
-        """Whether the tensors are in host memory."""
-        return self.tensors["sequences"].device.type == "cpu"
-
     def add_first_tokens(self, values: torch.Tensor) -> None:
         """Store the first tokens of rows, [rows, units], for `conclude`. A pass waits only for their copy."""
         self._first_tokens.append(values)
@@ -107,8 +102,10 @@ class Accumulator:
             self.tensors["patterns"] = self.tensors["patterns"].to(torch.int64)
 
 
-class Kernels(Protocol):
+class Kernels:
     """Interface of a backend. Each observer has its own, since a backend may keep memory between calls."""
+
+    _buffer: torch.Tensor | None = None
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """Add the elementwise statistics and pooled variances of a batch, and its sums by unit if ``into`` keeps them.
@@ -119,27 +116,21 @@ class Kernels(Protocol):
             before: input of a block with output ``x``, of the same shape. With it, each token's angle and relative
                 update (of the values as float64) and the moments of the input are added, too.
         """
+        raise NotImplementedError
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
-        """Add ``after - before``, rounded to their dtype, as in `add`."""
+        """Add ``after - before``, rounded to the wider of their dtypes, as in `add`."""
+        update = self._buffer
+        if after.dtype != before.dtype:
+            update = after - before
+        elif update is None or update.shape != after.shape or update.dtype != after.dtype:
+            update = self._buffer = after - before
+        else:  # fresh pages are expensive
+            torch.sub(after, before, out=update)
+        self.add(into, update, mask)
 
     def finish(self) -> None:
         """Complete pending additions. Accumulators are up to date only after this call, which ends every layer."""
-
-
-class UpdateBuffer:
-    """Buffer for differences ``after - before``. It is reused across layers, because fresh pages are expensive."""
-
-    def __init__(self) -> None:
-        self._buffer: torch.Tensor | None = None
-
-    def subtract(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """Return the difference, valid until the next call. If the dtypes differ, it has the wider one."""
-        if after.dtype != before.dtype:
-            return after - before
-        if self._buffer is None or self._buffer.shape != after.shape or self._buffer.dtype != after.dtype:
-            self._buffer = torch.empty_like(after)
-        return torch.sub(after, before, out=self._buffer)
 
 
 @lru_cache(maxsize=16)
@@ -204,37 +195,25 @@ def _pattern_values(dtype: torch.dtype) -> Float64:
     return patterns.view(dtype).double().numpy()
 
 
-class TorchKernels:
+class TorchKernels(Kernels):
     """Deterministic backend of torch operations without host transfers. Temporaries have up to `CHUNK` elements."""
-
-    def __init__(self) -> None:
-        self._updates = UpdateBuffer()
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """See `Kernels`."""
         into.reserve(x.numel())
-        self._elements(into, x, mask)
+        size = max(1, CHUNK // x.shape[2])
+        for tokens, counted in zip(x.flatten(0, 1).split(size), mask.flatten().split(size), strict=True):
+            if x.dtype == torch.float32:
+                self._float32(into.tensors, into.thresholds, tokens, counted)
+            else:
+                patterns = tokens.view(torch.int16).to(torch.int64) & 0xFFFF
+                _count_into(into.tensors["patterns"], patterns, counted)
         rows = max(1, CHUNK // max(1, x.shape[1] * x.shape[2]))
         for i in range(0, len(x), rows):
             here = slice(i, i + rows)
             self._units(into.tensors, x[here], mask[here])
             if before is not None:
                 self._geometry(into.tensors, before[here], x[here], mask[here])
-
-    def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
-        """See `Kernels`."""
-        self.add(into, self._updates.subtract(after, before), mask)
-
-    def finish(self) -> None:
-        """Do nothing: `add` is complete when it returns."""
-
-    def _elements(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor) -> None:
-        for rows, tokens in _chunks(x, mask):
-            if x.dtype == torch.float32:
-                self._float32(into.tensors, into.thresholds, rows, tokens)
-            else:
-                patterns = rows.view(torch.int16).to(torch.int64) & 0xFFFF
-                _count_into(into.tensors["patterns"], patterns, tokens)
 
     def _float32(self, into: Tensors, thresholds: Float64, x: torch.Tensor, mask: torch.Tensor) -> None:
         sizes = x.view(torch.int32) & 0x7FFFFFFF
@@ -281,12 +260,6 @@ class TorchKernels:
         m2 = torch.where(finite[..., None], old - mean, 0).square().sum()
         _merge_moments(into["tokens"][1], into["input_moments"], count, mean, m2)
         into["tokens"] += torch.stack([angles.sum(), count])
-
-
-def _chunks(x: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield rows [n, units] with their mask [n], with at most `CHUNK` elements (or one row) each."""
-    rows = max(1, CHUNK // x.shape[2])
-    yield from zip(x.flatten(0, 1).split(rows), mask.flatten().split(rows), strict=True)
 
 
 def _count_into(counts: torch.Tensor, bins: torch.Tensor, mask: torch.Tensor) -> None:
