@@ -7,7 +7,7 @@ twice: after its own prompt, and after the prompt of another pair.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.names import AFTER_ANOTHER
-from avss_dist.corpus.answers import Answer, group_by_prompt
+from avss_dist.corpus.documents import Answer
 
 _SHUFFLE_SEED = 0  # of the order in which answers get the prompts of others
 
@@ -84,11 +84,53 @@ def paired_rows(
         seed: seed of the order of pairs; None keeps the order of the text.
 
     Raises:
-        CorpusError: the answers do not form pairs (see `answers.group_by_prompt`), or a row is too long. The message
+        CorpusError: the answers do not form pairs (see `group_by_prompt`), or a row is too long. The message
             names the line.
     """
-    pairs = _first(_ordered(group_by_prompt(answers, source), seed), maximum)
+    pairs = group_by_prompt(answers, source)
+    if seed is not None:
+        pairs = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
+    ends = 2 * np.cumsum([len(pair) for pair in pairs])
+    number = len(pairs) if maximum is None else int(np.searchsorted(ends, maximum, side="right"))
+    if len(pairs) < 2:
+        raise CorpusError(f"{pairs[0][0].where}: there is one prompt.", "A contrast takes two prompts at least.")
+    if number < 2:
+        raise CorpusError(f"Two pairs are {ends[1]} rows.", f"Make `max_sequences` {ends[1]} or more.")
+    pairs = pairs[:number]
     return _rows(pairs, [("", range(len(pairs))), (AFTER_ANOTHER, _other(len(pairs)))], encode, eos, length)
+
+
+def group_by_prompt(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
+    """Return answers grouped by prompt, in the order in which prompts first occur. A repeated answer counts once.
+
+    Raises:
+        CorpusError: there are no answers, all answers, or all answers to one prompt, have the same label, or one answer
+            to a prompt has two labels.
+    """
+    pairs: dict[str, list[Answer]] = {}
+    first: dict[tuple[str, str], Answer] = {}
+    for answer in answers:
+        same = first.setdefault((answer.prompt, answer.text), answer)
+        if same.label != answer.label:
+            raise CorpusError(
+                f"{answer.where}: this answer is labelled '{answer.label}', and '{same.label}' at {same.where}.",
+                "Give different answers to the labels of a prompt, or leave both lines out.",
+            )
+        if same is answer:
+            pairs.setdefault(answer.prompt, []).append(answer)
+    if not pairs:
+        raise CorpusError(f"{source} holds no text (documents read: 0).", "Name one that holds some.")
+    labels = sorted({answer.label for pair in pairs.values() for answer in pair})
+    if len(labels) == 1:
+        message = f"Every answer of {source} is labelled '{labels[0]}'."
+        raise CorpusError(message, "A contrast takes two labels: give both kinds of answers, or name another field.")
+    for pair in pairs.values():
+        if len({answer.label for answer in pair}) == 1:
+            raise CorpusError(
+                f"{pair[0].where}: the answers to this prompt are all labelled '{pair[0].label}'.",
+                "Give each prompt answers of two labels, or leave it out.",
+            )
+    return list(pairs.values())
 
 
 def choice_rows(
@@ -129,7 +171,12 @@ def _rows(
             for answer, text in zip(pair, texts, strict=True):
                 rows.append(np.concatenate([prompts[prompt], text]))
                 places.append((index, answer.label + after, len(prompts[prompt])))
-                _require_room(answer, pairs[prompt][0], len(rows[-1]), length)
+                if (tokens := len(rows[-1])) > length:
+                    other = "" if prompt == index else f", after the prompt of {pairs[prompt][0].where},"
+                    raise CorpusError(
+                        f"{answer.where}: prompt and answer{other} are {tokens} tokens; a row has {length}.",
+                        f"Make `sequence_length` {tokens} or more, or leave the line out.",
+                    )
     return rows, Pairing(
         rows=np.arange(len(rows)),
         pairs=np.array([pair for pair, _, _ in places], np.int64),
@@ -138,34 +185,9 @@ def _rows(
     )
 
 
-def _ordered(pairs: list[list[Answer]], seed: int | None) -> list[list[Answer]]:
-    return pairs if seed is None else [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
-
-
-def _first(pairs: list[list[Answer]], maximum: int | None) -> list[list[Answer]]:
-    """Return the first pairs, with at most ``maximum`` rows."""
-    ends = 2 * np.cumsum([len(pair) for pair in pairs])
-    number = len(pairs) if maximum is None else int(np.searchsorted(ends, maximum, side="right"))
-    if pairs and number < 2:
-        minimum = int(ends[min(1, len(ends) - 1)])
-        if len(pairs) < 2:
-            raise CorpusError(f"{pairs[0][0].where}: there is one prompt.", "A contrast takes two prompts at least.")
-        raise CorpusError(f"Two pairs are {minimum} rows.", f"Make `max_sequences` {minimum} or more.")
-    return pairs[:number]
-
-
 def _other(count: int) -> NDArray[np.int64]:
     """Return another pair for each pair, each once: the next one in a shuffled circle."""
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(count)
     other = np.empty(count, np.int64)
     other[order] = np.roll(order, 1)
     return other
-
-
-def _require_room(answer: Answer, prompt: Answer, tokens: int, length: int) -> None:
-    if tokens > length:
-        before = "" if prompt.prompt == answer.prompt else f", after the prompt of {prompt.where},"
-        raise CorpusError(
-            f"{answer.where}: prompt and answer{before} are {tokens} tokens; a row has {length}.",
-            f"Make `sequence_length` {tokens} or more, or leave the line out.",
-        )

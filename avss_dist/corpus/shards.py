@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError, NoRows, without_secrets
 from avss_dist.core.settings import Settings, fingerprint
-from avss_dist.corpus.answers import truthfulqa_choices
-from avss_dist.corpus.chats import chat_template
+from avss_dist.corpus.documents import chat_template, truthfulqa_choices
 from avss_dist.corpus.pairs import Pairing, choice_rows, join, paired_rows
-from avss_dist.corpus.sources import Source, json_records, open_source
+from avss_dist.corpus.sources import json_records, open_source
 from avss_dist.corpus.tokens import (
     Ids,
     ReadCounts,
@@ -137,32 +136,42 @@ def tokenize_corpus(
     """
     template = chat_template(tokenizer) if settings.chat_template else None
     opened, counts, length = open_source(source), ReadCounts(), settings.sequence_length
+    per_shard, skip = settings.sequences_per_shard or USUAL_ROWS, settings.skip_first_tokens
+    pairing = None
     if opened.answers:
-        return _tokenize_pairs(source, opened, tokenizer, settings)
-    around = special_tokens_of_rows(tokenizer, settings)
-    rows = rows_of(opened.documents(), tokenizer, settings, counts, around)
-    skipped = settings.skip_sequences
-    end = None if settings.max_sequences is None else skipped + settings.max_sequences
-    if settings.shuffle_seed is not None:
-        rows = shuffled(rows, settings.shuffle_seed, end)
-    rows = islice(rows, skipped, end)
-    spool, lengths = Spool(length), [np.zeros(0, np.int32)]
-    num_sequences = 0
-    per_shard = settings.sequences_per_shard or USUAL_ROWS
-    while block := list(islice(rows, per_shard)):
-        input_ids, block_lengths = _padded(block, length, tokenizer)
-        spool.add(input_ids)
-        lengths.append(block_lengths)
-        num_sequences += len(block)
-    shards = _make_shards(spool.array(), np.concatenate(lengths), settings.skip_first_tokens, None, per_shard)
+        if settings.skip_sequences:
+            raise CorpusError(f"{source} is paired text.", "Leave `skip_sequences` out: its rows belong together.")
+        options = _row_options(tokenizer, settings)
+        paired, pairing = paired_rows(opened.answers(), source, seed=settings.shuffle_seed, **options)
+        ids, lengths = _padded(paired, length, tokenizer)
+        if min(lengths) <= skip:
+            message = f"{source}: `skip_first_tokens` {skip} leaves nothing of an answer."
+            raise CorpusError(message, f"Make it smaller than {min(lengths)}.")
+    else:
+        around = special_tokens_of_rows(tokenizer, settings)
+        rows = rows_of(opened.documents(), tokenizer, settings, counts, around)
+        first, end = settings.skip_sequences, None
+        if settings.max_sequences is not None:
+            end = first + settings.max_sequences
+        if settings.shuffle_seed is not None:
+            rows = shuffled(rows, settings.shuffle_seed, end)
+        rows = islice(rows, first, end)
+        spool, blocks = Spool(length), [np.zeros(0, np.int32)]
+        while block := list(islice(rows, per_shard)):
+            padded, block_lengths = _padded(block, length, tokenizer)
+            spool.add(padded)
+            blocks.append(block_lengths)
+        ids, lengths = spool.array(), np.concatenate(blocks)
+    shards = _make_shards(ids, lengths, skip, pairing, per_shard)
     num_tokens = sum(shard.num_tokens for shard in shards)
-    _require_enough(source, num_sequences, num_tokens, counts, settings, length - len(around))
+    if pairing is None:
+        _require_enough(source, len(lengths), num_tokens, counts, settings, length - len(around))
     return CorpusPlan(
         source=without_secrets(source),
         corpus_fingerprint=opened.fingerprint(),
         tokens_fingerprint=_fingerprint(shards, length),
         shards=shards,
-        num_sequences=num_sequences,
+        num_sequences=len(lengths),
         num_tokens=num_tokens,
         chat_template=template if counts.conversations else None,
     )
@@ -182,29 +191,6 @@ def with_other_start(shard: Shard, tokenizer: Tokenizer, settings: Settings, row
     ids, lengths = _padded([other.enclose(row)[:length] for row in text], length, tokenizer)
     as_read = _shard(0, shard.input_ids[:rows], shard.lengths[:rows], 0)
     return as_read, _shard(0, ids, lengths, 0)
-
-
-def _tokenize_pairs(source: str, opened: Source, tokenizer: Tokenizer, settings: Settings) -> CorpusPlan:
-    """Return the shards of paired text. See `tokenize_corpus`."""
-    assert opened.answers is not None
-    if settings.skip_sequences:
-        raise CorpusError(f"{source} is paired text.", "Leave `skip_sequences` out: its rows belong together.")
-    rows, pairing = paired_rows(
-        opened.answers(), source, seed=settings.shuffle_seed, **_row_options(tokenizer, settings)
-    )
-    ids, lengths = _padded(rows, settings.sequence_length, tokenizer)
-    if min(lengths) <= settings.skip_first_tokens:
-        message = f"{source}: `skip_first_tokens` {settings.skip_first_tokens} leaves nothing of an answer."
-        raise CorpusError(message, f"Make it smaller than {min(lengths)}.")
-    shards = _make_shards(ids, lengths, settings.skip_first_tokens, pairing, settings.sequences_per_shard or USUAL_ROWS)
-    return CorpusPlan(
-        source=without_secrets(source),
-        corpus_fingerprint=opened.fingerprint(),
-        tokens_fingerprint=_fingerprint(shards, settings.sequence_length),
-        shards=shards,
-        num_sequences=len(rows),
-        num_tokens=sum(shard.num_tokens for shard in shards),
-    )
 
 
 def tokenize_choices(

@@ -2,7 +2,7 @@
 
 A source is ``file.txt``, ``file.jsonl[:field]``, ``file.csv[:column]``, ``file.parquet[:column]`` (local, ``s3://``,
 ``gs://``, ``hdfs://`` or ``file://``; or a glob of them), ``hf:NAME[@revision][:config][:split][:column]``, the short
-name of a data set of the hub (see `named`), or ``builtin:pydoc``. A column holds texts, or conversations.
+name of a data set of the hub (see `NAMED`), or ``builtin:pydoc``. A column holds texts, or conversations.
 Sources of paired text are ``file.jsonl:prompt+answer[:label]``, by the names of fields, of CSV too, and
 ``truthfulqa:file.jsonl[:seed]``. All files but Parquet may end in ``.gz`` or ``.zst``.
 """
@@ -15,9 +15,10 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from glob import has_magic
 from itertools import count, zip_longest
 from typing import Any
@@ -25,23 +26,64 @@ from urllib.parse import unquote
 
 from pyarrow import ArrowException, fs, parquet
 
-from avss_dist.core.errors import CorpusError, nearest, require_known
+from avss_dist.core.errors import AvssError, ConfigError, CorpusError, nearest, require_known
 from avss_dist.core.extras import require_package
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
-from avss_dist.corpus.answers import (
+from avss_dist.corpus.documents import (
     MAX_LINE_BYTES,
     Answer,
+    Chat,
+    Document,
     Records,
+    field_document,
     labelled_answers,
+    no_text,
     too_long,
     truthfulqa_answers,
 )
-from avss_dist.corpus.chats import Document, field_document
-from avss_dist.corpus.named import NAMED
 
 TEXT_PIECE_BYTES = 4 << 20  # size of the pieces that a large text file is read in
 MAX_REST_BYTES = 1 << 20  # of a line beyond the end of a piece; a longer one is cut at whitespace
+NAMED = {
+    "wikitext2": (
+        "Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3",
+        "wikitext-2-raw-v1",
+        "train",
+        "text",
+    ),
+    "c4": ("allenai/c4@1588ec454efa1a09f29cd18ddd04fe05fc8653a2", "en", "train", "text"),
+    "pile10k": ("NeelNanda/pile-10k@127bfedcd5047750df5ccf3a12979a47bfa0bafa", "", "train", "text"),
+    "fineweb-edu": (
+        "HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+        "sample-10BT",
+        "train",
+        "text",
+    ),
+    "ultrachat": (
+        "HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a",
+        "",
+        "train_sft",
+        "messages",
+    ),
+    "open-platypus": (
+        "garage-bAInd/Open-Platypus@37141edbdb7826378cce118c46a109b813e1f038",
+        "",
+        "train",
+        "output",
+    ),
+    "cnn-dailymail": (
+        "abisee/cnn_dailymail@96df5e686bee6baa90b8bee7c28b81fa3fa6223d",
+        "3.0.0",
+        "train",
+        "article",
+    ),
+    "alpaca": ("tatsu-lab/alpaca@dce01c9b08f87459cf36a430d809084718273017", "", "train", "text"),
+}
+"""Data sets of the hub by short name, at a fixed commit: repository, config, split and column of their text.
+
+Users write ``NAME[:split]``.
+"""
 FORMS = (
     "file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], "
     f"hf:NAME[@revision][:config][:split][:column], {', '.join(NAMED)}, builtin:pydoc"
@@ -74,7 +116,7 @@ def documents(source: str) -> Iterator[Document]:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source.
+    """A source. Nothing is opened before it is read.
 
     Attributes:
         documents: streams its texts, or conversations.
@@ -83,21 +125,27 @@ class Source:
             datasets by name and revision (a local dataset folder by the times of its files). Field, column, config and
             split count too.
         answers: streams the answers of paired text, whose documents are prompts with answers; None for other text.
+        path: path, glob or URI of its files; empty if it reads no file.
     """
 
     documents: Callable[[], Iterator[Document]]
     fingerprint: Callable[[], str]
     answers: Callable[[], Iterator[Answer]] | None = None
+    path: str = ""
 
 
 def open_source(source: str) -> Source:
-    """Open a source.
+    """Return a source by its name.
 
     Raises:
-        CorpusError: the source is unknown, missing or unreadable.
+        CorpusError: the kind of source is unknown.
     """
-    source = _expand_short_name(source)
-    return _kind(source).open(source)
+    source = RedactedURI(source).full
+    name, _, split = source.partition(":")
+    if name in NAMED and ":" not in split:
+        repository, config, own_split, column = NAMED[name]
+        source = f"hf:{repository}:{config}:{split or own_split}:{column}"
+    return _KINDS.get(source.partition(":")[0], _files)(source)
 
 
 def local_files(source: str) -> list[str]:
@@ -108,48 +156,35 @@ def local_files(source: str) -> list[str]:
     Raises:
         CorpusError: the kind of source is unknown, or a file does not exist.
     """
-    source = _expand_short_name(source)
-    path = _kind(source).path(source)
-    return _relative_files(path) if path else []
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of source.
-
-    Attributes:
-        open: opens a source of this kind.
-        path: returns the path, glob or URI of a source of this kind; empty if it reads no file.
-    """
-
-    open: Callable[[str], Source]
-    path: Callable[[str], str]
-
-
-def _kind(source: str) -> _Kind:
-    return _KINDS.get(source.partition(":")[0], _FILES)
-
-
-def _expand_short_name(source: str) -> str:
-    """Return a source with the keys of its URI, and with ``hf:...`` in place of a short name."""
-    source = RedactedURI(source).full
-    name, _, split = source.partition(":")
-    return NAMED[name].source(split=split) if name in NAMED and ":" not in split else source
-
-
-def _relative_files(path: str) -> list[str]:
-    """Return the files of a relative path, a glob or a folder. Empty for an absolute path or a URI.
-
-    Raises:
-        CorpusError: the file does not exist.
-    """
-    if "://" in path or os.path.isabs(os.path.expanduser(path)):
+    path = open_source(source).path
+    if not path or "://" in path or os.path.isabs(os.path.expanduser(path)):
         return []
     if os.path.isdir(path):
         files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     else:
         files = _find(path)[1]
     return sorted(os.path.relpath(file) for file in files)
+
+
+def corpus_problems(corpora: Sequence[str], chat_templates: set[bool]) -> Iterator[tuple[int | None, AvssError]]:
+    """Read the first document of each corpus, and yield problems with the index of the corpus; None for all of them.
+
+    Args:
+        chat_templates: values of the setting ``chat_template`` among the runs.
+    """
+    first: list[Document | None] = []
+    for index, corpus in enumerate(corpora):
+        try:
+            first.append(next(documents(corpus), None))
+        except AvssError as error:
+            yield index, error
+        else:
+            if isinstance(first[-1], Chat) and chat_templates == {False}:
+                yield index, no_text(first[-1])
+    if chat_templates == {True} and first and not any(isinstance(document, Chat) for document in first):
+        names = " and ".join(map(RedactedURI, corpora))
+        message = f"`chat_template` has no effect: there are no conversations in {names}."
+        yield None, ConfigError(message, "Leave it out, or name a column of messages: file.jsonl:messages.")
 
 
 def _builtin(source: str) -> Source:
@@ -161,65 +196,49 @@ def _builtin(source: str) -> Source:
 
 
 def _files(source: str) -> Source:
-    match = _file_match(source)
-    path, suffix = match["path"], (match["suffix"] or match["parquet"]).lower()
-    if suffix == "txt" and match["field"] is not None:
-        raise CorpusError(f"'{source}': a text file has no field.", f"Write {path} alone.")
-    field = "" if suffix == "txt" else match["field"] or "text"
-    if suffix in _RECORDS and (names := _PAIRED.fullmatch(field)):
-        fields = names["prompt"], names["answer"], names["label"] or "label"
-        return _paired(path, lambda records: labelled_answers(records, *fields), fields=fields)
-    filesystem, paths = _find(path)
-    return Source(
-        lambda: _read(filesystem, paths, suffix, field),
-        lambda: fingerprint(kind=suffix, field=field, files=[_identity(filesystem, path) for path in paths]),
-    )
-
-
-def _file_match(source: str) -> re.Match[str]:
-    """Return the parts of ``file.suffix[:field]``.
-
-    Raises:
-        CorpusError: the source has another form.
-    """
     match = _FILE.fullmatch(source)
     if not match:
         ending = re.search(r"\.\w+(?=:|$)", source.rpartition("/")[2])
         known = [f".{name}" for name in _READERS] if ending else [*NAMED]
         near = nearest(ending[0] if ending else source.partition(":")[0], known) if source else ""
         raise CorpusError(f"'{source}' is not a corpus source.", f"{near} Sources: {FORMS}.".strip())
-    return match
+    path, suffix = match["path"], (match["suffix"] or match["parquet"]).lower()
+    if suffix == "txt" and match["field"] is not None:
+        raise CorpusError(f"'{source}': a text file has no field.", f"Write {path} alone.")
+    field = "" if suffix == "txt" else match["field"] or "text"
+    if suffix in ("jsonl", "csv") and (names := _PAIRED.fullmatch(field)):
+        fields = names["prompt"], names["answer"], names["label"] or "label"
+        return _paired(path, lambda records: labelled_answers(records, *fields), fields=fields)
+    find = cache(partial(_find, path))
+
+    def texts() -> Iterator[Document]:
+        if suffix == "txt":
+            return _texts(*find())
+        return (field_document(record, field, where) for record, where in _records(*find(), suffix, field))
+
+    return Source(texts, lambda: _fingerprint(*find(), kind=suffix, field=field), path=path)
 
 
 def _truthfulqa(source: str) -> Source:
-    path, seed = _truthfulqa_parts(source)
-    return _paired(path, lambda records: truthfulqa_answers(records, seed), seed=seed)
-
-
-def _truthfulqa_parts(source: str) -> tuple[str, int]:
-    """Return the path and the seed of ``truthfulqa:file.jsonl[:seed]``.
-
-    Raises:
-        CorpusError: the source has another form.
-    """
     match = _FILE.fullmatch(source.partition(":")[2])
     seed = (match["field"] or "0") if match else ""
     if not match or (match["suffix"] or "").lower() != "jsonl" or not (seed.isascii() and seed.isdecimal()):
         raise CorpusError(f"'{source}' is not a file of TruthfulQA.", "Write truthfulqa:file.jsonl[:seed].")
-    return match["path"], int(seed)
+    return _paired(match["path"], lambda records: truthfulqa_answers(records, int(seed)), seed=int(seed))
 
 
 def _paired(path: str, read: Callable[[Records], Iterator[Answer]], **identity: Any) -> Source:
-    """Return a source of the answers in the records of JSON files."""
-    filesystem, paths = _find(path)
+    """Return a source of the answers in the records of files."""
+    find = cache(partial(_find, path))
 
     def answers() -> Iterator[Answer]:
-        return read(_records(filesystem, paths))
+        return read(_records(*find(), "", "prompt"))
 
     return Source(
         lambda: (answer.prompt + answer.text for answer in answers()),
-        lambda: fingerprint(kind="paired", files=[_identity(filesystem, path) for path in paths], **identity),
+        lambda: _fingerprint(*find(), kind="paired", **identity),
         answers,
+        path,
     )
 
 
@@ -229,15 +248,23 @@ def json_records(path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     Raises:
         CorpusError: as `documents`.
     """
-    return _records(*_find(path))
+    return _records(*_find(path), "", "prompt")
 
 
-def _records(filesystem: fs.FileSystem, paths: list[str]) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _records(
+    filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str
+) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the records of files, with the place of each.
+
+    Args:
+        suffix: format of the files; by default that of their names, or else jsonl.
+    """
     for path in paths:
         match = _FILE.fullmatch(path)
-        read = _RECORDS[match["suffix"].lower() if match and match["suffix"] else "jsonl"]
-        with _explaining(path, _FILE_ERRORS, _FILE_HINT), filesystem.open_input_stream(path) as file:
-            yield from read(file, path, "prompt")
+        read = _READERS[suffix or ((match["suffix"] or "") if match else "").lower() or "jsonl"]
+        opened = filesystem.open_input_file if suffix == "parquet" else filesystem.open_input_stream  # which unpacks
+        with _explaining(path, _FILE_ERRORS, _FILE_HINT), opened(path) as file:
+            yield from read(file, path, field)
 
 
 def _find(path: str) -> tuple[fs.FileSystem, list[str]]:
@@ -265,23 +292,27 @@ def _filesystem(path: str) -> tuple[fs.FileSystem, str]:
     return filesystem, f"{folder.rstrip('/')}/{unquote(path.removeprefix(uri))}"
 
 
-def _identity(filesystem: fs.FileSystem, path: str) -> object:
-    with _explaining(path, _FILE_ERRORS, _FILE_HINT):
-        if filesystem.type_name != "local":
-            info = filesystem.get_file_info(path)
-            return [path, info.size, info.mtime_ns]
-        with filesystem.open_input_file(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read(filesystem: fs.FileSystem, paths: list[str], suffix: str, field: str) -> Iterator[Document]:
+def _fingerprint(filesystem: fs.FileSystem, paths: list[str], **identity: Any) -> str:
+    """Return the fingerprint of files: local ones by their bytes, others by path, size and time of change."""
+    files: list[object] = []
     for path in paths:
-        opened = filesystem.open_input_file if suffix == "parquet" else filesystem.open_input_stream  # which unpacks
-        with _explaining(path, _FILE_ERRORS, _FILE_HINT), opened(path) as file:
-            yield from _READERS[suffix](file, path, field)
+        with _explaining(path, _FILE_ERRORS, _FILE_HINT):
+            if filesystem.type_name != "local":
+                info = filesystem.get_file_info(path)
+                files.append([path, info.size, info.mtime_ns])
+                continue
+            with filesystem.open_input_file(path) as file:
+                files.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return fingerprint(files=files, **identity)
 
 
-def _read_txt(file: Any, path: str, _field: str) -> Iterator[str]:
+def _texts(filesystem: fs.FileSystem, paths: list[str]) -> Iterator[str]:
+    for path in paths:
+        with _explaining(path, _FILE_ERRORS, _FILE_HINT), filesystem.open_input_stream(path) as file:
+            yield from _read_txt(file, path)
+
+
+def _read_txt(file: Any, path: str) -> Iterator[str]:
     stream = io.BufferedReader(file, _READ_BYTES)
     carried, offset = b"", 0
     while data := carried + stream.read(max(0, TEXT_PIECE_BYTES - len(carried))):
@@ -304,11 +335,7 @@ def _last_word(data: bytes) -> int:
     return start
 
 
-def _read_jsonl(file: Any, path: str, field: str) -> Iterator[Document]:
-    return (field_document(record, field, where) for record, where in _read_records(file, path, field))
-
-
-def _read_records(file: Any, path: str, field: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _read_jsonl(file: Any, path: str, field: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     stream = io.BufferedReader(file, _READ_BYTES)
     for number in count(1):
         where = f"{path}, line {number}"
@@ -327,11 +354,7 @@ def _read_records(file: Any, path: str, field: str) -> Iterator[tuple[Mapping[st
         yield record, where
 
 
-def _read_csv(file: Any, path: str, column: str) -> Iterator[Document]:
-    return (field_document(record, column, where) for record, where in _read_csv_records(file, path, column))
-
-
-def _read_csv_records(file: Any, path: str, _column: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _read_csv(file: Any, path: str, _column: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yield the rows after the first, which names the columns, with file and line of each."""
     csv.field_size_limit(MAX_LINE_BYTES)
     text = io.TextIOWrapper(io.BufferedReader(file, _READ_BYTES), "utf-8-sig", newline="")
@@ -351,18 +374,22 @@ def _read_line(stream: io.BufferedReader, where: str) -> bytes:
     return line
 
 
-def _read_parquet(file: Any, path: str, column: str) -> Iterator[Document]:
+def _read_parquet(file: Any, path: str, column: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     table = parquet.ParquetFile(file)
     names = table.schema_arrow.names
     if column not in names:
         raise CorpusError(f"{path}: no column '{column}'.", nearest(column, names))
     batches = table.iter_batches(batch_size=256, columns=[column])
     for row, value in enumerate((value for batch in batches for value in batch.column(0).to_pylist()), 1):
-        yield field_document({column: value}, column, f"{path}, row {row}")
+        yield {column: value}, f"{path}, row {row}"
 
 
-_READERS = {"txt": _read_txt, "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}
-_RECORDS = {"jsonl": _read_records, "csv": _read_csv_records}
+_READERS: dict[str, Callable[..., Iterator[Any]]] = {
+    "txt": _read_txt,
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+}
 
 
 def _hub(source: str) -> Source:
@@ -371,34 +398,28 @@ def _hub(source: str) -> Source:
         raise CorpusError(f"'{source}' is not a corpus source.", f"Sources: {FORMS}.")
     named, config, split, column = (p or d for p, d in zip_longest(parts, ("", "", "train", "text")))
     name, _, revision = (named, "", "") if os.path.exists(named) else named.partition("@")
-    require_package("datasets", source)
-    from datasets import load_dataset_builder
 
-    with _explaining(source, (Exception,), _HUB_HINT):
-        builder = load_dataset_builder(name, config or None, revision=revision or None)
+    @cache
+    def builder() -> Any:
+        require_package("datasets", source)
+        from datasets import load_dataset_builder
+
+        with _explaining(source, (Exception,), _HUB_HINT):
+            return load_dataset_builder(name, config or None, revision=revision or None)
 
     def rows() -> Iterator[Mapping[str, Any]]:
+        opened = builder()
         with _explaining(source, (Exception,), _HUB_HINT):
-            yield from builder.as_streaming_dataset(split=split)
+            yield from opened.as_streaming_dataset(split=split)
 
     return Source(
         lambda: (field_document(row, column, f"{source}, row {number}") for number, row in enumerate(rows(), 1)),
-        lambda: fingerprint(kind="hf", name=name, config=config, split=split, column=column, revision=builder.hash),
+        lambda: fingerprint(kind="hf", name=name, config=config, split=split, column=column, revision=builder().hash),
+        path=name if os.path.exists(name) else "",
     )
 
 
-def _hub_folder(source: str) -> str:
-    """Return the local folder or file that a source names in place of a data set of the hub. Empty if none."""
-    name = source.removeprefix("hf:").partition(":")[0]
-    return name if os.path.exists(name) else ""
-
-
-_FILES = _Kind(_files, lambda source: _file_match(source)["path"])
-_KINDS = {
-    "builtin": _Kind(_builtin, lambda source: ""),
-    "hf": _Kind(_hub, _hub_folder),
-    "truthfulqa": _Kind(_truthfulqa, lambda source: _truthfulqa_parts(source)[0]),
-}
+_KINDS = {"builtin": _builtin, "hf": _hub, "truthfulqa": _truthfulqa}
 """Kinds of sources by the name before the first colon. All other sources are files."""
 
 

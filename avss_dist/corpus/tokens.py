@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.settings import TextOptions
-from avss_dist.corpus.chats import Chat, ChatTokenizer, Document, no_text, render
+from avss_dist.corpus.documents import Chat, ChatTokenizer, Document, no_text, render
 
 Ids = NDArray[np.int32]
 
@@ -138,7 +139,7 @@ def rows_of(
     """
     ids = _document_tokens(documents, tokenizer, settings, around, counts)
     if settings.layout != "packed":
-        return _truncate(ids, settings.sequence_length)
+        return (row[: settings.sequence_length].copy() for row in ids if len(row))
     return map(around.enclose, _pack(ids, settings.sequence_length - len(around)))
 
 
@@ -152,12 +153,9 @@ def shuffled(rows: Iterable[Ids], seed: int, maximum: int | None) -> Iterator[Id
     """
     random = np.random.default_rng(seed)
     keyed = ((random.random(), place, row.copy()) for place, row in enumerate(rows))
-    chosen = sorted(keyed, key=_sort_key) if maximum is None else heapq.nsmallest(maximum, keyed, key=_sort_key)
+    key = itemgetter(0, 1)
+    chosen = sorted(keyed, key=key) if maximum is None else heapq.nsmallest(maximum, keyed, key=key)
     return (row for _, _, row in chosen)
-
-
-def _sort_key(row: tuple[float, int, Ids]) -> tuple[float, int]:
-    return row[:2]
 
 
 def _document_tokens(
@@ -259,7 +257,3 @@ def _pack(documents: Iterator[Ids], length: int) -> Iterator[Ids]:
         whole = len(pending) // length * length
         yield from pending[:whole].reshape(-1, length)
         pending = pending[whole:].copy()
-
-
-def _truncate(documents: Iterator[Ids], length: int) -> Iterator[Ids]:
-    return (ids[:length].copy() for ids in documents if len(ids))

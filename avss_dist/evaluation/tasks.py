@@ -12,7 +12,7 @@ from avss_dist.core.errors import AvssError, ConfigError, CorpusError
 from avss_dist.core.names import PERPLEXITY, ROW_START, TRUTHFULQA
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
-from avss_dist.corpus.chats import chat_template
+from avss_dist.corpus.documents import chat_template
 from avss_dist.corpus.overlap import MAX_SHARED, SHORTEST, plain_text, shared_text
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_choices, tokenize_corpus, with_other_start
 from avss_dist.distillation.record import SELF, read_record

@@ -11,11 +11,11 @@ from typing import Any
 from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.core.registry import GANGS
 from avss_dist.core.settings import Execution, Settings
+from avss_dist.corpus.sources import corpus_problems
 from avss_dist.executors.interface import Executor
 from avss_dist.executors.local import open_executor
 from avss_dist.options import keywords
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
-from avss_dist.runs.corpora import corpus_problems
 from avss_dist.runs.driver import Driver, Ending, record_failure
 from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded
 from avss_dist.runs.job_file import JobFile, RunSpec

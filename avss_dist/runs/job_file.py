@@ -14,9 +14,9 @@ from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI, docs_page
 from avss_dist.core.validation import Location
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
+from avss_dist.corpus.sources import corpus_problems
 from avss_dist.models.checkpoints import matching_revisions
 from avss_dist.pruning.methods import Experiment
-from avss_dist.runs.corpora import corpus_problems
 from avss_dist.runs.job_schema import (
     OPTIONS_ONLY,
     OVERRIDES,

@@ -21,9 +21,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from avss_dist.core.errors import CorpusError
 from avss_dist.core.settings import Settings
-from avss_dist.corpus.named import NAMED
 from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
-from avss_dist.corpus.sources import documents
+from avss_dist.corpus.sources import NAMED, documents
 from avss_dist.corpus.tokens import shuffled
 from avss_dist.runs.job_file import JobError, read_job
 from avss_dist.warehouse.reader import Warehouse
@@ -112,22 +111,21 @@ def test_short_names_are_data_sets_at_a_commit(monkeypatch: pytest.MonkeyPatch) 
 
         def as_streaming_dataset(self, split: str) -> list[dict[str, str]]:
             asked[-1].append(split)
-            return [{named.column: "text"}]
+            return [{column: "text"}]
 
     def load(name: str, config: str | None, revision: str | None) -> Builder:
         asked.append([name, config, revision])
         return Builder()
 
     monkeypatch.setattr("datasets.load_dataset_builder", load)
-    for name, named in NAMED.items():
-        assert list(documents(name)) == list(documents(f"{name}:test")) == ["text"]
-        where = [named.repository, named.config or None, named.revision]
-        assert asked[-2:] == [[*where, named.split], [*where, "test"]] and len(named.revision) == 40
     page = (DOCS / "reference/inputs.md").read_text(encoding="utf-8")
-    for name, named in NAMED.items():
-        config = f"`{named.config}`" if named.config else ""
-        row = f"| `{name}` | {named.repository} | {config} | `{named.split}` | `{named.column}` | `{named.revision}` |"
-        assert row in page
+    for name, (place, config, split, column) in NAMED.items():
+        repository, _, revision = place.partition("@")
+        assert list(documents(name)) == list(documents(f"{name}:test")) == ["text"]
+        where = [repository, config or None, revision]
+        assert asked[-2:] == [[*where, split], [*where, "test"]] and len(revision) == 40
+        described = f"`{config}`" if config else ""
+        assert f"| `{name}` | {repository} | {described} | `{split}` | `{column}` | `{revision}` |" in page
     with pytest.raises(CorpusError, match=r"'wikitex2' is not a corpus source.*\n.*Did you mean 'wikitext2'"):
         documents("wikitex2")
 

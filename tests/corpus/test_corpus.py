@@ -485,7 +485,7 @@ def test_hf_errors(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fails(lambda: corpus_fingerprint("hf:name"), "hf:name cannot be read: no network", "hf auth login")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="hf:name needs datasets, which is not installed"):
-        documents("hf:name")
+        next(documents("hf:name"))
 
 
 # Fingerprints

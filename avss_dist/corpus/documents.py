@@ -1,14 +1,16 @@
-"""Paired text: answers with several labels to the same prompts, read from the records of a file."""
+"""Parts of texts: documents, conversations and labelled answers, read from the records of a file."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, Protocol
 
-from avss_dist.core.errors import CorpusError, nearest
+from avss_dist.core.errors import CorpusError, first_line, nearest
 from avss_dist.core.names import AFTER_ANOTHER, BEST, INCORRECT, TRUTHFUL
 from avss_dist.core.text import describe_bytes
 
@@ -86,51 +88,14 @@ def question_prompt(question: str) -> str:
     return f"Q: {question}\nA:"
 
 
-def with_space(prompt: str, text: str) -> str:
-    """Return an answer with a space before it if neither the answer nor its prompt has one."""
-    return text if text[:1].isspace() or prompt[-1:].isspace() or not prompt else f" {text}"
-
-
 def _answer(prompt: str, text: str, label: str, where: str) -> Answer:
     if not text.strip():
         raise CorpusError(f"{where}: the answer is empty.", "Write one, or leave the line out.")
     kind = label.strip()
     if not kind or kind.endswith(AFTER_ANOTHER):
         raise CorpusError(f"{where}: invalid label '{label}'.", "Expected a word, such as hallucinated or truthful.")
-    return Answer(prompt, with_space(prompt, text), kind, where)
-
-
-def group_by_prompt(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
-    """Return answers grouped by prompt, in the order in which prompts first occur. A repeated answer counts once.
-
-    Raises:
-        CorpusError: there are no answers, all answers, or all answers to one prompt, have the same label, or one answer
-            to a prompt has two labels.
-    """
-    pairs: dict[str, list[Answer]] = {}
-    first: dict[tuple[str, str], Answer] = {}
-    for answer in answers:
-        same = first.setdefault((answer.prompt, answer.text), answer)
-        if same.label != answer.label:
-            raise CorpusError(
-                f"{answer.where}: this answer is labelled '{answer.label}', and '{same.label}' at {same.where}.",
-                "Give different answers to the labels of a prompt, or leave both lines out.",
-            )
-        if same is answer:
-            pairs.setdefault(answer.prompt, []).append(answer)
-    if not pairs:
-        raise CorpusError(f"{source} holds no text (documents read: 0).", "Name one that holds some.")
-    labels = sorted({answer.label for pair in pairs.values() for answer in pair})
-    if len(labels) == 1:
-        message = f"Every answer of {source} is labelled '{labels[0]}'."
-        raise CorpusError(message, "A contrast takes two labels: give both kinds of answers, or name another field.")
-    for pair in pairs.values():
-        if len({answer.label for answer in pair}) == 1:
-            raise CorpusError(
-                f"{pair[0].where}: the answers to this prompt are all labelled '{pair[0].label}'.",
-                "Give each prompt answers of two labels, or leave it out.",
-            )
-    return list(pairs.values())
+    apart = text[:1].isspace() or prompt[-1:].isspace() or not prompt
+    return Answer(prompt, text if apart else f" {text}", kind, where)
 
 
 def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
@@ -169,3 +134,94 @@ def too_long(where: str) -> CorpusError:
     """Return the error for a text that is too long to be read."""
     maximum = describe_bytes(MAX_LINE_BYTES)
     return CorpusError(f"{where}: a text or line is longer than {maximum}.", "Split it into several documents.")
+
+
+TODAY = datetime(2024, 7, 26)
+"""Date in every template that has one. It is fixed, so that the same text always has the same tokens."""
+_NOW = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
+
+
+class ChatTokenizer(Protocol):
+    """The used part of a transformers tokenizer that has a chat template."""
+
+    def get_chat_template(self) -> str: ...
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation.
+
+    Attributes:
+        messages: messages in order; each has a ``role``, and mostly a ``content``.
+        where: file and line.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    where: str
+
+
+Document = str | Chat
+
+
+def field_document(record: Mapping[str, Any], field: str, where: str) -> Document:
+    """Return the text of a field, or its conversation: a list of messages that have a role.
+
+    Raises:
+        CorpusError: the field is neither. The message names the place.
+    """
+    value = record.get(field)
+    if isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
+        return Chat(value, where)
+    return field_text(record, field, where)
+
+
+def chat_template(tokenizer: ChatTokenizer) -> str:
+    """Return the SHA-256, in hex, of a tokenizer's chat template.
+
+    Raises:
+        CorpusError: the tokenizer has none.
+    """
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        name = getattr(tokenizer, "name_or_path", "") or "the model"
+        raise CorpusError(
+            f"The tokenizer of {name} has no chat template of its own.",
+            "Leave `chat_template` out, or name a model that was tuned to chat.",
+        ) from error
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
+def without_today(template: str) -> str:
+    """Return a template with its date fixed to `TODAY`."""
+    return _NOW.sub(lambda call: json.dumps(TODAY.strftime(call["format"])), template)
+
+
+def no_text(chat: Chat) -> CorpusError:
+    """Return the error for a conversation that is read without `chat_template`."""
+    return CorpusError(
+        f"{chat.where} is a conversation, and no text.",
+        "Set `chat_template` to put it in the tokenizer's chat template, or name a column of text.",
+    )
+
+
+def render(chat: Chat, tokenizer: ChatTokenizer) -> str:
+    """Render a conversation with the tokenizer's chat template, special tokens included.
+
+    Raises:
+        CorpusError: the template refuses the conversation, or the text is too long. The message names the place.
+    """
+    from jinja2 import TemplateError
+
+    template = without_today(tokenizer.get_chat_template())
+    try:
+        text = tokenizer.apply_chat_template(list(chat.messages), chat_template=template, tokenize=False)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CorpusError(
+            f"{chat.where}: the chat template does not take this conversation: {first_line(error)}",
+            "Fix the messages: a role and a content each, in the order that the model knows.",
+        ) from error
+    if len(text) > MAX_LINE_BYTES:
+        raise too_long(chat.where)
+    return str(text)
