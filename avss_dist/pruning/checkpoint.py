@@ -169,13 +169,10 @@ def _copy_files(checkpoint: Checkpoint, plan: Plan, folder: Path, settings: Sett
     """Copy all files but configuration, weights and model card, and renumber quantization settings."""
     for file in _other_files(checkpoint.folder):
         shutil.copyfile(file, folder / file.name)
-    files = [name for name in FILES if (folder / name).is_file()]
-    if not files:
-        return
-    names = LayerNames.of_checkpoint(checkpoint, plan, settings)
-    for name in files:
-        quantization = json.loads((folder / name).read_text(encoding="utf-8"))
-        (folder / name).write_text(json.dumps(renumber_quantization(quantization, names), indent=2) + "\n")
+    for file in (folder / name for name in FILES if (folder / name).is_file()):
+        names = LayerNames.of_checkpoint(checkpoint, plan, settings)
+        quantization = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(renumber_quantization(quantization, names), indent=2) + "\n")
 
 
 def _compare(
@@ -309,10 +306,8 @@ def _describe_changes(plan: Plan, repair: RepairRecord | None) -> str:
         experts = (f"layer {layer}: {', '.join(map(str, indices))}" for layer, indices in plan.experts.items())
         sentences.append(f"Removed routed experts, both counted from 0: {'; '.join(experts)}.")
     changed = [cut.after for cut in repair.cuts if cut.changed] if repair else []
-    if changed:
-        sentences.append(f"Of the others, the MLP's last map is changed in {describe_layers(changed)}.")
-    else:
-        sentences.append("The others are unchanged.")
+    others = f"Of the others, the MLP's last map is changed in {describe_layers(changed)}."
+    sentences.append(others if changed else "The others are unchanged.")
     return " ".join(sentences)
 
 

@@ -86,8 +86,7 @@ def _expert_counts(whole: Any, plan: Plan, part: Mapping[str, Any], settings: Se
     layers = dict(model.named_modules())[list_path(model, plan)]
     numbers: dict[int, int] = {}
     for layer in plan.keep:
-        experts = routed.get(layer) or find_routed_experts(layers[layer])
-        if experts:
+        if experts := routed.get(layer) or find_routed_experts(layers[layer]):
             numbers.setdefault(experts.number - len(plan.experts.get(layer, ())), layer)
     if len(numbers) > 1:
         (a, i), (b, j) = sorted(numbers.items())[:2]
@@ -225,8 +224,7 @@ def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings)
         layers = before is not None and dict(before.named_modules()).get(list_path(before, plan))
         if not isinstance(layers, nn.ModuleList) or len(layers) != plan.num_layers:
             continue
-        after = skeleton_by(auto, less, settings)
-        if after is None:
+        if (after := skeleton_by(auto, less, settings)) is None:
             raise _changed_model_error(whole, f"{auto.__name__}, which opens the original, would not open it")
         place = list_path(before, plan)
         expected = dict(_remaining_shapes(before, place, plan))

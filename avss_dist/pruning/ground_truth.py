@@ -74,8 +74,7 @@ def layer_truth(store: Warehouse, run: Mapping[str, Any], by: str) -> LayerTruth
     Raises:
         QueryError: there is no such evaluation. The hint is the command that measures it.
     """
-    truth = find_layer_truth(store, run, by)
-    if truth is None:
+    if (truth := find_layer_truth(store, run, by)) is None:
         raise nothing_measured(store, run, by)
     return truth
 
@@ -121,20 +120,17 @@ def rounding_estimates(store: Warehouse, run: Mapping[str, Any], truth: LayerTru
 
     Each is of the newest evaluation of another text than that of the truth, or else of the newest one.
     """
-    estimates: dict[str, LayerTruth] = {}
-    of_other_text: set[str] = set()
+    estimates: dict[str, list[LayerTruth]] = {metric: [] for metric in ROUNDING_ESTIMATES}
     for rows in _newest_first(store, run, ROUNDING_TASK, [*ROUNDING_ESTIMATES]):
-        for metric in {row["metric"] for row in rows} - of_other_text:
+        for metric, measured in estimates.items():
             by_format = _by_format([row for row in rows if row["metric"] == metric])
-            if truth.format not in by_format:
-                continue
-            estimate = _rounded_truth(rows[0], truth.format, by_format[truth.format])
-            if estimate.text != truth.text:
-                estimates[metric] = estimate
-                of_other_text.add(metric)
-            else:
-                estimates.setdefault(metric, estimate)
-    return {metric: estimates[metric] for metric in ROUNDING_ESTIMATES if metric in estimates}
+            if truth.format in by_format:
+                measured.append(_rounded_truth(rows[0], truth.format, by_format[truth.format]))
+    return {
+        metric: next((estimate for estimate in measured if estimate.text != truth.text), measured[0])
+        for metric, measured in estimates.items()
+        if measured
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +166,7 @@ def map_roundings(store: Warehouse, run: Mapping[str, Any], by: str) -> Iterator
     for rows in _newest_first(store, run, ROUNDING_TASK, [by, BITS_PER_WEIGHT, NUM_WEIGHTS]):
         values: dict[str, dict[RoundedPlace, float]] = {}
         for row in rows:
-            place = parse_rounded(row["rounding"] or "")
-            if place is not None and place.path is not None:
+            if (place := parse_rounded(row["rounding"] or "")) is not None and place.path is not None:
                 values.setdefault(row["metric"], {})[place] = row["value"]
         if len(values) == 3:
             yield MapRounding(
@@ -187,8 +182,7 @@ def _by_format(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]
     """Return the values of rows in which a whole layer is rounded, by number format and layer."""
     by_format: dict[str, dict[int, float]] = {}
     for row in rows:
-        place = parse_rounded(row["rounding"] or "")
-        if place is not None and place.path is None:
+        if (place := parse_rounded(row["rounding"] or "")) is not None and place.path is None:
             by_format.setdefault(place.format, {})[place.layer] = row["value"]
     return by_format
 

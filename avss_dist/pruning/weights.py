@@ -130,8 +130,7 @@ def renumbered(name: str, prefix: str, plan: Plan) -> str | None:
     Args:
         prefix: path of the layer list.
     """
-    match = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.*)", name)
-    if not match:
+    if not (match := re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.*)", name)):
         return name
     layer = int(match[1])
     path = renumbered_expert(match[2], plan, layer)

@@ -46,6 +46,8 @@ def checked_rows(name: str, run_id: str, stored: pa.Table) -> pa.Table:
     Raises:
         pa.ArrowInvalid: one of them is damaged.
     """
+    if name == "runs" and len(stored) != 1:
+        raise pa.ArrowInvalid(f"it has {len(stored)} rows; a run has one")
     columns = {column: stored[column] for column in stored.column_names}
     table = conform(pa.table(columns | {"run_id": pa.repeat(run_id, len(stored))}), SCHEMAS[name])
     for reason in damaged_runs(name, table).values():
@@ -102,8 +104,7 @@ def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         WarehouseError: they are not a JSON object, or have invalid values.
     """
-    settings = _settings(run["settings"])
-    if settings is None:
+    if (settings := _settings(run["settings"])) is None:
         raise WarehouseError(f"The settings of run '{run['run_id']}' are damaged.", DAMAGED)
     return dict(settings)
 

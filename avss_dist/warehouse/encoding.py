@@ -310,6 +310,7 @@ def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
         cells = {
             name: [cell.values.to_numpy() for cell in column] if pa.types.is_list(column.type) else column.to_pylist()
             for name, column in zip(table.column_names, table.columns, strict=True)
+            if column.null_count < max(1, len(column))  # those that an older file lacks keep their defaults
         }
         strata = cells.get("stratum", [None] * len(table))
         for i, (layer, site, stratum) in enumerate(zip(cells["layer"], cells["site"], strata, strict=True)):

@@ -138,18 +138,17 @@ class Warehouse:
     def run(self, run_id: str) -> dict[str, Any] | None:
         """Read the ``runs`` row of a run by column, ``versions`` as a dict, or None if it has no row."""
 
-        def row(stored: pa.Table) -> dict[str, Any]:
-            if len(stored) != 1:
-                raise pa.ArrowInvalid(f"it has {len(stored)} rows; a run has one")
-            return dict(checked_rows("runs", run_id, stored).to_pylist(maps_as_pydicts="lossy")[0])
+        if (rows := self._decoded("runs", run_id, "run")) is None:
+            return None
+        return dict(rows.to_pylist(maps_as_pydicts="lossy")[0])
 
-        return self._decoded("runs", run_id, "run", row)
-
-    def _decoded(self, table: str, run_id: str, name: str, decode: Callable[[pa.Table], T]) -> T | None:
-        """Read a file of a run, or return None if it does not exist.
+    def _decoded(
+        self, table: str, run_id: str, name: str, decode: Callable[[pa.Table], Any] = lambda rows: rows
+    ) -> Any:
+        """Read the checked rows of a file of a run, or return None if it does not exist.
 
         Args:
-            decode: returns the value of the stored rows, and raises ArrowInvalid for damaged ones.
+            decode: returns a value of the rows, and raises ArrowInvalid for damaged ones.
 
         Raises:
             DamagedFile: the file is damaged.
@@ -157,7 +156,7 @@ class Warehouse:
         if (data := self.storage.read(path := self.storage.path(table, run_id, name))) is None:
             return None
         with self.storage.reading(path):
-            return decode(parse(data))
+            return decode(checked_rows(table, run_id, parse(data)))
 
     def runs(self) -> pa.Table:
         """Read one row for each run, failed ones too, with the columns of ``SCHEMAS["runs"]``."""
@@ -225,15 +224,10 @@ class Warehouse:
         Raises:
             WarehouseError: it has none.
         """
-
-        def stats(stored: pa.Table) -> dict[LayerKey, LayerStats]:
-            checked_rows("layer_stats", run_id, stored)
-            return to_stats(stored)
-
-        if (read := self._decoded("layer_stats", run_id, "layer_stats", stats)) is None:
+        if (stats := self._decoded("layer_stats", run_id, "layer_stats", to_stats)) is None:
             known = sorted({run for run, _ in self.storage.files("layer_stats").values()}) or ["none yet"]
             raise WarehouseError(f"{self.root} has no layer statistics of run '{run_id}'.", nearest(run_id, known))
-        return read
+        return dict(stats)
 
     def readable_layer_stats(self, run_id: str) -> dict[LayerKey, LayerStats]:
         """Read the merged statistics of a run. Empty if they are damaged, which `damaged` notes."""
@@ -245,13 +239,7 @@ class Warehouse:
 
     def read_stratum_stats(self, run_id: str) -> dict[StratumKey, LayerStats]:
         """Read the merged statistics of a run by (layer, site, stratum). Empty if its text is not paired."""
-        read = self._decoded(
-            "stratum_stats",
-            run_id,
-            "stratum_stats",
-            lambda stored: to_strata(checked_rows("stratum_stats", run_id, stored)),
-        )
-        return read or {}
+        return self._decoded("stratum_stats", run_id, "stratum_stats", to_strata) or {}
 
     def digests(self, run_ids: Collection[str], columns: Sequence[str] = DIGEST.names) -> pa.Table:
         """Read the digests of the merged statistics of runs: columns of `compaction.DIGEST`, by default all.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +99,13 @@ class Store(Warehouse):
             self._write("expert_stats", run.run_id, expert_columns(run, layers, merge_experts(parts)))
 
     def _read_experts(self, run_id: str, shard_id: int) -> dict[int, ExpertStats]:
-        def experts(stored: pa.Table) -> dict[int, ExpertStats]:
-            return to_experts(checked_rows("shard_expert_stats", run_id, stored))
-
-        read = self._decoded("shard_expert_stats", run_id, f"shard-{shard_id:05d}", experts)
-        if read is None:
+        experts = self._decoded("shard_expert_stats", run_id, f"shard-{shard_id:05d}", to_experts)
+        if experts is None:
             raise RunFailed(
                 f"The experts of shard {shard_id} were written, and are gone.",
                 "Run the same command with --fresh: it measures every shard again.",
             )
-        return read
+        return dict(experts)
 
     def write_scores(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the scores of a run. Rows lack the columns of RunIdentity; None, NaN and missing become null."""
@@ -164,7 +161,7 @@ class Store(Warehouse):
 
     def _read_cell(self, run_id: str, cell_id: str) -> pa.Table | None:
         try:
-            return self._decoded("cells", run_id, cell_id, partial(checked_rows, "cells", run_id))
+            return self._decoded("cells", run_id, cell_id)
         except DamagedFile as error:
             self._note(run_id, error.message)
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -214,20 +214,18 @@ class HiddenStateSource:
         """Whether passes that resume behind these layers equal whole passes exactly, tried on a few tokens."""
         if whole is None or len(recorded.forms) < len(self._layers):
             return False
-        states = {start: recorded.inputs[start + 1] for start in starts}
-        try:
-            for start in states.items():
-                with self._resuming(start):
-                    resumed = first_tensor(self._probe())
-                if resumed is None or not torch.equal(resumed, whole):
-                    return False
-        except Exception:  # a model's own code can raise anything where layers did not run
-            return False
-        return True
+
+        def is_equal(start: int) -> bool:
+            with self._resuming((start, recorded.inputs[start + 1])):
+                resumed = first_tensor(self._probe())
+            return resumed is not None and torch.equal(resumed, whole)
+
+        with suppress(Exception):  # a model's own code can raise anything where layers did not run
+            return all(map(is_equal, starts))
+        return False
 
     def _rows(self, tensor: torch.Tensor, axes: str, number: int) -> torch.Tensor:
-        rows = as_rows(tensor, axes, *self._batches[number].input_ids.shape)
-        if rows is None:
+        if (rows := as_rows(tensor, axes, *self._batches[number].input_ids.shape)) is None:
             raise RepairError(
                 f"Hidden states have the shape {tuple(tensor.shape)}, which is not rows x tokens x units."
             )

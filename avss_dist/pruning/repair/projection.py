@@ -211,8 +211,7 @@ def _output(layer: Layer, run: Callable[[], Any]) -> torch.Tensor:
     """Return the output of a layer, float32[rows, tokens, units]."""
     with captured({"layer": layer.module}) as calls:
         run()
-    output = as_rows(calls["layer"].output, layer.axes, *PROBE_SHAPE)
-    if output is None:
+    if (output := as_rows(calls["layer"].output, layer.axes, *PROBE_SHAPE)) is None:
         raise _refusal(layer, "gives hidden states of another shape than it takes")
     return output.float()
 

@@ -159,8 +159,7 @@ def read_repairs(folder: Path) -> list[RepairRecord]:
     Raises:
         ModelError: the file is damaged.
     """
-    file = folder / FILE
-    if not file.is_file():
+    if not (file := folder / FILE).is_file():
         return []
     try:
         return [RepairRecord(**values) for values in json.loads(file.read_text(encoding="utf-8"))["repairs"]]
