@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from avss_dist.warehouse.schema import SCHEMA_VERSION
 from support.command_line import avss
-from support.warehouses import rewrite_file
 
 TIMES = int(os.environ.get("AVSS_FUZZ", "0"))
 """Examples of each test, in hundreds, new ones each time; by default a few, and the same ones."""
@@ -129,80 +124,3 @@ def damaged_bytes(draw: Any, data: bytes) -> bytes:
         elif changed[at:]:
             changed[at] = changed[at] ^ (1 << draw(st.integers(0, 7))) if kind == "flip" else draw(st.integers(0, 255))
     return bytes(changed)
-
-
-def damaged_table(draw: Any, table: pa.Table) -> pa.Table:
-    """A table with a column or a value changed: its type, null, NaN, hostile text, none, one more."""
-    for _ in range(draw(st.integers(1, 3))):
-        table = draw(st.sampled_from(_DAMAGES))(draw, table)
-    return table
-
-
-def _drop_column(draw: Any, table: pa.Table) -> pa.Table:
-    return table.drop_columns([draw(st.sampled_from(table.column_names))]) if table.num_columns > 1 else table
-
-
-def _add_column(draw: Any, table: pa.Table) -> pa.Table:
-    name = draw(st.sampled_from(["extra", "run_id"]))
-    if name in table.column_names:
-        return table
-    text = draw(texts()).encode(errors="replace").decode()
-    return table.append_column(name, pa.array([text] * len(table)))
-
-
-def _rows(draw: Any, table: pa.Table) -> pa.Table:
-    chosen = draw(st.lists(st.integers(0, len(table) - 1), max_size=3)) if len(table) else []
-    return table.take(pa.array(chosen, pa.int64()))
-
-
-def _retype(draw: Any, table: pa.Table) -> pa.Table:
-    name = draw(st.sampled_from(table.column_names))
-    made = draw(st.sampled_from(_OTHER_TYPES))
-    return _with(table, name, [made] * len(table))
-
-
-def _value(draw: Any, table: pa.Table) -> pa.Table:
-    name = draw(st.sampled_from(table.column_names))
-    kind = table.schema.field(name).type
-    cells = table[name].to_pylist()
-    if not cells:
-        return table
-    new = draw(st.none() | _of_type(kind))
-    for i in range(len(cells)) if draw(st.booleans()) else [draw(st.integers(0, len(cells) - 1))]:
-        cells[i] = new
-    try:
-        return _with(table, name, pa.array(cells, kind))
-    except (pa.ArrowException, OverflowError, TypeError, ValueError):
-        return table
-
-
-def _of_type(kind: pa.DataType) -> st.SearchStrategy[Any]:
-    if pa.types.is_string(kind):
-        return texts().filter(lambda text: "\ud800" not in text)
-    if pa.types.is_integer(kind):
-        return st.sampled_from([number for number in NUMBERS if isinstance(number, int)])
-    if pa.types.is_floating(kind):
-        return st.sampled_from(NUMBERS).map(float)
-    if pa.types.is_list(kind):
-        return st.lists(st.none() | _of_type(kind.value_type), max_size=3)
-    if pa.types.is_timestamp(kind):
-        return st.sampled_from([0, -(2**62), 2**62])
-    return st.just(None)
-
-
-def _with(table: pa.Table, name: str, cells: Any) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, pa.array(cells) if isinstance(cells, list) else cells)
-
-
-_OTHER_TYPES: Sequence[Any] = ("text", 7, 1.5, True, None, b"\xff", [1], [["a"]], {"a": 1})
-_DAMAGES = (_drop_column, _add_column, _rows, _retype, _value, _value, _value)
-
-
-def write_damaged(draw: Any, file: Path) -> None:
-    """Damage a Parquet file: its bytes, or its table."""
-    if draw(st.integers(0, 3)) == 0:
-        file.write_bytes(damaged_bytes(draw, file.read_bytes()))
-        return
-    table = pq.ParquetFile(file).read()
-    version = draw(st.sampled_from([*[SCHEMA_VERSION] * 3, 9, "x", "", 2]))
-    rewrite_file(file, damaged_table(draw, table).replace_schema_metadata(table.schema.metadata), version)
