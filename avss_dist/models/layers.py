@@ -132,11 +132,17 @@ def layer_lists(model: nn.Module, num_layers: int | None, path: str | None = Non
         if path not in lists:
             raise ModelError(f"{type(model).__name__} has no layer list '{path}'.", nearest(path, lists))
         return {path: lists[path]}
-    blocks = {name: module for name, module in lists.items() if _holds_blocks(module)}
+    blocks = {
+        name: modules
+        for name, modules in lists.items()
+        if not any(isinstance(module, (nn.ModuleList, nn.Sequential)) for module in modules)
+        and all(any(is_linear(part) for part in module.modules() if part is not module) for module in modules)
+    }
     candidates = {name: module for name, module in blocks.items() if len(module) == num_layers} or blocks
     if not candidates:
         raise layers_not_found(model, num_layers, lists, "no module list holds whole blocks")
-    return _shallowest(candidates)
+    depth = min(name.count(".") for name in candidates)
+    return {name: modules for name, modules in candidates.items() if name.count(".") == depth}
 
 
 def layers_not_found(
@@ -148,18 +154,6 @@ def layers_not_found(
         f"The {num_layers or ''} layers of {type(model).__name__} could not be found: {why}.".replace("  ", " "),
         f"Seen: {seen or 'no module list'}. Name one with `layers`.",
     )
-
-
-def _holds_blocks(modules: nn.ModuleList) -> bool:
-    return len(modules) > 0 and all(
-        not isinstance(m, (nn.ModuleList, nn.Sequential)) and any(is_linear(c) for c in m.modules() if c is not m)
-        for m in modules
-    )
-
-
-def _shallowest(lists: Mapping[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
-    depth = min((name.count(".") for name in lists), default=0)
-    return {name: module for name, module in lists.items() if name.count(".") == depth}
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -25,8 +25,6 @@ from avss_dist.models.layers import Structure, count_parameters
 from avss_dist.models.quantization import (
     quantization_method,
     quantization_settings,
-    text_part,
-    unpacked_gguf,
     with_quantization,
 )
 from avss_dist.models.safetensors import TensorInfo, floating_dtype, weight_files
@@ -50,24 +48,22 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     """
     from transformers import AutoTokenizer
 
+    cause: Exception | None = None
+    why = ": its vocabulary is empty."
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 checkpoint.folder, trust_remote_code=trust_remote_code, **checkpoint.gguf
             )
+            if len(tokenizer):
+                return tokenizer
         except _REFUSALS as error:
             there = checkpoint.gguf or any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZERS)
-            raise _no_tokenizer(checkpoint, f" that can be opened: {_first_line(error)}" if there else ".") from error
-    if not len(tokenizer):
-        raise _no_tokenizer(checkpoint, ": its vocabulary is empty.")
-    return tokenizer
-
-
-def _no_tokenizer(checkpoint: Checkpoint, why: str) -> ModelError:
-    return ModelError(
+            cause, why = error, f" that can be opened: {_first_line(error)}" if there else "."
+    raise ModelError(
         f"'{checkpoint.name}' has no tokenizer{why}",
         "Copy tokenizer.json and tokenizer_config.json of its base model into the folder.",
-    )
+    ) from cause
 
 
 def _first_line(error: BaseException) -> str:
@@ -169,6 +165,8 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
     Raises:
         ModelError: the model cannot be loaded, or its files lack weights; the message names the reason.
     """
+    import transformers
+
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     options = _options(settings)
     with quiet(), _explain_errors(checkpoint):
@@ -176,7 +174,8 @@ def load_model(checkpoint: Checkpoint, settings: Settings, *, head: bool = False
             quantized = with_quantization(checkpoint, config, settings, placing)
             options |= {"use_safetensors": True, "config": quantized}
         else:
-            options |= {"quantization_config": unpacked_gguf()}
+            unpack = getattr(transformers, "GgufConfig", None)  # without it, a .gguf file is always unpacked
+            options |= {"quantization_config": unpack and unpack(dequantize=True)}
         model, report = auto_class(config).from_pretrained(
             checkpoint.folder, **checkpoint.gguf, **options, **placing, output_loading_info=True
         )
@@ -202,7 +201,10 @@ def build_model(
     with quiet(), _explain_errors(checkpoint):
         config = with_quantization(checkpoint, config, settings, {})
         if not isinstance(config, type(empty.config)):
-            config = text_part(config)
+            part, quantization = copy.deepcopy(config.get_text_config()), quantization_settings(config)
+            config = part
+            if quantization:
+                config.quantization_config = quantization
         model, report = type(empty).from_pretrained(
             None, config=config, state_dict=tensors(empty), **_options(settings), output_loading_info=True
         )
@@ -239,21 +241,10 @@ def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
     Raises:
         ModelError: transformers cannot build it.
     """
-    return build(config, settings, dtype, torch.device("meta"))
-
-
-def build(config: Any, settings: Settings, dtype: torch.dtype, device: torch.device) -> Any:
-    """Build a model of a configuration with transformers' initialization.
-
-    Raises:
-        ModelError: transformers cannot build it.
-    """
-    options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
-    with quiet(), device:
+    options = {**_options(settings), "dtype": dtype}
+    with quiet(), torch.device("meta"):
         try:
-            return auto_class(config).from_config(
-                config, dtype=dtype, trust_remote_code=settings.trust_remote_code, **options
-            )
+            return auto_class(config).from_config(config, **options)
         except _REFUSALS as error:
             raise ModelError(f"A {config.model_type} model cannot be built: {_first_line(error)}") from error
 
@@ -297,7 +288,13 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
                 backbone, lambda ids: run(ids.to(device), None), getattr(text, "num_hidden_layers", None), layers
             )
     except _REFUSALS as error:
-        raise _does_not_run(model, error) from error
+        name = type(model).__name__
+        if method := quantization_method(config):
+            raise ModelError(
+                f"{name} is quantized ({method}), and does not run here as it is stored: {_first_line(error)}",
+                "Compute where there is a device for that, or set `dequantize`.",
+            ) from error
+        raise ModelError(f"{name} does not run on token ids alone: {_first_line(error)}") from error
     return Backbone(
         model=model,
         module=backbone,
@@ -309,16 +306,6 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
         dtype=str(next(p.dtype for p in backbone.parameters() if p.is_floating_point())).removeprefix("torch."),
         attention_implementation=str(getattr(text, "_attn_implementation", None) or "eager"),
     )
-
-
-def _does_not_run(model: Any, error: Exception) -> ModelError:
-    name = type(model).__name__
-    if method := quantization_method(model.config):
-        return ModelError(
-            f"{name} is quantized ({method}), and does not run here as it is stored: {_first_line(error)}",
-            "Compute where there is a device for that, or set `dequantize`.",
-        )
-    return ModelError(f"{name} does not run on token ids alone: {_first_line(error)}")
 
 
 def without_head(model: Any) -> nn.Module:
@@ -422,8 +409,8 @@ def predictor(model: Any) -> Any:
     Such a tower is a complete text model, while the model around it may require images.
     """
     head = model.get_output_embeddings()
-    towers = (child for child in model.children() if head is not None and _head_of(child) is head)
-    return next(towers, model)
+    towers = (child for child in model.children() if hasattr(child, "get_output_embeddings"))
+    return next((child for child in towers if head is not None and child.get_output_embeddings() is head), model)
 
 
 def _reads_images(config: Any) -> bool:
@@ -443,11 +430,6 @@ def _is_causal(config: Any) -> bool:
     if architectures:
         return any(_CAUSAL.search(name) for name in architectures)
     return config.model_type in CAUSAL and config.model_type not in MASKED
-
-
-def _head_of(module: nn.Module) -> nn.Module | None:
-    find = getattr(module, "get_output_embeddings", None)
-    return find() if find else None
 
 
 def pin(settings: Settings, checkpoint: Checkpoint, config: Any, device: str, *, spec: str | None = None) -> Settings:
@@ -482,31 +464,25 @@ def compute_dtype(
 
     Args:
         tensors: tensors of the weight files; None reads their headers if they are needed.
+
+    Raises:
+        ModelError: torch has no dtype of the configuration's name.
     """
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
     named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     if named is not None:
-        return _known_dtype(named, checkpoint)
+        dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ModelError(
+                f"The config.json of '{checkpoint.name}' names the dtype {named!r}, which torch does not have.",
+                "Set `dtype`, or correct config.json.",
+            )
+        return dtype
     if checkpoint.gguf:
         return torch.float32  # which transformers unpacks it to
     stored = list(stored_tensors(checkpoint) if tensors is None else tensors)
     return floating_dtype(stored) if stored or not quantization_settings(config) else torch.bfloat16
-
-
-def _known_dtype(named: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype that a configuration names.
-
-    Raises:
-        ModelError: torch has no dtype of that name.
-    """
-    dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ModelError(
-            f"The config.json of '{checkpoint.name}' names the dtype {named!r}, which torch does not have.",
-            "Set `dtype`, or correct config.json.",
-        )
-    return dtype
 
 
 class Naming:

@@ -38,8 +38,13 @@ def quantization_settings(config: Any) -> Any:
 
 def quantization_method(config: Any) -> str | None:
     """Return the ``quant_method`` of a configuration: fp8, compressed-tensors, ...; None if it is not quantized."""
-    settings = quantization_settings(config)
-    return _method(settings if isinstance(settings, Mapping) else settings.to_dict()) if settings else None
+    return _method(settings) if (settings := _quantization_values(config)) else None
+
+
+def _quantization_values(config: Any) -> Mapping[str, Any]:
+    """Return the quantization settings by name; empty if the model is not quantized."""
+    settings = quantization_settings(config) or {}
+    return settings if isinstance(settings, Mapping) else settings.to_dict()
 
 
 def _method(settings: Mapping[str, Any]) -> str:
@@ -80,7 +85,12 @@ def describe_computing(model: Any) -> str | None:
     if not kinds:
         return None
     parts = [f"{name} x {count} of {origin}" for (name, origin), count in sorted(kinds.items())]
-    kernels = _loaded_kernels()
+    kernels: list[str] = []
+    with suppress(ImportError, AttributeError):  # another version
+        from transformers.integrations import hub_kernels
+
+        loaded = hub_kernels._KERNEL_MODULE_MAPPING
+        kernels = sorted(name for name, module in loaded.items() if module is not None)
     return ", ".join(parts) + (f"; kernels: {', '.join(kernels)}" if kernels else "")
 
 
@@ -90,17 +100,6 @@ def _computes_quantized(module: torch.nn.Module) -> bool:
         return True
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return any("weight" in name and tensor.dtype in _PACKED for name, tensor in tensors)
-
-
-def _loaded_kernels() -> list[str]:
-    """Return the names of the kernels that transformers has loaded from the hub in this process."""
-    try:
-        from transformers.integrations import hub_kernels
-
-        loaded = hub_kernels._KERNEL_MODULE_MAPPING
-    except (ImportError, AttributeError):  # another version
-        return []
-    return sorted(name for name, module in loaded.items() if module is not None)
 
 
 def require_unquantized(checkpoint: Checkpoint) -> None:
@@ -157,15 +156,6 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
     config = copy.deepcopy(config)
     config.quantization_config = dict(quantization_settings(config)) | {"dequantize": True}
     return config
-
-
-def text_part(config: Any) -> Any:
-    """Return the text part of a configuration, with the quantization settings of the whole."""
-    part, settings = config.get_text_config(), quantization_settings(config)
-    if settings and part is not config:
-        part = copy.deepcopy(part)
-        part.quantization_config = settings
-    return part
 
 
 def unpacking_quantizer(checkpoint: Checkpoint, config: Any) -> Any:
@@ -233,13 +223,6 @@ def unpacking_bytes(parameter: torch.Tensor) -> int:
     return max(parameter.numel() * (parameter.element_size() + 2), 2 * matrix * torch.float32.itemsize)
 
 
-def unpacked_gguf() -> Any:
-    """Return the quantization settings that make transformers unpack a .gguf file; None if it always does."""
-    import transformers
-
-    return transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None
-
-
 def runnable_settings(checkpoint: Checkpoint, config: Any, settings: Settings) -> Settings:
     """Return settings with which this machine can compute: dequantized if the quantization supports that.
 
@@ -302,10 +285,9 @@ def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    method, stored = quantization_method(config) or "", quantization_settings(config)
-    if method not in _LAYOUTS:
+    method, values = quantization_method(config) or "", _quantization_values(config)
+    if method not in ("fp8", "fbgemm_fp8", "mxfp4"):
         return None
-    values = stored if isinstance(stored, Mapping) else stored.to_dict()
     skipped = _quantizer(checkpoint, config, method).get_modules_to_not_convert(
         model, values.get("modules_to_not_convert"), getattr(model, "_keep_in_fp32_modules", None)
     )
@@ -315,7 +297,11 @@ def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
             matrix = leaf == "weight" and isinstance(module, torch.nn.Linear) and method != "mxfp4"
             if (stack or matrix) and should_convert_module(path, skipped):
                 rows, columns = parameter.shape[-2:]
-                size = _LAYOUTS[method](rows, columns, values)
+                size = rows * columns * 17 // 32  # of MXFP4: 32 numbers of 4 bits share an exponent of 8 bits
+                if method != "mxfp4":  # a float32 scale for each row, or for each block, or for the matrix
+                    block = scale_block(config) or (rows, columns)
+                    scales = math.ceil(rows / block[0]) * math.ceil(columns / block[1])
+                    size = rows * columns + 4 * (rows if method == "fbgemm_fp8" else scales)
                 shape = (len(parameter), size) if stack else (size,)
                 data = torch.empty(shape, dtype=torch.uint8, device=parameter.device)
                 module._parameters[leaf] = torch.nn.Parameter(data, requires_grad=False)
@@ -324,31 +310,8 @@ def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
 
 def scale_block(config: Any) -> tuple[int, int] | None:
     """Return the rows and columns of a weight that share a scale, for block FP8; None for other weights."""
-    stored = quantization_settings(config)
-    values = stored if isinstance(stored, Mapping) or stored is None else stored.to_dict()
-    block = (values or {}).get("weight_block_size")
+    block = _quantization_values(config).get("weight_block_size")
     return (block[0], block[1]) if block else None
-
-
-def _block_fp8_bytes(rows: int, columns: int, settings: Mapping[str, Any]) -> int:
-    """Return the bytes of a matrix in FP8 with a float32 scale for each block, or for the matrix."""
-    block = settings.get("weight_block_size")
-    scales = math.ceil(rows / block[0]) * math.ceil(columns / block[1]) if block else 1
-    return rows * columns + 4 * scales
-
-
-def _row_fp8_bytes(rows: int, columns: int, _settings: Mapping[str, Any]) -> int:
-    """Return the bytes of a matrix in FP8 with a float32 scale for each row."""
-    return rows * columns + 4 * rows
-
-
-def _mxfp4_bytes(rows: int, columns: int, _settings: Mapping[str, Any]) -> int:
-    """Return the bytes of a matrix in MXFP4, in which 32 numbers of 4 bits share an exponent of 8 bits."""
-    return rows * columns * 17 // 32
-
-
-_LAYOUTS = {"fp8": _block_fp8_bytes, "fbgemm_fp8": _row_fp8_bytes, "mxfp4": _mxfp4_bytes}
-"""Bytes of a matrix of some rows and columns, by ``quant_method``."""
 
 
 def require_known(checkpoint: Checkpoint, method: str) -> None:
