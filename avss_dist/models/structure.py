@@ -10,9 +10,11 @@ A sublayer's addition to the residual stream is the output of its last linear ma
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -74,23 +76,39 @@ def find_sites(calls: Sequence[Call], layer_class: str) -> LayerSites:
     for call in calls:
         by_kind[_kind(call.path, call.module, layer_class)].append(call)
     attention, mlp = _largest(by_kind["attention"]), _largest(by_kind["mlp"])
-    in_attention = _inside(calls, attention) if attention else []
-    taps = {"attention": _output_tap(attention, in_attention) if attention else None}
+    in_attention = _inside(calls, attention)
+    taps: dict[str, Tap | None] = {"attention": _output_tap(attention, in_attention) if attention else None}
+    readers: list[tuple[str, Call]] = []
+    if attention:
+        width = attention.output.shape[-1]
+        last = [call for call in _linears(in_attention) if call.output.shape[-1] == width][-1:]
+        readers = _readers(in_attention, last, "query_input", "output_input")
+        readers = readers if len(readers) > len(last) else []
     if mlp:
         in_mlp = _inside(calls, mlp)
-        taps |= _taps_of_mlp(mlp, in_mlp, layer_class)
-    else:
+        names = (f"{c.path.rpartition('.')[2]} {_short_class_name(c.module, layer_class)}" for c in (mlp, *in_mlp))
+        if any(_EXPERTS.search(name) for name in names):  # routed experts
+            taps["mlp"] = _tap(mlp, "output")
+        else:
+            down = _last_linear(in_mlp, mlp.output.shape[-1])
+            taps |= {"mlp": _output_tap(mlp, in_mlp), "neuron": _tap(down, "input") if down else None}
+    else:  # linear maps in the layer itself
         known = {id(call) for call in (*by_kind["attention"], *in_attention)}
         in_mlp = [call for call in calls if id(call) not in known]
-        taps |= _taps_without_mlp(in_mlp, calls)
-    readers = _readers_in_attention(attention, in_attention) if attention else []
+        down = _last_linear(in_mlp, calls[-1].output.shape[-1]) if calls else None
+        if down and down.inputs[0].shape[-1] != down.output.shape[-1]:
+            taps |= {"mlp": _tap(down, "output"), "neuron": _tap(down, "input")}
     if neuron := taps.get("neuron"):
-        readers += _readers_in_mlp(in_mlp, neuron.module)
+        last = [call for call in _linears(in_mlp) if call.module is neuron.module]
+        readers += _readers(in_mlp, last, "up_input", "neuron")
+    projections = []
     for site, call in readers:
         taps.setdefault(site, _tap(call, "input"))
-    projections = tuple(_projection(site, call) for site, call in readers)
-    found = {site: tap for site in EVERY_SITE if (tap := taps.get(site))}
-    return LayerSites(found, projections, find_experts(calls))
+        outputs, shape = call.output.shape[-1], call.inputs[0].shape
+        axes = axes_of(shape, *PROBE_SHAPE)
+        projections.append(Projection(call.path, call.module, site, outputs, shape[-1], axes))
+    by_site = {site: tap for site in EVERY_SITE if (tap := taps.get(site))}
+    return LayerSites(by_site, tuple(projections), find_experts(calls))
 
 
 def find_down_projection(layer: nn.Module, width: int) -> tuple[str, nn.Module] | None:
@@ -123,22 +141,11 @@ def find_down_projection(layer: nn.Module, width: int) -> tuple[str, nn.Module] 
     return candidates[max(candidates)] if candidates else None
 
 
-def _readers_in_attention(attention: Call, inside: Sequence[Call]) -> list[tuple[str, Call]]:
-    """Return (site, call) of attention's input projections, which share one input, and of its output projection."""
-    linears, width = _linears(inside), attention.output.shape[-1]
-    last = next((call for call in reversed(linears) if call.output.shape[-1] == width), None)
-    first = [call for call in linears if call is not last]
+def _readers(calls: Sequence[Call], last: Sequence[Call], first_site: str, last_site: str) -> list[tuple[str, Call]]:
+    """Return (site, call) of a sublayer's input projections, which share one input, and of its last projection."""
+    first = [call for call in _linears(calls) if all(call is not end for end in last)]
     alike = [call for call in first if _share_input(call, first[0])]
-    return [*(("query_input", call) for call in alike), *([("output_input", last)] if last and alike else [])]
-
-
-def _readers_in_mlp(calls: Sequence[Call], down: nn.Module) -> list[tuple[str, Call]]:
-    """Return (site, call) of the MLP's input projections, which share one input, and of its projection ``down``."""
-    linears = _linears(calls)
-    last = [call for call in linears if call.module is down]
-    first = [call for call in linears if call.module is not down]
-    alike = [call for call in first if _share_input(call, first[0])]
-    return [*(("up_input", call) for call in alike), *(("neuron", call) for call in last)]
+    return [*((first_site, call) for call in alike), *((last_site, call) for call in last)]
 
 
 def _linears(calls: Sequence[Call]) -> list[Call]:
@@ -149,29 +156,6 @@ def _share_input(first: Call, second: Call) -> bool:
     """Whether two modules read one tensor, or views of all of it."""
     a, b = first.inputs[0], second.inputs[0]
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
-
-
-def _projection(site: str, call: Call) -> Projection:
-    given = call.inputs[0]
-    outputs, inputs = call.output.shape[-1], given.shape[-1]
-    return Projection(call.path, call.module, site, outputs, inputs, axes_of(given.shape, *PROBE_SHAPE))
-
-
-def _taps_of_mlp(mlp: Call, inside: Sequence[Call], layer_class: str) -> dict[str, Tap | None]:
-    """Return the sites of an MLP that is a module; with routed experts, its output alone."""
-    names = (f"{call.path.rpartition('.')[2]} {_short_class_name(call.module, layer_class)}" for call in (mlp, *inside))
-    if any(_EXPERTS.search(name) for name in names):
-        return {"mlp": _tap(mlp, "output")}
-    last = _last_linear(inside, mlp.output.shape[-1])
-    return {"mlp": _output_tap(mlp, inside), "neuron": _tap(last, "input") if last else None}
-
-
-def _taps_without_mlp(outside: Sequence[Call], calls: Sequence[Call]) -> dict[str, Tap | None]:
-    """Return the sites of an MLP whose linear maps are in the layer itself, the calls ``outside`` of attention."""
-    last = _last_linear(outside, calls[-1].output.shape[-1]) if calls else None
-    if last is None or last.inputs[0].shape[-1] == last.output.shape[-1]:
-        return {}
-    return {"mlp": _tap(last, "output"), "neuron": _tap(last, "input")}
 
 
 def _short_class_name(module: nn.Module, layer_class: str) -> str:
@@ -205,12 +189,8 @@ def _largest(calls: Sequence[Call]) -> Call | None:
     return max(shallow, key=lambda c: count_parameters(c.module), default=None)
 
 
-def _within(call: Call, sublayer: Call) -> bool:
-    return call.path.startswith(sublayer.path + ".")
-
-
-def _inside(calls: Sequence[Call], sublayer: Call) -> list[Call]:
-    return [c for c in calls if _within(c, sublayer)]
+def _inside(calls: Sequence[Call], sublayer: Call | None) -> list[Call]:
+    return [call for call in calls if sublayer and call.path.startswith(f"{sublayer.path}.")]
 
 
 def _last_linear(calls: Sequence[Call], width: int) -> Call | None:
@@ -286,33 +266,6 @@ def _is_normalized(output: torch.Tensor) -> bool:
 _LayerCall = tuple[nn.Module, str, LayerSites]  # layer, axes of its output, its sites
 
 
-@dataclass
-class _Trace:
-    """Hooks that record a forward pass. Tensors are held for one layer at a time."""
-
-    layer_calls: list[_LayerCall] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-
-    def enter(self, _module: nn.Module, _args: Any) -> None:
-        self.calls = []
-
-    def record(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            tensor = first_tensor(output)
-            if tensor is not None:
-                inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-                self.calls.append(Call(path, module, inputs, tensor.clone()))
-
-        return hook
-
-    def leave(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        tensor = first_tensor(output)
-        if tensor is not None:
-            sites = find_sites(self.calls, type(module).__name__)
-            self.layer_calls.append((module, axes_of(tensor.shape, *PROBE_SHAPE), sites))
-        self.calls = []
-
-
 def find_structure(
     model: nn.Module, forward: Callable[[torch.Tensor], Any], num_layers: int | None, path: str | None = None
 ) -> Structure:
@@ -338,48 +291,53 @@ def find_structure(
     (list_path, modules) = next(iter(used.items()))
     if not all(module in ran for module in modules):
         raise layers_not_found(model, num_layers, used, f"not every module of '{list_path}' runs as a layer")
-    order = {module: f"{list_path}.{i}" for i, module in reversed(list(enumerate(modules)))}
-    return _structure(layer_calls, dict(reversed(order.items())))
+    names = {module: f"{list_path}.{i}" for i, module in reversed(list(enumerate(modules)))}
+    order = list(reversed(names))
+    if len(layer_calls) == len(order):  # unless modules are shared, in the order of the list
+        layer_calls = sorted(layer_calls, key=lambda item: order.index(item[0]))
+    layers: list[Layer] = []
+    uses: Counter[nn.Module] = Counter()
+    for index, (module, axes, sites) in enumerate(layer_calls):
+        name = f"{names[module]}#{uses[module]}" if uses[module] else names[module]
+        layers.append(Layer(index, name, module, uses[module], axes, sites.taps, sites.projections, sites.experts))
+        uses[module] += 1
+    notes = [*absent_sites(layers, ("attention", "mlp", "neuron"))]
+    if shared := sum(layer.call > 0 for layer in layers):
+        notes.append(
+            f"layers share modules: {len(layers)} calls of {len(layers) - shared} modules, each call is a layer"
+        )
+    return Structure(tuple(layers), tuple(notes))
 
 
 def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any]) -> list[_LayerCall]:
     """Return each call of these modules in one forward pass, in order: module, axes of its output, sites."""
-    trace = _Trace()
-    handles: list[Any] = []
-    try:
+    layer_calls: list[_LayerCall] = []
+    calls: list[Call] = []  # of one layer at a time
+
+    def enter(_module: nn.Module, _args: Any) -> None:
+        calls.clear()
+
+    def record(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if (tensor := first_tensor(output)) is not None:
+            inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+            calls.append(Call(path, module, inputs, tensor.clone()))
+
+    def leave(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        if (tensor := first_tensor(output)) is not None:
+            sites = find_sites(calls, type(module).__name__)
+            layer_calls.append((module, axes_of(tensor.shape, *PROBE_SHAPE), sites))
+        calls.clear()
+
+    with ExitStack() as stack:
         for module in dict.fromkeys(modules):
             for path, child in module.named_modules():
                 if child is not module:
-                    handles.append(child.register_forward_hook(trace.record(path), with_kwargs=True))
-            handles.append(module.register_forward_pre_hook(trace.enter))
-            handles.append(module.register_forward_hook(trace.leave, with_kwargs=True))
+                    hook = partial(record, path)
+                    stack.callback(child.register_forward_hook(hook, with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         forward(probe_tokens())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return trace.layer_calls
-
-
-def _structure(layer_calls: list[_LayerCall], names: Mapping[nn.Module, str]) -> Structure:
-    """Return the layers in list order, or in the order of calls if modules are shared."""
-    if len(layer_calls) == len(names):
-        order = list(names)
-        layer_calls = sorted(layer_calls, key=lambda item: order.index(item[0]))
-    layers: list[Layer] = []
-    uses: dict[nn.Module, int] = {}
-    for index, (module, axes, sites) in enumerate(layer_calls):
-        call = uses.get(module, 0)
-        uses[module] = call + 1
-        name = names[module] if call == 0 else f"{names[module]}#{call}"
-        layers.append(Layer(index, name, module, call, axes, sites.taps, sites.projections, sites.experts))
-    return Structure(tuple(layers), tuple(_notes(layers)))
-
-
-def _notes(layers: Sequence[Layer]) -> Iterator[str]:
-    yield from absent_sites(layers, ("attention", "mlp", "neuron"))
-    shared = [layer for layer in layers if layer.call]
-    if shared:
-        yield f"layers share modules: {len(layers)} calls of {len(layers) - len(shared)} modules, each call is a layer"
+    return layer_calls
 
 
 def absent_sites(layers: Sequence[Layer], sites: Sequence[str]) -> Iterator[str]:
