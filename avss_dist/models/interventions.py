@@ -203,21 +203,17 @@ def representatives(layers: Sequence[Layer]) -> list[Layer]:
         return list(layers)
     kinds: dict[Hashable, list[int]] = {}
     for place, layer in enumerate(layers):
-        kinds.setdefault(_kind(layer.module), []).append(place)
+        parts = [(path, type(part), vars(part)) for path, part in layer.module.named_modules()]
+        flags = [
+            (path, name, value)
+            for path, _, attributes in parts
+            for name, value in attributes.items()
+            if type(value) in (bool, str)
+        ]
+        kinds.setdefault((tuple((path, kind) for path, kind, _ in parts), tuple(flags)), []).append(place)
     ends = {place for places in kinds.values() for place in (places[0], places[-1])}
     step = (len(layers) - 1) / (MAX_REPRESENTATIVES - 1)
     return [layers[place] for place in sorted(ends | {round(step * number) for number in range(MAX_REPRESENTATIVES)})]
-
-
-def _kind(module: nn.Module) -> Hashable:
-    parts = [(path, type(part), vars(part)) for path, part in module.named_modules()]
-    flags = [
-        (path, name, value)
-        for path, _, attributes in parts
-        for name, value in attributes.items()
-        if type(value) in (bool, str)
-    ]
-    return tuple((path, kind) for path, kind, _ in parts), tuple(flags)
 
 
 @dataclass
@@ -365,7 +361,13 @@ def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int,
     Args:
         run: runs a forward pass over a few tokens.
     """
-    obstacles = {layer.index: why for layer in layers if (why := _lacks(layer, layers))}
+    obstacles = {}
+    for layer in layers:
+        missing = [kind for kind in PARTS if kind not in layer.taps or layer.taps[kind].reads != "output"]
+        if sum(other.module is layer.module for other in layers) > 1:
+            obstacles[layer.index] = "the layer is used more than once"
+        elif missing:
+            obstacles[layer.index] = f"no module of the layer is its {' or its '.join(missing)}"
     candidates = [layer for layer in layers if layer.index not in obstacles]
     skips = {layer.module: Skip(layer, None) for layer in layers}
     with around(skips), _watched(candidates) as running:
@@ -381,13 +383,6 @@ def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int,
         elif torch.equal(mlp, running[layer.index, "mlp"]):
             obstacles[layer.index] = "its attention and its MLP stand side by side (a parallel block)"
     return obstacles
-
-
-def _lacks(layer: Layer, layers: Sequence[Layer]) -> str | None:
-    if sum(other.module is layer.module for other in layers) > 1:
-        return "the layer is used more than once"
-    missing = [kind for kind in PARTS if kind not in layer.taps or layer.taps[kind].reads != "output"]
-    return f"no module of the layer is its {' or its '.join(missing)}" if missing else None
 
 
 @contextmanager

@@ -39,7 +39,11 @@ def without_modules(model: nn.Module, layers: Sequence[Layer], removed: Collecti
     Raises:
         ModelError: the layers are not the modules of one list, each used once.
     """
-    modules = _layer_list(model, layers)
+    uses = [layer.module for layer in layers]
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    modules = next((module for module in lists if [*module] == uses), None)  # modules are equal if they are the same
+    if modules is None:
+        raise ModelError("The layers are not the modules of one list, each used once.")
     keep = [layer.index for layer in layers if layer.index not in removed]
     configs = _configs(model, modules)
     indices = [
@@ -70,15 +74,6 @@ def without_modules(model: nn.Module, layers: Sequence[Layer], removed: Collecti
             vars(config).update(values)
 
 
-def _layer_list(model: nn.Module, layers: Sequence[Layer]) -> nn.ModuleList:
-    """Return the module list of a model that holds exactly the layers, in order."""
-    wanted = [layer.module for layer in layers]
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and [*module] == wanted:  # modules are equal if they are the same
-            return module
-    raise ModelError("The layers are not the modules of one list, each used once.")
-
-
 def _configs(model: nn.Module, modules: nn.ModuleList) -> list[Any]:
     """Return the configurations with the number of layers, of the modules around the layer list and inside of it."""
     from transformers import PreTrainedConfig
@@ -102,44 +97,27 @@ def settings_by_layer(config: Mapping[str, Any], num_layers: int, keep: Sequence
         num_layers: number of layers of the configuration.
         keep: indices of the remaining layers, ascending.
     """
-    shortened = {name: _shortened(name, value, num_layers, keep) for name, value in config.items()}
-    return {name: value for name, value in shortened.items() if value is not None}
+    shortened: dict[str, Any] = {}
+    layers = {*map(str, range(num_layers))}
+    new = {str(layer): str(i) for i, layer in enumerate(keep)}
+    for name, value in config.items():
+        if name in COUNTS:
+            if type(value) is int and value < num_layers:
+                shortened[name] = sum(layer < value for layer in keep)
+        elif _OF_OTHER_MODULES.search(name):
+            continue
+        elif isinstance(value, list) and (_BY_LAYER.search(name) or _SIZES_BY_LAYER.fullmatch(name)):
+            indices = all(type(layer) is int and 0 <= layer < num_layers for layer in value)
+            indices = indices and bool(value and (_INDICES.search(name) or name.endswith("idxs")))
+            if len(value) == num_layers and not (indices and len(set(value)) == len(value) > 2):
+                shortened[name] = [value[layer] for layer in keep]
+            elif indices:
+                shortened[name] = [keep.index(layer) for layer in value if layer in keep]
+        elif isinstance(value, Mapping) and _BY_LAYER.search(name) and value and not {*map(str, value)} - layers:
+            shortened[name] = {new[str(key)]: setting for key, setting in value.items() if str(key) in new}
+    return shortened
 
 
 def is_own_index(name: str, value: object, index: int) -> bool:
     """Whether an attribute of a module in a layer is the layer's index, from 0 or from 1."""
     return type(value) is int and bool(_OWN_INDEX.match(name)) and value in (index, index + 1)
-
-
-def _shortened(name: str, value: Any, num_layers: int, keep: Sequence[int]) -> Any:
-    """Return a setting for the remaining layers, or None if it is not per layer."""
-    if name in COUNTS:
-        special = type(value) is int and value < num_layers
-        return sum(layer < value for layer in keep) if special else None
-    if _OF_OTHER_MODULES.search(name):
-        return None
-    if isinstance(value, list) and (_BY_LAYER.search(name) or _SIZES_BY_LAYER.fullmatch(name)):
-        return _shortened_list(name, value, num_layers, keep)
-    if isinstance(value, Mapping) and _BY_LAYER.search(name):
-        return _shortened_mapping(value, num_layers, keep)
-    return None
-
-
-def _shortened_list(name: str, value: list[Any], num_layers: int, keep: Sequence[int]) -> list[Any] | None:
-    """Return a per-layer list, or a list of layer indices, for the remaining layers, or None for other lists."""
-    are_indices = bool(_INDICES.search(name) or name.endswith("idxs")) and _are_layers(value, num_layers)
-    if len(value) == num_layers and not (are_indices and len(set(value)) == len(value) > 2):
-        return [value[layer] for layer in keep]
-    return [keep.index(layer) for layer in value if layer in keep] if are_indices else None
-
-
-def _shortened_mapping(value: Mapping[Any, Any], num_layers: int, keep: Sequence[int]) -> dict[str, Any] | None:
-    """Return settings by layer index for the remaining layers, or None for other mappings."""
-    new = {str(layer): str(i) for i, layer in enumerate(keep)}
-    if not value or not {str(key) for key in value} <= {str(layer) for layer in range(num_layers)}:
-        return None
-    return {new[str(key)]: settings for key, settings in value.items() if str(key) in new}
-
-
-def _are_layers(values: list[Any], num_layers: int) -> bool:
-    return bool(values) and all(type(value) is int and 0 <= value < num_layers for value in values)

@@ -127,7 +127,8 @@ def rounded(layers: Sequence[Layer], rounding: Rounding, *, when_called: bool = 
     maps = {projection.module: known for projection, known in rounded_maps(layers, rounding).items()}
 
     def current(module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
-        return {_weight(module): stored_weight(module, maps[module])}
+        weight = rounded_weight(module, maps[module])
+        return {_weight(module): weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight}
 
     absent = [module for module in maps if when_called or _weight(module).is_meta]
     present = [current(module) for module in maps if module not in absent]
@@ -136,12 +137,6 @@ def rounded(layers: Sequence[Layer], rounding: Rounding, *, when_called: bool = 
         around({module: partial(with_parameters, partial(current, module)) for module in absent}, weights=True),
     ):
         yield
-
-
-def stored_weight(module: nn.Module, known: NumberFormat) -> torch.Tensor:
-    """Return the weight of a linear map after rounding, with the axes of its parameter."""
-    weight = rounded_weight(module, known)
-    return weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight
 
 
 def _weight(module: nn.Module) -> nn.Parameter:

@@ -17,6 +17,8 @@ from avss_dist.models.loading import load_model, load_tokenizer, pin, text_confi
 from avss_dist.system.devices import pick_device
 from avss_dist.system.streams import report, tracked
 
+_APART = 1_000_003  # seeds of batches, from one seed to the next
+
 
 def sample(
     checkpoint: Checkpoint, settings: Settings, *, count: int, seed: int = 0, first: int = 0
@@ -36,7 +38,10 @@ def sample(
     config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
     settings = pin(settings, checkpoint, config, device.type)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    start = _start(checkpoint, tokenizer)
+    candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id)  # EOS stands between texts of models without BOS
+    start = special_tokens_around(tokenizer).prefix.tolist() or [i for i in candidates if i is not None][:1]
+    if not start:
+        raise ModelError(f"The tokenizer of '{checkpoint.name}' has no token to begin with.", "Name other text.")
     model = load_model(checkpoint, replace(settings, layers=None), head=True).to(device)
     if not model.can_generate():
         raise ModelError(f"'{checkpoint.name}' predicts no next token.", "Name a causal language model.")
@@ -67,7 +72,6 @@ def _report(
     return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
-_APART = 1_000_003  # seeds of batches, from one seed to the next
 _AS_PREDICTED: dict[str, Any] = {  # whatever the checkpoint's own generation_config.json says
     "do_sample": True,
     "num_beams": 1,
@@ -77,16 +81,3 @@ _AS_PREDICTED: dict[str, Any] = {  # whatever the checkpoint's own generation_co
     "repetition_penalty": 1.0,
     "use_cache": True,
 }
-
-
-def _start(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
-    """Return the tokens that every text begins with: the tokenizer's prefix, or BOS, or EOS.
-
-    EOS stands between texts of models that have no BOS.
-    """
-    start = special_tokens_around(tokenizer).prefix.tolist()
-    if not start:
-        start = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
-    if not start:
-        raise ModelError(f"The tokenizer of '{checkpoint.name}' has no token to begin with.", "Name other text.")
-    return list(start)

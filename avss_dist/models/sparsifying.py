@@ -26,18 +26,11 @@ class _Tokens:
     """State of a forward pass: its sparse tokens, bool[rows, tokens] or None for all, and the last sparsified input."""
 
     sparse: torch.Tensor | None
-    last: tuple[torch.Tensor, Any, _SparsifiedInput] | None = None
+    last: tuple[torch.Tensor, Any, _Sparsified] | None = None
 
 
-@dataclass(frozen=True)
-class _SparsifiedInput:
-    """Input of a map after some elements became zero, with the number of zeros and of elements, int64[] each."""
-
-    x: torch.Tensor
-    zeros: torch.Tensor
-    count: torch.Tensor
-
-
+_Sparsified = tuple[torch.Tensor, torch.Tensor]
+"""Input of a map after some elements became zero, and int64[2]: numbers of zeros and of elements."""
 _TOKENS: ContextVar[_Tokens | None] = ContextVar("tokens", default=None)
 _DENSE: ContextVar[bool] = ContextVar("dense", default=False)
 
@@ -55,9 +48,8 @@ class SparsityCounts:
 
     by_map: list[torch.Tensor | None]
 
-    def add(self, number: int, sparsified_input: _SparsifiedInput) -> None:
+    def add(self, number: int, counts: torch.Tensor) -> None:
         """Add the counts of one input of a map."""
-        counts = torch.stack([sparsified_input.zeros, sparsified_input.count])
         before = self.by_map[number]
         self.by_map[number] = counts if before is None else before + counts
 
@@ -85,7 +77,7 @@ def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) ->
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for number, (cut, projection) in enumerate(zip(sparsity.maps, projections, strict=True)):
             sparsify = partial(_sparsify, cut, projection.axes, norms, partial(counts.add, number))
-            stack.callback(_changing(projection.module, sparsify).remove)
+            stack.callback(projection.module.register_forward_pre_hook(sparsify, with_kwargs=True).remove)
         yield counts
 
 
@@ -140,61 +132,34 @@ def sparse_tokens(
     return real & (place > length // 2)
 
 
-def _changing(module: nn.Module, change: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> Any:
-    """Register a hook that replaces the input of a linear map; return its handle."""
-
-    def reads(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-        replacement = change(module, x)
-        return (
-            tuple(replacement if value is x else value for value in args),
-            {name: replacement if value is x else value for name, value in kwargs.items()},
-        )
-
-    return module.register_forward_pre_hook(reads, with_kwargs=True)
-
-
 def _sparsify(
     cut: MapSparsity,
     axes: str,
     norms: dict[nn.Module, torch.Tensor],
-    count: Callable[[_SparsifiedInput], None],
+    count: Callable[[torch.Tensor], None],
     module: nn.Module,
-    x: torch.Tensor,
-) -> torch.Tensor:
-    """Return the sparsified input of a linear map, and count its zeros."""
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Return the arguments of a linear map with its sparsified input, and count its zeros."""
     if _DENSE.get():
-        return x
-    current = _TOKENS.get()
-    how = cut.by, cut.value
-    if (
-        current is not None
-        and current.last is not None
-        and current.last[0] is x
-        and current.last[1] == how
-        and not cut.weighted
-    ):
-        result = current.last[2]  # maps that read one tensor often have one cut
+        return None
+    x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+    current, how = _TOKENS.get() or _Tokens(None), (cut.by, cut.value)
+    if current.last is not None and current.last[0] is x and current.last[1] == how and not cut.weighted:
+        sparse, counts = current.last[2]  # maps that read one tensor often have one cut
     else:
-        keep = keep_mask(cut, x.detach(), column_norms(module, norms) if cut.weighted else None)
-        result = _applied(x, keep, None if current is None else current.sparse, axes)
-        if current is not None:
-            current.last = (x, how, result)
-    count(result)
-    return result.x
-
-
-def _applied(x: torch.Tensor, keep: torch.Tensor, sparse: torch.Tensor | None, axes: str) -> _SparsifiedInput:
-    replacement = x.new_zeros(())
-    if sparse is None:
-        return _SparsifiedInput(
-            torch.where(keep, x, replacement), (~keep).sum(), torch.tensor(x.numel(), device=x.device)
-        )
-    by_token = (sparse.T if axes == "tokens first" else sparse).to(x.device)
-    where = by_token.reshape(x.shape[:-1]).unsqueeze(-1)
-    count = where.sum() * x.shape[-1]
-    removed = ~keep & where
-    return _SparsifiedInput(torch.where(removed, replacement, x), removed.sum(), count)
+        removed = ~keep_mask(cut, x.detach(), column_norms(module, norms) if cut.weighted else None)
+        size = torch.tensor(x.numel(), device=x.device)
+        if current.sparse is not None:
+            by_token = (current.sparse.T if axes == "tokens first" else current.sparse).to(x.device)
+            where = by_token.reshape(x.shape[:-1]).unsqueeze(-1)
+            removed, size = removed & where, where.sum() * x.shape[-1]
+        sparse, counts = torch.where(removed, x.new_zeros(()), x), torch.stack([removed.sum(), size])
+        current.last = (x, how, (sparse, counts))
+    count(counts)
+    positional = tuple(sparse if value is x else value for value in args)
+    return positional, {name: sparse if value is x else value for name, value in kwargs.items()}
 
 
 def keep_mask(cut: MapSparsity, x: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:

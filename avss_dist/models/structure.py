@@ -244,7 +244,10 @@ def find_experts(calls: Sequence[Call]) -> Experts | None:
         ]
         if not routers:
             return Experts(call.module, number, None, normalized=False)
-        return Experts(call.module, number, routers[-1].module, normalized=_is_normalized(routers[-1].output))
+        output = routers[-1].output
+        total = output.double().sum(dim=-1)
+        normalized = bool((output >= 0).all() and torch.allclose(total, torch.ones_like(total), atol=1e-2))
+        return Experts(call.module, number, routers[-1].module, normalized)
     return None
 
 
@@ -256,11 +259,6 @@ def _number_of_experts(module: nn.Module) -> int | None:
     stacked = next((len(p) for p in module.parameters() if p.dim() == 3), 0)
     count = getattr(module, "num_experts", 0)
     return max(count if isinstance(count, int) else 0, stacked) or None
-
-
-def _is_normalized(output: torch.Tensor) -> bool:
-    total = output.double().sum(dim=-1)
-    return bool((output >= 0).all() and torch.allclose(total, torch.ones_like(total), atol=1e-2))
 
 
 _LayerCall = tuple[nn.Module, str, LayerSites]  # layer, axes of its output, its sites
