@@ -273,21 +273,18 @@ class Warehouse:
         """Return the number of stored shards of a run, by the names of their files."""
         return len(self.storage.files("shard_stats", run_id))
 
-    def read_shards(self, run_id: str, expected: Mapping[int, str]) -> list[ShardResult]:
-        """Read the undamaged partials of a run, in the order of ``expected`` (content hash by shard id)."""
+    def read_shards(self, run_id: str, expected: Mapping[int, str | None]) -> list[ShardResult]:
+        """Read the undamaged partials of a run, in the order of ``expected``: content hash or None by shard id."""
 
         def read(shard_id: int) -> ShardResult | None:
-            shard = self._read_shard(run_id, shard_id)
-            return shard if shard and shard.content_hash == expected[shard_id] else None
+            data = self.storage.read(self._shard_path(run_id, shard_id))
+            shard = decode_shard(data, run_id) if data else None
+            if shard and shard.shard_id == shard_id and expected[shard_id] in (None, shard.content_hash):
+                return shard
+            return None
 
         with ThreadPoolExecutor() as pool:
             return [shard for shard in pool.map(read, expected) if shard]
-
-    def _read_shard(self, run_id: str, shard_id: int) -> ShardResult | None:
-        """Read a partial, or return None if it is missing or damaged."""
-        data = self.storage.read(self._shard_path(run_id, shard_id))
-        shard = data and decode_shard(data, run_id)
-        return shard if shard and shard.shard_id == shard_id else None
 
     def each_shard(self, run_id: str, expected: Mapping[int, str]) -> Iterator[ShardResult]:
         """Yield the partials of `read_shards` in the order of their ids, with a few in memory at a time."""
@@ -301,8 +298,7 @@ class Warehouse:
         A damaged one is noted in `damaged`.
         """
         run_id, number = run["run_id"], run["num_shards"] or 0
-        with ThreadPoolExecutor() as pool:
-            shards = [shard for shard in pool.map(lambda k: self._read_shard(run_id, k), range(number)) if shard]
+        shards = self.read_shards(run_id, dict.fromkeys(range(number)))
         if len(shards) < number <= self.num_partials(run_id):
             self._note(run_id, "shard_stats: a partial is damaged")
         return shards if len(shards) == number else []
