@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from avss_dist.analysis.experts import LayerExperts, experts_by_layer
+from avss_dist.analysis.experts import experts_by_layer
 from avss_dist.core.names import ROW_START
 from avss_dist.core.registry import RECIPES
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
@@ -314,9 +314,21 @@ def of_digests(digests: pa.Table, threshold: Threshold, site: str | None = None)
         site: where to look, by default everywhere. Layers that do nothing are reported in any case.
     """
     table = digests.sort_by(_BY_LAYER)
-    is_update = pc.equal(table["site"], "update").to_numpy()
-    columns = _numbers(table) | {"near_zero": _near_zero(table, threshold), "is_update": is_update}
-    columns["first_share"] = _first_shares(columns)
+    thresholds, counts = table["thresholds"].combine_chunks(), table["near_zero"].combine_chunks()
+    at = pc.list_flatten(thresholds).to_numpy() == threshold.value  # there are no counts if it was not counted
+    row_of_count, counted = pc.list_parent_indices(counts).to_numpy()[at], pc.list_flatten(counts).to_numpy()[at]
+    columns = _numbers(table) | {"near_zero": np.bincount(row_of_count, counted, len(table)).astype(np.int64)}
+    first, mean, m2 = (
+        (columns["first_count"], columns["first_mean"], columns["first_m2"]),
+        columns["mean"],
+        columns["m2"],
+    )
+    has_others = (m2 > 0) & (columns["count"] > columns["first_count"])  # elements that are not of the first token
+    columns["first_share"] = np.where(has_others, share_of_m2(first, mean, m2), np.nan)
+    tokens, change = columns["token_count"], columns["relative_magnitude_sum"]
+    columns["change"] = np.divide(change, tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
+    unmoved = pc.equal(table["site"], "update").to_numpy() & (columns["count"] > 0) & (columns["max_abs"] == 0)
+    columns["is_still"] = unmoved | (columns["change"] < IDENTITY)
     shares = ("mean_unit_share", "element_unit_share", "first_share")
     notable = (columns["nonfinite_count"] > 0) | np.any([columns[name] > DOMINANT for name in shares], axis=0)
     groups = [group for group in slices_by(table, ["run_id", "site"]) if site in (None, group[0]["site"])]
@@ -326,9 +338,8 @@ def of_digests(digests: pa.Table, threshold: Threshold, site: str | None = None)
     for key, layers in _with_any(groups, notable, columns):
         checks = _nonfinite(layers), _dominant_units(layers), _first_token(layers)
         yield from (key | row for row in chain.from_iterable(checks))
-    still = _still(columns)
-    for key, layers in _with_any(slices_by(table, ["run_id"]), still, columns | {"is_still": still}):
-        yield from (key | row for row in _identity_layers(layers))
+    for key, layers in _with_any(slices_by(table, ["run_id"]), columns["is_still"], columns):
+        yield key | _identity_layers(layers)
 
 
 def _with_any(
@@ -350,14 +361,6 @@ def nonfinite_layers(digests: pa.Table) -> Iterator[Row]:
     columns = _numbers(table)
     for key, start, stop in slices_by(table, ["run_id", "site"]):
         yield from (key | row for row in _nonfinite({name: cells[start:stop] for name, cells in columns.items()}))
-
-
-def _near_zero(table: pa.Table, threshold: Threshold) -> NDArray[np.int64]:
-    """Return the number of near-zero elements of each row at a threshold; 0 if it was not counted."""
-    thresholds, counts = table["thresholds"].combine_chunks(), table["near_zero"].combine_chunks()
-    at = pc.list_flatten(thresholds).to_numpy() == threshold.value
-    row_of_count = pc.list_parent_indices(counts).to_numpy()
-    return np.bincount(row_of_count[at], pc.list_flatten(counts).to_numpy()[at], len(table)).astype(np.int64)
 
 
 def _nonfinite(layers: Columns) -> Iterator[Row]:
@@ -418,14 +421,6 @@ def _dominant_units(layers: Columns) -> Iterator[Row]:
         yield finding("dominant_unit", severity, share, message, recipe=recipe)
 
 
-def _first_shares(layers: Columns) -> NDArray[np.float64]:
-    """Return the share of the variance over elements that the first token of each row carries, NaN if not known."""
-    names = ("first_count", "first_mean", "first_m2", "mean", "m2")
-    count, first_mean, first_m2, mean, m2 = (layers[name] for name in names)
-    shares = share_of_m2((count, first_mean, first_m2), mean, m2)
-    return np.where((m2 > 0) & (layers["count"] > count), shares, np.nan)
-
-
 def _first_token(layers: Columns) -> Iterator[Row]:
     """Yield a finding if the first token of each row carries more than half of the variance over elements."""
     shares = layers["first_share"]
@@ -443,27 +438,14 @@ def _first_token(layers: Columns) -> Iterator[Row]:
         )
 
 
-def _magnitudes(layers: Columns) -> NDArray[np.float64]:
-    """Return the mean of |out - in| / |in| over the tokens of each row, NaN if not known."""
-    tokens, magnitude = layers["token_count"], layers["relative_magnitude_sum"]
-    return np.divide(magnitude, tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
-
-
-def _still(layers: Columns) -> NDArray[np.bool_]:
-    """Return a mask of the rows whose layer has a zero update, or one that is negligible relative to its input."""
-    unmoved = layers["is_update"] & (layers["count"] > 0) & (layers["max_abs"] == 0)
-    return unmoved | (_magnitudes(layers) < IDENTITY)
-
-
-def _identity_layers(layers: Columns) -> Iterator[Row]:
-    """Yield a finding on the layers that `_still` marks, which are one or more."""
+def _identity_layers(layers: Columns) -> Row:
+    """Return a finding on the layers, one or more, whose update is zero, or negligible relative to their input."""
     still = set(layers["layer"][layers["is_still"]].tolist())
-    magnitudes = _magnitudes(layers)
-    known = np.isfinite(magnitudes)
-    moved = dict(zip(layers["layer"][known].tolist(), magnitudes[known].tolist(), strict=True))
-    value = max(moved.get(name, 0.0) for name in still)
+    defined = np.isfinite(layers["change"])
+    change = dict(zip(layers["layer"][defined].tolist(), layers["change"][defined].tolist(), strict=True))
+    value = max(change.get(layer, 0.0) for layer in still)
     are = "gives out what it takes" if len(still) == 1 else "give out what they take"
-    yield finding(
+    return finding(
         *("identity_layer", "warning", value),
         f"{layers_in_words(sorted(still)).capitalize()} {are} in (|out - in| / |in| is at most {value:.1g}): "
         "removing them would change nothing.",
@@ -480,34 +462,23 @@ def layers_in_words(layers: Sequence[int]) -> str:
 
 
 def expert_findings(warehouse: Warehouse, run_ids: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Yield (run id, finding) for the runs whose experts were measured."""
+    """Yield (run id, finding) for the runs whose experts were measured: on idle experts, and on dominant ones."""
     rows = warehouse.table("expert_stats", run_ids=run_ids)
     for run_id in dict.fromkeys(rows["run_id"].to_pylist()):
         layers = experts_by_layer(rows.filter(pc.field("run_id") == run_id))
-        yield from ((run_id, one) for one in (*_idle(layers), *_carrying(layers)))
-
-
-def _idle(layers: Sequence[LayerExperts]) -> Iterator[Row]:
-    if not (affected := [one for one in layers if one.idle]):
-        return
-    idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
-    named = "; ".join(f"layer {one.layer}: {', '.join(map(str, one.idle[:8]))}" for one in affected[:MAX_NAMED])
-    more = "; ..." if len(affected) > MAX_NAMED else ""
-    message = (
-        f"{idle} of {number} experts got no token of this text, in {layers_in_words([o.layer for o in affected])} "
-        f"({named}{more}): nothing is known of them but that."
-    )
-    yield finding("idle_experts", "warning" if idle > number / 4 else "note", idle / number, message)
-
-
-def _carrying(layers: Sequence[LayerExperts]) -> Iterator[Row]:
-    affected = [one for one in layers if len(one.carried) > 1 and one.carried.max() > DOMINANT]
-    if not affected:
-        return
-    extreme = max(affected, key=lambda one: float(one.carried.max()))
-    share = float(extreme.carried.max())
-    message = (
-        f"One expert gives more than half of what all experts add, in {layers_in_words([o.layer for o in affected])} "
-        f"(expert {int(extreme.carried.argmax())} gives {share:.0%} in layer {extreme.layer})."
-    )
-    yield finding("dominant_expert", "warning" if len(affected) > len(layers) / 2 else "note", share, message)
+        if affected := [one for one in layers if one.idle]:
+            idle, number = sum(len(one.idle) for one in layers), sum(len(one.load) for one in layers)
+            named = "; ".join(f"layer {one.layer}: {', '.join(map(str, one.idle[:8]))}" for one in affected[:MAX_NAMED])
+            more = "; ..." if len(affected) > MAX_NAMED else ""
+            message = f"{idle} of {number} experts got no token of this text, in "
+            message += (
+                f"{layers_in_words([o.layer for o in affected])} ({named}{more}): nothing is known of them but that."
+            )
+            yield run_id, finding("idle_experts", "warning" if idle > number / 4 else "note", idle / number, message)
+        if affected := [one for one in layers if len(one.carried) > 1 and one.carried.max() > DOMINANT]:
+            extreme = max(affected, key=lambda one: float(one.carried.max()))
+            share, severity = float(extreme.carried.max()), "warning" if len(affected) > len(layers) / 2 else "note"
+            message = "One expert gives more than half of what all experts add, in "
+            message += f"{layers_in_words([o.layer for o in affected])} (expert {int(extreme.carried.argmax())} gives "
+            message += f"{share:.0%} in layer {extreme.layer})."
+            yield run_id, finding("dominant_expert", severity, share, message)

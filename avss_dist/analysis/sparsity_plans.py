@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -108,54 +108,40 @@ def make_plan(
     Raises:
         PlanError: if a top-k keeps no unit.
     """
-    maps = tuple(_planned(one, float(s), by) for one, s in zip(measured.maps, sparsities, strict=True))
-    expected = np.array([one.sparsity for one in maps])
-    run = measured.run
+    maps = []
+    for one, share in zip(measured.maps, sparsities.tolist(), strict=True):
+        value, expected = share, int(share * one.inputs) / one.inputs
+        if by != TOP_K:
+            value, counts = float(one.thresholds([share])[0]), one.read.abs_value_count
+            up_to = float(counts[one.read.abs_value.astype(np.float64) <= value].sum())
+            expected = share if one.read.abs_value_cut else up_to / max(float(counts.sum()), 1.0)
+            if share == 0:
+                value, expected = 0.0, one.read.zero_count / max(1, one.read.count)
+        plan = MapPlan(
+            layer=one.layer,
+            map=one.path,
+            site=one.site,
+            outputs=one.outputs,
+            inputs=one.inputs,
+            sparsity=min(expected, 1 - 1e-9),
+            by=by,
+            value=value,
+        )
+        maps.append(plan)
+    whole, findings = set(range(measured.run["num_layers"])), []
+    for site, what in (("query_input", "attention"), ("neuron", "MLP")):
+        if missing := whole - {one.layer for one in measured.maps if one.site == site}:
+            findings.append(f"The {what} of {len(missing)} of {len(whole)} layers stays dense: its maps are fused.")
+    by_map, run = np.array([one.sparsity for one in maps]), measured.run
     return SparsityPlan(
         model=run["model"],
         revision=run["revision"],
         num_layers=run["num_layers"],
-        sparsity=float(expected @ measured.sizes / measured.sizes.sum()),
+        sparsity=float(by_map @ measured.sizes / measured.sizes.sum()),
         rule=rule,
         weighted=weighted,
         why=why,
         run_id=run["run_id"],
-        findings=tuple(_findings(measured)),
-        projections=maps,
+        findings=tuple(findings),
+        projections=tuple(maps),
     )
-
-
-def _planned(linear_map: LinearMap, sparsity: float, by: str) -> MapPlan:
-    if by == TOP_K:
-        value, expected = sparsity, int(sparsity * linear_map.inputs) / linear_map.inputs
-    else:
-        threshold = float(linear_map.thresholds([sparsity])[0])
-        value, expected = threshold, _share_up_to(linear_map.read, threshold)
-        if linear_map.read.abs_value_cut:
-            expected = sparsity
-        if sparsity == 0:
-            value, expected = 0.0, linear_map.read.zero_count / max(1, linear_map.read.count)
-    return MapPlan(
-        layer=linear_map.layer,
-        map=linear_map.path,
-        site=linear_map.site,
-        outputs=linear_map.outputs,
-        inputs=linear_map.inputs,
-        sparsity=min(expected, 1 - 1e-9),
-        by=by,
-        value=value,
-    )
-
-
-def _share_up_to(read: LayerStats, threshold: float) -> float:
-    """Return the share of elements with abs(x) up to a threshold."""
-    counts = read.abs_value_count
-    return float(counts[read.abs_value.astype(np.float64) <= threshold].sum()) / max(float(counts.sum()), 1.0)
-
-
-def _findings(measured: MeasuredMaps) -> Iterator[str]:
-    whole = set(range(measured.run["num_layers"]))
-    for site in ("query_input", "neuron"):
-        if missing := sorted(whole - {one.layer for one in measured.maps if one.site == site}):
-            what = "attention" if site == "query_input" else "MLP"
-            yield f"The {what} of {len(missing)} of {len(whole)} layers stays dense: its maps are fused."

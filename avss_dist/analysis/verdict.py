@@ -6,6 +6,7 @@ The claim (arXiv 2411.02117, abstract): without the lowest 25% of layers by AVSS
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from math import exp, isfinite
 from typing import Any
 
@@ -60,16 +61,12 @@ def _claims(rows: Sequence[Row]) -> Iterator[tuple[str, Row, Sequence[Row], floa
         of_task = [row for row in rows if row["task"] == task]
         metric = primary_metric(of_task)
         guess = kept_by_guess(of_task, metric)
-        of_task = [row for row in of_task if row["metric"] == metric and _is_of_claim(row)]
+        of_task = [row for row in of_task if row["metric"] == metric and not row.get("factor")]
+        of_task = [row for row in of_task if row["share"] in (0.0, CLAIMED_SHARE)]
         for repair in dict.fromkeys(row.get("repair") for row in of_task if not _is_whole(row)):
             same_repair = [row for row in of_task if _is_whole(row) or row.get("repair") == repair]
             if claim := _published_row(same_repair, "avss"):
                 yield task, claim, same_repair, guess
-
-
-def _is_of_claim(row: Row) -> bool:
-    """Whether a row removes the claimed share of layers, or is the whole model."""
-    return row["share"] in (0.0, CLAIMED_SHARE) and not row.get("factor")
 
 
 def kept_by_guess(rows: Sequence[Row], metric: str) -> float | None:
@@ -244,24 +241,16 @@ def _best_sets(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         if not changed_otherwise and not row["task"].startswith((*OF_EVERY_LAYER, REPAIR, ROW_START)):
             by_task.setdefault(row["task"], {}).setdefault(row["run_id"], []).append(row)
     for task, evaluations in by_task.items():
-        sets = sorted(_sets(task, max(evaluations.values(), key=len), repairs), key=lambda removed: removed["kept"])
-        best = {(removed["series"], removed["size"]): removed for removed in sets}
+        of_task = max(evaluations.values(), key=len)
+        metric = primary_metric(of_task)
+        sets: list[dict[str, Any]] = []
+        results = [row for row in of_task if row["metric"] == metric]
+        for whole, row in product((r["value"] for r in results if not r["drop"]), (r for r in results if r["drop"])):
+            repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
+            removed = decode_removals(row["drop"])
+            about = {"dropped": describe_removed(removed), "size": size_removed(removed)}
+            kept = float(retention_of(metric, np.array(whole), np.array(row["value"])))
+            sets.append({"series": f"{describe_task(task)}{repair}", **about, "kept": kept})
+        sets = sorted((one for one in sets if isfinite(one["kept"])), key=lambda one: one["kept"])
+        best = {(one["series"], one["size"]): one for one in sets}
         yield from (best[key] for key in sorted(best))
-
-
-def _sets(task: str, rows: Sequence[Row], repairs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield every set of layers that was removed in one evaluation."""
-    metric = primary_metric(rows)
-    rows = [row for row in rows if row["metric"] == metric]
-    for whole in (row["value"] for row in rows if not row["drop"]):
-        for row in (row for row in rows if row["drop"]):
-            share = float(retention_of(metric, np.array(whole), np.array(row["value"])))
-            if isfinite(share):
-                removed = decode_removals(row["drop"])
-                repair = f", repaired by {repairs.get(row['patch'], 'a patch')}" if row["patch"] else ""
-                yield {
-                    "series": f"{describe_task(task)}{repair}",
-                    "dropped": describe_removed(removed),
-                    "size": size_removed(removed),
-                    "kept": share,
-                }

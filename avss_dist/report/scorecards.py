@@ -123,17 +123,15 @@ def _table(name: str, rows: Sequence[Row]) -> ReportTable:
                     [row[column] for row in rows],
                     format_,
                     priority=priority,
-                    style=_bold_if_good if column.startswith("spearman") else None,
+                    style=(lambda rho: "bold" if rho is not None and rho > GOOD else "")
+                    if column.startswith("spearman")
+                    else None,
                 )
                 for heading, column, format_, priority in known
             ),
         ],
         caption=caption,
     )
-
-
-def _bold_if_good(correlation: float | None) -> str:
-    return "bold" if correlation is not None and correlation > GOOD else ""
 
 
 def _name(card: Row) -> str:

@@ -68,21 +68,11 @@ def _by_depth(name: str, title: str, axis: str, scale: str) -> Any:
     axis_of_score = {"title": depth_title(title, scale), "scale": y_scale}
     color = color_of_runs()
     marked = alt.when("datum.lowest").then(alt.value(LOWEST_COLOR)).otherwise(color)
+    tooltip = [alt.Tooltip("run:N"), alt.Tooltip("layer:Q"), alt.Tooltip("layer_name:N", title="name")]
+    tooltip += [alt.Tooltip(f"{name}:Q", title=title, format=".4g"), alt.Tooltip("rank:Q")]
     base, ends = alt.Chart().encode(x=x), ("low", "high") if name == "avss" else None
-    chart = depth_chart(
-        base, name, axis_of_score, color, marked, lowest="lowest", ends=ends, tooltip=_tooltip(name, title)
-    )
+    chart = depth_chart(base, name, axis_of_score, color, marked, lowest="lowest", ends=ends, tooltip=tooltip)
     return chart.properties(data=ROWS, height=HEIGHTS.get(name, RIVAL_HEIGHT)).add_params(*OF_RUNS)
-
-
-def _tooltip(name: str, title: str) -> list[Any]:
-    return [
-        alt.Tooltip("run:N"),
-        alt.Tooltip("layer:Q"),
-        alt.Tooltip("layer_name:N", title="name"),
-        alt.Tooltip(f"{name}:Q", title=title, format=".4g"),
-        alt.Tooltip("rank:Q"),
-    ]
 
 
 def _blocks() -> Any:

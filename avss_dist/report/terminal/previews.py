@@ -110,6 +110,11 @@ def plan_table(previews: Sequence[Preview], warehouse: str) -> RenderableType:
 
 def thresholds_table(plan: SparsityPlan) -> ReportTable:
     """Return a table of a plan: threshold or share and expected sparsity by layer and linear map, in shades."""
+
+    def shade(point: Any) -> str:
+        red = 0 if point is None else round(255 * min(point.sparsity, 1.0))
+        return f"rgb({red},{128},{255 - red})" if point is not None else ""
+
     maps = list(dict.fromkeys(one.map for one in plan.projections))
     by_place = {(one.layer, one.map): one for one in plan.projections}
     layers = sorted({one.layer for one in plan.projections})
@@ -122,17 +127,10 @@ def thresholds_table(plan: SparsityPlan) -> ReportTable:
                     name.rpartition(".")[2],
                     [by_place.get((layer, name)) for layer in layers],
                     lambda one: f"{one.value:z.3g} {one.sparsity:4.0%}",
-                    style=_shade,
+                    style=shade,
                     priority=number,
                 )
                 for number, name in enumerate(maps)
             ),
         ],
     )
-
-
-def _shade(point: Any) -> str:
-    if point is None:
-        return ""
-    shade = round(255 * min(point.sparsity, 1.0))
-    return f"rgb({shade},{128},{255 - shade})"
