@@ -23,7 +23,7 @@ from avss_dist.partition.choose import choose
 from avss_dist.partition.memory import PartitionMemory
 from avss_dist.partition.replica import replica_class
 from avss_dist.requests import DistillRequest, EstimateRequest, require_divisible
-from avss_dist.runs.shard_size import rows_per_shard
+from avss_dist.runs.planner import rows_per_shard
 from avss_dist.system.devices import Devices, devices_here, pick_device
 
 

@@ -66,7 +66,8 @@ class Driver:
                     with closing(self._executor.run(self._plan_runs(specs))) as outcomes:
                         for shards, outcome in outcomes:
                             self._receive(shards, outcome)
-                            yield from self._endings()
+                            while self._ended:
+                                yield self._ended.popleft()
                 except Exception as error:  # of the executor itself: every run in progress has failed
                     for shards in list(self._in_progress):
                         self._receive(shards, as_failure(error))
@@ -74,7 +75,8 @@ class Driver:
         except KeyboardInterrupt as stop:
             self._add_note(stop, len(specs))
             raise
-        yield from self._endings()
+        while self._ended:
+            yield self._ended.popleft()
 
     def _add_note(self, stop: KeyboardInterrupt, specs: int) -> None:
         """Add a note to an interrupt: how many of several runs are done, and how many shards of others are stored."""
@@ -88,10 +90,6 @@ class Driver:
         if notes:
             stop.add_note(" and ".join(notes))
 
-    def _endings(self) -> Iterator[Ending]:
-        while self._ended:
-            yield self._ended.popleft()
-
     def _plan_runs(self, specs: Sequence[RunSpec]) -> Iterator[RunShards]:
         """Yield the shards to measure, run by run. Once storage is full, no further run begins."""
         for spec in specs:
@@ -101,12 +99,16 @@ class Driver:
                 run = planned.run
                 if run.run_id in self._run_ids:
                     self._on_event(RunRepeated(spec.name, self._run_ids[run.run_id]))
-                if run.run_id in self._run_ids or self._is_done(run):
+                stored = {} if self._fresh else self._store.run(run.run_id) or {}
+                if run.run_id in self._run_ids or stored.get("status") == "done":
                     self._run_ids.setdefault(run.run_id, spec.name)
                     self._end(spec, run)
                     continue
                 if self._full:
-                    self._ended.append((spec, self._not_begun(run)))
+                    hint = "Free some space and run the same command again."
+                    error = StorageFull(f"Not begun: no space left on {self._store.root}.", hint)
+                    error.run_id = run.run_id
+                    self._ended.append((spec, error))
                     continue
                 self._run_ids[run.run_id] = spec.name
                 self._on_event(RunPlaced(spec.name, planned.replica_spec.placement))
@@ -119,65 +121,47 @@ class Driver:
             if running.missing:
                 yield running.shards
             else:
-                self._commit(partial(self._finish, running.shards))
-
-    def _not_begun(self, run: Run) -> StorageFull:
-        error = StorageFull(
-            f"Not begun: no space left on {self._store.root}.", "Free some space and run the same command again."
-        )
-        error.run_id = run.run_id
-        return error
-
-    def _is_done(self, run: Run) -> bool:
-        return not self._fresh and (self._store.run(run.run_id) or {}).get("status") == "done"
+                self._commit(running.shards, self._finish)
 
     def _receive(self, shards: RunShards, outcome: Any) -> None:
         """Receive a result of a run, or the error that ends it, and queue its commit."""
         _, running = self._in_progress.get(shards, (None, None))
         if running is None:
             return
-        if isinstance(outcome, AvssError):
-            self._commit(partial(self._fail, shards, outcome))
-        elif running.counts(outcome):
-            self._commit(partial(self._keep, shards, outcome))
-            if not running.missing:
-                self._commit(partial(self._finish, shards))
+        if isinstance(outcome, AvssError) or running.counts(outcome):
+            self._commit(shards, partial(self._keep, outcome))
+            if not isinstance(outcome, AvssError) and not running.missing:
+                self._commit(shards, self._finish)
 
-    def _commit(self, step: Callable[[], None]) -> None:
+    def _commit(self, shards: RunShards, step: Callable[[RunSpec, RunInProgress], None]) -> None:
         self._room.acquire()
-        self._committer.submit(step).add_done_callback(lambda _: self._room.release())
+        self._committer.submit(self._attempt, shards, step).add_done_callback(lambda _: self._room.release())
 
-    def _keep(self, shards: RunShards, result: Any) -> None:
-        if shards not in self._in_progress:
-            return  # it has failed
-        spec, running = self._in_progress[shards]
-        try:
-            running.keep(result)
-        except Exception as error:
-            self._fail(shards, as_failure(error))
-        else:
-            self._on_event(ShardMeasured(spec.name, result.num_tokens))
-
-    def _finish(self, shards: RunShards) -> None:
+    def _attempt(self, shards: RunShards, step: Callable[[RunSpec, RunInProgress], None]) -> None:
+        """Carry out a step of a run. An error in it ends the run, whose later steps do nothing."""
         if shards not in self._in_progress:
             return
         spec, running = self._in_progress[shards]
         try:
-            run = running.finish(self._executor.apply)
-        except Exception as error:
-            self._fail(shards, as_failure(error))
-        else:
+            step(spec, running)
+        except Exception as raised:
+            error = as_failure(raised)
             del self._in_progress[shards]
-            self._end(spec, run)
+            self._full |= isinstance(error, StorageFull)
+            with suppress(AvssError):  # storage that fails; the first error says why
+                running.fail(error)
+            self._ended.append((spec, error))
 
-    def _fail(self, shards: RunShards, error: AvssError) -> None:
-        if shards not in self._in_progress:
-            return
-        spec, running = self._in_progress.pop(shards)
-        self._full |= isinstance(error, StorageFull)
-        with suppress(AvssError):  # storage that fails; the first error says why
-            running.fail(error)
-        self._ended.append((spec, error))
+    def _keep(self, outcome: Any, spec: RunSpec, running: RunInProgress) -> None:
+        if isinstance(outcome, AvssError):
+            raise outcome
+        running.keep(outcome)
+        self._on_event(ShardMeasured(spec.name, outcome.num_tokens))
+
+    def _finish(self, spec: RunSpec, running: RunInProgress) -> None:
+        run = running.finish(self._executor.apply)
+        del self._in_progress[running.shards]
+        self._end(spec, run)
 
     def _end(self, spec: RunSpec, run: Run) -> None:
         self._done += 1

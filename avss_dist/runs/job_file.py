@@ -4,31 +4,130 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import RedactedURI, docs_page
-from avss_dist.core.validation import Location
+from avss_dist.core.validation import Check, Location
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
 from avss_dist.corpus.sources import corpus_problems
 from avss_dist.models.checkpoints import matching_revisions
 from avss_dist.pruning.methods import Experiment
-from avss_dist.runs.job_schema import (
-    OPTIONS_ONLY,
-    OVERRIDES,
-    Job,
-    ModelEntry,
-    ModelKeys,
-    RevisionRange,
-    as_entry,
-    job_schema,
-)
 
-__all__ = ["JobError", "JobFile", "RunSpec", "job_schema", "read_job"]
+MAX_REVISIONS = 10_000
+OVERRIDES: dict[str, type] = {
+    **{f.name: Settings for f in fields(Settings) if f.name != "device"},
+    **dict.fromkeys(("partition", "ranks", "gpus_per_replica", "max_memory"), Execution),
+}
+"""Class of each field that an entry of ``models`` can override, by the field's name."""
+OPTIONS_ONLY = {"address": "Use avss run --address.", "fresh": "Use avss run --fresh."}
+"""Hints for fields of `Execution` that are no keys of job files."""
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RevisionRange(_Section):
+    """Range of numbered revisions: ``{prefix: step, from: 0, to: 2000, step: 1000}`` is step0, step1000, step2000."""
+
+    prefix: str = ""
+    """Text before the number."""
+    first: Annotated[int, Field(alias="from", ge=0)]
+    """The first number."""
+    last: Annotated[int, Field(alias="to", ge=0)]
+    """Upper bound of the numbers, inclusive."""
+    step: Annotated[int, Field(ge=1)] = 1
+    """Difference of consecutive numbers."""
+
+    def names(self) -> list[str]:
+        """Return the revisions, in order."""
+        return [f"{self.prefix}{number}" for number in range(self.first, self.last + 1, self.step)]
+
+
+def _short(revisions: RevisionRange) -> RevisionRange:
+    number = (revisions.last - revisions.first) // revisions.step + 1
+    if not 0 < number <= MAX_REVISIONS:
+        raise ConfigError(f"invalid range: expected 'from' up to 'to' in at most {MAX_REVISIONS:,} steps.")
+    return revisions
+
+
+Revision = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[RevisionRange, Check(_short), Tag("mapping")],
+    Discriminator(lambda value: "mapping" if isinstance(value, (dict, RevisionRange)) else "text"),
+]
+
+
+Revisions = Annotated[list[Revision], Field(min_length=1)]
+
+
+class ModelKeys(_Section):
+    """Entry of ``models`` without the settings that it overrides."""
+
+    model: Text
+    """Hub id (org/name@revision), folder, .gguf file, or a glob of folders."""
+    revisions: (
+        Annotated[
+            Revisions,
+            BeforeValidator(
+                lambda value: [value] if isinstance(value, dict) else value,
+                json_schema_input_type=RevisionRange | Revisions,
+            ),
+        ]
+        | None
+    ) = None
+    """Revisions of a hub id: names, patterns (stage1-step*), ranges {prefix: step, from: 0, to: 3000, step: 1000}."""
+
+
+_OVERRIDDEN: dict[str, Any] = dict.fromkeys(OVERRIDES, (Any, None))  # checked together with the settings of the job
+ModelEntry: type[ModelKeys] = create_model("ModelEntry", __base__=ModelKeys, **_OVERRIDDEN)
+
+
+def _as_entry(value: Any) -> Any:
+    """Return the long form of an entry of ``models``."""
+    return {"model": value} if isinstance(value, str) else value
+
+
+Model: Any = Annotated[ModelEntry, BeforeValidator(_as_entry, json_schema_input_type=str | ModelEntry)]
+
+
+class Job(_Section):
+    """A job: the runs of every model on every corpus."""
+
+    warehouse: Text
+    """A folder, or an s3://, gs://, hdfs:// URI."""
+    models: Annotated[list[Model], Field(min_length=1)]
+    """Names, or mappings of a model and the settings that it overrides."""
+    corpora: Annotated[list[Text], Field(min_length=1)]
+    """Corpora, as for --corpus: file.txt, file.jsonl[:field], hf:NAME, wikitext2, builtin:pydoc."""
+    settings: Settings | None = None
+    """Settings of the measurement."""
+    execution: Execution | None = None
+    """Execution: workers, devices and placement."""
+    experiment: Experiment | None = None
+    """Experiment with every run: choices of layers that are evaluated."""
+
+
+def job_schema() -> dict[str, Any]:
+    """Return the JSON Schema of job files, for editors."""
+    schema = Job.model_json_schema()
+    sections: dict[type, Any] = {cls: schema["$defs"][cls.__name__]["properties"] for cls in (Settings, Execution)}
+    for name in OPTIONS_ONLY:
+        del sections[Execution][name]
+    entry = schema["$defs"][ModelEntry.__name__]
+    entry["properties"] |= {name: sections[cls][name] for name, cls in OVERRIDES.items()}
+    for cls in (Settings, Execution, Experiment):
+        del schema["$defs"][cls.__name__]["description"]  # it is about Python
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
 
 MAX_RUNS = 10_000
 DISTINGUISHING = tuple(name for name, cls in OVERRIDES.items() if cls is Settings or name in ("partition", "ranks"))
@@ -168,7 +267,7 @@ class _Reader:
     def specs(self, corpora: Sequence[str]) -> Iterator[RunSpec]:
         """Yield the runs of every valid model on every corpus, if the settings of the job are valid."""
         defaults = self.settings({})
-        for index, value in enumerate(map(as_entry, self.listed("models"))):
+        for index, value in enumerate(map(_as_entry, self.listed("models"))):
             if not isinstance(value, dict):
                 continue
             at = ("models", index)
@@ -177,7 +276,14 @@ class _Reader:
             if defaults is None or common is None:
                 continue
             settings, execution = common
-            difference = _difference(common, defaults)
+            texts = []
+            for changed, usual in zip(common, defaults, strict=True):
+                for name in DISTINGUISHING:
+                    override = getattr(changed, name, None)
+                    if override != getattr(usual, name, None):
+                        words = map(str, override) if isinstance(override, tuple) else [str(override)]
+                        texts.append(f"{name} {' '.join(words)}")
+            difference = ", ".join(texts)
             for name, corpus in product(names, corpora):
                 title = f"{name} ({difference})" if difference else name
                 yield RunSpec(
@@ -242,14 +348,3 @@ class _Reader:
             if first != spec.line:
                 what = f"'{spec.model}' is named twice with the same settings, first in line {first}"
                 self.document.problems.add((spec.line, what))
-
-
-def _difference(common: tuple[Settings, Execution], defaults: tuple[Settings, Execution]) -> str:
-    """Return the settings of a run that are not those of the job: ``dtype float32, sites block mlp``."""
-    texts = []
-    for values, usual in zip(common, defaults, strict=True):
-        for name in DISTINGUISHING:
-            value = getattr(values, name, None)
-            if value != getattr(usual, name, None):
-                texts.append(f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
-    return ", ".join(texts)

@@ -10,7 +10,7 @@ import numpy as np
 
 from avss_dist.core.errors import ModelError, without_secrets
 from avss_dist.core.settings import Settings, fingerprint
-from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
+from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
 from avss_dist.executors.interface import Executor, ReplicaSpec
 from avss_dist.models.checkpoints import Checkpoint, content_hash, convert_pickles, fetch_files, locate, resolve
@@ -20,9 +20,15 @@ from avss_dist.partition.choose import choose, needs_size, require_ranks, size_o
 from avss_dist.partition.replica import Placement, fingerprint_part
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run
-from avss_dist.runs.shard_size import split_into_shards
 from avss_dist.warehouse.schema import SCHEMA_VERSION
 from avss_dist.warehouse.store import Store
+
+# Changing one of these changes the shards, and so the id, of every run without an explicit size.
+MOST_SECONDS = 60  # of a shard on a typical device; at least half of that, as sizes are doubled
+FEWEST_SHARDS = 16  # for intervals over shards; a text of fewer rows has one shard a row
+MOST_WAITING_BYTES = 4 << 30  # hidden states of a shard, which wait together where layers are streamed
+FLOPS_OF_A_THREAD = {2: 150e9, 4: 75e9}  # a second, by the bytes of an element, with all that is measured
+FLOPS_OF_A_GPU = {2: 200e12, 4: 20e12}
 
 KEPT_PLANS = 4  # tokenized corpora that are remembered
 _TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")
@@ -50,7 +56,10 @@ class Planner:
             AvssError: the model, its tokenizer or its size is not one that can be run here.
         """
         checkpoint, config, settings, placement, size = self._open(spec)
-        corpus, settings = split_into_shards(self._plan(spec, checkpoint, config, settings), size, settings)
+        corpus = self._plan(spec, checkpoint, config, settings)
+        if settings.sequences_per_shard is None:
+            rows = rows_per_shard(size, settings, corpus.num_sequences)
+            corpus, settings = corpus.recut(rows), replace(settings, sequences_per_shard=rows)
         print_ = run_fingerprint(checkpoint, corpus, settings, placement)
         run = Run(
             run_id=f"{checkpoint.slug}-{print_[:10]}",
@@ -76,7 +85,11 @@ class Planner:
             code = spec.settings.trust_remote_code
             if spec.settings.allow_pickle and self.fetch:
                 convert_pickles(spec.model)
-            checkpoint = resolve(spec.model, trust_remote_code=code) if self.fetch else self._find(spec.model, code)
+            if self.fetch or locate(spec.model):
+                checkpoint = resolve(spec.model, trust_remote_code=code)
+            else:  # its revision, without its weights
+                code_files = ["*.py"] if code else []
+                checkpoint = fetch_files(spec.model, ["*.json", "*.model", "*.txt", "*.jinja", *code_files])
             config = text_config(checkpoint, trust_remote_code=code)
             named = None if self.fetch or checkpoint.source != "hub" else spec.model
             settings = pin(spec.settings, checkpoint, config, self.executor.device, spec=named)
@@ -88,13 +101,6 @@ class Planner:
             self._opened = key, (checkpoint, config, settings, placement, size)
         opened: tuple[Checkpoint, Any, Settings, Placement, Footprint | None] = self._opened[1]
         return opened
-
-    @staticmethod
-    def _find(model: str, code: bool) -> Checkpoint:
-        """Return a checkpoint with its revision, without downloading weights from the hub."""
-        if locate(model):
-            return resolve(model, trust_remote_code=code)
-        return fetch_files(model, ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if code else [])])
 
     def size(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Footprint | None:
         """Return the checkpoint's size; None if unknown."""
@@ -158,3 +164,28 @@ def run_fingerprint(checkpoint: Checkpoint, corpus: CorpusPlan, settings: Settin
         settings=numbers,
         **fingerprint_part(placement),
     )
+
+
+def rows_per_shard(size: Footprint | None, settings: Settings, num_sequences: int) -> int:
+    """Return the default number of rows in a shard: work for half a minute to a minute, in enough shards for intervals.
+
+    It is a batch times a power of two. Only short texts have smaller shards. It depends on the model, the kind of
+    device and the text, and neither on a timed benchmark nor on the workers, so that a run has the same shards
+    wherever it is resumed.
+
+    Args:
+        size: size of the model; None if unknown.
+        settings: pinned settings, without ``auto``.
+    """
+    limit = float(USUAL_ROWS)
+    if size is not None:
+        rates = FLOPS_OF_A_GPU if settings.device == "cuda" else FLOPS_OF_A_THREAD
+        flops = rates[2 if size.element_bytes == 2 else 4] * (1 if settings.device == "cuda" else settings.threads)
+        seconds = size.forward_flops(1, settings.sequence_length) / flops
+        waiting = size.hidden_bytes(1, settings.sequence_length)
+        limit = min(MOST_SECONDS / max(seconds, 1e-9), MOST_WAITING_BYTES / max(waiting, 1))
+    enough = num_sequences // FEWEST_SHARDS
+    if enough < settings.batch_size:
+        return max(1, enough)
+    doublings = int(max(1.0, min(limit, enough) / settings.batch_size)).bit_length() - 1
+    return int(settings.batch_size << doublings)

@@ -1,17 +1,18 @@
-"""Progress of one run into the warehouse: results as they come, then merge, score, commit."""
+"""Progress of one run into the warehouse: results as they come, then merge, block by block, score, commit."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from avss_dist.core.errors import AvssError
+from avss_dist.core.errors import AvssError, RunFailed
 from avss_dist.core.registry import BASELINES, RECIPES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
@@ -19,8 +20,9 @@ from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.executors.interface import ReplicaSpec, RunShards
 from avss_dist.models.checkpoints import CONVERTED, training_point
 from avss_dist.models.quantization import describe_quantization
-from avss_dist.runs.partials import Apply, merge_partials
+from avss_dist.stats.intervals import BOOTSTRAP_BLOCKS
 from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.stats.merging import Block, Merged, combine_blocks, merge_block, split_into_blocks
 from avss_dist.stats.scores import score_run
 from avss_dist.system.process import package_versions
 from avss_dist.warehouse.reader import Warehouse
@@ -94,6 +96,93 @@ class PlannedRun:
         return {shard.shard_id: shard.content_hash for shard in self.corpus.shards}
 
 
+MERGED_HERE = 400  # shards; merging more is distributed to workers
+
+Expected = Mapping[int, str]
+"""Content hashes of shards by id, in order."""
+Apply = Callable[[Callable[[Expected], Any], Sequence[Expected]], Iterable[Any]]
+"""Applies a function to every item, in order. See `executors.interface.Executor.apply`."""
+
+
+@dataclass
+class ShardSummary:
+    """Summary of the shards of a run, for its row.
+
+    Attributes:
+        layers, model, device: those of the last shard, with the notes of all shards.
+        peak_memory_bytes: maximum over shards.
+        seconds: sum over shards.
+    """
+
+    layers: tuple[str, ...] = ()
+    model: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
+    peak_memory_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: ShardResult | ShardSummary) -> None:
+        """Add a later shard, or a summary of later shards."""
+        notes = list(dict.fromkeys([*self.model.get("notes", ()), *other.model["notes"]]))
+        self.layers, self.model, self.device = other.layers, {**other.model, "notes": notes}, other.device
+        self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
+        self.seconds += other.seconds
+
+
+def merge_partials(
+    store: Store, shared: SharedWarehouse | None, run_id: str, expected: Expected, apply: Apply | None
+) -> tuple[Merged, ShardSummary]:
+    """Merge the partials of a run, and summarize its shards.
+
+    Args:
+        expected: content hash of every shard, from shard 0.
+        apply: merges blocks on workers; None merges all in this process.
+
+    Returns:
+        Statistics of the run and of its blocks, and the summary.
+
+    Raises:
+        RunFailed: a partial is missing or damaged.
+    """
+    read_here = partial(_read_block, store, run_id)
+    blocks = [{i: expected[i] for i in ids} for ids in split_into_blocks(len(expected), BOOTSTRAP_BLOCKS)]
+    summary = ShardSummary()
+
+    def each() -> Iterator[Block]:
+        results: Iterable[tuple[Block, ShardSummary] | None] = map(read_here, blocks)
+        if apply and shared and len(expected) > MERGED_HERE:
+            results = apply(partial(_read_shared_block, shared, run_id), blocks)
+        for block, result in zip(blocks, results, strict=True):
+            merged, summary_of_block = result or read_here(block)
+            summary.add(summary_of_block)
+            yield merged
+
+    return combine_blocks(each()), summary
+
+
+def _read_shared_block(shared: SharedWarehouse, run_id: str, expected: Expected) -> tuple[Block, ShardSummary] | None:
+    """Read and merge a block in any process. Returns None if the process does not reach the warehouse."""
+    store = shared.store()
+    return _read_block(store, run_id, expected) if store else None
+
+
+def _read_block(store: Store, run_id: str, expected: Expected) -> tuple[Block, ShardSummary]:
+    summary = ShardSummary()
+
+    def each() -> Iterator[ShardResult]:
+        shards = store.each_shard(run_id, expected)
+        for shard_id in expected:
+            shard = next(shards, None)
+            if shard is None or shard.shard_id != shard_id:
+                raise RunFailed(
+                    f"The partial of shard {shard_id} is damaged or missing.",
+                    "Run the same command again: it measures that shard again, and keeps the others.",
+                )
+            summary.add(shard)
+            yield shard
+
+    return merge_block(each(), range(min(expected), max(expected) + 1)), summary
+
+
 class RunInProgress:
     """A run that is being measured.
 
@@ -112,7 +201,7 @@ class RunInProgress:
         self._start = time.perf_counter()
         self._begun: float | None = None
         expected = planned.expected
-        stored = set() if fresh else {shard.shard_id for shard in self._partials(expected)}
+        stored = set() if fresh else {shard.shard_id for shard in store.each_shard(planned.run.run_id, expected)}
         missing = [shard for shard in planned.corpus.shards if shard.shard_id not in stored]
         self.shards = RunShards(
             run_id=planned.run.run_id, replica_spec=planned.replica_spec, shards=missing, warehouse=shared
@@ -167,13 +256,16 @@ class RunInProgress:
             speed = corpus.num_tokens / max(shards.seconds, 1e-9)
         else:
             speed = (corpus.num_tokens - self.done_tokens) / (measured - self._begun)
+        converted = []
+        if (self._planned.replica_spec.checkpoint.folder / CONVERTED).is_file():
+            converted = ["the weights were stored as pickles; they were converted to safetensors"]
         self.record(
             status="done",
             num_layers=len(layers),
             tokens_per_second=speed,
             device=shards.device,
             peak_memory_bytes=shards.peak_memory_bytes,
-            **{**shards.model, "notes": [*shards.model["notes"], *self._remarks(), *self.shards.notes]},
+            **{**shards.model, "notes": [*shards.model["notes"], *converted, *self.shards.notes]},
         )
         self.run = replace(self.run, status="done", seconds=time.perf_counter() - self._start)
         return self.run
@@ -185,14 +277,6 @@ class RunInProgress:
         self.run = replace(self.run, status="failed", error=str(error))
         error.run_id = self.run.run_id
         self.record(status="failed", error=str(error))
-
-    def _partials(self, expected: dict[int, str]) -> Iterator[ShardResult]:
-        return self._store.each_shard(self._planned.run.run_id, expected)
-
-    def _remarks(self) -> list[str]:
-        """Return notes on the checkpoint's files."""
-        converted = (self._planned.replica_spec.checkpoint.folder / CONVERTED).is_file()
-        return ["the weights were stored as pickles; they were converted to safetensors"] if converted else []
 
     def _identity(self, family: str) -> RunIdentity:
         checkpoint = self._planned.replica_spec.checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -79,13 +80,22 @@ class Cluster:
         if not address.startswith(("http://", "https://")):
             raise ConfigError(f"'{address}' is not the address of a job server.", "Write http://HEAD:8265.")
         with _environment_of_client():
-            from avss_dist.runs.job_client import Client
+            from ray.job_submission import JobSubmissionClient
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("ray")]:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.address = address
         limits = _seconds("AVSS_CONNECT_SECONDS", CONNECT_SECONDS), _seconds("AVSS_ANSWER_SECONDS", ANSWER_SECONDS)
+
+        class Client(JobSubmissionClient):
+            """Client that waits at most for the time limits, to connect and for each piece of an answer."""
+
+            def _do_request(self, method: str, endpoint: str, *, data: Any = None, **options: Any) -> Any:
+                body: Any = data and io.BytesIO(data)  # sent in blocks: the limit is for each, not for the whole file
+                options["timeout"] = limits
+                return super()._do_request(method, endpoint, data=body, **options)
+
         with self._explained(), _environment_of_client():
-            self._client = Client(address, limits)
+            self._client = Client(address)
 
     def submit(self, job: JobFile, options: Sequence[str] = ()) -> str:
         """Start ``avss run`` on the cluster with a copy of the job file, and return the job id.
@@ -96,7 +106,8 @@ class Cluster:
             ConfigError: the job names a path that will not exist on the cluster.
         """
         _require_reachable(job)
-        job_id = f"avss-{_slug(job.path.stem)}-{secrets.token_hex(3)}"
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", job.path.stem).strip("-.") or "job"  # for a URL and a shell
+        job_id = f"avss-{name}-{secrets.token_hex(3)}"
         with tempfile.TemporaryDirectory() as folder:
             directory, name = _pack(job, Path(folder))
             try:
@@ -159,13 +170,15 @@ class Cluster:
     @contextmanager
     def _explained(self, job_id: str = "") -> Iterator[None]:
         """Convert Ray's exceptions in the block to an AvssError with a hint."""
-        from avss_dist.runs.job_client import NO_ANSWER, AuthenticationError
+        from ray.exceptions import AuthenticationError
+        from requests.exceptions import ConnectionError as NoAnswer
+        from requests.exceptions import Timeout
 
         try:
             yield
         except AvssError:
             raise
-        except NO_ANSWER as error:
+        except (NoAnswer, Timeout) as error:  # `requests` raises either when a server stops answering
             raise RunFailed(
                 f"The job server at {self.address} closed the connection or did not answer in time.",
                 "Check the address. A slow server needs larger AVSS_CONNECT_SECONDS or AVSS_ANSWER_SECONDS.",
@@ -223,17 +236,13 @@ def _has_token() -> bool:
     return bool(given) or (Path.home() / ".ray" / "auth_token").is_file()
 
 
-def _first_error(log: str) -> str:
-    """Return the first line of a message that tells of an error, or of a run that failed, or else its first line."""
-    match = re.search(r"^Error: (.*)$", log, re.MULTILINE) or re.search(r"^(\S+: failed\. .*)$", log, re.MULTILINE)
-    return (match[1] if match else log.strip().partition("\n")[0]).strip()
-
-
 def _submitted(details: Any) -> Submitted:
     ended = details.status.is_terminal()
     start, end = (details.start_time or 0) / 1000, (details.end_time or 0) / 1000
     code = getattr(details, "driver_exit_code", None)
     failed = code if code in (1, 2) else 1
+    log = details.message or ""  # its first line that tells of an error or of a failed run, or else its first line
+    match = re.search(r"^Error: (.*)$", log, re.MULTILINE) or re.search(r"^(\S+: failed\. .*)$", log, re.MULTILINE)
     no_command = (
         "The cluster's image has no avss_dist: install it on every node, from a clone or a wheel of the repository."
     )
@@ -243,7 +252,7 @@ def _submitted(details: Any) -> Submitted:
         started=datetime.fromtimestamp(start, UTC) if start else None,
         seconds=(end or time.time()) - start if start else 0.0,
         entrypoint=details.entrypoint,
-        message=_first_error(details.message or ""),
+        message=(match[1] if match else log.strip().partition("\n")[0]).strip(),
         exit_code=None if not ended else 0 if details.status.value == "SUCCEEDED" else failed,
         hint=no_command if code == _NOT_FOUND else "",
     )
@@ -319,11 +328,6 @@ def _pack(job: JobFile, folder: Path) -> tuple[str, str]:
         name = f"job-{name}"
     shutil.copy(job.path, root / name)
     return str(root.relative_to(folder)), name
-
-
-def _slug(name: str) -> str:
-    """Return a name without characters that are special in a URL or a shell."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "job"
 
 
 def _entrypoint(directory: str, name: str, options: Sequence[str]) -> str:

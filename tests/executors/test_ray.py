@@ -39,7 +39,7 @@ from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
-from avss_dist.runs import partials
+from avss_dist.runs import run as partials
 from avss_dist.runs.events import RunEvent, ShardMeasured
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner

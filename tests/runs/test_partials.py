@@ -12,8 +12,8 @@ import pytest
 from support.warehouses import SCALES, activations, stats_of
 
 from avss_dist.core.errors import RunFailed
-from avss_dist.runs import partials
-from avss_dist.runs.partials import ShardSummary, merge_partials
+from avss_dist.runs import run as partials
+from avss_dist.runs.run import ShardSummary, merge_partials
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.stats.merging import Merged, merge_blocks
 from avss_dist.warehouse.schema import RunIdentity

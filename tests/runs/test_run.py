@@ -194,7 +194,7 @@ def test_shards_are_merged_in_blocks_when_there_are_many(
 ) -> None:
     """More shards than blocks: the totals stay, only the units of intervals are coarser."""
     score(tiny_llama, tmp_path / "fine", sequences_per_shard=1)
-    monkeypatch.setattr("avss_dist.runs.partials.BOOTSTRAP_BLOCKS", 4)
+    monkeypatch.setattr("avss_dist.runs.run.BOOTSTRAP_BLOCKS", 4)
     score(tiny_llama, tmp_path / "coarse", sequences_per_shard=1)
     fine, coarse = (Warehouse(tmp_path / name).scores().to_pydict() for name in ("fine", "coarse"))
     assert fine["count"] == coarse["count"] and fine["rank"] == coarse["rank"]

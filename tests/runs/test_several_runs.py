@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,10 +41,9 @@ def test_no_run_begins_where_storage_is_full_and_what_comes_late_of_a_failed_run
     shards = RunShards(run_id="a", replica_spec=nothing, shards=[])
     failing: Any = (SimpleNamespace(name="org/a"), SimpleNamespace(fail=lambda _: None))
     driver._in_progress[shards] = failing
-    driver._fail(shards, failure)
-    driver._keep(shards, None)
-    driver._finish(shards)
-    driver._fail(shards, failure)
+    for outcome in (failure, None, failure):
+        driver._attempt(shards, partial(driver._keep, outcome))
+    driver._attempt(shards, driver._finish)
     run = Run(run_id="b", model="org/b", warehouse="w", status="failed")
     planner: Any = SimpleNamespace(prepare=lambda _: SimpleNamespace(run=run))
     driver._planner = planner

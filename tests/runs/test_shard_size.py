@@ -14,8 +14,8 @@ from avss_dist.core.settings import Settings
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.size import Footprint, footprint
-from avss_dist.runs import planner, shard_size
-from avss_dist.runs.shard_size import FEWEST_SHARDS, FLOPS_OF_A_GPU, FLOPS_OF_A_THREAD, MOST_SECONDS, rows_per_shard
+from avss_dist.runs import planner
+from avss_dist.runs.planner import FEWEST_SHARDS, FLOPS_OF_A_GPU, FLOPS_OF_A_THREAD, MOST_SECONDS, rows_per_shard
 from avss_dist.warehouse.store import Store
 
 OPTIONS: dict[str, Any] = {"corpus": "builtin:pydoc", "sequence_length": 64, "batch_size": 2, "partition": "single"}
@@ -83,7 +83,7 @@ def test_models_of_one_tokenizer_share_the_tokens_and_not_the_shards(
     wide = save_checkpoint(llama(hidden_size=64, intermediate_size=512), tmp_path / "wide")
     small = Settings(sequence_length=64, batch_size=2, device="cpu")
     flops = footprint(resolve(str(tiny_llama)), small).forward_flops(9, 64)
-    monkeypatch.setattr(shard_size, "FLOPS_OF_A_THREAD", {4: flops / MOST_SECONDS})  # nine rows of the small model
+    monkeypatch.setattr(planner, "FLOPS_OF_A_THREAD", {4: flops / MOST_SECONDS})  # nine rows of the small model
     read: list[str] = []
     tokenize = planner.tokenize_corpus
 
