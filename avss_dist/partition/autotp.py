@@ -59,7 +59,7 @@ def open_by_autotp(
     model = load_model(checkpoint, settings, head=head)
     with quiet(), quiet_deepspeed():
         whole = open_module(model, layers=settings.layers)
-        require_heads(model.config.get_text_config(), split.ranks)
+        require_autotp(model.config.get_text_config(), split.ranks)
         run = forward_function(whole.module)
         logits = _logits(predictor(model), torch.device("cpu")) if head else None
         expected = probe(run, whole.structure.layers, torch.device("cpu"))
@@ -71,7 +71,12 @@ def open_by_autotp(
             actual = probe(run, again, device)
         layers = _check(model, again, expected, actual, split)
         if logits is not None:
-            _check_logits(predictor(model), logits, device)
+            with _running(model):
+                split_logits = _logits(predictor(model), device)
+            error = difference(logits, split_logits) if split_logits.shape == logits.shape else float("inf")
+            maximum = max(all_gather(error, device))
+            if maximum > TOLERANCES.get(logits.dtype, 0.0):
+                raise _cannot_split(model, f"its logits are off by {maximum:.2g} of their size after the split")
     return replace(whole, structure=replace(whole.structure, layers=layers))
 
 
@@ -84,28 +89,20 @@ def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
     }
 
 
-def require_heads(config: Any, world: int) -> None:
-    """Refuse more ranks than heads, because a head's keys and values are not split.
+def require_autotp(config: Any, world: int) -> None:
+    """Refuse a family that DeepSpeed refuses, and more ranks than heads: a head's keys and values are not split.
 
     Raises:
-        ConfigError: there are more ranks than heads; the message has the numbers.
+        ConfigError: the family is one of `UNSUPPORTED`, or there are more ranks than heads.
     """
+    if config.model_type in UNSUPPORTED:
+        raise ConfigError(f"Neither transformers nor DeepSpeed can split a {config.model_type} model.", _ELSEWHERE)
     name, heads = head_count(config) or ("", world)
     if world > heads:
         raise ConfigError(
             f"{world} ranks cannot share {heads} heads ({name} of the {config.model_type} configuration).",
             f"Set `ranks` to {heads} at most. {_ELSEWHERE}" if heads > 1 else _ELSEWHERE,
         )
-
-
-def require_supported(config: Any) -> None:
-    """Refuse a family that DeepSpeed refuses, whose ranks would load it first.
-
-    Raises:
-        ConfigError: the family is one of `UNSUPPORTED`.
-    """
-    if config.model_type in UNSUPPORTED:
-        raise ConfigError(f"Neither transformers nor DeepSpeed can split a {config.model_type} model.", _ELSEWHERE)
 
 
 def apply_autotp(model: Any, world: int, device: torch.device) -> None:
@@ -119,7 +116,13 @@ def apply_autotp(model: Any, world: int, device: torch.device) -> None:
     import deepspeed
 
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    others = list(_in_another_dtype(model, dtype))
+    others = [
+        (tensors, name, tensor.data)
+        for module in model.modules()
+        for tensors in (module._buffers, module._parameters)
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype
+    ]
     try:
         deepspeed.init_inference(model, config=inference_config(dtype, world))
     except _REFUSALS as error:
@@ -160,25 +163,6 @@ def _running(model: Any) -> Iterator[None]:
         yield
     except _REFUSALS as error:
         raise _cannot_split(model, f"the split model does not run: {error}") from error
-
-
-def _check_logits(model: Any, expected: torch.Tensor, device: torch.device) -> None:
-    """Refuse a model whose logits changed by the split; all ranks come to the same result."""
-    with _running(model):
-        actual = _logits(model, device)
-    error = difference(expected, actual) if actual.shape == expected.shape else float("inf")
-    maximum = max(all_gather(error, device))
-    if maximum > TOLERANCES.get(expected.dtype, 0.0):
-        raise _cannot_split(model, f"its logits are off by {maximum:.2g} of their size after the split")
-
-
-def _in_another_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
-    """Yield (tensors of a module, name, value) of every tensor with another dtype."""
-    for module in model.modules():
-        for tensors in (module._buffers, module._parameters):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype:
-                    yield tensors, name, tensor.data
 
 
 def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:

@@ -73,10 +73,22 @@ def choose(
     elif size:
         partition, gpus, why = _fitting(size, settings, execution, devices, head=head)
         if size.quantized and partition == LAYERWISE:
-            raise _no_room_for_quantized(size, why)
+            hint = "Use more memory or GPUs, or a `partition` of several ranks."
+            if size.can_unpack:
+                how = "with which it is streamed and the numbers are those of unpacked weights"
+                hint = f"Set `dequantize`, {how}. {hint}"
+            raise ConfigError(
+                f"The weights stay quantized, and {why}. `partition` {LAYERWISE}, for which one layer must fit, "
+                "computes with unpacked weights.",
+                hint,
+            )
     else:
         partition, gpus, why = WHOLE, int(cuda), "the checkpoint's size is not known"
-    ranks = _ranks(partition, execution, gpus)
+    ranks = (execution.ranks or gpus or 2) if partition in GANGS else 1
+    if partition in GANGS and gpus and gpus != ranks:
+        raise ConfigError(
+            f"`ranks` is {ranks} and `gpus_per_replica` {gpus}, but every rank has one GPU.", "Set one of the two."
+        )
     if size:
         _require_room_to_gather(partition, ranks, size, settings, devices, head=head)
     return Placement(
@@ -85,18 +97,6 @@ def choose(
         gpus=gpus,
         max_memory=weight_limits(partition, size, settings, execution.max_memory, devices.kind, head=head),
         why=why,
-    )
-
-
-def _no_room_for_quantized(size: Footprint, why: str) -> ConfigError:
-    """Return the error of a quantized model that could only be streamed, for which it must be unpacked."""
-    hint = "Use more memory or GPUs, or a `partition` of several ranks."
-    if size.can_unpack:
-        hint = f"Set `dequantize`, with which it is streamed and the numbers are those of unpacked weights. {hint}"
-    return ConfigError(
-        f"The weights stay quantized, and {why}. `partition` {LAYERWISE}, for which one layer must fit, computes with "
-        "unpacked weights.",
-        hint,
     )
 
 
@@ -128,8 +128,19 @@ def weight_limits(
     """
     remaining = dict(limits)
     if "cpu" in limits:
-        _require_host_memory(partition, size, settings, limits["cpu"], kind, head=head)
-        remaining["cpu"] = max(1, limits["cpu"] - bytes_beside_weights(size, settings, kind, head=head))
+        limit, needed = limits["cpu"], least_host_bytes(partition, size, settings, kind, head=head) if size else 0
+        if size and limit < needed:
+            batch = batch_bytes(size, settings, head=head) if kind == "cpu" else 0
+            parts = [f"{describe_bytes(PROCESS_BYTES)} for the interpreter, libraries and counters"]
+            parts += [f"{describe_bytes(batch)} for the activations of a batch"] if batch else []
+            held = describe_bytes(needed - PROCESS_BYTES - batch)
+            raise ConfigError(
+                f"`max_memory` allows {describe_bytes(limit)} of host memory; with `partition` {partition} a replica "
+                f"needs {describe_bytes(needed)}: {', '.join(parts)}, and {held} for the weights that are held at "
+                "once.",
+                f"Allow cpu={-(-needed // 10**6)}MB or more.",
+            )
+        remaining["cpu"] = max(1, limit - bytes_beside_weights(size, settings, kind, head=head))
     if PARTITIONS[partition].several_gpus and size:
         batch = batch_bytes(size, settings, head=head)
         remaining |= {gpu: max(1, limit - batch) for gpu, limit in limits.items() if gpu != "cpu"}
@@ -138,26 +149,10 @@ def weight_limits(
 
 def least_host_bytes(partition: str, size: Footprint, settings: Settings, kind: str, *, head: bool = False) -> int:
     """Return the minimum bytes of host memory of a replica: `bytes_beside_weights`, and the weights held at once."""
-    weights = replica_class(partition).memory.minimum_host_weights(size, kind, head=head)
-    return bytes_beside_weights(size, settings, kind, head=head) + int(weights)
-
-
-def _require_host_memory(
-    partition: str, size: Footprint | None, settings: Settings, limit: int, kind: str, *, head: bool
-) -> None:
-    needed = least_host_bytes(partition, size, settings, kind, head=head) if size else 0
-    if not size or limit >= needed:
-        return
-    batch = batch_bytes(size, settings, head=head) if kind == "cpu" else 0
-    parts = [f"{describe_bytes(PROCESS_BYTES)} for the interpreter, libraries and counters"]
-    parts += [f"{describe_bytes(batch)} for the activations of a batch"] if batch else []
-    held = needed - PROCESS_BYTES - batch
-    raise ConfigError(
-        f"`max_memory` allows {describe_bytes(limit)} of host memory; with `partition` {partition} a replica needs "
-        f"{describe_bytes(needed)}: {', '.join(parts)}, and {describe_bytes(held)} for the weights that are held at "
-        "once.",
-        f"Allow cpu={-(-needed // 10**6)}MB or more.",
-    )
+    beside = bytes_beside_weights(size, settings, kind, head=head)
+    if PARTITIONS[partition].gang:  # `max_memory` has no effect
+        return beside
+    return beside + int(replica_class(partition).memory.minimum_host_weights(size, kind, head=head))
 
 
 def require_room_for_a_layer(needed: int, limit: int | None) -> None:
@@ -205,24 +200,20 @@ def _on_one_node(processes: int, settings: Settings, devices: Devices) -> int:
     return min(processes, max(1, devices.cpus_of_largest_node // settings.threads))
 
 
-def _require_effect(execution: Execution) -> None:
-    """Refuse limits that have no effect on the requested partition."""
-    if execution.max_memory and not PARTITIONS[execution.partition].offloads:
-        offloading = " or ".join(partition for partition, info in PARTITIONS.items() if info.offloads)
-        raise ConfigError(
-            f"`max_memory` has no effect on `partition` {execution.partition}, which keeps all weights on its devices.",
-            f"Leave it out, or use {offloading}.",
-        )
-
-
 def _requested(execution: Execution, devices: Devices) -> tuple[str, int, str]:
     """Return the partition, its number of GPUs, and the reason, for people."""
     partition = execution.partition
     info = PARTITIONS[partition]
-    _require_effect(execution)
-    gpus = 0
+    if execution.max_memory and not info.offloads:
+        offloading = " or ".join(name for name, other in PARTITIONS.items() if other.offloads)
+        raise ConfigError(
+            f"`max_memory` has no effect on `partition` {partition}, which keeps all weights on its devices.",
+            f"Leave it out, or use {offloading}.",
+        )
+    gpus, here = 0, devices.count_of_largest_node
     if devices.kind == "cuda":
-        gpus = execution.gpus_per_replica or _usual_gpus(partition, execution, devices)
+        usual = (execution.ranks or max(2, here)) if info.gang else max(1, here) if info.several_gpus else 1
+        gpus = execution.gpus_per_replica or usual
     if gpus > 1 and not (info.gang or info.several_gpus):
         others = ", ".join(name for name, other in PARTITIONS.items() if other.gang or other.several_gpus)
         raise ConfigError(
@@ -230,23 +221,6 @@ def _requested(execution: Execution, devices: Devices) -> tuple[str, int, str]:
             f"Leave `gpus_per_replica` out, or use another `partition`: {others}.",
         )
     return partition, gpus, "it was requested"
-
-
-def _usual_gpus(partition: str, execution: Execution, devices: Devices) -> int:
-    if partition in GANGS:
-        return execution.ranks or max(2, devices.count_of_largest_node)
-    return max(1, devices.count_of_largest_node) if PARTITIONS[partition].several_gpus else 1
-
-
-def _ranks(partition: str, execution: Execution, gpus: int) -> int:
-    if partition not in GANGS:
-        return 1
-    ranks = execution.ranks or gpus or 2
-    if gpus and gpus != ranks:
-        raise ConfigError(
-            f"`ranks` is {ranks} and `gpus_per_replica` {gpus}, but every rank has one GPU.", "Set one of the two."
-        )
-    return ranks
 
 
 def _fitting(
@@ -285,10 +259,12 @@ def _fitting_gpus(
     if minimum <= (requested or available):
         return SEVERAL_GPUS, int(requested or minimum), f"need {minimum} times one {name}"
     room -= 2 * max(*size.layer_bytes, size.embedding_bytes)  # one module is gathered while another one runs
-    minimum = _devices_needed(size.weight_bytes, room)
+    minimum = max(2, -(-size.weight_bytes // room)) if room > 0 else math.inf
     in_parts = not (requested or head or execution.executor == "local")  # with a head, weights may have to be changed
     if in_parts and 1 < available < minimum <= devices.count:
-        partition, why = _sharded()
+        partition, why = "fsdp", "fsdp, whose ranks read their parts of the files alone"
+        if obstacle := version_obstacle():
+            partition, why = "zero3", f"zero3, because {obstacle}"
         return partition, int(minimum), f"need {minimum} times one {name} of several hosts: {why}"
     return LAYERWISE, 1, f"do not fit into {requested or available} times one {name}"
 
@@ -314,15 +290,3 @@ def gpus_filled(size: Footprint, room: int) -> float:
             gpus, used = gpus + 1, 0
         used += module
     return max(2, gpus)
-
-
-def _devices_needed(weights: int, room: int) -> float:
-    """Return the number of devices that hold weights together, if each has room for a part; at least 2."""
-    return max(2, -(-weights // room)) if room > 0 else math.inf
-
-
-def _sharded() -> tuple[str, str]:
-    """Return the partition whose ranks each hold a part of every parameter, and the reason for it, for people."""
-    if obstacle := version_obstacle():
-        return "zero3", f"zero3, because {obstacle}"
-    return "fsdp", "fsdp, whose ranks read their parts of the files alone"

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +16,8 @@ from torch import nn
 from avss_dist.core.errors import ConfigError, nearest
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
-from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import Layer
-from avss_dist.models.loading import forward_function, load
+from avss_dist.models.loading import Backbone, load
 from avss_dist.models.size import (
     Footprint,
     find_layers,
@@ -29,9 +27,9 @@ from avss_dist.models.size import (
     stored_skeleton,
 )
 from avss_dist.partition.memory import OffloadFolder, PartitionMemory, Usage, bytes_beside_weights
-from avss_dist.partition.replica import BatchwiseReplica, Placement, describe
-from avss_dist.system.devices import available_memory, free_device, pick_device
-from avss_dist.system.memory import keep_freed_memory
+from avss_dist.partition.replica import Placement
+from avss_dist.partition.single import BatchwiseReplica
+from avss_dist.system.devices import available_memory
 
 SPARE_SHARE = 0.9  # of free memory that weights may take where there is no limit
 
@@ -47,8 +45,8 @@ class DeviceMapMemory(PartitionMemory):
         return max(size.layer_bytes, default=0) if kind == "cpu" else 0
 
     @cached_property
-    def spread(self) -> Spread:
-        """Distribution of the weights by a device map on this machine."""
+    def spread(self) -> tuple[Mapping[Device, int], int]:
+        """Distribution of the weights by a device map on this machine, as `spread` returns it."""
         batch = self.size.activation_bytes(self.settings.batch_size, self.settings.sequence_length)
         devices = self.devices
         count = devices.count_of_largest_node if self.on_gpu else 0
@@ -65,16 +63,17 @@ class DeviceMapMemory(PartitionMemory):
     @property
     def gpus(self) -> int:
         """See `PartitionMemory`."""
-        return max(int(self.on_gpu), sum(isinstance(name, int) for name in self.spread.held))
+        return max(int(self.on_gpu), sum(isinstance(name, int) for name in self.spread[0]))
 
     def usage(self) -> Usage:
         """See `PartitionMemory`."""
-        on_host, on_disk = self.spread.held.get("cpu", 0), self.spread.layers_on_disk
+        spread, on_disk = self.spread
+        on_host = spread.get("cpu", 0)
         size, layer = self.size, max(self.size.layer_bytes)
         why = f"{on_disk} of {size.num_layers} layers on disk, read for every batch" if on_disk else "all in memory"
         if not self.on_gpu:
             return self.process_usage(on_host + (layer if on_disk else 0), why)
-        held = {gpu: weights for gpu, weights in self.spread.held.items() if isinstance(gpu, int)}
+        held = {gpu: weights for gpu, weights in spread.items() if isinstance(gpu, int)}
         if on_host or on_disk:  # layers come to the first GPU, one at a time
             held[0] = held.get(0, 0) + layer
         if on_host:
@@ -91,39 +90,38 @@ class DeviceMapReplica(BatchwiseReplica):
 
     memory = DeviceMapMemory
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
-        self.device = pick_device(settings.device)
-        keep_freed_memory()
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         resolved, model, tensors = load_skeleton(checkpoint, settings)
         stored = [tensor.name for tensor in tensors]
         limits = memory_limits(self.device, checkpoint, settings, placement)
         self.device_map = plan_map(stored_skeleton(resolved, model, settings), stored, limits, settings)
-        if checkpoint.gguf:
-            _refuse_disk(model, self.device_map)
+        on_disk = [p for name, p in model.named_parameters() if _place(name, self.device_map)[1] == "disk"]
+        if checkpoint.gguf and on_disk:  # transformers unpacks the file into memory
+            raise ConfigError(
+                f"{describe_bytes(parameter_bytes(on_disk))} of weights have no place: those of a .gguf file cannot be "
+                "on disk.",
+                "Allow more `max_memory`, or convert it to safetensors.",
+            )
         rewritten = [p for name, p in unstored(model, stored).items() if _place(name, self.device_map)[1] == "disk"]
         self._folder = OffloadFolder(parameter_bytes(rewritten))
         try:
             with _quiet_accelerate():
                 placing = {"device_map": self.device_map, "offload_folder": self._folder.path}
-                self._backbone = load(checkpoint, settings, self.device, head=head, **placing)
+                backbone = load(checkpoint, settings, self.device, head=head, **placing)
         except BaseException:
             self._folder.remove()
             raise
-        self._run = forward_function(self._backbone.module)
-        self.layers: tuple[Layer, ...] = self._backbone.structure.layers
-        several = len(set(self.device_map.values()) - {"cpu", "disk"}) > 1
-        self._handles = [_move_inputs(layer.module) for layer in self.layers] if several else []
+        places = set(self.device_map.values())
+        several = len(places - {"cpu", "disk"}) > 1
+        self._handles = [_move_inputs(layer.module) for layer in backbone.structure.layers] if several else []
+        if {"cpu", "disk"} & places - {self.device.type}:
+            self.no_gradients = (
+                "`partition` device_map keeps some of the weights off the devices that compute, and has no gradients "
+                "then.",
+                "Use `partition` streaming, or give it more memory.",
+            )
         # Weights on disk are untied while they are there; the skeleton still knows.
-        tied_once = sum(p.numel() for p in model.parameters())
-        self.model: Mapping[str, Any] = describe(self._backbone, "device_map") | {"num_parameters": tied_once}
-        if head:
-            self.language_model = LanguageModel(checkpoint, settings, self._backbone, self.device)
-            if {"cpu", "disk"} & set(self.device_map.values()) - {self.device.type}:
-                self.language_model.no_gradients = (
-                    "`partition` device_map keeps some of the weights off the devices that compute, and has no "
-                    "gradients then.",
-                    "Use `partition` streaming, or give it more memory.",
-                )
+        return replace(backbone, num_parameters=sum(p.numel() for p in model.parameters()))
 
     def close(self) -> None:
         """Drop the weights, Accelerate's hooks and what was written to the offload folder."""
@@ -132,10 +130,9 @@ class DeviceMapReplica(BatchwiseReplica):
         for handle in self._handles:
             handle.remove()
         remove_hook_from_module(self._backbone.model, recurse=True)
-        self.language_model = None
-        del self._backbone, self._run, self.layers, self._handles
+        del self._handles
+        super().close()
         self._folder.remove()
-        free_device(self.device)
 
 
 def memory_limits(
@@ -194,23 +191,17 @@ def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], se
     return dict(device_map)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Distribution of a model's weights over devices.
+def spread(
+    checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]
+) -> tuple[Mapping[Device, int], int]:
+    """Distribute weights by `plan_map`, from headers alone; see it for ``limits``.
 
-    Attributes:
-        held: bytes of weights by device: a GPU's index, ``cpu``, ``disk``.
-        layers_on_disk: number of layers with a weight on disk.
+    Returns:
+        Bytes of weights by device, which is a GPU's index, ``cpu`` or ``disk``, and the number of layers with a weight
+        on disk.
     """
-
-    held: Mapping[Device, int]
-    layers_on_disk: int
-
-
-def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]) -> Spread:
-    """Return the distribution of weights by `plan_map`, from headers alone; see it for ``limits``."""
-    resolved, whole, tensors = load_skeleton(checkpoint, settings)
-    model = stored_skeleton(resolved, whole, settings)
+    resolved, skeleton, tensors = load_skeleton(checkpoint, settings)
+    model = stored_skeleton(resolved, skeleton, settings)
     device_map = plan_map(model, [tensor.name for tensor in tensors], limits, settings)
     places = {id(p): _place(name, device_map)[1] for name, p in model.named_parameters()}
     held: Counter[Device] = Counter()
@@ -219,7 +210,7 @@ def spread(checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Dev
         held["cpu" if place is None else place] += parameter_bytes([parameter])
     layers = find_layers(model, settings)
     on_disk = sum(any(places[id(p)] == "disk" for p in layer.parameters()) for layer in layers)
-    return Spread(held=held, layers_on_disk=on_disk)
+    return held, on_disk
 
 
 def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None:
@@ -234,17 +225,6 @@ def require_complete(model: nn.Module, device_map: Mapping[str, Device]) -> None
             f"The device map has no place for {describe_bytes(parameter_bytes(placeless.values()))} of weights, "
             f"{next(iter(placeless))} first.",
             "Allow more `max_memory`.",
-        )
-
-
-def _refuse_disk(model: nn.Module, device_map: Mapping[str, Device]) -> None:
-    """Refuse weights of a .gguf file on disk, because transformers unpacks the file into memory."""
-    on_disk = [p for name, p in model.named_parameters() if _place(name, device_map)[1] == "disk"]
-    if on_disk:
-        raise ConfigError(
-            f"{describe_bytes(parameter_bytes(on_disk))} of weights have no place: those of a .gguf file cannot be on "
-            "disk.",
-            "Allow more `max_memory`, or convert it to safetensors.",
         )
 
 

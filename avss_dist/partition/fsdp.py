@@ -15,14 +15,15 @@ from torch.distributed.fsdp import FSDPModule
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import Layer, probe_tokens
-from avss_dist.models.loading import forward_function, load_model, open_module, predictor, quiet, without_head
+from avss_dist.models.layers import probe_tokens
+from avss_dist.models.loading import Backbone, load_model, open_module, predictor, without_head
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.device_map import unstored
-from avss_dist.partition.group import require_group, reraise_lost_ranks
+from avss_dist.partition.group import require_group
 from avss_dist.partition.memory import refusal
-from avss_dist.partition.replica import BatchwiseReplica, Placement, describe
+from avss_dist.partition.replica import Placement
 from avss_dist.partition.sharded import ShardedLanguageModel, ShardedMemory, refuse_gguf, refuse_mxfp4
+from avss_dist.partition.single import BatchwiseReplica
 from avss_dist.partition.splitting import (
     distributed_config,
     generic_name,
@@ -30,8 +31,6 @@ from avss_dist.partition.splitting import (
     scale_obstacle,
     version_obstacle,
 )
-from avss_dist.system.devices import free_device, pick_device
-from avss_dist.system.memory import keep_freed_memory
 
 _RELEASED = "free_full_weight"  # transformers' name for modules whose weights are gathered while they run
 
@@ -56,41 +55,28 @@ class FsdpReplica(BatchwiseReplica):
     """One rank of an FSDP2 model; see `partition.replica.Replica`. All ranks open it in a group (`group.join`).
 
     Each rank reads its part of every tensor from the files.
-
-    Raises:
-        ConfigError: there is no group, or the checkpoint or the installed transformers cannot be partitioned this way.
-        ModelError: the model cannot be opened or observed.
     """
 
     memory = FsdpMemory
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         refuse_gguf(checkpoint, placement.partition)
         _, world = require_group(placement)
-        self.device = pick_device(settings.device)
-        keep_freed_memory()
+        self.language_model_type = ShardedLanguageModel
         _, empty, tensors = load_skeleton(checkpoint, settings)
         refuse_mxfp4(checkpoint, empty.config, settings, placement.partition)
         require_experts_on_every_rank(unstored(empty, [tensor.name for tensor in tensors]), world)
         require_whole_blocks(checkpoint, settings, world)
         plan = gathering_plan(empty, settings.layers)
-        with quiet(), reraise_lost_ranks():
-            model = load_model(checkpoint, settings, head=head, **distributed_config(fsdp_size=world, fsdp_plan=plan))
-            _prepare(model)
-            if head:
-                _run(predictor(model), self.device)
-            self._backbone = open_module(model, layers=settings.layers, device=self.device)
-            if head:
-                self.language_model = ShardedLanguageModel(checkpoint, settings, self._backbone, self.device)
-        self._run = forward_function(self._backbone.module)
-        self.layers: tuple[Layer, ...] = self._backbone.structure.layers
-        self.model: Mapping[str, Any] = describe(self._backbone, "fsdp")
-
-    def close(self) -> None:
-        """Drop this rank's part of the weights."""
-        self.language_model = None
-        del self._backbone, self._run, self.layers
-        free_device(self.device)
+        model = load_model(checkpoint, settings, head=head, **distributed_config(fsdp_size=world, fsdp_plan=plan))
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # of which the model itself and tied embeddings would keep weights
+                module.set_reshard_after_forward(True, recurse=False)
+                type(module).__name__ = type(module).__name__.removeprefix("FSDP")
+        if head:  # FSDP2 refuses a module that first runs after those inside it
+            with torch.no_grad():
+                predictor(model)(input_ids=probe_tokens(self.device), use_cache=False)
+        return open_module(model, layers=settings.layers, device=self.device)
 
 
 def gathering_plan(model: Any, layers: str | None) -> dict[str, str]:
@@ -143,21 +129,3 @@ def require_whole_blocks(checkpoint: Checkpoint | str, settings: Settings, ranks
             f"`partition` fsdp cannot unpack the weights: {obstacle}.",
             "Set `ranks` to a smaller number, leave out `dequantize`, or use `partition` streaming.",
         )
-
-
-def _prepare(model: nn.Module) -> None:
-    """Have modules of an FSDP2 model drop the weights of other ranks after they ran, and carry their class's name.
-
-    By default the model itself and tied embeddings keep them, and classes get the prefix FSDP.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_reshard_after_forward(True, recurse=False)
-            type(module).__name__ = type(module).__name__.removeprefix("FSDP")
-
-
-def _run(module: Any, device: torch.device) -> None:
-    """Run a module that contains others once: FSDP2 refuses a module that first runs after those inside it."""
-    ids = probe_tokens(device)
-    with torch.no_grad():
-        module(input_ids=ids, use_cache=False)

@@ -58,10 +58,14 @@ def join(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed calls old names
     with quiet_deepspeed():
         import deepspeed
+        from deepspeed import ops
         from deepspeed.inference.engine import InferenceEngine
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
         if device.type == "cpu":
-            _without_shared_memory_op()
+            # DeepSpeed's own operation for reductions is compiled on first use, waits forever for a rank that died, and
+            # leaks 69 MB of shared memory for each rank. Without it, DeepSpeed uses gloo, which has a timeout.
+            ops.__compatible_ops__ = {**ops.__compatible_ops__, ShareMemCommBuilder.NAME: False}
         else:
             torch.cuda.set_device(local_rank)
         on_gpus = "cpu:gloo,cuda:nccl" if host_tensors else "nccl"
@@ -226,15 +230,3 @@ def quiet_deepspeed() -> Iterator[None]:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
         yield
-
-
-def _without_shared_memory_op() -> None:
-    """Make DeepSpeed use gloo, which has a timeout, for reductions on CPUs.
-
-    DeepSpeed's own operation is compiled on first use, waits forever for a rank that died, and leaks 69 MB of shared
-    memory for each rank.
-    """
-    from deepspeed import ops
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-    ops.__compatible_ops__ = {**ops.__compatible_ops__, ShareMemCommBuilder.NAME: False}

@@ -139,27 +139,6 @@ def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placemen
     return cast(Replica, replica_class(placement.partition)(checkpoint, settings, placement, head=head))
 
 
-class BatchwiseReplica:
-    """Replica that runs batches one after the other; see `partition.replica.Replica`."""
-
-    device: torch.device
-    split = RowSplit()
-    reports_stats = True
-    language_model: LanguageModel | None = None
-    memory: ClassVar[type[PartitionMemory]] = PartitionMemory
-    _run: Forward
-
-    def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
-        """See `partition.replica.Replica`. All ranks must run equally many batches."""
-        for batch in batches:
-            with context(batch):
-                run_batch(self._run, batch, self.device)
-
-    def collect(self, counted: T) -> list[T]:
-        """See `partition.replica.Replica`."""
-        return [counted]
-
-
 def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:
     """Run a backbone over a batch, with an attention mask only if rows are padded."""
     input_ids = to_device(batch.input_ids, device, torch.int64)

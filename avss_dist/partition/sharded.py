@@ -24,7 +24,13 @@ from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import Footprint, load_skeleton
 from avss_dist.models.sparsifying import dense
-from avss_dist.partition.group import DividedLanguageModel, all_gather, quiet_deepspeed, share, sum_over_ranks
+from avss_dist.partition.group import (
+    DividedLanguageModel,
+    all_gather,
+    quiet_deepspeed,
+    share,
+    sum_over_ranks,
+)
 from avss_dist.partition.memory import PartitionMemory, Usage, refusal
 from avss_dist.partition.replica import dummy_batch
 
@@ -35,11 +41,6 @@ PREFETCHED = 50_000_000  # parameters that are gathered ahead, on GPUs, beside t
 
 class ShardedMemory(PartitionMemory):
     """Memory of a replica whose ranks hold parts of the parameters and gather one layer at a time."""
-
-    @staticmethod
-    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """See `PartitionMemory`. ``max_memory`` has no effect."""
-        return 0
 
     @staticmethod
     def minimum_rank_weights(size: Footprint, ranks: int) -> int:
@@ -164,25 +165,6 @@ def refuse_mxfp4(checkpoint: Checkpoint, config: Any, settings: Settings, partit
 BUCKET = 12_500_000  # gradients or weights that DeepSpeed exchanges at once: 50 MB in float32
 
 
-def _deepspeed_config(stage: int, rows: int, bfloat16: bool) -> dict[str, Any]:
-    """Return DeepSpeed's configuration. Weights stay in float32, and autocast is PyTorch's, as in one process."""
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-    if stage == 3:
-        zero |= {
-            "stage3_gather_16bit_weights_on_model_save": True,  # in the dtype that they have
-            "stage3_prefetch_bucket_size": BUCKET,
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 4 * BUCKET,
-        }
-    return {
-        "train_micro_batch_size_per_gpu": rows,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": "auto",
-        "zero_optimization": zero,
-        "torch_autocast": {"enabled": bfloat16, "dtype": "bfloat16"},
-    }
-
-
 @contextmanager
 def trainer_options(
     sharding: str, kind: str, *, rows: int, bfloat16: bool, layers: Iterable[str]
@@ -205,7 +187,22 @@ def trainer_options(
     info = SHARDINGS[sharding]
     options: dict[str, Any] = {"per_device_train_batch_size": rows}
     if info.zero_stage:
-        options |= {"deepspeed": _deepspeed_config(info.zero_stage, rows, bfloat16), "bf16": False}
+        zero: dict[str, Any] = {"stage": info.zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+        if info.weights:
+            zero |= {
+                "stage3_gather_16bit_weights_on_model_save": True,  # in the dtype that they have
+                "stage3_prefetch_bucket_size": BUCKET,
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_live_parameters": 4 * BUCKET,
+            }
+        config = {
+            "train_micro_batch_size_per_gpu": rows,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": "auto",
+            "zero_optimization": zero,
+            "torch_autocast": {"enabled": bfloat16, "dtype": "bfloat16"},
+        }
+        options |= {"deepspeed": config, "bf16": False}  # weights stay in float32, and autocast is PyTorch's
     elif info.is_fsdp:
         options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": sorted(layers)}}
     try:

@@ -6,7 +6,7 @@ A family has plans, which say how each module is split. Every rank reads its par
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -263,7 +263,7 @@ def open_by_plan(
         options: fields of transformers' ``DistributedConfig``.
 
     Returns:
-        The model, whose taps exchange the units of the ranks.
+        The model, whose taps exchange the units of the ranks, and whose linear maps have the sizes of all ranks.
 
     Raises:
         ConfigError: the installed transformers is too old.
@@ -273,16 +273,16 @@ def open_by_plan(
     with quiet():
         backbone = open_module(model, layers=settings.layers, device=device)
         layers = backbone.structure.layers
-        seen = probe(forward_function(backbone.module), layers, device)
-    return replace(backbone, structure=replace(backbone.structure, layers=tuple(_whole_layers(layers, seen))))
-
-
-def _whole_layers(layers: Sequence[Layer], seen: Probe) -> Iterator[Layer]:
-    """Yield layers whose taps exchange the units of the ranks, and whose linear maps have the sizes of all ranks."""
-    for layer in layers:
-        taps = {site: _exchanging(tap, seen[layer.index, site]) for site, tap in layer.taps.items()}
-        maps = tuple(_whole_map(projection) for projection in layer.projections)
-        yield replace(layer, taps=taps, projections=maps)
+        tensors = probe(forward_function(backbone.module), layers, device)
+    whole = [
+        replace(
+            layer,
+            taps={site: _exchanging(tap, tensors[layer.index, site]) for site, tap in layer.taps.items()},
+            projections=tuple(_whole_map(projection) for projection in layer.projections),
+        )
+        for layer in layers
+    ]
+    return replace(backbone, structure=replace(backbone.structure, layers=tuple(whole)))
 
 
 def _exchanging(tap: Tap, tensor: torch.Tensor) -> Tap:

@@ -7,7 +7,6 @@ matrices and the head are split as with ``tensor_parallel``, if the ranks divide
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
@@ -16,14 +15,14 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import Layer
-from avss_dist.models.loading import Backbone, forward_function
+from avss_dist.models.loading import Backbone
 from avss_dist.models.quantization import quantization_method
-from avss_dist.models.size import Footprint, load_skeleton
-from avss_dist.partition.autotp import open_by_autotp, require_heads, require_supported
-from avss_dist.partition.group import gather, require_group, reraise_lost_ranks, sum_over_ranks
+from avss_dist.models.size import load_skeleton
+from avss_dist.partition.autotp import open_by_autotp, require_autotp
+from avss_dist.partition.group import gather, rank_and_size, require_group, sum_over_ranks
 from avss_dist.partition.memory import PartitionMemory, Usage, refusal
-from avss_dist.partition.replica import BatchwiseReplica, Placement, RowSplit, describe
+from avss_dist.partition.replica import Placement, RowSplit
+from avss_dist.partition.single import BatchwiseReplica
 from avss_dist.partition.splitting import (
     attention_plan,
     generic_name,
@@ -34,19 +33,12 @@ from avss_dist.partition.splitting import (
     tensor_plan_obstacle,
     version_obstacle,
 )
-from avss_dist.system.devices import free_device, pick_device
-from avss_dist.system.memory import keep_freed_memory
 
 T = TypeVar("T")
 
 
 class TensorParallelMemory(PartitionMemory):
     """Memory of a replica with ranks that divide attention and MLP."""
-
-    @staticmethod
-    def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """See `PartitionMemory`. ``max_memory`` has no effect."""
-        return 0
 
     @cached_property
     def plan_obstacle(self) -> str | None:
@@ -59,8 +51,7 @@ class TensorParallelMemory(PartitionMemory):
         require_split(weights, settings, ranks)
         if tensor_plan_obstacle(weights, settings, ranks):
             _, model, _ = load_skeleton(weights, replace(settings, attention=None))
-            require_supported(model.config.get_text_config())
-            require_heads(model.config.get_text_config(), ranks)
+            require_autotp(model.config.get_text_config(), ranks)
 
     @property
     def obstacle(self) -> str | None:
@@ -87,53 +78,32 @@ class TensorParallelMemory(PartitionMemory):
 
 
 class TensorParallelReplica(BatchwiseReplica):
-    """One rank of a split model; see `partition.replica.Replica`. All ranks open it in a group (`group.join`).
-
-    Raises:
-        ConfigError: there is no group, or its ranks cannot share the heads or experts of the model.
-        ModelError: the model cannot be opened or observed, or not be split correctly.
-    """
+    """One rank of a split model; see `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
 
     memory: ClassVar[type[PartitionMemory]] = TensorParallelMemory
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         self.split = RowSplit(*require_group(placement))
         self.reports_stats = self.split.rank == 0
-        self.device = pick_device(settings.device)
-        keep_freed_memory()
-        with reraise_lost_ranks():
-            self._backbone, has_gradients = self._open(checkpoint, settings, head=head)
-            if head:
-                language_model = TensorParallelLanguageModel(checkpoint, settings, self._backbone, self.device)
-                language_model.reports = self.reports_stats
-                if not has_gradients:
-                    language_model.no_gradients = (
-                        f"`partition` tensor_parallel has no gradients of a {language_model.family} model: "
-                        "transformers has no plan that splits it over these ranks, and DeepSpeed splits models for "
-                        "inference alone.",
-                        "Use `partition` fsdp, zero3, single or streaming.",
-                    )
-                self.language_model = language_model
-        self._run = forward_function(self._backbone.module)
-        self.layers: tuple[Layer, ...] = self._backbone.structure.layers
-        self.model: Mapping[str, Any] = describe(self._backbone, placement.partition)
+        self.language_model_type = TensorParallelLanguageModel
+        return self._open_part(checkpoint, settings, self.split.ranks, head=head)
 
-    def _open(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> tuple[Backbone, bool]:
-        """Return this rank's part of the model, and whether it computes gradients."""
-        require_split(checkpoint, settings, self.split.ranks)
-        if tensor_plan_obstacle(checkpoint, settings, self.split.ranks):
-            return open_by_autotp(checkpoint, settings, self.device, self.split, head=head), False
-        return open_by_plan(checkpoint, settings, self.device, head=head, tp_size=self.split.ranks), True
+    def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
+        """Return this rank's part of the model, whose taps exchange the units of the ranks."""
+        require_split(checkpoint, settings, ranks)
+        if tensor_plan_obstacle(checkpoint, settings, ranks):
+            backbone = open_by_autotp(checkpoint, settings, self.device, self.split, head=head)
+            self.no_gradients = (
+                f"`partition` tensor_parallel has no gradients of a {backbone.family} model: transformers has no plan "
+                "that splits it over these ranks, and DeepSpeed splits models for inference alone.",
+                "Use `partition` fsdp, zero3, single or streaming.",
+            )
+            return backbone
+        return open_by_plan(checkpoint, settings, self.device, head=head, tp_size=ranks)
 
     def collect(self, counted: T) -> list[T]:
         """See `partition.replica.Replica`."""
         return gather(counted)
-
-    def close(self) -> None:
-        """Drop this rank's part of the weights."""
-        self.language_model = None
-        del self._backbone, self._run, self.layers
-        free_device(self.device)
 
 
 def require_split(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> None:
@@ -164,6 +134,10 @@ class TensorParallelLanguageModel(LanguageModel):
     """Language model of which each rank computes a part of every matrix product; see `causal_lm.LanguageModel`."""
 
     whole_weights = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.reports = rank_and_size()[0] == 0
 
     def total(self, counts: list[list[int]]) -> list[list[int]]:
         """See `causal_lm.LanguageModel`. Whole maps are counted by every rank, which leaves their share unchanged."""
@@ -207,10 +181,10 @@ class ExpertParallelReplica(TensorParallelReplica):
 
     memory = ExpertParallelMemory
 
-    def _open(self, checkpoint: Checkpoint, settings: Settings, *, head: bool) -> tuple[Backbone, bool]:
+    def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
         """See `TensorParallelReplica`. transformers exchanges tokens in passes with gradients, and sums in others."""
-        options = require_experts(checkpoint, settings, self.split.ranks)
-        return open_by_plan(checkpoint, settings, self.device, head=head, **options), True
+        options = require_experts(checkpoint, settings, ranks)
+        return open_by_plan(checkpoint, settings, self.device, head=head, **options)
 
 
 def expert_options(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ All ranks gather a layer's parameters when it begins and drop them when it ends,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,15 +12,14 @@ import torch
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import Layer, layer_lists
-from avss_dist.models.loading import compute_dtype, forward_function, load_model, open_module, text_config, without_head
+from avss_dist.models.layers import layer_lists
+from avss_dist.models.loading import Backbone, compute_dtype, load_model, open_module, text_config, without_head
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
-from avss_dist.partition.group import quiet_deepspeed, require_group, reraise_lost_ranks
-from avss_dist.partition.replica import BatchwiseReplica, Placement, describe
+from avss_dist.partition.group import quiet_deepspeed, require_group
+from avss_dist.partition.replica import Placement
 from avss_dist.partition.sharded import PREFETCHED, ShardedLanguageModel, ShardedMemory, refuse_gguf, refuse_mxfp4
-from avss_dist.system.devices import free_device, pick_device
-from avss_dist.system.memory import keep_freed_memory
+from avss_dist.partition.single import BatchwiseReplica
 
 
 class Zero3Memory(ShardedMemory):
@@ -34,33 +32,21 @@ class Zero3Memory(ShardedMemory):
 
 
 class Zero3Replica(BatchwiseReplica):
-    """One rank of a ZeRO-3 model; see `partition.replica.Replica`. All ranks open it in a group (`group.join`).
-
-    Raises:
-        ConfigError: there is no group, or the checkpoint or the device cannot be partitioned this way.
-        ModelError: the model cannot be opened or observed.
-    """
+    """One rank of a ZeRO-3 model; see `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
 
     memory = Zero3Memory
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         refuse_gguf(checkpoint, placement.partition)
         require_group(placement)
-        self.device = pick_device(settings.device)
-        keep_freed_memory()
+        self.language_model_type = ShardedLanguageModel
         text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         refuse_mxfp4(checkpoint, text, settings, placement.partition)
         config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
-        with quiet_deepspeed(), reraise_lost_ranks():
-            model = _load_in_parts(checkpoint, settings, config, head=head)
-            self._module = model
-            self._engine = _partition(model, settings, config, head=head)
-            backbone = open_module(model, layers=settings.layers, device=self.device)
-            if head:
-                self.language_model = ShardedLanguageModel(checkpoint, settings, backbone, self.device)
-        self._run = forward_function(backbone.module)
-        self.layers: tuple[Layer, ...] = backbone.structure.layers
-        self.model: Mapping[str, Any] = describe(backbone, "zero3")
+        with quiet_deepspeed():
+            self._module = _load_in_parts(checkpoint, settings, config, head=head)
+            self._engine = _partition(self._module, settings, config, head=head)
+            return open_module(self._module, layers=settings.layers, device=self.device)
 
     def close(self) -> None:
         """Drop this rank's part of the weights, and DeepSpeed's hooks."""
@@ -72,9 +58,8 @@ class Zero3Replica(BatchwiseReplica):
             parameter.data = parameter.data.new_empty(0)
             if hasattr(parameter, "ds_tensor"):  # not the unused head of a model that was loaded whole
                 parameter.ds_tensor.data = parameter.data
-        self.language_model = None
-        del self._engine, self._module, self._run, self.layers
-        free_device(self.device)
+        del self._engine, self._module
+        super().close()
 
 
 def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
