@@ -14,7 +14,7 @@ from avss_dist.core.registry import PARTITIONS, SHARDINGS
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import TRAINED, Execution, Settings
 from avss_dist.core.text import describe_bytes
-from avss_dist.distillation.memory import LIBRARIES, Memory, estimate_memory
+from avss_dist.distillation.memory import LIBRARIES, estimate_memory
 from avss_dist.distillation.pair import computes_in_bfloat16
 from avss_dist.distillation.trained import LORA
 from avss_dist.models.checkpoints import Checkpoint, locate
@@ -81,23 +81,20 @@ def distillation_rows(
                 sharding=sharding or next(iter(SHARDINGS)),
                 ranks=processes,
             )
-            yield _distill_row(train, sharding, processes, memory, devices)
-
-
-def _distill_row(train: str, sharding: str, ranks: int, memory: Memory, devices: Devices) -> DistillRow:
-    on_gpu = devices.kind == "cuda"
-    needed = memory.total + (0 if on_gpu else LIBRARIES)
-    fits = needed <= devices.device_bytes and ranks <= devices.count if on_gpu else ranks * needed <= devices.host_bytes
-    parts = {**memory.parts, **({} if on_gpu else {"libraries": LIBRARIES})}
-    return DistillRow(
-        train=train,
-        sharding=sharding,
-        ranks=ranks,
-        trained=memory.trained,
-        device_bytes=needed,
-        fits=fits,
-        why=", ".join(f"{name} {describe_bytes(size)}" for name, size in parts.items()),
-    )
+            needed, parts = memory.total, {**memory.parts}
+            fits = needed <= devices.device_bytes and processes <= devices.count
+            if devices.kind == "cpu":
+                needed, parts = needed + LIBRARIES, {**parts, "libraries": LIBRARIES}
+                fits = processes * needed <= devices.host_bytes
+            yield DistillRow(
+                train=train,
+                sharding=sharding,
+                ranks=processes,
+                trained=memory.trained,
+                device_bytes=needed,
+                fits=fits,
+                why=", ".join(f"{name} {describe_bytes(size)}" for name, size in parts.items()),
+            )
 
 
 ENOUGH_ROWS = 1 << 20  # of a text, for shards of the usual size
@@ -171,17 +168,13 @@ class Estimate(TabularResult):
         return asdict(self)
 
 
+@sharing_skeletons()
 def estimate(request: EstimateRequest) -> Estimate:
     """Estimate the memory of a replica with every partition, from a checkpoint's configuration and headers.
 
     Raises:
         AvssError: the model or a setting is not one that can be run.
     """
-    with sharing_skeletons():
-        return _estimate(request)
-
-
-def _estimate(request: EstimateRequest) -> Estimate:
     settings, model = request.settings, str(request.model)
     weights = locate(model, weights=False) or model
     settings = replace(settings, device=pick_device(settings.device).type)
@@ -189,7 +182,9 @@ def _estimate(request: EstimateRequest) -> Estimate:
     rows = settings.sequences_per_shard or rows_per_shard(size, settings, settings.max_sequences or ENOUGH_ROWS)
     settings = replace(settings, dtype=size.dtype, sequences_per_shard=rows)
     here = devices_here(settings.device)
-    devices = _within_limits(here, request)
+    host = min(here.host_bytes, request.max_memory.get("cpu", here.host_bytes))
+    gpus = [here.device_bytes, *(limit for name, limit in request.max_memory.items() if name != "cpu")]
+    devices = replace(here, host_bytes=host, device_bytes=host if here.kind == "cpu" else min(gpus))
     auto, why = _automatic(size, settings, here, request)
     return Estimate(
         model=model,
@@ -206,16 +201,6 @@ def _estimate(request: EstimateRequest) -> Estimate:
         auto_why=why,
         distillation=tuple(distillation_rows(weights, request, settings, devices)) if request.teacher else (),
     )
-
-
-def _within_limits(devices: Devices, request: EstimateRequest) -> Devices:
-    """Return devices with no more memory than the request allows."""
-    limits = request.max_memory
-    host = min(devices.host_bytes, limits.get("cpu", devices.host_bytes))
-    if devices.kind == "cpu":
-        return replace(devices, host_bytes=host, device_bytes=host)
-    of_gpus = [limit for name, limit in limits.items() if name != "cpu"]
-    return replace(devices, host_bytes=host, device_bytes=min([devices.device_bytes, *of_gpus]))
 
 
 def _automatic(size: Footprint, settings: Settings, devices: Devices, request: EstimateRequest) -> tuple[str, str]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from avss_dist.core.errors import WarehouseError, as_failure
@@ -15,7 +14,7 @@ from avss_dist.models.size import Footprint
 from avss_dist.partition.memory import batch_bytes
 from avss_dist.runs.api import executor_for, overridden
 from avss_dist.runs.events import OnRunEvent, RunReading, RunRepeated
-from avss_dist.runs.job_file import JobFile, RunSpec
+from avss_dist.runs.job_file import JobFile
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import PlannedRun
 from avss_dist.system.devices import Devices
@@ -72,70 +71,64 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
         AvssError: a mistake that concerns all runs, such as too few devices.
     """
     specs, execution = overridden(job, options)
-    store = Store(job.warehouse)
+    store, previews = Store(job.warehouse), list[Preview]()
+    names: dict[str, str] = {}  # of the first specs, by run id
     with closing(executor_for(specs, job.settings, execution)) as executor:
-        previewer = _Previewer(Planner(executor, store, fetch=False), store)
-        return [previewer.preview(spec, on_event) for spec in specs]
+        planner = Planner(executor, store, fetch=False)
+        for spec in specs:
+            if on_event is not None:
+                on_event(RunReading(spec.name))
+            try:
+                planned = planner.prepare(spec)
+                size = planner.size(spec, planned.replica_spec.checkpoint, planned.replica_spec.settings)
+                done = (store.run(planned.run.run_id) or {}).get("status") == "done"
+                kept = 0 if done else sum(1 for _ in store.each_shard(planned.run.run_id, planned.expected))
+            except Exception as error:
+                refused = as_failure(error).message
+                previews.append(Preview(model=spec.title, corpus=spec.corpus, status="refused", error=refused))
+                continue
+            first = names.get(planned.run.run_id)
+            names.setdefault(planned.run.run_id, spec.name)
+            preview = Preview(
+                model=spec.title,
+                corpus=spec.corpus,
+                status="done" if done else "partial" if kept else "missing",
+                revision=planned.replica_spec.checkpoint.revision,
+                partition=planned.replica_spec.placement.partition,
+                weight_bytes=size.weight_bytes if size else None,
+                num_tokens=planned.corpus.num_tokens,
+                num_shards=len(planned.corpus.shards),
+                kept_shards=kept,
+            )
+            if first:
+                repeated = f"{spec.name} is {RunRepeated(spec.name, first).describe()}"
+                preview = replace(preview, status="repeated", warning=repeated)
+            elif size and not done and kept < preview.num_shards:
+                preview = _with_time(preview, planned, size, executor.devices, store)
+            previews.append(preview)
+    return previews
 
 
-@dataclass
-class _Previewer:
-    """Previews runs."""
-
-    planner: Planner
-    store: Store
-    _names: dict[str, str] = field(default_factory=dict)  # of the first specs, by run id
-
-    def preview(self, spec: RunSpec, on_event: OnRunEvent | None) -> Preview:
-        """Return the preview of a run."""
-        if on_event is not None:
-            on_event(RunReading(spec.name))
-        try:
-            planned = self.planner.prepare(spec)
-            size = self.planner.size(spec, planned.replica_spec.checkpoint, planned.replica_spec.settings)
-            num_kept = _num_kept_shards(self.store, planned)
-        except Exception as error:
-            return Preview(model=spec.title, corpus=spec.corpus, status="refused", error=as_failure(error).message)
-        shards, corpus = planned.corpus.shards, planned.corpus
-        first = self._names.get(planned.run.run_id)
-        self._names.setdefault(planned.run.run_id, spec.name)
-        share = 0.0 if num_kept is None or first else 1 - num_kept / len(shards)
-        seconds, reference, warning = None, "", ""
-        if share and size:
-            seconds, reference = self._time(planned, size, share)
-            warning = _missing_memory(planned, size, self.planner.executor.devices)
-        if first:
-            warning = f"{spec.name} is {RunRepeated(spec.name, first).describe()}"
-        return Preview(
-            model=spec.title,
-            corpus=spec.corpus,
-            status="repeated" if first else "done" if num_kept is None else "partial" if num_kept else "missing",
-            revision=planned.replica_spec.checkpoint.revision,
-            partition=planned.replica_spec.placement.partition,
-            weight_bytes=size.weight_bytes if size else None,
-            num_tokens=corpus.num_tokens,
-            num_shards=len(shards),
-            kept_shards=num_kept or 0,
-            seconds=seconds,
-            reference_run=reference,
-            warning=warning,
-        )
-
-    def _time(self, planned: PlannedRun, size: Footprint, share: float) -> tuple[float | None, str]:
-        """Return the seconds for a share of a run, and the run they are estimated from; None without one."""
-        devices, replicas = self.planner.executor.devices, planned.replicas
-        if devices.kind == "cpu":
-            replicas = min(replicas, max(1, devices.cpus // planned.replica_spec.settings.threads))
-        like = speed_of_similar_run(self._runs, size, planned.replica_spec.placement.partition, devices.kind)
-        return (share * planned.corpus.num_tokens / like[0] / replicas, like[1]) if like else (None, "")
-
-    @cached_property
-    def _runs(self) -> list[dict[str, Any]]:
-        """Finished runs of the warehouse; empty if there is no warehouse yet."""
-        try:
-            return self.store.table("runs", columns=COLUMNS).to_pylist()
-        except WarehouseError:
-            return []
+def _with_time(preview: Preview, planned: PlannedRun, size: Footprint, devices: Devices, store: Store) -> Preview:
+    """Return a preview with the time of the missing shards, and with a warning if the memory may be too small."""
+    settings, replicas = planned.replica_spec.settings, planned.replicas
+    if devices.kind == "cpu":
+        replicas = min(replicas, max(1, devices.cpus // settings.threads))
+    runs: list[dict[str, Any]] = []
+    with suppress(WarehouseError):  # there is none yet
+        runs = store.table("runs", columns=COLUMNS).to_pylist()
+    if like := speed_of_similar_run(runs, size, preview.partition, devices.kind):
+        share = 1 - preview.kept_shards / preview.num_shards
+        seconds = share * preview.num_tokens / like[0] / replicas
+        preview = replace(preview, seconds=seconds, reference_run=like[1])
+    needed = size.weight_bytes + batch_bytes(size, settings)
+    if needed <= devices.device_bytes or not PARTITIONS[preview.partition].whole:
+        return preview
+    warning = (
+        f"it may not fit here: {describe_bytes(needed)} of weights and activations, and "
+        f"{describe_bytes(devices.device_bytes)} of memory"
+    )
+    return replace(preview, warning=warning)
 
 
 def speed_of_similar_run(
@@ -153,21 +146,3 @@ def speed_of_similar_run(
         if alike and run["status"] == "done" and run["tokens_per_second"]:
             return run["tokens_per_second"] / (run["replicas"] or 1), run["run_id"]
     return None
-
-
-def _missing_memory(planned: PlannedRun, size: Footprint, devices: Devices) -> str:
-    """Return a warning if the whole weights and the activations of a batch are larger than the memory of a device."""
-    needed = size.weight_bytes + batch_bytes(size, planned.replica_spec.settings)
-    if needed <= devices.device_bytes or not PARTITIONS[planned.replica_spec.placement.partition].whole:
-        return ""
-    return (
-        f"it may not fit here: {describe_bytes(needed)} of weights and activations, and "
-        f"{describe_bytes(devices.device_bytes)} of memory"
-    )
-
-
-def _num_kept_shards(store: Store, planned: PlannedRun) -> int | None:
-    """Return the number of measured shards; None if the run is done."""
-    if (store.run(planned.run.run_id) or {}).get("status") == "done":
-        return None
-    return sum(1 for _ in store.each_shard(planned.run.run_id, planned.expected))

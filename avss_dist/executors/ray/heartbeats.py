@@ -28,21 +28,19 @@ class HeartbeatMonitor:
 
     def __init__(self) -> None:
         self._events: dict[str, list[Any]] = {}
-        self._progress: dict[str, tuple[int, float]] = {}
-        self._reports: dict[str, tuple[Doing | None, float]] = {}
+        self._reports: dict[str, tuple[int, float, float, Doing | None]] = {}  # count, since when, report, activity
 
     def report(self, worker: str, count: int, doing: Doing | None = None) -> None:
         """Record the progress of a worker: a count that grows, and its activity."""
         now = time.monotonic()
-        self._reports[worker] = doing, now
-        if self._progress.get(worker, (-1, 0.0))[0] != count:
-            self._progress[worker] = count, now
+        last, since, *_ = self._reports.get(worker, (count, now))
+        self._reports[worker] = count, since if count == last else now, now, doing
 
     def signs(self) -> dict[str, Sign]:
         """Return the latest known state of each worker."""
         now = time.monotonic()
-        both = ((worker, seen, *self._reports[worker]) for worker, (_, seen) in self._progress.items())
-        return {worker: Sign(now - seen, now - reported, doing) for worker, seen, doing, reported in both}
+        reports = self._reports.items()
+        return {worker: Sign(now - since, now - reported, doing) for worker, (_, since, reported, doing) in reports}
 
     def tell(self, worker: str, event: Any) -> None:
         """Keep an event of a worker until it is taken."""

@@ -159,6 +159,7 @@ class Worker:
             time.sleep(BEAT_SECONDS)
 
     def _heartbeat(self) -> None:
+        self._opening = False
         self._count += 1
 
     def _report_activity(self, what: str, share: float) -> None:
@@ -200,10 +201,6 @@ class Worker:
         """
         from avss_dist.partition.group import join
 
-        def heartbeat() -> None:
-            self._opening = False
-            self._count += 1
-
         told: Any = None
 
         def tell(event: Any) -> None:
@@ -212,7 +209,7 @@ class Worker:
 
         try:
             join(rank, ranks, first[0], first[1], device=pick_device(task.device), host_tensors=True)
-            return task.run(heartbeat, tell)
+            return task.run(self._heartbeat, tell)
         finally:
             self._opening = True  # counts as progress while other ranks work
             with suppress(Exception):
