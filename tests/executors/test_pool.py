@@ -81,6 +81,18 @@ def failing(unit: int, *errors: Exception) -> Callable[[SimulatedGang, Any, int]
     return measure
 
 
+def failing_to_open(
+    error: Exception, where: Callable[[SimulatedGang, Any], bool] = lambda *_: True
+) -> Callable[[SimulatedGang, Any, int], None]:
+    """Return an `on_open` that raises an error for some gangs and specs."""
+
+    def opened(gang: SimulatedGang, spec: Any, rank: int) -> None:
+        if where(gang, spec):
+            raise error
+
+    return opened
+
+
 def test_gangs_share_the_shards_and_each_counts_once() -> None:
     cluster = SimulatedCluster(limit=3)
     queue, _ = shard_queue(20)
@@ -239,12 +251,7 @@ def test_a_model_that_cannot_be_opened_fails_its_runs_and_the_gang_opens_the_nex
     cluster = SimulatedCluster(limit=1)
     (bad, bad_run), (good, good_run) = shard_queue(3, "bad"), shard_queue(3, "good")
     error = ModelError("no such model")
-
-    def opened(gang: SimulatedGang, spec: Any, rank: int) -> None:
-        if spec == bad.spec:
-            raise error
-
-    cluster.on_open = opened
+    cluster.on_open = failing_to_open(error, lambda gang, spec: spec == bad.spec)
     received = outcomes(pool_of(cluster, bad, good))
     assert received[0] == (bad_run, error)
     assert shard_ids(received[1:], good_run) == [*range(3)]
@@ -256,11 +263,7 @@ def test_a_model_that_cannot_be_opened_fails_its_runs_and_the_gang_opens_the_nex
 def test_opening_a_model_is_tried_some_times(error: Exception) -> None:
     cluster = SimulatedCluster(limit=1)
     queue, run = shard_queue(3)
-
-    def opened(gang: SimulatedGang, spec: Any, rank: int) -> None:
-        raise error
-
-    cluster.on_open = opened
+    cluster.on_open = failing_to_open(error)
     ((source, failure),) = outcomes(pool_of(cluster, queue))
     assert source is run and f"Opening the model failed {ATTEMPTS} times; the last time: " in str(failure)
     assert "out of memory" in str(failure) and len(cluster.gangs) == ATTEMPTS
@@ -269,12 +272,7 @@ def test_opening_a_model_is_tried_some_times(error: Exception) -> None:
 def test_a_node_on_which_no_model_can_be_opened_ends_no_run_while_others_have_it_open() -> None:
     cluster = SimulatedCluster(2, slots=1)
     queue, _ = shard_queue(30)
-
-    def opened(gang: SimulatedGang, spec: Any, rank: int) -> None:
-        if "node0" in gang.nodes:
-            raise Dies("no device there")
-
-    cluster.on_open = opened
+    cluster.on_open = failing_to_open(Dies("no device there"), lambda gang, _: "node0" in gang.nodes)
     assert shard_ids(outcomes(pool_of(cluster, queue))) == [*range(30)]
     assert len([gang for gang in cluster.gangs if gang.is_lost]) > ATTEMPTS
 
@@ -292,11 +290,7 @@ def test_nodes_that_are_lost_while_they_open_a_model_are_no_fault_of_the_model()
 def test_workers_without_the_package_are_a_mistake_of_the_user() -> None:
     cluster = SimulatedCluster(limit=1)
     queue, run = shard_queue(3)
-
-    def opened(gang: SimulatedGang, spec: Any, rank: int) -> None:
-        raise Dies("ModuleNotFoundError: No module named 'avss_dist'")
-
-    cluster.on_open = opened
+    cluster.on_open = failing_to_open(Dies("ModuleNotFoundError: No module named 'avss_dist'"))
     ((source, error),) = outcomes(pool_of(cluster, queue))
     assert source is run and isinstance(error, ConfigError) and "cannot import avss_dist" in str(error)
 

@@ -1,17 +1,23 @@
-"""Which partition a checkpoint gets: the simplest that holds it, and what is impossible is refused."""
+"""Which partition a checkpoint gets: the simplest that holds it. What is impossible is refused before a rank starts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support.devices import devices_of
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_bytes, parse_bytes
+from avss_dist.models.checkpoints import resolve
 from avss_dist.models.size import Footprint
+from avss_dist.partition.autotp import UNSUPPORTED
 from avss_dist.partition.choose import (
     PROCESS_BYTES,
     batch_bytes,
@@ -20,6 +26,7 @@ from avss_dist.partition.choose import (
     gpus_filled,
     least_host_bytes,
     needs_size,
+    place,
 )
 from avss_dist.system.devices import Devices, devices_here
 
@@ -50,27 +57,12 @@ def llama_like(billions: float, layers: int = 32, hidden: int = 4096) -> Footpri
 
 
 def cpus(memory: int) -> Devices:
-    return Devices(
-        kind="cpu",
-        count=1,
-        count_of_largest_node=1,
-        device_bytes=memory,
-        host_bytes=memory,
-        cpus=8,
-        cpus_of_largest_node=8,
-    )
+    return replace(devices_of("cpu", memory), cpus=8, cpus_of_largest_node=8)
 
 
 def gpus(count: int, memory: int, on_one_node: int = 8) -> Devices:
-    return Devices(
-        kind="cuda",
-        count=count,
-        count_of_largest_node=min(count, on_one_node),
-        device_bytes=memory,
-        host_bytes=512 * GB,
-        cpus=64,
-        cpus_of_largest_node=64,
-    )
+    devices = devices_of("cuda", memory, count=count, host_bytes=512 * GB)
+    return replace(devices, count_of_largest_node=min(count, on_one_node))
 
 
 @pytest.mark.parametrize(
@@ -308,3 +300,27 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_this_machine_has_devices() -> None:
     here = devices_here("cpu")
     assert here.cpus >= 1 and 10**8 < here.host_bytes == here.device_bytes
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=320, n_positions=64))
+    return save_checkpoint(model, tmp_path_factory.mktemp("models") / "gpt2")
+
+
+def test_a_family_that_nobody_splits_is_refused_when_it_is_placed(gpt2: Path) -> None:
+    checkpoint, settings, devices = resolve(str(gpt2)), Settings(sequence_length=16), devices_here("cpu")
+    with pytest.raises(ConfigError, match="Neither transformers nor DeepSpeed can split a gpt2 model") as told:
+        place(checkpoint, settings, Execution(partition="tensor_parallel", ranks=2), devices)
+    assert "zero3" in str(told.value.hint)
+    with pytest.raises(ConfigError, match="expert"):
+        place(checkpoint, settings, Execution(partition="expert_parallel", ranks=2), devices)
+    assert place(checkpoint, settings, Execution(partition="zero3", ranks=2), devices).ranks == 2
+
+
+def test_deepspeed_refuses_these_families() -> None:
+    auto_tp = pytest.importorskip("deepspeed.module_inject.auto_tp")
+    for family in UNSUPPORTED:
+        model = type("Model", (), {"__str__": lambda _, name=family: f"x: {name.upper()}Model"})()
+        assert not auto_tp.AutoTP.supported(model)
+    assert auto_tp.AutoTP.supported(type("Model", (), {"__str__": lambda _: "x: OPTModel"})())
