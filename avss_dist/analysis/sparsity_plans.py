@@ -12,7 +12,7 @@ import numpy as np
 
 from avss_dist.analysis.thresholds import quantiles_of
 from avss_dist.core.errors import QueryError
-from avss_dist.core.intervention import SPARSITY_RULES, THRESHOLD, TOP_K
+from avss_dist.core.intervention import SPARSITY_RULES, TOP_K
 from avss_dist.map_plans.plans import MapPlan, SparsityPlan
 from avss_dist.pruning.ground_truth import repeated_command
 from avss_dist.stats.layer_stats import Float64, LayerStats
@@ -77,16 +77,6 @@ def _not_measured(warehouse: Warehouse, run: Mapping[str, Any]) -> QueryError:
         )
     command = repeated_command("score", warehouse, run, "--site inputs")
     return QueryError(f"Run {run['run_id']} did not measure what linear maps read.", f"Do: {command}")
-
-
-def plan_uniform(measured: MeasuredMaps, target: float, method: str, *, rule: str) -> SparsityPlan:
-    """Return a plan with the same sparsity in every linear map.
-
-    ``method`` decides which inputs stay: those above a threshold, or the largest of each token (``wina``).
-    """
-    wina, why = method == "wina", {"by": method, "target": target}
-    sparsities = np.full(len(measured.maps), target)
-    return make_plan(measured, sparsities, TOP_K if wina else THRESHOLD, why, rule=rule, weighted=wina)
 
 
 def make_plan(

@@ -38,24 +38,13 @@ class Schedule:
         steps: number of optimizer steps.
         step_tokens: tokens of a step.
         evaluations: number of evaluations after the start.
-        learning_rate, warmup, seed: of the optimizer.
-        batch_size: rows in a step.
-        bfloat16: whether passes are computed in bfloat16 (autocast); weights are float32.
+        learning_rate: of the optimizer.
     """
 
     steps: int
     step_tokens: int
     evaluations: int
     learning_rate: float
-    warmup: int
-    seed: int
-    batch_size: int
-    bfloat16: bool
-
-    @property
-    def rows(self) -> int:
-        """Number of rows of all steps."""
-        return self.steps * self.batch_size
 
 
 @checked

@@ -27,9 +27,10 @@ from avss_dist.distillation.loss import LossSums, Predict, logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
 from avss_dist.distillation.pair import ModelPair, ancestry, resolve_pair
 from avss_dist.distillation.ranks import (
-    Ranks,
     call_at_layers,
     open_ranks,
+    require_room,
+    run_ranks,
     sharding_options,
 )
 from avss_dist.distillation.reading import read_texts
@@ -50,6 +51,7 @@ from avss_dist.system.devices import free_device
 from avss_dist.system.files import staged_file
 
 if TYPE_CHECKING:
+    from avss_dist.executors.ray.executor import RayExecutor
     from avss_dist.requests import DistillRequest
 
 
@@ -108,17 +110,17 @@ def distill(request: DistillRequest) -> Distilled:
         RunFailed: training diverged, or made the student no better.
         StorageFull: there is no space left.
     """
-    with quiet(), warnings.catch_warnings(), open_ranks(request) as ranks:
+    with quiet(), warnings.catch_warnings(), open_ranks(request) as executor:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
-        return _distill(request, ranks, Path(request.output), request.on_event or ignore)
+        return _distill(request, executor, Path(request.output), request.on_event or ignore)
 
 
-def _distill(request: DistillRequest, ranks: Ranks | None, output: Path, on_event: OnEvent) -> Distilled:
+def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path, on_event: OnEvent) -> Distilled:
     work = output.with_name(output.name + ".part")
     is_written = (work / _REQUEST).is_file() and (output / FILE).is_file()  # stopped after its last step
     if not is_written:
         require_free(output)
-    models = resolve_pair(request, ranks.device if ranks else None)
+    models = resolve_pair(request, executor.devices.kind if executor else None)
     memory = estimate_memory(
         models.student,
         models.teacher,
@@ -129,8 +131,8 @@ def _distill(request: DistillRequest, ranks: Ranks | None, output: Path, on_even
         sharding=request.sharding,
         ranks=request.ranks,
     )
-    if ranks:
-        ranks.require_room(memory, models)
+    if executor:
+        require_room(request, executor.devices, memory, models)
     else:
         require_memory(memory, models.device.type, request.train)
     notes = ancestry(models)
@@ -152,9 +154,9 @@ def _distill(request: DistillRequest, ranks: Ranks | None, output: Path, on_even
                     f"Put it back to continue, or delete {work}.",
                 )
             task = DistillTask(request, models, texts, work, output)
-            if ranks:
+            if executor:
                 on_event(Preparing("starting the ranks"))
-                ranks.run(replace(task, work=work.absolute(), output=output.absolute()), on_event)
+                run_ranks(request, executor, replace(task, work=work.absolute(), output=output.absolute()), on_event)
             else:
                 task.train_and_write(on_event)
     except OSError as error:
@@ -255,6 +257,8 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     Args:
         heartbeat: called whenever a layer begins.
     """
+    from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+
     from avss_dist.distillation import trainer
 
     request, models, texts = task.request, task.models, task.texts
@@ -263,10 +267,6 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         step_tokens=request.batch_size * models.settings.sequence_length,
         evaluations=request.evaluations,
         learning_rate=request.learning_rate or default_learning_rate(models.student, request.train),
-        warmup=request.warmup,
-        seed=request.seed,
-        batch_size=request.batch_size,
-        bfloat16=models.bfloat16,
     )
     teacher_model = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
     call_at_layers(teacher_model, models.teacher_settings, heartbeat)
@@ -281,7 +281,8 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     folder = task.work / "checkpoints"
     folder.mkdir(exist_ok=True)
     share(trainer.delete_incomplete, [folder], idle=lambda: None)
-    history = trainer.read_history(trainer.last_checkpoint(folder))
+    last = trainer.last_checkpoint(folder)
+    history = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history if last else []
     if ending(history, schedule.steps) is None:
         more: dict[str, Any] = {}
         if tracker := request.report_to:
@@ -291,13 +292,14 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
         on_event(Preparing(f"training, at a learning rate of {schedule.learning_rate:g}"))
         with _explained(folder), sharding_options(request, models) as options:
             history = trainer.train(
+                request,
+                models,
                 lambda: _open_student(request, models, heartbeat),
                 teacher,
                 texts,
                 expected,
                 schedule,
                 folder,
-                models.device,
                 on_event,
                 {**more, **options},
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import SHARDINGS
@@ -24,45 +25,22 @@ class Memory:
     """Estimated bytes of a distillation in one process: the only one, or one of several ranks.
 
     Attributes:
-        weights: weights of the student, in float32, or this rank's part of them.
-        gradients: gradients of the trained weights, or this rank's part.
-        moments: the two moments of the optimizer, or this rank's part.
-        exchange: buffers and gathered weights of an exchange between ranks; 0 for one process.
-        teacher: weights of the teacher, in its compute dtype.
-        activations: activations of a batch that the backward pass reads.
-        logits: logits of the student for a batch, and those of the teacher or the gradient.
+        parts: bytes in the training by a word for people. They are the weights of the student in float32, the gradients
+            of the trained weights, the two moments of the optimizer, or this rank's part of these, buffers and gathered
+            weights of an exchange between ranks, the teacher in its compute dtype, the activations of a batch that
+            the backward pass reads, and the logits of the student with those of the teacher or the gradient.
         written: weights of the whole student, in float32, which the end of the training needs.
         trained: number of trained parameters.
     """
 
-    weights: int
-    gradients: int
-    moments: int
-    exchange: int
-    teacher: int
-    activations: int
-    logits: int
+    parts: Mapping[str, int]
     written: int
     trained: int
 
     @property
     def total(self) -> int:
         """Maximum of the sum of all parts in the training, and of what its end needs."""
-        training = self.weights + self.gradients + self.moments + self.exchange + self.activations
-        return max(training, self.written) + self.teacher + self.logits
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Bytes of each part in the training, by a word for people."""
-        return {
-            "student": self.weights,
-            "gradients": self.gradients,
-            "optimizer": self.moments,
-            **({"exchange": self.exchange} if self.exchange else {}),
-            "teacher": self.teacher,
-            "activations": self.activations,
-            "logits": self.logits,
-        }
+        return max(sum(self.parts.values()), self.written + self.parts["teacher"] + self.parts["logits"])
 
     def describe(self) -> str:
         """Return the total and its parts, in a line."""
@@ -113,17 +91,16 @@ def estimate_memory(
     def part(size: int, divided: bool) -> int:
         return -(-size // ranks) if divided else size
 
-    return Memory(
-        weights=part(whole, info.weights) + part(copy, True),
-        gradients=part(gradients, info.gradients),
-        moments=part(2 * gradients, info.moments),
-        exchange=exchange,
-        written=whole,
-        teacher=footprint(teacher, teacher_settings).weight_bytes,
-        activations=FLOAT32 * settings.batch_size * settings.sequence_length * width * size.num_layers,
-        logits=2 * FLOAT32 * settings.batch_size * settings.sequence_length * size.vocabulary,
-        trained=trained,
-    )
+    parts = {
+        "student": part(whole, info.weights) + part(copy, True),
+        "gradients": part(gradients, info.gradients),
+        "optimizer": part(2 * gradients, info.moments),
+        **({"exchange": exchange} if exchange else {}),
+        "teacher": footprint(teacher, teacher_settings).weight_bytes,
+        "activations": FLOAT32 * settings.batch_size * settings.sequence_length * width * size.num_layers,
+        "logits": 2 * FLOAT32 * settings.batch_size * settings.sequence_length * size.vocabulary,
+    }
+    return Memory(parts=parts, written=whole, trained=trained)
 
 
 def without_layers(memory: Memory, size: Footprint, count: int) -> Memory:
@@ -134,15 +111,13 @@ def without_layers(memory: Memory, size: Footprint, count: int) -> Memory:
         size: size of the student with all layers, in float32.
     """
     dropped = sum(sorted(size.layer_bytes)[size.num_layers - count :])
-    return replace(
-        memory,
-        weights=memory.weights - dropped,
-        gradients=memory.gradients - dropped,
-        moments=memory.moments - 2 * dropped,
-        written=memory.written - dropped,
-        activations=memory.activations * (size.num_layers - count) // size.num_layers,
-        trained=memory.trained - dropped // FLOAT32,
-    )
+    parts = {
+        **memory.parts,
+        **{name: memory.parts[name] - dropped for name in ("student", "gradients")},
+        "optimizer": memory.parts["optimizer"] - 2 * dropped,
+        "activations": memory.parts["activations"] * (size.num_layers - count) // size.num_layers,
+    }
+    return Memory(parts=parts, written=memory.written - dropped, trained=memory.trained - dropped // FLOAT32)
 
 
 def require_memory(memory: Memory, device: str, train: str, hint: str = "", free: int | None = None) -> None:

@@ -13,6 +13,7 @@ from avss_dist.distillation.memory import Memory, require_memory
 from avss_dist.distillation.pair import ModelPair
 from avss_dist.models.size import find_layers, load_skeleton
 from avss_dist.options import refuse_unused
+from avss_dist.system.devices import Devices
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_ranks(request: DistillRequest) -> Iterator[Ranks | None]:
-    """Yield the ranks of a distillation; None for one process.
+def open_ranks(request: DistillRequest) -> Iterator[RayExecutor | None]:
+    """Yield the executor of the ranks of a distillation; None for one process.
 
     Raises:
         ConfigError: the cluster cannot be reached, or an option has no effect on one process.
@@ -39,54 +40,42 @@ def open_ranks(request: DistillRequest) -> Iterator[Ranks | None]:
 
     executor = RayExecutor(request.execution, request.settings)
     try:
-        yield Ranks(request, executor)
+        yield executor
     finally:
         executor.close()
 
 
-class Ranks:
-    """The ranks of a distillation. They start when they run a task.
+def _ranks_per_node(request: DistillRequest, devices: Devices) -> int:
+    """Return the maximum number of ranks on one node."""
+    places = devices.count_of_largest_node if devices.kind == "cuda" else devices.cpus_of_largest_node
+    return max(1, min(request.ranks, places))
 
-    Attributes:
-        device: kind of their devices: ``cpu`` or ``cuda``.
+
+def require_room(request: DistillRequest, devices: Devices, memory: Memory, models: ModelPair) -> None:
+    """Raise ConfigError if the ranks have too few devices, too little memory, or unsuitable devices."""
+    on_gpu, ranks = devices.kind == "cuda", request.ranks
+    if not on_gpu and models.bfloat16 and SHARDINGS[request.sharding].is_fsdp:
+        raise ConfigError(
+            f"`sharding` {request.sharding} computes in float32 on CPUs: transformers wants a GPU for bfloat16 with "
+            "FSDP.",
+            "Set `dtype` float32, or `sharding` zero3.",
+        )
+    places, what = (devices.count, "GPUs") if on_gpu else (devices.cpus, "CPUs")
+    if places < ranks and not request.execution.address:
+        raise ConfigError(f"`ranks` {ranks} need {ranks} {what}; there are {places}.", "Lower `ranks`.")
+    free = devices.device_bytes if on_gpu else devices.host_bytes // _ranks_per_node(request, devices)
+    require_memory(memory, devices.kind, request.train, free=free)
+
+
+def run_ranks(request: DistillRequest, executor: RayExecutor, task: RankTask, on_event: Callable[[Any], None]) -> None:
+    """Have all ranks do a task.
+
+    Raises:
+        AvssError: a rank raised it, was lost, hangs, or found no place.
     """
-
-    def __init__(self, request: DistillRequest, executor: RayExecutor) -> None:
-        self._request, self._executor = request, executor
-        self._devices = executor.devices
-        self.device = self._devices.kind
-
-    @property
-    def _per_node(self) -> int:
-        """Maximum number of ranks on one node."""
-        devices = self._devices
-        places = devices.count_of_largest_node if self.device == "cuda" else devices.cpus_of_largest_node
-        return max(1, min(self._request.ranks, places))
-
-    def require_room(self, memory: Memory, models: ModelPair) -> None:
-        """Raise ConfigError if the ranks have too few devices, too little memory, or unsuitable devices."""
-        sharding = self._request.sharding
-        if self.device == "cpu" and models.bfloat16 and SHARDINGS[sharding].is_fsdp:
-            raise ConfigError(
-                f"`sharding` {sharding} computes in float32 on CPUs: transformers wants a GPU for bfloat16 with FSDP.",
-                "Set `dtype` float32, or `sharding` zero3.",
-            )
-        devices, ranks = self._devices, self._request.ranks
-        places, what = (devices.count, "GPUs") if self.device == "cuda" else (devices.cpus, "CPUs")
-        if places < ranks and not self._request.execution.address:
-            raise ConfigError(f"`ranks` {ranks} need {ranks} {what}; there are {places}.", "Lower `ranks`.")
-        on_gpu = self.device == "cuda"
-        free = devices.device_bytes if on_gpu else devices.host_bytes // self._per_node
-        require_memory(memory, self.device, self._request.train, free=free)
-
-    def run(self, task: RankTask, on_event: Callable[[Any], None]) -> None:
-        """Have all ranks do a task.
-
-        Raises:
-            AvssError: a rank raised it, was lost, hangs, or found no place.
-        """
-        threads = 1 if self.device == "cuda" else max(1, self._devices.cpus_of_largest_node // self._per_node)
-        self._executor.run_ranks(task, self._request.ranks, threads=threads, on_event=on_event)
+    devices = executor.devices
+    cpus = 0 if devices.kind == "cuda" else devices.cpus_of_largest_node // _ranks_per_node(request, devices)
+    executor.run_ranks(task, request.ranks, threads=max(1, cpus), on_event=on_event)
 
 
 def sharding_options(request: DistillRequest, models: ModelPair) -> AbstractContextManager[dict[str, Any]]:

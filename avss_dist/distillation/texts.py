@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from avss_dist.core.errors import ConfigError, NoRows
@@ -127,24 +126,10 @@ def refuse_seen_text(texts: Sequence[DistillText], seen: Iterable[tuple[str, Seq
             )
 
 
-def draw_rows(texts: Sequence[DistillText], count: int, seed: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Return the texts and the rows of a mix, as indices into the texts to train on and into their rows, [count] each.
+class Mix(Dataset[Example]):
+    """Rows of several texts in a random order, drawn by the texts' weights.
 
     Every row of a text is drawn once before any is drawn again. The order depends on the seed and the numbers of rows.
-    """
-    weights = np.array([text.weight for text in texts if text.trained])
-    random = np.random.default_rng(seed)
-    text_of_row = random.choice(len(weights), size=count, p=weights / weights.sum()).astype(np.int32)
-    row = np.zeros(count, np.int64)
-    for number, rows in enumerate(text.trained.num_sequences for text in texts if text.trained):
-        drawn = text_of_row == number
-        passes = [random.permutation(rows) for _ in range(-(-int(drawn.sum()) // rows))]
-        row[drawn] = np.concatenate([*passes, np.zeros(0, np.int64)])[: drawn.sum()]
-    return text_of_row, row
-
-
-class Mix(Dataset[Example]):
-    """Rows of several texts in a random order, drawn by the texts' weights; see `draw_rows`.
 
     Args:
         texts: texts with rows to train on.
@@ -154,7 +139,14 @@ class Mix(Dataset[Example]):
 
     def __init__(self, texts: Sequence[DistillText], count: int, seed: int) -> None:
         self._texts = [_all_rows(text.trained) for text in texts if text.trained]
-        self._text, self._row = draw_rows(texts, count, seed)
+        trained, random = [text for text in texts if text.trained], np.random.default_rng(seed)
+        weights = np.array([text.weight for text in trained])
+        self._text = random.choice(len(weights), size=count, p=weights / weights.sum()).astype(np.int32)
+        self._row = np.zeros(count, np.int64)
+        for number, rows in enumerate(text.trained.num_sequences for text in texts if text.trained):
+            drawn = self._text == number
+            passes = [random.permutation(rows) for _ in range(-(-int(drawn.sum()) // rows))]
+            self._row[drawn] = np.concatenate([*passes, np.zeros(0, np.int64)])[: drawn.sum()]
 
     def __len__(self) -> int:
         """Return the number of drawn rows."""

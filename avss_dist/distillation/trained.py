@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from avss_dist.core.settings import TRAINED
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.safetensors import DTYPES, StoredTensor, read_tensor, tensors_of, weight_files
+from avss_dist.models.safetensors import DTYPES, read_tensor, tensors_of, weight_files
 from avss_dist.models.size import token_embeddings
 
 ALL, LORA = TRAINED
@@ -33,20 +34,15 @@ def default_learning_rate(student: Checkpoint, train: str) -> float:
     Args:
         train: one of `core.settings.TRAINED`.
     """
-    sizes = [
-        read_tensor(_first_rows(stored)).float().square().mean().sqrt().item()
-        for file in weight_files(Path(student.folder))
-        for stored in tensors_of(file)
-        if len(stored.shape) > 1 and stored.size and (dtype := DTYPES.get(stored.dtype)) and dtype.is_floating_point
-    ]
+    sizes = []
+    for stored in chain.from_iterable(map(tensors_of, weight_files(Path(student.folder)))):
+        dtype = DTYPES.get(stored.dtype)
+        if len(stored.shape) > 1 and stored.size and dtype and dtype.is_floating_point:
+            rows, *of_row = stored.shape
+            first = min(rows, max(1, _VALUES_READ // math.prod(of_row)))  # rows, or experts
+            part = replace(stored, shape=(first, *of_row), size=stored.size // rows * first)
+            sizes.append(read_tensor(part).float().square().mean().sqrt().item())
     return float(f"{STEP_SIZES[train] * max(median(sizes), LEAST_WEIGHT):.1e}")
-
-
-def _first_rows(stored: StoredTensor) -> StoredTensor:
-    """Return the first rows of a tensor, or the first expert of several, as a tensor."""
-    rows, *of_row = stored.shape
-    first = min(rows, max(1, _VALUES_READ // math.prod(of_row)))
-    return replace(stored, shape=(first, *of_row), size=stored.size // rows * first)
 
 
 def choose_trained(model: Any, train: str, rank: int) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partialmethod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -40,13 +39,16 @@ from avss_dist.distillation.loss import (
     predictions,
     text_loss,
 )
+from avss_dist.distillation.pair import ModelPair
 from avss_dist.distillation.texts import DistillText, Example, Mix, held_out_batches
 from avss_dist.partition.group import all_gather, share
 from avss_dist.system.streams import complain
 
+if TYPE_CHECKING:
+    from avss_dist.requests import DistillRequest
+
 SAVE_SECONDS = 300.0  # between two checkpoints, at most, beside those of evaluations
 _COMPLETE = "avss_complete"  # the file that a checkpoint has once all others are written
-_STATE = "trainer_state.json"
 
 
 class _Arguments(TrainingArguments):
@@ -58,7 +60,9 @@ class _Arguments(TrainingArguments):
         return min(1, int(super().n_gpu))
 
 
-def arguments(schedule: Schedule, folder: Path, device: torch.device, more: Mapping[str, Any]) -> TrainingArguments:
+def arguments(
+    request: DistillRequest, models: ModelPair, schedule: Schedule, folder: Path, more: Mapping[str, Any]
+) -> TrainingArguments:
     """Return the arguments of the Trainer.
 
     Args:
@@ -67,7 +71,7 @@ def arguments(schedule: Schedule, folder: Path, device: torch.device, more: Mapp
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": schedule.steps,
-        "per_device_train_batch_size": schedule.batch_size,
+        "per_device_train_batch_size": request.batch_size,
         "learning_rate": schedule.learning_rate,
         "adam_beta1": 0.9,
         "adam_beta2": 0.98,
@@ -75,13 +79,13 @@ def arguments(schedule: Schedule, folder: Path, device: torch.device, more: Mapp
         "max_grad_norm": 1.0,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "warmup_steps": min(schedule.warmup, schedule.steps - 1),
+        "warmup_steps": min(request.warmup, schedule.steps - 1),
         "optim": "adamw_torch",
-        "bf16": schedule.bfloat16,
-        "use_cpu": device.type == "cpu",
-        "seed": schedule.seed,
+        "bf16": models.bfloat16,
+        "use_cpu": models.device.type == "cpu",
+        "seed": request.seed,
         "train_sampling_strategy": "sequential",
-        "dataloader_pin_memory": device.type == "cuda",
+        "dataloader_pin_memory": models.device.type == "cuda",
         "remove_unused_columns": False,
         "logging_steps": math.ceil(schedule.steps / MOST_LOGGED),
         "logging_nan_inf_filter": False,
@@ -282,22 +286,15 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def read_history(checkpoint: Path | None) -> History:
-    """Return the history of a training up to a checkpoint; empty without one."""
-    if checkpoint is None:
-        return []
-    history: History = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["log_history"]
-    return history
-
-
 def train(
+    request: DistillRequest,
+    models: ModelPair,
     open_student: Callable[[], Any],
     teacher: Predict,
     texts: Sequence[DistillText],
     teacher_losses: Sequence[LossSums],
     schedule: Schedule,
     folder: Path,
-    device: torch.device,
     on_event: OnEvent,
     more: Mapping[str, Any],
 ) -> History:
@@ -315,9 +312,9 @@ def train(
         teacher=teacher,
         texts=texts,
         teacher_losses=teacher_losses,
-        args=arguments(schedule, folder, device, {**more, "eval_on_start": last is None}),
+        args=arguments(request, models, schedule, folder, {**more, "eval_on_start": last is None}),
         model=open_student(),
-        train_dataset=Mix(texts, schedule.rows, schedule.seed),
+        train_dataset=Mix(texts, schedule.steps * request.batch_size, request.seed),
         callbacks=[ScheduleCallback(schedule, folder, on_event)],
     )
     of_trackers = tuple(get_reporting_integration_callbacks(trainer.args.report_to))

@@ -65,13 +65,6 @@ class LayerAblation:
     estimates: Mapping[str, Result]
     damage: float | None = None
 
-    def shapley_interval(self) -> tuple[float, float] | None:
-        """Return the ends of the interval of ``shapley`` over permutations; None for fewer than ``MINIMUM_UNITS``."""
-        if self.shapley is None or len(self.shapley.samples) < MINIMUM_UNITS:
-            return None
-        low, high = jackknife_interval(np.array(self.shapley.value), self.shapley.left_out)
-        return float(low), float(high)
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Ablation(TabularResult):
@@ -112,7 +105,9 @@ class Ablation(TabularResult):
 
 def _row(layer: LayerAblation) -> dict[str, Any]:
     predicted = layer.estimates.get(metrics_of("predicted")[0])
-    low, high = layer.shapley_interval() or (None, None)
+    shapley, low, high = layer.shapley, None, None
+    if shapley is not None and len(shapley.samples) >= MINIMUM_UNITS:  # over permutations
+        low, high = map(float, jackknife_interval(np.array(shapley.value), shapley.left_out))
     return {
         "layer": layer.layer,
         "loss": _value(layer.loss),

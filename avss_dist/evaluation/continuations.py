@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
-
-import numpy as np
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Intervention, InterventionKey
 from avss_dist.core.names import CONTINUATION
 from avss_dist.core.registry import PARTITIONS
-from avss_dist.core.settings import Settings
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.loading import load_tokenizer
@@ -49,14 +46,16 @@ def held_out_prompts(model: PlacedModel, texts: Sequence[str], *, skip_sequences
         return []
     tokens = min(PROMPT_TOKENS, model.settings.sequence_length // 2)
     reading = model.reading(max_sequences=PROMPTS, skip_sequences=skip_sequences).settings
-    rows = [list(_rows(model, text, reading)) for text in texts]
+    rows = [
+        [
+            ids[:length]
+            for shard in plan_text(model.checkpoint, text, reading).shards
+            for ids, length in zip(shard.input_ids, shard.lengths, strict=True)
+        ]
+        for text in texts
+    ]
     in_turn = (row for same_place in zip_longest(*rows) for row in same_place if row is not None)
     return [tuple(row[:tokens].tolist()) for row in islice(in_turn, PROMPTS)]
-
-
-def _rows(model: PlacedModel, text: str, settings: Settings) -> Iterator[np.ndarray]:
-    for shard in plan_text(model.checkpoint, text, settings).shards:
-        yield from (ids[:length] for ids, length in zip(shard.input_ids, shard.lengths, strict=True))
 
 
 def continue_prompts(

@@ -7,7 +7,7 @@ once on every task and compared with the whole model on the same samples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -138,7 +138,6 @@ class Trial:
         model: checkpoint of the run.
         rows: rows of the table ``scores``.
         truth: measurements of the layers, float64[layers], by a name of ``registry.MEASURED``.
-        searched: layers that a search chose, by method and share.
         contrasts: contrasts of the layers on paired text, float64[layers], by reading.
         planned: tasks by name.
         choices: method, share of layers, and layers that the method drops at this share.
@@ -151,7 +150,6 @@ class Trial:
     rows: Sequence[Mapping[str, Any]]
     corpus: str
     truth: dict[str, Float64] = field(default_factory=dict)
-    searched: dict[tuple[Method, float], Layers] = field(default_factory=dict)
     contrasts: dict[Reading, Float64] = field(default_factory=dict)
     planned: dict[str, PlannedTask] = field(default_factory=dict)
     choices: list[tuple[Method, float, Layers]] = field(default_factory=list)
@@ -225,32 +223,25 @@ class Trial:
                 skip_option="repair_skip_sequences",
             )
 
-    def search(self, session: EvaluationSession) -> None:
-        """Search sets of layers on the text that the scores were measured on."""
-        model, layers = self.reading(self.experiment.search_max_sequences), self.num_layers
-        planned = model.plan(search_task(model.checkpoint, self.corpus, model.settings))
-        losses = removal_losses(session, planned)
-        with session.keeping_workers():
+    def choose(self, session: EvaluationSession) -> None:
+        """Choose the layers that every method drops at every share; a search is on the text of the scores."""
+        limits = [n for n in (self.model.settings.max_sequences, self.experiment.search_max_sequences) if n]
+        model, layers = self.model.reading(max_sequences=min(limits, default=None)), self.num_layers
+        searched = GREEDY in self.experiment.scores
+        planned = model.plan(search_task(model.checkpoint, self.corpus, model.settings)) if searched else None
+        losses = planned and removal_losses(session, planned)
+        with session.keeping_workers() if planned else nullcontext():
             for method, share in product(self.methods, self.experiment.shares):
-                if method.score == GREEDY:
-                    choice = method.choice(share)
-                    removed, _ = greedy_search(choice.unprotected(layers), choice.number(layers), losses)
-                    self.searched[method, share] = removed
-        session.results(planned)
-
-    def reading(self, maximum: int | None) -> PlacedModel:
-        """Return the model with at most ``maximum`` rows of a text; None keeps the limit of the run."""
-        limits = [limit for limit in (self.model.settings.max_sequences, maximum) if limit]
-        return self.model.reading(max_sequences=min(limits, default=None))
-
-    def drop(self, method: Method, share: float) -> Layers:
-        """Return the layers that a method drops at a share."""
-        if (method, share) in self.searched:
-            return self.searched[method, share]
-        choice = method.choice(share)
-        if method.score == CONTRAST and method.reading is not None:
-            return choice.drop(-self.contrasts[method.reading])
-        return choice.drop(choice.scores(self.rows, self.truth))
+                choice = method.choice(share)
+                if losses and method.score == GREEDY:
+                    drop, _ = greedy_search(choice.unprotected(layers), choice.number(layers), losses)
+                elif method.score == CONTRAST and method.reading is not None:
+                    drop = choice.drop(-self.contrasts[method.reading])
+                else:
+                    drop = choice.drop(choice.scores(self.rows, self.truth))
+                self.choices.append((method, share, drop))
+        if planned:
+            session.results(planned)
 
     def candidates(self, patches: Mapping[tuple[str, Removals], StoredPatch]) -> Iterator[Candidate]:
         """Yield the whole model, and the model without each choice of layers, by repair."""
@@ -300,10 +291,7 @@ def run_experiment(
         if experiment.leave_one_out:
             _leave_one_out(trials, session)
         for trial in trials:
-            if GREEDY in experiment.scores:
-                trial.search(session)
-            chosen = product(trial.methods, experiment.shares)
-            trial.choices = [(method, share, trial.drop(method, share)) for method, share in chosen]
+            trial.choose(session)
         fits = [
             (fit, dict.fromkeys(drop for *_, drop in trial.choices)) for trial in trials for fit in trial.fits.values()
         ]

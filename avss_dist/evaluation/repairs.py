@@ -31,7 +31,7 @@ from avss_dist.evaluation.session import (
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.executors.interface import Executor
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoints import Checkpoint, resolve
+from avss_dist.models.checkpoints import resolve
 from avss_dist.models.interventions import decode_patch, encode_patch
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import without_head
@@ -173,15 +173,12 @@ def fit_repairs(
     Args:
         wanted: fits, each with sets of layers and experts.
     """
-    ordered = sorted(wanted, key=lambda fit: -REPAIRS[fit_of(fit[0]).repair.by].text_rank)
-    return session.fit(
-        [(fit, [Intervention(removed=drop) for drop in drops if _is_repairable(fit, drop)]) for fit, drops in ordered]
-    )
-
-
-def _is_repairable(fit: PlannedTask, drop: Removals) -> bool:
-    """Whether a repair can change a layer before one of the removed layers, later layers, or remaining experts."""
-    return bool(drop) and (REPAIRS[fit_of(fit).repair.by].every_layer or drop != tuple(range(len(drop))))
+    fits = []
+    for fit, drops in sorted(wanted, key=lambda fit: -REPAIRS[fit_of(fit[0]).repair.by].text_rank):
+        every_layer = REPAIRS[fit_of(fit).repair.by].every_layer
+        repairable = [drop for drop in drops if drop and (every_layer or drop != tuple(range(len(drop))))]
+        fits.append((fit, [Intervention(removed=drop) for drop in repairable]))
+    return session.fit(fits)
 
 
 def stored_repair(
@@ -199,7 +196,12 @@ def stored_repair(
     find_cuts(plan, every_layer=REPAIRS[repair.by].every_layer)
     checkpoint = resolve(str(request.model), trust_remote_code=settings.trust_remote_code)
     require_prunable(checkpoint, plan, settings)
-    settings = replace(settings, layers=_layers_setting(checkpoint, plan, settings))
+    layers: str | None = plan.layers
+    with suppress(ModelError):
+        _, module, _ = load_skeleton(checkpoint, settings)
+        if [*layer_lists(without_head(module), plan.num_layers)] == [plan.layers]:
+            layers = None  # it is found automatically, as in runs without a path
+    settings = replace(settings, layers=layers)
     with EvaluationSession.open(warehouse, settings, execution, on_event) as session:
         model = session.place(checkpoint, settings)
 
@@ -212,12 +214,3 @@ def stored_repair(
             fit = plan_fit(copies)
         patches = fit_repairs(session, [(fit, [plan.intervention.removed])])
     return read_repaired(patches[fit.run_id(), plan.intervention.removed])
-
-
-def _layers_setting(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> str | None:
-    """Return the module path of the plan's layers, or None if it is found automatically, as in runs without a path."""
-    with suppress(ModelError):
-        _, model, _ = load_skeleton(checkpoint, settings)
-        if [*layer_lists(without_head(model), plan.num_layers)] == [plan.layers]:
-            return None
-    return plan.layers

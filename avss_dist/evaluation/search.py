@@ -196,15 +196,41 @@ def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
     return losses
 
 
-def repaired_losses(session: EvaluationSession, text: PlannedTask, fit: PlannedTask | None) -> Losses:
-    """Return a function that measures the loss without sets of layers after a repair, which is fitted to each set.
+def repaired_search(
+    session: EvaluationSession,
+    model: PlacedModel,
+    make_plan: Callable[..., Plan],
+    request: ShrinkRequest,
+    rows: int,
+    fit: PlannedTask | None,
+) -> Callable[..., Plan]:
+    """Return a function that plans a ``count`` or ``share`` of layers by a greedy search among those of least damage.
 
-    The effect of a repair depends on the set, so the best set with a repair may differ from the best without one.
+    The search goes by the loss on the first rows of the text after a repair, which is fitted to each set on the same
+    number of rows of each repair text, or on more if the repair needs them: the best set with a repair may differ from
+    the best one without.
 
     Args:
-        text: the task of the loss.
-        fit: the task of fitting the repair; None for no repair.
+        make_plan: returns a plan by damage that drops a ``count`` of layers.
+        fit: the task of fitting the final repair; None for no repair.
+
+    Raises:
+        CorpusError: a text cannot be read, or has too few rows.
     """
+    model = model.reading(max_sequences=rows)
+    checkpoint, settings, repair = model.checkpoint, model.settings, request.searched_repair
+    task = text_task(checkpoint, request.corpus, settings)
+    text = model.plan(replace(task, name=f"{SEARCH}{RedactedURI(request.corpus)}"))
+    if fit is not None:
+        final, enough = fit_of(fit), rows
+        if REPAIRS[repair].text_rank > 0:  # rows of each text that suffice for a residual stream of this width
+            width = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config().hidden_size
+            tokens, sequences = (sum(getattr(x, n) for x in final.texts) for n in ("num_tokens", "num_sequences"))
+            unknowns = REPAIRS[repair].tokens_needed(width, width) / max(1.0, tokens / sequences - SINK_TOKENS)
+            fitted = unknowns / len(final.texts) * HELD_BACK / (HELD_BACK - 1)
+            enough = max(rows, ceil(fitted) + 2)  # because the held-back rows are rounded up
+        read = replace(final.repair.settings, max_sequences=enough)
+        fit = plan_fits(model, final.layers, [replace(final.repair, by=repair, settings=read)])[repair]
 
     def losses(base: Layers, layers: Layers) -> dict[Layers, Result]:
         drops = _expand(base, layers)
@@ -215,70 +241,21 @@ def repaired_losses(session: EvaluationSession, text: PlannedTask, fit: PlannedT
         results = {result.intervention: result for result in measured if result.metric == LOSS}
         return {drop: results[intervention.key] for drop, intervention in repaired.items()}
 
-    return losses
+    def searched_plan(**size: Any) -> Plan:
+        choice = Choice(by=GREEDY, first=request.first, last=request.last, **size)
+        layers = make_plan(count=1).num_layers
+        pool = make_plan(count=min(POOL * choice.number(layers), len(choice.unprotected(layers)), layers - 1))
+        removed, steps = greedy_search(pool.dropped_layers, choice.number(layers), losses)
+        outcome = {
+            "among": describe_layers(pool.dropped_layers),
+            "repair": repair,
+            "sets": steps[-1].sets,
+            "loss": round(steps[-1].best.value, 6),
+            "text": request.corpus,
+            "sequences": text.settings.max_sequences,
+            "evaluation": text.run_id(),
+            "task": text.task.name,
+        }
+        return replace(pool, drop=removed, why=reasons(choice) | outcome, findings=(CHOSEN_HERE,), evaluated=())
 
-
-def plan_repaired_search(
-    model: PlacedModel, request: ShrinkRequest, rows: int, fit: PlannedTask | None
-) -> tuple[PlannedTask, PlannedTask | None]:
-    """Return the tasks of a search by the repaired loss: the loss on the first rows of the text, and the fit.
-
-    Each set is repaired on the same number of rows of each repair text, or on more if the repair needs them.
-
-    Args:
-        fit: the task of fitting the final repair; None for no repair.
-
-    Raises:
-        CorpusError: a text cannot be read, or has too few rows.
-    """
-    model = model.reading(max_sequences=rows)
-    checkpoint, settings = model.checkpoint, model.settings
-    task = replace(text_task(checkpoint, request.corpus, settings), name=f"{SEARCH}{RedactedURI(request.corpus)}")
-    text = model.plan(task)
-    if fit is None:
-        return text, None
-    final = fit_of(fit)
-    by, texts, enough = request.searched_repair, final.texts, 1
-    if REPAIRS[by].text_rank > 0:  # rows of each text that suffice for a residual stream of this width
-        width = text_config(checkpoint, trust_remote_code=settings.trust_remote_code).get_text_config().hidden_size
-        tokens = sum(text.num_tokens for text in texts) / sum(text.num_sequences for text in texts) - SINK_TOKENS
-        fitted = REPAIRS[by].tokens_needed(width, width) / max(1.0, tokens) / len(texts)
-        enough = ceil(fitted * HELD_BACK / (HELD_BACK - 1)) + 2  # because the held-back rows are rounded up
-    repair = replace(final.repair, by=by, settings=replace(settings, max_sequences=max(rows, enough)))
-    return text, plan_fits(model, final.layers, [repair])[repair.by]
-
-
-def searched_plan(
-    session: EvaluationSession,
-    make_plan: Callable[..., Plan],
-    request: ShrinkRequest,
-    text: PlannedTask,
-    fit: PlannedTask | None,
-    **size: Any,
-) -> Plan:
-    """Return the plan that a greedy search makes among the layers with the least damage.
-
-    Args:
-        make_plan: returns a plan by damage that drops a ``count`` of layers.
-        text, fit: see `plan_repaired_search`.
-        size: ``count`` or ``share`` of the layers to drop.
-
-    Raises:
-        AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
-    """
-    choice = Choice(by=GREEDY, first=request.first, last=request.last, **size)
-    layers = make_plan(count=1).num_layers
-    pool = make_plan(count=min(POOL * choice.number(layers), len(choice.unprotected(layers)), layers - 1))
-    losses = repaired_losses(session, text, fit)
-    removed, steps = greedy_search(pool.dropped_layers, choice.number(layers), losses)
-    outcome = {
-        "among": describe_layers(pool.dropped_layers),
-        "repair": request.searched_repair,
-        "sets": steps[-1].sets,
-        "loss": round(steps[-1].best.value, 6),
-        "text": request.corpus,
-        "sequences": text.settings.max_sequences,
-        "evaluation": text.run_id(),
-        "task": text.task.name,
-    }
-    return replace(pool, drop=removed, why=reasons(choice) | outcome, findings=(CHOSEN_HERE,), evaluated=())
+    return searched_plan

@@ -42,7 +42,7 @@ from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.metrics import retention_of
 from avss_dist.system.process import package_versions
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
-from avss_dist.tasks.task import Measure, Result, Row, Task, combine
+from avss_dist.tasks.task import Measure, Result, Task, combine
 from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.storage import Storage
 from avss_dist.warehouse.store import Store
@@ -547,10 +547,14 @@ def _identity(work: Cell | PlannedTask, run_id: str, family: str) -> RunIdentity
 
 
 def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> list[Mapping[str, Any]]:
-    share = measured.seconds / max(1, len(measured.rows))
+    key, share = cell.intervention.key, measured.seconds / max(1, len(measured.rows))
     return [
         {
-            **_key(cell, row, patch).row(),
+            **key._replace(
+                removed=key.removed if row.removed is None else row.removed,
+                rounding=row.rounding or key.rounding,
+                patch=patch or key.patch,
+            ).row(),
             "task": cell.task,
             "metric": row.metric,
             "layer": row.layer,
@@ -563,10 +567,3 @@ def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> li
         }
         for row, patch in zip(measured.rows, patches, strict=True)
     ]
-
-
-def _key(cell: Cell, row: Row, patch: str | None) -> InterventionKey:
-    """Return the key of the intervention that a row describes: that of its cell, if the row has no other."""
-    key = cell.intervention.key
-    removed = key.removed if row.removed is None else row.removed
-    return key._replace(removed=removed, rounding=row.rounding or key.rounding, patch=patch or key.patch)

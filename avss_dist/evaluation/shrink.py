@@ -34,7 +34,7 @@ from avss_dist.evaluation.continuations import Continuation, Prompt, continue_pr
 from avss_dist.evaluation.distill import distill_student, publish_distilled, require_distillable, student_folder
 from avss_dist.evaluation.events import OnEvent, ignore
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
-from avss_dist.evaluation.search import plan_repaired_search, searched_plan
+from avss_dist.evaluation.search import repaired_search
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
@@ -218,11 +218,11 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
         AvssError: a mistake, or work that failed. Measured cells remain in the warehouse.
     """
     on_event = ignore if on_event is None else on_event
-    settings, model, output = request.settings, str(request.model), Path(request.output)
+    settings, output = request.settings, Path(request.output)
     require_free(output)
     if request.repair != NO_REPAIR:
         require_changeable(request.execution.partition)
-    checkpoint = resolve(model, trust_remote_code=settings.trust_remote_code)
+    checkpoint = resolve(str(request.model), trust_remote_code=settings.trust_remote_code)
     require_head(checkpoint.name, text_config(checkpoint, trust_remote_code=settings.trust_remote_code))
     require_copyable(checkpoint)
     if request.distill_tokens is not None:
@@ -238,29 +238,30 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
         make_plan = _measure_scores(request, session, split)
         example = make_plan(count=1)
         require_prunable(checkpoint, example, settings)
-        evaluator = _evaluator(session, checkpoint, request, split, example)
+        model = session.place(checkpoint, settings)
+        tasks, fit = _plan_candidates(session, model, request, split, example)
+        evaluate = partial(_evaluate, session, tasks, fit)
         if request.by == GREEDY:
-            text, fit = plan_repaired_search(evaluator.model, request, split.scored, evaluator.fit)
-            make_plan = partial(searched_plan, session, make_plan, request, text, fit)
+            make_plan = repaired_search(session, model, make_plan, request, split.scored, fit)
         if request.keep is None:
-            best = evaluator(make_plan(share=request.share or LOWEST_SHARE))
+            best = evaluate(make_plan(share=request.share or LOWEST_SHARE))
             curve = [best]
         else:
             maximum = min(example.num_layers - 1, example.num_layers - request.first - request.last)
-            best, curve = _bisect(evaluator, make_plan, maximum, request.keep)
-        prompts = held_out_prompts(evaluator.model, request.texts, skip_sequences=split.scored)
+            best, curve = _bisect(evaluate, make_plan, maximum, request.keep)
+        prompts = held_out_prompts(model, request.texts, skip_sequences=split.scored)
         pruned, without = best.plan.intervention, f"{count_removed(best.plan.drop)} dropped"
         variants = {WHOLE: NO_INTERVENTION, without: pruned}
         if best.patch:
             variants[f"{without}, repaired by {request.repair}"] = replace(pruned, patch=best.patch)
-        continuations, unread = continue_prompts(session, evaluator.model, prompts, variants)
+        continuations, unread = continue_prompts(session, model, prompts, variants)
     plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
     on_event(Preparing("writing"))
     student = student_folder(output)
     if request.distill_tokens is not None:
         shutil.rmtree(student, ignore_errors=True)  # of an earlier attempt, and perhaps of another plan
     written = prune(
-        model,
+        str(request.model),
         plan,
         output if request.distill_tokens is None else student,
         repair=read_repaired(best.patch) if best.patch else None,
@@ -385,39 +386,29 @@ def _measure_scores(request: ShrinkRequest, session: EvaluationSession, split: T
     return partial(plan_layers, opened, row, by=request.ranked_by, first=request.first, last=request.last)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _CandidateEvaluator:
-    """Evaluates candidate plans of a model: fits the repair of each, and measures it beside the whole model.
+def _evaluate(
+    session: EvaluationSession, planned: Mapping[str, PlannedTask], fit: PlannedTask | None, plan: Plan
+) -> CandidateResult:
+    """Return the result of a plan: fit its repair, and measure it beside the whole model. Stored cells are reused.
 
-    Attributes:
-        tasks: tasks by name.
+    Args:
+        planned: tasks by name.
         fit: task of fitting a repair; None for no repair.
+
+    Raises:
+        AvssError: a mistake, or a fit or an evaluation that failed. Measured cells remain in the warehouse.
     """
-
-    session: EvaluationSession
-    model: PlacedModel
-    tasks: Mapping[str, PlannedTask]
-    fit: PlannedTask | None
-
-    def __call__(self, plan: Plan) -> CandidateResult:
-        """Return the result of a plan. Stored fits and cells are reused.
-
-        Raises:
-            AvssError: a mistake, or a fit or an evaluation that failed. Measured cells remain in the warehouse.
-        """
-        patch = None
-        if self.fit is not None:
-            patches = fit_repairs(self.session, [(self.fit, [plan.dropped_layers])])
-            patch = patches.get((self.fit.run_id(), plan.dropped_layers))
-        variants = [NO_INTERVENTION, plan.intervention, replace(plan.intervention, patch=patch)]
-        results = self.session.measure([(task, variants) for task in self.tasks.values()])
-        tasks = []
-        for name, task in self.tasks.items():
-            whole, pruned, repaired = (_primary(results[task])[variant.key] for variant in variants)
-            tasks.append(
-                TaskRetention(task=name, whole=whole, pruned=pruned, repaired=repaired if patch is not None else None)
-            )
-        return CandidateResult(plan=plan, patch=patch, tasks=tasks)
+    patch = None
+    if fit is not None:
+        patches = fit_repairs(session, [(fit, [plan.dropped_layers])])
+        patch = patches.get((fit.run_id(), plan.dropped_layers))
+    variants = [NO_INTERVENTION, plan.intervention, replace(plan.intervention, patch=patch)]
+    results = session.measure([(task, variants) for task in planned.values()])
+    tasks = []
+    for name, task in planned.items():
+        whole, pruned, repaired = (_primary(results[task])[variant.key] for variant in variants)
+        tasks.append(TaskRetention(task=name, whole=whole, pruned=pruned, repaired=repaired if patch else None))
+    return CandidateResult(plan=plan, patch=patch, tasks=tasks)
 
 
 def _primary(results: Sequence[Result]) -> dict[InterventionKey, Result]:
@@ -435,11 +426,10 @@ def _plan_tasks(model: PlacedModel, request: ShrinkRequest, split: TextSplit) ->
     }
 
 
-def _evaluator(
-    session: EvaluationSession, checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit, example: Plan
-) -> _CandidateEvaluator:
-    """Return an evaluator of plans like the example. Texts of different uses that overlap are refused."""
-    model = session.place(checkpoint, request.settings)
+def _plan_candidates(
+    session: EvaluationSession, model: PlacedModel, request: ShrinkRequest, split: TextSplit, example: Plan
+) -> tuple[dict[str, PlannedTask], PlannedTask | None]:
+    """Return the tasks by name and the fit of a repair, for plans like the example. Overlapping texts are refused."""
     tasks = _plan_tasks(model, request, split)
     skipped, use, fit = split.held_out, "the repair is fitted on", None
     texts: Sequence[CorpusPlan] = ()
@@ -453,11 +443,11 @@ def _evaluator(
         if request.distill_tokens is not None:
             skipped, use = split.measured, "the smaller model is distilled on"
             read = model.reading(max_sequences=split.rows - skipped, skip_sequences=skipped).settings
-            texts = [plan_text(checkpoint, text, read) for text in request.repair_texts]
+            texts = [plan_text(model.checkpoint, text, read) for text in request.repair_texts]
         warehouse = Warehouse(session.store.root.full)
-        scored = partial(texts_of_run, warehouse, example.run_id, checkpoint, corpus=request.corpus)
+        scored = partial(texts_of_run, warehouse, example.run_id, model.checkpoint, corpus=request.corpus)
         refuse_overlaps([planned.task for planned in tasks.values()], texts, model, scored, skipped=skipped, use=use)
-    return _CandidateEvaluator(session=session, model=model, tasks=tasks, fit=fit)
+    return tasks, fit
 
 
 def _bisect(

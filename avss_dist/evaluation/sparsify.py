@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from avss_dist.analysis.sparsity_plans import MeasuredMaps, make_plan, plan_uniform
+from avss_dist.analysis.sparsity_plans import MeasuredMaps, make_plan
 from avss_dist.core.intervention import NO_INTERVENTION, THRESHOLD, TOP_K
 from avss_dist.core.names import SPARSITY_TASK
 from avss_dist.core.text import RedactedURI
@@ -31,6 +31,7 @@ from avss_dist.warehouse.store import Store
 LEVELS = np.append(np.arange(1, 20) / 20, 0.98)  # sparsities at which `loss` measures the damage
 COUNTED = ("uniform", "wina")  # methods that need only the counts of the run
 READ_TEXT = ("loss", "teal")
+LARGEST_OF_TOKEN = ("acttail", "wina")  # methods that leave the largest inputs of each token
 NEED_WEIGHTS = ("loss", "teal", "acttail")  # methods that need whole weights in one process
 BASE = 0.05  # TEAL's step for the largest map of a block
 
@@ -51,8 +52,9 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any], on_event: OnEvent
     """
     target, method, rule = request.target, request.method, request.rule
     measured = MeasuredMaps.of_run(Warehouse(request.warehouse), run)
+    why: dict[str, Any] = {"by": method, "target": target}
     if method in COUNTED:
-        plan = plan_uniform(measured, target, method, rule=rule)
+        sparsities = np.full(len(measured.maps), target)
     else:
         require_whole_weights(request.execution.partition, method)
         checkpoint = checkpoint_of_run(run, trust_remote_code=request.settings.trust_remote_code)
@@ -77,8 +79,9 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any], on_event: OnEvent
                 return summed
 
             sparsities, reasons = _ALLOCATIONS[method](measured, target, text, measure)
-        why = {"by": method, "target": target, "evaluation": evaluations[0], **reasons}
-        plan = make_plan(measured, sparsities, TOP_K if method == "acttail" else THRESHOLD, why, rule=rule)
+        why |= {"evaluation": evaluations[0], **reasons}
+    by = TOP_K if method in LARGEST_OF_TOKEN else THRESHOLD
+    plan = make_plan(measured, sparsities, by, why, rule=rule, weighted=method == "wina")
     identity = RunIdentity(run_id=run["run_id"], model=run["model"], revision=run["revision"], family=run["family"])
     key = plan.intervention.key.sparsity
     assert key is not None

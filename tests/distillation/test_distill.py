@@ -152,8 +152,8 @@ def test_what_is_trained_and_the_memory_that_it_takes(
     parts = {train: result.memory for train, result in done.items()}
     assert parts["all"].trained > parts["lora"].trained
     for part in parts.values():
-        assert part.gradients == 4 * part.trained and part.moments == 8 * part.trained
-    assert parts["all"].weights == sum(4 * t.numel() for t in weights_of(done["all"].folder).values())
+        assert part.parts["gradients"] == 4 * part.trained and part.parts["optimizer"] == 8 * part.trained
+    assert parts["all"].parts["student"] == sum(4 * t.numel() for t in weights_of(done["all"].folder).values())
 
 
 def test_text_of_the_teacher_is_written_once(

@@ -253,9 +253,13 @@ def test_a_search_repairs_on_enough_text(deep: Path, tmp_path: Path) -> None:
     """Where the rows that scores use are too few for the equations."""
     made = shrunk(deep, tmp_path / "out", by="greedy", repair="map", max_sequences=24)
     assert made.best.plan.why["sequences"] == 3 and made.record is not None
-    fits = [row for row in Warehouse(tmp_path / "out-warehouse").table("evaluations").to_pylist() if row["patch"]]
-    rows = {json.loads(row["settings"])["max_sequences"] for row in fits if row["metric"] == "missing"}
+    rows = {json.loads(row["settings"])["max_sequences"] for row in rows_of_fits(tmp_path / "out-warehouse")}
     assert len(rows) == 2 and min(rows) > 3 and max(rows) == 18
+
+
+def rows_of_fits(warehouse: Path) -> list[dict[str, Any]]:
+    rows = Warehouse(warehouse).table("evaluations").to_pylist()
+    return [row for row in rows if row["patch"] and row["metric"] == "missing"]
 
 
 def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Path, tmp_path: Path) -> None:
@@ -274,6 +278,8 @@ def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Pat
     best = min(pairs, key=losses.__getitem__)
     assert all({*first} < {*drop} for drop in pairs)
     assert made.best.plan.drop == best and why["loss"] == round(losses[best], 6)
+    fitted = {row["settings"] for row in rows_of_fits(warehouse)}
+    assert {json.loads(settings)["skip_sequences"] for settings in fitted} == {20}  # after those that are measured
     assert made.record is not None and made.record.removed == made.best.plan.drop
     times = cell_times(warehouse)
     again = shrunk(deep, tmp_path / "again", by="greedy", repair="channel", warehouse=warehouse)
