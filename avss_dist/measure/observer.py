@@ -23,11 +23,11 @@ from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.core.settings import INPUT_SITES
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels import kernels_for
-from avss_dist.measure.kernels.reference import Accumulator, Kernels, send_stats
-from avss_dist.measure.rows import ObservedTokens, PlacedRows, RowAccumulator, masks_by_stratum, row_tensors
+from avss_dist.measure.kernels.reference import Accumulator, Kernels, Tensors, send_stats
+from avss_dist.measure.rows import ObservedTokens, PlacedRows, masks_by_stratum, row_tensors
 from avss_dist.models.layers import Experts, Layer, Routing, as_rows, first_tensor, input_tensor, routing_of
 from avss_dist.partition.replica import RowSplit
-from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, StratumKey
+from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, LayerKey, LayerStats, RowStats, StratumKey
 from avss_dist.stats.merging import merge_strata
 from avss_dist.system.devices import to_device, to_host
 from avss_dist.system.process import bound
@@ -252,52 +252,31 @@ def _counted_positions(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor
 class Hooks:
     """Hooks on layers, which hand activations to the `Observer` whose forward pass runs in their context.
 
-    Passes may run concurrently, each in a thread, greenlet or context of its own. Attach the hooks before the passes
-    begin, and remove them after they end.
+    Passes may run concurrently, each in a thread, greenlet or context of its own. `attached` registers the hooks.
     """
 
-    def __init__(self, layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = False) -> None:
-        self.layers, self.sites, self._experts = layers, sites, experts
-        self._handles: list[Any] = []
+    def __init__(self, layers: Sequence[Layer], sites: Sequence[str]) -> None:
+        self.layers, self.sites = layers, sites
 
-    def attach(self) -> None:
-        """Register every hook."""
-        handles = self._handles
-        for module in dict.fromkeys(layer.module for layer in self.layers):
-            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave))
-        for site in self.sites:
-            taps = [layer.taps[site] for layer in self.layers if site in layer.taps]
-            for module, reads in dict.fromkeys((tap.module, tap.reads) for tap in taps):
-                read = self._reader(site, reads)
-                if reads == "input":
-                    handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
-                else:
-                    handles.append(module.register_forward_hook(read))
-        if self._experts:
-            handles += expert_hooks(self.layers, self._pass)
-
-    def remove(self) -> None:
-        """Remove every hook."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _pass(self) -> Pass | None:
+    def current(self) -> Pass | None:
         """Return the pass in progress in this context whose observer uses these hooks, or None."""
         return next((now for now in reversed(PASSES.get()) if now.observer.hooks is self), None)
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if now := self._pass():
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Record the start of a layer, before it runs."""
+        if now := self.current():
             now.observer.enter(now, module, input_tensor(args, kwargs))
 
-    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
-        if (now := self._pass()) and now.entered:
+    def leave(self, module: nn.Module, _args: Any, output: Any) -> None:
+        """Add the statistics of a layer, after it ran."""
+        if (now := self.current()) and now.entered:
             now.observer.leave(now, module, output)
 
-    def _reader(self, site: str, reads: str) -> Callable[[nn.Module, Any, Any], None]:
+    def reader(self, site: str, reads: str) -> Callable[[nn.Module, Any, Any], None]:
+        """Return a hook that adds the statistics of a module's input or output."""
+
         def read(module: nn.Module, args: Any, kwargs_or_output: Any) -> None:
-            if (now := self._pass()) and now.entered:
+            if (now := self.current()) and now.entered:
                 tensors = (*args, *kwargs_or_output.values()) if reads == "input" else kwargs_or_output
                 now.observer.read(now, site, module, first_tensor(tensors))
 
@@ -313,12 +292,25 @@ def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = F
         sites: the sites of ``settings.SITES`` to measure.
         experts: whether to measure routed experts.
     """
-    hooks = Hooks(layers, sites, experts=experts)
+    hooks = Hooks(layers, sites)
+    handles: list[Any] = []
     try:
-        hooks.attach()
+        for module in dict.fromkeys(layer.module for layer in layers):
+            handles.append(module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(hooks.leave))
+        for site in sites:
+            taps = [layer.taps[site] for layer in layers if site in layer.taps]
+            for module, reads in dict.fromkeys((tap.module, tap.reads) for tap in taps):
+                if reads == "input":
+                    handles.append(module.register_forward_pre_hook(hooks.reader(site, reads), with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(hooks.reader(site, reads)))
+        if experts:
+            handles += expert_hooks(layers, hooks.current)
         yield hooks
     finally:
-        hooks.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class Observer:
@@ -351,7 +343,7 @@ class Observer:
         self._accumulators: dict[StratumKey, Accumulator] = {}
         self._stats: dict[StratumKey, LayerStats] = {}
         self._coming: list[tuple[list[StratumKey], Callable[[], list[LayerStats]]]] = []
-        self._of_rows: defaultdict[LayerKey, RowAccumulator] = defaultdict(RowAccumulator)
+        self._row_batches: defaultdict[LayerKey, list[tuple[np.ndarray, Tensors]]] = defaultdict(list)
         self._num_observed: Counter[int] = Counter()
         self._kernels: dict[torch.device, Kernels] = {}
         inputs = set(INPUT_SITES) & set(hooks.sites)  # of linear maps, whose every unit is summed
@@ -382,12 +374,19 @@ class Observer:
 
     def send_rows(self) -> Callable[[], dict[LayerKey, PlacedRows]]:
         """Start the transfer of the row statistics, and return a function that waits for it and returns them."""
-        keys = sorted(self._of_rows)
-        arrived = to_host([tensor for key in keys for tensor in self._of_rows[key].tensors()])
+        batches = sorted(self._row_batches.items())
+        fields = [[batch[name] for _, batch in of_key] for _, of_key in batches for name in ROW_FIELDS]
+        arrived = to_host([torch.cat(parts) for parts in fields])
 
         def wait() -> dict[LayerKey, PlacedRows]:
             arrays = iter(arrived())
-            return {key: self._of_rows[key].to_stats(arrays) for key in keys}
+            return {
+                key: (
+                    np.concatenate([places for places, _ in of_key]),
+                    RowStats(**{name: next(arrays) for name in ROW_FIELDS}),
+                )
+                for key, of_key in batches
+            }
 
         return wait
 
@@ -499,7 +498,7 @@ class Observer:
         if x.device not in now.tokens:
             now.tokens[x.device] = ObservedTokens.of_mask(now.mask[now.local_rows], x.device)
         rows = row_tensors(x, now.tokens[x.device], self._thresholds, before)
-        self._of_rows[layer.index, site].add(now.pairing.rows[now.local_rows], rows)
+        self._row_batches[layer.index, site].append((now.pairing.rows[now.local_rows], rows))
 
     def _accumulators_of(
         self, now: Pass, layer: Layer, site: str, like: torch.Tensor, *, geometry: bool = False

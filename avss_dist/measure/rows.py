@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -156,27 +156,6 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 
 PlacedRows = tuple[np.ndarray, RowStats]
 """Positions of rows in the corpus, int64[rows], and the statistics of these rows."""
-
-
-@dataclass
-class RowAccumulator:
-    """Accumulator of the row statistics of one layer and site, batch by batch."""
-
-    _places: list[np.ndarray] = field(default_factory=list)
-    _batches: list[Tensors] = field(default_factory=list)
-
-    def add(self, places: np.ndarray, batch: Tensors) -> None:
-        """Add a batch of `row_tensors` and the positions of its rows in the corpus."""
-        self._places.append(places)
-        self._batches.append(batch)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Return the fields of all rows, in the order of `ROW_FIELDS`."""
-        return [torch.cat([batch[name] for batch in self._batches]) for name in ROW_FIELDS]
-
-    def to_stats(self, arrays: Iterator[np.ndarray]) -> PlacedRows:
-        """Return the positions and statistics of all rows, from `tensors` that were transferred to the host."""
-        return np.concatenate(self._places), RowStats(**{name: next(arrays) for name in ROW_FIELDS})
 
 
 def in_order(parts: Sequence[PlacedRows]) -> RowStats:

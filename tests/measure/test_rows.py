@@ -13,8 +13,8 @@ from support.observing import observe
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.observer import Pass
-from avss_dist.measure.rows import ObservedTokens, RowAccumulator, by_matrices, in_order, masks_by_stratum, row_tensors
-from avss_dist.stats.layer_stats import ROW_FIELDS
+from avss_dist.measure.rows import ObservedTokens, by_matrices, in_order, masks_by_stratum, row_tensors
+from avss_dist.stats.layer_stats import ROW_FIELDS, RowStats
 
 GRID = np.array([0.25, 1.0])
 Measure = Callable[[torch.Tensor, ObservedTokens, torch.Tensor | None], dict[str, Any]]
@@ -97,11 +97,9 @@ def test_rows_come_in_the_order_of_their_places() -> None:
         return {name: torch.arange(first, first + number) + 100 * i for i, name in enumerate(ROW_FIELDS)}
 
     parts = []
-    for places in ([[7, 5], [1]], [[0, 9]]):
-        rows = RowAccumulator()
-        for some in places:
-            rows.add(np.array(some), {k: torch.tensor([p + v[0] for p in some]) for k, v in batch(0, 1).items()})
-        parts.append(rows.to_stats(tensor.numpy() for tensor in rows.tensors()))
+    for places in ([7, 5, 1], [0, 9]):
+        fields = {k: np.array([p + int(v[0]) for p in places]) for k, v in batch(0, 1).items()}
+        parts.append((np.array(places), RowStats(**fields)))
     merged = in_order(parts)
     for i, name in enumerate(ROW_FIELDS):
         assert getattr(merged, name).tolist() == [100 * i + place for place in (0, 1, 5, 7, 9)]

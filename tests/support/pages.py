@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import numpy as np
 from avss_dist.core.registry import BASELINES
 from avss_dist.core.settings import SITES, THRESHOLDS
 from avss_dist.stats.layer_stats import LayerStats
-from avss_dist.stats.scores import score_run
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 from support.oracle import oracle_stats
+from support.warehouses import identity_of, run_row, write_measured
 
 UNITS, SHARDS, SHAPE = 16, 8, (2, 8)  # sequences and tokens of a shard
 
@@ -47,6 +46,18 @@ def measured(
     return found
 
 
+ABOUT: dict[str, Any] = {
+    "family": "llama",
+    "dtype": "bfloat16",
+    "corpus": "builtin:pydoc",
+    "revision": None,
+    "created_at": datetime(2026, 1, 2, tzinfo=UTC),
+    "num_tokens": 64,
+    "tokens_per_second": 1234.5,
+    "settings": "{}",
+}
+
+
 def write_run(
     warehouse: Warehouse,
     name: str,
@@ -59,43 +70,10 @@ def write_run(
     **row: Any,
 ) -> str:
     """Measure, score and commit a run; its id."""
-    partials = measured(layers, seed, shards, sites, still)
-    merged = {key: reduce(LayerStats.merge, (shard[key] for shard in partials)) for key in partials[0]}
-    names = [f"model.layers.{i}" for i in range(layers)]
-    return commit(
-        warehouse,
-        name,
-        score_run(merged, names, partials),
-        layers,
-        row,
-        lambda run: Store(warehouse.root).write_layer_stats(run, names, merged),
-    )
-
-
-def commit(
-    warehouse: Warehouse,
-    name: str,
-    scores: list[dict[str, Any]],
-    layers: int,
-    row: dict[str, Any],
-    before: Callable[[RunIdentity], None] = lambda run: None,
-) -> str:
-    """Write the rows of a run; its id."""
-    values = {"model": f"org/{name}", "family": "llama", "dtype": "bfloat16", "corpus": "builtin:pydoc", **row}
-    run = RunIdentity(run_id=f"{name}-0123456789", model=values["model"], revision=None, family=values["family"])
-    store = Store(warehouse.root)
-    store.write_scores(run, scores)
-    before(run)
-    about = {
-        "status": "done",
-        "created_at": datetime(2026, 1, 2, tzinfo=UTC),
-        "num_layers": layers,
-        "num_tokens": 64,
-        "tokens_per_second": 1234.5,
-        "settings": "{}",
-    }
-    store.write_run({**about, **values, "run_id": run.run_id})
-    return run.run_id
+    run_id = f"{name}-0123456789"
+    values = {**ABOUT, "model": f"org/{name}", **row}
+    write_measured(Path(warehouse.root), run_id, measured(layers, seed, shards, sites, still), layers, **values)
+    return run_id
 
 
 def write_removals(warehouse: Warehouse, run_id: str, revision: str, layers: int) -> None:
@@ -157,5 +135,7 @@ def write_many(root: Path, runs: int, layers: int) -> Warehouse:
             scores.append(
                 row | {name: row[name] and row[name] * f for name, f in zip(scaled, scale.tolist(), strict=True)}
             )
-        commit(warehouse, f"model-{run:02d}", scores, layers, {})
+        about = run_row(f"model-{run:02d}-0123456789", num_layers=layers, **ABOUT)
+        Store(root).write_scores(identity_of(about), scores)
+        Store(root).write_run(about)
     return warehouse

@@ -72,7 +72,7 @@ def run_row(run_id: str, **columns: Any) -> dict[str, Any]:
     }
 
 
-def _identity(row: Mapping[str, Any]) -> RunIdentity:
+def identity_of(row: Mapping[str, Any]) -> RunIdentity:
     return RunIdentity(**{name: row[name] for name in ("run_id", "model", "revision", "family")})
 
 
@@ -97,7 +97,7 @@ def write_profiles(
             rank = None if np.isnan(ranks[i]) else int(ranks[i])
             rows.append({**place, **at, "avss_smoothed": score, "rank": rank, "near_zero_count": 500.0, **found})
     store = Store(root)
-    store.write_scores(_identity(row), rows)
+    store.write_scores(identity_of(row), rows)
     store.write_run({"num_layers": len(scores), **row})
 
 
@@ -105,7 +105,7 @@ def write_measured(root: Path, run_id: str, shards: Sequence[Stats], layers: int
     """A run as the driver leaves it: partials, merged statistics, scores, and its row."""
     row = run_row(run_id, num_layers=layers, num_shards=len(shards), **columns)
     names = tuple(f"layers.{i}" for i in range(layers))
-    store, identity, merged = Store(root), _identity(row), merge_stats(shards)
+    store, identity, merged = Store(root), identity_of(row), merge_stats(shards)
     for i, shard in enumerate(shards):
         store.write_shard(identity, ShardResult(shard_id=i, content_hash=f"hash{i}", layers=names, stats=shard))
     store.write_layer_stats(identity, names, merged)
