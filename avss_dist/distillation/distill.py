@@ -20,12 +20,11 @@ from safetensors import SafetensorError
 
 from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFull, first_line, unwritable
 from avss_dist.core.results import TabularResult
-from avss_dist.distillation.checkpoint import autocast, load_trained, round_to_stored_dtype, write_distilled
 from avss_dist.distillation.curve import DIVERGED, CurvePoint, Schedule, best, ending, evaluations, is_better
 from avss_dist.distillation.events import OnEvent, Preparing, ignore
 from avss_dist.distillation.loss import LossSums, Predict, logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
-from avss_dist.distillation.pair import ModelPair, ancestry, resolve_pair
+from avss_dist.distillation.pair import LORA, ModelPair, ancestry, resolve_pair
 from avss_dist.distillation.ranks import (
     call_at_layers,
     open_ranks,
@@ -33,15 +32,21 @@ from avss_dist.distillation.ranks import (
     run_ranks,
     sharding_options,
 )
-from avss_dist.distillation.reading import read_texts
 from avss_dist.distillation.record import (
     FILE,
     DistillRecord,
     RecordedText,
     read_record,
 )
-from avss_dist.distillation.texts import DistillText
-from avss_dist.distillation.trained import LORA, choose_trained, default_learning_rate
+from avss_dist.distillation.student import (
+    autocast,
+    choose_trained,
+    default_learning_rate,
+    load_trained,
+    round_to_stored_dtype,
+    write_distilled,
+)
+from avss_dist.distillation.texts import DistillText, read_texts
 from avss_dist.models.loading import load_model, quiet
 from avss_dist.models.safetensors import weight_files
 from avss_dist.partition.group import rank_and_size, share

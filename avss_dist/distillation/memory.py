@@ -10,7 +10,8 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import SHARDINGS
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
-from avss_dist.distillation.trained import LORA, choose_trained
+from avss_dist.distillation.pair import LORA
+from avss_dist.distillation.student import choose_trained
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.size import Footprint, footprint, load_skeleton
 from avss_dist.partition.sharded import BUCKET

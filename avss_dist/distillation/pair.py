@@ -9,9 +9,8 @@ import torch
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.extras import require_package
-from avss_dist.core.settings import Settings
+from avss_dist.core.settings import TRAINED, Settings
 from avss_dist.core.text import count_of
-from avss_dist.distillation.trained import LORA
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import load_tokenizer, pin, require_head, text_config
 from avss_dist.models.quantization import quantization_method
@@ -20,6 +19,8 @@ from avss_dist.system.devices import has_fast_bfloat16, pick_device
 
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest
+
+ALL, LORA = TRAINED
 
 
 @dataclass(frozen=True, kw_only=True)

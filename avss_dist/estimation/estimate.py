@@ -15,8 +15,7 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import TRAINED, Execution, Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.memory import LIBRARIES, estimate_memory
-from avss_dist.distillation.pair import computes_in_bfloat16
-from avss_dist.distillation.trained import LORA
+from avss_dist.distillation.pair import LORA, computes_in_bfloat16
 from avss_dist.models.checkpoints import Checkpoint, locate
 from avss_dist.models.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.choose import choose

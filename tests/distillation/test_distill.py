@@ -25,7 +25,7 @@ from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced
 from avss_dist.distillation.loss import distillation_loss
 from avss_dist.distillation.record import read_record
-from avss_dist.distillation.trained import default_learning_rate
+from avss_dist.distillation.student import default_learning_rate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.system import devices
 

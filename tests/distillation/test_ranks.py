@@ -27,8 +27,8 @@ from avss_dist.distillation.distill import DistillTask
 from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced, ignore
 from avss_dist.distillation.memory import estimate_memory
 from avss_dist.distillation.pair import resolve_pair
-from avss_dist.distillation.reading import read_texts
 from avss_dist.distillation.record import DistillRecord, read_record
+from avss_dist.distillation.texts import read_texts
 from avss_dist.partition.group import rank_and_size
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
