@@ -247,7 +247,7 @@ class DistillTask:
                 raise unwritable(self.output, error, "Free some space, and run the same command again.") from error
 
     def train_and_write(self, on_event: OnEvent, heartbeat: Callable[[], None] | None = None) -> None:
-        """Train the student, and write it; the first rank writes."""
+        """Train the student, and write it on the first rank."""
         record, model = _trained(self, on_event, heartbeat)
         if rank_and_size()[0] == 0:
             with _explained(self.work):

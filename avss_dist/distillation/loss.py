@@ -52,7 +52,7 @@ def _pieces(logits: torch.Tensor) -> list[slice]:
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Return finite log-probabilities in float32; NaN stays NaN."""
+    """Return finite log-probabilities in float32. NaN stays NaN."""
     return logits.float().log_softmax(dim=-1).clamp_min_(_LEAST)
 
 

@@ -79,7 +79,7 @@ def run_ranks(request: DistillRequest, executor: RayExecutor, task: RankTask, on
 
 
 def sharding_options(request: DistillRequest, models: ModelPair) -> AbstractContextManager[dict[str, Any]]:
-    """Return a context manager that gives the arguments of the Trainer for the ranks; none for one process."""
+    """Return a context manager that gives the arguments of the Trainer for the ranks, or none for one process."""
     if request.ranks == 1:
         return nullcontext({})
     from avss_dist.partition.sharded import trainer_options
@@ -96,7 +96,7 @@ def sharding_options(request: DistillRequest, models: ModelPair) -> AbstractCont
 
 
 def call_at_layers(model: Any, settings: Settings, heartbeat: Callable[[], None] | None) -> None:
-    """Have a model call a function whenever a layer begins; None for no function."""
+    """Have a model call a function whenever a layer begins, unless it is None."""
     if heartbeat is not None:
         for layer in find_layers(model, settings):
             layer.register_forward_pre_hook(lambda *_: heartbeat())

@@ -111,10 +111,10 @@ def with_labels(texts: Sequence[DistillText]) -> list[DistillText]:
     """Return the texts with a short, distinct label each: the last part of the name, numbered if it occurs twice."""
     labels: list[str] = []
     for text in texts:
-        label = wanted = basename(text.name)
+        label = name = basename(text.name)
         number = 2
         while label in labels:
-            label, number = f"{wanted} ({number})", number + 1
+            label, number = f"{name} ({number})", number + 1
         labels.append(label)
     return [replace(text, label=label) for text, label in zip(texts, labels, strict=True)]
 
@@ -180,7 +180,7 @@ def _all_rows(text: CorpusPlan) -> Example:
 
 
 def as_examples(batch: Batch) -> Example:
-    """Return a batch as tensors, int64[rows, tokens]; the labels of tokens that do not count are `NOT_COUNTED`."""
+    """Return a batch as tensors, int64[rows, tokens]. The labels of tokens that do not count are `NOT_COUNTED`."""
     ids = batch.input_ids.astype(np.int64)
     counted = np.pad(predicted(batch), ((0, 0), (1, 0)))
     values = (ids, batch.attention_mask.astype(np.int64), np.where(counted, ids, NOT_COUNTED))

@@ -201,7 +201,7 @@ class ScheduleCallback(TrainerCallback):
         self._saved = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Evaluate and save at regular intervals and at the end; save also at times."""
+        """Evaluate and save at regular intervals and at the end. Save also at times."""
         step, schedule = state.global_step, self._schedule
         if step % math.ceil(schedule.steps / schedule.evaluations) == 0 or step >= schedule.steps:
             control.should_log = control.should_evaluate = control.should_save = True

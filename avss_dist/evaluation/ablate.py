@@ -95,7 +95,7 @@ class Ablation(TabularResult):
         return int(np.any(shared, axis=0).sum()) if shared else 0, number
 
     def table(self) -> pa.Table:
-        """Return a table with a row for each layer; null for values that were not measured."""
+        """Return a table with a row for each layer, with null for values that were not measured."""
         return pa.Table.from_pylist([_row(layer) for layer in self.layers])
 
     def summary(self) -> str:
@@ -152,9 +152,9 @@ def ablate(request: AblateRequest, on_event: OnEvent | None = None) -> Ablation:
         text = plan_text(checkpoint, corpus, model.settings)
         _require_intended(request, model, text)
         results = session.measure((model.plan(task), [NO_INTERVENTION]) for task in _tasks(request, corpus, text))
-    found = [(planned.task, of_task) for planned, of_task in results.items()]
-    removals = [result for task, of_task in found if not is_of_rounding(task) for result in of_task]
-    return _ablation(str(request.model), corpus, removals, sensitivity(request, corpus, found))
+    by_task = [(planned.task, task_results) for planned, task_results in results.items()]
+    removals = [result for task, task_results in by_task if not is_of_rounding(task) for result in task_results]
+    return _ablation(str(request.model), corpus, removals, sensitivity(request, corpus, by_task))
 
 
 def _require_intended(request: AblateRequest, model: PlacedModel, text: CorpusPlan) -> None:
@@ -207,7 +207,7 @@ def _ablation(model: str, corpus: str, results: Iterable[Result], rounded: Sensi
         elif result.layer is not None and not result.removed:
             estimates.setdefault(result.layer, {})[result.metric] = result
     whole = losses.get(())
-    values = [(name, layer, result.value) for layer, named in estimates.items() for name, result in named.items()]
+    values = [(name, layer, result.value) for layer, by_name in estimates.items() for name, result in by_name.items()]
     ranks = mean_ranks("damage", values)
 
     def increase(removed: Removals) -> Result | None:
@@ -222,12 +222,12 @@ def _ablation(model: str, corpus: str, results: Iterable[Result], rounded: Sensi
             loss=losses.get((layer,)),
             increase=increase((layer,)),
             sublayers={part: value for part in PARTS if (value := increase((Sublayer(layer, part),)))},
-            shapley=named.pop(SHAPLEY, None),
-            shapley_shared=named.pop(SHARED, None),
-            estimates=named,
+            shapley=by_name.pop(SHAPLEY, None),
+            shapley_shared=by_name.pop(SHARED, None),
+            estimates=by_name,
             damage=ranks.get(layer),
         )
-        for layer, named in sorted(estimates.items())
+        for layer, by_name in sorted(estimates.items())
     ]
     agreement = agreement_of(layer.increase for layer in layers)
     return Ablation(model=model, corpus=corpus, whole=whole, layers=layers, reliability=agreement, sensitivity=rounded)

@@ -136,6 +136,6 @@ def _distill_request(
 
 
 def _reading(request: ShrinkRequest) -> dict[str, Any]:
-    """Return the settings that distillation takes too; its batch is a training step, not that of the evaluation."""
+    """Return the settings that distillation takes too. Its batch is a training step, not that of the evaluation."""
     taken = [name for name in DistillRequest.shared if SHARED[name] is Settings]
     return {name: value for name, value in request.given.items() if name in taken}

@@ -185,7 +185,7 @@ def evaluate(request: EvaluateRequest, on_event: OnEvent | None = None) -> Evalu
     findings = [
         *missing_bases,
         *_sparsity_findings(subjects, tasks, results),
-        *(f"{one.label}: {one.precision_plan.describe()[0]}" for one in subjects if one.precision_plan),
+        *(f"{subject.label}: {plan.describe()[0]}" for subject in subjects if (plan := subject.precision_plan)),
         *_guess_findings(evaluations),
         *_row_start_findings((task, measured[task]) for task in row_starts),
     ]
@@ -389,7 +389,7 @@ def _require_same_layers(
 
 @lru_cache(maxsize=16)
 def _layer_lists(checkpoint: Checkpoint, settings: Settings) -> dict[str, nn.ModuleList]:
-    """Return the module lists that may be a checkpoint's layers, without weights, by path; empty if it is not built."""
+    """Return the module lists that may be a checkpoint's layers, without weights, by path, if it is built."""
     with suppress(ModelError):
         _, model, _ = load_skeleton(checkpoint, settings)
         number = getattr(model.config.get_text_config(), "num_hidden_layers", None)

@@ -224,7 +224,7 @@ class Trial:
             )
 
     def choose(self, session: EvaluationSession) -> None:
-        """Choose the layers that every method drops at every share; a search is on the text of the scores."""
+        """Choose the layers that every method drops at every share. A search is on the text of the scores."""
         limits = [n for n in (self.model.settings.max_sequences, self.experiment.search_max_sequences) if n]
         model, layers = self.model.reading(max_sequences=min(limits, default=None)), self.num_layers
         searched = GREEDY in self.experiment.scores

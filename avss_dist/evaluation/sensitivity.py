@@ -57,7 +57,7 @@ class Sensitivity(TabularResult):
     _bars = ("increase", "predicted")
 
     def table(self) -> pa.Table:
-        """Return a table with a row for each format, layer and map; ``map`` is null for whole layers."""
+        """Return a table with a row for each format, layer and map. ``map`` is null for whole layers."""
         return pa.Table.from_pylist([_row(measured) for measured in self.places])
 
     def summary(self) -> str:
@@ -115,12 +115,12 @@ def rounding_tasks(request: AblateRequest, corpus: RedactedURI, text: CorpusPlan
 def sensitivity(
     request: AblateRequest, corpus: str, results: Iterable[tuple[Task, Sequence[Result]]]
 ) -> Sensitivity | None:
-    """Return the effect of rounded weights from the results of all tasks of an ablation; None without formats."""
+    """Return the effect of rounded weights from the results of all tasks of an ablation, or None without formats."""
     estimates: dict[RoundedPlace, dict[str, Result]] = {}
     losses: dict[RoundedPlace, Result] = {}
     whole: Result | None = None
-    for task, found in results:
-        for result in found if is_of_rounding(task) else ():
+    for task, task_results in results:
+        for result in task_results if is_of_rounding(task) else ():
             place = parse_rounded(result.intervention.rounding or "")
             if place is None:
                 whole = result
@@ -145,6 +145,6 @@ def sensitivity(
 
 
 def agreement_of(increases: Iterable[Result | None]) -> float:
-    """Return the agreement of layers' increases with those on other text of the same size; NaN if none was measured."""
+    """Return the agreement of layers' increases with those on other text of the same size. NaN without any."""
     measured = [increase.samples for increase in increases if increase is not None]
     return reliability(np.stack(measured, axis=1)) if measured else float("nan")

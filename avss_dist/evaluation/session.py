@@ -69,7 +69,7 @@ class PlacedModel:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PlannedTask(PlacedModel):
-    """A task of one checkpoint, ready to be measured under any intervention; its settings are `pinned`."""
+    """A task of one checkpoint, ready to be measured under any intervention."""
 
     task: Task
 
@@ -120,13 +120,13 @@ class PlannedTask(PlacedModel):
 
 @dataclass(frozen=True)
 class StoredPatch:
-    """A patch in a warehouse; see `intervention.EncodedPatch`."""
+    """A patch in a warehouse, an `intervention.EncodedPatch`."""
 
     key: str
     storage: Storage = field(compare=False, repr=False)
 
     def read(self) -> bytes:
-        """Return the content of the patch; see `intervention.EncodedPatch`. The last patch that was read is cached."""
+        """Return the content of the patch. The last patch that was read is cached."""
         return _read(self.storage, self.key)
 
 

@@ -96,7 +96,7 @@ class TaskRetention:
         return Retention.of(self.whole, result)
 
     def describe(self) -> str:
-        """Return one line for people; a loss is shown as its perplexity."""
+        """Return one line for people, with the perplexity of a loss."""
         metric, whole = readable_metric(self.whole)
         _, pruned = readable_metric(self.pruned)
         repaired = f"{readable_metric(self.repaired)[1]} repaired, " if self.repaired else ""
@@ -113,7 +113,7 @@ class TaskRetention:
 
 
 def readable_metric(result: Result) -> tuple[str, str]:
-    """Return name and value of a metric for people; a loss is shown as its perplexity."""
+    """Return name and value of a metric for people, those of the perplexity of a loss."""
     *_, (name, value, _) = result.metrics()
     return name, f"{value:z,.4g}"
 

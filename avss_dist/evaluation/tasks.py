@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, partial
 from itertools import chain, product
 from typing import Any
 
@@ -61,7 +61,7 @@ def make_task(
 
 
 def plan_task(model: PlacedModel, name: str, **options: Any) -> PlannedTask:
-    """Return the task with a name for a model, ready to be measured; see `make_task`."""
+    """Return the task with a name for a model, ready to be measured. Options are those of `make_task`."""
     return model.plan(make_task(model.checkpoint, name, model.settings, **options))
 
 
@@ -123,16 +123,6 @@ class SeenText:
     skip_option: str = "skip_sequences"
     questions_hint: str = OTHER_QUESTIONS
 
-    @cached_property
-    def shards(self) -> Sequence[Shard]:
-        """Rows of the text."""
-        return self.read()
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Tokenizer of the text and of the tasks."""
-        return self.load_tokenizer()
-
     def refuse(self, task: Task) -> None:
         """Refuse a task on the text or on questions in it. Tasks of lm-evaluation-harness are not compared.
 
@@ -141,7 +131,7 @@ class SeenText:
                 again.
         """
         if (asked := _questions(task)) and self.questions_hint:
-            prompts, questions = (_prompts(shards, self.tokenizer) for shards in (self.shards, asked))
+            prompts, questions = (_prompts(shards, self.load_tokenizer()) for shards in (self.read(), asked))
             if shared := len(prompts & questions):
                 raise ConfigError(
                     f"{shared} of the {len(questions)} questions of {task.name} are prompts that {self.use}.",
@@ -149,7 +139,7 @@ class SeenText:
                 )
         if not (text := _text(task)):
             return
-        share = shared_text(self.shards, text, self.tokenizer)
+        share = shared_text(self.read(), text, self.load_tokenizer())
         use = f"{self.use} ({self.name})" if self.name else self.use
         if share is None:
             raise ConfigError(
@@ -290,17 +280,17 @@ def refuse_overlaps(
     Raises:
         ConfigError: see `refuse_overlap`.
     """
-    checkpoint, code = model.checkpoint, model.settings.trust_remote_code
+    load = cache(partial(load_tokenizer, model.checkpoint, trust_remote_code=model.settings.trust_remote_code))
     fitted = [
         SeenText(
             use=f"{use} ({text.source})",
             rows=skipped + text.num_sequences,
             read=partial(tuple, text.shards),
-            load_tokenizer=partial(load_tokenizer, checkpoint, trust_remote_code=code),
+            load_tokenizer=load,
         )
         for text in texts
     ]
-    refuse_overlap(tasks, chain(texts_of_repair(checkpoint), scored(), fitted))
+    refuse_overlap(tasks, chain(texts_of_repair(model.checkpoint), scored(), fitted))
     read = [Task(name=text.source, parts=tuple(map(TextLoss, text.shards))) for text in texts]
     refuse_overlap(read, scored(skip_option=skip_option))
 
@@ -323,7 +313,7 @@ def _stored_text(
         fingerprints: earlier fingerprints of its content or its tokens. A text with none of them has changed.
         about: fields of `SeenText`.
     """
-    load = partial(load_tokenizer, checkpoint)
+    load = cache(partial(load_tokenizer, checkpoint))
 
     def read() -> Sequence[Shard]:
         hint = f"Put it back, or set `allow_overlap` and know that {risk} this very text."
@@ -335,7 +325,7 @@ def _stored_text(
             raise ConfigError(f"The text of {reader} has changed since it was read: {text.source}.", hint)
         return text.shards
 
-    return SeenText(read=read, load_tokenizer=load, **about)
+    return SeenText(read=cache(read), load_tokenizer=load, **about)
 
 
 def _prompts(shards: Iterable[Shard], tokenizer: Any) -> set[str]:

@@ -160,7 +160,7 @@ def same_format(bits: Float64, budget: float) -> Choice:
 
 
 def smallest(damage: Float64, bits: Float64) -> Choice:
-    """Return the format with the fewest bits for each map; of equal ones, that with the least damage."""
+    """Return the format with the fewest bits for each map, and of equal ones that with the least damage."""
     return np.array([np.lexsort((row, sizes))[0] for row, sizes in zip(damage, bits, strict=True)], np.int64)
 
 

@@ -20,7 +20,7 @@ from support.pairs import write_pairs
 
 import avss_dist
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
-from avss_dist.distillation import memory, teacher_text, trainer
+from avss_dist.distillation import memory, trainer
 from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced
 from avss_dist.distillation.loss import distillation_loss
@@ -154,24 +154,6 @@ def test_what_is_trained_and_the_memory_that_it_takes(
     for part in parts.values():
         assert part.parts["gradients"] == 4 * part.trained and part.parts["optimizer"] == 8 * part.trained
     assert parts["all"].parts["student"] == sum(4 * t.numel() for t in weights_of(done["all"].folder).values())
-
-
-def test_text_of_the_teacher_is_written_once(
-    distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    options = {"corpora": (), "self_texts": 30, "seed": 7, "tokens": 2 * TOKENS}
-    first = distill(**options)
-    monkeypatch.setattr(teacher_text, "sample", None)
-    second = distill(**options, output=tmp_path / "again")
-    assert files(tmp_path / "out") == files(tmp_path / "again")
-    assert [text.corpus for text in second.record.texts] == ["self"] and first.record == second.record
-
-
-def test_documents_are_trained_on_padded(distill: Callable[..., Distilled], corpus: Path, tmp_path: Path) -> None:
-    lines = [json.dumps({"text": line[: 10 + i % 30]}) for i, line in enumerate(corpus.read_text().split("\n"))]
-    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
-    done = distill(corpora=[f"{tmp_path / 'lines.jsonl'}:text"], layout="padded")
-    assert done.record.after.loss < done.record.before.loss
 
 
 # Endings

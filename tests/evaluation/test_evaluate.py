@@ -90,19 +90,6 @@ def test_a_model_without_a_head_is_refused_before_it_is_loaded(
     assert "Traceback" not in done.stderr
 
 
-IGNORED = {"sites": ("mlp",), "thresholds": (0.5,)}
-
-
-@pytest.mark.parametrize("name", IGNORED)
-def test_what_would_be_ignored_is_refused(name: str, tmp_path: Path) -> None:
-    options = {"warehouse": tmp_path / "w", name: IGNORED[name]}
-    with pytest.raises(ConfigError, match=f"`{name}`"):
-        evaluate(["nowhere"], tasks=[TEXT], **options)
-    with pytest.raises(ConfigError, match=f"`{name}`"):
-        ablate("nowhere", corpus="builtin:pydoc", **options)
-    assert not (tmp_path / "w").exists()
-
-
 @pytest.mark.parametrize(
     ("option", "says"),
     [

@@ -10,7 +10,7 @@ import pytest
 from support.causal_lm import SMALL
 
 from avss_dist.core.errors import AvssError
-from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Sublayer
+from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.evaluation.events import CellDone, CellsStarted, Event
 from avss_dist.evaluation.session import EvaluationSession, PlannedTask, results_under
@@ -127,15 +127,3 @@ def test_what_did_not_fail_is_kept(tiny_llama: Path, tmp_path: Path) -> None:
             session.measure([(task, [NO_INTERVENTION])])
         stored = session.store.table("evaluations").to_pylist()
     assert {tuple(row["drop"]) for row in stored} == {(), (1,)}
-
-
-def test_sublayers_reach_the_model_and_the_warehouse(tiny_llama: Path, tmp_path: Path) -> None:
-    attention = Intervention(removed=(Sublayer(1, "attention"),))
-    with closing(LocalExecutor(SETTINGS)) as executor:
-        session, _ = session_of(tmp_path, executor)
-        task = task_of(session, tiny_llama)
-        results = session.measure([(task, [NO_INTERVENTION, attention])])[task]
-        rows = session.store.table("evaluations").to_pylist()
-    (plain,), (without,) = (results_under(results, one.key) for one in (NO_INTERVENTION, attention))
-    assert without.value != plain.value
-    assert {tuple(row["drop"]) for row in rows} == {(), (10_001,)}

@@ -457,18 +457,12 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
     assert own.corpus == "self" and own.trained_rows > 0
 
 
-def test_the_distilled_model_continues_the_prompts_of_the_others(distilled: tuple[Shrunk, list[Any]]) -> None:
+def test_the_table_the_card_and_the_texts_are_those_of_the_distilled_model(distilled: tuple[Shrunk, list[Any]]) -> None:
     made, _ = distilled
     assert made.distillation is not None
     last = f"2 layers dropped, distilled on {made.distillation.after.tokens:,} tokens"
-    prompts = list(dict.fromkeys(one.prompt for one in made.continuations))
-    assert [(one.variant, one.prompt) for one in made.continuations] == [
-        (m, p) for m in (*MODELS, last) for p in prompts
-    ]
-
-
-def test_the_table_the_summary_and_the_card_have_the_verdict(distilled: tuple[Shrunk, list[Any]]) -> None:
-    made, _ = distilled
+    texts = [(one.variant, one.prompt) for one in made.continuations]
+    assert texts == [(model, prompt) for model in (*MODELS, last) for prompt in dict.fromkeys(p for _, p in texts)]
     (row,) = made.table().to_pylist()
     assert row["distilled"] == made.best.kept and row["kept"] == made.curve[0].kept
     assert "distilled on " in made.summary()

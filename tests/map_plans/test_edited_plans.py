@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import llama
 
 import avss_dist
-from avss_dist.core.errors import ConfigError
 from avss_dist.map_plans.plans import MapPrecision, PrecisionPlan
 from avss_dist.models.number_formats import FORMATS
 from avss_dist.pruning.plan import read_checked_plan
 from avss_dist.pruning.selection import PlanError
-from avss_dist.requests import PrecisionRequest
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
-    model = llama(hidden_size=64, intermediate_size=128)
-    return save_checkpoint(model, tmp_path_factory.mktemp("models") / "wide")
 
 
 def plan_of(model: Path, *maps: MapPrecision) -> PrecisionPlan:
@@ -69,9 +59,3 @@ def test_sizes_that_the_model_does_not_have_are_refused(
         avss_dist.evaluate(
             (str(tmp_path / "plan.yaml"),), tasks=("perplexity:builtin:pydoc",), warehouse=tmp_path / "w"
         )
-
-
-def test_formats_are_chosen_by_the_second_order_unless_another_estimate_is_named() -> None:
-    assert PrecisionRequest(bits=5.0).by == "second_order"
-    with pytest.raises(ConfigError):
-        PrecisionRequest(bits=5.0, by="first_order")

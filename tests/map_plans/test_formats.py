@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from avss_dist.map_plans.budget import in_order, least_damage, same_format, smallest
+from avss_dist.map_plans.budget import in_order, least_damage, same_format, smallest, total
 
 
 def random_maps(seed: int, maps: int = 6, formats: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -16,10 +16,6 @@ def random_maps(seed: int, maps: int = 6, formats: int = 3) -> tuple[np.ndarray,
     damage = -np.sort(-rng.exponential(size=(maps, formats)), axis=1)
     bits = np.sort(rng.uniform(2, 9, formats)) * rng.integers(1, 5, maps)[:, None]
     return damage, bits
-
-
-def total(values: np.ndarray, chosen: np.ndarray) -> float:
-    return float(values[np.arange(len(values)), chosen].sum())
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pyarrow.compute as pc
 import pytest
 import torch
 import yaml
-from support.checkpoints import llama
 from support.command_line import as_words, avss
 from transformers import AutoModelForCausalLM
 
@@ -26,13 +24,6 @@ from avss_dist.warehouse.reader import Warehouse
 
 READ = {"max_sequences": 8, "sequence_length": 32, "executor": "local"}
 PAIR = ("int4-g32", "int8")
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
-    """A model whose linear maps every format can take."""
-    model = llama(hidden_size=64, intermediate_size=128, initializer_range=0.3)
-    return save_checkpoint(model, tmp_path_factory.mktemp("models") / "wide")
 
 
 @pytest.fixture(scope="module")

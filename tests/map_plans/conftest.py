@@ -1,0 +1,16 @@
+"""A model whose linear maps every number format can take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import llama
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
+    model = llama(hidden_size=64, intermediate_size=128, initializer_range=0.3)
+    return save_checkpoint(model, tmp_path_factory.mktemp("models") / "wide")
