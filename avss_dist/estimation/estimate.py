@@ -203,7 +203,7 @@ def estimate(request: EstimateRequest) -> Estimate:
 
 
 def _automatic(size: Footprint, settings: Settings, devices: Devices, request: EstimateRequest) -> tuple[str, str]:
-    """Return the partition that a run of one replica chooses, and the reason; none and the reason if it is refused."""
+    """Return the partition that a run of one replica chooses, or none if it is refused, and the reason."""
     execution = Execution(max_memory=request.max_memory)
     try:
         placement = choose(size, settings, execution, devices)

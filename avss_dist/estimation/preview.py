@@ -59,7 +59,7 @@ class Preview:
 
 
 def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any) -> list[Preview]:
-    """Return what `run_job` would do, from configurations, headers and texts; nothing is written, no model is run.
+    """Return what `run_job` would do, from configurations, headers and texts. Nothing is written, no model is run.
 
     Times are those of the newest finished run of the warehouse with a model of the same shape.
 
@@ -140,9 +140,9 @@ def speed_of_similar_run(
         runs: rows of ``runs`` with the `COLUMNS`.
         device: ``cpu`` or ``cuda``.
     """
-    wanted = (size.num_layers, size.hidden_size, size.num_parameters, size.dtype, partition)
+    shape = (size.num_layers, size.hidden_size, size.num_parameters, size.dtype, partition)
     for run in sorted(runs, key=lambda run: run["created_at"], reverse=True):
-        alike = tuple(run[name] for name in ALIKE) == wanted and (run["device"] == "cpu") == (device == "cpu")
+        alike = tuple(run[name] for name in ALIKE) == shape and (run["device"] == "cpu") == (device == "cpu")
         if alike and run["status"] == "done" and run["tokens_per_second"]:
             return run["tokens_per_second"] / (run["replicas"] or 1), run["run_id"]
     return None

@@ -71,7 +71,7 @@ class RunShards:
 
 
 class RankTask(Protocol):
-    """Work that the ranks of a torch.distributed group do together; pickled.
+    """Work that the ranks of a torch.distributed group do together. It is pickled.
 
     Attributes:
         device: kind of device of every rank: ``cpu`` or ``cuda``.

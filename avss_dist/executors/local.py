@@ -144,7 +144,7 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
 def _measure(
     run: RunShards, replica: Replica, hooks: Hooks, pool: ThreadPoolExecutor, threads: int, computing: Semaphore
 ) -> Iterator[Outcome]:
-    """Yield the results of a run's shards, in order; its first error is the last outcome."""
+    """Yield the results of a run's shards, in order. Its first error is the last outcome."""
     stopped = Event()
 
     def heartbeat() -> None:
@@ -180,7 +180,7 @@ class _Stopped(Exception):
 
 
 def open_executor(execution: Execution, settings: Settings) -> Executor:
-    """Open the requested executor; ``auto`` is Ray if there is a cluster, or more than one process to run.
+    """Open the requested executor. ``auto`` is Ray if there is a cluster, or more than one process to run.
 
     Raises:
         ConfigError: the cluster cannot be reached, or its workers lack this package.

@@ -81,7 +81,7 @@ def open_by_autotp(
 
 
 def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:
-    """Return the configuration of ``deepspeed.init_inference``; ``cluster/deepspeed`` has that for two ranks."""
+    """Return the configuration of ``deepspeed.init_inference``. ``cluster/deepspeed`` has that for two ranks."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "tensor_parallel": {"tp_size": world},
@@ -116,7 +116,7 @@ def apply_autotp(model: Any, world: int, device: torch.device) -> None:
     import deepspeed
 
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    others = [
+    converted = [
         (tensors, name, tensor.data)
         for module in model.modules()
         for tensors in (module._buffers, module._parameters)
@@ -127,13 +127,13 @@ def apply_autotp(model: Any, world: int, device: torch.device) -> None:
         deepspeed.init_inference(model, config=inference_config(dtype, world))
     except _REFUSALS as error:
         raise _cannot_split(model, str(error)) from error
-    for tensors, name, value in others:
+    for tensors, name, value in converted:
         tensors[name].data = value.to(device)
 
 
 @contextmanager
 def without_output_embeddings(model: Any, *, keep: bool) -> Iterator[None]:
-    """Remove the head of a model inside the context, so that AutoTP does not split it; put it back if ``keep``."""
+    """Remove the head of a model inside the context, so that AutoTP does not split it. Put it back if ``keep``."""
     heads = {
         name: child
         for name, child in model.named_children()
@@ -195,7 +195,7 @@ def _find_again(layers: Sequence[Layer], names: Mapping[nn.Module, str], model: 
 
 
 def _check(model: Any, layers: Sequence[Layer], expected: Probe, actual: Probe, split: RowSplit) -> tuple[Layer, ...]:
-    """Return the layers with taps that exchange the parts of the ranks; all ranks come to the same result.
+    """Return the layers with taps that exchange the parts of the ranks. All ranks come to the same result.
 
     Raises:
         ModelError: the split changed a tensor.

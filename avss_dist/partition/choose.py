@@ -23,7 +23,7 @@ SPARE_SHARE = 0.9  # of the memory that is free
 def place(
     checkpoint: Checkpoint | str, settings: Settings, execution: Execution, devices: Devices, *, head: bool = False
 ) -> Placement:
-    """Return the placement of a checkpoint; its headers are read if the choice depends on its size."""
+    """Return the placement of a checkpoint. Its headers are read if the choice depends on its size."""
     size = size_of(checkpoint, settings) if needs_size(execution) else None
     placement = choose(size, settings, execution, devices, head=head)
     require_ranks(checkpoint, settings, placement)
@@ -215,10 +215,10 @@ def _requested(execution: Execution, devices: Devices) -> tuple[str, int, str]:
         usual = (execution.ranks or max(2, here)) if info.gang else max(1, here) if info.several_gpus else 1
         gpus = execution.gpus_per_replica or usual
     if gpus > 1 and not (info.gang or info.several_gpus):
-        others = ", ".join(name for name, other in PARTITIONS.items() if other.gang or other.several_gpus)
+        suitable = ", ".join(name for name, other in PARTITIONS.items() if other.gang or other.several_gpus)
         raise ConfigError(
             f"`partition` {partition} uses one GPU, not {gpus}.",
-            f"Leave `gpus_per_replica` out, or use another `partition`: {others}.",
+            f"Leave `gpus_per_replica` out, or use another `partition`: {suitable}.",
         )
     return partition, gpus, "it was requested"
 
@@ -270,7 +270,7 @@ def _fitting_gpus(
 
 
 def gpus_filled(size: Footprint, room: int) -> float:
-    """Return the number of GPUs that `device_map` fills with whole modules, one after the other; at least 2.
+    """Return the number of GPUs that `device_map` fills with whole modules, one after the other, at least 2.
 
     The first GPU keeps room for the largest module that follows, because Accelerate reserves it for offloaded ones.
 

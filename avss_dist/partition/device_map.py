@@ -82,7 +82,7 @@ class DeviceMapMemory(PartitionMemory):
 
 
 class DeviceMapReplica(BatchwiseReplica):
-    """Model whose modules are on the devices of a ``device_map``; see `partition.replica.Replica`.
+    """Model whose modules are on the devices of a ``device_map``. See `partition.replica.Replica`.
 
     ``placement.max_memory`` limits weights; activations come on top. Weights on disk are read for every batch: from the
     checkpoint's own files if these have the compute dtype and layout, else from the offload folder.
@@ -194,7 +194,7 @@ def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], se
 def spread(
     checkpoint: Checkpoint | str, settings: Settings, limits: Mapping[Device, int]
 ) -> tuple[Mapping[Device, int], int]:
-    """Distribute weights by `plan_map`, from headers alone; see it for ``limits``.
+    """Distribute weights by `plan_map`, from headers alone. See it for ``limits``.
 
     Returns:
         Bytes of weights by device, which is a GPU's index, ``cpu`` or ``disk``, and the number of layers with a weight
@@ -240,16 +240,16 @@ def unstored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Parameter]
 
     Names in the files may have a backbone's prefix that the model's names lack, and vice versa.
     """
-    known = {part for name in stored for part in (name, name.partition(".")[2])}
+    names = {part for name in stored for part in (name, name.partition(".")[2])}
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name not in known and name.partition(".")[2] not in known
+        if name not in names and name.partition(".")[2] not in names
     }
 
 
 def _move_inputs(layer: nn.Module) -> Any:
-    """Register a hook that moves a layer's inputs to its device before any other hook; return its handle."""
+    """Register a hook that moves a layer's inputs to its device before any other hook. Return its handle."""
     from accelerate.utils import send_to_device
 
     def move(module: Any, args: Any, kwargs: Any) -> Any:
@@ -261,7 +261,7 @@ def _move_inputs(layer: nn.Module) -> Any:
 
 @contextmanager
 def _quiet_accelerate() -> Iterator[None]:
-    """Silence Accelerate's warning about offloaded weights inside the context; they are intended."""
+    """Silence Accelerate's warning about offloaded weights inside the context. They are intended."""
     logger = logging.getLogger("accelerate")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -36,7 +36,7 @@ _RELEASED = "free_full_weight"  # transformers' name for modules whose weights a
 
 
 class FsdpMemory(ShardedMemory):
-    """Memory of a replica with FSDP2; see `sharded.ShardedMemory`."""
+    """Memory of a replica with FSDP2. See `sharded.ShardedMemory`."""
 
     @property
     def obstacle(self) -> str | None:
@@ -52,7 +52,7 @@ class FsdpMemory(ShardedMemory):
 
 
 class FsdpReplica(BatchwiseReplica):
-    """One rank of an FSDP2 model; see `partition.replica.Replica`. All ranks open it in a group (`group.join`).
+    """One rank of an FSDP2 model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`).
 
     Each rank reads its part of every tensor from the files.
     """

@@ -36,7 +36,7 @@ def join(
     timeout_seconds: float = TIMEOUT_SECONDS,
     host_tensors: bool = False,
 ) -> None:
-    """Join a group of ``world`` processes; return when all of them have joined.
+    """Join a group of ``world`` processes. Return when all of them have joined.
 
     Args:
         rank: rank of this process, from 0.
@@ -75,7 +75,7 @@ def join(
 
 
 def leave() -> None:
-    """Leave the group; a process may join another afterwards."""
+    """Leave the group. A process may join another afterwards."""
     import deepspeed
     from deepspeed.inference.engine import InferenceEngine
 
@@ -126,14 +126,14 @@ def exchange_units_for_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.
 
 
 def gather(mine: T) -> list[T]:
-    """Return the objects of all ranks, in rank order, on the first rank; [] on the others. All ranks call this."""
+    """Return the objects of all ranks on the first rank, in order, and [] on the others. All ranks call it."""
     every: list[Any] | None = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
     distributed.gather_object(mine, every)
     return every or []
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Return this process's rank and the number of ranks; (0, 1) outside of a group."""
+    """Return this process's rank and the number of ranks, or (0, 1) outside of a group."""
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
@@ -196,7 +196,7 @@ def sum_over_ranks(counts: list[list[int]]) -> list[list[int]]:
 
 
 def lost_rank(error: BaseException | None) -> BaseException | None:
-    """Return the exception, among an error and its causes, that tells the loss or the timeout of a rank; or None."""
+    """Return the exception, among an error and its causes, that tells the loss or the timeout of a rank, or None."""
     while error is not None:
         is_lost = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOSSES)
         if is_lost or isinstance(error, distributed.DistError):

@@ -28,7 +28,7 @@ def batch_bytes(size: Footprint, settings: Settings, *, head: bool = False) -> i
 
 
 def bytes_beside_weights(size: Footprint | None, settings: Settings, kind: str, *, head: bool = False) -> int:
-    """Return the bytes of host memory of a process without weights; on a CPU, with the activations of one batch."""
+    """Return the bytes of host memory of a process without weights. On a CPU, with the activations of one batch."""
     return PROCESS_BYTES + (batch_bytes(size, settings, head=head) if size and kind == "cpu" else 0)
 
 
@@ -48,7 +48,7 @@ class Usage:
 
 
 def refusal(check: Callable[..., object], *args: Any) -> str | None:
-    """Return the reason for which a check of a replica raises ConfigError, for people; None if it passes."""
+    """Return the reason for which a check of a replica raises ConfigError, for people, or None if it passes."""
     try:
         check(*args)
     except ConfigError as error:
@@ -96,7 +96,7 @@ class PartitionMemory:
 
     @staticmethod
     def minimum_rank_weights(size: Footprint, ranks: int) -> int:
-        """Return the bytes of weights that each rank must hold at once, where ranks gather them; otherwise 0."""
+        """Return the bytes of weights that each rank must hold at once, where ranks gather them, or 0 otherwise."""
         return 0
 
     @staticmethod
@@ -109,7 +109,7 @@ class PartitionMemory:
 
     @property
     def obstacle(self) -> str | None:
-        """Reason for which the partition does not run the model with these settings; None if it does."""
+        """Reason for which the partition does not run the model with these settings, or None if it does."""
         return None
 
     @property

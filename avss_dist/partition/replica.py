@@ -40,7 +40,7 @@ def dummy_batch() -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Placement of one replica on devices; its partition is never ``auto``.
+    """Placement of one replica on devices. Its partition is never ``auto``.
 
     Attributes:
         partition: a name of ``registry.PARTITIONS``.
@@ -59,7 +59,7 @@ class Placement:
 
     @property
     def copies(self) -> int:
-        """Number of whole copies of the model that share a task; 1 where ranks hold one together."""
+        """Number of whole copies of the model that share a task, or 1 where ranks hold one together."""
         return 1 if PARTITIONS[self.partition].gang else self.ranks
 
 
@@ -111,14 +111,14 @@ class Replica(Protocol):
         """
 
     def collect(self, counted: T) -> list[T]:
-        """Return the counts of all ranks that split the rows, in rank order; [] on a rank that does not report."""
+        """Return the counts of all ranks that split the rows, in order, or [] on one that does not report."""
 
     def close(self) -> None:
         """Free the devices."""
 
 
 def replica_class(partition: str) -> Any:
-    """Return the class of a partition's replicas; see `partition.replica.Replica`."""
+    """Return the class of a partition's replicas. See `partition.replica.Replica`."""
     module, _, name = PARTITIONS[partition].opens.partition(":")
     return getattr(import_module(module), name)
 

@@ -70,7 +70,7 @@ class ShardedMemory(PartitionMemory):
 
 
 class ShardedLanguageModel(DividedLanguageModel):
-    """Language model whose ranks share the batches and all return all results; see `causal_lm.LanguageModel`.
+    """Language model whose ranks share the batches and all return all results. See `causal_lm.LanguageModel`.
 
     A rank without a batch runs a dummy while others have one, because collectives wait for all.
     """
@@ -83,7 +83,7 @@ class ShardedLanguageModel(DividedLanguageModel):
         self._dummy = dummy_batch()
 
     def pieces(self, number: int) -> list[slice]:
-        """See `causal_lm.LanguageModel`. Equally many on all ranks, because each gathers the head; some are empty."""
+        """See `causal_lm.LanguageModel`. Equally many on all ranks, because each gathers the head. Some are empty."""
         mine = super().pieces(number)
         maximum = max(all_gather(len(mine), self.device))
         return mine + [slice(number, number)] * (int(maximum) - len(mine))

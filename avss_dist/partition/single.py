@@ -29,7 +29,7 @@ MAX_COPIES = 8  # the loss of one stops all
 
 
 def with_copies(placement: Placement, copies: int) -> Placement:
-    """Return a placement of several whole copies, each a rank of one gang; unchanged if ranks hold a model together."""
+    """Return a placement of whole copies, each a rank of one gang, or the same one if ranks hold a model together."""
     copies = min(copies, MAX_COPIES)
     if not PARTITIONS[placement.partition].whole or copies < 2:
         return placement
@@ -37,7 +37,7 @@ def with_copies(placement: Placement, copies: int) -> Placement:
 
 
 class BatchwiseReplica(ABC):
-    """Replica that runs batches one after the other through the whole backbone; see `partition.replica.Replica`.
+    """Replica that runs batches one after the other through the whole backbone. See `partition.replica.Replica`.
 
     Raises:
         ConfigError: there is no group of as many ranks, or the partition does not fit the checkpoint or the device.
@@ -87,7 +87,7 @@ class BatchwiseReplica(ABC):
 
 
 class SingleReplica(BatchwiseReplica):
-    """Whole model on one device; see `partition.replica.Replica`."""
+    """Whole model on one device. See `partition.replica.Replica`."""
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         if head and placement.copies > 1:

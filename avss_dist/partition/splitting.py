@@ -70,7 +70,7 @@ def _norms(matrix: torch.Tensor, order: int) -> torch.Tensor:
 
 
 def probe(run: Forward, layers: Sequence[Layer], device: torch.device) -> Probe:
-    """Return the tensor of each site in a pass over ``PROBE_SHAPE`` tokens; the last call of a shared module."""
+    """Return the tensor of each site in a pass over ``PROBE_SHAPE`` tokens. The last call of a shared module."""
     tensors: Probe = {}
 
     def keep(key: tuple[int, str], value: Any) -> None:
@@ -97,7 +97,7 @@ def probe(run: Forward, layers: Sequence[Layer], device: torch.device) -> Probe:
 
 
 def exchange_for(part: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Return the function that exchanges parts of ``width`` units; None where every rank has all of them."""
+    """Return the function that exchanges parts of ``width`` units, or None where every rank has all of them."""
     widths = [int(n) for n in all_gather(part.shape[-1], part.device)]
     if sum(widths) != width or len(widths) == 1:
         return None
@@ -110,7 +110,7 @@ _DIVIDED = re.compile(r"^(packed_)?(colwise|rowwise)|^grouped_gemm|^embedding_")
 
 
 def version_obstacle() -> str | None:
-    """Return why the installed transformers cannot load a model in parts; None if it can."""
+    """Return why the installed transformers cannot load a model in parts, or None if it can."""
     import transformers
 
     try:
@@ -155,7 +155,7 @@ def layer_modules(model: Any, layers: str | None) -> list[torch.nn.Module]:
 
 
 def tensor_plan_obstacle(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> str | None:
-    """Return why transformers cannot split the matrices of a model's layers over ranks; None if it can."""
+    """Return why transformers cannot split the matrices of a model's layers over ranks, or None if it can."""
     if isinstance(checkpoint, Checkpoint) and checkpoint.gguf:
         return "transformers unpacks the whole model of a .gguf file in every process"
     if obstacle := version_obstacle():
@@ -212,7 +212,7 @@ def applied_plan(model: Any, options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _style(name: str, plan: Mapping[str, str]) -> str:
-    """Return the rule for a parameter; empty if there is none."""
+    """Return the rule for a parameter, or an empty string if there is none."""
     generic = generic_name(name)
     return plan.get(generic) or plan.get(generic.rpartition(".")[0], "")
 
@@ -224,7 +224,7 @@ def _is_divided(name: str, plan: Mapping[str, str]) -> bool:
 
 
 def scale_obstacle(checkpoint: Checkpoint | str, settings: Settings, options: Mapping[str, Any]) -> str | None:
-    """Return why ranks cannot divide weights in block FP8 among them; None if they can.
+    """Return why ranks cannot divide weights in block FP8 among them, or None if they can.
 
     transformers 5.24 divides weights and scales evenly, each by itself. A rank whose part is not whole blocks has the
     scales of other blocks, and computes or unpacks wrong numbers, or fails.
@@ -286,7 +286,7 @@ def open_by_plan(
 
 
 def _exchanging(tap: Tap, tensor: torch.Tensor) -> Tap:
-    """Return a tap that exchanges units if ranks have different ones; those of a linear map tell their number."""
+    """Return a tap that exchanges units if ranks have different ones. Those of a linear map tell their number."""
     part = as_rows(tensor, tap.axes, *PROBE_SHAPE)
     assert part is not None
     width = part.shape[-1]

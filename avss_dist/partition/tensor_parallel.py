@@ -42,7 +42,7 @@ class TensorParallelMemory(PartitionMemory):
 
     @cached_property
     def plan_obstacle(self) -> str | None:
-        """Reason why DeepSpeed AutoTP splits the model instead of transformers; None if transformers does."""
+        """Reason why DeepSpeed AutoTP splits the model instead of transformers, or None if transformers does."""
         return tensor_plan_obstacle(self.weights, self.settings, self.ranks)
 
     @staticmethod
@@ -78,7 +78,7 @@ class TensorParallelMemory(PartitionMemory):
 
 
 class TensorParallelReplica(BatchwiseReplica):
-    """One rank of a split model; see `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
+    """One rank of a split model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
 
     memory: ClassVar[type[PartitionMemory]] = TensorParallelMemory
 
@@ -131,7 +131,7 @@ def require_split(checkpoint: Checkpoint | str, settings: Settings, ranks: int) 
 
 
 class TensorParallelLanguageModel(LanguageModel):
-    """Language model of which each rank computes a part of every matrix product; see `causal_lm.LanguageModel`."""
+    """Language model of which each rank computes a part of every matrix product. See `causal_lm.LanguageModel`."""
 
     whole_weights = False
 
@@ -148,7 +148,7 @@ _ELSEWHERE = "Use `partition` fsdp, zero3, device_map or streaming."
 
 
 class ExpertParallelMemory(TensorParallelMemory):
-    """Memory of a replica with ranks that divide experts; see `tensor_parallel.TensorParallelMemory`."""
+    """Memory of a replica with ranks that divide experts. See `tensor_parallel.TensorParallelMemory`."""
 
     plan_obstacle = None
 
@@ -177,7 +177,7 @@ class ExpertParallelMemory(TensorParallelMemory):
 
 
 class ExpertParallelReplica(TensorParallelReplica):
-    """One rank of a mixture of experts; see `tensor_parallel.TensorParallelReplica`."""
+    """One rank of a mixture of experts. See `tensor_parallel.TensorParallelReplica`."""
 
     memory = ExpertParallelMemory
 

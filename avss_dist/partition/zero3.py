@@ -23,7 +23,7 @@ from avss_dist.partition.single import BatchwiseReplica
 
 
 class Zero3Memory(ShardedMemory):
-    """Memory of a replica with ZeRO-3; see `sharded.ShardedMemory`."""
+    """Memory of a replica with ZeRO-3. See `sharded.ShardedMemory`."""
 
     def host_weights(self) -> int:
         """See `ShardedMemory`. transformers loads quantized weights whole, unpacked or not, before ranks keep parts."""
@@ -32,7 +32,7 @@ class Zero3Memory(ShardedMemory):
 
 
 class Zero3Replica(BatchwiseReplica):
-    """One rank of a ZeRO-3 model; see `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
+    """One rank of a ZeRO-3 model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
 
     memory = Zero3Memory
 
@@ -81,7 +81,7 @@ def deepspeed_config(dtype: torch.dtype, device: torch.device) -> dict[str, Any]
 
 
 def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
-    """Load a model such that a process never holds more than its part and one module; rank 0 maps the files."""
+    """Load a model such that a process never holds more than its part and one module. Rank 0 maps the files."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     reference = HfDeepSpeedConfig(config)  # transformers refers to it weakly; while it lives, models are built in parts
@@ -96,7 +96,7 @@ def _load_in_parts(checkpoint: Checkpoint, settings: Settings, config: dict[str,
 
 
 def _partition(model: Any, settings: Settings, config: dict[str, Any], *, head: bool) -> Any:
-    """Hook the backbone, or the whole model, so that parameters are gathered when needed; return the engine.
+    """Hook the backbone, or the whole model, so that parameters are gathered when needed. Return the engine.
 
     A layer is gathered as one, because ranks must gather in the same order and routed experts depend on the data.
     """

@@ -151,7 +151,7 @@ def has_fast_bfloat16(kind: str) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a name; ``auto`` is ``cuda`` if torch sees a GPU.
+    """Return the device of a name. ``auto`` is ``cuda`` if torch sees a GPU.
 
     Unless the environment configures torch's allocators, the GPU allocator gets expandable segments. Batches of several
     sizes would otherwise leave fragments that no batch fits into. Pinned memory is not rounded up to a power of two,
@@ -193,7 +193,7 @@ def computing_threads(threads: int) -> Iterator[None]:
 
 
 def free_cores() -> int:
-    """Return the number of cores that are idle now, within this process's affinity and control group; at least 1."""
+    """Return the number of cores that are idle now, within this process's affinity and control group, at least 1."""
     usable = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):
         quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()

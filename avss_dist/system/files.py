@@ -121,14 +121,14 @@ def _machine() -> str:
     """Return eight hexadecimal digits for this boot of this machine, and for the container that processes count in."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        known = [boot, os.readlink("/proc/self/ns/pid"), socket.gethostname()]
+        identity = [boot, os.readlink("/proc/self/ns/pid"), socket.gethostname()]
     except OSError:
         return _UNKNOWN
-    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]
+    return hashlib.sha256("\n".join(identity).encode()).hexdigest()[:8]
 
 
 def _start(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since the boot; None if that cannot be read."""
+    """Return when a process started, in clock ticks since the boot, or None if that cannot be read."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

@@ -75,7 +75,7 @@ _FILES = (  # limit, usage, and the field of memory.stat with file cache that th
 
 
 def memory_left(root: Path = _ROOT, membership: Path = _MEMBERSHIP) -> int | None:
-    """Return the bytes that the control groups of this process still allow; None without a limit.
+    """Return the bytes that the control groups of this process still allow, or None without a limit.
 
     Args:
         root: mount point of control groups.

@@ -26,7 +26,7 @@ KEPT = "Run the same command again: everything measured so far is kept."
 
 
 def require_gcs(address: str) -> None:
-    """Raise OSError soon if no gRPC server answers at ``HOST:PORT``; Ray would try to reach its head for minutes.
+    """Raise OSError soon if no gRPC server answers at ``HOST:PORT``. Ray would try to reach its head for minutes.
 
     An address without a port, such as ``local``, is accepted, and with TLS only the connection is tried.
     """
@@ -111,7 +111,7 @@ class RayCluster:
         return time.monotonic()
 
     def wait(self, references: Sequence[Any], *, number: int, seconds: float) -> list[Any]:
-        """Return at most ``number`` references that are ready; wait at most ``seconds`` for as many."""
+        """Return at most ``number`` references that are ready. Wait at most ``seconds`` for as many."""
         ready, _ = ray.wait([*references], num_returns=number, timeout=seconds)
         return list(ready)
 
@@ -143,7 +143,7 @@ class RayCluster:
         return ray._private.state.state.get_draining_nodes().keys()
 
     def signs(self) -> Mapping[str, Sign] | None:
-        """Return the latest known state of each worker; None if the monitor was lost. Ray then restarts it."""
+        """Return the latest known state of each worker, or None if the monitor was lost. Ray then restarts it."""
         try:
             ready = self.wait([self._monitor.signs.remote()], number=1, seconds=ANSWER_SECONDS)
             return self.get(ready[0]) if ready else {}
@@ -151,7 +151,7 @@ class RayCluster:
             return None
 
     def events(self, worker: str) -> list[Any]:
-        """Return the events of a worker since the last call; an empty list if the monitor was lost."""
+        """Return the events of a worker since the last call, or an empty list if the monitor was lost."""
         try:
             events: list[Any] = self.get(self._monitor.take_events.remote(worker))
         except RayError:
@@ -183,7 +183,7 @@ class Watch:
         self._alive: dict[str, float] = {}  # when each rank last made progress, or was seen to have a process
 
     def listen(self) -> bool:
-        """Query the monitor. Returns False if it was lost with its node; Ray then restarts it elsewhere."""
+        """Query the monitor. Returns False if it was lost with its node. Ray then restarts it elsewhere."""
         signs = self._cluster.signs()
         if signs is None:
             return False
@@ -193,7 +193,7 @@ class Watch:
         return True
 
     def complaint(self, gang: Gang, begun: float) -> str:
-        """Return why a gang counts as hanging in its round; empty if it does not hang."""
+        """Return why a gang counts as hanging in its round, or an empty string if it does not hang."""
         now = self._cluster.now()
         for name in gang.find_processes():
             self._alive.setdefault(name, now)

@@ -96,7 +96,7 @@ class RayExecutor:
         return replicas
 
     def run(self, runs: Iterator[RunShards]) -> Generator[Outcome, None, None]:
-        """Yield results as workers finish them; the next run is planned meanwhile. Runs share the workers."""
+        """Yield results as workers finish them. The next run is planned meanwhile. Runs share the workers."""
         first = next(runs, None)
         if first is not None:
             yield from self._measure(ShardQueue(run) for run in chain([first], runs))
@@ -134,7 +134,7 @@ class RayExecutor:
                     pool.close()
 
     def run_ranks(self, task: RankTask, ranks: int, *, threads: int, on_event: Callable[[Any], None]) -> Any:
-        """Have ranks do a task together, and return what the first one returns; see `RankedRun.result`.
+        """Have ranks do a task together, and return what the first one returns. See `RankedRun.result`.
 
         Args:
             threads: CPU threads of each rank.
@@ -156,7 +156,7 @@ class RayExecutor:
             raise node_lost() from error
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-        """See `executors.interface.Executor`. Tasks reserve no CPU, as workers may hold all; lost ones run here."""
+        """See `executors.interface.Executor`. Tasks reserve no CPU, as workers may hold all. Lost ones run here."""
         if not ray.is_initialized():
             yield from map(function, items)
             return
@@ -286,16 +286,16 @@ def _devices_of_cluster(device: str, labels: Mapping[str, str]) -> Devices:
     gpus = int(_total(nodes, "GPU"))
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
     on_gpus = kind == "cuda"
-    seen = _devices_of_node(kind, labels, gpus=1 if on_gpus and gpus else 0)
-    most = {name: int(max(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
+    probed = _devices_of_node(kind, labels, gpus=1 if on_gpus and gpus else 0)
+    largest = {name: int(max(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
     return Devices(
         kind=kind,
         count=gpus if on_gpus else 1,
-        count_of_largest_node=most["GPU"] if on_gpus else 1,
-        device_bytes=seen.device_bytes,
-        host_bytes=seen.host_bytes,
+        count_of_largest_node=largest["GPU"] if on_gpus else 1,
+        device_bytes=probed.device_bytes,
+        host_bytes=probed.host_bytes,
         cpus=int(_total(nodes, "CPU")) or 1,
-        cpus_of_largest_node=most["CPU"] or 1,
+        cpus_of_largest_node=largest["CPU"] or 1,
     )
 
 
@@ -305,7 +305,7 @@ def _devices_of_node(kind: str, labels: Mapping[str, str], *, gpus: int) -> Devi
     probe: Any = ray.remote(devices_here).options(**options, label_selector=dict(labels))
     for attempt in count(1):
         try:
-            seen: Devices = ray.get(probe.remote(kind))
+            devices: Devices = ray.get(probe.remote(kind))
             break
         except RayError as error:
             if missing := missing_package(error):
@@ -315,4 +315,4 @@ def _devices_of_node(kind: str, labels: Mapping[str, str], *, gpus: int) -> Devi
             if attempt == ATTEMPTS:
                 what = str(error).splitlines()[0]
                 raise RunFailed(f"The Ray cluster failed before any work began: {what}", "Run it again.") from error
-    return seen
+    return devices

@@ -88,9 +88,9 @@ class Gang:
         """Return the names of the ranks that have a process, whether it answers or not."""
         for name, worker in zip(self.names, self._workers, strict=True):
             if name not in self._processes:
-                known = ray._private.state.actors(worker._actor_id.hex())
-                if known.get("Pid"):  # no other interface of Ray knows processes that do not answer yet
-                    self._processes[name] = known["Address"]["NodeID"], known["Pid"]
+                actor = ray._private.state.actors(worker._actor_id.hex())
+                if actor.get("Pid"):  # no other interface of Ray knows processes that do not answer yet
+                    self._processes[name] = actor["Address"]["NodeID"], actor["Pid"]
         return self._processes.keys()
 
     def open(self, spec: ReplicaSpec) -> list[Any]:
@@ -129,7 +129,7 @@ def _kill(process: int) -> None:
 
 
 def missing_package(error: Exception) -> ConfigError | None:
-    """Return the error to show if workers cannot import this package; None for any other error."""
+    """Return the error to show if workers cannot import this package, or None for any other error."""
     if "No module named 'avss_dist'" not in str(error):
         return None
     return ConfigError(

@@ -54,7 +54,7 @@ class Prefetcher(Generic[T]):
         threading.Thread(target=prepare, daemon=True).start()
 
     def next(self, *, wait: bool) -> T | None:
-        """Return the next item; None at the end or, without ``wait``, if no item is ready.
+        """Return the next item. None at the end or, without ``wait``, if no item is ready.
 
         Raises:
             BaseException: the error that the iterator raised.

@@ -65,7 +65,7 @@ def _repeated(what: str, number: int) -> str:
 
 
 class UnitQueue(ABC, Generic[Unit]):
-    """Units that are measured with one model; a unit's id is its index.
+    """Units that are measured with one model. A unit's id is its index.
 
     Attributes:
         spec: replica that a gang opens for the units.
@@ -103,7 +103,7 @@ class UnitQueue(ABC, Generic[Unit]):
 
     @abstractmethod
     def kind(self, unit: int) -> str:
-        """Return the kind of a unit; units of one kind take about the same time."""
+        """Return the kind of a unit. Units of one kind take about the same time."""
 
     @abstractmethod
     def parts(self, units: Sequence[int]) -> Sequence[tuple[Sequence[Assignment], Sequence[Any]]]:
@@ -183,7 +183,7 @@ class UnitQueue(ABC, Generic[Unit]):
         """Receive the current activity in a round of these units, and the share of it that is done."""
 
     def usual_seconds(self, unit: int) -> float:
-        """Return the median seconds of units of this kind; infinite if none is done."""
+        """Return the median seconds of units of this kind, or infinity if none is done."""
         seconds = self._seconds.get(self.kind(unit)) or [math.inf]
         return seconds[len(seconds) // 2]
 
@@ -288,7 +288,7 @@ class ShardQueue(UnitQueue[Shard]):
         return self.spec.placement.ranks == 1 and len(self.pending) > gangs and not self._again & self.unfinished
 
     def parts(self, units: Sequence[int]) -> list[tuple[Sequence[Assignment], Sequence[Any]]]:
-        """See `UnitQueue`: shards for each rank, or the same one for all; ranks without a shard run along."""
+        """See `UnitQueue`: shards for each rank, or the same one for all. Ranks without a shard run along."""
         forwards = 0  # as many as a shard takes
         if self.spec.placement.ranks > 1:
             forwards = max(-(-self.units[unit].num_sequences // self.rows) for unit in units)

@@ -34,7 +34,7 @@ UnitResult = ShardResult | Receipt | CellResult
 
 
 class Assignment(Protocol):
-    """The work of one rank for one unit; pickled."""
+    """The work of one rank for one unit. It is pickled."""
 
     def resolved(self, blocks: Sequence[Sequence[Shard]]) -> Assignment:
         """Return the assignment with its shard, which is in one of the blocks that Ray has brought to this node."""
