@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,16 +81,6 @@ def test_chance_is_that_of_two_random_sets(n: int, k: int) -> None:
     shared = [len(set(range(k)) & set(other)) for other in combinations(range(n), k)]
     assert found["jaccard_by_chance"] == pytest.approx(np.mean([s / (2 * k - s) for s in shared]))
     assert found["p_by_chance"] == pytest.approx(np.mean([s >= found["shared"] for s in shared]))
-
-
-def test_a_curve_agrees_with_itself_at_another_resolution() -> None:
-    def curve(n: int) -> tuple[np.ndarray, np.ndarray]:
-        depth = (np.arange(n) + 0.5) / n
-        return depth, np.sin(7 * depth) + depth
-
-    found = correlate(curve(80), curve(24))
-    assert found["interpolated"] and found["layers"] == 24
-    assert found["spearman"] > 0.99 and found["jaccard"] > 0.6
 
 
 def given_depth(x: np.ndarray, y: np.ndarray) -> float:
@@ -171,8 +163,7 @@ def test_of_many_pairs_the_most_and_the_least_alike_are_listed(root: Path, monke
     every = pairs(root, allow_mismatch=True)
     monkeypatch.setattr("avss_dist.analysis.compare.EXTREMES", 1)
     listed = pairs(root, allow_mismatch=True, max_listed=5)
-    assert len(every) == 6
-    assert [row["spearman"] for row in listed] == [every[0]["spearman"], every[-1]["spearman"]]
+    assert len(every) == 6 and [row["spearman"] for row in listed] == [every[at]["spearman"] for at in (0, -1)]
 
 
 def test_what_is_comparable_is_compared_and_the_rest_is_named(root: Path) -> None:
@@ -308,18 +299,36 @@ def test_the_command_says_what_it_left_out(root: Path, by: str) -> None:
     )
 
 
-def test_the_words_follow_the_numbers(tmp_path: Path) -> None:
-    for name, scores in (("a", UP), ("b", UP), ("c", UP)):
-        write_scores(tmp_path, name, scores)
-    warehouse = Warehouse(tmp_path)
-    alike = summary(compare(warehouse, ["a", "b", "c"], threshold=AT))
-    assert alike.startswith(
-        "3 pairs: Spearman 1.000 at the median, from 1.000 to 1.000; given depth nothing is left, as one of each pair "
-        "is the order of the layers: the rankings agree only because both follow depth."
-    )
-    assert alike.endswith("100% of the lowest layers of one are the lowest of the other; by chance it would be 25%.")
-    write_scores(tmp_path, "d", DOWN)
-    assert "the other way round" in summary(compare(warehouse, ["a", "d"], threshold=AT))
+def said(rho: float, given: float, *, lowest: float | None = None) -> str:
+    """Return the verdict on pairs with a median correlation, and one given depth."""
+
+    def summarized(median: float, least: float) -> CorrelationSummary:
+        return CorrelationSummary(count=int(math.isfinite(median)), median=median, lowest=least, highest=median)
+
+    pairs = pa.table({"layers": [8], "k": [2], "shared": [1]})
+    spearman = summarized(rho, rho if lowest is None else lowest)
+    comparison: Any = SimpleNamespace(number=1, pairs=pairs, spearman=spearman, given_depth=summarized(given, given))
+    verdict, shared = summary(comparison).splitlines()
+    assert shared == "50% of the lowest layers of one are the lowest of the other; by chance it would be 25%."
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("rho", "given", "verdict"),
+    [
+        (0.99, 0.98, "the rankings are nearly the same."),
+        (0.95, 0.12, "the rankings agree only because both follow depth."),
+        (0.95, math.nan, "the rankings agree only because both follow depth."),
+        (0.95, 0.6, "the rankings are nearly the same, in part because both follow depth."),
+        (0.8, 0.75, "the rankings are alike."),
+        (0.1, 0.9, "the rankings differ only in how they follow depth."),
+        (0.1, -0.2, "the rankings have little in common."),
+        (-1.0, math.nan, "the rankings are the other way round."),
+    ],
+)
+def test_one_verdict_on_rankings_and_their_depth(rho: float, given: float, verdict: str) -> None:
+    assert said(rho, given).endswith(f": {verdict}")
+    assert said(rho, given).count("the rankings") == 1
 
 
 def test_a_median_is_between_the_middle_two_and_zero_has_no_sign() -> None:

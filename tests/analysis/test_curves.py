@@ -18,6 +18,7 @@ from avss_dist.analysis.curves import AXES, SCHEMA, RankingCurves, ranking_curve
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.read_requests import ALONG
+from avss_dist.report.curves import curve_section
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
@@ -55,9 +56,10 @@ def test_a_training_is_followed_in_its_order(training: Path) -> None:
     assert curve.points[3] == "3,000" and curve.name == "org/a@step*"
     assert result.left_out == {"b": "its step is not known"}
     expected = [stats.spearmanr(row, curve.values[-1]).statistic for row in curve.values]
-    assert curve.with_last == pytest.approx(expected)
-    assert np.isnan(curve.with_previous[0])
-    assert curve.with_previous[6] == pytest.approx(stats.spearmanr(curve.values[6], curve.values[5]).statistic)
+    points = {column.heading: column.values for column in curve_section(curve, "curve").tables[0].values}
+    assert points["with the last"] == pytest.approx(expected)
+    before = [stats.spearmanr(*curve.values[at - 1 : at + 1]).statistic for at in range(1, 12)]
+    assert points["with the one before"] == pytest.approx([np.nan, *before], nan_ok=True)
     assert curve.trend == pytest.approx(
         [stats.spearmanr(range(12), ranks).statistic for ranks in curve.ranks.T], nan_ok=True
     )

@@ -109,17 +109,8 @@ def test_a_package_of_its_own_adds_a_score(root: Path, tmp_path: Path) -> None:
     path = os.pathsep.join((str(site), *filter(None, [os.environ.get("PYTHONPATH")])))
     words = [
         sys.executable,
-        "-m",
-        "avss_dist",
-        "plan",
-        "-w",
+        *["-m", "avss_dist", "plan", "--by", "largest", "--count", "1", "-o", "plan.yaml", "-w"],
         root,
-        "--by",
-        "largest",
-        "--count",
-        "1",
-        "-o",
-        "plan.yaml",
     ]
     subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, check=True)
     stats = avss_dist.Warehouse(root).read_layer_stats("a-1")

@@ -195,14 +195,6 @@ def test_quantiles_lie_in_the_bin_of_the_true_ones(warehouse: Warehouse, x: Floa
     assert [row["value"] for row in rows if row["share"] == 1] == [np.abs(x[:, i]).max() for i in range(4)]
 
 
-def test_the_threshold_for_a_wanted_sparsity_gives_it(warehouse: Warehouse, x: Float64) -> None:
-    for row in quantiles(warehouse, rows_of(warehouse), [0.01, 0.77]).to_pylist():
-        share, layer = row["share"], row["layer"]
-        assert (np.abs(x[:, layer]) < row["value"]).mean() == pytest.approx(share, rel=0.01)
-        at = f"SELECT sparsity FROM sparsity_at({row['value']!r}) WHERE run_id = 'tiny-1' AND layer = {layer}"
-        assert warehouse.sql(at)["sparsity"].to_pylist() == pytest.approx([share])
-
-
 def test_quantiles_of_zeros_and_of_nothing(warehouse: Warehouse) -> None:
     (stats,) = (s[0, "block"] for s in stats_of(np.where(activations(shards=1)[:, :1] > 0.1, 1.0, 0.0)))
     zeros = stats.zero_count / stats.count

@@ -112,3 +112,13 @@ def test_a_chart_of_very_many_runs_is_refused(root: Path, monkeypatch: pytest.Mo
     result = avss("show", "-w", root, "--run", "*", "-o", root / "chart.svg")
     assert result.exit_code == 2 and "are too many for one chart: the maximum is 1" in result.stderr
     assert "Name fewer with --run" in result.stderr and not (root / "chart.svg").exists()
+
+
+def test_what_is_shown_and_drawn_is_named_as_smoothed(root: Path, tmp_path: Path) -> None:
+    """The column `avss` is the score as published; tables and pictures have `avss_smoothed`."""
+    shown = avss("show", "-w", root, "--run", "tiny-1").stdout.lower()
+    words = shown.replace("smoothed avss", "")
+    assert words != shown and "avss" not in words.replace("avss_dist", "").replace("avss ls", "")
+    assert avss("show", "-w", root, "--run", "tiny-1", "-o", tmp_path / "layers.svg").exit_code == 0
+    text = (tmp_path / "layers.svg").read_text().lower()
+    assert "smoothed avss (log)" in text and ">avss" not in text

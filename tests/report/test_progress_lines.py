@@ -85,3 +85,12 @@ def test_lines_are_half_a_minute_apart(monkeypatch: pytest.MonkeyPatch, capsys: 
         for part in range(100):
             progress(Preparing("the teacher writes text", part / 100))
     assert progress_module.LOG_SECONDS == 30 and 2 <= len(lines(capsys)) <= 10
+
+
+@pytest.mark.parametrize("kind", [CellProgress, StepProgress])
+def test_each_note_is_printed_once(kind: type[StepProgress], capsys: pytest.CaptureFixture[str]) -> None:
+    with kind() as progress:
+        progress(CellsStarted([CELL, CELL], 0))
+        for _ in range(2):
+            progress(CellDone(CELL, ["[bold]a[/bold] is slow."]))
+    assert capsys.readouterr().err.count("Note: [bold]a[/bold] is slow.") == 1

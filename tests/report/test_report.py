@@ -116,13 +116,8 @@ def test_the_scores_are_the_warehouses_and_the_published_reading_comes_first(pag
         ): row
         for row in store.table("scores").to_pylist()
     }
-    names = {
-        "avss": "avss_smoothed",
-        "low": "avss_low",
-        "high": "avss_high",
-        "rank": "rank",
-        "near_zero": "near_zero_count",
-    }
+    names = {"avss": "avss_smoothed", "low": "avss_low", "high": "avss_high", "rank": "rank"}
+    names["near_zero"] = "near_zero_count"
     seen = 0
     for run, choice, start, end, lowest in data["blocks"]:
         about, at = data["runs"][run], data["choices"][choice]

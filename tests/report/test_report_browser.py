@@ -302,6 +302,7 @@ def test_every_chart_downloads(visit: Callable[..., Any], file: Path, tmp_path: 
 def test_what_is_known_without_layers_follows_the_run(visit: Callable[..., Any], file: Path, tmp_path: Path) -> None:
     """Drawn and told of a run of which it is known; of the others, how it is measured."""
     page = visit(file)
+    assert page.locator("#matrix").count() == 0, "few runs have none"
     assert said(page, "blocks") == "Not measured of this run: avss ablate --damage does it."
     assert said(page, "kept") == "Nothing was left out and evaluated."
     page.locator("#run").select_option(label=ALPHA)
@@ -517,7 +518,3 @@ def test_the_matrix_fits_a_narrow_page_and_draws_something(visit: Callable[..., 
         return new Set(Array.from({ length: height }, (_, i) => data.slice(4 * i, 4 * i + 3).join())).size; }"""
     )
     assert colors > 3
-
-
-def test_few_runs_have_no_matrix(visit: Callable[..., Any], file: Path) -> None:
-    assert visit(file).locator("#matrix").count() == 0
