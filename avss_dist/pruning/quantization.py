@@ -70,33 +70,33 @@ class LayerNames:
 
         Names may begin below or above the model. Layers of another tower keep their names.
         """
-        if (place := self._place(name)) is None:
+        if (split := self._split(name)) is None:
             return name
-        parts = name.split(".")
-        layer = int(parts[place])
-        inside = renumbered_expert(".".join(parts[place + 1 :]), self.plan, layer)
-        if layer not in self.plan.keep or inside is None:
+        path, layer, inside = split
+        new = renumbered_expert(inside, self.plan, layer)
+        if layer not in self.plan.keep or new is None:
             return None
-        return ".".join([*parts[:place], str(self.plan.keep.index(layer)), *filter(None, [inside])])
+        return ".".join([path, str(self.plan.keep.index(layer)), *filter(None, [new])])
 
     def remaining_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a tensor in the pruned model, which may have a row for each expert."""
-        if (place := self._place(name)) is None:
+        _, layer, inside = self._split(name) or (None, None, "")
+        if layer is None or (experts := self.routed.get(layer)) is None:
             return shape
-        parts = name.split(".")
-        layer = int(parts[place])
-        if (experts := self.routed.get(layer)) is None:
-            return shape
-        return experts.shape_without(".".join(parts[place + 1 :]), shape, len(self.plan.experts[layer]))
+        return experts.shape_without(inside, shape, len(self.plan.experts[layer]))
 
-    def _place(self, name: str) -> int | None:
-        """Return the position of the layer's number among the parts of a name; None for names outside of layers."""
+    def _split(self, name: str) -> tuple[str, int, str] | None:
+        """Return the path of the layer list in a name, the layer, and the path below it; None for names outside."""
         parts = name.split(".")
         for place, part in enumerate(parts):
-            path = f".{'.'.join(parts[:place])}"
+            path = ".".join(parts[:place])
             lists = (f".{layers}" for layers in self.lists)
-            if place and part.isdecimal() and any(path.endswith(end) or end.endswith(path) for end in lists):
-                return place
+            if (
+                place
+                and part.isdecimal()
+                and any(f".{path}".endswith(end) or end.endswith(f".{path}") for end in lists)
+            ):
+                return path, int(part), ".".join(parts[place + 1 :])
         return None
 
     def renumbered_all(self, names: Iterable[str], mark: str = "") -> list[str]:

@@ -1,7 +1,7 @@
 """The registry of repairs: what each fits, at which layers, and how much text it needs.
 
 A new repair is one entry of `REPAIRS`. A fit of another form than those of `fits.FORMS` also needs that
-form there, and the way in which it becomes weights in `fold`. Nothing here imports torch.
+form there, and the way in which it becomes weights in `fits.fold`. Nothing here imports torch.
 """
 
 from __future__ import annotations

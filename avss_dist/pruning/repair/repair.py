@@ -2,7 +2,7 @@
 
 At each cut, in order of depth, let X be the hidden states after the last layer before it, in the pruned model with the
 repairs so far, and Y those of the whole model after the last layer that is removed there. R = Y - X is fitted from the
-output of the MLP before the cut, or from its hidden units (see `fold`). A repair of every layer does the same at each
+output of the MLP before the cut, or from its hidden units (see `fits`). A repair of every layer does the same at each
 layer behind the first cut, because what earlier fits leave missing propagates through them.
 
 A layer that loses routed experts is a cut as well, fitted to the whole model's hidden states after that layer. Its
