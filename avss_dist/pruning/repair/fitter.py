@@ -171,9 +171,6 @@ class RepairFitter:
         stored: reads parameters from the checkpoint's files.
         splits: calibration text.
         model: several copies of it, or ranks that hold it together, share the batches; None if this process has all.
-
-    Attributes:
-        tensors: changed parameters, in the dtypes of the checkpoint's files.
     """
 
     def __init__(
@@ -183,7 +180,6 @@ class RepairFitter:
         splits: Sequence[FitSplit],
         model: LanguageModel | None = None,
     ) -> None:
-        self.tensors: dict[Parameter, torch.Tensor] = {}
         self._source, self._stored, self._splits, self._model = source, stored, splits, model
         self._indices = model.local_indices(len(splits)) if model else range(len(splits))
 
@@ -236,7 +232,7 @@ class RepairFitter:
         if after > before:  # before a norm, a fit is folded approximately
             after, ridges = before, (None,) * len(ridges)
             for path, value in old.items():
-                self._change(projection.layer.index, path, value)
+                self._source.changed[projection.layer.index, path] = value
         return RepairedCut(
             after=cut.after,
             removed=cut.removed,
@@ -338,11 +334,7 @@ class RepairFitter:
                 raise RepairError(
                     f"The repair of layer {layer} does not fit into {new.dtype}.", "Use another `repair`."
                 )
-            self._change(layer, projection.paths[field], new)
-
-    def _change(self, layer: int, path: str, value: torch.Tensor) -> None:
-        self.tensors[layer, path] = value
-        self._source.change(layer, path, value)
+            self._source.changed[layer, projection.paths[field]] = new
 
     def _parameter(self, layer: int, path: str) -> torch.Tensor:
         """Return a parameter with the changes so far, as it would be written.
@@ -350,7 +342,7 @@ class RepairFitter:
         Raises:
             RepairError: the model does not hold it as the files do, or not on a device that computes.
         """
-        if (changed := self.tensors.get((layer, path))) is not None:
+        if (changed := self._source.changed.get((layer, path))) is not None:
             return changed
         stored, loaded = self._stored((layer, path)), self._source.value(layer, path)
         if loaded.is_meta:

@@ -46,6 +46,10 @@ class HiddenStateSource:
         starts: layers behind which passes of the whole model will resume.
         model: the backbone with its head, where only that can compute with changed weights; None if the backbone's
             weights are in memory.
+
+    Attributes:
+        changed: changed parameters of the pruned model, in the dtypes of the checkpoint's files. The whole model keeps
+            their values.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class HiddenStateSource:
         require_experts(self._layers, drop)
         self._batches, self._model = batches, model
         self._forward = forward_function(backbone.module)
-        self._changed: dict[Parameter, torch.Tensor] = {}
+        self.changed: dict[Parameter, torch.Tensor] = {}
         self._stored: dict[tuple[str, int], tuple[int, torch.Tensor]] = {}
         self._shared = model if model and model.lockstep == 1 and not model.keeps_hidden_states else None
         if self._shared:
@@ -100,10 +104,6 @@ class HiddenStateSource:
         with recording(self._layers) as recorded:
             self._shared.together([self._probe])
         return recorded.inputs
-
-    def change(self, layer: int, path: str, value: torch.Tensor) -> None:
-        """Change a parameter of the pruned model. The whole model keeps its value."""
-        self._changed[layer, path] = value
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """Return a parameter of the whole model."""
@@ -185,7 +185,7 @@ class HiddenStateSource:
 
     def _patched(self) -> AbstractContextManager[None]:
         """Return a context inside which the model computes with the changes so far."""
-        return self._model.patched(self._changed) if self._model else patched(self._layers, self._changed)
+        return self._model.patched(self.changed) if self._model else patched(self._layers, self.changed)
 
     def _after(self, layer: int) -> set[int]:
         """Return the indices of the layers after one, which need not run."""

@@ -161,8 +161,7 @@ def fit_repair(
     splits += [splits[0].uncounted()] * (-len(splits) % (model.lockstep if model else 1))
     starts = [cut.last for cut in cuts if cut.last + 1 < plan.num_layers]
     source = HiddenStateSource(backbone, device, [split.batch for split in splits], plan.drop, starts, model)
-    fitter = RepairFitter(source, stored, splits, model)
-    repaired_cuts = fitter.fit_all(cuts, repair.by)
+    repaired_cuts = RepairFitter(source, stored, splits, model).fit_all(cuts, repair.by)
     counts = count_fitted(splits, len(texts))
     record = RepairRecord(
         repair=repair.by,
@@ -187,7 +186,7 @@ def fit_repair(
     if 0 in plan.dropped_layers and not every_layer:
         first = describe_layers([layer for layer in plan.dropped_layers if layer < plan.keep[0]])
         notes.append(f"Nothing stands before layers {first}: what they did is not given back.")
-    return Repaired(fitter.tensors, record, notes)
+    return Repaired(source.changed, record, notes)
 
 
 def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> int:
