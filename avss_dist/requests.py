@@ -31,8 +31,13 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.core.validation import Check, Count, OneOf, PathOrText, Positive, Share, Text, Texts
 from avss_dist.models.number_formats import number_format
 from avss_dist.options import SHARED, Option, Request, refuse_unused, request
-from avss_dist.pruning.repair.record import split_weight
-from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, NO_REPAIR, OptionalRepairName, searched_repair
+from avss_dist.pruning.repair.registry import (
+    DEFAULT_REPAIR,
+    NO_REPAIR,
+    OptionalRepairName,
+    searched_repair,
+    split_weight,
+)
 from avss_dist.read_requests import (
     Output,
     PlaceRequest,

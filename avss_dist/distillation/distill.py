@@ -51,7 +51,7 @@ from avss_dist.models.loading import load_model, quiet
 from avss_dist.models.safetensors import weight_files
 from avss_dist.partition.group import rank_and_size, share
 from avss_dist.pruning.checkpoint import require_free
-from avss_dist.pruning.repair.record import split_weight
+from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.system.devices import free_device
 from avss_dist.system.files import staged_file
 

@@ -16,7 +16,7 @@ from avss_dist.distillation.record import SELF
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.sampling import sample
 from avss_dist.models.size import footprint
-from avss_dist.pruning.repair.record import split_weight
+from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.system.devices import free_memory, pick_device
 from avss_dist.system.files import Journal, cache_folder, staged_file
 from avss_dist.system.streams import progress_to

@@ -26,7 +26,7 @@ from avss_dist.distillation.teacher_text import teacher_text
 from avss_dist.models.causal_lm import predicted
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.pruning.repair.record import read_repairs, split_weight
+from avss_dist.pruning.repair.registry import read_repairs, split_weight
 from avss_dist.system.devices import pick_device
 
 if TYPE_CHECKING:

@@ -50,8 +50,7 @@ from avss_dist.options import request_values
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import count_fitted, split_texts
-from avss_dist.pruning.repair.record import RepairRecord
-from avss_dist.pruning.repair.registry import NO_REPAIR
+from avss_dist.pruning.repair.registry import NO_REPAIR, RepairRecord
 from avss_dist.pruning.repair.repair import Repair, tokens_needed
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import AblateRequest, ShrinkRequest

@@ -19,7 +19,7 @@ from avss_dist.distillation.record import SELF, read_record
 from avss_dist.evaluation.session import PlacedModel, PlannedTask
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.pruning.repair.record import read_repairs
+from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.tasks.task import Task
 from avss_dist.tasks.text_loss import RowStartLoss, TextLoss, TruthfulChoices
 from avss_dist.warehouse.checks import settings_of

@@ -36,7 +36,7 @@ from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.pruning.configuration import write_config
 from avss_dist.pruning.plan import Plan, describe_reason
 from avss_dist.pruning.quantization import FILES, LayerNames, renumber_quantization, require_same_modules
-from avss_dist.pruning.repair.record import RepairRecord, read_repairs, write_repairs
+from avss_dist.pruning.repair.registry import RepairRecord, read_repairs, write_repairs
 from avss_dist.pruning.repair.repair import Repair, Repaired, repair_layers
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights, copy_weights

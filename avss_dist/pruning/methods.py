@@ -13,7 +13,7 @@ from avss_dist.core.names import CONTRAST
 from avss_dist.core.registry import FROM_ACTIVATIONS, GREEDY, MEASURED, RECIPES
 from avss_dist.core.settings import EVERY_SITE
 from avss_dist.core.text import describe_threshold, parse_threshold
-from avss_dist.core.validation import Check, checked
+from avss_dist.core.validation import Check, Count, Positive, Share, checked
 from avss_dist.pruning.repair.registry import NO_REPAIR, OptionalRepairName
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, Reading, reading_of
 
@@ -28,9 +28,6 @@ def _known_score(text: str) -> str:
     return text
 
 
-Count = Annotated[int, Field(ge=0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
 Score = Annotated[str, Check(_known_score)]
 
 
@@ -61,23 +58,23 @@ class Experiment:
     """Drop the last layers before the final one too (arXiv 2411.15558)."""
     leave_one_out: bool = True
     """Choose by the loss without each layer, on the text of the run."""
-    search_max_sequences: AtLeastOne | None = None
+    search_max_sequences: Positive | None = None
     """Maximum number of rows of the run's text on which greedy measures the loss."""
     repairs: Annotated[tuple[OptionalRepairName, ...], Field(strict=False, min_length=1)] = (NO_REPAIR,)
     """Repairs of the pruned models; every choice is evaluated with each."""
     repair_corpora: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Texts that repairs are fitted on, with equal weight whatever their length, or a weight each: CORPUS=0.5."""
-    repair_max_sequences: AtLeastOne | None = None
+    repair_max_sequences: Positive | None = None
     """Maximum number of rows of each text that repairs are fitted on."""
     repair_skip_sequences: Count = 0
     """Skip this many rows at the start of each text."""
-    max_sequences: AtLeastOne | None = None
+    max_sequences: Positive | None = None
     """Maximum number of rows of each evaluation text."""
     skip_sequences: Count = 0
     """Skip this many rows at the start of each text."""
     skip_questions: Count = 0
     """Skip this many questions at the start of TruthfulQA."""
-    limit: AtLeastOne | None = None
+    limit: Positive | None = None
     """Maximum number of questions per task."""
     num_fewshot: Count | None = None
     """Examples before each question of a harness task."""

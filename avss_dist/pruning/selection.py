@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import Expert
@@ -24,15 +23,13 @@ from avss_dist.core.registry import (
     SCORES,
 )
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
-from avss_dist.core.validation import OneOf, checked
+from avss_dist.core.validation import Count, OneOf, Positive, Share, checked
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 
 Reading = tuple[str, str, float, str]  # of AVSS: site, recipe, threshold and its kind
 PUBLISHED: Reading = (SITES[0], RECIPES[0], PUBLISHED_THRESHOLD, "absolute")
 Rows = Sequence[Mapping[str, Any]]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Ends = Annotated[int, Field(ge=0)]
 
 
 class PlanError(ConfigError):
@@ -53,15 +50,15 @@ class Choice:
     """Reading of AVSS: site, recipe, threshold and its kind; the first stored one by default."""
     share: Share | None = None
     """Drop the lowest share of the layers; a quarter by default."""
-    count: Annotated[int, Field(ge=1)] | None = None
+    count: Positive | None = None
     """Number of layers to drop, in place of a share."""
-    first: Ends = 0
+    first: Count = 0
     """Layers at the start that are never dropped."""
-    last: Ends = 0
+    last: Count = 0
     """Layers at the end that are never dropped."""
     highest: bool = False
     """Drop the highest instead of the lowest."""
-    seed: Ends = 0
+    seed: Count = 0
     """Seed of a random choice."""
 
     def __post_init__(self) -> None:
@@ -162,7 +159,7 @@ class ExpertChoice:
     """The score."""
     experts: Share
     """Drop the lowest share of the experts of each layer."""
-    seed: Ends = 0
+    seed: Count = 0
     """Seed of a random choice."""
 
     def drop(self, scores: Mapping[int, Float64], top_k: int, groups: int = 1) -> tuple[Expert, ...]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, without_secrets
 from avss_dist.corpus.sources import local_files
-from avss_dist.pruning.repair.record import split_weight
+from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.runs.job_file import JobFile
 from avss_dist.tasks.harness_files import task_files
 

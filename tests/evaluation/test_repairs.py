@@ -43,7 +43,7 @@ from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.partition.single import MAX_COPIES, with_copies
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.record import read_repairs
+from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.report.terminal import progress as avss_progress
 from avss_dist.report.terminal.progress import CellProgress

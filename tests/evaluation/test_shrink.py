@@ -43,7 +43,7 @@ from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.replica import Placement
-from avss_dist.pruning.repair.record import read_repairs
+from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.pruning.selection import PlanError
 from avss_dist.report.terminal.shrink import continuation_tables
 from avss_dist.report.terminal.tables import FittedTable

@@ -33,8 +33,7 @@ from avss_dist.pruning.repair.fits import FitStep, NormalEquations, fit_ridge, f
 from avss_dist.pruning.repair.fitter import find_cuts
 from avss_dist.pruning.repair.hidden_states import MEMORY_SHARE
 from avss_dist.pruning.repair.projection import OutputProjection, RepairError
-from avss_dist.pruning.repair.record import FILE, RepairRecord, read_repairs, split_weight
-from avss_dist.pruning.repair.registry import REPAIRS
+from avss_dist.pruning.repair.registry import FILE, REPAIRS, RepairRecord, read_repairs, split_weight
 from avss_dist.pruning.repair.repair import Repair
 
 Save = Callable[[Any, Path], Path]

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from avss_dist.pruning.repair.record import FILE, read_repairs
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
+    FILE,
     NO_REPAIR,
     REPAIRS,
+    read_repairs,
     searched_repair,
 )
 

@@ -24,7 +24,7 @@ from avss_dist.models.loading import open_module
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.repair.fits import FitStep, features_of
 from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, RepairError
-from avss_dist.pruning.repair.record import read_repairs
+from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.pruning.repair.repair import Repair, tokens_needed
 
 Save = Callable[[Any, Path], Path]

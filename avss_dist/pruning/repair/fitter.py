@@ -22,8 +22,7 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fits import FitStep, NormalEquations, RidgeFit, features_of, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
 from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, RepairError
-from avss_dist.pruning.repair.record import RepairedCut
-from avss_dist.pruning.repair.registry import REPAIRS
+from avss_dist.pruning.repair.registry import REPAIRS, RepairedCut
 from avss_dist.system.devices import free_memory
 from avss_dist.system.streams import tracked
 

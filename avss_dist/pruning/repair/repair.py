@@ -46,8 +46,14 @@ from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import PLAIN_HINT, ReadStored, RepairFitter, count_fitted, find_cuts, split_texts
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
 from avss_dist.pruning.repair.projection import RepairError
-from avss_dist.pruning.repair.record import RepairRecord, RepairText, split_weight
-from avss_dist.pruning.repair.registry import DEFAULT_REPAIR, REPAIRS, RepairName
+from avss_dist.pruning.repair.registry import (
+    DEFAULT_REPAIR,
+    REPAIRS,
+    RepairName,
+    RepairRecord,
+    RepairText,
+    split_weight,
+)
 from avss_dist.pruning.weights import StoredWeights
 from avss_dist.system.devices import devices_here, free_device, pick_device
 
