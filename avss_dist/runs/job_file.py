@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice, product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
 
@@ -130,6 +130,7 @@ def job_schema() -> dict[str, Any]:
 
 
 MAX_RUNS = 10_000
+T = TypeVar("T", dict[str, Any], list[Any])
 DISTINGUISHING = tuple(name for name, cls in OVERRIDES.items() if cls is Settings or name in ("partition", "ranks"))
 """Fields that tell two runs of one model apart."""
 
@@ -219,12 +220,26 @@ class _Reader:
         """
         document = self.document
         job = document.parse(Job, document.value)
-        for name in OPTIONS_ONLY.keys() & self.section("execution"):
+        for name in OPTIONS_ONLY.keys() & self.unchecked("execution", dict):
             document.report(("execution", name), f"Unknown key '{name}'. {OPTIONS_ONLY[name]}")
-        corpora = self.corpora()
+        corpora: dict[str, int] = {}
+        for index, text in enumerate(self.unchecked("corpora", list)):
+            if isinstance(text, str) and corpora.setdefault(text, index) != index:
+                document.report(("corpora", index), f"'{text}' is named twice")
         specs = [*islice(self.specs([*corpora]), MAX_RUNS + 1)]
-        self.reject_duplicates(specs)
-        self.require_readable(corpora, {spec.settings.chat_template for spec in specs})
+        if len(specs) > MAX_RUNS:
+            document.report((), f"more than {MAX_RUNS:,} runs; split them into several jobs")
+        lines: dict[Any, int] = {}
+        for spec in specs:
+            ranks = (spec.execution.partition, spec.execution.ranks) if spec.execution.ranks else None
+            first = lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)
+            if first != spec.line:
+                what = f"'{spec.model}' is named twice with the same settings, first in line {first}"
+                document.problems.add((spec.line, what))
+        templates = {spec.settings.chat_template for spec in specs}
+        for number, error in corpus_problems([*corpora], templates) if self.expand else ():
+            at: Location = ("corpora",) if number is None else ("corpora", [*corpora.values()][number])
+            document.report(at, str(error))
         job = document.require_valid(job)
         models: dict[str, int] = {}
         for index, entry in enumerate(job.models):
@@ -240,34 +255,15 @@ class _Reader:
             experiment=job.experiment,
         )
 
-    def section(self, key: str) -> dict[str, Any]:
-        """Return the values of a mapping of the file, unchecked."""
+    def unchecked(self, key: str, kind: type[T]) -> T:
+        """Return a mapping or a list of the file, unchecked; an empty one for another kind of value."""
         values = self.document.value.get(key)
-        return values if isinstance(values, dict) else {}
-
-    def listed(self, key: str) -> list[Any]:
-        """Return the values of a list of the file, unchecked."""
-        values = self.document.value.get(key)
-        return values if isinstance(values, list) else []
-
-    def corpora(self) -> dict[str, int]:
-        """Return the index of each text of ``corpora``. A text that is named twice is a problem."""
-        texts: dict[str, int] = {}
-        for index, text in enumerate(self.listed("corpora")):
-            if isinstance(text, str) and texts.setdefault(text, index) != index:
-                self.document.report(("corpora", index), f"'{text}' is named twice")
-        return texts
-
-    def require_readable(self, corpora: Mapping[str, int], chat_templates: set[bool]) -> None:
-        """Report the corpora that cannot be read. Those of a job for another machine are not checked."""
-        for number, error in corpus_problems([*corpora], chat_templates) if self.expand else ():
-            at = ("corpora",) if number is None else ("corpora", [*corpora.values()][number])
-            self.document.report(at, str(error))
+        return values if isinstance(values, kind) else kind()
 
     def specs(self, corpora: Sequence[str]) -> Iterator[RunSpec]:
         """Yield the runs of every valid model on every corpus, if the settings of the job are valid."""
         defaults = self.settings({})
-        for index, value in enumerate(map(_as_entry, self.listed("models"))):
+        for index, value in enumerate(map(_as_entry, self.unchecked("models", list))):
             if not isinstance(value, dict):
                 continue
             at = ("models", index)
@@ -304,8 +300,10 @@ class _Reader:
             at: location of the entry, if there is one.
         """
         given = {cls: {k: v for k, v in entry.items() if OVERRIDES.get(k) is cls} for cls in (Settings, Execution)}
-        settings = self.document.parse(Settings, self.section("settings") | given[Settings], *at, ("settings",))
-        execution = self.document.parse(Execution, self.section("execution") | given[Execution], *at, ("execution",))
+        settings = self.document.parse(Settings, self.unchecked("settings", dict) | given[Settings], *at, ("settings",))
+        execution = self.document.parse(
+            Execution, self.unchecked("execution", dict) | given[Execution], *at, ("execution",)
+        )
         return (settings, execution) if settings and execution else None
 
     def checkpoints(self, entry: ModelKeys, at: Location) -> list[str]:
@@ -315,7 +313,18 @@ class _Reader:
             if Path(name).expanduser().exists() or glob.has_magic(name):
                 problem = f"'{name}' is a folder or a file; only a hub id has revisions"
                 self.document.report((*at, "revisions"), problem)
-            return [f"{name}@{revision}" for revision in self.revisions(entry, at)]
+            revisions: list[str] = []
+            for index, revision in enumerate(entry.revisions):
+                if isinstance(revision, RevisionRange):
+                    revisions += revision.names()
+                elif self.expand and glob.has_magic(revision):  # which the hub is asked for
+                    try:
+                        revisions += matching_revisions(name, revision)
+                    except ModelError as error:
+                        self.document.report((*at, "revisions", index), str(error))
+                else:
+                    revisions.append(revision)
+            return [f"{name}@{revision}" for revision in revisions]
         if not (self.expand and glob.has_magic(name)):
             return [name]
         matches = glob.glob(str(Path(name).expanduser()), recursive=True)
@@ -323,28 +332,3 @@ class _Reader:
         if not folders:
             self.document.report(at, f"no folder matches '{name}' (relative paths start in {Path.cwd()})")
         return folders
-
-    def revisions(self, entry: ModelKeys, at: Location) -> Iterator[str]:
-        """Yield the revisions of a hub id that an entry lists. The hub is queried for patterns."""
-        for index, revision in enumerate(entry.revisions or ()):
-            if isinstance(revision, RevisionRange):
-                yield from revision.names()
-            elif self.expand and glob.has_magic(revision):
-                try:
-                    yield from matching_revisions(entry.model, revision)
-                except ModelError as error:
-                    self.document.report((*at, "revisions", index), str(error))
-            else:
-                yield revision
-
-    def reject_duplicates(self, specs: Sequence[RunSpec]) -> None:
-        """Report repeated runs, and too many runs."""
-        if len(specs) > MAX_RUNS:
-            self.document.report((), f"more than {MAX_RUNS:,} runs; split them into several jobs")
-        lines: dict[Any, int] = {}
-        for spec in specs:
-            ranks = (spec.execution.partition, spec.execution.ranks) if spec.execution.ranks else None
-            first = lines.setdefault((spec.model, spec.corpus, spec.settings, ranks), spec.line)
-            if first != spec.line:
-                what = f"'{spec.model}' is named twice with the same settings, first in line {first}"
-                self.document.problems.add((spec.line, what))

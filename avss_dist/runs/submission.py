@@ -215,11 +215,8 @@ def _environment_of_client() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE"):
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                os.environ.pop(name, None)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _seconds(variable: str, default: float) -> float:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class Pass:
     """Sums over one batch, which hooks collect in a forward pass and in all backward passes through it.
 
     Attributes:
+        measure: the `BackwardMeasure`.
+        order: indices of the layers that run.
         keeps: maximum number of hidden states of the batch that it keeps for each layer.
         observed, real: bool[rows, tokens]; tokens that are counted, and tokens without padding.
         sums: float64[any], on the devices that computed them, so that nothing waits for a device.
@@ -46,7 +48,8 @@ class Pass:
 
     keeps = 2
 
-    def __init__(self, batch: Batch, device: torch.device) -> None:
+    def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
+        self.measure, self.order = measure, [layer.index for layer in layers]
         self.observed, self.real = (to_device(mask, device) for mask in (batch.observed, batch.attention_mask))
         self.sums: dict[Any, torch.Tensor] = {}
         self._calls: Counter[int] = Counter()  # of modules, by the first layer that each is
@@ -98,10 +101,12 @@ class BackwardMeasure(Measure):
     Attributes:
         draws: number of further backward passes, with labels that are drawn from the model's own prediction.
         seed: seed of the draws.
+        new_pass: class of the passes, a `Pass`.
         trains: whether the layers' weights have gradients, too.
     """
 
     shard: Shard
+    new_pass: ClassVar[type[Any]]
     draws = 0
     seed = 0
     trains = False
@@ -110,7 +115,7 @@ class BackwardMeasure(Measure):
         """See `tasks.task.Measure`. Removed layers have no rows."""
         layers = self.layers(model, intervention)
         batches = list(self.shard.batches(model.settings.batch_size))
-        passes = [self.start(batch, layers, model.device) for batch in batches]
+        passes = [self.new_pass(self, batch, layers, model.device) for batch in batches]
         trained = layers if self.trains else ()
         with model.applying(intervention), trainable(model.module, trained), self.hooked(layers):
             passes = model.backpropagate(batches, passes, draws=self.draws, seed=self.seed)
@@ -119,10 +124,6 @@ class BackwardMeasure(Measure):
     def layers(self, model: LanguageModel, intervention: Intervention) -> list[Layer]:
         """Return the layers that are measured."""
         return [layer for layer in model.layers if layer.index not in intervention.removed]
-
-    def start(self, batch: Batch, layers: Sequence[Layer], device: torch.device) -> Any:
-        """Return the pass of a batch, a `Pass`."""
-        raise NotImplementedError
 
     def hooked(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
         """Report the layers to the current pass inside the context."""
@@ -160,59 +161,6 @@ def by_module(layers: Iterable[Layer]) -> list[list[Layer]]:
     return [*groups.values()]
 
 
-@dataclass(frozen=True, eq=False)
-class Gradients(BackwardMeasure):
-    """Gradient measures of each layer, from a forward and a backward pass for each batch of a shard.
-
-    - ``taylor``: the sum over tokens of ``|<dL/d out, out - in>|``, where L is the summed negative log-likelihood in
-      nats, per predicted token; a sample for each sequence. It estimates, to first order, the change of the loss if the
-      layer returned its input; absolute values keep signs from cancelling (Molchanov et al., arXiv 1906.10771, 3.1).
-    - ``gradient_l1``, ``gradient_l2``: sums of the norms of the gradients of the weight matrices; a sample for each
-      batch, where L is the mean over its predicted tokens (as in the AVSS authors' script, arXiv 2411.02117).
-    - ``weight_frobenius``: sum of the norms of the weight matrices.
-    """
-
-    measure = "gradients"
-    trains = True
-
-    def start(self, batch: Batch, layers: Sequence[Layer], device: torch.device) -> LayerGradients:
-        """Return the pass of a batch."""
-        return LayerGradients(batch, device)
-
-    @contextmanager
-    def hooked(self, layers: Sequence[Layer]) -> Iterator[None]:
-        """Report layers and the gradients of their weights to the current pass inside the context.
-
-        Weights are hooked when their layer begins, because streamed weights are replaced between passes.
-        """
-        with ExitStack() as stack:
-            known = WeakIdKeyDictionary()
-
-            def hook(uses: Sequence[Layer], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-                for weight in matrices(uses[0].module) if torch.is_grad_enabled() else ():
-                    if weight not in known:
-                        known[weight] = True
-                        report = partial(_accumulate, uses)
-                        stack.callback(weight.register_post_accumulate_grad_hook(report).remove)
-                return forward(*args, **kwargs)
-
-            stack.enter_context(around({uses[0].module: partial(hook, uses) for uses in by_module(layers)}))
-            stack.enter_context(super().hooked(layers))
-            yield
-
-    def rows(self, layers: Sequence[Layer], passes: Sequence[LayerGradients], weights: Float64) -> Iterator[Row]:
-        """Yield the rows of all passes."""
-        ones = np.ones(len(passes))
-        for index in (layer.index for layer in layers):
-            removal = np.concatenate([batch.sums[index].cpu().numpy() for batch in passes])
-            yield Row(metric=TAYLOR, samples=removal, weights=weights, layer=index)
-            for metric, order in ((L1, 1), (L2, 2)):
-                samples = np.array([float(batch.norms[index, order]) for batch in passes])
-                yield Row(metric=metric, samples=samples, weights=ones, layer=index)
-            size = np.array([float(next(batch.sizes[index] for batch in passes))])
-            yield Row(metric=FROBENIUS, samples=size, weights=np.ones(1), layer=index)
-
-
 def matrices(module: nn.Module) -> list[nn.Parameter]:
     """Return the weight matrices of a layer, including stacks of matrices (experts), without convolutions."""
     by_id = {
@@ -248,8 +196,8 @@ class LayerGradients(Pass):
 
     keeps = 1
 
-    def __init__(self, batch: Batch, device: torch.device) -> None:
-        super().__init__(batch, device)
+    def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
+        super().__init__(measure, batch, layers, device)
         self.norms: defaultdict[tuple[int, int], Any] = defaultdict(float)  # of gradients, by layer and order
         self.sizes: dict[int, Any] = {}  # norms of weights
         self._tokens = max(1.0, float(predicted(batch).sum()))
@@ -294,6 +242,56 @@ class LayerGradients(Pass):
 
 def _accumulate(uses: Sequence[Layer], weight: torch.Tensor) -> None:
     CURRENT.get().accumulate(uses, weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients(BackwardMeasure):
+    """Gradient measures of each layer, from a forward and a backward pass for each batch of a shard.
+
+    - ``taylor``: the sum over tokens of ``|<dL/d out, out - in>|``, where L is the summed negative log-likelihood in
+      nats, per predicted token; a sample for each sequence. It estimates, to first order, the change of the loss if the
+      layer returned its input; absolute values keep signs from cancelling (Molchanov et al., arXiv 1906.10771, 3.1).
+    - ``gradient_l1``, ``gradient_l2``: sums of the norms of the gradients of the weight matrices; a sample for each
+      batch, where L is the mean over its predicted tokens (as in the AVSS authors' script, arXiv 2411.02117).
+    - ``weight_frobenius``: sum of the norms of the weight matrices.
+    """
+
+    measure = "gradients"
+    new_pass = LayerGradients
+    trains = True
+
+    @contextmanager
+    def hooked(self, layers: Sequence[Layer]) -> Iterator[None]:
+        """Report layers and the gradients of their weights to the current pass inside the context.
+
+        Weights are hooked when their layer begins, because streamed weights are replaced between passes.
+        """
+        with ExitStack() as stack:
+            known = WeakIdKeyDictionary()
+
+            def hook(uses: Sequence[Layer], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                for weight in matrices(uses[0].module) if torch.is_grad_enabled() else ():
+                    if weight not in known:
+                        known[weight] = True
+                        report = partial(_accumulate, uses)
+                        stack.callback(weight.register_post_accumulate_grad_hook(report).remove)
+                return forward(*args, **kwargs)
+
+            stack.enter_context(around({uses[0].module: partial(hook, uses) for uses in by_module(layers)}))
+            stack.enter_context(super().hooked(layers))
+            yield
+
+    def rows(self, layers: Sequence[Layer], passes: Sequence[LayerGradients], weights: Float64) -> Iterator[Row]:
+        """Yield the rows of all passes."""
+        ones = np.ones(len(passes))
+        for index in (layer.index for layer in layers):
+            removal = np.concatenate([batch.sums[index].cpu().numpy() for batch in passes])
+            yield Row(metric=TAYLOR, samples=removal, weights=weights, layer=index)
+            for metric, order in ((L1, 1), (L2, 2)):
+                samples = np.array([float(batch.norms[index, order]) for batch in passes])
+                yield Row(metric=metric, samples=samples, weights=ones, layer=index)
+            size = np.array([float(next(batch.sizes[index] for batch in passes))])
+            yield Row(metric=FROBENIUS, samples=size, weights=np.ones(1), layer=index)
 
 
 @contextmanager

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
@@ -101,7 +100,9 @@ def measure_cell(
         )
 
     try:
-        with _with_heartbeat(model, heartbeat):
+        with ExitStack() as stack:
+            for module in {layer.module for layer in model.layers} if heartbeat else ():
+                stack.callback(module.register_forward_pre_hook(lambda *_: heartbeat and heartbeat()).remove)
             rows = rows or settings.batch_size
             least = rows if cell.placement.ranks > 1 else 1  # all ranks must halve them together
             result, _ = halve_until_it_fits(run, rows, too_large, least=least)
@@ -125,17 +126,3 @@ def _realized(sparsity: Sparsity, counts: Sequence[Sequence[int]]) -> Iterator[R
             yield Row(metric=f"{REALIZED}{rule.path}", samples=values[0], weights=values[1], layer=rule.layer)
     if weighted[1, 0]:
         yield Row(metric=SPARSITY, samples=weighted[0], weights=weighted[1])
-
-
-@contextmanager
-def _with_heartbeat(model: LanguageModel, heartbeat: Heartbeat | None) -> Iterator[None]:
-    """Call ``heartbeat`` at the start of every layer of the model inside the block."""
-    with ExitStack() as stack:
-        if heartbeat is not None:
-            for module in {layer.module for layer in model.layers}:
-                stack.callback(module.register_forward_pre_hook(partial(_call, heartbeat)).remove)
-        yield
-
-
-def _call(heartbeat: Heartbeat, *_: object) -> None:
-    heartbeat()

@@ -32,63 +32,12 @@ Displacement = tuple[int, Sequence[int], torch.Tensor]
 """A removed layer, values of ``m`` of `Damage`, and the difference of the hidden states, [rows, tokens, units]."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Damage(BackwardMeasure):
-    """Effect of removing each layer, measured ``m`` layers later, for every ``m`` from 0 to ``lookahead``.
-
-    x are the hidden states after the layer that is ``m`` layers later (or after the last layer), x' are those without
-    this layer, d = x' - x, and g is the gradient of the summed loss at x, in nats. Each layer has these rows, with a
-    sample for each sequence:
-
-    - ``propagated_m``: the sum over tokens of ``|d| / |x|``, per token.
-    - ``propagated_cosine_m``: the same of ``1 - cos(x', x)``.
-    - ``taylor_m``, ``taylor_signed_m``: the sum over tokens of ``|<g, d>|``, and of ``<g, d>``, per predicted token:
-      the change of the loss to first order (``m`` = 0: Molchanov et al., arXiv 1906.10771, section 3.1).
-    - ``fisher_m``: half the sum over tokens of ``<g, d>^2`` with the gradients of labels drawn from the model's own
-      prediction, a mean over draws: the second order, by the Fisher information (Michel et al., arXiv 1905.10650).
-    - ``predicted_m``: ``taylor_signed_m + fisher_m``, the predicted increase of the loss in nats per predicted token.
-
-    Every block of layers (``drop``) has ``block_distance`` and ``block_cosine``: the means over tokens of
-    ``acos(cos) / pi`` and of ``1 - cos`` between its input and its output (Gromov et al., arXiv 2403.17887, section 3).
-
-    Attributes:
-        lookahead: number of later layers after which the effect is measured.
-        draws: number of draws of labels.
-        seed: seed of the draws.
-    """
-
-    lookahead: int = LOOKAHEAD
-    draws: int = DRAWS
-    seed: int = 0
-    measure = "damage"
-
-    def start(self, batch: Batch, layers: Sequence[Layer], device: torch.device) -> _Pass:
-        """Return the pass of a batch."""
-        return _Pass(batch, device, layers, self.lookahead, self.draws)
-
-    def rows(self, layers: Sequence[Layer], passes: Sequence[_Pass], weights: Float64) -> Iterator[Row]:
-        """Yield the rows of all passes."""
-        observed = np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
-        for key in sorted(passes[0].sums, key=lambda key: (key[1], key[2] or (), key[0])):
-            metric, layer, block = key
-            samples = torch.cat([batch.sums[key].flatten().cpu() for batch in passes]).numpy()
-            by_token = metric.startswith((PROPAGATED, BLOCK_DISTANCE, BLOCK_COSINE))
-            yield Row(
-                metric=metric, samples=samples, weights=observed if by_token else weights, layer=layer, removed=block
-            )
-
-
 class _Pass(Pass):
-    """Sums over one batch by metric, removed layer, and the layers of a block that begins with it or None.
+    """Sums over one batch by metric, removed layer, and the layers of a block that begins with it or None."""
 
-    Attributes:
-        order: indices of the layers that run.
-    """
-
-    def __init__(self, batch: Batch, device: torch.device, layers: Sequence[Layer], lookahead: int, draws: int) -> None:
-        super().__init__(batch, device)
-        self.order, self.lookahead, self.draws = [layer.index for layer in layers], lookahead, draws
-        self.keeps = lookahead + 2
+    def __init__(self, measure: Damage, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
+        super().__init__(measure, batch, layers, device)
+        self.keeps = measure.lookahead + 2
         self._changed: dict[int, torch.Tensor] = {}  # hidden states without a layer, by its index
         self._streams: list[torch.Tensor] = []  # [rows, tokens, units] before each layer, and the last
         self._displaced: dict[int, list[Displacement]] = {}  # by the layer after which it is measured
@@ -128,7 +77,7 @@ class _Pass(Pass):
         self._changed = {}
         for removed, hidden in models.items():
             distance = position - self.order.index(removed)
-            distances = range(distance, self.lookahead + 1) if last else (distance,)
+            distances = range(distance, self.measure.lookahead + 1) if last else (distance,)
             changed, reference = self.by_row(layer, hidden.to(out.device)).float(), whole.float()
             size = torch.linalg.vector_norm(reference, dim=-1).clamp_min_(torch.finfo(torch.float32).tiny)
             relative = self._sum(torch.linalg.vector_norm(changed - reference, dim=-1) / size)
@@ -138,7 +87,7 @@ class _Pass(Pass):
                 self.sums[f"{PROPAGATED_COSINE}_{m}", removed, None] = cosine
             displacement = removed, distances, (changed - reference).to(whole.dtype)
             self._displaced.setdefault(layer.index, []).append(displacement)
-            if distance < self.lookahead:
+            if distance < self.measure.lookahead:
                 self._changed[removed] = hidden
         if last:
             self._changed = {}
@@ -161,11 +110,11 @@ class _Pass(Pass):
         """Add the products of the gradient at the output of a layer with what it is without an earlier layer."""
         g = self.by_row(layer, gradient).float()
         displacements = self._displaced.get(layer.index, [])
-        if number == self.draws:
+        if number == self.measure.draws:
             self._displaced.pop(layer.index, None)
         for removed, distances, difference in displacements:
             products = (g * difference.float()).sum(dim=-1).double().where(self.real.to(g.device), 0)
-            total, second = products.sum(dim=1), products.square().sum(dim=1) / (2 * self.draws)
+            total, second = products.sum(dim=1), products.square().sum(dim=1) / (2 * self.measure.draws)
             sums = {FISHER: second, PREDICTED: second}
             if number == 0:
                 sums = {TAYLOR: products.abs().sum(dim=1), SIGNED: total, PREDICTED: total}
@@ -183,3 +132,46 @@ def _hidden(layer: Layer, output: Any, layer_input: torch.Tensor) -> torch.Tenso
     if out is None or out.shape != layer_input.shape:
         raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
     return out
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Damage(BackwardMeasure):
+    """Effect of removing each layer, measured ``m`` layers later, for every ``m`` from 0 to ``lookahead``.
+
+    x are the hidden states after the layer that is ``m`` layers later (or after the last layer), x' are those without
+    this layer, d = x' - x, and g is the gradient of the summed loss at x, in nats. Each layer has these rows, with a
+    sample for each sequence:
+
+    - ``propagated_m``: the sum over tokens of ``|d| / |x|``, per token.
+    - ``propagated_cosine_m``: the same of ``1 - cos(x', x)``.
+    - ``taylor_m``, ``taylor_signed_m``: the sum over tokens of ``|<g, d>|``, and of ``<g, d>``, per predicted token:
+      the change of the loss to first order (``m`` = 0: Molchanov et al., arXiv 1906.10771, section 3.1).
+    - ``fisher_m``: half the sum over tokens of ``<g, d>^2`` with the gradients of labels drawn from the model's own
+      prediction, a mean over draws: the second order, by the Fisher information (Michel et al., arXiv 1905.10650).
+    - ``predicted_m``: ``taylor_signed_m + fisher_m``, the predicted increase of the loss in nats per predicted token.
+
+    Every block of layers (``drop``) has ``block_distance`` and ``block_cosine``: the means over tokens of
+    ``acos(cos) / pi`` and of ``1 - cos`` between its input and its output (Gromov et al., arXiv 2403.17887, section 3).
+
+    Attributes:
+        lookahead: number of later layers after which the effect is measured.
+        draws: number of draws of labels.
+        seed: seed of the draws.
+    """
+
+    lookahead: int = LOOKAHEAD
+    draws: int = DRAWS
+    seed: int = 0
+    measure = "damage"
+    new_pass = _Pass
+
+    def rows(self, layers: Sequence[Layer], passes: Sequence[_Pass], weights: Float64) -> Iterator[Row]:
+        """Yield the rows of all passes."""
+        observed = np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
+        for key in sorted(passes[0].sums, key=lambda key: (key[1], key[2] or (), key[0])):
+            metric, layer, block = key
+            samples = torch.cat([batch.sums[key].flatten().cpu() for batch in passes]).numpy()
+            by_token = metric.startswith((PROPAGATED, BLOCK_DISTANCE, BLOCK_COSINE))
+            yield Row(
+                metric=metric, samples=samples, weights=observed if by_token else weights, layer=layer, removed=block
+            )

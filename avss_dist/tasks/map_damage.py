@@ -53,6 +53,28 @@ def reporting_maps(maps: Iterable[tuple[Layer, Projection]]) -> Iterator[None]:
         yield
 
 
+class _ZeroingPass(Pass):
+    """Sums over one batch: float64[thresholds], by order and map."""
+
+    def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Listen to the gradient of a linear map that has run."""
+        key = layer.index, projection.path
+        self.listen(key, out, partial(self._project, key, projection.module, x.detach()))
+
+    def _project(self, key: Key, module: nn.Module, x: torch.Tensor, number: int, gradient: torch.Tensor) -> None:
+        """Add the products <g, d> of all tokens, or half of their squares for drawn labels."""
+        gradient = (gradient @ weight_of(module)).to(x.dtype)
+        x, g = x.reshape(-1, x.shape[-1]).float(), gradient.reshape(-1, x.shape[-1]).float()
+        edges = torch.tensor(self.measure.thresholds[key], dtype=torch.float32, device=x.device)
+        at = torch.bucketize(x.abs(), edges)
+        sums = torch.zeros((len(x), len(edges) + 1), device=x.device).scatter_add_(1, at, g * x)
+        change = -sums.double().cumsum(dim=1)[:, :-1]
+        if number == 0:
+            self.add((FIRST, key), change.sum(dim=0))
+        else:
+            self.add((SECOND, key), change.square().sum(dim=0) / (2 * self.measure.draws))
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MapDamage(BackwardMeasure):
     """Predicted change of the summed loss, in nats, when the inputs of one linear map up to a threshold become zero.
@@ -74,14 +96,11 @@ class MapDamage(BackwardMeasure):
     draws: int = DRAWS
     seed: int = 0
     measure = "map damage"
+    new_pass = _ZeroingPass
 
     def identity(self) -> dict[str, Any]:
         """Return the values that the key is made of."""
         return super().identity() | {"thresholds": [[*key, *values] for key, values in sorted(self.thresholds.items())]}
-
-    def start(self, batch: Batch, layers: Sequence[Layer], device: torch.device) -> _ZeroingPass:
-        """Return the pass of a batch."""
-        return _ZeroingPass(batch, device, self.draws, self.thresholds)
 
     def hooked(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
         """Report the linear maps with thresholds to the current pass inside the context."""
@@ -94,34 +113,6 @@ class MapDamage(BackwardMeasure):
             samples: Float64 = np.sum([batch.sums[order, key].cpu().numpy() for batch in passes], axis=0)
             tokens = np.full(len(samples), float(weights.sum()))
             yield Row(metric=f"{order}:{key[1]}", samples=samples, weights=tokens, layer=key[0])
-
-
-class _ZeroingPass(Pass):
-    """Sums over one batch: float64[thresholds], by order and map."""
-
-    def __init__(
-        self, batch: Batch, device: torch.device, draws: int, thresholds: Mapping[Key, tuple[float, ...]]
-    ) -> None:
-        super().__init__(batch, device)
-        self.draws, self.thresholds = draws, thresholds
-
-    def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Listen to the gradient of a linear map that has run."""
-        key = layer.index, projection.path
-        self.listen(key, out, partial(self._project, key, projection.module, x.detach()))
-
-    def _project(self, key: Key, module: nn.Module, x: torch.Tensor, number: int, gradient: torch.Tensor) -> None:
-        """Add the products <g, d> of all tokens, or half of their squares for drawn labels."""
-        gradient = (gradient @ weight_of(module)).to(x.dtype)
-        x, g = x.reshape(-1, x.shape[-1]).float(), gradient.reshape(-1, x.shape[-1]).float()
-        edges = torch.tensor(self.thresholds[key], dtype=torch.float32, device=x.device)
-        at = torch.bucketize(x.abs(), edges)
-        sums = torch.zeros((len(x), len(edges) + 1), device=x.device).scatter_add_(1, at, g * x)
-        change = -sums.double().cumsum(dim=1)[:, :-1]
-        if number == 0:
-            self.add((FIRST, key), change.sum(dim=0))
-        else:
-            self.add((SECOND, key), change.square().sum(dim=0) / (2 * self.draws))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +135,85 @@ class RoundedLosses(Measure):
         layers = _roundable_layers(model, intervention, [self.format])
         roundings = [intervention.rounded(round_place(self.format, layer.index)) for layer in layers]
         return losses_under(model, self.shard, [intervention, *roundings])
+
+
+def _roundable_layers(model: LanguageModel, intervention: Intervention, formats: Sequence[str]) -> list[Layer]:
+    """Return the layers that have linear maps and are not removed.
+
+    Raises:
+        ModelError: a format cannot take one of the maps, a layer is used more than once, or weights are split.
+    """
+    layers = [layer for layer in model.layers if layer.projections and layer.index not in intervention.removed]
+    if not layers:
+        raise ModelError(f"No layer of '{model.checkpoint.name}' has a linear map whose input is seen.")
+    model.require_roundable(layers, [number_format(name) for name in formats])
+    if note := rounded_before(layers):
+        model.notes[f"{note} ({model.checkpoint.name})."] = None
+    return layers
+
+
+class _RoundingPass(Pass):
+    """Sums over one batch: float64[rows], by metric and place."""
+
+    def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
+        super().__init__(measure, batch, layers, device)
+        self.formats = [number_format(name) for name in measure.formats]
+        self._changes: dict[Key, list[torch.Tensor]] = {}  # of outputs, by format
+        self._kept_bytes = 0
+
+    def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Listen to the gradient of a linear map that has run."""
+        size = out.detach().float().square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        key = layer.index, projection.path
+        self.listen(key, out, partial(self._project, key, projection, x.detach(), size))
+
+    def _project(
+        self,
+        key: Key,
+        projection: Projection,
+        x: torch.Tensor,
+        size: torch.Tensor,
+        number: int,
+        gradient: torch.Tensor,
+    ) -> None:
+        """Add the products <g, d> of all tokens of a map, or half of their squares for drawn labels."""
+        g = gradient.float()
+        for known, change in zip(self.formats, self._output_changes(key, projection, x), strict=True):
+            products = self._by_token(projection, (g * change.float()).sum(dim=-1))
+            if number == 0:
+                error = self._by_token(projection, change.float().square().sum(dim=-1) / size)
+                total = products.sum(dim=1)
+                observed = error.where(self.observed.to(error.device), 0).sum(dim=1)
+                sums = {OUTPUT_ERROR: observed, FIRST: total, PREDICTED: total}
+            else:
+                second = products.square().sum(dim=1) / (2 * self.measure.draws)
+                sums = {SECOND: second, PREDICTED: second}
+            for path, metric in product((key[1], None), sums):  # a layer has the sums of its maps
+                self.add((metric, RoundedPlace(layer=key[0], path=path, format=known.name)), sums[metric])
+        if number == self.measure.draws:
+            self._kept_bytes -= sum(change.nbytes for change in self._changes.pop(key, ()))
+
+    def _output_changes(
+        self, key: Key, projection: Projection, x: torch.Tensor
+    ) -> Iterator[torch.Tensor] | list[torch.Tensor]:
+        """Return the change of a map's output for each format, [..., outputs], kept ones if there is room for them."""
+        if key in self._changes:
+            return self._changes[key]
+        units = weight_of(projection.module).shape[0]
+        size = len(self.formats) * x[..., 0].numel() * units * x.element_size()
+        changes = (_output_change(projection.module, known, x) for known in self.formats)
+        if self._kept_bytes + size > MAX_KEPT_BYTES:
+            return changes
+        self._kept_bytes += size
+        self._changes[key] = list(changes)
+        return self._changes[key]
+
+    def _by_token(self, projection: Projection, values: torch.Tensor) -> torch.Tensor:
+        """Return values of the tokens of a map's output as float64[rows, tokens], 0 for padding."""
+        by_row = as_rows(values.unsqueeze(-1), projection.axes, *self.real.shape)
+        if by_row is None:
+            raise ModelError(f"The linear map '{projection.path}' does not keep rows and tokens apart.")
+        return by_row.sum(dim=-1).double().where(self.real.to(by_row.device), 0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -179,14 +249,11 @@ class RoundingDamage(BackwardMeasure):
     draws: int = DRAWS
     seed: int = 0
     measure = "rounding damage"
+    new_pass = _RoundingPass
 
     def layers(self, model: LanguageModel, intervention: Intervention) -> list[Layer]:
         """Return the layers that are measured."""
         return _roundable_layers(model, intervention, self.formats)
-
-    def start(self, batch: Batch, layers: Sequence[Layer], device: torch.device) -> _RoundingPass:
-        """Return the pass of a batch."""
-        return _RoundingPass(batch, device, self.draws, [number_format(name) for name in self.formats])
 
     def hooked(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
         """Report all linear maps to the current pass inside the context."""
@@ -213,85 +280,6 @@ class RoundingDamage(BackwardMeasure):
                 for metric, value, weight in ((NUM_WEIGHTS, number, 1), (BITS_PER_WEIGHT, bits, number)):
                     samples, ones = np.array([value], np.float64), np.array([weight], np.float64)
                     yield Row(metric=metric, samples=samples, weights=ones, layer=layer.index, rounding=key)
-
-
-def _roundable_layers(model: LanguageModel, intervention: Intervention, formats: Sequence[str]) -> list[Layer]:
-    """Return the layers that have linear maps and are not removed.
-
-    Raises:
-        ModelError: a format cannot take one of the maps, a layer is used more than once, or weights are split.
-    """
-    layers = [layer for layer in model.layers if layer.projections and layer.index not in intervention.removed]
-    if not layers:
-        raise ModelError(f"No layer of '{model.checkpoint.name}' has a linear map whose input is seen.")
-    model.require_roundable(layers, [number_format(name) for name in formats])
-    if note := rounded_before(layers):
-        model.notes[f"{note} ({model.checkpoint.name})."] = None
-    return layers
-
-
-class _RoundingPass(Pass):
-    """Sums over one batch: float64[rows], by metric and place."""
-
-    def __init__(self, batch: Batch, device: torch.device, draws: int, formats: Sequence[NumberFormat]) -> None:
-        super().__init__(batch, device)
-        self.draws, self.formats = draws, formats
-        self._changes: dict[Key, list[torch.Tensor]] = {}  # of outputs, by format
-        self._kept_bytes = 0
-
-    def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Listen to the gradient of a linear map that has run."""
-        size = out.detach().float().square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        key = layer.index, projection.path
-        self.listen(key, out, partial(self._project, key, projection, x.detach(), size))
-
-    def _project(
-        self,
-        key: Key,
-        projection: Projection,
-        x: torch.Tensor,
-        size: torch.Tensor,
-        number: int,
-        gradient: torch.Tensor,
-    ) -> None:
-        """Add the products <g, d> of all tokens of a map, or half of their squares for drawn labels."""
-        g = gradient.float()
-        for known, change in zip(self.formats, self._output_changes(key, projection, x), strict=True):
-            products = self._by_token(projection, (g * change.float()).sum(dim=-1))
-            if number == 0:
-                error = self._by_token(projection, change.float().square().sum(dim=-1) / size)
-                total = products.sum(dim=1)
-                observed = error.where(self.observed.to(error.device), 0).sum(dim=1)
-                sums = {OUTPUT_ERROR: observed, FIRST: total, PREDICTED: total}
-            else:
-                second = products.square().sum(dim=1) / (2 * self.draws)
-                sums = {SECOND: second, PREDICTED: second}
-            for path, metric in product((key[1], None), sums):  # a layer has the sums of its maps
-                self.add((metric, RoundedPlace(layer=key[0], path=path, format=known.name)), sums[metric])
-        if number == self.draws:
-            self._kept_bytes -= sum(change.nbytes for change in self._changes.pop(key, ()))
-
-    def _output_changes(
-        self, key: Key, projection: Projection, x: torch.Tensor
-    ) -> Iterator[torch.Tensor] | list[torch.Tensor]:
-        """Return the change of a map's output for each format, [..., outputs], kept ones if there is room for them."""
-        if key in self._changes:
-            return self._changes[key]
-        units = weight_of(projection.module).shape[0]
-        size = len(self.formats) * x[..., 0].numel() * units * x.element_size()
-        changes = (_output_change(projection.module, known, x) for known in self.formats)
-        if self._kept_bytes + size > MAX_KEPT_BYTES:
-            return changes
-        self._kept_bytes += size
-        self._changes[key] = list(changes)
-        return self._changes[key]
-
-    def _by_token(self, projection: Projection, values: torch.Tensor) -> torch.Tensor:
-        """Return values of the tokens of a map's output as float64[rows, tokens], 0 for padding."""
-        by_row = as_rows(values.unsqueeze(-1), projection.axes, *self.real.shape)
-        if by_row is None:
-            raise ModelError(f"The linear map '{projection.path}' does not keep rows and tokens apart.")
-        return by_row.sum(dim=-1).double().where(self.real.to(by_row.device), 0)
 
 
 def _output_change(module: nn.Module, known: NumberFormat, x: torch.Tensor) -> torch.Tensor:
