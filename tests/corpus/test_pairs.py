@@ -107,6 +107,10 @@ PAIR = LINES[:1] + LINES[2:3]
         ([*LINES, {**LINES[1], "a": "w1 " * 9}], "p.jsonl, line 6: prompt and answer are 10 tokens; a row has 8."),
         ([*PAIR, "text"], "p.jsonl, line 3 is not a JSON object."),
         ([], "p.jsonl:q+a holds no text (documents read: 0)."),
+        (
+            [*LINES, {"q": "w3", "a": "w9", "label": "good"}],
+            "p.jsonl, line 6: this answer is labelled 'good', and 'bad' at p.jsonl, line 4.",
+        ),
     ],
 )
 def test_a_mistake_in_a_file(
@@ -118,3 +122,17 @@ def test_a_mistake_in_a_file(
         tokenize_corpus("p.jsonl:q+a", TOKENIZER, SMALL)
     assert caught.value.message.replace(f"{tmp_path}/", "") == message
     assert caught.value.hint
+
+
+def test_a_repeated_answer_counts_once(tmp_path: Path) -> None:
+    once = tokenize_corpus(write(tmp_path / "once.jsonl", LINES), TOKENIZER, SMALL)
+    twice = tokenize_corpus(write(tmp_path / "twice.jsonl", [*LINES, *LINES]), TOKENIZER, SMALL)
+    assert twice.tokens_fingerprint == once.tokens_fingerprint
+
+
+def test_blanks_around_a_label_make_no_other_label(tmp_path: Path) -> None:
+    lines = [{**line, "label": f"{line['label']}{' ' * (i % 2)}"} for i, line in enumerate(LINES)]
+    blank, plain = (
+        tokenize_corpus(write(tmp_path / f"{i}.jsonl", rows), TOKENIZER, SMALL) for i, rows in enumerate((lines, LINES))
+    )
+    assert blank.tokens_fingerprint == plain.tokens_fingerprint  # of which the labels are a part

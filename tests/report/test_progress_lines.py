@@ -39,6 +39,11 @@ def test_the_rate_and_the_time_left() -> None:
     for second in range(1, 9):
         pace.advance(50.0, float(second))
     assert re.fullmatch(r", 50 tokens/s, .* left", pace.describe())
+    late = Pace(0.0, total=1000.0, unit="tokens")  # the model is opened in 10 s before the first shard
+    for second in (12.0, 14.0, 16.0, 18.0, 20.0):
+        assert late.rate() is None
+        late.advance(100.0, second)
+    assert (late.rate(), late.seconds_left(500.0, 20.0)) == (50.0, 10.0)
     slow = Pace(0.0, total=18.0, unit="evaluations")
     for minute in range(1, 9):
         slow.advance(1.0, 60.0 * minute)

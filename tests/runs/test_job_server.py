@@ -233,3 +233,14 @@ def test_a_server_that_is_lost_while_a_log_is_followed_leaves_what_to_do(server:
     assert done.exit_code == 1 and "did not answer in time" in done.stderr
     assert f"avss jobs logs avss-a --address {server.address} --follow" in done.stderr
     assert "not what it has stored: submit it again to resume" in done.stderr
+
+
+@pytest.mark.parametrize("answer", [SILENCE, Answer(body=b"the head is restarting", status=502)])
+@pytest.mark.usefixtures("impatient")
+def test_a_job_whose_submission_got_no_answer_is_named(answer: bytes | Answer, server: JobServer) -> None:
+    """It may run."""
+    server.answers |= {"*": b"{}", JOBS: answer}
+    with pytest.raises(RunFailed) as caught:
+        Cluster(server.address).submit(read_job(write_job(), expand=False))
+    assert caught.value.hint and "The job may have started as avss-job-" in caught.value.hint
+    assert f"avss jobs list --address {server.address}" in caught.value.hint

@@ -518,18 +518,3 @@ def test_a_log_has_a_line_for_each_run_and_now_and_then_one_between() -> None:
     log(RunStarted("one", 1000, 0))
     log(ShardMeasured("one", 300))
     assert quiet.getvalue() == ""
-
-
-def test_a_log_says_how_long_it_will_take_once_the_pace_is_steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first shard is preceded by 10 s in which the model is opened; the others take 2 s each."""
-    now = 0.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    file = io.StringIO()
-    log = ProgressLines(1, seconds=0.0, file=file)
-    log(RunStarted("one", 1000, 0))
-    for seconds in (12.0, 14.0, 16.0, 18.0, 20.0):
-        now = seconds
-        log(ShardMeasured("one", 100))
-    lines = [line.partition(" ")[2] for line in file.getvalue().splitlines()]
-    assert lines[:4] == [f"one: {share} of 1,000 tokens" for share in ("10%", "20%", "30%", "40%")]
-    assert lines[4:] == ["one: 50% of 1,000 tokens, 50 tokens/s, 10 s left"]

@@ -240,19 +240,6 @@ def test_a_mistake_that_concerns_all_models_stops_at_once(tiny_llama: Path, tiny
         avss_dist.score(tiny_llama, warehouse=tmp_path, corpus="builtin:pydoc", max_sequence=3)
 
 
-def test_padded_layout_leaves_padding_out(tiny_llama: Path, tmp_path: Path) -> None:
-    texts = ["a short one", "a somewhat longer one, but not much", "x"]
-    file = tmp_path / "texts.jsonl"
-    file.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
-    run = score(tiny_llama, tmp_path / "w", corpus=str(file), layout="padded", sequence_length=64)
-    (stats,) = (
-        Warehouse(tmp_path / "w")
-        .sql("SELECT count, sequence_count FROM layer_stats WHERE layer = 0 AND site = 'block'")
-        .to_pylist()
-    )
-    assert stats == {"count": run.num_tokens * 32, "sequence_count": 3}
-
-
 # The seeded tiny Llama in float32 at |x| < 0.1: pooled variance, near-zero count, smoothed AVSS.
 GOLDEN = [(1.245596e-04, 11264, 0.714326), (1.558122e-04, 11264, 0.893554), (2.426562e-04, 11258, 1.392329)]
 
