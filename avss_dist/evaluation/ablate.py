@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,14 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.events import OnEvent
-from avss_dist.evaluation.sensitivity import Sensitivity, agreement_of, is_of_rounding, rounding_tasks, sensitivity
+from avss_dist.evaluation.sensitivity import (
+    Sensitivity,
+    agreement_of,
+    increase_over,
+    is_of_rounding,
+    rounding_tasks,
+    sensitivity,
+)
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
@@ -210,18 +217,14 @@ def _ablation(model: str, corpus: str, results: Iterable[Result], rounded: Sensi
     values = [(name, layer, result.value) for layer, by_name in estimates.items() for name, result in by_name.items()]
     ranks = mean_ranks("damage", values)
 
-    def increase(removed: Removals) -> Result | None:
-        """Return the increase of the loss without layers or sublayers, or None if a loss is missing."""
-        if whole is None or removed not in losses:
-            return None
-        return replace(losses[removed], samples=losses[removed].samples - whole.samples)
-
     layers = [
         LayerAblation(
             layer=layer,
             loss=losses.get((layer,)),
-            increase=increase((layer,)),
-            sublayers={part: value for part in PARTS if (value := increase((Sublayer(layer, part),)))},
+            increase=increase_over(whole, losses.get((layer,))),
+            sublayers={
+                part: value for part in PARTS if (value := increase_over(whole, losses.get((Sublayer(layer, part),))))
+            },
             shapley=by_name.pop(SHAPLEY, None),
             shapley_shared=by_name.pop(SHARED, None),
             estimates=by_name,

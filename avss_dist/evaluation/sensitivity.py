@@ -116,32 +116,31 @@ def sensitivity(
     request: AblateRequest, corpus: str, results: Iterable[tuple[Task, Sequence[Result]]]
 ) -> Sensitivity | None:
     """Return the effect of rounded weights from the results of all tasks of an ablation, or None without formats."""
-    estimates: dict[RoundedPlace, dict[str, Result]] = {}
-    losses: dict[RoundedPlace, Result] = {}
+    if not request.formats:
+        return None
+    by_place: dict[RoundedPlace, dict[str, Result]] = {}
     whole: Result | None = None
     for task, task_results in results:
         for result in task_results if is_of_rounding(task) else ():
-            place = parse_rounded(result.intervention.rounding or "")
-            if place is None:
+            if (place := parse_rounded(result.intervention.rounding or "")) is None:
                 whole = result
-            elif result.metric == LOSS:
-                losses[place] = result
-                estimates.setdefault(place, {})
             else:
-                estimates.setdefault(place, {})[result.metric] = result
-    if not request.formats:
-        return None
-    order = {name: number for number, name in enumerate(request.formats)}
+                by_place.setdefault(place, {})[result.metric] = result
     places = []
-    for place in sorted(estimates, key=lambda place: (order[place.format], place.layer, place.path or "")):
-        loss = losses.get(place)
-        increase = None if loss is None or whole is None else replace(loss, samples=loss.samples - whole.samples)
-        places.append(PlaceSensitivity(place=place, estimates=estimates[place], loss=loss, increase=increase))
+    for place in sorted(by_place, key=lambda at: (request.formats.index(at.format), at.layer, at.path or "")):
+        loss, estimates = by_place[place].pop(LOSS, None), by_place[place]
+        increase = increase_over(whole, loss)
+        places.append(PlaceSensitivity(place=place, estimates=estimates, loss=loss, increase=increase))
     agreement = {
         name: agreement_of(p.increase for p in places if (p.place.format, p.place.path) == (name, None))
         for name in request.formats
     }
     return Sensitivity(model=str(request.model), corpus=corpus, places=places, reliability=agreement)
+
+
+def increase_over(whole: Result | None, loss: Result | None) -> Result | None:
+    """Return the increase of a loss over that of the whole model, paired by sample, or None if one is missing."""
+    return None if whole is None or loss is None else replace(loss, samples=loss.samples - whole.samples)
 
 
 def agreement_of(increases: Iterable[Result | None]) -> float:
