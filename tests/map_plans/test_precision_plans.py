@@ -140,7 +140,7 @@ def test_the_text_of_the_prediction_is_not_held_out(predicted: Path, tmp_path: P
 def test_the_command_prints_the_plan(predicted: Path, tmp_path: Path) -> None:
     done = avss("quantize", "--bits", 5, "-w", predicted, "-o", tmp_path / "bits.yaml")
     assert done.exit_code == 0, done.stderr
-    assert "bits per weight of 21 linear maps: " in done.stdout and "avss evaluate" in done.stdout
+    assert "bits per weight of 21 linear maps: " in done.stdout and "avss evaluate" in done.stderr
     assert len(yaml.safe_load((tmp_path / "bits.yaml").read_text())["rounded"]) == 21
 
 
