@@ -44,6 +44,7 @@ from avss_dist.models.interventions import (
     patched,
     recording,
     representatives,
+    require_single_use,
     resuming,
     skip_of,
     skipping,
@@ -52,7 +53,7 @@ from avss_dist.models.layers import Layer, probe_tokens
 from avss_dist.models.loading import Backbone, no_head, predictor, quiet
 from avss_dist.models.number_formats import NumberFormat
 from avss_dist.models.remaining import without_modules
-from avss_dist.models.rounding import require_alone, require_fit, rounded
+from avss_dist.models.rounding import require_fit, rounded
 from avss_dist.models.sparsifying import SparsityCounts, dense, sparsified
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.system.devices import to_device
@@ -227,7 +228,7 @@ class LanguageModel:
             )
         every = list(formats)
         for layer in layers:
-            require_alone(self.layers, layer)
+            require_single_use(self.layers, layer, "rounded alone")
             for projection, known in product(layer.projections, every):
                 require_fit(self.layers, layer, projection, known)
 
@@ -239,39 +240,31 @@ class LanguageModel:
         with skipped, without_parts(self.layers, removed), explaining(self.checkpoint.name, removed):
             yield
 
-    @contextmanager
-    def patched(self, patch: Patch) -> Iterator[None]:
+    def patched(self, patch: Patch) -> AbstractContextManager[None]:
         """Have the model compute with a patch inside the context; see `interventions.patched`."""
-        with patched(self.layers, patch, when_called=not self.weights_stay):
-            yield
+        return patched(self.layers, patch, when_called=not self.weights_stay)
 
-    @contextmanager
-    def rounded(self, rounding: Rounding) -> Iterator[None]:
+    def rounded(self, rounding: Rounding) -> AbstractContextManager[None]:
         """Have the model compute with rounded weights inside the context; see `rounding.rounded`."""
         self.require_roundable((), ())
-        with rounded(self.layers, rounding, when_called=not self.weights_stay):
-            yield
+        return rounded(self.layers, rounding, when_called=not self.weights_stay)
 
-    @contextmanager
-    def beginning(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
+    def beginning(self, layer: int, hidden: torch.Tensor) -> AbstractContextManager[None]:
         """Have passes start with the output of a layer inside the context; allowed if `resumes`."""
-        with resuming(self.layers, layer, hidden, self.forms):
-            yield
+        return resuming(self.layers, layer, hidden, self.forms)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """Return a parameter of a layer."""
         return self.layers[layer].module.get_parameter(path).detach()
 
-    @contextmanager
-    def sparsified(self, sparsity: Sparsity) -> Iterator[SparsityCounts]:
+    def sparsified(self, sparsity: Sparsity) -> AbstractContextManager[SparsityCounts]:
         """Have the model compute with sparse activations inside the context; see `sparsifying.sparsified`."""
         if not self.whole_weights and any(cut.by != THRESHOLD or cut.weighted for cut in sparsity.maps):
             raise ModelError(
                 "Each rank has some of a token's units, and cannot choose the largest of all.",
                 "Use single, device_map, streaming, fsdp or zero3, or a plan of thresholds.",
             )
-        with sparsified(self.module, self.layers, sparsity) as counts:
-            yield counts
+        return sparsified(self.module, self.layers, sparsity)
 
     @contextmanager
     def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:

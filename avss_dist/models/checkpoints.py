@@ -159,10 +159,11 @@ def convert_pickles(spec: str) -> None:
         folder = fetch_files(spec, [*_FETCHED, WEIGHTS]).folder
         if not weight_files(folder):
             folder = fetch_files(spec, [*_FETCHED, _PICKLED_WEIGHTS]).folder
-    files = [] if not folder.is_dir() or weight_files(folder) else _pickled_weights(folder)
-    if not files or converted_folder(folder):
+    if not folder.is_dir() or weight_files(folder) or not (files := _pickled_weights(folder)):
         return
     place = _place(folder, files)
+    if place.is_dir():
+        return
     try:
         with staged_folder(place) as staged:
             for file in files:
@@ -319,10 +320,8 @@ def converted_folder(folder: Path) -> Path | None:
     Raises:
         ModelError: a file cannot be read.
     """
-    if not (files := _pickled_weights(folder)):
-        return None
-    place = _place(folder, files)
-    return place if place.is_dir() else None
+    files = _pickled_weights(folder)
+    return place if files and (place := _place(folder, files)).is_dir() else None
 
 
 def _pickled_weights(folder: Path) -> list[Path]:

@@ -131,8 +131,9 @@ def find_routed_experts(layer: nn.Module) -> RoutedExperts | None:
     routers = [name for name, _ in modules[block].named_children() if _is_router(modules[block].get_submodule(name))]
     if len(routers) != 1:
         kinds = [type(module).__name__ for name, module in modules[block].named_children() if name != path]
+        among = f" (it has {', '.join(kinds)})" if kinds else ""
         raise _unsupported(
-            f"no module beside its experts has `{COUNT}`, `top_k` and one weight row for each expert", kinds
+            f"no module beside its experts has `{COUNT}`, `top_k` and one weight row for each expert{among}"
         )
     router = modules[block].get_submodule(routers[0])
     if reason := _obstacle(router, modules[block], number):
@@ -149,9 +150,8 @@ def find_routed_experts(layer: nn.Module) -> RoutedExperts | None:
     )
 
 
-def _unsupported(reason: str, kinds: Sequence[str] = ()) -> ModelError:
-    among = f" (it has {', '.join(kinds)})" if kinds else ""
-    return ModelError(f"its routed experts cannot be removed: {reason}{among}", _ELSEWHERE)
+def _unsupported(reason: str) -> ModelError:
+    return ModelError(f"its routed experts cannot be removed: {reason}", _ELSEWHERE)
 
 
 def _is_fused(module: nn.Module) -> bool:

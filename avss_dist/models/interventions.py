@@ -105,13 +105,25 @@ def skipping(layers: Sequence[Layer], drop: Collection[int], forms: Mapping[int,
     Raises:
         ModelError: a layer is used more than once in a pass, or (from the forward pass) does not keep the shape.
     """
-    uses = [layer.module for layer in layers]
     skipped = [layer for layer in layers if layer.index in drop]
     for layer in skipped:
-        if uses.count(layer.module) > 1:
-            raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be left out.")
+        require_single_use(layers, layer, "left out")
     with around({layer.module: Skip(layer, forms.get(layer.index)) for layer in skipped}):
         yield
+
+
+def require_single_use(layers: Sequence[Layer], layer: Layer, change: str) -> None:
+    """Refuse to change a layer alone whose module is also that of other layers.
+
+    Args:
+        layers: all layers of the model.
+        change: past participle, for the message.
+
+    Raises:
+        ModelError: the layer is used more than once in a pass.
+    """
+    if sum(other.module is layer.module for other in layers) > 1:
+        raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be {change}.")
 
 
 def skip_of(layer: nn.Module) -> Skip | None:

@@ -132,7 +132,7 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
         if settings.dequantize and not checkpoint.gguf:
             raise ModelError(f"'{checkpoint.name}' is not quantized.", "Leave out `dequantize`.")
         return config
-    quantizer = _quantizer(checkpoint, config, method)
+    quantizer = _quantizer(checkpoint, config)
     how, stored = quantizer.quantization_config, f"'{checkpoint.name}' is quantized ({method})"
     unpacks = hasattr(how, "dequantize")
     if settings.dequantize:
@@ -168,7 +168,7 @@ def unpacking_quantizer(checkpoint: Checkpoint, config: Any) -> Any:
         ModelError: see `with_quantization`.
     """
     with_quantization(checkpoint, config, Settings(dequantize=True), {})
-    quantizer = _quantizer(checkpoint, config, quantization_method(config) or "")
+    quantizer = _quantizer(checkpoint, config)
     quantizer.quantization_config.dequantize = True
     quantizer.validate_environment(device_map=None, weights_only=True)
     return quantizer
@@ -232,7 +232,7 @@ def runnable_settings(checkpoint: Checkpoint, config: Any, settings: Settings) -
     how = quantization_settings(config)
     if how is None:
         return settings
-    quantizer = _quantizer(checkpoint, config, quantization_method(config) or "")
+    quantizer = _quantizer(checkpoint, config)
     settings = replace(settings, dequantize=hasattr(quantizer.quantization_config, "dequantize"))
     with_quantization(checkpoint, config, settings, {})
     return settings
@@ -248,9 +248,7 @@ def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:
     Raises:
         ModelError: the quantization is unknown, or needs a package that is not installed.
     """
-    method = quantization_method(config)
-    assert method is not None
-    quantizer = _quantizer(checkpoint, config, method)
+    quantizer = _quantizer(checkpoint, config)
     with suppress(*_REFUSALS):  # some prepare themselves there; nothing is computed, so no device is needed
         quantizer.validate_environment(device_map=None, weights_only=True)
     if hasattr(quantizer.quantization_config, "dequantize"):
@@ -259,7 +257,8 @@ def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:
         quantizer.preprocess_model(model, dtype=model.dtype, device_map=None, keep_in_fp32_modules=None)
     except _REFUSALS as error:
         raise ModelError(
-            f"'{checkpoint.name}' is quantized ({method}), and its modules cannot be built: {first_line(error)}"
+            f"'{checkpoint.name}' is quantized ({quantization_method(config)}), and its modules cannot be built: "
+            f"{first_line(error)}"
         ) from error
     return model
 
@@ -267,7 +266,7 @@ def quantize_skeleton(checkpoint: Checkpoint, config: Any, model: Any) -> Any:
 def can_unpack(checkpoint: Checkpoint, config: Any) -> bool:
     """Whether transformers can unpack the weights of a quantized checkpoint while it loads them."""
     try:
-        quantizer = _quantizer(checkpoint, config, quantization_method(config) or "")
+        quantizer = _quantizer(checkpoint, config)
     except ModelError:  # opening the model says so
         return True
     return hasattr(quantizer.quantization_config, "dequantize")
@@ -288,7 +287,7 @@ def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
     method, values = quantization_method(config) or "", _quantization_values(config)
     if method not in ("fp8", "fbgemm_fp8", "mxfp4"):
         return None
-    skipped = _quantizer(checkpoint, config, method).get_modules_to_not_convert(
+    skipped = _quantizer(checkpoint, config).get_modules_to_not_convert(
         model, values.get("modules_to_not_convert"), getattr(model, "_keep_in_fp32_modules", None)
     )
     for path, module in model.named_modules():
@@ -330,10 +329,11 @@ def require_known(checkpoint: Checkpoint, method: str) -> None:
         )
 
 
-def _quantizer(checkpoint: Checkpoint, config: Any, method: str) -> Any:
+def _quantizer(checkpoint: Checkpoint, config: Any) -> Any:
     """Return transformers' quantizer for a configuration."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    method = quantization_method(config) or ""
     require_known(checkpoint, method)
     try:
         return AutoHfQuantizer.from_config(copy.deepcopy(quantization_settings(config)), pre_quantized=True)

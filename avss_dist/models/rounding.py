@@ -15,7 +15,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError, nearest
 from avss_dist.core.intervention import Rounding
-from avss_dist.models.interventions import around, replaced_parameters, with_parameters
+from avss_dist.models.interventions import around, replaced_parameters, require_single_use, with_parameters
 from avss_dist.models.layers import Layer, Projection
 from avss_dist.models.number_formats import NumberFormat, fitting, number_format
 from avss_dist.models.sparsifying import weight_of
@@ -53,22 +53,12 @@ def rounded_maps(layers: Sequence[Layer], rounding: Rounding) -> dict[Projection
         for place in rounding.places:
             if place.layer == index and place.path is not None and place.path not in maps:
                 raise ModelError(f"Layer {index} has no linear map '{place.path}'.", nearest(place.path, maps))
-        require_alone(layers, layers[index])
+        require_single_use(layers, layers[index], "rounded alone")
         names = rounding.formats(index, maps)
         formats |= {maps[path]: number_format(name) for path, name in names.items()}
         for path in names:
             require_fit(layers, layers[index], maps[path], formats[maps[path]])
     return formats
-
-
-def require_alone(layers: Sequence[Layer], layer: Layer) -> None:
-    """Refuse a layer that is used more than once in a pass, because its weights are also those of other layers.
-
-    Raises:
-        ModelError: it is used more than once.
-    """
-    if [other.module for other in layers].count(layer.module) > 1:
-        raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be rounded alone.")
 
 
 def require_fit(layers: Sequence[Layer], layer: Layer, projection: Projection, known: NumberFormat) -> None:

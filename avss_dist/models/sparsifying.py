@@ -17,6 +17,7 @@ from torch import nn
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import THRESHOLD, MapSparsity, Sparsity
+from avss_dist.models.interventions import require_single_use
 from avss_dist.models.layers import Layer, Projection
 from avss_dist.system.process import bound
 
@@ -104,8 +105,7 @@ def find_projection(layers: Sequence[Layer], cut: MapSparsity) -> Projection:
             f"not {cut.outputs} x {cut.inputs}.",
             hint,
         )
-    if [other.module for other in layers].count(layer.module) > 1:
-        raise ModelError(f"Layer {layer.index} ({layer.name}) is used more than once; it cannot be made sparse.")
+    require_single_use(layers, layer, "made sparse")
     return projection
 
 

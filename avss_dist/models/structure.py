@@ -144,18 +144,13 @@ def find_down_projection(layer: nn.Module, width: int) -> tuple[str, nn.Module] 
 def _readers(calls: Sequence[Call], last: Sequence[Call], first_site: str, last_site: str) -> list[tuple[str, Call]]:
     """Return (site, call) of a sublayer's input projections, which share one input, and of its last projection."""
     first = [call for call in _linears(calls) if all(call is not end for end in last)]
-    alike = [call for call in first if _share_input(call, first[0])]
+    places = [(call.inputs[0].data_ptr(), call.inputs[0].numel()) for call in first]  # of one tensor, or of views of it
+    alike = [call for call, place in zip(first, places, strict=True) if place == places[0]]
     return [*((first_site, call) for call in alike), *((last_site, call) for call in last)]
 
 
 def _linears(calls: Sequence[Call]) -> list[Call]:
     return [call for call in calls if is_linear(call.module) and call.inputs]
-
-
-def _share_input(first: Call, second: Call) -> bool:
-    """Whether two modules read one tensor, or views of all of it."""
-    a, b = first.inputs[0], second.inputs[0]
-    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
 def _short_class_name(module: nn.Module, layer_class: str) -> str:
@@ -234,9 +229,10 @@ def _tap(call: Call, reads: str) -> Tap:
 def find_experts(calls: Sequence[Call]) -> Experts | None:
     """Return the experts of a layer from the calls of its modules, in order; None if no call has a routing."""
     for i, call in enumerate(calls):
-        routing = routing_of(call.inputs)
-        number = _number_of_experts(call.module)
-        if routing is None or number is None or call.output.numel() != routing.hidden.numel():
+        routing, count = routing_of(call.inputs), getattr(call.module, "num_experts", 0)
+        stacked = next((len(p) for p in call.module.parameters() if p.dim() == 3), 0)
+        number = max(count if isinstance(count, int) else 0, stacked)  # ranks with some experts each count their own
+        if routing is None or not number or call.output.numel() != routing.hidden.numel():
             continue
         size = len(routing.index) * number
         routers = [
@@ -249,16 +245,6 @@ def find_experts(calls: Sequence[Call]) -> Experts | None:
         normalized = bool((output >= 0).all() and torch.allclose(total, torch.ones_like(total), atol=1e-2))
         return Experts(call.module, number, routers[-1].module, normalized)
     return None
-
-
-def _number_of_experts(module: nn.Module) -> int | None:
-    """Return the number of experts of a module: its ``num_experts``, or the length of its stacked matrices.
-
-    Where ranks have some of the experts each, ``num_experts`` is the number of a rank, and the length that of all.
-    """
-    stacked = next((len(p) for p in module.parameters() if p.dim() == 3), 0)
-    count = getattr(module, "num_experts", 0)
-    return max(count if isinstance(count, int) else 0, stacked) or None
 
 
 _LayerCall = tuple[nn.Module, str, LayerSites]  # layer, axes of its output, its sites

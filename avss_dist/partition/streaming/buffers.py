@@ -7,12 +7,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
 
 from avss_dist.core.errors import ModelError
-from avss_dist.models.safetensors import DTYPES, StoredTensor, tensors_of, weight_files
+from avss_dist.models.safetensors import DTYPES, StoredTensor
 from avss_dist.system.memory import populate
 
 ELSEWHERE = (
@@ -21,21 +20,6 @@ ELSEWHERE = (
 _ALIGNMENT = 64  # bytes, of torch's allocations
 _READERS = 4  # threads: one alone does not saturate the memory bandwidth
 _PIECE = 8 << 20  # bytes that a thread reads at a time
-
-
-def stored_in(folder: Path) -> Iterator[StoredTensor]:
-    """Yield the tensors of a checkpoint's weight files, from their headers.
-
-    Raises:
-        ModelError: a header cannot be read, or names a dtype that torch does not compute with.
-    """
-    for tensor in (tensor for file in weight_files(folder) for tensor in tensors_of(file)):
-        if tensor.dtype not in DTYPES:
-            raise ModelError(
-                f"{tensor.file} holds '{tensor.name}' as {tensor.dtype}, which cannot be read layer by layer.",
-                ELSEWHERE,
-            )
-        yield tensor
 
 
 def buffer_bytes(stored: Iterable[StoredTensor]) -> int:

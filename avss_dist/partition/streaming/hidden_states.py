@@ -61,7 +61,8 @@ class HiddenStateOffloader:
         """
         if self._idle:
             return
-        storages = {s._cdata: s for x in tensors if _owns_its_storage(x) for s in [x.untyped_storage()]}
+        activations = [(x.untyped_storage(), x.nbytes) for x in tensors if not isinstance(x, torch.nn.Parameter)]
+        storages = {s._cdata: s for s, size in activations if s.nbytes() == size > 0}  # that a tensor covers
         moved = (self._offload_storage(batch, storage) for storage in storages.values())
         self._offloaded[batch] = [offloaded for offloaded in moved if offloaded]
 
@@ -114,11 +115,6 @@ class HiddenStateOffloader:
                 "Set the variable TMPDIR to a larger folder, allow more `max_memory`, or lower `sequences_per_shard`.",
             ) from error
         return file
-
-
-def _owns_its_storage(tensor: torch.Tensor) -> bool:
-    """Whether a tensor covers its whole storage; parameters do not count."""
-    return not isinstance(tensor, torch.nn.Parameter) and tensor.untyped_storage().nbytes() == tensor.nbytes > 0
 
 
 def _as_tensor(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -234,16 +234,55 @@ class Passes:
         return _PASS.get() is not None
 
     def run(self, functions: Sequence[Callable[[], T]]) -> list[T]:
-        """Run functions and their forks, each in a copy of this context; return the functions' results."""
-        results: dict[int, T] = {}
+        """Run functions and their forks, each in a copy of this context; return the functions' results.
 
-        def run(i: int) -> None:
+        The pass that is furthest behind runs next, with all passes at the same layer. If one raises, the others are
+        unwound.
+        """
+        results: dict[int, T] = {}
+        waiting: dict[greenlet, _Pass] = {}
+
+        def keep(i: int) -> None:
             results[i] = functions[i]()
 
-        if functions:
-            offloader = HiddenStateOffloader(self._device, self._device_bytes, self.host_bytes)
-            with self.window() as window, offloader as hidden:
-                _Schedule(window, hidden).run([partial(run, i) for i in range(len(functions))])
+        def start(function: Callable[[], object]) -> None:
+            current = _Pass()
+
+            def run() -> None:
+                _PASS.set(current)
+                function()
+
+            started = greenlet(run)
+            started.gr_context = contextvars.copy_context()
+            resume(started, current)
+
+        def resume(paused: greenlet, current: _Pass) -> None:
+            """Run a pass until its next layer, or to its end."""
+            paused.switch()
+            if paused.dead:
+                return
+            waiting[paused] = current
+            offloader.offload(paused, current.alive())
+            while current.forks:
+                start(current.forks.pop(0))
+
+        if not functions:
+            return []
+        offloader = HiddenStateOffloader(self._device, self._device_bytes, self.host_bytes)
+        with self.window() as window, offloader:
+            try:
+                for i in range(len(functions)):
+                    start(partial(keep, i))
+                while waiting:
+                    index = min(waiting.values(), key=lambda current: current.calls).layer
+                    window.load(index)
+                    for paused, current in [item for item in waiting.items() if item[1].layer == index]:
+                        del waiting[paused]
+                        offloader.restore(paused)
+                        resume(paused, current)
+            finally:
+                for paused in waiting:
+                    paused.throw()
         return [results[i] for i in range(len(functions))]
 
     @contextmanager
@@ -265,51 +304,6 @@ class Passes:
         """Restore the layers' classes."""
         for layer in self._pausing:
             layer.remove()
-
-
-class _Schedule:
-    """Scheduler of interleaved passes: runs the pass that is furthest behind, with all passes at the same layer."""
-
-    def __init__(self, window: Window, hidden: HiddenStateOffloader) -> None:
-        self._window, self._hidden = window, hidden
-        self._waiting: dict[greenlet, _Pass] = {}
-
-    def run(self, functions: Sequence[Callable[[], object]]) -> None:
-        """Run functions until all have ended; if one raises, unwind the others."""
-        try:
-            for function in functions:
-                self._start(function)
-            while self._waiting:
-                index = min(self._waiting.values(), key=lambda current: current.calls).layer
-                self._window.load(index)
-                for waiting, current in [item for item in self._waiting.items() if item[1].layer == index]:
-                    del self._waiting[waiting]
-                    self._hidden.restore(waiting)
-                    self._resume(waiting, current)
-        finally:
-            for waiting in self._waiting:
-                waiting.throw()
-
-    def _start(self, function: Callable[[], object]) -> None:
-        current = _Pass()
-
-        def run() -> None:
-            _PASS.set(current)
-            function()
-
-        started = greenlet(run)
-        started.gr_context = contextvars.copy_context()
-        self._resume(started, current)
-
-    def _resume(self, paused: greenlet, current: _Pass) -> None:
-        """Run a pass until its next layer, or to its end."""
-        paused.switch()
-        if paused.dead:
-            return
-        self._waiting[paused] = current
-        self._hidden.offload(paused, current.alive())
-        while current.forks:
-            self._start(current.forks.pop(0))
 
 
 class _PausingLayer:

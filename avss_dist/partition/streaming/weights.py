@@ -22,14 +22,13 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build_model, text_config
 from avss_dist.models.quantization import quantization_method, unpacking_bytes, unpacking_quantizer
-from avss_dist.models.safetensors import DTYPES, StoredTensor
+from avss_dist.models.safetensors import DTYPES, StoredTensor, tensors_of, weight_files
 from avss_dist.partition.streaming.buffers import (
     ELSEWHERE,
     AnyBuffer,
     ReadBuffer,
     ZeroCopyBuffer,
     buffer_bytes,
-    stored_in,
 )
 from avss_dist.partition.streaming.conversion import Conversion, GgufTensors, Group, refusing
 
@@ -130,7 +129,14 @@ class StreamedWeights:
                 "Set `dequantize`.",
             )
         quantizer = unpacking_quantizer(checkpoint, config) if method else None
-        unread = {stored.name: _Placeholder(stored.shape, stored) for stored in stored_in(checkpoint.folder)}
+        unread: dict[str, _Placeholder] = {}
+        for tensor in (tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)):
+            if tensor.dtype not in DTYPES:
+                raise ModelError(
+                    f"{tensor.file} holds '{tensor.name}' as {tensor.dtype}, which cannot be read layer by layer.",
+                    ELSEWHERE,
+                )
+            unread[tensor.name] = _Placeholder(tensor.shape, tensor)
         self.model = build_model(checkpoint, settings, lambda _: unread, head=head)
         self.unpacks = quantizer is not None
         self._weights = _weights(self.model, unread)
