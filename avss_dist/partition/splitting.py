@@ -196,8 +196,9 @@ def part_bytes(checkpoint: Checkpoint | str, settings: Settings, options: Mappin
     plan, ranks = applied_plan(model, options), options["tp_size"]
     part = 0
     for name, parameter in stored_skeleton(resolved, model, settings).named_parameters():
-        size = parameter.numel() * parameter.element_size()
-        part += -(-size // ranks) if _is_divided(name, plan) else size
+        size, style = parameter.numel() * parameter.element_size(), _style(name, plan)
+        is_whole = style.startswith("rowwise") and name.endswith("bias")  # of a product whose inputs are divided
+        part += -(-size // ranks) if _DIVIDED.match(style) and not is_whole else size
     return part
 
 
@@ -215,12 +216,6 @@ def _style(name: str, plan: Mapping[str, str]) -> str:
     """Return the rule for a parameter, or an empty string if there is none."""
     generic = generic_name(name)
     return plan.get(generic) or plan.get(generic.rpartition(".")[0], "")
-
-
-def _is_divided(name: str, plan: Mapping[str, str]) -> bool:
-    """Whether ranks hold parts of a parameter. The bias of a product whose inputs are divided is whole."""
-    style = _style(name, plan)
-    return bool(_DIVIDED.match(style)) and not (style.startswith("rowwise") and name.endswith("bias"))
 
 
 def scale_obstacle(checkpoint: Checkpoint | str, settings: Settings, options: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 import pytest
 from support.command_line import avss
-from support.launch_worker import ask, returncode
 from support.processes import wait_until
 from support.ray_cluster import Cluster, children
 from support.warm_workers import own_workers, ray_start_environment
@@ -48,16 +47,6 @@ def test_who_listens_and_does_not_speak_grpc_is_not_waited_for(hangs_up: bool, m
         ):
             _ = executor.devices
         executor.close()
-
-
-@pytest.mark.usefixtures("warm_workers")
-@pytest.mark.parametrize("said", [b"", b"\0\0", b"\0\0\0\0\0\0\0\2{}"])
-def test_workers_are_forked_also_after_a_launcher_was_killed(said: bytes) -> None:
-    with socket.socket(socket.AF_UNIX) as launcher:
-        launcher.connect(os.environ["AVSS_TEST_WORKERS"])
-        socket.send_fds(launcher, [said], [0, 1, 2]) if said else None
-    _, server = ask("avss", ["--version"], dict(os.environ))
-    assert returncode(server) == 0
 
 
 AVSS = "from avss_dist.__main__ import main; main()"

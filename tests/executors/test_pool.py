@@ -102,19 +102,6 @@ def test_gangs_share_the_shards_and_each_counts_once() -> None:
     assert cluster.clock < 1 + 20 / 3 + 3, "none of them was idle"
 
 
-@pytest.mark.parametrize(
-    ("partition", "ranks", "by_rank"),
-    [("zero3", 2, [[0, 1], [2, 3], [4, None]]), ("tensor_parallel", 2, [[n, n] for n in range(5)])],
-)
-def test_ranks_take_shards_of_their_own_or_share_each(partition: str, ranks: int, by_rank: list[list[Any]]) -> None:
-    cluster = SimulatedCluster(limit=1)
-    queue, _ = shard_queue(5, partition=partition, ranks=ranks)
-    assert shard_ids(outcomes(pool_of(cluster, queue))) == [*range(5)]
-    (gang,) = cluster.gangs
-    had = [assignment.shard and assignment.shard.shard_id for assignment in gang.measured]
-    assert [had[i : i + 2] for i in range(0, len(had), 2)] == by_rank
-
-
 @pytest.mark.parametrize("what", ["worker", "node"])
 def test_a_lost_gang_is_replaced_and_its_shards_are_measured_again(what: str) -> None:
     """A line of the run's notes says what was lost."""

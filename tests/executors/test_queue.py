@@ -11,7 +11,7 @@ import pytest
 import ray
 from support.units import SETTINGS, cell_queue, shard_queue
 
-from avss_dist.core.errors import ModelError, RunFailed
+from avss_dist.core.errors import ModelError
 from avss_dist.executors.ray import queue as queue_module
 from avss_dist.executors.ray.queue import ATTEMPTS, BLOCK_SHARDS, LATE_SECONDS, ShardQueue
 
@@ -54,19 +54,6 @@ def test_a_result_costs_the_same_however_many_units_are_pending() -> None:
     queue.finish(*queue.next_units(), "a result")
     assert queue.pending is pending, "it was built anew"
     assert list(pending) == [1, 2]
-
-
-def test_units_of_a_lost_gang_come_first_and_fail_after_some_attempts() -> None:
-    queue, run = shard_queue(3)
-    for _ in range(ATTEMPTS - 1):
-        assert queue.next_units() == [0]
-        assert queue.put_back([0], "it died") == []
-    assert queue.next_units() == [0] and queue.put_back([0], None) == [], "no failure of the shard"
-    ((source, error),) = queue.put_back(queue.next_units(), "it died again")
-    assert source is run and isinstance(error, RunFailed)
-    assert f"Shard 0 failed {ATTEMPTS} times; the last time: it died again" in str(error)
-    assert not queue.is_active and not queue.pending, "the run ends with it"
-    assert queue.fail([], ModelError("later")) == []
 
 
 def test_a_cell_fails_alone_and_a_model_with_all_of_its_cells() -> None:

@@ -21,10 +21,6 @@ from avss_dist.executors.ray.queue import shape
 from avss_dist.executors.ray.worker import Assignment, Worker
 from avss_dist.partition.replica import Placement
 
-_OWN_THREADS = {"unused": 1}
-"""A concurrency group makes Ray run the calls of an actor in threads of their own. A call in the main thread would
-block later calls, which Ray could then not cancel."""
-
 
 class Gang:
     """The workers of one replica, or of a task of several ranks, and their reserved resources: a CPU for each thread.
@@ -56,10 +52,7 @@ class Gang:
         resources = {"num_cpus": threads, "num_gpus": placement.gpus // placement.ranks}
         self._group: Any = None
         options: dict[str, Any] = {}
-        remote: Any = ray.remote  # its types leave out concurrency groups
-        actor = remote(Worker)
         if placement.ranks == 1:
-            actor = remote(concurrency_groups=_OWN_THREADS)(Worker)
             options["max_concurrency"] = 2 if placement.gpus else 1
             options["label_selector"] = dict(labels)
         else:
@@ -68,6 +61,7 @@ class Gang:
             strategy = "STRICT_PACK" if one_node else "PACK"
             self._group = placement_group(bundles, strategy=strategy, bundle_label_selector=selectors)
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
+        actor: Any = ray.remote(Worker)
         actor = actor.options(max_restarts=0, **resources, **options)
         self._workers: list[Any] = [actor.remote(worker, threads, monitor) for worker in self.names]
         self.placed: Any = self._workers[0].address.remote()
