@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,11 +19,14 @@ from support.warehouses import activations, rewrite_file, stats_of, write_measur
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import WarehouseError
 from avss_dist.report.page.page import report_page
+from avss_dist.report.publish import publish
 from avss_dist.warehouse import compaction, reader
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS
 
 NAMES = ("alpha-1", "beta-2", "gamma-3")
+TABLES = ("runs", "scores", "layer_stats")
+SUM = "SELECT count(*), bit_xor(hash(t)) FROM {} AS t"  # of all cells, in any order of rows
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +44,17 @@ def root(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "w")
 
 
+@pytest.fixture
+def copied(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A copy whose runs are read from parts."""
+    for module in (compaction, reader):
+        monkeypatch.setattr(module, "MIN_RUNS", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return root
+
+
 def file_of(root: Path, table: str) -> Path:
-    return next((root / table / "run_id=beta-2").glob("*.parquet"))
+    return min((root / table / "run_id=beta-2").glob("*.parquet"))
 
 
 def truncate(file: Path) -> None:
@@ -144,13 +157,10 @@ def test_without_a_run_that_can_be_read_it_is_an_error(root: Path) -> None:
         Warehouse(root).runs()
 
 
-def test_damage_among_many_runs_is_not_copied(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for module in (compaction, reader):
-        monkeypatch.setattr(module, "MIN_RUNS", 2)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    truncate(file_of(root, "scores"))
+def test_damage_among_many_runs_is_not_copied(copied: Path) -> None:
+    truncate(file_of(copied, "scores"))
     for _ in range(2):
-        warehouse = Warehouse(root)
+        warehouse = Warehouse(copied)
         assert set(warehouse.scores()["run_id"].to_pylist()) == {"alpha-1", "gamma-3"}
         assert warehouse.sql("SELECT count(DISTINCT run_id) FROM scores").column(0).to_pylist() == [2]
         assert list(warehouse.damaged) == ["beta-2"]
@@ -193,3 +203,62 @@ def test_every_column_may_be_null_where_it_is_not_required(tmp_path: Path) -> No
     for args in commands:
         done = avss(*args, "-w", tmp_path)
         assert done.exit_code == 0 and "cannot be read" not in done.stderr, args
+
+
+# A byte that changes, as on a failing disk
+
+
+def flips(file: Path, number: int) -> Iterator[int]:
+    """Flip bits of one byte after the other, at evenly spaced offsets, and yield the offset."""
+    data = file.read_bytes()
+    for offset in np.linspace(0, len(data) - 1, number).astype(int).tolist():
+        file.write_bytes(data[:offset] + bytes([data[offset] ^ 0x15]) + data[offset + 1 :])
+        yield offset
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_flipped_byte_leaves_its_run_out(table: str, root: Path) -> None:
+    """Of a table, and of some offsets of a query too."""
+    rows, query = Warehouse(root).table(table), SUM.format(table)
+    rows = rows.filter(pa.compute.not_equal(rows["run_id"], "beta-2"))
+    expected = Warehouse(root).sql(f"{query} WHERE run_id <> 'beta-2'")
+    for number, offset in enumerate(flips(file_of(root, table), 15)):
+        warehouse = Warehouse(root)
+        assert warehouse.table(table).equals(rows), offset
+        assert number % 4 or Warehouse(root).sql(query).equals(expected), offset
+        assert list(warehouse.damaged) == ["beta-2"], offset
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_flipped_byte_of_a_part_changes_no_row(compact: bool, copied: Path, tmp_path: Path) -> None:
+    if compact:
+        Warehouse(copied).compact()
+    expected = {name: Warehouse(copied).sql(SUM.format(name)) for name in ("runs", "scores")}
+    for name, whole in expected.items():
+        folder = copied / "compacted" / name if compact else next(tmp_path.glob(f"cache/**/{name}"))
+        (part,) = folder.glob("*.parquet")
+        for offset in flips(part, 4):
+            warehouse = Warehouse(copied)
+            assert warehouse.sql(SUM.format(name)).equals(whole), (name, offset)
+            assert not warehouse.damaged
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_compaction_copies_no_damaged_run_and_names_it(table: str, copied: Path) -> None:
+    for _ in flips(file_of(copied, table), 3):
+        done = avss("compact", "-w", copied)
+        assert done.exit_code == 0 and "1 run cannot be read: beta-2 (" in done.stderr
+        parts = (copied / "compacted" / (table if table != "layer_stats" else "digests")).glob("*.parquet")
+        copies = [json.loads(pq.read_metadata(part).metadata[b"avss_files"]) for part in parts]
+        assert [run for runs in copies for run in runs] == ["alpha-1", "gamma-3"]
+        shutil.rmtree(copied / "compacted")
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_damaged_run_is_not_published(table: str, root: Path, tmp_path: Path) -> None:
+    next(flips(file_of(root, table), 2))
+    publish(warehouse := Warehouse(root), tmp_path / "site")
+    assert list(warehouse.damaged) == ["beta-2"]
+    for file in (tmp_path / "site" / "data").glob("*.parquet"):
+        assert set(pq.read_table(file)["run_id"].to_pylist()) == {"alpha-1", "gamma-3"}, file.name
