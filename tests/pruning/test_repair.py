@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from support.checkpoints import host_limit, llama, one_thread
 from support.command_line import avss, files
 from support.families import lively, tiny_model
+from support.quantized import block_fp8
 from support.tiers import all_of
 
+import avss_dist
 from avss_dist import evaluate
 from avss_dist.core.errors import ConfigError, CorpusError, ModelError
 from avss_dist.core.settings import Execution, Settings
@@ -29,11 +31,20 @@ from avss_dist.models.loading import load_tokenizer, open_module
 from avss_dist.models.size import footprint
 from avss_dist.pruning.checkpoint import model_card, prune
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fits import FitStep, NormalEquations, fit_ridge, fit_steps, fold
+from avss_dist.pruning.repair.fits import FitError, FitStep, NormalEquations, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.fitter import find_cuts
-from avss_dist.pruning.repair.hidden_states import MEMORY_SHARE
+from avss_dist.pruning.repair.hidden_states import MEMORY_SHARE, HiddenStateSource
 from avss_dist.pruning.repair.projection import OutputProjection, RepairError
-from avss_dist.pruning.repair.registry import FILE, REPAIRS, RepairRecord, read_repairs, split_weight
+from avss_dist.pruning.repair.registry import (
+    DEFAULT_REPAIR,
+    FILE,
+    NO_REPAIR,
+    REPAIRS,
+    RepairRecord,
+    read_repairs,
+    searched_repair,
+    split_weight,
+)
 from avss_dist.pruning.repair.repair import Repair
 
 Save = Callable[[Any, Path], Path]
@@ -335,7 +346,7 @@ def test_a_stream_that_is_normalized_after_the_mlp_is_refused(tmp_path: Path, sa
 
 def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
     """What is needed and what is given: four tokens for each unknown of an output."""
-    plan = Plan(model="m", num_layers=3, layers="layers", drop=(1,), why={})
+    plan = PLAN
     few = {"max_sequences": 5, "sequence_length": 32}
     with pytest.raises(CorpusError, match="refit of this model needs at least 192 tokens to fit to, not 124"):
         prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("refit", **few))
@@ -352,7 +363,7 @@ def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_every_text_counts_alike_or_by_its_weight(tiny_llama: Path, tmp_path: Path) -> None:
     """A text given twice changes nothing; beside another, it counts as with twice the weight. The record says it."""
-    plan = Plan(model="m", num_layers=3, layers="layers", drop=(1,), why={})
+    plan = PLAN
     other = tmp_path / "other.txt"
     other.write_text("words of another kind, and again other words " * 400)
     texts = {
@@ -446,3 +457,105 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     ):
         refused = avss("prune", tiny_llama, plan, "-o", tmp_path / "no", *arguments)
         assert refused.exit_code == 2 and told in refused.stderr and "Traceback" not in refused.stderr
+
+
+# What is hard to repair
+
+
+PLAN = Plan(model="m", num_layers=3, layers="layers", drop=(1,))
+FEW: dict[str, Any] = {"max_sequences": 20, "sequence_length": 32}
+
+
+@pytest.mark.parametrize("by", REPAIRS)
+def test_constant_text_and_units_that_repeat_give_weights_that_are_numbers(
+    by: str, tmp_path: Path, save_checkpoint: Save
+) -> None:
+    """The equations are of a rank below their size: a ridge makes them solvable, and held-back text judges."""
+    model = lively(llama())
+    with torch.no_grad():
+        for name in ("gate_proj", "up_proj"):
+            weight = model.model.layers[0].mlp.get_submodule(name).weight
+            weight[1::2] = weight[::2]
+        weight = model.model.layers[0].mlp.down_proj.weight
+        weight[1::2] = weight[::2]
+    folder, text = save_checkpoint(model, tmp_path / "whole"), tmp_path / "text.txt"
+    text.write_text("again and " * 2000)
+    done = prune(str(folder), PLAN, tmp_path / "less", repair=repair_of(by, str(text), **FEW))
+    assert all(cut.error_after <= cut.error_before for cut in done["repair"].cuts)
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "less" / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("by", ["channel", "refit"])
+def test_an_mlp_that_adds_nothing_gives_nothing_back(by: str, tmp_path: Path, save_checkpoint: Save) -> None:
+    model = lively(llama())
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    folder = save_checkpoint(model, tmp_path / "whole")
+    with pytest.raises(FitError, match="the inputs of the fit are zero"):
+        prune(str(folder), PLAN, tmp_path / "less", repair=repair_of(by, **FEW))
+    assert not (tmp_path / "less").exists()
+
+
+def test_quantized_weights_are_refused_before_a_text_is_seen(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the layer before a cut: where it keeps its down projection in plain numbers, others may be quantized."""
+    folder = block_fp8(tiny_llama, tmp_path / "fp8", skipped=["model.layers.0.mlp.down_proj", "lm_head"])
+    repair = repair_of(dequantize=True, **FEW)
+    done = prune(str(folder), PLAN, tmp_path / "less", repair=repair)
+    assert done["repair"].cuts[0].error_after < done["repair"].cuts[0].error_before
+    monkeypatch.setattr(HiddenStateSource, "visit", lambda *_, **__: pytest.fail("text was read"))
+    with pytest.raises(RepairError, match=r"'mlp.down_proj.weight' of layer 1 as float8_e4m3fn, quantized") as refused:
+        prune(str(folder), replace(PLAN, drop=(2,)), tmp_path / "no", repair=repair)
+    assert "Repair the checkpoint that it was quantized from" in str(refused.value)
+    assert not (tmp_path / "no").exists()
+
+
+# The registry
+
+
+def test_a_matrix_has_an_unknown_for_each_input_of_its_fit() -> None:
+    unknowns = {name: method.unknowns(inputs=1536, outputs=576) for name, method in REPAIRS.items()}
+    assert unknowns == {"channel": 1, "map": 576, "refit": 1536, "refit_all": 1536}
+    assert REPAIRS["map"].tokens_needed(1536, 576) == 4 * 576
+    by_text = sorted(REPAIRS, key=lambda name: REPAIRS[name].text_rank)
+    assert [unknowns[name] for name in by_text] == sorted(unknowns.values())
+
+
+def test_a_search_fits_no_repair_that_needs_more_text_than_a_map() -> None:
+    searched = {name: searched_repair(name) for name in (NO_REPAIR, *REPAIRS)}
+    assert searched == {n: n for n in ("none", "channel", "map")} | {"refit": "map", "refit_all": "map"}
+    assert DEFAULT_REPAIR in REPAIRS
+
+
+def test_a_record_of_a_repair_that_no_longer_exists_is_read(tmp_path: Path) -> None:
+    """As earlier versions wrote it, with the linear maps that were fitted behind a cut."""
+    cut = {"after": 2, "removed": [], "ridges": [0.01, None], "error_before": 0.5, "error_after": 0.25}
+    cuts = [{**cut, "maps": []}, {**cut, "maps": ["self_attn.q_proj", "mlp.up_proj"]}]
+    text = {"corpus": "a.txt", "fingerprint": "f", "rows": 9, "tokens": 99, "weight": 1.0}
+    record = {
+        "repair": "refit_around",
+        "model": "m",
+        "revision": "r",
+        "removed": [1],
+        "texts": [text],
+        "cuts": cuts,
+        "sequence_length": 32,
+        "layout": "packed",
+        "row_start": "auto",
+        "dtype": "float32",
+    }
+    (tmp_path / FILE).write_text(json.dumps({"repairs": [record]}))
+    (read,) = read_repairs(tmp_path)
+    assert read.repair == "refit_around" and read.describe() == [
+        "Repaired by refit_around, fitted on a.txt (99 tokens); do not evaluate on that text.",
+        "Repaired after 2: error 0.5 -> 0.25 on held-back text (ridge 0.01, none helps).",
+        "Repaired in 2: error 0.5 -> 0.25 on held-back text (ridge 0.01, none helps).",
+    ]
+
+
+@pytest.mark.parametrize("name", REPAIRS)
+def test_the_docs_name_every_repair(name: str) -> None:
+    assert f"`{name}`" in (Path(avss_dist.__file__).parent / "docs" / "explanations" / "repair.md").read_text(
+        encoding="utf-8"
+    )
