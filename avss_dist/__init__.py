@@ -33,8 +33,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avss_dist.api.change import Pruned, distill, plan, prune, quantize, shrink, sparsify
-    from avss_dist.api.measure import Runs, ablate, estimate, evaluate, run_job
+    from avss_dist.api.change import (
+        Pruned,
+        Runs,
+        ablate,
+        distill,
+        estimate,
+        evaluate,
+        plan,
+        prune,
+        quantize,
+        run_job,
+        shrink,
+        sparsify,
+    )
     from avss_dist.api.read import compare, findings
     from avss_dist.core.errors import (
         AvssError,
@@ -101,8 +113,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api.change": ("Pruned", "distill", "plan", "prune", "quantize", "shrink", "sparsify"),
-    "api.measure": ("Runs", "ablate", "estimate", "evaluate", "run_job"),
+    "api.change": (
+        *("Pruned", "Runs", "ablate", "distill", "estimate", "evaluate", "plan", "prune", "quantize"),
+        *("run_job", "shrink", "sparsify"),
+    ),
     "api.read": ("compare", "findings"),
     "core.errors": (
         *("AvssError", "ConfigError", "CorpusError", "ModelError", "QueryError", "RunFailed", "TaskError"),
@@ -122,7 +136,6 @@ _HOMES = {
     "warehouse.reader": ("Warehouse",),
 }
 """Public names by the module that defines them."""
-_RUN = ("api.change", "api.measure", "runs.api")  # modules of functions that need the extra `run`
 
 
 def __getattr__(name: str) -> Any:
@@ -131,7 +144,7 @@ def __getattr__(name: str) -> Any:
 
     for home, names in _HOMES.items():
         if name in names:
-            if home in _RUN:
+            if home in ("api.change", "runs.api"):
                 from avss_dist.core.extras import require_package
 
                 require_package("torch", f"avss_dist.{name}")

@@ -10,9 +10,9 @@ from pydantic import Field
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.own_scores import is_own
 from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES
-from avss_dist.core.settings import DEFAULT_WAREHOUSE, EVERY_SITE, PUBLISHED_THRESHOLD, SITES
-from avss_dist.core.validation import Check, OneOf, PathOrText
-from avss_dist.options import Option, Request, request
+from avss_dist.core.settings import DEFAULT_WAREHOUSE, EVERY_SITE, PUBLISHED_THRESHOLD, SITES, Request
+from avss_dist.core.text import parse_threshold
+from avss_dist.core.validation import Check, OneOf, Option, PathOrText, request
 
 LISTINGS = ("runs", "plans", "evaluations")
 ALONG = ("step", "tokens", "size", "sequence_length")
@@ -34,6 +34,11 @@ def require_warehouse(name: Any) -> Any:
     return name
 
 
+def _require_threshold(value: Any) -> Any:
+    parse_threshold(value)
+    return value
+
+
 def _run_name(run: Any) -> Any:
     """Return the id of a `runs.run.Run`, or the name as it is."""
     return getattr(run, "run_id", run)
@@ -44,18 +49,17 @@ def _run_names(runs: Any) -> Any:
     return tuple(str(_run_name(run)) for run in names)
 
 
-Warehouse = Annotated[
-    PathOrText, Check(require_warehouse), Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")
-]
+WAREHOUSE = Option(short="-w", environment="AVSS_WAREHOUSE")
+OUTPUT = Option(short="-o")
 RunName = Annotated[Any, Check(_run_name, before=True)]
-RunNames = Annotated[Any, Check(_run_names, before=True), Option(names=("--run",), repeatable=True)]
-Output = Annotated[PathOrText, Option(names=("--output", "-o"))]
-OptionalOutput = Annotated[PathOrText | None, Option(names=("--output", "-o"))]
+RunNames = Annotated[tuple[str, ...], Check(_run_names, before=True)]
+Output = Annotated[PathOrText, OUTPUT]
+OptionalOutput = Annotated[PathOrText | None, OUTPUT]
 Shares = Annotated[tuple[Annotated[float, Field(strict=False, ge=0, le=1)], ...], Field(strict=False)]
 OwnScores = Annotated[
     tuple[Annotated[str, OneOf((), accepts=is_own)], ...], Field(strict=False), Option(metavar="FILE:COLUMN")
 ]
-Threshold = str | float
+Threshold = Annotated[str | float, Check(_require_threshold)]
 Site = Annotated[str, OneOf(EVERY_SITE)]
 Recipe = Annotated[str, OneOf(RECIPES)]
 
@@ -64,8 +68,8 @@ Recipe = Annotated[str, OneOf(RECIPES)]
 class WarehouseRequest(Request):
     """A command that reads or writes a warehouse."""
 
-    warehouse: Warehouse = DEFAULT_WAREHOUSE
-    """Folder of results, or an s3://, gs:// or hdfs:// URI."""
+    warehouse: Annotated[PathOrText, Check(require_warehouse), WAREHOUSE] = DEFAULT_WAREHOUSE
+    """Folder of results, or s3://, gs://, hdfs:// URI."""
 
 
 @request
@@ -99,9 +103,9 @@ class PlaceRequest(Request):
     site: Site = SITES[0]
     """Site in a layer whose activations are read."""
     recipe: Recipe = RECIPES[0]
-    """Reading of AVSS: pooled as released, element by element, or unit by unit."""
+    """AVSS pooled (as released), by element or by unit."""
     threshold: Threshold = PUBLISHED_THRESHOLD
-    """Near zero means below this: 1e-5 (absolute) or 0.1rms (relative)."""
+    """Near zero means below this: 1e-5, or 0.1rms (relative)."""
 
 
 @request
@@ -118,7 +122,7 @@ class CompareRequest(PlaceRequest, RunsRequest):
     """Number of lowest layers to compare, as a share of the layers."""
     allow_mismatch: bool = False
     """Also compare runs on different corpora, dtypes and so on."""
-    output: Annotated[PathOrText | None, Option(names=("--output", "-o"))] = None
+    output: OptionalOutput = None
     """Map of all pairs of runs, ordered by similarity, or of ranks along a property: FILE.png, .svg or .html."""
 
     def __post_init__(self) -> None:
@@ -131,14 +135,14 @@ class FindingsRequest(RunsRequest):
     """List findings that speak against the scores of runs."""
 
     threshold: Threshold = PUBLISHED_THRESHOLD
-    """Near zero means below this: 1e-5 (absolute) or 0.1rms (relative)."""
+    """Near zero means below this: 1e-5, or 0.1rms (relative)."""
 
 
 @request
 class FindingsAtRequest(PlaceRequest, FindingsRequest):
     """List the findings about one reading of AVSS."""
 
-    every: Annotated[bool, Option(names=("--all",))] = False
+    every: bool = False
     """Show findings of every site and recipe."""
     truth: bool = False
     """Show how far each score agrees with the measured ground truth instead: which finds the layers that can go."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from avss_dist.core.own_scores import is_own, name_values
 from avss_dist.core.registry import (
     EXPERT_SCORES,
     GREEDY,
+    PRECISION_FILES,
     PRECISION_METHODS,
     SCORES,
     SECOND_ORDER,
@@ -20,17 +21,37 @@ from avss_dist.core.registry import (
     SPARSITY_METHODS,
 )
 from avss_dist.core.settings import (
-    TEXT_OPTIONS,
+    EXECUTORS,
     TRACKERS,
     TRAINED,
+    BatchOptions,
     Bytes,
+    ClusterOptions,
     Execution,
+    ModelOptions,
+    ReplicaRange,
+    Request,
+    Settings,
     Sizes,
+    TextOptions,
+    refuse_unused,
 )
 from avss_dist.core.text import RedactedURI
-from avss_dist.core.validation import Check, Count, OneOf, PathOrText, Positive, Share, Text, Texts
+from avss_dist.core.validation import (
+    RARE,
+    Check,
+    Count,
+    OneOf,
+    Option,
+    PathOrText,
+    Positive,
+    Share,
+    Text,
+    Texts,
+    checked,
+    request,
+)
 from avss_dist.models.number_formats import number_format
-from avss_dist.options import SHARED, Option, Request, refuse_unused, request
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
     NO_REPAIR,
@@ -39,6 +60,8 @@ from avss_dist.pruning.repair.registry import (
     split_weight,
 )
 from avss_dist.read_requests import (
+    WAREHOUSE,
+    OptionalOutput,
     Output,
     PlaceRequest,
     RunName,
@@ -46,29 +69,19 @@ from avss_dist.read_requests import (
     WarehouseRequest,
 )
 
-_OF_STATISTICS = ("skip_first_tokens", "sites", "thresholds", "experts")
-SCORED = tuple(SHARED)
-EVALUATED = tuple(name for name in SHARED if name not in (*_OF_STATISTICS, "allow_pickle"))
-"""Shared fields of commands that measure nothing inside of layers."""
-ESTIMATED = (
-    *("max_sequences", "sequence_length", "batch_size", "sequences_per_shard", "dtype", "dequantize"),
-    *("layers", "attention", "device", "trust_remote_code"),
-)
-"""Shared fields on which memory depends."""
 RANKED_BY = tuple(name for name, score in SCORES.items() if not score.of_sets)
 """Scores of single layers, by which shrinking can rank them."""
-REPLACEABLE: tuple[str, ...] = ("executor", "replicas", "address", "fresh")
-"""Fields of `Execution` that options of avss run replace."""
-SEARCHED, HOW_MANY, HOW_MUCH = "Search", "Number of layers", "Budget"  # panels of the help
-LEFT_OUT, ROUNDED = "Removals", "Rounded weights"
-MIX, TRAINING, RANKED = "Text", "Training", "Several GPUs"
 _TRAINED_INSTEAD = {"near": "It was removed: `train` all keeps up to two points more, and lora takes less memory."}
 
-Follow = Annotated[bool, Option(names=("--follow", "-f"))]
+Follow = Annotated[bool, Option(short="-f")]
 Model = Annotated[PathOrText, Option(argument=True, metavar="MODEL")]
-JobPath = Annotated[Any, Option(argument=True, metavar="JOB.yaml")]
 JobId = Annotated[str, Option(argument=True, metavar="JOB_ID")]
 Tokens = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
+
+@checked
+class EvaluationOptions(BatchOptions, ModelOptions, TextOptions, Execution):
+    """Settings of work that measures nothing inside of layers, and its execution."""
 
 
 @request
@@ -84,29 +97,25 @@ class CorpusRequest(Request):
     """A command that reads a text."""
 
     corpus: Text
-    """file.txt, file.jsonl[:field], file.csv[:column], file.parquet[:column], hf:NAME..., wikitext2, c4, ...,
-    builtin:pydoc; of paired text file.jsonl:prompt+answer[:label], truthfulqa:file.jsonl[:seed]."""
+    """file.txt, .jsonl[:field], .csv[:column], .parquet[:column], hf:NAME, wikitext2, builtin:pydoc; of paired text
+    file.jsonl:prompt+answer[:label], truthfulqa:file.jsonl[:seed]."""
 
 
 @request
-class ScoreRequest(WarehouseRequest, CorpusRequest, ModelRequest):
+class ScoreRequest(ModelRequest, CorpusRequest, WarehouseRequest, Settings, Execution):
     """Score every layer of a model on a corpus."""
 
-    shared = SCORED
-
 
 @request
-class ScoreAllRequest(WarehouseRequest, CorpusRequest):
+class ScoreAllRequest(CorpusRequest, WarehouseRequest, Settings, Execution):
     """Score several models on a corpus."""
 
     models: Annotated[Texts, Option(argument=True, metavar="MODEL")] = field(kw_only=False)
     """Hub id (org/name@revision), folder, or .gguf file."""
 
-    shared = SCORED
-
 
 @request
-class EstimateRequest(ModelRequest):
+class EstimateRequest(ModelRequest, BatchOptions, ModelOptions, TextOptions):
     """Estimate the memory of a run with every partition."""
 
     ranks: Positive | None = None
@@ -116,35 +125,31 @@ class EstimateRequest(ModelRequest):
     max_memory: Sizes = field(default_factory=dict)
     """Maximum memory of a replica on a device: cpu=20GB, 0=40GB, ..."""
 
-    shared = ESTIMATED
-
 
 @request
-class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
+class AblateRequest(ModelRequest, CorpusRequest, WarehouseRequest, EvaluationOptions):
     """Measure the effect of each layer on the loss."""
 
-    leave_one_out: Annotated[bool, Option(panel=LEFT_OUT)] = True
+    leave_one_out: bool = True
     """Measure the loss without each layer."""
-    sublayers: Annotated[bool, Option(panel=LEFT_OUT)] = False
+    sublayers: bool = False
     """Measure the loss without each layer's attention, and without its MLP."""
-    shapley: Annotated[Count, Option(panel=LEFT_OUT)] = 0
+    shapley: Count = 0
     """Permutations to sample for layer Shapley values."""
-    truncation: Annotated[bool, Option(panel=LEFT_OUT)] = True
+    truncation: Annotated[bool, RARE] = True
     """End a permutation once the loss is that of uniform guessing: what follows adds nothing."""
-    seed: Annotated[Count, Option(panel=LEFT_OUT)] = 0
+    seed: Annotated[Count, RARE] = 0
     """Seed for the permutations."""
-    gradients: Annotated[bool, Option(panel=LEFT_OUT)] = False
+    gradients: bool = False
     """Run a backward pass: first-order estimates of removal, and norms."""
-    damage: Annotated[bool, Option(panel=LEFT_OUT)] = False
+    damage: bool = False
     """Estimate the effect of leaving layers out, at the cost of about 8 passes."""
-    quantize: Annotated[Texts, Option(names=("--quantize",), metavar="FORMAT", panel=ROUNDED)] = ()
+    quantize: Annotated[Texts, Option(metavar="FORMAT")] = ()
     """Predict the change of the loss if weights are rounded to this format: int4, int4-g64, fp8, nvfp4, q4_0, ..."""
-    rounded_layers: Annotated[bool, Option(panel=ROUNDED)] = True
+    rounded_layers: Annotated[bool, RARE] = True
     """Measure the loss with the weights of each layer rounded to each format of `quantize`, too."""
-    allow_many: Annotated[bool, Option(names=("--yes",))] = False
+    allow_many: Annotated[bool, RARE] = False
     """Continue even if it takes more than 100,000 passes of a batch, which is refused otherwise."""
-
-    shared = EVALUATED
 
     def __post_init__(self) -> None:
         for name in self.quantize:
@@ -161,14 +166,14 @@ class AblateRequest(WarehouseRequest, CorpusRequest, ModelRequest):
 
 
 @request
-class EvaluateRequest(WarehouseRequest):
+class EvaluateRequest(WarehouseRequest, EvaluationOptions):
     """Evaluate models and plans on tasks."""
 
     subjects: Annotated[Texts, Option(argument=True, metavar="SUBJECT")] = field(kw_only=False)
     """Models, or plans (PLAN.yaml)."""
-    tasks: Annotated[Texts, Option(names=("--task",))]
+    tasks: Texts
     """perplexity:CORPUS, or a task of lm-evaluation-harness by name or YAML file."""
-    skip_questions: Count = 0
+    skip_questions: Annotated[Count, RARE] = 0
     """Skip this many questions at the start of TruthfulQA."""
     limit: Positive | None = None
     """Maximum number of questions per task."""
@@ -176,52 +181,50 @@ class EvaluateRequest(WarehouseRequest):
     """Examples before each question of a harness task."""
     sparse: PathOrText | None = None
     """A sparsity plan, SPARSE.yaml, to evaluate every subject with as well."""
-    base: Annotated[PathOrText | None, Option(metavar="MODEL")] = None
+    base: Annotated[PathOrText | None, Option(metavar="MODEL", rare=True)] = None
     """The model that a pruned checkpoint was made of, to compare with; by default that of its model card."""
-    allow_overlap: bool = False
+    allow_overlap: Annotated[bool, RARE] = False
     """Allow evaluation on text that scores or repairs were made on."""
-
-    shared = EVALUATED
 
 
 @request
-class ShrinkRequest(ModelRequest):
+class ShrinkRequest(ModelRequest, EvaluationOptions):
     """Write a smaller checkpoint of a model."""
 
     output: Output
     """Folder of the new checkpoint."""
     corpus: Text
     """Text to score the layers on."""
-    warehouse: Annotated[PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")] = None
+    warehouse: Annotated[PathOrText | None, WAREHOUSE] = None
     """Warehouse for the measurements; OUTPUT-warehouse by default."""
     share: Share | None = None
     """Drop this share of the layers; 0.25 by default."""
     keep: Share | None = None
-    """Drop as many layers as possible while every task keeps this share, such as 0.9."""
+    """Drop all layers without which every task keeps this share: 0.9."""
     by: Annotated[str, OneOf((*RANKED_BY, GREEDY))] = "damage"
-    """Criterion to choose the layers: a measurement of avss ablate, a score, random, or greedy (the repaired loss)."""
+    """Score that chooses the layers, or greedy (the repaired loss)."""
     repair: OptionalRepairName = DEFAULT_REPAIR
-    """Repair to fit at each cut to make up for the removed layers."""
-    repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
-    """Text to fit the repair on instead of the corpus: CORPUS or CORPUS=WEIGHT; self is text that the model writes."""
-    tasks: Annotated[Texts, Option(names=("--task",))] = ()
+    """Repair to fit at each cut: none, channel, map, refit or refit_all."""
+    repair_corpora: Texts = ()
+    """Other text to fit it on: CORPUS[=WEIGHT], or self."""
+    tasks: Texts = ()
     """Tasks, as for avss evaluate. By default, part of every text."""
-    first: Count = 0
+    first: Annotated[Count, RARE] = 0
     """Layers at the start that are never dropped."""
-    last: Count = 0
+    last: Annotated[Count, RARE] = 0
     """Layers at the end that are never dropped."""
-    limit: Positive | None = None
+    limit: Annotated[Positive | None, RARE] = None
     """Maximum number of questions per task."""
-    allow_overlap: bool = False
+    allow_overlap: Annotated[bool, RARE] = False
     """Allow evaluation on text that scores or repairs were made on."""
     distill_tokens: Tokens | None = None
-    """Distill the repaired model from the whole one on this many tokens, such as 1e6."""
-
-    shared = tuple(name for name in EVALUATED if name != "skip_sequences")
+    """Also distill the model from the whole one on so many tokens: 1e6."""
 
     def __post_init__(self) -> None:
         if self.share is not None and self.keep is not None:
             raise ConfigError("`share` and `keep` are mutually exclusive.", "Keep one of them.")
+        if self.skip_sequences:
+            raise ConfigError("`skip_sequences` has no effect: each text is divided into parts.", "Leave it out.")
 
     @property
     def ranked_by(self) -> str:
@@ -250,35 +253,34 @@ class ShrinkRequest(ModelRequest):
 
 
 @request
-class PlanRequest(PlaceRequest, RunRequest):
+class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
     """Choose the layers, or the routed experts, to drop."""
 
+    output: OptionalOutput = None
+    """The plan to write, PLAN.yaml."""
     run: RunName = None
-    """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'; by default the newest that can be
-    planned for."""
+    """A run: id, part of it, model or glob; by default the newest that will do."""
     by: Annotated[
         Annotated[str, OneOf(tuple(SCORES | EXPERT_SCORES), accepts=is_own)] | None, Check(name_values, before=True)
     ] = None
-    """Criterion to choose the layers: a measurement of avss ablate, a score, random, greedy (the loss on `corpus`), or
-    a score of your own, FILE.csv:COLUMN; loss or damage by default. Of `experts`: reap, tokens, gate or random."""
+    """Score that chooses the layers, greedy (the loss on `corpus`), or FILE.csv:COLUMN; loss or damage by default.
+    Of `experts`: reap, tokens, gate or random."""
     first: Count = 0
     """Layers at the start that are never dropped."""
     last: Count = 0
     """Layers at the end that are never dropped."""
-    share: Annotated[Share | None, Option(panel=HOW_MANY)] = None
+    share: Share | None = None
     """Drop this share of the layers; 0.25 by default."""
-    count: Annotated[Positive | None, Option(panel=HOW_MANY)] = None
+    count: Positive | None = None
     """Drop this many layers."""
-    memory: Annotated[Bytes | None, Option(panel=HOW_MANY)] = None
+    memory: Annotated[Bytes | None, Option(metavar="SIZE")] = None
     """Drop layers until this much weight memory is left: 12GB."""
-    experts: Annotated[Share | None, Option(panel=HOW_MANY)] = None  # type: ignore[assignment]  # score has a flag
-    """Drop this share of the routed experts of each layer, instead of layers."""
-    corpus: Annotated[Text | None, Option(panel=SEARCHED)] = None
+    experts: Share | None = None
+    """Drop this share of each layer's routed experts instead."""
+    corpus: Text | None = None
     """Text on which greedy measures the loss."""
-    seed: Count = 0
+    seed: Annotated[Count, RARE] = 0
     """Seed for the choice by random."""
-
-    shared = EVALUATED
 
     def __post_init__(self) -> None:
         if self.by == GREEDY and self.corpus is None:
@@ -299,35 +301,39 @@ class PlanRequest(PlaceRequest, RunRequest):
 
 
 @request
-class SparsifyRequest(RunRequest):
+class SparsifyRequest(RunRequest, EvaluationOptions):
     """Choose the activations that become zero."""
 
+    output: OptionalOutput = None
+    """The sparsity plan to write, SPARSE.yaml."""
     target: Annotated[Share, Option(argument=True, metavar="SHARE")] = field(kw_only=False)
     """Share of the weights of all linear maps that meet a zero activation: above 0 and below 1."""
     method: Annotated[str, OneOf(tuple(SPARSITY_METHODS))] = "uniform"
     """Method that allocates the sparsity over the model."""
-    rule: Annotated[str, OneOf(SPARSITY_RULES)] = SPARSITY_RULES[0]
+    rule: Annotated[str, OneOf(SPARSITY_RULES), RARE] = SPARSITY_RULES[0]
     """Tokens at which activations become zero."""
     corpus: Text | None = None
     """Text that loss and teal read; the text of the run by default."""
-
-    shared = EVALUATED
 
 
 @request
 class PrecisionRequest(RunRequest):
     """Choose the number format of each linear map under a budget of bits."""
 
+    output: OptionalOutput = None
+    """The precision plan to write, BITS.yaml, or the file of another program."""
+    format: Annotated[str, OneOf(PRECISION_FILES)] = PRECISION_FILES[0]
+    """Format of the file."""
     by: Annotated[str, OneOf(tuple(PRECISION_METHODS))] = SECOND_ORDER
     """Method that chooses the formats: an estimate of the damage, or a control."""
-    bits: Annotated[Annotated[float, Field(gt=0, le=32, allow_inf_nan=False)] | None, Option(panel=HOW_MUCH)] = None
+    bits: Annotated[float, Field(gt=0, le=32, allow_inf_nan=False)] | None = None
     """Mean bits per weight of the linear maps, scales included: 4.5."""
-    memory: Annotated[Bytes | None, Option(panel=HOW_MUCH)] = None
+    memory: Annotated[Bytes | None, Option(metavar="SIZE")] = None
     """Bytes of all weights of the model; those outside of the linear maps stay as they are: 2.5GB."""
-    quantize: Annotated[Texts, Option(names=("--quantize",), metavar="FORMAT")] = ()
+    quantize: Annotated[Texts, Option(metavar="FORMAT")] = ()
     """Number format to choose from: int4-g64, int8, q4_0, ...; by default all that the newest avss ablate --quantize
     predicted."""
-    seed: Count = 0
+    seed: Annotated[Count, RARE] = 0
     """Seed of random."""
 
     def __post_init__(self) -> None:
@@ -342,7 +348,7 @@ class PrecisionRequest(RunRequest):
 
 
 @request
-class PruneRequest(ModelRequest):
+class PruneRequest(ModelRequest, EvaluationOptions):
     """Write a checkpoint without the layers or routed experts of a plan."""
 
     plan: Annotated[Any, Option(argument=True, metavar="PLAN.yaml")] = field(kw_only=False)
@@ -351,13 +357,11 @@ class PruneRequest(ModelRequest):
     """Folder of the new checkpoint; it must not exist, or be empty."""
     repair: OptionalRepairName | None = None
     """Repair to fit at each cut to make up for the removed layers or experts; refit by default if there is text."""
-    repair_corpora: Annotated[Texts, Option(names=("--repair-corpus",))] = ()
+    repair_corpora: Texts = ()
     """Text to fit the repair on: CORPUS or CORPUS=WEIGHT; self is text that the model writes."""
-    warehouse: Annotated[PathOrText | None, Option(names=("--warehouse", "-w"), environment="AVSS_WAREHOUSE")] = None
+    warehouse: Annotated[PathOrText | None, WAREHOUSE] = None
     """Warehouse with the plan's evaluations, for the model card; the fit is kept in it. Without it, the repair is
     fitted in this process."""
-
-    shared = tuple(name for name in EVALUATED if name != "layers")
 
     def __post_init__(self) -> None:
         if self.repair not in (None, NO_REPAIR) and not self.repair_corpora:
@@ -380,7 +384,7 @@ def require_divisible(batch_size: int, ranks: int) -> None:
 
 
 @request
-class DistillRequest(Request):
+class DistillRequest(ModelOptions, TextOptions, ClusterOptions, Request):
     """Train a smaller model on the predictions of the whole one."""
 
     student: Annotated[PathOrText, Option(argument=True, metavar="STUDENT")] = field(kw_only=False)
@@ -389,44 +393,38 @@ class DistillRequest(Request):
     """Model whose predictions are learned: hub id (org/name@revision) or folder; usually the one that was pruned."""
     output: Output
     """Folder of the new checkpoint; it must not exist, or be empty."""
-    corpora: Annotated[Texts, Option(names=("--corpus",), panel=MIX)] = ()
+    corpora: Texts = ()
     """Text to train on: CORPUS or CORPUS=WEIGHT. self=WEIGHT weights the teacher's own text, which has weight 1."""
-    self_texts: Annotated[Count, Option(panel=MIX)] = 256
+    self_texts: Count = 256
     """Number of texts that the teacher writes to train on; 0 for none."""
-    watch: Annotated[Texts, Option(panel=MIX)] = ()
+    watch: Annotated[Texts, RARE] = ()
     """Text that is measured and never trained on."""
-    held_out: Annotated[Positive, Option(panel=MIX)] = 16
+    held_out: Annotated[Positive, RARE] = 16
     """Rows at the start of each text that are measured and never trained on."""
-    allow_overlap: Annotated[bool, Option(panel=MIX)] = False
+    allow_overlap: Annotated[bool, RARE] = False
     """Allow held-out text that the student is trained on, or was repaired on."""
-    tokens: Annotated[Tokens, Option(panel=TRAINING)] = 1e6
+    tokens: Tokens = 1e6
     """Tokens to train on."""
-    train: Annotated[Annotated[str, OneOf(TRAINED, _TRAINED_INSTEAD)], Option(panel=TRAINING)] = TRAINED[0]
+    train: Annotated[str, OneOf(TRAINED, _TRAINED_INSTEAD)] = TRAINED[0]
     """Weights that are trained: all but tied embeddings, or a LoRA adapter that is then merged."""
-    lora_rank: Annotated[Positive, Option(panel=TRAINING)] = 16
+    lora_rank: Annotated[Positive, RARE] = 16
     """Rank of the LoRA adapter."""
-    learning_rate: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Option(panel=TRAINING)] = None
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Highest learning rate; by default in proportion to the size of the weights."""
-    warmup: Annotated[Count, Option(panel=TRAINING)] = 20
+    warmup: Annotated[Count, RARE] = 20
     """Steps in which the learning rate rises; then it falls to a tenth, along a cosine."""
-    batch_size: Annotated[Positive, Option(panel=TRAINING)] = 4
+    batch_size: Positive = 4
     """Rows in a training step."""
-    evaluations: Annotated[Positive, Option(panel=TRAINING)] = 8
+    evaluations: Annotated[Positive, RARE] = 8
     """Number of evaluations on held-out text during training."""
-    seed: Annotated[Count, Option(panel=TRAINING)] = 0
+    seed: Annotated[Count, RARE] = 0
     """Seed of the order of the text, and of the teacher's own text."""
-    ranks: Annotated[Positive, Option(panel=RANKED)] = 1
+    ranks: Positive = 1
     """Processes that share each training step, started by Ray, each with a GPU where there are GPUs."""
-    sharding: Annotated[Annotated[str, OneOf(tuple(SHARDINGS))], Option(panel=RANKED)] = next(iter(SHARDINGS))
+    sharding: Annotated[str, OneOf(tuple(SHARDINGS))] = next(iter(SHARDINGS))
     """Parts that are divided among ranks: none (ddp), optimizer (zero1), also gradients (zero2), all (zero3, fsdp)."""
-    report_to: Annotated[Annotated[str, OneOf(TRACKERS)] | None, Option(panel=TRAINING)] = None
+    report_to: Annotated[Annotated[str, OneOf(TRACKERS)] | None, RARE] = None
     """Experiment tracker to which the Trainer reports; its environment variables name the project."""
-
-    shared = (
-        *TEXT_OPTIONS,
-        *("dtype", "layers", "attention", "device", "trust_remote_code"),
-        *("address", "node_labels", "placement_seconds", "hang_seconds"),
-    )
 
     def __post_init__(self) -> None:
         require_divisible(self.batch_size, self.ranks)
@@ -446,34 +444,51 @@ class DoctorRequest(Request):
 
 @request
 class JobFileRequest(Request):
-    """A command about a job file. Values of the shared settings replace those of the file."""
+    """A command about a job file."""
 
-    job: JobPath = field(kw_only=False)
+    job: Annotated[Any, Option(argument=True, metavar="JOB.yaml")] = field(kw_only=False)
     """A job file; avss run --schema lists its keys."""
+    replicas: ReplicaRange | None = None
+    """Model copies in parallel, 8 or 4..64, instead of the file's."""
+    fresh: bool | None = None
+    """Measure again what has already been measured."""
+    replaceable: ClassVar[tuple[str, ...]] = ("replicas", "fresh")
 
-    replaces = True
+    @property
+    def replaced(self) -> dict[str, Any]:
+        """Values that replace those of the file, by field of `Execution`."""
+        return {name: value for name in self.replaceable if (value := getattr(self, name)) is not None}
 
 
 @request
 class RunJobRequest(JobFileRequest):
     """Run a job file."""
 
+    executor: Annotated[str, OneOf(EXECUTORS)] | None = None
+    """Executor instead of the file's: this process (local) or Ray workers (ray)."""
+    address: str | None = None
+    """Address of a running Ray cluster."""
     allow_overlap: bool = False
     """Allow evaluation on text that scores or repairs were made on."""
-    allow_many: Annotated[bool, Option(names=("--yes",))] = False
+    allow_many: bool = False
     """Continue even if it takes more than 10,000 evaluations, which is refused otherwise."""
-
-    shared = REPLACEABLE
+    replaceable: ClassVar[tuple[str, ...]] = ("executor", "replicas", "address", "fresh")
 
 
 @request
-class JobRequest(RunJobRequest):
-    """Run a job file from Python."""
+class RunCommandRequest(RunJobRequest):
+    """Run a job file, or show what that would do."""
 
-    job: Any = field(kw_only=False)
-    """A job file, or the job that `runs.job_file.read_job` made of one."""
+    job: Annotated[Any, Option(argument=True, metavar="JOB.yaml")] = field(default=None, kw_only=False)
+    """A job file."""
+    schema: bool = False
+    """Print the JSON Schema of job files, for editors."""
+    dry_run: bool = False
+    """Only show what would be done."""
 
-    shared = tuple(Execution.__dataclass_fields__)
+    def __post_init__(self) -> None:
+        if self.job is None and not self.schema:
+            raise ConfigError("`job` is missing.")
 
 
 @request
@@ -490,8 +505,6 @@ class SubmitRequest(JobFileRequest, ClusterRequest):
 
     follow: Follow = False
     """Print the log until the job ends."""
-
-    shared = ("replicas", "fresh")
 
 
 @request

@@ -75,7 +75,7 @@ def _not_measured(warehouse: Warehouse, run: Mapping[str, Any]) -> QueryError:
             f"No input of a linear map of {run['model']} can be seen: its maps are fused.",
             "No sparsity can be planned for it.",
         )
-    command = repeated_command("score", warehouse, run, "--site inputs")
+    command = repeated_command("score", warehouse, run, "--sites inputs")
     return QueryError(f"Run {run['run_id']} did not measure what linear maps read.", f"Do: {command}")
 
 

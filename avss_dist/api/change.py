@@ -1,79 +1,135 @@
-"""Changes of models: plans, sparsity plans, pruned checkpoints."""
+"""Python functions of the commands that measure or change something: their fields are keywords."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from avss_dist.analysis.plans import evaluated_lines, plan_experts, plan_layers, plannable_run
-from avss_dist.api.names import named_run
+from avss_dist.api.read import named_run
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import count_removed, removal_names
 from avss_dist.core.registry import GREEDY
-from avss_dist.core.results import TabularResult
+from avss_dist.core.results import Table, TabularResult
+from avss_dist.core.settings import refuse_unused
 from avss_dist.core.text import parse_threshold
-from avss_dist.options import field_values, keywords, refuse_unused
+from avss_dist.core.validation import keywords
+from avss_dist.distillation import distill as distilling
+from avss_dist.distillation.teacher_text import with_own_text
+from avss_dist.estimation import estimate as estimating
+from avss_dist.evaluation import ablate as ablating
+from avss_dist.evaluation import evaluate as evaluating
+from avss_dist.evaluation import shrink as shrinking
+from avss_dist.evaluation import sparsify as sparsifying
+from avss_dist.evaluation.experiment import run_experiment
+from avss_dist.evaluation.repairs import stored_repair
+from avss_dist.evaluation.search import SearchResult, search
+from avss_dist.map_plans.plans import PrecisionPlan, SparsityPlan
+from avss_dist.map_plans.quantize import plan_precision
+from avss_dist.models.checkpoints import resolve
+from avss_dist.pruning.checkpoint import prune as write_checkpoint
 from avss_dist.pruning.plan import Plan, count_for_memory, read_plan, run_size
+from avss_dist.pruning.repair.repair import Repair, Repaired
 from avss_dist.pruning.selection import Choice, ExpertChoice
 from avss_dist.requests import (
+    AblateRequest,
     DistillRequest,
+    EstimateRequest,
+    EvaluateRequest,
     PlanRequest,
     PrecisionRequest,
     PruneRequest,
+    RunJobRequest,
     ShrinkRequest,
     SparsifyRequest,
 )
+from avss_dist.runs import api as scoring
+from avss_dist.runs.job_file import JobFile, read_job
+from avss_dist.runs.run import Run
 from avss_dist.warehouse.reader import Warehouse
 
-if TYPE_CHECKING:
-    from avss_dist.distillation.distill import Distilled
-    from avss_dist.evaluation.events import OnEvent
-    from avss_dist.evaluation.search import SearchResult
-    from avss_dist.evaluation.shrink import Shrunk
-    from avss_dist.map_plans.plans import PrecisionPlan, SparsityPlan
-    from avss_dist.pruning.repair.repair import Repair, Repaired
+ablate = keywords(AblateRequest)(ablating.ablate)
+distill = keywords(DistillRequest)(distilling.distill)
+estimate = keywords(EstimateRequest)(estimating.estimate)
+evaluate = keywords(EvaluateRequest)(evaluating.evaluate)
+shrink = keywords(ShrinkRequest)(shrinking.shrink)
+
+
+class Runs(list[Run], TabularResult):
+    """The runs of a job, in its order.
+
+    Attributes:
+        experiment: rows of ``experiments`` of the job's experiment; None without one.
+    """
+
+    __repr__ = TabularResult.__repr__
+    experiment: Table | None = None
+
+    def table(self) -> pa.Table:
+        """Return a table with a row for each run."""
+        return pa.Table.from_pylist([{f.name: getattr(run, f.name) for f in fields(run)} for run in self])
+
+
+@keywords(RunJobRequest)
+def run_job(request: RunJobRequest) -> Runs:
+    """Execute a job file, its experiment included. Finished runs are not repeated."""
+    job = request.job if isinstance(request.job, JobFile) else read_job(request.job)
+    job.refuse_unused(allow_overlap=request.allow_overlap, allow_many=request.allow_many)
+    if job.experiment is None:
+        return Runs(scoring.run_job(job, request.on_event, **request.replaced))
+    runs, rows = run_experiment(job, request)
+    done = Runs(runs)
+    done.experiment = Table(pa.Table.from_pylist(rows))
+    return done
 
 
 @keywords(PlanRequest)
 def plan(request: PlanRequest) -> Plan:
     """Choose the layers or routed experts of a run's model to drop, with the reason and the findings against it.
 
-    `Plan.write` writes the plan to a file. Without `run`, the plan is for the newest run that can be planned for.
+    `Plan.write` writes the plan to a file, as ``output`` does. Without `run`, the plan is for the newest run that can
+    be planned for.
     """
     opened = Warehouse(request.warehouse)
     if request.run is not None or request.by == GREEDY:
         row = named_run(opened, request.run, measured=request.by != GREEDY)
     else:
         row, _ = plannable_run(opened, request.by, experts=request.experts is not None)
-    return choose_layers(opened, row, request, request.on_event)[0]
+    return choose_layers(opened, row, request)[0]
 
 
-def choose_layers(
-    opened: Warehouse, run: Mapping[str, Any], request: PlanRequest, on_event: OnEvent | None = None
-) -> tuple[Plan, SearchResult | None]:
-    """Return the plan for a row of ``runs``, and the result of its search."""
+def choose_layers(opened: Warehouse, run: Mapping[str, Any], request: PlanRequest) -> tuple[Plan, SearchResult | None]:
+    """Return the plan for a row of ``runs``, and the result of its search. The plan is written if a file is named."""
+    result: SearchResult | None = None
+    unused = {"corpus": request.corpus, **request.options}
     if request.experts is not None:
-        refuse_unused(request.given, "on routed experts", "Leave it out.")
-        return plan_experts(opened, run, ExpertChoice(**field_values(ExpertChoice, request))), None
-    reading = (request.site, request.recipe, *parse_threshold(request.threshold))
-    constraints = field_values(Choice, request)
-    del constraints["by"]
-    if request.memory is not None:
-        if given := [name for name in ("share", "count") if constraints[name] is not None]:
-            raise ConfigError(f"`memory` and `{given[0]}` are mutually exclusive.", "Keep one.")
-        constraints["count"] = count_for_memory(run_size(run), request.memory)
-    if request.by == GREEDY:
-        from avss_dist.evaluation.search import search
+        refuse_unused(unused, "on routed experts", "Leave it out.")
+        chosen = plan_experts(opened, run, ExpertChoice(**_common(ExpertChoice, request)))
+    else:
+        constraints = _common(Choice, request)
+        if request.memory is not None:
+            if given := [name for name in ("share", "count") if constraints[name] is not None]:
+                raise ConfigError(f"`memory` and `{given[0]}` are mutually exclusive.", "Keep one.")
+            constraints["count"] = count_for_memory(run_size(run), request.memory)
+        if request.by == GREEDY:
+            result = search(request, run, Choice(**constraints))
+            chosen = result.plan
+        else:
+            refuse_unused(unused, "without a search", "Leave it out, or choose `by` greedy.")
+            reading = (request.site, request.recipe, *parse_threshold(request.threshold))
+            chosen = plan_layers(opened, run, reading=reading, **constraints)
+    if request.output is not None:
+        chosen.write(request.output)
+    return chosen, result
 
-        result = search(request, run, Choice(by=GREEDY, **constraints), on_event)
-        return result.plan, result
-    unused = {"corpus": request.corpus, **request.given}
-    refuse_unused(unused, "without a search", "Leave it out, or choose `by` greedy.")
-    return plan_layers(opened, run, by=request.by, reading=reading, **constraints), None
+
+def _common(cls: Any, request: Any) -> dict[str, Any]:
+    """Return the values that a request has in common with another class, to make an instance of it."""
+    return {f.name: getattr(request, f.name) for f in fields(cls) if hasattr(request, f.name)}
 
 
 @keywords(SparsifyRequest)
@@ -82,9 +138,7 @@ def sparsify(request: SparsifyRequest) -> SparsityPlan:
 
     The run must have measured the sites of these inputs; see `evaluation.sparsify.sparsify`.
     """
-    from avss_dist.evaluation.sparsify import sparsify as measure
-
-    return measure(request, named_run(Warehouse(request.warehouse), request.run), request.on_event)
+    return sparsifying.sparsify(request, named_run(Warehouse(request.warehouse), request.run))
 
 
 @keywords(PrecisionRequest)
@@ -93,21 +147,8 @@ def quantize(request: PrecisionRequest) -> PrecisionPlan:
 
     ``ablate(..., quantize=[...])`` must have predicted the losses; see `map_plans.quantize.plan_precision`.
     """
-    from avss_dist.map_plans.quantize import plan_precision
-
     store = Warehouse(request.warehouse)
     return plan_precision(request, store, named_run(store, request.run, measured=True))
-
-
-@keywords(ShrinkRequest)
-def shrink(request: ShrinkRequest) -> Shrunk:
-    """Write a smaller checkpoint of a causal language model, and evaluate both. Finished steps are not repeated.
-
-    The model is scored, pruned, repaired and evaluated. ``max_sequences`` is for each text, over all of its parts.
-    """
-    from avss_dist.evaluation.shrink import shrink as run
-
-    return run(request, request.on_event)
 
 
 class Pruned(TabularResult):
@@ -148,42 +189,26 @@ def describe_remaining(plan: Plan) -> str:
     return f"{len(plan.keep)} of {plan.num_layers} layers{without}"
 
 
-@keywords(PruneRequest)
-def prune(request: PruneRequest) -> Pruned:
+def write_pruned(request: PruneRequest) -> Pruned:
     """Write a checkpoint without the layers and routed experts that a plan drops, repaired on request.
 
     With a warehouse, a repair is fitted on workers and stored there, or read if it is stored already.
     """
-    from avss_dist.models.checkpoints import resolve
-    from avss_dist.pruning.checkpoint import prune as write
-
     model, output, warehouse = str(request.model), Path(request.output), request.warehouse
     execution, code = request.execution, request.settings.trust_remote_code
     plan = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
     checkpoint = resolve(model, trust_remote_code=code)
     fitted: Repair | Repaired | None = None
     if request.fitted:
-        from avss_dist.distillation.teacher_text import with_own_text
-        from avss_dist.evaluation.repairs import stored_repair
-        from avss_dist.pruning.repair.repair import Repair
-
         corpora = with_own_text(request.repair_corpora, checkpoint, request.settings, request.on_event)
         wanted = Repair(by=request.fitted, corpora=corpora, settings=request.settings)
-        stored = warehouse is not None and stored_repair(request, plan, wanted, warehouse, request.on_event)
+        stored = warehouse is not None and stored_repair(request, plan, wanted, warehouse)
         fitted = stored or wanted
     if warehouse is not None:
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
         plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))
-    done = write(model, plan, output, repair=fitted, execution=execution, trust_remote_code=code)
+    done = write_checkpoint(model, plan, output, repair=fitted, execution=execution, trust_remote_code=code)
     return Pruned(plan, done)
 
 
-@keywords(DistillRequest)
-def distill(request: DistillRequest) -> Distilled:
-    """Train a smaller model on the predictions of the whole one, and write it as a checkpoint.
-
-    The work so far is kept in a folder beside the output, from which the same call resumes after an interruption.
-    """
-    from avss_dist.distillation.distill import distill as run
-
-    return run(request)
+prune = keywords(PruneRequest)(write_pruned)

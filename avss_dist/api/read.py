@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from avss_dist.analysis import compare as comparing
 from avss_dist.analysis import curves as following
 from avss_dist.analysis import findings as finding
-from avss_dist.api.names import named_runs, named_threshold
+from avss_dist.analysis.chosen import choose_runs, one_run
 from avss_dist.core.results import Table
-from avss_dist.options import keywords, request_values
+from avss_dist.core.text import parse_threshold
+from avss_dist.core.validation import keywords
 from avss_dist.read_requests import CompareRequest, FindingsRequest
+from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
 
@@ -19,7 +22,7 @@ from avss_dist.warehouse.reader import Warehouse
 def compare(request: CompareRequest) -> comparing.RankingComparison | following.RankingCurves:
     """Compare the layer rankings of comparable runs, by pairs or ``along`` an axis; of all finished runs by default."""
     opened = Warehouse(request.warehouse)
-    run_ids = [row["run_id"] for row in named_runs(opened, request.run)]
+    run_ids = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
     return follow_runs(opened, run_ids, request) if request.along else compare_runs(opened, run_ids, request)
 
 
@@ -40,10 +43,10 @@ def compare_runs(
     opened: Warehouse, run_ids: Sequence[str], request: CompareRequest, *, max_listed: int = comparing.MAX_PAIRS
 ) -> comparing.RankingComparison:
     """Compare runs as a request says; list all of up to ``max_listed`` pairs, and draw the map that it asks for."""
-    others = ("warehouse", "run", "output", "along")
-    values = {name: value for name, value in request_values(request).items() if name not in others}
-    values |= {"threshold": named_threshold(request.threshold), "max_listed": max_listed}
-    comparison = comparing.compare(opened, run_ids, **values, mapped=request.output is not None)
+    names = ("by", "score", "share", "site", "recipe", "allow_mismatch")
+    values = {name: getattr(request, name) for name in names} | {"threshold": named_threshold(request.threshold)}
+    mapped = request.output is not None
+    comparison = comparing.compare(opened, run_ids, **values, max_listed=max_listed, mapped=mapped)
     if request.output is not None:
         from avss_dist.report.chart import save_chart, similarity_chart  # altair takes a second to import
 
@@ -55,5 +58,16 @@ def compare_runs(
 def findings(request: FindingsRequest) -> Table:
     """List findings that speak against the scores of runs; of all finished runs by default."""
     opened = Warehouse(request.warehouse)
-    names = [row["run_id"] for row in named_runs(opened, request.run)]
+    names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
     return Table(finding.findings(opened, names, threshold=named_threshold(request.threshold)))
+
+
+def named_run(opened: Warehouse, name: str | None, *, measured: bool = False) -> dict[str, Any]:
+    """Return the row of the one run with this name, or of the newest run; see `chosen.choose_runs` for ``measured``."""
+    return one_run(choose_runs(opened, [] if name is None else [name], measured=measured), str(name))
+
+
+def named_threshold(value: str | float) -> Threshold:
+    """Return a threshold from a number or a text."""
+    number, kind = parse_threshold(value)
+    return Threshold(value=number, kind=kind)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.cli.base import at_end
+from avss_dist.cli.program import at_end
 from avss_dist.core.errors import QueryError
-from avss_dist.core.text import basename, parse_threshold
+from avss_dist.core.text import basename
 from avss_dist.system.streams import say
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from avss_dist.stats.scores import Threshold
     from avss_dist.warehouse.reader import Warehouse
 
 MOST_NAMED = 5  # runs that cannot be read
@@ -83,8 +82,9 @@ def choose_scores(
 ) -> pa.Table:
     """Return the scores of runs at one site, recipe and threshold, as `thresholds.layer_scores`."""
     from avss_dist.analysis.thresholds import layer_scores
+    from avss_dist.api.read import named_threshold
 
-    scores = layer_scores(warehouse, runs, choose_threshold(threshold), site=site, recipe=recipe)
+    scores = layer_scores(warehouse, runs, named_threshold(threshold), site=site, recipe=recipe)
     if not scores.num_rows:
         run_ids, place = [run["run_id"] for run in runs], ["site", "recipe", "threshold", "threshold_kind"]
         raise _not_scored(warehouse.table("scores", run_ids=run_ids, columns=place), site, recipe, threshold)
@@ -106,11 +106,3 @@ def _not_scored(table: pa.Table, site: str, recipe: str, threshold: str | float)
     seen = sorted({(row["threshold_kind"], row["threshold"]) for row in here})
     names = ", ".join(f"{t:g}{'rms' if k == 'rms' else ''}" for k, t in seen)
     return QueryError(f"No scores at threshold {threshold}, and no statistics to compute them.", f"Scored: {names}.")
-
-
-def choose_threshold(text: str | float) -> Threshold:
-    """Return the threshold of a text: ``1e-5`` or ``0.1rms``."""
-    from avss_dist.stats.scores import Threshold
-
-    value, kind = parse_threshold(text)
-    return Threshold(value=value, kind=kind)

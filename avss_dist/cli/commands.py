@@ -11,161 +11,268 @@ class Command:
 
     Args:
         panel: heading in the help.
-        module: module of this package that has a function of its name.
+        module: module of this package that has a function of its name, whose spaces are underscores there.
+        request: ``module:class`` of the values of the command.
         summary: first sentence of its help.
+        formats: formats of what it prints, the default first.
+        more: what its help says after the first sentence.
+        examples: examples of its help. A test checks that every option in them exists.
     """
 
     panel: str
     module: str
+    request: str
     summary: str
+    formats: tuple[str, ...] = ()
+    more: str = ""
+    examples: tuple[str, ...] = ()
 
 
 MEASURE, READ, CHANGE, ELSEWHERE = "Measure", "Read", "Change a model", "Run elsewhere"
+TABLES, TEXT = ("table", "csv", "json"), ("text", "json")
+QUERIES = (*TABLES, "markdown", "parquet")
 COMMANDS = {
     "score": Command(
-        MEASURE, "score", "Score every layer of one or more models on a corpus, and keep the result as Parquet."
+        MEASURE,
+        "measure",
+        "requests:ScoreAllRequest",
+        "Score every layer of one or more models on a corpus, and keep the result as Parquet.",
+        TEXT,
+        examples=(
+            "avss score org/name --corpus your.jsonl:text",
+            "avss score model-a model-b --corpus hf:wikitext:wikitext-2-raw-v1 --replicas 4 -w s3://bucket/warehouse",
+        ),
     ),
     "ablate": Command(
         MEASURE,
-        "ablate",
+        "measure",
+        "requests:AblateRequest",
         "Leave layers out, or round their weights, and measure the loss: the ground truth for scores.",
+        TABLES,
+        more="With --quantize, csv and json have a row for each number format, layer and linear map.",
+        examples=(
+            "avss ablate org/name --corpus your.txt",
+            "avss ablate org/name --corpus your.txt --no-leave-one-out --damage",
+        ),
     ),
     "evaluate": Command(
         MEASURE,
-        "evaluate",
+        "measure",
+        "requests:EvaluateRequest",
         "Evaluate models and plans; a plan skips its layers in place and is compared with the whole model.",
+        TABLES,
+        examples=("avss evaluate org/name plan.yaml --tasks perplexity:heldout.txt --tasks hellaswag --limit 200",),
     ),
     "shrink": Command(
         MEASURE,
-        "shrink",
-        "Score a model, drop layers, repair the rest, evaluate both, and write the checkpoint; resumes if stopped.",
+        "measure",
+        "requests:ShrinkRequest",
+        "Score a model, drop layers, repair and evaluate the rest, and write it; resumes if stopped.",
+        TEXT,
+        examples=(
+            "avss shrink org/name --corpus your.txt --share 0.25 -o smaller",
+            "avss shrink org/name --corpus your.txt --keep 0.9 -o smaller",
+        ),
     ),
     "run": Command(
-        MEASURE, "run", "Run a job file, its experiment included: finished runs are skipped, interrupted ones resumed."
+        MEASURE,
+        "measure",
+        "requests:RunCommandRequest",
+        "Run a job file, its experiment included: finished runs are skipped, interrupted ones resumed.",
+        TABLES,
+        examples=("avss run jobs/paper_claim.yaml --dry-run", "avss run jobs/paper_claim.yaml"),
     ),
     "estimate": Command(
-        MEASURE, "score", "Estimate the memory of a run with every partition, before loading any weights."
+        MEASURE,
+        "measure",
+        "requests:EstimateRequest",
+        "Estimate the memory of a run with every partition, before loading any weights.",
+        ("table", "json"),
+        examples=("avss estimate org/name --max-memory cpu=16GB", "avss estimate org/name --ranks 8"),
     ),
     "ls": Command(
         READ,
         "read",
+        "read_requests:ListRequest",
         "List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first.",
+        TABLES,
+        examples=("avss ls", "avss ls evaluations -w s3://bucket/warehouse"),
     ),
     "show": Command(
         READ,
         "read",
+        "read_requests:ShowRequest",
         "Show scores by layer, at any threshold, or draw them; the lowest 25% of layers are marked.",
+        TABLES,
+        examples=(
+            "avss show --run smollm2 --site update --threshold 0.1rms",
+            "avss show --run 'smollm2-*' --format csv -o scores.csv",
+            "avss show -o layers.png",
+        ),
     ),
     "compare": Command(
         READ,
-        "compare",
+        "read",
+        "read_requests:CompareRequest",
         "Compare layer rankings between runs: how far they agree, or how they move along training, size or text.",
+        TABLES,
+        examples=("avss compare --by family", "avss compare --along step -o ranks.png"),
     ),
     "contrast": Command(
         READ,
-        "contrast",
+        "read",
+        "read_requests:ContrastRequest",
         "Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text.",
+        TABLES,
+        examples=("avss contrast -w paired --format csv",),
     ),
     "findings": Command(
         READ,
-        "compare",
+        "read",
+        "read_requests:FindingsAtRequest",
         "List findings that speak against scores: they track depth, noise, rounding, single units, and so on.",
+        TABLES,
+        examples=("avss findings --every", "avss findings --run smollm2 --truth"),
     ),
     "report": Command(
         READ,
-        "report",
+        "read",
+        "read_requests:ReportRequest",
         "Write a self-contained web page: findings, score card, charts across runs and by depth, tables.",
+        (),
+        examples=("avss report -o report.html",),
     ),
     "publish": Command(
         READ,
-        "publish",
+        "read",
+        "read_requests:PublishRequest",
         "Write the finished runs for others: the page, a Parquet file for each table, and a dataset card.",
+        (),
+        examples=("avss publish published",),
     ),
     "compact": Command(
-        READ, "compact", "Copy many finished runs into few large files, so that every reader opens them in a moment."
+        READ,
+        "read",
+        "read_requests:CompactRequest",
+        "Copy many finished runs into few large files, so that every reader opens them in a moment.",
+        (),
+        examples=("avss compact -w s3://bucket/warehouse",),
     ),
-    "query": Command(READ, "read", "Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."),
+    "query": Command(
+        READ,
+        "read",
+        "read_requests:QueryRequest",
+        "Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse.",
+        QUERIES,
+        examples=(
+            "avss query --schema",
+            "avss query 'SELECT model, layer, rank FROM scores_at(0.01) WHERE rank < 4'",
+            "avss query @drift --format csv -o drift.csv",
+        ),
+    ),
     "plan": Command(
         CHANGE,
-        "plan",
-        "Choose the layers or routed experts to drop, and write a plan with the reason and what speaks against it.",
+        "change",
+        "requests:PlanRequest",
+        "Choose the layers or routed experts to drop, and write a plan with the reasons for and against.",
+        (),
+        examples=(
+            "avss plan --by damage --share 0.25 -o plan.yaml",
+            "avss plan --by greedy --corpus your.txt --count 4 -o plan.yaml",
+            "avss plan --memory 12GB --by damage -o plan.yaml",
+        ),
     ),
     "sparsify": Command(
-        CHANGE, "sparsify", "Choose the activations that become zero, and write a sparsity plan with the reason."
+        CHANGE,
+        "change",
+        "requests:SparsifyRequest",
+        "Choose the activations that become zero, and write a sparsity plan with the reason.",
+        (),
+        more="The run must have measured the inputs of linear maps: avss score --sites inputs.",
+        examples=("avss sparsify 0.5 -o sparse.yaml", "avss sparsify 0.5 --method loss -o sparse.yaml"),
     ),
     "quantize": Command(
-        CHANGE, "quantize", "Choose the number format of each linear map, and write a precision plan with the reason."
+        CHANGE,
+        "change",
+        "requests:PrecisionRequest",
+        "Choose the number format of each linear map, and write a precision plan with the reason.",
+        (),
+        more="avss ablate --quantize FORMAT... must have predicted the losses.",
+        examples=("avss quantize --bits 4.5 -o bits.yaml", "avss quantize --memory 2.5GB --by uniform -o bits.yaml"),
     ),
     "prune": Command(
         CHANGE,
-        "prune",
+        "change",
+        "requests:PruneRequest",
         "Write a checkpoint without the layers or experts of a plan, repaired on request; needs little memory.",
+        TEXT,
+        examples=("avss prune org/name plan.yaml --repair-corpora your.txt -o pruned",),
     ),
     "distill": Command(
         CHANGE,
-        "distill",
+        "change",
+        "requests:DistillRequest",
         "Train a smaller model on the predictions of the whole one, and write it; resumes if stopped.",
+        TEXT,
+        examples=(
+            "avss distill smaller --teacher org/name --corpora your.txt --tokens 1e6 -o distilled",
+            "avss distill smaller --teacher org/name --corpora your.txt=3 --watch other.txt --train lora -o distilled",
+        ),
     ),
-    "doctor": Command(ELSEWHERE, "doctor", "Check what works on this machine: devices, Ray, DeepSpeed, versions."),
-    "jobs": Command(ELSEWHERE, "jobs", "Jobs on a Ray cluster."),
+    "doctor": Command(
+        ELSEWHERE,
+        "doctor",
+        "core.settings:Request",
+        "Check what works on this machine: devices, Ray, DeepSpeed, versions.",
+        TEXT,
+        examples=("avss doctor --format json",),
+    ),
+    "jobs submit": Command(
+        ELSEWHERE,
+        "jobs",
+        "requests:SubmitRequest",
+        "Submit a job file to a Ray cluster, which runs it with avss run; it needs avss_dist and the models.",
+        TEXT,
+        examples=("avss jobs submit JOB.yaml --address http://HEAD:8265 --follow",),
+    ),
+    "jobs list": Command(
+        ELSEWHERE,
+        "jobs",
+        "requests:ListJobsRequest",
+        "List submitted jobs and their status.",
+        TABLES,
+        examples=("avss jobs list --address http://HEAD:8265 --format json",),
+    ),
+    "jobs logs": Command(
+        ELSEWHERE,
+        "jobs",
+        "requests:LogsRequest",
+        "Print the log of a submitted job.",
+        (),
+        examples=("avss jobs logs JOB_ID --address http://HEAD:8265 --follow",),
+    ),
+    "jobs stop": Command(
+        ELSEWHERE,
+        "jobs",
+        "requests:JobIdRequest",
+        "Stop a submitted job; its measurements are kept, and submitting it again resumes it.",
+        TEXT,
+        examples=("avss jobs stop JOB_ID --address http://HEAD:8265",),
+    ),
 }
-EXAMPLES = {
-    "score": (
-        "avss score org/name --corpus your.jsonl:text",
-        "avss score model-a model-b --corpus hf:wikitext:wikitext-2-raw-v1 --replicas 4 -w s3://bucket/warehouse",
-    ),
-    "ablate": (
-        "avss ablate org/name --corpus your.txt",
-        "avss ablate org/name --corpus your.txt --no-leave-one-out --damage",
-    ),
-    "evaluate": ("avss evaluate org/name plan.yaml --task perplexity:heldout.txt --task hellaswag --limit 200",),
-    "shrink": (
-        "avss shrink org/name --corpus your.txt --share 0.25 -o smaller",
-        "avss shrink org/name --corpus your.txt --keep 0.9 -o smaller",
-    ),
-    "run": ("avss run jobs/paper_claim.yaml --dry-run", "avss run jobs/paper_claim.yaml"),
-    "estimate": (
-        "avss estimate org/name --max-memory cpu=16GB",
-        "avss estimate org/name --ranks 8",
-    ),
-    "ls": ("avss ls", "avss ls evaluations -w s3://bucket/warehouse"),
-    "show": (
-        "avss show --run smollm2 --site update --threshold 0.1rms",
-        "avss show --run 'smollm2-*' --format csv -o scores.csv",
-        "avss show -o layers.png",
-    ),
-    "compare": ("avss compare --by family", "avss compare --along step -o ranks.png"),
-    "contrast": ("avss contrast -w paired --format csv",),
-    "findings": ("avss findings --all", "avss findings --run smollm2 --truth"),
-    "report": ("avss report -o report.html",),
-    "publish": ("avss publish published",),
-    "compact": ("avss compact -w s3://bucket/warehouse",),
-    "query": (
-        "avss query --schema",
-        "avss query 'SELECT model, layer, rank FROM scores_at(0.01) WHERE rank < 4'",
-        "avss query @drift --format csv -o drift.csv",
-    ),
-    "plan": (
-        "avss plan --by damage --share 0.25 -o plan.yaml",
-        "avss plan --by greedy --corpus your.txt --count 4 -o plan.yaml",
-        "avss plan --memory 12GB --by damage -o plan.yaml",
-    ),
-    "sparsify": ("avss sparsify 0.5 -o sparse.yaml", "avss sparsify 0.5 --method loss -o sparse.yaml"),
-    "quantize": ("avss quantize --bits 4.5 -o bits.yaml", "avss quantize --memory 2.5GB --by uniform -o bits.yaml"),
-    "prune": ("avss prune org/name plan.yaml --repair-corpus your.txt -o pruned",),
-    "distill": (
-        "avss distill smaller --teacher org/name --corpus your.txt --tokens 1e6 -o distilled",
-        "avss distill smaller --teacher org/name --corpus your.txt=3 --watch other.txt --train lora -o distilled",
-    ),
-    "doctor": ("avss doctor --format json",),
-    "jobs submit": ("avss jobs submit JOB.yaml --address http://HEAD:8265 --follow",),
-    "jobs list": ("avss jobs list --address http://HEAD:8265 --format json",),
-    "jobs logs": ("avss jobs logs JOB_ID --address http://HEAD:8265 --follow",),
-    "jobs stop": ("avss jobs stop JOB_ID --address http://HEAD:8265",),
-}
-"""Examples by command. A test checks that every option in them exists."""
-
+JOBS = "Jobs on a Ray cluster."
 REMOVED: dict[str, str] = {
+    "--site": "write --sites.",
+    "--threshold": "write --thresholds.",
+    "--task": "write --tasks.",
+    "--node-label": "write --node-labels.",
+    "--layers-path": "write --layers.",
+    "--attn-implementation": "write --attention.",
+    "--repair-corpus": "write --repair-corpora.",
+    "distill --corpus": "write --corpora.",
+    "--yes": "write --allow-many.",
+    "findings --all": "write --every.",
+    "--protect": "write --first 1 --last 1.",
     **dict.fromkeys(
         (f"{command} --offload-folder" for command in ("score", "ablate", "evaluate", "shrink")),
         "set the variable TMPDIR where the model runs",
@@ -207,15 +314,15 @@ REMOVED: dict[str, str] = {
     "sparsify --corrections": "`avss sparsify 0.5 --method loss -o sparse.yaml` keeps more",
     "sparsify --pattern": "`avss sparsify 0.5 --method wina -o sparse.yaml`",
     "plan --sparsify": "`avss sparsify 0.5 -o sparse.yaml`",
-    "sample": "`avss prune ORG/NAME PLAN.yaml --repair-corpus self -o OUTPUT` fits a repair on text of the model.",
+    "sample": "`avss prune ORG/NAME PLAN.yaml --repair-corpora self -o OUTPUT` fits a repair on text of the model.",
     "shrink --continuation-tokens": "leave it out, 48 tokens are shown.",
     "shrink --prompt": "leave it out, the starts of three held-out rows are continued.",
     "ablate --draws": "leave it out, two labels are drawn for each token.",
-    "evaluate --apply-chat-template": "`avss evaluate ORG/NAME --task TASK --chat-template`",
+    "evaluate --apply-chat-template": "`avss evaluate ORG/NAME --tasks TASK --chat-template`",
     "evaluate --fewshot-as-multiturn": "leave it out, or ask lm-evaluation-harness itself.",
     "evaluate --system-instruction": "leave it out, or ask lm-evaluation-harness itself.",
     "prune --push": "leave it out, and type hf upload ORG/NAME OUTPUT.",
-    "shrink --num-fewshot": "`avss evaluate OUTPUT --task TASK --num-fewshot 2`",
+    "shrink --num-fewshot": "`avss evaluate OUTPUT --tasks TASK --num-fewshot 2`",
     "distill --picture": "leave it out, the record beside the weights has the curve.",
     "distill --executor": "leave it out, the teacher runs beside the student.",
     "distill --fresh": "leave it out, the teacher runs beside the student.",
@@ -235,11 +342,8 @@ Keys are a command (``plot``), an option of a command (``plan --json``), or an o
 """
 
 
-_WITH_RARE = ("ablate", "evaluate", "shrink", "plan", "sparsify", "prune", "distill", "estimate")
-
-
 def epilog(command: str) -> str:
-    """Return the examples of a command, each as a paragraph, so that none is wrapped into the next."""
-    rare = ["Rare options of models and clusters are in avss score --help, and hold here."]
-    lines = (f"  {line}" for line in EXAMPLES[command])
-    return "\n\n".join(("Examples:", *lines, *(rare if command in _WITH_RARE else [])))
+    """Return the examples of a command, whose lines are not wrapped, and what holds for every command."""
+    lines = "\n".join(f"  {line}" for line in COMMANDS[command].examples)
+    common = "--help-all lists all options. Every command takes --quiet and --verbose."
+    return f"\b\nExamples:\n{lines}\n{common}"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from avss_dist.cli.options import TEXT_FORMATS, takes
-from avss_dist.requests import DoctorRequest
+from avss_dist.core.settings import Request
 from avss_dist.system.streams import console, emit_json
 
 
-@takes(DoctorRequest, TEXT_FORMATS)
-def doctor(format: str) -> int:
+def doctor(_: Request, format: str) -> int:
     """Check what works on this machine: devices, Ray, DeepSpeed, versions."""
     from avss_dist.system.doctor import check_machine
 

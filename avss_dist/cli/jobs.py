@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import typer
-
-from avss_dist.cli.base import HELP, Group
-from avss_dist.cli.commands import epilog
-from avss_dist.cli.options import FORMATS, TEXT_FORMATS, takes, takes_output
 from avss_dist.core.errors import RunFailed
 from avss_dist.requests import ClusterRequest, JobIdRequest, ListJobsRequest, LogsRequest, SubmitRequest
 from avss_dist.system.process import exit_code
@@ -20,15 +14,13 @@ if TYPE_CHECKING:
     from avss_dist.runs.submission import Cluster
 
 
-@takes(SubmitRequest, TEXT_FORMATS)
-def submit(format: str, **values: Any) -> int:
+def jobs_submit(request: SubmitRequest, format: str) -> int:
     """Submit a job file to a Ray cluster, which runs it with avss run; it needs avss_dist and the models."""
     from avss_dist.runs.job_file import read_job
 
-    request = SubmitRequest(**values)
     job_file = read_job(request.job, expand=False)
-    replace(job_file.execution, **request.given)  # raises here the errors that the cluster would
-    arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in request.given.items()]
+    replace(job_file.execution, **request.replaced)  # raises here the errors that the cluster would
+    arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in request.replaced.items()]
     cluster = _cluster(request)
     job_id = cluster.submit(job_file, arguments)
     if not request.follow:
@@ -42,15 +34,13 @@ def submit(format: str, **values: Any) -> int:
     return _follow(cluster, job_id)
 
 
-@takes(ListJobsRequest, FORMATS)
-def list_(format: str, **values: Any) -> int:
+def jobs_list(request: ListJobsRequest, format: str) -> int:
     """List submitted jobs and their status."""
     import pyarrow as pa
 
     from avss_dist.report.output import write_table
     from avss_dist.runs.submission import COLUMNS
 
-    request = ListJobsRequest(**values)
     cluster = _cluster(request)
     jobs = [cluster.job(request.job_id)] if request.job_id else cluster.jobs()
     rows = [dict(zip(COLUMNS, job.row(), strict=True)) for job in jobs]
@@ -60,10 +50,8 @@ def list_(format: str, **values: Any) -> int:
     return 0
 
 
-@takes(LogsRequest)
-def logs(**values: Any) -> int:
+def jobs_logs(request: LogsRequest) -> int:
     """Print the log of a submitted job."""
-    request = LogsRequest(**values)
     cluster = _cluster(request)
     if request.follow:
         return _follow(cluster, request.job_id)
@@ -71,10 +59,8 @@ def logs(**values: Any) -> int:
     return 0
 
 
-@takes(JobIdRequest, TEXT_FORMATS)
-def stop(format: str, **values: Any) -> int:
+def jobs_stop(request: JobIdRequest, format: str) -> int:
     """Stop a submitted job; its measurements are kept, and submitting it again resumes it."""
-    request = JobIdRequest(**values)
     job_id, outcome = request.job_id, _cluster(request).stop(request.job_id)
     if format == "json":
         emit_json({"job": job_id, "outcome": outcome})
@@ -107,16 +93,3 @@ def _follow(cluster: Cluster, job_id: str) -> int:
         ) from error
     say(f"{job_id}: {job.status.lower()}." + (f" {job.hint}" if job.hint else ""))
     return int(job.exit_code or 0)
-
-
-jobs = typer.Typer(
-    cls=Group,
-    help="Jobs on a Ray cluster.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings=HELP,
-    add_completion=False,
-)
-_COMMANDS: dict[str, Callable[..., Any]] = {"submit": submit, "list": list_, "logs": logs, "stop": stop}
-for _name, _command in _COMMANDS.items():
-    jobs.command(_name, epilog=epilog(f"jobs {_name}"))(takes_output(_command))

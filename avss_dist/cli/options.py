@@ -1,58 +1,138 @@
-"""Options of commands, made from the fields of their requests."""
+"""Options of command lines, made from the fields of requests."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING
-from functools import cache, wraps
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
-from avss_dist.core.errors import ConfigError, named_fields, require_known, spell_fields
-from avss_dist.core.settings import Execution, Settings
-from avss_dist.core.text import parse_threshold
-from avss_dist.core.validation import Check, OneOf, descriptions
-from avss_dist.options import SHARED, Option, ordered
-from avss_dist.system.streams import QUIET, VERBOSE, set_verbosity
+from avss_dist.core.errors import named_fields, require_known, spell_fields
+from avss_dist.core.settings import (
+    BatchOptions,
+    ClusterOptions,
+    Execution,
+    ModelOptions,
+    StatisticsOptions,
+    TextOptions,
+)
+from avss_dist.core.validation import OneOf, Option, default_of, descriptions, ordered
+from avss_dist.system.streams import QUIET, VERBOSE, emit, set_verbosity
 
-SPELLING = {
-    "sites": "--site",
-    "node_labels": "--node-label",
-    "thresholds": "--threshold",
-    "layers": "--layers-path",
-    "attention": "--attn-implementation",
+SECTIONS: dict[type, str] = {
+    TextOptions: "Text",
+    ModelOptions: "Model",
+    BatchOptions: "Model",
+    StatisticsOptions: "Statistics",
+    ClusterOptions: "Execution",
+    Execution: "Execution",
 }
-"""Options by field, if their names differ from the field's."""
-RARE = ("layers", "attention", "threads", "gpus_per_replica", "placement_seconds", "hang_seconds")
-"""Fields that only the helps of commands that score show. Others take them, too."""
-PANELS = {Settings: "Measurement", Execution: "Execution"}
-LONGEST = 22  # characters of a list of names beside an option
-ENDS = ("first", "last")
+"""Sections of the help by the class that has the field. """
+OWN, OUTPUT, COMMON = "Options", "Output", "Every command"
+TITLES = ("Arguments", OWN, *dict.fromkeys(SECTIONS.values()), OUTPUT, COMMON)
+"""All sections, in order."""
+MAX_LISTED = 16  # characters of a list of names beside an option
+METAVARS = {int: "N", float: "X"}
+_BOTH = re.compile(r"--([a-z-]+) / --no-\1")
 M = TypeVar("M")
 
 
-def format_option(*names: str) -> Any:
-    """Return the option for the format of a command's result."""
+class CommandWithSections(TyperCommand):
+    """A command whose help has a section for each group of options."""
 
-    def check(parameter: typer.CallbackParam, value: str) -> str:
-        return require_known(f"`{parameter.name}`", value, names)
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[Any]] = {}
+        for parameter in self.params:
+            if record := parameter.get_help_record(ctx):
+                spelling = _BOTH.sub(r"--[no-]\1", record[0])
+                sections.setdefault(getattr(parameter, "rich_help_panel", ""), []).append((spelling, record[1]))
+        for title in filter(sections.get, TITLES):
+            with formatter.section(title):
+                formatter.write_dl(sections[title])
 
-    return typer.Option("--format", rich_help_panel="Output", callback=check, **_of_names(names, "Output format."))
+
+def parameters(request: Any, formats: Sequence[str]) -> list[inspect.Parameter]:
+    """Return the parameters of a command: the fields of its request, and what every command has.
+
+    A value that is not given is None. Others are texts, flags, and lists of texts.
+
+    Args:
+        formats: formats of what the command prints, the default first.
+    """
+    hints, annotated = get_type_hints(request), get_type_hints(request, include_extras=True)
+    fields = [(name, [*_metadata(annotated[name], Option)]) for name in (field.name for field in ordered(request))]
+    found = [
+        _parameter(request, name, hints[name], annotated[name], next(iter(options), Option()))
+        for name, options in fields
+        if all(option.exists for option in options)
+    ]
+    if formats:
+        about = _of_names(formats, f"Output format. [default: {formats[0]}]")
+
+        def check(value: str) -> str:
+            return require_known("`format`", value, formats)
+
+        option = typer.Option("--format", callback=check, show_default=False, rich_help_panel=OUTPUT, **about)
+        found.append(_keyword("format", Annotated[str, option], formats[0]))
+    return [
+        *found,
+        _flag("quiet", "Print only the result and errors.", lambda _: set_verbosity(QUIET)),
+        _flag("verbose", "Show library messages, and the traceback of an error.", lambda _: set_verbosity(VERBOSE)),
+        _flag("help_all", "Show all options and exit.", _show_all),
+    ]
 
 
-def named_format(names: Sequence[str], help: str) -> Any:
-    """Return the option for the format of a file. The command checks the value."""
-    return typer.Option("--format", rich_help_panel="Output", **_of_names(names, help))
+def _show_all(ctx: Any) -> None:
+    """Print the help with the rare options."""
+    for parameter in ctx.command.params:
+        parameter.hidden = False
+    emit(ctx.get_help())
+    raise typer.Exit
+
+
+def _flag(name: str, help: str, act: Callable[[Any], None]) -> inspect.Parameter:
+    """Return a flag of every command that does something at once."""
+
+    def callback(ctx: typer.Context, value: bool) -> None:
+        if value:
+            act(ctx)
+
+    spellings = [option_name(name), *([f"-{name[0]}"] if name != "help_all" else [])]
+    option = typer.Option(*spellings, help=help, callback=callback, is_eager=True, hidden=True, rich_help_panel=COMMON)
+    return _keyword(f"_{name}", Annotated[bool, option], False)
+
+
+def _parameter(request: Any, name: str, hint: Any, annotation: Any, option: Option) -> inspect.Parameter:
+    """Return the parameter of a command for a field of its request."""
+    several = get_origin(hint) in (tuple, Mapping)
+    kinds = {*(get_args(hint) or [hint])} - {NoneType}
+    kind: Any = list[str] if several else bool if bool in kinds else str
+    info = option_help(request, name, " Repeatable." if several and not option.argument else "")
+    metavar = option.metavar or METAVARS.get(kinds.pop() if len(kinds) == 1 and not several else str, "TEXT")
+    about: dict[str, Any] = {"help": info, "metavar": None if kind is bool else metavar}
+    if names := next((meta.names for meta in _metadata(annotation, OneOf) if meta.names), ()):
+        about |= _of_names(names, info)
+    owner = next(base for base in request.__mro__ if name in vars(base).get("__annotations__", {}))
+    about |= {"rich_help_panel": SECTIONS.get(owner, OWN), "hidden": option.rare, "show_default": False}
+    if option.argument:
+        parameter = typer.Argument(**about | {"rich_help_panel": TITLES[0]})
+    else:
+        spelling = option_name(name, is_on=request.__dataclass_fields__[name].default is True)
+        spellings = [spelling, *([option.short] if option.short else [])]
+        parameter = typer.Option(*spellings, envvar=option.environment or None, show_envvar=False, **about)
+    return _keyword(name, Annotated[kind | None, parameter], None)
 
 
 def _of_names(names: Sequence[str], help: str) -> dict[str, Any]:
     """Return the help of an option that takes one of these names, which the shell completes."""
-    listed = _listed(names)
-    if len(listed) > LONGEST:  # a column of the help would cut it inside of words
-        listed, help = "<name>", f"{help} One of: {', '.join(names)}."
+    listed = f"[{'|'.join(names)}]"
+    if len(listed) > MAX_LISTED:
+        more = "" if all(name in help for name in names) else f" One of: {', '.join(names)}."
+        listed, help = "NAME", help + more
     return {
         "help": help,
         "metavar": listed,
@@ -60,131 +140,14 @@ def _of_names(names: Sequence[str], help: str) -> dict[str, Any]:
     }
 
 
-def _listed(names: Sequence[str]) -> str:
-    return f"[{'|'.join(names)}]"
-
-
-FORMATS = ("table", "csv", "json")  # the first is the default
-TEXT_FORMATS = ("text", "json")  # of commands that report an action
-TextFormatOption = Annotated[str, format_option(*TEXT_FORMATS)]
-
-
-def takes(request: Any, formats: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a command with an option for every field of a request. It receives given values as keywords.
-
-    The fields ``first`` and ``last`` are one option, `--protect`.
-
-    Args:
-        formats: formats of the result, the default first. The command receives the chosen one as ``format``.
-    """
-    names = ordered(request)
-    parameters = [_parameter(request, name) for name in names if name not in ENDS]
-    protects = set(ENDS) <= set(names)
-    if protects:
-        option = typer.Option("--protect", help="Layers to keep at both ends: first=1,last=1.")
-        parameters.append(_keyword("protect", Annotated[str, option], ""))
-    for name in request.shared:
-        hidden = name in RARE and "sites" not in request.shared
-        parameters.append(_parameter(SHARED[name], name, replaces=request.replaces, hidden=hidden))
-    printed = [_keyword("format", Annotated[str, format_option(*formats)], formats[0])] if formats else []
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(command)
-        def run(**values: Any) -> Any:
-            given = {parameter.name: values.pop(parameter.name) for parameter in parameters}
-            if protects:
-                given |= dict(zip(ENDS, protected(given.pop("protect")), strict=True))
-            fields = _read(given, request.replaces)
-            request(**fields)  # refuses mistakes before the command imports what works
-            return command(**values, **fields)
-
-        decorated = _with_parameters(command, run, before=parameters, after=printed)
-        decorated.request = request  # type: ignore[attr-defined]
-        return decorated
-
-    return decorate
-
-
-def takes_output(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a command with the common options: ``-q`` and ``-v``."""
-    added = [_flag("quiet", "Print only the result and errors.", QUIET)]
-    added += [_flag("verbose", "Show library messages, and the traceback of an error.", VERBOSE)]
-
-    @wraps(command)
-    def run(**values: Any) -> Any:
-        values.pop("_quiet"), values.pop("_verbose")
-        return command(**values)
-
-    return _with_parameters(command, run, after=added)
-
-
-def _flag(name: str, help: str, verbosity: int) -> inspect.Parameter:
-    """Return a flag of all commands that sets the verbosity."""
-
-    def act(wanted: bool) -> bool:
-        if wanted:
-            set_verbosity(verbosity)
-        return wanted
-
-    option = typer.Option(f"--{name}", f"-{name[0]}", help=help, callback=act, rich_help_panel="Output")
-    return _keyword(f"_{name}", Annotated[bool, option], False)
-
-
-def _with_parameters(
-    command: Callable[..., Any],
-    run: Callable[..., Any],
-    *,
-    before: Sequence[inspect.Parameter] = (),
-    after: Sequence[inspect.Parameter] = (),
-) -> Callable[..., Any]:
-    """Give ``run`` the signature of the command that it wraps, with other parameters before and after its own."""
-    signature = inspect.signature(command, eval_str=True)
-    named = {parameter.name for parameter in (*before, *after)}
-    inherited = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in signature.parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.name not in named
-    ]
-    run.__signature__ = signature.replace(parameters=[*before, *inherited, *after])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
-    return run
-
-
-def _parameter(cls: Any, name: str, replaces: bool = False, hidden: bool = False) -> inspect.Parameter:
-    """Return the parameter of a command for a field of a checked class.
-
-    Args:
-        replaces: the value replaces that of a file, so it has no default.
-        hidden: the help does not show it.
-    """
-    hints, annotations = _hints(cls)
-    option = next(iter(_metadata(annotations[name], Option)), Option())
-    kind, several = _shell_type(hints[name], annotations[name])
-    several = several or option.repeatable
-    default = _default(cls, name)
-    if default is not inspect.Parameter.empty and (several or (replaces and kind is not bool)):
-        default = None
-    help = _help(cls, name, " Repeatable." if several and not option.argument else "")
-    names = next((meta.names for meta in _metadata(annotations[name], OneOf)), ())
-    info = {"help": help, "metavar": option.metavar} | (_of_names(names, help) if names else {})
-    if names and option.argument:
-        info |= {"help": help, "metavar": _listed(names)}
-    info |= {"rich_help_panel": option.panel or PANELS.get(cls), "envvar": option.environment, "hidden": hidden}
-    annotation: Any = list[str] if several else kind
-    annotation = annotation | None if default is None else annotation
-    return _keyword(
-        name, Annotated[annotation, _typer_parameter(option, option_name(name, is_on=default is True), info)], default
-    )
-
-
-def _typer_parameter(option: Option, spelling: str, info: Mapping[str, Any]) -> Any:
-    """Return an argument or an option of typer."""
-    return typer.Argument(**info) if option.argument else typer.Option(*(option.names or (spelling,)), **info)
-
-
-def _help(cls: Any, name: str, more: str) -> str:
-    """Return the description of a field, with the fields that it names spelled as options."""
-    text = " ".join(descriptions(cls)[name].split()) + more
+def option_help(request: Any, name: str, more: str = "") -> str:
+    """Return the description of a field with its default. Fields that it names are spelled as options."""
+    default = default_of(request.__dataclass_fields__[name])
+    if default is inspect.Parameter.empty:
+        more += " [required]"
+    elif isinstance(default, str | int | float) and not isinstance(default, bool):
+        more += f" [default: {default}]"
+    text = " ".join(descriptions(request)[name].split()) + more
     return spell_fields(text, {field: option_name(field) for field in named_fields(text)})
 
 
@@ -193,86 +156,14 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def option_name(name: str, *, is_on: bool = False) -> str:
-    """Return the option of a field whose metadata does not name one; a flag that is on can be turned off."""
-    option = SPELLING.get(name, f"--{name.replace('_', '-')}")
-    return f"{option}/--no-{option.removeprefix('--')}" if is_on else option
+    """Return the option of a field; a flag that is on can be turned off."""
+    words = name.replace("_", "-")
+    return f"--{words}/--no-{words}" if is_on else f"--{words}"
 
 
-def _default(cls: Any, name: str) -> Any:
-    """Return the default of a field as an option has it."""
-    field = cls.__dataclass_fields__[name]
-    if field.default_factory is not MISSING:
-        return None
-    if field.default is MISSING:
-        return inspect.Parameter.empty
-    return str(field.default) if name == "threshold" else field.default
-
-
-def _shell_type(hint: Any, annotation: Any) -> tuple[Any, bool]:
-    """Return the type of an option's value, and whether the option can be repeated."""
-    if get_origin(hint) in (tuple, Mapping):
-        return str, True
-    if any(check.before for check in _metadata(annotation, Check)):  # the check parses text
-        return str, False
-    kinds = [part for part in get_args(hint) or (hint,) if part is not NoneType]
-    return (kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float) else str), False
-
-
-@cache
-def _hints(cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the types of a class's fields: without and with metadata."""
-    return get_type_hints(cls), get_type_hints(cls, include_extras=True)
-
-
-def _metadata(annotation: Any, kind: type[M]) -> list[M]:
-    """Return the metadata of one kind in an annotation, the outermost first."""
-    outer = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, kind)]
-    parts = [*getattr(annotation, "__args__", ()), getattr(annotation, "__origin__", None)]
-    inner = [meta for part in parts if part is not None and part is not annotation for meta in _metadata(part, kind)]
-    return outer + inner
-
-
-def _read(given: Mapping[str, Any], replaces: bool) -> dict[str, Any]:
-    """Return the values of options as the settings classes take them."""
-    options = {name: value for name, value in given.items() if value not in (None, [])}
-    if replaces:  # a flag that is not given replaces nothing
-        options = {name: value for name, value in options.items() if value is not False}
-    if "thresholds" in options:
-        options["thresholds"] = _absolute(options["thresholds"])
-    if "max_memory" in options:
-        options["max_memory"] = _by_device(options["max_memory"])
-    return options
-
-
-def _by_device(texts: Sequence[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    if wrong := [text for text, (_, equals, _) in zip(texts, pairs, strict=True) if not equals]:
-        raise ConfigError(f"`max_memory` {wrong[0]} names no device.", "Write cpu=20GB, or 0=40GiB for the first GPU.")
-    return {device: size for device, _, size in pairs}
-
-
-def _absolute(thresholds: Sequence[str]) -> tuple[float, ...]:
-    parsed = {text: parse_threshold(text) for text in thresholds}
-    if relative := [text for text, (_, kind) in parsed.items() if kind != "absolute"]:
-        raise ConfigError(
-            f"`thresholds` {relative[0]}: expected an absolute threshold. Multiples of the RMS are always scored.",
-            "Write 1e-4, for example.",
-        )
-    return tuple(value for value, _ in parsed.values())
-
-
-def output_option(help: str) -> Any:
-    """Return the option for the file that a command writes."""
-    return typer.Option("--output", "-o", help=help)
-
-
-def protected(text: str) -> tuple[int, int]:
-    """Parse the number of protected layers at both ends: ``first=1,last=2``."""
-    ends = {"first": 0, "last": 0}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, number = part.partition("=")
-        require_known("end in --protect", name, ends)
-        if not (number.isascii() and number.isdecimal() and len(number) < 10):
-            raise ConfigError(f"--protect {part}: expected a number of layers.", "Write --protect first=1,last=1.")
-        ends[name] = int(number)
-    return ends["first"], ends["last"]
+def _metadata(annotation: Any, kind: type[M]) -> Iterator[M]:
+    """Yield the metadata of one kind in an annotation, the outermost first."""
+    yield from (meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, kind))
+    for part in (*getattr(annotation, "__args__", ()), getattr(annotation, "__origin__", None)):
+        if part is not None and part is not annotation:
+            yield from _metadata(part, kind)

@@ -1,4 +1,4 @@
-"""`avss ls`, `show` and `query`: reading a warehouse."""
+"""Commands that read a warehouse."""
 
 from __future__ import annotations
 
@@ -9,20 +9,38 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.cli.base import interruptible
-from avss_dist.cli.choose import choose_runs, choose_scores, open_warehouse, score_rows
-from avss_dist.cli.options import FORMATS, takes
+from avss_dist.cli.choose import (
+    MOST_NAMED,
+    choose_run,
+    choose_run_ids,
+    choose_runs,
+    choose_scores,
+    open_warehouse,
+    score_rows,
+)
+from avss_dist.cli.program import interruptible
 from avss_dist.core.errors import QueryError, WarehouseError
 from avss_dist.core.names import REPAIR, ROW_START
-from avss_dist.read_requests import ListRequest, QueryRequest, ShowRequest
+from avss_dist.core.text import count_of, describe_count, describe_threshold, parse_threshold
+from avss_dist.read_requests import (
+    CompactRequest,
+    CompareRequest,
+    ContrastRequest,
+    FindingsAtRequest,
+    ListRequest,
+    PublishRequest,
+    QueryRequest,
+    ReportRequest,
+    ShowRequest,
+)
 from avss_dist.system.streams import console, emit, say
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from avss_dist.analysis.compare import RankingComparison
     from avss_dist.warehouse.reader import Warehouse
 
-QUERY_FORMATS = (*FORMATS, "markdown", "parquet")
 LISTED = {
     "plans": """SELECT model, removals(drop) AS drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at
         FROM evaluations WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL ORDER BY evaluated_at DESC""",
@@ -46,15 +64,13 @@ DEFAULT_QUANTILES = (0.5, 0.9, 0.99)
 UNFINISHED = "unfinished"  # the status of a run that has begun and has no row
 
 
-@takes(ListRequest, FORMATS)
-def ls(format: str, **values: Any) -> None:
+def ls(request: ListRequest, format: str) -> None:
     """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
     from avss_dist.report.output import write_table
 
-    request = ListRequest(**values)
     opened = open_warehouse(str(request.warehouse))
     table = _listed_runs(opened) if request.what == "runs" else opened.sql(LISTED[request.what])
-    if request.what == "runs" and format == FORMATS[0]:
+    if request.what == "runs" and format == "table":
         table = _narrowed(_with_kept_shards(table), console().width)
     write_table(table, format, console(), newest_first=True)
 
@@ -109,17 +125,15 @@ def _narrowed(table: pa.Table, width: int) -> pa.Table:
     return table.select(list(widths))
 
 
-@takes(ShowRequest, FORMATS)
-def show(format: str, **values: Any) -> None:
+def show(request: ShowRequest, format: str) -> None:
     """Show scores by layer, at any threshold, or draw them; the lowest 25% of layers are marked."""
     from avss_dist.report.output import PICTURES, printed_to
 
-    request = ShowRequest(**values)
     output = None if request.output is None else Path(request.output)
     opened = open_warehouse(str(request.warehouse))
     runs = choose_runs(opened, request.run)
     shares = request.sparsity or (DEFAULT_QUANTILES if request.quantiles else ())
-    if output and output.suffix.lower() in PICTURES and format == FORMATS[0] and not (request.experts or shares):
+    if output and output.suffix.lower() in PICTURES and format == "table" and not (request.experts or shares):
         _draw_scores(opened, runs, request, output)
     else:
         with printed_to(output):
@@ -130,7 +144,7 @@ def show(format: str, **values: Any) -> None:
             else:
                 _show_scores(opened, runs, request, format)
     others = opened.runs().num_rows - 1
-    if others and not request.run and format == FORMATS[0]:
+    if others and not request.run and format == "table":
         emit(f"{others} more in {opened.root}: avss ls -w {opened.root}")
 
 
@@ -145,7 +159,7 @@ def _show_scores(opened: Warehouse, runs: Sequence[dict[str, Any]], request: Sho
     from avss_dist.report.terminal.scores import describe_exactness, layer_table
 
     scores = _scores(opened, runs, request)
-    if format != FORMATS[0]:
+    if format != "table":
         return write_table(scores, format, console())
     scored = score_rows(scores)
     for row in runs:
@@ -180,7 +194,7 @@ def _show_experts(opened: Warehouse, runs: Sequence[Mapping[str, Any]], format: 
     from avss_dist.report.terminal.tables import rendered
 
     experts = [(row, require_experts(opened, row["run_id"])) for row in runs]
-    if format != FORMATS[0]:
+    if format != "table":
         return write_table(opened.table("expert_stats", run_ids=[row["run_id"] for row in runs]), format, console())
     for row, layers in experts:
         console().print(rendered(experts_section(f"{row['model']}  ({row['run_id']})", row, layers)))
@@ -200,7 +214,7 @@ def _show_quantiles(
     table = quantiles(opened, runs, shares, [site])
     if not table.num_rows:
         raise QueryError(f"No statistics of site '{site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'")
-    if format != FORMATS[0]:
+    if format != "table":
         return write_table(table, format, console())
     for row in runs:
         if rows := table.filter(pc.field("run_id") == row["run_id"]).to_pylist():
@@ -208,12 +222,10 @@ def _show_quantiles(
     return None
 
 
-@takes(QueryRequest, QUERY_FORMATS)
-def query(format: str, **values: Any) -> None:
+def query(request: QueryRequest, format: str) -> None:
     """Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse."""
     from avss_dist.report.output import printed_to, write_table
 
-    request = QueryRequest(**values)
     output = None if request.output is None else Path(request.output)
     if format == "parquet" and output is None and sys.stdout.isatty():
         raise QueryError("`format` parquet cannot be printed on a terminal.", "Name a file with `output`.")
@@ -250,3 +262,188 @@ def _print_schema(format: str) -> None:
         emit(schema_markdown())
     else:
         write_table(schema_table(), format, console())
+
+
+MAX_TABLED = 20_000  # pairs of which all are compared in full for a table on a terminal
+
+
+def compare(request: CompareRequest, format: str) -> None:
+    """Compare layer rankings between runs: how far they agree, or how they move along training, size or text."""
+    if request.along:
+        _follow(request, format)
+    else:
+        _compare_pairs(request, format)
+
+
+def _follow(request: CompareRequest, format: str) -> None:
+    """Print the curves of layer rankings along an axis."""
+    from avss_dist.api.read import follow_runs
+    from avss_dist.report.curves import curve_section
+    from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.tables import rendered
+
+    opened = open_warehouse(str(request.warehouse))
+    curves = follow_runs(opened, choose_run_ids(opened, request.run), request)
+    _say_reasons(curves.left_out)
+    if request.output is not None:
+        say(f"Ranks along {request.along}: {request.output}")
+    if format != "table":
+        return write_table(curves.table(), format, console())
+    console().print(rendered(*(curve_section(curve, "curve") for curve in curves.curves)))
+    return None
+
+
+def _compare_pairs(request: CompareRequest, format: str) -> None:
+    """Print the agreement of pairs of runs, and the findings that speak against it."""
+    from avss_dist.analysis.compare import MAX_PAIRS
+    from avss_dist.analysis.findings import findings as find
+    from avss_dist.analysis.findings import of_rankings
+    from avss_dist.api.read import compare_runs, named_threshold
+    from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.agreement import comparison_tables, findings_list
+
+    opened, by, score = open_warehouse(str(request.warehouse)), request.by, request.score
+    names = choose_run_ids(opened, request.run)
+    at = named_threshold(request.threshold)
+    comparison = compare_runs(opened, names, request, max_listed=MAX_PAIRS if format != "table" else MAX_TABLED)
+    _say_left_out(comparison)
+    if request.output is not None:
+        say(f"Map of all pairs: {request.output}")
+    pairs = comparison.pairs
+    if format != "table" and len(pairs) < comparison.number:
+        say(f"Of {comparison.number:,} pairs, the {len(pairs):,} most and least alike are listed.")
+    if format != "table":
+        return write_table(pairs, format, console())
+    fixed = {
+        "score": score,
+        "site": request.site,
+        "recipe": request.recipe,
+        "threshold": f"|x| < {describe_threshold(at.value, at.kind)}",
+    }
+    reading = " / ".join(text for name, text in fixed.items() if name != by)
+    console().print(comparison_tables(comparison, f"by {by}  {reading}"))
+    bearing = find(
+        opened,
+        sorted(set(names) - set(comparison.left_out)),
+        threshold=at,
+        site=None if by == "site" else request.site,
+        recipe=None if by == "recipe" else request.recipe,
+        rankings_alone=True,
+    )
+    console().print(findings_list(of_rankings(bearing, score if by != "score" else "avss")))
+    say(f"avss findings -w {opened.root} lists what else speaks against each of these runs.")
+    return None
+
+
+def _say_left_out(comparison: RankingComparison) -> None:
+    """Print which runs were not compared, and why."""
+    if comparison.conditions:
+        same = ", ".join(comparison.conditions)
+        say(f"Only runs with the same {same} are compared with each other; --allow-mismatch compares all.")
+    _say_reasons(comparison.left_out)
+
+
+def _say_reasons(left_out: Mapping[str, str]) -> None:
+    """Print the runs that were left out, by reason."""
+    run_ids: dict[str, list[str]] = {}
+    for run_id, reason in left_out.items():
+        run_ids.setdefault(reason, []).append(run_id)
+    for reason, names in run_ids.items():
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        say(f"Left out: {', '.join(names[:MOST_NAMED])}{more}: {reason}.")
+
+
+def findings(request: FindingsAtRequest, format: str) -> None:
+    """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
+    from avss_dist.analysis.findings import findings as find
+    from avss_dist.api.read import named_threshold
+    from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.agreement import findings_list
+
+    opened = open_warehouse(str(request.warehouse))
+    if request.truth:
+        return _compare_with_truth(opened, request, format)
+    names = choose_run_ids(opened, request.run)
+    table = find(
+        opened,
+        names if request.run else None,
+        threshold=named_threshold(request.threshold),
+        site=None if request.every else request.site,
+        recipe=None if request.every else request.recipe,
+    )
+    if format != "table":
+        return write_table(table, format, console())
+    console().print(findings_list(table))
+    if not request.every:
+        emit("--every also lists findings at other sites and recipes.")
+    return None
+
+
+def _compare_with_truth(opened: Warehouse, request: FindingsAtRequest, format: str) -> None:
+    """Print how far each score of a run agrees with the ground truth."""
+    from avss_dist.analysis.scorecard import best_readings, score_cards
+    from avss_dist.report.output import write_table
+    from avss_dist.report.scorecards import scorecard_sections
+    from avss_dist.report.terminal.tables import rendered
+
+    cards = score_cards(opened, choose_runs(opened, request.run, every=True), request.by)
+    cards = cards if request.every else best_readings(cards)
+    if format != "table":
+        return write_table(cards, format, console())
+    console().print(rendered(*scorecard_sections(cards)))
+    return None
+
+
+def contrast(request: ContrastRequest, format: str) -> None:
+    """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
+    from avss_dist.analysis.contrast import contrast as contrast_run
+    from avss_dist.report.contrasts import contrast_section
+    from avss_dist.report.output import write_table
+    from avss_dist.report.terminal.tables import rendered
+
+    opened = open_warehouse(str(request.warehouse))
+    value, kind = parse_threshold(request.threshold)
+    result = contrast_run(
+        opened,
+        choose_run(opened, request.run),
+        site=request.site,
+        recipe=request.recipe,
+        threshold=value,
+        threshold_kind=kind,
+        hallucinated=request.hallucinated,
+        truthful=request.truthful,
+    )
+    if format == "table":
+        label = f"{result.reading['model']}  ({result.reading['run_id']})"
+        console().print(rendered(contrast_section(label, result)))
+        return
+    write_table(result.predictions if request.predictions else result.layers, format, console())
+    for line in result.findings:
+        say(line)
+
+
+def report(request: ReportRequest) -> None:
+    """Write the page of a warehouse."""
+    from avss_dist.report.page.page import save_report
+
+    opened = open_warehouse(str(request.warehouse))
+    run_ids = set(choose_run_ids(opened, request.run, failed=True)) if request.run else None
+    save_report(opened, Path(request.output), run_ids, request.by)
+    emit(request.output)
+
+
+def publish(request: PublishRequest) -> None:
+    """Write the finished runs of a warehouse for others."""
+    from avss_dist.report.publish import publish as publish_to
+
+    rows = publish_to(open_warehouse(str(request.warehouse)), Path(request.folder))
+    emit(f"{request.folder}: {', '.join(f'{describe_count(number)} {name}' for name, number in rows.items())}.")
+
+
+def compact(request: CompactRequest) -> None:
+    """Copy many finished runs into few large files."""
+    opened = open_warehouse(str(request.warehouse))
+    copied = opened.compact()
+    tables = ", ".join(f"{name} of {count_of(number, 'run')}" for name, number in copied.items() if number)
+    every = "every finished run that can be read" if opened.damaged else "every finished run"
+    emit(f"{opened.root}: {f'copied {tables}' if tables else f'{every} was compacted before'}.")

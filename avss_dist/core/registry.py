@@ -200,6 +200,8 @@ PRECISION_METHODS = PRECISION_ESTIMATES | {
     "random": "linear maps in random order",
 }
 """Methods of choosing the number format of each linear map, with their meanings."""
+PRECISION_FILES = ("plan", "llama-cpp", "llm-compressor")
+"""Formats of files of number formats: that of this package, and those of other programs."""
 RECIPES = ("pooled", "element", "unit")
 """Samples that the variance and sparsity of AVSS are computed from: token means, elements, or unit means."""
 LOWEST_SHARE = 0.25

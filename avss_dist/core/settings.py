@@ -7,17 +7,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
 from pydantic import Field, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
-from avss_dist.core.errors import ConfigError, nearest
+from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import GANGS, PARTITIONS
-from avss_dist.core.text import parse_bytes
-from avss_dist.core.validation import Check, Count, OneOf, Positive, checked
-
-T = TypeVar("T")
+from avss_dist.core.text import parse_bytes, parse_threshold
+from avss_dist.core.validation import NO_OPTION, RARE, Check, Count, OneOf, Positive, checked
 
 DEFAULT_WAREHOUSE = "warehouse"  # a folder in the working directory
 SITES = ("block", "update", "attention", "mlp", "neuron")  # measured by default
@@ -49,6 +47,16 @@ def _in_order(sites: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(site for site in EVERY_SITE if site in wanted)
 
 
+def _absolute(threshold: Any) -> Any:
+    value, kind = parse_threshold(threshold) if isinstance(threshold, str) else (threshold, "absolute")
+    if kind != "absolute":
+        raise ConfigError(
+            f"{threshold}: expected an absolute threshold. Multiples of the RMS are always scored.",
+            "Write 1e-4, for example.",
+        )
+    return value
+
+
 def _with_published(thresholds: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(sorted({*thresholds, PUBLISHED_THRESHOLD}))
 
@@ -60,6 +68,16 @@ def _device_name(name: str) -> str:
             "Write cpu=20GB, or 0=40GiB for the first GPU.",
         )
     return name
+
+
+def _by_device(sizes: Any) -> Any:
+    """Return sizes by device from texts such as ``cpu=20GB``."""
+    if isinstance(sizes, Mapping):
+        return sizes
+    pairs = [str(text).partition("=") for text in sizes]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise ConfigError(f"{wrong[0]} names no device.", "Write cpu=20GB, or 0=40GiB for the first GPU.")
+    return {name: size for name, _, size in pairs}
 
 
 def _bytes(size: Any) -> Any:
@@ -128,7 +146,7 @@ Sites = Annotated[
     Field(strict=False, min_length=1),
     Check(_in_order),
 ]
-Threshold = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Threshold = Annotated[float, Check(_absolute, before=True), Field(gt=0, allow_inf_nan=False)]
 Thresholds = Annotated[tuple[Threshold, ...], Field(strict=False), Check(_with_published)]
 Bytes = Annotated[
     int, Check(_bytes, before=True), Field(ge=1), WithJsonSchema({"type": ["string", "integer"], "examples": ["20GB"]})
@@ -140,7 +158,7 @@ ReplicaRange = Annotated[
         {"type": ["integer", "string"], "minimum": 1, "pattern": r"^([1-9]\d*\.\.)?[1-9]\d*$", "examples": [8, "4..64"]}
     ),
 ]
-Sizes = Mapping[Annotated[str, Check(_device_name)], Bytes]
+Sizes = Annotated[Mapping[Annotated[str, Check(_device_name)], Bytes], Check(_by_device, before=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -153,18 +171,18 @@ class TextOptions:
     """
 
     max_sequences: Positive | None = None
-    """Maximum number of rows to read; by default the whole corpus."""
-    skip_sequences: Count = 0
+    """Rows to read at most; by default the whole corpus."""
+    skip_sequences: Annotated[Count, RARE] = 0
     """Skip this many rows at the start of each text."""
     sequence_length: Positive = 256
     """Tokens in a row."""
-    shuffle_seed: Annotated[int, Field(ge=0)] | None = None
+    shuffle_seed: Annotated[Count | None, RARE] = None
     """Read the whole corpus and take its rows in a random order with this seed; by default they keep their order."""
-    chat_template: bool = False
+    chat_template: Annotated[bool, RARE] = False
     """Format conversations (columns of messages), and questions of tasks, with the tokenizer's chat template."""
-    layout: Annotated[str, OneOf(LAYOUTS)] = "packed"
+    layout: Annotated[str, OneOf(LAYOUTS), RARE] = "packed"
     """Rows of equal length without padding (packed), or one document per row (padded)."""
-    row_start: Annotated[str, OneOf(ROW_STARTS)] = "auto"
+    row_start: Annotated[str, OneOf(ROW_STARTS), RARE] = "auto"
     """Put the tokenizer's own special tokens, such as BOS, around the text of each packed row (auto), or not (none)."""
 
     @classmethod
@@ -182,37 +200,54 @@ TEXT_OPTIONS = tuple(f.name for f in fields(TextOptions))
 
 
 @checked
-class Settings(TextOptions):
-    """Settings of a measurement. Every field can change a number, so every field is fingerprinted."""
+class ModelOptions:
+    """How a model is opened."""
+
+    dtype: Annotated[str, OneOf(DTYPES)] = "auto"
+    """Compute dtype: auto (the checkpoint's own), float32, bfloat16 or float16."""
+    layers: Annotated[str | None, RARE] = None
+    """Module path of the layer list, if it is not found automatically."""
+    attention: Annotated[Annotated[str, OneOf(ATTENTIONS)] | None, RARE] = None
+    """Attention implementation; by default transformers chooses."""
+    device: Annotated[str, OneOf(DEVICES)] = "auto"
+    """Device that computes; auto is cuda where there is one."""
+    trust_remote_code: Annotated[bool, RARE] = False
+    """Run the Python code that comes with the checkpoint."""
+
+
+@checked
+class BatchOptions:
+    """How a model computes its rows."""
 
     batch_size: Positive = 8
     """Rows in a forward pass."""
-    sequences_per_shard: Positive | None = None
+    sequences_per_shard: Annotated[Positive | None, RARE] = None
     """Rows in a shard, the unit of work, retry and resampling; by default by the model's size, 32 in evaluations."""
-    skip_first_tokens: Annotated[int, Field(ge=0)] = 0
-    """Leave this many tokens at the start of every row out of the statistics."""
-    dtype: Annotated[str, OneOf(DTYPES)] = "auto"
-    """Compute dtype; auto is the checkpoint's own."""
-    dequantize: bool = False
+    dequantize: Annotated[bool, RARE] = False
     """Unpack quantized weights to the compute dtype instead of computing with them as stored."""
+    threads: Annotated[Positive, RARE] = 1
+    """CPU threads that compute one shard or one part of a task. Remaining cores compute others at the same time."""
+
+
+@checked
+class StatisticsOptions:
+    """What is measured inside of layers."""
+
     sites: Sites = SITES
-    """Sites in a layer to measure; inputs stands for the inputs of its linear maps, which are off by default."""
+    """Sites in a layer to measure; inputs are those of its linear maps."""
     thresholds: Thresholds = THRESHOLDS
     """Absolute near-zero thresholds; the published 1e-5 is always included."""
-    experts: bool = False
+    experts: Annotated[bool, RARE] = False
     """Also measure routed experts: their tokens, gates and outputs, which computes each expert twice."""
-    layers: str | None = None
-    """Module path of the layer list, if it is not found automatically."""
-    attention: Annotated[str, OneOf(ATTENTIONS)] | None = None
-    """Attention implementation; by default transformers chooses."""
-    device: Annotated[str, OneOf(DEVICES)] = "auto"
-    """Device that computes: cpu, cuda, or auto, which is cuda where there is one."""
-    threads: Positive = 1
-    """CPU threads that compute one shard or one part of a task. Remaining cores compute others at the same time."""
-    allow_pickle: bool = False
+    skip_first_tokens: Annotated[Count, RARE] = 0
+    """Leave this many tokens at the start of every row out of the statistics."""
+    allow_pickle: Annotated[bool, RARE] = False
     """Accept pickled weights (pytorch_model*.bin): load tensors only, and cache them as safetensors."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the checkpoint."""
+
+
+@checked
+class Settings(StatisticsOptions, BatchOptions, ModelOptions, TextOptions):
+    """Settings of a measurement. Every field can change a number, so every field is fingerprinted."""
 
     def __post_init__(self) -> None:
         if self.skip_first_tokens >= self.sequence_length:
@@ -238,7 +273,21 @@ class Settings(TextOptions):
 
 
 @checked
-class Execution:
+class ClusterOptions:
+    """A cluster, and how long to wait for it."""
+
+    address: str | None = None
+    """Address of a Ray cluster; otherwise a private one is started."""
+    node_labels: Annotated[NodeLabels, RARE] = ()
+    """Label that a node of the cluster must have to take work: KEY=VALUE, such as ray.io/accelerator-type=H100."""
+    placement_seconds: Annotated[Seconds, RARE] = 300.0
+    """Seconds to wait for room on the cluster for the minimum number of replicas."""
+    hang_seconds: Annotated[Seconds, RARE] = 600.0
+    """Seconds without a new layer after which a worker counts as hung and is replaced."""
+
+
+@checked
+class Execution(ClusterOptions):
     """Execution of the work: workers and devices. No field can change a number, so none is fingerprinted.
 
     Raises:
@@ -246,27 +295,19 @@ class Execution:
     """
 
     executor: Annotated[str, OneOf(EXECUTORS)] = "auto"
-    """Executor: this process (local) or Ray workers (ray); auto is ray for several replicas or a cluster."""
+    """This process (local) or Ray workers (ray); auto decides."""
     replicas: ReplicaRange | None = None
-    """Model copies in parallel: 8, or 4..64 (minimum and maximum); by default one per GPU, or one on a CPU."""
-    address: str | None = None
-    """Address of a running Ray cluster; by default a private one is started."""
+    """Model copies in parallel: 8, or 4..64; by default one per GPU."""
     fresh: bool = False
     """Measure again what has already been measured."""
     partition: Annotated[str, OneOf(PARTITION_CHOICES)] = "auto"
-    """Distribution of one replica over devices; auto chooses by the checkpoint and the devices."""
-    ranks: Positive | None = None
+    """Distribution of a replica over devices; auto chooses."""
+    ranks: Annotated[Positive | None, RARE] = None
     """Processes per replica (fsdp, zero3, tensor_parallel, expert_parallel); by default one per GPU of it, or 2."""
-    gpus_per_replica: Positive | None = None
+    gpus_per_replica: Annotated[Positive | None, RARE] = None
     """GPUs per replica; by default one, or what the partition needs."""
-    max_memory: Sizes = field(default_factory=dict)
+    max_memory: Annotated[Sizes, RARE] = field(default_factory=dict)
     """Maximum memory of a replica on a device: cpu=20GB (with interpreter and activations), 0=40GB, ..."""
-    node_labels: NodeLabels = ()
-    """Label that a node of the cluster must have to take work: KEY=VALUE, such as ray.io/accelerator-type=H100."""
-    placement_seconds: Seconds = 300.0
-    """Seconds to wait for room on the cluster for the minimum number of replicas."""
-    hang_seconds: Seconds = 600.0
-    """Seconds without a new layer after which a worker counts as hung and is replaced."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -288,29 +329,50 @@ class Execution:
             raise ConfigError.combine(problems)
 
 
-def split_options(options: dict[str, Any]) -> tuple[Settings, Execution]:
-    """Return keyword options as Settings and Execution.
+@checked
+class Request:
+    """Values of a command. It inherits groups of options: of a text, a model, batches, statistics, a cluster."""
 
-    Raises:
-        ConfigError: unknown options, with the nearest valid names, or invalid values.
+    on_event: Annotated[Any, NO_OPTION] = field(default=None, compare=False, repr=False)
+    """Function that receives the events of the work."""
+
+    @property
+    def settings(self) -> Settings:
+        """Settings of the groups that the command has, and the defaults of the others."""
+        return Settings(**group_values(self, Settings))
+
+    @property
+    def execution(self) -> Execution:
+        """Execution of the groups that the command has, and the defaults of the others."""
+        return Execution(**group_values(self, Execution))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Values of all groups that the command has, as keywords of another command."""
+        return group_values(self, Settings) | group_values(self, Execution)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the values without the function, which stays in its process."""
+        return vars(self) | {"on_event": None}
+
+
+def group_values(request: Any, cls: type) -> dict[str, Any]:
+    """Return the values of the groups of options that a request shares with a class."""
+    groups = [base for base in type(request).__mro__ if base is not object and issubclass(cls, base)]
+    return {f.name: getattr(request, f.name) for group in groups for f in fields(group)}
+
+
+def refuse_unused(values: Mapping[str, Any], reason: str, hint: str) -> None:
+    """Raise ConfigError if an option without effect has another value than its default.
+
+    Args:
+        values: values by option. The default of an option that is no setting is empty, such as 0 or None.
+        reason: end of the message, such as "without a search".
     """
-    valid = sorted({*Settings.__dataclass_fields__, *Execution.__dataclass_fields__})
-    problems = [ConfigError(f"Unknown option '{name}'.", nearest(name, valid)) for name in options if name not in valid]
-    settings = _from_options(Settings, options, problems)
-    execution = _from_options(Execution, options, problems)
-    if settings is None or execution is None or problems:
-        raise ConfigError.combine(problems)
-    return settings, execution
-
-
-def _from_options(cls: type[T], options: Mapping[str, Any], problems: list[ConfigError]) -> T | None:
-    """Make a checked class from its options. Its errors are added to ``problems``, and None is returned."""
-    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    try:
-        return cls(**{name: value for name, value in options.items() if name in names})
-    except ConfigError as error:
-        problems += error.problems
-        return None
+    defaults = vars(Settings()) | vars(Execution())
+    for name, value in values.items():
+        if value and value != defaults.get(name):
+            raise ConfigError(f"`{name}` has no effect {reason}.", hint)
 
 
 def fingerprint(**parts: Any) -> str:

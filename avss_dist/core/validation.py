@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import wraps
-from inspect import cleandoc
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
+from typing import Annotated, Any, ParamSpec, TypeVar, dataclass_transform, get_args, get_type_hints
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, ValidationError
+from pydantic import Field as Range
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic_core import PydanticCustomError, PydanticKnownError, core_schema
+from pydantic.dataclasses import rebuild_dataclass
+from pydantic_core import ArgsKwargs, PydanticCustomError, PydanticKnownError, core_schema
 
 from avss_dist.core.errors import AvssError, ConfigError, nearest
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 Location = tuple[int | str, ...]
 """Keys and indices on the way to a value: ``("models", 0, "dtype")``."""
-Share = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Range(gt=0, lt=1)]
+Count = Annotated[int, Range(ge=0)]
+Positive = Annotated[int, Range(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,30 @@ class OneOf:
         return {**handler(schema), **({} if self.accepts else {"enum": list(self.names)})}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """Metadata of a field that says how the command line shows it. The option has the name of the field.
+
+    Args:
+        short: short spelling, such as ``-o``.
+        metavar: placeholder of the value in the help.
+        environment: environment variable that has the default.
+        argument: the value is a positional argument.
+        rare: only ``--help-all`` shows the option.
+        exists: there is such an option.
+    """
+
+    short: str = ""
+    metavar: str = ""
+    environment: str = ""
+    argument: bool = False
+    rare: bool = False
+    exists: bool = True
+
+
+RARE, NO_OPTION = Option(rare=True), Option(exists=False)
+
+
 class _AsText:
     """Metadata of a text that may be passed as a path, and that keeps its class, such as `RedactedURI`."""
 
@@ -91,40 +119,121 @@ class _AsText:
 
 
 Text = Annotated[str, _AsText()]
-Texts = Annotated[tuple[Text, ...], Field(strict=False)]
+Texts = Annotated[tuple[Text, ...], Range(strict=False)]
 PathOrText = Annotated[str | Path, _AsText()]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
-def checked(cls: type[T]) -> type[T]:
+def checked(cls: type[T], *, deferred: bool = False) -> type[T]:
     """Make a class a frozen, keyword-only dataclass that checks its values: all fields, then ``__post_init__``.
 
     It is a pydantic dataclass, so `dataclasses.replace`, ``fields`` and ``asdict`` work. ``Annotated`` types have
     ranges, `OneOf` and `Check`. The docstring below a field is its description in front ends. An invalid value, an
     unknown or a missing field is a `ConfigError` that lists every problem, each with its field in backticks. As a
     field of another class, an instance may be given as a mapping.
+
+    Args:
+        deferred: prepare the checks when the first instance is made, which takes milliseconds for many fields.
     """
-    config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
+    config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, defer_build=deferred)
     checks: Any = cls
     checks.__get_pydantic_core_schema__ = classmethod(_schema_that_accepts_mappings)
     if "__post_init__" in vars(cls):
-        checks.__post_init__ = _collectable(checks.__post_init__)
+        checks._check_values = checks.__post_init__
+    checks.__post_init__ = _check_all_values
     checked_class: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
     for name, info in checked_class.__pydantic_fields__.items():  # for subclasses, whose own docstrings pydantic reads
-        described: Any = Annotated[info.rebuild_annotation(), Field(description=info.description)]
+        described: Any = Annotated[info.rebuild_annotation(), Range(description=info.description)]
         checked_class.__dataclass_fields__[name].type = described
-    initialize = checked_class.__init__
-
-    def initialize_or_explain(self: Any, *positional: Any, **values: Any) -> None:
-        try:
-            initialize(self, *positional, **values)
-        except ValidationError as error:
-            raise ConfigError.combine([problem for _, problem in located_problems(checked_class, error)]) from None
-
-    checked_class.__init__ = initialize_or_explain
-    if fields := _documented_fields(checked_class):
-        checked_class.__doc__ = f"{cleandoc(cls.__doc__ or '')}\n\nAttributes:\n{fields}"
+    checked_class.__init__ = _initialize
+    if attributes := _documented_fields(checked_class):
+        checked_class.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nAttributes:\n{attributes}"
     return checked_class
+
+
+def _initialize(self: Any, *positional: Any, **values: Any) -> None:
+    _validate(self, ArgsKwargs(positional, values))
+
+
+def from_texts(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Return an instance of a checked class from texts, such as those of a command line, which are converted."""
+    instance = object.__new__(cls)
+    _validate(instance, ArgsKwargs((), dict(values)), strict=False)
+    return instance
+
+
+def _validate(instance: Any, values: ArgsKwargs, strict: bool | None = None) -> None:
+    cls = type(instance)
+    if not cls.__pydantic_complete__:
+        rebuild_dataclass(cls)
+        cls.__init__ = _initialize  # pydantic has replaced it
+    try:
+        cls.__pydantic_validator__.validate_python(values, strict=strict, self_instance=instance)
+    except ValidationError as error:
+        raise ConfigError.combine([problem for _, problem in located_problems(cls, error)]) from None
+
+
+def _check_all_values(self: Any) -> None:
+    """Run the check of each base class, and make pydantic collect their problems together with those of other values.
+
+    Raises:
+        PydanticCustomError: there are problems.
+    """
+    problems: list[ConfigError] = []
+    for check in dict.fromkeys(vars(base).get("_check_values") for base in reversed(type(self).__mro__)):
+        try:
+            if check:
+                check(self)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise PydanticCustomError("problems", "{problems}", {"problems": problems})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def request(cls: type[T]) -> type[T]:
+    """Make a class with the values of a command a checked class; see `checked`."""
+    return checked(cls, deferred=True)
+
+
+def ordered(cls: Any) -> list[Field[Any]]:
+    """Return the fields of a checked class: positional ones, then its own before those of its bases."""
+    by_name = {f.name: f for f in fields(cls)}
+    names = [name for name, f in by_name.items() if not f.kw_only]
+    names += [name for base in cls.__mro__ for name in vars(base).get("__annotations__", {}) if name in by_name]
+    return [by_name[name] for name in dict.fromkeys(names)]
+
+
+def default_of(field: Field[Any]) -> Any:
+    """Return the default of a field; `inspect.Parameter.empty` if it has none."""
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is MISSING else field.default
+
+
+_KEYWORD, _ANY = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def keywords(cls: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]]:
+    """Decorate a function of a request to take the request's fields as keywords, with signature and docstring."""
+
+    def decorate(function: Callable[[R], T]) -> Callable[P, T]:
+        @wraps(function)
+        def run(*positional: P.args, **named: P.kwargs) -> T:
+            return function(cls(*positional, **named))
+
+        annotation, hints = inspect.signature(function).return_annotation, get_type_hints(cls)
+        parameters = [
+            inspect.Parameter(f.name, _KEYWORD if f.kw_only else _ANY, default=default_of(f), annotation=hints[f.name])
+            for f in ordered(cls)
+        ]
+        run.__signature__ = inspect.Signature(parameters, return_annotation=annotation)  # type: ignore[attr-defined]
+        lines = [f"    {name}: {' '.join(text.split())}" for name, text in descriptions(cls).items()]
+        explained = ["Args:", *lines, "", "Raises:", "    AvssError: a mistake, or work that failed."]
+        run.__doc__ = "\n".join([f"{function.__doc__}\n", *explained])
+        return run
+
+    return decorate
 
 
 def _documented_fields(cls: Any) -> str:
@@ -140,19 +249,6 @@ def _documented_fields(cls: Any) -> str:
 def _schema_that_accepts_mappings(cls: Any, source: Any, handler: Any) -> Any:
     """Return pydantic's schema of a strict dataclass, whose fields stay strict."""
     return {**handler(source), "strict": False}
-
-
-def _collectable(check: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Make pydantic collect the problems that a ``__post_init__`` raises, together with those of other values."""
-
-    @wraps(check)
-    def run(self: Any) -> None:
-        try:
-            check(self)
-        except ConfigError as error:
-            raise PydanticCustomError("problems", "{problems}", {"problems": error.problems}) from None
-
-    return run
 
 
 def descriptions(cls: Any) -> dict[str, str]:

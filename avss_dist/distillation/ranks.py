@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import SHARDINGS
-from avss_dist.core.settings import Settings
+from avss_dist.core.settings import Settings, refuse_unused
 from avss_dist.distillation.memory import Memory, require_memory
 from avss_dist.distillation.pair import ModelPair
 from avss_dist.models.size import find_layers, load_skeleton
-from avss_dist.options import refuse_unused
 from avss_dist.system.devices import Devices
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from avss_dist.core.registry import DAMAGE_TASK, SCORES, metrics_of
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.sensitivity import (
     Sensitivity,
     agreement_of,
@@ -140,7 +139,7 @@ def _stderr(result: Result | None) -> float | None:
     return None if result is None else result.stderr
 
 
-def ablate(request: AblateRequest, on_event: OnEvent | None = None) -> Ablation:
+def ablate(request: AblateRequest) -> Ablation:
     """Measure the effect of each layer of a model on its loss. Cells that the warehouse has are not measured again.
 
     Raises:
@@ -154,7 +153,7 @@ def ablate(request: AblateRequest, on_event: OnEvent | None = None) -> Ablation:
     checkpoint = resolve(str(request.model), trust_remote_code=request.settings.trust_remote_code)
     if request.formats:
         require_unquantized(checkpoint)
-    with EvaluationSession.open(request.warehouse, request.settings, request.execution, on_event) as session:
+    with EvaluationSession.open(request.warehouse, request.settings, request.execution, request.on_event) as session:
         model = session.place(checkpoint, request.settings)
         text = plan_text(checkpoint, corpus, model.settings)
         _require_intended(request, model, text)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from avss_dist.core.errors import ConfigError, RunFailed, unwritable
 from avss_dist.core.registry import LOWEST_SHARE
-from avss_dist.core.settings import Settings, fingerprint
+from avss_dist.core.settings import ModelOptions, TextOptions, fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.distillation.curve import DIVERGED
 from avss_dist.distillation.distill import distill
@@ -21,7 +22,6 @@ from avss_dist.distillation.record import DistillRecord, read_record, write_card
 from avss_dist.distillation.teacher_text import has_own_text
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.size import footprint
-from avss_dist.options import SHARED
 from avss_dist.requests import DistillRequest, ShrinkRequest
 from avss_dist.stats.rankings import count_lowest
 
@@ -137,5 +137,4 @@ def _distill_request(
 
 def _reading(request: ShrinkRequest) -> dict[str, Any]:
     """Return the settings that distillation takes too. Its batch is a training step, not that of the evaluation."""
-    taken = [name for name in DistillRequest.shared if SHARED[name] is Settings]
-    return {name: value for name, value in request.given.items() if name in taken}
+    return {f.name: getattr(request, f.name) for group in (TextOptions, ModelOptions) for f in fields(group)}

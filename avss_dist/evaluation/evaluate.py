@@ -20,7 +20,6 @@ from avss_dist.core.names import PERPLEXITY, REALIZED, ROW_START, SEARCH
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
-from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.session import EvaluationSession, PlannedTask, Retention, results_under
 from avss_dist.evaluation.tasks import (
     plan_task,
@@ -141,7 +140,7 @@ class Evaluations(list[Evaluation], TabularResult):
         return pa.Table.from_pylist(rows)
 
 
-def evaluate(request: EvaluateRequest, on_event: OnEvent | None = None) -> Evaluations:
+def evaluate(request: EvaluateRequest) -> Evaluations:
     """Evaluate models and plans on tasks. Cells that the warehouse has are not measured again.
 
     A plan is a file that ends in ``.yaml`` or ``.yml``. Its whole model is evaluated, too, and so is the base model of
@@ -155,7 +154,7 @@ def evaluate(request: EvaluateRequest, on_event: OnEvent | None = None) -> Evalu
     subjects = _read_subjects(request.subjects, request.sparse, settings)
     subjects, missing_bases = _with_bases(subjects, request.base, trust_remote_code=settings.trust_remote_code)
     checkpoints = {c.revision: c for subject in subjects for c in (subject.checkpoint, subject.base) if c}
-    with EvaluationSession.open(request.warehouse, settings, request.execution, on_event) as session:
+    with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
         planned: dict[_Key, PlannedTask] = {}
         for revision, model in [(key, session.place(checkpoint, settings)) for key, checkpoint in checkpoints.items()]:
             for name in tasks:

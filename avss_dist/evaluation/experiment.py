@@ -25,7 +25,7 @@ from avss_dist.core.registry import GREEDY, MEASURED, RECIPES, SCORES
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.evaluation.events import OnEvent, ignore
+from avss_dist.evaluation.events import ignore
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.evaluation.search import greedy_search, removal_losses, search_task
 from avss_dist.evaluation.session import (
@@ -47,7 +47,7 @@ from avss_dist.pruning.plan import layer_list
 from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.selection import Reading, count_layers
-from avss_dist.requests import JobRequest
+from avss_dist.requests import RunJobRequest
 from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.run import Run
@@ -253,15 +253,12 @@ class Trial:
             yield Candidate(method=method, intervention=intervention, share=share, repair=name)
 
 
-def run_experiment(
-    job: JobFile, request: JobRequest, on_event: OnEvent | None = None
-) -> tuple[list[Run], list[dict[str, Any]]]:
+def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], list[dict[str, Any]]]:
     """Score the runs of a job, choose layers, evaluate, and compare. Finished work is not repeated.
 
     Args:
         job: job with a section ``experiment``.
         request: permissions, and fields of ``settings.Execution`` in place of the job's.
-        on_event: receives the events of scoring and of evaluating.
 
     Returns:
         The scored runs, and the rows of ``experiments``, of whose RunIdentity only ``run_id`` and ``model`` are given.
@@ -271,7 +268,7 @@ def run_experiment(
     """
     if (experiment := job.experiment) is None:
         raise ConfigError(f"{job.path} has no section 'experiment'.", "`run_job` runs what it asks for.")
-    specs, execution = overridden(job, request.given)
+    specs, execution = overridden(job, request.replaced)
     number, text = _size(specs, experiment)
     fewer = "Lower `random`, or name fewer `scores`, `shares`, `repairs` or `tasks`."
     require_listable(number, "evaluations", fewer)
@@ -279,11 +276,11 @@ def run_experiment(
     require_intended(number, MOST_EVALUATIONS, text, fewer, allow_many=allow_many)
     for spec in specs if experiment.fitted else ():
         require_changeable(spec.execution.partition)
-    runs = run_job(job, on_event or ignore, **request.given)
+    runs = run_job(job, request.on_event or ignore, **request.replaced)
     tasks = [RedactedURI(task) for task in experiment.tasks]
     store, warehouse = Store(job.warehouse), Warehouse(job.warehouse)
     with closing(executor_for(specs, job.settings, execution)) as executor:
-        session = EvaluationSession(store, executor, execution, on_event)
+        session = EvaluationSession(store, executor, execution, request.on_event)
         scored = [(run, spec) for run, spec in zip(runs, specs, strict=True) if run.status != "failed"]
         trials = [Trial.of_run(run, spec, job, session) for run, spec in scored]
         for trial in trials:

@@ -20,7 +20,6 @@ from avss_dist.core.names import REPAIR
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.session import (
     EvaluationSession,
     PlacedModel,
@@ -180,9 +179,7 @@ def fit_repairs(
     return session.fit(fits)
 
 
-def stored_repair(
-    request: PruneRequest, plan: Plan, repair: Repair, warehouse: str | Path, on_event: OnEvent | None = None
-) -> Repaired:
+def stored_repair(request: PruneRequest, plan: Plan, repair: Repair, warehouse: str | Path) -> Repaired:
     """Return the repair of a plan, fitted on workers or, after a fit by one worker, read from the warehouse.
 
     Raises:
@@ -201,7 +198,7 @@ def stored_repair(
         if [*layer_lists(without_head(module), plan.num_layers)] == [plan.layers]:
             layers = None  # it is found automatically, as in runs without a path
     settings = replace(settings, layers=layers)
-    with EvaluationSession.open(warehouse, settings, execution, on_event) as session:
+    with EvaluationSession.open(warehouse, settings, execution, request.on_event) as session:
         model = session.place(checkpoint, settings)
 
         def plan_fit(copies: int) -> PlannedTask:

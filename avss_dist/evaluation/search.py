@@ -16,7 +16,7 @@ from avss_dist.core.names import LOSS, SEARCH
 from avss_dist.core.registry import GREEDY
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, describe_layers
-from avss_dist.evaluation.events import OnEvent, SearchStep
+from avss_dist.evaluation.events import SearchStep
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits
 from avss_dist.evaluation.session import EvaluationSession, PlacedModel, PlannedTask, checkpoint_of_run
 from avss_dist.evaluation.tasks import plan_text, text_task
@@ -59,7 +59,6 @@ def search(
     request: PlanRequest,
     run: Mapping[str, Any],
     choice: Choice,
-    on_event: OnEvent | None = None,
 ) -> SearchResult:
     """Search the set of layers to drop by the loss without it. Losses that the warehouse has are not measured again.
 
@@ -78,7 +77,7 @@ def search(
     layers = layer_list(scores, str(run["model"]))[1]
     count = choice.number(layers)
     checkpoint = checkpoint_of_run(run, trust_remote_code=settings.trust_remote_code)
-    with EvaluationSession.open(request.warehouse, settings, request.execution, on_event) as session:
+    with EvaluationSession.open(request.warehouse, settings, request.execution, request.on_event) as session:
         model = session.place(checkpoint, settings)
         task = search_task(checkpoint, corpus, model.settings)
         planned = model.plan(task)

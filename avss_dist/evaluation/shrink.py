@@ -46,7 +46,6 @@ from avss_dist.evaluation.tasks import plan_task, plan_text, refuse_overlaps, te
 from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.loading import require_head, text_config
 from avss_dist.models.safetensors import weight_files
-from avss_dist.options import request_values
 from avss_dist.pruning.checkpoint import prune, require_copyable, require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import count_fitted, split_texts
@@ -207,7 +206,7 @@ class TextSplit:
         return self.measured + self.watched
 
 
-def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
+def shrink(request: ShrinkRequest) -> Shrunk:
     """Write a smaller checkpoint of a causal language model, and compare it with the model.
 
     ``max_sequences`` limits each text, over all of its parts. Steps that the warehouse has are not repeated. The folder
@@ -216,7 +215,7 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
     Raises:
         AvssError: a mistake, or work that failed. Measured cells remain in the warehouse.
     """
-    on_event = ignore if on_event is None else on_event
+    on_event = request.on_event or ignore
     settings, output = request.settings, Path(request.output)
     require_free(output)
     if request.repair != NO_REPAIR:
@@ -227,8 +226,8 @@ def shrink(request: ShrinkRequest, on_event: OnEvent | None = None) -> Shrunk:
     if request.distill_tokens is not None:
         require_distillable(request, checkpoint)
     texts = with_own_text(request.repair_corpora, checkpoint, settings, on_event)
-    decided = {"repair_corpora": texts, "warehouse": request.warehouse or f"{request.output}-warehouse"}
-    request = ShrinkRequest(**request_values(request) | request.given | decided)
+    warehouse = request.warehouse or f"{request.output}-warehouse"
+    request = replace(request, repair_corpora=texts, warehouse=warehouse)
     split = split_rows(checkpoint, request.texts, settings, distilled=request.distill_tokens is not None)
     if request.repair != NO_REPAIR:
         _require_tokens(checkpoint, request, split)
@@ -373,12 +372,11 @@ def _require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextS
 
 def _measure_scores(request: ShrinkRequest, session: EvaluationSession, split: TextSplit) -> Callable[..., Plan]:
     """Measure the criterion by which layers are chosen, and return a function that makes plans by it."""
-    given: dict[str, Any] = {**request.given, "max_sequences": split.scored}
+    given = {**request.options, "max_sequences": split.scored, "on_event": session.on_event}
     given |= {"corpus": request.corpus, "warehouse": session.store.root.full}
-    run = score(str(request.model), on_event=session.on_event, sites=("block",), **given)
+    run = score(str(request.model), sites=("block",), **given)
     if SCORES[request.ranked_by].task:
-        measured: dict[str, Any] = dict(SCORES[request.ranked_by].ablate)
-        ablate(AblateRequest(str(request.model), **measured, **given), session.on_event)
+        ablate(AblateRequest(str(request.model), **given | dict(SCORES[request.ranked_by].ablate)))
     opened = Warehouse(session.store.root.full)
     row = opened.run(run.run_id)
     assert row is not None

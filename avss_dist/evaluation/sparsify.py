@@ -14,7 +14,6 @@ from avss_dist.core.intervention import NO_INTERVENTION, THRESHOLD, TOP_K
 from avss_dist.core.names import SPARSITY_TASK
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.session import EvaluationSession, checkpoint_of_run, require_partition
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.map_plans.budget import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
@@ -41,11 +40,11 @@ Measurement = Callable[[tuple[Measure, ...]], Rows]
 """Function that measures the parts of a task."""
 
 
-def sparsify(request: SparsifyRequest, run: Mapping[str, Any], on_event: OnEvent | None = None) -> SparsityPlan:
+def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
     """Make a sparsity plan for the checkpoint of a run. Cells that the warehouse has are not measured again.
 
     Args:
-        run: row of ``runs`` of a run that measured the inputs of linear maps (``--site inputs``).
+        run: row of ``runs`` of a run that measured the inputs of linear maps (``--sites inputs``).
 
     Raises:
         AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
@@ -59,7 +58,9 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any], on_event: OnEvent
         require_whole_weights(request.execution.partition, method)
         checkpoint = checkpoint_of_run(run, trust_remote_code=request.settings.trust_remote_code)
         corpus = RedactedURI(request.corpus or run["corpus"])
-        with EvaluationSession.open(request.warehouse, request.settings, request.execution, on_event) as session:
+        with EvaluationSession.open(
+            request.warehouse, request.settings, request.execution, request.on_event
+        ) as session:
             model, text, name = session.place(checkpoint, request.settings), None, f"{SPARSITY_TASK}{method}"
             if method in READ_TEXT:
                 text = plan_text(checkpoint, corpus.full, model.settings)
@@ -95,6 +96,8 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any], on_event: OnEvent
     }
     rows = [common | asdict(projection) for projection in plan.projections]
     Store(request.warehouse).write_rows("sparsity", identity, key[:20], rows)
+    if request.output is not None:
+        plan.write(request.output)
     return plan
 
 

@@ -12,9 +12,10 @@ from avss_dist.core.intervention import RoundedPlace
 from avss_dist.core.registry import MEASURED_ONLY, PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.core.text import describe_bytes
 from avss_dist.map_plans.budget import ROUNDING_ERROR, Choice, Float64, in_order, least_damage, same_format, total
+from avss_dist.map_plans.exports import EXPORTS
 from avss_dist.map_plans.plans import MapPrecision, PrecisionPlan
 from avss_dist.pruning.ground_truth import MapRounding, map_roundings, repeated_command
-from avss_dist.pruning.plan import run_size
+from avss_dist.pruning.plan import run_size, write_text
 from avss_dist.pruning.selection import PlanError
 from avss_dist.requests import PrecisionRequest
 from avss_dist.warehouse.reader import Warehouse
@@ -55,7 +56,7 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         )
         for number, ((layer, path), index) in enumerate(zip(maps, chosen.tolist(), strict=True))
     ]
-    return PrecisionPlan(
+    plan = PrecisionPlan(
         model=run["model"],
         revision=run["revision"],
         num_layers=run["num_layers"] or 1 + max(layer for layer, _ in maps),
@@ -72,6 +73,12 @@ def plan_precision(request: PrecisionRequest, store: Warehouse, run: Mapping[str
         findings=tuple(_findings(by, damage, chosen, formats)),
         rounded=tuple(rounded),
     )
+    if request.output is not None:
+        if request.format in EXPORTS:
+            write_text(request.output, EXPORTS[request.format](plan))
+        else:
+            plan.write(request.output)
+    return plan
 
 
 def _findings(by: str, damage: Float64, chosen: Choice, formats: Sequence[str]) -> Iterator[str]:

@@ -40,7 +40,7 @@ class Experiment:
     """
 
     tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    """Tasks to evaluate, as for avss evaluate --task."""
+    """Tasks to evaluate, as for avss evaluate --tasks."""
     scores: Annotated[tuple[Score, ...], Field(strict=False, min_length=1)] = FROM_ACTIVATIONS
     """Scores that layers are chosen by: a score of the run; another reading of AVSS, such as avss:update:unit:0.1rms
     (site, recipe, threshold) or avss:all; a measurement of avss ablate, if the warehouse has it; greedy, which searches

@@ -11,10 +11,10 @@ from typing import Any
 from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.core.registry import GANGS
 from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.validation import keywords
 from avss_dist.corpus.sources import corpus_problems
 from avss_dist.executors.interface import Executor
 from avss_dist.executors.local import open_executor
-from avss_dist.options import keywords
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.driver import Driver, Ending, record_failure
 from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded
@@ -28,12 +28,7 @@ __all__ = ["Run", "run_job", "score", "score_all"]
 @keywords(ScoreRequest)
 def score(request: ScoreRequest) -> Run:
     """Score one checkpoint and store the result in a warehouse. A run that is done is not repeated."""
-    (spec,) = _specs(request, [str(request.model)])
-    on_event = request.on_event or LogRuns()
-    ((_, ending),) = _drive([spec], Store(request.warehouse), spec.settings, spec.execution, on_event)
-    if isinstance(ending, AvssError):
-        raise ending
-    return ending
+    return score_models(request, [str(request.model)], alone=True)[0]
 
 
 @keywords(ScoreAllRequest)
@@ -41,19 +36,29 @@ def score_all(request: ScoreAllRequest) -> list[Run]:
     """Score several checkpoints with one pool of workers. A failing run is recorded and does not stop the others."""
     if repeated := [model for model, times in Counter(request.models).items() if times > 1]:
         raise ConfigError(f"The model '{repeated[0]}' is named twice.", "Name each model once.")
-    specs, on_event = _specs(request, request.models), request.on_event or LogRuns()
-    return _all(specs, Store(request.warehouse), request.settings, request.execution, on_event)
+    return score_models(request, request.models)
 
 
-def _specs(request: ScoreRequest | ScoreAllRequest, models: Sequence[str]) -> list[RunSpec]:
-    """Return the run of each model, after the corpus was checked once for all of them."""
-    settings, execution = request.settings, request.execution
+def score_models(request: ScoreRequest | ScoreAllRequest, models: Sequence[str], *, alone: bool = False) -> list[Run]:
+    """Score checkpoints, after the corpus was checked once for all of them.
+
+    Args:
+        alone: raise the error of the one model instead of recording it.
+    """
+    settings, execution, on_event = request.settings, request.execution, request.on_event or LogRuns()
     for _, problem in corpus_problems([request.corpus], {settings.chat_template}):
         raise problem
-    return [
+    specs = [
         RunSpec(model=model, corpus=request.corpus, settings=settings, execution=execution, title=model, name=model)
         for model in models
     ]
+    store = Store(request.warehouse)
+    if not alone:
+        return _all(specs, store, settings, execution, on_event)
+    ((_, ending),) = _drive(specs, store, settings, execution, on_event)
+    if isinstance(ending, AvssError):
+        raise ending
+    return [ending]
 
 
 def run_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any) -> list[Run]:

@@ -9,8 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,10 @@ import pytest
 from support.checkpoints import LAYERS
 from support.command_line import avss, commands
 from support.warehouses import write_scores
+from typer.testing import CliRunner
 
 import avss_dist
+from avss_dist.cli import app
 from avss_dist.cli.commands import COMMANDS as LISTED
 from avss_dist.cli.commands import REMOVED
 from avss_dist.core.errors import ConfigError
@@ -33,16 +33,14 @@ from avss_dist.core.settings import (
     PUBLISHED_THRESHOLD,
     SITE_FAMILIES,
     SITES,
-    Execution,
-    Settings,
 )
+from avss_dist.read_requests import COMPARED, ShowRequest
 from avss_dist.report.page import summary
 from avss_dist.runs import events
 from avss_dist.system.doctor import CheckResult
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
 
-DEFAULTS = {f.name: getattr(cls(), f.name) for cls in (Settings, Execution) for f in fields(cls)}
 TEXT = {"--corpus": "builtin:pydoc", "--max-sequences": 12, "--sequence-length": 32, "--sequences-per-shard": 4}
 SCORE = [str(part) for option in TEXT.items() for part in option] + ["--executor", "local", "--quiet"]
 PROBE = """
@@ -133,54 +131,50 @@ def test_the_class_of_a_model_tells_whether_it_has_a_head(architecture: str | No
 
 
 def _parameters(command: str) -> dict[str, Any]:
-    return {max(p.opts, key=len): p for p in commands()[command].params if p.name != "help"}
+    return {max(p.opts, key=len): p for p in commands()[command].params}
 
 
 def test_the_commands_are_those_of_the_help() -> None:
-    assert {name.split()[0] for name in commands()} == set(LISTED)
     for args in (["--help"], ["-h"], []):
         output = avss(*args).output
-        assert all(f" {name} " in output and command.summary[:20] in output for name, command in LISTED.items())
+        for name, command in LISTED.items():
+            shown = (name, command.summary[:20]) if " " not in name else ("jobs", "Jobs on a Ray cluster.")
+            assert all(f" {text}" in output for text in shown)
+    output = avss("jobs").output
+    assert all(f" {name} " in output for name in ("submit", "list", "logs", "stop"))
 
 
-@pytest.mark.parametrize("name", commands())
-def test_every_command_has_help_and_the_defaults_of_the_settings(name: str) -> None:
-    """Other defaults are those of the page of options, which a test of the documentation compares."""
-    command, request = commands()[name], commands()[name].callback.request
-    shown = avss(*name.split(), "--help")
-    assert shown.exit_code == 0 and "Examples:" in shown.stdout
-    if name in LISTED:
-        assert command.help.partition("\n\n")[0].replace("\n", " ") == LISTED[name].summary
-    hidden = {option for option, parameter in _parameters(name).items() if getattr(parameter, "hidden", False)}
-    assert bool(hidden) == ("Rare options" in shown.stdout)
-    for option, parameter in _parameters(name).items():
-        if option in hidden:
-            assert option not in shown.stdout
-        else:
-            assert option in shown.stdout or str(parameter.metavar) in shown.stdout
-        assert parameter.help
-        if parameter.name in request.shared:
-            default = DEFAULTS[parameter.name]
-            if request.replaces or isinstance(default, tuple | Mapping):  # what is given replaces or adds
-                assert not parameter.default, option
-            else:
-                assert parameter.default == default, option
-    assert {"--quiet", "--verbose"} <= set(_parameters(name))
+def help_of(name: str, option: str) -> str:
+    """Return a help as on a terminal of 100 columns."""
+    return CliRunner().invoke(app, [*name.split(), option], terminal_width=100).stdout
+
+
+def test_helps_fit_on_a_screen_and_rare_options_are_shown_on_request() -> None:
+    number = 0
+    for name, command in commands().items():
+        shown = help_of(name, "--help")
+        assert "Examples:" in shown and LISTED[name].summary in " ".join(shown.split())
+        options = {max(p.opts, key=len): p for p in command.params if p.param_type_name == "option"}
+        visible = {option for option, parameter in options.items() if not parameter.hidden}
+        assert len(visible) <= 28 and len(shown.splitlines()) <= 50, name
+        listed = {*re.findall(r"--(?:\[no-\])?[a-z-]+", shown.partition("Examples:")[0])}
+        assert {f"--[no-]{o[2:]}" if options[o].secondary_opts else o for o in visible} <= listed
+        everything = help_of(name, "--help-all")
+        assert all(re.search(rf"--(\[no-\])?{option[2:]}\b", everything) for option in options)
+        assert all(parameter.help for parameter in command.params)
+        for parameter in options.values():
+            parameter.hidden = max(parameter.opts, key=len) not in visible
+        number += len(visible)
+    assert number <= 280
 
 
 @pytest.mark.parametrize("name", REMOVED)
 def test_a_removed_command_or_option_says_what_to_type(name: str) -> None:
     """The command lines in the advice, between backticks, have only options that exist."""
-    command, _, option = name.partition(" --") if name != "--json" else ("ls", "", "json")
-    required = {
-        "score": ("m", "--corpus", "c"),
-        "ablate": ("m", "--corpus", "c"),
-        "plan": ("-o", "plan.yaml"),
-        "sparsify": ("0.5", "-o", "s.yaml"),
-    }
-    result = avss(
-        *command.split(), *(required.get(command, ()) if option else ()), *([f"--{option}=1"] if option else ())
-    )
+    commands_with = {"--json": "ls", "--protect": "plan", "--yes": "run", "--repair-corpus": "prune"}
+    words = f"{commands_with.get(name, 'evaluate' if name == '--task' else 'score')} {name}" if name[0] == "-" else name
+    command, _, option = words.partition(" --")
+    result = avss(*command.split(), *([f"--{option}=1"] if option else ()))
     assert result.exit_code == 2
     message = " ".join(result.stderr.replace("│", " ").split())
     assert f"It was removed: {REMOVED[name]}" in message
@@ -208,28 +202,27 @@ def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
 
 def test_names_are_listed_in_help_and_completed() -> None:
     from avss_dist.analysis.compare import BY
-    from avss_dist.read_requests import COMPARED
 
     assert COMPARED == BY
     for command, option, names in (
         ("score", "--dtype", DTYPES),
-        ("score", "--site", (*EVERY_SITE, *SITE_FAMILIES)),
-        ("score", "--attn-implementation", ATTENTIONS),
+        ("score", "--sites", (*EVERY_SITE, *SITE_FAMILIES)),
+        ("score", "--attention", ATTENTIONS),
         ("run", "--executor", EXECUTORS),
         ("compare", "--score", FROM_ACTIVATIONS),
         ("query", "--format", ("table", "csv", "json", "markdown", "parquet")),
     ):
         parameter = _parameters(command)[option]
         listed = f"[{'|'.join(names)}]"
-        assert parameter.metavar == listed or (parameter.metavar == "<name>" and ", ".join(names) in parameter.help)
+        assert parameter.metavar == listed or (parameter.metavar == "NAME" and ", ".join(names) in parameter.help)
         completed = parameter.shell_complete(None, names[-1][:3])  # type: ignore[arg-type]
         assert names[-1] in [item.value for item in completed]
 
 
 def test_the_defaults_of_a_picture_are_the_published_ones() -> None:
-    assert _parameters("show")["--recipe"].default == RECIPES[0] == "pooled"
-    assert _parameters("show")["--site"].default == SITES[0] == "block"
-    assert float(_parameters("show")["--threshold"].default) == PUBLISHED_THRESHOLD == 1e-5
+    request = ShowRequest()
+    assert (request.recipe, request.site) == (RECIPES[0], SITES[0]) == ("pooled", "block")
+    assert request.threshold == PUBLISHED_THRESHOLD == 1e-5
 
 
 def test_version() -> None:
@@ -376,9 +369,9 @@ def test_any_exception_of_a_models_code_is_a_failed_run(
 
 
 def test_the_options_of_score_reach_the_run(tiny_llama: Path, tmp_path: Path) -> None:
-    options = ["--site", "mlp", "--site", "block", "--threshold", "0.5", "--dtype", "bfloat16", "--batch-size", "3"]
-    options += ["--layout", "padded", "--skip-first-tokens", "2", "--attn-implementation", "eager"]
-    options += ["--layers-path", "layers"]
+    options = ["--sites", "mlp", "--sites", "block", "--thresholds", "0.5", "--dtype", "bfloat16", "--batch-size", "3"]
+    options += ["--layout", "padded", "--skip-first-tokens", "2", "--attention", "eager"]
+    options += ["--layers", "layers"]
     result = avss("score", tiny_llama, *SCORE, *options, "--device", "cpu", "-w", tmp_path)
     assert result.exit_code == 0
     (run,) = rows(tmp_path, "FROM runs")

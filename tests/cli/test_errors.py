@@ -155,23 +155,26 @@ def test_a_broken_model_is_refused(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--site", "blok"], ["Unknown --site 'blok'", "Did you mean 'block'?"]),
-        (["--attn-implementation", "eagr"], ["Unknown --attn-implementation 'eagr'", "Did you mean 'eager'?"]),
-        (["--sit", "block"], ["No such option: --sit", "--site"]),
-        (["--threshold", "small"], ["'small' is not a threshold", "Write an absolute one like 1e-5"]),
-        (["--threshold", "0.1rms"], ["--threshold 0.1rms: expected an absolute threshold", "Write 1e-4, for example"]),
+        (["--sites", "blok"], ["Unknown --sites 'blok'", "Did you mean 'block'?"]),
+        (["--attention", "eagr"], ["Unknown --attention 'eagr'", "Did you mean 'eager'?"]),
+        (["--sit", "block"], ["No such option: --sit", "--sites"]),
+        (["--thresholds", "small"], ["'small' is not a threshold", "Write an absolute one like 1e-5"]),
+        (
+            ["--thresholds", "0.1rms"],
+            ["--thresholds: 0.1rms: expected an absolute threshold", "Write 1e-4, for example"],
+        ),
         (["--sequence-length", "129"], ["128 tokens", "129", "Make --sequence-length 128 or less"]),
-        (["--sequence-length", "many"], ["Invalid value for '--sequence-length'"]),
+        (["--sequence-length", "many"], ["--sequence-length must be a whole number, not 'many'"]),
         (["--skip-first-tokens", "32"], ["--skip-first-tokens 32 leaves nothing of 32 tokens", "It must be smaller"]),
         (["--replicas", "2"], ["--executor local is one replica", "Use --executor ray"]),
         (["--replicas", "64..4"], ["--replicas: the minimum of '64..4' is larger than its maximum", "Write 4..64"]),
-        (["--layers-path", "layer"], ["LlamaModel has no layer list 'layer'", "Did you mean 'layers'?"]),
+        (["--layers", "layer"], ["LlamaModel has no layer list 'layer'", "Did you mean 'layers'?"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
 def test_a_wrong_option_is_refused(options: list[str], says: list[str], tiny_llama: Path, warehouse: Path) -> None:
     args = ["score", tiny_llama, *SCORE, *options, "-w", warehouse]
-    refused(warehouse, *args, says=says, failed_row=options[0] == "--layers-path")
+    refused(warehouse, *args, says=says, failed_row=options[0] == "--layers")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

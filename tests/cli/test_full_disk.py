@@ -19,7 +19,7 @@ EXPERIMENT = {"tasks": ["perplexity:text.txt"], "scores": ["block_influence"], "
 COMMANDS = [
     ["score", "MODEL", *TEXT, "-w", "disk/w"],
     ["ablate", "MODEL", *TEXT, "--warehouse", "disk/w"],
-    ["evaluate", "MODEL", "--task", "perplexity:text.txt", *TEXT[2:], "--warehouse", "disk/w"],
+    ["evaluate", "MODEL", "--tasks", "perplexity:text.txt", *TEXT[2:], "--warehouse", "disk/w"],
     ["run", "job.yaml"],
     ["prune", "MODEL", "plan.yaml", "-o", "disk/pruned"],
     ["shrink", "MODEL", *TEXT[:2], *TEXT[4:], "--repair", "channel", "--warehouse", "disk/w", "-o", "disk/shrunk"],

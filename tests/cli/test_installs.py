@@ -49,7 +49,7 @@ READING = [
     "compact",
     "findings",
 ]
-MEASURING = ["score org/name --corpus text.txt", "ablate org/name --corpus text.txt", "evaluate org/name --task t"]
+MEASURING = ["score org/name --corpus text.txt", "ablate org/name --corpus text.txt", "evaluate org/name --tasks t"]
 
 
 def test_reading_needs_none_of_the_packages_that_measure(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def follow(suggestions: list[list[str]], *verbs: str) -> str:
 def test_after_a_score(desk: Path) -> None:
     """The scores are shown, of a site that was measured."""
     follow(suggested("score", "model", "--corpus", "text.txt", *ROWS), "show")
-    of_maps = suggested("score", "model", "--corpus", "text.txt", *ROWS, "-w", "maps", "--site", "inputs")
+    of_maps = suggested("score", "model", "--corpus", "text.txt", *ROWS, "-w", "maps", "--sites", "inputs")
     assert "neuron" in follow(of_maps, "show")
 
 
@@ -82,7 +82,7 @@ def test_from_a_choice_that_lacks_its_measurement(desk: Path, choice: list[Any],
 
 
 def test_where_a_text_is_missing(desk: Path) -> None:
-    result = avss("evaluate", "model", "--task", "perplexity", *ROWS)
+    result = avss("evaluate", "model", "--tasks", "perplexity", *ROWS)
     assert result.exit_code == 2
     assert "perplexity:CORPUS" in result.output
 

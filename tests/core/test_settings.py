@@ -9,9 +9,10 @@ import pytest
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, spell_fields
-from avss_dist.core.settings import Execution, Replicas, Settings, fingerprint, split_options
+from avss_dist.core.settings import Execution, Replicas, Settings, fingerprint
 from avss_dist.core.text import parse_bytes
-from avss_dist.core.validation import Check, OneOf, checked
+from avss_dist.core.validation import Check, OneOf, checked, descriptions, from_texts
+from avss_dist.requests import ScoreRequest
 
 FIRST_FIELDS = (
     "max_sequences",
@@ -86,14 +87,21 @@ def test_front_ends_spell_fields() -> None:
 
 
 def test_every_problem_of_the_settings_is_reported_at_once() -> None:
+    values: dict[str, Any] = {
+        "sites": ["blok"],
+        "batch_size": 0,
+        "replicas": 0,
+        "max_memory": {"cpu": "big"},
+        "rank": 2,
+    }
     with pytest.raises(ConfigError) as caught:
-        split_options({"sites": ["blok"], "batch_size": 0, "replicas": 0, "max_memory": {"cpu": "big"}, "rank": 2})
+        ScoreRequest("model", corpus="text.txt", **values)
     assert [str(problem).partition(".")[0] for problem in caught.value.problems] == [
-        "Unknown option 'rank'",
-        "`batch_size` must be at least 1, not 0",
-        "Unknown `sites` 'blok'",
         "`replicas` must be at least 1, not 0",
         "`max_memory`: 'big' is not a size",
+        "`batch_size` must be at least 1, not 0",
+        "Unknown `sites` 'blok'",
+        "Unknown option 'rank'",
     ]
     with pytest.raises(ConfigError) as caught:
         Execution(executor="local", partition="zero3", address="auto")
@@ -118,7 +126,7 @@ def test_every_problem_of_the_settings_is_reported_at_once() -> None:
 )
 def test_a_wrong_value_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        split_options(values)
+        ScoreRequest("model", corpus="text.txt", **values)
     assert str(caught.value).replace("\n", " ").startswith(message)
 
 
@@ -177,4 +185,23 @@ def test_a_fingerprint_of_settings_is_what_it_was() -> None:
 
 def test_every_field_is_described() -> None:
     for cls in (Settings, Execution):
-        assert [name for name, info in cls.__pydantic_fields__.items() if not info.description] == []
+        assert {*descriptions(cls)} == {f.name for f in fields(cls)}
+
+
+def test_the_checks_of_every_base_run_and_texts_are_converted() -> None:
+    @checked
+    class Both(Example, Execution):
+        pass
+
+    with pytest.raises(ConfigError) as caught:
+        Both(count=7, executor="local", address="auto")
+    assert [problem.message.partition(";")[0] for problem in caught.value.problems] == [
+        "`executor` local is one replica in this process",
+        "`count` 7 is for nobody.",
+    ]
+    texts = {"count": "4", "shares": ["0.5"], "size": "2kB", "max_memory": ["cpu=20GB", "0=3"], "replicas": "4..8"}
+    made = from_texts(Both, texts)
+    assert (made.count, made.shares, made.size) == (4, (0.5,), 2000)
+    assert (made.max_memory, str(made.replicas)) == ({"cpu": 20_000_000_000, "0": 3}, "4..8")
+    with pytest.raises(ConfigError, match="20GB names no device"):
+        from_texts(Both, {"max_memory": ["20GB"]})

@@ -179,7 +179,7 @@ def test_score_puts_conversations_in_the_template_when_asked(tiny_llama: Path, t
     assert done.exit_code == 0, done.stderr
     (run,) = (row for row in Warehouse(out).runs().to_pylist() if row["status"] == "done")
     assert run["chat_template"] == hashlib.sha256(TEMPLATE.encode()).hexdigest() and run["shuffle_seed"] == 3
-    again = avss("evaluate", chatty, "--task", f"perplexity:{source}", "--chat-template", *size)
+    again = avss("evaluate", chatty, "--tasks", f"perplexity:{source}", "--chat-template", *size)
     assert again.exit_code == 0, again.stderr
 
 

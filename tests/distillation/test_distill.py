@@ -326,15 +326,15 @@ def test_trained_text_is_not_held_out_from_an_evaluation(
 ) -> None:
     folder = distilled[0].folder
     evaluate = ["evaluate", folder, "-w", tmp_path / "warehouse", "--sequence-length", 32, "--device", "cpu"]
-    trained = avss(*evaluate, "--task", f"perplexity:{corpus}", "--skip-sequences", 8)
+    trained = avss(*evaluate, "--tasks", f"perplexity:{corpus}", "--skip-sequences", 8)
     assert trained.exit_code == 2 and "was distilled on" in trained.stderr
-    assert avss(*evaluate, "--task", f"perplexity:{other_corpus}").exit_code == 0
+    assert avss(*evaluate, "--tasks", f"perplexity:{other_corpus}").exit_code == 0
 
 
 def test_the_command_prints_a_table_or_json(
     student: Path, teacher: Path, corpus: Path, other_corpus: Path, tmp_path: Path
 ) -> None:
-    arguments = ["distill", student, "--teacher", teacher, "--corpus", corpus, "--watch", other_corpus]
+    arguments = ["distill", student, "--teacher", teacher, "--corpora", corpus, "--watch", other_corpus]
     arguments += ["--sequence-length", 32, "--tokens", "5e2", "--self-texts", 0, "--held-out", 4, "--device", "cpu"]
     shown = avss(*arguments, "-o", tmp_path / "table")
     assert shown.exit_code == 0, shown.stderr

@@ -247,7 +247,7 @@ def test_a_signal_ends_all_ranks(pair_of: Callable[[str], dict[str, Any]], tmp_p
     """Ctrl-C, in the middle of the training."""
     options = {name.replace("_", "-"): value for name, value in pair_of("llama").items() if name != "student"}
     arguments = [part for name, value in options.items() if name != "corpora" for part in (f"--{name}", value)]
-    more = ["--corpus", *options["corpora"], "--ranks", 2, "--tokens", 1e6, "--evaluations", 1000]
+    more = ["--corpora", *options["corpora"], "--ranks", 2, "--tokens", 1e6, "--evaluations", 1000]
     command = Command("distill", pair_of("llama")["student"], *arguments, *more, "-o", tmp_path / "out")
     running = psutil.Process(command.pid)
     wait_until(lambda: trainer.last_checkpoint(tmp_path / "out.part" / "checkpoints") is not None)

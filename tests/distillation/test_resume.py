@@ -31,7 +31,7 @@ def test_a_killed_distillation_writes_the_same_bytes(
     student: Path, teacher: Path, corpus: Path, other_corpus: Path, tmp_path: Path
 ) -> None:
     """One directory takes a SIGKILL at every moment, one after the other; another takes none."""
-    arguments = ["distill", student, "--teacher", teacher, "--corpus", corpus, "--watch", other_corpus]
+    arguments = ["distill", student, "--teacher", teacher, "--corpora", corpus, "--watch", other_corpus]
     arguments += ARGUMENTS
     outputs = {}
     for name in ("whole", "killed"):

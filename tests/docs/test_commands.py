@@ -16,7 +16,7 @@ from support.command_line import commands as registered
 from support.documentation import PAGES, ROOT, commands, read
 from support.families import tiny_model
 
-from avss_dist.cli.commands import EXAMPLES
+from avss_dist.cli.commands import COMMANDS
 
 ONLY_PARSED = {
     "jobs": "needs a cluster",
@@ -50,7 +50,7 @@ ANSWERS = (("It is.", "checked"), ("No.", "invented"), ("Yes.", "truthful"), ("N
 def documented() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield every command once, with the first page that has it, in the order of the page."""
     everything = [(str(page.relative_to(ROOT)), tuple(words)) for page in PAGES for words in commands(read(page))]
-    lines = "\n".join(line for examples in EXAMPLES.values() for line in examples)
+    lines = "\n".join(line for command in COMMANDS.values() for line in command.examples)
     everything += [(HELP, tuple(words)) for words in commands(f"```bash\n{lines}\n```")]
     first: dict[str, tuple[str, tuple[str, ...]]] = {}
     for page, words in everything:
@@ -126,7 +126,7 @@ def small(words: tuple[str, ...]) -> list[str]:
     """Return a command with names that exist in the folder, and with little work."""
     kept = [PLACES.get(word, word) for word in words]
     options = {option for p in registered()[words[0]].params for option in p.opts}
-    reads = words[0] not in ("plan", "sparsify", "prune") or {"--corpus", "--repair-corpus", "--method"}.intersection(
+    reads = words[0] not in ("plan", "sparsify", "prune") or {"--corpus", "--repair-corpora", "--method"}.intersection(
         words
     )
     for name, value in SMALLER.items():
@@ -136,8 +136,8 @@ def small(words: tuple[str, ...]) -> list[str]:
             kept += [name, value]
     if words[0] == "compare":
         kept.append("--allow-mismatch")  # the warehouse has two texts
-    if words[0] == "plan" and not {"--protect", "--experts"}.intersection(words):
-        kept += ["--protect", "first=1"]  # a cut before the first layer has nothing to repair
+    if words[0] == "plan" and not {"--first", "--experts"}.intersection(words):
+        kept += ["--first", "1"]  # a cut before the first layer has nothing to repair
     return kept
 
 
@@ -151,7 +151,7 @@ def measured(place: Path) -> Path:
             ("score", "org/name", "--corpus", "heldout.txt"),
             ("score", "org/name", "--corpus", "your.txt"),
             ("ablate", "org/name", "--corpus", "your.txt", "--damage", "--shapley", "2"),
-            ("plan", "--by", "damage", "--protect", "first=1", "-o", "plan.yaml"),
+            ("plan", "--by", "damage", "--first", "1", "-o", "plan.yaml"),
             ("score", "org/name", "--corpus", "truthfulqa:truthfulqa.jsonl", "-w", "paired"),
         ):
             done = avss(*small(words))

@@ -430,7 +430,7 @@ def test_more_permutations_than_can_be_listed_are_refused(
     """Of 10^9, the seeds alone would fill the memory."""
     monkeypatch.setattr(np.random, "SeedSequence", lambda *_: pytest.fail("seeds were made"))
     options = ["--corpus", TEXT, "--warehouse", tmp_path / "w", "--shapley", 10**9]
-    for more in ([], ["--yes"]):
+    for more in ([], ["--allow-many"]):
         done = avss("ablate", tiny_llama, *options, *more)
         said = "Error: 1,000,000,000 permutations are more than one command takes: 1,000,000.\nLower --shapley.\n"
         assert (done.exit_code, done.stderr) == (2, said)

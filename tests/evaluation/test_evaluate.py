@@ -71,14 +71,14 @@ def test_a_plan_that_contradicts_its_model_is_refused(
     """With the key of the file, whatever an option of the command is called."""
     plan, keys = tmp_path / "plan.yaml", {"model": str(tiny_llama), "num_layers": 3, "layers": "layers", "drop": [1]}
     plan.write_text(yaml.safe_dump({**keys, key: value}))
-    result = avss("evaluate", plan, "--task", TEXT, "-w", tmp_path / "w", "--executor", "local")
+    result = avss("evaluate", plan, "--tasks", TEXT, "-w", tmp_path / "w", "--executor", "local")
     said = result.stderr.replace("\n", " ")
     assert result.exit_code == 2 and f"Error: {plan}" in said and message.format(model=tiny_llama) in said
     assert "`" not in said and "layers-path is missing" not in said
     assert not [file for file in files(tmp_path) if file.startswith("w/cells")]
 
 
-@pytest.mark.parametrize("command", [("evaluate", "--task", TEXT), ("ablate", "--corpus", "builtin:pydoc")])
+@pytest.mark.parametrize("command", [("evaluate", "--tasks", TEXT), ("ablate", "--corpus", "builtin:pydoc")])
 def test_a_model_without_a_head_is_refused_before_it_is_loaded(
     command: tuple[str, ...], tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,7 +230,7 @@ def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path) -> None:
     ("number", "options", "told"),
     [
         ("100000", [], "makes up to 400,045 evaluations (models: 1, sets of layers to drop: 400,044, repairs: 1"),
-        ("100000000", ["--yes"], "400,000,045 evaluations are more than one command"),
+        ("100000000", ["--allow-many"], "400,000,045 evaluations are more than one command"),
     ],
 )
 def test_a_huge_experiment_says_its_size_first(number: str, options: list[str], told: str, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_huge_experiment_says_its_size_first(number: str, options: list[str], 
     job.write_text(text.replace("random: 2", f"random: {number}"))
     done = avss("run", job, *options)
     assert done.exit_code == 2 and told in done.stderr
-    assert options or ("Lower `random`" in done.stderr and "More than 10,000 need --yes." in done.stderr)
+    assert options or ("Lower `random`" in done.stderr and "More than 10,000 need --allow-many." in done.stderr)
     assert not (tmp_path / "w").exists()
 
 

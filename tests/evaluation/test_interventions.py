@@ -78,11 +78,11 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
     assert made.exit_code == 0, made.stderr
     options = ["-w", warehouse, "--sequence-length", 48, "--batch-size", 4, "--sequences-per-shard", 4,
                "--dtype", "float32", "--device", "cpu"]  # fmt: skip
-    refused = avss("evaluate", plan, "--task", task, *options)
+    refused = avss("evaluate", plan, "--tasks", task, *options)
     assert refused.exit_code == 2 and "2 of the 5 questions of truthfulqa:" in refused.stderr
     assert "Ask others: with --skip-questions 2" in refused.stderr
     with one_thread():
-        shown = avss("evaluate", plan, "--task", task, "--skip-questions", 2, "--format", "json", *options)
+        shown = avss("evaluate", plan, "--tasks", task, "--skip-questions", 2, "--format", "json", *options)
     (same,) = (row for row in rows if (row["method"], row["metric"]) == ("avss", "mc2"))
     found = {(one["subject"], one["metric"]): one["value"] for one in map(json.loads, shown.stdout.splitlines())}
     assert found[str(plan), "mc2"] == same["value"]

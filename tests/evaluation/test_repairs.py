@@ -257,7 +257,7 @@ def test_every_choice_is_evaluated_with_every_repair(done: Done) -> None:
 def pruned(model: Path, plan: Path, output: Path, repair: str, *more: Any) -> Any:
     """`avss prune`, repaired as in `JOB`."""
     return avss(
-        *("prune", model, plan, "-o", output, "--repair", repair, "--repair-corpus", TEXT, "--skip-sequences", 12),
+        *("prune", model, plan, "-o", output, "--repair", repair, "--repair-corpora", TEXT, "--skip-sequences", 12),
         *("--max-sequences", 60, "--sequence-length", 32, "--batch-size", 4, "--sequences-per-shard", 4),
         *("--dtype", "float32", "--device", "cpu", *more),
     )
@@ -292,10 +292,10 @@ def test_a_repaired_checkpoint_is_not_asked_what_it_was_fitted_on(deep: Path, tm
     file.write_text("".join(f"{json.dumps(line)}\n" for line in questions), encoding="utf-8")
     Plan(model=str(deep), num_layers=8, layers="layers", drop=(2,)).write(plan)
     read = ("--sequence-length", 64, "--batch-size", 4, "--dtype", "float32", "--device", "cpu")
-    text = ("--repair", "channel", "--repair-corpus", f"truthfulqa:{file}", "--max-sequences", 8)
+    text = ("--repair", "channel", "--repair-corpora", f"truthfulqa:{file}", "--max-sequences", 8)
     made = avss("prune", deep, plan, "-o", tmp_path / "less", *text, *read)
     assert made.exit_code == 0, made.stderr
-    asked = ("evaluate", tmp_path / "less", "--task", f"truthfulqa:{file}", "-w", tmp_path / "w", *read)
+    asked = ("evaluate", tmp_path / "less", "--tasks", f"truthfulqa:{file}", "-w", tmp_path / "w", *read)
     refused = avss(*asked)
     assert refused.exit_code == 2
     assert re.search(r"2 of the 20 questions of truthfulqa:\S+ are prompts that the repair of", refused.stderr)

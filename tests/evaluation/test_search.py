@@ -109,7 +109,7 @@ def test_a_search_measures_what_it_does_not_know(scored: tuple[Path, Mapping[str
 def test_the_text_of_a_search_is_no_text_to_evaluate_on(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     found_in(scored).plan.write(plan)
-    command = ["evaluate", plan, "--task", f"perplexity:{TEXT}", "--warehouse", scored[0], *OPTIONS]
+    command = ["evaluate", plan, "--tasks", f"perplexity:{TEXT}", "--warehouse", scored[0], *OPTIONS]
     for skip in (0, 6):  # that of the scores, and that of the search
         refused = avss(*command, "--skip-sequences", skip)
         assert refused.exit_code == 2 and "100% of perplexity" in refused.stderr
@@ -156,7 +156,7 @@ def test_sublayers_are_measured_evaluated_and_not_pruned(
             assert found.value == pytest.approx(truth((removed,)) - truth(()), abs=1e-9)
     written = Plan(model=str(model), num_layers=LAYERS, layers="layers", drop=("attention.2", "mlp.0"))
     written.write(plan)
-    task = ("--task", f"perplexity:{TEXT}", "--skip-sequences", 12, "--warehouse", warehouse, *OPTIONS)
+    task = ("--tasks", f"perplexity:{TEXT}", "--skip-sequences", 12, "--warehouse", warehouse, *OPTIONS)
     evaluated = avss("evaluate", plan, *task, "--format", "json")
     assert evaluated.exit_code == 0, evaluated.stderr
     assert {tuple(row["drop"]) for row in rows_of(warehouse, f"perplexity:{TEXT}")} == {

@@ -292,20 +292,20 @@ def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) 
     other.write_text("\n\n".join(f"On day {i} the {i * 7919 % 613} ships of {i * 31 % 97} sailed." for i in range(700)))
     out = tmp_path / "out"
     command = ("shrink", deep, "--corpus", TEXT, "-w", warehouse, *OPTIONS)
-    told = avss(*command, "-o", out, "--repair-corpus", TEXT, "--repair-corpus", other, "--repair", "channel")
+    told = avss(*command, "-o", out, "--repair-corpora", TEXT, "--repair-corpora", other, "--repair", "channel")
     assert told.exit_code == 0, told.stderr
     words = " ".join(told.stdout.split())
     for text in ("whole model", "2 layers dropped", "repaired by channel", "other.txt", "6 of 8 layers", "kept", "%"):
         assert text in words, text
     (record,) = read_repairs(out)
     assert [text.corpus for text in record.texts] == [TEXT, str(other)]
-    only = avss(*command, "-o", tmp_path / "only", "--task", f"perplexity:{other}", "--repair", "none")
+    only = avss(*command, "-o", tmp_path / "only", "--tasks", f"perplexity:{other}", "--repair", "none")
     assert only.exit_code == 0, only.stderr
     assert "other.txt" in only.stdout and "perplexity:builtin" not in only.stdout
 
 
 def test_the_command_prints_the_curve(warehouse: Path, deep: Path, tmp_path: Path) -> None:
-    options = ("--keep", "0.4", "--repair", "none", "--protect", "first=1,last=1", "-w", warehouse)
+    options = ("--keep", "0.4", "--repair", "none", "--first", 1, "--last", 1, "-w", warehouse)
     told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
     assert told.exit_code == 0, told.stderr
     assert "layers dropped" in told.stdout and "█" in told.stdout and "repaired" not in told.stdout
@@ -404,7 +404,7 @@ def test_what_cannot_be_shrunk_is_refused_before_anything_is_scored(
 def test_paired_text_has_no_parts(deep: Path, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(f"{json.dumps(line)}\n" for line in QUESTIONS * 5), encoding="utf-8")
-    for corpora in (("--corpus", f"truthfulqa:{file}"), ("--corpus", TEXT, "--repair-corpus", f"truthfulqa:{file}")):
+    for corpora in (("--corpus", f"truthfulqa:{file}"), ("--corpus", TEXT, "--repair-corpora", f"truthfulqa:{file}")):
         done = avss("shrink", deep, *corpora, "-o", tmp_path / "out", *OPTIONS)
         assert done.exit_code == 2 and "is paired text" in done.stderr and "scoring" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -93,7 +93,7 @@ def test_a_raylet_that_dies_while_devices_are_counted_ends_a_command(tiny_llama:
 
 DEAF = """
 import sys, time
-from avss_dist.cli.base import interrupt_again
+from avss_dist.cli.program import interrupt_again
 
 class Deaf:
     def __del__(self):

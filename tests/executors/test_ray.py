@@ -31,7 +31,7 @@ from support.tables import assert_same_tables, measured_files
 import avss_dist
 from avss_dist.core.errors import RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
-from avss_dist.core.settings import Execution, Settings, split_options
+from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.interface import Executor
 from avss_dist.executors.local import LocalExecutor, open_executor
 from avss_dist.executors.ray import cluster, gang, queue
@@ -147,7 +147,7 @@ def test_a_stopped_driver_is_resumed(shared_ray: Cluster, tiny_llama: Path, undi
 @pytest.mark.usefixtures("shared_ray")
 def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """A partial goes to the warehouse from where it is measured; the driver hears a receipt of it."""
-    settings, execution = split_options({**TWENTY_SHARDS, "executor": "ray", "replicas": 1})
+    settings, execution = Settings(**TWENTY_SHARDS), Execution(executor="ray", replicas=1)
     with closing(open_executor(execution, settings)) as executor:
         store = Store(tmp_path)
         store.create()

@@ -104,7 +104,7 @@ def test_an_index_is_read_or_refused(data: Any, checkpoints: Path, tmp_path: Pat
 FAMILIES = ("llama", "gpt2", "mixtral", "gemma3_text")
 COMMANDS = [
     ["run", "job.yaml", "--dry-run", "--max-memory", "cpu=1KB"],  # no layer fits, so nothing is benchmarked
-    ["ablate", "model", "--corpus", "text.txt", "--warehouse", "w", "--shapley", "1000000"],  # which wants --yes
+    ["ablate", "model", "--corpus", "text.txt", "--warehouse", "w", "--shapley", "1000000"],  # which wants --allow-many
     ["prune", "model", "plan.yaml", "-o", "pruned"],
 ]
 
@@ -174,7 +174,7 @@ def test_a_whole_plan_is_evaluated(file: str, place: Path, tmp_path: Path, monke
 
 def evaluated(plan: Path) -> list[object]:
     small = ("--sequence-length", "32", "--max-sequences", "4", "--executor", "local")
-    return ["evaluate", plan, "--task", "perplexity:text.txt", "-w", plan.parent / "w", *small]
+    return ["evaluate", plan, "--tasks", "perplexity:text.txt", "-w", plan.parent / "w", *small]
 
 
 @fuzzed(20)

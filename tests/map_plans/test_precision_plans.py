@@ -13,8 +13,8 @@ from support.command_line import as_words, avss
 from transformers import AutoModelForCausalLM
 
 import avss_dist
-from avss_dist.cli.quantize import FORMATS as OFFERED
 from avss_dist.core.errors import AvssError, QueryError
+from avss_dist.core.registry import PRECISION_FILES
 from avss_dist.map_plans.exports import EXPORTS
 from avss_dist.map_plans.plans import PrecisionPlan
 from avss_dist.models.number_formats import FORMATS
@@ -179,7 +179,7 @@ def test_a_plan_that_is_wrong_is_refused(
     text = (tmp_path / "bits.yaml").read_text()
     assert change[0] in text
     (tmp_path / "bits.yaml").write_text(text.replace(*change))
-    done = avss("evaluate", tmp_path / "bits.yaml", "--task", "perplexity:builtin:pydoc", "-w", predicted)
+    done = avss("evaluate", tmp_path / "bits.yaml", "--tasks", "perplexity:builtin:pydoc", "-w", predicted)
     assert done.exit_code == 2 and message in " ".join(done.stderr.split())
 
 
@@ -250,4 +250,4 @@ def test_what_a_program_lacks_is_refused(
 
 
 def test_every_export_is_an_option() -> None:
-    assert ("plan", *EXPORTS) == OFFERED
+    assert ("plan", *EXPORTS) == PRECISION_FILES

@@ -148,14 +148,14 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
         ({"projections": [one | {"map": "mlp.up"}]}, f"{broken}: map 1 of the key 'projections', 'mlp.up' of layer 0,"),
     ):
         broken.write_text(yaml.safe_dump(made | changes))
-        result = avss("evaluate", broken, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
+        result = avss("evaluate", broken, "--tasks", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
         assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.stderr
         assert not list((tmp_path / "w").rglob("*.parquet"))
     broken.write_text(f"{out.read_text()}rule: last-half\n")
     with pytest.raises(PlanError, match=r"yaml:\d+: the key 'rule' is repeated; the first is in line \d\."):
         read_checked_plan(SparsityPlan, broken)
     other = save_checkpoint(llama(seed=3), tmp_path / "other")
-    result = avss("evaluate", other, "--sparse", out, "--task", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
+    result = avss("evaluate", other, "--sparse", out, "--tasks", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
     assert "is another model" in result.stderr
 
 
@@ -163,7 +163,7 @@ def test_a_run_that_did_not_measure_the_inputs_says_which_command_does(tiny_llam
     score(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", **SMALL)
     result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
     assert result.exit_code != 0
-    assert f"avss score {tiny_llama} --corpus {TEXT} --site inputs -w" in " ".join(result.stderr.split())
+    assert f"avss score {tiny_llama} --corpus {TEXT} --sites inputs -w" in " ".join(result.stderr.split())
 
 
 def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: Any, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_series_of_folders_drifts_in_the_order_of_its_steps(tiny_llama: Path, 
         shutil.copytree(tiny_llama, folder)
         tensors = load_file(folder / "model.safetensors")
         save_file({name: tensor * (1 + seed) for name, tensor in tensors.items()}, folder / "model.safetensors", FORMAT)
-    options = ("--max-sequences", 4, "--sequence-length", 16, "--site", "block", "--executor", "local")
+    options = ("--max-sequences", 4, "--sequence-length", 16, "--sites", "block", "--executor", "local")
     done = avss("score", *folders, "--corpus", "builtin:pydoc", "-w", tmp_path / "w", *options)
     assert done.exit_code == 0, done.stderr
     rows = Warehouse(tmp_path / "w").sql("@drift").to_pylist()

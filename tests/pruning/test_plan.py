@@ -305,9 +305,9 @@ def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path
     result = avss(*options, "--count", 2)
     assert result.exit_code == 0, result.stderr
     assert read_plan(tmp_path / "plan.yaml").drop == (4, 5)
-    result = avss(*options, "--count", 2, "--protect", "first=1,last=3")
+    result = avss(*options, "--count", 2, "--first", 1, "--last", 3)
     assert read_plan(tmp_path / "plan.yaml").drop == (1, 2)
-    result = avss(*options, "--count", 7, "--protect", "first=1,last=1")
+    result = avss(*options, "--count", 7, "--first", 1, "--last", 1)
     assert (result.exit_code, "6 of 8 are not protected" in result.stderr) == (2, True)
 
 
@@ -356,9 +356,8 @@ def test_a_reading_that_was_not_scored_is_refused_with_what_was(scored: Warehous
 def test_of_several_runs_the_newest_is_named(scored: Warehouse, tmp_path: Path) -> None:
     result = avss("plan", "-w", scored.root, "--by", "random", "-o", tmp_path / "plan.yaml")
     assert "This is the newest of 2 runs" in result.stdout
-    protect = ("--protect", f"first={10**20}")
-    result = avss("plan", "-w", scored.root, "--by", "random", *protect, "-o", tmp_path / "plan.yaml")
-    assert result.exit_code == 2 and "expected a number of layers" in result.stderr
+    result = avss("plan", "-w", scored.root, "--by", "random", "--first", "some", "-o", tmp_path / "plan.yaml")
+    assert result.exit_code == 2 and "--first must be a whole number" in result.stderr
 
 
 # What a plan saves, and how many layers a budget takes

@@ -279,14 +279,14 @@ def test_from_scores_to_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_sequences": 8, "sequence_length": 32, "sequences_per_shard": 4}
     run = avss_dist.score(tiny_llama, corpus="builtin:pydoc", warehouse=out, executor="local", **options)
     plan, less = tmp_path / "plan.yaml", tmp_path / "less"
-    done = avss("plan", "-w", out, "--by", "block_influence", "--count", 1, "--protect", "last=1", "-o", plan)
+    done = avss("plan", "-w", out, "--by", "block_influence", "--count", 1, "--last", "1", "-o", plan)
     assert done.exit_code == 0, done.stderr
     made = read_plan(plan)
     rows = Warehouse(out).scores(site="block", recipe="pooled", threshold=1e-5).to_pylist()
     lowest = min(rows[:2], key=lambda row: row["block_influence"])
     assert made.drop == (lowest["layer"],) and made.run_id == run.run_id and made.why["by"] == "block_influence"
     size = ["--max-sequences", 2, "--sequence-length", 32, "--executor", "local", "--allow-overlap"]
-    done = avss("evaluate", plan, "--task", "perplexity:builtin:pydoc", "-w", out, *size)
+    done = avss("evaluate", plan, "--tasks", "perplexity:builtin:pydoc", "-w", out, *size)
     assert done.exit_code == 0, done.stderr
     done = avss("prune", tiny_llama, plan, "-o", less, "-w", out)
     assert done.exit_code == 0 and "2 of 3 layers" in done.stdout and "(largest difference 0)" in done.stdout

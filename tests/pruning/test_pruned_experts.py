@@ -231,7 +231,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> 
             gate.e_score_correction_bias += torch.tensor([0, 0, 0.2, 0, 0, -100, 0, 0])
             layer.mlp.experts.down_proj[2] *= 1e-6
     folder = save_checkpoint(model, root / "model")
-    done = avss("score", folder, "--corpus", "builtin:pydoc", "-w", root / "w", "--experts", "--site", "block", *SMALL)
+    done = avss("score", folder, "--corpus", "builtin:pydoc", "-w", root / "w", "--experts", "--sites", "block", *SMALL)
     assert done.exit_code == 0, done.stderr
     return folder, root / "w"
 
@@ -261,7 +261,7 @@ def test_useless_experts_are_found_and_taken_out(planted: tuple[Path, Path], tmp
     idle = planned(warehouse, tmp_path / "idle.yaml", "reap", 0.125)
     assert idle.experts == {1: (5,), 2: (5,)}
     files = [tmp_path / f"{name}.yaml" for name in ("idle", "reap", "random")]
-    task = ("--task", "perplexity:builtin:pydoc", "--skip-sequences", 4, "-w", warehouse)
+    task = ("--tasks", "perplexity:builtin:pydoc", "--skip-sequences", 4, "-w", warehouse)
     shown = avss("evaluate", *files, *task, "--format", "json", *SMALL)
     assert shown.exit_code == 0, shown.stderr
     rows = {row["subject"]: row for row in map(json.loads, shown.stdout.splitlines()) if row["metric"] == "perplexity"}
@@ -299,7 +299,7 @@ def test_useless_experts_are_found_and_taken_out(planted: tuple[Path, Path], tmp
         (("--experts", 0.25), "--experts needs a score to choose by"),
         (("--by", "reap"), "--by reap is a score of routed experts"),
         (("--experts", 0.25, "--by", "reap", "--share", 0.5), "--share has no effect on routed experts"),
-        (("--experts", 0.25, "--by", "reap", "--protect", "last=1"), "has no effect on routed experts"),
+        (("--experts", 0.25, "--by", "reap", "--last", "1"), "has no effect on routed experts"),
         (("--experts", 1.5, "--by", "reap"), "--experts"),
     ],
 )
@@ -315,6 +315,6 @@ def test_a_model_without_experts(tiny_llama: Path, tmp_path: Path) -> None:
     refused = avss("plan", "-w", warehouse, "--experts", 0.25, "--by", "reap", "-o", tmp_path / "plan.yaml")
     assert refused.exit_code == 2 and "has no statistics of routed experts" in refused.stderr
     Plan(model=str(tiny_llama), num_layers=3, layers="layers", drop=(Expert(1, 0),)).write(tmp_path / "hand.yaml")
-    task = ("--task", "perplexity:builtin:pydoc", "-w", warehouse, "--allow-overlap")
+    task = ("--tasks", "perplexity:builtin:pydoc", "-w", warehouse, "--allow-overlap")
     evaluated = avss("evaluate", tmp_path / "hand.yaml", *task, *SMALL)
     assert evaluated.exit_code != 0 and "has no routed experts" in evaluated.stderr

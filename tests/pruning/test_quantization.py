@@ -185,7 +185,7 @@ def change_quantization(folder: Path, **changed: Any) -> None:
 def test_what_no_device_here_computes_with_is_unpacked_only_on_request(fp8: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight " * 20)
-    options = ("--corpus", text, "--sequence-length", "8", "--site", "block", "--executor", "local")
+    options = ("--corpus", text, "--sequence-length", "8", "--sites", "block", "--executor", "local")
     refused = avss("score", fp8, *options, "-w", tmp_path / "w")
     assert refused.exit_code == 2
     assert "is quantized (fp8), and no device here computes with that" in refused.stderr

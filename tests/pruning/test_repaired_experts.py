@@ -171,7 +171,7 @@ def test_a_repair_on_workers_is_stored_and_says_what_it_is_for(tmp_path: Path, s
     read = [
         v for name, value in (READ | {"max_sequences": rows}).items() for v in (f"--{name.replace('_', '-')}", value)
     ]
-    repair = ("--repair", "refit", "--repair-corpus", TEXT, *read)
+    repair = ("--repair", "refit", "--repair-corpora", TEXT, *read)
     done = avss("prune", folder, file, "-o", tmp_path / "less", "-w", warehouse, "--executor", "local", *repair)
     assert done.exit_code == 0, done.stderr
     assert "without experts 1 of layer 0: error" in " ".join(done.stdout.split())
@@ -181,7 +181,7 @@ def test_a_repair_on_workers_is_stored_and_says_what_it_is_for(tmp_path: Path, s
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("less", "here")]
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)
-    task = ("--task", f"perplexity:{TEXT}", "-w", warehouse)
+    task = ("--tasks", f"perplexity:{TEXT}", "-w", warehouse)
     refused = avss("evaluate", tmp_path / "less", "--base", folder, *task, *SMALL)
     assert refused.exit_code == 2 and "is text that the repair of" in refused.stderr
 

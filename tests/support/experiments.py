@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.evaluation.experiment import run_experiment
-from avss_dist.requests import JobRequest
+from avss_dist.requests import RunJobRequest
 from avss_dist.runs.job_file import read_job
 from avss_dist.runs.run import Run
 from support.checkpoints import one_thread
@@ -17,7 +17,7 @@ from support.checkpoints import one_thread
 def experiment_of(path: Path, **execution: Any) -> tuple[list[Run], list[dict[str, Any]]]:
     """Run the experiment of a job file, and return its runs and its rows."""
     job = read_job(path)
-    return run_experiment(job, JobRequest(job, **execution))
+    return run_experiment(job, RunJobRequest(job, **execution))
 
 
 def run_job_in(folder: Path, job: str, model: Path) -> tuple[Path, list[dict[str, Any]]]:

@@ -289,7 +289,7 @@ def test_the_command_says_nothing_but_results_and_needs_no_network(folder: Path,
     )
     done = subprocess.run(
         [
-            *(sys.executable, "-c", script, "evaluate", str(folder), "--task", str(task), "--format", "csv", "-q"),
+            *(sys.executable, "-c", script, "evaluate", str(folder), "--tasks", str(task), "--format", "csv", "-q"),
             *("--warehouse", str(tmp_path / "w"), "--executor", "local", "--sequence-length", "64"),
         ],
         env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")},
@@ -484,9 +484,9 @@ def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> N
     assert found.tolist() == right
     out = tmp_path / "w"
     options = ["--chat-template", "--sequence-length", 64, "--executor", "local", "-w", out]
-    done = avss("evaluate", chatty, "--task", task, *options)
+    done = avss("evaluate", chatty, "--tasks", task, *options)
     assert done.exit_code == 0, done.stderr
     (settings,) = {row["settings"] for row in Warehouse(out).table("evaluations").to_pylist()}
     assert json.loads(settings)["harness_chat_template"] == template
-    plain = avss("evaluate", folder, "--task", task, *options)
+    plain = avss("evaluate", folder, "--tasks", task, *options)
     assert plain.exit_code == 2 and "has no chat template of its own" in plain.stderr, plain.stderr

@@ -193,7 +193,7 @@ def test_every_column_may_be_null_where_it_is_not_required(tmp_path: Path) -> No
     commands: list[list[object]] = [
         ["show"],
         ["show", "-o", tmp_path / "x.svg"],
-        ["findings", "--all"],
+        ["findings", "--every"],
         ["compare", "--by", "recipe"],
         ["show", "--threshold", "0.2"],
         ["show", "--format", "csv"],

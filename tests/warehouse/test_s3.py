@@ -144,7 +144,7 @@ def test_keys_of_a_corpus_reach_no_table_and_no_screen(
     experiment = {"tasks": [f"perplexity:{unseen}"], "random": 1, "max_sequences": 8}
     request = {"warehouse": str(out), "models": [str(tiny_llama)], "corpora": [seen], "settings": small}
     (job := tmp_path / "job.yaml").write_text(json.dumps({**request, "experiment": experiment}))
-    plan, task = tmp_path / "plan.yaml", ["--task", f"perplexity:{unseen}"]
+    plan, task = tmp_path / "plan.yaml", ["--tasks", f"perplexity:{unseen}"]
     commands: list[list[object]] = [
         ["run", job],
         ["evaluate", tiny_llama, *task, "--warehouse", out, *options],

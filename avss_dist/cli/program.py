@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib import import_module
 from typing import Annotated, Any, TypeVar
 
@@ -18,10 +20,12 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
-from avss_dist.cli.commands import COMMANDS, READ, REMOVED, epilog
+from avss_dist.cli.commands import COMMANDS, ELSEWHERE, JOBS, READ, REMOVED, epilog
+from avss_dist.cli.options import CommandWithSections, parameters
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, is_full, nearest, spell_fields, unwritable
 from avss_dist.core.extras import EXTRAS, install_hint
 from avss_dist.core.text import printable
+from avss_dist.core.validation import from_texts
 from avss_dist.system.process import arm, exit_code, stop_signal
 from avss_dist.system.streams import USUAL, VERBOSE, complain, complete_output, emit, prepare, say, set_verbosity
 
@@ -34,7 +38,31 @@ _at_end: ContextVar[list[Callable[[], None]] | None] = ContextVar("_at_end", def
 
 
 class Group(TyperGroup):
-    """Group of commands. Errors spell fields as options of the running command, and suggest the nearest name."""
+    """Group of commands, which are imported when they are used. The help lists summaries and imports nothing.
+
+    Errors spell fields as options of the running command, and suggest the nearest name.
+    """
+
+    prefix = ""  # words before the names of its commands
+    lists = False  # whether the help is written
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name, listed in COMMANDS.items():
+            words, _, last = name.rpartition(" ")
+            if words == self.prefix:
+                self.commands[last] = TyperCommand(last, help=listed.summary, rich_help_panel=listed.panel)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        name = f"{self.prefix} {cmd_name}".strip()
+        return super().get_command(ctx, cmd_name) if self.lists or name not in COMMANDS else load_command(name)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.lists = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.lists = False
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
@@ -46,32 +74,19 @@ class Group(TyperGroup):
         return name, command, arguments
 
 
-class Commands(Group):
-    """All commands. The number that a command returns is its exit code. An error is printed, and has its own exit code.
+class Jobs(Group):
+    """Commands about jobs on a cluster."""
 
-    A command is imported when it is used. The help lists summaries and imports nothing.
-    """
+    prefix = "jobs"
+
+
+class Commands(Group):
+    """All commands. The number that a command returns is its exit code. An error is printed, and has its own."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        for name, listed in COMMANDS.items():
-            self.commands[name] = TyperCommand(name, help=listed.summary, rich_help_panel=listed.panel)
-        self._lists = False
-        self._loaded: dict[str, Any] = {}
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if self._lists or cmd_name not in COMMANDS:
-            return super().get_command(ctx, cmd_name)
-        if cmd_name not in self._loaded:
-            self._loaded[cmd_name] = load_command(cmd_name)
-        return self._loaded[cmd_name]
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        self._lists = True
-        try:
-            super().format_help(ctx, formatter)
-        finally:
-            self._lists = False
+        jobs = Jobs(name=Jobs.prefix, help=JOBS, rich_help_panel=ELSEWHERE, no_args_is_help=True, context_settings=HELP)
+        self.commands[Jobs.prefix] = jobs
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _printable_mistakes():
@@ -131,12 +146,13 @@ def _printable_mistakes() -> Iterator[None]:
         yield
     except _UsageError as error:
         error.message = printable(error.message)
-        known = _spelling.get() or {}
-        if "unexpected extra argument" in error.message and "warehouse" in known:
+        options = _spelling.get() or {}
+        if "unexpected extra argument" in error.message and "warehouse" in options:
             error.message += ". The warehouse is an option: -w."
         command = getattr(error.ctx, "command_path", "").partition(" ")[2]
         option = getattr(error, "option_name", "")
-        if instead := REMOVED.get(f"{command} {option}") or ("format" in known and REMOVED.get(option)):
+        instead = REMOVED.get(f"{command} {option}") or REMOVED.get(option, "")
+        if instead and (f"{command} {option}" in REMOVED or any(name in instead for name in options.values())):
             error.message += f". It was removed: {instead}"
             error.possibilities = []
         raise
@@ -149,11 +165,9 @@ def at_end(work: Callable[[], None]) -> None:
 
 
 def spelling(command: Any) -> Mapping[str, str]:
-    """Return the options of the fields that a command sets: ``{"thresholds": "--threshold", "ranks": "--ranks", ...}``.
-
-    A command's parameters have the names of the fields. Their options may have other names.
-    """
-    return {p.name: max(p.opts, key=len) for p in getattr(command, "params", ())}
+    """Return the options of the fields that a command sets, and the placeholders of its arguments."""
+    parameters = getattr(command, "params", ())
+    return {p.name: p.metavar if p.param_type_name == "argument" else max(p.opts, key=len) for p in parameters}
 
 
 def spelled(text: str) -> str:
@@ -161,7 +175,7 @@ def spelled(text: str) -> str:
     return spell_fields(text, _spelling.get() or {})
 
 
-HELP = {"help_option_names": ["-h", "--help"]}
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 app = typer.Typer(
     cls=Commands,
     help="Which layers of a language model matter: activation variance and sparsity (AVSS) by layer, kept as Parquet.",
@@ -171,17 +185,28 @@ app = typer.Typer(
 )
 
 
+@cache
 def load_command(name: str) -> Any:
-    """Import a command, and return it with its options."""
-    from avss_dist.cli.options import takes_output
+    """Return a command with its options. What it does is imported after its values were checked."""
+    listed = COMMANDS[name]
+    module, _, cls = listed.request.partition(":")
+    request = getattr(import_module(f"avss_dist.{module}"), cls)
 
-    module = import_module(f"avss_dist.cli.{COMMANDS[name].module}")
-    function = getattr(module, name)
-    if isinstance(function, typer.Typer):
-        return typer.main.get_command(function)
-    single = typer.Typer(add_completion=False)
-    single.command(name, epilog=epilog(name))(takes_output(function))
-    return typer.main.get_command(single)
+    def run(**values: Any) -> Any:
+        printed = {"format": values.pop("format")} if listed.formats else {}
+        given = {field: value for field, value in values.items() if value not in (None, []) and field[0] != "_"}
+        made = from_texts(request, given)
+        return getattr(import_module(f"avss_dist.cli.{listed.module}"), name.replace(" ", "_"))(made, **printed)
+
+    options = parameters(request, listed.formats)
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    run.__doc__ = "\n\n".join(filter(None, (listed.summary, listed.more)))
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name, cls=CommandWithSections, epilog=epilog(name), context_settings=HELP)(run)
+    command: Any = typer.main.get_command(single)
+    command.request = request
+    return command
 
 
 def interrupt_again(unraisable: Any) -> None:

@@ -1,0 +1,128 @@
+"""`avss plan`, `sparsify`, `quantize`, `prune` and `distill`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from avss_dist.analysis.plans import plannable_run
+from avss_dist.api.change import Pruned, choose_layers, describe_remaining, write_pruned
+from avss_dist.cli.choose import choose_run, newest_of, open_warehouse
+from avss_dist.core.registry import GREEDY
+from avss_dist.core.text import describe_bytes
+from avss_dist.distillation.distill import distill as train
+from avss_dist.evaluation.sparsify import sparsify as choose_thresholds
+from avss_dist.map_plans.exports import EXPORTS
+from avss_dist.map_plans.quantize import plan_precision
+from avss_dist.pruning.ground_truth import describe_headless, repeated_options
+from avss_dist.pruning.plan import describe_savings, local_run_size, read_plan
+from avss_dist.report.terminal.evaluation import search_table
+from avss_dist.report.terminal.previews import thresholds_table
+from avss_dist.report.terminal.progress import CellProgress, StepProgress
+from avss_dist.report.terminal.shrink import distilled_lines, distilled_table, distilled_values
+from avss_dist.report.terminal.tables import FittedTable
+from avss_dist.requests import DistillRequest, PlanRequest, PrecisionRequest, PruneRequest, SparsifyRequest
+from avss_dist.system.streams import console, emit, emit_json, say
+from avss_dist.warehouse.checks import has_head
+from avss_dist.warehouse.reader import Warehouse
+
+
+def plan(request: PlanRequest) -> None:
+    """Choose the layers or experts to drop, and write the plan."""
+    opened, named = open_warehouse(str(request.warehouse)), request.run is not None or request.by == GREEDY
+    passed: list[str] = []
+    if named:
+        row = choose_run(opened, request.run, measured=request.by != GREEDY)
+    else:
+        row, passed = plannable_run(opened, request.by, experts=request.experts is not None)
+    hints = newest_of(opened, request.run)
+    if passed:
+        number = opened.runs().num_rows
+        hints = [f"This is the newest of {number} runs that can be planned for; --run names another.", *passed]
+    with CellProgress() as progress:
+        chosen, result = choose_layers(opened, row, replace(request, on_event=progress))
+    if result:
+        console().print(search_table(result))
+    size = local_run_size(row) if chosen.dropped_layers else None
+    hints = [*([describe_savings(chosen, size)] if size else []), *hints]
+    if request.by is None:
+        hints.append(f"No --by was given: {chosen.why['by']} is measured in {opened.root}.")
+    _emit_plan(request.output, [*chosen.describe(), *hints])
+    if not chosen.evaluated:
+        _hint_evaluation(opened, row, request.output)
+
+
+def sparsify(request: SparsifyRequest) -> None:
+    """Choose the activations that become zero, and write the plan."""
+    opened = open_warehouse(str(request.warehouse))
+    row = choose_run(opened, request.run)
+    with CellProgress() as progress:
+        chosen = choose_thresholds(replace(request, on_event=progress), row)
+    console().print(FittedTable(thresholds_table(chosen)))
+    _emit_plan(request.output, [*chosen.describe(), *newest_of(opened, request.run)])
+    _hint_evaluation(opened, row, request.output)
+
+
+def quantize(request: PrecisionRequest) -> None:
+    """Choose the number format of each linear map, and write the plan, or the file of another program."""
+    opened = open_warehouse(str(request.warehouse))
+    row = choose_run(opened, request.run, measured=True)
+    chosen = plan_precision(request, opened, row)
+    _emit_plan(request.output, [*chosen.describe(), *newest_of(opened, request.run)])
+    if request.format not in EXPORTS:
+        _hint_evaluation(opened, row, request.output)
+
+
+def _emit_plan(output: str | Path | None, lines: list[str]) -> None:
+    emit("\n  ".join([f"{'Not written, as no --output was given' if output is None else output}:", *lines]))
+
+
+def _hint_evaluation(opened: Warehouse, row: Mapping[str, Any], output: str | Path | None) -> None:
+    """Print the command that evaluates a plan for a run, or why there is none."""
+    if not has_head(row):
+        say(f"  {describe_headless(row)}")
+    elif output is not None:
+        words = ["avss", "evaluate", str(output), "--tasks", "perplexity:CORPUS", "-w", opened.root]
+        say(f"  Evaluate it: {' '.join([*words, *repeated_options(row)])}")
+
+
+def prune(request: PruneRequest, format: str) -> None:
+    """Write a checkpoint without the layers or experts of a plan."""
+    plan = read_plan(request.plan)
+    if format == "text":
+        emit("\n  ".join([f"{request.plan}:", *plan.describe()]))
+    with CellProgress() if request.warehouse else nullcontext() as progress:
+        done = write_pruned(replace(request, plan=plan, on_event=progress))
+    if format == "json":
+        emit_json(done.table().to_pylist()[0])
+    else:
+        _print_pruned(done)
+
+
+def _print_pruned(done: Pruned) -> None:
+    emit(f"{done.folder}: {describe_remaining(done.plan)}, {describe_bytes(done.bytes)} of weights.")
+    for line in done.repair.describe() if done.repair else ():
+        emit(line)
+    if done.difference is None:
+        emit("Layers have the shapes and settings that they had.")
+    else:
+        masked = "the experts masked" if done.plan.experts else "the layers skipped"
+        repaired = " and the repaired weights" if done.repair else ""
+        emit(f"Outputs are those of the original with {masked}{repaired} (largest difference {done.difference:g}).")
+    for note in done.notes:
+        emit(note)
+
+
+def distill(request: DistillRequest, format: str) -> None:
+    """Train a smaller model on the predictions of the whole one."""
+    with StepProgress() as progress:
+        done = train(replace(request, on_event=progress))
+    if format == "json":
+        emit_json(distilled_values(done))
+        return
+    console().print(FittedTable(distilled_table(done)))
+    for line in distilled_lines(done):
+        emit(line)

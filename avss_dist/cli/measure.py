@@ -1,0 +1,156 @@
+"""`avss score`, `ablate`, `evaluate`, `shrink`, `run` and `estimate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import pyarrow as pa
+
+from avss_dist.cli.program import spelled
+from avss_dist.core.settings import SITES
+from avss_dist.core.text import count_of
+from avss_dist.estimation.estimate import estimate as estimate_memory
+from avss_dist.estimation.preview import preview_job
+from avss_dist.evaluation.ablate import ablate as measure_ablation
+from avss_dist.evaluation.evaluate import evaluate as measure_tasks
+from avss_dist.evaluation.experiment import describe_size, run_experiment
+from avss_dist.evaluation.shrink import shrink as write_smaller
+from avss_dist.report.experiments import experiment_sections
+from avss_dist.report.output import write_table
+from avss_dist.report.terminal.evaluation import ablation_table, evaluation_table, sensitivity_tables
+from avss_dist.report.terminal.previews import estimate_table, plan_table
+from avss_dist.report.terminal.progress import CellProgress, StepProgress, run_progress
+from avss_dist.report.terminal.shrink import shrunk_lines, shrunk_tables, shrunk_values
+from avss_dist.report.terminal.tables import rendered
+from avss_dist.requests import (
+    AblateRequest,
+    EstimateRequest,
+    EvaluateRequest,
+    RunCommandRequest,
+    ScoreAllRequest,
+    ShrinkRequest,
+)
+from avss_dist.runs.api import Run, run_job, score_models
+from avss_dist.runs.events import both
+from avss_dist.runs.job_file import JobFile, job_schema, read_job
+from avss_dist.system.streams import complain, console, emit, emit_json, say
+
+
+def score(request: ScoreAllRequest, format: str) -> int:
+    """Score models, and print a line for each. A single model that fails ends the command with its error."""
+    with run_progress(len(request.models), ends=False) as progress:
+        runs = score_models(replace(request, on_event=progress), request.models, alone=len(request.models) == 1)
+    for run in runs:
+        if format == "json":
+            emit_json(asdict(run))
+        else:
+            emit(_outcome(run))
+    done = [run for run in runs if run.status != "failed"]
+    if done and format != "json":
+        site = "" if SITES[0] in request.sites else f" --site {request.sites[0]}"
+        say(f"Look at it: avss show -w {done[-1].warehouse} --run {done[-1].run_id}{site}")
+        if len(done) > 1:
+            say(f"Compare them: avss compare -w {done[-1].warehouse}{site}")
+    return 0 if len(done) == len(runs) else 1
+
+
+def _outcome(run: Run) -> str:
+    if run.status == "failed":
+        return f"{run.run_id}: failed. {spelled(str(run.error))}"
+    if run.status == "skipped":
+        return f"{run.run_id}: done before, nothing to do (--fresh measures again)."
+    resumed = f", {run.resumed_shards} of {run.num_shards} shards from before" if run.resumed_shards else ""
+    return f"{run.run_id}: {run.num_tokens:,} tokens in {run.seconds:.1f} s{resumed}."
+
+
+def ablate(request: AblateRequest, format: str) -> None:
+    """Measure what layers do to the loss, and print it."""
+    with CellProgress() as progress:
+        ablation = measure_ablation(replace(request, on_event=progress))
+    rounded = ablation.sensitivity
+    if format != "table":
+        write_table((rounded or ablation).table(), format, console())
+        return
+    for table in [*([ablation_table(ablation)] if ablation.layers else []), *sensitivity_tables(rounded)]:
+        console().print(table)
+
+
+def evaluate(request: EvaluateRequest, format: str) -> None:
+    """Evaluate models and plans, and print the results."""
+    with CellProgress() as progress:
+        evaluations = measure_tasks(replace(request, on_event=progress))
+    if format == "table":
+        console().print(evaluation_table(evaluations))
+    else:
+        write_table(evaluations.table(), format, console())
+
+
+def shrink(request: ShrinkRequest, format: str) -> None:
+    """Write a smaller checkpoint, and print how it compares."""
+    with StepProgress() as progress:
+        done = write_smaller(replace(request, on_event=progress))
+    if format == "json":
+        emit_json(shrunk_values(done))
+        return
+    console().print(shrunk_tables(done))
+    for line in shrunk_lines(done):
+        emit(line)
+
+
+def estimate(request: EstimateRequest, format: str) -> None:
+    """Print the memory of a run with every partition."""
+    result = estimate_memory(request)
+    if format == "json":
+        emit_json(result.as_dict(), indent=2)
+    else:
+        console().print(estimate_table(result))
+
+
+def run(request: RunCommandRequest, format: str) -> int:
+    """Run a job file, or print what that would do."""
+    if request.schema:
+        emit_json(job_schema(), indent=2)
+        return 0
+    job = read_job(request.job)
+    if request.dry_run:
+        return _preview(job, format, request.replaced)
+    job.refuse_unused(allow_overlap=request.allow_overlap, allow_many=request.allow_many)
+    with run_progress(len(job.specs)) as progress:
+        if job.experiment:
+            runs, rows = run_experiment(job, replace(request, on_event=both(progress, CellProgress())))
+        else:
+            runs, rows = run_job(job, progress, **request.replaced), []
+    failed = [run for run in runs if run.status == "failed"]
+    tell = complain if job.experiment else emit
+    if format != "table":
+        _write_rows(rows or [asdict(run) for run in runs], format)
+    elif job.experiment:
+        console().print(rendered(*experiment_sections(rows)))
+    for run in failed if job.experiment or format == "table" else ():
+        tell(f"{run.run_id}: failed. {spelled(str(run.error))}")
+    if format == "table" and not job.experiment:
+        emit(_summary(runs))
+    return 1 if failed else 0
+
+
+def _preview(job: JobFile, format: str, options: dict[str, Any]) -> int:
+    previews = preview_job(job, lambda event: say(f"Planning {event.name} ..."), **options)
+    if format != "table":
+        _write_rows([asdict(preview) for preview in previews], format)
+    else:
+        console().print(plan_table(previews, job.warehouse))
+        if job.experiment:
+            emit(f"{describe_size(job)}.")
+    return 1 if any(preview.status == "refused" for preview in previews) else 0
+
+
+def _write_rows(rows: list[dict[str, Any]], format: str) -> None:
+    write_table(pa.Table.from_pylist(rows), format, console())
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    count = {status: sum(run.status == status for run in runs) for status in ("done", "skipped", "failed")}
+    counts = ", ".join(f"{number} {status}" for status, number in count.items() if number)
+    return f"{count_of(len(runs), 'run')}: {counts}. Look at the results: avss ls -w {runs[0].warehouse}"
