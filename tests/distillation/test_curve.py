@@ -1,12 +1,14 @@
-"""Rules that end a training, from its history alone."""
+"""Rules that end a training, from its history alone, and a tracker that fails."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from avss_dist.distillation.curve import COMPLETE, DIVERGED, NO_IMPROVEMENT, best, ending, evaluations
+from avss_dist.distillation.trainer import TrackerCallback
 
 
 def history(*losses: float) -> list[dict[str, Any]]:
@@ -48,3 +50,31 @@ def test_an_evaluation_has_the_mean_loss_of_the_steps_before_it() -> None:
     points = evaluations(entries)
     assert [point.train_loss for point in points] == [None, pytest.approx(0.7), 0.5]
     assert points[2].kept == {"a": 0.9}
+
+
+# Trackers
+
+
+class FailingTracker(TrainerCallback):
+    """Tracker that can be opened, and cannot log."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.heard.append("begin")
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.heard.append("end")
+
+
+def test_training_goes_on_without_a_tracker_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = FailingTracker()
+    callback = TrackerCallback(tracker)
+    for event in ("on_train_begin", "on_log", "on_log", "on_train_end"):
+        getattr(callback, event)(None, None, None)
+    assert tracker.heard == ["begin"], "nothing is passed on after a failure"
+    assert capsys.readouterr().err.count("No further reports to the tracker, training goes on: no network") == 1

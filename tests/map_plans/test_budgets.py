@@ -1,17 +1,30 @@
-"""Budgets of sparsity: against linear programs, and by hand at both ends."""
+"""Budgets of sparsity and of bits: against linear programs, every choice that there is, and by hand."""
 
 from __future__ import annotations
+
+from itertools import product
 
 import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from avss_dist.map_plans.budget import MAX_SPARSITY, heavy_tail_ratios, interpolate_path, knapsack, proportional
+from avss_dist.map_plans.budget import (
+    MAX_SPARSITY,
+    heavy_tail_ratios,
+    in_order,
+    interpolate_path,
+    knapsack,
+    least_damage,
+    proportional,
+    same_format,
+    smallest,
+    total,
+)
 
 Float64 = np.ndarray
 
 
-def least_damage(damage: Float64, levels: Float64, sizes: Float64, target: float) -> float:
+def linear_program(damage: Float64, levels: Float64, sizes: Float64, target: float) -> float:
     """The optimum of the continuous problem: each map mixes its levels, 0 among them."""
     grid, rows = np.append(0.0, levels), np.column_stack([np.zeros(len(sizes)), damage])
     weighted = np.kron(sizes, grid)[None]
@@ -38,8 +51,8 @@ def test_the_knapsack_is_the_optimum_of_the_linear_program(target: float) -> Non
         assert found @ sizes / sizes.sum() == pytest.approx(target, rel=1e-12)
         assert (found >= 0).all() and (found <= 0.9 + 1e-12).all()
         grid = np.append(0.0, levels)
-        total = sum(mixed(grid, np.append(0.0, row), min(s, 0.9)) for row, s in zip(damage, found, strict=True))
-        assert total == pytest.approx(least_damage(damage, levels, sizes, target), abs=1e-9)
+        cost = sum(mixed(grid, np.append(0.0, row), min(s, 0.9)) for row, s in zip(damage, found, strict=True))
+        assert cost == pytest.approx(linear_program(damage, levels, sizes, target), abs=1e-9)
 
 
 def test_steps_cost_what_they_do_for_a_weight() -> None:
@@ -89,3 +102,62 @@ def test_the_heaviest_tail_bears_least_and_equal_ones_the_same() -> None:
     assert heavy_tail_ratios(exponents, 0.1).tolist() == pytest.approx([1.0, 0.9, 1.1, 0.95])
     assert heavy_tail_ratios(exponents).tolist() == pytest.approx([1.0, 0.7, 1.3, 0.85])
     assert heavy_tail_ratios(np.full(3, 2.5)).tolist() == [1, 1, 1]
+
+
+# Number formats
+
+
+def random_maps(seed: int, maps: int = 6, formats: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Damage that falls with the bits, of maps of different sizes."""
+    rng = np.random.default_rng(seed)
+    damage = -np.sort(-rng.exponential(size=(maps, formats)), axis=1)
+    bits = np.sort(rng.uniform(2, 9, formats)) * rng.integers(1, 5, maps)[:, None]
+    return damage, bits
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_damage_is_near_the_least_of_all_choices(seed: int) -> None:
+    """Not above the best choice by more than the step that had no room, and below every control."""
+    damage, bits = random_maps(seed)
+    budget = 0.5 * (bits.min(axis=1).sum() + bits.max(axis=1).sum())
+    chosen = least_damage(damage, bits, budget)
+    assert total(bits, chosen) <= budget
+    choices = [np.array(choice) for choice in product(range(3), repeat=len(damage))]
+    best = min(total(damage, choice) for choice in choices if total(bits, choice) <= budget)
+    assert total(damage, chosen) <= best + (damage.max(axis=1) - damage.min(axis=1)).max()
+    assert total(damage, chosen) < total(damage, smallest(damage, bits))
+
+
+def test_a_budget_that_ends_a_step_is_optimal() -> None:
+    damage = np.array([[4.0, 1.0], [9.0, 0.0], [2.0, 1.9]])
+    bits = np.array([[4.0, 8.0], [4.0, 8.0], [4.0, 8.0]])
+    assert least_damage(damage, bits, 12.0).tolist() == [0, 0, 0]
+    assert least_damage(damage, bits, 16.0).tolist() == [0, 1, 0]
+    assert least_damage(damage, bits, 20.0).tolist() == [1, 1, 0]
+    assert least_damage(damage, bits, 24.0).tolist() == [1, 1, 1]
+
+
+def test_bits_that_prevent_no_damage_are_not_spent() -> None:
+    damage = np.array([[1.0, -0.5, 0.5]])
+    bits = np.array([[4.0, 8.0, 16.0]])
+    assert least_damage(damage, bits, 16.0).tolist() == [1]
+
+
+def test_of_equal_sizes_the_least_damage_is_taken() -> None:
+    damage, bits = np.array([[3.0, 1.0, 2.0]]), np.array([[4.5, 4.5, 4.5]])
+    assert smallest(damage, bits).tolist() == [1]
+    assert least_damage(damage, bits, 100.0).tolist() == [1]
+    assert in_order([0], damage, bits, 100.0).tolist() == [1]
+
+
+def test_the_same_format_is_the_largest_within_the_budget() -> None:
+    bits = np.array([[4.0, 5.0, 8.0], [40.0, 50.0, 80.0]])
+    assert same_format(bits, 60.0).tolist() == [1, 1]
+    assert same_format(bits, 44.0).tolist() == [0, 0]
+    assert same_format(bits, 88.0).tolist() == [2, 2]
+
+
+def test_maps_are_raised_in_order_as_far_as_there_is_room() -> None:
+    damage, bits = np.zeros((3, 2)), np.array([[4.0, 8.0], [4.0, 8.0], [1.0, 2.0]])
+    assert in_order([1, 0, 2], damage, bits, 14.0).tolist() == [0, 1, 1]
+    assert in_order([2, 0, 1], damage, bits, 14.0).tolist() == [1, 0, 1]
