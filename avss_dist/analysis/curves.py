@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avss_dist.analysis.compare import CONDITIONS, Profile, condition, differing, profiles, runs_with_conditions
+from avss_dist.analysis.comparison import CONDITIONS, Profile, condition, differing, profiles, runs_with_conditions
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.registry import FROM_ACTIVATIONS
 from avss_dist.core.results import TabularResult
@@ -103,24 +103,6 @@ class Curve:
         order = np.arange(len(self.runs), dtype=np.float64)
         return spearman_rows(self.ranks.T, np.broadcast_to(order, self.ranks.T.shape))
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield a row of `SCHEMA` for each point and layer."""
-        column, lowest = AXES[self.along], self.is_lowest
-        for point, (run, text) in enumerate(zip(self.runs, self.points, strict=True)):
-            for place, (layer, depth) in enumerate(zip(self.layers, self.depth.tolist(), strict=True)):
-                yield {
-                    "along": self.along,
-                    "curve": self.name,
-                    "point": text,
-                    "value": float(run[column]),
-                    "run_id": run["run_id"],
-                    "layer": layer,
-                    "depth": depth,
-                    "score": self.values[point, place],
-                    "rank": self.ranks[point, place],
-                    "is_lowest": bool(lowest[point, place]),
-                }
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RankingCurves(TabularResult):
@@ -136,7 +118,17 @@ class RankingCurves(TabularResult):
 
     def table(self) -> pa.Table:
         """Return a table of `SCHEMA`, with a row for each point and layer of each curve."""
-        return pa.Table.from_pylist([row for curve in self.curves for row in curve.rows()], SCHEMA)
+        rows: list[dict[str, Any]] = []
+        for curve in self.curves:
+            column, lowest = AXES[curve.along], curve.is_lowest
+            for point, (run, text) in enumerate(zip(curve.runs, curve.points, strict=True)):
+                about = {"along": curve.along, "curve": curve.name, "point": text, "run_id": run["run_id"]}
+                about["value"] = float(run[column])
+                for place, (layer, depth) in enumerate(zip(curve.layers, curve.depth.tolist(), strict=True)):
+                    scored = {"score": curve.values[point, place], "rank": curve.ranks[point, place]}
+                    is_lowest = bool(lowest[point, place])
+                    rows.append(about | {"layer": layer, "depth": depth, "is_lowest": is_lowest} | scored)
+        return pa.Table.from_pylist(rows, SCHEMA)
 
     def summary(self) -> str:
         """Return the numbers of curves and of points, in words."""

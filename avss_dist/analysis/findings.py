@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from avss_dist.analysis.experts import experts_by_layer
+from avss_dist.analysis.thresholds import at_reading
 from avss_dist.core.names import ROW_START
 from avss_dist.core.registry import RECIPES
 from avss_dist.core.settings import EVERY_SITE, PUBLISHED_THRESHOLD, SITES
@@ -126,11 +127,8 @@ def findings(
         done &= pc.field("run_id").isin(pa.array(run_ids, pa.string()))
     runs = warehouse.runs().filter(done).select(OF_RUNS).to_pylist()
     names = [run["run_id"] for run in runs]
-    where = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
-    if site is not None:
-        where &= pc.field("site") == site
-    if recipe is not None and rankings_alone:  # what else there is compares recipes
-        where &= pc.field("recipe") == recipe
+    of_recipe = recipe if rankings_alone else None  # what else there is compares recipes
+    where = at_reading(site, of_recipe, threshold.value, threshold.kind)
     at = {"threshold": threshold.value, "threshold_kind": threshold.kind}
     rows: list[Row] = []
     for start in range(0, len(names), RUNS_AT_ONCE):

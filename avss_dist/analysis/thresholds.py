@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import and_
 from typing import Any
 
 import numpy as np
@@ -73,10 +75,13 @@ def scores_at(
     return pa.Table.from_arrays(arrays, schema=SCORES)
 
 
-def at_reading(site: str, recipe: str, threshold: float, kind: str) -> pc.Expression:
-    """Return the condition that a row of ``scores`` is of one reading of AVSS."""
-    is_threshold = (pc.field("threshold") == threshold) & (pc.field("threshold_kind") == kind)
-    return is_threshold & (pc.field("site") == site) & (pc.field("recipe") == recipe)
+def at_reading(
+    site: str | None = None, recipe: str | None = None, threshold: float | None = None, kind: str | None = None
+) -> pc.Expression:
+    """Return the condition that a row of ``scores`` is of a reading of AVSS, where None is any."""
+    place = {"site": site, "recipe": recipe, "threshold": threshold, "threshold_kind": kind}
+    conditions = (pc.field(name) == value for name, value in place.items() if value is not None)
+    return reduce(and_, conditions, pc.scalar(True))
 
 
 def layer_scores(

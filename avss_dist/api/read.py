@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from avss_dist.analysis import compare as comparing
+from avss_dist.analysis import comparison as comparing
 from avss_dist.analysis import curves as following
 from avss_dist.analysis import findings as finding
 from avss_dist.analysis.chosen import choose_runs, one_run

@@ -38,7 +38,7 @@ from avss_dist.system.streams import console, emit, say
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from avss_dist.analysis.compare import RankingComparison
+    from avss_dist.analysis.comparison import RankingComparison
     from avss_dist.warehouse.reader import Warehouse
 
 LISTED = {
@@ -295,7 +295,7 @@ def _follow(request: CompareRequest, format: str) -> None:
 
 def _compare_pairs(request: CompareRequest, format: str) -> None:
     """Print the agreement of pairs of runs, and the findings that speak against it."""
-    from avss_dist.analysis.compare import MAX_PAIRS
+    from avss_dist.analysis.comparison import MAX_PAIRS
     from avss_dist.analysis.findings import findings as find
     from avss_dist.analysis.findings import of_rankings
     from avss_dist.api.read import compare_runs, named_threshold

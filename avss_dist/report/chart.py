@@ -14,7 +14,7 @@ import altair as alt
 import numpy as np
 import vl_convert
 
-from avss_dist.analysis.compare import RankingComparison
+from avss_dist.analysis.comparison import RankingComparison
 from avss_dist.analysis.findings import describe_depth
 from avss_dist.core.errors import AvssError, nearest
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES

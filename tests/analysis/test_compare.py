@@ -28,7 +28,7 @@ from support.warehouses import (
 )
 
 from avss_dist.analysis.agreement import CorrelationSummary, Scores, correlate_pairs, summarize
-from avss_dist.analysis.compare import SCHEMA, RankingComparison, compare
+from avss_dist.analysis.comparison import SCHEMA, RankingComparison, compare
 from avss_dist.analysis.findings import OF_RANKINGS, findings, of_rankings
 from avss_dist.core.errors import QueryError
 from avss_dist.core.settings import PUBLISHED_THRESHOLD
@@ -161,7 +161,7 @@ def test_what_is_not_comparable_is_refused_by_name(tmp_path: Path, columns: dict
 
 def test_of_many_pairs_the_most_and_the_least_alike_are_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = pairs(root, allow_mismatch=True)
-    monkeypatch.setattr("avss_dist.analysis.compare.EXTREMES", 1)
+    monkeypatch.setattr("avss_dist.analysis.comparison.EXTREMES", 1)
     listed = pairs(root, allow_mismatch=True, max_listed=5)
     assert len(every) == 6 and [row["spearman"] for row in listed] == [every[at]["spearman"] for at in (0, -1)]
 

@@ -13,7 +13,7 @@ from support.warehouses import write_scores
 
 from avss_dist.analysis import groups
 from avss_dist.analysis.agreement import RankMatrix, Scores, rank_correlations
-from avss_dist.analysis.compare import RankingComparison, compare, size_label
+from avss_dist.analysis.comparison import RankingComparison, compare, size_label
 from avss_dist.analysis.groups import similarity_map, survey_pairs
 from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.scores import Threshold

@@ -201,7 +201,7 @@ def test_a_run_is_named_by_a_part_that_only_it_has(scored: Path) -> None:
 
 
 def test_names_are_listed_in_help_and_completed() -> None:
-    from avss_dist.analysis.compare import BY
+    from avss_dist.analysis.comparison import BY
 
     assert COMPARED == BY
     for command, option, names in (

@@ -20,7 +20,7 @@ from support.warehouses import write_scores
 
 from avss_dist.analysis.agreement import rank_correlations
 from avss_dist.analysis.chosen import run_labels
-from avss_dist.analysis.compare import compare
+from avss_dist.analysis.comparison import compare
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import score_cards
 from avss_dist.core.text import describe_threshold

@@ -16,7 +16,7 @@ from support.command_line import avss
 from support.tiers import all_of
 from support.warehouses import activations, stats_of, write_measured, write_scores
 
-from avss_dist.analysis.compare import compare
+from avss_dist.analysis.comparison import compare
 from avss_dist.report.output import write_table
 from avss_dist.report.terminal.agreement import comparison_tables
 from avss_dist.report.terminal.progress import Pace, TimeColumn

@@ -13,7 +13,7 @@ from scipy import stats
 from support.command_line import avss
 from support.warehouses import write_profiles, write_scores
 
-from avss_dist.analysis.compare import compare
+from avss_dist.analysis.comparison import compare
 from avss_dist.analysis.findings import findings
 from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.rankings import (

@@ -168,7 +168,7 @@ def _round(value: float, digits: int) -> float | None:
 
 
 def run_agreement(profiles: Mapping[int, Scores]) -> dict[str, Any]:
-    """Return the rank correlations of every pair of runs, as `analysis.compare.compare` computes them, ready for JSON.
+    """Return the rank correlations of every pair of runs as `analysis.comparison.compare` does, ready for JSON.
 
     Args:
         profiles: depth and score of the layers by run position: float64[layers] each, ascending in depth. Runs of

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from avss_dist import __version__
 from avss_dist.analysis.chosen import run_labels
-from avss_dist.analysis.compare import differing, profiles, with_conditions
+from avss_dist.analysis.comparison import differing, profiles, with_conditions
 from avss_dist.analysis.contrast import contrast
 from avss_dist.analysis.curves import AXES, Curve, curves_of
 from avss_dist.analysis.findings import findings

@@ -12,8 +12,8 @@ from rich.padding import Padding
 from rich.text import Text
 
 from avss_dist.analysis.agreement import CorrelationSummary
-from avss_dist.analysis.compare import MAX_PAIRS as MAX_LISTED
-from avss_dist.analysis.compare import RankingComparison
+from avss_dist.analysis.comparison import MAX_PAIRS as MAX_LISTED
+from avss_dist.analysis.comparison import RankingComparison
 from avss_dist.core.text import basename
 from avss_dist.report.section import ReportColumn, ReportTable, decimals, significant
 from avss_dist.report.terminal.tables import FittedTable

@@ -125,8 +125,9 @@ def ablation_table(ablation: Ablation) -> FittedTable:
     return FittedTable(ReportTable(columns=columns, title=title, caption=text, marked=marked))
 
 
-def _with_error(value: float, stderr: float) -> str:
-    return f"{value:z.4f} +/- {stderr:.2g}" if math.isfinite(stderr) else f"{value:z.4f}"
+def _with_error(value: float, stderr: float | None, digits: int = 4) -> str:
+    error = f" +/- {stderr:.2g}" if stderr is not None and math.isfinite(stderr) else ""
+    return f"{value:z.{digits}f}{error}"
 
 
 def search_table(result: SearchResult) -> FittedTable:
@@ -165,7 +166,11 @@ def sensitivity_tables(rounded: Sensitivity | None) -> Iterator[FittedTable]:
         heading = f"{name}, {bits / sum(row['num_weights'] for row in by_layer):.3g} bits: "
         for column in ("increase", "predicted") if by_layer[0]["increase"] is not None else ("predicted",):
             values = [(row[column], row[f"{column}_stderr"]) for row in by_layer]
-            columns.append(ReportColumn(f"{heading}{column}", values, _rounding, priority=priority))
+            columns.append(
+                ReportColumn(
+                    f"{heading}{column}", values, lambda change: _with_error(change[0], change[1], 5), priority=priority
+                )
+            )
             heading = ""
     caption = "Nats per token. Predicted: first and second order from gradients, summed over the linear maps of the "
     caption += "layer."
@@ -177,11 +182,6 @@ def sensitivity_tables(rounded: Sensitivity | None) -> Iterator[FittedTable]:
     yield FittedTable(ReportTable(columns=columns, title=title, caption=caption))
     if paths := list(dict.fromkeys(row["map"] for row in rows if row["map"])):
         yield FittedTable(_rounded_maps(rows, paths, formats))
-
-
-def _rounding(change: tuple[float, float | None]) -> str:
-    value, stderr = change
-    return f"{value:z.5f}" if stderr is None else f"{value:z.5f} +/- {stderr:.2g}"
 
 
 def _rounded_maps(rows: Sequence[Mapping[str, Any]], paths: Sequence[str], formats: Sequence[str]) -> ReportTable:

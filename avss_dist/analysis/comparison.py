@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from avss_dist.analysis.agreement import CorrelationSummary, RankMatrix, correlate_pairs, summarize
 from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.groups import SCHEMA as GROUPS
 from avss_dist.analysis.groups import SimilarityMap, similarity_map, survey_pairs
-from avss_dist.analysis.thresholds import scores_at
+from avss_dist.analysis.thresholds import at_reading, scores_at
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, SCORES
 from avss_dist.core.results import TabularResult
@@ -303,11 +302,8 @@ def profiles(
         site, recipe, threshold, score: selection of profiles. None selects every value.
     """
     columns = ["run_id", *READING, "depth", "avss_smoothed", *BASELINES]
-    where = at = pc.scalar(True)
-    if threshold is not None:
-        at = (pc.field("threshold") == threshold.value) & (pc.field("threshold_kind") == threshold.kind)
-    for name, value in (("site", site), ("recipe", recipe)):
-        where = where if value is None else where & (pc.field(name) == value)
+    at = at_reading() if threshold is None else at_reading(threshold=threshold.value, kind=threshold.kind)
+    where = at_reading(site, recipe)
     of_runs = {"run_ids": [run["run_id"] for run in runs]}
     table = warehouse.table("scores", **of_runs, columns=columns, where=where & at)
     if threshold is not None and not (table or warehouse.table("scores", **of_runs, columns=["layer"], where=at)):
