@@ -79,7 +79,7 @@ class Warehouse:
         self._parts: dict[str, TableParts] = {}
         self._snapshot = snapshot
         self._finished: tuple[ds.Dataset, set[str]] | None = None  # of a snapshot
-        self._unreadable: dict[tuple[str, str], str] = {}  # the reason by path and time of change
+        self._unreadable: set[tuple[str, str]] = set()  # paths and times of change
         self._damaged: dict[str, str] = {}
 
     def __repr__(self) -> str:
@@ -463,17 +463,20 @@ class Warehouse:
         unreadable = [self._table_parts(name).leave_out_unreadable() for name in self._parts.keys() & set(names)]
         if any(unreadable):
             return True
-        before = len(self._unreadable)
-        for name in set(names) - {DIGESTS}:
-            copied = self._parts[name].run_ids if name in self._parts else set()
-            files = {p: s for p, s in self._files(name, None).items() if self.storage.run_id(p) not in copied}
-            with ThreadPoolExecutor() as pool:
-                reasons = pool.map(lambda path, name=name: self._why_unreadable(name, path), files)
-                for (path, stamp), reason in zip(files.items(), reasons, strict=True):
-                    if reason:
-                        self._unreadable[path, stamp] = reason
-                        self._note(self.storage.run_id(path), f"{name}: {reason}")
-        return len(self._unreadable) > before
+        copied = {name: parts.run_ids for name, parts in self._parts.items()}
+        files = [
+            (name, path, stamp)
+            for name in set(names) - {DIGESTS}
+            for path, stamp in self._files(name, None).items()
+            if self.storage.run_id(path) not in copied.get(name, ())
+        ]
+        with ThreadPoolExecutor() as pool:
+            reasons = list(pool.map(lambda file: self._why_unreadable(*file[:2]), files))
+        for (name, path, stamp), reason in zip(files, reasons, strict=True):
+            if reason:
+                self._unreadable.add((path, stamp))
+                self._note(self.storage.run_id(path), f"{name}: {reason}")
+        return any(reasons)
 
     def _why_unreadable(self, name: str, path: str) -> str | None:
         try:
