@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from avss_dist.runs.run import Run
     from avss_dist.warehouse.reader import Warehouse
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "Ablation",
     "AvssError",
