@@ -205,7 +205,7 @@ def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class DistillTask:
-    """Training and writing of a student, in one process or on every rank; see `executors.interface.RankTask`.
+    """Training and writing of a student, in one process or on every rank; see `RayExecutor.run_ranks`.
 
     Attributes:
         work: folder of the work so far. All ranks reach it.

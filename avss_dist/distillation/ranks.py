@@ -17,7 +17,6 @@ from avss_dist.system.devices import Devices
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from avss_dist.executors.interface import RankTask
     from avss_dist.executors.ray.executor import RayExecutor
     from avss_dist.requests import DistillRequest
 
@@ -66,7 +65,7 @@ def require_room(request: DistillRequest, devices: Devices, memory: Memory, mode
     require_memory(memory, devices.kind, request.train, free=free)
 
 
-def run_ranks(request: DistillRequest, executor: RayExecutor, task: RankTask, on_event: Callable[[Any], None]) -> None:
+def run_ranks(request: DistillRequest, executor: RayExecutor, task: Any, on_event: Callable[[Any], None]) -> None:
     """Have all ranks do a task.
 
     Raises:

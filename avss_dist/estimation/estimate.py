@@ -184,7 +184,12 @@ def estimate(request: EstimateRequest) -> Estimate:
     host = min(here.host_bytes, request.max_memory.get("cpu", here.host_bytes))
     gpus = [here.device_bytes, *(limit for name, limit in request.max_memory.items() if name != "cpu")]
     devices = replace(here, host_bytes=host, device_bytes=host if here.kind == "cpu" else min(gpus))
-    auto, why = _automatic(size, settings, here, request)
+    try:
+        placement = choose(size, settings, Execution(max_memory=request.max_memory), here)
+        auto, why = placement.partition, placement.why
+        why += f"; over {placement.gpus} GPUs" if placement.gpus > 1 else ""
+    except ConfigError as error:
+        auto, why = "", f"{error.message} {error.hint}".replace("`", "").strip()
     return Estimate(
         model=model,
         num_parameters=size.num_parameters,
@@ -200,17 +205,6 @@ def estimate(request: EstimateRequest) -> Estimate:
         auto_why=why,
         distillation=tuple(distillation_rows(weights, request, settings, devices)) if request.teacher else (),
     )
-
-
-def _automatic(size: Footprint, settings: Settings, devices: Devices, request: EstimateRequest) -> tuple[str, str]:
-    """Return the partition that a run of one replica chooses, or none if it is refused, and the reason."""
-    execution = Execution(max_memory=request.max_memory)
-    try:
-        placement = choose(size, settings, execution, devices)
-    except ConfigError as error:
-        return "", f"{error.message} {error.hint}".replace("`", "").strip()
-    count = placement.gpus if placement.gpus > 1 else 0
-    return placement.partition, placement.why + (f"; over {count} GPUs" if count else "")
 
 
 def _row(

@@ -189,7 +189,7 @@ class EvaluationSession:
         """
         config = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         require_head(checkpoint.name, config)
-        fixed = pin(settings, checkpoint, config, self.executor.device)
+        fixed = pin(settings, checkpoint, config, self.executor.devices.kind)
         placement = place(checkpoint, fixed, execution or self.execution, self.executor.devices, head=True)
         self.executor.replicas(placement)
         return PlacedModel(checkpoint=checkpoint, settings=fixed, placement=placement)

@@ -70,26 +70,6 @@ class RunShards:
     notes: list[str] = field(default_factory=list)
 
 
-class RankTask(Protocol):
-    """Work that the ranks of a torch.distributed group do together. It is pickled.
-
-    Attributes:
-        device: kind of device of every rank: ``cpu`` or ``cuda``.
-    """
-
-    @property
-    def device(self) -> str:
-        """Kind of device."""
-
-    def run(self, heartbeat: Callable[[], None], on_event: Callable[[Any], None]) -> Any:
-        """Do the work of this process's rank, and return its result.
-
-        Args:
-            heartbeat: to be called whenever a layer begins.
-            on_event: sends an event to the driver, which hears those of the first rank.
-        """
-
-
 Underway = Callable[[Cell, str, float], None]
 """Progress callback: receives a cell, its current activity, and the share of the activity that is done (0 to 1)."""
 Outcome = tuple[RunShards, ShardResult | Receipt | AvssError]
@@ -101,10 +81,6 @@ class Executor(Protocol):
     @property
     def devices(self) -> Devices:
         """Devices and memory that are available."""
-
-    @property
-    def device(self) -> str:
-        """Kind of device that models compute on: ``cpu`` or ``cuda``."""
 
     def connect(self) -> None:
         """Connect to Ray once, until `close`. Other executors of this process share the connection.

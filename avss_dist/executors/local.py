@@ -41,8 +41,7 @@ class LocalExecutor:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.device = pick_device(settings.device).type
-        self.devices = devices_here(self.device)
+        self.devices = devices_here(pick_device(settings.device).type)
 
     def connect(self) -> None:
         """Do nothing: there are no workers."""

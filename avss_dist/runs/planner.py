@@ -92,7 +92,7 @@ class Planner:
                 checkpoint = fetch_files(spec.model, ["*.json", "*.model", "*.txt", "*.jinja", *code_files])
             config = text_config(checkpoint, trust_remote_code=code)
             named = None if self.fetch or checkpoint.source != "hub" else spec.model
-            settings = pin(spec.settings, checkpoint, config, self.executor.device, spec=named)
+            settings = pin(spec.settings, checkpoint, config, self.executor.devices.kind, spec=named)
             matters = settings.sequences_per_shard is None or needs_size(spec.execution)
             size = self.size(spec, checkpoint, settings) if matters else None
             placement = choose(size, settings, spec.execution, self.executor.devices)

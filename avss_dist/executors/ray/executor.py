@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.executors.interface import Outcome, RankTask, RunShards, Underway, by_model
+from avss_dist.executors.interface import Outcome, RunShards, Underway, by_model
 from avss_dist.executors.ray.cluster import (
     RayCluster,
     has_head,
@@ -67,27 +67,22 @@ class RayExecutor:
         self.connect()
         return _devices_of_cluster(self._settings.device, self._labels)
 
-    @property
-    def device(self) -> str:
-        """Kind of device that models compute on: ``cpu`` or ``cuda``."""
-        return self.devices.kind
-
     def replicas(self, placement: Placement) -> int:
         """See `executors.interface.Executor`. A cluster may have room for fewer now, and for more when nodes come."""
         devices = self.devices
-        default = max(1, devices.count // max(1, placement.gpus)) if self.device == "cuda" else 1
+        default = max(1, devices.count // max(1, placement.gpus)) if devices.kind == "cuda" else 1
         workers = self._execution.replicas.maximum if self._execution.replicas else default
         replicas = max(1, workers // placement.copies)
         if self._address:
             return replicas
-        if self.device == "cuda" and replicas * placement.gpus > devices.count:
+        if devices.kind == "cuda" and replicas * placement.gpus > devices.count:
             raise ConfigError(
                 f"{replicas} replicas of {placement.gpus} GPUs need {replicas * placement.gpus} GPUs; "
                 f"there are {devices.count}.",
                 "Lower `replicas`, `ranks` or `gpus_per_replica`.",
             )
         cpus = placement.ranks * self._settings.threads
-        if self.device == "cpu" and replicas * cpus > devices.cpus:
+        if devices.kind == "cpu" and replicas * cpus > devices.cpus:
             what = f"{replicas} replicas" + (f" of {placement.ranks} ranks" if placement.ranks > 1 else "")
             raise ConfigError(
                 f"{what} need {replicas * cpus} CPUs; there are {devices.cpus}.",
@@ -133,10 +128,13 @@ class RayExecutor:
                 if has_head():  # else the cluster ends its workers itself
                     pool.close()
 
-    def run_ranks(self, task: RankTask, ranks: int, *, threads: int, on_event: Callable[[Any], None]) -> Any:
+    def run_ranks(self, task: Any, ranks: int, *, threads: int, on_event: Callable[[Any], None]) -> Any:
         """Have ranks do a task together, and return what the first one returns. See `RankedRun.result`.
 
         Args:
+            task: has a ``device``, ``cpu`` or ``cuda``, and a method ``run``, which returns the result of a
+                rank. It takes ``heartbeat``, to be called whenever a layer begins, and ``on_event``, which sends an
+                event to the driver. Tasks are pickled.
             threads: CPU threads of each rank.
             on_event: receives the events of the first rank.
         """

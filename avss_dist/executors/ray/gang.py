@@ -95,7 +95,7 @@ class Gang:
         """Do a task on all ranks together. Returns a reference for each rank.
 
         Args:
-            task: an `executors.interface.RankTask`.
+            task: see `RayExecutor.run_ranks`.
         """
         ranks, shared = len(self._workers), ray.put(task)
         return [worker.run.remote(shared, rank, ranks, self.placed) for rank, worker in enumerate(self._workers)]

@@ -8,7 +8,6 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 
 from avss_dist.core.errors import AvssError, RunFailed
-from avss_dist.executors.interface import RankTask
 from avss_dist.executors.ray.cluster import RayCluster, Watch
 from avss_dist.executors.ray.gang import Gang, missing_package
 from avss_dist.partition.group import lost_rank
@@ -46,7 +45,7 @@ class RankedRun:
         self._begun: float | None = None  # when all ranks were placed
         self._hangs = False
 
-    def result(self, task: RankTask) -> Any:
+    def result(self, task: Any) -> Any:
         """Do the task, and return what the first rank returns. The workers are stopped in any case.
 
         Raises:

@@ -16,7 +16,7 @@ from ray.util import get_node_ip_address
 
 from avss_dist.core.errors import ModelError
 from avss_dist.corpus.shards import Shard
-from avss_dist.executors.interface import RankTask, ReplicaSpec
+from avss_dist.executors.interface import ReplicaSpec
 from avss_dist.executors.ray.heartbeats import Doing
 from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, convert_pickles, resolve
@@ -193,7 +193,7 @@ class Worker:
             self._spec = spec
         self._opening = False
 
-    def run(self, task: RankTask, rank: int, ranks: int, first: tuple[str, int]) -> Any:
+    def run(self, task: Any, rank: int, ranks: int, first: tuple[str, int]) -> Any:
         """Do a task together with the other ranks, and return this rank's result.
 
         Args:
