@@ -106,14 +106,11 @@ class LogRuns:
             case RunStarted(name, num_tokens, done_tokens):
                 self._runs[name] = done_tokens, num_tokens, time.monotonic()
             case ShardMeasured(name, num_tokens):
-                self._advance(name, num_tokens)
+                done, total, logged_at = self._runs[name]
+                done, now = done + num_tokens, time.monotonic()
+                if now - logged_at >= LOG_SECONDS:
+                    LOGGER.info("%s: %d of %d tokens", name, done, total)
+                    logged_at = now
+                self._runs[name] = done, total, logged_at
             case RunEnded(name, run):
                 LOGGER.info("%s: %s", name, run.error or run.status)
-
-    def _advance(self, name: str, num_tokens: int) -> None:
-        done, total, logged_at = self._runs[name]
-        done, now = done + num_tokens, time.monotonic()
-        if now - logged_at >= LOG_SECONDS:
-            LOGGER.info("%s: %d of %d tokens", name, done, total)
-            logged_at = now
-        self._runs[name] = done, total, logged_at

@@ -99,8 +99,7 @@ class Planner:
             require_ranks(named or checkpoint, settings, placement)
             self.executor.replicas(placement)  # refuses more than there is before anything is loaded
             self._opened = key, (checkpoint, config, settings, placement, size)
-        opened: tuple[Checkpoint, Any, Settings, Placement, Footprint | None] = self._opened[1]
-        return opened
+        return self._opened[1]
 
     def size(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Footprint | None:
         """Return the checkpoint's size; None if unknown."""

@@ -61,13 +61,30 @@ class GreedyBlock(Measure):
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
         """See `tasks.task.Measure`."""
-        layer = model.layers[self.layer]
+        layer, cuts = model.layers[self.layer], dict[str, float]()
         batches = [batch for shard in self.shards for batch in shard.batches(model.settings.batch_size)]
         calls = dense_calls(model, layer, batches)
-        cuts: dict[str, float] = {}
         with model.running(layer) as run, torch.no_grad(), _zeroing_inputs(layer, cuts):
-            block = _Block(layer, run, calls, batches)
-            path, errors = self._search(block, cuts)
+
+            def judged(call: LayerCall, batch: Batch) -> torch.Tensor:
+                """Return the block's output at the last quarter of each row's tokens."""
+                copied = call.with_hidden(call.hidden.clone())  # which a layer may change
+                out, real = first_tensor(run(*copied.args, **copied.kwargs)), batch.attention_mask
+                rows = None if out is None else as_rows(out, layer.axes, *real.shape)
+                if rows is None:
+                    raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep rows and tokens apart.")
+                place, length = real.cumsum(axis=1), real.sum(axis=1, keepdims=True)
+                last = torch.from_numpy(real & (place > length - np.maximum(1, length // JUDGED)))
+                return rows[last.to(rows.device)].float()
+
+            dense = list(map(judged, calls, batches))
+
+            def error() -> float:
+                """Return the L2 norm of the change of the judged output."""
+                changed = zip(map(judged, calls, batches), dense, strict=True)
+                return float(np.sqrt(sum(float((out - whole).double().square().sum()) for out, whole in changed)))
+
+            path, errors = self._search(error, cuts)
         ones = np.ones(len(errors))
         rows = [
             Row(metric=f"{GREEDY}{name}", samples=np.array([at[name] for at in path]), weights=ones, layer=self.layer)
@@ -75,16 +92,17 @@ class GreedyBlock(Measure):
         ]
         return [*rows, Row(metric=GREEDY_ERROR, samples=np.array(errors), weights=ones, layer=self.layer)]
 
-    def _search(self, block: _Block, cuts: dict[str, float]) -> tuple[list[dict[str, float]], list[float]]:
+    def _search(self, error: Callable[[], float], cuts: dict[str, float]) -> tuple[list[dict[str, float]], list[float]]:
+        """Return the sparsity of each map and the error after each round, while ``cuts`` holds the thresholds."""
         steps_taken = dict.fromkeys(self.steps, 0)
         path, errors = [dict.fromkeys(self.steps, 0.0)], [0.0]
-        while self._share(path[-1]) < ENOUGH:
+        while sum(path[-1][name] * size for name, size in self.sizes.items()) / sum(self.sizes.values()) < ENOUGH:
             error_by_map = {}
             for name, number in steps_taken.items():
                 if number < len(self.thresholds[name]):
                     before = dict(cuts)
                     cuts[name] = self.thresholds[name][number]
-                    error_by_map[name] = block.error()
+                    error_by_map[name] = error()
                     cuts.clear()
                     cuts.update(before)
             if not error_by_map:
@@ -95,43 +113,6 @@ class GreedyBlock(Measure):
             path.append(path[-1] | {best: steps_taken[best] * self.steps[best]})
             errors.append(error_by_map[best])
         return path, errors
-
-    def _share(self, at: Mapping[str, float]) -> float:
-        return sum(at[name] * size for name, size in self.sizes.items()) / sum(self.sizes.values())
-
-
-class _Block:
-    """A block that runs again on its dense input, compared with its dense output."""
-
-    def __init__(
-        self, layer: Layer, run: Callable[..., Any], calls: Sequence[LayerCall], batches: Sequence[Batch]
-    ) -> None:
-        self._layer, self._run, self._calls = layer, run, calls
-        self._judges = [torch.from_numpy(_last_part(batch)) for batch in batches]
-        self._dense = [self._output(call, judges) for call, judges in zip(calls, self._judges, strict=True)]
-
-    def error(self) -> float:
-        """Return the L2 norm of the output's change at the tokens that judge."""
-        total = 0.0
-        for call, judges, dense in zip(self._calls, self._judges, self._dense, strict=True):
-            total += float((self._output(call, judges) - dense).double().square().sum())
-        return float(np.sqrt(total))
-
-    def _output(self, call: LayerCall, judges: torch.Tensor) -> torch.Tensor:
-        copied = call.with_hidden(call.hidden.clone())  # which a layer may change
-        out = first_tensor(self._run(*copied.args, **copied.kwargs))
-        rows = None if out is None else as_rows(out, self._layer.axes, *judges.shape)
-        if rows is None:
-            raise ModelError(f"Layer {self._layer.index} ({self._layer.name}) does not keep rows and tokens apart.")
-        return rows[judges.to(rows.device)].float()
-
-
-def _last_part(batch: Batch) -> np.ndarray:
-    """Return a mask of the last quarter of each row's tokens, bool[rows, tokens]."""
-    real = batch.attention_mask
-    place, length = real.cumsum(axis=1), real.sum(axis=1, keepdims=True)
-    mask: np.ndarray = real & (place > length - np.maximum(1, length // JUDGED))
-    return mask
 
 
 def dense_calls(model: LanguageModel, layer: Layer, batches: Sequence[Batch]) -> list[LayerCall]:

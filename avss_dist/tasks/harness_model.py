@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -18,18 +17,8 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.loading import load_tokenizer
 
-
-@dataclass(frozen=True)
-class _Question:
-    """Request for the log-likelihood of a continuation.
-
-    Attributes:
-        row: input of the model: context and continuation without the last token.
-        continuation: tokens whose likelihood is asked for.
-    """
-
-    row: tuple[int, ...]
-    continuation: tuple[int, ...]
+Question = tuple[tuple[int, ...], tuple[int, ...]]
+"""Input of the model (context and continuation without the last token), and the continuation that is asked for."""
 
 
 def harness_model(model: LanguageModel, *, failures: list[Exception], chat: bool = False) -> Any:
@@ -46,8 +35,7 @@ def harness_model(model: LanguageModel, *, failures: list[Exception], chat: bool
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             questions = [
-                _Question(tuple((*before, *after)[-(self.max_length + 1) :][:-1]), tuple(after))
-                for _, before, after in requests
+                (tuple((*before, *after)[-(self.max_length + 1) :][:-1]), tuple(after)) for _, before, after in requests
             ]
             groups = _batches(questions, self.batch_size)
             with _noting(failures):
@@ -70,35 +58,35 @@ def harness_model(model: LanguageModel, *, failures: list[Exception], chat: bool
     )
 
 
-def _batches(questions: Sequence[_Question], rows: int) -> list[list[int]]:
+def _batches(questions: Sequence[Question], rows: int) -> list[list[int]]:
     """Return the indices of questions in batches of ``rows`` distinct rows, the longest rows first."""
     shared: dict[tuple[int, ...], list[int]] = {}
-    for i in sorted(range(len(questions)), key=lambda i: (-len(questions[i].row), questions[i].row)):
-        shared.setdefault(questions[i].row, []).append(i)
+    for i in sorted(range(len(questions)), key=lambda i: (-len(questions[i][0]), questions[i][0])):
+        shared.setdefault(questions[i][0], []).append(i)
     groups = [*shared.values()]
     return [sorted(i for group in groups[at : at + rows] for i in group) for at in range(0, len(groups), rows)]
 
 
 @torch.no_grad()
-def _likelihoods(model: LanguageModel, questions: Sequence[_Question]) -> list[tuple[float, bool]]:
+def _likelihoods(model: LanguageModel, questions: Sequence[Question]) -> list[tuple[float, bool]]:
     """Return (log-likelihood in nats, whether greedy decoding gives the continuation) of each question of a batch.
 
     The head runs at tokens of continuations alone. Padding comes after them, where causal models do not look.
     """
-    rows = {question.row: number for number, question in enumerate({q.row: q for q in questions}.values())}
+    rows = {row: number for number, row in enumerate(dict.fromkeys(row for row, _ in questions))}
     ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for row, number in rows.items():
         ids[number, : len(row)] = row
     real = np.ones(ids.shape, np.bool_)
     hidden = model.hidden_states(Batch(input_ids=ids, attention_mask=real, observed=real))
-    positions = [(rows[q.row], at) for q in questions for at in range(len(q.row) - len(q.continuation), len(q.row))]
+    positions = [(rows[row], at) for row, after in questions for at in range(len(row) - len(after), len(row))]
     at, after = torch.tensor(positions, device=model.device).T
-    labels = torch.tensor([token for q in questions for token in q.continuation], device=model.device)
+    labels = torch.tensor([token for _, continuation in questions for token in continuation], device=model.device)
     losses, best = torch.empty(len(labels), dtype=torch.float64), torch.empty(len(labels), dtype=torch.bool)
     for piece, logits in model.logits(hidden[at, after]):
         losses[piece] = cross_entropy(logits, labels[piece], reduction="none").double().cpu()
         best[piece] = (logits.argmax(dim=-1) == labels[piece]).cpu()
-    lengths = [len(question.continuation) for question in questions]
+    lengths = [len(continuation) for _, continuation in questions]
     parts = zip(losses.split(lengths), best.split(lengths), strict=True)
     return [(-float(loss.sum()), bool(greedy.all())) for loss, greedy in parts]
 
