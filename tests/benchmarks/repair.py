@@ -45,9 +45,9 @@ from avss_dist.models.interventions import Patch, replace_tensor
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.pruning.plan import Plan
-from avss_dist.pruning.repair.fitter import FitSplit, RepairCut, find_cuts, split_texts
+from avss_dist.pruning.repair.fitter import FitSplit, find_cuts, split_texts
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
-from avss_dist.pruning.repair.projection import OutputProjection, captured
+from avss_dist.pruning.repair.projection import captured
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, fit_repair
 from avss_dist.pruning.weights import StoredWeights
@@ -85,41 +85,6 @@ def replace_me(mlp: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
 BASELINES = ("replace_me", "prune_comp", "linear_patch")
 
 
-class BaselineFitter:
-    """Fits a baseline to the cuts of a model, one after the other; each fit sees the earlier ones.
-
-    Attributes:
-        matrices: fitted matrix by the module whose output it multiplies, float64[units, units].
-    """
-
-    def __init__(self, model: LanguageModel, splits: Sequence[FitSplit], drop: tuple[int, ...]) -> None:
-        self.matrices: dict[nn.Module, torch.Tensor] = {}
-        self._model, self._splits, self._drop = model, splits, drop
-
-    def fit(self, cut: RepairCut, projection: OutputProjection, baseline: str) -> None:
-        """Fit one cut."""
-        layer = self._model.layers[cut.after].module
-        added = layer.get_submodule(projection.last)
-        (wanted,) = self._outputs([self._model.layers[cut.last].module])
-        with applied(self.matrices):
-            hidden, mlp = self._outputs([layer, added], self._drop)
-        if baseline == "replace_me":
-            self.matrices[added] = replace_me(projection.factor * mlp, wanted - hidden)
-        else:
-            self.matrices[layer] = {"prune_comp": prune_comp, "linear_patch": linear_patch}[baseline](hidden, wanted)
-
-    def _outputs(self, modules: Sequence[nn.Module], drop: tuple[int, ...] = ()) -> list[torch.Tensor]:
-        """Return the outputs of modules over the tokens to fit to, each float64[tokens, units]."""
-        outputs: list[list[torch.Tensor]] = [[] for _ in modules]
-        for split in self._splits:
-            with self._model.without(drop), captured(dict(enumerate(modules))) as calls:
-                self._model.hidden_states(split.batch)
-            for number, parts in enumerate(outputs):
-                shape = (*split.fitted.shape, -1)  # OPT's MLP has rows and tokens in one axis
-                parts.append(calls[number].output.reshape(shape)[torch.from_numpy(split.fitted)].double())
-        return [torch.cat(parts) for parts in outputs]
-
-
 @contextmanager
 def applied(matrices: Mapping[nn.Module, torch.Tensor]) -> Iterator[None]:
     """Multiply the outputs of modules by matrices, in float32."""
@@ -138,17 +103,38 @@ def applied(matrices: Mapping[nn.Module, torch.Tensor]) -> Iterator[None]:
         yield
 
 
+def outputs(
+    model: LanguageModel, splits: Sequence[FitSplit], modules: Sequence[nn.Module], drop: tuple[int, ...] = ()
+) -> list[torch.Tensor]:
+    """Return the outputs of modules over the tokens to fit to, each float64[tokens, units]."""
+    found: list[list[torch.Tensor]] = [[] for _ in modules]
+    for split in splits:
+        with model.without(drop), captured(dict(enumerate(modules))) as calls:
+            model.hidden_states(split.batch)
+        for number, parts in enumerate(found):
+            shape = (*split.fitted.shape, -1)  # OPT's MLP has rows and tokens in one axis
+            parts.append(calls[number].output.reshape(shape)[torch.from_numpy(split.fitted)].double())
+    return [torch.cat(parts) for parts in found]
+
+
+@torch.no_grad()
 def fit_baseline(
     baseline: str, model: LanguageModel, plan: Plan, text: CorpusPlan, batch_size: int
 ) -> dict[nn.Module, torch.Tensor]:
-    """Return the matrices of a baseline, by the module whose output each multiplies."""
-    splits, cuts = split_texts([text], batch_size), find_cuts(plan)
+    """Return the matrices of a baseline, by the module whose output each multiplies. Each fit sees the earlier ones."""
+    splits, matrices = split_texts([text], batch_size), dict[nn.Module, torch.Tensor]()
     source = HiddenStateSource(model.backbone, model.device, [split.batch for split in splits], plan.drop, [], model)
-    fitter = BaselineFitter(model, splits, plan.drop)
-    with torch.no_grad():
-        for cut in cuts:
-            fitter.fit(cut, source.output_projection(cut.after), baseline)
-    return fitter.matrices
+    for cut in find_cuts(plan):
+        projection, layer = source.output_projection(cut.after), model.layers[cut.after].module
+        added = layer.get_submodule(projection.last)
+        (wanted,) = outputs(model, splits, [model.layers[cut.last].module])
+        with applied(matrices):
+            hidden, mlp = outputs(model, splits, [layer, added], plan.drop)
+        if baseline == "replace_me":
+            matrices[added] = replace_me(projection.factor * mlp, wanted - hidden)
+        else:
+            matrices[layer] = {"prune_comp": prune_comp, "linear_patch": linear_patch}[baseline](hidden, wanted)
+    return matrices
 
 
 def perplexity(model: LanguageModel, text: CorpusPlan, drop: tuple[int, ...] = (), patch: Patch | None = None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,15 @@ def test_spectra_are_those_of_the_weights(model: LanguageModel) -> None:
     weight = model.layers[1].module.mlp.up_proj.weight.detach().double().numpy()
     eigenvalues = np.linalg.eigvalsh(weight.T @ weight)
     assert found["hill:mlp.up_proj"] == pytest.approx(hill_exponent(eigenvalues), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 3, 12, 13])
+def test_hills_estimate_is_of_the_larger_half_of_what_is_positive(n: int) -> None:
+    values = np.random.default_rng(n).pareto(1.5, n) + 1
+    tail = sorted(values)[-max(2, n // 2) :]
+    expected = pytest.approx(1 + len(tail) / sum(math.log(x / tail[0]) for x in tail), rel=1e-12)
+    assert hill_exponent(values) == hill_exponent([*values, *[0.0] * n, -1.0]) == expected
+    assert hill_exponent([3.0] * n) == math.inf
 
 
 @pytest.fixture(scope="module")

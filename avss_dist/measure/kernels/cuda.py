@@ -29,13 +29,13 @@ import torch
 
 from avss_dist.measure.kernels.reference import Accumulator, Kernels, TorchKernels, limits_on
 
-UNITS_A_WARP, STRIP, RUN = 128, 32, 8  # as in common.cu
+UNITS_A_WARP, STRIP, RUN = 128, 32, 8  # as in kernels.cu
 MAX_CALLS = 8
 ENOUGH_ITEMS = 4096  # for every warp of a large card
 MIN_CHUNK = 16  # tokens; chunks are multiples of it
 ALIGNMENT = 256
 
-NUMBERS = {torch.bfloat16: 0, torch.float16: 16, torch.float32: 32}  # DTYPE in common.cu
+NUMBERS = {torch.bfloat16: 0, torch.float16: 16, torch.float32: 32}  # DTYPE in kernels.cu
 OCTAVE = {torch.bfloat16: 128, torch.float16: 1024, torch.float32: 128}  # counters of an octave of one sign
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 

@@ -58,7 +58,7 @@ struct Call {
     double *squares;      // [parts, units], or none
     i64 *seen;            // [parts, 2]: tokens that are finite, that count
     double *moments;      // float32: [items, 5]: count, mean, m2, lowest, highest
-    double *compared;     // [runs, 7]; see compare.cu
+    double *compared;     // [runs, 7]; see COMPARED
     double *spread;       // [rows, strips of 32 units, 2]: mean and m2 of the sums of units
     double *pooled;       // [rows]
     i64 *row_seen;        // [rows, 2]
