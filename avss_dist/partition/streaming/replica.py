@@ -5,11 +5,11 @@ A checkpoint larger than memory therefore costs one read of its files for each s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,17 +24,16 @@ from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.interventions import skip_of
 from avss_dist.models.layers import Layer, layer_lists
-from avss_dist.models.loading import forward_function, open_module, quiet, without_head
+from avss_dist.models.loading import Backbone, open_module, without_head
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.choose import require_room_for_a_layer
 from avss_dist.partition.memory import PartitionMemory, Usage
-from avss_dist.partition.replica import BatchContext, Placement, RowSplit, describe, run_batch
+from avss_dist.partition.replica import BatchContext, Placement, run_batch
+from avss_dist.partition.single import BatchwiseReplica
 from avss_dist.partition.streaming.buffers import buffer_bytes
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
 from avss_dist.partition.streaming.weights import StreamedWeights
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.system.devices import free_device, pick_device
-from avss_dist.system.memory import keep_freed_memory
 from avss_dist.system.process import bound
 
 SPARE_SHARE = 0.9  # of what a GPU has free
@@ -80,7 +79,7 @@ class StreamingMemory(PartitionMemory):
         return self.process_usage(size.other_bytes + layers + size.unpacking_bytes, why, host_weights=host)
 
 
-class StreamingReplica:
+class StreamingReplica(BatchwiseReplica):
     """Model whose layers are loaded one at a time; see `partition.replica.Replica`.
 
     ``placement.max_memory["cpu"]`` limits weights and waiting hidden states in host memory. Weights take up to two
@@ -92,37 +91,32 @@ class StreamingReplica:
         ModelError: the weights cannot be read layer by layer; the message says why.
     """
 
-    split = RowSplit()
-    reports_stats = True
-    language_model: StreamingLanguageModel | None = None
-    memory: ClassVar[type[PartitionMemory]] = StreamingMemory
+    memory = StreamingMemory
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> None:
-        self.device = pick_device(settings.device)
-        keep_freed_memory()
+        with ExitStack() as self._filled:  # with random numbers, until the model was tried
+            super().__init__(checkpoint, settings, placement, head=head)
+        order = [index for index, _ in groupby(self._modules.index(layer.module) for layer in self.layers)]
+        host_bytes = self._host_bytes_for_hidden_states(placement.max_memory.get("cpu"))
+        device_bytes = self._device_bytes_for_hidden_states(checkpoint, settings, placement.max_memory.get("0"))
+        self._passes = Passes(self._modules, self._weights, self._parts, order, self.device, device_bytes, host_bytes)
+        if isinstance(self.language_model, StreamingLanguageModel):
+            self.language_model.passes = self._passes
+
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
+        self.language_model_type = StreamingLanguageModel
         self._weights = StreamedWeights(checkpoint, settings, head=head)
         model = self._weights.model
         backbone, config = without_head(model), model.config.get_text_config()
         lists = layer_lists(backbone, getattr(config, "num_hidden_layers", None), settings.layers)
-        modules = [module for layers in lists.values() for module in layers]
+        self._modules = [module for layers in lists.values() for module in layers]
         used = model if head else backbone
-        self._parts, outside = self._weights.split(modules, used)
+        self._parts, outside = self._weights.split(self._modules, used)
         self._weights.load(outside, self.device)
         self._weights.resolve_ties(used)
         model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
-        with quiet(), self._weights.fill_random(self._parts, self.device):
-            opened = open_module(model, layers=settings.layers, device=self.device)
-            if head:
-                self.language_model = StreamingLanguageModel(checkpoint, settings, opened, self.device)
-        self.layers: tuple[Layer, ...] = opened.structure.layers
-        self.model: Mapping[str, Any] = describe(opened, "streaming")
-        self._run = forward_function(opened.module)
-        order = [index for index, _ in groupby(modules.index(layer.module) for layer in self.layers)]
-        host_bytes = self._host_bytes_for_hidden_states(placement.max_memory.get("cpu"))
-        device_bytes = self._device_bytes_for_hidden_states(checkpoint, settings, placement.max_memory.get("0"))
-        self._passes = Passes(modules, self._weights, self._parts, order, self.device, device_bytes, host_bytes)
-        if self.language_model:
-            self.language_model.passes = self._passes
+        self._filled.enter_context(self._weights.fill_random(self._parts, self.device))
+        return open_module(model, layers=settings.layers, device=self.device)
 
     @property
     def bytes_read(self) -> int:
@@ -137,10 +131,6 @@ class StreamingReplica:
                 run_batch(self._run, batch, self.device)
 
         self._passes.run([partial(run, batch) for batch in batches])
-
-    def collect(self, counted: T) -> list[T]:
-        """See `partition.replica.Replica`."""
-        return [counted]
 
     def _host_bytes_for_hidden_states(self, maximum: int | None) -> int | None:
         """Return the bytes of host memory that weights leave of a maximum; None is no limit."""
@@ -176,9 +166,8 @@ class StreamingReplica:
     def close(self) -> None:
         """Drop the weights."""
         self._passes.close()
-        self.language_model = None
-        del self._weights, self._run, self.layers, self._parts, self._passes
-        free_device(self.device)
+        del self._weights, self._modules, self._parts, self._passes
+        super().close()
 
 
 class StreamingLanguageModel(LanguageModel):
