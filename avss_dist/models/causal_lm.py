@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property, partial
 from itertools import product
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -63,23 +63,8 @@ PROBE_TOKENS = 16
 CHECKED_TOKENS = 3  # tokens that are generated to check the key-value cache
 
 T = TypeVar("T")
-
-
-class Watching(Protocol):
-    """Observer of the hidden states and the gradients of one batch, through hooks, while it is entered.
-
-    Attributes:
-        keeps: maximum number of hidden states of the batch that it keeps for each layer.
-    """
-
-    @property
-    def keeps(self) -> int: ...
-
-    def watch(self) -> AbstractContextManager[None]:
-        """Observe the batch inside the context, which may be entered several times."""
-
-
-Watcher = TypeVar("Watcher", bound=Watching)
+Watcher = TypeVar("Watcher", bound=Any)
+"""Observer of one batch; see `LanguageModel.backpropagate`."""
 
 
 class LanguageModel:
@@ -445,6 +430,9 @@ class LanguageModel:
         A layer may run more than once. Hooks tell the passes apart by whether gradients are enabled.
 
         Args:
+            watchers: observers of hidden states and gradients through hooks, one for each batch. Their ``watch()`` is a
+                context that may be entered several times, and ``keeps`` the maximum number of hidden states of the
+                batch that they keep for each layer.
             draws: number of further backward passes through the same forward pass, each with labels that are drawn
                 from the model's predictions instead of the text.
             seed: seed of the draws, which depend on a row's tokens and not on its batch.

@@ -205,8 +205,7 @@ class StreamingLanguageModel(LanguageModel):
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """See `causal_lm.LanguageModel`."""
-        with self._ready.window() as window:
-            window.load(self._ready.index(self.layers[layer].module))
+        with self.running(self.layers[layer]):
             return self.layers[layer].module.get_parameter(path).detach().clone()
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
