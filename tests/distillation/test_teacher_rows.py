@@ -11,10 +11,9 @@ import pytest
 import avss_dist
 from avss_dist.core.settings import Settings
 from avss_dist.distillation import teacher_text as module
-from avss_dist.distillation.teacher_text import ROWS, has_own_text, rows_at_once, teacher_text, with_own_text
+from avss_dist.distillation.teacher_text import ROWS, has_own_text, rows_at_once, sample, teacher_text, with_own_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
-from avss_dist.models.sampling import sample
 from avss_dist.pruning.plan import Plan
 from avss_dist.system.streams import progress_to
 

@@ -13,9 +13,9 @@ import torch
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.tokens import special_tokens_around
+from avss_dist.distillation.teacher_text import sample
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.models.sampling import sample
 
 pytestmark = pytest.mark.nightly
 
