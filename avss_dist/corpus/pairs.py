@@ -97,7 +97,10 @@ def paired_rows(
     if number < 2:
         raise CorpusError(f"Two pairs are {ends[1]} rows.", f"Make `max_sequences` {ends[1]} or more.")
     pairs = pairs[:number]
-    return _rows(pairs, [("", range(len(pairs))), (AFTER_ANOTHER, _other(len(pairs)))], encode, eos, length)
+    order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(pairs))
+    other = np.empty(len(pairs), np.int64)
+    other[order] = np.roll(order, 1)  # the next pair in a shuffled circle
+    return _rows(pairs, [("", range(len(pairs))), (AFTER_ANOTHER, other)], encode, eos, length)
 
 
 def group_by_prompt(answers: Iterable[Answer], source: str) -> list[list[Answer]]:
@@ -183,11 +186,3 @@ def _rows(
         strata=tuple(stratum for _, stratum, _ in places),
         starts=np.array([start for _, _, start in places], np.int32),
     )
-
-
-def _other(count: int) -> NDArray[np.int64]:
-    """Return another pair for each pair, each once: the next one in a shuffled circle."""
-    order = np.random.default_rng(_SHUFFLE_SEED).permutation(count)
-    other = np.empty(count, np.int64)
-    other[order] = np.roll(order, 1)
-    return other

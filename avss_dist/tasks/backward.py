@@ -162,21 +162,18 @@ def by_module(layers: Iterable[Layer]) -> list[list[Layer]]:
 
 
 def matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Return the weight matrices of a layer, including stacks of matrices (experts), without convolutions."""
+    """Return the weight matrices of a layer, including stacks of matrices (experts), without convolutions.
+
+    Of a parameter of DeepSpeed ZeRO-3, this process may have only a part.
+    """
     by_id = {
         id(parameter): parameter
         for child in module.modules()
         if not isinstance(child, nn.Conv1d)
         for parameter in child.parameters(recurse=False)
-        if len(_shape(parameter)) in (2, 3) and parameter.is_floating_point()
+        if len(getattr(parameter, "ds_shape", parameter.shape)) in (2, 3) and parameter.is_floating_point()
     }
     return list(by_id.values())
-
-
-def _shape(parameter: nn.Parameter) -> Sequence[int]:
-    """Return the shape of the whole parameter, of which this process may have only a part with DeepSpeed ZeRO-3."""
-    shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
 
 
 class _SavedTensor:

@@ -61,7 +61,8 @@ class Shapley(Measure):
             order = np.random.default_rng(seed).permutation(players).tolist()
             losses = text.losses(order)
             before = next(losses)
-            bound = self._bound(model, before)
+            guess = math.log(model.module.config.get_text_config().vocab_size)
+            bound = guess if self.truncation and before < guess else math.inf
             for place, layer in enumerate(order):
                 if before >= bound:
                     remaining = order[place:]
@@ -77,11 +78,6 @@ class Shapley(Measure):
             for metric, samples in metrics.items()
             for layer in players
         ]
-
-    def _bound(self, model: LanguageModel, whole: float) -> float:
-        """Return the loss at which a permutation is truncated, or infinity for never."""
-        guess = math.log(model.module.config.get_text_config().vocab_size)
-        return guess if self.truncation and whole < guess else math.inf
 
 
 class _Text:
