@@ -210,8 +210,8 @@ def _read_experts(experts: Experts, current: Current, module: nn.Module, args: A
             id(routing.gates): torch.ones_like(counted.gates[:, slot]),
         }
         positional = [instead.get(id(value), value) for value in args]
-        named = {name: instead.get(id(value), value) for name, value in kwargs.items()}
-        result: torch.Tensor = module.forward(*positional, **named)
+        keywords = {name: instead.get(id(value), value) for name, value in kwargs.items()}
+        result: torch.Tensor = module.forward(*positional, **keywords)
         return result
 
     outputs = (output(slice(slot, slot + 1)) for slot in range(counted.index.shape[1]))

@@ -56,7 +56,7 @@ def masks_by_stratum(mask: torch.Tensor, pairing: Pairing | None) -> dict[str, t
     """Return the mask of each stratum that has a token. The stratum of unpaired text has an empty name."""
     labels = np.array(pairing.strata if pairing else [""] * len(mask))
     masks = {name: mask.numpy() & (labels == name)[:, None] for name in sorted(set(labels.tolist()))}
-    return {name: torch.from_numpy(one) for name, one in masks.items() if one.any()}
+    return {name: torch.from_numpy(mask) for name, mask in masks.items() if mask.any()}
 
 
 def row_tensors(

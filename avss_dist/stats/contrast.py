@@ -68,8 +68,8 @@ def parts(a: Answers, weights: Float64, recipe: str) -> Parts:
     near_zero, count = weights @ a.near_zero, weights @ a.count
     with np.errstate(divide="ignore", invalid="ignore"):
         if recipe == "pooled":
-            known = np.isfinite(a.pooled_variance)
-            variance = (weights @ np.where(known, a.pooled_variance, 0)) / (weights @ known.astype(np.float64))
+            finite = np.isfinite(a.pooled_variance)
+            variance = (weights @ np.where(finite, a.pooled_variance, 0)) / (weights @ finite.astype(np.float64))
         else:
             mean = np.where(a.count > 0, a.mean, 0)
             shifted = mean - (a.count * mean).sum(axis=0) / a.count.sum(axis=0)  # so that nothing cancels
@@ -165,8 +165,8 @@ def p_values(deviations: Float64, null: Float64) -> Float64:
 
 def holm(p: Float64) -> Float64:
     """Return p-values corrected for their number (Holm, 1979). NaN stays NaN."""
-    known = np.flatnonzero(np.isfinite(p))
-    order = known[np.argsort(p[known], kind="stable")]
+    defined = np.flatnonzero(np.isfinite(p))
+    order = defined[np.argsort(p[defined], kind="stable")]
     steps = np.maximum.accumulate(p[order] * (len(order) - np.arange(len(order))))
     corrected = np.full(len(p), np.nan)
     corrected[order] = np.minimum(steps, 1)
@@ -290,7 +290,7 @@ def auroc(scores: Float64, positive: Bools, weights: Float64) -> Float64:
     """
     order = np.argsort(scores, kind="stable")
     _, starts = np.unique(scores[order], return_index=True)
-    up, down = (np.add.reduceat((weights * one)[:, order], starts, axis=1) for one in (positive, ~positive))
+    up, down = (np.add.reduceat((weights * side)[:, order], starts, axis=1) for side in (positive, ~positive))
     below = np.cumsum(down, axis=1) - down / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         area: Float64 = (up * below).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))

@@ -56,8 +56,8 @@ def values_of_cuts(counts: NDArray[np.int64]) -> Values:
     Args:
         counts: int64[32768], by the upper half of the pattern of abs(x).
     """
-    seen = np.flatnonzero(counts)
-    return (seen.astype(np.uint32) << np.uint32(CUT_SHIFT)).view(np.float32), counts[seen]
+    present = np.flatnonzero(counts)
+    return (present.astype(np.uint32) << np.uint32(CUT_SHIFT)).view(np.float32), counts[present]
 
 
 def next_cut(values: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -238,8 +238,8 @@ def share_of_m2(part: tuple[ArrayLike, ArrayLike, ArrayLike], mean: ArrayLike, m
         *(np.asarray(values, np.float64) for values in (*part, mean, m2))
     )
     contributed = part_m2 + count * (part_mean - whole_mean) ** 2
-    known = (count > 0) & (whole_m2 > 0)
-    return np.divide(contributed, whole_m2, out=np.full(contributed.shape, np.nan), where=known)
+    defined = (count > 0) & (whole_m2 > 0)
+    return np.divide(contributed, whole_m2, out=np.full(contributed.shape, np.nan), where=defined)
 
 
 def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thresholds: Float64) -> dict[str, object]:
@@ -253,14 +253,16 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
             the others are their negatives.
         thresholds: float64[k], the absolute near-zero thresholds.
     """
-    seen = np.flatnonzero(counts != 0)  # of a bool array: much faster
-    negative = seen >= len(counts) // 2
-    often, values = counts[seen].astype(np.int64), values[seen]
+    present = np.flatnonzero(counts != 0)  # of a bool array: much faster
+    negative = present >= len(counts) // 2
+    numbers, values = counts[present].astype(np.int64), values[present]
     finite = np.isfinite(values)
-    nonfinite_count = int(often[~finite].sum())
-    often, values, negative = often[finite], values[finite], negative[finite]
+    nonfinite_count = int(numbers[~finite].sum())
+    numbers, values, negative = numbers[finite], values[finite], negative[finite]
     sizes = np.abs(values).astype(np.float32)
-    abs_value, abs_value_count = merge_values((sizes[~negative], often[~negative]), (sizes[negative], often[negative]))
+    abs_value, abs_value_count = merge_values(
+        (sizes[~negative], numbers[~negative]), (sizes[negative], numbers[negative])
+    )
     below = np.append(0, np.cumsum(abs_value_count))
     count = int(below[-1])
     histogram = np.zeros(HISTOGRAM_BINS, np.int64)
@@ -275,10 +277,10 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
         "count": count,
     }
     if count:
-        mean = float((often * values).sum() / count)
+        mean = float((numbers * values).sum() / count)
         result |= {
             "mean": mean,
-            "m2": float((often * (values - mean) ** 2).sum()),
+            "m2": float((numbers * (values - mean) ** 2).sum()),
             "min": float(np.min(values)),
             "max": float(np.max(values)),
             "max_abs": float(abs_value[-1]),

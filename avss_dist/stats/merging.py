@@ -76,16 +76,16 @@ def merge_block(shards: Iterable[ShardResult], ids: range) -> Block:
     """
     strata: dict[StratumKey, LayerStats] = {}
     values: dict[StratumKey, Values] = {}
-    seen = ids.start
+    expected = ids.start
     for shard in shards:
-        if shard.shard_id != seen:
-            raise ValueError(f"shard {shard.shard_id} where shard {seen} belongs")
-        seen += 1
+        if shard.shard_id != expected:
+            raise ValueError(f"shard {shard.shard_id} where shard {expected} belongs")
+        expected += 1
         added = shard.strata or {(*key, ""): stats for key, stats in shard.stats.items()}
         _add_values(values, {key: stats.values for key, stats in added.items()})
         strata = merge_stats((strata, {key: without_values(stats) for key, stats in added.items()}))
-    if seen != ids.stop:
-        raise ValueError(f"{seen - ids.start} shards where {len(ids)} belong")
+    if expected != ids.stop:
+        raise ValueError(f"{expected - ids.start} shards where {len(ids)} belong")
     return Block(strata, values)
 
 
@@ -143,7 +143,8 @@ def merge_strata(strata: Mapping[StratumKey, LayerStats]) -> dict[LayerKey, Laye
     """Merge the strata of all labels into statistics by (layer, site). Answers after another prompt are left out."""
     labels = dict.fromkeys(label for _, _, label in sorted(strata) if not label.endswith(AFTER_ANOTHER))
     return merge_stats(
-        {(layer, site): one for (layer, site, of), one in strata.items() if of == label} for label in labels
+        {(layer, site): stats for (layer, site, stratum), stats in strata.items() if stratum == label}
+        for label in labels
     )
 
 

@@ -154,7 +154,7 @@ def float32_limits(thresholds: Float64) -> np.ndarray:
 def send_stats(accumulators: Sequence[Accumulator], thresholds: Float64) -> Callable[[], list[LayerStats]]:
     """Start the transfer of accumulators, and return a function that waits for it and returns their statistics."""
     concluded = [accumulator.conclude() for accumulator in accumulators]
-    like = [(one.dtype, tuple(one.tensors)) for one in accumulators]
+    like = [(accumulator.dtype, tuple(accumulator.tensors)) for accumulator in accumulators]
     arrived = to_host([tensor for tensors in concluded for tensor in tensors.values()])
 
     def wait() -> list[LayerStats]:
