@@ -155,6 +155,7 @@ def test_all_measured_but_not_committed_needs_no_model(
         {"batch_size": 4},
         {"sequences_per_shard": 5},
         {"max_sequences": 21},
+        {"skip_sequences": 1},
         {"layout": "padded"},
         {"skip_first_tokens": 1},
         {"dtype": "bfloat16"},
