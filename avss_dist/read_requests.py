@@ -8,8 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.core.own_scores import is_own
-from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES
+from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own
 from avss_dist.core.settings import DEFAULT_WAREHOUSE, EVERY_SITE, PUBLISHED_THRESHOLD, SITES, Request
 from avss_dist.core.text import parse_threshold
 from avss_dist.core.validation import Check, OneOf, Option, PathOrText, request

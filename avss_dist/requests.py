@@ -9,7 +9,6 @@ from pydantic import Field
 
 from avss_dist.core.errors import ConfigError, require_known
 from avss_dist.core.intervention import SPARSITY_RULES
-from avss_dist.core.own_scores import is_own, name_values
 from avss_dist.core.registry import (
     EXPERT_SCORES,
     GREEDY,
@@ -19,6 +18,8 @@ from avss_dist.core.registry import (
     SECOND_ORDER,
     SHARDINGS,
     SPARSITY_METHODS,
+    is_own,
+    name_values,
 )
 from avss_dist.core.settings import (
     EXECUTORS,
@@ -435,11 +436,6 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, Request):
     def rows(self) -> int:
         """Rows of a training step on each rank."""
         return self.batch_size // self.ranks
-
-
-@request
-class DoctorRequest(Request):
-    """Check what works on this machine."""
 
 
 @request

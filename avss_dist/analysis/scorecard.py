@@ -25,8 +25,16 @@ import pyarrow.parquet as pq
 from avss_dist.core.errors import QueryError, require_known
 from avss_dist.core.intervention import InterventionKey
 from avss_dist.core.names import LOSS
-from avss_dist.core.own_scores import VALUES, score_functions
-from avss_dist.core.registry import BASELINES, DAMAGE_TASK, GROUND_TRUTH, MEASURED, ROUNDING_ESTIMATES, SCORES
+from avss_dist.core.registry import (
+    BASELINES,
+    DAMAGE_TASK,
+    GROUND_TRUTH,
+    MEASURED,
+    OWN_VALUES,
+    ROUNDING_ESTIMATES,
+    SCORES,
+    score_functions,
+)
 from avss_dist.core.text import describe_threshold
 from avss_dist.pruning.ground_truth import (
     LayerTruth,
@@ -228,14 +236,14 @@ def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerT
     Args:
         name: ``FILE.csv:COLUMN`` or ``FILE.parquet:COLUMN``, a table with a column ``layer``, of which the rows of this
             run or model count where it has a column ``run_id`` or ``model``; or the name of an entry point of the group
-            `own_scores.GROUP`: a function of the run's statistics, ``dict[LayerKey, LayerStats]``, that returns a
+            `registry.SCORE_GROUP`: a function of the run's statistics, ``dict[LayerKey, LayerStats]``, that returns a
             mapping from layer to value.
 
     Raises:
         QueryError: the file or the column does not exist, or a layer has more than one value.
     """
-    if name.startswith(VALUES):
-        return _truth(json.loads(name.removeprefix(VALUES)))
+    if name.startswith(OWN_VALUES):
+        return _truth(json.loads(name.removeprefix(OWN_VALUES)))
     if name in (functions := score_functions()):
         return _truth(functions[name].load()(warehouse.read_layer_stats(run["run_id"])))
     file, _, column = name.rpartition(":")

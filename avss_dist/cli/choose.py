@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avss_dist.cli.program import at_end
 from avss_dist.core.errors import QueryError
 from avss_dist.core.text import basename
-from avss_dist.system.streams import say
+from avss_dist.system.streams import console, say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,32 +36,33 @@ def _say_damaged(runs: Mapping[str, str]) -> None:
         say(f"{len(runs)} run{'s' if len(runs) > 1 else ''} cannot be read: {first}{more}. {DAMAGED}")
 
 
-def choose_runs(
-    warehouse: Warehouse, names: Sequence[str], *, every: bool = False, failed: bool = False, measured: bool = False
-) -> list[dict[str, Any]]:
-    """Return runs as `chosen.choose_runs`. If a part of an id was given, the run is printed."""
+def print_table(format: str, table: Callable[[], pa.Table], shown: Iterable[Any]) -> None:
+    """Print what is shown on a terminal, or the rows of a table in another format."""
+    from avss_dist.report.output import write_table
+
+    if format == "table":
+        for item in shown:
+            console().print(item)
+    else:
+        write_table(table(), format, console())
+
+
+def choose_runs(warehouse: Warehouse, names: Sequence[str], **options: Any) -> list[dict[str, Any]]:
+    """Return runs as `chosen.choose_runs` with these options. If a part of an id was given, the run is printed."""
     from avss_dist.analysis.chosen import choose_runs as choose
 
-    runs = choose(warehouse, names, every=every, failed=failed, measured=measured)
-    _say_chosen(names, runs)
+    runs = choose(warehouse, names, **options)
+    if len(names) == len(runs) == 1 and not {*names[0]} & {*"*?["}:
+        run_id, model = runs[0]["run_id"], runs[0]["model"]
+        if names[0] not in (run_id, model, basename(model)):
+            say(f"Run {run_id} is the one with '{names[0]}' in its id.")
     return runs
 
 
 def choose_run_ids(warehouse: Warehouse, names: Sequence[str], *, failed: bool = False) -> list[str]:
     """Return the ids of the named runs, or of all finished runs without names, as `choose_runs`."""
-    from avss_dist.analysis.chosen import choose_runs as choose
-
-    runs = choose(warehouse, names, every=True, failed=failed, columns=("run_id", "model"))
-    _say_chosen(names, runs)
-    return [run["run_id"] for run in runs]
-
-
-def _say_chosen(names: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> None:
-    """Print the run that a part of an id chose."""
-    if len(names) == len(runs) == 1 and names[0] not in (runs[0]["model"], basename(runs[0]["model"])):
-        run_id = runs[0]["run_id"]
-        if names[0] != run_id and not set(names[0]) & set("*?["):
-            say(f"Run {run_id} is the one with '{names[0]}' in its id.")
+    columns = ("run_id", "model")
+    return [run["run_id"] for run in choose_runs(warehouse, names, every=True, failed=failed, columns=columns)]
 
 
 def choose_run(warehouse: Warehouse, name: str | None, *, measured: bool = False) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from avss_dist.cli.choose import print_table
 from avss_dist.cli.program import spelled
 from avss_dist.core.settings import SITES
 from avss_dist.core.text import count_of
@@ -70,21 +71,15 @@ def ablate(request: AblateRequest, format: str) -> None:
     with CellProgress() as progress:
         ablation = measure_ablation(replace(request, on_event=progress))
     rounded = ablation.sensitivity
-    if format != "table":
-        write_table((rounded or ablation).table(), format, console())
-        return
-    for table in [*([ablation_table(ablation)] if ablation.layers else []), *sensitivity_tables(rounded)]:
-        console().print(table)
+    shown = [*([ablation_table(ablation)] if ablation.layers else []), *sensitivity_tables(rounded)]
+    print_table(format, (rounded or ablation).table, shown)
 
 
 def evaluate(request: EvaluateRequest, format: str) -> None:
     """Evaluate models and plans, and print the results."""
     with CellProgress() as progress:
         evaluations = measure_tasks(replace(request, on_event=progress))
-    if format == "table":
-        console().print(evaluation_table(evaluations))
-    else:
-        write_table(evaluations.table(), format, console())
+    print_table(format, evaluations.table, map(evaluation_table, [evaluations]))
 
 
 def shrink(request: ShrinkRequest, format: str) -> None:

@@ -16,6 +16,7 @@ from avss_dist.cli.choose import (
     choose_runs,
     choose_scores,
     open_warehouse,
+    print_table,
     score_rows,
 )
 from avss_dist.cli.program import interruptible
@@ -190,15 +191,12 @@ def _show_experts(opened: Warehouse, runs: Sequence[Mapping[str, Any]], format: 
     """Print a table of each run's experts, or their rows."""
     from avss_dist.analysis.experts import require_experts
     from avss_dist.report.experts import experts_section
-    from avss_dist.report.output import write_table
     from avss_dist.report.terminal.tables import rendered
 
+    run_ids = [row["run_id"] for row in runs]
     experts = [(row, require_experts(opened, row["run_id"])) for row in runs]
-    if format != "table":
-        return write_table(opened.table("expert_stats", run_ids=[row["run_id"] for row in runs]), format, console())
-    for row, layers in experts:
-        console().print(rendered(experts_section(f"{row['model']}  ({row['run_id']})", row, layers)))
-    return None
+    sections = (experts_section(f"{row['model']}  ({row['run_id']})", row, layers) for row, layers in experts)
+    print_table(format, lambda: opened.table("expert_stats", run_ids=run_ids), map(rendered, sections))
 
 
 def _show_quantiles(
@@ -208,18 +206,13 @@ def _show_quantiles(
     import pyarrow.compute as pc
 
     from avss_dist.analysis.thresholds import quantiles
-    from avss_dist.report.output import write_table
     from avss_dist.report.terminal.scores import quantiles_table
 
     table = quantiles(opened, runs, shares, [site])
     if not table.num_rows:
         raise QueryError(f"No statistics of site '{site}'.", "List sites: avss query 'SELECT run_id, sites FROM runs'")
-    if format != "table":
-        return write_table(table, format, console())
-    for row in runs:
-        if rows := table.filter(pc.field("run_id") == row["run_id"]).to_pylist():
-            console().print(quantiles_table(rows))
-    return None
+    by_run = (table.filter(pc.field("run_id") == row["run_id"]).to_pylist() for row in runs)
+    print_table(format, lambda: table, map(quantiles_table, filter(None, by_run)))
 
 
 def query(request: QueryRequest, format: str) -> None:
@@ -279,7 +272,6 @@ def _follow(request: CompareRequest, format: str) -> None:
     """Print the curves of layer rankings along an axis."""
     from avss_dist.api.read import follow_runs
     from avss_dist.report.curves import curve_section
-    from avss_dist.report.output import write_table
     from avss_dist.report.terminal.tables import rendered
 
     opened = open_warehouse(str(request.warehouse))
@@ -287,10 +279,7 @@ def _follow(request: CompareRequest, format: str) -> None:
     _say_reasons(curves.left_out)
     if request.output is not None:
         say(f"Ranks along {request.along}: {request.output}")
-    if format != "table":
-        return write_table(curves.table(), format, console())
-    console().print(rendered(*(curve_section(curve, "curve") for curve in curves.curves)))
-    return None
+    print_table(format, curves.table, [rendered(*(curve_section(curve, "curve") for curve in curves.curves))])
 
 
 def _compare_pairs(request: CompareRequest, format: str) -> None:
@@ -357,12 +346,12 @@ def findings(request: FindingsAtRequest, format: str) -> None:
     """List findings that speak against scores: they track depth, noise, rounding, single units, and so on."""
     from avss_dist.analysis.findings import findings as find
     from avss_dist.api.read import named_threshold
-    from avss_dist.report.output import write_table
     from avss_dist.report.terminal.agreement import findings_list
 
     opened = open_warehouse(str(request.warehouse))
     if request.truth:
-        return _compare_with_truth(opened, request, format)
+        _compare_with_truth(opened, request, format)
+        return
     names = choose_run_ids(opened, request.run)
     table = find(
         opened,
@@ -371,27 +360,20 @@ def findings(request: FindingsAtRequest, format: str) -> None:
         site=None if request.every else request.site,
         recipe=None if request.every else request.recipe,
     )
-    if format != "table":
-        return write_table(table, format, console())
-    console().print(findings_list(table))
-    if not request.every:
+    print_table(format, lambda: table, map(findings_list, [table]))
+    if format == "table" and not request.every:
         emit("--every also lists findings at other sites and recipes.")
-    return None
 
 
 def _compare_with_truth(opened: Warehouse, request: FindingsAtRequest, format: str) -> None:
     """Print how far each score of a run agrees with the ground truth."""
     from avss_dist.analysis.scorecard import best_readings, score_cards
-    from avss_dist.report.output import write_table
     from avss_dist.report.scorecards import scorecard_sections
     from avss_dist.report.terminal.tables import rendered
 
     cards = score_cards(opened, choose_runs(opened, request.run, every=True), request.by)
     cards = cards if request.every else best_readings(cards)
-    if format != "table":
-        return write_table(cards, format, console())
-    console().print(rendered(*scorecard_sections(cards)))
-    return None
+    print_table(format, lambda: cards, [rendered(*scorecard_sections(cards))])
 
 
 def contrast(request: ContrastRequest, format: str) -> None:

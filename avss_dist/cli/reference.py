@@ -31,20 +31,23 @@ def commands() -> dict[str, Any]:
 
 def reference_markdown() -> str:
     """Return the tables of options: of groups, of several commands, and of each command, and the table of names."""
-    own = {
-        name: {_spelled(p): _option_row(p) for p in _own_parameters(command)} for name, command in commands().items()
-    }
+    own: dict[str, dict[str, str]] = {}
+    groups: dict[str, list[str]] = {}
+    for name, command in commands().items():
+        titles = {p.rich_help_panel for p in command.params}
+        groups[name] = [title for title in dict.fromkeys(SECTIONS.values()) if title in titles]
+        parameters = [p for p in command.params if p.rich_help_panel not in (*SECTIONS.values(), COMMON)]
+        own[name] = {_spelled(p): _row(f"`{_spelled(p)}`", escape_markdown(p.help)) for p in parameters}
     shared = shared_rows(own.values())
     lines = ["### Groups of options", "", *_table("option", "group", "key in a job file", "meaning"), *_groups(), ""]
     lines += ["### Options of several commands", "", *_table("option", "meaning"), *sorted(shared.values()), ""]
     for name, command in commands().items():
         rows = [row for option, row in own[name].items() if shared.get(option) != row]
         also = [f"`{option}`" for option, row in own[name].items() if shared.get(option) == row]
-        groups = [title for title in dict.fromkeys(SECTIONS.values()) if title in _titles(command)]
         lines += [f"### avss {name}", "", escape_markdown(command.help), ""]
         lines += [*_table("option", "meaning"), *rows, ""] if rows else []
         sentences = [f"Also {', '.join(also)}."] if also else []
-        sentences += [f"Groups: {', '.join(groups)}."] if groups else []
+        sentences += [f"Groups: {', '.join(groups[name])}."] if groups[name] else []
         lines += [" ".join(sentences), ""] if sentences else []
     return "\n".join([*lines, *names_markdown()]).rstrip()
 
@@ -72,20 +75,6 @@ def _groups() -> Iterator[str]:
             key = f"`{section}.{field.name}`" if f"{section}.{field.name}" in JOB_KEYS else ""
             help = escape_markdown(option_help(cls, field.name))
             yield _row(f"`{option_name(field.name)}`", SECTIONS[owner], key, help)
-
-
-def _titles(command: Any) -> set[str]:
-    return {parameter.rich_help_panel for parameter in command.params}
-
-
-def _own_parameters(command: Any) -> Iterator[Any]:
-    """Yield the parameters of a command that belong to no group."""
-    shared = (*SECTIONS.values(), COMMON)
-    yield from (p for p in command.params if p.rich_help_panel not in shared)
-
-
-def _option_row(parameter: Any) -> str:
-    return _row(f"`{_spelled(parameter)}`", escape_markdown(parameter.help))
 
 
 def _spelled(parameter: Any) -> str:

@@ -8,8 +8,10 @@ A new partition is an entry of `PARTITIONS`, and a file with its replica. A new 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 
@@ -346,3 +348,25 @@ def metrics_of(score: str) -> tuple[str, ...]:
     if info.mean_rank_of:
         return tuple(metric for part in info.mean_rank_of for metric in metrics_of(part))
     return (score if info.lookahead is None else f"{score}_{info.lookahead}",)
+
+
+SCORE_GROUP = "avss_dist.scores"
+"""Group of entry points of functions that score the layers of a run. See `analysis.scorecard.own_score`."""
+OWN_VALUES = "values:"
+
+
+def score_functions() -> dict[str, EntryPoint]:
+    """Return the functions of installed packages that score layers, by the name of their entry point."""
+    return {point.name: point for point in entry_points(group=SCORE_GROUP)}
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is that of a score that people bring: ``FILE:COLUMN``, or an entry point."""
+    return ":" in name or name in score_functions()
+
+
+def name_values(value: Any) -> Any:
+    """Return a name that holds the values of a mapping from layer to value; other values unchanged."""
+    if not isinstance(value, Mapping):
+        return value
+    return OWN_VALUES + json.dumps({str(int(layer)): float(number) for layer, number in value.items()})

@@ -10,7 +10,6 @@ import numpy as np
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import Expert
 from avss_dist.core.names import CONTRAST
-from avss_dist.core.own_scores import is_own
 from avss_dist.core.registry import (
     BLOCK_DISTANCE,
     EXPERT_SCORES,
@@ -21,6 +20,7 @@ from avss_dist.core.registry import (
     RANDOM,
     RECIPES,
     SCORES,
+    is_own,
 )
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.validation import Count, OneOf, Positive, Share, checked

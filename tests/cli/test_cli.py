@@ -214,7 +214,9 @@ def test_names_are_listed_in_help_and_completed() -> None:
     ):
         parameter = _parameters(command)[option]
         listed = f"[{'|'.join(names)}]"
-        assert parameter.metavar == listed or (parameter.metavar == "NAME" and ", ".join(names) in parameter.help)
+        assert parameter.metavar == listed or (
+            parameter.metavar == "NAME" and all(name in parameter.help for name in names)
+        )
         completed = parameter.shell_complete(None, names[-1][:3])  # type: ignore[arg-type]
         assert names[-1] in [item.value for item in completed]
 
