@@ -54,11 +54,6 @@ def test_every_option_in_a_sentence_exists(page: Path) -> None:
             assert option in known, (option, code)
 
 
-@pytest.mark.parametrize("command", OPTIONS)
-def test_every_command_is_documented(command: str) -> None:
-    assert re.search(rf"^\| `avss {command}` \|", read(DOCS / "reference" / "commands.md"), re.MULTILINE)
-
-
 def test_every_option_is_documented() -> None:
     assert reference_markdown() in read(DOCS / "reference" / "commands.md")
 
