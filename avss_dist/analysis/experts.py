@@ -49,18 +49,13 @@ class LayerExperts:
         return [int(expert) for expert in np.flatnonzero(self.load == 0)]
 
 
-def layer_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
-    """Return the experts of each layer of a run. The list is empty if no experts were measured."""
-    return experts_by_layer(warehouse.table("expert_stats", run_ids=[run_id]))
-
-
 def require_experts(warehouse: Warehouse, run_id: str) -> list[LayerExperts]:
     """Return the experts of each layer of a run.
 
     Raises:
         QueryError: if no experts were measured.
     """
-    if not (layers := layer_experts(warehouse, run_id)):
+    if not (layers := experts_by_layer(warehouse.table("expert_stats", run_ids=[run_id]))):
         raise QueryError(
             f"Run '{run_id}' has no statistics of routed experts.",
             "Score a mixture of experts with avss score --experts.",

@@ -15,7 +15,7 @@ from support.command_line import avss
 from support.families import tiny_batch, tiny_model
 from support.tiers import all_of
 
-from avss_dist.analysis.experts import layer_experts
+from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.findings import findings
 from avss_dist.core.settings import THRESHOLDS
 from avss_dist.measure.observer import Observer, attached
@@ -156,7 +156,7 @@ def test_the_warehouse_has_a_row_for_each_expert_and_the_sums_of_its_shards(scor
             assert (tokens == 0) == (expert == 0)
             mine = [r for r in shards if (r["layer"], r["expert"]) == (layer, expert)]
             assert tokens == sum(r["routed_tokens"] for r in mine)
-        (one,) = [one for one in layer_experts(warehouse, run["run_id"]) if one.layer == layer]
+        (one,) = [one for one in require_experts(warehouse, run["run_id"]) if one.layer == layer]
         shares = stats.routed_tokens[1:] / stats.routed_tokens.sum()
         assert_allclose(one.balance, -(shares * np.log(shares)).sum() / np.log(4))
         assert one.idle == [0] and 0 < one.router_entropy < 1

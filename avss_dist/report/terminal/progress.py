@@ -30,7 +30,6 @@ from avss_dist.runs.events import (
 from avss_dist.system.streams import console, say
 
 if TYPE_CHECKING:
-    from avss_dist.runs.run import Run
     from avss_dist.tasks.cells import Cell
 
 
@@ -186,18 +185,15 @@ class Progress:
                 self._progress.start_task(self._tasks[name])
                 self._progress.advance(self._tasks[name], num_tokens)
             case RunEnded(name, run):
-                self._end(name, run)
+                if (ended := self._tasks.pop(name, None)) is not None:
+                    self._progress.update(ended, description=f"{_short(name)}: {run.status}")
+                    self._progress.stop_task(ended)
+                    self._ended.append(ended)
+                if len(self._ended) > SHOWN_ENDED:
+                    self._progress.update(self._ended.popleft(), visible=False)
 
     def _print(self, text: str) -> None:
         self._progress.console.print(text, markup=False)
-
-    def _end(self, name: str, run: Run) -> None:
-        if (task := self._tasks.pop(name, None)) is not None:
-            self._progress.update(task, description=f"{_short(name)}: {run.status}")
-            self._progress.stop_task(task)
-            self._ended.append(task)
-            if len(self._ended) > SHOWN_ENDED:
-                self._progress.update(self._ended.popleft(), visible=False)
 
 
 def run_progress(num_runs: int, *, ends: bool = True) -> Progress | ProgressLines:

@@ -32,14 +32,21 @@ def schema_table() -> pa.Table:
 
 def schema_page() -> RenderableType:
     """Return the descriptions of columns, functions and ready queries for the terminal."""
-    parts: list[RenderableType] = []
-    for name, rows in _by_table().items():
-        parts += [_titled(name, TABLES[name].meaning), _grid(rows), ""]
-    parts += [_titled("views", "what most questions are about"), _grid(VIEWS.items()), ""]
-    parts += [_titled("functions", "of SQL, beside DuckDB's own"), _grid(FUNCTIONS.items()), ""]
     answers = [(f"@{name}", query.splitlines()[0].removeprefix("-- ")) for name, query in ready_queries().items()]
-    parts += [_titled("ready queries", "avss query -w WAREHOUSE @name"), _grid(answers)]
-    return Group(*parts)
+    chapters: list[tuple[str, str, Iterable[tuple[str, ...]]]] = [
+        *((name, TABLES[name].meaning, rows) for name, rows in _by_table().items()),
+        ("views", "what most questions are about", VIEWS.items()),
+        ("functions", "of SQL, beside DuckDB's own", FUNCTIONS.items()),
+        ("ready queries", "avss query -w WAREHOUSE @name", answers),
+    ]
+    parts: list[RenderableType] = []
+    for name, meaning, rows in chapters:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True, style="cyan")
+        for row in rows:
+            grid.add_row(*map(Text, row))
+        parts += [Text.assemble((name, "bold"), f": {meaning}"), grid, ""]
+    return Group(*parts[:-1])
 
 
 def schema_markdown() -> str:
@@ -74,15 +81,3 @@ def _by_table() -> dict[str, list[tuple[str, str, str]]]:
         name: [(column.name, types[name, column.name], column.description) for column in table.columns]
         for name, table in TABLES.items()
     }
-
-
-def _titled(name: str, meaning: str) -> Text:
-    return Text.assemble((name, "bold"), f": {meaning}")
-
-
-def _grid(rows: Iterable[tuple[str, ...]]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True, style="cyan")
-    for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
-    return grid
