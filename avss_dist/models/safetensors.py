@@ -70,27 +70,20 @@ def weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file():
         return [single]
-    if index.is_file():
-        return [folder / name for name in _indexed(index)]
-    return sorted(folder.glob(WEIGHTS))
-
-
-def _indexed(index: Path) -> list[str]:
-    """Return the sorted unique file names of an index."""
+    if not index.is_file():
+        return sorted(folder.glob(WEIGHTS))
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         paths = [PurePosixPath(name) for name in names]
-    except KeyError:
-        raise ModelError(f"{index} has no weight_map.", "Download or copy it again.") from None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} cannot be read: {error}.", "Download or copy it again.") from error
-    for name, path in zip(names, paths, strict=True):
-        if path.is_absolute() or ".." in path.parts:
-            raise ModelError(
-                f"{index} names the file '{name}', which is outside of its folder.",
-                "Put all weights into the folder, and name them by their paths in it.",
-            )
-    return names
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ModelError(f"{index} cannot be read: {reason}.", "Download or copy it again.") from error
+    if outside := [name for name, path in zip(names, paths, strict=True) if path.is_absolute() or ".." in path.parts]:
+        raise ModelError(
+            f"{index} names the file '{outside[0]}', which is outside of its folder.",
+            "Put all weights into the folder, and name them by their paths in it.",
+        )
+    return [folder / name for name in names]
 
 
 def tensors_of(file: Path) -> list[StoredTensor]:

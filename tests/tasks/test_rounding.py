@@ -177,6 +177,19 @@ def test_half_precision_weights_are_rounded_to_what_they_can_hold(grouped: Path)
         assert weight.dtype == torch.bfloat16
 
 
+def test_a_repaired_weight_is_rounded_in_memory_or_while_its_map_runs(grouped: Path) -> None:
+    model = opened(grouped, dtype="float32")
+    (batch, *_), path = random_shard().batches(2), "mlp.down_proj.weight"
+    patch = {(1, path): model.value(1, path) * 2 + 0.01}
+    losses = []
+    for model.weights_stay in (True, False):
+        with model.patched(patch), model.rounded(round_place("int4", 1, "mlp.down_proj")):
+            losses.append(model.losses(batch))
+    with model.patched(patch):
+        assert not np.array_equal(losses[0], model.losses(batch))
+    assert np.array_equal(*losses)
+
+
 def test_weights_that_were_rounded_before_are_noted(grouped: Path) -> None:
     model = opened(grouped, dtype="bfloat16")
     RoundedLosses(random_shard(), "int4")(model)
