@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
@@ -113,6 +114,10 @@ class ScoreAllRequest(CorpusRequest, WarehouseRequest, Settings, Execution):
 
     models: Annotated[Texts, Option(argument=True, metavar="MODEL")] = field(kw_only=False)
     """Hub id (org/name@revision), folder, or .gguf file."""
+
+    def __post_init__(self) -> None:
+        if repeated := [model for model, times in Counter(self.models).items() if times > 1]:
+            raise ConfigError(f"The model '{repeated[0]}' is named twice.", "Name each model once.")
 
 
 @request

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from avss_dist.core.errors import AvssError, ConfigError
+from avss_dist.core.errors import AvssError
 from avss_dist.core.registry import GANGS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.validation import keywords
@@ -34,8 +33,6 @@ def score(request: ScoreRequest) -> Run:
 @keywords(ScoreAllRequest)
 def score_all(request: ScoreAllRequest) -> list[Run]:
     """Score several checkpoints with one pool of workers. A failing run is recorded and does not stop the others."""
-    if repeated := [model for model, times in Counter(request.models).items() if times > 1]:
-        raise ConfigError(f"The model '{repeated[0]}' is named twice.", "Name each model once.")
     return score_models(request, request.models)
 
 

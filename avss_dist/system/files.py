@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from avss_dist.core.errors import ConfigError
@@ -103,6 +102,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def _is_left(name: re.Match[str], seconds: float, *paths: Path) -> bool:
     """Whether the writer of these paths has ended, or has not changed them for so long that it must have."""
+    import psutil  # commands that read a warehouse do without
+
     pid = int(name["pid"])
     if name["machine"] == _machine() != _UNKNOWN:
         if not psutil.pid_exists(pid):

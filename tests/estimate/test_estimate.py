@@ -51,7 +51,8 @@ def estimated(
     model: Path | str, settings: Settings = SETTINGS, max_memory: Mapping[str, Any] | None = None
 ) -> Estimate:
     """The estimate of a run with settings."""
-    taken = {name: value for name, value in settings.as_dict().items() if name in EstimateRequest.shared}
+    known = EstimateRequest.__dataclass_fields__
+    taken = {name: value for name, value in settings.as_dict().items() if name in known}
     return estimate(EstimateRequest(model, max_memory=max_memory or {}, **taken))
 
 
