@@ -9,14 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
+from huggingface_hub.utils._safetensors import TensorInfo
 from safetensors.torch import load_file
+from support.checkpoints import VOCABULARY, llama
 from support.families import tiny_model
 from support.ggufs import write_gguf
 from support.quantized import block_fp8
 from support.tiers import all_of
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
@@ -90,8 +95,6 @@ def test_operations_are_those_that_torch_counts(kind: str, family: str, folder_o
 
 
 def test_an_untied_head_counts_as_weights_and_not_as_what_runs(tmp_path: Path, save_checkpoint: Save) -> None:
-    from support.checkpoints import VOCABULARY, llama
-
     tied = footprint(str(save_checkpoint(llama(tie_word_embeddings=True), tmp_path / "tied")), SETTINGS)
     free = footprint(str(save_checkpoint(llama(tie_word_embeddings=False), tmp_path / "free")), SETTINGS)
     head = VOCABULARY * 32
@@ -124,8 +127,6 @@ def test_quantized_weights(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
-    from support.checkpoints import llama
-
     file = write_gguf(llama(), tmp_path / "tiny.gguf")
     size = footprint(str(file), SETTINGS)
     assert size.num_parameters == SingleReplica(resolve(str(file)), SETTINGS).model["num_parameters"]
@@ -146,8 +147,6 @@ def test_a_dtype_that_torch_lacks_is_an_error(dtype: Any, tiny_llama: Path, tmp_
 
 
 def test_shards_are_those_of_the_index(tiny_llama: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -159,10 +158,6 @@ def test_a_hub_checkpoint_is_its_configuration_and_headers(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hub is played by a folder: only config.json and the headers of the weight files are asked of it."""
-    import huggingface_hub
-    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
-    from huggingface_hub.utils._safetensors import TensorInfo
-
     asked: list[Any] = []
 
     def snapshot(name: str, revision: str | None = None, allow_patterns: Any = None) -> str:

@@ -1,4 +1,7 @@
-"""Checkpoints: found and pinned to their content, loaded without a head, and their layers and sites found."""
+"""Checkpoints: found and pinned to their content, loaded without a head, and their layers and sites found.
+
+Pickled weights are converted once; of quantized weights, the modules that compute with them are told.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,18 @@ import huggingface_hub.constants
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from support.checkpoints import LAYERS, llama
+from support.command_line import avss
 from support.families import tiny_model
+from support.quantized import block_fp8, compressed_tensors
 
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import INPUT_SITES, Settings
-from avss_dist.models.checkpoints import content_hash, resolve, slug
-from avss_dist.models.loading import forward_function, load, load_tokenizer, open_module
+from avss_dist.models.checkpoints import content_hash, convert_pickles, resolve, slug
+from avss_dist.models.loading import forward_function, load, load_tokenizer, open_module, skeleton, text_config
+from avss_dist.models.quantization import describe_computing, quantize_skeleton
+from avss_dist.warehouse.reader import Warehouse
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -331,3 +339,73 @@ def test_a_model_that_is_no_decoder_or_encoder_of_tokens_is_refused() -> None:
         open_module(transformers.T5ForConditionalGeneration(config))
     with pytest.raises(ModelError, match="ViTModel does not run on token ids alone"):
         open_module(transformers.ViTModel(transformers.ViTConfig(hidden_size=32, **sizes)).eval())
+
+
+SMALL = ("--sequence-length", "32", "--max-sequences", "2", "--executor", "local")
+
+
+def pickle_weights(copy: Path) -> None:
+    """Keep the weights in two pickles and an index, as older checkpoints do."""
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    places = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(sorted(tensors))}
+    for file in set(places.values()):
+        torch.save({name: tensors[name] for name in tensors if places[name] == file}, copy / file)
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_a_pickle_is_converted_once_and_noted(folder: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """To the same numbers, as tensors alone."""
+    pickle_weights(folder)
+    out = tmp_path / "warehouse"
+    done = avss("score", folder, "--corpus", "builtin:pydoc", "-w", out, "--allow-pickle", *SMALL)
+    assert done.exit_code == 0, done.stderr
+    (run,) = Warehouse(str(out)).runs().to_pylist()
+    assert any("stored as pickles" in note for note in run["notes"])
+    found = resolve(str(folder))  # without being allowed to: nothing is unpickled any more
+    kept = {name: t for file in Path(found.path).glob("*.safetensors") for name, t in load_file(file).items()}
+    original = load_file(tiny_llama / "model.safetensors")
+    assert kept.keys() == original.keys() and all(torch.equal(kept[name], original[name]) for name in kept)
+    weights = folder / "pytorch_model-00001-of-00002.bin"
+    torch.save({name: t + 1 for name, t in torch.load(weights, weights_only=True).items()}, weights)
+    with pytest.raises(ModelError, match="has pickled weights only"):  # of other content
+        resolve(str(folder))
+
+
+def test_what_is_no_table_of_tensors_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save([torch.zeros(1)], folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="holds more than tensors"):
+        convert_pickles(str(folder))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="holds more than tensors, or is damaged"):
+        convert_pickles(str(folder))
+
+
+FP8 = "of transformers.integrations.finegrained_fp8"
+
+
+def int4(whole: Path, folder: Path) -> Path:
+    return compressed_tensors(whole, folder, "int4")
+
+
+@pytest.mark.parametrize(
+    ("family", "quantize", "expected"),
+    [
+        ("llama", block_fp8, f"FP8Linear x 21 {FP8}"),
+        ("qwen3_moe", block_fp8, f"FP8Experts x 3 {FP8}, FP8Linear x 12 {FP8}"),
+        ("llama", int4, "Linear x 21 of torch.nn.modules.linear"),
+    ],
+)
+def test_modules_that_compute_with_quantized_weights_are_named_with_where_they_come_from(
+    family: str, quantize: Callable[[Path, Path], Path], expected: str, tmp_path: Path
+) -> None:
+    """The modules that transformers builds for the stored weights, and none once weights are unpacked."""
+    tiny_model("causal", family).save_pretrained(tmp_path / "whole")
+    checkpoint = resolve(str(quantize(tmp_path / "whole", tmp_path / "quantized")))
+    config = text_config(checkpoint)
+    model = skeleton(config, Settings(), torch.float32)
+    assert describe_computing(model) is None
+    assert describe_computing(quantize_skeleton(checkpoint, config, model)) == expected
+    unpacked = load(checkpoint, Settings(device="cpu", dequantize=True), torch.device("cpu"))
+    assert describe_computing(unpacked.model) is None

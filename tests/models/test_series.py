@@ -48,23 +48,18 @@ BRANCHES = [
     ],
 )
 def test_a_revision_tells_when_it_was_saved(name: str, expected: TrainingPoint) -> None:
-    assert (
-        training_point(Checkpoint(name="org/a", source="hub", path="/x", revision="f00", revision_name=name))
-        == expected
-    )
+    checkpoint = Checkpoint(name="org/a", source="hub", path="/x", revision="f00", revision_name=name)
+    assert training_point(checkpoint) == expected
 
 
 def test_folders_beside_each_other_are_a_series() -> None:
-    saved = [
-        training_point(
-            Checkpoint(name=f"run7/checkpoint-{n}", source="folder", path=f"/data/run7/checkpoint-{n}", revision="")
-        )
-        for n in (500, 1000)
-    ]
+    def saved_in(path: str) -> Checkpoint:
+        return Checkpoint(name=path.removeprefix("/data/"), source="folder", path=path, revision="")
+
+    saved = [training_point(saved_in(f"/data/run7/checkpoint-{n}")) for n in (500, 1000)]
     assert [one.step for one in saved] == [500, 1000]
     assert {one.series for one in saved} == {"/data/run7/checkpoint-*"}
-    alone = Checkpoint(name="models/llama", source="folder", path="/models/llama", revision="")
-    assert training_point(alone) == TrainingPoint("models/llama", None, None)
+    assert training_point(saved_in("/data/models/llama")) == TrainingPoint("models/llama", None, None)
 
 
 def test_a_series_of_folders_drifts_in_the_order_of_its_steps(tiny_llama: Path, tmp_path: Path) -> None:
@@ -89,14 +84,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         def do_GET(self) -> None:
             found = self.path.startswith("/api/models/org/a/refs")
             refs = {"branches": [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": "0"} for b in BRANCHES]}
-            body = json.dumps(
-                refs | {"converts": [], "tags": []} if found else {"error": "Repository not found"}
-            ).encode()
+            body = json.dumps(refs | {"converts": [], "tags": []} if found else {"error": "not found"}).encode()
             self.send_response(200 if found else 404)
-            if not found:
-                self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            for header, value in (headers if found else headers | {"X-Error-Code": "RepoNotFound"}).items():
+                self.send_header(header, value)
             self.end_headers()
             self.wfile.write(body)
 
