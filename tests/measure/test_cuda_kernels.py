@@ -187,12 +187,10 @@ def installed(major: int) -> bool:
 NVRTC = cuda_device.cuda_version() or next((major for major in range(20, 11, -1) if installed(major)), 0)
 """CUDA version of the compiler: torch's own; for a torch without CUDA, the newest one that is installed."""
 
-
-def has_nvrtc() -> bool:
-    return installed(NVRTC)
+needs_nvrtc = pytest.mark.skipif(not installed(NVRTC), reason="needs NVRTC (nvidia-cuda-nvrtc, of the test extra)")
 
 
-@pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC (nvidia-cuda-nvrtc, of the test extra)")
+@needs_nvrtc
 def test_nvrtc_compiles_for_every_architecture_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
     cases = [*((architecture, torch.bfloat16) for architecture in ARCHITECTURES), ("sm_90", torch.float32)]
 
@@ -216,9 +214,8 @@ def test_nvrtc_compiles_for_every_architecture_without_spills(capsys: pytest.Cap
         print("", *lines, sep="\n")
 
 
+@needs_nvrtc
 def test_what_is_not_cuda_does_not_compile() -> None:
-    if not has_nvrtc():
-        pytest.skip("needs NVRTC")
     with pytest.raises(NotCompiled, match=f"NVRTC {NVRTC} fails for sm_1"):
         compile_for(torch.bfloat16, "sm_1", SHARED, NVRTC)
     with pytest.raises(NotCompiled, match=r"libnvrtc\.so\.7 is neither"):
@@ -313,10 +310,10 @@ class EmulatedDriver:
         return 0
 
 
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> EmulatedDriver:
-    """A card of two multiprocessors, whose driver is the emulator."""
-    assert not has_nvrtc() or library(NVRTC)
+@needs_nvrtc
+def test_the_launcher_gives_the_driver_what_the_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card of two multiprocessors, whose driver is the emulator."""
+    assert library(NVRTC)  # before libraries are the driver
     driver = EmulatedDriver()
     card = SimpleNamespace(major=9, minor=0, multi_processor_count=2, shared_memory_per_block=SHARED)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
@@ -324,11 +321,6 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> EmulatedDriver:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.version, "cuda", f"{NVRTC}.0")
     monkeypatch.setattr(cuda_device.ctypes, "CDLL", lambda name: driver)
-    return driver
-
-
-@pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC (nvidia-cuda-nvrtc, of the test extra)")
-def test_the_launcher_gives_the_driver_what_the_kernels_need(driver: EmulatedDriver) -> None:
     launcher = cuda_device.Device(torch.device("cpu"))
     launcher.threads = 64
     batch = batch_of("nonfinite", (2, 20, 257), torch.bfloat16)

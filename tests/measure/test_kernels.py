@@ -324,12 +324,6 @@ def test_the_guard_sees_a_copy() -> None:
     assert guard.copies == ["_to_copy", "copy_"]
 
 
-def test_torch_kernels_never_wait_for_the_device(dtype: torch.dtype) -> None:
-    batch = any_batch(14, (2, 8, 16), dtype)
-    with NoWaiting():
-        accumulate(TorchKernels(), [batch, batch], GRID)
-
-
 BOTH = pytest.mark.parametrize(
     "backend", [TorchKernels, lambda: kernels_for(torch.device("cuda"))], ids=["torch", "own"]
 )

@@ -24,6 +24,7 @@ from avss_dist.stats.layer_stats import LayerKey, LayerStats, share_of_m2
 
 GRID = np.array(THRESHOLDS)
 ROWS, TOKENS = 3, 11
+FULL = torch.ones(ROWS, TOKENS, dtype=torch.bool)
 
 
 # By family: its layers, and inside a layer which module's output is the attention's and the MLP's update.
@@ -101,20 +102,19 @@ def captured(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor, *paths: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_of_every_site_equals_numpy(family: str, dtype: torch.dtype) -> None:
     backbone = opened(build(family), dtype)
-    ids, mask = token_ids(), torch.ones(ROWS, TOKENS, dtype=torch.bool)
-    stats = observed(backbone, [(ids, mask)])
-    raw = captured(backbone, ids, mask, *FAMILIES[family])
+    stats = observed(backbone, [(token_ids(), FULL)])
+    raw = captured(backbone, token_ids(), FULL, *FAMILIES[family])
     assert stats.keys() == raw.keys()
     for (layer, site), activations in raw.items():
         units = site in ("block", "update")
         activations |= {"units": units, "by": counted_by(dtype), "first_tokens": site == "block"}
-        expected = oracle_stats(mask=mask.numpy(), thresholds=GRID, **activations)
+        expected = oracle_stats(mask=FULL.numpy(), thresholds=GRID, **activations)
         assert_close(stats[layer, site], expected, rtol=1e-9, angle_atol=1e-7)
 
 
 def test_first_tokens_are_the_first_that_count_in_each_row_of_each_batch() -> None:
     backbone = opened(llama())
-    masks = [torch.ones(ROWS, TOKENS, dtype=torch.bool) for _ in range(2)]
+    masks = [FULL.clone(), FULL]
     masks[0][0, :2] = masks[0][1, :5] = masks[0][2] = False
     batches = [(token_ids(seed), mask) for seed, mask in enumerate(masks)]
     stats = observed(backbone, batches, ["block"])
@@ -132,7 +132,7 @@ def test_first_tokens_are_the_first_that_count_in_each_row_of_each_batch() -> No
 def test_padding_counts_for_nothing(side: str) -> None:
     """Whatever stands in the padding, the statistics are those of the tokens that are real, on either side."""
     backbone = opened(llama())
-    mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    mask = FULL.clone()
     mask[1, : TOKENS // 2] = mask[2, : TOKENS - 2] = False
     mask = mask if side == "left" else mask.flip(1)
     first, second = token_ids(), torch.where(mask, token_ids(), token_ids(1))
@@ -146,15 +146,15 @@ def test_padding_counts_for_nothing(side: str) -> None:
 
 def test_a_fully_masked_batch_and_passes_outside_add_nothing() -> None:
     backbone = opened(llama())
-    full, empty = torch.ones(ROWS, TOKENS, dtype=torch.bool), torch.zeros(ROWS, TOKENS, dtype=torch.bool)
-    once = observed(backbone, [(token_ids(), full)])
+    empty = torch.zeros_like(FULL)
+    once = observed(backbone, [(token_ids(), FULL)])
     with observe(backbone.structure.layers, SITES, THRESHOLDS) as observer, torch.no_grad():
         run = forward_function(backbone.module)
         run(token_ids(2), None)
         with observer.batch(empty.numpy()):
             run(token_ids(1), None)
-        with observer.batch(full.numpy()):
-            run(token_ids(), full.long())
+        with observer.batch(FULL.numpy()):
+            run(token_ids(), FULL.long())
             backbone.structure.layers[0].taps["mlp"].module(torch.ones(ROWS, TOKENS, 32))
         run(token_ids(3), None)
     assert all(once[key].equals(stats) for key, stats in observer.result().items())
@@ -164,9 +164,8 @@ def test_a_fully_masked_batch_and_passes_outside_add_nothing() -> None:
 def test_batches_add_up() -> None:
     """Two batches in one observation are the two observations merged."""
     backbone = opened(llama(), torch.bfloat16)
-    full = torch.ones(ROWS, TOKENS, dtype=torch.bool)
-    both = observed(backbone, [(token_ids(0), full), (token_ids(1), full)])
-    first, second = (observed(backbone, [(token_ids(i), full)]) for i in (0, 1))
+    both = observed(backbone, [(token_ids(0), FULL), (token_ids(1), FULL)])
+    first, second = (observed(backbone, [(token_ids(i), FULL)]) for i in (0, 1))
     for key, stats in both.items():
         assert_close(stats, first[key].merge(second[key]), rtol=1e-12)
 
@@ -204,16 +203,15 @@ def test_hooks_of_others_stay() -> None:
     calls: list[str] = []
     layer = backbone.structure.layers[0].module
     layer.register_forward_hook(lambda *_: calls.append("theirs"))
-    observed(backbone, [(token_ids(), torch.ones(ROWS, TOKENS, dtype=torch.bool))])
+    observed(backbone, [(token_ids(), FULL)])
     assert calls == ["theirs"] and len(layer._forward_hooks) == 1
 
 
 def test_observers_nest() -> None:
     backbone = opened(llama())
-    full = torch.ones(ROWS, TOKENS, dtype=torch.bool)
-    alone = observed(backbone, [(token_ids(), full)])
-    with observe(backbone.structure.layers, SITES, THRESHOLDS) as outer, outer.batch(full.numpy()):
-        inner = observed(backbone, [(token_ids(), full)])
+    alone = observed(backbone, [(token_ids(), FULL)])
+    with observe(backbone.structure.layers, SITES, THRESHOLDS) as outer, outer.batch(FULL.numpy()):
+        inner = observed(backbone, [(token_ids(), FULL)])
     assert all(stats.equals(inner[key]) for key, stats in alone.items())
     assert all(stats.equals(outer.result()[key]) for key, stats in alone.items())
 
@@ -221,26 +219,24 @@ def test_observers_nest() -> None:
 def test_a_layer_is_concluded_after_its_last_pass() -> None:
     """Its accumulators are given up when no pass is to come, and its statistics are what they are without."""
     backbone = opened(llama())
-    full = torch.ones(ROWS, TOKENS, dtype=torch.bool)
     run = forward_function(backbone.module)
     kept = []
     with observe(backbone.structure.layers, SITES, THRESHOLDS, passes=2) as observer, torch.no_grad():
         for seed in range(2):
-            with observer.batch(full.numpy()):
-                run(token_ids(seed), full.long())
+            with observer.batch(FULL.numpy()):
+                run(token_ids(seed), FULL.long())
             kept.append(len(observer._accumulators))
     assert kept == [3 * len(SITES), 0]
-    expected = observed(backbone, [(token_ids(seed), full) for seed in range(2)])
+    expected = observed(backbone, [(token_ids(seed), FULL) for seed in range(2)])
     got = observer.result()
     assert list(got) == list(expected) and all(got[key].equals(expected[key]) for key in expected)
 
 
 def test_only_the_wanted_sites_are_measured() -> None:
     backbone = opened(llama())
-    full = torch.ones(ROWS, TOKENS, dtype=torch.bool)
-    everything = observed(backbone, [(token_ids(), full)])
+    everything = observed(backbone, [(token_ids(), FULL)])
     for site in SITES:
-        alone = observed(backbone, [(token_ids(), full)], [site])
+        alone = observed(backbone, [(token_ids(), FULL)], [site])
         assert set(alone) == {(layer, site) for layer in range(3)}
         assert all(stats.equals(everything[key]) for key, stats in alone.items())
 
@@ -254,7 +250,7 @@ def test_the_inputs_of_linear_maps_are_counted_and_summed_by_unit() -> None:
                                ("up_input", "mlp.up_proj"), ("neuron", "mlp.down_proj")):  # fmt: skip
                 hook = lambda _m, args, key=(layer.index, site): taken.update({key: args[0].clone()})  # noqa: E731
                 stack.callback(layer.module.get_submodule(path).register_forward_pre_hook(hook).remove)
-        mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+        mask = FULL.clone()
         mask[0, 9:] = False
         found = observed(backbone, [(token_ids(), mask)], INPUTS)
     assert set(found) == {(layer, site) for layer in range(3) for site in INPUTS}
@@ -265,20 +261,9 @@ def test_the_inputs_of_linear_maps_are_counted_and_summed_by_unit() -> None:
         assert stats.below(0.5).low <= (np.abs(x) < 0.5).sum() <= stats.below(0.5).high
 
 
-class Tampering(nn.Module):
-    """A stand-in backbone whose one layer misbehaves in a chosen way."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Misbehaving(how)])
-
-    def forward(self, input_ids: torch.Tensor) -> Any:
-        return self.layers[0](
-            torch.ones(*input_ids.shape, 4, dtype=torch.float64 if self.layers[0].how == "float64" else None)
-        )
-
-
 class Misbehaving(nn.Module):
+    """A stand-in layer that misbehaves in a chosen way."""
+
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
@@ -288,6 +273,17 @@ class Misbehaving(nn.Module):
             x.add_(1)
         changed = {"pads": torch.cat([x, x], 1), "widens": torch.cat([x, x], 2), "nothing": "text"}
         return changed.get(self.how, x + 1)
+
+
+def misbehave(how: str) -> dict[LayerKey, LayerStats]:
+    """Statistics of a layer that misbehaves; no hook stays."""
+    layer = Layer(0, "layers.0", Misbehaving(how), 0, "rows", {})
+    try:
+        with observe([layer], SITES, THRESHOLDS) as observer, observer.batch(np.ones((2, 3), bool)):
+            layer.module(torch.ones(2, 3, 4, dtype=torch.float64 if how == "float64" else None))
+    finally:
+        assert not layer.module._forward_hooks and not layer.module._forward_pre_hooks
+    return observer.result()
 
 
 @pytest.mark.parametrize(
@@ -300,24 +296,13 @@ class Misbehaving(nn.Module):
     ],
 )
 def test_a_layer_that_cannot_be_counted_is_named(how: str, said: str) -> None:
-    model = Tampering(how)
-    layer = Layer(0, "layers.0", model.layers[0], 0, "rows", {})
-    with (
-        pytest.raises(ModelError, match=said) as raised,
-        observe([layer], SITES, THRESHOLDS) as observer,
-        observer.batch(np.ones((2, 3), bool)),
-    ):
-        model(torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(ModelError, match=said) as raised:
+        misbehave(how)
     assert "layers.0" in str(raised.value)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_layer_that_widens_its_input_has_no_update() -> None:
-    model = Tampering("widens")
-    layer = Layer(0, "layers.0", model.layers[0], 0, "rows", {})
-    with observe([layer], SITES, THRESHOLDS) as observer, observer.batch(np.ones((2, 3), bool)):
-        model(torch.ones(2, 3, dtype=torch.long))
-    ((key, stats),) = observer.result().items()
+    ((key, stats),) = misbehave("widens").items()
     assert (key, stats.count, stats.token_count) == ((0, "block"), 2 * 3 * 8, 0)
 
 
@@ -326,7 +311,7 @@ def test_nonfinite_activations_are_counted_apart() -> None:
     model = llama()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[5, 3] = torch.nan
-    stats = observed(opened(model), [(token_ids(), torch.ones(ROWS, TOKENS, dtype=torch.bool))])
+    stats = observed(opened(model), [(token_ids(), FULL)])
     assert stats[0, "block"].nonfinite_count == 0
     broken = stats[1, "mlp"]
     assert broken.nonfinite_count == ROWS * TOKENS and broken.count == ROWS * TOKENS * 31
