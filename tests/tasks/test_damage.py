@@ -1,7 +1,11 @@
-"""Damage: against plain passes without a layer and plain autograd, label by label."""
+"""Damage and gradients: against plain passes without a layer and plain autograd, label by label.
+
+On models of every structure: rows of finite numbers, and no trace left, of rounding neither.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from support.causal_lm import opened, random_shard
+from support.families import tiny_model
+from support.waiting import NoWaiting
 from torch.nn.functional import cross_entropy
 
 from avss_dist.core.intervention import NO_INTERVENTION
@@ -17,11 +23,15 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, predicted
 from avss_dist.models.head import draw_labels, uniform_numbers
 from avss_dist.models.layers import first_tensor, input_tensor
+from avss_dist.tasks import backward as gradient_pass
+from avss_dist.tasks.backward import Gradients, matrices
 from avss_dist.tasks.damage import Damage
+from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
 from avss_dist.tasks.task import Row
 from avss_dist.tasks.text_loss import TextLoss
 
 Found = dict[tuple[Any, ...], Row]
+Seen = tuple[LanguageModel, Found, list[Batch]]
 
 
 def by_metric(rows: list[Row]) -> Found:
@@ -47,7 +57,7 @@ def traced(model: LanguageModel, batch: Batch) -> tuple[torch.Tensor, list[torch
 
 
 @pytest.fixture(scope="module", params=[0, 4], ids=["every token", "skipped tokens"])
-def seen(request: pytest.FixtureRequest, tiny_llama: Path) -> tuple[LanguageModel, Found, list[Batch]]:
+def seen(request: pytest.FixtureRequest, tiny_llama: Path) -> Seen:
     """What damage says of rows in batches of two, and the same rows one by one."""
     model, shard = opened(tiny_llama, dtype="float32"), random_shard(skip=request.param)
     found = by_metric(Damage(shard=shard, lookahead=1, draws=3, seed=5)(model))
@@ -63,7 +73,7 @@ def without(model: LanguageModel, batch: Batch) -> dict[int, list[torch.Tensor]]
 
 
 @torch.no_grad()
-def test_distances_are_those_of_passes_without_a_layer(seen: tuple[LanguageModel, Found, list[Batch]]) -> None:
+def test_distances_are_those_of_passes_without_a_layer(seen: Seen) -> None:
     model, found, batches = seen
     for row, batch in enumerate(batches):
         observed = torch.from_numpy(batch.observed[0])
@@ -81,7 +91,7 @@ def test_distances_are_those_of_passes_without_a_layer(seen: tuple[LanguageModel
 
 
 @torch.no_grad()
-def test_blocks_are_all_that_layers_can_form(seen: tuple[LanguageModel, Found, list[Batch]]) -> None:
+def test_blocks_are_all_that_layers_can_form(seen: Seen) -> None:
     model, found, batches = seen
     blocks = [key for key in found if key[0] == "block_distance"]
     assert len(blocks) == 6
@@ -95,7 +105,7 @@ def test_blocks_are_all_that_layers_can_form(seen: tuple[LanguageModel, Found, l
             assert found["block_distance", *key].samples[row] == pytest.approx(distance, rel=1e-3)
 
 
-def test_projections_are_those_of_autograd(seen: tuple[LanguageModel, Found, list[Batch]]) -> None:
+def test_projections_are_those_of_autograd(seen: Seen) -> None:
     model, found, batches = seen
     for row, batch in enumerate(batches):
         with torch.no_grad():
@@ -161,6 +171,7 @@ def test_draws_depend_on_the_row_and_the_seed_alone() -> None:
 
 def test_layers_that_are_left_out_take_no_part(tiny_llama: Path) -> None:
     model, shard = opened(tiny_llama, dtype="float32"), random_shard()
+    assert {row.layer for row in Gradients(shard)(model, NO_INTERVENTION.without(1))} == {0, 2}
     found = by_metric(Damage(shard=shard, lookahead=1, draws=1)(model, NO_INTERVENTION.without(1)))
     assert {layer for _, layer, _ in found} == {0, 2}
     assert {block for metric, _, block in found if metric == "block_distance"} == {(0,), (2,), (0, 2)}
@@ -184,3 +195,97 @@ def test_the_prediction_is_the_loss_of_a_small_change(tiny_llama: Path) -> None:
     whole, left_out = (TextLoss(shard)(model, NO_INTERVENTION.without(*drop))[0].samples for drop in ((), (1,)))
     predicted_nats = found["predicted_0", 1, None].samples
     assert predicted_nats.sum() == pytest.approx((left_out - whole).sum(), rel=0.1, abs=1e-4)
+
+
+def test_the_estimate_is_that_of_plain_autograd(tiny_llama: Path) -> None:
+    model, shard = opened(tiny_llama), random_shard()
+    found = by_metric(Gradients(shard)(model))
+    for row, batch in enumerate(shard.batches(1)):
+        last, states = traced(model, batch)
+        logits, labels = model.module.lm_head(last)[0, :-1], torch.from_numpy(batch.input_ids[0, 1:]).long()
+        loss = cross_entropy(logits, labels, reduction="sum")
+        gradients = torch.autograd.grad(loss, states[1:])
+        for layer, gradient in enumerate(gradients):
+            update = states[layer + 1] - states[layer]
+            expected = (gradient * update).sum(dim=-1).abs().sum().item()
+            assert found["taylor", layer, None].samples[row] == pytest.approx(expected, rel=1e-4)
+            assert found["taylor", layer, None].weights[row] == len(labels)
+
+
+def test_norms_are_those_of_the_mean_loss(tiny_llama: Path) -> None:
+    model, shard = opened(tiny_llama), random_shard(rows=2)
+    found = by_metric(Gradients(shard)(model))
+    ids = torch.from_numpy(shard.input_ids).long()
+    model.module(input_ids=ids, labels=ids).loss.backward()
+    for layer in model.layers:
+        weights = [weight for weight in layer.module.parameters() if weight.dim() == 2]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        assert len(gradients) == len(weights) == len(matrices(layer.module)) == 7
+        for metric, values in {
+            "gradient_l1": [gradient.abs().sum() for gradient in gradients],
+            "gradient_l2": [gradient.square().sum().sqrt() for gradient in gradients],
+            "weight_frobenius": [torch.linalg.matrix_norm(weight) for weight in weights],
+        }.items():
+            row = found[metric, layer.index, None]
+            assert row.samples == pytest.approx([sum(value.item() for value in values)], rel=1e-4)
+            assert row.weights.tolist() == [1]
+
+
+def test_hooks_of_both_passes_ask_no_device_for_a_value(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value for each matrix would be hundreds of waits a batch."""
+    expected = [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama))]
+    for name in ("call", "_remove", "accumulate"):
+        hook = getattr(gradient_pass.LayerGradients, name)
+
+        def guarded(*args: Any, _hook: Callable[..., Any] = hook) -> Any:
+            with NoWaiting():
+                return _hook(*args)
+
+        monkeypatch.setattr(gradient_pass.LayerGradients, name, guarded)
+    assert [row.samples.tolist() for row in Gradients(random_shard())(opened(tiny_llama))] == expected
+
+
+FAMILIES = ("llama", "gemma3_text", "qwen2_moe", "gpt2", "falcon", "opt", "mamba", "bloom")
+
+
+def assert_no_trace(model: LanguageModel, required: dict[str, bool], weights: dict[str, torch.Tensor]) -> None:
+    """The same weights require gradients, none has one or has changed, and no hook is left."""
+    for name, parameter in model.module.named_parameters():
+        assert parameter.requires_grad == required[name]
+        assert parameter.grad is None
+        assert not parameter._post_accumulate_grad_hooks
+    for name, value in model.module.state_dict().items():
+        assert torch.equal(value, weights[name])
+    for module in model.module.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert module is model.module.get_output_embeddings() or "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_family_and_no_trace(name: str, save_checkpoint: Callable[[Any, Path], Path], tmp_path: Path) -> None:
+    model, shard = opened(save_checkpoint(tiny_model("causal", name), tmp_path / name)), random_shard()
+    next(model.module.parameters()).requires_grad_(False)
+    required = {key: parameter.requires_grad for key, parameter in model.module.named_parameters()}
+    weights = {key: value.clone() for key, value in model.module.state_dict().items()}
+    before = TextLoss(shard)(model)[0].samples
+    layers = len(model.layers)
+    blocks = layers * (layers + 1) // 2
+    rounded = [layer for layer in model.layers if layer.projections]
+    places = len(rounded) + sum(len(layer.projections) for layer in rounded)
+    for measure, number in (
+        (Damage(shard=shard, lookahead=2, draws=1), layers * 3 * 6 + 2 * blocks),
+        (Gradients(shard), 4 * layers),
+        (RoundedLosses(shard, "int4"), 1 + len(rounded)),
+    ):
+        rows = measure(model)
+        assert len(rows) == number
+        assert all(np.isfinite(row.samples).all() for row in rows)
+        if isinstance(measure, Gradients):
+            assert all((row.samples > 0).all() for row in rows)
+        assert_no_trace(model, required, weights)
+    damage = RoundingDamage(shard=shard, formats=("int4", "fp8"), draws=1)(model)
+    assert len({row.rounding for row in damage}) == 2 * places
+    assert all(np.isfinite(row.samples).all() for row in damage)
+    assert_no_trace(model, required, weights)
+    assert np.array_equal(TextLoss(shard)(model)[0].samples, before)

@@ -26,6 +26,7 @@ from avss_dist.tasks.text_loss import TextLoss
 
 Save = Callable[[Any, Path], Path]
 Found = dict[tuple[str, str | None], Row]
+Seen = tuple[LanguageModel, Found, list[Batch]]
 DRAWS, SEED = 3, 5
 
 
@@ -52,7 +53,7 @@ def maps_of(model: LanguageModel) -> list[tuple[int, str, Any]]:
 
 
 @pytest.fixture(scope="module", params=[0, 4], ids=["every token", "skipped tokens"])
-def seen(request: pytest.FixtureRequest, grouped: Path) -> tuple[LanguageModel, Found, list[Batch]]:
+def seen(request: pytest.FixtureRequest, grouped: Path) -> Seen:
     """Predictions for rows in batches of two, and the same rows one by one."""
     model, shard = opened(grouped, dtype="float32"), random_shard(skip=request.param)
     measure = RoundingDamage(shard=shard, formats=("int4", "q4_0"), draws=DRAWS, seed=SEED)
@@ -93,7 +94,7 @@ def products(model: LanguageModel, batch: Batch, name: str) -> dict[tuple[int, s
 
 
 @pytest.mark.parametrize("name", ["int4", "q4_0"])
-def test_orders_are_those_of_autograd_token_by_token(name: str, seen: tuple[LanguageModel, Found, list[Batch]]) -> None:
+def test_orders_are_those_of_autograd_token_by_token(name: str, seen: Seen) -> None:
     model, found, batches = seen
     for row, batch in enumerate(batches):
         by_map = products(model, batch, name)
@@ -115,7 +116,7 @@ def test_orders_are_those_of_autograd_token_by_token(name: str, seen: tuple[Lang
     assert all(row.weights.tolist() == weights for (metric, _), row in found.items() if "order" in metric)
 
 
-def test_errors_of_outputs_and_sizes(seen: tuple[LanguageModel, Found, list[Batch]]) -> None:
+def test_errors_of_outputs_and_sizes(seen: Seen) -> None:
     model, found, batches = seen
     module = model.layers[2].module.mlp.down_proj
     difference = FORMATS["q4_0"].round(module.weight) - module.weight.detach()

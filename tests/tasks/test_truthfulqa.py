@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import one_thread
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from avss_dist import evaluate
 
@@ -25,8 +26,6 @@ QUESTIONS = [
 
 def test_choices_and_entropies_are_those_of_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     """Whatever rows are padded to, and in whichever order they are: there, each row is alone."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     file, backwards = tmp_path / "t.jsonl", tmp_path / "backwards.jsonl"
     for path, lines in ((file, QUESTIONS), (backwards, QUESTIONS[::-1])):
         path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
