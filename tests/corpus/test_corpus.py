@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,20 @@ def word_tokenizer(
 
 TOKENIZER = word_tokenizer()
 SMALL = Settings(sequence_length=4, sequences_per_shard=2)
+
+
+class Watched:
+    """The tokenizer, which keeps what it is given at once."""
+
+    eos_token_id, pad_token_id = EOS, PAD
+
+    def __init__(self) -> None:
+        self.given: list[list[str]] = []
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        if text != ["a"]:  # which is asked for to see the special tokens around it
+            self.given.append(text)
+        return TOKENIZER(text, **options)
 
 
 def word_ids(text: str) -> list[int]:
@@ -269,21 +285,11 @@ def test_plans_are_deterministic_and_independent_of_grouping(jsonl: str, monkeyp
 def test_a_small_plan_has_few_documents_tokenized(tmp_path: Path) -> None:
     """And a large one has many tokenized at once, which is faster."""
     source = write_jsonl(tmp_path / "many.jsonl", ["w0 w1 w2"] * 500)
-    given: list[int] = []
-
-    class Watched:
-        eos_token_id, pad_token_id = EOS, PAD
-
-        def __call__(self, text: list[str], **options: Any) -> Any:
-            if text != ["a"]:  # which is asked for to see the special tokens around it
-                given.append(len(text))
-            return TOKENIZER(text, **options)
-
-    tokenize_corpus(source, Watched(), replace(SMALL, max_sequences=1))
-    assert sum(given) <= 4
-    given.clear()
-    tokenize_corpus(source, Watched(), replace(SMALL, max_sequences=None))
-    assert sum(given) == 500 and max(given) == tokens.GROUP_DOCUMENTS
+    few, many = Watched(), Watched()
+    tokenize_corpus(source, few, replace(SMALL, max_sequences=1))
+    assert sum(map(len, few.given)) <= 4
+    tokenize_corpus(source, many, replace(SMALL, max_sequences=None))
+    assert sum(map(len, many.given)) == 500 and max(map(len, many.given)) == tokens.GROUP_DOCUMENTS
 
 
 def test_a_tokenizer_left_truncating_and_padding_does_not_matter(jsonl: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -406,18 +412,11 @@ def test_no_tokenizer_gets_more_than_a_piece(
     texts = ["w0 w1", " ".join(WORDS * 4), "w2 w3 w4 w5", "w6"]
     settings = replace(SMALL, layout=layout)
     whole = signature(tokenize_corpus(write(tmp_path / f"c.{write.__name__[6:]}", texts), TOKENIZER, settings))
-    given: list[str] = []
-
-    class Watched:
-        eos_token_id, pad_token_id = EOS, PAD
-
-        def __call__(self, text: list[str], **options: Any) -> Any:
-            given.extend(text)
-            return TOKENIZER(text, **options)
-
+    watched = Watched()
     monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 11)
     monkeypatch.setattr(tokens, "GROUP_CHARACTERS", 8)
-    assert signature(tokenize_corpus(str(next(tmp_path.iterdir())), Watched(), settings)) == whole
+    assert signature(tokenize_corpus(str(next(tmp_path.iterdir())), watched, settings)) == whole
+    given = list(chain(*watched.given))
     assert max(map(len, given)) <= 11 + len(" w10") and {"w0 w1", "w2 w3 w4 w5", "w6"} <= set(given)
 
 
@@ -514,8 +513,6 @@ def test_remote_fingerprint_is_path_size_and_time(monkeypatch: pytest.MonkeyPatc
     """No bytes are read: the mock file system is given other bytes of the same size and time."""
 
     def mock(data: bytes, hour: int) -> fs.FileSystem:
-        import datetime
-
         remote = fs._MockFileSystem(datetime.datetime(2025, 1, 1, hour))
         remote.create_dir("bucket")
         for name in ("a", "b"):

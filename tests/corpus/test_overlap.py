@@ -19,6 +19,7 @@ from avss_dist.corpus import overlap
 from avss_dist.corpus.overlap import PASSAGE, SHORTEST, shared_text
 from avss_dist.corpus.shards import Shard, tokenize_corpus
 
+Read = Callable[..., Sequence[Shard]]
 LICENSE = (
     "Licensed under the terms that stand in the file LICENSE, which comes with this file. You may not use this file "
     "except in compliance with them. Unless required by law or agreed to in writing, all of it is distributed as it "
@@ -32,7 +33,7 @@ def tokenizer(tokenizer_folder: Path) -> Any:
 
 
 @pytest.fixture
-def shards(tokenizer: Any, tmp_path: Path) -> Callable[..., Sequence[Shard]]:
+def shards(tokenizer: Any, tmp_path: Path) -> Read:
     """The rows of a text, or of documents."""
 
     def read(text: str | Sequence[str], **options: Any) -> Sequence[Shard]:
@@ -47,9 +48,7 @@ def shards(tokenizer: Any, tmp_path: Path) -> Callable[..., Sequence[Shard]]:
 
 @pytest.mark.parametrize("length", [4, 16, 128])
 @pytest.mark.parametrize("name", SAME)
-def test_the_same_text_is_known_however_it_is_wrapped(
-    name: str, length: int, shards: Callable[..., Sequence[Shard]], tokenizer: Any
-) -> None:
+def test_the_same_text_is_known_however_it_is_wrapped(name: str, length: int, shards: Read, tokenizer: Any) -> None:
     seen, read = (shards(text, sequence_length=length) for text in (TEXT, SAME[name]))
     shared = shared_text(seen, read, tokenizer)
     assert shared is not None and shared > (0.4 if "reversed" in name else 0.9)
@@ -57,9 +56,7 @@ def test_the_same_text_is_known_however_it_is_wrapped(
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("words", [4, 12])
-def test_documents_in_another_order_are_the_same_text(
-    words: int, layout: str, shards: Callable[..., Sequence[Shard]], tokenizer: Any
-) -> None:
+def test_documents_in_another_order_are_the_same_text(words: int, layout: str, shards: Read, tokenizer: Any) -> None:
     """Those of fewer characters than a passage too, which are compared as a whole."""
     documents = sentences(100, seed=2, words=words)
     length = {"layout": layout, "sequence_length": 96}
@@ -67,14 +64,14 @@ def test_documents_in_another_order_are_the_same_text(
     assert shared is not None and shared > 0.9
 
 
-def test_rows_in_another_order_are_the_same_text(shards: Callable[..., Sequence[Shard]], tokenizer: Any) -> None:
+def test_rows_in_another_order_are_the_same_text(shards: Read, tokenizer: Any) -> None:
     for length in (16, 24, 64):
         mixed = shards(TEXT, sequence_length=length, shuffle_seed=3)
         shared = shared_text(shards(TEXT, sequence_length=length), mixed, tokenizer)
         assert shared is not None and shared > 0.1
 
 
-def test_special_tokens_are_no_text(shards: Callable[..., Sequence[Shard]], tokenizer: Any) -> None:
+def test_special_tokens_are_no_text(shards: Read, tokenizer: Any) -> None:
     """Rows that begin with BOS, of which some are cut elsewhere, hold the same text."""
     plain = shards(TEXT, sequence_length=15)
     begun = [
@@ -120,15 +117,13 @@ def test_special_tokens_are_no_text(shards: Callable[..., Sequence[Shard]], toke
         ),
     ],
 )
-def test_text_of_one_kind_is_not_the_same_text(
-    seen: Any, read: Any, shards: Callable[..., Sequence[Shard]], tokenizer: Any
-) -> None:
+def test_text_of_one_kind_is_not_the_same_text(seen: Any, read: Any, shards: Read, tokenizer: Any) -> None:
     for length in (16, 128):
         shared = shared_text(shards(seen, sequence_length=length), shards(read, sequence_length=length), tokenizer)
         assert shared is not None and shared < 0.03
 
 
-def test_a_text_that_repeats_itself_is_known(shards: Callable[..., Sequence[Shard]], tokenizer: Any) -> None:
+def test_a_text_that_repeats_itself_is_known(shards: Read, tokenizer: Any) -> None:
     text = "It was the best of times, it was the worst of times. " * 50
     assert (shared_text(shards(text), shards(text[:1000]), tokenizer) or 0) > 0.9
     assert (shared_text(shards(TEXT + TEXT), shards(TEXT), tokenizer) or 0) > 0.9
@@ -149,9 +144,7 @@ def test_every_shared_passage_of_that_length_has_a_fingerprint() -> None:
     assert sum(map(len, unlike)) < 0.3 * 50 * 200
 
 
-def test_passages_are_known_across_blocks(
-    shards: Callable[..., Sequence[Shard]], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_passages_are_known_across_blocks(shards: Read, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = shared_text(shards(TEXT), shards(SAME["wrapped again"]), tokenizer)
     monkeypatch.setattr(overlap, "BLOCK_TOKENS", 1)
     assert len([*overlap._fingerprints(shards(TEXT), tokenizer)]) > 20
@@ -159,9 +152,7 @@ def test_passages_are_known_across_blocks(
     assert whole is not None and apart == pytest.approx(whole, abs=0.05)
 
 
-def test_what_cannot_be_compared_is_not_called_different(
-    shards: Callable[..., Sequence[Shard]], tokenizer: Any
-) -> None:
+def test_what_cannot_be_compared_is_not_called_different(shards: Read, tokenizer: Any) -> None:
     short = shards(["a" * (SHORTEST - 1), "yes"], layout="padded", sequence_length=32)
     long = shards(TEXT)
     assert shared_text(short, long, tokenizer) is None
