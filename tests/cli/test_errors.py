@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ import yaml
 from support import command_line
 from support.checkpoints import llama
 from support.command_line import files
+from support.disks import SmallDisk
 from support.tables import assert_same_tables
+from support.warehouses import activations, stats_of, write_measured
 
 from avss_dist import Run, score
 from avss_dist.runs.events import RunEvent, ShardMeasured
@@ -72,18 +76,10 @@ def refused(warehouse: Path, *args: object, says: list[str], failed_row: bool = 
     assert len(new) == failed_row
 
 
-# Models.
+Break = Callable[[Path], object]
 
 
-def no_config(model: Path) -> None:
-    (model / "config.json").unlink()
-
-
-def broken_config(model: Path) -> None:
-    (model / "config.json").write_text('{"model_type": ')
-
-
-def configured(**changes: Any) -> Callable[[Path], None]:
+def configured(**changes: Any) -> Break:
     def change(model: Path) -> None:
         config = json.loads((model / "config.json").read_text()) | changes
         (model / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
@@ -91,72 +87,57 @@ def configured(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
-def no_tokenizer(model: Path) -> None:
-    for file in model.glob("tokenizer*"):
-        file.unlink()
+def removed(pattern: str) -> Break:
+    return lambda model: [file.unlink() for file in model.glob(pattern)]
 
 
-def broken_tokenizer(model: Path) -> None:
-    (model / "tokenizer.json").write_text('{"version": ')
+def written(name: str, text: str) -> Break:
+    return lambda model: (model / name).write_text(text)
 
 
-def pickled(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-
-
-def no_weights(model: Path) -> None:
-    (model / "model.safetensors").unlink()
-
-
-def truncated(model: Path) -> None:
-    os.truncate(model / "model.safetensors", 9000)
-
-
-def small_vocabulary(model: Path) -> None:
-    llama(vocab_size=100).save_pretrained(model)
-
-
+WEIGHTS = "model.safetensors"
 UNKNOWN = {"model_type": "lama", "architectures": ["LamaForCausalLM"]}
 
 
 @pytest.mark.parametrize(
-    ("break_it", "says", "failed_row"),
+    ("break_it", "says"),
     [
-        (no_config, ["has no config.json", "save_pretrained()"], False),
-        (broken_config, ["config.json cannot be read: Expecting value: line 1 column 16"], False),
-        (configured(model_type=None), ["cannot be read", "`model_type`"], False),
-        (configured(**UNKNOWN), ["cannot be read", "`lama`", "pip install -U transformers"], False),
+        (removed("config.json"), ["has no config.json", "save_pretrained()"]),
+        (written("config.json", '{"model_type": '), ["config.json cannot be read: Expecting value: line 1 column 16"]),
+        (configured(model_type=None), ["cannot be read", "`model_type`"]),
+        (configured(**UNKNOWN), ["cannot be read", "`lama`", "pip install -U transformers"]),
         (
             configured(**UNKNOWN, auto_map={"AutoConfig": "modeling.Config"}),
             ["custom code", "needs --trust-remote-code"],
-            False,
         ),
-        (configured(num_attention_heads="four"), ["'num_attention_heads' expected int, got str"], False),
-        (no_tokenizer, ["has no tokenizer.", "Copy tokenizer.json"], False),
-        (broken_tokenizer, ["has no tokenizer that can be opened: ", "Copy tokenizer.json"], False),
-        (pickled, ["has pickled weights only (pytorch_model.bin)", "--allow-pickle opens them"], False),
-        (no_weights, ["has no weights (*.safetensors)", "Is the download complete?"], False),
-        (small_vocabulary, ["returned token ", "vocabulary has 100", "Put the tokenizer"], False),
-        (truncated, ["are damaged or not whole", "Download or copy them again"], True),
-        (configured(hidden_size=64), ["its weights have other shapes than its config.json says"], True),
+        (configured(num_attention_heads="four"), ["'num_attention_heads' expected int, got str"]),
+        (removed("tokenizer*"), ["has no tokenizer.", "Copy tokenizer.json"]),
+        (written("tokenizer.json", '{"version": '), ["has no tokenizer that can be opened: ", "Copy tokenizer.json"]),
+        (
+            lambda model: (model / WEIGHTS).rename(model / "pytorch_model.bin"),
+            ["has pickled weights only (pytorch_model.bin)", "--allow-pickle opens them"],
+        ),
+        (removed(WEIGHTS), ["has no weights (*.safetensors)", "Is the download complete?"]),
+        (
+            lambda model: llama(vocab_size=100).save_pretrained(model),
+            ["returned token ", "vocabulary has 100", "Put the tokenizer"],
+        ),
+        (lambda model: os.truncate(model / WEIGHTS, 9000), ["are damaged or not whole", "Download or copy them again"]),
+        (configured(hidden_size=64), ["its weights have other shapes than its config.json says"]),
     ],
-    ids=lambda value: getattr(value, "__name__", None),
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_broken_model_is_refused(
-    break_it: Callable[[Path], None], says: list[str], failed_row: bool, model: Path, warehouse: Path
-) -> None:
+def test_a_broken_model_is_refused(break_it: Break, says: list[str], model: Path, warehouse: Path) -> None:
+    """Weights are read in a run, which then has failed."""
+    failed_row = says[0].startswith(("are damaged", "its weights have other shapes"))
     break_it(model)
     refused(warehouse, "score", model, *SCORE, "-w", warehouse, says=[str(model), *says], failed_row=failed_row)
-
-
-# Options.
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (["--sites", "blok"], ["Unknown --sites 'blok'", "Did you mean 'block'?"]),
-        (["--attention", "eagr"], ["Unknown --attention 'eagr'", "Did you mean 'eager'?"]),
         (["--sit", "block"], ["No such option: --sit", "--sites"]),
         (["--thresholds", "small"], ["'small' is not a threshold", "Write an absolute one like 1e-5"]),
         (
@@ -168,6 +149,11 @@ def test_a_broken_model_is_refused(
         (["--skip-first-tokens", "32"], ["--skip-first-tokens 32 leaves nothing of 32 tokens", "It must be smaller"]),
         (["--replicas", "2"], ["--executor local is one replica", "Use --executor ray"]),
         (["--replicas", "64..4"], ["--replicas: the minimum of '64..4' is larger than its maximum", "Write 4..64"]),
+        pytest.param(
+            ["--device", "cuda"],
+            ["--device cuda: torch sees no GPU here", "avss doctor", "set --device to cpu"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--layers", "layer"], ["LlamaModel has no layer list 'layer'", "Did you mean 'layers'?"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
@@ -175,15 +161,6 @@ def test_a_broken_model_is_refused(
 def test_a_wrong_option_is_refused(options: list[str], says: list[str], tiny_llama: Path, warehouse: Path) -> None:
     args = ["score", tiny_llama, *SCORE, *options, "-w", warehouse]
     refused(warehouse, *args, says=says, failed_row=options[0] == "--layers")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu_is_refused(tiny_llama: Path, warehouse: Path) -> None:
-    says = ["--device cuda: torch sees no GPU here", "avss doctor", "set --device to cpu"]
-    refused(warehouse, "score", tiny_llama, *SCORE, "--device", "cuda", "-w", warehouse, says=says)
-
-
-# Reading.
 
 
 @pytest.mark.parametrize(
@@ -218,9 +195,6 @@ def test_nothing_is_written_beside_a_newer_schema(tiny_llama: Path, warehouse: P
     refused(warehouse, "score", tiny_llama, *SCORE, "-w", warehouse, says=says)
 
 
-# Writing.
-
-
 @pytest.mark.parametrize(
     ("out", "says"),
     [
@@ -239,17 +213,25 @@ def test_an_unwritable_output_is_told_before_any_work(
     refused(tmp_path, *args, says=[part.format(file=file) for part in says])
 
 
+def shards(warehouse: Path) -> list[bytes]:
+    return [data for name, data in files(warehouse).items() if name.startswith("shard_stats/")]
+
+
+def leave_room(disk: Path, undisturbed: Path) -> Path:
+    """Fill the disk, with room for one shard and not for three, by a file to delete."""
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes((1 << 20) - 8192 - 3 * max(map(len, shards(undisturbed))) // 2))
+    return ballast
+
+
 @AS_ROOT
 def test_a_full_disk_keeps_shards_and_the_same_command_finishes(
     tiny_llama: Path, small_disk: Path, undisturbed: Path
 ) -> None:
-    out, ballast = small_disk / "warehouse", small_disk / "ballast"
-    shard = max(len(data) for name, data in files(undisturbed).items() if name.startswith("shard_stats/"))
-    out.mkdir()
-    ballast.write_bytes(bytes((1 << 20) - 8192 - 3 * shard // 2))  # room for one shard, not for three
+    out, ballast = small_disk / "warehouse", leave_room(small_disk, undisturbed)
     command = ["score", tiny_llama, *SCORE, "-w", out]
     code, output = avss(*command)
-    kept = [name for name in files(out) if name.startswith("shard_stats/")]
+    kept = shards(out)
     assert code == 1
     assert "Traceback" not in output
     assert f"Error: No space left on {out}." in output
@@ -280,15 +262,13 @@ def test_a_full_disk_ends_a_sweep_and_the_same_command_finishes(
         file.write_text(yaml.safe_dump({**what, "execution": {"executor": "local"}}))
         return file
 
-    whole, out, ballast = tmp_path / "whole" / "w", small_disk / "w", small_disk / "ballast"
+    whole, out, ballast = tmp_path / "whole" / "w", small_disk / "w", leave_room(small_disk, undisturbed)
     assert avss("run", job(whole))[0] == 0
-    shard = max(len(data) for name, data in files(undisturbed).items() if name.startswith("shard_stats/"))
-    ballast.write_bytes(bytes((1 << 20) - 8192 - 3 * shard // 2))
     code, output = avss("run", job(out))
     assert code == 1 and "Traceback" not in output
     begun, not_begun = (output.count(f"failed. {says}o space left on {out}.\n") for says in ("N", "Not begun: n"))
     assert begun >= 1 and not_begun >= 1 and begun + not_begun == 4 and ": 1 shard is kept." in output
-    kept = [name for name in files(out) if name.startswith("shard_stats/")]
+    kept = shards(out)
     assert 1 <= len(kept) < 3
     ballast.unlink()
     code, output = avss("run", job(out))
@@ -310,3 +290,68 @@ def test_two_drivers_on_one_warehouse_agree(tiny_llama: Path, undisturbed: Path,
     assert_same_tables(tmp_path, undisturbed)
     assert Warehouse(tmp_path).runs()["status"].to_pylist() == ["done"]
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+TEXT = ["--corpus", "text.txt", "--max-sequences", "4", "--sequence-length", "16", "--executor", "local"]
+SETTINGS = {"max_sequences": 4, "sequence_length": 16}
+EXPERIMENT = {"tasks": ["perplexity:text.txt"], "scores": ["block_influence"], "shares": [0.34], "skip_sequences": 4}
+COMMANDS = [
+    ["score", "MODEL", *TEXT, "-w", "disk/w"],
+    ["ablate", "MODEL", *TEXT, "--warehouse", "disk/w"],
+    ["evaluate", "MODEL", "--tasks", "perplexity:text.txt", *TEXT[2:], "--warehouse", "disk/w"],
+    ["run", "job.yaml"],
+    ["prune", "MODEL", "plan.yaml", "-o", "disk/pruned"],
+    ["shrink", "MODEL", *TEXT[:2], *TEXT[4:], "--repair", "channel", "--warehouse", "disk/w", "-o", "disk/shrunk"],
+    ["plan", "-w", "w", "--by", "avss", "-o", "disk/plan.yaml"],
+    ["report", "-w", "w", "-o", "disk/page.html"],
+    ["show", "-w", "w", "--format", "csv", "-o", "disk/table.csv"],
+    ["show", "-w", "w", "-o", "disk/picture.svg"],
+]
+
+
+@AS_ROOT
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_full_disk_is_a_failed_run(
+    command: list[str], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = {"warehouse": "disk/w", "models": [str(tiny_llama)], "corpora": ["text.txt"], "settings": SETTINGS}
+    job |= {"execution": {"executor": "local"}, "experiment": EXPERIMENT}
+    Path("job.yaml").write_text(yaml.safe_dump(job))
+    Path("plan.yaml").write_text(f"{{model: {tiny_llama}, num_layers: 3, layers: model.layers, drop: [1]}}")
+    Path("text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
+    write_measured(tmp_path / "w", "tiny-1", stats_of(activations(0)), 8)
+    before = files(tmp_path)
+    with SmallDisk(tmp_path / "disk", megabytes=1) as disk:
+        disk.fill()
+        code, output = avss(*(str(tiny_llama) if arg == "MODEL" else arg for arg in command))
+        disk.free()
+        assert files(tmp_path) == before  # no half of a file either
+    assert code == 1, output
+    assert "o space left" in output and "Traceback" not in output
+    assert output.count("Error: ") <= 1
+
+
+REFUSED = """
+import sys
+from avss_dist.cli import app
+try:
+    app({arguments})
+except SystemExit as stop:
+    print(stop.code, sorted({{"torch", "transformers", "ray"}} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "org/a", "--corpus", "a.txt", "--dtype", "q"],
+        pytest.param(["distill", "a", "--teacher", "b", "-o", "c", "--dtype", "q"], marks=pytest.mark.nightly),
+        pytest.param(["ablate", "org/a", "--corpus", "a.txt", "--dtype", "q"], marks=pytest.mark.nightly),
+    ],
+)
+def test_a_wrong_value_is_refused_without_torch(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED.format(arguments=arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "2 []\n" and "Unknown --dtype 'q'" in done.stderr

@@ -40,15 +40,7 @@ try:
 except avss_dist.ConfigError as error:
     print(json.dumps(str(error)))
 """
-READING = [
-    "ls",
-    "show",
-    "compare",
-    "query FROM~runs",
-    "report -o page.html",
-    "compact",
-    "findings",
-]
+READING = ["ls", "show", "compare", "query FROM~runs", "report -o page.html", "compact", "findings"]
 MEASURING = ["score org/name --corpus text.txt", "ablate org/name --corpus text.txt", "evaluate org/name --tasks t"]
 
 

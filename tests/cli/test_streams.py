@@ -1,21 +1,32 @@
-"""The command line and its streams: closed, full, of another encoding; Ctrl-C; text that a terminal would obey."""
+"""The command line and its streams: closed, full, of another encoding; Ctrl-C; text that a terminal would obey.
+
+Every command runs on a warehouse, a model and a job with hostile names: no terminal and no spreadsheet obeys them.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
+from support.command_line import avss, commands
 from support.processes import wait_until
 from support.tiers import nightly
-from support.warehouses import write_scores
+from support.warehouses import activations, stats_of, write_measured, write_scores
 
 import avss_dist
 from avss_dist.core.text import printable
+from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 
 COMMAND = [sys.executable, "-m", "avss_dist"]
 FULL = "Error: standard output cannot be written: No space left on device.\n"
@@ -95,3 +106,135 @@ def test_one_place_writes_what_people_see() -> None:
 def test_a_terminal_obeys_no_text() -> None:
     shown = printable("m\x1b]0;owned\x07\x1b[31m\u202eabc\n, é漢\t")
     assert shown == "m\ufffd]0;owned\ufffd\ufffd[31m\ufffdabc\n, é漢\t"
+
+
+EVIL = "\x1b]0;owned\x07\x1b[31m\u202eevil\u2066\x85\x7f\r"
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+TEXT = ["--corpus", "text.txt", "--max-sequences", "4", "--sequence-length", "16", "--executor", "local"]
+W = ("-w", "W")
+READS = {
+    "show": [
+        *([*W, "--format", kind, "--threshold", "0.2"] for kind in ("table", "csv", "json")),
+        [*W, "--run", "a"],
+        [*W, "x", EVIL],
+        [*W, f"--{EVIL}"],
+        [*W, "--site", EVIL],
+        *([*W, "-o", "O/x.svg"], [*W, "-o", "O/x.html", "--run", "*"]),
+        *([*W, "--quantiles"], [*W, "--quantiles", "--format", "csv"]),
+    ],
+    "query": [
+        *([*W, "FROM runs", "--format", kind] for kind in ("table", "csv", "json", "markdown")),
+        [*W, f"SELECT '{EVIL}' AS \"{EVIL}\", ['{EVIL}'] AS l, {{'{EVIL}': 1}} AS s"],
+        [*W, f"SELECT '=1' AS \"=1+1\", '{EVIL}' AS \"|\"", "--format", "markdown"],
+        [*W, f"SELECT {EVIL}"],
+    ],
+    "compare": [[*W], [*W, "--format", "csv"]],
+    "findings": [[*W, "--every"], [*W, "--format", "csv"], [*W, "--truth"], [*W, "--truth", "--format", "csv"]],
+    "ls": [[*W], ["plans", *W], ["evaluations", *W, "--format", "csv"]],
+    "publish": [["O/x", *W], [f"O/{EVIL}", *W], [f"hf://{EVIL}", *W]],
+    "compact": [[*W]],
+    "report": [[*W, "-o", "O/x.html"]],
+    "plan": [[*W, "-o", "O/x.yaml", "--by", "avss"], [*W, "-o", f"O/{EVIL}.yaml", "--by", "avss"]],
+    "sparsify": [["0.5", *W, "-o", "O/x.yaml"], ["0.5", *W, "--run", EVIL, "-o", f"O/{EVIL}.yaml"]],
+    "quantize": [["--bits", "5", *W, "-o", "O/x.yaml"], ["--bits", "5", *W, "--run", EVIL, "-o", f"O/{EVIL}.yaml"]],
+    "contrast": [[*W], [*W, "--run", EVIL]],
+}
+SMALL_TRAINING = "--tokens 64 --self-texts 0 --held-out 2 --sequence-length 16 --max-sequences 8"
+WORKS = {
+    "score": [["M", *TEXT, "-w", "O/w"], ["M", *TEXT, "--corpus", f"{EVIL}.txt", "-w", "O/w"]],
+    "estimate": [[EVIL, "--corpus", "text.txt"]],
+    "evaluate": [
+        ["M", "--tasks", "perplexity:text.txt", *TEXT[2:], "--warehouse", "O/e"],
+        ["M", "--tasks", EVIL, *TEXT[2:], "--warehouse", "O/e"],
+    ],
+    "ablate": [["M", *TEXT, "--warehouse", "O/e"]],
+    "run": [["J"], ["J", "--dry-run"], [f"{EVIL}.yaml"]],
+    "prune": [["M", "P", "-o", "O/pruned"], ["M", f"{EVIL}.yaml", "-o", "O/p"]],
+    "shrink": [["M", *TEXT, "-o", "O/s"], ["M", *TEXT, "-o", "O/s", "--tasks", EVIL]],
+    "distill": [
+        ["M", "--teacher", "M", "--corpus", "text.txt", *SMALL_TRAINING.split(), "-o", "O/d"],
+        ["M", "--teacher", EVIL, "--corpus", f"{EVIL}.txt", *SMALL_TRAINING.split(), "-o", "O/d2"],
+    ],
+    "jobs submit": [["J", "--address", f"http://127.0.0.1:9/{EVIL}"]],
+    "jobs list": [["--address", f"http://127.0.0.1:9/{EVIL}"]],
+    "jobs logs": [[EVIL, "--address", "http://127.0.0.1:9"]],
+    "jobs stop": [[EVIL, "--address", "http://127.0.0.1:9"]],
+    "doctor": [["--jsn", EVIL]],
+}
+
+
+def test_every_command_is_here() -> None:
+    assert sorted({**READS, **WORKS}) == sorted(commands())
+
+
+@pytest.mark.parametrize("args", [[EVIL], [f"--{EVIL}"], ["show", f"--{EVIL}"]])
+def test_no_mistake_of_a_command_line_steers(args: list[str]) -> None:
+    done = avss(*args)
+    assert done.exit_code == 2 and done.stderr and not OBEYED.search(done.stderr)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A folder with a warehouse W, a model M, a job J and a plan P, all with hostile names."""
+    root = tmp_path_factory.mktemp("place")
+    names = {name: f"{name}{EVIL}" for name in ("family", "revision", "dtype", "corpus", "device")}
+    for seed, run_id in enumerate(("a-0123456789", "b-0123456789")):
+        model, notes = f"=HYPERLINK({EVIL})/{EVIL}{seed}", [EVIL]
+        versions = {EVIL: EVIL}
+        shards = stats_of(activations(seed))
+        write_measured(root / "w", run_id, shards, 8, model=model, notes=notes, versions=versions, **names)
+    store, now = Store(root / "w"), datetime(2026, 1, 1, tzinfo=UTC)
+    store.write_run({"run_id": "c", "status": "failed", "error": EVIL, "model": f"m{EVIL}", "created_at": now})
+    run = RunIdentity(run_id="a-0123456789", model=f"m{EVIL}", revision=names["revision"], family="f")
+    about = {"task": f"ablation:{EVIL}", "metric": "loss", "drop": [], "created_at": now, "value": 2.0}
+    store.write_evaluations(run, [about, *({**about, "layer": i, "value": 2.0 + i / 8} for i in range(8))])
+    tried = {**about, "method": f"avss{EVIL}", "share": 0.25, "retention": 0.5, "drop": [1, 2]}
+    store.write_rows(
+        "experiments", run, "1" * 20, [tried, {**tried, "method": "whole model", "share": 0.0, "drop": []}]
+    )
+    zero = {"sparsity_plan": EVIL, "method": EVIL, "rule": EVIL, "target": 0.5, "layer": 0, "map": EVIL, "by": EVIL}
+    zero |= {"site": "neuron", "outputs": 1, "inputs": 2, "value": 0.5, "sparsity": 0.5, "created_at": now}
+    store.write_rows("sparsity", run, "2" * 20, [zero])
+    shutil.copytree(tiny_llama, root / f"model{EVIL}")
+    (root / "text.txt").write_text("Some words that are long enough to be read. " * 200)
+    plan = {"model": str(root / f"model{EVIL}"), "num_layers": 3, "layers": "model.layers", "drop": [1]}
+    (root / "plan.yaml").write_text(yaml.safe_dump({**plan, "why": {"by": EVIL}, "findings": [EVIL]}))
+    job = {"warehouse": str(root / f"j{EVIL}"), "models": [str(root / f"model{EVIL}")], "corpora": ["text.txt"]}
+    job |= {"settings": {"max_sequences": 4, "sequence_length": 16}, "execution": {"executor": "local"}}
+    job |= {"experiment": {"shares": [0.34], "scores": ["avss"], "random": 1, "tasks": ["perplexity:text.txt"]}}
+    (root / f"job{EVIL}.yaml").write_text(yaml.safe_dump(job))
+    return root
+
+
+def run(command: str, args: list[str], place: Path, folder: Path) -> str:
+    named = {"W": place / "w", "M": place / f"model{EVIL}", "J": place / f"job{EVIL}.yaml", "P": place / "plan.yaml"}
+    done = avss(*command.split(), *(str(named.get(arg, arg)).replace("O/", f"{folder}/") for arg in args))
+    text = done.stdout + done.stderr
+    assert done.exit_code in (0, 1, 2), text
+    assert text and not OBEYED.search(text), (args, text)
+    for file in folder.iterdir():
+        if file.suffix in (".svg", ".yaml", ".csv"):
+            assert not OBEYED.search(file.read_text()), file
+        elif file.suffix == ".html":
+            assert not OBEYED.search(re.sub(r"<script.*?</script>", "", file.read_text(), flags=re.DOTALL)), file
+    if "csv" in args and done.exit_code == 0:
+        cells = [cell for row in csv.reader(io.StringIO(done.stdout)) for cell in row]
+        assert not [cell for cell in cells if cell.startswith(("=", "+", "@")) or re.match(r"-[^\d.]", cell)], cells
+    return text
+
+
+@pytest.mark.parametrize(("command", "args"), [(name, args) for name, every in READS.items() for args in every])
+def test_no_command_that_reads_steers(command: str, args: list[str], place: Path, tmp_path: Path) -> None:
+    assert run(command, args, place, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", WORKS)
+def test_no_command_that_works_steers(
+    command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    for args in WORKS[command]:
+        run(command, args, place, tmp_path)
+    for card in tmp_path.rglob("README.md"):
+        assert not OBEYED.search(card.read_text())

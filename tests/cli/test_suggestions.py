@@ -1,15 +1,27 @@
-"""Every command that a command suggests runs, as it stands, in the state in which it was suggested."""
+"""What commands suggest, choose and list.
+
+Every command that a command suggests runs, as it stands, in the state in which it was suggested. A plan is for the
+newest run that it can be for. Every result that somebody asked for is listed, and none of the machine's own.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.checkpoints import llama, save_tokenizer
 from support.command_line import avss
+from support.warehouses import write_scores
+
+from avss_dist import ablate, plan, score
+from avss_dist.core.errors import QueryError
+from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 
 ROWS = ["--max-sequences", 16, "--sequence-length", 32, "--sequences-per-shard", 2, "--executor", "local"]
 ROWS += ["--dtype", "float32"]
@@ -89,3 +101,52 @@ def test_where_a_text_is_missing(desk: Path) -> None:
 
 def test_without_progress_nothing_is_suggested(desk: Path) -> None:
     assert suggested("score", "model", "--corpus", "text.txt", *ROWS, "--quiet") == []
+
+
+def test_the_newest_run_that_can_be_planned_for_is_taken(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    """Of a run whose layers are measured, and a newer one of an encoder, which has no loss."""
+    warehouse = tmp_path / "w"
+    common: dict[str, Any] = {"corpus": "builtin:pydoc", "warehouse": warehouse, "sequence_length": 32}
+    common |= {"max_sequences": 2, "device": "cpu", "executor": "local"}
+    older = score(str(tiny_llama), sites=("block",), **common).run_id
+    ablate(str(tiny_llama), **common)
+    newer = score(str(tiny_bert), sites=("block",), **common).run_id
+    assert plan(warehouse=warehouse).run_id == plan(warehouse=warehouse, by="loss").run_id == older
+    done = avss("plan", "-w", warehouse, "-o", tmp_path / "plan.yaml")
+    assert done.exit_code == 0, done.stderr
+    told = " ".join(done.stdout.split())
+    assert "This is the newest of 2 runs that can be planned for; --run names another." in told
+    assert f"Run {newer} is newer and was passed over: No score was named" in told
+    assert plan(warehouse=warehouse, by="block_influence").run_id == newer
+    with pytest.raises(QueryError, match="No score was named"):
+        plan(warehouse=warehouse, run=newer)
+    with pytest.raises(QueryError, match=r"no measurement 'taylor' of the layers of .*tiny-bert"):
+        plan(warehouse=warehouse, by="taylor")
+
+
+def test_results_by_layer_are_a_row_for_each_metric_and_internal_tasks_are_none(tmp_path: Path) -> None:
+    write_scores(tmp_path, "run-1", [1.0, 2.0, 3.0])
+
+    def write(task: str, rows: list[dict[str, Any]], hour: int) -> None:
+        run = RunIdentity(run_id=task.split(":")[0], model="org/m", revision="main", family="llama")
+        about = {"task": task, "drop": [], "num_samples": 1, "created_at": datetime(2026, 1, 1, hour, tzinfo=UTC)}
+        Store(tmp_path).write_evaluations(run, [{**about, **row} for row in rows])
+
+    write("damage:a.txt", [{"metric": f"taylor_{k}", "layer": i, "value": 1.0} for k in range(4) for i in range(3)], 1)
+    maps = [(layer, path) for layer in range(3) for path in ("mlp.up", "mlp.down")]
+    rounded = [{"metric": f"predicted:{p}", "layer": i, "rounding": f"int4@{i}.{p}", "value": 1.0} for i, p in maps]
+    write("rounding:a.txt", rounded, 2)
+    write("perplexity:a.txt", [{"metric": "loss", "value": 2.5}, {"metric": "loss", "drop": [1], "value": 3.0}], 3)
+    write("row-start:a.txt", [{"metric": "loss_as_read", "value": 2.5}], 4)
+    write("repair:refit:a.txt", [{"metric": "missing", "drop": [1], "value": 0.1}], 5)
+
+    listed = avss("ls", "evaluations", "-w", tmp_path, "--format", "json")
+    assert listed.exit_code == 0, listed.stderr
+    columns = ("task", "metric", "drop", "rounding", "layers", "value")
+    rows = [tuple(json.loads(line)[name] for name in columns) for line in listed.stdout.splitlines()]
+    assert rows == [
+        ("perplexity:a.txt", "loss", [], None, None, 2.5),
+        ("perplexity:a.txt", "loss", ["1"], None, None, 3.0),
+        ("rounding:a.txt", "predicted", [], "int4", 3, None),
+        ("damage:a.txt", "taylor", [], None, 3, None),
+    ]
