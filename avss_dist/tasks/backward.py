@@ -32,10 +32,10 @@ L1, L2, FROBENIUS = "gradient_l1", "gradient_l2", "weight_frobenius"
 CHUNK = 2048  # tokens whose updates exist at once
 
 CURRENT: ContextVar[Any] = ContextVar("pass", default=None)
-"""The `Pass` that hooks report to."""
+"""The `BackwardPass` that hooks report to."""
 
 
-class Pass:
+class BackwardPass:
     """Sums over one batch, which hooks collect in a forward pass and in all backward passes through it.
 
     Attributes:
@@ -101,7 +101,7 @@ class BackwardMeasure(Measure):
     Attributes:
         draws: number of further backward passes, with labels that are drawn from the model's own prediction.
         seed: seed of the draws.
-        new_pass: class of the passes, a `Pass`.
+        new_pass: class of the passes, a `BackwardPass`.
         trains: whether the layers' weights have gradients, too.
     """
 
@@ -188,7 +188,7 @@ class _SavedTensor:
         return self.tensor._version != self._version
 
 
-class LayerGradients(Pass):
+class LayerGradients(BackwardPass):
     """Effects of removal by layer, and norms of weights and of their gradients, from one pass."""
 
     keeps = 1

@@ -20,7 +20,7 @@ from avss_dist.core.registry import BLOCK_DISTANCE, DRAWS, SCORES
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.layers import Layer, LayerCall, first_tensor
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, Pass
+from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, BackwardPass
 from avss_dist.tasks.task import Row
 
 LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers
@@ -32,7 +32,7 @@ Displacement = tuple[int, Sequence[int], torch.Tensor]
 """A removed layer, values of ``m`` of `Damage`, and the difference of the hidden states, [rows, tokens, units]."""
 
 
-class _Pass(Pass):
+class _DamagePass(BackwardPass):
     """Sums over one batch by metric, removed layer, and the layers of a block that begins with it or None."""
 
     def __init__(self, measure: Damage, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:
@@ -163,9 +163,9 @@ class Damage(BackwardMeasure):
     draws: int = DRAWS
     seed: int = 0
     measure = "damage"
-    new_pass = _Pass
+    new_pass = _DamagePass
 
-    def rows(self, layers: Sequence[Layer], passes: Sequence[_Pass], weights: Float64) -> Iterator[Row]:
+    def rows(self, layers: Sequence[Layer], passes: Sequence[_DamagePass], weights: Float64) -> Iterator[Row]:
         """Yield the rows of all passes."""
         observed = np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
         for key in sorted(passes[0].sums, key=lambda key: (key[1], key[2] or (), key[0])):

@@ -24,7 +24,7 @@ from avss_dist.models.number_formats import NumberFormat, number_format
 from avss_dist.models.rounding import rounded_before, rounded_weight
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.backward import CURRENT, BackwardMeasure, Pass
+from avss_dist.tasks.backward import CURRENT, BackwardMeasure, BackwardPass
 from avss_dist.tasks.task import Measure, Row, losses_under
 
 FIRST, SECOND = "first_order", "second_order"  # of zeroed inputs, a colon and the path of a map follow
@@ -53,7 +53,7 @@ def reporting_maps(maps: Iterable[tuple[Layer, Projection]]) -> Iterator[None]:
         yield
 
 
-class _ZeroingPass(Pass):
+class _ZeroingPass(BackwardPass):
     """Sums over one batch: float64[thresholds], by order and map."""
 
     def see(self, layer: Layer, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -152,7 +152,7 @@ def _roundable_layers(model: LanguageModel, intervention: Intervention, formats:
     return layers
 
 
-class _RoundingPass(Pass):
+class _RoundingPass(BackwardPass):
     """Sums over one batch: float64[rows], by metric and place."""
 
     def __init__(self, measure: Any, batch: Batch, layers: Sequence[Layer], device: torch.device) -> None:

@@ -53,7 +53,7 @@ Stamps = Mapping[str, str]
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class CompactedFile:
     """A file with the rows of several runs.
 
     Attributes:
@@ -87,8 +87,8 @@ class TableParts:
         self._cached = folder / name
         self._shared = Path(storage.base) / COMPACTED / name if storage.is_local else folder / COMPACTED / name
         self._schema = SOURCE if name == DIGESTS else encoded_schema(name)
-        self._used: list[Part] = []
-        self._known: dict[Path, Part] = {}
+        self._used: list[CompactedFile] = []
+        self._known: dict[Path, CompactedFile] = {}
         self._unreadable: set[Path] = set()
         self.left_out: dict[str, str] = {}
 
@@ -97,7 +97,7 @@ class TableParts:
         """Runs of the parts that were last returned."""
         return {run_id for part in self._used for run_id in part.stamps}
 
-    def covering(self, stamps: Stamps, wanted: Collection[str]) -> Sequence[Part]:
+    def covering(self, stamps: Stamps, wanted: Collection[str]) -> Sequence[CompactedFile]:
         """Return the parts to read, with each run in at most one.
 
         Runs that are in no part are first copied into new ones in the cache. A warehouse on a local disk with few such
@@ -170,10 +170,10 @@ class TableParts:
                     part.path.unlink(missing_ok=True)
         return len(self._unreadable) > before
 
-    def _select(self, stamps: Stamps, *, shared_alone: bool = False) -> list[Part]:
+    def _select(self, stamps: Stamps, *, shared_alone: bool = False) -> list[CompactedFile]:
         """Use the parts whose files have not changed, and no run twice, the largest first. Return the others."""
         folders = [self._shared] if shared_alone else [self._shared, self._cached]
-        spare: list[Part] = []
+        spare: list[CompactedFile] = []
         self._used = []
         for part in sorted(
             chain.from_iterable(map(self._listed, folders)), key=lambda part: (-len(part.stamps), part.path.name)
@@ -182,7 +182,7 @@ class TableParts:
             (self._used if current else spare).append(part)
         return spare
 
-    def _listed(self, folder: Path) -> Iterator[Part]:
+    def _listed(self, folder: Path) -> Iterator[CompactedFile]:
         """Yield the readable parts in a folder."""
         for path in sorted(set(folder.glob("*.parquet")) - self._unreadable):
             with suppress(OSError, pa.ArrowException, KeyError, ValueError, TypeError):
@@ -191,7 +191,7 @@ class TableParts:
                     metadata = pq.read_metadata(path).metadata or {}
                     if metadata[_COLUMNS] != _columns(self._name):
                         continue
-                    self._known[path] = Part(path, dict(json.loads(metadata[_STAMPS])), folder == self._shared)
+                    self._known[path] = CompactedFile(path, dict(json.loads(metadata[_STAMPS])), folder == self._shared)
                 yield self._known[path]
 
     def _fetch_shared(self) -> bool:
@@ -216,7 +216,7 @@ class TableParts:
         return bool(new)
 
     def _merged(
-        self, stamps: Stamps, missing: Collection[str], replaced: Sequence[Part], minimum: int
+        self, stamps: Stamps, missing: Collection[str], replaced: Sequence[CompactedFile], minimum: int
     ) -> Iterator[tuple[Stamps, pa.Table]]:
         """Yield the content of new parts: stamps of the copied files, and rows.
 
