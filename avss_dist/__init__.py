@@ -1,4 +1,6 @@
-"""Distributed analysis of the layers of language models. Measure once, on many GPUs; compare with a query.
+"""Distributed analysis of the layers of language models.
+
+Measure once, on many GPUs, and compare with a query.
 
 Packages, from the top down. Imports only go down::
 

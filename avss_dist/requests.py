@@ -375,7 +375,7 @@ class PruneRequest(ModelRequest, EvaluationOptions):
 
     @property
     def fitted(self) -> str | None:
-        """Repair that is fitted; None without one."""
+        """Repair that is fitted, or None without one."""
         name = self.repair or (DEFAULT_REPAIR if self.repair_corpora else NO_REPAIR)
         return None if name == NO_REPAIR else name
 

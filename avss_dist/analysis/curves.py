@@ -187,7 +187,10 @@ def ranking_curves(
 
 
 def curves_of(scored: Sequence[Profile], along: str, *, allow_mismatch: bool = False) -> list[Curve]:
-    """Return the curves of profiles along an axis, those with the most points first; see `ranking_curves`."""
+    """Return the curves of profiles along an axis, those with the most points first.
+
+    See `ranking_curves`.
+    """
     groups: dict[tuple[Any, ...], dict[Any, Profile]] = {}
     conditions = [name for name in CONDITIONS if name != AXES[along]]
     equal = () if allow_mismatch else conditions
@@ -216,5 +219,5 @@ def curves_of(scored: Sequence[Profile], along: str, *, allow_mismatch: bool = F
 
 
 def _place(run: Mapping[str, Any], along: str) -> tuple[Any, ...]:
-    """Return the place of a run on an axis, and what runs of its curve have in common; None where it is not known."""
+    """Return the place of a run on an axis and the values that its curve shares, with None for unknown ones."""
     return tuple(run[name] for name in (AXES[along], *SAME[along]))

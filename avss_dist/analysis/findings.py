@@ -216,7 +216,10 @@ def _of_recipes(readings: Mapping[Reading, Columns]) -> Iterator[Row]:
 
 
 def _correlations(pairs: Sequence[tuple[Float64, ...]]) -> list[float]:
-    """Return Spearman's rho of each pair of scores; pairs of equal length are computed at once."""
+    """Return Spearman's rho of each pair of scores, or NaN for scores of different lengths.
+
+    Pairs of equal length are computed at once.
+    """
     rho = np.full(len(pairs), np.nan)
     sizes = np.array([len(a) if len(a) == len(b) else 0 for a, b in pairs])
     for size in np.unique(sizes[sizes > 0]):

@@ -150,7 +150,9 @@ def _largest(values: Float64, most: int) -> Indices:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SimilarityMap:
-    """Rank correlations of many scores, ordered by hierarchical clustering; neighbours share a cell if there are many.
+    """Rank correlations of many scores, ordered by hierarchical clustering.
+
+    Neighbours share a cell if there are many scores.
 
     Attributes:
         rho: float64[cells, cells], Spearman's rho, the mean over all pairs of two cells; NaN where none is defined.

@@ -116,7 +116,7 @@ def plan_experts(warehouse: Warehouse, run: Mapping[str, Any], choice: ExpertCho
 
 
 def _routing_groups(run: Mapping[str, Any]) -> int:
-    """Return the number of groups that routers divide experts into, by the checkpoint's configuration; 1 without it."""
+    """Return the number of groups that routers divide experts into, or 1 if the configuration gives none."""
     from avss_dist.models.checkpoints import fetch_files, locate, read_config
 
     try:

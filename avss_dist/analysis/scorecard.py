@@ -231,7 +231,7 @@ def best_readings(cards: pa.Table) -> pa.Table:
 
 
 def own_score(name: str, warehouse: Warehouse, run: Mapping[str, Any]) -> LayerTruth:
-    """Return a score of the layers of a run that people bring; low is unimportant.
+    """Return the values of a user's own score for the layers of a run, low for unimportant layers.
 
     Args:
         name: ``FILE.csv:COLUMN`` or ``FILE.parquet:COLUMN``, a table with a column ``layer``, of which the rows of this

@@ -42,7 +42,10 @@ def follow_runs(opened: Warehouse, run_ids: Sequence[str], request: CompareReque
 def compare_runs(
     opened: Warehouse, run_ids: Sequence[str], request: CompareRequest, *, max_listed: int = comparing.MAX_PAIRS
 ) -> comparing.RankingComparison:
-    """Compare runs as a request says; list all of up to ``max_listed`` pairs, and draw the map that it asks for."""
+    """Compare runs as a request says, and list all pairs if there are at most ``max_listed``.
+
+    If the request has an output, the similarity map is saved there.
+    """
     names = ("by", "score", "share", "site", "recipe", "allow_mismatch")
     values = {name: getattr(request, name) for name in names} | {"threshold": named_threshold(request.threshold)}
     mapped = request.output is not None
@@ -63,7 +66,10 @@ def findings(request: FindingsRequest) -> Table:
 
 
 def named_run(opened: Warehouse, name: str | None, *, measured: bool = False) -> dict[str, Any]:
-    """Return the row of the one run with this name, or of the newest run; see `chosen.choose_runs` for ``measured``."""
+    """Return the row of the one run with this name, or of the newest run without a name.
+
+    See `chosen.choose_runs` for ``measured``.
+    """
     return one_run(choose_runs(opened, [] if name is None else [name], measured=measured), str(name))
 
 

@@ -156,7 +156,7 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def option_name(name: str, *, is_on: bool = False) -> str:
-    """Return the option of a field; a flag that is on can be turned off."""
+    """Return the option of a field, with its negation for a flag that is on."""
     words = name.replace("_", "-")
     return f"--{words}/--no-{words}" if is_on else f"--{words}"
 

@@ -237,7 +237,7 @@ def query(request: QueryRequest, format: str) -> None:
 
 
 def _query_comment(sql: str) -> str:
-    """Return the comment of a ready-made query, which describes its rows; empty for another query."""
+    """Return the comment of a ready-made query, which describes its rows, or an empty text for another query."""
     from avss_dist.warehouse.query import ready_queries
 
     lines = ready_queries().get(sql.removeprefix("@"), "").splitlines() if sql.startswith("@") else []

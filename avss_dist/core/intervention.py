@@ -196,7 +196,7 @@ def describe_removed(removals: Collection[Removal]) -> str:
 
 
 def size_removed(removals: Collection[Removal]) -> float:
-    """Return the number of removed layers; a sublayer counts as a half, an expert as nothing."""
+    """Return the number of removed layers, where a sublayer counts as a half and an expert as nothing."""
     halves = sum(not isinstance(removal, Expert) for removal in removals)
     return (halves + len(whole_layers(removals))) / 2
 
@@ -266,7 +266,7 @@ _PLACE = re.compile(r"([^@]+)@(\d{1,9})(?:\.(.+))?", re.ASCII)
 
 
 def parse_rounded(key: str) -> RoundedPlace | None:
-    """Return the place of a `Rounding` with one place by its key; None for the key of several places."""
+    """Return the place of a `Rounding` with one place from its key, or None for the key of several places."""
     match = _PLACE.fullmatch(key)
     return match and RoundedPlace(format=match[1], layer=int(match[2]), path=match[3])
 

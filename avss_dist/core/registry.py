@@ -366,7 +366,7 @@ def is_own(name: str) -> bool:
 
 
 def name_values(value: Any) -> Any:
-    """Return a name that holds the values of a mapping from layer to value; other values unchanged."""
+    """Return a name that holds the values of a mapping from layer to value, and any other value unchanged."""
     if not isinstance(value, Mapping):
         return value
     return OWN_VALUES + json.dumps({str(int(layer)): float(number) for layer, number in value.items()})

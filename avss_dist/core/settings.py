@@ -1,4 +1,4 @@
-"""Settings of a measurement and of its execution, with their defaults and valid values; fingerprints."""
+"""Settings of a measurement and of its execution, with their defaults, valid values and fingerprints."""
 
 from __future__ import annotations
 

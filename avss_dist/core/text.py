@@ -81,7 +81,7 @@ def describe_bytes(size: float) -> str:
 
 
 def describe_count(number: int | None) -> str:
-    """Return a number as text: ``1,234``; a question mark for None."""
+    """Return a number as text, such as ``1,234``, or a question mark for None."""
     return "?" if number is None else f"{number:,}"
 
 

@@ -192,7 +192,10 @@ def _check_all_values(self: Any) -> None:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def request(cls: type[T]) -> type[T]:
-    """Make a class with the values of a command a checked class; see `checked`."""
+    """Make a class with the values of a command a checked class.
+
+    See `checked`.
+    """
     return checked(cls, deferred=True)
 
 
@@ -205,7 +208,7 @@ def ordered(cls: Any) -> list[Field[Any]]:
 
 
 def default_of(field: Field[Any]) -> Any:
-    """Return the default of a field; `inspect.Parameter.empty` if it has none."""
+    """Return the default of a field, or `inspect.Parameter.empty` if it has none."""
     if field.default_factory is not MISSING:
         return field.default_factory()
     return inspect.Parameter.empty if field.default is MISSING else field.default
@@ -334,7 +337,7 @@ def _classes_in(annotation: Any) -> Iterator[Any]:
 
 
 def _complaint(kind: str, value: Any, context: dict[str, Any]) -> str | None:
-    """Return the predicate of the message for a type of pydantic's errors; None for an unexpected type."""
+    """Return the predicate of the message for a type of pydantic's errors, or None for an unexpected type."""
     if kind.startswith("missing"):
         return " is missing"
     if kind in ("too_short", "string_too_short"):

@@ -167,7 +167,9 @@ def local_files(source: str) -> list[str]:
 
 
 def corpus_problems(corpora: Sequence[str], chat_templates: set[bool]) -> Iterator[tuple[int | None, AvssError]]:
-    """Read the first document of each corpus, and yield problems with the index of the corpus; None for all of them.
+    """Read the first document of each corpus, and yield each problem with the index of its corpus.
+
+    The index of a problem of all corpora is None.
 
     Args:
         chat_templates: values of the setting ``chat_template`` among the runs.

@@ -225,7 +225,7 @@ def _encode_long(text: str, tokenizer: Tokenizer, *, special: bool) -> Ids:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Yield a text in pieces that begin with a word; a text without words is one piece."""
+    """Yield a text in pieces that begin with a word, or in one piece if it has no words."""
     start = 0
     while start < len(text):
         word = _WORD.search(text, start + PIECE_CHARACTERS)

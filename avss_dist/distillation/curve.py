@@ -99,7 +99,7 @@ def evaluations(history: History, step_tokens: int = 0) -> list[CurvePoint]:
 
 
 def best(points: Sequence[CurvePoint]) -> CurvePoint | None:
-    """Return the trained evaluation with the lowest held-out loss; None without one that is finite.
+    """Return the trained evaluation with the lowest held-out loss, or None if none has a finite loss.
 
     Evaluations that keep less of every text than the first one come last.
     """

@@ -104,9 +104,10 @@ class Distilled(TabularResult):
 
 
 def distill(request: DistillRequest) -> Distilled:
-    """Train a student on the predictions of a teacher, and write it as a checkpoint; see `requests.DistillRequest`.
+    """Train a student on the predictions of a teacher, and write it as a checkpoint.
 
-    The work so far is kept in a folder beside the output, from which the same request resumes.
+    See `requests.DistillRequest`. The work so far is kept in a folder beside the output, from which the same request
+    resumes.
 
     Raises:
         ConfigError: the models have different vocabularies, there is too little memory, held-out text is trained on, or
@@ -205,7 +206,9 @@ def _differing(file: Path, values: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class DistillTask:
-    """Training and writing of a student, in one process or on every rank; see `RayExecutor.run_ranks`.
+    """Training and writing of a student, in one process or on every rank.
+
+    See `RayExecutor.run_ranks`.
 
     Attributes:
         work: folder of the work so far. All ranks reach it.

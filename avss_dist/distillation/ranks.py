@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_ranks(request: DistillRequest) -> Iterator[RayExecutor | None]:
-    """Yield the executor of the ranks of a distillation; None for one process.
+    """Yield the executor of the ranks of a distillation, or None for one process.
 
     Raises:
         ConfigError: the cluster cannot be reached, or an option has no effect on one process.

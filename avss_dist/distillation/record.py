@@ -122,7 +122,7 @@ def write_record(folder: Path, record: DistillRecord) -> None:
 
 
 def read_record(folder: Path) -> DistillRecord | None:
-    """Return the record of a distilled checkpoint; None for another one.
+    """Return the record of a distilled checkpoint, or None for any other checkpoint.
 
     Raises:
         ModelError: the file is damaged.

@@ -95,7 +95,9 @@ def read_trained(
 
 
 def read_watched(corpus: str, tokenizer: Any, settings: Settings, held_out: int) -> DistillText:
-    """Read the first ``held_out`` rows of a text that is only measured; of paired text, the first rows.
+    """Read ``held_out`` rows of a text that is only measured.
+
+    Rows of paired text are the first ones. Those of other text follow the rows that the settings skip.
 
     Raises:
         CorpusError: the text cannot be read or is too short.

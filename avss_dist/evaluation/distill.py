@@ -67,7 +67,7 @@ def student_folder(output: Path) -> Path:
 def distill_student(
     request: ShrinkRequest, student: Path, *, skip: int, held_out: int, rows: int, on_event: OnEvent
 ) -> tuple[Path, DistillRecord]:
-    """Distill a student and return the folder and record of the result; one of the same request is reused.
+    """Distill a student, or find an earlier result of the same request, and return its folder and record.
 
     Args:
         student: its folder, see `student_folder`.

@@ -59,7 +59,9 @@ def read_repaired(patch: StoredPatch) -> Repaired:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FitRepair(Measure):
-    """Measure that fits the repair of a model whose layers or experts are removed; see `pruning.repair.repair`.
+    """Measure that fits the repair of a model whose layers or experts are removed.
+
+    See `pruning.repair.repair`.
 
     Attributes:
         repair: with pinned settings.
@@ -78,7 +80,10 @@ class FitRepair(Measure):
         return {"measure": "repair 3", "by": self.repair.by, "texts": texts, **weights}
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`. The whole model is read; the repair is for it without what is removed."""
+        """Return a row with the errors and the patch of the repair of the model without what is removed.
+
+        The whole model is read.
+        """
         settings = replace(self.repair.settings, batch_size=model.settings.batch_size)
         checkpoint = model.checkpoint
         plan = Plan(
@@ -163,7 +168,7 @@ def fit_of(planned: PlannedTask) -> FitRepair:
 def fit_repairs(
     session: EvaluationSession, wanted: Sequence[tuple[PlannedTask, Iterable[Removals]]]
 ) -> dict[tuple[str, Removals], StoredPatch]:
-    """Fit each repair to the model without each of its sets of layers and experts; see `EvaluationSession.fit`.
+    """Fit each repair to the model without each of its sets of layers and experts, as `EvaluationSession.fit`.
 
     Repairs that need the most text are fitted first. A set of layers that no layer precedes is skipped, unless the
     repair also changes later layers.

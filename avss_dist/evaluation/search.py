@@ -132,7 +132,9 @@ def _expand(base: Layers, layers: Layers) -> list[Layers]:
 def greedy_search(
     candidates: Iterable[int], count: int, losses: Losses, on_step: Callable[[SearchStep], None] | None = None
 ) -> tuple[Layers, list[SearchStep]]:
-    """Remove the layer without which the loss is least, again and again; return the removed layers and the rounds.
+    """Return the layers that a greedy search removes, and its rounds.
+
+    Each round removes the layer without which the loss is least.
 
     Args:
         candidates: layers that may be removed.

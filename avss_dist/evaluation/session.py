@@ -195,7 +195,7 @@ class EvaluationSession:
         return PlacedModel(checkpoint=checkpoint, settings=fixed, placement=placement)
 
     def measure(self, work: Work) -> dict[PlannedTask, list[Result]]:
-        """Measure tasks under interventions; write and return the results of each.
+        """Measure tasks under interventions, write the results, and return them by task.
 
         Raises:
             AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.

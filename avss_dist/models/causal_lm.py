@@ -130,7 +130,7 @@ class LanguageModel:
 
     @cached_property
     def obstacles(self) -> dict[int, str]:
-        """Reasons, by layer, why its sublayers cannot be left out alone; see `interventions.find_obstacles`."""
+        """Reasons, by layer, why its sublayers cannot be left out alone, from `interventions.find_obstacles`."""
         try:
             with torch.no_grad():
                 run = partial(self.module, input_ids=probe_tokens(self.device), use_cache=False)
@@ -219,23 +219,26 @@ class LanguageModel:
 
     @contextmanager
     def without(self, removed: Collection[Removal]) -> Iterator[None]:
-        """Have the model compute without layers, sublayers and experts inside the context; see `Intervention`."""
+        """Have the model compute without layers, sublayers and experts inside the context.
+
+        See `Intervention`.
+        """
         self.require_layers(removed)
         skipped = skipping(self.layers, whole_layers(removed), self.forms)
         with skipped, without_parts(self.layers, removed), explaining(self.checkpoint.name, removed):
             yield
 
     def patched(self, patch: Patch) -> AbstractContextManager[None]:
-        """Have the model compute with a patch inside the context; see `interventions.patched`."""
+        """Have the model compute with a patch inside the context, as `interventions.patched`."""
         return patched(self.layers, patch, when_called=not self.weights_stay)
 
     def rounded(self, rounding: Rounding) -> AbstractContextManager[None]:
-        """Have the model compute with rounded weights inside the context; see `rounding.rounded`."""
+        """Have the model compute with rounded weights inside the context, as `rounding.rounded`."""
         self.require_roundable((), ())
         return rounded(self.layers, rounding, when_called=not self.weights_stay)
 
     def beginning(self, layer: int, hidden: torch.Tensor) -> AbstractContextManager[None]:
-        """Have passes start with the output of a layer inside the context; allowed if `resumes`."""
+        """Have passes start with the output of a layer inside the context, which is allowed if `resumes`."""
         return resuming(self.layers, layer, hidden, self.forms)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
@@ -243,7 +246,7 @@ class LanguageModel:
         return self.layers[layer].module.get_parameter(path).detach()
 
     def sparsified(self, sparsity: Sparsity) -> AbstractContextManager[SparsityCounts]:
-        """Have the model compute with sparse activations inside the context; see `sparsifying.sparsified`."""
+        """Have the model compute with sparse activations inside the context, as `sparsifying.sparsified`."""
         if not self.whole_weights and any(cut.by != THRESHOLD or cut.weighted for cut in sparsity.maps):
             raise ModelError(
                 "Each rank has some of a token's units, and cannot choose the largest of all.",
@@ -261,7 +264,10 @@ class LanguageModel:
         return counts
 
     def local_indices(self, count: int) -> range:
-        """Return the indices, of ``count`` work items, that this copy of the model takes; all if it is alone."""
+        """Return the indices of the work items that this copy of the model takes, out of ``count``.
+
+        A copy that is alone takes all.
+        """
         return range(count)
 
     def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -425,7 +431,7 @@ class LanguageModel:
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
     ) -> list[Watcher]:
-        """Run a forward and a backward pass of each batch's summed losses inside its watcher; return the watchers.
+        """Run a forward and a backward pass of each batch's summed losses inside its watcher, and return the watchers.
 
         A layer may run more than once. Hooks tell the passes apart by whether gradients are enabled.
 
@@ -480,5 +486,8 @@ def begins_behind(intervention: Intervention, layer: int) -> int:
 
 
 def predicted(batch: Batch) -> np.ndarray:
-    """Return a mask of the counted predictions, bool[rows, tokens - 1]; the first token of a row is not predicted."""
+    """Return a mask of the counted predictions, bool[rows, tokens - 1].
+
+    The first token of a row is not predicted.
+    """
     return batch.observed[:, 1:] & batch.attention_mask[:, :-1]

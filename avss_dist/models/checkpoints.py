@@ -73,14 +73,15 @@ class Checkpoint:
 
     @property
     def gguf(self) -> dict[str, str]:
-        """Options with which transformers reads a ``.gguf`` file; empty for other sources."""
+        """Options with which transformers reads a ``.gguf`` file, empty for other sources."""
         return {"gguf_file": Path(self.path).name} if self.source == "gguf" else {}
 
 
 def slug(name: str) -> str:
-    """Return ``name`` with everything but letters, digits, ``.``, ``_`` and ``-`` replaced; never empty, never hidden.
+    """Return ``name`` with everything but letters, digits, ``.``, ``_`` and ``-`` replaced.
 
-    A name too long for the folder of a run is cut to `SLUG_PREFIX` characters, followed by a hash of the whole name.
+    The result is never empty and never hidden. A name too long for the folder of a run is cut to `SLUG_PREFIX`
+    characters, followed by a hash of the whole name.
     """
     text = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
     if len(text) <= SLUG_LENGTH:
@@ -89,7 +90,9 @@ def slug(name: str) -> str:
 
 
 def resolve(spec: str, *, trust_remote_code: bool = False) -> Checkpoint:
-    """Find a checkpoint's files and pin their content; a hub id is downloaded (safetensors, config and tokenizer only).
+    """Find a checkpoint's files and pin their content.
+
+    Files of a hub id are downloaded: safetensors, config and tokenizer only.
 
     Args:
         spec: ``org/name``, ``org/name@revision``, a folder, or a ``.gguf`` file.
@@ -338,7 +341,9 @@ def _renamed(name: str) -> str:
 
 
 def content_hash(folder: Path, files: Iterable[Path]) -> str:
-    """Return the SHA-256 over the bytes of files and their paths in a folder; hashes of large files are cached.
+    """Return the SHA-256 over the bytes of files and their paths in a folder.
+
+    Hashes of large files are cached.
 
     Raises:
         ModelError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""Checks that a checkpoint's files have all weights; transformers would initialize missing ones randomly."""
+"""Checks that a checkpoint's files have all weights, since transformers would initialize missing ones randomly."""
 
 from __future__ import annotations
 

@@ -113,7 +113,9 @@ class RoutedExperts:
 
 
 def find_routed_experts(layer: nn.Module) -> RoutedExperts | None:
-    """Return the routed experts of a layer, which may be on the meta device; None if it has none.
+    """Return the routed experts of a layer, or None if it has none.
+
+    The layer may be on the meta device.
 
     Raises:
         ModelError: its experts cannot be removed; the message has the reason.
@@ -250,7 +252,9 @@ _REMOVED: ContextVar[_Removed] = ContextVar("removed experts", default=MappingPr
 
 @contextmanager
 def without_experts(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
-    """Have routers choose among the remaining experts inside the context; interleaved passes are not affected.
+    """Have routers choose among the remaining experts inside the context.
+
+    Interleaved passes are not affected.
 
     Args:
         layers: layers of the model, for which `require_experts` passes.
@@ -408,9 +412,10 @@ class DownProjections:
 
 
 def find_down_projections(module: nn.Module) -> DownProjections | None:
-    """Return the down projections of fused experts, which may be on the meta device; None if they are not known.
+    """Return the down projections of fused experts, or None if they are not known.
 
-    They are known where they are plain numbers in the parameter that all families of transformers name alike.
+    The module may be on the meta device. They are known where they are plain numbers in the parameter that all families
+    of transformers name alike.
     """
     weight = module._parameters.get(DownProjections.WEIGHT)
     if weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 1:

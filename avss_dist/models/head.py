@@ -109,7 +109,10 @@ def _outputs(module: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, A
 
 
 def pieces(number: int, vocabulary: int, maximum: int) -> list[slice]:
-    """Return slices of ``number`` tokens whose float32 logits take at most ``maximum`` bytes; one token at least."""
+    """Return slices of ``number`` tokens whose float32 logits take at most ``maximum`` bytes.
+
+    A slice has at least one token.
+    """
     step = max(1, maximum // (4 * vocabulary))
     return [slice(start, min(start + step, number)) for start in range(0, number, step)]
 
@@ -150,7 +153,10 @@ def draw_labels(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def uniform_numbers(batch: Batch, draws: int, seed: int) -> Float64:
-    """Return uniform numbers in [0, 1), float64[draws, rows, tokens - 1]; a row's depend on its tokens and the seed."""
+    """Return uniform numbers in [0, 1), float64[draws, rows, tokens - 1].
+
+    Those of a row depend on its tokens and the seed.
+    """
     rows, tokens = batch.input_ids.shape
     uniform = np.zeros((draws, rows, max(0, tokens - 1)))
     for row, (ids, real) in enumerate(zip(batch.input_ids, batch.attention_mask, strict=True)):

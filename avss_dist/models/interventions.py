@@ -258,7 +258,10 @@ class Skip:
 
 
 def in_form(hidden: torch.Tensor, form: type) -> Any:
-    """Return hidden states in the form of a layer's output; see `Recorded`."""
+    """Return hidden states in the form of a layer's output.
+
+    See `Recorded`.
+    """
     return hidden if form is torch.Tensor else (hidden,)
 
 
@@ -346,7 +349,10 @@ def with_parameters(
 
 @contextmanager
 def without_sublayers(layers: Sequence[Layer], removed: Collection[Removal]) -> Iterator[None]:
-    """Have the sublayers in ``removed`` run and add nothing inside the context; interleaved passes are not affected."""
+    """Have the sublayers in ``removed`` run and add nothing inside the context.
+
+    Interleaved passes are not affected.
+    """
     token = object()
     with ExitStack() as stack:
         for kind, indices in layers_by_part(removed).items():
@@ -365,10 +371,11 @@ def _nothing(token: object, _module: nn.Module, _args: Any, output: Any) -> Any:
 
 
 def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int, str]:
-    """Return the reasons why sublayers of a layer cannot be left out alone, by layer; other layers are absent.
+    """Return the reasons, by layer, why sublayers of a layer cannot be left out alone.
 
-    Two passes are compared in which every layer returns its input, so that all have equal inputs: in the first pass
-    layers are skipped, in the second both of their sublayers are removed.
+    Layers whose sublayers can be left out are absent. Two passes are compared in which every layer returns its input,
+    so that all have equal inputs: in the first pass layers are skipped, in the second both of their sublayers are
+    removed.
 
     Args:
         run: runs a forward pass over a few tokens.

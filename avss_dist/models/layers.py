@@ -168,7 +168,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_sizes(module: Any) -> tuple[int, int]:
-    """Return the units of the input and of the output of a linear map; GPT-2's Conv1D stores [inputs, outputs]."""
+    """Return the units of the input and of the output of a linear map.
+
+    GPT-2's Conv1D stores its weight as [inputs, outputs].
+    """
     rows, columns = module.weight.shape if module.weight.dim() == 2 else (0, 0)
     return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
 
@@ -201,7 +204,10 @@ def axes_of(shape: Sequence[int], rows: int, tokens: int) -> str:
 
 
 def as_rows(x: torch.Tensor, axes: str, rows: int, tokens: int) -> torch.Tensor | None:
-    """Return a tensor as contiguous [rows, tokens, units], parallel streams as units; None if the shape differs."""
+    """Return a tensor as contiguous [rows, tokens, units], or None if its shape differs.
+
+    Parallel streams become units.
+    """
     if axes == "tokens first":
         x = x.transpose(0, 1)
     elif axes == "streams first":
@@ -245,7 +251,7 @@ class LayerCall:
         )
 
     def rerun(self, layer: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Call a layer again; return its input as a leaf tensor, and its output."""
+        """Call a layer again, and return its input as a leaf tensor and its output."""
         leaf = self.hidden.detach().requires_grad_()
         call = self.with_hidden(leaf)
         output = first_tensor(layer(*call.args, **call.kwargs))

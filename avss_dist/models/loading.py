@@ -250,7 +250,7 @@ def skeleton(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
 
 
 def skeleton_by(auto: Any, config: Any, settings: Settings) -> Any | None:
-    """Return the model that an auto class builds of a configuration, on the meta device; None if it cannot."""
+    """Return the model that an auto class builds of a configuration, on the meta device, or None if it cannot."""
     with quiet(), torch.device("meta"):
         try:
             return auto.from_config(copy.deepcopy(config), trust_remote_code=settings.trust_remote_code)
@@ -309,7 +309,10 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
 
 
 def without_head(model: Any) -> nn.Module:
-    """Return the model below its head; for a model that is its own base, the decoder."""
+    """Return the model below its head.
+
+    This is the decoder of a model that is its own base.
+    """
     base = model.base_model
     if base is model and model.get_output_embeddings() is not None:
         base = model.get_decoder() or model
@@ -332,7 +335,10 @@ def forward_function(backbone: nn.Module) -> Forward:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings inside the context; errors are reported by this package."""
+    """Silence transformers' progress bars and warnings inside the context.
+
+    Errors are reported by this package.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers imports, warns on stdout
     from transformers.utils import logging

@@ -51,7 +51,7 @@ class NumberFormat:
         return self.element_bits + self.scale_bits / (self.group or inputs) + self.tensor_bits / (outputs * inputs)
 
     def obstacle(self, outputs: int, inputs: int) -> str | None:
-        """Return why the format cannot take a weight of this shape; None if it can."""
+        """Return why the format cannot take a weight of this shape, or None if it can."""
         if self.group and inputs % self.group:
             return f"{inputs} inputs are not a multiple of {self.group}, which share a scale"
         return None

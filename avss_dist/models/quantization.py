@@ -31,18 +31,18 @@ _ELSEWHERE = "Use a machine that has what it needs"
 
 
 def quantization_settings(config: Any) -> Any:
-    """Return the quantization settings of a configuration or of its text part; None if the model is not quantized."""
+    """Return the quantization settings of a configuration or of its text part, or None for an unquantized model."""
     whole = getattr(config, "quantization_config", None)
     return whole or getattr(config.get_text_config(), "quantization_config", None)
 
 
 def quantization_method(config: Any) -> str | None:
-    """Return the ``quant_method`` of a configuration: fp8, compressed-tensors, ...; None if it is not quantized."""
+    """Return the ``quant_method`` of a configuration, such as fp8, or None if it is not quantized."""
     return _method(settings) if (settings := _quantization_values(config)) else None
 
 
 def _quantization_values(config: Any) -> Mapping[str, Any]:
-    """Return the quantization settings by name; empty if the model is not quantized."""
+    """Return the quantization settings by name, empty if the model is not quantized."""
     settings = quantization_settings(config) or {}
     return settings if isinstance(settings, Mapping) else settings.to_dict()
 
@@ -308,7 +308,7 @@ def packed(checkpoint: Checkpoint, config: Any, model: Any) -> Any | None:
 
 
 def scale_block(config: Any) -> tuple[int, int] | None:
-    """Return the rows and columns of a weight that share a scale, for block FP8; None for other weights."""
+    """Return the rows and columns of a weight that share a scale in block FP8, or None for other weights."""
     block = _quantization_values(config).get("weight_block_size")
     return (block[0], block[1]) if block else None
 

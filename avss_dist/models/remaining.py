@@ -26,7 +26,7 @@ _OWN_INDEX = re.compile(r"^(layer|block)?_?(idx|index|id|number)$")
 
 @contextmanager
 def without_modules(model: nn.Module, layers: Sequence[Layer], removed: Collection[int]) -> Iterator[None]:
-    """Have a model hold only its remaining layers inside the context; everything is restored at its end.
+    """Have a model hold only its remaining layers inside the context, and restore everything at its end.
 
     Remaining layers are the same modules, with their hooks and their current weights, and have new indices. The
     model's configuration has the settings of the remaining layers. A forward pass equals one that skips the removed

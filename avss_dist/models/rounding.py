@@ -95,7 +95,7 @@ def rounded_before(layers: Sequence[Layer]) -> str | None:
 
 
 def _distinct(projection: Projection) -> int:
-    """Return the largest number of different values in a group of neighbours; `GROUP` if the weight is not here."""
+    """Return the largest number of different values in a group of neighbours, or `GROUP` if the weight is not here."""
     weight = _weight(projection.module)
     if weight.is_meta or hasattr(weight, "to_local") or weight.numel() != projection.outputs * projection.inputs:
         return GROUP

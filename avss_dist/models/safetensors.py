@@ -110,7 +110,7 @@ def tensors_of(file: Path) -> list[StoredTensor]:
 
 
 def _tensor(name: str, file: Path, data: int, entry: Any) -> StoredTensor:
-    """Return the tensor of a header's entry; ``data`` is the offset of the first tensor in the file."""
+    """Return the tensor of a header's entry, where ``data`` is the offset of the first tensor in the file."""
     first, last = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if not isinstance(entry["dtype"], str) or not all(type(n) is int and n >= 0 for n in (first, last, *shape)):
@@ -124,7 +124,7 @@ def _tensor(name: str, file: Path, data: int, entry: Any) -> StoredTensor:
 
 
 def floating_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
-    """Return the floating dtype, of 16 bits or more, that most bytes of tensors have; float32 if none has one."""
+    """Return the floating dtype, of 16 bits or more, that most bytes of tensors have, or float32 if none has one."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         dtype = DTYPES.get(tensor.dtype)
@@ -171,7 +171,7 @@ def overwrite_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
 
 
 def copy_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Mapping[str, Sequence[int]] = {}) -> int:
-    """Copy some tensors of a safetensors file to a new one under new names; return their number of bytes.
+    """Copy some tensors of a safetensors file to a new one under new names, and return their number of bytes.
 
     The operating system moves the bytes if it can, without going through memory.
 
@@ -211,7 +211,7 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Map
 
 
 def _copy(source: int, target: int, start: int, size: int) -> bool:
-    """Append bytes of a file to another; return False if the source is too short."""
+    """Append bytes of a file to another, and return False if the source is too short."""
     while size:
         count = 0
         with suppress(OSError):  # another file system, or one that cannot

@@ -109,7 +109,7 @@ class Footprint:
         return max(attention, rows * tokens * (width + self.mlp_width) * self.element_bytes)
 
     def forward_flops(self, rows: int, tokens: int) -> int:
-        """Return the floating-point operations of the layers in a forward pass; a multiply-add counts as two."""
+        """Return the floating-point operations of the layers in a forward pass, two for each multiply-add."""
         attention = 4 * self.attention_layers * self.attention_width * tokens
         return rows * tokens * (2 * self.matmul_parameters + attention)
 
@@ -198,12 +198,15 @@ def _undivided(module: nn.Module, layers: Collection[nn.Module], counted: set[nn
 
 
 def _stays_quantized(checkpoint: Checkpoint, model: Any, settings: Settings) -> bool:
-    """Whether the loaded weights stay quantized; a .gguf file is always unpacked."""
+    """Whether the loaded weights stay quantized.
+
+    A .gguf file is always unpacked.
+    """
     return quantization_method(model.config) is not None and not checkpoint.gguf and not settings.dequantize
 
 
 def _packed_share(checkpoint: Checkpoint, model: Any, layers: nn.ModuleList, settings: Settings) -> float:
-    """Return `Footprint.stored_share` of the layers from the configuration alone; 1 if it does not tell."""
+    """Return `Footprint.stored_share` of the layers from the configuration alone, or 1 if it does not tell."""
     smaller = packed(checkpoint, model.config, copy.deepcopy(model)) if quantization_method(model.config) else None
     if smaller is None:
         return 1.0
@@ -259,7 +262,9 @@ def stored_skeleton(checkpoint: Checkpoint, model: Any, settings: Settings) -> A
 
 
 def find_layers(model: Any, settings: Settings) -> nn.ModuleList:
-    """Return the layer list of a model, which may be a skeleton; the first candidate if there are several.
+    """Return the layer list of a model, the first candidate if there are several.
+
+    The model may be a skeleton.
 
     Raises:
         ModelError: the model has no module list of blocks.
@@ -305,7 +310,7 @@ def _attribute(config: Any, name: str) -> Any:
 
 
 def _cache_bytes(config: Any, layer: int, attends: bool, itemsize: int) -> int:
-    """Return the bytes of a layer's key-value cache for each token; 0 for a recurrent layer of constant state."""
+    """Return the bytes of a layer's key-value cache for each token, 0 for a recurrent layer of constant state."""
     kinds = getattr(config, "layer_types", None) or ()
     kind = str(kinds[layer]) if layer < len(kinds) else "attention"
     if not attends or "attention" not in kind or "linear" in kind:
@@ -329,7 +334,7 @@ def _attends(layer: nn.Module) -> bool:
 
 
 def _chosen_experts(config: Any) -> float:
-    """Return the share of a layer's experts that a token is routed to; 1 without experts."""
+    """Return the share of a layer's experts that a token is routed to, 1 without experts."""
     experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     chosen = _number(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
     return min(1.0, chosen / experts) if experts and chosen else 1.0
@@ -344,7 +349,10 @@ def _maps(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], int]]:
 
 
 def _mlp_width(layer: nn.Module, chosen: float) -> int:
-    """Return the larger dimension of every linear map outside of attention, summed; experts count by their share."""
+    """Return the larger dimension of every linear map outside of attention, summed.
+
+    Experts count by their share.
+    """
     width = 0.0
     for name, shape, _ in _maps(layer):
         if _is_expert(name):

@@ -119,7 +119,7 @@ def _begin(rule: str, _module: nn.Module, args: Sequence[Any], kwargs: Mapping[s
 def sparse_tokens(
     rule: str, rows: int, tokens: int, attention_mask: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Return the tokens that a rule makes sparse, bool[rows, tokens] without padding; None for all.
+    """Return the tokens that a rule makes sparse, bool[rows, tokens] without padding, or None for all tokens.
 
     Several tokens at once are a prompt, whose positions are counted without padding. A single token is being decoded,
     and is always sparse.
@@ -163,7 +163,9 @@ def _sparsify(
 
 
 def keep_mask(cut: MapSparsity, x: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the elements that stay as they are, bool[..., units]; NaN stays.
+    """Return a mask of the elements that stay as they are, bool[..., units].
+
+    NaN stays.
 
     Args:
         x: input of the map, [..., units].

@@ -164,7 +164,7 @@ def _short_class_name(module: nn.Module, layer_class: str) -> str:
 
 
 def _kind(path: str, module: nn.Module, layer_class: str) -> str | None:
-    """Return ``mlp`` or ``attention`` by the class or the name of a sublayer; None if it is neither."""
+    """Return ``mlp`` or ``attention`` by the class or the name of a sublayer, or None if it is neither."""
     if is_linear(module):
         return None
     for label in (_short_class_name(module, layer_class), path.rpartition(".")[2]):
@@ -189,7 +189,7 @@ def _inside(calls: Sequence[Call], sublayer: Call | None) -> list[Call]:
 
 
 def _last_linear(calls: Sequence[Call], width: int) -> Call | None:
-    """Return the last linear map with ``width`` output units; one that changes the width (down) is preferred."""
+    """Return the last linear map with ``width`` output units, preferably one that changes the width (down)."""
     linears = [c for c in calls if is_linear(c.module) and c.output.shape[-1] == width and c.inputs]
     down = [c for c in linears if c.inputs[0].shape[-1] != width]
     return next(reversed(down or linears), None)
@@ -218,7 +218,7 @@ def _tap(call: Call, reads: str) -> Tap:
 
 
 def find_experts(calls: Sequence[Call]) -> Experts | None:
-    """Return the experts of a layer from the calls of its modules, in order; None if no call has a routing."""
+    """Return the experts of a layer from the calls of its modules, in order, or None if no call has a routing."""
     for i, call in enumerate(calls):
         routing, count = routing_of(call.inputs), getattr(call.module, "num_experts", 0)
         stacked = next((len(p) for p in call.module.parameters() if p.dim() == 3), 0)

@@ -195,7 +195,10 @@ def _of_remaining(routed: RoutedExperts | None, removed: int, path: str, name: s
 
 
 def _other_layers(model: nn.Module, plan: Plan) -> str:
-    """Return a hint that names the model's list of layers if the plan's path names no module; otherwise nothing."""
+    """Return a hint that names the model's list of layers, or an empty text if the plan's path names a module.
+
+    The hint is empty, too, unless exactly one list has as many layers as the plan.
+    """
     modules = dict(model.named_modules())
     lists = [path for path, part in modules.items() if isinstance(part, nn.ModuleList) and len(part) == plan.num_layers]
     return f"Set `layers: {lists[0]}` in the plan." if len(lists) == 1 and plan.layers not in modules else ""

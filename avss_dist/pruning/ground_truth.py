@@ -205,7 +205,7 @@ def _newest_first(
 
 
 def _by_layer(rows: Sequence[Mapping[str, Any]], by: str) -> Mapping[Any, float]:
-    """Return the values of `LayerTruth` from the rows of an evaluation; empty if it lacks one."""
+    """Return the values of `LayerTruth` from the rows of an evaluation, empty if the evaluation lacks one."""
     if by == BLOCK_DISTANCE:
         return {tuple(row["drop"]): row["value"] for row in rows}
     if by == "loss":

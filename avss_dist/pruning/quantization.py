@@ -86,7 +86,7 @@ class LayerNames:
         return experts.shape_without(inside, shape, len(self.plan.experts[layer]))
 
     def _split(self, name: str) -> tuple[str, int, str] | None:
-        """Return the path of the layer list in a name, the layer, and the path below it; None for names outside."""
+        """Return the path of the layer list in a name, the layer, and the path below it, or None for names outside."""
         parts = name.split(".")
         for place, part in enumerate(parts):
             path = ".".join(parts[:place])

@@ -89,7 +89,10 @@ def both(first: Callable[[E], None], second: Callable[[E], None]) -> Callable[[E
 
 
 class LogRuns:
-    """Callback that logs the events of runs to the logger ``avss_dist`` at level INFO; the default of functions."""
+    """Callback that logs the events of runs to the logger ``avss_dist`` at level INFO.
+
+    Functions use it by default.
+    """
 
     def __init__(self) -> None:
         self._runs: dict[str, tuple[int, int, float]] = {}  # measured tokens, all tokens, time of the last line

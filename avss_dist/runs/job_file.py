@@ -256,7 +256,7 @@ class _Reader:
         )
 
     def unchecked(self, key: str, kind: type[T]) -> T:
-        """Return a mapping or a list of the file, unchecked; an empty one for another kind of value."""
+        """Return a mapping or a list of the file, unchecked, or an empty one for another kind of value."""
         values = self.document.value.get(key)
         return values if isinstance(values, kind) else kind()
 
@@ -293,7 +293,7 @@ class _Reader:
                 )
 
     def settings(self, entry: Mapping[str, Any], *at: Location) -> tuple[Settings, Execution] | None:
-        """Return the settings of the job with those that an entry of ``models`` overrides; None if they are invalid.
+        """Return the settings of the job with those that an entry of ``models`` overrides, or None if they are invalid.
 
         Args:
             entry: keys and values of the entry; empty for the settings of the job alone.

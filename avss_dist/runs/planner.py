@@ -102,7 +102,7 @@ class Planner:
         return self._opened[1]
 
     def size(self, spec: RunSpec, checkpoint: Checkpoint, settings: Settings) -> Footprint | None:
-        """Return the checkpoint's size; None if unknown."""
+        """Return the checkpoint's size, or None if it is unknown."""
         return size_of(checkpoint if self.fetch else spec.model, settings)
 
     def _plan(self, spec: RunSpec, checkpoint: Checkpoint, config: Any, settings: Settings) -> CorpusPlan:
@@ -128,7 +128,7 @@ class Planner:
         return corpus
 
     def _same_text(self, corpus: str, how: tuple[Any, ...]) -> str | None:
-        """Return the name of a corpus with the same content that is planned already; None if there is none."""
+        """Return the name of a corpus with the same content that is planned already, or None if there is none."""
         planned = {key[0]: plan.corpus_fingerprint for key, (plan, _) in self._plans.items() if key[1:] == how}
         if not planned or corpus in planned:
             return None

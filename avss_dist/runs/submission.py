@@ -60,7 +60,7 @@ class Submitted:
     hint: str = ""
 
     def row(self) -> tuple[str | int, ...]:
-        """Return the values of `COLUMNS`; ``started`` is UTC."""
+        """Return the values of `COLUMNS`, with ``started`` in UTC."""
         started = f"{self.started:%Y-%m-%d %H:%M:%S}" if self.started else ""
         return self.job_id, self.status, started, round(self.seconds), self.entrypoint, self.message
 

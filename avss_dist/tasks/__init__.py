@@ -1,1 +1,1 @@
-"""Questions to a model: text loss, harness tasks, the loss without layers, gradients; each gives rows of samples."""
+"""Questions to a model that give rows of samples: text loss, harness tasks, the loss without layers, gradients."""

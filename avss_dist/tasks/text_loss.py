@@ -1,4 +1,7 @@
-"""Losses of rows of text: of all predicted tokens, without layers, of answers; and greedy continuations of prompts."""
+"""Losses of rows of text, and greedy continuations of prompts.
+
+Losses are those of all predicted tokens, without layers, and of answers.
+"""
 
 from __future__ import annotations
 

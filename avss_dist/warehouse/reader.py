@@ -422,7 +422,9 @@ class Warehouse:
         return self._parts[name]
 
     def _read_file(self, name: str, run_id: str) -> pa.Table:
-        """Return the rows of a run's file of a table; for digests, the columns that they are made of.
+        """Return the rows of a run's file of a table.
+
+        Rows for digests have only the columns that digests are made of.
 
         Raises:
             pa.ArrowInvalid: the file is damaged or gone.

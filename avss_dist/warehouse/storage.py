@@ -142,7 +142,7 @@ class Storage:
         return {info.base_name for info in self._list(table, recursive=False)}
 
     def _list(self, folder: str, *, recursive: bool) -> list[pafs.FileInfo]:
-        """Return the files and folders below a folder of the warehouse; none if it does not exist."""
+        """Return the files and folders below a folder of the warehouse, or an empty list if it does not exist."""
         known = {} if self._listings is None else self._listings
         if (folder, recursive) not in known:
             selector = pafs.FileSelector(f"{self.base}/{folder}", recursive=recursive, allow_not_found=True)

@@ -108,7 +108,10 @@ class Store(Warehouse):
         return dict(experts)
 
     def write_scores(self, run: RunIdentity, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the scores of a run. Rows lack the columns of RunIdentity; None, NaN and missing become null."""
+        """Write the scores of a run.
+
+        Rows lack the columns of RunIdentity. None, NaN and missing values become null.
+        """
         self._write_rows("scores", run.run_id, run.identified(rows))
 
     def write_run(self, row: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ def buffer_bytes(stored: Iterable[StoredTensor]) -> int:
 
 
 def readahead(stored: Iterable[StoredTensor]) -> None:
-    """Ask the system to read tensors ahead of their use; block while the disk's queue is full."""
+    """Ask the system to read tensors ahead of their use, and block while the disk's queue is full."""
     for tensor in stored:
         with suppress(OSError), tensor.file.open("rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), tensor.start, tensor.size, os.POSIX_FADV_WILLNEED)
@@ -49,11 +49,13 @@ class ReadBuffer:
         self._used = 0
 
     def clear(self) -> None:
-        """Start again; later reads overwrite earlier ones."""
+        """Start again at the beginning of the buffer, so that later reads overwrite earlier ones."""
         self._used = 0
 
     def read(self, stored: Sequence[StoredTensor]) -> Iterator[torch.Tensor]:
-        """Copy stored tensors into this buffer; yield each when it is complete, while threads read the next ones.
+        """Copy stored tensors into this buffer, and yield each when it is complete.
+
+        Threads read the next tensors in the meantime.
 
         Raises:
             ModelError: a file is gone, or ends before its tensor does.
@@ -83,7 +85,7 @@ class ReadBuffer:
 
 
 class ZeroCopyBuffer:
-    """Buffer of stored tensors that are mapped from their files, without a copy; for CPUs alone.
+    """Buffer for CPUs alone of stored tensors that are mapped from their files, without a copy.
 
     Writes to the tensors stay in this process.
     """

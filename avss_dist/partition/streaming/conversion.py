@@ -166,7 +166,7 @@ class GgufTensors:
         return StoredTensor(tensor.name, dtype, int(tensor.n_bytes), shape, self._file, int(tensor.data_offset))
 
     def quantizer(self, model: Any) -> Any:
-        """Return transformers' quantizer that unpacks the tensors of this architecture; None if it has none.
+        """Return transformers' quantizer that unpacks the tensors of this architecture, or None if it has none.
 
         Args:
             model: the model, which may be on the meta device.

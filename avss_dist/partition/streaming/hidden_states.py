@@ -79,13 +79,13 @@ class HiddenStateOffloader:
             held.pop(batch, None)
 
     def _take(self, place: str, batch: Hashable, size: int) -> bool:
-        """Reserve bytes for a batch; return False if they exceed the room."""
+        """Reserve bytes for a batch, and return whether the room suffices."""
         fits = self._held[place].total() + size <= self._room[place]
         self._held[place][batch] += size * fits
         return fits
 
     def _offload_storage(self, batch: Hashable, storage: torch.UntypedStorage) -> _Offloaded | None:
-        """Move the bytes of a storage out; return None if it stays as it is."""
+        """Move the bytes of a storage out and return where they are, or return None if it stays as it is."""
         size = storage.nbytes()
         if self._take("device", batch, size):
             return None

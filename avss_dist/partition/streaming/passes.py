@@ -35,7 +35,9 @@ Fork = Callable[[torch.Tensor], object]
 
 
 class Window:
-    """Context in which one layer's weights are in the model at a time; at its end no weights and no thread remain.
+    """Context in which one layer's weights are in the model at a time.
+
+    At its end no weights and no thread remain.
 
     Args:
         parts: weights of the layers, by index.
@@ -117,7 +119,7 @@ class Window:
         return self._reading
 
     def _read(self, index: int, mark: Any) -> AnyBuffer | None:
-        """Load a layer's weights; return the buffer that holds some of them, or None."""
+        """Load a layer's weights, and return the buffer that holds some of them, or None."""
         part = self._parts[index]
         buffer: AnyBuffer
         if self._buffers:
@@ -234,7 +236,7 @@ class Passes:
         return _PASS.get() is not None
 
     def run(self, functions: Sequence[Callable[[], T]]) -> list[T]:
-        """Run functions and their forks, each in a copy of this context; return the functions' results.
+        """Run functions and their forks, each in a copy of this context, and return the functions' results.
 
         The pass that is furthest behind runs next, with all passes at the same layer. If one raises, the others are
         unwound.

@@ -80,11 +80,11 @@ class StreamingMemory(PartitionMemory):
 
 
 class StreamingReplica(BatchwiseReplica):
-    """Model whose layers are loaded one at a time; see `partition.replica.Replica`.
+    """Model whose layers are loaded one at a time.
 
-    ``placement.max_memory["cpu"]`` limits weights and waiting hidden states in host memory. Weights take up to two
-    layers of it; hidden states that do not fit beside them wait in temporary files. On a GPU they
-    first wait in the memory that layers and batches leave.
+    See `partition.replica.Replica`. ``placement.max_memory["cpu"]`` limits weights and waiting hidden states in host
+    memory. Weights take up to two layers of it; hidden states that do not fit beside them wait in temporary files. On a
+    GPU they first wait in the memory that layers and batches leave.
 
     Raises:
         ConfigError: the limit has no room for one layer.
@@ -133,7 +133,7 @@ class StreamingReplica(BatchwiseReplica):
         self._passes.run([partial(run, batch) for batch in batches])
 
     def _host_bytes_for_hidden_states(self, maximum: int | None) -> int | None:
-        """Return the bytes of host memory that weights leave of a maximum; None is no limit."""
+        """Return the bytes of host memory that weights leave of a maximum, or None if there is no limit."""
         if maximum is None:
             return None
         on_cpu = self.device.type == "cpu"
@@ -171,9 +171,9 @@ class StreamingReplica(BatchwiseReplica):
 
 
 class StreamingLanguageModel(LanguageModel):
-    """Language model whose layers are loaded one at a time; see `causal_lm.LanguageModel`.
+    """Language model whose layers are loaded one at a time.
 
-    It is constructed while all layers have random weights; ``passes`` is set afterwards.
+    See `causal_lm.LanguageModel`. It is constructed while all layers have random weights; ``passes`` is set afterwards.
     """
 
     keeps_hidden_states = False

@@ -69,7 +69,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Part:
-    """Weights that are loaded together; ``groups`` are the stored tensors from which some of them are converted."""
+    """Weights that are loaded together, and the groups of stored tensors from which some of them are converted."""
 
     weights: tuple[Weight, ...]
     groups: tuple[Group, ...]
@@ -227,7 +227,7 @@ class StreamedWeights:
         return chain.from_iterable(ReadBuffer(buffer_bytes([tensor])).read([tensor]) for tensor in stored)
 
     def resolve_ties(self, backbone: nn.Module) -> None:
-        """Tie equal weights that the configuration ties and the files store twice; keep those of the backbone."""
+        """Tie equal weights that the configuration ties and the files store twice, and keep those of the backbone."""
         unclear = self._unclear_ties()
         if not unclear:
             return

@@ -33,7 +33,7 @@ class RepairError(PlanError):
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """The last linear map of a layer's MLP, and the norm after it if there is one; or those of its routed experts.
+    """The last linear map of a layer's MLP or of its routed experts, and the norm after it if there is one.
 
     The layer adds ``factor`` times the output of ``norm``, or of ``linear`` without a norm, to the hidden states.
 
@@ -148,7 +148,10 @@ def find_output_projection(
 def _experts_projection(
     layer: Layer, experts: Experts, path: str, run: Callable[[], Any], removed: Collection[int]
 ) -> OutputProjection:
-    """Return the projection of the remaining routed experts of a layer; see `find_output_projection`."""
+    """Return the projection of the remaining routed experts of a layer.
+
+    See `find_output_projection`.
+    """
     if (down := find_down_projections(experts.module)) is None:
         raise _refusal(layer, f"has no plain '{DownProjections.WEIGHT}' of its routed experts")
     calls: list[tuple[bool, int]] = []

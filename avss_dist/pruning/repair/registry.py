@@ -1,6 +1,7 @@
-"""The registry of repairs: what each fits, at which layers, and how much text it needs; and records of fitted ones.
+"""The registry of repairs and the records of fitted repairs.
 
-A record is a small file beside the weights of a repaired checkpoint.
+An entry says what the repair fits, at which layers, and how much text it needs. A record is a small file beside the
+weights of a repaired checkpoint.
 
 A new repair is one entry of `REPAIRS`. A fit of another form than those of `fits.FORMS` also needs that
 form there, and the way in which it becomes weights in `fits.fold`. Nothing here imports torch.

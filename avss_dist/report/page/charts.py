@@ -1,4 +1,7 @@
-"""The charts of the report's page, as Vega-Lite specifications; the page gives them rows, texts and colors."""
+"""The charts of the report's page, as Vega-Lite specifications.
+
+The page gives them rows, texts and colors.
+"""
 
 from __future__ import annotations
 

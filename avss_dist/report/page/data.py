@@ -143,7 +143,10 @@ def _described(runs: Sequence[Mapping[str, Any]], table: pa.Table) -> list[dict[
 
 
 def rounded(column: pa.ChunkedArray, digits: int = DIGITS) -> list[Any]:
-    """Return the values of a column. Floats have ``digits`` significant digits; NaN and infinity are None."""
+    """Return the values of a column, with floats rounded to ``digits`` significant digits.
+
+    NaN and infinity become None.
+    """
     if not pa.types.is_floating(column.type):
         return [printable(value) if isinstance(value, str) else value for value in column.to_pylist()]
     values = column.to_numpy().astype(np.float64)
@@ -232,7 +235,10 @@ def matrix_data(
 
 
 def _places(scores: Float64) -> list[int]:
-    """Return the place of each layer from 0 to `STEPS`; `UNRANKED` for NaN, and where one layer has a score."""
+    """Return the place of each layer from 0 to `STEPS`, or `UNRANKED` where it has none.
+
+    Layers with NaN have none, nor has the only layer with a score.
+    """
     places = np.full(len(scores), UNRANKED)
     known = ~np.isnan(scores)
     if known.sum() > 1:

@@ -256,7 +256,10 @@ def _overview(rows: Sequence[Row], labels: Mapping[str, str]) -> ReportTable:
 
 
 def _findings(rows: Sequence[Row], labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return findings by kind, in order; a run shows its first finding of a kind, and the other readings with it."""
+    """Return findings by kind, in order.
+
+    A run shows its first finding of a kind, and the other readings with it.
+    """
     kinds: dict[str, dict[str, list[Row]]] = {}
     for row in sorted(rows, key=lambda row: not is_published(row)):
         kinds.setdefault(row["kind"], {}).setdefault(row["run_id"], []).append(row)

@@ -21,7 +21,7 @@ STYLES = {"done": "green", "partial": "yellow", "missing": "", "repeated": "dim"
 
 
 def estimate_table(estimate: Estimate) -> RenderableType:
-    """Return a table with a row for each partition: memory, and whether it fits; and one of ways to distill."""
+    """Return a table of the memory that each partition takes and whether it fits, with another of ways to distill."""
     free = describe_bytes(estimate.host_bytes)
     if estimate.device == "cuda":
         free = f"{describe_bytes(estimate.device_bytes)} on each GPU and {free} on the host"

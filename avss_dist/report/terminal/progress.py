@@ -99,7 +99,10 @@ class Pace:
         return max(0.0, amount / rate - (now - self._units[-1][0]))
 
     def describe(self) -> str:
-        """Return the rate, if there is a unit, and the time that is left, after a comma each; empty until steady."""
+        """Return the rate, if there is a unit, and the time that is left, after a comma each.
+
+        The text is empty until the rate is steady.
+        """
         rate, seconds = self.rate(), self.seconds_left((self.total or 0) - self.done)
         if not rate or seconds is None:
             return ""
