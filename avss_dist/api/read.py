@@ -20,7 +20,7 @@ from avss_dist.warehouse.reader import Warehouse
 
 @keywords(CompareRequest)
 def compare(request: CompareRequest) -> comparing.RankingComparison | following.RankingCurves:
-    """Compare the layer rankings of comparable runs, by pairs or ``along`` an axis; of all finished runs by default."""
+    """Compare the layer rankings of runs, by default of all finished ones, by pairs or ``along`` an axis."""
     opened = Warehouse(request.warehouse)
     run_ids = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
     return follow_runs(opened, run_ids, request) if request.along else compare_runs(opened, run_ids, request)
@@ -59,7 +59,7 @@ def compare_runs(
 
 @keywords(FindingsRequest)
 def findings(request: FindingsRequest) -> Table:
-    """List findings that speak against the scores of runs; of all finished runs by default."""
+    """List findings that speak against the scores of runs, by default of all finished ones."""
     opened = Warehouse(request.warehouse)
     names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
     return Table(finding.findings(opened, names, threshold=named_threshold(request.threshold)))

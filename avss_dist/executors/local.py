@@ -35,9 +35,10 @@ SPARE_SHARE = 0.9  # of the available memory that parallel shards may take
 
 
 class LocalExecutor:
-    """See `executors.interface.Executor`. Measures shards in parallel on free cores, each with the settings' threads.
+    """Executor that measures shards and cells in this process.
 
-    The degree of parallelism changes no number: a shard's result is a pure function of its tokens.
+    Shards are measured in parallel on free cores, each with the settings' threads. The degree of parallelism changes no
+    number: a shard's result is a pure function of its tokens.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -81,7 +82,7 @@ class LocalExecutor:
     def run_cells(
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
-        """See `executors.interface.Executor`."""
+        """Yield the result of every cell, or an AvssError in its place, as `executors.interface.Executor.run_cells`."""
         models = (group for cells in rounds for group in by_model(cells))
         for spec, same in groupby(models, key=itemgetter(0)):
             cells = (cell for _, group in same for cell in group)

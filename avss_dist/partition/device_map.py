@@ -41,7 +41,7 @@ class DeviceMapMemory(PartitionMemory):
 
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """See `PartitionMemory`."""
+        """Return the bytes of weights that must be in host memory at once: the largest layer on a CPU, otherwise 0."""
         return max(size.layer_bytes, default=0) if kind == "cpu" else 0
 
     @cached_property
@@ -62,11 +62,11 @@ class DeviceMapMemory(PartitionMemory):
 
     @property
     def gpus(self) -> int:
-        """See `PartitionMemory`."""
+        """Number of GPUs of one replica."""
         return max(int(self.on_gpu), sum(isinstance(name, int) for name in self.spread[0]))
 
     def usage(self) -> Usage:
-        """See `PartitionMemory`."""
+        """Return the memory of a replica, whose layers may be on several devices and on disk."""
         spread, on_disk = self.spread
         on_host = spread.get("cpu", 0)
         size, layer = self.size, max(self.size.layer_bytes)

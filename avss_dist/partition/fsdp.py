@@ -40,7 +40,7 @@ class FsdpMemory(ShardedMemory):
 
     @property
     def obstacle(self) -> str | None:
-        """See `PartitionMemory`."""
+        """Reason for which the partition does not run the model with these settings, or None if it does."""
         _, model, tensors = load_skeleton(self.weights, self.settings)
         converted = unstored(model, [tensor.name for tensor in tensors])
         return (

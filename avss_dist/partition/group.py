@@ -146,11 +146,14 @@ class DividedLanguageModel(LanguageModel):
         self.reports = self._split.rank == 0
 
     def local_indices(self, count: int) -> range:
-        """See `causal_lm.LanguageModel`. They are contiguous, and equally many if ``count`` is a multiple of ranks."""
+        """Return the indices of the work items, out of ``count``, that this rank takes.
+
+        They are contiguous, and equally many if ``count`` is a multiple of ranks.
+        """
         return range(count)[self._split.rows(count)]
 
     def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
-        """See `causal_lm.LanguageModel`."""
+        """Sum tensors over the ranks, in place."""
         for tensor in tensors:
             distributed.all_reduce(tensor)
 

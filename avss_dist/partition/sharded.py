@@ -44,12 +44,15 @@ class ShardedMemory(PartitionMemory):
 
     @staticmethod
     def minimum_rank_weights(size: Footprint, ranks: int) -> int:
-        """See `PartitionMemory`. A gathered module is there twice: as it comes, and put together."""
+        """Return the bytes of weights that each rank must hold at once.
+
+        A gathered module is there twice: as it comes, and put together.
+        """
         return -(-size.weight_bytes // ranks) + 2 * max(*size.layer_bytes, size.embedding_bytes)
 
     @property
     def obstacle(self) -> str | None:
-        """See `PartitionMemory`."""
+        """Reason for which the partition does not run the model with these settings, or None if it does."""
         checkpoint, model, _ = load_skeleton(self.weights, self.settings)
         return refusal(refuse_gguf, checkpoint, self.partition) or refusal(
             refuse_mxfp4, checkpoint, model.config, self.settings, self.partition
@@ -60,7 +63,7 @@ class ShardedMemory(PartitionMemory):
         return 0
 
     def usage(self) -> Usage:
-        """See `PartitionMemory`."""
+        """Return the memory of a replica, with the weights that each rank holds and gathers."""
         weights = self.minimum_rank_weights(self.size, self.ranks)
         if self.on_gpu:
             gathered = sum(self.size.layer_bytes) + self.size.other_bytes
@@ -83,31 +86,37 @@ class ShardedLanguageModel(DividedLanguageModel):
         self._dummy = dummy_batch()
 
     def pieces(self, number: int) -> list[slice]:
-        """See `causal_lm.LanguageModel`. Equally many on all ranks, because each gathers the head. Some are empty."""
+        """Return slices of ``number`` tokens, equally many on all ranks, because each gathers the head.
+
+        Some are empty.
+        """
         mine = super().pieces(number)
         maximum = max(all_gather(len(mine), self.device))
         return mine + [slice(number, number)] * (int(maximum) - len(mine))
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
-        """See `causal_lm.LanguageModel`."""
+        """Return the result of a function for every batch, each computed by one rank."""
         return self._share(batches, function, lambda: function(self._dummy))
 
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
-        """See `causal_lm.LanguageModel`."""
+        """Return the results of functions that run the model, each computed by one rank."""
         with torch.no_grad():
             return self._share(functions, lambda function: function(), lambda: self.losses(self._dummy))
 
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
     ) -> list[Watcher]:
-        """See `causal_lm.LanguageModel`."""
+        """Run a forward and a backward pass of each batch, each on one rank, and return the watchers of all batches.
+
+        See `causal_lm.LanguageModel.backpropagate`.
+        """
         spare = copy.deepcopy(watchers[0])  # observes dummy passes, and is discarded
         run = partial(super().backpropagate, draws=draws, seed=seed)
         pairs = list(zip(batches, watchers, strict=True))
         return self._share(pairs, lambda pair: run([pair[0]], [pair[1]])[0], lambda: run([batches[0]], [spare]))
 
     def value(self, layer: int, path: str) -> torch.Tensor:
-        """See `causal_lm.LanguageModel`. All ranks call this."""
+        """Return a whole parameter of a layer, gathered from the ranks, which must all call this."""
         value = super().value(layer, path)
         if isinstance(value, DTensor):
             return value.full_tensor()
@@ -118,7 +127,7 @@ class ShardedLanguageModel(DividedLanguageModel):
             return parameter.detach().clone()
 
     def total(self, counts: list[list[int]]) -> list[list[int]]:
-        """See `causal_lm.LanguageModel`."""
+        """Return the sum of counts over the ranks."""
         return sum_over_ranks(counts)
 
     def _share(self, items: Sequence[S], function: Callable[[S], T], dummy: Callable[[], object]) -> list[T]:

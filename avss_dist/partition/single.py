@@ -70,13 +70,16 @@ class BatchwiseReplica(ABC):
         """Open the model, or this rank's part of it."""
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
-        """See `partition.replica.Replica`. All ranks must run equally many batches."""
+        """Run the backbone over every batch, each inside its context.
+
+        All ranks must run equally many batches.
+        """
         for batch in batches:
             with context(batch):
                 run_batch(self._run, batch, self.device)
 
     def collect(self, counted: T) -> list[T]:
-        """See `partition.replica.Replica`."""
+        """Return the counts of this process alone."""
         return [counted]
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ class TensorParallelMemory(PartitionMemory):
 
     @staticmethod
     def require_ranks(weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
-        """See `PartitionMemory`."""
+        """Refuse a model that so many ranks cannot divide, by its configuration."""
         require_split(weights, settings, ranks)
         if tensor_plan_obstacle(weights, settings, ranks):
             _, model, _ = load_skeleton(weights, replace(settings, attention=None))
@@ -55,7 +55,7 @@ class TensorParallelMemory(PartitionMemory):
 
     @property
     def obstacle(self) -> str | None:
-        """See `PartitionMemory`."""
+        """Reason for which the ranks cannot divide the model, or None if they can."""
         return refusal(self.require_ranks, self.weights, self.settings, self.ranks)
 
     def part_bytes(self) -> int:
@@ -65,7 +65,7 @@ class TensorParallelMemory(PartitionMemory):
         return self.size.other_bytes + sum(self.size.layer_bytes) // self.ranks
 
     def usage(self) -> Usage:
-        """See `PartitionMemory`."""
+        """Return the memory of a replica, with a part of the weights on each rank."""
         whole = self.size.weight_bytes if self.plan_obstacle else 0  # by AutoTP, while the model is opened
         return self.process_usage(self.part_bytes(), self.summary, host_weights=whole)
 
@@ -102,7 +102,7 @@ class TensorParallelReplica(BatchwiseReplica):
         return open_by_plan(checkpoint, settings, self.device, head=head, tp_size=ranks)
 
     def collect(self, counted: T) -> list[T]:
-        """See `partition.replica.Replica`."""
+        """Return the counts of all ranks, in order, on the rank that reports."""
         return gather(counted)
 
 
@@ -140,7 +140,10 @@ class TensorParallelLanguageModel(LanguageModel):
         self.reports = rank_and_size()[0] == 0
 
     def total(self, counts: list[list[int]]) -> list[list[int]]:
-        """See `causal_lm.LanguageModel`. Whole maps are counted by every rank, which leaves their share unchanged."""
+        """Return the sum of counts over the ranks.
+
+        Whole maps are counted by every rank, which leaves their share unchanged.
+        """
         return sum_over_ranks(counts)
 
 
@@ -154,16 +157,19 @@ class ExpertParallelMemory(TensorParallelMemory):
 
     @staticmethod
     def require_ranks(weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
-        """See `PartitionMemory`."""
+        """Refuse a model whose experts so many ranks cannot divide."""
         require_experts(weights, settings, ranks)
 
     @property
     def obstacle(self) -> str | None:
-        """See `PartitionMemory`."""
+        """Reason for which the ranks cannot divide the experts, or None if they can."""
         return version_obstacle() or super().obstacle
 
     def part_bytes(self) -> int:
-        """See `TensorParallelMemory`. If no plan spreads the experts, it is that of ``tensor_parallel``."""
+        """Return the bytes of weights that each rank keeps.
+
+        If no plan spreads the experts, they are those of ``tensor_parallel``.
+        """
         try:
             options = expert_options(self.weights, self.settings, self.ranks)
         except ConfigError:
@@ -172,7 +178,7 @@ class ExpertParallelMemory(TensorParallelMemory):
 
     @property
     def summary(self) -> str:
-        """See `TensorParallelMemory`."""
+        """Description of what each rank holds, for people."""
         return "every rank loads and keeps some of the experts of each layer"
 
 
@@ -182,7 +188,10 @@ class ExpertParallelReplica(TensorParallelReplica):
     memory = ExpertParallelMemory
 
     def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
-        """See `TensorParallelReplica`. transformers exchanges tokens in passes with gradients, and sums in others."""
+        """Return this rank's part of the model, which has some of the experts of each layer.
+
+        transformers exchanges tokens in passes with gradients, and sums in others.
+        """
         options = require_experts(checkpoint, settings, ranks)
         return open_by_plan(checkpoint, settings, self.device, head=head, **options)
 

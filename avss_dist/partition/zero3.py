@@ -26,7 +26,10 @@ class Zero3Memory(ShardedMemory):
     """Memory of a replica with ZeRO-3. See `sharded.ShardedMemory`."""
 
     def host_weights(self) -> int:
-        """See `ShardedMemory`. transformers loads quantized weights whole, unpacked or not, before ranks keep parts."""
+        """Return the bytes of weights that each process holds in host memory while the model is opened on a GPU.
+
+        transformers loads quantized weights whole, unpacked or not, before ranks keep parts.
+        """
         _, model, _ = load_skeleton(self.weights, self.settings)
         return self.size.weight_bytes if self.on_gpu and quantization_method(model.config) else 0
 

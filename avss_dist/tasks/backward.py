@@ -112,7 +112,10 @@ class BackwardMeasure(Measure):
     trains = False
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`. Removed layers have no rows."""
+        """Return the rows of the passes of a model under an intervention.
+
+        Removed layers have no rows.
+        """
         layers = self.layers(model, intervention)
         batches = list(self.shard.batches(model.settings.batch_size))
         passes = [self.new_pass(self, batch, layers, model.device) for batch in batches]

@@ -60,7 +60,7 @@ class GreedyBlock(Measure):
         return {"measure": "greedy block", "shards": shards, "layer": self.layer, "maps": maps}
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`."""
+        """Return the sparsity of each map of the block after each round, and the error after each round, as rows."""
         layer, cuts = model.layers[self.layer], dict[str, float]()
         batches = [batch for shard in self.shards for batch in shard.batches(model.settings.batch_size)]
         calls = dense_calls(model, layer, batches)
@@ -159,7 +159,7 @@ class Spectra(Measure):
     measure = "spectra"
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`."""
+        """Return a row with the exponent of each linear map of the layer."""
         layer, rows = model.layers[self.layer], []
         with model.running(layer):
             for projection in layer.projections:

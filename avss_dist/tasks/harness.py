@@ -66,7 +66,10 @@ class HarnessPart(Measure):
     key: str = ""
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`. Likelihoods are computed in float32."""
+        """Return a row for each metric of the task or group, and for chance.
+
+        Likelihoods are computed in float32.
+        """
         loaded = _load_cached(self)
         from lm_eval.evaluator import evaluate
 

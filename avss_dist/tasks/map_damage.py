@@ -131,7 +131,7 @@ class RoundedLosses(Measure):
     measure = "rounded losses"
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`. Removed layers are not rounded."""
+        """Return the losses of the model under the intervention, and with each remaining layer rounded."""
         layers = _roundable_layers(model, intervention, [self.format])
         roundings = [intervention.rounded(round_place(self.format, layer.index)) for layer in layers]
         return losses_under(model, self.shard, [intervention, *roundings])

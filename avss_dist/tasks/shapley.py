@@ -53,7 +53,10 @@ class Shapley(Measure):
         return super().identity() | ({"rest": "shared"} if self.truncation else {})
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`. Removed layers have no rows."""
+        """Return the Shapley values of the layers, a sample for each permutation.
+
+        Removed layers have no rows.
+        """
         players = [layer.index for layer in model.layers if layer.index not in intervention.removed]
         text = _Text(model, self.shards, intervention)
         values, shared = np.zeros((2, len(self.seeds), len(model.layers)))

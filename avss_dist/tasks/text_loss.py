@@ -43,7 +43,7 @@ class TextLoss(Measure):
         return {"measure": measure, "shard": self.shard.content_hash}
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`."""
+        """Return the losses of the rows of the shard, and for paired text their entropies."""
         if not self.shard.pairing:
             return losses_under(model, self.shard, [intervention])
         batches, weights = list(self.shard.batches(model.settings.batch_size)), predicted_tokens(self.shard, model)
@@ -63,7 +63,7 @@ class RowStartLoss(Measure):
     measure = "row start"
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`."""
+        """Return the losses of the rows as they were read, and of the same text with other start tokens."""
         pairs = zip((AS_READ, OTHER_START), self.shards, strict=True)
         return [row for metric, shard in pairs for row in losses_under(model, shard, [intervention], metric)]
 
@@ -91,7 +91,10 @@ class LeaveOneOut(Measure):
         return {"measure": "leave one out", "shard": self.shard.content_hash, **options}
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`. Layers of the intervention are absent from every pass."""
+        """Return the losses of rows under the intervention, and without each layer in addition.
+
+        Layers of the intervention are absent from every pass.
+        """
         layers = range(len(model.layers))
         removals = (sublayers_of(layers) if self.sublayers else layers) if self.layers is None else self.layers
         interventions = [
@@ -112,7 +115,7 @@ class TruthfulChoices(Measure):
     measure = "truthfulqa with chance"
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`."""
+        """Return MC1, MC2 and chance for each question."""
         pairing = self.shard.pairing
         assert pairing is not None
         (losses,) = model.losses_under(list(self.shard.batches(model.settings.batch_size)), [intervention])
@@ -144,7 +147,7 @@ class ContinuePrompt(Measure):
     measure = "continuation"
 
     def __call__(self, model: LanguageModel, intervention: Intervention = NO_INTERVENTION) -> list[Row]:
-        """See `tasks.task.Measure`.
+        """Return a row with the new tokens as its samples.
 
         Raises:
             ModelError: the model does not generate text.

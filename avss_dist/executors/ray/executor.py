@@ -41,7 +41,10 @@ T = TypeVar("T")
 
 
 class RayExecutor:
-    """See `executors.interface.Executor`. Ray starts when it is first needed, and is stopped if it was started here."""
+    """Executor that measures shards and cells on Ray workers.
+
+    Ray starts when it is first needed, and is stopped if it was started here.
+    """
 
     def __init__(self, execution: Execution, settings: Settings) -> None:
         self._execution, self._settings = execution, settings
@@ -68,7 +71,10 @@ class RayExecutor:
         return _devices_of_cluster(self._settings.device, self._labels)
 
     def replicas(self, placement: Placement) -> int:
-        """See `executors.interface.Executor`. A cluster may have room for fewer now, and for more when nodes come."""
+        """Return the number of model copies of a placement that run in parallel.
+
+        A cluster may have room for fewer now, and for more when nodes come.
+        """
         devices = self.devices
         default = max(1, devices.count // max(1, placement.gpus)) if devices.kind == "cuda" else 1
         workers = self._execution.replicas.maximum if self._execution.replicas else default
@@ -99,7 +105,7 @@ class RayExecutor:
     def run_cells(
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
     ) -> Generator[CellOutcome, None, None]:
-        """See `executors.interface.Executor`."""
+        """Yield the result of every cell, or an AvssError in its place, as `executors.interface.Executor.run_cells`."""
         first = next(rounds, None)
         if first is not None:
             models = (group for cells in chain([first], rounds) for group in by_model(cells))
@@ -154,7 +160,10 @@ class RayExecutor:
             raise node_lost() from error
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-        """See `executors.interface.Executor`. Tasks reserve no CPU, as workers may hold all. Lost ones run here."""
+        """Yield the function's value for every item, in order, computed in parallel by Ray tasks.
+
+        Tasks reserve no CPU, as workers may hold all. Lost ones run here.
+        """
         if not ray.is_initialized():
             yield from map(function, items)
             return
@@ -183,7 +192,7 @@ class RayExecutor:
             ray.shutdown()
 
     def connect(self) -> None:
-        """See `executors.interface.Executor`: start Ray, or reach the cluster, if that is not done yet."""
+        """Start Ray, or reach the cluster, if that is not done yet."""
         if not ray.is_initialized():
             try:
                 require_gcs(self._address or "local")

@@ -50,7 +50,7 @@ class SharedPatch:
     data: Any = field(compare=False, repr=False)
 
     def read(self) -> bytes:
-        """See `intervention.EncodedPatch`. Reads the copy on the worker's node."""
+        """Return the encoded weights from the copy on the worker's node."""
         data: bytes = ray.get(self.data)
         return data
 
@@ -263,17 +263,17 @@ class ShardQueue(UnitQueue[Shard]):
         return f"Shard {self.units[unit].shard_id}"
 
     def describe_repeated(self, units: Sequence[int]) -> str:
-        """See `UnitQueue`."""
+        """Return a clause that says which shards are measured again."""
         ids = [str(self.units[unit].shard_id) for unit in units]
         names = f"shard{'s' * (len(ids) > 1)} {', '.join(ids)}" if len(ids) <= MOST_NAMED else f"{len(ids)} shards"
         return _repeated(names, len(ids))
 
     def note(self, text: str) -> None:
-        """See `UnitQueue`: the run's row has it among its notes."""
+        """Add a text to the notes in the run's row."""
         self._run.notes.append(text)
 
     def kind(self, unit: int) -> str:
-        """See `UnitQueue`: shards of a run are of one size, but for the last."""
+        """Return ``shard``, as shards of a run are of one size, but for the last."""
         return "shard"
 
     def _max_units_in_round(self, gangs: int) -> int:
@@ -284,11 +284,17 @@ class ShardQueue(UnitQueue[Shard]):
         return max(1, int(min(in_time, len(self.pending) / (ROUND_FRACTION * gangs), BLOCK_SHARDS)))
 
     def runs_ahead(self, gangs: int) -> bool:
-        """See `UnitQueue`. Repeated units are measured alone, which shows the one that failed."""
+        """Whether a measuring gang may have its next round in advance.
+
+        Repeated units are measured alone, which shows the one that failed.
+        """
         return self.spec.placement.ranks == 1 and len(self.pending) > gangs and not self._again & self.unfinished
 
     def parts(self, units: Sequence[int]) -> list[tuple[Sequence[Assignment], Sequence[Any]]]:
-        """See `UnitQueue`: shards for each rank, or the same one for all. Ranks without a shard run along."""
+        """Return the shards of each rank in a round, or the same shard for all ranks, and the blocks that hold them.
+
+        Ranks without a shard run along.
+        """
         forwards = 0  # as many as a shard takes
         if self.spec.placement.ranks > 1:
             forwards = max(-(-self.units[unit].num_sequences // self.rows) for unit in units)
@@ -322,7 +328,7 @@ class ShardQueue(UnitQueue[Shard]):
         return self._run, result
 
     def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[RunShards, AvssError]]:
-        """See `UnitQueue`: the run ends with its first error."""
+        """End the run with its first error, and return the error as its outcome."""
         if not self.is_active:
             return []
         self._remove([*self.unfinished])
@@ -338,7 +344,7 @@ class CellQueue(UnitQueue[Cell]):
 
     @property
     def units_a_round(self) -> int:
-        """See `UnitQueue`: all ranks take the same cell and share its work."""
+        """Number of cells in a round: one, whose work all ranks share."""
         return 1
 
     def describe(self, unit: int) -> str:
@@ -346,21 +352,21 @@ class CellQueue(UnitQueue[Cell]):
         return f"Part {self.units[unit].part} of {self.units[unit].task}"
 
     def describe_repeated(self, units: Sequence[int]) -> str:
-        """See `UnitQueue`."""
+        """Return a clause that says how many evaluations are measured again."""
         return _repeated(count_of(len(units), "evaluation"), len(units))
 
     def kind(self, unit: int) -> str:
-        """See `UnitQueue`: parts of a task are of one size, but for the last."""
+        """Return the name of a cell's task, whose parts are of one size, but for the last."""
         return self.units[unit].task
 
     def note_progress(self, units: Sequence[int], what: str, share: float) -> None:
-        """See `UnitQueue`."""
+        """Report the current activity in these cells, and the share of it that is done."""
         if self._underway is not None:
             for unit in units:
                 self._underway(self.units[unit], what, share)
 
     def parts(self, units: Sequence[int]) -> list[tuple[Sequence[Assignment], Sequence[Any]]]:
-        """See `UnitQueue`: the same cell for every rank, with its patch where workers reach it."""
+        """Return the same cell for every rank, with its patch where workers reach it."""
         (unit,) = units
         cell = self.units[unit]
         if patch := cell.intervention.patch:
@@ -372,7 +378,7 @@ class CellQueue(UnitQueue[Cell]):
         return self.units[unit], result
 
     def fail(self, units: Sequence[int], error: AvssError) -> list[tuple[Cell, AvssError]]:
-        """See `UnitQueue`: the error is the outcome of each of these cells, or of all."""
+        """End these cells, or all if none is given, and return the error as the outcome of each."""
         failed = sorted(self.unfinished.intersection(units or self.unfinished))
         self._remove(failed)
         return [(self.units[unit], error) for unit in failed]

@@ -71,7 +71,7 @@ class ShardAssignment:
     warehouse: SharedWarehouse | None = None
 
     def resolved(self, blocks: Sequence[Sequence[Shard]]) -> ShardAssignment:
-        """See `Assignment`."""
+        """Return the assignment with its shard, which is in one of the blocks on this node."""
         if self.place is None:
             return self
         block, index = self.place
@@ -80,7 +80,10 @@ class ShardAssignment:
     def run(
         self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
     ) -> ShardResult | Receipt | None:
-        """See `Assignment`. The partial is encoded and written here, for there are more workers than drivers."""
+        """Measure the shard, and return its result, or None where this rank reports none.
+
+        The partial is encoded and written here, for there are more workers than drivers.
+        """
         if self.shard is None:
             follow(model, self.forwards)
             return None
@@ -118,13 +121,16 @@ class CellAssignment:
     rows: int
 
     def resolved(self, blocks: Sequence[Sequence[Shard]]) -> CellAssignment:
-        """See `Assignment`. A cell holds its text."""
+        """Return the assignment as it is, since a cell holds its text."""
         return self
 
     def run(
         self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
     ) -> CellResult | None:
-        """See `Assignment`. Every rank of a replica takes the cell, and rank 0 reports."""
+        """Measure the cell, and return its result, or None on ranks that report none.
+
+        Every rank of a replica takes the cell, and rank 0 reports.
+        """
         assert model.language_model is not None
         result = measure_cell(model.language_model, self.cell, rows=self.rows, heartbeat=heartbeat)
         return result if model.language_model.reports else None

@@ -53,7 +53,7 @@ class CpuKernels(Kernels):
         self._counts = np.zeros(PATTERNS, np.uint32)
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        """See `kernels.reference.Kernels`."""
+        """Add the statistics of a batch to an accumulator, as `kernels.reference.Kernels.add`."""
         rows = max(1, (MAX_ELEMENTS - 1) // max(1, x.shape[1] * x.shape[2]))
         for start in range(0, len(x), rows):
             here = slice(start, start + rows)

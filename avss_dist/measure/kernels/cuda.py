@@ -55,21 +55,24 @@ class CudaKernels(Kernels):
         self._without: set[torch.dtype] = set()
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        """See `kernels.reference.Kernels`."""
+        """Add the statistics of a batch to an accumulator, as `kernels.reference.Kernels.add`."""
         if self._can(x, before):
             self._add(into, x, mask, before, "count_squared" if "unit_sums" in into.tensors else "count")
         else:
             self._torch.add(into, x, mask, before)
 
     def add_update(self, into: Accumulator, after: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> None:
-        """See `kernels.reference.Kernels`. The difference is computed inside the kernel, without a buffer."""
+        """Add the statistics of ``after - before``, as `kernels.reference.Kernels.add_update`.
+
+        The difference is computed inside the kernel, without a buffer.
+        """
         if self._can(after, before):
             self._add(into, after, mask, before, "count_update")
         else:
             self._torch.add_update(into, after, before, mask)
 
     def finish(self) -> None:
-        """See `kernels.reference.Kernels`."""
+        """Complete pending additions, after which accumulators are up to date."""
         if not self._pending:
             return
         pending, self._pending = self._pending, []

@@ -199,7 +199,7 @@ class TorchKernels(Kernels):
     """Deterministic backend of torch operations without host transfers. Temporaries have up to `CHUNK` elements."""
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        """See `Kernels`."""
+        """Add the statistics of a batch to an accumulator, as `Kernels.add`."""
         into.reserve(x.numel())
         size = max(1, CHUNK // x.shape[2])
         for tokens, counted in zip(x.flatten(0, 1).split(size), mask.flatten().split(size), strict=True):

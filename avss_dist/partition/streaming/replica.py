@@ -48,14 +48,14 @@ class StreamingMemory(PartitionMemory):
 
     @staticmethod
     def minimum_host_weights(size: Footprint, kind: str, *, head: bool) -> int:
-        """See `PartitionMemory`."""
+        """Return the bytes of weights that must be in host memory at once, on a device of this kind."""
         outside = size.weight_bytes - sum(size.layer_bytes) if head else size.other_bytes
         largest = max(size.layer_bytes, default=0)
         return largest + size.unpacking_bytes + outside if kind == "cpu" else int(largest * size.stored_share)
 
     @property
     def obstacle(self) -> str | None:
-        """See `PartitionMemory`."""
+        """Reason for which the partition does not run the model with these settings, or None if it does."""
         if not self.stored.quantized:
             return None
         if not self.stored.can_unpack:
@@ -63,7 +63,10 @@ class StreamingMemory(PartitionMemory):
         return "needs the setting dequantize, which unpacks the weights"
 
     def usage(self) -> Usage:
-        """See `PartitionMemory`. Under a limit, the next layer and hidden states take what it leaves."""
+        """Return the memory of a replica, with at most two layers at a time.
+
+        Under a limit, the next layer and hidden states take what it leaves.
+        """
         size, layers = self.size, sum(sorted(self.size.layer_bytes)[-2:])
         host = self.minimum_host_weights(size, self.devices.kind, head=False)
         why = "layers are read for each shard"
@@ -124,7 +127,10 @@ class StreamingReplica(BatchwiseReplica):
         return self._weights.bytes_read
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
-        """See `partition.replica.Replica`."""
+        """Run the backbone over every batch, each inside its context.
+
+        Every layer is loaded once for all batches whose passes wait for it.
+        """
 
         def run(batch: Batch) -> None:
             with context(batch):
@@ -198,22 +204,22 @@ class StreamingLanguageModel(LanguageModel):
 
     @contextmanager
     def running(self, layer: Layer) -> Iterator[Callable[..., Any]]:
-        """See `causal_lm.LanguageModel`."""
+        """Load the weights of a layer inside the context, and yield a function that calls it alone."""
         with self._ready.window() as window:
             window.load(self._ready.index(layer.module))
             yield partial(self._ready.call, layer.module)
 
     def value(self, layer: int, path: str) -> torch.Tensor:
-        """See `causal_lm.LanguageModel`."""
+        """Return a copy of a parameter of a layer, whose weights are loaded for it."""
         with self.running(self.layers[layer]):
             return self.layers[layer].module.get_parameter(path).detach().clone()
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """See `causal_lm.LanguageModel`."""
+        """Call the module, and load each layer while it runs."""
         return self._alone(partial(super().call, *args, **kwargs))
 
     def generate(self, **kwargs: Any) -> Any:
-        """See `causal_lm.LanguageModel`. The weights are read for every token."""
+        """Call the module's ``generate``, and read the weights for every token."""
         return self._alone(partial(super().generate, **kwargs))
 
     def _find_cache_obstacle(self, skipped: frozenset[int]) -> str | None:
@@ -225,15 +231,18 @@ class StreamingLanguageModel(LanguageModel):
         return self.passes.run([function])[0]
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
-        """See `causal_lm.LanguageModel`."""
+        """Return the result of a function for every batch, from interleaved passes."""
         return self.together([partial(function, batch) for batch in batches])
 
     def together(self, functions: Sequence[Callable[[], T]]) -> list[T]:
-        """See `causal_lm.LanguageModel`."""
+        """Return the results of functions that run the model, from interleaved passes."""
         return self._ready.run(functions)
 
     def losses_under(self, batches: Sequence[Batch], interventions: Sequence[Intervention]) -> list[Float64]:
-        """See `causal_lm.LanguageModel`. A pass that removes more layers forks from the first one where they differ."""
+        """Return the `losses` of all batches, float64[rows], under each intervention.
+
+        A pass that removes more layers forks from the first one where they differ.
+        """
         first, branches = interventions[0], self.branches(interventions)
         losses: dict[tuple[Intervention, int], Float64] = {}
 
@@ -263,7 +272,11 @@ class StreamingLanguageModel(LanguageModel):
     def backpropagate(
         self, batches: Sequence[Batch], watchers: Sequence[Watcher], *, draws: int = 0, seed: int = 0
     ) -> list[Watcher]:
-        """See `causal_lm.LanguageModel`. Each layer runs again in the backward pass, when it is loaded again."""
+        """Run a forward and a backward pass of each batch inside its watcher, and return the watchers.
+
+        Each layer runs again in the backward pass, when it is loaded again. See
+        `causal_lm.LanguageModel.backpropagate`.
+        """
         if not self.resumes:
             raise ModelError(
                 f"`partition` streaming has no gradients of a {self.family} model: more than hidden states goes from "
