@@ -1,4 +1,4 @@
-"""Intervals: against scipy's t interval of a mean, at their boundaries, and how often they cover."""
+"""Intervals: against scipy's t interval of a mean, at their boundaries, and how often they cover; and retention."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import sem, skew, t
 
+from avss_dist.core.names import LOSS
 from avss_dist.stats.intervals import bootstrap_weights, jackknife_interval, left_out_weights, why_no_interval
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.stats.metrics import LOWER_IS_BETTER, retention_of
 
 
 def interval_of_mean(samples: Float64, **options: float) -> Float64:
@@ -100,3 +102,27 @@ def test_intervals_of_ratios_cover_from_eight_units_on(number: int) -> None:
     resampled = (weights @ numerator.T) / (weights @ denominator.T)
     percentiles = np.quantile(resampled, [0.025, 0.975], axis=0)
     assert number > 8 or np.mean((percentiles[0] <= 1) & (percentiles[1] >= 1)) < 0.91
+
+
+BEFORE, AFTER = np.array([2.0, 0.5, 0.0]), np.array([4.0, 0.25, 1.0])
+
+
+def test_of_a_loss_the_perplexities_are_compared() -> None:
+    assert retention_of(LOSS, BEFORE, AFTER) == pytest.approx(np.exp(BEFORE) / np.exp(AFTER), rel=1e-12)
+
+
+@pytest.mark.parametrize("form", ["{}", "{},none", "group/{}", "group/{},none", "a/b/{},strict-match"])
+def test_less_is_better_for_some_metrics_of_the_harness_and_more_for_the_others(form: str) -> None:
+    for name in LOWER_IS_BETTER:
+        assert retention_of(form.format(name), BEFORE, AFTER).tolist() == [0.5, 2.0, 0.0]
+    for name in ("acc", "exact_match", "perplexity_gain"):
+        assert retention_of(form.format(name), BEFORE, AFTER).tolist() == [2.0, 0.5, np.inf]
+
+
+def test_nothing_of_nothing_is_not_a_number_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    nothing = np.zeros(1)
+    assert (
+        np.isnan(retention_of("acc", nothing, nothing)).all() and np.isnan(retention_of("ter", nothing, nothing)).all()
+    )
+    assert retention_of(LOSS, np.array([1e4]), nothing) == np.inf
+    assert not recwarn.list

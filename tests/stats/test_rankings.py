@@ -20,7 +20,6 @@ from avss_dist.stats.rankings import (
     align,
     average_ranks,
     depth_correlation,
-    given_depth,
     spearman,
     spearman_interval,
 )
@@ -64,20 +63,6 @@ def test_the_interval_of_a_correlation_is_normal_in_fishers_z() -> None:
         assert spearman_interval(rho, number) == pytest.approx(bounds, rel=1e-6)
     assert np.isnan(spearman_interval(0.5, 3)).all() and np.isnan(spearman_interval(0.5, 0)).all()
     assert spearman_interval(1.0, 8) == (1, 1) and spearman_interval(-1.0, 8) == (-1, -1)
-
-
-def test_what_is_given_depth_is_the_correlation_of_what_depth_leaves() -> None:
-    """Of ranks less their straight lines in depth."""
-    rng, depth = np.random.default_rng(0), np.arange(9.0)
-    scores = np.array([[rng.permutation(9) + tilt * depth for tilt in (0.5, -0.8)] for _ in range(4)])
-    ranks = np.apply_along_axis(average_ranks, -1, scores)
-    rest = [[values - np.polyval(np.polyfit(depth, values, 1), depth) for values in pair] for pair in ranks]
-    rho = np.array([spearman(*pair) for pair in scores])
-    of_a, of_b = np.array([[spearman(values, depth) for values in pair] for pair in scores]).T
-    assert given_depth(rho, of_a, of_b) == pytest.approx([np.corrcoef(pair)[0, 1] for pair in rest], rel=1e-9)
-    for sign in (1.0, -1.0):
-        assert np.isnan(given_depth(rho[:1], np.array([sign]), of_b[:1])).all()
-        assert np.isnan(given_depth(rho[:1], of_a[:1], np.array([sign]))).all()
 
 
 def test_compare_and_findings_and_show_agree_about_ties(tmp_path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.oracle import Float64, oracle_stats
+from support.warehouses import GRID, Stats, stats_of
 
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.stats import intervals, scores
@@ -23,10 +29,8 @@ from avss_dist.stats.rankings import count_lowest, rank_lowest
 from avss_dist.stats.scores import RELATIVE_THRESHOLDS, SiteTable, Threshold, avss, score_run, share
 from avss_dist.warehouse.schema import SCHEMAS
 
-GRID = np.array([1e-5, 1e-2, 1e-1])
 LAYERS = tuple(f"model.layers.{i}" for i in range(4))
 Rows = list[dict[str, Any]]
-Stats = dict[LayerKey, LayerStats]
 IDENTITY = {"run_id", "model", "revision", "family"}
 PLACE = {"layer", "layer_name", "depth", "site", "recipe", "threshold", "threshold_kind"}
 
@@ -38,14 +42,6 @@ def activations(seed: int = 0, shards: int = 6, layers: int = 4, offset: float =
     centers = rng.normal(0, 0.15, (layers, 1, 1, 24)) * scale**2
     values = offset + centers + scale * rng.normal(size=(shards, layers, 4, 8, 24))
     return values.astype(np.float32).astype(np.float64)
-
-
-def stats_of(x: Float64, site: str = "block", units: bool = True) -> list[Stats]:
-    """One mapping a shard."""
-    mask = np.ones(x.shape[2:4], bool)
-    return [
-        {(i, site): oracle_stats(x[s, i], mask, GRID, units=units) for i in range(x.shape[1])} for s in range(len(x))
-    ]
 
 
 def column(
@@ -226,14 +222,6 @@ def test_lowest_set_probabilities_sum_to_the_size_of_the_set(recipe: str) -> Non
     assert 0 <= min(probabilities) < max(probabilities) <= 1 and any(0 < p < 1 for p in probabilities)
 
 
-@pytest.mark.parametrize("shards", [0, 1, 7, 8])
-def test_fewer_than_eight_shards_have_no_interval(shards: int) -> None:
-    parts = stats_of(activations(shards=8))
-    rows = score_run(merge_stats(parts), LAYERS, parts[:shards])
-    for name in ("avss_low", "avss_high", "lowest_set_probability"):
-        assert (np.isnan([row[name] for row in rows if row["threshold"] == 1e-1]) == (shards < 8)).all()
-
-
 @pytest.mark.parametrize("offset", [0.0, 1e4], ids=["centered", "large offset"])
 @pytest.mark.parametrize("recipe", MEASURES)
 def test_intervals_equal_merging_the_shards_again(monkeypatch: pytest.MonkeyPatch, recipe: str, offset: float) -> None:
@@ -375,3 +363,58 @@ def test_whatever_the_counts_columns_are_finite_or_nan_and_ranks_a_permutation(l
     assert not any(math.isinf(v) for name, values in columns.items() if name.startswith("avss") for v in values)
     ranked = sorted(rank for rank in columns["rank"] if rank is not None)
     assert ranked == list(range(1, len(ranked) + 1))
+
+
+USE = """
+import json, sys
+from avss_dist.core import registry
+
+registry.SCORES["distance"] = registry.ScoreInfo(
+    title="distance to the end", meaning="number of layers behind it", column="distance",
+    definition="layers behind it", caption="The layers that come after.",
+)
+registry.FROM_ACTIVATIONS += ("distance",)
+registry.BASELINES += ("distance",)
+
+from avss_dist.stats import scores
+
+computed = scores.layer_baselines
+scores.layer_baselines = lambda stats, layer: computed(stats, layer) | {"distance": 3.0 - layer}
+
+import avss_dist
+from avss_dist.report.page.page import report_page
+from avss_dist.warehouse.reader import Warehouse
+
+model, folder = sys.argv[1:]
+sizes = {"sequence_length": 32, "max_sequences": 4, "sequences_per_shard": 2, "device": "cpu", "executor": "local"}
+runs = [
+    avss_dist.score(model, warehouse=folder, corpus="builtin:pydoc", skip_first_tokens=skipped, **sizes)
+    for skipped in (0, 1)
+]
+warehouse = Warehouse(folder)
+rows = runs[0].scores(site="block", recipe="pooled", threshold=1e-5).sort_by("layer").to_pylist()
+page = report_page(warehouse)
+compared = avss_dist.compare(warehouse=folder, score="distance", allow_mismatch=True)
+print(json.dumps({
+    "stored": [row["distance"] for row in rows],
+    "dropped": avss_dist.plan(warehouse=folder, run=runs[0].run_id, by="distance", count=1).drop,
+    "compared": compared.pairs["spearman"].to_pylist(),
+    "drawn": 'data-chart="distance"' in page and "The layers that come after." in page,
+}))
+"""
+
+
+@pytest.mark.nightly
+def test_a_new_score_is_known_everywhere(tiny_llama: Path, tmp_path: Path) -> None:
+    """In a process of its own, which registers it before anything reads the registry, as an entry there would."""
+    (tmp_path / "use.py").write_text(USE)
+    command = [sys.executable, tmp_path / "use.py", tiny_llama, tmp_path / "warehouse"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "stored": [3.0, 2.0, 1.0],
+        "dropped": [2],
+        "compared": [1.0],
+        "drawn": True,
+    }

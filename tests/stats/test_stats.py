@@ -1,10 +1,12 @@
-"""LayerStats: merges, the histogram, counts of 16-bit patterns, and blocks of shards."""
+"""Statistics: merges, the histogram, counts of 16-bit patterns, blocks of shards, strata, rows and experts."""
 
 from __future__ import annotations
 
 import pickle
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.oracle import By, Float64, assert_close, oracle_bins, oracle_cuts, oracle_stats
 
+from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.core.settings import THRESHOLDS
+from avss_dist.stats import merging
 from avss_dist.stats.histogram import (
     CUTS,
     HISTOGRAM_BINS,
@@ -24,19 +28,31 @@ from avss_dist.stats.histogram import (
     values_of_cuts,
 )
 from avss_dist.stats.layer_stats import (
+    EXPERT_FIELDS,
+    ROW_FIELDS,
+    AnswerRows,
+    ExpertStats,
     LayerStats,
+    RowStats,
     ShardResult,
+    StratumKey,
+    merge_experts,
     merge_moments,
     stats_from_pattern_counts,
     without_values,
 )
-from avss_dist.stats.merging import merge_block, merge_blocks, merge_stats
+from avss_dist.stats.merging import (
+    combine_blocks,
+    merge_block,
+    merge_blocks,
+    merge_stats,
+    merge_strata,
+)
 
 GRID = np.array(THRESHOLDS)
 UNITS = 3
 TINIEST, LARGEST = np.float32(1e-45), np.finfo(np.float32).max
 ODDITIES = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-5, 1e4, TINIEST, -LARGEST])
-
 laws = settings(max_examples=30, derandomize=True)
 
 
@@ -332,3 +348,124 @@ def test_blocks_are_bounded_and_merge_into_the_run(num_shards: int, most: int) -
 def test_blocks_take_every_shard_once_and_in_order(ids: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         merge_block([make_shard(i) for i in ids], range(3))
+
+
+LABELS = ("right", "wrong")
+
+
+def stratum(seed: int) -> LayerStats:
+    x = np.random.default_rng(seed).normal(size=(2, 3, 4)).astype(np.float32).astype(np.float64)
+    return oracle_stats(x, np.ones((2, 3), bool), GRID, units=True)
+
+
+def paired_shard(shard_id: int, labels: Sequence[str] = LABELS) -> ShardResult:
+    strata: dict[StratumKey, LayerStats] = {}
+    for number, label in enumerate([*labels, *(label + AFTER_ANOTHER for label in labels)]):
+        strata |= {(layer, "mlp", label): stratum(100 * shard_id + 10 * number + layer) for layer in range(2)}
+    return ShardResult(shard_id=shard_id, content_hash="", layers=("a", "b"), stats={}, strata=strata)
+
+
+def test_paired_text_is_merged_by_stratum_and_its_own_answers_by_layer() -> None:
+    shards = [paired_shard(0), paired_shard(1, ["wrong"]), paired_shard(2), paired_shard(3), paired_shard(4)]
+    merged = merge_blocks(shards, 3)
+    assert list(merged.strata) == sorted(shards[0].strata)
+    for key, stats in merged.strata.items():
+        expected = merge_stats({key: shard.strata[key]} for shard in shards if key in shard.strata)[key]
+        assert_close(stats, expected)
+        assert stats.abs_value_count.sum() == stats.count and np.array_equal(stats.abs_value, expected.abs_value)
+    assert list(merged.stats) == [(0, "mlp"), (1, "mlp")]
+    for (layer, site), stats in merged.stats.items():
+        both = [merged.strata[layer, site, label] for label in LABELS]
+        assert stats.equals(both[0].merge(both[1]))
+    assert len(merged.blocks) == 3
+    for block, members in zip(merged.blocks, (shards[:2], shards[2:4], shards[4:]), strict=True):
+        assert list(block) == [(0, "mlp"), (1, "mlp")]
+        for layer in range(2):
+            own = [shard.strata.get((layer, "mlp", label)) for label in LABELS for shard in members]
+            expected = merge_stats({layer: without_values(stats)} for stats in own if stats is not None)
+            assert_close(block[layer, "mlp"], expected[layer])
+
+
+def test_a_block_keeps_the_counts_by_value_apart() -> None:
+    block = merge_block([paired_shard(3), paired_shard(4)], range(3, 5))
+    assert block.strata.keys() == block.values.keys() == paired_shard(3).strata.keys()
+    for key, stats in block.strata.items():
+        whole = paired_shard(3).strata[key].merge(paired_shard(4).strata[key])
+        assert stats.equals(without_values(whole))
+        for values, expected in zip(block.values[key], whole.values, strict=True):
+            assert np.array_equal(values, expected)
+
+
+def test_labels_are_merged_in_their_order_and_answers_after_another_prompt_left_out() -> None:
+    shard = paired_shard(7)
+    disordered = dict(reversed(shard.strata.items()))
+    for strata in (shard.strata, disordered):
+        merged = merge_strata(strata)
+        for layer in range(2):
+            right, wrong = (shard.strata[layer, "mlp", label] for label in LABELS)
+            assert merged[layer, "mlp"].equals(right.merge(wrong))
+
+
+BYTES = 2 * (2048 + 4 + 4) * 8  # of a block: two layers of a histogram and two sums by unit
+
+
+@pytest.mark.parametrize(("room", "fit"), [(0, 0), (BYTES - 1, 0), (BYTES, 1), (2 * BYTES - 1, 1), (3 * BYTES, 3)])
+def test_blocks_beyond_the_room_in_memory_are_mapped_and_the_same(
+    monkeypatch: pytest.MonkeyPatch, room: int, fit: int
+) -> None:
+    blocks = [merge_block([paired_shard(shard, ["right"])], range(shard, shard + 1)) for shard in range(4)]
+    expected = combine_blocks(blocks).blocks
+    monkeypatch.setattr(merging, "KEPT_BYTES", room)
+
+    def numbers_in_memory() -> list[bool]:
+        stats = combine_blocks(blocks).blocks
+        assert [list(block) for block in stats] == [list(block) for block in expected]
+        assert all(block[key].equals(other[key]) for block, other in zip(stats, expected, strict=True) for key in block)
+        return [all(one.unit_sum.flags.writeable for one in block.values()) for block in stats]
+
+    assert numbers_in_memory() == [i < fit for i in range(4)]
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=OSError(28, "No space left on device")))
+    assert all(numbers_in_memory())
+
+
+def row_stats(seed: int = 0) -> RowStats:
+    rng = np.random.default_rng(seed)
+    values = {name: rng.integers(0, 99, 3) if name in ("count", "near_zero") else rng.random(3) for name in ROW_FIELDS}
+    values["norm"][1] = np.nan
+    return RowStats(**values)
+
+
+def answers() -> AnswerRows:
+    numbers = {name: np.arange(3) + i for i, name in enumerate(("row", "pair", "prompt_tokens", "answer_tokens"))}
+    stats = {(0, "mlp"): row_stats(0), (1, "mlp"): row_stats(1)}
+    return AnswerRows(**numbers, strata=("good", "bad", "good"), stats=stats)
+
+
+def test_rows_are_equal_where_every_field_is() -> None:
+    rows = answers()
+    assert rows.equals(answers()) and answers().equals(rows)
+    for name in ("row", "pair", "prompt_tokens", "answer_tokens"):
+        assert not rows.equals(replace(rows, **{name: getattr(rows, name) + 1})), name
+    assert not rows.equals(replace(rows, strata=("good", "bad", "bad")))
+    assert not rows.equals(replace(rows, stats={(0, "mlp"): row_stats(0)}))
+    assert not replace(rows, stats={(0, "mlp"): row_stats(0)}).equals(rows)
+    assert not rows.equals(replace(rows, stats={(0, "mlp"): row_stats(0), (2, "mlp"): row_stats(1)}))
+    for name in ROW_FIELDS:
+        for key, stats in rows.stats.items():
+            changed = replace(stats, **{name: getattr(stats, name) + 1})
+            assert not rows.equals(replace(rows, stats={**rows.stats, key: changed})), name
+
+
+def expert_stats(seed: int) -> ExpertStats:
+    rng = np.random.default_rng(seed)
+    return ExpertStats(**{name: rng.integers(1, 99, 4) for name in EXPERT_FIELDS})
+
+
+def test_experts_are_merged_by_layer_and_sorted() -> None:
+    parts = [{2: expert_stats(0)}, {0: expert_stats(1), 2: expert_stats(2)}, {}, {2: expert_stats(3)}]
+    merged = merge_experts(parts)
+    assert list(merged) == [0, 2]
+    for name in EXPERT_FIELDS:
+        assert getattr(merged[0], name).tolist() == getattr(expert_stats(1), name).tolist()
+        total = sum(getattr(expert_stats(seed), name) for seed in (0, 2, 3))
+        assert getattr(merged[2], name).tolist() == total.tolist()

@@ -128,7 +128,9 @@ def activations(seed: int = 0, shards: int = 8, scales: Float64 = SCALES) -> Flo
     return np.where(small, 1e-7 * rng.choice([-1, 1], shape), x).astype(np.float32).astype(np.float64)
 
 
-def stats_of(x: Float64, site: str = "block", before: Float64 | None = None, *, by: By = "cut") -> list[Stats]:
+def stats_of(
+    x: Float64, site: str = "block", before: Float64 | None = None, *, by: By = "cut", units: bool = True
+) -> list[Stats]:
     """Statistics by shard of x[shards, layers, sequences, tokens, units], and with ``before`` of the updates too.
 
     Counted ``by``: see `oracle_stats`.
@@ -139,7 +141,7 @@ def stats_of(x: Float64, site: str = "block", before: Float64 | None = None, *, 
         stats: Stats = {}
         for i, values in enumerate(shard):
             if before is None:
-                stats[i, site] = oracle_stats(values, mask, GRID, units=True, by=by)
+                stats[i, site] = oracle_stats(values, mask, GRID, units=units, by=by)
             else:
                 update = values - before[s, i]
                 stats[i, site] = oracle_stats(values, mask, GRID, units=True, before=before[s, i])
