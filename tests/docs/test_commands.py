@@ -99,16 +99,10 @@ def place(
         (folder / name).write_text("".join(json.dumps({"text": text[:2000]}) + "\n" for text in texts[9:12]))
     prompts = [f"It {i}" for i in range(6)]
     answers = {"best_answer": "It is.", "correct_answers": ["It is."], "incorrect_answers": ["No."]}
-    (folder / "truthfulqa.jsonl").write_text(
-        "".join(json.dumps({"question": prompt, **answers}) + "\n" for prompt in prompts)
-    )
-    (folder / "answers.jsonl").write_text(
-        "".join(
-            json.dumps({"prompt": prompt, "answer": answer, "kind": kind}) + "\n"
-            for prompt in prompts
-            for answer, kind in ANSWERS
-        )
-    )
+    questions = [{"question": prompt, **answers} for prompt in prompts]
+    labelled = [{"prompt": prompt, "answer": answer, "kind": kind} for prompt in prompts for answer, kind in ANSWERS]
+    for name, rows in (("truthfulqa.jsonl", questions), ("answers.jsonl", labelled)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "scores.csv").write_text("layer,mine\n" + "".join(f"{layer},{layer}\n" for layer in range(LAYERS)))
     (folder / "org").mkdir()
     save_checkpoint(llama(intermediate_size=64), folder / "org/name")

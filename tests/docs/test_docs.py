@@ -1,10 +1,19 @@
-"""Links, commands, options, queries and code names in the documentation are valid."""
+"""Links, options, queries and names of code in the documentation are valid; its site and its tutorial are whole."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
+import itertools
+import json
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +23,15 @@ from support.command_line import commands as registered
 from support.documentation import DOCS, OWN, PAGES, ROOT, code_blocks, commands, read
 from support.warehouses import unpack_released
 
+import avss_dist
 from avss_dist.cli.reference import reference_markdown
+from avss_dist.core.results import TabularResult
 from avss_dist.warehouse.reader import Warehouse
 
 OPTIONS = {
     name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
     for name, command in registered().items()
 }
-
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -132,3 +142,175 @@ def test_the_walks_name_their_functions_in_full() -> None:
     assert len(walks) == 2
     for walk in walks:
         assert len(_named_code(walk)) >= 10
+
+
+PACKAGE = Path(avss_dist.__file__).parent
+QUOTED = re.compile(r"``([^`\n]+)``|`([^`\n]+)`")
+DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+FILES = (".json", ".yaml", ".txt", ".cu", ".md")
+TREES = {path.relative_to(PACKAGE): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+
+
+def inside(node: ast.AST) -> set[str]:
+    """Return the names that a module or class defines, imports or assigns, also to attributes."""
+    names: set[str] = set()
+    for child in ast.walk(node):
+        match child:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.alias(name=name):
+                names.add(name)
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                names.add(name)
+    return names
+
+
+@cache
+def names_by_owner() -> dict[str, set[str]]:
+    """Return the names inside of each module, package and class, by its own name. Classes have those of their bases."""
+    owners: dict[str, set[str]] = {}
+    bases: dict[str, set[str]] = {}
+    for path, tree in TREES.items():
+        parts = ("avss_dist", *path.with_suffix("").parts)
+        for parent, child in itertools.pairwise(parts):
+            owners.setdefault(parent, set()).add(child)
+        owners.setdefault(parts[-2 if parts[-1] == "__init__" else -1], set()).update(inside(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                owners.setdefault(node.name, set()).update(inside(node))
+                bases.setdefault(node.name, set()).update(ast.unparse(base).partition("[")[0] for base in node.bases)
+    for _ in range(4):  # levels of inheritance
+        for name, parents in bases.items():
+            owners[name].update(*(owners.get(parent, ()) for parent in parents))
+    return owners
+
+
+def exists(name: str) -> bool:
+    """Return whether each part of a name is inside of the part before it. An argument may stand for its class."""
+    parts, owners = name.split("."), names_by_owner()
+    titled = [parts[0].title().replace("_", ""), *parts[1:]]
+    return any(all(b in owners.get(a, ()) for a, b in itertools.pairwise(x)) for x in (parts, titled))
+
+
+def references(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield line and name of every dotted name in backticks, in strings that are statements."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            for double, single in QUOTED.findall(node.value.value):
+                if DOTTED.fullmatch(name := double or single) and not name.endswith(FILES):
+                    yield node.lineno, name
+
+
+def is_elsewhere(name: str) -> bool:
+    """Return whether a name may be another package's, installed or an extra, such as ``torch.Tensor``."""
+    root = name.partition(".")[0]
+    return root in (*sys.stdlib_module_names, "datasets", "lm_eval") or importlib.util.find_spec(root) is not None
+
+
+def test_every_dotted_name_in_a_docstring_exists() -> None:
+    missing = [
+        f"{path}:{line}: {name}"
+        for path, tree in TREES.items()
+        for line, name in references(tree)
+        if not exists(name) and not (is_elsewhere(name) and not name.startswith("avss_dist."))
+    ]
+    assert not missing, "\n".join(["These names do not exist:", *missing])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("avss_dist.partition.replica.Replica", True),
+        ("replica.Replica.forward", True),
+        ("placement.ranks", True),
+        ("errors.AvssError", True),
+        ("config.SCORES", False),
+        ("partition.replica.Replicas", False),
+        ("replica.Replica.forwards", False),
+    ],
+)
+def test_a_stale_name_is_noticed(name: str, expected: bool) -> None:
+    assert exists(name) is expected
+
+
+LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+"""Attributes of elements that a browser fetches without a click."""
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+
+
+class Fetched(HTMLParser):
+    """The addresses that a browser fetches for a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        address = values.get(LOADED.get(tag, ""))
+        if address and values.get("rel") not in ("canonical", "next", "prev", "edit"):
+            self.addresses.append(address)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly: a broken link or anchor, or a page that the navigation lacks, is an error."""
+    pytest.importorskip("material", reason="no mkdocs-material: pip install 'avss_dist[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", ROOT / ".mkdocs.yml", "-d", folder]
+    done = subprocess.run(words, env=os.environ | NO_NETWORK, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.nightly
+def test_every_page_is_built(site: Path) -> None:
+    pages = {page.relative_to(DOCS).with_suffix(".html").as_posix() for page in DOCS.rglob("*.md")}
+    assert pages | {"404.html"} == {page.relative_to(site).as_posix() for page in site.rglob("*.html")}
+
+
+@pytest.mark.nightly
+def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        addresses = Fetched(read(page)).addresses
+        assert addresses and not [address for address in addresses if re.match(r"(https?:)?//", address)], page
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\([\"']?(https?:)?//|@import", read(sheet)), sheet
+
+
+@pytest.mark.nightly
+def test_tables_and_lists_are_no_paragraphs(site: Path) -> None:
+    """A table or a list that follows a line without an empty one between is text in the site, though not on GitHub."""
+    for page in site.rglob("*.html"):
+        paragraphs = re.findall(r"<p>(.*?)</p>", read(page), re.DOTALL)
+        assert not [text for text in paragraphs if re.search(r"^(\||- |\d+\. )", text, re.MULTILINE)], page
+
+
+NOTEBOOK = json.loads(read(ROOT / "jobs" / "tutorial.ipynb"))
+
+
+def run_cell(source: str, names: dict[str, Any]) -> Any:
+    """Run a cell; the value of its last line, if that is an expression, as a notebook shows it."""
+    *before, last = ast.parse(source).body
+    if not isinstance(last, ast.Expr):
+        exec(source, names)
+        return None
+    exec(compile(ast.Module(before, []), "cell", "exec"), names)
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+
+
+@pytest.mark.nightly
+def test_the_tutorial_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    shown = []
+    for cell in NOTEBOOK["cells"]:
+        assert not cell.get("outputs"), "what is stored runs anew"
+        if cell["cell_type"] == "code":
+            shown.append(run_cell("".join(cell["source"]), names))
+            if "MODEL" in names:  # the first cell says what is read
+                names |= {"MODEL": str(tiny_llama), "READ": {"max_sequences": 16, "sequence_length": 32}}
+                names["READ"] |= {"executor": "local", "sequences_per_shard": 2}
+    results = [value for value in shown if isinstance(value, TabularResult)]
+    assert [type(value).__name__ for value in results] == ["Run", "Table", "Ablation", "Evaluations"]
+    assert all("<table>" in value._repr_html_() for value in results)
+    assert {row["subject"] for row in names["kept"].table().to_pylist()} >= {"damage.yaml", "avss.yaml"}
