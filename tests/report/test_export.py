@@ -1,4 +1,4 @@
-"""Scores as data and as pictures."""
+"""Scores as data and as pictures, and published: the same rows in a few files, a page, a card."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from support.command_line import avss
-from support.warehouses import activations, stats_of, write_measured, write_scores
+from support.warehouses import activations, run_row, stats_of, write_measured, write_scores
 
+from avss_dist.core.errors import WarehouseError
+from avss_dist.report.publish import publish
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.store import Store
 
 HOSTILE = r"org/a_b&c%$#{}~^\ <b>|`x`*"
 
@@ -50,20 +56,6 @@ def test_data_is_the_scores_as_they_are(root: Path, kind: str, tmp_path: Path) -
         stored = want[row["run_id"], int(row["layer"])]
         assert float(row["avss_smoothed"]) == stored["avss_smoothed"] and row["exactness"] == "exact"
         assert float(row["near_zero_low"]) == float(row["near_zero_high"]) == stored["near_zero_count"]
-
-
-@pytest.mark.parametrize(
-    ("args", "text"),
-    [
-        (["--format", "latex"], "Unknown --format 'latex'."),
-        (["--format", "csv", "--run", "x*"], "No run matches 'x*'."),
-        (["--format", "csv", "-o", "/nowhere/x.csv"], "/nowhere/x.csv cannot be written"),
-    ],
-)
-def test_mistakes(root: Path, args: list[str], text: str) -> None:
-    result = avss("show", "-w", root, *args)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert text.partition("\n")[0] in result.stderr
 
 
 def test_names_are_no_formulas_in_a_spreadsheet(tmp_path: Path) -> None:
@@ -122,3 +114,34 @@ def test_what_is_shown_and_drawn_is_named_as_smoothed(root: Path, tmp_path: Path
     assert avss("show", "-w", root, "--run", "tiny-1", "-o", tmp_path / "layers.svg").exit_code == 0
     text = (tmp_path / "layers.svg").read_text().lower()
     assert "smoothed avss (log)" in text and ">avss" not in text
+
+
+def test_what_is_published_is_what_the_warehouse_says(tmp_path: Path) -> None:
+    root, folder = tmp_path / "warehouse", tmp_path / "published"
+    for i, name in enumerate(("b", "a")):
+        x = activations(seed=i, shards=2, scales=np.array([1.0, 3.0]))
+        write_measured(root, name, stats_of(x), 2)
+    Store(root).write_run(run_row("broken", status="failed"))
+    warehouse = Warehouse(root)
+    rows = publish(warehouse, folder)
+    assert {*rows} == {"runs", "scores", "layer_stats"} and rows["runs"] == 2
+    stored = pq.read_table(folder / "data" / "scores.parquet")
+    assert stored["run_id"].to_pylist() == sorted(stored["run_id"].to_pylist())
+    order = [(name, "ascending") for name in ("run_id", "layer", "site", "recipe", "threshold", "threshold_kind")]
+    assert stored.sort_by(order).equals(warehouse.table("scores").sort_by(order).select(stored.column_names))
+    card = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    assert [config["data_files"] for config in card["configs"]] == [f"data/{name}.parquet" for name in rows]
+    assert (folder / "index.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.nightly
+def test_what_cannot_be_published_to(tmp_path: Path) -> None:
+    root = tmp_path / "warehouse"
+    Store(root).write_run(run_row("broken", status="failed"))
+    with pytest.raises(WarehouseError, match="has no finished run"):
+        publish(Warehouse(root), tmp_path / "published")
+    write_measured(root, "a", stats_of(activations(shards=1, scales=np.array([1.0]))), 1)
+    with pytest.raises(WarehouseError, match="cannot be written: Directory not empty"):
+        publish(Warehouse(root), tmp_path)
+    refused = avss("publish", "hf://datasets/lab/scores", "-w", root)
+    assert refused.exit_code == 2 and "expected a folder of this machine" in refused.stderr

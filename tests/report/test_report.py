@@ -1,12 +1,14 @@
-"""The report's page as a file: whole, small, true to the warehouse, and harmless whatever a name says."""
+"""The report's page as a file: whole, small, true to the warehouse, harmless; and sections, as a terminal has them."""
 
 from __future__ import annotations
 
 import base64
 import gzip
 import hashlib
+import io
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,38 @@ from typing import Any
 import altair as alt
 import numpy as np
 import pytest
+import vl_convert
+from rich.console import Console
 from support.command_line import avss
 from support.pages import write_failed, write_many, write_removals, write_run
-from support.warehouses import write_scores
+from support.warehouses import PUBLISHED, unpack_released, write_scores
 
 from avss_dist.analysis.agreement import rank_correlations
 from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.comparison import compare
+from avss_dist.analysis.experts import LayerExperts
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import score_cards
 from avss_dist.core.text import describe_threshold
+from avss_dist.report.experiments import experiment_sections
+from avss_dist.report.experts import experts_section
+from avss_dist.report.page.charts import section_chart
 from avss_dist.report.page.data import page_data, run_agreement
-from avss_dist.report.page.page import report_page
+from avss_dist.report.page.page import html_table, report_page
 from avss_dist.report.page.summary import is_published
+from avss_dist.report.section import (
+    BarColumn,
+    ReportColumn,
+    ReportTable,
+    Section,
+    decimals,
+    interval,
+    known_interval,
+    p_value,
+    percent,
+)
 from avss_dist.report.terminal.agreement import summary
-from avss_dist.stats.scores import Threshold
+from avss_dist.report.terminal.tables import FittedTable, rendered
 from avss_dist.warehouse.reader import Warehouse
 
 HOSTILE = "org/\"'><script>window.hacked = 1; alert(1)</script><img src=x onerror=alert(2)>{{ 7919 * 7907 }}&amp;"
@@ -39,28 +58,40 @@ EVERY_CHART = {
 
 
 class Page(HTMLParser):
-    """Elements of a page, and the text of its scripts and styles."""
+    """Elements of a page, the texts of its tables by row, and the text of its scripts and styles."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.raw: dict[str, list[str]] = {"script": [], "style": []}
         self.words: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self._cell = False
         self._inside: str | None = None
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
         self._inside = tag if tag in self.raw else None
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        self._cell = tag in ("td", "th") or (self._cell and tag in ("span", "button"))
 
     def handle_endtag(self, tag: str) -> None:
         self._inside = None
+        self._cell = self._cell and tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
         if self._inside:
             self.raw[self._inside].append(data)
         else:
             self.words.append(data)
+        if self._cell:
+            self.tables[-1][-1][-1] += data
 
     @property
     def policy(self) -> str:
@@ -186,8 +217,7 @@ def test_the_page_says_what_compare_says(tmp_path: Path) -> None:
     warehouse = Warehouse(tmp_path)
     runs = warehouse.runs().to_pylist(maps_as_pydicts="lossy")
     (agreement,) = page_data(warehouse, runs, [{"blocks": [], "sets": []}] * 4)["correlations"]
-    threshold = Threshold(value=1e-5, kind="absolute")
-    comparison = compare(warehouse, [run["run_id"] for run in runs], threshold=threshold)
+    comparison = compare(warehouse, [run["run_id"] for run in runs], threshold=PUBLISHED)
     rho = sorted(comparison.pairs["spearman"].to_pylist())
     median = (rho[2] + rho[3]) / 2
     assert rho[2] < median < rho[3] == pytest.approx(1)
@@ -272,17 +302,12 @@ def test_the_score_card_is_a_picture_a_sentence_and_a_table(page: Page, store: W
     assert "avss block / pooled / 1e-05" in card
 
 
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    store = Warehouse(tmp_path_factory.mktemp(HOSTILE.replace("/", "")))
+def test_names_are_text_and_nothing_else(tmp_path: Path) -> None:
+    store = Warehouse(tmp_path / HOSTILE.replace("/", ""))
     names = dict.fromkeys(("model", "family", "dtype", "corpus", "revision", "device"), HOSTILE)
     write_run(store, "hostile", layers=4, **names)
     write_failed(store, "failed", HOSTILE)
-    return report_page(store)
-
-
-def test_names_are_text_and_nothing_else(hostile: str) -> None:
-    page = Page(hostile)
+    page = Page(hostile := report_page(store))
     assert [tag for tag, _ in page.elements].count("script") == 3
     assert not [tag for tag, a in page.elements if tag == "img" or "onerror" in a]
     assert "<script>window" not in hostile
@@ -347,3 +372,117 @@ def test_the_command_writes_the_runs_that_are_named(store: Warehouse, tmp_path: 
     page = Page(file.read_text(encoding="utf-8"))
     assert [len(run["layer_name"]) for run in page.data["runs"]] == [6, 6]
     assert "2 runs and 1 that failed" in " ".join(page.words)
+
+
+# Sections: one description, of which the terminal and the page show the same texts.
+
+MARKUP = "<img src=x onerror=alert(1)>\x1b[31m"
+
+
+def row(method: str, share: float | None, value: float, **other: Any) -> dict[str, Any]:
+    """A row of ``experiments`` on the loss of a text; the whole model's loss is 3."""
+    columns = dict.fromkeys(("control", "repair", "patch", "factor", "site", "recipe", "threshold"))
+    about = {"run_id": "a-1", "model": "org/a", "task": "perplexity:x/text.txt", "metric": "loss", "drop": []}
+    retention = float(np.exp(3 - value))
+    ends = {"retention_low": retention - 0.01, "retention_high": retention + 0.01}
+    score = {"score": None if method == "whole model" else "avss", "method": method, "share": share, "value": value}
+    return {**columns, "threshold_kind": None, **about, **score, "retention": retention, **ends, **other}
+
+
+def experiment(method: str = "avss") -> list[dict[str, Any]]:
+    return [
+        row("whole model", 0.0, 3.0),
+        row(method, 0.25, 3.2, drop=[1, 2, 10003]),
+        row(method, 0.5, 4.0, drop=[0, 1, 2, 3], retention_low=None, retention_high=None),
+    ]
+
+
+def sections(name: str = "avss") -> list[Section]:
+    """An experiment, and routed experts."""
+    (experiments,) = experiment_sections(experiment(name), {"a-1": "1. a"})
+    load = np.array([0.5, 0.5, 0.0])
+    layers = [LayerExperts(1, load, load, load, load, 0.6, float("nan"), 1)]
+    return [experiments, experts_section("1. a", {"num_tokens": 64, "corpus": name}, layers)]
+
+
+def page_tables(tables: tuple[ReportTable, ...]) -> list[list[list[str]]]:
+    return Page("".join(html_table(table, "a run") for table in tables)).tables
+
+
+def printed(renderable: Any, width: int = 400) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width).print(renderable)
+    return file.getvalue()
+
+
+def test_a_terminal_and_a_page_show_the_same_texts() -> None:
+    tables = tuple(table for section in sections() for table in section.tables)
+    assert len(tables) == 2
+    for table, (headings, *rows) in zip(tables, page_tables(tables), strict=True):
+        lines = [re.split(" *[│┃] *", line)[1:-1] for line in printed(FittedTable(table)).splitlines() if "│" in line]
+        bars = [i for i, column in enumerate(table.columns) if isinstance(column, BarColumn)]
+        texts = [[text.strip("- ") for i, text in enumerate(line) if i not in bars] for line in lines]
+        assert texts == rows
+        assert headings == [f"{c.group}: {c.heading}" if c.group else c.heading for c in table.values]
+
+
+def test_a_table_of_an_experiment_names_sublayers_and_says_why_an_interval_is_missing() -> None:
+    (table,) = sections()[0].tables
+    (tables,) = page_tables((table,))
+    assert tables[1:] == [
+        ["whole model", "0%", "", "20.09", "", ""],
+        ["avss", "25%", "1-2, attention.3", "24.53", "81.9%", "80.9% to 82.9%"],
+        ["avss", "50%", "0-3", "54.6", "36.8%", ""],
+    ]
+    assert "No interval" in table.caption
+
+
+def test_every_chart_of_a_section_can_be_drawn() -> None:
+    charts = [chart for section in sections() for chart in section.charts]
+    assert [chart.name for chart in charts] == ["experiment-1-1", "experiment-1-2"]
+    for chart in charts:
+        json.dumps(list(chart.rows), allow_nan=False)
+        spec = section_chart(chart) | {"datasets": {"rows": list(chart.rows)}, "width": 400}
+        svg = vl_convert.vegalite_to_svg(spec)
+        assert svg.count("<path") > len(chart.rows), chart.name
+
+
+def test_no_name_of_a_section_is_markup_or_steers_a_terminal() -> None:
+    text = printed(rendered(*sections(MARKUP)))
+    assert "\x1b" not in text and "\ufffd[31m" in text
+    for section in sections(MARKUP):
+        page = "".join(html_table(table, section.label) for table in section.tables)
+        assert "<img" not in page and "\x1b" not in page
+    assert "<img" in unescape(page_tables(tuple(sections(MARKUP)[0].tables))[0][2][0])
+
+
+def test_the_page_has_every_chart_and_table_of_its_sections(tmp_path: Path) -> None:
+    warehouse = Warehouse(unpack_released(tmp_path))
+    page = report_page(warehouse)
+    named = re.findall(r'data-chart="(experiment[^"]*)"', page)
+    assert named and len(set(named)) == len(named)
+    rows = warehouse.table("experiments").sort_by("created_at").to_pylist()
+    (section,) = experiment_sections([one for one in rows if one["run_id"] == rows[0]["run_id"]])
+    shown = next(table for table in Page(page).tables if table[0][:1] == ["layers chosen by"])
+    assert [line[0] for line in shown[1:]] == section.tables[0].values[0].values
+
+
+def test_columns_format_missing_values_intervals_and_booleans() -> None:
+    ends = ReportColumn("x", [known_interval(0.1, 0.2), known_interval(None, 1)], interval(percent(0)))
+    assert (ends.text(0), ends.sort_key(0)) == ("10% to 20%", 0.1)
+    assert (ends.text(1), ends.sort_key(1)) == ("", "")
+    assert known_interval(0.0, float("nan")) is None
+    numbers = ReportColumn("y", [-0.0001, float("nan"), None, True], decimals(3))
+    assert [numbers.text(i) for i in range(3)] == ["0.000", "", ""] and numbers.sort_key(3) == 1
+    assert [p_value(p) for p in (0.0123, 0.0001)] == ["0.012", "<0.001"]
+    pair = ReportColumn("z", [(2, 0.5)], lambda value: f"{value[0]} ({value[1]:.0%})", number=False)
+    assert pair.sort_key(0) == "2 (50%)"
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_a_narrow_terminal_leaves_out_what_matters_least(width: int) -> None:
+    (table,) = sections()[0].tables
+    lines = printed(FittedTable(table), width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert any("81.9%" in line for line in lines)
+    assert ("No room for: dropped, text.txt perplexity" in " ".join(lines)) == (width == 60)

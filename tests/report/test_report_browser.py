@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -101,6 +100,19 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
     for context in opened:
         context.close()
     assert troubles == []
+
+
+def saved(page: Any, button: Any, target: Path) -> Path:
+    """Press a button that downloads a file, and return the file, which keeps the name that the page gave it."""
+    with page.expect_download() as waiting:
+        (page.locator(button) if isinstance(button, str) else button).click()
+    waiting.value.save_as(target / waiting.value.suggested_filename)
+    return target / str(waiting.value.suggested_filename)
+
+
+def saved_rows(page: Any, button: Any, target: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file that a button downloads, by heading."""
+    return list(csv.DictReader(saved(page, button, target).open(encoding="utf-8")))
 
 
 def drawn(page: Any, chart: str) -> list[dict[str, Any]]:
@@ -289,12 +301,9 @@ def test_every_chart_downloads(visit: Callable[..., Any], file: Path, tmp_path: 
     for number, chart in enumerate(CHARTS):
         page = page if number % 6 else visit(file)  # chromium asks before a page saves more than ten files
         for kind, start in (*(() if number % 3 else pictures), ("csv", b"site,recipe,threshold,")):
-            with page.expect_download() as waiting:
-                page.locator(f"[data-chart={chart}] [data-save={kind}]").click()
-            assert waiting.value.suggested_filename == f"{chart}.{kind}"
-            waiting.value.save_as(tmp_path / "saved")
-            assert (tmp_path / "saved").read_bytes().startswith(start)
-        rows = list(csv.DictReader(io.StringIO((tmp_path / "saved").read_text(encoding="utf-8"))))
+            file_saved = saved(page, f"[data-chart={chart}] [data-save={kind}]", tmp_path)
+            assert file_saved.name == f"{chart}.{kind}" and file_saved.read_bytes().startswith(start)
+        rows = list(csv.DictReader(file_saved.open(encoding="utf-8")))
         assert {(row["site"], row["recipe"], row["threshold"]) for row in rows} == {("block", "pooled", "1e-05")}
         assert [row.get("run") for row in rows] == [row.get("run") for row in drawn(page, chart)]
 
@@ -312,10 +321,7 @@ def test_what_is_known_without_layers_follows_the_run(visit: Callable[..., Any],
     assert f"Nearest of 2: from layer {least['start']} (" in said(page, "blocks")
     assert said(page, "kept") == "90% is kept up to 25.0% of the layers (perplexity: a.txt, repaired by refit)."
     for chart in WITHOUT:
-        with page.expect_download() as waiting:
-            page.locator(f"[data-chart={chart}] [data-save=csv]").click()
-        waiting.value.save_as(tmp_path / "saved")
-        rows = list(csv.DictReader((tmp_path / "saved").open(encoding="utf-8")))
+        rows = saved_rows(page, f"[data-chart={chart}] [data-save=csv]", tmp_path)
         assert len(rows) == len(drawn(page, chart)) and rows[0]["run"] == ALPHA
 
 
@@ -367,10 +373,7 @@ def test_the_charts_of_sections_are_drawn_in_the_colors_and_width_of_the_page(
     page.locator("#theme").click()
     page.wait_for_function(DRAWN_IN, arg="dark")
     assert charts.first.evaluate("figure => figure.view.background()") == "#161b22"
-    with page.expect_download() as waiting:
-        charts.first.locator("[data-save=csv]").click()
-    waiting.value.save_as(tmp_path / "saved.csv")
-    rows = list(csv.DictReader((tmp_path / "saved.csv").open(encoding="utf-8")))
+    rows = saved_rows(page, charts.first.locator("[data-save=csv]"), tmp_path)
     assert rows and {"low", "high"} <= rows[0].keys()
     assert [row["low"] == "" for row in rows] == [row["low"] is None for row in charts.first.evaluate(ROWS)]
 
@@ -387,11 +390,8 @@ def test_a_table_of_a_section_sorts_and_downloads_whole_intervals(
     lows = table.evaluate(f"table => [...table.tBodies[0].rows].map(r => r.cells[{column}].dataset.value)")
     known = [float(low) for low in lows if low]
     assert known == sorted(known) and lows[: len(known)] == [low for low in lows if low]
-    with page.expect_download() as waiting:
-        page.locator(f"[data-csv={table.get_attribute('data-name')}]").click()
-    waiting.value.save_as(tmp_path / "saved.csv")
-    rows = list(csv.reader((tmp_path / "saved.csv").open(encoding="utf-8")))
-    assert sum(" to " in row[column] for row in rows[1:]) == len(known)
+    rows = saved_rows(page, f"[data-csv={table.get_attribute('data-name')}]", tmp_path)
+    assert sum(" to " in [*row.values()][column] for row in rows) == len(known)
 
 
 def test_a_hostile_name_does_nothing(visit: Callable[..., Any], tmp_path: Path) -> None:
@@ -408,16 +408,11 @@ def test_a_hostile_name_does_nothing(visit: Callable[..., Any], tmp_path: Path) 
     page.locator("[data-chart=avss] svg .mark-symbol path[aria-label*=hacked]").last.hover(force=True)
     page.wait_for_selector("#vg-tooltip-element.visible")
     assert page.locator("#vg-tooltip-element img, #vg-tooltip-element script").count() == 0
-    with page.expect_download() as waiting:
-        page.locator("[data-csv=runs]").click()
-    waiting.value.save_as(tmp_path / "runs.csv")
-    models = [row["model"] for row in csv.DictReader((tmp_path / "runs.csv").open(encoding="utf-8"))]
+    models = [row["model"] for row in saved_rows(page, "[data-csv=runs]", tmp_path)]
     assert HOSTILE in models
     assert "'=SUM(1, 2)" in models  # no formula to a spreadsheet
-    with page.expect_download() as waiting:
-        page.locator("[data-chart=heat] [data-save=svg]").click()
-    waiting.value.save_as(tmp_path / "heat.svg")
-    assert "<img" not in (tmp_path / "heat.svg").read_text(encoding="utf-8")
+    picture = saved(page, "[data-chart=heat] [data-save=svg]", tmp_path)
+    assert "<img" not in picture.read_text(encoding="utf-8")
     assert page.evaluate("window.hacked") is None
     assert page.locator("script").count() == 3
 
@@ -460,8 +455,7 @@ def test_odd_runs_are_drawn_as_far_as_they_go(visit: Callable[..., Any], tmp_pat
 
 
 def test_one_run_has_nothing_to_correlate_with(visit: Callable[..., Any], tmp_path: Path) -> None:
-    store = Warehouse(tmp_path / "warehouse")
-    write_run(store, "alone", layers=4)
+    write_run(store := Warehouse(tmp_path / "warehouse"), "alone", layers=4)
     save_report(store, tmp_path / "report.html")
     page = visit(tmp_path / "report.html")
     assert "It takes two runs" in page.locator("[data-chart=correlation] .said").inner_text()

@@ -1,29 +1,36 @@
-"""Tables in a terminal: they fit, no number or id is cut, and no name steers the screen, a page or a picture."""
+"""Tables and progress in a terminal: tables fit, no number or id is cut, no name steers; the time left is told."""
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich import progress as rich_progress
 from rich.console import Console
 from support.command_line import avss
 from support.tiers import all_of
-from support.warehouses import activations, stats_of, write_measured, write_scores
+from support.warehouses import PUBLISHED, activations, rewrite_file, stats_of, write_measured, write_scores
 
 from avss_dist.analysis.comparison import compare
+from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.distillation.events import Preparing
+from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway
 from avss_dist.report.output import write_table
+from avss_dist.report.terminal import progress as progress_module
 from avss_dist.report.terminal.agreement import comparison_tables
-from avss_dist.report.terminal.progress import Pace, TimeColumn
+from avss_dist.report.terminal.progress import CellProgress, Pace, StepProgress, TimeColumn
 from avss_dist.report.terminal.scores import layer_table
 from avss_dist.report.terminal.tables import plain_table
-from avss_dist.stats.scores import Threshold
-from avss_dist.warehouse.encoding import to_file
+from avss_dist.runs.events import RunStarted, ShardMeasured
+from avss_dist.system.streams import USUAL, set_verbosity
 from avss_dist.warehouse.reader import Warehouse
 
 RUNS = [f"SmolLM2-{size}M-Instruct-0123456789" for size in (135, 360)]
@@ -75,7 +82,7 @@ def test_what_computed_with_quantized_weights_is_told(warehouse: Warehouse) -> N
 
 @pytest.mark.parametrize("width", [60, 80, 132])
 def test_pairs_show_whole_ids_at_any_width(warehouse: Warehouse, width: int) -> None:
-    comparison = compare(warehouse, RUNS, threshold=Threshold(value=1e-5, kind="absolute"))
+    comparison = compare(warehouse, RUNS, threshold=PUBLISHED)
     lines = drawn(comparison_tables(comparison, "by run"), width)
     assert all(any(f" {run} " in line for line in lines) for run in RUNS)
     assert any(f" {comparison.pairs['spearman'][0].as_py():.3f} " in line for line in lines)
@@ -108,38 +115,26 @@ def test_a_long_error_hides_no_row(warehouse: Warehouse) -> None:
     assert done.stdout == "| x | y |\n| --- | --- |\n| a\\|b | 0.333333 |\n"
 
 
-@pytest.fixture
-def hostile(tmp_path: Path) -> Path:
-    values = [1.0, 2.0, 3.0, 4.0]
+@pytest.mark.parametrize("ending", all_of(["svg", "png", "html"], default=["svg"]))
+def test_no_name_aborts_a_picture_or_steers(tmp_path: Path, ending: str) -> None:
+    values, file = [1.0, 2.0, 3.0, 4.0], tmp_path / f"layers.{ending}"
     write_scores(tmp_path, "hostile", values, model=f"org/{STEERING}", corpus=f"{STEERING}.txt", notes=[STEERING])
     write_scores(tmp_path, "other", values, family=STEERING)
-    return tmp_path
-
-
-def steers(text: str) -> bool:
-    return any(c in text for c in STEERING if not c.isascii() or not c.isprintable())
-
-
-@pytest.mark.parametrize("ending", all_of(["svg", "png", "html"], default=["svg"]))
-def test_no_name_aborts_a_picture(hostile: Path, ending: str) -> None:
-    file = hostile / f"layers.{ending}"
-    done = avss("show", "-w", hostile, "--run", "hostile", "--run", "other", "-o", file)
+    done = avss("show", "-w", tmp_path, "--run", "hostile", "--run", "other", "-o", file)
     assert (done.exit_code, done.stderr) == (0, "")
     assert file.stat().st_size > 1000
     if ending == "svg":
-        assert not steers(file.read_text())
+        assert not {c for c in STEERING if not c.isascii() or not c.isprintable()} & set(file.read_text())
 
 
 def test_scores_that_are_not_a_number_are_shown_as_none(tmp_path: Path) -> None:
     """This version writes null for them; an older one may not have."""
-    import pyarrow.parquet as pq
-
     write_scores(tmp_path, "a", [1.0, 2.0, 3.0, 4.0])
     (file,) = (tmp_path / "scores").rglob("*.parquet")
     table = pq.ParquetFile(file).read()
     values = pa.array(np.array([np.nan, 2.0, 3.0, 4.0]))
     table = table.set_column(table.schema.get_field_index("avss_smoothed"), "avss_smoothed", values)
-    file.write_bytes(to_file(table))
+    rewrite_file(file, table)
     done = avss("show", "-w", tmp_path)
     assert done.exit_code == 0 and "nan" not in done.stdout
     assert avss("show", "-w", tmp_path, "-o", tmp_path / "a.svg").exit_code == 0
@@ -229,3 +224,82 @@ def test_a_row_of_a_long_table_in_a_pipe_is_one_line(
     assert lines[2].split() == ["a", "b", "0.5", "[1,", "2]"]
     assert {line.index(" [1, 2]") for line in lines[2:-2]} == {200 + 2 + 6 + 1}
     assert lines[-2].startswith(str(texts[-2])) and lines[-1].split() == ["299", "[1,", "2]"]
+
+
+Lines = Callable[[], list[str]]
+CELL: Any = SimpleNamespace(
+    checkpoint=SimpleNamespace(name="org/a"), intervention=NO_INTERVENTION, task="perplexity:a.txt"
+)
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lines:
+    """What was said since. A minute passes between two looks at the clock; an earlier command may have been quiet."""
+    set_verbosity(USUAL)
+    times = iter(range(0, 10_000_000, 60))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(times)))
+    return lambda: [line.partition(" ")[2] for line in capsys.readouterr().err.splitlines()]
+
+
+def test_the_rate_and_the_time_left() -> None:
+    pace = Pace(0.0, total=1400.0, unit="tokens")
+    assert pace.describe() == ""
+    for second in range(1, 9):
+        pace.advance(50.0, float(second))
+    assert re.fullmatch(r", 50 tokens/s, .* left", pace.describe())
+    slow = Pace(0.0, total=18.0, unit="evaluations")
+    for minute in range(1, 9):
+        slow.advance(1.0, 60.0 * minute)
+    assert re.match(r", 1 evaluations/min, ", slow.describe())
+
+
+def test_an_evaluation_tells_how_far_it_is(lines: Lines) -> None:
+    with CellProgress() as progress:
+        progress(CellsStarted([CELL] * 20, 0))
+        progress(CellUnderway(CELL, "Reading text", 0.5))
+        for _ in range(10):
+            progress(CellDone(CELL))
+    said = lines()
+    assert said[0] == "a: Reading text, 50%; 0 of 20 evaluated"
+    assert re.fullmatch(r"a: 10 of 20 evaluated, [\d.]+ evaluations/min, .* left", said[-1])
+
+
+def test_shrinking_tells_how_far_each_step_is(lines: Lines) -> None:
+    with StepProgress() as progress:
+        progress(RunStarted("a", 1000, 0))
+        for _ in range(8):
+            progress(ShardMeasured("a", 100))
+        progress(CellsStarted([CELL] * 10, 0))
+        progress(CellUnderway(CELL, "Repairing cut 1 of 2", 0.25))
+        progress(CellDone(CELL))
+    said = lines()
+    assert any(re.fullmatch(r"scoring layers: 80%, .* left", line) for line in said)
+    assert "repairing cut 1 of 2, 25%" in said and "evaluating: 10%" in said
+
+
+def test_the_teachers_writing_tells_how_far_it_is(lines: Lines) -> None:
+    with StepProgress() as progress:
+        for tenth in range(10):
+            progress(Preparing("the teacher writes text", tenth / 10))
+    said = lines()
+    assert "the teacher writes text, 10%" in said
+    assert re.fullmatch(r"the teacher writes text, 90%, .* left", said[-1])
+
+
+def test_lines_are_half_a_minute_apart(monkeypatch: pytest.MonkeyPatch, lines: Lines) -> None:
+    times = iter(range(10_000))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(times)))
+    with StepProgress() as progress:
+        for part in range(100):
+            progress(Preparing("the teacher writes text", part / 100))
+    assert progress_module.LOG_SECONDS == 30 and 2 <= len(lines()) <= 10
+
+
+@pytest.mark.usefixtures("lines")
+@pytest.mark.parametrize("kind", [CellProgress, StepProgress])
+def test_each_note_is_printed_once(kind: type[StepProgress], capsys: pytest.CaptureFixture[str]) -> None:
+    with kind() as progress:
+        progress(CellsStarted([CELL, CELL], 0))
+        for _ in range(2):
+            progress(CellDone(CELL, ["[bold]a[/bold] is slow."]))
+    assert capsys.readouterr().err.count("Note: [bold]a[/bold] is slow.") == 1

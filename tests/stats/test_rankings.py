@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given, strategies
 from scipy import stats
 from support.command_line import avss
-from support.warehouses import write_profiles, write_scores
+from support.warehouses import PUBLISHED, write_profiles, write_scores
 
 from avss_dist.analysis.comparison import compare
 from avss_dist.analysis.findings import findings
-from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.rankings import (
     align,
     average_ranks,
@@ -23,11 +22,9 @@ from avss_dist.stats.rankings import (
     spearman,
     spearman_interval,
 )
-from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
 TIED = [1.0] * 7 + [2.0]  # in layer order their ranks are 1 to 8, as depth's
-AT = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
 
 
 def layers(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -72,13 +69,13 @@ def test_compare_and_findings_and_show_agree_about_ties(tmp_path: Path) -> None:
     apart = {("block", "pooled", 1e-5): TIED, ("block", "element", 1e-5): [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]}
     write_profiles(tmp_path, "apart", apart)
     store = Warehouse(tmp_path)
-    (pair,) = compare(store, ["tied", "rising"], threshold=AT).table().to_pylist()
+    (pair,) = compare(store, ["tied", "rising"], threshold=PUBLISHED).table().to_pylist()
     assert pair["spearman"] == pytest.approx(0.577, abs=1e-3)
     found = findings(store).to_pylist()
     assert {row["run_id"] for row in found if row["kind"] == "tracks_depth" and row["run_id"] != "apart"} == {"rising"}
     assert "tracks depth" in avss("show", "-w", tmp_path, "--run", "rising").stdout
     assert "tracks depth" not in avss("show", "-w", tmp_path, "--run", "tied").stdout
-    (pair,) = compare(store, ["apart"], by="recipe", threshold=AT).table().to_pylist()
+    (pair,) = compare(store, ["apart"], by="recipe", threshold=PUBLISHED).table().to_pylist()
     (row,) = (row for row in found if row["kind"] == "recipes_disagree")
     assert row["value"] == pytest.approx(pair["spearman"]) == pytest.approx(-0.577, abs=1e-3)
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.oracle import Float64, oracle_stats
-from support.warehouses import GRID, Stats, stats_of
+from support.warehouses import GRID, PUBLISHED, Stats, stats_of
 
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.stats import intervals, scores
@@ -65,9 +65,6 @@ def table_of(
     )
 
 
-ABSOLUTE = Threshold(value=1e-5, kind="absolute")
-
-
 def paper_avss(variance: Float64, sparsity: Float64) -> dict[str, Float64]:
     """arXiv 2411.02117, section 3."""
     nav, nas = variance / variance.sum(), sparsity / sparsity.sum()
@@ -102,14 +99,14 @@ def test_avss_is_the_papers_formula_on_the_activations(recipe: str, seed: int) -
 
 
 def test_literal_avss_is_undefined_exactly_where_nothing_is_near_zero() -> None:
-    columns = table_of([0, 5, 10, 0, 5]).score("element", ABSOLUTE)
+    columns = table_of([0, 5, 10, 0, 5]).score("element", PUBLISHED)
     assert np.isnan(columns["avss"]).tolist() == [True, False, False, True, False]
     assert np.array(columns["avss"])[[1, 2, 4]].tolist() == pytest.approx([0.8, 0.4, 0.8])  # 0.2 / (5, 10 of 20)
     assert not np.isnan(columns["avss_smoothed"]).any()
 
 
 def test_avss_is_of_shares_of_elements_also_where_layers_have_other_numbers() -> None:
-    columns = table_of([5, 10, 400], [100, 1000, 2000], [1.0, 2.0, 5.0]).score("element", ABSOLUTE)
+    columns = table_of([5, 10, 400], [100, 1000, 2000], [1.0, 2.0, 5.0]).score("element", PUBLISHED)
     want = paper_avss(np.array([1.0, 2.0, 5.0]), np.array([0.05, 0.01, 0.2]))
     for name in ("sparsity", "nav", "nas", "avss"):
         assert columns[name] == pytest.approx(want[name].tolist(), rel=1e-12), name
@@ -138,13 +135,13 @@ def test_a_unit_at_the_threshold_is_not_near_zero() -> None:
 
 
 def test_smoothed_avss_adds_half_a_count() -> None:
-    columns = table_of([0, 5, 10], [9, 99, 999], [1.0, 2.0, 5.0]).score("element", ABSOLUTE)
+    columns = table_of([0, 5, 10], [9, 99, 999], [1.0, 2.0, 5.0]).score("element", PUBLISHED)
     want = paper_avss(np.array([1.0, 2.0, 5.0]), np.array([0.5 / 10, 5.5 / 100, 10.5 / 1000]))["avss"]
     assert columns["avss_smoothed"] == pytest.approx(want.tolist(), rel=1e-12)
 
 
 def test_quality_says_how_many_were_near_zero() -> None:
-    columns = table_of([0, 1, 99, 100, 500]).score("element", ABSOLUTE)
+    columns = table_of([0, 1, 99, 100, 500]).score("element", PUBLISHED)
     assert columns["quality"] == ["zero_sparsity", "noisy_sparsity", "noisy_sparsity", "ok", "ok"]
 
 
@@ -164,7 +161,7 @@ def test_rank_one_is_the_lowest(scores: list[float], ranks: list[float]) -> None
 
 
 def test_ranks_follow_the_smoothed_score_and_are_integers() -> None:
-    columns = table_of([0, 5, 10], variance=[1.0, 2.0, 0.1]).score("element", ABSOLUTE)
+    columns = table_of([0, 5, 10], variance=[1.0, 2.0, 0.1]).score("element", PUBLISHED)
     assert columns["rank"] == [3, 2, 1]
     assert all(type(rank) is int for rank in columns["rank"])
     assert np.isnan([columns["avss_normalized"], columns["avss_cumulative"]]).all(), "one layer has nothing near zero"
@@ -359,7 +356,7 @@ def test_rivals_are_undefined_without_their_site_or_what_they_divide_by(change: 
 @given(st.lists(st.tuples(st.integers(0, 200), st.floats(0, 1e12)), min_size=1, max_size=6))
 def test_whatever_the_counts_columns_are_finite_or_nan_and_ranks_a_permutation(layers: list[tuple[int, float]]) -> None:
     near_zero, variance = zip(*layers, strict=True)
-    columns = table_of(near_zero, 200, variance).score("element", ABSOLUTE)
+    columns = table_of(near_zero, 200, variance).score("element", PUBLISHED)
     assert not any(math.isinf(v) for name, values in columns.items() if name.startswith("avss") for v in values)
     ranked = sorted(rank for rank in columns["rank"] if rank is not None)
     assert ranked == list(range(1, len(ranked) + 1))

@@ -17,13 +17,14 @@ from avss_dist.core.settings import PUBLISHED_THRESHOLD
 from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult
 from avss_dist.stats.merging import merge_stats
 from avss_dist.stats.rankings import rank_lowest
-from avss_dist.stats.scores import score_run
+from avss_dist.stats.scores import Threshold, score_run
 from avss_dist.warehouse.encoding import to_file
 from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.store import Store
 from support.oracle import By, Float64, oracle_stats
 
 GRID = np.array([1e-5, 1e-2, 1e-1])
+PUBLISHED = Threshold(value=PUBLISHED_THRESHOLD, kind="absolute")
 Stats = dict[LayerKey, LayerStats]
 
 
