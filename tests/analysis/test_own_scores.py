@@ -1,4 +1,4 @@
-"""Scores that people bring: a column of a file, a mapping, a function of an installed package."""
+"""Scores that `avss score` did not measure: of a file, a mapping, an installed package's function, or `avss ablate`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.checkpoints import llama
 from support.command_line import avss
 from support.pages import write_removals, write_run
 from support.warehouses import activations, stats_of, write_measured
 
 import avss_dist
 from avss_dist.core.errors import QueryError
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.number_formats import FORMATS
 from avss_dist.warehouse.reader import Warehouse
+from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store
 
 CSV = "layer,mine,run_id\n0,0.5,a-1\n1,0.1,a-1\n2,0.9,a-1\n3,0.2,a-1\n1,7,b-2\n"
 PACKAGE = """
@@ -68,9 +76,10 @@ def test_the_command_writes_whose_score_it_is(root: Path) -> None:
         ("scores.csv:mien", "Unknown column of scores.csv 'mien'.*Did you mean 'mine'"),
         ("twice.csv:mine", "twice.csv has more than one row for a layer"),
         ("few.csv:mine", "Layers 1, 2, 3 have no score 'few.csv:mine'"),
+        ("avs", "Unknown `by` 'avs'.*Did you mean 'avss'"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named(root: Path, by: str, says: str) -> None:
+def test_a_score_that_cannot_be_used_is_named(root: Path, by: str, says: str) -> None:
     Path("twice.csv").write_text("layer,mine\n0,1\n0,2\n")
     Path("few.csv").write_text("layer,mine\n0,1\n")
     with pytest.raises((QueryError, avss_dist.ConfigError), match=f"(?s){says}"):
@@ -92,11 +101,6 @@ def test_showing_and_reporting_say_how_well_scores_find_the_measured_loss(tmp_pa
     assert page.count("with the loss without each layer (95% interval") == 1 and f"{file}:mine" in page
 
 
-def test_an_unknown_score_is_refused_with_the_nearest(root: Path) -> None:
-    with pytest.raises(avss_dist.ConfigError, match=r"Unknown `by` 'avs'.\nDid you mean 'avss'"):
-        avss_dist.plan(warehouse=root, by="avs", count=1)
-
-
 @pytest.mark.nightly
 def test_a_package_of_its_own_adds_a_score(root: Path, tmp_path: Path) -> None:
     """It is installed by pip, beside the package."""
@@ -107,12 +111,55 @@ def test_a_package_of_its_own_adds_a_score(root: Path, tmp_path: Path) -> None:
     quietly = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", site)
     subprocess.run([sys.executable, "-m", "pip", "install", *quietly, source], check=True)
     path = os.pathsep.join((str(site), *filter(None, [os.environ.get("PYTHONPATH")])))
-    words = [
-        sys.executable,
-        *["-m", "avss_dist", "plan", "--by", "largest", "--count", "1", "-o", "plan.yaml", "-w"],
-        root,
-    ]
-    subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, check=True)
+    words = ("-m", "avss_dist", "plan", "--by", "largest", "--count", "1", "-o", "plan.yaml", "-w", root)
+    subprocess.run([sys.executable, *words], env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, check=True)
     stats = avss_dist.Warehouse(root).read_layer_stats("a-1")
     largest = {layer: measured.max_abs for (layer, site), measured in stats.items() if site == "block"}
     assert f"drop: [{min(largest, key=largest.__getitem__)}]" in (tmp_path / "plan.yaml").read_text()
+
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+COMMON = {"settings": '{"dtype": "float32"}', "created_at": NOW, "stderr": 0.0, "num_samples": 8}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
+    """A warehouse of a model of four layers: the loss without each, then predictions for rounded weights."""
+    folder = save_checkpoint(llama(num_hidden_layers=4), tmp_path_factory.mktemp("models") / "tiny")
+    root = tmp_path_factory.mktemp("measured") / "w"
+    store, about = Store(root), {"model": str(folder), "revision": resolve(str(folder)).revision, "family": "llama"}
+    losses: list[dict[str, Any]] = [{"drop": [], "value": 2.0}]
+    losses += [{"drop": [layer], "value": 2.5 - layer / 10} for layer in range(4)]
+    loss = {"task": "ablation:t.txt", "metric": "loss", **COMMON}
+    store.write_evaluations(RunIdentity(run_id="tiny-1", **about), [loss | row for row in losses])
+    rows = []
+    for layer in range(4):
+        for name, damage in (("int8", 0.01), ("bf16", 0.0)):
+            values = {"second_order": damage, "bits_per_weight": FORMATS[name].bits(16, 32), "num_weights": 512.0}
+            place = {"drop": [], "rounding": f"{name}@{layer}.mlp.up_proj"}
+            rows += [{"metric": metric, "value": value} | place for metric, value in values.items()]
+    later = {"task": "rounding:t.txt", **COMMON, "created_at": NOW + timedelta(hours=1)}
+    store.write_evaluations(RunIdentity(run_id="tiny-2", **about), [later | row for row in rows])
+    for run_id in ("tiny-1", "tiny-2"):
+        (root / "cells" / f"run_id={run_id}").mkdir(parents=True)
+    return root
+
+
+def test_layers_are_chosen_by_what_was_measured(measured: Path) -> None:
+    plan = avss_dist.plan(warehouse=measured)
+    assert plan.drop == (3,) and plan.num_layers == 4 and plan.layers == "layers"
+    assert plan.run_id is None and plan.why["evaluation"] == "tiny-1"
+    assert avss_dist.plan(warehouse=measured, run="tiny", by="loss", count=2).drop == (2, 3)
+
+
+def test_formats_are_chosen_by_what_was_predicted(measured: Path) -> None:
+    plan = avss_dist.quantize(warehouse=measured, bits=12.5)
+    assert (plan.num_layers, plan.run_id, plan.evaluation) == (4, None, "tiny-2")
+    assert [entry.format for entry in plan.rounded].count("bf16") == 2
+
+
+def test_a_score_of_activations_is_still_needed_for_itself(measured: Path) -> None:
+    with pytest.raises(QueryError, match="was not scored"):
+        avss_dist.plan(warehouse=measured, by="block_influence")
+    with pytest.raises(QueryError, match="has no finished run"):
+        avss_dist.compare(warehouse=measured)

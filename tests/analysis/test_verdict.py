@@ -90,12 +90,8 @@ def test_only_random_choices_without_a_control_are_chance() -> None:
 
 
 def test_random_choices_that_keep_as_much_are_counted() -> None:
-    for chances, told in (
-        ([0.1, 0.2], "none keep as much or more (the best 20.0%)"),
-        ([0.2, 0.96, 0.97], "2 keep as much or more (the best 97.0%)"),
-    ):
-        (text,) = verdicts([whole(), row("avss", 0.95), *(row("random", chance) for chance in chances)])
-        assert f"Of {len(chances)} random choices of as many layers, {told}." in text
+    (text,) = verdicts([whole(), row("avss", 0.95), *(row("random", chance) for chance in (0.2, 0.96, 0.97))])
+    assert "Of 3 random choices of as many layers, 2 keep as much or more (the best 97.0%)." in text
 
 
 def test_each_repair_has_its_own_paragraph_and_its_own_rivals() -> None:
