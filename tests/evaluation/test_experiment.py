@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checkpoints import VOCABULARY, llama
-from support.command_line import avss
+from support.command_line import mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 
 from avss_dist.analysis.scorecard import best_readings, score_cards
@@ -173,13 +173,12 @@ def test_the_score_card_has_the_truth(done: Done) -> None:
 
 def test_the_command_line_tells_the_verdict(done: Done) -> None:
     job, _ = done
-    told = avss("run", job)
-    assert told.exit_code == 0, told.stderr
+    told = succeed("run", job)
     words = " ".join(told.stdout.split())
     assert "without the 2 layers of the lowest AVSS (25%)" in words
     assert "Of 2 random choices" in words
-    card = avss("findings", "--truth", "-w", read_job(job).warehouse, "--format", "csv")
-    assert card.exit_code == 0 and "spearman_loss" in card.stdout
+    card = succeed("findings", "--truth", "-w", read_job(job).warehouse, "--format", "csv")
+    assert "spearman_loss" in card.stdout
 
 
 def test_methods_of_every_reading() -> None:
@@ -222,8 +221,7 @@ def test_a_job_without_an_experiment_is_a_mistake(tmp_path: Path) -> None:
     job.write_text("warehouse: w\nmodels: [m]\ncorpora: ['builtin:pydoc']\n")
     with pytest.raises(ConfigError, match="has no section 'experiment'"):
         experiment_of(job)
-    told = avss("run", job, "--allow-overlap")
-    assert told.exit_code == 2 and "--allow-overlap applies to an experiment" in told.stderr
+    assert "--allow-overlap applies to an experiment" in mistake("run", job, "--allow-overlap")
 
 
 @pytest.mark.parametrize(
@@ -238,9 +236,9 @@ def test_a_huge_experiment_says_its_size_first(number: str, options: list[str], 
     job = tmp_path / "job.yaml"
     text = JOB.format(warehouse=tmp_path / "w", model="nowhere")
     job.write_text(text.replace("random: 2", f"random: {number}"))
-    done = avss("run", job, *options)
-    assert done.exit_code == 2 and told in done.stderr
-    assert options or ("Lower `random`" in done.stderr and "More than 10,000 need --allow-many." in done.stderr)
+    done = mistake("run", job, *options)
+    assert told in done
+    assert options or ("Lower `random`" in done and "More than 10,000 need --allow-many." in done)
     assert not (tmp_path / "w").exists()
 
 

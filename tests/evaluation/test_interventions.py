@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checkpoints import one_thread
-from support.command_line import avss
+from support.command_line import avss, mistake, succeed
 from support.experiments import run_job_in
 from tasks.test_truthfulqa import QUESTIONS
 
@@ -74,13 +74,12 @@ def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
 ) -> None:
     job, rows = done
     warehouse, plan, task = read_job(job).warehouse, tmp_path / "plan.yaml", f"truthfulqa:{text}"
-    made = avss("plan", "-w", warehouse, "--by", "avss", "--share", 0.34, "-o", plan)
-    assert made.exit_code == 0, made.stderr
+    succeed("plan", "-w", warehouse, "--by", "avss", "--share", 0.34, "-o", plan)
     options = ["-w", warehouse, "--sequence-length", 48, "--batch-size", 4, "--sequences-per-shard", 4,
                "--dtype", "float32", "--device", "cpu"]  # fmt: skip
-    refused = avss("evaluate", plan, "--tasks", task, *options)
-    assert refused.exit_code == 2 and "2 of the 5 questions of truthfulqa:" in refused.stderr
-    assert "Ask others: with --skip-questions 2" in refused.stderr
+    refused = mistake("evaluate", plan, "--tasks", task, *options)
+    assert "2 of the 5 questions of truthfulqa:" in refused
+    assert "Ask others: with --skip-questions 2" in refused
     with one_thread():
         shown = avss("evaluate", plan, "--tasks", task, "--skip-questions", 2, "--format", "json", *options)
     (same,) = (row for row in rows if (row["method"], row["metric"]) == ("avss", "mc2"))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 from support.checkpoints import llama
-from support.command_line import avss
+from support.command_line import avss, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 from support.families import lively, tiny_model
 from support.tiers import nightly
@@ -293,12 +293,10 @@ def test_a_repaired_checkpoint_is_not_asked_what_it_was_fitted_on(deep: Path, tm
     Plan(model=str(deep), num_layers=8, layers="layers", drop=(2,)).write(plan)
     read = ("--sequence-length", 64, "--batch-size", 4, "--dtype", "float32", "--device", "cpu")
     text = ("--repair", "channel", "--repair-corpora", f"truthfulqa:{file}", "--max-sequences", 8)
-    made = avss("prune", deep, plan, "-o", tmp_path / "less", *text, *read)
-    assert made.exit_code == 0, made.stderr
+    succeed("prune", deep, plan, "-o", tmp_path / "less", *text, *read)
     asked = ("evaluate", tmp_path / "less", "--tasks", f"truthfulqa:{file}", "-w", tmp_path / "w", *read)
-    refused = avss(*asked)
-    assert refused.exit_code == 2
-    assert re.search(r"2 of the 20 questions of truthfulqa:\S+ are prompts that the repair of", refused.stderr)
+    refused = mistake(*asked)
+    assert re.search(r"2 of the 20 questions of truthfulqa:\S+ are prompts that the repair of", refused)
     assert avss(*asked, "--skip-questions", 8).exit_code == 0
 
 
@@ -360,13 +358,11 @@ def test_the_three_texts_are_apart(
 
 def test_the_table_and_the_verdict_tell_of_repairs(done: Done) -> None:
     job, _ = done
-    told = avss("run", job)
-    assert told.exit_code == 0, told.stderr
+    told = succeed("run", job)
     words = " ".join(told.stdout.split())
     assert "block influence + map" in words and "last + channel" in words
     assert "(25%), repaired by map" in words and "(25%), repaired by channel" in words
     assert "Of 2 random choices of as many layers, repaired by map," in words
     report = job.parent / "report.html"
-    made = avss("report", "-w", read_job(job).warehouse, "-o", report)
-    assert made.exit_code == 0, made.stderr
+    succeed("report", "-w", read_job(job).warehouse, "-o", report)
     assert "last + map" in report.read_text() and "repaired by map" in report.read_text()

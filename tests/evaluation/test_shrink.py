@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import ray
 from rich.console import Console
-from support.command_line import as_words, avss
+from support.command_line import as_words, avss, mistake, succeed
 from support.experiments import cell_times
 from support.families import tiny_model
 from support.quantized import block_fp8
@@ -292,22 +292,19 @@ def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) 
     other.write_text("\n\n".join(f"On day {i} the {i * 7919 % 613} ships of {i * 31 % 97} sailed." for i in range(700)))
     out = tmp_path / "out"
     command = ("shrink", deep, "--corpus", TEXT, "-w", warehouse, *OPTIONS)
-    told = avss(*command, "-o", out, "--repair-corpora", TEXT, "--repair-corpora", other, "--repair", "channel")
-    assert told.exit_code == 0, told.stderr
+    told = succeed(*command, "-o", out, "--repair-corpora", TEXT, "--repair-corpora", other, "--repair", "channel")
     words = " ".join(told.stdout.split())
     for text in ("whole model", "2 layers dropped", "repaired by channel", "other.txt", "6 of 8 layers", "kept", "%"):
         assert text in words, text
     (record,) = read_repairs(out)
     assert [text.corpus for text in record.texts] == [TEXT, str(other)]
-    only = avss(*command, "-o", tmp_path / "only", "--tasks", f"perplexity:{other}", "--repair", "none")
-    assert only.exit_code == 0, only.stderr
+    only = succeed(*command, "-o", tmp_path / "only", "--tasks", f"perplexity:{other}", "--repair", "none")
     assert "other.txt" in only.stdout and "perplexity:builtin" not in only.stdout
 
 
 def test_the_command_prints_the_curve(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     options = ("--keep", "0.4", "--repair", "none", "--first", 1, "--last", 1, "-w", warehouse)
-    told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
-    assert told.exit_code == 0, told.stderr
+    told = succeed("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
     assert "layers dropped" in told.stdout and "█" in told.stdout and "repaired" not in told.stdout
 
 
@@ -356,9 +353,8 @@ def test_text_that_is_fitted_on_is_not_evaluated_on(
 
 
 def test_too_little_text_is_refused_before_anything_is_scored(deep: Path, tmp_path: Path) -> None:
-    told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *OPTIONS, "--max-sequences", "9")
-    assert told.exit_code == 2 and "needs at least 192 tokens to fit to, not 186" in told.stderr, told.stderr
-    assert "Raise --max-sequences" in told.stderr
+    told = mistake("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *OPTIONS, "--max-sequences", "9")
+    assert "needs at least 192 tokens to fit to, not 186" in told and "Raise --max-sequences" in told
     assert not list(tmp_path.iterdir())
     made = shrunk(deep, tmp_path / "out", max_sequences=10, by="last")
     assert made.record is not None and made.record.texts[0].tokens == 217
@@ -405,8 +401,8 @@ def test_paired_text_has_no_parts(deep: Path, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(f"{json.dumps(line)}\n" for line in QUESTIONS * 5), encoding="utf-8")
     for corpora in (("--corpus", f"truthfulqa:{file}"), ("--corpus", TEXT, "--repair-corpora", f"truthfulqa:{file}")):
-        done = avss("shrink", deep, *corpora, "-o", tmp_path / "out", *OPTIONS)
-        assert done.exit_code == 2 and "is paired text" in done.stderr and "scoring" not in done.stderr
+        done = mistake("shrink", deep, *corpora, "-o", tmp_path / "out", *OPTIONS)
+        assert "is paired text" in done and "scoring" not in done
     assert not (tmp_path / "out").exists()
 
 
@@ -489,8 +485,7 @@ def test_stopped_in_the_training_it_goes_on_and_writes_the_same_bytes(
     with pytest.raises(Stopped):
         shrunk(deep, out, warehouse=warehouse, distill_tokens=TOKENS, on_event=stop)
     assert not out.exists()
-    told = avss("shrink", deep, "--corpus", TEXT, "-o", out, "-w", warehouse, *OPTIONS, "--distill-tokens", TOKENS)
-    assert told.exit_code == 0, told.stderr
+    told = succeed("shrink", deep, "--corpus", TEXT, "-o", out, "-w", warehouse, *OPTIONS, "--distill-tokens", TOKENS)
     for words in ("repaired by refit", "distilled on ", "Distilled from"):
         assert words in " ".join(told.stdout.split()), words
     assert "evaluating" not in told.stdout and "━" not in told.stderr
@@ -506,8 +501,7 @@ def test_without_a_repair_the_pruned_model_is_distilled(warehouse: Path, deep: P
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "mine").touch()
     options = ["--repair", "none", "-w", warehouse, "--distill-tokens", 640, "--format", "json"]
-    told = avss("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
-    assert told.exit_code == 0, told.stderr
+    told = succeed("shrink", deep, "--corpus", TEXT, "-o", tmp_path / "out", *options, *OPTIONS)
     values = json.loads(told.stdout)
     (kept,) = values["distilled"]
     assert kept["kept"] == values["kept"] != values["curve"][0]["kept"]

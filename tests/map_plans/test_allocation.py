@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.causal_lm import opened, random_shard
-from support.command_line import as_words, avss
+from support.command_line import as_words, succeed
 from support.experiments import cell_times
 from support.tiers import nightly
 
@@ -144,8 +144,7 @@ def scored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_method_meets_the_budget(scored: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "sparse.yaml"
     options = {**SMALL, "warehouse": scored, "method": method}
-    result = avss("sparsify", 0.6, *as_words(options), "-o", out)
-    assert result.exit_code == 0, result.stderr
+    succeed("sparsify", 0.6, *as_words(options), "-o", out)
     made = read_checked_plan(SparsityPlan, out)
     assert made.sparsity == pytest.approx(0.6, abs=0.03)
     assert len({round(one.sparsity, 3) for one in made.projections}) > 3

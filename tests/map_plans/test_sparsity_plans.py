@@ -12,7 +12,7 @@ import torch
 import yaml
 from support.causal_lm import open_whole
 from support.checkpoints import llama
-from support.command_line import avss
+from support.command_line import avss, mistake, succeed
 from support.tiers import nightly
 
 from avss_dist import evaluate
@@ -66,8 +66,7 @@ def test_thresholds_are_the_quantiles_of_what_maps_read(
     scored: Path, tiny_llama: Path, tmp_path: Path, dtype: str, target: float
 ) -> None:
     path = tmp_path / "sparse.yaml"
-    result = avss("sparsify", target, "-w", scored, "-o", path)
-    assert result.exit_code == 0, result.stderr
+    succeed("sparsify", target, "-w", scored, "-o", path)
     made, read = read_checked_plan(SparsityPlan, path), captured(tiny_llama, dtype)
     assert len(made.projections) == 21
     assert (made.why["by"], made.rule) == ("uniform", "all")
@@ -148,8 +147,7 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
         ({"projections": [one | {"map": "mlp.up"}]}, f"{broken}: map 1 of the key 'projections', 'mlp.up' of layer 0,"),
     ):
         broken.write_text(yaml.safe_dump(made | changes))
-        result = avss("evaluate", broken, "--tasks", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
-        assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.stderr
+        assert message in mistake("evaluate", broken, "--tasks", f"perplexity:{TEXT}", "--warehouse", tmp_path / "w")
         assert not list((tmp_path / "w").rglob("*.parquet"))
     broken.write_text(f"{out.read_text()}rule: last-half\n")
     with pytest.raises(PlanError, match=r"yaml:\d+: the key 'rule' is repeated; the first is in line \d\."):

@@ -17,7 +17,7 @@ from hypothesis import given, strategies
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from support.checkpoints import LAYERS as TINY_LAYERS
-from support.command_line import avss
+from support.command_line import avss, mistake, succeed
 from support.warehouses import run_row, write_scores
 
 from avss_dist.analysis.plans import plan_layers
@@ -289,8 +289,7 @@ def test_damage_is_the_mean_of_two_ranks_and_the_default_without_a_loss(scored: 
     assert plan_layers(scored, run, by="damage", count=2).drop == (3, 7)
     assert plan_layers(scored, run, by="predicted", count=1).drop == (3,)
     assert plan_layers(scored, run, by="propagated", count=1).drop == (7,)
-    result = avss("plan", "-w", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
-    assert result.exit_code == 0, result.stderr
+    succeed("plan", "-w", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
     made = read_plan(tmp_path / "plan.yaml")
     assert made.drop == (3, 7) and made.why["by"] == "damage" and made.why["evaluation"] == "b-1-damage"
     write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
@@ -302,8 +301,7 @@ def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path
     result = avss(*options, "--count", 2)
     assert (result.exit_code, "--no-leave-one-out --damage" in result.stderr) == (2, True)
     write_damage(scored, "b-1", [1.0] * 8, [1.0] * 8)
-    result = avss(*options, "--count", 2)
-    assert result.exit_code == 0, result.stderr
+    result = succeed(*options, "--count", 2)
     assert read_plan(tmp_path / "plan.yaml").drop == (4, 5)
     result = avss(*options, "--count", 2, "--first", 1, "--last", 3)
     assert read_plan(tmp_path / "plan.yaml").drop == (1, 2)
@@ -313,8 +311,7 @@ def test_a_block_is_chosen_by_its_own_distance(scored: Warehouse, tmp_path: Path
 
 def test_the_measured_loss_is_taken_where_there_is_one(scored: Warehouse, tmp_path: Path) -> None:
     write_losses(scored, "b-1", [9.0, 8.0, 3.1, 7.0, 3.2, 6.0, 5.0, 4.0])
-    result = avss("plan", "-w", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
-    assert result.exit_code == 0, result.stderr
+    result = succeed("plan", "-w", scored.root, "--run", "b-1", "-o", tmp_path / "plan.yaml")
     made = read_plan(tmp_path / "plan.yaml")
     assert made.drop == (2, 4) and made.why["by"] == "loss" and made.why["evaluation"] == "b-1-loss"
     assert "No --by was given: loss is measured" in result.stdout
@@ -335,8 +332,7 @@ def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -
         for drop, value in (([], np.log(20.0)), ([0, 1], np.log(49020.0)))
     ]
     Store(scored.root).write_evaluations(identity_of("b-1", "-text"), rows)
-    result = avss("plan", "-w", scored.root, "--run", "b-1", "--by", "avss", "-o", tmp_path / "plan.yaml")
-    assert result.exit_code == 0, result.stderr
+    result = succeed("plan", "-w", scored.root, "--run", "b-1", "--by", "avss", "-o", tmp_path / "plan.yaml")
     made = read_plan(tmp_path / "plan.yaml")
     assert any("rises with depth" in line for line in made.findings)
     assert any("the claim does not hold" in line for line in made.findings)
@@ -347,17 +343,16 @@ def test_a_plan_says_what_speaks_against_it(scored: Warehouse, tmp_path: Path) -
 
 
 def test_a_reading_that_was_not_scored_is_refused_with_what_was(scored: Warehouse, tmp_path: Path) -> None:
-    result = avss("plan", "-w", scored.root, "--by", "avss", "--site", "mlp", "-o", tmp_path / "plan.yaml")
-    assert result.exit_code == 2
-    assert "No scores of site mlp, recipe pooled, threshold 1e-05." in result.stderr
-    assert "There are: site block, recipe pooled, threshold 1e-05." in result.stderr
+    result = mistake("plan", "-w", scored.root, "--by", "avss", "--site", "mlp", "-o", tmp_path / "plan.yaml")
+    assert "No scores of site mlp, recipe pooled, threshold 1e-05." in result
+    assert "There are: site block, recipe pooled, threshold 1e-05." in result
 
 
 def test_of_several_runs_the_newest_is_named(scored: Warehouse, tmp_path: Path) -> None:
     result = avss("plan", "-w", scored.root, "--by", "random", "-o", tmp_path / "plan.yaml")
     assert "This is the newest of 2 runs" in result.stdout
-    result = avss("plan", "-w", scored.root, "--by", "random", "--first", "some", "-o", tmp_path / "plan.yaml")
-    assert result.exit_code == 2 and "--first must be a whole number" in result.stderr
+    result = mistake("plan", "-w", scored.root, "--by", "random", "--first", "some", "-o", tmp_path / "plan.yaml")
+    assert "--first must be a whole number" in result
 
 
 # What a plan saves, and how many layers a budget takes

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.checkpoints import llama
-from support.command_line import avss
+from support.command_line import mistake, succeed
 from support.families import tiny_model
 from support.tiers import all_of
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -279,23 +279,19 @@ def test_from_scores_to_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_sequences": 8, "sequence_length": 32, "sequences_per_shard": 4}
     run = avss_dist.score(tiny_llama, corpus="builtin:pydoc", warehouse=out, executor="local", **options)
     plan, less = tmp_path / "plan.yaml", tmp_path / "less"
-    done = avss("plan", "-w", out, "--by", "block_influence", "--count", 1, "--last", "1", "-o", plan)
-    assert done.exit_code == 0, done.stderr
+    done = succeed("plan", "-w", out, "--by", "block_influence", "--count", 1, "--last", "1", "-o", plan)
     made = read_plan(plan)
     rows = Warehouse(out).scores(site="block", recipe="pooled", threshold=1e-5).to_pylist()
     lowest = min(rows[:2], key=lambda row: row["block_influence"])
     assert made.drop == (lowest["layer"],) and made.run_id == run.run_id and made.why["by"] == "block_influence"
     size = ["--max-sequences", 2, "--sequence-length", 32, "--executor", "local", "--allow-overlap"]
-    done = avss("evaluate", plan, "--tasks", "perplexity:builtin:pydoc", "-w", out, *size)
-    assert done.exit_code == 0, done.stderr
-    done = avss("prune", tiny_llama, plan, "-o", less, "-w", out)
-    assert done.exit_code == 0 and "2 of 3 layers" in done.stdout and "(largest difference 0)" in done.stdout
+    done = succeed("evaluate", plan, "--tasks", "perplexity:builtin:pydoc", "-w", out, *size)
+    done = succeed("prune", tiny_llama, plan, "-o", less, "-w", out)
+    assert "2 of 3 layers" in done.stdout and "(largest difference 0)" in done.stdout
     assert re.search(
         r"Evaluated: perplexity:builtin:pydoc: perplexity [\d.,]+, .* of the whole", (less / "README.md").read_text()
     )
     again = avss_dist.score(less, corpus="builtin:pydoc", warehouse=out, executor="local", **options)
     assert again.status == "done" and len(again.scores(site="block", recipe="pooled", threshold=1e-5)) == 2
-    done = avss("prune", tiny_llama, plan, "-o", less)
-    assert done.exit_code == 2 and "not empty" in done.stderr and "Traceback" not in done.stderr
-    done = avss("plan", "-w", out, "--by", "block_influense", "-o", plan)
-    assert done.exit_code == 2 and "Did you mean 'block_influence'" in done.stderr
+    assert "not empty" in mistake("prune", tiny_llama, plan, "-o", less)
+    assert "Did you mean 'block_influence'" in mistake("plan", "-w", out, "--by", "block_influense", "-o", plan)

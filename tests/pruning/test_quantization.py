@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from support.checkpoints import LAYERS
-from support.command_line import avss
+from support.command_line import mistake, succeed
 from support.families import tiny_model
 from support.quantized import block_fp8
 from transformers import AutoModelForCausalLM
@@ -43,8 +43,7 @@ def fp8(tiny_llama: Path, tmp_path: Path) -> Path:
 def test_a_skip_list_is_renumbered_and_every_module_is_quantized_as_it_was(fp8: Path, tmp_path: Path) -> None:
     plan, less = tmp_path / "plan.yaml", tmp_path / "less"
     PLAN.write(plan)
-    done = avss("prune", fp8, plan, "-o", less)
-    assert done.exit_code == 0, done.stderr
+    done = succeed("prune", fp8, plan, "-o", less)
     config = json.loads((less / "config.json").read_text())
     assert config["quantization_config"]["modules_to_not_convert"] == [
         "model.layers.0.mlp.down_proj",
@@ -186,16 +185,13 @@ def test_what_no_device_here_computes_with_is_unpacked_only_on_request(fp8: Path
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight " * 20)
     options = ("--corpus", text, "--sequence-length", "8", "--sites", "block", "--executor", "local")
-    refused = avss("score", fp8, *options, "-w", tmp_path / "w")
-    assert refused.exit_code == 2
-    assert "is quantized (fp8), and no device here computes with that" in refused.stderr
-    assert "--dequantize" in refused.stderr
-    done = avss("score", fp8, *options, "-w", tmp_path / "w", "--dequantize")
-    assert done.exit_code == 0, done.stderr
+    refused = mistake("score", fp8, *options, "-w", tmp_path / "w")
+    assert "is quantized (fp8), and no device here computes with that" in refused
+    assert "--dequantize" in refused
+    succeed("score", fp8, *options, "-w", tmp_path / "w", "--dequantize")
     (row,) = [row for row in Warehouse(tmp_path / "w").runs().to_pylist() if row["status"] == "done"]
     assert (row["quantization"], row["dtype"]) == ("fp8, dequantized", "float32")
-    streamed = avss("score", fp8, *options, "-w", tmp_path / "streamed", "--dequantize", "--partition", "streaming")
-    assert streamed.exit_code == 0, streamed.stderr
+    succeed("score", fp8, *options, "-w", tmp_path / "streamed", "--dequantize", "--partition", "streaming")
     tables = [Warehouse(tmp_path / folder).scores() for folder in ("w", "streamed")]
     assert tables[0].num_rows and tables[0].equals(tables[1])
 

@@ -37,6 +37,20 @@ def avss(*args: object) -> Any:
     return result
 
 
+def succeed(*args: object) -> Any:
+    """Run a command that ends with exit code 0."""
+    result = avss(*args)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def mistake(*args: object) -> str:
+    """Run a command that ends with exit code 2, and return what it said in one line."""
+    result = avss(*args)
+    assert result.exit_code == 2 and "Traceback" not in result.stderr, result.stderr
+    return " ".join(result.stderr.split())
+
+
 def files(root: Path) -> dict[str, bytes]:
     """The bytes of every file below a folder, by path."""
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
