@@ -1,4 +1,4 @@
-"""Distilled checkpoints: closer to their teacher, plain, recorded, and refusals before anything is loaded."""
+"""Distilled checkpoints: closer to their teacher, plain, recorded; refusals, students that training would not help."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from support.checkpoints import llama
 from support.command_line import avss, files, mistake, succeed
 from support.distilling import SMALL
 from support.pairs import write_pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import avss_dist
-from avss_dist.core.errors import AvssError, ConfigError, RunFailed
+from avss_dist.core.errors import AvssError, ConfigError, ModelError, RunFailed
 from avss_dist.distillation import memory, trainer
+from avss_dist.distillation.curve import KEPT
 from avss_dist.distillation.distill import Distilled
 from avss_dist.distillation.events import HeldOutMeasured, TrainingAdvanced
 from avss_dist.distillation.loss import distillation_loss
@@ -29,12 +31,14 @@ from avss_dist.distillation.student import default_learning_rate
 from avss_dist.models.checkpoints import resolve
 from avss_dist.system import devices
 
+Distill = Callable[..., Distilled]
+Observed = tuple[Distilled, list[Any]]
 TOKENS = 4 * 32  # of a step
 OPTIONS: dict[str, Any] = {**SMALL, "tokens": 10 * TOKENS}
 
 
 @pytest.fixture
-def distill(student: Path, teacher: Path, corpus: Path, tmp_path: Path) -> Callable[..., Distilled]:
+def distill(student: Path, teacher: Path, corpus: Path, tmp_path: Path) -> Distill:
     """Distill the tiny student into ``tmp_path / "out"``, with options in place of the small ones."""
 
     def run(**options: Any) -> Distilled:
@@ -47,7 +51,7 @@ def distill(student: Path, teacher: Path, corpus: Path, tmp_path: Path) -> Calla
 @pytest.fixture(scope="module")
 def distilled(
     student: Path, teacher: Path, corpus: Path, other_corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Distilled, list[Any]]:
+) -> Observed:
     """One distillation on a text and on the teacher's own, with another text watched; and its events."""
     events: list[Any] = []
     done = avss_dist.distill(
@@ -77,22 +81,20 @@ def changed(before: Path, after: Path | str) -> set[str]:
 
 
 def test_the_default_learning_rate_is_in_proportion_to_the_weights(
-    distill: Callable[..., Distilled], student: Path, tmp_path: Path
+    distill: Distill, student: Path, tmp_path: Path
 ) -> None:
     sizes = [w.square().mean().sqrt().item() for w in weights_of(student).values() if w.ndim > 1]
     rate = default_learning_rate(resolve(str(student)), "all")
     assert rate == pytest.approx(1e-3 * float(np.median(sizes)), rel=0.05)
 
-    larger = tmp_path / "larger"
-    shutil.copytree(student, larger)
-    save_file({n: w * 8 for n, w in weights_of(student).items()}, larger / "model.safetensors", {"format": "pt"})
+    larger = changed_copy(student, tmp_path / "larger", lambda _, value: value * 8)
     assert default_learning_rate(resolve(str(larger)), "all") == pytest.approx(8 * rate, rel=0.05)
     assert default_learning_rate(resolve(str(larger)), "lora") == pytest.approx(40 * rate, rel=0.05)
 
     assert distill(learning_rate=None).record.learning_rate == rate
 
 
-def test_a_student_comes_closer_to_its_teacher(distilled: tuple[Distilled, list[Any]], student: Path) -> None:
+def test_a_student_comes_closer_to_its_teacher(distilled: Observed, student: Path) -> None:
     done, events = distilled
     record, folder = done.record, Path(done.folder)
     assert record.after.loss < 0.95 * record.before.loss
@@ -121,11 +123,9 @@ def test_a_student_comes_closer_to_its_teacher(distilled: tuple[Distilled, list[
 
 
 def test_the_written_checkpoint_is_what_the_last_point_measured(
-    distilled: tuple[Distilled, list[Any]], teacher: Path, other_corpus: Path
+    distilled: Observed, teacher: Path, other_corpus: Path
 ) -> None:
     """Plain transformers opens it, and finds the divergence from the teacher that the record has."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     done, _ = distilled
     student, whole = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (done.folder, teacher))
     tokenizer = AutoTokenizer.from_pretrained(done.folder)
@@ -138,7 +138,7 @@ def test_the_written_checkpoint_is_what_the_last_point_measured(
 
 
 def test_what_is_trained_and_the_memory_that_it_takes(
-    distill: Callable[..., Distilled], distilled: tuple[Distilled, list[Any]], student: Path, tmp_path: Path
+    distill: Distill, distilled: Observed, student: Path, tmp_path: Path
 ) -> None:
     """The tied embedding stays as it is."""
     layers = {name for name in weights_of(student) if ".layers." in name}
@@ -160,7 +160,7 @@ def test_what_is_trained_and_the_memory_that_it_takes(
 
 
 @pytest.mark.nightly
-def test_a_training_ends_when_held_out_loss_no_longer_falls(distill: Callable[..., Distilled], tmp_path: Path) -> None:
+def test_a_training_ends_when_held_out_loss_no_longer_falls(distill: Distill, tmp_path: Path) -> None:
     """With few rows, which are learned by heart, the best checkpoint is an early one, and is written."""
     done = distill(max_sequences=7, tokens=200 * 128, evaluations=50, learning_rate=2e-3)
     assert done.record.ended == "no improvement" and done.record.steps < 200
@@ -170,7 +170,7 @@ def test_a_training_ends_when_held_out_loss_no_longer_falls(distill: Callable[..
 
 
 def test_a_training_that_diverges_writes_its_best_checkpoint(
-    distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    distill: Distill, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """From step 8 the loss is not a number; the checkpoint before is that of step 5."""
     steps = []
@@ -189,7 +189,7 @@ def test_a_training_that_diverges_writes_its_best_checkpoint(
     assert not (tmp_path / "out.part").exists()
 
 
-def test_a_training_that_gains_nothing_writes_nothing(distill: Callable[..., Distilled], tmp_path: Path) -> None:
+def test_a_training_that_gains_nothing_writes_nothing(distill: Distill, tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="Nothing was written") as caught:
         distill(learning_rate=1e4, warmup=0)
     assert caught.value.exit_code == 1 and "learning_rate" in str(caught.value)
@@ -197,7 +197,7 @@ def test_a_training_that_gains_nothing_writes_nothing(distill: Callable[..., Dis
 
 
 def test_a_full_disk_keeps_what_is_complete_and_the_same_request_resumes(
-    distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    distill: Distill, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The same bytes as of a training that nothing interrupts."""
     written = []
@@ -227,18 +227,14 @@ def test_a_full_disk_keeps_what_is_complete_and_the_same_request_resumes(
 # Refusals
 
 
-def refused(distill: Callable[..., Distilled], match: str, **options: Any) -> None:
+def refused(distill: Distill, match: str, **options: Any) -> None:
     with pytest.raises(ConfigError, match=match) as caught:
         distill(**options)
     assert caught.value.exit_code == 2
 
 
 def test_requests_that_cannot_be_are_refused(
-    distill: Callable[..., Distilled],
-    student: Path,
-    corpus: Path,
-    save_checkpoint: Callable[[Any, Path], Path],
-    tmp_path: Path,
+    distill: Distill, student: Path, corpus: Path, save_checkpoint: Callable[[Any, Path], Path], tmp_path: Path
 ) -> None:
     wider = save_checkpoint(llama(vocab_size=384), tmp_path / "wider")
     refused(distill, "different vocabularies: 320 and 384 logits", teacher=wider)
@@ -248,7 +244,7 @@ def test_requests_that_cannot_be_are_refused(
 
 
 def test_too_little_memory_is_refused_before_loading(
-    distill: Callable[..., Distilled], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    distill: Distill, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Memory of a rank counts for all ranks of this machine."""
     monkeypatch.setattr(memory, "available_memory", lambda: 10_000_000)
@@ -270,22 +266,20 @@ def test_too_little_memory_is_refused_before_loading(
     ],
 )
 def test_ranks_that_cannot_be_are_refused(
-    distill: Callable[..., Distilled], tmp_path: Path, options: dict[str, Any], words: str
+    distill: Distill, tmp_path: Path, options: dict[str, Any], words: str
 ) -> None:
     refused(distill, f"(?s){words}", **options)
     assert not (tmp_path / "out.part").exists()
 
 
-def test_paired_text_can_only_be_watched(distill: Callable[..., Distilled], tmp_path: Path) -> None:
+def test_paired_text_can_only_be_watched(distill: Distill, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path, 20)
     refused(distill, "paired text", corpora=[pairs])
     done = distill(watch=[pairs], sequence_length=48, held_out=8)
     assert done.record.texts[1].held_out_rows == 8
 
 
-def test_watched_text_that_is_trained_on_is_refused(
-    distill: Callable[..., Distilled], corpus: Path, tmp_path: Path
-) -> None:
+def test_watched_text_that_is_trained_on_is_refused(distill: Distill, corpus: Path, tmp_path: Path) -> None:
     lines, same = corpus.read_text().split("\n"), tmp_path / "same.txt"
     same.write_text("\n".join(reversed(lines[100:])))
     told = r"of the held-out rows of .*same.txt is text that is trained on"
@@ -294,14 +288,12 @@ def test_watched_text_that_is_trained_on_is_refused(
     assert done.record.texts[1].label == "same.txt"
 
 
-def test_a_student_without_a_common_ancestor_is_distilled_and_noted(
-    distill: Callable[..., Distilled], tiny_llama: Path
-) -> None:
+def test_a_student_without_a_common_ancestor_is_distilled_and_noted(distill: Distill, tiny_llama: Path) -> None:
     done = distill(student=tiny_llama, tokens=4 * TOKENS)
     assert "Nothing says that" in done.notes[0]
 
 
-def test_a_folder_of_another_request_is_not_resumed(distill: Callable[..., Distilled], tmp_path: Path) -> None:
+def test_a_folder_of_another_request_is_not_resumed(distill: Distill, tmp_path: Path) -> None:
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "checkpoints").mkdir()
     (tmp_path / "out.part" / "request.json").write_text(json.dumps({"seed": 3, "train": "lora"}))
@@ -309,7 +301,7 @@ def test_a_folder_of_another_request_is_not_resumed(distill: Callable[..., Disti
 
 
 def test_text_that_has_changed_is_not_resumed(
-    distill: Callable[..., Distilled], corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    distill: Distill, corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
     shutil.copy(corpus, text)
@@ -322,7 +314,7 @@ def test_text_that_has_changed_is_not_resumed(
 
 
 def test_trained_text_is_not_held_out_from_an_evaluation(
-    distilled: tuple[Distilled, list[Any]], corpus: Path, other_corpus: Path, tmp_path: Path
+    distilled: Observed, corpus: Path, other_corpus: Path, tmp_path: Path
 ) -> None:
     folder = distilled[0].folder
     evaluate = ["evaluate", folder, "-w", tmp_path / "warehouse", "--sequence-length", 32, "--device", "cpu"]
@@ -340,3 +332,95 @@ def test_the_command_prints_a_table_or_json(
     assert "tokens: kept" in shown.stderr
     values = json.loads(avss(*arguments, "-o", tmp_path / "json", "--format", "json", "-q").stdout)
     assert values["curve"][0]["tokens"] == 0 and values["output"] == str(tmp_path / "json")
+
+
+# What training would not help, and what is written
+
+
+def changed_copy(folder: Path, to: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """Copy a checkpoint with changed weights."""
+    shutil.copytree(folder, to)
+    weights = {name: change(name, value) for name, value in weights_of(folder).items()}
+    save_file(weights, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_record_is_of_the_file_as_it_is_loaded(
+    dtype: str, distill: Distill, student: Path, other_corpus: Path, tmp_path: Path
+) -> None:
+    """Files of 16 bits: rotary frequencies, which are not in them, are not rounded."""
+    stored = changed_copy(student, tmp_path / "stored", lambda _, value: value.to(getattr(torch, dtype)))
+    config = json.loads((stored / "config.json").read_text())
+    (stored / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+    done = distill(student=stored, watch=[other_corpus])
+    assert {value.dtype for value in weights_of(done.folder).values()} == {getattr(torch, dtype)}
+    tokenizer = AutoTokenizer.from_pretrained(done.folder)
+    rows = torch.tensor(tokenizer(other_corpus.read_text(), add_special_tokens=False)["input_ids"])[:128].reshape(4, 32)
+    model = AutoModelForCausalLM.from_pretrained(done.folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        loss = model(input_ids=rows, labels=rows).loss.item()
+    assert done.record.after.perplexity["other.txt"] == pytest.approx(math.exp(loss), rel=2e-6)
+
+
+def no_steps(event: object) -> None:
+    assert not isinstance(event, TrainingAdvanced)
+
+
+def test_a_student_that_predicts_what_its_teacher_does_is_refused(
+    distill: Distill, teacher: Path, tmp_path: Path
+) -> None:
+    same = changed_copy(teacher, tmp_path / "same", lambda _, value: value)
+    config = json.loads((same / "config.json").read_text())
+    (same / "config.json").write_text(json.dumps(config | {"bos_token_id": 3}))  # another revision
+    refused(distill, r"predicts what the teacher does.*before training", student=same, on_event=no_steps)
+
+
+@pytest.mark.parametrize(("broken", "message"), [("student", "The student predicts NaN"), ("teacher", "the teacher")])
+def test_a_model_with_nan_is_refused_before_training(
+    broken: str, message: str, distill: Distill, student: Path, teacher: Path, tmp_path: Path
+) -> None:
+    model = {"student": student, "teacher": teacher}[broken]
+    broken_copy = changed_copy(
+        model, tmp_path / "nan", lambda name, value: value * math.nan if name == "model.norm.weight" else value
+    )
+    with pytest.raises(ModelError, match=message):
+        distill(**{broken: broken_copy}, on_event=no_steps)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (KEPT, 1, 0.5, "no better.*Kept of the teacher's perplexity before training and after.*trained.txt. Nothing"),
+        ("eval_loss", 3, 10.0, "Nothing was written"),  # the last measurement is that of the rounded weights
+    ],
+)
+def test_a_checkpoint_that_keeps_less_of_every_text_or_is_worse_as_written_is_not_written(
+    case: tuple[str, int, float, str], distill: Distill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training lowers the divergence; a metric is worse by a factor after its first measurements."""
+    metric, first, factor, message = case
+    measure, factors = trainer.held_out_metrics, iter([1.0] * first)
+
+    def worse(*arguments: Any) -> dict[str, float]:
+        times = next(factors, factor)
+        return {k: value * (times if k.startswith(metric) else 1) for k, value in measure(*arguments).items()}
+
+    monkeypatch.setattr(trainer, "held_out_metrics", worse)
+    with pytest.raises(RunFailed, match=f"(?s){message}"):
+        distill()
+    assert not (tmp_path / "out").exists() and [*(tmp_path / "out.part" / "checkpoints").glob("checkpoint-*")]
+
+
+def test_a_limit_on_the_size_of_files_is_told(
+    distill: Distill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch reports it as an error of its stream, without a number; see ``ulimit -f``."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr("torch.save", fail)
+    with pytest.raises(RunFailed, match="cannot be written: basic_ios") as told:
+        distill()
+    assert "ulimit -f" in str(told.value)

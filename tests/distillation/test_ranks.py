@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import one_thread
 from support.commands import Command
+from support.distilling import SMALL
 from support.families import lively, tiny_model
 from support.processes import ray_processes, wait_until
 from support.rank_processes import Gang
@@ -36,18 +37,9 @@ from avss_dist.requests import DistillRequest
 
 pytestmark = pytest.mark.nightly
 
+PairOf = Callable[[str], dict[str, Any]]
 STEPS = 20
-SMALL: dict[str, Any] = {
-    "sequence_length": 32,
-    "tokens": STEPS * 4 * 32,
-    "self_texts": 0,
-    "held_out": 5,
-    "learning_rate": 1e-3,
-    "warmup": 2,
-    "evaluations": 1,
-    "device": "cpu",
-    "dtype": "float32",  # with auto, processors that compute fast in bfloat16 do
-}
+OPTIONS = SMALL | {"tokens": STEPS * 4 * 32, "held_out": 5, "learning_rate": 1e-3, "evaluations": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +59,7 @@ def ranks(warm_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="module")
 def pair_of(
     tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path], corpus: Path
-) -> Callable[[str], dict[str, Any]]:
+) -> PairOf:
     """Options for a family: a tiny teacher and the student that lacks its layer 1."""
     parent = tmp_path_factory.mktemp("pairs")
 
@@ -77,15 +69,13 @@ def pair_of(
             model = lively(tiny_model("causal", family))
             save_checkpoint(model, teacher)
             prune(str(teacher), Plan(model=str(teacher), num_layers=3, layers="layers", drop=(1,)), student)
-        return {"student": student, "teacher": teacher, "corpora": [corpus], **SMALL}
+        return {"student": student, "teacher": teacher, "corpora": [corpus], **OPTIONS}
 
     return pair
 
 
 @pytest.fixture(scope="module")
-def by_one(
-    tmp_path_factory: pytest.TempPathFactory, pair_of: Callable[[str], dict[str, Any]]
-) -> Callable[..., tuple[Path, DistillRecord]]:
+def by_one(tmp_path_factory: pytest.TempPathFactory, pair_of: PairOf) -> Callable[..., tuple[Path, DistillRecord]]:
     """The checkpoint of a family that one process distils."""
     done: dict[tuple[str, str], tuple[Path, DistillRecord]] = {}
 
@@ -161,7 +151,7 @@ def assert_same_curve(record: DistillRecord | None, expected: DistillRecord) -> 
 )
 def test_two_ranks_give_the_weights_of_one_process(
     ranks: Gang,
-    pair_of: Callable[[str], dict[str, Any]],
+    pair_of: PairOf,
     by_one: Callable[..., tuple[Path, DistillRecord]],
     tmp_path: Path,
     family: str,
@@ -207,9 +197,7 @@ def cluster(warm_workers: None) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_killed_rank_ends_the_training_which_then_goes_on(
-    pair_of: Callable[[str], dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_killed_rank_ends_the_training_which_then_goes_on(pair_of: PairOf, tmp_path: Path) -> None:
     """A rank is killed after the first of eight checkpoints. The driver hears of every step, once."""
     options = {**pair_of("llama"), "evaluations": 8, "tokens": 8 * STEPS * 128}
     avss_dist.distill(**options, output=tmp_path / "one")
@@ -243,7 +231,7 @@ def test_a_killed_rank_ends_the_training_which_then_goes_on(
 
 
 @pytest.mark.usefixtures("warm_workers")
-def test_a_signal_ends_all_ranks(pair_of: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+def test_a_signal_ends_all_ranks(pair_of: PairOf, tmp_path: Path) -> None:
     """Ctrl-C, in the middle of the training."""
     options = {name.replace("_", "-"): value for name, value in pair_of("llama").items() if name != "student"}
     arguments = [part for name, value in options.items() if name != "corpora" for part in (f"--{name}", value)]
@@ -259,7 +247,7 @@ def test_a_signal_ends_all_ranks(pair_of: Callable[[str], dict[str, Any]], tmp_p
 
 
 @pytest.mark.usefixtures("cluster")
-def test_an_error_of_a_rank_is_that_of_the_command(pair_of: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+def test_an_error_of_a_rank_is_that_of_the_command(pair_of: PairOf, tmp_path: Path) -> None:
     """Nothing is left running."""
     before = ray_processes()
     with pytest.raises(RunFailed, match=r"the student no better.*Nothing was written"):

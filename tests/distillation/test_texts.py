@@ -19,6 +19,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.distillation.loss import NOT_COUNTED
 from avss_dist.distillation.texts import DistillText, Mix, read_trained, read_watched, with_labels
 
+Write = Callable[..., Path]
 SETTINGS = Settings(sequence_length=32)
 
 
@@ -95,7 +96,7 @@ CHATS = Settings(sequence_length=32, chat_template=True)
 
 
 @pytest.fixture
-def chats(tmp_path: Path) -> Callable[..., Path]:
+def chats(tmp_path: Path) -> Write:
     """Write conversations, with other lines between them."""
 
     def write(count: int, *others: Any) -> Path:
@@ -115,7 +116,7 @@ def tokenizer(teacher: Path) -> Any:
     return tokenizer
 
 
-def test_rows_of_conversations_are_held_out_and_trained(chats: Callable[..., Path], tokenizer: Any) -> None:
+def test_rows_of_conversations_are_held_out_and_trained(chats: Write, tokenizer: Any) -> None:
     text = read_trained(f"{chats(40)}:messages", "chats", 1.0, tokenizer, CHATS, 4)
     assert text.trained is not None and text.held_out.num_sequences == 4 and text.trained.num_sequences > 20
     assert "<|u|>" in tokenizer.decode(text.held_out.shards[0].input_ids.ravel())
@@ -129,15 +130,13 @@ def test_rows_of_conversations_are_held_out_and_trained(chats: Callable[..., Pat
         ({}, "line 41: no field 'messages'"),
     ],
 )
-def test_a_broken_line_behind_the_held_out_rows_is_named(
-    line: Any, message: str, chats: Callable[..., Path], tokenizer: Any
-) -> None:
+def test_a_broken_line_behind_the_held_out_rows_is_named(line: Any, message: str, chats: Write, tokenizer: Any) -> None:
     with pytest.raises(CorpusError, match=message) as told:
         read_trained(f"{chats(40, line)}:messages", "chats", 1.0, tokenizer, CHATS, 4)
     assert "no row to train on" not in str(told.value) and "longer text" not in str(told.value)
 
 
-def test_too_few_conversations_are_told_as_such(chats: Callable[..., Path], tokenizer: Any) -> None:
+def test_too_few_conversations_are_told_as_such(chats: Write, tokenizer: Any) -> None:
     with pytest.raises(NoRows, match=r"has no row to train on after .* skipped and held-out rows"):
         read_trained(f"{chats(2)}:messages", "chats", 1.0, tokenizer, CHATS, 400)
     with pytest.raises(AvssError, match="is a conversation, and no text"):
