@@ -43,7 +43,7 @@ LONGEST = (  # files, the longest first: in processes that take one after the ot
     *("estimate/test_estimate", "evaluation/test_shrink", "executors/test_liveness"),
     *("pruning/test_repair", "partition/test_language_models", "partition/test_streaming", "cli/test_errors"),
     *("evaluation/test_repairs", "warehouse/test_compaction", "cluster/test_manifests"),
-    *("evaluation/test_sensitivity", "models/test_families", "cli/test_streams"),
+    *("evaluation/test_ablation", "models/test_families", "cli/test_streams"),
 )
 
 SHARED = {"ray_cluster", "two_ranks"}  # fixtures that one process makes, and runs all tests with

@@ -1,23 +1,40 @@
-"""Evaluation: padding, plans beside their whole model, cells once each, and what is refused."""
+"""Evaluation: padding and starts of rows, plans and checkpoints beside their whole model, and text that was seen."""
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
-from support.checkpoints import host_limit
-from support.command_line import avss, files, mistake
+from support.checkpoints import host_limit, llama
+from support.command_line import as_words, avss, files, mistake, succeed
 from support.experiments import cell_times
 from support.tables import assert_same_evaluations
+from support.texts import SAME, TEXT, sentences
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from avss_dist import ablate, evaluate
-from avss_dist.core.errors import ConfigError, CorpusError
-from avss_dist.runs.api import score
+from avss_dist import ablate, evaluate, score
+from avss_dist.analysis.findings import findings
+from avss_dist.core.errors import AvssError, ConfigError, CorpusError
+from avss_dist.core.names import ROW_START
+from avss_dist.core.settings import Settings
+from avss_dist.evaluation.tasks import make_task, refuse_overlap, texts_of_run
+from avss_dist.models.checkpoints import resolve
+from avss_dist.pruning.checkpoint import prune, pruned_from
+from avss_dist.pruning.plan import Plan
+from avss_dist.tasks.task import Task
 from avss_dist.warehouse.reader import Warehouse
 
-TEXT = "perplexity:builtin:pydoc"
+Save = Callable[[Any, Path], Path]
+TASK = "perplexity:builtin:pydoc"
 SMALL = {"max_sequences": 12, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 6, "device": "cpu"}
 
 
@@ -40,11 +57,11 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
     plan = tmp_path / "plan.yaml"
     assert avss("plan", "-w", warehouse, "--by", "avss", "--count", 1, "-o", plan).exit_code == 0
     with pytest.raises(ConfigError, match="`skip_sequences` 12"):
-        evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, **SMALL)
-    (found,) = evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
+        evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, **SMALL)
+    (found,) = evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, skip_sequences=12, **SMALL)
     assert found.retained is not None
     store = Warehouse(warehouse)
-    rows = [row for row in store.table("evaluations").to_pylist() if row["task"] == TEXT]
+    rows = [row for row in store.table("evaluations").to_pylist() if row["task"] == TASK]
     assert sorted((row["metric"], len(row["drop"])) for row in rows) == [
         *(("loss", 0), ("loss", 1), ("perplexity", 0), ("perplexity", 1))
     ]
@@ -53,7 +70,7 @@ def test_a_plan_is_compared_with_its_whole_model_and_no_cell_is_measured_twice(
     assert found.retained.low <= found.retained.value <= found.retained.high
     before = cell_times(warehouse)
     assert len(before) == 5  # two shards, whole and without a layer; and the first rows with another start
-    evaluate([str(plan)], tasks=[TEXT], warehouse=warehouse, skip_sequences=12, **SMALL)
+    evaluate([str(plan)], tasks=[TASK], warehouse=warehouse, skip_sequences=12, **SMALL)
     assert cell_times(warehouse) == before
 
 
@@ -71,14 +88,14 @@ def test_a_plan_that_contradicts_its_model_is_refused(
     """With the key of the file, whatever an option of the command is called."""
     plan, keys = tmp_path / "plan.yaml", {"model": str(tiny_llama), "num_layers": 3, "layers": "layers", "drop": [1]}
     plan.write_text(yaml.safe_dump({**keys, key: value}))
-    result = avss("evaluate", plan, "--tasks", TEXT, "-w", tmp_path / "w", "--executor", "local")
+    result = avss("evaluate", plan, "--tasks", TASK, "-w", tmp_path / "w", "--executor", "local")
     said = result.stderr.replace("\n", " ")
     assert result.exit_code == 2 and f"Error: {plan}" in said and message.format(model=tiny_llama) in said
     assert "`" not in said and "layers-path is missing" not in said
     assert not [file for file in files(tmp_path) if file.startswith("w/cells")]
 
 
-@pytest.mark.parametrize("command", [("evaluate", "--tasks", TEXT), ("ablate", "--corpus", "builtin:pydoc")])
+@pytest.mark.parametrize("command", [("evaluate", "--tasks", TASK), ("ablate", "--corpus", "builtin:pydoc")])
 def test_a_model_without_a_head_is_refused_before_it_is_loaded(
     command: tuple[str, ...], tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +103,13 @@ def test_a_model_without_a_head_is_refused_before_it_is_loaded(
     name, *options = command
     told = mistake(name, tiny_bert, *options, "--warehouse", tmp_path / "w", "--sequence-length", 64)
     assert "predicts the next token" in told
+
+
+def refused_by_both(model: Path, error: type[Exception], says: str, **options: Any) -> None:
+    with pytest.raises(error, match=says):
+        evaluate([str(model)], tasks=[TASK], **SMALL | options)
+    with pytest.raises(error, match=says):
+        ablate(model, corpus="builtin:pydoc", **SMALL | options)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +123,7 @@ def test_a_model_without_a_head_is_refused_before_it_is_loaded(
 def test_partitions_refuse_what_they_would_not_honour(
     option: dict[str, Any], says: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    options = {**SMALL, **option, "warehouse": tmp_path}
-    with pytest.raises(ConfigError, match=says):
-        evaluate([str(tiny_llama)], tasks=[TEXT], **options)
-    with pytest.raises(ConfigError, match=says):
-        ablate(tiny_llama, corpus="builtin:pydoc", **options)
+    refused_by_both(tiny_llama, ConfigError, says, **option, warehouse=tmp_path)
     assert files(tmp_path) == {}
 
 
@@ -112,7 +132,7 @@ def test_streaming_evaluates_what_has_no_room(tiny_llama: Path, tmp_path: Path) 
     limited = {"max_memory": {"cpu": host_limit(tiny_llama, 200_000, **SMALL)}}
     for name, options in {"whole": {}, "streamed": limited}.items():
         common: dict[str, Any] = {**SMALL, **options, "executor": "local", "warehouse": tmp_path / name}
-        evaluate([str(tiny_llama)], tasks=[TEXT], **common)
+        evaluate([str(tiny_llama)], tasks=[TASK], **common)
         ablate(tiny_llama, corpus="builtin:pydoc", shapley=1, gradients=True, **common)
     assert_same_evaluations(tmp_path / "streamed", tmp_path / "whole")
 
@@ -120,7 +140,225 @@ def test_streaming_evaluates_what_has_no_room(tiny_llama: Path, tmp_path: Path) 
 def test_rows_without_a_token_to_predict_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     """Their loss would be zero over zero."""
     for sizes in ({"sequence_length": 1}, {"sequence_length": 1, "layout": "padded"}):
-        with pytest.raises(CorpusError, match="has a token that is predicted"):
-            evaluate([str(tiny_llama)], tasks=[TEXT], warehouse=tmp_path / "w", **SMALL | sizes)
-        with pytest.raises(CorpusError, match="has a token that is predicted"):
-            ablate(tiny_llama, corpus="builtin:pydoc", warehouse=tmp_path / "w", **SMALL | sizes)
+        refused_by_both(tiny_llama, CorpusError, "has a token that is predicted", **sizes, warehouse=tmp_path / "w")
+
+
+# A pruned checkpoint beside the model that it was made of
+
+SIZES: dict[str, Any] = {"max_sequences": 4, "sequence_length": 32, "device": "cpu", "executor": "local"}
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of the model, and the model without layer 1 beside it."""
+    folder = tmp_path_factory.mktemp("pruned")
+    shutil.copytree(tiny_llama, folder / "whole")
+    made = Plan(model=str(folder / "whole"), num_layers=3, layers="layers", drop=(1,), why={})
+    made.write(folder / "plan.yaml")
+    prune(str(folder / "whole"), made, folder / "smaller")
+    return folder
+
+
+def test_the_base_model_of_the_card_is_evaluated_too(pruned: Path, tmp_path: Path) -> None:
+    """Its losses, and what is kept, are those of the plan that the checkpoint was made by."""
+    warehouse = tmp_path / "w"
+    subjects = [str(pruned / "smaller"), str(pruned / "plan.yaml")]
+    written, planned = evaluate(subjects, tasks=[TASK], warehouse=warehouse, **SIZES)
+    assert written.whole is not None and written.retained is not None and planned.retained is not None
+    assert written.whole.value == planned.whole.value  # type: ignore[union-attr]
+    assert np.array_equal(written.result.samples, planned.result.samples)
+    assert written.retained.value == planned.retained.value
+    cells = Warehouse(warehouse).table("cells").num_rows
+    evaluate([str(pruned / "smaller")], tasks=[TASK], warehouse=warehouse, **SIZES)
+    assert Warehouse(warehouse).table("cells").num_rows == cells
+
+
+def test_a_card_whose_model_is_not_there_is_told(
+    pruned: Path, tiny_llama: Path, tmp_path: Path, save_checkpoint: Save
+) -> None:
+    alone = tmp_path / "smaller"
+    shutil.copytree(pruned / "smaller", alone)
+    found = evaluate([str(alone)], tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
+    assert found[0].retained is None
+    assert any(
+        re.search(r"whole, the base model of .*smaller, is not found: name it with `base`", f) for f in found.findings
+    )
+    (named,) = evaluate([str(alone)], tasks=[TASK], base=str(pruned / "whole"), warehouse=tmp_path / "w", **SIZES)
+    assert named.retained is not None
+    save_checkpoint(llama(seed=9), tmp_path / "whole")
+    changed = evaluate([str(alone)], tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
+    assert changed[0].retained is None and any("was made of it at" in finding for finding in changed.findings)
+
+
+def test_models_that_were_not_pruned_have_no_base(pruned: Path, tmp_path: Path) -> None:
+    assert pruned_from(pruned / "whole") is None
+    (tmp_path / "README.md").write_text("---\nbase_model: org/name\n---\n\nA fine-tuned model.\n")
+    assert pruned_from(tmp_path) is None
+    (alone,) = evaluate([str(pruned / "whole")], tasks=[TASK], warehouse=tmp_path / "w", **SIZES)
+    assert alone.retained is None
+
+
+def test_a_base_that_cannot_be(pruned: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"tasks": [TASK], "warehouse": tmp_path / "w", **SIZES}
+    with pytest.raises(ConfigError, match="`base` has no effect on plans"):
+        evaluate([str(pruned / "plan.yaml")], base=str(pruned / "whole"), **common)
+    with pytest.raises(AvssError, match="nowhere"):
+        evaluate([str(pruned / "smaller")], base=str(tmp_path / "nowhere"), **common)
+
+
+# Text that scores have seen is refused, however it is written; other text is not
+
+Seen = tuple[Path, str, Path]
+SHORT: dict[str, Any] = {"sequence_length": 16, "device": "cpu", "sequences_per_shard": 100}
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """A warehouse, a run in it, and the text of that run."""
+    folder = tmp_path_factory.mktemp("seen")
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    run = score(
+        str(tiny_llama),
+        corpus=str(text),
+        warehouse=folder / "w",
+        sites=("block",),
+        executor="local",
+        batch_size=100,
+        **SHORT,
+    )
+    return folder / "w", run.run_id, text
+
+
+def refuse(seen: Seen, model: Path, task: Task) -> None:
+    refuse_overlap([task], texts_of_run(Warehouse(seen[0]), seen[1], resolve(str(model))))
+
+
+def task_on(text: str, model: Path, folder: Path, **changes: Any) -> Task:
+    file = folder / "read.txt"
+    file.write_bytes(text.encode())
+    return make_task(resolve(str(model)), f"perplexity:{file}", Settings(**SHORT | changes))
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_seen_text_in_short_rows_is_refused(name: str, seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"% of perplexity:.* is text that the scores of .* were measured on"):
+        refuse(seen, tiny_llama, task_on(SAME[name], tiny_llama, tmp_path))
+    refuse(seen, tiny_llama, task_on("\n".join(sentences(60, seed=40)), tiny_llama, tmp_path))
+
+
+def test_text_that_cannot_be_compared_is_refused(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "words.jsonl"
+    file.write_text("".join(json.dumps({"text": word}) + "\n" for word in ("yes", "no", "perhaps")))
+    task = make_task(resolve(str(tiny_llama)), f"perplexity:{file}", Settings(**SHORT, layout="padded"))
+    with pytest.raises(
+        ConfigError, match=r"cannot be compared with the text that the scores of .*: one of them has no 16"
+    ):
+        refuse(seen, tiny_llama, task)
+
+
+def test_text_that_has_changed_cannot_be_compared(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
+    other = task_on("\n".join(sentences(60, seed=41)), tiny_llama, tmp_path)
+    seen[2].write_text("\n".join(sentences(60, seed=42)))
+    try:
+        with pytest.raises(ConfigError, match=r"text of run .* has changed since it was read: .*text\.txt"):
+            refuse(seen, tiny_llama, other)
+    finally:
+        seen[2].write_text(TEXT)
+    refuse(seen, tiny_llama, other)
+
+
+# The start of a row: against plain transformers with the tokenizer's defaults, and other starts
+
+SHORT_ROWS = {"max_sequences": 12, "sequence_length": 16, "device": "cpu"}
+WORDS = 100
+
+
+def save_with_words(folder: Path, model: Any, added: str) -> Path:
+    """Save a model with a tokenizer of whole words, which puts special tokens around a text as ``added`` says."""
+    model.save_pretrained(folder)
+    names = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(WORDS))]
+    inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single=added, special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """One document of random words."""
+    path = tmp_path / "text.txt"
+    rng = np.random.default_rng(0)
+    path.write_text(" ".join(f"w{i}" for i in rng.integers(0, WORDS, 400)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("added", ["$A", "<bos> $A", "<bos> $A <eos>"])
+def test_the_perplexity_of_a_text_is_that_of_transformers(added: str, text: Path, tmp_path: Path) -> None:
+    folder = save_with_words(tmp_path / "model", llama(), added)
+    (evaluation,) = evaluate([str(folder)], tasks=[f"perplexity:{text}"], warehouse=tmp_path / "w", **SHORT_ROWS)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words, losses, weights = text.read_text().split(), [], []
+    length = SHORT_ROWS["sequence_length"] - added.startswith("<bos>")
+    for row in range(SHORT_ROWS["max_sequences"]):
+        ids = torch.tensor([tokenizer(" ".join(words[row * length : (row + 1) * length]))["input_ids"]])
+        ids = ids[:, : SHORT_ROWS["sequence_length"]]  # an EOS ends a text, and a row does not
+        with torch.no_grad():
+            losses.append(float(model(input_ids=ids, labels=ids, use_cache=False).loss))
+        weights.append(ids.shape[1] - 1)
+    assert evaluation.result.weights.tolist() == weights
+    assert evaluation.result.samples / weights == pytest.approx(losses, rel=1e-5)
+
+
+def expecting_bos() -> Any:
+    """Return a Llama that gives every word the same probability after BOS, and nearly none without it.
+
+    Unit 0 of the stream is -1 at every token, and decides between words and all other tokens. Attention is uniform, and
+    adds to it what BOS alone has in unit 1.
+    """
+    model = llama(tie_word_embeddings=False)
+    layer = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.dim() > 1:
+                weights.zero_()
+        model.model.embed_tokens.weight[:, 0] = -1
+        model.model.embed_tokens.weight[1, 1] = 1
+        layer.v_proj.weight[0, 1] = 1
+        layer.o_proj.weight[0, 0] = 100
+        model.lm_head.weight[:, 0] = -1
+        model.lm_head.weight[3 : 3 + WORDS, 0] = 1
+    return model
+
+
+def test_a_model_that_expects_another_start_is_found_out(text: Path, tmp_path: Path) -> None:
+    folder, warehouse = save_with_words(tmp_path / "model", expecting_bos(), "<bos> $A"), tmp_path / "w"
+    wrong = SHORT_ROWS | {"row_start": "none"}
+    score(str(folder), corpus=str(text), warehouse=warehouse, **SHORT_ROWS)
+    score(str(folder), corpus=str(text), warehouse=warehouse, **wrong)
+    right = evaluate([str(folder)], tasks=[f"perplexity:{text}"], warehouse=warehouse, **SHORT_ROWS)
+    assert right[0].result.value == pytest.approx(np.log(WORDS), rel=1e-3) and not right.findings
+    assert not [row for row in findings(Warehouse(warehouse)).to_pylist() if row["kind"] == "row_start"]
+    found = evaluate([str(folder)], tasks=[f"perplexity:{text}"], warehouse=warehouse, **wrong)
+    (sentence,), wrong_losses = found.findings, found[0].result.samples / found[0].result.weights
+    assert f"model has a perplexity of {np.exp(wrong_losses[:4].mean()):,.1f} on the first rows of {text}" in sentence
+    assert sentence.endswith(
+        "Set `row_start` to auto if it is none; else see whether its tokenizer lacks `add_bos_token`."
+    )
+    (row,) = [row for row in findings(Warehouse(warehouse)).to_pylist() if row["kind"] == "row_start"]
+    assert row["severity"] == "warning" and "model has a perplexity of" in row["message"] and row["value"] > 1000
+
+
+def test_a_tokenizer_that_does_not_add_the_bos_that_its_model_expects_is_found_out(text: Path, tmp_path: Path) -> None:
+    folder = save_with_words(tmp_path / "model", expecting_bos(), "$A")
+    task = f"perplexity:{text}"
+    (sentence,) = evaluate([str(folder)], tasks=[task], warehouse=tmp_path / "w", **SHORT_ROWS).findings
+    assert "with another start of each row, which it seems to expect" in sentence
+    rows = Warehouse(tmp_path / "w").table("evaluations").to_pylist()
+    losses = {row["metric"]: row["value"] for row in rows if row["task"] == f"{ROW_START}{text}"}
+    assert losses["loss_other_start"] == pytest.approx(np.log(WORDS), rel=1e-3)
+    again = succeed("evaluate", folder, "--tasks", task, "-w", tmp_path / "w", *as_words(SHORT_ROWS))
+    assert "which it seems to expect" in again.output

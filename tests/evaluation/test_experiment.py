@@ -1,4 +1,4 @@
-"""The experiment: methods and controls, each cell once, the score card, and the options of a section."""
+"""The experiment: methods and controls, each cell once, the score card, contrasts, and the options of a section."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.checkpoints import VOCABULARY, llama
-from support.command_line import mistake, succeed
+from support.checkpoints import VOCABULARY, llama, one_thread
+from support.command_line import avss, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
+from tasks.test_truthfulqa import QUESTIONS
 
+from avss_dist.analysis.contrast import contrast
 from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import encode_removals
@@ -258,3 +260,78 @@ def test_choices_are_counted_as_methods_make_them(scores: tuple[str, ...], keep_
     experiment = Experiment(tasks=(TASK,), scores=scores, shares=(0.25, 0.5), random=3, keep_ends=keep_ends)
     made = len(list(methods(experiment, rows))) * 2
     assert made <= experiment.count_choices(3) <= made + 2 * 3  # a reading that is named twice counts once
+
+
+# Layers that a contrast names, beside as many others
+
+ASKING_JOB = """
+warehouse: {warehouse}
+models: [{model}]
+corpora: ["truthfulqa:{questions}"]
+settings: {{max_sequences: 8, sequence_length: 48, batch_size: 4, sequences_per_shard: 4, dtype: float32, device: cpu}}
+experiment:
+  tasks: ["truthfulqa:{questions}"]
+  scores: [avss, contrast]
+  shares: [0.34]
+  random: 2
+  reversed: false
+  keep_ends: 0
+  last: false
+  leave_one_out: false
+  skip_questions: {skip}
+"""
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five questions; the first two are contrasted."""
+    file = tmp_path_factory.mktemp("text") / "t.jsonl"
+    more = [{**question, "question": f"Again: {question['question']}"} for question in QUESTIONS[:2]]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in (*more, *QUESTIONS)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_llama: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("interventions")
+    return run_job_in(folder, ASKING_JOB.replace("{questions}", str(questions)).replace("{skip}", "2"), tiny_llama)
+
+
+@pytest.mark.nightly
+def test_named_layers_are_beside_as_many_others(asked: Done) -> None:
+    job, rows = asked
+    warehouse = Warehouse(read_job(job).warehouse)
+    (run,) = warehouse.runs().to_pylist()
+    by = {(row["method"], row["metric"]): row for row in rows}
+    assert {method for method, _ in by} == {"whole model", "avss", "contrast", "random 0", "random 1"}
+    assert {metric for _, metric in by} == {"mc1", "mc2", "chance"}
+    assert {len(row["drop"]) for row in rows if row["share"]} == {1}
+    ranks = contrast(warehouse, run).layers.to_pylist()
+    (named,) = (row["layer"] for row in ranks if row["rank"] == 1)
+    assert by["contrast", "mc2"]["drop"] == [named]
+    assert by["whole model", "chance"]["value"] == pytest.approx(np.mean([2 / 3, 1 / 3, 2 / 4]))
+
+
+@pytest.mark.nightly
+def test_a_plan_is_not_asked_the_questions_that_its_layers_were_scored_on(
+    asked: Done, questions: Path, tmp_path: Path
+) -> None:
+    job, rows = asked
+    warehouse, plan, task = read_job(job).warehouse, tmp_path / "plan.yaml", f"truthfulqa:{questions}"
+    succeed("plan", "-w", warehouse, "--by", "avss", "--share", 0.34, "-o", plan)
+    options = ["-w", warehouse, "--sequence-length", 48, "--batch-size", 4, "--sequences-per-shard", 4,
+               "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+    refused = mistake("evaluate", plan, "--tasks", task, *options)
+    assert "2 of the 5 questions of truthfulqa:" in refused
+    assert "Ask others: with --skip-questions 2" in refused
+    with one_thread():
+        shown = avss("evaluate", plan, "--tasks", task, "--skip-questions", 2, "--format", "json", *options)
+    (same,) = (row for row in rows if (row["method"], row["metric"]) == ("avss", "mc2"))
+    found = {(one["subject"], one["metric"]): one["value"] for one in map(json.loads, shown.stdout.splitlines())}
+    assert found[str(plan), "mc2"] == same["value"]
+
+
+def test_a_reading_of_a_contrast_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not a reading of AVSS") as caught:
+        parse_score("contrast:block")
+    assert "contrast:SITE:RECIPE:THRESHOLD" in str(caught.value.hint)

@@ -33,13 +33,15 @@ from avss_dist.runs.api import score
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 
+Scored = tuple[Path, Mapping[str, Any]]
+Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"
 LAYERS = 6
 OPTIONS = as_words(SMALL)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[[Any, Path], Path]) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Path:
     """Weights so large that layers matter."""
     folder = tmp_path_factory.mktemp("search") / "six-layers"
     return save_checkpoint(llama(num_hidden_layers=LAYERS, initializer_range=0.3), folder)
@@ -54,14 +56,14 @@ def warehouse(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def scored(warehouse: Path, tmp_path: Path) -> tuple[Path, Mapping[str, Any]]:
+def scored(warehouse: Path, tmp_path: Path) -> Scored:
     """A copy of the warehouse, to change, and the row of its run."""
     folder = Path(shutil.copytree(warehouse, tmp_path / "w"))
     (row,) = Warehouse(folder).runs().to_pylist()
     return folder, row
 
 
-def found_in(scored: tuple[Path, Mapping[str, Any]], **options: Any) -> SearchResult:
+def found_in(scored: Scored, **options: Any) -> SearchResult:
     warehouse, run = scored
     request = PlanRequest(warehouse=warehouse, by="greedy", corpus=TEXT, skip_sequences=6, **SMALL | options)
     return search(request, run, Choice(by="greedy", count=3, last=1))
@@ -79,7 +81,7 @@ class Truth:
         return float(sum(row.samples.sum() for row in rows) / sum(row.weights.sum() for row in rows))
 
 
-def test_greedy_drops_what_costs_least_at_each_step(scored: tuple[Path, Mapping[str, Any]], model: Path) -> None:
+def test_greedy_drops_what_costs_least_at_each_step(scored: Scored, model: Path) -> None:
     truth = Truth(opened(model, batch_size=4))
     found = found_in(scored)
     drop: Removals = ()
@@ -96,7 +98,7 @@ def test_greedy_drops_what_costs_least_at_each_step(scored: tuple[Path, Mapping[
     assert found.plan.why["by"] == "greedy" and found.plan.why["sets"] == 12
 
 
-def test_a_search_measures_what_it_does_not_know(scored: tuple[Path, Mapping[str, Any]]) -> None:
+def test_a_search_measures_what_it_does_not_know(scored: Scored) -> None:
     """Again, nothing; from the start, everything."""
     found = found_in(scored)
     before = cell_times(scored[0])
@@ -106,7 +108,7 @@ def test_a_search_measures_what_it_does_not_know(scored: tuple[Path, Mapping[str
     assert not cell_times(scored[0]).items() >= before.items()
 
 
-def test_the_text_of_a_search_is_no_text_to_evaluate_on(scored: tuple[Path, Mapping[str, Any]], tmp_path: Path) -> None:
+def test_the_text_of_a_search_is_no_text_to_evaluate_on(scored: Scored, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     found_in(scored).plan.write(plan)
     command = ["evaluate", plan, "--tasks", f"perplexity:{TEXT}", "--warehouse", scored[0], *OPTIONS]
@@ -118,9 +120,7 @@ def test_the_text_of_a_search_is_no_text_to_evaluate_on(scored: tuple[Path, Mapp
     assert avss(*command, "--skip-sequences", 6, "--allow-overlap").exit_code == 0
 
 
-def test_another_checkpoint_is_refused(
-    model: Path, scored: tuple[Path, Mapping[str, Any]], save_checkpoint: Callable[[Any, Path], Path]
-) -> None:
+def test_another_checkpoint_is_refused(model: Path, scored: Scored, save_checkpoint: Save) -> None:
     changed = {**scored[1], "revision": "0" * 64}
     with pytest.raises(PlanError, match="now"):
         found_in((scored[0], changed))
@@ -129,9 +129,7 @@ def test_another_checkpoint_is_refused(
 # The command line
 
 
-def test_a_search_shows_its_steps_and_its_plan_prunes(
-    scored: tuple[Path, Mapping[str, Any]], model: Path, tmp_path: Path
-) -> None:
+def test_a_search_shows_its_steps_and_its_plan_prunes(scored: Scored, model: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     done = succeed("plan", "-w", scored[0], "--by", "greedy", "--count", 2, "--corpus", TEXT, "-o", plan, *OPTIONS)
     for words in ("dropped", "perplexity", "sets", "Chosen by greedy (a search: removes the layer"):
@@ -141,9 +139,7 @@ def test_a_search_shows_its_steps_and_its_plan_prunes(
     assert len(opened(tmp_path / "pruned").layers) == LAYERS - 2
 
 
-def test_sublayers_are_measured_evaluated_and_not_pruned(
-    scored: tuple[Path, Mapping[str, Any]], model: Path, tmp_path: Path
-) -> None:
+def test_sublayers_are_measured_evaluated_and_not_pruned(scored: Scored, model: Path, tmp_path: Path) -> None:
     """A checkpoint cannot be without them, an evaluation can."""
     warehouse, plan, truth = scored[0], tmp_path / "plan.yaml", Truth(opened(model, batch_size=4))
     text = ("--corpus", TEXT, "--skip-sequences", 6, *OPTIONS)
@@ -184,8 +180,6 @@ def rows_of(warehouse: Path, task: str) -> list[dict[str, Any]]:
         (["--by", "block_influence", "--max-sequences", 2], "--max-sequences has no effect without a search"),
     ],
 )
-def test_a_mistake_is_named(
-    words: list[str], said: str, scored: tuple[Path, Mapping[str, Any]], tmp_path: Path
-) -> None:
+def test_a_mistake_is_named(words: list[str], said: str, scored: Scored, tmp_path: Path) -> None:
     assert said in mistake("plan", "-w", scored[0], "-o", tmp_path / "plan.yaml", *words)
     assert not (tmp_path / "plan.yaml").exists() and not (scored[0] / "cells").exists()

@@ -23,6 +23,7 @@ from support.families import tiny_model
 from support.quantized import block_fp8
 from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import avss_dist
 from avss_dist import evaluate
@@ -51,6 +52,8 @@ from avss_dist.requests import RANKED_BY
 from avss_dist.system.devices import Devices
 from avss_dist.warehouse.reader import Warehouse
 
+Observed = tuple[Shrunk, list[Any]]
+Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"
 TASK = f"perplexity:{TEXT}"
 ROWS = {"max_sequences": 80, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4}
@@ -106,8 +109,6 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
 
 def greedy(folder: str | Path, prompt: str, number: int) -> str:
     """The continuation by plain transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -120,8 +121,6 @@ MODELS = ("whole model", "2 layers dropped", "2 layers dropped, repaired by refi
 
 def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, deep: Path) -> None:
     """The start of three rows that are evaluated on, by the whole and the written model, and by the pruned one."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(deep)
     read = Settings(**ROWS | {"max_sequences": 3, "skip_sequences": 10})
     rows = plan_text(resolve(str(deep)), TEXT, read).shards[0].input_ids
@@ -375,12 +374,7 @@ def test_too_little_text_is_refused_before_anything_is_scored(deep: Path, tmp_pa
     ],
 )
 def test_what_cannot_be_shrunk_is_refused_before_anything_is_scored(
-    model: str,
-    told: str,
-    tiny_llama: Path,
-    tiny_bert: Path,
-    save_checkpoint: Callable[[Any, Path], Path],
-    tmp_path: Path,
+    model: str, told: str, tiny_llama: Path, tiny_bert: Path, save_checkpoint: Save, tmp_path: Path
 ) -> None:
     folder = tmp_path / model
     if model == "tiny_bert":
@@ -418,7 +412,7 @@ def test_a_folder_that_is_not_empty_is_refused_first(deep: Path, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def distilled(done: Shrunk, deep: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Shrunk, list[Any]]:
+def distilled(done: Shrunk, deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Observed:
     """The same with a distillation, in a copy of the warehouse, and its events."""
     out, events = tmp_path_factory.mktemp("distilled") / "out", list[Any]()
     shutil.copytree(f"{done.folder}-warehouse", f"{out}-warehouse")
@@ -426,7 +420,7 @@ def distilled(done: Shrunk, deep: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
-    distilled: tuple[Shrunk, list[Any]], deep: Path, tmp_path: Path
+    distilled: Observed, deep: Path, tmp_path: Path
 ) -> None:
     """Evaluating it again gives the reported values, to the bit. Rows of each use are apart.
 
@@ -453,7 +447,7 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
     assert own.corpus == "self" and own.trained_rows > 0
 
 
-def test_the_table_the_card_and_the_texts_are_those_of_the_distilled_model(distilled: tuple[Shrunk, list[Any]]) -> None:
+def test_the_table_the_card_and_the_texts_are_those_of_the_distilled_model(distilled: Observed) -> None:
     made, _ = distilled
     assert made.distillation is not None
     last = f"2 layers dropped, distilled on {made.distillation.after.tokens:,} tokens"
@@ -473,7 +467,7 @@ class Stopped(Exception):
 
 @pytest.mark.nightly
 def test_stopped_in_the_training_it_goes_on_and_writes_the_same_bytes(
-    distilled: tuple[Shrunk, list[Any]], warehouse: Path, deep: Path, tmp_path: Path
+    distilled: Observed, warehouse: Path, deep: Path, tmp_path: Path
 ) -> None:
     """After its first checkpoint. Without a terminal, there are lines and no bars."""
 
