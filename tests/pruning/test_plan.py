@@ -1,10 +1,11 @@
-"""Plans: which layers a choice drops, what a plan file may say, and the score that is chosen by."""
+"""Plans: which layers a choice drops, at every bound too, what a plan file may say, and the score that is chosen by."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from support.command_line import avss, mistake, succeed
 from support.warehouses import run_row, write_scores
 
 from avss_dist.analysis.plans import plan_layers
-from avss_dist.core.errors import QueryError
+from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.core.intervention import Expert, sublayers_of
-from avss_dist.core.registry import SCORES
+from avss_dist.core.names import CONTRAST
+from avss_dist.core.registry import BLOCK_DISTANCE, GREEDY, SCORES
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import resolve
@@ -32,12 +34,13 @@ from avss_dist.models.size import Footprint, footprint
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.methods import REVERSED, Method
 from avss_dist.pruning.plan import Plan, count_for_memory, describe_savings, make_plan, read_plan
-from avss_dist.pruning.selection import PUBLISHED, Choice, PlanError
+from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM, Choice, PlanError, count_layers
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 # Choosing
+
 
 LAYERS = [5.0, 1.0, 4.0, 2.0, 3.0, 0.5, 6.0, 7.0]
 
@@ -62,12 +65,18 @@ def test_the_lowest_that_are_not_protected(scores: list[float], share: float, fi
     assert not kept or max(scores[layer] for layer in dropped) <= min(kept)
 
 
+PLACE = ("site", "recipe", "threshold", "threshold_kind")
+RUN = {"model": "m", "revision": "r", "run_id": "m-1"}
+
+
+def rows_of(reading: tuple[Any, ...], values: list[float | None], **more: Any) -> list[dict[str, Any]]:
+    """Rows of `scores`, the last layer first."""
+    row = {"rank": 1, **dict(zip(PLACE, reading, strict=True)), **more}
+    return [{"layer": i, "layer_name": f"layers.{i}", "avss_smoothed": v, **row} for i, v in enumerate(values)][::-1]
+
+
 def score_rows(values: list[float]) -> list[dict[str, Any]]:
-    place = dict(zip(("site", "recipe", "threshold", "threshold_kind"), PUBLISHED, strict=True))
-    return [
-        {"layer": i, "layer_name": f"layers.{i}", "avss_smoothed": value, "rank": 1, "block_influence": -value, **place}
-        for i, value in enumerate(values)
-    ]
+    return [row | {"block_influence": -row["avss_smoothed"]} for row in rows_of(PUBLISHED, [*values])]
 
 
 @pytest.mark.parametrize("score", ["avss", "block_influence", "random", "loss"])
@@ -81,26 +90,24 @@ def test_plans_and_experiments_choose_alike(score: str, control: str | None) -> 
 
 def test_random_plans_differ_by_seed() -> None:
     rows = score_rows([float(i) for i in range(30)])
-    run = {"model": "m", "revision": "r", "run_id": "m-1"}
-    plans = [make_plan(rows, run, Choice(by="random", seed=seed)) for seed in (0, 0, 1)]
+    plans = [make_plan(rows, RUN, Choice(by="random", seed=seed)) for seed in (0, 0, 1)]
     assert plans[0] == plans[1] and plans[0].drop != plans[2].drop and len(plans[0].drop) == 8
     assert plans[2].why == {"by": "random", "seed": 1, "share": 0.25}
 
 
 def test_a_plan_has_its_reading_as_a_reason() -> None:
-    run = {"model": "m", "revision": "r", "run_id": "m-1"}
-    place = dict(zip(("site", "recipe", "threshold", "threshold_kind"), PUBLISHED, strict=True))
-    plan = make_plan(score_rows(LAYERS[:4]), run, Choice(by="avss", count=1, seed=3, reading=PUBLISHED))
-    assert plan.why == {"by": "avss", "count": 1, **place}
+    plan = make_plan(score_rows(LAYERS[:4]), RUN, Choice(by="avss", count=1, seed=3, reading=PUBLISHED))
+    assert plan.why == {"by": "avss", "count": 1, **dict(zip(PLACE, PUBLISHED, strict=True))}
 
 
 def test_layers_that_are_not_one_list() -> None:
     rows = [{"layer": i, "layer_name": name} for i, name in enumerate(("a.0", "shared", "a.1"))]
     with pytest.raises(PlanError, match="not one list of modules"):
-        make_plan(rows, {"model": "m", "revision": "r", "run_id": "m-1"}, Choice(by="avss"))
+        make_plan(rows, RUN, Choice(by="avss"))
 
 
 # Plan files
+
 
 PLAIN = {"model": "m", "num_layers": 6, "layers": "layers", "drop": [1]}
 
@@ -147,7 +154,7 @@ def test_a_plan_names_sublayers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("given", "message"),
     [
         ({"drop": ["attention.6"]}, "no layer 6: the model has 6, from 0"),
         ({"drop": ["mlp.2", "mlp.2"]}, "drop has mlp.2 twice"),
@@ -172,18 +179,6 @@ def test_a_plan_names_sublayers(tmp_path: Path) -> None:
         ({"run_id": "../../x"}, "not a run id"),
         ({"num_layers": "six"}, "num_layers must be a whole number"),
         ({"revision": 5, "model": "", "num_layers": 0}, "3 problems"),
-    ],
-)
-def test_plans_that_cannot_be(change: dict[Any, Any], message: str, tmp_path: Path) -> None:
-    file = tmp_path / "plan.yaml"
-    file.write_text(yaml.safe_dump(PLAIN | change))
-    with pytest.raises(PlanError, match=message):
-        read_plan(file)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
         ("words", "expected a mapping with keys"),
         ("drop: [1]\n# x\nmodel: m\ndrop: [2]\n", r"yaml:4: the key 'drop' is repeated; the first is in line 1\."),
         ("model: m\n1: a\n0x1: b\n", r"yaml:3: the key '0x1' is repeated; the first is in line 2\."),
@@ -193,8 +188,9 @@ def test_plans_that_cannot_be(change: dict[Any, Any], message: str, tmp_path: Pa
         ("model: 2026-13-45", "is not YAML"),
     ],
 )
-def test_files_that_are_no_plans(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "plan.yaml").write_text(text)
+def test_files_that_are_no_plans(given: dict[Any, Any] | str, message: str, tmp_path: Path) -> None:
+    """A plain plan with changes, or another text."""
+    (tmp_path / "plan.yaml").write_text(given if isinstance(given, str) else yaml.safe_dump(PLAIN | given))
     with pytest.raises(PlanError, match=message):
         read_plan(tmp_path / "plan.yaml")
 
@@ -394,3 +390,92 @@ def test_memory_that_suffices_or_cannot(size: Footprint) -> None:
     least = describe_bytes(size.weight_bytes - size.layer_bytes[0] - size.layer_bytes[1])
     with pytest.raises(PlanError, match=f"cannot be met: with one layer left, {least} of"):
         count_for_memory(size, 1)
+
+
+# What a choice may combine, the scores that it reads, and its bounds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "avs"}, "Did you mean 'avss'"),
+        ({"by": "avss", "share": 1.0}, "`share` must be less than 1"),
+        ({"by": "avss", "share": 0.5, "count": 2}, "`share` and `count` are mutually exclusive"),
+        ({"by": "avss", "count": 0}, "`count` must be at least 1"),
+        ({"by": "avss", "first": -1}, "`first` must be at least 0"),
+        ({"by": "avss", "seed": -1, "count": 0}, "2 problems"),
+        *(({"by": by, "highest": True}, "chooses among sets") for by in (BLOCK_DISTANCE, GREEDY)),
+    ],
+)  # fmt: skip
+def test_combinations_that_say_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Choice(**options)
+
+
+def test_scores_are_those_of_one_reading_in_the_order_of_layers() -> None:
+    other = ("mlp", *PUBLISHED[1:])
+    rows = [*rows_of(PUBLISHED, [3.0, None, 1.0, 2.0]), *rows_of(other, [7.0, 8.0, 9.0, 6.0])]
+    np.testing.assert_array_equal(Choice(by="avss").scores(rows, {}), [3, np.nan, 1, 2])
+    np.testing.assert_array_equal(Choice(by="avss", reading=other).scores(rows, {}), [7, 8, 9, 6])
+    np.testing.assert_array_equal(Choice(by="avss").scores(rows[4:], {}), [7, 8, 9, 6])
+    np.testing.assert_array_equal(Choice(by="avss").scores([rows[0], *rows[4:], *rows[1:4]], {}), [3, np.nan, 1, 2])
+
+
+def test_a_layer_without_a_rank_has_no_avss_and_its_other_scores() -> None:
+    rows = rows_of(PUBLISHED, [3.0, 2.0], block_influence=0.5)
+    rows[0]["rank"] = None
+    np.testing.assert_array_equal(Choice(by="avss").scores(rows, {}), [3, np.nan])
+    np.testing.assert_array_equal(Choice(by="block_influence").scores(rows, {}), [0.5, 0.5])
+
+
+def test_controls_and_the_truth_need_no_scores() -> None:
+    rows, truth = rows_of(PUBLISHED, [0.0] * 5), {"loss": np.arange(5.0), CONTRAST: -np.arange(5.0)}
+    assert count_layers(rows) == 5
+    random = Choice(by=RANDOM, seed=4).scores(rows, truth)
+    assert random.tolist() == np.random.default_rng(4).permutation(5).tolist()
+    assert Choice(by=LAST).scores(rows, truth).tolist() == [5, 4, 3, 2, 6]
+    assert Choice(by=LAST, count=2).drop(Choice(by=LAST).scores(rows, truth)) == (2, 3)
+    for by in ("loss", CONTRAST):
+        assert Choice(by=by).scores(rows, truth) is truth[by]
+
+
+@pytest.mark.parametrize(
+    ("options", "dropped"),
+    [
+        ({"count": 2}, (3, 4)),
+        ({"count": 2, "first": 4}, (4, 5)),
+        ({"count": 2, "last": 3}, (1, 2)),
+        ({"count": 2, "first": 1, "last": 3}, (1, 2)),
+        ({"count": 1}, (5,)),
+        ({"share": 0.5}, (3, 4, 5)),
+    ],
+)
+def test_the_block_with_the_least_distance(options: dict[str, Any], dropped: tuple[int, ...]) -> None:
+    """Ties go to the earlier block."""
+    costs = np.array([9.0, 3.0, 3.0, 2.0, 1.0, 0.5])
+    distances = {
+        tuple(range(a, b)): float(costs[a:b].sum()) + 3 * (b == 6 and b - a == 2) for a, b in combinations(range(7), 2)
+    }
+    choice = Choice(by=BLOCK_DISTANCE, **options)
+    assert choice.drop_block(distances, 6) == dropped
+    flat = dict.fromkeys(distances, 1.0)
+    assert choice.drop_block(flat, 6)[0] == choice.first
+
+
+@pytest.mark.parametrize("gap", [{}, {(3, 4): np.nan}, {(3, 4): np.inf}])
+def test_a_block_without_a_distance_is_named(gap: dict[tuple[int, ...], float]) -> None:
+    distances = {(i, i + 1): 1.0 for i in (0, 1, 2, 4)} | gap
+    with pytest.raises(PlanError, match=f"Layers 3 to 4 have no measurement '{BLOCK_DISTANCE}'"):
+        Choice(by=BLOCK_DISTANCE, count=2).drop_block(distances, 6)
+    assert Choice(by=BLOCK_DISTANCE, count=2, last=2).drop_block(distances, 6) == (0, 1)
+
+
+def test_how_many_are_dropped() -> None:
+    assert [Choice(by="avss").number(n) for n in (4, 6, 30)] == [1, 2, 8]
+    assert Choice(by="avss", share=0.9).number(10) == 9 and Choice(by="avss", count=2, first=1, last=1).number(4) == 2
+    with pytest.raises(PlanError, match="3 layers would be dropped, but only 2 of 4"):
+        Choice(by="avss", count=3, first=1, last=1).number(4)
+    with pytest.raises(PlanError, match="only 0 of 8 are not protected"):
+        Choice(by="avss", first=10**20).number(8)
+    assert Choice(by="avss", first=1, last=2).unprotected(6) == range(1, 4)
+    assert len(Choice(by="avss", first=3, last=2).unprotected(4)) == 0

@@ -19,6 +19,7 @@ from support.command_line import files, mistake, succeed
 from support.families import lively, tiny_model
 from support.quantized import block_fp8
 from support.tiers import all_of
+from transformers import AutoModelForCausalLM
 
 import avss_dist
 from avss_dist import evaluate
@@ -85,8 +86,6 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
 
     With the cache it generates what that model predicts token by token; tied weights stay tied.
     """
-    from transformers import AutoModelForCausalLM
-
     whole = lively(tiny_model("causal", family))
     folder, plan = whole_of(whole, tmp_path / "whole", save_checkpoint)
     done = prune(str(folder), plan, tmp_path / "less", repair=repair_of(by))
@@ -182,8 +181,6 @@ def test_cuts_are_runs_of_removed_layers_and_on_request_all_layers_behind_the_fi
 
 def test_what_is_still_missing_is_given_back_by_later_layers(tmp_path: Path, save_checkpoint: Save) -> None:
     """The last layer's stream is nearer to the whole model's than after a repair of the cut alone, on other text."""
-    from transformers import AutoModelForCausalLM
-
     whole = lively(llama(num_hidden_layers=5))
     folder = save_checkpoint(whole, tmp_path / "whole")
     text = tokenize_corpus(TEXT, load_tokenizer(resolve(str(folder))), Settings(**READ, skip_sequences=60))
@@ -205,8 +202,6 @@ def test_what_is_still_missing_is_given_back_by_later_layers(tmp_path: Path, sav
 
 def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Save) -> None:
     """The errors of the second cut are those of plain transformers with the first repair alone, and with both."""
-    from transformers import AutoModelForCausalLM
-
     whole = lively(llama(num_hidden_layers=6))
     folder = save_checkpoint(whole, tmp_path / "whole")
     drops = Plan(model=str(folder), num_layers=6, layers="layers", drop=(1, 4), why={})
@@ -327,33 +322,29 @@ def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None
 # Refusals
 
 
-def test_a_family_without_mlps_is_refused(tmp_path: Path, save_checkpoint: Save) -> None:
-    folder, plan = whole_of(lively(tiny_model("causal", "mamba")), tmp_path / "whole", save_checkpoint)
-    with pytest.raises(RepairError, match="has no MLP that ends in one linear map"):
+@pytest.mark.parametrize(
+    ("kind", "family", "told"),
+    [
+        ("causal", "mamba", "has no MLP that ends in one linear map"),
+        ("masked", "bert", "does not simply add what its MLP gives"),  # which is normalized after the sum
+    ],
+)
+def test_families_that_are_refused(kind: str, family: str, told: str, tmp_path: Path, save_checkpoint: Save) -> None:
+    folder, plan = whole_of(lively(tiny_model(kind, family)), tmp_path / "whole", save_checkpoint)
+    with pytest.raises(RepairError, match=told):
         prune(str(folder), plan, tmp_path / "less", repair=repair_of())
     assert not (tmp_path / "less").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_a_stream_that_is_normalized_after_the_mlp_is_refused(tmp_path: Path, save_checkpoint: Save) -> None:
-    """As in the first transformers: what the MLP gives is not simply added."""
-    model = lively(tiny_model("masked", "bert"))
-    layers = open_module(model).structure.layers
-    plan = Plan(model="m", num_layers=3, layers=layers[0].name.rpartition(".")[0], drop=(1,), why={})
-    folder = save_checkpoint(model, tmp_path / "whole")
-    with pytest.raises(RepairError, match="does not simply add what its MLP gives"):
-        prune(str(folder), plan, tmp_path / "less", repair=repair_of())
-
-
 def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
     """What is needed and what is given: four tokens for each unknown of an output."""
-    plan = PLAN
     few = {"max_sequences": 5, "sequence_length": 32}
     with pytest.raises(CorpusError, match="refit of this model needs at least 192 tokens to fit to, not 124"):
-        prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("refit", **few))
+        prune(str(tiny_llama), PLAN, tmp_path / "less", repair=repair_of("refit", **few))
     with pytest.raises(CorpusError, match="map of this model needs at least 128 tokens to fit to, not 124"):
-        prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("map", **few))
+        prune(str(tiny_llama), PLAN, tmp_path / "less", repair=repair_of("map", **few))
     with pytest.raises(CorpusError, match="has no token to fit to"):
-        prune(str(tiny_llama), plan, tmp_path / "less", repair=repair_of("channel", max_sequences=1))
+        prune(str(tiny_llama), PLAN, tmp_path / "less", repair=repair_of("channel", max_sequences=1))
     with pytest.raises(ConfigError, match="`corpora` must not be empty"):
         Repair(corpora=())
 
@@ -363,7 +354,6 @@ def test_too_little_text(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_every_text_counts_alike_or_by_its_weight(tiny_llama: Path, tmp_path: Path) -> None:
     """A text given twice changes nothing; beside another, it counts as with twice the weight. The record says it."""
-    plan = PLAN
     other = tmp_path / "other.txt"
     other.write_text("words of another kind, and again other words " * 400)
     texts = {
@@ -375,7 +365,7 @@ def test_every_text_counts_alike_or_by_its_weight(tiny_llama: Path, tmp_path: Pa
     }
     errors = {}
     for name, corpora in texts.items():
-        done = prune(str(tiny_llama), plan, tmp_path / name, repair=repair_of("map", *corpora))
+        done = prune(str(tiny_llama), PLAN, tmp_path / name, repair=repair_of("map", *corpora))
         errors[name] = done["repair"].cuts[0].error_after
         assert [text.corpus for text in done["repair"].texts] == [corpus.removesuffix("=2") for corpus in corpora]
     assert errors["one twice"] == pytest.approx(errors["one"], rel=1e-6)
