@@ -58,11 +58,9 @@ def test_the_knapsack_is_the_optimum_of_the_linear_program(target: float) -> Non
 def test_steps_cost_what_they_do_for_a_weight() -> None:
     """The larger map has more damage, and less for each weight; of its second step, a part is left."""
     damage = np.array([[1.0, 3.0], [3.0, 12.0]])
-    found = knapsack(damage, np.array([0.25, 0.5]), np.array([1.0, 4.0]), 0.2)
-    assert found.tolist() == pytest.approx([0.0, 0.25])
-    found = knapsack(damage, np.array([0.25, 0.5]), np.array([1.0, 4.0]), 0.3)
-    assert found.tolist() == pytest.approx([0.5, 0.25])
-    assert knapsack(damage, np.array([0.25, 0.5]), np.array([1.0, 4.0]), 0.5).tolist() == pytest.approx([0.5, 0.5])
+    for target, chosen in {0.2: [0.0, 0.25], 0.3: [0.5, 0.25], 0.5: [0.5, 0.5]}.items():
+        found = knapsack(damage, np.array([0.25, 0.5]), np.array([1.0, 4.0]), target)
+        assert found.tolist() == pytest.approx(chosen)
 
 
 def test_what_is_cut_off_goes_to_the_others_in_proportion_again_and_again() -> None:
@@ -128,19 +126,11 @@ def test_the_damage_is_near_the_least_of_all_choices(seed: int) -> None:
     assert total(damage, chosen) < total(damage, smallest(damage, bits))
 
 
-def test_a_budget_that_ends_a_step_is_optimal() -> None:
-    damage = np.array([[4.0, 1.0], [9.0, 0.0], [2.0, 1.9]])
-    bits = np.array([[4.0, 8.0], [4.0, 8.0], [4.0, 8.0]])
-    assert least_damage(damage, bits, 12.0).tolist() == [0, 0, 0]
-    assert least_damage(damage, bits, 16.0).tolist() == [0, 1, 0]
-    assert least_damage(damage, bits, 20.0).tolist() == [1, 1, 0]
-    assert least_damage(damage, bits, 24.0).tolist() == [1, 1, 1]
-
-
-def test_bits_that_prevent_no_damage_are_not_spent() -> None:
-    damage = np.array([[1.0, -0.5, 0.5]])
-    bits = np.array([[4.0, 8.0, 16.0]])
-    assert least_damage(damage, bits, 16.0).tolist() == [1]
+def test_a_budget_that_ends_a_step_is_optimal_and_bits_that_prevent_no_damage_are_not_spent() -> None:
+    damage, bits = np.array([[4.0, 1.0], [9.0, 0.0], [2.0, 1.9]]), np.array([[4.0, 8.0]] * 3)
+    for budget, chosen in {12.0: [0, 0, 0], 16.0: [0, 1, 0], 20.0: [1, 1, 0], 24.0: [1, 1, 1]}.items():
+        assert least_damage(damage, bits, budget).tolist() == chosen
+    assert least_damage(np.array([[1.0, -0.5, 0.5]]), np.array([[4.0, 8.0, 16.0]]), 16.0).tolist() == [1]
 
 
 def test_of_equal_sizes_the_least_damage_is_taken() -> None:
@@ -152,9 +142,7 @@ def test_of_equal_sizes_the_least_damage_is_taken() -> None:
 
 def test_the_same_format_is_the_largest_within_the_budget() -> None:
     bits = np.array([[4.0, 5.0, 8.0], [40.0, 50.0, 80.0]])
-    assert same_format(bits, 60.0).tolist() == [1, 1]
-    assert same_format(bits, 44.0).tolist() == [0, 0]
-    assert same_format(bits, 88.0).tolist() == [2, 2]
+    assert [same_format(bits, budget).tolist() for budget in (44.0, 60.0, 88.0)] == [[0, 0], [1, 1], [2, 2]]
 
 
 def test_maps_are_raised_in_order_as_far_as_there_is_room() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import avss_dist
 from avss_dist.core.errors import AvssError, QueryError
 from avss_dist.core.registry import PRECISION_FILES
 from avss_dist.map_plans.exports import EXPORTS
-from avss_dist.map_plans.plans import PrecisionPlan
+from avss_dist.map_plans.plans import MapPrecision, PrecisionPlan
 from avss_dist.models.number_formats import FORMATS
 from avss_dist.pruning.plan import read_checked_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.warehouse.reader import Warehouse
 
-READ = {"max_sequences": 8, "sequence_length": 32, "executor": "local"}
+TASK = "perplexity:builtin:pydoc"
+READ: dict[str, Any] = {"max_sequences": 8, "sequence_length": 32, "executor": "local"}
 PAIR = ("int4-g32", "int8")
 
 
@@ -107,8 +109,8 @@ def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, t
     for by in ("predicted", "uniform"):
         chosen(predicted, by=by).write(tmp_path / f"{by}.yaml")
     plans = [tmp_path / "predicted.yaml", tmp_path / "uniform.yaml"]
-    task = "perplexity:builtin:pydoc"
-    found = avss_dist.evaluate(plans, tasks=[task], warehouse=predicted, skip_sequences=30, dtype="float32", **READ)
+    options = {"tasks": [TASK], "skip_sequences": 30, "dtype": "float32", **READ}
+    found = avss_dist.evaluate(plans, warehouse=predicted, **options)
     losses = {one.subject.label: one.result.value for one in found if one.result.metric == "loss"}
     assert any("4.986 bits per weight of 21 linear maps" in finding for finding in found.findings)
     model = AutoModelForCausalLM.from_pretrained(wide)
@@ -119,13 +121,8 @@ def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, t
     model.save_pretrained(tmp_path / "rounded")
     for file in wide.glob("token*"):
         (tmp_path / "rounded" / file.name).write_bytes(file.read_bytes())
-    (whole,) = (
-        one.result.value
-        for one in avss_dist.evaluate(
-            [tmp_path / "rounded"], tasks=[task], warehouse=tmp_path / "w", skip_sequences=30, dtype="float32", **READ
-        )
-        if one.result.metric == "loss"
-    )
+    alone = avss_dist.evaluate([tmp_path / "rounded"], warehouse=tmp_path / "w", **options)
+    (whole,) = (one.result.value for one in alone if one.result.metric == "loss")
     assert losses[str(plans[0])] == pytest.approx(whole, rel=1e-6)
     assert losses[str(plans[0])] != losses[str(plans[1])]
 
@@ -133,7 +130,7 @@ def test_a_plan_is_evaluated_as_the_rounded_model(predicted: Path, wide: Path, t
 def test_the_text_of_the_prediction_is_not_held_out(predicted: Path, tmp_path: Path) -> None:
     chosen(predicted).write(tmp_path / "bits.yaml")
     with pytest.raises(AvssError, match="is text that a plan was searched or predicted on"):
-        avss_dist.evaluate([tmp_path / "bits.yaml"], tasks=["perplexity:builtin:pydoc"], warehouse=predicted, **READ)
+        avss_dist.evaluate([tmp_path / "bits.yaml"], tasks=[TASK], warehouse=predicted, **READ)
 
 
 def test_the_command_prints_the_plan(predicted: Path, tmp_path: Path) -> None:
@@ -177,7 +174,7 @@ def test_a_plan_that_is_wrong_is_refused(
     text = (tmp_path / "bits.yaml").read_text()
     assert change[0] in text
     (tmp_path / "bits.yaml").write_text(text.replace(*change))
-    done = mistake("evaluate", tmp_path / "bits.yaml", "--tasks", "perplexity:builtin:pydoc", "-w", predicted)
+    done = mistake("evaluate", tmp_path / "bits.yaml", "--tasks", TASK, "-w", predicted)
     assert message in done
 
 
@@ -248,3 +245,50 @@ def test_what_a_program_lacks_is_refused(
 
 def test_every_export_is_an_option() -> None:
     assert ("plan", *EXPORTS) == PRECISION_FILES
+
+
+# Plans whose sizes were edited: what contradicts the formats or the model is refused
+
+
+def plan_of(model: Path, *maps: MapPrecision) -> PrecisionPlan:
+    bits = sum(entry.bits * entry.weights for entry in maps) / sum(entry.weights for entry in maps)
+    return PrecisionPlan(model=str(model), num_layers=3, bits=bits, rounded=maps)
+
+
+def rounded_map(format: str, layer: int = 0, outputs: int = 128, inputs: int = 64) -> MapPrecision:
+    bits = FORMATS[format].bits(outputs, inputs)
+    return MapPrecision(layer=layer, map="mlp.up_proj", format=format, weights=outputs * inputs, bits=bits)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_the_bits_of_any_shape(name: str) -> None:
+    for shape in ((1, 256), (256, 256), (1000, 4096)):
+        assert rounded_map(name, outputs=shape[0], inputs=shape[1]).wrong_bits(shape) is None
+        plan_of(Path("org/a"), rounded_map(name, outputs=shape[0], inputs=shape[1]))
+
+
+@pytest.mark.parametrize(("format", "bits"), [("bf16", "has 16 bits"), ("int8", "int8 has 8.00195 to 24 bits")])
+def test_bits_that_the_format_does_not_have_are_refused(format: str, bits: str, wide: Path, tmp_path: Path) -> None:
+    """As after a search and replace in the file."""
+    plan_of(wide, rounded_map("int4-g32"), rounded_map("int4-g32", layer=1)).write(tmp_path / "plan.yaml")
+    text = (tmp_path / "plan.yaml").read_text()
+    (tmp_path / "plan.yaml").write_text(text.replace("int4-g32", format))
+    with pytest.raises(PlanError, match=bits) as told:
+        read_checked_plan(PrecisionPlan, tmp_path / "plan.yaml")
+    assert "'mlp.up_proj' of layer 0, has bits 4.5" in told.value.message and "and 1 other map" in told.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": 8_192_000}, "has 8,192,000 weights, and in .* 8,192"),
+        ({"bits": 8.5}, "has `bits` 8.5, and int8 has 8.25 bits per weight"),
+        ({"map": "mlp.other"}, "is not in"),
+    ],
+)
+def test_sizes_that_the_model_does_not_have_are_refused(
+    change: dict[str, Any], message: str, wide: Path, tmp_path: Path
+) -> None:
+    plan_of(wide, rounded_map("int8", layer=1), replace(rounded_map("int8"), **change)).write(tmp_path / "plan.yaml")
+    with pytest.raises(PlanError, match=f"plan.yaml: map 2 of the key 'rounded', .*{message}"):
+        avss_dist.evaluate((str(tmp_path / "plan.yaml"),), tasks=(TASK,), warehouse=tmp_path / "w")

@@ -1,8 +1,10 @@
-"""Sparsity plans: exact thresholds from counts, evaluated beside the dense model; what is refused."""
+"""Sparsity plans: exact thresholds from counts, what they are chosen by, evaluated beside the dense model; refusals."""
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,33 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.causal_lm import open_whole
+from support.causal_lm import open_whole, random_shard
 from support.checkpoints import llama
-from support.command_line import avss, mistake, succeed
+from support.command_line import as_words, avss, mistake, succeed
+from support.experiments import cell_times
+from support.families import lively, tiny_model
 from support.tiers import nightly
 
-from avss_dist import evaluate
+from avss_dist import evaluate, sparsify
 from avss_dist.analysis.sparsity_plans import MeasuredMaps
+from avss_dist.core.errors import ConfigError, ModelError
+from avss_dist.core.intervention import NO_INTERVENTION, Intervention, MapSparsity, Sparsity
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.map_plans.plans import SparsityPlan
+from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
+from avss_dist.partition.replica import Placement
+from avss_dist.partition.streaming.replica import StreamingReplica
 from avss_dist.pruning.plan import read_checked_plan
 from avss_dist.pruning.selection import PlanError
 from avss_dist.runs.api import score
+from avss_dist.tasks.block_search import GreedyBlock, Spectra, hill_exponent
+from avss_dist.tasks.cells import Cell, measure_cell
+from avss_dist.tasks.map_damage import MapDamage
+from avss_dist.tasks.task import Row
+from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 
 TEXT = "builtin:pydoc"
@@ -166,8 +180,6 @@ def test_a_run_that_did_not_measure_the_inputs_says_which_command_does(tiny_llam
 
 
 def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: Any, tmp_path: Path) -> None:
-    from support.families import lively, tiny_model
-
     folder = save_checkpoint(lively(tiny_model("causal", "mixtral")), tmp_path / "mixtral")
     run = score(folder, corpus=TEXT, warehouse=tmp_path / "w", sites=("inputs",), **SMALL)
     warehouse = Warehouse(tmp_path / "w")
@@ -177,3 +189,260 @@ def test_a_family_whose_experts_are_fused_keeps_its_mlp_dense(save_checkpoint: A
     assert {one.site for one in MeasuredMaps.of_run(warehouse, row).maps} == {"query_input", "output_input"}
     result = avss("sparsify", 0.5, "-w", tmp_path / "w", "-o", tmp_path / "sparse.yaml")
     assert "The MLP of 3 of 3 layers stays dense: its maps are fused." in result.stdout
+
+
+# What sparsities are chosen by: damage, greedy paths, plans of every method
+
+
+FEW = {"max_sequences": 2, "sequence_length": 32, "batch_size": 2, "sequences_per_shard": 2, "device": "cpu"}
+
+
+def split(given: dict[int, torch.Tensor], number: int, _module: object, args: tuple[torch.Tensor]) -> Any:
+    """Have the gradient of what goes through one map alone."""
+    given[number] = args[0].detach().clone().requires_grad_()
+    return (args[0] + given[number] - given[number].detach(),)
+
+
+def test_damage_is_that_of_autograd(model: LanguageModel) -> None:
+    shard = random_shard()
+    keys = [(0, "self_attn.k_proj"), (1, "mlp.up_proj"), (2, "mlp.down_proj")]
+    edges = (0.05, 0.4, 1.0)
+    found = {
+        (row.metric, row.layer): row.samples
+        for row in MapDamage(shard=shard, thresholds=dict.fromkeys(keys, edges), seed=4)(model)
+    }
+    first, second = np.zeros((3, 3)), np.zeros((3, 3))
+    for batch in shard.batches(1):
+        given: dict[int, torch.Tensor] = {}
+        handles = []
+        for number, (layer, path) in enumerate(keys):
+            hook = partial(split, given, number)
+            handles.append(model.layers[layer].module.get_submodule(path).register_forward_pre_hook(hook))
+        hidden = model.hidden_states(batch)
+        seeds = model.loss_gradients(hidden.detach(), batch, 2, 4)
+        for number, seed in enumerate(seeds):
+            gradients = torch.autograd.grad(hidden, [given[i] for i in range(3)], seed, retain_graph=True)
+            for i, gradient in enumerate(gradients):
+                for k, edge in enumerate(edges):
+                    change = -(gradient * given[i] * (given[i].abs() <= edge))[0].sum(dim=-1).double()
+                    if number == 0:
+                        first[i, k] += float(change.sum().detach())
+                    else:
+                        second[i, k] += float(change.square().sum().detach()) / 4
+        for handle in handles:
+            handle.remove()
+    for i, (layer, path) in enumerate(keys):
+        assert found[f"first_order:{path}", layer] == pytest.approx(first[i], rel=1e-3, abs=1e-6)
+        assert found[f"second_order:{path}", layer] == pytest.approx(second[i], rel=1e-3)
+
+
+def test_greedy_takes_the_step_that_changes_the_block_least(model: LanguageModel) -> None:
+    shard = random_shard(rows=2)
+    names = ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    thresholds = {"self_attn.o_proj": (0.1, 0.3), "mlp.gate_proj": (0.3, 0.8), "mlp.down_proj": (0.2, 0.6)}
+    measure = GreedyBlock(layer=1, shards=(shard,), thresholds=thresholds, steps=dict.fromkeys(names, 0.4),
+                          sizes=dict.fromkeys(names, 1))  # fmt: skip
+    found = {row.metric: row.samples for row in measure(model)}
+    batch = next(iter(shard.batches(2)))
+    ids = torch.from_numpy(batch.input_ids).long()
+
+    def output(cuts: dict[str, float]) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        layer = model.layers[1].module
+        handles = [
+            layer.register_forward_hook(
+                lambda _m, _a, out: kept.append(out if isinstance(out, torch.Tensor) else out[0])
+            )
+        ]
+        for name, edge in cuts.items():
+            hook = lambda _m, args, edge=edge: (args[0].where(args[0].abs() > edge, 0.0),)  # noqa: E731
+            handles.append(layer.get_submodule(name).register_forward_pre_hook(hook))
+        with torch.no_grad():
+            model.module(input_ids=ids)
+        for handle in handles:
+            handle.remove()
+        return kept[0][:, 18:].double()
+
+    taken = dict.fromkeys(names, 0)
+    dense = output({})
+    for round_ in range(1, len(found["greedy_error"])):
+        errors = {}
+        for name in names:
+            if taken[name] < 2:
+                trial = taken | {name: taken[name] + 1}
+                cuts = {one: thresholds[one][n - 1] for one, n in trial.items() if n}
+                errors[name] = float((output(cuts) - dense).norm())
+        best = min(errors, key=lambda name: errors[name])
+        taken[best] += 1
+        assert found["greedy_error"][round_] == pytest.approx(errors[best], rel=1e-4)
+        assert {name: found[f"greedy:{name}"][round_] for name in names} == pytest.approx(
+            {name: 0.4 * n for name, n in taken.items()}
+        )
+    assert sum(taken.values()) == 6  # 0.8 of all, and no step more below 1
+
+
+def test_spectra_are_those_of_the_weights(model: LanguageModel) -> None:
+    found = {row.metric: row.samples[0] for row in Spectra(1)(model)}
+    weight = model.layers[1].module.mlp.up_proj.weight.detach().double().numpy()
+    eigenvalues = np.linalg.eigvalsh(weight.T @ weight)
+    assert found["hill:mlp.up_proj"] == pytest.approx(hill_exponent(eigenvalues), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 3, 12, 13])
+def test_hills_estimate_is_of_the_larger_half_of_what_is_positive(n: int) -> None:
+    values = np.random.default_rng(n).pareto(1.5, n) + 1
+    tail = sorted(values)[-max(2, n // 2) :]
+    expected = pytest.approx(1 + len(tail) / sum(math.log(x / tail[0]) for x in tail), rel=1e-12)
+    assert hill_exponent(values) == hill_exponent([*values, *[0.0] * n, -1.0]) == expected
+    assert hill_exponent([3.0] * n) == math.inf
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    warehouse = tmp_path_factory.mktemp("scored")
+    score(tiny_llama, corpus=TEXT, warehouse=warehouse, sites=("inputs",), dtype="bfloat16", **FEW)
+    return warehouse
+
+
+@pytest.mark.parametrize("method", ["loss", "teal", "acttail"])
+def test_every_method_meets_the_budget(measured: Path, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "sparse.yaml"
+    options = {**FEW, "warehouse": measured, "method": method}
+    succeed("sparsify", 0.6, *as_words(options), "-o", out)
+    made = read_checked_plan(SparsityPlan, out)
+    assert made.sparsity == pytest.approx(0.6, abs=0.03)
+    assert len({round(one.sparsity, 3) for one in made.projections}) > 3
+    assert made.why["by"] == method and str(made.why["evaluation"]).startswith("tiny-llama-")
+    times = cell_times(measured)
+    assert sparsify(0.3, **options).sparsity == pytest.approx(0.3, abs=0.03)
+    assert cell_times(measured) == times  # another target measures nothing
+
+
+@pytest.mark.parametrize("method", ["loss", *nightly("teal", "acttail")])
+def test_streaming_makes_the_same_plan(measured: Path, method: str) -> None:
+    options = {**FEW, "warehouse": measured, "method": method, "fresh": True}
+    plans = [sparsify(0.6, partition=partition, **options) for partition in ("single", "streaming")]
+    assert plans[0] == plans[1]
+
+
+def test_a_partition_without_whole_weights_is_refused(measured: Path) -> None:
+    with pytest.raises(ConfigError, match="`partition` zero3 has a part of each weight, and loss needs it whole"):
+        sparsify(0.5, warehouse=scored, method="loss", partition="zero3", executor="ray")
+
+
+# The sparse forward: what maps read, at which tokens, what is counted; the same on partitions; no trace
+
+
+RULES = ("all", "last-half")
+
+
+def cuts_of(model: LanguageModel, **how: Any) -> tuple[MapSparsity, ...]:
+    """The same cut of every linear map."""
+    how = {"by": "threshold", "value": 0.4} | how
+    return tuple(
+        MapSparsity(layer=layer.index, path=one.path, outputs=one.outputs, inputs=one.inputs, **how)
+        for layer in model.layers
+        for one in layer.projections
+    )
+
+
+def cell(model: LanguageModel, sparsity: Sparsity | None, drop: tuple[int, ...] = ()) -> Cell:
+    measure = TextLoss(random_shard())
+    settings = model.settings
+    return Cell(run_id="r", checkpoint=model.checkpoint, settings=settings, task="t", part=0, measure=measure,
+                intervention=Intervention(removed=drop, sparsity=sparsity))  # fmt: skip
+
+
+def plainly(model: LanguageModel, keeps: Any, rule: str, drop: tuple[int, ...] = ()) -> tuple[list[float], float]:
+    """Losses of every row alone, without padding, with inputs of maps replaced by a test's own hooks; zeros counted."""
+    shard, losses, zeros = random_shard(), [], 0
+    for row, length in enumerate(shard.lengths):
+        tokens = int(length)
+        sparse = torch.zeros(tokens, dtype=torch.bool)
+        sparse[{"all": 0, "last-half": tokens // 2}[rule] :] = True
+
+        def replace(module: Any, args: Any, sparse: torch.Tensor = sparse) -> Any:
+            nonlocal zeros
+            gone = ~keeps(module, args[0]) & sparse[:, None]
+            zeros += int(gone.sum())
+            return (args[0].masked_fill(gone, 0.0),)
+
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(model.without(drop))
+            for layer in model.layers:
+                for name, module in layer.module.named_modules():
+                    if name.endswith("_proj"):
+                        stack.callback(module.register_forward_pre_hook(replace).remove)
+            ids = torch.from_numpy(shard.input_ids[row : row + 1, :tokens]).long()
+            losses.append(float(model.module(input_ids=ids, labels=ids).loss) * (tokens - 1))
+    return losses, zeros
+
+
+def by_metric(rows: list[Row]) -> dict[Any, Row]:
+    return {(row.metric, row.layer): row for row in rows}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("drop", [(), (1,)])
+def test_small_inputs_are_zero_at_the_tokens_of_a_rule(model: LanguageModel, rule: str, drop: tuple[int, ...]) -> None:
+    before = model.losses_under(list(random_shard().batches(2)), [NO_INTERVENTION])[0]
+    found = by_metric(list(measure_cell(model, cell(model, Sparsity(maps=cuts_of(model), rule=rule), drop)).rows))
+    losses, zeros = plainly(model, lambda _module, x: x.abs() > 0.4, rule, drop)
+    assert found["loss", None].samples == pytest.approx(losses, rel=1e-4)
+    realized = [row for (metric, _), row in found.items() if metric.startswith("realized:")]
+    assert sum(row.samples[0] for row in realized) == zeros
+    assert zeros and len(realized) == 7 * (3 - len(drop))
+    saved = found["sparsity", None]
+    assert 0 < saved.samples[0] < saved.weights[0]
+    assert np.array_equal(model.losses_under(list(random_shard().batches(2)), [NO_INTERVENTION])[0], before)
+    assert not model.module._forward_pre_hooks
+
+
+def test_the_largest_of_a_token_stay(model: LanguageModel) -> None:
+    def top(module: Any, x: torch.Tensor, weighted: bool = False) -> torch.Tensor:
+        number = x.shape[-1] - int(0.3 * x.shape[-1])
+        sizes = x.abs() * (module.weight.norm(dim=0) if weighted else 1)
+        return sizes >= sizes.sort(dim=-1, descending=True).values[..., number - 1 : number]
+
+    for how, keeps in (
+        ({"by": "top_k", "value": 0.3}, top),
+        ({"by": "top_k", "value": 0.3, "weighted": True}, lambda m, x: top(m, x, weighted=True)),
+    ):
+        sparsity = Sparsity(maps=cuts_of(model, **how), rule="all")
+        found = by_metric(list(measure_cell(model, cell(model, sparsity)).rows))
+        losses, zeros = plainly(model, keeps, "all")
+        assert found["loss", None].samples == pytest.approx(losses, rel=2e-3), how  # near ties
+        counted = sum(row.samples[0] for (name, _), row in found.items() if name.startswith("realized:"))
+        assert counted == pytest.approx(zeros, rel=2e-3), how
+
+
+def test_streaming_computes_the_same(model: LanguageModel, tiny_llama: Path) -> None:
+    replica = StreamingReplica(
+        resolve(str(tiny_llama)), Settings(**SMALL | {"batch_size": 2, "dtype": "float32"}), Placement(), head=True
+    )
+    try:
+        streamed = replica.language_model
+        assert streamed is not None
+        for how in ({}, {"by": "top_k", "value": 0.5, "weighted": True}):
+            sparsity = Sparsity(maps=cuts_of(model, **how), rule="last-half")
+            rows, wanted = (measure_cell(one, cell(one, sparsity, (1,))).rows for one in (streamed, model))
+            assert [(r.metric, r.layer) for r in rows] == [(r.metric, r.layer) for r in wanted]
+            assert all(np.array_equal(a.samples, b.samples) for a, b in zip(rows, wanted, strict=True))
+    finally:
+        replica.close()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layer": 7}, "There is no layer 7: the model has 3, from 0."),
+        ({"path": "mlp.w1"}, "Layer 0 has no linear map 'mlp.w1'"),
+        ({"inputs": 64}, "'self_attn.q_proj' of layer 0 is 32 x 32, not 32 x 64."),
+    ],
+)
+def test_a_plan_for_another_model_is_refused(model: LanguageModel, changed: dict[str, Any], message: str) -> None:
+    one = {"layer": 0, "path": "self_attn.q_proj", "outputs": 32, "inputs": 32, "by": "threshold", "value": 0.1}
+    with pytest.raises(ModelError, match=message), model.sparsified(
+        Sparsity(maps=(MapSparsity(**one | changed),), rule="all")
+    ):  # fmt: skip
+        pass
