@@ -132,8 +132,8 @@ def test_what_cannot_be_planned_is_refused_with_the_reason(
 ) -> None:
     out = tmp_path / "sparse.yaml"
     for options, message in (
-        ([1], "target must be less than 1, not 1."),
-        ([0], "target must be greater than 0, not 0."),
+        ([1], "SHARE must be less than 1, not 1."),
+        ([0], "SHARE must be greater than 0, not 0."),
     ):
         result = avss("sparsify", *options, "-w", scored, "-o", out)
         assert result.exit_code != 0 and message in " ".join(result.stderr.split()), result.stderr
@@ -327,7 +327,7 @@ def test_streaming_makes_the_same_plan(measured: Path, method: str) -> None:
 
 def test_a_partition_without_whole_weights_is_refused(measured: Path) -> None:
     with pytest.raises(ConfigError, match="`partition` zero3 has a part of each weight, and loss needs it whole"):
-        sparsify(0.5, warehouse=scored, method="loss", partition="zero3", executor="ray")
+        sparsify(0.5, warehouse=measured, method="loss", partition="zero3", executor="ray")
 
 
 # The sparse forward: what maps read, at which tokens, what is counted; the same on partitions; no trace
