@@ -102,7 +102,7 @@ RANKS = (2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PartitionEstimate:
     """Estimated memory of a replica with one partition.
 
     Attributes:
@@ -148,7 +148,7 @@ class Estimate(TabularResult):
     device: str
     device_bytes: int
     host_bytes: int
-    rows: tuple[Row, ...]
+    rows: tuple[PartitionEstimate, ...]
     auto: str
     auto_why: str
     quantized: bool
@@ -214,7 +214,7 @@ def _row(
     settings: Settings,
     devices: Devices,
     request: EstimateRequest,
-) -> Row:
+) -> PartitionEstimate:
     """Return the row of a partition. A gang has the requested ranks, or as few as have room for their parts."""
     kind: type[PartitionMemory] = replica_class(partition).memory
     numbers: tuple[int, ...] = (1,)
@@ -234,7 +234,7 @@ def _row(
     if memory.gpus > devices.count:
         lacks.append(f"{memory.gpus} GPUs are needed, {devices.count} are here")
     unpacked = [f"weights are unpacked to {size.dtype}"] if memory.size.quantized != size.quantized else []
-    return Row(
+    return PartitionEstimate(
         partition=partition,
         ranks=ranks,
         gpus=memory.gpus,

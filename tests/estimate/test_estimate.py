@@ -23,7 +23,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_seconds
-from avss_dist.estimation.estimate import Estimate, Row, _row, estimate
+from avss_dist.estimation.estimate import Estimate, PartitionEstimate, _row, estimate
 from avss_dist.models.size import footprint
 from avss_dist.partition.choose import choose, least_host_bytes
 from avss_dist.partition.memory import PROCESS_BYTES, batch_bytes
@@ -61,7 +61,7 @@ def guess(header_only: Path) -> Estimate:
     return estimated(header_only)
 
 
-def rows(folder: Path, devices: Devices, ranks: int | None = None, **changes: Any) -> dict[str, Row]:
+def rows(folder: Path, devices: Devices, ranks: int | None = None, **changes: Any) -> dict[str, PartitionEstimate]:
     """Rows of a model on devices; changes are of its size, or limits of memory."""
     limits = changes.pop("max_memory", {})
     settings = replace(SETTINGS, dtype="float32", device=devices.kind)

@@ -20,7 +20,7 @@ from avss_dist.api.change import estimate
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.registry import PARTITIONS
 from avss_dist.core.settings import Execution, Settings
-from avss_dist.estimation.estimate import Estimate, Row
+from avss_dist.estimation.estimate import Estimate, PartitionEstimate
 from avss_dist.models.checkpoints import locate
 from avss_dist.models.size import footprint
 from avss_dist.partition.choose import choose
@@ -49,7 +49,7 @@ def estimated(model: str, nodes: int = 1, **options: Any) -> Estimate:
         return estimate(str(PUBLISHED / model), **options)
 
 
-def rows(model: str, nodes: int = 1) -> dict[str, Row]:
+def rows(model: str, nodes: int = 1) -> dict[str, PartitionEstimate]:
     return {row.partition: row for row in paper(model, nodes).rows}
 
 
