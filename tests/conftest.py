@@ -37,12 +37,12 @@ os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (at Ray's 15, workers wait while other tests compute)
 
 LONGEST = (  # files, the longest first: in processes that take one after the other, none is left alone with one
-    *("executors/test_ray", "partition/test_partitions", "executors/test_gangs", "executors/test_elastic"),
-    *("runs/test_submit", "report/test_report_browser", "cluster/test_cluster_local", "distillation/test_resume"),
+    *("executors/test_ray", "executors/test_gangs"),
+    *("runs/test_submit", "cluster/test_manifests", "report/test_report_browser", "distillation/test_resume"),
     *("test_benchmarks", "warehouse/test_s3", "distillation/test_ranks", "docs/test_commands", "cli/test_cli"),
     *("estimate/test_estimate", "evaluation/test_shrink", "executors/test_liveness"),
     *("pruning/test_repair", "partition/test_language_models", "partition/test_streaming", "cli/test_errors"),
-    *("evaluation/test_repairs", "warehouse/test_compaction", "cluster/test_manifests"),
+    *("evaluation/test_repairs", "warehouse/test_compaction"),
     *("evaluation/test_ablation", "models/test_families", "cli/test_streams"),
 )
 

@@ -1,7 +1,7 @@
 """A real Ray cluster on this machine: the same bytes as in one process, whatever dies on the way.
 
 Tests of the default tier take 5 to 10 seconds each where workers start anew; the first one waits 15 to 30 seconds for
-the cluster. `test_pool` has the same faults on a simulated cluster.
+the cluster. `test_pool` has the same faults on a simulated cluster, and `test_gangs` has partitions without Ray.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +24,29 @@ from typing import Any
 
 import pytest
 import ray
+from ray.util import placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from support.causal_lm import SMALL, random_shard
 from support.commands import Command
+from support.noting import noting
 from support.processes import Harming, ray_processes, wait_until
-from support.ray_cluster import TWENTY_SHARDS, Cluster
-from support.tables import assert_same_tables, measured_files
+from support.ray_cluster import NODES, TWENTY_SHARDS, Cluster
+from support.tables import assert_same_evaluations, assert_same_tables, measured_files
 
 import avss_dist
-from avss_dist.core.errors import RunFailed
+from avss_dist import ablate, evaluate
+from avss_dist.core.errors import ConfigError, RunFailed
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.interface import Executor
 from avss_dist.executors.local import LocalExecutor, open_executor
 from avss_dist.executors.ray import cluster, gang, queue
 from avss_dist.executors.ray.executor import RayExecutor
+from avss_dist.executors.ray.heartbeats import HeartbeatMonitor
 from avss_dist.executors.ray.worker import ShardAssignment, Worker
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import resolve
+from avss_dist.partition.replica import Placement
 from avss_dist.runs import run as partials
 from avss_dist.runs.events import RunEvent, ShardMeasured
 from avss_dist.runs.job_file import RunSpec
@@ -49,6 +57,8 @@ from avss_dist.tasks.task import Row
 from avss_dist.tasks.text_loss import TextLoss
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Receipt, Store, shared
+
+ARGUMENTS = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
 
 
 def score(model: Path, out: Path, **changes: Any) -> avss_dist.Run:
@@ -128,9 +138,8 @@ def test_cells_give_what_one_process_gives_whoever_is_lost(tiny_llama: Path, tmp
 
 def test_a_stopped_driver_is_resumed(shared_ray: Cluster, tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The partials are kept, the same command finishes what is missing; `test_liveness` presses Ctrl-C."""
-    arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
     place = ("-w", tmp_path, "--address", shared_ray.address, "--replicas", 2)
-    driver = Command("score", tiny_llama, "--corpus", "builtin:pydoc", *place, *arguments)
+    driver = Command("score", tiny_llama, "--corpus", "builtin:pydoc", *place, *ARGUMENTS)
     partials = tmp_path / "shard_stats"
     wait_until(lambda: len(list(partials.rglob("*.parquet"))) >= 1 or not driver.running())
     driver.send(signal.SIGTERM)
@@ -177,8 +186,7 @@ def test_a_warehouse_that_workers_do_not_see_is_written_by_the_driver(
     """The folder is a file system that the driver alone has; the workers live outside, and the run's notes say so."""
     folder = tmp_path / "warehouse"
     folder.mkdir()
-    arguments = ["--max-sequences", "160", "--sequence-length", "64", "--batch-size", "2", "--sequences-per-shard", "8"]
-    command = [sys.executable, "-m", "avss_dist", "score", str(tiny_llama), "--corpus", "builtin:pydoc", *arguments]
+    command = [sys.executable, "-m", "avss_dist", "score", str(tiny_llama), "--corpus", "builtin:pydoc", *ARGUMENTS]
     command += ["-w", str(folder), "--partition", "single", "--address", ray.get_runtime_context().gcs_address]
     inside = f"mount -t tmpfs none {folder} && {shlex.join(command)} && cp -r {folder} {tmp_path}/copy"
     subprocess.run(["unshare", "--mount", "sh", "-c", inside], check=True)
@@ -278,3 +286,201 @@ def test_a_run_ends_with_its_cluster_and_says_so(
     run = score(tiny_llama, tmp_path, executor="local")
     assert run.status == "done" and run.resumed_shards >= 1
     assert_same_tables(tmp_path, undisturbed)
+
+
+@pytest.fixture
+def three_nodes(ray_cluster: Cluster) -> Cluster:
+    """Three nodes, whatever the last test has left."""
+    draining = ray_cluster.draining()
+    for i, node in enumerate(ray_cluster.nodes):
+        if i >= NODES or node.node_id in draining:
+            ray_cluster.kill_node(node)
+    ray_cluster.restore()
+    return ray_cluster
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For notes; no worker is helped because it is late."""
+    monkeypatch.setattr(queue, "LATE_SECONDS", 3600.0)
+    (tmp_path / "notes").mkdir()
+    return tmp_path / "notes"
+
+
+def monitor_on(node: Any) -> Any:
+    """A raylet that has not heard of the node yet would start it elsewhere."""
+    there = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": there}
+    actor: Any = ray.remote(HeartbeatMonitor)
+    while True:
+        monitor = actor.options(**options).remote()
+        ray.get(monitor.signs.remote())
+        if ray._private.state.actors(monitor._actor_id.hex())["Address"]["NodeID"] == node.node_id:
+            return monitor
+        ray.kill(monitor)
+
+
+@pytest.mark.nightly
+def test_the_monitor_leaves_a_node_that_drains(three_nodes: Cluster) -> None:
+    ray.init(address=three_nodes.address, log_to_driver=False)
+    try:
+        leaving = three_nodes.nodes[1]
+        connection = cluster.RayCluster(monitor_on(leaving))
+        three_nodes.drain(leaving)
+        assert three_nodes.draining() == {leaving.node_id}
+        connection.leave(three_nodes.draining())
+        wait_until(lambda: not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == leaving.node_id))
+        wait_until(lambda: connection.signs() is not None)
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.nightly
+def test_three_nodes_grow_to_five_and_lose_two_in_one_run(
+    three_nodes: Cluster,
+    folder: Path,
+    tiny_llama: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two replicas join in mid-run, and two are lost without notice: only the shards that they had are done again.
+
+    A line for each lost node says which, on standard error and among the notes of the run.
+    """
+    lost: list[str] = []
+    with noting(folder, {8: "grown", 13: "shrunk"}) as notes:
+
+        def happens() -> None:
+            wait_until(lambda: len(notes.shards) >= 3)
+            for _ in range(2):
+                three_nodes.grow()
+            wait_until(lambda: len({note.node for note in notes.shards}) == 5)
+            notes.open("grown")
+            wait_until(lambda: len(notes.shards) == 18)  # 13 are done, five wait
+            for node in three_nodes.nodes[1:3]:
+                lost.append(node.node_id)
+                three_nodes.kill_node(node)
+            notes.open("shrunk")
+
+        meanwhile = threading.Thread(target=happens, daemon=True)
+        meanwhile.start()
+        run = score(tiny_llama, tmp_path / "w", executor="ray", address=three_nodes.address, replicas="2..5")
+        meanwhile.join()
+    assert (run.status, run.resumed_shards) == ("done", 0)
+    assert_same_tables(tmp_path / "w", undisturbed)
+    begun = Counter(note.what for note in notes.shards)
+    in_flight = {note.what for note in notes.shards if note.node in lost and int(note.what) >= 13}
+    assert len(in_flight) == 2 and len(begun) == 20
+    assert {shard for shard, times in begun.items() if times > 1} == in_flight
+    told = re.compile(r"he node [\d.]+ \((\w{8})\) was lost; shard (\d+) is measured again")
+    had = {note.node[:8]: note.what for note in notes.shards if note.node in lost and int(note.what) >= 13}
+    row = Warehouse(tmp_path / "w").run(run.run_id)
+    assert row is not None and dict(told.findall("\n".join(row["notes"]))) == had
+    assert dict(told.findall(capsys.readouterr().err)) == had
+
+
+@pytest.mark.nightly
+def test_work_goes_to_nodes_with_the_labels(
+    three_nodes: Cluster, folder: Path, tiny_llama: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Of one worker as of a group. What lacks is counted on these nodes alone."""
+    where: dict[str, Any] = {"executor": "ray", "address": three_nodes.address, "node_labels": ["zone=a"]}
+    labelled = {three_nodes.grow(zone="a").node_id, three_nodes.grow(zone="a").node_id}
+    for name, placement in (("one", {"replicas": 1}), ("group", {"partition": "zero3", "ranks": 2, "replicas": 1})):
+        with noting(folder, {}) as notes:
+            assert score(tiny_llama, tmp_path / name, **where, **placement).status == "done"
+        assert {note.node for note in notes.opens} <= labelled
+        assert len({note.node for note in notes.opens}) == placement.get("ranks", 1)
+        assert_same_tables(tmp_path / name, undisturbed)
+    with pytest.raises(ConfigError, match=r"No node .* `node_labels` zone=b\.\nLabels of its nodes: zone=a") as caught:
+        score(tiny_llama, tmp_path / "none", **{**where, "node_labels": ["zone=b"]})
+    assert caught.value.exit_code == 2
+    few = r"3 seconds\. A worker needs 1 CPUs; \d of 2 CPUs are free on nodes with zone=a"
+    with pytest.raises(RunFailed, match=few):
+        score(tiny_llama, tmp_path / "few", **where, replicas="3..3", placement_seconds=3)
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_a_zero3_gang_gives_the_same_bytes(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Twenty shards over three ranks: the end is uneven."""
+    score(tiny_llama, tmp_path, partition="zero3", ranks=3)
+    assert_same_tables(tmp_path, undisturbed)
+    assert Warehouse(tmp_path).runs()["partition"].to_pylist() == ["zero3"]
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("shared_ray")
+def test_a_gang_that_loses_ranks_is_replaced_as_one(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """One rank killed in mid-shard, another stopped, which is a hang: the run still ends, each shard counts once."""
+    harming = Harming({1: signal.SIGKILL, 3: signal.SIGSTOP})
+    run = score(tiny_llama, tmp_path, partition="fsdp", ranks=2, hang_seconds=12, on_event=harming)
+    assert (run.status, harming.arrived, len(harming.victims)) == ("done", 20, 2)
+    assert_same_tables(tmp_path, undisturbed)
+    wait_until(lambda: not any(victim.is_running() for victim in harming.victims))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("partition", ["fsdp", "tensor_parallel"])
+def test_ranks_evaluate(partition: str, shared_ray: Cluster, tiny_llama: Path, tmp_path: Path) -> None:
+    """The rows of `single`, and of ranks that split matrices values that are near."""
+    options = {**TWENTY_SHARDS, "max_sequences": 10, "sequence_length": 32}
+    for name, place in (
+        ("single", {"executor": "local"}),
+        ("ranks", {"address": shared_ray.address, "partition": partition, "ranks": 2}),
+    ):
+        given = {**options, **place, "warehouse": tmp_path / name}
+        evaluate([str(tiny_llama)], tasks=["perplexity:builtin:pydoc"], **given)
+        ablate(str(tiny_llama), corpus="builtin:pydoc", shapley=1, gradients=True, **given)
+    if partition == "fsdp":
+        assert_same_evaluations(tmp_path / "ranks", tmp_path / "single")
+        return
+    near, wanted = (
+        {
+            (row["task"], row["metric"], tuple(row["drop"]), row["layer"]): row["value"]
+            for row in Warehouse(tmp_path / name).table("evaluations").to_pylist()
+        }
+        for name in ("ranks", "single")
+    )
+    assert near.keys() == wanted.keys()
+    assert all(abs(near[k] - wanted[k]) <= 1e-4 * max(1.0, abs(wanted[k])) for k in near)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Sums the ranks' numbers, after an event of each."""
+
+    device: str = "cpu"
+
+    def run(self, heartbeat: Callable[[], None], on_event: Callable[[Any], None]) -> Any:
+        import torch
+        from torch import distributed
+
+        rank = distributed.get_rank()
+        heartbeat()
+        on_event(f"rank {rank} begins")
+        number = torch.tensor([float(10 + rank)])
+        distributed.all_reduce(number)
+        on_event(number.item())
+        return rank, number.item()
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("warm_workers", "this_module_travels")
+def test_ranks_on_a_real_cluster() -> None:
+    """The first rank is heard. Ranks that divide a shard are kept on one node that has room, and none is left."""
+    events: list[Any] = []
+    with closing(RayExecutor(Execution(placement_seconds=8.0), Settings(device="cpu"))) as executor:
+        assert executor.run_ranks(Sum(), 2, threads=1, on_event=events.append) == (0, 21.0)
+        assert events == ["rank 0 begins", 21.0]
+        with pytest.raises(RunFailed, match=r"not placed in 8 seconds.*needs 50 workers of 1 CPUs"):
+            executor.run_ranks(Sum(), 50, threads=1, on_event=events.append)
+        for partition, threads, strategy in (
+            ("tensor_parallel", 1, "STRICT_PACK"),
+            ("tensor_parallel", 2048, "PACK"),
+            ("fsdp", 1, "PACK"),
+        ):
+            gang = executor._new_gang(Placement(partition=partition, ranks=2), threads=threads)
+            assert placement_group_table(gang._group)["strategy"] == strategy
+            gang.stop()
+        wait_until(lambda: not ray_processes())
