@@ -1,9 +1,11 @@
-"""Jobs on a real Ray cluster with token authentication. `test_job_server` has the requests and refusals."""
+"""Jobs of many checkpoints on real Ray clusters, with token authentication; `test_job_server` has the refusals."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,7 +15,8 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import pytest
-from support.checkpoints import llama
+import ray
+from support.checkpoints import llama, one_thread
 from support.processes import ray_processes, wait_until
 from support.ray_cluster import Cluster as RayCluster
 from support.s3_server import Server
@@ -21,14 +24,15 @@ from support.tables import assert_same_tables
 from support.warm_workers import own_workers, ray_start_environment
 
 import avss_dist
+from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.runs.api import run_job
+from avss_dist.runs.events import RunEnded, RunEvent, RunReading
 from avss_dist.runs.job_file import read_job
+from avss_dist.system.devices import devices_here
 from avss_dist.warehouse.reader import Warehouse
 
-pytestmark = pytest.mark.nightly
-
 LOCAL_CLUSTER = Path(__file__).parents[2] / "cluster" / "local.sh"
-SETTINGS = {"max_sequences": 24, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
+SETTINGS = {"max_sequences": 48, "sequence_length": 64, "batch_size": 2, "sequences_per_shard": 8}
 Avss = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -100,12 +104,19 @@ def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
         assert part in done.stderr
 
 
+def assert_same_as_alone(folder: Path, models: list[Path], corpus: str = "builtin:pydoc") -> None:
+    """Compare the tables of a job with what `avss score` makes of each model, one after the other in one process."""
+    with one_thread():
+        for model in models:
+            avss_dist.score(model, corpus=corpus, warehouse=folder / "alone", executor="local", **SETTINGS)
+    assert_same_tables(folder / "w", folder / "alone")
+
+
+@pytest.mark.nightly
 def test_a_submitted_job_gives_the_tables_of_one_by_one(
     cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text beside the working directory travels with it. A model that does not exist fails alone."""
-    import torch
-
     text = tmp_path / "mine.txt"
     text.write_text("In the beginning was the word, and the word was with the tokenizer. " * 200)
     (tmp_path / "here").mkdir()
@@ -115,12 +126,7 @@ def test_a_submitted_job_gives_the_tables_of_one_by_one(
     assert done.returncode == 1, done.stderr
     assert "3 runs: 2 done, 1 failed." in done.stdout and "There is no folder '/absent'" in done.stdout
     assert re.search(r"\d of 3 runs: .*step-1 done", done.stdout)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for model in models:
-        avss_dist.score(model, corpus=str(text), warehouse=tmp_path / "alone", executor="local", **SETTINGS)
-    torch.set_num_threads(threads)
-    assert_same_tables(tmp_path / "w", tmp_path / "alone")
+    assert_same_as_alone(tmp_path, models, str(text))
     assert {row["status"] for row in Warehouse(tmp_path / "w").runs().to_pylist()} == {"done", "failed"}
 
     job = job_file(tmp_path, models, corpus="../mine.txt")
@@ -138,11 +144,12 @@ def test_a_submitted_job_gives_the_tables_of_one_by_one(
     refused(run_avss("jobs", "stop", "avss-expired-000000", env=cluster), "has no job 'avss-expired-000000'")
 
 
+@pytest.mark.nightly
 def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
     cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
 ) -> None:
     job = job_file(tmp_path, models[:1])
-    text = (tmp_path / job).read_text().replace("max_sequences: 24", "max_sequences: 320")
+    text = (tmp_path / job).read_text().replace("max_sequences: 48", "max_sequences: 320")
     (tmp_path / job).write_text(text.replace("sequences_per_shard: 8", "sequences_per_shard: 2"))
     job_id = run_avss("jobs", "submit", job, env=cluster).stdout.strip()
     partials = tmp_path / "w" / "shard_stats"
@@ -160,6 +167,7 @@ def test_a_job_is_stopped_and_goes_on_when_it_is_submitted_again(
     assert (run.status, run.num_shards, run.resumed_shards) == ("done", 160, kept)
 
 
+@pytest.mark.nightly
 def test_a_job_tells_no_key_and_no_token(
     cluster: dict[str, str], server: Server, models: list[Path], run_avss: Avss, tmp_path: Path
 ) -> None:
@@ -187,6 +195,7 @@ def test_a_job_tells_no_key_and_no_token(
         assert not any(secret in text for text in told), secret
 
 
+@pytest.mark.nightly
 def test_workers_without_the_package_are_told_of(
     models: list[Path], run_avss: Avss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,3 +218,40 @@ def test_workers_without_the_package_are_told_of(
         refused(done, "The cluster's workers cannot import avss_dist", "Install this version in the image")
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def whole_machine(warm_workers: None) -> Iterator[None]:
+    """One private Ray whose CPUs one replica can fill."""
+    cpus = devices_here("cpu").cpus
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("whole_machine")
+def test_a_sweep_gives_the_tables_of_one_by_one_with_two_processes(
+    models: list[Path], tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that does not exist and one that cannot be opened are recorded; the workers outlive them."""
+    broken = shutil.copytree(models[0], tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-400])
+    hired: list[Any] = []
+    hire = RayExecutor._new_gang
+    monkeypatch.setattr(RayExecutor, "_new_gang", lambda *args: hired.append(args) or hire(*args))
+    events: list[RunEvent] = []
+    every = [models[0], tmp_path / "absent", models[1], broken, tiny_bert]
+    runs = run_job(read_job(job_file(tmp_path, every)), on_event=events.append, executor="ray", replicas=2)
+    assert [run.status for run in runs] == ["done", "failed", "done", "failed", "done"]
+    assert [run.model for run in runs] == [str(model) for model in every]
+    assert_same_as_alone(tmp_path, [*models, tiny_bert])
+    assert len(hired) == 2
+    failed = Warehouse(tmp_path / "w").sql("SELECT model, error FROM runs WHERE status = 'failed'").to_pylist()
+    errors = {Path(row["model"]).name: row["error"] for row in failed}
+    assert "There is no folder" in errors["absent"] and "are damaged" in errors["broken"]
+    order = [(type(event), event.name) for event in events if isinstance(event, (RunReading, RunEnded))]
+    assert order.index((RunReading, str(models[1]))) < order.index((RunEnded, str(models[0])))
+    again = run_job(read_job(job_file(tmp_path, models)), executor="ray", replicas=2)
+    assert [run.status for run in again] == ["skipped"] * 2
