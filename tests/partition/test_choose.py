@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from support.devices import devices_of
+from support.planning import llama_like
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_bytes, parse_bytes
 from avss_dist.models.checkpoints import resolve
-from avss_dist.models.size import Footprint
 from avss_dist.partition.autotp import UNSUPPORTED
 from avss_dist.partition.choose import (
     PROCESS_BYTES,
@@ -32,28 +32,6 @@ from avss_dist.system.devices import Devices, devices_here
 
 GB = 10**9
 SETTINGS = Settings()
-
-
-def llama_like(billions: float, layers: int = 32, hidden: int = 4096) -> Footprint:
-    """A bfloat16 decoder of so many parameters."""
-    parameters = int(billions * 1e9)
-    layer = int(parameters * 2 * 0.95) // layers
-    return Footprint(
-        num_parameters=parameters,
-        weight_bytes=parameters * 2,
-        layer_bytes=(layer,) * layers,
-        other_bytes=parameters * 2 - layer * layers,
-        module_bytes=((parameters * 2 - layer * layers) // 2, *(layer,) * layers),
-        num_layers=layers,
-        hidden_size=hidden,
-        dtype="bfloat16",
-        attention="sdpa",
-        num_heads=32,
-        attention_width=hidden,
-        attention_layers=layers,
-        matmul_parameters=int(parameters * 0.95),
-        mlp_width=4 * hidden,
-    )
 
 
 def cpus(memory: int) -> Devices:
@@ -129,6 +107,8 @@ def test_auto_counts_activations_replicas_and_limits() -> None:
     assert choose(size, SETTINGS, Execution(max_memory={"0": 10 * GB}), gpus(1, 80 * GB)).partition == "streaming"
     placement = choose(size, SETTINGS, Execution(max_memory={"0": 10 * GB, "1": 20 * GB}), gpus(4, 80 * GB))
     assert (placement.partition, placement.gpus) == ("device_map", 2)
+    placement = choose(size, SETTINGS, Execution(gpus_per_replica=4), gpus(8, 80 * GB))
+    assert (placement.partition, placement.gpus) == ("device_map", 4)
 
 
 def test_a_limit_covers_the_process_and_a_batch_as_well_as_weights() -> None:
@@ -202,11 +182,6 @@ def test_ranks_without_room_for_the_layer_that_they_gather_are_refused(partition
     assert choose(size, SETTINGS, execution, cpus(of_eight)).ranks == 32
     with pytest.raises(ConfigError, match="of host memory for each of 32 ranks"):
         choose(size, SETTINGS, execution, cpus(of_eight - 8))
-
-
-def test_gpus_of_a_replica_may_be_asked_for() -> None:
-    placement = choose(llama_like(8), SETTINGS, Execution(gpus_per_replica=4), gpus(8, 80 * GB))
-    assert (placement.partition, placement.gpus) == ("device_map", 4)
 
 
 def test_a_limit_of_a_gpu_covers_activations_too() -> None:

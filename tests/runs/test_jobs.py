@@ -147,6 +147,10 @@ RANKS = "ranks applies to fsdp, zero3, tensor_parallel and expert_parallel, not 
                 "4: absent.txt: no such file.",
             ],
         ),
+        (
+            GIVEN + "models:\n- a\n- {model: b, dtype: float32}\nexecution:\n  max_memory:\n    gpu0: 3GB\n",
+            ["8: max_memory"],  # once, though it is that of both runs
+        ),
         (GIVEN + "models: [{model: a, dtype: null}]\n", ["3: dtype must be a text, not nothing."]),
         (
             GIVEN + "models: [{model: a, skip_first_tokens: 300}]\nsettings: {sequence_length: 512, dtype: float}\n",

@@ -1,30 +1,48 @@
-"""The driver: every shard counts once, the same bytes however the work is done, nothing lost, golden scores."""
+"""The driver: every shard counts once, the same bytes however the work is done, nothing lost, golden scores.
+
+And its parts: the default size of shards, what stops and logs tell of several runs, and partials that are read back.
+"""
 
 from __future__ import annotations
 
+import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from support.planning import plan, run_spec
+from support.checkpoints import llama
+from support.planning import llama_like, plan, run_spec
 from support.tables import assert_same_tables, measured_files
+from support.warehouses import SCALES, activations, stats_of
 
 import avss_dist
 from avss_dist.analysis.chosen import choose_runs
-from avss_dist.core.errors import AvssError, ConfigError, RunFailed
+from avss_dist.core.errors import AvssError, ConfigError, RunFailed, StorageFull
 from avss_dist.core.settings import Settings
 from avss_dist.evaluation.events import ignore
 from avss_dist.executors import interface
 from avss_dist.executors.interface import Outcome, RunShards
 from avss_dist.executors.local import LocalExecutor
+from avss_dist.models.checkpoints import resolve
+from avss_dist.models.size import footprint
+from avss_dist.runs import events, planner
+from avss_dist.runs import run as partials
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import OnRunEvent, RunEvent, ShardMeasured
+from avss_dist.runs.planner import FEWEST_SHARDS, FLOPS_OF_A_GPU, FLOPS_OF_A_THREAD, MOST_SECONDS, rows_per_shard
+from avss_dist.runs.run import Run, ShardSummary, merge_partials
+from avss_dist.stats.layer_stats import ShardResult
+from avss_dist.stats.merging import Merged, merge_blocks
 from avss_dist.warehouse.reader import Warehouse
-from avss_dist.warehouse.store import Store
+from avss_dist.warehouse.schema import RunIdentity
+from avss_dist.warehouse.store import Store, shared
 
 SMALL: dict[str, Any] = {
     "corpus": "builtin:pydoc",
@@ -270,3 +288,228 @@ def test_pooled_scores_follow_the_formula(undisturbed: Path) -> None:
     ).to_pydict()
     np.testing.assert_allclose(rows["avss"], expected, rtol=1e-12)
     assert rows["rank"] == [1, 2, 3]
+
+
+OPTIONS: dict[str, Any] = {"corpus": "builtin:pydoc", "sequence_length": 64, "batch_size": 2, "partition": "single"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("length", [256, 2048])
+@pytest.mark.parametrize("billions", [0.1, 0.5, 1.5, 8, 70])
+def test_a_shard_is_about_a_minute_of_a_usual_device(billions: float, length: int, device: str) -> None:
+    """It is a batch if that is longer, and has hidden states of at most four GiB."""
+    settings, size = Settings(sequence_length=length, device=device), llama_like(billions)
+    rows = rows_per_shard(size, settings, 1 << 30)
+    speed = (FLOPS_OF_A_GPU if device == "cuda" else FLOPS_OF_A_THREAD)[2]
+    seconds = size.forward_flops(rows, length) / speed
+    assert rows / 8 in [2**k for k in range(20)]
+    assert seconds <= MOST_SECONDS or rows == 8
+    assert seconds > MOST_SECONDS / 2 or size.hidden_bytes(2 * rows, length) > 4 << 30
+    assert rows_per_shard(replace(size, dtype="float32"), settings, 1 << 30) in (rows // 16, rows // 8, rows // 2, 8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 8, 64])
+@pytest.mark.parametrize("num_sequences", [1, 5, 15, 16, 17, 63, 160, 1000, 4096, 100_000])
+def test_a_text_gives_enough_shards_for_intervals(num_sequences: int, batch_size: int) -> None:
+    for size in (None, llama_like(0.1), llama_like(70)):
+        rows = rows_per_shard(size, Settings(batch_size=batch_size, device="cpu"), num_sequences)
+        assert rows >= 1 and -(-num_sequences // rows) >= min(num_sequences, FEWEST_SHARDS)
+        assert rows < batch_size or rows % batch_size == 0
+        assert rows >= min(batch_size, num_sequences // FEWEST_SHARDS)
+
+
+def test_a_run_keeps_its_shards_however_it_is_made(tiny_llama: Path, tmp_path: Path) -> None:
+    """The partition does not matter, nor whether the size is given."""
+    options = {**OPTIONS, "max_sequences": 100}
+    planned = plan(tiny_llama, tmp_path, **options)
+    assert (planned.run.num_shards, planned.replica_spec.settings.sequences_per_shard) == (25, 4)
+    for changes in ({"partition": "streaming"}, {"sequences_per_shard": 4}, {"partition": "auto"}):
+        assert plan(tiny_llama, tmp_path, **{**options, **changes}).run.run_id == planned.run.run_id
+    other = plan(tiny_llama, tmp_path, **options, sequences_per_shard=32).run
+    assert other.num_shards == 4 and other.run_id != planned.run.run_id
+
+
+def test_models_of_one_tokenizer_share_the_tokens_and_not_the_shards(
+    tiny_llama: Path, save_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = save_checkpoint(llama(hidden_size=64, intermediate_size=512), tmp_path / "wide")
+    small = Settings(sequence_length=64, batch_size=2, device="cpu")
+    flops = footprint(resolve(str(tiny_llama)), small).forward_flops(9, 64)
+    monkeypatch.setattr(planner, "FLOPS_OF_A_THREAD", {4: flops / MOST_SECONDS})  # nine rows of the small model
+    read: list[str] = []
+    tokenize = planner.tokenize_corpus
+
+    def spy(source: str, *arguments: Any) -> Any:
+        read.append(source)
+        return tokenize(source, *arguments)
+
+    monkeypatch.setattr(planner, "tokenize_corpus", spy)
+    planning = planner.Planner(LocalExecutor(small), Store(tmp_path))
+    specs = [run_spec(model, **OPTIONS, max_sequences=320) for model in (tiny_llama, wide)]
+    assert [planning.prepare(spec).run.num_shards for spec in specs] == [40, 160] and read == ["builtin:pydoc"]
+
+
+@pytest.mark.parametrize(
+    ("specs", "note"),
+    [(1, "4 of 48 shards are kept"), (5, "3 of 5 runs are done and 4 of 48 shards of the runs in progress are kept")],
+)
+def test_a_stop_counts_all_runs(specs: int, note: str) -> None:
+    store: Any = SimpleNamespace(num_partials=lambda _: 4)
+    executor: Any = SimpleNamespace()
+    driver = Driver(store, executor, lambda _: None)
+    for _ in range(3 if specs > 1 else 0):
+        driver._end(*[SimpleNamespace(name="org/a")] * 2)  # type: ignore[arg-type]
+    driver._in_progress["shards"] = (None, SimpleNamespace(run=SimpleNamespace(run_id="a", num_shards=48)))  # type: ignore
+    stop = KeyboardInterrupt()
+    driver._add_note(stop, specs)
+    assert stop.__notes__ == [note]
+
+
+def test_no_run_begins_where_storage_is_full_and_what_comes_late_of_a_failed_run_is_left() -> None:
+    store: Any = SimpleNamespace(root="w", run=lambda _: None)
+    nothing: Any = SimpleNamespace()
+    driver, failure = Driver(store, nothing, lambda _: None), StorageFull("No space left on w.")
+    shards = RunShards(run_id="a", replica_spec=nothing, shards=[])
+    failing: Any = (SimpleNamespace(name="org/a"), SimpleNamespace(fail=lambda _: None))
+    driver._in_progress[shards] = failing
+    for outcome in (failure, None, failure):
+        driver._attempt(shards, partial(driver._keep, outcome))
+    driver._attempt(shards, driver._finish)
+    run = Run(run_id="b", model="org/b", warehouse="w", status="failed")
+    planner: Any = SimpleNamespace(prepare=lambda _: SimpleNamespace(run=run))
+    driver._planner = planner
+    following: Any = [SimpleNamespace(name="org/b")]
+    assert list(driver._plan_runs(following)) == []
+    (_, first), (_, second) = driver._ended
+    assert first is failure and isinstance(second, StorageFull)
+    assert (second.message, second.run_id) == ("Not begun: no space left on w.", "b")
+
+
+def test_the_log_of_runs_has_a_line_for_each_step_and_one_in_half_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, run = SimpleNamespace(now=100.0), Run(run_id="r", model="m", warehouse="w", status="done")
+    seen: list[events.RunEvent] = []
+    monkeypatch.setattr(events, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    placement: Any = SimpleNamespace(partition="single", why="it fits")
+    tell = events.both(seen.append, events.LogRuns())
+    with caplog.at_level("INFO", "avss_dist"):
+        for event in (events.RunReading("m"), events.RunRepeated("n", "m"), events.RunPlaced("m", placement)):
+            tell(event)
+        tell(events.RunStarted("m", 10, 1))
+        for clock.now, tokens in ((129.0, 2), (130.0, 3), (159.0, 1), (160.0, 1)):
+            tell(events.ShardMeasured("m", tokens))
+        tell(events.RunEnded("n", run))
+        tell(events.RunEnded("m", replace(run, status="failed", error="no memory")))
+    lines = ["m: reading", "n: the same model, text and settings as m; measured once.", "m: single; it fits"]
+    lines += ["m: 6 of 10 tokens", "m: 8 of 10 tokens", "n: done", "m: no memory"]
+    assert [record.getMessage() for record in caplog.records] == lines and len(seen) == 10
+
+
+RUN = RunIdentity(run_id="r", model="m", revision="main", family="llama")
+NUMBER = 5
+HASHES = {i: f"hash{i}" for i in range(NUMBER)}
+
+
+def layer_names(i: int) -> tuple[str, ...]:
+    return tuple(f"layers.{layer} of {i}" for layer in range(len(SCALES)))
+
+
+def shard(i: int) -> ShardResult:
+    model = {"family": "llama", "notes": [f"note {i // 2}"], "last": i}
+    return ShardResult(
+        shard_id=i,
+        content_hash=HASHES[i],
+        layers=layer_names(i),
+        stats=stats_of(activations(i, shards=1))[0],
+        seconds=1.5,
+        device=f"device {i}",
+        model=model,
+        peak_memory_bytes=[10, 50, 20, 40, 30][i],
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Five partials, in blocks of two."""
+    monkeypatch.setattr(partials, "BOOTSTRAP_BLOCKS", 3)
+    found = Store(tmp_path / "w")
+    for i in range(NUMBER):
+        found.write_shard(RUN, shard(i))
+    return found
+
+
+def assert_whole(merged: Merged, summary: ShardSummary) -> None:
+    expected = merge_blocks([shard(i) for i in range(NUMBER)], 3)
+    assert merged.stats.keys() == expected.stats.keys() and len(merged.blocks) == len(expected.blocks) == 3
+    assert all(merged.stats[key].equals(stats) for key, stats in expected.stats.items())
+    for block, wanted in zip(merged.blocks, expected.blocks, strict=True):
+        assert block.keys() == wanted.keys() and all(block[key].equals(wanted[key]) for key in wanted)
+    assert summary == ShardSummary(
+        layers=layer_names(4),
+        model={"family": "llama", "notes": ["note 0", "note 1", "note 2"], "last": 4},
+        device="device 4",
+        peak_memory_bytes=50,
+        seconds=7.5,
+    )
+
+
+class Elsewhere:
+    """Applies pickled functions to pickled items, as workers do; those that do not see the warehouse return None."""
+
+    def __init__(self, blind: Sequence[int] = ()) -> None:
+        self.blind, self.items, self.merged = blind, 0, 0
+
+    def __call__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
+        for i, item in enumerate(items):
+            self.items += 1
+            sent, place = pickle.loads(pickle.dumps((function, item)))
+            result = None if i in self.blind else sent(place)
+            self.merged += result is not None
+            yield pickle.loads(pickle.dumps(result))
+
+
+def test_partials_are_merged_in_blocks(store: Store) -> None:
+    assert_whole(*merge_partials(store, None, "r", HASHES, None))
+    first = ShardSummary()
+    first.add(shard(1))
+    assert (first.seconds, first.peak_memory_bytes) == (1.5, 50)
+
+
+@pytest.mark.parametrize("blind", [(), (1,), (0, 2)])
+def test_who_merges_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch, blind: Sequence[int]) -> None:
+    """Where a worker does not find the warehouse, its block is merged here."""
+    monkeypatch.setattr(partials, "MERGED_HERE", NUMBER - 1)
+    apply = Elsewhere(blind)
+    with shared(store) as warehouse:
+        assert_whole(*merge_partials(store, warehouse, "r", HASHES, apply))
+    assert apply.items == 3 and apply.merged == 3 - len(blind)
+
+
+def test_blocks_are_merged_here_where_workers_see_no_warehouse_or_shards_are_few(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are workers asked for a warehouse that cannot be shared."""
+    with shared(store) as warehouse:
+        assert warehouse is not None
+        for place, few, number in (
+            (replace(warehouse, mark="another"), 0, 3),
+            (warehouse, NUMBER, 0),
+            (None, 0, 0),
+        ):
+            monkeypatch.setattr(partials, "MERGED_HERE", few)
+            apply = Elsewhere()
+            assert_whole(*merge_partials(store, place, "r", HASHES, apply))
+            assert (apply.items, apply.merged) == (number, 0)
+        assert_whole(*merge_partials(store, warehouse, "r", HASHES, None))
+
+
+@pytest.mark.parametrize("gone", range(NUMBER))
+def test_a_partial_that_is_gone_or_of_other_text_is_named(store: Store, tmp_path: Path, gone: int) -> None:
+    message = f"The partial of shard {gone} is damaged or missing"
+    with pytest.raises(RunFailed, match=message):
+        merge_partials(store, None, "r", {**HASHES, gone: "of other text"}, None)
+    (file,) = (tmp_path / "w").rglob(f"shard-0000{gone}.parquet")
+    file.unlink()
+    with pytest.raises(RunFailed, match=message):
+        merge_partials(store, None, "r", HASHES, None)

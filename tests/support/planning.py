@@ -1,4 +1,4 @@
-"""Planning of runs, without measuring them."""
+"""Planning of runs, without measuring them, and the size of a model that is not here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.executors.local import LocalExecutor
+from avss_dist.models.size import Footprint
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import PlannedRun
@@ -27,3 +28,25 @@ def run_spec(model: Path, *, corpus: str = "builtin:pydoc", **options: Any) -> R
 def plan(model: Path, warehouse: Path, **options: Any) -> PlannedRun:
     """Return the plan of a run in this process."""
     return Planner(LocalExecutor(Settings()), Store(warehouse)).prepare(run_spec(model, **options))
+
+
+def llama_like(billions: float, layers: int = 32, hidden: int = 4096) -> Footprint:
+    """A bfloat16 decoder of so many parameters."""
+    parameters = int(billions * 1e9)
+    layer = int(parameters * 2 * 0.95) // layers
+    return Footprint(
+        num_parameters=parameters,
+        weight_bytes=parameters * 2,
+        layer_bytes=(layer,) * layers,
+        other_bytes=parameters * 2 - layer * layers,
+        module_bytes=((parameters * 2 - layer * layers) // 2, *(layer,) * layers),
+        num_layers=layers,
+        hidden_size=hidden,
+        dtype="bfloat16",
+        attention="sdpa",
+        num_heads=32,
+        attention_width=hidden,
+        attention_layers=layers,
+        matmul_parameters=int(parameters * 0.95),
+        mlp_width=4 * hidden,
+    )
