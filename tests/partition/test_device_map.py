@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.causal_lm import packed_or_padded
 from support.checkpoints import llama
 from support.families import tiny_model
 from support.ggufs import write_gguf
@@ -19,10 +20,9 @@ from support.tiers import nightly
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
-from avss_dist.corpus.shards import Shard, tokenize_corpus
+from avss_dist.corpus.shards import Shard
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.size import footprint, sharing_skeletons
 from avss_dist.partition.choose import gpus_filled
 from avss_dist.partition.device_map import DeviceMapReplica, require_complete, spread
@@ -30,31 +30,9 @@ from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.partition.single import SingleReplica
 from avss_dist.stats.layer_stats import ShardResult
 
-SETTINGS = Settings(
-    max_sequences=5, sequence_length=24, batch_size=2, sequences_per_shard=5, dtype="float32", device="cpu"
-)
+SETTINGS = Settings(batch_size=2, sequence_length=24, dtype="float32", device="cpu")
 CLASSES = [("causal", "llama"), ("causal", "mixtral"), ("causal", "mamba"), ("masked", "bert")]
 OTHERS = [("causal", family) for family in ("gemma3_text", "gpt2", "gpt_neox", "bloom")]
-Save = Callable[[Any, Path], Path]
-
-
-@pytest.fixture(scope="module")
-def family_folder(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Callable[[str, str], Path]:
-    """The folder of a tiny model of a family, whose vocabulary the tokenizer's tokens fit into; saved once."""
-    root = tmp_path_factory.mktemp("families")
-
-    def folder(kind: str, family: str) -> Path:
-        if not (root / family).exists():
-            model = tiny_model(kind, family)
-            model.resize_token_embeddings(320)
-            save_checkpoint(model, root / family)
-        return root / family
-
-    return folder
-
-
-def shard_of(checkpoint: Checkpoint, settings: Settings) -> Shard:
-    return tokenize_corpus("builtin:pydoc", load_tokenizer(checkpoint), settings).shards[0]
 
 
 def placed(checkpoint: Checkpoint, cpu: int, settings: Settings = SETTINGS) -> Any:
@@ -86,7 +64,7 @@ def test_statistics_are_those_of_single(
 ) -> None:
     """A packed and a padded shard through the same replica; of Llama also where all is in memory."""
     checkpoint = resolve(str(family_folder(kind, family)))
-    shards = [shard_of(checkpoint, replace(SETTINGS, layout=layout)) for layout in ("packed", "padded")]
+    shards = [packed_or_padded(padded=padded) for padded in (False, True)]
     single = SingleReplica(checkpoint, SETTINGS)
     expected = [analyze_shard(single, shard, SETTINGS) for shard in shards]
     limits = [(room_for(checkpoint), False, True), (1, True, True)]
@@ -101,7 +79,7 @@ def test_statistics_are_those_of_single(
 
 def test_bfloat16_and_a_dtype_that_is_not_stored(tiny_llama: Path) -> None:
     checkpoint, settings = resolve(str(tiny_llama)), replace(SETTINGS, dtype="bfloat16")
-    shard = shard_of(checkpoint, settings)
+    shard = packed_or_padded()
     expected = measured(SingleReplica(checkpoint, settings), shard, settings)
     assert_same_result(measured(placed(checkpoint, 1, settings=settings), shard, settings), expected)
 
@@ -123,7 +101,7 @@ def test_weights_on_disk_stay_there_and_activations_do_not(tiny_llama: Path) -> 
     seen: list[torch.Tensor] = []
     layer.register_forward_hook(lambda module, args, output: seen.append(output))
     for _ in range(2):
-        replica.forward(list(shard_of(checkpoint, SETTINGS).batches(2)), lambda batch: torch.no_grad())
+        replica.forward(list(packed_or_padded().batches(2)), lambda batch: torch.no_grad())
         assert all(p.device.type == "meta" for p in layer.parameters())
     assert len(seen) == 6 and all(t.device == replica.device and t.isfinite().all() for t in seen)
     replica.close()
@@ -193,9 +171,9 @@ def test_a_full_offload_folder_is_refused(
     placed(checkpoint, 1 << 40).close()  # all in memory: the disk does not matter
 
 
-def test_a_gguf_file_stays_in_memory(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_stays_in_memory(tmp_path: Path) -> None:
     checkpoint = resolve(str(write_gguf(llama(), tmp_path / "tiny.gguf")))
-    shard = shard_of(resolve(str(tiny_llama)), SETTINGS)
+    shard = packed_or_padded()
     expected = measured(SingleReplica(checkpoint, SETTINGS), shard)
     assert_same_result(measured(placed(checkpoint, 1 << 40), shard), expected)
     with pytest.raises(ConfigError, match=r"134 kB of weights have no place: those of a \.gguf file"):

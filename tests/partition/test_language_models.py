@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.causal_lm import random_shard
-from support.checkpoints import one_thread
-from support.families import tiny_model
 from support.questions import WHOLLY_ASKED, answers, assert_same, composed, generated, write_questions
 from support.tiers import all_of
 
@@ -29,26 +27,11 @@ SETTINGS = Settings(batch_size=2, sequence_length=24, dtype="float32", device="c
 TOWERS = ("gemma3", "blip-2")  # read as text; that of blip-2 is a causal model of its own
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "mamba", "qwen3_moe", *TOWERS)
 OTHERS = ("falcon", "bloom")  # whose layers give on more than hidden states
-Save = Callable[[Any, Path], Path]
 
 
-@pytest.fixture(autouse=True)
-def same_bytes() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Save) -> Callable[[str], Path]:
-    folders: dict[str, Path] = {}
-
-    def saved(family: str) -> Path:
-        if family not in folders:
-            kind = "image-text" if family in TOWERS else "causal"
-            folders[family] = save_checkpoint(tiny_model(kind, family), tmp_path_factory.mktemp("models") / family)
-        return folders[family]
-
-    return saved
+@pytest.fixture
+def folder_of(family_folder: Callable[[str, str], Path]) -> Callable[[str], Path]:
+    return lambda family: family_folder("image-text" if family in TOWERS else "causal", family)
 
 
 def opened(folder: Path, partition: str, settings: Settings = SETTINGS, **placement: Any) -> Replica:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import greenlet
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.causal_lm import packed_or_padded as shard
 from support.checkpoints import llama
-from support.families import tiny_model
 from support.ggufs import write_gguf
 from support.oracle import assert_same_result
 from support.quantized import block_fp8, compressed_tensors, mxfp4
@@ -26,7 +25,6 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen3MoeConfig, Qwen3MoeFo
 
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import SITES, Settings
-from avss_dist.corpus.shards import Shard
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import Layer
@@ -52,16 +50,6 @@ OTHERS = [
     ("masked", "bert"),
 ]
 IN_BFLOAT16 = [("causal", name) for name in ("gpt2", "mamba", "gemma3n_text", "jamba")] + [("masked", "yoso")]
-
-
-def shard(*, padded: bool = False, rows: int = ROWS, tokens: int = TOKENS) -> Shard:
-    """Rows of token ids under 120, of 2 and more real tokens."""
-    rng = np.random.default_rng(0)
-    lengths = np.full(rows, tokens, np.int32)
-    if padded:
-        lengths[1:] = rng.integers(2, tokens, rows - 1)
-    ids = rng.integers(10, 120, (rows, tokens)).astype(np.int32)
-    return Shard(shard_id=0, input_ids=ids, lengths=lengths, skip_first_tokens=0, content_hash="")
 
 
 def streaming(folder: Path, settings: Settings = SETTINGS, **placement: Any) -> StreamingReplica:
@@ -110,30 +98,10 @@ def stored_bytes(folder: Path, *names: str) -> int:
     return size
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     llama().save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
-
-
-@pytest.fixture(scope="module")
-def save_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    folder = tmp_path_factory.mktemp("families")
-
-    def save(kind: str, family: str) -> Path:
-        if not (folder / family).exists():
-            tiny_model(kind, family).save_pretrained(folder / family)
-        return folder / family
-
-    return save
 
 
 @pytest.mark.parametrize(
@@ -144,9 +112,9 @@ def save_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
         *nightly(*((*family, "float32") for family in OTHERS), *((*family, "bfloat16") for family in IN_BFLOAT16)),
     ],
 )
-def test_the_bytes_of_single(kind: str, family: str, dtype: str, save_family: Callable[[str, str], Path]) -> None:
+def test_the_bytes_of_single(kind: str, family: str, dtype: str, family_folder: Callable[[str, str], Path]) -> None:
     """Batches of 2, 2 and 1 rows; layers, sites and axes too, though they were found without a weight."""
-    folder = save_family(kind, family)
+    folder = family_folder(kind, family)
     mixed = family == "mamba" and dtype == "bfloat16"  # its first layer is given bfloat16 and returns float32
     settings = replace(SETTINGS, dtype=dtype, sites=SITES[1:] if mixed else SITES)
     got, wanted = assert_same(folder, settings)
@@ -325,10 +293,10 @@ def test_each_batch_runs_in_its_own_context(tiny: Path) -> None:
     ],
 )
 def test_hidden_states_wait_in_files(
-    family: str, limit: str, offload: Path, save_family: Callable[[str, str], Path]
+    family: str, limit: str, offload: Path, family_folder: Callable[[str, str], Path]
 ) -> None:
     """What has no room beside the weights is written, and nothing stays."""
-    folder = save_family("causal", family)
+    folder = family_folder("causal", family)
     most = weights_of_two_layers(folder) + (5000 if limit == "some of them" else 0)
     replica, _ = assert_same(folder, max_memory={"cpu": most})
     most_files: list[int] = []
@@ -434,10 +402,10 @@ DEQUANTIZED = replace(SETTINGS, dequantize=True)
     ],
 )
 def test_quantized_weights(
-    kind: str, family: str, dtype: str, save_family: Callable[[str, str], Path], tmp_path: Path
+    kind: str, family: str, dtype: str, family_folder: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     """They are unpacked to the numbers of `single` with `dequantize`, layer by layer."""
-    whole, folder = save_family("causal", family), tmp_path / "quantized"
+    whole, folder = family_folder("causal", family), tmp_path / "quantized"
     if kind == "mxfp4":
         mxfp4(whole, folder)
     elif kind.startswith("fp8") and "-" not in kind:
@@ -492,10 +460,10 @@ def test_unpacked_blocks_are_the_stored_numbers_times_their_scales(tmp_path: Pat
 
 
 def test_weights_are_unpacked_a_few_at_a_time(
-    save_family: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family_folder: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the stored tensors of one weight at least, which for fused experts are those of all experts."""
-    folder = block_fp8(save_family("causal", "qwen3_moe"), tmp_path / "fp8")
+    folder = block_fp8(family_folder("causal", "qwen3_moe"), tmp_path / "fp8")
     monkeypatch.setattr("avss_dist.partition.streaming.conversion.GROUP_BYTES", 1)
     replica, _ = assert_same(folder, DEQUANTIZED)
     sizes = sorted({len(group) for group in replica._parts[0].groups})
@@ -529,11 +497,11 @@ def test_missing_scales_are_refused(
     kind: str,
     suffix: str,
     named: str,
-    save_family: Callable[[str, str], Path],
+    family_folder: Callable[[str, str], Path],
     tmp_path: Path,
 ) -> None:
     """transformers would take them for 1."""
-    whole, folder = save_family("causal", "gpt_oss" if kind == "mxfp4" else "llama"), tmp_path / "quantized"
+    whole, folder = family_folder("causal", "gpt_oss" if kind == "mxfp4" else "llama"), tmp_path / "quantized"
     {"fp8": block_fp8, "mxfp4": mxfp4}.get(kind, lambda *at: compressed_tensors(*at, kind))(whole, folder)
     tensors = load_file(folder / "model.safetensors")
     stem = "down_proj" if kind == "mxfp4" else "up_proj."
@@ -566,9 +534,9 @@ def test_quantizations_that_cannot_be_streamed(
         streaming(tiny, replace(SETTINGS, dequantize=dequantize))
 
 
-def test_experts_of_another_layer_are_refused(save_family: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_experts_of_another_layer_are_refused(family_folder: Callable[[str, str], Path], tmp_path: Path) -> None:
     """A layer whose experts are missing is not filled with noise."""
-    folder = save_family("causal", "mixtral")
+    folder = family_folder("causal", "mixtral")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     tensors = {
         name: tensor
@@ -592,13 +560,13 @@ def test_closing_gives_the_layers_their_classes_back(tiny: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4", "gguf"])
-def test_quantized_weights_on_a_gpu(kind: str, save_family: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_quantized_weights_on_a_gpu(kind: str, family_folder: Callable[[str, str], Path], tmp_path: Path) -> None:
     if kind == "gguf":
         folder = write_gguf(llama(), tmp_path / "model.gguf", kind=GGMLQuantizationType.Q8_0)
     elif kind == "mxfp4":
-        folder = mxfp4(save_family("causal", "gpt_oss"), tmp_path / "mxfp4")
+        folder = mxfp4(family_folder("causal", "gpt_oss"), tmp_path / "mxfp4")
     else:
-        folder = block_fp8(save_family("causal", "qwen3_moe"), tmp_path / "fp8")
+        folder = block_fp8(family_folder("causal", "qwen3_moe"), tmp_path / "fp8")
     assert_same(folder, replace(SETTINGS, device="cuda", dequantize=kind != "gguf"))
 
 

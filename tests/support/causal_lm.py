@@ -27,6 +27,16 @@ def random_shard(rows: int = 5, tokens: int = 24, high: int = 120, skip: int = 0
     )
 
 
+def packed_or_padded(*, padded: bool = False, rows: int = 5, tokens: int = 12) -> Shard:
+    """Return rows of token ids under 120; padded ones have 2 and more real tokens, but the first."""
+    rng = np.random.default_rng(0)
+    lengths = np.full(rows, tokens, np.int32)
+    if padded:
+        lengths[1:] = rng.integers(2, tokens, rows - 1)
+    ids = rng.integers(10, 120, (rows, tokens)).astype(np.int32)
+    return Shard(shard_id=0, input_ids=ids, lengths=lengths, skip_first_tokens=0, content_hash="")
+
+
 def open_whole(checkpoint: Checkpoint, settings: Settings) -> LanguageModel:
     """A checkpoint with its head on one device."""
     model = SingleReplica(checkpoint, settings, head=True).language_model
