@@ -285,6 +285,51 @@ def test_a_run_ends_with_its_cluster_and_says_so(
     assert_same_tables(tmp_path, undisturbed)
 
 
+@pytest.mark.usefixtures("shared_ray")
+def test_a_zero3_gang_gives_the_same_bytes(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """`test_gangs` has an uneven end, too."""
+    score(tiny_llama, tmp_path, partition="zero3", ranks=2)
+    assert_same_tables(tmp_path, undisturbed)
+    assert Warehouse(tmp_path).runs()["partition"].to_pylist() == ["zero3"]
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("shared_ray")
+def test_a_gang_that_loses_ranks_is_replaced_as_one(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """One rank killed in mid-shard, another stopped, which is a hang: the run still ends, each shard counts once."""
+    harming = Harming({1: signal.SIGKILL, 3: signal.SIGSTOP})
+    run = score(tiny_llama, tmp_path, partition="fsdp", ranks=2, hang_seconds=12, on_event=harming)
+    assert (run.status, harming.arrived, len(harming.victims)) == ("done", 20, 2)
+    assert_same_tables(tmp_path, undisturbed)
+    wait_until(lambda: not any(victim.is_running() for victim in harming.victims))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("partition", ["fsdp", "tensor_parallel"])
+def test_ranks_evaluate(partition: str, shared_ray: Cluster, tiny_llama: Path, tmp_path: Path) -> None:
+    """The rows of `single`, and of ranks that split matrices values that are near."""
+    options = {**TWENTY_SHARDS, "max_sequences": 10, "sequence_length": 32}
+    for name, place in (
+        ("single", {"executor": "local"}),
+        ("ranks", {"address": shared_ray.address, "partition": partition, "ranks": 2}),
+    ):
+        given = {**options, **place, "warehouse": tmp_path / name}
+        evaluate([str(tiny_llama)], tasks=["perplexity:builtin:pydoc"], **given)
+        ablate(str(tiny_llama), corpus="builtin:pydoc", shapley=1, gradients=True, **given)
+    if partition == "fsdp":
+        assert_same_evaluations(tmp_path / "ranks", tmp_path / "single")
+        return
+    near, wanted = (
+        {
+            (row["task"], row["metric"], tuple(row["drop"]), row["layer"]): row["value"]
+            for row in Warehouse(tmp_path / name).table("evaluations").to_pylist()
+        }
+        for name in ("ranks", "single")
+    )
+    assert near.keys() == wanted.keys()
+    assert all(abs(near[k] - wanted[k]) <= 1e-4 * max(1.0, abs(wanted[k])) for k in near)
+
+
 @pytest.fixture
 def three_nodes(ray_cluster: Cluster) -> Cluster:
     """Three nodes, whatever the last test has left."""
@@ -396,51 +441,6 @@ def test_work_goes_to_nodes_with_the_labels(
     few = r"3 seconds\. A worker needs 1 CPUs; \d of 2 CPUs are free on nodes with zone=a"
     with pytest.raises(RunFailed, match=few):
         score(tiny_llama, tmp_path / "few", **where, replicas="3..3", placement_seconds=3)
-
-
-@pytest.mark.usefixtures("shared_ray")
-def test_a_zero3_gang_gives_the_same_bytes(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """`test_gangs` has an uneven end, too."""
-    score(tiny_llama, tmp_path, partition="zero3", ranks=2)
-    assert_same_tables(tmp_path, undisturbed)
-    assert Warehouse(tmp_path).runs()["partition"].to_pylist() == ["zero3"]
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("shared_ray")
-def test_a_gang_that_loses_ranks_is_replaced_as_one(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """One rank killed in mid-shard, another stopped, which is a hang: the run still ends, each shard counts once."""
-    harming = Harming({1: signal.SIGKILL, 3: signal.SIGSTOP})
-    run = score(tiny_llama, tmp_path, partition="fsdp", ranks=2, hang_seconds=12, on_event=harming)
-    assert (run.status, harming.arrived, len(harming.victims)) == ("done", 20, 2)
-    assert_same_tables(tmp_path, undisturbed)
-    wait_until(lambda: not any(victim.is_running() for victim in harming.victims))
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("partition", ["fsdp", "tensor_parallel"])
-def test_ranks_evaluate(partition: str, shared_ray: Cluster, tiny_llama: Path, tmp_path: Path) -> None:
-    """The rows of `single`, and of ranks that split matrices values that are near."""
-    options = {**TWENTY_SHARDS, "max_sequences": 10, "sequence_length": 32}
-    for name, place in (
-        ("single", {"executor": "local"}),
-        ("ranks", {"address": shared_ray.address, "partition": partition, "ranks": 2}),
-    ):
-        given = {**options, **place, "warehouse": tmp_path / name}
-        evaluate([str(tiny_llama)], tasks=["perplexity:builtin:pydoc"], **given)
-        ablate(str(tiny_llama), corpus="builtin:pydoc", shapley=1, gradients=True, **given)
-    if partition == "fsdp":
-        assert_same_evaluations(tmp_path / "ranks", tmp_path / "single")
-        return
-    near, wanted = (
-        {
-            (row["task"], row["metric"], tuple(row["drop"]), row["layer"]): row["value"]
-            for row in Warehouse(tmp_path / name).table("evaluations").to_pylist()
-        }
-        for name in ("ranks", "single")
-    )
-    assert near.keys() == wanted.keys()
-    assert all(abs(near[k] - wanted[k]) <= 1e-4 * max(1.0, abs(wanted[k])) for k in near)
 
 
 @dataclass(frozen=True)
