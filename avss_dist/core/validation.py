@@ -139,7 +139,7 @@ def checked(cls: type[T], *, deferred: bool = False) -> type[T]:
     checks: Any = cls
     checks.__get_pydantic_core_schema__ = classmethod(_schema_that_accepts_mappings)
     if "__post_init__" in vars(cls):
-        checks._check_values = checks.__post_init__
+        checks.check_values = checks.__post_init__
     checks.__post_init__ = _check_all_values
     checked_class: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)
     for name, info in checked_class.__pydantic_fields__.items():  # for subclasses, whose own docstrings pydantic reads
@@ -180,7 +180,7 @@ def _check_all_values(self: Any) -> None:
         PydanticCustomError: there are problems.
     """
     problems: list[ConfigError] = []
-    for check in dict.fromkeys(vars(base).get("_check_values") for base in reversed(type(self).__mro__)):
+    for check in dict.fromkeys(vars(base).get("check_values") for base in reversed(type(self).__mro__)):
         try:
             if check:
                 check(self)
