@@ -40,6 +40,7 @@ from avss_dist.executors.ray import gang, queue
 from avss_dist.executors.ray.executor import RayExecutor
 from avss_dist.partition.replica import Placement
 from avss_dist.runs.driver import Driver
+from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.run import PlannedRun, Run, RunInProgress
 from avss_dist.stats.histogram import HISTOGRAM_BINS, histogram_bin
 from avss_dist.stats.layer_stats import LayerStats, ShardResult
@@ -188,15 +189,15 @@ class Committing(Driver):
             self._in_progress[running.shards] = planned, running
             yield running.shards
 
-    def _keep(self, shards: RunShards, result: ShardResult | Receipt) -> None:
-        super()._keep(shards, result)
+    def _keep(self, outcome: Any, spec: RunSpec, running: RunInProgress) -> None:
+        super()._keep(outcome, spec, running)
         self._before -= 1
         if self._before < 0:
             self.times.append((time.perf_counter(), time.process_time()))
-            shards.dropped = self.times[-1][0] - self.times[0][0] > self._seconds
+            running.shards.dropped = self.times[-1][0] - self.times[0][0] > self._seconds
 
-    def _finish(self, shards: RunShards) -> None:
-        self._in_progress.pop(shards, None)
+    def _finish(self, spec: RunSpec, running: RunInProgress) -> None:
+        self._in_progress.pop(running.shards, None)
 
 
 def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[tuple[float, float]]:
