@@ -51,7 +51,7 @@ def shards(tokenizer: Any, tmp_path: Path) -> Read:
 def test_the_same_text_is_known_however_it_is_wrapped(name: str, length: int, shards: Read, tokenizer: Any) -> None:
     seen, read = (shards(text, sequence_length=length) for text in (TEXT, SAME[name]))
     shared = shared_text(seen, read, tokenizer)
-    assert shared is not None and shared > (0.4 if "reversed" in name else 0.85)
+    assert shared is not None and shared > (0.4 if "reversed" in name else 0.9)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

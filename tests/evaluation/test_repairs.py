@@ -73,9 +73,9 @@ experiment:
   repairs: [none, channel, map]
   repair_corpora: ["builtin:pydoc"]
   repair_skip_sequences: 12
-  repair_max_sequences: 188
+  repair_max_sequences: 60
   max_sequences: 8
-  skip_sequences: 200
+  skip_sequences: 72
 """
 
 
@@ -258,7 +258,7 @@ def pruned(model: Path, plan: Path, output: Path, repair: str, *more: Any) -> An
     """`avss prune`, repaired as in `JOB`."""
     return avss(
         *("prune", model, plan, "-o", output, "--repair", repair, "--repair-corpora", TEXT, "--skip-sequences", 12),
-        *("--max-sequences", 188, "--sequence-length", 32, "--batch-size", 4, "--sequences-per-shard", 4),
+        *("--max-sequences", 60, "--sequence-length", 32, "--batch-size", 4, "--sequences-per-shard", 4),
         *("--dtype", "float32", "--device", "cpu", *more),
     )
 
@@ -272,7 +272,7 @@ def test_a_row_is_what_the_pruned_checkpoint_gives(repair: str, done: Done, deep
     plan, here, kept = (tmp_path / name for name in ("plan.yaml", "here", "kept"))
     Plan(model=str(deep), num_layers=8, layers="layers", drop=tuple(row["drop"])).write(plan)
     assert pruned(deep, plan, here, repair).exit_code == 0
-    read = {**READ, "skip_sequences": 200, "max_sequences": 8, "dtype": "float32"}
+    read = {**READ, "skip_sequences": 72, "max_sequences": 8, "dtype": "float32"}
     (found,) = evaluate([str(here)], tasks=[TASK], warehouse=tmp_path / "w", **read)
     assert (found.result.value, found.result.stderr) == (row["value"], row["stderr"])
     tensors, _ = decode_patch(Storage(warehouse).read_patch(row["patch"]))
@@ -337,8 +337,8 @@ def test_a_patch_that_is_damaged_is_no_patch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message", "hint"),
     [
-        (("skip_sequences: 200", "skip_sequences: 6"), "the scores of", "`skip_sequences` 12"),
-        (("\n  skip_sequences: 200", "\n  skip_sequences: 40"), "the repair is fitted on", "`skip_sequences` 200"),
+        (("skip_sequences: 72", "skip_sequences: 6"), "the scores of", "`skip_sequences` 12"),
+        (("\n  skip_sequences: 72", "\n  skip_sequences: 40"), "the repair is fitted on", "`skip_sequences` 72"),
         (("repair_skip_sequences: 12", "repair_skip_sequences: 5"), "the scores of", "`repair_skip_sequences` 12"),
     ],
 )

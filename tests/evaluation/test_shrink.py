@@ -94,7 +94,7 @@ def test_a_quarter_goes_and_is_repaired(done: Shrunk, deep: Path) -> None:
     plan, (task,) = done.best.plan, done.best.tasks
     assert (len(plan.drop), plan.why["by"], done.record and done.record.repair) == (2, "damage", "refit")
     assert task.task == TASK and task.repaired is not None
-    assert task.repaired.value < task.pruned.value
+    assert task.whole.value < task.repaired.value < task.pruned.value
     assert done.best.kept == task.of(task.repaired).value > task.of(task.pruned).value
     assert [len(one.plan.drop) for one in done.curve] == [2]
     read = {**READ, "max_sequences": 10}
@@ -229,7 +229,7 @@ def test_as_many_layers_go_as_can(repair: str, warehouse: Path, deep: Path, tmp_
         assert gone(made.best) + 1 in kept or gone(made.best) == 7
     assert gone(tight.best) <= gone(loose.best)
     with pytest.raises(PlanError, match=r"Without layer \d, the first to go, .* is kept, under 99.9%"):
-        shrunk(deep, tmp_path / "none", keep=0.999, by="last", repair="none", warehouse=warehouse)
+        shrunk(deep, tmp_path / "none", keep=0.999, repair="none", warehouse=warehouse)
     assert not (tmp_path / "none").exists()
 
 

@@ -24,7 +24,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.warehouse.reader import Warehouse
 
 TASK = "perplexity:builtin:pydoc"
-READ: dict[str, Any] = {"max_sequences": 4, "sequence_length": 32, "executor": "local"}
+READ: dict[str, Any] = {"max_sequences": 8, "sequence_length": 32, "executor": "local"}
 PAIR = ("int4-g32", "int8")
 
 
@@ -61,9 +61,7 @@ def test_every_method_keeps_the_budget_and_none_predicts_less(by: str, predicted
 def test_other_estimates_choose_too(by: str, predicted: Path) -> None:
     plan = chosen(predicted, by=by)
     assert plan.bits <= 5.0 and float(str(plan.why[f"sum_of_{by}"])) > 0
-    assert plan.why["by"] == by
-    if by == "output_error":  # the other one may choose as the second order does: that depends on the text
-        assert plan.rounded != chosen(predicted).rounded
+    assert plan.rounded != chosen(predicted).rounded
 
 
 def test_a_format_that_costs_much_is_a_finding(predicted: Path) -> None:

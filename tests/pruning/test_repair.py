@@ -451,7 +451,7 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 PLAN = Plan(model="m", num_layers=3, layers="layers", drop=(1,))
-FEW: dict[str, Any] = {"max_sequences": 120, "sequence_length": 32}
+FEW: dict[str, Any] = {"max_sequences": 20, "sequence_length": 32}
 
 
 @pytest.mark.parametrize("by", REPAIRS)

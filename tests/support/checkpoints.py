@@ -18,23 +18,27 @@ VOCABULARY = 320
 LAYERS = 3
 
 
-def save_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE tokenizer of 320 tokens that ends in ``<eos>``, trained on Python's help topics."""
-    from pydoc_data.topics import topics
+MERGES = """
+Ġ a  Ġ t  Ġ Ġ  h e  i n  o n  Ġt he  t e  o r  m e  r e  i s  * *  i on  s s  Ġ "  Ġ s  a l  Ġ c  Ġ o  _ _
+n t  d e  a t  r i  l e  ĠĠ ĠĠ  Ġ b  c t  e r  Ġ f  c e  Ġa n  i t  in g  = =  Ġ in  Ġ is  a n  Ġ e  Ċ ĠĠ  a r
+me nt  s t  Ġ n  l a  s e  ** **  Ġt o  Ġ de  Ġ p  Ġ w  Ġo f  Ġan d  Ġ m  o t  la ss  a me  u te  e d  e ct
+"""
+"""Pairs of tokens to join, the first ones first: those that are frequent in the help topics of Python 3.11."""
 
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+def save_tokenizer(folder: Path) -> Path:
+    """A byte-level BPE tokenizer of 320 tokens that ends in ``<eos>``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
+    special = ("<pad>", "<bos>", "<eos>")
+    words = MERGES.split()
+    merges = list(zip(words[::2], words[1::2], strict=True))
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    tokenizer.add_special_tokens([*special])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:20]], trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(folder)
