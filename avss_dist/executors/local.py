@@ -23,6 +23,7 @@ from avss_dist.executors.interface import Executor, Outcome, ReplicaSpec, RunSha
 from avss_dist.measure.observer import Hooks, attached
 from avss_dist.measure.shard import analyze_shard, counter_bytes
 from avss_dist.models.size import footprint
+from avss_dist.partition.memory import batch_bytes
 from avss_dist.partition.replica import Placement, Replica
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.system.devices import available_memory, computing_threads, devices_here, free_cores, pick_device
@@ -134,7 +135,7 @@ def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:
     except ModelError:  # of unknown size
         return 1
     available = int(available_memory() * SPARE_SHARE)
-    activations = size.activation_bytes(settings.batch_size, settings.sequence_length)
+    activations = batch_bytes(size, settings)
     if "cpu" in spec.placement.max_memory:  # limit of weights and of the activations of one batch
         available = min(available, spec.placement.max_memory["cpu"] - size.weight_bytes + activations)
     shard = activations + counter_bytes(size, settings, strata)
@@ -185,8 +186,6 @@ def open_executor(execution: Execution, settings: Settings) -> Executor:
     Raises:
         ConfigError: the cluster cannot be reached, or its workers lack this package.
     """
-    from avss_dist.executors.local import LocalExecutor
-
     gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
     replicas = execution.replicas.maximum if execution.replicas else gpus
     distributed = execution.address or os.environ.get("RAY_ADDRESS") or replicas > 1

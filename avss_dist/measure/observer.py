@@ -25,7 +25,16 @@ from avss_dist.corpus.pairs import Pairing
 from avss_dist.measure.kernels import kernels_for
 from avss_dist.measure.kernels.reference import Accumulator, Kernels, Tensors, send_stats
 from avss_dist.measure.rows import ObservedTokens, PlacedRows, masks_by_stratum, row_tensors
-from avss_dist.models.layers import Experts, Layer, Routing, as_rows, first_tensor, input_tensor, routing_of
+from avss_dist.models.layers import (
+    Experts,
+    Layer,
+    Routing,
+    as_rows,
+    first_tensor,
+    input_tensor,
+    routing_of,
+    with_replaced,
+)
 from avss_dist.partition.replica import RowSplit
 from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, LayerKey, LayerStats, RowStats, StratumKey
 from avss_dist.stats.merging import merge_strata
@@ -61,6 +70,7 @@ class Pass:
         strata: the mask of each stratum in these rows. Unpaired text has one stratum.
         masks, tokens: copies of the masks and the observed tokens, by device.
         first_tokens: positions of the first counted tokens, by device and stratum. See `first_tokens_on`.
+        own_places: positions of the tokens of `own_answers`, by device.
         calls: number of calls of each layer's module so far.
         entered: the running layer, or None.
     """
@@ -73,6 +83,7 @@ class Pass:
     masks: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
     tokens: dict[torch.device, ObservedTokens] = field(default_factory=dict)
     first_tokens: dict[torch.device, dict[str, torch.Tensor]] = field(default_factory=dict)
+    own_places: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     calls: dict[nn.Module, int] = field(default_factory=dict)
     entered: RunningLayer | None = None
 
@@ -91,6 +102,13 @@ class Pass:
                 first = rows * mask.shape[1] + mask.numpy()[rows].argmax(axis=1)
                 self.first_tokens[device][name] = to_device(first, device)
         return self.first_tokens[device]
+
+    def own_places_on(self, device: torch.device) -> torch.Tensor:
+        """Return the flat indices of the tokens of `own_answers`, int64[tokens]."""
+        if device not in self.own_places:
+            assert self.own_answers is not None
+            self.own_places[device] = to_device(np.flatnonzero(self.own_answers.numpy()), device)
+        return self.own_places[device]
 
     @property
     def own_answers(self) -> torch.Tensor | None:
@@ -209,8 +227,7 @@ def _read_experts(experts: Experts, current: Current, module: nn.Module, args: A
             id(routing.index): counted.index[:, slot],
             id(routing.gates): torch.ones_like(counted.gates[:, slot]),
         }
-        positional = [instead.get(id(value), value) for value in args]
-        keywords = {name: instead.get(id(value), value) for name, value in kwargs.items()}
+        positional, keywords = with_replaced(args, kwargs, instead)
         result: torch.Tensor = module.forward(*positional, **keywords)
         return result
 
@@ -237,16 +254,15 @@ def _counted_positions(now: Pass, rows: torch.Tensor) -> tuple[int, torch.Tensor
     Raises:
         ModelError: if ``rows`` has another number of tokens than the batch.
     """
-    mask = now.own_answers
-    if mask is None or now.entered is None:
+    if now.mask is None or now.entered is None:
         return None
     layer = now.entered.layer.index
-    if len(rows) != mask.numel():
+    if len(rows) != now.mask.numel():
         raise ModelError(
-            f"The experts of layer {layer} see {len(rows)} tokens in a batch of {mask.numel()}.",
+            f"The experts of layer {layer} see {len(rows)} tokens in a batch of {now.mask.numel()}.",
             "Score it without `experts`.",
         )
-    return layer, to_device(np.flatnonzero(mask.numpy()), rows.device)
+    return layer, now.own_places_on(rows.device)
 
 
 class Hooks:
@@ -406,7 +422,7 @@ class Observer:
         return dict(sorted(self._stats.items()))
 
     def _send(self, keys: list[StratumKey]) -> tuple[list[StratumKey], Callable[[], list[LayerStats]]]:
-        return keys, send_stats([self._accumulators.pop(key) for key in keys], self._thresholds)
+        return keys, send_stats([self._accumulators.pop(key) for key in keys])
 
     def enter(self, now: Pass, module: nn.Module, hidden: torch.Tensor | None) -> None:
         """Record the start of a layer."""

@@ -30,7 +30,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import Removal, experts_by_layer
 from avss_dist.core.text import count_of
 from avss_dist.models.interventions import around, replace_tensor, replaced_parameters, without_sublayers
-from avss_dist.models.layers import Layer, Routing, first_tensor, routing_of
+from avss_dist.models.layers import Layer, Routing, first_tensor, routing_of, with_replaced
 from avss_dist.system.process import bound
 
 COUNT = "num_experts"
@@ -406,8 +406,8 @@ class DownProjections:
     ) -> torch.Tensor:
         """Return the output, [tokens, outputs], of the experts without hooks, with other arguments, by their id."""
         forward = getattr(self.module, "_old_forward", self.module.forward)  # Accelerate's would load weights anew
-        positional = [replaced.get(id(value), value) for value in args]
-        output = forward(*positional, **{name: replaced.get(id(value), value) for name, value in kwargs.items()})
+        positional, keywords = with_replaced(args, kwargs, replaced)
+        output = forward(*positional, **keywords)
         return output.reshape(-1, output.shape[-1])
 
 

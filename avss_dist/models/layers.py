@@ -228,6 +228,14 @@ def routing_of(inputs: Sequence[torch.Tensor]) -> Routing | None:
     return None if gates is None else Routing(inputs[0], index, gates)
 
 
+def with_replaced(
+    args: Sequence[Any], kwargs: Mapping[str, Any], instead: Mapping[int, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with others in the place of some, by their id."""
+    positional = tuple(instead.get(id(value), value) for value in args)
+    return positional, {name: instead.get(id(value), value) for name, value in kwargs.items()}
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """Arguments of a call of a layer."""
@@ -244,11 +252,7 @@ class LayerCall:
 
     def with_hidden(self, replacement: torch.Tensor) -> LayerCall:
         """Return the same call with other hidden states."""
-        hidden = self.hidden
-        return LayerCall(
-            [replacement if value is hidden else value for value in self.args],
-            {name: replacement if value is hidden else value for name, value in self.kwargs.items()},
-        )
+        return LayerCall(*with_replaced(self.args, self.kwargs, {id(self.hidden): replacement}))
 
     def rerun(self, layer: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Call a layer again, and return its input as a leaf tensor and its output."""

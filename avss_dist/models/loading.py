@@ -21,7 +21,7 @@ from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.settings import DTYPES, Settings
 from avss_dist.models.checkpoints import Checkpoint, hub_tensors, read_config, stored_tensors
 from avss_dist.models.complete import require_complete, require_layers
-from avss_dist.models.layers import Structure, count_parameters
+from avss_dist.models.layers import Structure, count_parameters, layer_lists
 from avss_dist.models.quantization import (
     quantization_method,
     quantization_settings,
@@ -306,6 +306,17 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
         dtype=str(next(p.dtype for p in backbone.parameters() if p.is_floating_point())).removeprefix("torch."),
         attention_implementation=str(getattr(text, "_attn_implementation", None) or "eager"),
     )
+
+
+def candidate_layers(model: Any, path: str | None) -> dict[str, nn.ModuleList]:
+    """Return the module lists that may be the layers of a model with its head, by path; see `layers.layer_lists`.
+
+    Args:
+        model: the model, which may be a skeleton.
+        path: module path of the layers, if a user names it.
+    """
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return layer_lists(without_head(model), count, path)
 
 
 def without_head(model: Any) -> nn.Module:

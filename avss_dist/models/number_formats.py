@@ -213,6 +213,11 @@ def number_format(name: str) -> NumberFormat:
     return FORMATS[require_known("number format", name.lower(), FORMATS)]
 
 
+def format_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the full names of number formats, each once."""
+    return tuple(dict.fromkeys(number_format(name).name for name in names))
+
+
 def fitting(shapes: Iterable[tuple[int, int]]) -> list[str]:
     """Return the names of the formats that can take weights of all shapes (outputs, inputs)."""
     every = set(shapes)

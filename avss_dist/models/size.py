@@ -21,8 +21,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint, fetch_files, hub_tensors, locate, stored_tensors
 from avss_dist.models.head import LOGIT_BYTES
-from avss_dist.models.layers import layer_lists
-from avss_dist.models.loading import compute_dtype, skeleton, text_config, without_head
+from avss_dist.models.loading import candidate_layers, compute_dtype, skeleton, text_config, without_head
 from avss_dist.models.quantization import can_unpack, packed, quantization_method, unpacking_bytes
 from avss_dist.models.safetensors import TensorInfo
 from avss_dist.system.process import bound
@@ -269,8 +268,7 @@ def find_layers(model: Any, settings: Settings) -> nn.ModuleList:
     Raises:
         ModelError: the model has no module list of blocks.
     """
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    return next(iter(layer_lists(without_head(model), count, settings.layers).values()))
+    return next(iter(candidate_layers(model, settings.layers).values()))
 
 
 def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:

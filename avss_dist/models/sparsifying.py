@@ -18,7 +18,7 @@ from torch import nn
 from avss_dist.core.errors import ModelError
 from avss_dist.core.intervention import THRESHOLD, MapSparsity, Sparsity
 from avss_dist.models.interventions import require_single_use
-from avss_dist.models.layers import Layer, Projection
+from avss_dist.models.layers import Layer, Projection, with_replaced
 from avss_dist.system.process import bound
 
 
@@ -158,8 +158,7 @@ def _sparsify(
         sparse, counts = torch.where(removed, x.new_zeros(()), x), torch.stack([removed.sum(), size])
         current.last = (x, how, (sparse, counts))
     count(counts)
-    positional = tuple(sparse if value is x else value for value in args)
-    return positional, {name: sparse if value is x else value for name, value in kwargs.items()}
+    return with_replaced(args, kwargs, {id(x): sparse})
 
 
 def keep_mask(cut: MapSparsity, x: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:

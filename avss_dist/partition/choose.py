@@ -11,7 +11,7 @@ from avss_dist.core.registry import GANGS, LAYERWISE, PARTITIONS, SEVERAL_GPUS, 
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.size import Footprint, footprint
+from avss_dist.models.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.memory import PROCESS_BYTES, batch_bytes, bytes_beside_weights
 from avss_dist.partition.replica import Placement, replica_class
 from avss_dist.partition.splitting import version_obstacle
@@ -20,6 +20,7 @@ from avss_dist.system.devices import Devices
 SPARE_SHARE = 0.9  # of the memory that is free
 
 
+@sharing_skeletons()
 def place(
     checkpoint: Checkpoint | str, settings: Settings, execution: Execution, devices: Devices, *, head: bool = False
 ) -> Placement:
@@ -153,24 +154,6 @@ def least_host_bytes(partition: str, size: Footprint, settings: Settings, kind: 
     if PARTITIONS[partition].gang:  # `max_memory` has no effect
         return beside
     return beside + int(replica_class(partition).memory.minimum_host_weights(size, kind, head=head))
-
-
-def require_room_for_a_layer(needed: int, limit: int | None) -> None:
-    """Refuse to stream with less host memory than the weights that must be resident at once.
-
-    Args:
-        needed: bytes of the largest layer and of the weights outside of layers that stay in host memory.
-        limit: ``Placement.max_memory["cpu"]``.
-
-    Raises:
-        ConfigError: the limit is lower than that.
-    """
-    if limit is not None and limit < needed:
-        raise ConfigError(
-            f"`max_memory` leaves {describe_bytes(limit)} of host memory for weights; streaming needs "
-            f"{describe_bytes(needed)} for one layer and the weights outside of layers.",
-            f"Allow {(needed - limit) // 10**6 + 1} MB more.",
-        )
 
 
 def _require_room_to_gather(

@@ -26,7 +26,7 @@ from avss_dist.models.size import (
     parameter_bytes,
     stored_skeleton,
 )
-from avss_dist.partition.memory import OffloadFolder, PartitionMemory, Usage, bytes_beside_weights
+from avss_dist.partition.memory import OffloadFolder, PartitionMemory, Usage, batch_bytes, bytes_beside_weights
 from avss_dist.partition.replica import Placement
 from avss_dist.partition.single import BatchwiseReplica
 from avss_dist.system.devices import available_memory
@@ -47,7 +47,7 @@ class DeviceMapMemory(PartitionMemory):
     @cached_property
     def spread(self) -> tuple[Mapping[Device, int], int]:
         """Distribution of the weights by a device map on this machine, as `spread` returns it."""
-        batch = self.size.activation_bytes(self.settings.batch_size, self.settings.sequence_length)
+        batch = batch_bytes(self.size, self.settings)
         devices = self.devices
         count = devices.count_of_largest_node if self.on_gpu else 0
         free: dict[Device, int] = dict.fromkeys(range(count), devices.device_bytes)
@@ -156,7 +156,7 @@ def memory_limits(
                 f"`max_memory` names GPU {name}; this replica has {len(gpus) or 'no'} GPU{'s' * (len(gpus) != 1)}.",
                 f"Valid: {', '.join(available)}.",
             )
-    batch = footprint(checkpoint, settings).activation_bytes(settings.batch_size, settings.sequence_length)
+    batch = batch_bytes(footprint(checkpoint, settings), settings)
     free = {str(gpu): int(torch.cuda.mem_get_info(gpu)[0] * SPARE_SHARE) - batch for gpu in gpus}
     free["cpu"] = int(available_memory() * SPARE_SHARE) - (0 if free else batch)
     limits = {name: placement.max_memory.get(name, max(0, free[name])) for name in available}

@@ -24,11 +24,18 @@ from avss_dist.models.layers import (
     as_rows,
     first_tensor,
     is_linear,
-    layer_lists,
     linear_sizes,
     probe_tokens,
 )
-from avss_dist.models.loading import Backbone, Forward, forward_function, load_model, open_module, quiet, without_head
+from avss_dist.models.loading import (
+    Backbone,
+    Forward,
+    candidate_layers,
+    forward_function,
+    load_model,
+    open_module,
+    quiet,
+)
 from avss_dist.models.quantization import scale_block
 from avss_dist.models.size import load_skeleton, stored_skeleton
 from avss_dist.partition.group import all_gather, exchange_units_for_rows
@@ -150,8 +157,7 @@ def layer_modules(model: Any, layers: str | None) -> list[torch.nn.Module]:
         model: the model with its head.
         layers: module path of the layer list in the backbone; None finds it.
     """
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    return [layer for modules in layer_lists(without_head(model), count, layers).values() for layer in modules]
+    return [layer for modules in candidate_layers(model, layers).values() for layer in modules]
 
 
 def tensor_plan_obstacle(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> str | None:

@@ -12,8 +12,15 @@ import torch
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.layers import layer_lists
-from avss_dist.models.loading import Backbone, compute_dtype, load_model, open_module, text_config, without_head
+from avss_dist.models.loading import (
+    Backbone,
+    candidate_layers,
+    compute_dtype,
+    load_model,
+    open_module,
+    text_config,
+    without_head,
+)
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.group import quiet_deepspeed, require_group
@@ -107,8 +114,7 @@ def _partition(model: Any, settings: Settings, config: dict[str, Any], *, head: 
     from deepspeed.utils import set_z3_leaf_modules_by_name
 
     backbone = without_head(model)
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = layer_lists(backbone, count, settings.layers)
+    lists = candidate_layers(model, settings.layers)
     set_z3_leaf_modules_by_name(
         backbone, [f"{path}.{i}" for path, modules in lists.items() for i in range(len(modules))]
     )

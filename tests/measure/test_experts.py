@@ -28,7 +28,8 @@ from avss_dist.core.settings import THRESHOLDS
 from avss_dist.measure.observer import ExpertCounter, Observer, Pass, RunningLayer, attached, expert_hooks
 from avss_dist.models.layers import Experts, Routing
 from avss_dist.models.loading import Backbone, forward_function, open_module
-from avss_dist.stats.layer_stats import EXPERT_FIELDS, ExpertStats, merge_experts
+from avss_dist.stats.layer_stats import EXPERT_FIELDS, ExpertStats
+from avss_dist.stats.merging import merge_stats
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 
@@ -115,7 +116,7 @@ def test_rows_merge_and_a_router_that_gives_probabilities_is_seen(monkeypatch: p
     backbone = open_module(model)
     ids = tiny_batch()
     rows = [observed(backbone, ids[i : i + 1], MASK[i : i + 1]) for i in range(2)]
-    whole, merged = observed(backbone, ids, MASK), merge_experts(rows)
+    whole, merged = observed(backbone, ids, MASK), merge_stats(rows)
     for layer, stats in whole.items():
         assert stats.routed_tokens.tolist() == merged[layer].routed_tokens.tolist()
         for name in EXPERT_FIELDS:

@@ -151,15 +151,15 @@ def float32_limits(thresholds: Float64) -> np.ndarray:
     return limits.view(np.uint32)
 
 
-def send_stats(accumulators: Sequence[Accumulator], thresholds: Float64) -> Callable[[], list[LayerStats]]:
+def send_stats(accumulators: Sequence[Accumulator]) -> Callable[[], list[LayerStats]]:
     """Start the transfer of accumulators, and return a function that waits for it and returns their statistics."""
     concluded = [accumulator.conclude() for accumulator in accumulators]
-    like = [(accumulator.dtype, tuple(accumulator.tensors)) for accumulator in accumulators]
+    like = [(tuple(a.tensors), a.dtype, a.thresholds) for a in accumulators]
     arrived = to_host([tensor for tensors in concluded for tensor in tensors.values()])
 
     def wait() -> list[LayerStats]:
         arrays = iter(arrived())
-        return [to_stats({name: next(arrays) for name in names}, dtype, thresholds) for dtype, names in like]
+        return [to_stats({name: next(arrays) for name in names}, dtype, limits) for names, dtype, limits in like]
 
     return wait
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from avss_dist.core.errors import ModelError
+from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.intervention import Intervention
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
@@ -23,13 +23,13 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel, Watcher, begins_behind
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.interventions import skip_of
-from avss_dist.models.layers import Layer, layer_lists
+from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, open_module, without_head
 from avss_dist.models.size import Footprint, footprint
-from avss_dist.partition.choose import require_room_for_a_layer
-from avss_dist.partition.memory import PartitionMemory, Usage
+from avss_dist.partition.memory import PartitionMemory, Usage, batch_bytes
 from avss_dist.partition.replica import BatchContext, Placement, run_batch
 from avss_dist.partition.single import BatchwiseReplica
+from avss_dist.partition.splitting import layer_modules
 from avss_dist.partition.streaming.buffers import buffer_bytes
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
 from avss_dist.partition.streaming.weights import StreamedWeights
@@ -110,9 +110,8 @@ class StreamingReplica(BatchwiseReplica):
         self.language_model_type = StreamingLanguageModel
         self._weights = StreamedWeights(checkpoint, settings, head=head)
         model = self._weights.model
-        backbone, config = without_head(model), model.config.get_text_config()
-        lists = layer_lists(backbone, getattr(config, "num_hidden_layers", None), settings.layers)
-        self._modules = [module for layers in lists.values() for module in layers]
+        backbone = without_head(model)
+        self._modules = layer_modules(model, settings.layers)
         used = model if head else backbone
         self._parts, outside = self._weights.split(self._modules, used)
         self._weights.load(outside, self.device)
@@ -151,7 +150,12 @@ class StreamingReplica(BatchwiseReplica):
             beside = layer + unpacking
         tensors = (*self._weights.model.parameters(), *self._weights.model.buffers())
         outside = sum(t.nbytes for t in tensors if t.device.type == "cpu")
-        require_room_for_a_layer(layer + unpacking + outside, maximum)
+        if maximum < (needed := layer + unpacking + outside):
+            raise ConfigError(
+                f"`max_memory` leaves {describe_bytes(maximum)} of host memory for weights; streaming needs "
+                f"{describe_bytes(needed)} for one layer and the weights outside of layers.",
+                f"Allow {(needed - maximum) // 10**6 + 1} MB more.",
+            )
         return max(0, maximum - layer - beside - outside)
 
     def _device_bytes_for_hidden_states(self, checkpoint: Checkpoint, settings: Settings, maximum: int | None) -> int:
@@ -165,8 +169,7 @@ class StreamingReplica(BatchwiseReplica):
         free = int(torch.cuda.mem_get_info(self.device)[0] * SPARE_SHARE)
         layer = max(max(part.loaded_bytes, buffer_bytes(part.stored)) for part in self._parts)
         unpacking = 0 if self._weights.unpacks_on_cpu else self._weights.unpacking_bytes(self._parts)
-        shape = settings.batch_size, settings.sequence_length
-        batch = size.activation_bytes(*shape) + size.logit_bytes(*shape)
+        batch = batch_bytes(size, settings, head=True)
         return max(0, min(free, maximum or free) - 2 * layer - unpacking - 2 * batch)
 
     def close(self) -> None:
