@@ -224,10 +224,8 @@ def contrast_columns(
         resampled: parts over resampled pairs or blocks, float64[resamples, layers] each.
         left_out: parts without each pair or block, float64[groups, layers] each.
     """
-    (scores, resampled_scores, left_out_scores), ((hsav, *counts), _) = (
-        [_contrasted(*both) for both in (sides, resampled, left_out)],
-        sides,
-    )
+    scores, left_out_scores = (_contrasted(*both) for both in (sides, left_out))
+    hsav, *counts = sides[0]
     enough = len(left_out[0][0]) >= MINIMUM_UNITS
     hss = _smoothed(*counts)
     columns = {
@@ -238,9 +236,7 @@ def contrast_columns(
         "hss_share": share(hss),
         "deviation": from_median(scores["eavss_contrast"]),
         "rank": rank_lowest(-scores["eavss_contrast"]),
-        "prone_probability": prone_probability(resampled_scores["eavss_contrast"])
-        if enough
-        else np.full(len(hss), np.nan),
+        "prone_probability": prone_probability(contrast(*resampled)) if enough else np.full(len(hss), np.nan),
     }
     for name, values in left_out_scores.items():
         scale = "log" if name == "eavss_ratio" else "linear"

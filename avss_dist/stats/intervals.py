@@ -12,6 +12,7 @@ from math import nan, sqrt
 
 import numpy as np
 
+from avss_dist.core.text import count_of
 from avss_dist.stats.layer_stats import Float64
 
 BOOTSTRAP_SEED = 0
@@ -37,10 +38,9 @@ def why_no_interval(shards: int) -> str | None:
     """Return the reason why a run with this number of shards has no intervals, or None if it has them."""
     if shards >= MINIMUM_UNITS:
         return None
-    number = f"{shards} shard{'' if shards == 1 else 's'}"
     return (
-        f"No interval: {number}, {MINIMUM_UNITS} are needed; raise --max-sequences or lower --sequences-per-shard, "
-        "or use a longer text."
+        f"No interval: {count_of(shards, 'shard')}, {MINIMUM_UNITS} are needed; raise --max-sequences or lower "
+        "--sequences-per-shard, or use a longer text."
     )
 
 

@@ -369,15 +369,6 @@ class ExpertStats:
 EXPERT_FIELDS = tuple(f.name for f in fields(ExpertStats))
 
 
-def merge_experts(parts: Iterable[Mapping[int, ExpertStats]]) -> dict[int, ExpertStats]:
-    """Merge the statistics of each layer, in the order of the parts."""
-    merged: dict[int, ExpertStats] = {}
-    for part in parts:
-        for layer, stats in part.items():
-            merged[layer] = merged[layer].merge(stats) if layer in merged else stats
-    return dict(sorted(merged.items()))
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ShardResult:
     """Complete statistics of one shard, identified by its ``shard_id``.

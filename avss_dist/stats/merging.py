@@ -14,12 +14,13 @@ import numpy as np
 
 from avss_dist.core.names import AFTER_ANOTHER
 from avss_dist.stats.histogram import Values, merge_values
-from avss_dist.stats.layer_stats import LayerKey, LayerStats, ShardResult, StratumKey, without_values
+from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, ShardResult, StratumKey, without_values
 
 KEPT_BYTES = 128 << 20
 _LARGE = ("histogram", "unit_sum", "unit_sum_sq")
 
-Key = TypeVar("Key", LayerKey, StratumKey)
+Key = TypeVar("Key", LayerKey, StratumKey, int)
+Stats = TypeVar("Stats", LayerStats, ExpertStats)
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Merged:
     strata: dict[StratumKey, LayerStats]
 
 
-def merge_stats(parts: Iterable[Mapping[Key, LayerStats]]) -> dict[Key, LayerStats]:
+def merge_stats(parts: Iterable[Mapping[Key, Stats]]) -> dict[Key, Stats]:
     """Merge statistics by key, in the order of the parts. A key may be missing from some parts."""
-    merged: dict[Key, LayerStats] = {}
+    merged: dict[Key, Stats] = {}
     for part in parts:
         for key, stats in part.items():
             merged[key] = merged[key].merge(stats) if key in merged else stats

@@ -36,7 +36,6 @@ from avss_dist.stats.layer_stats import (
     RowStats,
     ShardResult,
     StratumKey,
-    merge_experts,
     merge_moments,
     stats_from_pattern_counts,
     without_values,
@@ -463,7 +462,7 @@ def expert_stats(seed: int) -> ExpertStats:
 
 def test_experts_are_merged_by_layer_and_sorted() -> None:
     parts = [{2: expert_stats(0)}, {0: expert_stats(1), 2: expert_stats(2)}, {}, {2: expert_stats(3)}]
-    merged = merge_experts(parts)
+    merged = merge_stats(parts)
     assert list(merged) == [0, 2]
     for name in EXPERT_FIELDS:
         assert getattr(merged[0], name).tolist() == getattr(expert_stats(1), name).tolist()

@@ -47,8 +47,6 @@ from avss_dist.pruning.repair.registry import RepairMethod
 
 ROUNDS = 2  # of fits of experts
 _MINIMUM_GAIN = 1e-4  # of the mean gain: a channel that is always zero has none, and is divided by it
-FORMS = ("channel", "full")
-"""Forms of W: a diagonal, any matrix."""
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # multiples of the mean diagonal of G
 _SOLVING_COPIES = 3  # the sums of a batch, and the factor and the solution with a ridge
 
@@ -108,7 +106,7 @@ class NormalEquations:
         """Return the W of least error, float64[inputs, outputs].
 
         Args:
-            form: one of `FORMS`; ``channel`` needs as many outputs as inputs.
+            form: ``channel`` (a diagonal) or ``full`` (any matrix); ``channel`` needs as many outputs as inputs.
             ridge: multiple of the mean diagonal of G, or for ``channel`` of each input's own entry.
 
         Raises:
@@ -182,7 +180,7 @@ class FitStep:
     Attributes:
         features: what R is fitted from, as in `RepairMethod.features`.
         target: the module that the fit is folded into: the ``linear`` map or the ``norm``.
-        form: form of the fitted matrix, one of `FORMS`.
+        form: form of the fitted matrix, ``channel`` (a diagonal) or ``full``.
     """
 
     features: Literal["inputs", "output"]

@@ -3,7 +3,7 @@
 An entry says what the repair fits, at which layers, and how much text it needs. A record is a small file beside the
 weights of a repaired checkpoint.
 
-A new repair is one entry of `REPAIRS`. A fit of another form than those of `fits.FORMS` also needs that
+A new repair is one entry of `REPAIRS`. A fit of another form than ``channel`` and ``full`` also needs that
 form there, and the way in which it becomes weights in `fits.fold`. Nothing here imports torch.
 """
 
@@ -36,7 +36,7 @@ class RepairMethod:
         meaning: what is fitted, in a few words.
         features: what the missing part of the hidden states is fitted from: the ``output`` of the MLP, or the
             ``inputs`` of its last linear map.
-        form: form of the fitted matrix, one of `fits.FORMS`.
+        form: form of the fitted matrix, ``channel`` (a diagonal) or ``full``.
         every_layer: fit every remaining layer behind the first cut, not only the last one before each cut.
     """
 

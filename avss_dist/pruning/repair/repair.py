@@ -35,8 +35,8 @@ from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import find_down_projections, find_routed_experts
 from avss_dist.models.interventions import Patch
-from avss_dist.models.layers import layer_lists, linear_sizes
-from avss_dist.models.loading import Backbone, load, load_tokenizer, pin, text_config, without_head
+from avss_dist.models.layers import linear_sizes
+from avss_dist.models.loading import Backbone, candidate_layers, load, load_tokenizer, pin, text_config
 from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.size import load_skeleton
 from avss_dist.models.structure import find_down_projection
@@ -210,7 +210,7 @@ def tokens_needed(checkpoint: Checkpoint, repair: str, settings: Settings) -> in
     """
     _, model, _ = load_skeleton(checkpoint, settings)
     text = model.config.get_text_config()
-    lists = layer_lists(without_head(model), text.num_hidden_layers, settings.layers)
+    lists = candidate_layers(model, settings.layers)
     if len(lists) != 1:
         return 0
     ((path, layers),) = lists.items()
