@@ -58,7 +58,7 @@ class LayerAblation:
         sublayers: increase without its ``attention`` alone, and without its ``mlp`` alone.
         shapley: Shapley value of the layer, with a sample for each permutation.
         shapley_shared: 1 for each permutation that was truncated before the layer, else 0; None without truncation.
-        estimates: results of `gradients.Gradients` and `damage.Damage`, by metric.
+        estimates: results of `backward.Gradients` and `damage.Damage`, by metric.
         damage: mean of the layer's ranks by the two estimates that `registry.metrics_of` names; 1 is the lowest.
     """
 

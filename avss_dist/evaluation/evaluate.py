@@ -31,8 +31,8 @@ from avss_dist.evaluation.tasks import (
 )
 from avss_dist.map_plans.plans import PrecisionPlan, SparsityPlan
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.models.layers import is_linear, layer_lists, linear_sizes
-from avss_dist.models.loading import without_head
+from avss_dist.models.layers import is_linear, linear_sizes
+from avss_dist.models.loading import candidate_layers
 from avss_dist.models.size import load_skeleton
 from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.pruning.plan import Plan, read_checked_plan, read_plan, read_plan_file
@@ -218,11 +218,10 @@ def _refuse_overlaps(subjects: Sequence[Subject], planned: Mapping[_Key, Planned
     """Refuse text that layers were scored or searched on, or that a repaired checkpoint was fitted on."""
     for checkpoint in {task.checkpoint.revision: task.checkpoint for task in planned.values()}.values():
         tasks = [task.task for (revision, _), task in planned.items() if revision == checkpoint.revision]
+        same = [subject for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
         texts = [texts_of_repair(checkpoint)]
-        for subject in subjects:
-            if subject.checkpoint.revision == checkpoint.revision:
-                texts.append(texts_of_run(warehouse, subject.run_id, checkpoint))
-                texts.append(texts_of_search(warehouse, subject.search, checkpoint))
+        texts += [texts_of_run(warehouse, run, checkpoint) for run in dict.fromkeys(s.run_id for s in same)]
+        texts += [texts_of_search(warehouse, search, checkpoint) for search in dict.fromkeys(s.search for s in same)]
         refuse_overlap(tasks, chain.from_iterable(texts))
 
 
@@ -391,8 +390,7 @@ def _layer_lists(checkpoint: Checkpoint, settings: Settings) -> dict[str, nn.Mod
     """Return the module lists that may be a checkpoint's layers, without weights, by path, if it is built."""
     with suppress(ModelError):
         _, model, _ = load_skeleton(checkpoint, settings)
-        number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        return layer_lists(without_head(model), number, settings.layers)
+        return candidate_layers(model, settings.layers)
     return {}
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -21,7 +20,7 @@ from avss_dist.analysis.verdict import WHOLE
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Removals
 from avss_dist.core.names import CHANCE, CONTRAST, LOSS
-from avss_dist.core.registry import GREEDY, MEASURED, RECIPES, SCORES
+from avss_dist.core.registry import GREEDY, MEASURED, READING, RECIPES, SCORES
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
@@ -62,7 +61,6 @@ from avss_dist.warehouse.store import Store
 
 MOST_EVALUATIONS = 10_000  # evaluations of a model on a task that an experiment makes without `allow_many`
 Layers = tuple[int, ...]
-_READING = ("site", "recipe", "threshold", "threshold_kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +92,7 @@ class Candidate:
             retention: the retention, and the lower and upper end of its interval.
         """
         method = self.method
-        reading: Sequence[Any] = (method and method.reading) or [None] * len(_READING)
+        reading: Sequence[Any] = (method and method.reading) or [None] * len(READING)
         retained, low, high = retention
         return {
             **self.intervention.key.row(),
@@ -104,7 +102,7 @@ class Candidate:
             "method": method.label if method else WHOLE,
             "share": self.share,
             "score": method and method.score,
-            **dict(zip(_READING, reading, strict=True)),
+            **dict(zip(READING, reading, strict=True)),
             "control": method and method.control,
             "seed": method and method.seed,
             "repair": self.repair,
@@ -156,22 +154,22 @@ class Trial:
     fits: dict[str, PlannedTask] = field(default_factory=dict)
 
     @classmethod
-    def of_run(cls, run: Run, spec: RunSpec, job: JobFile, session: EvaluationSession) -> Trial:
+    def of_run(
+        cls, run: Run, spec: RunSpec, experiment: Experiment, warehouse: Warehouse, session: EvaluationSession
+    ) -> Trial:
         """Return the trial of a run, with the measurements and contrasts by which its layers are chosen."""
-        assert job.experiment is not None
-        warehouse = Warehouse(job.warehouse)
         checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code)
         stored = warehouse.run(run.run_id)
         assert stored is not None
         trial = cls(
-            experiment=job.experiment,
+            experiment=experiment,
             run=run,
             model=session.place(checkpoint, spec.settings, spec.execution),
             rows=warehouse.table("scores", run_ids=[run.run_id]).to_pylist(),
             corpus=spec.corpus,
         )
-        measured = {*job.experiment.scores} & {*MEASURED}
-        for by in measured - ({LEAVE_ONE_OUT} if job.experiment.leave_one_out else set()):
+        measured = {*experiment.scores} & {*MEASURED}
+        for by in measured - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set()):
             trial.truth[by] = layer_truth(warehouse, stored, by).by_layer(trial.num_layers)
         for reading in {method.reading for method in trial.methods if method.score == CONTRAST and method.reading}:
             site, recipe, value, kind = reading
@@ -218,7 +216,7 @@ class Trial:
                 [planned.task for planned in self.planned.values()],
                 texts,
                 model,
-                partial(texts_of_run, warehouse, self.run.run_id, model.checkpoint, corpus=self.corpus),
+                texts_of_run(warehouse, self.run.run_id, model.checkpoint, corpus=self.corpus),
                 skipped=skipped,
                 skip_option="repair_skip_sequences",
             )
@@ -282,7 +280,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
     with closing(executor_for(specs, job.settings, execution)) as executor:
         session = EvaluationSession(store, executor, execution, request.on_event)
         scored = [(run, spec) for run, spec in zip(runs, specs, strict=True) if run.status != "failed"]
-        trials = [Trial.of_run(run, spec, job, session) for run, spec in scored]
+        trials = [Trial.of_run(run, spec, experiment, warehouse, session) for run, spec in scored]
         for trial in trials:
             trial.plan(tasks, warehouse, allow_overlap=request.allow_overlap)
         if experiment.leave_one_out:

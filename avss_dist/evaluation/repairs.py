@@ -147,8 +147,7 @@ def plan_fits(model: PlacedModel, layers: str, repairs: Iterable[Repair], copies
     for repair in repairs:
         texts = texts or tuple(plan_text(checkpoint, corpus, repair.settings) for corpus in repair.texts)
         name = f"{REPAIR}{repair.by}:{','.join(RedactedURI(corpus) for corpus in repair.corpora)}"
-        rows = repair.settings.batch_size
-        batches = sum(-(-shard.num_sequences // rows) for text in texts for shard in text.shards)
+        batches = sum(text.num_batches(repair.settings.batch_size) for text in texts)
         planned[repair.by] = PlannedTask(
             checkpoint=checkpoint,
             settings=repair.settings,

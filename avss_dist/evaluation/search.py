@@ -107,7 +107,7 @@ def search_task(checkpoint: Checkpoint, corpus: str, settings: Settings) -> Task
     """Return the task of the loss on a corpus without sets of layers.
 
     Args:
-        settings: settings with every ``auto`` decided (`pinned`).
+        settings: settings with every ``auto`` decided (`loading.pin`).
 
     Raises:
         CorpusError: the corpus cannot be read, or is too short.

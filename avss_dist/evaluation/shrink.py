@@ -442,7 +442,7 @@ def _plan_candidates(
             read = model.reading(max_sequences=split.rows - skipped, skip_sequences=skipped).settings
             texts = [plan_text(model.checkpoint, text, read) for text in request.repair_texts]
         warehouse = Warehouse(session.store.root.full)
-        scored = partial(texts_of_run, warehouse, example.run_id, model.checkpoint, corpus=request.corpus)
+        scored = texts_of_run(warehouse, example.run_id, model.checkpoint, corpus=request.corpus)
         refuse_overlaps([planned.task for planned in tasks.values()], texts, model, scored, skipped=skipped, use=use)
     return tasks, fit
 

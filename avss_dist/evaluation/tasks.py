@@ -178,13 +178,11 @@ def texts_of_run(
     checkpoint: Checkpoint,
     *,
     corpus: str = "",
-    skip_option: str = "skip_sequences",
 ) -> Iterator[SeenText]:
     """Yield the text that the scores of a run were measured on, or nothing if the warehouse does not have the run.
 
     Args:
         corpus: name of the text with the keys of its URI; by default the name in the run's row, which has no keys.
-        skip_option: see `SeenText`.
     """
     run = store.run(run_id) if run_id else None
     if run is None:
@@ -200,7 +198,6 @@ def texts_of_run(
         use=f"the scores of {run_id} were measured on",
         name=run["corpus"],
         rows=settings.skip_sequences + run["num_sequences"],
-        skip_option=skip_option,
         questions_hint="Ask others: with `skip_questions` {}, where the run is of the first questions of the file.",
     )
 
@@ -263,7 +260,7 @@ def refuse_overlaps(
     tasks: Sequence[Task],
     texts: Iterable[CorpusPlan],
     model: PlacedModel,
-    scored: Callable[..., Iterator[SeenText]],
+    scored: Iterable[SeenText],
     *,
     skipped: int,
     use: str = "the repair is fitted on",
@@ -273,7 +270,7 @@ def refuse_overlaps(
 
     Args:
         texts: texts that the model will be fitted on, without their first ``skipped`` rows.
-        scored: yields the text of the scores, see `texts_of_run`; it takes ``skip_option``.
+        scored: the text of the scores; see `texts_of_run`.
         use: see `SeenText`.
         skip_option: field that skips rows of the texts.
 
@@ -290,9 +287,10 @@ def refuse_overlaps(
         )
         for text in texts
     ]
-    refuse_overlap(tasks, chain(texts_of_repair(model.checkpoint), scored(), fitted))
+    seen = list(scored)
+    refuse_overlap(tasks, chain(texts_of_repair(model.checkpoint), seen, fitted))
     read = [Task(name=text.source, parts=tuple(map(TextLoss, text.shards))) for text in texts]
-    refuse_overlap(read, scored(skip_option=skip_option))
+    refuse_overlap(read, [replace(text, skip_option=skip_option) for text in seen])
 
 
 def _stored_text(

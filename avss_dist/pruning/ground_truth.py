@@ -141,14 +141,13 @@ class MapRounding:
         damage: values of the estimate, by place and format; nats per predicted token, unless of the output error.
         bits: bits per weight, by place and format.
         weights: number of weights, by place and format.
-        run_id, task: the evaluation.
+        run_id: the evaluation.
     """
 
     damage: Mapping[RoundedPlace, float]
     bits: Mapping[RoundedPlace, float]
     weights: Mapping[RoundedPlace, int]
     run_id: str
-    task: str
 
     @property
     def formats(self) -> list[str]:
@@ -174,7 +173,6 @@ def map_roundings(store: Warehouse, run: Mapping[str, Any], by: str) -> Iterator
                 bits=values[BITS_PER_WEIGHT],
                 weights={place: round(number) for place, number in values[NUM_WEIGHTS].items()},
                 run_id=rows[0]["run_id"],
-                task=rows[0]["task"],
             )
 
 

@@ -37,7 +37,7 @@ from avss_dist.core.intervention import (
     removal_names,
     whole_layers,
 )
-from avss_dist.core.registry import BLOCK_DISTANCE, EXPERT_SCORES, LOWEST_SHARE, MEASURED_ONLY, SCORES
+from avss_dist.core.registry import BLOCK_DISTANCE, EXPERT_SCORES, LOWEST_SHARE, MEASURED_ONLY, READING, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes, describe_count, printable
@@ -322,7 +322,7 @@ def reasons(choice: Choice) -> dict[str, Any]:
     if not {"share", "count"} & set(why):
         why["share"] = LOWEST_SHARE
     if choice.by == "avss" and reading is not None:
-        why |= dict(zip(("site", "recipe", "threshold", "threshold_kind"), reading, strict=True))
+        why |= dict(zip(READING, reading, strict=True))
     return why
 
 

@@ -70,7 +70,6 @@ class Planner:
             num_tokens=corpus.num_tokens,
         )
         return PlannedRun(
-            name=spec.name,
             replica_spec=ReplicaSpec(checkpoint=checkpoint, settings=settings, placement=placement),
             corpus=corpus,
             fingerprint=print_,

@@ -79,11 +79,9 @@ class PlannedRun:
     """A planned run, before a weight is loaded.
 
     Attributes:
-        name: name of the run in events.
         replicas: model copies that work in parallel.
     """
 
-    name: str
     replica_spec: ReplicaSpec
     corpus: CorpusPlan
     fingerprint: str
@@ -189,14 +187,11 @@ class RunInProgress:
     Attributes:
         shards: shards that no earlier attempt has measured.
         missing: ids of the shards without a result.
-        failure: error that ended the run, or None.
     """
 
     def __init__(
         self, planned: PlannedRun, store: Store, *, fresh: bool, shared: SharedWarehouse | None = None
     ) -> None:
-        self.name = planned.name
-        self.failure: AvssError | None = None
         self._planned, self._store, self._shared = planned, store, shared
         self._start = time.perf_counter()
         self._begun: float | None = None
@@ -272,7 +267,7 @@ class RunInProgress:
 
     def fail(self, error: AvssError) -> None:
         """End the run with an error, and record it."""
-        self.failure, self.shards.dropped = error, True
+        self.shards.dropped = True
         self.missing.clear()
         self.run = replace(self.run, status="failed", error=str(error))
         error.run_id = self.run.run_id

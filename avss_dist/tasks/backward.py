@@ -191,6 +191,11 @@ class _SavedTensor:
         return self.tensor._version != self._version
 
 
+def observed_tokens(passes: Sequence[BackwardPass]) -> Float64:
+    """Return the number of counted tokens of each sequence of all passes, float64[sequences]."""
+    return np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
+
+
 class LayerGradients(BackwardPass):
     """Effects of removal by layer, and norms of weights and of their gradients, from one pass."""
 
@@ -290,7 +295,7 @@ class Gradients(BackwardMeasure):
             for metric, order in ((L1, 1), (L2, 2)):
                 samples = np.array([float(batch.norms[index, order]) for batch in passes])
                 yield Row(metric=metric, samples=samples, weights=ones, layer=index)
-            size = np.array([float(next(batch.sizes[index] for batch in passes))])
+            size = np.array([float(passes[0].sizes[index])])
             yield Row(metric=FROBENIUS, samples=size, weights=np.ones(1), layer=index)
 
 

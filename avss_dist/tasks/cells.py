@@ -32,7 +32,7 @@ class Cell:
         task: name of the task.
         part: index of ``measure`` among the parts of the task.
         placement: placement of the replica that measures it; ``run_id`` depends on it if it changes numbers.
-        intervention: change of the model; ``run_id`` depends on its sparsity and its residual scale.
+        intervention: change of the model; ``run_id`` depends on its sparsity.
     """
 
     run_id: str

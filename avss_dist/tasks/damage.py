@@ -12,7 +12,6 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 
 from avss_dist.core.errors import ModelError
@@ -20,7 +19,7 @@ from avss_dist.core.registry import BLOCK_DISTANCE, DRAWS, SCORES
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.layers import Layer, LayerCall, first_tensor
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, BackwardPass
+from avss_dist.tasks.backward import TAYLOR, BackwardMeasure, BackwardPass, observed_tokens
 from avss_dist.tasks.task import Row
 
 LOOKAHEAD = max(info.lookahead for info in SCORES.values() if info.lookahead is not None)  # layers
@@ -167,10 +166,10 @@ class Damage(BackwardMeasure):
 
     def rows(self, layers: Sequence[Layer], passes: Sequence[_DamagePass], weights: Float64) -> Iterator[Row]:
         """Yield the rows of all passes."""
-        observed = np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
+        observed = observed_tokens(passes)
         for key in sorted(passes[0].sums, key=lambda key: (key[1], key[2] or (), key[0])):
             metric, layer, block = key
-            samples = torch.cat([batch.sums[key].flatten().cpu() for batch in passes]).numpy()
+            samples = torch.cat([batch.sums[key].cpu() for batch in passes]).numpy()
             by_token = metric.startswith((PROPAGATED, BLOCK_DISTANCE, BLOCK_COSINE))
             yield Row(
                 metric=metric, samples=samples, weights=observed if by_token else weights, layer=layer, removed=block

@@ -24,7 +24,7 @@ from avss_dist.models.number_formats import NumberFormat, number_format
 from avss_dist.models.rounding import rounded_before, rounded_weight
 from avss_dist.models.sparsifying import weight_of
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.tasks.backward import CURRENT, BackwardMeasure, BackwardPass
+from avss_dist.tasks.backward import CURRENT, BackwardMeasure, BackwardPass, observed_tokens
 from avss_dist.tasks.task import Measure, Row, losses_under
 
 FIRST, SECOND = "first_order", "second_order"  # of zeroed inputs, a colon and the path of a map follow
@@ -261,7 +261,7 @@ class RoundingDamage(BackwardMeasure):
 
     def rows(self, layers: Sequence[Layer], passes: Sequence[_RoundingPass], weights: Float64) -> Iterator[Row]:
         """Yield the rows of all passes, and the number of weights of every place and their bits in every format."""
-        observed = np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
+        observed = observed_tokens(passes)
         for metric, place in sorted(passes[0].sums, key=lambda key: (key[1].layer, str(key[1]), key[0])):
             yield Row(
                 metric=metric,

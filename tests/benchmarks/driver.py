@@ -215,9 +215,7 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
     )
     job = job._replace(checkpoint=RUN_CHECKPOINT)
     run = Run(run_id=RUN.run_id, model=RUN.model, warehouse=str(out), status="skipped")
-    planned = PlannedRun(
-        name="virtual", replica_spec=job, corpus=corpus, fingerprint="0" * 64, run=run, replicas=workers
-    )
+    planned = PlannedRun(replica_spec=job, corpus=corpus, fingerprint="0" * 64, run=run, replicas=workers)
     store = Store(out)
     store.create()
     with closing(VirtualExecutor(Execution(executor="ray", replicas=workers), settings)) as executor:
