@@ -96,15 +96,21 @@ class NewestRunsRequest(WarehouseRequest):
 
 
 @request
-class PlaceRequest(Request):
+class ThresholdRequest(Request):
+    """A command about one threshold of AVSS."""
+
+    threshold: Threshold = PUBLISHED_THRESHOLD
+    """Near zero means below this: 1e-5, or 0.1rms (relative)."""
+
+
+@request
+class PlaceRequest(ThresholdRequest):
     """A command about one reading of AVSS."""
 
     site: Site = SITES[0]
     """Site in a layer whose activations are read."""
     recipe: Recipe = RECIPES[0]
     """AVSS pooled (as released), by element or by unit."""
-    threshold: Threshold = PUBLISHED_THRESHOLD
-    """Near zero means below this: 1e-5, or 0.1rms (relative)."""
 
 
 @request
@@ -130,11 +136,8 @@ class CompareRequest(PlaceRequest, RunsRequest):
 
 
 @request
-class FindingsRequest(RunsRequest):
+class FindingsRequest(ThresholdRequest, RunsRequest):
     """List findings that speak against the scores of runs."""
-
-    threshold: Threshold = PUBLISHED_THRESHOLD
-    """Near zero means below this: 1e-5, or 0.1rms (relative)."""
 
 
 @request

@@ -53,7 +53,7 @@ from avss_dist.core.validation import (
     checked,
     request,
 )
-from avss_dist.models.number_formats import number_format
+from avss_dist.models.number_formats import format_names, number_format
 from avss_dist.pruning.repair.registry import (
     DEFAULT_REPAIR,
     NO_REPAIR,
@@ -168,7 +168,7 @@ class AblateRequest(ModelRequest, CorpusRequest, WarehouseRequest, EvaluationOpt
     @property
     def formats(self) -> tuple[str, ...]:
         """Names of the number formats, each once."""
-        return tuple(dict.fromkeys(number_format(name).name for name in self.quantize))
+        return format_names(self.quantize)
 
 
 @request
@@ -350,7 +350,7 @@ class PrecisionRequest(RunRequest):
     @property
     def formats(self) -> tuple[str, ...]:
         """Names of the number formats, each once."""
-        return tuple(dict.fromkeys(number_format(name).name for name in self.quantize))
+        return format_names(self.quantize)
 
 
 @request

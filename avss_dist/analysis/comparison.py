@@ -18,7 +18,7 @@ from avss_dist.analysis.groups import SCHEMA as GROUPS
 from avss_dist.analysis.groups import SimilarityMap, similarity_map, survey_pairs
 from avss_dist.analysis.thresholds import at_reading, scores_at
 from avss_dist.core.errors import QueryError, require_known
-from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, SCORES
+from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, LOWEST_SHARE, READING, SCORES
 from avss_dist.core.results import TabularResult
 from avss_dist.core.text import basename, count_of, describe_threshold
 from avss_dist.stats.layer_stats import Float64
@@ -32,7 +32,6 @@ BETWEEN = ("run", "family", "size", "revision", "corpus", "dtype")
 ACROSS_MODELS = ("run", "family", "size", "revision")
 WITHIN = ("recipe", "threshold", "site", "score")
 BY = (*BETWEEN, *WITHIN)
-READING = ("site", "recipe", "threshold", "threshold_kind")
 MAX_PAIRS = 1_000_000  # that are listed: those of 1,400 runs
 EXTREMES = 500  # pairs most alike, and as many least alike, that are listed of more
 SIZES = (0.5e9, 1.5e9, 4e9, 10e9, 40e9, 150e9)

@@ -12,8 +12,6 @@ from avss_dist.stats.layer_stats import Float64
 from avss_dist.warehouse.encoding import to_experts
 from avss_dist.warehouse.reader import Warehouse
 
-MAX_NAMED = 4  # layers whose experts a finding names
-
 
 @dataclass(frozen=True, eq=False)
 class LayerExperts:

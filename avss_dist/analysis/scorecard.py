@@ -31,6 +31,7 @@ from avss_dist.core.registry import (
     GROUND_TRUTH,
     MEASURED,
     OWN_VALUES,
+    READING,
     ROUNDING_ESTIMATES,
     SCORES,
     score_functions,
@@ -49,7 +50,6 @@ from avss_dist.stats.rankings import count_lowest, spearman, spearman_interval
 from avss_dist.warehouse.reader import Warehouse
 
 SPLITS, SEED = 200, 0  # of sequences into halves
-_PLACE = ("site", "recipe", "threshold", "threshold_kind")
 SPEARMAN = {name: f"spearman_{name}" for name in GROUND_TRUTH}
 _TEXTS = ("run_id", "model", "score", "site", "recipe", "threshold_kind", "format")
 _OF_LOSS = ("ceiling", "share_of_ceiling", "misranked")
@@ -59,7 +59,7 @@ SCHEMA = pa.schema(
     [
         *(
             (name, pa.string() if name in _TEXTS else pa.float64())
-            for name in ("run_id", "model", "score", *_PLACE, *SPEARMAN.values(), *_OF_LOSS, "format")
+            for name in ("run_id", "model", "score", *READING, *SPEARMAN.values(), *_OF_LOSS, "format")
         ),
         ("same_text", pa.bool_()),
     ]
@@ -133,7 +133,7 @@ def _scores(scored: Sequence[Mapping[str, Any]], truth: Mapping[str, Float64]) -
 
 
 def _identity(run: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
-    place = dict(zip(_PLACE, choice.reading, strict=True)) if choice.reading else {}
+    place = dict(zip(READING, choice.reading, strict=True)) if choice.reading else {}
     return {"run_id": run["run_id"], "model": run["model"], "score": choice.by, **place}
 
 
@@ -213,7 +213,7 @@ def describe_score(card: Mapping[str, Any]) -> str:
 
 def is_published(card: Mapping[str, Any]) -> bool:
     """Whether a row has the published reading of AVSS."""
-    return tuple(card[name] for name in _PLACE) == PUBLISHED
+    return tuple(card[name] for name in READING) == PUBLISHED
 
 
 def best_readings(cards: pa.Table) -> pa.Table:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from avss_dist.core.intervention import count_removed, decode_removals, describe_removed, size_removed
 from avss_dist.core.names import CHANCE, LOSS, REPAIR, ROW_START, SEARCH, SUBLAYER_LOSS
-from avss_dist.core.registry import BLOCK_DISTANCE, MEASURED, SCORES
+from avss_dist.core.registry import BLOCK_DISTANCE, MEASURED, READING, SCORES
 from avss_dist.core.text import basename
 from avss_dist.pruning.methods import ENDS_KEPT, LEAVE_ONE_OUT, REVERSED
 from avss_dist.pruning.selection import LAST, PUBLISHED, RANDOM
@@ -139,7 +139,7 @@ def _published_row(rows: Sequence[Row], score: str, control: str | None = None) 
     Schema 2 has the reading of AVSS only in the label of the method.
     """
     for row in rows:
-        reading = tuple(row.get(name) for name in ("site", "recipe", "threshold", "threshold_kind"))
+        reading = tuple(row.get(name) for name in READING)
         is_published = "(" not in row["method"] if None in reading else reading == PUBLISHED
         if (row["score"], row["control"]) == (score, control) and is_published:
             return row

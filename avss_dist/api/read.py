@@ -22,7 +22,7 @@ from avss_dist.warehouse.reader import Warehouse
 def compare(request: CompareRequest) -> comparing.RankingComparison | following.RankingCurves:
     """Compare the layer rankings of runs, by default of all finished ones, by pairs or ``along`` an axis."""
     opened = Warehouse(request.warehouse)
-    run_ids = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
+    run_ids = _run_ids(opened, request.run)
     return follow_runs(opened, run_ids, request) if request.along else compare_runs(opened, run_ids, request)
 
 
@@ -61,8 +61,12 @@ def compare_runs(
 def findings(request: FindingsRequest) -> Table:
     """List findings that speak against the scores of runs, by default of all finished ones."""
     opened = Warehouse(request.warehouse)
-    names = [row["run_id"] for row in choose_runs(opened, request.run, every=True)]
-    return Table(finding.findings(opened, names, threshold=named_threshold(request.threshold)))
+    return Table(finding.findings(opened, _run_ids(opened, request.run), threshold=named_threshold(request.threshold)))
+
+
+def _run_ids(opened: Warehouse, names: Sequence[str]) -> list[str]:
+    """Return the ids of the runs with these names, or of all finished ones without names."""
+    return [row["run_id"] for row in choose_runs(opened, names, every=True, columns=("run_id",))]
 
 
 def named_run(opened: Warehouse, name: str | None, *, measured: bool = False) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from avss_dist.cli.program import at_end
 from avss_dist.core.errors import QueryError
+from avss_dist.core.registry import READING
 from avss_dist.core.text import basename
 from avss_dist.system.streams import console, say
 
@@ -87,8 +88,8 @@ def choose_scores(
 
     scores = layer_scores(warehouse, runs, named_threshold(threshold), site=site, recipe=recipe)
     if not scores.num_rows:
-        run_ids, place = [run["run_id"] for run in runs], ["site", "recipe", "threshold", "threshold_kind"]
-        raise _not_scored(warehouse.table("scores", run_ids=run_ids, columns=place), site, recipe, threshold)
+        run_ids = [run["run_id"] for run in runs]
+        raise _not_scored(warehouse.table("scores", run_ids=run_ids, columns=READING), site, recipe, threshold)
     return scores
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -71,7 +72,7 @@ def ablate(request: AblateRequest, format: str) -> None:
     with CellProgress() as progress:
         ablation = measure_ablation(replace(request, on_event=progress))
     rounded = ablation.sensitivity
-    shown = [*([ablation_table(ablation)] if ablation.layers else []), *sensitivity_tables(rounded)]
+    shown = chain(map(ablation_table, [ablation] if ablation.layers else []), sensitivity_tables(rounded))
     print_table(format, (rounded or ablation).table, shown)
 
 
@@ -120,7 +121,7 @@ def run(request: RunCommandRequest, format: str) -> int:
     failed = [run for run in runs if run.status == "failed"]
     tell = complain if job.experiment else emit
     if format != "table":
-        _write_rows(rows or [asdict(run) for run in runs], format)
+        _write_rows(rows if job.experiment else [asdict(run) for run in runs], format)
     elif job.experiment:
         console().print(rendered(*experiment_sections(rows)))
     for run in failed if job.experiment or format == "table" else ():

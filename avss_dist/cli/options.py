@@ -116,8 +116,7 @@ def _parameter(request: Any, name: str, hint: Any, annotation: Any, option: Opti
     about: dict[str, Any] = {"help": info, "metavar": None if kind is bool else metavar}
     if names := next((meta.names for meta in _metadata(annotation, OneOf) if meta.names), ()):
         about |= _of_names(names, info)
-    owner = next(base for base in request.__mro__ if name in vars(base).get("__annotations__", {}))
-    about |= {"rich_help_panel": SECTIONS.get(owner, OWN), "hidden": option.rare, "show_default": False}
+    about |= {"rich_help_panel": section_of(request, name), "hidden": option.rare, "show_default": False}
     if option.argument:
         parameter = typer.Argument(**about | {"rich_help_panel": TITLES[0]})
     else:
@@ -125,6 +124,17 @@ def _parameter(request: Any, name: str, hint: Any, annotation: Any, option: Opti
         spellings = [spelling, *([option.short] if option.short else [])]
         parameter = typer.Option(*spellings, envvar=option.environment or None, show_envvar=False, **about)
     return _keyword(name, Annotated[kind | None, parameter], None)
+
+
+def section_of(cls: Any, name: str) -> str:
+    """Return the section of a help to which a field belongs, by the class that declares it."""
+    owner = next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
+    return SECTIONS.get(owner, OWN)
+
+
+def spelled_option(parameter: Any) -> str:
+    """Return the spelling of an option, or the placeholder of an argument."""
+    return str(parameter.metavar if parameter.param_type_name == "argument" else max(parameter.opts, key=len))
 
 
 def _of_names(names: Sequence[str], help: str) -> dict[str, Any]:

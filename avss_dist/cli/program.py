@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from avss_dist import __version__
 from avss_dist.cli.commands import COMMANDS, ELSEWHERE, JOBS, READ, REMOVED, epilog
-from avss_dist.cli.options import CommandWithSections, parameters
+from avss_dist.cli.options import CommandWithSections, parameters, spelled_option
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, is_full, nearest, spell_fields, unwritable
 from avss_dist.core.extras import EXTRAS, install_hint
 from avss_dist.core.text import printable
@@ -167,7 +167,7 @@ def at_end(work: Callable[[], None]) -> None:
 def spelling(command: Any) -> Mapping[str, str]:
     """Return the options of the fields that a command sets, and the placeholders of its arguments."""
     parameters = getattr(command, "params", ())
-    return {p.name: p.metavar if p.param_type_name == "argument" else max(p.opts, key=len) for p in parameters}
+    return {parameter.name: spelled_option(parameter) for parameter in parameters}
 
 
 def spelled(text: str) -> str:

@@ -279,7 +279,8 @@ def _follow(request: CompareRequest, format: str) -> None:
     _say_reasons(curves.left_out)
     if request.output is not None:
         say(f"Ranks along {request.along}: {request.output}")
-    print_table(format, curves.table, [rendered(*(curve_section(curve, "curve") for curve in curves.curves))])
+    shown = (rendered(*(curve_section(curve, "curve") for curve in followed.curves)) for followed in [curves])
+    print_table(format, curves.table, shown)
 
 
 def _compare_pairs(request: CompareRequest, format: str) -> None:
@@ -373,7 +374,7 @@ def _compare_with_truth(opened: Warehouse, request: FindingsAtRequest, format: s
 
     cards = score_cards(opened, choose_runs(opened, request.run, every=True), request.by)
     cards = cards if request.every else best_readings(cards)
-    print_table(format, lambda: cards, [rendered(*scorecard_sections(cards))])
+    print_table(format, lambda: cards, (rendered(*scorecard_sections(table)) for table in [cards]))
 
 
 def contrast(request: ContrastRequest, format: str) -> None:

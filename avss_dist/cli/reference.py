@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from avss_dist.cli.commands import COMMANDS
-from avss_dist.cli.options import COMMON, SECTIONS, option_help, option_name
+from avss_dist.cli.options import COMMON, SECTIONS, option_help, option_name, section_of, spelled_option
 from avss_dist.cli.program import load_command
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import escape_markdown
@@ -37,7 +37,7 @@ def reference_markdown() -> str:
         titles = {p.rich_help_panel for p in command.params}
         groups[name] = [title for title in dict.fromkeys(SECTIONS.values()) if title in titles]
         parameters = [p for p in command.params if p.rich_help_panel not in (*SECTIONS.values(), COMMON)]
-        own[name] = {_spelled(p): _row(f"`{_spelled(p)}`", escape_markdown(p.help)) for p in parameters}
+        own[name] = {spelled_option(p): _row(f"`{spelled_option(p)}`", escape_markdown(p.help)) for p in parameters}
     shared = shared_rows(own.values())
     lines = ["### Groups of options", "", *_table("option", "group", "key in a job file", "meaning"), *_groups(), ""]
     lines += ["### Options of several commands", "", *_table("option", "meaning"), *sorted(shared.values()), ""]
@@ -59,7 +59,7 @@ def names_markdown() -> Iterator[str]:
     taking: dict[tuple[str, str], list[str]] = {}
     for command, built in commands().items():
         for parameter in built.params:
-            taking.setdefault((parameter.name, _spelled(parameter)), []).append(command)
+            taking.setdefault((parameter.name, spelled_option(parameter)), []).append(command)
     for (name, option), takers in sorted(taking.items()):
         columns = [f"`{table}.{name}`" for table, schema in SCHEMAS.items() if name in schema.names]
         keys = [f"`{key}`" for key in JOB_KEYS if key.rpartition(".")[2] == name]
@@ -71,15 +71,9 @@ def names_markdown() -> Iterator[str]:
 def _groups() -> Iterator[str]:
     for cls, section in _SECTIONS[:2]:
         for field in fields(cls):
-            owner = next(base for base in cls.__mro__ if field.name in vars(base).get("__annotations__", {}))
             key = f"`{section}.{field.name}`" if f"{section}.{field.name}" in JOB_KEYS else ""
             help = escape_markdown(option_help(cls, field.name))
-            yield _row(f"`{option_name(field.name)}`", SECTIONS[owner], key, help)
-
-
-def _spelled(parameter: Any) -> str:
-    """Return the spelling of an option, or the placeholder of an argument."""
-    return str(parameter.metavar if parameter.param_type_name == "argument" else max(parameter.opts, key=len))
+            yield _row(f"`{option_name(field.name)}`", section_of(cls, field.name), key, help)
 
 
 def _table(*names: str) -> Iterator[str]:

@@ -206,6 +206,8 @@ PRECISION_FILES = ("plan", "llama-cpp", "llm-compressor")
 """Formats of files of number formats: that of this package, and those of other programs."""
 RECIPES = ("pooled", "element", "unit")
 """Samples that the variance and sparsity of AVSS are computed from: token means, elements, or unit means."""
+READING = ("site", "recipe", "threshold", "threshold_kind")
+"""Columns that tell readings of AVSS apart."""
 LOWEST_SHARE = 0.25
 """Default share of the layers, those with the lowest score, that plans drop and comparisons compare."""
 DRAWS = 2

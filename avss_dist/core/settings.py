@@ -231,7 +231,7 @@ class BatchOptions:
 
 @checked
 class StatisticsOptions:
-    """What is measured inside of layers."""
+    """Statistics to measure inside of layers."""
 
     sites: Sites = SITES
     """Sites in a layer to measure; inputs are those of its linear maps."""

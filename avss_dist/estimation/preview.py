@@ -73,6 +73,9 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
     specs, execution = overridden(job, options)
     store, previews = Store(job.warehouse), list[Preview]()
     names: dict[str, str] = {}  # of the first specs, by run id
+    finished: list[dict[str, Any]] = []
+    with suppress(WarehouseError):  # there is none yet
+        finished = store.table("runs", columns=COLUMNS).to_pylist()
     with closing(executor_for(specs, job.settings, execution)) as executor:
         planner = Planner(executor, store, fetch=False)
         for spec in specs:
@@ -104,19 +107,18 @@ def preview_job(job: JobFile, on_event: OnRunEvent | None = None, **options: Any
                 repeated = f"{spec.name} is {RunRepeated(spec.name, first).describe()}"
                 preview = replace(preview, status="repeated", warning=repeated)
             elif size and not done and kept < preview.num_shards:
-                preview = _with_time(preview, planned, size, executor.devices, store)
+                preview = _with_time(preview, planned, size, executor.devices, finished)
             previews.append(preview)
     return previews
 
 
-def _with_time(preview: Preview, planned: PlannedRun, size: Footprint, devices: Devices, store: Store) -> Preview:
+def _with_time(
+    preview: Preview, planned: PlannedRun, size: Footprint, devices: Devices, runs: Sequence[Mapping[str, Any]]
+) -> Preview:
     """Return a preview with the time of the missing shards, and with a warning if the memory may be too small."""
     settings, replicas = planned.replica_spec.settings, planned.replicas
     if devices.kind == "cpu":
         replicas = min(replicas, max(1, devices.cpus // settings.threads))
-    runs: list[dict[str, Any]] = []
-    with suppress(WarehouseError):  # there is none yet
-        runs = store.table("runs", columns=COLUMNS).to_pylist()
     if like := speed_of_similar_run(runs, size, preview.partition, devices.kind):
         share = 1 - preview.kept_shards / preview.num_shards
         seconds = share * preview.num_tokens / like[0] / replicas

@@ -43,7 +43,7 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
         runs: rows of ``runs``.
         scores: rows of ``scores`` of these runs, of one site, recipe and threshold.
     """
-    labels = {r["run_id"]: f"{r['model'].rstrip('/').rpartition('/')[2]} ({r['run_id'][-10:]})" for r in runs}
+    labels = {r["run_id"]: f"{basename(r['model'])} ({r['run_id'][-10:]})" for r in runs}
     lowest = _lowest(scores)
     rows = [
         {

@@ -14,6 +14,7 @@ from avss_dist.report.section import (
     Chart,
     ReportColumn,
     ReportTable,
+    Row,
     Section,
     decimals,
     interval,
@@ -25,7 +26,6 @@ from avss_dist.report.section import (
 )
 from avss_dist.stats.intervals import MINIMUM_UNITS
 
-Row = Mapping[str, Any]  # of `Contrast.layers` or `Contrast.predictions`
 SERIES = {
     "deviation": "after their own prompts",
     "length_matched": "pairs of about equal length",

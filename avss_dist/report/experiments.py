@@ -29,6 +29,7 @@ from avss_dist.report.section import (
     Chart,
     ReportColumn,
     ReportTable,
+    Row,
     Section,
     interval,
     page_number,
@@ -37,7 +38,6 @@ from avss_dist.report.section import (
 from avss_dist.stats.metrics import NO_INTERVAL
 
 LARGEST_SHOWN = 1.5  # retention that the chart has room for
-Row = Mapping[str, Any]  # of the table `experiments`
 
 
 def experiment_sections(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -> list[Section]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from avss_dist.report.section import (
     Chart,
     ReportColumn,
     ReportTable,
+    Row,
     Section,
     decimals,
     page_number,
@@ -28,7 +29,6 @@ from avss_dist.stats.rankings import spearman_interval
 GOOD = 0.7  # a correlation that stands out
 KINDS = {"from the scoring pass": BLUE, "from passes of avss ablate": AMBER, "a control": GRAY}
 TRUTHS = {"loss": "the loss without each layer", "shapley": "the Shapley value", "taylor": "the first-order estimate"}
-Row = Mapping[str, Any]  # of `score_cards`
 
 
 def scorecard_sections(cards: pa.Table) -> list[Section]:

@@ -12,6 +12,7 @@ from avss_dist.core.text import printable
 GRAY, BLUE, AMBER = "#8b949e", "#4c9be8", "#e0a030"  # seen on light and on dark
 MISSING = "-"
 BAR_WIDTH = 18  # cells of a terminal
+Row = Mapping[str, Any]  # of a table
 Interval = tuple[float, float]
 
 

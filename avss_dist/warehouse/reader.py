@@ -103,7 +103,7 @@ class Warehouse:
         columns: Sequence[str] | None = None,
         where: pc.Expression | None = None,
     ) -> pa.Table:
-        """Read rows of a table: those of whole runs, or all of ``runs``, evaluations, cells, predictions, experiments.
+        """Read rows of a table: those of whole runs, or all of ``runs``, evaluations, cells, precision, experiments.
 
         Args:
             name: one of ``TABLES``.

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from avss_dist.core.errors import AvssError, DamagedFile, RunFailed, WarehouseError, require_known, without_secrets
 from avss_dist.core.text import RedactedURI, escape_markdown
-from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, ShardResult, StratumKey, merge_experts
+from avss_dist.stats.layer_stats import ExpertStats, LayerKey, LayerStats, ShardResult, StratumKey
+from avss_dist.stats.merging import merge_stats
 from avss_dist.warehouse.checks import checked_rows
 from avss_dist.warehouse.encoding import (
     encode,
@@ -96,7 +97,7 @@ class Store(Warehouse):
         """
         with ThreadPoolExecutor() as pool:
             parts = pool.map(lambda shard_id: self._read_experts(run.run_id, shard_id), sorted(shard_ids))
-            self._write("expert_stats", run.run_id, expert_columns(run, layers, merge_experts(parts)))
+            self._write("expert_stats", run.run_id, expert_columns(run, layers, merge_stats(parts)))
 
     def _read_experts(self, run_id: str, shard_id: int) -> dict[int, ExpertStats]:
         experts = self._decoded("shard_expert_stats", run_id, f"shard-{shard_id:05d}", to_experts)

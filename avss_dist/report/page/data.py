@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -67,13 +66,12 @@ def page_data(
     names = ["run_id", *CHOICE, "layer_name", "depth", *COLUMNS.values(), *BASELINES]
     table = warehouse.table("scores", run_ids=list(positions), columns=names)
     table = table.sort_by([(name, "ascending") for name in ("run_id", *CHOICE, "layer")])
-    keys = zip(*(table[name].to_pylist() for name in ("run_id", *CHOICE)), strict=True)
-    sizes = [(key, sum(1 for _ in rows)) for key, rows in groupby(keys)]
-    choices = {choice: i for i, choice in enumerate(sorted({key[1:] for key, _ in sizes}, key=_order))}
-    blocks, start = [], 0
-    for (run_id, *choice), size in sizes:
-        blocks.append((positions[run_id], choices[tuple(choice)], start, start + size, count_lowest(size)))
-        start += size
+    slices = [(tuple(key.values()), start, end) for key, start, end in slices_by(table, ["run_id", *CHOICE])]
+    choices = {choice: i for i, choice in enumerate(sorted({key[1:] for key, _, _ in slices}, key=_order))}
+    blocks = [
+        (positions[run_id], choices[tuple(choice)], start, end, count_lowest(end - start))
+        for (run_id, *choice), start, end in slices
+    ]
     scored = {
         "depth": table["depth"].to_numpy(),
         **{name: table[column].to_numpy() for name, column in _SCORED.items()},
@@ -82,9 +80,10 @@ def page_data(
     def profiles(name: str, choice: int | None = None) -> dict[int, Scores]:
         by_run = {}
         for run, place, start, end, _ in blocks:
-            at = np.flatnonzero(~np.isnan(scored[name][start:end])) + start
-            if len(at) and choice in (None, place):
-                by_run[run] = scored["depth"][at], scored[name][at]
+            if choice in (None, place):
+                at = np.flatnonzero(~np.isnan(scored[name][start:end])) + start
+                if len(at):
+                    by_run[run] = scored["depth"][at], scored[name][at]
         return by_run
 
     return {

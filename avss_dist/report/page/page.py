@@ -40,7 +40,7 @@ from avss_dist.report.page.charts import page_charts, section_chart
 from avss_dist.report.page.data import MIN_RUNS, matrix_data, page_data
 from avss_dist.report.page.summary import in_short, is_published
 from avss_dist.report.scorecards import page_section
-from avss_dist.report.section import ReportColumn, ReportTable, Section, page_number
+from avss_dist.report.section import ReportColumn, ReportTable, Row, Section, page_number
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
@@ -93,7 +93,6 @@ OVERVIEW = {
 """Columns of ``runs`` that the overview shows, and their titles."""
 _NUMBERS = ("num_tokens", "num_layers", "tokens_per_second")
 _FORMATS = {**dict.fromkeys(_NUMBERS, "{:,.0f}".format), "model": basename, "corpus": basename}
-Row = Mapping[str, Any]
 
 
 def save_report(

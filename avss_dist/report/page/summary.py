@@ -11,6 +11,7 @@ from avss_dist.analysis.verdict import CLAIMED_KEPT, CLAIMED_SHARE, claim_in_sho
 from avss_dist.core.registry import RECIPES
 from avss_dist.core.settings import SITES
 from avss_dist.pruning.selection import PUBLISHED
+from avss_dist.report.section import Row
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
@@ -19,7 +20,6 @@ MAX_LISTED = 6  # runs, and tasks of each
 MAX_UNTRIED = 3  # runs without any evaluated removal
 NOTHING = "Nothing was left out and evaluated yet: avss ablate --damage, avss plan, avss evaluate; or avss shrink."
 HEADLESS = "Not known: the model predicts no next token, so nothing here evaluates it without layers."
-Row = Mapping[str, Any]
 
 
 def in_short(

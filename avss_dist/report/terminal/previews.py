@@ -112,8 +112,10 @@ def thresholds_table(plan: SparsityPlan) -> ReportTable:
     """Return a table of a plan: threshold or share and expected sparsity by layer and linear map, in shades."""
 
     def shade(point: Any) -> str:
-        red = 0 if point is None else round(255 * min(point.sparsity, 1.0))
-        return f"rgb({red},{128},{255 - red})" if point is not None else ""
+        if point is None:
+            return ""
+        red = round(255 * min(point.sparsity, 1.0))
+        return f"rgb({red},128,{255 - red})"
 
     maps = list(dict.fromkeys(one.map for one in plan.projections))
     by_place = {(one.layer, one.map): one for one in plan.projections}
