@@ -14,18 +14,16 @@ Packages, from the top down. Imports only go down::
     executors    measurement in this process, or on Ray workers
     measure      one shard: hooks -> kernels -> LayerStats
     analysis     compare, findings, thresholds, score card, verdict
-    precision    plans of number formats of weights
-    sparsity     plans of activations that become zero
-    partition    distribution of one replica over devices
+    map_plans    sparsity plans and precision plans: what becomes zero or is rounded in each linear map
+    requests     parameters of each command that measures or changes something
     tasks        evaluation tasks
     pruning      plans, methods that choose layers, the pruned checkpoint
+    partition    distribution of one replica over devices
     models       checkpoints, loading, layers and sites, sizes, skipped layers
     warehouse    the Parquet contract: schema, store, reader (SQL), cache
     corpus       documents -> token rows -> shards
     stats        LayerStats and its merge, scores, rankings
-    requests     the request of each command that measures or changes something
-    read_requests  the request of each command that only reads a warehouse
-    options      options of the command line, and keywords, made from requests
+    read_requests  parameters of each command that only reads a warehouse
     system       devices, memory, versions, doctor
     core         settings, interventions, the registry of partitions and scores, checked classes, texts, errors
 """
