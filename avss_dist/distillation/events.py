@@ -46,5 +46,5 @@ Event = Preparing | TrainingAdvanced | HeldOutMeasured
 OnEvent = Callable[[Event], None]
 
 
-def ignore(_event: Event) -> None:
+def ignore(_event: object) -> None:
     """Ignore an event."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from math import ceil, inf, isnan
 from typing import Any
 
 from avss_dist.analysis.plans import evaluated_lines
-from avss_dist.core.intervention import Intervention, InterventionKey, Removals, encode_removals
+from avss_dist.core.intervention import Intervention, Removals
 from avss_dist.core.names import LOSS, SEARCH
 from avss_dist.core.registry import GREEDY
 from avss_dist.core.settings import Settings
@@ -27,7 +28,6 @@ from avss_dist.pruning.repair.fitter import HELD_BACK, SINK_TOKENS
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest, ShrinkRequest
-from avss_dist.tasks.cells import Cell, CellResult
 from avss_dist.tasks.task import Result, Task, combine
 from avss_dist.tasks.text_loss import LeaveOneOut
 from avss_dist.warehouse.reader import Warehouse
@@ -161,39 +161,29 @@ def removal_losses(session: EvaluationSession, planned: PlannedTask) -> Losses:
     Args:
         planned: a `search_task`.
     """
-    rows: dict[Removals, dict[int, Mapping[str, Any]]] = {}  # by part of the task
+    started = datetime.now(UTC)  # earlier rows do not count in a fresh session
 
-    def add(row: Mapping[str, Any]) -> None:
-        rows.setdefault(InterventionKey.of_row(row).removed, {})[row["part"]] = row
-
-    def add_cell(cell: Cell, measured: CellResult) -> None:
-        for row in measured.rows:
-            columns = {"drop": encode_removals(row.removed or ()), "layer": None, "metric": LOSS, "part": cell.part}
-            add(columns | {"samples": row.samples, "weights": row.weights})
-
-    def cells(base: Layers, layers: Layers) -> Iterable[Cell]:
-        """Yield cells of unknown losses, each of up to `SETS_PER_CELL` sets with the same base."""
-        without = Intervention(removed=base)
-        for part, measure in enumerate(planned.task.parts):
-            assert isinstance(measure, LeaveOneOut)
-            if not layers and part not in rows.get(base, {}):
-                yield planned.cell(part, measure, without)
-            pairs = zip(layers, _expand(base, layers), strict=False)
-            missing = [layer for layer, removed in pairs if part not in rows.get(removed, {})]
-            for start in range(0, len(missing), SETS_PER_CELL):
-                chunk = tuple(missing[start : start + SETS_PER_CELL])
-                yield planned.cell(part, replace(measure, layers=chunk), without)
+    def known() -> dict[Removals, Result]:
+        rows = [row for row in session.rows(planned.run_id()) if not session.fresh or row["created_at"] >= started]
+        return {result.removed: result for result in combine(rows, len(planned.task.parts))}
 
     def losses(base: Layers, layers: Layers) -> dict[Layers, Result]:
-        if missing := [*cells(base, layers)]:
-            session.run(missing, add_cell)
-        parts = len(planned.task.parts)
-        return {
-            removed: result for removed in _expand(base, layers) for result in combine(rows[removed].values(), parts)
-        }
+        results, drops = known(), _expand(base, layers)
+        missing = [layer for layer, removed in zip(layers, drops, strict=False) if removed not in results]
+        chunks = [tuple(missing[start : start + SETS_PER_CELL]) for start in range(0, len(missing), SETS_PER_CELL)]
+        if not layers and base not in results:
+            chunks = [()]
+        cells = [
+            planned.cell(part, replace(measure, layers=chunk), Intervention(removed=base))
+            for part, measure in enumerate(planned.task.parts)
+            for chunk in chunks
+            if isinstance(measure, LeaveOneOut)
+        ]
+        if cells:
+            session.run(cells)
+            results = known()
+        return {removed: results[removed] for removed in drops}
 
-    for row in [] if session.fresh else session.rows(planned.run_id()):
-        add(row)
     return losses
 
 

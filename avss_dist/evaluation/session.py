@@ -29,7 +29,8 @@ from avss_dist.core.intervention import (
 )
 from avss_dist.core.registry import PARTITIONS, PartitionInfo
 from avss_dist.core.settings import Execution, Settings, fingerprint
-from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent, ignore
+from avss_dist.distillation.events import ignore
+from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, OnEvent
 from avss_dist.executors.interface import Executor
 from avss_dist.executors.local import open_executor
 from avss_dist.map_plans.plans import PrecisionPlan
@@ -41,7 +42,7 @@ from avss_dist.pruning.selection import PlanError
 from avss_dist.stats.intervals import MINIMUM_UNITS, jackknife_interval
 from avss_dist.stats.metrics import retention_of
 from avss_dist.system.process import package_versions
-from avss_dist.tasks.cells import Cell, CellOutcome, CellResult
+from avss_dist.tasks.cells import Cell, CellOutcome
 from avss_dist.tasks.task import Measure, Result, Task, combine
 from avss_dist.warehouse.schema import SCHEMA_VERSION, RunIdentity
 from avss_dist.warehouse.storage import Storage
@@ -209,20 +210,13 @@ class EvaluationSession:
             raise failure(failed)
         return results
 
-    def run(
-        self,
-        cells: Iterable[Cell],
-        on_result: Callable[[Cell, CellResult], None] | None = None,
-    ) -> None:
+    def run(self, cells: Iterable[Cell]) -> None:
         """Measure cells that are not known yet, without writing results.
-
-        Args:
-            on_result: receives the result of each measured cell.
 
         Raises:
             AvssError: a mistake, or a cell that failed. Measured cells remain in the warehouse.
         """
-        if failed := self._run(cells, on_result):
+        if failed := self._run(cells):
             raise failure(failed)
 
     def fit(self, work: Work) -> dict[tuple[str, Removals], StoredPatch]:
@@ -243,9 +237,9 @@ class EvaluationSession:
         missing = [
             cell
             for cell in cells
-            if not self._has_measured(cell) and (self.fresh or (cell.run_id, cell.intervention.removed) not in known)
+            if not (self.is_known(cell) if self.fresh else (cell.run_id, cell.intervention.removed) in known)
         ]
-        failed = self._run(missing, again=True, to_first_mistake=True)
+        failed = self._run(missing, fits=True)
         for planned, _ in work:
             self.results(planned)
         if failed:
@@ -268,35 +262,25 @@ class EvaluationSession:
         return rows
 
     def results(self, planned: PlannedTask, interventions: Iterable[Intervention] = (NO_INTERVENTION,)) -> list[Result]:
-        """Write and return the results of the evaluations that interventions belong to, combined from all cells."""
+        """Write and return the results of the evaluations that interventions belong to, combined from all cells.
+
+        Each loss is written with its perplexity.
+        """
         results = []
         for run_id in dict.fromkeys(map(planned.run_id, interventions)):
             rows = self.rows(run_id)
-            if combined := combine(rows, len(planned.task.parts)):
-                self._write_results(planned, run_id, rows, combined)
-            results += combined
-        return results
-
-    def _write_results(
-        self, planned: PlannedTask, run_id: str, rows: Sequence[Mapping[str, Any]], results: Sequence[Result]
-    ) -> None:
-        """Write the results of an evaluation, with a perplexity for each loss.
-
-        Args:
-            rows: cells of the evaluation.
-        """
-        seconds: defaultdict[tuple[InterventionKey, int | None], float] = defaultdict(float)
-        for row in rows:
-            seconds[InterventionKey.of_row(row), row["layer"]] += row["seconds"] or 0.0
-        common = {
-            "task": planned.task.name,
-            "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
-            "versions": package_versions(),
-            "created_at": datetime.now(UTC),
-        }
-        self.store.write_evaluations(
-            _identity(planned, run_id, rows[0]["family"]),
-            [
+            if not (combined := combine(rows, len(planned.task.parts))):
+                continue
+            seconds: defaultdict[tuple[InterventionKey, int | None], float] = defaultdict(float)
+            for row in rows:
+                seconds[InterventionKey.of_row(row), row["layer"]] += row["seconds"] or 0.0
+            common = {
+                "task": planned.task.name,
+                "settings": json.dumps({**planned.settings.as_dict(), **planned.task.options}),
+                "versions": package_versions(),
+                "created_at": datetime.now(UTC),
+            }
+            evaluations = [
                 {
                     **common,
                     **result.intervention.row(),
@@ -307,10 +291,12 @@ class EvaluationSession:
                     "stderr": stderr,
                     "seconds": seconds[result.intervention, result.layer],
                 }
-                for result in results
+                for result in combined
                 for metric, value, stderr in result.metrics()
-            ],
-        )
+            ]
+            self.store.write_evaluations(_identity(planned, run_id, rows[0]["family"]), evaluations)
+            results += combined
+        return results
 
     def keep_precision(self, planned: PlannedTask, intervention: Intervention, plan: PrecisionPlan) -> None:
         """Write the number formats of a precision plan beside the results of a task.
@@ -343,48 +329,31 @@ class EvaluationSession:
             finally:
                 self._workers = None
 
-    def _run(
-        self,
-        cells: Iterable[Cell],
-        on_result: Callable[[Cell, CellResult], None] | None = None,
-        *,
-        again: bool = False,
-        to_first_mistake: bool = False,
-    ) -> list[tuple[Cell, AvssError]]:
+    def _run(self, cells: Iterable[Cell], *, fits: bool = False) -> list[tuple[Cell, AvssError]]:
         """Measure cells, store each as soon as it is measured, and return those that failed.
 
         Args:
-            on_result: receives the result of each measured cell.
-            again: measure known cells, too.
-            to_first_mistake: stop once a cell has failed because of a mistake of the user.
+            fits: the cells fit patches that are missing. Measure known cells, too, and stop once a cell has failed
+                because of a mistake of the user.
         """
         wanted = {(cell.run_id, cell.cell_id): cell for cell in cells}
-        missing = [cell for cell in wanted.values() if again or not self._is_known(cell)]
+        missing = [cell for cell in wanted.values() if fits or not self.is_known(cell)]
         self.on_event(CellsStarted(list(wanted.values()), len(wanted) - len(missing)))
         failed = []
-        reused = None if to_first_mistake else self._workers
+        reused = None if fits else self._workers
         with nullcontext(reused) if reused else closing(_Workers(self.store, self.executor, self.on_event)) as workers:
             for cell, outcome in workers.run(missing):
                 if not isinstance(outcome, AvssError):
                     self._measured[cell.run_id].add(cell.cell_id)
-                    if on_result is not None:
-                        on_result(cell, outcome)
                     continue
                 failed.append((cell, outcome))
-                if to_first_mistake and not isinstance(outcome, RunFailed):
+                if fits and not isinstance(outcome, RunFailed):
                     break
         return failed
 
-    def _has_measured(self, cell: Cell) -> bool:
-        return cell.cell_id in self._measured[cell.run_id]
-
-    def _is_known(self, cell: Cell) -> bool:
-        """Whether the session or the warehouse has a cell. A fresh session counts only its own cells."""
-        return self._has_measured(cell) or (not self.fresh and self.is_stored(cell))
-
-    def is_stored(self, cell: Cell) -> bool:
-        """Whether the warehouse has a cell. Each evaluation is listed once per session."""
-        return cell.cell_id in self.store.cell_ids(cell.run_id)
+    def is_known(self, cell: Cell) -> bool:
+        """Whether the warehouse has a cell. A fresh session counts only its own cells."""
+        return cell.cell_id in (self._measured[cell.run_id] if self.fresh else self.store.cell_ids(cell.run_id))
 
 
 class _Workers:
@@ -411,8 +380,27 @@ class _Workers:
                 notes = outcome.notes
                 write = self._store.storage.write_patch
                 keys = [None if row.patch is None else write(row.patch) for row in outcome.rows]
-                identity = _identity(cell, cell.run_id, outcome.family)
-                self._store.write_cell(identity, cell.cell_id, _rows(cell, outcome, keys))
+                key, identity = cell.intervention.key, _identity(cell, cell.run_id, outcome.family)
+                rows = [
+                    {
+                        **key._replace(
+                            removed=key.removed if row.removed is None else row.removed,
+                            rounding=row.rounding or key.rounding,
+                            patch=patch or key.patch,
+                        ).row(),
+                        "task": cell.task,
+                        "metric": row.metric,
+                        "layer": row.layer,
+                        "part": cell.part,
+                        "samples": row.samples.tolist(),
+                        "weights": row.weights.tolist(),
+                        "device": outcome.device,
+                        "seconds": outcome.seconds / len(outcome.rows),
+                        "created_at": datetime.now(UTC),
+                    }
+                    for row, patch in zip(outcome.rows, keys, strict=True)
+                ]
+                self._store.write_cell(identity, cell.cell_id, rows)
             self._on_event(CellDone(cell, notes))
             yield cell, outcome
 
@@ -544,26 +532,3 @@ class Retention:
 def _identity(work: Cell | PlannedTask, run_id: str, family: str) -> RunIdentity:
     checkpoint = work.checkpoint
     return RunIdentity(run_id=run_id, model=checkpoint.name, revision=checkpoint.revision, family=family)
-
-
-def _rows(cell: Cell, measured: CellResult, patches: Sequence[str | None]) -> list[Mapping[str, Any]]:
-    key, share = cell.intervention.key, measured.seconds / max(1, len(measured.rows))
-    return [
-        {
-            **key._replace(
-                removed=key.removed if row.removed is None else row.removed,
-                rounding=row.rounding or key.rounding,
-                patch=patch or key.patch,
-            ).row(),
-            "task": cell.task,
-            "metric": row.metric,
-            "layer": row.layer,
-            "part": cell.part,
-            "samples": row.samples.tolist(),
-            "weights": row.weights.tolist(),
-            "device": measured.device,
-            "seconds": share,
-            "created_at": datetime.now(UTC),
-        }
-        for row, patch in zip(measured.rows, patches, strict=True)
-    ]
