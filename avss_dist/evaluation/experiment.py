@@ -1,6 +1,6 @@
 """Experiments: retention of models without the layers that methods choose.
 
-Every method of `pruning.methods.methods` chooses layers of every run of a job. Each distinct set of layers is evaluated
+Every choice of `pruning.methods.choices` is of layers of every run of a job. Each distinct set of layers is evaluated
 once on every task and compared with the whole model on the same samples.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import product
 from typing import Any
@@ -24,7 +24,7 @@ from avss_dist.core.registry import GREEDY, MEASURED, READING, RECIPES, SCORES
 from avss_dist.core.settings import fingerprint
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.evaluation.events import ignore
+from avss_dist.distillation.events import ignore
 from avss_dist.evaluation.repairs import fit_of, fit_repairs, plan_fits, require_changeable
 from avss_dist.evaluation.search import greedy_search, removal_losses, search_task
 from avss_dist.evaluation.session import (
@@ -41,11 +41,11 @@ from avss_dist.evaluation.tasks import plan_task, plan_text, refuse_overlaps, te
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import text_config
 from avss_dist.pruning.ground_truth import layer_truth
-from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, Method, methods
+from avss_dist.pruning.methods import LEAVE_ONE_OUT, Experiment, choices, control_name, describe_method
 from avss_dist.pruning.plan import layer_list
 from avss_dist.pruning.repair.registry import NO_REPAIR
 from avss_dist.pruning.repair.repair import Repair
-from avss_dist.pruning.selection import Reading, count_layers
+from avss_dist.pruning.selection import RANDOM, Choice, Reading, count_layers
 from avss_dist.requests import RunJobRequest
 from avss_dist.runs.api import executor_for, overridden, run_job
 from avss_dist.runs.job_file import JobFile, RunSpec
@@ -65,67 +65,53 @@ Layers = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A model that an experiment evaluates, and the method by which it was made.
+    """A model that an experiment evaluates.
 
     Attributes:
-        method: choice of the layers; None for the whole model.
+        choice: choice of the layers; None for the whole model.
         intervention: change of the model.
-        share: share of the layers that are removed.
         repair: name of the repair; None without one.
     """
 
-    method: Method | None = None
+    choice: Choice | None = None
     intervention: Intervention = NO_INTERVENTION
-    share: float = 0.0
     repair: str | None = None
-
-    def row(
-        self,
-        metric: str,
-        value: float,
-        stderr: float | None = None,
-        retention: tuple[float | None, float | None, float | None] = (1.0, None, None),
-    ) -> dict[str, Any]:
-        """Return a row of ``experiments``, without the columns of RunIdentity.
-
-        Args:
-            retention: the retention, and the lower and upper end of its interval.
-        """
-        method = self.method
-        reading: Sequence[Any] = (method and method.reading) or [None] * len(READING)
-        retained, low, high = retention
-        return {
-            **self.intervention.key.row(),
-            "metric": metric,
-            "value": value,
-            "stderr": stderr,
-            "method": method.label if method else WHOLE,
-            "share": self.share,
-            "score": method and method.score,
-            **dict(zip(READING, reading, strict=True)),
-            "control": method and method.control,
-            "seed": method and method.seed,
-            "repair": self.repair,
-            "retention_low": low,
-            "retention_high": high,
-            "retention": retained,
-        }
 
     def rows(self, results: Sequence[Result], guess: float | None) -> Iterator[dict[str, Any]]:
         """Yield the row of every metric of a task, and for the whole model that of guessing tokens.
+
+        They are rows of ``experiments`` without the columns of RunIdentity.
 
         Args:
             results: results of the task, those of the whole model included.
             guess: loss of a guess among all tokens, in nats per token; None if it is unknown.
         """
-        whole = {result.metric: result for result in results_under(results)}
-        for result in results_under(results, self.intervention.key):
-            retention: Any = (None, None, None) if self.method else (1.0, None, None)
-            if self.method and (before := whole.get(result.metric)):
-                retention = astuple(Retention.of(before, result))
-            yield self.row(result.metric, result.value, result.stderr, retention)
-        if self.method is None and guess is not None and LOSS in whole:
-            yield self.row(CHANCE, guess)
+        choice, whole = self.choice, {result.metric: result for result in results_under(results)}
+        reading: Sequence[Any] = (choice and choice.reading) or [None] * len(READING)
+        measured: list[tuple[str, float, float | None, Retention | None]] = [
+            (result.metric, result.value, result.stderr, Retention.of(before, result) if before and choice else None)
+            for result in results_under(results, self.intervention.key)
+            for before in [whole.get(result.metric)]
+        ]
+        if choice is None and guess is not None and LOSS in whole:
+            measured.append((CHANCE, guess, None, None))
+        for metric, value, stderr, retention in measured:
+            yield {
+                **self.intervention.key.row(),
+                "metric": metric,
+                "value": value,
+                "stderr": stderr,
+                "method": describe_method(choice) if choice else WHOLE,
+                "share": choice.share if choice else 0.0,
+                "score": choice and choice.by,
+                **dict(zip(READING, reading, strict=True)),
+                "control": choice and control_name(choice),
+                "seed": choice.seed if choice and choice.by == RANDOM else None,
+                "repair": self.repair,
+                "retention_low": retention and retention.low,
+                "retention_high": retention and retention.high,
+                "retention": retention.value if retention else None if choice else 1.0,
+            }
 
 
 @dataclass
@@ -138,7 +124,7 @@ class Trial:
         truth: measurements of the layers, float64[layers], by a name of ``registry.MEASURED``.
         contrasts: contrasts of the layers on paired text, float64[layers], by reading.
         planned: tasks by name.
-        choices: method, share of layers, and layers that the method drops at this share.
+        choices: choices of layers, each with the layers that it drops.
         fits: task of fitting each repair except `pruning.repair.registry.NO_REPAIR`.
     """
 
@@ -150,7 +136,7 @@ class Trial:
     truth: dict[str, Float64] = field(default_factory=dict)
     contrasts: dict[Reading, Float64] = field(default_factory=dict)
     planned: dict[str, PlannedTask] = field(default_factory=dict)
-    choices: list[tuple[Method, float, Layers]] = field(default_factory=list)
+    choices: list[tuple[Choice, Layers]] = field(default_factory=list)
     fits: dict[str, PlannedTask] = field(default_factory=dict)
 
     @classmethod
@@ -171,7 +157,8 @@ class Trial:
         measured = {*experiment.scores} & {*MEASURED}
         for by in measured - ({LEAVE_ONE_OUT} if experiment.leave_one_out else set()):
             trial.truth[by] = layer_truth(warehouse, stored, by).by_layer(trial.num_layers)
-        for reading in {method.reading for method in trial.methods if method.score == CONTRAST and method.reading}:
+        for reading in {choice.reading for choice in choices(experiment, trial.rows) if choice.by == CONTRAST}:
+            assert reading is not None
             site, recipe, value, kind = reading
             strata, values = Strata.of_run(warehouse, stored, site), np.full(trial.num_layers, np.nan)
             sides = strata.both_sides(recipe, Threshold(value=value, kind=kind))
@@ -183,11 +170,6 @@ class Trial:
     def num_layers(self) -> int:
         """Number of layers of the model."""
         return count_layers(self.rows)
-
-    @property
-    def methods(self) -> Sequence[Method]:
-        """Methods of the experiment that the run has a score for."""
-        return [*methods(self.experiment, self.rows)]
 
     def plan(self, tasks: Sequence[str], warehouse: Warehouse, *, allow_overlap: bool) -> None:
         """Plan evaluations and fits. Texts of both and of the scores that overlap are refused."""
@@ -229,26 +211,25 @@ class Trial:
         planned = model.plan(search_task(model.checkpoint, self.corpus, model.settings)) if searched else None
         losses = planned and removal_losses(session, planned)
         with session.keeping_workers() if planned else nullcontext():
-            for method, share in product(self.methods, self.experiment.shares):
-                choice = method.choice(share)
-                if losses and method.score == GREEDY:
+            for choice in choices(self.experiment, self.rows):
+                if losses and choice.by == GREEDY:
                     drop, _ = greedy_search(choice.unprotected(layers), choice.number(layers), losses)
-                elif method.score == CONTRAST and method.reading is not None:
-                    drop = choice.drop(-self.contrasts[method.reading])
+                elif choice.by == CONTRAST and choice.reading is not None:
+                    drop = choice.drop(-self.contrasts[choice.reading])
                 else:
                     drop = choice.drop(choice.scores(self.rows, self.truth))
-                self.choices.append((method, share, drop))
+                self.choices.append((choice, drop))
         if planned:
             session.results(planned)
 
     def candidates(self, patches: Mapping[tuple[str, Removals], StoredPatch]) -> Iterator[Candidate]:
         """Yield the whole model, and the model without each choice of layers, by repair."""
         yield Candidate()
-        for (method, share, drop), repair in product(self.choices, self.experiment.repairs):
+        for (choice, drop), repair in product(self.choices, self.experiment.repairs):
             fit = self.fits.get(repair)
             patch = patches.get((fit.run_id(), drop)) if fit else None
             intervention, name = Intervention(removed=drop, patch=patch), None if repair == NO_REPAIR else repair
-            yield Candidate(method=method, intervention=intervention, share=share, repair=name)
+            yield Candidate(choice=choice, intervention=intervention, repair=name)
 
 
 def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], list[dict[str, Any]]]:
@@ -288,7 +269,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
         for trial in trials:
             trial.choose(session)
         fits = [
-            (fit, dict.fromkeys(drop for *_, drop in trial.choices)) for trial in trials for fit in trial.fits.values()
+            (fit, dict.fromkeys(drop for _, drop in trial.choices)) for trial in trials for fit in trial.fits.values()
         ]
         patches = fit_repairs(session, fits) if fits else {}
         candidates = [[*trial.candidates(patches)] for trial in trials]
@@ -327,13 +308,13 @@ def describe_size(job: JobFile) -> str:
 def _size(specs: Sequence[RunSpec], experiment: Experiment) -> tuple[int, str]:
     """Return the maximum number of evaluations, and a sentence with a place for it."""
     tasks, repairs = len(experiment.tasks), len(experiment.repairs)
-    choices = []
+    counts = []
     for settings in (spec.settings for spec in specs):
         readings = len(settings.sites) * len(RECIPES) * (len(settings.thresholds) + len(RELATIVE_THRESHOLDS))
-        choices.append(experiment.count_choices(readings))
-    return sum(1 + choice * repairs for choice in choices) * tasks, (
+        counts.append(experiment.count_choices(readings))
+    return sum(1 + count * repairs for count in counts) * tasks, (
         f"The experiment makes up to {{}} evaluations (models: {len(specs):,}, sets of layers to drop: "
-        f"{max(choices, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})"
+        f"{max(counts, default=0):,}, repairs: {repairs:,}, tasks: {tasks:,})"
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -105,48 +105,23 @@ class Experiment:
         return (methods + self.last) * len(self.shares)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One way to choose layers.
+def control_name(choice: Choice) -> str | None:
+    """Return the name of the control that a choice of an experiment is, or None."""
+    return REVERSED if choice.highest else ENDS_KEPT if choice.first else None
 
-    Attributes:
-        score: one of ``registry.SCORES``, or ``contrast``.
-        reading: reading of AVSS or the contrast.
-        control: `REVERSED`, `ENDS_KEPT` or None.
-        seed: seed of ``random``.
-        ends: number of layers at each end that are protected.
-    """
 
-    score: str
-    reading: Reading | None = None
-    control: str | None = None
-    seed: int | None = None
-    ends: int = 0
-
-    @property
-    def label(self) -> str:
-        """Name for people."""
-        name = "leave one out" if self.score == LEAVE_ONE_OUT else self.score.replace("_", " ")
-        if self.reading not in (None, PUBLISHED):
-            site, recipe, threshold, kind = self.reading
-            name += f" ({site}, {recipe}, {describe_threshold(threshold, kind)})"
-        if self.seed is not None:
-            name += f" {self.seed}"
-        if self.score == GREEDY:
-            name += " search"
-        return f"{name}, {self.control}" if self.control else name
-
-    def choice(self, share: float) -> Choice:
-        """Return the choice that drops a share of the layers."""
-        return Choice(
-            by=self.score,
-            reading=self.reading,
-            share=share,
-            first=self.ends,
-            last=self.ends,
-            highest=self.control == REVERSED,
-            seed=self.seed or 0,
-        )
+def describe_method(choice: Choice) -> str:
+    """Return the name of the method of a choice for people."""
+    name = "leave one out" if choice.by == LEAVE_ONE_OUT else choice.by.replace("_", " ")
+    if choice.reading not in (None, PUBLISHED):
+        site, recipe, threshold, kind = choice.reading
+        name += f" ({site}, {recipe}, {describe_threshold(threshold, kind)})"
+    if choice.by == RANDOM:
+        name += f" {choice.seed}"
+    if choice.by == GREEDY:
+        name += " search"
+    control = control_name(choice)
+    return f"{name}, {control}" if control else name
 
 
 def parse_score(text: str) -> tuple[str, Reading | None]:
@@ -170,32 +145,27 @@ def parse_score(text: str) -> tuple[str, Reading | None]:
     return name, (parts[0], parts[1], *parse_threshold(parts[2]))
 
 
-def methods(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> Iterator[Method]:
-    """Yield the methods of an experiment for a run with these rows of ``scores``, without scores that it lacks."""
-    for score, reading in _scored(experiment, rows):
-        yield Method(score=score, reading=reading)
-        if reading in (None, PUBLISHED):
-            if experiment.reversed and score != GREEDY:
-                yield Method(score=score, reading=reading, control=REVERSED)
-            if experiment.keep_ends:
-                yield Method(score=score, reading=reading, control=ENDS_KEPT, ends=experiment.keep_ends)
-    if experiment.last:
-        yield Method(score=LAST)
-    for seed in range(experiment.random):
-        yield Method(score=RANDOM, seed=seed)
-        if experiment.keep_ends:
-            yield Method(score=RANDOM, seed=seed, control=ENDS_KEPT, ends=experiment.keep_ends)
+def choices(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[Choice]:
+    """Return the choices of an experiment for a run with these rows of ``scores``, by method and share.
 
-
-def _scored(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Reading | None]]:
-    """Return the scores of an experiment that a run has, each once, with the reading of AVSS."""
+    Scores that the run lacks are left out.
+    """
     scored = dict.fromkeys(reading_of(row) for row in rows)
     names: dict[tuple[str, Reading | None], None] = {}
     for text in experiment.scores:
-        if text == EVERY_READING:
-            names |= dict.fromkeys(("avss", reading) for reading in scored)
-        else:
-            names[parse_score(text)] = None
+        every = text == EVERY_READING
+        names |= dict.fromkeys([("avss", reading) for reading in scored] if every else [parse_score(text)])
     if experiment.leave_one_out:
         names[LEAVE_ONE_OUT, None] = None
-    return [(score, reading) for score, reading in names if reading is None or reading in scored]
+    methods: list[dict[str, Any]] = []
+    plain: list[dict[str, Any]] = [{}]
+    ends = [{"first": experiment.keep_ends, "last": experiment.keep_ends}] if experiment.keep_ends else []
+    for score, reading in names:
+        if reading is None or reading in scored:
+            highest = [{"highest": True}] if experiment.reversed and score != GREEDY else []
+            controls = [*plain, *highest, *ends] if reading in (None, PUBLISHED) else plain
+            methods += [{"by": score, "reading": reading, **control} for control in controls]
+    methods += [{"by": LAST}] if experiment.last else []
+    random = range(experiment.random)
+    methods += [{"by": RANDOM, "seed": seed, **control} for seed in random for control in [*plain, *ends]]
+    return [Choice(**method, share=share) for method, share in product(methods, experiment.shares)]

@@ -20,7 +20,7 @@ from avss_dist.analysis.scorecard import best_readings, score_cards
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.intervention import encode_removals
 from avss_dist.evaluation.search import search
-from avss_dist.pruning.methods import Experiment, methods, parse_score
+from avss_dist.pruning.methods import Experiment, choices, describe_method, parse_score
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.selection import Choice
 from avss_dist.requests import PlanRequest
@@ -190,7 +190,11 @@ def test_methods_of_every_reading() -> None:
         for layer in range(3)
     ]
     wanted = Experiment(tasks=("x",), scores=("avss:all",), random=0, leave_one_out=False, reversed=False, keep_ends=0)
-    assert [method.label for method in methods(wanted, scores)] == ["avss", "avss (update, pooled, 1e-05)", "last"]
+    assert [describe_method(choice) for choice in choices(wanted, scores)] == [
+        "avss",
+        "avss (update, pooled, 1e-05)",
+        "last",
+    ]
     assert parse_score("avss:update:unit:0.1rms")[1] == ("update", "unit", 0.1, "rms")
 
 
@@ -258,7 +262,7 @@ def test_choices_are_counted_as_methods_make_them(scores: tuple[str, ...], keep_
     row = {"layer": 0, "site": "block", "recipe": "pooled", "threshold_kind": "absolute"}
     rows = [{**row, "threshold": threshold} for threshold in (1e-5, 1e-4, 1e-3)]
     experiment = Experiment(tasks=(TASK,), scores=scores, shares=(0.25, 0.5), random=3, keep_ends=keep_ends)
-    made = len(list(methods(experiment, rows))) * 2
+    made = len(choices(experiment, rows))
     assert made <= experiment.count_choices(3) <= made + 2 * 3  # a reading that is named twice counts once
 
 
