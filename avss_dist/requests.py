@@ -366,8 +366,7 @@ class PruneRequest(ModelRequest, EvaluationOptions):
     repair_corpora: Texts = ()
     """Text to fit the repair on: CORPUS or CORPUS=WEIGHT; self is text that the model writes."""
     warehouse: Annotated[PathOrText | None, WAREHOUSE] = None
-    """Warehouse with the plan's evaluations, for the model card; the fit is kept in it. Without it, the repair is
-    fitted in this process."""
+    """Warehouse with the plan's evaluations, for the model card; the fit of a repair is kept in it."""
 
     def __post_init__(self) -> None:
         if self.repair not in (None, NO_REPAIR) and not self.repair_corpora:

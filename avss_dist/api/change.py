@@ -26,14 +26,14 @@ from avss_dist.evaluation import evaluate as evaluating
 from avss_dist.evaluation import shrink as shrinking
 from avss_dist.evaluation import sparsify as sparsifying
 from avss_dist.evaluation.experiment import run_experiment
-from avss_dist.evaluation.repairs import stored_repair
+from avss_dist.evaluation.repairs import fit_plan
 from avss_dist.evaluation.search import SearchResult, search
 from avss_dist.map_plans.plans import PrecisionPlan, SparsityPlan
 from avss_dist.map_plans.quantize import plan_precision
 from avss_dist.models.checkpoints import resolve
 from avss_dist.pruning.checkpoint import prune as write_checkpoint
 from avss_dist.pruning.plan import Plan, count_for_memory, read_plan, run_size
-from avss_dist.pruning.repair.repair import Repair, Repaired
+from avss_dist.pruning.repair.repair import Repair
 from avss_dist.pruning.selection import Choice, ExpertChoice
 from avss_dist.requests import (
     AblateRequest,
@@ -192,18 +192,16 @@ def describe_remaining(plan: Plan) -> str:
 def write_pruned(request: PruneRequest) -> Pruned:
     """Write a checkpoint without the layers and routed experts that a plan drops, repaired on request.
 
-    With a warehouse, a repair is fitted on workers and stored there, or read if it is stored already.
+    With a warehouse, a repair is stored there, or read if it is stored already.
     """
     model, output, warehouse = str(request.model), Path(request.output), request.warehouse
     execution, code = request.execution, request.settings.trust_remote_code
     plan = request.plan if isinstance(request.plan, Plan) else read_plan(request.plan)
     checkpoint = resolve(model, trust_remote_code=code)
-    fitted: Repair | Repaired | None = None
+    fitted = None
     if request.fitted:
         corpora = with_own_text(request.repair_corpora, checkpoint, request.settings, request.on_event)
-        wanted = Repair(by=request.fitted, corpora=corpora, settings=request.settings)
-        stored = warehouse is not None and stored_repair(request, plan, wanted, warehouse)
-        fitted = stored or wanted
+        fitted = fit_plan(request, plan, Repair(by=request.fitted, corpora=corpora, settings=request.settings))
     if warehouse is not None:
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
         plan = replace(plan, evaluated=tuple(dict.fromkeys([*plan.evaluated, *lines])))

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -95,7 +97,7 @@ class FitRepair(Measure):
         )
         weights = StoredWeights.of_checkpoint(checkpoint, plan, settings).read
         repair = replace(self.repair, settings=settings)
-        repaired = fit_repair(checkpoint, plan, repair, self.texts, weights, model.backbone, model.device, model)
+        repaired = fit_repair(checkpoint, plan, repair, self.texts, weights, model)
         about = json.dumps({"record": asdict(repaired.record), "notes": list(repaired.notes)})
         errors = np.array([cut.error_after for cut in repaired.record.cuts])
         patch = encode_patch(repaired.tensors, about)
@@ -183,8 +185,10 @@ def fit_repairs(
     return session.fit(fits)
 
 
-def stored_repair(request: PruneRequest, plan: Plan, repair: Repair, warehouse: str | Path) -> Repaired:
+def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
     """Return the repair of a plan, fitted on workers or, after a fit by one worker, read from the warehouse.
+
+    Without a warehouse, the fit is not kept.
 
     Raises:
         AvssError: a mistake, including everything that `pruning.checkpoint.prune` refuses, before the fit begins; or
@@ -202,15 +206,15 @@ def stored_repair(request: PruneRequest, plan: Plan, repair: Repair, warehouse: 
         if [*layer_lists(without_head(module), plan.num_layers)] == [plan.layers]:
             layers = None  # it is found automatically, as in runs without a path
     settings = replace(settings, layers=layers)
-    with EvaluationSession.open(warehouse, settings, execution, request.on_event) as session:
+    with (
+        TemporaryDirectory() if request.warehouse is None else nullcontext(request.warehouse) as warehouse,
+        EvaluationSession.open(warehouse, settings, execution, request.on_event) as session,
+    ):
         model = session.place(checkpoint, settings)
-
-        def plan_fit(copies: int) -> PlannedTask:
-            return plan_fits(model, plan.layers, [replace(repair, settings=model.settings)], copies)[repair.by]
-
-        fit, copies = plan_fit(1), copies_of(model.placement, model.settings, session.executor)
+        planned = partial(plan_fits, model, plan.layers, [replace(repair, settings=model.settings)])
+        fit, copies = planned()[repair.by], copies_of(model.placement, model.settings, session.executor)
         (cell,) = fit.cells([plan.intervention])
-        if copies > 1 and (session.fresh or not session.is_stored(cell)):
-            fit = plan_fit(copies)
+        if copies > 1 and not session.is_known(cell):
+            fit = planned(copies)[repair.by]
         patches = fit_repairs(session, [(fit, [plan.intervention.removed])])
-    return read_repaired(patches[fit.run_id(), plan.intervention.removed])
+        return read_repaired(patches[fit.run_id(), plan.intervention.removed])

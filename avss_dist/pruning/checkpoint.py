@@ -11,19 +11,21 @@ import re
 import shutil
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import metadata_load
 
 from avss_dist.core.errors import ModelError, unwritable
 from avss_dist.core.intervention import Removals, count_removed, whole_layers
 from avss_dist.core.registry import LAYERWISE
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import describe_layers, escape_markdown, printable
-from avss_dist.models.checkpoints import PICKLED, Checkpoint, resolve
+from avss_dist.models.checkpoints import PICKLED, Checkpoint, read_config, resolve
 from avss_dist.models.experts import require_experts, without_parts
 from avss_dist.models.interventions import Patch, patched, skipping
 from avss_dist.models.layers import first_tensor
@@ -37,7 +39,7 @@ from avss_dist.pruning.configuration import write_config
 from avss_dist.pruning.plan import Plan, describe_reason
 from avss_dist.pruning.quantization import FILES, LayerNames, renumber_quantization, require_same_modules
 from avss_dist.pruning.repair.registry import RepairRecord, read_repairs, write_repairs
-from avss_dist.pruning.repair.repair import Repair, Repaired, repair_layers
+from avss_dist.pruning.repair.repair import Repaired
 from avss_dist.pruning.selection import PlanError
 from avss_dist.pruning.weights import StoredWeights, copy_weights
 from avss_dist.system.devices import available_memory, pick_device
@@ -51,7 +53,7 @@ def prune(
     plan: Plan,
     output: str | Path,
     *,
-    repair: Repair | Repaired | None = None,
+    repair: Repaired | None = None,
     execution: Execution | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -60,9 +62,8 @@ def prune(
     Args:
         model: hub id or folder of the checkpoint that the plan is for.
         output: folder that does not exist or is empty; it appears when it is complete.
-        repair: repair to fit to the remaining layers, or a fitted repair; none by default.
-        execution: ``partition`` (single or streaming) and memory limits for the repair and the comparison; chosen by
-            default.
+        repair: fitted repair of the remaining layers; none by default.
+        execution: ``partition`` (single or streaming) and memory limits for the comparison; chosen by default.
 
     Returns:
         ``folder``; ``bytes`` of weights; ``difference``: largest difference between the outputs of the last layer, in
@@ -74,7 +75,6 @@ def prune(
         PlanError: the plan is for another model, the family cannot be pruned or repaired (the message says why), or the
             folder is not empty.
         ModelError: the checkpoint cannot be read.
-        CorpusError: the text of the repair cannot be read, or is too short.
         StorageFull: there is no space left.
     """
     settings = Settings(dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
@@ -87,17 +87,13 @@ def prune(
         with staged_folder(output) as staged:
             write_config(checkpoint, plan, staged, settings)
             weights = StoredWeights.of_checkpoint(checkpoint, plan, settings)
-            if isinstance(repair, Repair):
-                repaired: Repaired | None = repair_layers(checkpoint, plan, repair, weights.read, execution)
-            else:
-                repaired = repair
-            notes += repaired.notes if repaired else []
-            replaced = repaired.tensors if repaired else {}
+            notes += repair.notes if repair else []
+            replaced = repair.tensors if repair else {}
             size = copy_weights(checkpoint, weights, replaced, staged)
             _copy_files(checkpoint, plan, staged, settings)
             difference, seen = _compare(checkpoint, plan, replaced, staged, settings, execution or Execution())
             notes += seen
-            record = repaired.record if repaired else None
+            record = repair.record if repair else None
             (staged / "README.md").write_text(model_card(checkpoint, plan, notes, record), encoding="utf-8")
             if record:
                 write_repairs(staged, [*read_repairs(checkpoint.folder), record])
@@ -313,31 +309,21 @@ def _describe_changes(plan: Plan, repair: RepairRecord | None) -> str:
 
 def pruned_from(folder: Path) -> tuple[str, str] | None:
     """Return base model and revision from the card of a pruned checkpoint, or None for another checkpoint."""
+    card = folder / "README.md"
     try:
-        values, text = _front_matter(folder), (folder / "README.md").read_text(encoding="utf-8")
+        values, text = metadata_load(card) or {}, card.read_text(encoding="utf-8")
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    revision = _BASE.search(text)
-    if not isinstance(values, dict) or not {*TAGS}.intersection(values.get("tags") or ()) or not revision:
+    revision, name = _BASE.search(text), values.get("base_model")
+    if not {*TAGS}.intersection(values.get("tags") or ()) or not revision or not isinstance(name, str):
         return None
-    name = values.get("base_model")
-    return (name, revision[1]) if isinstance(name, str) and name else None
+    return (name, revision[1]) if name else None
 
 
 def source_license(folder: Path) -> dict[str, Any]:
     """Return the license that a checkpoint's model card names, else its configuration. Empty if neither does."""
-    for read in (_front_matter, _config):
-        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
-            values = read(folder)
-            if isinstance(values, dict) and values.get("license"):
+    for read in (partial(metadata_load, folder / "README.md"), partial(read_config, folder, folder.name)):
+        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError, ModelError):
+            if (values := read() or {}).get("license"):
                 return {key: str(values[key]) for key in LICENSE if values.get(key)}
     return {}
-
-
-def _front_matter(folder: Path) -> Any:
-    begin, head, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    return None if begin.strip() else yaml.safe_load(head)
-
-
-def _config(folder: Path) -> Any:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))

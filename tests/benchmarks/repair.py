@@ -123,7 +123,7 @@ def fit_baseline(
 ) -> dict[nn.Module, torch.Tensor]:
     """Return the matrices of a baseline, by the module whose output each multiplies. Each fit sees the earlier ones."""
     splits, matrices = split_texts([text], batch_size), dict[nn.Module, torch.Tensor]()
-    source = HiddenStateSource(model.backbone, model.device, [split.batch for split in splits], plan.drop, [], model)
+    source = HiddenStateSource(model, [split.batch for split in splits], plan.drop, [])
     for cut in find_cuts(plan):
         projection, layer = source.output_projection(cut.after), model.layers[cut.after].module
         added = layer.get_submodule(projection.last)
@@ -183,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with applied(matrices):
                 return perplexity(model, held_out, drop), cost
         repair = Repair(by=name, corpora=(args.corpus,), settings=settings)
-        opened = model.backbone, model.device, model
-        repaired, cost = cpu_timed(lambda: fit_repair(checkpoint, plan, repair, [text], stored, *opened))
+        repaired, cost = cpu_timed(lambda: fit_repair(checkpoint, plan, repair, [text], stored, model))
         return perplexity(model, held_out, drop, repaired.tensors), cost
 
     names: Collection[str] = args.repair or (*REPAIRS, *BASELINES)

@@ -21,6 +21,7 @@ from support.checkpoints import llama
 from support.command_line import avss, mistake, succeed
 from support.experiments import cell_times, comparable, experiment_of, run_job_in
 from support.families import lively, tiny_model
+from support.planning import prune
 from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 
@@ -41,7 +42,6 @@ from avss_dist.models.loading import open_module
 from avss_dist.partition import group
 from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.partition.single import MAX_COPIES, with_copies
-from avss_dist.pruning.checkpoint import prune
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.pruning.repair.repair import Repair
@@ -298,14 +298,6 @@ def test_a_repaired_checkpoint_is_not_asked_what_it_was_fitted_on(deep: Path, tm
     refused = mistake(*asked)
     assert re.search(r"2 of the 20 questions of truthfulqa:\S+ are prompts that the repair of", refused)
     assert avss(*asked, "--skip-questions", 8).exit_code == 0
-
-
-def test_workers_need_a_warehouse_for_a_fit(deep: Path, tmp_path: Path) -> None:
-    plan = tmp_path / "plan.yaml"
-    Plan(model=str(deep), num_layers=8, layers="layers", drop=(2, 3)).write(plan)
-    done = pruned(deep, plan, tmp_path / "less", "channel", "--partition", "device_map")
-    assert done.exit_code == 2 and "--warehouse" in done.stderr
-    assert not (tmp_path / "less").exists()
 
 
 def test_nothing_is_fitted_twice_and_what_is_lost_is_fitted_again(done: Done) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import VOCABULARY, one_thread
 from support.command_line import as_words, avss, mistake, succeed
 from support.families import tiny_config, tiny_model
+from support.planning import prune
 from support.quantized import block_fp8
 from support.tiers import all_of
 from transformers import AutoModelForCausalLM
@@ -32,7 +33,7 @@ from avss_dist.models.experts import (
     without_experts,
 )
 from avss_dist.models.loading import open_module
-from avss_dist.pruning.checkpoint import prune, pruned_from
+from avss_dist.pruning.checkpoint import pruned_from
 from avss_dist.pruning.plan import Plan, read_plan
 from avss_dist.pruning.repair.fits import FitStep, features_of
 from avss_dist.pruning.repair.projection import CapturedCall, OutputProjection, RepairError

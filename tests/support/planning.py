@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from avss_dist.core.settings import Execution, Settings
+from avss_dist.evaluation.repairs import fit_plan
 from avss_dist.executors.local import LocalExecutor
 from avss_dist.models.size import Footprint
+from avss_dist.pruning import checkpoint
+from avss_dist.pruning.plan import Plan
+from avss_dist.pruning.repair.repair import Repair
+from avss_dist.requests import PruneRequest
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
 from avss_dist.runs.run import PlannedRun
@@ -28,6 +33,15 @@ def run_spec(model: Path, *, corpus: str = "builtin:pydoc", **options: Any) -> R
 def plan(model: Path, warehouse: Path, **options: Any) -> PlannedRun:
     """Return the plan of a run in this process."""
     return Planner(LocalExecutor(Settings()), Store(warehouse)).prepare(run_spec(model, **options))
+
+
+def prune(
+    model: str, plan: Plan, output: Path, *, repair: Repair | None = None, execution: Execution | None = None
+) -> dict[str, Any]:
+    """Write a pruned checkpoint, with a repair that is fitted in this process."""
+    request = PruneRequest(model, plan=plan, output=output, **vars(execution or Execution()))
+    fitted = repair and fit_plan(request, plan, repair)
+    return checkpoint.prune(model, plan, output, repair=fitted, execution=execution)
 
 
 def llama_like(billions: float, layers: int = 32, hidden: int = 4096) -> Footprint:

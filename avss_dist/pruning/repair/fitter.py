@@ -169,18 +169,13 @@ class RepairFitter:
         source: hidden states of both models.
         stored: reads parameters from the checkpoint's files.
         splits: calibration text.
-        model: several copies of it, or ranks that hold it together, share the batches; None if this process has all.
+        model: several copies of it, or ranks that hold it together, share the batches.
     """
 
     def __init__(
-        self,
-        source: HiddenStateSource,
-        stored: ReadStored,
-        splits: Sequence[FitSplit],
-        model: LanguageModel | None = None,
+        self, source: HiddenStateSource, stored: ReadStored, splits: Sequence[FitSplit], model: LanguageModel
     ) -> None:
         self._source, self._stored, self._splits, self._model = source, stored, splits, model
-        self._indices = model.local_indices(len(splits)) if model else range(len(splits))
 
     def fit_all(self, cuts: Sequence[RepairCut], repair: str) -> list[RepairedCut]:
         """Fit a repair to cuts, in order. Cuts that cannot be fitted are refused before the first fit.
@@ -303,14 +298,13 @@ class RepairFitter:
             numbers[0] += split.weight * float(scale[masks[0]].double().square().sum())
             numbers[1] += split.weight * float((scale * target)[masks[1]].double().square().sum())
 
-        indices = tracked(self._indices, description)
+        indices = tracked(self._model.local_indices(len(self._splits)), description)
         self._source.visit(projection, cut.last, add, indices, units=step.features == "inputs")
-        if self._model:
-            counts = torch.tensor([part.count for part in sums], device=sums[0].gram.device)
-            numbers = numbers.to(counts.device)
-            parts = [tensor for part in sums for tensor in (part.gram, part.cross, part.target)]
-            self._model.all_reduce([numbers, counts, *parts])
-            sums = [replace(part, count=count) for part, count in zip(sums, counts.tolist(), strict=True)]
+        counts = torch.tensor([part.count for part in sums], device=sums[0].gram.device)
+        numbers = numbers.to(counts.device)
+        parts = [tensor for part in sums for tensor in (part.gram, part.cross, part.target)]
+        self._model.all_reduce([numbers, counts, *parts])
+        sums = [replace(part, count=count) for part, count in zip(sums, counts.tolist(), strict=True)]
         counted, size = numbers.tolist()
         return list(zip(sums[::2], sums[1::2], strict=True)), size, sums[0].gram / counted
 

@@ -14,9 +14,9 @@ from avss_dist.core.intervention import Removal, experts_by_layer, layer_of, who
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.experts import require_experts, without_experts
-from avss_dist.models.interventions import Parameter, Recorded, patched, recording, resuming, skipping
+from avss_dist.models.interventions import Parameter, Recorded, recording, resuming, skipping
 from avss_dist.models.layers import as_rows, first_tensor, probe_tokens
-from avss_dist.models.loading import Backbone, forward_function
+from avss_dist.models.loading import forward_function
 from avss_dist.pruning.repair.projection import (
     CapturedCall,
     OutputProjection,
@@ -44,8 +44,6 @@ class HiddenStateSource:
     Args:
         drop: layers and experts that the pruned model lacks.
         starts: layers behind which passes of the whole model will resume.
-        model: the backbone with its head, where only that can compute with changed weights; None if the backbone's
-            weights are in memory.
 
     Attributes:
         changed: changed parameters of the pruned model, in the dtypes of the checkpoint's files. The whole model keeps
@@ -53,27 +51,21 @@ class HiddenStateSource:
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        device: torch.device,
-        batches: Sequence[Batch],
-        drop: Collection[Removal],
-        starts: Collection[int],
-        model: LanguageModel | None = None,
+        self, model: LanguageModel, batches: Sequence[Batch], drop: Collection[Removal], starts: Collection[int]
     ) -> None:
-        self._layers, self._drop, self._device = backbone.structure.layers, {*drop}, device
+        self._layers, self._drop, self._device = model.layers, {*drop}, model.device
         require_experts(self._layers, drop)
         self._batches, self._model = batches, model
-        self._forward = forward_function(backbone.module)
+        self._forward = forward_function(model.backbone.module)
         self.changed: dict[Parameter, torch.Tensor] = {}
         self._stored: dict[tuple[str, int], tuple[int, torch.Tensor]] = {}
-        self._shared = model if model and model.lockstep == 1 and not model.keeps_hidden_states else None
+        self._shared = model if model.lockstep == 1 and not model.keeps_hidden_states else None
         if self._shared:
             return
         with torch.no_grad(), recording(self._layers) as recorded:
             whole = first_tensor(self._probe())
             self._forms = dict(recorded.forms)
-            alone = model is None or model.lockstep == 1
+            alone = model.lockstep == 1
             room = available_memory() // MEMORY_SHARE if alone and self._resumes(recorded, whole, starts) else 0
         self._room = {"whole": room // 2, "pruned": room // 2}
 
@@ -107,9 +99,7 @@ class HiddenStateSource:
 
     def value(self, layer: int, path: str) -> torch.Tensor:
         """Return a parameter of the whole model."""
-        if self._model:
-            return self._model.value(layer, path)
-        return self._layers[layer].module.get_parameter(path).detach()
+        return self._model.value(layer, path)
 
     def visit(
         self, projection: OutputProjection, last: int, visit: Visit, numbers: Iterable[int], *, units: bool = False
@@ -135,7 +125,11 @@ class HiddenStateSource:
             return self._rows(calls["layer"].output, layer.axes, number).cpu()
 
         def pruned(number: int) -> None:
-            with model.without(skipped), self._patched(), _captured_at(projection, units=units) as calls:
+            with (
+                model.without(skipped),
+                self._model.patched(self.changed),
+                _captured_at(projection, units=units) as calls,
+            ):
                 self._pass(number)
             visit(number, targets.pop(number).to(self._device), *self._states(number, projection, calls))
 
@@ -159,7 +153,7 @@ class HiddenStateSource:
         layer = projection.layer
         skipped = self._after(layer.index) | {*whole_layers(self._drop)}
         without = without_experts(self._layers, self._drop)
-        with self._patched(), without, _captured_at(projection, units=units) as calls:
+        with self._model.patched(self.changed), without, _captured_at(projection, units=units) as calls:
             self._run(number, skipped, self._stored.get(("pruned", number)))
         self._store("pruned", number, layer.index - 1, calls["layer"].input)
         return self._states(number, projection, calls)
@@ -182,10 +176,6 @@ class HiddenStateSource:
             for path in (projection.linear, projection.last)
         )
         return self._rows(calls["layer"].output, projection.layer.axes, number), linear, last
-
-    def _patched(self) -> AbstractContextManager[None]:
-        """Return a context inside which the model computes with the changes so far."""
-        return self._model.patched(self.changed) if self._model else patched(self._layers, self.changed)
 
     def _after(self, layer: int) -> set[int]:
         """Return the indices of the layers after one, which need not run."""

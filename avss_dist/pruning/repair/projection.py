@@ -103,7 +103,8 @@ class OutputProjection:
         """Return the weight as [..., inputs, outputs], or such a matrix as the weight."""
         if self.down:
             return self.down.as_rows(weight)
-        return weight if is_transposed(self.layer.module.get_submodule(self.linear)) else weight.T
+        linear = self.layer.module.get_submodule(self.linear)
+        return weight.T if isinstance(linear, nn.Linear) else weight  # GPT-2's map keeps [inputs, outputs]
 
 
 def find_output_projection(
@@ -168,11 +169,6 @@ def _experts_projection(
         raise _refusal(layer, "does not simply add what its routed experts give to the residual stream")
     remaining = tuple(expert for expert in range(experts.number) if expert not in removed)
     return OutputProjection(layer, path, None, factor, down=down, remaining=remaining, chosen=calls[-1][1])
-
-
-def is_transposed(linear: nn.Module) -> bool:
-    """Whether a linear map keeps its weight as [inputs, outputs], as GPT-2's does."""
-    return not isinstance(linear, nn.Linear)
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -16,32 +16,27 @@ that does not help is undone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import nn
 
-from avss_dist.core.errors import ConfigError, ModelError
-from avss_dist.core.registry import LAYERWISE, PARTITIONS
-from avss_dist.core.settings import Execution, Settings
+from avss_dist.core.errors import ModelError
+from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, describe_layers
 from avss_dist.core.validation import checked
-from avss_dist.corpus.shards import CorpusPlan, tokenize_corpus
+from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.experts import find_down_projections, find_routed_experts
 from avss_dist.models.interventions import Patch
 from avss_dist.models.layers import linear_sizes
-from avss_dist.models.loading import Backbone, candidate_layers, load, load_tokenizer, pin, text_config
+from avss_dist.models.loading import candidate_layers
 from avss_dist.models.safetensors import DTYPES
 from avss_dist.models.size import load_skeleton
 from avss_dist.models.structure import find_down_projection
-from avss_dist.partition.choose import place
-from avss_dist.partition.replica import open_replica
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import PLAIN_HINT, ReadStored, RepairFitter, count_fitted, find_cuts, split_texts
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
@@ -55,7 +50,6 @@ from avss_dist.pruning.repair.registry import (
     split_weight,
 )
 from avss_dist.pruning.weights import StoredWeights
-from avss_dist.system.devices import devices_here, free_device, pick_device
 
 
 @checked
@@ -102,71 +96,31 @@ class Repaired:
     notes: Sequence[str]
 
 
-def repair_layers(
-    checkpoint: Checkpoint, plan: Plan, repair: Repair, stored: ReadStored, execution: Execution | None = None
-) -> Repaired:
-    """Fit a repair to the cuts of a plan, with the model in memory or streamed.
-
-    Args:
-        stored: reads a parameter from the checkpoint's files; its dtype is the one that is written.
-        execution: ``partition`` and its memory limits; chosen by default.
-
-    Raises:
-        RepairError: a cut cannot be repaired; the message says why.
-        CorpusError: a text cannot be read, or has too few tokens.
-        ConfigError: repairs cannot be fitted in the partition, or its memory limits are too small.
-        FitError: hidden states are not finite.
-    """
-    find_cuts(plan, every_layer=REPAIRS[repair.by].every_layer)
-    device = pick_device(repair.settings.device)
-    config = text_config(checkpoint, trust_remote_code=repair.settings.trust_remote_code)
-    settings = replace(pin(repair.settings, checkpoint, config, device.type), layers=plan.layers)
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=settings.trust_remote_code)
-    texts = [tokenize_corpus(corpus, tokenizer, settings) for corpus in repair.texts]
-    execution = execution or Execution()
-    able = [name for name, info in PARTITIONS.items() if info.whole or info.layerwise]
-    if execution.partition not in ("auto", *able):
-        raise ConfigError(
-            f"In this process a repair is not fitted in `partition` {execution.partition}.",
-            f"Use {' or '.join(able)}, or name a `warehouse`: workers fit it then.",
-        )
-    placement = place(checkpoint, settings, execution, devices_here(device.type), head=True)
-    fit = partial(fit_repair, checkpoint, plan, replace(repair, settings=settings), texts, stored)
-    if PARTITIONS[placement.partition].whole:
-        repaired = fit(load(checkpoint, settings, device), device)
-    else:
-        streamed = replace(placement, partition=LAYERWISE)
-        with closing(open_replica(checkpoint, settings, streamed, head=True)) as replica:
-            model = replica.language_model
-            assert model is not None
-            repaired = fit(model.backbone, model.device, model)
-    free_device(device)
-    return repaired
-
-
 def fit_repair(
     checkpoint: Checkpoint,
     plan: Plan,
     repair: Repair,
     texts: Sequence[CorpusPlan],
     stored: ReadStored,
-    backbone: Backbone,
-    device: torch.device,
-    model: LanguageModel | None = None,
+    model: LanguageModel,
 ) -> Repaired:
-    """Fit a repair on an open model and tokenized texts. See `repair_layers`.
+    """Fit a repair to the cuts of a plan, on an open model and tokenized texts.
 
     Args:
         repair: its settings are pinned.
-        backbone, device: the model, and the device of its token ids.
-        model: the backbone with its head, where that is how it computes; see `HiddenStateSource`.
+        stored: reads a parameter from the checkpoint's files; its dtype is the one that is written.
+
+    Raises:
+        RepairError: a cut cannot be repaired; the message says why.
+        CorpusError: a text has too few tokens.
+        FitError: hidden states are not finite.
     """
     every_layer, settings = REPAIRS[repair.by].every_layer, repair.settings
     cuts = find_cuts(plan, every_layer=every_layer)
     splits = split_texts(texts, settings.batch_size, repair.weights)
-    splits += [splits[0].uncounted()] * (-len(splits) % (model.lockstep if model else 1))
+    splits += [splits[0].uncounted()] * (-len(splits) % model.lockstep)
     starts = [cut.last for cut in cuts if cut.last + 1 < plan.num_layers]
-    source = HiddenStateSource(backbone, device, [split.batch for split in splits], plan.drop, starts, model)
+    source = HiddenStateSource(model, [split.batch for split in splits], plan.drop, starts)
     repaired_cuts = RepairFitter(source, stored, splits, model).fit_all(cuts, repair.by)
     counts = count_fitted(splits, len(texts))
     record = RepairRecord(
