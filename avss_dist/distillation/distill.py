@@ -9,7 +9,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from avss_dist.core.errors import ConfigError, ModelError, RunFailed, StorageFul
 from avss_dist.core.results import TabularResult
 from avss_dist.distillation.curve import DIVERGED, CurvePoint, Schedule, best, ending, evaluations, is_better
 from avss_dist.distillation.events import OnEvent, Preparing, ignore
-from avss_dist.distillation.loss import LossSums, Predict, logits_of
+from avss_dist.distillation.loss import logits_of
 from avss_dist.distillation.memory import Memory, estimate_memory, require_memory
 from avss_dist.distillation.pair import LORA, ModelPair, ancestry, resolve_pair
 from avss_dist.distillation.ranks import (
@@ -279,9 +279,11 @@ def _trained(task: DistillTask, on_event: OnEvent, heartbeat: Callable[[], None]
     teacher_model = load_model(models.teacher, models.teacher_settings, head=True).to(models.device)
     call_at_layers(teacher_model, models.teacher_settings, heartbeat)
     teacher = logits_of(teacher_model)
-    expected = _teacher_losses(teacher, texts, models, task.work, on_event)
-    for text, loss in zip(texts, expected, strict=True):
-        if not math.isfinite(loss.surprise):
+    expected = []
+    for number, text in enumerate(texts):
+        on_event(Preparing("measuring the teacher", number / len(texts)))
+        expected.append(trainer.measure(teacher, None, text, models.settings.batch_size, models.device))
+        if not math.isfinite(expected[-1].surprise):
             raise ModelError(
                 f"'{models.teacher.name}', the teacher, predicts NaN or infinities on {text.name}.",
                 f"Check its weights, or name another `teacher`; first delete {task.work}.",
@@ -375,29 +377,6 @@ def _open_student(request: DistillRequest, models: ModelPair, heartbeat: Callabl
     call_at_layers(student, models.settings, heartbeat)
     torch.manual_seed(request.seed)  # of a new adapter, which is the same on all ranks
     return choose_trained(student, request.train, request.lora_rank)
-
-
-def _teacher_losses(
-    teacher: Predict, texts: Sequence[DistillText], models: ModelPair, work: Path, on_event: OnEvent
-) -> list[LossSums]:
-    """Return the loss of the teacher on the held-out rows of each text, measured once."""
-    from avss_dist.distillation.trainer import measure
-
-    file = work / "teacher.json"
-    prints = [text.held_out.tokens_fingerprint for text in texts]
-    if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored["texts"] == prints:
-            return [LossSums(**values) for values in stored["losses"]]
-    losses = []
-    for number, text in enumerate(texts):
-        on_event(Preparing("measuring the teacher", number / len(texts)))
-        losses.append(measure(teacher, None, text, models.settings.batch_size, models.device))
-    if rank_and_size()[0]:
-        return losses
-    with staged_file(file) as staged:
-        staged.write_text(json.dumps({"texts": prints, "losses": [asdict(loss) for loss in losses]}), encoding="utf-8")
-    return losses
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from avss_dist.core.errors import ConfigError
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest
 
 
-@contextmanager
-def open_ranks(request: DistillRequest) -> Iterator[RayExecutor | None]:
-    """Yield the executor of the ranks of a distillation, or None for one process.
+def open_ranks(request: DistillRequest) -> AbstractContextManager[RayExecutor | None]:
+    """Return the context of the executor of the ranks of a distillation, or of None for one process.
 
     Raises:
         ConfigError: the cluster cannot be reached, or an option has no effect on one process.
@@ -32,15 +31,10 @@ def open_ranks(request: DistillRequest) -> Iterator[RayExecutor | None]:
         hint = "Set `ranks` to 2 or more, or leave it out."
         names = ("address", "node_labels", "placement_seconds", "hang_seconds")
         refuse_unused({name: getattr(request.execution, name) for name in names}, "with one rank", hint)
-        yield None
-        return
+        return nullcontext()
     from avss_dist.executors.ray.executor import RayExecutor
 
-    executor = RayExecutor(request.execution, request.settings)
-    try:
-        yield executor
-    finally:
-        executor.close()
+    return closing(RayExecutor(request.execution, request.settings))
 
 
 def _ranks_per_node(request: DistillRequest, devices: Devices) -> int:

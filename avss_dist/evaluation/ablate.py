@@ -116,27 +116,19 @@ def _row(layer: LayerAblation) -> dict[str, Any]:
         low, high = map(float, jackknife_interval(np.array(shapley.value), shapley.left_out))
     return {
         "layer": layer.layer,
-        "loss": _value(layer.loss),
-        "increase": _value(layer.increase),
-        "increase_stderr": _stderr(layer.increase),
-        **{part: _value(layer.sublayers.get(part)) for part in PARTS},
-        **{f"{part}_stderr": _stderr(layer.sublayers.get(part)) for part in PARTS},
-        "shapley": _value(layer.shapley),
+        "loss": getattr(layer.loss, "value", None),
+        "increase": getattr(layer.increase, "value", None),
+        "increase_stderr": getattr(layer.increase, "stderr", None),
+        **{part: getattr(layer.sublayers.get(part), "value", None) for part in PARTS},
+        **{f"{part}_stderr": getattr(layer.sublayers.get(part), "stderr", None) for part in PARTS},
+        "shapley": getattr(layer.shapley, "value", None),
         "shapley_low": low,
         "shapley_high": high,
-        "shapley_shared": _value(layer.shapley_shared),
+        "shapley_shared": getattr(layer.shapley_shared, "value", None),
         "damage": layer.damage,
-        **{name: _value(layer.estimates.get(name)) for name in ESTIMATED},
-        "predicted_stderr": _stderr(predicted),
+        **{name: getattr(layer.estimates.get(name), "value", None) for name in ESTIMATED},
+        "predicted_stderr": getattr(predicted, "stderr", None),
     }
-
-
-def _value(result: Result | None) -> float | None:
-    return None if result is None else result.value
-
-
-def _stderr(result: Result | None) -> float | None:
-    return None if result is None else result.stderr
 
 
 def ablate(request: AblateRequest) -> Ablation:

@@ -56,21 +56,13 @@ def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:
     )
 
 
-def student_folder(output: Path) -> Path:
-    """Return the folder of the checkpoint to distill, in a folder of the work beside an output.
-
-    The work remains after an error, and the same command resumes.
-    """
-    return output.with_name(f"{output.name}.part") / "student"
-
-
 def distill_student(
     request: ShrinkRequest, student: Path, *, skip: int, held_out: int, rows: int, on_event: OnEvent
 ) -> tuple[Path, DistillRecord]:
     """Distill a student, or find an earlier result of the same request, and return its folder and record.
 
     Args:
-        student: its folder, see `student_folder`.
+        student: its folder.
         skip: rows of each text that distillation does not read.
         held_out: rows after them that are only measured.
         rows: maximum number of rows of each text, the skipped ones included.

@@ -42,18 +42,6 @@ from avss_dist.stats.metrics import row_start_warning
 from avss_dist.tasks.task import Result
 from avss_dist.warehouse.reader import Warehouse
 
-COLUMNS = (
-    "subject",
-    "dropped",
-    "task",
-    "metric",
-    "value",
-    "stderr",
-    "whole",
-    "retention",
-    "retention_low",
-    "retention_high",
-)
 _ANOTHER_MODEL = "Is it a plan for another model? Score this one, and make a plan of its own."
 _Key = tuple[str, str]  # revision and task
 
@@ -102,6 +90,23 @@ class Evaluation:
     whole: Result | None
     retained: Retention | None
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield a row of the table of `Evaluations` for the metric, and one for the perplexity of a loss."""
+        whole, retention = self.whole.metrics() if self.whole else [], self.retained
+        for (metric, value, stderr), before in zip_longest(self.result.metrics(), whole):
+            yield {
+                "subject": self.subject.label,
+                "dropped": list(map(str, self.subject.intervention.removed)),
+                "task": self.task,
+                "metric": metric,
+                "value": value,
+                "stderr": stderr,
+                "whole": before and before[1],
+                "retention": retention and retention.value,
+                "retention_low": retention and retention.low,
+                "retention_high": retention and retention.high,
+            }
+
 
 class Evaluations(list[Evaluation], TabularResult):
     """Evaluations of several subjects, in their order and that of the tasks.
@@ -119,25 +124,7 @@ class Evaluations(list[Evaluation], TabularResult):
 
     def table(self) -> pa.Table:
         """Return a table with a row for each subject, task and metric."""
-        rows = []
-        for evaluation in self:
-            subject, retention = evaluation.subject, evaluation.retained
-            dropped = list(map(str, subject.intervention.removed))
-            interval = (retention.value, retention.low, retention.high) if retention else (None, None, None)
-            whole = evaluation.whole.metrics() if evaluation.whole else []
-            for (metric, value, stderr), before in zip_longest(evaluation.result.metrics(), whole):
-                values = (
-                    subject.label,
-                    dropped,
-                    evaluation.task,
-                    metric,
-                    value,
-                    stderr,
-                    before and before[1],
-                    *interval,
-                )
-                rows.append(dict(zip(COLUMNS, values, strict=True)))
-        return pa.Table.from_pylist(rows)
+        return pa.Table.from_pylist([row for evaluation in self for row in evaluation.rows()])
 
 
 def evaluate(request: EvaluateRequest) -> Evaluations:
@@ -171,7 +158,10 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
         texts = [text for (_, name), text in planned.items() if name.startswith(PERPLEXITY)]
         compared = [(text, row_start_task(text.checkpoint, text.task, text.settings)) for text in texts]
         row_starts = [replace(text, task=task) for text, task in compared if task]
-        work = [(task, _interventions(subjects, task.checkpoint)) for task in planned.values()]
+        work = [
+            (task, [NO_INTERVENTION, *(x.intervention for x in subjects if x.checkpoint.revision == revision)])
+            for (revision, _), task in planned.items()
+        ]
         measured = session.measure([*work, *((task, [NO_INTERVENTION]) for task in row_starts)])
         for subject, task in product(subjects, tasks):
             if subject.precision_plan:
@@ -186,17 +176,9 @@ def evaluate(request: EvaluateRequest) -> Evaluations:
         *_sparsity_findings(subjects, tasks, results),
         *(f"{subject.label}: {plan.describe()[0]}" for subject in subjects if (plan := subject.precision_plan)),
         *_guess_findings(evaluations),
-        *_row_start_findings((task, measured[task]) for task in row_starts),
+        *(finding for task in row_starts for finding in _row_start_findings(task, measured[task])),
     ]
     return Evaluations(evaluations, findings=findings)
-
-
-def _interventions(subjects: Sequence[Subject], checkpoint: Checkpoint) -> list[Intervention]:
-    """Return the interventions in a checkpoint, the unchanged model first, grouped by their evaluation."""
-    of_subjects = [subject.intervention for subject in subjects if subject.checkpoint.revision == checkpoint.revision]
-    interventions = [NO_INTERVENTION, *of_subjects]
-    changes = list(dict.fromkeys(intervention.split()[0] for intervention in interventions))
-    return sorted(interventions, key=lambda intervention: changes.index(intervention.split()[0]))
 
 
 def _require_same_tokens(
@@ -265,13 +247,12 @@ def _guess_findings(evaluations: Iterable[Evaluation]) -> Iterator[str]:
             yield f"{task}: a guess keeps {guess:z.1%} of the {metric} of {model}."
 
 
-def _row_start_findings(compared: Iterable[tuple[PlannedTask, Sequence[Result]]]) -> Iterator[str]:
-    """Yield a sentence for each text that is far likelier with another start of its rows."""
-    for planned, results in compared:
-        losses = {result.metric: result.value for result in results if not result.removed}
-        corpus = planned.task.name.removeprefix(ROW_START)
-        if warning := row_start_warning(losses, planned.checkpoint.name, corpus):
-            yield warning[1]
+def _row_start_findings(planned: PlannedTask, results: Sequence[Result]) -> list[str]:
+    """Return a sentence for a text that is far likelier with another start of its rows."""
+    losses = {result.metric: result.value for result in results if not result.removed}
+    corpus = planned.task.name.removeprefix(ROW_START)
+    warning = row_start_warning(losses, planned.checkpoint.name, corpus)
+    return [warning[1]] if warning else []
 
 
 def _read_subjects(names: Sequence[str], sparse: str | Path | None, settings: Settings) -> list[Subject]:

@@ -58,7 +58,3 @@ class SearchStep:
 
 Event = CellsStarted | CellUnderway | CellDone | SearchStep | RunEvent | DistillEvent
 OnEvent = Callable[[Event], None]
-
-
-def ignore(_event: Event) -> None:
-    """Ignore an event."""

@@ -22,74 +22,34 @@ from avss_dist.tasks.map_damage import RoundedLosses, RoundingDamage
 from avss_dist.tasks.task import Result, Task
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlaceSensitivity:
-    """Effect of rounding the weights of a layer or of a linear map.
-
-    Attributes:
-        place: what is rounded, and to which format.
-        estimates: results of `map_damage.RoundingDamage` by metric.
-        loss: measured loss, in nats per token; None if it was not measured.
-        increase: its increase over that of the whole model, paired by sequence.
-    """
-
-    place: RoundedPlace
-    estimates: Mapping[str, Result]
-    loss: Result | None
-    increase: Result | None
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Sensitivity(TabularResult):
     """Effect of rounded weights on the loss of a model.
 
     Attributes:
-        places: layers, each followed by its linear maps, of each format.
+        rows: rows of the table: layers, each followed by its linear maps, of each format.
         reliability: agreement of the measured order of layers with that on other text of the same size, by format
             (`scorecard.reliability`); NaN if it was not measured.
     """
 
     model: str
     corpus: str
-    places: Sequence[PlaceSensitivity]
+    rows: Sequence[Mapping[str, Any]]
     reliability: Mapping[str, float]
 
     _bars = ("increase", "predicted")
 
     def table(self) -> pa.Table:
-        """Return a table with a row for each format, layer and map. ``map`` is null for whole layers."""
-        return pa.Table.from_pylist([_row(measured) for measured in self.places])
+        """Return a table with a row for each format, layer and map. ``map`` is null for whole layers.
+
+        Its columns are the loss, its increase over that of the whole model, paired by sequence, and the results of
+        `map_damage.RoundingDamage`, with standard errors that are null for a single sample.
+        """
+        return pa.Table.from_pylist(list(self.rows))
 
     def summary(self) -> str:
         """Return the formats, the model and the text, in a line."""
         return f"{', '.join(self.reliability)}: {self.model} on {self.corpus}"
-
-
-def _row(measured: PlaceSensitivity) -> dict[str, Any]:
-    place, estimates = measured.place, measured.estimates
-    values = {
-        NUM_WEIGHTS: estimates.get(NUM_WEIGHTS),
-        BITS_PER_WEIGHT: estimates.get(BITS_PER_WEIGHT),
-        LOSS: measured.loss,
-    }
-    return {
-        "format": place.format,
-        "layer": place.layer,
-        "map": place.path,
-        **{name: None if result is None else result.value for name, result in values.items()},
-        **_with_error("increase", measured.increase),
-        **{
-            name: value
-            for metric in ROUNDING_ESTIMATES
-            for name, value in _with_error(metric, estimates.get(metric)).items()
-        },
-    }
-
-
-def _with_error(name: str, result: Result | None) -> dict[str, float | None]:
-    """Return the value of a result and its standard error, which is null for a single sample."""
-    stderr = None if result is None or np.isnan(result.stderr) else result.stderr
-    return {name: None if result is None else result.value, f"{name}_stderr": stderr}
 
 
 _TASKS = (ROUNDING_TASK, ROUNDED_LOSS)
@@ -126,16 +86,23 @@ def sensitivity(
                 whole = result
             else:
                 by_place.setdefault(place, {})[result.metric] = result
-    places = []
-    for place in sorted(by_place, key=lambda at: (request.formats.index(at.format), at.layer, at.path or "")):
-        loss, estimates = by_place[place].pop(LOSS, None), by_place[place]
-        increase = increase_over(whole, loss)
-        places.append(PlaceSensitivity(place=place, estimates=estimates, loss=loss, increase=increase))
+    places = sorted(by_place, key=lambda at: (request.formats.index(at.format), at.layer, at.path or ""))
+    increases = {place: increase_over(whole, by_place[place].get(LOSS)) for place in places}
+    rows = []
+    for place in places:
+        measured = by_place[place]
+        row: dict[str, Any] = {"format": place.format, "layer": place.layer, "map": place.path}
+        row |= {name: getattr(measured.get(name), "value", None) for name in (NUM_WEIGHTS, BITS_PER_WEIGHT, LOSS)}
+        with_errors = {"increase": increases[place], **{name: measured.get(name) for name in ROUNDING_ESTIMATES}}
+        for name, result in with_errors.items():
+            stderr = None if result is None or np.isnan(result.stderr) else result.stderr
+            row |= {name: getattr(result, "value", None), f"{name}_stderr": stderr}
+        rows.append(row)
     agreement = {
-        name: agreement_of(p.increase for p in places if (p.place.format, p.place.path) == (name, None))
+        name: agreement_of(increases[place] for place in places if (place.format, place.path) == (name, None))
         for name in request.formats
     }
-    return Sensitivity(model=str(request.model), corpus=corpus, places=places, reliability=agreement)
+    return Sensitivity(model=str(request.model), corpus=corpus, rows=rows, reliability=agreement)
 
 
 def increase_over(whole: Result | None, loss: Result | None) -> Result | None:

@@ -26,13 +26,13 @@ from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.distillation.events import Preparing
+from avss_dist.distillation.events import Preparing, ignore
 from avss_dist.distillation.record import DistillRecord
 from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.ablate import ablate
 from avss_dist.evaluation.continuations import Continuation, Prompt, continue_prompts, held_out_prompts
-from avss_dist.evaluation.distill import distill_student, publish_distilled, require_distillable, student_folder
-from avss_dist.evaluation.events import OnEvent, ignore
+from avss_dist.evaluation.distill import distill_student, publish_distilled, require_distillable
+from avss_dist.evaluation.events import OnEvent
 from avss_dist.evaluation.repairs import copies_of, fit_of, fit_repairs, plan_fits, read_repaired, require_changeable
 from avss_dist.evaluation.search import repaired_search
 from avss_dist.evaluation.session import (
@@ -255,7 +255,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
         continuations, unread = continue_prompts(session, model, prompts, variants)
     plan = replace(best.plan, evaluated=tuple(task.describe() for task in best.tasks))
     on_event(Preparing("writing"))
-    student = student_folder(output)
+    student = output.with_name(f"{output.name}.part") / "student"  # stays after an error, to resume from
     if request.distill_tokens is not None:
         shutil.rmtree(student, ignore_errors=True)  # of an earlier attempt, and perhaps of another plan
     written = prune(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.sparsity_plans import MeasuredMaps, make_plan
-from avss_dist.core.intervention import NO_INTERVENTION, THRESHOLD, TOP_K
+from avss_dist.core.intervention import THRESHOLD, TOP_K
 from avss_dist.core.names import SPARSITY_TASK
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.shards import CorpusPlan
@@ -28,10 +28,8 @@ from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
 LEVELS = np.append(np.arange(1, 20) / 20, 0.98)  # sparsities at which `loss` measures the damage
-COUNTED = ("uniform", "wina")  # methods that need only the counts of the run
 READ_TEXT = ("loss", "teal")
 LARGEST_OF_TOKEN = ("acttail", "wina")  # methods that leave the largest inputs of each token
-NEED_WEIGHTS = ("loss", "teal", "acttail")  # methods that need whole weights in one process
 BASE = 0.05  # TEAL's step for the largest map of a block
 
 Rows = Mapping[tuple[int, str], Float64]
@@ -52,10 +50,11 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
     target, method, rule = request.target, request.method, request.rule
     measured = MeasuredMaps.of_run(Warehouse(request.warehouse), run)
     why: dict[str, Any] = {"by": method, "target": target}
-    if method in COUNTED:
+    if method not in _ALLOCATIONS:  # the counts of the run are enough
         sparsities = np.full(len(measured.maps), target)
     else:
-        require_whole_weights(request.execution.partition, method)
+        problem = f"has a part of each weight, and {method} needs it whole."
+        require_partition(request.execution.partition, lambda info: not info.gang, problem)
         checkpoint = checkpoint_of_run(run, trust_remote_code=request.settings.trust_remote_code)
         corpus = RedactedURI(request.corpus or run["corpus"])
         with EvaluationSession.open(
@@ -65,22 +64,20 @@ def sparsify(request: SparsifyRequest, run: Mapping[str, Any]) -> SparsityPlan:
             if method in READ_TEXT:
                 text = plan_text(checkpoint, corpus.full, model.settings)
                 name += f":{corpus}"
-            require_whole_weights(model.placement.partition, method)
-            evaluations: list[str] = []
 
             def measure(parts: tuple[Measure, ...]) -> Rows:
                 """Return the samples of each layer and metric, summed over the parts in their order."""
                 planned = model.plan(Task(name=name, parts=parts))
-                session.run(planned.cells([NO_INTERVENTION]))
-                evaluations.append(planned.run_id(NO_INTERVENTION))
+                session.run(planned.cells())
+                why["evaluation"] = planned.run_id()
                 summed: dict[tuple[int, str], Float64] = {}
-                for row in sorted(session.rows(evaluations[0]), key=lambda row: row["part"]):
+                for row in sorted(session.rows(planned.run_id()), key=lambda row: row["part"]):
                     key, samples = (row["layer"], row["metric"]), np.asarray(row["samples"], np.float64)
                     summed[key] = summed[key] + samples if key in summed else samples
                 return summed
 
             sparsities, reasons = _ALLOCATIONS[method](measured, target, text, measure)
-        why |= {"evaluation": evaluations[0], **reasons}
+        why |= reasons
     by = TOP_K if method in LARGEST_OF_TOKEN else THRESHOLD
     plan = make_plan(measured, sparsities, by, why, rule=rule, weighted=method == "wina")
     identity = RunIdentity(run_id=run["run_id"], model=run["model"], revision=run["revision"], family=run["family"])
@@ -143,14 +140,3 @@ def _by_tails(measured: MeasuredMaps, target: float, _text: CorpusPlan | None, m
 
 
 _ALLOCATIONS: Mapping[str, Callable[..., Allocation]] = {"loss": _by_damage, "teal": _by_paths, "acttail": _by_tails}
-
-
-def require_whole_weights(partition: str, method: str) -> None:
-    """Refuse a partition in which no process has a whole weight, for a method that needs whole weights.
-
-    Raises:
-        ConfigError: the hint names other partitions.
-    """
-    if method in NEED_WEIGHTS:
-        problem = f"has a part of each weight, and {method} needs it whole."
-        require_partition(partition, lambda info: not info.gang, problem)

@@ -123,24 +123,27 @@ class SeenText:
     skip_option: str = "skip_sequences"
     questions_hint: str = OTHER_QUESTIONS
 
-    def refuse(self, task: Task) -> None:
-        """Refuse a task on the text or on questions in it. Tasks of lm-evaluation-harness are not compared.
 
-        Raises:
-            ConfigError: task and text share passages or questions, or cannot be compared, or the text cannot be read
-                again.
-        """
-        if (asked := _questions(task)) and self.questions_hint:
-            prompts, questions = (_prompts(shards, self.load_tokenizer()) for shards in (self.read(), asked))
+def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
+    """Refuse tasks on text or questions that have been seen. Tasks of lm-evaluation-harness are not compared.
+
+    Raises:
+        ConfigError: a task and a text share passages or questions, or cannot be compared, or the text cannot be read
+            again.
+    """
+    comparable = [task for task in tasks if _shards(task, TruthfulChoices) or _shards(task, TextLoss)]
+    for task, seen in product(comparable, texts if comparable else ()):
+        if (asked := _shards(task, TruthfulChoices)) and seen.questions_hint:
+            prompts, questions = (_prompts(shards, seen.load_tokenizer()) for shards in (seen.read(), asked))
             if shared := len(prompts & questions):
                 raise ConfigError(
-                    f"{shared} of the {len(questions)} questions of {task.name} are prompts that {self.use}.",
-                    self.questions_hint.format(len(prompts)),
+                    f"{shared} of the {len(questions)} questions of {task.name} are prompts that {seen.use}.",
+                    seen.questions_hint.format(len(prompts)),
                 )
-        if not (text := _text(task)):
-            return
-        share = shared_text(self.read(), text, self.load_tokenizer())
-        use = f"{self.use} ({self.name})" if self.name else self.use
+        if not (text := _shards(task, TextLoss)):
+            continue
+        share = shared_text(seen.read(), text, seen.load_tokenizer())
+        use = f"{seen.use} ({seen.name})" if seen.name else seen.use
         if share is None:
             raise ConfigError(
                 f"{task.name} cannot be compared with the text that {use}: one of them has no {SHORTEST} characters "
@@ -149,27 +152,12 @@ class SeenText:
                 "one.",
             )
         if share > MAX_SHARED:
-            hint = f"Use other text: another corpus, or `{self.skip_option}` {self.rows}."
+            hint = f"Use other text: another corpus, or `{seen.skip_option}` {seen.rows}."
             raise ConfigError(f"{share:.0%} of {task.name} is text that {use}.", hint)
 
 
-def refuse_overlap(tasks: Iterable[Task], texts: Iterable[SeenText]) -> None:
-    """Refuse tasks on text or questions that have been seen.
-
-    Raises:
-        ConfigError: a task overlaps with a text, or cannot be compared with it.
-    """
-    if comparable := [task for task in tasks if _questions(task) or _text(task)]:
-        for task, text in product(comparable, texts):
-            text.refuse(task)
-
-
-def _questions(task: Task) -> list[Shard]:
-    return [part.shard for part in task.parts if isinstance(part, TruthfulChoices)]
-
-
-def _text(task: Task) -> list[Shard]:
-    return [part.shard for part in task.parts if isinstance(part, TextLoss)]
+def _shards(task: Task, kind: type[TextLoss | TruthfulChoices]) -> list[Shard]:
+    return [part.shard for part in task.parts if isinstance(part, kind)]
 
 
 def texts_of_run(

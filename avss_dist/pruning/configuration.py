@@ -7,7 +7,6 @@ modules with their shapes and settings; and parameter by parameter in each class
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -230,31 +229,18 @@ def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings)
         if (after := skeleton_by(auto, less, settings)) is None:
             raise _changed_model_error(whole, f"{auto.__name__}, which opens the original, would not open it")
         place = list_path(before, plan)
-        expected = dict(_remaining_shapes(before, place, plan))
+        names = LayerNames(plan, (place,), (), routed_layers(before, plan))
+        expected = {
+            new: names.remaining_shape(name, shape)
+            for name, shape in _shapes(before)
+            if (new := renumbered(name, place, plan)) is not None
+        }
         shapes = dict(_shapes(after))
         if different := [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]:
             shape, other = expected.get(different[0]), shapes.get(different[0])
             raise _changed_model_error(
                 whole, f"in {auto.__name__}, {different[0]} would have the shape {other} for {shape}"
             )
-
-
-def _remaining_shapes(model: Any, place: str, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield (name, shape) of the tensors of the pruned model.
-
-    Args:
-        model: the whole model.
-        place: path of its layer list.
-    """
-    routed = routed_layers(model, plan)
-    inside = re.compile(rf"{re.escape(place)}\.(\d+)\.(?:(.*)\.)?([^.]+)")
-    for name, shape in _shapes(model):
-        if (new := renumbered(name, place, plan)) is not None:
-            if match := inside.fullmatch(name):
-                layer = int(match[1])
-                removed = len(plan.experts.get(layer, ()))
-                shape = _of_remaining(routed.get(layer), removed, match[2] or "", match[3], shape)
-            yield new, shape
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import cached_property, partial
 from itertools import accumulate
@@ -404,12 +405,9 @@ def run_size(run: Mapping[str, Any]) -> Footprint:
 
 def local_run_size(run: Mapping[str, Any]) -> Footprint | None:
     """Return `run_size` for a checkpoint on this machine, or None if it is elsewhere or cannot be read."""
-    if not Path(run["model"]).expanduser().exists():
-        return None
-    try:
-        return run_size(run)
-    except AvssError:
-        return None
+    with suppress(AvssError):
+        return run_size(run) if Path(run["model"]).expanduser().exists() else None
+    return None
 
 
 def count_for_memory(size: Footprint, memory: float) -> int:

@@ -179,18 +179,6 @@ def matrices(module: nn.Module) -> list[nn.Parameter]:
     return list(by_id.values())
 
 
-class _SavedTensor:
-    """Reference to a tensor that the backward pass saves anyway, so that it takes no further memory."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self._version = tensor, tensor._version
-
-    @property
-    def has_changed(self) -> bool:
-        """Whether the tensor was changed in place since."""
-        return self.tensor._version != self._version
-
-
 def observed_tokens(passes: Sequence[BackwardPass]) -> Float64:
     """Return the number of counted tokens of each sequence of all passes, float64[sequences]."""
     return np.concatenate([batch.observed.sum(dim=1).cpu().numpy() for batch in passes]).astype(np.float64)
@@ -215,21 +203,29 @@ class LayerGradients(BackwardPass):
             size = sum(_norms(weight, 2) for weight in matrices(uses[0].module))
             self.sizes |= dict.fromkeys([use.index for use in uses], size)
         hidden = input_tensor(args, kwargs)
-        saved = None if hidden is None else _SavedTensor(hidden.detach())
+        given, version = (None, 0) if hidden is None else (hidden.detach(), hidden._version)
         output = forward(*args, **kwargs)
         _, layer = self.count_call(uses)
         out = first_tensor(output)
-        if out is None or saved is None or out.shape != saved.tensor.shape:
+        if out is None or given is None or out.shape != given.shape:
             raise ModelError(f"Layer {layer.index} ({layer.name}) does not keep the shape of its input.")
-        out.register_hook(partial(self._remove, layer, saved, _SavedTensor(out.detach())))
+        out.register_hook(partial(self._remove, layer, (given, out.detach()), (version, out._version)))
         return output
 
     def _remove(
-        self, layer: Layer, saved_input: _SavedTensor, saved_output: _SavedTensor, gradient: torch.Tensor
+        self,
+        layer: Layer,
+        states: tuple[torch.Tensor, torch.Tensor],
+        versions: tuple[int, int],
+        gradient: torch.Tensor,
     ) -> None:
-        if saved_input.has_changed or saved_output.has_changed:
+        """Add the change of the loss if a layer returned its input, from its input and output and their versions.
+
+        The backward pass saves both anyway, so that they take no further memory.
+        """
+        if tuple(tensor._version for tensor in states) != versions:
             raise ModelError(f"Layer {layer.index} ({layer.name}), or one behind it, changes its input in place.")
-        tensors = gradient, saved_output.tensor, saved_input.tensor
+        tensors = gradient, *reversed(states)
         chunks = (self.by_row(layer, x).flatten(0, 1).split(CHUNK) for x in tensors)
         products = [(g.double() * (y.float() - x.float())).sum(dim=1) for g, y, x in zip(*chunks, strict=True)]
         changes = torch.cat(products).abs().view(self.real.shape).where(self.real.to(gradient.device), 0)

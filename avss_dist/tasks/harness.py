@@ -23,7 +23,7 @@ import torch
 import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
-from avss_dist.core.errors import AvssError, ConfigError, TaskError, first_line
+from avss_dist.core.errors import AvssError, TaskError, first_line
 from avss_dist.core.extras import require_package
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention
 from avss_dist.core.names import CHANCE
@@ -116,8 +116,6 @@ def harness_task(
         TaskError: the task does not exist, runs code, or has no data, or the ConfigError: the harness is not installed.
     """
     require_package("lm_eval", f"Task '{name}' is for lm-evaluation-harness and")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"`limit` must be at least 1, not {limit}.")
     with _silence(), _explained(name, "made"):
         part = HarnessPart(name=name, limit=limit, num_fewshot=num_fewshot, template=template)
         if is_task_file(name):

@@ -58,7 +58,7 @@ class Shapley(Measure):
         Removed layers have no rows.
         """
         players = [layer.index for layer in model.layers if layer.index not in intervention.removed]
-        text = _Text(model, self.shards, intervention)
+        text = _Text(model, self.shards, intervention, players)
         values, shared = np.zeros((2, len(self.seeds), len(model.layers)))
         for contributions, unmeasured, seed in zip(values, shared, self.seeds, strict=True):
             order = np.random.default_rng(seed).permutation(players).tolist()
@@ -69,7 +69,7 @@ class Shapley(Measure):
             for place, layer in enumerate(order):
                 if before >= bound:
                     remaining = order[place:]
-                    contributions[remaining] = (text.without_all(players) - before) / len(remaining)
+                    contributions[remaining] = (text.empty - before) / len(remaining)
                     unmeasured[remaining] = len(remaining) > 1
                     break
                 after = next(losses)
@@ -90,26 +90,26 @@ class _Text:
     one more layer resumes from them. If ranks share the batches, each rank records its own.
     """
 
-    def __init__(self, model: LanguageModel, shards: Sequence[Shard], intervention: Intervention) -> None:
-        self._model, self._intervention = model, intervention
+    def __init__(
+        self, model: LanguageModel, shards: Sequence[Shard], intervention: Intervention, players: Sequence[int]
+    ) -> None:
+        self._model, self._intervention, self._players = model, intervention, players
         self._batches = [batch for shard in shards for batch in shard.batches(model.settings.batch_size)]
         self._tokens = float(sum(predicted(batch).sum() for batch in self._batches))
         size = sum(batch.input_ids.size for batch in self._batches) * model.token_bytes * len(model.layers)
         self._keeps = model.keeps_hidden_states and 2 * size <= MAX_RECORDED_BYTES and model.resumes
         self._recorded: dict[int, Recorded] = {}  # of the whole model, by the batch's id
-        self._empty: float | None = None
 
     @cached_property
     def _whole(self) -> float:
         with self._model.applying(self._intervention):
             return self._mean(self._model.each(self._record if self._keeps else self._model.losses, self._batches))
 
-    def without_all(self, players: Sequence[int]) -> float:
-        """Return the nats per token without any of the layers. They are measured once."""
-        if self._empty is None:
-            with self._model.applying(self._intervention.without(*players)):
-                self._empty = self._mean(self._model.each(self._model.losses, self._batches))
-        return self._empty
+    @cached_property
+    def empty(self) -> float:
+        """Nats per token without any of the layers."""
+        with self._model.applying(self._intervention.without(*self._players)):
+            return self._mean(self._model.each(self._model.losses, self._batches))
 
     def losses(self, order: Sequence[int]) -> Iterator[float]:
         """Yield the nats per token with all layers, without the first of ``order``, without the first two, ..."""

@@ -448,11 +448,6 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         harness_task("hellaswag")
 
 
-def test_prompts_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="`limit` must be at least"):
-        harness_task(str(write_task(tmp_path, CHOICE, QUESTIONS)), limit=0)
-
-
 def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> None:
     chatty = tmp_path / "chatty"
     shutil.copytree(folder, chatty)
