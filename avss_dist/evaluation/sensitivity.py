@@ -94,9 +94,9 @@ def sensitivity(
         row: dict[str, Any] = {"format": place.format, "layer": place.layer, "map": place.path}
         row |= {name: getattr(measured.get(name), "value", None) for name in (NUM_WEIGHTS, BITS_PER_WEIGHT, LOSS)}
         with_errors = {"increase": increases[place], **{name: measured.get(name) for name in ROUNDING_ESTIMATES}}
-        for name, result in with_errors.items():
-            stderr = None if result is None or np.isnan(result.stderr) else result.stderr
-            row |= {name: getattr(result, "value", None), f"{name}_stderr": stderr}
+        for name, effect in with_errors.items():
+            stderr = None if effect is None or np.isnan(effect.stderr) else effect.stderr
+            row |= {name: getattr(effect, "value", None), f"{name}_stderr": stderr}
         rows.append(row)
     agreement = {
         name: agreement_of(increases[place] for place in places if (place.format, place.path) == (name, None))

@@ -243,7 +243,7 @@ def _require_same_classes(whole: Any, less: Any, plan: Plan, settings: Settings)
             )
 
 
-def _shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     return ((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
 
 
