@@ -1,31 +1,6 @@
 """Distributed analysis of the layers of language models.
 
-Measure once, on many GPUs, and compare with a query.
-
-Packages, from the top down. Imports only go down::
-
-    cli          the command line: parse, call, print
-    api          the same from Python
-    report       terminal tables, the page, pictures, exports
-    estimation   memory before anything is loaded
-    evaluation   evaluation of models and plans: evaluate, ablate, experiment, shrink
-    distillation training of a smaller model on the predictions of the whole one
-    runs         from a request to the warehouse: job files, planning, driving, submission
-    executors    measurement in this process, or on Ray workers
-    measure      one shard: hooks -> kernels -> LayerStats
-    analysis     compare, findings, thresholds, score card, verdict
-    map_plans    sparsity plans and precision plans: what becomes zero or is rounded in each linear map
-    requests     parameters of each command that measures or changes something
-    tasks        evaluation tasks
-    pruning      plans, methods that choose layers, the pruned checkpoint
-    partition    distribution of one replica over devices
-    models       checkpoints, loading, layers and sites, sizes, skipped layers
-    warehouse    the Parquet contract: schema, store, reader (SQL), cache
-    corpus       documents -> token rows -> shards
-    stats        LayerStats and its merge, scores, rankings
-    read_requests  parameters of each command that only reads a warehouse
-    system       devices, memory, versions, doctor
-    core         settings, interventions, the registry of partitions and scores, checked classes, texts, errors
+Measure once, on many GPUs, and compare with a query. ``docs/architecture.md`` explains the packages.
 """
 
 from __future__ import annotations
@@ -43,11 +18,11 @@ if TYPE_CHECKING:
         plan,
         prune,
         quantize,
-        run_job,
+        run,
         shrink,
         sparsify,
     )
-    from avss_dist.api.read import compare, findings
+    from avss_dist.api.read import compact, compare, contrast, doctor, findings, ls, publish, query, report, show
     from avss_dist.core.errors import (
         AvssError,
         ConfigError,
@@ -66,7 +41,7 @@ if TYPE_CHECKING:
     from avss_dist.evaluation.evaluate import Evaluations
     from avss_dist.evaluation.shrink import Shrunk
     from avss_dist.pruning.plan import Plan
-    from avss_dist.report.terminal.progress import Progress
+    from avss_dist.reports.terminal.progress import Progress
     from avss_dist.runs.api import score, score_all
     from avss_dist.runs.run import Run
     from avss_dist.warehouse.reader import Warehouse
@@ -97,17 +72,25 @@ __all__ = [
     "WarehouseError",
     "__version__",
     "ablate",
+    "compact",
     "compare",
+    "contrast",
     "distill",
+    "doctor",
     "estimate",
     "evaluate",
     "findings",
+    "ls",
     "plan",
     "prune",
+    "publish",
     "quantize",
-    "run_job",
+    "query",
+    "report",
+    "run",
     "score",
     "score_all",
+    "show",
     "shrink",
     "sparsify",
 ]
@@ -115,9 +98,11 @@ __all__ = [
 _HOMES = {
     "api.change": (
         *("Pruned", "Runs", "ablate", "distill", "estimate", "evaluate", "plan", "prune", "quantize"),
-        *("run_job", "shrink", "sparsify"),
+        *("run", "shrink", "sparsify"),
     ),
-    "api.read": ("compare", "findings"),
+    "api.read": (
+        *("compact", "compare", "contrast", "doctor", "findings", "ls", "publish", "query", "report", "show"),
+    ),
     "core.errors": (
         *("AvssError", "ConfigError", "CorpusError", "ModelError", "QueryError", "RunFailed", "TaskError"),
         "WarehouseError",
@@ -128,7 +113,7 @@ _HOMES = {
     "evaluation.evaluate": ("Evaluations",),
     "evaluation.shrink": ("Shrunk",),
     "pruning.plan": ("Plan",),
-    "report.terminal.progress": ("Progress",),
+    "reports.terminal.progress": ("Progress",),
     "core.results": ("Table",),
     "runs.api": ("score", "score_all"),
     "runs.run": ("Run",),

@@ -15,6 +15,7 @@ from avss_dist.core.validation import Check, OneOf, Option, PathOrText, request
 
 LISTINGS = ("runs", "plans", "evaluations")
 ALONG = ("step", "tokens", "size", "sequence_length")
+DEFAULT_QUANTILES = (0.5, 0.9, 0.99)
 COMPARED = ("run", "family", "size", "revision", "corpus", "dtype", "recipe", "threshold", "site", "score")
 
 
@@ -136,13 +137,8 @@ class CompareRequest(PlaceRequest, RunsRequest):
 
 
 @request
-class FindingsRequest(ThresholdRequest, RunsRequest):
-    """List findings that speak against the scores of runs."""
-
-
-@request
-class FindingsAtRequest(PlaceRequest, FindingsRequest):
-    """List the findings about one reading of AVSS."""
+class FindingsRequest(PlaceRequest, RunsRequest):
+    """List findings that speak against the scores of runs, at one reading of AVSS."""
 
     every: bool = False
     """Show findings of every site and recipe."""
@@ -166,6 +162,12 @@ class ContrastRequest(PlaceRequest, RunRequest):
     """Label of hallucinated answers."""
     truthful: str | None = None
     """Label of truthful answers."""
+
+
+@request
+class ContrastCommandRequest(ContrastRequest):
+    """Contrast hallucinated with truthful answers, and print the contrast or the predictions."""
+
     predictions: bool = False
     """With csv or json: how well each layer predicts the label."""
 
@@ -192,6 +194,11 @@ class ShowRequest(PlaceRequest, NewestRunsRequest):
     """Show the threshold below which this share of the elements is, 0 to 1, instead."""
     by: OwnScores = ()
     """A score of your own to show beside AVSS, FILE.csv:COLUMN."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of the elements whose largest absolute value is shown instead of scores."""
+        return self.sparsity or (DEFAULT_QUANTILES if self.quantiles else ())
 
 
 @request
@@ -229,5 +236,11 @@ class QueryRequest(WarehouseRequest):
     """One SELECT over the tables (--schema lists them), or @name, a ready-made query."""
     schema: bool = False
     """Describe every table, column and ready-made query."""
+
+
+@request
+class QueryCommandRequest(QueryRequest):
+    """Query a warehouse with SQL, and print the rows."""
+
     output: OptionalOutput = None
     """File to write to instead of standard output."""

@@ -48,7 +48,7 @@ def test_it_answers_queries_and_writes_reports_without_the_sources(wheel: Path, 
     script = tmp_path / "script.py"
     script.write_text(
         "import avss_dist\n"
-        "from avss_dist.report.page.page import report_page\n"
+        "from avss_dist.reports.page.page import report_page\n"
         "print(avss_dist.__file__)\n"
         "warehouse = avss_dist.Warehouse('w')\n"
         "print(warehouse.sql('@cost').to_pylist())\n"

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from avss_dist.core.errors import DamagedFile, QueryError, require_known
 from avss_dist.core.names import AFTER_ANOTHER, ENTROPY, INCORRECT, LOSS, PERPLEXITY, TRUTHFUL
 from avss_dist.core.registry import RECIPES
+from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import PUBLISHED_THRESHOLD, SITES
 from avss_dist.core.text import describe_threshold
 from avss_dist.stats import contrast as contrast_stats
@@ -50,9 +51,9 @@ _MATCHED = tuple(f"{kind}_matched{what}" for kind in ("length", "position") for 
 _ARRAYS = ("pooled_variance", "count", "mean", "m2", "norm", "relative_magnitude")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contrast:
-    """Differences of layers between two labels of answers.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Contrast(TabularResult):
+    """Differences of layers between two labels of answers. Its table has the layers.
 
     Attributes:
         reading: run, site, recipe, threshold and the two labels, by name.
@@ -65,6 +66,10 @@ class Contrast:
     layers: pa.Table
     predictions: pa.Table
     findings: tuple[str, ...]
+
+    def table(self) -> pa.Table:
+        """Return the layers."""
+        return self.layers
 
 
 def contrast(

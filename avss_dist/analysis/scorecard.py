@@ -172,7 +172,7 @@ def _finite(rho: float) -> float | None:
 
 
 def describe_agreement(
-    store: Warehouse, run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own: Mapping[str, LayerTruth]
+    store: Warehouse, run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own: Sequence[str] = ()
 ) -> Iterator[str]:
     """Yield a line on how well AVSS, and scores that people bring, find the measured loss without each layer.
 
@@ -180,20 +180,21 @@ def describe_agreement(
 
     Args:
         scores: rows of ``scores`` of the run at one reading of AVSS.
+        own: columns of these rows that have scores which people bring.
     """
     if (truth := find_layer_truth(store, run, LOSS)) is None:
         return
     number = run["num_layers"] or 0
-    avss = LayerTruth(values={row["layer"]: row["avss_smoothed"] for row in scores}, run_id="", task="")
     lowest = [row for row in scores if (row["rank"] or np.inf) <= count_lowest(len(scores))]
     kept = float(np.mean(np.array([row["lowest_set_probability"] for row in lowest], np.float64))) if lowest else np.nan
     stable = f"; resampling the shards keeps {kept:.0%} of its lowest layers" if np.isfinite(kept) else ""
-    for name, score in {"Smoothed AVSS": avss, **own}.items():
+    for column in ("avss_smoothed", *own):
+        score = _truth({row["layer"]: np.nan if row[column] is None else row[column] for row in scores})
         rho = spearman(score.by_layer(number), truth.by_layer(number))
         low, high = spearman_interval(rho, number)
         if np.isfinite(low):
             found = f"Spearman {rho:z.2f} with the loss without each layer (95% interval {low:z.2f} to {high:z.2f})"
-            yield f"{name}: {found}{stable if score is avss else ''}."
+            yield f"{column}: {found}." if column in own else f"Smoothed AVSS: {found}{stable}."
 
 
 def describe_score(card: Mapping[str, Any]) -> str:

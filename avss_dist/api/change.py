@@ -75,7 +75,7 @@ class Runs(list[Run], TabularResult):
 
 
 @keywords(RunJobRequest)
-def run_job(request: RunJobRequest) -> Runs:
+def run(request: RunJobRequest) -> Runs:
     """Execute a job file, its experiment included. Finished runs are not repeated."""
     job = request.job if isinstance(request.job, JobFile) else read_job(request.job)
     job.refuse_unused(allow_overlap=request.allow_overlap, allow_many=request.allow_many)

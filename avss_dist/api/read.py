@@ -1,70 +1,258 @@
-"""Functions that read a warehouse."""
+"""Python functions of the commands that read a warehouse: the fields of their requests are keywords."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from avss_dist.analysis import comparison as comparing
+from avss_dist.analysis import contrast as contrasting
 from avss_dist.analysis import curves as following
 from avss_dist.analysis import findings as finding
 from avss_dist.analysis.chosen import choose_runs, one_run
+from avss_dist.analysis.experts import require_experts
+from avss_dist.analysis.scorecard import best_readings, own_score, score_cards
+from avss_dist.analysis.thresholds import layer_scores, quantiles
+from avss_dist.core.errors import QueryError, WarehouseError
+from avss_dist.core.names import REPAIR, ROW_START
+from avss_dist.core.registry import READING
 from avss_dist.core.results import Table
 from avss_dist.core.text import parse_threshold
 from avss_dist.core.validation import keywords
-from avss_dist.read_requests import CompareRequest, FindingsRequest
+from avss_dist.read_requests import (
+    CompactRequest,
+    CompareRequest,
+    ContrastRequest,
+    FindingsRequest,
+    ListRequest,
+    PublishRequest,
+    QueryRequest,
+    ReportRequest,
+    ShowRequest,
+)
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 
-@keywords(CompareRequest)
-def compare(request: CompareRequest) -> comparing.RankingComparison | following.RankingCurves:
-    """Compare the layer rankings of runs, by default of all finished ones, by pairs or ``along`` an axis."""
-    opened = Warehouse(request.warehouse)
-    run_ids = _run_ids(opened, request.run)
-    return follow_runs(opened, run_ids, request) if request.along else compare_runs(opened, run_ids, request)
+LISTED = {
+    "plans": """SELECT model, removals(drop) AS drop, count(DISTINCT task) AS tasks, max(created_at) AS evaluated_at
+        FROM evaluations WHERE len(drop) > 0 AND layer IS NULL GROUP BY ALL ORDER BY evaluated_at DESC""",
+    "evaluations": f"""WITH results AS (FROM evaluations WHERE NOT starts_with(task, '{ROW_START}')
+            AND NOT starts_with(task, '{REPAIR}'))
+        SELECT model, removals(drop) AS drop, rounding, task, metric, NULL AS layers, value, stderr, created_at
+        FROM results WHERE layer IS NULL
+        UNION ALL
+        SELECT model, [], split_part(rounding, '@', 1), task, regexp_replace(metric, '(:.*|_[0-9]+)$', ''),
+            count(DISTINCT layer), NULL, NULL, max(created_at)
+        FROM results WHERE layer IS NOT NULL GROUP BY run_id, 1, 2, 3, 4, 5
+        ORDER BY created_at DESC, task, metric, drop, rounding""",
+}
+"""SQL query of the lists other than that of runs, newest first.
+
+Measurements of single layers are a row for each task and metric. The machine's own tasks are left out.
+"""
+RUNS = ("run_id", "model", "status", "corpus", "num_tokens", "dtype", "created_at", "kept_shards", "num_shards")
+"""Columns of the list of runs."""
+UNFINISHED = "unfinished"  # the status of a run that has begun and has no row
 
 
-def follow_runs(opened: Warehouse, run_ids: Sequence[str], request: CompareRequest) -> following.RankingCurves:
-    """Follow the layer rankings of runs along the axis of a request, and draw the picture that it asks for."""
-    names = ("along", "site", "recipe", "score", "allow_mismatch")
-    values = {name: getattr(request, name) for name in names}
-    curves = following.ranking_curves(opened, run_ids, threshold=named_threshold(request.threshold), **values)
+def reading(cls: Callable[P, R]) -> Callable[[Callable[[Warehouse, R], T]], Callable[P, T]]:
+    """Decorate a function of a warehouse and a request to take the request's fields as keywords."""
+
+    def decorate(function: Callable[[Warehouse, R], T]) -> Callable[P, T]:
+        @wraps(function)
+        def run(request: Any) -> T:
+            return function(Warehouse(request.warehouse), request)
+
+        return keywords(cls)(run)
+
+    return decorate
+
+
+def list_rows(opened: Warehouse, request: ListRequest) -> Table:
+    """List runs (with stored shards of unfinished ones), evaluated sets of layers, or evaluations, newest first."""
+    return Table(_listed_runs(opened) if request.what == "runs" else opened.sql(LISTED[request.what]))
+
+
+def _listed_runs(opened: Warehouse) -> pa.Table:
+    """Return the unfinished runs, then the others, newest first."""
+    unfinished = opened.unfinished()
+    begun = unfinished.append_column("status", pa.array([UNFINISHED] * len(unfinished), pa.string()))
+    begun = begun.append_column("created_at", pc.cast(unfinished["started_at"], pa.timestamp("us", "UTC")))
+    try:
+        ended = opened.table("runs", columns=[name for name in RUNS if name != "kept_shards"])
+    except WarehouseError:
+        if not unfinished:
+            raise
+        return begun.select(RUNS)
+    kept = pc.if_else(pc.equal(ended["status"], "done"), ended["num_shards"], None)
+    ended = ended.append_column("kept_shards", kept).select(RUNS).sort_by([("created_at", "descending")])
+    return pa.concat_tables([begun.select(RUNS).cast(ended.schema), ended])
+
+
+def layer_rows(opened: Warehouse, request: ShowRequest) -> Table:
+    """Return the scores of runs by layer, by default of the newest, with a column for each score of your own.
+
+    With ``experts``, rows of ``expert_stats``; with ``quantiles`` or ``sparsity``, quantiles of abs(x). A picture of
+    the scores is saved to ``output``.
+    """
+    runs = choose_runs(opened, request.run)
+    if request.experts:
+        for row in runs:
+            require_experts(opened, row["run_id"])
+        return Table(opened.table("expert_stats", run_ids=[row["run_id"] for row in runs]))
+    if request.shares:
+        table = quantiles(opened, runs, request.shares, [request.site])
+        if not table.num_rows:
+            hint = "List sites: avss query 'SELECT run_id, sites FROM runs'"
+            raise QueryError(f"No statistics of site '{request.site}'.", hint)
+        return Table(table)
+    threshold = named_threshold(request.threshold)
+    scores = layer_scores(opened, runs, threshold, site=request.site, recipe=request.recipe)
+    if not scores.num_rows:
+        stored = opened.table("scores", run_ids=[row["run_id"] for row in runs], columns=READING)
+        raise _not_scored(stored, request)
+    for name in request.by:
+        values = {row["run_id"]: own_score(name, opened, row).values for row in runs}
+        places = zip(scores["run_id"].to_pylist(), scores["layer"].to_pylist(), strict=True)
+        column = pa.array([values[run_id].get(layer) for run_id, layer in places], pa.float64())
+        scores = scores.append_column(name, column)
     if request.output is not None:
-        from avss_dist.report.chart import save_chart
-        from avss_dist.report.curves import curves_chart
+        from avss_dist.reports.chart import layers_chart, save_chart  # altair takes a second to import
 
-        save_chart(curves_chart(curves.curves), Path(request.output))
-    return curves
+        save_chart(layers_chart(runs, score_rows(scores)), Path(request.output))
+    return Table(scores)
+
+
+def score_rows(scores: pa.Table) -> list[dict[str, Any]]:
+    """Return rows of scores, with None for NaN."""
+    return [{name: None if value != value else value for name, value in row.items()} for row in scores.to_pylist()]
+
+
+def _not_scored(table: pa.Table, request: ShowRequest) -> QueryError:
+    """Return the error for missing scores of a reading. It lists the readings of a table."""
+    site, recipe = request.site, request.recipe
+    rows = table.group_by(table.column_names).aggregate([]).to_pylist()
+    here = [row for row in rows if (row["site"], row["recipe"]) == (site, recipe)]
+    if not here:
+        scored = sorted({f"{row['site']} {row['recipe']}" for row in rows})
+        return QueryError(f"No scores of site '{site}' with recipe '{recipe}'.", f"Scored: {', '.join(scored)}.")
+    thresholds = sorted({(row["threshold_kind"], row["threshold"]) for row in here})
+    names = ", ".join(f"{value:g}{'rms' if kind == 'rms' else ''}" for kind, value in thresholds)
+    missing = f"No scores at threshold {request.threshold}, and no statistics to compute them."
+    return QueryError(missing, f"Scored: {names}.")
+
+
+def query_rows(opened: Warehouse, request: QueryRequest) -> Table:
+    """Return the rows of a query in SQL (DuckDB) or, with ``schema``, every table and column of a warehouse."""
+    if request.schema:
+        from avss_dist.reports.terminal.schema import schema_table
+
+        return Table(schema_table())
+    if not request.sql:
+        raise QueryError("avss query needs a query.", "avss query 'FROM runs'; avss query --schema lists the tables.")
+    return Table(opened.sql(request.sql))
 
 
 def compare_runs(
-    opened: Warehouse, run_ids: Sequence[str], request: CompareRequest, *, max_listed: int = comparing.MAX_PAIRS
-) -> comparing.RankingComparison:
-    """Compare runs as a request says, and list all pairs if there are at most ``max_listed``.
+    opened: Warehouse, request: CompareRequest, *, max_listed: int = comparing.MAX_PAIRS
+) -> comparing.RankingComparison | following.RankingCurves:
+    """Compare the layer rankings of runs, by default of all finished ones, by pairs or ``along`` an axis.
 
-    If the request has an output, the similarity map is saved there.
+    A picture of them is saved to ``output``. All pairs are listed if there are at most ``max_listed``.
     """
-    names = ("by", "score", "share", "site", "recipe", "allow_mismatch")
-    values = {name: getattr(request, name) for name in names} | {"threshold": named_threshold(request.threshold)}
+    run_ids = chosen_ids(opened, request.run)
+    place: dict[str, Any] = {name: getattr(request, name) for name in ("score", "site", "recipe", "allow_mismatch")}
+    place["threshold"] = named_threshold(request.threshold)
+    if request.along:
+        followed = following.ranking_curves(opened, run_ids, along=request.along, **place)
+        if request.output is not None:
+            from avss_dist.reports.chart import save_chart
+            from avss_dist.reports.curves import curves_chart
+
+            save_chart(curves_chart(followed.curves), Path(request.output))
+        return followed
     mapped = request.output is not None
-    comparison = comparing.compare(opened, run_ids, **values, max_listed=max_listed, mapped=mapped)
+    pairs: dict[str, Any] = {"by": request.by, "share": request.share, "max_listed": max_listed}
+    comparison = comparing.compare(opened, run_ids, mapped=mapped, **pairs, **place)
     if request.output is not None:
-        from avss_dist.report.chart import save_chart, similarity_chart  # altair takes a second to import
+        from avss_dist.reports.chart import save_chart, similarity_chart  # altair takes a second to import
 
         save_chart(similarity_chart(comparison), Path(request.output))
     return comparison
 
 
-@keywords(FindingsRequest)
-def findings(request: FindingsRequest) -> Table:
-    """List findings that speak against the scores of runs, by default of all finished ones."""
-    opened = Warehouse(request.warehouse)
-    return Table(finding.findings(opened, _run_ids(opened, request.run), threshold=named_threshold(request.threshold)))
+def find(opened: Warehouse, request: FindingsRequest) -> Table:
+    """List findings that speak against the scores of runs, by default of all finished ones.
+
+    With ``truth``, a row for each score that says how far it agrees with the measured ground truth.
+    """
+    if request.truth:
+        cards = score_cards(opened, choose_runs(opened, request.run, every=True), request.by)
+        return Table(cards if request.every else best_readings(cards))
+    site, recipe = (None, None) if request.every else (request.site, request.recipe)
+    run_ids = chosen_ids(opened, request.run) if request.run else None
+    threshold = named_threshold(request.threshold)
+    return Table(finding.findings(opened, run_ids, threshold=threshold, site=site, recipe=recipe))
 
 
-def _run_ids(opened: Warehouse, names: Sequence[str]) -> list[str]:
+def contrast_labels(opened: Warehouse, request: ContrastRequest) -> contrasting.Contrast:
+    """Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text."""
+    value, kind = parse_threshold(request.threshold)
+    return contrasting.contrast(
+        opened,
+        named_run(opened, request.run),
+        site=request.site,
+        recipe=request.recipe,
+        threshold=value,
+        threshold_kind=kind,
+        hallucinated=request.hallucinated,
+        truthful=request.truthful,
+    )
+
+
+def write_report(opened: Warehouse, request: ReportRequest) -> Path:
+    """Write the page of a warehouse, and return its path."""
+    from avss_dist.reports.page.page import save_report
+
+    rows = choose_runs(opened, request.run, failed=True, columns=("run_id",)) if request.run else None
+    save_report(opened, Path(request.output), None if rows is None else {row["run_id"] for row in rows}, request.by)
+    return Path(request.output)
+
+
+def publish_runs(opened: Warehouse, request: PublishRequest) -> Table:
+    """Write the finished runs of a warehouse for others, and return the number of rows of each table."""
+    from avss_dist.reports.publish import publish
+
+    return _counts("rows", publish(opened, Path(request.folder)))
+
+
+def compact_runs(opened: Warehouse, request: CompactRequest) -> Table:
+    """Copy many finished runs into few large files, and return the number of runs copied of each table."""
+    return _counts("runs", opened.compact())
+
+
+def _counts(heading: str, numbers: Mapping[str, int]) -> Table:
+    return Table(pa.table({"table": [*numbers], heading: [*numbers.values()]}))
+
+
+def doctor() -> Table:
+    """Check what works on this machine: devices, Ray, DeepSpeed, versions."""
+    from avss_dist.system.doctor import check_machine
+
+    return Table(pa.Table.from_pylist([asdict(result) for result in check_machine()]))
+
+
+def chosen_ids(opened: Warehouse, names: Sequence[str]) -> list[str]:
     """Return the ids of the runs with these names, or of all finished ones without names."""
     return [row["run_id"] for row in choose_runs(opened, names, every=True, columns=("run_id",))]
 
@@ -72,7 +260,8 @@ def _run_ids(opened: Warehouse, names: Sequence[str]) -> list[str]:
 def named_run(opened: Warehouse, name: str | None, *, measured: bool = False) -> dict[str, Any]:
     """Return the row of the one run with this name, or of the newest run without a name.
 
-    See `chosen.choose_runs` for ``measured``.
+    Args:
+        measured: include checkpoints without a run, as `chosen.choose_runs`.
     """
     return one_run(choose_runs(opened, [] if name is None else [name], measured=measured), str(name))
 
@@ -81,3 +270,14 @@ def named_threshold(value: str | float) -> Threshold:
     """Return a threshold from a number or a text."""
     number, kind = parse_threshold(value)
     return Threshold(value=number, kind=kind)
+
+
+ls = reading(ListRequest)(list_rows)
+show = reading(ShowRequest)(layer_rows)
+query = reading(QueryRequest)(query_rows)
+compare = reading(CompareRequest)(compare_runs)
+findings = reading(FindingsRequest)(find)
+contrast = reading(ContrastRequest)(contrast_labels)
+report = reading(ReportRequest)(write_report)
+publish = reading(PublishRequest)(publish_runs)
+compact = reading(CompactRequest)(compact_runs)

@@ -10,7 +10,8 @@ from typing import Any
 
 from avss_dist.analysis.plans import plannable_run
 from avss_dist.api.change import Pruned, choose_layers, describe_remaining, write_pruned
-from avss_dist.cli.choose import choose_run, newest_of, open_warehouse
+from avss_dist.api.read import named_run
+from avss_dist.cli.choose import newest_of, open_for
 from avss_dist.core.registry import GREEDY
 from avss_dist.core.text import describe_bytes
 from avss_dist.distillation.distill import distill as train
@@ -19,11 +20,11 @@ from avss_dist.map_plans.exports import EXPORTS
 from avss_dist.map_plans.quantize import plan_precision
 from avss_dist.pruning.ground_truth import describe_headless, repeated_options
 from avss_dist.pruning.plan import describe_savings, local_run_size, read_plan
-from avss_dist.report.terminal.evaluation import search_table
-from avss_dist.report.terminal.previews import thresholds_table
-from avss_dist.report.terminal.progress import CellProgress, StepProgress
-from avss_dist.report.terminal.shrink import distilled_lines, distilled_table, distilled_values
-from avss_dist.report.terminal.tables import FittedTable
+from avss_dist.reports.terminal.evaluation import search_table
+from avss_dist.reports.terminal.previews import thresholds_table
+from avss_dist.reports.terminal.progress import CellProgress, StepProgress
+from avss_dist.reports.terminal.shrink import distilled_lines, distilled_table, distilled_values
+from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.requests import DistillRequest, PlanRequest, PrecisionRequest, PruneRequest, SparsifyRequest
 from avss_dist.system.streams import console, emit, emit_json, say
 from avss_dist.warehouse.checks import has_head
@@ -32,10 +33,11 @@ from avss_dist.warehouse.reader import Warehouse
 
 def plan(request: PlanRequest) -> None:
     """Choose the layers or experts to drop, and write the plan."""
-    opened, named = open_warehouse(str(request.warehouse)), request.run is not None or request.by == GREEDY
+    measured = request.by != GREEDY
+    opened, request = open_for(request, measured=measured)
     passed: list[str] = []
-    if named:
-        row = choose_run(opened, request.run, measured=request.by != GREEDY)
+    if request.run is not None or not measured:
+        row = named_run(opened, request.run, measured=measured)
     else:
         row, passed = plannable_run(opened, request.by, experts=request.experts is not None)
     hints = newest_of(opened, request.run)
@@ -57,8 +59,8 @@ def plan(request: PlanRequest) -> None:
 
 def sparsify(request: SparsifyRequest) -> None:
     """Choose the activations that become zero, and write the plan."""
-    opened = open_warehouse(str(request.warehouse))
-    row = choose_run(opened, request.run)
+    opened, request = open_for(request)
+    row = named_run(opened, request.run)
     with CellProgress() as progress:
         chosen = choose_thresholds(replace(request, on_event=progress), row)
     console().print(FittedTable(thresholds_table(chosen)))
@@ -68,8 +70,8 @@ def sparsify(request: SparsifyRequest) -> None:
 
 def quantize(request: PrecisionRequest) -> None:
     """Choose the number format of each linear map, and write the plan, or the file of another program."""
-    opened = open_warehouse(str(request.warehouse))
-    row = choose_run(opened, request.run, measured=True)
+    opened, request = open_for(request, measured=True)
+    row = named_run(opened, request.run, measured=True)
     chosen = plan_precision(request, opened, row)
     _emit_plan(request.output, [*chosen.describe(), *newest_of(opened, request.run)])
     if request.format not in EXPORTS:

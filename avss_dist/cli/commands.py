@@ -121,7 +121,7 @@ COMMANDS = {
     "contrast": Command(
         READ,
         "read",
-        "read_requests:ContrastRequest",
+        "read_requests:ContrastCommandRequest",
         "Contrast hallucinated with truthful answers, layer by layer, with controls; for a run on paired text.",
         TABLES,
         examples=("avss contrast -w paired --format csv",),
@@ -129,7 +129,7 @@ COMMANDS = {
     "findings": Command(
         READ,
         "read",
-        "read_requests:FindingsAtRequest",
+        "read_requests:FindingsRequest",
         "List findings that speak against scores: they track depth, noise, rounding, single units, and so on.",
         TABLES,
         examples=("avss findings --every", "avss findings --run smollm2 --truth"),
@@ -161,7 +161,7 @@ COMMANDS = {
     "query": Command(
         READ,
         "read",
-        "read_requests:QueryRequest",
+        "read_requests:QueryCommandRequest",
         "Query a warehouse with SQL (DuckDB). It only reads, and only the warehouse.",
         QUERIES,
         examples=(

@@ -38,7 +38,7 @@ def jobs_list(request: ListJobsRequest, format: str) -> int:
     """List submitted jobs and their status."""
     import pyarrow as pa
 
-    from avss_dist.report.output import write_table
+    from avss_dist.reports.output import write_table
     from avss_dist.runs.submission import COLUMNS
 
     cluster = _cluster(request)

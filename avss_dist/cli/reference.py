@@ -12,7 +12,7 @@ from avss_dist.cli.program import load_command
 from avss_dist.core.settings import Execution, Settings
 from avss_dist.core.text import escape_markdown
 from avss_dist.pruning.methods import Experiment
-from avss_dist.report.terminal.schema import shared_rows
+from avss_dist.reports.terminal.schema import shared_rows
 from avss_dist.runs.job_file import OPTIONS_ONLY
 from avss_dist.warehouse.schema import SCHEMAS
 

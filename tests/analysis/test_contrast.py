@@ -25,8 +25,8 @@ import avss_dist
 from avss_dist.analysis.contrast import Strata, answer_rows, contrast, layer_table, read_answers
 from avss_dist.core.errors import QueryError
 from avss_dist.core.names import AFTER_ANOTHER
-from avss_dist.report.contrasts import contrast_section
-from avss_dist.report.page.page import report_page
+from avss_dist.reports.contrasts import contrast_section
+from avss_dist.reports.page.page import report_page
 from avss_dist.stats import contrast as contrast_stats
 from avss_dist.stats.layer_stats import AnswerRows, RowStats, ShardResult
 from avss_dist.stats.scores import Threshold

@@ -22,7 +22,7 @@ from avss_dist.analysis.curves import AXES, SCHEMA, RankingCurves, ranking_curve
 from avss_dist.analysis.groups import similarity_map, survey_pairs
 from avss_dist.core.errors import ConfigError, QueryError
 from avss_dist.read_requests import ALONG
-from avss_dist.report.curves import curve_section
+from avss_dist.reports.curves import curve_section
 from avss_dist.warehouse.reader import Warehouse
 
 

@@ -356,7 +356,7 @@ def compare(goldens: Goldens, folder: Path) -> None:
         rows = sorted(pairs.to_pylist(), key=lambda row: RUN_ID.sub("", json.dumps(row, sort_keys=True, default=str)))
         for column in (column for column in with_values(pairs) if column not in NO_VALUES):
             goldens.add(f"{recipe}.{column}", [row[column] for row in rows])
-    found = avss_dist.findings(warehouse=folder).table()
+    found = avss_dist.findings(warehouse=folder, every=True).table()
     for kind in sorted(set(found["kind"].to_pylist())):
         goldens.add_table(f"findings.{kind}", found.filter(pc.equal(found["kind"], kind)))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from support.command_line import commands
+from support.command_line import commands, succeed
 from support.warehouses import activations, stats_of, write_measured
 
 import avss_dist as avss
@@ -22,28 +23,27 @@ from avss_dist.requests import ScoreRequest
 from avss_dist.runs.run import Run
 from avss_dist.warehouse.reader import Warehouse
 
-FUNCTIONS = {"run": "run_job", "score": "score_all"}  # a command scores one model or several
+FUNCTIONS = {"score": "score_all"}  # a command scores one model or several
 PRINTED = {"format", "schema", "dry_run"}  # of what is printed
-OTHERWISE: dict[str, set[str]] = {"findings": {"site", "recipe", "every", "truth", "by"}}  # a filter of the table
-READ = ("ls", "show", "query", "contrast", "report", "publish", "compact", "doctor")  # by methods of a warehouse
-CHANGED = [name for name in COMMANDS if name not in READ and " " not in name]
+PRINTED_BY = {"contrast": {"predictions"}, "query": {"output"}}  # attributes of the result
+NAMES = [name for name in COMMANDS if " " not in name]
 
 
 def function(command: str) -> Any:
     return getattr(avss, FUNCTIONS.get(command, command))
 
 
-@pytest.mark.parametrize("command", CHANGED)
+@pytest.mark.parametrize("command", NAMES)
 def test_a_command_is_a_function_with_the_same_name_and_keywords(command: str) -> None:
     keywords = {*inspect.signature(function(command)).parameters} - {"on_event"}
     options = {parameter.name for parameter in commands()[command].params if parameter.name[0] != "_"}
-    assert options - PRINTED - OTHERWISE.get(command, set()) == keywords - PRINTED
+    assert options - PRINTED - PRINTED_BY.get(command, set()) == keywords - PRINTED
     for parameter in commands()[command].params:
         if parameter.param_type_name == "option" and parameter.name[0] != "_":
             assert f"--{parameter.name.replace('_', '-')}" in parameter.opts
 
 
-@pytest.mark.parametrize("command", CHANGED)
+@pytest.mark.parametrize("command", NAMES)
 def test_the_docstring_explains_every_keyword_of_the_request(command: str) -> None:
     doc = inspect.getdoc(function(command)) or ""
     explained = [line.strip().partition(":")[0] for line in doc.partition("Args:")[2].splitlines()]
@@ -109,6 +109,38 @@ def test_runs_and_thresholds_have_names(root: str) -> None:
     assert scores.num_rows and scores == Warehouse(root).scores(model="alpha") == Warehouse(root).scores(
         model="org/alpha"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "keywords"),
+    [
+        ("ls", {}),
+        ("show", {"run": "alpha", "threshold": "0.1rms"}),
+        ("show", {"run": "alpha", "quantiles": True}),
+        ("compare", {"by": "recipe"}),
+        ("query", {"sql": "SELECT run_id, layer, rank FROM published"}),
+        ("query", {"schema": True}),
+    ],
+)
+def test_a_function_returns_what_the_command_prints(root: str, command: str, keywords: dict[str, Any]) -> None:
+    options = [f"--{name}={value}" if value is not True else f"--{name}" for name, value in keywords.items()]
+    words = [keywords["sql"]] if "sql" in keywords else options
+    printed = succeed(command, *words, "-w", root, "--format", "json", "-q").stdout
+    rows = function(command)(warehouse=root, **keywords).table().to_pylist()
+    assert rows and [json.loads(line) for line in printed.splitlines()] == json.loads(json.dumps(rows, default=str))
+
+
+def test_files_are_written_by_functions(root: str, tmp_path: Path) -> None:
+    page = avss.report(warehouse=root, run="alpha", output=tmp_path / "page.html")
+    assert page.is_file() and "alpha-0123456789" in page.read_text() and "beta-0123456789" not in page.read_text()
+    rows = avss.publish(tmp_path / "published", warehouse=root).table().to_pylist()
+    assert {"table": "runs", "rows": 2} in rows
+    assert (tmp_path / "published" / "data" / "runs.parquet").is_file()
+    assert {row["runs"] for row in avss.compact(warehouse=root).table().to_pylist()} == {0, 2}
+    own = tmp_path / "own.csv"
+    own.write_text("layer,mine\n0,3.5\n1,1.5\n")
+    shown = avss.show(run="alpha", warehouse=root, by=[f"{own}:mine"], output=tmp_path / "layers.svg").table()
+    assert shown[f"{own}:mine"].to_pylist()[:2] == [3.5, 1.5] and (tmp_path / "layers.svg").is_file()
 
 
 def test_a_result_is_a_table_a_line_and_a_page() -> None:

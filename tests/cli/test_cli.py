@@ -35,7 +35,7 @@ from avss_dist.core.settings import (
     SITES,
 )
 from avss_dist.read_requests import COMPARED, ShowRequest
-from avss_dist.report.page import summary
+from avss_dist.reports.page import summary
 from avss_dist.runs import events
 from avss_dist.system.doctor import CheckResult
 from avss_dist.warehouse.checks import has_head

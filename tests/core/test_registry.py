@@ -9,7 +9,7 @@ import pytest
 
 from avss_dist import ablate
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, GROUND_TRUTH, MEASURED, SCORES, metrics_of
-from avss_dist.report.page.charts import page_charts
+from avss_dist.reports.page.charts import page_charts
 from avss_dist.stats.layer_stats import LayerStats
 from avss_dist.stats.scores import layer_baselines
 from avss_dist.tasks.damage import LOOKAHEAD

@@ -35,8 +35,8 @@ from avss_dist.evaluation.ablate import Ablation
 from avss_dist.evaluation.tasks import plan_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.interventions import recording, representatives, resuming
-from avss_dist.report.page.page import _scorecards
-from avss_dist.report.terminal.evaluation import ablation_table
+from avss_dist.reports.page.page import _scorecards
+from avss_dist.reports.terminal.evaluation import ablation_table
 from avss_dist.tasks import shapley as ablation
 from avss_dist.tasks.shapley import SHAPLEY, SHARED, Shapley
 from avss_dist.tasks.task import Row

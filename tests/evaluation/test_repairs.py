@@ -45,8 +45,8 @@ from avss_dist.partition.single import MAX_COPIES, with_copies
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.pruning.repair.repair import Repair
-from avss_dist.report.terminal import progress as avss_progress
-from avss_dist.report.terminal.progress import CellProgress
+from avss_dist.reports.terminal import progress as avss_progress
+from avss_dist.reports.terminal.progress import CellProgress
 from avss_dist.runs.job_file import read_job
 from avss_dist.tasks.cells import Cell
 from avss_dist.warehouse.reader import Warehouse

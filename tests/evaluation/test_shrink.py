@@ -46,8 +46,8 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.partition.replica import Placement
 from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.pruning.selection import PlanError
-from avss_dist.report.terminal.shrink import continuation_tables
-from avss_dist.report.terminal.tables import FittedTable
+from avss_dist.reports.terminal.shrink import continuation_tables
+from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.requests import RANKED_BY
 from avss_dist.system.devices import Devices
 from avss_dist.warehouse.reader import Warehouse

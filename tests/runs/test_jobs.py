@@ -23,7 +23,7 @@ from avss_dist.core.settings import Replicas, Settings
 from avss_dist.estimation import preview as previews
 from avss_dist.estimation.preview import preview_job
 from avss_dist.executors.local import LocalExecutor
-from avss_dist.report.terminal.progress import ProgressLines
+from avss_dist.reports.terminal.progress import ProgressLines
 from avss_dist.runs import planner
 from avss_dist.runs.api import run_job
 from avss_dist.runs.events import RunEnded, RunReading, RunStarted, ShardMeasured

@@ -379,7 +379,7 @@ computed = scores.layer_baselines
 scores.layer_baselines = lambda stats, layer: computed(stats, layer) | {"distance": 3.0 - layer}
 
 import avss_dist
-from avss_dist.report.page.page import report_page
+from avss_dist.reports.page.page import report_page
 from avss_dist.warehouse.reader import Warehouse
 
 model, folder = sys.argv[1:]

@@ -19,8 +19,8 @@ from support.warehouses import activations, rewrite_file, stats_of, write_measur
 from avss_dist.analysis.findings import findings
 from avss_dist.core.errors import WarehouseError
 from avss_dist.core.intervention import MAX_STORED
-from avss_dist.report.page.page import report_page
-from avss_dist.report.publish import publish
+from avss_dist.reports.page.page import report_page
+from avss_dist.reports.publish import publish
 from avss_dist.warehouse import compaction, reader
 from avss_dist.warehouse.checks import checked_rows, damaged_runs, settings_of
 from avss_dist.warehouse.reader import Warehouse

@@ -22,7 +22,7 @@ from support.warehouses import activations, stats_of, write_measured, write_prof
 
 import avss_dist
 from avss_dist.core.errors import QueryError
-from avss_dist.report.terminal.schema import schema_markdown
+from avss_dist.reports.terminal.schema import schema_markdown
 from avss_dist.warehouse.query import FUNCTIONS, VIEWS, ready_queries
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMAS, TABLES

@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from avss_dist.core.text import printable
-from avss_dist.report.section import BarColumn, ReportColumn, ReportTable, Section
+from avss_dist.reports.section import BarColumn, ReportColumn, ReportTable, Section
 
 WRAPPED = 24  # cells that a column of prose needs at least
 STYLES = {"lowest": "bold red", "failed": "dim"}  # of marked rows

@@ -14,7 +14,7 @@ from support.pages import write_failed, write_removals, write_run
 from support.warehouses import unpack_released
 
 from avss_dist.core.text import describe_threshold
-from avss_dist.report.page.page import save_report
+from avss_dist.reports.page.page import save_report
 from avss_dist.stats.rankings import depth_correlation
 from avss_dist.warehouse.reader import Warehouse
 

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from avss_dist.core.text import count_of, describe_bytes, describe_count, describe_seconds
 from avss_dist.map_plans.plans import SparsityPlan
-from avss_dist.report.section import ReportColumn, ReportTable
-from avss_dist.report.terminal.tables import FittedTable
+from avss_dist.reports.section import ReportColumn, ReportTable
+from avss_dist.reports.terminal.tables import FittedTable
 
 if TYPE_CHECKING:
     from avss_dist.estimation.estimate import Estimate

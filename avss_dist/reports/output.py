@@ -78,7 +78,7 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
     Args:
         newest_first: the first rows matter most, so a terminal shows no others.
     """
-    from avss_dist.report.terminal.tables import describe_value
+    from avss_dist.reports.terminal.tables import describe_value
 
     names: list[str] = []  # with numbers after repeated ones (of a join): ``model``, ``model_1``
     for name in table.column_names:
@@ -106,7 +106,7 @@ def write_table(table: pa.Table, kind: str, console: Console, *, newest_first: b
 
 def _write_fitted(table: pa.Table, console: Console, *, newest_first: bool) -> None:
     """Write a table as wide as a terminal or a page, or a long one in a pipe with a line for each row."""
-    from avss_dist.report.terminal.tables import plain_table
+    from avss_dist.reports.terminal.tables import plain_table
 
     if len(table) > MAX_FITTED and not console.is_terminal:
         return _write_lines(table)
@@ -144,7 +144,7 @@ def _write_lines(table: pa.Table) -> None:
 
 def _texts(column: pa.Array) -> list[str]:
     """Return the values of a column as text for people, each in one line. Equal values are described once."""
-    from avss_dist.report.terminal.tables import describe_value
+    from avss_dist.reports.terminal.tables import describe_value
 
     def texts(values: pa.Array) -> list[str]:
         with _readable_times():

@@ -16,10 +16,10 @@ import vl_convert
 
 from avss_dist.analysis.comparison import RankingComparison
 from avss_dist.analysis.findings import describe_depth
-from avss_dist.core.errors import AvssError, nearest
+from avss_dist.core.errors import AvssError, QueryError, nearest
 from avss_dist.core.registry import BASELINES, FROM_ACTIVATIONS, SCORES
 from avss_dist.core.text import basename, count_of, describe_count, describe_threshold, printable
-from avss_dist.report.output import PICTURES, map_leaves, write_file
+from avss_dist.reports.output import PICTURES, map_leaves, write_file
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation, rank_lowest
 from avss_dist.system.files import cache_folder, staged_file
@@ -42,7 +42,15 @@ def layers_chart(runs: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str
     Args:
         runs: rows of ``runs``.
         scores: rows of ``scores`` of these runs, of one site, recipe and threshold.
+
+    Raises:
+        QueryError: there are too many runs for one chart.
     """
+    if len(runs) > MAX_RUNS:
+        raise QueryError(
+            f"{len(runs):,} runs are too many for one chart: the maximum is {MAX_RUNS}.",
+            "Name fewer with `run`; avss report draws the runs of a whole warehouse.",
+        )
     labels = {r["run_id"]: f"{basename(r['model'])} ({r['run_id'][-10:]})" for r in runs}
     lowest = _lowest(scores)
     rows = [

@@ -31,16 +31,16 @@ from avss_dist.core.errors import QueryError
 from avss_dist.core.registry import FROM_ACTIVATIONS, GROUND_TRUTH, SCORES
 from avss_dist.core.text import basename, printable
 from avss_dist.pruning.selection import PUBLISHED
-from avss_dist.report.chart import drawing_library
-from avss_dist.report.contrasts import contrast_section
-from avss_dist.report.curves import curve_section
-from avss_dist.report.experiments import experiment_sections
-from avss_dist.report.output import map_leaves, write_file
-from avss_dist.report.page.charts import page_charts, section_chart
-from avss_dist.report.page.data import MIN_RUNS, matrix_data, page_data
-from avss_dist.report.page.summary import in_short, is_published
-from avss_dist.report.scorecards import page_section
-from avss_dist.report.section import ReportColumn, ReportTable, Row, Section, page_number
+from avss_dist.reports.chart import drawing_library
+from avss_dist.reports.contrasts import contrast_section
+from avss_dist.reports.curves import curve_section
+from avss_dist.reports.experiments import experiment_sections
+from avss_dist.reports.output import map_leaves, write_file
+from avss_dist.reports.page.charts import page_charts, section_chart
+from avss_dist.reports.page.data import MIN_RUNS, matrix_data, page_data
+from avss_dist.reports.page.summary import in_short, is_published
+from avss_dist.reports.scorecards import page_section
+from avss_dist.reports.section import ReportColumn, ReportTable, Row, Section, page_number
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 

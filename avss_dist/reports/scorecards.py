@@ -11,7 +11,7 @@ import pyarrow as pa
 from avss_dist.analysis.scorecard import SPEARMAN, describe_score, is_published
 from avss_dist.core.registry import MEASURED, ROUNDING_ESTIMATES
 from avss_dist.pruning.selection import LAST
-from avss_dist.report.section import (
+from avss_dist.reports.section import (
     AMBER,
     BLUE,
     GRAY,

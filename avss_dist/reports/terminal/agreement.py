@@ -15,8 +15,8 @@ from avss_dist.analysis.agreement import CorrelationSummary
 from avss_dist.analysis.comparison import MAX_PAIRS as MAX_LISTED
 from avss_dist.analysis.comparison import RankingComparison
 from avss_dist.core.text import basename
-from avss_dist.report.section import ReportColumn, ReportTable, decimals, significant
-from avss_dist.report.terminal.tables import FittedTable
+from avss_dist.reports.section import ReportColumn, ReportTable, decimals, significant
+from avss_dist.reports.terminal.tables import FittedTable
 
 MAX_PAIRS = 40  # shown on a terminal
 WIDEST_LABELS = 36  # beside each other; longer ones are one below the other

@@ -11,8 +11,8 @@ from typing import Any
 import altair as alt
 
 from avss_dist.core.registry import FROM_ACTIVATIONS, SCORES
-from avss_dist.report.chart import LOWEST_COLOR, ROWS, depth_chart, depth_title
-from avss_dist.report.section import GRAY, Chart
+from avss_dist.reports.chart import LOWEST_COLOR, ROWS, depth_chart, depth_title
+from avss_dist.reports.section import GRAY, Chart
 
 TITLE = alt.TitleParams(text=alt.ExprRef("choice"), limit=alt.ExprRef("limit"), anchor="start", frame="bounds")
 HEIGHTS = {"avss": 280, "blocks": 340, "kept": 280, "lowest": 280}

@@ -9,7 +9,7 @@ import numpy as np
 
 from avss_dist.analysis.experts import LayerExperts
 from avss_dist.core.text import describe_count
-from avss_dist.report.section import BarColumn, ReportColumn, ReportTable, Section, decimals
+from avss_dist.reports.section import BarColumn, ReportColumn, ReportTable, Section, decimals
 
 NUM_NAMED = 3  # experts of the lowest saliency that are named
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from avss_dist.core.errors import WarehouseError, unwritable
 from avss_dist.core.text import describe_count
-from avss_dist.report.page.page import save_report
+from avss_dist.reports.page.page import save_report
 from avss_dist.system.files import staged_folder
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import DAMAGED, SCHEMAS, TABLES

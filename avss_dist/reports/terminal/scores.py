@@ -13,8 +13,7 @@ from avss_dist.analysis.findings import TRACKS_DEPTH
 from avss_dist.analysis.thresholds import INTERPOLATED
 from avss_dist.core.registry import LOWEST_SHARE, SCORES
 from avss_dist.core.text import describe_count, describe_layers, describe_threshold
-from avss_dist.pruning.ground_truth import LayerTruth
-from avss_dist.report.section import (
+from avss_dist.reports.section import (
     BarColumn,
     ReportColumn,
     ReportTable,
@@ -22,7 +21,7 @@ from avss_dist.report.section import (
     percent,
     significant,
 )
-from avss_dist.report.terminal.tables import FittedTable
+from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.histogram import bin_edges
 from avss_dist.stats.intervals import why_no_interval
 from avss_dist.stats.rankings import count_lowest, depth_correlation
@@ -30,22 +29,19 @@ from avss_dist.stats.rankings import count_lowest, depth_correlation
 OF_SHARDS = ("95% interval", "lowest 25%")  # columns that a run of too few shards does not have
 
 
-def layer_table(
-    run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own: Mapping[str, LayerTruth] | None = None
-) -> RenderableType:
+def layer_table(run: Mapping[str, Any], scores: Sequence[Mapping[str, Any]], own: Sequence[str] = ()) -> RenderableType:
     """Return a table with a row for each layer: smoothed AVSS, its rank and certainty, block influence.
 
     Args:
         run: a row of ``runs``.
         scores: rows of ``scores`` of one site, recipe and threshold.
-        own: scores that people bring, a column each.
+        own: names of the scores that people bring, which are columns of the rows.
     """
     first, count = scores[0], count_lowest(len(scores))
     lowest = [s["rank"] is not None and s["rank"] <= count for s in scores]
     threshold = describe_threshold(first["threshold"], first["threshold_kind"])
     columns = _layer_columns(scores, lowest, has_intervals=why_no_interval(run["num_shards"] or 0) is None)
-    for name, score in (own or {}).items():
-        columns.append(ReportColumn(name, [score.values.get(s["layer"]) for s in scores], significant(4), priority=1))
+    columns += [ReportColumn(name, [s[name] for s in scores], significant(4), priority=1) for name in own]
     table = ReportTable(
         columns=columns,
         title=f"{run['model']}  {first['site']} / {first['recipe']} / |x| < {threshold}",

@@ -17,7 +17,7 @@ from support.command_line import avss
 from support.warehouses import activations, run_row, stats_of, write_measured, write_scores
 
 from avss_dist.core.errors import WarehouseError
-from avss_dist.report.publish import publish
+from avss_dist.reports.publish import publish
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
@@ -100,7 +100,7 @@ def test_layers_have_whole_numbers_in_a_picture(tmp_path: Path, layers: int) -> 
 
 def test_a_chart_of_very_many_runs_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 10,000 runs, the library that draws takes all memory and ends the process."""
-    monkeypatch.setattr("avss_dist.report.chart.MAX_RUNS", 1)
+    monkeypatch.setattr("avss_dist.reports.chart.MAX_RUNS", 1)
     result = avss("show", "-w", root, "--run", "*", "-o", root / "chart.svg")
     assert result.exit_code == 2 and "are too many for one chart: the maximum is 1" in result.stderr
     assert "Name fewer with --run" in result.stderr and not (root / "chart.svg").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from avss_dist.analysis.curves import MIN_TREND, Curve
-from avss_dist.report.section import Chart, ReportColumn, ReportTable, Section, decimals, percent
+from avss_dist.reports.section import Chart, ReportColumn, ReportTable, Section, decimals, percent
 from avss_dist.stats.rankings import spearman_rows
 
 MAX_DRAWN = 12  # curves in a picture

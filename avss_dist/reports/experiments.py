@@ -23,7 +23,7 @@ from avss_dist.analysis.verdict import (
 from avss_dist.core.intervention import decode_removals, describe_removed
 from avss_dist.core.names import PERPLEXITY
 from avss_dist.core.text import basename
-from avss_dist.report.section import (
+from avss_dist.reports.section import (
     BLUE,
     GRAY,
     Chart,

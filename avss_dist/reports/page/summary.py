@@ -11,7 +11,7 @@ from avss_dist.analysis.verdict import CLAIMED_KEPT, CLAIMED_SHARE, claim_in_sho
 from avss_dist.core.registry import RECIPES
 from avss_dist.core.settings import SITES
 from avss_dist.pruning.selection import PUBLISHED
-from avss_dist.report.section import Row
+from avss_dist.reports.section import Row
 from avss_dist.stats.rankings import count_lowest
 from avss_dist.warehouse.checks import has_head
 from avss_dist.warehouse.reader import Warehouse
@@ -70,7 +70,7 @@ def in_short(
         answers = {
             "Can AVSS be believed?": [
                 against if kinds else "No finding warns of it.",
-                *describe_agreement(warehouse, run, scored, {}),
+                *describe_agreement(warehouse, run, scored),
             ],
             f"How many layers can go at {CLAIMED_KEPT:.0%} kept?": largest or [NOTHING if has_head(run) else HEADLESS],
             f"What is kept without {CLAIMED_SHARE:.0%} of them?": of_claim or ["No such set was evaluated yet."],

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.names import PERPLEXITY
 from avss_dist.core.text import basename, describe_bytes
-from avss_dist.report.section import (
+from avss_dist.reports.section import (
     BarColumn,
     ReportColumn,
     ReportTable,
@@ -20,7 +20,7 @@ from avss_dist.report.section import (
     percent,
     significant,
 )
-from avss_dist.report.terminal.tables import FittedTable
+from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.metrics import NO_INTERVAL
 
 if TYPE_CHECKING:

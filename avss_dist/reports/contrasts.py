@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from avss_dist.analysis.contrast import FEATURES, LEVEL, Contrast
-from avss_dist.report.section import (
+from avss_dist.reports.section import (
     AMBER,
     BLUE,
     GRAY,

@@ -29,13 +29,13 @@ from avss_dist.analysis.experts import LayerExperts
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import score_cards
 from avss_dist.core.text import describe_threshold
-from avss_dist.report.experiments import experiment_sections
-from avss_dist.report.experts import experts_section
-from avss_dist.report.page.charts import section_chart
-from avss_dist.report.page.data import page_data, run_agreement
-from avss_dist.report.page.page import html_table, report_page
-from avss_dist.report.page.summary import is_published
-from avss_dist.report.section import (
+from avss_dist.reports.experiments import experiment_sections
+from avss_dist.reports.experts import experts_section
+from avss_dist.reports.page.charts import section_chart
+from avss_dist.reports.page.data import page_data, run_agreement
+from avss_dist.reports.page.page import html_table, report_page
+from avss_dist.reports.page.summary import is_published
+from avss_dist.reports.section import (
     BarColumn,
     ReportColumn,
     ReportTable,
@@ -46,8 +46,8 @@ from avss_dist.report.section import (
     p_value,
     percent,
 )
-from avss_dist.report.terminal.agreement import summary
-from avss_dist.report.terminal.tables import FittedTable, rendered
+from avss_dist.reports.terminal.agreement import summary
+from avss_dist.reports.terminal.tables import FittedTable, rendered
 from avss_dist.warehouse.reader import Warehouse
 
 HOSTILE = "org/\"'><script>window.hacked = 1; alert(1)</script><img src=x onerror=alert(2)>{{ 7919 * 7907 }}&amp;"
@@ -330,7 +330,7 @@ def test_forty_runs_are_under_five_megabytes(tmp_path: Path) -> None:
 def test_of_more_runs_than_a_page_can_draw_the_newest_are_drawn(
     store: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("avss_dist.report.page.page.MAX_RUNS", 2)
+    monkeypatch.setattr("avss_dist.reports.page.page.MAX_RUNS", 2)
     page = Page(report_page(store))
     assert "the 2 newest runs; 1 more are in the table of runs" in " ".join(page.words)
     assert [run["label"] for run in page.data["runs"]] == ["1. beta", "2. alpha"]

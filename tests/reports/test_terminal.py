@@ -23,12 +23,12 @@ from avss_dist.analysis.comparison import compare
 from avss_dist.core.intervention import NO_INTERVENTION
 from avss_dist.distillation.events import Preparing
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway
-from avss_dist.report.output import write_table
-from avss_dist.report.terminal import progress as progress_module
-from avss_dist.report.terminal.agreement import comparison_tables
-from avss_dist.report.terminal.progress import CellProgress, Pace, StepProgress, TimeColumn
-from avss_dist.report.terminal.scores import layer_table
-from avss_dist.report.terminal.tables import plain_table
+from avss_dist.reports.output import write_table
+from avss_dist.reports.terminal import progress as progress_module
+from avss_dist.reports.terminal.agreement import comparison_tables
+from avss_dist.reports.terminal.progress import CellProgress, Pace, StepProgress, TimeColumn
+from avss_dist.reports.terminal.scores import layer_table
+from avss_dist.reports.terminal.tables import plain_table
 from avss_dist.runs.events import RunStarted, ShardMeasured
 from avss_dist.system.streams import USUAL, set_verbosity
 from avss_dist.warehouse.reader import Warehouse
@@ -214,7 +214,7 @@ def test_a_terminal_shows_the_ends_of_a_long_table_and_a_pipe_all(
 def test_a_row_of_a_long_table_in_a_pipe_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("avss_dist.report.output.ROWS_AT_ONCE", 100)
+    monkeypatch.setattr("avss_dist.reports.output.ROWS_AT_ONCE", 100)
     texts = ["a\nb", "x" * 200, *["short"] * 297, "longer than the first hundred " * 10, None]
     table = pa.table({"text": texts, "number": [0.5, *range(300)], "list": [[1, 2]] * 301})
     write_table(table, "table", Console(file=io.StringIO(), force_terminal=False))

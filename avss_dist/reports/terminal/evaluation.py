@@ -14,7 +14,7 @@ from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.names import LOSS
 from avss_dist.core.registry import metrics_of
 from avss_dist.core.text import count_of, describe_count, printable
-from avss_dist.report.section import (
+from avss_dist.reports.section import (
     BarColumn,
     ReportColumn,
     ReportTable,
@@ -23,7 +23,7 @@ from avss_dist.report.section import (
     percent,
     significant,
 )
-from avss_dist.report.terminal.tables import FittedTable
+from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.stats.intervals import MINIMUM_UNITS
 from avss_dist.stats.metrics import NO_INTERVAL
 from avss_dist.stats.rankings import count_lowest
