@@ -11,7 +11,7 @@ from avss_dist.core.errors import ConfigError
 from avss_dist.core.registry import FROM_ACTIVATIONS, LOWEST_SHARE, RECIPES, is_own
 from avss_dist.core.settings import DEFAULT_WAREHOUSE, EVERY_SITE, PUBLISHED_THRESHOLD, SITES, Request
 from avss_dist.core.text import parse_threshold
-from avss_dist.core.validation import Check, OneOf, Option, PathOrText, request
+from avss_dist.core.validation import Check, OneOf, Option, PathOrText, checked
 
 LISTINGS = ("runs", "plans", "evaluations")
 ALONG = ("step", "tokens", "size", "sequence_length")
@@ -64,7 +64,7 @@ Site = Annotated[str, OneOf(EVERY_SITE)]
 Recipe = Annotated[str, OneOf(RECIPES)]
 
 
-@request
+@checked
 class WarehouseRequest(Request):
     """A command that reads or writes a warehouse."""
 
@@ -72,7 +72,7 @@ class WarehouseRequest(Request):
     """Folder of results, or s3://, gs://, hdfs:// URI."""
 
 
-@request
+@checked
 class RunRequest(WarehouseRequest):
     """A command about one run of a warehouse."""
 
@@ -80,7 +80,7 @@ class RunRequest(WarehouseRequest):
     """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'; the newest by default."""
 
 
-@request
+@checked
 class RunsRequest(WarehouseRequest):
     """A command about several runs of a warehouse."""
 
@@ -88,7 +88,7 @@ class RunsRequest(WarehouseRequest):
     """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. All by default."""
 
 
-@request
+@checked
 class NewestRunsRequest(WarehouseRequest):
     """A command about the newest run of a warehouse, or about runs that are named."""
 
@@ -96,7 +96,7 @@ class NewestRunsRequest(WarehouseRequest):
     """A run: its id, a unique part of it, its model, or a glob such as 'smollm2-*'. The newest by default."""
 
 
-@request
+@checked
 class ThresholdRequest(Request):
     """A command about one threshold of AVSS."""
 
@@ -104,7 +104,7 @@ class ThresholdRequest(Request):
     """Near zero means below this: 1e-5, or 0.1rms (relative)."""
 
 
-@request
+@checked
 class PlaceRequest(ThresholdRequest):
     """A command about one reading of AVSS."""
 
@@ -114,7 +114,7 @@ class PlaceRequest(ThresholdRequest):
     """AVSS pooled (as released), by element or by unit."""
 
 
-@request
+@checked
 class CompareRequest(PlaceRequest, RunsRequest):
     """Compare layer rankings between runs."""
 
@@ -136,7 +136,7 @@ class CompareRequest(PlaceRequest, RunsRequest):
             raise ConfigError("`along` and `by` exclude each other.", "Give one of them.")
 
 
-@request
+@checked
 class FindingsRequest(PlaceRequest, RunsRequest):
     """List findings that speak against the scores of runs, at one reading of AVSS."""
 
@@ -152,7 +152,7 @@ class FindingsRequest(PlaceRequest, RunsRequest):
             raise ConfigError("`by` has no effect without `truth`.", "Add `truth`.")
 
 
-@request
+@checked
 class ContrastRequest(PlaceRequest, RunRequest):
     """Contrast hallucinated with truthful answers, layer by layer."""
 
@@ -164,7 +164,7 @@ class ContrastRequest(PlaceRequest, RunRequest):
     """Label of truthful answers."""
 
 
-@request
+@checked
 class ContrastCommandRequest(ContrastRequest):
     """Contrast hallucinated with truthful answers, and print the contrast or the predictions."""
 
@@ -172,7 +172,7 @@ class ContrastCommandRequest(ContrastRequest):
     """With csv or json: how well each layer predicts the label."""
 
 
-@request
+@checked
 class ListRequest(WarehouseRequest):
     """List runs, evaluated sets of layers, or evaluations."""
 
@@ -180,7 +180,7 @@ class ListRequest(WarehouseRequest):
     """Table to list: runs, evaluated sets of removed layers, or evaluations."""
 
 
-@request
+@checked
 class ShowRequest(PlaceRequest, NewestRunsRequest):
     """Show scores by layer."""
 
@@ -201,7 +201,7 @@ class ShowRequest(PlaceRequest, NewestRunsRequest):
         return self.sparsity or (DEFAULT_QUANTILES if self.quantiles else ())
 
 
-@request
+@checked
 class ReportRequest(RunsRequest):
     """Write a web page of a warehouse."""
 
@@ -211,7 +211,7 @@ class ReportRequest(RunsRequest):
     """A score of your own to compare with the measured truth as well, FILE.csv:COLUMN."""
 
 
-@request
+@checked
 class PublishRequest(WarehouseRequest):
     """Write the finished runs of a warehouse for others to read."""
 
@@ -223,12 +223,12 @@ class PublishRequest(WarehouseRequest):
             raise ConfigError("`folder` is a URI: expected a folder of this machine.", "Write one, and upload that.")
 
 
-@request
+@checked
 class CompactRequest(WarehouseRequest):
     """Copy the finished runs of a warehouse into few large files beside the small ones."""
 
 
-@request
+@checked
 class QueryRequest(WarehouseRequest):
     """Query a warehouse with SQL."""
 
@@ -238,7 +238,7 @@ class QueryRequest(WarehouseRequest):
     """Describe every table, column and ready-made query."""
 
 
-@request
+@checked
 class QueryCommandRequest(QueryRequest):
     """Query a warehouse with SQL, and print the rows."""
 

@@ -51,7 +51,6 @@ from avss_dist.core.validation import (
     Text,
     Texts,
     checked,
-    request,
 )
 from avss_dist.models.number_formats import format_names, number_format
 from avss_dist.pruning.repair.registry import (
@@ -86,7 +85,7 @@ class EvaluationOptions(BatchOptions, ModelOptions, TextOptions, Execution):
     """Settings of work that measures nothing inside of layers, and its execution."""
 
 
-@request
+@checked
 class ModelRequest(Request):
     """A command about a model."""
 
@@ -94,7 +93,7 @@ class ModelRequest(Request):
     """Hub id (org/name@revision), folder, or .gguf file."""
 
 
-@request
+@checked
 class CorpusRequest(Request):
     """A command that reads a text."""
 
@@ -103,12 +102,12 @@ class CorpusRequest(Request):
     file.jsonl:prompt+answer[:label], truthfulqa:file.jsonl[:seed]."""
 
 
-@request
+@checked
 class ScoreRequest(ModelRequest, CorpusRequest, WarehouseRequest, Settings, Execution):
     """Score every layer of a model on a corpus."""
 
 
-@request
+@checked
 class ScoreAllRequest(CorpusRequest, WarehouseRequest, Settings, Execution):
     """Score several models on a corpus."""
 
@@ -120,7 +119,7 @@ class ScoreAllRequest(CorpusRequest, WarehouseRequest, Settings, Execution):
             raise ConfigError(f"The model '{repeated[0]}' is named twice.", "Name each model once.")
 
 
-@request
+@checked
 class EstimateRequest(ModelRequest, BatchOptions, ModelOptions, TextOptions):
     """Estimate the memory of a run with every partition."""
 
@@ -132,7 +131,7 @@ class EstimateRequest(ModelRequest, BatchOptions, ModelOptions, TextOptions):
     """Maximum memory of a replica on a device: cpu=20GB, 0=40GB, ..."""
 
 
-@request
+@checked
 class AblateRequest(ModelRequest, CorpusRequest, WarehouseRequest, EvaluationOptions):
     """Measure the effect of each layer on the loss."""
 
@@ -171,7 +170,7 @@ class AblateRequest(ModelRequest, CorpusRequest, WarehouseRequest, EvaluationOpt
         return format_names(self.quantize)
 
 
-@request
+@checked
 class EvaluateRequest(WarehouseRequest, EvaluationOptions):
     """Evaluate models and plans on tasks."""
 
@@ -193,7 +192,7 @@ class EvaluateRequest(WarehouseRequest, EvaluationOptions):
     """Allow evaluation on text that scores or repairs were made on."""
 
 
-@request
+@checked
 class ShrinkRequest(ModelRequest, EvaluationOptions):
     """Write a smaller checkpoint of a model."""
 
@@ -210,7 +209,7 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
     by: Annotated[str, OneOf((*RANKED_BY, GREEDY))] = "damage"
     """Score that chooses the layers, or greedy (the repaired loss)."""
     repair: OptionalRepairName = DEFAULT_REPAIR
-    """Repair to fit at each cut: none, channel, map, refit or refit_all."""
+    """Repair to fit at each cut."""
     repair_corpora: Texts = ()
     """Other text to fit it on: CORPUS[=WEIGHT], or self."""
     tasks: Texts = ()
@@ -258,7 +257,7 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
         return list(dict.fromkeys([RedactedURI(self.corpus), *self.repair_texts]))
 
 
-@request
+@checked
 class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
     """Choose the layers, or the routed experts, to drop."""
 
@@ -306,7 +305,7 @@ class PlanRequest(PlaceRequest, RunRequest, EvaluationOptions):
         refuse_unused({name: getattr(self, name) for name in unused}, "on routed experts", "Leave it out.")
 
 
-@request
+@checked
 class SparsifyRequest(RunRequest, EvaluationOptions):
     """Choose the activations that become zero."""
 
@@ -322,7 +321,7 @@ class SparsifyRequest(RunRequest, EvaluationOptions):
     """Text that loss and teal read; the text of the run by default."""
 
 
-@request
+@checked
 class PrecisionRequest(RunRequest):
     """Choose the number format of each linear map under a budget of bits."""
 
@@ -353,7 +352,7 @@ class PrecisionRequest(RunRequest):
         return format_names(self.quantize)
 
 
-@request
+@checked
 class PruneRequest(ModelRequest, EvaluationOptions):
     """Write a checkpoint without the layers or routed experts of a plan."""
 
@@ -388,7 +387,7 @@ def require_divisible(batch_size: int, ranks: int) -> None:
         )
 
 
-@request
+@checked
 class DistillRequest(ModelOptions, TextOptions, ClusterOptions, Request):
     """Train a smaller model on the predictions of the whole one."""
 
@@ -442,7 +441,7 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, Request):
         return self.batch_size // self.ranks
 
 
-@request
+@checked
 class JobFileRequest(Request):
     """A command about a job file."""
 
@@ -460,7 +459,7 @@ class JobFileRequest(Request):
         return {name: value for name in self.replaceable if (value := getattr(self, name)) is not None}
 
 
-@request
+@checked
 class RunJobRequest(JobFileRequest):
     """Run a job file."""
 
@@ -475,7 +474,7 @@ class RunJobRequest(JobFileRequest):
     replaceable: ClassVar[tuple[str, ...]] = ("executor", "replicas", "address", "fresh")
 
 
-@request
+@checked
 class RunCommandRequest(RunJobRequest):
     """Run a job file, or show what that would do."""
 
@@ -491,7 +490,7 @@ class RunCommandRequest(RunJobRequest):
             raise ConfigError("`job` is missing.")
 
 
-@request
+@checked
 class ClusterRequest(Request):
     """A command about the jobs of a Ray cluster."""
 
@@ -499,7 +498,7 @@ class ClusterRequest(Request):
     """The cluster's job server: http://HEAD:8265."""
 
 
-@request
+@checked
 class SubmitRequest(JobFileRequest, ClusterRequest):
     """Submit a job file to a Ray cluster."""
 
@@ -507,7 +506,7 @@ class SubmitRequest(JobFileRequest, ClusterRequest):
     """Print the log until the job ends."""
 
 
-@request
+@checked
 class ListJobsRequest(ClusterRequest):
     """List the jobs of a Ray cluster."""
 
@@ -515,7 +514,7 @@ class ListJobsRequest(ClusterRequest):
     """A job; all jobs by default."""
 
 
-@request
+@checked
 class JobIdRequest(ClusterRequest):
     """Stop a job, or read its log."""
 
@@ -523,7 +522,7 @@ class JobIdRequest(ClusterRequest):
     """Id of the job, from avss jobs list."""
 
 
-@request
+@checked
 class LogsRequest(JobIdRequest):
     """Print the log of a job."""
 

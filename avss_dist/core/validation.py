@@ -124,18 +124,16 @@ PathOrText = Annotated[str | Path, _AsText()]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
-def checked(cls: type[T], *, deferred: bool = False) -> type[T]:
+def checked(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass that checks its values: all fields, then ``__post_init__``.
 
     It is a pydantic dataclass, so `dataclasses.replace`, ``fields`` and ``asdict`` work. ``Annotated`` types have
     ranges, `OneOf` and `Check`. The docstring below a field is its description in front ends. An invalid value, an
     unknown or a missing field is a `ConfigError` that lists every problem, each with its field in backticks. As a
     field of another class, an instance may be given as a mapping.
-
-    Args:
-        deferred: prepare the checks when the first instance is made, which takes milliseconds for many fields.
+    The checks are prepared when the first instance is made, which takes milliseconds for many fields.
     """
-    config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, defer_build=deferred)
+    config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
     checks: Any = cls
     checks.__get_pydantic_core_schema__ = classmethod(_schema_that_accepts_mappings)
     if "__post_init__" in vars(cls):
@@ -188,15 +186,6 @@ def _check_all_values(self: Any) -> None:
             problems += error.problems
     if problems:
         raise PydanticCustomError("problems", "{problems}", {"problems": problems})
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
-def request(cls: type[T]) -> type[T]:
-    """Make a class with the values of a command a checked class.
-
-    See `checked`.
-    """
-    return checked(cls, deferred=True)
 
 
 def ordered(cls: Any) -> list[Field[Any]]:
