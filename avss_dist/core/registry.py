@@ -3,7 +3,7 @@
 It imports nothing of the package, so that the command line lists the names without loading anything else.
 
 A new partition is an entry of `PARTITIONS`, and a file with its replica. A new score from activations is an entry of
-`SCORES`, and its computation in `stats.scores`: tables, charts, plans and comparisons take it from here.
+`SCORES`, and its computation in `stats.scores`: Parquet, charts, plans and comparisons take it from here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class PartitionInfo:
     """A distribution of one replica (a model copy) over devices.
 
     Attributes:
-        opens: ``module:class`` of the replica; the class takes (checkpoint, settings, placement). See
-            `partition.replica.Replica`. Its memory is that of `Replica.memory`.
+        opens: ``module:class`` of the replica; the class takes (checkpoint, settings, placement, head=...).
+            See `partition.replica.Replica`. Its memory is that of `Replica.memory`.
         summary: description in a few words.
         whole: one process has the whole model on one device. Such a replica can measure several shards at once, and
             copies of it can share a task. The first such partition is chosen if the model fits.

@@ -70,7 +70,7 @@ class Pass:
         strata: the mask of each stratum in these rows. Unpaired text has one stratum.
         masks, tokens: copies of the masks and the observed tokens, by device.
         first_tokens: positions of the first counted tokens, by device and stratum. See `first_tokens_on`.
-        own_places: positions of the tokens of `own_answers`, by device.
+        own_places: positions of the tokens of `own_answers`, by device; for paired text.
         calls: number of calls of each layer's module so far.
         entered: the running layer, or None.
     """
@@ -305,7 +305,7 @@ def attached(layers: Sequence[Layer], sites: Sequence[str], *, experts: bool = F
 
     Args:
         layers: layers, as found by `structure.find_structure`.
-        sites: the sites of ``settings.SITES`` to measure.
+        sites: the sites of ``settings.EVERY_SITE`` to measure.
         experts: whether to measure routed experts.
     """
     hooks = Hooks(layers, sites)

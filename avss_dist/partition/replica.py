@@ -111,7 +111,10 @@ class Replica(Protocol):
         """
 
     def collect(self, counted: T) -> list[T]:
-        """Return the counts of all ranks that split the rows, in order, or [] on one that does not report."""
+        """Return the counts of the ranks that split the rows of a shard, in order, or [] on one that does not report.
+
+        Where ranks measure different shards, the counts of this rank alone.
+        """
 
     def close(self) -> None:
         """Free the devices."""

@@ -1,6 +1,7 @@
 """Ranks that each hold a part of every parameter: to measure, and, in the form of transformers' Trainer, to train.
 
-``zero3`` and ``fsdp`` measure with it: ranks gather a layer at a time, and share the batches.
+``zero3`` and ``fsdp`` measure with it: ranks gather a layer at a time, measure different shards, and share the batches
+of a part of a task.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
-"""Events that runs pass to a callback, and the callback that logs them. This module does not import torch."""
+"""Events that runs pass to a callback, the callback that writes lines, and the pace of work. No torch is imported."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from avss_dist.core.registry import WHOLE
+from avss_dist.core.text import describe_seconds
 
 if TYPE_CHECKING:
     from avss_dist.partition.replica import Placement
@@ -88,32 +92,95 @@ def both(first: Callable[[E], None], second: Callable[[E], None]) -> Callable[[E
     return pass_on
 
 
-class LogRuns:
-    """Callback that logs the events of runs to the logger ``avss_dist`` at level INFO.
+class Pace:
+    """The rate of some work since its beginning, and the time that is left.
 
-    Functions use it by default.
+    Args:
+        total, done: amount of the work, and of what was done before.
+        unit: what is counted, a plural.
+        now: the beginning, in seconds of `time.monotonic`.
     """
 
-    def __init__(self) -> None:
-        self._runs: dict[str, tuple[int, int, float]] = {}  # measured tokens, all tokens, time of the last line
+    def __init__(self, total: float = 1.0, done: float = 0, unit: str = "", *, now: float | None = None) -> None:
+        self.total, self.done, self._unit, self._before = total, done, unit, done
+        self._start = self._last = time.monotonic() if now is None else now
+
+    def reach(self, done: float, now: float | None = None) -> None:
+        """Count the work up to ``done``, if it is more than before."""
+        if done > self.done:
+            self.done, self._last = done, time.monotonic() if now is None else now
+
+    @property
+    def rate(self) -> float:
+        """Amount per second, until the last of the work that is done; 0 before any is."""
+        return (self.done - self._before) / max(self._last - self._start, 1e-9)
+
+    def seconds_left(self, now: float | None = None) -> float | None:
+        """Return the seconds until all is done, or None before anything is."""
+        if not self.rate:
+            return None
+        passed = (time.monotonic() if now is None else now) - self._last
+        return max(0.0, (self.total - self.done) / self.rate - passed)
+
+    def describe(self) -> str:
+        """Return the rate, if there is a unit, and the time that is left, after a comma each; nothing at first."""
+        if (seconds := self.seconds_left()) is None:
+            return ""
+        rate = self.rate
+        speed = f", {rate:,.0f} {self._unit}/s" if rate >= 1 else f", {60 * rate:.2g} {self._unit}/min"
+        return f"{speed if self._unit else ''}, {describe_seconds(seconds)} left"
+
+
+class LogRuns:
+    """Callback for the events of runs that writes lines: one at the end of each run, and a few between.
+
+    Functions use it by default, and write to the logger ``avss_dist`` at level INFO.
+
+    Args:
+        write: writes a line.
+        num_runs: number of runs; their ends are counted if it is known.
+        ends: write a line at the end of each run.
+    """
+
+    def __init__(
+        self, write: Callable[[str], None] = LOGGER.info, num_runs: int | None = None, *, ends: bool = True
+    ) -> None:
+        self._write, self._num_runs, self._ends, self._ended = write, num_runs, ends, 0
+        self._paces: dict[str, Pace] = {}
+        self._logged_at = time.monotonic()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
 
     def __call__(self, event: object) -> None:
-        """Log an event. The progress of a run is logged at most every `LOG_SECONDS`."""
+        """Write what an event says. The progress of runs has a line every `LOG_SECONDS` at most.
+
+        The distribution of a replica is written if it is not a single whole model.
+        """
         match event:
-            case RunReading(name):
-                LOGGER.info("%s: reading", name)
             case RunRepeated(name):
-                LOGGER.info("%s: %s", name, event.describe())
-            case RunPlaced(name, placement):
-                LOGGER.info("%s: %s; %s", name, placement.partition, placement.why)
+                self._write(f"{name}: {event.describe()}")
+            case RunPlaced(name, placement) if placement.partition != WHOLE:
+                self._write(f"{name}: {placement.partition}; {placement.why}.")
             case RunStarted(name, num_tokens, done_tokens):
-                self._runs[name] = done_tokens, num_tokens, time.monotonic()
+                with self._lock:
+                    self._paces[name] = Pace(num_tokens, done_tokens, "tokens")
             case ShardMeasured(name, num_tokens):
-                done, total, logged_at = self._runs[name]
-                done, now = done + num_tokens, time.monotonic()
-                if now - logged_at >= LOG_SECONDS:
-                    LOGGER.info("%s: %d of %d tokens", name, done, total)
-                    logged_at = now
-                self._runs[name] = done, total, logged_at
+                with self._lock:
+                    pace = self._paces[name]
+                    pace.reach(pace.done + num_tokens)
+                    if time.monotonic() - self._logged_at < LOG_SECONDS:
+                        return
+                    self._logged_at = time.monotonic()
+                self._write(f"{name}: {pace.done / (pace.total or 1):.0%} of {pace.total:,} tokens{pace.describe()}")
             case RunEnded(name, run):
-                LOGGER.info("%s: %s", name, run.error or run.status)
+                with self._lock:
+                    self._paces.pop(name, None)
+                    self._ended += 1
+                if self._ends:
+                    count = f"{self._ended} of {self._num_runs} runs: " if self._num_runs else ""
+                    error = f": {run.error.splitlines()[0]}" if run.error else ""
+                    self._write(f"{count}{name} {run.status}{error}")

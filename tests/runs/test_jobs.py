@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import re
@@ -23,10 +22,9 @@ from avss_dist.core.settings import Replicas, Settings
 from avss_dist.estimation import preview as previews
 from avss_dist.estimation.preview import preview_job
 from avss_dist.executors.local import LocalExecutor
-from avss_dist.reports.terminal.progress import ProgressLines
 from avss_dist.runs import planner
 from avss_dist.runs.api import run_job
-from avss_dist.runs.events import RunEnded, RunReading, RunStarted, ShardMeasured
+from avss_dist.runs.events import LogRuns, RunEnded, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.job_file import JobError, JobFile, job_schema, read_job
 from avss_dist.runs.run import Run
 from avss_dist.warehouse.reader import Warehouse
@@ -506,19 +504,20 @@ def test_a_mistake_names_a_page_that_exists(tmp_path: Path, text: str | bytes | 
     assert Path(page.rstrip(".")).read_text().startswith("# ")
 
 
-def test_a_log_has_a_line_for_each_run_and_now_and_then_one_between() -> None:
-    file = io.StringIO()
-    log = ProgressLines(2, seconds=0.0, file=file)
+def test_a_log_has_a_line_for_each_run_and_now_and_then_one_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    log = LogRuns(lines.append, 2)
+    monkeypatch.setattr("avss_dist.runs.events.LOG_SECONDS", 0.0)
     for name in ("one", "two"):
         log(RunReading(name))
         log(RunStarted(name, 1000, 200))
     log(ShardMeasured("one", 300))
     log(RunEnded("one", Run(run_id="one-0", model="one", warehouse="w", status="done")))
     log(RunEnded("two", Run(run_id="two-0", model="two", warehouse="w", status="failed", error="no\nmore")))
-    lines = [line.partition(" ")[2] for line in file.getvalue().splitlines()]
-    assert lines == ["one: 50% of 1,000 tokens", "1 of 2 runs: one done", "2 of 2 runs: two failed: no"]
-    quiet = io.StringIO()
-    log = ProgressLines(1, seconds=1000.0, file=quiet)
+    assert re.fullmatch(r"one: 50% of 1,000 tokens, [\d,]+ tokens/s, 0.0 s left", lines[0])
+    assert lines[1:] == ["1 of 2 runs: one done", "2 of 2 runs: two failed: no"]
+    monkeypatch.setattr("avss_dist.runs.events.LOG_SECONDS", 1000.0)
+    log = LogRuns(lines.append, 1)
     log(RunStarted("one", 1000, 0))
     log(ShardMeasured("one", 300))
-    assert quiet.getvalue() == ""
+    assert len(lines) == 3

@@ -391,7 +391,7 @@ def test_the_log_of_runs_has_a_line_for_each_step_and_one_in_half_a_minute(
     clock, run = SimpleNamespace(now=100.0), Run(run_id="r", model="m", warehouse="w", status="done")
     seen: list[events.RunEvent] = []
     monkeypatch.setattr(events, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    placement: Any = SimpleNamespace(partition="single", why="it fits")
+    placement: Any = SimpleNamespace(partition="streaming", why="it does not fit")
     tell = events.both(seen.append, events.LogRuns())
     with caplog.at_level("INFO", "avss_dist"):
         for event in (events.RunReading("m"), events.RunRepeated("n", "m"), events.RunPlaced("m", placement)):
@@ -401,8 +401,9 @@ def test_the_log_of_runs_has_a_line_for_each_step_and_one_in_half_a_minute(
             tell(events.ShardMeasured("m", tokens))
         tell(events.RunEnded("n", run))
         tell(events.RunEnded("m", replace(run, status="failed", error="no memory")))
-    lines = ["m: reading", "n: the same model, text and settings as m; measured once.", "m: single; it fits"]
-    lines += ["m: 6 of 10 tokens", "m: 8 of 10 tokens", "n: done", "m: no memory"]
+    lines = ["n: the same model, text and settings as m; measured once.", "m: streaming; it does not fit."]
+    lines += ["m: 60% of 10 tokens, 10 tokens/min, 24 s left", "m: 80% of 10 tokens, 7 tokens/min, 17 s left"]
+    lines += ["n done", "m failed: no memory"]
     assert [record.getMessage() for record in caplog.records] == lines and len(seen) == 10
 
 

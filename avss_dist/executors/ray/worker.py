@@ -37,7 +37,7 @@ class Assignment(Protocol):
     """The work of one rank for one unit. It is pickled."""
 
     def resolved(self, blocks: Sequence[Sequence[Shard]]) -> Assignment:
-        """Return the assignment with its shard, which is in one of the blocks that Ray has brought to this node."""
+        """Return the assignment with its rows, which are in one of the blocks of shards that Ray brings to a node."""
 
     def run(
         self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]

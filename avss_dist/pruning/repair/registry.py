@@ -3,8 +3,9 @@
 An entry says what the repair fits, at which layers, and how much text it needs. A record is a small file beside the
 weights of a repaired checkpoint.
 
-A new repair is one entry of `REPAIRS`. A fit of another form than ``channel`` and ``full`` also needs that
-form there, and the way in which it becomes weights in `fits.fold`. Nothing here imports torch.
+A new repair is one entry of `REPAIRS`. A fit of another form than ``channel`` and ``full`` also needs that form there,
+its solution in `fits.NormalEquations.solve`, and the way in which it becomes weights in `fits.fold`. Nothing here
+imports torch.
 """
 
 from __future__ import annotations

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Self
 
 from rich import progress as rich_progress
 from rich.text import Text
@@ -15,11 +14,13 @@ from rich.text import Text
 from avss_dist.core.intervention import count_removed, describe_removed
 from avss_dist.core.names import REPAIR
 from avss_dist.core.registry import WHOLE
-from avss_dist.core.text import basename, describe_seconds
+from avss_dist.core.text import basename
 from avss_dist.distillation.events import HeldOutMeasured, Preparing, TrainingAdvanced
 from avss_dist.evaluation.events import CellDone, CellsStarted, CellUnderway, Event, SearchStep
 from avss_dist.runs.events import (
     LOG_SECONDS,
+    LogRuns,
+    Pace,
     RunEnded,
     RunPlaced,
     RunReading,
@@ -34,84 +35,6 @@ if TYPE_CHECKING:
 
 
 SHOWN_ENDED = 10  # bars of runs that are over
-MIN_UNITS = 3  # units after the warm-up
-WARM_UP_SHARE = 0.25  # of the time until the first unit: units that come so soon after it were begun with it
-STEADY_FACTOR = 1.3  # between the rates of the earlier and the later half
-REMEMBERED = 200  # units
-
-
-class Pace:
-    """The rate of units that are finished one after the other, or several at a time. It is known once it is steady.
-
-    The first unit waits for what is loaded and compiled, so the units that were begun with it do not count.
-
-    Args:
-        start: start of the work, in seconds of `time.monotonic`.
-        total, done: amount of the work, and of what was done before.
-        unit: what is counted, a plural.
-    """
-
-    def __init__(
-        self, start: float | None = None, *, total: float | None = 1.0, done: float = 0, unit: str = ""
-    ) -> None:
-        self._start = time.monotonic() if start is None else start
-        self.total, self.done, self._unit = total, done, unit
-        self._warm: tuple[float, float] | None = None  # the end of the warm-up, and the amount that was done then
-        self._settled, self._steady = 0.0, False
-        self._units: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # times, and amounts that were done then
-
-    def advance(self, amount: float, now: float | None = None) -> None:
-        """Count a finished unit.
-
-        Args:
-            amount: its part of the whole, such as its tokens.
-            now: time of its end, in seconds of `time.monotonic`.
-        """
-        now = time.monotonic() if now is None else now
-        self.done += amount
-        if self._warm is None:
-            self._settled = now + WARM_UP_SHARE * (now - self._start)
-        if self._warm is None or now <= self._settled:
-            self._warm = now, self.done
-            return
-        self._units.append((now, self.done))
-        if not self._steady and len(self._units) >= MIN_UNITS:
-            middle = self._units[len(self._units) // 2 - 1]
-            rates = _rate(self._warm, middle), _rate(middle, self._units[-1])
-            self._steady = max(rates) <= STEADY_FACTOR * min(rates)
-
-    def reach(self, done: float, now: float | None = None) -> None:
-        """Count the work up to ``done``, if it is more than before."""
-        if done > self.done:
-            self.advance(done - self.done, now)
-
-    def rate(self) -> float | None:
-        """Return the amount per second, or None while it is not steady."""
-        if not self._steady or self._warm is None:
-            return None
-        return _rate(self._warm if len(self._units) < REMEMBERED else self._units[0], self._units[-1])
-
-    def seconds_left(self, amount: float, now: float | None = None) -> float | None:
-        """Return the seconds until a further amount is done, or None while the rate is not steady."""
-        if not (rate := self.rate()):
-            return None
-        now = time.monotonic() if now is None else now
-        return max(0.0, amount / rate - (now - self._units[-1][0]))
-
-    def describe(self) -> str:
-        """Return the rate, if there is a unit, and the time that is left, after a comma each.
-
-        The text is empty until the rate is steady.
-        """
-        rate, seconds = self.rate(), self.seconds_left((self.total or 0) - self.done)
-        if not rate or seconds is None:
-            return ""
-        speed = f", {rate:,.0f} {self._unit}/s" if rate >= 1 else f", {60 * rate:.2g} {self._unit}/min"
-        return f"{speed if self._unit else ''}, {describe_seconds(seconds)} left"
-
-
-def _rate(begin: tuple[float, float], end: tuple[float, float]) -> float:
-    return (end[1] - begin[1]) / max(end[0] - begin[0], 1e-9)
 
 
 class _Speed(rich_progress.ProgressColumn):
@@ -128,12 +51,11 @@ class TimeColumn(rich_progress.ProgressColumn):
         self._paces: dict[rich_progress.TaskID, Pace] = {}
 
     def render(self, task: rich_progress.Task) -> Text:
-        pace, now = self._paces.get(task.id), task.get_time()
-        if pace is None or task.total != pace.total or task.completed < pace.done:  # it begins
-            pace = self._paces[task.id] = Pace(now, total=task.total, done=task.completed)
+        pace, now, total = self._paces.get(task.id), task.get_time(), task.total or 0
+        if pace is None or total != pace.total or task.completed < pace.done:  # it begins
+            pace = self._paces[task.id] = Pace(total, task.completed, now=now)
         pace.reach(task.completed, now)
-        over = task.finished or task.total is None
-        remaining = None if over else pace.seconds_left((task.total or 0) - task.completed, now)
+        remaining = None if task.finished or not total else pace.seconds_left(now)
         passed = task.finished_time if task.finished else task.elapsed
         text = str(timedelta(seconds=int(passed or 0)))
         return Text(text if remaining is None else f"{text}, {timedelta(seconds=int(remaining))} left", style="cyan")
@@ -152,9 +74,9 @@ def bars(*columns: rich_progress.ProgressColumn) -> rich_progress.Progress:
     )
 
 
-def log(what: str, file: TextIO | None = None) -> None:
-    """Print a line with the time of day (UTC) to standard error or a file like it."""
-    say(f"{datetime.now(UTC):%H:%M:%S} {what}", file)
+def log(what: str) -> None:
+    """Print a line with the time of day (UTC) to standard error."""
+    say(f"{datetime.now(UTC):%H:%M:%S} {what}")
 
 
 class Progress:
@@ -199,13 +121,13 @@ class Progress:
         self._progress.console.print(text, markup=False)
 
 
-def run_progress(num_runs: int, *, ends: bool = True) -> Progress | ProgressLines:
+def run_progress(num_runs: int, *, ends: bool = True) -> Progress | LogRuns:
     """Return a callback for the events of runs: bars on a terminal, otherwise lines.
 
     Args:
         ends: print a line at the end of each run, if there are no bars.
     """
-    return Progress() if console(stderr=True).is_terminal else ProgressLines(num_runs, ends=ends)
+    return Progress() if console(stderr=True).is_terminal else LogRuns(log, num_runs, ends=ends)
 
 
 class StepProgress:
@@ -249,13 +171,12 @@ class StepProgress:
                 if share:
                     self._log(f"{step}, {share:.0%}{self._pace.describe()}")
             case TrainingAdvanced(tokens=tokens, total=total, loss=loss):
-                pace = self._training = self._training or Pace(total=total, done=tokens)
+                pace = self._training = self._training or Pace(total, tokens, "tokens")
                 pace.reach(tokens)
-                rate, seconds = pace.rate(), pace.seconds_left(total - tokens)
-                what = f"training, loss {loss:.3f}" + (f", {rate:,.0f} tokens/s" if rate else "")
-                self._progress.update(self._bar, description=what, total=total, completed=tokens)
-                ending = f", {describe_seconds(seconds)} left" if seconds is not None else ""
-                self._log(f"{tokens:,} of {total:,} tokens: {what}{ending}")
+                self._progress.update(
+                    self._bar, description=f"training, loss {loss:.3f}", total=total, completed=tokens
+                )
+                self._log(f"{tokens:,} of {total:,} tokens: training, loss {loss:.3f}{pace.describe()}")
             case HeldOutMeasured(tokens=tokens, kept=kept):
                 line = f"{tokens:,} tokens: kept {', '.join(f'{text} {share:.1%}' for text, share in kept.items())}"
                 if self._progress.disable:
@@ -266,14 +187,14 @@ class StepProgress:
     def _begin(self, what: str, total: float, done: float = 0, unit: str = "", *, said: bool = True) -> None:
         """Begin a step of ``total`` units, of which ``done`` are done."""
         self._progress.reset(self._bar, total=total, completed=done, description=what, visible=True)  # type: ignore[arg-type]
-        self._step, self._pace = what, Pace(total=total, done=done, unit=unit)
+        self._step, self._pace = what, Pace(total, done, unit)
         if said and self._progress.disable and done != total:
             log(what)
 
     def _advance(self, amount: int, what: str) -> None:
         """Count finished units of a step."""
         self._progress.update(self._bar, advance=amount, description=what)
-        self._pace.advance(amount)
+        self._pace.reach(self._pace.done + amount)
         self._log(f"{self._step}: {self._pace.done / (self._pace.total or 1):.0%}{self._pace.describe()}")
 
     def _log(self, what: str) -> None:
@@ -306,7 +227,7 @@ class CellProgress(StepProgress):
                 name, what = _short(cell.checkpoint.name), f"{step}, {share:.0%}"
                 self._progress.update(self._bar, description=f"{name}{describe_without(cell)}: {what}")
                 if step != self._step:
-                    self._step, self._part = step, Pace()
+                    self._step, self._part = step, Pace(done=share)
                 self._part.reach(share)
                 pace = self._pace.describe() or self._part.describe()
                 self._log(f"{name}: {what}; {self._pace.done} of {self._pace.total} evaluated{pace}")
@@ -314,7 +235,7 @@ class CellProgress(StepProgress):
                 self._print_notes(notes)
                 name, self._step = _short(cell.checkpoint.name), ""
                 self._progress.update(self._bar, advance=1, description=f"{name}{describe_without(cell)}")
-                self._pace.advance(1)
+                self._pace.reach(self._pace.done + 1)
                 self._log(f"{name}: {self._pace.done} of {self._pace.total} evaluated{self._pace.describe()}")
             case SearchStep(best=best, sets=sets) if self._progress.console.is_terminal:
                 loss = f"loss {best.value:.4f} without {describe_removed(best.removed)}"
@@ -329,57 +250,6 @@ def describe_without(cell: Cell) -> str:
     """Return `` without 3 layers`` for a cell that removes layers, and an empty text for others."""
     removed = cell.intervention.removed
     return f" without {count_removed(removed)}" if removed else ""
-
-
-class ProgressLines:
-    """Callback for the events of runs in a file or a job's log: a line at the end of each, and lines at intervals.
-
-    Args:
-        num_runs: number of runs.
-        seconds: minimum time between two lines of progress.
-        ends: print a line at the end of each run.
-    """
-
-    def __init__(
-        self, num_runs: int, *, seconds: float = LOG_SECONDS, ends: bool = True, file: TextIO | None = None
-    ) -> None:
-        self._num_runs, self._seconds, self._file = num_runs, seconds, file
-        self._ends, self._ended = ends, 0
-        self._logged_at = time.monotonic()
-        self._paces: dict[str, Pace] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def __call__(self, event: object) -> None:
-        """Show an event. How a replica is spread is printed if it is not a single whole model."""
-        match event:
-            case RunRepeated(name):
-                log(f"{name}: {event.describe()}", self._file)
-            case RunPlaced(name, placement) if placement.partition != WHOLE:
-                log(f"{name}: {placement.partition}; {placement.why}.", self._file)
-            case RunStarted(name, num_tokens, done_tokens):
-                with self._lock:
-                    self._paces[name] = Pace(total=num_tokens, done=done_tokens, unit="tokens")
-            case ShardMeasured(name, num_tokens):
-                with self._lock:
-                    pace = self._paces[name]
-                    pace.advance(num_tokens)
-                    if time.monotonic() - self._logged_at < self._seconds:
-                        return
-                    self._logged_at = time.monotonic()
-                share = pace.done / (pace.total or 1)
-                log(f"{name}: {share:.0%} of {pace.total:,} tokens{pace.describe()}", self._file)
-            case RunEnded(name, run):
-                with self._lock:
-                    self._paces.pop(name, None)
-                    self._ended += 1
-                error = f": {run.error.splitlines()[0]}" if run.error else ""
-                if self._ends:
-                    log(f"{self._ended} of {self._num_runs} runs: {name} {run.status}{error}", self._file)
 
 
 def _short(name: str) -> str:
