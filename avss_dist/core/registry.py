@@ -51,7 +51,7 @@ class PartitionInfo:
 
 PARTITIONS = {
     "single": PartitionInfo(
-        opens="avss_dist.partition.single:SingleReplica",
+        opens="avss_dist.partition.replica:SingleReplica",
         summary="the whole model on one device",
         whole=True,
         changes_weights=True,

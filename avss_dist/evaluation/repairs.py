@@ -37,8 +37,7 @@ from avss_dist.models.interventions import decode_patch, encode_patch
 from avss_dist.models.layers import layer_lists
 from avss_dist.models.loading import without_head
 from avss_dist.models.size import load_skeleton
-from avss_dist.partition.replica import Placement
-from avss_dist.partition.single import with_copies
+from avss_dist.partition.replica import Placement, with_copies
 from avss_dist.pruning.checkpoint import require_free, require_prunable
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.fitter import find_cuts

@@ -35,7 +35,7 @@ from avss_dist.models.layers import (
     routing_of,
     with_replaced,
 )
-from avss_dist.partition.replica import RowSplit
+from avss_dist.partition.group import RowSplit
 from avss_dist.stats.layer_stats import ROW_FIELDS, ExpertStats, LayerKey, LayerStats, RowStats, StratumKey
 from avss_dist.stats.merging import merge_strata
 from avss_dist.system.devices import to_device, to_host

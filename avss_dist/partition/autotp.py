@@ -19,8 +19,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import PROBE_SHAPE, Layer, Tap, as_rows, probe_tokens
 from avss_dist.models.loading import Backbone, forward_function, load_model, open_module, predictor, quiet, without_head
-from avss_dist.partition.group import all_gather, quiet_deepspeed
-from avss_dist.partition.replica import RowSplit
+from avss_dist.partition.group import RowSplit, all_gather, quiet_deepspeed
 from avss_dist.partition.splitting import Probe, exchange_for, head_count, probe
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}

@@ -27,8 +27,7 @@ from avss_dist.models.size import (
     stored_skeleton,
 )
 from avss_dist.partition.memory import OffloadFolder, PartitionMemory, Usage, batch_bytes, bytes_beside_weights
-from avss_dist.partition.replica import Placement
-from avss_dist.partition.single import BatchwiseReplica
+from avss_dist.partition.replica import Placement, Replica
 from avss_dist.system.devices import available_memory
 
 SPARE_SHARE = 0.9  # of free memory that weights may take where there is no limit
@@ -81,7 +80,7 @@ class DeviceMapMemory(PartitionMemory):
         return self.process_usage(max(held.values()), why, host_weights=on_host)
 
 
-class DeviceMapReplica(BatchwiseReplica):
+class DeviceMapReplica(Replica):
     """Model whose modules are on the devices of a ``device_map``. See `partition.replica.Replica`.
 
     ``placement.max_memory`` limits weights; activations come on top. Weights on disk are read for every batch: from the

@@ -21,9 +21,8 @@ from avss_dist.models.size import load_skeleton
 from avss_dist.partition.device_map import unstored
 from avss_dist.partition.group import require_group
 from avss_dist.partition.memory import refusal
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.replica import Placement, Replica
 from avss_dist.partition.sharded import ShardedLanguageModel, ShardedMemory, refuse_gguf, refuse_mxfp4
-from avss_dist.partition.single import BatchwiseReplica
 from avss_dist.partition.splitting import (
     distributed_config,
     generic_name,
@@ -51,7 +50,7 @@ class FsdpMemory(ShardedMemory):
         )
 
 
-class FsdpReplica(BatchwiseReplica):
+class FsdpReplica(Replica):
     """One rank of an FSDP2 model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`).
 
     Each rank reads its part of every tensor from the files.
@@ -61,7 +60,7 @@ class FsdpReplica(BatchwiseReplica):
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         refuse_gguf(checkpoint, placement.partition)
-        _, world = require_group(placement)
+        _, world = require_group(placement.partition, placement.ranks)
         self.language_model_type = ShardedLanguageModel
         _, empty, tensors = load_skeleton(checkpoint, settings)
         refuse_mxfp4(checkpoint, empty.config, settings, placement.partition)

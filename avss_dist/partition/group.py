@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,7 +18,6 @@ from torch import distributed
 
 from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.partition.replica import Placement, RowSplit
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -84,23 +84,33 @@ def leave() -> None:
     InferenceEngine.inference_mp_group = None
 
 
-def require_group(placement: Placement) -> tuple[int, int]:
+def require_group(partition: str, ranks: int) -> tuple[int, int]:
     """Return this process's rank and the number of ranks.
 
     Raises:
         ConfigError: the process is not in a group, or in one of another size.
     """
-    if placement.ranks < 2:
-        raise ConfigError(
-            f"`partition` {placement.partition} with one rank spreads nothing.", "Use single, or set `ranks` to 2."
-        )
+    if ranks < 2:
+        raise ConfigError(f"`partition` {partition} with one rank spreads nothing.", "Use single, or set `ranks` to 2.")
     rank, here = rank_and_size()
-    if here != placement.ranks:
+    if here != ranks:
         raise ConfigError(
-            f"`partition` {placement.partition} needs a group of {placement.ranks} processes; this is one of {here}.",
+            f"`partition` {partition} needs a group of {ranks} processes; this is one of {here}.",
             "Set `executor` to ray; in Python, call avss_dist.partition.group.join in every process first.",
         )
     return rank, here
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """Share of a batch's rows that a rank counts, if several ranks see the same batch."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def rows(self, number: int) -> slice:
+        """Return the slice of this rank's rows of ``number`` rows."""
+        return slice(number * self.rank // self.ranks, number * (self.rank + 1) // self.ranks)
 
 
 def exchange_units_for_rows(part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -17,12 +18,15 @@ from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.layers import Layer
-from avss_dist.models.loading import Backbone, Forward
+from avss_dist.models.loading import Backbone, Forward, forward_function, load, quiet
 from avss_dist.models.quantization import describe_computing
+from avss_dist.partition.group import DividedLanguageModel, RowSplit, require_group, reraise_lost_ranks
 from avss_dist.partition.memory import PartitionMemory
-from avss_dist.system.devices import to_device, use_threads
+from avss_dist.system.devices import free_device, pick_device, to_device
+from avss_dist.system.memory import keep_freed_memory
 
 T = TypeVar("T")
+MAX_COPIES = 8  # the loss of one stops all
 BatchContext = Callable[[Batch], AbstractContextManager[None]]
 """Context manager around everything that runs for a batch, in its thread or greenlet: ``with context(batch):``."""
 
@@ -69,19 +73,15 @@ def fingerprint_part(placement: Placement) -> dict[str, int]:
     return {placement.partition: placement.ranks} if differs else {}
 
 
-@dataclass(frozen=True)
-class RowSplit:
-    """Share of a batch's rows that a rank counts, if several ranks see the same batch."""
-
-    rank: int = 0
-    ranks: int = 1
-
-    def rows(self, number: int) -> slice:
-        """Return the slice of this rank's rows of ``number`` rows."""
-        return slice(number * self.rank // self.ranks, number * (self.rank + 1) // self.ranks)
+def with_copies(placement: Placement, copies: int) -> Placement:
+    """Return a placement of whole copies, each a rank of one gang, or the same one if ranks hold a model together."""
+    copies = min(copies, MAX_COPIES)
+    if not PARTITIONS[placement.partition].whole or copies < 2:
+        return placement
+    return replace(placement, ranks=copies, gpus=placement.gpus * copies)
 
 
-class Replica(Protocol):
+class Replica(ABC):
     """One rank of a model copy, or the whole copy if it has one rank.
 
     Attributes:
@@ -92,32 +92,67 @@ class Replica(Protocol):
         reports_stats: whether this rank returns the statistics, which the other ranks send to it.
         language_model: model with its head; None unless the replica was opened with the head.
         memory: memory of a replica with this partition, for its choice and for estimates.
+
+    Raises:
+        ConfigError: there is no group of as many ranks, or the partition does not fit the checkpoint or the device.
+        ModelError: the model cannot be opened or observed.
     """
 
-    layers: tuple[Layer, ...]
-    model: Mapping[str, Any]
-    device: torch.device
-    split: RowSplit
-    reports_stats: bool
-    language_model: LanguageModel | None
-    memory: ClassVar[type[PartitionMemory]]
+    split = RowSplit()
+    reports_stats = True
+    memory: ClassVar[type[PartitionMemory]] = PartitionMemory
+    language_model_type: type[LanguageModel] = LanguageModel
+    no_gradients: tuple[str, str] | None = None
+
+    def __init__(
+        self, checkpoint: Checkpoint, settings: Settings, placement: Placement = Placement(), *, head: bool = False
+    ) -> None:
+        self.device = pick_device(settings.device)
+        keep_freed_memory()
+        self.language_model: LanguageModel | None = None
+        with quiet(), reraise_lost_ranks():
+            self._backbone = self._open(checkpoint, settings, placement, head=head)
+            if head:
+                self.language_model = self.language_model_type(checkpoint, settings, self._backbone, self.device)
+                self.language_model.no_gradients = self.no_gradients
+        self._run = forward_function(self._backbone.module)
+        self.layers: tuple[Layer, ...] = self._backbone.structure.layers
+        self.model: Mapping[str, Any] = describe(self._backbone, placement.partition)
+
+    @abstractmethod
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
+        """Open the model, or this rank's part of it."""
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
-        """Run the backbone over every batch, for hooks that observe it.
+        """Run the backbone over every batch, for hooks that observe it. All ranks must run equally many batches.
 
         Args:
             batches: batches of rows, each of which is one forward pass.
             context: context around everything that runs for a batch.
         """
+        for batch in batches:
+            with context(batch):
+                run_batch(self._run, batch, self.device)
 
     def collect(self, counted: T) -> list[T]:
-        """Return the counts of the ranks that split the rows of a shard, in order, or [] on one that does not report.
-
-        Where ranks measure different shards, the counts of this rank alone.
-        """
+        """Return the counts of all ranks that split the rows, in order, or [] on one that does not report."""
+        return [counted]
 
     def close(self) -> None:
-        """Free the devices."""
+        """Drop the weights, or this rank's part of them."""
+        self.language_model = None
+        del self._backbone, self._run, self.layers
+        free_device(self.device)
+
+
+class SingleReplica(Replica):
+    """Whole model on one device, or several copies that share the text of a task."""
+
+    def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
+        if head and placement.copies > 1:
+            require_group(placement.partition, placement.ranks)
+            self.language_model_type = DividedLanguageModel
+        return load(checkpoint, settings, self.device, head=head)
 
 
 def replica_class(partition: str) -> Any:
@@ -138,8 +173,9 @@ def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placemen
         ModelError: the model cannot be opened or observed, or has no head that predicts the next token.
         ConfigError: the devices of this machine do not fit the placement.
     """
-    use_threads(settings.threads)
-    return cast(Replica, replica_class(placement.partition)(checkpoint, settings, placement, head=head))
+    torch.set_num_threads(settings.threads)
+    opened: Replica = replica_class(placement.partition)(checkpoint, settings, placement, head=head)
+    return opened
 
 
 def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:

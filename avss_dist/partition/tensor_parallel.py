@@ -19,10 +19,9 @@ from avss_dist.models.loading import Backbone
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.autotp import open_by_autotp, require_autotp
-from avss_dist.partition.group import gather, rank_and_size, require_group, sum_over_ranks
+from avss_dist.partition.group import RowSplit, gather, rank_and_size, require_group, sum_over_ranks
 from avss_dist.partition.memory import PartitionMemory, Usage, refusal
-from avss_dist.partition.replica import Placement, RowSplit
-from avss_dist.partition.single import BatchwiseReplica
+from avss_dist.partition.replica import Placement, Replica
 from avss_dist.partition.splitting import (
     attention_plan,
     generic_name,
@@ -77,13 +76,13 @@ class TensorParallelMemory(PartitionMemory):
         return "every rank loads and keeps a part of each matrix"
 
 
-class TensorParallelReplica(BatchwiseReplica):
+class TensorParallelReplica(Replica):
     """One rank of a split model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
 
     memory: ClassVar[type[PartitionMemory]] = TensorParallelMemory
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        self.split = RowSplit(*require_group(placement))
+        self.split = RowSplit(*require_group(placement.partition, placement.ranks))
         self.reports_stats = self.split.rank == 0
         self.language_model_type = TensorParallelLanguageModel
         return self._open_part(checkpoint, settings, self.split.ranks, head=head)

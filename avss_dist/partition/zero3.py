@@ -24,9 +24,8 @@ from avss_dist.models.loading import (
 from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.group import quiet_deepspeed, require_group
-from avss_dist.partition.replica import Placement
+from avss_dist.partition.replica import Placement, Replica
 from avss_dist.partition.sharded import PREFETCHED, ShardedLanguageModel, ShardedMemory, refuse_gguf, refuse_mxfp4
-from avss_dist.partition.single import BatchwiseReplica
 
 
 class Zero3Memory(ShardedMemory):
@@ -41,14 +40,14 @@ class Zero3Memory(ShardedMemory):
         return self.size.weight_bytes if self.on_gpu and quantization_method(model.config) else 0
 
 
-class Zero3Replica(BatchwiseReplica):
+class Zero3Replica(Replica):
     """One rank of a ZeRO-3 model. See `partition.replica.Replica`. All ranks open it in a group (`group.join`)."""
 
     memory = Zero3Memory
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         refuse_gguf(checkpoint, placement.partition)
-        require_group(placement)
+        require_group(placement.partition, placement.ranks)
         self.language_model_type = ShardedLanguageModel
         text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
         refuse_mxfp4(checkpoint, text, settings, placement.partition)

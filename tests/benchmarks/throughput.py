@@ -31,8 +31,7 @@ from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.partition.replica import no_observation
-from avss_dist.partition.single import SingleReplica
+from avss_dist.partition.replica import SingleReplica, no_observation
 
 BARE, PLAIN, AUTHORS = "bare backbone forward", "plain CausalLM forward", "AVSS authors' recipe"
 

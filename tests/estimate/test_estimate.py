@@ -119,8 +119,7 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import tokenize_corpus
 from avss_dist.models.loading import load_tokenizer
-from avss_dist.partition.replica import Placement
-from avss_dist.partition.replica import open_replica
+from avss_dist.partition.replica import Placement, open_replica
 from avss_dist.measure.shard import analyze_shard
 folder, partition, settings = sys.argv[1], sys.argv[2], Settings(**json.loads(sys.argv[3]))
 checkpoint = resolve(folder)

@@ -40,8 +40,7 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.interventions import decode_patch, encode_patch, patched
 from avss_dist.models.loading import open_module
 from avss_dist.partition import group
-from avss_dist.partition.replica import Placement, open_replica
-from avss_dist.partition.single import MAX_COPIES, with_copies
+from avss_dist.partition.replica import MAX_COPIES, Placement, open_replica, with_copies
 from avss_dist.pruning.plan import Plan
 from avss_dist.pruning.repair.registry import read_repairs
 from avss_dist.pruning.repair.repair import Repair

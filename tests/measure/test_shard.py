@@ -38,8 +38,7 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import first_tensor
 from avss_dist.models.loading import load_tokenizer
 from avss_dist.models.size import footprint
-from avss_dist.partition.replica import BatchContext, Placement, dummy_batch, no_observation
-from avss_dist.partition.single import SingleReplica
+from avss_dist.partition.replica import BatchContext, Placement, SingleReplica, dummy_batch, no_observation
 from avss_dist.stats.layer_stats import ROW_FIELDS, RowStats, ShardResult
 from avss_dist.stats.scores import score_run
 

@@ -29,7 +29,7 @@ from avss_dist.models.checkpoints import resolve
 from avss_dist.models.loading import load
 from avss_dist.models.quantization import unpacking_bytes
 from avss_dist.models.size import footprint
-from avss_dist.partition.single import SingleReplica
+from avss_dist.partition.replica import SingleReplica
 
 SETTINGS = Settings(device="cpu")
 CPU = torch.device("cpu")

@@ -26,8 +26,7 @@ from avss_dist.models.checkpoints import Checkpoint, resolve
 from avss_dist.models.size import footprint, sharing_skeletons
 from avss_dist.partition.choose import gpus_filled
 from avss_dist.partition.device_map import DeviceMapReplica, require_complete, spread
-from avss_dist.partition.replica import Placement, open_replica
-from avss_dist.partition.single import SingleReplica
+from avss_dist.partition.replica import Placement, SingleReplica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
 
 SETTINGS = Settings(batch_size=2, sequence_length=24, dtype="float32", device="cpu")

@@ -28,8 +28,7 @@ from avss_dist.core.settings import SITES, Settings
 from avss_dist.measure.shard import analyze_shard
 from avss_dist.models.checkpoints import resolve
 from avss_dist.models.layers import Layer
-from avss_dist.partition.replica import Placement, no_observation
-from avss_dist.partition.single import SingleReplica
+from avss_dist.partition.replica import Placement, SingleReplica, no_observation
 from avss_dist.partition.streaming.buffers import AnyBuffer, ReadBuffer, ZeroCopyBuffer, buffer_bytes
 from avss_dist.partition.streaming.hidden_states import HiddenStateOffloader
 from avss_dist.partition.streaming.passes import Window

@@ -11,7 +11,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint, resolve
-from avss_dist.partition.single import SingleReplica
+from avss_dist.partition.replica import SingleReplica
 
 SMALL = {"max_sequences": 6, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 3, "device": "cpu"}
 

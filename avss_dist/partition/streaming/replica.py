@@ -27,8 +27,7 @@ from avss_dist.models.layers import Layer
 from avss_dist.models.loading import Backbone, open_module, without_head
 from avss_dist.models.size import Footprint, footprint
 from avss_dist.partition.memory import PartitionMemory, Usage, batch_bytes
-from avss_dist.partition.replica import BatchContext, Placement, run_batch
-from avss_dist.partition.single import BatchwiseReplica
+from avss_dist.partition.replica import BatchContext, Placement, Replica, run_batch
 from avss_dist.partition.splitting import layer_modules
 from avss_dist.partition.streaming.buffers import buffer_bytes
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
@@ -82,7 +81,7 @@ class StreamingMemory(PartitionMemory):
         return self.process_usage(size.other_bytes + layers + size.unpacking_bytes, why, host_weights=host)
 
 
-class StreamingReplica(BatchwiseReplica):
+class StreamingReplica(Replica):
     """Model whose layers are loaded one at a time.
 
     See `partition.replica.Replica`. ``placement.max_memory["cpu"]`` limits weights and waiting hidden states in host
