@@ -26,13 +26,19 @@ from avss_dist.models.size import footprint
 from avss_dist.partition.memory import batch_bytes
 from avss_dist.partition.replica import Placement, Replica
 from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.system.devices import available_memory, computing_threads, devices_here, free_cores, pick_device
+from avss_dist.system.devices import (
+    SPARE_SHARE,
+    available_memory,
+    computing_threads,
+    devices_here,
+    free_cores,
+    pick_device,
+)
 from avss_dist.system.streams import progress_to
 from avss_dist.tasks.cells import Cell, CellOutcome, CellResult, measure_cell
 
 S = TypeVar("S")
 T = TypeVar("T")
-SPARE_SHARE = 0.9  # of the available memory that parallel shards may take
 
 
 class LocalExecutor:

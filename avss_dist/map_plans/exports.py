@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from avss_dist.core.settings import Settings
 from avss_dist.map_plans.plans import MapPrecision, PrecisionPlan
 from avss_dist.models.checkpoints import resolve
-from avss_dist.models.number_formats import FORMATS, CompressedTensorsFormat, GgufFormat
+from avss_dist.models.number_formats import FORMATS
 from avss_dist.pruning.plan import to_yaml
 from avss_dist.pruning.selection import PlanError
 
 
-def _named(plan: PrecisionPlan, kind: type[Any], program: str, examples: str) -> list[tuple[MapPrecision, str]]:
+def _named(plan: PrecisionPlan, library: str, program: str, examples: str) -> list[tuple[MapPrecision, str]]:
     """Return the linear maps of a plan with their names in the checkpoint, such as ``model.layers.7.mlp.up_proj``.
 
     Raises:
@@ -23,7 +22,7 @@ def _named(plan: PrecisionPlan, kind: type[Any], program: str, examples: str) ->
     """
     from avss_dist.models.size import find_layers, load_skeleton
 
-    if foreign := sorted({e.format for e in plan.rounded if not isinstance(FORMATS[e.format], kind)}):
+    if foreign := sorted({e.format for e in plan.rounded if FORMATS[e.format].module != library}):
         raise PlanError(
             f"{program} does not have {', '.join(foreign)}.", f"Choose from its own formats, such as {examples}."
         )
@@ -49,7 +48,7 @@ def llama_cpp(plan: PrecisionPlan) -> str:
 
     from avss_dist.models.loading import text_config
 
-    named = _named(plan, GgufFormat, "llama.cpp", "q4_0 and q8_0")
+    named = _named(plan, "gguf", "llama.cpp", "q4_0 and q8_0")
     architecture = str(text_config(resolve(plan.model)).get_text_config().model_type)
     architectures = {name.replace("-", ""): key for key, name in MODEL_ARCH_NAMES.items()}
     if (key := architectures.get(re.sub("[^a-z0-9]|text$", "", architecture))) is None:
@@ -59,7 +58,7 @@ def llama_cpp(plan: PrecisionPlan) -> str:
     for entry, module in named:
         if (name := tensors.get_name(module, try_suffixes=(".weight", ""))) is None:
             raise PlanError(f"The library gguf has no name for '{entry.map}' of layer {entry.layer} of {architecture}.")
-        known: Any = FORMATS[entry.format]
+        known = FORMATS[entry.format]
         lines.append(f"{re.escape(name)}\\.weight={known.type.lower()}\n")
     return "".join(lines)
 
@@ -71,11 +70,11 @@ def llm_compressor(plan: PrecisionPlan) -> str:
         PlanError: compressed-tensors lacks a format.
     """
     by_format: dict[str, list[str]] = {}
-    for entry, name in _named(plan, CompressedTensorsFormat, "llm-compressor", "int4-g128 and int8"):
+    for entry, name in _named(plan, "compressed_tensors", "llm-compressor", "int4-g128 and int8"):
         by_format.setdefault(entry.format, []).append(name)
     groups = {}
     for number, (format, names) in enumerate(by_format.items()):
-        known: Any = FORMATS[format]
+        known = FORMATS[format]
         dtypes = {name: f"torch.{value}" for name, value in known.options.items() if name.endswith("_dtype")}
         scheme = {**known.options, **dtypes, "symmetric": True, "strategy": known.strategy, "group_size": known.group}
         weights = {name: value for name, value in scheme.items() if value is not None}

@@ -24,7 +24,7 @@ from avss_dist.models.structure import absent_sites
 from avss_dist.partition.replica import Replica, dummy_batch, no_observation
 from avss_dist.stats.layer_stats import AnswerRows, LayerKey, ShardResult
 from avss_dist.stats.merging import merge_stats, merge_strata
-from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory, use_threads
+from avss_dist.system.devices import peak_device_memory, reset_peak_device_memory
 from avss_dist.system.memory import halve_until_it_fits, peak_memory
 
 Heartbeat = Callable[[], None]
@@ -58,7 +58,7 @@ def analyze_shard(
         BatchTooLarge: if one row does not fit, or several do not and other ranks must halve their batches, too.
     """
     start = time.perf_counter()
-    use_threads(settings.threads)
+    torch.set_num_threads(settings.threads)
     if replica.device.type == "cuda":
         reset_peak_device_memory()
     rows = rows or settings.batch_size

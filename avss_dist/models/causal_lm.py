@@ -113,7 +113,7 @@ class LanguageModel:
         self.module: Any = predictor(backbone.model)
         if self.module.get_output_embeddings() is None:
             raise no_head(checkpoint.name, type(self.module).__name__)
-        self.layers: tuple[Layer, ...] = backbone.structure.layers
+        self.layers: tuple[Layer, ...] = backbone.layers
         self.family = backbone.family
         try:
             with quiet(), torch.no_grad(), recording(self.layers) as recorded:
@@ -356,14 +356,10 @@ class LanguageModel:
 
     def losses(self, batch: Batch) -> Float64:
         """Return each row's summed negative log-likelihood of its counted tokens, float64[rows], in nats."""
-        return self._sums(batch)[0]
+        return self.sums(batch)[0]
 
-    def losses_and_entropies(self, batch: Batch) -> Float64:
-        """Return `losses` and the entropy of the predictions, summed over the same tokens, float64[2, rows] in nats."""
-        return self._sums(batch, entropies=True)
-
-    def _sums(self, batch: Batch, *, entropies: bool = False) -> Float64:
-        """Return losses, and entropies, summed over each row's counted tokens, float64[1 or 2, rows]."""
+    def sums(self, batch: Batch, *, entropies: bool = False) -> Float64:
+        """Return `losses`, and the entropy of the predictions over the same tokens, float64[1 or 2, rows] in nats."""
         counted = torch.from_numpy(predicted(batch))
         by_token = torch.zeros((1 + entropies, *counted.shape), dtype=torch.float64)
         with torch.no_grad():

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load, save
@@ -389,11 +389,13 @@ def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int,
             obstacles[layer.index] = f"no module of the layer is its {' or its '.join(missing)}"
     candidates = [layer for layer in layers if layer.index not in obstacles]
     skips = {layer.module: Skip(layer, None) for layer in layers}
-    with around(skips), _watched(candidates) as running:
+    places = {(layer.index, name): (layer.module, name) for layer in candidates for name in ("input", "output")}
+    places |= {(layer.index, "mlp"): (layer.taps["mlp"].module, "input") for layer in candidates}
+    with around(skips), reading(places) as running:
         run()
     removed = sublayers_of(layer.index for layer in candidates)
     others = {layer.module: skips[layer.module] for layer in layers if layer not in candidates}
-    with around(others), without_sublayers(layers, removed), _watched(candidates) as without:
+    with around(others), without_sublayers(layers, removed), reading(places) as without:
         run()
     for layer in candidates:
         mlp, given, output = (without[layer.index, name] for name in ("mlp", "input", "output"))
@@ -404,24 +406,29 @@ def find_obstacles(layers: Sequence[Layer], run: Callable[[], Any]) -> dict[int,
     return obstacles
 
 
+Key = TypeVar("Key", bound=Hashable)
+
+
 @contextmanager
-def _watched(layers: Sequence[Layer]) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
-    """Record the inputs of layers and of their MLPs, and the outputs of layers, in a pass inside the context."""
-    places = [(layer.index, name) for layer in layers for name in ("input", "mlp", "output")]
-    records = {place: torch.empty(0) for place in places}
+def reading(places: Mapping[Key, tuple[nn.Module, str]]) -> Iterator[dict[Key, torch.Tensor]]:
+    """Record copies of the hidden states that modules take or return inside the context. The last call counts.
 
-    def enter(place: tuple[int, str], _module: nn.Module, args: Any, kwargs: Any) -> None:
-        if (hidden := input_tensor(args, kwargs)) is not None:
-            records[place] = hidden.detach().clone()
+    Args:
+        places: modules, and ``input`` or ``output``, by key.
+    """
+    tensors: dict[Key, torch.Tensor] = {}
 
-    def leave(index: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        if (hidden := first_tensor(output)) is not None:
-            records[index, "output"] = hidden
+    def keep(key: Key, reads: str, _module: nn.Module, args: Any, kwargs_or_output: Any) -> None:
+        is_input = reads == "input"
+        tensor = input_tensor(args, kwargs_or_output) if is_input else first_tensor(kwargs_or_output)
+        if tensor is not None:
+            tensors[key] = tensor.detach().clone()
 
     with ExitStack() as stack:
-        for layer in layers:
-            for module, name in ((layer.module, "input"), (layer.taps["mlp"].module, "mlp")):
-                hook = partial(enter, (layer.index, name))
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            stack.callback(layer.module.register_forward_hook(partial(leave, layer.index)).remove)
-        yield records
+        for key, (module, reads) in places.items():
+            hook = partial(keep, key, reads)
+            if reads == "input":
+                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                stack.enter_context(module.register_forward_hook(hook))
+        yield tensors

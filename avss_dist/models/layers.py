@@ -101,14 +101,6 @@ class Layer:
     experts: Experts | None = None
 
 
-@dataclass(frozen=True)
-class Structure:
-    """Layers of a model in the order of their calls, and remarks on them for the user."""
-
-    layers: tuple[Layer, ...]
-    notes: tuple[str, ...]
-
-
 def describe_projections(layers: Sequence[Layer]) -> str:
     """Return the linear maps of layers as JSON, for the column ``projections`` of ``runs``."""
     rows = [[layer.index, p.path, p.site, p.outputs, p.inputs] for layer in layers for p in layer.projections]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import os
 import re
 import struct
@@ -21,7 +22,7 @@ from avss_dist.core.errors import ModelError, first_line
 from avss_dist.core.settings import DTYPES, Settings
 from avss_dist.models.checkpoints import Checkpoint, hub_tensors, read_config, stored_tensors
 from avss_dist.models.complete import require_complete, require_layers
-from avss_dist.models.layers import Structure, count_parameters, layer_lists
+from avss_dist.models.layers import Layer, count_parameters, layer_lists
 from avss_dist.models.quantization import (
     quantization_method,
     quantization_settings,
@@ -116,7 +117,8 @@ class Backbone:
     Attributes:
         model: the transformers model with its head.
         module: its backbone, which never runs a language-model head.
-        structure: layers and sites of the backbone.
+        layers: its layers in the order of their calls, with their sites.
+        notes: remarks on the layers for people.
         family: ``model_type`` of the configuration.
         architecture: name of the model's class.
         hidden_size: units of the residual stream.
@@ -126,7 +128,8 @@ class Backbone:
 
     model: Any
     module: nn.Module
-    structure: Structure
+    layers: tuple[Layer, ...]
+    notes: tuple[str, ...]
     family: str
     architecture: str
     hidden_size: int
@@ -284,7 +287,7 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
     device = device or next(model.parameters()).device
     try:
         with torch.no_grad():
-            structure = find_structure(
+            found, notes = find_structure(
                 backbone, lambda ids: run(ids.to(device), None), getattr(text, "num_hidden_layers", None), layers
             )
     except _REFUSALS as error:
@@ -298,7 +301,8 @@ def open_module(model: Any, *, layers: str | None = None, device: torch.device |
     return Backbone(
         model=model,
         module=backbone,
-        structure=structure,
+        layers=found,
+        notes=notes,
         family=config.model_type,
         architecture=type(model).__name__,
         hidden_size=int(getattr(text, "hidden_size", 0) or 0),
@@ -346,23 +350,26 @@ def forward_function(backbone: nn.Module) -> Forward:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings inside the context.
+    """Silence progress bars and warnings of transformers and Accelerate inside the context.
 
-    Errors are reported by this package.
+    Errors are reported by this package. Accelerate's warnings are about offloaded weights, which are intended.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers imports, warns on stdout
-    from transformers.utils import logging
+    from transformers.utils import logging as messages
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    accelerate = logging.getLogger("accelerate")
+    levels, bars = (messages.get_verbosity(), accelerate.level), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    accelerate.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        messages.set_verbosity(levels[0])
+        accelerate.setLevel(levels[1])
         if bars:
-            logging.enable_progress_bar()
+            messages.enable_progress_bar()
 
 
 def auto_class(config: Any) -> Any:

@@ -34,6 +34,10 @@ class NumberFormat:
         group: number of neighbouring inputs that share a scale; None for all inputs of an output.
         scale_bits: bits that each group has beside its numbers.
         tensor_bits: bits that each weight has beside its groups.
+        options: fields of compressed-tensors' ``QuantizationArgs``, with dtypes by their names in torch. Formats are
+            symmetric about zero.
+        type: name in ``gguf.GGMLQuantizationType`` of a type of llama.cpp, which ``gguf`` rounds to on the CPU; empty
+            for formats of compressed-tensors.
     """
 
     name: str
@@ -43,8 +47,18 @@ class NumberFormat:
     scale_bits: int
     tensor_bits: int = 0
 
-    module = ""
-    """Module that has to be installed; empty for none."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    type: str = ""
+
+    @property
+    def module(self) -> str:
+        """Module of the library that rounds, which has to be installed."""
+        return "gguf" if self.type else "compressed_tensors"
+
+    @property
+    def strategy(self) -> str:
+        """Name, in compressed-tensors, of the numbers that share a scale."""
+        return "channel" if self.group is None else "tensor_group" if self.tensor_bits else "group"
 
     def bits(self, outputs: int, inputs: int) -> float:
         """Return the bits per weight of a map, with all scales."""
@@ -63,10 +77,8 @@ class NumberFormat:
             weight: [outputs, inputs], of a shape without `obstacle`.
         """
         self.require_package()
-        return self._round(weight.detach().float().contiguous())
-
-    def _round(self, weight: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        weight = weight.detach().float().contiguous()
+        return self._round_by_gguf(weight) if self.type else self._round_by_compressed_tensors(weight)
 
     def require_package(self) -> None:
         """Refuse a format whose library is not installed.
@@ -74,28 +86,9 @@ class NumberFormat:
         Raises:
             ConfigError: the hint is the command that installs it.
         """
-        if self.module:
-            require_package(self.module, f"The number format {self.name}")
+        require_package(self.module, f"The number format {self.name}")
 
-
-@dataclass(frozen=True, kw_only=True)
-class CompressedTensorsFormat(NumberFormat):
-    """A format that compressed-tensors rounds to, symmetric about zero.
-
-    Attributes:
-        options: fields of ``QuantizationArgs``; dtypes by their names in torch.
-    """
-
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    module = "compressed_tensors"
-
-    @property
-    def strategy(self) -> str:
-        """Name, in compressed-tensors, of the numbers that share a scale."""
-        return "channel" if self.group is None else "tensor_group" if self.tensor_bits else "group"
-
-    def _round(self, weight: torch.Tensor) -> torch.Tensor:
+    def _round_by_compressed_tensors(self, weight: torch.Tensor) -> torch.Tensor:
         import torch
         from compressed_tensors.quantization import QuantizationArgs
         from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -110,20 +103,7 @@ class CompressedTensorsFormat(NumberFormat):
         rounded: torch.Tensor = fake_quantize(weight, scale, zero_point, args, global_scale=whole)
         return rounded
 
-
-@dataclass(frozen=True, kw_only=True)
-class GgufFormat(NumberFormat):
-    """A type of llama.cpp that ``gguf`` rounds to, on the CPU.
-
-    Attributes:
-        type: name of the type in ``gguf.GGMLQuantizationType``.
-    """
-
-    type: str
-
-    module = "gguf"
-
-    def _round(self, weight: torch.Tensor) -> torch.Tensor:
+    def _round_by_gguf(self, weight: torch.Tensor) -> torch.Tensor:
         import torch
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize, quantize
@@ -133,9 +113,9 @@ class GgufFormat(NumberFormat):
         return torch.from_numpy(dequantize(stored, kind)).to(weight.device)
 
 
-def _integers(bits: int, group: int | None) -> CompressedTensorsFormat:
+def _integers(bits: int, group: int | None) -> NumberFormat:
     shared = "output channel" if group is None else f"group of {group} inputs"
-    return CompressedTensorsFormat(
+    return NumberFormat(
         name=f"int{bits}" if group is None else f"int{bits}-g{group}",
         summary=f"integers of {bits} bits, a scale for each {shared}",
         element_bits=bits,
@@ -145,8 +125,8 @@ def _integers(bits: int, group: int | None) -> CompressedTensorsFormat:
     )
 
 
-def _gguf(kind: str, bits: float, group: int, scale_bits: int, summary: str, name: str = "") -> GgufFormat:
-    return GgufFormat(
+def _gguf(kind: str, bits: float, group: int, scale_bits: int, summary: str, name: str = "") -> NumberFormat:
+    return NumberFormat(
         name=name or kind.lower(),
         summary=f"{kind} of llama.cpp: {summary}",
         element_bits=bits,
@@ -160,7 +140,7 @@ _FORMATS = (
     *(_integers(8, group) for group in (None, 128)),
     *(_integers(4, group) for group in (None, 128, 64, 32)),
     *(_integers(bits, 64) for bits in (3, 2)),
-    CompressedTensorsFormat(
+    NumberFormat(
         name="fp8",
         summary="FP8 E4M3, a scale for each output channel",
         element_bits=8,
@@ -168,7 +148,7 @@ _FORMATS = (
         scale_bits=SCALE_BITS,
         options={"num_bits": 8, "type": "float"},
     ),
-    CompressedTensorsFormat(
+    NumberFormat(
         name="mxfp4",
         summary="FP4 E2M1, a power of two (E8M0) for each group of 32 inputs",
         element_bits=4,
@@ -176,7 +156,7 @@ _FORMATS = (
         scale_bits=8,
         options={"num_bits": 4, "type": "float", "scale_dtype": "uint8", "zp_dtype": "uint8"},
     ),
-    CompressedTensorsFormat(
+    NumberFormat(
         name="nvfp4",
         summary="FP4 E2M1, a scale in FP8 for each group of 16 inputs and one for each map",
         element_bits=4,

@@ -127,11 +127,27 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
         ModelError: the quantization is unknown, needs a package or a device that is missing, or cannot be unpacked;
             or `dequantize` is set and the checkpoint is not quantized, or lacks scales.
     """
-    method = quantization_method(config)
-    if method is None:
+    if quantization_method(config) is None:
         if settings.dequantize and not checkpoint.gguf:
             raise ModelError(f"'{checkpoint.name}' is not quantized.", "Leave out `dequantize`.")
         return config
+    ready_quantizer(checkpoint, config, settings, placing)
+    if not settings.dequantize:
+        return config
+    config = copy.deepcopy(config)
+    config.quantization_config = dict(quantization_settings(config)) | {"dequantize": True}
+    return config
+
+
+def ready_quantizer(checkpoint: Checkpoint, config: Any, settings: Settings, placing: Mapping[str, Any] = {}) -> Any:
+    """Return transformers' quantizer of a quantized checkpoint, once it has found all that it needs here.
+
+    Args: see `with_quantization`.
+
+    Raises:
+        ModelError: see `with_quantization`.
+    """
+    method = quantization_method(config)
     quantizer = _quantizer(checkpoint, config)
     how, stored = quantizer.quantization_config, f"'{checkpoint.name}' is quantized ({method})"
     unpacks = hasattr(how, "dequantize")
@@ -151,26 +167,6 @@ def with_quantization(checkpoint: Checkpoint, config: Any, settings: Settings, p
         raise ModelError(f"{stored}: {first_line(error)}", instead) from error
     if unpacks and how.dequantize and not unpacked:
         raise ModelError(f"{stored}, and no device here computes with that.", instead)
-    if not settings.dequantize:
-        return config
-    config = copy.deepcopy(config)
-    config.quantization_config = dict(quantization_settings(config)) | {"dequantize": True}
-    return config
-
-
-def unpacking_quantizer(checkpoint: Checkpoint, config: Any) -> Any:
-    """Return transformers' quantizer that unpacks the weights of a quantized checkpoint while they are loaded.
-
-    Args:
-        config: from `text_config`.
-
-    Raises:
-        ModelError: see `with_quantization`.
-    """
-    with_quantization(checkpoint, config, Settings(dequantize=True), {})
-    quantizer = _quantizer(checkpoint, config)
-    quantizer.quantization_config.dequantize = True
-    quantizer.validate_environment(device_map=None, weights_only=True)
     return quantizer
 
 

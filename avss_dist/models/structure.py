@@ -27,7 +27,6 @@ from avss_dist.models.layers import (
     Experts,
     Layer,
     Projection,
-    Structure,
     Tap,
     axes_of,
     count_parameters,
@@ -61,17 +60,12 @@ class Call:
     output: torch.Tensor
 
 
-@dataclass(frozen=True)
-class LayerSites:
-    """Sites of a layer, the linear maps whose inputs are sites, and its routed experts."""
-
-    taps: dict[str, Tap]
-    projections: tuple[Projection, ...]
-    experts: Experts | None
+LayerSites = tuple[dict[str, Tap], tuple[Projection, ...], Experts | None]
+"""Sites of a layer, the linear maps whose inputs are sites, and its routed experts."""
 
 
 def find_sites(calls: Sequence[Call], layer_class: str) -> LayerSites:
-    """Return the sites of one layer, and its linear maps, from the calls of its modules."""
+    """Return the sites of one layer, from the calls of its modules."""
     by_kind: dict[str | None, list[Call]] = defaultdict(list)
     for call in calls:
         by_kind[_kind(call.path, call.module, layer_class)].append(call)
@@ -108,7 +102,7 @@ def find_sites(calls: Sequence[Call], layer_class: str) -> LayerSites:
         axes = axes_of(shape, *PROBE_SHAPE)
         projections.append(Projection(call.path, call.module, site, outputs, shape[-1], axes))
     by_site = {site: tap for site in EVERY_SITE if (tap := taps.get(site))}
-    return LayerSites(by_site, tuple(projections), find_experts(calls))
+    return by_site, tuple(projections), find_experts(calls)
 
 
 def find_down_projection(layer: nn.Module, width: int) -> tuple[str, nn.Module] | None:
@@ -243,7 +237,7 @@ _LayerCall = tuple[nn.Module, str, LayerSites]  # layer, axes of its output, its
 
 def find_structure(
     model: nn.Module, forward: Callable[[torch.Tensor], Any], num_layers: int | None, path: str | None = None
-) -> Structure:
+) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
     """Find layers and sites by one forward pass over ``PROBE_SHAPE`` tokens, and remove all hooks.
 
     Args:
@@ -251,6 +245,9 @@ def find_structure(
         forward: runs the backbone on int64[rows, tokens] token ids.
         num_layers: the config's layer count.
         path: module path of the layer list, or None to find it.
+
+    Returns:
+        The layers in the order of their calls, and remarks on them for people.
 
     Raises:
         ModelError: the layers cannot be found, or do not run. Exceptions of the model itself pass through.
@@ -274,14 +271,14 @@ def find_structure(
     uses: Counter[nn.Module] = Counter()
     for index, (module, axes, sites) in enumerate(layer_calls):
         name = f"{names[module]}#{uses[module]}" if uses[module] else names[module]
-        layers.append(Layer(index, name, module, uses[module], axes, sites.taps, sites.projections, sites.experts))
+        layers.append(Layer(index, name, module, uses[module], axes, *sites))
         uses[module] += 1
     notes = [*absent_sites(layers, ("attention", "mlp", "neuron"))]
     if shared := sum(layer.call > 0 for layer in layers):
         notes.append(
             f"layers share modules: {len(layers)} calls of {len(layers) - shared} modules, each call is a layer"
         )
-    return Structure(tuple(layers), tuple(notes))
+    return tuple(layers), tuple(notes)
 
 
 def _watch(modules: Iterable[nn.Module], forward: Callable[[torch.Tensor], Any]) -> list[_LayerCall]:

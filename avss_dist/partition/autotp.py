@@ -61,11 +61,11 @@ def open_by_autotp(
         require_autotp(model.config.get_text_config(), split.ranks)
         run = forward_function(whole.module)
         logits = _logits(predictor(model), torch.device("cpu")) if head else None
-        expected = probe(run, whole.structure.layers, torch.device("cpu"))
+        expected = probe(run, whole.layers, torch.device("cpu"))
         names = {module: name for name, module in model.named_modules()}
         with without_output_embeddings(predictor(model), keep=head):
             apply_autotp(model, split.ranks, device)
-        again = _find_again(whole.structure.layers, names, model)
+        again = _find_again(whole.layers, names, model)
         with _running(model):
             actual = probe(run, again, device)
         layers = _check(model, again, expected, actual, split)
@@ -76,7 +76,7 @@ def open_by_autotp(
             maximum = max(all_gather(error, device))
             if maximum > TOLERANCES.get(logits.dtype, 0.0):
                 raise _cannot_split(model, f"its logits are off by {maximum:.2g} of their size after the split")
-    return replace(whole, structure=replace(whole.structure, layers=layers))
+    return replace(whole, layers=layers)
 
 
 def inference_config(dtype: torch.dtype, world: int) -> dict[str, Any]:

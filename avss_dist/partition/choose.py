@@ -15,9 +15,7 @@ from avss_dist.models.size import Footprint, footprint, sharing_skeletons
 from avss_dist.partition.memory import PROCESS_BYTES, batch_bytes, bytes_beside_weights
 from avss_dist.partition.replica import Placement, replica_class
 from avss_dist.partition.splitting import version_obstacle
-from avss_dist.system.devices import Devices
-
-SPARE_SHARE = 0.9  # of the memory that is free
+from avss_dist.system.devices import SPARE_SHARE, Devices
 
 
 @sharing_skeletons()

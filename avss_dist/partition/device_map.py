@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +15,7 @@ from avss_dist.core.errors import ConfigError, nearest
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_bytes
 from avss_dist.models.checkpoints import Checkpoint
-from avss_dist.models.loading import Backbone, load
+from avss_dist.models.loading import Backbone, load, quiet
 from avss_dist.models.size import (
     Footprint,
     find_layers,
@@ -28,9 +26,7 @@ from avss_dist.models.size import (
 )
 from avss_dist.partition.memory import OffloadFolder, PartitionMemory, Usage, batch_bytes, bytes_beside_weights
 from avss_dist.partition.replica import Placement, Replica
-from avss_dist.system.devices import available_memory
-
-SPARE_SHARE = 0.9  # of free memory that weights may take where there is no limit
+from avss_dist.system.devices import SPARE_SHARE, available_memory
 
 Device = int | str  # a GPU's index, "cpu" or "disk"
 
@@ -104,15 +100,14 @@ class DeviceMapReplica(Replica):
         rewritten = [p for name, p in unstored(model, stored).items() if _place(name, self.device_map)[1] == "disk"]
         self._folder = OffloadFolder(parameter_bytes(rewritten))
         try:
-            with _quiet_accelerate():
-                placing = {"device_map": self.device_map, "offload_folder": self._folder.path}
-                backbone = load(checkpoint, settings, self.device, head=head, **placing)
+            placing = {"device_map": self.device_map, "offload_folder": self._folder.path}
+            backbone = load(checkpoint, settings, self.device, head=head, **placing)
         except BaseException:
             self._folder.remove()
             raise
         places = set(self.device_map.values())
         several = len(places - {"cpu", "disk"}) > 1
-        self._handles = [_move_inputs(layer.module) for layer in backbone.structure.layers] if several else []
+        self._handles = [_move_inputs(layer.module) for layer in backbone.layers] if several else []
         if {"cpu", "disk"} & places - {self.device.type}:
             self.no_gradients = (
                 "`partition` device_map keeps some of the weights off the devices that compute, and has no gradients "
@@ -179,7 +174,7 @@ def plan_map(model: Any, stored: Iterable[str], limits: Mapping[Device, int], se
         return {"": first}
     layers = find_layers(model, settings)
     whole = sorted({type(layer).__name__ for layer in layers})
-    with _quiet_accelerate():
+    with quiet():
         device_map = infer_auto_device_map(model, dict(limits), no_split_module_classes=whole, clean_result=False)
     in_layers = {id(p) for p in layers.parameters()}
     for name, parameter in unstored(model, stored).items():
@@ -256,15 +251,3 @@ def _move_inputs(layer: nn.Module) -> Any:
         return send_to_device(args, device), send_to_device(kwargs, device)
 
     return layer.register_forward_pre_hook(move, with_kwargs=True)
-
-
-@contextmanager
-def _quiet_accelerate() -> Iterator[None]:
-    """Silence Accelerate's warning about offloaded weights inside the context. They are intended."""
-    logger = logging.getLogger("accelerate")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -116,8 +116,19 @@ class Replica(ABC):
                 self.language_model = self.language_model_type(checkpoint, settings, self._backbone, self.device)
                 self.language_model.no_gradients = self.no_gradients
         self._run = forward_function(self._backbone.module)
-        self.layers: tuple[Layer, ...] = self._backbone.structure.layers
-        self.model: Mapping[str, Any] = describe(self._backbone, placement.partition)
+        self.layers: tuple[Layer, ...] = self._backbone.layers
+        self.model: Mapping[str, Any] = {
+            "family": self._backbone.family,
+            "architecture": self._backbone.architecture,
+            "hidden_size": self._backbone.hidden_size,
+            "num_parameters": self._backbone.num_parameters,
+            "dtype": self._backbone.dtype,
+            "quantized_modules": describe_computing(self._backbone.model),
+            "attention_implementation": self._backbone.attention_implementation,
+            "partition": placement.partition,
+            "threads": torch.get_num_threads(),
+            "notes": list(self._backbone.notes),
+        }
 
     @abstractmethod
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
@@ -184,19 +195,3 @@ def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:
     mask = None if batch.attention_mask.all() else to_device(batch.attention_mask, device, torch.int64)
     with torch.no_grad():
         run(input_ids, mask)
-
-
-def describe(backbone: Backbone, partition: str) -> dict[str, Any]:
-    """Return the columns of the run's row that describe an opened model."""
-    return {
-        "family": backbone.family,
-        "architecture": backbone.architecture,
-        "hidden_size": backbone.hidden_size,
-        "num_parameters": backbone.num_parameters,
-        "dtype": backbone.dtype,
-        "quantized_modules": describe_computing(backbone.model),
-        "attention_implementation": backbone.attention_implementation,
-        "partition": partition,
-        "threads": torch.get_num_threads(),
-        "notes": list(backbone.structure.notes),
-    }

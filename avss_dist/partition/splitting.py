@@ -16,13 +16,13 @@ import torch
 from avss_dist.core.errors import ConfigError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
+from avss_dist.models.interventions import reading
 from avss_dist.models.layers import (
     PROBE_SHAPE,
     Layer,
     Projection,
     Tap,
     as_rows,
-    first_tensor,
     is_linear,
     linear_sizes,
     probe_tokens,
@@ -78,28 +78,11 @@ def _norms(matrix: torch.Tensor, order: int) -> torch.Tensor:
 
 def probe(run: Forward, layers: Sequence[Layer], device: torch.device) -> Probe:
     """Return the tensor of each site in a pass over ``PROBE_SHAPE`` tokens. The last call of a shared module."""
-    tensors: Probe = {}
-
-    def keep(key: tuple[int, str], value: Any) -> None:
-        tensor = first_tensor(value)
-        if tensor is not None:
-            tensors[key] = tensor.detach().clone()
-
-    handles: list[Any] = []
-    try:
-        for layer in layers:
-            for site, tap in {"block": Tap(layer.module, "output", layer.axes), **layer.taps}.items():
-                key = layer.index, site
-                if tap.reads == "input":
-                    hook = lambda _m, args, kwargs, key=key: keep(key, (*args, *kwargs.values()))  # noqa: E731
-                    handles.append(tap.module.register_forward_pre_hook(hook, with_kwargs=True))
-                else:
-                    handles.append(tap.module.register_forward_hook(lambda _m, _a, out, key=key: keep(key, out)))
-        with torch.no_grad():
-            run(probe_tokens(device), None)
-    finally:
-        for handle in handles:
-            handle.remove()
+    taps = [(layer.index, "block", Tap(layer.module, "output", layer.axes)) for layer in layers]
+    taps += [(layer.index, site, tap) for layer in layers for site, tap in layer.taps.items()]
+    places = {(index, site): (tap.module, tap.reads) for index, site, tap in taps}
+    with torch.no_grad(), reading(places) as tensors:
+        run(probe_tokens(device), None)
     return tensors
 
 
@@ -273,7 +256,7 @@ def open_by_plan(
     model = load_model(checkpoint, settings, head=head, **distributed_config(**options))
     with quiet():
         backbone = open_module(model, layers=settings.layers, device=device)
-        layers = backbone.structure.layers
+        layers = backbone.layers
         tensors = probe(forward_function(backbone.module), layers, device)
     whole = [
         replace(
@@ -283,7 +266,7 @@ def open_by_plan(
         )
         for layer in layers
     ]
-    return replace(backbone, structure=replace(backbone.structure, layers=tuple(whole)))
+    return replace(backbone, layers=tuple(whole))
 
 
 def _exchanging(tap: Tap, tensor: torch.Tensor) -> Tap:

@@ -239,7 +239,7 @@ def largest_difference(
 
 def _output(checkpoint: Checkpoint, settings: Settings, drop: Removals, patch: Patch) -> torch.Tensor | None:
     backbone = open_module(load_model(checkpoint, settings), layers=settings.layers)
-    layers = backbone.structure.layers
+    layers = backbone.layers
     require_experts(layers, drop)
     with torch.no_grad(), patched(layers, patch), skipping(layers, whole_layers(drop)), without_parts(layers, drop):
         return first_tensor(forward_function(backbone.module)(CHECKED_TOKENS, None))

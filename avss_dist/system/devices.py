@@ -19,6 +19,7 @@ from avss_dist.system.memory import memory_left
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, and before; the older one still works
 CONTEXT_BYTES = 1 << 30  # of a GPU, at most, that a process's CUDA context and the kernels of its libraries take
+SPARE_SHARE = 0.9  # of the free memory of a device or host that weights, activations and hidden states may take
 EXACT_PINNED = "2.13"  # torch's version that has the option for pinned memory; some before it may, too
 
 
@@ -172,24 +173,19 @@ _CGROUP = Path("/sys/fs/cgroup")
 SAMPLE_SECONDS = 0.2  # in which the load of others is measured
 
 
-def use_threads(threads: int) -> None:
-    """Set the number of threads with which torch computes in this Python thread, whatever the environment says.
-
-    OpenMP keeps the number for each Python thread, MKL and torch for the process. Every thread that computes must call
-    this with the same number.
-    """
-    torch.set_num_threads(threads)
-
-
 @contextmanager
 def computing_threads(threads: int) -> Iterator[None]:
-    """Apply `use_threads` inside the block, and restore the previous number after it."""
+    """Have torch compute with this number of threads inside the block, and restore the previous number after it.
+
+    OpenMP keeps the number for each Python thread, MKL and torch for the process. Every thread that computes must set
+    the same number.
+    """
     before = torch.get_num_threads()
-    use_threads(threads)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
-        use_threads(before)
+        torch.set_num_threads(before)
 
 
 def free_cores() -> int:

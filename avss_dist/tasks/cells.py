@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from avss_dist.core.errors import AvssError, BatchTooLarge
 from avss_dist.core.intervention import NO_INTERVENTION, Intervention, Sparsity, encode_removals
@@ -16,7 +17,6 @@ from avss_dist.core.settings import Settings, fingerprint
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.partition.replica import Placement
-from avss_dist.system.devices import use_threads
 from avss_dist.system.memory import halve_until_it_fits
 from avss_dist.tasks.task import Measure, Row
 
@@ -83,7 +83,7 @@ def measure_cell(
     """
     start, settings = time.perf_counter(), model.settings
     changes, removals = cell.intervention.split()
-    use_threads(settings.threads)
+    torch.set_num_threads(settings.threads)
     model.notes.clear()
 
     def run(rows: int) -> list[Row]:

@@ -6,6 +6,7 @@ Losses are those of all predicted tokens, without layers, and of answers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class TextLoss(Measure):
             return losses_under(model, self.shard, [intervention])
         batches, weights = list(self.shard.batches(model.settings.batch_size)), predicted_tokens(self.shard, model)
         with model.applying(intervention):
-            sums = np.concatenate(model.each(model.losses_and_entropies, batches), axis=1)
+            sums = np.concatenate(model.each(partial(model.sums, entropies=True), batches), axis=1)
         return [Row(metric=name, samples=x, weights=weights) for name, x in zip((LOSS, ENTROPY), sums, strict=True)]
 
 

@@ -51,7 +51,6 @@ from avss_dist.pruning.repair.projection import captured
 from avss_dist.pruning.repair.registry import REPAIRS
 from avss_dist.pruning.repair.repair import Repair, fit_repair
 from avss_dist.pruning.weights import StoredWeights
-from avss_dist.system.devices import use_threads
 from avss_dist.tasks.text_loss import TextLoss
 
 
@@ -156,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--repair", action="append", choices=(*REPAIRS, *BASELINES), help="repeatable; all by default")
     args = parser.parse_args(arguments)
-    use_threads(1)
+    torch.set_num_threads(1)
     given = Settings(max_sequences=args.rows, sequence_length=args.sequence_length, dtype=args.dtype, device="cpu")
     checkpoint, settings = open_checkpoint(args.model, given)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=False)

@@ -109,7 +109,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
     """To the bit: fitted by a cell, kept in the warehouse, evaluated by another; then the model is as it was."""
     model = lively(tiny_model("causal", family))
     folder = save_checkpoint(model, tmp_path / "whole")
-    layers = open_module(model).structure.layers[0].name.rpartition(".")[0]
+    layers = open_module(model).layers[0].name.rpartition(".")[0]
     checkpoint, settings = resolve(str(folder)), Settings(**READ, max_sequences=60, dtype="float32")
     placement, repair = Placement(partition=partition), Repair(by="map", corpora=(TEXT,), settings=settings)
     text = Settings(**READ, skip_sequences=72, max_sequences=8, dtype="float32")
@@ -136,7 +136,7 @@ def test_a_patch_in_place_is_the_repaired_checkpoint(
 
 
 def test_a_patch_is_the_same_bytes_and_leaves_no_trace() -> None:
-    layers = open_module(llama()).structure.layers
+    layers = open_module(llama()).layers
     path = "mlp.down_proj.weight"
     before = layers[1].module.get_parameter(path).detach().clone()
     patch = {(1, path): before + 1, (0, path): before * 2}

@@ -186,7 +186,7 @@ def speed(run: Run) -> None:
             say = f"{name} {rows} x {tokens}:"
             run.say(f"{say} bare {base:.1f} ms (host {host:.1f}), {flops / base / 1e9:.0f} TFLOP/s")
             for what, kernels, rounds in (("ours", run.own_kernels(), 7), ("torch", TorchKernels(), 2)):
-                with _counting_with(kernels), attached(backbone.structure.layers, SITES) as on_layers:
+                with _counting_with(kernels), attached(backbone.layers, SITES) as on_layers:
                     observer = Observer(on_layers, THRESHOLDS)
 
                     def measured(observer: Observer = observer, batch: Any = batch, bare: Any = bare) -> None:

@@ -249,7 +249,7 @@ def test_launches_and_bytes_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     emulator = Emulator()
     monkeypatch.setattr(observing, "kernels_for", lambda device: CudaKernels(emulator))
     backbone = open_module(llama().eval().to(torch.bfloat16))
-    layers = backbone.structure.layers
+    layers = backbone.layers
     ids, everything = torch.arange(3 * 24).reshape(3, 24) % 32, np.ones((3, 24), bool)
 
     def run() -> Any:

@@ -40,7 +40,7 @@ MASK[1, 7:] = False  # padding
 
 def observed(backbone: Backbone, ids: torch.Tensor, mask: np.ndarray) -> dict[int, ExpertStats]:
     run = forward_function(backbone.module)
-    with attached(backbone.structure.layers, ("block",), experts=True) as hooks, torch.no_grad():
+    with attached(backbone.layers, ("block",), experts=True) as hooks, torch.no_grad():
         observer = Observer(hooks, THRESHOLDS)
         with observer.batch(mask):
             run(ids, None)
@@ -51,7 +51,7 @@ def captured(backbone: Backbone, ids: torch.Tensor) -> dict[int, tuple[Any, ...]
     """By layer, what its router returned, and what its experts read."""
     found: dict[int, list[Any]] = {}
     handles = []
-    for layer in backbone.structure.layers:
+    for layer in backbone.layers:
         if experts := layer.experts:
             kept = found.setdefault(layer.index, [None, None])
 
@@ -101,7 +101,7 @@ def test_counts_are_those_of_what_the_router_gave(family: str) -> None:
     stats = observed(backbone, ids, MASK)
     assert list(stats) == list(seen) and stats
     for layer, (router, hidden) in seen.items():
-        experts = backbone.structure.layers[layer].experts
+        experts = backbone.layers[layer].experts
         assert experts is not None
         expected = recount(experts.module, experts.number, router, hidden, MASK)
         for name in ("routed_tokens", "token_count", "output_count"):
@@ -121,13 +121,13 @@ def test_rows_merge_and_a_router_that_gives_probabilities_is_seen(monkeypatch: p
         assert stats.routed_tokens.tolist() == merged[layer].routed_tokens.tolist()
         for name in EXPERT_FIELDS:
             assert_allclose(getattr(merged[layer], name), getattr(stats, name), rtol=1e-4, atol=1e-7)
-    for layer in backbone.structure.layers:
+    for layer in backbone.layers:
         assert layer.experts and layer.experts.router and not layer.experts.normalized
         router = layer.experts.router
         given = router.forward
         monkeypatch.setattr(router, "forward", lambda x, given=given: _with_probabilities(given(x)))
     again = open_module(model)
-    assert all(layer.experts and layer.experts.normalized for layer in again.structure.layers)
+    assert all(layer.experts and layer.experts.normalized for layer in again.layers)
     for layer, stats in observed(again, ids, MASK).items():
         assert_allclose(stats.router_entropy_sum, whole[layer].router_entropy_sum, rtol=1e-4, atol=1e-7)
 

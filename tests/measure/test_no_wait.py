@@ -69,7 +69,7 @@ def test_a_batch_is_measured_without_waiting(
     run = forward_function(backbone.module)
     real = np.ones((3, 10), bool)
     batch = Batch(input_ids=np.zeros((3, 10), np.int32), attention_mask=real, observed=real)
-    layers = backbone.structure.layers
+    layers = backbone.layers
     with attached(layers, EVERY_SITE if pairing else SITES) as on_layers:
         observer = Observer(on_layers, THRESHOLDS)
         for first in (True, False):

@@ -54,7 +54,7 @@ def observed(
 ) -> dict[LayerKey, LayerStats]:
     """Statistics of (token ids, mask) batches."""
     run = forward_function(backbone.module)
-    with observe(backbone.structure.layers, sites, THRESHOLDS) as observer, torch.no_grad():
+    with observe(backbone.layers, sites, THRESHOLDS) as observer, torch.no_grad():
         for ids, mask in batches:
             with observer.batch(mask.numpy()):
                 run(ids, mask.long())
@@ -148,14 +148,14 @@ def test_a_fully_masked_batch_and_passes_outside_add_nothing() -> None:
     backbone = opened(llama())
     empty = torch.zeros_like(FULL)
     once = observed(backbone, [(token_ids(), FULL)])
-    with observe(backbone.structure.layers, SITES, THRESHOLDS) as observer, torch.no_grad():
+    with observe(backbone.layers, SITES, THRESHOLDS) as observer, torch.no_grad():
         run = forward_function(backbone.module)
         run(token_ids(2), None)
         with observer.batch(empty.numpy()):
             run(token_ids(1), None)
         with observer.batch(FULL.numpy()):
             run(token_ids(), FULL.long())
-            backbone.structure.layers[0].taps["mlp"].module(torch.ones(ROWS, TOKENS, 32))
+            backbone.layers[0].taps["mlp"].module(torch.ones(ROWS, TOKENS, 32))
         run(token_ids(3), None)
     assert all(once[key].equals(stats) for key, stats in observer.result().items())
     assert observed(backbone, [(token_ids(), empty)]) == {}
@@ -183,11 +183,11 @@ def test_hooks_leave_no_trace(family: str) -> None:
 
     before = output()
     backbone = open_module(model)
-    with observe(backbone.structure.layers, SITES, THRESHOLDS) as observer, observer.batch(np.ones(ids.shape, bool)):
+    with observe(backbone.layers, SITES, THRESHOLDS) as observer, observer.batch(np.ones(ids.shape, bool)):
         assert torch.equal(output(), before)
     with (
         pytest.raises(RuntimeError, match="on purpose"),
-        observe(backbone.structure.layers, SITES, THRESHOLDS) as failing,
+        observe(backbone.layers, SITES, THRESHOLDS) as failing,
         failing.batch(np.ones(ids.shape, bool)),
     ):
         output()
@@ -201,7 +201,7 @@ def test_hooks_leave_no_trace(family: str) -> None:
 def test_hooks_of_others_stay() -> None:
     backbone = opened(llama())
     calls: list[str] = []
-    layer = backbone.structure.layers[0].module
+    layer = backbone.layers[0].module
     layer.register_forward_hook(lambda *_: calls.append("theirs"))
     observed(backbone, [(token_ids(), FULL)])
     assert calls == ["theirs"] and len(layer._forward_hooks) == 1
@@ -210,7 +210,7 @@ def test_hooks_of_others_stay() -> None:
 def test_observers_nest() -> None:
     backbone = opened(llama())
     alone = observed(backbone, [(token_ids(), FULL)])
-    with observe(backbone.structure.layers, SITES, THRESHOLDS) as outer, outer.batch(FULL.numpy()):
+    with observe(backbone.layers, SITES, THRESHOLDS) as outer, outer.batch(FULL.numpy()):
         inner = observed(backbone, [(token_ids(), FULL)])
     assert all(stats.equals(inner[key]) for key, stats in alone.items())
     assert all(stats.equals(outer.result()[key]) for key, stats in alone.items())
@@ -221,7 +221,7 @@ def test_a_layer_is_concluded_after_its_last_pass() -> None:
     backbone = opened(llama())
     run = forward_function(backbone.module)
     kept = []
-    with observe(backbone.structure.layers, SITES, THRESHOLDS, passes=2) as observer, torch.no_grad():
+    with observe(backbone.layers, SITES, THRESHOLDS, passes=2) as observer, torch.no_grad():
         for seed in range(2):
             with observer.batch(FULL.numpy()):
                 run(token_ids(seed), FULL.long())
@@ -245,7 +245,7 @@ def test_the_inputs_of_linear_maps_are_counted_and_summed_by_unit() -> None:
     backbone = opened(llama())
     taken: dict[LayerKey, torch.Tensor] = {}
     with ExitStack() as stack:
-        for layer in backbone.structure.layers:
+        for layer in backbone.layers:
             for site, path in (("query_input", "self_attn.v_proj"), ("output_input", "self_attn.o_proj"),
                                ("up_input", "mlp.up_proj"), ("neuron", "mlp.down_proj")):  # fmt: skip
                 hook = lambda _m, args, key=(layer.index, site): taken.update({key: args[0].clone()})  # noqa: E731

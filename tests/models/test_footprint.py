@@ -87,7 +87,7 @@ def test_operations_are_those_that_torch_counts(kind: str, family: str, folder_o
     ids = torch.arange(rows * tokens).reshape(rows, tokens)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone.module(input_ids=ids)
-    layers = {f"{type(backbone.module).__name__}.{layer.name}" for layer in backbone.structure.layers}
+    layers = {f"{type(backbone.module).__name__}.{layer.name}" for layer in backbone.layers}
     counted = sum(sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name in layers)
     assert counted > 0
     scan = 0.08  # of a state space, which is small but in a model as tiny as this

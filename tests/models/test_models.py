@@ -181,7 +181,7 @@ def test_a_decoder_and_an_encoder_load_as_backbones(fixture: str, request: pytes
     names = type(backbone.module).__name__, backbone.architecture, backbone.family
     assert names == ("LlamaModel", "LlamaForCausalLM", "llama") or names == ("BertModel", "BertModel", "bert")
     assert (backbone.hidden_size, backbone.dtype, backbone.attention_implementation) == (32, "float32", "sdpa")
-    assert len(backbone.structure.layers) == LAYERS
+    assert len(backbone.layers) == LAYERS
     assert not backbone.module.training
 
 
@@ -256,13 +256,13 @@ def test_the_sites_of_a_family(family: str, layers: str, points: tuple[str | Non
     backbone = open_module(tiny_model("masked" if family == "bert" else "causal", family))
     names = {module: name for name, module in backbone.module.named_modules()}
     wanted = dict(zip(("attention", "mlp", "neuron"), points, strict=True))
-    assert [layer.name for layer in backbone.structure.layers] == [f"{layers}.{i}" for i in range(LAYERS)]
-    for index, layer in enumerate(backbone.structure.layers):
+    assert [layer.name for layer in backbone.layers] == [f"{layers}.{i}" for i in range(LAYERS)]
+    for index, layer in enumerate(backbone.layers):
         assert (layer.index, names[layer.module], layer.call) == (index, layer.name, 0)
         taps = {site: tap for site, tap in layer.taps.items() if site not in INPUT_SITES}
         found = {site: f"{names[p.module].removeprefix(layer.name)[1:]}.{p.reads}" for site, p in taps.items()}
         assert found == {site: point for site, point in wanted.items() if point}
-    notes = backbone.structure.notes
+    notes = backbone.notes
     assert [note.split("'")[1] for note in notes] == [site for site, point in wanted.items() if not point]
     assert all("is absent" in note for note in notes)
 
@@ -304,7 +304,7 @@ QUERIES = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_att
     ],
 )
 def test_the_linear_maps_of_a_family_and_what_they_read(family: str, wanted: dict[str, Any]) -> None:
-    for layer in open_module(tiny_model("masked" if family == "bert" else "causal", family)).structure.layers:
+    for layer in open_module(tiny_model("masked" if family == "bert" else "causal", family)).layers:
         found: dict[str, Any] = {}
         for one in layer.projections:
             assert layer.module.get_submodule(one.path) is one.module
@@ -319,7 +319,7 @@ def test_the_linear_maps_of_a_family_and_what_they_read(family: str, wanted: dic
 
 
 def test_each_call_of_a_shared_layer_is_a_layer() -> None:
-    structure = open_module(tiny_model("masked", "albert")).structure
+    structure = open_module(tiny_model("masked", "albert"))
     name = "encoder.albert_layer_groups.0"
     assert [layer.name for layer in structure.layers] == [name, f"{name}#1", f"{name}#2"]
     assert [layer.call for layer in structure.layers] == [0, 1, 2]
@@ -334,7 +334,7 @@ def test_a_named_layer_list_is_taken_where_none_is_found() -> None:
     assert caught.value.hint is not None
     assert "attentions (3 x MultiHeadAttention), ffns (3 x TransformerFFN)" in caught.value.hint
     assert "`layers`" in caught.value.hint
-    layers = open_module(model, layers="ffns").structure.layers
+    layers = open_module(model, layers="ffns").layers
     assert [layer.name for layer in layers] == ["ffns.0", "ffns.1", "ffns.2"]
 
 

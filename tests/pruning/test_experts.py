@@ -62,7 +62,7 @@ def mixture(family: str, experts: int = 4, **changes: Any) -> Any:
 
 
 def plan_of(folder: Path, model: Any, drop: Sequence[Any]) -> Plan:
-    layers = open_module(model).structure.layers
+    layers = open_module(model).layers
     path = layers[0].name.rpartition(".")[0]
     return Plan(model=str(folder), num_layers=len(layers), layers=path, drop=tuple(drop), why={"by": "hand"})
 
@@ -73,7 +73,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def masked_logits(model: Any, drop: Sequence[Expert]) -> torch.Tensor:
-    layers = open_module(model).structure.layers
+    layers = open_module(model).layers
     require_experts(layers, drop)
     with without_experts(layers, drop):
         return logits_of(model)
@@ -81,7 +81,7 @@ def masked_logits(model: Any, drop: Sequence[Expert]) -> torch.Tensor:
 
 def experts_of(model: Any, *indices: int) -> list[Expert]:
     """These experts of each layer that has any."""
-    layers = [layer for layer in open_module(model).structure.layers if find_routed_experts(layer.module)]
+    layers = [layer for layer in open_module(model).layers if find_routed_experts(layer.module)]
     return [Expert(layer.index, expert) for layer in layers for expert in indices]
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_without_experts_computes_what_masking_does(family: str, tm
 def test_masks_of_passes_may_overlap_and_end_in_any_order() -> None:
     """And those that nest add up; the logits that the router gives of removed experts are minus infinity."""
     model = mixture("qwen3_moe")
-    layers = open_module(model).structure.layers
+    layers = open_module(model).layers
     both = masked_logits(model, [Expert(1, 0), Expert(1, 2)])
     with without_experts(layers, [Expert(1, 0)]), without_experts(layers, [Expert(1, 2)]):
         assert torch.equal(logits_of(model), both)
@@ -128,7 +128,7 @@ def test_masks_of_passes_may_overlap_and_end_in_any_order() -> None:
 
 def test_gradients_reach_the_rows_of_the_remaining_experts() -> None:
     model = mixture("mixtral")
-    with without_experts(open_module(model).structure.layers, [Expert(0, 3)]):
+    with without_experts(open_module(model).layers, [Expert(0, 3)]):
         model(IDS, use_cache=False).logits.square().sum().backward()
     gradient = model.model.layers[0].mlp.gate.weight.grad
     assert not gradient[3].any() and gradient[:3].abs().sum(dim=1).all()
@@ -143,7 +143,7 @@ def test_groups_of_a_router_stay_of_equal_size(tmp_path: Path) -> None:
     assert prune(str(tmp_path / "whole"), plan_of(tmp_path, whole, drop), tmp_path / "less")["difference"] <= 1e-5
     less = AutoModelForCausalLM.from_pretrained(tmp_path / "less").eval()
     assert float((logits_of(less) - masked_logits(whole, drop)).abs().max()) <= 1e-5
-    layers = open_module(whole).structure.layers
+    layers = open_module(whole).layers
     with pytest.raises(ModelError, match="2 groups of 4 experts each, of which 2 to 4 would remain"):
         require_experts(layers, experts_of(whole, 1, 2))
     with pytest.raises(ModelError, match="1 expert would remain in each of the 2 groups"):
@@ -180,7 +180,7 @@ def test_experts_of_a_quantized_checkpoint_are_copied_as_they_are_stored(tmp_pat
 )
 def test_families_whose_routers_are_not_understood_are_refused(family: str, told: str, tmp_path: Path) -> None:
     model = tiny_model("causal", family)
-    layers = open_module(model).structure.layers
+    layers = open_module(model).layers
     with pytest.raises(ModelError, match=told):
         require_experts(layers, [Expert(1, 0)])
     model.save_pretrained(tmp_path / "whole")
@@ -191,7 +191,7 @@ def test_families_whose_routers_are_not_understood_are_refused(family: str, told
 
 def test_experts_that_cannot_go(tmp_path: Path) -> None:
     model = mixture("qwen3_moe")
-    layers = open_module(model).structure.layers
+    layers = open_module(model).layers
     with pytest.raises(ModelError, match="There is no expert 4 in layer 1: it has 4, from 0"):
         require_experts(layers, [Expert(1, 4)])
     with pytest.raises(
@@ -344,7 +344,7 @@ def saved(family: str, folder: Path, save: Save, **changes: Any) -> tuple[Any, P
 
 
 def fused(model: Any, layer: int) -> torch.nn.Module:
-    block = open_module(model).structure.layers[layer].module
+    block = open_module(model).layers[layer].module
     routed = find_routed_experts(block)
     assert routed is not None
     return block.get_submodule(routed.experts)
@@ -425,7 +425,7 @@ def test_fits_of_experts_average_to_what_experts_give() -> None:
     torch.manual_seed(0)
     chosen = ChosenUnits(torch.randn(9, 2, 5), torch.stack([torch.randperm(4)[:2] for _ in range(9)]), torch.rand(9, 2))
     matrices = torch.randn(4, 5, 3)
-    layer = open_module(mixture("qwen3_moe")).structure.layers[1]
+    layer = open_module(mixture("qwen3_moe")).layers[1]
     down = find_down_projections(layer.experts.module)
     projection = OutputProjection(layer, "mlp.experts", None, 1.0, down=down, remaining=(0, 1, 2, 3), chosen=2)
     call = CapturedCall(torch.zeros(9, 1), torch.zeros(9, 1), chosen)
@@ -444,7 +444,7 @@ def test_fits_of_experts_average_to_what_experts_give() -> None:
 def test_streaming_writes_the_same_bytes(family: str, tmp_path: Path, save_checkpoint: Save) -> None:
     """Without an expert of each layer, and without the last layer."""
     whole, folder = saved(family, tmp_path / "whole", save_checkpoint)
-    last = len(open_module(whole).structure.layers) - 1
+    last = len(open_module(whole).layers) - 1
     drop = [expert for expert in experts_of(whole, 2) if expert.layer < last] + [last]
     record = assert_streaming_writes_the_same_bytes(folder, plan_of(folder, whole, drop), "map", tmp_path)
     assert (record.cuts[-1].removed, record.cuts[-1].experts) == ((last,), (2,))

@@ -64,7 +64,7 @@ def test_skipped_layers_leave_no_trace() -> None:
     run = forward_function(backbone.module)
     with torch.no_grad():
         before = first_tensor(run(IDS, None))
-        with skipping(backbone.structure.layers, {0, 3}):
+        with skipping(backbone.layers, {0, 3}):
             skipped = [first_tensor(run(IDS, None)) for _ in range(2)]
         after = first_tensor(run(IDS, None))
         model.model.layers = torch.nn.ModuleList([model.model.layers[1], model.model.layers[2]])
@@ -93,7 +93,7 @@ def test_a_pruned_checkpoint_of_a_family(kind: str, family: str, tmp_path: Path)
     whole.config.problem_type = "single_label_classification"
     whole.config.task_specific_params = {"1": {"prefix": "1: "}}
     whole.save_pretrained(tmp_path / "whole")
-    layers = open_module(whole).structure.layers
+    layers = open_module(whole).layers
     path = layers[0].name.rpartition(".")[0]
     drop = len(layers) - 1 if family == "deepseek_v3" else 1
     plan = plan_of(tmp_path, drop, number=len(layers), layers=path)
@@ -177,7 +177,7 @@ def test_families_that_are_refused(family: str, drop: int, told: str, tmp_path: 
     if family == "gpt2":
         model.config.scale_attn_by_inverse_layer_idx = True
     model.save_pretrained(tmp_path / "whole")
-    layers = open_module(model.eval()).structure.layers
+    layers = open_module(model.eval()).layers
     path = layers[0].name.rpartition(".")[0]
     with pytest.raises(PlanError, match=told):
         prune(str(tmp_path / "whole"), plan_of(tmp_path, drop, number=len(layers), layers=path), tmp_path / "less")

@@ -70,7 +70,7 @@ def repair_of(by: str = "map", *corpora: str, **options: Any) -> Repair:
 
 def whole_of(model: Any, folder: Path, save: Save) -> tuple[Path, Plan]:
     """A saved model, and a plan without its second layer."""
-    layers = open_module(model).structure.layers
+    layers = open_module(model).layers
     path = layers[0].name.rpartition(".")[0]
     plan = Plan(model=str(folder), num_layers=len(layers), layers=path, drop=(1,), why={})
     return save(model, folder), plan
@@ -99,7 +99,7 @@ def test_a_repaired_checkpoint_is_the_model_repaired_in_place(
     assert changed and all(".0." in name for name in changed)
     assert ("lm_head.weight" in stored) == ("lm_head.weight" in before)
     parameters = dict(whole.named_parameters())
-    with torch.no_grad(), skipping(open_module(whole).structure.layers, {1}):
+    with torch.no_grad(), skipping(open_module(whole).layers, {1}):
         unrepaired = whole(IDS, use_cache=False).logits
         for name in changed:
             parameters[next(n for n in parameters if n.endswith(name))].copy_(stored[name])
@@ -127,7 +127,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def projection(norm: str | None = None, factor: float = 1.0) -> OutputProjection:
-    layer = open_module(llama()).structure.layers[0]
+    layer = open_module(llama()).layers[0]
     return OutputProjection(layer, "mlp.down_proj", norm, factor)
 
 

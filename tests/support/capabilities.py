@@ -153,7 +153,7 @@ def score(model: Any) -> tuple[str, ...]:
     """Observe and score a model; the sites that it has."""
     backbone = open_module(model)
     stats = observe_twice(backbone, forward_function(backbone.module), tiny_batch())
-    layers = [layer.name for layer in backbone.structure.layers]
+    layers = [layer.name for layer in backbone.layers]
     rows = score_run(stats, layers)
     block = [r for r in rows if (r["site"], r["recipe"], r["threshold"]) == ("block", "pooled", 1e-5)]
     assert len(block) == len(layers)
@@ -167,7 +167,7 @@ def observe_twice(backbone: Backbone, run: Callable, input_ids: torch.Tensor) ->
     with torch.no_grad():
         before = last_hidden(run(input_ids, None))
         with (
-            observe(backbone.structure.layers, SITES, THRESHOLDS) as observer,
+            observe(backbone.layers, SITES, THRESHOLDS) as observer,
             observer.batch(np.ones(input_ids.shape, bool)),
         ):
             during = last_hidden(run(input_ids, None))
@@ -227,7 +227,7 @@ def own_predictor(model: Any) -> Any:
 
 def prune_a_layer(model: Any, folder: Path) -> None:
     """Write ``less`` beside ``whole``, without layer 1, or another if the family keeps that."""
-    names = [layer.name.partition("#")[0] for layer in open_module(model).structure.layers]
+    names = [layer.name.partition("#")[0] for layer in open_module(model).layers]
     refusals = []
     for drop in (1, 0, 2):
         plan = Plan(

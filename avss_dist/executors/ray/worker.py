@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+import torch
 from ray.util import get_node_ip_address
 
 from avss_dist.core.errors import ModelError
@@ -22,7 +23,7 @@ from avss_dist.measure.shard import analyze_shard, follow
 from avss_dist.models.checkpoints import Checkpoint, convert_pickles, resolve
 from avss_dist.partition.replica import Replica
 from avss_dist.stats.layer_stats import ShardResult
-from avss_dist.system.devices import pick_device, use_threads
+from avss_dist.system.devices import pick_device
 from avss_dist.system.streams import progress_to
 from avss_dist.tasks.cells import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
@@ -147,7 +148,7 @@ class Worker:
     """
 
     def __init__(self, name: str, threads: int, monitor: Any) -> None:
-        use_threads(threads)
+        torch.set_num_threads(threads)
         self._name, self._monitor = name, monitor
         self._count, self._opening = 0, True
         self._doing: Doing | None = None

@@ -33,9 +33,9 @@ from avss_dist.partition.streaming.buffers import buffer_bytes
 from avss_dist.partition.streaming.passes import FORKS, RECORD, Fork, Passes, Record
 from avss_dist.partition.streaming.weights import StreamedWeights
 from avss_dist.stats.layer_stats import Float64
+from avss_dist.system.devices import SPARE_SHARE
 from avss_dist.system.process import bound
 
-SPARE_SHARE = 0.9  # of what a GPU has free
 T = TypeVar("T")
 MAX_WAITING_BYTES = 2 << 30  # of hidden states of all waiting passes, without a limit by the user
 

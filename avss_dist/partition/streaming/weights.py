@@ -21,7 +21,7 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoints import Checkpoint
 from avss_dist.models.loading import build_model, text_config
-from avss_dist.models.quantization import quantization_method, unpacking_bytes, unpacking_quantizer
+from avss_dist.models.quantization import quantization_method, ready_quantizer, unpacking_bytes
 from avss_dist.models.safetensors import DTYPES, StoredTensor, tensors_of, weight_files
 from avss_dist.partition.streaming.buffers import (
     ELSEWHERE,
@@ -128,7 +128,7 @@ class StreamedWeights:
                 f"'{checkpoint.name}' is quantized ({method}); `partition` streaming computes with unpacked weights.",
                 "Set `dequantize`.",
             )
-        quantizer = unpacking_quantizer(checkpoint, config) if method else None
+        quantizer = ready_quantizer(checkpoint, config, settings) if method else None
         unread: dict[str, _Placeholder] = {}
         for tensor in (tensor for file in weight_files(checkpoint.folder) for tensor in tensors_of(file)):
             if tensor.dtype not in DTYPES:
