@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
@@ -104,7 +104,7 @@ class LocalExecutor:
                     for cell in cells:
                         result: CellResult | AvssError
                         try:
-                            with progress_to(partial(underway or _ignore, cell)):
+                            with progress_to(partial(underway, cell)) if underway else nullcontext():
                                 result = measure_cell(replica.language_model, cell)
                         except Exception as error:
                             result = as_failure(error)
@@ -118,10 +118,6 @@ class LocalExecutor:
 
     def close(self) -> None:
         """Do nothing: nothing outlives `run`."""
-
-
-def _ignore(cell: Cell, what: str, share: float) -> None:
-    """Ignore the progress of a cell."""
 
 
 def shards_at_once(replica: Replica, spec: ReplicaSpec, strata: int = 1) -> int:

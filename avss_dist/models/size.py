@@ -223,10 +223,15 @@ def load_skeleton(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Che
     """
 
     def build() -> tuple[Checkpoint, Any, list[TensorInfo]]:
-        resolved, tensors = _open(checkpoint, settings)
-        config = text_config(
-            resolved, trust_remote_code=settings.trust_remote_code, tensors=None if resolved.gguf else tensors
-        )
+        code = settings.trust_remote_code
+        resolved = locate(checkpoint) if isinstance(checkpoint, str) else checkpoint
+        if resolved is None:  # on the hub
+            spec = str(checkpoint)
+            resolved = fetch_files(spec, ["config.json", *(["*.py"] if code else [])])
+            tensors = list(hub_tensors(spec, resolved))
+        else:
+            tensors = list(stored_tensors(resolved))
+        config = text_config(resolved, trust_remote_code=code, tensors=None if resolved.gguf else tensors)
         return resolved, skeleton(config, settings, compute_dtype(resolved, config, settings, tensors)), tensors
 
     return _shared(("skeleton", checkpoint, settings), build)
@@ -358,15 +363,3 @@ def _mlp_width(layer: nn.Module, chosen: float) -> int:
         elif not _ATTENTION.search(name.rpartition(".")[0]):
             width += max(shape)
     return int(width)
-
-
-def _open(checkpoint: Checkpoint | str, settings: Settings) -> tuple[Checkpoint, list[TensorInfo]]:
-    """Return a checkpoint whose configuration is on this machine, and the tensors that its headers list."""
-    if isinstance(checkpoint, str):
-        spec, code = checkpoint, settings.trust_remote_code
-        local = locate(spec)
-        if local is None:
-            fetched = fetch_files(spec, ["config.json", *(["*.py"] if code else [])])
-            return fetched, list(hub_tensors(spec, fetched))
-        checkpoint = local
-    return checkpoint, list(stored_tensors(checkpoint))

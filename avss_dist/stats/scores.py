@@ -234,49 +234,25 @@ class SiteTable:
         return self.weights @ by_shard
 
     @cached_property
-    def units(self) -> list[tuple[_Units, _Units | None]]:
-        """Reductions over units by layer: of the merged statistics and, with weights, of each weighted statistic.
+    def units(self) -> list[tuple[Float64, Float64, dict[Threshold, Float64]]]:
+        """Reductions of unit means over units by layer: variance, finite means, and means near zero by threshold.
 
-        Layers are reduced one at a time to bound memory. Means are NaN if no token is finite throughout, so that an
-        overflow is not taken for a mean of zero.
+        Each is float64[1 + weights]: of the merged statistics and, with weights, of each weighted statistic. Layers
+        are reduced one at a time to bound memory. Means are NaN if no token is finite throughout, so that an overflow
+        is not taken for a mean of zero.
         """
-        return [self._units_of(layer, merged) for layer, merged in enumerate(self.merged)]
-
-    def _units_of(self, layer: int, merged: LayerStats) -> tuple[_Units, _Units | None]:
-        means = merged.unit_sum / (merged.unit_count or np.nan)
-        at = {threshold: threshold.at(merged) for threshold in self.thresholds}
-        if self.weights is None:
-            return _Units.of_means(means, at), None
-        partials = [shard[layer] for shard in self.shards]
-        sums = np.stack([p.unit_sum if p.unit_sum.size else np.zeros_like(means) for p in partials])
-        tokens = self.weights @ np.array([p.unit_count for p in partials], float)
-        return _Units.of_means(means, at), _Units.of_means(_ratio(self.weights @ sums, tokens[:, None]), at)
-
-
-@dataclass(frozen=True)
-class _Units:
-    """Reductions of unit means over units, float64[...] each.
-
-    Attributes:
-        variance: population variance of the means.
-        finite: number of finite means.
-        near_zero: number of means with abs(mean) below a threshold, by threshold.
-    """
-
-    variance: Float64
-    finite: Float64
-    near_zero: dict[Threshold, Float64]
-
-    @staticmethod
-    def of_means(means: Float64, at: Mapping[Threshold, float]) -> _Units:
-        """Reduce unit means, float64[..., units].
-
-        Args:
-            at: absolute value of each threshold.
-        """
-        sizes = np.abs(means)
-        near_zero = {threshold: (sizes < value).sum(axis=-1).astype(float) for threshold, value in at.items()}
-        return _Units(means.var(axis=-1), np.isfinite(means).sum(axis=-1).astype(float), near_zero)
+        reduced = []
+        for layer, merged in enumerate(self.merged):
+            means = merged.unit_sum[None] / (merged.unit_count or np.nan)
+            if self.weights is not None:
+                partials = [shard[layer] for shard in self.shards]
+                sums = np.stack([p.unit_sum if p.unit_sum.size else np.zeros_like(means[0]) for p in partials])
+                tokens = self.weights @ np.array([p.unit_count for p in partials], float)
+                means = np.vstack([means, _ratio(self.weights @ sums, tokens[:, None])])
+            sizes = np.abs(means)
+            near_zero = {t: (sizes < t.at(merged)).sum(axis=-1).astype(float) for t in self.thresholds}
+            reduced.append((means.var(axis=-1), np.isfinite(means).sum(axis=-1).astype(float), near_zero))
+        return reduced
 
 
 def _ratio(numerator: Float64, denominator: Float64) -> Float64:
@@ -307,9 +283,8 @@ def _element_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
 
 
 def _unit_variance(table: SiteTable) -> tuple[Float64, Float64 | None]:
-    variance = np.array([merged.variance for merged, _ in table.units])
-    resampled = [units.variance for _, units in table.units if units is not None]
-    return variance, np.stack(resampled, axis=1) if resampled else None
+    rows = np.stack([variance for variance, *_ in table.units], axis=1)
+    return rows[0], None if table.weights is None else rows[1:]
 
 
 Counts = tuple[Float64, Float64, Float64 | None, Float64 | None]
@@ -336,13 +311,11 @@ def _element_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
 
 
 def _unit_sparsity(table: SiteTable, threshold: Threshold) -> Counts:
-    near_zero = np.array([merged.near_zero[threshold] for merged, _ in table.units])
-    finite = np.array([merged.finite for merged, _ in table.units])
-    resampled = [units for _, units in table.units if units is not None]
-    if not resampled:
-        return near_zero, finite, None, None
-    near_zeros = np.stack([units.near_zero[threshold] for units in resampled], axis=1)
-    return near_zero, finite, near_zeros, np.stack([units.finite for units in resampled], axis=1)
+    near_zero = np.stack([counts[threshold] for *_, counts in table.units], axis=1)
+    finite = np.stack([number for _, number, _ in table.units], axis=1)
+    if table.weights is None:
+        return near_zero[0], finite[0], None, None
+    return near_zero[0], finite[0], near_zero[1:], finite[1:]
 
 
 _VARIANCE = {"pooled": _pooled_variance, "element": _element_variance, "unit": _unit_variance}

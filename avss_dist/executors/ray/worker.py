@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import torch
@@ -32,24 +32,6 @@ from avss_dist.warehouse.store import Receipt, SharedWarehouse
 
 BEAT_SECONDS = 1.0
 UnitResult = ShardResult | Receipt | CellResult
-
-
-class Assignment(Protocol):
-    """The work of one rank for one unit. It is pickled."""
-
-    def resolved(self, blocks: Sequence[Sequence[Shard]]) -> Assignment:
-        """Return the assignment with its rows, which are in one of the blocks of shards that Ray brings to a node."""
-
-    def run(
-        self, spec: ReplicaSpec, model: Replica, heartbeat: Heartbeat, computed: Callable[[], None]
-    ) -> UnitResult | None:
-        """Return the result, or None where this rank reports none.
-
-        Args:
-            model: the replica that `executors.interface.ReplicaSpec.open` returned.
-            heartbeat: to be called whenever a layer begins.
-            computed: may be called when the model can be used for another unit.
-        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +66,11 @@ class ShardAssignment:
         """Measure the shard, and return its result, or None where this rank reports none.
 
         The partial is encoded and written here, for there are more workers than drivers.
+
+        Args:
+            model: the replica that `executors.interface.ReplicaSpec.open` returned.
+            heartbeat: to be called whenever a layer begins.
+            computed: may be called when the model can be used for another unit.
         """
         if self.shard is None:
             follow(model, self.forwards)
@@ -130,11 +117,15 @@ class CellAssignment:
     ) -> CellResult | None:
         """Measure the cell, and return its result, or None on ranks that report none.
 
-        Every rank of a replica takes the cell, and rank 0 reports.
+        Every rank of a replica takes the cell, and rank 0 reports. See `ShardAssignment.run` for the arguments.
         """
         assert model.language_model is not None
         result = measure_cell(model.language_model, self.cell, rows=self.rows, heartbeat=heartbeat)
         return result if model.language_model.reports else None
+
+
+Assignment = ShardAssignment | CellAssignment
+"""Work of one rank for one unit. It is pickled."""
 
 
 class Worker:

@@ -6,7 +6,6 @@ import ctypes
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -15,15 +14,8 @@ import torch
 from avss_dist.core.errors import RunFailed
 from avss_dist.partition.memory import OffloadFolder
 
-
-@dataclass
-class _Offloaded:
-    """Emptied storage whose bytes are in host memory or in a file."""
-
-    storage: torch.UntypedStorage
-    size: int
-    host: torch.Tensor | None
-    file: Path | None
+_Offloaded = tuple[torch.UntypedStorage, int, torch.Tensor | Path]
+"""Emptied storage, its size, and its bytes in host memory or the file that has them."""
 
 
 class HiddenStateOffloader:
@@ -68,13 +60,13 @@ class HiddenStateOffloader:
 
     def restore(self, batch: Hashable) -> None:
         """Move the hidden states of a batch back into the storages of its tensors."""
-        for entry in self._offloaded.pop(batch, []):
-            entry.storage.resize_(entry.size)
-            if entry.file:
-                _read(entry.file, entry.storage)
-                entry.file.unlink()
-            elif entry.host is not None:
-                _as_tensor(entry.storage).copy_(entry.host, non_blocking=True)
+        for storage, size, place in self._offloaded.pop(batch, []):
+            storage.resize_(size)
+            if isinstance(place, Path):
+                _read(place, storage)
+                place.unlink()
+            else:
+                _as_tensor(storage).copy_(place, non_blocking=True)
         for held in self._held.values():
             held.pop(batch, None)
 
@@ -92,13 +84,12 @@ class HiddenStateOffloader:
         fits = self._take("host", batch, size)
         if fits and self._device.type == "cpu":
             return None
-        host = None
         if fits:
             host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             host.copy_(_as_tensor(storage), non_blocking=True)
-        file = None if fits else self._write(storage)
+        place = host if fits else self._write(storage)
         storage.resize_(0)
-        return _Offloaded(storage, size, host, file)
+        return storage, size, place
 
     def _write(self, storage: torch.UntypedStorage) -> Path:
         self._folder = self._folder or OffloadFolder(storage.nbytes())

@@ -228,7 +228,8 @@ class Passes:
         self._device_bytes, self.host_bytes = device_bytes, host_bytes
         self._buffers: list[AnyBuffer] = []
         self._modules = list(modules)
-        self._pausing = [_PausingLayer(module, index) for index, module in enumerate(modules)]
+        for index, module in enumerate(modules):
+            _pause(module, index)
 
     @property
     def running(self) -> bool:
@@ -300,53 +301,45 @@ class Passes:
 
     def call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call a layer whose weights are loaded."""
-        return self._pausing[self.index(layer)].call(*args, **kwargs)
+        return super(type(layer), layer).__call__(*args, **kwargs)  # of the class that it had before it was paused
 
     def close(self) -> None:
         """Restore the layers' classes."""
-        for layer in self._pausing:
-            layer.remove()
+        for layer in self._modules:
+            layer.__class__ = type(layer).__bases__[0]
 
 
-class _PausingLayer:
-    """Extension of a layer that first switches to the scheduler's greenlet, when a pass calls it.
+def _pause(layer: nn.Module, index: int) -> None:
+    """Have a layer first switch to the scheduler's greenlet, when a pass calls it.
 
     The layer stays the same module, with its hooks and attributes. Only the ``__call__`` of its class is extended.
     """
+    kind = type(layer)
 
-    def __init__(self, layer: nn.Module, index: int) -> None:
-        self._layer, self._kind, self._index = layer, type(layer), index
+    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _arrive(layer, index, partial(kind.__call__, layer), *args, **kwargs)
 
-        def call(_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self._arrive(*args, **kwargs)
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    layer.__class__ = type(kind.__name__, (kind,), {**names, "__call__": call})
 
-        names = {name: getattr(self._kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        layer.__class__ = type(self._kind.__name__, (self._kind,), {**names, "__call__": call})
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer itself, whose weights are loaded."""
-        return self._kind.__call__(self._layer, *args, **kwargs)
-
-    def _arrive(self, *args: Any, **kwargs: Any) -> Any:
-        current, record, skip = _PASS.get(), RECORD.get(), skip_of(self._layer)
-        assert current is not None, "a layer was called outside of Passes.run"
-        current.calls += 1
-        hidden = input_tensor(args, kwargs)
-        current.note(hidden)
-        if skip is not None and skip.form is not None:
-            return skip(self.call, *args, **kwargs)
-        forks = FORKS.get().get(self._layer, ())
-        current.layer = self._index
-        current.forks = [] if hidden is None else [partial(fork, hidden.clone()) for fork in forks]
-        scheduler = getcurrent().parent
-        assert scheduler is not None
-        scheduler.switch()  # until the layer's weights are loaded
-        if skip is not None or record is None:
-            return self.call(*args, **kwargs)
-        record.keep(self._layer, args, kwargs)
-        output = self.call(*args, **kwargs)
-        return record.cut(output) if self._layer is record.last else output
-
-    def remove(self) -> None:
-        """Restore the layer's class."""
-        self._layer.__class__ = self._kind
+def _arrive(layer: nn.Module, index: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wait until the weights of a layer are loaded, and call it."""
+    current, record, skip = _PASS.get(), RECORD.get(), skip_of(layer)
+    assert current is not None, "a layer was called outside of Passes.run"
+    current.calls += 1
+    hidden = input_tensor(args, kwargs)
+    current.note(hidden)
+    if skip is not None and skip.form is not None:
+        return skip(call, *args, **kwargs)
+    forks = FORKS.get().get(layer, ())
+    current.layer = index
+    current.forks = [] if hidden is None else [partial(fork, hidden.clone()) for fork in forks]
+    scheduler = getcurrent().parent
+    assert scheduler is not None
+    scheduler.switch()  # until the layer's weights are loaded
+    if skip is not None or record is None:
+        return call(*args, **kwargs)
+    record.keep(layer, args, kwargs)
+    output = call(*args, **kwargs)
+    return record.cut(output) if layer is record.last else output
