@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
@@ -72,19 +72,13 @@ class LocalExecutor:
                 except Exception as error:
                     yield from ((run, as_failure(error)) for run in same)
                     continue
-                try:
-                    settings = spec.settings
-                    with attached(replica.layers, settings.sites, experts=settings.experts) as hooks:
-                        for run in same:
-                            strata = max((shard.num_strata for shard in run.shards), default=1)
-                            at_once = shards_at_once(replica, spec, strata)
-                            threads = at_once + (
-                                replica.device.type != "cpu"
-                            )  # one more to conclude shards that a GPU has measured
-                            with ThreadPoolExecutor(threads) as pool:
-                                yield from _measure(run, replica, hooks, pool, threads, Semaphore(at_once))
-                finally:
-                    replica.close()
+                sites, experts = spec.settings.sites, spec.settings.experts
+                with closing(replica), attached(replica.layers, sites, experts=experts) as hooks:
+                    for run in same:
+                        at_once = shards_at_once(replica, spec, max((s.num_strata for s in run.shards), default=1))
+                        threads = at_once + (replica.device.type != "cpu")  # one concludes shards that a GPU measured
+                        with ThreadPoolExecutor(threads) as pool:
+                            yield from _measure(run, replica, hooks, pool, threads, Semaphore(at_once))
 
     def run_cells(
         self, rounds: Iterator[Sequence[Cell]], underway: Underway | None = None
@@ -99,7 +93,7 @@ class LocalExecutor:
                 except Exception as error:
                     yield from ((cell, as_failure(error)) for cell in cells)
                     continue
-                try:
+                with closing(replica):
                     assert replica.language_model is not None
                     for cell in cells:
                         result: CellResult | AvssError
@@ -109,8 +103,6 @@ class LocalExecutor:
                         except Exception as error:
                             result = as_failure(error)
                         yield cell, result
-                finally:
-                    replica.close()
 
     def apply(self, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
         """Return the results of a function, item by item."""

@@ -70,7 +70,7 @@ class Pass:
         strata: the mask of each stratum in these rows. Unpaired text has one stratum.
         masks, tokens: copies of the masks and the observed tokens, by device.
         first_tokens: positions of the first counted tokens, by device and stratum. See `first_tokens_on`.
-        own_places: positions of the tokens of `own_answers`, by device; for paired text.
+        own_places: positions of the counted tokens, by device. See `own_places_on`.
         calls: number of calls of each layer's module so far.
         entered: the running layer, or None.
     """
@@ -104,19 +104,15 @@ class Pass:
         return self.first_tokens[device]
 
     def own_places_on(self, device: torch.device) -> torch.Tensor:
-        """Return the flat indices of the tokens of `own_answers`, int64[tokens]."""
+        """Return the flat indices of counted tokens, int64[tokens], without answers that follow another prompt."""
         if device not in self.own_places:
-            assert self.own_answers is not None
-            self.own_places[device] = to_device(np.flatnonzero(self.own_answers.numpy()), device)
+            assert self.mask is not None
+            counted = self.mask.numpy()
+            if self.pairing:
+                after_own_prompt = [not label.endswith(AFTER_ANOTHER) for label in self.pairing.strata]
+                counted = counted & np.array(after_own_prompt)[:, None]
+            self.own_places[device] = to_device(np.flatnonzero(counted), device)
         return self.own_places[device]
-
-    @property
-    def own_answers(self) -> torch.Tensor | None:
-        """Mask without the rows of paired text in which an answer follows another prompt than its own."""
-        if self.mask is None or self.pairing is None:
-            return self.mask
-        after_own_prompt = [not label.endswith(AFTER_ANOTHER) for label in self.pairing.strata]
-        return self.mask & torch.tensor(after_own_prompt)[:, None]
 
 
 PASSES: ContextVar[tuple[Pass, ...]] = ContextVar("passes", default=())
@@ -228,8 +224,7 @@ def _read_experts(experts: Experts, current: Current, module: nn.Module, args: A
             id(routing.gates): torch.ones_like(counted.gates[:, slot]),
         }
         positional, keywords = with_replaced(args, kwargs, instead)
-        result: torch.Tensor = module.forward(*positional, **keywords)
-        return result
+        return module.forward(*positional, **keywords)
 
     outputs = (output(slice(slot, slot + 1)) for slot in range(counted.index.shape[1]))
     if now.observer.split.rank == 0:

@@ -67,7 +67,11 @@ def analyze_shard(
         observer, rows = halve_until_it_fits(
             lambda rows: _measure(replica, on_layers, list(shard.batches(rows)), forwards, settings, heartbeat),
             rows,
-            lambda rows: _too_large(replica, rows, settings),
+            lambda rows: BatchTooLarge(
+                f"{rows} x {settings.sequence_length} tokens do not fit in memory with the partition "
+                f"'{replica.model['partition']}'.",
+                "Use a smaller `sequence_length`, or a `partition` that holds less: device_map, fsdp, streaming.",
+            ),
             least=rows if PARTITIONS[replica.model["partition"]].gang else 1,
         )
     observer.send()
@@ -134,14 +138,6 @@ def counter_bytes(size: Footprint, settings: Settings, strata: int = 1) -> int:
     counts = PATTERNS * 4  # float32: half as many, of 8 bytes
     units = 16 * size.hidden_size * len(set(UNIT_SITES) & set(settings.sites))
     return strata * size.num_layers * (len(settings.sites) * counts + units)
-
-
-def _too_large(replica: Replica, rows: int, settings: Settings) -> BatchTooLarge:
-    return BatchTooLarge(
-        f"{rows} x {settings.sequence_length} tokens do not fit in memory with the partition "
-        f"'{replica.model['partition']}'.",
-        "Use a smaller `sequence_length`, or a `partition` that holds less: device_map, fsdp, streaming.",
-    )
 
 
 def _describe(replica: Replica, rows: int, settings: Settings) -> dict[str, Any]:

@@ -371,8 +371,7 @@ class LanguageModel:
                     logs = logits.log_softmax(dim=-1)
                     measured[1, piece] = -(logs.exp() * logs).sum(dim=-1).double()
         by_token[:, counted] = measured.cpu()
-        sums: Float64 = by_token.numpy().sum(axis=2)
-        return sums
+        return by_token.numpy().sum(axis=2)
 
     def _predicted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (positions, labels) of the counted predictions of a batch, int64[n] each, on the model's device.

@@ -374,25 +374,13 @@ def _file_hash(file: Path) -> str:
     return value
 
 
-@dataclass(frozen=True)
-class TrainingPoint:
-    """Point of a training at which a checkpoint was saved, from its name.
-
-    Attributes:
-        series: name of the training: the checkpoint's name with ``*`` in place of step and tokens.
-        step: the optimizer's step; None if the name has none.
-        tokens: number of tokens trained on so far; None if the name has none.
-    """
-
-    series: str
-    step: int | None
-    tokens: int | None
-
-
-def training_point(checkpoint: Checkpoint) -> TrainingPoint:
-    """Return the point of training in a checkpoint's name, its revision on the hub or the name of its folder.
+def training_point(checkpoint: Checkpoint) -> tuple[str, int | None, int | None]:
+    """Return the point of a training at which a checkpoint was saved, from its revision or the name of its folder.
 
     ``org/name@step3000-tokens12B`` is step 3,000 after 12e9 tokens of the series ``org/name@step*-tokens*``.
+
+    Returns:
+        Name of the training, the optimizer's step and the number of tokens trained on, or None if the name has none.
     """
     prefix, name = checkpoint.name, checkpoint.revision_name
     if checkpoint.source != "hub":
@@ -401,10 +389,10 @@ def training_point(checkpoint: Checkpoint) -> TrainingPoint:
     tokens = next(filter(None, (pattern.search(name) for pattern in _TOKENS)), None)
     matches = [match for match in (step, tokens) if match]
     if not matches:
-        return TrainingPoint(checkpoint.name, None, None)
+        return checkpoint.name, None, None
     for match in sorted(matches, key=lambda match: match.start(), reverse=True):
         name = f"{name[: match.start('number')]}*{name[match.end('unit') :]}"
-    return TrainingPoint(f"{prefix}{'@' if checkpoint.source == 'hub' else '/'}{name}", _number(step), _number(tokens))
+    return f"{prefix}{'@' if checkpoint.source == 'hub' else '/'}{name}", _number(step), _number(tokens)
 
 
 def _number(match: re.Match[str] | None) -> int | None:

@@ -71,8 +71,7 @@ class Head:
     def hidden_states(self, run: Callable[[], Any]) -> torch.Tensor:
         """Return the input of the head in the forward pass of ``run``, [rows, tokens, units], on any device."""
         if self.body is None:
-            logits: torch.Tensor = run().logits
-            return logits
+            return run().logits
         with self._reading(runs=False) as inputs:
             run()
         return inputs[0]

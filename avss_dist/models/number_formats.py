@@ -100,8 +100,7 @@ class NumberFormat:
         lowest, highest = torch.aminmax(groups, dim=-1, keepdim=self.group is None)
         whole = generate_gparam(*torch.aminmax(weight)) if self.tensor_bits else None
         scale, zero_point = calculate_qparams(lowest, highest, args, global_scale=whole)
-        rounded: torch.Tensor = fake_quantize(weight, scale, zero_point, args, global_scale=whole)
-        return rounded
+        return fake_quantize(weight, scale, zero_point, args, global_scale=whole)
 
     def _round_by_gguf(self, weight: torch.Tensor) -> torch.Tensor:
         import torch

@@ -43,20 +43,8 @@ def dense() -> Iterator[None]:
         yield
 
 
-@dataclass
-class SparsityCounts:
-    """Zeros and elements of the inputs of each map of a `Sparsity`, in its order: int64[2] on the device of the map."""
-
-    by_map: list[torch.Tensor | None]
-
-    def add(self, number: int, counts: torch.Tensor) -> None:
-        """Add the counts of one input of a map."""
-        before = self.by_map[number]
-        self.by_map[number] = counts if before is None else before + counts
-
-    def values(self) -> list[list[int]]:
-        """Return [zeros, elements] of every map."""
-        return [[0, 0] if counts is None else counts.tolist() for counts in self.by_map]
+SparsityCounts = Callable[[], list[list[int]]]
+"""Function that returns the numbers of [zeros, elements] so far in the inputs of each map of a `Sparsity`."""
 
 
 @contextmanager
@@ -71,13 +59,20 @@ def sparsified(model: nn.Module, layers: Sequence[Layer], sparsity: Sparsity) ->
         ModelError: the model lacks one of the maps, or the map has another shape.
     """
     projections = [find_projection(layers, cut) for cut in sparsity.maps]
-    counts = SparsityCounts([None] * len(projections))
+    sums: dict[int, torch.Tensor] = {}  # by map: int64[2], on its device
     norms: dict[nn.Module, torch.Tensor] = {}
+
+    def add(number: int, counts: torch.Tensor) -> None:
+        sums[number] = sums[number] + counts if number in sums else counts
+
+    def counts() -> list[list[int]]:
+        return [sums[number].tolist() if number in sums else [0, 0] for number in range(len(projections))]
+
     with bound(_TOKENS, None), ExitStack() as stack:
         begin = partial(_begin, sparsity.rule)
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for number, (cut, projection) in enumerate(zip(sparsity.maps, projections, strict=True)):
-            sparsify = partial(_sparsify, cut, projection.axes, norms, partial(counts.add, number))
+            sparsify = partial(_sparsify, cut, projection.axes, norms, partial(add, number))
             stack.callback(projection.module.register_forward_pre_hook(sparsify, with_kwargs=True).remove)
         yield counts
 

@@ -185,8 +185,7 @@ def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placemen
         ConfigError: the devices of this machine do not fit the placement.
     """
     torch.set_num_threads(settings.threads)
-    opened: Replica = replica_class(placement.partition)(checkpoint, settings, placement, head=head)
-    return opened
+    return replica_class(placement.partition)(checkpoint, settings, placement, head=head)
 
 
 def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:

@@ -281,7 +281,7 @@ class RunInProgress:
         """Write the run's row."""
         settings, corpus = self._planned.replica_spec.settings, self._planned.corpus
         checkpoint = self._planned.replica_spec.checkpoint
-        saved = training_point(checkpoint)
+        series, step, tokens = training_point(checkpoint)
         self._store.write_run(
             {
                 "run_id": self.run.run_id,
@@ -291,9 +291,9 @@ class RunInProgress:
                 "model": checkpoint.name,
                 "revision": checkpoint.revision,
                 "revision_name": checkpoint.revision_name or None,
-                "series": saved.series,
-                "training_step": saved.step,
-                "training_tokens": saved.tokens,
+                "series": series,
+                "training_step": step,
+                "training_tokens": tokens,
                 "replicas": self._planned.replicas,
                 "corpus": corpus.source,
                 "corpus_fingerprint": corpus.corpus_fingerprint,

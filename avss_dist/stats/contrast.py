@@ -92,7 +92,7 @@ def contrast(hallucinated: Parts, truthful: Parts) -> Float64:
     """Return log(AVSS on hallucinated / AVSS on truthful answers), float64[..., layers]. Undefined values are NaN."""
     scores = [avss(*side, smoothed=True) for side in (hallucinated, truthful)]
     with np.errstate(divide="ignore", invalid="ignore"):
-        contrasts: Float64 = np.log(scores[0] / scores[1])
+        contrasts = np.log(scores[0] / scores[1])
     return np.where(np.isfinite(contrasts), contrasts, np.nan)
 
 
@@ -184,8 +184,7 @@ def noise_floor(a: Answers, recipe: str) -> Float64:
 
 def floor_of(deviations: Float64) -> Float64:
     """Return the 95% quantile of |deviations|, float64[splits, layers], by layer: float64[layers]."""
-    floor: Float64 = np.quantile(np.abs(deviations), INTERVAL, axis=0)
-    return floor
+    return np.quantile(np.abs(deviations), INTERVAL, axis=0)
 
 
 def change_columns(own_prompt: Float64, other_prompt: Float64, left_out: Float64) -> dict[str, Float64]:

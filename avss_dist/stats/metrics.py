@@ -23,12 +23,9 @@ def retention_of(metric: str, before: Float64, after: Float64) -> Float64:
     """Return the retention of a metric. For a loss, it is the retention of the perplexity."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if metric == LOSS:
-            ratio: Float64 = np.exp(before - after)
-        elif metric.rpartition("/")[2].partition(",")[0] in LOWER_IS_BETTER:  # SUBTASK/METRIC,FILTER
-            ratio = before / after
-        else:
-            ratio = after / before
-    return ratio
+            return np.exp(before - after)
+        is_lower_better = metric.rpartition("/")[2].partition(",")[0] in LOWER_IS_BETTER  # SUBTASK/METRIC,FILTER
+        return before / after if is_lower_better else after / before
 
 
 def row_start_warning(losses: Mapping[str, float], model: str, corpus: str) -> tuple[float, str] | None:

@@ -92,7 +92,7 @@ def measure_cell(
             measured = cell.measure(model, removals)
         if changes.sparsity is None or counts is None:
             return measured
-        return [*measured, *_realized(changes.sparsity, model.total(counts.values()))]
+        return [*measured, *_realized(changes.sparsity, model.total(counts()))]
 
     def too_large(rows: int) -> BatchTooLarge:
         return BatchTooLarge(

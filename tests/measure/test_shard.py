@@ -283,12 +283,12 @@ def test_answers_after_another_prompt_are_not_own() -> None:
     zeros = np.zeros(3, np.int64)
     pairing = Pairing(rows=zeros, pairs=zeros, strata=("good", f"good{AFTER_ANOTHER}", "bad"), starts=zeros)
 
-    def own(mask: torch.Tensor | None, pairing: Pairing | None) -> torch.Tensor | None:
+    def own(mask: torch.Tensor, pairing: Pairing | None) -> list[int]:
         with observe([], (), ()) as observer:
-            return Pass(observer, mask, slice(None), {}, pairing).own_answers
+            return Pass(observer, mask, slice(None), {}, pairing).own_places_on(mask.device).tolist()
 
-    assert own(mask, pairing).tolist() == [[True, False], [False, False], [False, True]]
-    assert own(mask, None) is mask and own(None, pairing) is None
+    assert own(mask, pairing) == [0, 5]
+    assert own(mask, None) == mask.flatten().nonzero().flatten().tolist()
 
 
 def test_rows_come_in_the_order_of_their_places() -> None:

@@ -139,7 +139,7 @@ def test_a_patch_and_sparse_activations_stay_at_their_layers(model_of: ModelOf) 
     with model.applying(intervention) as counts:
         assert counts is not None
         assert torch.equal(generate(model), generate(model, use_cache=False))
-        zeros, elements = counts.values()[0]
+        zeros, elements = counts()[0]
     assert 0 < zeros < elements
 
 
@@ -152,7 +152,7 @@ def test_decoded_tokens_are_sparse_and_half_of_the_prompt(model_of: ModelOf) -> 
     with model.applying(Intervention(removed=(0,), sparsity=sparsity)) as counts:
         assert counts is not None
         generate(model)
-        _, elements = counts.values()[0]
+        _, elements = counts()[0]
     assert elements == inputs * (5 + 3 + 2 * (NEW_TOKENS - 1))
     assert not model.notes
 

@@ -51,8 +51,7 @@ class SharedPatch:
 
     def read(self) -> bytes:
         """Return the encoded weights from the copy on the worker's node."""
-        data: bytes = ray.get(self.data)
-        return data
+        return ray.get(self.data)
 
 
 def shape(placement: Placement) -> tuple[int, int]:

@@ -38,10 +38,8 @@ class HiddenStateOffloader:
         self._numbers = count()
         self._offloaded: dict[Hashable, list[_Offloaded]] = {}
 
-    def __enter__(self) -> HiddenStateOffloader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Delete what is in files."""
         if self._folder:
             self._folder.remove()
 

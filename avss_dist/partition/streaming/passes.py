@@ -10,7 +10,7 @@ import contextvars
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -272,7 +272,7 @@ class Passes:
         if not functions:
             return []
         offloader = HiddenStateOffloader(self._device, self._device_bytes, self.host_bytes)
-        with self.window() as window, offloader:
+        with self.window() as window, closing(offloader):
             try:
                 for i in range(len(functions)):
                     start(partial(keep, i))
@@ -301,7 +301,8 @@ class Passes:
 
     def call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call a layer whose weights are loaded."""
-        return super(type(layer), layer).__call__(*args, **kwargs)  # of the class that it had before it was paused
+        kind: Any = type(layer).__bases__[0]  # the class that it had before it was paused
+        return kind.__call__(layer, *args, **kwargs)
 
     def close(self) -> None:
         """Restore the layers' classes."""
