@@ -206,7 +206,7 @@ class ScheduleCallback(TrainerCallback):
         if step % math.ceil(schedule.steps / schedule.evaluations) == 0 or step >= schedule.steps:
             control.should_log = control.should_evaluate = control.should_save = True
         elif control.should_log:
-            age = all_gather(time.monotonic() - self._saved, args.device)[0]  # by the clock of rank 0
+            age = all_gather(time.monotonic() - self._saved)[0]  # by the clock of rank 0
             control.should_save = age > SAVE_SECONDS
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -229,7 +229,7 @@ class ScheduleCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark a checkpoint as complete, and delete all but it and the best one."""
-        all_gather(0, args.device)  # returns when every rank has written its part
+        all_gather(0)  # returns when every rank has written its part
         self._saved = time.monotonic()
         if not state.is_world_process_zero:
             return

@@ -47,7 +47,7 @@ def open_by_autotp(
         The model, whose taps exchange the units of the ranks.
 
     Raises:
-        ConfigError: there are more ranks than heads, or the attention does not run on a CPU.
+        ConfigError: the attention does not run on a CPU.
         ModelError: the model cannot be opened or observed, or DeepSpeed cannot split it correctly.
     """
     if settings.attention == "flash_attention_2":
@@ -58,7 +58,6 @@ def open_by_autotp(
     model = load_model(checkpoint, settings, head=head)
     with quiet(), quiet_deepspeed():
         whole = open_module(model, layers=settings.layers)
-        require_autotp(model.config.get_text_config(), split.ranks)
         run = forward_function(whole.module)
         logits = _logits(predictor(model), torch.device("cpu")) if head else None
         expected = probe(run, whole.layers, torch.device("cpu"))
@@ -73,7 +72,7 @@ def open_by_autotp(
             with _running(model):
                 split_logits = _logits(predictor(model), device)
             error = difference(logits, split_logits) if split_logits.shape == logits.shape else float("inf")
-            maximum = max(all_gather(error, device))
+            maximum = max(all_gather(error))
             if maximum > TOLERANCES.get(logits.dtype, 0.0):
                 raise _cannot_split(model, f"its logits are off by {maximum:.2g} of their size after the split")
     return replace(whole, layers=layers)
@@ -210,7 +209,7 @@ def _check(model: Any, layers: Sequence[Layer], expected: Probe, actual: Probe, 
             rows = split.rows(len(part))
             got, reference = tap.exchange(part) if tap.exchange else part[rows], reference[rows]
             error = difference(reference, got.cpu()) if got.shape == reference.shape else float("inf")
-            error = max(all_gather(error, part.device))
+            error = max(all_gather(error))
             if error > tolerance or (site == "block" and tap.exchange):
                 raise _cannot_split(
                     model, f"site '{site}' of layer {layer.index} is off by {error:.2g} of its size after the split"

@@ -36,7 +36,9 @@ def require_ranks(checkpoint: Checkpoint | str, settings: Settings, placement: P
         ConfigError: they cannot.
     """
     with suppress(ModelError):  # a model that cannot be built without weights is opened, and says what is wrong with it
-        replica_class(placement.partition).memory.require_ranks(checkpoint, settings, placement.ranks)
+        replica_class(placement.partition).memory.require_ranks(
+            placement.partition, checkpoint, settings, placement.ranks
+        )
 
 
 def size_of(checkpoint: Checkpoint | str, settings: Settings) -> Footprint | None:

@@ -5,11 +5,9 @@ All ranks gather a layer's parameters when it begins and drop them when it ends,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from avss_dist.core.errors import ConfigError
@@ -20,15 +18,14 @@ from avss_dist.models.loading import Backbone, load_model, open_module, predicto
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.device_map import unstored
 from avss_dist.partition.group import require_group
-from avss_dist.partition.memory import refusal
 from avss_dist.partition.replica import Placement, Replica
-from avss_dist.partition.sharded import ShardedLanguageModel, ShardedMemory, refuse_gguf, refuse_mxfp4
+from avss_dist.partition.sharded import ShardedLanguageModel, ShardedMemory
 from avss_dist.partition.splitting import (
     distributed_config,
     generic_name,
     layer_modules,
+    require_version,
     scale_obstacle,
-    version_obstacle,
 )
 
 _RELEASED = "free_full_weight"  # transformers' name for modules whose weights are gathered while they run
@@ -37,17 +34,30 @@ _RELEASED = "free_full_weight"  # transformers' name for modules whose weights a
 class FsdpMemory(ShardedMemory):
     """Memory of a replica with FSDP2. See `sharded.ShardedMemory`."""
 
-    @property
-    def obstacle(self) -> str | None:
-        """Reason for which the partition does not run the model with these settings, or None if it does."""
-        _, model, tensors = load_skeleton(self.weights, self.settings)
-        converted = unstored(model, [tensor.name for tensor in tensors])
-        return (
-            super().obstacle
-            or version_obstacle()
-            or refusal(require_experts_on_every_rank, converted, self.ranks)
-            or refusal(require_whole_blocks, self.weights, self.settings, self.ranks)
-        )
+    @staticmethod
+    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """Refuse a model of which transformers cannot load parts on so many ranks. See `sharded.ShardedMemory`.
+
+        Raises:
+            ConfigError: the installed transformers is too old; a rank would have none of the experts of a layer that
+                the files store one by one; or ranks would unpack parts of blocks in FP8.
+        """
+        ShardedMemory.require_ranks(partition, weights, settings, ranks)
+        require_version()
+        _, model, tensors = load_skeleton(weights, settings)
+        for stack in unstored(model, [tensor.name for tensor in tensors]).values():
+            experts = len(stack)
+            if stack.dim() == 3 and -(-experts // ranks) * (ranks - 1) >= experts:
+                raise ConfigError(
+                    f"`partition` fsdp would leave one of {ranks} ranks without any of the {experts} experts of a "
+                    "layer, which transformers cannot load where files have them one by one.",
+                    f"Set `ranks` to a divisor of {experts}, or use `partition` zero3.",
+                )
+        if obstacle := scale_obstacle(weights, settings, {"fsdp_size": ranks}):
+            raise ConfigError(
+                f"`partition` fsdp cannot unpack the weights: {obstacle}.",
+                "Set `ranks` to a smaller number, leave out `dequantize`, or use `partition` streaming.",
+            )
 
 
 class FsdpReplica(Replica):
@@ -59,14 +69,10 @@ class FsdpReplica(Replica):
     memory = FsdpMemory
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        refuse_gguf(checkpoint, placement.partition)
+        self.memory.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
         _, world = require_group(placement.partition, placement.ranks)
         self.language_model_type = ShardedLanguageModel
-        _, empty, tensors = load_skeleton(checkpoint, settings)
-        refuse_mxfp4(checkpoint, empty.config, settings, placement.partition)
-        require_experts_on_every_rank(unstored(empty, [tensor.name for tensor in tensors]), world)
-        require_whole_blocks(checkpoint, settings, world)
-        plan = gathering_plan(empty, settings.layers)
+        plan = gathering_plan(load_skeleton(checkpoint, settings)[1], settings.layers)
         model = load_model(checkpoint, settings, head=head, **distributed_config(fsdp_size=world, fsdp_plan=plan))
         for module in model.modules():
             if isinstance(module, FSDPModule):  # of which the model itself and tied embeddings would keep weights
@@ -96,35 +102,3 @@ def gathering_plan(model: Any, layers: str | None) -> dict[str, str]:
         for path, module in model.named_modules()
         if path and module not in inside | {tied} and (module in units or list(module.parameters(recurse=False)))
     }
-
-
-def require_experts_on_every_rank(converted: Mapping[str, nn.Parameter], ranks: int) -> None:
-    """Refuse to leave a rank without any of the experts of a layer, which transformers cannot load.
-
-    Args:
-        converted: parameters that transformers stacks while it loads, by name.
-
-    Raises:
-        ConfigError: there are experts that the files store one by one, and too many ranks for them.
-    """
-    for stack in converted.values():
-        experts = len(stack)
-        if stack.dim() == 3 and -(-experts // ranks) * (ranks - 1) >= experts:
-            raise ConfigError(
-                f"`partition` fsdp would leave one of {ranks} ranks without any of the {experts} experts of a layer, "
-                "which transformers cannot load where files have them one by one.",
-                f"Set `ranks` to a divisor of {experts}, or use `partition` zero3.",
-            )
-
-
-def require_whole_blocks(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> None:
-    """Refuse to unpack block FP8 of which a rank would read parts of blocks.
-
-    Raises:
-        ConfigError: the ranks do not divide a matrix into whole blocks.
-    """
-    if obstacle := scale_obstacle(checkpoint, settings, {"fsdp_size": ranks}):
-        raise ConfigError(
-            f"`partition` fsdp cannot unpack the weights: {obstacle}.",
-            "Set `ranks` to a smaller number, leave out `dequantize`, or use `partition` streaming.",
-        )

@@ -184,28 +184,22 @@ def share(function: Callable[[S], T], items: Iterable[S], idle: Callable[[], obj
             function(every[0])
         else:
             idle()
-    if size == 1:
-        return results
-    parts: list[Any] = [None] * size
-    distributed.all_gather_object(parts, results)
+    parts = all_gather(results)
     return [parts[i % size][i // size] for i in range(len(every))]
 
 
-def all_gather(number: float, device: torch.device) -> list[float]:
-    """Return the numbers of all ranks, in rank order. All ranks call this. Outside of a group there is one."""
+def all_gather(mine: T) -> list[T]:
+    """Return the objects of all ranks, in rank order. All ranks call this. Outside of a group there is one."""
     if not distributed.is_initialized():
-        return [number]
-    mine = torch.tensor([number], dtype=torch.float64, device=device)
-    numbers = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(numbers, mine)
-    return [float(n) for n in numbers]
+        return [mine]
+    every: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, mine)
+    return every
 
 
 def sum_over_ranks(counts: list[list[int]]) -> list[list[int]]:
     """Return the elementwise sum of all ranks' counts, which have equal shapes. All ranks call this."""
-    every: list[list[list[int]]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(every, counts)
-    return [[sum(numbers) for numbers in zip(*rows, strict=True)] for rows in zip(*every, strict=True)]
+    return [[sum(numbers) for numbers in zip(*rows, strict=True)] for rows in zip(*all_gather(counts), strict=True)]
 
 
 def lost_rank(error: BaseException | None) -> BaseException | None:

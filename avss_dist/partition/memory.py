@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from avss_dist.core.errors import ConfigError, unwritable
 from avss_dist.core.settings import Settings
@@ -45,15 +45,6 @@ class Usage:
     device_bytes: int
     host_bytes: int
     why: str
-
-
-def refusal(check: Callable[..., object], *args: Any) -> str | None:
-    """Return the reason for which a check of a replica raises ConfigError, for people, or None if it passes."""
-    try:
-        check(*args)
-    except ConfigError as error:
-        return error.message.removesuffix(".").replace("`", "")
-    return None
 
 
 class PartitionMemory:
@@ -100,8 +91,8 @@ class PartitionMemory:
         return 0
 
     @staticmethod
-    def require_ranks(weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
-        """Refuse a model that so many ranks cannot divide, by its configuration.
+    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """Refuse a model that so many ranks cannot hold together, by its configuration and headers.
 
         Raises:
             ConfigError: they cannot.
@@ -110,6 +101,10 @@ class PartitionMemory:
     @property
     def obstacle(self) -> str | None:
         """Reason for which the partition does not run the model with these settings, or None if it does."""
+        try:
+            self.require_ranks(self.partition, self.weights, self.settings, self.ranks)
+        except ConfigError as error:
+            return error.message.removesuffix(".").replace("`", "")
         return None
 
     @property

@@ -32,7 +32,7 @@ from avss_dist.partition.group import (
     share,
     sum_over_ranks,
 )
-from avss_dist.partition.memory import PartitionMemory, Usage, refusal
+from avss_dist.partition.memory import PartitionMemory, Usage
 from avss_dist.partition.replica import dummy_batch
 
 S = TypeVar("S")
@@ -51,13 +51,28 @@ class ShardedMemory(PartitionMemory):
         """
         return -(-size.weight_bytes // ranks) + 2 * max(*size.layer_bytes, size.embedding_bytes)
 
-    @property
-    def obstacle(self) -> str | None:
-        """Reason for which the partition does not run the model with these settings, or None if it does."""
-        checkpoint, model, _ = load_skeleton(self.weights, self.settings)
-        return refusal(refuse_gguf, checkpoint, self.partition) or refusal(
-            refuse_mxfp4, checkpoint, model.config, self.settings, self.partition
-        )
+    @staticmethod
+    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """Refuse a model of which every rank would hold the whole, or whose parts cannot be gathered.
+
+        Raises:
+            ConfigError: the checkpoint is a .gguf file, or its weights stay in MXFP4, whose kernels need them in a form
+                that is no longer a parameter.
+        """
+        checkpoint = weights if isinstance(weights, Checkpoint) else load_skeleton(weights, settings)[0]
+        if checkpoint.gguf:
+            raise ConfigError(
+                f"'{checkpoint.name}' is a .gguf file: transformers unpacks the whole model in every process, so that "
+                f"{partition} would save no memory.",
+                "Use `partition` single, device_map or tensor_parallel, or convert it to safetensors.",
+            )
+        _, model, _ = load_skeleton(weights, settings)
+        if quantization_method(model.config) == "mxfp4" and not settings.dequantize:
+            raise ConfigError(
+                f"'{checkpoint.name}' is quantized (mxfp4): transformers arranges such weights for its kernels as it "
+                f"loads them, so that ranks of {partition} cannot gather them.",
+                "Set `dequantize`, or use `partition` single, device_map or expert_parallel.",
+            )
 
     def host_weights(self) -> int:
         """Return the bytes of weights that each process holds in host memory while the model is opened on a GPU."""
@@ -92,8 +107,7 @@ class ShardedLanguageModel(DividedLanguageModel):
         Some are empty.
         """
         mine = super().pieces(number)
-        maximum = max(all_gather(len(mine), self.device))
-        return mine + [slice(number, number)] * (int(maximum) - len(mine))
+        return mine + [slice(number, number)] * (max(all_gather(len(mine))) - len(mine))
 
     def each(self, function: Callable[[Batch], T], batches: Sequence[Batch]) -> list[T]:
         """Return the result of a function for every batch, each computed by one rank."""
@@ -139,37 +153,6 @@ class ShardedLanguageModel(DividedLanguageModel):
                 dummy()
 
         return share(function, items, idle)
-
-
-def refuse_gguf(checkpoint: Checkpoint, partition: str) -> None:
-    """Refuse a .gguf file, of which every rank would hold the whole model while it is opened.
-
-    Raises:
-        ConfigError: the checkpoint is a .gguf file.
-    """
-    if checkpoint.gguf:
-        raise ConfigError(
-            f"'{checkpoint.name}' is a .gguf file: transformers unpacks the whole model in every process, so that "
-            f"{partition} would save no memory.",
-            "Use `partition` single, device_map or tensor_parallel, or convert it to safetensors.",
-        )
-
-
-def refuse_mxfp4(checkpoint: Checkpoint, config: Any, settings: Settings, partition: str) -> None:
-    """Refuse weights that stay in MXFP4, whose kernels need them in a form that is no longer a parameter.
-
-    Args:
-        config: the configuration of the model.
-
-    Raises:
-        ConfigError: the weights stay in MXFP4.
-    """
-    if quantization_method(config) == "mxfp4" and not settings.dequantize:
-        raise ConfigError(
-            f"'{checkpoint.name}' is quantized (mxfp4): transformers arranges such weights for its kernels as it loads "
-            f"them, so that ranks of {partition} cannot gather them.",
-            "Set `dequantize`, or use `partition` single, device_map or expert_parallel.",
-        )
 
 
 BUCKET = 12_500_000  # gradients or weights that DeepSpeed exchanges at once: 50 MB in float32

@@ -88,7 +88,7 @@ def probe(run: Forward, layers: Sequence[Layer], device: torch.device) -> Probe:
 
 def exchange_for(part: torch.Tensor, width: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return the function that exchanges parts of ``width`` units, or None where every rank has all of them."""
-    widths = [int(n) for n in all_gather(part.shape[-1], part.device)]
+    widths = all_gather(part.shape[-1])
     if sum(widths) != width or len(widths) == 1:
         return None
     return partial(exchange_units_for_rows, widths=widths)
@@ -112,17 +112,22 @@ def version_obstacle() -> str | None:
     return None
 
 
-def distributed_config(**options: Any) -> dict[str, Any]:
-    """Return the option of ``from_pretrained`` that has every rank of the group load its part of a model.
-
-    Args:
-        options: fields of transformers' ``DistributedConfig``.
+def require_version() -> None:
+    """Refuse a version of transformers that cannot load a model in parts.
 
     Raises:
         ConfigError: the installed transformers is too old.
     """
     if obstacle := version_obstacle():
         raise ConfigError(f"{obstacle}.", "Run pip install -U transformers, or use `partition` zero3.")
+
+
+def distributed_config(**options: Any) -> dict[str, Any]:
+    """Return the option of ``from_pretrained`` that has every rank of the group load its part of a model.
+
+    Args:
+        options: fields of transformers' ``DistributedConfig``.
+    """
     from transformers.distributed import DistributedConfig
 
     return {"distributed_config": DistributedConfig(**options)}
@@ -250,7 +255,6 @@ def open_by_plan(
         The model, whose taps exchange the units of the ranks, and whose linear maps have the sizes of all ranks.
 
     Raises:
-        ConfigError: the installed transformers is too old.
         ModelError: the model cannot be opened or observed.
     """
     model = load_model(checkpoint, settings, head=head, **distributed_config(**options))

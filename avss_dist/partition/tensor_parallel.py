@@ -20,7 +20,7 @@ from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.autotp import open_by_autotp, require_autotp
 from avss_dist.partition.group import RowSplit, gather, rank_and_size, require_group, sum_over_ranks
-from avss_dist.partition.memory import PartitionMemory, Usage, refusal
+from avss_dist.partition.memory import PartitionMemory, Usage
 from avss_dist.partition.replica import Placement, Replica
 from avss_dist.partition.splitting import (
     attention_plan,
@@ -28,9 +28,9 @@ from avss_dist.partition.splitting import (
     layer_plan,
     open_by_plan,
     part_bytes,
+    require_version,
     scale_obstacle,
     tensor_plan_obstacle,
-    version_obstacle,
 )
 
 T = TypeVar("T")
@@ -45,17 +45,29 @@ class TensorParallelMemory(PartitionMemory):
         return tensor_plan_obstacle(self.weights, self.settings, self.ranks)
 
     @staticmethod
-    def require_ranks(weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
-        """Refuse a model that so many ranks cannot divide, by its configuration."""
-        require_split(weights, settings, ranks)
-        if tensor_plan_obstacle(weights, settings, ranks):
-            _, model, _ = load_skeleton(weights, replace(settings, attention=None))
-            require_autotp(model.config.get_text_config(), ranks)
+    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """Refuse a model that so many ranks cannot divide, by its configuration.
 
-    @property
-    def obstacle(self) -> str | None:
-        """Reason for which the ranks cannot divide the model, or None if they can."""
-        return refusal(self.require_ranks, self.weights, self.settings, self.ranks)
+        Raises:
+            ConfigError: the weights stay quantized and only DeepSpeed would split the model, which it checks unsplit on
+                the CPU; the ranks do not divide a quantized matrix into whole blocks; or see `autotp.require_autotp`.
+        """
+        checkpoint, model, _ = load_skeleton(weights, replace(settings, attention=None))  # which may not be here
+        obstacle = tensor_plan_obstacle(weights, settings, ranks)
+        if quantization_method(model.config) and not checkpoint.gguf:
+            if obstacle and not settings.dequantize:
+                raise ConfigError(
+                    f"`partition` tensor_parallel does not split these quantized weights: {obstacle}, and DeepSpeed, "
+                    "which splits other models, takes none that stay quantized.",
+                    "Set `ranks` to another number, or use `partition` device_map or expert_parallel.",
+                )
+            if not obstacle and (blocks := scale_obstacle(weights, settings, {"tp_size": ranks})):
+                raise ConfigError(
+                    f"`partition` tensor_parallel cannot split these quantized weights: {blocks}.",
+                    "Set `ranks` to a smaller number.",
+                )
+        if obstacle:
+            require_autotp(model.config.get_text_config(), ranks)
 
     def part_bytes(self) -> int:
         """Return the bytes of weights that each rank keeps. AutoTP divides the layers alone."""
@@ -85,11 +97,11 @@ class TensorParallelReplica(Replica):
         self.split = RowSplit(*require_group(placement.partition, placement.ranks))
         self.reports_stats = self.split.rank == 0
         self.language_model_type = TensorParallelLanguageModel
+        self.memory.require_ranks(placement.partition, checkpoint, settings, self.split.ranks)
         return self._open_part(checkpoint, settings, self.split.ranks, head=head)
 
     def _open_part(self, checkpoint: Checkpoint, settings: Settings, ranks: int, *, head: bool) -> Backbone:
         """Return this rank's part of the model, whose taps exchange the units of the ranks."""
-        require_split(checkpoint, settings, ranks)
         if tensor_plan_obstacle(checkpoint, settings, ranks):
             backbone = open_by_autotp(checkpoint, settings, self.device, self.split, head=head)
             self.no_gradients = (
@@ -103,30 +115,6 @@ class TensorParallelReplica(Replica):
     def collect(self, counted: T) -> list[T]:
         """Return the counts of all ranks, in order, on the rank that reports."""
         return gather(counted)
-
-
-def require_split(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> None:
-    """Refuse quantized weights that ranks cannot divide.
-
-    Raises:
-        ConfigError: the weights stay quantized and only DeepSpeed would split the model, which it checks unsplit on the
-            CPU; or the ranks do not divide a matrix into whole blocks.
-    """
-    resolved, model, _ = load_skeleton(checkpoint, replace(settings, attention=None))  # which may not be here
-    if resolved.gguf or quantization_method(model.config) is None:
-        return
-    if obstacle := tensor_plan_obstacle(checkpoint, settings, ranks):
-        if not settings.dequantize:
-            raise ConfigError(
-                f"`partition` tensor_parallel does not split these quantized weights: {obstacle}, and DeepSpeed, which "
-                "splits other models, takes none that stay quantized.",
-                "Set `ranks` to another number, or use `partition` device_map or expert_parallel.",
-            )
-    elif obstacle := scale_obstacle(checkpoint, settings, {"tp_size": ranks}):
-        raise ConfigError(
-            f"`partition` tensor_parallel cannot split these quantized weights: {obstacle}.",
-            "Set `ranks` to a smaller number.",
-        )
 
 
 class TensorParallelLanguageModel(LanguageModel):
@@ -155,14 +143,19 @@ class ExpertParallelMemory(TensorParallelMemory):
     plan_obstacle = None
 
     @staticmethod
-    def require_ranks(weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
-        """Refuse a model whose experts so many ranks cannot divide."""
-        require_experts(weights, settings, ranks)
+    def require_ranks(partition: str, weights: Checkpoint | str, settings: Settings, ranks: int) -> None:
+        """Refuse a model whose experts so many ranks cannot divide, by its configuration.
 
-    @property
-    def obstacle(self) -> str | None:
-        """Reason for which the ranks cannot divide the experts, or None if they can."""
-        return version_obstacle() or super().obstacle
+        Raises:
+            ConfigError: see `expert_options`; the installed transformers is too old; or the ranks do not divide another
+                quantized matrix into whole blocks.
+        """
+        require_version()
+        if obstacle := scale_obstacle(weights, settings, expert_options(weights, settings, ranks)):
+            raise ConfigError(
+                f"`partition` expert_parallel cannot split the weights beside the experts: {obstacle}.",
+                "Set `ranks` to a smaller number.",
+            )
 
     def part_bytes(self) -> int:
         """Return the bytes of weights that each rank keeps.
@@ -191,7 +184,7 @@ class ExpertParallelReplica(TensorParallelReplica):
 
         transformers exchanges tokens in passes with gradients, and sums in others.
         """
-        options = require_experts(checkpoint, settings, ranks)
+        options = expert_options(checkpoint, settings, ranks)
         return open_by_plan(checkpoint, settings, self.device, head=head, **options)
 
 
@@ -217,19 +210,4 @@ def expert_options(checkpoint: Checkpoint | str, settings: Settings, ranks: int)
     if tensor_plan_obstacle(checkpoint, settings, ranks):
         attention = attention_plan(layer_plan(model, model.tp_plan, settings.layers))
         options["tp_plan"] = dict.fromkeys(attention, "replicate") or None
-    return options
-
-
-def require_experts(checkpoint: Checkpoint | str, settings: Settings, ranks: int) -> dict[str, Any]:
-    """Return `expert_options`, with which the ranks can also split the other weights.
-
-    Raises:
-        ConfigError: see `expert_options`; or the ranks do not divide another quantized matrix into whole blocks.
-    """
-    options = expert_options(checkpoint, settings, ranks)
-    if obstacle := scale_obstacle(checkpoint, settings, options):
-        raise ConfigError(
-            f"`partition` expert_parallel cannot split the weights beside the experts: {obstacle}.",
-            "Set `ranks` to a smaller number.",
-        )
     return options

@@ -25,7 +25,7 @@ from avss_dist.models.quantization import quantization_method
 from avss_dist.models.size import load_skeleton
 from avss_dist.partition.group import quiet_deepspeed, require_group
 from avss_dist.partition.replica import Placement, Replica
-from avss_dist.partition.sharded import PREFETCHED, ShardedLanguageModel, ShardedMemory, refuse_gguf, refuse_mxfp4
+from avss_dist.partition.sharded import PREFETCHED, ShardedLanguageModel, ShardedMemory
 
 
 class Zero3Memory(ShardedMemory):
@@ -46,11 +46,10 @@ class Zero3Replica(Replica):
     memory = Zero3Memory
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
-        refuse_gguf(checkpoint, placement.partition)
+        self.memory.require_ranks(placement.partition, checkpoint, settings, placement.ranks)
         require_group(placement.partition, placement.ranks)
         self.language_model_type = ShardedLanguageModel
         text = text_config(checkpoint, trust_remote_code=settings.trust_remote_code)
-        refuse_mxfp4(checkpoint, text, settings, placement.partition)
         config = deepspeed_config(compute_dtype(checkpoint, text, settings), self.device)
         with quiet_deepspeed():
             self._module = _load_in_parts(checkpoint, settings, config, head=head)

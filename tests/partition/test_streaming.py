@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -309,7 +310,7 @@ def test_hidden_states_wait_in_files(
 def test_hidden_states_stay_on_a_gpu_while_it_has_room() -> None:
     """Two fit, and wait where they are, layer after layer; the others go. (The tensors are the CPU's.)"""
     tensors = [torch.arange(1000.0) + batch for batch in range(4)]
-    with HiddenStateOffloader(torch.device("cuda"), 8000, 0) as offloader:
+    with closing(HiddenStateOffloader(torch.device("cuda"), 8000, 0)) as offloader:
         for _ in range(2):
             for batch, tensor in enumerate(tensors):
                 offloader.offload(batch, [tensor])
